@@ -1,0 +1,27 @@
+"""The errors a user can meet. Each message says what was expected, what was found and what to do."""
+
+from __future__ import annotations
+
+
+class InvDiffError(Exception):
+    """Base of every error that invdiff raises on purpose."""
+
+
+class DataError(InvDiffError):
+    """The captioned images cannot be used as given."""
+
+
+class ModelError(InvDiffError):
+    """A pipeline, module or annotator cannot be loaded, or two of them do not fit together."""
+
+
+class AuditError(InvDiffError):
+    """Groups cannot be inferred, or an audit does not belong to the data it is used with."""
+
+
+class ConfigError(InvDiffError):
+    """A setting is outside its range, or a configuration file cannot be read."""
+
+
+class EvaluationError(InvDiffError):
+    """A metric is not defined on what was given, or generated images and manifest disagree."""
