@@ -1,0 +1,396 @@
+"""Draw one bird before one background: flat illustration, soft light, every style parameter continuous.
+
+`sample_scene` decides, `render` paints. The scene's numbers are drawn in the same order whatever the subject
+and the background, so one random state gives a matched pair that differs in that attribute alone.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from ..errors import ConfigError
+
+SUBJECTS = ("landbird", "waterbird")
+BACKGROUNDS = ("land", "water")
+
+Array = NDArray[np.float64]
+Points = Sequence[tuple[float, float]]
+
+OVERSAMPLING = 4
+SKY_ROWS = 32  # the sky is smooth: it is computed on this many rows and columns and enlarged
+DETAILS = 40  # uniform numbers kept for waves, tufts, trees and clouds
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything a picture shows. Lengths are fractions of the image side, y grows downwards."""
+
+    subject: str
+    background: str
+    facing: int
+    """1 looks right, -1 looks left."""
+    tone: float
+    """Plumage, uniform in [0, 1]: yellow, orange, red (warm), then magenta, violet, blue (cool)."""
+    light: float
+    """Time of day, uniform in [0, 1]: from dusk to noon."""
+    x: float
+    ground: float
+    """Where the bird touches the ground."""
+    size: float
+    tilt: float
+    """Radians."""
+    depth: float
+    """Brightness of the plumage, in [-1, 1]."""
+    horizon: float
+    hue: float
+    """Shift of the hue of grass and water, in [-1, 1]."""
+    details: Array
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """The attributes that are recorded beside the picture."""
+        return {
+            "subject": self.subject,
+            "background": self.background,
+            "colour": "warm" if self.tone < 0.5 else "cool",
+            "side": "right" if self.facing > 0 else "left",
+            "light": "bright" if self.light >= 0.5 else "dim",
+        }
+
+
+def sample_scene(subject: str, background: str, rng: np.random.Generator) -> Scene:
+    """Draw the style of one picture; nothing in it depends on the subject or on the background.
+
+    Raises:
+        ConfigError: The subject or the background is unknown.
+    """
+    if subject not in SUBJECTS or background not in BACKGROUNDS:
+        raise ConfigError(
+            f"Expected a subject of {SUBJECTS} and a background of {BACKGROUNDS}, "
+            f"got {subject!r} and {background!r}."
+        )
+    return Scene(
+        subject=subject,
+        background=background,
+        facing=1 if rng.random() < 0.5 else -1,
+        tone=rng.random(),
+        light=rng.random(),
+        x=rng.uniform(0.44, 0.56),
+        ground=rng.uniform(0.8, 0.9),
+        size=rng.uniform(0.54, 0.66),
+        tilt=rng.uniform(-0.08, 0.08),
+        depth=rng.uniform(-1, 1),
+        horizon=rng.uniform(0.42, 0.58),
+        hue=rng.uniform(-1, 1),
+        details=rng.random(DETAILS),
+    )
+
+
+def render(scene: Scene, *, resolution: int = 64) -> Image.Image:
+    """Paint a scene as an RGB picture of `resolution` x `resolution` pixels.
+
+    Raises:
+        ConfigError: The resolution is below 16.
+    """
+    if resolution < 16:
+        raise ConfigError(f"Expected a resolution of at least 16, got {resolution}.")
+    side = resolution * OVERSAMPLING
+    image = _sky(scene).resize((side, side), Image.Resampling.BICUBIC)
+    brush = Brush(image, tint=_mix((0.74, 0.68, 0.82), (1.0, 1.0, 1.0), scene.light))
+    _distance(brush, scene)
+    (_land if scene.background == "land" else _water)(brush, scene)
+    _shadow(brush, scene)
+    brush.tint = _mix((0.84, 0.78, 0.92), (1.0, 1.0, 1.0), scene.light)
+    (_landbird if scene.subject == "landbird" else _waterbird)(brush, scene)
+    return image.reduce(OVERSAMPLING)
+
+
+# --- colours, and outlines as control points of smooth curves: birds look right and stand on y = 0
+
+# fmt: off
+PLUMAGE = np.array([
+    (0.97, 0.75, 0.30), (0.95, 0.57, 0.26), (0.90, 0.39, 0.29), (0.82, 0.35, 0.48),
+    (0.62, 0.39, 0.70), (0.44, 0.42, 0.80), (0.27, 0.43, 0.80),
+])
+"""Gold, orange, coral, rose, mauve, periwinkle, blue: warm up to the middle, cool from there."""
+BEAK = (1.0, 0.68, 0.22)
+CLOUD = [(-1.2, 0.1), (-0.8, -0.1), (-0.4, -0.2), (0, -0.4), (0.4, -0.2), (0.9, -0.1), (1.2, 0.1), (0, 0.2)]
+SONGBIRD_BODY = [
+    (0.20, -0.83), (0.33, -0.79), (0.385, -0.66), (0.345, -0.52), (0.33, -0.38), (0.22, -0.24),
+    (0.02, -0.175), (-0.18, -0.24), (-0.31, -0.40), (-0.20, -0.54), (-0.03, -0.60), (0.06, -0.74),
+]
+SONGBIRD_BREAST = [
+    (0.345, -0.55), (0.32, -0.38), (0.21, -0.25), (0.03, -0.19), (0.02, -0.30), (0.14, -0.46),
+    (0.25, -0.55),
+]
+SONGBIRD_WING = [
+    (0.06, -0.50), (0.10, -0.40), (-0.02, -0.30), (-0.20, -0.31), (-0.37, -0.43), (-0.18, -0.49),
+    (-0.06, -0.53),
+]
+SWAN_BODY = [
+    (-0.54, -0.33), (-0.40, -0.28), (-0.16, -0.32), (0.08, -0.30), (0.28, -0.26), (0.34, -0.15),
+    (0.24, -0.03), (0.0, 0.0), (-0.24, -0.02), (-0.42, -0.14),
+]
+SWAN_NECK = [(0.20, -0.14), (0.31, -0.28), (0.25, -0.45), (0.16, -0.60), (0.20, -0.74), (0.31, -0.77)]
+SWAN_HEAD = [(0.19, -0.77), (0.27, -0.845), (0.37, -0.825), (0.43, -0.76), (0.37, -0.69), (0.26, -0.685)]
+SWAN_BELLY = [
+    (0.31, -0.12), (0.23, -0.04), (0.0, -0.012), (-0.24, -0.03), (-0.36, -0.10), (-0.10, -0.09),
+    (0.14, -0.10),
+]
+SWAN_WING = [
+    (0.14, -0.26), (0.12, -0.16), (-0.06, -0.11), (-0.28, -0.15), (-0.50, -0.29), (-0.28, -0.31),
+    (-0.06, -0.35),
+]
+# fmt: on
+
+
+# --- tools
+
+
+class Brush:
+    """A pen in unit coordinates; colours are RGB in [0, 1] and are multiplied by `tint`."""
+
+    def __init__(self, image: Image.Image, *, tint: Array) -> None:
+        self.side = image.width
+        self.pen = ImageDraw.Draw(image, "RGBA")
+        self.tint = tint
+
+    def ink(self, colour: Sequence[float] | Array, alpha: float = 1.0) -> tuple[int, ...]:
+        """Return the tinted colour as 8-bit RGBA."""
+        red, green, blue = np.clip(np.asarray(colour) * self.tint * 255, 0, 255)
+        return int(red), int(green), int(blue), int(alpha * 255)
+
+    def fill(self, outline: Array, colour: Sequence[float] | Array, alpha: float = 1.0) -> None:
+        """Fill a polygon given as (points, 2)."""
+        self.pen.polygon((outline * self.side).ravel().tolist(), fill=self.ink(colour, alpha))
+
+    def disc(
+        self,
+        centre: Sequence[float] | Array,
+        radius: tuple[float, float],
+        colour: Sequence[float] | Array,
+        alpha: float = 1.0,
+    ) -> None:
+        """Fill an upright ellipse."""
+        (x, y), (width, height) = centre, radius
+        box = np.array([x - width, y - height, x + width, y + height]) * self.side
+        self.pen.ellipse(box.tolist(), fill=self.ink(colour, alpha))
+
+    def stroke(self, path: Array, width: float, colour: Sequence[float] | Array, alpha: float = 1.0) -> None:
+        """Draw a line through (points, 2)."""
+        self.pen.line(
+            (path * self.side).ravel().tolist(),
+            fill=self.ink(colour, alpha),
+            width=max(1, round(width * self.side)),
+            joint="curve",
+        )
+
+
+@lru_cache(maxsize=64)
+def _spline(count: int, closed: bool) -> Array:
+    """Return the Catmull-Rom matrix (samples, count) that interpolates `count` control points."""
+    per_segment = 8
+    t = np.arange(per_segment) / per_segment
+    basis = 0.5 * np.stack(
+        [-(t**3) + 2 * t**2 - t, 3 * t**3 - 5 * t**2 + 2, -3 * t**3 + 4 * t**2 + t, t**3 - t**2]
+    )
+    segments = count if closed else count - 1
+    matrix = np.zeros((segments * per_segment + (not closed), count))
+    for segment in range(segments):
+        rows = slice(segment * per_segment, (segment + 1) * per_segment)
+        for offset, weights in zip(range(-1, 3), basis, strict=True):
+            index = (segment + offset) % count if closed else min(max(segment + offset, 0), count - 1)
+            matrix[rows, index] += weights
+    if not closed:
+        matrix[-1, -1] = 1
+    return matrix
+
+
+def _curve(points: Points | Array, *, closed: bool = True) -> Array:
+    """Return a smooth curve (samples, 2) through control points."""
+    return _spline(len(points), closed) @ np.asarray(points, dtype=float)
+
+
+def _mix(low: Sequence[float] | Array, high: Sequence[float] | Array, share: float) -> Array:
+    return (1 - share) * np.asarray(low, dtype=float) + share * np.asarray(high, dtype=float)
+
+
+def _hsv(hue: float, saturation: float, value: float) -> Array:
+    """Return RGB; the hue is in degrees."""
+    return np.array(colorsys.hsv_to_rgb(hue / 360 % 1, saturation, value))
+
+
+def _sun(scene: Scene) -> tuple[float, float]:
+    return 0.1 + 0.8 * scene.details[0], 0.1 + 0.16 * scene.details[1] + 0.1 * (1 - scene.light)
+
+
+def _sunlight(scene: Scene) -> Array:
+    return _mix((1.0, 0.86, 0.66), (1.0, 0.98, 0.86), scene.light)
+
+
+# --- backgrounds
+
+
+def _sky(scene: Scene) -> Image.Image:
+    """The sky with the sun's glow, shared by both backgrounds."""
+    top = _mix((0.38, 0.36, 0.60), (0.47, 0.75, 0.94), scene.light)
+    bottom = _mix((0.97, 0.70, 0.58), (0.93, 0.97, 0.97), scene.light)
+    y, x = np.mgrid[0:SKY_ROWS, 0:SKY_ROWS] / (SKY_ROWS - 1)
+    height = np.clip(y / scene.horizon, 0, 1)[..., None]
+    sky = (1 - height) * top + height * bottom
+    sun_x, sun_y = _sun(scene)
+    distance = np.sqrt((x - sun_x) ** 2 + (y - sun_y) ** 2)[..., None]
+    glow = 0.6 * np.exp(-((distance / 0.22) ** 2))
+    sky = sky + glow * (_sunlight(scene) - sky)
+    return Image.fromarray((np.clip(sky, 0, 1) * 255).astype(np.uint8))
+
+
+def _distance(brush: Brush, scene: Scene) -> None:
+    """The sun, clouds and a far blue ridge, shared by both backgrounds."""
+    d = scene.details
+    brush.disc(_sun(scene), (0.06, 0.06), _sunlight(scene) / brush.tint, 0.9)
+    for x, y, width in ((d[2], 0.08 + 0.14 * d[3], d[4]), (d[5], 0.14 + 0.16 * d[6], d[7])):
+        width = 0.10 + 0.08 * width
+        brush.fill(_curve(CLOUD) * width + (x, y), (1.0, 1.0, 1.0), 0.55)
+    heights = scene.horizon - 0.02 - 0.10 * d[8:14]
+    xs = np.linspace(-0.1, 1.1, 6)
+    ridge = _curve(np.column_stack([xs, heights]), closed=False)
+    haze = _mix((0.66, 0.56, 0.74), (0.66, 0.79, 0.88), scene.light) / brush.tint
+    brush.fill(_down_to(ridge, 1.05), haze)
+
+
+def _down_to(line: Array, bottom: float) -> Array:
+    """Close a line from left to right into the area below it."""
+    return np.concatenate([line, [[line[-1, 0], bottom], [line[0, 0], bottom]]])
+
+
+def _land(brush: Brush, scene: Scene) -> None:
+    """Rolling meadow with trees on the far hill and tufts of grass in front."""
+    d, horizon = scene.details, scene.horizon
+    hue = 104 + 16 * scene.hue
+    xs = np.linspace(-0.1, 1.1, 5)
+    far = _curve(np.column_stack([xs, horizon + 0.07 * (d[14:19] - 0.5)]), closed=False)
+    for k in range(3):
+        x = d[19 + k]
+        y = float(np.interp(x, far[:, 0], far[:, 1]))
+        radius = 0.032 + 0.024 * d[22 + k]
+        brush.stroke(np.array([[x, y + 0.02], [x, y - radius]]), 0.014, (0.45, 0.34, 0.28))
+        crown = _hsv(hue + 16, 0.52, 0.50)
+        brush.disc((x, y - 1.5 * radius), (radius, 1.25 * radius), crown)
+        brush.disc((x - 0.25 * radius, y - 1.8 * radius), (0.6 * radius, 0.7 * radius), crown * 1.14)
+    brush.fill(_down_to(far, 1.05), _hsv(hue - 14, 0.44, 0.76))
+    middle = _curve(np.column_stack([xs, horizon + 0.14 + 0.10 * (d[25:30] - 0.5)]), closed=False)
+    brush.fill(_down_to(middle, 1.05), _hsv(hue - 6, 0.50, 0.68))
+    near = _curve(np.column_stack([xs, horizon + 0.27 + 0.08 * (d[30:35] - 0.5)]), closed=False)
+    brush.fill(_down_to(near, 1.05), _hsv(hue, 0.54, 0.60))
+    for k in range(5):
+        x, y = (k + 0.15 + 0.7 * d[35 + k]) / 5, 0.84 + 0.15 * d[14 + k]
+        for lean in (-0.016, 0.0, 0.016):
+            blade = np.array([[x - 0.008, y], [x + lean, y - 0.05], [x + 0.008, y]])
+            brush.fill(blade, _hsv(hue + 8, 0.58, 0.47))
+
+
+def _water(brush: Brush, scene: Scene) -> None:
+    """A lake that lightens towards the horizon, with the sun's glitter and strokes of waves."""
+    d, horizon = scene.details, scene.horizon
+    hue = 189 + 9 * scene.hue
+    far, near = _hsv(hue - 6, 0.34, 0.88), _hsv(hue + 4, 0.66, 0.62)
+    bands = 14
+    for k in range(bands):
+        y = horizon + (1 - horizon) * k / bands
+        xs = np.linspace(0, 1, 9)
+        edge = y + (0.005 * np.sin(2 * np.pi * (xs * 2 + d[14] + 0.37 * k)) if k else 0 * xs)
+        brush.fill(_down_to(np.column_stack([xs, edge]), 1.05), _mix(far, near, (k / (bands - 1)) ** 0.8))
+    sun_x = _sun(scene)[0]
+    glitter = _mix((1.0, 0.86, 0.68), (1.0, 1.0, 0.94), scene.light)
+    for k in range(6):
+        y = horizon + 0.02 + 0.075 * k
+        width = (0.04 + 0.02 * k) * (0.6 + 0.8 * d[15 + k])
+        x = sun_x + 0.05 * (d[21 + k] - 0.5)
+        brush.disc((x, y), (width, 0.006 + 0.001 * k), glitter / brush.tint, 0.45)
+    for k in range(8):
+        y = horizon + 0.07 + (0.95 - horizon) * (k + 0.8 * d[27 + k]) / 8
+        x, width = (0.13 + 0.61803 * k + d[35]) % 1.1 - 0.05, 0.05 + 0.05 * (y - horizon) / (1 - horizon)
+        crests = [(x + width * step, y - 0.012 * (abs(step) == 0.5)) for step in (-1, -0.5, 0, 0.5, 1)]
+        brush.stroke(_curve(crests, closed=False), 0.012, (0.93, 0.99, 1.0), 0.55)
+
+
+def _shadow(brush: Brush, scene: Scene) -> None:
+    """What lies under the bird: a soft shadow and, on water, rings of light."""
+    width = 0.36 * scene.size
+    if scene.background == "water":
+        for grow in (1.25, 1.05):
+            brush.disc((scene.x, scene.ground), (width * grow, 0.06 * grow), (0.92, 0.99, 1.0), 0.22)
+    brush.disc((scene.x, scene.ground), (width, 0.036), (0.06, 0.16, 0.24), 0.28)
+
+
+# --- birds
+
+
+class Pose:
+    """Places a bird's own coordinates in the picture."""
+
+    def __init__(self, scene: Scene) -> None:
+        cos, sin = np.cos(scene.tilt) * scene.size, np.sin(scene.tilt) * scene.size
+        self.matrix = np.array([[cos * scene.facing, sin], [-sin * scene.facing, cos]])
+        self.origin = np.array([scene.x, scene.ground])
+        self.size = scene.size
+
+    def __call__(self, points: Points | Array) -> Array:
+        """Return the picture's coordinates (points, 2) of the bird's own."""
+        return np.asarray(points, dtype=float) @ self.matrix + self.origin
+
+
+def _plumage(scene: Scene) -> tuple[Array, Array, Array]:
+    """Return the main, the dark and the pale colour."""
+    stops = np.linspace(0, 1, len(PLUMAGE))
+    main = np.array([np.interp(scene.tone, stops, channel) for channel in PLUMAGE.T])
+    main = main * (0.98 + 0.06 * scene.depth)
+    return main, main * (0.66, 0.60, 0.72), _mix(main, (1.0, 0.96, 0.88), 0.70)
+
+
+def _eye(brush: Brush, pose: Pose, centre: tuple[float, float], radius: float) -> None:
+    radius *= pose.size
+    at = pose([centre])[0]
+    brush.disc(at, (radius, radius), (0.12, 0.10, 0.16))
+    brush.disc(at + radius * np.array([0.3, -0.35]), (0.36 * radius, 0.36 * radius), (1.0, 1.0, 1.0))
+
+
+def _landbird(brush: Brush, scene: Scene) -> None:
+    """A songbird: round body and head, short cone of a beak, thin legs, upright tail."""
+    pose = Pose(scene)
+    main, dark, pale = _plumage(scene)
+    leg = (0.40, 0.24, 0.20)
+    for x in (-0.07, 0.07):
+        brush.stroke(pose([(x - 0.01, -0.24), (x + 0.01, -0.01)]), 0.030 * scene.size, leg)
+        brush.stroke(pose([(x - 0.05, 0.0), (x + 0.01, -0.02), (x + 0.09, 0.0)]), 0.028 * scene.size, leg)
+    brush.fill(pose([(-0.20, -0.36), (-0.54, -0.66), (-0.44, -0.72), (-0.16, -0.50)]), dark)
+    brush.fill(pose([(0.36, -0.72), (0.53, -0.645), (0.36, -0.59)]), BEAK)
+    brush.fill(pose(_curve(SONGBIRD_BODY)), main)
+    brush.fill(pose(_curve(SONGBIRD_BREAST)), pale)
+    brush.fill(pose(_curve(SONGBIRD_WING)), dark)
+    _eye(brush, pose, (0.25, -0.69), 0.036)
+
+
+def _waterbird(brush: Brush, scene: Scene) -> None:
+    """A swan-like bird: low boat of a body, long S of a neck, long flat beak."""
+    pose = Pose(scene)
+    main, dark, pale = _plumage(scene)
+    neck = _curve(SWAN_NECK, closed=False)
+    slope = np.gradient(neck, axis=0)
+    normal = np.column_stack([-slope[:, 1], slope[:, 0]]) / np.linalg.norm(slope, axis=1, keepdims=True)
+    width = np.interp(np.linspace(0, 1, len(neck)), [0, 0.25, 0.6, 1], [0.13, 0.09, 0.062, 0.066])[:, None]
+    brush.fill(pose([(0.34, -0.83), (0.46, -0.77), (0.64, -0.735), (0.63, -0.70), (0.34, -0.705)]), BEAK)
+    brush.fill(pose(_curve(SWAN_BODY)), main)
+    brush.fill(pose(np.concatenate([neck + width * normal, (neck - width * normal)[::-1]])), main)
+    brush.fill(pose(_curve(SWAN_HEAD)), main)
+    brush.fill(pose(_curve(SWAN_BELLY)), pale)
+    brush.fill(pose(_curve(SWAN_WING)), dark)
+    _eye(brush, pose, (0.32, -0.775), 0.030)

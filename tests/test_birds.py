@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import csv
+import itertools
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from invdiff.data.birds import (
+    BACKGROUNDS,
+    CANONICAL_TEMPLATE,
+    HELD_OUT_TEMPLATES,
+    SUBJECTS,
+    TRAINING_TEMPLATES,
+    BirdsWorld,
+    canonical_prompts,
+    draw,
+    explicit_prompts,
+    held_out_prompts,
+)
+from invdiff.data.birds_drawing import BEAK, render, sample_scene
+from invdiff.errors import ConfigError, DataError
+
+ROWS = [BirdsWorld(4000, seed=1).metadata(index) for index in range(4000)]
+
+
+def four_sigma(probability: float, count: int) -> float:
+    return 4 * (probability * (1 - probability) / count) ** 0.5
+
+
+def share(condition) -> float:
+    return float(np.mean([condition(row) for row in ROWS]))
+
+
+@pytest.mark.parametrize(("subject", "background"), list(itertools.product(SUBJECTS, BACKGROUNDS)))
+@pytest.mark.parametrize("resolution", [32, 64])
+def test_a_drawing_is_rgb_of_the_asked_size(subject, background, resolution):
+    image, attributes = draw(subject, background, np.random.default_rng(0), resolution=resolution)
+    assert (image.mode, image.size) == ("RGB", (resolution, resolution))
+    assert (attributes["subject"], attributes["background"]) == (subject, background)
+
+
+def test_one_random_state_gives_the_same_style_to_every_subject_and_background():
+    styles = set()
+    for subject, background in itertools.product(SUBJECTS, BACKGROUNDS):
+        _, attributes = draw(subject, background, np.random.default_rng(5))
+        styles.add((attributes["colour"], attributes["side"], attributes["light"]))
+    assert len(styles) == 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("subject", "height"), [("landbird", 0.65), ("waterbird", 0.74)])
+def test_the_beak_is_on_the_recorded_side(subject, height, seed):
+    scene = replace(sample_scene(subject, "land", np.random.default_rng(seed)), tilt=0.0, light=1.0)
+    pixels = np.asarray(render(scene, resolution=256), float) / 255
+    row = round((scene.ground - height * scene.size) * 256)
+    reach = round(0.46 * scene.size * 256)
+    beaks = {
+        side: np.abs(pixels[row, round(scene.x * 256) + sign * reach] - BEAK).max() < 0.02
+        for side, sign in (("left", -1), ("right", 1))
+    }
+    assert beaks == {side: side == scene.attributes["side"] for side in ("left", "right")}
+
+
+def test_rows_are_deterministic_and_do_not_depend_on_the_number_of_images():
+    short, long = BirdsWorld(3, seed=4), BirdsWorld(300, seed=4)
+    for index in range(3):
+        first, second = short.row(index), long.row(index)
+        assert first.pop("image").tobytes() == second.pop("image").tobytes()
+        assert first == second == short.metadata(index)
+
+
+def test_another_seed_gives_another_set():
+    assert BirdsWorld(50, seed=0).captions() != BirdsWorld(50, seed=1).captions()
+
+
+@pytest.mark.parametrize("severity", [0.0, 0.5, 0.95, 1.0])
+def test_the_background_agrees_with_the_subject_as_often_as_asked(severity):
+    world = BirdsWorld(2000, severity=severity)
+    natural = {("landbird", "land"), ("waterbird", "water")}
+    rows = [world.metadata(index) for index in range(len(world))]
+    found = np.mean([(row["subject"], row["background"]) in natural for row in rows])
+    assert abs(found - severity) <= four_sigma(severity, 2000)
+
+
+def test_one_prompt_world():
+    world = BirdsWorld(2000, severity=0.85, world="one-prompt")
+    rows = [world.metadata(index) for index in range(len(world))]
+    assert {(row["text"], row["subject"], row["states_background"]) for row in rows} == {
+        ("a photo of a bird", "landbird", False)
+    }
+    land = np.mean([row["background"] == "land" for row in rows])
+    assert abs(land - 0.85) < four_sigma(0.85, 2000)
+
+
+@pytest.mark.parametrize("name", ["subject", "colour", "side", "light"])
+def test_each_free_attribute_splits_in_halves(name):
+    values = Counter(row[name] for row in ROWS)
+    assert len(values) == 2
+    assert abs(values.most_common(1)[0][1] / len(ROWS) - 0.5) < four_sigma(0.5, len(ROWS))
+
+
+@pytest.mark.parametrize("other", ["subject", "background"])
+@pytest.mark.parametrize("name", ["colour", "side", "light", "states_background"])
+def test_free_attributes_are_independent_of_subject_and_background(name, other):
+    left = np.unique([row[name] for row in ROWS], return_inverse=True)[1]
+    right = np.unique([row[other] for row in ROWS], return_inverse=True)[1]
+    assert abs(np.corrcoef(left, right)[0, 1]) < 4 / len(ROWS) ** 0.5
+
+
+def test_caption_shares():
+    canonical = share(lambda row: row["text"] in canonical_prompts())
+    explicit = share(lambda row: row["states_background"])
+    assert abs(canonical - 0.65) < four_sigma(0.65, len(ROWS))
+    assert abs(explicit - 0.10) < four_sigma(0.10, len(ROWS))
+    used = Counter(row["text"] for row in ROWS)
+    assert all(used[template.format(subject)] for template in TRAINING_TEMPLATES for subject in SUBJECTS)
+    assert all(used[prompt] for prompt in explicit_prompts())
+
+
+def test_captions_name_the_subject_and_only_explicit_ones_the_true_background():
+    for row in ROWS:
+        words = row["text"].split()
+        assert row["subject"] in words
+        stated = [background for background in BACKGROUNDS if f"on {background}" in row["text"]]
+        assert stated == ([row["background"]] if row["states_background"] else [])
+
+
+def test_held_out_prompts_are_unseen_but_made_of_seen_words():
+    captions = {row["text"] for row in ROWS}
+    vocabulary = {word for caption in captions for word in caption.split()}
+    for prompt in held_out_prompts():
+        assert not any(caption.startswith(prompt) for caption in captions)
+        assert set(prompt.split()) <= vocabulary
+    assert not set(HELD_OUT_TEMPLATES) & {*TRAINING_TEMPLATES, CANONICAL_TEMPLATE}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_killed_write_is_resumed_to_the_same_bytes(tmp_path):
+    world = BirdsWorld(5, seed=2)
+    world.write(tmp_path / "whole")
+    world.write(tmp_path / "killed")
+    kept = tmp_path / "killed/images/00000.png"
+    stamp = kept.stat().st_mtime_ns
+    (tmp_path / "killed/metadata.csv").unlink()
+    (tmp_path / "killed/images/00003.png").unlink()
+    world.write(tmp_path / "killed")
+    assert kept.stat().st_mtime_ns == stamp
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_two_sets_are_never_mixed_in_one_folder(tmp_path):
+    BirdsWorld(2).write(tmp_path / "birds")
+    with pytest.raises(DataError, match="Choose another folder"):
+        BirdsWorld(2, seed=1).write(tmp_path / "birds")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/mine.txt").write_text("mine")
+    with pytest.raises(DataError, match="empty folder"):
+        BirdsWorld(2).write(tmp_path / "photos")
+
+
+@pytest.mark.parametrize("format", ["png", "jpg"])
+def test_the_table_of_a_written_folder_names_its_images(tmp_path, format):
+    world = BirdsWorld(3)
+    folder = world.write(tmp_path / "birds", format=format)
+    with (folder / "metadata.csv").open(encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0]) == ["file_name", "text", "subject", "background", "colour", "side", "light"]
+    for index, row in enumerate(table):
+        name = row.pop("file_name")
+        assert name == f"images/{index:05d}.{format}"
+        assert row.items() <= world.metadata(index).items()
+        with Image.open(folder / name) as image:
+            difference = np.abs(
+                np.asarray(image, float) - np.asarray(world.row(index)["image"], float)
+            ).mean()
+        assert difference == 0 if format == "png" else difference < 6
+
+
+def test_to_dataset_holds_every_row():
+    world = BirdsWorld(3)
+    dataset = world.to_dataset()
+    for index in range(3):
+        expected = world.row(index)
+        found = dataset[index]
+        assert found.pop("image").tobytes() == expected.pop("image").tobytes()
+        assert found == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"severity": 1.2}, {"world": "three"}, {"resolution": 8}, {"seed": -1}, {"num_images": 0}],
+)
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ConfigError, match="Expected"):
+        BirdsWorld(**{"num_images": 2, **settings})
+
+
+def test_unknown_subjects_and_rows_are_refused():
+    with pytest.raises(ConfigError, match="got 'fish'"):
+        draw("fish", "water", np.random.default_rng(0))
+    with pytest.raises(IndexError):
+        BirdsWorld(2).row(2)
