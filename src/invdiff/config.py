@@ -103,3 +103,126 @@ def _describe(hint: Any) -> str:
 
 
 MixedPrecision = Literal["auto", "no", "fp16", "bf16"]
+
+
+@dataclass(frozen=True)
+class ArchitectureConfig(Config):
+    """The shape of a small latent diffusion model built from nothing."""
+
+    resolution: int = 64
+    """Side of the square images, in pixels."""
+    latent_channels: int = 4
+    """Channels of the latents."""
+    autoencoder_channels: tuple[int, ...] = (24, 48, 64, 64)
+    """Width of each autoencoder level; each level after the first halves the side."""
+    denoiser_channels: tuple[int, ...] = (64, 128)
+    """Width of each UNet level. The first has no cross-attention, the others do."""
+    denoiser_layers: int = 1
+    """Residual blocks per UNet level."""
+    text_width: int = 64
+    """Width of the text encoder and of the UNet's cross-attention."""
+    text_layers: int = 2
+    """Layers of the text encoder."""
+    vocabulary_size: int = 1024
+    """Most byte-pair tokens to learn from the captions."""
+    max_tokens: int = 16
+    """Longest caption, in tokens, start and end included."""
+
+    def check(self) -> None:
+        """Check ranges."""
+        self.require("denoiser_channels", len(self.denoiser_channels) >= 2, "at least two levels")
+        for name in ("autoencoder_channels", "denoiser_channels"):
+            self.require(name, all(width % 8 == 0 for width in getattr(self, name)), "multiples of 8")
+        factor = 2 ** (len(self.autoencoder_channels) + len(self.denoiser_channels) - 2)
+        self.require("resolution", self.resolution % factor == 0, f"a multiple of {factor}")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(Config):
+    """How a diffusion model is fitted to captioned images: the model whose bias is then studied."""
+
+    steps: int = 12_000
+    """Optimiser steps of the denoiser."""
+    batch_size: int = 128
+    """Images per optimiser step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW; it warms up over 2% of the steps and falls to zero on a cosine."""
+    weight_decay: float = 1e-2
+    """Weight decay of AdamW."""
+    caption_dropout: float = 0.1
+    """Share of captions replaced by the null caption, so that classifier-free guidance works."""
+    ema_decay: float = 0.999
+    """Decay of the moving average of weights that is saved."""
+    max_gradient_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    autoencoder_steps: int = 6_000
+    """Optimiser steps of the autoencoder; from scratch only."""
+    autoencoder_batch_size: int = 64
+    """Images per optimiser step of the autoencoder; from scratch only."""
+    autoencoder_learning_rate: float = 1e-3
+    """Peak learning rate of the autoencoder; from scratch only."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    mixed_precision: MixedPrecision = "auto"
+    """`auto` takes bf16 on a GPU that has it and full precision elsewhere."""
+    half_precision_weights: bool = False
+    """Save the denoiser and the autoencoder in 16 bits. diffusers reads them back in 32."""
+    seed: int = 0
+    """Seed of weights, batches and noise."""
+
+    def check(self) -> None:
+        """Check ranges."""
+        for name in ("steps", "batch_size", "autoencoder_steps", "autoencoder_batch_size", "checkpoint_every"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("learning_rate", "autoencoder_learning_rate", "max_gradient_norm"):
+            self.require(name, getattr(self, name) > 0, "more than 0")
+        for name in ("caption_dropout", "ema_decay"):
+            self.require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Config):
+    """How the guidance module is trained beside the frozen model (the min phase of the game)."""
+
+    mode: Literal["balanced", "invariant"] = "balanced"
+    """`balanced`: the module is told the group and the group is drawn when sampling.
+    `invariant`: the paper's; it never sees the group."""
+    steps: int = 400
+    """Optimiser steps per round."""
+    batch_size: int = 64
+    """Images per optimiser step."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 1e-2
+    """Weight decay of AdamW."""
+    penalty: float = 1.0
+    """lambda, the weight of the invariance penalty: the variance of the group losses."""
+    caption_dropout: float = 0.1
+    """Share of captions replaced by the null caption, so that guidance works under classifier-free guidance."""
+    rounds: int = 1
+    """Rounds of the max-min game. After each but the last, groups are inferred again with the guided model."""
+    width: int = 0
+    """Channels of the gradient estimator; 0 fits it to the denoiser."""
+    ema_decay: float = 0.99
+    """Decay of the moving average of weights that is kept."""
+    loss_momentum: float = 0.95
+    """Decay of the moving means of group losses that the penalty is taken on."""
+    max_gradient_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+    mixed_precision: MixedPrecision = "auto"
+    """`auto` takes bf16 on a GPU that has it and full precision elsewhere."""
+    seed: int = 0
+    """Seed of weights, batches and noise."""
+
+    def check(self) -> None:
+        """Check ranges."""
+        for name in ("steps", "batch_size", "rounds", "checkpoint_every"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("learning_rate", "max_gradient_norm"):
+            self.require(name, getattr(self, name) > 0, "more than 0")
+        for name in ("penalty", "weight_decay", "width"):
+            self.require(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("caption_dropout", "ema_decay", "loss_momentum"):
+            self.require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")

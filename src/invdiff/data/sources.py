@@ -1,0 +1,247 @@
+"""Find the images and the other columns of a folder, parquet files, a hub id or a dataset in memory."""
+
+from __future__ import annotations
+
+import csv
+import json
+import posixpath
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PureWindowsPath
+from typing import Any, TypeAlias
+
+import datasets
+import pyarrow.parquet
+from datasets.exceptions import DatasetsError
+
+from ..errors import DataError
+
+IMAGE_COLUMNS = ("image", "img")
+METADATA_EXAMPLE = "file_name,text\n  0001.png,a photo of a waterbird"
+
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
+
+Source: TypeAlias = str | Path | datasets.Dataset | datasets.DatasetDict
+
+Columns: TypeAlias = tuple[Sequence[Any], list[str], dict[str, list[Any]]]
+"""Where the images lie, their names, and all other columns."""
+
+
+def columns_of(source: Source, image_column: str | None, split: str, limit: int | None) -> Columns:
+    """Open any source that `load_captioned_images` takes, reading no image.
+
+    Raises:
+        DataError: There is no such source, or it has no images where they were expected.
+    """
+    if isinstance(source, datasets.DatasetDict):
+        if split not in source:
+            raise DataError(
+                f"Expected a split named {split!r}, found {listed(list(source))}. Pass split=... ."
+            )
+        source = source[split]
+    if isinstance(source, datasets.Dataset):
+        return _dataset_columns(source, image_column, limit, Path())
+    return _columns_at(source, image_column, split, limit)
+
+
+class _DatasetCells(Sequence[Any]):
+    """The image column of a dataset, one cell at a time; paths are resolved against `root`."""
+
+    def __init__(self, dataset: datasets.Dataset, column: str, root: Path) -> None:
+        self.dataset, self.column, self.root = dataset.select_columns([column]), column, root
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        cell = self.dataset[int(index)][self.column]
+        if isinstance(cell, dict):
+            cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
+        return self.root / cell if isinstance(cell, str) else cell
+
+
+def _columns_at(source: str | Path, image_column: str | None, split: str, limit: int | None) -> Columns:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _dataset_columns(_load_parquet([path], path, "train"), image_column, limit, path.parent)
+    if path.is_dir():
+        for folder in (path, path / split):
+            found = [
+                folder / name for name in ("metadata.csv", "metadata.jsonl") if (folder / name).is_file()
+            ]
+            if len(found) == 2:
+                raise DataError(
+                    f"Expected one metadata file in {folder}, found both .csv and .jsonl. Remove one."
+                )
+            if found:
+                return _folder_columns(found[0], image_column or "file_name", limit)
+        files = sorted(path.rglob("*.parquet"))
+        if not files:
+            raise DataError(
+                f"Expected metadata.csv or metadata.jsonl (or parquet files) in {path}, found neither. "
+                f"Write one there, for example a metadata.csv of\n  {METADATA_EXAMPLE}"
+            )
+        return _dataset_columns(_load_parquet(files, path, split), image_column, limit, path)
+    text = str(source)
+    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or text.endswith(".parquet"):
+        raise DataError(
+            f"Expected a folder or a parquet file at {source}, found nothing there. Check the path."
+        )
+    try:
+        dataset = datasets.load_dataset(text, split=split)
+    except _LOADING_ERRORS as error:
+        raise DataError(
+            f"{source} is neither an existing local path nor a reachable hub dataset with a split {split!r}: "
+            f"{_first_line(error)} Check the spelling, the network and, for a private set, `hf auth login`."
+        ) from error
+    return _dataset_columns(dataset, image_column, limit, Path())
+
+
+def _load_parquet(files: list[Path], source: Path, split: str) -> datasets.Dataset:
+    for file in files:
+        try:
+            pyarrow.parquet.read_metadata(file)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"Expected a parquet file at {file}, found something else ({_first_line(error)}). "
+                "Give a folder with metadata.csv, parquet files or a hub dataset id."
+            ) from error
+    where: dict[str, Any] = {"data_dir": str(source)} if source.is_dir() else {"data_files": str(source)}
+    try:
+        return datasets.load_dataset("parquet", split=split, **where)
+    except _LOADING_ERRORS as error:
+        raise DataError(
+            f"Expected parquet files of one kind with a split {split!r} in {source}: {_first_line(error)}"
+        ) from error
+
+
+def _dataset_columns(
+    dataset: datasets.Dataset, image_column: str | None, limit: int | None, root: Path
+) -> Columns:
+    dataset = dataset.with_format(None)
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    features = dataset.features
+    of_images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    candidates = (*IMAGE_COLUMNS, *(of_images if len(of_images) == 1 else ()))
+    column = find_column(image_column, candidates, list(features), "image_column", "the dataset")
+    if column in of_images:
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+
+    others: dict[str, list[Any]] = {}
+    for name, feature in features.items():
+        if name == column or not isinstance(feature, datasets.Value | datasets.ClassLabel):
+            continue  # lists, embeddings and further images are not attributes
+        values = list(dataset[name])
+        if isinstance(feature, datasets.ClassLabel):
+            values = [None if value is None or value < 0 else feature.int2str(value) for value in values]
+        others[name] = values
+    names = [f"row {row}" for row in range(len(dataset))]
+    if getattr(features[column], "dtype", None) in ("string", "large_string"):
+        names = [name if path is None else path for name, path in zip(names, dataset[column], strict=True)]
+        _check_unique(names, "the dataset")
+    return _DatasetCells(dataset, column, root), names, others
+
+
+def _folder_columns(metadata: Path, name_column: str, limit: int | None) -> Columns:
+    try:
+        with metadata.open(encoding="utf-8-sig", newline="") as file:
+            header, rows = (_read_csv if metadata.suffix == ".csv" else _read_jsonl)(file, metadata, limit)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"Expected UTF-8 {metadata.suffix[1:]} in {metadata}, found something else ({error})."
+        ) from error
+    if not rows:
+        raise DataError(f"Expected captioned images in {metadata}, found no rows.")
+    if name_column not in header:
+        raise DataError(
+            f"Expected a column {name_column} in {metadata}, found {listed(header)}. "
+            f"Name the column of relative image paths so, for example\n  {METADATA_EXAMPLE}"
+        )
+    names = [_relative_name(row.get(name_column), number, metadata) for number, row in enumerate(rows, 1)]
+    _check_unique(names, str(metadata))
+    others = {name: [row.get(name) for row in rows] for name in header if name != name_column}
+    return [metadata.parent / name for name in names], names, others
+
+
+def _read_csv(
+    file: Iterable[str], metadata: Path, limit: int | None
+) -> tuple[list[str], list[dict[str, Any]]]:
+    reader = csv.DictReader(file)
+    rows: list[dict[str, Any]] = []
+    for row in reader:
+        if None in row:
+            raise DataError(
+                f"Expected {len(reader.fieldnames or ())} cells in line {reader.line_num} of {metadata}, "
+                "found more. "
+                'Put a caption that holds a comma in double quotes: "a dog, sitting".'
+            )
+        rows.append(row)
+        if len(rows) == limit:
+            break
+    return list(reader.fieldnames or ()), rows
+
+
+def _read_jsonl(
+    file: Iterable[str], metadata: Path, limit: int | None
+) -> tuple[list[str], list[dict[str, Any]]]:
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"Expected JSON in line {number} of {metadata}, found {line[:60]!r}.") from error
+        if not isinstance(row, dict):
+            raise DataError(f"Expected a JSON object in line {number} of {metadata}, found {line[:60]!r}.")
+        rows.append(row)
+        if len(rows) == limit:
+            break
+    return list(dict.fromkeys(name for row in rows for name in row)), rows
+
+
+def _relative_name(value: Any, number: int, metadata: Path) -> str:
+    if not isinstance(value, str) or not value:
+        raise DataError(f"Expected a file name in row {number} of {metadata}, found {value!r}.")
+    name = posixpath.normpath(value.replace("\\", "/"))
+    if name == ".." or name.startswith(("../", "/")) or PureWindowsPath(name).drive:
+        raise DataError(
+            f"Expected file names inside {metadata.parent}, found {value!r} in row {number} of {metadata}. "
+            "Move the image into the folder and give its path relative to it."
+        )
+    return name
+
+
+def _check_unique(names: list[str], where: str) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"Expected each image once in {where}, found {len(twice)} named more than once: {listed(twice)}. "
+            "Remove the extra rows."
+        )
+
+
+def find_column(
+    wanted: str | None, candidates: Sequence[str], found: list[str], argument: str, where: str
+) -> str:
+    """Return the wanted column or the first candidate there is; raise `DataError` if there is none."""
+    names = candidates if wanted is None else (wanted,)
+    for name in names:
+        if name in found:
+            return name
+    kind = argument.removesuffix("_column")
+    raise DataError(
+        f"Expected a column of {kind}s named {' or '.join(names)} in {where}, found {listed(found)}. "
+        f"Rename it or pass {argument}=... ."
+    )
+
+
+def listed(values: Sequence[str], most: int = 5) -> str:
+    """Join the first few values for a message."""
+    shown = ", ".join(map(str, values[:most])) or "nothing"
+    return f"{shown} and {len(values) - most} more" if len(values) > most else shown
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,66 @@
+"""Read a denoiser's inner activations while it runs, without changing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ModelError
+
+
+def feature_block(denoiser: nn.Module, path: str) -> nn.Module:
+    """Return the sub-module of `denoiser` at a dotted path such as `"mid_block"` or `"down_blocks.1"`.
+
+    Raises:
+        ModelError: There is none.
+    """
+    try:
+        block = denoiser.get_submodule(path)
+    except AttributeError as error:
+        raise ModelError(
+            f"Expected {type(denoiser).__name__} to have a block named {path!r}, found none; "
+            f"its blocks are {', '.join(name for name, _ in denoiser.named_children())}."
+        ) from error
+    return block
+
+
+class FeatureCapture:
+    """Record the output of one block of a denoiser at each forward.
+
+    The output is kept by reference until the denoiser returns, or passed through `project` at once, before
+    anything later in the forward pass (FreeU, adapters) may overwrite it in place.
+    """
+
+    def __init__(
+        self, denoiser: nn.Module, path: str, project: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+    ) -> None:
+        self._value: torch.Tensor | None = None
+        self._project = project
+        self._path = path
+        self._handle = feature_block(denoiser, path).register_forward_hook(self._record)
+
+    def _record(self, block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        hidden_states = output[0] if isinstance(output, tuple) else output
+        self._value = self._project(hidden_states)
+
+    def take(self) -> torch.Tensor:
+        """Return the activations of the last forward, once.
+
+        Raises:
+            ModelError: The block did not run since the last call.
+        """
+        if self._value is None:
+            raise ModelError(
+                f"The denoiser ran without its block {self._path!r}, so there are no features to guide with. "
+                "A caching or layer-skipping wrapper may bypass it: disable it while the module is attached."
+            )
+        value, self._value = self._value, None
+        return value
+
+    def close(self) -> None:
+        """Stop recording."""
+        self._handle.remove()
+        self._value = None

@@ -1,0 +1,233 @@
+"""The guidance module: an invariant prompt encoder Phi and a gradient estimator G_psi.
+
+InvDiff (Hou et al., KDD 2025, arXiv 2412.08480) adds a learned stand-in for grad_z log p(Phi(y) | z_t) to a
+frozen denoiser's output. Here that stand-in is a small convolutional network that reads what the denoiser
+has already computed, its prediction and its middle features, instead of a second copy of the denoiser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import nn
+
+from ..diffusion import NoiseSchedule
+from ..errors import ModelError
+from ..pipelines import denoiser_of
+from .features import feature_block
+
+
+class InvariantEncoder(nn.Module):
+    """Phi: a prompt's embeddings to one code that keeps what the prompt asks for.
+
+    Attention pooling with learned queries, so that it takes any number of tokens.
+    """
+
+    def __init__(self, prompt_dim: int, code_dim: int, num_queries: int = 4) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(prompt_dim)
+        self.key = nn.Linear(prompt_dim, code_dim, bias=False)
+        self.value = nn.Linear(prompt_dim, code_dim)
+        self.queries = nn.Parameter(torch.randn(num_queries, code_dim) / code_dim**0.5)
+        self.out = nn.Sequential(nn.SiLU(), nn.Linear(num_queries * code_dim, code_dim))
+
+    def forward(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        """Map (batch, tokens, prompt_dim) to (batch, code_dim)."""
+        tokens = self.norm(prompt_embeds)
+        queries = self.queries.expand(len(tokens), -1, -1)
+        pooled = F.scaled_dot_product_attention(queries, self.key(tokens), self.value(tokens))
+        return self.out(pooled.flatten(1))
+
+
+class ModulatedBlock(nn.Module):
+    """A residual block of two convolutions, scaled and shifted by a condition vector (FiLM)."""
+
+    def __init__(self, channels: int, condition_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(8, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.modulation = nn.Linear(condition_dim, 2 * channels)
+
+    def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """Map (batch, channels, height, width) under condition (batch, condition_dim)."""
+        scale, shift = self.modulation(condition)[:, :, None, None].chunk(2, dim=1)
+        hidden = self.conv1(F.silu(self.norm1(hidden_states)))
+        hidden = self.norm2(hidden) * (1 + scale) + shift
+        return hidden_states + self.conv2(F.silu(hidden))
+
+
+class GuidanceModule(ModelMixin, ConfigMixin):
+    """Phi and G_psi, trained beside a frozen denoiser and saved like any diffusers model.
+
+    Use `GuidanceModule.for_pipeline` to make one that fits a pipeline. The output layer starts at zero, so an
+    untrained module leaves the model's output bit-identical.
+
+    Args:
+        latent_channels: Channels of the denoiser's prediction.
+        prompt_dim: Width of the prompt embeddings.
+        feature_channels: Channels of the block whose output is read.
+        feature_path: Dotted path of that block in the denoiser.
+        num_groups: Groups (environments) of each hidden factor.
+        mode: `"balanced"` takes the group as an input, `"invariant"` does not.
+        width: Channels at the full latent resolution; twice that at half of it.
+        denoiser_class: Class name of the denoiser it was made for.
+        prediction_type: What that denoiser predicts.
+        weight_signature: A few of that denoiser's weights, to tell it from others.
+        base_model: Name or folder of the pipeline, for people.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        latent_channels: int = 4,
+        prompt_dim: int = 768,
+        feature_channels: int = 1280,
+        feature_path: str = "mid_block",
+        num_groups: Sequence[int] = (2,),
+        mode: str = "balanced",
+        width: int = 32,
+        denoiser_class: str = "UNet2DConditionModel",
+        prediction_type: str = "epsilon",
+        weight_signature: Sequence[float] = (),
+        base_model: str = "",
+    ) -> None:
+        super().__init__()
+        condition_dim = 4 * width
+        self.encoder = InvariantEncoder(prompt_dim, condition_dim)
+        self.time = nn.Sequential(
+            nn.Linear(2 * width, condition_dim), nn.SiLU(), nn.Linear(condition_dim, condition_dim)
+        )
+        factors = num_groups if mode == "balanced" else ()
+        self.environments = nn.ModuleList(nn.Embedding(groups, condition_dim) for groups in factors)
+        self.condition = nn.Sequential(nn.SiLU(), nn.Linear(condition_dim, condition_dim), nn.SiLU())
+
+        self.conv_in = nn.Conv2d(2 * latent_channels, width, 3, padding=1)
+        self.block_in = ModulatedBlock(width, condition_dim)
+        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.features = nn.Sequential(
+            nn.GroupNorm(1, feature_channels), nn.Conv2d(feature_channels, 2 * width, 1)
+        )
+        self.block_low = ModulatedBlock(2 * width, condition_dim)
+        self.up = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.block_out = ModulatedBlock(width, condition_dim)
+        self.conv_out = nn.Conv2d(width, latent_channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    @classmethod
+    def for_pipeline(
+        cls,
+        pipe: Any,
+        *,
+        num_groups: int | Sequence[int] = 2,
+        mode: str = "balanced",
+        width: int = 0,
+        seed: int = 0,
+    ) -> GuidanceModule:
+        """Return an untrained module that fits `pipe`'s denoiser and has no effect yet.
+
+        Args:
+            pipe: A diffusers pipeline with a UNet conditioned on a prompt.
+            num_groups: Groups of the hidden factor, or of each of several.
+            mode: `"balanced"` or `"invariant"`.
+            width: Channels of the gradient estimator; 0 takes half of the UNet's first level.
+            seed: Seed of the initial weights.
+
+        Raises:
+            ModelError: The denoiser is of a family that is not supported.
+        """
+        denoiser = denoiser_of(pipe)
+        config = denoiser.config
+        if type(denoiser).__name__ != "UNet2DConditionModel":
+            raise ModelError(
+                f"Expected a pipeline whose denoiser is a UNet2DConditionModel, got {type(denoiser).__name__}."
+            )
+        feature_block(denoiser, "mid_block")
+        widths = tuple(config["block_out_channels"])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = cls(
+                latent_channels=config["out_channels"],
+                prompt_dim=config["cross_attention_dim"],
+                feature_channels=widths[-1],
+                num_groups=(num_groups,) if isinstance(num_groups, int) else tuple(num_groups),
+                mode=mode,
+                width=width or max(32, widths[0] // 2),
+                denoiser_class=type(denoiser).__name__,
+                prediction_type=NoiseSchedule(pipe.scheduler).prediction_type,
+                weight_signature=weight_signature(denoiser),
+                base_model=str(getattr(pipe, "name_or_path", "") or ""),
+            )
+        return module.eval()
+
+    @property
+    def num_groups(self) -> tuple[int, ...]:
+        """Groups of each hidden factor."""
+        return tuple(self.config["num_groups"])
+
+    @property
+    def sees_environment(self) -> bool:
+        """Whether the group is an input (`balanced`) or not (`invariant`)."""
+        return len(self.environments) > 0
+
+    def forward(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        model_pred: torch.Tensor,
+        features: torch.Tensor,
+        environments: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return g_psi, the shift of the denoiser's output.
+
+        Args:
+            noisy_latents: z_t, (batch, channels, height, width); channels beyond the latents' are ignored.
+            timesteps: (batch,), integer or fractional.
+            prompt_embeds: (batch, tokens, prompt_dim).
+            model_pred: The frozen denoiser's output f(z_t, t, y), (batch, channels, height, width).
+            features: Output of the block at `feature_path`, (batch, feature_channels, height', width').
+            environments: Group of each factor, (batch, factors), integers; only in `balanced` mode.
+
+        Returns:
+            (batch, channels, height, width), to be added to `model_pred` with weight Delta.
+        """
+        width, channels = self.config["width"], self.config["latent_channels"]
+        time = get_timestep_embedding(timesteps, 2 * width).to(model_pred.dtype)
+        condition = self.time(time) + self.encoder(prompt_embeds)
+        if self.sees_environment:
+            if environments is None:
+                raise ModelError("Expected the environments of each image in balanced mode, got none.")
+            for factor, embedding in enumerate(self.environments):
+                condition = condition + embedding(environments[:, factor])
+        condition = self.condition(condition)
+
+        full = self.conv_in(torch.cat([noisy_latents[:, :channels], model_pred], dim=1))
+        full = self.block_in(full, condition)
+        low = self.down(F.silu(full))
+        low = low + F.interpolate(self.features(features), size=low.shape[-2:], mode="nearest")
+        low = self.block_low(low, condition)
+        full = full + F.interpolate(self.up(low), size=full.shape[-2:], mode="nearest")
+        full = self.block_out(full, condition)
+        return self.conv_out(F.silu(full))
+
+
+def weight_signature(denoiser: nn.Module, size: int = 32) -> tuple[float, ...]:
+    """Return a few weights of a denoiser, the same whatever its precision and whether LoRAs are loaded."""
+    weights = {
+        name.replace(".base_layer", ""): value
+        for name, value in denoiser.named_parameters()
+        if "lora_" not in name and value.ndim > 1
+    }
+    names = sorted(weights)
+    chosen = [names[i * len(names) // size] for i in range(size)] if names else []
+    return tuple(weights[name].detach().flatten()[weights[name].numel() // 2].float().item() for name in chosen)

@@ -1,0 +1,104 @@
+"""Load a diffusers pipeline and find the parts that invdiff works with."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from packaging.version import Version
+
+from .errors import ModelError
+
+_DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+
+
+def default_device() -> torch.device:
+    """Return the best device of this machine: cuda, mps or cpu, in this order."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def load_pipeline(
+    name_or_folder: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> DiffusionPipeline:
+    """Load a text-to-image pipeline, ready to run: progress bars off, safety checker off.
+
+    The safety checker replaces what it refuses by black images, which would pass for images in a comparison.
+
+    Args:
+        name_or_folder: A folder that `save_pretrained` wrote, or a hub id such as "org/name".
+        device: Where to put the pipeline; `default_device()` unless given.
+        dtype: The type of the weights; float32 unless given.
+
+    Raises:
+        ModelError: There is no diffusers pipeline at `name_or_folder`.
+    """
+    source = str(name_or_folder)
+    path = Path(source).expanduser()
+    if path.is_file():
+        raise ModelError(
+            f"Expected a diffusers pipeline folder or a hub id, got the single file {source}. Convert it: "
+            f"StableDiffusionPipeline.from_single_file({source!r}).save_pretrained('my-model')."
+        )
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise ModelError(
+                f"Expected a diffusers pipeline in {source}, found no model_index.json there. Give the "
+                "folder that pipeline.save_pretrained wrote (not that of one component or of a LoRA)."
+            )
+        source = str(path)
+    try:
+        with warnings.catch_warnings():  # diffusers passes huggingface_hub an argument it no longer has
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+            index = DiffusionPipeline.load_config(source)
+        pipe = DiffusionPipeline.from_pretrained(
+            source, **{_DTYPE: dtype or torch.float32}, **_parts_to_leave_out(index)
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        where = (
+            "a whole diffusers pipeline" if path.is_dir() else "an existing folder or a reachable hub model"
+        )
+        raise ModelError(
+            f"Expected {where} at {source}, could not load it: {_first_line(error)} "
+            "Check the spelling, the network and, for a gated model, that you are logged in (hf auth login)."
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device or default_device())
+
+
+def denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:
+    """Return the frozen network that invdiff guides: `pipe.unet` or `pipe.transformer`.
+
+    Raises:
+        ModelError: The pipeline has neither.
+    """
+    for name in ("unet", "transformer"):
+        denoiser = getattr(pipe, name, None)
+        if denoiser is not None:
+            return denoiser
+    raise ModelError(
+        f"Expected a pipeline with a unet or a transformer, got a {type(pipe).__name__} with neither. "
+        "Use a text-to-image diffusion pipeline."
+    )
+
+
+def _parts_to_leave_out(index: dict[str, Any]) -> dict[str, Any]:
+    # A part saved as None must be passed as None again, or from_pretrained looks for it.
+    parts: dict[str, Any] = {name: None for name, value in index.items() if value == [None, None]}
+    if "safety_checker" in index:
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+    return parts
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,96 @@
+"""Checkpoints of a training run: safetensors and JSON, written atomically, resumed exactly.
+
+Batches, noise and timesteps are derived from (seed, step), so a checkpoint needs no random state.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError, DataError
+from ..files import read_json, read_tensors, write_json, write_tensors
+
+_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass
+class TrainingState:
+    """What changes while training: model, optimizer, averaged weights, and small running figures."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: nn.Module
+    running: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return every tensor of the state under one flat name each."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in slots.items()}
+        return tensors
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put back what `tensors` returned."""
+
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+
+        self.model.load_state_dict(part("model."))
+        self.average.load_state_dict(part("average."))
+        slots: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in part("optimizer.").items():
+            index, slot = name.split(".", 1)
+            slots.setdefault(int(index), {})[slot] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+
+
+def save_checkpoint(folder: Path, step: int, state: TrainingState, settings: dict[str, Any]) -> None:
+    """Write the state after `step` steps below `folder` and drop the checkpoint before it."""
+    target = folder / f"step-{step}"
+    write_tensors(target / "state.safetensors", state.tensors())
+    # Written last: a checkpoint without it was cut short and is not read.
+    write_json(target / "checkpoint.json", {"step": step, "running": state.running, "settings": settings})
+    for other in folder.glob("step-*"):
+        if other != target:
+            shutil.rmtree(other)
+
+
+def load_checkpoint(folder: Path, state: TrainingState, settings: dict[str, Any]) -> int:
+    """Restore the newest whole checkpoint below `folder` and return its step, 0 where there is none.
+
+    Raises:
+        ConfigError: The checkpoint was made with other settings.
+        DataError: The checkpoint is damaged.
+    """
+    found = [
+        (int(match[1]), path)
+        for path in folder.glob("step-*")
+        if (match := _NAME.fullmatch(path.name)) and (path / "checkpoint.json").is_file()
+    ]
+    if not found:
+        return 0
+    step, newest = max(found)
+    saved = read_json(newest / "checkpoint.json")
+    if saved["settings"] != settings:
+        names = sorted(set(saved["settings"]) | set(settings))
+        changed = [name for name in names if saved["settings"].get(name) != settings.get(name)]
+        raise ConfigError(
+            f"Expected to resume {folder} with the settings it was started with, found others: "
+            + "; ".join(f"{n} was {saved['settings'].get(n)!r}, now {settings.get(n)!r}" for n in changed)
+            + ". Use the same settings, or another output folder, or delete this one to start afresh."
+        )
+    try:
+        state.load(read_tensors(newest / "state.safetensors"))
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise DataError(f"The checkpoint {newest} is damaged ({error}). Delete it and run again.") from error
+    state.running = saved["running"]
+    return step

@@ -1,0 +1,373 @@
+import csv
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from PIL import Image
+
+from conftest import CAPTIONS, make_tiny_pipeline, write_tiny_folder
+from invdiff import files
+from invdiff.data import encode as encode_module
+from invdiff.data.captioned import CaptionedImages, load_captioned_images
+from invdiff.data.encode import EncodedImages, ShardedTensor, encode, model_fingerprint, to_pixels
+from invdiff.errors import ConfigError, DataError, ModelError
+from invdiff.files import write_tensors
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode_module, "SHARD_SIZE", 5)
+
+
+@pytest.fixture
+def data(tiny_folder: Path) -> CaptionedImages:
+    return load_captioned_images(tiny_folder)
+
+
+def run(
+    pipe: StableDiffusionPipeline, data: CaptionedImages, cache: Path, **options: object
+) -> EncodedImages:
+    return encode(pipe, data, cache, batch_size=2, progress=False, **options)
+
+
+def contents(cache: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(cache)): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+
+
+def with_broken(tmp_path: Path, *broken: int, num_images: int = 12, **options: object) -> CaptionedImages:
+    folder = write_tiny_folder(tmp_path / "images", num_images)
+    for row in broken:
+        (folder / f"{row:02d}.png").write_bytes(b"")
+    return load_captioned_images(folder, **options)
+
+
+# what is encoded
+
+
+def test_latents_are_the_scaled_mode_of_each_image(
+    tiny_pipe: StableDiffusionPipeline, data: CaptionedImages, tmp_path: Path
+) -> None:
+    encoded = run(tiny_pipe, data, tmp_path)
+    assert len(encoded) == 12
+    assert encoded.latents.shape == (12, 4, 8, 8)
+    with torch.no_grad():
+        moments = tiny_pipe.vae.encode(to_pixels(data.image(7), 32)[None]).latent_dist
+    torch.testing.assert_close(encoded.latents[[7]], moments.mode() * tiny_pipe.vae.config.scaling_factor)
+    assert encoded.latents[[7]].dtype == torch.float32
+
+
+def test_a_shift_factor_is_taken_off_before_scaling(
+    tiny_pipe: StableDiffusionPipeline, data: CaptionedImages, tmp_path: Path
+) -> None:
+    plain = run(tiny_pipe, data, tmp_path / "plain").latents[:]
+    tiny_pipe.vae.register_to_config(shift_factor=0.5, scaling_factor=2.0)
+    shifted = run(tiny_pipe, data, tmp_path / "shifted").latents[:]
+    torch.testing.assert_close(shifted, (plain / 0.18215 - 0.5) * 2.0)
+
+
+def test_a_tiny_autoencoder_works_too(data: CaptionedImages, tmp_path: Path) -> None:
+    pipe = make_tiny_pipeline()
+    pipe.vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+    )
+    encoded = run(pipe, data, tmp_path)
+    with torch.no_grad():
+        expected = pipe.vae.encode(to_pixels(data.image(3), 32)[None]).latents
+    torch.testing.assert_close(encoded.latents[[3]], expected)
+
+
+def test_each_caption_is_encoded_once_and_the_empty_one_beside(
+    tiny_pipe: StableDiffusionPipeline, data: CaptionedImages, tmp_path: Path
+) -> None:
+    encoded = run(tiny_pipe, data, tmp_path)
+    assert encoded.captions == list(CAPTIONS)
+    assert encoded.caption_ids.tolist() == [0, 1] * 6
+    assert encoded.prompt_embeds.shape == (2, 16, 16)
+    prompts = tiny_pipe.encode_prompt([*CAPTIONS, ""], "cpu", 1, False)[0].detach()
+    torch.testing.assert_close(encoded.prompt_embeds, prompts[:2])
+    torch.testing.assert_close(encoded.null_embeds, prompts[2])
+
+
+def test_many_captions_spread_over_shards_keep_their_order(
+    tiny_pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    folder = write_tiny_folder(tmp_path / "images")
+    captions = [f"a photo of bird {row % 11}" for row in range(12)]
+    rows = "".join(f"{row:02d}.png,{caption}\n" for row, caption in enumerate(captions))
+    (folder / "metadata.csv").write_text("file_name,text\n" + rows)
+    encoded = run(tiny_pipe, load_captioned_images(folder), tmp_path / "cache")
+    assert [encoded.captions[i] for i in encoded.caption_ids] == captions
+    expected = tiny_pipe.encode_prompt(encoded.captions, "cpu", 1, False)[0].detach()
+    torch.testing.assert_close(encoded.prompt_embeds, expected)
+
+
+@pytest.mark.parametrize("size", [(60, 20), (20, 60), (20, 20)])
+def test_the_shortest_side_is_resized_and_the_centre_cut(size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    half = image.resize((size[0] // 2, size[1] // 2), Image.Resampling.LANCZOS)
+    left, top = (half.width - 10) // 2, (half.height - 10) // 2
+    expected = np.asarray(half.crop((left, top, left + 10, top + 10)), dtype=np.float32) / 127.5 - 1
+    torch.testing.assert_close(to_pixels(image, 10), torch.from_numpy(expected).permute(2, 0, 1))
+
+
+def test_a_half_precision_autoencoder_gives_float32_latents(
+    tiny_pipe: StableDiffusionPipeline, data: CaptionedImages, tmp_path: Path
+) -> None:
+    full = run(tiny_pipe, data, tmp_path / "full")
+    half = run(tiny_pipe.to(torch.bfloat16), data, tmp_path / "half")
+    assert half.latents[[0]].dtype == torch.float32
+    assert half.prompt_embeds.dtype == torch.bfloat16
+    torch.testing.assert_close(half.latents[:], full.latents[:], atol=0.02, rtol=0.05)
+
+
+def test_resolution_is_the_models_own_or_the_one_given(
+    tiny_pipe: StableDiffusionPipeline, data: CaptionedImages, tmp_path: Path
+) -> None:
+    assert run(tiny_pipe, data, tmp_path, resolution=16).latents.shape == (12, 4, 4, 4)
+    assert run(tiny_pipe, data, tmp_path).latents.shape == (12, 4, 8, 8)
+    for wrong in (30, 0, -4):
+        with pytest.raises(ConfigError, match=f"multiple of 4, got {wrong}"):
+            run(tiny_pipe, data, tmp_path, resolution=wrong)
+
+
+def test_a_pipeline_without_prompt_encoder_is_refused(data: CaptionedImages, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="got a object"):
+        run(object(), data, tmp_path)
+
+
+# the cache
+
+
+def test_a_second_run_encodes_nothing(
+    tiny_pipe: StableDiffusionPipeline, data: CaptionedImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(tiny_pipe, data, tmp_path)
+    before = contents(tmp_path)
+    monkeypatch.setattr(encode_module, "write_tensors", lambda *_, **__: pytest.fail("wrote again"))
+    second = run(tiny_pipe, data, tmp_path)
+    assert contents(tmp_path) == before
+    assert torch.equal(first.latents[:], second.latents[:])
+    assert torch.equal(first.prompt_embeds, second.prompt_embeds)
+
+
+@pytest.mark.parametrize("num_written", range(4))
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    tiny_pipe: StableDiffusionPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_written: int,
+) -> None:
+    data = with_broken(tmp_path, 6, max_unreadable=0.5)
+    run(tiny_pipe, data, tmp_path / "whole")
+    written: list[Path] = []
+
+    def write(path: Path, *arguments: object, **options: object) -> None:
+        if len(written) == num_written:
+            raise KeyboardInterrupt
+        write_tensors(path, *arguments, **options)
+        written.append(path)
+
+    monkeypatch.setattr(encode_module, "write_tensors", write)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_pipe, data, tmp_path / "killed")
+    assert len(contents(tmp_path / "killed")) == num_written
+    finished = {path: path.stat().st_mtime_ns for path in written}
+
+    monkeypatch.setattr(encode_module, "write_tensors", write_tensors)
+    run(tiny_pipe, data, tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert {path: path.stat().st_mtime_ns for path in written} == finished
+
+
+def test_a_full_disk_keeps_the_finished_shards(
+    tiny_pipe: StableDiffusionPipeline, data: CaptionedImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, saved = files.save_file, []
+
+    def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        if len(saved) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path, metadata=metadata)
+        saved.append(path)
+
+    monkeypatch.setattr(files, "save_file", save_file)
+    with pytest.raises(DataError, match=r"latents-00002.*No space left on device.*finished work is kept"):
+        run(tiny_pipe, data, tmp_path)
+    assert sorted(Path(path).name for path in contents(tmp_path)) == [
+        "latents-00000.safetensors",
+        "latents-00001.safetensors",
+    ]
+
+
+def test_attributes_change_no_byte(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    folder = write_tiny_folder(tmp_path / "images")
+    run(tiny_pipe, load_captioned_images(folder), tmp_path / "before")
+    with (folder / "metadata.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    shuffled = np.random.default_rng(1).permutation([row["background"] for row in rows])
+    assert list(shuffled) != [row["background"] for row in rows]
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["background", "text", "file_name"])
+        writer.writeheader()
+        writer.writerows({**row, "background": value} for row, value in zip(rows, shuffled, strict=True))
+    run(tiny_pipe, load_captioned_images(folder), tmp_path / "after")
+    assert contents(tmp_path / "after") == contents(tmp_path / "before")
+
+
+def test_damaged_shards_are_named(
+    tiny_pipe: StableDiffusionPipeline, data: CaptionedImages, tmp_path: Path
+) -> None:
+    run(tiny_pipe, data, tmp_path)
+    next(tmp_path.rglob("latents-00001.safetensors")).write_bytes(b"x" * 100)
+    with pytest.raises(DataError, match=r"latents-00001\.safetensors, found something else"):
+        run(tiny_pipe, data, tmp_path)
+
+
+# images that cannot be read
+
+
+def test_unreadable_images_are_skipped_and_listed(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    data = with_broken(tmp_path, 0, 6, max_unreadable=0.2)
+    encoded = run(tiny_pipe, data, tmp_path / "cache")
+    rows = [1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
+    assert encoded.source_index.tolist() == rows
+    assert encoded.names == [f"{row:02d}.png" for row in rows]
+    assert [encoded.captions[i] for i in encoded.caption_ids] == [data.captions[row] for row in rows]
+    assert encoded.skipped == [("00.png", "the file is empty"), ("06.png", "the file is empty")]
+    index = json.loads(next((tmp_path / "cache").rglob("index.json")).read_text())
+    assert index["skipped"][1] == {"name": "06.png", "reason": "the file is empty"}
+    assert index["num_images"] == 10
+    good = run(tiny_pipe, data.select(rows), tmp_path / "good")
+    torch.testing.assert_close(encoded.latents[:], good.latents[:])
+
+
+def test_a_shard_without_one_readable_image_is_passed_over(
+    tiny_pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    data = with_broken(tmp_path, 0, 1, 2, 3, 4, max_unreadable=0.9)
+    encoded = run(tiny_pipe, data, tmp_path / "cache")
+    assert encoded.source_index.tolist() == [5, 6, 7, 8, 9, 10, 11]
+    assert encoded.latents[[0, 6]].shape == (2, 4, 8, 8)
+
+
+def test_too_many_unreadable_images_are_refused(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    data = with_broken(tmp_path, 1, 6)
+    with pytest.raises(
+        DataError, match=r"at most 1\.0% of 12 .* 1 \(8\.3%\) .*: 01\.png \(the file is empty\)"
+    ):
+        run(tiny_pipe, data, tmp_path / "cache")
+
+
+def test_no_readable_image_is_refused_at_any_tolerance(
+    tiny_pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    data = with_broken(tmp_path, 0, 1, num_images=2, max_unreadable=1.0)
+    with pytest.raises(DataError, match=r"2 \(100\.0%\)"):
+        run(tiny_pipe, data, tmp_path / "cache")
+
+
+# fingerprints
+
+
+def test_models_that_encode_differently_have_different_fingerprints(
+    tiny_pipe: StableDiffusionPipeline, tiny_pipe_dir: Path, tmp_path: Path
+) -> None:
+    first = model_fingerprint(tiny_pipe)
+    shutil.copytree(tiny_pipe_dir, tmp_path / "copy")
+    copy = StableDiffusionPipeline.from_pretrained(tmp_path / "copy")
+    assert model_fingerprint(copy) == first
+    with torch.no_grad():
+        next(copy.unet.parameters()).add_(1)
+    assert model_fingerprint(copy) == first
+    seen = {first}
+    for parameter in (next(copy.text_encoder.parameters()), next(copy.vae.parameters())):
+        with torch.no_grad():
+            parameter.flatten()[-1] += 0.25
+        seen.add(model_fingerprint(copy))
+    copy.vae.register_to_config(scaling_factor=0.5)
+    seen.add(model_fingerprint(copy))
+    copy.tokenizer.add_tokens(["newword"])
+    seen.add(model_fingerprint(copy))
+    assert len(seen) == 5
+
+
+def test_different_models_and_data_do_not_meet_in_one_cache(
+    tiny_pipe: StableDiffusionPipeline, data: CaptionedImages, tmp_path: Path
+) -> None:
+    one = run(tiny_pipe, data, tmp_path)
+    other = run(make_tiny_pipeline(seed=1), data, tmp_path)
+    part = run(tiny_pipe, data.select([3, 4]), tmp_path)
+    assert one.model_fingerprint != other.model_fingerprint
+    assert one.data_fingerprint != part.data_fingerprint
+    assert not torch.equal(one.latents[:], other.latents[:])
+    torch.testing.assert_close(part.latents[:], one.latents[[3, 4]])
+
+
+def test_offloaded_weights_are_refused(tiny_pipe: StableDiffusionPipeline) -> None:
+    tiny_pipe.vae.to("meta")
+    with pytest.raises(ModelError, match="weights of vae in memory"):
+        model_fingerprint(tiny_pipe)
+
+
+# ShardedTensor
+
+
+@pytest.fixture
+def whole_and_sharded(tmp_path: Path) -> tuple[torch.Tensor, ShardedTensor]:
+    whole = torch.arange(20.0).reshape(10, 2)
+    lengths = [4, 1, 5]
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for path, part in zip(paths, whole.split(lengths), strict=True):
+        write_tensors(path, {"x": part})
+    return whole, ShardedTensor(paths, "x", lengths)
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [
+        [9, 0, 4, 4, 3],
+        [],
+        [-1, -10],
+        slice(None),
+        slice(2, 9, 3),
+        4,
+        torch.tensor([[5, 1], [0, 9]]),
+        range(3, 6),
+    ],
+)
+def test_a_sharded_tensor_indexes_like_a_tensor(
+    whole_and_sharded: tuple[torch.Tensor, ShardedTensor], indices: object
+) -> None:
+    whole, sharded = whole_and_sharded
+    expected = whole[list(indices) if isinstance(indices, range) else indices]
+    assert torch.equal(sharded[indices], expected)
+    assert sharded.shape == whole.shape
+    assert len(sharded) == len(whole)
+
+
+def test_rows_that_do_not_exist_are_refused(whole_and_sharded: tuple[torch.Tensor, ShardedTensor]) -> None:
+    sharded = whole_and_sharded[1]
+    for wrong in ([0, 10], [-11], 10):
+        with pytest.raises(IndexError, match="rows below 10"):
+            sharded[wrong]
+    with pytest.raises(TypeError, match="got a mask"):
+        sharded[torch.ones(10, dtype=torch.bool)]
+
+
+def test_a_sharded_tensor_reads_only_the_files_it_needs(
+    whole_and_sharded: tuple[torch.Tensor, ShardedTensor], tmp_path: Path
+) -> None:
+    whole, sharded = whole_and_sharded
+    (tmp_path / "1.safetensors").unlink()
+    assert torch.equal(sharded[[9, 0]], whole[[9, 0]])
+    with pytest.raises(DataError, match="found none"):
+        sharded[[4]]
