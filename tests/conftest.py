@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from invdiff.guidance.module import GuidanceModule
 from invdiff.pipelines import load_pipeline
 
 torch.set_num_threads(1)
@@ -97,6 +98,16 @@ def make_tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def make_guidance_module(pipe: StableDiffusionPipeline, **options: object) -> GuidanceModule:
+    """A module for `pipe` that looks trained: its effect is not zero."""
+    module = GuidanceModule.for_pipeline(pipe, **options)
+    numbers = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.conv_out.parameters():
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=numbers))
+    return module
 
 
 def write_tiny_folder(folder: Path, num_images: int = 12) -> Path:

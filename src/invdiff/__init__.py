@@ -1,1 +1,73 @@
+"""Find, remove and prove hidden biases in text-to-image diffusion models, without labels.
 
+What needs torch is imported when it is first asked for, so that `import invdiff` takes no time.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .config import (
+    ArchitectureConfig,
+    AuditConfig,
+    DemoConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    TrainConfig,
+)
+from .errors import InvDiffError
+
+if TYPE_CHECKING:
+    from .data.captioned import load_captioned_images
+    from .evaluation.evaluate import Results, evaluate
+    from .generation import generate
+    from .groups.audit import audit
+    from .groups.result import Audit
+    from .guidance.attach import attach
+    from .guidance.module import GuidanceModule
+    from .training.finetune import finetune
+    from .training.train import train
+
+__all__ = [
+    "ArchitectureConfig",
+    "Audit",
+    "AuditConfig",
+    "DemoConfig",
+    "FinetuneConfig",
+    "GenerateConfig",
+    "GuidanceModule",
+    "InvDiffError",
+    "Results",
+    "TrainConfig",
+    "attach",
+    "audit",
+    "evaluate",
+    "finetune",
+    "generate",
+    "load_captioned_images",
+    "train",
+]
+
+_HOME = {
+    "Audit": "groups.result",
+    "GuidanceModule": "guidance.module",
+    "Results": "evaluation.evaluate",
+    "attach": "guidance.attach",
+    "audit": "groups.audit",
+    "evaluate": "evaluation.evaluate",
+    "finetune": "training.finetune",
+    "generate": "generation",
+    "load_captioned_images": "data.captioned",
+    "train": "training.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

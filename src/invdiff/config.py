@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -113,8 +114,10 @@ class ArchitectureConfig(Config):
     """Side of the square images, in pixels."""
     latent_channels: int = 4
     """Channels of the latents."""
-    autoencoder_channels: tuple[int, ...] = (24, 48, 64, 64)
-    """Width of each autoencoder level; each level after the first halves the side."""
+    autoencoder_width: int = 32
+    """Channels of the autoencoder, the same at every level."""
+    autoencoder_blocks: tuple[int, ...] = (1, 1, 2, 3)
+    """Residual blocks at each autoencoder level, finest first; each level after the first halves the side."""
     denoiser_channels: tuple[int, ...] = (64, 128)
     """Width of each UNet level. The first has no cross-attention, the others do."""
     denoiser_layers: int = 1
@@ -131,9 +134,9 @@ class ArchitectureConfig(Config):
     def check(self) -> None:
         """Check ranges."""
         self.require("denoiser_channels", len(self.denoiser_channels) >= 2, "at least two levels")
-        for name in ("autoencoder_channels", "denoiser_channels"):
-            self.require(name, all(width % 8 == 0 for width in getattr(self, name)), "multiples of 8")
-        factor = 2 ** (len(self.autoencoder_channels) + len(self.denoiser_channels) - 2)
+        widths = all(width % 8 == 0 for width in self.denoiser_channels)
+        self.require("denoiser_channels", widths, "multiples of 8")
+        factor = 2 ** (len(self.autoencoder_blocks) + len(self.denoiser_channels) - 2)
         self.require("resolution", self.resolution % factor == 0, f"a multiple of {factor}")
 
 
@@ -172,7 +175,13 @@ class FinetuneConfig(Config):
 
     def check(self) -> None:
         """Check ranges."""
-        for name in ("steps", "batch_size", "autoencoder_steps", "autoencoder_batch_size", "checkpoint_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "autoencoder_steps",
+            "autoencoder_batch_size",
+            "checkpoint_every",
+        ):
             self.require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "autoencoder_learning_rate", "max_gradient_norm"):
             self.require(name, getattr(self, name) > 0, "more than 0")
@@ -226,3 +235,114 @@ class TrainConfig(Config):
             self.require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("caption_dropout", "ema_decay", "loss_momentum"):
             self.require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class AuditConfig(Config):
+    """How hidden groups are looked for (the max phase of the game)."""
+
+    solver: Literal["auto", "exact", "gradient"] = "auto"
+    """`auto` weighs all evidence and may find nothing. `exact` and `gradient` always cut each prompt's
+    images by the contrast of losses: by dynamic programming, or by the paper's gradient ascent."""
+    num_groups: int = 0
+    """E, groups per prompt; 0 lets `auto` choose up to `max_groups`, and means 2 for the other solvers."""
+    max_groups: int = 3
+    """Most groups that `auto` considers."""
+    min_share: float = 0.02
+    """Smallest share of a prompt's images that a group may have."""
+    omega: float = 0.5
+    """The dispersion degree of the `gradient` solver: the larger, the more equal the groups."""
+    contrast_levels: tuple[float, ...] = (0.95,)
+    """Noise levels, as shares of the schedule, at which caption and null caption are compared."""
+    contrast_draws: int = 2
+    """Independent noises per level; with fewer than two, stability cannot be judged."""
+    feature_levels: tuple[float, ...] = (0.05, 0.15)
+    """Noise levels at which the denoiser's middle features are read, under the null caption."""
+    other_captions: tuple[str, ...] = ()
+    """Further captions whose losses are compared with the null caption's, at the same noise."""
+    vision_encoder: str = ""
+    """A transformers vision model, by folder or hub id, whose features are weighed too (CLIP, DINOv2)."""
+    caption_threshold: float = 0.25
+    """Captions whose predictions differ by less than this share of a typical difference are one prompt."""
+    min_images: int = 50
+    """Prompts with fewer images are left undecided."""
+    min_stability: float = 0.8
+    """`auto`: least agreement (adjusted Rand index) of the groups found from independent noises."""
+    min_separation: float = 0.5
+    """`auto`: least depth of the valley between neighbouring groups, in [0, 1]."""
+    max_balance: float = 0.35
+    """`auto`: a split whose smaller side has a larger share is taken for style, not for an accident."""
+    batch_size: int = 64
+    """Images per forward."""
+    seed: int = 0
+    """Seed of the noise."""
+
+    def check(self) -> None:
+        """Check ranges."""
+        self.require("num_groups", self.num_groups == 0 or self.num_groups >= 2, "0 or at least 2")
+        self.require("max_groups", self.max_groups >= 2, "at least 2")
+        self.require("min_share", 0 <= self.min_share < 0.5, "at least 0 and below 0.5")
+        self.require("contrast_levels", len(self.contrast_levels) > 0, "at least one level")
+        for name in ("contrast_levels", "feature_levels"):
+            self.require(name, all(0 <= level < 1 for level in getattr(self, name)), "levels from 0 to below 1")
+        for name in ("contrast_draws", "batch_size", "min_images"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+        self.require("omega", self.omega >= 0, "at least 0")
+        self.require("contrast_draws", self.solver != "auto" or self.contrast_draws >= 2, "at least 2 for solver auto")
+
+
+@dataclass(frozen=True)
+class GenerateConfig(Config):
+    """How images are drawn."""
+
+    images_per_prompt: int = 16
+    """Images of each prompt."""
+    guidance_scale: float = 3.0
+    """Strength of classifier-free guidance; at 1 and below there is none."""
+    scale: float = 1.0
+    """Delta, the strength of the guidance module; without a module it has no meaning."""
+    num_inference_steps: int = 20
+    """Steps of the pipeline's scheduler."""
+    batch_size: int = 32
+    """Images in one call of the pipeline. Another batch size changes images in the last bits only."""
+    seed: int = 0
+    """Seed of the starting noise. It is the same with and without a module."""
+
+    def check(self) -> None:
+        """Check ranges."""
+        for name in ("images_per_prompt", "num_inference_steps", "batch_size"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("guidance_scale", "scale"):
+            self.require(name, 0 <= getattr(self, name) < math.inf, "a finite number of at least 0")
+
+
+@dataclass(frozen=True)
+class DemoConfig(Config):
+    """The whole story on the bundled model: audit, train, generate, evaluate."""
+
+    num_images: int = 3000
+    """Captioned images to audit and train on."""
+    severity: float = 0.95
+    """Share of images whose background agrees with the bird."""
+    steps: int = 400
+    """Training steps of the guidance module."""
+    images_per_prompt: int = 48
+    """Images of each prompt, for each model and guidance scale."""
+    guidance_scales: tuple[float, ...] = (1.0, 3.0, 7.5)
+    """Strengths of classifier-free guidance."""
+    num_inference_steps: int = 20
+    """Steps of the scheduler."""
+    reference_images: int = 512
+    """Balanced images that quality is measured against."""
+    seed: int = 0
+    """Seed of data, training and images."""
+
+    def check(self) -> None:
+        """Check ranges."""
+        for name in ("steps", "num_inference_steps"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("images_per_prompt", "reference_images"):
+            self.require(name, getattr(self, name) >= 2, "at least 2")
+        self.require("num_images", self.num_images >= 200, "at least 200")
+        self.require("severity", 0 <= self.severity <= 1, "a share between 0 and 1")
+        self.require("guidance_scales", len(self.guidance_scales) > 0, "at least one")

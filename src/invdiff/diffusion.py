@@ -39,7 +39,7 @@ class NoiseSchedule:
                 f"got {self.prediction_type!r} from {type(scheduler).__name__}."
             )
         rescaled = bool(scheduler.config.get("rescale_betas_zero_snr", False))
-        self._process = DDPMScheduler(
+        self._process: Any = DDPMScheduler(
             **shared, prediction_type=self.prediction_type, rescale_betas_zero_snr=rescaled
         )
         self.num_train_timesteps: int = self._process.config["num_train_timesteps"]

@@ -9,13 +9,14 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from .errors import DataError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @contextlib.contextmanager
@@ -71,6 +72,8 @@ def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write tensors as safetensors, atomically."""
+    from safetensors.torch import save_file  # imports torch, which reports do without
+
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         try:
@@ -85,6 +88,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         DataError: The file is absent or damaged.
     """
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except FileNotFoundError as error:
@@ -109,3 +114,8 @@ def fingerprint(*parts: str | bytes) -> str:
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()[:16]
+
+
+def default_cache_dir() -> Path:
+    """Return where latents and measurements are kept: `$INVDIFF_CACHE`, or `~/.cache/invdiff`."""
+    return Path(os.environ.get("INVDIFF_CACHE") or Path.home() / ".cache" / "invdiff")

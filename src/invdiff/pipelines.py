@@ -65,9 +65,7 @@ def load_pipeline(
             source, **{_DTYPE: dtype or torch.float32}, **_parts_to_leave_out(index)
         )
     except (OSError, ValueError, RuntimeError) as error:
-        where = (
-            "a whole diffusers pipeline" if path.is_dir() else "an existing folder or a reachable hub model"
-        )
+        where = "a whole diffusers pipeline" if path.is_dir() else "an existing folder or a reachable hub model"
         raise ModelError(
             f"Expected {where} at {source}, could not load it: {_first_line(error)} "
             "Check the spelling, the network and, for a gated model, that you are logged in (hf auth login)."

@@ -224,13 +224,9 @@ class BirdsWorld:
         if record.exists():
             found = read_json(record)
             if found != settings:
-                raise DataError(
-                    f"Expected {folder} to hold {settings}, found {found}. Choose another folder."
-                )
+                raise DataError(f"Expected {folder} to hold {settings}, found {found}. Choose another folder.")
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise DataError(
-                f"Expected a new or empty folder at {folder}, found files. Choose another folder."
-            )
+            raise DataError(f"Expected a new or empty folder at {folder}, found files. Choose another folder.")
         else:
             write_json(record, settings)
 
@@ -242,7 +238,5 @@ def _caption(subject: str, background: str, kind: float, wording: float, templat
         paraphrased = wording < EXPLICIT_PARAPHRASED_SHARE
     else:
         paraphrased = kind < EXPLICIT_SHARE + PARAPHRASED_SHARE
-    chosen = (
-        TRAINING_TEMPLATES[int(template * len(TRAINING_TEMPLATES))] if paraphrased else CANONICAL_TEMPLATE
-    )
+    chosen = TRAINING_TEMPLATES[int(template * len(TRAINING_TEMPLATES))] if paraphrased else CANONICAL_TEMPLATE
     return chosen.format(subject) + (f" on {background}" if explicit else ""), explicit

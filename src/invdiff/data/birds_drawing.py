@@ -73,8 +73,7 @@ def sample_scene(subject: str, background: str, rng: np.random.Generator) -> Sce
     """
     if subject not in SUBJECTS or background not in BACKGROUNDS:
         raise ConfigError(
-            f"Expected a subject of {SUBJECTS} and a background of {BACKGROUNDS}, "
-            f"got {subject!r} and {background!r}."
+            f"Expected a subject of {SUBJECTS} and a background of {BACKGROUNDS}, got {subject!r} and {background!r}."
         )
     return Scene(
         subject=subject,
@@ -198,9 +197,7 @@ def _spline(count: int, closed: bool) -> Array:
     """Return the Catmull-Rom matrix (samples, count) that interpolates `count` control points."""
     per_segment = 8
     t = np.arange(per_segment) / per_segment
-    basis = 0.5 * np.stack(
-        [-(t**3) + 2 * t**2 - t, 3 * t**3 - 5 * t**2 + 2, -3 * t**3 + 4 * t**2 + t, t**3 - t**2]
-    )
+    basis = 0.5 * np.stack([-(t**3) + 2 * t**2 - t, 3 * t**3 - 5 * t**2 + 2, -3 * t**3 + 4 * t**2 + t, t**3 - t**2])
     segments = count if closed else count - 1
     matrix = np.zeros((segments * per_segment + (not closed), count))
     for segment in range(segments):

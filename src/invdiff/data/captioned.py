@@ -141,11 +141,7 @@ def load_captioned_images(
     captions = others.pop(caption_name)
     if not captions:
         raise DataError(f"Expected captioned images in {where}, found no rows.")
-    empty = [
-        name
-        for name, text in zip(names, captions, strict=True)
-        if not (isinstance(text, str) and text.strip())
-    ]
+    empty = [name for name, text in zip(names, captions, strict=True) if not (isinstance(text, str) and text.strip())]
     if empty:
         raise DataError(
             f"Expected a caption for every image in {where}, found none in column {caption_name!r} for "

@@ -20,7 +20,7 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ConfigError, DataError, ModelError
-from ..files import fingerprint, read_tensors, write_json, write_tensors
+from ..files import default_cache_dir, fingerprint, read_tensors, write_json, write_tensors
 from ..pipelines import denoiser_of
 from .captioned import CaptionedImages, UnreadableImage
 
@@ -165,6 +165,25 @@ def encode(
     )
 
 
+def as_encoded(
+    pipe: DiffusionPipeline,
+    data: CaptionedImages | EncodedImages,
+    cache_dir: str | Path | None = None,
+    *,
+    progress: bool = True,
+) -> EncodedImages:
+    """Return `data` encoded, by `encode` unless it is already."""
+    if isinstance(data, EncodedImages):
+        return data
+    return encode(pipe, data, (Path(cache_dir) if cache_dir else default_cache_dir()) / "latents", progress=progress)
+
+
+@torch.no_grad()
+def encode_captions(pipe: DiffusionPipeline, captions: Sequence[str]) -> torch.Tensor:
+    """Return the embeddings of a few captions, (captions, length, dim), on the CPU; nothing is cached."""
+    return _prompt_encoder(pipe)(list(captions))["prompt_embeds"].cpu()
+
+
 def model_fingerprint(pipe: DiffusionPipeline) -> str:
     """Return 16 hex digits that name what encodes images and captions: the autoencoder and the text encoders.
 
@@ -215,8 +234,7 @@ class _ImageShard:
             return safe_open(self.path, "pt")
         except SafetensorError as error:
             raise DataError(
-                f"Expected safetensors in {self.path}, found something else ({error}). "
-                "Delete it and run again."
+                f"Expected safetensors in {self.path}, found something else ({error}). Delete it and run again."
             ) from error
 
 
@@ -322,8 +340,7 @@ def _encode_captions(
         path = folder / f"prompts-{start // SHARD_SIZE:05d}.safetensors"
         if not path.exists():
             batches = [
-                encode_prompts(list(batch))
-                for batch in _batches(captions[start : start + SHARD_SIZE], batch_size)
+                encode_prompts(list(batch)) for batch in _batches(captions[start : start + SHARD_SIZE], batch_size)
             ]
             write_tensors(path, _joined([{k: v.cpu() for k, v in batch.items()} for batch in batches]))
         shards.append(read_tensors(path))
@@ -340,9 +357,7 @@ def _resolution(pipe: Any, resolution: int | None) -> int:
         config: Any = denoiser_of(pipe).config
         sample_size = config.sample_size
         if not isinstance(sample_size, int):
-            raise ConfigError(
-                f"Expected a square model, got sample_size {sample_size!r}. Pass resolution=... ."
-            )
+            raise ConfigError(f"Expected a square model, got sample_size {sample_size!r}. Pass resolution=... .")
         return sample_size * factor
     if resolution < factor or resolution % factor:
         raise ConfigError(f"Expected a resolution that is a multiple of {factor}, got {resolution}.")
@@ -359,9 +374,7 @@ def _config_of(component: torch.nn.Module) -> dict[str, Any]:
 def _digests(name: str, module: torch.nn.Module) -> Iterator[str]:
     for key, tensor in sorted(module.state_dict().items()):
         if tensor.is_meta:
-            raise ModelError(
-                f"Expected the weights of {name} in memory, found them offloaded. Encode before."
-            )
+            raise ModelError(f"Expected the weights of {name} in memory, found them offloaded. Encode before.")
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         yield f"{key} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(raw.numpy()).hexdigest()}"
 

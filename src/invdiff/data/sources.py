@@ -35,9 +35,7 @@ def columns_of(source: Source, image_column: str | None, split: str, limit: int 
     """
     if isinstance(source, datasets.DatasetDict):
         if split not in source:
-            raise DataError(
-                f"Expected a split named {split!r}, found {listed(list(source))}. Pass split=... ."
-            )
+            raise DataError(f"Expected a split named {split!r}, found {listed(list(source))}. Pass split=... .")
         source = source[split]
     if isinstance(source, datasets.Dataset):
         return _dataset_columns(source, image_column, limit, Path())
@@ -66,13 +64,9 @@ def _columns_at(source: str | Path, image_column: str | None, split: str, limit:
         return _dataset_columns(_load_parquet([path], path, "train"), image_column, limit, path.parent)
     if path.is_dir():
         for folder in (path, path / split):
-            found = [
-                folder / name for name in ("metadata.csv", "metadata.jsonl") if (folder / name).is_file()
-            ]
+            found = [folder / name for name in ("metadata.csv", "metadata.jsonl") if (folder / name).is_file()]
             if len(found) == 2:
-                raise DataError(
-                    f"Expected one metadata file in {folder}, found both .csv and .jsonl. Remove one."
-                )
+                raise DataError(f"Expected one metadata file in {folder}, found both .csv and .jsonl. Remove one.")
             if found:
                 return _folder_columns(found[0], image_column or "file_name", limit)
         files = sorted(path.rglob("*.parquet"))
@@ -84,9 +78,7 @@ def _columns_at(source: str | Path, image_column: str | None, split: str, limit:
         return _dataset_columns(_load_parquet(files, path, split), image_column, limit, path)
     text = str(source)
     if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or text.endswith(".parquet"):
-        raise DataError(
-            f"Expected a folder or a parquet file at {source}, found nothing there. Check the path."
-        )
+        raise DataError(f"Expected a folder or a parquet file at {source}, found nothing there. Check the path.")
     try:
         dataset = datasets.load_dataset(text, split=split)
     except _LOADING_ERRORS as error:
@@ -115,9 +107,7 @@ def _load_parquet(files: list[Path], source: Path, split: str) -> datasets.Datas
         ) from error
 
 
-def _dataset_columns(
-    dataset: datasets.Dataset, image_column: str | None, limit: int | None, root: Path
-) -> Columns:
+def _dataset_columns(dataset: datasets.Dataset, image_column: str | None, limit: int | None, root: Path) -> Columns:
     dataset = dataset.with_format(None)
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
@@ -164,9 +154,7 @@ def _folder_columns(metadata: Path, name_column: str, limit: int | None) -> Colu
     return [metadata.parent / name for name in names], names, others
 
 
-def _read_csv(
-    file: Iterable[str], metadata: Path, limit: int | None
-) -> tuple[list[str], list[dict[str, Any]]]:
+def _read_csv(file: Iterable[str], metadata: Path, limit: int | None) -> tuple[list[str], list[dict[str, Any]]]:
     reader = csv.DictReader(file)
     rows: list[dict[str, Any]] = []
     for row in reader:
@@ -182,9 +170,7 @@ def _read_csv(
     return list(reader.fieldnames or ()), rows
 
 
-def _read_jsonl(
-    file: Iterable[str], metadata: Path, limit: int | None
-) -> tuple[list[str], list[dict[str, Any]]]:
+def _read_jsonl(file: Iterable[str], metadata: Path, limit: int | None) -> tuple[list[str], list[dict[str, Any]]]:
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(file, 1):
         if not line.strip():
@@ -222,9 +208,7 @@ def _check_unique(names: list[str], where: str) -> None:
         )
 
 
-def find_column(
-    wanted: str | None, candidates: Sequence[str], found: list[str], argument: str, where: str
-) -> str:
+def find_column(wanted: str | None, candidates: Sequence[str], found: list[str], argument: str, where: str) -> str:
     """Return the wanted column or the first candidate there is; raise `DataError` if there is none."""
     names = candidates if wanted is None else (wanted,)
     for name in names:

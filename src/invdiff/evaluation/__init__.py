@@ -1,1 +1,1 @@
-
+"""Annotators, fairness and quality metrics, and the evaluation of generated images."""

@@ -25,6 +25,10 @@ from .quality import frechet_distance
 MANIFEST = "manifest.jsonl"
 
 
+Folders = str | Path | Sequence[str | Path]
+"""Where a model's images lie."""
+
+
 @dataclass(frozen=True)
 class Measures:
     """What was measured on one model's images at one guidance scale."""
@@ -101,7 +105,7 @@ class _Row:
 
 
 def evaluate(
-    folders: Mapping[str, str | Path] | str | Path,
+    folders: Mapping[str, Folders] | str | Path,
     annotator: Annotator,
     *,
     attribute: str,
@@ -119,8 +123,8 @@ def evaluate(
     Only the annotator's labels are used. Its mistakes enter every figure: check its held-out accuracy.
 
     Args:
-        folders: Model name to its folder of images with `manifest.jsonl`; or one such folder; or a folder
-            with such subfolders, each named after its model.
+        folders: Model name to its folder of images with `manifest.jsonl`, or to several, one for each
+            guidance scale; or one such folder; or a folder with such subfolders, each named after its model.
         annotator: What names the classes.
         attribute: The sensitive attribute that Bias is measured on.
         subject_attribute: The attribute that prompts name, for accuracy.
@@ -143,7 +147,10 @@ def evaluate(
         raise EvaluationError("Expected subject_attribute beside subject_of, got None. Name the attribute.")
     if batch_size < 1:
         raise EvaluationError(f"Expected a batch_size of at least 1, got {batch_size}.")
-    rows_by_model = {model: _read_manifest(folder) for model, folder in _resolve(folders).items()}
+    rows_by_model = {
+        model: [row for folder in several for row in _read_manifest(folder)]
+        for model, several in _resolve(folders).items()
+    }
     prompts = _common_prompts(rows_by_model)
     named: Mapping[str, str] = {}
     if subject_attribute is not None:
@@ -210,16 +217,19 @@ def _check_attributes(annotator: Annotator, attributes: Sequence[str]) -> None:
             )
 
 
-def _resolve(folders: Mapping[str, str | Path] | str | Path) -> dict[str, Path]:
+def _resolve(folders: Mapping[str, Folders] | str | Path) -> dict[str, list[Path]]:
     if isinstance(folders, Mapping):
-        if not folders:
-            raise EvaluationError("Expected at least one folder of images, got none.")
-        return {model: Path(folder) for model, folder in folders.items()}
+        if not folders or any(not isinstance(given, str | Path) and not given for given in folders.values()):
+            raise EvaluationError("Expected at least one folder of images of each model, got none.")
+        return {
+            model: [Path(given)] if isinstance(given, str | Path) else [Path(folder) for folder in given]
+            for model, given in folders.items()
+        }
     folder = Path(folders)
     inside = {child.name: child for child in sorted(folder.glob("*")) if (child / MANIFEST).is_file()}
     if inside and not (folder / MANIFEST).is_file():
-        return inside
-    return {folder.resolve().name: folder}
+        return {model: [child] for model, child in inside.items()}
+    return {folder.resolve().name: [folder]}
 
 
 def _read_manifest(folder: Path) -> list[_Row]:

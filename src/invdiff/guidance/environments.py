@@ -25,7 +25,8 @@ class EnvironmentMix:
     Args:
         environments: `"uniform"`; or proportions (E,), floats that sum to 1, for a module of one factor; or a
             list of such proportions, one for each factor; or groups given per image, integers (images,) or
-            (images, factors).
+            (images, factors), as many as the images of one pipeline call. Floats are read as proportions,
+            integers as groups: write [1.0, 0.0] for group 0 alone.
         num_groups: Groups of each factor.
         seed: Another seed gives another draw for the same noise.
 
@@ -38,27 +39,17 @@ class EnvironmentMix:
         self.seed = seed
         self.given: torch.Tensor | None = None
         self.proportions: list[np.ndarray] = []
-        if isinstance(environments, str):
-            if environments != "uniform":
-                raise ConfigError(
-                    f"Expected environments 'uniform', proportions or groups, got {environments!r}."
-                )
+        if isinstance(environments, str) and environments == "uniform":
             self.proportions = [np.full(groups, 1.0 / groups) for groups in self.num_groups]
             return
-        if not isinstance(environments, torch.Tensor) and any(isinstance(row, Sequence) for row in environments):
-            nested = [list(row) for row in environments]  # type: ignore[arg-type]
-            is_proportions = any(isinstance(value, float) for row in nested for value in row)
-            if is_proportions:
-                self.proportions = [np.asarray(row, dtype=float) for row in nested]
-                self._check_proportions()
-                return
-            environments = torch.tensor(nested)
-        values = torch.as_tensor(environments)
-        if values.is_floating_point():
-            self.proportions = [np.asarray(row, dtype=float) for row in torch.atleast_2d(values).numpy()]
+        rows = _as_arrays(environments)
+        is_nested = rows[0].ndim == 1
+        if any(row.dtype.kind == "f" for row in rows):
+            self.proportions = [row.astype(float) for row in (rows if is_nested else [np.stack(rows)])]
             self._check_proportions()
         else:
-            self.given = values[:, None] if values.ndim == 1 else values
+            given = torch.from_numpy(np.stack(rows).astype(np.int64))
+            self.given = given if is_nested else given[:, None]
             self._check_given()
 
     def _check_proportions(self) -> None:
@@ -75,13 +66,13 @@ class EnvironmentMix:
 
     def _check_given(self) -> None:
         assert self.given is not None
-        if self.given.ndim != 2 or self.given.shape[1] != len(self.num_groups):
+        if self.given.shape[1] != len(self.num_groups):
             raise ConfigError(
                 f"Expected one group per image for {len(self.num_groups)} factor(s), "
                 f"got an array of shape {tuple(self.given.shape)}."
             )
         highest = torch.tensor(self.num_groups)
-        if len(self.given) == 0 or (self.given < 0).any() or (self.given >= highest).any():
+        if (self.given < 0).any() or (self.given >= highest).any():
             raise ConfigError(
                 f"Expected groups from 0 to {[groups - 1 for groups in self.num_groups]}, "
                 f"got {self.given.tolist()[:8]}."
@@ -91,8 +82,8 @@ class EnvironmentMix:
         """Return the groups of each row of a denoiser call at the first step, (rows, factors), on the CPU.
 
         Args:
-            noisy_latents: The denoiser's first input, (rows, channels, height, width); several rows may belong
-                to one image.
+            noisy_latents: The denoiser's first input, (rows, channels, height, width); several rows may
+                belong to one image.
 
         Raises:
             ConfigError: Groups were given for a number of images that does not divide the number of rows.
@@ -113,6 +104,21 @@ class EnvironmentMix:
         uniform = int.from_bytes(digest[:8], "little") / 2**64
         cumulative = np.cumsum(self.proportions[factor])
         return min(int(np.searchsorted(cumulative, uniform, side="right")), self.num_groups[factor] - 1)
+
+
+def _as_arrays(environments: object) -> list[np.ndarray]:
+    """Return the numbers (all ndim 0) or the rows (all ndim 1, of one length where integers) as arrays."""
+    try:
+        values = environments.tolist() if isinstance(environments, torch.Tensor) else environments
+        arrays = [np.asarray(value) for value in values]  # type: ignore[attr-defined]
+        kinds = {array.dtype.kind for array in arrays}
+        shapes = {array.shape for array in arrays}
+        fits = kinds <= set("fiub") and {len(shape) for shape in shapes} in ({0}, {1})
+        if fits and ("f" in kinds or len(shapes) == 1):
+            return arrays
+    except (TypeError, ValueError):
+        pass
+    raise ConfigError(f"Expected environments 'uniform', proportions or one group per image, got {environments!r}.")
 
 
 def _groups(sizes: Sequence[int]) -> str:

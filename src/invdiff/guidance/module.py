@@ -7,18 +7,19 @@ has already computed, its prediction and its middle features, instead of a secon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
 from ..diffusion import NoiseSchedule
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
 from ..pipelines import denoiser_of
 from .features import feature_block
 
@@ -113,15 +114,13 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         self.conv_in = nn.Conv2d(2 * latent_channels, width, 3, padding=1)
         self.block_in = ModulatedBlock(width, condition_dim)
         self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
-        self.features = nn.Sequential(
-            nn.GroupNorm(1, feature_channels), nn.Conv2d(feature_channels, 2 * width, 1)
-        )
+        self.features = nn.Sequential(nn.GroupNorm(1, feature_channels), nn.Conv2d(feature_channels, 2 * width, 1))
         self.block_low = ModulatedBlock(2 * width, condition_dim)
         self.up = nn.Conv2d(2 * width, width, 3, padding=1)
         self.block_out = ModulatedBlock(width, condition_dim)
         self.conv_out = nn.Conv2d(width, latent_channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for parameter in self.conv_out.parameters():
+            nn.init.zeros_(parameter)
 
     @classmethod
     def for_pipeline(
@@ -139,19 +138,31 @@ class GuidanceModule(ModelMixin, ConfigMixin):
             pipe: A diffusers pipeline with a UNet conditioned on a prompt.
             num_groups: Groups of the hidden factor, or of each of several.
             mode: `"balanced"` or `"invariant"`.
-            width: Channels of the gradient estimator; 0 takes half of the UNet's first level.
+            width: Channels of the gradient estimator, a multiple of 8; 0 takes about half of the UNet's first
+                level.
             seed: Seed of the initial weights.
 
         Raises:
             ModelError: The denoiser is of a family that is not supported.
+            ConfigError: `num_groups`, `mode` or `width` is out of range.
         """
-        denoiser = denoiser_of(pipe)
+        groups = (num_groups,) if isinstance(num_groups, int) else tuple(num_groups)
+        if not groups or min(groups) < 2:
+            raise ConfigError(f"Expected at least 2 groups of at least one factor, got num_groups={num_groups!r}.")
+        if mode not in ("balanced", "invariant"):
+            raise ConfigError(f"Expected mode 'balanced' or 'invariant', got {mode!r}.")
+        if width < 0 or width % 8:
+            raise ConfigError(f"Expected width 0 or a multiple of 8, got {width}.")
+        denoiser: Any = denoiser_of(pipe)
         config = denoiser.config
         if type(denoiser).__name__ != "UNet2DConditionModel":
             raise ModelError(
                 f"Expected a pipeline whose denoiser is a UNet2DConditionModel, got {type(denoiser).__name__}."
             )
         feature_block(denoiser, "mid_block")
+        signature = weight_signature(denoiser)
+        if any(map(math.isnan, signature)):
+            raise ModelError("Expected the denoiser's weights in memory, found them offloaded. Offload later.")
         widths = tuple(config["block_out_channels"])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -159,12 +170,12 @@ class GuidanceModule(ModelMixin, ConfigMixin):
                 latent_channels=config["out_channels"],
                 prompt_dim=config["cross_attention_dim"],
                 feature_channels=widths[-1],
-                num_groups=(num_groups,) if isinstance(num_groups, int) else tuple(num_groups),
+                num_groups=groups,
                 mode=mode,
-                width=width or max(32, widths[0] // 2),
+                width=width or max(32, widths[0] // 16 * 8),
                 denoiser_class=type(denoiser).__name__,
                 prediction_type=NoiseSchedule(pipe.scheduler).prediction_type,
-                weight_signature=weight_signature(denoiser),
+                weight_signature=signature,
                 base_model=str(getattr(pipe, "name_or_path", "") or ""),
             )
         return module.eval()
@@ -222,12 +233,17 @@ class GuidanceModule(ModelMixin, ConfigMixin):
 
 
 def weight_signature(denoiser: nn.Module, size: int = 32) -> tuple[float, ...]:
-    """Return a few weights of a denoiser, the same whatever its precision and whether LoRAs are loaded."""
+    """Return a few weights of a denoiser, the same whatever its precision and whether LoRAs are loaded.
+
+    Weights that sequential offload has taken out of memory are NaN.
+    """
     weights = {
         name.replace(".base_layer", ""): value
         for name, value in denoiser.named_parameters()
         if "lora_" not in name and value.ndim > 1
     }
     names = sorted(weights)
-    chosen = [names[i * len(names) // size] for i in range(size)] if names else []
-    return tuple(weights[name].detach().flatten()[weights[name].numel() // 2].float().item() for name in chosen)
+    chosen = [weights[names[i * len(names) // size]] for i in range(size)] if names else []
+    return tuple(
+        math.nan if value.is_meta else value.detach().flatten()[value.numel() // 2].float().item() for value in chosen
+    )

@@ -1,1 +1,1 @@
-
+"""Pictures and reports made from results; never imports torch."""

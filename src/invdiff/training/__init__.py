@@ -1,1 +1,1 @@
-
+"""Fitting the biased base, and the guidance module beside it."""

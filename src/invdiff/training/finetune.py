@@ -48,10 +48,17 @@ def finetune(
     work = output_dir / ".work"
     accelerator = make_accelerator(config.mixed_precision)
     if base is None:
-        pipe = build_pipeline(data.captions, architecture or ArchitectureConfig(), seed=config.seed)
+        architecture = architecture or ArchitectureConfig()
+        pipe: Any = build_pipeline(data.captions, architecture, seed=config.seed)
         pipe.to(accelerator.device)
         train_autoencoder(
-            pipe.vae, data, accelerator, config, checkpoint_dir=work / "autoencoder", progress=progress
+            pipe.vae,
+            data,
+            architecture.resolution,
+            accelerator,
+            config,
+            checkpoint_dir=work / "autoencoder",
+            progress=progress,
         )
     else:
         pipe = load_pipeline(base, device=accelerator.device, dtype=torch.float32)
@@ -79,7 +86,7 @@ def finetune(
 
 
 def train_denoiser(
-    pipe: DiffusionPipeline,
+    pipe: Any,
     encoded: EncodedImages,
     accelerator: Accelerator,
     config: FinetuneConfig,
@@ -97,11 +104,9 @@ def train_denoiser(
     trained = nn.ModuleDict({"unet": pipe.unet})
     if train_text_encoder:
         trained["text_encoder"] = pipe.text_encoder
-    trained.to(device).train()
+    trained.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     average = moving_average(trained, config.ema_decay)
-    optimizer = torch.optim.AdamW(
-        trained.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     state = TrainingState(trained, optimizer, average)
     settings: dict[str, Any] = config.to_dict() | {"data": encoded.data_fingerprint}
     start = load_checkpoint(checkpoint_dir, state, settings)
@@ -140,10 +145,10 @@ def train_denoiser(
             bar.advance(loss=loss)
 
     trained.load_state_dict(average.module.state_dict())
-    trained.eval()
+    trained.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
 
 
-def tokenize(pipe: DiffusionPipeline, captions: list[str]) -> torch.Tensor:
+def tokenize(pipe: Any, captions: list[str]) -> torch.Tensor:
     """Return padded token ids, shape (len(captions), max_tokens)."""
     return pipe.tokenizer(
         captions,
@@ -154,7 +159,7 @@ def tokenize(pipe: DiffusionPipeline, captions: list[str]) -> torch.Tensor:
     ).input_ids
 
 
-def save(pipe: DiffusionPipeline, output_dir: Path, *, half_precision: bool) -> None:
+def save(pipe: Any, output_dir: Path, *, half_precision: bool) -> None:
     """Save a pipeline, optionally with 16-bit denoiser and autoencoder.
 
     The text encoder stays in 32 bits: transformers, unlike diffusers, loads weights in the type it finds.

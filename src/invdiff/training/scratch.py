@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..config import ArchitectureConfig, FinetuneConfig
-from ..data.captioned import CaptionedImages
+from ..data.captioned import CaptionedImages, UnreadableImage
 from ..data.encode import to_pixels
 from ..progress import progress_bar
 from ..seeds import derived_seed, generator
 from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from .optimization import moving_average, set_learning_rate
+
+LATENT_NOISE = 0.05
+"""Standard deviation of the noise added to latents of about unit scale."""
+LATENT_PULL = 1e-3
+"""Weight of the latents' mean square in the loss."""
 
 
 def build_pipeline(
@@ -45,15 +51,13 @@ def build_pipeline(
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
-        levels = len(architecture.autoencoder_channels)
-        vae = AutoencoderKL(
-            sample_size=architecture.resolution,
+        levels = len(architecture.autoencoder_blocks)
+        vae = AutoencoderTiny(
             latent_channels=architecture.latent_channels,
-            block_out_channels=architecture.autoencoder_channels,
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            layers_per_block=1,
-            norm_num_groups=8,
+            encoder_block_out_channels=(architecture.autoencoder_width,) * levels,
+            decoder_block_out_channels=(architecture.autoencoder_width,) * levels,
+            num_encoder_blocks=architecture.autoencoder_blocks,
+            num_decoder_blocks=architecture.autoencoder_blocks[::-1],
         )
         deeper = len(architecture.denoiser_channels) - 1
         unet = UNet2DConditionModel(
@@ -89,22 +93,24 @@ def build_pipeline(
 
 
 def train_autoencoder(
-    vae: AutoencoderKL,
+    vae: Any,
     data: CaptionedImages,
+    resolution: int,
     accelerator: Accelerator,
     config: FinetuneConfig,
     *,
     checkpoint_dir: Path,
     progress: bool = True,
-) -> AutoencoderKL:
+) -> Any:
     """Fit `vae` to the images and set its scaling factor so that latents have unit variance.
 
-    The loss is the absolute error of the pixels and of their differences (which keeps outlines sharp),
-    plus a slight KL term; latents are sampled, so that nearby latents decode alike.
+    The loss is the absolute error of the pixels and of their differences (which keeps outlines sharp). Noise
+    on the latents makes nearby ones decode alike, and a slight pull to zero keeps them from outgrowing it:
+    together a variational autoencoder of fixed variance.
     """
-    pixels = load_pixels(data, vae.config["sample_size"], progress=progress)
+    pixels = load_pixels(data, resolution, progress=progress)
     device = accelerator.device
-    vae.to(device)
+    vae.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.autoencoder_learning_rate)
     average = moving_average(vae, config.ema_decay)
     state = TrainingState(vae, optimizer, average)
@@ -117,15 +123,15 @@ def train_autoencoder(
             rows = torch.randint(len(pixels), (config.autoencoder_batch_size,), generator=rng)
             images = from_bytes(pixels[rows.numpy()]).to(device)
             with accelerator.autocast():
-                posterior = vae.encode(images).latent_dist
-                noise = torch.randn(posterior.mean.shape, generator=rng).to(device)
-                decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-            decoded = decoded.float()
+                latents = vae.encode(images).latents
+                noise = torch.randn(latents.shape, generator=rng).to(device)
+                decoded = vae.decode(latents + LATENT_NOISE * noise).sample
+            latents, decoded = latents.float(), decoded.float()
             loss = (
                 F.l1_loss(decoded, images)
                 + F.l1_loss(decoded.diff(dim=2), images.diff(dim=2))
                 + F.l1_loss(decoded.diff(dim=3), images.diff(dim=3))
-                + 1e-5 * posterior.kl().mean()
+                + LATENT_PULL * latents.square().mean()
             )
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(vae.parameters(), config.max_gradient_norm)
@@ -138,7 +144,8 @@ def train_autoencoder(
     vae.load_state_dict(average.module.state_dict())
     sample = from_bytes(pixels[: min(len(pixels), 512)])
     with torch.no_grad():
-        latents = torch.cat([vae.encode(part.to(device)).latent_dist.mode() for part in sample.split(64)])
+        latents = torch.cat([vae.encode(part.to(device)).latents for part in sample.split(64)])
+    vae.to(memory_format=torch.contiguous_format)
     vae.register_to_config(scaling_factor=1.0 / latents.float().std().item())
     return vae
 
@@ -158,8 +165,6 @@ def load_pixels(data: CaptionedImages, resolution: int, *, progress: bool) -> np
 
 def readable(data: CaptionedImages) -> Iterator:
     """Yield the images that can be decoded."""
-    from ..data.captioned import UnreadableImage
-
     for index in range(len(data)):
         try:
             yield data.image(index)

@@ -1,0 +1,25 @@
+"""Fail unless the demo's results hold what the README promises."""
+
+import json
+import sys
+from pathlib import Path
+
+results = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+audit, base, guided = results["audit"], results["base"], results["guided"]
+promises = {
+    "the audit finds a bias": audit["biased"],
+    "AUROC >= 0.98": audit["auroc"] >= 0.98,
+    "precision and recall >= 0.90": min(audit["precision"], audit["recall"]) >= 0.90,
+    "at most 8 forwards per image": audit["forwards_per_image"] <= 8,
+    "the module is at most 15% of the denoiser": results["module"]["share_of_denoiser"] <= 0.15,
+}
+for scale, plain in base.items():
+    # At the demo's few images, three times the floor of a perfectly fair sampler.
+    fair = 3 * guided[scale]["bias_floor"]
+    promises[f"CFG {scale}: base Bias >= {0.6 if scale == '1.0' else 0.9}"] = plain["bias"] >= (0.6 if scale == "1.0" else 0.9)
+    promises[f"CFG {scale}: guided Bias <= {fair:.2f}"] = guided[scale]["bias"] <= fair
+    promises[f"CFG {scale}: guided accuracy within 0.05 of base"] = guided[scale]["accuracy"] >= plain["accuracy"] - 0.05
+    promises[f"CFG {scale}: guided Frechet distance below base"] = guided[scale]["frechet"] < plain["frechet"]
+for promise, kept in promises.items():
+    print("ok    " if kept else "BROKEN", promise)
+sys.exit(0 if all(promises.values()) else 1)

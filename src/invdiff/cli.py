@@ -1,0 +1,386 @@
+"""The command line: `invdiff COMMAND`. Each command reads settings, calls one function and says what is next.
+
+Whatever imports torch is imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from .cli_options import (
+    DATA_PANEL,
+    RUN_PANEL,
+    CacheDir,
+    CaptionColumn,
+    ConfigFile,
+    Data,
+    DataSource,
+    ImageColumn,
+    Limit,
+    MaxUnreadable,
+    Model,
+    Output,
+    Quiet,
+    Split,
+    environments_from,
+    flags,
+    labelled_folders,
+    option,
+    prompts_in,
+    setting,
+    settings,
+)
+from .cli_output import (
+    finish,
+    plain_errors,
+    print_audit,
+    print_results,
+    say,
+    silence_libraries,
+)
+from .cli_prepare import app as prepare_app
+from .config import AuditConfig, DemoConfig, GenerateConfig, TrainConfig
+from .errors import ConfigError
+
+PANEL = "The way through"
+
+
+class Commands(TyperGroup):
+    """The top-level command: errors that a user can mend end it with one line and no traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        with plain_errors(debug=bool(ctx.params.get("debug"))):
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    name="invdiff",
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    # Both are read when a library is first imported. Threads that spin while they wait slow a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"invdiff {version('invdiff')}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Example: invdiff demo --output out/demo")
+def invdiff(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="INVDIFF_DEBUG", help="Show the traceback of every error.")
+    ] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    """Find, remove and prove hidden biases in text-to-image diffusion models, without labels.
+
+    Audit, train, generate, evaluate: each command ends by naming the next. `demo` goes all the way on a small
+    bundled model.
+    """
+
+
+@app.command(rich_help_panel=PANEL, epilog="Example: invdiff demo --output out/demo --images-per-prompt 24")
+def demo(
+    output: Output = Path("out/demo"),
+    config: ConfigFile = None,
+    num_images: Annotated[int | None, setting(DemoConfig, "num_images", min=200)] = None,
+    severity: Annotated[float | None, setting(DemoConfig, "severity", min=0, max=1)] = None,
+    steps: Annotated[int | None, setting(DemoConfig, "steps", min=1)] = None,
+    images_per_prompt: Annotated[int | None, setting(DemoConfig, "images_per_prompt", min=2)] = None,
+    seed: Annotated[int | None, setting(DemoConfig, "seed")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Go all the way on a small bundled model: a hidden bias is found, removed and measured."""
+    chosen = settings(
+        DemoConfig,
+        config,
+        num_images=num_images,
+        severity=severity,
+        steps=steps,
+        images_per_prompt=images_per_prompt,
+        seed=seed,
+    )
+    say("loading the bundled model", quiet=quiet)
+    silence_libraries()
+    from .demo import run_demo
+
+    document = run_demo(output, config=chosen, progress=not quiet)
+    print_results({name: document[name] for name in ("base", "guided")}, "background")
+    finish(
+        f"Pictures and figures are in {output}.",
+        ["invdiff", "audit", "MODEL", "DATA", "--output", str(output.parent / "audit")],
+        hint=" (with your own model and images)",
+    )
+
+
+@app.command(rich_help_panel=PANEL, epilog="Example: invdiff audit out/model photos --output out/audit")
+def audit(
+    model: Model,
+    data: Data,
+    output: Output,
+    config: ConfigFile = None,
+    solver: Annotated[Literal["auto", "exact", "gradient"] | None, setting(AuditConfig, "solver")] = None,
+    num_groups: Annotated[int | None, setting(AuditConfig, "num_groups", min=0)] = None,
+    contrast_draws: Annotated[int | None, setting(AuditConfig, "contrast_draws", min=1)] = None,
+    vision_encoder: Annotated[str | None, setting(AuditConfig, "vision_encoder")] = None,
+    min_images: Annotated[int | None, setting(AuditConfig, "min_images", min=1)] = None,
+    batch_size: Annotated[int | None, setting(AuditConfig, "batch_size", min=1)] = None,
+    seed: Annotated[int | None, setting(AuditConfig, "seed")] = None,
+    caption_column: CaptionColumn = None,
+    image_column: ImageColumn = None,
+    split: Split = "train",
+    limit: Limit = None,
+    max_unreadable: MaxUnreadable = 0.01,
+    cache_dir: CacheDir = None,
+    quiet: Quiet = False,
+) -> None:
+    """Find hidden groups in the images that a model learnt from, without labels."""
+    options: dict[str, Any] = {
+        "solver": solver,
+        "num_groups": num_groups,
+        "contrast_draws": contrast_draws,
+        "vision_encoder": vision_encoder,
+        "min_images": min_images,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    chosen = settings(AuditConfig, config, **options)
+    source = DataSource(data, caption_column, image_column, split, limit, max_unreadable)
+    say("loading images and model", quiet=quiet)
+    images = source.load()
+    silence_libraries()
+    from .groups.audit import audit as run_audit
+    from .pipelines import load_pipeline
+    from .report.audit_pictures import save_audit_pictures
+
+    found = run_audit(load_pipeline(model), images, config=chosen, cache_dir=cache_dir, progress=not quiet)
+    found.save(output)
+    save_audit_pictures(output, images)
+    print_audit(found)
+    shared = [*source.flags(), *flags(cache_dir=cache_dir)]
+    if found.biased:
+        module = str(output.parent / "module")
+        finish(
+            f"The audit and its pictures are in {output}.",
+            ["invdiff", "train", model, data, str(output), "--output", module, *shared],
+        )
+    else:
+        further = {"solver": "exact"} if chosen.vision_encoder else {"vision_encoder": "facebook/dinov2-small"}
+        again = [*flags(config=config, **{**options, **further}), *shared]
+        finish(
+            f"No hidden group was found. The audit and its pictures are in {output}.",
+            ["invdiff", "audit", model, data, "--output", str(output), *again],
+            hint=" (to split regardless)" if chosen.vision_encoder else " (to look with further eyes)",
+        )
+
+
+@app.command(
+    rich_help_panel=PANEL, epilog="Example: invdiff train out/model photos out/audit --output out/module --steps 800"
+)
+def train(
+    model: Model,
+    data: Data,
+    audit_dir: Annotated[Path, typer.Argument(metavar="AUDIT", help="The folder that `invdiff audit` wrote.")],
+    output: Output,
+    config: ConfigFile = None,
+    mode: Annotated[Literal["balanced", "invariant"] | None, setting(TrainConfig, "mode")] = None,
+    steps: Annotated[int | None, setting(TrainConfig, "steps", min=1)] = None,
+    batch_size: Annotated[int | None, setting(TrainConfig, "batch_size", min=1)] = None,
+    learning_rate: Annotated[float | None, setting(TrainConfig, "learning_rate")] = None,
+    penalty: Annotated[float | None, setting(TrainConfig, "penalty", min=0)] = None,
+    rounds: Annotated[int | None, setting(TrainConfig, "rounds", min=1)] = None,
+    width: Annotated[int | None, setting(TrainConfig, "width", min=0)] = None,
+    seed: Annotated[int | None, setting(TrainConfig, "seed")] = None,
+    caption_column: CaptionColumn = None,
+    image_column: ImageColumn = None,
+    split: Split = "train",
+    limit: Limit = None,
+    max_unreadable: MaxUnreadable = 0.01,
+    cache_dir: CacheDir = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train a small module beside the frozen model that balances the groups an audit found."""
+    chosen = settings(
+        TrainConfig,
+        config,
+        mode=mode,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        penalty=penalty,
+        rounds=rounds,
+        width=width,
+        seed=seed,
+    )
+    source = DataSource(data, caption_column, image_column, split, limit, max_unreadable)
+    say("loading audit, images and model", quiet=quiet)
+    silence_libraries()
+    from .groups.result import Audit
+    from .pipelines import load_pipeline
+    from .training.train import train as run_train
+
+    found = Audit.load(audit_dir)
+    found.check_found()
+    images = source.load()
+    run_train(load_pipeline(model), images, found, output, config=chosen, cache_dir=cache_dir, progress=not quiet)
+    prompts = [entry.prompt for entry in found.prompts if entry.found]
+    images_dir = output.parent / "images" / "guided"
+    finish(
+        f"The module is in {output}.",
+        ["invdiff", "generate", model, *prompts, "--module", str(output), "--output", str(images_dir)],
+    )
+
+
+@app.command(
+    rich_help_panel=PANEL,
+    epilog='Example: invdiff generate out/model "a photo of a doctor" --module out/module --output out/guided',
+)
+def generate(
+    model: Model,
+    output: Output,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.")] = None,
+    prompts_file: Annotated[
+        Path | None, option("A text file with one further prompt per line.", panel=DATA_PANEL, metavar="FILE")
+    ] = None,
+    module: Annotated[
+        str | None,
+        option("What `invdiff train` wrote. Without it, the plain model draws.", metavar="MODULE"),
+    ] = None,
+    environments: Annotated[
+        str, option("Target mix of the groups: uniform, or one proportion per group such as 0.7,0.3.")
+    ] = "uniform",
+    config: ConfigFile = None,
+    scale: Annotated[float | None, setting(GenerateConfig, "scale", min=0)] = None,
+    guidance_scale: Annotated[float | None, setting(GenerateConfig, "guidance_scale", min=0)] = None,
+    images_per_prompt: Annotated[int | None, setting(GenerateConfig, "images_per_prompt", min=1)] = None,
+    steps: Annotated[int | None, setting(GenerateConfig, "num_inference_steps", flag="--steps", min=1)] = None,
+    batch_size: Annotated[int | None, setting(GenerateConfig, "batch_size", min=1)] = None,
+    seed: Annotated[int | None, setting(GenerateConfig, "seed")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Draw images of prompts, with or without a module, from the same starting noise."""
+    if module is None and scale is not None:
+        raise ConfigError("Expected --module beside --scale, got none: the plain model has no scale.")
+    chosen = settings(
+        GenerateConfig,
+        config,
+        scale=scale,
+        guidance_scale=guidance_scale,
+        images_per_prompt=images_per_prompt,
+        num_inference_steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    wanted = [*(prompts or []), *(prompts_in(prompts_file) if prompts_file else [])]
+    mix = environments_from(environments)
+    say("loading the model", quiet=quiet)
+    silence_libraries()
+    from .generation import generate as run_generate
+    from .guidance.loading import load_module
+    from .pipelines import load_pipeline
+
+    run_generate(
+        load_pipeline(model),
+        wanted,
+        output,
+        module=load_module(module) if module else None,
+        config=chosen,
+        environments=mix,
+        progress=not quiet,
+    )
+    result = f"{len(wanted) * chosen.images_per_prompt} images are in {output}."
+    if module is None:
+        finish(result, ["invdiff", "evaluate", str(output), "--annotator", "ANNOTATOR", "--attribute", "ATTRIBUTE"])
+    else:
+        same = flags(
+            prompts_file=prompts_file,
+            config=config,
+            guidance_scale=guidance_scale,
+            images_per_prompt=images_per_prompt,
+            steps=steps,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        plain = ["invdiff", "generate", model, *(prompts or []), "--output", str(output.parent / "base"), *same]
+        finish(result, plain, hint=" (the same images without the module)")
+
+
+@app.command(
+    rich_help_panel=PANEL,
+    epilog="Example: invdiff evaluate out/base out/guided --annotator out/annotator --attribute background",
+)
+def evaluate(
+    folders: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DIR",
+            help="Folders that `invdiff generate` wrote, each named after its model, or NAME=DIR. Several "
+            "NAME=DIR with one name are one model at several guidance scales.",
+        ),
+    ],
+    annotator: Annotated[str, option("What `invdiff annotator train` wrote.", metavar="ANNOTATOR")],
+    attribute: Annotated[str, option("Sensitive attribute, to measure Bias on.")],
+    subject_attribute: Annotated[str | None, option("Attribute that prompts name, to measure accuracy on.")] = None,
+    reference: Annotated[
+        str | None,
+        option(
+            "Captioned images that quality (Fréchet distance) is measured against.", panel=DATA_PANEL, metavar="DATA"
+        ),
+    ] = None,
+    caption_column: CaptionColumn = None,
+    image_column: ImageColumn = None,
+    split: Split = "train",
+    limit: Limit = None,
+    max_unreadable: MaxUnreadable = 0.01,
+    output: Annotated[Path, option("JSON file to write.", panel=RUN_PANEL, metavar="FILE")] = Path("results.json"),
+    quiet: Quiet = False,
+) -> None:
+    """Measure Bias, accuracy and quality of generated images at every guidance scale."""
+    source = DataSource(reference or "", caption_column, image_column, split, limit, max_unreadable)
+    if reference is None and source.flags():
+        raise ConfigError(f"Expected --reference beside {source.flags()[0]}, got none: only a reference has columns.")
+    say("loading the annotator", quiet=quiet)
+    silence_libraries()
+    from .evaluation.annotators import ConvAnnotator
+    from .evaluation.evaluate import evaluate as run_evaluate
+    from .evaluation.reference import reference_features
+
+    judge = ConvAnnotator.from_pretrained(annotator)
+    features = None
+    if reference is not None:
+        features = reference_features(judge, source.load(), progress=not quiet)
+    results = run_evaluate(
+        labelled_folders(folders),
+        judge,
+        attribute=attribute,
+        subject_attribute=subject_attribute,
+        reference_features=features,
+        progress=not quiet,
+    )
+    results.save(output)
+    print_results(results.to_dict(), attribute)
+    finish(f"The results are in {output}.")
+
+
+app.add_typer(prepare_app)

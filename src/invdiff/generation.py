@@ -1,0 +1,282 @@
+"""Draw images of prompts with or without a guidance module, from the same starting noise; resumable."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from .config import GenerateConfig
+from .errors import ConfigError, ModelError
+from .files import fingerprint, read_json, save_image, write_json, write_text
+from .guidance.attach import Attachment, attach, check_fit, mix_for
+from .guidance.environments import EnvironmentMix, Environments
+from .guidance.module import GuidanceModule
+from .progress import progress_bar
+from .seeds import derived_seed
+
+MANIFEST = "manifest.jsonl"
+SETTINGS = "generate.json"
+_CHUNK = "invdiff"  # the PNG text chunk that holds an image's row of the manifest
+
+
+def generate(
+    pipe: Any,
+    prompts: Sequence[str],
+    output_dir: str | Path,
+    *,
+    module: GuidanceModule | None = None,
+    config: GenerateConfig | None = None,
+    environments: Environments = "uniform",
+    progress: bool = True,
+) -> Path:
+    """Draw `config.images_per_prompt` images of each prompt into `output_dir` and return that folder.
+
+    Writes `<prompt index>/<image index>.png`, `manifest.jsonl` with one row per image ("file_name", "prompt",
+    "seed", "environment", "scale", "guidance_scale", "num_inference_steps"), and `generate.json` with the
+    settings. A run that was stopped goes on where it stopped, to the same bytes.
+
+    The starting noise of image k of a prompt depends on the prompt, k and `config.seed` only, so images with
+    and without a module can be compared one to one. "environment" is the group of each factor, or null where
+    none has a say: without a module, or with an invariant one. "scale" is 0 without a module.
+
+    Args:
+        pipe: A text-to-image diffusers pipeline; it is left as it was.
+        prompts: Different prompts.
+        output_dir: A new folder, or that of a run to go on with.
+        module: A guidance module made for this pipeline; None draws from the plain model.
+        config: Numbers of images and steps, scales, seed.
+        environments: `"uniform"`, proportions, or groups as for `attach`; groups are given for each image,
+            prompt by prompt (prompts x images_per_prompt), or for the images of every prompt alike
+            (images_per_prompt).
+        progress: Show a progress bar.
+
+    Raises:
+        ConfigError: Prompts or environments cannot be used, or `output_dir` is no folder or holds images that
+            were drawn otherwise.
+        ModelError: The module was trained for another model, or a safety checker blackens images.
+        DataError: The disk is full or the folder cannot be written.
+    """
+    config = config or GenerateConfig()
+    _check_prompts(prompts)
+    if module is not None:
+        check_fit(pipe, module)
+    mix = _mix(module, environments, len(prompts), config.images_per_prompt)
+    output_dir = Path(output_dir)
+    rows = _planned_rows(prompts, config, guided=module is not None)
+    _open_folder(output_dir, rows, _settings(pipe, prompts, module, mix, config))
+
+    done = [_read_row(output_dir, row) for row in rows]
+    batches = [range(i, min(i + config.batch_size, len(rows))) for i in range(0, len(rows), config.batch_size)]
+    # A batch is drawn whole or not at all: the last bits of an image depend on those drawn beside it.
+    missing = [batch for batch in batches if any(done[index] is None for index in batch)]
+    start = len(rows) - sum(map(len, missing))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_no_progress_bar(pipe))
+        bar = stack.enter_context(progress_bar("generating", len(rows), start=start, enabled=progress))
+        attachment = None
+        if module is not None and missing:
+            # The groups of single images are handed over batch by batch.
+            target = environments if mix is None or mix.given is None else "uniform"
+            attachment = stack.enter_context(attach(pipe, module, config.scale, target))
+        for batch in missing:
+            drawn = [rows[index] for index in batch]
+            if attachment is not None and mix is not None and mix.given is not None:
+                attachment.mix = EnvironmentMix(mix.given[list(batch)], mix.num_groups)
+            images = _draw(pipe, drawn, config)
+            if attachment is not None and mix is not None:
+                drawn = _with_environments(drawn, attachment)
+            for index, image, row in zip(batch, images, drawn, strict=True):
+                _save(output_dir / row["file_name"], image, row)
+                done[index] = row
+            bar.advance(len(batch))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in done]
+    write_text(output_dir / MANIFEST, "".join(lines))
+    return output_dir
+
+
+def image_seed(prompt: str, image: int, seed: int = 0) -> int:
+    """Return the 32-bit seed of image number `image` of `prompt`."""
+    return derived_seed("generate", seed, prompt, image) & 0xFFFFFFFF
+
+
+def _check_prompts(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ConfigError(f"Expected a list of prompts, got {prompts!r}.")
+    if not prompts:
+        raise ConfigError("Expected at least one prompt, got none.")
+    twice = [prompt for index, prompt in enumerate(prompts) if prompt in prompts[:index]]
+    if twice:
+        raise ConfigError(
+            f"Expected different prompts, got {twice[0]!r} again, which would give the same images. For more "
+            "images of a prompt raise images_per_prompt."
+        )
+
+
+def _mix(
+    module: GuidanceModule | None, environments: Environments, num_prompts: int, images_per_prompt: int
+) -> EnvironmentMix | None:
+    """Return the target mix, its `given` repeated for every prompt; None where groups have no say."""
+    if module is None:
+        if not (isinstance(environments, str) and environments == "uniform"):
+            raise ConfigError(
+                f"Expected a module beside environments, got environments={environments!r} and no module."
+            )
+        return None
+    mix = mix_for(module, environments)
+    if not module.sees_environment:
+        return None
+    if mix.given is not None:
+        total = num_prompts * images_per_prompt
+        if len(mix.given) not in (images_per_prompt, total):
+            raise ConfigError(
+                f"Expected groups for {images_per_prompt} images (of every prompt alike) or for all {total}, "
+                f"got {len(mix.given)}."
+            )
+        mix.given = mix.given.repeat(total // len(mix.given), 1)
+    return mix
+
+
+def _planned_rows(prompts: Sequence[str], config: GenerateConfig, *, guided: bool) -> list[dict[str, Any]]:
+    """Return the manifest's rows; the environments are not known before the images are drawn."""
+    return [
+        {
+            "file_name": f"{index:05d}/{image:06d}.png",
+            "prompt": prompt,
+            "seed": image_seed(prompt, image, config.seed),
+            "environment": None,
+            "scale": float(config.scale) if guided else 0.0,
+            "guidance_scale": float(config.guidance_scale),
+            "num_inference_steps": config.num_inference_steps,
+        }
+        for index, prompt in enumerate(prompts)
+        for image in range(config.images_per_prompt)
+    ]
+
+
+@torch.no_grad()
+def _draw(pipe: Any, rows: Sequence[dict[str, Any]], config: GenerateConfig) -> list[Image.Image]:
+    output = pipe(
+        prompt=[row["prompt"] for row in rows],
+        generator=[torch.Generator().manual_seed(row["seed"]) for row in rows],
+        guidance_scale=config.guidance_scale,
+        num_inference_steps=config.num_inference_steps,
+        output_type="pil",
+    )
+    if any(getattr(output, "nsfw_content_detected", None) or ()):
+        raise ModelError(
+            "Expected images as the model draws them, but the pipeline's safety checker blackened some, "
+            "which would count as images in a comparison. Load the pipeline with safety_checker=None."
+        )
+    return output.images
+
+
+def _with_environments(rows: Sequence[dict[str, Any]], attachment: Attachment) -> list[dict[str, Any]]:
+    assert attachment.environments is not None
+    groups = attachment.environments[: len(rows)].tolist()  # further rows are those of guidance
+    return [{**row, "environment": group} for row, group in zip(rows, groups, strict=True)]
+
+
+def _save(path: Path, image: Image.Image, row: dict[str, Any]) -> None:
+    chunk = PngInfo()
+    chunk.add_text(_CHUNK, json.dumps(row))
+    save_image(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=chunk))
+
+
+def _read_row(output_dir: Path, planned: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the manifest's row of an image drawn before, or None where there is no whole one."""
+    try:
+        with Image.open(output_dir / planned["file_name"]) as image:
+            image.load()
+            row = json.loads(image.info[_CHUNK])
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError):
+        return None
+    return row if {**row, "environment": None} == planned else None
+
+
+def _settings(
+    pipe: Any,
+    prompts: Sequence[str],
+    module: GuidanceModule | None,
+    mix: EnvironmentMix | None,
+    config: GenerateConfig,
+) -> dict[str, Any]:
+    """Return all that the images depend on, as flat JSON."""
+    scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    networks = {k: v for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)}
+    weights = fingerprint(*(name + _weights_key(network) for name, network in sorted(networks.items())))
+    targets: Any = None
+    if mix is not None:
+        targets = [row.tolist() for row in mix.proportions] if mix.given is None else mix.given.tolist()
+    return {
+        "prompts": list(prompts),
+        **config.to_dict(),
+        "module": None if module is None else _weights_key(module),
+        "environments": targets,
+        "model": f"{type(pipe).__name__} {weights}",
+        "scheduler": f"{type(pipe.scheduler).__name__} "
+        + fingerprint(json.dumps(scheduler, sort_keys=True, default=str)),
+    }
+
+
+def _weights_key(network: Any) -> str:
+    """Return a digest of all weights; those that are offloaded count by name and shape."""
+    parts: list[str] = []
+    for name, tensor in sorted(network.state_dict().items()):
+        parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
+        if not tensor.is_meta:
+            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            parts.append(fingerprint(raw.numpy().tobytes()))
+    return fingerprint(*parts)
+
+
+def _open_folder(output_dir: Path, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> None:
+    """Make `output_dir` and record the settings in it, or see that they agree with those recorded."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"Expected a folder to write images to, got {output_dir} ({error.strerror}). Choose another."
+        ) from error
+    path = output_dir / SETTINGS
+    if not path.exists():
+        strangers = [row["file_name"] for row in rows if (output_dir / row["file_name"]).exists()]
+        strangers += [MANIFEST] if (output_dir / MANIFEST).exists() else []
+        if strangers:
+            raise ConfigError(
+                f"Expected a new folder or one with {SETTINGS}, got {output_dir} with {strangers[0]} of "
+                "unknown settings. Choose another folder, or empty this one."
+            )
+        write_json(path, settings)
+    stored = read_json(path)
+    names = [name for name in {**stored, **settings} if stored.get(name) != settings.get(name)]
+    if names:
+        raise ConfigError(
+            f"Expected to go on in {output_dir} with the settings it was started with, found others: "
+            + "; ".join(f"{n} was {_short(stored.get(n))}, now {_short(settings.get(n))}" for n in names)
+            + ". Use the same settings, or another output folder, or delete this one to start afresh."
+        )
+    for leftover in output_dir.glob("[0-9]*/.*.png"):  # of a run killed in the midst of writing
+        leftover.unlink(missing_ok=True)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@contextlib.contextmanager
+def _no_progress_bar(pipe: Any) -> Iterator[None]:
+    """Silence the pipeline's own bar while the block runs."""
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)

@@ -1,0 +1,149 @@
+"""Choose among all evidence by separation and stability, never by labels, or find nothing.
+
+A hidden accident is a split of a prompt's images that is *separated* (a gap in the scores, not a cut through
+one broad hump), *stable* (independent noises find the same images) and *unbalanced* (a split near half and
+half is style: facing left or right). What passes all three is a candidate; the best one is taken.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import skew
+from sklearn.decomposition import PCA, FastICA
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import adjusted_rand_score
+
+from ..config import AuditConfig
+from .inference import exact_groups
+from .result import Candidate
+
+NUM_COMPONENTS = 12
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score per image under two or more independent noises."""
+
+    evidence: str
+    draws: np.ndarray
+    """(draws, n)."""
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Return the mean over draws, standardised robustly, (n,)."""
+        mean = self.draws.mean(axis=0)
+        low, middle, high = np.quantile(mean, [0.25, 0.5, 0.75])
+        return (mean - middle) / max(high - low, 1e-12)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A candidate and the groups it stands for."""
+
+    candidate: Candidate
+    labels: np.ndarray
+    """(n,) groups, rising with the score."""
+    score: Score
+
+    @property
+    def merit(self) -> float:
+        """Return what candidates are ranked by."""
+        return self.candidate.stability * self.candidate.separation
+
+
+def consider(score: Score, num_groups: int, config: AuditConfig) -> Split:
+    """Cut a score into groups of largest dispersion and judge the cut."""
+    mean = score.mean
+    labels = exact_groups(mean, num_groups, min_share=config.min_share)
+    shares = np.bincount(labels, minlength=num_groups) / len(labels)
+    halves = [half.mean(axis=0) for half in (score.draws[0::2], score.draws[1::2])]
+    first, second = (exact_groups(half, num_groups, min_share=config.min_share) for half in halves)
+    stability = float(adjusted_rand_score(first, second))
+    depth = separation(mean, labels)
+    balance = shares.min() * num_groups / 2
+    accepted = stability >= config.min_stability and depth >= config.min_separation and balance <= config.max_balance
+    candidate = Candidate(
+        evidence=score.evidence,
+        num_groups=num_groups,
+        shares=[round(float(share), 4) for share in shares],
+        stability=round(stability, 4),
+        separation=round(depth, 4),
+        accepted=bool(accepted),
+    )
+    return Split(candidate, labels, score)
+
+
+def separation(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Return how empty the gaps between neighbouring groups are, the smallest over neighbours, in [0, 1].
+
+    The core of a group is the shortest interval that holds half of it. Between the cores of two neighbours a
+    window of half the smaller core's width slides; one minus the least density it meets, relative to the
+    density of the sparser core, is the depth of the valley. A cut through one hump, or the tail of one, leaves
+    no room between the cores, and has depth 0. No bandwidth is chosen.
+
+    Args:
+        scores: (n,).
+        labels: (n,) groups, rising with the score.
+    """
+    ordered = np.sort(scores)
+    depths = []
+    for group in range(labels.max()):
+        cores = [_core(np.sort(scores[labels == side])) for side in (group, group + 1)]
+        (_, low_end, low_density), (high_start, _, high_density) = cores
+        window = 0.5 * min(core[1] - core[0] for core in cores)
+        room = high_start - low_end - window
+        if room <= 0 or window <= 0:
+            depths.append(0.0)
+            continue
+        starts = low_end + room * np.linspace(0, 1, 200)
+        inside = np.searchsorted(ordered, starts + window, "left") - np.searchsorted(ordered, starts, "right")
+        # Two points more than were seen: in small groups an empty window can be luck.
+        valley = (inside.min() + 2) / window
+        depths.append(max(0.0, 1 - valley / min(low_density, high_density)))
+    return float(min(depths))
+
+
+def _core(ordered: np.ndarray) -> tuple[float, float, float]:
+    """Return start, end and density (points per unit) of the shortest interval holding half the points."""
+    half = max(1, len(ordered) // 2)
+    if len(ordered) <= half:
+        return float(ordered[0]), float(ordered[-1]), np.inf
+    start = int((ordered[half:] - ordered[:-half]).argmin())
+    width = float(ordered[start + half] - ordered[start])
+    return float(ordered[start]), float(ordered[start + half]), half / width if width > 0 else np.inf
+
+
+def component_scores(features: np.ndarray, names: list[str], *, seed: int) -> list[Score]:
+    """Return independent components of features as scores.
+
+    Each hidden factor of drawn or photographed content is close to one direction of the features, but seldom
+    among the largest: whitening and FastICA find directions by shape, not by size. Components are fitted on the
+    mean over draws, then every draw is projected.
+
+    Args:
+        features: (n, draws, D), draws under independent noise.
+        names: Name of each draw's level, for the evidence's name.
+        seed: Seed of FastICA.
+    """
+    n, draws, width = features.shape
+    if draws < 2 or n < 4 * NUM_COMPONENTS:
+        return []
+    centred = features - features.mean(axis=0)
+    scale = centred.std(axis=(0, 1))
+    centred = centred / np.where(scale > 0, scale, 1.0)
+    pca = PCA(min(NUM_COMPONENTS, width, n), whiten=True, random_state=seed).fit(centred.mean(axis=1))
+    ica = FastICA(whiten="unit-variance", max_iter=400, tol=1e-3, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a component that does not settle is not stable
+        ica.fit(pca.transform(centred.mean(axis=1)))
+    projected = ica.transform(pca.transform(centred.reshape(n * draws, width))).reshape(n, draws, -1)
+    label = "features at " + " and ".join(names)
+    scores = []
+    for component in range(projected.shape[2]):
+        values = projected[:, :, component].T
+        sign = 1.0 if skew(values.mean(axis=0)) >= 0 else -1.0  # the rarer group scores high
+        scores.append(Score(f"{label}, component {component + 1}", sign * values))
+    return scores

@@ -1,0 +1,386 @@
+"""Show what an audit found: the scores of each prompt, and the images of each hidden group."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from ..errors import AuditError, ConfigError
+from ..files import read_json
+from .style import INK, SOFT, Sheet, colour_of, font, number, percent, shorten, ticks, wrap
+
+if TYPE_CHECKING:
+    from ..data.captioned import CaptionedImages
+
+MOST_PROMPTS = 8
+OVERVIEW = "groups.png"
+OVERVIEW_IMAGES = 8
+RARE = 0.15
+"""Below this share a group is hard to see unless counts are on a log scale."""
+MOST_REASONS = 12
+
+_MARGIN = 64
+_Array = NDArray[Any]
+_Images = Callable[[Sequence[int]], list[Image.Image]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One group of one prompt's images: positions in the audit, the telling ones first."""
+
+    index: int
+    share: float
+    size: int
+    typical: list[int]
+    """Highest weight first, then the most extreme score on the group's side."""
+    uncertain: list[int]
+    """Lowest weight first, then closest to another group's scores."""
+
+
+@dataclass(frozen=True)
+class _Page:
+    """One prompt under one hidden factor."""
+
+    prompt: dict[str, Any]
+    factor: str
+    """Empty where the audit has one factor only."""
+    scores: _Array
+    labels: _Array
+    groups: list[Group]
+
+
+def save_audit_pictures(audit_folder: Path, data: CaptionedImages, *, images_per_group: int = 12) -> list[Path]:
+    """Draw an audit into its own folder and return the pictures' paths, the overview first.
+
+    `groups.png` shows every group of the prompts that hide one, or says why none does. `prompt-00.png` and so
+    on, largest prompt first and at most 8, show a prompt's scores and each group's most typical and least
+    certain images. Pictures of an earlier audit in the same folder are removed.
+
+    Args:
+        audit_folder: What `Audit.save` wrote.
+        data: The images that were audited, found by name.
+        images_per_group: The most images in each row of a `prompt-*.png`.
+
+    Raises:
+        AuditError: The folder holds no audit, or one of other images.
+        ConfigError: `images_per_group` is below 1.
+        DataError: An image cannot be read, or a picture cannot be written.
+    """
+    audit_folder = Path(audit_folder)
+    if images_per_group < 1:
+        raise ConfigError(f"Expected images_per_group of at least 1, got {images_per_group}.")
+    document, tensors = _read_audit(audit_folder)
+    rows = _rows_by_name(document["names"], list(data.names))
+    pages = _pages(document, tensors)
+
+    def images(positions: Sequence[int]) -> list[Image.Image]:
+        return [data.image(rows[position]) for position in positions]
+
+    unfound = [prompt for prompt in document["prompts"] if not prompt["found"]]
+    if pages:
+        written = [_overview(pages, unfound, images).save(audit_folder / OVERVIEW)]
+    else:
+        written = [_nothing_found(unfound).save(audit_folder / OVERVIEW)]
+    for place, page in enumerate(pages):
+        sheet = _prompt_sheet(page, images, images_per_group)
+        written.append(sheet.save(audit_folder / f"prompt-{place:02d}.png"))
+    for picture in audit_folder.glob("prompt-[0-9][0-9].png"):
+        if picture not in written:
+            picture.unlink()
+    return written
+
+
+def rank_groups(weights: _Array, scores: _Array, rows: _Array) -> list[Group]:
+    """Order the images of each of a prompt's groups by how telling they are.
+
+    Args:
+        weights: (n, E) the prompt's rows of W.
+        scores: (n,) their scores.
+        rows: (n,) their positions in the audit.
+
+    Returns:
+        E groups. The side of the group that scores highest is up, of the lowest down; between them the middle
+        of a group is the most typical.
+    """
+    labels = weights.argmax(axis=1)
+    filled = [index for index in range(weights.shape[1]) if (labels == index).any()]
+    ladder = sorted(filled, key=lambda index: scores[labels == index].mean())
+    groups = []
+    for index in range(weights.shape[1]):
+        members = np.flatnonzero(labels == index)
+        own, others = scores[members], np.sort(scores[labels != index])
+        extreme = distance = -np.abs(own - np.median(own)) if len(own) else own
+        if len(ladder) > 1 and index in (ladder[0], ladder[-1]):
+            extreme = own if index == ladder[-1] else -own
+        if len(others):
+            above = np.searchsorted(others, own).clip(0, len(others) - 1)
+            distance = np.minimum(np.abs(others[above] - own), np.abs(others[(above - 1).clip(0)] - own))
+        weight = weights[members, index].round(2)  # finer differences of a soft W say less than the score
+        groups.append(
+            Group(
+                index=index,
+                share=float(weights[:, index].mean()),
+                size=len(members),
+                typical=rows[members[np.lexsort((-extreme, -weight))]].tolist(),
+                uncertain=rows[members[np.lexsort((distance, weight))]].tolist(),
+            )
+        )
+    return groups
+
+
+def _read_audit(folder: Path) -> tuple[dict[str, Any], dict[str, _Array]]:
+    if not (folder / "audit.json").is_file():
+        raise AuditError(f"Expected an audit folder at {folder}, found no audit.json. Run `invdiff audit`.")
+    document = read_json(folder / "audit.json")
+    try:
+        tensors = load_file(folder / "audit.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise AuditError(
+            f"Expected the audit's tensors in {folder / 'audit.safetensors'}, found something else ({error}). "
+            "Run `invdiff audit` again."
+        ) from error
+    count = len(document["names"])
+    short = [name for name, tensor in tensors.items() if len(tensor) != count]
+    if short:
+        raise AuditError(
+            f"Expected one row for each of the {count} images in {folder / 'audit.safetensors'}, found "
+            f"{len(tensors[short[0]])} of {short[0]}. Run `invdiff audit` again."
+        )
+    return document, tensors
+
+
+def _rows_by_name(names: list[str], available: list[str]) -> list[int]:
+    """Return where each audited image stands in the data; a name's second use is its second image."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for row in reversed(range(len(available))):
+        places[available[row]].append(row)
+    absent = [name for name in names if name not in places]
+    if absent:
+        raise AuditError(
+            f"Expected the images that were audited, got data without {len(absent)} of {len(names)}, first "
+            f"{absent[0]}. Give the data that the audit was made on."
+        )
+    return [places[name].pop() if len(places[name]) > 1 else places[name][0] for name in names]
+
+
+def _pages(document: dict[str, Any], tensors: dict[str, _Array]) -> list[_Page]:
+    """Return the largest prompts that hide a group, once for each factor that splits them."""
+    factors = len(document["num_groups"])
+    found = [index for index, prompt in enumerate(document["prompts"]) if prompt["found"]]
+    found.sort(key=lambda index: -document["prompts"][index]["num_images"])
+    pages = []
+    for index in found:
+        rows = np.flatnonzero(tensors["prompt_ids"] == index)
+        scores = tensors["scores"][rows]
+        for factor in range(factors):
+            weights = tensors[f"group_weights.{factor}"][rows]
+            if len(rows) == 0 or np.ptp(weights) < 1e-6:  # uniform: this factor does not split this prompt
+                continue
+            pages.append(
+                _Page(
+                    prompt=document["prompts"][index],
+                    factor=f"factor {factor} · " if factors > 1 else "",
+                    scores=scores,
+                    labels=weights.argmax(axis=1),
+                    groups=rank_groups(weights, scores, rows),
+                )
+            )
+    return pages[:MOST_PROMPTS]
+
+
+def _prompt_sheet(page: _Page, images: _Images, images_per_group: int) -> Sheet:
+    """Lay out one prompt: its scores on the left, its groups on the right."""
+    gap, left, plot_width = 6, 100, 470
+    right = left + plot_width + 74
+    columns = min(images_per_group, 12)
+    width = 1800
+    side = min((width - _MARGIN - right - (columns - 1) * gap) // columns, 150)
+    strips = [_strips(group, images_per_group) for group in page.groups]
+    heights = [[-(-len(chosen) // columns) * (side + gap) for _, chosen in pair] for pair in strips]
+    blocks = [40 + sum(34 + strip for strip in pair) + 36 for pair in heights]
+    top = 210
+    height = top + max(sum(blocks) - 36, 520) + _MARGIN
+
+    prompt = page.prompt
+    sheet = Sheet(width, height)
+    sheet.text(_MARGIN, 92, f"“{prompt['prompt']}”", size=36, bold=True, width=width - 2 * _MARGIN)
+    facts = [
+        f"{page.factor}split by {prompt['evidence']}",
+        " / ".join(percent(group.share) for group in page.groups),
+        f"stability {prompt['stability']:.2f}",
+        f"separation {prompt['separation']:.2f}",
+        f"{prompt['num_images']:,} images",
+    ]
+    others = len(prompt["captions"]) - 1
+    facts += [f"{others} more wordings"] if others > 1 else ["1 more wording"] if others else []
+    sheet.text(_MARGIN, 134, "   ·   ".join(facts), size=21, colour=SOFT, width=width - 2 * _MARGIN)
+
+    plot_height = min(height - top - 30 - _MARGIN - 70, 560)
+    _histogram(sheet.axes(left, top + 30, plot_width, plot_height), page)
+    counts = "images, log scale" if _is_rare(page) else "images"
+    sheet.text(_MARGIN, top + 6, counts, size=18, colour=SOFT)
+    below = top + 30 + plot_height + 66
+    sheet.text(left + plot_width / 2, below, "score, high for the rarer group", size=18, colour=SOFT, align="center")
+
+    y = top - 16
+    for group, pair, strip_heights, block in zip(page.groups, strips, heights, blocks, strict=True):
+        sheet.dot(right + 9, y + 15, colour_of(group.index), radius=9)
+        label = f"group {group.index} · {percent(group.share)}"
+        sheet.text(right + 28, y + 23, label, size=24, bold=True)
+        sheet.text(width - _MARGIN, y + 23, _images_in_words(group.size), size=18, colour=SOFT, align="right")
+        line = y + 40
+        for (note, chosen), strip in zip(pair, strip_heights, strict=True):
+            sheet.text(right, line + 18, note, size=18, colour=SOFT)
+            sheet.images(images(chosen), right, line + 30, side, columns=columns, gap=gap)
+            line += 34 + strip
+        y += block
+    return sheet
+
+
+def _strips(group: Group, most: int) -> list[tuple[str, list[int]]]:
+    """Return two notes with the images that belong to them; no image is shown twice."""
+    typical = group.typical[:most]
+    uncertain = [position for position in group.uncertain if position not in typical][:most]
+    if not typical:
+        return [("none under this prompt", [])]
+    return [("most typical", typical), ("least certain" if uncertain else "all of this group is shown", uncertain)]
+
+
+def _histogram(axes: Axes, page: _Page) -> None:
+    """Draw each group's scores in its colour, and where they part."""
+    low, high = float(page.scores.min()), float(page.scores.max())
+    high = high if high > low else low + 1.0
+    edges = np.linspace(low, high, 49)
+    tallest = 1
+    for group in page.groups:
+        counts, _ = np.histogram(page.scores[page.labels == group.index], edges)
+        tallest = max(tallest, int(counts.max()))
+        axes.bar(edges[:-1], counts, np.diff(edges) * 0.9, align="edge", color=colour_of(group.index), alpha=0.9)
+    if _is_rare(page):
+        axes.set_yscale("log")
+        axes.set_ylim(0.7, tallest * 1.7)
+        powers = [float(10**power) for power in range(int(np.log10(tallest * 1.7)) + 1)]
+        ticks(axes, "y", powers, [f"{power:,.0f}" for power in powers])
+    else:
+        axes.set_ylim(0, tallest * 1.12)
+        steps = [step for step in MaxNLocator(4, integer=True).tick_values(0, tallest) if step <= tallest * 1.12]
+        ticks(axes, "y", steps, [f"{step:,.0f}" for step in steps])
+    margin = 0.03 * (high - low)
+    axes.set_xlim(low - margin, high + margin)
+    marks = [mark for mark in MaxNLocator(5).tick_values(low, high) if low - margin <= mark <= high + margin]
+    ticks(axes, "x", marks, [number(mark) for mark in marks])
+    for cut in cuts(page.scores, page.labels):
+        axes.axvline(cut, color=INK, linewidth=1.6, linestyle=(0, (4, 3)))
+        axes.annotate(
+            "cut",
+            (cut, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 5),
+            textcoords="offset points",
+            ha="center",
+            color=INK,
+            fontproperties=font(17),
+        )
+
+
+def cuts(scores: _Array, labels: _Array) -> list[float]:
+    """Return the midpoints of the gaps between neighbouring groups that the scores separate."""
+    parts = sorted((scores[labels == label] for label in np.unique(labels)), key=lambda part: float(part.mean()))
+    return [float(lower.max() + upper.min()) / 2 for lower, upper in pairwise(parts) if lower.max() <= upper.min()]
+
+
+def _is_rare(page: _Page) -> bool:
+    return min((group.share for group in page.groups if group.size), default=1.0) < RARE
+
+
+def _overview(pages: list[_Page], unfound: list[dict[str, Any]], images: _Images) -> Sheet:
+    """Lay out the groups of all prompts: two prompts side by side, one row per group."""
+    width, gap, gutter, top = 1600, 8, 72, 176
+    across = min(len(pages), 2)
+    block_width = (width - 2 * _MARGIN - (across - 1) * gutter) // across
+    columns = OVERVIEW_IMAGES // across
+    side = (block_width - (columns - 1) * gap) // columns
+    strip = across * side + (across - 1) * gap
+    tallest = [max(len(page.groups) for page in pages[i : i + across]) for i in range(0, len(pages), across)]
+    heights = [112 + count * (strip + 96) for count in tallest]
+    notes = _reasons(unfound, width - 2 * _MARGIN)
+    sheet = Sheet(width, top + sum(heights) + (40 + _notes_height(notes) if notes else 0))
+
+    sheet.text(_MARGIN, 88, "Hidden groups", size=40, bold=True)
+    subtitle = "Images under the same prompt, split without labels. Each group's most typical images."
+    sheet.text(_MARGIN, 128, subtitle, size=22, colour=SOFT, width=width - 2 * _MARGIN)
+    for place, page in enumerate(pages):
+        line, column = divmod(place, across)
+        x = _MARGIN + column * (block_width + gutter)
+        y = top + sum(heights[:line])
+        sheet.text(x, y + 34, f"“{page.prompt['prompt']}”", size=28, bold=True, width=block_width)
+        sheet.share_bar(x, y + 54, block_width, [group.share for group in page.groups])
+        y += 84
+        for group in page.groups:
+            sheet.dot(x + 9, y + 28, colour_of(group.index), radius=9)
+            label = f"{page.factor}group {group.index} · {percent(group.share)}"
+            sheet.text(x + 28, y + 36, label, size=24, bold=True)
+            sheet.text(x + block_width, y + 36, _images_in_words(group.size), size=18, colour=SOFT, align="right")
+            chosen = images(group.typical[:OVERVIEW_IMAGES])
+            if not chosen:
+                sheet.text(x + 28, y + 76, "none under this prompt", size=20, colour=SOFT)
+            sheet.images(chosen, x, y + 54, side, columns=columns, gap=gap)
+            y += strip + 96
+    _write_reasons(sheet, notes, top + sum(heights))
+    return sheet
+
+
+def _nothing_found(prompts: list[dict[str, Any]]) -> Sheet:
+    """Say plainly that nothing was found, and why."""
+    width = 1600
+    notes = _reasons(prompts, width - 2 * _MARGIN)
+    sheet = Sheet(width, 176 + _notes_height(notes))
+    sheet.text(_MARGIN, 88, "No hidden group was found", size=40, bold=True)
+    subtitle = "No split of a prompt's images was at once separated, stable and unbalanced."
+    sheet.text(_MARGIN, 128, subtitle, size=22, colour=SOFT)
+    _write_reasons(sheet, notes, 152)
+    return sheet
+
+
+def _reasons(prompts: list[dict[str, Any]], width: float) -> list[tuple[str, list[str]]]:
+    """Return why each prompt hides nothing, as headings with lines of text; the largest prompts first."""
+    ordered = sorted(prompts, key=lambda prompt: -prompt["num_images"])
+    notes = [
+        (
+            f"“{shorten(prompt['prompt'], 0.75 * width, 22, bold=True)}” · {_images_in_words(prompt['num_images'])}",
+            wrap(prompt["reason"], width, 19),
+        )
+        for prompt in ordered[:MOST_REASONS]
+    ]
+    rest = len(ordered) - len(notes)
+    return [*notes, (f"and {rest} more: see audit.json", [])] if rest else notes
+
+
+def _notes_height(notes: list[tuple[str, list[str]]]) -> int:
+    return sum(62 + 28 * len(lines) for _, lines in notes) + 40
+
+
+def _write_reasons(sheet: Sheet, notes: list[tuple[str, list[str]]], y: float) -> None:
+    width = sheet.width - 2 * _MARGIN
+    for heading, lines in notes:
+        sheet.rule(_MARGIN, y, width)
+        sheet.text(_MARGIN, y + 40, heading, size=22, bold=True, width=width)
+        for place, line in enumerate(lines):
+            sheet.text(_MARGIN, y + 70 + 28 * place, line, size=19, colour=SOFT)
+        y += 62 + 28 * len(lines)
+
+
+def _images_in_words(count: int) -> str:
+    return "1 image" if count == 1 else f"{count:,} images"

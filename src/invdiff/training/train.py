@@ -1,0 +1,192 @@
+"""Train a guidance module beside the frozen model: the min phase, and the rounds of the max-min game."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..config import TrainConfig
+from ..data.captioned import CaptionedImages
+from ..data.encode import EncodedImages, as_encoded
+from ..denoiser import FrozenDenoiser
+from ..diffusion import per_sample_loss
+from ..errors import ConfigError
+from ..files import read_json, write_json, write_text
+from ..groups.result import Audit
+from ..guidance.attach import check_fit
+from ..guidance.module import GuidanceModule
+from ..progress import progress_bar
+from ..seeds import derived_seed, generator
+from .batches import GroupBalancedSampler
+from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from .objective import MovingGroupLosses, objective_weights
+from .optimization import make_accelerator, moving_average, set_learning_rate
+
+LOG_EVERY = 10
+
+Reinfer = Callable[[GuidanceModule, int], Audit]
+"""The max phase of a later round: from the guided model and the round's number to a new audit."""
+
+
+def train(
+    pipe: Any,
+    data: CaptionedImages | EncodedImages,
+    audit: Audit,
+    output_dir: str | Path,
+    *,
+    config: TrainConfig | None = None,
+    cache_dir: str | Path | None = None,
+    reinfer: Reinfer | None = None,
+    progress: bool = True,
+) -> GuidanceModule:
+    """Train a `GuidanceModule` that balances the groups an audit found, and save it to `output_dir`.
+
+    The pipeline stays frozen; no gradient flows through it. Work in progress is kept in `output_dir/.work`:
+    a killed run goes on from its last checkpoint to the same result. The losses of each group are logged
+    in `output_dir/log.jsonl`.
+
+    Args:
+        pipe: The pipeline that was audited.
+        data: The images that were audited, or what `encode` made of them.
+        audit: Groups W of each hidden factor.
+        output_dir: Where the module is written.
+        config: Mode, steps, penalty and so on.
+        cache_dir: Where latents are kept; `default_cache_dir()` unless given.
+        reinfer: Infers W again with the guided model, before each round after the first.
+        progress: Show a progress bar.
+
+    Raises:
+        AuditError: The audit is of other images or found nothing to balance.
+        ConfigError: `output_dir` holds an unfinished run with other settings, or rounds lack `reinfer`.
+    """
+    config = config or TrainConfig()
+    output_dir = Path(output_dir)
+    data = as_encoded(pipe, data, cache_dir, progress=progress)
+    audit.check_matches(data)
+    audit.check_found()
+    if config.rounds > 1 and reinfer is None:
+        raise ConfigError("Expected `reinfer` for more than one round, got none.")
+    settings = config.to_dict() | {"audit": audit.fingerprint, "data": data.data_fingerprint}
+    module = GuidanceModule.for_pipeline(
+        pipe,
+        num_groups=audit.num_groups,
+        mode=config.mode,
+        width=config.width,
+        seed=derived_seed("module", config.seed),
+    )
+    finished = output_dir / "train.json"
+    if finished.is_file() and read_json(finished)["settings"] == settings:
+        module = GuidanceModule.from_pretrained(output_dir)
+        check_fit(pipe, module)
+        return module.eval()
+
+    accelerator = make_accelerator(config.mixed_precision)
+    with FrozenDenoiser(pipe) as frozen:
+        for number in range(config.rounds):
+            if number > 0 and reinfer is not None:
+                audit = reinfer(module, number)
+            run_round(
+                module,
+                frozen,
+                data,
+                audit,
+                config,
+                accelerator,
+                work_dir=output_dir / ".work" / f"round-{number}",
+                settings=settings | {"round": number, "audit": audit.fingerprint},
+                round_number=number,
+                progress=progress,
+            )
+    module.save_pretrained(output_dir)
+    logs = [
+        (output_dir / ".work" / f"round-{n}" / "log.jsonl").read_text(encoding="utf-8") for n in range(config.rounds)
+    ]
+    write_text(output_dir / "log.jsonl", "".join(logs))
+    write_json(finished, {"settings": settings, "parameters": module.num_parameters()})
+    return module
+
+
+def run_round(
+    module: Any,
+    frozen: FrozenDenoiser,
+    data: EncodedImages,
+    audit: Audit,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    *,
+    work_dir: Path,
+    settings: dict[str, Any],
+    round_number: int,
+    progress: bool,
+) -> None:
+    """Minimise mean_e L_e + lambda Var_e(L_e) for `config.steps` steps, W fixed; `module` ends as the average."""
+    device, schedule = accelerator.device, frozen.schedule
+    sampler = GroupBalancedSampler(audit.prompt_ids, audit.group_weights)
+    moving = MovingGroupLosses((int(audit.prompt_ids.max()) + 1, audit.num_groups[0]), config.loss_momentum)
+    embeds = torch.cat([data.prompt_embeds, data.null_embeds[None]])
+    null_id = len(data.captions)
+
+    module.to(device).train()
+    average = moving_average(module, config.ema_decay)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    state = TrainingState(module, optimizer, average)
+    start = load_checkpoint(work_dir, state, settings)
+    if start:
+        moving.load(state.running["group_losses"])
+    log: list[dict[str, Any]] = state.running.get("log", [])
+
+    with progress_bar(f"round {round_number + 1}", config.steps, start=start, enabled=progress) as bar:
+        for step in range(start, config.steps):
+            set_learning_rate(optimizer, config.learning_rate, step, config.steps)
+            rng = generator("train", config.seed, round_number, step)
+            rows, environments = sampler.draw(config.batch_size, rng)
+            captions = data.caption_ids[rows].clone()
+            captions[torch.rand(len(rows), generator=rng) < config.caption_dropout] = null_id
+            latents = data.latents[rows]
+            noise = torch.randn(latents.shape, generator=rng)
+            timesteps = torch.randint(schedule.num_train_timesteps, (len(rows),), generator=rng)
+
+            latents, noise, timesteps = latents.to(device), noise.to(device), timesteps.to(device)
+            prompt_embeds = embeds[captions].to(device)
+            noisy_latents = schedule.add_noise(latents, noise, timesteps)
+            # f~ = f + g_psi(z_t, t, Phi(y), e), trained at full strength: Delta = 1.
+            with accelerator.autocast():
+                model_pred, features = frozen(noisy_latents, timesteps, prompt_embeds)
+                shift = module(noisy_latents, timesteps, prompt_embeds, model_pred, features, environments.to(device))
+            target = schedule.target(latents, noise, timesteps)
+            losses = per_sample_loss(model_pred.float() + shift.float(), target)
+
+            prompts, groups = audit.prompt_ids[rows], environments[:, 0]
+            moving.update(prompts, groups, losses.detach().cpu())
+            weights = objective_weights(moving.means(), config.penalty)[prompts, groups]
+            loss = (weights.to(device) * losses).mean()
+
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(module.parameters(), config.max_gradient_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average.update_parameters(module)
+            if (step + 1) % LOG_EVERY == 0:
+                log.append(_log_row(round_number, step + 1, losses, moving))
+            if (step + 1) % config.checkpoint_every == 0:
+                state.running = {"group_losses": moving.state(), "log": log}
+                save_checkpoint(work_dir, step + 1, state, settings)
+            bar.advance(loss=losses.mean())
+
+    module.load_state_dict(average.module.state_dict())
+    module.eval()
+    write_text(work_dir / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+
+
+def _log_row(round_number: int, step: int, losses: torch.Tensor, moving: MovingGroupLosses) -> dict[str, Any]:
+    return {
+        "round": round_number,
+        "step": step,
+        "loss": round(losses.detach().mean().item(), 6),
+        "group_losses": [[round(value, 6) for value in row] for row in moving.means().tolist()],
+    }

@@ -1,0 +1,400 @@
+import gc
+import weakref
+from typing import Any
+
+import accelerate
+import diffusers
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+from conftest import CAPTIONS, make_guidance_module, make_tiny_pipeline
+from invdiff.errors import ConfigError, ModelError
+from invdiff.guidance.attach import Attachment, attach
+from invdiff.guidance.features import FeatureCapture
+from invdiff.guidance.module import GuidanceModule
+
+# Several of diffusers' schedulers pass tensors to numpy in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+
+
+def use_scheduler(pipe: StableDiffusionPipeline, name: str, **options: Any) -> None:
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **options)
+
+
+def draw(pipe: StableDiffusionPipeline, *seeds: int, **options: Any) -> torch.Tensor:
+    """Latents of one image per seed."""
+    return pipe(
+        [CAPTIONS[seed % 2] for seed in seeds],
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        **{"num_inference_steps": 4, "guidance_scale": 5.0, "output_type": "latent", **options},
+    ).images
+
+
+def denoise(pipe: StableDiffusionPipeline, timestep: Any = 500, seed: int = 0, **options: Any) -> Any:
+    """One call of the denoiser on three rows."""
+    numbers = torch.Generator().manual_seed(seed)
+    latents, embeds = torch.randn(3, 4, 8, 8, generator=numbers), torch.randn(3, 16, 16, generator=numbers)
+    with torch.no_grad():
+        return pipe.unet(latents, timestep, embeds, **options)
+
+
+def record_environments(pipe: StableDiffusionPipeline, attachment: Attachment) -> list[torch.Tensor]:
+    """Let every later denoiser call append the groups of its rows to the list that is returned."""
+    seen: list[torch.Tensor] = []
+    pipe.unet.register_forward_hook(lambda *_: seen.append(attachment.environments))
+    return seen
+
+
+@pytest.mark.parametrize(("make_module", "scale"), [(GuidanceModule.for_pipeline, 1.0), (make_guidance_module, 0.0)])
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_an_untrained_module_and_scale_0_leave_images_bit_identical(
+    tiny_pipe: StableDiffusionPipeline, scheduler: str, guidance_scale: float, make_module: Any, scale: float
+) -> None:
+    use_scheduler(tiny_pipe, scheduler)
+    plain = draw(tiny_pipe, 0, 1, guidance_scale=guidance_scale)
+    attach(tiny_pipe, make_module(tiny_pipe), scale=scale)
+    assert torch.equal(draw(tiny_pipe, 0, 1, guidance_scale=guidance_scale), plain)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_trained_module_changes_images(
+    tiny_pipe: StableDiffusionPipeline, scheduler: str, guidance_scale: float
+) -> None:
+    use_scheduler(tiny_pipe, scheduler)
+    plain = draw(tiny_pipe, 0, 1, guidance_scale=guidance_scale)
+    attach(tiny_pipe, make_guidance_module(tiny_pipe))
+    guided = draw(tiny_pipe, 0, 1, guidance_scale=guidance_scale)
+    assert guided.isfinite().all()
+    assert not torch.allclose(guided, plain, rtol=0.01)
+
+
+def test_the_output_is_the_frozen_prediction_plus_scale_times_the_shift(
+    tiny_pipe: StableDiffusionPipeline,
+) -> None:
+    module = make_guidance_module(tiny_pipe)
+    capture = FeatureCapture(tiny_pipe.unet, "mid_block")
+    model_pred, features = denoise(tiny_pipe).sample, capture.take()
+    numbers = torch.Generator().manual_seed(0)
+    latents, embeds = torch.randn(3, 4, 8, 8, generator=numbers), torch.randn(3, 16, 16, generator=numbers)
+    groups = torch.tensor([[1], [0], [1]])
+    with torch.no_grad():
+        shift = module(latents, torch.full((3,), 500), embeds, model_pred, features, groups)
+    attach(tiny_pipe, module, scale=0.7, environments=[1, 0, 1])
+    assert torch.equal(denoise(tiny_pipe).sample, model_pred + 0.7 * shift)
+
+
+def test_the_scale_can_be_changed_while_attached(tiny_pipe: StableDiffusionPipeline) -> None:
+    plain = denoise(tiny_pipe).sample
+    attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe), scale=0.0)
+    attachment.scale = 1.0
+    assert not torch.equal(denoise(tiny_pipe).sample, plain)
+
+
+def test_the_denoiser_may_be_called_by_keyword(tiny_pipe: StableDiffusionPipeline) -> None:
+    attach(tiny_pipe, make_guidance_module(tiny_pipe))
+    names = ("sample", "timestep", "encoder_hidden_states")
+    values = (torch.ones(1, 4, 8, 8), torch.tensor(500), torch.ones(1, 16, 16))
+    with torch.no_grad():
+        by_position = tiny_pipe.unet(*values).sample
+        by_keyword = tiny_pipe.unet(**dict(zip(names, values, strict=True))).sample
+    assert torch.equal(by_position, by_keyword)
+
+
+@pytest.mark.parametrize("timestep", [500.0, torch.tensor(500), torch.tensor([500]), torch.tensor([500] * 3)])
+def test_timesteps_come_as_numbers_or_one_per_row(tiny_pipe: StableDiffusionPipeline, timestep: Any) -> None:
+    attach(tiny_pipe, make_guidance_module(tiny_pipe))
+    assert torch.equal(denoise(tiny_pipe, timestep).sample, denoise(tiny_pipe, 500).sample)
+
+
+def test_timesteps_may_differ_between_rows(tiny_pipe: StableDiffusionPipeline) -> None:
+    attach(tiny_pipe, make_guidance_module(tiny_pipe))
+    mixed = denoise(tiny_pipe, torch.tensor([500, 20, 900])).sample
+    for row, timestep in enumerate((500, 20, 900)):
+        torch.testing.assert_close(mixed[row], denoise(tiny_pipe, timestep).sample[row])
+
+
+def test_the_class_of_the_output_is_kept(tiny_pipe: StableDiffusionPipeline) -> None:
+    attach(tiny_pipe, make_guidance_module(tiny_pipe))
+    whole, plain_tuple = denoise(tiny_pipe), denoise(tiny_pipe, return_dict=False)
+    assert type(whole) is UNet2DConditionOutput
+    assert type(plain_tuple) is tuple
+    assert torch.equal(plain_tuple[0], whole.sample)
+
+
+def test_a_denoiser_whose_weights_are_offloaded_is_guided(tiny_pipe: StableDiffusionPipeline) -> None:
+    module = make_guidance_module(tiny_pipe)
+    with attach(tiny_pipe, module):
+        expected = draw(tiny_pipe, 0)
+    accelerate.cpu_offload(tiny_pipe.unet, execution_device=torch.device("cpu"))
+    attach(tiny_pipe, module)
+    assert torch.equal(draw(tiny_pipe, 0), expected)
+    with pytest.raises(ModelError, match="found them offloaded"):
+        GuidanceModule.for_pipeline(tiny_pipe)
+
+
+def test_a_half_precision_pipeline_stays_so_and_the_module_as_it_was(
+    tiny_pipe: StableDiffusionPipeline,
+) -> None:
+    module = make_guidance_module(tiny_pipe).train()
+    plain = draw(tiny_pipe.to(dtype=torch.bfloat16), 0)
+    attach(tiny_pipe, module)
+    guided = draw(tiny_pipe, 0)
+    assert guided.dtype == torch.bfloat16
+    assert not torch.equal(guided, plain)
+    assert (module.dtype, module.training) == (torch.float32, True)
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_an_image_keeps_its_group_in_all_rows_and_steps(tiny_pipe: StableDiffusionPipeline, scheduler: str) -> None:
+    use_scheduler(tiny_pipe, scheduler, timestep_spacing="trailing")  # KDPM2's timesteps then also rise
+    attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=(5, 5)))
+    seen = record_environments(tiny_pipe, attachment)
+    draw(tiny_pipe, 0, 1, 2)
+    assert len(seen) >= 4
+    first = seen[0][:3]
+    assert len(first.unique(dim=0)) == 3
+    assert all(torch.equal(groups, first.repeat(2, 1)) for groups in seen)
+
+
+def test_groups_follow_from_the_seed_whatever_the_batch_and_scheduler(
+    tiny_pipe: StableDiffusionPipeline,
+) -> None:
+    attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=7))
+    drawn = []
+    for scheduler in SCHEDULERS:
+        use_scheduler(tiny_pipe, scheduler)
+        draw(tiny_pipe, 3, 4, 5, guidance_scale=1.0)
+        drawn.append(attachment.environments.flatten().tolist())
+        singly = []
+        for seed in (3, 4, 5):
+            draw(tiny_pipe, seed)
+            singly.append(attachment.environments[0].item())
+        drawn.append(singly)
+    assert drawn == [drawn[0]] * len(drawn)
+
+
+@pytest.mark.parametrize("num_inference_steps", [1, 3])
+def test_each_call_draws_anew(tiny_pipe: StableDiffusionPipeline, num_inference_steps: int) -> None:
+    attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=97))
+    drawn = []
+    for seed in (0, 1, 0):
+        draw(tiny_pipe, seed, num_inference_steps=num_inference_steps)
+        drawn.append(attachment.environments[0].item())
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_a_call_that_starts_below_the_last_ones_end_draws_anew(tiny_pipe: StableDiffusionPipeline) -> None:
+    def interrupt(pipe: Any, step: int, timestep: int, values: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = True
+        return values
+
+    attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=97))
+    draw(tiny_pipe, 0)
+    expected = attachment.environments
+    draw(tiny_pipe, 1, num_inference_steps=50, callback_on_step_end=interrupt)
+    assert not torch.equal(attachment.environments, expected)
+    draw(tiny_pipe, 0)
+    assert torch.equal(attachment.environments, expected)
+
+
+def test_image_to_image_draws_from_its_own_first_latents(tiny_pipe: StableDiffusionPipeline) -> None:
+    pipe = StableDiffusionImg2ImgPipeline(**tiny_pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    attachment = attach(pipe, make_guidance_module(pipe, num_groups=97))
+    drawn = []
+    for seed, strength in ((0, 1.0), (1, 0.5), (0, 0.5), (1, 0.5)):
+        options = {"strength": strength, "num_inference_steps": 4, "output_type": "latent"}
+        pipe(CAPTIONS[0], image=image, generator=torch.Generator().manual_seed(seed), **options)
+        drawn.append(attachment.environments[0].item())
+    assert drawn[1] == drawn[3]
+    assert len(set(drawn)) == 3
+
+
+def test_images_keep_their_groups_when_guidance_is_switched_off_on_the_way(
+    tiny_pipe: StableDiffusionPipeline,
+) -> None:
+    def switch_off(pipe: Any, step: int, timestep: int, values: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            pipe._guidance_scale = 1.0
+            values["prompt_embeds"] = values["prompt_embeds"].chunk(2)[1]
+        return values
+
+    attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=97))
+    seen = record_environments(tiny_pipe, attachment)
+    callback = {"callback_on_step_end": switch_off, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    draw(tiny_pipe, 0, 1, **callback)
+    assert [len(groups) for groups in seen] == [4, 4, 2, 2]
+    assert torch.equal(seen[-1], seen[0][:2])
+
+
+def test_a_loop_that_sets_timesteps_once_draws_anew_for_each_batch(
+    tiny_pipe: StableDiffusionPipeline,
+) -> None:
+    attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=97))
+    drawn = []
+    for seed in (0, 1):
+        for timestep in (900, 500, 100):
+            denoise(tiny_pipe, timestep, seed)
+        drawn.append(attachment.environments)
+    assert not torch.equal(*drawn)
+
+
+def test_groups_can_be_given_per_image(tiny_pipe: StableDiffusionPipeline) -> None:
+    attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe), environments=[1, 0, 1])
+    draw(tiny_pipe, 0, 1, 2)
+    assert attachment.environments.flatten().tolist() == [1, 0, 1, 1, 0, 1]
+
+
+def test_the_group_decides_the_image(tiny_pipe: StableDiffusionPipeline) -> None:
+    module = make_guidance_module(tiny_pipe)
+    drawn = []
+    for group in (0, 1, 0):
+        with attach(tiny_pipe, module, environments=[group]):
+            drawn.append(draw(tiny_pipe, 0))
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_another_seed_draws_other_groups_for_the_same_noise(tiny_pipe: StableDiffusionPipeline) -> None:
+    module = make_guidance_module(tiny_pipe, num_groups=97)
+    first, second = (attach(tiny_pipe, module, seed=seed) for seed in (0, 1))
+    draw(tiny_pipe, 0)
+    assert not torch.equal(first.environments, second.environments)
+
+
+def test_environments_that_do_not_fit_are_refused_at_once(tiny_pipe: StableDiffusionPipeline) -> None:
+    with pytest.raises(ConfigError, match="for 2 groups, got 3 groups"):
+        attach(tiny_pipe, make_guidance_module(tiny_pipe), environments=[0.2, 0.3, 0.5])
+
+
+def test_a_wrong_number_of_groups_is_refused_when_images_are_drawn(
+    tiny_pipe: StableDiffusionPipeline,
+) -> None:
+    attach(tiny_pipe, make_guidance_module(tiny_pipe), environments=[0, 1, 0])
+    with pytest.raises(ConfigError, match=r"batch of 3 image\(s\)"):
+        draw(tiny_pipe, 0, 1)
+
+
+def test_an_invariant_module_is_guided_without_groups(tiny_pipe: StableDiffusionPipeline) -> None:
+    module = make_guidance_module(tiny_pipe, mode="invariant")
+    plain = draw(tiny_pipe, 0)
+    with attach(tiny_pipe, module):
+        assert not torch.equal(draw(tiny_pipe, 0), plain)
+    with pytest.raises(ConfigError, match="with an invariant module"):
+        attach(tiny_pipe, module, environments=[0.2, 0.8])
+
+
+def test_detaching_restores_the_model(tiny_pipe: StableDiffusionPipeline) -> None:
+    plain = draw(tiny_pipe, 0)
+    attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe))
+    draw(tiny_pipe, 0)
+    attachment.detach()
+    attachment.detach()
+    assert torch.equal(draw(tiny_pipe, 0), plain)
+    assert not any(network._forward_hooks for network in tiny_pipe.unet.modules())
+
+
+def test_leaving_the_context_detaches_after_an_error_too(tiny_pipe: StableDiffusionPipeline) -> None:
+    plain = denoise(tiny_pipe).sample
+    with pytest.raises(KeyboardInterrupt), attach(tiny_pipe, make_guidance_module(tiny_pipe)):
+        raise KeyboardInterrupt
+    assert torch.equal(denoise(tiny_pipe).sample, plain)
+
+
+def two_modules(pipe: StableDiffusionPipeline) -> tuple[GuidanceModule, GuidanceModule]:
+    return make_guidance_module(pipe, seed=0), make_guidance_module(pipe, seed=1, width=16)
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_shifts_of_two_modules_add_in_any_order(tiny_pipe: StableDiffusionPipeline, turn: int) -> None:
+    frozen = denoise(tiny_pipe).sample
+    modules, shifts = two_modules(tiny_pipe), []
+    for module in modules:
+        with attach(tiny_pipe, module, environments=[0, 1, 0]):
+            shifts.append(denoise(tiny_pipe).sample - frozen)
+    for module in modules[::turn]:
+        attach(tiny_pipe, module, environments=[0, 1, 0])
+    torch.testing.assert_close(denoise(tiny_pipe).sample, frozen + shifts[0] + shifts[1])
+
+
+@pytest.mark.parametrize("first_off", [0, 1])
+def test_two_modules_come_off_in_any_order(tiny_pipe: StableDiffusionPipeline, first_off: int) -> None:
+    modules = two_modules(tiny_pipe)
+    frozen = denoise(tiny_pipe).sample
+    with attach(tiny_pipe, modules[1 - first_off], environments=[0, 1, 0]):
+        alone = denoise(tiny_pipe).sample
+    attachments = [attach(tiny_pipe, module, environments=[0, 1, 0]) for module in modules]
+    attachments[first_off].detach()
+    assert torch.equal(denoise(tiny_pipe).sample, alone)
+    attachments[1 - first_off].detach()
+    assert torch.equal(denoise(tiny_pipe).sample, frozen)
+
+
+def test_an_attached_pipeline_can_be_thrown_away() -> None:
+    pipe = make_tiny_pipeline()
+    attach(pipe, make_guidance_module(pipe))
+    draw(pipe, 0)
+    unet = weakref.ref(pipe.unet)
+    del pipe
+    gc.collect()
+    assert unet() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "message"),
+    [
+        ("latent_channels", 3, "latent_channels: expected 3, found 4"),
+        ("prompt_dim", 24, "prompt_dim: expected 24, found 16"),
+        ("feature_channels", 64, "feature_channels: expected 64, found 32"),
+        ("prediction_type", "v_prediction", "prediction_type: expected v_prediction, found epsilon"),
+        ("denoiser_class", "UNet3D", "denoiser_class: expected UNet3D, found UNet2DConditionModel"),
+    ],
+)
+def test_a_module_of_another_shape_is_refused(
+    tiny_pipe: StableDiffusionPipeline, name: str, other: Any, message: str
+) -> None:
+    fitting = GuidanceModule.for_pipeline(tiny_pipe).config
+    names = ("latent_channels", "prompt_dim", "feature_channels", "prediction_type", "denoiser_class")
+    module = GuidanceModule(**{key: fitting[key] for key in names} | {name: other})
+    with pytest.raises(ModelError, match=message):
+        attach(tiny_pipe, module, strict=False)
+
+
+def test_a_module_for_other_weights_is_refused_unless_asked_not_to(
+    tiny_pipe: StableDiffusionPipeline,
+) -> None:
+    module = make_guidance_module(make_tiny_pipeline(seed=1))
+    with pytest.raises(ModelError, match=r"weights: expected .* \(strict=False"):
+        attach(tiny_pipe, module)
+    attach(tiny_pipe, module, strict=False)
+
+
+def test_a_compiled_denoiser_is_refused(tiny_pipe: StableDiffusionPipeline) -> None:
+    tiny_pipe.unet.compile(backend="eager")
+    with pytest.raises(ModelError, match="Attach first, then compile"):
+        attach(tiny_pipe, GuidanceModule.for_pipeline(tiny_pipe))
+
+
+def test_a_wrapper_that_skips_the_middle_block_is_noticed(tiny_pipe: StableDiffusionPipeline) -> None:
+    attach(tiny_pipe, make_guidance_module(tiny_pipe))
+    tiny_pipe.unet.mid_block = None
+    with pytest.raises(ModelError, match="ran without its block 'mid_block'"):
+        denoise(tiny_pipe)

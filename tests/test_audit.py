@@ -1,0 +1,217 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_tiny_folder
+
+from invdiff.config import AuditConfig
+from invdiff.data.captioned import load_captioned_images
+from invdiff.data.encode import EncodedImages, ShardedTensor, as_encoded
+from invdiff.errors import AuditError, ConfigError
+from invdiff.groups import scores as scores_module
+from invdiff.groups.audit import audit, infer
+from invdiff.groups.result import Audit
+from invdiff.groups.scores import Evidence
+
+CONFIG = AuditConfig(solver="exact", batch_size=4, min_images=4, min_share=0.1)
+
+
+class Latents(ShardedTensor):
+    """Latents that are never read."""
+
+    def __init__(self) -> None:
+        super().__init__([], "latents", [])
+
+
+def made_up_data(captions: list[str], caption_ids: np.ndarray) -> EncodedImages:
+    count = len(caption_ids)
+    return EncodedImages(
+        latents=Latents(),
+        captions=captions,
+        caption_ids=torch.as_tensor(caption_ids),
+        prompt_embeds=torch.zeros(len(captions), 1, 1),
+        null_embeds=torch.zeros(1, 1),
+        names=[f"{i}.png" for i in range(count)],
+        source_index=torch.arange(count),
+        skipped=[],
+        model_fingerprint="model",
+        data_fingerprint="data",
+    )
+
+
+def made_up_evidence(minority: np.ndarray, *, contrast: float, features: float, seed: int = 0) -> Evidence:
+    """Evidence in which the minority stands apart by so many standard deviations."""
+    rng = np.random.default_rng(seed)
+    count = len(minority)
+    score = rng.normal(size=(count, 1)) + contrast * minority[:, None]
+    draws = score + rng.normal(0, 0.3, (count, 2))
+    losses = np.stack([draws, np.zeros_like(draws)], axis=2)[:, None]
+    style = rng.normal(size=(count, 5)) @ rng.normal(size=(5, 24))
+    content = style + features * np.outer(minority, rng.normal(size=24))
+    views = np.stack([content + rng.normal(0, 0.1, content.shape) for _ in range(2)], axis=1)
+    return Evidence(torch.from_numpy(losses), torch.from_numpy(views), forwards_per_image=6)
+
+
+def test_the_rare_group_is_found_by_the_contrast():
+    minority = np.arange(600) >= 570
+    data = made_up_data(["a bird"], np.zeros(600, dtype=int))
+    found = infer(data, made_up_evidence(minority, contrast=8, features=0), np.array([0]), AuditConfig(), progress=False)
+    assert found.biased
+    assert found.prompts[0].evidence.startswith("contrast")
+    assert np.array_equal(found.in_rare_group.numpy(), minority)
+    assert found.scores[minority].min() > found.scores[~minority].max()
+
+
+def test_the_rare_group_is_found_by_the_features_where_the_contrast_says_nothing():
+    minority = np.arange(600) >= 510
+    data = made_up_data(["a bird"], np.zeros(600, dtype=int))
+    found = infer(data, made_up_evidence(minority, contrast=0, features=8), np.array([0]), AuditConfig(), progress=False)
+    assert found.prompts[0].evidence.startswith("features")
+    assert np.array_equal(found.in_rare_group.numpy(), minority)
+
+
+def test_where_nothing_is_hidden_nothing_is_found_and_the_reason_is_given():
+    data = made_up_data(["a bird"], np.zeros(600, dtype=int))
+    evidence = made_up_evidence(np.zeros(600, dtype=bool), contrast=0, features=0)
+    found = infer(data, evidence, np.array([0]), AuditConfig(), progress=False)
+    assert not found.biased
+    assert found.prompts[0].reason.startswith("no hidden group")
+    assert len(found.prompts[0].candidates) > 2
+    assert torch.equal(found.group_weights[0], torch.full((600, 2), 0.5))
+
+
+def test_groups_of_two_prompts_share_their_columns():
+    """The rare group of one prompt looks like the frequent group of the other."""
+    caption_ids = np.arange(1200) // 600
+    on_water = np.concatenate([np.arange(600) >= 540, np.arange(600) < 540])
+    minority = np.arange(1200) % 600 >= 540
+    evidence = made_up_evidence(on_water, contrast=0, features=6)
+    contrast = made_up_evidence(minority, contrast=8, features=0)
+    both = Evidence(contrast.losses, evidence.features, 6)
+    data = made_up_data(["a landbird", "a waterbird"], caption_ids)
+    found = infer(data, both, np.array([0, 1]), AuditConfig(), progress=False)
+    assert np.array_equal(found.group_weights[0].argmax(dim=1).numpy() == 1, on_water)
+
+
+def test_a_caption_that_states_the_group_is_set_apart():
+    caption_ids = np.zeros(1000, dtype=int)
+    caption_ids[:150] = 1
+    minority = np.arange(1000) >= 940
+    data = made_up_data(["a bird", "a bird on land"], caption_ids)
+    evidence = made_up_evidence(minority, contrast=8, features=0)
+    found = infer(data, evidence, np.array([0, 0]), AuditConfig(), progress=False)
+    hidden, stated = found.prompts
+    assert hidden.found
+    assert hidden.captions == ["a bird"]
+    assert stated.captions == ["a bird on land"]
+    assert "land, on" in stated.reason
+    assert torch.equal(found.group_weights[0][:150], torch.full((150, 2), 0.5))
+
+
+def test_too_few_images_are_left_undecided():
+    data = made_up_data(["a bird"], np.zeros(20, dtype=int))
+    evidence = made_up_evidence(np.arange(20) >= 15, contrast=9, features=9)
+    found = infer(data, evidence, np.array([0]), AuditConfig(), progress=False)
+    assert not found.biased
+    assert "20 images are too few" in found.prompts[0].reason
+
+
+def test_an_audit_is_saved_and_loaded_whole(tmp_path):
+    data = made_up_data(["a bird"], np.zeros(600, dtype=int))
+    evidence = made_up_evidence(np.arange(600) >= 570, contrast=8, features=0)
+    found = infer(data, evidence, np.array([0]), AuditConfig(), progress=False)
+    loaded = Audit.load(found.save(tmp_path / "audit"))
+    assert loaded.prompts == found.prompts
+    assert loaded.names == found.names
+    assert torch.equal(loaded.group_weights[0], found.group_weights[0])
+    assert loaded.fingerprint == found.fingerprint
+
+
+def test_an_audit_of_other_images_is_refused():
+    data = made_up_data(["a bird"], np.zeros(600, dtype=int))
+    evidence = made_up_evidence(np.arange(600) >= 570, contrast=8, features=0)
+    found = infer(data, evidence, np.array([0]), AuditConfig(), progress=False)
+    found = replace(found, settings={"data_fingerprint": "data"})
+    found.check_matches(data)
+    with pytest.raises(AuditError, match="Expected the images that were audited"):
+        found.check_matches(replace(data, data_fingerprint="other"))
+
+
+def test_a_folder_that_is_no_audit_is_refused(tmp_path):
+    with pytest.raises(AuditError, match="found no audit.json"):
+        Audit.load(tmp_path)
+
+
+def test_an_audit_of_a_pipeline_counts_its_forwards(tiny_pipe, tiny_folder, tmp_path):
+    calls = []
+    hook = tiny_pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    data = load_captioned_images(tiny_folder)
+    found = audit(tiny_pipe, data, config=CONFIG, cache_dir=tmp_path, progress=False)
+    hook.remove()
+    assert found.forwards_per_image == pytest.approx(sum(calls) / len(data), abs=1e-3)
+    assert found.group_weights[0].shape == (12, 2)
+    assert torch.allclose(found.group_weights[0].sum(dim=1), torch.ones(12))
+
+
+def test_a_killed_audit_goes_on_to_the_same_result(tiny_pipe, tiny_folder, tmp_path, monkeypatch):
+    data = load_captioned_images(tiny_folder)
+    monkeypatch.setattr(scores_module, "SHARD_SIZE", 4)
+    whole = audit(tiny_pipe, data, config=CONFIG, cache_dir=tmp_path / "whole", progress=False)
+
+    measured = []
+    measure = scores_module._measure
+
+    def killed_in_the_middle(denoiser, data, rows, config, other):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(rows)
+        return measure(denoiser, data, rows, config, other)
+
+    monkeypatch.setattr(scores_module, "_measure", killed_in_the_middle)
+    with pytest.raises(KeyboardInterrupt):
+        audit(tiny_pipe, data, config=CONFIG, cache_dir=tmp_path / "cut", progress=False)
+    resumed_rows = []
+
+    def counted(denoiser, data, rows, config, other):
+        resumed_rows.extend(rows.tolist())
+        return measure(denoiser, data, rows, config, other)
+
+    monkeypatch.setattr(scores_module, "_measure", counted)
+    resumed = audit(tiny_pipe, data, config=CONFIG, cache_dir=tmp_path / "cut", progress=False)
+    assert resumed_rows == [8, 9, 10, 11]
+    whole.save(tmp_path / "a")
+    resumed.save(tmp_path / "b")
+    for name in ("audit.safetensors", "audit.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_another_solver_reuses_the_measurements(tiny_pipe, tiny_folder, tmp_path):
+    data = as_encoded(tiny_pipe, load_captioned_images(tiny_folder), tmp_path, progress=False)
+    audit(tiny_pipe, data, config=CONFIG, cache_dir=tmp_path, progress=False)
+    before = sorted((tmp_path / "evidence").rglob("*"))
+    audit(tiny_pipe, data, config=replace(CONFIG, solver="gradient"), cache_dir=tmp_path, progress=False)
+    assert sorted((tmp_path / "evidence").rglob("*")) == before
+
+
+def test_the_loss_under_other_captions_is_measured_where_asked(tiny_pipe, tiny_folder, tmp_path):
+    config = replace(CONFIG, other_captions=("a photo of a landbird on water",))
+    found = audit(tiny_pipe, load_captioned_images(tiny_folder), config=config, cache_dir=tmp_path, progress=False)
+    plain = audit(tiny_pipe, load_captioned_images(tiny_folder), config=CONFIG, cache_dir=tmp_path, progress=False)
+    assert found.forwards_per_image == plain.forwards_per_image + CONFIG.contrast_draws
+
+
+def test_a_vision_encoder_needs_images(tiny_pipe, tiny_folder, tmp_path):
+    data = as_encoded(tiny_pipe, load_captioned_images(tiny_folder), tmp_path, progress=False)
+    with pytest.raises(ConfigError, match="vision encoder"):
+        audit(tiny_pipe, data, config=AuditConfig(vision_encoder="any"), cache_dir=tmp_path, progress=False)
+
+
+def test_another_model_is_measured_afresh(tiny_pipe, tmp_path):
+    data = load_captioned_images(write_tiny_folder(tmp_path / "data"))
+    first = audit(tiny_pipe, data, config=CONFIG, cache_dir=tmp_path, progress=False)
+    with torch.no_grad():
+        tiny_pipe.unet.conv_out.weight.mul_(1.5)
+    second = audit(tiny_pipe, data, config=CONFIG, cache_dir=tmp_path, progress=False)
+    assert first.settings["denoiser_fingerprint"] != second.settings["denoiser_fingerprint"]
+    assert not torch.equal(first.scores, second.scores)

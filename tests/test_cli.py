@@ -1,0 +1,355 @@
+"""The command line, in process, on tiny models: the whole way, errors, and that each flag has its effect."""
+
+import importlib
+import json
+import shlex
+import sys
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from conftest import CAPTIONS, make_guidance_module, make_tiny_pipeline, write_tiny_folder
+from invdiff import cli
+from invdiff.cli_options import environments_from, field_docs, labelled_folders, prompts_in, settings
+from invdiff.config import AuditConfig, FinetuneConfig, GenerateConfig
+from invdiff.errors import ConfigError, DataError
+
+COMMANDS = ("demo", "birds", "finetune", "audit", "train", "generate", "evaluate", "annotator", "annotator train")
+ARCHITECTURE = {
+    "resolution": 16,
+    "autoencoder_width": 8,
+    "autoencoder_blocks": [1, 1],
+    "denoiser_channels": [8, 16],
+    "text_width": 16,
+    "text_layers": 1,
+}
+
+
+def run(*words, env=None):
+    return CliRunner().invoke(cli.app, [str(word) for word in words], env=env, catch_exceptions=False)
+
+
+def succeed(*words):
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fail(*words, env=None):
+    result = run(*words, env=env)
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    return " ".join(result.stderr.split())
+
+
+def next_command(stdout):
+    """The words of the command that the last line names."""
+    last = stdout.rstrip("\n").split("\n")[-1]
+    return shlex.split(last.partition("Next")[2].partition(": ")[2])
+
+
+def yaml_file(path, values):
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("INVDIFF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Replace what commands call by functions that note their arguments."""
+    calls = {}
+
+    def record(module, name, result=None):
+        def note(*arguments, **keywords):
+            calls[name] = SimpleNamespace(arguments=arguments, **keywords)
+            return result
+
+        monkeypatch.setattr(importlib.import_module(module), name, note)
+
+    record.calls = calls
+    return record
+
+
+def test_the_whole_way_each_command_naming_the_next(tmp_path, cache):
+    data = write_tiny_folder(tmp_path / "my photos", num_images=24)
+    shape = yaml_file(tmp_path / "shape.yaml", ARCHITECTURE)
+    few = yaml_file(tmp_path / "few.yaml", {"batch_size": 4, "autoencoder_batch_size": 4, "ema_decay": 0.5})
+    out = succeed(
+        "finetune", data, "--output", tmp_path / "model", "--architecture", shape, "--config", few,
+        "--steps", 3, "--autoencoder-steps", 2, "--quiet",
+    )  # fmt: skip
+    words = next_command(out)
+    assert words == ["invdiff", "audit", f"{tmp_path / 'model'}", f"{data}", "--output", f"{tmp_path / 'audit'}"]
+
+    loose = yaml_file(tmp_path / "loose.yaml", {"min_images": 4, "caption_threshold": 0.0})
+    out = succeed(*words[1:], "--solver", "exact", "--config", loose, "--quiet")
+    assert (tmp_path / "audit" / "audit.json").is_file()
+    assert list((tmp_path / "audit").glob("*.png"))
+    assert "a photo of a landbird" in " ".join(out.split()) or "landbird" in out
+    words = next_command(out)
+    assert words[:4] == ["invdiff", "train", f"{tmp_path / 'model'}", f"{data}"]
+
+    out = succeed(*words[1:], "--steps", 2, "--batch-size", 4, "--quiet")
+    words = next_command(out)
+    assert words[:2] == ["invdiff", "generate"]
+    assert set(words[3:5]) == set(CAPTIONS)
+
+    few_images = ("--images-per-prompt", 2, "--steps", 1, "--quiet")
+    out = succeed(*words[1:], *few_images)
+    words = next_command(out)
+    assert "--module" not in words
+    assert words[-4:] == ["--images-per-prompt", "2", "--steps", "1"]
+    out = succeed(*words[1:], "--quiet")
+    images = tmp_path / "images"
+    assert next_command(out)[:3] == ["invdiff", "evaluate", str(images / "base")]
+
+    out = succeed(
+        "annotator", "train", data, "--attribute", "background", "--steps", 1, "--batch-size", 4,
+        "--resolution", 16, "--output", tmp_path / "annotator", "--quiet",
+    )  # fmt: skip
+    words = next_command(out)
+    assert words[:3] == ["invdiff", "evaluate", str(images)]
+    out = succeed(*words[1:], "--reference", data, "--output", tmp_path / "results.json", "--quiet")
+    assert out.rstrip().endswith(f"The results are in {tmp_path / 'results.json'}.")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {"base", "guided"}
+    assert results["base"]["3.0"]["frechet"] > 0
+
+
+def test_birds_draws_a_set_that_can_be_opened(tmp_path):
+    out = succeed("birds", "--output", tmp_path / "birds", "--num-images", 3, "--resolution", 16, "--quiet")
+    assert len((tmp_path / "birds" / "metadata.csv").read_text().splitlines()) == 4
+    assert next_command(out)[:3] == ["invdiff", "finetune", str(tmp_path / "birds")]
+
+
+def test_demo_passes_its_settings_on(tmp_path, recorded):
+    measures = {"bias": 0.5, "bias_floor": 0.1, "bias_ci": [0.4, 0.6], "accuracy": None, "frechet": None}
+    measures["images_per_prompt"] = 2
+    document = {"base": {"3.0": measures}, "guided": {"3.0": {**measures, "bias": 0.125}}}
+    recorded("invdiff.demo", "run_demo", document)
+    out = succeed("demo", "--output", tmp_path, "--images-per-prompt", 5, "--severity", 0.9, "--quiet")
+    call = recorded.calls["run_demo"]
+    assert (call.config.images_per_prompt, call.config.severity, call.progress) == (5, 0.9, False)
+    assert "0.125" in out
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_has_an_example_of_that_command(command):
+    text = " ".join(succeed(*command.split(), "--help").split())
+    assert f"Example: invdiff {command}".rstrip() in text
+
+
+def test_example_commands_can_be_parsed(monkeypatch):
+    # An example that names an option the command does not have would stop with exit code 2.
+    called = []
+    for command in cli.app.registered_commands + cli.prepare_app.registered_commands:
+        words = shlex.split(command.epilog.partition("invdiff ")[2])
+        with monkeypatch.context() as patch:
+            patch.setattr("typer.core.TyperCommand.invoke", lambda self, ctx: called.append(self.name))
+            assert run(*words).exit_code == 0, words
+    assert sorted(called) == sorted(name for name in COMMANDS if "annotator" not in name)
+
+
+def test_version_is_printed():
+    assert succeed("--version").startswith("invdiff 0.")
+
+
+def test_no_arguments_print_help():
+    assert "audit" in run().output
+
+
+def test_help_shows_a_setting_s_docstring_and_default():
+    text = " ".join(succeed("generate", "--help").replace("│", " ").split())
+    assert "Strength of classifier-free guidance" in text
+    assert f"[default: {GenerateConfig().guidance_scale}]" in text
+
+
+@pytest.mark.parametrize("config_class", [AuditConfig, FinetuneConfig, GenerateConfig])
+def test_every_setting_has_a_docstring(config_class):
+    assert set(field_docs(config_class)) == set(config_class().to_dict())
+
+
+def test_an_option_overrides_the_file_which_overrides_the_default(tmp_path):
+    file = yaml_file(tmp_path / "c.yaml", {"seed": 5, "guidance_scale": 7.5})
+    chosen = settings(GenerateConfig, file, seed=9, scale=None)
+    assert (chosen.seed, chosen.guidance_scale, chosen.scale) == (9, 7.5, 1.0)
+
+
+def test_generate_passes_module_mix_and_settings_on(tiny_pipe_dir, tmp_path, recorded):
+    recorded("invdiff.generation", "generate")
+    make_guidance_module(make_tiny_pipeline()).save_pretrained(tmp_path / "module")
+    config = yaml_file(tmp_path / "c.yaml", {"seed": 5, "num_inference_steps": 3})
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("second\n\n third \n")
+    succeed(
+        "generate", tiny_pipe_dir, "first", "--prompts-file", lines, "--module", tmp_path / "module",
+        "--environments", "0.7,0.3", "--config", config, "--seed", 6, "--scale", 0.5, "--output", tmp_path / "o", "-q",
+    )  # fmt: skip
+    call = recorded.calls["generate"]
+    assert call.arguments[1:] == (["first", "second", "third"], tmp_path / "o")
+    assert call.config == GenerateConfig(seed=6, num_inference_steps=3, scale=0.5)
+    assert call.environments == [0.7, 0.3]
+    assert call.module.num_groups == (2,)
+    assert not call.progress
+
+
+def test_data_options_reach_the_loader_and_the_next_command(tiny_folder, tmp_path, recorded):
+    recorded("invdiff.training.finetune", "finetune")
+    out = succeed(
+        "finetune", tiny_folder, "--output", tmp_path / "m", "--caption-column", "background", "--limit", 5, "-q"
+    )
+    images = recorded.calls["finetune"].arguments[0]
+    assert images.captions == ["land", "water", "land", "water", "land"]
+    assert next_command(out)[-4:] == ["--caption-column", "background", "--limit", "5"]
+
+
+def test_finetune_takes_a_base(tiny_folder, tmp_path, recorded):
+    recorded("invdiff.training.finetune", "finetune")
+    succeed("finetune", tiny_folder, "--output", tmp_path / "m", "--base", "org/model", "--learning-rate", 1e-4, "-q")
+    call = recorded.calls["finetune"]
+    assert (call.base, call.architecture, call.config.learning_rate) == ("org/model", None, 1e-4)
+
+
+def test_an_audit_that_finds_nothing_says_why_and_stops_training(tiny_pipe_dir, tiny_folder, tmp_path, cache):
+    out = succeed("audit", tiny_pipe_dir, tiny_folder, "--output", tmp_path / "audit", "--min-images", 13, "-q")
+    assert "not found" in out
+    assert "few to judge" in " ".join(out.replace("│", " ").split())
+    words = next_command(out)
+    assert words[:2] == ["invdiff", "audit"]
+    assert words[-4:] == ["--vision-encoder", "facebook/dinov2-small", "--min-images", "13"]
+    message = fail("train", tiny_pipe_dir, tiny_folder, tmp_path / "audit", "--output", tmp_path / "module", "-q")
+    assert "nothing to balance" in message
+
+
+def test_errors_name_what_is_wrong(tiny_pipe_dir, tiny_folder, tmp_path):
+    to = ("--output", tmp_path / "out", "-q")
+    assert "found nothing there" in fail("audit", tiny_pipe_dir, tmp_path / "absent", *to)
+    message = fail("audit", tiny_pipe_dir, tiny_folder, "--caption-column", "title", *to)
+    assert "title" in message
+    assert "model_index.json" in fail("audit", tiny_folder, tiny_folder, *to)
+    assert "audit.json" in fail("train", tiny_pipe_dir, tiny_folder, tmp_path, *to)
+    assert "at least one prompt" in fail("generate", tiny_pipe_dir, *to)
+    assert "manifest.jsonl" in fail_evaluate(tmp_path)
+
+
+def fail_evaluate(tmp_path):
+    from invdiff.evaluation.annotators import ConvAnnotator
+
+    ConvAnnotator(attributes={"background": ("land", "water")}).save_pretrained(tmp_path / "annotator")
+    return fail(
+        "evaluate", tmp_path, "--annotator", tmp_path / "annotator", "--attribute", "background",
+        "--output", tmp_path / "r.json", "-q",
+    )  # fmt: skip
+
+
+def test_settings_that_cannot_be_used(tiny_pipe_dir, tiny_folder, tmp_path):
+    to = ("--output", tmp_path / "out", "-q")
+    unknown = yaml_file(tmp_path / "c.yaml", {"stepz": 3})
+    assert "unknown setting stepz" in fail("finetune", tiny_folder, "--config", unknown, *to)
+    assert "absent.yaml" in fail("finetune", tiny_folder, "--config", tmp_path / "absent.yaml", *to)
+    assert "--base or --architecture" in fail("finetune", tiny_folder, "--base", "a", "--architecture", unknown, *to)
+    assert "--autoencoder-steps" in fail("finetune", tiny_folder, "--base", "a", "--autoencoder-steps", 3, *to)
+    judge = ("--annotator", "a", "--attribute", "b")
+    assert "--reference beside --limit" in fail("evaluate", tmp_path, *judge, "--limit", 3, *to)
+    assert "--module" in fail("generate", tiny_pipe_dir, "p", "--scale", 0.5, *to)
+
+
+def test_numbers_out_of_range_are_refused_by_name(tiny_pipe_dir, tmp_path):
+    result = run("generate", tiny_pipe_dir, "p", "--images-per-prompt", 0, "--output", tmp_path)
+    assert result.exit_code == 2
+    assert "--images-per-prompt" in result.stderr
+
+
+def test_modules_and_mixes_that_do_not_fit(tiny_pipe_dir, tmp_path):
+    module, other = tmp_path / "module", tmp_path / "other"
+    make_guidance_module(make_tiny_pipeline()).save_pretrained(module)
+    make_guidance_module(make_tiny_pipeline(seed=1)).save_pretrained(other)
+    draw = ("generate", tiny_pipe_dir, "p", "--output", tmp_path / "o", "--steps", 1, "-q", "--module")
+    fail(*draw, other)
+    assert "found none" in fail(*draw, tmp_path)
+    assert "found AutoencoderKL" in fail(*draw, tiny_pipe_dir / "vae")
+    assert "'lots'" in fail(*draw, module, "--environments", "lots")
+    assert "sum to 1" in fail(*draw, module, "--environments", "0.7,0.7")
+    assert "3 groups" in fail(*draw, module, "--environments", "0.2,0.3,0.5")
+    (module / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
+    assert "Could not load" in fail(*draw, module)
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    words = ("finetune", tmp_path / "absent", "--output", tmp_path / "o", "-q")
+    with pytest.raises(DataError):
+        run("--debug", *words)
+    with pytest.raises(DataError):
+        run(*words, env={"INVDIFF_DEBUG": "1"})
+
+
+def test_other_errors_keep_their_traceback(tiny_folder, tmp_path, monkeypatch):
+    def broken(*arguments, **keywords):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("invdiff.training.finetune.finetune", broken)
+    with pytest.raises(ZeroDivisionError):
+        run("finetune", tiny_folder, "--output", tmp_path, "-q")
+
+
+def test_stopping_says_how_to_go_on(tiny_folder, tmp_path, monkeypatch):
+    def stopped(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("invdiff.training.finetune.finetune", stopped)
+    result = run("finetune", tiny_folder, "--output", tmp_path, "-q")
+    assert result.exit_code == 130
+    assert result.stderr == "stopped; run the same command again to go on\n"
+
+
+def test_progress_goes_to_standard_error_and_quiet_hides_it(tiny_folder, tmp_path, recorded):
+    recorded("invdiff.training.finetune", "finetune")
+    loud = run("finetune", tiny_folder, "--output", tmp_path)
+    assert loud.stderr == "opening images\n"
+    assert recorded.calls["finetune"].progress
+    assert run("finetune", tiny_folder, "--output", tmp_path, "-q").stderr == ""
+    assert not recorded.calls["finetune"].progress
+
+
+def test_folders_are_named_after_themselves_or_by_the_user(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert labelled_folders([str(one)]) == one
+    assert labelled_folders([str(one), str(two)]) == {"one": [one], "two": [two]}
+    assert labelled_folders([f"a={one}", f"a={two}"]) == {"a": [one, two]}
+    assert labelled_folders([f"a={one}"]) == {"a": [one]}
+    (tmp_path / "x=y").mkdir()
+    assert labelled_folders([str(tmp_path / "x=y"), str(one)])["x=y"] == [tmp_path / "x=y"]
+    with pytest.raises(ConfigError, match="NAME="):
+        labelled_folders(["runs/1/base", "runs/2/base"])
+
+
+def test_mixes_are_read_as_proportions():
+    assert environments_from("uniform") == "uniform"
+    assert all(isinstance(share, float) for share in environments_from("1,0"))
+
+
+def test_prompts_file_must_be_text(tmp_path):
+    (tmp_path / "p").write_bytes(b"\xff\xfe\x00")
+    for file in (tmp_path / "p", tmp_path / "absent"):
+        with pytest.raises(ConfigError, match="one prompt per line"):
+            prompts_in(file)
+
+
+def test_main_sets_the_environment_before_anything_is_imported(monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "argv", ["invdiff", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    assert cli.os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert cli.os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"

@@ -1,0 +1,350 @@
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+from PIL import Image
+
+from conftest import CAPTIONS, make_guidance_module, make_tiny_pipeline
+from invdiff import generation
+from invdiff.config import GenerateConfig
+from invdiff.errors import ConfigError, ModelError
+from invdiff.generation import generate, image_seed
+
+
+def run(pipe: StableDiffusionPipeline, folder: Path, prompts: Any = CAPTIONS, **options: Any) -> list[dict[str, Any]]:
+    """Generate five images per prompt in batches of four, unless told otherwise, and return the manifest."""
+    names = ("module", "environments")
+    beside = {name: options.pop(name) for name in names if name in options}
+    values = {"images_per_prompt": 5, "num_inference_steps": 2, "batch_size": 4} | options
+    generate(pipe, prompts, folder, config=GenerateConfig(**values), progress=False, **beside)
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def pixels(folder: Path) -> dict[str, np.ndarray]:
+    arrays = {}
+    for path in folder.rglob("*.png"):
+        with Image.open(path) as image:
+            arrays[str(path.relative_to(folder))] = np.asarray(image)
+    return arrays
+
+
+def groups(rows: list[dict[str, Any]]) -> list[Any]:
+    return [row["environment"] for row in rows]
+
+
+def count_calls(pipe: StableDiffusionPipeline) -> list[int]:
+    """Return a list that later denoiser calls append their number of rows to."""
+    calls: list[int] = []
+    pipe.unet.register_forward_hook(lambda network, inputs, output: calls.append(len(inputs[0])))
+    return calls
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, images: int) -> None:
+    """Let the run be interrupted when it is about to write image number `images`, counted from 0."""
+    written, save_image = [], generation.save_image
+
+    def save(*arguments: Any) -> None:
+        if len(written) == images:
+            raise KeyboardInterrupt
+        written.append(arguments)
+        save_image(*arguments)
+
+    monkeypatch.setattr(generation, "save_image", save)
+
+
+def test_the_manifest_names_every_image_by_prompt_and_number(
+    tiny_pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    rows = run(tiny_pipe, tmp_path, images_per_prompt=2)
+    assert rows == [
+        {
+            "file_name": f"{prompt:05d}/{image:06d}.png",
+            "prompt": CAPTIONS[prompt],
+            "seed": image_seed(CAPTIONS[prompt], image),
+            "environment": None,
+            "scale": 0.0,
+            "guidance_scale": 3.0,
+            "num_inference_steps": 2,
+        }
+        for prompt in (0, 1)
+        for image in (0, 1)
+    ]
+    images = pixels(tmp_path)
+    assert {name: image.shape for name, image in images.items()} == {row["file_name"]: (32, 32, 3) for row in rows}
+    assert all(0 <= row["seed"] < 2**32 for row in rows)
+
+
+def test_the_folder_is_returned(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    config = GenerateConfig(images_per_prompt=1, num_inference_steps=1)
+    assert generate(tiny_pipe, [""], str(tmp_path / "one"), config=config) == tmp_path / "one"
+
+
+def test_settings_have_defaults(
+    tiny_pipe: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "_draw", lambda *_: [Image.new("RGB", (8, 8))] * 32)
+    generate(tiny_pipe, CAPTIONS, tmp_path, progress=False)
+    assert len(pixels(tmp_path)) == 32
+
+
+@pytest.fixture(scope="module")
+def guided_twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two folders of the same guided run."""
+    pipe = make_tiny_pipeline()
+    folders = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second")
+    for folder in folders:
+        run(pipe, folder, module=make_guidance_module(pipe, num_groups=(2, 3)))
+    return folders
+
+
+def test_a_run_repeats_byte_for_byte(guided_twice: tuple[Path, Path]) -> None:
+    assert contents(guided_twice[0]) == contents(guided_twice[1])
+
+
+@pytest.mark.parametrize("images", [0, 2, 4, 7, 9])
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    tiny_pipe: StableDiffusionPipeline,
+    tmp_path: Path,
+    guided_twice: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    images: int,
+) -> None:
+    module = make_guidance_module(tiny_pipe, num_groups=(2, 3))
+    stop_after(monkeypatch, images)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_pipe, tmp_path, module=module)
+    monkeypatch.undo()
+    assert len(list(tmp_path.rglob("*.png"))) == images
+    calls = count_calls(tiny_pipe)
+    run(tiny_pipe, tmp_path, module=module)
+    assert contents(tmp_path) == contents(guided_twice[0])
+    finished = images // 4  # batches of 4, 4 and 2 images, 2 steps each, 2 rows per image
+    assert calls == [8, 8, 8, 8, 4, 4][2 * finished :]
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a picture", "another image", "half"])
+def test_a_damaged_image_is_drawn_again(
+    tiny_pipe: StableDiffusionPipeline, tmp_path: Path, damage: bytes | str
+) -> None:
+    run(tiny_pipe, tmp_path)
+    before = contents(tmp_path)
+    image = tmp_path / "00001/000004.png"
+    whole = image.read_bytes()
+    other = (tmp_path / "00000/000000.png").read_bytes()
+    replacement = {"another image": other, "half": whole[: len(whole) // 2]}.get(damage, damage)
+    image.write_bytes(replacement)
+    (tmp_path / "00001/.000003.png.abc.png").write_bytes(b"left by a killed run")
+    run(tiny_pipe, tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_finished_run_draws_nothing(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    rows = run(tiny_pipe, tmp_path, module=make_guidance_module(tiny_pipe))
+    calls = count_calls(tiny_pipe)
+    assert run(tiny_pipe, tmp_path, module=make_guidance_module(tiny_pipe)) == rows
+    assert calls == []
+
+
+# Starting noise and groups
+
+
+def test_guided_and_plain_images_start_from_the_same_noise(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    plain = run(tiny_pipe, tmp_path / "plain")
+    guided = run(tiny_pipe, tmp_path / "guided", module=make_guidance_module(tiny_pipe), scale=0.0)
+    assert [row["seed"] for row in plain] == [row["seed"] for row in guided]
+    before, after = pixels(tmp_path / "plain"), pixels(tmp_path / "guided")
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler])
+def test_images_do_not_depend_on_batch_size_or_the_order_of_prompts(
+    tiny_pipe: StableDiffusionPipeline, tmp_path: Path, scheduler: Any
+) -> None:
+    tiny_pipe.scheduler = scheduler.from_config(tiny_pipe.scheduler.config)
+    module = make_guidance_module(tiny_pipe, num_groups=5)
+    rows = run(tiny_pipe, tmp_path / "a", module=module)
+    turned = run(tiny_pipe, tmp_path / "b", CAPTIONS[::-1], module=module, batch_size=3)
+    assert groups(rows) == groups(turned[5:] + turned[:5])
+    before, after = pixels(tmp_path / "a"), pixels(tmp_path / "b")
+    for name, image in before.items():
+        turned_name = name.replace("00000/", "x/").replace("00001/", "00000/").replace("x/", "00001/")
+        assert np.abs(image.astype(int) - after[turned_name]).max() <= 1
+
+
+def test_seeds_differ_between_images_prompts_and_settings() -> None:
+    seeds = {image_seed(prompt, k, seed) for prompt in CAPTIONS for k in range(50) for seed in (0, 1)}
+    assert len(seeds) == 200
+
+
+def test_groups_are_recorded_as_drawn_for_each_factor(guided_twice: tuple[Path, Path]) -> None:
+    rows = [json.loads(line) for line in (guided_twice[0] / "manifest.jsonl").read_text().splitlines()]
+    assert all(0 <= first < 2 and 0 <= second < 3 for first, second in groups(rows))
+    assert len({tuple(pair) for pair in groups(rows)}) > 2
+
+
+def test_proportions_are_followed(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    rows = run(tiny_pipe, tmp_path, module=make_guidance_module(tiny_pipe), environments=[0.0, 1.0])
+    assert groups(rows) == [[1]] * 10
+
+
+@pytest.mark.parametrize("given", [[0, 1, 1, 0, 1], [0, 1, 1, 0, 1, 1, 1, 0, 0, 0]], ids=["alike", "each"])
+def test_groups_can_be_given_for_each_image(
+    tiny_pipe: StableDiffusionPipeline, tmp_path: Path, given: list[int]
+) -> None:
+    module = make_guidance_module(tiny_pipe)
+    rows = run(tiny_pipe, tmp_path / "given", module=module, environments=torch.tensor(given))
+    assert groups(rows) == [[group] for group in (given * 2)[:10]]
+    run(tiny_pipe, tmp_path / "ones", module=module, environments=[0.0, 1.0])
+    images, ones = pixels(tmp_path / "given"), pixels(tmp_path / "ones")
+    same = [np.array_equal(images[row["file_name"]], ones[row["file_name"]]) for row in rows]
+    assert same == [group == [1] for group in groups(rows)]
+
+
+def test_an_invariant_module_records_no_groups(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    rows = run(tiny_pipe, tmp_path, module=make_guidance_module(tiny_pipe, mode="invariant"), scale=0.5)
+    assert groups(rows) == [None] * 10
+    assert rows[0]["scale"] == 0.5
+
+
+# The pipeline is left as it was
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_pipeline_is_left_as_it_was(
+    tiny_pipe: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    tiny_pipe.set_progress_bar_config(desc="mine")
+    if fails:
+        stop_after(monkeypatch, 2)
+    with contextlib.suppress(KeyboardInterrupt):
+        run(tiny_pipe, tmp_path, module=make_guidance_module(tiny_pipe))
+    assert tiny_pipe._progress_bar_config == {"desc": "mine"}
+    assert not any(network._forward_hooks for network in tiny_pipe.unet.modules())
+
+
+def test_the_pipelines_own_bar_is_silent(
+    tiny_pipe: StableDiffusionPipeline, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny_pipe.set_progress_bar_config(disable=False)
+    capfd.readouterr()
+    run(tiny_pipe, tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+# What cannot be used
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"batch_size": 3}, "batch_size was 4, now 3"),
+        ({"environments": [0.2, 0.8]}, "environments was .*0.5.*, now .*0.8"),
+        ({"prompts": [*CAPTIONS, "another"]}, "prompts was"),
+        ({"module": None}, "module was '[0-9a-f]{16}', now None; environments was"),
+    ],
+)
+def test_another_run_is_not_mixed_in(
+    tiny_pipe: StableDiffusionPipeline, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    options = {"module": make_guidance_module(tiny_pipe)}
+    run(tiny_pipe, tmp_path, **options)
+    with pytest.raises(ConfigError, match=message + ".*another output folder, or delete this one"):
+        run(tiny_pipe, tmp_path, **(options | change))
+
+
+def test_images_of_another_model_or_scheduler_are_not_mixed_in(
+    tiny_pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    run(tiny_pipe, tmp_path)
+    with torch.no_grad():
+        tiny_pipe.vae.decoder.conv_out.bias[0] += 0.01
+    tiny_pipe.scheduler = DDPMScheduler.from_config(tiny_pipe.scheduler.config)
+    with pytest.raises(ConfigError, match=r"model was .*; scheduler was 'DDIMScheduler .* now 'DDPMScheduler"):
+        run(tiny_pipe, tmp_path)
+
+
+def test_images_of_unknown_settings_are_not_overwritten(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    run(tiny_pipe, tmp_path)
+    (tmp_path / "generate.json").unlink()
+    with pytest.raises(ConfigError, match=r"with 00000/000000\.png of unknown settings"):
+        run(tiny_pipe, tmp_path)
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for clash in (tmp_path / "file", tmp_path / "file/inside"):
+        with pytest.raises(ConfigError, match="Expected a folder"):
+            run(tiny_pipe, clash)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "at least one prompt, got none"),
+        ("a photo", "a list of prompts, got 'a photo'"),
+        ([None], r"a list of prompts, got \[None\]"),
+        (["a photo", "a photo"], "got 'a photo' again"),
+    ],
+)
+def test_prompts_are_checked(tiny_pipe: StableDiffusionPipeline, tmp_path: Path, prompts: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tiny_pipe, tmp_path / "out", prompts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_environments_must_fit_images_and_module(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"for 5 images .* or for all 10, got 4"):
+        run(tiny_pipe, tmp_path, module=make_guidance_module(tiny_pipe), environments=[0, 1, 0, 1])
+    with pytest.raises(ConfigError, match="a module beside environments"):
+        run(tiny_pipe, tmp_path, environments=[0.5, 0.5])
+    with pytest.raises(ConfigError, match="with an invariant module"):
+        run(
+            tiny_pipe,
+            tmp_path,
+            module=make_guidance_module(tiny_pipe, mode="invariant"),
+            environments=[0.1, 0.9],
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_that_does_not_fit_leaves_no_folder_behind(
+    tiny_pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    module = make_guidance_module(make_tiny_pipeline(seed=1))
+    with pytest.raises(ModelError, match="trained for another model"):
+        run(tiny_pipe, tmp_path / "out", module=module)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_safety_checker_that_blackens_images_is_noticed(
+    tiny_pipe: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_pipe, "run_safety_checker", lambda images, *_: (images, [False, True, False, False]))
+    with pytest.raises(ModelError, match="safety_checker=None"):
+        run(tiny_pipe, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"images_per_prompt": 0},
+        {"batch_size": 0},
+        {"num_inference_steps": 0},
+        {"guidance_scale": -1.0},
+        {"guidance_scale": float("nan")},
+        {"scale": float("inf")},
+    ],
+)
+def test_settings_out_of_range_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"GenerateConfig.{next(iter(values))}: expected"):
+        GenerateConfig(**values)

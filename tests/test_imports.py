@@ -1,0 +1,124 @@
+"""Imports point one way along the flow of data; what needs no torch does not import it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import invdiff
+
+ROOT = Path(invdiff.__file__).parent
+
+BASE = ("errors", "config", "files", "seeds", "progress", "diffusion", "pipelines", "features", "denoiser")
+LAYERS = (
+    (*BASE, "assets"),
+    ("data",),
+    ("groups",),
+    ("guidance", "training"),
+    ("generation",),
+    ("evaluation",),
+    ("report",),
+    ("demo", "app"),
+    ("cli", "cli_options", "cli_output", "cli_prepare"),
+)
+LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+FORBIDDEN = {
+    "errors": set(LAYER_OF),
+    "config": set(LAYER_OF) - {"errors"},
+    "guidance": {"training"},
+    "evaluation": {"groups", "guidance", "training"},
+}
+MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def imported_modules(path):
+    """Dotted names, relative to invdiff, that a file imports when it runs (not those for type checkers)."""
+    package = path.relative_to(ROOT).parts[:-1]
+    pending, names = [ast.parse(path.read_text(encoding="utf-8"))], []
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending += node.orelse
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            parent = package[: len(package) - node.level + 1]
+            inside = (*parent, *(node.module.split(".") if node.module else ()))
+            names += [".".join(inside)] if node.module else [".".join((*inside, alias.name)) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "invdiff":
+            names.append(node.module.partition(".")[2])
+        elif isinstance(node, ast.Import):
+            names += [alias.name.partition(".")[2] for alias in node.names if alias.name.split(".")[0] == "invdiff"]
+        else:
+            pending += ast.iter_child_nodes(node)
+    return names
+
+
+def part_of(path):
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def ours(path):
+    """The parts of invdiff, other than its own, that a file imports."""
+    return {name.split(".")[0] for name in imported_modules(path)} - {part_of(path)}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_back_along_the_flow_of_data(path):
+    part = part_of(path)
+    assert part in LAYER_OF, f"{part} has no place in the order of parts: give it one in LAYERS"
+    ahead = {other for other in ours(path) if LAYER_OF[other] > LAYER_OF[part]}
+    assert not ahead, f"{part} may not import {ahead}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_part_imports_what_it_must_not_know(path):
+    assert not ours(path) & FORBIDDEN.get(part_of(path), set())
+
+
+def test_base_modules_import_no_later_base_module():
+    # A fixed order keeps them free of cycles.
+    for name in BASE:
+        later = ours(ROOT / f"{name}.py") & set(BASE[BASE.index(name) :])
+        assert not later, f"{name} imports {later}"
+
+
+def loaded_by(statement):
+    """Top-level packages in memory after `statement` in a fresh interpreter."""
+    code = f"{statement}\nimport sys; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+HEAVY = {"torch", "diffusers", "transformers", "datasets", "gradio"}
+
+
+def test_report_never_imports_torch():
+    modules = [f"invdiff.report.{path.stem}" for path in sorted((ROOT / "report").glob("[!_]*.py"))]
+    assert "torch" not in loaded_by(f"import {', '.join(['invdiff.report', *modules])}")
+
+
+def test_importing_invdiff_loads_nothing_heavy():
+    assert not loaded_by("import invdiff") & HEAVY
+
+
+def test_help_loads_nothing_heavy():
+    assert not loaded_by("from invdiff import cli") & {*HEAVY, "numpy", "scipy", "matplotlib"}
+
+
+def test_every_public_name_is_there():
+    for name in invdiff.__all__:
+        assert getattr(invdiff, name) is not None
+        assert name in dir(invdiff)
+
+
+def test_unknown_names_raise_as_usual():
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = invdiff.nonsense
+
+
+def test_public_names_agree_with_those_for_type_checkers():
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    for_checkers = {alias.name: node.module for node in block.body for alias in node.names}
+    assert for_checkers == invdiff._HOME

@@ -1,0 +1,76 @@
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from invdiff.errors import AuditError
+from invdiff.groups.inference import dispersion, exact_groups, gradient_groups, group_losses, one_hot
+
+
+def best_dispersion(scores: np.ndarray, num_groups: int, least: int) -> float:
+    """Try every way to cut the sorted scores."""
+    ordered = np.sort(scores)
+    best = 0.0
+    for cuts in combinations(range(1, len(scores)), num_groups - 1):
+        parts = np.split(ordered, cuts)
+        if min(map(len, parts)) >= least:
+            best = max(best, sum(len(p) * (p.mean() - ordered.mean()) ** 2 for p in parts) / len(scores))
+    return best
+
+
+@pytest.mark.parametrize(("count", "num_groups", "min_share"), [(9, 2, 0), (10, 3, 0), (11, 4, 0.15), (10, 3, 0.3)])
+def test_exact_groups_beat_every_other_cut(count, num_groups, min_share):
+    rng = np.random.default_rng(count)
+    least = max(1, int(np.ceil(min_share * count)))
+    for _ in range(20):
+        scores = rng.normal(size=count)
+        labels = exact_groups(scores, num_groups, min_share=min_share)
+        assert np.bincount(labels, minlength=num_groups).min() >= least
+        found = dispersion(scores, one_hot(labels, num_groups))
+        assert found == pytest.approx(best_dispersion(scores, num_groups, least), abs=1e-12)
+
+
+def test_exact_groups_rise_with_the_score():
+    scores = np.array([5.0, 0.0, 5.1, 0.1, 9.0, 9.2])
+    assert exact_groups(scores, 3).tolist() == [1, 0, 1, 0, 2, 2]
+
+
+def test_exact_groups_need_enough_images():
+    with pytest.raises(AuditError, match="Expected at least 6 images for 2 groups of at least 3, got 5"):
+        exact_groups(np.arange(5.0), 2, min_share=0.5)
+
+
+def test_exact_groups_refuse_scores_that_are_not_finite():
+    with pytest.raises(AuditError, match="got 1 that are not"):
+        exact_groups(np.array([0.0, np.nan, 1.0]), 2)
+
+
+def test_gradient_groups_find_a_far_minority():
+    rng = np.random.default_rng(0)
+    scores = np.concatenate([rng.normal(size=180), rng.normal(8, 1, size=20)])
+    weights = gradient_groups(scores, 2, omega=0.1)
+    assert ((weights[:, 1] > 0.5) == (np.arange(200) >= 180)).mean() > 0.97
+
+
+def test_gradient_groups_stay_on_the_simplex_and_rise_with_the_score():
+    scores = np.random.default_rng(1).normal(size=60)
+    weights = gradient_groups(scores, 3)
+    assert np.allclose(weights.sum(axis=1), 1)
+    assert (np.diff(group_losses(scores, weights)) > 0).all()
+
+
+def test_a_larger_omega_makes_groups_more_equal():
+    rng = np.random.default_rng(0)
+    scores = np.concatenate([rng.normal(size=180), rng.normal(8, 1, size=20)])
+    rare = [gradient_groups(scores, 2, omega=omega).mean(axis=0).min() for omega in (0.01, 5.0)]
+    assert rare[0] < 0.2 < 0.4 < rare[1]
+
+
+def test_gradient_groups_refuse_scores_that_do_not_vary():
+    with pytest.raises(AuditError, match="that vary"):
+        gradient_groups(np.ones(10), 2)
+
+
+def test_dispersion_is_the_between_group_variance():
+    scores, labels = np.array([0.0, 1.0, 4.0, 7.0]), np.array([0, 0, 1, 1])
+    assert dispersion(scores, one_hot(labels, 2)) == pytest.approx(0.5 * 2.5**2 + 0.5 * 2.5**2)

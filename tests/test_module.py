@@ -1,0 +1,101 @@
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from conftest import make_guidance_module, make_tiny_pipeline
+from invdiff.errors import ConfigError, ModelError
+from invdiff.guidance.module import GuidanceModule, weight_signature
+
+
+def inputs(height: int = 8, width: int = 8) -> tuple[torch.Tensor, ...]:
+    """Noisy latents, timesteps, prompt embeds, prediction and middle features of three rows."""
+    numbers = torch.Generator().manual_seed(0)
+    shapes = [(3, 4, height, width), (3, 16, 16), (3, 4, height, width), (3, 32, 4, 4)]
+    latents, embeds, model_pred, features = (torch.randn(shape, generator=numbers) for shape in shapes)
+    return latents, torch.tensor([10, 500, 900]), embeds, model_pred, features
+
+
+def environments(*groups: int) -> torch.Tensor:
+    return torch.tensor(groups)[:, None]
+
+
+def test_an_untrained_module_shifts_nothing(tiny_pipe: StableDiffusionPipeline) -> None:
+    shift = GuidanceModule.for_pipeline(tiny_pipe)(*inputs(), environments(0, 1, 1))
+    assert torch.equal(shift, torch.zeros(3, 4, 8, 8))
+
+
+@pytest.mark.parametrize("side", [(7, 5), (1, 1), (9, 16)])
+def test_the_shift_has_the_shape_of_any_latents(tiny_pipe: StableDiffusionPipeline, side: tuple[int, int]) -> None:
+    shift = make_guidance_module(tiny_pipe)(*inputs(*side), environments(0, 1, 1))
+    assert shift.shape == (3, 4, *side)
+
+
+def test_a_row_depends_on_its_own_group_only(tiny_pipe: StableDiffusionPipeline) -> None:
+    module = make_guidance_module(tiny_pipe)
+    first, second = (module(*inputs(), environments(0, group, 1)) for group in (0, 1))
+    assert [torch.equal(a, b) for a, b in zip(first, second, strict=True)] == [True, False, True]
+
+
+def test_each_factor_has_its_own_groups(tiny_pipe: StableDiffusionPipeline) -> None:
+    module = make_guidance_module(tiny_pipe, num_groups=(2, 3))
+    assert [embedding.num_embeddings for embedding in module.environments] == [2, 3]
+    with torch.no_grad():
+        shifts = [module(*inputs(), torch.tensor([pair] * 3)) for pair in ((0, 0), (1, 0), (0, 1), (0, 2), (1, 2))]
+    assert all(not torch.equal(a, b) for i, a in enumerate(shifts) for b in shifts[:i])
+
+
+def test_a_balanced_module_asks_for_groups(tiny_pipe: StableDiffusionPipeline) -> None:
+    with pytest.raises(ModelError, match="environments of each image"):
+        make_guidance_module(tiny_pipe)(*inputs())
+
+
+def test_an_invariant_module_never_sees_the_group(tiny_pipe: StableDiffusionPipeline) -> None:
+    module = make_guidance_module(tiny_pipe, mode="invariant")
+    assert not module.sees_environment
+    assert not [name for name, _ in module.named_parameters() if name.startswith("environments")]
+    assert torch.equal(module(*inputs()), module(*inputs(), environments(1, 1, 0)))
+
+
+@pytest.mark.parametrize("options", [{"num_groups": (2, 3)}, {"mode": "invariant", "width": 16}])
+def test_a_saved_module_comes_back(
+    tiny_pipe: StableDiffusionPipeline, tmp_path: Path, options: dict[str, object]
+) -> None:
+    module = make_guidance_module(tiny_pipe, **options)
+    module.save_pretrained(tmp_path)
+    loaded = GuidanceModule.from_pretrained(tmp_path)
+    groups = torch.tensor([[0, 2], [1, 1], [0, 0]])
+    assert loaded.num_groups == module.num_groups
+    assert loaded.config["weight_signature"] == list(module.config["weight_signature"])
+    assert torch.equal(loaded(*inputs(), groups), module(*inputs(), groups))
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
+
+
+def test_initial_weights_follow_from_the_seed_alone(tiny_pipe: StableDiffusionPipeline) -> None:
+    state = torch.get_rng_state()
+    first, again, other = (GuidanceModule.for_pipeline(tiny_pipe, seed=seed).conv_in.weight for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_groups": 1}, {"num_groups": ()}, {"mode": "balancd"}, {"width": 20}, {"width": -8}]
+)
+def test_settings_out_of_range_are_refused(tiny_pipe: StableDiffusionPipeline, options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"Expected .* got"):
+        GuidanceModule.for_pipeline(tiny_pipe, **options)
+
+
+def test_another_kind_of_denoiser_is_refused(tiny_pipe: StableDiffusionPipeline) -> None:
+    tiny_pipe.unet = tiny_pipe.vae
+    with pytest.raises(ModelError, match="UNet2DConditionModel, got AutoencoderKL"):
+        GuidanceModule.for_pipeline(tiny_pipe)
+
+
+def test_the_weight_signature_tells_models_apart_whatever_their_precision() -> None:
+    unet, other = make_tiny_pipeline(seed=0).unet, make_tiny_pipeline(seed=1).unet
+    signature = weight_signature(unet)
+    assert weight_signature(other) != pytest.approx(signature, rel=0.02, abs=1e-3)
+    assert weight_signature(unet.bfloat16()) == pytest.approx(signature, rel=0.02, abs=1e-3)
