@@ -145,9 +145,7 @@ def test_unreadable_images_are_left_out_up_to_the_share_allowed():
 
 
 def test_only_the_attributes_asked_for_are_learnt():
-    annotator = ConvAnnotator.fit(
-        ToyImages(20), ["side"], steps=1, batch_size=4, resolution=16, progress=False
-    )
+    annotator = ConvAnnotator.fit(ToyImages(20), ["side"], steps=1, batch_size=4, resolution=16, progress=False)
     assert list(annotator.attributes) == ["side"]
 
 

@@ -3,8 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import write_tiny_folder
 
+from conftest import write_tiny_folder
 from invdiff.config import AuditConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import EncodedImages, ShardedTensor, as_encoded
@@ -14,6 +14,7 @@ from invdiff.groups.audit import audit, infer
 from invdiff.groups.result import Audit
 from invdiff.groups.scores import Evidence
 
+ONE_PROMPT = np.array([0])
 CONFIG = AuditConfig(solver="exact", batch_size=4, min_images=4, min_share=0.1)
 
 
@@ -56,7 +57,9 @@ def made_up_evidence(minority: np.ndarray, *, contrast: float, features: float, 
 def test_the_rare_group_is_found_by_the_contrast():
     minority = np.arange(600) >= 570
     data = made_up_data(["a bird"], np.zeros(600, dtype=int))
-    found = infer(data, made_up_evidence(minority, contrast=8, features=0), np.array([0]), AuditConfig(), progress=False)
+    found = infer(
+        data, made_up_evidence(minority, contrast=8, features=0), np.array([0]), AuditConfig(), progress=False
+    )
     assert found.biased
     assert found.prompts[0].evidence.startswith("contrast")
     assert np.array_equal(found.in_rare_group.numpy(), minority)
@@ -66,7 +69,9 @@ def test_the_rare_group_is_found_by_the_contrast():
 def test_the_rare_group_is_found_by_the_features_where_the_contrast_says_nothing():
     minority = np.arange(600) >= 510
     data = made_up_data(["a bird"], np.zeros(600, dtype=int))
-    found = infer(data, made_up_evidence(minority, contrast=0, features=8), np.array([0]), AuditConfig(), progress=False)
+    found = infer(
+        data, made_up_evidence(minority, contrast=0, features=8), np.array([0]), AuditConfig(), progress=False
+    )
     assert found.prompts[0].evidence.startswith("features")
     assert np.array_equal(found.in_rare_group.numpy(), minority)
 
@@ -74,7 +79,7 @@ def test_the_rare_group_is_found_by_the_features_where_the_contrast_says_nothing
 def test_where_nothing_is_hidden_nothing_is_found_and_the_reason_is_given():
     data = made_up_data(["a bird"], np.zeros(600, dtype=int))
     evidence = made_up_evidence(np.zeros(600, dtype=bool), contrast=0, features=0)
-    found = infer(data, evidence, np.array([0]), AuditConfig(), progress=False)
+    found = infer(data, evidence, ONE_PROMPT, AuditConfig(), progress=False)
     assert not found.biased
     assert found.prompts[0].reason.startswith("no hidden group")
     assert len(found.prompts[0].candidates) > 2
@@ -112,15 +117,15 @@ def test_a_caption_that_states_the_group_is_set_apart():
 def test_too_few_images_are_left_undecided():
     data = made_up_data(["a bird"], np.zeros(20, dtype=int))
     evidence = made_up_evidence(np.arange(20) >= 15, contrast=9, features=9)
-    found = infer(data, evidence, np.array([0]), AuditConfig(), progress=False)
+    found = infer(data, evidence, ONE_PROMPT, AuditConfig(), progress=False)
     assert not found.biased
-    assert "20 images are too few" in found.prompts[0].reason
+    assert "too few images to judge (20;" in found.prompts[0].reason
 
 
 def test_an_audit_is_saved_and_loaded_whole(tmp_path):
     data = made_up_data(["a bird"], np.zeros(600, dtype=int))
     evidence = made_up_evidence(np.arange(600) >= 570, contrast=8, features=0)
-    found = infer(data, evidence, np.array([0]), AuditConfig(), progress=False)
+    found = infer(data, evidence, ONE_PROMPT, AuditConfig(), progress=False)
     loaded = Audit.load(found.save(tmp_path / "audit"))
     assert loaded.prompts == found.prompts
     assert loaded.names == found.names
@@ -131,7 +136,7 @@ def test_an_audit_is_saved_and_loaded_whole(tmp_path):
 def test_an_audit_of_other_images_is_refused():
     data = made_up_data(["a bird"], np.zeros(600, dtype=int))
     evidence = made_up_evidence(np.arange(600) >= 570, contrast=8, features=0)
-    found = infer(data, evidence, np.array([0]), AuditConfig(), progress=False)
+    found = infer(data, evidence, ONE_PROMPT, AuditConfig(), progress=False)
     found = replace(found, settings={"data_fingerprint": "data"})
     found.check_matches(data)
     with pytest.raises(AuditError, match="Expected the images that were audited"):
@@ -139,7 +144,7 @@ def test_an_audit_of_other_images_is_refused():
 
 
 def test_a_folder_that_is_no_audit_is_refused(tmp_path):
-    with pytest.raises(AuditError, match="found no audit.json"):
+    with pytest.raises(AuditError, match=r"found no audit\.json"):
         Audit.load(tmp_path)
 
 

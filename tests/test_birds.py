@@ -178,9 +178,7 @@ def test_the_table_of_a_written_folder_names_its_images(tmp_path, format):
         assert name == f"images/{index:05d}.{format}"
         assert row.items() <= world.metadata(index).items()
         with Image.open(folder / name) as image:
-            difference = np.abs(
-                np.asarray(image, float) - np.asarray(world.row(index)["image"], float)
-            ).mean()
+            difference = np.abs(np.asarray(image, float) - np.asarray(world.row(index)["image"], float)).mean()
         assert difference == 0 if format == "png" else difference < 6
 
 

@@ -358,9 +358,7 @@ def test_a_csv_row_with_a_bare_comma(tmp_path: Path) -> None:
     assert "2 cells in line 2" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("line", "found"), [("{oops", "Expected JSON in line 2"), ("[1]", "a JSON object in line 2")]
-)
+@pytest.mark.parametrize(("line", "found"), [("{oops", "Expected JSON in line 2"), ("[1]", "a JSON object in line 2")])
 def test_a_broken_jsonl_line(tmp_path: Path, line: str, found: str) -> None:
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n' + line)
     assert found in refusal(tmp_path)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from PIL import Image
 
 from conftest import CAPTIONS, make_tiny_pipeline, write_tiny_folder
-from invdiff import files
 from invdiff.data import encode as encode_module
 from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.data.encode import EncodedImages, ShardedTensor, encode, model_fingerprint, to_pixels
@@ -29,9 +29,7 @@ def data(tiny_folder: Path) -> CaptionedImages:
     return load_captioned_images(tiny_folder)
 
 
-def run(
-    pipe: StableDiffusionPipeline, data: CaptionedImages, cache: Path, **options: object
-) -> EncodedImages:
+def run(pipe: StableDiffusionPipeline, data: CaptionedImages, cache: Path, **options: object) -> EncodedImages:
     return encode(pipe, data, cache, batch_size=2, progress=False, **options)
 
 
@@ -96,9 +94,7 @@ def test_each_caption_is_encoded_once_and_the_empty_one_beside(
     torch.testing.assert_close(encoded.null_embeds, prompts[2])
 
 
-def test_many_captions_spread_over_shards_keep_their_order(
-    tiny_pipe: StableDiffusionPipeline, tmp_path: Path
-) -> None:
+def test_many_captions_spread_over_shards_keep_their_order(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     folder = write_tiny_folder(tmp_path / "images")
     captions = [f"a photo of bird {row % 11}" for row in range(12)]
     rows = "".join(f"{row:02d}.png,{caption}\n" for row, caption in enumerate(captions))
@@ -191,7 +187,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
 def test_a_full_disk_keeps_the_finished_shards(
     tiny_pipe: StableDiffusionPipeline, data: CaptionedImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, saved = files.save_file, []
+    save, saved = safetensors.torch.save_file, []
 
     def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
         if len(saved) == 2:
@@ -199,7 +195,7 @@ def test_a_full_disk_keeps_the_finished_shards(
         save(tensors, path, metadata=metadata)
         saved.append(path)
 
-    monkeypatch.setattr(files, "save_file", save_file)
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
     with pytest.raises(DataError, match=r"latents-00002.*No space left on device.*finished work is kept"):
         run(tiny_pipe, data, tmp_path)
     assert sorted(Path(path).name for path in contents(tmp_path)) == [
@@ -223,9 +219,7 @@ def test_attributes_change_no_byte(tiny_pipe: StableDiffusionPipeline, tmp_path:
     assert contents(tmp_path / "after") == contents(tmp_path / "before")
 
 
-def test_damaged_shards_are_named(
-    tiny_pipe: StableDiffusionPipeline, data: CaptionedImages, tmp_path: Path
-) -> None:
+def test_damaged_shards_are_named(tiny_pipe: StableDiffusionPipeline, data: CaptionedImages, tmp_path: Path) -> None:
     run(tiny_pipe, data, tmp_path)
     next(tmp_path.rglob("latents-00001.safetensors")).write_bytes(b"x" * 100)
     with pytest.raises(DataError, match=r"latents-00001\.safetensors, found something else"):
@@ -250,9 +244,7 @@ def test_unreadable_images_are_skipped_and_listed(tiny_pipe: StableDiffusionPipe
     torch.testing.assert_close(encoded.latents[:], good.latents[:])
 
 
-def test_a_shard_without_one_readable_image_is_passed_over(
-    tiny_pipe: StableDiffusionPipeline, tmp_path: Path
-) -> None:
+def test_a_shard_without_one_readable_image_is_passed_over(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     data = with_broken(tmp_path, 0, 1, 2, 3, 4, max_unreadable=0.9)
     encoded = run(tiny_pipe, data, tmp_path / "cache")
     assert encoded.source_index.tolist() == [5, 6, 7, 8, 9, 10, 11]
@@ -261,15 +253,11 @@ def test_a_shard_without_one_readable_image_is_passed_over(
 
 def test_too_many_unreadable_images_are_refused(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     data = with_broken(tmp_path, 1, 6)
-    with pytest.raises(
-        DataError, match=r"at most 1\.0% of 12 .* 1 \(8\.3%\) .*: 01\.png \(the file is empty\)"
-    ):
+    with pytest.raises(DataError, match=r"at most 1\.0% of 12 .* 1 \(8\.3%\) .*: 01\.png \(the file is empty\)"):
         run(tiny_pipe, data, tmp_path / "cache")
 
 
-def test_no_readable_image_is_refused_at_any_tolerance(
-    tiny_pipe: StableDiffusionPipeline, tmp_path: Path
-) -> None:
+def test_no_readable_image_is_refused_at_any_tolerance(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     data = with_broken(tmp_path, 0, 1, num_images=2, max_unreadable=1.0)
     with pytest.raises(DataError, match=r"2 \(100\.0%\)"):
         run(tiny_pipe, data, tmp_path / "cache")

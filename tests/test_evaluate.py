@@ -189,9 +189,7 @@ def test_a_manifest_in_another_encoding_is_refused(tmp_path):
         measure(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "line", ["{", "[]", '{"prompt": "x"}', '{"file_name": "a.png", "prompt": "x", "scale": 1}']
-)
+@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "x"}', '{"file_name": "a.png", "prompt": "x", "scale": 1}'])
 def test_a_line_that_is_no_row_is_refused_by_its_number(base, line):
     with (base / "manifest.jsonl").open("a") as manifest:
         manifest.write(line)
@@ -233,9 +231,7 @@ def test_one_image_of_a_prompt_is_too_few(tmp_path):
 def test_mixed_module_scales_are_refused_with_the_way_to_separate_them(base):
     manifest = base / "manifest.jsonl"
     manifest.write_text(manifest.read_text().replace('"scale": 1.0', '"scale": 0.5', 1))
-    with pytest.raises(
-        EvaluationError, match=r"found \[0.5, 1.0\]. Generate each scale into a folder of its own"
-    ):
+    with pytest.raises(EvaluationError, match=r"found \[0.5, 1.0\]. Generate each scale into a folder of its own"):
         measure({"base": base})
 
 

@@ -4,8 +4,8 @@ import csv
 import random
 
 import pytest
-from conftest import write_tiny_folder
 
+from conftest import write_tiny_folder
 from invdiff.config import AuditConfig, TrainConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.groups.audit import audit

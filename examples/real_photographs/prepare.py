@@ -26,6 +26,7 @@ BALANCED = dict.fromkeys(BIASED, 1000)
 
 
 def main() -> None:
+    """Read the arguments and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parquet", type=Path)
     parser.add_argument("output", type=Path)

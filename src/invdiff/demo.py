@@ -31,9 +31,7 @@ from .training.train import train
 PICTURED_GUIDANCE_SCALE = 3.0
 
 
-def run_demo(
-    output_dir: str | Path, *, config: DemoConfig | None = None, progress: bool = True
-) -> dict[str, Any]:
+def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progress: bool = True) -> dict[str, Any]:
     """Audit, train, generate with and without guidance on the same seeds, evaluate; return what was measured.
 
     Everything is written below `output_dir`: the data, `audit/`, `module/`, `images/`, `results.json`,
@@ -126,9 +124,7 @@ def hidden_truth(found: Audit, data: CaptionedImages) -> Recovery:
     subjects, backgrounds = data.attributes["subject"], data.attributes["background"]
     unsaid = np.array([f" on {backgrounds[row]}" not in data.captions[row] for row in rows])
     minority = np.array([NATURAL_BACKGROUND[subjects[row]] != backgrounds[row] for row in rows])
-    return recovery(
-        found.scores.numpy()[unsaid], found.in_rare_group.numpy()[unsaid], minority[unsaid]
-    )
+    return recovery(found.scores.numpy()[unsaid], found.in_rare_group.numpy()[unsaid], minority[unsaid])
 
 
 def _draw_pictures(

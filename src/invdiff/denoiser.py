@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 
 from .diffusion import NoiseSchedule
+from .features import FeatureCapture
 from .files import fingerprint
-from .guidance.features import FeatureCapture
 from .pipelines import denoiser_of
 
 

@@ -42,7 +42,7 @@ class NoiseSchedule:
         self._process: Any = DDPMScheduler(
             **shared, prediction_type=self.prediction_type, rescale_betas_zero_snr=rescaled
         )
-        self.num_train_timesteps: int = self._process.config["num_train_timesteps"]
+        self.num_train_timesteps: int = int(self._process.config["num_train_timesteps"])
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Return z_t for latents and noise (B, C, H, W) and integer timesteps (B,)."""

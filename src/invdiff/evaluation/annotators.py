@@ -133,9 +133,7 @@ class ConvAnnotator(ModelMixin, ConfigMixin):
         )
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any
-    ) -> ConvAnnotator:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> ConvAnnotator:
         """Load from a folder or hub id, ready to `predict`.
 
         Raises:
@@ -216,10 +214,7 @@ class ConvAnnotator(ModelMixin, ConfigMixin):
                 drawn = torch.multinomial(weights, batch_size, replacement=True, generator=generator).numpy()
                 rows = torch.from_numpy(train[drawn])
                 _, logits = model.forward(_augment(_normalise(pixels[rows]), generator))
-                losses = [
-                    functional.cross_entropy(part, targets[rows, column])
-                    for column, part in enumerate(logits)
-                ]
+                losses = [functional.cross_entropy(part, targets[rows, column]) for column, part in enumerate(logits)]
                 loss = torch.stack(losses).sum()
                 optimizer.zero_grad()
                 loss.backward()
@@ -319,9 +314,7 @@ def _read_pixels(data: CaptionedImages, resolution: int, progress: bool) -> tupl
     return torch.stack(pixels), rows
 
 
-def _stratified_holdout(
-    cells: NDArray[np.int64], holdout: float, generator: torch.Generator
-) -> NDArray[np.int64]:
+def _stratified_holdout(cells: NDArray[np.int64], holdout: float, generator: torch.Generator) -> NDArray[np.int64]:
     """Return sorted rows: a share `holdout` of each cell, at least one where a cell has two, never all."""
     chosen = []
     for cell in np.unique(cells):

@@ -164,9 +164,7 @@ def evaluate(
             for guidance_scale in sorted({row.guidance_scale for row in rows}):
                 chosen = [index for index, row in enumerate(rows) if row.guidance_scale == guidance_scale]
                 images = [rows[index].prompt for index in chosen]
-                counts = _count(
-                    images, [labels[attribute][i] for i in chosen], annotator.attributes[attribute]
-                )
+                counts = _count(images, [labels[attribute][i] for i in chosen], annotator.attributes[attribute])
                 table = np.array(list(counts.values()))
                 correct = [
                     labels[subject_attribute][i] == named[rows[i].prompt]
@@ -241,18 +239,14 @@ def _read_manifest(folder: Path) -> list[_Row]:
             f"Expected {MANIFEST} in {folder}, found none. Give a folder that `invdiff generate` wrote."
         ) from error
     except UnicodeDecodeError as error:
-        raise EvaluationError(
-            f"Expected UTF-8 in {manifest}, found something else. Generate again."
-        ) from error
+        raise EvaluationError(f"Expected UTF-8 in {manifest}, found something else. Generate again.") from error
     rows = [_read_row(line, folder, number) for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
         raise EvaluationError(f"Expected images in {manifest}, found none. Generate them first.")
     seen: set[Path] = set()
     for row in rows:
         if row.path in seen:
-            raise EvaluationError(
-                f"Expected each image once in {manifest}, found {row.path} again. Remove it."
-            )
+            raise EvaluationError(f"Expected each image once in {manifest}, found {row.path} again. Remove it.")
         seen.add(row.path)
     absent = [row.path for row in rows if not row.path.is_file()]
     if absent:

@@ -70,13 +70,9 @@ def bias_floor(num_images: ArrayLike, num_groups: int) -> float:
         EvaluationError: Fewer than two groups, or a number of images that is not a whole number above zero.
     """
     if num_groups < 2:
-        raise EvaluationError(
-            f"Expected at least two groups, got {num_groups}: Bias compares groups in pairs."
-        )
+        raise EvaluationError(f"Expected at least two groups, got {num_groups}: Bias compares groups in pairs.")
     numbers = np.atleast_1d(np.asarray(num_images, dtype=np.float64))
-    if numbers.size == 0 or not np.all(
-        np.isfinite(numbers) & (numbers >= 1) & (numbers == np.floor(numbers))
-    ):
+    if numbers.size == 0 or not np.all(np.isfinite(numbers) & (numbers >= 1) & (numbers == np.floor(numbers))):
         raise EvaluationError(
             f"Expected a whole number of images above zero for every prompt, got {num_images!r}. "
             "Leave out prompts without images."
@@ -148,9 +144,7 @@ def _checked(counts: ArrayLike) -> FloatArray:
             "Pass one row for each prompt."
         )
     if array.shape[1] < 2:
-        raise EvaluationError(
-            f"Expected counts for at least two groups, got {array.shape[1]}. Bias compares pairs."
-        )
+        raise EvaluationError(f"Expected counts for at least two groups, got {array.shape[1]}. Bias compares pairs.")
     bad = np.argwhere(~np.isfinite(array) | (array < 0))
     if len(bad):
         prompt, group = bad[0]

@@ -191,7 +191,7 @@ class _Builder:
         """Take in one prompt's images and the ways to split them, best first."""
         candidates = [split.candidate for split in splits]
         if not splits:
-            reason = f"{len(rows)} images are too few to judge (at least {config.min_images} are needed)"
+            reason = f"too few images to judge ({len(rows)}; at least {config.min_images} are needed)"
             self._append(rows, PromptAudit(**self._names(rows), found=False, reason=reason))
             return
         usable = [split for split in splits if split.candidate.num_groups == self.num_groups]

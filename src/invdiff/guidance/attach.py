@@ -13,9 +13,9 @@ from torch import nn
 
 from ..diffusion import NoiseSchedule
 from ..errors import ConfigError, ModelError
+from ..features import FeatureCapture
 from ..pipelines import denoiser_of
 from .environments import EnvironmentMix, Environments
-from .features import FeatureCapture
 from .module import GuidanceModule, weight_signature
 
 

@@ -20,8 +20,8 @@ from torch import nn
 
 from ..diffusion import NoiseSchedule
 from ..errors import ConfigError, ModelError
+from ..features import feature_block
 from ..pipelines import denoiser_of
-from .features import feature_block
 
 
 class InvariantEncoder(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def finetune(
             "data_fingerprint": data.fingerprint,
         },
     )
+    shutil.rmtree(work)
     return pipe
 
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from ..config import TrainConfig
+from ..config import AuditConfig, TrainConfig
 from ..data.captioned import CaptionedImages
 from ..data.encode import EncodedImages, as_encoded
 from ..denoiser import FrozenDenoiser
 from ..diffusion import per_sample_loss
-from ..errors import ConfigError
 from ..files import read_json, write_json, write_text
+from ..groups.audit import audit as infer_groups
 from ..groups.result import Audit
 from ..guidance.attach import check_fit
+from ..guidance.guided import GuidedDenoiser
 from ..guidance.module import GuidanceModule
 from ..progress import progress_bar
 from ..seeds import derived_seed, generator
@@ -29,9 +31,6 @@ from .optimization import make_accelerator, moving_average, set_learning_rate
 
 LOG_EVERY = 10
 
-Reinfer = Callable[[GuidanceModule, int], Audit]
-"""The max phase of a later round: from the guided model and the round's number to a new audit."""
-
 
 def train(
     pipe: Any,
@@ -41,7 +40,6 @@ def train(
     *,
     config: TrainConfig | None = None,
     cache_dir: str | Path | None = None,
-    reinfer: Reinfer | None = None,
     progress: bool = True,
 ) -> GuidanceModule:
     """Train a `GuidanceModule` that balances the groups an audit found, and save it to `output_dir`.
@@ -56,21 +54,21 @@ def train(
         audit: Groups W of each hidden factor.
         output_dir: Where the module is written.
         config: Mode, steps, penalty and so on.
-        cache_dir: Where latents are kept; `default_cache_dir()` unless given.
-        reinfer: Infers W again with the guided model, before each round after the first.
+        cache_dir: Where latents and measurements are kept; `default_cache_dir()` unless given.
         progress: Show a progress bar.
 
     Raises:
         AuditError: The audit is of other images or found nothing to balance.
-        ConfigError: `output_dir` holds an unfinished run with other settings, or rounds lack `reinfer`.
+        ConfigError: `output_dir` holds an unfinished run with other settings.
     """
     config = config or TrainConfig()
     output_dir = Path(output_dir)
     data = as_encoded(pipe, data, cache_dir, progress=progress)
     audit.check_matches(data)
     audit.check_found()
-    if config.rounds > 1 and reinfer is None:
-        raise ConfigError("Expected `reinfer` for more than one round, got none.")
+    names = {field.name for field in dataclasses.fields(AuditConfig)}
+    audit_settings = {name: value for name, value in audit.settings.items() if name in names}
+    audit_settings["vision_encoder"] = ""  # it sees the images, which guidance does not change
     settings = config.to_dict() | {"audit": audit.fingerprint, "data": data.data_fingerprint}
     module = GuidanceModule.for_pipeline(
         pipe,
@@ -86,10 +84,22 @@ def train(
         return module.eval()
 
     accelerator = make_accelerator(config.mixed_precision)
+    rounds = 0
     with FrozenDenoiser(pipe) as frozen:
         for number in range(config.rounds):
-            if number > 0 and reinfer is not None:
-                audit = reinfer(module, number)
+            if number > 0:
+                # The max phase again, against the guided model: what does it still treat unequally?
+                audit = infer_groups(
+                    pipe,
+                    data,
+                    config=AuditConfig.from_dict(audit_settings),
+                    cache_dir=cache_dir,
+                    denoiser=GuidedDenoiser(frozen, module),
+                    progress=progress,
+                )
+                if not audit.biased:
+                    break
+            rounds = number + 1
             run_round(
                 module,
                 frozen,
@@ -103,11 +113,10 @@ def train(
                 progress=progress,
             )
     module.save_pretrained(output_dir)
-    logs = [
-        (output_dir / ".work" / f"round-{n}" / "log.jsonl").read_text(encoding="utf-8") for n in range(config.rounds)
-    ]
+    logs = [(output_dir / ".work" / f"round-{n}" / "log.jsonl").read_text(encoding="utf-8") for n in range(rounds)]
     write_text(output_dir / "log.jsonl", "".join(logs))
-    write_json(finished, {"settings": settings, "parameters": module.num_parameters()})
+    write_json(finished, {"settings": settings, "parameters": module.num_parameters(), "rounds": rounds})
+    shutil.rmtree(output_dir / ".work")
     return module
 
 
