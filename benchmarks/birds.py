@@ -82,7 +82,7 @@ def draw(work: Path, name: str, pipe, prompts, count: int, *, scales=GUIDANCE_SC
 
 def groups(work: Path) -> dict:
     rows = {}
-    for seed in (101, 102, 103):
+    for seed in (501, 502, 503):
         data = world_data(work, seed)
         found = find(work, BIRDS_MODEL, data)
         rows[str(seed)] = asdict(hidden_truth(found, data)) | {
@@ -95,7 +95,7 @@ def groups(work: Path) -> dict:
 
 def no_bias(work: Path) -> dict:
     rows = {}
-    for seed in range(200, 210):
+    for seed in range(700, 710):
         found = find(work, work / "base-fair", world_data(work, seed, severity=0.5))
         rows[str(seed)] = {"biased": found.biased, "reasons": [f"{p.prompt}: {p.reason}" for p in found.prompts]}
     return {"seeds": rows, "said_no_bias": sum(not row["biased"] for row in rows.values())}
@@ -103,7 +103,7 @@ def no_bias(work: Path) -> dict:
 
 def one_prompt(work: Path) -> dict:
     rows = {}
-    for seed in (301, 302, 303):
+    for seed in (601, 602, 603):
         data = world_data(work, seed, severity=0.85, world="one-prompt")
         found = find(work, work / "base-one-prompt", data)
         rows[str(seed)] = asdict(hidden_truth(found, data)) | {

@@ -206,3 +206,11 @@ def test_unknown_subjects_and_rows_are_refused():
         draw("fish", "water", np.random.default_rng(0))
     with pytest.raises(IndexError):
         BirdsWorld(2).row(2)
+
+
+def test_progress_is_shown_on_standard_error_only(tmp_path, capsys):
+    BirdsWorld(2, resolution=16).write(tmp_path / "birds", progress=True)
+    shown = capsys.readouterr()
+    assert "drawing birds" in shown.err
+    assert "2/2" in shown.err
+    assert shown.out == ""

@@ -359,3 +359,11 @@ def test_a_sharded_tensor_reads_only_the_files_it_needs(
     assert torch.equal(sharded[[9, 0]], whole[[9, 0]])
     with pytest.raises(DataError, match="found none"):
         sharded[[4]]
+
+
+def test_progress_is_shown_on_standard_error_only(tiny_pipe, tiny_folder, tmp_path, capsys):
+    encode(tiny_pipe, load_captioned_images(tiny_folder), tmp_path)
+    shown = capsys.readouterr()
+    assert "encoding images" in shown.err
+    assert "12/12" in shown.err
+    assert shown.out == ""

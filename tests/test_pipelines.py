@@ -37,6 +37,13 @@ def test_an_unreachable_name_is_refused() -> None:
         load_pipeline("nobody/nothing")
 
 
+@pytest.mark.parametrize("name", ["./absent", "~/absent-model", "/absent/model", "out/absent/model", "absent/"])
+def test_a_path_to_nothing_is_refused_without_asking_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", lambda source: pytest.fail("asked the hub"))
+    with pytest.raises(ModelError, match=f"folder at {name}, found nothing there"):
+        load_pipeline(name)
+
+
 def test_a_pipeline_with_missing_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(
         '{"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.0", '

@@ -83,6 +83,7 @@ def finetune(
     batch_size: Annotated[int | None, setting(FinetuneConfig, "batch_size", min=1)] = None,
     learning_rate: Annotated[float | None, setting(FinetuneConfig, "learning_rate", min=0)] = None,
     autoencoder_steps: Annotated[int | None, setting(FinetuneConfig, "autoencoder_steps", min=1)] = None,
+    fresh_denoiser: Annotated[bool | None, setting(FinetuneConfig, "fresh_denoiser", flag="--fresh-denoiser")] = None,
     seed: Annotated[int | None, setting(FinetuneConfig, "seed")] = None,
     caption_column: CaptionColumn = None,
     image_column: ImageColumn = None,
@@ -103,8 +104,11 @@ def finetune(
         batch_size=batch_size,
         learning_rate=learning_rate,
         autoencoder_steps=autoencoder_steps,
+        fresh_denoiser=fresh_denoiser,
         seed=seed,
     )
+    if chosen.fresh_denoiser and base is None:
+        raise ConfigError("Expected --fresh-denoiser with --base: without one, all weights are new.")
     shape = ArchitectureConfig.from_file(architecture) if architecture else None
     source = DataSource(data, caption_column, image_column, split, limit, max_unreadable)
     say("opening images", quiet=quiet)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -16,6 +17,23 @@ import yaml
 from .errors import ConfigError
 
 ConfigType = TypeVar("ConfigType", bound="Config")
+
+
+class _Loader(yaml.SafeLoader):
+    """The scalars of YAML 1.2: PyYAML's 1.1 takes 1e-3 for text and `no` for false."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # as in the base class
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +70,7 @@ class Config:
             ConfigError: A name is unknown, or a value has the wrong type or range.
         """
         names = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(names))
+        unknown = sorted(str(name) for name in set(values) - set(names))
         if unknown:
             raise ConfigError(f"{cls.__name__}: unknown setting {', '.join(unknown)}; known are {', '.join(names)}.")
         lists_as_tuples = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
@@ -67,14 +85,18 @@ class Config:
         """
         path = Path(path)
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is a subset of YAML
+            # JSON is a subset of YAML.
+            values = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)  # noqa: S506  # a SafeLoader
         except OSError as error:
             raise ConfigError(f"Could not read the settings in {path}: {error.strerror}.") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"Expected JSON or YAML in {path}, found something else: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"Expected a mapping of settings in {path}, found {type(values).__name__}.")
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -86,7 +108,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
@@ -99,8 +121,15 @@ def _describe(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_describe(argument) for argument in arguments)
     if origin is tuple:
-        return f"a list of {_describe(arguments[0])}"
-    return "nothing" if hint is type(None) else hint.__name__
+        return f"a list, each item {_describe(arguments[0])}"
+    words = {
+        float: "a finite number",
+        int: "a whole number",
+        bool: "true or false",
+        str: "text",
+        type(None): "nothing",
+    }
+    return words[hint]
 
 
 MixedPrecision = Literal["auto", "no", "fp16", "bf16"]
@@ -112,13 +141,13 @@ class ArchitectureConfig(Config):
 
     resolution: int = 64
     """Side of the square images, in pixels."""
-    latent_channels: int = 4
+    latent_channels: int = 8
     """Channels of the latents."""
-    autoencoder_width: int = 32
+    autoencoder_width: int = 48
     """Channels of the autoencoder, the same at every level."""
-    autoencoder_blocks: tuple[int, ...] = (1, 1, 2, 3)
+    autoencoder_blocks: tuple[int, ...] = (0, 1, 2, 3)
     """Residual blocks at each autoencoder level, finest first; each level after the first halves the side."""
-    denoiser_channels: tuple[int, ...] = (64, 128)
+    denoiser_channels: tuple[int, ...] = (64, 96)
     """Width of each UNet level. The first has no cross-attention, the others do."""
     denoiser_layers: int = 1
     """Residual blocks per UNet level."""
@@ -133,8 +162,15 @@ class ArchitectureConfig(Config):
 
     def check(self) -> None:
         """Check ranges."""
+        for name in ("resolution", "latent_channels", "autoencoder_width", "denoiser_layers", "text_layers"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+        self.require("vocabulary_size", self.vocabulary_size >= 514, "at least 514: all bytes, start and end")
+        self.require("max_tokens", self.max_tokens >= 3, "at least 3")
+        self.require("text_width", self.text_width >= 16 and self.text_width % 16 == 0, "a multiple of 16")
+        blocks = len(self.autoencoder_blocks) > 0 and min(self.autoencoder_blocks) >= 0
+        self.require("autoencoder_blocks", blocks, "at least one level of at least 0 blocks")
         self.require("denoiser_channels", len(self.denoiser_channels) >= 2, "at least two levels")
-        widths = all(width % 8 == 0 for width in self.denoiser_channels)
+        widths = all(width > 0 and width % 8 == 0 for width in self.denoiser_channels)
         self.require("denoiser_channels", widths, "multiples of 8")
         factor = 2 ** (len(self.autoencoder_blocks) + len(self.denoiser_channels) - 2)
         self.require("resolution", self.resolution % factor == 0, f"a multiple of {factor}")
@@ -144,32 +180,34 @@ class ArchitectureConfig(Config):
 class FinetuneConfig(Config):
     """How a diffusion model is fitted to captioned images: the model whose bias is then studied."""
 
-    steps: int = 12_000
+    steps: int = 5000
     """Optimiser steps of the denoiser."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Images per optimiser step."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     """Peak learning rate of AdamW; it warms up over 2% of the steps and falls to zero on a cosine."""
     weight_decay: float = 1e-2
     """Weight decay of AdamW."""
     caption_dropout: float = 0.1
     """Share of captions replaced by the null caption, so that classifier-free guidance works."""
-    ema_decay: float = 0.999
+    ema_decay: float = 0.998
     """Decay of the moving average of weights that is saved."""
     max_gradient_norm: float = 1.0
     """Gradients are clipped to this norm."""
-    autoencoder_steps: int = 6_000
+    autoencoder_steps: int = 2600
     """Optimiser steps of the autoencoder; from scratch only."""
-    autoencoder_batch_size: int = 64
+    autoencoder_batch_size: int = 32
     """Images per optimiser step of the autoencoder; from scratch only."""
-    autoencoder_learning_rate: float = 1e-3
+    autoencoder_learning_rate: float = 2e-3
     """Peak learning rate of the autoencoder; from scratch only."""
-    checkpoint_every: int = 1000
+    checkpoint_every: int = 250
     """Steps between checkpoints."""
     mixed_precision: MixedPrecision = "auto"
     """`auto` takes bf16 on a GPU that has it and full precision elsewhere."""
     half_precision_weights: bool = False
     """Save the denoiser and the autoencoder in 16 bits. diffusers reads them back in 32."""
+    fresh_denoiser: bool = False
+    """Train the base's denoiser from new weights: its autoencoder and text encoder are kept."""
     seed: int = 0
     """Seed of weights, batches and noise."""
 
@@ -185,6 +223,7 @@ class FinetuneConfig(Config):
             self.require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "autoencoder_learning_rate", "max_gradient_norm"):
             self.require(name, getattr(self, name) > 0, "more than 0")
+        self.require("weight_decay", self.weight_decay >= 0, "at least 0")
         for name in ("caption_dropout", "ema_decay"):
             self.require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
 
@@ -231,8 +270,9 @@ class TrainConfig(Config):
             self.require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "max_gradient_norm"):
             self.require(name, getattr(self, name) > 0, "more than 0")
-        for name in ("penalty", "weight_decay", "width"):
+        for name in ("penalty", "weight_decay"):
             self.require(name, getattr(self, name) >= 0, "at least 0")
+        self.require("width", self.width >= 0 and self.width % 8 == 0, "0 or a multiple of 8")
         for name in ("caption_dropout", "ema_decay", "loss_momentum"):
             self.require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
 

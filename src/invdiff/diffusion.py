@@ -39,10 +39,9 @@ class NoiseSchedule:
                 f"got {self.prediction_type!r} from {type(scheduler).__name__}."
             )
         rescaled = bool(scheduler.config.get("rescale_betas_zero_snr", False))
-        self._process: Any = DDPMScheduler(
-            **shared, prediction_type=self.prediction_type, rescale_betas_zero_snr=rescaled
-        )
-        self.num_train_timesteps: int = int(self._process.config["num_train_timesteps"])
+        options = shared | {"prediction_type": self.prediction_type, "rescale_betas_zero_snr": rescaled}
+        self._process: Any = DDPMScheduler.from_config(options)
+        self.num_train_timesteps: int = self._process.config["num_train_timesteps"]
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Return z_t for latents and noise (B, C, H, W) and integer timesteps (B,)."""

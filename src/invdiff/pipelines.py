@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def load_pipeline(
                 "folder that pipeline.save_pretrained wrote (not that of one component or of a LoRA)."
             )
         source = str(path)
+    elif looks_local(source):
+        raise ModelError(f"Expected a diffusers pipeline folder at {source}, found nothing there.")
     try:
         with warnings.catch_warnings():  # diffusers passes huggingface_hub an argument it no longer has
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
@@ -72,6 +75,15 @@ def load_pipeline(
         ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or default_device())
+
+
+def looks_local(name_or_folder: str) -> bool:
+    """Whether it can only be meant as a folder: a hub id has one slash at most, between two names."""
+    return (
+        name_or_folder.startswith((".", "~", os.sep))
+        or name_or_folder.endswith(os.sep)
+        or name_or_folder.count("/") > 1
+    )
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:

@@ -169,7 +169,7 @@ class BirdsWorld:
             ConfigError: The format is unknown.
             DataError: The folder holds something else, or cannot be written.
         """
-        from rich.progress import track
+        from ..progress import progress_bar  # imports torch, which drawing does without
 
         if format not in IMAGE_FORMATS:
             raise ConfigError(f"Expected a format of {IMAGE_FORMATS}, got {format!r}.")
@@ -179,13 +179,15 @@ class BirdsWorld:
         columns = ["file_name", "text", *ATTRIBUTES]
         writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        for index in track(range(len(self)), description="Drawing birds", disable=not progress):
-            name = f"images/{index:05d}.{format}"
-            metadata, scene = self._row(index)
-            writer.writerow({"file_name": name, **metadata})
-            if not (folder / name).exists():
-                picture = render(scene, resolution=self.resolution)
-                save_image(folder / name, partial(picture.save, quality=95))
+        with progress_bar("drawing birds", len(self), enabled=progress) as bar:
+            for index in range(len(self)):
+                name = f"images/{index:05d}.{format}"
+                metadata, scene = self._row(index)
+                writer.writerow({"file_name": name, **metadata})
+                if not (folder / name).exists():
+                    picture = render(scene, resolution=self.resolution)
+                    save_image(folder / name, partial(picture.save, quality=95))
+                bar.advance()
         write_text(folder / "metadata.csv", table.getvalue())
         return folder
 

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image, ImageOps
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ConfigError, DataError, ModelError
 from ..files import default_cache_dir, fingerprint, read_tensors, write_json, write_tensors
 from ..pipelines import denoiser_of
+from ..progress import progress_bar
 from .captioned import CaptionedImages, UnreadableImage
 
 SHARD_SIZE = 512
@@ -248,21 +248,23 @@ def _encode_images(
 ) -> list[_ImageShard]:
     shards: list[_ImageShard] = []
     num_skipped = 0
-    for start in _starts(len(data), "Encoding images", progress):
-        rows = range(start, min(start + SHARD_SIZE, len(data)))
-        shard = _ImageShard(folder / f"latents-{start // SHARD_SIZE:05d}.safetensors")
-        if not shard.path.exists():
-            _write_image_shard(pipe, data, rows, shard.path, resolution, batch_size)
-        shards.append(shard)
-        num_skipped += len(shard.skipped)
-        if num_skipped > data.max_unreadable * len(data) or num_skipped == len(data):
-            first = [f"{name} ({reason})" for one in shards for name, reason in one.skipped][:5]
-            raise DataError(
-                f"Expected at most {data.max_unreadable:.1%} of {len(data)} images to be unreadable, found "
-                f"{num_skipped} ({num_skipped / len(data):.1%}) among the first {rows.stop}: "
-                f"{', '.join(first)}. "
-                "Repair them, remove their rows, or raise max_unreadable."
-            )
+    with progress_bar("encoding images", len(data), enabled=progress) as bar:
+        for start in range(0, len(data), SHARD_SIZE):
+            rows = range(start, min(start + SHARD_SIZE, len(data)))
+            shard = _ImageShard(folder / f"latents-{start // SHARD_SIZE:05d}.safetensors")
+            if not shard.path.exists():
+                _write_image_shard(pipe, data, rows, shard.path, resolution, batch_size)
+            shards.append(shard)
+            num_skipped += len(shard.skipped)
+            bar.advance(len(rows))
+            if num_skipped > data.max_unreadable * len(data) or num_skipped == len(data):
+                first = [f"{name} ({reason})" for one in shards for name, reason in one.skipped][:5]
+                raise DataError(
+                    f"Expected at most {data.max_unreadable:.1%} of {len(data)} images to be unreadable, found "
+                    f"{num_skipped} ({num_skipped / len(data):.1%}) among the first {rows.stop}: "
+                    f"{', '.join(first)}. "
+                    "Repair them, remove their rows, or raise max_unreadable."
+                )
     return shards
 
 
@@ -336,14 +338,15 @@ def _encode_captions(
     captions: list[str], encode_prompts: PromptEncoder, folder: Path, batch_size: int, progress: bool
 ) -> dict[str, torch.Tensor]:
     shards: list[dict[str, torch.Tensor]] = []
-    for start in _starts(len(captions), "Encoding captions", progress):
-        path = folder / f"prompts-{start // SHARD_SIZE:05d}.safetensors"
-        if not path.exists():
-            batches = [
-                encode_prompts(list(batch)) for batch in _batches(captions[start : start + SHARD_SIZE], batch_size)
-            ]
-            write_tensors(path, _joined([{k: v.cpu() for k, v in batch.items()} for batch in batches]))
-        shards.append(read_tensors(path))
+    with progress_bar("encoding captions", len(captions), enabled=progress) as bar:
+        for start in range(0, len(captions), SHARD_SIZE):
+            path = folder / f"prompts-{start // SHARD_SIZE:05d}.safetensors"
+            chunk = captions[start : start + SHARD_SIZE]
+            if not path.exists():
+                batches = [encode_prompts(list(batch)) for batch in _batches(chunk, batch_size)]
+                write_tensors(path, _joined([{k: v.cpu() for k, v in batch.items()} for batch in batches]))
+            shards.append(read_tensors(path))
+            bar.advance(len(chunk))
     return _joined(shards)
 
 
@@ -377,10 +380,6 @@ def _digests(name: str, module: torch.nn.Module) -> Iterator[str]:
             raise ModelError(f"Expected the weights of {name} in memory, found them offloaded. Encode before.")
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         yield f"{key} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(raw.numpy()).hexdigest()}"
-
-
-def _starts(length: int, description: str, progress: bool) -> Iterable[int]:
-    return track(range(0, length, SHARD_SIZE), description, disable=not progress)
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -18,9 +18,9 @@ from ..errors import ConfigError
 from ..files import default_cache_dir
 from ..progress import progress_bar
 from .auto import Score, Split, component_scores, consider
-from .inference import exact_groups, gradient_groups, group_losses, one_hot
-from .prompts import group_captions, states, telling_words
-from .result import Audit, PromptAudit
+from .inference import gradient_groups, one_hot
+from .prompts import group_captions, telling_words, told_group
+from .result import Audit, Candidate, PromptAudit
 from .scores import Evidence, collect_evidence
 from .vision import encode_vision
 
@@ -116,10 +116,24 @@ def infer(
             bar.advance()
     num_groups = _common_number_of_groups(splits, config)
 
-    builder = _Builder(data, evidence, num_groups)
-    for prompt, rows in sorted(members.items(), key=lambda item: -len(item[1])):
-        builder.add(rows, splits[prompt], config)
-    return builder.result()
+    by_size = sorted(members.items(), key=lambda item: -len(item[1]))
+    columns = _Columns(evidence)
+    groups = {
+        prompt: columns.align(rows, _weights(split, num_groups, config))
+        for prompt, rows in by_size
+        if (split := _deciding(splits[prompt], num_groups, config)) is not None
+    }
+    words = _words_that_state_groups(data, {prompt: (members[prompt], w) for prompt, w in groups.items()})
+
+    draft = _Draft(data, num_groups)
+    for prompt, rows in by_size:
+        if prompt in groups:
+            split = _deciding(splits[prompt], num_groups, config)
+            assert split is not None
+            draft.add_found(rows, groups[prompt], split, [s.candidate for s in splits[prompt]], words)
+        else:
+            draft.add(rows, _reason(rows, splits[prompt], config), [s.candidate for s in splits[prompt]])
+    return draft.audit()
 
 
 def _scores(
@@ -174,102 +188,112 @@ def _common_number_of_groups(splits: dict[int, list[Split]], config: AuditConfig
     return max(merit, key=lambda size: (merit[size], -size)) if merit else 2
 
 
-class _Builder:
-    """Collects the prompts' groups into one W whose columns mean the same under every prompt."""
+def _deciding(splits: list[Split], num_groups: int, config: AuditConfig) -> Split | None:
+    """Return the split that decides a prompt, None where nothing is hidden."""
+    usable = [split for split in splits if split.candidate.num_groups == num_groups]
+    if not usable or (config.solver == "auto" and not usable[0].candidate.accepted):
+        return None
+    return usable[0]
 
-    def __init__(self, data: EncodedImages, evidence: Evidence, num_groups: int) -> None:
+
+def _weights(split: Split, num_groups: int, config: AuditConfig) -> np.ndarray:
+    """Return W of one prompt, (n, E), columns in the order of the score."""
+    if config.solver == "gradient":
+        return gradient_groups(split.score.mean, num_groups, omega=config.omega, seed=config.seed)
+    return one_hot(split.labels, num_groups)
+
+
+class _Columns:
+    """Orders the columns of each prompt's W so that a column means the same under every prompt.
+
+    Groups are compared by where their mean features lie from the prompt's own mean. The first prompt's groups
+    are ordered from most to least frequent, and the others' follow.
+    """
+
+    def __init__(self, evidence: Evidence) -> None:
+        self.features = evidence.features.flatten(1).double().numpy()
+        self.reference: np.ndarray | None = None
+
+    def align(self, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        by_size = np.argsort(-weights.sum(axis=0), kind="stable")
+        if self.features.shape[1] == 0:
+            return weights[:, by_size]
+        features = self.features[rows]
+        means = (weights.T @ features) / np.maximum(weights.sum(axis=0), 1e-12)[:, None]
+        offsets = (means - means.mean(axis=0)) / np.maximum(features.std(axis=0), 1e-12)
+        offsets /= np.maximum(np.linalg.norm(offsets, axis=1, keepdims=True), 1e-12)
+        if self.reference is None:
+            self.reference = offsets[by_size]
+            return weights[:, by_size]
+        return weights[:, linear_sum_assignment(-self.reference @ offsets.T)[1]]
+
+
+def _words_that_state_groups(data: EncodedImages, groups: dict[int, tuple[np.ndarray, np.ndarray]]) -> dict[str, int]:
+    """Return words that tell the group under any prompt, and the group they tell.
+
+    "on land" says little more under a prompt whose images are on land anyway, but under the other prompt it says
+    all: since columns mean the same under every prompt, a word found under one holds for all.
+    """
+    caption_ids = data.caption_ids.numpy()
+    told: dict[str, set[int]] = {}
+    for rows, weights in groups.values():
+        for word, group in telling_words(data.captions, caption_ids[rows], weights.argmax(axis=1)).items():
+            told.setdefault(word, set()).add(group)
+    return {word: group for word, (group, *others) in told.items() if not others}
+
+
+class _Draft:
+    """Collects the prompts into one audit."""
+
+    def __init__(self, data: EncodedImages, num_groups: int) -> None:
         self.data = data
-        self.num_groups = num_groups
+        self.caption_ids = data.caption_ids.numpy()
         self.weights = np.full((len(data), num_groups), 1.0 / num_groups)
         self.scores = np.zeros(len(data))
         self.prompt_ids = np.zeros(len(data), dtype=np.int64)
         self.prompts: list[PromptAudit] = []
-        self.features = evidence.features.flatten(1).double().numpy()
-        self.reference: np.ndarray | None = None
 
-    def add(self, rows: np.ndarray, splits: list[Split], config: AuditConfig) -> None:
-        """Take in one prompt's images and the ways to split them, best first."""
-        candidates = [split.candidate for split in splits]
-        if not splits:
-            reason = f"too few images to judge ({len(rows)}; at least {config.min_images} are needed)"
-            self._append(rows, PromptAudit(**self._names(rows), found=False, reason=reason))
-            return
-        usable = [split for split in splits if split.candidate.num_groups == self.num_groups]
-        split = usable[0]
-        if config.solver == "auto" and not split.candidate.accepted:
-            reason = f"no hidden group: {_shortfall(split, config)}"
-            entry = PromptAudit(**self._names(rows), found=False, reason=reason, candidates=candidates)
-            self._append(rows, entry)
-            return
+    def add(self, rows: np.ndarray, reason: str, candidates: list[Candidate]) -> None:
+        """Take in images among which nothing is hidden: their rows of W stay uniform."""
+        self._append(rows, found=False, reason=reason, candidates=candidates)
 
-        labels, score = split.labels, split.score.mean
-        if config.solver == "gradient":
-            weights = gradient_groups(score, self.num_groups, omega=config.omega, seed=config.seed)
-        elif config.solver == "exact":
-            weights = one_hot(exact_groups(score, self.num_groups, min_share=config.min_share), self.num_groups)
-        else:
-            weights = one_hot(labels, self.num_groups)
+    def add_found(
+        self,
+        rows: np.ndarray,
+        weights: np.ndarray,
+        split: Split,
+        candidates: list[Candidate],
+        words: dict[str, int],
+    ) -> None:
+        """Take in images with hidden groups, but set apart those whose caption states the group."""
         labels = weights.argmax(axis=1)
-        order = self._align(rows, weights)
-
-        caption_ids = self.data.caption_ids.numpy()[rows]
-        words = telling_words(self.data.captions, caption_ids, labels)
-        stated = np.array([states(caption, words) for caption in self.data.captions])[caption_ids]
-        hidden = ~stated
-        kept = weights[hidden][:, order]
-        # High for the rarer side, whichever way the evidence points.
-        rarer_is_high = (
-            group_losses(score, one_hot(labels, self.num_groups))[
-                np.bincount(labels, minlength=self.num_groups).argmin()
-            ]
-            >= score.mean()
-        )
-        entry = PromptAudit(
-            **self._names(rows[hidden]),
+        told = np.array([told_group(caption, words) for caption in self.data.captions])[self.caption_ids[rows]]
+        hidden = told < 0
+        kept = rows[hidden]
+        self.weights[kept] = weights[hidden]
+        self.scores[kept] = _rarer_high(split.score.mean, labels)[hidden]
+        self._append(
+            kept,
             found=True,
             reason=f"split by {split.candidate.evidence}",
             evidence=split.candidate.evidence,
-            shares=[round(float(share), 4) for share in kept.mean(axis=0)],
+            shares=[round(float(share), 4) for share in weights[hidden].mean(axis=0)],
             stability=split.candidate.stability,
             separation=split.candidate.separation,
             candidates=candidates,
         )
-        self._append(rows[hidden], entry)
-        self.weights[rows[hidden]] = kept
-        self.scores[rows[hidden]] = (score if rarer_is_high else -score)[hidden]
-        if stated.any():
-            reason = f"its captions state the group (words: {', '.join(sorted(words))})"
-            self._append(rows[stated], PromptAudit(**self._names(rows[stated]), found=False, reason=reason))
+        for group in np.unique(told[~hidden]):
+            telling = sorted(word for word, its_group in words.items() if its_group == group)
+            reason = f"its captions state the group (words: {', '.join(telling)})"
+            self._append(rows[told == group], found=False, reason=reason)
 
-    def _align(self, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Return the order of columns in which each group resembles the same group of the first prompt.
-
-        Groups are compared by where their mean features lie from the prompt's own mean. The first prompt's
-        groups are ordered from most to least frequent.
-        """
-        by_size = np.argsort(-weights.sum(axis=0), kind="stable")
-        if self.features.shape[1] == 0:
-            return by_size
-        features = self.features[rows]
-        means = (weights.T @ features) / np.maximum(weights.sum(axis=0), 1e-12)[:, None]
-        offsets = means - means.mean(axis=0)
-        offsets = offsets / np.maximum(features.std(axis=0), 1e-12)
-        offsets /= np.maximum(np.linalg.norm(offsets, axis=1, keepdims=True), 1e-12)
-        if self.reference is None:
-            self.reference = offsets[by_size]
-            return by_size
-        return linear_sum_assignment(-self.reference @ offsets.T)[1]
-
-    def _names(self, rows: np.ndarray) -> dict[str, Any]:
-        ids, counts = np.unique(self.data.caption_ids.numpy()[rows], return_counts=True)
+    def _append(self, rows: np.ndarray, **figures: Any) -> None:
+        ids, counts = np.unique(self.caption_ids[rows], return_counts=True)
         captions = [self.data.captions[ids[i]] for i in np.argsort(-counts, kind="stable")]
-        return {"prompt": captions[0], "captions": captions, "num_images": len(rows)}
-
-    def _append(self, rows: np.ndarray, entry: PromptAudit) -> None:
         self.prompt_ids[rows] = len(self.prompts)
-        self.prompts.append(entry)
+        self.prompts.append(PromptAudit(prompt=captions[0], captions=captions, num_images=len(rows), **figures))
 
-    def result(self) -> Audit:
+    def audit(self) -> Audit:
         """Return the audit, without settings yet."""
         return Audit(
             group_weights=(torch.from_numpy(self.weights).float(),),
@@ -280,6 +304,19 @@ class _Builder:
             forwards_per_image=0.0,
             settings={},
         )
+
+
+def _rarer_high(score: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the score turned so that the rarest group is high."""
+    present = np.unique(labels)
+    rarest = min(present, key=lambda group: (labels == group).sum())
+    return score if score[labels == rarest].mean() >= score.mean() else -score
+
+
+def _reason(rows: np.ndarray, splits: list[Split], config: AuditConfig) -> str:
+    if not splits:
+        return f"too few images to judge ({len(rows)}; at least {config.min_images} are needed)"
+    return f"no hidden group: {_shortfall(splits[0], config)}"
 
 
 def _shortfall(split: Split, config: AuditConfig) -> str:

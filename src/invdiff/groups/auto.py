@@ -80,8 +80,8 @@ def separation(scores: np.ndarray, labels: np.ndarray) -> float:
     """Return how empty the gaps between neighbouring groups are, the smallest over neighbours, in [0, 1].
 
     The core of a group is the shortest interval that holds half of it. Between the cores of two neighbours a
-    window of half the smaller core's width slides; one minus the least density it meets, relative to the
-    density of the sparser core, is the depth of the valley. A cut through one hump, or the tail of one, leaves
+    window of half the sparser core's width slides; one minus the least density it meets, relative to the
+    density of that core, is the depth of the valley. A cut through one hump, or the tail of one, leaves
     no room between the cores, and has depth 0. No bandwidth is chosen.
 
     Args:
@@ -92,8 +92,9 @@ def separation(scores: np.ndarray, labels: np.ndarray) -> float:
     depths = []
     for group in range(labels.max()):
         cores = [_core(np.sort(scores[labels == side])) for side in (group, group + 1)]
-        (_, low_end, low_density), (high_start, _, high_density) = cores
-        window = 0.5 * min(core[1] - core[0] for core in cores)
+        low_end, high_start = cores[0][1], cores[1][0]
+        start, end, density = min(cores, key=lambda core: core[2])
+        window = 0.5 * (end - start)
         room = high_start - low_end - window
         if room <= 0 or window <= 0:
             depths.append(0.0)
@@ -102,7 +103,7 @@ def separation(scores: np.ndarray, labels: np.ndarray) -> float:
         inside = np.searchsorted(ordered, starts + window, "left") - np.searchsorted(ordered, starts, "right")
         # Two points more than were seen: in small groups an empty window can be luck.
         valley = (inside.min() + 2) / window
-        depths.append(max(0.0, 1 - valley / min(low_density, high_density)))
+        depths.append(max(0.0, 1 - valley / density))
     return float(min(depths))
 
 

@@ -72,8 +72,8 @@ def caption_distances(denoiser: Denoiser, data: EncodedImages, *, seed: int) -> 
 
 def telling_words(
     captions: list[str], caption_ids: np.ndarray, labels: np.ndarray, *, level: float = 0.001
-) -> set[str]:
-    """Return the words whose presence in a caption tells the group of its image.
+) -> dict[str, int]:
+    """Return the words whose presence in a caption tells the group of its image, and that group.
 
     What a caption says is not hidden: under "on water", water is asked for. Each word is tested for association
     with each group against the others (Fisher's exact test, Benjamini-Hochberg over words), and kept where
@@ -88,7 +88,7 @@ def telling_words(
     words_of = [set(re.findall(r"\w+", caption.lower())) for caption in captions]
     words = sorted(set().union(*words_of))
     present = np.array([[word in own for word in words] for own in words_of], dtype=bool)[caption_ids]
-    tests: list[tuple[str, float]] = []
+    tests: list[tuple[str, int, float]] = []
     for column, word in enumerate(words):
         having = present[:, column]
         if not 0 < having.sum() < len(having):
@@ -100,13 +100,14 @@ def telling_words(
                 [(outside == group).sum(), (outside != group).sum()],
             ]
             if table[0][0] >= 0.95 * len(inside):
-                tests.append((word, float(fisher_exact(table, alternative="greater").pvalue)))
+                tests.append((word, int(group), float(fisher_exact(table, alternative="greater").pvalue)))
     if not tests:
-        return set()
-    adjusted = false_discovery_control([p for _, p in tests])
-    return {word for (word, _), p in zip(tests, adjusted, strict=True) if p < level}
+        return {}
+    adjusted = false_discovery_control([p for _, _, p in tests])
+    return {word: group for (word, group, _), p in zip(tests, adjusted, strict=True) if p < level}
 
 
-def states(caption: str, words: set[str]) -> bool:
-    """Return whether a caption contains one of `words`."""
-    return not words.isdisjoint(re.findall(r"\w+", caption.lower()))
+def told_group(caption: str, words: dict[str, int]) -> int:
+    """Return the group that a caption's words tell, -1 where they tell none or contradict each other."""
+    told = {words[word] for word in re.findall(r"\w+", caption.lower()) if word in words}
+    return told.pop() if len(told) == 1 else -1

@@ -16,17 +16,19 @@ from torch import nn
 
 from ..errors import ConfigError, DataError
 from ..files import read_json, read_tensors, write_json, write_tensors
+from .optimization import Precision
 
 _NAME = re.compile(r"step-(\d+)")
 
 
 @dataclass
 class TrainingState:
-    """What changes while training: model, optimizer, averaged weights, and small running figures."""
+    """What changes while training: model, optimizer, averaged weights, loss scale, and small running figures."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     average: nn.Module
+    precision: Precision
     running: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -58,7 +60,10 @@ def save_checkpoint(folder: Path, step: int, state: TrainingState, settings: dic
     target = folder / f"step-{step}"
     write_tensors(target / "state.safetensors", state.tensors())
     # Written last: a checkpoint without it was cut short and is not read.
-    write_json(target / "checkpoint.json", {"step": step, "running": state.running, "settings": settings})
+    write_json(
+        target / "checkpoint.json",
+        {"step": step, "running": state.running, "loss_scale": state.precision.state(), "settings": settings},
+    )
     for other in folder.glob("step-*"):
         if other != target:
             shutil.rmtree(other)
@@ -79,18 +84,24 @@ def load_checkpoint(folder: Path, state: TrainingState, settings: dict[str, Any]
     if not found:
         return 0
     step, newest = max(found)
-    saved = read_json(newest / "checkpoint.json")
-    if saved["settings"] != settings:
-        names = sorted(set(saved["settings"]) | set(settings))
-        changed = [name for name in names if saved["settings"].get(name) != settings.get(name)]
+    try:
+        saved = read_json(newest / "checkpoint.json")
+        check_same_settings(folder, saved["settings"], settings)
+        state.load(read_tensors(newest / "state.safetensors"))
+        state.precision.load(saved["loss_scale"])
+        state.running = saved["running"]
+    except (DataError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise DataError(f"The checkpoint {newest} is damaged ({error}). Delete that folder and run again.") from error
+    return step
+
+
+def check_same_settings(folder: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise `ConfigError` that names what changed, unless a run in `folder` was started with these settings."""
+    names = sorted(set(found) | set(settings))
+    changed = [name for name in names if found.get(name) != settings.get(name)]
+    if changed:
         raise ConfigError(
-            f"Expected to resume {folder} with the settings it was started with, found others: "
-            + "; ".join(f"{n} was {saved['settings'].get(n)!r}, now {settings.get(n)!r}" for n in changed)
+            f"Expected the settings that {folder} was started with, got others: "
+            + "; ".join(f"{name} was {found.get(name)!r}, now {settings.get(name)!r}" for name in changed)
             + ". Use the same settings, or another output folder, or delete this one to start afresh."
         )
-    try:
-        state.load(read_tensors(newest / "state.safetensors"))
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise DataError(f"The checkpoint {newest} is damaged ({error}). Delete it and run again.") from error
-    state.running = saved["running"]
-    return step

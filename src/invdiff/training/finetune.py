@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from ..config import ArchitectureConfig, FinetuneConfig
 from ..data.captioned import CaptionedImages
 from ..data.encode import EncodedImages, encode
 from ..diffusion import NoiseSchedule, per_sample_loss
-from ..files import write_json
-from ..pipelines import load_pipeline
+from ..errors import ConfigError, ModelError
+from ..files import fingerprint, read_json, write_json
+from ..guidance.module import weight_signature
+from ..pipelines import default_device, denoiser_of, load_pipeline
 from ..progress import progress_bar
-from ..seeds import generator
-from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from .optimization import make_accelerator, moving_average, set_learning_rate
+from ..seeds import derived_seed, generator
+from .checkpoint import TrainingState, check_same_settings, load_checkpoint, save_checkpoint
+from .optimization import Precision, moving_average, set_learning_rate
 from .scratch import build_pipeline, train_autoencoder
 
 
@@ -37,80 +38,114 @@ def finetune(
 
     With a `base`, its denoiser is trained and everything else stays frozen, as in the paper. Without one,
     a small Stable Diffusion model is trained from nothing: its vocabulary, autoencoder, text encoder and UNet.
-    Work in progress is kept in `output_dir/.work`; a killed run goes on from its last checkpoint.
+    Work in progress is kept in `output_dir/.work`; a killed run goes on from its last checkpoint to the same
+    result, and a finished one is read back.
 
     Raises:
         DataError: The images cannot be used.
         ModelError: `base` is not a pipeline that can be trained.
-        ConfigError: `output_dir` holds an unfinished run with other settings.
+        ConfigError: `output_dir` holds a run with other settings, data or base; or settings contradict.
     """
     config = config or FinetuneConfig()
     output_dir = Path(output_dir)
     work = output_dir / ".work"
-    accelerator = make_accelerator(config.mixed_precision)
+    if base is not None and architecture is not None:
+        raise ConfigError("Expected either a base or an architecture, got both: a base has its own shape.")
+    if base is None and config.fresh_denoiser:
+        raise ConfigError("Expected a base for fresh_denoiser=True, got none: without one, all weights are new.")
+    settings: dict[str, Any] = config.to_dict() | {"data": data.fingerprint}
     if base is None:
         architecture = architecture or ArchitectureConfig()
+        settings |= {f"architecture.{name}": value for name, value in architecture.to_dict().items()}
         pipe: Any = build_pipeline(data.captions, architecture, seed=config.seed)
-        pipe.to(accelerator.device)
+        pipe.to(default_device())
+    else:
+        pipe = load_base(base)
+        # Of a base in another place, or of another base in the same place, the weights tell.
+        settings["base"] = fingerprint(repr(weight_signature(pipe.unet)))
+
+    finished = output_dir / "finetune.json"
+    if finished.is_file():
+        check_same_settings(output_dir, read_json(finished)["settings"], settings)
+        shutil.rmtree(work, ignore_errors=True)
+        return load_pipeline(output_dir, device=pipe.device)
+
+    if architecture is not None:
         train_autoencoder(
             pipe.vae,
             data,
             architecture.resolution,
-            accelerator,
             config,
             checkpoint_dir=work / "autoencoder",
+            settings=settings,
             progress=progress,
         )
-    else:
-        pipe = load_pipeline(base, device=accelerator.device, dtype=torch.float32)
+    elif config.fresh_denoiser:
+        pipe.unet = fresh_denoiser(pipe.unet, seed=config.seed)
     encoded = encode(pipe, data, work / "latents", progress=progress)
     train_denoiser(
         pipe,
         encoded,
-        accelerator,
         config,
         train_text_encoder=base is None,
         checkpoint_dir=work / "denoiser",
+        settings=settings,
         progress=progress,
     )
     save(pipe, output_dir, half_precision=config.half_precision_weights)
     write_json(
-        output_dir / "finetune.json",
-        {
-            "base": None if base is None else str(base),
-            "settings": config.to_dict(),
-            "images": len(encoded),
-            "data_fingerprint": data.fingerprint,
-        },
+        finished,
+        {"base": None if base is None else str(base), "images": len(encoded), "settings": settings},
     )
     shutil.rmtree(work)
     return pipe
 
 
+def load_base(base: str | Path) -> Any:
+    """Load a pipeline to train, in float32.
+
+    Raises:
+        ModelError: There is none, or its denoiser is no `UNet2DConditionModel`.
+    """
+    pipe = load_pipeline(base, dtype=torch.float32)
+    denoiser = denoiser_of(pipe)
+    if not isinstance(denoiser, UNet2DConditionModel):
+        raise ModelError(f"Expected a base whose denoiser is a UNet2DConditionModel, got {type(denoiser).__name__}.")
+    return pipe
+
+
+def fresh_denoiser(denoiser: Any, *, seed: int) -> Any:
+    """Return an untrained denoiser of the same shape on the same device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed("fresh denoiser", seed))
+        fresh: Any = UNet2DConditionModel.from_config(denoiser.config)
+    return fresh.to(denoiser.device)
+
+
 def train_denoiser(
     pipe: Any,
     encoded: EncodedImages,
-    accelerator: Accelerator,
     config: FinetuneConfig,
     *,
     train_text_encoder: bool,
     checkpoint_dir: Path,
+    settings: dict[str, Any],
     progress: bool = True,
 ) -> None:
     """Minimise the denoising loss over images, timesteps and noise, with caption dropout and EMA.
 
     Leaves the averaged weights in `pipe`.
     """
-    device = accelerator.device
+    device = pipe.unet.device
+    precision = Precision(config.mixed_precision, device)
     schedule = NoiseSchedule(pipe.scheduler)
     trained = nn.ModuleDict({"unet": pipe.unet})
     if train_text_encoder:
         trained["text_encoder"] = pipe.text_encoder
-    trained.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    trained.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     average = moving_average(trained, config.ema_decay)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    state = TrainingState(trained, optimizer, average)
-    settings: dict[str, Any] = config.to_dict() | {"data": encoded.data_fingerprint}
+    state = TrainingState(trained, optimizer, average, precision)
     start = load_checkpoint(checkpoint_dir, state, settings)
     tokens = tokenize(pipe, [*encoded.captions, ""]).to(device)
     embeds = torch.cat([encoded.prompt_embeds, encoded.null_embeds[None]]).to(device)
@@ -129,7 +164,7 @@ def train_denoiser(
 
             latents, noise, timesteps = latents.to(device), noise.to(device), timesteps.to(device)
             noisy_latents = schedule.add_noise(latents, noise, timesteps)
-            with accelerator.autocast():
+            with precision.autocast():
                 if train_text_encoder:
                     needed, inverse = captions.unique(return_inverse=True)
                     prompt_embeds = pipe.text_encoder(tokens[needed.to(device)])[0][inverse.to(device)]
@@ -137,12 +172,9 @@ def train_denoiser(
                     prompt_embeds = embeds[captions.to(device)]
                 model_pred = pipe.unet(noisy_latents, timesteps, prompt_embeds).sample
             loss = per_sample_loss(model_pred, schedule.target(latents, noise, timesteps)).mean()
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(trained.parameters(), config.max_gradient_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            precision.step(loss, trained, optimizer, config.max_gradient_norm)
             average.update_parameters(trained)
-            if (step + 1) % config.checkpoint_every == 0:
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 save_checkpoint(checkpoint_dir, step + 1, state, settings)
             bar.advance(loss=loss)
 

@@ -1,23 +1,56 @@
-"""What every training loop here shares: the accelerator, the learning rate, the averaged weights."""
+"""What every training loop here shares: the arithmetic, the learning rate, the averaged weights."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..config import MixedPrecision
 
+_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-def make_accelerator(mixed_precision: MixedPrecision) -> Accelerator:
-    """Return an accelerator; `auto` takes bf16 on a GPU that has it and full precision elsewhere."""
-    if mixed_precision == "auto":
-        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        mixed_precision = "bf16" if has_bf16 else "no"
-    return Accelerator(mixed_precision=mixed_precision)
+
+class Precision:
+    """Mixed precision on one device: autocast, and scaled losses where fp16 would round gradients to zero.
+
+    Args:
+        mixed_precision: `auto` takes bf16 on a GPU that has it and full precision elsewhere.
+        device: Where the loop runs.
+    """
+
+    def __init__(self, mixed_precision: MixedPrecision, device: torch.device) -> None:
+        if mixed_precision == "auto":
+            has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+            mixed_precision = "bf16" if has_bf16 else "no"
+        self.device = device
+        self.dtype = _DTYPES[mixed_precision]
+        self._scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision == "fp16")
+
+    def autocast(self) -> torch.autocast:
+        """Return a context in which forwards run in 16 bits, or as they are in full precision."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def step(self, loss: torch.Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+        """Take one optimiser step down the gradient of `loss`, clipped to `max_norm`."""
+        self._scaler.scale(loss).backward()
+        self._scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        self._scaler.step(optimizer)  # left out where a scaled gradient overflowed
+        self._scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        """Return the scale of the loss as JSON types, nothing where there is none."""
+        return self._scaler.state_dict()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Put back what `state` returned."""
+        if state:
+            self._scaler.load_state_dict(state)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:

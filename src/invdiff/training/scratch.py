@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..config import ArchitectureConfig, FinetuneConfig
@@ -19,7 +20,7 @@ from ..data.encode import to_pixels
 from ..progress import progress_bar
 from ..seeds import derived_seed, generator
 from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from .optimization import moving_average, set_learning_rate
+from .optimization import Precision, moving_average, set_learning_rate
 
 LATENT_NOISE = 0.05
 """Standard deviation of the noise added to latents of about unit scale."""
@@ -31,10 +32,7 @@ def build_pipeline(
     captions: Iterable[str], architecture: ArchitectureConfig, *, seed: int = 0
 ) -> StableDiffusionPipeline:
     """Return an untrained `StableDiffusionPipeline` whose vocabulary is learnt from `captions`."""
-    tokenizer = CLIPTokenizer(model_max_length=architecture.max_tokens).train_new_from_iterator(
-        sorted(set(captions)), vocab_size=architecture.vocabulary_size, show_progress=False
-    )
-    tokenizer.model_max_length = architecture.max_tokens
+    tokenizer = learn_vocabulary(captions, architecture.vocabulary_size, max_tokens=architecture.max_tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed("scratch", seed))
         text_encoder = CLIPTextModel(
@@ -92,14 +90,42 @@ def build_pipeline(
     )
 
 
+def learn_vocabulary(captions: Iterable[str], size: int, *, max_tokens: int) -> Any:
+    """Return a CLIP tokenizer with byte pairs learnt from `captions`, the same for the same captions.
+
+    Every byte is a token, inside a word and at its end, so that no later prompt is unknown to it. They are given to
+    the trainer in a fixed order: left to itself, `tokenizers` numbers the ends of words as its hash map has them,
+    and a resumed run would read captions with other tokens than it was trained on.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = [*letters, *(f"{letter}</w>" for letter in letters)]
+    blank: Any = CLIPTokenizer()
+    learner: Any = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = blank.backend_tokenizer.normalizer
+    learner.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
+    learner.train_from_iterator(
+        sorted(set(captions)),
+        trainers.BpeTrainer(
+            vocab_size=size - 2,  # start and end of text are added below
+            special_tokens=alphabet,
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        ),
+    )
+    learnt = json.loads(learner.to_str())["model"]
+    vocab = learnt["vocab"] | {blank.bos_token: len(learnt["vocab"]), blank.eos_token: len(learnt["vocab"]) + 1}
+    merges: Any = [tuple(pair) for pair in learnt["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)
+
+
 def train_autoencoder(
     vae: Any,
     data: CaptionedImages,
     resolution: int,
-    accelerator: Accelerator,
     config: FinetuneConfig,
     *,
     checkpoint_dir: Path,
+    settings: dict[str, Any],
     progress: bool = True,
 ) -> Any:
     """Fit `vae` to the images and set its scaling factor so that latents have unit variance.
@@ -109,12 +135,12 @@ def train_autoencoder(
     together a variational autoencoder of fixed variance.
     """
     pixels = load_pixels(data, resolution, progress=progress)
-    device = accelerator.device
-    vae.to(device, memory_format=torch.channels_last)
+    device = vae.device
+    precision = Precision(config.mixed_precision, device)
+    vae.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.autoencoder_learning_rate)
     average = moving_average(vae, config.ema_decay)
-    state = TrainingState(vae, optimizer, average)
-    settings = config.to_dict() | {"data": data.fingerprint}
+    state = TrainingState(vae, optimizer, average, precision)
     start = load_checkpoint(checkpoint_dir, state, settings)
     with progress_bar("autoencoder", config.autoencoder_steps, start=start, enabled=progress) as bar:
         for step in range(start, config.autoencoder_steps):
@@ -122,7 +148,7 @@ def train_autoencoder(
             rng = generator("autoencoder", config.seed, step)
             rows = torch.randint(len(pixels), (config.autoencoder_batch_size,), generator=rng)
             images = from_bytes(pixels[rows.numpy()]).to(device)
-            with accelerator.autocast():
+            with precision.autocast():
                 latents = vae.encode(images).latents
                 noise = torch.randn(latents.shape, generator=rng).to(device)
                 decoded = vae.decode(latents + LATENT_NOISE * noise).sample
@@ -133,12 +159,9 @@ def train_autoencoder(
                 + F.l1_loss(decoded.diff(dim=3), images.diff(dim=3))
                 + LATENT_PULL * latents.square().mean()
             )
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(vae.parameters(), config.max_gradient_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            precision.step(loss, vae, optimizer, config.max_gradient_norm)
             average.update_parameters(vae)
-            if (step + 1) % config.checkpoint_every == 0:
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.autoencoder_steps:
                 save_checkpoint(checkpoint_dir, step + 1, state, settings)
             bar.advance(loss=loss)
     vae.load_state_dict(average.module.state_dict())

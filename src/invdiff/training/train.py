@@ -9,25 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from scipy.optimize import linear_sum_assignment
 
 from ..config import AuditConfig, TrainConfig
 from ..data.captioned import CaptionedImages
 from ..data.encode import EncodedImages, as_encoded
 from ..denoiser import FrozenDenoiser
 from ..diffusion import per_sample_loss
-from ..files import read_json, write_json, write_text
+from ..files import fingerprint, read_json, write_json, write_text
 from ..groups.audit import audit as infer_groups
 from ..groups.result import Audit
-from ..guidance.attach import check_fit
 from ..guidance.guided import GuidedDenoiser
-from ..guidance.module import GuidanceModule
+from ..guidance.loading import load_module
+from ..guidance.module import GuidanceModule, weight_signature
+from ..pipelines import denoiser_of
 from ..progress import progress_bar
 from ..seeds import derived_seed, generator
 from .batches import GroupBalancedSampler
-from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from .checkpoint import TrainingState, check_same_settings, load_checkpoint, save_checkpoint
 from .objective import MovingGroupLosses, objective_weights
-from .optimization import make_accelerator, moving_average, set_learning_rate
+from .optimization import Precision, moving_average, set_learning_rate
 
 LOG_EVERY = 10
 
@@ -45,8 +46,8 @@ def train(
     """Train a `GuidanceModule` that balances the groups an audit found, and save it to `output_dir`.
 
     The pipeline stays frozen; no gradient flows through it. Work in progress is kept in `output_dir/.work`:
-    a killed run goes on from its last checkpoint to the same result. The losses of each group are logged
-    in `output_dir/log.jsonl`.
+    a killed run goes on from its last checkpoint to the same result, and a finished one is read back. The
+    losses of each group are logged in `output_dir/log.jsonl`.
 
     Args:
         pipe: The pipeline that was audited.
@@ -59,17 +60,24 @@ def train(
 
     Raises:
         AuditError: The audit is of other images or found nothing to balance.
-        ConfigError: `output_dir` holds an unfinished run with other settings.
+        ConfigError: `output_dir` holds a run with other settings, data or model.
     """
     config = config or TrainConfig()
     output_dir = Path(output_dir)
     data = as_encoded(pipe, data, cache_dir, progress=progress)
     audit.check_matches(data)
     audit.check_found()
-    names = {field.name for field in dataclasses.fields(AuditConfig)}
-    audit_settings = {name: value for name, value in audit.settings.items() if name in names}
-    audit_settings["vision_encoder"] = ""  # it sees the images, which guidance does not change
-    settings = config.to_dict() | {"audit": audit.fingerprint, "data": data.data_fingerprint}
+    settings = config.to_dict() | {
+        "audit": audit.fingerprint,
+        "data": data.data_fingerprint,
+        "model": fingerprint(data.model_fingerprint, repr(weight_signature(denoiser_of(pipe)))),
+    }
+    finished, work = output_dir / "train.json", output_dir / ".work"
+    if finished.is_file():
+        check_same_settings(output_dir, read_json(finished)["settings"], settings)
+        shutil.rmtree(work, ignore_errors=True)
+        return load_module(output_dir)
+
     module = GuidanceModule.for_pipeline(
         pipe,
         num_groups=audit.num_groups,
@@ -77,28 +85,23 @@ def train(
         width=config.width,
         seed=derived_seed("module", config.seed),
     )
-    finished = output_dir / "train.json"
-    if finished.is_file() and read_json(finished)["settings"] == settings:
-        module = GuidanceModule.from_pretrained(output_dir)
-        check_fit(pipe, module)
-        return module.eval()
-
-    accelerator = make_accelerator(config.mixed_precision)
     rounds = 0
     with FrozenDenoiser(pipe) as frozen:
+        module.to(frozen.device)
         for number in range(config.rounds):
             if number > 0:
                 # The max phase again, against the guided model: what does it still treat unequally?
-                audit = infer_groups(
+                found = infer_groups(
                     pipe,
                     data,
-                    config=AuditConfig.from_dict(audit_settings),
+                    config=_audit_config(audit),
                     cache_dir=cache_dir,
                     denoiser=GuidedDenoiser(frozen, module),
                     progress=progress,
                 )
-                if not audit.biased:
+                if not found.biased:
                     break
+                audit = carry_over(audit, found)
             rounds = number + 1
             run_round(
                 module,
@@ -106,18 +109,38 @@ def train(
                 data,
                 audit,
                 config,
-                accelerator,
-                work_dir=output_dir / ".work" / f"round-{number}",
+                work_dir=work / f"round-{number}",
                 settings=settings | {"round": number, "audit": audit.fingerprint},
                 round_number=number,
                 progress=progress,
             )
     module.save_pretrained(output_dir)
-    logs = [(output_dir / ".work" / f"round-{n}" / "log.jsonl").read_text(encoding="utf-8") for n in range(rounds)]
+    logs = [(work / f"round-{n}" / "log.jsonl").read_text(encoding="utf-8") for n in range(rounds)]
     write_text(output_dir / "log.jsonl", "".join(logs))
     write_json(finished, {"settings": settings, "parameters": module.num_parameters(), "rounds": rounds})
-    shutil.rmtree(output_dir / ".work")
+    shutil.rmtree(work)
     return module
+
+
+def _audit_config(audit: Audit) -> AuditConfig:
+    """Return the settings to infer groups with again: those of `audit`, with as many groups."""
+    names = {field.name for field in dataclasses.fields(AuditConfig)}
+    settings = {name: value for name, value in audit.settings.items() if name in names}
+    # A vision encoder sees the images, which guidance does not change.
+    return AuditConfig.from_dict(settings | {"vision_encoder": "", "num_groups": audit.num_groups[0]})
+
+
+def carry_over(before: Audit, found: Audit) -> Audit:
+    """Return the groups of the next round: W as found now, and as it was where nothing more was found.
+
+    An environment keeps its meaning for the module: the columns of the new W are put in the order of the old
+    ones that they overlap most, and a prompt that is balanced by now is not taught to ignore them.
+    """
+    old, new = before.group_weights[0], found.group_weights[0]
+    hidden = torch.tensor([prompt.found for prompt in found.prompts])[found.prompt_ids]
+    order = linear_sum_assignment(old[hidden].T @ new[hidden], maximize=True)[1]
+    merged = torch.where(hidden[:, None], new[:, order], old)
+    return dataclasses.replace(found, group_weights=(merged, *before.group_weights[1:]), settings=before.settings)
 
 
 def run_round(
@@ -126,7 +149,6 @@ def run_round(
     data: EncodedImages,
     audit: Audit,
     config: TrainConfig,
-    accelerator: Accelerator,
     *,
     work_dir: Path,
     settings: dict[str, Any],
@@ -134,16 +156,17 @@ def run_round(
     progress: bool,
 ) -> None:
     """Minimise mean_e L_e + lambda Var_e(L_e) for `config.steps` steps, W fixed; `module` ends as the average."""
-    device, schedule = accelerator.device, frozen.schedule
+    device, schedule = frozen.device, frozen.schedule
+    precision = Precision(config.mixed_precision, device)
     sampler = GroupBalancedSampler(audit.prompt_ids, audit.group_weights)
     moving = MovingGroupLosses((int(audit.prompt_ids.max()) + 1, audit.num_groups[0]), config.loss_momentum)
-    embeds = torch.cat([data.prompt_embeds, data.null_embeds[None]])
+    embeds = torch.cat([data.prompt_embeds, data.null_embeds[None]]).float()
     null_id = len(data.captions)
 
-    module.to(device).train()
+    module.train()
     average = moving_average(module, config.ema_decay)
     optimizer = torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    state = TrainingState(module, optimizer, average)
+    state = TrainingState(module, optimizer, average, precision)
     start = load_checkpoint(work_dir, state, settings)
     if start:
         moving.load(state.running["group_losses"])
@@ -164,25 +187,23 @@ def run_round(
             prompt_embeds = embeds[captions].to(device)
             noisy_latents = schedule.add_noise(latents, noise, timesteps)
             # f~ = f + g_psi(z_t, t, Phi(y), e), trained at full strength: Delta = 1.
-            with accelerator.autocast():
+            with precision.autocast():
                 model_pred, features = frozen(noisy_latents, timesteps, prompt_embeds)
+                model_pred, features = model_pred.float(), features.float()
                 shift = module(noisy_latents, timesteps, prompt_embeds, model_pred, features, environments.to(device))
-            target = schedule.target(latents, noise, timesteps)
-            losses = per_sample_loss(model_pred.float() + shift.float(), target)
+            losses = per_sample_loss(model_pred + shift, schedule.target(latents, noise, timesteps))
 
             prompts, groups = audit.prompt_ids[rows], environments[:, 0]
             moving.update(prompts, groups, losses.detach().cpu())
             weights = objective_weights(moving.means(), config.penalty)[prompts, groups]
             loss = (weights.to(device) * losses).mean()
 
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(module.parameters(), config.max_gradient_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            precision.step(loss, module, optimizer, config.max_gradient_norm)
             average.update_parameters(module)
-            if (step + 1) % LOG_EVERY == 0:
+            last = step + 1 == config.steps
+            if last or (step + 1) % LOG_EVERY == 0:
                 log.append(_log_row(round_number, step + 1, losses, moving))
-            if (step + 1) % config.checkpoint_every == 0:
+            if last or (step + 1) % config.checkpoint_every == 0:
                 state.running = {"group_losses": moving.state(), "log": log}
                 save_checkpoint(work_dir, step + 1, state, settings)
             bar.advance(loss=losses.mean())

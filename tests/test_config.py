@@ -1,0 +1,163 @@
+import dataclasses
+import json
+
+import pytest
+import yaml
+
+from invdiff.config import (
+    ArchitectureConfig,
+    AuditConfig,
+    Config,
+    DemoConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    TrainConfig,
+)
+from invdiff.errors import ConfigError
+
+ALL = [ArchitectureConfig, AuditConfig, DemoConfig, FinetuneConfig, GenerateConfig, TrainConfig]
+
+
+@pytest.mark.parametrize(
+    ("config_class", "values", "message"),
+    [
+        (TrainConfig, {"steps": 1.5}, "TrainConfig.steps: expected a whole number, got 1.5."),
+        (TrainConfig, {"steps": True}, "TrainConfig.steps: expected a whole number, got True."),
+        (TrainConfig, {"penalty": "1"}, "TrainConfig.penalty: expected a finite number, got '1'."),
+        (TrainConfig, {"penalty": False}, "TrainConfig.penalty: expected a finite number, got False."),
+        (TrainConfig, {"penalty": float("nan")}, "TrainConfig.penalty: expected a finite number, got nan."),
+        (TrainConfig, {"penalty": float("inf")}, "TrainConfig.penalty: expected a finite number, got inf."),
+        (TrainConfig, {"mode": "fair"}, "TrainConfig.mode: expected one of 'balanced', 'invariant', got 'fair'."),
+        (FinetuneConfig, {"fresh_denoiser": 1}, "FinetuneConfig.fresh_denoiser: expected true or false, got 1."),
+        (AuditConfig, {"vision_encoder": 3}, "AuditConfig.vision_encoder: expected text, got 3."),
+        (
+            AuditConfig,
+            {"contrast_levels": 0.9},
+            "contrast_levels: expected a list, each item a finite number, got 0.9",
+        ),
+        (AuditConfig, {"other_captions": (1,)}, "other_captions: expected a list, each item text, got (1,)."),
+    ],
+)
+def test_a_wrong_type_is_refused_with_what_was_expected(config_class, values, message):
+    with pytest.raises(ConfigError) as error:
+        config_class(**values)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "name", "value", "expected"),
+    [
+        (ArchitectureConfig, "resolution", 20, "a multiple of 16"),
+        (ArchitectureConfig, "resolution", 0, "at least 1"),
+        (ArchitectureConfig, "denoiser_channels", (64,), "at least two levels"),
+        (ArchitectureConfig, "denoiser_channels", (64, 100), "multiples of 8"),
+        (ArchitectureConfig, "autoencoder_blocks", (), "at least one level of at least 0 blocks"),
+        (ArchitectureConfig, "text_width", 40, "a multiple of 16"),
+        (ArchitectureConfig, "vocabulary_size", 100, "at least 514"),
+        (ArchitectureConfig, "max_tokens", 2, "at least 3"),
+        (FinetuneConfig, "steps", 0, "at least 1"),
+        (FinetuneConfig, "learning_rate", 0, "more than 0"),
+        (FinetuneConfig, "weight_decay", -1e-3, "at least 0"),
+        (FinetuneConfig, "ema_decay", 1, "at least 0 and below 1"),
+        (TrainConfig, "rounds", 0, "at least 1"),
+        (TrainConfig, "penalty", -1, "at least 0"),
+        (TrainConfig, "width", 12, "0 or a multiple of 8"),
+        (TrainConfig, "caption_dropout", 1.0, "at least 0 and below 1"),
+        (AuditConfig, "num_groups", 1, "0 or at least 2"),
+        (AuditConfig, "min_share", 0.5, "at least 0 and below 0.5"),
+        (AuditConfig, "contrast_levels", (), "at least one level"),
+        (AuditConfig, "feature_levels", (1.0,), "levels from 0 to below 1"),
+        (AuditConfig, "contrast_draws", 1, "at least 2 for solver auto"),
+        (GenerateConfig, "guidance_scale", -1, "at least 0"),
+        (GenerateConfig, "images_per_prompt", 0, "at least 1"),
+        (DemoConfig, "num_images", 100, "at least 200"),
+        (DemoConfig, "severity", 1.1, "between 0 and 1"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_the_range(config_class, name, value, expected):
+    with pytest.raises(ConfigError) as error:
+        config_class(**{name: value})
+    assert f"{config_class.__name__}.{name}: expected " in str(error.value)
+    assert expected in str(error.value)
+    assert f"got {value!r}" in str(error.value)
+
+
+def test_a_whole_number_does_where_any_number_is_meant():
+    assert GenerateConfig(guidance_scale=3) == GenerateConfig(guidance_scale=3.0)
+
+
+@pytest.mark.parametrize("config_class", ALL)
+def test_defaults_are_in_range_and_survive_a_round_trip(config_class):
+    assert config_class.from_dict(config_class().to_dict()) == config_class()
+
+
+@pytest.mark.parametrize("config_class", ALL)
+@pytest.mark.parametrize("form", ["json", "yaml"])
+def test_a_file_is_read_as_it_was_written(tmp_path, config_class, form):
+    write = json.dumps if form == "json" else yaml.safe_dump
+    (tmp_path / f"c.{form}").write_text(write(config_class().to_dict()))
+    assert config_class.from_file(tmp_path / f"c.{form}") == config_class()
+
+
+def test_settings_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().steps = 3
+
+
+def test_unknown_names_are_refused_with_those_known():
+    with pytest.raises(ConfigError, match=r"TrainConfig: unknown setting 3, stepz; known are mode, steps,"):
+        TrainConfig.from_dict({"stepz": 3, 3: 1, "seed": 1})
+
+
+def read(path, text, config_class: type[Config] = TrainConfig):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return config_class.from_file(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"), [("1e-3", 1e-3), ("1E-3", 1e-3), ("+2.5e2", 250.0), (".5e-1", 0.05), ("0.25", 0.25), ("3", 3)]
+)
+def test_yaml_numbers_may_have_an_exponent(tmp_path, text, rate):
+    assert read(tmp_path / "c.yaml", f"learning_rate: {text}").learning_rate == rate
+
+
+def test_yaml_lists_of_numbers_may_have_exponents(tmp_path):
+    config = read(tmp_path / "c.yaml", "feature_levels: [5e-2, 1e-1]", AuditConfig)
+    assert config.feature_levels == (0.05, 0.1)
+
+
+def test_quoted_numbers_are_text(tmp_path):
+    with pytest.raises(ConfigError, match="expected a finite number, got '1e-3'"):
+        read(tmp_path / "c.yaml", "learning_rate: '1e-3'")
+
+
+def test_no_is_a_word_in_yaml(tmp_path):
+    config = read(tmp_path / "c.yaml", "mixed_precision: no\nhalf_precision_weights: true", FinetuneConfig)
+    assert (config.mixed_precision, config.half_precision_weights) == ("no", True)
+
+
+def test_a_byte_order_mark_does_not_matter(tmp_path):
+    assert read(tmp_path / "c.yaml", "\ufeffsteps: 7").steps == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: 0", "TrainConfig.steps: expected at least 1, got 0"),
+        ("stepz: 1", "unknown setting stepz"),
+        ("- steps", "Expected a mapping of settings"),
+        ("", "found NoneType"),
+        ("a: [", "Expected JSON or YAML"),
+        (b"\xff\xfe\x00", "Expected JSON or YAML"),
+    ],
+)
+def test_errors_in_a_file_name_it(tmp_path, text, message):
+    with pytest.raises(ConfigError) as error:
+        read(tmp_path / "mine.yaml", text)
+    assert str(tmp_path / "mine.yaml") in str(error.value)
+    assert message in str(error.value)
+
+
+def test_an_absent_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: No such file"):
+        TrainConfig.from_file(tmp_path / "absent.yaml")

@@ -1,0 +1,78 @@
+import pytest
+import torch
+
+from conftest import make_guidance_module, make_tiny_pipeline
+from invdiff.denoiser import FrozenDenoiser, denoiser_fingerprint
+from invdiff.guidance.attach import attach
+from invdiff.guidance.guided import GuidedDenoiser
+from invdiff.guidance.module import GuidanceModule
+
+
+def inputs(batch=3):
+    numbers = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(batch, 4, 8, 8, generator=numbers),
+        torch.tensor([10, 500, 990])[:batch],
+        torch.randn(batch, 16, 16, generator=numbers),
+    )
+
+
+@torch.no_grad()
+def test_it_predicts_what_the_unet_predicts(tiny_pipe):
+    with FrozenDenoiser(tiny_pipe) as frozen:
+        prediction, features = frozen(*inputs())
+    assert torch.equal(prediction, tiny_pipe.unet(*inputs()).sample)
+    assert features.shape == (3, 32, 4, 4)
+
+
+def test_it_leaves_no_graph(tiny_pipe):
+    with FrozenDenoiser(tiny_pipe) as frozen:
+        prediction, features = frozen(*inputs())
+    assert not prediction.requires_grad
+    assert not features.requires_grad
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_it_leaves_hooks_and_mode_as_they_were(tiny_pipe, training):
+    tiny_pipe.unet.train(training)
+    with FrozenDenoiser(tiny_pipe):
+        assert not tiny_pipe.unet.training
+        assert tiny_pipe.unet.mid_block._forward_hooks
+    assert tiny_pipe.unet.training == training
+    assert not tiny_pipe.unet.mid_block._forward_hooks
+
+
+def test_inputs_take_the_type_of_the_weights(tiny_pipe):
+    tiny_pipe.to(torch.bfloat16)
+    with FrozenDenoiser(tiny_pipe) as frozen:
+        assert frozen(*inputs())[0].dtype == torch.bfloat16
+
+
+def test_a_fingerprint_changes_with_one_weight():
+    pipe, other = make_tiny_pipeline(), make_tiny_pipeline()
+    assert denoiser_fingerprint(pipe) == denoiser_fingerprint(other)
+    with torch.no_grad():
+        other.unet.conv_in.bias[0] += 1e-3
+    assert denoiser_fingerprint(pipe) != denoiser_fingerprint(other)
+
+
+def test_a_guided_denoiser_with_an_untrained_module_is_the_frozen_one(tiny_pipe):
+    with FrozenDenoiser(tiny_pipe) as frozen:
+        guided = GuidedDenoiser(frozen, GuidanceModule.for_pipeline(tiny_pipe))
+        assert torch.equal(guided(*inputs())[0], frozen(*inputs())[0])
+
+
+def test_a_guided_denoiser_predicts_what_the_attached_pipeline_predicts(tiny_pipe):
+    module = make_guidance_module(tiny_pipe)
+    with FrozenDenoiser(tiny_pipe) as frozen:
+        guided = GuidedDenoiser(frozen, module)(*inputs())[0]
+    with attach(tiny_pipe, module), torch.no_grad():
+        attached = tiny_pipe.unet(*inputs()).sample
+    assert torch.allclose(guided, attached, atol=1e-6)
+
+
+def test_a_guided_denoiser_has_a_fingerprint_of_its_own(tiny_pipe):
+    with FrozenDenoiser(tiny_pipe) as frozen:
+        one = GuidedDenoiser(frozen, make_guidance_module(tiny_pipe))
+        other = GuidedDenoiser(frozen, make_guidance_module(tiny_pipe, mode="invariant"))
+        assert len({frozen.fingerprint, one.fingerprint, other.fingerprint}) == 3

@@ -1,0 +1,302 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import make_tiny_pipeline
+from invdiff.config import TrainConfig
+from invdiff.data.captioned import load_captioned_images
+from invdiff.data.encode import as_encoded
+from invdiff.errors import AuditError, ConfigError
+from invdiff.groups.result import Audit, PromptAudit
+from invdiff.training import train as train_module
+from invdiff.training.train import carry_over, train
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+CONFIG = TrainConfig(steps=4, batch_size=4, checkpoint_every=2, mixed_precision="no")
+
+
+def hard(labels, num_groups=2):
+    return torch.eye(num_groups)[torch.as_tensor(labels)]
+
+
+def make_audit(names, labels, *, found=True, prompt_ids=None, num_groups=2, **settings) -> Audit:
+    """An audit that found these groups under every prompt, or none."""
+    prompt_ids = torch.zeros(len(names), dtype=torch.long) if prompt_ids is None else torch.as_tensor(prompt_ids)
+    found = [found] * (int(prompt_ids.max()) + 1) if isinstance(found, bool) else found
+    prompts = [
+        PromptAudit(prompt=f"prompt {i}", captions=[], num_images=0, found=each, reason="made up", shares=[0.5, 0.5])
+        for i, each in enumerate(found)
+    ]
+    weights = torch.full((len(names), num_groups), 1 / num_groups)
+    is_found = torch.tensor(found)[prompt_ids]
+    weights[is_found] = hard(labels, num_groups)[is_found]
+    return Audit((weights,), torch.zeros(len(names)), prompt_ids, prompts, list(names), 0.0, settings)
+
+
+@pytest.fixture(scope="module")
+def data(tiny_folder, tmp_path_factory):
+    """The tiny folder, encoded by the tiny pipeline."""
+    pipe, cache = make_tiny_pipeline(), tmp_path_factory.mktemp("cache")
+    return as_encoded(pipe, load_captioned_images(tiny_folder), cache, progress=False)
+
+
+@pytest.fixture
+def found(data):
+    """Two prompts, the last image of each in the rare group."""
+    labels = [0] * 10 + [1, 1]
+    return make_audit(data.names, labels, prompt_ids=data.caption_ids, data_fingerprint=data.data_fingerprint)
+
+
+def run(pipe, data, audit, folder, config=CONFIG, **changes):
+    options = {"config": replace(config, **changes), "cache_dir": folder.parent / "cache", "progress": False}
+    return train(pipe, data, audit, folder, **options)
+
+
+def result(folder):
+    return (folder / WEIGHTS).read_bytes(), (folder / "log.jsonl").read_bytes()
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def raise_at(monkeypatch, name, call):
+    """Let the `call`-th call of a function that the loop uses be a kill."""
+    original, calls = getattr(train_module, name), []
+
+    def killed(*arguments, **keywords):
+        calls.append(name)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(train_module, name, killed)
+
+
+def kill(monkeypatch, name, call, *arguments, **changes):
+    with monkeypatch.context() as patch:
+        raise_at(patch, name, call)
+        with pytest.raises(KeyboardInterrupt):
+            run(*arguments, **changes)
+
+
+@pytest.mark.parametrize("mode", ["balanced", "invariant"])
+def test_the_loss_falls(tiny_pipe, data, found, tmp_path, mode):
+    module = run(tiny_pipe, data, found, tmp_path / "m", mode=mode, steps=60, batch_size=8, learning_rate=1e-2)
+    losses = [row["loss"] for row in log(tmp_path / "m")]
+    assert losses[-1] < 0.9 * losses[0]
+    assert module.sees_environment == (mode == "balanced")
+    assert not module.training
+
+
+def test_the_pipeline_is_untouched(tiny_pipe, data, found, tmp_path):
+    before = {name: value.clone() for name, value in tiny_pipe.unet.state_dict().items()}
+    inputs = torch.ones(1, 4, 8, 8), torch.tensor([5]), torch.ones(1, 16, 16)
+    with torch.no_grad():
+        output = tiny_pipe.unet(*inputs).sample
+    run(tiny_pipe, data, found, tmp_path / "m")
+    after = tiny_pipe.unet.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(p.requires_grad and p.grad is None for p in tiny_pipe.unet.parameters())
+    with torch.no_grad():
+        assert torch.equal(tiny_pipe.unet(*inputs).sample, output)
+
+
+def test_no_gradient_flows_through_the_pipeline(tiny_pipe, data, found, tmp_path):
+    graphs = []
+    hook = tiny_pipe.unet.register_forward_hook(lambda module, args, output: graphs.append(output[0].requires_grad))
+    run(tiny_pipe, data, found, tmp_path / "m")
+    hook.remove()
+    assert graphs == [False] * CONFIG.steps
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_others(tiny_pipe, data, found, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(tiny_pipe, data, found, tmp_path / name, seed=seed)
+    assert result(tmp_path / "a") == result(tmp_path / "b")
+    assert result(tmp_path / "a")[0] != result(tmp_path / "c")[0]
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_killed_run_goes_on_to_the_same_result(tiny_pipe, data, found, tmp_path, monkeypatch, step):
+    run(tiny_pipe, data, found, tmp_path / "whole")
+    kill(monkeypatch, "per_sample_loss", step, tiny_pipe, data, found, tmp_path / "cut")
+    assert not (tmp_path / "cut" / WEIGHTS).exists()
+    run(tiny_pipe, data, found, tmp_path / "cut")
+    assert result(tmp_path / "cut") == result(tmp_path / "whole")
+
+
+def test_a_resumed_run_does_only_what_is_left(tiny_pipe, data, found, tmp_path, monkeypatch):
+    kill(monkeypatch, "per_sample_loss", 4, tiny_pipe, data, found, tmp_path / "m")
+    forwards = []
+    hook = tiny_pipe.unet.register_forward_hook(lambda module, args, output: forwards.append(1))
+    run(tiny_pipe, data, found, tmp_path / "m")
+    hook.remove()
+    assert len(forwards) == 2
+
+
+def test_a_run_killed_between_its_last_files_is_finished(tiny_pipe, data, found, tmp_path, monkeypatch):
+    run(tiny_pipe, data, found, tmp_path / "whole")
+    kill(monkeypatch, "write_json", 1, tiny_pipe, data, found, tmp_path / "cut")
+    assert (tmp_path / "cut" / WEIGHTS).exists()
+    run(tiny_pipe, data, found, tmp_path / "cut")
+    assert result(tmp_path / "cut") == result(tmp_path / "whole")
+    assert (tmp_path / "cut" / "train.json").exists()
+
+
+def test_work_in_progress_is_gone_at_the_end(tiny_pipe, data, found, tmp_path):
+    run(tiny_pipe, data, found, tmp_path / "m")
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == [
+        "config.json", WEIGHTS, "log.jsonl", "train.json",
+    ]  # fmt: skip
+
+
+def test_a_finished_run_is_read_back(tiny_pipe, data, found, tmp_path):
+    first = run(tiny_pipe, data, found, tmp_path / "m")
+    (tmp_path / "m" / ".work").mkdir()  # as after a kill at the very end
+    tiny_pipe.unet.register_forward_pre_hook(lambda module, args: pytest.fail("trained again"))
+    again = run(tiny_pipe, data, found, tmp_path / "m")
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in first.state_dict().items())
+    assert not (tmp_path / "m" / ".work").exists()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_in_the_same_folder_are_refused_by_name(
+    tiny_pipe, data, found, tmp_path, monkeypatch, finished
+):
+    if finished:
+        run(tiny_pipe, data, found, tmp_path / "m")
+    else:
+        kill(monkeypatch, "per_sample_loss", 4, tiny_pipe, data, found, tmp_path / "m")
+    with pytest.raises(ConfigError, match=r"got others: penalty was 1\.0, now 2\.0\. Use the same"):
+        run(tiny_pipe, data, found, tmp_path / "m", penalty=2.0)
+
+
+def test_another_model_in_the_same_folder_is_refused(tiny_pipe, data, found, tmp_path):
+    run(tiny_pipe, data, found, tmp_path / "m")
+    with pytest.raises(ConfigError, match="got others: model was"):
+        run(make_tiny_pipeline(seed=1), data, found, tmp_path / "m")
+
+
+def test_an_audit_that_found_nothing_is_refused(tiny_pipe, data, tmp_path):
+    nothing = make_audit(data.names, [0] * 12, found=False, data_fingerprint=data.data_fingerprint)
+    with pytest.raises(AuditError, match="nothing to balance"):
+        run(tiny_pipe, data, nothing, tmp_path / "m")
+
+
+def test_an_audit_of_other_data_is_refused(tiny_pipe, data, found, tmp_path):
+    other = replace(found, settings={"data_fingerprint": "other"})
+    with pytest.raises(AuditError, match="Expected the images that were audited"):
+        run(tiny_pipe, data, other, tmp_path / "m")
+
+
+@pytest.mark.parametrize("change", [{"caption_dropout": 0.9}, {"penalty": 50.0}])
+def test_a_setting_has_an_effect(tiny_pipe, data, found, tmp_path, change):
+    run(tiny_pipe, data, found, tmp_path / "a")
+    run(tiny_pipe, data, found, tmp_path / "b", **change)
+    assert result(tmp_path / "a")[0] != result(tmp_path / "b")[0]
+
+
+def test_caption_dropout_shows_the_null_caption(tiny_pipe, data, found, tmp_path):
+    prompts = []
+    hook = tiny_pipe.unet.register_forward_pre_hook(
+        lambda module, args, keywords: prompts.append(keywords["encoder_hidden_states"]), with_kwargs=True
+    )
+    run(tiny_pipe, data, found, tmp_path / "m", caption_dropout=0.5, batch_size=32, steps=1)
+    hook.remove()
+    dropped = (prompts[0] == data.null_embeds).all(dim=(1, 2)).float().mean().item()
+    assert 0.25 < dropped < 0.75
+
+
+def test_the_log_has_the_loss_of_each_group_of_each_prompt(tiny_pipe, data, found, tmp_path):
+    run(tiny_pipe, data, found, tmp_path / "m", steps=12)
+    rows = log(tmp_path / "m")
+    assert [row["step"] for row in rows] == [10, 12]
+    assert torch.tensor(rows[-1]["group_losses"]).shape == (2, 2)
+
+
+def test_a_16_bit_pipeline_can_be_trained_beside(tiny_pipe, data, found, tmp_path):
+    tiny_pipe.to(torch.bfloat16)
+    data = replace(data, prompt_embeds=data.prompt_embeds.bfloat16(), null_embeds=data.null_embeds.bfloat16())
+    module = run(tiny_pipe, data, found, tmp_path / "m", steps=1)
+    assert module.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mixed_precision", ["bf16", "fp16", "auto"])
+def test_each_precision_trains(tiny_pipe, data, found, tmp_path, mixed_precision):
+    module = run(tiny_pipe, data, found, tmp_path / "m", mixed_precision=mixed_precision)
+    assert module.conv_out.weight.abs().sum() > 0
+    assert all(value.isfinite().all() for value in module.state_dict().values())
+
+
+def audits_in_turn(monkeypatch, *found):
+    """Let the next audits find this; return the calls."""
+    results, calls = iter(found), []
+
+    def infer_groups(pipe, data, **keywords):
+        calls.append(keywords)
+        return next(results)
+
+    monkeypatch.setattr(train_module, "infer_groups", infer_groups)
+    return calls
+
+
+def test_a_second_round_audits_the_guided_model_with_the_settings_of_the_first(
+    tiny_pipe, data, found, tmp_path, monkeypatch
+):
+    found = replace(found, settings={**found.settings, "solver": "exact", "min_images": 4, "vision_encoder": "clip"})
+    calls = audits_in_turn(monkeypatch, found)
+    run(tiny_pipe, data, found, tmp_path / "m", rounds=2)
+    (call,) = calls
+    config = call["config"]
+    assert (config.solver, config.min_images, config.num_groups, config.vision_encoder) == ("exact", 4, 2, "")
+    assert type(call["denoiser"]).__name__ == "GuidedDenoiser"
+    assert [(row["round"], row["step"]) for row in log(tmp_path / "m")] == [(0, 4), (1, 4)]
+    assert json.loads((tmp_path / "m" / "train.json").read_text())["rounds"] == 2
+
+
+def test_a_real_second_audit_can_be_run(tiny_pipe, data, found, tmp_path):
+    loose = {"solver": "exact", "min_images": 4, "min_share": 0.1, "contrast_levels": [0.9], "caption_threshold": 0.0}
+    found = replace(found, settings={**found.settings, **loose})
+    run(tiny_pipe, data, found, tmp_path / "m", rounds=2, steps=2)
+    assert [row["round"] for row in log(tmp_path / "m")] == [0, 1]
+
+
+def test_rounds_stop_when_nothing_is_left(tiny_pipe, data, found, tmp_path, monkeypatch):
+    nothing = make_audit(data.names, [0] * 12, found=False, prompt_ids=data.caption_ids)
+    audits_in_turn(monkeypatch, nothing)
+    run(tiny_pipe, data, found, tmp_path / "three", rounds=3)
+    assert json.loads((tmp_path / "three" / "train.json").read_text())["rounds"] == 1
+    run(tiny_pipe, data, found, tmp_path / "one")
+    assert result(tmp_path / "three") == result(tmp_path / "one")
+
+
+def test_a_run_killed_in_its_second_round_goes_on_to_the_same_result(tiny_pipe, data, found, tmp_path, monkeypatch):
+    audits_in_turn(monkeypatch, found, found, found)
+    run(tiny_pipe, data, found, tmp_path / "whole", rounds=2)
+    kill(monkeypatch, "per_sample_loss", 8, tiny_pipe, data, found, tmp_path / "cut", rounds=2)
+    run(tiny_pipe, data, found, tmp_path / "cut", rounds=2)
+    assert result(tmp_path / "cut") == result(tmp_path / "whole")
+
+
+def test_environments_keep_their_meaning_in_the_next_round():
+    before = make_audit(["a", "b", "c", "d"], [0, 0, 1, 1])
+    swapped = make_audit(["a", "b", "c", "d"], [1, 1, 0, 1])
+    merged = carry_over(before, swapped)
+    assert torch.equal(merged.group_weights[0], hard([0, 0, 1, 0]))
+
+
+def test_a_prompt_that_is_balanced_by_now_keeps_its_groups():
+    before = make_audit(["a", "b", "c", "d"], [0, 1, 0, 1], prompt_ids=[0, 0, 1, 1])
+    now = make_audit(["a", "b", "c", "d"], [0, 1, 0, 0], prompt_ids=[0, 0, 1, 1], found=[False, True])
+    assert torch.equal(carry_over(before, now).group_weights[0], hard([0, 1, 0, 0]))
+
+
+def test_further_factors_are_kept_in_the_next_round():
+    second = torch.full((4, 3), 1 / 3)
+    before = make_audit(["a", "b", "c", "d"], [0, 0, 1, 1])
+    before = replace(before, group_weights=(*before.group_weights, second))
+    merged = carry_over(before, make_audit(["a", "b", "c", "d"], [0, 0, 0, 1]))
+    assert merged.num_groups == (2, 3)
