@@ -188,6 +188,9 @@ class FinetuneConfig(Config):
     """Peak learning rate of AdamW; it warms up over 2% of the steps and falls to zero on a cosine."""
     weight_decay: float = 1e-2
     """Weight decay of AdamW."""
+    caption_power: float = 1.0
+    """A caption is drawn in proportion to its number of images to this power. 1 draws images alike; less teaches
+    rare captions better and leaves what images look like under each caption as it is."""
     caption_dropout: float = 0.1
     """Share of captions replaced by the null caption, so that classifier-free guidance works."""
     ema_decay: float = 0.998
@@ -226,6 +229,7 @@ class FinetuneConfig(Config):
         self.require("weight_decay", self.weight_decay >= 0, "at least 0")
         for name in ("caption_dropout", "ema_decay"):
             self.require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        self.require("caption_power", 0 <= self.caption_power <= 1, "between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -235,7 +239,7 @@ class TrainConfig(Config):
     mode: Literal["balanced", "invariant"] = "balanced"
     """`balanced`: the module is told the group and the group is drawn when sampling.
     `invariant`: the paper's; it never sees the group."""
-    steps: int = 400
+    steps: int = 600
     """Optimiser steps per round."""
     batch_size: int = 64
     """Images per optimiser step."""
@@ -364,7 +368,7 @@ class DemoConfig(Config):
     """Captioned images to audit and train on."""
     severity: float = 0.95
     """Share of images whose background agrees with the bird."""
-    steps: int = 400
+    steps: int = 600
     """Training steps of the guidance module."""
     images_per_prompt: int = 48
     """Images of each prompt, for each model and guidance scale."""

@@ -111,7 +111,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         self.environments = nn.ModuleList(nn.Embedding(groups, condition_dim) for groups in factors)
         self.condition = nn.Sequential(nn.SiLU(), nn.Linear(condition_dim, condition_dim), nn.SiLU())
 
-        self.conv_in = nn.Conv2d(2 * latent_channels, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(2 * latent_channels + 2, width, 3, padding=1)
         self.block_in = ModulatedBlock(width, condition_dim)
         self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
         self.features = nn.Sequential(nn.GroupNorm(1, feature_channels), nn.Conv2d(feature_channels, 2 * width, 1))
@@ -222,7 +222,8 @@ class GuidanceModule(ModelMixin, ConfigMixin):
                 condition = condition + embedding(environments[:, factor])
         condition = self.condition(condition)
 
-        full = self.conv_in(torch.cat([noisy_latents[:, :channels], model_pred], dim=1))
+        place = coordinates(model_pred)
+        full = self.conv_in(torch.cat([noisy_latents[:, :channels], model_pred, place], dim=1))
         full = self.block_in(full, condition)
         low = self.down(F.silu(full))
         low = low + F.interpolate(self.features(features), size=low.shape[-2:], mode="nearest")
@@ -230,6 +231,14 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         full = full + F.interpolate(self.up(low), size=full.shape[-2:], mode="nearest")
         full = self.block_out(full, condition)
         return self.conv_out(F.silu(full))
+
+
+def coordinates(like: torch.Tensor) -> torch.Tensor:
+    """Return vertical and horizontal place from -1 to 1, (batch, 2, height, width): accidents have a layout."""
+    batch, _, height, width = like.shape
+    vertical = torch.linspace(-1, 1, height, device=like.device, dtype=like.dtype)
+    horizontal = torch.linspace(-1, 1, width, device=like.device, dtype=like.dtype)
+    return torch.stack(torch.meshgrid(vertical, horizontal, indexing="ij")).expand(batch, -1, -1, -1)
 
 
 def weight_signature(denoiser: nn.Module, size: int = 32) -> tuple[float, ...]:

@@ -150,12 +150,14 @@ def train_denoiser(
     tokens = tokenize(pipe, [*encoded.captions, ""]).to(device)
     embeds = torch.cat([encoded.prompt_embeds, encoded.null_embeds[None]]).to(device)
     null_id = len(encoded.captions)
+    images_of = torch.bincount(encoded.caption_ids).double()
+    chances = images_of[encoded.caption_ids] ** (config.caption_power - 1)
 
     with progress_bar("denoiser", config.steps, start=start, enabled=progress) as bar:
         for step in range(start, config.steps):
             set_learning_rate(optimizer, config.learning_rate, step, config.steps)
             rng = generator("finetune", config.seed, step)
-            rows = torch.randint(len(encoded), (config.batch_size,), generator=rng)
+            rows = torch.multinomial(chances, config.batch_size, replacement=True, generator=rng)
             latents = encoded.latents[rows]
             noise = torch.randn(latents.shape, generator=rng)
             timesteps = torch.randint(schedule.num_train_timesteps, (len(rows),), generator=rng)

@@ -27,6 +27,7 @@ from ..progress import progress_bar
 from ..seeds import derived_seed, generator
 from .batches import GroupBalancedSampler
 from .checkpoint import TrainingState, check_same_settings, load_checkpoint, save_checkpoint
+from .normalisation import typical_losses
 from .objective import MovingGroupLosses, objective_weights
 from .optimization import Precision, moving_average, set_learning_rate
 
@@ -161,6 +162,7 @@ def run_round(
     sampler = GroupBalancedSampler(audit.prompt_ids, audit.group_weights)
     moving = MovingGroupLosses((int(audit.prompt_ids.max()) + 1, audit.num_groups[0]), config.loss_momentum)
     embeds = torch.cat([data.prompt_embeds, data.null_embeds[None]]).float()
+    typical = typical_losses(frozen, data, seed=config.seed).to(device)
     null_id = len(data.captions)
 
     module.train()
@@ -181,7 +183,9 @@ def run_round(
             captions[torch.rand(len(rows), generator=rng) < config.caption_dropout] = null_id
             latents = data.latents[rows]
             noise = torch.randn(latents.shape, generator=rng)
-            timesteps = torch.randint(schedule.num_train_timesteps, (len(rows),), generator=rng)
+            # Content is decided at high noise: a level is drawn in proportion to its height.
+            levels = torch.rand(len(rows), generator=rng).sqrt()
+            timesteps = (levels * schedule.num_train_timesteps).long()
 
             latents, noise, timesteps = latents.to(device), noise.to(device), timesteps.to(device)
             prompt_embeds = embeds[captions].to(device)
@@ -192,6 +196,7 @@ def run_round(
                 model_pred, features = model_pred.float(), features.float()
                 shift = module(noisy_latents, timesteps, prompt_embeds, model_pred, features, environments.to(device))
             losses = per_sample_loss(model_pred + shift, schedule.target(latents, noise, timesteps))
+            losses = losses / typical[timesteps]
 
             prompts, groups = audit.prompt_ids[rows], environments[:, 0]
             moving.update(prompts, groups, losses.detach().cpu())
