@@ -37,7 +37,7 @@ from invdiff.pipelines import denoiser_of, load_pipeline
 RESULTS = Path(__file__).parent / "results"
 GUIDANCE_SCALES = (1.0, 3.0, 7.5)
 NUM_IMAGES = 3000
-INVARIANT_STEPS = 1200
+INVARIANT_STEPS = 1500
 
 
 def world_data(work: Path, seed: int, *, severity: float = 0.95, world: str = "two-prompts"):
@@ -82,7 +82,7 @@ def draw(work: Path, name: str, pipe, prompts, count: int, *, scales=GUIDANCE_SC
 
 def groups(work: Path) -> dict:
     rows = {}
-    for seed in (501, 502, 503):
+    for seed in (511, 512, 513):
         data = world_data(work, seed)
         found = find(work, BIRDS_MODEL, data)
         rows[str(seed)] = asdict(hidden_truth(found, data)) | {
@@ -103,7 +103,7 @@ def no_bias(work: Path) -> dict:
 
 def one_prompt(work: Path) -> dict:
     rows = {}
-    for seed in (601, 602, 603):
+    for seed in (611, 612, 613):
         data = world_data(work, seed, severity=0.85, world="one-prompt")
         found = find(work, work / "base-one-prompt", data)
         rows[str(seed)] = asdict(hidden_truth(found, data)) | {

@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import torch
 from torch import nn
@@ -45,15 +43,15 @@ def test_a_state_comes_back_whole_and_goes_on_alike(tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in restored.tensors().items())
 
 
-def test_the_scale_of_fp16_losses_comes_back():
-    precision, other = (Precision("fp16", torch.device("cpu")) for _ in range(2))
-    model = nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    before = model.weight.detach().clone()
-    precision.step(model(torch.full((1, 2), torch.inf)).sum(), model, optimizer, 1.0)
-    assert torch.equal(model.weight, before)  # an overflow halves the scale and takes no step
-    other.load(json.loads(json.dumps(precision.state())))
-    assert other.state()["scale"] == precision.state()["scale"] == 2.0**15
+def test_fp16_is_refused_on_a_cpu():
+    with pytest.raises(ConfigError, match="on a CPU, got 'fp16'"):
+        Precision("fp16", torch.device("cpu"))
+
+
+def test_two_precisions_follow_one_another_in_one_process():
+    for mixed_precision, expected in (("bf16", torch.bfloat16), ("no", torch.float32), ("bf16", torch.bfloat16)):
+        with Precision(mixed_precision, torch.device("cpu")).autocast():
+            assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == expected
 
 
 def test_an_empty_folder_starts_at_step_0(tmp_path):

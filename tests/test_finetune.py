@@ -7,6 +7,7 @@ from datasets import Dataset
 from PIL import Image
 
 from invdiff.config import ArchitectureConfig, FinetuneConfig
+from invdiff.data.birds import BirdsWorld
 from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ConfigError, ModelError
 from invdiff.pipelines import load_pipeline
@@ -273,3 +274,24 @@ def test_what_a_run_was_made_of_is_recorded(data, tiny_pipe_dir, tmp_path):
     assert record["base"] == str(tiny_pipe_dir)
     assert record["images"] == 12
     assert record["settings"]["data"] == data.fingerprint
+
+
+def test_a_lower_caption_power_draws_rare_captions_more(tmp_path, monkeypatch):
+    drawn = []
+    multinomial = torch.multinomial
+
+    def watched(chances, count, **keywords):
+        drawn.append(chances / chances.sum())
+        return multinomial(chances, count, **keywords)
+
+    world = BirdsWorld(60, seed=3)
+    data = load_captioned_images(world.to_dataset())
+    monkeypatch.setattr(torch, "multinomial", watched)
+    shares = []
+    for power in (1.0, 0.0):
+        drawn.clear()
+        scratch_run(data, tmp_path / str(power), caption_power=power, steps=1, autoencoder_steps=1)
+        captions = sorted(set(data.captions))
+        shares.append([sum(drawn[-1][i].item() for i, c in enumerate(data.captions) if c == d) for d in captions])
+    assert shares[0] == pytest.approx([data.captions.count(c) / 60 for c in captions])
+    assert shares[1] == pytest.approx([1 / len(captions)] * len(captions))

@@ -22,6 +22,7 @@ LAYERS = (
     ("report",),
     ("demo", "app"),
     ("cli", "cli_options", "cli_output", "cli_prepare"),
+    ("__main__",),
 )
 LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 FORBIDDEN = {

@@ -84,9 +84,9 @@ def kill(monkeypatch, name, call, *arguments, **changes):
 
 @pytest.mark.parametrize("mode", ["balanced", "invariant"])
 def test_the_loss_falls(tiny_pipe, data, found, tmp_path, mode):
-    module = run(tiny_pipe, data, found, tmp_path / "m", mode=mode, steps=60, batch_size=8, learning_rate=1e-2)
+    module = run(tiny_pipe, data, found, tmp_path / "m", mode=mode, steps=60, batch_size=8, learning_rate=3e-3)
     losses = [row["loss"] for row in log(tmp_path / "m")]
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
     assert module.sees_environment == (mode == "balanced")
     assert not module.training
 
@@ -109,7 +109,8 @@ def test_no_gradient_flows_through_the_pipeline(tiny_pipe, data, found, tmp_path
     hook = tiny_pipe.unet.register_forward_hook(lambda module, args, output: graphs.append(output[0].requires_grad))
     run(tiny_pipe, data, found, tmp_path / "m")
     hook.remove()
-    assert graphs == [False] * CONFIG.steps
+    assert len(graphs) >= CONFIG.steps
+    assert not any(graphs)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_others(tiny_pipe, data, found, tmp_path):
@@ -131,10 +132,10 @@ def test_a_killed_run_goes_on_to_the_same_result(tiny_pipe, data, found, tmp_pat
 def test_a_resumed_run_does_only_what_is_left(tiny_pipe, data, found, tmp_path, monkeypatch):
     kill(monkeypatch, "per_sample_loss", 4, tiny_pipe, data, found, tmp_path / "m")
     forwards = []
-    hook = tiny_pipe.unet.register_forward_hook(lambda module, args, output: forwards.append(1))
+    hook = tiny_pipe.unet.register_forward_hook(lambda module, args, output: forwards.append(len(args[0])))
     run(tiny_pipe, data, found, tmp_path / "m")
     hook.remove()
-    assert len(forwards) == 2
+    assert forwards.count(CONFIG.batch_size) == 2
 
 
 def test_a_run_killed_between_its_last_files_is_finished(tiny_pipe, data, found, tmp_path, monkeypatch):
@@ -206,7 +207,7 @@ def test_caption_dropout_shows_the_null_caption(tiny_pipe, data, found, tmp_path
     )
     run(tiny_pipe, data, found, tmp_path / "m", caption_dropout=0.5, batch_size=32, steps=1)
     hook.remove()
-    dropped = (prompts[0] == data.null_embeds).all(dim=(1, 2)).float().mean().item()
+    dropped = (prompts[-1] == data.null_embeds).all(dim=(1, 2)).float().mean().item()
     assert 0.25 < dropped < 0.75
 
 
@@ -224,7 +225,7 @@ def test_a_16_bit_pipeline_can_be_trained_beside(tiny_pipe, data, found, tmp_pat
     assert module.dtype == torch.float32
 
 
-@pytest.mark.parametrize("mixed_precision", ["bf16", "fp16", "auto"])
+@pytest.mark.parametrize("mixed_precision", ["bf16", "no", "auto"])
 def test_each_precision_trains(tiny_pipe, data, found, tmp_path, mixed_precision):
     module = run(tiny_pipe, data, found, tmp_path / "m", mixed_precision=mixed_precision)
     assert module.conv_out.weight.abs().sum() > 0

@@ -144,7 +144,9 @@ def train_denoiser(
         trained["text_encoder"] = pipe.text_encoder
     trained.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     average = moving_average(trained, config.ema_decay)
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = precision.prepare(
+        torch.optim.AdamW(trained.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    )
     state = TrainingState(trained, optimizer, average, precision)
     start = load_checkpoint(checkpoint_dir, state, settings)
     tokens = tokenize(pipe, [*encoded.captions, ""]).to(device)

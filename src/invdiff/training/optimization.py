@@ -3,54 +3,63 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..config import MixedPrecision
-
-_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+from ..errors import ConfigError
 
 
 class Precision:
-    """Mixed precision on one device: autocast, and scaled losses where fp16 would round gradients to zero.
+    """Mixed precision by accelerate: autocast, and scaled losses where fp16 would round gradients to zero.
 
     Args:
         mixed_precision: `auto` takes bf16 on a GPU that has it and full precision elsewhere.
         device: Where the loop runs.
+
+    Raises:
+        ConfigError: fp16 is asked for on a CPU.
     """
 
     def __init__(self, mixed_precision: MixedPrecision, device: torch.device) -> None:
         if mixed_precision == "auto":
             has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
             mixed_precision = "bf16" if has_bf16 else "no"
-        self.device = device
-        self.dtype = _DTYPES[mixed_precision]
-        self._scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision == "fp16")
+        if mixed_precision == "fp16" and device.type == "cpu":
+            raise ConfigError("Expected mixed_precision 'no', 'bf16' or 'auto' on a CPU, got 'fp16'.")
+        # accelerate keeps one state per process and refuses a second precision; each loop here has its own.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
 
-    def autocast(self) -> torch.autocast:
+    def prepare(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Return the optimizer to use with `step`: it skips steps whose scaled gradient overflowed."""
+        return self.accelerator.prepare_optimizer(optimizer)
+
+    def autocast(self) -> AbstractContextManager[None]:
         """Return a context in which forwards run in 16 bits, or as they are in full precision."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+        return self.accelerator.autocast()
 
     def step(self, loss: torch.Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
         """Take one optimiser step down the gradient of `loss`, clipped to `max_norm`."""
-        self._scaler.scale(loss).backward()
-        self._scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        self._scaler.step(optimizer)  # left out where a scaled gradient overflowed
-        self._scaler.update()
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
         """Return the scale of the loss as JSON types, nothing where there is none."""
-        return self._scaler.state_dict()
+        return self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
 
     def load(self, state: dict[str, Any]) -> None:
         """Put back what `state` returned."""
-        if state:
-            self._scaler.load_state_dict(state)
+        if state and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:

@@ -138,7 +138,7 @@ def train_autoencoder(
     device = vae.device
     precision = Precision(config.mixed_precision, device)
     vae.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.autoencoder_learning_rate)
+    optimizer = precision.prepare(torch.optim.AdamW(vae.parameters(), lr=config.autoencoder_learning_rate))
     average = moving_average(vae, config.ema_decay)
     state = TrainingState(vae, optimizer, average, precision)
     start = load_checkpoint(checkpoint_dir, state, settings)

@@ -167,7 +167,9 @@ def run_round(
 
     module.train()
     average = moving_average(module, config.ema_decay)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = precision.prepare(
+        torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    )
     state = TrainingState(module, optimizer, average, precision)
     start = load_checkpoint(work_dir, state, settings)
     if start:
