@@ -132,8 +132,8 @@ def explicit(work: Path) -> dict:
     pipe, guide = module(work, "balanced")
     prompts = explicit_prompts()
     folders = {
-        "base": draw(work, "explicit-base", pipe, prompts, 256, scales=(1.0, 3.0)),
-        "balanced": draw(work, "explicit-balanced", pipe, prompts, 256, scales=(1.0, 3.0), guide=guide),
+        "base": draw(work, "explicit-base", pipe, prompts, 128, scales=(1.0, 3.0)),
+        "balanced": draw(work, "explicit-balanced", pipe, prompts, 128, scales=(1.0, 3.0), guide=guide),
     }
     judged = judge(folders)
     return {
@@ -153,8 +153,8 @@ def paraphrases(work: Path) -> dict:
     prompts = held_out_prompts()
     return judge(
         {
-            "base": draw(work, "paraphrases-base", pipe, prompts, 100, scales=(1.0, 3.0)),
-            "balanced": draw(work, "paraphrases-balanced", pipe, prompts, 100, scales=(1.0, 3.0), guide=guide),
+            "base": draw(work, "paraphrases-base", pipe, prompts, 50, scales=(1.0, 3.0)),
+            "balanced": draw(work, "paraphrases-balanced", pipe, prompts, 50, scales=(1.0, 3.0), guide=guide),
         }
     )
 
@@ -164,7 +164,9 @@ def strength(work: Path) -> dict:
     prompts = canonical_prompts()
     return judge(
         {
-            f"scale {scale:g}": draw(work, f"scale-{scale:g}", pipe, prompts, 256, guide=guide, scale=scale)
+            f"scale {scale:g}": draw(
+                work, f"scale-{scale:g}", pipe, prompts, 128, guide=guide, scale=scale, scales=(1.0, 3.0)
+            )
             for scale in (0.0, 0.5, 1.0)
         }
     )

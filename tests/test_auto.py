@@ -83,3 +83,12 @@ def test_features_without_groups_give_no_accepted_component():
     scores = component_scores(features, ["a", "b"], seed=0)
     assert len(scores) > 0
     assert not any(consider(score, 2, CONFIG).candidate.accepted for score in scores)
+
+
+def test_features_without_any_skewed_direction_are_no_obstacle():
+    half = np.random.default_rng(0).uniform(-1, 1, size=(500, 9))
+    symmetric = np.concatenate([half, -half])
+    features = np.stack([symmetric, symmetric], axis=1)
+    scores = component_scores(features, ["a", "b"], seed=0)
+    assert all(np.isfinite(score.draws).all() for score in scores)
+    assert not any(consider(score, 2, CONFIG).candidate.accepted for score in scores)

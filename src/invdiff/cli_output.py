@@ -39,12 +39,13 @@ def plain_errors(*, debug: bool) -> Iterator[None]:
 def silence_libraries() -> None:
     """Keep off the terminal what is no news to the user of a command.
 
-    That is transformers' notices about optional packages, and bars for reading a few files.
+    That is notices about optional packages and unusual parts, and bars for reading a few files.
     """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
+    diffusers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
 

@@ -148,9 +148,13 @@ def component_scores(features: np.ndarray, names: list[str], *, seed: int) -> li
     for size in sorted({min(size, most) for size in NUM_COMPONENTS}):
         for shape, options in SHAPES.items():
             ica = FastICA(whiten="unit-variance", max_iter=300, tol=1e-3, random_state=seed, **options)
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), np.errstate(all="ignore"):
                 warnings.simplefilter("ignore", ConvergenceWarning)  # what does not settle will not be stable
-                ica.fit(fitted[:, :size])
+                warnings.simplefilter("ignore", RuntimeWarning)
+                try:
+                    ica.fit(fitted[:, :size])
+                except ValueError:  # no direction of this shape is left: its update is 0 / 0
+                    continue
             projected = ica.transform(whitened[:, :size]).reshape(n, draws, -1)
             for component in range(projected.shape[2]):
                 values = projected[:, :, component].T

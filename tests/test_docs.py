@@ -1,0 +1,38 @@
+"""What the documents say is what was measured, and what they tell people to type exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from invdiff.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_figures_are_those_of_the_results():
+    check = [sys.executable, str(ROOT / "scripts" / "update_figures.py"), "--check"]
+    finished = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_exist(page):
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_in_commands_exist(page):
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^invdiff ([a-z]+)(?: (train))?(.*)$", text, flags=re.MULTILINE)
+    for command, sub, rest in commands:
+        arguments = [command, sub] if command == "annotator" else [command]
+        shown = CliRunner().invoke(app, [*arguments, "--help"], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0, command
+        for option in re.findall(r"--[a-z-]+", rest.split("#")[0]):
+            assert option in shown.output, f"{command} {option}"
