@@ -1,7 +1,7 @@
 """Write the measured figures of benchmarks/results/ into README.md and docs/benchmarks.md.
 
-    python scripts/update_figures.py          # rewrite what stands between the markers
-    python scripts/update_figures.py --check  # exit 1 if anything would change
+python scripts/update_figures.py          # rewrite what stands between the markers
+python scripts/update_figures.py --check  # exit 1 if anything would change
 """
 
 import json
@@ -28,9 +28,7 @@ def bias_table() -> str:
     head = "| | " + " | ".join(f"CFG {float(scale):g}" for scale in scales) + " | bird right | Fréchet |"
     rows = [head, "|---" * (len(scales) + 3) + "|"]
     for model in ("base", "balanced", "invariant"):
-        cells = [
-            f"{m['bias']:.2f} ({m['bias_ci'][0]:.2f} to {m['bias_ci'][1]:.2f})" for m in measured[model].values()
-        ]
+        cells = [f"{m['bias']:.2f} ({m['bias_ci'][0]:.2f} to {m['bias_ci'][1]:.2f})" for m in measured[model].values()]
         accuracy = " / ".join(f"{m['accuracy']:.3f}" for m in measured[model].values())
         frechet = " / ".join(f"{m['frechet']:.1f}" for m in measured[model].values())
         rows.append(f"| {model} | " + " | ".join(cells) + f" | {accuracy} | {frechet} |")
