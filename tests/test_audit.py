@@ -220,3 +220,16 @@ def test_another_model_is_measured_afresh(tiny_pipe, tmp_path):
     second = audit(tiny_pipe, data, config=CONFIG, cache_dir=tmp_path, progress=False)
     assert first.settings["denoiser_fingerprint"] != second.settings["denoiser_fingerprint"]
     assert not torch.equal(first.scores, second.scores)
+
+
+def test_captions_that_only_ever_say_the_usual_are_set_apart_too():
+    """Under neither prompt does the rare group come with "on"; both prompts together show that it is no luck."""
+    caption_ids = np.repeat([0, 1, 2, 3], [500, 90, 500, 90])
+    minority = np.zeros(1180, dtype=bool)
+    minority[:30] = minority[590:620] = True
+    captions = ["a landbird", "a landbird on land", "a waterbird", "a waterbird on water"]
+    evidence = made_up_evidence(minority, contrast=8, features=0)
+    data = made_up_data(captions, caption_ids)
+    found = infer(data, evidence, np.array([0, 0, 1, 1]), AuditConfig(), progress=False)
+    assert [prompt.captions for prompt in found.prompts if prompt.found] == [["a landbird"], ["a waterbird"]]
+    assert all("on" in prompt.reason for prompt in found.prompts if not prompt.found)

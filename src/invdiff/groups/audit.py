@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -228,18 +228,44 @@ class _Columns:
         return weights[:, linear_sum_assignment(-self.reference @ offsets.T)[1]]
 
 
-def _words_that_state_groups(data: EncodedImages, groups: dict[int, tuple[np.ndarray, np.ndarray]]) -> dict[str, int]:
-    """Return words that tell the group under any prompt, and the group they tell.
+@dataclass(frozen=True)
+class _TellingWords:
+    """Words in captions that state what would otherwise be hidden."""
+
+    group_of: dict[str, int]
+    """Words that tell a group, the same under every prompt: "water"."""
+    certain: set[str]
+    """Words under which the rare group of a prompt never occurs: "on", in captions that say the usual."""
+
+    def told(self, caption: str, usual: int) -> int:
+        """Return the group that `caption` states under a prompt whose frequent group is `usual`; -1 for none."""
+        group = told_group(caption, self.group_of)
+        if group >= 0:
+            return group
+        return usual if told_group(caption, dict.fromkeys(self.certain, usual)) >= 0 else -1
+
+
+def _words_that_state_groups(data: EncodedImages, groups: dict[int, tuple[np.ndarray, np.ndarray]]) -> _TellingWords:
+    """Return words that tell the group.
 
     "on land" says little more under a prompt whose images are on land anyway, but under the other prompt it says
-    all: since columns mean the same under every prompt, a word found under one holds for all.
+    all: since columns mean the same under every prompt, a word found under one holds for all. And where captions
+    only ever say the usual, all prompts together show that the rare group never comes with them.
     """
     caption_ids = data.caption_ids.numpy()
     told: dict[str, set[int]] = {}
+    rare, used = [np.empty(0, dtype=int)], [np.empty(0, dtype=int)]
     for rows, weights in groups.values():
-        for word, group in telling_words(data.captions, caption_ids[rows], weights.argmax(axis=1)).items():
+        labels = weights.argmax(axis=1)
+        for word, group in telling_words(data.captions, caption_ids[rows], labels).items():
             told.setdefault(word, set()).add(group)
-    return {word: group for word, (group, *others) in told.items() if not others}
+        rare.append((labels == weights.sum(axis=0).argmin()).astype(int))
+        used.append(caption_ids[rows])
+    pooled = telling_words(data.captions, np.concatenate(used), np.concatenate(rare), certainty=0.99)
+    return _TellingWords(
+        group_of={word: group for word, (group, *others) in told.items() if not others},
+        certain={word for word, is_rare in pooled.items() if not is_rare},
+    )
 
 
 class _Draft:
@@ -263,11 +289,12 @@ class _Draft:
         weights: np.ndarray,
         split: Split,
         candidates: list[Candidate],
-        words: dict[str, int],
+        words: _TellingWords,
     ) -> None:
         """Take in images with hidden groups, but set apart those whose caption states the group."""
         labels = weights.argmax(axis=1)
-        told = np.array([told_group(caption, words) for caption in self.data.captions])[self.caption_ids[rows]]
+        usual = int(weights.sum(axis=0).argmax())
+        told = np.array([words.told(caption, usual) for caption in self.data.captions])[self.caption_ids[rows]]
         hidden = told < 0
         kept = rows[hidden]
         self.weights[kept] = weights[hidden]
@@ -283,8 +310,10 @@ class _Draft:
             candidates=candidates,
         )
         for group in np.unique(told[~hidden]):
-            telling = sorted(word for word, its_group in words.items() if its_group == group)
-            reason = f"its captions state the group (words: {', '.join(telling)})"
+            telling = {word for word, its_group in words.group_of.items() if its_group == group}
+            if group == usual:
+                telling |= words.certain
+            reason = f"its captions state the group (words: {', '.join(sorted(telling))})"
             self._append(rows[told == group], found=False, reason=reason)
 
     def _append(self, rows: np.ndarray, **figures: Any) -> None:

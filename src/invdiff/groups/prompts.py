@@ -71,7 +71,12 @@ def caption_distances(denoiser: Denoiser, data: EncodedImages, *, seed: int) -> 
 
 
 def telling_words(
-    captions: list[str], caption_ids: np.ndarray, labels: np.ndarray, *, level: float = 0.001
+    captions: list[str],
+    caption_ids: np.ndarray,
+    labels: np.ndarray,
+    *,
+    level: float = 0.001,
+    certainty: float = 0.95,
 ) -> dict[str, int]:
     """Return the words whose presence in a caption tells the group of its image, and that group.
 
@@ -84,6 +89,7 @@ def telling_words(
         caption_ids: (n,) the caption of each image.
         labels: (n,) the group of each image.
         level: False discovery rate.
+        certainty: Least share of a word's images that must be of the group it tells.
     """
     words_of = [set(re.findall(r"\w+", caption.lower())) for caption in captions]
     words = sorted(set().union(*words_of))
@@ -99,7 +105,7 @@ def telling_words(
                 [(inside == group).sum(), (inside != group).sum()],
                 [(outside == group).sum(), (outside != group).sum()],
             ]
-            if table[0][0] >= 0.95 * len(inside):
+            if table[0][0] >= certainty * len(inside):
                 tests.append((word, int(group), float(fisher_exact(table, alternative="greater").pvalue)))
     if not tests:
         return {}
