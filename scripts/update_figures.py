@@ -30,7 +30,7 @@ def bias_table() -> str:
     for model in ("base", "balanced", "invariant"):
         cells = [f"{m['bias']:.2f} ({m['bias_ci'][0]:.2f} to {m['bias_ci'][1]:.2f})" for m in measured[model].values()]
         accuracy = " / ".join(f"{m['accuracy']:.3f}" for m in measured[model].values())
-        frechet = " / ".join(f"{m['frechet']:.1f}" for m in measured[model].values())
+        frechet = " / ".join(f"{m['frechet']:.2f}" for m in measured[model].values())
         rows.append(f"| {model} | " + " | ".join(cells) + f" | {accuracy} | {frechet} |")
     note = (
         f"Bias of the background at each guidance scale (CFG), with 95% intervals: 0 is balanced, 1 is always the "
