@@ -137,10 +137,10 @@ def test_an_audit_of_other_images_is_refused():
     data = made_up_data(["a bird"], np.zeros(600, dtype=int))
     evidence = made_up_evidence(np.arange(600) >= 570, contrast=8, features=0)
     found = infer(data, evidence, ONE_PROMPT, AuditConfig(), progress=False)
-    found = replace(found, settings={"data_fingerprint": "data"})
-    found.check_matches(data)
+    found = replace(found, settings={"data_fingerprint": "data", "denoiser_fingerprint": "model"})
+    found.check_matches(data, "model")
     with pytest.raises(AuditError, match="Expected the images that were audited"):
-        found.check_matches(replace(data, data_fingerprint="other"))
+        found.check_matches(replace(data, data_fingerprint="other"), "model")
 
 
 def test_a_folder_that_is_no_audit_is_refused(tmp_path):
@@ -200,9 +200,12 @@ def test_another_solver_reuses_the_measurements(tiny_pipe, tiny_folder, tmp_path
 
 
 def test_the_loss_under_other_captions_is_measured_where_asked(tiny_pipe, tiny_folder, tmp_path):
-    config = replace(CONFIG, other_captions=("a photo of a landbird on water",))
+    plain_config = replace(CONFIG, solver="auto")
+    config = replace(plain_config, other_captions=("a photo of a landbird on water",))
     found = audit(tiny_pipe, load_captioned_images(tiny_folder), config=config, cache_dir=tmp_path, progress=False)
-    plain = audit(tiny_pipe, load_captioned_images(tiny_folder), config=CONFIG, cache_dir=tmp_path, progress=False)
+    plain = audit(
+        tiny_pipe, load_captioned_images(tiny_folder), config=plain_config, cache_dir=tmp_path, progress=False
+    )
     assert found.forwards_per_image == plain.forwards_per_image + CONFIG.contrast_draws
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from invdiff.errors import ConfigError, DataError
+from invdiff.errors import ConfigError, DataError, TrainingError
 from invdiff.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from invdiff.training.optimization import Precision, moving_average
 
@@ -41,6 +41,15 @@ def test_a_state_comes_back_whole_and_goes_on_alike(tmp_path):
     expected = state.tensors()
     assert restored.tensors().keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in restored.tensors().items())
+
+
+def test_weights_that_are_not_finite_are_refused_and_the_checkpoint_before_is_kept(tmp_path):
+    state = checkpointed(tmp_path)
+    with torch.no_grad():
+        state.model.bias[0] = float("nan")
+    with pytest.raises(TrainingError, match="Expected finite weights, got others after step 3"):
+        save_checkpoint(tmp_path, 3, state, SETTINGS)
+    assert load_checkpoint(tmp_path, make_state(seed=1), SETTINGS) == 2
 
 
 def test_fp16_is_refused_on_a_cpu():

@@ -64,7 +64,7 @@ def test_a_wrong_type_is_refused_with_what_was_expected(config_class, values, me
         (TrainConfig, "width", 12, "0 or a multiple of 8"),
         (TrainConfig, "caption_dropout", 1.0, "at least 0 and below 1"),
         (AuditConfig, "num_groups", 1, "0 or at least 2"),
-        (AuditConfig, "min_share", 0.5, "at least 0 and below 0.5"),
+        (AuditConfig, "min_share", 0.5, "at least 0 and at most 1 / 3 groups"),
         (AuditConfig, "contrast_levels", (), "at least one level"),
         (AuditConfig, "feature_levels", (1.0,), "levels from 0 to below 1"),
         (AuditConfig, "contrast_draws", 1, "at least 2 for solver auto"),

@@ -3,12 +3,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import make_tiny_pipeline
 from invdiff.config import TrainConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import as_encoded
-from invdiff.errors import AuditError, ConfigError
+from invdiff.denoiser import denoiser_fingerprint
+from invdiff.errors import AuditError, ConfigError, TrainingError
 from invdiff.groups.result import Audit, PromptAudit
 from invdiff.training import train as train_module
 from invdiff.training.train import carry_over, train
@@ -46,7 +48,12 @@ def data(tiny_folder, tmp_path_factory):
 def found(data):
     """Two prompts, the last image of each in the rare group."""
     labels = [0] * 10 + [1, 1]
-    return make_audit(data.names, labels, prompt_ids=data.caption_ids, data_fingerprint=data.data_fingerprint)
+    return make_audit(data.names, labels, prompt_ids=data.caption_ids, **made_of(data, make_tiny_pipeline()))
+
+
+def made_of(data, pipe):
+    """What an audit records of the images and the model that it is of."""
+    return {"data_fingerprint": data.data_fingerprint, "denoiser_fingerprint": denoiser_fingerprint(pipe)}
 
 
 def run(pipe, data, audit, folder, config=CONFIG, **changes):
@@ -177,18 +184,46 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(
 
 def test_another_model_in_the_same_folder_is_refused(tiny_pipe, data, found, tmp_path):
     run(tiny_pipe, data, found, tmp_path / "m")
+    other = make_tiny_pipeline(seed=1)
     with pytest.raises(ConfigError, match="got others: model was"):
+        run(other, data, replace(found, settings=made_of(data, other)), tmp_path / "m")
+
+
+def test_an_audit_of_another_model_is_refused(tiny_pipe, data, found, tmp_path):
+    with pytest.raises(AuditError, match="Expected the denoiser that was audited"):
         run(make_tiny_pipeline(seed=1), data, found, tmp_path / "m")
 
 
+def test_a_model_with_another_noise_schedule_is_another_model(tiny_pipe, data, found, tmp_path):
+    tiny_pipe.scheduler = type(tiny_pipe.scheduler).from_config(tiny_pipe.scheduler.config, beta_end=0.02)
+    with pytest.raises(AuditError, match="Expected the denoiser that was audited"):
+        run(tiny_pipe, data, found, tmp_path / "m")
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_checkpoint(
+    tiny_pipe, data, found, tmp_path, monkeypatch
+):
+    original, calls = train_module.per_sample_loss, []
+
+    def broken_from_the_fourth(*arguments):
+        calls.append(None)
+        return original(*arguments) * (float("nan") if len(calls) >= 4 else 1.0)
+
+    monkeypatch.setattr(train_module, "per_sample_loss", broken_from_the_fourth)
+    with pytest.raises(TrainingError, match=r"Expected a finite loss, got nan at step 4\. Lower learning_rate"):
+        run(tiny_pipe, data, found, tmp_path / "m")
+    kept = load_file(tmp_path / "m" / ".work" / "round-0" / "step-2" / "state.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+
+
 def test_an_audit_that_found_nothing_is_refused(tiny_pipe, data, tmp_path):
-    nothing = make_audit(data.names, [0] * 12, found=False, data_fingerprint=data.data_fingerprint)
+    nothing = make_audit(data.names, [0] * 12, found=False, **made_of(data, tiny_pipe))
     with pytest.raises(AuditError, match="nothing to balance"):
         run(tiny_pipe, data, nothing, tmp_path / "m")
 
 
 def test_an_audit_of_other_data_is_refused(tiny_pipe, data, found, tmp_path):
-    other = replace(found, settings={"data_fingerprint": "other"})
+    other = replace(found, settings={**found.settings, "data_fingerprint": "other"})
     with pytest.raises(AuditError, match="Expected the images that were audited"):
         run(tiny_pipe, data, other, tmp_path / "m")
 
@@ -221,6 +256,7 @@ def test_the_log_has_the_loss_of_each_group_of_each_prompt(tiny_pipe, data, foun
 def test_a_16_bit_pipeline_can_be_trained_beside(tiny_pipe, data, found, tmp_path):
     tiny_pipe.to(torch.bfloat16)
     data = replace(data, prompt_embeds=data.prompt_embeds.bfloat16(), null_embeds=data.null_embeds.bfloat16())
+    found = replace(found, settings=made_of(data, tiny_pipe))
     module = run(tiny_pipe, data, found, tmp_path / "m", steps=1)
     assert module.dtype == torch.float32
 

@@ -286,8 +286,8 @@ class AuditConfig(Config):
     """How hidden groups are looked for (the max phase of the game)."""
 
     solver: Literal["auto", "exact", "gradient"] = "auto"
-    """`auto` weighs all evidence and may find nothing. `exact` and `gradient` always cut each prompt's
-    images by the contrast of losses: by dynamic programming, or by the paper's gradient ascent."""
+    """`auto` weighs all evidence and may find nothing. The others always cut each prompt's images: `exact` by
+    the contrast of losses, with dynamic programming; `gradient` by the denoising loss, as the paper does."""
     num_groups: int = 0
     """E, groups per prompt; 0 lets `auto` choose up to `max_groups`, and means 2 for the other solvers."""
     max_groups: int = 3
@@ -297,17 +297,20 @@ class AuditConfig(Config):
     omega: float = 0.5
     """The dispersion degree of the `gradient` solver: the larger, the more equal the groups."""
     contrast_levels: tuple[float, ...] = (0.95,)
-    """Noise levels, as shares of the schedule, at which caption and null caption are compared."""
+    """Noise levels, as shares of the schedule, at which caption and null caption are compared. `exact` and
+    `gradient` take one: the sign of the contrast changes with the level."""
     contrast_draws: int = 2
     """Independent noises per level; with fewer than two, stability cannot be judged."""
     feature_levels: tuple[float, ...] = (0.05, 0.15)
-    """Noise levels at which the denoiser's middle features are read, under the null caption."""
+    """Noise levels at which the denoiser's middle features are read, under the null caption; at least two, since
+    each judges the other. They also tell which groups of different prompts are alike."""
     other_captions: tuple[str, ...] = ()
-    """Further captions whose losses are compared with the null caption's, at the same noise."""
+    """`auto`: further captions whose losses are compared with the caption's own, at the same noise."""
     vision_encoder: str = ""
-    """A transformers vision model, by folder or hub id, whose features are weighed too (CLIP, DINOv2)."""
-    caption_threshold: float = 0.25
-    """Captions whose predictions differ by less than this share of a typical difference are one prompt."""
+    """`auto`: a transformers vision model (CLIP, DINOv2), by folder or hub id, whose features are weighed too."""
+    caption_threshold: float = 0.05
+    """Captions are one prompt where swapping them moves the model's prediction by less than this share of its own
+    squared error."""
     min_images: int = 50
     """Prompts with fewer images are left undecided."""
     min_stability: float = 0.8
@@ -325,14 +328,22 @@ class AuditConfig(Config):
         """Check ranges."""
         self.require("num_groups", self.num_groups == 0 or self.num_groups >= 2, "0 or at least 2")
         self.require("max_groups", self.max_groups >= 2, "at least 2")
-        self.require("min_share", 0 <= self.min_share < 0.5, "at least 0 and below 0.5")
+        most = max(self.num_groups or (self.max_groups if self.solver == "auto" else 2), 2)
+        self.require("min_share", 0 <= self.min_share <= 1 / most, f"at least 0 and at most 1 / {most} groups")
         self.require("contrast_levels", len(self.contrast_levels) > 0, "at least one level")
         for name in ("contrast_levels", "feature_levels"):
             self.require(name, all(0 <= level < 1 for level in getattr(self, name)), "levels from 0 to below 1")
         for name in ("contrast_draws", "batch_size", "min_images"):
             self.require(name, getattr(self, name) >= 1, "at least 1")
         self.require("omega", self.omega >= 0, "at least 0")
-        self.require("contrast_draws", self.solver != "auto" or self.contrast_draws >= 2, "at least 2 for solver auto")
+        self.require("feature_levels", len(self.feature_levels) >= 2, "at least two levels")
+        if self.solver == "auto":
+            self.require("contrast_draws", self.contrast_draws >= 2, "at least 2 for solver auto")
+        else:
+            expected = f"nothing with solver {self.solver!r}, which does not read it"
+            self.require("other_captions", not self.other_captions, expected)
+            self.require("vision_encoder", not self.vision_encoder, expected)
+            self.require("contrast_levels", len(self.contrast_levels) == 1, f"one level for solver {self.solver!r}")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 
 from .diffusion import NoiseSchedule
 from .features import FeatureCapture
-from .files import fingerprint
+from .files import fingerprint, weights_digest
 from .pipelines import denoiser_of
 
 
@@ -26,13 +26,8 @@ class Denoiser(Protocol):
 
 
 def denoiser_fingerprint(pipe: Any) -> str:
-    """Return 16 hex digits that name a denoiser by all its weights."""
-    parts: list[str | bytes] = []
-    for name, value in sorted(denoiser_of(pipe).state_dict().items()):
-        flat = value.detach().flatten().float()
-        # Sums in double precision: any changed weight changes them, and no copy of a large model is made.
-        parts += [name, repr((flat.double().sum().item(), flat.double().square().sum().item()))]
-    return fingerprint(*parts)
+    """Return 16 hex digits that name a denoiser by all its weights and by the noise it was trained with."""
+    return fingerprint(weights_digest(denoiser_of(pipe)), NoiseSchedule(pipe.scheduler).key)
 
 
 class FrozenDenoiser:

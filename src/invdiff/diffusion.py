@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ class NoiseSchedule:
     Attributes:
         prediction_type: `"epsilon"`, `"v_prediction"` or `"sample"`.
         num_train_timesteps: The number of noise levels; timesteps run from 0 to this, exclusive.
+        key: What tells this schedule from others.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -42,6 +44,7 @@ class NoiseSchedule:
         options = shared | {"prediction_type": self.prediction_type, "rescale_betas_zero_snr": rescaled}
         self._process: Any = DDPMScheduler.from_config(options)
         self.num_train_timesteps: int = self._process.config["num_train_timesteps"]
+        self.key = json.dumps(options, sort_keys=True, default=repr)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Return z_t for latents and noise (B, C, H, W) and integer timesteps (B,)."""

@@ -19,6 +19,10 @@ class AuditError(InvDiffError):
     """Groups cannot be inferred, or an audit does not belong to the data it is used with."""
 
 
+class TrainingError(InvDiffError):
+    """Training diverged."""
+
+
 class ConfigError(InvDiffError):
     """A setting is outside its range, or a configuration file cannot be read."""
 

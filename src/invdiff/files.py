@@ -116,6 +116,22 @@ def fingerprint(*parts: str | bytes) -> str:
     return digest.hexdigest()[:16]
 
 
+def weights_digest(module: torch.nn.Module) -> str:
+    """Return 16 hex digits that name all weights of a module, their names, types and shapes.
+
+    Weights that are offloaded to nowhere (sequential offload) count by name and shape only.
+    """
+    import torch
+
+    parts: list[str] = []
+    for name, tensor in sorted(module.state_dict().items()):
+        parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
+        if not tensor.is_meta:
+            raw = tensor.detach().cpu().contiguous().flatten()
+            parts.append(hashlib.sha256(raw.view(torch.uint8).numpy()).hexdigest())
+    return fingerprint(*parts)
+
+
 def default_cache_dir() -> Path:
     """Return where latents and measurements are kept: `$INVDIFF_CACHE`, or `~/.cache/invdiff`."""
     return Path(os.environ.get("INVDIFF_CACHE") or Path.home() / ".cache" / "invdiff")

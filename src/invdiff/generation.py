@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .config import GenerateConfig
 from .errors import ConfigError, ModelError
-from .files import fingerprint, read_json, save_image, write_json, write_text
+from .files import fingerprint, read_json, save_image, weights_digest, write_json, write_text
 from .guidance.attach import Attachment, attach, check_fit, mix_for
 from .guidance.environments import EnvironmentMix, Environments
 from .guidance.module import GuidanceModule
@@ -209,31 +209,20 @@ def _settings(
 ) -> dict[str, Any]:
     """Return all that the images depend on, as flat JSON."""
     scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
-    networks = {k: v for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)}
-    weights = fingerprint(*(name + _weights_key(network) for name, network in sorted(networks.items())))
+    networks: dict[str, Any] = {k: v for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)}
+    weights = fingerprint(*(name + weights_digest(network) for name, network in sorted(networks.items())))
     targets: Any = None
     if mix is not None:
         targets = [row.tolist() for row in mix.proportions] if mix.given is None else mix.given.tolist()
     return {
         "prompts": list(prompts),
         **config.to_dict(),
-        "module": None if module is None else _weights_key(module),
+        "module": None if module is None else weights_digest(cast(torch.nn.Module, module)),
         "environments": targets,
         "model": f"{type(pipe).__name__} {weights}",
         "scheduler": f"{type(pipe.scheduler).__name__} "
         + fingerprint(json.dumps(scheduler, sort_keys=True, default=str)),
     }
-
-
-def _weights_key(network: Any) -> str:
-    """Return a digest of all weights; those that are offloaded count by name and shape."""
-    parts: list[str] = []
-    for name, tensor in sorted(network.state_dict().items()):
-        parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
-        if not tensor.is_meta:
-            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            parts.append(fingerprint(raw.numpy().tobytes()))
-    return fingerprint(*parts)
 
 
 def _open_folder(output_dir: Path, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> None:

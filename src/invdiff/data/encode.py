@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ConfigError, DataError, ModelError
-from ..files import default_cache_dir, fingerprint, read_tensors, write_json, write_tensors
+from ..files import default_cache_dir, fingerprint, read_tensors, weights_digest, write_json, write_tensors
 from ..pipelines import denoiser_of
 from ..progress import progress_bar
 from .captioned import CaptionedImages, UnreadableImage
@@ -204,7 +203,9 @@ def model_fingerprint(pipe: DiffusionPipeline) -> str:
             ]
         elif isinstance(component, torch.nn.Module) and name.startswith(("vae", "text_encoder")):
             parts += [name, json.dumps(_config_of(component), sort_keys=True, default=str)]
-            parts += _digests(name, component)
+            if any(weight.is_meta for weight in component.parameters()):
+                raise ModelError(f"Expected the weights of {name} in memory, found them offloaded. Encode before.")
+            parts.append(weights_digest(component))
     return fingerprint(*parts)
 
 
@@ -372,14 +373,6 @@ def _config_of(component: torch.nn.Module) -> dict[str, Any]:
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     where_it_came_from = ("transformers_version", "dtype", "torch_dtype")
     return {k: v for k, v in values.items() if not k.startswith("_") and k not in where_it_came_from}
-
-
-def _digests(name: str, module: torch.nn.Module) -> Iterator[str]:
-    for key, tensor in sorted(module.state_dict().items()):
-        if tensor.is_meta:
-            raise ModelError(f"Expected the weights of {name} in memory, found them offloaded. Encode before.")
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        yield f"{key} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(raw.numpy()).hexdigest()}"
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from ..config import AuditConfig
 from ..data.captioned import CaptionedImages
@@ -17,9 +16,9 @@ from ..denoiser import Denoiser, FrozenDenoiser
 from ..errors import ConfigError
 from ..files import default_cache_dir
 from ..progress import progress_bar
+from .alignment import Columns, TellingWords, rarest, words_that_state_groups
 from .auto import Score, Split, component_scores, consider
-from .inference import gradient_groups, one_hot
-from .prompts import group_captions, telling_words, told_group
+from .prompts import group_captions
 from .result import Audit, Candidate, PromptAudit
 from .scores import Evidence, collect_evidence
 from .vision import encode_vision
@@ -46,7 +45,8 @@ def audit(
         config: Solver, evidence, thresholds.
         cache_dir: Where latents and measurements are kept; a stopped run goes on from there, and another
             solver reuses them. `default_cache_dir()` unless given.
-        denoiser: Audit this instead of the pipeline's own denoiser, for example a guided one.
+        denoiser: Audit this instead of the pipeline's own denoiser, for example a guided one. Only contrasts are
+            weighed then: the frozen features do not change with guidance.
         progress: Show a progress bar.
 
     Raises:
@@ -76,7 +76,15 @@ def audit(
             progress=progress,
         )
         prompt_of, spent = group_captions(used, data, threshold=config.caption_threshold, seed=config.seed)
-    result = infer(data, evidence, prompt_of, config, vision_features=vision_features, progress=progress)
+    result = infer(
+        data,
+        evidence,
+        prompt_of,
+        config,
+        vision_features=vision_features,
+        contrast_only=denoiser is not None,
+        progress=progress,
+    )
     settings = config.to_dict() | {
         "model_fingerprint": data.model_fingerprint,
         "denoiser_fingerprint": used.fingerprint,
@@ -93,6 +101,7 @@ def infer(
     config: AuditConfig,
     *,
     vision_features: torch.Tensor | None = None,
+    contrast_only: bool = False,
     progress: bool = True,
 ) -> Audit:
     """Turn evidence into groups; no denoiser is run.
@@ -103,58 +112,59 @@ def infer(
         prompt_of: The prompt of each different caption, from `group_captions`.
         config: Solver and thresholds.
         vision_features: (N, views, D) or None.
+        contrast_only: Weigh no features: those of the frozen model do not change with guidance.
         progress: Show a progress bar.
     """
     caption_ids = data.caption_ids.numpy()
     members = {p: np.flatnonzero(prompt_of[caption_ids] == p) for p in np.unique(prompt_of)}
+    by_size = sorted(members.items(), key=lambda item: -len(item[1]))
     splits: dict[int, list[Split]] = {}
     with progress_bar("weighing evidence", len(members), enabled=progress) as bar:
-        for prompt, rows in members.items():
+        for prompt, rows in by_size:
             large_enough = len(rows) >= max(config.min_images, 4)
-            scores = _scores(evidence, vision_features, rows, config) if large_enough else []
-            splits[prompt] = _splits(scores, config)
+            scores = _scores(evidence, vision_features, rows, config, contrast_only) if large_enough else []
+            splits[prompt] = _splits([score for score in scores if np.ptp(score.mean) > 0], config)
             bar.advance()
-    num_groups = _common_number_of_groups(splits, config)
 
-    by_size = sorted(members.items(), key=lambda item: -len(item[1]))
-    columns = _Columns(evidence)
+    found = [prompt for prompt, _ in by_size if _is_found(splits[prompt], config)]
+    num_groups = _common_number_of_groups([splits[prompt] for prompt in found], config)
+    deciding = {prompt: _deciding(splits[prompt], num_groups, config) for prompt in found}
+    columns = Columns(evidence)
     groups = {
-        prompt: columns.align(rows, _weights(split, num_groups, config))
-        for prompt, rows in by_size
-        if (split := _deciding(splits[prompt], num_groups, config)) is not None
+        prompt: columns.align(members[prompt], _widened(split.weights, num_groups))
+        for prompt, split in deciding.items()
     }
-    words = _words_that_state_groups(data, {prompt: (members[prompt], w) for prompt, w in groups.items()})
+    words = words_that_state_groups(data, {prompt: (members[prompt], w) for prompt, w in groups.items()})
 
     draft = _Draft(data, num_groups)
     for prompt, rows in by_size:
+        candidates = [split.candidate for split in splits[prompt]]
         if prompt in groups:
-            split = _deciding(splits[prompt], num_groups, config)
-            assert split is not None
-            draft.add_found(rows, groups[prompt], split, [s.candidate for s in splits[prompt]], words)
+            draft.add_found(rows, groups[prompt], deciding[prompt], candidates, words)
         else:
-            draft.add(rows, _reason(rows, splits[prompt], config), [s.candidate for s in splits[prompt]])
+            draft.add(rows, _reason(rows, splits[prompt], config), candidates)
     return draft.audit()
 
 
 def _scores(
-    evidence: Evidence, vision_features: torch.Tensor | None, rows: np.ndarray, config: AuditConfig
+    evidence: Evidence,
+    vision_features: torch.Tensor | None,
+    rows: np.ndarray,
+    config: AuditConfig,
+    contrast_only: bool,
 ) -> list[Score]:
     """Return every one-dimensional score of these images, each under independent noises."""
-    contrast = evidence.contrast[rows].double().numpy()
-    scores = [
-        Score(f"contrast at {level:g}", contrast[:, index].T) for index, level in enumerate(config.contrast_levels)
-    ]
-    if config.solver != "auto":
-        return [Score("contrast", contrast.reshape(len(rows), -1).T)]
-    losses = evidence.losses[rows].double().numpy()
-    for number, caption in enumerate(config.other_captions, start=2):
-        scores += [
-            Score(
-                f"contrast with {caption!r} at {level:g}",
-                (losses[:, index, :, 0] - losses[:, index, :, number]).T,
-            )
-            for index, level in enumerate(config.contrast_levels)
-        ]
+    losses = evidence.losses[rows].double().numpy()  # (n, levels, draws, conditions)
+    if config.solver == "gradient":
+        return [Score(f"loss at {config.contrast_levels[0]:g}", losses[:, 0, :, 0].T)]
+    scores = []
+    others = [(1, "contrast")]
+    others += [(k, f"contrast with {caption!r}") for k, caption in enumerate(config.other_captions, start=2)]
+    for condition, name in others:
+        for index, level in enumerate(config.contrast_levels):
+            scores.append(Score(f"{name} at {level:g}", (losses[:, index, :, 0] - losses[:, index, :, condition]).T))
+    if config.solver == "exact" or contrast_only:
+        return scores
     names = [f"{level:g}" for level in config.feature_levels]
     scores += component_scores(evidence.features[rows].double().numpy(), names, seed=config.seed)
     if vision_features is not None:
@@ -164,108 +174,51 @@ def _scores(
 
 
 def _splits(scores: list[Score], config: AuditConfig) -> list[Split]:
+    """Return ways to split one prompt's images, best first."""
     if config.solver == "auto":
         sizes = [config.num_groups] if config.num_groups else range(2, config.max_groups + 1)
         splits = [consider(score, size, config) for score in scores for size in sizes]
         return sorted(splits, key=lambda split: (-split.candidate.accepted, -split.merit))
-    size = config.num_groups or 2
-    return [consider(score, size, config) for score in scores]
+    return [consider(score, config.num_groups or 2, config) for score in scores]
 
 
-def _common_number_of_groups(splits: dict[int, list[Split]], config: AuditConfig) -> int:
-    """Return the E that the accepted splits favour, summed over prompts; the environments are shared."""
-    if config.num_groups or config.solver != "auto":
+def _is_found(splits: list[Split], config: AuditConfig) -> bool:
+    return bool(splits) and (config.solver != "auto" or splits[0].candidate.accepted)
+
+
+def _common_number_of_groups(found: list[list[Split]], config: AuditConfig) -> int:
+    """Return the E that serves most prompts, and of these the one of most merit: environments are shared."""
+    if config.num_groups or config.solver != "auto" or not found:
         return config.num_groups or 2
-    merit: dict[int, float] = {}
-    for candidates in splits.values():
+    served: dict[int, list[float]] = {}
+    for splits in found:
         best: dict[int, float] = {}
-        for split in candidates:
+        for split in splits:
             if split.candidate.accepted:
                 size = split.candidate.num_groups
                 best[size] = max(best.get(size, 0.0), split.merit)
-        for size, value in best.items():
-            merit[size] = merit.get(size, 0.0) + value
-    return max(merit, key=lambda size: (merit[size], -size)) if merit else 2
+        for size, merit in best.items():
+            served.setdefault(size, []).append(merit)
+    return max(served, key=lambda size: (len(served[size]), sum(served[size]), -size))
 
 
-def _deciding(splits: list[Split], num_groups: int, config: AuditConfig) -> Split | None:
-    """Return the split that decides a prompt, None where nothing is hidden."""
-    usable = [split for split in splits if split.candidate.num_groups == num_groups]
-    if not usable or (config.solver == "auto" and not usable[0].candidate.accepted):
-        return None
-    return usable[0]
+def _deciding(splits: list[Split], num_groups: int, config: AuditConfig) -> Split:
+    """Return the split that decides a prompt where something is hidden.
 
-
-def _weights(split: Split, num_groups: int, config: AuditConfig) -> np.ndarray:
-    """Return W of one prompt, (n, E), columns in the order of the score."""
-    if config.solver == "gradient":
-        return gradient_groups(split.score.mean, num_groups, omega=config.omega, seed=config.seed)
-    return one_hot(split.labels, num_groups)
-
-
-class _Columns:
-    """Orders the columns of each prompt's W so that a column means the same under every prompt.
-
-    Groups are compared by where their mean features lie from the prompt's own mean. The first prompt's groups
-    are ordered from most to least frequent, and the others' follow.
+    The best of the common number of groups; where none of that number is accepted, the best of fewer; else the
+    evidence of the best is cut again into the common number, so that what was found is never dropped.
     """
-
-    def __init__(self, evidence: Evidence) -> None:
-        self.features = evidence.features.flatten(1).double().numpy()
-        self.reference: np.ndarray | None = None
-
-    def align(self, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        by_size = np.argsort(-weights.sum(axis=0), kind="stable")
-        if self.features.shape[1] == 0:
-            return weights[:, by_size]
-        features = self.features[rows]
-        means = (weights.T @ features) / np.maximum(weights.sum(axis=0), 1e-12)[:, None]
-        offsets = (means - means.mean(axis=0)) / np.maximum(features.std(axis=0), 1e-12)
-        offsets /= np.maximum(np.linalg.norm(offsets, axis=1, keepdims=True), 1e-12)
-        if self.reference is None:
-            self.reference = offsets[by_size]
-            return weights[:, by_size]
-        return weights[:, linear_sum_assignment(-self.reference @ offsets.T)[1]]
+    usable = [split for split in splits if split.candidate.accepted or config.solver != "auto"]
+    for fits in (lambda size: size == num_groups, lambda size: size < num_groups):
+        for split in usable:
+            if fits(split.candidate.num_groups):
+                return split
+    return consider(usable[0].score, num_groups, config)
 
 
-@dataclass(frozen=True)
-class _TellingWords:
-    """Words in captions that state what would otherwise be hidden."""
-
-    group_of: dict[str, int]
-    """Words that tell a group, the same under every prompt: "water"."""
-    certain: set[str]
-    """Words under which the rare group of a prompt never occurs: "on", in captions that say the usual."""
-
-    def told(self, caption: str, usual: int) -> int:
-        """Return the group that `caption` states under a prompt whose frequent group is `usual`; -1 for none."""
-        group = told_group(caption, self.group_of)
-        if group >= 0:
-            return group
-        return usual if told_group(caption, dict.fromkeys(self.certain, usual)) >= 0 else -1
-
-
-def _words_that_state_groups(data: EncodedImages, groups: dict[int, tuple[np.ndarray, np.ndarray]]) -> _TellingWords:
-    """Return words that tell the group.
-
-    "on land" says little more under a prompt whose images are on land anyway, but under the other prompt it says
-    all: since columns mean the same under every prompt, a word found under one holds for all. And where captions
-    only ever say the usual, all prompts together show that the rare group never comes with them.
-    """
-    caption_ids = data.caption_ids.numpy()
-    told: dict[str, set[int]] = {}
-    rare, used = [np.empty(0, dtype=int)], [np.empty(0, dtype=int)]
-    for rows, weights in groups.values():
-        labels = weights.argmax(axis=1)
-        for word, group in telling_words(data.captions, caption_ids[rows], labels).items():
-            told.setdefault(word, set()).add(group)
-        rare.append((labels == weights.sum(axis=0).argmin()).astype(int))
-        used.append(caption_ids[rows])
-    pooled = telling_words(data.captions, np.concatenate(used), np.concatenate(rare), certainty=0.99)
-    return _TellingWords(
-        group_of={word: group for word, (group, *others) in told.items() if not others},
-        certain={word for word, is_rare in pooled.items() if not is_rare},
-    )
+def _widened(weights: np.ndarray, num_groups: int) -> np.ndarray:
+    """Return W (n, E) with empty columns for the groups that this prompt lacks."""
+    return np.pad(weights, ((0, 0), (0, num_groups - weights.shape[1])))
 
 
 class _Draft:
@@ -289,26 +242,27 @@ class _Draft:
         weights: np.ndarray,
         split: Split,
         candidates: list[Candidate],
-        words: _TellingWords,
+        words: TellingWords,
     ) -> None:
         """Take in images with hidden groups, but set apart those whose caption states the group."""
         labels = weights.argmax(axis=1)
         usual = int(weights.sum(axis=0).argmax())
         told = np.array([words.told(caption, usual) for caption in self.data.captions])[self.caption_ids[rows]]
         hidden = told < 0
-        kept = rows[hidden]
-        self.weights[kept] = weights[hidden]
-        self.scores[kept] = _rarer_high(split.score.mean, labels)[hidden]
-        self._append(
-            kept,
-            found=True,
-            reason=f"split by {split.candidate.evidence}",
-            evidence=split.candidate.evidence,
-            shares=[round(float(share), 4) for share in weights[hidden].mean(axis=0)],
-            stability=split.candidate.stability,
-            separation=split.candidate.separation,
-            candidates=candidates,
-        )
+        if hidden.any():
+            kept = rows[hidden]
+            self.weights[kept] = weights[hidden]
+            self.scores[kept] = _rarer_high(split.score.mean, labels)[hidden]
+            self._append(
+                kept,
+                found=True,
+                reason=f"split by {split.candidate.evidence}",
+                evidence=split.candidate.evidence,
+                shares=[round(float(share), 4) for share in weights[hidden].mean(axis=0)],
+                stability=split.candidate.stability,
+                separation=split.candidate.separation,
+                candidates=candidates,
+            )
         for group in np.unique(told[~hidden]):
             telling = {word for word, its_group in words.group_of.items() if its_group == group}
             if group == usual:
@@ -337,14 +291,15 @@ class _Draft:
 
 def _rarer_high(score: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the score turned so that the rarest group is high."""
-    present = np.unique(labels)
-    rarest = min(present, key=lambda group: (labels == group).sum())
-    return score if score[labels == rarest].mean() >= score.mean() else -score
+    rare = labels == rarest(np.bincount(labels))
+    return score if score[rare].mean() >= score.mean() else -score
 
 
 def _reason(rows: np.ndarray, splits: list[Split], config: AuditConfig) -> str:
-    if not splits:
+    if len(rows) < max(config.min_images, 4):
         return f"too few images to judge ({len(rows)}; at least {config.min_images} are needed)"
+    if not splits:
+        return "no hidden group: nothing that was measured varies between the images"
     return f"no hidden group: {_shortfall(splits[0], config)}"
 
 

@@ -18,7 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
 
 from ..config import AuditConfig
-from .inference import exact_groups
+from .inference import exact_groups, gradient_groups, one_hot
 from .result import Candidate
 
 NUM_COMPONENTS = (4, 8, 12)
@@ -46,8 +46,8 @@ class Split:
     """A candidate and the groups it stands for."""
 
     candidate: Candidate
-    labels: np.ndarray
-    """(n,) groups, rising with the score."""
+    weights: np.ndarray
+    """W of the prompt's images, (n, E), columns rising with the score."""
     score: Score
 
     @property
@@ -57,13 +57,16 @@ class Split:
 
 
 def consider(score: Score, num_groups: int, config: AuditConfig) -> Split:
-    """Cut a score into groups of largest dispersion and judge the cut."""
+    """Cut a score into groups of largest dispersion, by the solver that is asked for, and judge the cut."""
     mean = score.mean
-    labels = exact_groups(mean, num_groups, min_share=config.min_share)
-    shares = np.bincount(labels, minlength=num_groups) / len(labels)
-    halves = [half.mean(axis=0) for half in (score.draws[0::2], score.draws[1::2])]
-    first, second = (exact_groups(half, num_groups, min_share=config.min_share) for half in halves)
-    stability = float(adjusted_rand_score(first, second))
+    weights = _cut(mean, num_groups, config)
+    labels = weights.argmax(axis=1)
+    shares = weights.mean(axis=0)
+    stability = 0.0
+    if len(score.draws) >= 2:
+        halves = [half.mean(axis=0) for half in (score.draws[0::2], score.draws[1::2])]
+        first, second = (_cut(half, num_groups, config).argmax(axis=1) for half in halves)
+        stability = float(adjusted_rand_score(first, second))
     depth = separation(mean, labels)
     balance = shares.min() * num_groups / 2
     accepted = stability >= config.min_stability and depth >= config.min_separation and balance <= config.max_balance
@@ -75,7 +78,14 @@ def consider(score: Score, num_groups: int, config: AuditConfig) -> Split:
         separation=round(depth, 4),
         accepted=bool(accepted),
     )
-    return Split(candidate, labels, score)
+    return Split(candidate, weights, score)
+
+
+def _cut(values: np.ndarray, num_groups: int, config: AuditConfig) -> np.ndarray:
+    """Return W (n, E) of one-dimensional scores, columns rising with the score."""
+    if config.solver == "gradient":
+        return gradient_groups(values, num_groups, omega=config.omega, seed=config.seed)
+    return one_hot(exact_groups(values, num_groups, min_share=config.min_share), num_groups)
 
 
 def separation(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -92,6 +102,8 @@ def separation(scores: np.ndarray, labels: np.ndarray) -> float:
     """
     ordered = np.sort(scores)
     depths = []
+    if len(np.unique(labels)) <= labels.max():
+        return 0.0  # a group is empty
     for group in range(labels.max()):
         cores = [_core(np.sort(scores[labels == side])) for side in (group, group + 1)]
         low_end, high_start = cores[0][1], cores[1][0]
@@ -139,7 +151,10 @@ def component_scores(features: np.ndarray, names: list[str], *, seed: int) -> li
         return []
     centred = features - features.mean(axis=0)
     scale = centred.std(axis=(0, 1))
-    centred = centred / np.where(scale > 0, scale, 1.0)
+    varies = scale > 1e-9 * max(float(np.abs(features).max()), 1e-12)
+    if not varies.any():
+        return []
+    centred, width = centred[:, :, varies] / scale[varies], int(varies.sum())
     most = min(max(NUM_COMPONENTS), width, n)
     pca = PCA(most, whiten=True, random_state=seed).fit(centred.mean(axis=1))
     fitted = pca.transform(centred.mean(axis=1))

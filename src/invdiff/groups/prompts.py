@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
-from scipy.stats import false_discovery_control, fisher_exact
-from sklearn.cluster import KMeans
+from scipy.stats import false_discovery_control, hypergeom
+from sklearn.cluster import MiniBatchKMeans
 
 from ..data.encode import EncodedImages
 from ..denoiser import Denoiser
@@ -17,7 +17,7 @@ from ..seeds import generator
 from .scores import add_noise
 
 MOST_CAPTIONS = 256
-"""With more different captions than this, they are grouped by their embeddings instead."""
+"""With more different captions than this, that many of them stand for the others with similar embeddings."""
 PROBES = 16
 """Noisy images that every caption is tried on."""
 LEVEL = 0.9
@@ -29,10 +29,10 @@ def group_captions(
 ) -> tuple[np.ndarray, float]:
     """Group captions that make the model predict the same.
 
-    Paraphrases are one prompt: each alone may have too few images to judge. Two captions are as far apart as
-    the model's predictions under them, relative to how far apart captions are from each other at large;
-    average linkage joins them up to `threshold`. With more than `MOST_CAPTIONS` different captions,
-    k-means on their mean embeddings takes its place.
+    Paraphrases are one prompt: each alone may have too few images to judge. Captions are as far apart as the
+    model's predictions under them (`caption_distances`), and average linkage joins them up to `threshold`.
+    Of more than `MOST_CAPTIONS` different captions, those nearest to the centres of k-means on mean embeddings
+    are compared, and each of the others goes where the caption at its centre goes.
 
     Returns:
         The prompt of each caption (captions,), from 0, and the denoiser forwards spent per image.
@@ -40,34 +40,45 @@ def group_captions(
     count = len(data.captions)
     if count == 1:
         return np.zeros(1, dtype=np.int64), 0.0
+    compared, stands_for = np.arange(count), np.arange(count)
     if count > MOST_CAPTIONS:
-        clusters = max(2, min(32, len(data) // 1000))
         means = data.prompt_embeds.float().mean(dim=1).numpy()
-        return KMeans(clusters, n_init=4, random_state=seed).fit_predict(means).astype(np.int64), 0.0
-    distances = caption_distances(denoiser, data, seed=seed)
+        centres = MiniBatchKMeans(MOST_CAPTIONS, n_init=3, random_state=seed).fit(means)
+        nearest = centres.transform(means)
+        used, stands_for = np.unique(centres.labels_, return_inverse=True)
+        compared = nearest[:, used].argmin(axis=0)
+    distances = caption_distances(denoiser, data, compared, seed=seed)
     tree = linkage(squareform(distances, checks=False), method="average")
-    return fcluster(tree, threshold, criterion="distance").astype(np.int64) - 1, count * PROBES / len(data)
+    prompts = fcluster(tree, threshold, criterion="distance").astype(np.int64) - 1
+    return prompts[stands_for], (len(compared) + 1) * PROBES / len(data)
 
 
-def caption_distances(denoiser: Denoiser, data: EncodedImages, *, seed: int) -> np.ndarray:
-    """Return squared distances between the predictions under each caption, (captions, captions).
+def caption_distances(denoiser: Denoiser, data: EncodedImages, compared: np.ndarray, *, seed: int) -> np.ndarray:
+    """Return how far swapping captions moves the model's prediction, (compared, compared).
 
-    In units of their mean over pairs of images' captions, so that 1 is the distance of two captions at random.
+    Mean squared differences of predictions on the same noisy images, in units of the model's own squared error
+    there. An absolute scale: captions that are all paraphrases of each other are all near.
+
+    Args:
+        denoiser: The model.
+        data: Images and captions.
+        compared: Which captions, indices (compared,).
+        seed: Seed of the noisy images.
     """
     rng = generator("captions", seed)
     rows = torch.randint(len(data), (PROBES,), generator=rng)
-    noisy_latents, timesteps, _ = add_noise(denoiser, data.latents[rows], LEVEL, rng)
+    noisy_latents, timesteps, target = add_noise(denoiser, data.latents[rows], LEVEL, rng)
+
+    def predict(embeds: torch.Tensor) -> torch.Tensor:
+        return denoiser(noisy_latents, timesteps, embeds)[0].float()
+
+    error = (predict(data.prompt_embeds[data.caption_ids[rows]]) - target).square().mean().item()
     predictions = torch.stack(
-        [
-            denoiser(noisy_latents, timesteps, embeds.expand(PROBES, -1, -1))[0].float().flatten().cpu()
-            for embeds in data.prompt_embeds
-        ]
+        [predict(data.prompt_embeds[int(caption)].expand(PROBES, -1, -1)).flatten().cpu() for caption in compared]
     )
-    distances = torch.cdist(predictions, predictions).square().double().numpy()
+    distances = torch.cdist(predictions, predictions).square().double().numpy() / predictions.shape[1]
     np.fill_diagonal(distances, 0.0)
-    share = np.bincount(data.caption_ids.numpy(), minlength=len(data.captions)) / len(data)
-    typical = share @ distances @ share
-    return distances / typical if typical > 0 else distances
+    return distances / max(error, 1e-12)
 
 
 def telling_words(
@@ -91,22 +102,24 @@ def telling_words(
         level: False discovery rate.
         certainty: Least share of a word's images that must be of the group it tells.
     """
-    words_of = [set(re.findall(r"\w+", caption.lower())) for caption in captions]
-    words = sorted(set().union(*words_of))
-    present = np.array([[word in own for word in words] for own in words_of], dtype=bool)[caption_ids]
+    groups = np.unique(labels)
+    counts = np.zeros((len(captions), len(groups)), dtype=np.int64)  # images of each caption in each group
+    np.add.at(counts, (caption_ids, np.searchsorted(groups, labels)), 1)
+    total = counts.sum(axis=0)
+    saying: dict[str, list[int]] = {}
+    for caption in np.flatnonzero(counts.sum(axis=1)):
+        for word in set(_words(captions[caption])):
+            saying.setdefault(word, []).append(int(caption))
     tests: list[tuple[str, int, float]] = []
-    for column, word in enumerate(words):
-        having = present[:, column]
-        if not 0 < having.sum() < len(having):
+    for word, its_captions in sorted(saying.items()):
+        inside = counts[its_captions].sum(axis=0)
+        outside = total - inside
+        if not outside.any() or inside.max() < certainty * inside.sum():
             continue
-        inside, outside = labels[having], labels[~having]
-        for group in np.unique(labels):
-            table = [
-                [(inside == group).sum(), (inside != group).sum()],
-                [(outside == group).sum(), (outside != group).sum()],
-            ]
-            if table[0][0] >= certainty * len(inside):
-                tests.append((word, int(group), float(fisher_exact(table, alternative="greater").pvalue)))
+        group = int(inside.argmax())
+        # The chance of so many of this group among the word's images, were they drawn from all (Fisher's test).
+        p_value = hypergeom.sf(inside[group] - 1, total.sum(), total[group], inside.sum())
+        tests.append((word, int(groups[group]), float(p_value)))
     if not tests:
         return {}
     adjusted = false_discovery_control([p for _, _, p in tests])
@@ -115,5 +128,9 @@ def telling_words(
 
 def told_group(caption: str, words: dict[str, int]) -> int:
     """Return the group that a caption's words tell, -1 where they tell none or contradict each other."""
-    told = {words[word] for word in re.findall(r"\w+", caption.lower()) if word in words}
+    told = {words[word] for word in _words(caption) if word in words}
     return told.pop() if len(told) == 1 else -1
+
+
+def _words(caption: str) -> list[str]:
+    return re.findall(r"\w+", caption.lower())

@@ -94,7 +94,8 @@ class Audit:
         rare = torch.zeros(len(labels), dtype=torch.bool)
         for index, prompt in enumerate(self.prompts):
             if prompt.found:
-                smallest = min(range(len(prompt.shares)), key=prompt.shares.__getitem__)
+                present = [group for group, share in enumerate(prompt.shares) if share > 0]
+                smallest = min(present, key=prompt.shares.__getitem__)
                 rare |= (self.prompt_ids == index) & (labels == smallest)
         return rare
 
@@ -104,8 +105,15 @@ class Audit:
         tensors = (*self.group_weights, self.prompt_ids)
         return fingerprint(*(tensor.numpy().tobytes() for tensor in tensors))
 
-    def check_matches(self, data: EncodedImages) -> None:
-        """Raise `AuditError` unless the audit is of exactly these images."""
+    def check_matches(self, data: EncodedImages, denoiser_fingerprint: str) -> None:
+        """Raise `AuditError` unless the audit is of exactly these images and this model."""
+        audited = self.settings["denoiser_fingerprint"]
+        if audited != denoiser_fingerprint:
+            raise AuditError(
+                f"Expected the denoiser that was audited (fingerprint {audited}), got another "
+                f"({denoiser_fingerprint}): other weights, another precision or another noise schedule. "
+                "Audit this model first."
+            )
         if self.settings["data_fingerprint"] != data.data_fingerprint or self.names != data.names:
             raise AuditError(
                 f"Expected the images that were audited ({len(self.names)}, fingerprint "

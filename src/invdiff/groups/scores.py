@@ -16,6 +16,7 @@ from ..config import AuditConfig
 from ..data.encode import EncodedImages
 from ..denoiser import Denoiser
 from ..diffusion import per_sample_loss
+from ..errors import AuditError
 from ..files import fingerprint, read_tensors, write_tensors
 from ..progress import progress_bar
 from ..seeds import generator
@@ -76,7 +77,9 @@ def collect_evidence(
                 batches = [
                     _measure(denoiser, data, batch, config, other_embeds) for batch in rows.split(config.batch_size)
                 ]
-                write_tensors(path, {name: torch.cat([b[name] for b in batches]) for name in batches[0]})
+                measured = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+                _check_finite(measured, [data.names[row] for row in rows])
+                write_tensors(path, measured)
             parts.append(read_tensors(path))
             bar.advance(len(rows))
     conditions = 2 + len(config.other_captions)
@@ -86,6 +89,16 @@ def collect_evidence(
         forwards_per_image=len(config.contrast_levels) * config.contrast_draws * conditions
         + len(config.feature_levels),
     )
+
+
+def _check_finite(measured: dict[str, torch.Tensor], names: list[str]) -> None:
+    finite = torch.stack([values.flatten(1).isfinite().all(dim=1) for values in measured.values()]).all(dim=0)
+    if not finite.all():
+        bad = [name for name, fine in zip(names, finite.tolist(), strict=True) if not fine]
+        raise AuditError(
+            f"Expected finite losses and features, got others for {len(bad)} images ({', '.join(bad[:5])}). A "
+            "denoiser in 16 bits may overflow: load the pipeline in float32. Nothing of these images was kept."
+        )
 
 
 def _measure(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, TrainingError
 from ..files import read_json, read_tensors, write_json, write_tensors
 from .optimization import Precision
 
@@ -56,7 +56,16 @@ class TrainingState:
 
 
 def save_checkpoint(folder: Path, step: int, state: TrainingState, settings: dict[str, Any]) -> None:
-    """Write the state after `step` steps below `folder` and drop the checkpoint before it."""
+    """Write the state after `step` steps below `folder` and drop the checkpoint before it.
+
+    Raises:
+        TrainingError: Weights are no longer finite; the checkpoint before is kept.
+    """
+    if not all(bool(parameter.isfinite().all()) for parameter in state.model.parameters()):
+        raise TrainingError(
+            f"Expected finite weights, got others after step {step}. Lower learning_rate, or set mixed_precision to "
+            f"'no'. The last good checkpoint is kept in {folder}."
+        )
     target = folder / f"step-{step}"
     write_tensors(target / "state.safetensors", state.tensors())
     # Written last: a checkpoint without it was cut short and is not read.

@@ -12,16 +12,16 @@ from torch import nn
 
 from ..config import ArchitectureConfig, FinetuneConfig
 from ..data.captioned import CaptionedImages
-from ..data.encode import EncodedImages, encode
+from ..data.encode import EncodedImages, encode, model_fingerprint
+from ..denoiser import denoiser_fingerprint
 from ..diffusion import NoiseSchedule, per_sample_loss
 from ..errors import ConfigError, ModelError
 from ..files import fingerprint, read_json, write_json
-from ..guidance.module import weight_signature
 from ..pipelines import default_device, denoiser_of, load_pipeline
 from ..progress import progress_bar
 from ..seeds import derived_seed, generator
 from .checkpoint import TrainingState, check_same_settings, load_checkpoint, save_checkpoint
-from .optimization import Precision, moving_average, set_learning_rate
+from .optimization import CHECK_EVERY, Precision, check_finite, moving_average, set_learning_rate
 from .scratch import build_pipeline, train_autoencoder
 
 
@@ -62,7 +62,7 @@ def finetune(
     else:
         pipe = load_base(base)
         # Of a base in another place, or of another base in the same place, the weights tell.
-        settings["base"] = fingerprint(repr(weight_signature(pipe.unet)))
+        settings["base"] = fingerprint(model_fingerprint(pipe), denoiser_fingerprint(pipe))
 
     finished = output_dir / "finetune.json"
     if finished.is_file():
@@ -176,9 +176,12 @@ def train_denoiser(
                     prompt_embeds = embeds[captions.to(device)]
                 model_pred = pipe.unet(noisy_latents, timesteps, prompt_embeds).sample
             loss = per_sample_loss(model_pred, schedule.target(latents, noise, timesteps)).mean()
+            saves = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
+            if saves or step % CHECK_EVERY == 0:
+                check_finite(loss, step, checkpoint_dir)
             precision.step(loss, trained, optimizer, config.max_gradient_norm)
             average.update_parameters(trained)
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            if saves:
                 save_checkpoint(checkpoint_dir, step + 1, state, settings)
             bar.advance(loss=loss)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..config import MixedPrecision
-from ..errors import ConfigError
+from ..errors import ConfigError, TrainingError
+
+CHECK_EVERY = 10
+"""Steps between looks at whether the loss is finite: a look waits for the device."""
 
 
 class Precision:
@@ -60,6 +64,15 @@ class Precision:
         """Put back what `state` returned."""
         if state and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state)
+
+
+def check_finite(loss: torch.Tensor, step: int, work_dir: Path) -> None:
+    """Raise `TrainingError` where the loss of a step, counted from 0, is not a finite number."""
+    if not bool(loss.isfinite()):
+        raise TrainingError(
+            f"Expected a finite loss, got {loss.item()} at step {step + 1}. Lower learning_rate, or set "
+            f"mixed_precision to 'no'. The last good checkpoint is kept in {work_dir}."
+        )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:

@@ -20,7 +20,7 @@ from ..data.encode import to_pixels
 from ..progress import progress_bar
 from ..seeds import derived_seed, generator
 from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from .optimization import Precision, moving_average, set_learning_rate
+from .optimization import CHECK_EVERY, Precision, check_finite, moving_average, set_learning_rate
 
 LATENT_NOISE = 0.05
 """Standard deviation of the noise added to latents of about unit scale."""
@@ -159,9 +159,12 @@ def train_autoencoder(
                 + F.l1_loss(decoded.diff(dim=3), images.diff(dim=3))
                 + LATENT_PULL * latents.square().mean()
             )
+            saves = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.autoencoder_steps
+            if saves or step % CHECK_EVERY == 0:
+                check_finite(loss, step, checkpoint_dir)
             precision.step(loss, vae, optimizer, config.max_gradient_norm)
             average.update_parameters(vae)
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.autoencoder_steps:
+            if saves:
                 save_checkpoint(checkpoint_dir, step + 1, state, settings)
             bar.advance(loss=loss)
     vae.load_state_dict(average.module.state_dict())

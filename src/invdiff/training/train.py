@@ -14,22 +14,21 @@ from scipy.optimize import linear_sum_assignment
 from ..config import AuditConfig, TrainConfig
 from ..data.captioned import CaptionedImages
 from ..data.encode import EncodedImages, as_encoded
-from ..denoiser import FrozenDenoiser
+from ..denoiser import FrozenDenoiser, denoiser_fingerprint
 from ..diffusion import per_sample_loss
 from ..files import fingerprint, read_json, write_json, write_text
 from ..groups.audit import audit as infer_groups
 from ..groups.result import Audit
 from ..guidance.guided import GuidedDenoiser
 from ..guidance.loading import load_module
-from ..guidance.module import GuidanceModule, weight_signature
-from ..pipelines import denoiser_of
+from ..guidance.module import GuidanceModule
 from ..progress import progress_bar
 from ..seeds import derived_seed, generator
 from .batches import GroupBalancedSampler
 from .checkpoint import TrainingState, check_same_settings, load_checkpoint, save_checkpoint
 from .normalisation import typical_losses
 from .objective import MovingGroupLosses, objective_weights
-from .optimization import Precision, moving_average, set_learning_rate
+from .optimization import Precision, check_finite, moving_average, set_learning_rate
 
 LOG_EVERY = 10
 
@@ -60,18 +59,18 @@ def train(
         progress: Show a progress bar.
 
     Raises:
-        AuditError: The audit is of other images or found nothing to balance.
+        AuditError: The audit is of other images or of another model, or found nothing to balance.
         ConfigError: `output_dir` holds a run with other settings, data or model.
     """
     config = config or TrainConfig()
     output_dir = Path(output_dir)
     data = as_encoded(pipe, data, cache_dir, progress=progress)
-    audit.check_matches(data)
+    audit.check_matches(data, denoiser_fingerprint(pipe))
     audit.check_found()
     settings = config.to_dict() | {
         "audit": audit.fingerprint,
         "data": data.data_fingerprint,
-        "model": fingerprint(data.model_fingerprint, repr(weight_signature(denoiser_of(pipe)))),
+        "model": fingerprint(data.model_fingerprint, denoiser_fingerprint(pipe)),
     }
     finished, work = output_dir / "train.json", output_dir / ".work"
     if finished.is_file():
@@ -204,13 +203,16 @@ def run_round(
             moving.update(prompts, groups, losses.detach().cpu())
             weights = objective_weights(moving.means(), config.penalty)[prompts, groups]
             loss = (weights.to(device) * losses).mean()
+            last = step + 1 == config.steps
+            logs, saves = last or (step + 1) % LOG_EVERY == 0, last or (step + 1) % config.checkpoint_every == 0
+            if logs or saves:
+                check_finite(loss, step, work_dir)
 
             precision.step(loss, module, optimizer, config.max_gradient_norm)
             average.update_parameters(module)
-            last = step + 1 == config.steps
-            if last or (step + 1) % LOG_EVERY == 0:
+            if logs:
                 log.append(_log_row(round_number, step + 1, losses, moving))
-            if last or (step + 1) % config.checkpoint_every == 0:
+            if saves:
                 state.running = {"group_losses": moving.state(), "log": log}
                 save_checkpoint(work_dir, step + 1, state, settings)
             bar.advance(loss=losses.mean())
