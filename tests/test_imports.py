@@ -11,7 +11,19 @@ import invdiff
 
 ROOT = Path(invdiff.__file__).parent
 
-BASE = ("errors", "config", "files", "seeds", "progress", "diffusion", "pipelines", "features", "denoiser")
+BASE = (
+    "errors",
+    "config",
+    "files",
+    "seeds",
+    "distributed",
+    "progress",
+    "diffusion",
+    "pipelines",
+    "families",
+    "features",
+    "denoiser",
+)
 LAYERS = (
     (*BASE, "assets"),
     ("data",),

@@ -296,14 +296,16 @@ class AuditConfig(Config):
     """Smallest share of a prompt's images that a group may have."""
     omega: float = 0.5
     """The dispersion degree of the `gradient` solver: the larger, the more equal the groups."""
-    contrast_levels: tuple[float, ...] = (0.95,)
-    """Noise levels, as shares of the schedule, at which caption and null caption are compared. `exact` and
-    `gradient` take one: the sign of the contrast changes with the level."""
+    contrast_log_snr: tuple[float, ...] = (-4.79,)
+    """Noise levels at which caption and null caption are compared, as log signal-to-noise ratios, which mean the
+    same in every schedule; -4.79 is timestep 950 of Stable Diffusion. `exact` and `gradient` take one: the sign of
+    the contrast changes with the level."""
     contrast_draws: int = 2
     """Independent noises per level; with fewer than two, stability cannot be judged."""
-    feature_levels: tuple[float, ...] = (0.05, 0.15)
-    """Noise levels at which the denoiser's middle features are read, under the null caption; at least two, since
-    each judges the other. They also tell which groups of different prompts are alike."""
+    feature_log_snr: tuple[float, ...] = (2.98, 1.57)
+    """Noise levels at which the denoiser's middle features are read, under the null caption, as log signal-to-noise
+    ratios (timesteps 50 and 150 of Stable Diffusion); at least two, since each judges the other. They also tell
+    which groups of different prompts are alike."""
     other_captions: tuple[str, ...] = ()
     """`auto`: further captions whose losses are compared with the caption's own, at the same noise."""
     vision_encoder: str = ""
@@ -319,6 +321,8 @@ class AuditConfig(Config):
     """`auto`: least depth of the valley between neighbouring groups, in [0, 1]."""
     max_balance: float = 0.35
     """`auto`: a split whose smaller side has a larger share is taken for style, not for an accident."""
+    resolution: int = 0
+    """Side of the square that images are cut to, in pixels, for audit and training; 0 takes the model's own."""
     batch_size: int = 64
     """Images per forward."""
     seed: int = 0
@@ -330,20 +334,19 @@ class AuditConfig(Config):
         self.require("max_groups", self.max_groups >= 2, "at least 2")
         most = max(self.num_groups or (self.max_groups if self.solver == "auto" else 2), 2)
         self.require("min_share", 0 <= self.min_share <= 1 / most, f"at least 0 and at most 1 / {most} groups")
-        self.require("contrast_levels", len(self.contrast_levels) > 0, "at least one level")
-        for name in ("contrast_levels", "feature_levels"):
-            self.require(name, all(0 <= level < 1 for level in getattr(self, name)), "levels from 0 to below 1")
+        self.require("contrast_log_snr", len(self.contrast_log_snr) > 0, "at least one level")
+        self.require("resolution", self.resolution >= 0, "at least 0")
         for name in ("contrast_draws", "batch_size", "min_images"):
             self.require(name, getattr(self, name) >= 1, "at least 1")
         self.require("omega", self.omega >= 0, "at least 0")
-        self.require("feature_levels", len(self.feature_levels) >= 2, "at least two levels")
+        self.require("feature_log_snr", len(self.feature_log_snr) >= 2, "at least two levels")
         if self.solver == "auto":
             self.require("contrast_draws", self.contrast_draws >= 2, "at least 2 for solver auto")
         else:
             expected = f"nothing with solver {self.solver!r}, which does not read it"
             self.require("other_captions", not self.other_captions, expected)
             self.require("vision_encoder", not self.vision_encoder, expected)
-            self.require("contrast_levels", len(self.contrast_levels) == 1, f"one level for solver {self.solver!r}")
+            self.require("contrast_log_snr", len(self.contrast_log_snr) == 1, f"one level for solver {self.solver!r}")
 
 
 @dataclass(frozen=True)
@@ -353,11 +356,14 @@ class GenerateConfig(Config):
     images_per_prompt: int = 16
     """Images of each prompt."""
     guidance_scale: float = 3.0
-    """Strength of classifier-free guidance; at 1 and below there is none."""
+    """Strength of classifier-free guidance, or what a guidance-distilled model is told; at 1 and below there is
+    none. An unconditional model takes 1 only."""
     scale: float = 1.0
     """Delta, the strength of the guidance module; without a module it has no meaning."""
     num_inference_steps: int = 20
     """Steps of the pipeline's scheduler."""
+    resolution: int = 0
+    """Side of the square images, in pixels; 0 takes the model's own."""
     batch_size: int = 32
     """Images in one call of the pipeline. Another batch size changes images in the last bits only."""
     seed: int = 0
@@ -367,6 +373,7 @@ class GenerateConfig(Config):
         """Check ranges."""
         for name in ("images_per_prompt", "num_inference_steps", "batch_size"):
             self.require(name, getattr(self, name) >= 1, "at least 1")
+        self.require("resolution", self.resolution >= 0, "at least 0")
         for name in ("guidance_scale", "scale"):
             self.require(name, 0 <= getattr(self, name) < math.inf, "a finite number of at least 0")
 

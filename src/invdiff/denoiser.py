@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 
 from .diffusion import NoiseSchedule
+from .families import Condition, family_of
+from .families.base import to
 from .features import FeatureCapture
 from .files import fingerprint, weights_digest
 from .pipelines import denoiser_of
@@ -17,10 +20,13 @@ class Denoiser(Protocol):
 
     schedule: NoiseSchedule
     device: torch.device
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that name it."""
 
     def __call__(
-        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return prediction (B, C, H, W) and middle features (B, D, H', W')."""
 
@@ -33,28 +39,35 @@ def denoiser_fingerprint(pipe: Any) -> str:
 class FrozenDenoiser:
     """A pipeline's denoiser with its middle features; use as a context manager or call `close()`."""
 
-    def __init__(self, pipe: Any, feature_path: str = "mid_block") -> None:
+    def __init__(self, pipe: Any) -> None:
+        self.family = family_of(pipe)
         self.module = denoiser_of(pipe)
         self.schedule = NoiseSchedule(pipe.scheduler)
         self.device = torch.device(pipe._execution_device)
         self.dtype = next(self.module.parameters()).dtype
-        self.fingerprint = denoiser_fingerprint(pipe)
-        self._features = FeatureCapture(self.module, feature_path)
+        self._features = FeatureCapture(
+            self.module,
+            self.family.shape(self.module).feature_path,
+            lambda output: self.family.hidden_states(output).clone(),
+        )
         self._was_training = self.module.training
         self.module.eval()
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that name the denoiser; see `denoiser_fingerprint`."""
+        return fingerprint(weights_digest(self.module), self.schedule.key)
+
     @torch.no_grad()
     def __call__(
-        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return prediction (B, C, H, W) and middle features (B, D, H', W'), both detached."""
-        output = self.module(
-            noisy_latents.to(self.device, self.dtype),
-            timesteps.to(self.device),
-            encoder_hidden_states=prompt_embeds.to(self.device, self.dtype),
-            return_dict=False,
+        noisy_latents = noisy_latents.to(self.device, self.dtype)
+        model_pred = self.family.predict(
+            self.module, noisy_latents, timesteps.to(self.device), to(condition, self.device, self.dtype)
         )
-        return output[0], self._features.take()
+        return model_pred, self.family.on_grid(self._features.take(), noisy_latents)
 
     def close(self) -> None:
         """Stop reading features."""

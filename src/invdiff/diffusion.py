@@ -5,49 +5,83 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler
 
 from .errors import ModelError
 
+FLOW = "flow_prediction"
+
 
 class NoiseSchedule:
     """The forward process and prediction type that a denoiser was trained with.
 
+    Either variance preserving, z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) e, or the straight path of
+    rectified flow (Esser et al. 2024), z_t = (1 - sigma) z_0 + sigma e with sigma = t / num_train_timesteps.
+
     Attributes:
-        prediction_type: `"epsilon"`, `"v_prediction"` or `"sample"`.
+        prediction_type: `"epsilon"`, `"v_prediction"`, `"sample"` or `"flow_prediction"` (the velocity e - z_0).
         num_train_timesteps: The number of noise levels; timesteps run from 0 to this, exclusive.
         key: What tells this schedule from others.
     """
 
     def __init__(self, scheduler: Any) -> None:
-        """Read the schedule from any diffusers scheduler that has a variance-preserving beta schedule.
+        """Read the schedule from any diffusers scheduler, by what it was configured with, not how it samples.
 
         Raises:
-            ModelError: The scheduler has none, for example because it is a flow-matching scheduler.
+            ModelError: The scheduler has neither a beta schedule nor flow-matching sigmas.
         """
+        config = scheduler.config
+        self.prediction_type: str = config.get("prediction_type", "epsilon")
+        if type(scheduler).__name__.startswith("FlowMatch") or (
+            config.get("use_flow_sigmas") and self.prediction_type == FLOW
+        ):
+            self.prediction_type = FLOW
+            self.num_train_timesteps: int = config["num_train_timesteps"]
+            self.key = json.dumps({"flow": True, "num_train_timesteps": self.num_train_timesteps})
+            return
         if not hasattr(scheduler, "alphas_cumprod"):
             raise ModelError(
-                "Expected a scheduler with a beta schedule (DDIM, DDPM, Euler, DPM++, ...), "
-                f"got {type(scheduler).__name__}, which has none."
+                "Expected a scheduler with a beta schedule (DDIM, DDPM, Euler, DPM++, ...) or a flow-matching one "
+                f"(FlowMatchEuler, ...), got {type(scheduler).__name__}, which is neither."
+            )
+        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise ModelError(
+                "Expected prediction type epsilon, v_prediction or sample (or flow_prediction with "
+                f"use_flow_sigmas), got {self.prediction_type!r} from {type(scheduler).__name__}."
             )
         # Sampling-only options of the pipeline's own scheduler must not leak into training.
         names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-        shared = {name: scheduler.config[name] for name in names if name in scheduler.config}
-        self.prediction_type: str = scheduler.config.get("prediction_type", "epsilon")
-        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
-            raise ModelError(
-                "Expected prediction type epsilon, v_prediction or sample, "
-                f"got {self.prediction_type!r} from {type(scheduler).__name__}."
-            )
-        rescaled = bool(scheduler.config.get("rescale_betas_zero_snr", False))
+        shared = {name: config[name] for name in names if name in config}
+        rescaled = bool(config.get("rescale_betas_zero_snr", False))
         options = shared | {"prediction_type": self.prediction_type, "rescale_betas_zero_snr": rescaled}
         self._process: Any = DDPMScheduler.from_config(options)
-        self.num_train_timesteps: int = self._process.config["num_train_timesteps"]
+        self.num_train_timesteps = self._process.config["num_train_timesteps"]
         self.key = json.dumps(options, sort_keys=True, default=repr)
+
+    def log_snr(self) -> np.ndarray:
+        """Return log(signal^2 / noise^2) at each timestep, (num_train_timesteps,): falling, at the ends infinite."""
+        with np.errstate(divide="ignore"):
+            if self.prediction_type == FLOW:
+                sigma = np.arange(self.num_train_timesteps) / self.num_train_timesteps
+                return 2 * (np.log1p(-sigma) - np.log(sigma))
+            signal = self._process.alphas_cumprod.double().numpy()
+            return np.log(signal) - np.log1p(-signal)
+
+    def timestep_at(self, log_snr: float) -> int:
+        """Return the timestep whose log signal-to-noise ratio is nearest to `log_snr`.
+
+        A timestep means different noise in different schedules; the log signal-to-noise ratio means the same in
+        all of them (Kingma et al. 2021).
+        """
+        return int(np.abs(np.nan_to_num(self.log_snr(), posinf=1e9, neginf=-1e9) - log_snr).argmin())
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Return z_t for latents and noise (B, C, H, W) and integer timesteps (B,)."""
+        if self.prediction_type == FLOW:
+            sigma = (timesteps.to(latents) / self.num_train_timesteps).reshape(-1, *[1] * (latents.ndim - 1))
+            return (1 - sigma) * latents + sigma * noise
         return self._process.add_noise(latents, noise, timesteps)
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -56,6 +90,8 @@ class NoiseSchedule:
             return noise
         if self.prediction_type == "sample":
             return latents
+        if self.prediction_type == FLOW:
+            return noise - latents
         return self._process.get_velocity(latents, noise, timesteps)
 
 

@@ -30,21 +30,23 @@ def feature_block(denoiser: nn.Module, path: str) -> nn.Module:
 class FeatureCapture:
     """Record the output of one block of a denoiser at each forward.
 
-    The output is kept by reference until the denoiser returns, or passed through `project` at once, before
-    anything later in the forward pass (FreeU, adapters) may overwrite it in place.
+    `read` makes of the block's output what is kept, inside the hook: what comes later in the forward pass (FreeU,
+    adapters) may overwrite the output in place.
+
+    Args:
+        denoiser: The network.
+        path: Dotted path of the block.
+        read: From the block's output, a tensor or a tuple, to a tensor of its own.
     """
 
-    def __init__(
-        self, denoiser: nn.Module, path: str, project: Callable[[torch.Tensor], torch.Tensor] = torch.clone
-    ) -> None:
+    def __init__(self, denoiser: nn.Module, path: str, read: Callable[[Any], torch.Tensor]) -> None:
         self._value: torch.Tensor | None = None
-        self._project = project
+        self._read = read
         self._path = path
         self._handle = feature_block(denoiser, path).register_forward_hook(self._record)
 
     def _record(self, block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        hidden_states = output[0] if isinstance(output, tuple) else output
-        self._value = self._project(hidden_states)
+        self._value = self._read(output)
 
     def take(self) -> torch.Tensor:
         """Return the activations of the last forward, once.

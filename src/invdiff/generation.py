@@ -13,7 +13,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .config import GenerateConfig
+from .distributed import is_main, mine, wait
 from .errors import ConfigError, ModelError
+from .families import Family, family_of
 from .files import fingerprint, read_json, save_image, weights_digest, write_json, write_text
 from .guidance.attach import Attachment, attach, check_fit, mix_for
 from .guidance.environments import EnvironmentMix, Environments
@@ -40,15 +42,16 @@ def generate(
 
     Writes `<prompt index>/<image index>.png`, `manifest.jsonl` with one row per image ("file_name", "prompt",
     "seed", "environment", "scale", "guidance_scale", "num_inference_steps"), and `generate.json` with the
-    settings. A run that was stopped goes on where it stopped, to the same bytes.
+    settings. A run that was stopped goes on where it stopped, to the same bytes; several processes share it by
+    batches.
 
     The starting noise of image k of a prompt depends on the prompt, k and `config.seed` only, so images with
     and without a module can be compared one to one. "environment" is the group of each factor, or null where
     none has a say: without a module, or with an invariant one. "scale" is 0 without a module.
 
     Args:
-        pipe: A text-to-image diffusers pipeline; it is left as it was.
-        prompts: Different prompts.
+        pipe: A diffusers pipeline that draws images of prompts, class names or nothing; it is left as it was.
+        prompts: Different prompts, or class names; none for an unconditional model.
         output_dir: A new folder, or that of a run to go on with.
         module: A guidance module made for this pipeline; None draws from the plain model.
         config: Numbers of images and steps, scales, seed.
@@ -64,18 +67,22 @@ def generate(
         DataError: The disk is full or the folder cannot be written.
     """
     config = config or GenerateConfig()
+    family = family_of(pipe)
+    if not prompts and not family.needs_prompts:
+        prompts = [""]
     _check_prompts(prompts)
     if module is not None:
         check_fit(pipe, module)
     mix = _mix(module, environments, len(prompts), config.images_per_prompt)
     output_dir = Path(output_dir)
     rows = _planned_rows(prompts, config, guided=module is not None)
-    _open_folder(output_dir, rows, _settings(pipe, prompts, module, mix, config))
-
+    if is_main():
+        _open_folder(output_dir, rows, _settings(pipe, prompts, module, mix, config))
+    wait()
     done = [_read_row(output_dir, row) for row in rows]
     batches = [range(i, min(i + config.batch_size, len(rows))) for i in range(0, len(rows), config.batch_size)]
     # A batch is drawn whole or not at all: the last bits of an image depend on those drawn beside it.
-    missing = [batch for batch in batches if any(done[index] is None for index in batch)]
+    missing = [batch for batch in mine(batches) if any(done[index] is None for index in batch)]
     start = len(rows) - sum(map(len, missing))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_no_progress_bar(pipe))
@@ -89,15 +96,19 @@ def generate(
             drawn = [rows[index] for index in batch]
             if attachment is not None and mix is not None and mix.given is not None:
                 attachment.mix = EnvironmentMix(mix.given[list(batch)], mix.num_groups)
-            images = _draw(pipe, drawn, config)
+            images = _draw(pipe, family, drawn, config)
             if attachment is not None and mix is not None:
                 drawn = _with_environments(drawn, attachment)
             for index, image, row in zip(batch, images, drawn, strict=True):
                 _save(output_dir / row["file_name"], image, row)
                 done[index] = row
             bar.advance(len(batch))
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in done]
-    write_text(output_dir / MANIFEST, "".join(lines))
+    wait()
+    if is_main():
+        done = [row or _read_row(output_dir, planned) for row, planned in zip(done, rows, strict=True)]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in done]
+        write_text(output_dir / MANIFEST, "".join(lines))
+    wait()
     return output_dir
 
 
@@ -161,11 +172,13 @@ def _planned_rows(prompts: Sequence[str], config: GenerateConfig, *, guided: boo
 
 
 @torch.no_grad()
-def _draw(pipe: Any, rows: Sequence[dict[str, Any]], config: GenerateConfig) -> list[Image.Image]:
-    output = pipe(
-        prompt=[row["prompt"] for row in rows],
-        generator=[torch.Generator().manual_seed(row["seed"]) for row in rows],
+def _draw(pipe: Any, family: Family, rows: Sequence[dict[str, Any]], config: GenerateConfig) -> list[Image.Image]:
+    output = family.draw(
+        pipe,
+        [row["prompt"] for row in rows],
         guidance_scale=config.guidance_scale,
+        resolution=config.resolution,
+        generator=[torch.Generator().manual_seed(row["seed"]) for row in rows],
         num_inference_steps=config.num_inference_steps,
         output_type="pil",
     )

@@ -12,13 +12,16 @@ import torch
 from diffusers import DiffusionPipeline
 from packaging.version import Version
 
+from .distributed import num_processes, state
 from .errors import ModelError
 
 _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 
 
 def default_device() -> torch.device:
-    """Return the best device of this machine: cuda, mps or cpu, in this order."""
+    """Return the best device of this machine: cuda, mps or cpu, in this order; each process has one of its own."""
+    if num_processes() > 1:
+        return state().device
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():

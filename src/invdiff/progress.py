@@ -9,6 +9,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from .distributed import is_main
+
 console = Console(stderr=True)
 
 
@@ -40,7 +42,7 @@ class Bar:
 @contextlib.contextmanager
 def progress_bar(description: str, total: int, *, start: int = 0, enabled: bool = True) -> Iterator[Bar]:
     """Show a bar on standard error while the block runs, or nothing where `enabled` is false."""
-    if not enabled:
+    if not enabled or not is_main():
         yield Bar(None, None)
         return
     columns = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,11 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 
+from ..distributed import is_main, mine, wait
 from ..errors import ConfigError, DataError, ModelError
+from ..families import Condition, Family, family_of
+from ..families.base import joined
 from ..files import default_cache_dir, fingerprint, read_tensors, weights_digest, write_json, write_tensors
 from ..pipelines import denoiser_of
 from ..progress import progress_bar
@@ -25,8 +28,7 @@ from .captioned import CaptionedImages, UnreadableImage
 
 SHARD_SIZE = 512
 """Rows (images, or captions) in one file of the cache; a killed run loses at most one such file."""
-_FORMAT = "1"
-_NULL_CAPTION = ""
+_FORMAT = "2"
 _DECODERS = min(8, os.cpu_count() or 1)
 
 
@@ -83,10 +85,9 @@ class EncodedImages:
     """The different captions, in order of first appearance."""
     caption_ids: torch.Tensor
     """(N,) the caption of each image, as an index into `captions`."""
-    prompt_embeds: torch.Tensor
-    """(num_captions, length, dim) in the type of the text encoder, on the CPU."""
-    null_embeds: torch.Tensor
-    """(length, dim) of the empty caption."""
+    conditions: Condition
+    """What the denoiser is told of each caption, and in the last row (`null_id`) of none, on the CPU; tensors of
+    num_captions + 1 rows. Empty for an unconditional model."""
     names: list[str]
     """The name of each image."""
     source_index: torch.Tensor
@@ -99,13 +100,22 @@ class EncodedImages:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def null_id(self) -> int:
+        """The row of `conditions` that stands for no caption."""
+        return len(self.captions)
+
+    def condition(self, captions: torch.Tensor) -> Condition:
+        """Return the conditions of captions (rows,), given as indices into `captions`, or `null_id`."""
+        return {name: values[captions] for name, values in self.conditions.items()}
+
 
 def encode(
     pipe: DiffusionPipeline,
     data: CaptionedImages,
     cache_dir: str | Path,
     *,
-    resolution: int | None = None,
+    resolution: int = 0,
     batch_size: int = 16,
     progress: bool = True,
 ) -> EncodedImages:
@@ -118,26 +128,26 @@ def encode(
         pipe: The pipeline, on the device that shall do the work.
         data: From `load_captioned_images`.
         cache_dir: Different models, data and resolutions share it without meeting.
-        resolution: Pixels; images are cut to a central square and resized. The model's own unless given.
+        resolution: Pixels; images are cut to a central square and resized. 0 takes the model's own.
         batch_size: Images or captions encoded at once.
         progress: Show progress bars.
 
     Raises:
         DataError: More than `data.max_unreadable` of the images cannot be read, or the cache not written.
         ConfigError: `resolution` does not fit the pipeline's autoencoder.
-        ModelError: The pipeline is of a family that has no prompt encoder here yet.
+        ModelError: The pipeline is of a family that is not supported.
     """
-    encode_prompts = _prompt_encoder(pipe)
-    resolution = _resolution(pipe, resolution)
+    family = family_of(pipe)
+    resolution = _resolution(pipe, family, resolution)
     model, dataset = model_fingerprint(pipe), data.fingerprint
     folder = Path(cache_dir) / fingerprint(_FORMAT, model, dataset, str(resolution))
 
-    images = _encode_images(pipe, data, folder, resolution, batch_size, progress)
+    images = _encode_images(pipe, family, data, folder, resolution, batch_size, progress)
     source_index = torch.cat([shard.rows for shard in images])
-    used = [data.captions[row] for row in source_index.tolist()]
+    used = [family.caption_read(data.captions[row]) for row in source_index.tolist()]
     captions = list(dict.fromkeys(used))
     caption_index = {caption: index for index, caption in enumerate(captions)}
-    embeds = _encode_captions([_NULL_CAPTION, *captions], encode_prompts, folder, batch_size, progress)
+    conditions = _encode_captions(pipe, family, captions, folder, batch_size, progress)
 
     skipped = [item for shard in images for item in shard.skipped]
     index = {
@@ -148,14 +158,14 @@ def encode(
         "captions": captions,
         "skipped": [{"name": name, "reason": reason} for name, reason in skipped],
     }
-    write_json(folder / "index.json", index)
+    if is_main():
+        write_json(folder / "index.json", index)
     filled = [shard for shard in images if len(shard.rows)]
     return EncodedImages(
         latents=ShardedTensor([s.path for s in filled], "latents", [len(s.rows) for s in filled]),
         captions=captions,
         caption_ids=torch.tensor([caption_index[caption] for caption in used]),
-        prompt_embeds=embeds["prompt_embeds"][1:],
-        null_embeds=embeds["prompt_embeds"][0],
+        conditions=conditions,
         names=[data.names[row] for row in source_index.tolist()],
         source_index=source_index,
         skipped=skipped,
@@ -169,18 +179,20 @@ def as_encoded(
     data: CaptionedImages | EncodedImages,
     cache_dir: str | Path | None = None,
     *,
+    resolution: int = 0,
     progress: bool = True,
 ) -> EncodedImages:
     """Return `data` encoded, by `encode` unless it is already."""
     if isinstance(data, EncodedImages):
         return data
-    return encode(pipe, data, (Path(cache_dir) if cache_dir else default_cache_dir()) / "latents", progress=progress)
+    cache_dir = (Path(cache_dir) if cache_dir else default_cache_dir()) / "latents"
+    return encode(pipe, data, cache_dir, resolution=resolution, progress=progress)
 
 
 @torch.no_grad()
-def encode_captions(pipe: DiffusionPipeline, captions: Sequence[str]) -> torch.Tensor:
-    """Return the embeddings of a few captions, (captions, length, dim), on the CPU; nothing is cached."""
-    return _prompt_encoder(pipe)(list(captions))["prompt_embeds"].cpu()
+def encode_captions(pipe: DiffusionPipeline, captions: Sequence[str]) -> Condition:
+    """Return the conditions of a few captions, one row each, on the CPU; nothing is cached."""
+    return {name: value.cpu() for name, value in family_of(pipe).encode_captions(pipe, captions).items()}
 
 
 def model_fingerprint(pipe: DiffusionPipeline) -> str:
@@ -193,7 +205,7 @@ def model_fingerprint(pipe: DiffusionPipeline) -> str:
         ModelError: The weights are not in memory (sequential offload).
     """
     components: dict[str, Any] = pipe.components  # type: ignore[attr-defined]
-    parts: list[str] = []
+    parts: list[str] = [type(family_of(pipe)).__name__, json.dumps(getattr(pipe, "labels", {}), sort_keys=True)]
     for name, component in sorted(components.items()):
         if name.startswith("tokenizer") and component is not None:
             parts += [
@@ -241,36 +253,45 @@ class _ImageShard:
 
 def _encode_images(
     pipe: DiffusionPipeline,
+    family: Family,
     data: CaptionedImages,
     folder: Path,
     resolution: int,
     batch_size: int,
     progress: bool,
 ) -> list[_ImageShard]:
-    shards: list[_ImageShard] = []
-    num_skipped = 0
-    with progress_bar("encoding images", len(data), enabled=progress) as bar:
-        for start in range(0, len(data), SHARD_SIZE):
-            rows = range(start, min(start + SHARD_SIZE, len(data)))
-            shard = _ImageShard(folder / f"latents-{start // SHARD_SIZE:05d}.safetensors")
+    parts = list(_batches(range(len(data)), SHARD_SIZE))
+    shards = [_ImageShard(folder / f"latents-{number:05d}.safetensors") for number in range(len(parts))]
+    share = mine(list(zip(shards, parts, strict=True)))
+    seen: list[_ImageShard] = []
+    with progress_bar("encoding images", sum(len(rows) for _, rows in share), enabled=progress) as bar:
+        for shard, rows in share:
             if not shard.path.exists():
-                _write_image_shard(pipe, data, rows, shard.path, resolution, batch_size)
-            shards.append(shard)
-            num_skipped += len(shard.skipped)
+                _write_image_shard(pipe, family, data, rows, shard.path, resolution, batch_size)
+            seen.append(shard)
             bar.advance(len(rows))
-            if num_skipped > data.max_unreadable * len(data) or num_skipped == len(data):
-                first = [f"{name} ({reason})" for one in shards for name, reason in one.skipped][:5]
-                raise DataError(
-                    f"Expected at most {data.max_unreadable:.1%} of {len(data)} images to be unreadable, found "
-                    f"{num_skipped} ({num_skipped / len(data):.1%}) among the first {rows.stop}: "
-                    f"{', '.join(first)}. "
-                    "Repair them, remove their rows, or raise max_unreadable."
-                )
+            _check_readable(data, seen)
+    wait()
+    _check_readable(data, shards)
     return shards
 
 
+def _check_readable(data: CaptionedImages, shards: Sequence[_ImageShard]) -> None:
+    """Raise `DataError` where more images are unreadable than the user allows."""
+    skipped = [item for shard in shards for item in shard.skipped]
+    if len(skipped) > data.max_unreadable * len(data) or len(skipped) == len(data):
+        first = [f"{name} ({reason})" for name, reason in skipped[:5]]
+        raise DataError(
+            f"Expected at most {data.max_unreadable:.1%} of {len(data)} images to be unreadable, found "
+            f"{len(skipped)} ({len(skipped) / len(data):.1%}) so far: {', '.join(first)}. "
+            "Repair them, remove their rows, or raise max_unreadable."
+        )
+
+
+@torch.no_grad()
 def _write_image_shard(
     pipe: DiffusionPipeline,
+    family: Family,
     data: CaptionedImages,
     rows: Sequence[int],
     path: Path,
@@ -293,7 +314,7 @@ def _write_image_shard(
             pixels = [(row, item) for row, item in loaded if isinstance(item, torch.Tensor)]
             if pixels:
                 read += [row for row, _ in pixels]
-                latents.append(_to_latents(pipe, torch.stack([item for _, item in pixels])))
+                latents.append(family.encode_images(pipe, torch.stack([item for _, item in pixels])))
     tensors = {"rows": torch.tensor(read, dtype=torch.long)}
     if latents:
         tensors["latents"] = torch.cat(latents)
@@ -301,68 +322,33 @@ def _write_image_shard(
 
 
 @torch.no_grad()
-def _to_latents(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Encode (batch, 3, height, width) in -1 to 1, by the mode, so that each run gives the same bytes."""
-    vae = pipe.vae
-    output = vae.encode(pixels.to(pipe._execution_device, vae.dtype))
-    latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latents
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return ((latents.float() - shift) * vae.config.scaling_factor).cpu()
-
-
-PromptEncoder = Callable[[list[str]], dict[str, torch.Tensor]]
-"""Captions to tensors of one row per caption, among them `prompt_embeds` (batch, length, dim)."""
-
-
-def _prompt_encoder(pipe: DiffusionPipeline) -> PromptEncoder:
-    """Return what encodes captions for this family of pipelines; another family is one more branch."""
-    if isinstance(pipe, StableDiffusionPipeline):
-        return lambda captions: _stable_diffusion_prompts(pipe, captions)
-    raise ModelError(
-        f"Expected a Stable Diffusion 1.x or 2.x pipeline, got a {type(pipe).__name__}, whose captions "
-        "invdiff cannot encode yet. Use a StableDiffusionPipeline."
-    )
-
-
-def _stable_diffusion_prompts(pipe: Any, captions: list[str]) -> dict[str, torch.Tensor]:
-    embeds = pipe.encode_prompt(
-        prompt=captions,
-        device=pipe._execution_device,
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=False,
-    )[0]
-    return {"prompt_embeds": embeds}
-
-
-@torch.no_grad()
 def _encode_captions(
-    captions: list[str], encode_prompts: PromptEncoder, folder: Path, batch_size: int, progress: bool
-) -> dict[str, torch.Tensor]:
-    shards: list[dict[str, torch.Tensor]] = []
-    with progress_bar("encoding captions", len(captions), enabled=progress) as bar:
-        for start in range(0, len(captions), SHARD_SIZE):
-            path = folder / f"prompts-{start // SHARD_SIZE:05d}.safetensors"
-            chunk = captions[start : start + SHARD_SIZE]
+    pipe: DiffusionPipeline, family: Family, captions: list[str], folder: Path, batch_size: int, progress: bool
+) -> Condition:
+    """Return the conditions of captions, and of none in the last row; nothing for an unconditional model."""
+    if not family.needs_prompts:
+        return {}
+    chunks = list(_batches(captions, SHARD_SIZE))
+    paths = [folder / f"prompts-{number:05d}.safetensors" for number in range(len(chunks))]
+    share = mine(list(zip(paths, chunks, strict=True)))
+    with progress_bar("encoding captions", sum(len(chunk) for _, chunk in share), enabled=progress) as bar:
+        for path, chunk in share:
             if not path.exists():
-                batches = [encode_prompts(list(batch)) for batch in _batches(chunk, batch_size)]
-                write_tensors(path, _joined([{k: v.cpu() for k, v in batch.items()} for batch in batches]))
-            shards.append(read_tensors(path))
+                batches = [family.encode_captions(pipe, list(batch)) for batch in _batches(chunk, batch_size)]
+                write_tensors(path, joined(batches))
             bar.advance(len(chunk))
-    return _joined(shards)
+    null = folder / "null.safetensors"
+    if is_main() and not null.exists():
+        write_tensors(null, family.null_condition(pipe))
+    wait()
+    return joined([read_tensors(path) for path in (*paths, null)])
 
 
-def _joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _resolution(pipe: Any, resolution: int | None) -> int:
-    factor = pipe.vae_scale_factor
-    if resolution is None:
-        config: Any = denoiser_of(pipe).config
-        sample_size = config.sample_size
-        if not isinstance(sample_size, int):
-            raise ConfigError(f"Expected a square model, got sample_size {sample_size!r}. Pass resolution=... .")
-        return sample_size * factor
+def _resolution(pipe: Any, family: Family, resolution: int) -> int:
+    denoiser = denoiser_of(pipe)
+    if not resolution:
+        return family.resolution(pipe, denoiser)
+    factor = family.granularity(denoiser)
     if resolution < factor or resolution % factor:
         raise ConfigError(f"Expected a resolution that is a multiple of {factor}, got {resolution}.")
     return resolution

@@ -13,7 +13,8 @@ from ..config import AuditConfig
 from ..data.captioned import CaptionedImages
 from ..data.encode import EncodedImages, as_encoded, encode_captions
 from ..denoiser import Denoiser, FrozenDenoiser
-from ..errors import ConfigError
+from ..distributed import from_main
+from ..errors import AuditError, ConfigError
 from ..files import default_cache_dir
 from ..progress import progress_bar
 from .alignment import Columns, TellingWords, rarest, words_that_state_groups
@@ -56,15 +57,21 @@ def audit(
     config = config or AuditConfig()
     cache_dir = Path(cache_dir) if cache_dir else default_cache_dir()
     images = data if isinstance(data, CaptionedImages) else None
-    data = as_encoded(pipe, data, cache_dir, progress=progress)
+    data = as_encoded(pipe, data, cache_dir, resolution=config.resolution, progress=progress)
+    if not data.conditions and (config.solver == "exact" or config.other_captions):
+        raise AuditError(
+            "Expected a model that reads captions for solver 'exact' and for other_captions, which compare what it "
+            "predicts with and without one, got an unconditional model. Use solver 'auto' or 'gradient'."
+        )
     vision_features = None
     if config.vision_encoder:
         if images is None:
             raise ConfigError("Expected CaptionedImages for a vision encoder to look at, got only their latents.")
-        vision_features = encode_vision(
-            config.vision_encoder, images, data.source_index, cache_dir / "vision", progress=progress
+        rows, seen = data.source_index, images
+        vision_features = from_main(
+            lambda: encode_vision(config.vision_encoder, seen, rows, cache_dir / "vision", progress=progress)
         )
-    other_embeds = encode_captions(pipe, config.other_captions) if config.other_captions else None
+    others = encode_captions(pipe, config.other_captions) if config.other_captions else None
     with FrozenDenoiser(pipe) as frozen:
         used = denoiser or frozen
         evidence = collect_evidence(
@@ -72,18 +79,23 @@ def audit(
             data,
             config,
             work_dir=cache_dir / "evidence",
-            other_embeds=other_embeds,
+            others=others,
             progress=progress,
         )
-        prompt_of, spent = group_captions(used, data, threshold=config.caption_threshold, seed=config.seed)
-    result = infer(
-        data,
-        evidence,
-        prompt_of,
-        config,
-        vision_features=vision_features,
-        contrast_only=denoiser is not None,
-        progress=progress,
+        encoded = data
+        prompt_of, spent = from_main(
+            lambda: group_captions(used, encoded, threshold=config.caption_threshold, seed=config.seed)
+        )
+    result = from_main(
+        lambda: infer(
+            encoded,
+            evidence,
+            prompt_of,
+            config,
+            vision_features=vision_features,
+            contrast_only=denoiser is not None,
+            progress=progress,
+        )
     )
     settings = config.to_dict() | {
         "model_fingerprint": data.model_fingerprint,
@@ -156,16 +168,18 @@ def _scores(
     """Return every one-dimensional score of these images, each under independent noises."""
     losses = evidence.losses[rows].double().numpy()  # (n, levels, draws, conditions)
     if config.solver == "gradient":
-        return [Score(f"loss at {config.contrast_levels[0]:g}", losses[:, 0, :, 0].T)]
+        return [Score(f"loss at log-SNR {config.contrast_log_snr[0]:g}", losses[:, 0, :, 0].T)]
     scores = []
-    others = [(1, "contrast")]
+    others = [(1, "contrast")] if losses.shape[3] > 1 else []  # an unconditional model has no captions to contrast
     others += [(k, f"contrast with {caption!r}") for k, caption in enumerate(config.other_captions, start=2)]
     for condition, name in others:
-        for index, level in enumerate(config.contrast_levels):
-            scores.append(Score(f"{name} at {level:g}", (losses[:, index, :, 0] - losses[:, index, :, condition]).T))
+        for index, level in enumerate(config.contrast_log_snr):
+            scores.append(
+                Score(f"{name} at log-SNR {level:g}", (losses[:, index, :, 0] - losses[:, index, :, condition]).T)
+            )
     if config.solver == "exact" or contrast_only:
         return scores
-    names = [f"{level:g}" for level in config.feature_levels]
+    names = [f"{level:g}" for level in config.feature_log_snr]
     scores += component_scores(evidence.features[rows].double().numpy(), names, seed=config.seed)
     if vision_features is not None:
         views = vision_features[rows].double().numpy()

@@ -174,7 +174,7 @@ def component_scores(features: np.ndarray, names: list[str], *, seed: int) -> li
             for component in range(projected.shape[2]):
                 values = projected[:, :, component].T
                 sign = 1.0 if skew(values.mean(axis=0)) >= 0 else -1.0  # the rarer group scores high
-                name = f"features at {' and '.join(names)}, {shape} component {component + 1} of {size}"
+                name = f"features at log-SNR {' and '.join(names)}, {shape} component {component + 1} of {size}"
                 scores.append(Score(name, sign * values))
     return scores
 

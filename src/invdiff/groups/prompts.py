@@ -13,14 +13,15 @@ from sklearn.cluster import MiniBatchKMeans
 
 from ..data.encode import EncodedImages
 from ..denoiser import Denoiser
+from ..families import Condition
 from ..seeds import generator
-from .scores import add_noise
+from .scores import add_noise, repeated
 
 MOST_CAPTIONS = 256
 """With more different captions than this, that many of them stand for the others with similar embeddings."""
 PROBES = 16
 """Noisy images that every caption is tried on."""
-LEVEL = 0.9
+LOG_SNR = -4.24
 """Their noise level: what the image will show is not decided yet, so the caption decides."""
 
 
@@ -32,17 +33,21 @@ def group_captions(
     Paraphrases are one prompt: each alone may have too few images to judge. Captions are as far apart as the
     model's predictions under them (`caption_distances`), and average linkage joins them up to `threshold`.
     Of more than `MOST_CAPTIONS` different captions, those nearest to the centres of k-means on mean embeddings
-    are compared, and each of the others goes where the caption at its centre goes.
+    are compared, and each of the others goes where the caption at its centre goes. Where class labels stand for
+    captions, each class is a prompt.
 
     Returns:
         The prompt of each caption (captions,), from 0, and the denoiser forwards spent per image.
     """
     count = len(data.captions)
-    if count == 1:
-        return np.zeros(1, dtype=np.int64), 0.0
+    if count == 1 or not data.conditions:
+        return np.zeros(count, dtype=np.int64), 0.0
+    if "class_labels" in data.conditions:
+        labels = data.conditions["class_labels"][:count].numpy()
+        return np.unique(labels, return_inverse=True)[1].astype(np.int64), 0.0
     compared, stands_for = np.arange(count), np.arange(count)
     if count > MOST_CAPTIONS:
-        means = data.prompt_embeds.float().mean(dim=1).numpy()
+        means = data.conditions["prompt_embeds"][:count].float().mean(dim=1).numpy()
         centres = MiniBatchKMeans(MOST_CAPTIONS, n_init=3, random_state=seed).fit(means)
         nearest = centres.transform(means)
         used, stands_for = np.unique(centres.labels_, return_inverse=True)
@@ -67,14 +72,14 @@ def caption_distances(denoiser: Denoiser, data: EncodedImages, compared: np.ndar
     """
     rng = generator("captions", seed)
     rows = torch.randint(len(data), (PROBES,), generator=rng)
-    noisy_latents, timesteps, target = add_noise(denoiser, data.latents[rows], LEVEL, rng)
+    noisy_latents, timesteps, target = add_noise(denoiser, data.latents[rows], LOG_SNR, rng)
 
-    def predict(embeds: torch.Tensor) -> torch.Tensor:
-        return denoiser(noisy_latents, timesteps, embeds)[0].float()
+    def predict(condition: Condition) -> torch.Tensor:
+        return denoiser(noisy_latents, timesteps, condition)[0].float()
 
-    error = (predict(data.prompt_embeds[data.caption_ids[rows]]) - target).square().mean().item()
+    error = (predict(data.condition(data.caption_ids[rows])) - target).square().mean().item()
     predictions = torch.stack(
-        [predict(data.prompt_embeds[int(caption)].expand(PROBES, -1, -1)).flatten().cpu() for caption in compared]
+        [predict(repeated(data.conditions, int(caption), PROBES)).flatten().cpu() for caption in compared]
     )
     distances = torch.cdist(predictions, predictions).square().double().numpy() / predictions.shape[1]
     np.fill_diagonal(distances, 0.0)

@@ -16,7 +16,9 @@ from ..config import AuditConfig
 from ..data.encode import EncodedImages
 from ..denoiser import Denoiser
 from ..diffusion import per_sample_loss
+from ..distributed import mine, wait
 from ..errors import AuditError
+from ..families import Condition
 from ..files import fingerprint, read_tensors, write_tensors
 from ..progress import progress_bar
 from ..seeds import generator
@@ -29,7 +31,8 @@ class Evidence:
     """What was measured on each image. Draws use independent noise, so that stability can be judged."""
 
     losses: torch.Tensor
-    """(N, levels, draws, conditions): under the caption, the null caption, then any other captions."""
+    """(N, levels, draws, conditions): under the caption, the null caption, then any other captions. Only one, the
+    null, for an unconditional model."""
     features: torch.Tensor
     """(N, levels, D): pooled middle features under the null caption at low noise."""
     forwards_per_image: int
@@ -47,47 +50,46 @@ def collect_evidence(
     config: AuditConfig,
     *,
     work_dir: Path,
-    other_embeds: torch.Tensor | None = None,
+    others: Condition | None = None,
     progress: bool = True,
 ) -> Evidence:
-    """Measure every image, in shards that a stopped run keeps.
+    """Measure every image, in shards that a stopped run keeps and several processes share.
 
     Args:
         denoiser: The frozen model, or a guided one in later rounds of the game.
         data: Latents and prompt embeddings.
         config: Levels, draws, batch size and seed.
         work_dir: Where shards are kept; those of other settings or models are not read.
-        other_embeds: Embeddings of `config.other_captions`, (captions, tokens, D).
+        others: The conditions of `config.other_captions`.
         progress: Show a progress bar.
     """
     key = fingerprint(
         data.model_fingerprint,
         data.data_fingerprint,
         denoiser.fingerprint,
-        repr((config.contrast_levels, config.contrast_draws, config.feature_levels)),
+        repr((config.contrast_log_snr, config.contrast_draws, config.feature_log_snr)),
         repr((config.other_captions, config.batch_size, config.seed)),
     )
     folder = work_dir / key
-    parts: list[dict[str, torch.Tensor]] = []
-    with progress_bar("measuring", len(data), enabled=progress) as bar:
-        for shard, start in enumerate(range(0, len(data), SHARD_SIZE)):
-            path = folder / f"evidence-{shard:05d}.safetensors"
-            rows = torch.arange(start, min(start + SHARD_SIZE, len(data)))
+    shards = torch.arange(len(data)).split(SHARD_SIZE)
+    paths = [folder / f"evidence-{number:05d}.safetensors" for number in range(len(shards))]
+    share = mine(list(zip(paths, shards, strict=True)))
+    with progress_bar("measuring", sum(len(rows) for _, rows in share), enabled=progress) as bar:
+        for path, rows in share:
             if not path.exists():
-                batches = [
-                    _measure(denoiser, data, batch, config, other_embeds) for batch in rows.split(config.batch_size)
-                ]
+                batches = [_measure(denoiser, data, batch, config, others) for batch in rows.split(config.batch_size)]
                 measured = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
                 _check_finite(measured, [data.names[row] for row in rows])
                 write_tensors(path, measured)
-            parts.append(read_tensors(path))
             bar.advance(len(rows))
-    conditions = 2 + len(config.other_captions)
+    wait()
+    parts = [read_tensors(path) for path in paths]
+    conditions = 2 + len(config.other_captions) if data.conditions else 1
     return Evidence(
         losses=torch.cat([part["losses"] for part in parts]),
         features=torch.cat([part["features"] for part in parts]),
-        forwards_per_image=len(config.contrast_levels) * config.contrast_draws * conditions
-        + len(config.feature_levels),
+        forwards_per_image=len(config.contrast_log_snr) * config.contrast_draws * conditions
+        + len(config.feature_log_snr),
     )
 
 
@@ -106,13 +108,13 @@ def _measure(
     data: EncodedImages,
     rows: torch.Tensor,
     config: AuditConfig,
-    other_embeds: torch.Tensor | None,
+    others: Condition | None,
 ) -> dict[str, torch.Tensor]:
     latents = data.latents[rows]
-    null = data.null_embeds.expand(len(rows), -1, -1)
-    conditions = [data.prompt_embeds[data.caption_ids[rows]], null]
-    if other_embeds is not None:
-        conditions += [embeds.expand(len(rows), -1, -1) for embeds in other_embeds]
+    null = data.condition(torch.full((len(rows),), data.null_id))
+    conditions = [data.condition(data.caption_ids[rows]), null] if data.conditions else [null]
+    if others is not None:
+        conditions += [repeated(others, index, len(rows)) for index in range(len(config.other_captions))]
     rng = generator("audit", config.seed, int(rows[0]))
     losses = torch.stack(
         [
@@ -120,12 +122,12 @@ def _measure(
                 [paired_losses(denoiser, latents, conditions, level, rng) for _ in range(config.contrast_draws)],
                 dim=1,
             )
-            for level in config.contrast_levels
+            for level in config.contrast_log_snr
         ],
         dim=1,
     )
     features = []
-    for level in config.feature_levels:
+    for level in config.feature_log_snr:
         noisy_latents, timesteps, _ = add_noise(denoiser, latents, level, rng)
         features.append(pool(denoiser(noisy_latents, timesteps, null)[1]))
     empty = torch.zeros(len(rows), 0, 0)
@@ -135,8 +137,8 @@ def _measure(
 def paired_losses(
     denoiser: Denoiser,
     latents: torch.Tensor,
-    conditions: Sequence[torch.Tensor],
-    level: float,
+    conditions: Sequence[Condition],
+    log_snr: float,
     rng: torch.Generator,
 ) -> torch.Tensor:
     """Return the denoising losses of the same noisy latents under several conditions, (B, conditions).
@@ -144,28 +146,33 @@ def paired_losses(
     Args:
         denoiser: The model.
         latents: (B, C, H, W).
-        conditions: Prompt embeddings, (B, tokens, D) each.
-        level: Noise level as a share of the schedule.
+        conditions: Of B rows each.
+        log_snr: Noise level.
         rng: Draws the noise.
     """
-    noisy_latents, timesteps, target = add_noise(denoiser, latents, level, rng)
+    noisy_latents, timesteps, target = add_noise(denoiser, latents, log_snr, rng)
     losses = [per_sample_loss(denoiser(noisy_latents, timesteps, c)[0], target).cpu() for c in conditions]
     return torch.stack(losses, dim=1)
 
 
 def add_noise(
-    denoiser: Denoiser, latents: torch.Tensor, level: float, rng: torch.Generator
+    denoiser: Denoiser, latents: torch.Tensor, log_snr: float, rng: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return noisy latents, timesteps (B,) and the denoiser's target at a noise level in [0, 1)."""
+    """Return noisy latents, timesteps (B,) and the denoiser's target at a log signal-to-noise ratio."""
     schedule = denoiser.schedule
     noise = torch.randn(latents.shape, generator=rng).to(denoiser.device)
-    timesteps = torch.full((len(latents),), int(level * schedule.num_train_timesteps), device=denoiser.device)
+    timesteps = torch.full((len(latents),), schedule.timestep_at(log_snr), device=denoiser.device)
     latents = latents.to(denoiser.device)
     return (
         schedule.add_noise(latents, noise, timesteps),
         timesteps,
         schedule.target(latents, noise, timesteps),
     )
+
+
+def repeated(condition: Condition, row: int, times: int) -> Condition:
+    """Return one row of a condition, `times` times."""
+    return {name: values[row].expand(times, *values.shape[1:]) for name, values in condition.items()}
 
 
 def pool(features: torch.Tensor) -> torch.Tensor:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-import inspect
+import warnings
 import weakref
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..diffusion import NoiseSchedule
 from ..errors import ConfigError, ModelError
+from ..families import DenoiserCall, family_of
+from ..families.base import to
 from ..features import FeatureCapture
 from ..pipelines import denoiser_of
 from .environments import EnvironmentMix, Environments
+from .hooks import CallWatch, GuidedOutput, check_not_compiled
 from .module import GuidanceModule, weight_signature
 
 
@@ -35,10 +37,11 @@ def attach(
         with attach(pipe, module, scale=1.0):
             images = pipe("a photo of a waterbird", num_images_per_prompt=8).images
 
-    Several modules may be attached at once: each reads the frozen prediction, so their shifts add.
+    Several modules may be attached at once: each reads the frozen prediction, so their shifts add. Other pipelines
+    that share the denoiser (image-to-image, inpainting, ControlNet) are guided too.
 
     Args:
-        pipe: A diffusers pipeline; its weights are not touched.
+        pipe: A diffusers pipeline of a supported family; its weights are not touched.
         module: A module made for this pipeline's model. What is attached is a copy of it, in the pipeline's
             precision.
         scale: Delta, the strength; 0 leaves the pipeline bit-identical.
@@ -52,13 +55,8 @@ def attach(
             is compiled already, so that it would not notice the module.
         ConfigError: `environments` do not fit the module's groups.
     """
+    check_not_compiled(denoiser_of(pipe), module.config["feature_path"])
     check_fit(pipe, module, strict=strict)
-    denoiser = denoiser_of(pipe)
-    if getattr(denoiser, "_compiled_call_impl", None) is not None:
-        raise ModelError(
-            f"Expected {type(denoiser).__name__} not to be compiled yet, since compiled code passes new "
-            "hooks by, found it compiled. Attach first, then compile."
-        )
     return Attachment(pipe, module, scale, mix_for(module, environments, seed=seed))
 
 
@@ -86,48 +84,70 @@ class Attachment:
         scale: Delta, the strength of guidance.
         mix: How the groups of images are drawn.
         environments: Groups of the rows of the newest batch, (rows, factors), or None before the first.
+        calls: How often the denoiser has run since the module was attached.
     """
 
     def __init__(self, pipe: Any, module: GuidanceModule, scale: float, mix: EnvironmentMix) -> None:
         self.scale = float(scale)
         self.mix = mix
         self.environments: torch.Tensor | None = None
+        self.calls = 0
+        self._family = family_of(pipe)
         self._module = copy.deepcopy(module).eval().requires_grad_(False)
         self._pipe = weakref.ref(pipe)
         self._timesteps: torch.Tensor | None = None
         self._start = np.inf
         denoiser = denoiser_of(pipe)
-        self._features = FeatureCapture(denoiser, module.config["feature_path"])
-        self._guided_output = _GuidedOutput.of(denoiser)
-        self._guided_output.add(denoiser, self)
+        self._features = FeatureCapture(denoiser, module.config["feature_path"], self._read_features)
+        self._guided_output = GuidedOutput.of(denoiser)
+        self._guided_output.add(denoiser, self, self._family)
+        self._watch = CallWatch.of(pipe)
+        self._watch.add(pipe, self)
 
-    def shift(self, call: dict[str, Any], model_pred: torch.Tensor) -> torch.Tensor | None:
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the prediction that is guided."""
+        return self._module.config["latent_channels"]
+
+    @torch.no_grad()
+    def _read_features(self, block_output: Any) -> torch.Tensor:
+        """Project the block's output at once: it is many times larger than what guidance reads of it."""
+        hidden_states = self._family.hidden_states(block_output)
+        if self.scale == 0:
+            return hidden_states[:, :0]
+        self._follow_placement(hidden_states)
+        return self._module.project(hidden_states)
+
+    def shift(self, call: DenoiserCall, model_pred: torch.Tensor) -> torch.Tensor | None:
         """Return Delta * g_psi for one denoiser call, (rows, channels, height, width), or None at scale 0.
 
         Args:
-            call: The arguments of the denoiser's forward, by name.
+            call: What the denoiser was given.
             model_pred: The frozen prediction, (rows, channels, height, width).
         """
+        self.calls += 1
         features = self._features.take()
-        noisy_latents = call["sample"]
-        timestep = torch.as_tensor(call["timestep"], device=noisy_latents.device)
-        environments = self._follow(noisy_latents, float(timestep.flatten()[0]))
+        environments = self._follow_images(call.noisy_latents, float(call.timesteps[0]))
         if self.scale == 0:
             return None
         device, dtype = model_pred.device, model_pred.dtype
-        if self._module.device != device or self._module.dtype != dtype:
-            self._module.to(device, dtype)
+        self._follow_placement(model_pred)
         with torch.no_grad():
             return self.scale * self._module(
-                noisy_latents.to(dtype),
-                timestep.expand(len(noisy_latents)),
-                call["encoder_hidden_states"].to(dtype),
+                call.noisy_latents.to(dtype),
+                call.timesteps,
+                to(call.condition, device, dtype),
                 model_pred,
-                features.to(dtype),
+                self._family.on_grid(features, call.noisy_latents),
                 environments.to(device),
+                projected=True,
             )
 
-    def _follow(self, noisy_latents: torch.Tensor, timestep: float) -> torch.Tensor:
+    def _follow_placement(self, tensor: torch.Tensor) -> None:
+        if self._module.device != tensor.device or self._module.dtype != tensor.dtype:
+            self._module.to(tensor.device, tensor.dtype)
+
+    def _follow_images(self, noisy_latents: torch.Tensor, timestep: float) -> torch.Tensor:
         """Return the groups of each row; notice when new images begin, and draw theirs from their noise.
 
         Each pipeline call sets the scheduler's timesteps anew. A loop that sets them once for many batches is
@@ -154,70 +174,32 @@ class Attachment:
         """Restore the plain model. Calling it twice does no harm."""
         self._guided_output.remove(self)
         self._features.close()
+        pipe = self._pipe()
+        if pipe is not None:
+            self._watch.remove(pipe, self)
 
     def __enter__(self) -> Attachment:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self.detach()
-
-
-class _GuidedOutput:
-    """The one forward hook of a guided denoiser: f~ = f + the sum of Delta * g_psi over its attachments.
-
-    One for all of them, since a hook of its own would hand each module what the ones before it made of f.
-    So shifts add, and the order of attaching and detaching does not matter.
-    """
-
-    _by_denoiser: ClassVar[weakref.WeakKeyDictionary[nn.Module, _GuidedOutput]] = weakref.WeakKeyDictionary()
-
-    def __init__(self) -> None:
-        self._attachments: list[Attachment] = []
-        self._handle: Any = None
-
-    @classmethod
-    def of(cls, denoiser: nn.Module) -> _GuidedOutput:
-        """Return the one hook of `denoiser`."""
-        return cls._by_denoiser.setdefault(denoiser, cls())
-
-    def add(self, denoiser: nn.Module, attachment: Attachment) -> None:
-        """Put one more attachment on, and with the first the hook."""
-        if not self._attachments:
-            # A plain forward hook survives CPU offload, where diffusers' own hook registry loses it.
-            self._handle = denoiser.register_forward_hook(self._guide, with_kwargs=True)
-        self._attachments.append(attachment)
-
-    def remove(self, attachment: Attachment) -> None:
-        """Take one attachment off, and with the last the hook."""
-        if attachment in self._attachments:
-            self._attachments.remove(attachment)
-            if not self._attachments:
-                self._handle.remove()
-
-    def _guide(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        call = inspect.signature(type(denoiser).forward).bind(denoiser, *args, **kwargs).arguments
-        model_pred = output[0]
-        shifts = [attachment.shift(call, model_pred) for attachment in self._attachments]
-        applied = [shift for shift in shifts if shift is not None]
-        if not applied:
-            return None
-        guided = model_pred + sum(applied[1:], start=applied[0])
-        if isinstance(output, tuple):
-            return (guided, *output[1:])
-        return type(output)(sample=guided)
+        if kind is None and self.calls == 0:
+            warnings.warn(
+                "The guidance module was attached, but the denoiser never ran meanwhile: nothing was guided. Draw "
+                "inside the `with` block, with the pipeline that the module was attached to.",
+                stacklevel=2,
+            )
 
 
 def check_fit(pipe: Any, module: GuidanceModule, *, strict: bool = True) -> None:
     """Raise `ModelError` unless `module` was made for `pipe`'s denoiser, saying every difference."""
-    denoiser: Any = denoiser_of(pipe)
-    config, wanted = denoiser.config, module.config
+    denoiser, wanted = denoiser_of(pipe), module.config
     found = {
         "denoiser_class": type(denoiser).__name__,
         "prediction_type": NoiseSchedule(pipe.scheduler).prediction_type,
-        "latent_channels": config.get("out_channels"),
-        "prompt_dim": config.get("cross_attention_dim"),
-        "feature_channels": (tuple(config.get("block_out_channels", ())) or (None,))[-1],
     }
+    if wanted["denoiser_class"] == found["denoiser_class"]:
+        found |= family_of(pipe).shape(denoiser).to_dict()
     wrong = [
         f"{name}: expected {wanted[name]}, found {value}" for name, value in found.items() if wanted[name] != value
     ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..denoiser import FrozenDenoiser
+from ..families import Condition
+from ..families.base import to
 from ..files import fingerprint
 from .environments import EnvironmentMix
 from .module import GuidanceModule
@@ -24,14 +26,14 @@ class GuidedDenoiser:
 
     @torch.no_grad()
     def __call__(
-        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return guided prediction (B, C, H, W) and the frozen middle features (B, D, H', W')."""
-        model_pred, features = self._frozen(noisy_latents, timesteps, prompt_embeds)
+        model_pred, features = self._frozen(noisy_latents, timesteps, condition)
         shift = self._module(
             noisy_latents.to(self.device),
             timesteps.to(self.device),
-            prompt_embeds.to(self.device).float(),
+            to(condition, self.device, torch.float32),
             model_pred.float(),
             features.float(),
             self._mix.rows(noisy_latents).to(self.device),

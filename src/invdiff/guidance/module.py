@@ -20,6 +20,7 @@ from torch import nn
 
 from ..diffusion import NoiseSchedule
 from ..errors import ConfigError, ModelError
+from ..families import Condition, family_of
 from ..features import feature_block
 from ..pipelines import denoiser_of
 
@@ -38,12 +39,27 @@ class InvariantEncoder(nn.Module):
         self.queries = nn.Parameter(torch.randn(num_queries, code_dim) / code_dim**0.5)
         self.out = nn.Sequential(nn.SiLU(), nn.Linear(num_queries * code_dim, code_dim))
 
-    def forward(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        """Map (batch, tokens, prompt_dim) to (batch, code_dim)."""
-        tokens = self.norm(prompt_embeds)
+    def forward(self, condition: Condition) -> torch.Tensor:
+        """Map `prompt_embeds` (batch, tokens, prompt_dim), and a mask (batch, tokens) if any, to (batch, code_dim)."""
+        tokens = self.norm(condition["prompt_embeds"])
+        mask = condition.get("prompt_attention_mask")
+        if mask is not None:
+            mask = mask.reshape(len(tokens), 1, -1) > 0
         queries = self.queries.expand(len(tokens), -1, -1)
-        pooled = F.scaled_dot_product_attention(queries, self.key(tokens), self.value(tokens))
+        pooled = F.scaled_dot_product_attention(queries, self.key(tokens), self.value(tokens), attn_mask=mask)
         return self.out(pooled.flatten(1))
+
+
+class ClassEncoder(nn.Module):
+    """Phi where a class label stands for the prompt: one code a class, the null class among them."""
+
+    def __init__(self, num_classes: int, code_dim: int) -> None:
+        super().__init__()
+        self.codes = nn.Embedding(num_classes, code_dim)
+
+    def forward(self, condition: Condition) -> torch.Tensor:
+        """Map `class_labels` (batch,) to (batch, code_dim)."""
+        return self.codes(condition["class_labels"].reshape(-1))
 
 
 class ModulatedBlock(nn.Module):
@@ -73,7 +89,8 @@ class GuidanceModule(ModelMixin, ConfigMixin):
 
     Args:
         latent_channels: Channels of the denoiser's prediction.
-        prompt_dim: Width of the prompt embeddings.
+        prompt_dim: Width of the prompt embeddings; 0 where the denoiser reads none.
+        num_classes: Class labels, the null class included; 0 where the denoiser reads none.
         feature_channels: Channels of the block whose output is read.
         feature_path: Dotted path of that block in the denoiser.
         num_groups: Groups (environments) of each hidden factor.
@@ -91,6 +108,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         *,
         latent_channels: int = 4,
         prompt_dim: int = 768,
+        num_classes: int = 0,
         feature_channels: int = 1280,
         feature_path: str = "mid_block",
         num_groups: Sequence[int] = (2,),
@@ -103,7 +121,11 @@ class GuidanceModule(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         condition_dim = 4 * width
-        self.encoder = InvariantEncoder(prompt_dim, condition_dim)
+        self.encoder: nn.Module | None = None  # an unconditional model has nothing to encode
+        if prompt_dim:
+            self.encoder = InvariantEncoder(prompt_dim, condition_dim)
+        elif num_classes:
+            self.encoder = ClassEncoder(num_classes, condition_dim)
         self.time = nn.Sequential(
             nn.Linear(2 * width, condition_dim), nn.SiLU(), nn.Linear(condition_dim, condition_dim)
         )
@@ -135,11 +157,11 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         """Return an untrained module that fits `pipe`'s denoiser and has no effect yet.
 
         Args:
-            pipe: A diffusers pipeline with a UNet conditioned on a prompt.
+            pipe: A diffusers pipeline of a supported family.
             num_groups: Groups of the hidden factor, or of each of several.
             mode: `"balanced"` or `"invariant"`.
-            width: Channels of the gradient estimator, a multiple of 8; 0 takes about half of the UNet's first
-                level.
+            width: Channels of the gradient estimator, a multiple of 8; 0 fits it to the denoiser: half of a
+                UNet's first level, an eighth of a transformer's width.
             seed: Seed of the initial weights.
 
         Raises:
@@ -153,26 +175,19 @@ class GuidanceModule(ModelMixin, ConfigMixin):
             raise ConfigError(f"Expected mode 'balanced' or 'invariant', got {mode!r}.")
         if width < 0 or width % 8:
             raise ConfigError(f"Expected width 0 or a multiple of 8, got {width}.")
-        denoiser: Any = denoiser_of(pipe)
-        config = denoiser.config
-        if type(denoiser).__name__ != "UNet2DConditionModel":
-            raise ModelError(
-                f"Expected a pipeline whose denoiser is a UNet2DConditionModel, got {type(denoiser).__name__}."
-            )
-        feature_block(denoiser, "mid_block")
+        denoiser, family = denoiser_of(pipe), family_of(pipe)
+        shape = family.shape(denoiser)
+        feature_block(denoiser, shape.feature_path)
         signature = weight_signature(denoiser)
         if any(map(math.isnan, signature)):
             raise ModelError("Expected the denoiser's weights in memory, found them offloaded. Offload later.")
-        widths = tuple(config["block_out_channels"])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = cls(
-                latent_channels=config["out_channels"],
-                prompt_dim=config["cross_attention_dim"],
-                feature_channels=widths[-1],
+                **shape.to_dict(),
                 num_groups=groups,
                 mode=mode,
-                width=width or max(32, widths[0] // 16 * 8),
+                width=width or max(32, family.base_width(denoiser) // 8 * 8),
                 denoiser_class=type(denoiser).__name__,
                 prediction_type=NoiseSchedule(pipe.scheduler).prediction_type,
                 weight_signature=signature,
@@ -194,43 +209,53 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         self,
         noisy_latents: torch.Tensor,
         timesteps: torch.Tensor,
-        prompt_embeds: torch.Tensor,
+        condition: Condition,
         model_pred: torch.Tensor,
         features: torch.Tensor,
         environments: torch.Tensor | None = None,
+        *,
+        projected: bool = False,
     ) -> torch.Tensor:
         """Return g_psi, the shift of the denoiser's output.
 
         Args:
             noisy_latents: z_t, (batch, channels, height, width); channels beyond the latents' are ignored.
             timesteps: (batch,), integer or fractional.
-            prompt_embeds: (batch, tokens, prompt_dim).
+            condition: What Phi reads: `prompt_embeds` (batch, tokens, prompt_dim) or `class_labels` (batch,).
             model_pred: The frozen denoiser's output f(z_t, t, y), (batch, channels, height, width).
             features: Output of the block at `feature_path`, (batch, feature_channels, height', width').
             environments: Group of each factor, (batch, factors), integers; only in `balanced` mode.
+            projected: Whether `features` have been through `project` already.
 
         Returns:
             (batch, channels, height, width), to be added to `model_pred` with weight Delta.
         """
         width, channels = self.config["width"], self.config["latent_channels"]
         time = get_timestep_embedding(timesteps, 2 * width).to(model_pred.dtype)
-        condition = self.time(time) + self.encoder(prompt_embeds)
+        code = self.time(time)
+        if self.encoder is not None:
+            code = code + self.encoder(condition)
         if self.sees_environment:
             if environments is None:
                 raise ModelError("Expected the environments of each image in balanced mode, got none.")
             for factor, embedding in enumerate(self.environments):
-                condition = condition + embedding(environments[:, factor])
-        condition = self.condition(condition)
+                code = code + embedding(environments[:, factor])
+        code = self.condition(code)
 
         place = coordinates(model_pred)
         full = self.conv_in(torch.cat([noisy_latents[:, :channels], model_pred, place], dim=1))
-        full = self.block_in(full, condition)
+        full = self.block_in(full, code)
         low = self.down(F.silu(full))
-        low = low + F.interpolate(self.features(features), size=low.shape[-2:], mode="nearest")
-        low = self.block_low(low, condition)
+        features = features if projected else self.project(features)
+        low = low + F.interpolate(features, size=low.shape[-2:], mode="nearest")
+        low = self.block_low(low, code)
         full = full + F.interpolate(self.up(low), size=full.shape[-2:], mode="nearest")
-        full = self.block_out(full, condition)
+        full = self.block_out(full, code)
         return self.conv_out(F.silu(full))
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Map features (batch, feature_channels, height, width) to the few channels that the estimator reads."""
+        return self.features(features)
 
 
 def coordinates(like: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..distributed import is_main
 from ..errors import ConfigError, DataError, TrainingError
 from ..files import read_json, read_tensors, write_json, write_tensors
 from .optimization import Precision
@@ -66,6 +67,8 @@ def save_checkpoint(folder: Path, step: int, state: TrainingState, settings: dic
             f"Expected finite weights, got others after step {step}. Lower learning_rate, or set mixed_precision to "
             f"'no'. The last good checkpoint is kept in {folder}."
         )
+    if not is_main():
+        return
     target = folder / f"step-{step}"
     write_tensors(target / "state.safetensors", state.tensors())
     # Written last: a checkpoint without it was cut short and is not read.

@@ -15,9 +15,12 @@ from ..data.captioned import CaptionedImages
 from ..data.encode import EncodedImages, encode, model_fingerprint
 from ..denoiser import denoiser_fingerprint
 from ..diffusion import NoiseSchedule, per_sample_loss
+from ..distributed import refuse_several_processes
 from ..errors import ConfigError, ModelError
+from ..families import family_of
+from ..families.unet import StableDiffusion
 from ..files import fingerprint, read_json, write_json
-from ..pipelines import default_device, denoiser_of, load_pipeline
+from ..pipelines import default_device, load_pipeline
 from ..progress import progress_bar
 from ..seeds import derived_seed, generator
 from .checkpoint import TrainingState, check_same_settings, load_checkpoint, save_checkpoint
@@ -46,6 +49,7 @@ def finetune(
         ModelError: `base` is not a pipeline that can be trained.
         ConfigError: `output_dir` holds a run with other settings, data or base; or settings contradict.
     """
+    refuse_several_processes("finetune")
     config = config or FinetuneConfig()
     output_dir = Path(output_dir)
     work = output_dir / ".work"
@@ -105,12 +109,15 @@ def load_base(base: str | Path) -> Any:
     """Load a pipeline to train, in float32.
 
     Raises:
-        ModelError: There is none, or its denoiser is no `UNet2DConditionModel`.
+        ModelError: There is none, or it is no Stable Diffusion 1.x or 2.x.
     """
     pipe = load_pipeline(base, dtype=torch.float32)
-    denoiser = denoiser_of(pipe)
-    if not isinstance(denoiser, UNet2DConditionModel):
-        raise ModelError(f"Expected a base whose denoiser is a UNet2DConditionModel, got {type(denoiser).__name__}.")
+    family = family_of(pipe)
+    if type(family) is not StableDiffusion:
+        raise ModelError(
+            f"Expected a base of {StableDiffusion.title}, got {family.title}. Fine-tune others with diffusers' own "
+            "training scripts; audit, train and generate take the result."
+        )
     return pipe
 
 
@@ -150,8 +157,7 @@ def train_denoiser(
     state = TrainingState(trained, optimizer, average, precision)
     start = load_checkpoint(checkpoint_dir, state, settings)
     tokens = tokenize(pipe, [*encoded.captions, ""]).to(device)
-    embeds = torch.cat([encoded.prompt_embeds, encoded.null_embeds[None]]).to(device)
-    null_id = len(encoded.captions)
+    embeds = encoded.conditions["prompt_embeds"].to(device)
     images_of = torch.bincount(encoded.caption_ids).double()
     chances = images_of[encoded.caption_ids] ** (config.caption_power - 1)
 
@@ -164,7 +170,7 @@ def train_denoiser(
             noise = torch.randn(latents.shape, generator=rng)
             timesteps = torch.randint(schedule.num_train_timesteps, (len(rows),), generator=rng)
             captions = encoded.caption_ids[rows].clone()
-            captions[torch.rand(len(rows), generator=rng) < config.caption_dropout] = null_id
+            captions[torch.rand(len(rows), generator=rng) < config.caption_dropout] = encoded.null_id
 
             latents, noise, timesteps = latents.to(device), noise.to(device), timesteps.to(device)
             noisy_latents = schedule.add_noise(latents, noise, timesteps)

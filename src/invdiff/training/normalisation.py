@@ -34,7 +34,7 @@ def typical_losses(denoiser: Denoiser, data: EncodedImages, *, seed: int) -> tor
         noise = torch.randn(latents.shape, generator=rng).to(denoiser.device)
         timesteps = torch.full((len(rows),), int(timestep), device=denoiser.device)
         noisy_latents = schedule.add_noise(latents, noise, timesteps)
-        model_pred, _ = denoiser(noisy_latents, timesteps, data.prompt_embeds[data.caption_ids[rows]])
+        model_pred, _ = denoiser(noisy_latents, timesteps, data.condition(data.caption_ids[rows]))
         means.append(per_sample_loss(model_pred, schedule.target(latents, noise, timesteps)).mean().item())
     logs = np.interp(np.arange(schedule.num_train_timesteps), known, np.log(np.maximum(means, 1e-12)))
     return torch.from_numpy(np.exp(logs)).float()

@@ -45,6 +45,23 @@ class Precision:
         """Return the optimizer to use with `step`: it skips steps whose scaled gradient overflowed."""
         return self.accelerator.prepare_optimizer(optimizer)
 
+    def shared(self, model: nn.Module) -> nn.Module:
+        """Return the model to run forward: the same, or one whose gradients are averaged over all processes."""
+        if self.accelerator.num_processes == 1:
+            return model
+        device = self.accelerator.device
+        devices = None if device.type == "cpu" else [device]
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+    def part(self, size: int) -> slice:
+        """Return the part of a batch of `size` that this process computes."""
+        each = size // self.accelerator.num_processes
+        return slice(self.accelerator.process_index * each, (self.accelerator.process_index + 1) * each)
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the values (rows, ...) of the parts of all processes, in the order of the batch."""
+        return self.accelerator.gather(values)
+
     def autocast(self) -> AbstractContextManager[None]:
         """Return a context in which forwards run in 16 bits, or as they are in full precision."""
         return self.accelerator.autocast()

@@ -16,6 +16,9 @@ from ..data.captioned import CaptionedImages
 from ..data.encode import EncodedImages, as_encoded
 from ..denoiser import FrozenDenoiser, denoiser_fingerprint
 from ..diffusion import per_sample_loss
+from ..distributed import is_main, num_processes, wait
+from ..errors import ConfigError
+from ..families.base import to
 from ..files import fingerprint, read_json, write_json, write_text
 from ..groups.audit import audit as infer_groups
 from ..groups.result import Audit
@@ -45,9 +48,9 @@ def train(
 ) -> GuidanceModule:
     """Train a `GuidanceModule` that balances the groups an audit found, and save it to `output_dir`.
 
-    The pipeline stays frozen; no gradient flows through it. Work in progress is kept in `output_dir/.work`:
-    a killed run goes on from its last checkpoint to the same result, and a finished one is read back. The
-    losses of each group are logged in `output_dir/log.jsonl`.
+    The pipeline stays frozen; no gradient flows through it. Several processes each take a share of every batch.
+    Work in progress is kept in `output_dir/.work`: a killed run goes on from its last checkpoint to the same
+    result, and a finished one is read back. The losses of each group are logged in `output_dir/log.jsonl`.
 
     Args:
         pipe: The pipeline that was audited.
@@ -64,19 +67,28 @@ def train(
     """
     config = config or TrainConfig()
     output_dir = Path(output_dir)
-    data = as_encoded(pipe, data, cache_dir, progress=progress)
-    audit.check_matches(data, denoiser_fingerprint(pipe))
+    resolution = audit.settings.get("resolution", 0)
+    data = as_encoded(pipe, data, cache_dir, resolution=resolution, progress=progress)
+    model = denoiser_fingerprint(pipe)
+    audit.check_matches(data, model)
     audit.check_found()
     settings = config.to_dict() | {
         "audit": audit.fingerprint,
         "data": data.data_fingerprint,
-        "model": fingerprint(data.model_fingerprint, denoiser_fingerprint(pipe)),
+        "model": fingerprint(data.model_fingerprint, model),
     }
     finished, work = output_dir / "train.json", output_dir / ".work"
     if finished.is_file():
         check_same_settings(output_dir, read_json(finished)["settings"], settings)
-        shutil.rmtree(work, ignore_errors=True)
+        wait()
+        if is_main():
+            shutil.rmtree(work, ignore_errors=True)
         return load_module(output_dir)
+    if config.batch_size % num_processes():
+        raise ConfigError(
+            f"Expected a batch_size that {num_processes()} processes can share, got {config.batch_size}. Take a "
+            "multiple of the number of processes."
+        )
 
     module = GuidanceModule.for_pipeline(
         pipe,
@@ -114,11 +126,13 @@ def train(
                 round_number=number,
                 progress=progress,
             )
-    module.save_pretrained(output_dir)
-    logs = [(work / f"round-{n}" / "log.jsonl").read_text(encoding="utf-8") for n in range(rounds)]
-    write_text(output_dir / "log.jsonl", "".join(logs))
-    write_json(finished, {"settings": settings, "parameters": module.num_parameters(), "rounds": rounds})
-    shutil.rmtree(work)
+    if is_main():
+        module.save_pretrained(output_dir)
+        logs = [(work / f"round-{n}" / "log.jsonl").read_text(encoding="utf-8") for n in range(rounds)]
+        write_text(output_dir / "log.jsonl", "".join(logs))
+        write_json(finished, {"settings": settings, "parameters": module.num_parameters(), "rounds": rounds})
+        shutil.rmtree(work)
+    wait()
     return module
 
 
@@ -160,11 +174,10 @@ def run_round(
     precision = Precision(config.mixed_precision, device)
     sampler = GroupBalancedSampler(audit.prompt_ids, audit.group_weights)
     moving = MovingGroupLosses((int(audit.prompt_ids.max()) + 1, audit.num_groups[0]), config.loss_momentum)
-    embeds = torch.cat([data.prompt_embeds, data.null_embeds[None]]).float()
     typical = typical_losses(frozen, data, seed=config.seed).to(device)
-    null_id = len(data.captions)
 
     module.train()
+    trained = precision.shared(module)
     average = moving_average(module, config.ema_decay)
     optimizer = precision.prepare(
         torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -181,28 +194,36 @@ def run_round(
             rng = generator("train", config.seed, round_number, step)
             rows, environments = sampler.draw(config.batch_size, rng)
             captions = data.caption_ids[rows].clone()
-            captions[torch.rand(len(rows), generator=rng) < config.caption_dropout] = null_id
-            latents = data.latents[rows]
-            noise = torch.randn(latents.shape, generator=rng)
+            captions[torch.rand(len(rows), generator=rng) < config.caption_dropout] = data.null_id
+            noise = torch.randn((len(rows), *data.latents.shape[1:]), generator=rng)
             # Content is decided at high noise: a level is drawn in proportion to its height.
             levels = torch.rand(len(rows), generator=rng).sqrt()
             timesteps = (levels * schedule.num_train_timesteps).long()
 
-            latents, noise, timesteps = latents.to(device), noise.to(device), timesteps.to(device)
-            prompt_embeds = embeds[captions].to(device)
-            noisy_latents = schedule.add_noise(latents, noise, timesteps)
+            # Every process draws the whole batch and computes its own part of it.
+            part = precision.part(len(rows))
+            latents, noise, timesteps = (
+                data.latents[rows[part]].to(device),
+                noise[part].to(device),
+                timesteps.to(device),
+            )
+            condition = to(data.condition(captions[part]), device, torch.float32)
+            noisy_latents = schedule.add_noise(latents, noise, timesteps[part])
             # f~ = f + g_psi(z_t, t, Phi(y), e), trained at full strength: Delta = 1.
             with precision.autocast():
-                model_pred, features = frozen(noisy_latents, timesteps, prompt_embeds)
+                model_pred, features = frozen(noisy_latents, timesteps[part], condition)
                 model_pred, features = model_pred.float(), features.float()
-                shift = module(noisy_latents, timesteps, prompt_embeds, model_pred, features, environments.to(device))
-            losses = per_sample_loss(model_pred + shift, schedule.target(latents, noise, timesteps))
-            losses = losses / typical[timesteps]
+                shift = trained(
+                    noisy_latents, timesteps[part], condition, model_pred, features, environments[part].to(device)
+                )
+            losses = per_sample_loss(model_pred + shift, schedule.target(latents, noise, timesteps[part]))
+            losses = losses / typical[timesteps[part]]
 
             prompts, groups = audit.prompt_ids[rows], environments[:, 0]
-            moving.update(prompts, groups, losses.detach().cpu())
+            all_losses = precision.gather(losses.detach())
+            moving.update(prompts, groups, all_losses.cpu())
             weights = objective_weights(moving.means(), config.penalty)[prompts, groups]
-            loss = (weights.to(device) * losses).mean()
+            loss = (weights[part].to(device) * losses).mean()
             last = step + 1 == config.steps
             logs, saves = last or (step + 1) % LOG_EVERY == 0, last or (step + 1) % config.checkpoint_every == 0
             if logs or saves:
@@ -211,15 +232,16 @@ def run_round(
             precision.step(loss, module, optimizer, config.max_gradient_norm)
             average.update_parameters(module)
             if logs:
-                log.append(_log_row(round_number, step + 1, losses, moving))
+                log.append(_log_row(round_number, step + 1, all_losses, moving))
             if saves:
                 state.running = {"group_losses": moving.state(), "log": log}
                 save_checkpoint(work_dir, step + 1, state, settings)
-            bar.advance(loss=losses.mean())
+            bar.advance(loss=all_losses.mean())
 
     module.load_state_dict(average.module.state_dict())
     module.eval()
-    write_text(work_dir / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+    if is_main():
+        write_text(work_dir / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
 
 
 def _log_row(round_number: int, step: int, losses: torch.Tensor, moving: MovingGroupLosses) -> dict[str, Any]:

@@ -1,0 +1,66 @@
+"""Several processes at one job, started by `torchrun` or `accelerate launch`: who does what, and who waits.
+
+Processes share work through the file system (a process writes whole files, all read them after `wait`), so several
+machines need a common one. A single process takes every share and never waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from .errors import ConfigError
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=12)
+"""How long processes wait for each other: one may weigh the evidence of many images while the others wait."""
+
+
+def state() -> PartialState:
+    """Return accelerate's view of the processes; the first call joins them."""
+    if PartialState._shared_state:
+        return PartialState()
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+
+def num_processes() -> int:
+    """Return how many processes work together."""
+    return state().num_processes
+
+
+def is_main() -> bool:
+    """Whether this process is the one that decides, reports and writes what is written once."""
+    return state().is_main_process
+
+
+def mine(items: Sequence[T]) -> Sequence[T]:
+    """Return this process's share: every n-th item."""
+    return items[state().process_index :: num_processes()]
+
+
+def wait() -> None:
+    """Wait until every process is here."""
+    state().wait_for_everyone()
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """Let the main process make something and hand it to the others."""
+    if num_processes() == 1:
+        return make()
+    made: list[T | None] = [make() if is_main() else None]
+    broadcast_object_list(made)
+    return made[0]  # type: ignore[return-value]
+
+
+def refuse_several_processes(what: str) -> None:
+    """Raise `ConfigError` where a step that runs as one process is started as several."""
+    if num_processes() > 1:
+        raise ConfigError(
+            f"Expected one process for {what}, got {num_processes()}. Run it without torchrun or accelerate launch."
+        )

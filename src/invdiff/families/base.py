@@ -1,0 +1,231 @@
+"""What invdiff must know of a family of denoisers, and nothing else: inputs, latents, features, conditions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+
+from ..errors import ConfigError, ModelError
+
+Condition: TypeAlias = dict[str, torch.Tensor]
+"""What a denoiser is conditioned on, one row each: `prompt_embeds` (rows, tokens, dim) and what goes with them
+(`prompt_attention_mask`, `pooled_prompt_embeds`), or `class_labels` (rows,), or nothing. diffusers' names."""
+
+
+@dataclass(frozen=True)
+class DenoiserShape:
+    """What a guidance module must fit."""
+
+    latent_channels: int
+    """Channels of latents and prediction, unpacked."""
+    feature_path: str
+    """Dotted path of the block whose output is read."""
+    feature_channels: int
+    """Channels of that output."""
+    prompt_dim: int = 0
+    """Width of the prompt embeddings; 0 where the denoiser reads none."""
+    num_classes: int = 0
+    """Class labels, the null class included; 0 where the denoiser reads none."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class DenoiserCall:
+    """One call of a denoiser, in the layout that is the same for all families."""
+
+    noisy_latents: torch.Tensor
+    """z_t, (rows, channels, height, width), unpacked; further channels (inpainting) may follow the latents'."""
+    timesteps: torch.Tensor
+    """(rows,) on the scale of the training schedule, 0 to `num_train_timesteps`; integer or fractional."""
+    condition: Condition
+    """What Phi reads."""
+
+
+class Family(ABC):
+    """The adapter of one family of denoisers: one small class, used by audit, training, attach and generate.
+
+    Args:
+        pipe: A pipeline of the family; only figures are kept of it.
+    """
+
+    title: ClassVar[str]
+    """For people, such as "Stable Diffusion XL"."""
+    needs_prompts: ClassVar[bool] = True
+    """Whether images are drawn of prompts (or class names), not of nothing."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.latent_factor = vae_scale_factor(pipe)
+        """Pixels per latent, along each side."""
+
+    # The network.
+
+    @abstractmethod
+    def shape(self, denoiser: Any) -> DenoiserShape:
+        """Return what a guidance module for `denoiser` must fit."""
+
+    @abstractmethod
+    def base_width(self, denoiser: Any) -> int:
+        """Return the channels that a gradient estimator of fitting size has, before rounding."""
+
+    @abstractmethod
+    def predict(
+        self, denoiser: Any, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition
+    ) -> torch.Tensor:
+        """Run the denoiser: (B, C, H, W), timesteps (B,) and a condition of B rows to its prediction (B, C, H, W)."""
+
+    @abstractmethod
+    def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
+        """Read the arguments, by name, of a call that a pipeline makes."""
+
+    def prediction(self, output: torch.Tensor, call: DenoiserCall, channels: int) -> torch.Tensor:
+        """Return the prediction (rows, channels, height, width) in a denoiser's raw output."""
+        return output[:, :channels]
+
+    def shifted(self, output: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """Return the raw output with `shift` (rows, channels, height, width) added to its prediction."""
+        channels = shift.shape[1]
+        if output.shape[1] == channels:
+            return output + shift
+        # A learned variance follows the prediction and stays as it is.
+        return torch.cat([output[:, :channels] + shift, output[:, channels:]], dim=1)
+
+    def hidden_states(self, block_output: Any) -> torch.Tensor:
+        """Return the image's activations in the output of the block at `feature_path`.
+
+        (rows, channels, height, width), or (rows, channels, tokens, 1) until `on_grid` lays them out.
+        """
+        return block_output
+
+    def on_grid(self, features: torch.Tensor, noisy_latents: torch.Tensor) -> torch.Tensor:
+        """Lay out what `hidden_states` returned over the image: (rows, channels, height', width')."""
+        return features
+
+    # The pipeline.
+
+    @abstractmethod
+    def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
+        """Return the condition of captions, one row each."""
+
+    @abstractmethod
+    def null_condition(self, pipe: Any) -> Condition:
+        """Return the condition under which the pipeline draws the unconditional half of its guidance, one row."""
+
+    def caption_read(self, caption: str) -> str:
+        """Return the part of a caption that the denoiser is told."""
+        return caption
+
+    def encode_images(self, pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode (batch, 3, height, width) in -1 to 1 to scaled latents, float32 on the CPU.
+
+        By the mode, so that each run gives the same bytes.
+        """
+        vae = pipe.vae
+        # Some autoencoders (SDXL's) overflow in fp16; diffusers runs them in 32 bits as well.
+        overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast")
+        if overflows:
+            vae.float()
+        output = vae.encode(pixels.to(pipe._execution_device, vae.dtype))
+        if overflows:
+            vae.half()
+        latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latents
+        shift = vae.config.get("shift_factor") or 0.0
+        return ((latents.float() - shift) * vae.config["scaling_factor"]).cpu()
+
+    def resolution(self, pipe: Any, denoiser: Any) -> int:
+        """Return the side of the model's own square images, in pixels."""
+        sample_size = denoiser.config.get("sample_size") or getattr(pipe, "default_sample_size", None)
+        if not isinstance(sample_size, int):
+            raise ConfigError(f"Expected a square model, got sample_size {sample_size!r}. Pass resolution=... .")
+        return sample_size * self.latent_factor
+
+    def granularity(self, denoiser: Any) -> int:
+        """Return what a resolution must be a multiple of, in pixels."""
+        return self.latent_factor * int(denoiser.config.get("patch_size") or 1)
+
+    def draw(
+        self, pipe: Any, prompts: Sequence[str], *, guidance_scale: float, resolution: int, **options: Any
+    ) -> Any:
+        """Call the pipeline for one image of each prompt and return its output.
+
+        Args:
+            pipe: The pipeline.
+            prompts: One for each image.
+            guidance_scale: Classifier-free guidance, or the guidance that a distilled model is told.
+            resolution: Side of the images in pixels; 0 for the model's own.
+            options: Generators, steps and output type, passed on.
+        """
+        size = {"height": resolution, "width": resolution} if resolution else {}
+        return pipe(prompt=list(prompts), guidance_scale=guidance_scale, **size, **options)
+
+
+class TransformerFamily(Family):
+    """Families whose denoiser is a transformer over patches, its inputs named `hidden_states`, `timestep`."""
+
+    def base_width(self, denoiser: Any) -> int:
+        """Return an eighth of the width of the transformer."""
+        return min(256, denoiser.inner_dim // 8)
+
+    def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
+        """Read `hidden_states`, `timestep` and `encoder_hidden_states`."""
+        noisy_latents = call["hidden_states"]
+        return DenoiserCall(
+            noisy_latents,
+            rows_of(call["timestep"], noisy_latents),
+            {"prompt_embeds": call["encoder_hidden_states"]},
+        )
+
+    def middle_block(self, denoiser: Any) -> str:
+        """Return the path of the block in the middle."""
+        return f"transformer_blocks.{len(denoiser.transformer_blocks) // 2}"
+
+    def hidden_states(self, block_output: Any) -> torch.Tensor:
+        """Return the image's tokens, (rows, channels, tokens, 1); text comes first where a block returns both."""
+        tokens = block_output[-1] if isinstance(block_output, tuple) else block_output
+        # Contiguous: torch 2.13 crashes in the backward pass of a convolution over tokens that are merely transposed.
+        return tokens.transpose(1, 2).contiguous()[..., None]
+
+    def on_grid(self, features: torch.Tensor, noisy_latents: torch.Tensor) -> torch.Tensor:
+        """Lay the tokens out as patches of the latents: (rows, channels, height', width')."""
+        rows, channels, tokens, _ = features.shape
+        height, width = noisy_latents.shape[-2:]
+        patch = round((height * width / tokens) ** 0.5)
+        if patch < 1 or (height // patch) * (width // patch) != tokens:
+            raise ModelError(
+                f"Expected one token for each patch of {height}x{width} latents, found {tokens} tokens. A wrapper "
+                "that drops or adds tokens cannot be guided: disable it while the module is attached."
+            )
+        return features.reshape(rows, channels, height // patch, width // patch)
+
+
+def rows_of(timestep: Any, noisy_latents: torch.Tensor) -> torch.Tensor:
+    """Return a timestep, given as a number or as a tensor of one or all rows, for every row."""
+    timesteps = torch.as_tensor(timestep, device=noisy_latents.device)
+    return timesteps.reshape(-1).expand(len(noisy_latents))
+
+
+def vae_scale_factor(pipe: Any) -> int:
+    """Return pixels per latent along each side; 1 for a pipeline that has no autoencoder."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        return 1
+    known = getattr(pipe, "vae_scale_factor", None)
+    if known:
+        return int(known)
+    return 2 ** (len(vae.config["block_out_channels"]) - 1)
+
+
+def joined(parts: Sequence[Condition]) -> Condition:
+    """Concatenate the rows of conditions."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+
+
+def to(condition: Condition, device: torch.device, dtype: torch.dtype | None = None) -> Condition:
+    """Move a condition; floating-point tensors take `dtype`, masks and labels keep theirs."""
+    return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in condition.items()}

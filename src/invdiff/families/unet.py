@@ -1,0 +1,100 @@
+"""Stable Diffusion 1.x, 2.x and XL: a UNet that attends to the prompt's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .base import Condition, DenoiserCall, DenoiserShape, Family, rows_of
+
+
+class StableDiffusion(Family):
+    """Stable Diffusion 1.x and 2.x."""
+
+    title = "Stable Diffusion 1.x/2.x"
+
+    def shape(self, denoiser: Any) -> DenoiserShape:
+        """Read the middle block; UNets of all sizes have one."""
+        config = denoiser.config
+        return DenoiserShape(
+            latent_channels=config["out_channels"],
+            feature_path="mid_block",
+            feature_channels=config["block_out_channels"][-1],
+            prompt_dim=config["cross_attention_dim"],
+        )
+
+    def base_width(self, denoiser: Any) -> int:
+        """Return half of the UNet's first level."""
+        return denoiser.config["block_out_channels"][0] // 2
+
+    def predict(
+        self, denoiser: Any, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition
+    ) -> torch.Tensor:
+        """Run the UNet."""
+        output = denoiser(
+            noisy_latents,
+            timesteps,
+            encoder_hidden_states=condition["prompt_embeds"],
+            return_dict=False,
+            **self.added(noisy_latents, condition),
+        )
+        return output[0]
+
+    def added(self, noisy_latents: torch.Tensor, condition: Condition) -> dict[str, Any]:
+        """Return further arguments of the UNet."""
+        return {}
+
+    def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
+        """Read `sample`, `timestep` and `encoder_hidden_states`."""
+        noisy_latents = call["sample"]
+        return DenoiserCall(
+            noisy_latents,
+            rows_of(call["timestep"], noisy_latents),
+            {"prompt_embeds": call["encoder_hidden_states"]},
+        )
+
+    def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
+        """Run the text encoder."""
+        embeds = pipe.encode_prompt(
+            prompt=list(captions),
+            device=pipe._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )[0]
+        return {"prompt_embeds": embeds}
+
+    def null_condition(self, pipe: Any) -> Condition:
+        """Encode the empty caption."""
+        return self.encode_captions(pipe, [""])
+
+
+class StableDiffusionXL(StableDiffusion):
+    """Stable Diffusion XL: two text encoders, and the size of the image among the conditions."""
+
+    title = "Stable Diffusion XL"
+
+    def added(self, noisy_latents: torch.Tensor, condition: Condition) -> dict[str, Any]:
+        """Return the pooled prompt, and an image that was neither resized nor cropped."""
+        height, width = (side * self.latent_factor for side in noisy_latents.shape[-2:])
+        pooled = condition["pooled_prompt_embeds"]
+        time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=pooled.dtype, device=pooled.device)
+        return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids.expand(len(pooled), -1)}}
+
+    def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
+        """Run both text encoders."""
+        embeds, _, pooled, _ = pipe.encode_prompt(
+            prompt=list(captions),
+            device=pipe._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def null_condition(self, pipe: Any) -> Condition:
+        """Return zeros, as the pipeline does unless its config says otherwise."""
+        empty = super().null_condition(pipe)
+        if pipe.config.get("force_zeros_for_empty_prompt", True):
+            return {name: torch.zeros_like(value) for name, value in empty.items()}
+        return empty
