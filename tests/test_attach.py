@@ -94,7 +94,7 @@ def test_the_output_is_the_frozen_prediction_plus_scale_times_the_shift(
     latents, embeds = torch.randn(3, 4, 8, 8, generator=numbers), torch.randn(3, 16, 16, generator=numbers)
     groups = torch.tensor([[1], [0], [1]])
     with torch.no_grad():
-        shift = module(latents, torch.full((3,), 500), embeds, model_pred, features, groups)
+        shift = module(latents, torch.full((3,), 500), {"prompt_embeds": embeds}, model_pred, features, groups)
     attach(tiny_pipe, module, scale=0.7, environments=[1, 0, 1])
     assert torch.equal(denoise(tiny_pipe).sample, model_pred + 0.7 * shift)
 

@@ -394,3 +394,27 @@ def test_images_pass_between_processes(tiny_folder: Path) -> None:
     data = pickle.loads(pickle.dumps(load_captioned_images(tiny_folder).select([3])))
     assert isinstance(data, CaptionedImages)
     assert data.image(0).size == (40, 36)
+
+
+def test_without_captions_a_folder_of_images_will_do(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    for name in ("b.png", "a.PNG", "more/c.jpg"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    data = load_captioned_images(tmp_path, captions=False)
+    assert data.names == ["a.PNG", "b.png", "more/c.jpg"]
+    assert data.captions == ["", "", ""]
+    assert data.image(2).size == (4, 4)
+    assert len(load_captioned_images(tmp_path, captions=False, limit=2)) == 2
+
+
+def test_without_captions_metadata_still_names_images_and_attributes(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    write_folder(tmp_path, [{"file_name": "a.png", "background": "land"}])
+    data = load_captioned_images(tmp_path, captions=False)
+    assert (data.names, data.captions, data.attributes) == (["a.png"], [""], {"background": ["land"]})
+
+
+def test_without_captions_there_must_be_images_and_no_caption_column(tmp_path: Path) -> None:
+    assert f"Expected images in {tmp_path}, found none" in refusal(tmp_path, captions=False)
+    assert "no caption_column with captions=False" in refusal(tmp_path, captions=False, caption_column="text")

@@ -11,10 +11,11 @@ import yaml
 from typer.testing import CliRunner
 
 from conftest import CAPTIONS, make_guidance_module, make_tiny_pipeline, write_tiny_folder
-from invdiff import cli
+from invdiff import cli, cli_output
 from invdiff.cli_options import environments_from, field_docs, labelled_folders, prompts_in, settings
 from invdiff.config import AuditConfig, FinetuneConfig, GenerateConfig
 from invdiff.errors import ConfigError, DataError
+from tiny import make_tiny
 
 COMMANDS = ("demo", "birds", "finetune", "audit", "train", "generate", "evaluate", "annotator", "annotator train")
 ARCHITECTURE = {
@@ -122,6 +123,37 @@ def test_the_whole_way_each_command_naming_the_next(tmp_path, cache):
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == {"base", "guided"}
     assert results["base"]["3.0"]["frechet"] > 0
+
+
+def test_the_whole_way_without_captions(tmp_path, cache):
+    """An unconditional model and a mere folder of images."""
+    make_tiny("ddpm").save_pretrained(tmp_path / "model")
+    photos = write_tiny_folder(tmp_path / "photos")
+    (photos / "metadata.csv").unlink()
+    loose = yaml_file(tmp_path / "audit.yaml", {"solver": "gradient", "min_images": 4, "min_share": 0.1})
+    settings = ("--no-captions", "--quiet")
+    shown = succeed("audit", tmp_path / "model", photos, "--output", tmp_path / "audit", "--config", loose, *settings)
+    assert "--no-captions" in next_command(shown)
+    steps = ("--steps", 2, "--batch-size", 4)
+    shown = succeed(*next_command(shown)[1:], *steps, "--quiet")
+    drawing = ("--guidance-scale", 1, "--images-per-prompt", 2, "--steps", 1, "--quiet")
+    succeed("generate", tmp_path / "model", "--module", tmp_path / "module", "--output", tmp_path / "images", *drawing)
+    rows = [json.loads(line) for line in (tmp_path / "images" / "manifest.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["", ""]
+
+
+def test_of_several_processes_only_the_first_prints(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    cli_output.say("loading", quiet=False)
+    cli_output.finish("The module is in out.", ["invdiff", "generate"])
+    printed = capsys.readouterr()
+    assert printed.out + printed.err == ""
+
+
+@pytest.mark.parametrize("words", [["demo"], ["evaluate", "out", "--annotator", "a", "--attribute", "b"]])
+def test_a_command_for_one_process_refuses_several(words, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "Expected one process" in fail(*words)
 
 
 def test_birds_draws_a_set_that_can_be_opened(tmp_path):

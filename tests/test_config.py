@@ -32,8 +32,8 @@ ALL = [ArchitectureConfig, AuditConfig, DemoConfig, FinetuneConfig, GenerateConf
         (AuditConfig, {"vision_encoder": 3}, "AuditConfig.vision_encoder: expected text, got 3."),
         (
             AuditConfig,
-            {"contrast_levels": 0.9},
-            "contrast_levels: expected a list, each item a finite number, got 0.9",
+            {"contrast_log_snr": -4.0},
+            "contrast_log_snr: expected a list, each item a finite number, got -4.0",
         ),
         (AuditConfig, {"other_captions": (1,)}, "other_captions: expected a list, each item text, got (1,)."),
     ],
@@ -65,8 +65,8 @@ def test_a_wrong_type_is_refused_with_what_was_expected(config_class, values, me
         (TrainConfig, "caption_dropout", 1.0, "at least 0 and below 1"),
         (AuditConfig, "num_groups", 1, "0 or at least 2"),
         (AuditConfig, "min_share", 0.5, "at least 0 and at most 1 / 3 groups"),
-        (AuditConfig, "contrast_levels", (), "at least one level"),
-        (AuditConfig, "feature_levels", (1.0,), "levels from 0 to below 1"),
+        (AuditConfig, "contrast_log_snr", (), "at least one level"),
+        (AuditConfig, "feature_log_snr", (1.0,), "at least two levels"),
         (AuditConfig, "contrast_draws", 1, "at least 2 for solver auto"),
         (GenerateConfig, "guidance_scale", -1, "at least 0"),
         (GenerateConfig, "images_per_prompt", 0, "at least 1"),
@@ -122,8 +122,8 @@ def test_yaml_numbers_may_have_an_exponent(tmp_path, text, rate):
 
 
 def test_yaml_lists_of_numbers_may_have_exponents(tmp_path):
-    config = read(tmp_path / "c.yaml", "feature_levels: [5e-2, 1e-1]", AuditConfig)
-    assert config.feature_levels == (0.05, 0.1)
+    config = read(tmp_path / "c.yaml", "feature_log_snr: [5e-2, 1e-1]", AuditConfig)
+    assert config.feature_log_snr == (0.05, 0.1)
 
 
 def test_quoted_numbers_are_text(tmp_path):

@@ -13,15 +13,20 @@ def inputs(batch=3):
     return (
         torch.randn(batch, 4, 8, 8, generator=numbers),
         torch.tensor([10, 500, 990])[:batch],
-        torch.randn(batch, 16, 16, generator=numbers),
+        {"prompt_embeds": torch.randn(batch, 16, 16, generator=numbers)},
     )
+
+
+def unet_output(pipe):
+    latents, timesteps, condition = inputs()
+    return pipe.unet(latents, timesteps, condition["prompt_embeds"]).sample
 
 
 @torch.no_grad()
 def test_it_predicts_what_the_unet_predicts(tiny_pipe):
     with FrozenDenoiser(tiny_pipe) as frozen:
         prediction, features = frozen(*inputs())
-    assert torch.equal(prediction, tiny_pipe.unet(*inputs()).sample)
+    assert torch.equal(prediction, unet_output(tiny_pipe))
     assert features.shape == (3, 32, 4, 4)
 
 
@@ -67,7 +72,7 @@ def test_a_guided_denoiser_predicts_what_the_attached_pipeline_predicts(tiny_pip
     with FrozenDenoiser(tiny_pipe) as frozen:
         guided = GuidedDenoiser(frozen, module)(*inputs())[0]
     with attach(tiny_pipe, module), torch.no_grad():
-        attached = tiny_pipe.unet(*inputs()).sample
+        attached = unet_output(tiny_pipe)
     assert torch.allclose(guided, attached, atol=1e-6)
 
 

@@ -4,14 +4,17 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
 
+from invdiff.config import AuditConfig
 from invdiff.diffusion import NoiseSchedule, per_sample_loss
 from invdiff.errors import ModelError
 
@@ -80,13 +83,73 @@ def test_the_number_of_timesteps_is_that_of_the_betas():
     assert NoiseSchedule(DDIMScheduler(num_train_timesteps=50)).num_train_timesteps == 50
 
 
-def test_flow_matching_is_refused():
-    with pytest.raises(ModelError, match="got FlowMatchEulerDiscreteScheduler, which has none"):
-        NoiseSchedule(FlowMatchEulerDiscreteScheduler())
+FLOWS = [
+    FlowMatchEulerDiscreteScheduler(shift=3.0),
+    FlowMatchHeunDiscreteScheduler(),
+    DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+]
+
+
+@pytest.mark.parametrize("sampler", FLOWS, ids=lambda sampler: type(sampler).__name__)
+def test_flow_matching_goes_straight_from_latents_to_noise(sampler):
+    latents, noise, timesteps = draw()
+    schedule = NoiseSchedule(sampler)
+    sigma = (timesteps / 1000)[:, None, None, None]
+    assert schedule.prediction_type == "flow_prediction"
+    assert torch.allclose(
+        schedule.add_noise(latents, noise, timesteps), latents + sigma * (noise - latents), atol=1e-6
+    )
+    assert torch.equal(schedule.target(latents, noise, timesteps), noise - latents)
+
+
+def test_the_flows_noise_is_that_of_the_scheduler():
+    latents, noise, _ = draw()
+    sampler = FlowMatchEulerDiscreteScheduler()
+    timesteps = sampler.timesteps[[100, 500, 900]]
+    expected = sampler.scale_noise(latents, timesteps, noise)
+    assert torch.allclose(NoiseSchedule(sampler).add_noise(latents, noise, timesteps), expected, atol=1e-6)
+
+
+SCHEDULES = {
+    "stable diffusion": DDIMScheduler(**BETAS),
+    "linear": DDPMScheduler(),
+    "few steps": DDPMScheduler(num_train_timesteps=100, beta_start=0.001, beta_end=0.2),
+    "zero signal": DDIMScheduler(**BETAS, rescale_betas_zero_snr=True),
+    "flow": FlowMatchEulerDiscreteScheduler(),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("log_snr", [2.98, 0.0, -4.79])
+def test_a_noise_level_means_the_same_in_every_schedule(name, log_snr):
+    """What is left of the signal after noise is added, measured on the noisy latents themselves."""
+    schedule = NoiseSchedule(SCHEDULES[name])
+    timesteps = torch.tensor([schedule.timestep_at(log_snr)])
+    one, none = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    signal, noise = schedule.add_noise(one, none, timesteps), schedule.add_noise(none, one, timesteps)
+    assert 2 * (signal / noise).log().item() == pytest.approx(log_snr, abs=0.08)
+
+
+def test_noise_levels_beyond_a_schedule_are_its_ends():
+    schedule = NoiseSchedule(DDIMScheduler(**BETAS, rescale_betas_zero_snr=True))
+    assert (schedule.timestep_at(1e4), schedule.timestep_at(-1e4)) == (0, 999)
+    assert NoiseSchedule(FlowMatchEulerDiscreteScheduler()).timestep_at(1e4) == 0
+
+
+def test_the_default_noise_levels_are_the_timesteps_that_were_measured():
+    schedule, config = NoiseSchedule(DDIMScheduler(**BETAS)), AuditConfig()
+    levels = (*config.contrast_log_snr, *config.feature_log_snr)
+    assert [schedule.timestep_at(level) for level in levels] == [950, 50, 150]
+
+
+def test_a_scheduler_of_neither_kind_is_refused():
+    with pytest.raises(ModelError, match="got EDMEulerScheduler, which is neither"):
+        NoiseSchedule(EDMEulerScheduler())
 
 
 def test_an_unknown_prediction_type_is_refused():
-    sampler = DPMSolverMultistepScheduler(**BETAS, prediction_type="flow_prediction", use_flow_sigmas=True)
+    sampler = DPMSolverMultistepScheduler(**BETAS, prediction_type="flow_prediction")
     with pytest.raises(ModelError, match="got 'flow_prediction' from DPMSolverMultistepScheduler"):
         NoiseSchedule(sampler)
 

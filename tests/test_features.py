@@ -20,8 +20,8 @@ def test_the_middle_block_is_read(tiny_pipe: StableDiffusionPipeline) -> None:
     assert capture.take().shape == (2, 32, 4, 4)
 
 
-def test_of_a_block_with_several_outputs_the_first_is_read(tiny_pipe: StableDiffusionPipeline) -> None:
-    capture = FeatureCapture(tiny_pipe.unet, "down_blocks.0")
+def test_of_a_block_with_several_outputs_one_is_chosen(tiny_pipe: StableDiffusionPipeline) -> None:
+    capture = FeatureCapture(tiny_pipe.unet, "down_blocks.0", read=lambda output: output[0].clone())
     run(tiny_pipe.unet)
     assert capture.take().shape == (2, 16, 4, 4)
 
@@ -38,8 +38,8 @@ def test_what_later_blocks_overwrite_is_kept_as_it_was(tiny_pipe: StableDiffusio
     assert torch.equal(capture.take(), expected)
 
 
-def test_a_projection_is_applied_in_place_of_the_copy(tiny_pipe: StableDiffusionPipeline) -> None:
-    capture = FeatureCapture(tiny_pipe.unet, "mid_block", project=lambda hidden: hidden.mean((2, 3)))
+def test_what_is_kept_can_be_smaller_than_the_output(tiny_pipe: StableDiffusionPipeline) -> None:
+    capture = FeatureCapture(tiny_pipe.unet, "mid_block", read=lambda hidden: hidden.mean((2, 3)))
     run(tiny_pipe.unet)
     assert capture.take().shape == (2, 32)
 

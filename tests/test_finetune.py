@@ -264,7 +264,7 @@ def test_settings_that_contradict_are_refused(data, tiny_pipe_dir, tmp_path):
 def test_a_base_without_a_unet_is_refused(data, tiny_pipe, tmp_path, monkeypatch):
     tiny_pipe.unet = torch.nn.Identity()
     monkeypatch.setattr(finetune_module, "load_pipeline", lambda *arguments, **keywords: tiny_pipe)
-    with pytest.raises(ModelError, match="got Identity"):
+    with pytest.raises(ModelError, match="got a Identity"):
         finetune(data, tmp_path, base="some/base", progress=False)
 
 

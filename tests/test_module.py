@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +10,12 @@ from invdiff.errors import ConfigError, ModelError
 from invdiff.guidance.module import GuidanceModule, weight_signature
 
 
-def inputs(height: int = 8, width: int = 8) -> tuple[torch.Tensor, ...]:
-    """Noisy latents, timesteps, prompt embeds, prediction and middle features of three rows."""
+def inputs(height: int = 8, width: int = 8) -> tuple[Any, ...]:
+    """Noisy latents, timesteps, condition, prediction and middle features of three rows."""
     numbers = torch.Generator().manual_seed(0)
     shapes = [(3, 4, height, width), (3, 16, 16), (3, 4, height, width), (3, 32, 4, 4)]
     latents, embeds, model_pred, features = (torch.randn(shape, generator=numbers) for shape in shapes)
-    return latents, torch.tensor([10, 500, 900]), embeds, model_pred, features
+    return latents, torch.tensor([10, 500, 900]), {"prompt_embeds": embeds}, model_pred, features
 
 
 def environments(*groups: int) -> torch.Tensor:
@@ -69,7 +70,28 @@ def test_a_saved_module_comes_back(
     assert loaded.num_groups == module.num_groups
     assert loaded.config["weight_signature"] == list(module.config["weight_signature"])
     assert torch.equal(loaded(*inputs(), groups), module(*inputs(), groups))
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md", ".safetensors"]
+
+
+def test_features_may_be_projected_before(tiny_pipe: StableDiffusionPipeline) -> None:
+    module = make_guidance_module(tiny_pipe)
+    *others, features = inputs()
+    small = module.project(features)
+    assert small.shape == (3, 2 * module.config["width"], 4, 4)
+    groups = environments(0, 1, 1)
+    assert torch.equal(module(*others, small, groups, projected=True), module(*others, features, groups))
+
+
+def test_tokens_that_are_masked_do_not_matter(tiny_pipe: StableDiffusionPipeline) -> None:
+    latents, timesteps, condition, *others = inputs()
+    mask = torch.ones(3, 16)
+    mask[:, 9:] = 0
+    module, groups = make_guidance_module(tiny_pipe), environments(0, 1, 1)
+    masked = condition | {"prompt_attention_mask": mask}
+    changed = masked | {"prompt_embeds": torch.where(mask[..., None] > 0, condition["prompt_embeds"], 7.0)}
+    first, second = (module(latents, timesteps, each, *others, groups) for each in (masked, changed))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, module(latents, timesteps, condition, *others, groups))
 
 
 def test_initial_weights_follow_from_the_seed_alone(tiny_pipe: StableDiffusionPipeline) -> None:
@@ -90,7 +112,7 @@ def test_settings_out_of_range_are_refused(tiny_pipe: StableDiffusionPipeline, o
 
 def test_another_kind_of_denoiser_is_refused(tiny_pipe: StableDiffusionPipeline) -> None:
     tiny_pipe.unet = tiny_pipe.vae
-    with pytest.raises(ModelError, match="UNet2DConditionModel, got AutoencoderKL"):
+    with pytest.raises(ModelError, match="got a AutoencoderKL, whose inputs"):
         GuidanceModule.for_pipeline(tiny_pipe)
 
 

@@ -24,7 +24,7 @@ class Flat:
         def target(latents, noise, timesteps):
             return torch.exp(timesteps / 200.0)[:, None, None, None].expand_as(latents).sqrt()
 
-    def __call__(self, noisy_latents, timesteps, prompt_embeds):
+    def __call__(self, noisy_latents, timesteps, condition):
         return torch.zeros_like(noisy_latents), noisy_latents
 
 
@@ -34,12 +34,18 @@ def data(tiny_pipe, tiny_folder, tmp_path):
 
 
 def test_typical_losses_are_interpolated_in_the_logarithm(data):
-    typical = typical_losses(Flat(), data, seed=0)
+    typical = typical_losses(Flat(), data, batch_size=64, seed=0)
     assert torch.allclose(typical, torch.exp(torch.arange(1000) / 200.0), rtol=1e-3)
 
 
 def test_typical_losses_repeat(tiny_pipe, data):
     with FrozenDenoiser(tiny_pipe) as frozen:
-        first, second, other = (typical_losses(frozen, data, seed=seed) for seed in (0, 0, 1))
+        first, second, other = (typical_losses(frozen, data, batch_size=64, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
+
+
+def test_typical_losses_do_not_depend_on_how_they_are_batched(tiny_pipe, data):
+    with FrozenDenoiser(tiny_pipe) as frozen:
+        whole, parts = (typical_losses(frozen, data, batch_size=size, seed=0) for size in (64, 7))
+    assert torch.allclose(whole, parts, rtol=1e-5)

@@ -12,6 +12,7 @@ from invdiff.data.encode import as_encoded
 from invdiff.denoiser import denoiser_fingerprint
 from invdiff.errors import AuditError, ConfigError, TrainingError
 from invdiff.groups.result import Audit, PromptAudit
+from invdiff.training import normalisation
 from invdiff.training import train as train_module
 from invdiff.training.train import carry_over, train
 
@@ -35,6 +36,11 @@ def make_audit(names, labels, *, found=True, prompt_ids=None, num_groups=2, **se
     is_found = torch.tensor(found)[prompt_ids]
     weights[is_found] = hard(labels, num_groups)[is_found]
     return Audit((weights,), torch.zeros(len(names)), prompt_ids, prompts, list(names), 0.0, settings)
+
+
+@pytest.fixture(autouse=True)
+def few_typical_losses(monkeypatch):
+    monkeypatch.setattr(normalisation, "IMAGES_PER_LEVEL", 3)  # unlike any batch here
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +163,7 @@ def test_a_run_killed_between_its_last_files_is_finished(tiny_pipe, data, found,
 def test_work_in_progress_is_gone_at_the_end(tiny_pipe, data, found, tmp_path):
     run(tiny_pipe, data, found, tmp_path / "m")
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == [
-        "config.json", WEIGHTS, "log.jsonl", "train.json",
+        "README.md", "config.json", WEIGHTS, "log.jsonl", "train.json",
     ]  # fmt: skip
 
 
@@ -242,7 +248,7 @@ def test_caption_dropout_shows_the_null_caption(tiny_pipe, data, found, tmp_path
     )
     run(tiny_pipe, data, found, tmp_path / "m", caption_dropout=0.5, batch_size=32, steps=1)
     hook.remove()
-    dropped = (prompts[-1] == data.null_embeds).all(dim=(1, 2)).float().mean().item()
+    dropped = (prompts[-1] == data.conditions["prompt_embeds"][-1]).all(dim=(1, 2)).float().mean().item()
     assert 0.25 < dropped < 0.75
 
 
@@ -255,7 +261,7 @@ def test_the_log_has_the_loss_of_each_group_of_each_prompt(tiny_pipe, data, foun
 
 def test_a_16_bit_pipeline_can_be_trained_beside(tiny_pipe, data, found, tmp_path):
     tiny_pipe.to(torch.bfloat16)
-    data = replace(data, prompt_embeds=data.prompt_embeds.bfloat16(), null_embeds=data.null_embeds.bfloat16())
+    data = replace(data, conditions={name: values.bfloat16() for name, values in data.conditions.items()})
     found = replace(found, settings=made_of(data, tiny_pipe))
     module = run(tiny_pipe, data, found, tmp_path / "m", steps=1)
     assert module.dtype == torch.float32
@@ -295,7 +301,13 @@ def test_a_second_round_audits_the_guided_model_with_the_settings_of_the_first(
 
 
 def test_a_real_second_audit_can_be_run(tiny_pipe, data, found, tmp_path):
-    loose = {"solver": "exact", "min_images": 4, "min_share": 0.1, "contrast_levels": [0.9], "caption_threshold": 0.0}
+    loose = {
+        "solver": "exact",
+        "min_images": 4,
+        "min_share": 0.1,
+        "contrast_log_snr": [-4.2],
+        "caption_threshold": 0.0,
+    }
     found = replace(found, settings={**found.settings, **loose})
     run(tiny_pipe, data, found, tmp_path / "m", rounds=2, steps=2)
     assert [row["round"] for row in log(tmp_path / "m")] == [0, 1]

@@ -27,7 +27,6 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -66,11 +65,9 @@ def make_tokenizer() -> CLIPTokenizer:
 
 
 def make_t5_tokenizer() -> T5TokenizerFast:
-    """A T5 tokenizer of a few whole words."""
-    vocabulary = {token: index for index, token in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, model_max_length=16)
+    """A T5 tokenizer of a few whole words; others are unknown."""
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"\u2581{word}", -1.0) for word in WORDS)]
+    return T5TokenizerFast(vocab=words, extra_ids=0, model_max_length=16)
 
 
 def clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
@@ -252,12 +249,14 @@ def make_dit() -> DiTPipeline:
         norm_type="ada_norm_zero",
         norm_elementwise_affine=False,
     )
-    return DiTPipeline(
+    pipe = DiTPipeline(
         transformer=transformer.eval(),
         vae=make_vae(),
         scheduler=DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False),
         id2label=CLASSES,
     )
+    pipe.register_to_config(id2label=CLASSES)  # as in published models; diffusers itself forgets it on saving
+    return pipe
 
 
 def make_ddpm() -> DDPMPipeline:

@@ -25,6 +25,7 @@ from .cli_options import (
     Limit,
     MaxUnreadable,
     Model,
+    NoCaptions,
     Output,
     Quiet,
     Split,
@@ -38,6 +39,8 @@ from .cli_options import (
 )
 from .cli_output import (
     finish,
+    is_first_process,
+    one_process,
     plain_errors,
     print_audit,
     print_results,
@@ -112,6 +115,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Go all the way on a small bundled model: a hidden bias is found, removed and measured."""
+    one_process("demo")
     chosen = settings(
         DemoConfig,
         config,
@@ -145,12 +149,14 @@ def audit(
     contrast_draws: Annotated[int | None, setting(AuditConfig, "contrast_draws", min=1)] = None,
     vision_encoder: Annotated[str | None, setting(AuditConfig, "vision_encoder")] = None,
     min_images: Annotated[int | None, setting(AuditConfig, "min_images", min=1)] = None,
+    resolution: Annotated[int | None, setting(AuditConfig, "resolution", min=0)] = None,
     batch_size: Annotated[int | None, setting(AuditConfig, "batch_size", min=1)] = None,
     seed: Annotated[int | None, setting(AuditConfig, "seed")] = None,
     caption_column: CaptionColumn = None,
     image_column: ImageColumn = None,
     split: Split = "train",
     limit: Limit = None,
+    no_captions: NoCaptions = False,
     max_unreadable: MaxUnreadable = 0.01,
     cache_dir: CacheDir = None,
     quiet: Quiet = False,
@@ -162,11 +168,12 @@ def audit(
         "contrast_draws": contrast_draws,
         "vision_encoder": vision_encoder,
         "min_images": min_images,
+        "resolution": resolution,
         "batch_size": batch_size,
         "seed": seed,
     }
     chosen = settings(AuditConfig, config, **options)
-    source = DataSource(data, caption_column, image_column, split, limit, max_unreadable)
+    source = DataSource(data, caption_column, image_column, split, limit, max_unreadable, no_captions)
     say("loading images and model", quiet=quiet)
     images = source.load()
     silence_libraries()
@@ -175,6 +182,8 @@ def audit(
     from .report.audit_pictures import save_audit_pictures
 
     found = run_audit(load_pipeline(model), images, config=chosen, cache_dir=cache_dir, progress=not quiet)
+    if not is_first_process():
+        return
     found.save(output)
     save_audit_pictures(output, images)
     print_audit(found)
@@ -216,6 +225,7 @@ def train(
     image_column: ImageColumn = None,
     split: Split = "train",
     limit: Limit = None,
+    no_captions: NoCaptions = False,
     max_unreadable: MaxUnreadable = 0.01,
     cache_dir: CacheDir = None,
     quiet: Quiet = False,
@@ -233,7 +243,7 @@ def train(
         width=width,
         seed=seed,
     )
-    source = DataSource(data, caption_column, image_column, split, limit, max_unreadable)
+    source = DataSource(data, caption_column, image_column, split, limit, max_unreadable, no_captions)
     say("loading audit, images and model", quiet=quiet)
     silence_libraries()
     from .groups.result import Audit
@@ -275,6 +285,7 @@ def generate(
     guidance_scale: Annotated[float | None, setting(GenerateConfig, "guidance_scale", min=0)] = None,
     images_per_prompt: Annotated[int | None, setting(GenerateConfig, "images_per_prompt", min=1)] = None,
     steps: Annotated[int | None, setting(GenerateConfig, "num_inference_steps", flag="--steps", min=1)] = None,
+    resolution: Annotated[int | None, setting(GenerateConfig, "resolution", min=0)] = None,
     batch_size: Annotated[int | None, setting(GenerateConfig, "batch_size", min=1)] = None,
     seed: Annotated[int | None, setting(GenerateConfig, "seed")] = None,
     quiet: Quiet = False,
@@ -289,6 +300,7 @@ def generate(
         guidance_scale=guidance_scale,
         images_per_prompt=images_per_prompt,
         num_inference_steps=steps,
+        resolution=resolution,
         batch_size=batch_size,
         seed=seed,
     )
@@ -309,7 +321,7 @@ def generate(
         environments=mix,
         progress=not quiet,
     )
-    result = f"{len(wanted) * chosen.images_per_prompt} images are in {output}."
+    result = f"{max(len(wanted), 1) * chosen.images_per_prompt} images are in {output}."
     if module is None:
         finish(result, ["invdiff", "evaluate", str(output), "--annotator", "ANNOTATOR", "--attribute", "ATTRIBUTE"])
     else:
@@ -319,6 +331,7 @@ def generate(
             guidance_scale=guidance_scale,
             images_per_prompt=images_per_prompt,
             steps=steps,
+            resolution=resolution,
             batch_size=batch_size,
             seed=seed,
         )
@@ -357,6 +370,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure Bias, accuracy and quality of generated images at every guidance scale."""
+    one_process("evaluate")
     source = DataSource(reference or "", caption_column, image_column, split, limit, max_unreadable)
     if reference is None and source.flags():
         raise ConfigError(f"Expected --reference beside {source.flags()[0]}, got none: only a reference has columns.")

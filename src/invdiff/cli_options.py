@@ -98,6 +98,10 @@ ImageColumn = Annotated[
     str | None,
     option("Column of images." + _default("file_name in a folder, image or img elsewhere"), panel=DATA_PANEL),
 ]
+NoCaptions = Annotated[
+    bool,
+    option("Read no captions, for an unconditional model: DATA may be a mere folder of images.", panel=DATA_PANEL),
+]
 Split = Annotated[str, option("Split of a hub dataset or of parquet files.", panel=DATA_PANEL)]
 Limit = Annotated[int | None, option("Take the first rows only.", panel=DATA_PANEL, min=1)]
 MaxUnreadable = Annotated[float, option("Share of images that may be unreadable.", panel=DATA_PANEL, min=0, max=1)]
@@ -123,6 +127,7 @@ class DataSource:
     split: str = "train"
     limit: int | None = None
     max_unreadable: float = 0.01
+    no_captions: bool = False
 
     def load(self) -> CaptionedImages:
         """Open the images.
@@ -136,6 +141,7 @@ class DataSource:
             self.source,
             image_column=self.image_column,
             caption_column=self.caption_column,
+            captions=not self.no_captions,
             split=self.split,
             max_unreadable=self.max_unreadable,
             limit=self.limit,
@@ -143,7 +149,8 @@ class DataSource:
 
     def flags(self) -> list[str]:
         """Return the options that differ from the defaults, for a further command on the same images."""
-        return flags(
+        switches = ["--no-captions"] if self.no_captions else []
+        return switches + flags(
             caption_column=self.caption_column,
             image_column=self.image_column,
             split=None if self.split == "train" else self.split,

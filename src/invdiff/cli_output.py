@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .errors import InvDiffError
+from .errors import ConfigError, InvDiffError
 
 if TYPE_CHECKING:
     from .groups.result import Audit
@@ -50,16 +51,28 @@ def silence_libraries() -> None:
     diffusers_logging.disable_progress_bar()
 
 
+def is_first_process() -> bool:
+    """Whether this is the process that prints and saves: of those that torchrun starts, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def one_process(command: str) -> None:
+    """Raise `ConfigError` where a command that runs as one process is started as several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"Expected one process for {command}, got several. Run it without torchrun.")
+
+
 def say(text: str, *, quiet: bool) -> None:
     """Tell what goes on, on standard error."""
-    if not quiet:
+    if not quiet and is_first_process():
         typer.echo(text, err=True)
 
 
 def finish(result: str, next_command: Sequence[str] = (), *, hint: str = "") -> None:
     """End a command with one line: where the result lies, and the command to run next."""
     following = f" Next{hint}: {shlex.join(next_command)}" if next_command else ""
-    typer.echo(result + following)
+    if is_first_process():
+        typer.echo(result + following)
 
 
 def print_audit(audit: Audit) -> None:

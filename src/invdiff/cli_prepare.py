@@ -22,7 +22,7 @@ from .cli_options import (
     setting,
     settings,
 )
-from .cli_output import finish, print_annotator, say, silence_libraries
+from .cli_output import finish, one_process, print_annotator, say, silence_libraries
 from .config import ArchitectureConfig, FinetuneConfig
 from .errors import ConfigError
 
@@ -144,6 +144,7 @@ def annotator_train(
     quiet: Quiet = False,
 ) -> None:
     """Train a small network to tell attributes of images, from a labelled set. For evaluation only."""
+    one_process("annotator train")
     say("opening images", quiet=quiet)
     images = DataSource(data, caption_column, image_column, split, limit, max_unreadable).load()
     silence_libraries()

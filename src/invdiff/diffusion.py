@@ -75,7 +75,7 @@ class NoiseSchedule:
         A timestep means different noise in different schedules; the log signal-to-noise ratio means the same in
         all of them (Kingma et al. 2021).
         """
-        return int(np.abs(np.nan_to_num(self.log_snr(), posinf=1e9, neginf=-1e9) - log_snr).argmin())
+        return int(np.abs(np.nan_to_num(self.log_snr(), posinf=1e3, neginf=-1e3) - log_snr).argmin())
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Return z_t for latents and noise (B, C, H, W) and integer timesteps (B,)."""

@@ -6,13 +6,13 @@ machines need a common one. A single process takes every share and never waits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from .errors import ConfigError
 
@@ -56,6 +56,11 @@ def from_main(make: Callable[[], T]) -> T:
     made: list[T | None] = [make() if is_main() else None]
     broadcast_object_list(made)
     return made[0]  # type: ignore[return-value]
+
+
+def gather(items: Iterable[T]) -> list[T]:
+    """Return the items of all processes, process by process."""
+    return gather_object(list(items))
 
 
 def refuse_several_processes(what: str) -> None:

@@ -39,7 +39,7 @@ class FeatureCapture:
         read: From the block's output, a tensor or a tuple, to a tensor of its own.
     """
 
-    def __init__(self, denoiser: nn.Module, path: str, read: Callable[[Any], torch.Tensor]) -> None:
+    def __init__(self, denoiser: nn.Module, path: str, read: Callable[[Any], torch.Tensor] = torch.clone) -> None:
         self._value: torch.Tensor | None = None
         self._read = read
         self._path = path

@@ -109,6 +109,7 @@ def load_captioned_images(
     *,
     image_column: str | None = None,
     caption_column: str | None = None,
+    captions: bool = True,
     split: str = "train",
     max_unreadable: float = 0.01,
     limit: int | None = None,
@@ -121,7 +122,10 @@ def load_captioned_images(
             memory.
         image_column: The column of images, or of file names for a folder with metadata. Unless given:
             `file_name` for such a folder, else `image`, `img` or the only column of images.
-        caption_column: The column of captions; `text`, `caption` or `prompt` unless given.
+        caption_column: The column of captions; `text`, `caption` or `prompt` unless given. For a class-conditional
+            model, the column of class names or numbers.
+        captions: False, for an unconditional model, reads none: every caption is empty, and a folder needs no
+            metadata file.
         split: The split of a hub dataset or of parquet files; for a folder without metadata of its own, the
             sub-folder that has it.
         max_unreadable: The share of images, from 0 to 1, that may be unreadable before encoding stops.
@@ -135,19 +139,25 @@ def load_captioned_images(
     if limit is not None and limit < 1:
         raise DataError(f"Expected a limit of at least 1, got {limit!r}.")
 
+    if not captions and caption_column is not None:
+        raise DataError(
+            f"Expected no caption_column with captions=False, got {caption_column!r}. Leave one of them out."
+        )
     where = "the dataset" if isinstance(source, datasets.Dataset | datasets.DatasetDict) else str(source)
-    cells, names, others = columns_of(source, image_column, split, limit)
-    caption_name = find_column(caption_column, CAPTION_COLUMNS, list(others), "caption_column", where)
-    captions = others.pop(caption_name)
+    cells, names, others = columns_of(source, image_column, split, limit, metadata=captions)
     if not captions:
+        return CaptionedImages([""] * len(names), names, others, max_unreadable, cells)
+    caption_name = find_column(caption_column, CAPTION_COLUMNS, list(others), "caption_column", where)
+    texts = others.pop(caption_name)
+    if not texts:
         raise DataError(f"Expected captioned images in {where}, found no rows.")
-    empty = [name for name, text in zip(names, captions, strict=True) if not (isinstance(text, str) and text.strip())]
+    empty = [name for name, text in zip(names, texts, strict=True) if not (isinstance(text, str) and text.strip())]
     if empty:
         raise DataError(
             f"Expected a caption for every image in {where}, found none in column {caption_name!r} for "
             f"{len(empty)} of {len(names)}: {listed(empty)}. Write captions for them or remove their rows."
         )
-    return CaptionedImages(captions, names, others, max_unreadable, cells)
+    return CaptionedImages(texts, names, others, max_unreadable, cells)
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import datasets
 import pyarrow.parquet
 from datasets.exceptions import DatasetsError
+from PIL import Image
 
 from ..errors import DataError
 
@@ -27,8 +28,12 @@ Columns: TypeAlias = tuple[Sequence[Any], list[str], dict[str, list[Any]]]
 """Where the images lie, their names, and all other columns."""
 
 
-def columns_of(source: Source, image_column: str | None, split: str, limit: int | None) -> Columns:
+def columns_of(
+    source: Source, image_column: str | None, split: str, limit: int | None, *, metadata: bool = True
+) -> Columns:
     """Open any source that `load_captioned_images` takes, reading no image.
+
+    Without need of `metadata`, a folder of nothing but images will do.
 
     Raises:
         DataError: There is no such source, or it has no images where they were expected.
@@ -39,7 +44,7 @@ def columns_of(source: Source, image_column: str | None, split: str, limit: int 
         source = source[split]
     if isinstance(source, datasets.Dataset):
         return _dataset_columns(source, image_column, limit, Path())
-    return _columns_at(source, image_column, split, limit)
+    return _columns_at(source, image_column, split, limit, metadata)
 
 
 class _DatasetCells(Sequence[Any]):
@@ -58,7 +63,9 @@ class _DatasetCells(Sequence[Any]):
         return self.root / cell if isinstance(cell, str) else cell
 
 
-def _columns_at(source: str | Path, image_column: str | None, split: str, limit: int | None) -> Columns:
+def _columns_at(
+    source: str | Path, image_column: str | None, split: str, limit: int | None, needs_metadata: bool
+) -> Columns:
     path = Path(source).expanduser()
     if path.is_file():
         return _dataset_columns(_load_parquet([path], path, "train"), image_column, limit, path.parent)
@@ -70,6 +77,8 @@ def _columns_at(source: str | Path, image_column: str | None, split: str, limit:
             if found:
                 return _folder_columns(found[0], image_column or "file_name", limit)
         files = sorted(path.rglob("*.parquet"))
+        if not files and not needs_metadata:
+            return _plain_columns(path, limit)
         if not files:
             raise DataError(
                 f"Expected metadata.csv or metadata.jsonl (or parquet files) in {path}, found neither. "
@@ -87,6 +96,14 @@ def _columns_at(source: str | Path, image_column: str | None, split: str, limit:
             f"{_first_line(error)} Check the spelling, the network and, for a private set, `hf auth login`."
         ) from error
     return _dataset_columns(dataset, image_column, limit, Path())
+
+
+def _plain_columns(folder: Path, limit: int | None) -> Columns:
+    suffixes = set(Image.registered_extensions())
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())[:limit]
+    if not files:
+        raise DataError(f"Expected images in {folder}, found none. Give a folder of image files, or parquet files.")
+    return files, [path.relative_to(folder).as_posix() for path in files], {}
 
 
 def _load_parquet(files: list[Path], source: Path, split: str) -> datasets.Dataset:

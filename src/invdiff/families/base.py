@@ -188,8 +188,7 @@ class TransformerFamily(Family):
     def hidden_states(self, block_output: Any) -> torch.Tensor:
         """Return the image's tokens, (rows, channels, tokens, 1); text comes first where a block returns both."""
         tokens = block_output[-1] if isinstance(block_output, tuple) else block_output
-        # Contiguous: torch 2.13 crashes in the backward pass of a convolution over tokens that are merely transposed.
-        return tokens.transpose(1, 2).contiguous()[..., None]
+        return tokens.transpose(1, 2)[..., None]
 
     def on_grid(self, features: torch.Tensor, noisy_latents: torch.Tensor) -> torch.Tensor:
         """Lay the tokens out as patches of the latents: (rows, channels, height', width')."""

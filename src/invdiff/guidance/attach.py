@@ -96,7 +96,7 @@ class Attachment:
         self._module = copy.deepcopy(module).eval().requires_grad_(False)
         self._pipe = weakref.ref(pipe)
         self._timesteps: torch.Tensor | None = None
-        self._start = np.inf
+        self._start = self._last = np.inf
         denoiser = denoiser_of(pipe)
         self._features = FeatureCapture(denoiser, module.config["feature_path"], self._read_features)
         self._guided_output = GuidedOutput.of(denoiser)
@@ -150,15 +150,17 @@ class Attachment:
     def _follow_images(self, noisy_latents: torch.Tensor, timestep: float) -> torch.Tensor:
         """Return the groups of each row; notice when new images begin, and draw theirs from their noise.
 
-        Each pipeline call sets the scheduler's timesteps anew. A loop that sets them once for many batches is
-        noticed by the timestep, which comes back to the highest. (That it rises is no sign: KDPM2 ancestral
-        rises a little in the midst of an image.) A pipeline that sends each condition apart does so with the
-        same latents, hence the same groups.
+        Each pipeline call sets the scheduler's timesteps anew. A loop that sets them once for many batches, or another
+        pipeline that shares the denoiser but has a scheduler of its own, is noticed by the timestep, which comes back
+        to the highest or rises. (KDPM2 rises in the midst of an image too, but by less than 1.) A pipeline that sends
+        each condition apart does so with the same latents, hence the same groups.
         """
         timesteps = getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None)
         rows = len(noisy_latents)
         current = self.environments
-        if current is None or timesteps is not self._timesteps or timestep >= self._start:
+        comes_back = timestep >= self._start or timestep > self._last + 1
+        self._last = timestep
+        if current is None or timesteps is not self._timesteps or comes_back:
             self._timesteps, self._start = timesteps, timestep
             current = self.mix.rows(noisy_latents)
         elif rows < len(current) and len(current) % rows == 0:

@@ -8,6 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import ModelError
+from ..pipelines import looks_local
 from .module import GuidanceModule
 
 
@@ -18,7 +19,13 @@ def load_module(name_or_folder: str | Path) -> GuidanceModule:
         ModelError: There is none, or its weights are absent, damaged or do not fit its config.
     """
     source = str(name_or_folder)
-    remedy = "Give the folder that `invdiff train` wrote."
+    if Path(source).exists() or looks_local(source):
+        remedy = "Give the folder that `invdiff train` wrote."
+    else:
+        remedy = (
+            "Give the folder that `invdiff train` wrote, or the hub id of a module; check the spelling, the network "
+            "and, for a private module, that you are logged in (hf auth login)."
+        )
     try:
         config: Any = GuidanceModule.load_config(source)
     except (OSError, ValueError) as error:

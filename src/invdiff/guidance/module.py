@@ -7,8 +7,12 @@ has already computed, its prediction and its middle features, instead of a secon
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +26,10 @@ from ..diffusion import NoiseSchedule
 from ..errors import ConfigError, ModelError
 from ..families import Condition, family_of
 from ..features import feature_block
+from ..files import write_text
 from ..pipelines import denoiser_of
+from .card import render_card
+from .record import with_figures
 
 
 class InvariantEncoder(nn.Module):
@@ -87,6 +94,9 @@ class GuidanceModule(ModelMixin, ConfigMixin):
     Use `GuidanceModule.for_pipeline` to make one that fits a pipeline. The output layer starts at zero, so an
     untrained module leaves the model's output bit-identical.
 
+    `save_pretrained(folder)` and `push_to_hub("org/name")` write a model card, README.md, beside the weights. It is
+    written anew each time, from the module's config; it quotes captions of the training images.
+
     Args:
         latent_channels: Channels of the denoiser's prediction.
         prompt_dim: Width of the prompt embeddings; 0 where the denoiser reads none.
@@ -99,7 +109,8 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         denoiser_class: Class name of the denoiser it was made for.
         prediction_type: What that denoiser predicts.
         weight_signature: A few of that denoiser's weights, to tell it from others.
-        base_model: Name or folder of the pipeline, for people.
+        base_model: Hub id of the pipeline, or the last name of its folder, for people.
+        record: What the model card states beyond this; see `record.training_record`.
     """
 
     @register_to_config
@@ -118,6 +129,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         prediction_type: str = "epsilon",
         weight_signature: Sequence[float] = (),
         base_model: str = "",
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         condition_dim = 4 * width
@@ -191,9 +203,79 @@ class GuidanceModule(ModelMixin, ConfigMixin):
                 denoiser_class=type(denoiser).__name__,
                 prediction_type=NoiseSchedule(pipe.scheduler).prediction_type,
                 weight_signature=signature,
-                base_model=str(getattr(pipe, "name_or_path", "") or ""),
+                base_model=base_name(pipe),
             )
         return module.eval()
+
+    def model_card(self, source: str = "path/to/this/folder") -> str:
+        """Return the model card; `source` is the hub id or folder that its example loads the module from."""
+        return render_card(self.config, num_parameters=self.num_parameters(), source=source)
+
+    def add_figures(
+        self,
+        results: Any,
+        *,
+        attribute: str = "",
+        annotator: str = "",
+        annotator_accuracy: float | None = None,
+    ) -> None:
+        """Let the model card state the figures of generated images; save or push the module afterwards.
+
+        Args:
+            results: What `evaluate` returned, the same as a mapping, or the JSON file that `invdiff evaluate` wrote.
+            attribute: The sensitive attribute they are of. Figures of another attribute are kept beside them,
+                those of the same one are replaced.
+            annotator: Name of what labelled the images, for people.
+            annotator_accuracy: Its held-out accuracy on the attribute, 0 to 1.
+
+        Raises:
+            ConfigError: `results` are something else.
+            DataError: The file is absent or is not JSON.
+        """
+        record = with_figures(
+            self.config["record"],
+            results,
+            attribute=attribute,
+            annotator=annotator,
+            annotator_accuracy=annotator_accuracy,
+        )
+        self.register_to_config(record=record)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any
+    ) -> None:
+        """Save weights, config and model card, as `ModelMixin.save_pretrained` does weights and config."""
+        super().save_pretrained(  # type: ignore[misc]  # mypy sees diffusers' stand-in for absent torch
+            save_directory, is_main_process=is_main_process, **options
+        )
+        if is_main_process:
+            write_text(Path(save_directory) / "README.md", self.model_card())
+
+    def _upload_folder(self, working_dir: str | os.PathLike[str], repo_id: str, **options: Any) -> Any:
+        # Every way to the hub ends here, after diffusers has put a generic card, or the hub's, into the folder.
+        write_text(Path(working_dir) / "README.md", self.model_card(repo_id))
+        return super()._upload_folder(working_dir, repo_id, **options)  # type: ignore[misc]  # as above
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, **options: Any
+    ) -> GuidanceModule:
+        """Load from a folder or a hub id, as `ModelMixin.from_pretrained` does, but never from a pickle."""
+        options.setdefault("use_safetensors", True)
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
+    def load_config(cls, *arguments: Any, **options: Any) -> Any:
+        """Read the config in a folder or at a hub id."""
+        with warnings.catch_warnings():  # diffusers passes huggingface_hub an argument it no longer has
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+            return super().load_config(*arguments, **options)
+
+    def to_json_string(self) -> str:
+        """Return the config as JSON, without the place that this module was itself loaded from."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @property
     def num_groups(self) -> tuple[int, ...]:
@@ -255,7 +337,14 @@ class GuidanceModule(ModelMixin, ConfigMixin):
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Map features (batch, feature_channels, height, width) to the few channels that the estimator reads."""
-        return self.features(features)
+        # Contiguous: on a CPU, torch 2.13 crashes in the backward pass of a GroupNorm over channels-last features.
+        return self.features(features.contiguous())
+
+
+def base_name(pipe: Any) -> str:
+    """Return the hub id that a pipeline came from; of a local folder only its last name, which may be made public."""
+    source = str(getattr(pipe, "name_or_path", "") or "")
+    return Path(source).resolve().name if Path(source).exists() else source
 
 
 def coordinates(like: torch.Tensor) -> torch.Tensor:
@@ -266,15 +355,19 @@ def coordinates(like: torch.Tensor) -> torch.Tensor:
     return torch.stack(torch.meshgrid(vertical, horizontal, indexing="ij")).expand(batch, -1, -1, -1)
 
 
+_ADDED_WEIGHTS = ("lora_", ".processor.", "encoder_hid_proj.", "image_proj.", "to_qkv.", "to_kv.", "to_added_qkv.")
+"""Parts of the names of weights that LoRAs, IP-Adapters and fused projections add to a denoiser's own."""
+
+
 def weight_signature(denoiser: nn.Module, size: int = 32) -> tuple[float, ...]:
-    """Return a few weights of a denoiser, the same whatever its precision and whether LoRAs are loaded.
+    """Return a few weights of a denoiser, the same whatever its precision and whatever adapters are loaded.
 
     Weights that sequential offload has taken out of memory are NaN.
     """
     weights = {
         name.replace(".base_layer", ""): value
         for name, value in denoiser.named_parameters()
-        if "lora_" not in name and value.ndim > 1
+        if value.ndim > 1 and not any(added in name for added in _ADDED_WEIGHTS)
     }
     names = sorted(weights)
     chosen = [weights[names[i * len(names) // size]] for i in range(size)] if names else []

@@ -13,28 +13,36 @@ import torch
 from ..data.encode import EncodedImages
 from ..denoiser import Denoiser
 from ..diffusion import per_sample_loss
+from ..distributed import gather, mine
 from ..seeds import generator
 
 LEVELS = 16
 IMAGES_PER_LEVEL = 64
 
 
-def typical_losses(denoiser: Denoiser, data: EncodedImages, *, seed: int) -> torch.Tensor:
+def typical_losses(denoiser: Denoiser, data: EncodedImages, *, batch_size: int, seed: int) -> torch.Tensor:
     """Return the frozen model's mean loss at every timestep, (num_train_timesteps,), on the CPU.
 
-    Measured at `LEVELS` timesteps on a few images each, and interpolated in the logarithm.
+    Measured at `LEVELS` timesteps on a few images each, shared among processes, and interpolated in the logarithm.
     """
-    schedule = denoiser.schedule
-    rng = generator("typical losses", seed)
-    known = np.linspace(0, schedule.num_train_timesteps - 1, LEVELS).round().astype(int)
-    means = []
-    for timestep in known:
-        rows = torch.randint(len(data), (IMAGES_PER_LEVEL,), generator=rng)
-        latents = data.latents[rows].to(denoiser.device)
-        noise = torch.randn(latents.shape, generator=rng).to(denoiser.device)
-        timesteps = torch.full((len(rows),), int(timestep), device=denoiser.device)
-        noisy_latents = schedule.add_noise(latents, noise, timesteps)
-        model_pred, _ = denoiser(noisy_latents, timesteps, data.condition(data.caption_ids[rows]))
-        means.append(per_sample_loss(model_pred, schedule.target(latents, noise, timesteps)).mean().item())
-    logs = np.interp(np.arange(schedule.num_train_timesteps), known, np.log(np.maximum(means, 1e-12)))
+    timesteps = denoiser.schedule.num_train_timesteps
+    known = np.linspace(0, timesteps - 1, LEVELS).round().astype(int).tolist()
+    means = dict(
+        gather((timestep, _mean_loss(denoiser, data, timestep, batch_size, seed)) for timestep in mine(known))
+    )
+    logs = np.interp(np.arange(timesteps), known, np.log(np.maximum([means[timestep] for timestep in known], 1e-12)))
     return torch.from_numpy(np.exp(logs)).float()
+
+
+def _mean_loss(denoiser: Denoiser, data: EncodedImages, timestep: int, batch_size: int, seed: int) -> float:
+    rng = generator("typical losses", seed, timestep)
+    rows = torch.randint(len(data), (IMAGES_PER_LEVEL,), generator=rng)
+    noise = torch.randn((len(rows), *data.latents.shape[1:]), generator=rng)
+    losses = []
+    for batch, noises in zip(rows.split(batch_size), noise.split(batch_size), strict=True):
+        latents, noises = data.latents[batch].to(denoiser.device), noises.to(denoiser.device)
+        timesteps = torch.full((len(batch),), timestep, device=denoiser.device)
+        noisy_latents = denoiser.schedule.add_noise(latents, noises, timesteps)
+        model_pred, _ = denoiser(noisy_latents, timesteps, data.condition(data.caption_ids[batch]))
+        losses.append(per_sample_loss(model_pred, denoiser.schedule.target(latents, noises, timesteps)))
+    return torch.cat(losses).mean().item()

@@ -18,6 +18,7 @@ from ..denoiser import FrozenDenoiser, denoiser_fingerprint
 from ..diffusion import per_sample_loss
 from ..distributed import is_main, num_processes, wait
 from ..errors import ConfigError
+from ..families import family_of
 from ..families.base import to
 from ..files import fingerprint, read_json, write_json, write_text
 from ..groups.audit import audit as infer_groups
@@ -25,6 +26,7 @@ from ..groups.result import Audit
 from ..guidance.guided import GuidedDenoiser
 from ..guidance.loading import load_module
 from ..guidance.module import GuidanceModule
+from ..guidance.record import training_record
 from ..progress import progress_bar
 from ..seeds import derived_seed, generator
 from .batches import GroupBalancedSampler
@@ -97,7 +99,7 @@ def train(
         width=config.width,
         seed=derived_seed("module", config.seed),
     )
-    rounds = 0
+    rounds, first = 0, audit
     with FrozenDenoiser(pipe) as frozen:
         module.to(frozen.device)
         for number in range(config.rounds):
@@ -127,8 +129,21 @@ def train(
                 progress=progress,
             )
     if is_main():
-        module.save_pretrained(output_dir)
         logs = [(work / f"round-{n}" / "log.jsonl").read_text(encoding="utf-8") for n in range(rounds)]
+        record = training_record(
+            base_model=module.config["base_model"],
+            pipeline=type(pipe).__name__,
+            family=family_of(pipe).title,
+            denoiser_fingerprint=model,
+            data_fingerprint=data.data_fingerprint,
+            num_images=len(data),
+            audits=(first, audit),
+            config=config,
+            rounds=rounds,
+            log=[json.loads(line) for line in "".join(logs).splitlines()],
+        )
+        module.register_to_config(record=record)
+        module.save_pretrained(output_dir)
         write_text(output_dir / "log.jsonl", "".join(logs))
         write_json(finished, {"settings": settings, "parameters": module.num_parameters(), "rounds": rounds})
         shutil.rmtree(work)
@@ -174,7 +189,7 @@ def run_round(
     precision = Precision(config.mixed_precision, device)
     sampler = GroupBalancedSampler(audit.prompt_ids, audit.group_weights)
     moving = MovingGroupLosses((int(audit.prompt_ids.max()) + 1, audit.num_groups[0]), config.loss_momentum)
-    typical = typical_losses(frozen, data, seed=config.seed).to(device)
+    typical = typical_losses(frozen, data, batch_size=config.batch_size, seed=config.seed).to(device)
 
     module.train()
     trained = precision.shared(module)

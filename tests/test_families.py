@@ -1,0 +1,326 @@
+"""Every family audits, trains, draws, saves and loads; a module without effect leaves it bit-identical."""
+
+import json
+from dataclasses import replace
+from functools import cache
+
+import diffusers
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline
+from torch import nn
+
+from conftest import make_guidance_module
+from invdiff.config import AuditConfig, GenerateConfig, TrainConfig
+from invdiff.data.captioned import load_captioned_images
+from invdiff.data.encode import as_encoded
+from invdiff.denoiser import FrozenDenoiser
+from invdiff.errors import AuditError, ConfigError, DataError, ModelError
+from invdiff.families import family_of
+from invdiff.families.flux import image_ids, packed, unpacked
+from invdiff.generation import generate
+from invdiff.groups.audit import audit
+from invdiff.guidance.attach import attach
+from invdiff.guidance.loading import load_module
+from invdiff.guidance.module import GuidanceModule
+from invdiff.pipelines import denoiser_of, load_pipeline
+from invdiff.training import normalisation
+from invdiff.training.train import train
+from tiny import CAPTIONS, FAMILIES, RESOLUTION, make_tiny
+
+# Several of diffusers' schedulers pass tensors to numpy in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+
+DIFFUSION = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
+FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+WITH_SCHEDULER = [
+    *((family, name) for family in ("sd1", "sd2-v", "sdxl", "pixart") for name in DIFFUSION),
+    *(("dit", name) for name in DIFFUSION if name != "DDPMScheduler"),  # which DiTPipeline gives no generator
+    ("sd3", FLOW[0]),
+    ("sd3", FLOW[1]),
+    ("flux", FLOW[0]),
+    ("ddpm", "DDPMScheduler"),
+    ("ddpm", "DDIMScheduler"),
+]
+
+
+@cache
+def tiny(family):
+    """One pipeline of each family for all tests; none may change it."""
+    return make_tiny(family)
+
+
+def prompts_of(family):
+    return {"ddpm": [], "dit": ["landbird", "waterbird"]}.get(family, list(CAPTIONS))
+
+
+def draw(pipe, family, *, guidance_scale=4.0, steps=3):
+    """Images of two prompts, (2, 3, height, width)."""
+    output = family_of(pipe).draw(
+        pipe,
+        prompts_of(family) or ["", ""],
+        guidance_scale=1.0 if family == "ddpm" else guidance_scale,
+        resolution=RESOLUTION.get(family, 0),
+        generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
+        num_inference_steps=steps,
+        output_type="pt",
+    )
+    return torch.as_tensor(output.images)
+
+
+@pytest.fixture
+def data(tiny_folder):
+    return load_captioned_images(tiny_folder)
+
+
+def of_family(data, family):
+    if family == "dit":
+        return replace(data, captions=[caption.split()[-1] for caption in data.captions])
+    return data
+
+
+def run_audit(pipe, family, data, tmp_path, **changes):
+    settings = {"solver": "gradient" if family == "ddpm" else "exact", "min_images": 4, "min_share": 0.1}
+    config = AuditConfig(**settings, resolution=RESOLUTION.get(family, 0), **changes)
+    return audit(pipe, of_family(data, family), config=config, cache_dir=tmp_path / "cache", progress=False)
+
+
+# the main job
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_audits_trains_draws_and_is_read_back(family, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(normalisation, "IMAGES_PER_LEVEL", 4)
+    pipe = tiny(family)
+    found = run_audit(pipe, family, data, tmp_path)
+    assert len(found.prompts) == (1 if family == "ddpm" else len(set(found.prompt_ids.tolist())))
+    config = TrainConfig(steps=30, batch_size=8, learning_rate=3e-3, mixed_precision="no")
+    options = {"config": config, "cache_dir": tmp_path / "cache", "progress": False}
+    module = train(pipe, of_family(data, family), found, tmp_path / "module", **options)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "module" / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.8 * losses[0]
+
+    loaded = load_module(tmp_path / "module")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), module.parameters(), strict=True))
+    images = GenerateConfig(
+        images_per_prompt=2,
+        num_inference_steps=2,
+        guidance_scale=1.0 if family == "ddpm" else 3.0,
+        resolution=RESOLUTION.get(family, 0),
+    )
+    drawn = generate(pipe, prompts_of(family), tmp_path / "out", module=loaded, config=images, progress=False)
+    rows = [json.loads(line) for line in (drawn / "manifest.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [p for p in prompts_of(family) or [""] for _ in range(2)]
+    assert all(row["environment"] in ([0], [1]) for row in rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_saved_and_loaded_without_the_network(family, tmp_path):
+    pipe = tiny(family)
+    module = make_guidance_module(pipe)
+    with attach(pipe, module):
+        expected = draw(pipe, family)
+    pipe.save_pretrained(tmp_path)
+    loaded = load_pipeline(tmp_path, device="cpu")
+    with attach(loaded, module):
+        assert torch.allclose(draw(loaded, family), expected, atol=1e-5)
+
+
+# zero effect
+
+
+@pytest.mark.parametrize(("family", "scheduler"), WITH_SCHEDULER)
+def test_an_untrained_module_and_a_detached_one_leave_images_bit_identical(family, scheduler, monkeypatch):
+    pipe = tiny(family)
+    options = {"use_dynamic_shifting": False} if scheduler in FLOW else {}
+    other = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **options)
+    monkeypatch.setitem(pipe.__dict__, "scheduler", other)
+    plain = draw(pipe, family)
+    with attach(pipe, GuidanceModule.for_pipeline(pipe)):
+        assert torch.equal(draw(pipe, family), plain)
+    with attach(pipe, make_guidance_module(pipe)):
+        assert not torch.allclose(draw(pipe, family), plain, atol=1e-4)
+    assert torch.equal(draw(pipe, family), plain)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.0])
+@pytest.mark.parametrize("family", set(FAMILIES) - {"ddpm"})
+def test_scale_0_is_bit_identical_with_and_without_guidance_by_the_caption(family, guidance_scale):
+    pipe = tiny(family)
+    plain = draw(pipe, family, guidance_scale=guidance_scale)
+    with attach(pipe, make_guidance_module(pipe), scale=0.0):
+        assert torch.equal(draw(pipe, family, guidance_scale=guidance_scale), plain)
+
+
+# what the adapters know
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_sees_what_sampling_sees(family, data, tmp_path):
+    """The denoiser as audit and training call it, and as the pipeline does, give guidance the same inputs."""
+    pipe = tiny(family)
+    encoded = as_encoded(pipe, of_family(data, family), tmp_path, resolution=RESOLUTION.get(family, 0), progress=False)
+    seen = []
+
+    class Recorder(GuidanceModule):
+        def forward(self, noisy_latents, timesteps, condition, model_pred, features, *others, **options):
+            seen.append((noisy_latents, timesteps, condition, model_pred, features))
+            return super().forward(noisy_latents, timesteps, condition, model_pred, features, *others, **options)
+
+    module = GuidanceModule.for_pipeline(pipe)
+    module.__class__ = Recorder
+    with attach(pipe, module):
+        draw(pipe, family, guidance_scale=1.0, steps=2)
+    latents, timesteps, condition, model_pred, projected = seen[0]
+    assert 500 <= timesteps[0] <= 1000  # the scale of the training schedule, whatever the denoiser is passed
+    with FrozenDenoiser(pipe) as frozen, torch.no_grad():
+        caption_ids = torch.arange(len(latents)) if encoded.conditions else torch.zeros(0, dtype=torch.long)
+        told = encoded.condition(caption_ids)
+        same_pred, features = frozen(latents, timesteps, told)
+        assert torch.allclose(module.project(features), projected, atol=1e-4)
+    assert set(condition) == set(told) - {"pooled_prompt_embeds"}
+    assert all(torch.allclose(condition[name].float(), told[name].float(), atol=1e-5) for name in condition)
+    if family != "flux":  # whose sampling is told another guidance than training: see NO_GUIDANCE
+        assert torch.allclose(same_pred, model_pred, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_lie_where_the_image_is(family, data, tmp_path):
+    """Changing a corner of the latents changes features of that corner most."""
+    pipe = tiny(family)
+    encoded = as_encoded(pipe, of_family(data, family), tmp_path, resolution=RESOLUTION.get(family, 0), progress=False)
+    latents = encoded.latents[[0]]
+    changed = latents.clone()
+    changed[..., :2, -2:] += 3.0
+    told = encoded.condition(torch.tensor([0]))
+    with FrozenDenoiser(pipe) as frozen:
+        before, after = (frozen(each, torch.tensor([10]), told)[1] for each in (latents, changed))
+    difference = (after - before).abs().mean(dim=1)[0]
+    height, width = difference.shape
+    row, column = divmod(int(difference.argmax()), width)
+    assert row < height / 2
+    assert column >= width / 2
+
+
+def test_packing_is_that_of_flux_and_undone_by_unpacking():
+    latents = torch.randn(2, 4, 6, 8)
+    assert torch.equal(packed(latents), FluxPipeline._pack_latents(latents, 2, 4, 6, 8))
+    assert torch.equal(unpacked(packed(latents), 3, 4), latents)
+    assert torch.equal(image_ids(3, 4), FluxPipeline._prepare_latent_image_ids(2, 3, 4, "cpu", torch.long))
+
+
+def test_the_null_caption_is_the_pipelines_own():
+    zeros = family_of(tiny("sdxl")).null_condition(tiny("sdxl"))
+    assert all(not value.any() for value in zeros.values())
+    pipe = make_tiny("sdxl")
+    pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    assert all(value.any() for value in family_of(pipe).null_condition(pipe).values())
+    assert family_of(tiny("dit")).null_condition(tiny("dit"))["class_labels"].tolist() == [1000]
+
+
+def test_a_learnt_variance_is_left_as_it_was():
+    pipe = tiny("pixart")
+    seen = []
+    draw_once = {"guidance_scale": 1.0, "steps": 1}
+    hook = denoiser_of(pipe).register_forward_hook(lambda module, args, output: seen.append(output[0].clone()))
+    draw(pipe, "pixart", **draw_once)
+    hook.remove()
+    with attach(pipe, make_guidance_module(pipe)):
+        hook = denoiser_of(pipe).register_forward_hook(lambda module, args, output: seen.append(output[0].clone()))
+        draw(pipe, "pixart", **draw_once)
+        hook.remove()
+    plain, guided = seen
+    assert torch.equal(guided[:, 4:], plain[:, 4:])
+    assert not torch.equal(guided[:, :4], plain[:, :4])
+
+
+def test_classes_are_named_or_numbered(data, tmp_path):
+    pipe = tiny("dit")
+    named = family_of(pipe).encode_captions(pipe, ["landbird", "bird of the land", " 7 "])
+    assert named["class_labels"].tolist() == [0, 0, 7]
+    for wrong in ("a photo of a landbird", "1000", "-1"):
+        with pytest.raises(DataError, match="Expected the name of a class"):
+            family_of(pipe).encode_captions(pipe, [wrong])
+
+
+def test_names_of_one_class_are_one_prompt(data, tmp_path):
+    names = ["landbird" if row % 4 else "bird of the land" for row in range(len(data))]
+    found = audit(
+        tiny("dit"),
+        replace(data, captions=names),
+        config=AuditConfig(solver="exact", min_images=4, min_share=0.1),
+        cache_dir=tmp_path,
+        progress=False,
+    )
+    assert [sorted(prompt.captions) for prompt in found.prompts] == [["bird of the land", "landbird"]]
+
+
+# what an unconditional model cannot do
+
+
+def test_an_unconditional_model_ignores_captions_and_has_no_contrast(data, tmp_path):
+    pipe = tiny("ddpm")
+    found = run_audit(pipe, "ddpm", data, tmp_path)
+    assert [prompt.captions for prompt in found.prompts] == [[""]]
+    assert found.forwards_per_image == 2 + 2  # draws at one level, features at two
+    with pytest.raises(AuditError, match="a model that reads captions for solver 'exact'"):
+        audit(pipe, data, config=AuditConfig(solver="exact"), cache_dir=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes", "message"),
+    [
+        (["a bird"], {"guidance_scale": 1.0}, "Expected no prompt for an unconditional model, got 'a bird'"),
+        ([], {"guidance_scale": 3.0}, "Expected guidance_scale 1 for an unconditional model"),
+        ([], {"guidance_scale": 1.0, "resolution": 64}, "Expected resolution 16, the only one"),
+    ],
+)
+def test_what_an_unconditional_model_cannot_do_is_refused(tmp_path, prompts, changes, message):
+    config = GenerateConfig(images_per_prompt=1, num_inference_steps=1, **changes)
+    with pytest.raises(ConfigError, match=message):
+        generate(tiny("ddpm"), prompts, tmp_path, config=config, progress=False)
+
+
+# mismatches
+
+
+@pytest.mark.parametrize(
+    ("module_of", "pipe_of", "message"),
+    [
+        ("sd1", "sd3", "denoiser_class: expected UNet2DConditionModel, found SD3Transformer2DModel"),
+        ("sd1", "sd2-v", "prediction_type: expected epsilon, found v_prediction"),
+        ("sd1", "sdxl", "prompt_dim: expected 16, found 32"),
+        ("flux", "pixart", "prediction_type: expected flow_prediction, found epsilon"),
+    ],
+)
+def test_a_module_of_another_family_is_refused_with_every_difference(module_of, pipe_of, message):
+    with pytest.raises(ModelError, match=message):
+        attach(tiny(pipe_of), GuidanceModule.for_pipeline(tiny(module_of)))
+
+
+def test_a_family_that_is_not_known_is_refused_by_name():
+    class Stranger(DiffusionPipeline):
+        def __init__(self, unet: nn.Module) -> None:
+            super().__init__()
+            self.register_modules(unet=unet)
+
+    with pytest.raises(ModelError, match="XL or 3, Flux, PixArt, DiT or unconditional DDPM, got a Linear"):
+        family_of(Stranger(nn.Linear(1, 1)))
+    with pytest.raises(ModelError, match="UNet2DModel with num_class_embeds 10"):
+        family_of(Stranger(diffusers.UNet2DModel(block_out_channels=(32,) * 4, num_class_embeds=10)))
+
+
+def test_tokens_that_were_dropped_are_noticed():
+    family = family_of(tiny("sd3"))
+    features = family.hidden_states((None, torch.zeros(1, 9, 32)))
+    with pytest.raises(ModelError, match="one token for each patch of 8x8 latents, found 9 tokens"):
+        family.on_grid(features, torch.zeros(1, 4, 8, 8))
