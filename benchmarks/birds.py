@@ -7,6 +7,7 @@
     python benchmarks/birds.py explicit      # captions that state the background keep it
     python benchmarks/birds.py paraphrases   # captions never trained on are balanced too
     python benchmarks/birds.py strength      # Bias over scale 0, 0.5, 1
+    python benchmarks/birds.py reuse         # one pass of the frozen model for 1, 2, 4 steps: time and Bias
 
 `no-bias` and `one-prompt` need a base of their own: see scripts/train_benchmark_bases.py.
 Work is kept in out/benchmark (or --work), so a stopped run goes on.
@@ -14,6 +15,7 @@ Work is kept in out/benchmark (or --work), so a stopped run goes on.
 
 import argparse
 import platform
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -50,12 +52,14 @@ def find(work: Path, model: Path, data, config: AuditConfig | None = None):
     return audit(load_pipeline(model), data, cache_dir=work / "cache", config=config)
 
 
-def module(work: Path, mode: str, seed: int = 0):
+def module(work: Path, mode: str, seed: int = 0, **changes):
     """Return a module trained on the groups found without labels in the demo's data."""
     pipe, data = load_pipeline(BIRDS_MODEL), world_data(work, 0)
     found = find(work, BIRDS_MODEL, data)
-    config = TrainConfig(mode=mode, seed=seed, **({"steps": INVARIANT_STEPS} if mode == "invariant" else {}))
-    folder = work / f"module-{mode}-seed-{seed}"
+    config = TrainConfig(
+        mode=mode, seed=seed, **({"steps": INVARIANT_STEPS} if mode == "invariant" else {}), **changes
+    )
+    folder = work / "-".join([f"module-{mode}-seed-{seed}", *(f"{name}-{value}" for name, value in changes.items())])
     return pipe, train(pipe, data, found, folder, config=config, cache_dir=work / "cache")
 
 
@@ -172,6 +176,26 @@ def strength(work: Path) -> dict:
     )
 
 
+def reuse(work: Path) -> dict:
+    """Train with each pass of the frozen model serving several steps: how long it takes, and what Bias is left."""
+    find(work, BIRDS_MODEL, world_data(work, 0))  # measured once, then read back: not part of the training time
+    rows = {}
+    for seed in (0, 1, 2):
+        for steps in (1, 2, 4):
+            start = time.perf_counter()
+            pipe, guide = module(work, "balanced", seed, reuse=steps)
+            seconds = time.perf_counter() - start
+            name = f"reuse-{steps}-seed-{seed}"
+            folders = draw(work, name, pipe, canonical_prompts(), 256, scales=(1.0, 3.0), guide=guide)
+            measured = judge({name: folders})[name]
+            kept = ("bias", "bias_ci", "bias_floor", "accuracy", "frechet")
+            rows[name] = {
+                "train_seconds": round(seconds, 1),
+                "by_guidance_scale": {cfg: {key: figures[key] for key in kept} for cfg, figures in measured.items()},
+            }
+    return rows
+
+
 PARTS = {
     "groups": groups,
     "no-bias": no_bias,
@@ -180,6 +204,7 @@ PARTS = {
     "explicit": explicit,
     "paraphrases": paraphrases,
     "strength": strength,
+    "reuse": reuse,
 }
 
 

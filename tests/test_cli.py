@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -241,6 +242,18 @@ def test_data_options_reach_the_loader_and_the_next_command(tiny_folder, tmp_pat
     images = recorded.calls["finetune"].arguments[0]
     assert images.captions == ["land", "water", "land", "water", "land"]
     assert next_command(out)[-4:] == ["--caption-column", "background", "--limit", "5"]
+
+
+def test_the_type_of_weights_reaches_the_model_and_the_next_command(
+    tiny_pipe_dir, tiny_folder, tmp_path, recorded, monkeypatch
+):
+    found = SimpleNamespace(biased=True, save=lambda folder: None)
+    recorded("invdiff.groups.audit", "audit", found)
+    recorded("invdiff.report.audit_pictures", "save_audit_pictures")
+    monkeypatch.setattr(cli, "print_audit", lambda found: None)
+    shown = succeed("audit", tiny_pipe_dir, tiny_folder, "--output", tmp_path / "a", "--dtype", "bf16", "-q")
+    assert recorded.calls["audit"].arguments[0].unet.dtype == torch.bfloat16
+    assert next_command(shown)[-2:] == ["--dtype", "bf16"]
 
 
 def test_finetune_takes_a_base(tiny_folder, tmp_path, recorded):

@@ -290,6 +290,32 @@ def test_what_an_unconditional_model_cannot_do_is_refused(tmp_path, prompts, cha
         generate(tiny("ddpm"), prompts, tmp_path, config=config, progress=False)
 
 
+def test_groups_stay_where_the_first_timesteps_are_the_same_number_in_16_bits():
+    pipe = make_tiny("flux").to(torch.bfloat16)
+    seen = []
+
+    def interrupt_after_four(pipe, step, timestep, values):
+        seen.append(attachment.environments.flatten().tolist())
+        pipe._interrupt = step >= 3
+        return values
+
+    with attach(pipe, make_guidance_module(pipe, num_groups=97)) as attachment:
+        for seed in (0, 1):
+            pipe(
+                list(CAPTIONS),
+                height=32,
+                width=32,
+                num_inference_steps=900,
+                generator=torch.Generator().manual_seed(seed),
+                output_type="latent",
+                callback_on_step_end=interrupt_after_four,
+            )
+    first, second = seen[:4], seen[4:]
+    assert first == [first[0]] * 4
+    assert second == [second[0]] * 4
+    assert first[0] != second[0]
+
+
 # mismatches
 
 
@@ -317,6 +343,12 @@ def test_a_family_that_is_not_known_is_refused_by_name():
         family_of(Stranger(nn.Linear(1, 1)))
     with pytest.raises(ModelError, match="UNet2DModel with num_class_embeds 10"):
         family_of(Stranger(diffusers.UNet2DModel(block_out_channels=(32,) * 4, num_class_embeds=10)))
+
+
+def test_unconditional_latent_diffusion_is_refused():
+    pipe = diffusers.LDMPipeline(vqvae=tiny("sd1").vae, unet=tiny("ddpm").unet, scheduler=tiny("ddpm").scheduler)
+    with pytest.raises(ModelError, match="an unconditional model of pixels, got a LDMPipeline with a vqvae"):
+        family_of(pipe)
 
 
 def test_tokens_that_were_dropped_are_noticed():

@@ -142,6 +142,23 @@ def test_a_killed_run_goes_on_to_the_same_result(tiny_pipe, data, found, tmp_pat
     assert result(tmp_path / "cut") == result(tmp_path / "whole")
 
 
+def test_a_killed_run_that_reuses_frozen_outputs_goes_on_to_the_same_result(
+    tiny_pipe, data, found, tmp_path, monkeypatch
+):
+    run(tiny_pipe, data, found, tmp_path / "whole", reuse=3, steps=6)
+    kill(monkeypatch, "per_sample_loss", 5, tiny_pipe, data, found, tmp_path / "cut", reuse=3, steps=6)
+    run(tiny_pipe, data, found, tmp_path / "cut", reuse=3, steps=6)
+    assert result(tmp_path / "cut") == result(tmp_path / "whole")
+
+
+def test_reuse_saves_passes_of_the_frozen_model(tiny_pipe, data, found, tmp_path):
+    forwards = []
+    hook = tiny_pipe.unet.register_forward_hook(lambda module, args, output: forwards.append(len(args[0])))
+    run(tiny_pipe, data, found, tmp_path / "m", reuse=3, steps=6)
+    hook.remove()
+    assert forwards.count(CONFIG.batch_size) == 4  # two for six steps, and two more to begin with
+
+
 def test_a_resumed_run_does_only_what_is_left(tiny_pipe, data, found, tmp_path, monkeypatch):
     kill(monkeypatch, "per_sample_loss", 4, tiny_pipe, data, found, tmp_path / "m")
     forwards = []

@@ -21,6 +21,7 @@ from .cli_options import (
     ConfigFile,
     Data,
     DataSource,
+    Dtype,
     ImageColumn,
     Limit,
     MaxUnreadable,
@@ -29,6 +30,7 @@ from .cli_options import (
     Output,
     Quiet,
     Split,
+    dtype_flag,
     environments_from,
     flags,
     labelled_folders,
@@ -159,6 +161,7 @@ def audit(
     no_captions: NoCaptions = False,
     max_unreadable: MaxUnreadable = 0.01,
     cache_dir: CacheDir = None,
+    dtype: Dtype = "fp32",
     quiet: Quiet = False,
 ) -> None:
     """Find hidden groups in the images that a model learnt from, without labels."""
@@ -178,16 +181,18 @@ def audit(
     images = source.load()
     silence_libraries()
     from .groups.audit import audit as run_audit
-    from .pipelines import load_pipeline
+    from .pipelines import dtype_named, load_pipeline
     from .report.audit_pictures import save_audit_pictures
 
-    found = run_audit(load_pipeline(model), images, config=chosen, cache_dir=cache_dir, progress=not quiet)
+    found = run_audit(
+        load_pipeline(model, dtype=dtype_named(dtype)), images, config=chosen, cache_dir=cache_dir, progress=not quiet
+    )
     if not is_first_process():
         return
     found.save(output)
     save_audit_pictures(output, images)
     print_audit(found)
-    shared = [*source.flags(), *flags(cache_dir=cache_dir)]
+    shared = [*source.flags(), *flags(cache_dir=cache_dir), *dtype_flag(dtype)]
     if found.biased:
         module = str(output.parent / "module")
         finish(
@@ -218,6 +223,7 @@ def train(
     batch_size: Annotated[int | None, setting(TrainConfig, "batch_size", min=1)] = None,
     learning_rate: Annotated[float | None, setting(TrainConfig, "learning_rate")] = None,
     penalty: Annotated[float | None, setting(TrainConfig, "penalty", min=0)] = None,
+    reuse: Annotated[int | None, setting(TrainConfig, "reuse", min=1)] = None,
     rounds: Annotated[int | None, setting(TrainConfig, "rounds", min=1)] = None,
     width: Annotated[int | None, setting(TrainConfig, "width", min=0)] = None,
     seed: Annotated[int | None, setting(TrainConfig, "seed")] = None,
@@ -228,6 +234,7 @@ def train(
     no_captions: NoCaptions = False,
     max_unreadable: MaxUnreadable = 0.01,
     cache_dir: CacheDir = None,
+    dtype: Dtype = "fp32",
     quiet: Quiet = False,
 ) -> None:
     """Train a small module beside the frozen model that balances the groups an audit found."""
@@ -239,6 +246,7 @@ def train(
         batch_size=batch_size,
         learning_rate=learning_rate,
         penalty=penalty,
+        reuse=reuse,
         rounds=rounds,
         width=width,
         seed=seed,
@@ -247,18 +255,36 @@ def train(
     say("loading audit, images and model", quiet=quiet)
     silence_libraries()
     from .groups.result import Audit
-    from .pipelines import load_pipeline
+    from .pipelines import dtype_named, load_pipeline
     from .training.train import train as run_train
 
     found = Audit.load(audit_dir)
     found.check_found()
     images = source.load()
-    run_train(load_pipeline(model), images, found, output, config=chosen, cache_dir=cache_dir, progress=not quiet)
+    run_train(
+        load_pipeline(model, dtype=dtype_named(dtype)),
+        images,
+        found,
+        output,
+        config=chosen,
+        cache_dir=cache_dir,
+        progress=not quiet,
+    )
     prompts = [entry.prompt for entry in found.prompts if entry.found]
     images_dir = output.parent / "images" / "guided"
     finish(
         f"The module is in {output}.",
-        ["invdiff", "generate", model, *prompts, "--module", str(output), "--output", str(images_dir)],
+        [
+            "invdiff",
+            "generate",
+            model,
+            *prompts,
+            "--module",
+            str(output),
+            "--output",
+            str(images_dir),
+            *dtype_flag(dtype),
+        ],
     )
 
 
@@ -288,6 +314,7 @@ def generate(
     resolution: Annotated[int | None, setting(GenerateConfig, "resolution", min=0)] = None,
     batch_size: Annotated[int | None, setting(GenerateConfig, "batch_size", min=1)] = None,
     seed: Annotated[int | None, setting(GenerateConfig, "seed")] = None,
+    dtype: Dtype = "fp32",
     quiet: Quiet = False,
 ) -> None:
     """Draw images of prompts, with or without a module, from the same starting noise."""
@@ -310,10 +337,10 @@ def generate(
     silence_libraries()
     from .generation import generate as run_generate
     from .guidance.loading import load_module
-    from .pipelines import load_pipeline
+    from .pipelines import dtype_named, load_pipeline
 
     run_generate(
-        load_pipeline(model),
+        load_pipeline(model, dtype=dtype_named(dtype)),
         wanted,
         output,
         module=load_module(module) if module else None,
@@ -335,7 +362,16 @@ def generate(
             batch_size=batch_size,
             seed=seed,
         )
-        plain = ["invdiff", "generate", model, *(prompts or []), "--output", str(output.parent / "base"), *same]
+        plain = [
+            "invdiff",
+            "generate",
+            model,
+            *(prompts or []),
+            "--output",
+            str(output.parent / "base"),
+            *same,
+            *dtype_flag(dtype),
+        ]
         finish(result, plain, hint=" (the same images without the module)")
 
 

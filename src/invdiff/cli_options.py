@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -87,6 +87,10 @@ Data = Annotated[
         "of them, or a hub dataset id.",
     ),
 ]
+Dtype = Annotated[
+    Literal["fp32", "fp16", "bf16"],
+    option("Type of the model's weights. Large models need 16 bits; audit and train must agree.", panel=RUN_PANEL),
+]
 ConfigFile = Annotated[
     Path | None,
     option("JSON or YAML with any settings of this step. Options override it.", "--config", metavar="FILE"),
@@ -115,6 +119,11 @@ CacheDir = Annotated[
 ]
 Output = Annotated[Path, option("Folder to write to.", panel=RUN_PANEL, metavar="DIR")]
 Quiet = Annotated[bool, option("Show no progress.", "--quiet", "-q", panel=RUN_PANEL)]
+
+
+def dtype_flag(dtype: str) -> list[str]:
+    """Return the option for a further command on the same model, nothing where it is the default."""
+    return flags(dtype=None if dtype == "fp32" else dtype)
 
 
 @dataclass(frozen=True)

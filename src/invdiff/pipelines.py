@@ -80,6 +80,11 @@ def load_pipeline(
     return pipe.to(device or default_device())
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """Return the type of weights called "fp32", "fp16" or "bf16"."""
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
 def looks_local(name_or_folder: str) -> bool:
     """Whether it can only be meant as a folder: a hub id has one slash at most, between two names."""
     return (

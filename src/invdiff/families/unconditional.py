@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 from .base import Condition, DenoiserCall, DenoiserShape, Family, rows_of
 
 
@@ -16,6 +16,15 @@ class Unconditional(Family):
 
     title = "unconditional DDPM"
     needs_prompts = False
+
+    def __init__(self, pipe: Any) -> None:
+        encoders = [name for name in ("vae", "vqvae") if getattr(pipe, name, None) is not None]
+        if encoders:
+            raise ModelError(
+                f"Expected an unconditional model of pixels, got a {type(pipe).__name__} with a {encoders[0]}. "
+                "Unconditional latent diffusion is not supported."
+            )
+        super().__init__(pipe)
 
     def shape(self, denoiser: Any) -> DenoiserShape:
         """Read the middle block."""

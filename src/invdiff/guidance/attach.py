@@ -97,6 +97,7 @@ class Attachment:
         self._pipe = weakref.ref(pipe)
         self._timesteps: torch.Tensor | None = None
         self._start = self._last = np.inf
+        self._first = torch.empty(0)
         denoiser = denoiser_of(pipe)
         self._features = FeatureCapture(denoiser, module.config["feature_path"], self._read_features)
         self._guided_output = GuidedOutput.of(denoiser)
@@ -153,15 +154,17 @@ class Attachment:
         Each pipeline call sets the scheduler's timesteps anew. A loop that sets them once for many batches, or another
         pipeline that shares the denoiser but has a scheduler of its own, is noticed by the timestep, which comes back
         to the highest or rises. (KDPM2 rises in the midst of an image too, but by less than 1.) A pipeline that sends
-        each condition apart does so with the same latents, hence the same groups.
+        each condition apart does so with the same latents, hence the same groups. In 16 bits the first few timesteps
+        can be the same number; then the latents tell, which have hardly moved.
         """
         timesteps = getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None)
         rows = len(noisy_latents)
         current = self.environments
-        comes_back = timestep >= self._start or timestep > self._last + 1
+        lingers = timestep == self._start == self._last and _hardly_moved(self._first, noisy_latents)
+        comes_back = (timestep >= self._start and not lingers) or timestep > self._last + 1
         self._last = timestep
         if current is None or timesteps is not self._timesteps or comes_back:
-            self._timesteps, self._start = timesteps, timestep
+            self._timesteps, self._start, self._first = timesteps, timestep, noisy_latents.detach()
             current = self.mix.rows(noisy_latents)
         elif rows < len(current) and len(current) % rows == 0:
             current = current[:rows]  # classifier-free guidance was switched off on the way: images stay
@@ -191,6 +194,14 @@ class Attachment:
                 "inside the `with` block, with the pipeline that the module was attached to.",
                 stacklevel=2,
             )
+
+
+def _hardly_moved(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether latents have mostly the same signs; those of other noise agree in half of them."""
+    rows = min(len(before), len(after))
+    if before.shape[1:] != after.shape[1:]:
+        return False
+    return ((before[:rows] > 0) == (after[:rows] > 0)).float().mean().item() > 0.75
 
 
 def check_fit(pipe: Any, module: GuidanceModule, *, strict: bool = True) -> None:

@@ -19,7 +19,6 @@ from ..diffusion import per_sample_loss
 from ..distributed import is_main, num_processes, wait
 from ..errors import ConfigError
 from ..families import family_of
-from ..families.base import to
 from ..files import fingerprint, read_json, write_json, write_text
 from ..groups.audit import audit as infer_groups
 from ..groups.result import Audit
@@ -31,6 +30,7 @@ from ..progress import progress_bar
 from ..seeds import derived_seed, generator
 from .batches import GroupBalancedSampler
 from .checkpoint import TrainingState, check_same_settings, load_checkpoint, save_checkpoint
+from .frozen import FrozenBatch, FrozenPool, draw_batch
 from .normalisation import typical_losses
 from .objective import MovingGroupLosses, objective_weights
 from .optimization import Precision, check_finite, moving_average, set_learning_rate
@@ -185,7 +185,7 @@ def run_round(
     progress: bool,
 ) -> None:
     """Minimise mean_e L_e + lambda Var_e(L_e) for `config.steps` steps, W fixed; `module` ends as the average."""
-    device, schedule = frozen.device, frozen.schedule
+    device = frozen.device
     precision = Precision(config.mixed_precision, device)
     sampler = GroupBalancedSampler(audit.prompt_ids, audit.group_weights)
     moving = MovingGroupLosses((int(audit.prompt_ids.max()) + 1, audit.num_groups[0]), config.loss_momentum)
@@ -203,38 +203,29 @@ def run_round(
         moving.load(state.running["group_losses"])
     log: list[dict[str, Any]] = state.running.get("log", [])
 
+    def draw(number: int) -> FrozenBatch:
+        rng = generator("train", config.seed, round_number, number)
+        return draw_batch(frozen, data, sampler, config, precision, rng)
+
+    pool = FrozenPool(draw, config.reuse)
     with progress_bar(f"round {round_number + 1}", config.steps, start=start, enabled=progress) as bar:
         for step in range(start, config.steps):
             set_learning_rate(optimizer, config.learning_rate, step, config.steps)
-            rng = generator("train", config.seed, round_number, step)
-            rows, environments = sampler.draw(config.batch_size, rng)
-            captions = data.caption_ids[rows].clone()
-            captions[torch.rand(len(rows), generator=rng) < config.caption_dropout] = data.null_id
-            noise = torch.randn((len(rows), *data.latents.shape[1:]), generator=rng)
-            # Content is decided at high noise: a level is drawn in proportion to its height.
-            levels = torch.rand(len(rows), generator=rng).sqrt()
-            timesteps = (levels * schedule.num_train_timesteps).long()
-
-            # Every process draws the whole batch and computes its own part of it.
-            part = precision.part(len(rows))
-            latents, noise, timesteps = (
-                data.latents[rows[part]].to(device),
-                noise[part].to(device),
-                timesteps.to(device),
-            )
-            condition = to(data.condition(captions[part]), device, torch.float32)
-            noisy_latents = schedule.add_noise(latents, noise, timesteps[part])
+            batch = pool.batch(step, precision.part, generator("mixture", config.seed, round_number, step))
+            condition, part = batch.condition(data), precision.part(config.batch_size)
             # f~ = f + g_psi(z_t, t, Phi(y), e), trained at full strength: Delta = 1.
             with precision.autocast():
-                model_pred, features = frozen(noisy_latents, timesteps[part], condition)
-                model_pred, features = model_pred.float(), features.float()
                 shift = trained(
-                    noisy_latents, timesteps[part], condition, model_pred, features, environments[part].to(device)
+                    batch.noisy_latents,
+                    batch.timesteps,
+                    condition,
+                    batch.model_pred,
+                    batch.features,
+                    batch.environments[part].to(device),
                 )
-            losses = per_sample_loss(model_pred + shift, schedule.target(latents, noise, timesteps[part]))
-            losses = losses / typical[timesteps[part]]
+            losses = per_sample_loss(batch.model_pred + shift, batch.target) / typical[batch.timesteps]
 
-            prompts, groups = audit.prompt_ids[rows], environments[:, 0]
+            prompts, groups = batch.prompts, batch.environments[:, 0]
             all_losses = precision.gather(losses.detach())
             moving.update(prompts, groups, all_losses.cpu())
             weights = objective_weights(moving.means(), config.penalty)[prompts, groups]
