@@ -1,4 +1,4 @@
-"""Write the measured figures of benchmarks/results/ into README.md and docs/benchmarks.md.
+"""Write the measured figures of benchmarks/results/ into README.md and the pages of docs/.
 
 python scripts/update_figures.py          # rewrite what stands between the markers
 python scripts/update_figures.py --check  # exit 1 if anything would change
@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def figures(part: str) -> Any:
-    """Return the figures of one part of benchmarks/birds.py."""
-    return json.loads((RESULTS / f"birds-{part}.json").read_text(encoding="utf-8"))["figures"]
+def figures(part: str, benchmark: str = "birds") -> Any:
+    """Return the figures of one part of benchmarks/birds.py, or of another benchmark."""
+    return json.loads((RESULTS / f"{benchmark}-{part}.json").read_text(encoding="utf-8"))["figures"]
 
 
 def bias_table() -> str:
@@ -87,6 +87,73 @@ def models_table(part: str) -> str:
     return "\n".join(rows)
 
 
+def cost_count_table() -> str:
+    """Parameters and FLOPs of each denoiser and of the module that fits it."""
+    rows = ["| shape | parameters | module | share | GFLOP a row | module | share |", "|---" * 7 + "|"]
+    for name, m in figures("count", "cost")["shapes"].items():
+        cells = [
+            f"{m['parameters'] / 1e6:,.0f} M",
+            f"{m['module_parameters'] / 1e6:.1f} M",
+            f"{m['parameter_share']:.1%}",
+            f"{m['flops'] / 1e9:,.0f}",
+            f"{m['module_flops'] / 1e9:.1f}",
+            f"{m['flop_share']:.1%}",
+        ]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n\n" + requirements_table("count", ".1%")
+
+
+def cost_sampling_table() -> str:
+    """Seconds plain and guided, and their ratio, with quartiles."""
+    measured = figures("sampling", "cost")
+    kinds = {"bundled model, 20 steps, CFG 3": measured["bundled"]}
+    kinds[f"SD 1.5 shape, {measured['sd15']['what']}"] = measured["sd15"]["batches"]
+    rows = ["| | images | pairs | plain, s | guided, s | ratio | ratio of CPU time | load |", "|---" * 8 + "|"]
+    rows += [
+        f"| {kind} | {images} | {m['repeats']} | {with_quartiles(m['plain_seconds'])} | "
+        f"{with_quartiles(m['guided_seconds'])} | {with_quartiles(m['ratio'])} | {with_quartiles(m['cpu_ratio'])} | "
+        f"{m['load_average']:.1f} |"
+        for kind, by_images in kinds.items()
+        for images, m in by_images.items()
+    ]
+    return "\n".join(rows) + "\n\n" + requirements_table("sampling", ".2f")
+
+
+def cost_training_table() -> str:
+    """Seconds a step and peak memory of both recipes."""
+    measured = figures("training", "cost")
+    options = measured["options"]
+    note = (
+        f"Batch {options['batch-size']}, {options['resolution']} pixels, {measured['arithmetic']}, "
+        f"{options['steps']} steps each after one to warm up."
+    )
+    rows = ["| recipe | trained | a step, s | peak memory, GiB | after imports, GiB | load |", "|---" * 6 + "|"]
+    rows += [
+        f"| {recipe} | {m['trained_parameters'] / 1e6:.1f} M | {with_quartiles(m['step_seconds'])} | "
+        f"{m['peak_bytes'] / 2**30:.1f} | {m['resident_after_imports_bytes'] / 2**30:.1f} | "
+        f"{m['load_average_before']:.1f} |"
+        for recipe, m in measured["recipes"].items()
+    ]
+    return note + "\n\n" + "\n".join(rows) + "\n\n" + requirements_table("training", ".2f")
+
+
+def requirements_table(part: str, shape: str) -> str:
+    """One row per requirement of benchmarks/cost.py: the limit, the figure, whether it is met."""
+    rows = ["| requirement | limit | measured | |", "|---|---|---|---|"]
+    for name, row in figures(part, "cost")["requirements"].items():
+        limit = f"at least {row['at_least']:{shape}}" if "at_least" in row else f"at most {row['at_most']:{shape}}"
+        if row["measured"] is None:
+            rows.append(f"| {name} | {limit} | | {row['reason']} |")
+        else:
+            rows.append(f"| {name} | {limit} | {row['measured']:{shape}} | {'met' if row['met'] else '**missed**'} |")
+    return "\n".join(rows)
+
+
+def with_quartiles(values: dict[str, float]) -> str:
+    """Return a median with its quartiles."""
+    return f"{values['median']:.3g} ({values['lower_quartile']:.3g} to {values['upper_quartile']:.3g})"
+
+
 BLOCKS = {
     "bias": bias_table,
     "groups": groups_table,
@@ -95,6 +162,9 @@ BLOCKS = {
     "explicit": explicit_table,
     "paraphrases": lambda: models_table("paraphrases"),
     "strength": lambda: models_table("strength"),
+    "cost-count": cost_count_table,
+    "cost-sampling": cost_sampling_table,
+    "cost-training": cost_training_table,
 }
 
 
@@ -109,9 +179,9 @@ def rendered(text: str) -> str:
 
 
 def main() -> int:
-    """Rewrite or check both files."""
+    """Rewrite or check every page."""
     stale = []
-    for path in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text(encoding="utf-8")
         if (new := rendered(text)) != text:
             stale.append(path.name)

@@ -1,6 +1,7 @@
 """What the documents say is what was measured, and what they tell people to type exists."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,11 @@ def test_figures_are_those_of_the_results():
     check = [sys.executable, str(ROOT / "scripts" / "update_figures.py"), "--check"]
     finished = subprocess.run(check, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+def test_every_table_that_can_be_written_is_on_a_page():
+    written = {name for page in PAGES for name in re.findall(r"<!-- figures: (\S+) -->", page.read_text("utf-8"))}
+    assert written == set(runpy.run_path(str(ROOT / "scripts" / "update_figures.py"))["BLOCKS"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

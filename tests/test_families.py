@@ -306,6 +306,7 @@ def test_groups_stay_where_the_first_timesteps_are_the_same_number_in_16_bits():
                 height=32,
                 width=32,
                 num_inference_steps=900,
+                num_images_per_prompt=16,  # of so many, some have a latent that changes its sign meanwhile
                 generator=torch.Generator().manual_seed(seed),
                 output_type="latent",
                 callback_on_step_end=interrupt_after_four,
