@@ -398,3 +398,35 @@ def test_a_wrapper_that_skips_the_middle_block_is_noticed(tiny_pipe: StableDiffu
     tiny_pipe.unet.mid_block = None
     with pytest.raises(ModelError, match="ran without its block 'mid_block'"):
         denoise(tiny_pipe)
+
+
+def test_the_prompt_is_encoded_once_for_all_steps(
+    tiny_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[Any] = []
+    encode = GuidanceModule.encode
+    monkeypatch.setattr(GuidanceModule, "encode", lambda self, told: encoded.append(told) or encode(self, told))
+    attach(tiny_pipe, make_guidance_module(tiny_pipe))
+    draw(tiny_pipe, 0)
+    assert len(encoded) == 1
+    draw(tiny_pipe, 1)
+    assert len(encoded) == 2
+
+
+def test_a_prompt_that_is_changed_in_place_is_encoded_anew(tiny_pipe: StableDiffusionPipeline) -> None:
+    module = make_guidance_module(tiny_pipe)
+    latents, embeds = torch.ones(1, 4, 8, 8), torch.zeros(1, 16, 16)
+    with torch.no_grad(), attach(tiny_pipe, module):
+        before = tiny_pipe.unet(latents, 500, embeds).sample
+        embeds += 1.0
+        changed = tiny_pipe.unet(latents, 500, embeds).sample
+        expected = tiny_pipe.unet(latents, 500, torch.ones(1, 16, 16)).sample
+    assert torch.equal(changed, expected)
+    assert not torch.equal(changed, before)
+
+
+def test_inference_mode_is_fine(tiny_pipe: StableDiffusionPipeline) -> None:
+    attach(tiny_pipe, make_guidance_module(tiny_pipe))
+    expected = draw(tiny_pipe, 0)
+    with torch.inference_mode():
+        assert torch.equal(draw(tiny_pipe, 0), expected)

@@ -12,7 +12,7 @@ import torch
 
 from ..diffusion import NoiseSchedule
 from ..errors import ConfigError, ModelError
-from ..families import DenoiserCall, family_of
+from ..families import Condition, DenoiserCall, family_of
 from ..families.base import to
 from ..features import FeatureCapture
 from ..pipelines import denoiser_of
@@ -98,6 +98,9 @@ class Attachment:
         self._timesteps: torch.Tensor | None = None
         self._start = self._last = np.inf
         self._first = torch.empty(0)
+        self._told: Condition = {}
+        self._versions: dict[str, int] = {}
+        self._phi: torch.Tensor | None = None
         denoiser = denoiser_of(pipe)
         self._features = FeatureCapture(denoiser, module.config["feature_path"], self._read_features)
         self._guided_output = GuidedOutput.of(denoiser)
@@ -142,11 +145,26 @@ class Attachment:
                 self._family.on_grid(features, call.noisy_latents),
                 environments.to(device),
                 projected=True,
+                code=self._code(call.condition, device, dtype),
             )
 
     def _follow_placement(self, tensor: torch.Tensor) -> None:
-        if self._module.device != tensor.device or self._module.dtype != tensor.dtype:
+        weight = self._module.conv_in.weight  # a module's own `device` and `dtype` look through all its weights
+        if weight.device != tensor.device or weight.dtype != tensor.dtype:
             self._module.to(tensor.device, tensor.dtype)
+            self._told = {}
+
+    def _code(self, condition: Condition, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return Phi(y), computed anew only where the pipeline passes other tensors than at the step before."""
+        same = self._told.keys() == condition.keys() and all(
+            self._told[name] is value and not value.is_inference() and value._version == self._versions[name]
+            for name, value in condition.items()
+        )
+        if not same:
+            self._told = dict(condition)
+            self._versions = {n: -1 if v.is_inference() else v._version for n, v in condition.items()}
+            self._phi = self._module.encode(to(condition, device, dtype))
+        return self._phi
 
     def _follow_images(self, noisy_latents: torch.Tensor, timestep: float) -> torch.Tensor:
         """Return the groups of each row; notice when new images begin, and draw theirs from their noise.

@@ -297,6 +297,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         environments: torch.Tensor | None = None,
         *,
         projected: bool = False,
+        code: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return g_psi, the shift of the denoiser's output.
 
@@ -308,32 +309,38 @@ class GuidanceModule(ModelMixin, ConfigMixin):
             features: Output of the block at `feature_path`, (batch, feature_channels, height', width').
             environments: Group of each factor, (batch, factors), integers; only in `balanced` mode.
             projected: Whether `features` have been through `project` already.
+            code: What `encode` made of `condition`, where it is known already.
 
         Returns:
             (batch, channels, height, width), to be added to `model_pred` with weight Delta.
         """
         width, channels = self.config["width"], self.config["latent_channels"]
         time = get_timestep_embedding(timesteps, 2 * width).to(model_pred.dtype)
-        code = self.time(time)
-        if self.encoder is not None:
-            code = code + self.encoder(condition)
+        told = self.time(time)
+        code = self.encode(condition) if code is None else code
+        if code is not None:
+            told = told + code
         if self.sees_environment:
             if environments is None:
                 raise ModelError("Expected the environments of each image in balanced mode, got none.")
             for factor, embedding in enumerate(self.environments):
-                code = code + embedding(environments[:, factor])
-        code = self.condition(code)
+                told = told + embedding(environments[:, factor])
+        told = self.condition(told)
 
         place = coordinates(model_pred)
         full = self.conv_in(torch.cat([noisy_latents[:, :channels], model_pred, place], dim=1))
-        full = self.block_in(full, code)
+        full = self.block_in(full, told)
         low = self.down(F.silu(full))
         features = features if projected else self.project(features)
         low = low + F.interpolate(features, size=low.shape[-2:], mode="nearest")
-        low = self.block_low(low, code)
+        low = self.block_low(low, told)
         full = full + F.interpolate(self.up(low), size=full.shape[-2:], mode="nearest")
-        full = self.block_out(full, code)
+        full = self.block_out(full, told)
         return self.conv_out(F.silu(full))
+
+    def encode(self, condition: Condition) -> torch.Tensor | None:
+        """Return Phi(y), (batch, 4 width), the same at every step; None where there is nothing to encode."""
+        return None if self.encoder is None else self.encoder(condition)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Map features (batch, feature_channels, height, width) to the few channels that the estimator reads."""
