@@ -151,7 +151,7 @@ def requirements_table(part: str, shape: str) -> str:
 
 def with_quartiles(values: dict[str, float]) -> str:
     """Return a median with its quartiles."""
-    return f"{values['median']:.3g} ({values['lower_quartile']:.3g} to {values['upper_quartile']:.3g})"
+    return f"{values['median']:.2f} ({values['lower_quartile']:.2f} to {values['upper_quartile']:.2f})"
 
 
 BLOCKS = {

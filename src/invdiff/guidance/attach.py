@@ -151,7 +151,8 @@ class Attachment:
     def _follow_placement(self, tensor: torch.Tensor) -> None:
         weight = self._module.conv_in.weight  # a module's own `device` and `dtype` look through all its weights
         if weight.device != tensor.device or weight.dtype != tensor.dtype:
-            self._module.to(tensor.device, tensor.dtype)
+            # As any module: diffusers' own `to` warns of layers to be kept in 32 bits, of which there are none.
+            torch.nn.Module.to(self._module, tensor.device, tensor.dtype)
             self._told = {}
 
     def _code(self, condition: Condition, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:

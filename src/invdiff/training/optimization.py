@@ -51,7 +51,7 @@ class Precision:
             return model
         device = self.accelerator.device
         devices = None if device.type == "cpu" else [device]
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
 
     def part(self, size: int) -> slice:
         """Return the part of a batch of `size` that this process computes."""

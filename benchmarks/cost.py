@@ -1,0 +1,327 @@
+"""What guidance costs: its size, the time it adds to sampling, and training beside the reference recipe.
+
+    python benchmarks/cost.py count      # parameters and FLOPs a denoiser call, on the meta device
+    python benchmarks/cost.py sampling   # with and without guidance: bundled model, Stable Diffusion 1.5 shape
+    python benchmarks/cost.py training   # one step of ours and of the reference recipe, Stable Diffusion 1.5 shape
+
+Each part keeps its figures in benchmarks/results/cost-PART.json and exits with 1 where a requirement is missed.
+Weights of the large shapes are random, which costs as much as trained ones; nothing is downloaded. `training`
+needs about 20 GB of free memory on a CPU, for the reference recipe.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import numpy as np
+import psutil
+import torch
+import transformers
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from recipes import RECIPES, SD15, sd15_pipeline, spread, synchronised_clock
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from invdiff import GuidanceModule, attach
+from invdiff.assets import BIRDS_MODEL
+from invdiff.data.birds import canonical_prompts
+from invdiff.families import Condition, family_of
+from invdiff.features import FeatureCapture
+from invdiff.files import write_json
+from invdiff.pipelines import load_pipeline
+
+RESULTS = Path(__file__).parent / "results"
+GIB = 2**30
+
+MAX_PARAMETERS, MAX_FLOPS = 0.02, 0.05
+MAX_RATIO_BUNDLED, MAX_RATIO_GPU = 1.25, 1.10
+MIN_SPEEDUP, MAX_MEMORY = 3.0, 1 / 3
+HELD_TO_REQUIREMENT = ("SD 1.5", "SDXL")
+NEEDED_GIB = {"ours": 6, "reference": 20}
+
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SD3 = {
+    "sample_size": 128,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
+FLUX = {"guidance_embeds": True}  # the rest is diffusers' default
+PIXART = {"sample_size": 128, "caption_channels": 4096, "interpolation_scale": 2, "use_additional_conditions": False}
+DIT = {"sample_size": 32}  # the rest is diffusers' default
+
+# Class, config, latents (channels, height, width), condition of one row; configs as published with the models.
+SHAPES: dict[str, tuple[Any, dict[str, Any], tuple[int, int, int], dict[str, tuple[int, ...]]]] = {
+    "SD 1.5": (UNet2DConditionModel, SD15, (4, 64, 64), {"prompt_embeds": (77, 768)}),
+    "SDXL": (
+        UNet2DConditionModel,
+        SDXL,
+        (4, 128, 128),
+        {"prompt_embeds": (77, 2048), "pooled_prompt_embeds": (1280,)},
+    ),
+    "SD 3 medium": (
+        SD3Transformer2DModel,
+        SD3,
+        (16, 128, 128),
+        {"prompt_embeds": (333, 4096), "pooled_prompt_embeds": (2048,)},
+    ),
+    "Flux.1 dev": (
+        FluxTransformer2DModel,
+        FLUX,
+        (16, 128, 128),
+        {"prompt_embeds": (512, 4096), "pooled_prompt_embeds": (768,)},
+    ),
+    "PixArt-Sigma XL/2": (
+        PixArtTransformer2DModel,
+        PIXART,
+        (4, 128, 128),
+        {"prompt_embeds": (300, 4096), "prompt_attention_mask": (300,)},
+    ),
+    "DiT XL/2 256": (DiTTransformer2DModel, DIT, (4, 32, 32), {"class_labels": ()}),
+}
+
+
+# Size: parameters and FLOPs.
+
+
+def holder(denoiser: nn.Module) -> SimpleNamespace:
+    """Return what `family_of` reads of a pipeline."""
+    return SimpleNamespace(**{"unet" if isinstance(denoiser, UNet2DConditionModel) else "transformer": denoiser})
+
+
+def fitting_module(denoiser: nn.Module) -> GuidanceModule:
+    """Return what `GuidanceModule.for_pipeline` makes, which refuses weights that are not in memory."""
+    family = family_of(holder(denoiser))
+    return GuidanceModule(
+        **family.shape(denoiser).to_dict(), width=max(32, family.base_width(denoiser) // 8 * 8)
+    ).eval()
+
+
+@torch.no_grad()
+def size(name: str) -> dict[str, Any]:
+    """Count parameters, and FLOPs of one call with one row (a multiplication and an addition are two)."""
+    network, config, latent_shape, condition_shapes = SHAPES[name]
+    with torch.device("meta"):
+        denoiser = network(**config).eval()
+        module = fitting_module(denoiser)
+        latents, timesteps = torch.empty(1, *latent_shape), torch.empty(1, dtype=torch.long)
+        environments = torch.empty(1, 1, dtype=torch.long)
+        condition: Condition = {
+            key: torch.empty(1, *shape, dtype=torch.long if key == "class_labels" else None)
+            for key, shape in condition_shapes.items()
+        }
+    family = family_of(holder(denoiser))
+    capture = FeatureCapture(denoiser, family.shape(denoiser).feature_path, family.hidden_states)
+    with FlopCounterMode(display=False) as frozen:
+        model_pred = family.predict(denoiser, latents, timesteps, condition)
+    features = family.on_grid(capture.take(), latents)
+    with FlopCounterMode(display=False) as added:
+        module(latents, timesteps, condition, model_pred, features, environments)
+    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    return {
+        "parameters": parameters,
+        "flops": frozen.get_total_flops(),
+        "module_width": module.config["width"],
+        "module_parameters": module.num_parameters(),
+        "module_flops": added.get_total_flops(),
+        "parameter_share": module.num_parameters() / parameters,
+        "flop_share": added.get_total_flops() / frozen.get_total_flops(),
+    }
+
+
+def count(_: argparse.Namespace) -> dict[str, Any]:
+    shapes = {name: size(name) for name in SHAPES}
+    requirements = {}
+    for name in HELD_TO_REQUIREMENT:
+        requirements[f"{name}: parameters"] = at_most(MAX_PARAMETERS, shapes[name]["parameter_share"])
+        requirements[f"{name}: FLOPs"] = at_most(MAX_FLOPS, shapes[name]["flop_share"])
+    return {"shapes": shapes, "requirements": requirements}
+
+
+# Sampling, with and without guidance.
+
+
+def compare(pipe: Any, run: Callable[[], object], repeats: int) -> dict[str, Any]:
+    """Time `run` plain and guided in turn, each pair in the other order, so that drift of the machine cancels.
+
+    CPU seconds are kept beside the wall clock: on a busy machine they tell more, if there is one thread.
+    """
+    module = GuidanceModule.for_pipeline(pipe)
+
+    def seconds(*, guided: bool) -> tuple[float, float]:
+        with attach(pipe, module) if guided else nullcontext():
+            wall, cpu = synchronised_clock(), time.process_time()
+            run()
+            return synchronised_clock() - wall, time.process_time() - cpu
+
+    for guided in (False, True):
+        seconds(guided=guided)  # the first run of each kind pays for caches
+    times: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    for repeat in range(repeats):
+        for guided in (False, True) if repeat % 2 else (True, False):
+            times[guided].append(seconds(guided=guided))
+    plain, guided_times = (np.array(times[guided]) for guided in (False, True))
+    return {
+        "plain_seconds": spread(plain[:, 0]),
+        "guided_seconds": spread(guided_times[:, 0]),
+        "ratio": spread(guided_times[:, 0] / plain[:, 0]),
+        "cpu_ratio": spread(guided_times[:, 1] / plain[:, 1]),
+        "repeats": repeats,
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    settings = {"guidance_scale": 3.0, "num_inference_steps": 20}
+    figures: dict[str, Any] = {"settings": settings, "bundled": {}}
+    requirements = {}
+    pipe = load_pipeline(BIRDS_MODEL, device="cpu")
+    for images in (1, 8, 32):
+        prompts = list(canonical_prompts() * images)[:images]
+        measured = compare(pipe, partial(pipe, prompt=prompts, **settings), arguments.repeats)
+        figures["bundled"][str(images)] = measured
+        requirements[f"bundled model, CPU, batch {images}"] = at_most(MAX_RATIO_BUNDLED, measured["ratio"]["median"])
+    few = max(5, arguments.repeats // 4)
+    if torch.cuda.is_available():
+        figures["sd15"] = {"what": "sampling in bf16, decoding included", "batches": {}}
+        pipe = sd15_pipeline(torch.bfloat16)
+        for images in (1, 4):
+            embeds = torch.randn(images, 77, 768, dtype=torch.bfloat16, device=pipe.device)
+            given = {"prompt_embeds": embeds, "negative_prompt_embeds": torch.zeros_like(embeds)}
+            measured = compare(pipe, partial(pipe, **given, **settings, output_type="pt"), few)
+            figures["sd15"]["batches"][str(images)] = measured
+            requirements[f"SD 1.5, GPU, batch {images}"] = at_most(MAX_RATIO_GPU, measured["ratio"]["median"])
+    else:
+        requirements["SD 1.5, GPU"] = at_most(MAX_RATIO_GPU, None) | {"reason": "not measured here: no GPU"}
+        pipe = sd15_pipeline()
+        pipe.unet.requires_grad_(False)
+        latents, embeds = torch.randn(1, 4, 64, 64), torch.randn(1, 77, 768)
+        measured = compare(pipe, partial(pipe.unet, latents, 500, encoder_hidden_states=embeds), few)
+        figures["sd15"] = {"what": "one forward of the UNet, float32, one row", "batches": {"1": measured}}
+    return figures | {"requirements": requirements}
+
+
+# One training step, ours and the reference recipe.
+
+
+def training(arguments: argparse.Namespace) -> dict[str, Any]:
+    options = {"steps": arguments.repeats, "batch-size": arguments.batch_size, "resolution": arguments.resolution}
+    measured = {}
+    for recipe in RECIPES:
+        needed, free = NEEDED_GIB[recipe], psutil.virtual_memory().available / GIB
+        if not torch.cuda.is_available() and free < needed:
+            sys.exit(f"Expected {needed} GiB of free memory for the {recipe} recipe, found {free:.1f}. Free some.")
+        load = os.getloadavg()[0]
+        command = [sys.executable, str(Path(__file__).with_name("recipes.py")), recipe]
+        command += [f"--{name}={value}" for name, value in options.items()]
+        finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        measured[recipe] = json.loads(finished.stdout.splitlines()[-1]) | {"load_average_before": load}
+    ours, reference = measured["ours"], measured["reference"]
+    speedup = reference["step_seconds"]["median"] / ours["step_seconds"]["median"]
+    return {
+        "options": options,
+        "arithmetic": "bf16 autocast over float32 weights" if torch.cuda.is_available() else "float32",
+        "recipes": measured,
+        "sdxl": "not measured: the reference recipe keeps over 50 GB of weights, gradients and moments; count only",
+        "requirements": {
+            "speed-up of a step": {"at_least": MIN_SPEEDUP, "measured": speedup, "met": speedup >= MIN_SPEEDUP},
+            "share of peak memory": at_most(MAX_MEMORY, ours["peak_bytes"] / reference["peak_bytes"]),
+        },
+    }
+
+
+# What every part shares.
+
+
+def at_most(limit: float, measured: float | None) -> dict[str, Any]:
+    return {"at_most": limit, "measured": measured, "met": None if measured is None else measured <= limit}
+
+
+def rounded(value: Any) -> Any:
+    """Round every float to five significant digits."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def machine() -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        cpu = next((line.split(":")[1].strip() for line in info.open() if line.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "openmp": {name: value for name, value in os.environ.items() if name.startswith("OMP_")},
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+PARTS = {"count": count, "sampling": sampling, "training": training}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument(
+        "--repeats", type=int, default=0, help="pairs of samplings (12 unless given) or training steps (4)"
+    )
+    parser.add_argument("--batch-size", type=int, default=1, help="of training")
+    parser.add_argument("--resolution", type=int, default=512, help="of training, in pixels")
+    arguments = parser.parse_args()
+    arguments.repeats = arguments.repeats or (4 if arguments.part == "training" else 12)
+    figures = PARTS[arguments.part](arguments)
+    document = {
+        "command": " ".join(["python", "benchmarks/cost.py", *sys.argv[1:]]),
+        "device": machine(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        },
+        "figures": rounded(figures),
+    }
+    write_json(RESULTS / f"cost-{arguments.part}.json", document)
+    print(RESULTS / f"cost-{arguments.part}.json")
+    missed = [name for name, row in figures["requirements"].items() if row["met"] is False]
+    for name in missed:
+        print("missed:", name, rounded(figures["requirements"][name]))
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
