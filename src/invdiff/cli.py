@@ -295,13 +295,21 @@ def train(
 def generate(
     model: Model,
     output: Output,
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.")] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PROMPT",
+            help="What to draw: prompts, or names of classes for a class-conditional model; none for an unconditional.",
+        ),
+    ] = None,
     prompts_file: Annotated[
         Path | None, option("A text file with one further prompt per line.", panel=DATA_PANEL, metavar="FILE")
     ] = None,
     module: Annotated[
         str | None,
-        option("What `invdiff train` wrote. Without it, the plain model draws.", metavar="MODULE"),
+        option(
+            "What `invdiff train` wrote: a folder, or a hub id. Without it, the plain model draws.", metavar="MODULE"
+        ),
     ] = None,
     environments: Annotated[
         str, option("Target mix of the groups: uniform, or one proportion per group such as 0.7,0.3.")

@@ -104,7 +104,11 @@ ImageColumn = Annotated[
 ]
 NoCaptions = Annotated[
     bool,
-    option("Read no captions, for an unconditional model: DATA may be a mere folder of images.", panel=DATA_PANEL),
+    option(
+        "Read no captions, for an unconditional model: DATA may be a mere folder of images.",
+        "--no-captions",
+        panel=DATA_PANEL,
+    ),
 ]
 Split = Annotated[str, option("Split of a hub dataset or of parquet files.", panel=DATA_PANEL)]
 Limit = Annotated[int | None, option("Take the first rows only.", panel=DATA_PANEL, min=1)]

@@ -344,7 +344,8 @@ class GuidanceModule(ModelMixin, ConfigMixin):
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Map features (batch, feature_channels, height, width) to the few channels that the estimator reads."""
-        # Contiguous: on a CPU, torch 2.13 crashes in the backward pass of a GroupNorm over channels-last features.
+        # Contiguous: on a CPU, torch 2.13 crashes in the backward pass of a GroupNorm whose channels-last input needs
+        # no gradient, as features do not.
         return self.features(features.contiguous())
 
 
