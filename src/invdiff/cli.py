@@ -299,7 +299,7 @@ def generate(
         list[str] | None,
         typer.Argument(
             metavar="PROMPT",
-            help="What to draw: prompts, or names of classes for a class-conditional model; none for an unconditional.",
+            help="What to draw: prompts, or names of classes for a class-conditional model; none for one of neither.",
         ),
     ] = None,
     prompts_file: Annotated[
