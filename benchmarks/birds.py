@@ -180,10 +180,10 @@ def strength(work: Path) -> dict:
 def reuse(work: Path) -> dict:
     """Train with each pass of the frozen model serving several steps: time per step, and what Bias is left."""
     rows = {}
-    for steps in (1, 2, 4):
+    for changes in ({"reuse": 1}, {"reuse": 2}, {"reuse": 4}, {"reuse": 4, "steps": 1200}):
         for seed in (0, 1):
-            pipe, guide = module(work, "balanced", seed, reuse=steps)
-            name = f"reuse-{steps}-seed-{seed}"
+            pipe, guide = module(work, "balanced", seed, **changes)
+            name = "-".join([*(f"{setting}-{value}" for setting, value in changes.items()), f"seed-{seed}"])
             folders = draw(work, name, pipe, canonical_prompts(), 256, scales=(1.0, 3.0), guide=guide)
             measured = judge({name: folders})[name]
             kept = ("bias", "bias_ci", "bias_floor", "accuracy", "frechet")

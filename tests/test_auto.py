@@ -40,6 +40,19 @@ def test_one_hump_is_never_accepted(draw, seed):
     assert not consider(two_draws(values, noise=0.01, seed=seed), 2, CONFIG).candidate.accepted
 
 
+@pytest.mark.parametrize("count", [60, 131, 200])
+def test_nothing_is_found_in_the_features_of_a_few_images_that_hide_nothing(count):
+    accepted = []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        style = rng.normal(size=(count, 14)) @ rng.normal(size=(14, 60))
+        features = np.stack([style + rng.normal(0, 0.5, style.shape) for _ in range(2)], axis=1)
+        scores = component_scores(features, ["a", "b"], seed=0)
+        splits = [consider(score, size, CONFIG) for score in scores for size in (2, 3)]
+        accepted += [split.candidate for split in splits if split.candidate.accepted]
+    assert accepted == []
+
+
 def test_noise_that_changes_with_the_draw_is_not_stable():
     rng = np.random.default_rng(0)
     score = Score("noise", np.stack([rng.permutation(mixture(1000, 0.1, 8)) for _ in range(2)]))
