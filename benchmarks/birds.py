@@ -7,7 +7,6 @@
     python benchmarks/birds.py explicit      # captions that state the background keep it
     python benchmarks/birds.py paraphrases   # captions never trained on are balanced too
     python benchmarks/birds.py strength      # Bias over scale 0, 0.5, 1
-    python benchmarks/birds.py reuse         # one pass of the frozen model for 1, 2, 4 steps: time and Bias
 
 `no-bias` and `one-prompt` need a base of their own: see scripts/train_benchmark_bases.py.
 Work is kept in out/benchmark (or --work), so a stopped run goes on.
@@ -15,8 +14,6 @@ Work is kept in out/benchmark (or --work), so a stopped run goes on.
 
 import argparse
 import platform
-import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -53,14 +50,12 @@ def find(work: Path, model: Path, data, config: AuditConfig | None = None):
     return audit(load_pipeline(model), data, cache_dir=work / "cache", config=config)
 
 
-def module(work: Path, mode: str, seed: int = 0, **changes):
+def module(work: Path, mode: str, seed: int = 0):
     """Return a module trained on the groups found without labels in the demo's data."""
     pipe, data = load_pipeline(BIRDS_MODEL), world_data(work, 0)
     found = find(work, BIRDS_MODEL, data)
-    config = TrainConfig(
-        mode=mode, seed=seed, **({"steps": INVARIANT_STEPS} if mode == "invariant" else {}), **changes
-    )
-    folder = work / "-".join([f"module-{mode}-seed-{seed}", *(f"{name}-{value}" for name, value in changes.items())])
+    config = TrainConfig(mode=mode, seed=seed, **({"steps": INVARIANT_STEPS} if mode == "invariant" else {}))
+    folder = work / f"module-{mode}-seed-{seed}"
     return pipe, train(pipe, data, found, folder, config=config, cache_dir=work / "cache")
 
 
@@ -177,38 +172,6 @@ def strength(work: Path) -> dict:
     )
 
 
-def reuse(work: Path) -> dict:
-    """Train with each pass of the frozen model serving several steps: time per step, and what Bias is left."""
-    rows = {}
-    for changes in ({"reuse": 1}, {"reuse": 2}, {"reuse": 4}, {"reuse": 4, "steps": 1200}):
-        for seed in (0, 1):
-            pipe, guide = module(work, "balanced", seed, **changes)
-            name = "-".join([*(f"{setting}-{value}" for setting, value in changes.items()), f"seed-{seed}"])
-            folders = draw(work, name, pipe, canonical_prompts(), 256, scales=(1.0, 3.0), guide=guide)
-            measured = judge({name: folders})[name]
-            kept = ("bias", "bias_ci", "bias_floor", "accuracy", "frechet")
-            rows[name] = {cfg: {key: figures[key] for key in kept} for cfg, figures in measured.items()}
-    return {"by_module": rows, "seconds_per_step": seconds_per_step(work)}
-
-
-def seconds_per_step(work: Path, *, repeats: int = 3) -> dict:
-    """Return the time of a training step for each reuse, of 40 steps beyond the first 10, the runs interleaved."""
-    pipe, data = load_pipeline(BIRDS_MODEL), world_data(work, 0)
-    found = find(work, BIRDS_MODEL, data)
-    times: dict[int, list[float]] = {1: [], 2: [], 4: []}
-    for _ in range(repeats):
-        for steps, measured in times.items():
-            seconds = []
-            for length in (10, 50):
-                with tempfile.TemporaryDirectory() as folder:
-                    config = TrainConfig(steps=length, reuse=steps)
-                    start = time.perf_counter()
-                    train(pipe, data, found, folder, config=config, cache_dir=work / "cache", progress=False)
-                    seconds.append(time.perf_counter() - start)
-            measured.append((seconds[1] - seconds[0]) / 40)
-    return {str(steps): {"median": float(np.median(each)), "all": each} for steps, each in times.items()}
-
-
 PARTS = {
     "groups": groups,
     "no-bias": no_bias,
@@ -217,7 +180,6 @@ PARTS = {
     "explicit": explicit,
     "paraphrases": paraphrases,
     "strength": strength,
-    "reuse": reuse,
 }
 
 

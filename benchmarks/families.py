@@ -1,10 +1,9 @@
-"""Does the method hold beyond Stable Diffusion? Two other kinds of model on the bundled world, small and from nothing.
+"""Does the method hold beyond Stable Diffusion? Another kind of model on the bundled world, small and from nothing.
 
     python benchmarks/families.py dit-flow    # a class-conditional transformer trained by flow matching
-    python benchmarks/families.py ddpm        # an unconditional UNet on pixels, one prompt, 85% of birds on land
 
-Each part fits a biased base, audits it without labels, trains a module in balanced mode, and measures Bias of base and
-guided images, with the command's figures kept in benchmarks/results/families-PART.json. Work is kept in
+It fits a biased base, audits it without labels, trains a module in balanced mode, and measures Bias of base and
+guided images, with the command's figures kept in benchmarks/results/families-dit-flow.json. Work is kept in
 out/benchmark-families (or --work); a finished base, module or image is not made again.
 """
 
@@ -17,16 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import (
-    DDPMPipeline,
-    DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
-    UNet2DModel,
 )
 from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
-from invdiff import AuditConfig, GenerateConfig, TrainConfig, audit, evaluate, generate, load_captioned_images, train
+from invdiff import GenerateConfig, TrainConfig, audit, evaluate, generate, load_captioned_images, train
 from invdiff.assets import BIRDS_ANNOTATOR, BIRDS_MODEL
 from invdiff.data.birds import BirdsWorld
 from invdiff.data.encode import as_encoded
@@ -55,17 +51,6 @@ def make_dit() -> DiTPipeline:
     pipe = DiTPipeline(transformer, load_pipeline(BIRDS_MODEL).vae, scheduler, id2label=CLASSES)
     pipe.register_to_config(id2label=CLASSES)
     return pipe
-
-
-def make_ddpm() -> DDPMPipeline:
-    """An unconditional UNet of 32 px images."""
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=32, block_out_channels=(24, 48, 64),
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"), layers_per_block=1, norm_num_groups=8,
-    )  # fmt: skip
-    return DDPMPipeline(unet, DDPMScheduler())
 
 
 def fit(pipe, data, folder: Path, *, steps: int, batch_size: int = 64, learning_rate: float = 1e-3):
@@ -110,7 +95,7 @@ def recovered(found, data, usual: list[str]) -> dict:
     rows = {}
     for index, prompt in enumerate(found.prompts):
         mine = (found.prompt_ids == index).numpy()
-        rows[prompt.prompt or "(none)"] = {
+        rows[prompt.prompt] = {
             "found": prompt.found,
             "reason": prompt.reason,
             "shares": prompt.shares,
@@ -120,10 +105,10 @@ def recovered(found, data, usual: list[str]) -> dict:
     return rows
 
 
-def before_and_after(work: Path, pipe, data, prompts, *, scales, usual, steps: int, resolution: int = 0) -> dict:
+def before_and_after(work: Path, pipe, data, prompts, *, scales, usual, steps: int) -> dict:
     """Audit, train, draw, judge."""
     start = time.perf_counter()
-    found = audit(pipe, data, config=AuditConfig(resolution=resolution), cache_dir=work / "cache")
+    found = audit(pipe, data, cache_dir=work / "cache")
     figures = {"audit": recovered(found, data, usual), "forwards_per_image": found.forwards_per_image}
     if not found.biased:
         return figures | {"note": "nothing found, so nothing was trained"}
@@ -135,13 +120,13 @@ def before_and_after(work: Path, pipe, data, prompts, *, scales, usual, steps: i
         config = GenerateConfig(
             images_per_prompt=256,
             guidance_scale=scale,
-            num_inference_steps=25 if len(scales) > 1 else 100,
+            num_inference_steps=25,
             batch_size=64,
         )
         for name, guide in (("base", None), ("balanced", module)):
             folders[name].append(generate(pipe, prompts, work / f"{name}-cfg-{scale:g}", module=guide, config=config))
     annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
-    judged = evaluate(folders, annotator, attribute="background", subject_attribute="subject" if prompts else None)
+    judged = evaluate(folders, annotator, attribute="background", subject_attribute="subject")
     return figures | {"by_model": judged.to_dict()}
 
 
@@ -158,16 +143,7 @@ def dit_flow(work: Path) -> dict:
     )
 
 
-def ddpm(work: Path) -> dict:
-    world = BirdsWorld(NUM_IMAGES, seed=0, severity=0.85, world="one-prompt").write(work / "one-prompt")
-    data = load_captioned_images(world, captions=False)
-    pipe = make_ddpm()
-    encoded = as_encoded(pipe, data, work / "cache")
-    pipe = fit(pipe, encoded, work / "base-ddpm", steps=3000, batch_size=32)
-    return before_and_after(work / "ddpm", pipe, data, [], scales=(1.0,), usual=["land"] * len(data), steps=600)
-
-
-PARTS = {"dit-flow": dit_flow, "ddpm": ddpm}
+PARTS = {"dit-flow": dit_flow}
 
 
 def rounded(value):

@@ -87,6 +87,23 @@ def models_table(part: str) -> str:
     return "\n".join(rows)
 
 
+def families_table() -> str:
+    """The audit and the Bias of base and guided images of a class-conditional flow transformer."""
+    measured = figures("dit-flow", "families")
+    rows = ["| class | AUROC of the minority | adjusted Rand index | shares |", "|---|---|---|---|"]
+    for name, m in measured["audit"].items():
+        shares = " / ".join(f"{share:.1%}" for share in m["shares"])
+        rows.append(f"| {name} | {m['auroc']:.3f} | {m['adjusted_rand']:.3f} | {shares} |")
+    scales = list(measured["by_model"]["base"])
+    rows += ["", "| | " + " | ".join(f"CFG {float(scale):g}" for scale in scales) + " | floor | bird right |"]
+    rows.append("|---" * (len(scales) + 3) + "|")
+    for model, by_scale in measured["by_model"].items():
+        cells = [f"{m['bias']:.3f} ({m['bias_ci'][0]:.3f} to {m['bias_ci'][1]:.3f})" for m in by_scale.values()]
+        right = " / ".join(f"{m['accuracy']:.3f}" for m in by_scale.values())
+        rows.append(f"| {model} | " + " | ".join(cells) + f" | {by_scale[scales[0]]['bias_floor']:.3f} | {right} |")
+    return "\n".join(rows)
+
+
 def cost_count_table() -> str:
     """Parameters and FLOPs of each denoiser and of the module that fits it."""
     rows = ["| shape | parameters | module | share | GFLOP a row | module | share |", "|---" * 7 + "|"]
@@ -162,6 +179,7 @@ BLOCKS = {
     "explicit": explicit_table,
     "paraphrases": lambda: models_table("paraphrases"),
     "strength": lambda: models_table("strength"),
+    "families-dit-flow": families_table,
     "cost-count": cost_count_table,
     "cost-sampling": cost_sampling_table,
     "cost-training": cost_training_table,

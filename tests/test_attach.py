@@ -1,4 +1,6 @@
+import copy
 import gc
+import pickle
 import weakref
 from typing import Any
 
@@ -430,3 +432,22 @@ def test_inference_mode_is_fine(tiny_pipe: StableDiffusionPipeline) -> None:
     expected = draw(tiny_pipe, 0)
     with torch.inference_mode():
         assert torch.equal(draw(tiny_pipe, 0), expected)
+
+
+def test_a_copy_of_a_guided_pipeline_is_plain(tiny_pipe: StableDiffusionPipeline) -> None:
+    plain = draw(tiny_pipe, 0)
+    attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe))
+    guided = draw(tiny_pipe, 0)
+    copied = copy.deepcopy(tiny_pipe)
+    assert torch.equal(draw(copied, 0), plain)
+    assert torch.equal(draw(tiny_pipe, 0), guided)
+    attachment.detach()
+    assert torch.equal(draw(copied, 0), plain)
+    assert torch.equal(draw(tiny_pipe, 0), plain)
+
+
+def test_a_guided_denoiser_is_pickled_plain(tiny_pipe: StableDiffusionPipeline) -> None:
+    expected = denoise(tiny_pipe).sample
+    attach(tiny_pipe, make_guidance_module(tiny_pipe))
+    tiny_pipe.unet = pickle.loads(pickle.dumps(tiny_pipe.unet))
+    assert torch.equal(denoise(tiny_pipe).sample, expected)

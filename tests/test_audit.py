@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import write_tiny_folder
+from conftest import make_guidance_module, write_tiny_folder
 from invdiff.config import AuditConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import EncodedImages, ShardedTensor, as_encoded
-from invdiff.errors import AuditError, ConfigError
+from invdiff.errors import AuditError, ConfigError, ModelError
 from invdiff.groups import scores as scores_module
 from invdiff.groups.audit import audit, infer
 from invdiff.groups.result import Audit
 from invdiff.groups.scores import Evidence
+from invdiff.guidance.attach import attach
 
 ONE_PROMPT = np.array([0])
 CONFIG = AuditConfig(solver="exact", batch_size=4, min_images=4, min_share=0.1)
@@ -37,6 +38,7 @@ def made_up_data(captions: list[str], caption_ids: np.ndarray) -> EncodedImages:
         skipped=[],
         model_fingerprint="model",
         data_fingerprint="data",
+        resolution=64,
     )
 
 
@@ -212,6 +214,33 @@ def test_a_vision_encoder_needs_images(tiny_pipe, tiny_folder, tmp_path):
     data = as_encoded(tiny_pipe, load_captioned_images(tiny_folder), tmp_path, progress=False)
     with pytest.raises(ConfigError, match="vision encoder"):
         audit(tiny_pipe, data, config=AuditConfig(vision_encoder="any"), cache_dir=tmp_path, progress=False)
+
+
+def test_images_of_another_resolution_are_measured_afresh(tiny_pipe, tiny_folder, tmp_path):
+    data = load_captioned_images(tiny_folder)
+    small, large = (
+        audit(tiny_pipe, data, config=replace(CONFIG, resolution=side), cache_dir=tmp_path, progress=False)
+        for side in (16, 32)
+    )
+    alone = audit(tiny_pipe, data, config=CONFIG, cache_dir=tmp_path / "other", progress=False)
+    assert torch.equal(large.scores, alone.scores)
+    assert not torch.equal(small.scores, large.scores)
+    assert (small.settings["resolution"], alone.settings["resolution"]) == (16, 32)
+    encoded = as_encoded(tiny_pipe, data, tmp_path, progress=False)
+    fingerprint = small.settings["denoiser_fingerprint"]
+    large.check_matches(encoded, fingerprint)
+    with pytest.raises(AuditError, match="Expected images of 16 pixels, as they were audited, got 32"):
+        small.check_matches(encoded, fingerprint)
+    with pytest.raises(ConfigError, match="encoded at resolution 16, got 32"):
+        as_encoded(tiny_pipe, encoded, resolution=16)
+
+
+def test_a_guided_model_is_not_audited_as_the_plain_one(tiny_pipe, tiny_folder, tmp_path):
+    with attach(tiny_pipe, make_guidance_module(tiny_pipe)) as attachment:
+        with pytest.raises(ModelError, match=r"Expected the plain model, found a guidance module.* Call detach\(\)"):
+            audit(tiny_pipe, load_captioned_images(tiny_folder), config=CONFIG, cache_dir=tmp_path, progress=False)
+        attachment.calls = 1  # nothing was to be drawn
+    audit(tiny_pipe, load_captioned_images(tiny_folder), config=CONFIG, cache_dir=tmp_path, progress=False)
 
 
 def test_another_model_is_measured_afresh(tiny_pipe, tmp_path):

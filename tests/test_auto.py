@@ -47,7 +47,7 @@ def test_nothing_is_found_in_the_features_of_a_few_images_that_hide_nothing(coun
         rng = np.random.default_rng(seed)
         style = rng.normal(size=(count, 14)) @ rng.normal(size=(14, 60))
         features = np.stack([style + rng.normal(0, 0.5, style.shape) for _ in range(2)], axis=1)
-        scores = component_scores(features, ["a", "b"], seed=0)
+        scores = component_scores(features, "features", seed=0)
         splits = [consider(score, size, CONFIG) for score in scores for size in (2, 3)]
         accepted += [split.candidate for split in splits if split.candidate.accepted]
     assert accepted == []
@@ -83,7 +83,7 @@ def test_a_hidden_direction_of_the_features_is_found_though_it_is_not_the_larges
     content = style + np.outer(rare * 4.0, rng.normal(size=width))
     features = np.stack([content + rng.normal(0, 0.2, content.shape) for _ in range(2)], axis=1)
     best = max(
-        (consider(score, 2, CONFIG) for score in component_scores(features, ["a", "b"], seed=0)),
+        (consider(score, 2, CONFIG) for score in component_scores(features, "features", seed=0)),
         key=lambda split: (split.candidate.accepted, split.merit),
     )
     assert best.candidate.accepted
@@ -94,7 +94,7 @@ def test_features_without_groups_give_no_accepted_component():
     rng = np.random.default_rng(0)
     content = rng.normal(size=(800, 6)) @ rng.normal(size=(6, 40))
     features = np.stack([content + rng.normal(0, 0.2, content.shape) for _ in range(2)], axis=1)
-    scores = component_scores(features, ["a", "b"], seed=0)
+    scores = component_scores(features, "features", seed=0)
     assert len(scores) > 0
     assert not any(consider(score, 2, CONFIG).candidate.accepted for score in scores)
 
@@ -110,5 +110,5 @@ def test_a_shape_of_which_no_direction_is_left_is_passed_over(monkeypatch):
 
     monkeypatch.setattr(auto, "FastICA", Failing)
     content = np.random.default_rng(0).normal(size=(800, 20))
-    scores = component_scores(np.stack([content, content], axis=1), ["a", "b"], seed=0)
+    scores = component_scores(np.stack([content, content], axis=1), "features", seed=0)
     assert {score.evidence.split(", ")[1].split()[0] for score in scores} == {"peaked"}

@@ -277,6 +277,26 @@ def test_an_audit_that_finds_nothing_says_why_and_stops_training(tiny_pipe_dir, 
     assert "nothing to balance" in message
 
 
+def test_where_nothing_is_found_the_next_command_can_be_run(tiny_pipe_dir, tiny_folder, tmp_path, cache, recorded):
+    recorded("invdiff.groups.audit", "encode_vision")
+    out = ("--output", tmp_path / "audit", "--min-images", 13, "-q")
+    shown = succeed("audit", tiny_pipe_dir, tiny_folder, *out, "--vision-encoder", "some/encoder")
+    words = next_command(shown)
+    assert words[words.index("--solver") + 1] == "exact"
+    assert "--vision-encoder" not in words
+    last = succeed(*words[1:], "-q")
+    assert "No hidden group was found" in last
+    assert "Next" not in last
+
+
+def test_the_resolution_of_the_audit_reaches_the_images(tiny_pipe_dir, tiny_folder, tmp_path, cache):
+    loose = yaml_file(tmp_path / "a.yaml", {"solver": "exact", "min_images": 4, "min_share": 0.1, "resolution": 16})
+    shown = succeed("audit", tiny_pipe_dir, tiny_folder, "--output", tmp_path / "audit", "--config", loose, "-q")
+    shown = succeed(*next_command(shown)[1:], "--steps", 1, "--batch-size", 2, "-q")
+    words = next_command(shown)
+    assert words[words.index("--resolution") + 1] == "16"
+
+
 def test_errors_name_what_is_wrong(tiny_pipe_dir, tiny_folder, tmp_path):
     to = ("--output", tmp_path / "out", "-q")
     assert "found nothing there" in fail("audit", tiny_pipe_dir, tmp_path / "absent", *to)

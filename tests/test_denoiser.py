@@ -1,5 +1,6 @@
 import pytest
 import torch
+from peft import LoraConfig
 
 from conftest import make_guidance_module, make_tiny_pipeline
 from invdiff.denoiser import FrozenDenoiser, denoiser_fingerprint
@@ -81,3 +82,20 @@ def test_a_guided_denoiser_has_a_fingerprint_of_its_own(tiny_pipe):
         one = GuidedDenoiser(frozen, make_guidance_module(tiny_pipe))
         other = GuidedDenoiser(frozen, make_guidance_module(tiny_pipe, mode="invariant"))
         assert len({frozen.fingerprint, one.fingerprint, other.fingerprint}) == 3
+
+
+def test_adapters_count_with_their_strength_and_whether_they_are_on(tiny_pipe):
+    def fingerprint():
+        return denoiser_fingerprint(tiny_pipe)
+
+    plain = fingerprint()
+    tiny_pipe.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]), "one")
+    loaded = fingerprint()
+    tiny_pipe.unet.set_adapters("one", 0.5)
+    weaker = fingerprint()
+    tiny_pipe.unet.disable_adapters()
+    off = fingerprint()
+    tiny_pipe.unet.enable_adapters()
+    assert fingerprint() == weaker
+    tiny_pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    assert len({plain, loaded, weaker, off, fingerprint()}) == 5

@@ -143,6 +143,13 @@ def test_the_default_noise_levels_are_the_timesteps_that_were_measured():
     assert [schedule.timestep_at(level) for level in levels] == [950, 50, 150]
 
 
+def test_noise_levels_can_be_looked_up_after_noise_was_added_on_a_device():
+    schedule = NoiseSchedule(DDIMScheduler(**BETAS))
+    elsewhere = torch.zeros(1, 1, 2, 2, device="meta")  # diffusers moves its betas along
+    schedule.add_noise(elsewhere, elsewhere, torch.zeros(1, dtype=torch.long, device="meta"))
+    assert schedule.timestep_at(-4.79) == 950
+
+
 def test_a_scheduler_of_neither_kind_is_refused():
     with pytest.raises(ModelError, match="got EDMEulerScheduler, which is neither"):
         NoiseSchedule(EDMEulerScheduler())

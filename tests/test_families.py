@@ -13,7 +13,7 @@ from torch import nn
 from conftest import make_guidance_module
 from invdiff.config import AuditConfig, GenerateConfig, TrainConfig
 from invdiff.data.captioned import load_captioned_images
-from invdiff.data.encode import as_encoded
+from invdiff.data.encode import as_encoded, model_fingerprint
 from invdiff.denoiser import FrozenDenoiser
 from invdiff.errors import AuditError, ConfigError, DataError, ModelError
 from invdiff.families import family_of
@@ -26,7 +26,7 @@ from invdiff.guidance.module import GuidanceModule
 from invdiff.pipelines import denoiser_of, load_pipeline
 from invdiff.training import normalisation
 from invdiff.training.train import train
-from tiny import CAPTIONS, FAMILIES, RESOLUTION, make_tiny
+from tiny import CAPTIONS, FAMILIES, RESOLUTION, make_tiny, make_unet
 
 # Several of diffusers' schedulers pass tensors to numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -350,6 +350,41 @@ def test_unconditional_latent_diffusion_is_refused():
     pipe = diffusers.LDMPipeline(vqvae=tiny("sd1").vae, unet=tiny("ddpm").unet, scheduler=tiny("ddpm").scheduler)
     with pytest.raises(ModelError, match="an unconditional model of pixels, got a LDMPipeline with a vqvae"):
         family_of(pipe)
+
+
+def test_what_an_encoding_depends_on_is_in_its_fingerprint():
+    def fingerprints(family, change):
+        pipe = make_tiny(family)
+        before = model_fingerprint(pipe)
+        change(pipe)
+        return before, model_fingerprint(pipe)
+
+    changes = {
+        "sdxl": lambda pipe: pipe.register_to_config(force_zeros_for_empty_prompt=False),
+        "ddpm": lambda pipe: pipe.unet.register_to_config(out_channels=1),
+        "dit": lambda pipe: pipe.transformer.register_to_config(num_embeds_ada_norm=10),
+    }
+    for family, change in changes.items():
+        before, after = fingerprints(family, change)
+        assert before != after, family
+
+
+def test_unets_that_want_more_than_noise_and_a_prompt_are_refused():
+    pipe = make_tiny("sd1")
+    pipe.unet = make_unet(in_channels=9)
+    with pytest.raises(ModelError, match=r"noisy latents alone \(4 channels\), got one of 9 channels"):
+        FrozenDenoiser(pipe)
+    pipe.unet = make_unet(num_class_embeds=10)
+    with pytest.raises(ModelError, match="UNet2DConditionModel with num_class_embeds 10"):
+        family_of(pipe)
+
+
+def test_an_unconditional_model_has_one_round(data, tmp_path):
+    pipe = tiny("ddpm")
+    found = run_audit(pipe, "ddpm", data, tmp_path)
+    config = TrainConfig(steps=1, rounds=2)
+    with pytest.raises(ConfigError, match="Expected one round for an unconditional model, got rounds=2"):
+        train(pipe, data, found, tmp_path / "m", config=config, cache_dir=tmp_path / "cache", progress=False)
 
 
 def test_tokens_that_were_dropped_are_noticed():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from invdiff.errors import ModelError
-from invdiff.pipelines import default_device, denoiser_of, load_pipeline
+from invdiff.pipelines import default_device, denoiser_of, load_pipeline, public_name
 
 
 def test_loads_a_folder_quiet_and_without_a_safety_checker(tiny_pipe_dir: Path) -> None:
@@ -59,3 +59,14 @@ def test_the_denoiser_is_the_unet_or_the_transformer() -> None:
     assert denoiser_of(SimpleNamespace(unet=None, transformer=net)) is net
     with pytest.raises(ModelError, match="got a SimpleNamespace with neither"):
         denoiser_of(SimpleNamespace())
+
+
+def test_of_a_local_folder_only_its_last_name_is_public(tiny_pipe_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert public_name("org/model") == "org/model"
+    assert public_name("/home/somebody/secret/model") == "model"
+    monkeypatch.chdir(tiny_pipe_dir.parent.parent)
+    relative = f"{tiny_pipe_dir.parent.name}/{tiny_pipe_dir.name}"
+    assert public_name(relative) == tiny_pipe_dir.name
+    pipe = load_pipeline(relative)
+    monkeypatch.chdir("/")  # where the relative name could pass for one of the hub
+    assert public_name(pipe.name_or_path) == tiny_pipe_dir.name

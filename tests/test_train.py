@@ -142,23 +142,6 @@ def test_a_killed_run_goes_on_to_the_same_result(tiny_pipe, data, found, tmp_pat
     assert result(tmp_path / "cut") == result(tmp_path / "whole")
 
 
-def test_a_killed_run_that_reuses_frozen_outputs_goes_on_to_the_same_result(
-    tiny_pipe, data, found, tmp_path, monkeypatch
-):
-    run(tiny_pipe, data, found, tmp_path / "whole", reuse=3, steps=6)
-    kill(monkeypatch, "per_sample_loss", 5, tiny_pipe, data, found, tmp_path / "cut", reuse=3, steps=6)
-    run(tiny_pipe, data, found, tmp_path / "cut", reuse=3, steps=6)
-    assert result(tmp_path / "cut") == result(tmp_path / "whole")
-
-
-def test_reuse_saves_passes_of_the_frozen_model(tiny_pipe, data, found, tmp_path):
-    forwards = []
-    hook = tiny_pipe.unet.register_forward_hook(lambda module, args, output: forwards.append(len(args[0])))
-    run(tiny_pipe, data, found, tmp_path / "m", reuse=3, steps=6)
-    hook.remove()
-    assert forwards.count(CONFIG.batch_size) == 4  # two for six steps, and two more to begin with
-
-
 def test_a_resumed_run_does_only_what_is_left(tiny_pipe, data, found, tmp_path, monkeypatch):
     kill(monkeypatch, "per_sample_loss", 4, tiny_pipe, data, found, tmp_path / "m")
     forwards = []
@@ -237,6 +220,17 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_checkpoint(
         run(tiny_pipe, data, found, tmp_path / "m")
     kept = load_file(tmp_path / "m" / ".work" / "round-0" / "step-2" / "state.safetensors")
     assert all(tensor.isfinite().all() for tensor in kept.values())
+
+
+def test_a_noise_level_that_rounds_up_to_the_end_is_a_timestep_all_the_same(
+    tiny_pipe, data, found, tmp_path, monkeypatch
+):
+    def highest(*shape, dtype=None, **keywords):
+        return torch.full(shape, 1 - 2**-24, dtype=dtype)
+
+    monkeypatch.setattr(torch, "rand", highest)
+    run(tiny_pipe, data, found, tmp_path / "m", steps=1)
+    assert log(tmp_path / "m")[0]["loss"] > 0
 
 
 def test_an_audit_that_found_nothing_is_refused(tiny_pipe, data, tmp_path):

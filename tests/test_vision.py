@@ -42,9 +42,12 @@ def test_features_are_computed_once(encoder_dir, tiny_folder, tmp_path, monkeypa
 
 def test_its_components_are_weighed_by_the_audit(encoder_dir, tiny_pipe, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("invdiff.groups.auto.NUM_COMPONENTS", (3,))
+    monkeypatch.setattr("invdiff.groups.auto.IMAGES_PER_DIMENSION", 2)
     config = AuditConfig(vision_encoder=str(encoder_dir), min_images=6, min_share=0.2, caption_threshold=100.0)
     found = audit(tiny_pipe, load_captioned_images(tiny_folder), config=config, cache_dir=tmp_path, progress=False)
-    assert any(str(encoder_dir) in candidate.evidence for candidate in found.prompts[0].candidates)
+    evidence = [candidate.evidence for candidate in found.prompts[0].candidates]
+    assert any(name.startswith(f"features of {encoder_dir.name}, ") for name in evidence)
+    assert not any(str(encoder_dir.parent) in name for name in evidence)  # where it lies is nobody's business
 
 
 def test_a_folder_that_is_no_encoder_is_refused(tiny_folder, tmp_path):

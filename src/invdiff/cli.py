@@ -199,14 +199,22 @@ def audit(
             f"The audit and its pictures are in {output}.",
             ["invdiff", "train", model, data, str(output), "--output", module, *shared],
         )
+        return
+    result = f"No hidden group was found. The audit and its pictures are in {output}."
+    if chosen.solver != "auto":
+        finish(result)  # which splits whatever has enough images
+        return
+    if chosen.vision_encoder:
+        further: dict[str, Any] = {"solver": "gradient" if no_captions else "exact"}
+        further["vision_encoder"] = "" if config else None  # which other solvers do not read
     else:
-        further = {"solver": "exact"} if chosen.vision_encoder else {"vision_encoder": "facebook/dinov2-small"}
-        again = [*flags(config=config, **{**options, **further}), *shared]
-        finish(
-            f"No hidden group was found. The audit and its pictures are in {output}.",
-            ["invdiff", "audit", model, data, "--output", str(output), *again],
-            hint=" (to split regardless)" if chosen.vision_encoder else " (to look with further eyes)",
-        )
+        further = {"vision_encoder": "facebook/dinov2-small"}
+    again = ["invdiff", "audit", model, data, "--output", str(output)]
+    finish(
+        result,
+        [*again, *flags(config=config, **{**options, **further}), *shared],
+        hint=" (to split regardless)" if chosen.vision_encoder else " (to look with further eyes)",
+    )
 
 
 @app.command(
@@ -223,7 +231,6 @@ def train(
     batch_size: Annotated[int | None, setting(TrainConfig, "batch_size", min=1)] = None,
     learning_rate: Annotated[float | None, setting(TrainConfig, "learning_rate")] = None,
     penalty: Annotated[float | None, setting(TrainConfig, "penalty", min=0)] = None,
-    reuse: Annotated[int | None, setting(TrainConfig, "reuse", min=1)] = None,
     rounds: Annotated[int | None, setting(TrainConfig, "rounds", min=1)] = None,
     width: Annotated[int | None, setting(TrainConfig, "width", min=0)] = None,
     seed: Annotated[int | None, setting(TrainConfig, "seed")] = None,
@@ -246,7 +253,6 @@ def train(
         batch_size=batch_size,
         learning_rate=learning_rate,
         penalty=penalty,
-        reuse=reuse,
         rounds=rounds,
         width=width,
         seed=seed,
@@ -254,6 +260,7 @@ def train(
     source = DataSource(data, caption_column, image_column, split, limit, max_unreadable, no_captions)
     say("loading audit, images and model", quiet=quiet)
     silence_libraries()
+    from .generation import drawing_flags
     from .groups.result import Audit
     from .pipelines import dtype_named, load_pipeline
     from .training.train import train as run_train
@@ -261,30 +268,15 @@ def train(
     found = Audit.load(audit_dir)
     found.check_found()
     images = source.load()
-    run_train(
-        load_pipeline(model, dtype=dtype_named(dtype)),
-        images,
-        found,
-        output,
-        config=chosen,
-        cache_dir=cache_dir,
-        progress=not quiet,
-    )
-    prompts = [entry.prompt for entry in found.prompts if entry.found]
-    images_dir = output.parent / "images" / "guided"
+    pipe = load_pipeline(model, dtype=dtype_named(dtype))
+    run_train(pipe, images, found, output, config=chosen, cache_dir=cache_dir, progress=not quiet)
     finish(
         f"The module is in {output}.",
-        [
-            "invdiff",
-            "generate",
-            model,
-            *prompts,
-            "--module",
-            str(output),
-            "--output",
-            str(images_dir),
-            *dtype_flag(dtype),
-        ],
+        ["invdiff", "generate", model]
+        + [entry.prompt for entry in found.prompts if entry.found and entry.prompt]
+        + ["--module", str(output), "--output", str(output.parent / "images" / "guided")]
+        + drawing_flags(pipe, found.settings.get("resolution", 0))
+        + dtype_flag(dtype),
     )
 
 

@@ -251,9 +251,6 @@ class TrainConfig(Config):
     """lambda, the weight of the invariance penalty: the variance of the group losses."""
     caption_dropout: float = 0.1
     """Share of captions replaced by the null caption, so that guidance works under classifier-free guidance."""
-    reuse: int = 1
-    """Optimiser steps that one pass of the frozen model serves: more is faster, and needs memory for as many batches
-    of its outputs. Each image is then seen with the same noise that often."""
     rounds: int = 1
     """Rounds of the max-min game. After each but the last, groups are inferred again with the guided model."""
     width: int = 0
@@ -273,7 +270,7 @@ class TrainConfig(Config):
 
     def check(self) -> None:
         """Check ranges."""
-        for name in ("steps", "batch_size", "reuse", "rounds", "checkpoint_every"):
+        for name in ("steps", "batch_size", "rounds", "checkpoint_every"):
             self.require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "max_gradient_norm"):
             self.require(name, getattr(self, name) > 0, "more than 0")

@@ -12,7 +12,7 @@ from .families import Condition, family_of
 from .families.base import to
 from .features import FeatureCapture
 from .files import fingerprint, weights_digest
-from .pipelines import denoiser_of
+from .pipelines import check_plain, denoiser_of
 
 
 class Denoiser(Protocol):
@@ -41,7 +41,9 @@ class FrozenDenoiser:
 
     def __init__(self, pipe: Any) -> None:
         self.family = family_of(pipe)
-        self.module = denoiser_of(pipe)
+        self.module: Any = denoiser_of(pipe)
+        check_plain(pipe)
+        self.family.check_plain_input(self.module)
         self.schedule = NoiseSchedule(pipe.scheduler)
         self.device = torch.device(pipe._execution_device)
         self.dtype = next(self.module.parameters()).dtype

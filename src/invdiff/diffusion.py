@@ -23,6 +23,7 @@ class NoiseSchedule:
     Attributes:
         prediction_type: `"epsilon"`, `"v_prediction"`, `"sample"` or `"flow_prediction"` (the velocity e - z_0).
         num_train_timesteps: The number of noise levels; timesteps run from 0 to this, exclusive.
+        log_snr: log(signal^2 / noise^2) at each timestep, (num_train_timesteps,): falling, at the ends infinite.
         key: What tells this schedule from others.
     """
 
@@ -40,6 +41,7 @@ class NoiseSchedule:
             self.prediction_type = FLOW
             self.num_train_timesteps: int = config["num_train_timesteps"]
             self.key = json.dumps({"flow": True, "num_train_timesteps": self.num_train_timesteps})
+            self.log_snr = log_snr(1 - np.arange(self.num_train_timesteps) / self.num_train_timesteps, squared=False)
             return
         if not hasattr(scheduler, "alphas_cumprod"):
             raise ModelError(
@@ -59,15 +61,8 @@ class NoiseSchedule:
         self._process: Any = DDPMScheduler.from_config(options)
         self.num_train_timesteps = self._process.config["num_train_timesteps"]
         self.key = json.dumps(options, sort_keys=True, default=repr)
-
-    def log_snr(self) -> np.ndarray:
-        """Return log(signal^2 / noise^2) at each timestep, (num_train_timesteps,): falling, at the ends infinite."""
-        with np.errstate(divide="ignore"):
-            if self.prediction_type == FLOW:
-                sigma = np.arange(self.num_train_timesteps) / self.num_train_timesteps
-                return 2 * (np.log1p(-sigma) - np.log(sigma))
-            signal = self._process.alphas_cumprod.double().numpy()
-            return np.log(signal) - np.log1p(-signal)
+        # Now, since diffusers moves the betas to the device of the latents that noise is added to.
+        self.log_snr = log_snr(self._process.alphas_cumprod.double().numpy(), squared=True)
 
     def timestep_at(self, log_snr: float) -> int:
         """Return the timestep whose log signal-to-noise ratio is nearest to `log_snr`.
@@ -75,7 +70,7 @@ class NoiseSchedule:
         A timestep means different noise in different schedules; the log signal-to-noise ratio means the same in
         all of them (Kingma et al. 2021).
         """
-        return int(np.abs(np.nan_to_num(self.log_snr(), posinf=1e3, neginf=-1e3) - log_snr).argmin())
+        return int(np.abs(np.nan_to_num(self.log_snr, posinf=1e3, neginf=-1e3) - log_snr).argmin())
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Return z_t for latents and noise (B, C, H, W) and integer timesteps (B,)."""
@@ -93,6 +88,12 @@ class NoiseSchedule:
         if self.prediction_type == FLOW:
             return noise - latents
         return self._process.get_velocity(latents, noise, timesteps)
+
+
+def log_snr(signal: np.ndarray, *, squared: bool) -> np.ndarray:
+    """Return log(signal^2 / noise^2) where signal and noise, or their squares, sum to 1."""
+    with np.errstate(divide="ignore"):
+        return (1 if squared else 2) * (np.log(signal) - np.log1p(-signal))
 
 
 def per_sample_loss(model_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

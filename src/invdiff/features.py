@@ -27,6 +27,27 @@ def feature_block(denoiser: nn.Module, path: str) -> nn.Module:
     return block
 
 
+class Hook:
+    """A forward hook that copies and pickles of its module do without: what it belongs to stays with the original."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """Call what was hooked."""
+        return self._call(*arguments, **keywords)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook(_do_nothing)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, (_do_nothing,)
+
+
+def _do_nothing(*arguments: Any, **keywords: Any) -> None:
+    return None
+
+
 class FeatureCapture:
     """Record the output of one block of a denoiser at each forward.
 
@@ -43,7 +64,7 @@ class FeatureCapture:
         self._value: torch.Tensor | None = None
         self._read = read
         self._path = path
-        self._handle = feature_block(denoiser, path).register_forward_hook(self._record)
+        self._handle = feature_block(denoiser, path).register_forward_hook(Hook(self._record))
 
     def _record(self, block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._value = self._read(output)

@@ -119,11 +119,18 @@ def fingerprint(*parts: str | bytes) -> str:
 def weights_digest(module: torch.nn.Module) -> str:
     """Return 16 hex digits that name all weights of a module, their names, types and shapes.
 
-    Weights that are offloaded to nowhere (sequential offload) count by name and shape only.
+    Adapters (LoRAs) count with their weights, their strengths and whether they are on, and so does FreeU. Weights that
+    are offloaded to nowhere (sequential offload) count by name and shape only.
     """
     import torch
 
+    switches = ("active_adapters", "scaling", "disable_adapters", "merged", "b1", "b2", "s1", "s2")
     parts: list[str] = []
+    for name, part in sorted(module.named_modules()):
+        states = {switch: getattr(part, switch, None) for switch in switches}
+        kept = {switch: state for switch, state in states.items() if isinstance(state, dict | list | float | int)}
+        if kept:
+            parts.append(f"{name} {kept!r}")
     for name, tensor in sorted(module.state_dict().items()):
         parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
         if not tensor.is_meta:

@@ -20,6 +20,7 @@ from .files import fingerprint, read_json, save_image, weights_digest, write_jso
 from .guidance.attach import Attachment, attach, check_fit, mix_for
 from .guidance.environments import EnvironmentMix, Environments
 from .guidance.module import GuidanceModule
+from .pipelines import check_plain, denoiser_of
 from .progress import progress_bar
 from .seeds import derived_seed
 
@@ -67,6 +68,7 @@ def generate(
         DataError: The disk is full or the folder cannot be written.
     """
     config = config or GenerateConfig()
+    check_plain(pipe)
     family = family_of(pipe)
     if not prompts and not family.needs_prompts:
         prompts = [""]
@@ -110,6 +112,14 @@ def generate(
         write_text(output_dir / MANIFEST, "".join(lines))
     wait()
     return output_dir
+
+
+def drawing_flags(pipe: Any, resolution: int) -> list[str]:
+    """Return the options without which `invdiff generate` would not draw as the module was trained: often none."""
+    family = family_of(pipe)
+    own = family.resolution(pipe, denoiser_of(pipe))
+    unguided = [] if family.needs_prompts else ["--guidance-scale", "1"]
+    return unguided + (["--resolution", str(resolution)] if resolution not in (0, own) else [])
 
 
 def image_seed(prompt: str, image: int, seed: int = 0) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def load_pipeline(
                 f"Expected a diffusers pipeline in {source}, found no model_index.json there. Give the "
                 "folder that pipeline.save_pretrained wrote (not that of one component or of a LoRA)."
             )
-        source = str(path)
+        source = str(path.resolve())  # so that a relative path is never taken for a hub id
     elif looks_local(source):
         raise ModelError(f"Expected a diffusers pipeline folder at {source}, found nothing there.")
     try:
@@ -92,6 +93,26 @@ def looks_local(name_or_folder: str) -> bool:
         or name_or_folder.endswith(os.sep)
         or name_or_folder.count("/") > 1
     )
+
+
+GUIDED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+"""Denoisers that have a guidance module attached."""
+
+
+def check_plain(pipe: DiffusionPipeline) -> None:
+    """Raise `ModelError` where a guidance module is attached to what shall be measured, or drawn from, without it."""
+    if denoiser_of(pipe) in GUIDED:
+        raise ModelError(
+            "Expected the plain model, found a guidance module attached to it, which would take part. Call detach() "
+            "on what attach returned."
+        )
+
+
+def public_name(name_or_folder: str) -> str:
+    """Return a hub id as it is, and of a local folder only the last name: where it lies is nobody's business."""
+    if looks_local(name_or_folder) or Path(name_or_folder).exists():
+        return Path(name_or_folder).expanduser().resolve().name
+    return name_or_folder
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:

@@ -28,7 +28,7 @@ from .captioned import CaptionedImages, UnreadableImage
 
 SHARD_SIZE = 512
 """Rows (images, or captions) in one file of the cache; a killed run loses at most one such file."""
-_FORMAT = "2"
+_FORMAT = "3"
 _DECODERS = min(8, os.cpu_count() or 1)
 
 
@@ -96,6 +96,8 @@ class EncodedImages:
     """Name and reason of every image that could not be read."""
     model_fingerprint: str
     data_fingerprint: str
+    resolution: int
+    """Side of the squares that the images were cut to, in pixels."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -171,6 +173,7 @@ def encode(
         skipped=skipped,
         model_fingerprint=model,
         data_fingerprint=dataset,
+        resolution=resolution,
     )
 
 
@@ -182,8 +185,14 @@ def as_encoded(
     resolution: int = 0,
     progress: bool = True,
 ) -> EncodedImages:
-    """Return `data` encoded, by `encode` unless it is already."""
+    """Return `data` encoded, by `encode` unless it is already.
+
+    Raises:
+        ConfigError: It is encoded at another resolution than the one asked for.
+    """
     if isinstance(data, EncodedImages):
+        if resolution not in (0, data.resolution):
+            raise ConfigError(f"Expected images encoded at resolution {resolution}, got {data.resolution}.")
         return data
     cache_dir = (Path(cache_dir) if cache_dir else default_cache_dir()) / "latents"
     return encode(pipe, data, cache_dir, resolution=resolution, progress=progress)
@@ -205,7 +214,8 @@ def model_fingerprint(pipe: DiffusionPipeline) -> str:
         ModelError: The weights are not in memory (sequential offload).
     """
     components: dict[str, Any] = pipe.components  # type: ignore[attr-defined]
-    parts: list[str] = [type(family_of(pipe)).__name__, json.dumps(getattr(pipe, "labels", {}), sort_keys=True)]
+    family = family_of(pipe)
+    parts: list[str] = [type(family).__name__, *family.encoding_key(pipe)]
     for name, component in sorted(components.items()):
         if name.startswith("tokenizer") and component is not None:
             parts += [

@@ -46,13 +46,14 @@ def family_of(pipe: Any) -> Family:
         if isinstance(network, network_class):
             return family(pipe)
     config = getattr(network, "config", {})
-    if isinstance(network, UNet2DConditionModel) and config.get("encoder_hid_dim_type") in (None, "ip_image_proj"):
+    told_a_class = config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None
+    told_the_prompt = config.get("encoder_hid_dim_type") in (None, "ip_image_proj") and not told_a_class
+    if isinstance(network, UNet2DConditionModel) and told_the_prompt:
         addition = config.get("addition_embed_type")
         if addition is None:
             return StableDiffusion(pipe)
         if addition == "text_time":
             return StableDiffusionXL(pipe)
-    told_a_class = config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None
     if isinstance(network, UNet2DModel) and not told_a_class:
         return Unconditional(pipe)
     raise ModelError(

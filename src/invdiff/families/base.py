@@ -74,6 +74,15 @@ class Family(ABC):
     def base_width(self, denoiser: Any) -> int:
         """Return the channels that a gradient estimator of fitting size has, before rounding."""
 
+    def check_plain_input(self, denoiser: Any) -> None:
+        """Raise `ModelError` where the denoiser expects more than noisy latents (inpainting, depth, editing)."""
+        given, wanted = self.shape(denoiser).latent_channels, denoiser.config["in_channels"]
+        if wanted != given:
+            raise ModelError(
+                f"Expected a denoiser of noisy latents alone ({given} channels), got one of {wanted} channels, which "
+                "wants masks or images beside them. Audit and train on the text-to-image model."
+            )
+
     @abstractmethod
     def predict(
         self, denoiser: Any, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition
@@ -137,6 +146,10 @@ class Family(ABC):
         latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latents
         shift = vae.config.get("shift_factor") or 0.0
         return ((latents.float() - shift) * vae.config["scaling_factor"]).cpu()
+
+    def encoding_key(self, pipe: Any) -> list[str]:
+        """Return what latents and conditions depend on beside the weights of autoencoder and text encoders."""
+        return []
 
     def resolution(self, pipe: Any, denoiser: Any) -> int:
         """Return the side of the model's own square images, in pixels."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +48,13 @@ class DiT(TransformerFamily):
     def null_condition(self, pipe: Any) -> Condition:
         """Return the class after the last."""
         return {"class_labels": torch.tensor([pipe.transformer.config["num_embeds_ada_norm"]])}
+
+    def encoding_key(self, pipe: Any) -> list[str]:
+        """Return the names and the number of classes."""
+        return [
+            json.dumps(getattr(pipe, "labels", {}), sort_keys=True),
+            str(pipe.transformer.config["num_embeds_ada_norm"]),
+        ]
 
     def draw(
         self, pipe: Any, prompts: Sequence[str], *, guidance_scale: float, resolution: int, **options: Any

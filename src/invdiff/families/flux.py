@@ -48,6 +48,14 @@ class Flux(TransformerFamily):
         )
         return unpacked(output[0], height // 2, width // 2)
 
+    def check_plain_input(self, denoiser: Any) -> None:
+        """See `Family`; here the channels are packed."""
+        if denoiser.config["in_channels"] != denoiser.out_channels:
+            raise ModelError(
+                f"Expected a Flux of noisy latents alone ({denoiser.out_channels} packed channels), got one of "
+                f"{denoiser.config['in_channels']}, which wants masks or images beside them."
+            )
+
     def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
         """Unpack `hidden_states` by the places in `img_ids`; `timestep` is put on the scale of the schedule."""
         tokens, ids = call["hidden_states"], call["img_ids"]

@@ -67,6 +67,10 @@ class Unconditional(Family):
             pixels = pixels.mean(dim=1, keepdim=True)
         return pixels.float().cpu()
 
+    def encoding_key(self, pipe: Any) -> list[str]:
+        """Return the channels of the pixels."""
+        return [str(pipe.unet.config["out_channels"])]
+
     def draw(
         self, pipe: Any, prompts: Sequence[str], *, guidance_scale: float, resolution: int, **options: Any
     ) -> Any:

@@ -92,6 +92,10 @@ class StableDiffusionXL(StableDiffusion):
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
+    def encoding_key(self, pipe: Any) -> list[str]:
+        """Return whether the null condition is zeros."""
+        return [str(bool(pipe.config.get("force_zeros_for_empty_prompt", True)))]
+
     def null_condition(self, pipe: Any) -> Condition:
         """Return zeros, as the pipeline does unless its config says otherwise."""
         empty = super().null_condition(pipe)

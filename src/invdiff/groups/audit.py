@@ -16,6 +16,7 @@ from ..denoiser import Denoiser, FrozenDenoiser
 from ..distributed import from_main
 from ..errors import AuditError, ConfigError
 from ..files import default_cache_dir
+from ..pipelines import public_name
 from ..progress import progress_bar
 from .alignment import Columns, TellingWords, rarest, words_that_state_groups
 from .auto import Score, Split, component_scores, consider
@@ -101,6 +102,7 @@ def audit(
         "model_fingerprint": data.model_fingerprint,
         "denoiser_fingerprint": used.fingerprint,
         "data_fingerprint": data.data_fingerprint,
+        "resolution": data.resolution,
     }
     forwards = round(evidence.forwards_per_image + spent, 3)
     return replace(result, settings=settings, forwards_per_image=forwards)
@@ -179,11 +181,13 @@ def _scores(
             )
     if config.solver == "exact" or contrast_only:
         return scores
-    names = [f"{level:g}" for level in config.feature_log_snr]
-    scores += component_scores(evidence.features[rows].double().numpy(), names, seed=config.seed)
+    levels = " and ".join(f"{level:g}" for level in config.feature_log_snr)
+    scores += component_scores(
+        evidence.features[rows].double().numpy(), f"features at log-SNR {levels}", seed=config.seed
+    )
     if vision_features is not None:
         views = vision_features[rows].double().numpy()
-        scores += component_scores(views, [config.vision_encoder], seed=config.seed)
+        scores += component_scores(views, f"features of {public_name(config.vision_encoder)}", seed=config.seed)
     return scores
 
 

@@ -135,7 +135,7 @@ def _core(ordered: np.ndarray) -> tuple[float, float, float]:
     return float(ordered[start]), float(ordered[start + half]), half / width if width > 0 else np.inf
 
 
-def component_scores(features: np.ndarray, names: list[str], *, seed: int) -> list[Score]:
+def component_scores(features: np.ndarray, source: str, *, seed: int) -> list[Score]:
     """Return independent components of features as scores.
 
     Each hidden factor of drawn or photographed content is close to one direction of the features, but seldom
@@ -147,7 +147,7 @@ def component_scores(features: np.ndarray, names: list[str], *, seed: int) -> li
 
     Args:
         features: (n, draws, D), draws under independent noise.
-        names: Name of each draw's level, for the evidence's name.
+        source: What the features are, for people.
         seed: Seed of FastICA.
 
     Returns:
@@ -182,7 +182,7 @@ def component_scores(features: np.ndarray, names: list[str], *, seed: int) -> li
             for component in range(projected.shape[2]):
                 values = projected[:, :, component].T
                 sign = 1.0 if skew(values.mean(axis=0)) >= 0 else -1.0  # the rarer group scores high
-                name = f"features at log-SNR {' and '.join(names)}, {shape} component {component + 1} of {size}"
+                name = f"{source}, {shape} component {component + 1} of {size}"
                 scores.append(Score(name, sign * values))
     return scores
 

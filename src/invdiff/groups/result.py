@@ -114,6 +114,12 @@ class Audit:
                 f"({denoiser_fingerprint}): other weights, another precision or another noise schedule. "
                 "Audit this model first."
             )
+        resolution = self.settings.get("resolution", data.resolution)
+        if resolution != data.resolution:
+            raise AuditError(
+                f"Expected images of {resolution} pixels, as they were audited, got {data.resolution}. Encode them "
+                "so, or audit these."
+            )
         if self.settings["data_fingerprint"] != data.data_fingerprint or self.names != data.names:
             raise AuditError(
                 f"Expected the images that were audited ({len(self.names)}, fingerprint "

@@ -66,6 +66,7 @@ def collect_evidence(
     key = fingerprint(
         data.model_fingerprint,
         data.data_fingerprint,
+        str(data.resolution),
         denoiser.fingerprint,
         repr((config.contrast_log_snr, config.contrast_draws, config.feature_log_snr)),
         repr((config.other_captions, config.batch_size, config.seed)),

@@ -103,6 +103,7 @@ class Attachment:
         self._phi: torch.Tensor | None = None
         denoiser = denoiser_of(pipe)
         self._features = FeatureCapture(denoiser, module.config["feature_path"], self._read_features)
+        self._denoiser = weakref.ref(denoiser)
         self._guided_output = GuidedOutput.of(denoiser)
         self._guided_output.add(denoiser, self, self._family)
         self._watch = CallWatch.of(pipe)
@@ -174,7 +175,8 @@ class Attachment:
         pipeline that shares the denoiser but has a scheduler of its own, is noticed by the timestep, which comes back
         to the highest or rises. (KDPM2 rises in the midst of an image too, but by less than 1.) A pipeline that sends
         each condition apart does so with the same latents, hence the same groups. In 16 bits the first few timesteps
-        can be the same number; then the latents tell, which have hardly moved.
+        can be the same number; then the latents tell, which have hardly moved. A loop that sends different images in
+        turn within one step is not understood.
         """
         timesteps = getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None)
         rows = len(noisy_latents)
@@ -196,9 +198,10 @@ class Attachment:
 
     def detach(self) -> None:
         """Restore the plain model. Calling it twice does no harm."""
-        self._guided_output.remove(self)
+        denoiser, pipe = self._denoiser(), self._pipe()
+        if denoiser is not None:
+            self._guided_output.remove(denoiser, self)
         self._features.close()
-        pipe = self._pipe()
         if pipe is not None:
             self._watch.remove(pipe, self)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 
 from ..errors import ModelError
 from ..families import Family
+from ..features import Hook
+from ..pipelines import GUIDED
 
 if TYPE_CHECKING:
     from .attach import Attachment
@@ -41,15 +44,17 @@ class GuidedOutput:
             # Of the class, since offloading replaces the forward of the instance.
             self._signature = inspect.signature(type(denoiser).forward)
             # A plain forward hook survives CPU offload, where diffusers' own hook registry loses it.
-            self._handle = denoiser.register_forward_hook(self._guide, with_kwargs=True)
+            self._handle = denoiser.register_forward_hook(Hook(self._guide), with_kwargs=True)
+            GUIDED.add(denoiser)
         self._attachments.append(attachment)
 
-    def remove(self, attachment: Attachment) -> None:
+    def remove(self, denoiser: nn.Module, attachment: Attachment) -> None:
         """Take one attachment off, and with the last the hook."""
         if attachment in self._attachments:
             self._attachments.remove(attachment)
             if not self._attachments:
                 self._handle.remove()
+                GUIDED.discard(denoiser)
 
     @torch.compiler.disable
     def _guide(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -86,13 +91,7 @@ class CallWatch:
     def add(self, pipe: Any, attachment: Attachment) -> None:
         """Watch one more attachment."""
         if not self._attachments and hasattr(pipe, self._METHOD):
-            reference = weakref.ref(pipe)
-
-            def free_and_look() -> None:
-                getattr(type(reference()), self._METHOD)(reference())
-                self._look()
-
-            setattr(pipe, self._METHOD, free_and_look)
+            setattr(pipe, self._METHOD, _FreeAndLook(pipe, self._METHOD, self._look))
         self._attachments[attachment] = attachment.calls
 
     def remove(self, pipe: Any, attachment: Attachment) -> None:
@@ -110,6 +109,32 @@ class CallWatch:
                     "drawn without guidance. The pipeline's denoiser was replaced, or compiled or wrapped after "
                     "the module was attached. Detach, and attach to the denoiser in use (before compiling it)."
                 )
+
+
+class _FreeAndLook:
+    """A pipeline's own method, and a look afterwards. A copy of the pipeline has its own method alone."""
+
+    def __init__(self, pipe: Any, method: str, look: Callable[[], None]) -> None:
+        self._pipe = weakref.ref(pipe)
+        self._method = method
+        self._look = look
+
+    def __call__(self) -> None:
+        pipe = self._pipe()
+        if pipe is not None:  # else a shallow copy has outlived it
+            getattr(type(pipe), self._method)(pipe)
+        self._look()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._pipe()))
+        return getattr(type(copied), self._method).__get__(copied) if copied is not None else _do_nothing
+
+    def __reduce__(self) -> Any:
+        return "_do_nothing"
+
+
+def _do_nothing() -> None:
+    return None
 
 
 def check_not_compiled(denoiser: nn.Module, feature_path: str) -> None:

@@ -27,7 +27,7 @@ from ..errors import ConfigError, ModelError
 from ..families import Condition, family_of
 from ..features import feature_block
 from ..files import write_text
-from ..pipelines import denoiser_of
+from ..pipelines import denoiser_of, public_name
 from .card import render_card
 from .record import with_figures
 
@@ -203,7 +203,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
                 denoiser_class=type(denoiser).__name__,
                 prediction_type=NoiseSchedule(pipe.scheduler).prediction_type,
                 weight_signature=signature,
-                base_model=base_name(pipe),
+                base_model=public_name(str(getattr(pipe, "name_or_path", "") or "")),
             )
         return module.eval()
 
@@ -347,12 +347,6 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         # Contiguous: on a CPU, torch 2.13 crashes in the backward pass of a GroupNorm whose channels-last input needs
         # no gradient, as features do not.
         return self.features(features.contiguous())
-
-
-def base_name(pipe: Any) -> str:
-    """Return the hub id that a pipeline came from; of a local folder only its last name, which may be made public."""
-    source = str(getattr(pipe, "name_or_path", "") or "")
-    return Path(source).resolve().name if Path(source).exists() else source
 
 
 def coordinates(like: torch.Tensor) -> torch.Tensor:

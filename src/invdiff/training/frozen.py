@@ -1,9 +1,8 @@
-"""What the frozen model makes of training batches: the one large cost of a step, paid once and, if asked, reused."""
+"""What the frozen model makes of a training batch: the one large cost of a step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -58,7 +57,8 @@ def draw_batch(
     noise = torch.randn((len(rows), *data.latents.shape[1:]), generator=rng)
     # Content is decided at high noise: a level is drawn in proportion to its height.
     levels = torch.rand(len(rows), generator=rng).sqrt()
-    timesteps = (levels * schedule.num_train_timesteps).long()
+    # A root may round up to 1, which is no timestep any more.
+    timesteps = (levels * schedule.num_train_timesteps).long().clamp(max=schedule.num_train_timesteps - 1)
 
     part = precision.part(len(rows))
     latents, noise = data.latents[rows[part]].to(device), noise[part].to(device)
@@ -77,46 +77,3 @@ def draw_batch(
         model_pred=model_pred.float(),
         features=features.float(),
     )
-
-
-class FrozenPool:
-    """The newest batches, mixed anew at each step: each pass of the frozen model serves `reuse` steps.
-
-    As many batches as each serves steps are kept, the oldest replaced every `reuse` steps, and each place of a step's
-    batch is filled from one of them at random. With `reuse` 1 every step has a batch of its own. What a step sees
-    follows from its number alone, so that a killed run goes on to the same result.
-
-    Args:
-        draw: Draws batch number n.
-        reuse: Steps that one pass serves.
-    """
-
-    def __init__(self, draw: Callable[[int], FrozenBatch], reuse: int) -> None:
-        self._draw = draw
-        self._reuse = reuse
-        self._batches: dict[int, FrozenBatch] = {}
-
-    def batch(self, step: int, part: Callable[[int], slice], rng: torch.Generator) -> FrozenBatch:
-        """Return the batch of a step.
-
-        Args:
-            step: From 0.
-            part: The part of a whole batch of that size which this process has.
-            rng: Draws the mixture, the same in every process.
-        """
-        oldest = step // self._reuse
-        wanted = range(oldest, oldest + self._reuse)
-        kept = {number: batch for number, batch in self._batches.items() if number in wanted}
-        self._batches = {number: kept.get(number) or self._draw(number) for number in wanted}
-        batches = list(self._batches.values())
-        if len(batches) == 1:
-            return batches[0]
-        size = len(batches[0].prompts)
-        choice = torch.randint(len(batches), (size,), generator=rng)
-        mine = choice[part(size)]
-        mixed = {}
-        for field in fields(FrozenBatch):
-            values = torch.stack([getattr(batch, field.name) for batch in batches])
-            chosen = (choice if values.shape[1] == size else mine).to(values.device)
-            mixed[field.name] = values[chosen, torch.arange(values.shape[1], device=values.device)]
-        return FrozenBatch(**mixed)

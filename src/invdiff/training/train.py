@@ -30,7 +30,7 @@ from ..progress import progress_bar
 from ..seeds import derived_seed, generator
 from .batches import GroupBalancedSampler
 from .checkpoint import TrainingState, check_same_settings, load_checkpoint, save_checkpoint
-from .frozen import FrozenBatch, FrozenPool, draw_batch
+from .frozen import draw_batch
 from .normalisation import typical_losses
 from .objective import MovingGroupLosses, objective_weights
 from .optimization import Precision, check_finite, moving_average, set_learning_rate
@@ -86,6 +86,11 @@ def train(
         if is_main():
             shutil.rmtree(work, ignore_errors=True)
         return load_module(output_dir)
+    if config.rounds > 1 and not data.conditions:
+        raise ConfigError(
+            f"Expected one round for an unconditional model, got rounds={config.rounds}. Later rounds weigh what "
+            "captions make the guided model predict, and it reads none."
+        )
     if config.batch_size % num_processes():
         raise ConfigError(
             f"Expected a batch_size that {num_processes()} processes can share, got {config.batch_size}. Take a "
@@ -203,15 +208,11 @@ def run_round(
         moving.load(state.running["group_losses"])
     log: list[dict[str, Any]] = state.running.get("log", [])
 
-    def draw(number: int) -> FrozenBatch:
-        rng = generator("train", config.seed, round_number, number)
-        return draw_batch(frozen, data, sampler, config, precision, rng)
-
-    pool = FrozenPool(draw, config.reuse)
     with progress_bar(f"round {round_number + 1}", config.steps, start=start, enabled=progress) as bar:
         for step in range(start, config.steps):
             set_learning_rate(optimizer, config.learning_rate, step, config.steps)
-            batch = pool.batch(step, precision.part, generator("mixture", config.seed, round_number, step))
+            rng = generator("train", config.seed, round_number, step)
+            batch = draw_batch(frozen, data, sampler, config, precision, rng)
             condition, part = batch.condition(data), precision.part(config.batch_size)
             # f~ = f + g_psi(z_t, t, Phi(y), e), trained at full strength: Delta = 1.
             with precision.autocast():
