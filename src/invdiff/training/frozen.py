@@ -23,8 +23,8 @@ class FrozenBatch:
     """(batch,) the prompt of each image; of the whole batch, on the CPU."""
     environments: torch.Tensor
     """(batch, factors) the groups; of the whole batch, on the CPU."""
-    captions: torch.Tensor
-    """(part,) rows of `EncodedImages.conditions`."""
+    condition: Condition
+    """What Phi reads, of `part` rows, in 32 bits."""
     noisy_latents: torch.Tensor
     """(part, channels, height, width), z_t."""
     timesteps: torch.Tensor
@@ -35,10 +35,6 @@ class FrozenBatch:
     """(part, channels, height, width), f(z_t, t, y)."""
     features: torch.Tensor
     """(part, feature_channels, height', width')."""
-
-    def condition(self, data: EncodedImages) -> Condition:
-        """Return what Phi reads, in 32 bits."""
-        return to(data.condition(self.captions), self.noisy_latents.device, torch.float32)
 
 
 def draw_batch(
@@ -62,15 +58,14 @@ def draw_batch(
 
     part = precision.part(len(rows))
     latents, noise = data.latents[rows[part]].to(device), noise[part].to(device)
-    timesteps, captions = timesteps[part].to(device), captions[part]
+    timesteps, condition = timesteps[part].to(device), to(data.condition(captions[part]), device, torch.float32)
     noisy_latents = schedule.add_noise(latents, noise, timesteps)
     with precision.autocast():
-        condition = to(data.condition(captions), device, torch.float32)
         model_pred, features = frozen(noisy_latents, timesteps, condition)
     return FrozenBatch(
         prompts=sampler.prompt_ids[rows],
         environments=environments,
-        captions=captions,
+        condition=condition,
         noisy_latents=noisy_latents,
         timesteps=timesteps,
         target=schedule.target(latents, noise, timesteps),

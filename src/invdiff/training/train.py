@@ -213,13 +213,13 @@ def run_round(
             set_learning_rate(optimizer, config.learning_rate, step, config.steps)
             rng = generator("train", config.seed, round_number, step)
             batch = draw_batch(frozen, data, sampler, config, precision, rng)
-            condition, part = batch.condition(data), precision.part(config.batch_size)
+            part = precision.part(config.batch_size)
             # f~ = f + g_psi(z_t, t, Phi(y), e), trained at full strength: Delta = 1.
             with precision.autocast():
                 shift = trained(
                     batch.noisy_latents,
                     batch.timesteps,
-                    condition,
+                    batch.condition,
                     batch.model_pred,
                     batch.features,
                     batch.environments[part].to(device),
