@@ -96,6 +96,7 @@ def our_recipe(steps: int, batch_size: int, resolution: int) -> dict[str, Any]:
         skipped=[],
         model_fingerprint="",
         data_fingerprint="",
+        resolution=resolution,
     )
     groups = nn.functional.one_hot(torch.arange(images) % 2).float()
     found = Audit((groups,), torch.zeros(images), torch.zeros(images, dtype=torch.long), [], data.names, 0.0, {})
