@@ -14,6 +14,7 @@ from invdiff import generation
 from invdiff.config import GenerateConfig
 from invdiff.errors import ConfigError, ModelError
 from invdiff.generation import generate, image_seed
+from invdiff.guidance.attach import attach
 
 
 def run(pipe: StableDiffusionPipeline, folder: Path, prompts: Any = CAPTIONS, **options: Any) -> list[dict[str, Any]]:
@@ -59,6 +60,15 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, images: int) -> None:
         save_image(*arguments)
 
     monkeypatch.setattr(generation, "save_image", save)
+
+
+def test_images_are_not_drawn_from_a_model_that_is_guided_already(tiny_pipe, tmp_path):
+    attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe))
+    for pipe_of in (lambda: tiny_pipe.unet, lambda: torch.compile(tiny_pipe.unet, backend="eager")):
+        tiny_pipe.unet = pipe_of()
+        with pytest.raises(ModelError, match="found a guidance module attached"):
+            generate(tiny_pipe, list(CAPTIONS), tmp_path, progress=False)
+    attachment.detach()
 
 
 def test_the_manifest_names_every_image_by_prompt_and_number(

@@ -101,7 +101,8 @@ GUIDED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 def check_plain(pipe: DiffusionPipeline) -> None:
     """Raise `ModelError` where a guidance module is attached to what shall be measured, or drawn from, without it."""
-    if denoiser_of(pipe) in GUIDED:
+    denoiser = denoiser_of(pipe)
+    if getattr(denoiser, "_orig_mod", denoiser) in GUIDED:  # torch.compile wraps what was guided before
         raise ModelError(
             "Expected the plain model, found a guidance module attached to it, which would take part. Call detach() "
             "on what attach returned."
