@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from birds import RESULTS, rounded
 from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
@@ -34,7 +35,6 @@ from invdiff.pipelines import denoiser_of, load_pipeline
 from invdiff.progress import progress_bar
 from invdiff.seeds import generator
 
-RESULTS = Path(__file__).parent / "results"
 NUM_IMAGES = 3000
 CLASSES = {0: "landbird", 1: "waterbird"}
 
@@ -144,14 +144,6 @@ def dit_flow(work: Path) -> dict:
 
 
 PARTS = {"dit-flow": dit_flow}
-
-
-def rounded(value):
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    return round(float(value), 4) if isinstance(value, float | np.floating) else value
 
 
 def main() -> None:

@@ -451,3 +451,5 @@ def test_a_guided_denoiser_is_pickled_plain(tiny_pipe: StableDiffusionPipeline) 
     attach(tiny_pipe, make_guidance_module(tiny_pipe))
     tiny_pipe.unet = pickle.loads(pickle.dumps(tiny_pipe.unet))
     assert torch.equal(denoise(tiny_pipe).sample, expected)
+    free = pickle.loads(pickle.dumps(tiny_pipe.maybe_free_model_hooks))
+    assert free() is None  # nor does the method that looks whether guidance ran

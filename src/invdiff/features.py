@@ -38,14 +38,14 @@ class Hook:
         return self._call(*arguments, **keywords)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
-        return Hook(_do_nothing)
+        return Hook(do_nothing)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Hook, (_do_nothing,)
+        return Hook, (do_nothing,)
 
 
-def _do_nothing(*arguments: Any, **keywords: Any) -> None:
-    return None
+def do_nothing(*arguments: Any, **keywords: Any) -> None:
+    """Do nothing, where a copy does without its original's hook."""
 
 
 class FeatureCapture:

@@ -122,9 +122,9 @@ class Family(ABC):
     def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
         """Return the condition of captions, one row each."""
 
-    @abstractmethod
     def null_condition(self, pipe: Any) -> Condition:
         """Return the condition under which the pipeline draws the unconditional half of its guidance, one row."""
+        return self.encode_captions(pipe, [""])
 
     def caption_read(self, caption: str) -> str:
         """Return the part of a caption that the denoiser is told."""
@@ -176,6 +176,30 @@ class Family(ABC):
         """
         size = {"height": resolution, "width": resolution} if resolution else {}
         return pipe(prompt=list(prompts), guidance_scale=guidance_scale, **size, **options)
+
+
+class UNetFamily(Family):
+    """Families whose denoiser is a UNet, its inputs named `sample`, `timestep`; all sizes have a middle block."""
+
+    def shape(self, denoiser: Any) -> DenoiserShape:
+        """Read the middle block."""
+        config = denoiser.config
+        return DenoiserShape(
+            latent_channels=config["out_channels"],
+            feature_path="mid_block",
+            feature_channels=config["block_out_channels"][-1],
+            prompt_dim=config.get("cross_attention_dim") or 0,
+        )
+
+    def base_width(self, denoiser: Any) -> int:
+        """Return half of the UNet's first level."""
+        return denoiser.config["block_out_channels"][0] // 2
+
+    def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
+        """Read `sample`, `timestep` and, where there is one, `encoder_hidden_states`."""
+        noisy_latents, embeds = call["sample"], call.get("encoder_hidden_states")
+        told = {} if embeds is None else {"prompt_embeds": embeds}
+        return DenoiserCall(noisy_latents, rows_of(call["timestep"], noisy_latents), told)
 
 
 class TransformerFamily(Family):

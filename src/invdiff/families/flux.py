@@ -90,10 +90,6 @@ class Flux(TransformerFamily):
         embeds, pooled, _ = pipe.encode_prompt(prompt=list(captions), prompt_2=None, device=pipe._execution_device)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
-    def null_condition(self, pipe: Any) -> Condition:
-        """Encode the empty caption."""
-        return self.encode_captions(pipe, [""])
-
 
 def packed(latents: torch.Tensor) -> torch.Tensor:
     """Make each 2x2 of latents (B, C, H, W) one token: (B, H/2 * W/2, 4 C)."""

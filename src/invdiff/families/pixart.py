@@ -66,10 +66,6 @@ class PixArt(TransformerFamily):
         )
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
-    def null_condition(self, pipe: Any) -> Condition:
-        """Encode the empty caption."""
-        return self.encode_captions(pipe, [""])
-
     def draw(
         self, pipe: Any, prompts: Sequence[str], *, guidance_scale: float, resolution: int, **options: Any
     ) -> Any:

@@ -48,7 +48,3 @@ class StableDiffusion3(TransformerFamily):
             do_classifier_free_guidance=False,
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-
-    def null_condition(self, pipe: Any) -> Condition:
-        """Encode the empty caption."""
-        return self.encode_captions(pipe, [""])

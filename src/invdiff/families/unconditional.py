@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, ModelError
-from .base import Condition, DenoiserCall, DenoiserShape, Family, rows_of
+from .base import Condition, Family, UNetFamily
 
 
-class Unconditional(Family):
+class Unconditional(UNetFamily):
     """A `UNet2DModel` without class labels: all images are of one prompt, which is empty."""
 
     title = "unconditional DDPM"
@@ -26,34 +26,13 @@ class Unconditional(Family):
             )
         super().__init__(pipe)
 
-    def shape(self, denoiser: Any) -> DenoiserShape:
-        """Read the middle block."""
-        config = denoiser.config
-        return DenoiserShape(
-            latent_channels=config["out_channels"],
-            feature_path="mid_block",
-            feature_channels=config["block_out_channels"][-1],
-        )
-
-    def base_width(self, denoiser: Any) -> int:
-        """Return half of the UNet's first level."""
-        return denoiser.config["block_out_channels"][0] // 2
-
     def predict(
         self, denoiser: Any, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition
     ) -> torch.Tensor:
         """Run the UNet."""
         return denoiser(noisy_latents, timesteps, return_dict=False)[0]
 
-    def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
-        """Read `sample` and `timestep`."""
-        return DenoiserCall(call["sample"], rows_of(call["timestep"], call["sample"]), {})
-
     def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
-        """Return no condition."""
-        return {}
-
-    def null_condition(self, pipe: Any) -> Condition:
         """Return no condition."""
         return {}
 

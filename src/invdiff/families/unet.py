@@ -7,27 +7,13 @@ from typing import Any
 
 import torch
 
-from .base import Condition, DenoiserCall, DenoiserShape, Family, rows_of
+from .base import Condition, UNetFamily
 
 
-class StableDiffusion(Family):
+class StableDiffusion(UNetFamily):
     """Stable Diffusion 1.x and 2.x."""
 
     title = "Stable Diffusion 1.x/2.x"
-
-    def shape(self, denoiser: Any) -> DenoiserShape:
-        """Read the middle block; UNets of all sizes have one."""
-        config = denoiser.config
-        return DenoiserShape(
-            latent_channels=config["out_channels"],
-            feature_path="mid_block",
-            feature_channels=config["block_out_channels"][-1],
-            prompt_dim=config["cross_attention_dim"],
-        )
-
-    def base_width(self, denoiser: Any) -> int:
-        """Return half of the UNet's first level."""
-        return denoiser.config["block_out_channels"][0] // 2
 
     def predict(
         self, denoiser: Any, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition
@@ -46,15 +32,6 @@ class StableDiffusion(Family):
         """Return further arguments of the UNet."""
         return {}
 
-    def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
-        """Read `sample`, `timestep` and `encoder_hidden_states`."""
-        noisy_latents = call["sample"]
-        return DenoiserCall(
-            noisy_latents,
-            rows_of(call["timestep"], noisy_latents),
-            {"prompt_embeds": call["encoder_hidden_states"]},
-        )
-
     def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
         """Run the text encoder."""
         embeds = pipe.encode_prompt(
@@ -64,10 +41,6 @@ class StableDiffusion(Family):
             do_classifier_free_guidance=False,
         )[0]
         return {"prompt_embeds": embeds}
-
-    def null_condition(self, pipe: Any) -> Condition:
-        """Encode the empty caption."""
-        return self.encode_captions(pipe, [""])
 
 
 class StableDiffusionXL(StableDiffusion):

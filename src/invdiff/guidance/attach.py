@@ -141,7 +141,7 @@ class Attachment:
             return self.scale * self._module(
                 call.noisy_latents.to(dtype),
                 call.timesteps,
-                to(call.condition, device, dtype),
+                call.condition,  # not read: its code is known
                 model_pred,
                 self._family.on_grid(features, call.noisy_latents),
                 environments.to(device),

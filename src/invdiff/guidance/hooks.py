@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import ModelError
 from ..families import Family
-from ..features import Hook
+from ..features import Hook, do_nothing
 from ..pipelines import GUIDED
 
 if TYPE_CHECKING:
@@ -127,14 +127,10 @@ class _FreeAndLook:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self._pipe()))
-        return getattr(type(copied), self._method).__get__(copied) if copied is not None else _do_nothing
+        return getattr(type(copied), self._method).__get__(copied) if copied is not None else do_nothing
 
-    def __reduce__(self) -> Any:
-        return "_do_nothing"
-
-
-def _do_nothing() -> None:
-    return None
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, (do_nothing,)
 
 
 def check_not_compiled(denoiser: nn.Module, feature_path: str) -> None:
