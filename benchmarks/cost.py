@@ -45,6 +45,7 @@ from invdiff.data.birds import canonical_prompts
 from invdiff.families import Condition, family_of
 from invdiff.features import FeatureCapture
 from invdiff.files import write_json
+from invdiff.guidance.module import fitting_width
 from invdiff.pipelines import load_pipeline
 
 RESULTS = Path(__file__).parent / "results"
@@ -124,9 +125,7 @@ def holder(denoiser: nn.Module) -> SimpleNamespace:
 def fitting_module(denoiser: nn.Module) -> GuidanceModule:
     """Return what `GuidanceModule.for_pipeline` makes, which refuses weights that are not in memory."""
     family = family_of(holder(denoiser))
-    return GuidanceModule(
-        **family.shape(denoiser).to_dict(), width=max(32, family.base_width(denoiser) // 8 * 8)
-    ).eval()
+    return GuidanceModule(**family.shape(denoiser).to_dict(), width=fitting_width(family, denoiser)).eval()
 
 
 @torch.no_grad()

@@ -417,12 +417,12 @@ def test_the_prompt_is_encoded_once_for_all_steps(
 
 def test_a_prompt_that_is_changed_in_place_is_encoded_anew(tiny_pipe: StableDiffusionPipeline) -> None:
     module = make_guidance_module(tiny_pipe)
-    latents, embeds = torch.ones(1, 4, 8, 8), torch.zeros(1, 16, 16)
+    latents, embeds, change = torch.ones(1, 4, 8, 8), *torch.randn(2, 1, 16, 16)
     with torch.no_grad(), attach(tiny_pipe, module):
         before = tiny_pipe.unet(latents, 500, embeds).sample
-        embeds += 1.0
+        embeds += change
         changed = tiny_pipe.unet(latents, 500, embeds).sample
-        expected = tiny_pipe.unet(latents, 500, torch.ones(1, 16, 16)).sample
+        expected = tiny_pipe.unet(latents, 500, embeds.clone()).sample
     assert torch.equal(changed, expected)
     assert not torch.equal(changed, before)
 

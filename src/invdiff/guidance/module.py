@@ -24,7 +24,7 @@ from torch import nn
 
 from ..diffusion import NoiseSchedule
 from ..errors import ConfigError, ModelError
-from ..families import Condition, family_of
+from ..families import Condition, Family, family_of
 from ..features import feature_block
 from ..files import write_text
 from ..pipelines import denoiser_of, public_name
@@ -199,7 +199,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
                 **shape.to_dict(),
                 num_groups=groups,
                 mode=mode,
-                width=width or max(32, family.base_width(denoiser) // 8 * 8),
+                width=width or fitting_width(family, denoiser),
                 denoiser_class=type(denoiser).__name__,
                 prediction_type=NoiseSchedule(pipe.scheduler).prediction_type,
                 weight_signature=signature,
@@ -347,6 +347,11 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         # Contiguous: on a CPU, torch 2.13 crashes in the backward pass of a GroupNorm whose channels-last input needs
         # no gradient, as features do not.
         return self.features(features.contiguous())
+
+
+def fitting_width(family: Family, denoiser: Any) -> int:
+    """Return the channels of a gradient estimator of fitting size: a multiple of 8, which GroupNorm wants."""
+    return max(32, family.base_width(denoiser) // 8 * 8)
 
 
 def coordinates(like: torch.Tensor) -> torch.Tensor:
