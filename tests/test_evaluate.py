@@ -1,13 +1,19 @@
+import csv
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from invdiff.errors import EvaluationError
+from conftest import write_tiny_folder
+from invdiff.data.captioned import load_captioned_images
+from invdiff.errors import DataError, EvaluationError
 from invdiff.evaluation.annotators import Annotations
+from invdiff.evaluation.describe import Described, describe_images, describe_reference
 from invdiff.evaluation.evaluate import Results, evaluate
-from invdiff.evaluation.fairness import bias_floor, bias_interval
+from invdiff.evaluation.fairness import bias_floor, correct_for_annotator, kl_to_target
+from invdiff.evaluation.given_labels import GivenLabels
+from invdiff.evaluation.intervals import interval
 from invdiff.evaluation.quality import frechet_distance
 
 LAND, WATER = "a photo of a landbird", "a photo of a waterbird"
@@ -17,9 +23,16 @@ COLOURS = {"land": 0, "water": 255, "landbird": 0, "waterbird": 255}
 class ReadsPixels:
     """Red tells the background, green the subject, blue is a feature."""
 
-    def __init__(self):
+    name, feature_name = "reads pixels", "pixels"
+
+    def __init__(self, confusion=None):
         self.attributes = {"background": ("land", "water"), "subject": ("bird", "landbird", "waterbird")}
         self.batches = []
+        self.table = confusion
+        self.certainty = 1.0
+
+    def confusion(self, attribute, min_confidence=0.0):
+        return self.table if attribute == "background" else None
 
     def predict(self, images):
         pixels = np.array([image.getpixel((0, 0)) for image in images])
@@ -27,8 +40,11 @@ class ReadsPixels:
         background, subject = pixels[:, 0] > 127, 1 + (pixels[:, 1] > 127)
         return Annotations(
             attributes=self.attributes,
-            probabilities={"background": np.eye(2)[background.astype(int)], "subject": np.eye(3)[subject]},
-            features=np.stack([pixels[:, 2], pixels[:, 0]], axis=1) / 255,
+            probabilities={
+                "background": self.certainty * np.eye(2)[background.astype(int)],
+                "subject": np.eye(3)[subject],
+            },
+            features=np.stack([pixels[:, 2], pixels[:, 0], np.full(len(pixels), 9)], axis=1) / 255,
         )
 
 
@@ -63,17 +79,20 @@ def base(tmp_path):
 
 
 def test_bias_floor_and_shares_are_those_worked_out_by_hand(base):
-    values = measure({"base": base}).to_dict()["base"]["1.0"]
+    values = measure({"base": base}).to_dict()["models"]["base"]["1.0"]
     assert values["bias"] == pytest.approx((0.5 + 0.0) / 2)
     assert values["bias_floor"] == pytest.approx(bias_floor(4, 2))
     assert values["shares"] == {LAND: {"land": 0.75, "water": 0.25}, WATER: {"land": 0.5, "water": 0.5}}
     assert values["images_per_prompt"] == 4
 
 
-def test_the_interval_is_that_of_the_counts(base):
-    values = measure({"base": base}, confidence=0.8, num_resamples=300, seed=4).models["base"]["1.0"]
-    expected = bias_interval([[3, 1], [2, 2]], confidence=0.8, num_resamples=300, seed=4)
-    assert values.bias_ci == expected
+def test_intervals_hold_the_confidence_asked_for_and_are_repeatable(base):
+    narrow = measure({"base": base}, confidence=0.6).models["base"]["1.0"].bias_ci
+    wide = measure({"base": base}, confidence=0.99).models["base"]["1.0"].bias_ci
+    assert wide[0] <= narrow[0] < narrow[1] < wide[1]
+    assert measure({"base": base}, confidence=0.6).models["base"]["1.0"].bias_ci == narrow
+    assert measure({"base": base}).to_dict()["confidence"] == 0.95
+    assert interval("bias", [[3, 1], [2, 2]])[0] == 0
 
 
 def test_accuracy_counts_the_subject_that_the_prompt_names(base):
@@ -101,10 +120,10 @@ def test_the_longest_class_name_in_the_prompt_is_the_subject(tmp_path):
 
 
 def test_frechet_compares_the_annotators_features_with_the_reference(base):
-    reference = np.random.default_rng(0).random((20, 2))
-    features = np.array([[10 * i, COLOURS[row[2]]] for i, row in enumerate(ROWS)]) / 255
+    reference = np.random.default_rng(0).random((20, 3))
+    features = np.array([[10 * i, COLOURS[row[2]], 9] for i, row in enumerate(ROWS)]) / 255
     measures = measure({"base": base}, reference_features=reference).models["base"]["1.0"]
-    assert measures.frechet == pytest.approx(frechet_distance(features, reference))
+    assert measures.frechet == pytest.approx(frechet_distance(features, reference), rel=1e-4)
 
 
 def test_frechet_and_accuracy_are_none_unless_asked_for(base):
@@ -146,15 +165,22 @@ def test_results_come_back_from_their_file(base, tmp_path):
 
 def test_the_file_has_exactly_the_promised_keys(base, tmp_path):
     measure({"base": base}).save(tmp_path / "results.json")
-    values = json.loads((tmp_path / "results.json").read_text())["base"]["1.0"]
-    promised = "bias bias_floor bias_ci accuracy frechet images_per_prompt shares"
-    assert list(values) == promised.split()
+    document = json.loads((tmp_path / "results.json").read_text())
+    values = document["models"]["base"]["1.0"]
+    headline = "bias bias_floor bias_ci accuracy frechet images_per_prompt shares"
+    assert list(values) == [
+        *headline.split(),
+        "attributes",
+        *["subject_accuracy", "quality", "by_group", "preservation"],
+    ]
+    about = "attribute subject_attribute classes annotator target baseline confidence reference_images notes models"
+    assert set(document) == set(about.split())
     assert len(values["bias_ci"]) == 2
 
 
-@pytest.mark.parametrize("values", [[], {"base": 3}, {"base": {"1.0": {"bias": 1.0}}}, {"base": {"1.0": []}}])
-def test_other_json_is_not_results(tmp_path, values):
-    (tmp_path / "results.json").write_text(json.dumps(values))
+@pytest.mark.parametrize("models", [[], {"base": 3}, {"base": {"1.0": {"bias": 1.0}}}, {"base": {"1.0": []}}])
+def test_other_json_is_not_results(tmp_path, models):
+    (tmp_path / "results.json").write_text(json.dumps({"models": models}))
     with pytest.raises(EvaluationError, match="Expected the results of an evaluation"):
         Results.load(tmp_path / "results.json")
 
@@ -189,11 +215,21 @@ def test_a_manifest_in_another_encoding_is_refused(tmp_path):
         measure(tmp_path)
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "x"}', '{"file_name": "a.png", "prompt": "x", "scale": 1}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '{"prompt": "x"}',
+        '{"file_name": "a.png"}',
+        '{"file_name": "a.png", "prompt": "x", "scale": "strong"}',
+        '{"file_name": "a.png", "prompt": "x", "guidance_scale": NaN}',
+    ],
+)
 def test_a_line_that_is_no_row_is_refused_by_its_number(base, line):
     with (base / "manifest.jsonl").open("a") as manifest:
         manifest.write(line)
-    with pytest.raises(EvaluationError, match="in line 9 of"):
+    with pytest.raises(EvaluationError, match="line 9 of"):
         measure({"base": base})
 
 
@@ -247,10 +283,242 @@ def test_models_with_different_prompts_are_not_compared(base, tmp_path):
         ({"attribute": "age"}, "got 'age'; it knows background, subject"),
         ({"subject_attribute": "age"}, "got 'age'; it knows background, subject"),
         ({"subject_of": {LAND: "landbird"}}, "subject_attribute beside subject_of"),
-        ({"subject_attribute": "subject", "subject_of": {LAND: "cat"}}, "got 'cat'; it knows bird, landbird"),
+        ({"subject_attribute": "subject", "subject_of": {LAND: "cat"}}, "got 'cat'"),
         ({"batch_size": 0}, "batch_size of at least 1"),
     ],
 )
 def test_settings_that_do_not_fit_the_annotator_are_refused(base, settings, message):
     with pytest.raises(EvaluationError, match=message):
         measure({"base": base}, **settings)
+
+
+def test_images_below_the_confidence_are_counted_as_a_class_of_their_own(base):
+    annotator = ReadsPixels()
+    certain = measure({"base": base}, annotator, min_confidence=0.5).models["base"]["1.0"].first.counts
+    assert certain[LAND] == {"land": 3, "water": 1, "cannot tell": 0}
+    annotator.certainty = 0.9
+    with pytest.raises(EvaluationError, match=r"whose background can be told, found none at a confidence of 0.95"):
+        measure({"base": base}, annotator, min_confidence=0.95)
+
+
+def test_an_unsure_image_is_outside_the_shares(tmp_path):
+    class Wavers(ReadsPixels):
+        def predict(self, images):
+            seen = super().predict(images)
+            seen.probabilities["background"][0] = [0.55, 0.45]
+            return seen
+
+    measures = measure(write(tmp_path / "base", ROWS), Wavers(), min_confidence=0.6).models["base"]["1.0"]
+    assert measures.first.counts[LAND] == {"land": 2, "water": 1, "cannot tell": 1}
+    assert measures.first.shares[LAND] == pytest.approx({"land": 2 / 3, "water": 1 / 3})
+
+
+def test_figures_are_corrected_where_the_annotators_errors_are_known(base):
+    confusion = np.array([[90, 10, 0], [10, 90, 0]])
+    results = measure({"base": base}, ReadsPixels(confusion))
+    estimate = results.models["base"]["1.0"].first.overall["bias"]
+    corrected = correct_for_annotator([[3, 1], [2, 2]], confusion[:, :2])
+    assert estimate.corrected == pytest.approx(np.mean(np.abs(corrected[:, 0] - corrected[:, 1]) / 4))
+    assert estimate.corrected > estimate.value
+    assert estimate.corrected_low <= estimate.corrected <= estimate.corrected_high
+    assert results.annotator.accuracy == {"background": 0.9}
+    assert not any("errs" in note for note in results.notes)
+
+
+def test_an_annotator_of_unknown_errors_is_said_to_be_one(base):
+    results = measure({"base": base})
+    assert results.models["base"]["1.0"].first.overall["bias"].corrected is None
+    assert any("how reads pixels errs on background is not known" in note for note in results.notes)
+
+
+def test_a_class_never_drawn_is_said(tmp_path):
+    results = measure(write(tmp_path / "base", [(LAND, 1, "land", "landbird")] * 4))
+    assert results.models["base"]["1.0"].bias == 1.0
+    assert "no image of any model was annotated 'water' (background)" in results.notes
+
+
+def test_figures_among_images_whose_subject_is_right(base):
+    measures = measure({"base": base}, subject_attribute="subject").models["base"]["1.0"]
+    # Under "landbird" the one image on water shows a waterbird.
+    assert measures.first.subject_right["bias"].value == pytest.approx((1.0 + 0.0) / 2)
+    assert measures.first.overall["bias"].value == pytest.approx((0.5 + 0.0) / 2)
+
+
+def test_a_prompt_without_a_right_image_is_left_out_and_said(tmp_path):
+    rows = [(LAND, 1, "land", "waterbird")] * 2 + [(WATER, 1, "land", "waterbird")] * 2
+    first = measure(write(tmp_path / "b", rows), subject_attribute="subject").models["b"]["1.0"].first
+    assert first.subject_right["bias"].value == 1.0
+    assert f"leave out 1 of 2 prompts that have none, first '{LAND}'" in first.note
+
+
+def test_every_prompt_has_figures_of_its_own(base):
+    by_prompt = measure({"base": base}).models["base"]["1.0"].first.by_prompt
+    assert {prompt: estimates["bias"].value for prompt, estimates in by_prompt.items()} == {LAND: 0.5, WATER: 0.0}
+
+
+def test_several_attributes_are_measured_each_and_together(base):
+    measures = measure({"base": base}, attribute=["background", "subject"]).models["base"]["1.0"]
+    assert list(measures.attributes) == ["background", "subject", "background x subject"]
+    joint = measures.attributes["background x subject"].counts[LAND]
+    assert {name: count for name, count in joint.items() if count} == {"land x landbird": 3, "water x waterbird": 1}
+    assert measures.bias == pytest.approx(0.25)
+
+
+def test_a_target_mix_is_what_distances_are_measured_against(base):
+    target = {"water": 0.25, "land": 0.75}
+    first = measure({"base": base}, target=target).models["base"]["1.0"].first
+    assert first.overall["kl_to_target"].value == pytest.approx(kl_to_target([[3, 1], [2, 2]], [0.75, 0.25]))
+    assert first.by_prompt[LAND]["fairness_discrepancy"].value == pytest.approx(0.0)
+    assert first.overall["bias"].value == pytest.approx(0.25)
+
+
+def test_the_softmax_form_is_of_mean_probabilities(base):
+    annotator = ReadsPixels()
+    annotator.certainty = 0.8  # the rest of the probability is nobody's
+    softmax = measure({"base": base}, annotator).models["base"]["1.0"].first.softmax_discrepancy
+    assert softmax.value == pytest.approx(np.hypot(0.25, 0.25) / 2)
+
+
+def test_the_baseline_is_compared_with_seed_by_seed(base, tmp_path):
+    turned = [(prompt, cfg, "water", subject) for prompt, cfg, _, subject in ROWS]
+    write(tmp_path / "guided", turned)
+    results = measure(tmp_path, subject_attribute="subject")
+    kept = results.models["guided"]["1.0"].preservation
+    assert kept["subject unchanged"].value == 1.0
+    features = [
+        np.array([[10 * i, COLOURS[row[2]], 9] for i, row in enumerate(rows)], dtype=float) for rows in (ROWS, turned)
+    ]
+    unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in features]
+    assert kept["feature shift (pixels)"].value == pytest.approx(
+        np.mean(1 - (unit[0] * unit[1]).sum(axis=1)), rel=1e-4
+    )
+    assert results.models["base"]["1.0"].preservation == {}
+    assert results.baseline == "base"
+
+
+def test_without_common_seeds_preservation_is_not_defined(base, tmp_path):
+    write(tmp_path / "guided", ROWS)
+    manifest = tmp_path / "guided" / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace('"seed": ', '"seed": 1000'))
+    kept = measure(tmp_path).models["guided"]["1.0"].preservation
+    assert kept["feature shift"].value is None
+    assert "share no two seeds" in kept["feature shift"].note
+
+
+def reference_of(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [Image.new("RGB", (4, 4), (int(255 * (i % 2)), 255, int(rng.integers(0, 255)))) for i in range(count)]
+
+
+def test_groups_are_compared_with_the_references_of_their_class(tmp_path):
+    rows = [(LAND, 1, "land", "landbird")] * 60 + [(LAND, 1, "water", "landbird")] * 52
+    write(tmp_path / "base", rows)
+    reference = describe_images(reference_of(200), ReadsPixels())
+    groups = measure(tmp_path / "base", reference=reference).models["base"]["1.0"].by_group
+    assert {name: figures["images"].value for name, figures in groups.items()} == {"land": 60, "water": 52}
+    assert groups["land"]["Frechet distance (pixels)"].note == "52 images of each group against as many"
+
+
+def test_a_group_with_few_images_has_no_distance(base):
+    reference = describe_images(reference_of(200), ReadsPixels())
+    figure = measure({"base": base}, reference=reference).models["base"]["1.0"].by_group["land"]
+    assert figure["Frechet distance (pixels)"].value is None
+    assert "needs 50 of each" in figure["Frechet distance (pixels)"].note
+
+
+def test_subject_accuracy_of_each_group(base):
+    groups = measure({"base": base}, subject_attribute="subject").models["base"]["1.0"].by_group
+    assert groups["land"]["subject accuracy"].value == 1.0
+    assert groups["water"]["subject accuracy"].value == pytest.approx(2 / 3)
+
+
+def test_too_few_images_for_neighbourhoods_are_said_to_be(tmp_path):
+    write(tmp_path / "base", ROWS[:4])
+    reference = describe_images(reference_of(20), ReadsPixels())
+    quality = measure({"base": tmp_path / "base"}, reference=reference).models["base"]["1.0"].quality
+    assert quality["coverage (pixels)"].value is None
+    assert quality["coverage (pixels)"].note == "not defined at 4 against 20 images: needs 6 of each"
+
+
+def test_a_metadata_file_of_another_tool_will_do(tmp_path):
+    folder = write(tmp_path / "other", ROWS)
+    (folder / "manifest.jsonl").unlink()
+    lines = [f"00000/{i:06d}.png,{row[0]},{i % 2}" for i, row in enumerate(ROWS)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,text,gender", *lines]))
+    measures = measure(folder).models["other"]["unstated"]
+    assert measures.bias == pytest.approx(0.25)
+    labelled = measure(folder, GivenLabels(["gender"]), attribute="gender").models["other"]["unstated"]
+    assert labelled.first.counts[LAND] == {"0": 2, "1": 2}
+
+
+def test_given_labels_open_no_image(base):
+    manifest = base / "manifest.jsonl"
+    rows = [json.loads(line) | {"who": "ab"[i % 2]} for i, line in enumerate(manifest.read_text().splitlines())]
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    (base / "00000" / "000003.png").write_bytes(b"not a picture")
+    assert measure(base, GivenLabels(["who"]), attribute="who").models["base"]["1.0"].bias == 0.0
+
+
+def test_features_that_are_not_finite_are_refused_by_the_image(base):
+    class Breaks(ReadsPixels):
+        def predict(self, images):
+            seen = super().predict(images)
+            seen.features[2, 0] = np.nan
+            return seen
+
+    with pytest.raises(EvaluationError, match=r"from pixels, got NaN or infinity for .*000002.png"):
+        measure({"base": base}, Breaks())
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        (Described({}, {}, {"pixels": np.zeros((20, 7), np.float32)}), r"of shape \(M, 3\), got \(20, 7\)"),
+        (
+            Described({}, {}, {"others": np.zeros((20, 3), np.float32)}),
+            "among those of the images .pixels., got others",
+        ),
+    ],
+)
+def test_a_reference_of_other_features_is_refused(base, reference, message):
+    with pytest.raises(EvaluationError, match=message):
+        measure({"base": base}, reference=reference)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": {"land": 1.0}}, "share for each class of background .land, water., got land"),
+        ({"target": {"land": 0.7, "water": 0.7}}, "sum to 1"),
+        ({"baseline": "plain"}, "baseline among base, got 'plain'"),
+        ({"attribute": []}, "at least one"),
+        ({"attribute": ["background", "background"]}, "different attributes"),
+        ({"subject_attribute": "background"}, "other than the sensitive"),
+        ({"min_confidence": 1.0}, "min_confidence of at least 0 and below 1"),
+        ({"confidence": 1.0}, "confidence above 0 and below 1"),
+        ({"num_resamples": 0}, "num_resamples of at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(base, settings, message):
+    with pytest.raises(EvaluationError, match=message):
+        measure({"base": base}, **settings)
+
+
+def test_every_figure_is_a_row_of_the_table_beside(base, tmp_path):
+    results = measure({"base": base}, subject_attribute="subject")
+    results.save(tmp_path / "results.json")
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    (bias,) = [row for row in rows if row["figure"] == "bias" and row["of"] == "all images"]
+    assert (bias["model"], bias["guidance_scale"], float(bias["value"])) == ("base", "1.0", 0.25)
+    assert {row["kind"] for row in rows} == {"fairness", "quality", "group"}
+    assert {"subject right", f"prompt: {LAND}", "group: water"} <= {row["of"] for row in rows}
+
+
+def test_a_reference_may_have_as_many_unreadable_images_as_its_data_allow(tmp_path):
+    folder = write_tiny_folder(tmp_path / "photos")
+    (folder / "03.png").write_bytes(b"not a picture")
+    seen = describe_reference(load_captioned_images(folder, max_unreadable=0.1), ReadsPixels(), progress=False)
+    assert len(seen) == 11
+    with pytest.raises(DataError, match=r"Too many images are unreadable; the last: .*03.png"):
+        describe_reference(load_captioned_images(folder), ReadsPixels(), progress=False)

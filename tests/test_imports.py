@@ -20,6 +20,7 @@ BASE = (
     "progress",
     "diffusion",
     "pipelines",
+    "vision",
     "families",
     "features",
     "denoiser",
@@ -32,8 +33,8 @@ LAYERS = (
     ("generation",),
     ("evaluation",),
     ("report",),
-    ("demo", "app"),
-    ("cli", "cli_options", "cli_output", "cli_prepare"),
+    ("demo", "sweep", "app"),
+    ("cli", "cli_options", "cli_output", "cli_prepare", "cli_measure"),
     ("__main__",),
 )
 LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}

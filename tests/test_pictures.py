@@ -18,7 +18,7 @@ from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError
 from invdiff.report import style
 from invdiff.report.audit_pictures import cuts, rank_groups, save_audit_pictures
-from invdiff.report.comparison_pictures import apart, save_before_after, save_bias_curve
+from invdiff.report.comparison_pictures import save_before_after, save_bias_curve
 from invdiff.report.style import percent, plain, shorten, text_width, wrap
 
 LAND, WATER = "a photo of a landbird", "a photo of a waterbird"
@@ -377,14 +377,6 @@ def test_a_bias_curve_is_drawn(results: dict[str, Any], tmp_path: Path) -> None:
 def test_results_without_bias_are_refused(results: Any, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="Expected"):
         save_bias_curve(tmp_path / "curve.png", results)
-
-
-def test_names_are_moved_apart_and_keep_their_order() -> None:
-    assert apart([0.0, 1.0], 0.5) == [0.0, 1.0]
-    assert apart([0.5, 0.5], 0.2) == pytest.approx([0.4, 0.6])
-    moved = apart([0.9, 0.05, 0.0, 0.1], 0.1)
-    assert np.argsort(moved).tolist() == [2, 1, 3, 0]
-    assert np.diff(np.sort(moved)).min() >= 0.1 - 1e-9
 
 
 def test_report_imports_neither_torch_nor_pyplot() -> None:

@@ -36,7 +36,7 @@ def test_each_image_is_seen_as_it_is_and_mirrored(encoder_dir, tiny_folder, tmp_
 def test_features_are_computed_once(encoder_dir, tiny_folder, tmp_path, monkeypatch):
     data = load_captioned_images(tiny_folder)
     first = encode_vision(str(encoder_dir), data, torch.arange(12), tmp_path, progress=False)
-    monkeypatch.setattr(vision, "AutoModel", None)
+    monkeypatch.setattr(vision, "VisionEncoder", None)
     assert torch.equal(encode_vision(str(encoder_dir), data, torch.arange(12), tmp_path, progress=False), first)
 
 

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from .cli_measure import app as measure_app
 from .cli_options import (
     DATA_PANEL,
-    RUN_PANEL,
     CacheDir,
     CaptionColumn,
     ConfigFile,
@@ -33,7 +33,6 @@ from .cli_options import (
     dtype_flag,
     environments_from,
     flags,
-    labelled_folders,
     option,
     prompts_in,
     setting,
@@ -131,8 +130,7 @@ def demo(
     silence_libraries()
     from .demo import run_demo
 
-    document = run_demo(output, config=chosen, progress=not quiet)
-    print_results({name: document[name] for name in ("base", "guided")}, "background")
+    print_results(run_demo(output, config=chosen, progress=not quiet))
     finish(
         f"Pictures and figures are in {output}.",
         ["invdiff", "audit", "MODEL", "DATA", "--output", str(output.parent / "audit")],
@@ -375,62 +373,5 @@ def generate(
         finish(result, plain, hint=" (the same images without the module)")
 
 
-@app.command(
-    rich_help_panel=PANEL,
-    epilog="Example: invdiff evaluate out/base out/guided --annotator out/annotator --attribute background",
-)
-def evaluate(
-    folders: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="DIR",
-            help="Folders that `invdiff generate` wrote, each named after its model, or NAME=DIR. Several "
-            "NAME=DIR with one name are one model at several guidance scales.",
-        ),
-    ],
-    annotator: Annotated[str, option("What `invdiff annotator train` wrote.", metavar="ANNOTATOR")],
-    attribute: Annotated[str, option("Sensitive attribute, to measure Bias on.")],
-    subject_attribute: Annotated[str | None, option("Attribute that prompts name, to measure accuracy on.")] = None,
-    reference: Annotated[
-        str | None,
-        option(
-            "Captioned images that quality (Fréchet distance) is measured against.", panel=DATA_PANEL, metavar="DATA"
-        ),
-    ] = None,
-    caption_column: CaptionColumn = None,
-    image_column: ImageColumn = None,
-    split: Split = "train",
-    limit: Limit = None,
-    max_unreadable: MaxUnreadable = 0.01,
-    output: Annotated[Path, option("JSON file to write.", panel=RUN_PANEL, metavar="FILE")] = Path("results.json"),
-    quiet: Quiet = False,
-) -> None:
-    """Measure Bias, accuracy and quality of generated images at every guidance scale."""
-    one_process("evaluate")
-    source = DataSource(reference or "", caption_column, image_column, split, limit, max_unreadable)
-    if reference is None and source.flags():
-        raise ConfigError(f"Expected --reference beside {source.flags()[0]}, got none: only a reference has columns.")
-    say("loading the annotator", quiet=quiet)
-    silence_libraries()
-    from .evaluation.annotators import ConvAnnotator
-    from .evaluation.evaluate import evaluate as run_evaluate
-    from .evaluation.reference import reference_features
-
-    judge = ConvAnnotator.from_pretrained(annotator)
-    features = None
-    if reference is not None:
-        features = reference_features(judge, source.load(), progress=not quiet)
-    results = run_evaluate(
-        labelled_folders(folders),
-        judge,
-        attribute=attribute,
-        subject_attribute=subject_attribute,
-        reference_features=features,
-        progress=not quiet,
-    )
-    results.save(output)
-    print_results(results.to_dict(), attribute)
-    finish(f"The results are in {output}.")
-
-
+app.add_typer(measure_app)
 app.add_typer(prepare_app)

@@ -213,6 +213,25 @@ def environments_from(text: str) -> Any:
         ) from error
 
 
+def target_from(text: str) -> dict[str, float]:
+    """Return class to share from text such as `land=0.3,water=0.7`.
+
+    Raises:
+        ConfigError: The text is something else.
+    """
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, share = part.rpartition("=")
+        try:
+            number = float(share)
+        except ValueError:
+            equals = ""
+        if not equals or not name.strip() or name.strip() in shares:
+            raise ConfigError(f"Expected each class once with its share, such as land=0.3,water=0.7, got {text!r}.")
+        shares[name.strip()] = number
+    return shares
+
+
 def prompts_in(file: Path) -> list[str]:
     """Return the lines of a text file that are not empty.
 

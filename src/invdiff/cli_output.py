@@ -16,6 +16,8 @@ from rich.text import Text
 from .errors import ConfigError, InvDiffError
 
 if TYPE_CHECKING:
+    from .evaluation.augmentation_results import AugmentationResults
+    from .evaluation.results import Results
     from .groups.result import Audit
 
 INTERRUPTED = 130
@@ -98,44 +100,113 @@ def print_audit(audit: Audit) -> None:
     Console().print(table)
 
 
-def print_results(results: Mapping[str, Mapping[str, Mapping[str, Any]]], attribute: str) -> None:
-    """Print the measures of each model at each guidance scale, given as `Results.to_dict()`."""
-    table = Table(
-        title=f"Bias of {attribute}",
-        caption="floor: Bias expected of a perfectly fair model with as many images",
-    )
-    table.add_column("model")
-    for name in ("guidance scale", "images per prompt", "Bias", "floor", "95% interval", "accuracy", "Fréchet"):
-        table.add_column(name, justify="right")
-    for model, by_scale in results.items():
+def print_results(results: Results) -> None:
+    """Print the headline measures of each model at each guidance scale, and what to know before trusting them."""
+    measured = [measures for by_scale in results.models.values() for measures in by_scale.values()]
+    biases = [measures.first.overall["bias"] for measures in measured]
+    known = [bias for bias in biases if bias.corrected is not None]
+    matters = any(abs(bias.corrected - bias.value) >= 0.0005 for bias in known if bias.corrected is not None)
+    caption = "floor: Bias expected of a perfectly fair model with as many images"
+    if matters:
+        caption += "\ncorrected: for the annotator's errors on held-out images"
+    elif known:
+        caption += "\nthe annotator's errors on held-out images change no digit"
+    table = Table(title=f"Bias of {results.attribute}", caption=caption)
+    table.add_column("model", overflow="fold")
+    interval = f"Bias ({results.confidence:.0%} interval)"
+    for name in ("CFG", "images", interval, "floor", *(["corrected"] if matters else []), "subject", "Fréchet"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for model, by_scale in results.models.items():
         for scale, measures in by_scale.items():
-            low, high = measures["bias_ci"]
+            bias = measures.first.overall["bias"]
             table.add_row(
                 Text(model),
-                f"{float(scale):g}",
-                str(measures["images_per_prompt"]),
-                f"{measures['bias']:.3f}",
-                f"{measures['bias_floor']:.3f}",
-                f"{low:.3f} to {high:.3f}",
-                "-" if measures["accuracy"] is None else f"{measures['accuracy']:.1%}",
-                "-" if measures["frechet"] is None else f"{measures['frechet']:.3g}",
+                scale.removesuffix(".0"),
+                str(measures.images_per_prompt),
+                _with_ends(bias.value, bias.low, bias.high),
+                f"{bias.floor:.3f}",
+                *([_with_ends(bias.corrected, bias.corrected_low, bias.corrected_high)] if matters else []),
+                "-" if measures.accuracy is None else f"{measures.accuracy:.1%}",
+                "-" if measures.frechet is None else f"{measures.frechet:.3g}",
             )
+    console = Console()
+    console.print(table)
+    for note in results.notes:
+        console.print(Text(f"Note: {note}."), soft_wrap=True)
+
+
+def _with_ends(value: float | None, low: float | None, high: float | None) -> str:
+    return "-" if value is None or low is None or high is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def print_augmentation(results: AugmentationResults) -> None:
+    """Print what classifiers learnt from each source of images."""
+    table = Table(
+        title=f"Accuracy on {results.subject_attribute} of classifiers trained on each model's images",
+        caption=f"mean and standard deviation over {len(results.seeds)} seeds",
+    )
+    table.add_column("trained on")
+    for name in ("images", "all test images", "mean of groups", "worst group"):
+        table.add_column(name, justify="right")
+    table.add_column("which")
+    for model, learnt in results.models.items():
+        figures = (learnt.accuracy, learnt.group_mean, learnt.worst_accuracy)
+        table.add_row(
+            Text(model),
+            str(sum(learnt.train_images.values())),
+            *(f"{f.mean:.1%}" + (f" ± {f.sd:.1%}" if f.sd is not None else "") for f in figures),
+            Text(learnt.worst_group),
+        )
+    console = Console()
+    console.print(table)
+    for note in results.notes:
+        console.print(Text(f"Note: {note}."), soft_wrap=True)
+
+
+def print_sweep(document: Mapping[str, Any]) -> None:
+    """Print Bias at every combination of a sweep's settings."""
+    table = Table(title="Bias over " + ", ".join(document["axes"]))
+    for name in (*document["axes"], "model"):
+        table.add_column(name)
+    for name in ("Bias", "interval", "floor", "subject right"):
+        table.add_column(name, justify="right")
+    for row in document["rows"]:
+        measured = row.get("bias") is not None
+        accuracy = row.get("subject_accuracy")
+        table.add_row(
+            *("-" if row[axis] is None else Text(str(row[axis])) for axis in document["axes"]),
+            row["model"],
+            f"{row['bias']:.3f}" if measured else Text(row["note"]),
+            f"{row['bias_low']:.3f} to {row['bias_high']:.3f}" if measured else "-",
+            f"{row['bias_floor']:.3f}" if measured else "-",
+            "-" if accuracy is None else f"{accuracy:.1%}",
+        )
     Console().print(table)
 
 
-def print_annotator(config: Mapping[str, Any]) -> None:
-    """Print how well held-out images were annotated."""
-    table = Table(title="Accuracy on held-out images")
+def print_annotator(
+    summary: Mapping[str, Mapping[str, Any]], *, before: Mapping[str, Mapping[str, float]] | None = None
+) -> None:
+    """Print how well held-out images were annotated, given as `HeldOut.summary()`.
+
+    `before` holds each attribute's calibration error without its temperature, under "uncalibrated".
+    """
+    table = Table(
+        title="Accuracy on held-out images",
+        caption="calibration error: mean distance of stated confidence to accuracy (ECE, 15 bins)",
+    )
     for name in ("attribute", "classes"):
-        table.add_column(name)
-    for name in ("all", "worst combination"):
+        table.add_column(name, overflow="fold")
+    for name in ("images", "all", "worst combination", "calibration error"):
         table.add_column(name, justify="right")
-    for attribute, classes in config["attributes"].items():
-        worst = config["holdout_worst_group"][attribute]
+    for attribute, figures in summary.items():
+        worst, error = figures["worst_combination"], f"{figures['calibration_error']:.3f}"
         table.add_row(
             Text(attribute),
-            Text(", ".join(classes)),
-            f"{config['holdout_accuracy'][attribute]:.1%}",
+            Text(", ".join(figures["classes"])),
+            str(figures["images"]),
+            f"{figures['accuracy']:.1%}",
             "-" if worst is None else f"{worst:.1%}",
+            error if before is None else f"{error} (was {before[attribute]['uncalibrated']:.3f})",
         )
     Console().print(table)

@@ -26,6 +26,14 @@ from .cli_output import finish, one_process, print_annotator, say, silence_libra
 from .config import ArchitectureConfig, FinetuneConfig
 from .errors import ConfigError
 
+LabelledData = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="Images with columns of classes: a folder with metadata.csv or .jsonl, a parquet file or a folder of "
+        "them, or a hub dataset id; or a folder with one sub-folder of images per class, the attribute `label`.",
+    ),
+]
 PANEL = "To prepare"
 
 app = typer.Typer()
@@ -33,7 +41,7 @@ annotator_app = typer.Typer(no_args_is_help=True)
 app.add_typer(
     annotator_app,
     name="annotator",
-    help="Train what tells the attributes of images, for evaluation only.",
+    help="Train or measure what tells the attributes of images, for evaluation only.",
     epilog="Example: invdiff annotator train photos --attribute background --output out/annotator",
     rich_help_panel=PANEL,
 )
@@ -127,7 +135,7 @@ def finetune(
     "train", epilog="Example: invdiff annotator train photos --attribute background --output out/annotator"
 )
 def annotator_train(
-    data: Data,
+    data: LabelledData,
     output: Output,
     attribute: Annotated[
         list[str] | None, option("Column to learn; repeat for more. Without it, all columns but captions.")
@@ -146,10 +154,18 @@ def annotator_train(
     """Train a small network to tell attributes of images, from a labelled set. For evaluation only."""
     one_process("annotator train")
     say("opening images", quiet=quiet)
-    images = DataSource(data, caption_column, image_column, split, limit, max_unreadable).load()
-    silence_libraries()
     from .evaluation.annotators import ConvAnnotator
+    from .evaluation.labelled import load_labelled_images
 
+    images = load_labelled_images(
+        data,
+        image_column=image_column,
+        caption_column=caption_column,
+        split=split,
+        max_unreadable=max_unreadable,
+        limit=limit,
+    )
+    silence_libraries()
     trained = ConvAnnotator.fit(
         images,
         attribute or None,
@@ -160,9 +176,73 @@ def annotator_train(
         progress=not quiet,
     )
     trained.save_pretrained(output)
-    print_annotator(trained.config)
+    assert trained.held_out is not None  # `fit` measures
+    print_annotator(trained.held_out.summary(), before=trained.config["holdout_calibration_error"])
     generated, learnt = str(output.parent / "images"), next(iter(trained.attributes))
     finish(
         f"The annotator is in {output}.",
         ["invdiff", "evaluate", generated, "--annotator", str(output), "--attribute", learnt],
+    )
+
+
+@annotator_app.command(
+    "measure",
+    epilog="Example: invdiff annotator measure openai/clip-vit-base-patch32 photos --classes classes.yaml "
+    "--output out/clip",
+)
+def annotator_measure(
+    annotator: Annotated[
+        str,
+        typer.Argument(
+            metavar="ANNOTATOR",
+            help="A folder that `invdiff annotator train` wrote, or a folder or hub id of a CLIP model (with "
+            "--classes) or of an image classifier from transformers.",
+        ),
+    ],
+    data: LabelledData,
+    output: Output,
+    attribute: Annotated[
+        list[str] | None,
+        option("Column to measure on; repeat for more. Without it, all that annotator and images share."),
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        option("YAML or JSON for a CLIP model: attribute to class to prompts.", metavar="FILE"),
+    ] = None,
+    caption_column: CaptionColumn = None,
+    image_column: ImageColumn = None,
+    split: Split = "train",
+    limit: Limit = None,
+    max_unreadable: MaxUnreadable = 0.01,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how often an annotator errs on labelled images, so that figures can be corrected for it.
+
+    The images must be others than it was trained on. OUTPUT stands for the annotator from then on.
+    """
+    one_process("annotator measure")
+    say("opening images", quiet=quiet)
+    from .evaluation.annotators import GivenLabels, load_annotator, save_measured
+    from .evaluation.heldout import measure_annotator
+    from .evaluation.labelled import load_labelled_images
+
+    images = load_labelled_images(
+        data,
+        image_column=image_column,
+        caption_column=caption_column,
+        split=split,
+        max_unreadable=max_unreadable,
+        limit=limit,
+    )
+    silence_libraries()
+    judge = load_annotator(annotator, attribute=attribute or "", classes=classes)
+    if isinstance(judge, GivenLabels):
+        raise ConfigError(f"Expected an annotator of images, got {annotator!r}: given labels are taken as true.")
+    held_out = measure_annotator(judge, images, attribute or None, progress=not quiet)
+    save_measured(output, held_out, annotator, attribute=(attribute or [""])[0], classes=classes)
+    print_annotator(held_out.summary())
+    generated, measured = str(output.parent / "images"), next(iter(held_out.attributes))
+    finish(
+        f"The measured annotator is in {output}.",
+        ["invdiff", "evaluate", generated, "--annotator", str(output), "--attribute", measured],
     )

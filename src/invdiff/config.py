@@ -126,10 +126,11 @@ def _describe(hint: Any) -> str:
         float: "a finite number",
         int: "a whole number",
         bool: "true or false",
+        dict: "a mapping",
         str: "text",
         type(None): "nothing",
     }
-    return words[hint]
+    return words.get(hint) or f"the settings of {hint.__name__}"
 
 
 MixedPrecision = Literal["auto", "no", "fp16", "bf16"]
@@ -376,6 +377,27 @@ class GenerateConfig(Config):
         self.require("resolution", self.resolution >= 0, "at least 0")
         for name in ("guidance_scale", "scale"):
             self.require(name, 0 <= getattr(self, name) < math.inf, "a finite number of at least 0")
+
+
+@dataclass(frozen=True)
+class AugmentationConfig(Config):
+    """How the classifier is trained: the annotators' small conv net, on subjects alone, all images drawn alike."""
+
+    steps: int = 400
+    """Optimiser steps, the same for every classifier."""
+    batch_size: int = 64
+    """Images per step."""
+    learning_rate: float = 3e-3
+    """Peak of the one-cycle schedule."""
+    resolution: int = 64
+    """Side in pixels that images are resized to."""
+
+    def check(self) -> None:
+        """Check ranges."""
+        for name in ("steps", "batch_size"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+        self.require("learning_rate", self.learning_rate > 0, "more than 0")
+        self.require("resolution", self.resolution >= 8, "at least 8")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from .config import DemoConfig, GenerateConfig, TrainConfig
 from .data.birds import NATURAL_BACKGROUND, BirdsWorld, canonical_prompts
 from .data.captioned import CaptionedImages, load_captioned_images
 from .evaluation.annotators import ConvAnnotator
+from .evaluation.describe import describe_images
 from .evaluation.evaluate import Results, evaluate
 from .evaluation.recovery import Recovery, recovery
 from .files import write_json
@@ -31,8 +32,8 @@ from .training.train import train
 PICTURED_GUIDANCE_SCALE = 3.0
 
 
-def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progress: bool = True) -> dict[str, Any]:
-    """Audit, train, generate with and without guidance on the same seeds, evaluate; return what was measured.
+def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progress: bool = True) -> Results:
+    """Audit, train, generate with and without guidance on the same seeds, evaluate; return the evaluation.
 
     Everything is written below `output_dir`: the data, `audit/`, `module/`, `images/`, `results.json`,
     `groups.png` and `before_after.png`. A stopped run goes on where it stopped. The attributes of the data are
@@ -87,7 +88,8 @@ def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progre
             "biased": found.biased,
             "forwards_per_image": found.forwards_per_image,
         },
-        **results.to_dict(),
+        **results.models_to_dict(),
+        "evaluation": {name: value for name, value in results.to_dict().items() if name != "models"},
         "module": {"parameters": parameters, "share_of_denoiser": share},
         "seconds": {name: round(value, 1) for name, value in seconds.items()}
         | {"total": round(sum(seconds.values()), 1)},
@@ -95,7 +97,7 @@ def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progre
     }
     _draw_pictures(output_dir, data, folders, document, config)
     write_json(output_dir / "results.json", document)
-    return document
+    return results
 
 
 def measure(folders: dict[str, list[Path]], config: DemoConfig, *, progress: bool) -> Results:
@@ -103,13 +105,13 @@ def measure(folders: dict[str, list[Path]], config: DemoConfig, *, progress: boo
     annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
     reference_seed = derived_seed("reference", config.seed) % 2**31
     reference = BirdsWorld(config.reference_images, severity=0.5, seed=reference_seed)
-    features = annotator.predict(reference.row(i)["image"] for i in range(len(reference))).features
+    seen = describe_images((reference.row(i)["image"] for i in range(len(reference))), annotator)
     return evaluate(
         folders,
         annotator,
         attribute="background",
         subject_attribute="subject",
-        reference_features=features,
+        reference=seen,
         progress=progress,
     )
 

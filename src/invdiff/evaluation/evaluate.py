@@ -1,212 +1,188 @@
-"""Measure folders of generated images: Bias, accuracy and Fréchet distance at every guidance scale."""
+"""Judge folders of generated images with one ruler: fairness, quality, and what guidance left as it was."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 
 from ..errors import EvaluationError
-from ..files import read_json, write_json
-from ..progress import Bar, progress_bar
-from . import fairness
-from .annotators import Annotator
-from .quality import frechet_distance
+from ..progress import progress_bar
+from .describe import Described, Judge, describe_rows
+from .extractors import CLIPScorer, FeatureExtractor
+from .given_labels import GivenLabels
+from .manifest import Folders, Row, common_prompts, read_manifest, resolve_folders, scale_keys
+from .measure import Question, measure, preserve
+from .results import AnnotatorRecord, AttributeMeasures, Measures, Quantity, Results
+from .subjects import named_subjects
 
-MANIFEST = "manifest.jsonl"
-
-
-Folders = str | Path | Sequence[str | Path]
-"""Where a model's images lie."""
-
-
-@dataclass(frozen=True)
-class Measures:
-    """What was measured on one model's images at one guidance scale."""
-
-    bias: float
-    """Mean over prompts of the mean over pairs of classes of the difference in share."""
-    bias_floor: float
-    """Bias expected of a perfectly fair sampler with as many images."""
-    bias_ci: tuple[float, float]
-    """Bootstrap interval of Bias; see `fairness.bias_interval` for where to trust it."""
-    accuracy: float | None
-    """Share of images that show the subject their prompt names; None where no prompt names one."""
-    frechet: float | None
-    """Fréchet distance of the annotator's features to the reference's; None without a reference."""
-    images_per_prompt: int
-    """Images of the prompt that has the fewest."""
-    shares: Mapping[str, Mapping[str, float]]
-    """Prompt to class to share of its images."""
-
-
-@dataclass(frozen=True)
-class Results:
-    """Measures by model and guidance scale."""
-
-    models: Mapping[str, Mapping[str, Measures]]
-    """Model name (such as "base" and "guided") to `str(float(guidance_scale))` to measures."""
-
-    def to_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Return plain JSON types: {"base": {"3.0": {"bias": ...}}, "guided": ...}."""
-        return {
-            model: {
-                scale: {**dataclasses.asdict(measures), "bias_ci": list(measures.bias_ci)}
-                for scale, measures in by_scale.items()
-            }
-            for model, by_scale in self.models.items()
-        }
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON."""
-        write_json(Path(path), self.to_dict())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Results:
-        """Read what `save` wrote.
-
-        Raises:
-            EvaluationError: The file holds other things than results.
-            DataError: The file is absent or is not JSON.
-        """
-        values = read_json(Path(path))
-        try:
-            return cls(
-                {
-                    model: {
-                        scale: Measures(**{**measures, "bias_ci": tuple(measures["bias_ci"])})
-                        for scale, measures in by_scale.items()
-                    }
-                    for model, by_scale in values.items()
-                }
-            )
-        except (AttributeError, KeyError, TypeError) as error:
-            raise EvaluationError(
-                f"Expected the results of an evaluation in {path}, found something else ({error!r}). "
-                "Give a file that `invdiff evaluate` wrote, or evaluate again."
-            ) from error
-
-
-@dataclass(frozen=True)
-class _Row:
-    path: Path
-    prompt: str
-    guidance_scale: float
-    scale: float
+__all__ = ["AnnotatorRecord", "AttributeMeasures", "Folders", "Measures", "Quantity", "Results", "evaluate"]
 
 
 def evaluate(
     folders: Mapping[str, Folders] | str | Path,
-    annotator: Annotator,
+    annotator: Judge,
     *,
-    attribute: str,
+    attribute: str | Sequence[str],
     subject_attribute: str | None = None,
     subject_of: Mapping[str, str] | None = None,
+    reference: Described | None = None,
     reference_features: ArrayLike | None = None,
+    extractors: Sequence[FeatureExtractor] = (),
+    clip: CLIPScorer | None = None,
+    lpips: bool = False,
+    target: Mapping[str, float] | None = None,
+    baseline: str | None = None,
+    min_confidence: float = 0.0,
     confidence: float = 0.95,
-    num_resamples: int = 2000,
+    num_resamples: int = 1000,
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = True,
 ) -> Results:
-    """Annotate generated images once each and measure every model at every guidance scale.
+    """Look at every generated image once and measure every model at every guidance scale.
 
-    Only the annotator's labels are used. Its mistakes enter every figure: check its held-out accuracy.
+    Any tool's images will do: a folder with a manifest of `file_name` and `prompt`. Every fairness figure comes with
+    the floor of a perfectly fair sampler at as many images, an interval that is honest at the fair point too, and,
+    where held-out labels tell how the annotator errs, a figure corrected for it.
 
     Args:
-        folders: Model name to its folder of images with `manifest.jsonl`, or to several, one for each
-            guidance scale; or one such folder; or a folder with such subfolders, each named after its model.
+        folders: Model name to its folder of images with a manifest, or to several, one for each guidance scale; or
+            one such folder; or a folder with such subfolders, each named after its model.
         annotator: What names the classes.
-        attribute: The sensitive attribute that Bias is measured on.
+        attribute: The sensitive attribute, or several: the first gives the headline figures, and of several the
+            intersection is measured too.
         subject_attribute: The attribute that prompts name, for accuracy.
         subject_of: Prompt to its class of `subject_attribute`. By default the longest class name that occurs
             in the prompt as a word. Prompts without a class are left out of accuracy.
-        reference_features: The same annotator's features of reference images, (M, D).
-        confidence: Nominal coverage of `bias_ci`.
-        num_resamples: Bootstrap resamples of `bias_ci`.
-        seed: Seed of the bootstrap.
+        reference: Real images as `describe_reference` saw them, for distances, also class by class.
+        reference_features: In its place, the annotator's features of reference images alone, (M, D).
+        extractors: Further features for distances, diversity and preservation.
+        clip: Scores how well images show their prompts (CLIP-T); its image features serve as an extractor too.
+        lpips: Measure the diversity of each prompt's images by LPIPS; needs the extra `metrics`.
+        target: Class of the first attribute to desired share, for the distances to a target; uniform by default.
+        baseline: The model that others are compared with, seed by seed; by default "base" where there is one.
+        min_confidence: Images whose most probable class is less probable are "cannot tell".
+        confidence: Nominal coverage of all intervals.
+        num_resamples: Resamples of each interval.
+        seed: Seed of the resamples.
         batch_size: Images in memory at a time.
         progress: Show a progress bar.
 
     Raises:
-        EvaluationError: A folder, manifest or image is absent or damaged, a manifest mixes module scales,
-            a prompt has fewer than two images or is not everywhere, or an attribute or class is unknown.
+        EvaluationError: A folder, manifest or image is absent or damaged, a manifest mixes module scales, a prompt
+            has fewer than two images or is not everywhere, an attribute, class or model is unknown, features are not
+            finite or of another size than the reference's, or a setting is out of range.
     """
-    attributes = [attribute] if subject_attribute is None else [attribute, subject_attribute]
-    _check_attributes(annotator, attributes)
-    if subject_attribute is None and subject_of is not None:
-        raise EvaluationError("Expected subject_attribute beside subject_of, got None. Name the attribute.")
-    if batch_size < 1:
-        raise EvaluationError(f"Expected a batch_size of at least 1, got {batch_size}.")
+    attributes = (attribute,) if isinstance(attribute, str) else tuple(attribute)
+    _check_settings(attributes, subject_attribute, subject_of, min_confidence, confidence, num_resamples, batch_size)
     rows_by_model = {
-        model: [row for folder in several for row in _read_manifest(folder)]
-        for model, several in _resolve(folders).items()
+        model: [row for folder in several for row in read_manifest(folder)]
+        for model, several in resolve_folders(folders).items()
     }
-    prompts = _common_prompts(rows_by_model)
+    if isinstance(annotator, GivenLabels):
+        annotator.discover([row.values for rows in rows_by_model.values() for row in rows])
+    asked = [*attributes, *([subject_attribute] if subject_attribute else [])]
+    _check_attributes(annotator, asked)
+    prompts = common_prompts(rows_by_model)
     named: Mapping[str, str] = {}
     if subject_attribute is not None:
-        named = _named_subjects(prompts, annotator.attributes[subject_attribute], subject_of)
+        named = named_subjects(prompts, annotator.attributes[subject_attribute], subject_of)
+    baseline = _baseline(list(rows_by_model), baseline)
+    if reference is None and reference_features is not None:
+        reference = Described({}, {}, {annotator.feature_name: np.asarray(reference_features, dtype=np.float32)})
+    extractors = [*extractors, *([clip] if clip is not None else [])]
+    question = Question(
+        attributes=attributes,
+        classes=annotator.attributes,
+        confusion={name: annotator.confusion(name, min_confidence) for name in asked},
+        min_confidence=min_confidence,
+        subject_attribute=subject_attribute,
+        subject_of=named,
+        target=_target(target, attributes[0], annotator.attributes[attributes[0]]),
+        confidence=confidence,
+        num_resamples=num_resamples,
+        seed=seed,
+    )
 
-    models: dict[str, dict[str, Measures]] = {}
+    seen: dict[str, Described] = {}
     with progress_bar("annotating", sum(map(len, rows_by_model.values())), enabled=progress) as bar:
         for model, rows in rows_by_model.items():
-            labels, features = _annotate(rows, annotator, attributes, batch_size, bar)
+            seen[model] = describe_rows(
+                rows, annotator, extractors=extractors, min_confidence=min_confidence, batch_size=batch_size, bar=bar
+            )
+    _check_reference(reference, seen)
+    models: dict[str, dict[str, Measures]] = {}
+    with progress_bar(
+        "measuring", sum(len(scale_keys(rows)) for rows in rows_by_model.values()), enabled=progress
+    ) as bar:
+        for model, rows in rows_by_model.items():
             models[model] = {}
-            for guidance_scale in sorted({row.guidance_scale for row in rows}):
-                chosen = [index for index, row in enumerate(rows) if row.guidance_scale == guidance_scale]
-                images = [rows[index].prompt for index in chosen]
-                counts = _count(images, [labels[attribute][i] for i in chosen], annotator.attributes[attribute])
-                table = np.array(list(counts.values()))
-                correct = [
-                    labels[subject_attribute][i] == named[rows[i].prompt]
-                    for i in chosen
-                    if subject_attribute is not None and rows[i].prompt in named
-                ]
-                models[model][str(guidance_scale)] = Measures(
-                    bias=fairness.bias(table),
-                    bias_floor=fairness.bias_floor(table.sum(axis=1), table.shape[1]),
-                    bias_ci=fairness.bias_interval(
-                        table, confidence=confidence, num_resamples=num_resamples, seed=seed
-                    ),
-                    accuracy=float(np.mean(correct)) if correct else None,
-                    frechet=None
-                    if reference_features is None
-                    else frechet_distance(features[chosen], reference_features),
-                    images_per_prompt=int(table.sum(axis=1).min()),
-                    shares={
-                        prompt: dict(zip(annotator.attributes[attribute], share.tolist(), strict=True))
-                        for prompt, share in zip(counts, fairness.shares(table), strict=True)
-                    },
+            for key in scale_keys(rows):
+                chosen, known = _at(rows, seen[model], key)
+                measures = measure(
+                    chosen,
+                    known,
+                    question,
+                    reference=reference,
+                    clip=clip,
+                    lpips=lpips,
                 )
-    return Results(models)
+                if baseline and model != baseline and key in scale_keys(rows_by_model[baseline]):
+                    base_rows, base = _at(rows_by_model[baseline], seen[baseline], key)
+                    measures = replace(measures, preservation=preserve(chosen, known, base_rows, base, question))
+                models[model][key] = measures
+                bar.advance()
+    return Results(
+        models=models,
+        attribute=attributes[0],
+        classes={name: tuple(annotator.attributes[name]) for name in dict.fromkeys(asked)},
+        subject_attribute=subject_attribute or "",
+        annotator=_record(annotator, question, asked),
+        target=dict(target or {}),
+        baseline=baseline,
+        confidence=confidence,
+        reference_images=0 if reference is None else len(reference),
+        notes=tuple(_notes(models, annotator, question)),
+    )
 
 
-def _annotate(
-    rows: Sequence[_Row], annotator: Annotator, attributes: Sequence[str], batch_size: int, bar: Bar
-) -> tuple[dict[str, list[str]], NDArray[Any]]:
-    """Return labels by attribute and features, (N, D), holding the pixels of one batch at a time."""
-    labels: dict[str, list[str]] = {name: [] for name in attributes}
-    features = []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        seen = annotator.predict([_open_image(row.path) for row in batch])
-        for name in labels:
-            labels[name] += seen.labels(name)
-        features.append(np.asarray(seen.features))
-        bar.advance(len(batch))
-    return labels, np.concatenate(features)
+def _at(rows: Sequence[Row], seen: Described, key: str) -> tuple[list[Row], Described]:
+    chosen = [index for index, row in enumerate(rows) if row.scale_key == key]
+    return [rows[index] for index in chosen], seen.take(chosen)
 
 
-def _check_attributes(annotator: Annotator, attributes: Sequence[str]) -> None:
+def _check_settings(
+    attributes: Sequence[str],
+    subject_attribute: str | None,
+    subject_of: Mapping[str, str] | None,
+    min_confidence: float,
+    confidence: float,
+    num_resamples: int,
+    batch_size: int,
+) -> None:
+    if not attributes or len(set(attributes)) < len(attributes):
+        raise EvaluationError(f"Expected different attributes, at least one, got {list(attributes)}.")
+    if subject_attribute is None and subject_of is not None:
+        raise EvaluationError("Expected subject_attribute beside subject_of, got None. Name the attribute.")
+    if subject_attribute in attributes:
+        raise EvaluationError(
+            f"Expected a subject_attribute other than the sensitive ones, got {subject_attribute!r} for both."
+        )
+    for name, number in (("batch_size", batch_size), ("num_resamples", num_resamples)):
+        if number < 1:
+            raise EvaluationError(f"Expected a {name} of at least 1, got {number}.")
+    if not 0 < confidence < 1:
+        raise EvaluationError(f"Expected a confidence above 0 and below 1, got {confidence}. 0.95 is usual.")
+    if not 0 <= min_confidence < 1:
+        raise EvaluationError(f"Expected a min_confidence of at least 0 and below 1, got {min_confidence}.")
+
+
+def _check_attributes(annotator: Judge, attributes: Sequence[str]) -> None:
     for name in attributes:
         if name not in annotator.attributes:
             raise EvaluationError(
@@ -215,135 +191,73 @@ def _check_attributes(annotator: Annotator, attributes: Sequence[str]) -> None:
             )
 
 
-def _resolve(folders: Mapping[str, Folders] | str | Path) -> dict[str, list[Path]]:
-    if isinstance(folders, Mapping):
-        if not folders or any(not isinstance(given, str | Path) and not given for given in folders.values()):
-            raise EvaluationError("Expected at least one folder of images of each model, got none.")
-        return {
-            model: [Path(given)] if isinstance(given, str | Path) else [Path(folder) for folder in given]
-            for model, given in folders.items()
-        }
-    folder = Path(folders)
-    inside = {child.name: child for child in sorted(folder.glob("*")) if (child / MANIFEST).is_file()}
-    if inside and not (folder / MANIFEST).is_file():
-        return {model: [child] for model, child in inside.items()}
-    return {folder.resolve().name: [folder]}
+def _target(target: Mapping[str, float] | None, attribute: str, classes: Sequence[str]) -> tuple[float, ...] | None:
+    if target is None:
+        return None
+    if set(target) != set(classes):
+        raise EvaluationError(
+            f"Expected a target share for each class of {attribute} ({', '.join(classes)}), got {', '.join(target)}."
+        )
+    shares: NDArray[Any] = np.array([target[name] for name in classes], dtype=np.float64)
+    if not np.isfinite(shares).all() or (shares < 0).any() or abs(shares.sum() - 1) > 1e-6:
+        raise EvaluationError(f"Expected target shares of at least 0 that sum to 1, got {dict(target)}.")
+    return tuple(shares.tolist())
 
 
-def _read_manifest(folder: Path) -> list[_Row]:
-    manifest = folder / MANIFEST
-    try:
-        lines = manifest.read_text(encoding="utf-8").split("\n")  # captions may hold other line breaks
-    except FileNotFoundError as error:
+def _baseline(models: Sequence[str], baseline: str | None) -> str:
+    if baseline is None:
+        return "base" if "base" in models else ""
+    if baseline not in models:
+        raise EvaluationError(f"Expected a baseline among {', '.join(models)}, got {baseline!r}.")
+    return baseline
+
+
+def _check_reference(reference: Described | None, seen: Mapping[str, Described]) -> None:
+    if reference is None:
+        return
+    features = next(iter(seen.values())).features
+    shared = reference.features.keys() & features.keys()
+    if not shared:
         raise EvaluationError(
-            f"Expected {MANIFEST} in {folder}, found none. Give a folder that `invdiff generate` wrote."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"Expected UTF-8 in {manifest}, found something else. Generate again.") from error
-    rows = [_read_row(line, folder, number) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not rows:
-        raise EvaluationError(f"Expected images in {manifest}, found none. Generate them first.")
-    seen: set[Path] = set()
-    for row in rows:
-        if row.path in seen:
-            raise EvaluationError(f"Expected each image once in {manifest}, found {row.path} again. Remove it.")
-        seen.add(row.path)
-    absent = [row.path for row in rows if not row.path.is_file()]
-    if absent:
-        raise EvaluationError(
-            f"Expected the {len(rows)} images that {manifest} names, found {len(absent)} absent, first "
-            f"{absent[0]}. Run the same `invdiff generate` again: it makes what is missing."
+            f"Expected reference features among those of the images ({', '.join(features) or 'none'}), got "
+            f"{', '.join(reference.features) or 'none'}. Name an extractor of features, or leave the reference out."
         )
-    scales = sorted({row.scale for row in rows})
-    if len(scales) > 1:
-        raise EvaluationError(
-            f"Expected images of one module scale in {folder}, found {scales}. Generate each scale into a "
-            "folder of its own and pass them as {name: folder}."
-        )
-    for child in sorted(folder.iterdir()):
-        if child.is_dir() and not any(child.iterdir()):
+    for name in shared:
+        ours, theirs = features[name].shape, reference.features[name].shape
+        if len(theirs) != 2 or theirs[1] != ours[1]:
             raise EvaluationError(
-                f"Expected images in {child}, found none: generation stopped early. Run it again, or remove "
-                "the folder."
+                f"Expected reference features of {name} of shape (M, {ours[1]}), got {theirs}. Use one extractor."
             )
-    for guidance_scale in sorted({row.guidance_scale for row in rows}):
-        counts = Counter(row.prompt for row in rows if row.guidance_scale == guidance_scale)
-        prompt, fewest = counts.most_common()[-1]
-        if fewest < 2:
-            raise EvaluationError(
-                f"Expected at least 2 images per prompt in {folder}, found {fewest} of {prompt!r} at "
-                f"guidance scale {guidance_scale}. Generate more."
+
+
+def _record(annotator: Judge, question: Question, asked: Sequence[str]) -> AnnotatorRecord:
+    accuracy: dict[str, float | None] = {}
+    confusion: dict[str, list[list[float]] | None] = {}
+    for name in dict.fromkeys(asked):
+        matrix = question.confusion[name]
+        accuracy[name] = None if matrix is None else float(np.trace(matrix) / np.sum(matrix))
+        confusion[name] = None if matrix is None else np.asarray(matrix).tolist()
+    return AnnotatorRecord(annotator.name, question.min_confidence, accuracy, confusion)
+
+
+def _notes(models: Mapping[str, Mapping[str, Measures]], annotator: Judge, question: Question) -> list[str]:
+    """Return what a reader should know before trusting the figures."""
+    notes = []
+    for name in question.attributes:
+        if question.confusion[name] is None and not isinstance(annotator, GivenLabels):
+            notes.append(
+                f"how {annotator.name} errs on {name} is not known, so no figure is corrected for it: measure it on "
+                "labelled images"
             )
-    return rows
-
-
-def _read_row(line: str, folder: Path, number: int) -> _Row:
-    try:
-        values = json.loads(line)
-        return _Row(
-            path=folder / values["file_name"],
-            prompt=str(values["prompt"]),
-            guidance_scale=float(values["guidance_scale"]),
-            scale=float(values["scale"]),
-        )
-    except (ValueError, TypeError, KeyError) as error:
-        raise EvaluationError(
-            f"Expected a JSON object with file_name, prompt, guidance_scale and scale in line {number} of "
-            f"{folder / MANIFEST}, found something else ({error!r}). Remove the line and generate again."
-        ) from error
-
-
-def _common_prompts(rows_by_model: Mapping[str, Sequence[_Row]]) -> list[str]:
-    """Return the prompts in order; every model must have each at every guidance scale."""
-    prompts = list(dict.fromkeys(row.prompt for rows in rows_by_model.values() for row in rows))
-    for model, rows in rows_by_model.items():
-        for guidance_scale in sorted({row.guidance_scale for row in rows}):
-            present = {row.prompt for row in rows if row.guidance_scale == guidance_scale}
-            absent = [prompt for prompt in prompts if prompt not in present]
-            if absent:
-                raise EvaluationError(
-                    f"Expected images of the same prompts everywhere, found none of {absent[0]!r} in {model} "
-                    f"at guidance scale {guidance_scale}. Generate them, or evaluate the folders apart: "
-                    "averages over different prompts cannot be compared."
-                )
-    return prompts
-
-
-def _named_subjects(
-    prompts: Sequence[str], classes: Sequence[str], subject_of: Mapping[str, str] | None
-) -> dict[str, str]:
-    if subject_of is not None:
-        for prompt, name in subject_of.items():
-            if name not in classes:
-                raise EvaluationError(
-                    f"Expected a class that the annotator knows for {prompt!r}, got {name!r}; it knows "
-                    f"{', '.join(classes)}."
-                )
-        return dict(subject_of)
-    found = {prompt: _class_in(prompt, classes) for prompt in prompts}
-    return {prompt: name for prompt, name in found.items() if name is not None}
-
-
-def _class_in(prompt: str, classes: Sequence[str]) -> str | None:
-    for name in sorted(classes, key=len, reverse=True):
-        words = re.escape(name.replace("_", " "))
-        if re.search(rf"(?<!\w){words}(?!\w)", prompt, flags=re.IGNORECASE):
-            return name
-    return None
-
-
-def _count(prompts: Sequence[str], labels: Sequence[str], classes: Sequence[str]) -> dict[str, list[int]]:
-    """Return prompt to images per class, prompts in order of appearance."""
-    table = Counter(zip(prompts, labels, strict=True))
-    return {prompt: [table[prompt, name] for name in classes] for prompt in prompts}
-
-
-def _open_image(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise EvaluationError(
-            f"Expected a readable image in {path}, found something else ({error}). Delete it and run "
-            "`invdiff generate` again."
-        ) from error
+        for group in question.classes[name]:
+            drawn = sum(
+                counts.get(group, 0)
+                for by_scale in models.values()
+                for measures in by_scale.values()
+                for counts in measures.attributes[name].counts.values()
+            )
+            if not drawn:
+                notes.append(f"no image of any model was annotated {group!r} ({name})")
+    if len(question.attributes) > 1:
+        notes.append("figures of intersections are not corrected for the annotator's errors")
+    return notes

@@ -198,7 +198,7 @@ def _figures(record: Mapping[str, Any]) -> str:
         "Measured on generated images of the base model and of the guided one, as labelled by an annotator. Bias "
         "is the mean over prompts of the difference in share between classes: 0 is even, 1 (of two classes) always "
         "the same class. The floor is the Bias expected of a perfectly fair sampler with as many images; a Bias "
-        "near it cannot be told from none. In brackets a bootstrap interval."
+        "near it cannot be told from none. In brackets its interval, which holds near the floor too."
     ]
     for attribute, figures in sorted(all_figures.items()):
         figures = _mapping(figures)

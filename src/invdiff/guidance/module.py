@@ -223,10 +223,10 @@ class GuidanceModule(ModelMixin, ConfigMixin):
 
         Args:
             results: What `evaluate` returned, the same as a mapping, or the JSON file that `invdiff evaluate` wrote.
-            attribute: The sensitive attribute they are of. Figures of another attribute are kept beside them,
-                those of the same one are replaced.
-            annotator: Name of what labelled the images, for people.
-            annotator_accuracy: Its held-out accuracy on the attribute, 0 to 1.
+            attribute: The sensitive attribute they are of, unless the results say. Figures of another attribute are
+                kept beside them, those of the same one are replaced.
+            annotator: Name of what labelled the images, for people, unless the results say.
+            annotator_accuracy: Its held-out accuracy on the attribute, 0 to 1, unless the results say.
 
         Raises:
             ConfigError: `results` are something else.

@@ -107,25 +107,37 @@ def with_figures(
     """Return a record with the figures of generated images; see `GuidanceModule.add_figures`."""
     record = dict(record) if isinstance(record, Mapping) else {}
     figures = dict(record["figures"]) if isinstance(record.get("figures"), Mapping) else {}
+    where, document = "", results
+    if isinstance(results, str | Path):
+        where, document = f" in {results}", read_json(Path(results))
+    elif hasattr(results, "to_dict"):
+        document = results.to_dict()
+    stated: dict[str, Any] = {}
+    if isinstance(document, Mapping) and "models" in document:
+        stated, document = dict(document), document["models"]
+    attribute = attribute or str(stated.get("attribute", ""))
+    judge = stated.get("annotator")
+    judge = judge if isinstance(judge, Mapping) else {}
+    accuracies = judge.get("accuracy")
+    if annotator_accuracy is None and isinstance(accuracies, Mapping):
+        annotator_accuracy = accuracies.get(attribute)
     figures[attribute] = {
-        "models": _models(results),
-        "annotator": annotator,
+        "models": _models(document, where),
+        "annotator": annotator or str(judge.get("name", "")),
         "annotator_accuracy": annotator_accuracy,
+        "confidence": stated.get("confidence"),
     }
     return _plain({**record, "figures": figures})
 
 
-def _models(results: Any) -> dict[str, Any]:
-    """Return model to guidance scale to figures, of `Results`, a mapping or a file."""
-    where = ""
-    if isinstance(results, str | Path):
-        where, results = f" in {results}", read_json(Path(results))
-    elif hasattr(results, "to_dict"):
-        results = results.to_dict()
+def _models(results: Any, where: str) -> dict[str, Any]:
+    """Return model to guidance scale to figures."""
     try:
         return {
             str(model): {
-                str(float(scale)): {name: measures.get(name) for name in _MEASURES}
+                "unstated" if scale == "unstated" else str(float(scale)): {
+                    name: measures.get(name) for name in _MEASURES
+                }
                 | {"bias": float(measures["bias"]), "bias_ci": list(measures["bias_ci"])}
                 for scale, measures in by_scale.items()
             }

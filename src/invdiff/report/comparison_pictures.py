@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from PIL import Image
 
 from ..errors import ConfigError, EvaluationError
-from .style import INK, PALETTE, SOFT, Sheet, colour_of, number, percent, shorten, text_width, ticks
+from .charts import BASE_COLOUR, Panel, Point, Series, distinct_floors, numbered_series, save_line_charts
+from .style import INK, SOFT, Sheet, colour_of, percent, shorten, text_width
 
 MANIFEST = "manifest.jsonl"
 LABELS = {"base": "Base model", "guided": "With guidance"}
-MODEL_COLOURS = {"base": "#6f7b8a", "guided": PALETTE[1]}
-OTHER_COLOURS = (*PALETTE[2:4], PALETTE[5], PALETTE[0], *PALETTE[6:])
 
 _MARGIN = 64
 _SMALLEST = 100
@@ -30,14 +28,6 @@ Shares = Mapping[str, Mapping[str, Mapping[str, float]]]
 class _Pair:
     base: Path
     guided: Path
-
-
-@dataclass(frozen=True)
-class _Point:
-    scale: float
-    bias: float
-    low: float
-    high: float
 
 
 def save_before_after(
@@ -122,115 +112,59 @@ def save_bias_curve(path: Path, results: Mapping[str, Mapping[str, Mapping[str, 
 
     Args:
         path: The PNG to write, 1400 pixels wide.
-        results: Model to guidance scale to "bias", "bias_floor" and "bias_ci", as `Results.to_dict()` returns.
+        results: Model to guidance scale to "bias", "bias_floor" and "bias_ci", as `Results.models_to_dict()` returns.
 
     Raises:
         EvaluationError: `results` holds nothing to draw.
     """
     curves, floors = _read_curves(results)
-    scales = sorted({point.scale for curve in curves.values() for point in curve})
-    if not scales:
+    if not curves:
         raise EvaluationError("Expected results of at least one model, got none. Run `invdiff evaluate`.")
-
-    width, height, left, top, plot_height, name_size = 1400, 860, _MARGIN + 56, 190, 510, 22
-    names = {model: shorten(LABELS.get(model, model), 320, name_size, bold=True) for model in curves}
-    colours = _model_colours(curves)
-    widest = max(text_width(name, name_size, bold=True) for name in names.values())
-    plot_width = width - left - _MARGIN - 28 - widest
-    sheet = Sheet(width, height)
-    sheet.text(_MARGIN, 92, "Bias at every guidance scale", size=40, bold=True)
-    subtitle = "How far apart the classes' shares are: 0 is balanced, 1 is always the same class"
-    sheet.text(_MARGIN, 136, subtitle, size=23, colour=SOFT, width=width - 2 * _MARGIN)
-    sheet.text(left + plot_width / 2, height - 94, "guidance scale", size=20, colour=SOFT, align="center")
-
-    axes = sheet.axes(left, top, plot_width, plot_height)
-    spread = (scales[-1] - scales[0]) or 1.0
-    limits = (scales[0] - 0.04 * spread, scales[-1] + 0.04 * spread)
-    top_value = max(1.0, *(point.high for curve in curves.values() for point in curve))
-    axes.set_xlim(*limits)
-    axes.set_ylim(0, 1.04 * top_value)
-    ticks(axes, "x", scales, [number(scale) for scale in scales], size=20)
-    levels = [0, 0.25, 0.5, 0.75, 1]
-    ticks(axes, "y", levels, [number(level) for level in levels], size=20)
-    for floor in floors:
-        line = [(limits[0], floor[0][1]), *floor, (limits[1], floor[-1][1])]
-        axes.plot(*zip(*line, strict=True), color=SOFT, linewidth=2, linestyle=(0, (1, 2)), zorder=1)
-    for place, (model, curve) in enumerate(curves.items()):
-        # Side by side, so that intervals do not cover each other.
-        shift = 0.006 * spread * (place - (len(curves) - 1) / 2)
-        _draw_curve(axes, curve, colours[model], shift)
-    heights = [curve[-1].bias for curve in curves.values()]
-    for model, value in zip(curves, apart(heights, 0.06 * top_value), strict=True):
-        y = top + plot_height * (1 - value / (1.04 * top_value)) + 8
-        sheet.text(left + plot_width + 18, y, names[model], size=name_size, bold=True, colour=colours[model])
-    sheet.dotted(_MARGIN, height - 54, 44)
-    note = "what a perfectly fair sampler would show on as many images"
-    sheet.text(left, height - 48, note, size=18, colour=SOFT)
-    return sheet.save(Path(path))
-
-
-def apart(values: Sequence[float], gap: float) -> list[float]:
-    """Return `values` moved as little as it takes for no two to be closer than `gap`, in the same order."""
-    order = sorted(range(len(values)), key=lambda index: values[index])
-    clusters: list[list[int]] = []
-    centres: list[float] = []
-    for index in order:
-        clusters.append([index])
-        centres.append(values[index])
-        while len(clusters) > 1:
-            reach = gap * (len(clusters[-1]) + len(clusters[-2])) / 2
-            if centres[-1] - centres[-2] >= reach:
-                break
-            merged = clusters[-2] + clusters[-1]
-            clusters[-2:], centres[-2:] = [merged], [sum(values[i] for i in merged) / len(merged)]
-    moved = [0.0] * len(values)
-    for cluster, centre in zip(clusters, centres, strict=True):
-        for place, index in enumerate(cluster):
-            moved[index] = centre + gap * (place - (len(cluster) - 1) / 2)
-    return moved
+    panel = Panel("Bias", _model_series(curves), distinct_floors(floors), reach=(0, 1))
+    return save_line_charts(
+        Path(path),
+        [panel],
+        title="Bias at every guidance scale",
+        subtitle="How far apart the classes' shares are: 0 is balanced, 1 is always the same class",
+        x_name="guidance scale",
+    )
 
 
 def _read_curves(
     results: Mapping[str, Mapping[str, Mapping[str, Any]]],
-) -> tuple[dict[str, list[_Point]], list[tuple[tuple[float, float], ...]]]:
-    """Return each model's points by guidance scale, and the different floors: (scale, floor) pairs."""
+) -> tuple[dict[str, tuple[Point, ...]], list[list[tuple[float, float]]]]:
+    """Return each model's Bias by guidance scale, and each model's floors as (scale, floor)."""
     try:
         curves = {
-            model: sorted(
-                (
-                    _Point(float(scale), float(at["bias"]), float(at["bias_ci"][0]), float(at["bias_ci"][1]))
-                    for scale, at in by_scale.items()
-                ),
-                key=lambda point: point.scale,
+            model: tuple(
+                Point(float(scale), float(at["bias"]), float(at["bias_ci"][0]), float(at["bias_ci"][1]))
+                for scale, at in sorted(by_scale.items(), key=lambda entry: float(entry[0]))
             )
             for model, by_scale in results.items()
             if by_scale
         }
-        floors = {
-            tuple(sorted((float(scale), round(float(at["bias_floor"]), 4)) for scale, at in by_scale.items()))
+        floors = [
+            [(float(scale), float(at["bias_floor"])) for scale, at in by_scale.items()]
             for by_scale in results.values()
-            if by_scale
-        }
+        ]
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise EvaluationError(
             f"Expected model to guidance scale to bias, bias_floor and bias_ci, got something else ({error!r}). "
-            "Give what `Results.to_dict()` returns."
+            "Give what `Results.models_to_dict()` returns."
         ) from error
-    return curves, sorted(floors)
+    return curves, floors
 
 
-def _draw_curve(axes: Axes, curve: Sequence[_Point], colour: str, shift: float) -> None:
-    x = [point.scale + shift for point in curve]
-    axes.vlines(x, [p.low for p in curve], [p.high for p in curve], color=colour, alpha=0.35, linewidth=7)
-    axes.plot(x, [p.bias for p in curve], color=colour, linewidth=3)
-    axes.plot(x, [p.bias for p in curve], "o", color=colour, markersize=9, mec="white", mew=1.8, clip_on=False)
-
-
-def _model_colours(models: Iterable[str]) -> dict[str, str]:
-    names = list(models)
-    others = [model for model in names if model not in MODEL_COLOURS]
-    cycle = {model: OTHER_COLOURS[place % len(OTHER_COLOURS)] for place, model in enumerate(others)}
-    return {model: MODEL_COLOURS.get(model) or cycle[model] for model in names}
+def _model_series(curves: Mapping[str, tuple[Point, ...]]) -> list[Series]:
+    others = iter(range(1, len(curves) + 1))
+    series = []
+    for model, points in curves.items():
+        name = LABELS.get(model, model)
+        if model == "base":
+            series.append(Series(name, points, BASE_COLOUR))
+        else:
+            series.append(numbered_series(0 if model == "guided" else next(others), name, points))
+    return series
 
 
 def _pairs(base_dir: Path, guided_dir: Path, guidance_scale: float | None) -> tuple[float, dict[str, list[_Pair]]]:

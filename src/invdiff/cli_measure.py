@@ -1,0 +1,243 @@
+"""Commands that measure: evaluate images, teach a classifier with them, and sweep over settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_options import (
+    DATA_PANEL,
+    RUN_PANEL,
+    CaptionColumn,
+    DataSource,
+    ImageColumn,
+    Limit,
+    MaxUnreadable,
+    Output,
+    Quiet,
+    Split,
+    labelled_folders,
+    option,
+    setting,
+    settings,
+    target_from,
+)
+from .cli_output import finish, one_process, print_augmentation, print_results, print_sweep, say, silence_libraries
+from .config import AugmentationConfig
+from .errors import ConfigError
+
+PANEL = "The way through"
+EXPERIMENTS = "To experiment"
+
+app = typer.Typer()
+
+Folders = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="DIR",
+        help="Folders that `invdiff generate` wrote, or any with a manifest (file_name, prompt), each named after its "
+        "model, or NAME=DIR. Several NAME=DIR with one name are one model at several guidance scales.",
+    ),
+]
+
+
+@app.command(
+    rich_help_panel=PANEL,
+    epilog="Example: invdiff evaluate out/base out/guided --annotator out/annotator --attribute background",
+)
+def evaluate(
+    folders: Folders,
+    annotator: Annotated[
+        str,
+        option(
+            "What names the classes: a folder that `invdiff annotator train` or `measure` wrote, a CLIP model (with "
+            "--classes), any image classifier of transformers, or `labels` for columns of the manifest.",
+            metavar="ANNOTATOR",
+        ),
+    ],
+    attribute: Annotated[
+        list[str],
+        option("Sensitive attribute, to measure Bias on; repeat for more, and for how they intersect."),
+    ],
+    subject_attribute: Annotated[str | None, option("Attribute that prompts name, to measure accuracy on.")] = None,
+    classes: Annotated[
+        Path | None,
+        option("YAML or JSON for a CLIP annotator: attribute to class to prompts.", metavar="FILE"),
+    ] = None,
+    min_confidence: Annotated[
+        float, option("Images whose likeliest class is less probable are counted as `cannot tell`.", min=0, max=1)
+    ] = 0.0,
+    target: Annotated[
+        str | None, option("Desired mix of the first attribute, such as land=0.3,water=0.7. Without it, uniform.")
+    ] = None,
+    baseline: Annotated[
+        str | None, option("Model that others are compared with, seed by seed. Without it, `base` if there is one.")
+    ] = None,
+    confidence: Annotated[float, option("Coverage of the intervals.", min=0.5, max=0.999)] = 0.95,
+    features: Annotated[
+        list[str] | None,
+        option(
+            "Further features to measure quality on: `inception` (extra `metrics`), or a vision model such as DINOv2, "
+            "by folder or hub id; repeat for more.",
+            metavar="MODEL",
+        ),
+    ] = None,
+    clip: Annotated[
+        str | None, option("CLIP model, to measure how well images show their prompts (CLIP-T).", metavar="MODEL")
+    ] = None,
+    lpips: Annotated[
+        bool, option("Measure the diversity of each prompt's images by LPIPS (extra `metrics`).", "--lpips")
+    ] = False,
+    reference: Annotated[
+        str | None, option("Captioned images that quality is measured against.", panel=DATA_PANEL, metavar="DATA")
+    ] = None,
+    caption_column: CaptionColumn = None,
+    image_column: ImageColumn = None,
+    split: Split = "train",
+    limit: Limit = None,
+    max_unreadable: MaxUnreadable = 0.01,
+    output: Annotated[
+        Path, option("JSON file to write; every figure is also a row of a CSV file beside it.", panel=RUN_PANEL)
+    ] = Path("results.json"),
+    quiet: Quiet = False,
+) -> None:
+    """Measure Bias, accuracy and quality of generated images, of any tool, at every guidance scale."""
+    one_process("evaluate")
+    source = DataSource(reference or "", caption_column, image_column, split, limit, max_unreadable)
+    if reference is None and source.flags():
+        raise ConfigError(f"Expected --reference beside {source.flags()[0]}, got none: only a reference has columns.")
+    mix = target_from(target) if target else None
+    say("loading the annotator", quiet=quiet)
+    silence_libraries()
+    from .evaluation.annotators import load_annotator
+    from .evaluation.describe import Judge, describe_reference
+    from .evaluation.evaluate import evaluate as run_evaluate
+    from .evaluation.extractors import CLIPScorer, load_extractor
+    from .evaluation.given_labels import GivenLabels
+
+    if annotator == "labels":
+        judge: Judge = GivenLabels([*attribute, *([subject_attribute] if subject_attribute else [])])
+    else:
+        judge = load_annotator(annotator, attribute=attribute[0], classes=classes)
+    extractors = [load_extractor(spec) for spec in features or ()]
+    scorer = CLIPScorer.load(clip) if clip else None
+    seen = None
+    if reference is not None:
+        seen = describe_reference(
+            source.load(),
+            judge,
+            extractors=[*extractors, *([scorer] if scorer else [])],
+            min_confidence=min_confidence,
+            progress=not quiet,
+        )
+    results = run_evaluate(
+        labelled_folders(folders),
+        judge,
+        attribute=attribute,
+        subject_attribute=subject_attribute,
+        reference=seen,
+        extractors=extractors,
+        clip=scorer,
+        lpips=lpips,
+        target=mix,
+        baseline=baseline,
+        min_confidence=min_confidence,
+        confidence=confidence,
+        progress=not quiet,
+    )
+    results.save(output)
+    print_results(results)
+    finish(f"The results are in {output}, and as a table in {output.with_suffix('.csv')}.")
+
+
+@app.command(
+    rich_help_panel=EXPERIMENTS,
+    epilog="Example: invdiff augment out/base out/guided --test balanced-photos --subject-attribute subject "
+    "--attribute background",
+)
+def augment(
+    folders: Folders,
+    test: Annotated[
+        str,
+        option("Real labelled images to test on, of every combination of the two attributes.", metavar="DATA"),
+    ],
+    subject_attribute: Annotated[str, option("Attribute that prompts name, which the classifier learns.")],
+    attribute: Annotated[str, option("Attribute that should not matter; groups are combinations of the two.")],
+    train: Annotated[
+        str | None,
+        option("Real images with the subject in a column, to add the generated ones to.", metavar="DATA"),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, option("Take the images of this guidance scale, where folders hold several.", min=0)
+    ] = None,
+    steps: Annotated[int | None, setting(AugmentationConfig, "steps", min=1)] = None,
+    resolution: Annotated[int | None, setting(AugmentationConfig, "resolution", min=8)] = None,
+    num_seeds: Annotated[int, option("Classifiers of each model.", min=1)] = 3,
+    output: Annotated[Path, option("JSON file to write.", panel=RUN_PANEL, metavar="FILE")] = Path(
+        "augmentation.json"
+    ),
+    quiet: Quiet = False,
+) -> None:
+    """Train classifiers on generated images and test them on real ones: does the accident reach them?"""
+    one_process("augment")
+    say("opening images", quiet=quiet)
+    silence_libraries()
+    from .data.captioned import load_captioned_images
+    from .evaluation.augmentation import augmentation_test
+
+    results = augmentation_test(
+        labelled_folders(folders),
+        load_captioned_images(test),
+        subject_attribute=subject_attribute,
+        attribute=attribute,
+        train=load_captioned_images(train) if train else None,
+        guidance_scale=guidance_scale,
+        config=settings(AugmentationConfig, None, steps=steps, resolution=resolution),
+        seeds=tuple(range(num_seeds)),
+        progress=not quiet,
+    )
+    results.save(output)
+    print_augmentation(results)
+    finish(f"The results are in {output}.")
+
+
+@app.command(rich_help_panel=EXPERIMENTS, epilog="Example: invdiff sweep delta.yaml --output out/delta")
+def sweep(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="JSON or YAML (SweepConfig): `vary` maps settings to lists of values; all else is held fixed.",
+        ),
+    ],
+    output: Output,
+    work: Annotated[
+        Path | None,
+        option(
+            "Where audits, modules and images are kept; sweeps may share it. Without it, OUTPUT/work.",
+            panel=RUN_PANEL,
+            metavar="DIR",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, option("Say how much work it is and stop.", "--dry-run", panel=RUN_PANEL)] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Audit, train, draw and measure at every combination of settings, into one table and its pictures."""
+    one_process("sweep")
+    from .sweep.config import SweepConfig
+    from .sweep.plan import cells, describe_plan
+
+    chosen = SweepConfig.from_file(config)
+    plan = describe_plan(cells(chosen))
+    if dry_run:
+        finish(f"{plan}.", ["invdiff", "sweep", str(config), "--output", str(output)])
+        return
+    say(plan, quiet=quiet)
+    silence_libraries()
+    from .sweep.run import run_sweep
+
+    table = run_sweep(chosen, output, work_dir=work, progress=not quiet)
+    print_sweep(table.to_dict())
+    finish(f"The table (CSV, JSON) and its pictures are in {output}.")

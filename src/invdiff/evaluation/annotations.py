@@ -1,0 +1,129 @@
+"""What an annotator sees in images, and what `evaluate` asks of an annotator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from ..errors import EvaluationError
+
+CANNOT_TELL = "cannot tell"
+"""The label of an image that an annotator is not confident about."""
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """What an annotator saw in N images.
+
+    Raises:
+        EvaluationError: Sizes disagree, or a probability is outside [0, 1] or NaN.
+    """
+
+    attributes: Mapping[str, tuple[str, ...]]
+    """Attribute name to class names."""
+    probabilities: Mapping[str, NDArray[np.float32]]
+    """Attribute name to class probabilities, (N, classes). A row of zeros: nothing is known of that image."""
+    features: NDArray[np.float32] | None
+    """Features for distances between sets of images, (N, D); None where the annotator gives none."""
+
+    def __post_init__(self) -> None:
+        lengths = set() if self.features is None else {len(self.features)}
+        for name, classes in self.attributes.items():
+            values = np.asarray(self.probabilities[name])
+            lengths.add(len(values))
+            if values.shape[1:] != (len(classes),) or not np.all((values >= 0) & (values <= 1 + 1e-4)):
+                raise EvaluationError(
+                    f"Expected probabilities in [0, 1] of {len(classes)} classes of {name!r} for each image, got "
+                    f"{_describe(values)}. Check what the annotator returns."
+                )
+        if len(lengths) > 1:
+            raise EvaluationError(
+                f"Expected as many rows for every attribute and for features, got {sorted(lengths)}. "
+                "Check what the annotator returns."
+            )
+
+    def classes(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64]:
+        """Return the index of each image's most probable class, (N,).
+
+        It is the number of classes K, for "cannot tell", where that probability is below `min_confidence` and
+        where nothing is known.
+
+        Raises:
+            EvaluationError: The attribute was not annotated, or `min_confidence` is outside [0, 1].
+        """
+        if attribute not in self.attributes:
+            raise EvaluationError(unknown_attribute(attribute, self.attributes))
+        return most_probable(self.probabilities[attribute], min_confidence)
+
+    def labels(self, attribute: str, min_confidence: float = 0.0) -> list[str]:
+        """Return `classes` by name, `CANNOT_TELL` among them."""
+        indices = self.classes(attribute, min_confidence)
+        names = (*self.attributes[attribute], CANNOT_TELL)
+        return [names[index] for index in indices]
+
+
+class Annotator(Protocol):
+    """Anything that names the classes in images: `evaluate` needs no more than this."""
+
+    @property
+    def name(self) -> str:
+        """What people call it, in figures and cards."""
+        ...
+
+    @property
+    def feature_name(self) -> str:
+        """What its features are called, "" where it gives none."""
+        ...
+
+    @property
+    def attributes(self) -> Mapping[str, tuple[str, ...]]:
+        """Attribute name to class names."""
+        ...
+
+    def predict(self, images: Iterable[Image.Image]) -> Annotations:
+        """Annotate `images`."""
+        ...
+
+    def confusion(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64] | None:
+        """Return counts of held-out images, (true class K, annotated class K + 1), the last for "cannot tell".
+
+        None where no held-out labelled images are known.
+        """
+        ...
+
+
+def most_probable(probabilities: ArrayLike, min_confidence: float = 0.0) -> NDArray[np.int64]:
+    """Return the column of each row's largest probability, (N,), or K where it is zero or below `min_confidence`.
+
+    Args:
+        probabilities: Class probabilities, (N, K).
+        min_confidence: From 0 to 1.
+
+    Raises:
+        EvaluationError: `min_confidence` is outside [0, 1].
+    """
+    if not 0 <= min_confidence <= 1:
+        raise EvaluationError(
+            f"Expected a confidence from 0 to 1, got {min_confidence!r}. Give 0 to take every image's likeliest class."
+        )
+    values = np.asarray(probabilities)
+    top = values.max(axis=1)
+    # float(): beside a NumPy scalar, float32 probabilities of 0.9 would count as below 0.9
+    unsure = (top < float(min_confidence)) | (top == 0)
+    return np.where(unsure, values.shape[1], values.argmax(axis=1))
+
+
+def unknown_attribute(attribute: str, known: Iterable[str]) -> str:
+    """Return the message for an attribute that is not among those known."""
+    return f"Expected one of the attributes {', '.join(known) or '(none)'}, got {attribute!r}. Choose one of these."
+
+
+def _describe(values: NDArray[np.float32]) -> str:
+    if values.size == 0:
+        return f"shape {values.shape}"
+    return f"shape {values.shape} and values from {values.min():g} to {values.max():g}"

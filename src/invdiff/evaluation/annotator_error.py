@@ -1,0 +1,216 @@
+"""Correction of counts for an annotator's mistakes, from its confusion matrix on held-out images.
+
+If a share p_k of the images is truly of class k and the annotator calls it j at rate M_kj, the annotated shares are
+q = M^T p. Solving for p is the "matrix method" of epidemiology and of quantification (Buonaccorsi, "Measurement
+Error", 2010; Forman, "Quantifying counts and costs via classification", 2008). It rests on the rates being the same
+in generated as in held-out images, which nothing here can check.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import EvaluationError
+from .fairness import FloatArray, find_metric, per_prompt, shares, supported, target_of
+from .intervals import bias_aware, check_settings, plausible_shares, resamples_for, whole_totals
+
+MAX_CONDITION = 20.0
+"""Condition number of the rates above which noise in the counts is amplified too much to correct them."""
+PRIOR = 0.5
+"""Held-out images added to each cell when rates are drawn (Jeffreys), so that an empty cell is not certain."""
+
+
+def correct_for_annotator(counts: ArrayLike, confusion: ArrayLike) -> FloatArray:
+    """Return the counts that the annotator's mistakes hide.
+
+    The shares are the inverse of the rates (least squares under a sum of 1 where there are more columns than
+    classes), and where that has negative shares, the Euclidean projection of it onto the simplex.
+
+    Args:
+        counts: Images per prompt and annotated class, (prompts, J). The last of J = K + 1 columns holds the images
+            whose class the annotator could not tell.
+        confusion: Held-out counts, (true class, annotated class), (K, J). Rows that all sum to 1 are taken as rates.
+
+    Returns:
+        Counts per true class with the same sum for each prompt, fractional, (prompts, K).
+
+    Raises:
+        EvaluationError: As for `fairness.shares`; the matrix does not fit the counts, has negative or infinite
+            cells, fractional counts, a class without held-out images, or classes that the annotator does not tell
+            apart.
+    """
+    table, held_out = _checked(counts, confusion)
+    totals = table.sum(axis=1, keepdims=True)
+    return totals * _solve(table / totals, _inverse(_shares(held_out)))
+
+
+def corrected_interval(
+    metric: str,
+    counts: ArrayLike,
+    confusion: ArrayLike,
+    *,
+    target: ArrayLike | None = None,
+    confidence: float = 0.95,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return a bias-aware interval of a metric of corrected counts, as `intervals.interval` does of raw ones.
+
+    Both the images and the held-out images are sampled: rates from Dirichlet distributions, the same for all
+    prompts, and annotations from multinomials. A confusion matrix of rates has no number of held-out images: it is
+    then taken as exact and the interval is too narrow by what it hides.
+
+    MEASURED
+
+    Args:
+        metric: A name in `fairness.METRICS`.
+        counts: Images per prompt and annotated class, (prompts, J).
+        confusion: Held-out counts or rates, (K, J), J = K or K + 1.
+        target: Shares to compare with, (K,), for a metric that takes them; even when None.
+        confidence: Coverage, above 0 and below 1.
+        num_resamples: Monte Carlo draws for each prompt, at least 20.
+        seed: Seed of the draws.
+
+    Returns:
+        The lower and the upper end, within what the metric can be.
+
+    Raises:
+        EvaluationError: As for `correct_for_annotator` and `intervals.interval`.
+    """
+    check_settings(confidence, num_resamples)
+    table, held_out = _checked(counts, confusion)
+    numbers = whole_totals(table)
+    corrected = correct_for_annotator(table, held_out)
+    values = per_prompt(metric, corrected, target=target)
+    chosen = find_metric(metric)
+    t = target_of(chosen, target, len(held_out))
+    generator = np.random.default_rng(seed)
+
+    resamples = resamples_for(num_resamples, len(table))
+    exact = _are_rates(held_out)
+    if exact:
+        rates, drawn = held_out, held_out[None]
+    else:
+        rates = _shares(held_out + PRIOR)
+        drawn = np.stack([generator.dirichlet(row + PRIOR, size=resamples) for row in held_out], axis=1)
+    inverses = _inverse(drawn)
+
+    def draw(p: FloatArray) -> FloatArray:
+        annotated = generator.multinomial(numbers, _shares(p @ rates), size=(resamples, len(p)))
+        return _solve(annotated / numbers[:, None], inverses)
+
+    p = corrected / corrected.sum(axis=1, keepdims=True)
+    worth = _worth(p, numbers, rates, None if exact else held_out.sum(axis=1))
+    degrees = (numbers - 1).sum() if exact else min((numbers - 1).sum(), (held_out.sum(axis=1) - 1).sum())
+    return bias_aware(
+        chosen,
+        values,
+        plausible_shares(p, worth, t, supported(chosen, t), confidence),
+        draw,
+        target=t,
+        confidence=confidence,
+        degrees=int(degrees),
+    )
+
+
+def project_to_simplex(x: FloatArray) -> FloatArray:
+    """Return the nearest shares to each vector, (..., groups): non-negative, summing to 1.
+
+    Duchi et al., "Efficient projections onto the l1-ball for learning in high dimensions" (ICML 2008).
+
+    Args:
+        x: Vectors, (..., groups).
+    """
+    falling = -np.sort(-x, axis=-1)
+    excess = (falling.cumsum(axis=-1) - 1) / np.arange(1, x.shape[-1] + 1)
+    last = (falling > excess).sum(axis=-1, keepdims=True) - 1
+    return np.asarray(np.maximum(x - np.take_along_axis(excess, last, axis=-1), 0.0))
+
+
+def _solve(q: FloatArray, inverses: FloatArray) -> FloatArray:
+    """Shares (..., prompts, K) from annotated shares (..., prompts, J) and inverses (..., K, J)."""
+    return project_to_simplex(q @ np.swapaxes(inverses, -1, -2))
+
+
+def _inverse(rates: FloatArray) -> FloatArray:
+    """G (..., K, J) such that G q is the p of least |M^T p - q| under sum(p) = 1, by its normal equations."""
+    *batch, num_classes, _ = rates.shape
+    system = np.zeros((*batch, num_classes + 1, num_classes + 1))
+    system[..., :-1, :-1] = rates @ np.swapaxes(rates, -1, -2)
+    system[..., -1, :-1] = system[..., :-1, -1] = 1.0
+    # q sums to 1, so the constraint's right-hand side is a row of ones.
+    right = np.concatenate([rates, np.ones((*batch, 1, rates.shape[-1]))], axis=-2)
+    return np.linalg.solve(system, right)[..., :-1, :]
+
+
+def _worth(p: FloatArray, numbers: NDArray[np.int64], rates: FloatArray, held_out: FloatArray | None) -> FloatArray:
+    """Number of correctly annotated images that would tell the shares as precisely, (prompts,)."""
+    steady = (numbers[:, None] * p + 1) / (numbers[:, None] + p.shape[1])
+    inverse = _inverse(rates)
+
+    def spread(distribution: FloatArray) -> FloatArray:
+        """Trace of the covariance of G x for one draw x of a class from each row of `distribution`."""
+        return np.asarray(distribution @ (inverse**2).sum(axis=0) - ((distribution @ inverse.T) ** 2).sum(axis=1))
+
+    variance = spread(steady @ rates) / numbers
+    if held_out is not None:
+        variance = variance + steady**2 @ (spread(rates) / held_out)
+    return np.asarray(np.minimum((1 - (steady**2).sum(axis=1)) / variance, numbers))
+
+
+def _shares(x: FloatArray) -> FloatArray:
+    return x / x.sum(axis=-1, keepdims=True)
+
+
+def _are_rates(held_out: FloatArray) -> bool:
+    return bool(np.all(np.abs(held_out.sum(axis=1) - 1) < 1e-3))
+
+
+def _checked(counts: ArrayLike, confusion: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """Counts (prompts, J) and a usable confusion matrix (K, J), of counts or of rates that sum to 1."""
+    held_out = np.asarray(confusion, dtype=np.float64)
+    shares(counts)
+    table = np.asarray(counts, dtype=np.float64)
+    if held_out.ndim != 2 or len(held_out) < 2 or held_out.shape[1] - len(held_out) not in (0, 1):
+        raise EvaluationError(
+            f"Expected a confusion matrix of shape (K, K) or (K, K + 1) with at least two classes, got "
+            f"{held_out.shape}. Give one row for each true class."
+        )
+    if held_out.shape[1] != table.shape[1]:
+        raise EvaluationError(
+            f"Expected counts and confusion matrix of as many annotated classes, got {table.shape[1]} and "
+            f"{held_out.shape[1]}. Count images the annotator could not tell in a last column of both."
+        )
+    bad = np.argwhere(~np.isfinite(held_out) | (held_out < 0))
+    if len(bad):
+        raise EvaluationError(
+            f"Expected held-out counts of zero or more, got {held_out[tuple(bad[0])]} for true class {bad[0][0]} "
+            f"annotated as {bad[0][1]}. Count the held-out images again."
+        )
+    empty = np.flatnonzero(held_out.sum(axis=1) == 0)
+    if len(empty):
+        raise EvaluationError(
+            f"Expected held-out images of every class, got none of class {empty[0]}. Hold some out, or give the "
+            "annotator's rates."
+        )
+    if _are_rates(held_out):
+        held_out = _shares(held_out)
+    elif np.any(held_out != np.floor(held_out)):
+        raise EvaluationError(
+            "Expected whole numbers of held-out images, or rates whose rows sum to 1, got fractions with row sums "
+            f"{held_out.sum(axis=1).tolist()}. Give counts or rates."
+        )
+    _check_told_apart(_shares(held_out))
+    return table, held_out
+
+
+def _check_told_apart(rates: FloatArray) -> None:
+    mixing, sizes, _ = np.linalg.svd(rates)
+    if sizes[-1] * MAX_CONDITION < sizes[0]:
+        # The mixture of true classes that hardly changes what the annotator says.
+        first, second = np.sort(np.argsort(-np.abs(mixing[:, -1]))[:2])
+        raise EvaluationError(
+            f"Expected an annotator that tells the classes apart, got one that hardly tells class {first} from class "
+            f"{second} (condition number above {MAX_CONDITION:.0f}). Merge these classes or train a better annotator."
+        )

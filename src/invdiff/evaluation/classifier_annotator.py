@@ -1,0 +1,56 @@
+"""Any image classifier from `transformers` as an annotator of one attribute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageClassification
+
+from ..errors import ModelError
+from .annotations import Annotations
+from .heldout import Measurable
+from .transformers_models import last_part, load_image_processor, load_model, pixel_batches
+
+
+class ClassifierAnnotator(Measurable):
+    """The classes of one image classifier, named by its `id2label`. It gives no features.
+
+    Args:
+        name_or_folder: A folder or a hub id that `AutoModelForImageClassification` and `AutoImageProcessor` load.
+        attribute: What its classes are classes of.
+
+    Raises:
+        ModelError: There is no classifier that chooses one of two or more classes with a name each.
+    """
+
+    feature_name = ""
+
+    def __init__(self, name_or_folder: str | Path, *, attribute: str = "label") -> None:
+        source = str(name_or_folder)
+        self._model = load_model(AutoModelForImageClassification, source, "an image classifier")
+        self._processor = load_image_processor(source)
+        config = self._model.config
+        classes = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+        if len(classes) < 2 or len(set(classes)) < len(classes):
+            raise ModelError(f"Expected a classifier of two classes or more, each named apart, found {classes[:5]}.")
+        if config.problem_type not in (None, "single_label_classification"):
+            raise ModelError(
+                f"Expected a classifier that chooses one class for an image, found {config.problem_type} at {source}. "
+                "Choose another model."
+            )
+        self.name = last_part(source)
+        self.attributes = {attribute: classes}
+
+    @torch.no_grad()
+    def predict(self, images: Iterable[Image.Image]) -> Annotations:
+        """Annotate `images`, a batch at a time; an iterator is never held in memory as a whole."""
+        ((attribute, classes),) = self.attributes.items()
+        probabilities = [np.zeros((0, len(classes)), np.float32)]
+        for pixels in pixel_batches(images, self._processor, self._model.device):
+            logits = self._model(pixel_values=pixels).logits
+            probabilities.append(logits.float().softmax(dim=1).cpu().numpy())
+        return Annotations(self.attributes, {attribute: np.concatenate(probabilities)}, None)

@@ -1,0 +1,390 @@
+"""Confidence intervals of fairness metrics that hold at the fair point too, and `estimate`, all figures at once.
+
+Metrics of counts are biased upwards where they have a kink or a flat bottom: at the fair point a metric's plug-in is
+near its floor whatever the number of prompts, so a plain bootstrap of many prompts misses 0 always. No honest
+interval for such functionals of many means is narrower than about that bias (Cai & Low, "Testing composite
+hypotheses, Hermite polynomials and optimal estimation of a nonsmooth functional", Annals of Statistics 2011). So the
+intervals here are bias-aware: value - B - S to value + B' + S', where, at shares that each prompt's counts do not
+reject (`plausible_shares`), B and B' are the largest mean bias of the plug-in upwards and downwards and S and S' its
+largest spread, both by Monte Carlo, and the ends are clipped to what the metric can be. For one prompt and two
+groups that is nearly Wilson's score interval; for all images of one class it has width, as Wilson's has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import chdtri, ndtri, stdtrit
+
+from ..errors import EvaluationError
+from .fairness import (
+    FloatArray,
+    Metric,
+    find_metric,
+    metric_floor,
+    per_prompt,
+    squared_discrepancy_unbiased,
+    supported,
+    target_of,
+)
+
+MIN_RESAMPLES = 20
+ENOUGH_RESAMPLES = 200
+MAX_DRAWS = 10_000
+"""Prompts times resamples beyond which prompts get fewer resamples each, down to 200: their means average out."""
+BISECTIONS = 15
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric's mean over prompts and what is known about its error."""
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    """Interval of the mean over these prompts; it says nothing about other prompts."""
+    floor: float
+    """Expected value for a sampler that draws from the target, with as many images."""
+    sd_over_prompts: float | None
+    """Standard deviation of the prompts' values; None for one prompt."""
+    unbiased_square: float | None
+    """Unbiased estimate of the SQUARED discrepancy, of fairness_discrepancy only: no other metric has one."""
+    corrected: float | None
+    corrected_low: float | None
+    corrected_high: float | None
+    """The same, corrected for the annotator's mistakes; None without a usable confusion matrix."""
+    note: str
+    """Why something that could be expected is not defined."""
+
+
+def estimate(
+    metric: str,
+    counts: ArrayLike,
+    *,
+    target: ArrayLike | None = None,
+    confusion: ArrayLike | None = None,
+    unsure: ArrayLike | None = None,
+    confidence: float = 0.95,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Return a metric's mean over prompts with its interval, floor and correction for the annotator.
+
+    Args:
+        metric: A name in `fairness.METRICS`.
+        counts: Images with a class, per prompt and group, (prompts, groups).
+        target: Shares to compare with, (groups,), for a metric that takes them; even when None.
+        confusion: Held-out counts of the annotator, (true class, annotated class), or rates; with one more column
+            where it cannot tell. See `annotator_error.correct_for_annotator`.
+        unsure: Images of each prompt whose class the annotator could not tell, (prompts,). They are outside the
+            raw figures; the corrected ones need them where `confusion` has a column for them.
+        confidence: Coverage of the intervals, above 0 and below 1.
+        num_resamples: Monte Carlo draws for each prompt, at least 20.
+        seed: Seed of the draws.
+
+    Raises:
+        EvaluationError: As for `interval` and `annotator_error.corrected_interval`, or `unsure` is not a number of
+            images for each prompt, or is absent where `confusion` has a column for it.
+    """
+    from .annotator_error import correct_for_annotator, corrected_interval  # annotator_error is built on this module
+
+    values = per_prompt(metric, counts, target=target)
+    table = np.asarray(counts, dtype=np.float64)
+    settings = {"target": target, "confidence": confidence, "num_resamples": num_resamples, "seed": seed}
+    low, high = interval(metric, table, **settings)  # type: ignore[arg-type]
+    notes = []
+    square = None
+    if metric == "fairness_discrepancy":
+        if np.any(table != np.floor(table)):
+            notes.append("unbiased_square: not defined for fractional counts")
+        elif np.any(table.sum(axis=1) < 2):
+            notes.append("unbiased_square: not defined with one image of a prompt")
+        else:
+            square = squared_discrepancy_unbiased(table, target)
+    if len(values) == 1:
+        notes.append("sd_over_prompts: not defined for one prompt")
+    corrected = corrected_low = corrected_high = None
+    if confusion is not None:
+        seen = _with_unsure(table, np.asarray(confusion), unsure)
+        if seen is None:
+            notes.append("corrected: not defined, as the confusion matrix has no column for images without a class")
+        else:
+            corrected = float(per_prompt(metric, correct_for_annotator(seen, confusion), target=target).mean())
+            corrected_low, corrected_high = corrected_interval(metric, seen, confusion, **settings)  # type: ignore[arg-type]
+    return Estimate(
+        metric=metric,
+        value=float(values.mean()),
+        low=low,
+        high=high,
+        floor=metric_floor(metric, whole_totals(table), table.shape[1], target=target),
+        sd_over_prompts=float(values.std(ddof=1)) if len(values) > 1 else None,
+        unbiased_square=square,
+        corrected=corrected,
+        corrected_low=corrected_low,
+        corrected_high=corrected_high,
+        note="; ".join(notes),
+    )
+
+
+def interval(
+    metric: str,
+    counts: ArrayLike,
+    *,
+    target: ArrayLike | None = None,
+    confidence: float = 0.95,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return a bias-aware interval for a metric's mean over these prompts.
+
+    Sums of class probabilities are taken for counts: they spread less than counts do, so the interval is wide.
+
+    MEASURED
+
+    Args:
+        metric: A name in `fairness.METRICS`.
+        counts: Images per prompt and group, (prompts, groups).
+        target: Shares to compare with, (groups,), for a metric that takes them; even when None.
+        confidence: Coverage, above 0 and below 1.
+        num_resamples: Monte Carlo draws for each prompt, at least 20; more than ten prompts take fewer each, 200 or
+            more if that many are asked for.
+        seed: Seed of the draws.
+
+    Returns:
+        The lower and the upper end, within what the metric can be.
+
+    Raises:
+        EvaluationError: As for `fairness.per_prompt`, or a prompt's counts do not sum to a whole number of images,
+            or a setting is out of range.
+    """
+    check_settings(confidence, num_resamples)
+    values = per_prompt(metric, counts, target=target)
+    chosen = find_metric(metric)
+    table = np.asarray(counts, dtype=np.float64)
+    numbers = whole_totals(table)
+    t = target_of(chosen, target, table.shape[1])
+    generator = np.random.default_rng(seed)
+
+    resamples = resamples_for(num_resamples, len(table))
+
+    def draw(p: FloatArray) -> FloatArray:
+        return generator.multinomial(numbers, p, size=(resamples, len(p))) / numbers[:, None]
+
+    return bias_aware(
+        chosen,
+        values,
+        plausible_shares(table / table.sum(axis=1, keepdims=True), numbers, t, supported(chosen, t), confidence),
+        draw,
+        target=t,
+        confidence=confidence,
+        degrees=int((numbers - 1).sum()),
+    )
+
+
+def bias_interval(
+    counts: ArrayLike, *, confidence: float = 0.95, num_resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Return a bias-aware interval for Bias: `interval` of "bias".
+
+    Raises:
+        EvaluationError: As for `interval`.
+    """
+    return interval("bias", counts, confidence=confidence, num_resamples=num_resamples, seed=seed)
+
+
+def plausible_shares(
+    p: FloatArray,
+    numbers: NDArray[np.generic],
+    target: FloatArray,
+    allowed: NDArray[np.bool_],
+    confidence: float,
+) -> FloatArray:
+    """Return four shares for each prompt at which the plug-in is worst, of those its counts do not reject.
+
+    The nearest to the target and the farthest on the line through it that Pearson's chi-square does not reject at
+    `confidence`, so extremes get the width of a score interval; the shares with groups tied that do not differ
+    significantly, where metrics of pairs and extremes have their kinks; and the shares smoothed by z^2
+    pseudo-counts in all (Agresti & Coull, American Statistician 1998).
+
+    Args:
+        p: Shares, (prompts, groups).
+        numbers: Images, or as many as the shares are worth, (prompts,).
+        target: Target shares, (groups,).
+        allowed: Groups that may have images at all, (groups,).
+        confidence: Of the tests.
+
+    Returns:
+        Shares, (4, prompts, groups).
+    """
+    n = np.asarray(numbers, dtype=np.float64)[:, None]
+    z = float(ndtri((1 + confidence) / 2))
+    critical = float(chdtri(p.shape[1] - 1, 1 - confidence))
+    away = p - target
+    at_target = np.abs(away).max(axis=1, keepdims=True) < 1e-12
+    # Any direction will do at the target itself: towards the group that the target has fewest of.
+    rarest = np.eye(len(target))[np.where(allowed, target, np.inf).argmin()]
+    away = np.where(at_target, rarest - target, away)
+    start = np.where(at_target, 0.0, 1.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        edge = np.where(away < 0, target / -away, np.inf).min(axis=1, keepdims=True)
+    edge = np.where(np.isfinite(edge), np.maximum(edge, start), start)
+    pseudo = z**2 * allowed / allowed.sum()
+    smooth = (n * p + pseudo) / (n + z**2)
+    candidates = np.stack(
+        [
+            _last_plausible(p, n, target, away, start, np.zeros_like(start), critical),
+            _last_plausible(p, n, target, away, start, edge, critical),
+            _tied(p, smooth, n, z),
+            smooth,
+        ]
+    )
+    candidates = np.maximum(candidates, 0.0)
+    return candidates / candidates.sum(axis=-1, keepdims=True)
+
+
+def bias_aware(
+    metric: Metric,
+    values: FloatArray,
+    candidates: FloatArray,
+    draw: Callable[[FloatArray], FloatArray],
+    *,
+    target: FloatArray,
+    confidence: float,
+    degrees: int,
+) -> tuple[float, float]:
+    """Return the interval of the mean of `values` that the worst of the candidates' bias and spread give.
+
+    Args:
+        metric: The metric.
+        values: Its value for each prompt, (prompts,).
+        candidates: Plausible true shares, as `plausible_shares` gives them, (4, prompts, groups).
+        draw: From true shares (prompts, groups) to simulated estimates of them, (resamples, prompts, groups).
+        target: Target shares, (groups,).
+        confidence: Coverage, above 0 and below 1.
+        degrees: Degrees of freedom of the spread.
+    """
+    deviations, biases = [], []
+    for shares in candidates:
+        simulated = metric.per_prompt(draw(shares), target)
+        mean = simulated.mean(axis=0)
+        deviations.append(simulated - mean)
+        biases.append(mean - metric.per_prompt(shares, target))
+    deviation, bias = np.stack(deviations), np.stack(biases)
+    upward, downward = np.maximum(bias.max(axis=0), 0).mean(), np.maximum(-bias.min(axis=0), 0).mean()
+
+    variance = deviation.var(axis=1)
+    everywhere = variance.argmax(axis=0)
+    # The true value lies nearer the fair one than the plug-in where the plug-in deviates away from it, and there
+    # the farthest shares do not matter.
+    nearer = np.where(np.arange(len(candidates))[:, None] == 1, -1.0, variance).argmax(axis=0)
+    below, above = (nearer, everywhere) if metric.fair_value == 0 else (everywhere, nearer)
+    tail = (1 - confidence) / 2
+    multiplier = float(stdtrit(max(degrees, 1), 1 - tail))
+
+    def spread(worst: NDArray[np.intp], sign: int) -> float:
+        means = sign * np.take_along_axis(deviation, worst[None, None], axis=0)[0].mean(axis=1)
+        # The quantile sees skewness, the standard deviation what few resamples or coarse counts hide from it.
+        return max(multiplier * float(means.std(ddof=1)), float(np.quantile(means, 1 - tail)))
+
+    value = values.mean()
+    ends = (value - upward - spread(below, 1), value + downward + spread(above, -1))
+    low, high = np.clip(ends, *metric.limits(target))
+    return float(low), float(high)
+
+
+def whole_totals(table: FloatArray) -> NDArray[np.int64]:
+    """Return each prompt's number of images, (prompts,), of counts or sums of probabilities.
+
+    Raises:
+        EvaluationError: A total is not whole, or the counts are shares.
+    """
+    totals = table.sum(axis=1)
+    fractional = np.any(table != np.floor(table), axis=1)
+    bad = np.flatnonzero((np.abs(totals - np.rint(totals)) > 1e-3) | (fractional & (totals < 1.5)))
+    if len(bad):
+        raise EvaluationError(
+            f"Expected counts that sum to a whole number of images, got {totals[bad[0]]:.6g} for prompt {bad[0]}. "
+            "Pass counts, not shares."
+        )
+    return np.rint(totals).astype(np.int64)
+
+
+def resamples_for(num_resamples: int, num_prompts: int) -> int:
+    """Return how many draws each prompt gets, of at most `num_resamples`."""
+    return min(num_resamples, max(ENOUGH_RESAMPLES, MAX_DRAWS // num_prompts))
+
+
+def check_settings(confidence: float, num_resamples: int) -> None:
+    """Refuse settings out of range.
+
+    Raises:
+        EvaluationError: The confidence is not between 0 and 1, or there are fewer than 20 resamples.
+    """
+    if not 0 < confidence < 1:
+        raise EvaluationError(f"Expected a confidence above 0 and below 1, got {confidence}. 0.95 is usual.")
+    if num_resamples < MIN_RESAMPLES:
+        raise EvaluationError(
+            f"Expected at least {MIN_RESAMPLES} resamples, got {num_resamples}: fewer show no spread. 1000 is usual."
+        )
+
+
+def _last_plausible(
+    p: FloatArray,
+    n: FloatArray,
+    target: FloatArray,
+    away: FloatArray,
+    start: FloatArray,
+    end: FloatArray,
+    critical: float,
+) -> FloatArray:
+    """The last of target + s away, s from `start` (p itself) to `end`, whose chi-square is not above `critical`."""
+
+    def accepted(s: FloatArray) -> NDArray[np.bool_]:
+        true = np.maximum(target + s * away, 0.0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            terms = np.where(p == true, 0.0, (p - true) ** 2 / true)
+        return np.asarray(n * terms.sum(axis=1, keepdims=True) <= critical)
+
+    inside, outside = start, np.where(accepted(end), start, end)
+    for _ in range(BISECTIONS):
+        middle = (inside + outside) / 2
+        keep = accepted(middle)
+        inside, outside = np.where(keep, middle, inside), np.where(keep, outside, middle)
+    return target + np.where(accepted(end), end, inside) * away
+
+
+def _tied(p: FloatArray, smooth: FloatArray, n: FloatArray, z: float) -> FloatArray:
+    """`p` with every chain of neighbouring shares that do not differ significantly replaced by its mean."""
+    order = p.argsort(axis=1)
+    ranked, steady = np.take_along_axis(p, order, axis=1), np.take_along_axis(smooth, order, axis=1)
+    gaps = np.diff(steady, axis=1)
+    variance = (steady[:, 1:] + steady[:, :-1] - gaps**2) / n
+    differs = np.diff(ranked, axis=1) > z * np.sqrt(variance)
+    chain = np.pad(differs.cumsum(axis=1), ((0, 0), (1, 0)))
+    member = chain[:, :, None] == np.arange(p.shape[1])
+    sums, sizes = (member * ranked[:, :, None]).sum(axis=1), member.sum(axis=1)
+    tied = np.empty_like(p)
+    np.put_along_axis(tied, order, np.take_along_axis(sums / np.maximum(sizes, 1), chain, axis=1), axis=1)
+    return tied
+
+
+def _with_unsure(table: FloatArray, confusion: NDArray[np.generic], unsure: ArrayLike | None) -> FloatArray | None:
+    """Counts with as many columns as the confusion matrix, None where it has none for the unsure images."""
+    left_out = np.zeros(len(table)) if unsure is None else np.asarray(unsure, dtype=np.float64)
+    if left_out.shape != (len(table),) or not np.all((left_out >= 0) & np.isfinite(left_out)):
+        raise EvaluationError(
+            f"Expected a number of unsure images for each of the {len(table)} prompts, got {unsure!r}. "
+            "Count the images without a class."
+        )
+    if confusion.ndim != 2 or confusion.shape[1] != table.shape[1] + 1:
+        return None if left_out.any() else table
+    if unsure is None:
+        raise EvaluationError(
+            f"Expected the number of unsure images beside a confusion matrix of shape {confusion.shape}, got None. "
+            "Pass `unsure`, zeros if the annotator told every class."
+        )
+    return np.column_stack([table, left_out])

@@ -1,0 +1,128 @@
+"""Images with labels: what annotators are trained and measured on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..data.captioned import CAPTION_COLUMNS, CaptionedImages, UnreadableImage, load_captioned_images
+from ..data.sources import Source
+from ..errors import DataError
+from ..progress import progress_bar
+
+MAX_CLASSES = 50
+FOLDER_ATTRIBUTE = "label"
+"""The attribute that names of sub-folders are values of."""
+
+
+def load_labelled_images(
+    source: Source,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    split: str = "train",
+    max_unreadable: float = 0.01,
+    limit: int | None = None,
+) -> CaptionedImages:
+    """Open images with attributes; captions are not needed, and are no attribute where there are some.
+
+    A folder without a metadata file but with one sub-folder per class (`photos/cat/1.png`) has one attribute,
+    "label".
+
+    Args:
+        source: As for `load_captioned_images`.
+        image_column: As for `load_captioned_images`.
+        caption_column: The column of captions; `text`, `caption` and `prompt` unless given.
+        split: As for `load_captioned_images`.
+        max_unreadable: The share of images, from 0 to 1, that may be unreadable.
+        limit: Take the first `limit` rows only.
+
+    Raises:
+        DataError: The source is absent, or has no images where they were expected.
+    """
+    images = load_captioned_images(
+        source,
+        image_column=image_column,
+        captions=False,
+        split=split,
+        max_unreadable=max_unreadable,
+        limit=limit,
+    )
+    captions = CAPTION_COLUMNS if caption_column is None else (caption_column,)
+    attributes = {name: values for name, values in images.attributes.items() if name not in captions}
+    if not images.attributes:
+        folders = [PurePosixPath(name).parent.name for name in images.names]
+        attributes = {FOLDER_ATTRIBUTE: folders} if any(folders) else {}
+    return dataclasses.replace(images, attributes=attributes)
+
+
+def label_of(value: Any) -> str:
+    """Return a cell's class name, "" where the cell is empty, None or NaN."""
+    return "" if value is None or value != value else str(value)  # NaN differs from itself
+
+
+def read_targets(
+    data: CaptionedImages, attributes: Sequence[str] | None = None
+) -> tuple[dict[str, tuple[str, ...]], NDArray[np.int64]]:
+    """Return class names by attribute, names sorted, and class indices (N, attributes) in that order.
+
+    Args:
+        data: Images with attributes, one value for each image.
+        attributes: Which of them; all when None.
+
+    Raises:
+        DataError: An attribute is absent, lacks values, or has one class or more than 50.
+    """
+    known = ", ".join(data.attributes) or "none"
+    names = sorted(set(data.attributes if attributes is None else attributes))
+    if not names:
+        raise DataError(
+            f"Expected at least one attribute to learn, got none; the data has {known}. "
+            "Give images with columns of classes, or one sub-folder of images per class."
+        )
+    classes: dict[str, tuple[str, ...]] = {}
+    columns = []
+    for name in names:
+        if name not in data.attributes:
+            raise DataError(f"Expected attribute {name!r} in the data, found {known}. Choose one of these.")
+        values = [label_of(value) for value in data.attributes[name]]
+        missing = sum(value == "" for value in values)
+        if missing:
+            raise DataError(
+                f"Expected a value of attribute {name!r} for every image, found none for {missing} of "
+                f"{len(values)}. Fill them in or leave those images out."
+            )
+        classes[name] = tuple(sorted(set(values)))
+        if not 2 <= len(classes[name]) <= MAX_CLASSES:
+            raise DataError(
+                f"Expected attribute {name!r} to have 2 to {MAX_CLASSES} classes, "
+                f"found {len(classes[name])}. Choose other attributes, or put numbers into a few bins first."
+            )
+        columns.append([classes[name].index(value) for value in values])
+    return classes, np.array(columns, dtype=np.int64).T
+
+
+def readable_images(data: CaptionedImages, label: str, *, progress: bool) -> Iterator[tuple[int, Image.Image]]:
+    """Yield the row and the image of each image that can be read, under a progress bar called `label`.
+
+    Raises:
+        DataError: More images are unreadable than `data` allows, or all are.
+    """
+    unreadable = 0
+    with progress_bar(label, len(data), enabled=progress) as bar:
+        for row in range(len(data)):
+            bar.advance()
+            try:
+                image = data.image(row)
+            except UnreadableImage as error:
+                unreadable += 1
+                if unreadable > data.max_unreadable * len(data) or unreadable == len(data):
+                    raise DataError(f"Too many images are unreadable; the last: {error}") from error
+                continue
+            yield row, image

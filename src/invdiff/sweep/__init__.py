@@ -1,0 +1,1 @@
+"""Experiments: any settings varied over one config file, into one tidy table."""

@@ -1,0 +1,213 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.special import softmax
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModel
+from typer.testing import CliRunner
+
+from invdiff import cli_prepare
+from invdiff.data.captioned import load_captioned_images
+from invdiff.errors import ConfigError, ModelError
+from invdiff.evaluation.annotators import load_annotator, save_measured
+from invdiff.evaluation.clip_annotator import ClipAnnotator, read_class_prompts
+from invdiff.evaluation.heldout import HeldOut, measure_annotator
+from tiny import clip_config, make_tokenizer
+
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+PROMPTS = {
+    "background": {"land": ["a photo on land", "land"], "water": "a photo of water"},
+    "subject": {"bird": ["a bird"], "landbird": ["a landbird"], "waterbird": ["a waterbird", "waterbird on water"]},
+}
+
+
+@pytest.fixture(scope="module")
+def clip_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny-clip"
+    tokenizer = make_tokenizer()
+    config = CLIPConfig(
+        text_config=clip_config(tokenizer).to_dict(),
+        vision_config=CLIPVisionConfig(**VISION).to_dict(),
+        projection_dim=8,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def annotator(clip_dir):
+    return ClipAnnotator(clip_dir, PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def images():
+    numbers = np.random.default_rng(0)
+    return [Image.fromarray(numbers.integers(0, 256, (36, 40, 3), dtype=np.uint8)) for _ in range(5)]
+
+
+def unit(vectors):
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+@torch.no_grad()
+def embeddings_one_by_one(clip_dir, images, prompts):
+    """Unit embeddings, each image and prompt on its own: no batches, no padding."""
+    model, tokenizer = CLIPModel.from_pretrained(clip_dir).eval(), make_tokenizer()
+    processor = CLIPImageProcessor.from_pretrained(clip_dir)
+    seen = []
+    for image in images:
+        tower = model.vision_model(pixel_values=processor(image, return_tensors="pt")["pixel_values"])
+        seen.append(model.visual_projection(tower.pooler_output)[0].numpy())
+    said = []
+    for prompt in prompts:
+        tower = model.text_model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]]))
+        said.append(model.text_projection(tower.pooler_output)[0].numpy())
+    return unit(np.array(seen)), unit(np.array(said)), float(model.logit_scale.exp())
+
+
+def test_probabilities_are_the_softmax_of_scaled_cosines_to_mean_prompts(annotator, clip_dir, images):
+    seen, said, scale = embeddings_one_by_one(clip_dir, images, ["a photo on land", "land", "a photo of water"])
+    classes = unit(np.stack([said[:2].mean(axis=0), said[2]]))
+    expected = softmax(scale * seen @ classes.T, axis=1)
+    np.testing.assert_allclose(annotator.predict(images).probabilities["background"], expected, atol=1e-4)
+
+
+def test_features_are_unit_image_embeddings(annotator, clip_dir, images):
+    seen, _, _ = embeddings_one_by_one(clip_dir, images, ["land"])
+    features = annotator.predict(iter(images)).features
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(features, seen, atol=1e-5)
+
+
+def test_it_is_called_as_the_model_is_and_knows_its_classes(annotator):
+    assert annotator.name == annotator.feature_name == "tiny-clip"
+    assert annotator.attributes == {"background": ("land", "water"), "subject": ("bird", "landbird", "waterbird")}
+    assert annotator.confusion("background") is None
+
+
+def test_no_image_gives_empty_annotations(annotator):
+    seen = annotator.predict([])
+    assert seen.features.shape == (0, 8)
+    assert seen.classes("subject").shape == (0,)
+
+
+def test_images_are_annotated_a_batch_at_a_time(annotator, images, monkeypatch):
+    monkeypatch.setattr("invdiff.evaluation.transformers_models.BATCH_SIZE", 2)
+    whole, taken = annotator.predict(images), []
+
+    def stream():
+        for image in images:
+            taken.append(image)
+            yield image
+
+    pairs = annotator.predict(stream())
+    assert len(taken) == 5
+    np.testing.assert_allclose(pairs.features, whole.features, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ({}, "prompts by class by attribute"),
+        (["gender"], "prompts by class by attribute"),
+        ({"gender": {"man": "a man"}}, "two classes or more"),
+        ({"gender": ["man", "woman"]}, "two classes or more"),
+        ({"gender": {"man": "a man", "woman": []}}, "text for attribute"),
+        ({"gender": {"man": "a man", "woman": " "}}, "text for attribute"),
+        ({"smiles": {True: "a smile", False: "no smile"}}, "yes and no in quotes"),
+        ({"gender": {"man": "a man " * 20, "woman": "a woman"}}, "at most 16 tokens"),
+    ],
+)
+def test_prompts_that_cannot_be_used_are_refused(clip_dir, prompts, message):
+    with pytest.raises(ConfigError, match=message):
+        ClipAnnotator(clip_dir, prompts)
+
+
+@pytest.mark.parametrize("text", [json.dumps(PROMPTS), "background:\n  land: a\n  water: [b, c]\n"])
+def test_classes_are_read_from_json_and_yaml(tmp_path, text):
+    (tmp_path / "classes.yaml").write_text(text)
+    read = read_class_prompts(tmp_path / "classes.yaml")
+    assert list(read["background"]) == ["land", "water"]
+    assert all(isinstance(prompts, list) for prompts in read["background"].values())
+
+
+@pytest.mark.parametrize("text", ["[", "gender: [man, woman]", ""])
+def test_files_without_classes_are_refused(tmp_path, text):
+    (tmp_path / "classes.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"classes\.yaml"):
+        read_class_prompts(tmp_path / "classes.yaml")
+
+
+def test_an_absent_file_of_classes_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="Could not read the classes"):
+        read_class_prompts(tmp_path / "absent.yaml")
+
+
+def test_a_model_without_its_text_tower_is_refused(clip_dir, tmp_path):
+    CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="a CLIP model"):
+        ClipAnnotator(tmp_path, PROMPTS)
+
+
+def test_weights_are_never_drawn_at_random(clip_dir, tmp_path):
+    model = CLIPModel.from_pretrained(clip_dir)
+    kept = {name: tensor for name, tensor in model.state_dict().items() if "text_projection" not in name}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    with pytest.raises(ModelError, match="found none for 1, such as text_projection"):
+        ClipAnnotator(tmp_path, PROMPTS)
+
+
+def test_it_is_loaded_with_classes_only(clip_dir, tmp_path):
+    (tmp_path / "classes.json").write_text(json.dumps(PROMPTS))
+    assert isinstance(load_annotator(str(clip_dir), classes=tmp_path / "classes.json"), ClipAnnotator)
+    assert isinstance(load_annotator(str(clip_dir), classes=PROMPTS), ClipAnnotator)
+    with pytest.raises(ConfigError, match="Expected classes beside the CLIP model"):
+        load_annotator(str(clip_dir))
+
+
+def test_a_measured_annotator_comes_back_with_its_confusion(annotator, clip_dir, tiny_folder, tmp_path):
+    held_out = measure_annotator(annotator, load_captioned_images(tiny_folder), progress=False)
+    save_measured(tmp_path / "measured", held_out, str(clip_dir), classes=PROMPTS)
+    loaded = load_annotator(str(tmp_path / "measured"))
+    assert loaded.name == "tiny-clip"
+    assert loaded.confusion("background", 0.6).sum() == 12
+    assert np.array_equal(loaded.confusion("background", 0.6), held_out.confusion("background", 0.6))
+    assert loaded.confusion("subject") is None  # the images say nothing of it
+
+
+def test_measuring_a_measured_annotator_refers_to_the_annotator(annotator, clip_dir, tiny_folder, tmp_path):
+    held_out = measure_annotator(annotator, load_captioned_images(tiny_folder), progress=False)
+    save_measured(tmp_path / "first", held_out, str(clip_dir), classes=PROMPTS)
+    save_measured(tmp_path / "second", held_out, str(tmp_path / "first"))
+    recipe = json.loads((tmp_path / "second/annotator.json").read_text())
+    assert recipe == json.loads((tmp_path / "first/annotator.json").read_text())
+
+
+def test_a_measurement_of_other_classes_is_refused(annotator, clip_dir, tmp_path):
+    held_out = HeldOut({"age": ("old", "young")}, {"age": np.full((2, 2), 0.5, np.float32)}, {"age": np.array([0, 1])})
+    save_measured(tmp_path, held_out, str(clip_dir), classes=PROMPTS)
+    with pytest.raises(ModelError, match="Measure this annotator again"):
+        load_annotator(str(tmp_path))
+
+
+def test_the_command_measures_and_says_what_to_run_next(clip_dir, tiny_folder, tmp_path):
+    (tmp_path / "classes.yaml").write_text("background:\n  land: a photo on land\n  water: a photo of water\n")
+    words = ["annotator", "measure", clip_dir, tiny_folder, "--classes", tmp_path / "classes.yaml"]
+    words += ["--output", tmp_path / "measured", "--quiet"]
+    done = CliRunner().invoke(cli_prepare.app, [str(word) for word in words], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert f"--annotator {tmp_path / 'measured'} --attribute background" in " ".join(done.output.split())
+    assert load_annotator(str(tmp_path / "measured")).confusion("background").sum() == 12
