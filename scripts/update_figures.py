@@ -19,25 +19,152 @@ def figures(part: str, benchmark: str = "birds") -> Any:
     return json.loads((RESULTS / f"{benchmark}-{part}.json").read_text(encoding="utf-8"))["figures"]
 
 
+def sweep(name: str) -> list[dict[str, Any]]:
+    """Return the rows of one of benchmarks/sweeps/."""
+    rows: list[dict[str, Any]] = figures(name, "sweep")["rows"]
+    return rows
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """Return what tables call the model of a row."""
+    return row["mode"] or "base"
+
+
+def over_seeds(rows: list[dict[str, Any]], figure: str, digits: int = 2) -> str:
+    """Return the mean over training seeds of a figure, with the lowest and the highest where there are several."""
+    values = [row[figure] for row in rows]
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def grouped(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Return rows by the values of some columns, in order of appearance."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+def frechet_of(row: dict[str, Any]) -> str:
+    """Return the name of a row's Fréchet distance."""
+    return next(name for name in row if name.startswith("Frechet distance"))
+
+
 def bias_table() -> str:
-    """One row per model, one column per guidance scale: Bias with its interval."""
-    measured = figures("bias")
-    scales = list(measured["base"])
-    floor = measured["base"][scales[0]]["bias_floor"]
-    count = measured["base"][scales[0]]["images_per_prompt"]
-    head = "| | " + " | ".join(f"CFG {float(scale):g}" for scale in scales) + " | bird right | Fréchet |"
-    rows = [head, "|---" * (len(scales) + 3) + "|"]
-    for model in ("base", "balanced", "invariant"):
-        cells = [f"{m['bias']:.2f} ({m['bias_ci'][0]:.2f} to {m['bias_ci'][1]:.2f})" for m in measured[model].values()]
-        accuracy = " / ".join(f"{m['accuracy']:.3f}" for m in measured[model].values())
-        frechet = " / ".join(f"{m['frechet']:.2f}" for m in measured[model].values())
-        rows.append(f"| {model} | " + " | ".join(cells) + f" | {accuracy} | {frechet} |")
+    """One row per model, one column per guidance scale: Bias, mean and range over training seeds."""
+    rows = sweep("guidance-scale")
+    frechet = frechet_of(rows[0])
+    scales = sorted({row["guidance_scale"] for row in rows})
+    head = "| | " + " | ".join(f"CFG {scale:g}" for scale in scales) + " | bird right | Fréchet, CFG 3 |"
+    table = [head, "|---" * (len(scales) + 3) + "|"]
+    for (mode,), of_mode in grouped(rows, "mode").items():
+        at = {scale: found for (scale,), found in grouped(of_mode, "guidance_scale").items()}
+        cells = [over_seeds(at[scale], "bias") for scale in scales]
+        worst = min(row["subject_accuracy"] for row in of_mode)
+        table.append(f"| {mode or 'base'} | {' | '.join(cells)} | {worst:.3f} | {over_seeds(at[3], frechet)} |")
+    seeds = len({row["seed"] for row in rows if row["seed"] is not None})
     note = (
-        f"Bias of the background at each guidance scale (CFG), with 95% intervals: 0 is balanced, 1 is always the "
-        f"same. {count} images per prompt, environments drawn independently; a perfectly fair sampler would show "
-        f"{floor:.3f}. Fréchet distance to a balanced set, on the annotator's features."
+        f"Bias of the background at each guidance scale (CFG): 0 is balanced, 1 is always the same. Mean of {seeds} "
+        f"training seeds (lowest to highest), {rows[0]['images_per_prompt']} images per prompt each; a perfectly fair "
+        f"model would show {rows[0]['bias_floor']:.3f}. Bird right: the lowest share of images that show the bird asked "
+        "for. Fréchet distance to a balanced set, on the annotator's features."
     )
-    return note + "\n\n" + "\n".join(rows)
+    return note + "\n\n" + "\n".join(table)
+
+
+def full_table() -> str:
+    """One row per model, training seed and guidance scale, with 95% intervals."""
+    rows = sweep("guidance-scale")
+    features = frechet_of(rows[0]).removeprefix("Frechet distance ")
+    names = {
+        f"Frechet distance {features}": "Fréchet",
+        **{f"{figure} {features}": figure for figure in ("KID", "precision", "recall", "coverage")},
+    }
+    head = ["model", "seed", "CFG", "Bias (95% interval)", "corrected", "bird right", *names.values()]
+    table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in sorted(rows, key=lambda row: (name_of(row) != "base", name_of(row), row["seed"] or 0)):
+        cells = [
+            name_of(row),
+            "-" if row["seed"] is None else str(row["seed"]),
+            f"{row['guidance_scale']:g}",
+            f"{row['bias']:.3f} ({row['bias_low']:.3f} to {row['bias_high']:.3f})",
+            f"{row['bias_corrected']:.3f} ({row['bias_corrected_low']:.3f} to {row['bias_corrected_high']:.3f})",
+            f"{row['subject_accuracy']:.3f}",
+            *(f"{row[name]:.2f}" for name in names),
+        ]
+        table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def flatness_line() -> str:
+    """How far Bias of each mode varies over guidance scales."""
+    words = []
+    for (mode,), rows in grouped([row for row in sweep("guidance-scale") if row["mode"]], "mode").items():
+        means = [
+            sum(row["bias"] for row in at) / len(at) for at in grouped(rows, "guidance_scale").values()
+        ]
+        by_seed = [
+            max(row["bias"] for row in of_seed) - min(row["bias"] for row in of_seed)
+            for of_seed in grouped(rows, "seed").values()
+        ]
+        words.append(
+            f"{mode}: {max(means) - min(means):.3f} between the means over seeds, "
+            f"{', '.join(f'{spread:.3f}' for spread in by_seed)} within each seed"
+        )
+    return f"Highest less lowest Bias over guidance scales. {'. '.join(words)}."
+
+
+def scale_table() -> str:
+    """Bias and Fréchet distance over Delta."""
+    rows = sweep("scale")
+    frechet = frechet_of(rows[0])
+    table = ["| Delta | model | Bias | bird right | Fréchet |", "|---|---|---|---|---|"]
+    for (scale, mode), found in sorted(grouped(rows, "scale", "mode").items(), key=lambda item: item[0][0] or 0):
+        cells = (over_seeds(found, "bias"), over_seeds(found, "subject_accuracy", 3), over_seeds(found, frechet))
+        table.append(f"| {scale or 0:g} | {mode or 'base'} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def penalty_table() -> str:
+    """Bias and Fréchet distance over lambda."""
+    rows = [row for row in sweep("penalty") if row["penalty"] is not None]
+    frechet = frechet_of(rows[0])
+    table = ["| lambda | Bias | bird right | Fréchet |", "|---|---|---|---|"]
+    for (penalty,), found in grouped(rows, "penalty").items():
+        cells = (over_seeds(found, "bias"), over_seeds(found, "subject_accuracy", 3), over_seeds(found, frechet))
+        table.append(f"| {penalty:g} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def num_groups_table() -> str:
+    """Quality of W, Bias and cost over E."""
+    rows = [row for row in sweep("num-groups") if row["num_groups"] is not None]
+    head = "| E | AUROC | adjusted Rand | homogeneity | audit, s | training, s | Bias | bird right |"
+    table = [head, "|---" * 8 + "|"]
+    for (groups,), found in grouped(rows, "num_groups").items():
+        first = found[0]
+        cells = [
+            *(f"{first[f'group_{name}']:.3f}" for name in ("auroc", "adjusted_rand", "homogeneity")),
+            f"{first['audit_seconds']:.0f}",
+            over_seeds(found, "train_seconds", 0),
+            over_seeds(found, "bias"),
+            over_seeds(found, "subject_accuracy", 3),
+        ]
+        table.append(f"| {groups} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def augmentation_table() -> str:
+    """What classifiers learn from each model's images."""
+    table = ["| trained on | images | mean of groups | worst group | which |", "|---|---|---|---|---|"]
+    for model, learnt in figures("augmentation")["models"].items():
+        cells = [
+            " ± ".join(f"{learnt[name][part]:.3f}" for part in ("mean", "sd"))
+            for name in ("group_mean", "worst_accuracy")
+        ]
+        count = sum(learnt["train_images"].values())
+        table.append(f"| {model} | {count} | {' | '.join(cells)} | {learnt['worst_group']} |")
+    return "\n".join(table)
 
 
 def groups_table() -> str:
@@ -178,7 +305,12 @@ BLOCKS = {
     "no-bias": no_bias_line,
     "explicit": explicit_table,
     "paraphrases": lambda: models_table("paraphrases"),
-    "strength": lambda: models_table("strength"),
+    "full-table": full_table,
+    "flatness": flatness_line,
+    "sweep-scale": scale_table,
+    "sweep-penalty": penalty_table,
+    "sweep-num-groups": num_groups_table,
+    "augmentation": augmentation_table,
     "families-dit-flow": families_table,
     "cost-count": cost_count_table,
     "cost-sampling": cost_sampling_table,

@@ -15,6 +15,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from invdiff.evaluation.intervals import Estimate
+from invdiff.evaluation.results import AttributeMeasures, Measures, Quantity
 from invdiff.guidance.module import GuidanceModule
 from invdiff.pipelines import load_pipeline
 from tiny import CAPTIONS, make_stable_diffusion
@@ -54,6 +56,36 @@ def write_tiny_folder(folder: Path, num_images: int = 12) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return folder
+
+
+def made_up_measures(
+    bias: float,
+    *,
+    interval: tuple[float, float],
+    floor: float,
+    accuracy: float | None = None,
+    frechet: float | None = None,
+) -> Measures:
+    """Measures of 512 images of one prompt that say what a test wants them to."""
+    counts = {"land": 461, "water": 51}
+    nothing = {"unbiased_square": None, "corrected": None, "corrected_low": None, "corrected_high": None, "note": ""}
+    estimate = Estimate(
+        metric="bias", value=bias, low=interval[0], high=interval[1], floor=floor, sd_over_prompts=None, **nothing
+    )
+    attribute = AttributeMeasures(
+        counts={"a photo": counts},
+        shares={"a photo": {"land": 0.9, "water": 0.1}},
+        overall={"bias": estimate},
+        subject_right={},
+        by_prompt={},
+        softmax_discrepancy=Quantity(None),
+    )
+    return Measures(
+        images_per_prompt=512,
+        attributes={"background": attribute},
+        subject_accuracy=None if accuracy is None else Quantity(accuracy),
+        quality={} if frechet is None else {"Frechet distance (made up)": Quantity(frechet)},
+    )
 
 
 @pytest.fixture(scope="session")

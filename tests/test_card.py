@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,11 +14,11 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from markdown_it import MarkdownIt
 
-from conftest import make_guidance_module, make_tiny_pipeline
+from conftest import made_up_measures, make_guidance_module, make_tiny_pipeline
 from invdiff.config import AuditConfig, TrainConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ConfigError, DataError, ModelError
-from invdiff.evaluation.evaluate import Measures, Results
+from invdiff.evaluation.results import AnnotatorRecord, Results
 from invdiff.files import weights_digest
 from invdiff.groups.audit import audit
 from invdiff.groups.result import Audit, PromptAudit
@@ -37,20 +36,17 @@ FILES = ["README.md", "config.json", WEIGHTS]
 AUDIT = AuditConfig(
     solver="exact", min_images=4, min_share=0.1, contrast_log_snr=(-4.2,), caption_threshold=0.0, batch_size=12
 )
-MEASURES = Measures(
-    bias=0.71,
-    bias_floor=0.0342,
-    bias_ci=(0.61, 0.82),
-    accuracy=0.93,
-    frechet=None,
-    images_per_prompt=512,
-    shares={"a photo": {"land": 0.9, "water": 0.1}},
-)
+FIGURES = {"interval": (0.61, 0.82), "floor": 0.0342, "accuracy": 0.93}
 RESULTS = Results(
     {
-        "guided": {"10.0": replace(MEASURES, bias=0.05), "3.0": replace(MEASURES, bias=0.04, frechet=39.0)},
-        "base": {"3.0": MEASURES},
-    }
+        "guided": {
+            "10.0": made_up_measures(0.05, **FIGURES),
+            "3.0": made_up_measures(0.04, frechet=39.0, **FIGURES),
+        },
+        "base": {"3.0": made_up_measures(0.71, **FIGURES)},
+    },
+    attribute="background",
+    annotator=AnnotatorRecord("my | judge", accuracy={"background": 0.875}),
 )
 
 
@@ -337,6 +333,14 @@ def test_figures_are_stated_and_kept(module, tmp_path, form):
     assert "Attribute: background. Annotator: a | b, held-out accuracy 99.8%." in html.unescape(card)
     assert "The annotator errs" in card
     assert GuidanceModule.from_pretrained(tmp_path / "m").model_card() == card
+
+
+@pytest.mark.parametrize("form", ["results", "path"])
+def test_results_say_what_they_are_of_and_who_judged(module, tmp_path, form):
+    RESULTS.save(tmp_path / "results.json")
+    module.add_figures(RESULTS if form == "results" else tmp_path / "results.json")
+    card = html.unescape(module.model_card())
+    assert "Attribute: background. Annotator: my | judge, held-out accuracy 87.5%." in card
 
 
 def test_figures_of_an_attribute_replace_only_its_own(module):

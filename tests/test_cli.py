@@ -11,14 +11,18 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from conftest import CAPTIONS, make_guidance_module, make_tiny_pipeline, write_tiny_folder
+from conftest import CAPTIONS, made_up_measures, make_guidance_module, make_tiny_pipeline, write_tiny_folder
 from invdiff import cli, cli_output
 from invdiff.cli_options import environments_from, field_docs, labelled_folders, prompts_in, settings
 from invdiff.config import AuditConfig, FinetuneConfig, GenerateConfig
 from invdiff.errors import ConfigError, DataError
+from invdiff.evaluation.results import Results
 from tiny import make_tiny
 
-COMMANDS = ("demo", "birds", "finetune", "audit", "train", "generate", "evaluate", "annotator", "annotator train")
+COMMANDS = (
+    *("demo", "birds", "finetune", "audit", "train", "generate", "evaluate", "augment", "sweep"),
+    *("annotator", "annotator train", "annotator measure"),
+)
 ARCHITECTURE = {
     "resolution": 16,
     "autoencoder_width": 8,
@@ -120,8 +124,10 @@ def test_the_whole_way_each_command_naming_the_next(tmp_path, cache):
     words = next_command(out)
     assert words[:3] == ["invdiff", "evaluate", str(images)]
     out = succeed(*words[1:], "--reference", data, "--output", tmp_path / "results.json", "--quiet")
-    assert out.rstrip().endswith(f"The results are in {tmp_path / 'results.json'}.")
-    results = json.loads((tmp_path / "results.json").read_text())
+    where, table = tmp_path / "results.json", tmp_path / "results.csv"
+    assert out.rstrip().endswith(f"The results are in {where}, and as a table in {table}.")
+    assert table.read_text().startswith("model,guidance_scale,")
+    results = json.loads(where.read_text())["models"]
     assert set(results) == {"base", "guided"}
     assert results["base"]["3.0"]["frechet"] > 0
 
@@ -164,14 +170,13 @@ def test_birds_draws_a_set_that_can_be_opened(tmp_path):
 
 
 def test_demo_passes_its_settings_on(tmp_path, recorded):
-    measures = {"bias": 0.5, "bias_floor": 0.1, "bias_ci": [0.4, 0.6], "accuracy": None, "frechet": None}
-    measures["images_per_prompt"] = 2
-    document = {"base": {"3.0": measures}, "guided": {"3.0": {**measures, "bias": 0.125}}}
-    recorded("invdiff.demo", "run_demo", document)
+    figures = {"interval": (0.4, 0.6), "floor": 0.1}
+    base, guided = made_up_measures(0.5, **figures), made_up_measures(0.125, **figures)
+    recorded("invdiff.demo", "run_demo", Results({"base": {"3.0": base}, "guided": {"3.0": guided}}))
     out = succeed("demo", "--output", tmp_path, "--images-per-prompt", 5, "--severity", 0.9, "--quiet")
     call = recorded.calls["run_demo"]
     assert (call.config.images_per_prompt, call.config.severity, call.progress) == (5, 0.9, False)
-    assert "0.125" in out
+    assert "0.125 (0.400 to 0.600)" in out
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -183,7 +188,11 @@ def test_help_has_an_example_of_that_command(command):
 def test_example_commands_can_be_parsed(monkeypatch):
     # An example that names an option the command does not have would stop with exit code 2.
     called = []
-    for command in cli.app.registered_commands + cli.prepare_app.registered_commands:
+    for command in [
+        *cli.app.registered_commands,
+        *cli.prepare_app.registered_commands,
+        *cli.measure_app.registered_commands,
+    ]:
         words = shlex.split(command.epilog.partition("invdiff ")[2])
         with monkeypatch.context() as patch:
             patch.setattr("typer.core.TyperCommand.invoke", lambda self, ctx: called.append(self.name))

@@ -35,7 +35,7 @@ def test_links_and_pictures_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_in_commands_exist(page):
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = re.findall(r"^invdiff ([a-z]+)(?: (train))?(.*)$", text, flags=re.MULTILINE)
+    commands = re.findall(r"^invdiff ([a-z]+)(?: (train|measure))?(.*)$", text, flags=re.MULTILINE)
     for command, sub, rest in commands:
         arguments = [command, sub] if command == "annotator" else [command]
         shown = CliRunner().invoke(app, [*arguments, "--help"], env={"COLUMNS": "200"})

@@ -325,6 +325,13 @@ def test_figures_are_corrected_where_the_annotators_errors_are_known(base):
     assert not any("errs" in note for note in results.notes)
 
 
+def test_an_annotator_that_cannot_tell_the_classes_apart_corrects_nothing_and_it_is_said(base):
+    results = measure({"base": base}, ReadsPixels(np.array([[50, 50, 0], [50, 50, 0]])))
+    assert results.models["base"]["1.0"].first.overall["bias"].corrected is None
+    assert results.annotator.accuracy == {"background": 0.5}
+    assert any(note.startswith("no figure of background is corrected for the errors of") for note in results.notes)
+
+
 def test_an_annotator_of_unknown_errors_is_said_to_be_one(base):
     results = measure({"base": base})
     assert results.models["base"]["1.0"].first.overall["bias"].corrected is None
@@ -496,7 +503,7 @@ def test_a_reference_of_other_features_is_refused(base, reference, message):
         ({"subject_attribute": "background"}, "other than the sensitive"),
         ({"min_confidence": 1.0}, "min_confidence of at least 0 and below 1"),
         ({"confidence": 1.0}, "confidence above 0 and below 1"),
-        ({"num_resamples": 0}, "num_resamples of at least 1"),
+        ({"num_resamples": 19}, "num_resamples of at least 20"),
     ],
 )
 def test_settings_out_of_range_are_refused(base, settings, message):

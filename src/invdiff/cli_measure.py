@@ -112,15 +112,11 @@ def evaluate(
     say("loading the annotator", quiet=quiet)
     silence_libraries()
     from .evaluation.annotators import load_annotator
-    from .evaluation.describe import Judge, describe_reference
+    from .evaluation.describe import describe_reference
     from .evaluation.evaluate import evaluate as run_evaluate
     from .evaluation.extractors import CLIPScorer, load_extractor
-    from .evaluation.given_labels import GivenLabels
 
-    if annotator == "labels":
-        judge: Judge = GivenLabels([*attribute, *([subject_attribute] if subject_attribute else [])])
-    else:
-        judge = load_annotator(annotator, attribute=attribute[0], classes=classes)
+    judge = load_annotator(annotator, attribute=[*attribute, subject_attribute or ""], classes=classes)
     extractors = [load_extractor(spec) for spec in features or ()]
     scorer = CLIPScorer.load(clip) if clip else None
     seen = None

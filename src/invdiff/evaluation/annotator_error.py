@@ -101,12 +101,22 @@ def corrected_interval(
         return _solve(annotated / numbers[:, None], inverses)
 
     p = corrected / corrected.sum(axis=1, keepdims=True)
-    worth = _worth(p, numbers, rates, None if exact else held_out.sum(axis=1))
+    sampling, held_out_part = _variances(p, numbers, rates, None if exact else held_out.sum(axis=1))
+    steady = _steady(p, numbers)
+    plausible = plausible_shares(
+        p,
+        target=t,
+        allowed=supported(chosen, t),
+        rates=rates,
+        numbers=numbers * sampling / (sampling + held_out_part),
+        worth=np.minimum((1 - (steady**2).sum(axis=1)) / (sampling + held_out_part), numbers),
+        confidence=confidence,
+    )
     degrees = (numbers - 1).sum() if exact else min((numbers - 1).sum(), (held_out.sum(axis=1) - 1).sum())
     return bias_aware(
         chosen,
         values,
-        plausible_shares(p, worth, t, supported(chosen, t), confidence),
+        plausible,
         draw,
         target=t,
         confidence=confidence,
@@ -144,19 +154,25 @@ def _inverse(rates: FloatArray) -> FloatArray:
     return np.linalg.solve(system, right)[..., :-1, :]
 
 
-def _worth(p: FloatArray, numbers: NDArray[np.int64], rates: FloatArray, held_out: FloatArray | None) -> FloatArray:
-    """Number of correctly annotated images that would tell the shares as precisely, (prompts,)."""
-    steady = (numbers[:, None] * p + 1) / (numbers[:, None] + p.shape[1])
+def _steady(p: FloatArray, numbers: NDArray[np.int64]) -> FloatArray:
+    """Shares with one image more of each class, so that none has a variance of zero."""
+    return np.asarray((numbers[:, None] * p + 1) / (numbers[:, None] + p.shape[1]))
+
+
+def _variances(
+    p: FloatArray, numbers: NDArray[np.int64], rates: FloatArray, held_out: FloatArray | None
+) -> tuple[FloatArray, FloatArray]:
+    """Summed variance of the corrected shares from the images and from the held-out images, (prompts,)."""
+    steady = _steady(p, numbers)
     inverse = _inverse(rates)
 
     def spread(distribution: FloatArray) -> FloatArray:
         """Trace of the covariance of G x for one draw x of a class from each row of `distribution`."""
         return np.asarray(distribution @ (inverse**2).sum(axis=0) - ((distribution @ inverse.T) ** 2).sum(axis=1))
 
-    variance = spread(steady @ rates) / numbers
-    if held_out is not None:
-        variance = variance + steady**2 @ (spread(rates) / held_out)
-    return np.asarray(np.minimum((1 - (steady**2).sum(axis=1)) / variance, numbers))
+    sampling = spread(steady @ rates) / numbers
+    held_out_part = np.zeros(len(p)) if held_out is None else steady**2 @ (spread(rates) / held_out)
+    return sampling, held_out_part
 
 
 def _shares(x: FloatArray) -> FloatArray:

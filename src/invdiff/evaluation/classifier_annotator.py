@@ -52,5 +52,5 @@ class ClassifierAnnotator(Measurable):
         probabilities = [np.zeros((0, len(classes)), np.float32)]
         for pixels in pixel_batches(images, self._processor, self._model.device):
             logits = self._model(pixel_values=pixels).logits
-            probabilities.append(logits.float().softmax(dim=1).cpu().numpy())
+            probabilities.append(logits.float().softmax(dim=1).cpu().numpy().copy())  # as in ConvAnnotator.predict
         return Annotations(self.attributes, {attribute: np.concatenate(probabilities)}, None)

@@ -69,9 +69,9 @@ class ClipAnnotator(Measurable):
         probabilities = {name: [np.zeros((0, len(classes)), np.float32)] for name, classes in self.attributes.items()}
         for pixels in pixel_batches(images, self._processor, self._model.device):
             embeddings = normalize(pooled(self._model.get_image_features(pixel_values=pixels)), dim=1)
-            features.append(embeddings.cpu().numpy())
+            features.append(embeddings.cpu().numpy().copy())  # as in ConvAnnotator.predict
             for name, of_classes in self._embeddings.items():
-                probabilities[name].append((scale * embeddings @ of_classes.T).softmax(dim=1).cpu().numpy())
+                probabilities[name].append((scale * embeddings @ of_classes.T).softmax(dim=1).cpu().numpy().copy())
         return Annotations(
             self.attributes,
             {name: np.concatenate(parts) for name, parts in probabilities.items()},

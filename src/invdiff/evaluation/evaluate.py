@@ -14,6 +14,7 @@ from ..errors import EvaluationError
 from ..progress import progress_bar
 from .describe import Described, Judge, describe_rows
 from .extractors import CLIPScorer, FeatureExtractor
+from .fairness import correct_for_annotator
 from .given_labels import GivenLabels
 from .manifest import Folders, Row, common_prompts, read_manifest, resolve_folders, scale_keys
 from .measure import Question, measure, preserve
@@ -96,10 +97,12 @@ def evaluate(
     if reference is None and reference_features is not None:
         reference = Described({}, {}, {annotator.feature_name: np.asarray(reference_features, dtype=np.float32)})
     extractors = [*extractors, *([clip] if clip is not None else [])]
+    confusion = {name: annotator.confusion(name, min_confidence) for name in asked}
+    corrections, warnings = _corrections(confusion, annotator.name)
     question = Question(
         attributes=attributes,
         classes=annotator.attributes,
-        confusion={name: annotator.confusion(name, min_confidence) for name in asked},
+        confusion=corrections,
         min_confidence=min_confidence,
         subject_attribute=subject_attribute,
         subject_of=named,
@@ -142,12 +145,12 @@ def evaluate(
         attribute=attributes[0],
         classes={name: tuple(annotator.attributes[name]) for name in dict.fromkeys(asked)},
         subject_attribute=subject_attribute or "",
-        annotator=_record(annotator, question, asked),
+        annotator=_record(annotator, confusion, min_confidence),
         target=dict(target or {}),
         baseline=baseline,
         confidence=confidence,
         reference_images=0 if reference is None else len(reference),
-        notes=tuple(_notes(models, annotator, question)),
+        notes=(*warnings, *_notes(models, annotator, question)),
     )
 
 
@@ -173,9 +176,9 @@ def _check_settings(
         raise EvaluationError(
             f"Expected a subject_attribute other than the sensitive ones, got {subject_attribute!r} for both."
         )
-    for name, number in (("batch_size", batch_size), ("num_resamples", num_resamples)):
-        if number < 1:
-            raise EvaluationError(f"Expected a {name} of at least 1, got {number}.")
+    for name, number, least in (("batch_size", batch_size, 1), ("num_resamples", num_resamples, 20)):
+        if number < least:
+            raise EvaluationError(f"Expected a {name} of at least {least}, got {number}.")
     if not 0 < confidence < 1:
         raise EvaluationError(f"Expected a confidence above 0 and below 1, got {confidence}. 0.95 is usual.")
     if not 0 <= min_confidence < 1:
@@ -230,21 +233,37 @@ def _check_reference(reference: Described | None, seen: Mapping[str, Described])
             )
 
 
-def _record(annotator: Judge, question: Question, asked: Sequence[str]) -> AnnotatorRecord:
-    accuracy: dict[str, float | None] = {}
-    confusion: dict[str, list[list[float]] | None] = {}
-    for name in dict.fromkeys(asked):
-        matrix = question.confusion[name]
-        accuracy[name] = None if matrix is None else float(np.trace(matrix) / np.sum(matrix))
-        confusion[name] = None if matrix is None else np.asarray(matrix).tolist()
-    return AnnotatorRecord(annotator.name, question.min_confidence, accuracy, confusion)
+def _corrections(
+    confusion: Mapping[str, NDArray[Any] | None], annotator: str
+) -> tuple[dict[str, NDArray[Any] | None], list[str]]:
+    """Return the confusion matrices that figures can be corrected by, and why the others cannot."""
+    usable: dict[str, NDArray[Any] | None] = {}
+    warnings = []
+    for name, matrix in confusion.items():
+        usable[name] = matrix
+        if matrix is not None:
+            try:
+                correct_for_annotator(np.ones((1, matrix.shape[1])), matrix)
+            except EvaluationError as error:
+                usable[name] = None
+                warnings.append(f"no figure of {name} is corrected for the errors of {annotator}: {error}".rstrip("."))
+    return usable, warnings
+
+
+def _record(annotator: Judge, confusion: Mapping[str, NDArray[Any] | None], min_confidence: float) -> AnnotatorRecord:
+    accuracy = {
+        name: None if matrix is None else float(np.trace(matrix) / np.sum(matrix))
+        for name, matrix in confusion.items()
+    }
+    tables = {name: None if matrix is None else np.asarray(matrix).tolist() for name, matrix in confusion.items()}
+    return AnnotatorRecord(annotator.name, min_confidence, accuracy, tables)
 
 
 def _notes(models: Mapping[str, Mapping[str, Measures]], annotator: Judge, question: Question) -> list[str]:
     """Return what a reader should know before trusting the figures."""
     notes = []
     for name in question.attributes:
-        if question.confusion[name] is None and not isinstance(annotator, GivenLabels):
+        if annotator.confusion(name, question.min_confidence) is None and not isinstance(annotator, GivenLabels):
             notes.append(
                 f"how {annotator.name} errs on {name} is not known, so no figure is corrected for it: measure it on "
                 "labelled images"

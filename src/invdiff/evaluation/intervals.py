@@ -174,10 +174,19 @@ def interval(
     def draw(p: FloatArray) -> FloatArray:
         return generator.multinomial(numbers, p, size=(resamples, len(p))) / numbers[:, None]
 
+    plausible = plausible_shares(
+        table / table.sum(axis=1, keepdims=True),
+        target=t,
+        allowed=supported(chosen, t),
+        rates=np.eye(len(t)),
+        numbers=numbers,
+        worth=numbers,
+        confidence=confidence,
+    )
     return bias_aware(
         chosen,
         values,
-        plausible_shares(table / table.sum(axis=1, keepdims=True), numbers, t, supported(chosen, t), confidence),
+        plausible,
         draw,
         target=t,
         confidence=confidence,
@@ -198,9 +207,12 @@ def bias_interval(
 
 def plausible_shares(
     p: FloatArray,
-    numbers: NDArray[np.generic],
+    *,
     target: FloatArray,
     allowed: NDArray[np.bool_],
+    rates: FloatArray,
+    numbers: ArrayLike,
+    worth: ArrayLike,
     confidence: float,
 ) -> FloatArray:
     """Return four shares for each prompt at which the plug-in is worst, of those its counts do not reject.
@@ -211,16 +223,18 @@ def plausible_shares(
     pseudo-counts in all (Agresti & Coull, American Statistician 1998).
 
     Args:
-        p: Shares, (prompts, groups).
-        numbers: Images, or as many as the shares are worth, (prompts,).
+        p: Estimated shares, (prompts, groups).
         target: Target shares, (groups,).
         allowed: Groups that may have images at all, (groups,).
+        rates: How often each group is seen as each class, (groups, classes): the identity without an annotator.
+        numbers: Images behind the seen classes, for chi-square, (prompts,).
+        worth: Images of known group that would tell the shares as precisely, for ties and smoothing, (prompts,).
         confidence: Of the tests.
 
     Returns:
         Shares, (4, prompts, groups).
     """
-    n = np.asarray(numbers, dtype=np.float64)[:, None]
+    n, known = (np.asarray(x, dtype=np.float64)[:, None] for x in (numbers, worth))
     z = float(ndtri((1 + confidence) / 2))
     critical = float(chdtri(p.shape[1] - 1, 1 - confidence))
     away = p - target
@@ -233,15 +247,17 @@ def plausible_shares(
         edge = np.where(away < 0, target / -away, np.inf).min(axis=1, keepdims=True)
     edge = np.where(np.isfinite(edge), np.maximum(edge, start), start)
     pseudo = z**2 * allowed / allowed.sum()
-    smooth = (n * p + pseudo) / (n + z**2)
-    candidates = np.stack(
-        [
-            _last_plausible(p, n, target, away, start, np.zeros_like(start), critical),
-            _last_plausible(p, n, target, away, start, edge, critical),
-            _tied(p, smooth, n, z),
-            smooth,
-        ]
-    )
+    smooth = (known * p + pseudo) / (known + z**2)
+    seen, seen_target, seen_away = p @ rates, target @ rates, away @ rates
+
+    def accepted(steps: FloatArray) -> NDArray[np.bool_]:
+        true = np.maximum(seen_target + steps * seen_away, 0.0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            terms = np.where(seen == true, 0.0, (seen - true) ** 2 / true)
+        return np.asarray(n * terms.sum(axis=1, keepdims=True) <= critical)
+
+    nearest, farthest = (target + _last(accepted, start, end) * away for end in (np.zeros_like(start), edge))
+    candidates = np.stack([nearest, farthest, _tied(p, smooth, known, z), smooth])
     candidates = np.maximum(candidates, 0.0)
     return candidates / candidates.sum(axis=-1, keepdims=True)
 
@@ -276,20 +292,20 @@ def bias_aware(
     deviation, bias = np.stack(deviations), np.stack(biases)
     upward, downward = np.maximum(bias.max(axis=0), 0).mean(), np.maximum(-bias.min(axis=0), 0).mean()
 
-    variance = deviation.var(axis=1)
-    everywhere = variance.argmax(axis=0)
-    # The true value lies nearer the fair one than the plug-in where the plug-in deviates away from it, and there
-    # the farthest shares do not matter.
-    nearer = np.where(np.arange(len(candidates))[:, None] == 1, -1.0, variance).argmax(axis=0)
-    below, above = (nearer, everywhere) if metric.fair_value == 0 else (everywhere, nearer)
     tail = (1 - confidence) / 2
     multiplier = float(stdtrit(max(degrees, 1), 1 - tail))
 
-    def spread(worst: NDArray[np.intp], sign: int) -> float:
-        means = sign * np.take_along_axis(deviation, worst[None, None], axis=0)[0].mean(axis=1)
+    def spread(kinds: list[int], sign: int) -> float:
+        """Largest spread of the mean with all prompts at one kind of candidate, or each at its most variable."""
+        chosen = deviation[kinds]
+        worst = chosen.var(axis=1).argmax(axis=0)
+        mixed = np.take_along_axis(chosen, worst[None, None], axis=0)
+        means = sign * np.concatenate([chosen, mixed]).mean(axis=2)
         # The quantile sees skewness, the standard deviation what few resamples or coarse counts hide from it.
-        return max(multiplier * float(means.std(ddof=1)), float(np.quantile(means, 1 - tail)))
+        return float(np.maximum(multiplier * means.std(axis=1, ddof=1), np.quantile(means, 1 - tail, axis=1)).max())
 
+    # Where the plug-in deviates away from the fair value, the true one is nearer to it, so the farthest do not count.
+    below, above = ([0, 2, 3], [0, 1, 2, 3]) if metric.fair_value == 0 else ([0, 1, 2, 3], [0, 2, 3])
     value = values.mean()
     ends = (value - upward - spread(below, 1), value + downward + spread(above, -1))
     low, high = np.clip(ends, *metric.limits(target))
@@ -332,29 +348,15 @@ def check_settings(confidence: float, num_resamples: int) -> None:
         )
 
 
-def _last_plausible(
-    p: FloatArray,
-    n: FloatArray,
-    target: FloatArray,
-    away: FloatArray,
-    start: FloatArray,
-    end: FloatArray,
-    critical: float,
-) -> FloatArray:
-    """The last of target + s away, s from `start` (p itself) to `end`, whose chi-square is not above `critical`."""
-
-    def accepted(s: FloatArray) -> NDArray[np.bool_]:
-        true = np.maximum(target + s * away, 0.0)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            terms = np.where(p == true, 0.0, (p - true) ** 2 / true)
-        return np.asarray(n * terms.sum(axis=1, keepdims=True) <= critical)
-
-    inside, outside = start, np.where(accepted(end), start, end)
+def _last(accepted: Callable[[FloatArray], NDArray[np.bool_]], start: FloatArray, end: FloatArray) -> FloatArray:
+    """The last step from `start`, which is accepted, to `end` that still is, by bisection."""
+    all_the_way = accepted(end)
+    inside, outside = start, end
     for _ in range(BISECTIONS):
         middle = (inside + outside) / 2
         keep = accepted(middle)
         inside, outside = np.where(keep, middle, inside), np.where(keep, outside, middle)
-    return target + np.where(accepted(end), end, inside) * away
+    return np.where(all_the_way, end, inside)
 
 
 def _tied(p: FloatArray, smooth: FloatArray, n: FloatArray, z: float) -> FloatArray:

@@ -1,0 +1,177 @@
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from invdiff.errors import EvaluationError
+from invdiff.evaluation import fairness
+from invdiff.evaluation.annotator_error import correct_for_annotator, corrected_interval, project_to_simplex
+from invdiff.evaluation.fairness import METRICS, bias, per_prompt
+from invdiff.evaluation.intervals import interval
+
+SYMMETRIC = np.array([[0.9, 0.1], [0.1, 0.9]])
+ASYMMETRIC = np.array([[0.85, 0.15], [0.05, 0.95]])
+THREE = np.full((3, 3), 0.05) + 0.85 * np.eye(3)
+UNSURE = np.array([[0.7, 0.1, 0.2], [0.05, 0.9, 0.05]])
+
+
+def simulate(generator, rates, p, num_images, num_prompts, held_out=400):
+    counts = generator.multinomial(num_images, p @ rates, size=num_prompts)
+    return counts, np.array([generator.multinomial(held_out, row) for row in rates])
+
+
+@pytest.mark.parametrize("rates", [SYMMETRIC, ASYMMETRIC, THREE, UNSURE])
+def test_expected_annotations_are_corrected_to_the_truth(rates):
+    p = np.array([0.6, 0.3, 0.1])[: len(rates)]
+    p = p / p.sum()
+    corrected = correct_for_annotator([p @ rates * 1000, np.full(len(rates), 1 / len(rates)) @ rates * 50], rates)
+    np.testing.assert_allclose(corrected[0], p * 1000)
+    np.testing.assert_allclose(corrected[1], np.full(len(rates), 50 / len(rates)))
+
+
+def test_correction_inverts_the_confusion_matrix():
+    held_out = np.array([[360, 30, 10], [8, 180, 12], [5, 5, 90]])
+    counts = np.array([300.0, 400.0, 300.0])
+    rates = held_out / held_out.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(correct_for_annotator([counts], held_out)[0], counts @ np.linalg.inv(rates))
+
+
+def test_more_columns_than_classes_are_least_squares():
+    counts = np.array([50.0, 30.0, 20.0])
+    found = correct_for_annotator([counts], UNSURE)[0] / 100
+    best = minimize(
+        lambda x: np.sum((np.array([x[0], 1 - x[0]]) @ UNSURE - counts / 100) ** 2), [0.5], bounds=[(0, 1)], tol=1e-12
+    )
+    assert found[0] == pytest.approx(best.x[0], abs=1e-5)
+
+
+def test_an_inverse_outside_the_simplex_goes_to_its_nearest_point():
+    corrected = correct_for_annotator([[100, 0, 0]], THREE)
+    np.testing.assert_allclose(corrected, [[100, 0, 0]], atol=1e-9)
+
+
+@pytest.mark.parametrize("num_groups", [2, 4])
+def test_projection_is_the_nearest_point_of_the_simplex(num_groups):
+    for x in np.random.default_rng(0).normal(size=(5, num_groups)):
+        best = minimize(
+            lambda p, x=x: np.sum((p - x) ** 2),
+            np.full(num_groups, 1 / num_groups),
+            bounds=[(0, 1)] * num_groups,
+            constraints={"type": "eq", "fun": lambda p: p.sum() - 1},
+            tol=1e-12,
+        )
+        np.testing.assert_allclose(project_to_simplex(x), best.x, atol=1e-5)
+
+
+def test_correction_keeps_the_number_of_images():
+    counts = np.random.default_rng(1).integers(1, 100, size=(7, 3))
+    corrected = correct_for_annotator(counts, THREE)
+    np.testing.assert_allclose(corrected.sum(axis=1), counts.sum(axis=1))
+    assert corrected.min() >= 0
+
+
+def test_a_perfect_annotator_changes_nothing():
+    np.testing.assert_allclose(correct_for_annotator([[3, 5]], [[40, 0], [0, 40]]), [[3, 5]])
+
+
+def test_rates_and_counts_of_held_out_images_are_both_taken():
+    np.testing.assert_allclose(
+        correct_for_annotator([[30, 70]], ASYMMETRIC * 400), correct_for_annotator([[30, 70]], ASYMMETRIC)
+    )
+
+
+@pytest.mark.parametrize(
+    ("rates", "p"), [(SYMMETRIC, [0.9, 0.1]), (SYMMETRIC, [0.7, 0.3]), (THREE, [0.8, 0.15, 0.05])], ids=str
+)
+def test_correction_removes_two_thirds_of_the_annotators_error(rates, p):
+    generator = np.random.default_rng(2)
+    truth = bias([p])
+    raw, corrected = [], []
+    for _ in range(200):
+        counts, held_out = simulate(generator, rates, np.array(p), 10_000, 1)
+        raw.append(bias(counts) - truth)
+        corrected.append(bias(correct_for_annotator(counts, held_out)) - truth)
+    assert abs(np.mean(corrected)) < abs(np.mean(raw)) / 3
+
+
+def coverage(metric, rates, p, num_images, num_prompts, *, evaluations=2000):
+    generator = np.random.default_rng(3)
+    truth = float(METRICS[metric].per_prompt(p))
+    covered = 0
+    for _ in range(evaluations):
+        counts, held_out = simulate(generator, rates, p, num_images, num_prompts)
+        low, high = corrected_interval(metric, counts, held_out, num_resamples=100)
+        covered += low - 1e-9 <= truth <= high + 1e-9
+    return covered / evaluations
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rates", [SYMMETRIC, ASYMMETRIC], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("p", [[0.5, 0.5], [0.9, 0.1]], ids=str)
+def test_corrected_interval_covers_one_prompt(rates, p):
+    assert coverage("bias", rates, np.array(p), 200, 1) >= 0.93
+
+
+@pytest.mark.slow
+def test_corrected_interval_covers_ten_fair_prompts():
+    assert coverage("bias", SYMMETRIC, np.array([0.5, 0.5]), 200, 10, evaluations=1000) >= 0.93
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_corrected_interval_covers_every_metric_near_one_class(metric):
+    assert coverage(metric, UNSURE, np.array([0.97, 0.03]), 200, 1, evaluations=400) >= 0.92
+
+
+def test_more_prompts_do_not_hide_what_few_held_out_images_leave_open():
+    counts = np.tile([[700, 300]], (30, 1))
+    few, many = (np.ptp(corrected_interval("bias", counts, SYMMETRIC * n)) for n in (50, 50_000))
+    assert few > 3 * many
+
+
+def test_rates_leave_only_the_sampling_of_images():
+    counts = [[700, 300]]
+    exact = np.ptp(corrected_interval("bias", counts, SYMMETRIC))
+    assert exact == pytest.approx(np.ptp(interval("bias", counts)) / 0.8, rel=0.1)
+    assert exact < np.ptp(corrected_interval("bias", counts, SYMMETRIC * 100))
+
+
+def test_corrected_interval_repeats_with_its_seed():
+    arguments = ("parity_gap", [[70, 30]], SYMMETRIC * 100)
+    assert corrected_interval(*arguments, seed=1) == corrected_interval(*arguments, seed=1)
+    assert corrected_interval(*arguments, seed=1) != corrected_interval(*arguments, seed=2)
+
+
+def test_corrected_interval_takes_a_target():
+    low, high = corrected_interval("kl_to_target", [[660, 340]], SYMMETRIC * 1000, target=[0.7, 0.3])
+    assert low == 0 < high < 0.02
+
+
+@pytest.mark.parametrize(
+    ("confusion", "message"),
+    [
+        ([[9, 1], [0, 0]], "none of class 1"),
+        ([[9, 1], [9, 1]], "tells class 0 from class 1"),
+        ([[0.9, 0.05, 0.05], [0.02, 0.5, 0.48], [0.02, 0.48, 0.5]], "class 1 from class 2"),
+        ([[9, -1], [1, 9]], "got -1.0 for true class 0 annotated as 1"),
+        ([[9, 1], [np.nan, 9]], "got nan for true class 1 annotated as 0"),
+        ([[9, 1]], r"got \(1, 2\)"),
+        ([9, 1], r"got \(2,\)"),
+        ([[0.5, 0.1], [0.1, 0.9]], "rows sum to 1"),
+    ],
+)
+@pytest.mark.parametrize("correct", [correct_for_annotator, lambda *given: corrected_interval("bias", *given)])
+def test_confusion_matrices_that_cannot_correct_are_refused(correct, confusion, message):
+    num_columns = np.shape(confusion)[-1]
+    with pytest.raises(EvaluationError, match=message):
+        correct([[5] * num_columns], confusion)
+
+
+def test_counts_of_other_classes_than_the_matrix_are_refused():
+    with pytest.raises(EvaluationError, match="got 3 and 2"):
+        correct_for_annotator([[1, 2, 3]], SYMMETRIC)
+
+
+def test_fairness_offers_the_correction():
+    np.testing.assert_array_equal(
+        fairness.correct_for_annotator([[30, 70]], ASYMMETRIC), correct_for_annotator([[30, 70]], ASYMMETRIC)
+    )
+    assert per_prompt("bias", fairness.correct_for_annotator([[30, 70]], ASYMMETRIC)).shape == (1,)

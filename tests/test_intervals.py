@@ -1,0 +1,227 @@
+from dataclasses import FrozenInstanceError
+
+import numpy as np
+import pytest
+from scipy.stats import binom, chisquare
+
+from invdiff.errors import EvaluationError
+from invdiff.evaluation import fairness
+from invdiff.evaluation.fairness import METRICS, metric_floor, per_prompt, squared_discrepancy_unbiased
+from invdiff.evaluation.intervals import Estimate, bias_interval, estimate, interval, plausible_shares
+
+CONFUSION = [[90, 5, 5, 2], [5, 90, 5, 2], [5, 5, 90, 2]]
+
+
+def extreme(share, num_groups):
+    return np.r_[share, np.full(num_groups - 1, (1 - share) / (num_groups - 1))]
+
+
+def coverage(metric, p, num_images, *, evaluations=2000, num_resamples=100):
+    """Share of simulated evaluations of prompts with true shares p (P, K) whose interval holds the true mean."""
+    truth = METRICS[metric].per_prompt(p).mean()
+    generator = np.random.default_rng(0)
+    simulated = generator.multinomial(num_images, p, size=(evaluations, len(p)))
+    tables, times = np.unique(simulated, axis=0, return_counts=True)
+    covered = 0
+    for table, number in zip(tables, times, strict=True):
+        low, high = interval(metric, table, num_resamples=num_resamples)
+        covered += number * (low - 1e-9 <= truth <= high + 1e-9)
+    return covered / evaluations
+
+
+@pytest.mark.parametrize("num_groups", [2, 3])
+@pytest.mark.parametrize("metric", METRICS)
+def test_interval_covers_the_fair_point_of_one_prompt(metric, num_groups):
+    assert coverage(metric, np.full((1, num_groups), 1 / num_groups), 20) >= 0.93
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", METRICS)
+def test_interval_covers_the_fair_point_of_thirty_prompts(metric):
+    assert coverage(metric, np.full((30, 2), 0.5), 20, num_resamples=40) >= 0.93
+
+
+@pytest.mark.parametrize("share", [0.51, 0.55, 0.7, 0.9, 0.99, 0.998, 1.0])
+@pytest.mark.parametrize("num_images", [20, 100])
+@pytest.mark.parametrize("metric", METRICS)
+def test_interval_of_one_prompt_and_two_groups_covers_exactly(metric, num_images, share):
+    truth = METRICS[metric].per_prompt(np.array([share, 1 - share]))
+    covered = 0.0
+    for count in range(num_images + 1):
+        if (weight := binom.pmf(count, num_images, share)) > 1e-4:
+            low, high = interval(metric, [[count, num_images - count]], num_resamples=200)
+            covered += weight * (low - 1e-9 <= truth <= high + 1e-9)
+    assert covered >= 0.93
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_interval_covers_two_prompts_that_are_nearly_of_one_class(metric):
+    assert coverage(metric, np.tile(extreme(0.95, 3), (2, 1)), 20) >= 0.93
+
+
+@pytest.mark.parametrize("metric", ["bias", "kl_to_target", "worst_group_ratio"])
+def test_interval_covers_partly_tied_groups(metric):
+    assert coverage(metric, np.array([[0.5, 0.5, 0.0]] * 2), 20) >= 0.93
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", ["bias", "worst_group_ratio"])
+def test_interval_covers_prompts_that_differ(metric):
+    p = np.array([extreme(share, 3) for share in (1 / 3, 0.99, 1.0, 0.38, 0.8)])
+    assert coverage(metric, p, 20, num_resamples=40) >= 0.93
+
+
+def test_interval_of_one_prompt_far_from_fair_is_near_wilsons():
+    low, high = interval("bias", [[170, 30]])
+    z, p, n = 1.959964, 0.85, 200
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert low == pytest.approx(2 * (middle - half) - 1, abs=0.03)
+    assert high == pytest.approx(2 * (middle + half) - 1, abs=0.03)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_interval_has_width_when_all_images_are_of_one_class(metric):
+    low, high = interval(metric, [[100, 0, 0]])
+    assert 0.01 < high - low < 0.25
+
+
+def test_interval_narrows_with_the_number_of_images():
+    counts = np.array([[14, 4, 2]])
+    widths = [np.ptp(interval("bias", counts * factor)) for factor in (1, 4, 16)]
+    assert widths[1] < 0.65 * widths[0]
+    assert widths[2] < 0.65 * widths[1]
+
+
+def test_interval_narrows_with_the_root_of_the_number_of_prompts_far_from_fair():
+    one, many = (np.ptp(interval("bias", [[170, 30]] * prompts)) for prompts in (1, 16))
+    assert many == pytest.approx(one / 4, rel=0.15)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_interval_at_the_fair_point_is_at_most_three_floors_wide(metric):
+    fair = METRICS[metric].fair_value
+    counts = np.random.default_rng(1).multinomial(100, [0.5, 0.5], size=30)
+    floor = abs(metric_floor(metric, 100, 2) - fair)
+    low, high = interval(metric, counts)
+    assert low <= fair <= high
+    assert high - low < 3.2 * floor
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_interval_stays_within_the_limits_and_in_order(metric):
+    least, most = METRICS[metric].limits(np.full(3, 1 / 3))
+    for row in ([0, 0, 1], [1, 1, 1], [3, 0, 2], [0, 50, 0]):
+        low, high = interval(metric, [row])
+        assert least <= low <= high <= most
+
+
+def test_one_image_says_nothing_about_bias():
+    assert interval("bias", [[0, 1]]) == (0.0, 1.0)
+
+
+def test_interval_of_a_target_covers_zero_for_a_sampler_that_draws_from_it():
+    target = np.array([0.7, 0.2, 0.1])
+    counts = np.random.default_rng(2).multinomial(60, target, size=(300, 2))
+    covered = [interval("kl_to_target", table, target=target, num_resamples=100)[0] <= 0 for table in counts]
+    assert np.mean(covered) >= 0.93
+
+
+def test_a_group_that_the_target_excludes_does_not_make_kl_infinite():
+    low, high = interval("kl_to_target", [[60, 40, 0]], target=[0.5, 0.5, 0.0])
+    assert 0 <= low < high < np.log(2)
+
+
+def test_interval_has_width_at_a_target_of_one_class():
+    low, high = interval("fairness_discrepancy", [[50, 0]], target=[1.0, 0.0])
+    assert low == 0
+    assert high > 0.02
+
+
+def test_nearest_and_farthest_shares_are_where_chi_square_rejects():
+    settings = {"target": np.full(3, 1 / 3), "allowed": np.ones(3, bool), "rates": np.eye(3), "confidence": 0.9}
+    counts = np.array([60, 30, 10])
+    near, far, _, _ = plausible_shares(counts[None] / 100, numbers=[100], worth=[100], **settings)[:, 0]
+    assert chisquare(counts, near * 100).pvalue == pytest.approx(0.1, abs=1e-3)
+    assert chisquare(counts, far * 100).pvalue == pytest.approx(0.1, abs=1e-3)
+    assert near.max() < 0.6 < far.max()
+
+
+def test_groups_that_differ_insignificantly_are_tied():
+    settings = {"target": np.full(4, 0.25), "allowed": np.ones(4, bool), "rates": np.eye(4), "confidence": 0.95}
+    counts = np.array([[410, 60, 400, 130]])
+    tied = plausible_shares(counts / 1000, numbers=[1000], worth=[1000], **settings)[2, 0]
+    np.testing.assert_allclose(tied, [0.405, 0.06, 0.405, 0.13])
+
+
+def test_sums_of_probabilities_are_taken_for_counts():
+    low, high = interval("fairness_discrepancy", [[25.4, 14.6]])
+    assert low < per_prompt("fairness_discrepancy", [[25.4, 14.6]])[0] < high
+
+
+@pytest.mark.parametrize("counts", [[[0.3, 0.7]], [[10.2, 5.0]]])
+def test_shares_are_refused_in_place_of_counts(counts):
+    with pytest.raises(EvaluationError, match="not shares"):
+        interval("bias", counts)
+
+
+@pytest.mark.parametrize("setting", [{"confidence": 1.0}, {"confidence": 0.0}, {"num_resamples": 19}])
+def test_settings_out_of_range_are_refused(setting):
+    with pytest.raises(EvaluationError, match="Expected"):
+        interval("bias", [[1, 2]], **setting)
+
+
+def test_bias_interval_is_the_same_everywhere():
+    counts = [[30, 20], [12, 40]]
+    expected = interval("bias", counts, num_resamples=300, seed=4)
+    assert bias_interval(counts, num_resamples=300, seed=4) == expected
+    assert fairness.bias_interval(counts, num_resamples=300, seed=4) == expected
+
+
+def test_estimate_agrees_with_its_parts():
+    counts = [[30, 50, 20], [10, 60, 30]]
+    found = estimate("fairness_discrepancy", counts, target=[0.2, 0.5, 0.3], seed=3)
+    values = per_prompt("fairness_discrepancy", counts, target=[0.2, 0.5, 0.3])
+    assert found.value == pytest.approx(values.mean())
+    assert (found.low, found.high) == interval("fairness_discrepancy", counts, target=[0.2, 0.5, 0.3], seed=3)
+    assert found.floor == metric_floor("fairness_discrepancy", 100, 3, target=[0.2, 0.5, 0.3])
+    assert found.sd_over_prompts == pytest.approx(values.std(ddof=1))
+    assert found.unbiased_square == squared_discrepancy_unbiased(counts, [0.2, 0.5, 0.3])
+    assert (found.corrected, found.corrected_low, found.corrected_high, found.note) == (None, None, None, "")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_estimate_of_every_metric_holds_plain_numbers_in_order(metric):
+    found = estimate(metric, np.array([[30, 50, 20]]), confusion=CONFUSION, unsure=np.array([4]))
+    assert isinstance(found, Estimate)
+    assert found.low <= found.value <= found.high
+    assert found.corrected_low <= found.corrected <= found.corrected_high
+    assert type(found.low) is type(found.floor) is type(found.corrected) is float
+    with pytest.raises(FrozenInstanceError):
+        found.value = 0
+
+
+@pytest.mark.parametrize(
+    ("counts", "note"),
+    [
+        ([[30, 50, 20]], "sd_over_prompts"),
+        ([[0, 1, 0], [5, 5, 5]], "one image"),
+        ([[0.5, 1.5, 3], [1, 2, 3]], "fractional"),
+    ],
+)
+def test_estimate_says_what_is_not_defined(counts, note):
+    assert note in estimate("fairness_discrepancy", counts).note
+
+
+def test_estimate_does_not_correct_unsure_images_without_rates_for_them():
+    square = np.array(CONFUSION)[:, :3]
+    found = estimate("bias", [[30, 50, 20]], confusion=square, unsure=[2])
+    assert found.corrected is None
+    assert "no column" in found.note
+    assert estimate("bias", [[30, 50, 20]], confusion=square, unsure=[0]).corrected is not None
+
+
+@pytest.mark.parametrize("unsure", [[1, 2], [-1], [np.nan], None])
+def test_estimate_refuses_unsure_images_that_do_not_fit(unsure):
+    with pytest.raises(EvaluationError, match="number of unsure images"):
+        estimate("bias", [[30, 50, 20]], confusion=CONFUSION, unsure=unsure)
