@@ -1,14 +1,13 @@
-"""The full table on the bundled world. Each part prints its figures and keeps them in benchmarks/results/.
+"""The audit, captions and paraphrases on the bundled world. Each part keeps its figures in benchmarks/results/.
 
     python benchmarks/birds.py groups        # hidden groups found, three seeds of data
     python benchmarks/birds.py no-bias       # nothing found where nothing is hidden, ten seeds
     python benchmarks/birds.py one-prompt    # a minority under a single caption
-    python benchmarks/birds.py bias          # base, balanced, invariant over guidance scales, 512 images a prompt
     python benchmarks/birds.py explicit      # captions that state the background keep it
     python benchmarks/birds.py paraphrases   # captions never trained on are balanced too
-    python benchmarks/birds.py strength      # Bias over scale 0, 0.5, 1
 
-`no-bias` and `one-prompt` need a base of their own: see scripts/train_benchmark_bases.py.
+Bias over guidance scale and Delta is measured by benchmarks/sweeps.py. `no-bias` and `one-prompt` need a base of
+their own: see scripts/train_benchmark_bases.py.
 Work is kept in out/benchmark (or --work), so a stopped run goes on.
 """
 
@@ -25,19 +24,18 @@ from invdiff.assets import BIRDS_ANNOTATOR, BIRDS_MODEL
 from invdiff.data.birds import (
     BACKGROUNDS,
     BirdsWorld,
-    canonical_prompts,
     explicit_prompts,
     held_out_prompts,
 )
 from invdiff.demo import hidden_truth
 from invdiff.evaluation.annotators import ConvAnnotator
+from invdiff.evaluation.describe import describe_images
 from invdiff.files import write_json
-from invdiff.pipelines import denoiser_of, load_pipeline
+from invdiff.pipelines import load_pipeline
 
 RESULTS = Path(__file__).parent / "results"
-GUIDANCE_SCALES = (1.0, 3.0, 7.5)
+GUIDANCE_SCALES = (1.0, 3.0)
 NUM_IMAGES = 3000
-INVARIANT_STEPS = 1500
 
 
 def world_data(work: Path, seed: int, *, severity: float = 0.95, world: str = "two-prompts"):
@@ -50,31 +48,33 @@ def find(work: Path, model: Path, data, config: AuditConfig | None = None):
     return audit(load_pipeline(model), data, cache_dir=work / "cache", config=config)
 
 
-def module(work: Path, mode: str, seed: int = 0):
+def module(work: Path):
     """Return a module trained on the groups found without labels in the demo's data."""
     pipe, data = load_pipeline(BIRDS_MODEL), world_data(work, 0)
     found = find(work, BIRDS_MODEL, data)
-    config = TrainConfig(mode=mode, seed=seed, **({"steps": INVARIANT_STEPS} if mode == "invariant" else {}))
-    folder = work / f"module-{mode}-seed-{seed}"
-    return pipe, train(pipe, data, found, folder, config=config, cache_dir=work / "cache")
+    return pipe, train(pipe, data, found, work / "module", config=TrainConfig(), cache_dir=work / "cache")
 
 
 def judge(folders: dict) -> dict:
+    """Return model to guidance scale to the headline figures, and the shares they are of."""
     annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
-    reference = BirdsWorld(2000, severity=0.5, seed=424242)
-    features = annotator.predict(reference.row(i)["image"] for i in range(len(reference))).features
-    return evaluate(
-        folders, annotator, attribute="background", subject_attribute="subject", reference_features=features
-    ).to_dict()
+    world = BirdsWorld(2000, severity=0.5, seed=424242)
+    reference = describe_images((world.row(i)["image"] for i in range(len(world))), annotator)
+    results = evaluate(
+        folders, annotator, attribute="background", subject_attribute="subject", reference=reference
+    ).models_to_dict()
+    headline = ("bias", "bias_floor", "bias_ci", "accuracy", "frechet", "images_per_prompt", "shares")
+    return {
+        model: {scale: {name: measures[name] for name in headline} for scale, measures in by_scale.items()}
+        for model, by_scale in results.items()
+    }
 
 
-def draw(work: Path, name: str, pipe, prompts, count: int, *, scales=GUIDANCE_SCALES, guide=None, scale=1.0):
+def draw(work: Path, name: str, pipe, prompts, count: int, *, guide=None):
     """Generate `count` images of each prompt at each guidance scale and return the folders."""
     folders = []
-    for guidance_scale in scales:
-        config = GenerateConfig(
-            images_per_prompt=count, guidance_scale=guidance_scale, scale=scale, seed=1, batch_size=64
-        )
+    for guidance_scale in GUIDANCE_SCALES:
+        config = GenerateConfig(images_per_prompt=count, guidance_scale=guidance_scale, seed=1, batch_size=64)
         folder = work / f"images-{name}-cfg-{guidance_scale:g}"
         folders.append(generate(pipe, prompts, folder, module=guide, config=config))
     return folders
@@ -113,27 +113,13 @@ def one_prompt(work: Path) -> dict:
     return rows
 
 
-def bias(work: Path) -> dict:
-    prompts, folders = canonical_prompts(), {}
-    pipe = load_pipeline(BIRDS_MODEL)
-    folders["base"] = draw(work, "base", pipe, prompts, 512)
-    sizes = {}
-    for mode in ("balanced", "invariant"):
-        pipe, guide = module(work, mode)
-        folders[mode] = draw(work, mode, pipe, prompts, 512, guide=guide)
-        parameters = guide.num_parameters()
-        total = sum(p.numel() for p in denoiser_of(pipe).parameters())
-        sizes[mode] = {"parameters": parameters, "share_of_denoiser": parameters / total}
-    return judge(folders) | {"modules": sizes}
-
-
 def explicit(work: Path) -> dict:
     """How often each prompt's images show the background that it states, base and balanced."""
-    pipe, guide = module(work, "balanced")
+    pipe, guide = module(work)
     prompts = explicit_prompts()
     folders = {
-        "base": draw(work, "explicit-base", pipe, prompts, 128, scales=(1.0, 3.0)),
-        "balanced": draw(work, "explicit-balanced", pipe, prompts, 128, scales=(1.0, 3.0), guide=guide),
+        "base": draw(work, "explicit-base", pipe, prompts, 128),
+        "balanced": draw(work, "explicit-balanced", pipe, prompts, 128, guide=guide),
     }
     judged = judge(folders)
     return {
@@ -149,25 +135,12 @@ def explicit(work: Path) -> dict:
 
 
 def paraphrases(work: Path) -> dict:
-    pipe, guide = module(work, "balanced")
+    pipe, guide = module(work)
     prompts = held_out_prompts()
     return judge(
         {
-            "base": draw(work, "paraphrases-base", pipe, prompts, 50, scales=(1.0, 3.0)),
-            "balanced": draw(work, "paraphrases-balanced", pipe, prompts, 50, scales=(1.0, 3.0), guide=guide),
-        }
-    )
-
-
-def strength(work: Path) -> dict:
-    pipe, guide = module(work, "balanced")
-    prompts = canonical_prompts()
-    return judge(
-        {
-            f"scale {scale:g}": draw(
-                work, f"scale-{scale:g}", pipe, prompts, 128, guide=guide, scale=scale, scales=(1.0, 3.0)
-            )
-            for scale in (0.0, 0.5, 1.0)
+            "base": draw(work, "paraphrases-base", pipe, prompts, 50),
+            "balanced": draw(work, "paraphrases-balanced", pipe, prompts, 50, guide=guide),
         }
     )
 
@@ -176,10 +149,8 @@ PARTS = {
     "groups": groups,
     "no-bias": no_bias,
     "one-prompt": one_prompt,
-    "bias": bias,
     "explicit": explicit,
     "paraphrases": paraphrases,
-    "strength": strength,
 }
 
 

@@ -127,7 +127,12 @@ def before_and_after(work: Path, pipe, data, prompts, *, scales, usual, steps: i
             folders[name].append(generate(pipe, prompts, work / f"{name}-cfg-{scale:g}", module=guide, config=config))
     annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
     judged = evaluate(folders, annotator, attribute="background", subject_attribute="subject")
-    return figures | {"by_model": judged.to_dict()}
+    headline = ("bias", "bias_floor", "bias_ci", "accuracy", "frechet", "images_per_prompt", "shares")
+    by_model = {
+        model: {scale: {name: measures[name] for name in headline} for scale, measures in by_scale.items()}
+        for model, by_scale in judged.models_to_dict().items()
+    }
+    return figures | {"by_model": by_model}
 
 
 def dit_flow(work: Path) -> dict:

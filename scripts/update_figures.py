@@ -65,8 +65,8 @@ def bias_table() -> str:
     seeds = len({row["seed"] for row in rows if row["seed"] is not None})
     note = (
         f"Bias of the background at each guidance scale (CFG): 0 is balanced, 1 is always the same. Mean of {seeds} "
-        f"training seeds (lowest to highest), {rows[0]['images_per_prompt']} images per prompt each; a perfectly fair "
-        f"model would show {rows[0]['bias_floor']:.3f}. Bird right: the lowest share of images that show the bird asked "
+        f"training seeds (lowest to highest), {rows[0]['images_per_prompt']} images per prompt each; a perfectly "
+        f"fair model would show {rows[0]['bias_floor']:.3f}. Bird right: the lowest share of images that show the bird asked "
         "for. Fréchet distance to a balanced set, on the annotator's features."
     )
     return note + "\n\n" + "\n".join(table)
@@ -100,9 +100,7 @@ def flatness_line() -> str:
     """How far Bias of each mode varies over guidance scales."""
     words = []
     for (mode,), rows in grouped([row for row in sweep("guidance-scale") if row["mode"]], "mode").items():
-        means = [
-            sum(row["bias"] for row in at) / len(at) for at in grouped(rows, "guidance_scale").values()
-        ]
+        means = [sum(row["bias"] for row in at) / len(at) for at in grouped(rows, "guidance_scale").values()]
         by_seed = [
             max(row["bias"] for row in of_seed) - min(row["bias"] for row in of_seed)
             for of_seed in grouped(rows, "seed").values()
@@ -154,10 +152,37 @@ def num_groups_table() -> str:
     return "\n".join(table)
 
 
+def coverage_table() -> str:
+    """How often intervals cover, for each truth: Bias, and the metric that is covered least often."""
+    measured = figures("coverage", "evaluation")
+    table = [
+        "| truth | images a prompt | Bias: coverage | mean width | least covered metric | coverage |",
+        "|---|---|---|---|---|---|",
+    ]
+    for truth, entry in measured["truths"].items():
+        metrics = entry["metrics"]
+        least = min(metrics, key=lambda name: metrics[name]["coverage"])
+        table.append(
+            f"| {truth} | {entry['images_per_prompt']} | {metrics['bias']['coverage']:.3f} | "
+            f"{metrics['bias']['mean_width']:.3f} | {least} | {metrics[least]['coverage']:.3f} |"
+        )
+    return f"{measured['simulations']:,} simulated evaluations of each truth.\n\n" + "\n".join(table)
+
+
+def speed_line() -> str:
+    """What evaluating 10,000 images costs."""
+    m = figures("speed", "evaluation")
+    return (
+        f"{m['images']:,} images of 64 pixels against {m['reference_images']:,}: {m['evaluation_seconds']:.0f} s, after "
+        f"{m['reference_seconds']:.0f} s for the reference, peak memory {m['peak_bytes'] / 2**30:.1f} GiB, "
+        f"{m['threads']} CPU thread{'s' if m['threads'] > 1 else ''}, load average {m['load_average']:.1f}."
+    )
+
+
 def augmentation_table() -> str:
     """What classifiers learn from each model's images."""
     table = ["| trained on | images | mean of groups | worst group | which |", "|---|---|---|---|---|"]
-    for model, learnt in figures("augmentation")["models"].items():
+    for model, learnt in figures("augmentation", "evaluation")["models"].items():
         cells = [
             " ± ".join(f"{learnt[name][part]:.3f}" for part in ("mean", "sd"))
             for name in ("group_mean", "worst_accuracy")
@@ -311,6 +336,8 @@ BLOCKS = {
     "sweep-penalty": penalty_table,
     "sweep-num-groups": num_groups_table,
     "augmentation": augmentation_table,
+    "coverage": coverage_table,
+    "speed": speed_line,
     "families-dit-flow": families_table,
     "cost-count": cost_count_table,
     "cost-sampling": cost_sampling_table,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .config import (
     ArchitectureConfig,
     AuditConfig,
+    AugmentationConfig,
     DemoConfig,
     FinetuneConfig,
     GenerateConfig,
@@ -20,12 +21,15 @@ from .errors import InvDiffError
 
 if TYPE_CHECKING:
     from .data.captioned import load_captioned_images
+    from .evaluation.augmentation import augmentation_test
     from .evaluation.evaluate import Results, evaluate
     from .generation import generate
     from .groups.audit import audit
     from .groups.result import Audit
     from .guidance.attach import attach
     from .guidance.module import GuidanceModule
+    from .sweep.config import SweepConfig
+    from .sweep.run import run_sweep
     from .training.finetune import finetune
     from .training.train import train
 
@@ -33,19 +37,23 @@ __all__ = [
     "ArchitectureConfig",
     "Audit",
     "AuditConfig",
+    "AugmentationConfig",
     "DemoConfig",
     "FinetuneConfig",
     "GenerateConfig",
     "GuidanceModule",
     "InvDiffError",
     "Results",
+    "SweepConfig",
     "TrainConfig",
     "attach",
     "audit",
+    "augmentation_test",
     "evaluate",
     "finetune",
     "generate",
     "load_captioned_images",
+    "run_sweep",
     "train",
 ]
 
@@ -53,12 +61,15 @@ _HOME = {
     "Audit": "groups.result",
     "GuidanceModule": "guidance.module",
     "Results": "evaluation.evaluate",
+    "SweepConfig": "sweep.config",
     "attach": "guidance.attach",
     "audit": "groups.audit",
+    "augmentation_test": "evaluation.augmentation",
     "evaluate": "evaluation.evaluate",
     "finetune": "training.finetune",
     "generate": "generation",
     "load_captioned_images": "data.captioned",
+    "run_sweep": "sweep.run",
     "train": "training.train",
 }
 

@@ -180,15 +180,15 @@ def augment(
     one_process("augment")
     say("opening images", quiet=quiet)
     silence_libraries()
-    from .data.captioned import load_captioned_images
     from .evaluation.augmentation import augmentation_test
+    from .evaluation.labelled import load_labelled_images
 
     results = augmentation_test(
         labelled_folders(folders),
-        load_captioned_images(test),
+        load_labelled_images(test),
         subject_attribute=subject_attribute,
         attribute=attribute,
-        train=load_captioned_images(train) if train else None,
+        train=load_labelled_images(train) if train else None,
         guidance_scale=guidance_scale,
         config=settings(AugmentationConfig, None, steps=steps, resolution=resolution),
         seeds=tuple(range(num_seeds)),

@@ -304,8 +304,10 @@ def bias_aware(
         # The quantile sees skewness, the standard deviation what few resamples or coarse counts hide from it.
         return float(np.maximum(multiplier * means.std(axis=1, ddof=1), np.quantile(means, 1 - tail, axis=1)).max())
 
-    # Where the plug-in deviates away from the fair value, the true one is nearer to it, so the farthest do not count.
-    below, above = ([0, 2, 3], [0, 1, 2, 3]) if metric.fair_value == 0 else ([0, 1, 2, 3], [0, 2, 3])
+    # As in a score interval: at the end nearer the fair value the spread of shares nearer to it counts, at the other
+    # end that of shares farther from it, and at both that of the smoothed ones.
+    nearer, farther = [0, 3], [1, 3]
+    below, above = (nearer, farther) if metric.fair_value == 0 else (farther, nearer)
     value = values.mean()
     ends = (value - upward - spread(below, 1), value + downward + spread(above, -1))
     low, high = np.clip(ends, *metric.limits(target))

@@ -1,0 +1,131 @@
+"""The evaluation itself: what it costs, whether its intervals hold, and what a classifier learns from each model.
+
+    python benchmarks/evaluation.py speed          # 10,000 images of 64 pixels: seconds and peak memory
+    python benchmarks/evaluation.py coverage       # 2,000 simulated evaluations each: how often 95% intervals cover
+    python benchmarks/evaluation.py augmentation   # classifiers trained on base and guided images, tested on real ones
+
+`augmentation` reads the images of `benchmarks/sweeps.py guidance-scale` in out/sweeps (or --work).
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from birds import RESULTS, rounded
+
+from invdiff import evaluate, load_captioned_images
+from invdiff.assets import BIRDS_ANNOTATOR
+from invdiff.data.birds import BirdsWorld, canonical_prompts
+from invdiff.evaluation.annotators import ConvAnnotator
+from invdiff.evaluation.augmentation import augmentation_test
+from invdiff.evaluation.describe import describe_reference
+from invdiff.evaluation.fairness import METRICS, per_prompt
+from invdiff.evaluation.intervals import interval
+from invdiff.files import write_json, write_text
+from invdiff.sweep.config import SweepConfig
+from invdiff.sweep.plan import cells
+
+NUM_IMAGES = 10_000
+SIMULATIONS = 2000
+TRUTHS = {
+    "fair, two classes": ([[0.5, 0.5]], 100),
+    "fair, two classes, 10 prompts": ([[0.5, 0.5]] * 10, 100),
+    "fair, two classes, 30 prompts": ([[0.5, 0.5]] * 30, 100),
+    "fair, three classes, 10 prompts": ([[1 / 3, 1 / 3, 1 / 3]] * 10, 100),
+    "fair, two classes, 20 images": ([[0.5, 0.5]] * 2, 20),
+    "two classes 0.55 and 0.45, 10 prompts": ([[0.55, 0.45]] * 10, 100),
+    "two classes 0.9 and 0.1, 10 prompts": ([[0.9, 0.1]] * 10, 100),
+    "two classes 0.995 and 0.005, 2 prompts": ([[0.995, 0.005]] * 2, 512),
+    "half the prompts fair, half 0.95": ([[0.5, 0.5], [0.95, 0.05]] * 5, 100),
+    "three classes 0.5, 0.5, 0, 5 prompts": ([[0.5, 0.5, 0.0]] * 5, 100),
+}
+
+
+def speed(work: Path) -> dict:
+    """Draw balanced birds as if a model had, and evaluate them against 10,000 others."""
+    folder, reference = work / "speed", work / "speed-reference"
+    world = BirdsWorld(NUM_IMAGES, severity=0.5, seed=1)
+    world.write(folder, progress=True)
+    BirdsWorld(NUM_IMAGES, severity=0.5, seed=2).write(reference, progress=True)
+    prompts = {prompt.split()[-1]: prompt for prompt in canonical_prompts()}
+    rows = [world.metadata(index) for index in range(len(world))]
+    lines = [
+        {"file_name": f"images/{index:05d}.png", "prompt": prompts[row["subject"]], "guidance_scale": 1, "seed": index}
+        for index, row in enumerate(rows)
+    ]
+    write_text(folder / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
+    start = time.perf_counter()
+    seen = describe_reference(load_captioned_images(reference), annotator)
+    middle = time.perf_counter()
+    evaluate({"base": folder}, annotator, attribute="background", subject_attribute="subject", reference=seen)
+    return {
+        "images": NUM_IMAGES,
+        "reference_images": NUM_IMAGES,
+        "reference_seconds": middle - start,
+        "evaluation_seconds": time.perf_counter() - middle,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def coverage(work: Path) -> dict:
+    """Simulate evaluations of known truths and count how often the interval covers the true mean over prompts."""
+    figures = {}
+    for name, (truth, num_images) in TRUTHS.items():
+        shares = np.array(truth)
+        rng = np.random.default_rng(0)
+        tables = [np.array([rng.multinomial(num_images, row) for row in shares]) for _ in range(SIMULATIONS)]
+        figures[name] = {"images_per_prompt": num_images, "metrics": {}}
+        for metric in METRICS:
+            value = float(per_prompt(metric, shares * 1e12).mean())
+            ends = np.array([interval(metric, table, num_resamples=400, seed=0) for table in tables])
+            inside = (ends[:, 0] <= value + 1e-9) & (value - 1e-9 <= ends[:, 1])
+            figures[name]["metrics"][metric] = {
+                "truth": value,
+                "coverage": float(inside.mean()),
+                "mean_width": float((ends[:, 1] - ends[:, 0]).mean()),
+            }
+            print(f"{name}: {metric}: {inside.mean():.3f}")
+    return {"simulations": SIMULATIONS, "truths": figures}
+
+
+def augmentation(work: Path) -> dict:
+    """Train on each model's images at CFG 3, of training seed 0, and test on 2,000 balanced birds."""
+    config = SweepConfig.from_file(Path(__file__).parent / "sweeps" / "guidance-scale.yaml")
+    images = work / "work" / "images"
+    folders = {}
+    for cell in cells(config):
+        if cell.axes["seed"] == 0 and cell.axes["guidance_scale"] == 3:
+            folders["base"] = images / cell.images_name(guided=False)
+            folders[cell.axes["mode"]] = images / cell.images_name(guided=True)
+    test = load_captioned_images(BirdsWorld(2000, severity=0.5, seed=31337).write(work / "augmentation-test"))
+    return augmentation_test(folders, test, subject_attribute="subject", attribute="background").to_dict()
+
+
+PARTS = {"speed": speed, "coverage": coverage, "augmentation": augmentation}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--work", type=Path, default=Path("out/sweeps"))
+    arguments = parser.parse_args()
+    document = {
+        "command": f"python benchmarks/evaluation.py {arguments.part}",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "figures": rounded(PARTS[arguments.part](arguments.work)),
+    }
+    write_json(RESULTS / f"evaluation-{arguments.part}.json", document)
+    print(RESULTS / f"evaluation-{arguments.part}.json")
+
+
+if __name__ == "__main__":
+    main()
