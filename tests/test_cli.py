@@ -9,20 +9,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import CAPTIONS, made_up_measures, make_guidance_module, make_tiny_pipeline, write_tiny_folder
 from invdiff import cli, cli_output
-from invdiff.cli_options import environments_from, field_docs, labelled_folders, prompts_in, settings
-from invdiff.config import AuditConfig, FinetuneConfig, GenerateConfig
+from invdiff.cli_options import environments_from, field_docs, labelled_folders, prompts_in, settings, target_from
+from invdiff.config import AuditConfig, AugmentationConfig, FinetuneConfig, GenerateConfig
 from invdiff.errors import ConfigError, DataError
+from invdiff.evaluation.augmentation_results import AugmentationResults, Spread, TrainedOn
 from invdiff.evaluation.results import Results
+from invdiff.sweep.run import SweepTable
 from tiny import make_tiny
 
 COMMANDS = (
     *("demo", "birds", "finetune", "audit", "train", "generate", "evaluate", "augment", "sweep"),
     *("annotator", "annotator train", "annotator measure"),
 )
+FIGURES = {"interval": (0.4, 0.6), "floor": 0.1}
 ARCHITECTURE = {
     "resolution": 16,
     "autoencoder_width": 8,
@@ -170,8 +174,7 @@ def test_birds_draws_a_set_that_can_be_opened(tmp_path):
 
 
 def test_demo_passes_its_settings_on(tmp_path, recorded):
-    figures = {"interval": (0.4, 0.6), "floor": 0.1}
-    base, guided = made_up_measures(0.5, **figures), made_up_measures(0.125, **figures)
+    base, guided = made_up_measures(0.5, **FIGURES), made_up_measures(0.125, **FIGURES)
     recorded("invdiff.demo", "run_demo", Results({"base": {"3.0": base}, "guided": {"3.0": guided}}))
     out = succeed("demo", "--output", tmp_path, "--images-per-prompt", 5, "--severity", 0.9, "--quiet")
     call = recorded.calls["run_demo"]
@@ -431,3 +434,107 @@ def test_main_sets_the_environment_before_anything_is_imported(monkeypatch):
     assert stop.value.code == 0
     assert cli.os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     assert cli.os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+
+
+def written(folder, rows):
+    """A folder of small pictures of another tool: metadata.csv from (prompt, columns...)."""
+    folder.mkdir(parents=True)
+    lines = ["file_name,prompt,seed,gender,age"]
+    for index, row in enumerate(rows):
+        Image.new("RGB", (8, 8), (20 * index % 255, 100, 9)).save(folder / f"{index}.png")
+        lines.append(f"{index}.png,{row[0]},{index},{row[1]},{row[2]}")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+DOCTORS = [("a doctor", "man", "old")] * 3 + [("a doctor", "woman", "young")]
+
+
+def test_images_of_other_tools_are_evaluated_by_their_labels(tmp_path):
+    for name in ("base", "theirs"):
+        written(tmp_path / name, DOCTORS)
+    out = succeed(
+        "evaluate", tmp_path / "base", f"ours={tmp_path / 'theirs'}", "--annotator", "labels",
+        "--attribute", "gender", "--attribute", "age", "--target", "man=0.75,woman=0.25",
+        "--output", tmp_path / "r.json", "-q",
+    )  # fmt: skip
+    document = json.loads((tmp_path / "r.json").read_text())
+    measured = document["models"]["ours"]["unstated"]
+    assert measured["bias"] == 0.5
+    assert measured["attributes"]["gender"]["overall"]["kl_to_target"]["value"] == pytest.approx(0.0)
+    assert list(measured["attributes"]) == ["gender", "age", "gender x age"]
+    assert "unstated" in out
+    assert "intersections are not corrected" in out
+
+
+def test_evaluate_passes_its_settings_on(tmp_path, recorded):
+    written(tmp_path / "base", DOCTORS)
+    recorded("invdiff.evaluation.evaluate", "evaluate", Results({"base": {"1.0": made_up_measures(0.5, **FIGURES)}}))
+    succeed(
+        "evaluate", tmp_path / "base", "--annotator", "labels", "--attribute", "gender", "--subject-attribute", "age",
+        "--min-confidence", 0.7, "--baseline", "base", "--confidence", 0.9, "--lpips", "--output", tmp_path / "r.json",
+    )  # fmt: skip
+    call = recorded.calls["evaluate"]
+    assert (call.min_confidence, call.baseline, call.confidence, call.lpips) == (0.7, "base", 0.9, True)
+    assert (call.attribute, call.subject_attribute, call.target) == (["gender"], "age", None)
+
+
+@pytest.mark.parametrize("text", ["land", "land=a", "land=0.5,land=0.5", "=1", "land=0.5,,water=0.5"])
+def test_a_target_that_is_no_mix_is_refused(text):
+    with pytest.raises(ConfigError, match="each class once with its share"):
+        target_from(text)
+
+
+def test_a_target_may_name_classes_with_an_equals_sign():
+    assert target_from("a=b=0.25, c =0.75") == {"a=b": 0.25, "c": 0.75}
+
+
+def test_augment_passes_its_settings_on(tmp_path, recorded):
+    test_set = write_tiny_folder(tmp_path / "photos")
+    spread = Spread(0.9, None)
+    learnt = TrainedOn({"land": 4}, "1.0", spread, spread, spread, {}, "land x left", (0.8, 1.0), {})
+    results = AugmentationResults(
+        {"base": learnt}, "subject", "side", ("land",), {}, AugmentationConfig(), (0,), ("few",)
+    )
+    recorded("invdiff.evaluation.augmentation", "augmentation_test", results)
+    out = succeed(
+        "augment", tmp_path, "--test", test_set, "--subject-attribute", "background", "--attribute", "side",
+        "--steps", 7, "--resolution", 16, "--num-seeds", 2, "--guidance-scale", 3, "--output", tmp_path / "a.json",
+    )  # fmt: skip
+    call = recorded.calls["augmentation_test"]
+    assert (call.config.steps, call.config.resolution, call.seeds, call.guidance_scale) == (7, 16, (0, 1), 3)
+    assert call.train is None
+    assert "90.0%" in out
+    assert "Note: few." in out
+    assert (tmp_path / "a.json").is_file()
+
+
+def test_sweep_says_how_much_work_it_is_and_does_it(tmp_path, recorded):
+    file = yaml_file(tmp_path / "sweep.yaml", {"vary": {"Delta": [0.5, 1], "seed": [0, 1]}})
+    out = succeed("sweep", file, "--output", tmp_path / "out", "--dry-run")
+    assert "4 cells: 1 data sets, 1 audits, 2 modules, 5 sets of images." in out
+    rows = [
+        {
+            "scale": None,
+            "seed": None,
+            "model": "base",
+            "note": "",
+            "bias": 0.9,
+            "bias_low": 0.8,
+            "bias_high": 1.0,
+            "bias_floor": 0.1,
+        },
+        {"scale": 0.5, "seed": 0, "model": "guided", "note": "no hidden group was found"},
+    ]
+    recorded("invdiff.sweep.run", "run_sweep", SweepTable(("scale", "seed"), rows))
+    out = succeed("sweep", file, "--output", tmp_path / "out", "--work", tmp_path / "work", "-q")
+    call = recorded.calls["run_sweep"]
+    assert call.arguments[0].vary == {"scale": [0.5, 1], "seed": [0, 1]}
+    assert (call.work_dir, call.progress) == (tmp_path / "work", False)
+    assert "0.900" in out
+    assert "Note: no hidden group was found (1 of 2 rows)." in out
+
+
+def test_a_sweep_file_that_cannot_be_used_is_refused(tmp_path):
+    message = fail("sweep", yaml_file(tmp_path / "s.yaml", {"vary": {"steam": [1]}}), "--output", tmp_path / "out")
+    assert "unknown setting 'steam'" in message

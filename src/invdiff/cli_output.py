@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -165,23 +166,25 @@ def print_augmentation(results: AugmentationResults) -> None:
 
 def print_sweep(document: Mapping[str, Any]) -> None:
     """Print Bias at every combination of a sweep's settings."""
-    table = Table(title="Bias over " + ", ".join(document["axes"]))
-    for name in (*document["axes"], "model"):
+    axes, rows = document["axes"], document["rows"]
+    table = Table(title="Bias over " + ", ".join(axes))
+    for name in (*axes, "model"):
         table.add_column(name)
-    for name in ("Bias", "interval", "floor", "subject right"):
-        table.add_column(name, justify="right")
-    for row in document["rows"]:
-        measured = row.get("bias") is not None
-        accuracy = row.get("subject_accuracy")
+    for name in ("Bias (interval)", "floor", "subject"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        floor, accuracy = row.get("bias_floor"), row.get("subject_accuracy")
         table.add_row(
-            *("-" if row[axis] is None else Text(str(row[axis])) for axis in document["axes"]),
+            *("-" if row[axis] is None else Text(str(row[axis])) for axis in axes),
             row["model"],
-            f"{row['bias']:.3f}" if measured else Text(row["note"]),
-            f"{row['bias_low']:.3f} to {row['bias_high']:.3f}" if measured else "-",
-            f"{row['bias_floor']:.3f}" if measured else "-",
+            _with_ends(row.get("bias"), row.get("bias_low"), row.get("bias_high")),
+            "-" if floor is None else f"{floor:.3f}",
             "-" if accuracy is None else f"{accuracy:.1%}",
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for note, count in Counter(row["note"] for row in rows if row["note"]).items():
+        console.print(Text(f"Note: {note} ({count} of {len(rows)} rows)."), soft_wrap=True)
 
 
 def print_annotator(
