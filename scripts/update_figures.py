@@ -66,8 +66,8 @@ def bias_table() -> str:
     note = (
         f"Bias of the background at each guidance scale (CFG): 0 is balanced, 1 is always the same. Mean of {seeds} "
         f"training seeds (lowest to highest), {rows[0]['images_per_prompt']} images per prompt each; a perfectly "
-        f"fair model would show {rows[0]['bias_floor']:.3f}. Bird right: the lowest share of images that show the bird asked "
-        "for. Fréchet distance to a balanced set, on the annotator's features."
+        f"fair model would show {rows[0]['bias_floor']:.3f}. Bird right: the lowest share of images that show the bird "
+        "asked for. Fréchet distance to a balanced set, on the annotator's features."
     )
     return note + "\n\n" + "\n".join(table)
 
@@ -173,8 +173,8 @@ def speed_line() -> str:
     """What evaluating 10,000 images costs."""
     m = figures("speed", "evaluation")
     return (
-        f"{m['images']:,} images of 64 pixels against {m['reference_images']:,}: {m['evaluation_seconds']:.0f} s, after "
-        f"{m['reference_seconds']:.0f} s for the reference, peak memory {m['peak_bytes'] / 2**30:.1f} GiB, "
+        f"{m['images']:,} images of 64 pixels against {m['reference_images']:,}: {m['evaluation_seconds']:.0f} s, "
+        f"after {m['reference_seconds']:.0f} s for the reference, peak memory {m['peak_bytes'] / 2**30:.1f} GiB, "
         f"{m['threads']} CPU thread{'s' if m['threads'] > 1 else ''}, load average {m['load_average']:.1f}."
     )
 
