@@ -66,8 +66,8 @@ def bias_table() -> str:
     note = (
         f"Bias of the background at each guidance scale (CFG): 0 is balanced, 1 is always the same. Mean of {seeds} "
         f"training seeds (lowest to highest), {rows[0]['images_per_prompt']} images per prompt each; a perfectly "
-        f"fair model would show {rows[0]['bias_floor']:.3f}. Bird right: the lowest share of images that show the bird "
-        "asked for. Fréchet distance to a balanced set, on the annotator's features."
+        f"fair model would show {rows[0]['bias_floor']:.3f}. Bird right: the lowest share of images that show the "
+        "bird asked for. Fréchet distance to a balanced set, on the annotator's features."
     )
     return note + "\n\n" + "\n".join(table)
 
@@ -137,9 +137,9 @@ def penalty_table() -> str:
 def num_groups_table() -> str:
     """Quality of W, Bias and cost over E."""
     rows = [row for row in sweep("num-groups") if row["num_groups"] is not None]
-    head = "| E | AUROC | adjusted Rand | homogeneity | audit, s | training, s | Bias | bird right |"
-    table = [head, "|---" * 8 + "|"]
-    for (groups,), found in grouped(rows, "num_groups").items():
+    head = "| solver | E | AUROC | adjusted Rand | homogeneity | audit, s | training, s | Bias | bird right |"
+    table = [head, "|---" * 9 + "|"]
+    for (solver, groups), found in grouped(rows, "solver", "num_groups").items():
         first = found[0]
         cells = [
             *(f"{first[f'group_{name}']:.3f}" for name in ("auroc", "adjusted_rand", "homogeneity")),
@@ -148,7 +148,7 @@ def num_groups_table() -> str:
             over_seeds(found, "bias"),
             over_seeds(found, "subject_accuracy", 3),
         ]
-        table.append(f"| {groups} | {' | '.join(cells)} |")
+        table.append(f"| {solver} | {groups} | {' | '.join(cells)} |")
     return "\n".join(table)
 
 
