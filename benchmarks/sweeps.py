@@ -4,6 +4,7 @@
     python benchmarks/sweeps.py scale            # Delta, the strength of guidance
     python benchmarks/sweeps.py penalty          # lambda, in the paper's mode
     python benchmarks/sweeps.py num-groups       # E: quality of W, Bias, cost
+    python benchmarks/sweeps.py num-groups-gradient  # the same with the paper's own solver, one training seed
 
 Each reads benchmarks/sweeps/NAME.yaml. Work is kept in out/sweeps (or --work) and shared, so a stopped run goes on.
 """
