@@ -12,9 +12,10 @@ from invdiff import cli_prepare
 from invdiff.assets import BIRDS_ANNOTATOR
 from invdiff.data.birds import BirdsWorld
 from invdiff.data.captioned import UnreadableImage
-from invdiff.errors import DataError, EvaluationError, ModelError
-from invdiff.evaluation.annotators import CANNOT_TELL, Annotations, ConvAnnotator, load_annotator
+from invdiff.errors import ConfigError, DataError, EvaluationError, ModelError
+from invdiff.evaluation.annotators import CANNOT_TELL, Annotations, ConvAnnotator, load_annotator, save_measured
 from invdiff.evaluation.conv_training import stratified_share
+from invdiff.evaluation.heldout import measure_annotator
 from invdiff.evaluation.labelled import load_labelled_images
 from invdiff.evaluation.pixels import to_pixels
 
@@ -436,6 +437,96 @@ def test_confidences_outside_0_to_1_are_refused(confidence):
 def test_annotations_that_make_no_sense_are_refused(values, features, message):
     with pytest.raises(EvaluationError, match=message):
         Annotations({"side": ("left", "right")}, {"side": values}, features)
+
+
+def test_an_unsure_image_s_label_is_no_class():
+    with pytest.raises(EvaluationError, match="other than 'cannot tell'"):
+        Annotations({"side": ("left", CANNOT_TELL)}, {"side": PROBABILITIES}, None)
+    with pytest.raises(ModelError, match="other than 'cannot tell'"):
+        ConvAnnotator(attributes={"side": ("left", CANNOT_TELL)})
+
+
+def test_labels_of_unsure_images_are_not_learnt():
+    data = ToyImages(8)
+    data.attributes["side"][0] = CANNOT_TELL
+    with pytest.raises(DataError, match="other than 'cannot tell'"):
+        ConvAnnotator.fit(data, progress=False)
+
+
+@pytest.fixture
+def net(annotator, fresh, tmp_path):
+    """A folder with a net, and one with a measurement of its sides on 80 images."""
+    annotator.save_pretrained(tmp_path / "net")
+    held_out = measure_annotator(annotator, fresh, ["side"], progress=False)
+    save_measured(tmp_path / "measured", annotator, held_out, spec=str(tmp_path / "net"))
+    return tmp_path / "net"
+
+
+def all_bytes(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("spec", ["net", "measured"])
+@pytest.mark.parametrize("output", ["net", "measured/../net", "link"])
+def test_a_measurement_is_never_written_into_the_annotator_s_own_folder(annotator, net, spec, output):
+    (net.parent / "link").symlink_to(net)
+    before = all_bytes(net.parent)
+    with pytest.raises(ConfigError, match="Expected another folder"):
+        save_measured(net.parent / output, annotator, annotator.held_out, spec=str(net.parent / spec))
+    assert all_bytes(net.parent) == before
+
+
+def test_the_command_refuses_the_annotator_s_own_folder_before_it_measures(net):
+    words = ["annotator", "measure", str(net), "no/such/images", "--output", str(net), "--quiet"]
+    with pytest.raises(ConfigError, match="Expected another folder"):
+        CliRunner().invoke(cli_prepare.app, words, catch_exceptions=False)
+
+
+def test_measurements_that_name_one_another_are_refused(net):
+    (net / "annotator.json").write_bytes((net.parent / "measured/annotator.json").read_bytes())  # it names itself
+    for folder in (net, net.parent / "measured"):
+        with pytest.raises(ModelError, match="Expected the annotator itself"):
+            load_annotator(str(folder))
+
+
+def test_a_net_saved_over_a_measurement_takes_its_place(net):
+    other = ConvAnnotator(attributes={"side": ["left", "right"]})
+    other.save_pretrained(net.parent / "measured")
+    loaded = load_annotator(str(net.parent / "measured"))
+    assert loaded.weights_digest() == other.weights_digest()
+    assert loaded.confusion("side") is None
+
+
+def test_a_measurement_of_a_net_that_was_replaced_is_refused(net):
+    ConvAnnotator(attributes={"side": ["left", "right"], "colour": ["blue", "red"]}, resolution=32).save_pretrained(
+        net
+    )
+    with pytest.raises(ModelError, match="found one of other weights"):
+        load_annotator(str(net.parent / "measured"))
+
+
+def test_a_measurement_that_names_no_weights_still_loads(net):
+    recipe = json.loads((net.parent / "measured/annotator.json").read_text())
+    del recipe["weights"]
+    (net.parent / "measured/annotator.json").write_text(json.dumps(recipe))
+    assert load_annotator(str(net.parent / "measured")).confusion("side").sum() == 80
+
+
+def test_attributes_that_are_not_measured_anew_keep_their_confusion(annotator, net):
+    loaded = load_annotator(str(net.parent / "measured"))
+    assert loaded.confusion("side").sum() == 80
+    assert np.array_equal(loaded.confusion("colour", 0.7), annotator.confusion("colour", 0.7))
+    assert "colour" in json.loads((net.parent / "measured/confusion.json").read_text())
+
+
+def test_counts_in_the_config_stay_those_of_attributes_that_are_not_measured_anew(annotator, fresh, net):
+    for name in ("heldout.safetensors", "confusion.json"):
+        (net / name).unlink()
+    loaded = ConvAnnotator.from_pretrained(net)
+    loaded.use_held_out(measure_annotator(loaded, fresh, ["side"], progress=False))
+    assert loaded.confusion("side").sum() == 80
+    assert np.array_equal(loaded.confusion("colour"), annotator.confusion("colour"))
+    assert loaded.confusion("colour", 0.5) is None
 
 
 def test_the_commands_train_on_sub_folders_and_measure(tmp_path):

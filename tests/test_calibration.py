@@ -211,12 +211,36 @@ def test_held_out_images_that_make_no_sense_are_refused(probabilities, truth):
         HeldOut({"tone": CLASSES["tone"]}, {"tone": probabilities}, {"tone": np.array(truth)})
 
 
+@pytest.mark.parametrize("anew", ["side", "tone"])
+def test_an_attribute_measured_anew_leaves_the_other_as_it_was(held_out, anew):
+    (other,) = set(CLASSES) - {anew}
+    newer = HeldOut(
+        {anew: CLASSES[anew]}, {anew: held_out.probabilities[anew][90:]}, {anew: held_out.truth[anew][90:]}
+    )
+    both = held_out.updated(newer)
+    for name, source in ((anew, newer), (other, held_out)):
+        assert np.array_equal(both.confusion(name, 0.8), source.confusion(name, 0.8))
+        assert both.calibration_error(name) == source.calibration_error(name)
+
+
+def test_attributes_that_stay_are_still_judged_together(held_out):
+    newest = HeldOut({"age": ("old", "young")}, {"age": np.full((4, 2), 0.5)}, {"age": np.array([0, 1, 1, 0])})
+    assert held_out.updated(newest).worst_combination("side") == held_out.worst_combination("side")
+
+
+def test_measuring_all_anew_keeps_nothing(held_out):
+    assert held_out.updated(held_out) is held_out
+
+
 class ReadsBrightness(Measurable):
     """Bright images are warm; it is as sure as they are bright."""
 
     name = "brightness"
     feature_name = ""
     attributes = {"tone": CLASSES["tone"]}  # noqa: RUF012
+
+    def weights_digest(self):
+        return "it has none"
 
     def predict(self, images):
         warm = np.array(list(images), dtype=np.float32)

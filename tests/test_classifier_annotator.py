@@ -17,7 +17,7 @@ from transformers import (
 
 from invdiff.assets import BIRDS_ANNOTATOR
 from invdiff.errors import ConfigError, ModelError
-from invdiff.evaluation.annotators import ConvAnnotator, GivenLabels, load_annotator
+from invdiff.evaluation.annotators import ConvAnnotator, GivenLabels, HeldOut, load_annotator, save_measured
 from invdiff.evaluation.classifier_annotator import ClassifierAnnotator
 from tiny import clip_config, make_tokenizer
 
@@ -84,6 +84,7 @@ def test_no_image_gives_empty_annotations(classifier_dir):
     [
         ({0: "score"}, {}, "two classes or more"),
         ({0: "land", 1: "land"}, {}, "named apart"),
+        ({0: "land", 1: "cannot tell"}, {}, "other than 'cannot tell'"),
         (NAMES, {"problem_type": "multi_label_classification"}, "one class for an image"),
     ],
 )
@@ -121,6 +122,17 @@ def test_of_several_attributes_a_classifier_has_the_first_and_labels_have_all(cl
     assert list(labels.attributes) == ["background", "age"]
 
 
+def test_a_measurement_of_a_classifier_that_was_replaced_is_refused(tmp_path):
+    annotator = ClassifierAnnotator(save_classifier(tmp_path / "vit"))
+    seen = np.full((3, 3), 1 / 3, np.float32)
+    held_out = HeldOut(annotator.attributes, {"label": seen}, {"label": np.arange(3)})
+    save_measured(tmp_path / "measured", annotator, held_out, spec=str(tmp_path / "vit"))
+    assert load_annotator(str(tmp_path / "measured")).confusion("label").sum() == 3
+    save_classifier(tmp_path / "vit", initializer_range=0.5)
+    with pytest.raises(ModelError, match="found one of other weights"):
+        load_annotator(str(tmp_path / "measured"))
+
+
 def test_labels_need_an_attribute():
     with pytest.raises(ConfigError, match="Expected an attribute beside 'labels'"):
         load_annotator("labels")
@@ -154,7 +166,10 @@ def test_an_absent_annotator_is_refused(spec):
         load_annotator(spec)
 
 
-@pytest.mark.parametrize("recipe", [{}, {"annotator": "labels", "attribute": "a", "classes": None}])
+@pytest.mark.parametrize(
+    "recipe",
+    [{}, [1], *({"annotator": spec, "attribute": "a", "classes": None} for spec in (1, "labels"))],
+)
 def test_a_damaged_measurement_is_refused(tmp_path, recipe):
     (tmp_path / "annotator.json").write_text(json.dumps(recipe))
     with pytest.raises(ModelError, match="Expected a"):

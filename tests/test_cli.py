@@ -14,7 +14,15 @@ from typer.testing import CliRunner
 
 from conftest import CAPTIONS, made_up_measures, make_guidance_module, make_tiny_pipeline, write_tiny_folder
 from invdiff import cli, cli_output
-from invdiff.cli_options import environments_from, field_docs, labelled_folders, prompts_in, settings, target_from
+from invdiff.cli_options import (
+    environments_from,
+    field_docs,
+    labelled_folders,
+    prompts_in,
+    settings,
+    subjects_from,
+    target_from,
+)
 from invdiff.config import AuditConfig, AugmentationConfig, FinetuneConfig, GenerateConfig
 from invdiff.errors import ConfigError, DataError
 from invdiff.evaluation.augmentation_results import AugmentationResults, Spread, TrainedOn
@@ -487,6 +495,24 @@ def test_a_target_that_is_no_mix_is_refused(text):
 
 def test_a_target_may_name_classes_with_an_equals_sign():
     assert target_from("a=b=0.25, c =0.75") == {"a=b": 0.25, "c": 0.75}
+
+
+def test_prompts_may_be_told_their_class(tmp_path, recorded):
+    assert subjects_from(["a=b=dog", "my cat=cat"]) == {"a=b": "dog", "my cat": "cat"}
+    for wrong in (["dog"], ["dog="], ["my cat=cat", "my cat=dog"]):
+        with pytest.raises(ConfigError, match="each prompt once with its class"):
+            subjects_from(wrong)
+    written(tmp_path / "base", DOCTORS)
+    succeed(
+        "evaluate", tmp_path / "base", "--annotator", "labels", "--attribute", "gender", "--subject-attribute", "age",
+        "--subject-of", "a doctor=old", "--output", tmp_path / "r.json", "-q",
+    )  # fmt: skip
+    assert json.loads((tmp_path / "r.json").read_text())["models"]["base"]["unstated"]["accuracy"] == 0.75
+
+
+def test_results_are_not_written_over_by_their_table(tmp_path):
+    judge = ("--annotator", "labels", "--attribute", "gender")
+    assert "Expected a .json file" in fail("evaluate", tmp_path, *judge, "--output", tmp_path / "r.csv", "-q")
 
 
 def test_augment_passes_its_settings_on(tmp_path, recorded):

@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,6 +131,7 @@ def test_images_are_annotated_a_batch_at_a_time(annotator, images, monkeypatch):
         ({"gender": {"man": "a man", "woman": " "}}, "text for attribute"),
         ({"smiles": {True: "a smile", False: "no smile"}}, "yes and no in quotes"),
         ({"gender": {"man": "a man " * 20, "woman": "a woman"}}, "at most 16 tokens"),
+        ({"gender": {"man": "a man", "cannot tell": "a person"}}, "other than 'cannot tell'"),
     ],
 )
 def test_prompts_that_cannot_be_used_are_refused(clip_dir, prompts, message):
@@ -170,6 +173,13 @@ def test_weights_are_never_drawn_at_random(clip_dir, tmp_path):
         ClipAnnotator(tmp_path, PROMPTS)
 
 
+def test_a_model_without_tokenizer_files_is_refused(clip_dir, tmp_path):
+    CLIPModel.from_pretrained(clip_dir).save_pretrained(tmp_path)
+    CLIPImageProcessor.from_pretrained(clip_dir).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="found one that knows no word"):
+        ClipAnnotator(tmp_path, PROMPTS)
+
+
 def test_it_is_loaded_with_classes_only(clip_dir, tmp_path):
     (tmp_path / "classes.json").write_text(json.dumps(PROMPTS))
     assert isinstance(load_annotator(str(clip_dir), classes=tmp_path / "classes.json"), ClipAnnotator)
@@ -180,7 +190,7 @@ def test_it_is_loaded_with_classes_only(clip_dir, tmp_path):
 
 def test_a_measured_annotator_comes_back_with_its_confusion(annotator, clip_dir, tiny_folder, tmp_path):
     held_out = measure_annotator(annotator, load_captioned_images(tiny_folder), progress=False)
-    save_measured(tmp_path / "measured", held_out, str(clip_dir), classes=PROMPTS)
+    save_measured(tmp_path / "measured", annotator, held_out, spec=str(clip_dir), classes=PROMPTS)
     loaded = load_annotator(str(tmp_path / "measured"))
     assert loaded.name == "tiny-clip"
     assert loaded.confusion("background", 0.6).sum() == 12
@@ -190,17 +200,42 @@ def test_a_measured_annotator_comes_back_with_its_confusion(annotator, clip_dir,
 
 def test_measuring_a_measured_annotator_refers_to_the_annotator(annotator, clip_dir, tiny_folder, tmp_path):
     held_out = measure_annotator(annotator, load_captioned_images(tiny_folder), progress=False)
-    save_measured(tmp_path / "first", held_out, str(clip_dir), classes=PROMPTS)
-    save_measured(tmp_path / "second", held_out, str(tmp_path / "first"))
+    save_measured(tmp_path / "first", annotator, held_out, spec=str(clip_dir), classes=PROMPTS)
+    save_measured(tmp_path / "second", annotator, held_out, spec=str(tmp_path / "first"))
     recipe = json.loads((tmp_path / "second/annotator.json").read_text())
     assert recipe == json.loads((tmp_path / "first/annotator.json").read_text())
 
 
 def test_a_measurement_of_other_classes_is_refused(annotator, clip_dir, tmp_path):
     held_out = HeldOut({"age": ("old", "young")}, {"age": np.full((2, 2), 0.5, np.float32)}, {"age": np.array([0, 1])})
-    save_measured(tmp_path, held_out, str(clip_dir), classes=PROMPTS)
+    save_measured(tmp_path, annotator, held_out, spec=str(clip_dir), classes=PROMPTS)
     with pytest.raises(ModelError, match="Measure this annotator again"):
         load_annotator(str(tmp_path))
+
+
+def test_a_measurement_of_a_model_that_was_replaced_is_refused(clip_dir, tiny_folder, tmp_path):
+    shutil.copytree(clip_dir, tmp_path / "clip")
+    annotator = ClipAnnotator(tmp_path / "clip", PROMPTS)
+    held_out = measure_annotator(annotator, load_captioned_images(tiny_folder), progress=False)
+    save_measured(tmp_path / "measured", annotator, held_out, spec=str(tmp_path / "clip"), classes=PROMPTS)
+    model = CLIPModel.from_pretrained(clip_dir)
+    model.text_projection.weight.data += 1
+    model.save_pretrained(tmp_path / "clip")
+    with pytest.raises(ModelError, match="found one of other weights"):
+        load_annotator(str(tmp_path / "measured"))
+
+
+def test_a_measurement_of_another_attribute_keeps_the_first(annotator, clip_dir, tmp_path):
+    def measured(name, truth):
+        classes = annotator.attributes[name]
+        return HeldOut({name: classes}, {name: np.full((3, len(classes)), 0.3, np.float32)}, {name: np.array(truth)})
+
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    save_measured(Path(first), annotator, measured("background", [0, 1, 1]), spec=str(clip_dir), classes=PROMPTS)
+    save_measured(Path(second), load_annotator(first), measured("subject", [0, 1, 2]), spec=first)
+    loaded = load_annotator(second)
+    assert loaded.confusion("background").sum(axis=1).tolist() == [1, 2]
+    assert loaded.confusion("subject").sum(axis=1).tolist() == [1, 1, 1]
 
 
 def test_the_command_measures_and_says_what_to_run_next(clip_dir, tiny_folder, tmp_path):

@@ -109,6 +109,7 @@ def test_accuracy_is_none_where_no_prompt_names_a_subject(tmp_path):
     write(tmp_path / "base", [("seabirds and birdhouses", 1, "land", "landbird")] * 2)
     results = measure({"base": tmp_path / "base"}, subject_attribute="subject")
     assert results.models["base"]["1.0"].accuracy is None
+    assert any(note.startswith("1 of 1 prompts name no class of subject") for note in results.notes)
 
 
 def test_the_longest_class_name_in_the_prompt_is_the_subject(tmp_path):
@@ -353,9 +354,11 @@ def test_figures_among_images_whose_subject_is_right(base):
 
 def test_a_prompt_without_a_right_image_is_left_out_and_said(tmp_path):
     rows = [(LAND, 1, "land", "waterbird")] * 2 + [(WATER, 1, "land", "waterbird")] * 2
-    first = measure(write(tmp_path / "b", rows), subject_attribute="subject").models["b"]["1.0"].first
+    results = measure(write(tmp_path / "b", rows), subject_attribute="subject")
+    first = results.models["b"]["1.0"].first
     assert first.subject_right["bias"].value == 1.0
     assert f"leave out 1 of 2 prompts that have none, first '{LAND}'" in first.note
+    assert any(first.note in note for note in results.notes)
 
 
 def test_every_prompt_has_figures_of_its_own(base):
@@ -424,6 +427,20 @@ def test_groups_are_compared_with_the_references_of_their_class(tmp_path):
     groups = measure(tmp_path / "base", reference=reference).models["base"]["1.0"].by_group
     assert {name: figures["images"].value for name, figures in groups.items()} == {"land": 60, "water": 52}
     assert groups["land"]["Frechet distance (pixels)"].note == "52 images of each group against as many"
+    assert groups["land"]["coverage (pixels)"].note == "52 images of each group against as many"
+
+
+def test_groups_of_all_models_are_compared_at_one_number_of_images(tmp_path):
+    write(tmp_path / "base", [(LAND, 1, "land", "landbird")] * 90 + [(LAND, 1, "water", "landbird")] * 55)
+    write(tmp_path / "guided", [(LAND, 1, "land", "landbird")] * 70 + [(LAND, 1, "water", "landbird")] * 75)
+    reference = describe_images(reference_of(400), ReadsPixels())
+    models = measure(tmp_path, reference=reference).models
+    notes = {
+        figures["Frechet distance (pixels)"].note
+        for model in ("base", "guided")
+        for figures in models[model]["1.0"].by_group.values()
+    }
+    assert notes == {"55 images of each group against as many"}
 
 
 def test_a_group_with_few_images_has_no_distance(base):
@@ -497,6 +514,8 @@ def test_a_reference_of_other_features_is_refused(base, reference, message):
     [
         ({"target": {"land": 1.0}}, "share for each class of background .land, water., got land"),
         ({"target": {"land": 0.7, "water": 0.7}}, "sum to 1"),
+        ({"target": {"land": 1.0, "water": 0.0}}, "target shares above 0"),
+        ({"subject_attribute": "subject", "subject_of": {"a cat": "bird"}}, "prompts of the images in subject_of"),
         ({"baseline": "plain"}, "baseline among base, got 'plain'"),
         ({"attribute": []}, "at least one"),
         ({"attribute": ["background", "background"]}, "different attributes"),
@@ -511,6 +530,132 @@ def test_settings_out_of_range_are_refused(base, settings, message):
         measure({"base": base}, **settings)
 
 
+def test_seeds_that_repeat_are_no_pairs(tmp_path):
+    for name in ("base", "guided"):
+        folder = write(tmp_path / name, ROWS)
+        rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+        for row in rows[:3]:
+            row["seed"] = 0
+        (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    kept = measure(tmp_path).models["guided"]["1.0"].preservation
+    assert kept["feature shift (pixels)"].value == pytest.approx(0.0, abs=1e-6)
+    assert "5 pairs" in kept["feature shift (pixels)"].note
+
+
+def test_an_attribute_is_unchanged_among_pairs_that_are_told_only(tmp_path):
+    for name, labels in (("base", "ab------"), ("guided", "ac------")):
+        folder = write(tmp_path / name, ROWS)
+        rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+        rows = [
+            row | {"who": "xy"[i % 2], "age": label.strip("-")}
+            for i, (row, label) in enumerate(zip(rows, labels, strict=True))
+        ]
+        (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    judge = GivenLabels(["who", "age"])
+    kept = measure(tmp_path, judge, attribute="who").models["guided"]["1.0"].preservation
+    assert kept["age unchanged"].value == 0.5
+    assert kept["age unchanged"].note == "2 of 8 pairs"
+
+
+def test_a_baseline_without_that_guidance_scale_is_said(tmp_path):
+    write(tmp_path / "base", [(LAND, 1, "land", "landbird")] * 2)
+    write(tmp_path / "guided", [(LAND, 3, "land", "landbird")] * 2)
+    results = measure(tmp_path)
+    assert "guided at guidance scale 3.0: base has no images at this guidance scale to compare with seed by seed" in (
+        results.notes
+    )
+
+
+def test_folders_of_one_model_share_no_image_and_one_module_scale(base, tmp_path):
+    with pytest.raises(EvaluationError, match=r"each image once in .* and "):
+        measure({"base": [base, base]})
+    other = write(tmp_path / "other", ROWS, scale=0.5)
+    with pytest.raises(EvaluationError, match=r"one module scale in .* and .*, found \[0.5, 1.0\]"):
+        measure({"base": [base, other]})
+
+
+def test_a_folder_of_images_without_a_manifest_is_not_passed_over(base, tmp_path):
+    write(tmp_path / "guided", ROWS)
+    (tmp_path / "guided" / "manifest.jsonl").unlink()
+    with pytest.raises(EvaluationError, match=r"found none in .*guided"):
+        measure(tmp_path)
+
+
+@pytest.mark.parametrize("row", ["0.png,a bird, on land,3", "0.png"])
+def test_a_table_with_other_cells_than_columns_is_refused(tmp_path, row):
+    (tmp_path / "metadata.csv").write_text(f"file_name,text,seed\n{row}\n")
+    with pytest.raises(EvaluationError, match=r"row 1 of .*put text with commas in quotes"):
+        measure(tmp_path)
+
+
+@pytest.mark.parametrize("prompt", ["null", "3", '"\\ud800"'])
+def test_a_prompt_is_text_that_can_be_written(base, prompt):
+    manifest = base / "manifest.jsonl"
+    manifest.write_text(manifest.read_text() + f'{{"file_name": "x.png", "prompt": {prompt}}}')
+    with pytest.raises(EvaluationError, match="line 9 of"):
+        measure({"base": base})
+
+
+def test_two_extractors_of_one_name_are_refused(base):
+    class Twin:
+        name = "twin"
+
+        def extract(self, images):
+            return np.ones((len(images), 2), dtype=np.float32)
+
+    with pytest.raises(EvaluationError, match="extractors of different names, got twin, twin"):
+        measure({"base": base}, extractors=[Twin(), Twin()])
+
+
+def test_features_of_zeros_have_no_diversity_and_it_is_said(base):
+    class Nothing:
+        name = "nothing"
+
+        def extract(self, images):
+            return np.zeros((len(images), 2), dtype=np.float32)
+
+    quality = measure({"base": base}, extractors=[Nothing()]).models["base"]["1.0"].quality
+    assert quality["Vendi score (nothing)"].value is None
+    assert quality["Vendi score (nothing)"].note.startswith("not defined: ")
+
+
+def test_a_reference_is_described_at_the_confidence_of_the_images(base):
+    reference = describe_images(reference_of(20), ReadsPixels(), min_confidence=0.5)
+    with pytest.raises(EvaluationError, match=r"images' min_confidence, 0, got one at 0.5"):
+        measure({"base": base}, reference=reference)
+
+
+def test_a_bad_reference_image_is_named_by_its_place(base):
+    class Breaks(ReadsPixels):
+        def predict(self, images):
+            seen = super().predict(images)
+            seen.features[:] = np.where(seen.features[:, :1] > 0.99, np.nan, seen.features)
+            return seen
+
+    images = [Image.new("RGB", (4, 4), (0, 0, 255 * (i == 70))) for i in range(80)]
+    with pytest.raises(EvaluationError, match="for image 70"):
+        describe_images(images, Breaks())
+
+
+def test_results_are_json_and_the_table_lies_beside(base, tmp_path):
+    results = measure({"base": base})
+    with pytest.raises(EvaluationError, match=r"Expected a .json file"):
+        results.save(tmp_path / "results.csv")
+    results.save(tmp_path / "v1.5")
+    assert json.loads((tmp_path / "v1.5").read_text())["attribute"] == "background"
+    assert (tmp_path / "v1.5.csv").is_file()
+
+
+def test_a_prompt_with_any_line_break_is_one_cell_of_the_table(tmp_path):
+    prompt = 'a "bird"\r, or\n<two>'
+    write(tmp_path / "base", [(prompt, 1, "land", "landbird")] * 2)
+    measure(tmp_path / "base").save(tmp_path / "r.json")
+    with (tmp_path / "r.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["of"] for row in rows if row["kind"] == "count"} == {f"prompt: {prompt}"}
+    assert all(None not in row for row in rows)
+
+
 def test_every_figure_is_a_row_of_the_table_beside(base, tmp_path):
     results = measure({"base": base}, subject_attribute="subject")
     results.save(tmp_path / "results.json")
@@ -518,7 +663,7 @@ def test_every_figure_is_a_row_of_the_table_beside(base, tmp_path):
         rows = list(csv.DictReader(file))
     (bias,) = [row for row in rows if row["figure"] == "bias" and row["of"] == "all images"]
     assert (bias["model"], bias["guidance_scale"], float(bias["value"])) == ("base", "1.0", 0.25)
-    assert {row["kind"] for row in rows} == {"fairness", "quality", "group"}
+    assert {row["kind"] for row in rows} == {"count", "fairness", "quality", "group"}
     assert {"subject right", f"prompt: {LAND}", "group: water"} <= {row["of"] for row in rows}
 
 

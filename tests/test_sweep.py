@@ -2,13 +2,16 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 from conftest import write_tiny_folder
 from invdiff.config import AuditConfig
-from invdiff.errors import ConfigError
+from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError, ModelError
 from invdiff.evaluation.annotators import ConvAnnotator
 from invdiff.sweep import stages
 from invdiff.sweep.config import AXES, SweepConfig
@@ -67,7 +70,7 @@ def test_steps_with_the_same_settings_are_done_once(fixed, tmp_path, counted):
     sweep(fixed, {"seed": [0, 1], "scale": [0.5, 1.0]}, tmp_path / "out")
     assert counted["audit"] == 1
     assert counted["train"] == 2
-    assert counted["evaluate"] == 4
+    assert counted["evaluate"] == 5  # the plain model's images once, and beside each guided set
     assert len(list((tmp_path / "out" / "work" / "images").iterdir())) == 5
 
 
@@ -79,11 +82,66 @@ def test_a_finished_sweep_is_read_back(fixed, tmp_path, counted):
     assert (counted["audit"], counted["evaluate"]) == (before["audit"], before["evaluate"])
 
 
+def test_what_judges_is_looked_at_before_any_work(fixed, tmp_path, counted):
+    with pytest.raises(EvaluationError, match="got 'age'; it knows background"):
+        sweep(fixed | {"attribute": "age"}, {"scale": [1]}, tmp_path / "out")
+    with pytest.raises(ModelError, match="annotator"):
+        sweep(fixed | {"annotator": str(tmp_path / "nowhere")}, {"scale": [1]}, tmp_path / "out")
+    with pytest.raises(DataError):
+        sweep(fixed | {"reference": str(tmp_path / "nowhere")}, {"scale": [1]}, tmp_path / "out")
+    assert counted["audit"] == 0
+
+
+def test_images_are_judged_again_by_another_annotator_of_the_same_name(fixed, tmp_path, counted):
+    sweep(fixed, {"scale": [1]}, tmp_path / "out")
+    before = counted["evaluate"]
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        other = ConvAnnotator(attributes={"background": ("land", "water")}, resolution=16)
+    other.save_pretrained(fixed["annotator"])
+    sweep(fixed, {"scale": [1]}, tmp_path / "out")
+    assert counted["evaluate"] == 2 * before
+    assert counted["audit"] == 1
+
+
+def test_an_audit_of_images_that_have_changed_is_not_taken_for_theirs(fixed, tmp_path):
+    sweep(fixed, {"scale": [1]}, tmp_path / "out")
+    photo = next(Path(fixed["data"]).glob("*.png"))
+    Image.new("RGB", (40, 36), (1, 2, 3)).save(photo)
+    with pytest.raises(AuditError, match="they have changed"):
+        sweep(fixed, {"scale": [1]}, tmp_path / "out")
+
+
+def test_an_audit_that_was_interrupted_has_no_time(fixed, tmp_path, monkeypatch):
+    original = stages.audit
+    monkeypatch.setattr(stages, "audit", lambda *arguments, cache_dir, **_: cache_dir.mkdir(parents=True) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sweep(fixed, {"num_groups": [2]}, tmp_path / "out")
+    monkeypatch.setattr(stages, "audit", original)
+    assert sweep(fixed, {"num_groups": [2]}, tmp_path / "out").rows[-1]["audit_seconds"] is None
+
+
+def test_the_reference_is_described_at_the_confidence_of_the_images(fixed, tmp_path):
+    settings = {"reference": fixed["data"], "min_confidence": 0.5, "attribute": "background"}
+    config = SweepConfig.from_dict(fixed | settings | {"vary": {"scale": [1]}})
+    assert stages.Workshop(tmp_path, config, progress=False).reference.min_confidence == 0.5
+
+
+def test_whole_numbers_and_decimals_are_the_same_work(fixed):
+    names = [
+        cells(
+            SweepConfig.from_dict(fixed | {"vary": {"severity": [severity], "scale": [scale], "penalty": [penalty]}})
+        )
+        for severity, scale, penalty in ((1, 2, 3), (1.0, 2.0, 3.0))
+    ]
+    assert names[0][0].images_name(guided=True) == names[1][0].images_name(guided=True)
+
+
 def test_a_stopped_sweep_keeps_its_rows_and_goes_on(fixed, tmp_path, monkeypatch):
     original = stages.evaluate
 
     def fails_at_scale_one(folders, *arguments, **keywords):
-        if "scale-1-" in str(folders["guided"]):
+        if "scale-1-" in str(folders.get("guided")):
             raise KeyboardInterrupt
         return original(folders, *arguments, **keywords)
 
@@ -227,6 +285,9 @@ def test_settings_that_make_no_sweep_are_refused(fixed, settings, message):
         ({"mode": ["fair"]}, "TrainConfig.mode: expected one of"),
         ({"mode": [{"mode": "balanced", "steam": 1}]}, "unknown setting 'steam'"),
         ({"severity": [2.0]}, "a share above 0, up to 1"),
+        ({"mode": [{"mode": "invariant", "steps": 3}, {"mode": "invariant", "steps": 4}]}, "'invariant' twice"),
+        ({"mode": [{"mode": "invariant", "Delta": 3}], "scale": [1]}, "expected scale to vary on its own"),
+        ({"mode": [{"mode": "invariant", "guidance_scale": 3}]}, "expected guidance_scale to vary on its own"),
     ],
 )
 def test_values_out_of_range_are_refused_before_any_work(fixed, vary, message):

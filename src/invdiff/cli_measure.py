@@ -22,6 +22,7 @@ from .cli_options import (
     option,
     setting,
     settings,
+    subjects_from,
     target_from,
 )
 from .cli_output import finish, one_process, print_augmentation, print_results, print_sweep, say, silence_libraries
@@ -62,6 +63,10 @@ def evaluate(
         option("Sensitive attribute, to measure Bias on; repeat for more, and for how they intersect."),
     ],
     subject_attribute: Annotated[str | None, option("Attribute that prompts name, to measure accuracy on.")] = None,
+    subject_of: Annotated[
+        list[str] | None,
+        option("What a prompt shows, as PROMPT=CLASS, where prompts do not name it; accuracy is of these alone."),
+    ] = None,
     classes: Annotated[
         Path | None,
         option("YAML or JSON for a CLIP annotator: attribute to class to prompts.", metavar="FILE"),
@@ -109,15 +114,20 @@ def evaluate(
     if reference is None and source.flags():
         raise ConfigError(f"Expected --reference beside {source.flags()[0]}, got none: only a reference has columns.")
     mix = target_from(target) if target else None
+    shows = subjects_from(subject_of) if subject_of else None
+    if output.suffix.lower() == ".csv":
+        raise ConfigError(f"Expected a .json file for --output, got {output}: the table is written beside it as .csv.")
     say("loading the annotator", quiet=quiet)
     silence_libraries()
     from .evaluation.annotators import load_annotator
     from .evaluation.describe import describe_reference
     from .evaluation.evaluate import evaluate as run_evaluate
     from .evaluation.extractors import CLIPScorer, load_extractor
+    from .evaluation.results import table_path
 
     judge = load_annotator(annotator, attribute=[*attribute, subject_attribute or ""], classes=classes)
-    extractors = [load_extractor(spec) for spec in features or ()]
+    # CLIP-T's model is an extractor of its own.
+    extractors = [load_extractor(spec) for spec in dict.fromkeys(features or ()) if spec != clip]
     scorer = CLIPScorer.load(clip) if clip else None
     seen = None
     if reference is not None:
@@ -133,6 +143,7 @@ def evaluate(
         judge,
         attribute=attribute,
         subject_attribute=subject_attribute,
+        subject_of=shows,
         reference=seen,
         extractors=extractors,
         clip=scorer,
@@ -145,7 +156,7 @@ def evaluate(
     )
     results.save(output)
     print_results(results)
-    finish(f"The results are in {output}, and as a table in {output.with_suffix('.csv')}.")
+    finish(f"The results are in {output}, and as a table in {table_path(output)}.")
 
 
 @app.command(

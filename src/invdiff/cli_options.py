@@ -232,6 +232,21 @@ def target_from(text: str) -> dict[str, float]:
     return shares
 
 
+def subjects_from(arguments: Sequence[str]) -> dict[str, str]:
+    """Return prompt to class from words such as `a photo of my dog=dog`.
+
+    Raises:
+        ConfigError: A word is something else, or a prompt is given twice.
+    """
+    subjects: dict[str, str] = {}
+    for argument in arguments:
+        prompt, equals, name = argument.rpartition("=")
+        if not equals or not name or prompt in subjects:
+            raise ConfigError(f"Expected each prompt once with its class, such as 'my dog=dog', got {argument!r}.")
+        subjects[prompt] = name
+    return subjects
+
+
 def prompts_in(file: Path) -> list[str]:
     """Return the lines of a text file that are not empty.
 

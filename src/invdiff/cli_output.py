@@ -106,13 +106,21 @@ def print_results(results: Results) -> None:
     measured = [measures for by_scale in results.models.values() for measures in by_scale.values()]
     biases = [measures.first.overall["bias"] for measures in measured]
     known = [bias for bias in biases if bias.corrected is not None]
-    matters = any(abs(bias.corrected - bias.value) >= 0.0005 for bias in known if bias.corrected is not None)
+    matters = any(
+        corrected is not None and abs(corrected - plain) >= 0.0005
+        for bias in known
+        for corrected, plain in (
+            (bias.corrected, bias.value),
+            (bias.corrected_low, bias.low),
+            (bias.corrected_high, bias.high),
+        )
+    )
     caption = "floor: Bias expected of a perfectly fair model with as many images"
     if matters:
         caption += "\ncorrected: for the annotator's errors on held-out images"
     elif known:
         caption += "\nthe annotator's errors on held-out images change no digit"
-    table = Table(title=f"Bias of {results.attribute}", caption=caption)
+    table = Table(title=Text(f"Bias of {results.attribute}"), caption=caption)
     table.add_column("model", overflow="fold")
     interval = f"Bias ({results.confidence:.0%} interval)"
     for name in ("CFG", "images", interval, "floor", *(["corrected"] if matters else []), "subject", "Fréchet"):
@@ -143,13 +151,13 @@ def _with_ends(value: float | None, low: float | None, high: float | None) -> st
 def print_augmentation(results: AugmentationResults) -> None:
     """Print what classifiers learnt from each source of images."""
     table = Table(
-        title=f"Accuracy on {results.subject_attribute} of classifiers trained on each model's images",
+        title=Text(f"Accuracy on {results.subject_attribute} of classifiers trained on each model's images"),
         caption=f"mean and standard deviation over {len(results.seeds)} seeds",
     )
     table.add_column("trained on")
     for name in ("images", "all test images", "mean of groups", "worst group"):
         table.add_column(name, justify="right")
-    table.add_column("which")
+    table.add_column("lowest on average")
     for model, learnt in results.models.items():
         figures = (learnt.accuracy, learnt.group_mean, learnt.worst_accuracy)
         table.add_row(

@@ -222,10 +222,11 @@ def annotator_measure(
     """
     one_process("annotator measure")
     say("opening images", quiet=quiet)
-    from .evaluation.annotators import GivenLabels, load_annotator, save_measured
+    from .evaluation.annotators import Measurable, load_annotator, refuse_own_folder, save_measured
     from .evaluation.heldout import measure_annotator
     from .evaluation.labelled import load_labelled_images
 
+    refuse_own_folder(output, annotator)
     images = load_labelled_images(
         data,
         image_column=image_column,
@@ -236,10 +237,10 @@ def annotator_measure(
     )
     silence_libraries()
     judge = load_annotator(annotator, attribute=attribute or "", classes=classes)
-    if isinstance(judge, GivenLabels):
+    if not isinstance(judge, Measurable):
         raise ConfigError(f"Expected an annotator of images, got {annotator!r}: given labels are taken as true.")
     held_out = measure_annotator(judge, images, attribute or None, progress=not quiet)
-    save_measured(output, held_out, annotator, attribute=(attribute or [""])[0], classes=classes)
+    save_measured(output, judge, held_out, spec=annotator, attribute=(attribute or [""])[0], classes=classes)
     print_annotator(held_out.summary())
     generated, measured = str(output.parent / "images"), next(iter(held_out.attributes))
     finish(

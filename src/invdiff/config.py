@@ -48,7 +48,8 @@ class Config:
                 raise ConfigError(
                     f"{type(self).__name__}.{field.name}: expected {_describe(hints[field.name])}, got {value!r}."
                 )
-            if hints[field.name] is float:  # so that 3 and 3.0 are one setting, to compare and to name work by
+            if hints[field.name] in (float, float | None) and value is not None:
+                # 3 and 3.0 are one setting, to compare and to name work by.
                 object.__setattr__(self, field.name, float(value))
         self.check()
 

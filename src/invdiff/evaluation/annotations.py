@@ -21,7 +21,7 @@ class Annotations:
     """What an annotator saw in N images.
 
     Raises:
-        EvaluationError: Sizes disagree, or a probability is outside [0, 1] or NaN.
+        EvaluationError: Sizes disagree, a probability is outside [0, 1] or NaN, or a class is called "cannot tell".
     """
 
     attributes: Mapping[str, tuple[str, ...]]
@@ -34,6 +34,8 @@ class Annotations:
     def __post_init__(self) -> None:
         lengths = set() if self.features is None else {len(self.features)}
         for name, classes in self.attributes.items():
+            if CANNOT_TELL in classes:
+                raise EvaluationError(reserved_class(name))
             values = np.asarray(self.probabilities[name])
             lengths.add(len(values))
             if values.shape[1:] != (len(classes),) or not np.all((values >= 0) & (values <= 1 + 1e-4)):
@@ -121,6 +123,14 @@ def most_probable(probabilities: ArrayLike, min_confidence: float = 0.0) -> NDAr
 def unknown_attribute(attribute: str, known: Iterable[str]) -> str:
     """Return the message for an attribute that is not among those known."""
     return f"Expected one of the attributes {', '.join(known) or '(none)'}, got {attribute!r}. Choose one of these."
+
+
+def reserved_class(attribute: str) -> str:
+    """Return the message for an attribute with a class called as images are that nothing is known of."""
+    return (
+        f"Expected classes of {attribute!r} other than {CANNOT_TELL!r}, which stands for images that an annotator is "
+        "not confident about, got it among them. Rename that class, or leave its images out."
+    )
 
 
 def _describe(values: NDArray[np.float32]) -> str:

@@ -13,7 +13,7 @@ from ..files import read_json, write_json
 from .annotations import CANNOT_TELL, Annotations, Annotator
 from .conv_annotator import ConvAnnotator
 from .given_labels import GivenLabels
-from .heldout import HeldOut, Measurable
+from .heldout import MEASURED, HeldOut, Measurable
 from .labelled import FOLDER_ATTRIBUTE
 
 __all__ = [
@@ -24,13 +24,14 @@ __all__ = [
     "ConvAnnotator",
     "GivenLabels",
     "HeldOut",
+    "Measurable",
     "load_annotator",
+    "refuse_own_folder",
     "save_measured",
 ]
 
 LABELS = "labels"
 """In place of an annotator's name: the classes are read from the manifest."""
-MEASURED = "annotator.json"
 KINDS = (
     f"Give a folder that `invdiff annotator train` or `invdiff annotator measure` wrote, a CLIP model, an image "
     f"classifier, or {LABELS!r} to read columns of the manifest."
@@ -51,7 +52,7 @@ def load_annotator(
         classes: For a CLIP model only: attribute name to class name to prompts, or a YAML or JSON file of that.
 
     Raises:
-        ModelError: There is no annotator of a known kind.
+        ModelError: There is no annotator of a known kind, or it is not the one that the folder's measurement is of.
         ConfigError: A CLIP model is given without `classes`, or others with them, or "labels" without attribute.
     """
     attributes = [name for name in ([attribute] if isinstance(attribute, str) else attribute) if name]
@@ -87,46 +88,94 @@ def load_annotator(
     raise ModelError(f"Expected an annotator in {spec}, found {found}. {KINDS}")
 
 
+def refuse_own_folder(folder: Path, spec: str) -> None:
+    """Refuse to write the measurement of the annotator `spec` into the folder of that annotator.
+
+    Raises:
+        ConfigError: They are one folder, or `spec` is a measurement of the annotator in `folder`.
+    """
+    own = [spec]
+    if (Path(spec) / MEASURED).is_file():
+        own.append(_read_recipe(Path(spec))["annotator"])
+    if folder.resolve() in [Path(place).resolve() for place in own]:
+        raise ConfigError(
+            f"Expected another folder to write to than that of the annotator itself, got {folder}. "
+            "Choose a new one: it will stand for the measured annotator."
+        )
+
+
 def save_measured(
     folder: Path,
+    annotator: Measurable,
     held_out: HeldOut,
-    spec: str,
     *,
+    spec: str,
     attribute: str = "",
     classes: Mapping[str, Any] | Path | None = None,
 ) -> None:
     """Write what an annotator makes of labelled images; `load_annotator(folder)` gives that annotator with it.
 
+    What was known of attributes that `held_out` lacks is written too.
+
     Args:
         folder: Where to write.
+        annotator: What was measured.
         held_out: What `measure_annotator` returned.
-        spec: What `load_annotator` was given, and so are `attribute` and `classes`.
+        spec: What `load_annotator` was given to get `annotator`, and so are `attribute` and `classes`.
         attribute: See `spec`.
         classes: See `spec`.
+
+    Raises:
+        ConfigError: `folder` is that of the annotator itself; nothing is written.
     """
+    refuse_own_folder(folder, spec)
     source = Path(spec)
     if (source / MEASURED).is_file():  # refer to the annotator itself: its earlier measurement may be removed
-        recipe = read_json(source / MEASURED)
+        recipe = _read_recipe(source)
     else:
         where = str(source.resolve()) if source.is_dir() else spec
         recipe = {"annotator": where, "attribute": attribute, "classes": _class_prompts(classes)}
-    held_out.save(folder)
-    write_json(folder / MEASURED, recipe)
+    known = held_out if annotator.held_out is None else annotator.held_out.updated(held_out)
+    known.save(folder)
+    write_json(folder / MEASURED, {**recipe, "weights": annotator.weights_digest()})
 
 
 def _load_measured(folder: Path) -> Annotator:
-    recipe = read_json(folder / MEASURED)
-    try:
-        annotator = load_annotator(recipe["annotator"], attribute=recipe["attribute"], classes=recipe["classes"])
-    except (KeyError, TypeError) as error:
-        raise ModelError(f"Expected a measured annotator in {folder}, found {MEASURED} of something else.") from error
+    recipe = _read_recipe(folder)
+    spec = recipe["annotator"]
+    if (Path(spec) / MEASURED).is_file():  # it may stand for `folder` in turn
+        raise ModelError(
+            f"Expected the annotator itself at {spec}, which {folder / MEASURED} names, found a measurement there. "
+            f"Delete {Path(spec) / MEASURED}, or measure again."
+        )
+    annotator = load_annotator(spec, attribute=recipe["attribute"], classes=recipe["classes"])
     if not isinstance(annotator, Measurable):
-        raise ModelError(f"Expected an annotator of images in {folder}, found {recipe['annotator']!r}. {KINDS}")
+        raise ModelError(f"Expected an annotator of images in {folder}, found {spec!r}. {KINDS}")
+    measured = recipe.get("weights")
+    if measured is not None and measured != annotator.weights_digest():
+        raise ModelError(
+            f"Expected the annotator that {folder} was measured with at {spec}, found one of other weights, whose "
+            "errors are others. Measure again."
+        )
     try:
         annotator.use_held_out(HeldOut.load(folder))
     except DataError as error:
         raise ModelError(f"Could not load the measured annotator in {folder}: {error}") from error
     return annotator
+
+
+def _read_recipe(folder: Path) -> dict[str, Any]:
+    """Return what `save_measured` wrote: "annotator", "attribute", "classes" and, but for old ones, "weights"."""
+    recipe = read_json(folder / MEASURED)
+    if (
+        not isinstance(recipe, dict)
+        or not {"annotator", "attribute", "classes"} <= set(recipe)
+        or not isinstance(recipe["annotator"], str)
+    ):
+        raise ModelError(
+            f"Expected a measured annotator in {folder}, found {MEASURED} of something else. Measure again."
+        )
+    return recipe
 
 
 def _read_config(spec: str) -> dict[str, Any]:

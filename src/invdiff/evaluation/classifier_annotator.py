@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from ..errors import ModelError
-from .annotations import Annotations
+from ..files import weights_digest
+from .annotations import CANNOT_TELL, Annotations, reserved_class
 from .heldout import Measurable
 from .transformers_models import last_part, load_image_processor, load_model, pixel_batches
 
@@ -24,7 +25,8 @@ class ClassifierAnnotator(Measurable):
         attribute: What its classes are classes of.
 
     Raises:
-        ModelError: There is no classifier that chooses one of two or more classes with a name each.
+        ModelError: There is no classifier that chooses one of two or more classes with a name each, or one of them
+            is called "cannot tell".
     """
 
     feature_name = ""
@@ -37,6 +39,8 @@ class ClassifierAnnotator(Measurable):
         classes = tuple(str(config.id2label[index]) for index in range(config.num_labels))
         if len(classes) < 2 or len(set(classes)) < len(classes):
             raise ModelError(f"Expected a classifier of two classes or more, each named apart, found {classes[:5]}.")
+        if CANNOT_TELL in classes:
+            raise ModelError(reserved_class(attribute))
         if config.problem_type not in (None, "single_label_classification"):
             raise ModelError(
                 f"Expected a classifier that chooses one class for an image, found {config.problem_type} at {source}. "
@@ -44,6 +48,10 @@ class ClassifierAnnotator(Measurable):
             )
         self.name = last_part(source)
         self.attributes = {attribute: classes}
+
+    def weights_digest(self) -> str:
+        """Return 16 hex digits that name the classifier's weights."""
+        return weights_digest(self._model)
 
     @torch.no_grad()
     def predict(self, images: Iterable[Image.Image]) -> Annotations:

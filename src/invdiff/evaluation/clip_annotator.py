@@ -12,13 +12,14 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from torch.nn.functional import normalize
-from transformers import AutoTokenizer, CLIPModel
+from transformers import CLIPModel
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError
+from ..files import weights_digest
 from ..vision import pooled
-from .annotations import Annotations
+from .annotations import CANNOT_TELL, Annotations, reserved_class
 from .heldout import Measurable
-from .transformers_models import last_part, load_image_processor, load_model, pixel_batches
+from .transformers_models import last_part, load_image_processor, load_model, load_tokenizer, pixel_batches
 
 ClassPrompts = Mapping[str, Mapping[str, str | Sequence[str]]]
 """Attribute name to class name to one or several prompts that describe the class."""
@@ -38,8 +39,9 @@ class ClipAnnotator(Measurable):
         attributes: Attribute name to class name to prompts: `{"gender": {"man": ["a photo of a man"], ...}}`.
 
     Raises:
-        ConfigError: An attribute has fewer than two classes, or a class no prompt or one that is too long.
-        ModelError: There is no CLIP model.
+        ConfigError: An attribute has fewer than two classes or one called "cannot tell", or a class no prompt or
+            one that is too long.
+        ModelError: There is no CLIP model, or it lacks its tokenizer or image processor.
     """
 
     def __init__(self, name_or_folder: str | Path, attributes: ClassPrompts) -> None:
@@ -49,16 +51,15 @@ class ClipAnnotator(Measurable):
         self.attributes = {name: tuple(classes) for name, classes in prompts.items()}
         self._model = load_model(CLIPModel, source, "a CLIP model")
         self._processor = load_image_processor(source)
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"Expected a tokenizer at {source}, could not load it: {error} Save the model's own beside it."
-            ) from error
+        tokenizer = load_tokenizer(source)
         self._embeddings = {
             attribute: torch.stack([self._embed_class(tokenizer, texts) for texts in classes.values()])
             for attribute, classes in prompts.items()
         }
+
+    def weights_digest(self) -> str:
+        """Return 16 hex digits that name the weights of both towers."""
+        return weights_digest(self._model)
 
     @torch.no_grad()
     def predict(self, images: Iterable[Image.Image]) -> Annotations:
@@ -114,7 +115,8 @@ def checked_prompts(attributes: Any) -> dict[str, dict[str, list[str]]]:
     """Return prompts as lists, by class and attribute.
 
     Raises:
-        ConfigError: They are not two classes or more per attribute, with a prompt or several for each class.
+        ConfigError: They are not two classes or more per attribute, with a prompt or several for each class, or a
+            class is called "cannot tell".
     """
     if not isinstance(attributes, Mapping) or not attributes:
         raise ConfigError(f"Expected prompts by class by attribute, such as {EXAMPLE}, got {attributes!r}.")
@@ -125,6 +127,8 @@ def checked_prompts(attributes: Any) -> dict[str, dict[str, list[str]]]:
                 f"Expected two classes or more of attribute {attribute!r} with their prompts, such as {EXAMPLE}, "
                 f"got {classes!r}."
             )
+        if CANNOT_TELL in classes:
+            raise ConfigError(reserved_class(attribute))
         prompts = {name: [given] if isinstance(given, str) else given for name, given in classes.items()}
         for name, texts in prompts.items():
             words = [attribute, name, *texts] if isinstance(texts, Sequence) and texts else [None]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,12 +19,13 @@ from safetensors import SafetensorError
 
 from ..data.captioned import CaptionedImages
 from ..errors import DataError, ModelError
+from ..files import weights_digest
 from ..pipelines import public_name
 from ..seeds import generator as derived_generator
-from .annotations import Annotations
+from .annotations import CANNOT_TELL, Annotations, reserved_class
 from .calibration import expected_calibration_error, fit_temperature
 from .conv_training import even_weights, read_pixels, stratified_share, train_network
-from .heldout import SUMMARY, TENSORS, HeldOut, Measurable, combinations
+from .heldout import MEASURED, SUMMARY, TENSORS, HeldOut, Measurable, combinations
 from .labelled import read_targets
 from .pixels import normalise, to_pixels
 
@@ -51,6 +52,9 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         holdout_calibration_error: Attribute name to the expected calibration error on the same images, as
             {"uncalibrated": at temperature 1, "calibrated": as it is}.
         confusion: Attribute name to held-out counts, (true class, most probable class).
+
+    Raises:
+        ModelError: A class is called "cannot tell".
     """
 
     _supports_gradient_checkpointing = False
@@ -67,6 +71,9 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         holdout_calibration_error: Mapping[str, Mapping[str, float]] | None = None,
         confusion: Mapping[str, Sequence[Sequence[int]]] | None = None,
     ) -> None:
+        for name, classes in attributes.items():
+            if CANNOT_TELL in classes:
+                raise ModelError(reserved_class(name))
         super().__init__()
         self.name = "annotator"
         # Sorted because diffusers sorts the keys of a saved config, and the heads must keep their order.
@@ -83,6 +90,10 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
     def feature_name(self) -> str:
         """What its features are called: as the annotator is."""
         return self.name
+
+    def weights_digest(self) -> str:
+        """Return 16 hex digits that name the net's weights."""
+        return weights_digest(cast(torch.nn.Module, self))
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return features (batch, 64) and, attribute by attribute, uncalibrated logits (batch, classes).
@@ -124,7 +135,7 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
     def confusion(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64] | None:
         """Return counts of held-out images, (true class K, annotated class K + 1), the last for "cannot tell".
 
-        None where no held-out images are known, or, of an annotator saved without them, only their most probable
+        None where no held-out images are known, or, of an attribute saved without them, only their most probable
         classes and a confidence is asked for.
 
         Raises:
@@ -132,7 +143,7 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         """
         counts = super().confusion(attribute, min_confidence)
         saved = self.config["confusion"]
-        if self.held_out is not None or saved is None or min_confidence > 0:
+        if counts is not None or saved is None or min_confidence > 0:
             return counts
         return np.pad(np.array(saved[attribute], dtype=np.int64), ((0, 0), (0, 1)))
 
@@ -187,6 +198,7 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Write weights, config and what was measured on held-out images into a folder."""
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]  # Measurable comes first
+        (Path(save_directory) / MEASURED).unlink(missing_ok=True)  # it would name another annotator than this one
         if self.held_out is not None:
             self.held_out.save(Path(save_directory))
         else:  # another annotator's would be taken for this one's
@@ -256,8 +268,8 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
             progress: Show progress bars.
 
         Raises:
-            DataError: An attribute is absent, lacks values, or has one class or more than 50; or more images
-                are unreadable than the data allows; or no two images have the same attributes.
+            DataError: An attribute is absent, lacks values, has one class or more than 50, or one called "cannot
+                tell"; or more images are unreadable than the data allows; or no two images have the same attributes.
         """
         if steps < 1 or batch_size < 1 or not 0 < holdout < 1:
             raise DataError(
@@ -265,6 +277,9 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
                 f"got {steps}, {batch_size} and {holdout}."
             )
         classes, targets = read_targets(data, attributes)
+        for name in classes:
+            if CANNOT_TELL in classes[name]:
+                raise DataError(reserved_class(name))
         pixels, readable = read_pixels(data, resolution, progress=progress)
         targets = targets[readable]
         generator = torch.Generator().manual_seed(seed)

@@ -34,6 +34,8 @@ class Described:
     """Attribute to class probabilities, (N, classes)."""
     features: Mapping[str, NDArray[np.float32]]
     """Name of the features to features, (N, D)."""
+    min_confidence: float = 0.0
+    """Below it, an image's class was taken for unknown."""
 
     def __len__(self) -> int:
         return max((len(rows) for kind in (self.classes, self.features) for rows in kind.values()), default=0)
@@ -41,12 +43,11 @@ class Described:
     def take(self, rows: Sequence[int] | NDArray[Any]) -> Described:
         """Return what is known of some of the images."""
         rows = np.asarray(rows, dtype=np.int64)
-        return Described(
-            *(
-                {name: values[rows] for name, values in kind.items()}
-                for kind in (self.classes, self.probabilities, self.features)
-            )
+        classes, probabilities, features = (
+            {name: values[rows] for name, values in kind.items()}
+            for kind in (self.classes, self.probabilities, self.features)
         )
+        return Described(classes, probabilities, features, self.min_confidence)
 
 
 def describe_rows(
@@ -61,7 +62,7 @@ def describe_rows(
     """Describe generated images, holding the pixels of one batch at a time.
 
     Raises:
-        EvaluationError: An image is damaged, or its features are not finite.
+        EvaluationError: An image is damaged, its features are not finite, or two extractors have one name.
     """
     batches = (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
     # The images of a batch are not looked at where labels are given and no features are asked for.
@@ -89,13 +90,15 @@ def describe_images(
     """Describe images, such as real ones to compare with; of `GivenLabels`, features alone.
 
     Raises:
-        EvaluationError: An image's features are not finite.
+        EvaluationError: An image's features are not finite, or two extractors have one name.
     """
     stream = iter(images)
     batches: Iterator[list[Image.Image]] = iter(lambda: list(islice(stream, batch_size)), [])
-    return _describe(
-        ((list(range(len(batch))), batch, None) for batch in batches), judge, extractors, min_confidence, None
+    numbered = (
+        ([f"image {number * batch_size + place}" for place in range(len(batch))], batch, None)
+        for number, batch in enumerate(batches)
     )
+    return _describe(numbered, judge, extractors, min_confidence, None)
 
 
 def describe_reference(
@@ -139,8 +142,7 @@ def open_image(path: Path) -> Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
         raise EvaluationError(
-            f"Expected a readable image in {path}, found something else ({error}). Delete it and run "
-            "`invdiff generate` again."
+            f"Expected a readable image in {path}, found something else ({error}). Draw it again, or remove its row."
         ) from error
 
 
@@ -151,6 +153,12 @@ def _describe(
     min_confidence: float,
     bar: Bar | None,
 ) -> Described:
+    names_of = [extractor.name for extractor in extractors]
+    if len(set(names_of)) < len(names_of):
+        raise EvaluationError(
+            f"Expected extractors of different names, got {', '.join(names_of)}: their features could not be told "
+            "apart. Name each model once, and models of one name by folders of different names."
+        )
     classes: dict[str, list[NDArray[np.int64]]] = {}
     probabilities: dict[str, list[NDArray[np.float32]]] = {}
     features: dict[str, list[NDArray[np.float32]]] = {extractor.name: [] for extractor in extractors}
@@ -160,7 +168,8 @@ def _describe(
             for attribute, values in seen.probabilities.items():
                 probabilities.setdefault(attribute, []).append(values)
                 classes.setdefault(attribute, []).append(seen.classes(attribute, min_confidence))
-            if seen.features is not None and judge.feature_name not in {e.name for e in extractors}:
+            # Of one name, as of one CLIP model that annotates and scores, those of the extractor are kept.
+            if seen.features is not None and judge.feature_name not in names_of:
                 features.setdefault(judge.feature_name, []).append(_finite(seen.features, names, judge.feature_name))
         for extractor in extractors:
             features[extractor.name].append(_finite(extractor.extract(images), names, extractor.name))
@@ -170,6 +179,7 @@ def _describe(
         classes={name: np.concatenate(parts) for name, parts in classes.items()},
         probabilities={name: np.concatenate(parts) for name, parts in probabilities.items()},
         features={name: np.concatenate(parts) for name, parts in features.items() if parts},
+        min_confidence=min_confidence,
     )
 
 

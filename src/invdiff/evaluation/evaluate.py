@@ -16,8 +16,9 @@ from .describe import Described, Judge, describe_rows
 from .extractors import CLIPScorer, FeatureExtractor
 from .fairness import correct_for_annotator
 from .given_labels import GivenLabels
-from .manifest import Folders, Row, common_prompts, read_manifest, resolve_folders, scale_keys
-from .measure import Question, measure, preserve
+from .manifest import Folders, Row, common_prompts, read_model, resolve_folders, scale_keys
+from .measure import Question, common_group_size, measure, preserve
+from .quality import lpips_network
 from .results import AnnotatorRecord, AttributeMeasures, Measures, Quantity, Results
 from .subjects import named_subjects
 
@@ -81,10 +82,7 @@ def evaluate(
     """
     attributes = (attribute,) if isinstance(attribute, str) else tuple(attribute)
     _check_settings(attributes, subject_attribute, subject_of, min_confidence, confidence, num_resamples, batch_size)
-    rows_by_model = {
-        model: [row for folder in several for row in read_manifest(folder)]
-        for model, several in resolve_folders(folders).items()
-    }
+    rows_by_model = {model: read_model(several) for model, several in resolve_folders(folders).items()}
     if isinstance(annotator, GivenLabels):
         annotator.discover([row.values for rows in rows_by_model.values() for row in rows])
     asked = [*attributes, *([subject_attribute] if subject_attribute else [])]
@@ -92,6 +90,7 @@ def evaluate(
     prompts = common_prompts(rows_by_model)
     named: Mapping[str, str] = {}
     if subject_attribute is not None:
+        _check_prompts(prompts, subject_of)
         named = named_subjects(prompts, annotator.attributes[subject_attribute], subject_of)
     baseline = _baseline(list(rows_by_model), baseline)
     if reference is None and reference_features is not None:
@@ -118,26 +117,22 @@ def evaluate(
             seen[model] = describe_rows(
                 rows, annotator, extractors=extractors, min_confidence=min_confidence, batch_size=batch_size, bar=bar
             )
-    _check_reference(reference, seen)
+    _check_reference(reference, seen, min_confidence)
+    at = {
+        model: {key: _at(rows, seen[model], key) for key in scale_keys(rows)} for model, rows in rows_by_model.items()
+    }
+    size = common_group_size([known for by_key in at.values() for _, known in by_key.values()], reference, question)
+    network = lpips_network() if lpips else None
     models: dict[str, dict[str, Measures]] = {}
-    with progress_bar(
-        "measuring", sum(len(scale_keys(rows)) for rows in rows_by_model.values()), enabled=progress
-    ) as bar:
-        for model, rows in rows_by_model.items():
+    with progress_bar("measuring", sum(map(len, at.values())), enabled=progress) as bar:
+        for model, by_key in at.items():
             models[model] = {}
-            for key in scale_keys(rows):
-                chosen, known = _at(rows, seen[model], key)
+            for key, (rows, known) in by_key.items():
                 measures = measure(
-                    chosen,
-                    known,
-                    question,
-                    reference=reference,
-                    clip=clip,
-                    lpips=lpips,
+                    rows, known, question, reference=reference, group_size=size, clip=clip, lpips=network
                 )
-                if baseline and model != baseline and key in scale_keys(rows_by_model[baseline]):
-                    base_rows, base = _at(rows_by_model[baseline], seen[baseline], key)
-                    measures = replace(measures, preservation=preserve(chosen, known, base_rows, base, question))
+                if baseline and model != baseline and key in at[baseline]:
+                    measures = replace(measures, preservation=preserve(rows, known, *at[baseline][key], question))
                 models[model][key] = measures
                 bar.advance()
     return Results(
@@ -150,7 +145,7 @@ def evaluate(
         baseline=baseline,
         confidence=confidence,
         reference_images=0 if reference is None else len(reference),
-        notes=(*warnings, *_notes(models, annotator, question)),
+        notes=(*warnings, *_notes(models, annotator, question, prompts, reference, baseline)),
     )
 
 
@@ -202,8 +197,11 @@ def _target(target: Mapping[str, float] | None, attribute: str, classes: Sequenc
             f"Expected a target share for each class of {attribute} ({', '.join(classes)}), got {', '.join(target)}."
         )
     shares: NDArray[Any] = np.array([target[name] for name in classes], dtype=np.float64)
-    if not np.isfinite(shares).all() or (shares < 0).any() or abs(shares.sum() - 1) > 1e-6:
-        raise EvaluationError(f"Expected target shares of at least 0 that sum to 1, got {dict(target)}.")
+    if not np.isfinite(shares).all() or (shares <= 0).any() or abs(shares.sum() - 1) > 1e-6:
+        raise EvaluationError(
+            f"Expected target shares above 0 (from a share of 0 the divergence is infinite) that sum to 1, got "
+            f"{dict(target)}."
+        )
     return tuple(shares.tolist())
 
 
@@ -215,9 +213,23 @@ def _baseline(models: Sequence[str], baseline: str | None) -> str:
     return baseline
 
 
-def _check_reference(reference: Described | None, seen: Mapping[str, Described]) -> None:
+def _check_prompts(prompts: Sequence[str], subject_of: Mapping[str, str] | None) -> None:
+    for prompt in subject_of or ():
+        if prompt not in prompts:
+            raise EvaluationError(
+                f"Expected prompts of the images in subject_of, got {prompt!r}; there are "
+                f"{', '.join(map(repr, prompts))}."
+            )
+
+
+def _check_reference(reference: Described | None, seen: Mapping[str, Described], min_confidence: float) -> None:
     if reference is None:
         return
+    if reference.classes and reference.min_confidence != min_confidence:
+        raise EvaluationError(
+            f"Expected a reference described at the images' min_confidence, {min_confidence:g}, got one at "
+            f"{reference.min_confidence:g}. Describe it again."
+        )
     features = next(iter(seen.values())).features
     shared = reference.features.keys() & features.keys()
     if not shared:
@@ -259,8 +271,20 @@ def _record(annotator: Judge, confusion: Mapping[str, NDArray[Any] | None], min_
     return AnnotatorRecord(annotator.name, min_confidence, accuracy, tables)
 
 
-def _notes(models: Mapping[str, Mapping[str, Measures]], annotator: Judge, question: Question) -> list[str]:
+def _notes(
+    models: Mapping[str, Mapping[str, Measures]],
+    annotator: Judge,
+    question: Question,
+    prompts: Sequence[str],
+    reference: Described | None,
+    baseline: str,
+) -> list[str]:
     """Return what a reader should know before trusting the figures."""
+    measured = [
+        (f"{model} at guidance scale {key}", measures)
+        for model, by_scale in models.items()
+        for key, measures in by_scale.items()
+    ]
     notes = []
     for name in question.attributes:
         if annotator.confusion(name, question.min_confidence) is None and not isinstance(annotator, GivenLabels):
@@ -269,14 +293,25 @@ def _notes(models: Mapping[str, Mapping[str, Measures]], annotator: Judge, quest
                 "labelled images"
             )
         for group in question.classes[name]:
-            drawn = sum(
-                counts.get(group, 0)
-                for by_scale in models.values()
-                for measures in by_scale.values()
-                for counts in measures.attributes[name].counts.values()
-            )
-            if not drawn:
+            counts = [row.get(group, 0) for _, m in measured for row in m.attributes[name].counts.values()]
+            if not sum(counts):
                 notes.append(f"no image of any model was annotated {group!r} ({name})")
     if len(question.attributes) > 1:
         notes.append("figures of intersections are not corrected for the annotator's errors")
+    if question.subject_attribute is not None:
+        unnamed = [prompt for prompt in prompts if prompt not in question.subject_of]
+        if unnamed:
+            notes.append(
+                f"{len(unnamed)} of {len(prompts)} prompts name no class of {question.subject_attribute} "
+                f"({', '.join(question.classes[question.subject_attribute])}) and are left out of accuracy, first "
+                f"{unnamed[0]!r}"
+            )
+    if reference is not None and question.attributes[0] not in reference.classes:
+        notes.append(
+            f"the reference's {question.attributes[0]} is not known, so groups are not compared with its groups"
+        )
+    for where, measures in measured:
+        notes += [f"{where}: {entry.note}" for entry in list(measures.attributes.values())[:1] if entry.note]
+        if baseline and not where.startswith(f"{baseline} at ") and not measures.preservation:
+            notes.append(f"{where}: {baseline} has no images at this guidance scale to compare with seed by seed")
     return notes

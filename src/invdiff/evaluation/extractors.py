@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import AutoTokenizer, CLIPModel
+from transformers import CLIPModel
 
-from ..errors import EvaluationError
+from ..errors import EvaluationError, ModelError
 from ..pipelines import default_device
 from ..vision import BATCH_SIZE, VisionEncoder, pooled
+from .transformers_models import load_tokenizer
 
 FloatArray = NDArray[np.float32]
 
@@ -144,20 +145,15 @@ class CLIPScorer:
             EvaluationError: It is not a whole CLIP model, or has no tokenizer.
         """
         encoder = VisionEncoder.load(name_or_folder)
-        remedy = "Give a folder or hub id such as openai/clip-vit-base-patch32."
-        beside = f"Expected a tokenizer beside the CLIP model at {name_or_folder}"
         if not isinstance(encoder.model, CLIPModel):
             raise EvaluationError(
                 f"Expected a CLIP model with both towers at {name_or_folder}, got a {type(encoder.model).__name__}. "
-                f"{remedy}"
+                "Give a folder or hub id such as openai/clip-vit-base-patch32."
             )
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(name_or_folder))
-        except (OSError, ValueError) as error:
-            raise EvaluationError(f"{beside}, could not load it: {error} {remedy}") from error
-        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers 5 makes up for absent files with this
-            raise EvaluationError(f"{beside}, found one that knows no word. {remedy}")
-        return cls(encoder, tokenizer)
+            return cls(encoder, load_tokenizer(str(name_or_folder)))
+        except ModelError as error:
+            raise EvaluationError(str(error)) from error
 
     @property
     def name(self) -> str:

@@ -20,6 +20,8 @@ from .calibration import expected_calibration_error
 from .labelled import label_of, readable_images
 
 TENSORS, SUMMARY = "heldout.safetensors", "confusion.json"
+MEASURED = "annotator.json"
+"""Beside these two: which annotator, in another place, they are of."""
 UNLABELLED = -1
 """True class of an image whose label is missing."""
 MIN_CELL = 10
@@ -108,6 +110,27 @@ class HeldOut:
             for name, classes in self.attributes.items()
         }
 
+    def updated(self, newer: HeldOut) -> HeldOut:
+        """Return `newer` with those of these attributes that it lacks, each still measured on its own images.
+
+        Images are not matched: `worst_combination` knows combinations of attributes that were measured together.
+        """
+        kept = {name: classes for name, classes in self.attributes.items() if name not in newer.attributes}
+        if not kept:
+            return newer
+        rows = np.any([self.truth[name] != UNLABELLED for name in kept], axis=0)
+        old, new = int(rows.sum()), len(next(iter(newer.truth.values())))
+        probabilities, truth = {}, {}
+        for name, classes in {**kept, **newer.attributes}.items():
+            if name in kept:
+                parts = [self.probabilities[name][rows], np.zeros((new, len(classes)), np.float32)]
+                labels = [self.truth[name][rows], np.full(new, UNLABELLED)]
+            else:
+                parts = [np.zeros((old, len(classes)), np.float32), newer.probabilities[name]]
+                labels = [np.full(old, UNLABELLED), newer.truth[name]]
+            probabilities[name], truth[name] = np.concatenate(parts), np.concatenate(labels)
+        return HeldOut({**kept, **newer.attributes}, probabilities, truth)
+
     def save(self, folder: Path) -> None:
         """Write `heldout.safetensors` and, for people, `confusion.json` into `folder`."""
         tensors = {}
@@ -151,6 +174,10 @@ class Measurable:
     attributes: Mapping[str, tuple[str, ...]]
     held_out: HeldOut | None = None
 
+    def weights_digest(self) -> str:
+        """Return what names its weights, in each kind: what was measured with other ones is not true of it."""
+        raise NotImplementedError
+
     def confusion(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64] | None:
         """Return counts of held-out images, (true class K, annotated class K + 1), the last for "cannot tell".
 
@@ -166,7 +193,7 @@ class Measurable:
         return self.held_out.confusion(attribute, min_confidence)
 
     def use_held_out(self, held_out: HeldOut) -> None:
-        """Take `confusion` from `held_out`.
+        """Take `confusion` of its attributes from `held_out`; that of others stays.
 
         Raises:
             DataError: It is of other attributes or classes than the annotator's.
@@ -177,7 +204,7 @@ class Measurable:
                     f"Expected held-out images of the annotator's classes {dict(self.attributes)}, got {name!r} with "
                     f"{classes}. Measure this annotator again."
                 )
-        self.held_out = held_out
+        self.held_out = held_out if self.held_out is None else self.held_out.updated(held_out)
 
 
 def measure_annotator(

@@ -217,10 +217,10 @@ def plausible_shares(
 ) -> FloatArray:
     """Return four shares for each prompt at which the plug-in is worst, of those its counts do not reject.
 
-    The nearest to the target and the farthest on the line through it that Pearson's chi-square does not reject at
-    `confidence`, so extremes get the width of a score interval; the shares with groups tied that do not differ
-    significantly, where metrics of pairs and extremes have their kinks; and the shares smoothed by z^2
-    pseudo-counts in all (Agresti & Coull, American Statistician 1998).
+    The last on the way to the target, and to all images in the group that most exceeds it, that Pearson's chi-square
+    does not reject at `confidence`, so extremes get the width of a score interval; the shares with groups tied that
+    do not differ significantly, where metrics of pairs and extremes have their kinks; and the shares smoothed by
+    z^2 pseudo-counts in all (Agresti & Coull, American Statistician 1998).
 
     Args:
         p: Estimated shares, (prompts, groups).
@@ -237,27 +237,24 @@ def plausible_shares(
     n, known = (np.asarray(x, dtype=np.float64)[:, None] for x in (numbers, worth))
     z = float(ndtri((1 + confidence) / 2))
     critical = float(chdtri(p.shape[1] - 1, 1 - confidence))
-    away = p - target
-    at_target = np.abs(away).max(axis=1, keepdims=True) < 1e-12
-    # Any direction will do at the target itself: towards the group that the target has fewest of.
-    rarest = np.eye(len(target))[np.where(allowed, target, np.inf).argmin()]
-    away = np.where(at_target, rarest - target, away)
-    start = np.where(at_target, 0.0, 1.0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        edge = np.where(away < 0, target / -away, np.inf).min(axis=1, keepdims=True)
-    edge = np.where(np.isfinite(edge), np.maximum(edge, start), start)
     pseudo = z**2 * allowed / allowed.sum()
     smooth = (known * p + pseudo) / (known + z**2)
-    seen, seen_target, seen_away = p @ rates, target @ rates, away @ rates
+    largest = np.eye(len(target))[np.where(allowed, p - target, -np.inf).argmax(axis=1)]
+    seen = p @ rates
 
-    def accepted(steps: FloatArray) -> NDArray[np.bool_]:
-        true = np.maximum(seen_target + steps * seen_away, 0.0)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            terms = np.where(seen == true, 0.0, (seen - true) ** 2 / true)
-        return np.asarray(n * terms.sum(axis=1, keepdims=True) <= critical)
+    def last_accepted(end: FloatArray) -> FloatArray:
+        """The last shares from `p` straight to `end` that the images seen do not reject, by bisection."""
+        inside, outside = np.zeros_like(n), np.full_like(n, 2.0)
+        for _ in range(BISECTIONS):
+            middle = (inside + outside) / 2
+            true = np.maximum(p + np.minimum(middle, 1.0) * (end - p), 0.0) @ rates
+            with np.errstate(divide="ignore", invalid="ignore"):
+                terms = np.where(seen == true, 0.0, (seen - true) ** 2 / true)
+            keep = n * terms.sum(axis=1, keepdims=True) <= critical
+            inside, outside = np.where(keep, middle, inside), np.where(keep, outside, middle)
+        return p + np.minimum(inside, 1.0) * (end - p)
 
-    nearest, farthest = (target + _last(accepted, start, end) * away for end in (np.zeros_like(start), edge))
-    candidates = np.stack([nearest, farthest, _tied(p, smooth, known, z), smooth])
+    candidates = np.stack([last_accepted(target), last_accepted(largest), _tied(p, smooth, known, z), smooth])
     candidates = np.maximum(candidates, 0.0)
     return candidates / candidates.sum(axis=-1, keepdims=True)
 
@@ -348,17 +345,6 @@ def check_settings(confidence: float, num_resamples: int) -> None:
         raise EvaluationError(
             f"Expected at least {MIN_RESAMPLES} resamples, got {num_resamples}: fewer show no spread. 1000 is usual."
         )
-
-
-def _last(accepted: Callable[[FloatArray], NDArray[np.bool_]], start: FloatArray, end: FloatArray) -> FloatArray:
-    """The last step from `start`, which is accepted, to `end` that still is, by bisection."""
-    all_the_way = accepted(end)
-    inside, outside = start, end
-    for _ in range(BISECTIONS):
-        middle = (inside + outside) / 2
-        keep = accepted(middle)
-        inside, outside = np.where(keep, middle, inside), np.where(keep, outside, middle)
-    return np.where(all_the_way, end, inside)
 
 
 def _tied(p: FloatArray, smooth: FloatArray, n: FloatArray, z: float) -> FloatArray:

@@ -45,6 +45,18 @@ class Row:
         return UNSTATED if self.guidance_scale is None else str(self.guidance_scale)
 
 
+def read_model(folders: Sequence[Path]) -> list[Row]:
+    """Return the images of one model, from all its folders.
+
+    Raises:
+        EvaluationError: As for `read_manifest`; or folders share an image or hold several module scales.
+    """
+    rows = [row for folder in folders for row in read_manifest(folder)]
+    if len(folders) > 1:
+        _check_together(rows, " and ".join(map(str, folders)))
+    return rows
+
+
 def resolve_folders(folders: Mapping[str, Folders] | str | Path) -> dict[str, list[Path]]:
     """Return model name to folders, from a mapping, one folder of images, or a folder of such folders.
 
@@ -61,6 +73,12 @@ def resolve_folders(folders: Mapping[str, Folders] | str | Path) -> dict[str, li
     folder = Path(folders)
     inside = {child.name: child for child in sorted(folder.glob("*")) if _manifest_in(child) is not None}
     if inside and _manifest_in(folder) is None:
+        for child in sorted(folder.iterdir()):
+            if child.is_dir() and child.name not in inside and any(child.rglob("*.png")):
+                raise EvaluationError(
+                    f"Expected a manifest in every folder of images inside {folder}, found none in {child}. Write "
+                    "one, or name the folders to evaluate one by one."
+                )
         return {model: [child] for model, child in inside.items()}
     return {folder.resolve().name: [folder]}
 
@@ -124,11 +142,13 @@ def _manifest_in(folder: Path) -> Path | None:
 def _records(manifest: Path, text: str) -> list[tuple[Any, str]]:
     """Return each row's values beside the words that name its place."""
     if manifest.suffix == ".csv":
-        rows = csv.DictReader(io.StringIO(text, newline=""))
-        return [
-            ({name: value for name, value in row.items() if value not in ("", None)}, f"row {number} of {manifest}")
-            for number, row in enumerate(rows, start=1)
-        ]
+        records: list[tuple[Any, str]] = []
+        for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), start=1):
+            where = f"row {number} of {manifest}"
+            if None in row or None in row.values():
+                raise _no_row(where, ValueError("other cells than columns: put text with commas in quotes"))
+            records.append(({name: value for name, value in row.items() if value != ""}, where))
+        return records
     records = []
     for number, line in enumerate(text.split("\n"), start=1):  # captions may hold other line breaks
         if not line.strip():
@@ -144,10 +164,13 @@ def _records(manifest: Path, text: str) -> list[tuple[Any, str]]:
 def _row(values: Any, folder: Path, where: str) -> Row:
     try:
         prompt = next(values[name] for name in PROMPT_COLUMNS if name in values)
+        if not isinstance(prompt, str):
+            raise TypeError(f"the prompt is {prompt!r}")
+        prompt.encode("utf-8")  # what cannot be written later is refused now
         seed = values.get("seed")
         return Row(
             path=folder / values["file_name"],
-            prompt=str(prompt),
+            prompt=prompt,
             guidance_scale=_number(values.get("guidance_scale")),
             scale=_number(values.get("scale")),
             seed=None if seed is None else str(seed),
@@ -176,22 +199,12 @@ def _no_row(where: str, error: Exception) -> EvaluationError:
 
 
 def _check(rows: Sequence[Row], folder: Path, manifest: Path) -> None:
-    seen: set[Path] = set()
-    for row in rows:
-        if row.path in seen:
-            raise EvaluationError(f"Expected each image once in {manifest}, found {row.path} again. Remove it.")
-        seen.add(row.path)
+    _check_together(rows, str(manifest))
     absent = [row.path for row in rows if not row.path.is_file()]
     if absent:
         raise EvaluationError(
             f"Expected the {len(rows)} images that {manifest} names, found {len(absent)} absent, first "
-            f"{absent[0]}. Run the same `invdiff generate` again: it makes what is missing."
-        )
-    scales = sorted({row.scale for row in rows if row.scale is not None})
-    if len(scales) > 1:
-        raise EvaluationError(
-            f"Expected images of one module scale in {folder}, found {scales}. Generate each scale into a "
-            "folder of its own and pass them as {name: folder}."
+            f"{absent[0]}. Draw them (the same `invdiff generate` again makes what is missing), or remove their rows."
         )
     for child in sorted(folder.iterdir()):
         if child.is_dir() and not child.name.startswith(".") and not any(child.iterdir()):
@@ -206,3 +219,18 @@ def _check(rows: Sequence[Row], folder: Path, manifest: Path) -> None:
                 f"Expected at least 2 images per prompt in {folder}, found {fewest} of {prompt!r} at "
                 f"guidance scale {key}. Generate more."
             )
+
+
+def _check_together(rows: Sequence[Row], where: str) -> None:
+    seen: set[Path] = set()
+    for row in rows:
+        path = row.path.resolve()
+        if path in seen:
+            raise EvaluationError(f"Expected each image once in {where}, found {row.path} again. Remove it.")
+        seen.add(path)
+    scales = sorted({row.scale for row in rows if row.scale is not None})
+    if len(scales) > 1:
+        raise EvaluationError(
+            f"Expected images of one module scale in {where}, found {scales}. Generate each scale into a "
+            "folder of its own and give each a name: {name: folder}, or NAME=FOLDER."
+        )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ..errors import EvaluationError
 from ..seeds import derived_seed
@@ -22,12 +23,19 @@ from .intervals import Estimate, estimate
 from .manifest import Row
 from .results import AttributeMeasures, Measures, Quantity
 
+if TYPE_CHECKING:
+    import torch
+
 TARGETED = ("fairness_discrepancy", "kl_to_target")
 """Metrics that measure the distance to a target mix; the others measure evenness."""
 NEIGHBOURS = 5
 """k of precision, recall, density and coverage."""
 MIN_KERNEL = 3
 """Images of each side that the kernel distance's interval needs."""
+PROMPT_RESAMPLES = 200
+"""Resamples of the intervals of single prompts, which are many."""
+LPIPS = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+"""From two batches of images to the mean distance of their pairs."""
 LPIPS_IMAGES = 20
 """Images of each prompt that LPIPS compares in pairs."""
 MIN_GROUP = 50
@@ -61,8 +69,9 @@ def measure(
     question: Question,
     *,
     reference: Described | None,
+    group_size: int = 0,
     clip: CLIPScorer | None = None,
-    lpips: bool = False,
+    lpips: LPIPS | None = None,
 ) -> Measures:
     """Measure one model's images at one guidance scale.
 
@@ -71,8 +80,9 @@ def measure(
         seen: What is known of them, in the same order.
         question: What is asked.
         reference: What is known of the reference images.
+        group_size: Images of each group that distances by group are of; see `common_group_size`.
         clip: Whose text features CLIP-T is measured with; its image features are among those seen.
-        lpips: Whether to measure diversity by LPIPS, on the first images of each prompt.
+        lpips: The network to measure diversity by LPIPS with, on the first images of each prompt.
     """
     prompts = [row.prompt for row in rows]
     right = _subject_right(prompts, seen, question)
@@ -84,13 +94,12 @@ def measure(
         name, joint = _joint(seen, question)
         attributes[name] = joint_measures(name, joint, prompts, seen, right, question)
     known = right[right >= 0]
-    counts = np.unique(prompts, return_counts=True)[1]
     return Measures(
-        images_per_prompt=int(counts.min()),
+        images_per_prompt=min(Counter(prompts).values()),
         attributes=attributes,
         subject_accuracy=_share(known, question.confidence) if len(known) else None,
-        quality=_quality(rows, seen, reference, clip, question) | (_lpips(rows) if lpips else {}),
-        by_group=_by_group(seen, reference, right, question),
+        quality=_quality(rows, seen, reference, clip, question) | (_lpips(rows, lpips) if lpips else {}),
+        by_group=_by_group(seen, reference, right, question, group_size),
     )
 
 
@@ -102,26 +111,62 @@ def preserve(
     The distance of features is that of pairs of one seed; beside it stands that of unrelated images of the baseline.
     Attributes other than the sensitive ones should not change: the share of pairs that keep each class is given.
     """
-    place: dict[tuple[str, str | None], int] = {
-        (row.prompt, row.seed): index for index, row in enumerate(base_rows) if row.seed is not None
-    }
-    pairs = [(index, place[row.prompt, row.seed]) for index, row in enumerate(rows) if (row.prompt, row.seed) in place]
+    pairs = _pairs(rows, base_rows)
     if len(pairs) < 2:
-        why = "not defined: the manifests share no two seeds of a prompt with the baseline"
+        why = "not defined: the manifests share no two seeds of a prompt with the baseline, each given once"
         return {"feature shift": Quantity(None, note=why)}
     ours, theirs = (np.array(side) for side in zip(*pairs, strict=True))
+    number = f"{len(pairs)} pairs"
     figures: dict[str, Quantity] = {}
     for name, features in seen.features.items():
         before, after = base.features[name][theirs], features[ours]
-        shift = quality.feature_shift(before, after)
-        moved = quality.mean_interval(1 - quality.paired_cosines(before, after), confidence=question.confidence)
-        note = f"cosine distance; unrelated images of the baseline: {shift.unrelated:.3g}"
-        figures[f"feature shift ({name})"] = Quantity(shift.moved, *moved, note=note)
+        try:
+            moved = 1 - quality.paired_cosines(before, after)
+            unrelated = quality.feature_shift(before, before).unrelated
+        except EvaluationError as error:
+            figures[f"feature shift ({name})"] = Quantity(None, note=f"not defined: {error}")
+            continue
+        ends = quality.mean_interval(moved, confidence=question.confidence)
+        note = f"cosine distance, {number}; the baseline's own images are {unrelated:.3g} apart"
+        figures[f"feature shift ({name})"] = Quantity(float(moved.mean()), *ends, note=note)
     for attribute in seen.classes:
         if attribute not in question.attributes:
-            same = seen.classes[attribute][ours] == base.classes[attribute][theirs]
-            figures[f"{attribute} unchanged"] = _share(same, question.confidence)
+            mine, before = seen.classes[attribute][ours], base.classes[attribute][theirs]
+            size = len(question.classes[attribute])
+            told = (mine < size) & (before < size)
+            if told.any():
+                kept = _share((mine == before)[told], question.confidence)
+                figures[f"{attribute} unchanged"] = replace(kept, note=f"{told.sum()} of {number}")
+            else:
+                figures[f"{attribute} unchanged"] = Quantity(None, note="not defined: told in no pair")
     return figures
+
+
+def _pairs(rows: Sequence[Row], base_rows: Sequence[Row]) -> list[tuple[int, int]]:
+    """Return the places of images of one prompt and seed; a seed that repeats within a prompt tells nothing."""
+    places = []
+    for side in (rows, base_rows):
+        keys = [(row.prompt, row.seed) for row in side]
+        once = {key for key, count in Counter(keys).items() if count == 1 and key[1] is not None}
+        places.append({key: place for place, key in enumerate(keys) if key in once})
+    ours, theirs = places
+    return [(place, theirs[key]) for key, place in ours.items() if key in theirs]
+
+
+def common_group_size(seen: Sequence[Described], reference: Described | None, question: Question) -> int:
+    """Return how many images of each group distances are of, for all models and scales alike: they depend on it.
+
+    It is the fewest that any group has, of those with enough, in any model's images at any scale and the reference's.
+    """
+    if reference is None or question.attributes[0] not in reference.classes:
+        return 0
+    attribute = question.attributes[0]
+    sizes = [
+        int((known.classes[attribute] == index).sum())
+        for known in (*seen, reference)
+        for index in range(len(question.classes[attribute]))
+    ]
+    return min((size for size in sizes if size >= MIN_GROUP), default=0)
 
 
 def _attribute(
@@ -134,8 +179,9 @@ def _attribute(
     confusion: NDArray[Any] | None = None,
 ) -> AttributeMeasures:
     names = question.classes[name]
-    order = list(dict.fromkeys(prompts))
-    index = np.array([order.index(prompt) for prompt in prompts])
+    place_of = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+    order = list(place_of)
+    index = np.array([place_of[prompt] for prompt in prompts])
     counts = _counts(index, classes, len(order), len(names) + 1)
     _check_told(name, order, counts, question.min_confidence)
     first = name == question.attributes[0]
@@ -160,6 +206,7 @@ def _attribute(
                 f"figures of images whose subject is right leave out {len(left_out)} of {len(order)} prompts that "
                 f"have none, first {left_out[0]!r}"
             )
+    few = min(question.num_resamples, PROMPT_RESAMPLES)
     labels = (*names, CANNOT_TELL) if counts[:, -1].any() or question.min_confidence else names
     shares = counts[:, :-1] / counts[:, :-1].sum(axis=1, keepdims=True)
     return AttributeMeasures(
@@ -171,12 +218,19 @@ def _attribute(
         },
         overall=ask(counts),
         subject_right=subject_right,
-        by_prompt={prompt: ask(row[None]) for prompt, row in zip(order, counts, strict=True)}
-        if len(order) > 1
-        else {},
+        by_prompt=_by_prompt(order, counts, partial(ask, question=replace(question, num_resamples=few))),
         softmax_discrepancy=_softmax(index, probabilities, len(order), question.target if first else None),
         note=note,
     )
+
+
+def _by_prompt(
+    prompts: Sequence[str], counts: NDArray[np.int64], ask: Callable[[NDArray[np.int64]], dict[str, Estimate]]
+) -> dict[str, dict[str, Estimate]]:
+    """Return each prompt's estimates; of a single prompt they are the overall ones."""
+    if len(prompts) == 1:
+        return {}
+    return {prompt: ask(row[None]) for prompt, row in zip(prompts, counts, strict=True)}
 
 
 def _estimates(
@@ -288,12 +342,17 @@ def _quality(
     rows: Sequence[Row], seen: Described, reference: Described | None, clip: CLIPScorer | None, question: Question
 ) -> dict[str, Quantity]:
     figures: dict[str, Quantity] = {}
-    prompts = np.array([row.prompt for row in rows])
+    of_prompt: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        of_prompt.setdefault(row.prompt, []).append(place)
     for name, features in seen.features.items():
         if reference is not None and name in reference.features:
             figures |= _against(features, reference.features[name], name, question)
-        diversity = [quality.vendi_score(features[prompts == prompt]) for prompt in dict.fromkeys(prompts)]
-        figures[f"Vendi score ({name})"] = Quantity(float(np.mean(diversity)), note="mean over prompts")
+        try:
+            diversity = [quality.vendi_score(features[members]) for members in of_prompt.values()]
+            figures[f"Vendi score ({name})"] = Quantity(float(np.mean(diversity)), note="mean over prompts")
+        except EvaluationError as error:
+            figures[f"Vendi score ({name})"] = Quantity(None, note=f"not defined: {error}")
     if clip is not None:
         cosines = quality.paired_cosines(seen.features[clip.name], clip.text_features([row.prompt for row in rows]))
         ends = quality.mean_interval(cosines, confidence=question.confidence)
@@ -301,15 +360,16 @@ def _quality(
     return figures
 
 
-def _lpips(rows: Sequence[Row]) -> dict[str, Quantity]:
-    images: dict[str, list[Image.Image]] = {}
+def _lpips(rows: Sequence[Row], network: LPIPS) -> dict[str, Quantity]:
+    paths: dict[str, list[Path]] = {}
     for row in rows:
-        of_prompt = images.setdefault(row.prompt, [])
-        if len(of_prompt) < LPIPS_IMAGES:
-            of_prompt.append(open_image(row.path))
-    diversity = float(np.mean([quality.lpips_diversity(of_prompt) for of_prompt in images.values()]))
+        paths.setdefault(row.prompt, []).append(row.path)
+    diversity = [
+        quality.lpips_diversity([open_image(path) for path in of_prompt[:LPIPS_IMAGES]], distance=network)
+        for of_prompt in paths.values()
+    ]
     note = f"mean over prompts, of all pairs of the first {LPIPS_IMAGES} images at most"
-    return {"LPIPS diversity (alexnet)": Quantity(diversity, note=note)}
+    return {"LPIPS diversity (alexnet)": Quantity(float(np.mean(diversity)), note=note)}
 
 
 def _against(features: NDArray[Any], reference: NDArray[Any], name: str, question: Question) -> dict[str, Quantity]:
@@ -355,12 +415,9 @@ def _neighbourhood(
 
 
 def _by_group(
-    seen: Described, reference: Described | None, right: NDArray[np.int64], question: Question
+    seen: Described, reference: Described | None, right: NDArray[np.int64], question: Question, even: int
 ) -> dict[str, dict[str, Quantity]]:
-    """Return figures of the images of each class of the first attribute, against the reference's of that class.
-
-    Distances depend on how many images they are of, so all groups with enough images are cut to the same number.
-    """
+    """Return figures of `even` images of each class of the first attribute, against as many of the reference's."""
     attribute = question.attributes[0]
     names = question.classes[attribute]
     rng = np.random.default_rng(derived_seed("groups", question.seed))
@@ -369,7 +426,6 @@ def _by_group(
     if reference is not None and attribute in reference.classes:
         real = [rng.permutation(np.flatnonzero(reference.classes[attribute] == index)) for index in range(len(names))]
     sizes = [min(len(mine), len(theirs)) for mine, theirs in zip(members, real, strict=False)]
-    even = min((size for size in sizes if size >= MIN_GROUP), default=0)
     groups: dict[str, dict[str, Quantity]] = {}
     for index, (group, mine) in enumerate(zip(names, members, strict=True)):
         figures = {"images": Quantity(float(len(mine)))}
@@ -388,8 +444,9 @@ def _by_group(
             assert reference is not None
             ours, theirs = seen.features[name][mine[:even]], reference.features[name][real[index][:even]]
             note = f"{even} images of each group against as many"
-            figures[frechet_name(name)] = Quantity(quality.frechet_distance(ours, theirs), note=note)
-            figures |= _neighbourhood(ours, theirs, name, question)
+            distances = {frechet_name(name): Quantity(quality.frechet_distance(ours, theirs))}
+            distances |= _neighbourhood(ours, theirs, name, question)
+            figures |= {label: replace(figure, note=note) for label, figure in distances.items()}
         groups[group] = figures
     return groups
 

@@ -180,7 +180,7 @@ def lpips_diversity(
             f"Expected at least two images, all of one size, got {len(images)} of {len(sizes)} sizes. Give the "
             "images of one prompt."
         )
-    measure = distance or _lpips()
+    measure = distance or lpips_network()
     pixels = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images])
     pairs = torch.tensor(list(combinations(range(len(images)), 2)))
     total = 0.0
@@ -256,7 +256,12 @@ def _covariance_root(features: FloatArray) -> FloatArray:
     return np.asarray(np.linalg.qr(centred / np.sqrt(len(features) - 1), mode="r"), dtype=np.float64)
 
 
-def _lpips() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def lpips_network() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return LPIPS with AlexNet, as `lpips_diversity` takes it: load it once for many prompts.
+
+    Raises:
+        EvaluationError: The extra `metrics` is not installed, or the weights cannot be had.
+    """
     from ..pipelines import default_device  # imports torch
 
     try:

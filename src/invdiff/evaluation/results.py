@@ -16,7 +16,8 @@ from .intervals import Estimate
 
 TABLE_COLUMNS = (
     *("model", "guidance_scale", "kind", "attribute", "figure", "of"),
-    *("value", "low", "high", "floor", "corrected", "corrected_low", "corrected_high", "note"),
+    *("value", "low", "high", "floor", "corrected", "corrected_low", "corrected_high"),
+    *("sd_over_prompts", "unbiased_square", "note"),
 )
 
 
@@ -190,14 +191,18 @@ class Results:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write everything as JSON, and every figure as a row of a CSV file of the same name beside it."""
-        path = Path(path)
-        write_json(path, self.to_dict())
+        """Write everything as JSON, and every figure as a row of `table_path(path)` beside it.
+
+        Raises:
+            EvaluationError: The path ends in .csv.
+        """
+        table = table_path(path)
+        write_json(Path(path), self.to_dict())
         stream = io.StringIO(newline="")
-        writer = csv.DictWriter(stream, TABLE_COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(stream, TABLE_COLUMNS)
         writer.writeheader()
         writer.writerows(self.table())
-        write_text(path.with_suffix(".csv"), stream.getvalue())
+        write_text(table, stream.getvalue())
 
     @classmethod
     def load(cls, path: str | Path) -> Results:
@@ -236,13 +241,32 @@ class Results:
                     yield dict.fromkeys(TABLE_COLUMNS) | {"model": model, "guidance_scale": scale} | row
 
 
+def table_path(path: str | Path) -> Path:
+    """Return where the table beside results at `path` lies: results.csv beside results.json.
+
+    Raises:
+        EvaluationError: The path ends in .csv: the results themselves are JSON.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".csv":
+        raise EvaluationError(
+            f"Expected a .json file for results, got {path}: the table is written beside it as .csv."
+        )
+    return path.with_suffix(".csv") if path.suffix == ".json" else path.with_name(path.name + ".csv")
+
+
 def _rows(measures: Measures) -> Iterator[dict[str, Any]]:
     for attribute, entry in measures.attributes.items():
+        for prompt, counts in entry.counts.items():
+            for group, count in counts.items():
+                images = _quantity_row(f"images of {group}", f"prompt: {prompt}", Quantity(float(count)))
+                yield {"kind": "count", "attribute": attribute} | images
         spread = {"kind": "fairness", "attribute": attribute}
         for name, estimate in entry.overall.items():
             yield spread | _estimate_row(name, "all images", estimate)
         for name, estimate in entry.subject_right.items():
-            yield spread | _estimate_row(name, "subject right", estimate)
+            row = _estimate_row(name, "subject right", estimate)
+            yield spread | row | {"note": "; ".join(note for note in (row["note"], entry.note) if note)}
         for prompt, estimates in entry.by_prompt.items():
             for name, estimate in estimates.items():
                 yield spread | _estimate_row(name, f"prompt: {prompt}", estimate)

@@ -1,4 +1,4 @@
-"""Load models and image processors from `transformers`, whole or not at all."""
+"""Load models, image processors and tokenizers from `transformers`, whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from ..errors import ModelError
 from ..pipelines import default_device, public_name
@@ -56,6 +56,22 @@ def load_image_processor(name_or_folder: str) -> Any:
             f"Expected an image processor at {name_or_folder}, could not load it: {_first_line(error)} "
             "Save the model's own processor beside it."
         ) from error
+
+
+def load_tokenizer(name_or_folder: str) -> Any:
+    """Return what turns a model's prompts into tokens.
+
+    Raises:
+        ModelError: There is none, or one that knows no word: every prompt would be the same to the model.
+    """
+    expected, remedy = f"Expected a tokenizer at {name_or_folder}", "Save the model's own beside it."
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{expected}, could not load it: {_first_line(error)} {remedy}") from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers 5 makes up for absent files with this
+        raise ModelError(f"{expected}, found one that knows no word: its files are absent or empty. {remedy}")
+    return tokenizer
 
 
 def pixel_batches(images: Iterable[Image.Image], processor: Any, device: torch.device) -> Iterator[torch.Tensor]:

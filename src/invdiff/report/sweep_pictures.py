@@ -41,7 +41,10 @@ GROUP_FIGURES = {
     "group_homogeneity": "homogeneity",
 }
 COST_FIGURES = {"audit_seconds": "audit", "train_seconds": "training"}
-AFTER_AUDIT = ("guidance_scale", "scale", "penalty")
+AFTER_AUDIT = (
+    *("guidance_scale", "scale", "num_inference_steps"),
+    *("penalty", "steps", "learning_rate", "width", "rounds"),
+)
 """Axes that the audit never sees: groups and their cost are not drawn over them."""
 SEEDS = ("seed", "data_seed")
 """Axes that figures are averaged over."""

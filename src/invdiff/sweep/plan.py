@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config import GenerateConfig
+from ..errors import ConfigError
 from ..files import fingerprint
 from .config import ALIASES, AXES, BUNDLED, SweepConfig
 
@@ -32,7 +33,7 @@ class Cell:
         return _name(
             f"{config.num_images or 'all'}-images",
             {name: getattr(config, name) for name in ("data", "num_images", "severity", "data_seed")}
-            | {"of": config.hidden_attribute if config.severity is not None else ""},
+            | {"of": config.hidden_attribute if config.severity is not None and config.data != BUNDLED else ""},
         )
 
     @property
@@ -84,7 +85,8 @@ def cells(config: SweepConfig) -> list[Cell]:
     Raises:
         ConfigError: A value has the wrong type or range.
     """
-    found = []
+    _check_along(config)
+    found: list[Cell] = []
     for combination in itertools.product(*config.vary.values()):
         settings: dict[str, Any] = {}
         for axis, value in zip(config.vary, combination, strict=True):
@@ -97,6 +99,25 @@ def cells(config: SweepConfig) -> list[Cell]:
             )
         )
     return found
+
+
+def _check_along(config: SweepConfig) -> None:
+    """Refuse settings set along that would make two cells alike by their axes, or their plain models differ."""
+    of_base = ("guidance_scale", "num_inference_steps", *(name for name, step in AXES.items() if not step))
+    for axis, values in config.vary.items():
+        named = [value[axis] if isinstance(value, dict) else value for value in values]
+        twice = [value for place, value in enumerate(named) if value in named[:place]]
+        if twice:
+            raise ConfigError(
+                f"SweepConfig.vary: expected different values of {axis}, got {twice[0]!r} twice. Vary what differs "
+                "beside it as a setting of its own."
+            )
+        for name in {ALIASES.get(key, key) for value in values if isinstance(value, dict) for key in value} - {axis}:
+            if name in config.vary or name in of_base:
+                raise ConfigError(
+                    f"SweepConfig.vary: expected {name} to vary on its own, got it set along with {axis}. Give it a "
+                    "list of values of its own."
+                )
 
 
 def describe_plan(plan: Sequence[Cell]) -> str:

@@ -38,7 +38,7 @@ class SweepTable:
         write_json(folder / "table.json", self.to_dict())
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         stream = io.StringIO(newline="")
-        writer = csv.DictWriter(stream, columns, lineterminator="\n")
+        writer = csv.DictWriter(stream, columns)
         writer.writeheader()
         writer.writerows(self.rows)
         write_text(folder / "table.csv", stream.getvalue())
@@ -66,32 +66,36 @@ def run_sweep(
     plan = cells(config)
     write_json(output_dir / "sweep.json", config.to_dict())
     workshop = Workshop(Path(work_dir) if work_dir else output_dir / "work", config, progress=progress)
+    workshop.check()
     rows: list[dict[str, Any]] = []
     table = SweepTable(tuple(config.vary), rows)
+    seen: set[str] = set()
     for cell in plan:
-        for row in _rows(workshop, cell):
-            if row not in rows:  # the plain model's, which many cells share
-                rows.append(row)
+        plain = cell.images_name(guided=False)
+        if plain not in seen:  # many cells share the plain model's images
+            seen.add(plain)
+            measured = workshop.measures(cell, guided=False)
+            rows.append(cell.base_axes | {"model": "base", "note": ""} | _figures(measured))
+        rows.append(_guided_row(workshop, cell))
         table.save(output_dir)
     save_sweep_pictures(output_dir, table.to_dict())
     return table
 
 
-def _rows(workshop: Workshop, cell: Cell) -> list[dict[str, Any]]:
-    measured = workshop.measures(cell)
-    base = cell.base_axes | {"model": "base", "note": ""} | _figures(measured["base"])
-    guided = cell.axes | {"model": "guided", "note": "" if "guided" in measured else NOT_FOUND}
-    guided |= _figures(measured["guided"]) if "guided" in measured else {}
+def _guided_row(workshop: Workshop, cell: Cell) -> dict[str, Any]:
     found = workshop.audit(cell)
-    guided |= {"forwards_per_image": found.forwards_per_image} | workshop.seconds(cell)
+    row = cell.axes | {"model": "guided", "note": "" if found.biased else NOT_FOUND}
+    if found.biased:
+        row |= _figures(workshop.measures(cell, guided=True))
+    row |= {"forwards_per_image": found.forwards_per_image} | workshop.seconds(cell)
     quality = workshop.group_quality(cell)
     if quality is not None:
-        guided |= {
+        row |= {
             "group_auroc": quality.auroc,
             "group_adjusted_rand": quality.adjusted_rand,
             "group_homogeneity": quality.homogeneity,
         }
-    return [base, guided]
+    return row
 
 
 def _figures(measures: Measures) -> dict[str, Any]:
@@ -99,7 +103,8 @@ def _figures(measures: Measures) -> dict[str, Any]:
     for metric in METRICS:
         estimate = measures.first.overall[metric]
         figures |= {metric: estimate.value, f"{metric}_low": estimate.low, f"{metric}_high": estimate.high}
-        figures |= {f"{metric}_floor": estimate.floor, f"{metric}_corrected": estimate.corrected}
+        figures |= {f"{metric}_floor": estimate.floor, f"{metric}_sd_over_prompts": estimate.sd_over_prompts}
+        figures[f"{metric}_corrected"] = estimate.corrected
         figures |= {
             f"{metric}_corrected_low": estimate.corrected_low,
             f"{metric}_corrected_high": estimate.corrected_high,

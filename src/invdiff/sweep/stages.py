@@ -12,9 +12,9 @@ from ..assets import BIRDS_ANNOTATOR, BIRDS_MODEL
 from ..data.birds import BirdsWorld
 from ..data.captioned import CaptionedImages, load_captioned_images
 from ..data.subsets import random_subset, with_severity
-from ..errors import EvaluationError
-from ..evaluation.annotators import load_annotator
-from ..evaluation.describe import Described, Judge, describe_images, describe_reference
+from ..errors import AuditError, ConfigError, EvaluationError
+from ..evaluation.annotators import Annotator, GivenLabels, load_annotator
+from ..evaluation.describe import Described, describe_images, describe_reference
 from ..evaluation.evaluate import evaluate
 from ..evaluation.recovery import GroupQuality, group_quality
 from ..evaluation.results import Measures, Results
@@ -82,35 +82,50 @@ class Workshop:
             progress=self.progress,
         )
 
-    def measures(self, cell: Cell) -> dict[str, Measures]:
-        """Return what is measured on the images of "base" and, where there is a module, "guided"."""
+    def measures(self, cell: Cell, *, guided: bool) -> Measures:
+        """Return what is measured on the cell's images, of the guided model beside those of the plain one.
+
+        What was measured is kept under a digest of all that it depends on, contents included.
+        """
         folders = {"base": self.images(cell, guided=False)}
-        if self.module(cell) is not None:
+        if guided:
             folders["guided"] = self.images(cell, guided=True)
-        shared = self.config
-        judged = fingerprint(
-            *(folder.name for folder in folders.values()),
-            *(
-                shared.annotator,
-                shared.attribute,
-                shared.subject_attribute,
-                shared.reference,
-                str(shared.min_confidence),
-            ),
-        )
-        path = self.folder / "measures" / f"{folders[max(folders)].name}-{judged[:10]}.json"
+        judged = [
+            str(part) for part in (self.config.attribute, self.config.subject_attribute, self.config.min_confidence)
+        ]
+        images = [digest_of(folder, "generate.json", "manifest.jsonl") for folder in folders.values()]
+        name = fingerprint(*judged, *images, self._judge_digest, self._reference_digest)[:10]
+        path = self.folder / "measures" / f"{folders[max(folders)].name}-{name}.json"
         if not path.is_file():
             evaluate(
                 folders,
                 self.judge,
-                attribute=shared.attribute,
-                subject_attribute=shared.subject_attribute or None,
+                attribute=self.config.attribute,
+                subject_attribute=self.config.subject_attribute or None,
                 reference=self.reference,
-                min_confidence=shared.min_confidence,
+                min_confidence=self.config.min_confidence,
                 progress=self.progress,
             ).save(path)
-        models = Results.load(path).models
-        return {name: next(iter(by_scale.values())) for name, by_scale in models.items()}
+        by_scale = Results.load(path).models[max(folders)]
+        return next(iter(by_scale.values()))
+
+    def check(self) -> None:
+        """Find out before any work whether what judges is there and knows the attributes.
+
+        Raises:
+            EvaluationError: It does not know one.
+            ModelError: There is no annotator.
+            DataError: There is no reference.
+        """
+        names = [name for name in (self.config.attribute, self.config.subject_attribute) if name]
+        known = self.judge.attributes
+        for name in names:
+            if name not in known:
+                raise EvaluationError(
+                    f"Expected an attribute that the annotator knows, got {name!r}; it knows {', '.join(known)}."
+                )
+        if self._reference_data is not None:
+            len(self._reference_data)
 
     def group_quality(self, cell: Cell) -> GroupQuality | None:
         """Return how well the audit's groups agree with the hidden attribute; None where none is named."""
@@ -137,20 +152,47 @@ class Workshop:
         return found
 
     @cached_property
-    def judge(self) -> Judge:
+    def judge(self) -> Annotator:
         """What names the classes."""
-        spec = str(BIRDS_ANNOTATOR) if self.config.annotator == BUNDLED else self.config.annotator
-        return load_annotator(spec, attribute=self.config.attribute)
+        judge = load_annotator(self._annotator, attribute=self.config.attribute)
+        if isinstance(judge, GivenLabels):
+            raise ConfigError("SweepConfig.annotator: expected one that looks at images, got labels.")
+        return judge
 
     @cached_property
     def reference(self) -> Described | None:
         """What is known of the reference images."""
-        if not self.config.reference:
-            return None
+        confidence = self.config.min_confidence
         if self.config.reference == BUNDLED:
             world = BirdsWorld(REFERENCE_IMAGES, severity=0.5, seed=REFERENCE_SEED)
-            return describe_images((world.row(index)["image"] for index in range(len(world))), self.judge)
-        return describe_reference(load_captioned_images(self.config.reference), self.judge, progress=self.progress)
+            images = (world.row(index)["image"] for index in range(len(world)))
+            return describe_images(images, self.judge, min_confidence=confidence)
+        if self._reference_data is None:
+            return None
+        return describe_reference(self._reference_data, self.judge, min_confidence=confidence, progress=self.progress)
+
+    @property
+    def _annotator(self) -> str:
+        return str(BIRDS_ANNOTATOR) if self.config.annotator == BUNDLED else self.config.annotator
+
+    @cached_property
+    def _reference_data(self) -> CaptionedImages | None:
+        if self.config.reference in ("", BUNDLED):
+            return None
+        return load_captioned_images(self.config.reference)
+
+    @cached_property
+    def _judge_digest(self) -> str:
+        folder = Path(self._annotator)
+        if not folder.is_dir():
+            return self._annotator
+        return digest_of(folder, *sorted(path.name for path in folder.iterdir() if path.is_file()))
+
+    @cached_property
+    def _reference_digest(self) -> str:
+        if self._reference_data is None:
+            return f"{self.config.reference} {REFERENCE_IMAGES} {REFERENCE_SEED}"
+        return self._reference_data.fingerprint
 
     def _once(self, place: str, make: Callable[[Path], _Result]) -> _Result:
         if place not in self._kept:
@@ -178,13 +220,21 @@ class Workshop:
         )
 
     def _audit(self, cell: Cell, folder: Path) -> Audit:
-        if (folder / "audit.json").is_file():
-            return Audit.load(folder)
         pipe, data = self.pipeline(cell), self.data(cell)
+        if (folder / "audit.json").is_file():
+            found = Audit.load(folder)
+            if found.settings["data_fingerprint"] != data.fingerprint:
+                raise AuditError(
+                    f"Expected the images that the audit in {folder} was made on, found others: they have changed. "
+                    "Delete that folder, or sweep in another one."
+                )
+            return found
+        fresh = not folder.exists()
         start = time.perf_counter()
-        # No cache: what one audit measured would make the next one look cheap.
+        # A cache of its own: what one audit measured would make the next one look cheap.
         found = audit(pipe, data, config=cell.config.audit, cache_dir=folder / "cache", progress=self.progress)
-        write_json(folder / "seconds.json", {"seconds": time.perf_counter() - start})
+        if fresh:
+            write_json(folder / "seconds.json", {"seconds": time.perf_counter() - start})
         found.save(folder)
         return found
 
@@ -204,3 +254,8 @@ class Workshop:
         if fresh:
             write_json(folder / "seconds.json", {"seconds": time.perf_counter() - start})
         return module
+
+
+def digest_of(folder: Path, *names: str) -> str:
+    """Return a digest of the contents of some files of a folder."""
+    return fingerprint(*(part for name in names for part in (name, (folder / name).read_bytes())))
