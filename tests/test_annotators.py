@@ -519,6 +519,13 @@ def test_attributes_that_are_not_measured_anew_keep_their_confusion(annotator, n
     assert "colour" in json.loads((net.parent / "measured/confusion.json").read_text())
 
 
+def test_a_measurement_of_one_attribute_alone_leaves_the_net_its_own_of_others(annotator, fresh, net):
+    measure_annotator(annotator, fresh, ["side"], progress=False).save(net.parent / "measured")
+    loaded = load_annotator(str(net.parent / "measured"))
+    assert loaded.confusion("side").sum() == 80
+    assert np.array_equal(loaded.confusion("colour", 0.7), annotator.confusion("colour", 0.7))
+
+
 def test_counts_in_the_config_stay_those_of_attributes_that_are_not_measured_anew(annotator, fresh, net):
     for name in ("heldout.safetensors", "confusion.json"):
         (net / name).unlink()
