@@ -86,7 +86,7 @@ def coverage(work: Path) -> dict:
         figures[name] = {"images_per_prompt": num_images, "metrics": {}}
         for metric in METRICS:
             value = float(per_prompt(metric, shares * 1e12).mean())
-            ends = np.array([interval(metric, table, num_resamples=400, seed=0) for table in tables])
+            ends = np.array([interval(metric, table, num_resamples=200, seed=0) for table in tables])
             inside = (ends[:, 0] <= value + 1e-9) & (value - 1e-9 <= ends[:, 1])
             figures[name]["metrics"][metric] = {
                 "truth": value,
