@@ -143,10 +143,10 @@ def interval(
 
     Sums of class probabilities are taken for counts: they spread less than counts do, so the interval is wide.
 
-    Measured at 95%, for truths that are fair, tied, mildly and extremely unfair and mixed, with 2, 3 and 5 groups and 20,
-    100 and 512 images: of all metrics and truths the lowest coverage was 0.955 with one prompt (168 truths, 2,000
-    evaluations each), 0.964 with two (93, 2,000) and 0.965 with thirty (69, 200); half of the truths were covered in 0.98
-    or more. Wide where little is known, never too narrow.
+    Measured at 95%, for truths that are fair, tied, mildly and extremely unfair and mixed, with 2, 3 and 5 groups and
+    20, 100 and 512 images: of all metrics and truths the lowest coverage was 0.955 with one prompt (168 truths, 2,000
+    evaluations each), 0.964 with two (93, 2,000) and 0.965 with thirty (69, 200); half of the truths were covered in
+    0.98 or more.
 
     Args:
         metric: A name in `fairness.METRICS`.
