@@ -31,7 +31,7 @@ from invdiff.sweep.run import SweepTable
 from tiny import make_tiny
 
 COMMANDS = (
-    *("demo", "birds", "finetune", "audit", "train", "generate", "evaluate", "augment", "sweep"),
+    *("demo", "birds", "finetune", "audit", "train", "generate", "evaluate", "augment", "sweep", "report"),
     *("annotator", "annotator train", "annotator measure"),
 )
 FIGURES = {"interval": (0.4, 0.6), "floor": 0.1}

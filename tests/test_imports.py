@@ -14,6 +14,7 @@ ROOT = Path(invdiff.__file__).parent
 BASE = (
     "errors",
     "config",
+    "text",
     "files",
     "seeds",
     "distributed",
@@ -34,7 +35,7 @@ LAYERS = (
     ("evaluation",),
     ("report",),
     ("demo", "sweep", "app"),
-    ("cli", "cli_options", "cli_output", "cli_prepare", "cli_measure"),
+    ("cli", "cli_options", "cli_output", "cli_prepare", "cli_measure", "cli_report"),
     ("__main__",),
 )
 LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}

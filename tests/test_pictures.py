@@ -17,7 +17,8 @@ import invdiff.report
 from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError
 from invdiff.report import style
-from invdiff.report.audit_pictures import cuts, rank_groups, save_audit_pictures
+from invdiff.report.audit_pictures import save_audit_pictures
+from invdiff.report.audit_reading import cuts, rank_groups
 from invdiff.report.comparison_pictures import save_before_after, save_bias_curve
 from invdiff.report.style import percent, plain, shorten, text_width, wrap
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .groups.result import Audit
     from .guidance.attach import attach
     from .guidance.module import GuidanceModule
+    from .report.save import save_report
     from .sweep.config import SweepConfig
     from .sweep.run import run_sweep
     from .training.finetune import finetune
@@ -54,6 +55,7 @@ __all__ = [
     "generate",
     "load_captioned_images",
     "run_sweep",
+    "save_report",
     "train",
 ]
 
@@ -70,6 +72,7 @@ _HOME = {
     "generate": "generation",
     "load_captioned_images": "data.captioned",
     "run_sweep": "sweep.run",
+    "save_report": "report.save",
     "train": "training.train",
 }
 

@@ -49,6 +49,7 @@ from .cli_output import (
     silence_libraries,
 )
 from .cli_prepare import app as prepare_app
+from .cli_report import app as report_app
 from .config import AuditConfig, DemoConfig, GenerateConfig, TrainConfig
 from .errors import ConfigError
 
@@ -132,7 +133,7 @@ def demo(
 
     print_results(run_demo(output, config=chosen, progress=not quiet))
     finish(
-        f"Pictures and figures are in {output}.",
+        f"The report is {output / 'report.html'}; its pictures and figures are in {output}.",
         ["invdiff", "audit", "MODEL", "DATA", "--output", str(output.parent / "audit")],
         hint=" (with your own model and images)",
     )
@@ -374,4 +375,5 @@ def generate(
 
 
 app.add_typer(measure_app)
+app.add_typer(report_app)
 app.add_typer(prepare_app)

@@ -26,6 +26,7 @@ from .groups.result import Audit
 from .pipelines import denoiser_of, load_pipeline
 from .report.audit_pictures import save_audit_pictures
 from .report.comparison_pictures import save_before_after, save_bias_curve
+from .report.save import save_report
 from .seeds import derived_seed
 from .training.train import train
 
@@ -35,8 +36,8 @@ PICTURED_GUIDANCE_SCALE = 3.0
 def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progress: bool = True) -> Results:
     """Audit, train, generate with and without guidance on the same seeds, evaluate; return the evaluation.
 
-    Everything is written below `output_dir`: the data, `audit/`, `module/`, `images/`, `results.json`,
-    `groups.png` and `before_after.png`. A stopped run goes on where it stopped. The attributes of the data are
+    Everything is written below `output_dir`: the data, `audit/`, `module/`, `images/`, `results.json`, pictures,
+    and last `report.html` with `report.md`. A stopped run goes on where it stopped. The attributes of the data are
     read in the last step only, to judge what was found without them.
 
     Raises:
@@ -97,6 +98,14 @@ def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progre
     }
     _draw_pictures(output_dir, data, folders, document, config)
     write_json(output_dir / "results.json", document)
+    save_report(
+        output_dir,
+        audit=output_dir / "audit",
+        data=data,
+        results=output_dir / "results.json",
+        images=folders,
+        module=output_dir / "module",
+    )
     return results
 
 

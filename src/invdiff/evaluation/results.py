@@ -212,26 +212,30 @@ class Results:
             EvaluationError: The file holds other things than results.
             DataError: The file is absent or is not JSON.
         """
-        values = read_json(Path(path))
         try:
-            models = {
-                model: {scale: Measures.from_dict(measures) for scale, measures in by_scale.items()}
-                for model, by_scale in values["models"].items()
-            }
-            return cls(
-                models=models,
-                **{name: values[name] for name in ("attribute", "subject_attribute", "baseline", "confidence")},
-                classes={name: tuple(classes) for name, classes in values["classes"].items()},
-                annotator=AnnotatorRecord(**values["annotator"]),
-                target=values["target"],
-                reference_images=values["reference_images"],
-                notes=tuple(values["notes"]),
-            )
+            return cls.from_dict(read_json(Path(path)))
         except (AttributeError, KeyError, TypeError) as error:
             raise EvaluationError(
                 f"Expected the results of an evaluation in {path}, found something else ({error!r}). "
                 "Give a file that `invdiff evaluate` wrote, or evaluate again."
             ) from error
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Results:
+        """Read what `to_dict` returned."""
+        models = {
+            model: {scale: Measures.from_dict(measures) for scale, measures in by_scale.items()}
+            for model, by_scale in values["models"].items()
+        }
+        return cls(
+            models=models,
+            **{name: values[name] for name in ("attribute", "subject_attribute", "baseline", "confidence")},
+            classes={name: tuple(classes) for name, classes in values["classes"].items()},
+            annotator=AnnotatorRecord(**values["annotator"]),
+            target=values["target"],
+            reference_images=values["reference_images"],
+            notes=tuple(values["notes"]),
+        )
 
     def table(self) -> Iterator[dict[str, Any]]:
         """Yield every figure as one row of `TABLE_COLUMNS`; what does not apply is None."""

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from math import inf
 from typing import Any
 
 import yaml
 
+from ..text import escape
 from .record import HUB_ID, PACKAGES
 
 UNKNOWN = "not known"
@@ -264,18 +264,6 @@ def _limits(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
 
 
 # Values that are not trusted.
-
-_SPECIAL = {ord(character): f"&#{ord(character)};" for character in "&<>|`*_[]{}~#$@:\\^"}
-
-
-def escape(text: str, limit: int = 120) -> str:
-    """Return text that Markdown and HTML show as it is, in one line and in a table; what is too long is cut."""
-    kept = (character for character in text if unicodedata.category(character) != "Cf" or character in "\u200c\u200d")
-    spaced = ("".join(" " if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in kept)).split()
-    line = " ".join(spaced)
-    if len(line) > limit:
-        line = line[: limit - 1].rstrip() + "…"
-    return line.translate(_SPECIAL)
 
 
 def _text(value: Any) -> str:

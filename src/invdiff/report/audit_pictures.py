@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from ..errors import AuditError, ConfigError
-from ..files import read_json
+from ..errors import ConfigError
+from .audit_reading import Group, Page, cuts, pages_of, read_audit, rows_by_name
 from .style import INK, SOFT, Sheet, colour_of, font, number, percent, shorten, ticks, wrap
 
 if TYPE_CHECKING:
@@ -32,33 +26,7 @@ RARE = 0.15
 MOST_REASONS = 12
 
 _MARGIN = 64
-_Array = NDArray[Any]
 _Images = Callable[[Sequence[int]], list[Image.Image]]
-
-
-@dataclass(frozen=True)
-class Group:
-    """One group of one prompt's images: positions in the audit, the telling ones first."""
-
-    index: int
-    share: float
-    size: int
-    typical: list[int]
-    """Highest weight first, then the most extreme score on the group's side."""
-    uncertain: list[int]
-    """Lowest weight first, then closest to another group's scores."""
-
-
-@dataclass(frozen=True)
-class _Page:
-    """One prompt under one hidden factor."""
-
-    prompt: dict[str, Any]
-    factor: str
-    """Empty where the audit has one factor only."""
-    scores: _Array
-    labels: _Array
-    groups: list[Group]
 
 
 def save_audit_pictures(audit_folder: Path, data: CaptionedImages, *, images_per_group: int = 12) -> list[Path]:
@@ -81,9 +49,9 @@ def save_audit_pictures(audit_folder: Path, data: CaptionedImages, *, images_per
     audit_folder = Path(audit_folder)
     if images_per_group < 1:
         raise ConfigError(f"Expected images_per_group of at least 1, got {images_per_group}.")
-    document, tensors = _read_audit(audit_folder)
-    rows = _rows_by_name(document["names"], list(data.names))
-    pages = _pages(document, tensors)
+    document, tensors = read_audit(audit_folder)
+    rows = rows_by_name(document["names"], list(data.names))
+    pages = pages_of(document, tensors)[:MOST_PROMPTS]
 
     def images(positions: Sequence[int]) -> list[Image.Image]:
         return [data.image(rows[position]) for position in positions]
@@ -102,105 +70,7 @@ def save_audit_pictures(audit_folder: Path, data: CaptionedImages, *, images_per
     return written
 
 
-def rank_groups(weights: _Array, scores: _Array, rows: _Array) -> list[Group]:
-    """Order the images of each of a prompt's groups by how telling they are.
-
-    Args:
-        weights: (n, E) the prompt's rows of W.
-        scores: (n,) their scores.
-        rows: (n,) their positions in the audit.
-
-    Returns:
-        E groups. The side of the group that scores highest is up, of the lowest down; between them the middle
-        of a group is the most typical.
-    """
-    labels = weights.argmax(axis=1)
-    filled = [index for index in range(weights.shape[1]) if (labels == index).any()]
-    ladder = sorted(filled, key=lambda index: scores[labels == index].mean())
-    groups = []
-    for index in range(weights.shape[1]):
-        members = np.flatnonzero(labels == index)
-        own, others = scores[members], np.sort(scores[labels != index])
-        extreme = distance = -np.abs(own - np.median(own)) if len(own) else own
-        if len(ladder) > 1 and index in (ladder[0], ladder[-1]):
-            extreme = own if index == ladder[-1] else -own
-        if len(others):
-            above = np.searchsorted(others, own).clip(0, len(others) - 1)
-            distance = np.minimum(np.abs(others[above] - own), np.abs(others[(above - 1).clip(0)] - own))
-        weight = weights[members, index].round(2)  # finer differences of a soft W say less than the score
-        groups.append(
-            Group(
-                index=index,
-                share=float(weights[:, index].mean()),
-                size=len(members),
-                typical=rows[members[np.lexsort((-extreme, -weight))]].tolist(),
-                uncertain=rows[members[np.lexsort((distance, weight))]].tolist(),
-            )
-        )
-    return groups
-
-
-def _read_audit(folder: Path) -> tuple[dict[str, Any], dict[str, _Array]]:
-    if not (folder / "audit.json").is_file():
-        raise AuditError(f"Expected an audit folder at {folder}, found no audit.json. Run `invdiff audit`.")
-    document = read_json(folder / "audit.json")
-    try:
-        tensors = load_file(folder / "audit.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise AuditError(
-            f"Expected the audit's tensors in {folder / 'audit.safetensors'}, found something else ({error}). "
-            "Run `invdiff audit` again."
-        ) from error
-    count = len(document["names"])
-    short = [name for name, tensor in tensors.items() if len(tensor) != count]
-    if short:
-        raise AuditError(
-            f"Expected one row for each of the {count} images in {folder / 'audit.safetensors'}, found "
-            f"{len(tensors[short[0]])} of {short[0]}. Run `invdiff audit` again."
-        )
-    return document, tensors
-
-
-def _rows_by_name(names: list[str], available: list[str]) -> list[int]:
-    """Return where each audited image stands in the data; a name's second use is its second image."""
-    places: dict[str, list[int]] = defaultdict(list)
-    for row in reversed(range(len(available))):
-        places[available[row]].append(row)
-    absent = [name for name in names if name not in places]
-    if absent:
-        raise AuditError(
-            f"Expected the images that were audited, got data without {len(absent)} of {len(names)}, first "
-            f"{absent[0]}. Give the data that the audit was made on."
-        )
-    return [places[name].pop() if len(places[name]) > 1 else places[name][0] for name in names]
-
-
-def _pages(document: dict[str, Any], tensors: dict[str, _Array]) -> list[_Page]:
-    """Return the largest prompts that hide a group, once for each factor that splits them."""
-    factors = len(document["num_groups"])
-    found = [index for index, prompt in enumerate(document["prompts"]) if prompt["found"]]
-    found.sort(key=lambda index: -document["prompts"][index]["num_images"])
-    pages = []
-    for index in found:
-        rows = np.flatnonzero(tensors["prompt_ids"] == index)
-        scores = tensors["scores"][rows]
-        for factor in range(factors):
-            weights = tensors[f"group_weights.{factor}"][rows]
-            if len(rows) == 0 or np.ptp(weights) < 1e-6:  # uniform: this factor does not split this prompt
-                continue
-            pages.append(
-                _Page(
-                    prompt=document["prompts"][index],
-                    factor=f"factor {factor} · " if factors > 1 else "",
-                    scores=scores,
-                    labels=weights.argmax(axis=1),
-                    groups=rank_groups(weights, scores, rows),
-                )
-            )
-    return pages[:MOST_PROMPTS]
-
-
-def _prompt_sheet(page: _Page, images: _Images, images_per_group: int) -> Sheet:
+def _prompt_sheet(page: Page, images: _Images, images_per_group: int) -> Sheet:
     """Lay out one prompt: its scores on the left, its groups on the right."""
     gap, left, plot_width = 6, 100, 470
     right = left + plot_width + 74
@@ -228,8 +98,8 @@ def _prompt_sheet(page: _Page, images: _Images, images_per_group: int) -> Sheet:
     sheet.text(_MARGIN, 134, "   ·   ".join(facts), size=21, colour=SOFT, width=width - 2 * _MARGIN)
 
     plot_height = min(height - top - 30 - _MARGIN - 70, 560)
-    _histogram(sheet.axes(left, top + 30, plot_width, plot_height), page)
-    counts = "images, log scale" if _is_rare(page) else "images"
+    draw_histogram(sheet.axes(left, top + 30, plot_width, plot_height), page)
+    counts = "images, log scale" if is_rare(page) else "images"
     sheet.text(_MARGIN, top + 6, counts, size=18, colour=SOFT)
     below = top + 30 + plot_height + 66
     sheet.text(left + plot_width / 2, below, "score, high for the rarer group", size=18, colour=SOFT, align="center")
@@ -258,7 +128,7 @@ def _strips(group: Group, most: int) -> list[tuple[str, list[int]]]:
     return [("most typical", typical), ("least certain" if uncertain else "all of this group is shown", uncertain)]
 
 
-def _histogram(axes: Axes, page: _Page) -> None:
+def draw_histogram(axes: Axes, page: Page) -> None:
     """Draw each group's scores in its colour, and where they part."""
     low, high = float(page.scores.min()), float(page.scores.max())
     high = high if high > low else low + 1.0
@@ -268,7 +138,7 @@ def _histogram(axes: Axes, page: _Page) -> None:
         counts, _ = np.histogram(page.scores[page.labels == group.index], edges)
         tallest = max(tallest, int(counts.max()))
         axes.bar(edges[:-1], counts, np.diff(edges) * 0.9, align="edge", color=colour_of(group.index), alpha=0.9)
-    if _is_rare(page):
+    if is_rare(page):
         axes.set_yscale("log")
         axes.set_ylim(0.7, tallest * 1.7)
         powers = [float(10**power) for power in range(int(np.log10(tallest * 1.7)) + 1)]
@@ -295,17 +165,12 @@ def _histogram(axes: Axes, page: _Page) -> None:
         )
 
 
-def cuts(scores: _Array, labels: _Array) -> list[float]:
-    """Return the midpoints of the gaps between neighbouring groups that the scores separate."""
-    parts = sorted((scores[labels == label] for label in np.unique(labels)), key=lambda part: float(part.mean()))
-    return [float(lower.max() + upper.min()) / 2 for lower, upper in pairwise(parts) if lower.max() <= upper.min()]
-
-
-def _is_rare(page: _Page) -> bool:
+def is_rare(page: Page) -> bool:
+    """Whether the counts of a group would vanish beside the others'."""
     return min((group.share for group in page.groups if group.size), default=1.0) < RARE
 
 
-def _overview(pages: list[_Page], unfound: list[dict[str, Any]], images: _Images) -> Sheet:
+def _overview(pages: list[Page], unfound: list[dict[str, Any]], images: _Images) -> Sheet:
     """Lay out the groups of all prompts: two prompts side by side, one row per group."""
     width, gap, gutter, top = 1600, 8, 72, 176
     across = min(len(pages), 2)

@@ -5,6 +5,7 @@ Nothing here touches matplotlib's global state, and nothing a user writes is eve
 
 from __future__ import annotations
 
+import io
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
@@ -14,10 +15,12 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, FancyBboxPatch, Patch, Rectangle
+from matplotlib.text import Text
 from PIL import Image, ImageDraw, ImageOps
 
 from ..files import save_image
@@ -29,6 +32,8 @@ SOFT = "#5b6675"
 RULE = "#d9dee5"
 """Hairlines."""
 PAPER = "#ffffff"
+DARK = {INK: "#e7ecf3", SOFT: "#a7b2c1", RULE: "#2e3846", PAPER: "#10151c"}
+"""What takes their place on dark paper."""
 PALETTE = ("#e69a1f", "#1f6fb5", "#1f9b78", "#b8528c", "#5ab4e0", "#c8501e", "#8a8f3a", "#6a5aa8")
 """Groups and classes, in order: after Okabe and Ito, told apart with any colour vision."""
 
@@ -203,13 +208,35 @@ class Sheet:
 
     def save(self, path: Path) -> Path:
         """Write a PNG, atomically, and return its path; the same sheet gives the same bytes."""
-        save_image(
-            path,
-            lambda temporary: self.figure.savefig(
-                temporary, format="png", dpi=DPI, facecolor=PAPER, bbox_inches=None, metadata={"Software": None}
-            ),
-        )
+        save_image(path, self._draw)
         return path
+
+    def png(self, *, dark: bool = False) -> bytes:
+        """Return it as a PNG; on dark paper from then on if asked for."""
+        if dark:
+            self._darken()
+        stream = io.BytesIO()
+        self._draw(stream)
+        return stream.getvalue()
+
+    def _draw(self, target: Path | io.BytesIO) -> None:
+        paper = self.figure.get_facecolor()
+        self.figure.savefig(
+            target, format="png", dpi=DPI, facecolor=paper, bbox_inches=None, metadata={"Software": None}
+        )
+
+    def _darken(self) -> None:
+        """Replace ink, rules and paper by those of `DARK`; colours that stand for something stay."""
+        dark = {to_rgb(light): colour for light, colour in DARK.items()}
+        for artist in self.figure.findobj(lambda artist: isinstance(artist, Text | Line2D | Patch)):
+            for name in ("color", "markeredgecolor", "markerfacecolor", "facecolor", "edgecolor"):
+                if isinstance(artist, Patch) and name == "color":
+                    continue
+                colour = getattr(artist, f"get_{name}", lambda: "none")()
+                if not (isinstance(colour, str) and colour in ("none", "auto")) and to_rgba(colour)[3] > 0:
+                    replaced = dark.get(to_rgb(colour))
+                    if replaced:
+                        getattr(artist, f"set_{name}")(replaced)
 
     def _box(self, x: float, y: float, width: float, height: float, colour: str, radius: float) -> FancyBboxPatch:
         style = f"round,pad=0,rounding_size={radius}"

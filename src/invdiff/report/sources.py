@@ -1,0 +1,187 @@
+"""Find and read the parts of a report: audit, data, results, images and module, each of them optional."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import AuditError, ConfigError, EvaluationError
+from ..evaluation.manifest import MANIFESTS, Folders, Row, read_manifest, resolve_folders
+from ..files import read_json
+from .audit_reading import Page, pages_of, read_audit, rows_by_name
+from .results_reading import Measured, read_results
+
+if TYPE_CHECKING:
+    from ..data.captioned import CaptionedImages
+
+GENERATED = MANIFESTS[0]
+_SCALE_ENDING = re.compile(r"-cfg-[0-9.]+$")
+
+
+@dataclass(frozen=True)
+class AuditSource:
+    """An audit folder, and the images it is of where they are given."""
+
+    document: Mapping[str, Any]
+    pages: Sequence[Page]
+    fingerprint_facts: Mapping[str, Any]
+    """Settings and fingerprints."""
+    data: CaptionedImages | None
+    rows: Sequence[int]
+    """Where each audited image stands in the data; empty without data."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The images of one model."""
+
+    rows: Sequence[Row]
+    settings: Sequence[Mapping[str, Any]]
+    """`generate.json` of each of its folders that has one."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Everything a report is made from."""
+
+    audit: AuditSource | None = None
+    measured: Measured | None = None
+    images: Mapping[str, Generated] = field(default_factory=dict)
+    module: Mapping[str, Any] | None = None
+    """A module's config, its record included."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where the parts of a report lie."""
+
+    audit: Path | None = None
+    data: Any = None
+    """A folder or `CaptionedImages`."""
+    results: Path | None = None
+    images: Mapping[str, Folders] = field(default_factory=dict)
+    module: Path | None = None
+
+
+def find_parts(run: Path, *, results: Path | None = None) -> Parts:
+    """Return the parts in a folder such as `invdiff demo` writes, or the four commands of the README.
+
+    These are `audit/`, `module/`, `data/`, `results.json`, and folders of generated images in `images/` or beside
+    them, each named after its model as in the results: `base` or `base-cfg-3`.
+
+    Args:
+        run: The folder.
+        results: Results that lie elsewhere, to know the models by.
+
+    Raises:
+        ConfigError: There is no such folder.
+        EvaluationError: The results are damaged.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise ConfigError(f"Expected a folder with audit/ or results.json at {run}, found none.")
+    audit = next((folder for folder in (run / "audit", run) if (folder / "audit.json").is_file()), None)
+    if results is None and (run / "results.json").is_file():
+        results = run / "results.json"
+    models = list(read_results(results).results.models) if results else []
+    images: dict[str, list[Path]] = {}
+    for manifest in sorted([*run.glob(f"*/{GENERATED}"), *run.glob(f"images/*/{GENERATED}")], key=_by_number):
+        name = _model_of(manifest.parent.name, models)
+        if name is not None:
+            images.setdefault(name, []).append(manifest.parent)
+    has_data = any((run / "data" / name).is_file() for name in ("metadata.csv", "metadata.jsonl"))
+    return Parts(
+        audit=audit,
+        data=run / "data" if has_data else None,
+        results=results,
+        images=images,
+        module=run / "module" if (run / "module" / "config.json").is_file() else None,
+    )
+
+
+def read_parts(parts: Parts) -> Sources:
+    """Read the parts of a report.
+
+    Raises:
+        ConfigError: There is neither an audit nor results.
+        InvDiffError: A part is absent or damaged, or the data is not what was audited.
+    """
+    if parts.audit is None and parts.results is None:
+        raise ConfigError("Expected an audit or results to report on, got neither. Run `invdiff audit` first.")
+    return Sources(
+        audit=None if parts.audit is None else _read_audit(Path(parts.audit), parts.data),
+        measured=None if parts.results is None else read_results(Path(parts.results)),
+        images={} if not parts.images else _read_images(parts.images),
+        module=None if parts.module is None else _read_module(Path(parts.module)),
+    )
+
+
+def _read_audit(folder: Path, data: Any) -> AuditSource:
+    try:
+        document, tensors = read_audit(folder)
+        pages = pages_of(document, tensors)
+        _check_prompts(document, tensors)
+        names = list(document["names"])
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise AuditError(
+            f"Expected an audit in {folder}, found something else ({error!r}). Run `invdiff audit` again."
+        ) from error
+    images = data
+    if data is not None and not hasattr(data, "names"):
+        from ..data.captioned import load_captioned_images
+
+        images = load_captioned_images(data)
+    rows = rows_by_name(names, list(images.names)) if images is not None else []
+    return AuditSource(document, pages, document.get("settings", {}), images, rows)
+
+
+def _check_prompts(document: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Raise where a prompt lacks what every report of it states."""
+    for prompt in document["prompts"]:
+        if not isinstance(prompt["prompt"], str) or not isinstance(prompt["captions"], list):
+            raise TypeError("a prompt that is no text")
+        _ = (prompt["reason"] + "", f"{prompt['stability']:.2f}", f"{prompt['separation']:.2f}", prompt["found"] + 0)
+        _ = (f"{prompt['num_images']:d}", prompt["evidence"] + "")
+        _ = [f"{share:.2f}" for share in prompt["shares"]]
+    if not np.isfinite(tensors["scores"]).all():
+        raise ValueError("scores that are not finite")
+
+
+def _read_images(given: Mapping[str, Folders]) -> dict[str, Generated]:
+    images = {}
+    for model, folders in resolve_folders(given).items():
+        settings = [read_json(folder / "generate.json") for folder in folders if (folder / "generate.json").is_file()]
+        if not all(isinstance(entry, Mapping) for entry in settings):
+            raise EvaluationError(f"Expected settings in generate.json of {folders}, found something else.")
+        images[model] = Generated([row for folder in folders for row in read_manifest(folder)], settings)
+    return images
+
+
+def _read_module(folder: Path) -> Mapping[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"Expected a module in {folder}, found no config.json. Give what `invdiff train` wrote.")
+    config = read_json(path)
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"Expected a module's settings in {path}, found something else. Train it again.")
+    return config
+
+
+def _model_of(folder: str, models: Sequence[str]) -> str | None:
+    """Return which model a folder's images are of; None where the results know none such."""
+    if not models:
+        return _SCALE_ENDING.sub("", folder)
+    fitting = [model for model in models if folder == model or folder.startswith(f"{model}-")]
+    return max(fitting, key=len, default=None)
+
+
+def _by_number(path: Path) -> list[tuple[bool, float, str]]:
+    """Sort cfg-10 after cfg-3."""
+    parts = re.split(r"([0-9]+(?:\.[0-9]+)?)", str(path))
+    return [(place % 2 == 1, float(part) if place % 2 else 0.0, part) for place, part in enumerate(parts)]

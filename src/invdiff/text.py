@@ -1,0 +1,26 @@
+"""Words of others, such as captions, class names and file names, made safe to show."""
+
+from __future__ import annotations
+
+import unicodedata
+
+_SPECIAL = {ord(character): f"&#{ord(character)};" for character in "&<>|`*_[]{}~#$@:\\^"}
+_JOINERS = "\u200c\u200d"  # formatting characters that some scripts are written with
+
+
+def one_line(text: str, limit: int | None = None) -> str:
+    """Return text as one line without control, formatting and unpaired characters; what is too long is cut.
+
+    Formatting characters turn the direction of the text that follows, or hide in it.
+    """
+    kept = (c for c in text if unicodedata.category(c) != "Cf" or c in _JOINERS)
+    spaced = (" " if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in kept)
+    line = " ".join("".join(spaced).split())
+    if limit is not None and len(line) > limit:
+        line = line[: limit - 1].rstrip() + "…"
+    return line
+
+
+def escape(text: str, limit: int = 120) -> str:
+    """Return text that Markdown and HTML show as it is, in one line and in a table; what is too long is cut."""
+    return one_line(text, limit).translate(_SPECIAL)

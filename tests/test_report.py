@@ -1,0 +1,586 @@
+"""The report says what the audit and the results say, shows all that others wrote as text, and asks for nothing."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from markdown_it import MarkdownIt
+from PIL import Image
+from typer.testing import CliRunner
+
+from invdiff import cli, save_report
+from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError
+from invdiff.evaluation.evaluate import evaluate
+from invdiff.evaluation.given_labels import GivenLabels
+from invdiff.evaluation.quality import share_interval
+from invdiff.evaluation.results import Results
+from invdiff.report.results_reading import read_results
+from invdiff.report.style import PAPER, Sheet, percent
+from invdiff.text import one_line
+from test_pictures import HOSTILE, LAND, WATER, make_audit
+
+SCRIPT = "<script>alert(1)</script>"
+NASTY = (
+    SCRIPT,
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "{{ 7 * 7 }}{% raw %}",
+    "a|b\n\n# heading <!-- -->",
+    "[link](https://example.com/x) ![picture](https://example.com/y.png) `code` **bold**",
+    "```\n</style></script>",
+    *HOSTILE[:-1],
+    "x" * 10_000,
+)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: elements with their attributes, and text."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.text += " " * (tag in ("dt", "dd", "p", "td", "th"))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.text.split())
+
+    def values(self, name: str) -> list[str]:
+        return [attributes[name] or "" for _, attributes in self.elements if name in attributes]
+
+
+def make_images(
+    folder: Path,
+    shares: dict[str, int],
+    *,
+    count: int = 20,
+    classes: tuple[str, str] = ("land", "water"),
+    guidance_scale: float = 3.0,
+    scale: float = 0.0,
+) -> Path:
+    """Write `count` images of each prompt, the first ones of the first class, with their class in the manifest."""
+    folder.mkdir(parents=True)
+    rows = []
+    for index, (prompt, first) in enumerate(shares.items()):
+        for place in range(count):
+            name = f"{index}-{place}.png"
+            Image.new("RGB", (12, 12), (12 * place, 90 * index, 120)).save(folder / name)
+            row = {"file_name": name, "prompt": prompt, "seed": place, "background": classes[place >= first]}
+            rows.append(row | {"guidance_scale": guidance_scale, "scale": scale})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "manifest.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+def measured(folders: Any) -> Results:
+    return evaluate(folders, GivenLabels(["background"]), attribute="background", num_resamples=20, progress=False)
+
+
+def make_run(folder: Path) -> Results:
+    """Write a folder as the commands do: base draws 18 of 20 on land, guided 11 of 20, at two guidance scales."""
+    make_audit(folder / "audit")
+    (folder / "audit" / "metadata.jsonl").rename(folder / "metadata.jsonl")
+    shutil.copytree(folder / "audit" / "images", folder / "data" / "images")
+    (folder / "metadata.jsonl").rename(folder / "data" / "metadata.jsonl")
+    folders: dict[str, list[Path]] = {"base": [], "guided": []}
+    for guidance_scale in (1.0, 3.0):
+        for name, first in (("base", 18), ("guided", 11)):
+            made = folder / "images" / f"{name}-cfg-{guidance_scale:g}"
+            make_images(made, {LAND: first, WATER: 20 - first}, guidance_scale=guidance_scale)
+            folders[name].append(made)
+    results = measured(folders)
+    results.save(folder / "results.json")
+    (folder / "module").mkdir()
+    record = {
+        "base": {"hub_id": "org/birds", "denoiser_fingerprint": "0123456789abcdef"},
+        "training": {"steps": 77, "seed": 5},
+        "versions": {"torch": "2.13.0"},
+    }
+    (folder / "module" / "config.json").write_text(json.dumps({"base_model": "org/birds", "record": record}))
+    return results
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; read only."""
+    folder = tmp_path_factory.mktemp("run")
+    make_run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of the whole run, written by the command."""
+    folder = tmp_path_factory.mktemp("report")
+    done = CliRunner().invoke(cli.app, ["report", str(run), "--output", str(folder)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert str(folder / "report.html") in done.output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(written: Path) -> Page:
+    return Page((written / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def twin(written: Path) -> str:
+    """The Markdown, as text."""
+    return html.unescape((written / "report.md").read_text(encoding="utf-8"))
+
+
+def report(folder: Path, **parts: Any) -> tuple[Page, str]:
+    path = save_report(folder, **parts)
+    return Page(path.read_text(encoding="utf-8")), html.unescape((folder / "report.md").read_text(encoding="utf-8"))
+
+
+# What it says.
+
+
+def test_bias_is_that_of_the_results(run: Path, page: Page, twin: str) -> None:
+    results = Results.load(run / "results.json")
+    for model in ("base", "guided"):
+        bias = results.models[model]["1.0"].first.overall["bias"]
+        assert f"{bias.value:.2f} {bias.low:.2f} to {bias.high:.2f}" in page.words
+        assert f"{bias.value:.2f} ({bias.low:.2f} to {bias.high:.2f})" in twin
+        assert f"the {bias.floor:.2f} that a perfectly fair sampler" in page.words
+
+
+def test_shares_carry_wilson_intervals_of_the_counts(page: Page, twin: str) -> None:
+    for count in (18, 11):
+        low, high = (percent(end) for end in share_interval(count, 20))
+        assert f"{percent(count / 20)} {low} to {high}" in page.words
+        assert f"{percent(count / 20)} ({low} to {high})" in twin
+
+
+def test_groups_are_those_of_the_audit(page: Page, twin: str) -> None:
+    low, high = (percent(end) for end in share_interval(2, 20))
+    assert f"group 1 10% {low} to {high}" in page.words
+    assert f"group 1: 10% ({low} to {high})" in twin
+    for text in (page.words, " ".join(twin.split())):
+        assert "Under 2 of 2 prompts" in text
+        assert f"contrast, {LAND}" in text
+    assert "separation 0.80 stability 0.90" in page.words
+
+
+def test_typical_images_are_shown_with_their_names(page: Page) -> None:
+    alts = page.values("alt")
+    assert sum("typical of group 0: images/0-" in alt for alt in alts) == 12
+    assert sum("typical of group 1: images/0-" in alt for alt in alts) == 2
+
+
+def test_pairs_stand_base_above_guided(page: Page) -> None:
+    pairs = [alt for alt in page.values("alt") if ", seed " in alt]
+    assert len(pairs) == 2 * (8 + 2 * 8)  # the glance, and each of two prompts
+    assert pairs[:2] == [f"Base model: {LAND}, seed 0", f"With guidance: {LAND}, seed 0"]
+
+
+def test_it_says_how_to_reproduce_it(page: Page, twin: str) -> None:
+    for text in (page.words, twin):
+        assert "invdiff train org/birds DATA audit --output module --steps 77 --seed 5" in text
+        assert "invdiff evaluate base=base guided=guided --annotator" in text
+        assert "0123456789abcdef" in text
+        assert "2.13.0" in text
+
+
+def test_it_says_what_the_figures_do_not_prove(page: Page, twin: str) -> None:
+    for text in (page.words, twin):
+        assert "They say nothing about training" in text
+        assert "inferred without labels" in text
+
+
+def test_curves_are_drawn_on_light_and_on_dark_paper(page: Page) -> None:
+    dark = [attributes["srcset"] for tag, attributes in page.elements if tag == "source"]
+    assert len(dark) == 3  # two histograms, Bias
+    corners = [Image.open(io.BytesIO(decoded(uri or ""))).convert("RGB").getpixel((0, 0)) for uri in dark]
+    assert corners == [(16, 21, 28)] * 3
+    assert [alt for alt in page.values("alt") if alt.startswith("Bias over guidance scale. Base model: 0.")]
+
+
+def test_headings_are_in_order_and_sections_ask_questions(page: Page) -> None:
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+    assert page.text.count("?\n") >= 6
+    assert ("html", {"lang": "en"}) in page.elements
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [
+        ((0.02, 0.3), "cannot be told from a fair sampler"),
+        ((0.2, 0.3), "It is less, but more than"),
+        ((0.2, 0.99), "do not prove a change"),
+        ((0.99, 1.0), "guidance did harm"),
+    ],
+)
+def test_the_verdict_claims_no_more_than_the_intervals(
+    run: Path, tmp_path: Path, interval: tuple[float, float], verdict: str
+) -> None:
+    document = json.loads((run / "results.json").read_text())
+    for model, ends in (("base", (0.7, 0.98)), ("guided", interval)):
+        bias = document["models"][model]["1.0"]["attributes"]["background"]["overall"]["bias"]
+        bias |= {"low": ends[0], "high": ends[1], "floor": 0.1}
+    (tmp_path / "results.json").write_text(json.dumps(document))
+    page, twin = report(tmp_path / "out", results=tmp_path / "results.json")
+    assert verdict in page.words
+    assert verdict in twin
+
+
+# Nothing leaves the page.
+
+
+def decoded(uri: str) -> bytes:
+    head, _, data = uri.partition(",")
+    assert head in ("data:image/png;base64", "data:image/jpeg;base64")
+    return base64.b64decode(data, validate=True)
+
+
+def test_every_image_is_a_data_uri_that_decodes(page: Page) -> None:
+    uris = [*page.values("src"), *page.values("srcset")]
+    assert len(uris) > 60
+    for uri in uris:
+        Image.open(io.BytesIO(decoded(uri))).load()
+    assert all(attributes.get("alt") for tag, attributes in page.elements if tag == "img")
+
+
+def test_nothing_is_fetched(written: Path, page: Page) -> None:
+    source = (written / "report.html").read_text(encoding="utf-8")
+    assert all(target.startswith(("#", "data:")) for target in page.values("href"))
+    assert not {tag for tag, _ in page.elements} & {"script", "iframe", "object", "embed", "base", "form", "svg"}
+    assert "url(" not in source
+    assert "@import" not in source
+
+
+def test_pictures_of_the_markdown_lie_beside_it(written: Path, twin: str) -> None:
+    names = re.findall(r"!\[[^]]*\]\(([^)]*)\)", twin)
+    assert names == ["report-before-after.png", "report-bias.png"]  # no groups.png in this audit
+    for name in names:
+        Image.open(written / name).load()
+
+
+def test_pictures_of_an_earlier_report_are_removed(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "report-groups.png").write_bytes(b"old")
+    save_report(tmp_path, audit=run / "audit")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md"]
+
+
+def test_the_same_parts_give_the_same_bytes(run: Path, written: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["report", str(run), "--output", str(tmp_path)])
+    assert done.exit_code == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        path.name: path.read_bytes() for path in written.iterdir()
+    }
+
+
+# What others wrote is text.
+
+
+@pytest.fixture(scope="module")
+def hostile_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report in which every name and caption is hostile."""
+    folder = tmp_path_factory.mktemp("hostile")
+    prompts = tuple(text for text in NASTY if text.strip())
+    make_audit(folder / "audit", prompts=prompts[:8])
+    audit = json.loads((folder / "audit" / "audit.json").read_text())
+    audit["names"] = [f"{NASTY[k % len(NASTY)]}{k}" for k in range(len(audit["names"]))]
+    audit["prompts"][0] |= {"found": False, "reason": SCRIPT}
+    audit["settings"] = {"data_fingerprint": SCRIPT, "solver": NASTY[1], "vision_encoder": NASTY[6]}
+    (folder / "audit" / "audit.json").write_text(json.dumps(audit))
+    shares = {text.encode("utf-8", "replace").decode(): 5 for text in prompts}
+    models = ("base", SCRIPT + "x" * 10_000)
+    folders = {
+        name: [make_images(folder / f"images-{k}", shares, classes=(NASTY[1], NASTY[5]))]
+        for k, name in enumerate(models)
+    }
+    results = measured(folders)
+    document = json.loads(json.dumps(results.to_dict()).replace('"background"', json.dumps("b" * 500 + SCRIPT)))
+    document["notes"] = list(NASTY)
+    (folder / "results.json").write_text(json.dumps(document))
+    (folder / "module").mkdir()
+    config = {"base_model": SCRIPT, "record": {"training": {"steps": SCRIPT, "seed": 1}, "versions": {SCRIPT: SCRIPT}}}
+    (folder / "module" / "config.json").write_text(json.dumps(config))
+    save_report(
+        folder / "out",
+        audit=folder / "audit",
+        results=folder / "results.json",
+        images=folders,
+        module=folder / "module",
+        title=f"\u202e{SCRIPT}\ud800",
+    )
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def hostile(hostile_folder: Path) -> tuple[Page, str]:
+    """The same as a page, and its Markdown as it is."""
+    html_text, markdown = ((hostile_folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
+    return Page(html_text), markdown
+
+
+def test_hostile_text_makes_no_element_and_no_attribute(page: Page, hostile: tuple[Page, str]) -> None:
+    found, _ = hostile
+    assert {tag for tag, _ in found.elements} <= {tag for tag, _ in page.elements} | {"summary", "details"}
+    known = {name for _, attributes in page.elements for name in attributes}
+    assert {name for _, attributes in found.elements for name in attributes} <= known
+    assert all(uri.startswith("data:image/") for uri in found.values("src"))
+
+
+def test_hostile_text_is_shown(hostile: tuple[Page, str]) -> None:
+    found, _ = hostile
+    for text in NASTY[:6]:
+        assert one_line(text) in " ".join(found.text.split())
+
+
+def test_long_text_is_cut_but_for_commands(hostile_folder: Path) -> None:
+    source = (hostile_folder / "report.html").read_text(encoding="utf-8")
+    assert re.search("x{9000}.*</code>", source)
+    outside = re.sub("<pre.*?</pre>", "", source, flags=re.DOTALL)
+    assert "x" * 250 in outside
+    assert "x" * 301 not in outside
+
+
+def test_no_character_turns_the_direction_of_what_follows(hostile: tuple[Page, str]) -> None:
+    found, markdown = hostile
+    for character in "\u202a\u202b\u202d\u202e\u2066\u2067\u2068\u200e\u200f":
+        assert character not in found.text
+        assert character not in markdown
+
+
+def test_hostile_text_is_text_in_markdown_too(hostile: tuple[Page, str]) -> None:
+    _, markdown = hostile
+    tokens = MarkdownIt("commonmark").enable("table").parse(markdown)
+    flat = [*tokens, *(child for token in tokens for child in token.children or [])]
+    kinds = {token.type for token in flat}
+    assert not kinds & {"html_block", "html_inline", "link_open", "code_inline"}
+    pictures = [token.attrs["src"] for token in flat if token.type == "image"]
+    assert all(re.fullmatch(r"report-[a-z-]+\.png", str(source)) for source in pictures)
+    assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1"] + ["h2"] * 6
+    assert SCRIPT in "".join(token.content for token in flat if token.type == "text")
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_one_line_keeps_what_can_be_shown(text: str) -> None:
+    line = one_line(text, 300)
+    assert len(line) <= 300
+    line.encode("utf-8")
+    assert one_line(line, 300) == line
+    assert "\n" not in line
+
+
+# What is absent or damaged.
+
+
+def test_an_audit_alone_says_what_was_not_measured(run: Path, tmp_path: Path) -> None:
+    page, twin = report(tmp_path, audit=run / "audit")
+    for text in (page.words, twin):
+        assert "Under 2 of 2 prompts" in text
+        assert "nothing was measured here" in text
+        assert "invdiff evaluate base=DIR guided=DIR" in text
+    assert "audited images were not given" in page.words
+    assert "typical of" not in "".join(page.values("alt"))
+
+
+def test_results_alone_say_that_no_audit_was_given(run: Path, tmp_path: Path) -> None:
+    page, twin = report(tmp_path, results=run / "results.json")
+    for text in (page.words, twin):
+        assert "No audit was given" in text
+        assert "invdiff audit MODEL DATA --output audit" in text
+        assert "No generated images were given" in text
+        assert "without reference images" in text
+
+
+def test_nothing_found_is_said_plainly(tmp_path: Path) -> None:
+    make_audit(tmp_path / "audit", found=False)
+    page, twin = report(tmp_path / "out", audit=tmp_path / "audit")
+    for text in (page.words, " ".join(twin.split())):
+        assert "The audit found no hidden group in 40 images under 2 prompts." in text
+        assert f"one hump, not {LAND}" in text
+
+
+def test_one_model_alone_is_compared_with_nothing(tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "base", {LAND: 18})
+    results = evaluate(
+        {"base": folder}, GivenLabels(["background"]), attribute="background", num_resamples=20, progress=False
+    )
+    results.save(tmp_path / "results.json")
+    page, _ = report(tmp_path / "out", results=tmp_path / "results.json", images={"base": folder})
+    assert "No guided model was measured beside it" in page.words
+    assert "nothing is compared" in page.words
+
+
+def test_images_without_results_are_shown_and_said_to_be_unmeasured(run: Path, tmp_path: Path) -> None:
+    images = {name: run / "images" / f"{name}-cfg-1" for name in ("base", "guided")}
+    page, _ = report(tmp_path, audit=run / "audit", images=images)
+    assert "These images were not measured" in page.words
+    assert sum(", seed " in alt for alt in page.values("alt")) == 2 * (8 + 2 * 8)
+
+
+def test_scales_of_one_module_make_a_curve(tmp_path: Path) -> None:
+    folders = {
+        f"guided-{scale:g}": make_images(tmp_path / f"{scale:g}", {LAND: 20 - int(8 * scale)}, scale=scale)
+        for scale in (0.5, 1.0, 1.25)
+    }
+    results = measured(folders)
+    results.save(tmp_path / "results.json")
+    page, _ = report(tmp_path / "out", results=tmp_path / "results.json", images=folders)
+    (alt,) = (alt for alt in page.values("alt") if alt.startswith("Bias over the module's scale."))
+    assert "0.60 at 0.5" in alt
+
+
+def test_neither_audit_nor_results_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Expected an audit or results"):
+        save_report(tmp_path)
+
+
+def test_results_of_an_older_version_are_read(run: Path, tmp_path: Path) -> None:
+    results = Results.load(run / "results.json").models_to_dict()
+    headline = ("bias", "bias_floor", "bias_ci", "accuracy", "frechet", "images_per_prompt", "shares")
+    old: dict[str, Any] = {
+        model: {scale: {name: measures[name] for name in headline} for scale, measures in by_scale.items()}
+        for model, by_scale in results.items()
+    }
+    (tmp_path / "results.json").write_text(json.dumps(old | {"settings": {"seed": 0}, "audit": {"biased": True}}))
+    page, twin = report(tmp_path / "out", results=tmp_path / "results.json")
+    low, high = (percent(end) for end in share_interval(18, 20))
+    for text in (page.words, twin):
+        assert "does not tell the name of the attribute" in text
+        assert "does not tell figures group by group" in text
+    assert f"90% {low} to {high}" in page.words
+
+
+def test_results_of_the_demo_are_the_same_results(run: Path, tmp_path: Path) -> None:
+    results = Results.load(run / "results.json")
+    rest = {name: value for name, value in results.to_dict().items() if name != "models"}
+    demo = {"audit": {"biased": True}, **results.models_to_dict(), "evaluation": rest, "settings": {"seed": 3}}
+    (tmp_path / "results.json").write_text(json.dumps(demo))
+    found = read_results(tmp_path / "results.json")
+    assert found.results.to_dict() == results.to_dict()
+    assert found.settings == {"seed": 3}
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"models": {}}', '{"models": {"base": 3}}', '{"base": {"1.0": {"bias": "x"}}}']
+)
+def test_other_json_is_not_results(tmp_path: Path, text: str) -> None:
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(EvaluationError, match=r"[Ee]valuate again|invdiff evaluate"):
+        save_report(tmp_path / "out", results=tmp_path / "results.json")
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_json_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(DataError, match="Expected JSON"):
+        save_report(tmp_path, results=tmp_path / "results.json")
+
+
+@pytest.mark.parametrize("key", ["prompts", "names", "num_groups"])
+def test_a_damaged_audit_is_an_error(run: Path, tmp_path: Path, key: str) -> None:
+    shutil.copytree(run / "audit", tmp_path / "audit")
+    document = json.loads((run / "audit" / "audit.json").read_text())
+    del document[key]
+    (tmp_path / "audit" / "audit.json").write_text(json.dumps(document))
+    with pytest.raises(AuditError, match="Run `invdiff audit` again"):
+        save_report(tmp_path, audit=tmp_path / "audit")
+
+
+def test_other_data_than_was_audited_is_an_error(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(AuditError, match="Give the data that the audit was made on"):
+        save_report(tmp_path, audit=run / "audit", data=make_audit(tmp_path / "other", per_prompt=4))
+
+
+def test_an_image_that_is_no_image_is_an_error(run: Path, tmp_path: Path) -> None:
+    images = {name: make_images(tmp_path / name, {LAND: 18, WATER: 2}) for name in ("base", "guided")}
+    (images["guided"] / "0-0.png").write_text("no image")
+    with pytest.raises(EvaluationError, match="Expected a readable image"):
+        save_report(tmp_path / "out", audit=run / "audit", images=images)
+
+
+def test_a_folder_without_a_module_is_an_error(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Expected a module"):
+        save_report(tmp_path, audit=run / "audit", module=tmp_path)
+
+
+@pytest.mark.parametrize("words", [[], ["absent"], ["--images", "x"], ["--caption-column", "text"]])
+def test_the_command_says_what_it_lacks(tmp_path: Path, words: list[str]) -> None:
+    done = CliRunner().invoke(cli.app, ["report", *words, "--output", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: Expected")
+
+
+def test_an_empty_run_is_an_error(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["report", str(tmp_path), "--output", str(tmp_path / "out")])
+    assert "found neither" in " ".join(done.stderr.split())
+
+
+def test_parts_named_apart_take_the_place_of_the_run_s(run: Path, tmp_path: Path) -> None:
+    make_audit(tmp_path / "audit", prompts=("a photo of a fish",))
+    words = ["report", str(run), "--audit", str(tmp_path / "audit"), "--data", str(tmp_path / "audit")]
+    done = CliRunner().invoke(cli.app, [*words, "--title", "Fish", "--output", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    assert "a photo of a fish" in page.text
+    assert ("title", {}) in page.elements
+    assert "Fish" in page.text
+
+
+def test_dark_paper_keeps_the_colours_that_stand_for_something() -> None:
+    sheet = Sheet(40, 40)
+    sheet.dot(20, 20, "#1f6fb5")
+    light, dark = (Image.open(io.BytesIO(sheet.png(dark=dark))).convert("RGB") for dark in (False, True))
+    assert f"#{bytes(light.getpixel((0, 0))).hex()}" == PAPER  # type: ignore[arg-type]
+    assert light.getpixel((20, 20)) == dark.getpixel((20, 20)) == (0x1F, 0x6F, 0xB5)
+    assert dark.getpixel((0, 0)) == (16, 21, 28)
+
+
+# In a browser.
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium: apt-get install chromium")
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("which", ["written", "hostile_folder"])
+def test_a_browser_shows_it_whole_and_asks_for_nothing(request: pytest.FixtureRequest, which: str, width: int) -> None:
+    address = (request.getfixturevalue(which) / "report.html").as_uri()
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    flags += ["--disable-background-networking", "--disable-component-update"]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        view = browser.new_page(viewport={"width": width, "height": 900})
+        asked: list[str] = []
+        view.on("request", lambda sent: asked.append(sent.url))
+        view.goto(address)
+        view.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
+        view.evaluate("Promise.all([...document.images].map(image => image.decode()))")
+        seen = view.evaluate(
+            """() => ({
+                broken: [...document.images].filter(image => !image.naturalWidth).length,
+                width: document.documentElement.scrollWidth,
+                outside: [...document.querySelectorAll('body *')].filter(element =>
+                    !element.closest('.scroll, pre, .who')
+                    && element.getBoundingClientRect().right > innerWidth + 1).length,
+            })"""
+        )
+        browser.close()
+    assert [url for url in asked if not url.startswith("data:")] == [address]
+    assert seen == {"broken": 0, "width": width, "outside": 0}
