@@ -203,6 +203,7 @@ def test_example_commands_can_be_parsed(monkeypatch):
         *cli.app.registered_commands,
         *cli.prepare_app.registered_commands,
         *cli.measure_app.registered_commands,
+        *cli.report_app.registered_commands,
     ]:
         words = shlex.split(command.epilog.partition("invdiff ")[2])
         with monkeypatch.context() as patch:

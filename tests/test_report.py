@@ -570,7 +570,6 @@ def test_a_browser_shows_it_whole_and_asks_for_nothing(request: pytest.FixtureRe
         asked: list[str] = []
         view.on("request", lambda sent: asked.append(sent.url))
         view.goto(address)
-        view.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
         view.evaluate("Promise.all([...document.images].map(image => image.decode()))")
         seen = view.evaluate(
             """() => ({
