@@ -187,7 +187,12 @@ def test_demo_passes_its_settings_on(tmp_path, recorded):
     out = succeed("demo", "--output", tmp_path, "--images-per-prompt", 5, "--severity", 0.9, "--quiet")
     call = recorded.calls["run_demo"]
     assert (call.config.images_per_prompt, call.config.severity, call.progress) == (5, 0.9, False)
-    assert "0.125 (0.400 to 0.600)" in out
+    rows = [line.split("│") for line in out.splitlines() if "0.400 to 0.600" in line]
+    assert [[cell.strip() for cell in row[1:5]] for row in rows] == [
+        ["base", "3", "0.500", "0.400 to 0.600"],
+        ["guided", "3", "0.125", "0.400 to 0.600"],
+    ]
+    assert all(len(line) <= 80 for line in out.splitlines() if "│" in line)
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -102,28 +102,28 @@ def print_audit(audit: Audit) -> None:
 
 
 def print_results(results: Results) -> None:
-    """Print the headline measures of each model at each guidance scale, and what to know before trusting them."""
+    """Print the headline measures of each model at each guidance scale, and what to know before trusting them.
+
+    The table fits 80 columns: figures corrected for the annotator's errors are shown where they differ.
+    """
     measured = [measures for by_scale in results.models.values() for measures in by_scale.values()]
     biases = [measures.first.overall["bias"] for measures in measured]
-    known = [bias for bias in biases if bias.corrected is not None]
-    matters = any(
-        corrected is not None and abs(corrected - plain) >= 0.0005
-        for bias in known
-        for corrected, plain in (
-            (bias.corrected, bias.value),
-            (bias.corrected_low, bias.low),
-            (bias.corrected_high, bias.high),
-        )
-    )
+    known = [(bias.corrected, bias.value) for bias in biases if bias.corrected is not None]
+    matters = any(abs(corrected - plain) >= 0.0005 for corrected, plain in known)
+    counts = sorted({measures.images_per_prompt for measures in measured})
+    title = f"Bias of {results.attribute}" + (f", {counts[0]} images of each prompt" if len(counts) == 1 else "")
     caption = "floor: Bias expected of a perfectly fair model with as many images"
     if matters:
-        caption += "\ncorrected: for the annotator's errors on held-out images"
+        caption += "\ncorrected: for the annotator's errors on held-out images; its interval is in the results"
     elif known:
-        caption += "\nthe annotator's errors on held-out images change no digit"
-    table = Table(title=Text(f"Bias of {results.attribute}"), caption=caption)
-    table.add_column("model", overflow="fold")
-    interval = f"Bias ({results.confidence:.0%} interval)"
-    for name in ("CFG", "images", interval, "floor", *(["corrected"] if matters else []), "subject", "Fréchet"):
+        caption += "\nCorrecting for the annotator's errors on held-out images moves no Bias shown."
+    table = Table(title=Text(title), caption=caption)
+    table.add_column("model", overflow="fold", min_width=6)
+    table.add_column("CFG", justify="right")
+    if len(counts) > 1:
+        table.add_column("images", justify="right")
+    interval = f"{results.confidence:.0%} interval"
+    for name in ("Bias", interval, "floor", *(["corrected"] if matters else []), "subject", "Fréchet"):
         table.add_column(name, justify="right", no_wrap=True)
     for model, by_scale in results.models.items():
         for scale, measures in by_scale.items():
@@ -131,17 +131,22 @@ def print_results(results: Results) -> None:
             table.add_row(
                 Text(model),
                 scale.removesuffix(".0"),
-                str(measures.images_per_prompt),
-                _with_ends(bias.value, bias.low, bias.high),
+                *([str(measures.images_per_prompt)] if len(counts) > 1 else []),
+                f"{bias.value:.3f}",
+                f"{bias.low:.3f} to {bias.high:.3f}",
                 f"{bias.floor:.3f}",
-                *([_with_ends(bias.corrected, bias.corrected_low, bias.corrected_high)] if matters else []),
-                "-" if measures.accuracy is None else f"{measures.accuracy:.1%}",
-                "-" if measures.frechet is None else f"{measures.frechet:.3g}",
+                *([_or_dash(bias.corrected, ".3f")] if matters else []),
+                _or_dash(measures.accuracy, ".1%"),
+                _or_dash(measures.frechet, ".3g"),
             )
     console = Console()
     console.print(table)
     for note in results.notes:
         console.print(Text(f"Note: {note}."), soft_wrap=True)
+
+
+def _or_dash(value: float | None, shape: str) -> str:
+    return "-" if value is None else f"{value:{shape}}"
 
 
 def _with_ends(value: float | None, low: float | None, high: float | None) -> str:
