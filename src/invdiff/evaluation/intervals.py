@@ -6,8 +6,18 @@ interval for such functionals of many means is narrower than about that bias (Ca
 hypotheses, Hermite polynomials and optimal estimation of a nonsmooth functional", Annals of Statistics 2011). So the
 intervals here are bias-aware: value - B - S to value + B' + S', where, at shares that each prompt's counts do not
 reject (`plausible_shares`), B and B' are the largest mean bias of the plug-in upwards and downwards and S and S' its
-largest spread, both by Monte Carlo, and the ends are clipped to what the metric can be. For one prompt and two
-groups that is nearly Wilson's score interval; for all images of one class it has width, as Wilson's has.
+largest spread, both by Monte Carlo, and the ends are clipped to what the metric can be. B' is there because Jensen's
+inequality rules out a downward bias for convex metrics only, and the ratio is neither convex nor concave.
+
+Measured over the six metrics, 2 to 5 groups, 20 to 512 images per prompt, and truths that are fair, 2-10% unfair,
+60-100% of one class, tied in part or different from prompt to prompt, lowest coverage of nominal 95% intervals:
+0.955 with one prompt, 0.964 with two, 0.974 with five (2,000 evaluations of 93 to 168 truths each), 0.98 with thirty
+(800 or more of 51). Mean width over that of a normal interval with known spread, N = 100, Bias, two groups: one
+prompt 1.1 (fair), 1.0 (70% of one class), 1.35 (95%); thirty prompts 2.6 (1.5 floors), 1.4 and 1.6.
+
+Tried and left: spread at the smoothed shares alone covers 0.91 (N = 20, 70% of one class); the farthest shares on the
+line through the target in place of those towards the largest group's vertex, 0.91 to 0.94 after correction for an
+annotator, as a line stops at the first group without images; the percentile bootstrap of many prompts never covers 0.
 """
 
 from __future__ import annotations
