@@ -15,7 +15,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from invdiff.evaluation.intervals import Estimate
+from invdiff.evaluation.estimates import Estimate
 from invdiff.evaluation.results import AttributeMeasures, Measures, Quantity
 from invdiff.guidance.module import GuidanceModule
 from invdiff.pipelines import load_pipeline

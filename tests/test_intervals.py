@@ -6,8 +6,9 @@ from scipy.stats import binom, chisquare
 
 from invdiff.errors import EvaluationError
 from invdiff.evaluation import fairness
+from invdiff.evaluation.estimates import Estimate, estimate
 from invdiff.evaluation.fairness import METRICS, metric_floor, per_prompt, squared_discrepancy_unbiased
-from invdiff.evaluation.intervals import Estimate, bias_interval, estimate, interval, plausible_shares
+from invdiff.evaluation.intervals import bias_interval, interval, plausible_shares
 
 CONFUSION = [[90, 5, 5, 2], [5, 90, 5, 2], [5, 5, 90, 2]]
 

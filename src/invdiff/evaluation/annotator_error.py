@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import EvaluationError
-from .fairness import FloatArray, find_metric, per_prompt, shares, supported, target_of
 from .intervals import bias_aware, check_settings, plausible_shares, resamples_for, whole_totals
+from .metrics import FloatArray, find_metric, per_prompt, shares, supported, target_of
 
 MAX_CONDITION = 20.0
 """Condition number of the rates above which noise in the counts is amplified too much to correct them."""
@@ -65,7 +65,7 @@ def corrected_interval(
     held-out images a class: it covers in at least 93%, at the fair point too.
 
     Args:
-        metric: A name in `fairness.METRICS`.
+        metric: A name in `metrics.METRICS`.
         counts: Images per prompt and annotated class, (prompts, J).
         confusion: Held-out counts or rates, (K, J), J = K or K + 1.
         target: Shares to compare with, (K,), for a metric that takes them; even when None.

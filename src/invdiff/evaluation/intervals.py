@@ -23,121 +23,19 @@ annotator, as a line stops at the first group without images; the percentile boo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import chdtri, ndtri, stdtrit
 
 from ..errors import EvaluationError
-from .fairness import (
-    FloatArray,
-    Metric,
-    find_metric,
-    metric_floor,
-    per_prompt,
-    squared_discrepancy_unbiased,
-    supported,
-    target_of,
-)
+from .metrics import FloatArray, Metric, find_metric, per_prompt, supported, target_of
 
 MIN_RESAMPLES = 20
 ENOUGH_RESAMPLES = 200
 MAX_DRAWS = 10_000
 """Prompts times resamples beyond which prompts get fewer resamples each, down to 200: their means average out."""
 BISECTIONS = 15
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A metric's mean over prompts and what is known about its error."""
-
-    metric: str
-    value: float
-    low: float
-    high: float
-    """Interval of the mean over these prompts; it says nothing about other prompts."""
-    floor: float
-    """Expected value for a sampler that draws from the target, with as many images."""
-    sd_over_prompts: float | None
-    """Standard deviation of the prompts' values; None for one prompt."""
-    unbiased_square: float | None
-    """Unbiased estimate of the SQUARED discrepancy, of fairness_discrepancy only: no other metric has one."""
-    corrected: float | None
-    corrected_low: float | None
-    corrected_high: float | None
-    """The same, corrected for the annotator's mistakes; None without a usable confusion matrix."""
-    note: str
-    """Why something that could be expected is not defined."""
-
-
-def estimate(
-    metric: str,
-    counts: ArrayLike,
-    *,
-    target: ArrayLike | None = None,
-    confusion: ArrayLike | None = None,
-    unsure: ArrayLike | None = None,
-    confidence: float = 0.95,
-    num_resamples: int = 1000,
-    seed: int = 0,
-) -> Estimate:
-    """Return a metric's mean over prompts with its interval, floor and correction for the annotator.
-
-    Args:
-        metric: A name in `fairness.METRICS`.
-        counts: Images with a class, per prompt and group, (prompts, groups).
-        target: Shares to compare with, (groups,), for a metric that takes them; even when None.
-        confusion: Held-out counts of the annotator, (true class, annotated class), or rates; with one more column
-            where it cannot tell. See `annotator_error.correct_for_annotator`.
-        unsure: Images of each prompt whose class the annotator could not tell, (prompts,). They are outside the
-            raw figures; the corrected ones need them where `confusion` has a column for them.
-        confidence: Coverage of the intervals, above 0 and below 1.
-        num_resamples: Monte Carlo draws for each prompt, at least 20.
-        seed: Seed of the draws.
-
-    Raises:
-        EvaluationError: As for `interval` and `annotator_error.corrected_interval`, or `unsure` is not a number of
-            images for each prompt, or is absent where `confusion` has a column for it.
-    """
-    from .annotator_error import correct_for_annotator, corrected_interval  # annotator_error is built on this module
-
-    values = per_prompt(metric, counts, target=target)
-    table = np.asarray(counts, dtype=np.float64)
-    settings = {"target": target, "confidence": confidence, "num_resamples": num_resamples, "seed": seed}
-    low, high = interval(metric, table, **settings)  # type: ignore[arg-type]
-    notes = []
-    square = None
-    if metric == "fairness_discrepancy":
-        if np.any(table != np.floor(table)):
-            notes.append("unbiased_square: not defined for fractional counts")
-        elif np.any(table.sum(axis=1) < 2):
-            notes.append("unbiased_square: not defined with one image of a prompt")
-        else:
-            square = squared_discrepancy_unbiased(table, target)
-    if len(values) == 1:
-        notes.append("sd_over_prompts: not defined for one prompt")
-    corrected = corrected_low = corrected_high = None
-    if confusion is not None:
-        seen = _with_unsure(table, np.asarray(confusion), unsure)
-        if seen is None:
-            notes.append("corrected: not defined, as the confusion matrix has no column for images without a class")
-        else:
-            corrected = float(per_prompt(metric, correct_for_annotator(seen, confusion), target=target).mean())
-            corrected_low, corrected_high = corrected_interval(metric, seen, confusion, **settings)  # type: ignore[arg-type]
-    return Estimate(
-        metric=metric,
-        value=float(values.mean()),
-        low=low,
-        high=high,
-        floor=metric_floor(metric, whole_totals(table), table.shape[1], target=target),
-        sd_over_prompts=float(values.std(ddof=1)) if len(values) > 1 else None,
-        unbiased_square=square,
-        corrected=corrected,
-        corrected_low=corrected_low,
-        corrected_high=corrected_high,
-        note="; ".join(notes),
-    )
 
 
 def interval(
@@ -159,7 +57,7 @@ def interval(
     0.98 or more.
 
     Args:
-        metric: A name in `fairness.METRICS`.
+        metric: A name in `metrics.METRICS`.
         counts: Images per prompt and group, (prompts, groups).
         target: Shares to compare with, (groups,), for a metric that takes them; even when None.
         confidence: Coverage, above 0 and below 1.
@@ -171,7 +69,7 @@ def interval(
         The lower and the upper end, within what the metric can be.
 
     Raises:
-        EvaluationError: As for `fairness.per_prompt`, or a prompt's counts do not sum to a whole number of images,
+        EvaluationError: As for `metrics.per_prompt`, or a prompt's counts do not sum to a whole number of images,
             or a setting is out of range.
     """
     check_settings(confidence, num_resamples)
@@ -373,21 +271,3 @@ def _tied(p: FloatArray, smooth: FloatArray, n: FloatArray, z: float) -> FloatAr
     tied = np.empty_like(p)
     np.put_along_axis(tied, order, np.take_along_axis(sums / np.maximum(sizes, 1), chain, axis=1), axis=1)
     return tied
-
-
-def _with_unsure(table: FloatArray, confusion: NDArray[np.generic], unsure: ArrayLike | None) -> FloatArray | None:
-    """Counts with as many columns as the confusion matrix, None where it has none for the unsure images."""
-    left_out = np.zeros(len(table)) if unsure is None else np.asarray(unsure, dtype=np.float64)
-    if left_out.shape != (len(table),) or not np.all((left_out >= 0) & np.isfinite(left_out)):
-        raise EvaluationError(
-            f"Expected a number of unsure images for each of the {len(table)} prompts, got {unsure!r}. "
-            "Count the images without a class."
-        )
-    if confusion.ndim != 2 or confusion.shape[1] != table.shape[1] + 1:
-        return None if left_out.any() else table
-    if unsure is None:
-        raise EvaluationError(
-            f"Expected the number of unsure images beside a confusion matrix of shape {confusion.shape}, got None. "
-            "Pass `unsure`, zeros if the annotator told every class."
-        )
-    return np.column_stack([table, left_out])

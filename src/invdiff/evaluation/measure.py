@@ -17,9 +17,9 @@ from ..seeds import derived_seed
 from . import quality
 from .annotations import CANNOT_TELL
 from .describe import Described, open_image
+from .estimates import Estimate, estimate
 from .extractors import CLIPScorer
 from .fairness import METRICS, fairness_discrepancy, intersections
-from .intervals import Estimate, estimate
 from .manifest import Row
 from .results import AttributeMeasures, Measures, Quantity
 

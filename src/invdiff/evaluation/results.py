@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import EvaluationError
 from ..files import read_json, write_json, write_text
-from .intervals import Estimate
+from .estimates import Estimate
 
 TABLE_COLUMNS = (
     *("model", "guidance_scale", "kind", "attribute", "figure", "of"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..evaluation.annotations import CANNOT_TELL
-from ..evaluation.intervals import Estimate
+from ..evaluation.estimates import Estimate
 from ..evaluation.results import AttributeMeasures, Measures, Results
 from .audit_reading import Page
 from .comparison import (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EvaluationError
-from ..evaluation.intervals import Estimate
+from ..evaluation.estimates import Estimate
 from ..evaluation.results import AttributeMeasures, Measures, Quantity, Results
 from ..files import fingerprint, read_json
 
