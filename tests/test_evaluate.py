@@ -1,5 +1,6 @@
 import csv
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from invdiff.errors import DataError, EvaluationError
 from invdiff.evaluation.annotators import Annotations
 from invdiff.evaluation.describe import Described, describe_images, describe_reference
 from invdiff.evaluation.evaluate import Results, evaluate
-from invdiff.evaluation.fairness import bias_floor, correct_for_annotator, kl_to_target
+from invdiff.evaluation.fairness import bias_floor, correct_for_annotator, kl_to_target, metric_floor
 from invdiff.evaluation.given_labels import GivenLabels
 from invdiff.evaluation.intervals import interval
 from invdiff.evaluation.quality import frechet_distance
@@ -383,10 +384,28 @@ def test_a_target_mix_is_what_distances_are_measured_against(base):
 
 
 def test_the_softmax_form_is_of_mean_probabilities(base):
-    annotator = ReadsPixels()
-    annotator.certainty = 0.8  # the rest of the probability is nobody's
-    softmax = measure({"base": base}, annotator).models["base"]["1.0"].first.softmax_discrepancy
-    assert softmax.value == pytest.approx(np.hypot(0.25, 0.25) / 2)
+    class Hedges(ReadsPixels):
+        def predict(self, images):
+            seen = super().predict(images)
+            seen.probabilities["background"][:] = 0.8 * seen.probabilities["background"] + 0.1
+            return seen
+
+    first = measure({"base": base}, Hedges()).models["base"]["1.0"].first
+    softmax = first.softmax_discrepancy
+    assert first.overall["fairness_discrepancy"].value == pytest.approx(np.hypot(0.25, 0.25) / 2)
+    assert softmax.value == pytest.approx(0.8 * np.hypot(0.25, 0.25) / 2)
+    assert 0 <= softmax.low <= softmax.value <= softmax.high
+    floor = metric_floor("fairness_discrepancy", 4, 2)
+    assert f"floor ({floor:.3g}) are those of labels" in softmax.note
+
+
+def test_images_of_no_probability_are_outside_the_softmax_form(tmp_path):
+    folder = write(tmp_path / "base", ROWS)
+    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    rows = [row | {"who": label.strip("-")} for row, label in zip(rows, "aaab-bbb", strict=True)]
+    (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first = measure(folder, GivenLabels(["who"]), attribute="who").models["base"]["1.0"].first
+    assert first.softmax_discrepancy.value == pytest.approx((np.hypot(0.25, 0.25) + np.hypot(0.5, 0.5)) / 2)
 
 
 def test_the_baseline_is_compared_with_seed_by_seed(base, tmp_path):
@@ -614,9 +633,58 @@ def test_features_of_zeros_have_no_diversity_and_it_is_said(base):
         def extract(self, images):
             return np.zeros((len(images), 2), dtype=np.float32)
 
-    quality = measure({"base": base}, extractors=[Nothing()]).models["base"]["1.0"].quality
-    assert quality["Vendi score (nothing)"].value is None
-    assert quality["Vendi score (nothing)"].note.startswith("not defined: ")
+    reference = describe_images(reference_of(20), ReadsPixels(), extractors=[Nothing()])
+    quality = measure({"base": base}, extractors=[Nothing()], reference=reference).models["base"]["1.0"].quality
+    for figure in ("Vendi score (nothing)", "CMMD (nothing)"):
+        assert quality[figure].value is None
+        assert quality[figure].note.startswith("not defined: ")
+    assert quality["Frechet distance (nothing)"].value == 0.0
+
+
+class ScoresNothing:
+    """A CLIP scorer whose images all have the direction of the first prompt."""
+
+    name = "scorer"
+
+    def __init__(self, length=1.0):
+        self.length = length
+
+    def extract(self, images):
+        return np.tile(np.array([[self.length, 0.0]], dtype=np.float32), (len(images), 1))
+
+    def text_features(self, prompts):
+        return np.array([[1.0, 0.0] if prompt == LAND else [0.0, 2.0] for prompt in prompts], dtype=np.float32)
+
+
+def test_clip_t_is_the_mean_cosine_of_images_and_their_prompts(base):
+    quality = measure({"base": base}, clip=ScoresNothing()).models["base"]["1.0"].quality
+    assert quality["CLIP-T (scorer)"].value == pytest.approx(0.5)
+    assert quality["CLIP-T (scorer)"].low < 0.5 < quality["CLIP-T (scorer)"].high
+    assert "Vendi score (scorer)" in quality
+    assert (
+        measure({"base": base}, clip=ScoresNothing(0.0)).models["base"]["1.0"].quality["CLIP-T (scorer)"].value is None
+    )
+
+
+def test_a_missing_extra_is_found_out_before_any_image_is_looked_at(base, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
+    annotator = ReadsPixels()
+    with pytest.raises(EvaluationError, match="LPIPS"):
+        measure({"base": base}, annotator, lpips=True)
+    assert annotator.batches == []
+
+
+def test_lpips_is_the_mean_over_prompts_of_their_first_images(base, monkeypatch):
+    asked = []
+
+    def distance(first, second):
+        asked.append(len(first))
+        return (first - second).abs().mean()
+
+    monkeypatch.setattr("invdiff.evaluation.evaluate.lpips_network", lambda: distance)
+    quality = measure({"base": base}, lpips=True).models["base"]["1.0"].quality
+    assert quality["LPIPS diversity (alexnet)"].value > 0
+    assert sum(asked) == 2 * 6
 
 
 def test_a_reference_is_described_at_the_confidence_of_the_images(base):

@@ -17,8 +17,10 @@ from .extractors import CLIPScorer, FeatureExtractor
 from .fairness import correct_for_annotator
 from .given_labels import GivenLabels
 from .manifest import Folders, Row, common_prompts, read_model, resolve_folders, scale_keys
-from .measure import Question, common_group_size, measure, preserve
+from .measure import measure, preserve
 from .quality import lpips_network
+from .quality_figures import common_group_size
+from .question import Question
 from .results import AnnotatorRecord, AttributeMeasures, Measures, Quantity, Results
 from .subjects import named_subjects
 
@@ -86,7 +88,7 @@ def evaluate(
     if isinstance(annotator, GivenLabels):
         annotator.discover([row.values for rows in rows_by_model.values() for row in rows])
     asked = [*attributes, *([subject_attribute] if subject_attribute else [])]
-    _check_attributes(annotator, asked)
+    check_attributes(annotator, asked)
     prompts = common_prompts(rows_by_model)
     named: Mapping[str, str] = {}
     if subject_attribute is not None:
@@ -111,6 +113,7 @@ def evaluate(
         seed=seed,
     )
 
+    network = lpips_network() if lpips else None
     seen: dict[str, Described] = {}
     with progress_bar("annotating", sum(map(len, rows_by_model.values())), enabled=progress) as bar:
         for model, rows in rows_by_model.items():
@@ -122,7 +125,6 @@ def evaluate(
         model: {key: _at(rows, seen[model], key) for key in scale_keys(rows)} for model, rows in rows_by_model.items()
     }
     size = common_group_size([known for by_key in at.values() for _, known in by_key.values()], reference, question)
-    network = lpips_network() if lpips else None
     models: dict[str, dict[str, Measures]] = {}
     with progress_bar("measuring", sum(map(len, at.values())), enabled=progress) as bar:
         for model, by_key in at.items():
@@ -180,7 +182,8 @@ def _check_settings(
         raise EvaluationError(f"Expected a min_confidence of at least 0 and below 1, got {min_confidence}.")
 
 
-def _check_attributes(annotator: Judge, attributes: Sequence[str]) -> None:
+def check_attributes(annotator: Judge, attributes: Sequence[str]) -> None:
+    """Raise `EvaluationError` unless the annotator knows every attribute."""
     for name in attributes:
         if name not in annotator.attributes:
             raise EvaluationError(

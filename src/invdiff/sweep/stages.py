@@ -15,7 +15,7 @@ from ..data.subsets import random_subset, with_severity
 from ..errors import AuditError, ConfigError, EvaluationError
 from ..evaluation.annotators import Annotator, GivenLabels, load_annotator
 from ..evaluation.describe import Described, describe_images, describe_reference
-from ..evaluation.evaluate import evaluate
+from ..evaluation.evaluate import check_attributes, evaluate
 from ..evaluation.recovery import GroupQuality, group_quality
 from ..evaluation.results import Measures, Results
 from ..files import fingerprint, read_json, write_json
@@ -118,14 +118,8 @@ class Workshop:
             DataError: There is no reference.
         """
         names = [name for name in (self.config.attribute, self.config.subject_attribute) if name]
-        known = self.judge.attributes
-        for name in names:
-            if name not in known:
-                raise EvaluationError(
-                    f"Expected an attribute that the annotator knows, got {name!r}; it knows {', '.join(known)}."
-                )
-        if self._reference_data is not None:
-            len(self._reference_data)
+        check_attributes(self.judge, names)
+        _ = self._reference_data  # opened here, if there is one
 
     def group_quality(self, cell: Cell) -> GroupQuality | None:
         """Return how well the audit's groups agree with the hidden attribute; None where none is named."""
