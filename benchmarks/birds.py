@@ -11,13 +11,10 @@ their own: see scripts/train_benchmark_bases.py.
 Work is kept in out/benchmark (or --work), so a stopped run goes on.
 """
 
-import argparse
-import platform
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch
+from kept import run_part
 
 from invdiff import AuditConfig, GenerateConfig, TrainConfig, audit, evaluate, generate, load_captioned_images, train
 from invdiff.assets import BIRDS_ANNOTATOR, BIRDS_MODEL
@@ -30,10 +27,8 @@ from invdiff.data.birds import (
 from invdiff.demo import hidden_truth
 from invdiff.evaluation.annotators import ConvAnnotator
 from invdiff.evaluation.describe import describe_images
-from invdiff.files import write_json
 from invdiff.pipelines import load_pipeline
 
-RESULTS = Path(__file__).parent / "results"
 GUIDANCE_SCALES = (1.0, 3.0)
 NUM_IMAGES = 3000
 
@@ -154,28 +149,5 @@ PARTS = {
 }
 
 
-def rounded(value):
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    return round(float(value), 4) if isinstance(value, float | np.floating) else value
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--work", type=Path, default=Path("out/benchmark"))
-    arguments = parser.parse_args()
-    figures = rounded(PARTS[arguments.part](arguments.work))
-    document = {
-        "command": f"python benchmarks/birds.py {arguments.part}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "figures": figures,
-    }
-    write_json(RESULTS / f"birds-{arguments.part}.json", document)
-    print(RESULTS / f"birds-{arguments.part}.json")
-
-
 if __name__ == "__main__":
-    main()
+    run_part("birds", __doc__, PARTS, work="out/benchmark")

@@ -7,17 +7,15 @@
 `augmentation` reads the images of `benchmarks/sweeps.py guidance-scale` in out/sweeps (or --work).
 """
 
-import argparse
 import json
 import os
-import platform
 import resource
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from birds import RESULTS, rounded
+from kept import run_part
 
 from invdiff import evaluate, load_captioned_images
 from invdiff.assets import BIRDS_ANNOTATOR
@@ -27,7 +25,7 @@ from invdiff.evaluation.augmentation import augmentation_test
 from invdiff.evaluation.describe import describe_reference
 from invdiff.evaluation.fairness import METRICS, per_prompt
 from invdiff.evaluation.intervals import interval
-from invdiff.files import write_json, write_text
+from invdiff.files import write_text
 from invdiff.sweep.config import SweepConfig
 from invdiff.sweep.plan import cells
 
@@ -113,19 +111,5 @@ def augmentation(work: Path) -> dict:
 PARTS = {"speed": speed, "coverage": coverage, "augmentation": augmentation}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--work", type=Path, default=Path("out/sweeps"))
-    arguments = parser.parse_args()
-    document = {
-        "command": f"python benchmarks/evaluation.py {arguments.part}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "figures": rounded(PARTS[arguments.part](arguments.work)),
-    }
-    write_json(RESULTS / f"evaluation-{arguments.part}.json", document)
-    print(RESULTS / f"evaluation-{arguments.part}.json")
-
-
 if __name__ == "__main__":
-    main()
+    run_part("evaluation", __doc__, PARTS, work="out/sweeps")

@@ -7,20 +7,18 @@ guided images, with the command's figures kept in benchmarks/results/families-di
 out/benchmark-families (or --work); a finished base, module or image is not made again.
 """
 
-import argparse
-import platform
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from birds import RESULTS, rounded
 from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
 )
+from kept import run_part
 from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
 from invdiff import GenerateConfig, TrainConfig, audit, evaluate, generate, load_captioned_images, train
@@ -30,7 +28,6 @@ from invdiff.data.encode import as_encoded
 from invdiff.diffusion import NoiseSchedule, per_sample_loss
 from invdiff.evaluation.annotators import ConvAnnotator
 from invdiff.families import family_of
-from invdiff.files import write_json
 from invdiff.pipelines import denoiser_of, load_pipeline
 from invdiff.progress import progress_bar
 from invdiff.seeds import generator
@@ -151,19 +148,5 @@ def dit_flow(work: Path) -> dict:
 PARTS = {"dit-flow": dit_flow}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--work", type=Path, default=Path("out/benchmark-families"))
-    arguments = parser.parse_args()
-    document = {
-        "command": f"python benchmarks/families.py {arguments.part}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "figures": rounded(PARTS[arguments.part](arguments.work)),
-    }
-    write_json(RESULTS / f"families-{arguments.part}.json", document)
-    print(RESULTS / f"families-{arguments.part}.json")
-
-
 if __name__ == "__main__":
-    main()
+    run_part("families", __doc__, PARTS, work="out/benchmark-families")

@@ -10,13 +10,10 @@ Each reads benchmarks/sweeps/NAME.yaml. Work is kept in out/sweeps (or --work) a
 """
 
 import argparse
-import platform
 from pathlib import Path
 
-import torch
-from birds import RESULTS, rounded
+from kept import keep
 
-from invdiff.files import write_json
 from invdiff.sweep.config import SweepConfig
 from invdiff.sweep.run import run_sweep
 
@@ -32,17 +29,10 @@ def main() -> None:
     config = SweepConfig.from_file(SWEEPS / f"{arguments.name}.yaml")
     output = arguments.work / arguments.name
     table = run_sweep(config, output, work_dir=arguments.work / "work")
-    document = {
-        "command": f"python benchmarks/sweeps.py {arguments.name}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "settings": config.to_dict(),
-        "figures": rounded(table.to_dict()),
-    }
-    write_json(RESULTS / f"sweep-{arguments.name}.json", document)
+    keep("sweep", arguments.name, table.to_dict(), script="sweeps", settings=config.to_dict())
     DOCS.mkdir(exist_ok=True)
     for picture in output.glob("*.png"):
         (DOCS / f"{arguments.name}-{picture.name.replace('_', '-')}").write_bytes(picture.read_bytes())
-    print(RESULTS / f"sweep-{arguments.name}.json")
 
 
 if __name__ == "__main__":

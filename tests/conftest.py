@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two threads on a busy machine are slower than one
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from matplotlib.figure import Figure
 from PIL import Image
 
 from invdiff.evaluation.estimates import Estimate
@@ -106,3 +108,17 @@ def tiny_pipe(tiny_pipe_dir: Path) -> StableDiffusionPipeline:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imagefolder of 12 small images with two captions and an attribute `background`; read only."""
     return write_tiny_folder(tmp_path_factory.mktemp("tiny-folder"))
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every line of text that any sheet carries."""
+    lines: list[str] = []
+    original = Figure.text
+
+    def text(self: Figure, x: float, y: float, s: str, *args: Any, **kwargs: Any) -> Any:
+        lines.append(s)
+        return original(self, x, y, s, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "text", text)
+    return lines

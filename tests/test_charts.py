@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.isotonic import IsotonicRegression
 
@@ -76,20 +75,6 @@ def size(path: Path) -> tuple[int, int]:
     with Image.open(path) as image:
         assert image.format == "PNG"
         return image.size
-
-
-@pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every line of text that any sheet carries."""
-    lines: list[str] = []
-    original = Figure.text
-
-    def text(self: Figure, x: float, y: float, s: str, *args: Any, **kwargs: Any) -> Any:
-        lines.append(s)
-        return original(self, x, y, s, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "text", text)
-    return lines
 
 
 def test_a_lone_line_is_drawn_through_its_figures() -> None:

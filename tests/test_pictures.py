@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -36,20 +35,6 @@ HOSTILE = (
     " ",
 )
 SIZE = 24
-
-
-@pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every line of text that any sheet carries."""
-    lines: list[str] = []
-    original = Figure.text
-
-    def text(self: Figure, x: float, y: float, s: str, *args: Any, **kwargs: Any) -> Any:
-        lines.append(s)
-        return original(self, x, y, s, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "text", text)
-    return lines
 
 
 @pytest.fixture

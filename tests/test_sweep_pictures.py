@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 from invdiff.errors import EvaluationError
@@ -70,20 +69,6 @@ def groups_sweep(axis: str = "num_groups") -> dict[str, Any]:
         for place, value in enumerate((2, 4, 8))
     ]
     return sweep(f"{axis} mode", row("base", 0.7), *rows)
-
-
-@pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every line of text that any sheet carries."""
-    lines: list[str] = []
-    original = Figure.text
-
-    def text(self: Figure, x: float, y: float, s: str, *args: Any, **kwargs: Any) -> Any:
-        lines.append(s)
-        return original(self, x, y, s, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "text", text)
-    return lines
 
 
 @pytest.fixture

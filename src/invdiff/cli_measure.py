@@ -192,14 +192,13 @@ def augment(
     say("opening images", quiet=quiet)
     silence_libraries()
     from .evaluation.augmentation import augmentation_test
-    from .evaluation.labelled import load_labelled_images
 
     results = augmentation_test(
         labelled_folders(folders),
-        load_labelled_images(test),
+        DataSource(test).load_labelled(),
         subject_attribute=subject_attribute,
         attribute=attribute,
-        train=load_labelled_images(train) if train else None,
+        train=DataSource(train).load_labelled() if train else None,
         guidance_scale=guidance_scale,
         config=settings(AugmentationConfig, None, steps=steps, resolution=resolution),
         seeds=tuple(range(num_seeds)),

@@ -160,6 +160,23 @@ class DataSource:
             limit=self.limit,
         )
 
+    def load_labelled(self) -> CaptionedImages:
+        """Open the images for their attributes; captions are not needed.
+
+        Raises:
+            DataError: They cannot be used as given.
+        """
+        from .evaluation.labelled import load_labelled_images
+
+        return load_labelled_images(
+            self.source,
+            image_column=self.image_column,
+            caption_column=self.caption_column,
+            split=self.split,
+            max_unreadable=self.max_unreadable,
+            limit=self.limit,
+        )
+
     def flags(self) -> list[str]:
         """Return the options that differ from the defaults, for a further command on the same images."""
         switches = ["--no-captions"] if self.no_captions else []

@@ -155,16 +155,8 @@ def annotator_train(
     one_process("annotator train")
     say("opening images", quiet=quiet)
     from .evaluation.annotators import ConvAnnotator
-    from .evaluation.labelled import load_labelled_images
 
-    images = load_labelled_images(
-        data,
-        image_column=image_column,
-        caption_column=caption_column,
-        split=split,
-        max_unreadable=max_unreadable,
-        limit=limit,
-    )
+    images = DataSource(data, caption_column, image_column, split, limit, max_unreadable).load_labelled()
     silence_libraries()
     trained = ConvAnnotator.fit(
         images,
@@ -224,17 +216,9 @@ def annotator_measure(
     say("opening images", quiet=quiet)
     from .evaluation.annotators import Measurable, load_annotator, refuse_own_folder, save_measured
     from .evaluation.heldout import measure_annotator
-    from .evaluation.labelled import load_labelled_images
 
     refuse_own_folder(output, annotator)
-    images = load_labelled_images(
-        data,
-        image_column=image_column,
-        caption_column=caption_column,
-        split=split,
-        max_unreadable=max_unreadable,
-        limit=limit,
-    )
+    images = DataSource(data, caption_column, image_column, split, limit, max_unreadable).load_labelled()
     silence_libraries()
     judge = load_annotator(annotator, attribute=attribute or "", classes=classes)
     if not isinstance(judge, Measurable):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 
 from ..data.captioned import CaptionedImages
 from ..errors import DataError, ModelError
-from ..files import weights_digest
 from ..pipelines import public_name
 from ..seeds import generator as derived_generator
 from .annotations import CANNOT_TELL, Annotations, reserved_class
@@ -90,10 +89,6 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
     def feature_name(self) -> str:
         """What its features are called: as the annotator is."""
         return self.name
-
-    def weights_digest(self) -> str:
-        """Return 16 hex digits that name the net's weights."""
-        return weights_digest(cast(torch.nn.Module, self))
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return features (batch, 64) and, attribute by attribute, uncalibrated logits (batch, classes).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..data.captioned import CaptionedImages
 from ..errors import DataError, EvaluationError
-from ..files import read_json, read_tensors, write_json, write_tensors
+from ..files import read_json, read_tensors, weights_digest, write_json, write_tensors
 from .annotations import Annotator, most_probable, unknown_attribute
 from .calibration import expected_calibration_error
 from .labelled import label_of, readable_images
@@ -175,8 +175,11 @@ class Measurable:
     held_out: HeldOut | None = None
 
     def weights_digest(self) -> str:
-        """Return what names its weights, in each kind: what was measured with other ones is not true of it."""
-        raise NotImplementedError
+        """Return 16 hex digits that name its weights: what was measured with other ones is not true of it.
+
+        This is of an annotator that is a network itself; one that holds a network names that network's.
+        """
+        return weights_digest(cast(torch.nn.Module, self))
 
     def confusion(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64] | None:
         """Return counts of held-out images, (true class K, annotated class K + 1), the last for "cannot tell".
