@@ -49,6 +49,15 @@ class ReadsPixels:
         )
 
 
+class Wavers(ReadsPixels):
+    """Cannot tell the background of the first image."""
+
+    def predict(self, images):
+        seen = super().predict(images)
+        seen.probabilities["background"][0] = [0.55, 0.45]
+        return seen
+
+
 def write(folder, images, *, scale=1.0, **changes):
     """Write a folder from rows (prompt, guidance_scale, background, subject)."""
     lines = []
@@ -304,12 +313,6 @@ def test_images_below_the_confidence_are_counted_as_a_class_of_their_own(base):
 
 
 def test_an_unsure_image_is_outside_the_shares(tmp_path):
-    class Wavers(ReadsPixels):
-        def predict(self, images):
-            seen = super().predict(images)
-            seen.probabilities["background"][0] = [0.55, 0.45]
-            return seen
-
     measures = measure(write(tmp_path / "base", ROWS), Wavers(), min_confidence=0.6).models["base"]["1.0"]
     assert measures.first.counts[LAND] == {"land": 2, "water": 1, "cannot tell": 1}
     assert measures.first.shares[LAND] == pytest.approx({"land": 2 / 3, "water": 1 / 3})
@@ -742,3 +745,85 @@ def test_a_reference_may_have_as_many_unreadable_images_as_its_data_allow(tmp_pa
     assert len(seen) == 11
     with pytest.raises(DataError, match=r"Too many images are unreadable; the last: .*03.png"):
         describe_reference(load_captioned_images(folder), ReadsPixels(), progress=False)
+
+
+def test_the_yardstick_of_preservation_is_of_the_baseline_alone(tmp_path):
+    class Turns(ReadsPixels):
+        """The features of images on water stand at a right angle to those on land, whatever else they show."""
+
+        def predict(self, images):
+            seen = super().predict(images)
+            seen.features[:] = np.where(seen.features[:, 1:2] > 0.5, [0, 0, 1], [1, 0, 0])
+            return seen
+
+    write(tmp_path / "base", [(LAND, 1, "land", "landbird")] * 6)
+    write(tmp_path / "guided", [(LAND, 1, "water", "landbird")] * 6)
+    shift = measure(tmp_path, Turns()).models["guided"]["1.0"].preservation["feature shift (pixels)"]
+    assert shift.value == pytest.approx(1.0)
+    assert "the baseline's own images are 0 apart" in shift.note
+
+
+def test_images_that_cannot_be_told_count_in_the_correction(tmp_path):
+    confusion = np.array([[80, 10, 10], [5, 90, 5]])
+    folder = write(tmp_path / "base", LAND_ROWS)
+    measures = measure(folder, Wavers(confusion), min_confidence=0.6).models["base"]["1.0"]
+    corrected = correct_for_annotator([[2, 1, 1]], confusion)[0]
+    expected = abs(corrected[0] - corrected[1]) / corrected.sum()
+    assert measures.first.overall["bias"].corrected == pytest.approx(expected)
+
+
+def test_an_intersection_is_untold_where_one_attribute_is(tmp_path):
+    folder = write(tmp_path / "base", LAND_ROWS)
+    settings = {"attribute": ["background", "subject"], "min_confidence": 0.6}
+    joint = measure(folder, Wavers(), **settings).models["base"]["1.0"].attributes["background x subject"].counts[LAND]
+    assert {name: count for name, count in joint.items() if count} == {
+        "land x landbird": 2,
+        "water x waterbird": 1,
+        "cannot tell": 1,
+    }
+
+
+def test_probabilities_that_do_not_sum_to_one_are_scaled(base):
+    annotator = ReadsPixels()
+    annotator.certainty = 0.8  # the rest of the probability is nobody's
+    softmax = measure({"base": base}, annotator).models["base"]["1.0"].first.softmax_discrepancy
+    assert softmax.value == pytest.approx(np.hypot(0.25, 0.25) / 2)
+
+
+def test_distances_by_group_are_of_as_many_images_as_they_say(tmp_path, monkeypatch):
+    sizes = []
+
+    def distance(features, reference):
+        sizes.append((len(features), len(reference)))
+        return 1.0
+
+    monkeypatch.setattr("invdiff.evaluation.quality.frechet_distance", distance)
+    rows = [(LAND, 1, "land", "landbird")] * 90 + [(LAND, 1, "water", "landbird")] * 55
+    measure(write(tmp_path / "base", rows), reference=describe_images(reference_of(400), ReadsPixels()))
+    assert sizes == [(145, 400), (55, 55), (55, 55)]
+
+
+def test_lpips_looks_at_twenty_images_of_a_prompt(tmp_path, monkeypatch):
+    asked = []
+    network = lambda first, second: asked.append(len(first)) or (first - second).abs().mean()  # noqa: E731
+    monkeypatch.setattr("invdiff.evaluation.evaluate.lpips_network", lambda: network)
+    measure(write(tmp_path / "base", [(LAND, 1, "land", "landbird")] * 23), lpips=True)
+    assert sum(asked) == 190
+
+
+def test_an_image_listed_under_two_spellings_is_refused(base):
+    manifest = base / "manifest.jsonl"
+    row = json.loads(manifest.read_text().splitlines()[0])
+    row["file_name"] = "00000/../" + row["file_name"]
+    manifest.write_text(manifest.read_text() + json.dumps(row))
+    with pytest.raises(EvaluationError, match="each image once"):
+        measure({"base": base})
+
+
+def test_the_table_says_which_prompts_a_figure_leaves_out(tmp_path):
+    rows = [(LAND, 1, "land", "waterbird")] * 2 + [(WATER, 1, "land", "waterbird")] * 2
+    measure(write(tmp_path / "b", rows), subject_attribute="subject").save(tmp_path / "r.json")
+    with (tmp_path / "r.csv").open(newline="") as file:
+        notes = {row["note"] for row in csv.DictReader(file) if row["of"] == "subject right"}
+    assert len(notes) > 0
+    assert all("leave out 1 of 2 prompts" in note for note in notes)
