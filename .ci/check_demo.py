@@ -4,9 +4,14 @@ import json
 import sys
 from pathlib import Path
 
-results = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+path = Path(sys.argv[1])
+results = json.loads(path.read_text(encoding="utf-8"))
+reports = [path.with_name(name) for name in ("report.html", "report.md")]
 audit, base, guided = results["audit"], results["base"], results["guided"]
 promises = {
+    "it ends with a report of these results": all(
+        report.is_file() and report.stat().st_mtime >= path.stat().st_mtime for report in reports
+    ),
     "the audit finds a bias": audit["biased"],
     "AUROC >= 0.98": audit["auroc"] >= 0.98,
     "precision and recall >= 0.90": min(audit["precision"], audit["recall"]) >= 0.90,
