@@ -12,8 +12,9 @@ from PIL import Image
 from conftest import CAPTIONS, make_guidance_module, make_tiny_pipeline
 from invdiff import generation
 from invdiff.config import GenerateConfig
+from invdiff.drawing import Drawing, image_seed
 from invdiff.errors import ConfigError, ModelError
-from invdiff.generation import generate, image_seed
+from invdiff.generation import generate
 from invdiff.guidance.attach import attach
 
 
@@ -101,7 +102,7 @@ def test_the_folder_is_returned(tiny_pipe: StableDiffusionPipeline, tmp_path: Pa
 def test_settings_have_defaults(
     tiny_pipe: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "_draw", lambda *_: [Image.new("RGB", (8, 8))] * 32)
+    monkeypatch.setattr(Drawing, "_call", lambda *_: [Image.new("RGB", (8, 8))] * 32)
     generate(tiny_pipe, CAPTIONS, tmp_path, progress=False)
     assert len(pixels(tmp_path)) == 32
 

@@ -31,6 +31,7 @@ LAYERS = (
     ("data",),
     ("groups",),
     ("guidance", "training"),
+    ("drawing",),
     ("generation",),
     ("evaluation",),
     ("report",),

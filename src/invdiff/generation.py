@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,15 +13,14 @@ from PIL.PngImagePlugin import PngInfo
 
 from .config import GenerateConfig
 from .distributed import is_main, mine, wait
-from .errors import ConfigError, ModelError
-from .families import Family, family_of
+from .drawing import Drawing
+from .errors import ConfigError
+from .families import family_of
 from .files import fingerprint, read_json, save_image, weights_digest, write_json, write_text
-from .guidance.attach import Attachment, attach, check_fit, mix_for
-from .guidance.environments import EnvironmentMix, Environments
+from .guidance.environments import Environments
 from .guidance.module import GuidanceModule
-from .pipelines import check_plain, denoiser_of
+from .pipelines import denoiser_of
 from .progress import progress_bar
-from .seeds import derived_seed
 
 MANIFEST = "manifest.jsonl"
 SETTINGS = "generate.json"
@@ -67,43 +65,22 @@ def generate(
         ModelError: The module was trained for another model, or a safety checker blackens images.
         DataError: The disk is full or the folder cannot be written.
     """
-    config = config or GenerateConfig()
-    check_plain(pipe)
-    family = family_of(pipe)
-    if not prompts and not family.needs_prompts:
-        prompts = [""]
-    _check_prompts(prompts)
-    if module is not None:
-        check_fit(pipe, module)
-    mix = _mix(module, environments, len(prompts), config.images_per_prompt)
+    drawing = Drawing(pipe, prompts, module=module, config=config, environments=environments)
+    rows = drawing.rows
     output_dir = Path(output_dir)
-    rows = _planned_rows(prompts, config, guided=module is not None)
     if is_main():
-        _open_folder(output_dir, rows, _settings(pipe, prompts, module, mix, config))
+        _open_folder(output_dir, rows, _settings(pipe, drawing, module))
     wait()
     done = [_read_row(output_dir, row) for row in rows]
-    batches = [range(i, min(i + config.batch_size, len(rows))) for i in range(0, len(rows), config.batch_size)]
-    # A batch is drawn whole or not at all: the last bits of an image depend on those drawn beside it.
-    missing = [batch for batch in mine(batches) if any(done[index] is None for index in batch)]
+    # A batch is drawn whole or not at all.
+    missing = [batch for batch in mine(drawing.batches()) if any(done[place] is None for place in batch)]
     start = len(rows) - sum(map(len, missing))
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_no_progress_bar(pipe))
-        bar = stack.enter_context(progress_bar("generating", len(rows), start=start, enabled=progress))
-        attachment = None
-        if module is not None and missing:
-            # The groups of single images are handed over batch by batch.
-            target = environments if mix is None or mix.given is None else "uniform"
-            attachment = stack.enter_context(attach(pipe, module, config.scale, target))
+    with drawing, progress_bar("generating", len(rows), start=start, enabled=progress) as bar:
         for batch in missing:
-            drawn = [rows[index] for index in batch]
-            if attachment is not None and mix is not None and mix.given is not None:
-                attachment.mix = EnvironmentMix(mix.given[list(batch)], mix.num_groups)
-            images = _draw(pipe, family, drawn, config)
-            if attachment is not None and mix is not None:
-                drawn = _with_environments(drawn, attachment)
-            for index, image, row in zip(batch, images, drawn, strict=True):
+            images, drawn = drawing.batch(batch)
+            for place, image, row in zip(batch, images, drawn, strict=True):
                 _save(output_dir / row["file_name"], image, row)
-                done[index] = row
+                done[place] = row
             bar.advance(len(batch))
     wait()
     if is_main():
@@ -120,90 +97,6 @@ def drawing_flags(pipe: Any, resolution: int) -> list[str]:
     own = family.resolution(pipe, denoiser_of(pipe))
     unguided = [] if family.needs_prompts else ["--guidance-scale", "1"]
     return unguided + (["--resolution", str(resolution)] if resolution not in (0, own) else [])
-
-
-def image_seed(prompt: str, image: int, seed: int = 0) -> int:
-    """Return the 32-bit seed of image number `image` of `prompt`."""
-    return derived_seed("generate", seed, prompt, image) & 0xFFFFFFFF
-
-
-def _check_prompts(prompts: Sequence[str]) -> None:
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ConfigError(f"Expected a list of prompts, got {prompts!r}.")
-    if not prompts:
-        raise ConfigError("Expected at least one prompt, got none.")
-    twice = [prompt for index, prompt in enumerate(prompts) if prompt in prompts[:index]]
-    if twice:
-        raise ConfigError(
-            f"Expected different prompts, got {twice[0]!r} again, which would give the same images. For more "
-            "images of a prompt raise images_per_prompt."
-        )
-
-
-def _mix(
-    module: GuidanceModule | None, environments: Environments, num_prompts: int, images_per_prompt: int
-) -> EnvironmentMix | None:
-    """Return the target mix, its `given` repeated for every prompt; None where groups have no say."""
-    if module is None:
-        if not (isinstance(environments, str) and environments == "uniform"):
-            raise ConfigError(
-                f"Expected a module beside environments, got environments={environments!r} and no module."
-            )
-        return None
-    mix = mix_for(module, environments)
-    if not module.sees_environment:
-        return None
-    if mix.given is not None:
-        total = num_prompts * images_per_prompt
-        if len(mix.given) not in (images_per_prompt, total):
-            raise ConfigError(
-                f"Expected groups for {images_per_prompt} images (of every prompt alike) or for all {total}, "
-                f"got {len(mix.given)}."
-            )
-        mix.given = mix.given.repeat(total // len(mix.given), 1)
-    return mix
-
-
-def _planned_rows(prompts: Sequence[str], config: GenerateConfig, *, guided: bool) -> list[dict[str, Any]]:
-    """Return the manifest's rows; the environments are not known before the images are drawn."""
-    return [
-        {
-            "file_name": f"{index:05d}/{image:06d}.png",
-            "prompt": prompt,
-            "seed": image_seed(prompt, image, config.seed),
-            "environment": None,
-            "scale": float(config.scale) if guided else 0.0,
-            "guidance_scale": float(config.guidance_scale),
-            "num_inference_steps": config.num_inference_steps,
-        }
-        for index, prompt in enumerate(prompts)
-        for image in range(config.images_per_prompt)
-    ]
-
-
-@torch.no_grad()
-def _draw(pipe: Any, family: Family, rows: Sequence[dict[str, Any]], config: GenerateConfig) -> list[Image.Image]:
-    output = family.draw(
-        pipe,
-        [row["prompt"] for row in rows],
-        guidance_scale=config.guidance_scale,
-        resolution=config.resolution,
-        generator=[torch.Generator().manual_seed(row["seed"]) for row in rows],
-        num_inference_steps=config.num_inference_steps,
-        output_type="pil",
-    )
-    if any(getattr(output, "nsfw_content_detected", None) or ()):
-        raise ModelError(
-            "Expected images as the model draws them, but the pipeline's safety checker blackened some, "
-            "which would count as images in a comparison. Load the pipeline with safety_checker=None."
-        )
-    return output.images
-
-
-def _with_environments(rows: Sequence[dict[str, Any]], attachment: Attachment) -> list[dict[str, Any]]:
-    assert attachment.environments is not None
-    groups = attachment.environments[: len(rows)].tolist()  # further rows are those of guidance
-    return [{**row, "environment": group} for row, group in zip(rows, groups, strict=True)]
 
 
 def _save(path: Path, image: Image.Image, row: dict[str, Any]) -> None:
@@ -223,23 +116,18 @@ def _read_row(output_dir: Path, planned: dict[str, Any]) -> dict[str, Any] | Non
     return row if {**row, "environment": None} == planned else None
 
 
-def _settings(
-    pipe: Any,
-    prompts: Sequence[str],
-    module: GuidanceModule | None,
-    mix: EnvironmentMix | None,
-    config: GenerateConfig,
-) -> dict[str, Any]:
+def _settings(pipe: Any, drawing: Drawing, module: GuidanceModule | None) -> dict[str, Any]:
     """Return all that the images depend on, as flat JSON."""
     scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     networks: dict[str, Any] = {k: v for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)}
     weights = fingerprint(*(name + weights_digest(network) for name, network in sorted(networks.items())))
     targets: Any = None
+    mix = drawing.mix
     if mix is not None:
         targets = [row.tolist() for row in mix.proportions] if mix.given is None else mix.given.tolist()
     return {
-        "prompts": list(prompts),
-        **config.to_dict(),
+        "prompts": drawing.prompts,
+        **drawing.config.to_dict(),
         "module": None if module is None else weights_digest(cast(torch.nn.Module, module)),
         "environments": targets,
         "model": f"{type(pipe).__name__} {weights}",
@@ -281,14 +169,3 @@ def _open_folder(output_dir: Path, rows: Sequence[dict[str, Any]], settings: dic
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-@contextlib.contextmanager
-def _no_progress_bar(pipe: Any) -> Iterator[None]:
-    """Silence the pipeline's own bar while the block runs."""
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**before)
