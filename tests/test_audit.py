@@ -11,11 +11,13 @@ from invdiff.data.encode import EncodedImages, ShardedTensor, as_encoded
 from invdiff.errors import AuditError, ConfigError, ModelError
 from invdiff.groups import scores as scores_module
 from invdiff.groups.audit import audit, infer
+from invdiff.groups.curation import CURATION, Curation
 from invdiff.groups.result import Audit
 from invdiff.groups.scores import Evidence
 from invdiff.guidance.attach import attach
 
 ONE_PROMPT = np.array([0])
+CONFIG_AUTO = AuditConfig()
 CONFIG = AuditConfig(solver="exact", batch_size=4, min_images=4, min_share=0.1)
 
 
@@ -132,6 +134,111 @@ def test_an_audit_is_saved_and_loaded_whole(tmp_path):
     assert loaded.names == found.names
     assert torch.equal(loaded.group_weights[0], found.group_weights[0])
     assert loaded.fingerprint == found.fingerprint
+
+
+@pytest.fixture
+def found():
+    """An audit of two prompts of 300 images each, the last 20 of either in the rare group."""
+    minority = np.arange(600) % 300 >= 280
+    data = made_up_data(["a bird", "a fish"], np.arange(600) // 300)
+    return infer(
+        data, made_up_evidence(minority, contrast=8, features=0), np.array([0, 1]), CONFIG_AUTO, progress=False
+    )
+
+
+def changes(audit: Audit) -> Curation:
+    plain = Curation(audit.fingerprint, tuple(("",) * size for size in audit.num_groups))
+    return plain.with_name(0, 1, "on land").without_images([0, 1, 290, 599]).with_cuts(1, [1.0])
+
+
+def same(one: Audit, other: Audit) -> bool:
+    return (
+        one.fingerprint == other.fingerprint
+        and one.prompts == other.prompts
+        and one.group_names == other.group_names
+        and one.curation == other.curation
+        and torch.equal(one.scores, other.scores)
+    )
+
+
+def test_people_s_changes_are_in_the_audit_that_is_loaded(found, tmp_path):
+    changes(found).save(found.save(tmp_path))
+    loaded = Audit.load(tmp_path)
+    assert loaded.kept.sum() == 596
+    assert not loaded.kept[[0, 1, 290, 599]].any()
+    assert (loaded.prompts[0].num_images, loaded.prompts[0].shares) == (297, [0.936, 0.064])  # 278 and 19 of 297
+    high, above = int((found.scores[300:599] >= 1.0).sum()), int(found.group_weights[0][590].argmax())
+    assert loaded.prompts[1].shares[above] == round(high / 299, 4)
+    assert loaded.prompts[1].shares[1 - above] == round(1 - high / 299, 4)
+    assert loaded.group_names == (("", "on land"),)
+    assert loaded.fingerprint != found.fingerprint
+    assert same(Audit.load(tmp_path, curated=False), found)
+
+
+def test_an_image_left_out_is_in_no_rare_group(found):
+    assert torch.equal(found.in_rare_group, torch.arange(600) % 300 >= 280)
+    less = found.with_curation(Curation().without_images([285, 3]))
+    assert less.in_rare_group.sum() == 39
+    assert not less.in_rare_group[285]
+    # Column 0 is the first maximum of a row of zeros.
+    swapped = replace(found, group_weights=(found.group_weights[0].flip(1),))
+    swapped = replace(swapped, prompts=[replace(p, shares=p.shares[::-1]) for p in found.prompts])
+    less = swapped.with_curation(Curation().without_images([285, 3]))
+    assert less.in_rare_group.sum() == 39
+    assert not less.in_rare_group[3]
+
+
+def test_images_of_a_prompt_in_one_group_are_not_rare(found):
+    whole = found.with_curation(Curation(cuts={0: (99.0,)}))
+    assert whole.prompts[0].shares == [1.0, 0.0]
+    assert torch.equal(whole.in_rare_group, torch.arange(600) >= 580)
+
+
+def test_an_audit_that_people_changed_is_saved_with_what_it_was(found, tmp_path):
+    changes(found).save(found.save(tmp_path / "a"))
+    loaded = Audit.load(tmp_path / "a")
+    again = Audit.load(replace(loaded, settings={"seed": 1}).save(tmp_path / "b"))
+    assert same(again, loaded)
+    assert same(Audit.load(tmp_path / "b", curated=False), found)
+    assert again.settings == {"seed": 1}
+    assert same(Audit.load(again.save(tmp_path / "b")), loaded)
+    assert same(again.with_curation(Curation()), found)
+    assert [path.name for path in (tmp_path / "b").iterdir() if "curation" in path.name] == [CURATION]
+
+
+def test_the_same_audit_leaves_people_s_changes_and_another_puts_them_aside(found, tmp_path):
+    changes(found).save(found.save(tmp_path))
+    text = (tmp_path / CURATION).read_text()
+    found.save(tmp_path)
+    assert (tmp_path / CURATION).read_text() == text
+    other = replace(found, group_weights=(found.group_weights[0].flip(0),))
+    assert same(Audit.load(other.save(tmp_path)), other)
+    assert (tmp_path / f"curation-{found.fingerprint}.json").read_text() == text
+    assert not (tmp_path / CURATION).exists()
+
+
+def test_changes_that_give_way_to_others_are_put_aside(found, tmp_path):
+    changes(found).save(found.save(tmp_path))
+    text = (tmp_path / CURATION).read_text()
+    other = found.with_curation(Curation().without_images([7]))
+    assert same(Audit.load(other.save(tmp_path)), other)
+    assert (tmp_path / f"curation-{found.fingerprint}.json").read_text() == text
+
+
+def test_groups_replaced_after_people_s_changes_are_saved_as_they_are(found, tmp_path):
+    named = found.with_curation(changes(found))
+    replaced = replace(named, group_weights=(found.group_weights[0].flip(0),))
+    loaded = Audit.load(replaced.save(tmp_path))
+    assert loaded.fingerprint == replaced.fingerprint
+    assert loaded.curation.left_out == ()
+    assert loaded.group_names == (("", "on land"),)
+
+
+def test_a_damaged_file_of_changes_stops_an_audit_from_being_loaded(found, tmp_path):
+    (found.save(tmp_path) / CURATION).write_text("[]")
+    with pytest.raises(AuditError, match="people's changes"):
+        Audit.load(tmp_path)
+    assert same(Audit.load(tmp_path, curated=False), found)
 
 
 def test_an_audit_of_other_images_is_refused():

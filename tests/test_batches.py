@@ -57,6 +57,22 @@ def test_each_factor_is_balanced_when_there_are_two():
         assert share > 0.25 > natural
 
 
+def test_an_image_left_out_is_as_if_it_were_not_there():
+    """The last image of a prompt and a whole prompt among them, in two factors, one of which says nothing."""
+    prompts = torch.arange(60) // 20
+    first, second = hard((torch.arange(60) % 7 == 0).long(), 2), torch.full((60, 3), 1 / 3)
+    out = torch.zeros(60, dtype=torch.bool)
+    out[[0, 3, 19, 21, 39, *range(40, 60)]] = True
+    kept = torch.nonzero(~out)[:, 0]
+    alone = GroupBalancedSampler(prompts[kept], [first[kept], second[kept]])
+    first[out], second[out] = 0.0, 0.0
+    rows, environments = GroupBalancedSampler(prompts, [first, second]).draw(10_000, rng())
+    assert not out[rows].any()
+    expected_rows, expected_environments = alone.draw(10_000, rng())
+    assert torch.equal(rows, kept[expected_rows])
+    assert torch.equal(environments, expected_environments)
+
+
 def test_draws_depend_on_the_generator_only():
     sampler = GroupBalancedSampler(torch.zeros(50, dtype=torch.long), [torch.full((50, 2), 0.5)])
     assert all(torch.equal(a, b) for a, b in zip(sampler.draw(32, rng()), sampler.draw(32, rng()), strict=True))

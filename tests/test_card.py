@@ -21,6 +21,7 @@ from invdiff.errors import ConfigError, DataError, ModelError
 from invdiff.evaluation.results import AnnotatorRecord, Results
 from invdiff.files import weights_digest
 from invdiff.groups.audit import audit
+from invdiff.groups.curation import Curation
 from invdiff.groups.result import Audit, PromptAudit
 from invdiff.guidance.attach import mix_for
 from invdiff.guidance.card import escape, render_card
@@ -119,6 +120,49 @@ def make_record(*prompts, **changes):
 def card_of(record, **config):
     settings = {"num_groups": [2], "mode": "balanced", "base_model": "org/name", "prompt_dim": 16}
     return render_card({**settings, **config, "record": record}, num_parameters=1, source="org/module")
+
+
+def curated_audits(*names):
+    """Audits of four images under two prompts, one image left out and the cuts of one prompt moved."""
+    prompts = [make_prompt("a bird", num_images=2), make_prompt("a fish", num_images=2)]
+    ids, scores = torch.tensor([0, 0, 1, 1]), torch.tensor([0.0, 1.0, 0.0, 1.0])
+    plain = Audit((torch.eye(2)[[0, 1, 0, 1]],), scores, ids, prompts, list("abcd"), 0.0, {})
+    found = plain.with_curation(Curation(names=(names,), left_out=(0,), cuts={1: (0.5,)}))
+    return found, found
+
+
+def test_the_card_says_what_people_changed():
+    record = make_record(audits=curated_audits("on land", ""))
+    assert record["group_names"] == [["on land", ""]]
+    assert record["changed_by_people"] == {"left_out": 1, "cuts_moved": 1}
+    card = card_of(json.loads(json.dumps(record)))
+    text = html.unescape(card)
+    assert "people's words for what they saw in its pictures: group 0 is “on land”." in text
+    assert "images left out: 1, prompts whose cuts between groups were moved by hand: 1." in text
+    assert "numbers, not names" not in text
+
+
+def test_the_card_says_nothing_of_people_where_they_changed_nothing():
+    text = card_of(make_record(make_prompt("a bird")))
+    assert "Groups have numbers, not names" in text
+    assert "People changed" not in text
+
+
+@pytest.mark.parametrize(
+    ("names", "changed"),
+    [
+        (7, 7),
+        ({"a": 1}, [1]),
+        ([["<script>alert(1)</script>", "](x) | `*"], "abc", [3, None]], {"left_out": "<b>", "cuts_moved": 10**400}),
+        ([["x" * 10_000]] * 1000, {"left_out": True, "cuts_moved": -3}),
+    ],
+)
+def test_what_a_record_says_of_people_is_not_trusted(names, changed):
+    record = {**make_record(make_prompt("a bird")), "group_names": names, "changed_by_people": changed}
+    card = card_of(record)
+    assert "People changed" not in card
+    assert not re.search("<(?!/?(?:h[12]|p|pre|code|table|thead|tbody|tr|t[hd]|ul|li|a|strong)\\b)", rendered(card))
+    assert len(card) < 20_000
 
 
 def test_training_writes_what_it_knows(trained):

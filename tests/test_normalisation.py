@@ -38,6 +38,15 @@ def test_typical_losses_are_interpolated_in_the_logarithm(data):
     assert torch.allclose(typical, torch.exp(torch.arange(1000) / 200.0), rtol=1e-3)
 
 
+def test_typical_losses_are_of_the_images_given(tiny_pipe, data, monkeypatch):
+    asked = []
+    read = type(data.latents).__getitem__
+    monkeypatch.setattr(type(data.latents), "__getitem__", lambda self, rows: asked.append(rows) or read(self, rows))
+    with FrozenDenoiser(tiny_pipe) as frozen:
+        typical_losses(frozen, data, images=torch.tensor([2, 5, 11]), batch_size=64, seed=0)
+    assert set(torch.cat(asked).tolist()) == {2, 5, 11}
+
+
 def test_typical_losses_repeat(tiny_pipe, data):
     with FrozenDenoiser(tiny_pipe) as frozen:
         first, second, other = (typical_losses(frozen, data, batch_size=64, seed=seed) for seed in (0, 0, 1))

@@ -11,6 +11,7 @@ from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import as_encoded
 from invdiff.denoiser import denoiser_fingerprint
 from invdiff.errors import AuditError, ConfigError, TrainingError
+from invdiff.groups.curation import Curation
 from invdiff.groups.result import Audit, PromptAudit
 from invdiff.training import normalisation
 from invdiff.training import train as train_module
@@ -301,11 +302,13 @@ def test_a_second_round_audits_the_guided_model_with_the_settings_of_the_first(
     tiny_pipe, data, found, tmp_path, monkeypatch
 ):
     found = replace(found, settings={**found.settings, "solver": "exact", "min_images": 4, "vision_encoder": "clip"})
+    found.settings.update(words_model="clip", words=["sea"])
     calls = audits_in_turn(monkeypatch, found)
     run(tiny_pipe, data, found, tmp_path / "m", rounds=2)
     (call,) = calls
     config = call["config"]
     assert (config.solver, config.min_images, config.num_groups, config.vision_encoder) == ("exact", 4, 2, "")
+    assert (config.words_model, config.words) == ("", ())
     assert type(call["denoiser"]).__name__ == "GuidedDenoiser"
     assert [(row["round"], row["step"]) for row in log(tmp_path / "m")] == [(0, 4), (1, 4)]
     assert json.loads((tmp_path / "m" / "train.json").read_text())["rounds"] == 2
@@ -352,6 +355,36 @@ def test_a_prompt_that_is_balanced_by_now_keeps_its_groups():
     before = make_audit(["a", "b", "c", "d"], [0, 1, 0, 1], prompt_ids=[0, 0, 1, 1])
     now = make_audit(["a", "b", "c", "d"], [0, 1, 0, 0], prompt_ids=[0, 0, 1, 1], found=[False, True])
     assert torch.equal(carry_over(before, now).group_weights[0], hard([0, 1, 0, 0]))
+
+
+def test_images_left_out_and_names_last_through_the_rounds():
+    before = make_audit(["a", "b", "c", "d"], [0, 0, 1, 1], prompt_ids=[0, 0, 1, 1])
+    before = before.with_curation(Curation().without_images([1, 2]))
+    before = replace(before, group_names=(("land", "water"),))
+    now = make_audit(["a", "b", "c", "d"], [1, 1, 0, 0], prompt_ids=[0, 0, 1, 1], found=[True, False])
+    merged = carry_over(before, now)
+    assert torch.equal(merged.kept, torch.tensor([True, False, False, True]))
+    assert torch.equal(merged.group_weights[0][[0, 3]], hard([0, 1]))
+    assert merged.group_names == (("land", "water"),)
+
+
+def test_an_image_left_out_is_never_read(tiny_pipe, data, found, tmp_path, monkeypatch):
+    audits_in_turn(monkeypatch, found)
+    asked = []
+    read = type(data.latents).__getitem__
+    monkeypatch.setattr(type(data.latents), "__getitem__", lambda self, rows: asked.append(rows) or read(self, rows))
+    less = found.with_curation(Curation().without_images([0, 11]))
+    run(tiny_pipe, data, less, tmp_path / "m", rounds=2, steps=40)
+    seen = set(torch.cat(asked).tolist())
+    assert seen == set(range(12)) - {0, 11}
+
+
+def test_an_audit_that_people_changed_is_another_audit(tiny_pipe, data, found, tmp_path):
+    run(tiny_pipe, data, found, tmp_path / "m")
+    with pytest.raises(ConfigError, match="got others: audit was"):
+        run(tiny_pipe, data, found.with_curation(Curation().without_images([0])), tmp_path / "m")
+    names = Curation(names=(("", ""),)).with_name(0, 0, "land")
+    run(tiny_pipe, data, found.with_curation(names), tmp_path / "m")  # names change nothing that is trained
 
 
 def test_further_factors_are_kept_in_the_next_round():

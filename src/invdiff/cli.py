@@ -6,6 +6,7 @@ Whatever imports torch is imported inside the commands, so that `--help` answers
 from __future__ import annotations
 
 import os
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,8 +34,8 @@ from .cli_options import (
     dtype_flag,
     environments_from,
     flags,
+    lines_in,
     option,
-    prompts_in,
     setting,
     settings,
 )
@@ -46,10 +47,12 @@ from .cli_output import (
     print_audit,
     print_results,
     say,
+    say_curation,
     silence_libraries,
 )
 from .cli_prepare import app as prepare_app
 from .cli_report import app as report_app
+from .cli_ui import app as ui_app
 from .config import AuditConfig, DemoConfig, GenerateConfig, TrainConfig
 from .errors import ConfigError
 
@@ -133,7 +136,8 @@ def demo(
 
     print_results(run_demo(output, config=chosen, progress=not quiet))
     finish(
-        f"The report is {output / 'report.html'}; its pictures and figures are in {output}.",
+        f"The report is {output / 'report.html'}; its pictures and figures are in {output}. "
+        f"To play with it: {shlex.join(['invdiff', 'ui', str(output)])}.",
         ["invdiff", "audit", "MODEL", "DATA", "--output", str(output.parent / "audit")],
         hint=" (with your own model and images)",
     )
@@ -149,6 +153,10 @@ def audit(
     num_groups: Annotated[int | None, setting(AuditConfig, "num_groups", min=0)] = None,
     contrast_draws: Annotated[int | None, setting(AuditConfig, "contrast_draws", min=1)] = None,
     vision_encoder: Annotated[str | None, setting(AuditConfig, "vision_encoder")] = None,
+    words_model: Annotated[str | None, setting(AuditConfig, "words_model")] = None,
+    words: Annotated[
+        Path | None, option("One a line: words for the words model to choose from, beside its own.", metavar="FILE")
+    ] = None,
     min_images: Annotated[int | None, setting(AuditConfig, "min_images", min=1)] = None,
     resolution: Annotated[int | None, setting(AuditConfig, "resolution", min=0)] = None,
     batch_size: Annotated[int | None, setting(AuditConfig, "batch_size", min=1)] = None,
@@ -169,17 +177,20 @@ def audit(
         "num_groups": num_groups,
         "contrast_draws": contrast_draws,
         "vision_encoder": vision_encoder,
+        "words_model": words_model,
         "min_images": min_images,
         "resolution": resolution,
         "batch_size": batch_size,
         "seed": seed,
     }
-    chosen = settings(AuditConfig, config, **options)
+    further_words = None if words is None else tuple(lines_in(words, "word"))
+    chosen = settings(AuditConfig, config, **options, words=further_words)
     source = DataSource(data, caption_column, image_column, split, limit, max_unreadable, no_captions)
     say("loading images and model", quiet=quiet)
     images = source.load()
     silence_libraries()
     from .groups.audit import audit as run_audit
+    from .groups.curation import CURATION
     from .pipelines import dtype_named, load_pipeline
     from .report.audit_pictures import save_audit_pictures
 
@@ -188,6 +199,11 @@ def audit(
     )
     if not is_first_process():
         return
+    aside = found.put_aside(output)
+    if aside:
+        say(f"people's changes to another audit were put aside, in {aside}", quiet=quiet)
+    elif (output / CURATION).is_file():
+        say(f"people's changes in {output / CURATION} are kept; the table shows the audit before them", quiet=quiet)
     found.save(output)
     save_audit_pictures(output, images)
     print_audit(found)
@@ -211,7 +227,7 @@ def audit(
     again = ["invdiff", "audit", model, data, "--output", str(output)]
     finish(
         result,
-        [*again, *flags(config=config, **{**options, **further}), *shared],
+        [*again, *flags(config=config, **{**options, **further}, words=words), *shared],
         hint=" (to split regardless)" if chosen.vision_encoder else " (to look with further eyes)",
     )
 
@@ -265,6 +281,7 @@ def train(
     from .training.train import train as run_train
 
     found = Audit.load(audit_dir)
+    say_curation(found, quiet=quiet)
     found.check_found()
     images = source.load()
     pipe = load_pipeline(model, dtype=dtype_named(dtype))
@@ -330,7 +347,7 @@ def generate(
         batch_size=batch_size,
         seed=seed,
     )
-    wanted = [*(prompts or []), *(prompts_in(prompts_file) if prompts_file else [])]
+    wanted = [*(prompts or []), *(lines_in(prompts_file) if prompts_file else [])]
     mix = environments_from(environments)
     say("loading the model", quiet=quiet)
     silence_libraries()
@@ -376,4 +393,5 @@ def generate(
 
 app.add_typer(measure_app)
 app.add_typer(report_app)
+app.add_typer(ui_app)
 app.add_typer(prepare_app)

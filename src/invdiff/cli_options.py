@@ -264,8 +264,8 @@ def subjects_from(arguments: Sequence[str]) -> dict[str, str]:
     return subjects
 
 
-def prompts_in(file: Path) -> list[str]:
-    """Return the lines of a text file that are not empty.
+def lines_in(file: Path, what: str = "prompt") -> list[str]:
+    """Return the lines of a text file that are not empty, each one `what`.
 
     Raises:
         ConfigError: It cannot be read.
@@ -273,5 +273,5 @@ def prompts_in(file: Path) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Expected a UTF-8 text file with one prompt per line at {file}: {error}.") from error
+        raise ConfigError(f"Expected a UTF-8 text file with one {what} per line at {file}: {error}.") from error
     return [line.strip() for line in lines if line.strip()]

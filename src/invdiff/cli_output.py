@@ -15,11 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import ConfigError, InvDiffError
+from .text import one_line
 
 if TYPE_CHECKING:
     from .evaluation.augmentation_results import AugmentationResults
     from .evaluation.results import Results
     from .groups.result import Audit
+    from .groups.words import AuditWords
 
 INTERRUPTED = 130
 """The shell's exit code for a program stopped by Ctrl-C."""
@@ -98,7 +100,31 @@ def print_audit(audit: Audit) -> None:
             Text(entry.reason),
             *figures,
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if audit.words is not None:
+        _print_words(console, audit.words)
+
+
+def _print_words(console: Console, words: AuditWords) -> None:
+    """Print what tells each group apart: over all prompts, where there are several."""
+    everywhere = [entry for entry in words.groups if entry.prompt is None]
+    where = "over all prompts" if everywhere else "under the prompt"
+    title = f"Words that tell groups apart {where}, of {words.vocabulary}: {one_line(words.model, 80)}'s opinion"
+    console.print(Text(title), soft_wrap=True)
+    for entry in everywhere or words.groups:
+        factor = f"factor {entry.factor}, " if entry.factor else ""
+        console.print(Text(f"  {factor}group {entry.group}: {entry.line}"), soft_wrap=True)
+
+
+def say_curation(audit: Audit, *, quiet: bool) -> None:
+    """Tell what people changed about an audit, where they changed what is trained on; on standard error."""
+    left_out = len(audit.curation.left_out)
+    if left_out:
+        say(f"images left out by people: {left_out:,} of {len(audit.names):,}", quiet=quiet)
+    for index, cuts in audit.curation.cuts.items():
+        scores = ", ".join(f"{cut:g}" for cut in cuts)
+        say(f"cuts moved by people: {one_line(audit.prompts[index].prompt, 80)!r} at {scores}", quiet=quiet)
 
 
 def print_results(results: Results) -> None:

@@ -62,7 +62,7 @@ def report(
 ) -> None:
     """Write what was found, changed and measured as one HTML file to read and forward, and as Markdown."""
     one_process("report")
-    from .report.save import TITLE, save_report
+    from .report.save import TITLE, write_report
     from .report.sources import Parts, find_parts
 
     if run is None and audit is None and results is None:
@@ -77,6 +77,7 @@ def report(
         "images": _named(images or ()),
         "module": module,
         "data": source.load() if data else None,
+        "data_words": [data, *source.flags()] if data else [],
     }
     parts = replace(parts, **{name: part for name, part in given.items() if part})
     if parts.audit is None and parts.results is None:
@@ -84,15 +85,7 @@ def report(
             f"Expected audit/ or results.json in {run}, found neither. Give a folder that `invdiff demo` wrote, or "
             "name the parts with --audit and --results."
         )
-    written = save_report(
-        output,
-        audit=parts.audit,
-        data=parts.data,
-        results=parts.results,
-        images=parts.images,
-        module=parts.module,
-        title=title or TITLE,
-    )
+    written = write_report(output, parts, title=title or TITLE)
     finish(f"The report is {written}, and as Markdown {written.with_suffix('.md')}.")
 
 

@@ -314,6 +314,10 @@ class AuditConfig(Config):
     """`auto`: further captions whose losses are compared with the caption's own, at the same noise."""
     vision_encoder: str = ""
     """`auto`: a transformers vision model (CLIP, DINOv2), by folder or hub id, whose features are weighed too."""
+    words_model: str = ""
+    """A CLIP model, by folder or hub id, that says in words what tells the groups apart once they are found."""
+    words: tuple[str, ...] = ()
+    """Words for it to choose from, beside those of the captions and a list of common ones."""
     caption_threshold: float = 0.05
     """Captions are one prompt where swapping them moves the model's prediction by less than this share of its own
     squared error."""
@@ -344,6 +348,11 @@ class AuditConfig(Config):
             self.require(name, getattr(self, name) >= 1, "at least 1")
         self.require("omega", self.omega >= 0, "at least 0")
         self.require("feature_log_snr", len(self.feature_log_snr) >= 2, "at least two levels")
+        expected = "nothing without words_model, the CLIP model that chooses from them"
+        self.require("words", bool(self.words_model or not self.words), expected)
+        unfit = [word for word in self.words if not word.strip() or len(word) > 60]
+        if unfit:
+            raise ConfigError(f"AuditConfig.words: expected words of 1 to 60 characters, got {unfit[0][:80]!r}.")
         if self.solver == "auto":
             self.require("contrast_draws", self.contrast_draws >= 2, "at least 2 for solver auto")
         else:

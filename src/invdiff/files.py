@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -41,6 +42,33 @@ def atomic_path(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `folder` that becomes it on success and vanishes on any failure.
+
+    Where another process has made `folder` meanwhile, that one stays.
+
+    Raises:
+        DataError: The disk is full or the place cannot be written.
+    """
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.replace(folder)
+    except OSError as error:
+        if folder.is_dir():  # made by another process in the meantime
+            return
+        raise DataError(
+            f"Could not write {folder}: {error.strerror or error}. Free some space or choose another folder."
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -104,6 +132,17 @@ def save_image(path: Path, save: Callable[[Path], object]) -> None:
     """Let `save` (for example `figure.savefig`) write a picture, atomically."""
     with atomic_path(path) as temporary:
         save(temporary)
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a file truly lies in a folder, links followed, so that what the folder's owner names stays in it.
+
+    A snapshot in the hub's cache consists of links to blobs beside it: these count as inside.
+    """
+    real, home = (Path(os.path.realpath(place)) for place in (path, folder))
+    snapshots = next((place for place in home.parents if place.name == "snapshots"), None)
+    homes = [home] if snapshots is None else [home, snapshots.parent / "blobs"]
+    return any(real.is_relative_to(place) for place in homes)
 
 
 def fingerprint(*parts: str | bytes) -> str:

@@ -1,4 +1,4 @@
-"""Features of images from any pretrained `transformers` vision model (CLIP, DINOv2, ...)."""
+"""Features of images from any pretrained `transformers` vision model (CLIP, DINOv2, ...), and of texts from CLIP."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
 from .errors import DataError, ModelError
+from .files import weights_digest
 from .pipelines import default_device, public_name
 
 BATCH_SIZE = 32
@@ -44,8 +45,9 @@ class VisionEncoder:
             processor = AutoImageProcessor.from_pretrained(source)
             model, found = AutoModel.from_pretrained(source, output_loading_info=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ModelError(f"Expected a vision encoder at {source}, could not load it: {reason}") from error
+            raise ModelError(
+                f"Expected a vision encoder at {source}, could not load it: {first_line(error)}"
+            ) from error
         if found["missing_keys"]:  # they would be random, and other ones in the next run
             raise ModelError(
                 f"Expected all weights of the vision encoder at {source}, found none of "
@@ -74,6 +76,82 @@ class VisionEncoder:
         else:
             output = self.model(pixel_values=pixel_values)
         return np.asarray(pooled(output).float().cpu().numpy(), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class ClipEncoder(VisionEncoder):
+    """Both towers of a CLIP model: images and texts become vectors of one space."""
+
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, name_or_folder: str | Path) -> ClipEncoder:
+        """Load a whole CLIP model onto `default_device()`.
+
+        Args:
+            name_or_folder: A folder or a hub id of a `CLIPModel` with its tokenizer and image processor.
+
+        Raises:
+            ModelError: There is no CLIP model with both towers, or it lacks weights or its tokenizer.
+        """
+        vision = VisionEncoder.load(name_or_folder)
+        if not isinstance(vision.model, CLIPModel):
+            raise ModelError(
+                f"Expected a CLIP model with both towers at {name_or_folder}, got a {type(vision.model).__name__}. "
+                "Give a folder or hub id such as openai/clip-vit-base-patch32."
+            )
+        return cls(vision.name, vision.model, vision.processor, load_tokenizer(str(name_or_folder)))
+
+    def weights_digest(self) -> str:
+        """Return 16 hex digits that name the weights of both towers."""
+        return weights_digest(self.model)
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return the projected features of texts, (N, D), not normalised; each distinct text is computed once.
+
+        CLIP reads 77 tokens: what goes beyond is not seen.
+
+        Raises:
+            DataError: There is no text.
+        """
+        if isinstance(texts, str) or not texts:
+            raise DataError(f"Expected a list of at least one prompt, got {texts!r}.")
+        distinct = list(dict.fromkeys(texts))
+        features = []
+        for start in range(0, len(distinct), BATCH_SIZE):
+            tokens = self.tokenizer(
+                distinct[start : start + BATCH_SIZE],
+                padding=True,
+                truncation=True,
+                max_length=self.model.config.text_config.max_position_embeddings,
+                return_tensors="pt",
+            ).to(self.model.device)
+            output = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+            features.append(pooled(output).float().cpu().numpy())
+        position = {text: index for index, text in enumerate(distinct)}
+        return np.asarray(np.concatenate(features)[[position[text] for text in texts]], dtype=np.float32)
+
+
+def load_tokenizer(name_or_folder: str) -> Any:
+    """Return what turns a model's prompts into tokens.
+
+    Raises:
+        ModelError: There is none, or one that knows no word: every prompt would be the same to the model.
+    """
+    expected, remedy = f"Expected a tokenizer at {name_or_folder}", "Save the model's own beside it."
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{expected}, could not load it: {first_line(error)} {remedy}") from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers 5 makes up for absent files with this
+        raise ModelError(f"{expected}, found one that knows no word: its files are absent or empty. {remedy}")
+    return tokenizer
+
+
+def first_line(error: Exception) -> str:
+    """Return what a library's error says first; the rest is advice on its own use."""
+    return str(error).strip().split("\n")[0]
 
 
 def pooled(output: Any) -> torch.Tensor:

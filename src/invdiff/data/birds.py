@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from .birds_drawing import BACKGROUNDS, SUBJECTS, Scene, render, sample_scene
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from .captioned import CaptionedImages
 
 __all__ = [
     "BACKGROUNDS",
@@ -152,6 +155,19 @@ class BirdsWorld:
         """Return the caption of every image, in order."""
         return [self.metadata(index)["text"] for index in range(len(self))]
 
+    def captioned(self) -> CaptionedImages:
+        """Return the set as `load_captioned_images` would read what `write` writes; pictures are drawn when read."""
+        from .captioned import CaptionedImages  # imports torch's data sets, which drawing does without
+
+        rows = [self.metadata(index) for index in range(len(self))]
+        return CaptionedImages(
+            captions=[row["text"] for row in rows],
+            names=[_file_name(index, "png") for index in range(len(self))],
+            attributes={name: [row[name] for row in rows] for name in ATTRIBUTES},
+            max_unreadable=0.0,
+            _cells=_Pictures(self),
+        )
+
     def write(self, folder: str | Path, *, progress: bool = False, format: str = "png") -> Path:
         """Write an imagefolder: `images/00000.png` and so on, then `metadata.csv`.
 
@@ -181,7 +197,7 @@ class BirdsWorld:
         writer.writeheader()
         with progress_bar("drawing birds", len(self), enabled=progress) as bar:
             for index in range(len(self)):
-                name = f"images/{index:05d}.{format}"
+                name = _file_name(index, format)
                 metadata, scene = self._row(index)
                 writer.writerow({"file_name": name, **metadata})
                 if not (folder / name).exists():
@@ -231,6 +247,25 @@ class BirdsWorld:
             raise DataError(f"Expected a new or empty folder at {folder}, found files. Choose another folder.")
         else:
             write_json(record, settings)
+
+
+class _Pictures(Sequence[bytes]):
+    """The PNG of every row, drawn when it is asked for."""
+
+    def __init__(self, world: BirdsWorld) -> None:
+        self.world = world
+
+    def __len__(self) -> int:
+        return len(self.world)
+
+    def __getitem__(self, index: Any) -> Any:
+        stream = io.BytesIO()
+        self.world.row(index)["image"].save(stream, "PNG")
+        return stream.getvalue()
+
+
+def _file_name(index: int, format: str) -> str:
+    return f"images/{index:05d}.{format}"
 
 
 def _caption(subject: str, background: str, kind: float, wording: float, template: float) -> tuple[str, bool]:

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import DataError
-from .sources import Source, columns_of, find_column, listed
+from ..files import is_inside
+from .sources import Source, columns_of, find_column, folder_of, listed
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 
@@ -60,6 +61,8 @@ class CaptionedImages:
     max_unreadable: float
     """The share of images, from 0 to 1, that may turn out to be unreadable before work stops."""
     _cells: Sequence[Any] = field(repr=False)
+    folder: Path | None = None
+    """Where the images' files belong: the folder opened, or the cache of the hub; None where none is known."""
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -76,6 +79,15 @@ class CaptionedImages:
         except OSError as error:
             raise UnreadableImage(name, _reason(error)) from error
         return decode_image(data, name)
+
+    def is_own(self, index: int) -> bool:
+        """Whether an image is part of the data itself: held by it, or a file that truly lies in its folder.
+
+        Data may name files elsewhere, by links or by the paths in parquet files. They are good to train on; but what
+        is passed on to others, such as a report, should not show a file that only a name brought in.
+        """
+        cell = self._cells[index]
+        return not isinstance(cell, Path) or (self.folder is not None and is_inside(cell, self.folder))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -101,6 +113,7 @@ class CaptionedImages:
             attributes={name: [values[row] for row in rows] for name, values in self.attributes.items()},
             max_unreadable=self.max_unreadable,
             _cells=_Selection(self._cells, rows),
+            folder=self.folder,
         )
 
 
@@ -145,8 +158,9 @@ def load_captioned_images(
         )
     where = "the dataset" if isinstance(source, datasets.Dataset | datasets.DatasetDict) else str(source)
     cells, names, others = columns_of(source, image_column, split, limit, metadata=captions)
+    folder = folder_of(source)
     if not captions:
-        return CaptionedImages([""] * len(names), names, others, max_unreadable, cells)
+        return CaptionedImages([""] * len(names), names, others, max_unreadable, cells, folder)
     caption_name = find_column(caption_column, CAPTION_COLUMNS, list(others), "caption_column", where)
     texts = others.pop(caption_name)
     if not texts:
@@ -157,7 +171,7 @@ def load_captioned_images(
             f"Expected a caption for every image in {where}, found none in column {caption_name!r} for "
             f"{len(empty)} of {len(names)}: {listed(empty)}. Write captions for them or remove their rows."
         )
-    return CaptionedImages(texts, names, others, max_unreadable, cells)
+    return CaptionedImages(texts, names, others, max_unreadable, cells, folder)
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:

@@ -47,6 +47,17 @@ def columns_of(
     return _columns_at(source, image_column, split, limit, metadata)
 
 
+def folder_of(source: Source) -> Path:
+    """Return where a source's files belong: its folder, or for a hub id or a dataset in memory the hub's cache."""
+    if isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return path
+        if path.is_file():
+            return path.parent
+    return Path(datasets.config.HF_CACHE_HOME)
+
+
 class _DatasetCells(Sequence[Any]):
     """The image column of a dataset, one cell at a time; paths are resolved against `root`."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +14,11 @@ from ..errors import EvaluationError
 
 CANNOT_TELL = "cannot tell"
 """The label of an image that an annotator is not confident about."""
+
+
+def label_of(value: Any) -> str:
+    """Return a cell's class name, "" where the cell is empty, None or NaN."""
+    return "" if value is None or value != value else str(value)  # NaN differs from itself
 
 
 @dataclass(frozen=True)

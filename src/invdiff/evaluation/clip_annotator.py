@@ -16,10 +16,10 @@ from transformers import CLIPModel
 
 from ..errors import ConfigError
 from ..files import weights_digest
-from ..vision import pooled
+from ..vision import load_tokenizer, pooled
 from .annotations import CANNOT_TELL, Annotations, reserved_class
 from .heldout import Measurable
-from .transformers_models import last_part, load_image_processor, load_model, load_tokenizer, pixel_batches
+from .transformers_models import last_part, load_image_processor, load_model, pixel_batches
 
 ClassPrompts = Mapping[str, Mapping[str, str | Sequence[str]]]
 """Attribute name to class name to one or several prompts that describe the class."""

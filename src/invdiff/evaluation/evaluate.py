@@ -16,7 +16,7 @@ from .describe import Described, Judge, describe_rows
 from .extractors import CLIPScorer, FeatureExtractor
 from .fairness import correct_for_annotator
 from .given_labels import GivenLabels
-from .manifest import Folders, Row, common_prompts, read_model, resolve_folders, scale_keys
+from .manifest import Folders, Row, common_prompts, module_scale, read_model, resolve_folders, scale_keys
 from .measure import measure, preserve
 from .quality import lpips_network
 from .quality_figures import common_group_size
@@ -147,6 +147,9 @@ def evaluate(
         baseline=baseline,
         confidence=confidence,
         reference_images=0 if reference is None else len(reference),
+        module_scales={
+            model: scale for model, rows in rows_by_model.items() if (scale := module_scale(rows)) is not None
+        },
         notes=(*warnings, *_notes(models, annotator, question, prompts, reference, baseline)),
     )
 

@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import CLIPModel
 
-from ..errors import EvaluationError, ModelError
+from ..errors import EvaluationError
 from ..pipelines import default_device
-from ..vision import BATCH_SIZE, VisionEncoder, pooled
-from .transformers_models import load_tokenizer
+from ..vision import BATCH_SIZE, ClipEncoder, VisionEncoder
 
 FloatArray = NDArray[np.float32]
 
@@ -133,27 +131,16 @@ def load_extractor(spec: str) -> FeatureExtractor:
 class CLIPScorer:
     """Both towers of a CLIP model: features of images and of prompts, for `clip_t`. Itself an extractor."""
 
-    encoder: VisionEncoder
-    tokenizer: Any
+    encoder: ClipEncoder
 
     @classmethod
     def load(cls, name_or_folder: str | Path) -> CLIPScorer:
         """Load a whole CLIP model from a folder or hub id.
 
         Raises:
-            ModelError: There is no vision encoder there.
-            EvaluationError: It is not a whole CLIP model, or has no tokenizer.
+            ModelError: It is not a whole CLIP model, or has no tokenizer.
         """
-        encoder = VisionEncoder.load(name_or_folder)
-        if not isinstance(encoder.model, CLIPModel):
-            raise EvaluationError(
-                f"Expected a CLIP model with both towers at {name_or_folder}, got a {type(encoder.model).__name__}. "
-                "Give a folder or hub id such as openai/clip-vit-base-patch32."
-            )
-        try:
-            return cls(encoder, load_tokenizer(str(name_or_folder)))
-        except ModelError as error:
-            raise EvaluationError(str(error)) from error
+        return cls(ClipEncoder.load(name_or_folder))
 
     @property
     def name(self) -> str:
@@ -168,29 +155,12 @@ class CLIPScorer:
         """
         return self.encoder.encode(images)
 
-    @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> FloatArray:
         """Return the projected features of prompts, (N, D), not normalised; each distinct prompt is computed once.
 
         CLIP reads 77 tokens: what goes beyond is not seen.
 
         Raises:
-            EvaluationError: There is no prompt.
+            DataError: There is no prompt.
         """
-        if isinstance(prompts, str) or not prompts:
-            raise EvaluationError(f"Expected a list of at least one prompt, got {prompts!r}. Give one per image.")
-        model = self.encoder.model
-        distinct = list(dict.fromkeys(prompts))
-        features = []
-        for start in range(0, len(distinct), BATCH_SIZE):
-            tokens = self.tokenizer(
-                distinct[start : start + BATCH_SIZE],
-                padding=True,
-                truncation=True,
-                max_length=model.config.text_config.max_position_embeddings,
-                return_tensors="pt",
-            ).to(model.device)
-            output = model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-            features.append(pooled(output).float().cpu().numpy())
-        position = {prompt: index for index, prompt in enumerate(distinct)}
-        return np.asarray(np.concatenate(features)[[position[prompt] for prompt in prompts]], dtype=np.float32)
+        return self.encoder.encode_texts(prompts)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import EvaluationError
-from .annotations import CANNOT_TELL, Annotations, unknown_attribute
-from .labelled import MAX_CLASSES, label_of
+from .annotations import CANNOT_TELL, Annotations, label_of, unknown_attribute
+from .labelled import MAX_CLASSES
 
 
 class GivenLabels:

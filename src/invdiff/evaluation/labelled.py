@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from ..data.captioned import CAPTION_COLUMNS, CaptionedImages, UnreadableImage, 
 from ..data.sources import Source
 from ..errors import DataError
 from ..progress import progress_bar
+from .annotations import label_of
 
 MAX_CLASSES = 50
 FOLDER_ATTRIBUTE = "label"
@@ -60,11 +60,6 @@ def load_labelled_images(
         folders = [PurePosixPath(name).parent.name for name in images.names]
         attributes = {FOLDER_ATTRIBUTE: folders} if any(folders) else {}
     return dataclasses.replace(images, attributes=attributes)
-
-
-def label_of(value: Any) -> str:
-    """Return a cell's class name, "" where the cell is empty, None or NaN."""
-    return "" if value is None or value != value else str(value)  # NaN differs from itself
 
 
 def read_targets(

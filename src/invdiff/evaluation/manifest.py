@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EvaluationError
+from ..files import is_inside
 
 MANIFESTS = ("manifest.jsonl", "metadata.jsonl", "metadata.csv")
 """What may list a folder's images, in order of preference."""
@@ -87,11 +88,13 @@ def read_manifest(folder: Path) -> list[Row]:
     """Return the images that `folder` lists, in its order.
 
     The manifest is manifest.jsonl, metadata.jsonl or metadata.csv. Each row has `file_name` and `prompt` (or `text`
-    or `caption`), and may have `guidance_scale`, `seed` and `scale`; further columns may hold given labels.
+    or `caption`), and may have `guidance_scale`, `seed` and `scale`; further columns may hold given labels. Images
+    outside the folder are refused, links followed: a manifest that someone sent must not bring a private file into
+    figures and reports.
 
     Raises:
-        EvaluationError: There is no manifest, it is damaged, names absent images, an image twice, a prompt with one
-            image only, or images of several module scales; or a folder inside is empty.
+        EvaluationError: There is no manifest, it is damaged, names absent images, images outside the folder, an image
+            twice, a prompt with one image only, or images of several module scales; or a folder inside is empty.
     """
     manifest = _manifest_in(folder)
     if manifest is None:
@@ -135,6 +138,12 @@ def scale_keys(rows: Sequence[Row]) -> list[str]:
     return sorted({row.scale_key for row in rows}, key=lambda key: math.inf if key == UNSTATED else float(key))
 
 
+def module_scale(rows: Sequence[Row]) -> float | None:
+    """Return the strength of the guidance module of one model's images; None where not all manifests say it."""
+    scales = {row.scale for row in rows}
+    return scales.pop() if len(scales) == 1 else None
+
+
 def _manifest_in(folder: Path) -> Path | None:
     return next((folder / name for name in MANIFESTS if (folder / name).is_file()), None)
 
@@ -168,8 +177,14 @@ def _row(values: Any, folder: Path, where: str) -> Row:
             raise TypeError(f"the prompt is {prompt!r}")
         prompt.encode("utf-8")  # what cannot be written later is refused now
         seed = values.get("seed")
+        path = folder / values["file_name"]
+        if not is_inside(path, folder):
+            raise EvaluationError(
+                f"Expected images inside {folder}, found {values['file_name']!r} in {where}, which lies outside it. "
+                "Copy the image into the folder (no link) and give its path relative to it."
+            )
         return Row(
-            path=folder / values["file_name"],
+            path=path,
             prompt=prompt,
             guidance_scale=_number(values.get("guidance_scale")),
             scale=_number(values.get("scale")),
@@ -200,7 +215,7 @@ def _no_row(where: str, error: Exception) -> EvaluationError:
 
 def _check(rows: Sequence[Row], folder: Path, manifest: Path) -> None:
     _check_together(rows, str(manifest))
-    absent = [row.path for row in rows if not row.path.is_file()]
+    absent = [row.path for row in rows if not _is_file(row.path)]
     if absent:
         raise EvaluationError(
             f"Expected the {len(rows)} images that {manifest} names, found {len(absent)} absent, first "
@@ -219,6 +234,13 @@ def _check(rows: Sequence[Row], folder: Path, manifest: Path) -> None:
                 f"Expected at least 2 images per prompt in {folder}, found {fewest} of {prompt!r} at "
                 f"guidance scale {key}. Generate more."
             )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for the file system
+        return False
 
 
 def _check_together(rows: Sequence[Row], where: str) -> None:

@@ -167,6 +167,9 @@ class Results:
     """Nominal coverage of all intervals."""
     reference_images: int = 0
     """Real images that quality is measured against."""
+    module_scales: Mapping[str, float] = field(default_factory=dict)
+    """Model to Delta, the strength of its guidance module, 0 for a plain model; without those whose manifests do not
+    say."""
     notes: tuple[str, ...] = ()
     """What a reader should know before trusting the figures."""
 
@@ -179,6 +182,7 @@ class Results:
             "classes": {name: list(classes) for name, classes in self.classes.items()},
             "annotator": dataclasses.asdict(self.annotator),
             "target": dict(self.target),
+            "module_scales": dict(self.module_scales),
             "notes": list(self.notes),
             "models": self.models_to_dict(),
         }
@@ -214,7 +218,7 @@ class Results:
         """
         try:
             return cls.from_dict(read_json(Path(path)))
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise EvaluationError(
                 f"Expected the results of an evaluation in {path}, found something else ({error!r}). "
                 "Give a file that `invdiff evaluate` wrote, or evaluate again."
@@ -234,6 +238,8 @@ class Results:
             annotator=AnnotatorRecord(**values["annotator"]),
             target=values["target"],
             reference_images=values["reference_images"],
+            # Older files do not have it.
+            module_scales={model: float(scale) for model, scale in values.get("module_scales", {}).items()},
             notes=tuple(values["notes"]),
         )
 

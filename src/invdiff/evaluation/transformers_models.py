@@ -1,4 +1,4 @@
-"""Load models, image processors and tokenizers from `transformers`, whole or not at all."""
+"""Load models and image processors from `transformers`, whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor
 
 from ..errors import ModelError
 from ..pipelines import default_device, public_name
-from ..vision import BATCH_SIZE
+from ..vision import BATCH_SIZE, first_line
 
 
 def load_model(model_class: Any, name_or_folder: str, kind: str) -> Any:
@@ -31,7 +31,7 @@ def load_model(model_class: Any, name_or_folder: str, kind: str) -> Any:
         model, report = model_class.from_pretrained(name_or_folder, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
-            f"Expected {kind} at {name_or_folder}, could not load it: {_first_line(error)} "
+            f"Expected {kind} at {name_or_folder}, could not load it: {first_line(error)} "
             "Give a folder or a hub id of such a model."
         ) from error
     missing = sorted(report["missing_keys"])
@@ -53,25 +53,9 @@ def load_image_processor(name_or_folder: str) -> Any:
         return AutoImageProcessor.from_pretrained(name_or_folder)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"Expected an image processor at {name_or_folder}, could not load it: {_first_line(error)} "
+            f"Expected an image processor at {name_or_folder}, could not load it: {first_line(error)} "
             "Save the model's own processor beside it."
         ) from error
-
-
-def load_tokenizer(name_or_folder: str) -> Any:
-    """Return what turns a model's prompts into tokens.
-
-    Raises:
-        ModelError: There is none, or one that knows no word: every prompt would be the same to the model.
-    """
-    expected, remedy = f"Expected a tokenizer at {name_or_folder}", "Save the model's own beside it."
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{expected}, could not load it: {_first_line(error)} {remedy}") from error
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers 5 makes up for absent files with this
-        raise ModelError(f"{expected}, found one that knows no word: its files are absent or empty. {remedy}")
-    return tokenizer
 
 
 def pixel_batches(images: Iterable[Image.Image], processor: Any, device: torch.device) -> Iterator[torch.Tensor]:
@@ -85,7 +69,3 @@ def pixel_batches(images: Iterable[Image.Image], processor: Any, device: torch.d
 def last_part(name_or_folder: str) -> str:
     """Return the last part of a hub id or the name of a folder."""
     return public_name(name_or_folder).rpartition("/")[2]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -18,8 +18,10 @@ from ..errors import AuditError, ConfigError
 from ..files import default_cache_dir
 from ..pipelines import public_name
 from ..progress import progress_bar
+from ..vision import ClipEncoder
 from .alignment import Columns, TellingWords, rarest, words_that_state_groups
 from .auto import Score, Split, component_scores, consider
+from .describe import describe_groups
 from .prompts import group_captions
 from .result import Audit, Candidate, PromptAudit
 from .scores import Evidence, collect_evidence
@@ -53,7 +55,8 @@ def audit(
 
     Raises:
         AuditError: Groups cannot be inferred, for example because losses are not finite.
-        ConfigError: A vision encoder is asked for, but only latents are given.
+        ConfigError: A vision encoder or words are asked for, but only latents are given.
+        ModelError: There is no such vision encoder or CLIP model.
     """
     config = config or AuditConfig()
     cache_dir = Path(cache_dir) if cache_dir else default_cache_dir()
@@ -64,6 +67,10 @@ def audit(
             "Expected a model that reads captions for solver 'exact' and for other_captions, which compare what it "
             "predicts with and without one, got an unconditional model. Use solver 'auto' or 'gradient'."
         )
+    if config.words_model:
+        if images is None:
+            raise ConfigError("Expected CaptionedImages for a CLIP model to look at, got only their latents.")
+        from_main(lambda: ClipEncoder.load(config.words_model).name)  # an error in its name comes before the work
     vision_features = None
     if config.vision_encoder:
         if images is None:
@@ -105,7 +112,23 @@ def audit(
         "resolution": data.resolution,
     }
     forwards = round(evidence.forwards_per_image + spent, 3)
-    return replace(result, settings=settings, forwards_per_image=forwards)
+    result = replace(result, settings=settings, forwards_per_image=forwards)
+    if config.words_model and images is not None and result.biased:
+        pictured = images
+        words = from_main(
+            lambda: describe_groups(
+                result,
+                pictured,
+                encoded.source_index,
+                ClipEncoder.load(config.words_model),
+                words=config.words,
+                cache_dir=cache_dir / "words",
+                seed=config.seed,
+                progress=progress,
+            )
+        )
+        result = replace(result, words=words)
+    return result
 
 
 def infer(

@@ -17,6 +17,7 @@ from ..text import escape
 from .record import HUB_ID, PACKAGES
 
 UNKNOWN = "not known"
+MOST_NAMES = 50
 MOST_FOUND, MOST_NOT_FOUND = 25, 10
 """Prompts with and without hidden groups that a card lists."""
 
@@ -127,10 +128,10 @@ def _groups(record: Mapping[str, Any]) -> str:
         forced = f" The solver `{solver}` splits every prompt, separated or not: these two figures tell."
     shown, hidden = found[:MOST_FOUND], rest[:MOST_NOT_FOUND]
     paragraphs = [
-        f"Inferred under {num_found} of {total} prompts, without labels, from the evidence named here. Groups have "
-        "numbers, not names: what they show can be seen in the pictures of the audit. Separation is the depth of "
+        f"Inferred under {num_found} of {total} prompts, without labels, from the evidence named here. "
+        f"{_names(record)} Separation is the depth of "
         "the valley between neighbouring groups (1 is a gap), stability the agreement of groups found from "
-        "independent noises (adjusted Rand index; 1 is perfect, 0 is chance)." + forced,
+        "independent noises (adjusted Rand index; 1 is perfect, 0 is chance)." + forced + _changed(record),
         _table(
             ("Prompt", "Images", "Share of groups 0, 1, ...", "Evidence", "Separation", "Stability"),
             [
@@ -153,6 +154,31 @@ def _groups(record: Mapping[str, Any]) -> str:
     if isinstance(number, int) and number > num_shown:
         paragraphs.append(f"{number - num_shown:,} further prompts are left out here.")
     return title + "\n\n".join(paragraphs)
+
+
+def _names(record: Mapping[str, Any]) -> str:
+    """Say what the groups are called, and by whom."""
+    factors = _list(record.get("group_names"))
+    named = [
+        (f"factor {factor}, " if len(factors) > 1 else "") + f"group {group} is “{_text(name)}”"
+        for factor, names in enumerate(factors)
+        for group, name in enumerate(_list(names))
+        if isinstance(name, str) and name
+    ]
+    if not named:
+        return "Groups have numbers, not names: what they show can be seen in the pictures of the audit."
+    return f"Names of groups are people's words for what they saw in its pictures: {'; '.join(named[:MOST_NAMES])}."
+
+
+def _changed(record: Mapping[str, Any]) -> str:
+    """Say how people changed the groups before training; "" where they did not."""
+    changed = _mapping(record.get("changed_by_people"))
+    counts = {
+        "images left out": changed.get("left_out"),
+        "prompts whose cuts between groups were moved by hand": changed.get("cuts_moved"),
+    }
+    words = [f"{what}: {count:,}" for what, count in counts.items() if type(count) is int and 0 < count < 10**12]
+    return f" People changed the groups before training; {', '.join(words)}." if words else ""
 
 
 def _training(record: Mapping[str, Any]) -> str:
@@ -240,7 +266,7 @@ def _figures(record: Mapping[str, Any]) -> str:
 def _limits(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     limits = [
         "Groups were inferred without labels. A group may mix several things, or follow one that does not matter, and "
-        "others may have gone unfound. Their names are not known to the tool.",
+        "others may have gone unfound. The tool does not know what they show; any names are people's words.",
         "The module was trained on the prompts and weights above. With other prompts, a further fine-tuned model, "
         "adapters or other samplers, its effect is unknown until measured.",
         "Fewer differences in one attribute do not make a model fair. The images can still differ in quality or "

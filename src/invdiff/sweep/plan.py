@@ -48,7 +48,8 @@ class Cell:
     def audit_name(self) -> str:
         """The folder of the audit."""
         audit = self.config.audit
-        return _name(audit.solver, {"model": self.model_name, "data": self.data_name, **audit.to_dict()})
+        settings = {name: value for name, value in audit.to_dict().items() if name not in ("words_model", "words")}
+        return _name(audit.solver, {"model": self.model_name, "data": self.data_name, **settings})
 
     @property
     def module_name(self) -> str:

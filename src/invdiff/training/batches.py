@@ -13,7 +13,8 @@ class GroupBalancedSampler:
     A prompt is drawn in proportion to the square root of its number of images, one of the hidden factors and
     one of its groups uniformly, then an image of the prompt in proportion to its W_ie. The other factors'
     groups follow the image's own rows of W. Where W says nothing (uniform rows: no group was found, or the
-    caption states it), the environment is independent of the image, so the module learns to ignore it.
+    caption states it), the environment is independent of the image, so the module learns to ignore it. An image
+    that people left out, whose rows of W are zeros, is as if it were not there.
 
     Args:
         prompt_ids: (N,) the prompt of each image, from 0.
@@ -23,7 +24,8 @@ class GroupBalancedSampler:
     def __init__(self, prompt_ids: torch.Tensor, group_weights: Sequence[torch.Tensor]) -> None:
         self.prompt_ids = prompt_ids
         self.group_weights = [weights.double() for weights in group_weights]
-        self._rows = [torch.nonzero(prompt_ids == p)[:, 0] for p in range(int(prompt_ids.max()) + 1)]
+        kept = torch.stack([weights.any(dim=1) for weights in self.group_weights]).all(dim=0)
+        self._rows = [torch.nonzero(kept & (prompt_ids == p))[:, 0] for p in range(int(prompt_ids.max()) + 1)]
         self._prompt_shares = torch.tensor([float(len(rows)) for rows in self._rows]).sqrt()
         # Cumulative W of each prompt, factor and group: inverse-CDF sampling of its images.
         self._cumulative = [

@@ -20,23 +20,35 @@ LEVELS = 16
 IMAGES_PER_LEVEL = 64
 
 
-def typical_losses(denoiser: Denoiser, data: EncodedImages, *, batch_size: int, seed: int) -> torch.Tensor:
+def typical_losses(
+    denoiser: Denoiser, data: EncodedImages, *, images: torch.Tensor | None = None, batch_size: int, seed: int
+) -> torch.Tensor:
     """Return the frozen model's mean loss at every timestep, (num_train_timesteps,), on the CPU.
 
     Measured at `LEVELS` timesteps on a few images each, shared among processes, and interpolated in the logarithm.
+
+    Args:
+        denoiser: The frozen model.
+        data: Has the images.
+        images: (n,) rows of those that training may see; all of them unless given.
+        batch_size: Images in each forward.
+        seed: Of the images chosen and the noise.
     """
     timesteps = denoiser.schedule.num_train_timesteps
+    rows = torch.arange(len(data)) if images is None else images
     known = np.linspace(0, timesteps - 1, LEVELS).round().astype(int).tolist()
     means = dict(
-        gather((timestep, _mean_loss(denoiser, data, timestep, batch_size, seed)) for timestep in mine(known))
+        gather((timestep, _mean_loss(denoiser, data, rows, timestep, batch_size, seed)) for timestep in mine(known))
     )
     logs = np.interp(np.arange(timesteps), known, np.log(np.maximum([means[timestep] for timestep in known], 1e-12)))
     return torch.from_numpy(np.exp(logs)).float()
 
 
-def _mean_loss(denoiser: Denoiser, data: EncodedImages, timestep: int, batch_size: int, seed: int) -> float:
+def _mean_loss(
+    denoiser: Denoiser, data: EncodedImages, images: torch.Tensor, timestep: int, batch_size: int, seed: int
+) -> float:
     rng = generator("typical losses", seed, timestep)
-    rows = torch.randint(len(data), (IMAGES_PER_LEVEL,), generator=rng)
+    rows = images[torch.randint(len(images), (IMAGES_PER_LEVEL,), generator=rng)]
     noise = torch.randn((len(rows), *data.latents.shape[1:]), generator=rng)
     losses = []
     for batch, noises in zip(rows.split(batch_size), noise.split(batch_size), strict=True):

@@ -160,21 +160,28 @@ def _audit_config(audit: Audit) -> AuditConfig:
     """Return the settings to infer groups with again: those of `audit`, with as many groups."""
     names = {field.name for field in dataclasses.fields(AuditConfig)}
     settings = {name: value for name, value in audit.settings.items() if name in names}
-    # A vision encoder sees the images, which guidance does not change.
-    return AuditConfig.from_dict(settings | {"vision_encoder": "", "num_groups": audit.num_groups[0]})
+    # A vision encoder sees the images, which guidance does not change; words are for people.
+    blank = {"vision_encoder": "", "words_model": "", "words": ()}
+    return AuditConfig.from_dict(settings | blank | {"num_groups": audit.num_groups[0]})
 
 
 def carry_over(before: Audit, found: Audit) -> Audit:
     """Return the groups of the next round: W as found now, and as it was where nothing more was found.
 
     An environment keeps its meaning for the module: the columns of the new W are put in the order of the old
-    ones that they overlap most, and a prompt that is balanced by now is not taught to ignore them.
+    ones that they overlap most, and a prompt that is balanced by now is not taught to ignore them. Images that
+    people left out stay so, and groups keep their names; cuts that people moved hold for the first round only.
     """
     old, new = before.group_weights[0], found.group_weights[0]
     hidden = torch.tensor([prompt.found for prompt in found.prompts])[found.prompt_ids]
     order = linear_sum_assignment(old[hidden].T @ new[hidden], maximize=True)[1]
-    merged = torch.where(hidden[:, None], new[:, order], old)
-    return dataclasses.replace(found, group_weights=(merged, *before.group_weights[1:]), settings=before.settings)
+    merged = torch.where(hidden[:, None], new[:, order], old) * before.kept[:, None]
+    return dataclasses.replace(
+        found,
+        group_weights=(merged, *before.group_weights[1:]),
+        settings=before.settings,
+        group_names=before.group_names,
+    )
 
 
 def run_round(
@@ -194,7 +201,8 @@ def run_round(
     precision = Precision(config.mixed_precision, device)
     sampler = GroupBalancedSampler(audit.prompt_ids, audit.group_weights)
     moving = MovingGroupLosses((int(audit.prompt_ids.max()) + 1, audit.num_groups[0]), config.loss_momentum)
-    typical = typical_losses(frozen, data, batch_size=config.batch_size, seed=config.seed).to(device)
+    kept = torch.nonzero(audit.kept)[:, 0]
+    typical = typical_losses(frozen, data, images=kept, batch_size=config.batch_size, seed=config.seed).to(device)
 
     module.train()
     trained = precision.shared(module)

@@ -1,0 +1,159 @@
+"""The command that opens the web page."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .cli_options import (
+    DATA_PANEL,
+    RUN_PANEL,
+    CaptionColumn,
+    DataSource,
+    Dtype,
+    ImageColumn,
+    Limit,
+    MaxUnreadable,
+    NoCaptions,
+    Split,
+    option,
+)
+from .cli_output import finish, one_process, say, silence_libraries
+from .errors import ConfigError
+
+PANEL = "The way through"
+PASSWORD = "INVDIFF_UI_PASSWORD"  # noqa: S105  # the variable's name
+
+app = typer.Typer()
+
+
+@app.command(rich_help_panel=PANEL, epilog="Example: invdiff ui out/demo")
+def ui(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="RUN",
+            help="Folders with audit/, module/, data/ and results.json, such as `invdiff demo` writes; any part may "
+            "be absent. Without one, and without a model, the bundled demo is opened.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        option("The pipeline. [dim]\\[default: the one that the module was trained for][/dim]", metavar="MODEL"),
+    ] = None,
+    module: Annotated[
+        str | None, option("What `invdiff train` wrote. [dim]\\[default: the first run's][/dim]", metavar="MODULE")
+    ] = None,
+    annotator: Annotated[
+        str | None,
+        option(
+            "What counts images, as for `invdiff evaluate`. [dim]\\[default: for the bundled model, its own][/dim]",
+            metavar="ANNOTATOR",
+        ),
+    ] = None,
+    attribute: Annotated[
+        str | None, option("For an image classifier: what its classes are classes of.", metavar="NAME")
+    ] = None,
+    classes: Annotated[
+        Path | None, option("YAML or JSON for a CLIP annotator: attribute to class to prompts.", metavar="FILE")
+    ] = None,
+    data: Annotated[
+        str | None,
+        option(
+            "The images that were audited, where a run does not hold them.", "--data", panel=DATA_PANEL, metavar="DATA"
+        ),
+    ] = None,
+    caption_column: CaptionColumn = None,
+    image_column: ImageColumn = None,
+    split: Split = "train",
+    limit: Limit = None,
+    no_captions: NoCaptions = False,
+    max_unreadable: MaxUnreadable = 0.01,
+    dtype: Dtype = "fp32",
+    host: Annotated[
+        str, option("Address to listen on. Any but this machine's own needs --public.", panel=RUN_PANEL)
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None,
+        option(
+            "Port to listen on. [dim]\\[default: the first free one from 7860][/dim]",
+            panel=RUN_PANEL,
+            min=0,
+            max=65535,
+        ),
+    ] = None,
+    public: Annotated[
+        bool,
+        option(
+            f"Let others on the network in, who are asked for the password in ${PASSWORD}.",
+            "--public",
+            panel=RUN_PANEL,
+        ),
+    ] = False,
+    browser: Annotated[bool, option("Open a browser.", panel=RUN_PANEL)] = True,
+) -> None:
+    """Open a page in the browser: draw with and without guidance, look through an audit, compare results.
+
+    Nothing leaves this machine. Names given to groups and images left out are saved beside the audit.
+    """
+    one_process("ui")
+    from .app.serve import check_address, free_port, launch, own_files
+
+    password = os.environ.get(PASSWORD)
+    check_address(host, public=public, password=password)
+    if importlib.util.find_spec("gradio") is None:
+        raise ConfigError("Expected gradio for the page, found none. Install it: pip install 'invdiff[ui]'.")
+    source = DataSource(data or "", caption_column, image_column, split, limit, max_unreadable, no_captions)
+    if data is None and source.flags():
+        raise ConfigError(f"Expected --data beside {source.flags()[0]}, got none: only data has columns.")
+    chosen_port = free_port(host, port)
+    with own_files():
+        say("loading the page", quiet=False)
+        silence_libraries()
+        from .app.page import build_page
+        from .app.workspace import open_workspace
+
+        workspace = open_workspace(
+            runs or (),
+            model=model,
+            module=module,
+            annotator=annotator,
+            data=source.load() if data else None,
+        )
+        studio = _studio(workspace, dtype, attribute, classes)
+        page = build_page(workspace, studio)
+        address = launch(page, host=host, port=chosen_port, password=password, browser=browser)
+        finish(f"The page is at {address} until you press Ctrl-C.")
+        for name, parts in workspace.audits.items():
+            say(f"names and changes to the audit of “{name}” are kept in {parts.audit}", quiet=False)
+        page.block_thread()
+
+
+def _studio(workspace: Any, dtype: str, attribute: str | None, classes: Path | None) -> Any:
+    """Load what draws; None for a page without a model."""
+    if not workspace.model:
+        return None
+    say("loading the model", quiet=False)
+    from .app.studio import Studio
+    from .evaluation.annotators import LABELS, load_annotator
+    from .guidance.attach import check_fit
+    from .guidance.loading import load_module
+    from .pipelines import dtype_named, load_pipeline
+
+    if workspace.annotator == LABELS:
+        raise ConfigError(
+            "Expected an annotator that looks at images, got 'labels', which are of images drawn before. Give a "
+            "trained one, a CLIP model or a classifier."
+        )
+    pipe = load_pipeline(workspace.model, dtype=dtype_named(dtype))
+    module = load_module(workspace.module) if workspace.module else None
+    if module is not None:
+        check_fit(pipe, module)
+    judge: Any = None
+    if workspace.annotator:
+        judge = load_annotator(workspace.annotator, attribute=attribute or "", classes=classes)
+    return Studio(pipe, module, judge)
