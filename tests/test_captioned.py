@@ -353,6 +353,35 @@ def test_a_name_that_leaves_the_folder(tmp_path: Path, name: str) -> None:
     assert "file names inside" in refusal(folder)
 
 
+def test_what_is_part_of_the_data_itself(tmp_path: Path) -> None:
+    # A link may be trained on, but whoever passes images on should not show what only a name brought in.
+    folder = write_folder(tmp_path / "data", [{"file_name": f"{k}.png", "text": "a bird"} for k in "abc"])
+    for path in (folder / "a.png", tmp_path / "private.png"):
+        Image.new("RGB", (4, 4), RED).save(path)
+    (folder / "b.png").symlink_to(tmp_path / "private.png")
+    (folder / "c.png").symlink_to(folder / "a.png")
+    data = load_captioned_images(folder)
+    assert [data.is_own(row) for row in range(3)] == [True, False, True]
+    assert [data.select([1, 2]).is_own(row) for row in range(2)] == [False, True]
+    assert data.image(1).getpixel((0, 0)) == RED
+    (tmp_path / "link").symlink_to(folder)
+    assert load_captioned_images(tmp_path / "link").is_own(0)
+
+
+def test_paths_in_parquet_are_part_of_the_data_in_its_folder_only(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for path in (tmp_path / "data" / "a.png", tmp_path / "private.png"):
+        Image.new("RGB", (4, 4), RED).save(path)
+    names = ["a.png", "../private.png", str(tmp_path / "private.png")]
+    paths = datasets.Dataset.from_dict({"image": names, "text": ["a bird"] * 3})
+    paths.to_parquet(tmp_path / "data" / "images.parquet")
+    data = load_captioned_images(tmp_path / "data" / "images.parquet")
+    assert [data.is_own(row) for row in range(3)] == [True, False, False]
+    assert not load_captioned_images(paths.select([2])).is_own(0)  # in memory: no folder to lie in
+    held = datasets.Dataset.from_dict({"image": [encoded(Image.new("RGB", (4, 4)))], "text": ["a bird"]})
+    assert load_captioned_images(held.cast_column("image", datasets.Image())).is_own(0)
+
+
 def test_a_csv_row_with_a_bare_comma(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a dog, sitting\n")
     assert "2 cells in line 2" in refusal(tmp_path)

@@ -18,7 +18,7 @@ from invdiff.cli_options import (
     environments_from,
     field_docs,
     labelled_folders,
-    prompts_in,
+    lines_in,
     settings,
     subjects_from,
     target_from,
@@ -27,6 +27,8 @@ from invdiff.config import AuditConfig, AugmentationConfig, FinetuneConfig, Gene
 from invdiff.errors import ConfigError, DataError
 from invdiff.evaluation.augmentation_results import AugmentationResults, Spread, TrainedOn
 from invdiff.evaluation.results import Results
+from invdiff.groups.curation import Curation
+from invdiff.groups.result import Audit
 from invdiff.sweep.run import SweepTable
 from tiny import make_tiny
 
@@ -273,7 +275,7 @@ def test_data_options_reach_the_loader_and_the_next_command(tiny_folder, tmp_pat
 def test_the_type_of_weights_reaches_the_model_and_the_next_command(
     tiny_pipe_dir, tiny_folder, tmp_path, recorded, monkeypatch
 ):
-    found = SimpleNamespace(biased=True, save=lambda folder: None)
+    found = SimpleNamespace(biased=True, save=lambda folder: None, put_aside=lambda folder: None)
     recorded("invdiff.groups.audit", "audit", found)
     recorded("invdiff.report.audit_pictures", "save_audit_pictures")
     monkeypatch.setattr(cli, "print_audit", lambda found: None)
@@ -290,6 +292,31 @@ def test_finetune_takes_a_base(tiny_folder, tmp_path, recorded):
     assert not call.config.fresh_denoiser
     succeed("finetune", tiny_folder, "--output", tmp_path / "m", "--base", "org/model", "--fresh-denoiser", "-q")
     assert recorded.calls["finetune"].config.fresh_denoiser
+
+
+def test_people_s_changes_are_told_by_audit_and_train(tiny_pipe_dir, tiny_folder, tmp_path, cache, recorded):
+    loose = yaml_file(tmp_path / "loose.yaml", {"min_images": 4, "caption_threshold": 0.0, "min_share": 0.1})
+    again = ("audit", tiny_pipe_dir, tiny_folder, "--output", tmp_path / "a", "--solver", "exact", "--config", loose)
+    assert "people" not in run(*again).stderr
+    found = Audit.load(tmp_path / "a")
+    prompt = next(index for index, entry in enumerate(found.prompts) if entry.found)
+    changed = found.with_curation(Curation().without_images([3, 5]).with_cuts(prompt, [0.125]))
+    changed.save(tmp_path / "a")
+
+    shown = " ".join(run(*again).stderr.split())
+    assert "people's changes in" in shown
+    assert "are kept" in shown
+    recorded("invdiff.training.train", "train")
+    words = ("train", tiny_pipe_dir, tiny_folder, tmp_path / "a", "--output", tmp_path / "m")
+    shown = run(*words).stderr
+    assert "images left out by people: 2 of 12" in shown
+    assert f"cuts moved by people: {found.prompts[prompt].prompt!r} at 0.125" in shown
+    assert "people" not in run(*words, "--quiet").stderr
+    assert recorded.calls["train"].arguments[2].fingerprint == changed.fingerprint
+
+    result = run(*again, "--min-images", 13)  # nothing is found any more
+    assert "put aside, in" in result.stderr
+    assert (tmp_path / "a" / f"curation-{found.fingerprint}.json").is_file()
 
 
 def test_an_audit_that_finds_nothing_says_why_and_stops_training(tiny_pipe_dir, tiny_folder, tmp_path, cache):
@@ -435,7 +462,7 @@ def test_prompts_file_must_be_text(tmp_path):
     (tmp_path / "p").write_bytes(b"\xff\xfe\x00")
     for file in (tmp_path / "p", tmp_path / "absent"):
         with pytest.raises(ConfigError, match="one prompt per line"):
-            prompts_in(file)
+            lines_in(file)
 
 
 def test_main_sets_the_environment_before_anything_is_imported(monkeypatch):

@@ -185,7 +185,7 @@ def test_the_file_has_exactly_the_promised_keys(base, tmp_path):
         *["subject_accuracy", "quality", "by_group", "preservation"],
     ]
     about = "attribute subject_attribute classes annotator target baseline confidence reference_images notes models"
-    assert set(document) == set(about.split())
+    assert set(document) == {*about.split(), "module_scales"}
     assert len(values["bias_ci"]) == 2
 
 
@@ -249,6 +249,65 @@ def test_absent_images_are_refused_with_their_number_and_the_first(base):
     (base / "00000" / "000005.png").unlink()
     with pytest.raises(EvaluationError, match=r"found 2 absent, first .*000003.png"):
         measure({"base": base})
+
+
+@pytest.mark.parametrize("name", ["../private.png", "00000/../../private.png", "{outside}/private.png", "link.png"])
+def test_an_image_outside_its_folder_is_refused(base, name):
+    # Else somebody's manifest brings a private picture into figures and reports.
+    Image.new("RGB", (4, 4)).save(base.parent / "private.png")
+    (base / "link.png").symlink_to(base.parent / "private.png")
+    rows = [json.loads(line) for line in (base / "manifest.jsonl").read_text().splitlines()]
+    rows[2]["file_name"] = name.format(outside=base.parent)
+    (base / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(EvaluationError, match=r"inside .*base, found .*line 3 of .*which lies outside"):
+        measure({"base": base})
+
+
+def test_a_folder_of_links_inside_it_or_of_the_hub_s_cache_is_read(base, tmp_path):
+    (base / "again.png").symlink_to(base / "00000" / "000002.png")
+    rows = [json.loads(line) for line in (base / "manifest.jsonl").read_text().splitlines()]
+    rows[2]["file_name"] = "again.png"
+    rows[3]["file_name"] = str(base / rows[3]["file_name"])
+    (base / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    expected = measure({"base": base}).to_dict()
+    snapshot = tmp_path / "datasets--org--birds" / "snapshots" / "digest"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(snapshot)
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.mkdir()
+    for place, row in enumerate(rows):
+        (blobs / str(place)).write_bytes((base / row["file_name"]).read_bytes())
+        (snapshot / f"{place}.png").symlink_to(blobs / str(place))
+        row["file_name"] = f"{place}.png"
+    (snapshot / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for folder in (snapshot, tmp_path / "link"):
+        assert measure({"base": folder}).to_dict() == expected
+
+
+def test_a_name_too_long_for_a_file_is_an_absent_image(base):
+    rows = [json.loads(line) for line in (base / "manifest.jsonl").read_text().splitlines()]
+    rows[0]["file_name"] = "x" * 10_000
+    (base / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(EvaluationError, match="found 1 absent"):
+        measure({"base": base})
+
+
+def test_the_module_s_scale_of_each_model_is_recorded(base, tmp_path):
+    weak, theirs = write(tmp_path / "weak", ROWS, scale=0.5), write(tmp_path / "theirs", ROWS, scale=None)
+    results = measure({"base": base, "weak": weak, "theirs": theirs})
+    assert results.module_scales == {"base": 1.0, "weak": 0.5}
+    results.save(tmp_path / "results.json")
+    assert Results.load(tmp_path / "results.json") == results
+    old = {name: value for name, value in results.to_dict().items() if name != "module_scales"}
+    assert Results.from_dict(old).module_scales == {}
+
+
+@pytest.mark.parametrize("scales", [3, {"base": "strong"}, {"base": None}])
+def test_damaged_module_scales_are_refused(base, tmp_path, scales):
+    document = measure({"base": base}).to_dict() | {"module_scales": scales}
+    (tmp_path / "results.json").write_text(json.dumps(document))
+    with pytest.raises(EvaluationError, match="Expected the results of an evaluation"):
+        Results.load(tmp_path / "results.json")
 
 
 def test_a_damaged_image_is_refused(base):

@@ -227,7 +227,7 @@ def test_cosines_of_both_towers_are_the_models_logits(scorer, clip_dir):
 def test_text_features_do_not_depend_on_the_prompts_beside(scorer, monkeypatch):
     prompts = ["a photo of a landbird", "a", "a photo of a waterbird on water"]
     together = scorer.text_features(prompts)
-    monkeypatch.setattr("invdiff.evaluation.extractors.BATCH_SIZE", 1)
+    monkeypatch.setattr("invdiff.vision.BATCH_SIZE", 1)
     np.testing.assert_allclose(scorer.text_features(prompts), together, rtol=1e-5, atol=1e-6)
 
 
@@ -243,16 +243,16 @@ def test_prompts_longer_than_the_model_reads_are_cut(scorer):
 
 @pytest.mark.parametrize("prompts", [[], "a photo of a landbird"], ids=["none", "one string"])
 def test_prompts_are_a_list(scorer, prompts):
-    with pytest.raises(EvaluationError, match="list of at least one prompt"):
+    with pytest.raises(DataError, match="list of at least one prompt"):
         scorer.text_features(prompts)
 
 
 def test_a_model_without_texts_is_no_scorer(dinov2_dir):
-    with pytest.raises(EvaluationError, match=r"both towers.*got a Dinov2Model"):
+    with pytest.raises(ModelError, match=r"both towers.*got a Dinov2Model"):
         CLIPScorer.load(dinov2_dir)
 
 
 def test_a_clip_model_without_a_tokenizer_is_no_scorer(clip_dir, tmp_path):
     folder = save(CLIPModel.from_pretrained(clip_dir), tmp_path / "clip")
-    with pytest.raises(EvaluationError, match="Expected a tokenizer"):
+    with pytest.raises(ModelError, match="Expected a tokenizer"):
         CLIPScorer.load(folder)

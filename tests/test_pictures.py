@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import ast
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.numpy import save_file
 
 import invdiff.report
 from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError
+from invdiff.evaluation.manifest import Row, read_manifest
+from invdiff.groups.curation import curated, read_curation
 from invdiff.report import style
-from invdiff.report.audit_pictures import save_audit_pictures
-from invdiff.report.audit_reading import cuts, rank_groups
-from invdiff.report.comparison_pictures import save_before_after, save_bias_curve
+from invdiff.report.audit_pictures import draw_histogram, save_audit_pictures
+from invdiff.report.audit_reading import cuts, pages_of, rank_groups, read_inferred
+from invdiff.report.comparison import Comparison, choose_images, same_seeds
+from invdiff.report.comparison_pictures import save_before_after
+from invdiff.report.sources import Generated
 from invdiff.report.style import percent, plain, shorten, text_width, wrap
 
 LAND, WATER = "a photo of a landbird", "a photo of a waterbird"
@@ -193,6 +198,46 @@ def test_cuts_are_midpoints_of_gaps() -> None:
     assert cuts(np.array([0.0, 1, 3, 8, 9]), np.array([1, 1, 1, 0, 0])) == [5.5]
 
 
+def test_pages_are_of_the_images_kept_under_the_names_that_people_gave(tmp_path: Path) -> None:
+    make_audit(tmp_path, factors=2)
+    document, tensors = read_inferred(tmp_path)
+    curation = read_curation(tmp_path, document, tensors).with_name(1, 1, "on water").without_images([18, 20, 39])
+    land, land_again, water, _ = pages_of(*curated(document, tensors, curation), curation)
+    assert [land.index, land_again.index, water.index] == [0, 0, 1]
+    assert [group.name for group in land.groups] == ["group 0", "group 1"]
+    assert [group.name for group in land_again.groups] == ["group 0", "on water"]
+    assert land.rows.tolist() == [*range(18), 19]
+    assert water.rows.tolist() == [*range(21, 39)]
+    assert [group.size for group in water.groups] == [17, 1]
+    assert np.array_equal(water.scores, tensors["scores"][21:39])
+    assert sorted(at for group in water.groups for at in group.typical) == water.rows.tolist()
+
+
+def test_a_page_has_the_cuts_that_people_set(tmp_path: Path) -> None:
+    make_audit(tmp_path)
+    document, tensors = read_inferred(tmp_path)
+    curation = read_curation(tmp_path, document, tensors).with_cuts(1, [0.25])
+    land, water = pages_of(*curated(document, tensors, curation), curation)
+    assert (land.by_hand, water.by_hand) == (False, True)
+    assert water.cuts == [0.25]
+    assert land.cuts == cuts(land.scores, land.labels)
+    assert np.array_equal(water.labels, water.scores >= 0.25)
+    axes = Figure().add_subplot()
+    draw_histogram(axes, replace(water, cuts=[-99.0, 0.25, 99.0]))
+    assert [line.get_xdata()[0] for line in axes.lines] == [0.25]  # what lies outside is not drawn
+
+
+def test_names_are_drawn_and_images_left_out_are_not(tmp_path: Path, written: list[str], rows: list[int]) -> None:
+    data = make_audit(tmp_path, prompts=(LAND,))
+    curation = read_curation(tmp_path, *read_inferred(tmp_path)).with_name(0, 1, "$\\water{ <b>" + "x" * 40)
+    curation.without_images([0, 19]).with_cuts(0, [99.0]).save(tmp_path)
+    save_audit_pictures(tmp_path, data)
+    assert rows == [8, 0, 12, 6, 0]  # all are below the cut
+    assert "group 0 · 100%" in written
+    assert "$\\water{ <b>" + "x" * 40 + " · 0%" in written
+    assert "score, as inferred" in written
+
+
 def test_an_audit_is_drawn_largest_prompt_first(tmp_path: Path, written: list[str]) -> None:
     data = make_audit(tmp_path)
     document = json.loads((tmp_path / "audit.json").read_text())
@@ -290,79 +335,70 @@ SHARES = {
 }
 
 
+def compared(
+    base: Path, guided: Path, names: tuple[str, str] = ("base", "guided")
+) -> tuple[dict[str, list[tuple[Row, Row]]], Comparison]:
+    """Two folders' images of the same prompts and seeds, and what is compared."""
+    images = {
+        name: Generated(read_manifest(folder), [name], [{}])
+        for name, folder in zip(names, (base, guided), strict=True)
+    }
+    chosen = choose_images(images)
+    assert chosen is not None
+    return same_seeds(images, chosen), chosen
+
+
 def test_before_and_after_stand_side_by_side(tmp_path: Path, written: list[str]) -> None:
-    base, guided = make_generated(tmp_path / "base"), make_generated(tmp_path / "guided")
-    path = save_before_after(tmp_path / "out" / "hero.png", base, guided, shares=SHARES, title="$Title$")
+    pairs, chosen = compared(make_generated(tmp_path / "base"), make_generated(tmp_path / "guided"))
+    path = save_before_after(tmp_path / "out" / "hero.png", pairs, chosen, shares=SHARES, title="$Title$")
     assert size(path)[0] == 1600
     assert {"$Title$", f"“{LAND}”", f"“{WATER}”", "land 96%", "water 4%", "land 51%"} <= set(written)
     assert written.count("Base model") == written.count("With guidance") == 2
+    assert any("what guidance makes of the same starting noise" in text for text in written)
+
+
+def test_models_of_other_names_are_called_by_them(tmp_path: Path, written: list[str]) -> None:
+    base, guided = make_generated(tmp_path / "a"), make_generated(tmp_path / "b")
+    save_before_after(tmp_path / "x.png", *compared(base, guided, ("theirs", "ours")))
+    assert written.count("theirs") == written.count("ours") == 2
+    assert not any("what guidance makes" in text for text in written)
 
 
 def test_only_images_of_the_same_seeds_are_compared(tmp_path: Path, rows: list[int]) -> None:
     base, guided = make_generated(tmp_path / "a", count=5), make_generated(tmp_path / "b", count=5, seed=2)
-    save_before_after(tmp_path / "x.png", base, guided)
-    save_before_after(tmp_path / "x.png", base, guided, columns=2, prompts=[WATER])
+    save_before_after(tmp_path / "x.png", *compared(base, guided))
+    save_before_after(tmp_path / "x.png", *compared(base, guided), columns=2, prompts=[WATER])
     assert rows == [3, 3, 3, 3, 2, 2]
     with pytest.raises(EvaluationError, match="the same prompts and seeds"):
-        save_before_after(tmp_path / "x.png", base, make_generated(tmp_path / "c", seed=99))
-
-
-def test_the_guidance_scale_must_be_clear(tmp_path: Path) -> None:
-    base, guided = make_generated(tmp_path / "a"), make_generated(tmp_path / "b")
-    make_generated(guided, scale=7.5)
-    with pytest.raises(EvaluationError, match=r"found 3, 7\.5\. Pass guidance_scale"):
-        save_before_after(tmp_path / "x.png", base, guided)
-    save_before_after(tmp_path / "x.png", base, guided, guidance_scale=3.0)
+        save_before_after(tmp_path / "x.png", *compared(base, make_generated(tmp_path / "c", seed=99)))
 
 
 def test_hostile_prompts_are_compared(tmp_path: Path) -> None:
-    prompts = HOSTILE[:9]
-    base = make_generated(tmp_path / "a", prompts=prompts, count=1)
-    guided = make_generated(tmp_path / "b", prompts=prompts, count=1)
+    prompts = tuple(text.encode("utf-8", "replace").decode() for text in HOSTILE[:9])
+    base = make_generated(tmp_path / "a", prompts=prompts, count=2)
+    guided = make_generated(tmp_path / "b", prompts=prompts, count=2)
     shares = {prompt: {text: 1 / len(HOSTILE) for text in HOSTILE} for prompt in prompts}
-    both = {"base": shares, "guided": shares}
-    assert size(save_before_after(tmp_path / "x.png", base, guided, prompts=prompts, shares=both))[0] == 1600
+    names = ("<b>$\\nonsense{", "x" * 10_000)
+    both = dict.fromkeys(names, shares)
+    path = save_before_after(tmp_path / "x.png", *compared(base, guided, names), prompts=prompts, shares=both)
+    assert size(path)[0] == 1600
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     base, guided, path = make_generated(tmp_path / "a"), make_generated(tmp_path / "b"), tmp_path / "x.png"
+    pairs, chosen = compared(base, guided)
     with pytest.raises(EvaluationError, match="Expected images of 'a cat'"):
-        save_before_after(path, base, guided, prompts=["a cat"])
+        save_before_after(path, pairs, chosen, prompts=["a cat"])
     with pytest.raises(EvaluationError, match="Expected the 'guided' shares"):
-        save_before_after(path, base, guided, shares={"base": SHARES["base"]})
-    with pytest.raises(EvaluationError, match=r"Expected manifest\.jsonl in"):
-        save_before_after(path, base, tmp_path)
+        save_before_after(path, pairs, chosen, shares={"base": SHARES["base"]})
     with pytest.raises(ConfigError, match="columns"):
-        save_before_after(path, base, guided, columns=0)
+        save_before_after(path, pairs, chosen, columns=0)
+    with pytest.raises(ConfigError, match="at least one prompt"):
+        save_before_after(path, pairs, chosen, prompts=[])
     (base / "0-1-3.0.png").unlink()
-    with pytest.raises(EvaluationError, match=r"0-1-3\.0\.png, found none"):
-        save_before_after(path, base, guided)
-    (base / "manifest.jsonl").write_text("[]\n")
-    with pytest.raises(EvaluationError, match="Expected JSON objects"):
-        save_before_after(path, base, guided)
+    with pytest.raises(EvaluationError, match=r"readable image at .*0-1-3\.0\.png"):
+        save_before_after(path, pairs, chosen)
     assert not path.exists()
-
-
-def measures(bias: float, floor: float = 0.05) -> dict[str, Any]:
-    return {"bias": bias, "bias_floor": floor, "bias_ci": [max(bias - 0.1, 0), min(bias + 0.1, 1)]}
-
-
-@pytest.mark.parametrize(
-    "results",
-    [
-        {"base": {"10.0": measures(0.9), "3.0": measures(0.7)}, "guided": {"3.0": measures(0.1, 0.2)}},
-        {"base": {"1.0": measures(0.7)}},
-        {text: {"1.0": measures(0.5), "3.0": measures(0.5)} for text in HOSTILE},
-    ],
-)
-def test_a_bias_curve_is_drawn(results: dict[str, Any], tmp_path: Path) -> None:
-    assert size(save_bias_curve(tmp_path / "curve.png", results)) == (1400, 860)
-
-
-@pytest.mark.parametrize("results", [{}, {"base": {}}, {"base": {"1.0": {"bias": 0.5}}}, {"base": 3}])
-def test_results_without_bias_are_refused(results: Any, tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="Expected"):
-        save_bias_curve(tmp_path / "curve.png", results)
 
 
 def test_report_imports_neither_torch_nor_pyplot() -> None:

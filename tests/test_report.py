@@ -24,6 +24,9 @@ from invdiff.evaluation.evaluate import evaluate
 from invdiff.evaluation.given_labels import GivenLabels
 from invdiff.evaluation.quality import share_interval
 from invdiff.evaluation.results import Results
+from invdiff.groups.curation import Curation, read_curation
+from invdiff.report.audit_reading import read_inferred
+from invdiff.report.found import by_people
 from invdiff.report.results_reading import read_results
 from invdiff.report.style import PAPER, Sheet, percent
 from invdiff.text import one_line
@@ -188,6 +191,86 @@ def test_typical_images_are_shown_with_their_names(page: Page) -> None:
     assert sum("typical of group 1: images/0-" in alt for alt in alts) == 2
 
 
+def test_people_s_changes_are_told_and_shares_are_of_what_they_left(run: Path, tmp_path: Path) -> None:
+    audit = tmp_path / "audit"
+    shutil.copytree(run / "audit", audit)
+    scores = read_inferred(audit)[1]["scores"]
+    curation = read_curation(audit, *read_inferred(audit)).with_name(0, 0, "on land").with_name(0, 1, "on water")
+    curation.without_images([0, 18, 21]).with_cuts(1, [0.0]).save(audit)
+    above = int((scores[20:] >= 0).sum()) - int(scores[21] >= 0)
+    found, markdown = report(tmp_path / "out", audit=audit, data=run / "data", results=run / "results.json")
+    assert "on water 6% 1% to 26%" in found.words  # 1 of 18
+    low, high = share_interval(above, 19)
+    assert f"on water {percent(above / 19)} {percent(low)} to {percent(high)}" in found.words
+    assert f"on water: {percent(above / 19)} ({percent(low)} to {percent(high)})" in markdown
+    sentence = (
+        "People changed this audit: 3 images are left out, cuts between groups were moved by hand under 1 prompt "
+        "and names of groups are people's words. Separation and stability are of the groups as inferred."
+    )
+    alts = " ".join(found.values("alt"))
+    for text in (found.words, markdown):
+        assert sentence in text
+        assert "put its curation.json beside the one that these commands make" in text
+        assert "Names of groups are people's words for what they saw" in text
+        assert "numbers, not names" not in text
+        assert "group 0" not in text + alts
+    assert "typical of on water: images/0-19.png" in alts
+    assert not {"0-0.png", "0-18.png", "1-1.png"} & set(re.findall(r"\d-\d+\.png", alts))
+    assert "on land from " in alts
+    assert (tmp_path / "out" / "report-groups.png").is_file()
+
+
+def test_nothing_is_said_of_people_where_they_changed_nothing(page: Page, twin: str) -> None:
+    for text in (page.words, twin):
+        assert "eople changed" not in text
+        assert "numbers, not names" in text
+
+
+def test_each_change_is_told_alone() -> None:
+    names = Curation(names=(("a", ""),))
+    assert by_people(names) == "People changed this audit: names of groups are people's words."
+    assert by_people(Curation(left_out=(1,))).startswith("People changed this audit: 1 image is left out. Separation")
+    moved = Curation(names=(("a", ""),), cuts={0: (1.0,), 2: (1.0,)})
+    assert "by hand under 2 prompts and names of" in by_people(moved)
+    assert by_people(Curation(names=(("", ""),))) == ""
+
+
+def test_one_group_alone_has_no_smallest(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "audit", tmp_path / "audit")
+    curation = read_curation(tmp_path / "audit", *read_inferred(tmp_path / "audit"))
+    curation.with_cuts(0, [99.0]).save(tmp_path / "audit")
+    assert "the smallest group holds 10% of" in report(tmp_path / "one", audit=tmp_path / "audit")[1]
+    curation.with_cuts(0, [99.0]).with_cuts(1, [99.0]).save(tmp_path / "audit")
+    assert "smallest" not in report(tmp_path / "both", audit=tmp_path / "audit")[1]
+
+
+def test_hostile_names_of_groups_are_text(tmp_path: Path) -> None:
+    make_audit(tmp_path / "audit", prompts=(LAND,), factors=8)
+    plain = read_curation(tmp_path / "audit", *read_inferred(tmp_path / "audit"))
+    names = [one_line(text, 60) for text in NASTY if text.strip()][:16]
+    assert len(names) == 16
+    hostile, harmless = plain, plain
+    for place, name in enumerate(names):
+        hostile = hostile.with_name(*divmod(place, 2), name)
+        harmless = harmless.with_name(*divmod(place, 2), f"name {place}")
+    harmless.save(tmp_path / "audit")
+    expected, markdown = report(tmp_path / "harmless", audit=tmp_path / "audit", data=tmp_path / "audit")
+    kinds = {token.type for token in MarkdownIt("commonmark").enable("table").parse(markdown)}
+    hostile.save(tmp_path / "audit")
+    found, _ = report(tmp_path / "hostile", audit=tmp_path / "audit", data=tmp_path / "audit")
+    assert [tag for tag, _ in found.elements] == [tag for tag, _ in expected.elements]
+    assert [sorted(attributes) for _, attributes in found.elements] == [sorted(a) for _, a in expected.elements]
+    text = (tmp_path / "hostile" / "report.md").read_text(encoding="utf-8")
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    inside = {child.type for token in tokens for child in token.children or []}
+    assert {token.type for token in tokens} == kinds
+    assert not inside & {"html_inline", "link_open", "code_inline", "em_open"}
+    shown = "".join(child.content for token in tokens for child in token.children or [])
+    for name in names:
+        assert f"Most typical of {name}" in found.words
+        assert name in shown
+
+
 def test_pairs_stand_base_above_guided(page: Page) -> None:
     pairs = [alt for alt in page.values("alt") if ", seed " in alt]
     assert len(pairs) == 2 * (8 + 2 * 8)  # the glance, and each of two prompts
@@ -196,8 +279,9 @@ def test_pairs_stand_base_above_guided(page: Page) -> None:
 
 def test_it_says_how_to_reproduce_it(page: Page, twin: str) -> None:
     for text in (page.words, twin):
-        assert "invdiff train org/birds DATA audit --output module --steps 77 --seed 5" in text
-        assert "invdiff evaluate base=base guided=guided --annotator" in text
+        assert "invdiff train org/birds data audit --output module --steps 77 --seed 5" in text
+        folders = [f"{name}=images/{name}-cfg-{scale}" for name in ("base", "guided") for scale in (1, 3)]
+        assert f"invdiff evaluate {' '.join(folders)} --annotator labels --attribute background" in text
         assert "0123456789abcdef" in text
         assert "2.13.0" in text
 
@@ -273,7 +357,7 @@ def test_nothing_is_fetched(written: Path, page: Page) -> None:
 
 def test_pictures_of_the_markdown_lie_beside_it(written: Path, twin: str) -> None:
     names = re.findall(r"!\[[^]]*\]\(([^)]*)\)", twin)
-    assert names == ["report-before-after.png", "report-bias.png"]  # no groups.png in this audit
+    assert names == ["report-before-after.png", "report-groups.png", "report-bias.png"]
     for name in names:
         Image.open(written / name).load()
 
@@ -442,9 +526,14 @@ def test_scales_of_one_module_make_a_curve(tmp_path: Path) -> None:
     }
     results = measured(folders)
     results.save(tmp_path / "results.json")
-    page, _ = report(tmp_path / "out", results=tmp_path / "results.json", images=folders)
-    (alt,) = (alt for alt in page.values("alt") if alt.startswith("Bias over the module's scale."))
-    assert "0.60 at 0.5" in alt
+    for parts in ({}, {"images": folders}):
+        page, twin = report(tmp_path / "out", results=tmp_path / "results.json", **parts)
+        (alt,) = (alt for alt in page.values("alt") if alt.startswith("Bias over the module's scale."))
+        assert "0.60 at 0.5" in alt
+        assert "Every scale of the module, at guidance scale 3" in page.words
+        assert "| With guidance | 0.5 | 0.60 (" in twin
+        assert "(report-module-scale.png)" in twin
+        assert (tmp_path / "out" / "report-module-scale.png").is_file()
 
 
 def test_neither_audit_nor_results_is_an_error(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from conftest import write_tiny_folder
 from invdiff.config import AuditConfig
 from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError, ModelError
 from invdiff.evaluation.annotators import ConvAnnotator
+from invdiff.groups.curation import Curation
+from invdiff.groups.result import Audit
 from invdiff.sweep import stages
 from invdiff.sweep.config import AXES, SweepConfig
 from invdiff.sweep.plan import cells, describe_plan
@@ -80,6 +82,13 @@ def test_a_finished_sweep_is_read_back(fixed, tmp_path, counted):
     second = sweep(fixed, {"scale": [0.5, 1.0]}, tmp_path / "out")
     assert second == first
     assert (counted["audit"], counted["evaluate"]) == (before["audit"], before["evaluate"])
+
+
+def test_a_sweep_compares_settings_not_what_people_changed(fixed, tmp_path):
+    first = sweep(fixed, {"scale": [1]}, tmp_path / "out")
+    (folder,) = (tmp_path / "out" / "work" / "audits").iterdir()
+    Audit.load(folder).with_curation(Curation().without_images([0])).save(folder)
+    assert sweep(fixed, {"scale": [1]}, tmp_path / "out") == first
 
 
 def test_what_judges_is_looked_at_before_any_work(fixed, tmp_path, counted):
@@ -235,6 +244,12 @@ def test_every_axis_changes_the_settings_of_its_step(fixed, axis):
     step = getattr(after.config, AXES[axis]) if AXES[axis] else after.config
     assert getattr(step, axis) == other
     assert after.images_name(guided=True) != before.images_name(guided=True)
+
+
+def test_words_for_groups_make_no_other_audit(fixed):
+    told = {"audit": fixed["audit"] | {"words_model": "clip", "words": ["sea"]}}
+    plain, words = (cells(SweepConfig.from_dict(fixed | more | {"vary": {"seed": [0]}}))[0] for more in ({}, told))
+    assert words.audit_name == plain.audit_name
 
 
 def test_the_bundled_world_fills_in_what_it_stands_for():

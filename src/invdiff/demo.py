@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,20 +24,17 @@ from .groups.audit import audit
 from .groups.result import Audit
 from .pipelines import denoiser_of, load_pipeline
 from .report.audit_pictures import save_audit_pictures
-from .report.comparison_pictures import save_before_after, save_bias_curve
 from .report.save import save_report
 from .seeds import derived_seed
 from .training.train import train
-
-PICTURED_GUIDANCE_SCALE = 3.0
 
 
 def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progress: bool = True) -> Results:
     """Audit, train, generate with and without guidance on the same seeds, evaluate; return the evaluation.
 
-    Everything is written below `output_dir`: the data, `audit/`, `module/`, `images/`, `results.json`, pictures,
-    and last `report.html` with `report.md`. A stopped run goes on where it stopped. The attributes of the data are
-    read in the last step only, to judge what was found without them.
+    Everything is written below `output_dir`: the data, `audit/` with its pictures, `module/`, `images/`,
+    `results.json`, and last `report.html` with `report.md` and its pictures. A stopped run goes on where it stopped.
+    The attributes of the data are read in the last step only, to judge what was found without them.
 
     Raises:
         InvDiffError: A step failed; what was finished is kept.
@@ -96,7 +92,7 @@ def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progre
         | {"total": round(sum(seconds.values()), 1)},
         "settings": config.to_dict(),
     }
-    _draw_pictures(output_dir, data, folders, document, config)
+    save_audit_pictures(output_dir / "audit", data)
     write_json(output_dir / "results.json", document)
     save_report(
         output_dir,
@@ -105,6 +101,7 @@ def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progre
         results=output_dir / "results.json",
         images=folders,
         module=output_dir / "module",
+        run=output_dir,
     )
     return results
 
@@ -136,28 +133,6 @@ def hidden_truth(found: Audit, data: CaptionedImages) -> Recovery:
     unsaid = np.array([f" on {backgrounds[row]}" not in data.captions[row] for row in rows])
     minority = np.array([NATURAL_BACKGROUND[subjects[row]] != backgrounds[row] for row in rows])
     return recovery(found.scores.numpy()[unsaid], found.in_rare_group.numpy()[unsaid], minority[unsaid])
-
-
-def _draw_pictures(
-    output_dir: Path,
-    data: CaptionedImages,
-    folders: dict[str, list[Path]],
-    document: dict[str, Any],
-    config: DemoConfig,
-) -> None:
-    save_audit_pictures(output_dir / "audit", data)
-    (output_dir / "groups.png").write_bytes((output_dir / "audit" / "groups.png").read_bytes())
-    scales = config.guidance_scales
-    pictured = PICTURED_GUIDANCE_SCALE if PICTURED_GUIDANCE_SCALE in scales else scales[0]
-    index = scales.index(pictured)
-    save_before_after(
-        output_dir / "before_after.png",
-        folders["base"][index],
-        folders["guided"][index],
-        guidance_scale=pictured,
-        shares={name: document[name][str(pictured)]["shares"] for name in folders},
-    )
-    save_bias_curve(output_dir / "bias.png", {name: document[name] for name in folders})
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,10 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ..errors import ConfigError
-from .audit_reading import Group, Page, cuts, pages_of, read_audit, rows_by_name
-from .style import INK, SOFT, Sheet, colour_of, font, number, percent, shorten, ticks, wrap
+from ..groups.words import AuditWords, read_words
+from .audit_reading import Group, Page, pages_of, read_audit, rows_by_name
+from .style import INK, SOFT, Sheet, colour_of, font, number, percent, plain, shorten, text_width, ticks, wrap
+from .words import quoted
 
 if TYPE_CHECKING:
     from ..data.captioned import CaptionedImages
@@ -26,7 +29,7 @@ RARE = 0.15
 MOST_REASONS = 12
 
 _MARGIN = 64
-_Images = Callable[[Sequence[int]], list[Image.Image]]
+Images = Callable[[Sequence[int]], list[Image.Image]]
 
 
 def save_audit_pictures(audit_folder: Path, data: CaptionedImages, *, images_per_group: int = 12) -> list[Path]:
@@ -49,20 +52,18 @@ def save_audit_pictures(audit_folder: Path, data: CaptionedImages, *, images_per
     audit_folder = Path(audit_folder)
     if images_per_group < 1:
         raise ConfigError(f"Expected images_per_group of at least 1, got {images_per_group}.")
-    document, tensors = read_audit(audit_folder)
+    document, tensors, curation = read_audit(audit_folder)
     rows = rows_by_name(document["names"], list(data.names))
-    pages = pages_of(document, tensors)[:MOST_PROMPTS]
+    pages = pages_of(document, tensors, curation)[:MOST_PROMPTS]
+    words = read_words(audit_folder, curation.audit)
 
     def images(positions: Sequence[int]) -> list[Image.Image]:
         return [data.image(rows[position]) for position in positions]
 
     unfound = [prompt for prompt in document["prompts"] if not prompt["found"]]
-    if pages:
-        written = [_overview(pages, unfound, images).save(audit_folder / OVERVIEW)]
-    else:
-        written = [_nothing_found(unfound).save(audit_folder / OVERVIEW)]
+    written = [overview(pages, unfound, images, words).save(audit_folder / OVERVIEW)]
     for place, page in enumerate(pages):
-        sheet = _prompt_sheet(page, images, images_per_group)
+        sheet = _prompt_sheet(page, images, images_per_group, words)
         written.append(sheet.save(audit_folder / f"prompt-{place:02d}.png"))
     for picture in audit_folder.glob("prompt-[0-9][0-9].png"):
         if picture not in written:
@@ -70,7 +71,7 @@ def save_audit_pictures(audit_folder: Path, data: CaptionedImages, *, images_per
     return written
 
 
-def _prompt_sheet(page: Page, images: _Images, images_per_group: int) -> Sheet:
+def _prompt_sheet(page: Page, images: Images, images_per_group: int, words: AuditWords | None) -> Sheet:
     """Lay out one prompt: its scores on the left, its groups on the right."""
     gap, left, plot_width = 6, 100, 470
     right = left + plot_width + 74
@@ -95,6 +96,7 @@ def _prompt_sheet(page: Page, images: _Images, images_per_group: int) -> Sheet:
     ]
     others = len(prompt["captions"]) - 1
     facts += [f"{others} more wordings"] if others > 1 else ["1 more wording"] if others else []
+    facts += [f"words by {quoted(words.model)}"] if words else []
     sheet.text(_MARGIN, 134, "   ·   ".join(facts), size=21, colour=SOFT, width=width - 2 * _MARGIN)
 
     plot_height = min(height - top - 30 - _MARGIN - 70, 560)
@@ -102,14 +104,14 @@ def _prompt_sheet(page: Page, images: _Images, images_per_group: int) -> Sheet:
     counts = "images, log scale" if is_rare(page) else "images"
     sheet.text(_MARGIN, top + 6, counts, size=18, colour=SOFT)
     below = top + 30 + plot_height + 66
-    sheet.text(left + plot_width / 2, below, "score, high for the rarer group", size=18, colour=SOFT, align="center")
+    meaning = "score, as inferred" if page.by_hand else "score, high for the rarer group"
+    sheet.text(left + plot_width / 2, below, meaning, size=18, colour=SOFT, align="center")
 
     y = top - 16
     for group, pair, strip_heights, block in zip(page.groups, strips, heights, blocks, strict=True):
         sheet.dot(right + 9, y + 15, colour_of(group.index), radius=9)
-        label = f"group {group.index} · {percent(group.share)}"
-        sheet.text(right + 28, y + 23, label, size=24, bold=True)
-        sheet.text(width - _MARGIN, y + 23, _images_in_words(group.size), size=18, colour=SOFT, align="right")
+        label = f"{shorten(group.name, width - _MARGIN - right - 320, 24, bold=True)} · {percent(group.share)}"
+        _heading(sheet, right + 28, y + 23, width - _MARGIN, label, group, _told(words, page, group))
         line = y + 40
         for (note, chosen), strip in zip(pair, strip_heights, strict=True):
             sheet.text(right, line + 18, note, size=18, colour=SOFT)
@@ -151,7 +153,7 @@ def draw_histogram(axes: Axes, page: Page) -> None:
     axes.set_xlim(low - margin, high + margin)
     marks = [mark for mark in MaxNLocator(5).tick_values(low, high) if low - margin <= mark <= high + margin]
     ticks(axes, "x", marks, [number(mark) for mark in marks])
-    for cut in cuts(page.scores, page.labels):
+    for cut in (cut for cut in page.cuts if low <= cut <= high):
         axes.axvline(cut, color=INK, linewidth=1.6, linestyle=(0, (4, 3)))
         axes.annotate(
             "cut",
@@ -170,8 +172,36 @@ def is_rare(page: Page) -> bool:
     return min((group.share for group in page.groups if group.size), default=1.0) < RARE
 
 
-def _overview(pages: list[Page], unfound: list[dict[str, Any]], images: _Images) -> Sheet:
-    """Lay out the groups of all prompts: two prompts side by side, one row per group."""
+def _heading(sheet: Sheet, x: float, y: float, end: float, label: str, group: Group, told: list[str]) -> None:
+    """Write a group's label, the words that tell it apart as far as there is room, and how many images it has."""
+    count, after = _images_in_words(group.size), x + text_width(label, 24, bold=True) + 24
+    sheet.text(x, y, label, size=24, bold=True)
+    sheet.text(end, y, count, size=18, colour=SOFT, align="right")
+    room = end - text_width(count, 18) - 24 - after
+    fitting = [line for line in accumulate(told, "{}, {}".format) if text_width(line, 20) <= room]
+    if fitting:
+        sheet.text(after, y, fitting[-1], size=20, colour=SOFT)
+
+
+def _told(words: AuditWords | None, page: Page, group: Group) -> list[str]:
+    """Return the words that tell a group apart."""
+    entry = words.of(page.index, group.index, page.factor_index) if words else None
+    return [plain(told.word) for told in entry.words] if entry else []
+
+
+def overview(
+    pages: Sequence[Page], unfound: list[dict[str, Any]], images: Images, words: AuditWords | None = None
+) -> Sheet:
+    """Lay out the groups of all prompts: two prompts side by side, one row per group; or say why there are none.
+
+    Args:
+        pages: The prompts that hide groups; those shown are the caller's choice.
+        unfound: What the audit states of the other prompts.
+        images: Returns the images at positions in the audit.
+        words: What tells the groups apart, in a CLIP model's words.
+    """
+    if not pages:
+        return _nothing_found(unfound)
     width, gap, gutter, top = 1600, 8, 72, 176
     across = min(len(pages), 2)
     block_width = (width - 2 * _MARGIN - (across - 1) * gutter) // across
@@ -184,7 +214,8 @@ def _overview(pages: list[Page], unfound: list[dict[str, Any]], images: _Images)
     sheet = Sheet(width, top + sum(heights) + (40 + _notes_height(notes) if notes else 0))
 
     sheet.text(_MARGIN, 88, "Hidden groups", size=40, bold=True)
-    subtitle = "Images under the same prompt, split without labels. Each group's most typical images."
+    subtitle = "Images under the same prompt, split without labels. Each group's most typical images"
+    subtitle += f", and words that {quoted(words.model)} chose." if words else "."
     sheet.text(_MARGIN, 128, subtitle, size=22, colour=SOFT, width=width - 2 * _MARGIN)
     for place, page in enumerate(pages):
         line, column = divmod(place, across)
@@ -195,9 +226,9 @@ def _overview(pages: list[Page], unfound: list[dict[str, Any]], images: _Images)
         y += 84
         for group in page.groups:
             sheet.dot(x + 9, y + 28, colour_of(group.index), radius=9)
-            label = f"{page.factor}group {group.index} · {percent(group.share)}"
-            sheet.text(x + 28, y + 36, label, size=24, bold=True)
-            sheet.text(x + block_width, y + 36, _images_in_words(group.size), size=18, colour=SOFT, align="right")
+            name = shorten(page.factor + group.name, block_width - 290, 24, bold=True)
+            label = f"{name} · {percent(group.share)}"
+            _heading(sheet, x + 28, y + 36, x + block_width, label, group, _told(words, page, group))
             chosen = images(group.typical[:OVERVIEW_IMAGES])
             if not chosen:
                 sheet.text(x + 28, y + 76, "none under this prompt", size=20, colour=SOFT)

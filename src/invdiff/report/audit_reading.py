@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file
 
 from ..errors import AuditError
 from ..files import read_json
+from ..groups.curation import Curation, curated, is_kept, ladder, read_curation, weights_of
 
 _Array = NDArray[Any]
 
@@ -24,6 +26,8 @@ class Group:
     """One group of one prompt's images: positions in the audit, the telling ones first."""
 
     index: int
+    name: str
+    """What people called it, or its number in words."""
     share: float
     size: int
     typical: list[int]
@@ -36,36 +40,49 @@ class Group:
 class Page:
     """One prompt under one hidden factor."""
 
+    index: int
+    """Of the prompt, in the audit."""
     prompt: dict[str, Any]
     factor: str
     """Empty where the audit has one factor only."""
+    factor_index: int
+    """Of the hidden factor, from 0."""
+    rows: _Array
+    """Positions in the audit of the prompt's images, without those left out; scores and labels are theirs."""
     scores: _Array
     labels: _Array
     groups: list[Group]
+    cuts: list[float]
+    """Scores at which the groups part, rising: those that people set, or the midpoints of the gaps between groups."""
+    by_hand: bool
+    """Whether people moved the cuts or left out images of this prompt."""
 
 
-def rank_groups(weights: _Array, scores: _Array, rows: _Array) -> list[Group]:
+def rank_groups(
+    weights: _Array, scores: _Array, rows: _Array, *, curation: Curation | None = None, factor: int = 0
+) -> list[Group]:
     """Order the images of each of a prompt's groups by how telling they are.
 
     Args:
         weights: (n, E) the prompt's rows of W.
         scores: (n,) their scores.
         rows: (n,) their positions in the audit.
+        curation: Has the names of groups.
+        factor: The hidden factor that W is of.
 
     Returns:
         E groups. The side of the group that scores highest is up, of the lowest down; between them the middle
         of a group is the most typical.
     """
     labels = weights.argmax(axis=1)
-    filled = [index for index in range(weights.shape[1]) if (labels == index).any()]
-    ladder = sorted(filled, key=lambda index: scores[labels == index].mean())
+    rising = ladder(weights, scores)
     groups = []
     for index in range(weights.shape[1]):
         members = np.flatnonzero(labels == index)
         own, others = scores[members], np.sort(scores[labels != index])
         extreme = distance = -np.abs(own - np.median(own)) if len(own) else own
-        if len(ladder) > 1 and index in (ladder[0], ladder[-1]):
-            extreme = own if index == ladder[-1] else -own
+        if len(rising) > 1 and index in (rising[0], rising[-1]):
+            extreme = own if index == rising[-1] else -own
         if len(others):
             above = np.searchsorted(others, own).clip(0, len(others) - 1)
             distance = np.minimum(np.abs(others[above] - own), np.abs(others[(above - 1).clip(0)] - own))
@@ -73,6 +90,7 @@ def rank_groups(weights: _Array, scores: _Array, rows: _Array) -> list[Group]:
         groups.append(
             Group(
                 index=index,
+                name=(curation or Curation()).group_name(index, factor),
                 share=float(weights[:, index].mean()),
                 size=len(members),
                 typical=rows[members[np.lexsort((-extreme, -weight))]].tolist(),
@@ -82,8 +100,19 @@ def rank_groups(weights: _Array, scores: _Array, rows: _Array) -> list[Group]:
     return groups
 
 
-def read_audit(folder: Path) -> tuple[dict[str, Any], dict[str, _Array]]:
-    """Return what an audit folder states, and its tensors as arrays.
+def read_audit(folder: Path) -> tuple[dict[str, Any], dict[str, _Array], Curation]:
+    """Return what an audit folder states and its tensors as arrays, with people's changes, and these changes.
+
+    Raises:
+        AuditError: As `read_inferred`; or the changes are damaged or of another audit.
+    """
+    document, tensors = read_inferred(folder)
+    curation = read_curation(folder, document, tensors)
+    return *curated(document, tensors, curation), curation
+
+
+def read_inferred(folder: Path) -> tuple[dict[str, Any], dict[str, _Array]]:
+    """Return what an audit folder states and its tensors as arrays, as inferred: without people's changes.
 
     Raises:
         AuditError: The folder holds no audit, or its tensors are damaged or of other images.
@@ -122,26 +151,45 @@ def rows_by_name(names: list[str], available: list[str]) -> list[int]:
     return [places[name].pop() if len(places[name]) > 1 else places[name][0] for name in names]
 
 
-def pages_of(document: dict[str, Any], tensors: dict[str, _Array]) -> list[Page]:
-    """Return the largest prompts that hide a group, once for each factor that splits them."""
+def pages_of(
+    document: Mapping[str, Any], tensors: Mapping[str, _Array], curation: Curation | None = None
+) -> list[Page]:
+    """Return the largest prompts that hide a group, once for each factor that splits them.
+
+    Images left out are in none.
+
+    Args:
+        document: What the audit states.
+        tensors: Its arrays.
+        curation: The changes that are in both already, for the names of groups; none if not given.
+    """
+    curation = curation or Curation()
+    kept = is_kept(weights_of(tensors))
     factors = len(document["num_groups"])
     found = [index for index, prompt in enumerate(document["prompts"]) if prompt["found"]]
     found.sort(key=lambda index: -document["prompts"][index]["num_images"])
     pages = []
     for index in found:
-        rows = np.flatnonzero(tensors["prompt_ids"] == index)
+        rows = np.flatnonzero(kept & (tensors["prompt_ids"] == index))
+        fewer = len(rows) < np.count_nonzero(tensors["prompt_ids"] == index)
         scores = tensors["scores"][rows]
         for factor in range(factors):
             weights = tensors[f"group_weights.{factor}"][rows]
             if len(rows) == 0 or np.ptp(weights) < 1e-6:  # uniform: this factor does not split this prompt
                 continue
+            labels, moved = weights.argmax(axis=1), curation.cuts.get(index, ()) if factor == 0 else ()
             pages.append(
                 Page(
+                    index=index,
                     prompt=document["prompts"][index],
                     factor=f"factor {factor} · " if factors > 1 else "",
+                    factor_index=factor,
+                    rows=rows,
                     scores=scores,
-                    labels=weights.argmax(axis=1),
-                    groups=rank_groups(weights, scores, rows),
+                    labels=labels,
+                    groups=rank_groups(weights, scores, rows, curation=curation, factor=factor),
+                    cuts=list(moved) or cuts(scores, labels),
+                    by_hand=bool(moved or fewer),
                 )
             )
     return pages

@@ -19,9 +19,9 @@ from .comparison import (
     same_seeds,
 )
 from .document import ChangedPrompt, Changes, ClassShares, Missing, Share, Table
-from .found import group_name
 from .sources import Sources
 from .style import colour_of
+from .training_data import Labels, labels
 from .words import ABSENT, at_scale, bias, counted, quoted, sentences, share_of, with_interval
 
 MOST_PROMPTS = 8
@@ -51,11 +51,13 @@ def changes(sources: Sources) -> Changes | None:
     prompts = list(next(iter(measured.values())).shares) if measured else list(pairs)
     confidence = results.confidence if results else 0.95
     pages = sources.audit.pages if sources.audit else ()
+    known = labels(sources.audit, results) if results else None
     shown = [
         ChangedPrompt(
             prompt=prompt,
-            data=_data_shares(prompt, pages, confidence),
-            classes=_classes(prompt, measured, results, chosen) if results else [],
+            data=[] if known and known.under(prompt) else _data_shares(prompt, pages, confidence),
+            data_note=known.note(prompt) if known else "",
+            classes=_classes(prompt, measured, results, chosen, known) if results else [],
             pairs=[picture(pair, chosen) for pair in pairs.get(prompt, [])[:PAIRS_PER_PROMPT]],
         )
         for prompt in prompts[:MOST_PROMPTS]
@@ -66,6 +68,7 @@ def changes(sources: Sources) -> Changes | None:
         models=[(label(model), tints[model]) for model in measured],
         names=(label(chosen.before), label(chosen.after)),
         attribute=results.attribute if results else "",
+        labels=known.origin if known else "",
         prompts=shown,
         rest=max(len(prompts) - MOST_PROMPTS, 0),
         fairness=_fairness(measured) if measured else [],
@@ -97,13 +100,12 @@ def _data_shares(prompt: str, pages: Sequence[Page], confidence: float) -> list[
     if page is None:
         return []
     total = len(page.labels)
-    return [
-        share_of(group_name(g.index), g.size, total, confidence=confidence, colour=colour_of(g.index))
-        for g in page.groups
-    ]
+    return [share_of(g.name, g.size, total, confidence=confidence, colour=colour_of(g.index)) for g in page.groups]
 
 
-def _classes(prompt: str, measured: Mapping[str, Measures], results: Results, chosen: Comparison) -> list[ClassShares]:
+def _classes(
+    prompt: str, measured: Mapping[str, Measures], results: Results, chosen: Comparison, known: Labels | None
+) -> list[ClassShares]:
     tints = colours(list(measured), chosen.before, chosen.after)
     first = next(iter(measured.values())).first
     names = list(first.shares.get(prompt, {}))
@@ -111,6 +113,7 @@ def _classes(prompt: str, measured: Mapping[str, Measures], results: Results, ch
         ClassShares(
             name=name,
             target=float(results.target.get(name, 0.0)) if results.target else 1 / len(names),
+            data=known.share(prompt, name, confidence=results.confidence) if known else None,
             bars=[
                 _bar(label(model), measures, prompt, name, results.confidence, tints[model])
                 for model, measures in measured.items()

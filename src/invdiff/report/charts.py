@@ -25,6 +25,7 @@ SERIES_COLOURS = tuple(PALETTE[place] for place in (1, 2, 3, 5, 0, 6, 7, 4))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 """One for each colour: series are told apart without colours too."""
 
+PLANE_KEY = "Filled: no other point beats it. Hollow: another is as good in both figures, and better in one."
 MARGIN = 64
 WIDTH = 1400
 _LEFT = MARGIN + 56
@@ -181,13 +182,36 @@ def save_paths(
     _check(paths)
     sheet, top, below = _page(title, subtitle, notes, plots=_PLOT_HEIGHT, key_lines=2 if floors else 1)
     area = Area(_LEFT, top, _plot_width(paths), _PLOT_HEIGHT)
+    plane_chart(sheet, area, paths, labels=labels, filled=filled, y_name=y_name, floors=floors)
+    sheet.text(area.x + area.width / 2, top + _PLOT_HEIGHT + 66, x_name, colour=SOFT, align="center", width=area.width)
+    sheet.text(MARGIN, below - (28 if floors else 0), PLANE_KEY, size=18, colour=SOFT)
+    if floors:
+        _floor_key(sheet, below)
+    return sheet.save(path)
+
+
+def plane_chart(
+    sheet: Sheet,
+    area: Area,
+    paths: Sequence[Series],
+    *,
+    labels: Sequence[Sequence[str]],
+    filled: Sequence[Sequence[bool]],
+    y_name: str,
+    floors: Sequence[float] = (),
+) -> None:
+    """Draw paths through a plane of two figures; see `save_paths`. The paths' names stand to the right of `area`.
+
+    Raises:
+        EvaluationError: There is no point, or one that is not finite.
+    """
+    _check(paths)
     axes = sheet.axes(area.x, area.y, area.width, area.height)
     axes.grid(axis="x", color=RULE, linewidth=1.0)
     levels = nice_ticks(*(limit([x for one in paths for x, _ in one.drawn]) for limit in (min, max)))
     axes.set_xlim(levels[0], levels[-1])
     ticks(axes, "x", levels, [number(level) for level in levels], size=_TICK_SIZE)
     _y_axis(sheet, area, axes, [*floors, *(y for one in paths for _, y in one.drawn)], Panel(y_name, paths))
-    sheet.text(area.x + area.width / 2, top + _PLOT_HEIGHT + 66, x_name, colour=SOFT, align="center", width=area.width)
 
     above_all = {point for one in paths if one.level for point in one.drawn}
     words: dict[tuple[float, float], str] = {}
@@ -205,11 +229,6 @@ def save_paths(
         _name(sheet, area, area.y + 14 + _NAME_GAP * place, replace(one, level=False))
     for floor in floors:
         axes.axhline(floor, zorder=1, **_DOTTED)
-    key = "Filled: no other point beats it. Hollow: another is as good in both figures, and better in one."
-    sheet.text(MARGIN, below - (28 if floors else 0), key, size=18, colour=SOFT)
-    if floors:
-        _floor_key(sheet, below)
-    return sheet.save(path)
 
 
 def line_chart(sheet: Sheet, area: Area, panel: Panel, *, x_values: Sequence[float], even: bool = False) -> None:

@@ -16,6 +16,8 @@ from .plots import thumb
 from .sources import Generated
 
 BASE, GUIDED = "base", "guided"
+MOST_MODELS = 8
+"""Models shown beside each other."""
 LABELS = {BASE: "Base model", GUIDED: "With guidance"}
 
 
@@ -32,11 +34,15 @@ class Comparison:
 
 
 def choose(results: Results) -> Comparison:
-    """Return the baseline, the guided model or else the first other one, and the middle of their guidance scales."""
+    """Return the baseline, the guided model, and the middle of their guidance scales.
+
+    Where none is called guided, that is the first other one at the strength that its module was trained for.
+    """
     models = [model for model, by_scale in results.models.items() if by_scale]
     before = results.baseline or (BASE if BASE in models else models[0])
     others = [model for model in models if model != before]
-    after = GUIDED if GUIDED in others else others[0] if others else before
+    others.sort(key=lambda model: (model != GUIDED, results.module_scales.get(model) != 1))
+    after = others[0] if others else before
     shared = set(results.models[before]) & set(results.models[after])
     if not shared:
         after, shared = before, set(results.models[before])
@@ -53,6 +59,11 @@ def choose_images(images: Mapping[str, Generated]) -> Comparison | None:
     present = scale_keys(images[after].rows)
     keys = tuple(key for key in scale_keys(images[before].rows) if key in present)
     return Comparison(before, after, keys[(len(keys) - 1) // 2], keys) if keys else None
+
+
+def in_order(results: Results, chosen: Comparison, *, most: int = MOST_MODELS) -> list[str]:
+    """Return the models that are shown: the two compared, then the others."""
+    return list(dict.fromkeys([chosen.before, chosen.after, *results.models]))[:most]
 
 
 def label(model: str) -> str:
@@ -92,13 +103,18 @@ def picture(pair: tuple[Row, Row], chosen: Comparison) -> Pair:
         EvaluationError: An image is absent or damaged.
     """
     sides = [
-        thumb(_open(row), f"{label(model)}: {row.prompt[:200]}, seed {row.seed}")
+        thumb(open_row(row), f"{label(model)}: {row.prompt[:200]}, seed {row.seed}")
         for row, model in zip(pair, (chosen.before, chosen.after), strict=True)
     ]
     return Pair(*sides)
 
 
-def _open(row: Row) -> Image.Image:
+def open_row(row: Row) -> Image.Image:
+    """Return a generated image as RGB.
+
+    Raises:
+        EvaluationError: It is absent or damaged.
+    """
     try:
         with Image.open(row.path) as image:
             return image.convert("RGB")

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from ..evaluation.manifest import UNSTATED
 from ..evaluation.results import Measures, Quantity, Results
-from .charts import BASE_COLOUR, Panel, Point, Series, distinct_floors, numbered_series
-from .comparison import Comparison, choose, label
+from .comparison import Comparison, choose, in_order, label
+from .curves import Curve, ModuleLine, module_lines, over_guidance, over_module_scale
 from .document import Costs, Missing, Plot, Table
 from .plots import curve
-from .sources import Generated, Sources
-from .style import shorten
+from .sources import Sources
 from .words import ABSENT, at_scale, bias, quantity, quoted, sentences, shown_name, with_interval
 
-MOST_MODELS = 8
-_Read = Callable[[Measures], "tuple[float, float | None, float | None] | None"]
+HEADLINES = ("Bias", "Floor", "Subject right", "Fréchet distance", "Images a prompt")
 
 
 def costs(sources: Sources) -> Costs | None:
@@ -24,31 +21,37 @@ def costs(sources: Sources) -> Costs | None:
         return None
     results = sources.measured.results
     chosen = choose(results)
-    order = list(dict.fromkeys([chosen.before, chosen.after, *results.models]))[:MOST_MODELS]
+    order = in_order(results, chosen)
     measured = {model: results.models[model][chosen.key] for model in order if chosen.key in results.models[model]}
     tables = [_quality(measured, chosen, results), _by_group(measured, chosen, results)]
     missing = []
     if not any(measures.quality for measures in measured.values()):
         missing.append(
             Missing(
-                "Quality was measured without reference images, so no distance to real ones is known.",
-                "invdiff evaluate base=DIR guided=DIR --annotator ANNOTATOR --attribute ATTRIBUTE --reference DATA",
+                "Quality was measured without reference images, so no distance to real ones is known. Run the "
+                "evaluation below again with --reference."
             )
         )
     if tables[1] is None:
         missing.append(
             Missing(
                 "These results hold no figures group by group: whether the minority is drawn as well as the "
-                "majority is not known.",
-                "invdiff evaluate base=DIR guided=DIR --annotator ANNOTATOR --attribute ATTRIBUTE --reference DATA",
+                "majority is not known. Run the evaluation below again with --reference."
             )
         )
-    curves = _curves_over_guidance(results, order, chosen) + _curve_over_scale(results, sources.images, chosen)
+    lines = module_lines(results, sources.images, chosen)
+    tables += [] if lines and len(chosen.keys) == 1 else [_every_scale(results, order)]
+    tables += [_every_module_scale(lines, chosen)]
     return Costs(
-        tables=[table for table in (*tables, _every_scale(results, order)) if table is not None],
-        curves=curves,
+        tables=[table for table in tables if table is not None],
+        curves=[_plot(entry) for entry in over_guidance(results, order, chosen)],
+        over_module_scale=[_plot(entry) for entry in over_module_scale(lines, chosen.key)],
         missing=missing,
     )
+
+
+def _plot(entry: Curve) -> Plot:
+    return curve(entry.panel, x_name=entry.x_name, alt=entry.alt, caption=entry.caption)
 
 
 def _quality(measured: Mapping[str, Measures], chosen: Comparison, results: Results) -> Table | None:
@@ -106,106 +109,31 @@ def _group_figure(name: str, figure: Quantity | None) -> str:
 
 
 def _every_scale(results: Results, order: Sequence[str]) -> Table | None:
-    rows = []
-    for model in order:
-        for key, measures in results.models[model].items():
-            spread = measures.first.overall["bias"]
-            frechet = measures.frechet
-            rows.append(
-                [
-                    label(model),
-                    key.removesuffix(".0"),
-                    with_interval(bias(spread.value), bias(spread.low), bias(spread.high)),
-                    bias(spread.floor),
-                    quantity("subject accuracy", measures.subject_accuracy),
-                    ABSENT if frechet is None else f"{frechet:.2f}",
-                    f"{measures.images_per_prompt:,}",
-                ]
-            )
-    columns = ("Model", "Guidance scale", "Bias", "Floor", "Subject right", "Fréchet distance", "Images a prompt")
+    rows = [
+        [label(model), key.removesuffix(".0"), *_headlines(measures)]
+        for model in order
+        for key, measures in results.models[model].items()
+    ]
+    columns = ("Model", "Guidance scale", *HEADLINES)
     return Table(columns, rows, "Every guidance scale") if len(rows) > 2 else None
 
 
-def _read_bias(measures: Measures) -> tuple[float, float | None, float | None]:
-    spread = measures.first.overall["bias"]
-    return spread.value, spread.low, spread.high
+def _every_module_scale(lines: Sequence[ModuleLine], chosen: Comparison) -> Table | None:
+    rows = [
+        [line.name, f"{scale:g}", *_headlines(measures)] for line in lines for scale, measures in line.measures.items()
+    ]
+    has_base = any(0 in line.measures for line in lines)
+    notes = ["Scale 0 is the base model: there the module does nothing."] if has_base else []
+    caption = f"Every scale of the module, {at_scale(chosen.key)}"
+    return Table(("Module", "Scale", *HEADLINES), rows, caption, notes) if rows else None
 
 
-def _read_subject(measures: Measures) -> tuple[float, float | None, float | None] | None:
-    figure = measures.subject_accuracy
-    return None if figure is None or figure.value is None else (figure.value, figure.low, figure.high)
-
-
-def _read_frechet(measures: Measures) -> tuple[float, float | None, float | None] | None:
-    return None if measures.frechet is None else (measures.frechet, None, None)
-
-
-_CURVES: tuple[tuple[str, _Read, tuple[float, ...], str], ...] = (
-    ("Bias", _read_bias, (0.0, 1.0), "Bias of the first attribute: 0 is even, 1 is always the same class."),
-    ("subject right", _read_subject, (0.0, 1.0), "Share of images that show the subject their prompt names."),
-    ("Fréchet distance", _read_frechet, (0.0,), "Fréchet distance to the reference: lower is closer to real images."),
-)
-
-
-def _curves_over_guidance(results: Results, order: Sequence[str], chosen: Comparison) -> list[Plot]:
-    stated = {key for model in order for key in results.models[model] if key != UNSTATED}
-    if len(stated) < 2:
-        return []
-    plots = []
-    for name, read, reach, caption in _CURVES:
-        lines: dict[str, tuple[Point, ...]] = {}
-        floors = []
-        for model in order:
-            by_scale = {float(key): m for key, m in results.models[model].items() if key != UNSTATED}
-            points = [(scale, read(measures)) for scale, measures in sorted(by_scale.items())]
-            if any(figure is not None for _, figure in points):
-                lines[model] = tuple(Point(x, *figure) if figure else Point(x, None) for x, figure in points)
-                floors.append([(scale, measures.bias_floor) for scale, measures in by_scale.items()])
-        if not lines:
-            continue
-        dotted = distinct_floors(floors) if name == "Bias" else []
-        fair = " Dotted: what a fair sampler shows by chance." if dotted else ""
-        panel = Panel(name, _series(lines, chosen), dotted, reach=reach)
-        alt = f"{name} over guidance scale. {_points_in_words(lines)}"
-        plots.append(curve(panel, x_name="guidance scale", alt=alt, caption=caption + fair))
-    return plots
-
-
-def _curve_over_scale(results: Results, images: Mapping[str, Generated], chosen: Comparison) -> list[Plot]:
-    """Draw Bias over the module's scale, where results have the same module at several."""
-    points = {}
-    for model, generated in images.items():
-        scales = {row.scale for row in generated.rows if row.scale_key == chosen.key}
-        measures = results.models.get(model, {}).get(chosen.key)
-        if measures is not None and len(scales) == 1 and None not in scales:
-            points[scales.pop() or 0.0] = measures
-    if len(points) < 3:
-        return []
-    line = {"guided": tuple(Point(scale, *_read_bias(measures)) for scale, measures in sorted(points.items()))}
-    floors = distinct_floors([[(scale, measures.bias_floor) for scale, measures in points.items()]])
-    alt = f"Bias over the module's scale. {_points_in_words(line)}"
-    caption = f"Bias over the module's scale, {at_scale(chosen.key)}: 0 is the base model, 1 is what was trained for."
-    panel = Panel("Bias", _series(line, chosen), floors, reach=(0.0, 1.0))
-    return [curve(panel, x_name="scale of the module", alt=alt, caption=caption)]
-
-
-def _series(lines: Mapping[str, tuple[Point, ...]], chosen: Comparison) -> list[Series]:
-    order = [model for model in lines if model != chosen.before or len(lines) == 1]
-    series = [numbered_series(place, _short(label(model)), lines[model]) for place, model in enumerate(order)]
-    if chosen.before in lines and len(lines) > 1:
-        series.insert(0, Series(_short(label(chosen.before)), lines[chosen.before], BASE_COLOUR))
-    return series
-
-
-def _points_in_words(lines: Mapping[str, tuple[Point, ...]]) -> str:
-    words = []
-    for model, points in lines.items():
-        known = [(point.x, point.y) for point in points if point.y is not None]
-        values = ", ".join(f"{y:.2f} at {x:g}" for x, y in known)
-        words.append(f"{label(model)[:60]}: {values}.")
-    return " ".join(words)
-
-
-def _short(name: str) -> str:
-    """Return a name with room beside a plot that is read on a phone."""
-    return shorten(name, 170, 20, bold=True)
+def _headlines(measures: Measures) -> list[str]:
+    spread, frechet = measures.first.overall["bias"], measures.frechet
+    return [
+        with_interval(bias(spread.value), bias(spread.low), bias(spread.high)),
+        bias(spread.floor),
+        quantity("subject accuracy", measures.subject_accuracy),
+        ABSENT if frechet is None else f"{frechet:.2f}",
+        f"{measures.images_per_prompt:,}",
+    ]

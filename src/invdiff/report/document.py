@@ -70,6 +70,8 @@ class ClassShares:
     target: float
     bars: Sequence[Share]
     """One for each model, named after it."""
+    data: Share | None = None
+    """Of the training images, where the data has labels of its own."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ class FoundGroup:
 
     name: str
     share: Share
+    words: str
+    """What tells it apart, in a CLIP model's words, or that nothing does; "" where none was asked."""
     typical: Sequence[Thumb]
     uncertain: Sequence[Thumb]
 
@@ -140,6 +144,18 @@ class Found:
     """What the audit found."""
 
     summary: str
+    by_people: str
+    """What people changed about it, "" where nothing."""
+    withheld: str
+    """Which images are not shown although they are given, and why; "" where there are none."""
+    named: bool
+    """Whether any group has a name; else all have numbers."""
+    words_by: str
+    """Who chose the words under groups, and from how many; "" where nobody did."""
+    about_words: str
+    """What these words are worth."""
+    words: Table | None
+    """Those over all prompts."""
     prompts: Sequence[FoundPrompt]
     """Those shown in detail."""
     others: Table | None
@@ -155,7 +171,9 @@ class ChangedPrompt:
 
     prompt: str
     data: Sequence[Share]
-    """The audit's groups of its training images."""
+    """The audit's groups of its training images; empty where the data's own labels tell more."""
+    data_note: str
+    """What the shares of training data are of, where there are some."""
     classes: Sequence[ClassShares]
     pairs: Sequence[Pair]
 
@@ -170,6 +188,8 @@ class Changes:
     names: tuple[str, str]
     """The model above and the one below."""
     attribute: str
+    labels: str
+    """Where the shares of training data come from; "" where there are none."""
     prompts: Sequence[ChangedPrompt]
     rest: int
     """Prompts left out."""
@@ -183,6 +203,9 @@ class Costs:
 
     tables: Sequence[Table]
     curves: Sequence[Plot]
+    """Over the guidance scale."""
+    over_module_scale: Sequence[Plot]
+    """Over the strength of the guidance module, where it was measured at several."""
     missing: Sequence[Missing]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..groups.curation import Curation
+from ..groups.words import AuditWords
 from .audit_reading import Group, Page
 from .document import Found, FoundGroup, FoundPrompt, Missing, Table, Thumb
 from .plots import histogram, thumb
 from .sources import AuditSource
 from .style import colour_of, percent
-from .words import counted, share_of
+from .words import counted, quoted, share_of
 
 MOST_PROMPTS = 8
 """Prompts shown in detail."""
@@ -31,17 +33,37 @@ def found(source: AuditSource, *, confidence: float) -> Found:
         )
     return Found(
         summary=summary(source),
+        by_people=by_people(source.curation),
+        withheld=withheld(source),
+        named=source.curation.named,
+        words_by=words_by(source.words) if source.words and pages else "",
+        about_words=about_words(source.words, pages) if source.words and pages else "",
+        words=_words_over_all(source.words, source.curation) if source.words and pages else None,
         prompts=[_prompt(page, source, confidence) for page in pages],
-        others=_others(further) if further else None,
+        others=_others(further, named=source.curation.named) if further else None,
         unfound=_unfound([prompt for prompt in prompts if not prompt["found"]]),
         missing=missing,
+    )
+
+
+def withheld(source: AuditSource) -> str:
+    """Return which of the telling images are not shown, and why; "" where all are, or none is given."""
+    pages = source.pages[:MOST_PROMPTS] if source.data is not None else []
+    chosen = {at for page in pages for group in page.groups for at in (*_typical(group), *_uncertain(group))}
+    outside = sum(not source.may_show(at) for at in chosen)
+    if not outside:
+        return ""
+    verb, whose = ("is", "its file lies") if outside == 1 else ("are", "their files lie")
+    return (
+        f"{outside:,} of {counted(len(chosen), 'image')} {verb} not shown here: {whose} outside the data's folder, "
+        "which only has a name or a link, and a report is passed on. Copy such files into the folder to show them."
     )
 
 
 def summary(source: AuditSource) -> str:
     """Return what was found, in a sentence or two."""
     prompts = source.document["prompts"]
-    images = len(source.document["names"])
+    images = len(source.document["names"]) - len(source.curation.left_out)
     hiding = [prompt for prompt in prompts if prompt["found"]]
     if not hiding:
         return (
@@ -49,9 +71,13 @@ def summary(source: AuditSource) -> str:
             "That is no proof that there is none: no split was at once separated, stable under new noise and "
             "unbalanced enough to be believed."
         )
-    smallest = [min(share for share in prompt["shares"] if share > 0) for prompt in hiding]
-    low, high = percent(min(smallest)), percent(max(smallest))
-    rare = low if low == high else f"{low} to {high}"
+    filled = [[share for share in prompt["shares"] if share > 0] for prompt in hiding]
+    smallest = [min(shares) for shares in filled if len(shares) > 1]
+    rare = ""
+    if smallest:  # people may have put all images of a prompt in one group
+        low, high = percent(min(smallest)), percent(max(smallest))
+        of = low if low == high else f"{low} to {high}"
+        rare = f"; the smallest group holds {of} of a prompt's images"
     solver = source.fingerprint_facts.get("solver")
     forced = (
         f" The solver “{solver}” splits whatever it is given, so the split alone proves nothing: look at separation "
@@ -61,13 +87,45 @@ def summary(source: AuditSource) -> str:
     )
     return (
         f"Under {len(hiding):,} of {counted(len(prompts), 'prompt')}, the training images fall into groups that the "
-        f"prompt does not name; the smallest group holds {rare} of a prompt's images.{forced}"
+        f"prompt does not name{rare}.{forced}"
     )
 
 
-def group_name(index: int) -> str:
-    """Return what a group is called: a number, since nobody named it."""
-    return f"group {index}"
+def by_people(curation: Curation) -> str:
+    """Return what people changed about an audit, in a sentence or two; "" where they changed nothing."""
+    left_out, moved = len(curation.left_out), len(curation.cuts)
+    parts = []
+    if left_out:
+        parts.append(f"{counted(left_out, 'image')} {'is' if left_out == 1 else 'are'} left out")
+    if moved:
+        parts.append(f"cuts between groups were moved by hand under {counted(moved, 'prompt')}")
+    if curation.named:
+        parts.append("names of groups are people's words")
+    listed = " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
+    before = " Separation and stability are of the groups as inferred." if left_out or moved else ""
+    return f"People changed this audit: {listed}.{before}" if parts else ""
+
+
+def words_by(words: AuditWords) -> str:
+    """Return who chose the words for groups, and from how many, beside the words."""
+    return f"says {quoted(words.model)}, asked about {words.vocabulary:,} words"
+
+
+def about_words(words: AuditWords, pages: Sequence[Page]) -> str:
+    """Return what the words for groups are, and what they are worth."""
+    before = " They are of the groups as inferred, before people's changes." if any(p.by_hand for p in pages) else ""
+    return (
+        f"Words are the opinion of a CLIP model, {quoted(words.model)}, and no proof: of {words.vocabulary:,} words, "
+        "those that it finds clearly nearer to a group's images than to the other images of the prompt (a permutation "
+        f"test over all words; where groups look alike to it, any passes with a chance of {words.level:.0%}).{before}"
+    )
+
+
+def _words_over_all(words: AuditWords, curation: Curation) -> Table | None:
+    """Return what tells groups apart over all prompts, where several hide groups."""
+    everywhere = [entry for entry in words.groups if entry.prompt is None]
+    rows = [[curation.group_name(entry.group, entry.factor), entry.line] for entry in everywhere]
+    return Table(("Group", "Words"), rows, "Words that tell groups apart over all prompts") if rows else None
 
 
 def _prompt(page: Page, source: AuditSource, confidence: float) -> FoundPrompt:
@@ -79,41 +137,50 @@ def _prompt(page: Page, source: AuditSource, confidence: float) -> FoundPrompt:
         ("stability", f"{prompt['stability']:.2f}"),
         ("evidence", page.factor + str(prompt["evidence"])),
     ]
-    total = len(page.labels)
     return FoundPrompt(
         prompt=prompt["prompt"],
         facts=facts,
-        groups=[_group(group, source, total, confidence) for group in page.groups],
+        groups=[_group(group, page, source, confidence) for group in page.groups],
         histogram=histogram(page),
         candidates=_candidates(prompt.get("candidates") or []),
     )
 
 
-def _group(group: Group, source: AuditSource, total: int, confidence: float) -> FoundGroup:
-    typical = group.typical[:IMAGES_PER_GROUP]
-    uncertain = [position for position in group.uncertain if position not in typical][:UNCERTAIN]
-    name = group_name(group.index)
+def _group(group: Group, page: Page, source: AuditSource, confidence: float) -> FoundGroup:
+    typical, uncertain = _typical(group), _uncertain(group)
+    name = group.name
+    told = source.words.of(page.index, group.index, page.factor_index) if source.words else None
+    colour = colour_of(group.index)
     return FoundGroup(
         name=name,
-        share=share_of(name, group.size, total, confidence=confidence, colour=colour_of(group.index)),
+        share=share_of(name, group.size, len(page.labels), confidence=confidence, colour=colour),
+        words=told.line if told else "",
         typical=_thumbs(typical, source, f"typical of {name}"),
         uncertain=_thumbs(uncertain, source, f"{name}, uncertain"),
     )
 
 
+def _typical(group: Group) -> list[int]:
+    return group.typical[:IMAGES_PER_GROUP]
+
+
+def _uncertain(group: Group) -> list[int]:
+    return [position for position in group.uncertain if position not in _typical(group)][:UNCERTAIN]
+
+
 def _thumbs(positions: Sequence[int], source: AuditSource, what: str) -> list[Thumb]:
     if source.data is None:
         return []
-    names = source.document["names"]
-    return [thumb(source.data.image(source.rows[at]), f"{what}: {names[at]}") for at in positions]
+    names, shown = source.document["names"], filter(source.may_show, positions)
+    return [thumb(source.data.image(source.rows[at]), f"{what}: {names[at]}") for at in shown]
 
 
-def _others(pages: Sequence[Page]) -> Table:
+def _others(pages: Sequence[Page], *, named: bool) -> Table:
     rows = [
         [
             page.prompt["prompt"],
             f"{page.prompt['num_images']:,}",
-            " / ".join(percent(group.share) for group in page.groups),
+            " / ".join((f"{group.name} " if named else "") + percent(group.share) for group in page.groups),
             f"{page.prompt['separation']:.2f}",
             f"{page.prompt['stability']:.2f}",
         ]

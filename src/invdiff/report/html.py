@@ -18,8 +18,16 @@ MOST_CHARACTERS = 300
 
 def render_html(document: Document) -> str:
     """Return the report as HTML; nothing in it that others wrote is taken for markup."""
+    page = templates("invdiff.report").get_template("report.html.j2")
+    theme = {"ink": INK, "soft": SOFT, "rule": RULE, "paper": PAPER}
+    dark = {name: DARK[colour] for name, colour in theme.items()}
+    return page.render(document=document, theme=theme, dark=dark)
+
+
+def templates(package: str) -> Environment:
+    """Return the templates of a package; nothing in what they show that others wrote is taken for markup."""
     environment = Environment(
-        loader=PackageLoader("invdiff.report"),
+        loader=PackageLoader(package),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_shown,
@@ -27,10 +35,7 @@ def render_html(document: Document) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(cut=_cut, brief=_brief, percent=percent, bias=bias, share=share_in_words)
-    page = environment.get_template("report.html.j2")
-    theme = {"ink": INK, "soft": SOFT, "rule": RULE, "paper": PAPER}
-    dark = {name: DARK[colour] for name, colour in theme.items()}
-    return page.render(document=document, theme=theme, dark=dark)
+    return environment
 
 
 def _cut(text: str) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..text import escape, one_line
 from .document import Changes, Costs, Document, Found, FoundPrompt, Glance, Missing, Recipe, Share, Table
-from .words import ABSENT, bias, share_in_words
+from .training_data import NAME as TRAINING_DATA
+from .words import ABSENT, bias, quoted, share_in_words
 
 MOST_CHARACTERS = 300
 
@@ -17,7 +18,7 @@ def render_markdown(document: Document, *, pictures: Mapping[str, str] | None = 
 
     Args:
         document: What it says.
-        pictures: File names beside the report of "before_after", "groups" and "bias", those that there are.
+        pictures: File names beside the report of "before_after", "groups", "bias" and "scale", those that there are.
     """
     pictures = pictures or {}
     blocks = [
@@ -32,6 +33,7 @@ def render_markdown(document: Document, *, pictures: Mapping[str, str] | None = 
         *(_changes(document.changes) if document.changes else [_missing(document.no_results)]),
         "## What did it cost?",
         _picture(pictures, "bias", "Bias at every guidance scale"),
+        _picture(pictures, "scale", "Bias and quality at every scale of the module"),
         *(_costs(document.costs) if document.costs else [_missing(document.no_results)]),
         "## How can I reproduce it?",
         *_recipe(document.recipe),
@@ -60,20 +62,25 @@ def _glance(glance: Glance, no_results: Missing) -> list[str]:
 
 
 def _found(found: Found) -> list[str]:
-    blocks = [_text(found.summary, 1000)]
+    blocks = [_text(text, 1000) for text in (found.summary, found.by_people, found.withheld) if text]
     if found.prompts:
         columns = ("Prompt", "Images", "Groups", "Separation", "Stability", "Evidence")
         blocks.append(_rows(columns, [_found_row(prompt) for prompt in found.prompts]))
         blocks.append(
-            "Groups have numbers, not names. Separation is the depth of the valley between groups (1 is a gap), "
+            ("" if found.named else "Groups have numbers, not names. ")
+            + "Separation is the depth of the valley between groups (1 is a gap), "
             "stability the agreement of groups found from independent draws of noise (1 is perfect, 0 is chance)."
         )
-    return [*blocks, *(_table(table) for table in (found.others, found.unfound) if table)]
+    blocks += [_text(found.about_words, 1000)] if found.about_words else []
+    return [*blocks, *(_table(table) for table in (found.words, found.others, found.unfound) if table)]
 
 
 def _found_row(prompt: FoundPrompt) -> list[str]:
     facts = dict(prompt.facts)
-    groups = "; ".join(f"{group.name}: {share_in_words(group.share)}" for group in prompt.groups)
+    groups = "; ".join(
+        f"{group.name}: {share_in_words(group.share)}" + (f", words: {group.words}" if group.words else "")
+        for group in prompt.groups
+    )
     return [
         prompt.prompt,
         facts["images"],
@@ -88,23 +95,30 @@ def _changes(changes: Changes) -> list[str]:
     blocks = [f"Prompt by prompt, {_text(changes.where)}.", *map(_missing, changes.missing)]
     models = [name for name, _ in changes.models]
     if models:
-        rows = []
-        for prompt in changes.prompts:
-            for number, of_class in enumerate(prompt.classes):
-                shares: dict[str, Share] = {bar.name: bar for bar in of_class.bars}
-                data = "; ".join(f"{share.name}: {share_in_words(share)}" for share in prompt.data)
-                rows.append(
-                    [
-                        prompt.prompt,
-                        data or ABSENT if number == 0 else "",
-                        of_class.name,
-                        *(share_in_words(shares[model]) if model in shares else ABSENT for model in models),
-                        f"{of_class.target:.0%}",
-                    ]
-                )
-        blocks.append(_rows(("Prompt", "Data (the audit's groups)", "Class", *models, "Target"), rows))
+        blocks += _shares(changes, models)
     blocks += [f"{changes.rest} more prompts are in the results."] if changes.rest else []
     return [*blocks, *map(_table, changes.fairness)]
+
+
+def _shares(changes: Changes, models: Sequence[str]) -> list[str]:
+    """Return the shares of each class under each prompt, and what those of training data are of."""
+    grouped = any(prompt.data for prompt in changes.prompts)
+    rows = []
+    for prompt in changes.prompts:
+        groups = "; ".join(f"{share.name}: {share_in_words(share)}" for share in prompt.data)
+        for number, of_class in enumerate(prompt.classes):
+            shares: dict[str, Share] = {bar.name: bar for bar in of_class.bars}
+            row = [prompt.prompt]
+            row += [groups or ABSENT if number == 0 else ""] if grouped else []
+            row += [of_class.name]
+            row += [share_in_words(of_class.data) if of_class.data else ABSENT] if changes.labels else []
+            row += [share_in_words(shares[model]) if model in shares else ABSENT for model in models]
+            rows.append([*row, f"{of_class.target:.0%}"])
+    columns = ["Prompt", *(["Data (the audit's groups)"] if grouped else []), "Class"]
+    columns += [TRAINING_DATA] if changes.labels else []
+    notes = [f"{quoted(prompt.prompt)}, {prompt.data_note}" for prompt in changes.prompts if prompt.data_note]
+    described = " ".join(_text(note, 500) for note in (changes.labels, *notes) if note)
+    return [_rows((*columns, *models, "Target"), rows), *([described] if described else [])]
 
 
 def _costs(costs: Costs) -> list[str]:

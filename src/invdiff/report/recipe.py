@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from ..config import AuditConfig, Config, DemoConfig, GenerateConfig, TrainConfig
+from ..config import AuditConfig
 from ..evaluation.results import Results
+from ..groups.curation import CURATION
+from .commands import commands, mapping, say_more
 from .document import Missing, Recipe, Table
+from .part_names import without_paths
 from .sources import Sources
 from .style import percent
+from .training_data import labels
 from .words import quoted, sentences
-
-MOST_PROMPTS = 6
-_OPTIONS: Mapping[type[Config], str] = {
-    DemoConfig: "num_images severity steps images_per_prompt seed",
-    AuditConfig: "solver num_groups contrast_draws vision_encoder min_images resolution batch_size seed",
-    TrainConfig: "mode steps batch_size learning_rate penalty rounds width seed",
-    GenerateConfig: "scale guidance_scale images_per_prompt num_inference_steps resolution batch_size seed",
-}
-"""Settings that the step's command has an option for."""
 
 
 def recipe(sources: Sources, *, version: str) -> Recipe:
     """Return how to make it again."""
-    commands, settings = _commands(sources), _settings(sources)
+    settings = _settings(sources)
     missing = []
     if sources.module is None:
         missing.append(
@@ -37,92 +30,15 @@ def recipe(sources: Sources, *, version: str) -> Recipe:
                 "invdiff report RUN --module module",
             )
         )
+    if sources.audit and sources.audit.curation.changed:
+        words = f"People changed this audit: put its {CURATION} beside the one that these commands make"
+        missing.append(Missing(f"{words}, before you train."))
     return Recipe(
-        commands=commands,
+        commands=commands(sources),
         facts=[table for table in (_fingerprints(sources), _versions(sources, version), _seeds(sources)) if table],
         settings=[(step, json.dumps(values, indent=2, sort_keys=True)) for step, values in settings.items()],
         missing=missing,
     )
-
-
-def _commands(sources: Sources) -> list[tuple[str, str]]:
-    demo = sources.measured.settings if sources.measured else {}
-    if demo:
-        return [("All of it, one command", shlex.join(["invdiff", "demo", *_options(DemoConfig, demo)]))]
-    module = sources.module or {}
-    model = _model(module)
-    commands = []
-    if sources.audit:
-        options = _options(AuditConfig, sources.audit.fingerprint_facts)
-        commands.append(("Audit", shlex.join(["invdiff", "audit", model, "DATA", "--output", "audit", *options])))
-    training = _mapping(_mapping(module.get("record")).get("training"))
-    if training:
-        command = ["invdiff", "train", model, "DATA", "audit", "--output", "module"]
-        commands.append(("Train", shlex.join([*command, *_options(TrainConfig, training)])))
-    for name, generated in sources.images.items():
-        for drawn in generated.settings:
-            prompts = [str(prompt) for prompt in drawn.get("prompts") or []]
-            command = ["invdiff", "generate", model, *prompts[:MOST_PROMPTS]]
-            command += ["--prompts-file", "FILE"] if len(prompts) > MOST_PROMPTS else []
-            command += ["--module", "module"] if drawn.get("module") else []
-            own = {key: value for key, value in drawn.items() if key != "scale" or drawn.get("module")}
-            command += ["--output", _folder(name, drawn, len(generated.settings)), *_options(GenerateConfig, own)]
-            commands.append((f"Generate: {name}", shlex.join(command)))
-    if sources.measured:
-        commands.append(("Evaluate", shlex.join(_evaluate(sources, sources.measured.results))))
-    return commands
-
-
-def _model(module: Mapping[str, Any]) -> str:
-    """Return the base model by its hub id, or by the last part of its folder: reports are forwarded."""
-    hub_id = _mapping(_mapping(module.get("record")).get("base")).get("hub_id")
-    return str(hub_id or re.split(r"[/\\\\]", str(module.get("base_model") or "MODEL").rstrip("/\\"))[-1])
-
-
-def _evaluate(sources: Sources, results: Results) -> list[str]:
-    folders = []
-    for model in results.models:
-        generated = sources.images.get(model)
-        drawn: Sequence[Mapping[str, Any]] = generated.settings if generated and generated.settings else [{}]
-        folders += [f"{model}={_folder(model, entry, len(drawn))}" for entry in drawn]
-    command = ["invdiff", "evaluate", *folders, "--annotator", results.annotator.name or "ANNOTATOR"]
-    for attribute in next(iter(next(m for m in results.models.values() if m).values())).attributes:
-        command += ["--attribute", attribute] if " x " not in attribute else []
-    command += ["--subject-attribute", results.subject_attribute] if results.subject_attribute else []
-    if results.target:
-        command += ["--target", ",".join(f"{name}={share:g}" for name, share in results.target.items())]
-    if results.annotator.min_confidence:
-        command += ["--min-confidence", f"{results.annotator.min_confidence:g}"]
-    command += ["--reference", "DATA"] if results.reference_images else []
-    return command + (["--confidence", f"{results.confidence:g}"] if results.confidence != 0.95 else [])
-
-
-def _folder(model: str, drawn: Mapping[str, Any], number: int) -> str:
-    scale = drawn.get("guidance_scale")
-    return f"{model}-cfg-{scale:g}" if number > 1 and isinstance(scale, int | float) else model
-
-
-def _options(config: type[Config], values: Mapping[str, Any]) -> list[str]:
-    """Return options for the settings that differ from the defaults; `--config` where one has no option."""
-    words: list[str] = []
-    rest = False
-    for item in fields(config):
-        default, value = getattr(config, item.name), values.get(item.name)
-        if value is None or _plain(value) == _plain(default):
-            continue
-        if item.name in _OPTIONS[config].split() and not isinstance(value, list | tuple | Mapping):
-            words += [_flag(item.name), f"{value:g}" if isinstance(value, float) else str(value)]
-        else:
-            rest = True
-    return [*words, "--config", "SETTINGS.json"] if rest else words
-
-
-def _flag(name: str) -> str:
-    return "--steps" if name == "num_inference_steps" else "--" + name.replace("_", "-")
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _settings(sources: Sources) -> dict[str, Mapping[str, Any]]:
@@ -133,10 +49,14 @@ def _settings(sources: Sources) -> dict[str, Mapping[str, Any]]:
     if sources.audit:
         known = {item.name for item in fields(AuditConfig)}
         settings["Audit"] = {name: v for name, v in sources.audit.fingerprint_facts.items() if name in known}
-    training = _mapping(_mapping((sources.module or {}).get("record")).get("training"))
+    training = mapping(mapping((sources.module or {}).get("record")).get("training"))
     if training:
         settings["Train"] = training
-    return {step: values for step, values in settings.items() if values}
+    for model, generated in sources.images.items():
+        for folder, drawn in zip(generated.folders, generated.settings, strict=True):
+            if say_more(drawn):
+                settings[f"Generate: {model}, {folder}"] = drawn
+    return {step: without_paths(values) for step, values in settings.items() if values}
 
 
 def _fingerprints(sources: Sources) -> Table | None:
@@ -152,13 +72,13 @@ def _fingerprints(sources: Sources) -> Table | None:
             )
             if facts.get(name)
         ]
-    record = _mapping((sources.module or {}).get("record"))
-    trained_on = _mapping(record.get("base")).get("denoiser_fingerprint")
+    record = mapping((sources.module or {}).get("record"))
+    trained_on = mapping(record.get("base")).get("denoiser_fingerprint")
     if trained_on:
         rows.append(["denoiser the module was trained beside", str(trained_on)])
     for model, generated in sources.images.items():
         drawn_by = dict.fromkeys(
-            (str(entry.get("model", "")), str(entry.get("module") or "")) for entry in generated.settings
+            (str(entry.get("model", "")), str(entry.get("module") or "")) for entry in generated.settings if entry
         )
         for pipeline, module in drawn_by:
             rows.append([f"pipeline that drew {quoted(model)}", pipeline])
@@ -171,7 +91,7 @@ def _fingerprints(sources: Sources) -> Table | None:
 
 
 def _versions(sources: Sources, version: str) -> Table:
-    versions = _mapping(_mapping((sources.module or {}).get("record")).get("versions"))
+    versions = mapping(mapping((sources.module or {}).get("record")).get("versions"))
     rows = [[f"{name}, when training", str(number)] for name, number in versions.items() if number]
     return Table(("What", "Version"), [*rows, ["invdiff, of this report", version]], "Versions")
 
@@ -182,7 +102,7 @@ def _seeds(sources: Sources) -> Table | None:
         rows.append(["demo", str(sources.measured.settings["seed"])])
     if sources.audit and "seed" in sources.audit.fingerprint_facts:
         rows.append(["audit", str(sources.audit.fingerprint_facts["seed"])])
-    training = _mapping(_mapping((sources.module or {}).get("record")).get("training"))
+    training = mapping(mapping((sources.module or {}).get("record")).get("training"))
     if "seed" in training:
         rows.append(["training", str(training["seed"])])
     for model, generated in sources.images.items():
@@ -198,8 +118,13 @@ def limits(sources: Sources) -> list[str]:
     if sources.audit:
         words += [
             "Hidden groups were inferred without labels. A group may mix several things, or follow one that does not "
-            "matter, and others may have gone unfound. Groups have numbers because nobody named them: look at their "
-            "images before you call them anything.",
+            "matter, and others may have gone unfound. "
+            + (
+                "Names of groups are people's words for what they saw in the images."
+                if sources.audit.curation.named
+                else "Groups have numbers because nobody named them: look at their images before you call them "
+                "anything."
+            ),
         ]
     if sources.measured:
         words += [_annotator(sources.measured.results)]
@@ -208,8 +133,7 @@ def limits(sources: Sources) -> list[str]:
             "another fine-tune, adapters or samplers need figures of their own.",
             f"Intervals ({sources.measured.results.confidence:.0%}) are of drawing images from these models. They say "
             "nothing about training: a module trained again with another seed gives other figures.",
-            "The shares of the audit's groups in the data and the shares of an annotator's classes in generated "
-            "images are two different things. That they correspond is for your eyes to judge.",
+            _of_data(sources, sources.measured.results),
             "Bias is measured on the attribute that was asked for. Images can still differ between groups in quality "
             "and stereotype, and in attributes that nobody measured. Even shares do not make a model fair.",
         ]
@@ -218,6 +142,18 @@ def limits(sources: Sources) -> list[str]:
         words += sentences(sources.measured.results.notes)
         words += [f"This results file does not tell {absent}." for absent in sources.measured.absent]
     return words
+
+
+def _of_data(sources: Sources, results: Results) -> str:
+    if labels(sources.audit, results):
+        return (
+            "Shares of training data are counts of labels that somebody wrote down; those of generated images are "
+            "what an annotator sees. Where the two mean different things by a class, their shares differ too."
+        )
+    return (
+        "The shares of the audit's groups in the data and the shares of an annotator's classes in generated images "
+        "are two different things. That they correspond is for your eyes to judge."
+    )
 
 
 def _annotator(results: Results) -> str:
@@ -230,7 +166,3 @@ def _annotator(results: Results) -> str:
         else "How often it errs is not known."
     )
     return f"{who} named the classes, and its mistakes enter every figure. {how} Its classes are appearances."
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

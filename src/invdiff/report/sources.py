@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from ..errors import AuditError, ConfigError, EvaluationError
 from ..evaluation.manifest import MANIFESTS, Folders, Row, read_manifest, resolve_folders
 from ..files import read_json
+from ..groups.curation import Curation, is_kept, weights_of
+from ..groups.words import AuditWords, read_words
 from .audit_reading import Page, pages_of, read_audit, rows_by_name
+from .part_names import Names, shown_path
 from .results_reading import Measured, read_results
 
 if TYPE_CHECKING:
@@ -35,6 +38,16 @@ class AuditSource:
     data: CaptionedImages | None
     rows: Sequence[int]
     """Where each audited image stands in the data; empty without data."""
+    prompt_ids: NDArray[Any]
+    """(N,) the prompt of each audited image, as an index into the document's; -1 where it was left out."""
+    curation: Curation = field(default_factory=Curation)
+    """People's changes, which are in the document and the pages already."""
+    words: AuditWords | None = None
+    """What tells the groups apart in a CLIP model's words, where one was asked."""
+
+    def may_show(self, position: int) -> bool:
+        """Whether an audited image may go into a report: it is given, and no link or path leads out of the data."""
+        return self.data is not None and self.data.is_own(self.rows[position])
 
 
 @dataclass(frozen=True)
@@ -42,8 +55,10 @@ class Generated:
     """The images of one model."""
 
     rows: Sequence[Row]
+    folders: Sequence[str]
+    """Where they lie, as commands name it."""
     settings: Sequence[Mapping[str, Any]]
-    """`generate.json` of each of its folders that has one."""
+    """`generate.json` of each of these folders, empty where there is none."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,7 @@ class Sources:
     images: Mapping[str, Generated] = field(default_factory=dict)
     module: Mapping[str, Any] | None = None
     """A module's config, its record included."""
+    names: Names = field(default_factory=Names)
 
 
 @dataclass(frozen=True)
@@ -67,6 +83,10 @@ class Parts:
     results: Path | None = None
     images: Mapping[str, Folders] = field(default_factory=dict)
     module: Path | None = None
+    run: Path | None = None
+    """The folder they lie in, where they lie in one."""
+    data_words: Sequence[str] = ()
+    """What the command line called the data, and the options to read it with; empty for where it lies."""
 
 
 def find_parts(run: Path, *, results: Path | None = None) -> Parts:
@@ -102,6 +122,7 @@ def find_parts(run: Path, *, results: Path | None = None) -> Parts:
         results=results,
         images=images,
         module=run / "module" if (run / "module" / "config.json").is_file() else None,
+        run=run,
     )
 
 
@@ -117,15 +138,28 @@ def read_parts(parts: Parts) -> Sources:
     return Sources(
         audit=None if parts.audit is None else _read_audit(Path(parts.audit), parts.data),
         measured=None if parts.results is None else read_results(Path(parts.results)),
-        images={} if not parts.images else _read_images(parts.images),
+        images={} if not parts.images else _read_images(parts.images, parts.run),
         module=None if parts.module is None else _read_module(Path(parts.module)),
+        names=_names(parts),
     )
+
+
+def _names(parts: Parts) -> Names:
+    """Return what commands call the parts; those that are not given are called by the README's names."""
+    given = {name: getattr(parts, name) for name in ("audit", "module", "results")}
+    names = {name: shown_path(path, parts.run) for name, path in given.items() if path is not None}
+    if parts.data_words:
+        return Names(**names, data=[shown_path(parts.data_words[0], parts.run), *parts.data_words[1:]])
+    if isinstance(parts.data, str | Path):
+        return Names(**names, data=[shown_path(parts.data, parts.run)])
+    return Names(**names)
 
 
 def _read_audit(folder: Path, data: Any) -> AuditSource:
     try:
-        document, tensors = read_audit(folder)
-        pages = pages_of(document, tensors)
+        document, tensors, curation = read_audit(folder)
+        pages = pages_of(document, tensors, curation)
+        prompt_ids = np.where(is_kept(weights_of(tensors)), tensors["prompt_ids"], -1)
         _check_prompts(document, tensors)
         names = list(document["names"])
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
@@ -138,7 +172,8 @@ def _read_audit(folder: Path, data: Any) -> AuditSource:
 
         images = load_captioned_images(data)
     rows = rows_by_name(names, list(images.names)) if images is not None else []
-    return AuditSource(document, pages, document.get("settings", {}), images, rows)
+    words = read_words(folder, curation.audit)
+    return AuditSource(document, pages, document.get("settings", {}), images, rows, prompt_ids, curation, words)
 
 
 def _check_prompts(document: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> None:
@@ -153,13 +188,15 @@ def _check_prompts(document: Mapping[str, Any], tensors: Mapping[str, NDArray[An
         raise ValueError("scores that are not finite")
 
 
-def _read_images(given: Mapping[str, Folders]) -> dict[str, Generated]:
+def _read_images(given: Mapping[str, Folders], run: Path | None) -> dict[str, Generated]:
     images = {}
     for model, folders in resolve_folders(given).items():
-        settings = [read_json(folder / "generate.json") for folder in folders if (folder / "generate.json").is_file()]
+        files = [folder / "generate.json" for folder in folders]
+        settings = [read_json(file) if file.is_file() else {} for file in files]
         if not all(isinstance(entry, Mapping) for entry in settings):
             raise EvaluationError(f"Expected settings in generate.json of {folders}, found something else.")
-        images[model] = Generated([row for folder in folders for row in read_manifest(folder)], settings)
+        rows = [row for folder in folders for row in read_manifest(folder)]
+        images[model] = Generated(rows, [shown_path(folder, run) for folder in folders], settings)
     return images
 
 
