@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Rebuild the bundled model and annotator. About 75 minutes on two CPU cores, a few minutes on a GPU.
+# Rebuild the bundled model, its annotator, and the demo that `invdiff ui` opens. About 75 minutes on two CPU cores, a few minutes on a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=${1:-out/assets}
@@ -10,4 +10,10 @@ invdiff annotator train "$work/balanced" --output "$work/annotator" --attribute 
 rm -rf src/invdiff/assets/birds src/invdiff/assets/birds-annotator
 cp -r "$work/model" src/invdiff/assets/birds
 cp -r "$work/annotator" src/invdiff/assets/birds-annotator
+invdiff demo --output "$work/demo"
+rm -rf src/invdiff/assets/birds-demo
+mkdir -p src/invdiff/assets/birds-demo/audit src/invdiff/assets/birds-demo/module
+cp "$work/demo/results.json" src/invdiff/assets/birds-demo
+cp "$work"/demo/audit/audit.{json,safetensors} src/invdiff/assets/birds-demo/audit
+cp "$work"/demo/module/{config.json,diffusion_pytorch_model.safetensors,README.md,train.json} src/invdiff/assets/birds-demo/module
 du -ch src/invdiff/assets/*/*/*.safetensors src/invdiff/assets/*/*.safetensors | tail -1

@@ -36,7 +36,7 @@ LAYERS = (
     ("evaluation",),
     ("report",),
     ("demo", "sweep", "app"),
-    ("cli", "cli_options", "cli_output", "cli_prepare", "cli_measure", "cli_report"),
+    ("cli", "cli_options", "cli_output", "cli_prepare", "cli_measure", "cli_report", "cli_ui"),
     ("__main__",),
 )
 LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}

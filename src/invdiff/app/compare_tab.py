@@ -1,0 +1,143 @@
+"""Tab Compare: results of one run or of several, as figures, curves and a Pareto front, and the report of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..errors import ConfigError, InvDiffError
+from ..report.changes import changes
+from ..report.comparison import choose
+from ..report.costs import costs
+from ..report.front import front
+from ..report.glance import glance
+from ..report.results_reading import Measured, read_results
+from ..report.save import save_report
+from ..report.sources import Parts, Sources, read_parts
+from ..report.words import quoted
+from ..text import one_line
+from .pieces import notice, piece, refusal
+from .workspace import open_data
+
+_QUIET: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}
+
+
+class CompareTab:
+    """The tab, built inside a `gr.Blocks`.
+
+    Args:
+        runs: Name to run, each with results; at least one.
+    """
+
+    def __init__(self, runs: Mapping[str, Parts]) -> None:
+        self._runs = dict(runs)
+        names = list(self._runs)
+        with gr.Row():
+            self._chosen = gr.CheckboxGroup(
+                names, value=names[:1], label="Results", visible=len(names) > 1, elem_id="compare-runs"
+            )
+        self._page = gr.HTML(elem_id="compare")
+        self._report = gr.Button("Write the report", size="sm", elem_id="compare-report")
+        self._status = gr.HTML(elem_id="compare-status")
+        self._chosen.change(self.show, self._chosen, self._page, trigger_mode="always_last", **_QUIET)
+        self._report.click(self._write, self._chosen, self._status, **_QUIET)
+
+    @property
+    def loads(self) -> list[Any]:
+        """The components that `first` fills."""
+        return [self._page]
+
+    def first(self) -> list[Any]:
+        """Return what a page shows when it is opened."""
+        return [self.show(list(self._runs)[:1])]
+
+    def show(self, names: Sequence[str]) -> str:
+        """Return the figures of the chosen runs as HTML."""
+        try:
+            chosen = [name for name in self._runs if name in names]
+            if not chosen:
+                raise ConfigError("Expected at least one of the results to be chosen, got none. Tick one.")
+            return self._shown(chosen)
+        except InvDiffError as error:
+            return refusal(error)
+
+    def _shown(self, names: Sequence[str]) -> str:
+        if len(names) == 1:
+            parts = self._runs[names[0]]
+            sources = read_parts(Parts(results=parts.results, images=parts.images))
+        else:
+            sources = Sources(measured=together({name: self._measured(name) for name in names}))
+        assert sources.measured is not None
+        results = sources.measured.results
+        found, spent, above = changes(sources), costs(sources), glance(sources)
+        shown = [piece("headlines", above)]
+        if found is not None and above.pairs:
+            shown.append(piece("pairs", above.pairs, found.names))
+        plane = front(results, choose(results))
+        if spent is not None:
+            plots = [*([plane] if plane else []), *spent.curves, *spent.over_module_scale]
+            shown.append(piece("plots", plots))
+            shown += [piece("table", table) for table in (*(found.fairness if found else ()), *spent.tables)]
+        notes = [notice(f"{note}.") for note in results.notes]
+        return "".join([*shown, *notes])
+
+    def _measured(self, name: str) -> Measured:
+        results = self._runs[name].results
+        assert results is not None
+        return read_results(Path(results))
+
+    def _write(self, names: Sequence[str]) -> str:
+        """Write the report of each chosen run beside its results."""
+        try:
+            chosen = [name for name in self._runs if name in names]
+            if not chosen:
+                raise ConfigError("Expected at least one of the results to be chosen, got none. Tick one.")
+            written = []
+            for name in chosen:
+                parts = self._runs[name]
+                assert parts.results is not None
+                folder = Path(parts.results).parent
+                written.append(
+                    save_report(
+                        folder,
+                        run=folder,
+                        audit=parts.audit,
+                        data=open_data(parts) if parts.audit is not None else None,
+                        results=parts.results,
+                        images=parts.images,
+                        module=parts.module,
+                    )
+                )
+        except InvDiffError as error:
+            return refusal(error)
+        return notice(f"Written: {', '.join(quoted(str(path)) for path in written)}.")
+
+
+def together(runs: Mapping[str, Measured]) -> Measured:
+    """Return the results of several runs as one, each model's name after its run's.
+
+    Raises:
+        ConfigError: They are not of the same attribute and confidence.
+    """
+    first = next(iter(runs.values()))
+    for name, measured in runs.items():
+        for what in ("attribute", "confidence"):
+            here, there = getattr(first.results, what), getattr(measured.results, what)
+            if here != there:
+                raise ConfigError(
+                    f"Expected results of the same {what} to compare, got {one_line(str(here), 40)!r} and, in "
+                    f"{name!r}, {one_line(str(there), 40)!r}. Choose others."
+                )
+    models = {
+        f"{name}: {model}": by_scale
+        for name, measured in runs.items()
+        for model, by_scale in measured.results.models.items()
+    }
+    baseline = first.results.baseline or choose(first.results).before
+    notes = tuple(dict.fromkeys(note for measured in runs.values() for note in measured.results.notes))
+    results = replace(first.results, models=models, baseline=f"{next(iter(runs))}: {baseline}", notes=notes)
+    return replace(first, results=results, file_name="", fingerprint="", settings={}, absent=())
