@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from invdiff.assets import BIRDS_DEMO, BIRDS_MODEL
+from invdiff.config import DemoConfig
 from invdiff.data.birds import (
     BACKGROUNDS,
     CANONICAL_TEMPLATE,
@@ -23,7 +25,13 @@ from invdiff.data.birds import (
     held_out_prompts,
 )
 from invdiff.data.birds_drawing import BEAK, render, sample_scene
+from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ConfigError, DataError
+from invdiff.files import read_json
+from invdiff.groups.result import Audit
+from invdiff.guidance.attach import check_fit
+from invdiff.guidance.loading import load_module
+from invdiff.pipelines import load_pipeline
 
 ROWS = [BirdsWorld(4000, seed=1).metadata(index) for index in range(4000)]
 
@@ -214,3 +222,21 @@ def test_progress_is_shown_on_standard_error_only(tmp_path, capsys):
     assert "drawing birds" in shown.err
     assert "2/2" in shown.err
     assert shown.out == ""
+
+
+def test_captioned_images_are_those_that_would_be_read_back(tmp_path: Path) -> None:
+    world = BirdsWorld(7, seed=3)
+    drawn, read = world.captioned(), load_captioned_images(world.write(tmp_path))
+    assert drawn.names == read.names
+    assert drawn.captions == read.captions
+    assert drawn.attributes == read.attributes
+    assert drawn.fingerprint == read.fingerprint
+
+
+def test_the_bundled_demo_is_of_the_bundled_model_and_the_default_world() -> None:
+    check_fit(load_pipeline(BIRDS_MODEL), load_module(BIRDS_DEMO / "module"))
+    found = Audit.load(BIRDS_DEMO / "audit")
+    defaults = DemoConfig()
+    world = BirdsWorld(defaults.num_images, severity=defaults.severity, seed=defaults.seed)
+    assert found.names == world.captioned().names
+    assert read_json(BIRDS_DEMO / "results.json")["settings"] == defaults.to_dict()
