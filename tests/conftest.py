@@ -122,3 +122,12 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Figure, "text", text)
     return lines
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished run of the test's own: audit, data, images, results and module."""
+    from test_report import make_run
+
+    make_run(tmp_path / "run")
+    return tmp_path / "run"

@@ -255,6 +255,11 @@ def test_groups_are_browsed_parted_named_and_images_left_out(visit: Visit, home:
     view.wait_for_function("document.querySelector('#group-1').innerText.includes('on water')")
     visit.tab("Generate")
     assert "on water" in view.inner_text("#mix-0-1")
+    assert "on land 50% on water 50%" in view.inner_text("#mix").replace("\n", " ")
+    view.reload()
+    view.wait_for_selector("#mix-0-0")
+    view.wait_for_function("document.querySelector('#mix-0-0').innerText.includes('on land')")
+    assert "on land 50% on water 50%" in view.inner_text("#mix").replace("\n", " ")
     (saved,) = home.glob(f"birds-demo-*/audit/{CURATION}")
     assert json.loads(saved.read_text())["names"] == [["on land", "on water"]]
 

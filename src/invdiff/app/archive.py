@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
@@ -10,11 +11,13 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import AuditError
-from ..groups.curation import Curation, check_curation, curated, read_curation
+from ..errors import AuditError, DataError
+from ..files import fingerprint
+from ..groups.curation import Curation, audit_fingerprint, check_curation, curated, read_curation
 from ..groups.words import AuditWords, read_words
 from ..report.audit_reading import Page, pages_of, read_inferred, rows_by_name
 from ..report.sources import Parts
+from .pictures import nothing_to_show
 from .workspace import open_data
 
 SIDE = 256
@@ -36,14 +39,15 @@ class AuditBook:
     def __init__(self, parts: Parts) -> None:
         assert parts.audit is not None
         self.folder = Path(parts.audit)
-        self._inferred, self._tensors = read_inferred(self.folder)
+        self._inferred, self._tensors, self._fingerprint = _read(self.folder)
         self.curation = read_curation(self.folder, self._inferred, self._tensors)
         self.words: AuditWords | None = read_words(self.folder, self.curation.audit)
         self.data = open_data(parts)
         self._rows = rows_by_name(self.names, list(self.data.names)) if self.data is not None else []
         self._lock = threading.Lock()
         # Prompts keep their places while images are left out, whatever their sizes are by then.
-        self._places = [_key(page) for page in pages_of(self._inferred, self._tensors)]
+        self._as_inferred = pages_of(self._inferred, self._tensors)
+        self._places = [_key(page) for page in self._as_inferred]
         self._pages: list[Page] = []
         self._refresh()
         self.image = lru_cache(maxsize=_KEPT)(self._image)
@@ -75,6 +79,18 @@ class AuditBook:
             for factor, count in enumerate(self.num_groups)
         ]
 
+    @property
+    def resolution(self) -> int:
+        """Side of the images in pixels, as they were audited; 0 where that is not known."""
+        side = self._inferred.get("settings", {}).get("resolution", 0)
+        return side if isinstance(side, int) and side > 0 else 0
+
+    def is_movable(self, page: Page) -> bool:
+        """Whether scores alone part the groups of a page, so that the cuts between them can be moved."""
+        inferred = next(other for other in self._as_inferred if _key(other) == _key(page))
+        needed = sum(group.size > 0 for group in inferred.groups) - 1
+        return page.factor_index == 0 and len(page.cuts) == needed > 0
+
     def preview(self, page: Page, cuts: Sequence[float]) -> Page:
         """Return a page as it would be with other cuts; nothing is saved.
 
@@ -86,21 +102,13 @@ class AuditBook:
         pages = pages_of(*curated(self._inferred, self._tensors, changed), changed)
         return next(other for other in pages if _key(other) == _key(page))
 
-    def rename(self, factor: int, names: Sequence[str]) -> None:
-        """Name the groups of a factor and save the names; "" for a number.
+    def rename(self, factor: int, group: int, name: str) -> None:
+        """Name a group and save that; "" for its number.
 
         Raises:
-            ConfigError: A name is too long, or two are the same.
+            ConfigError: The name is too long, or another group has it.
         """
-
-        def renamed(curation: Curation) -> Curation:
-            for group in range(len(names)):  # so that two groups may swap their names
-                curation = curation.with_name(factor, group, "")
-            for group, name in enumerate(names):
-                curation = curation.with_name(factor, group, name)
-            return curation
-
-        self._change(renamed)
+        self._change(lambda curation: curation.with_name(factor, group, name))
 
     def leave_out(self, positions: Iterable[int]) -> None:
         """Leave images out, and save that.
@@ -136,7 +144,12 @@ class AuditBook:
 
     def _change(self, change: Callable[[Curation], Curation]) -> None:
         with self._lock:
-            # Somebody else may have changed the file since it was read.
+            # Somebody else may have changed the files since they were read.
+            if _read(self.folder)[2] != self._fingerprint:
+                raise AuditError(
+                    f"Expected the audit that was opened in {self.folder}, found another: it was made anew meanwhile. "
+                    "Start the page again."
+                )
             changed = change(read_curation(self.folder, self._inferred, self._tensors))
             check_curation(changed, self._inferred, self._tensors)
             changed.save(self.folder)
@@ -148,16 +161,34 @@ class AuditBook:
         self._pages = sorted(pages, key=lambda page: self._places.index(_key(page)))
 
     def _image(self, position: int) -> Image.Image:
-        """Return an image of the audit, small enough for a gallery.
+        """Return an image small enough for a gallery; a crossed-out tile where it cannot be shown.
 
-        Raises:
-            AuditError: The data was not given.
+        That is where it is damaged, or lies outside the folder of its data set: a page may be seen by others.
         """
-        if self.data is None:
-            raise AuditError("Expected the audited images, got none. Give them with --data.")
-        image = self.data.image(self._rows[position])
-        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        return image
+        assert self.data is not None
+        row = self._rows[position]
+        try:
+            if self.data.is_own(row):
+                image = self.data.image(row)
+                image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+                return image
+        except DataError:
+            pass  # what is wrong with it is the audit's and the training's to say
+        return nothing_to_show(SIDE // 4)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Return an audit as inferred, and a digest of everything that places in it depend on."""
+    try:
+        document, tensors = read_inferred(folder)
+        places = [prompt["prompt"] for prompt in document["prompts"]]
+        digest = fingerprint(audit_fingerprint(tensors), json.dumps([document["names"], places]))
+        pages_of(document, tensors)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise AuditError(
+            f"Expected an audit in {folder}, found something else ({error!r}). Run `invdiff audit` again."
+        ) from error
+    return document, tensors, digest
 
 
 def _key(page: Page) -> tuple[int, int]:

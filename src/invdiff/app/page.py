@@ -9,11 +9,15 @@ from typing import Any
 
 import gradio as gr
 
+from ..families import family_of
+from ..pipelines import denoiser_of
 from ..report.style import DARK, INK, PAPER, RULE, SOFT
 from .archive import AuditBook
+from .asking import Commands
 from .audit_tab import AuditTab
 from .compare_tab import CompareTab
-from .generate_tab import Commands, GenerateTab, generate_tab
+from .generate_tab import GenerateTab
+from .pictures import Pictures
 from .pieces import notice
 from .studio import Studio
 from .workspace import Workspace
@@ -37,7 +41,8 @@ def build_page(workspace: Workspace, studio: Studio | None) -> gr.Blocks:
     """
     books = {name: AuditBook(parts) for name, parts in workspace.audits.items()}
     named = _named(workspace, studio, books)
-    tabs: list[AuditTab | CompareTab] = []
+    pictures = Pictures()
+    tabs: list[GenerateTab | AuditTab | CompareTab] = []
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=CACHE_SECONDS) as page:
         gr.HTML(f'<header class="top"><h1>{TITLE}</h1><p>Hidden bias, seen and balanced</p></header>')
         drawn: GenerateTab | None = None
@@ -45,15 +50,21 @@ def build_page(workspace: Workspace, studio: Studio | None) -> gr.Blocks:
             if studio is None:
                 gr.HTML(notice("No model was given. `invdiff ui --model MODEL --module MODULE` opens one."))
             else:
-                drawn = generate_tab(
+                commands = Commands(
+                    workspace.model, str(workspace.module or ""), studio.dtype, reads_prompts=studio.needs_prompts
+                )
+                drawn = GenerateTab(
                     studio,
+                    pictures,
                     suggestions=_suggestions(books),
                     group_names=lambda: _group_names(studio, named),
-                    commands=Commands(workspace.model, str(workspace.module or "")),
+                    commands=commands,
+                    resolution=_resolution(studio, named),
                 )
+                tabs.append(drawn)
         with gr.Tab("Audit", id="audit"):
             if books:
-                tabs.append(AuditTab(books, named=named, mix=drawn.mix if drawn is not None else ()))
+                tabs.append(AuditTab(books, pictures, named=named, drawn=drawn))
             else:
                 gr.HTML(notice("No audit was given. `invdiff ui RUN` opens the one in RUN/audit."))
         with gr.Tab("Compare", id="compare"):
@@ -80,6 +91,13 @@ def _group_names(studio: Studio, named: AuditBook | None) -> list[list[str]]:
     if named is not None:
         return named.group_names()
     return [[f"group {group}" for group in range(count)] for count in studio.num_groups]
+
+
+def _resolution(studio: Studio, named: AuditBook | None) -> int:
+    """Return the side of images in pixels as the module was trained, 0 where that is the model's own."""
+    trained = named.resolution if named is not None else 0
+    own = family_of(studio.pipe).resolution(studio.pipe, denoiser_of(studio.pipe))
+    return 0 if trained == own else trained
 
 
 def _suggestions(books: Mapping[str, AuditBook]) -> list[str]:
@@ -110,6 +128,8 @@ def looks() -> dict[str, Any]:
         button_primary_background_fill_hover="#195a93",
         button_primary_background_fill_dark="#1f6fb5",
         button_primary_text_color="#ffffff",
+        link_text_color="#1f6fb5",
+        color_accent="#1f6fb5",
         slider_color="#1f6fb5",
         slider_color_dark="#4a97d8",
     )

@@ -9,6 +9,8 @@ from jinja2 import Template
 
 from ..report.html import templates
 
+FAILED = "Something failed that the page has no words for. The terminal where `invdiff ui` runs says what."
+
 
 @lru_cache(maxsize=1)
 def _pieces() -> Template:
