@@ -193,6 +193,36 @@ def test_threads_take_turns_and_none_sees_the_other_s_module(studio: Studio) -> 
     assert pixels(seen[0].guided) == pixels(alone.guided)
 
 
+def test_who_comes_in_the_midst_of_a_guided_batch_waits(studio: Studio) -> None:
+    ask = Ask(CAPTIONS[0], config(), ((0.5, 0.5),))
+    inside, go_on = threading.Event(), threading.Event()
+    seen: dict[str, Any] = {}
+
+    def hold(*_: Any) -> None:
+        if studio.pipe.unet._forward_hooks:  # the module's
+            inside.set()
+            go_on.wait(20)
+
+    def draw(session: str) -> None:
+        try:
+            seen[session] = drawn(studio, ask, session)
+        except Exception as error:  # noqa: BLE001  # told below
+            seen[session] = error
+
+    handle = studio.pipe.unet.register_forward_pre_hook(hold)
+    first, second = (threading.Thread(target=draw, args=(session,)) for session in ("first", "second"))
+    first.start()
+    assert inside.wait(20)
+    second.start()
+    second.join(0.5)
+    assert seen == {}
+    go_on.set()
+    first.join()
+    second.join()
+    handle.remove()
+    assert [type(shown) for shown in seen.values()] == [Shown, Shown], seen
+
+
 def test_old_sessions_are_forgotten(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("invdiff.app.studio._MOST_SESSIONS", 2)
     for session in ("a", "b", "c"):
@@ -286,6 +316,7 @@ def test_the_command_draws_the_same_images(studio: Studio, tiny_pipe_dir: Path, 
     ask = Ask(prompt, config(scale=0.35, guidance_scale=4.5, seed=1234567), ((1 / 3, 2 / 3),))
     words = shlex.split(command_for(ask, Commands(str(tiny_pipe_dir), str(tmp_path / "module"))))
     assert words[:3] == ["invdiff", "generate", str(tiny_pipe_dir)]
+    assert [float(share) for share in words[words.index("--environments") + 1].split(",")] == list(ask.mix[0])
     words[words.index("--output") + 1] = str(tmp_path / "images")
     words[words.index("--output") : words.index("--output")] = ["--batch-size", "2", "--quiet"]
     done = CliRunner().invoke(cli.app, words[1:], catch_exceptions=False)

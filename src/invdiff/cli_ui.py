@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -103,7 +106,7 @@ def ui(
     one_process("ui")
     from .app.serve import check_address, free_port, launch, own_files
 
-    password = os.environ.get(PASSWORD)
+    password = os.environ.get(PASSWORD) or None
     check_address(host, public=public, password=password)
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("Expected gradio for the page, found none. Install it: pip install 'invdiff[ui]'.")
@@ -111,7 +114,7 @@ def ui(
     if data is None and source.flags():
         raise ConfigError(f"Expected --data beside {source.flags()[0]}, got none: only data has columns.")
     chosen_port = free_port(host, port)
-    with own_files():
+    with _stopped_as_by_ctrl_c(), own_files():
         say("loading the page", quiet=False)
         silence_libraries()
         from .app.page import build_page
@@ -126,11 +129,30 @@ def ui(
         )
         studio = _studio(workspace, dtype, attribute, classes)
         page = build_page(workspace, studio)
-        address = launch(page, host=host, port=chosen_port, password=password, browser=browser)
+        address = launch(page, host=host, port=chosen_port, password=password, browser=browser, public=public)
         finish(f"The page is at {address} until you press Ctrl-C.")
         for name, parts in workspace.audits.items():
             say(f"names and changes to the audit of “{name}” are kept in {parts.audit}", quiet=False)
         page.block_thread()
+
+
+@contextmanager
+def _stopped_as_by_ctrl_c() -> Iterator[None]:
+    """Let a request to end, or a terminal that is closed, stop the page as Ctrl-C does: nothing is left behind.
+
+    Signals that are ignored, as below nohup, stay ignored.
+    """
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) == signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _studio(workspace: Any, dtype: str, attribute: str | None, classes: Path | None) -> Any:

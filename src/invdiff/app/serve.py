@@ -6,12 +6,14 @@ import ipaddress
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import webbrowser
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .guard import Guard
 
 LOOPBACK = "127.0.0.1"
 PORT = 7860
@@ -22,8 +24,8 @@ USER = "invdiff"
 def check_address(host: str, *, public: bool, password: str | None) -> None:
     """Raise `ConfigError` unless the page may listen on `host`.
 
-    A loopback address may always be listened on. Any other one shows the page, the model and the data to the network:
-    that takes both an explicit wish and a password.
+    A loopback address may always be listened on. Any other one shows the page, the model and the data to the network,
+    and so may a server before the page: that takes both an explicit wish and a password.
 
     Args:
         host: A name or an address of this machine.
@@ -31,23 +33,22 @@ def check_address(host: str, *, public: bool, password: str | None) -> None:
         password: What visitors are asked for.
 
     Raises:
-        ConfigError: The address is not known here, or is public without the wish or the password.
+        ConfigError: The address is not known here, is public without the wish, or the password is short or missing.
     """
     if password is not None and len(password) < SHORTEST_PASSWORD:
         raise ConfigError(
             f"Expected a password of at least {SHORTEST_PASSWORD} characters, got {len(password)}. Take a longer one."
         )
-    if is_loopback(host):
-        return
-    if not public:
+    loopback = is_loopback(host)
+    if not loopback and not public:
         raise ConfigError(
             f"Expected an address of this machine alone, such as {LOOPBACK}, got {host}, which the network can reach. "
             "Whoever opens the page sees the data and uses the model; if that is what you want, add --public and a "
             "password."
         )
-    if password is None:
+    if public and password is None:
         raise ConfigError(
-            f"Expected a password beside --public, got none: {host} can be reached from the network. Set "
+            "Expected a password beside --public, got none: whoever reaches the page could use it. Set "
             "INVDIFF_UI_PASSWORD, which no list of processes shows."
         )
 
@@ -76,17 +77,24 @@ def free_port(host: str, port: int | None) -> int:
     wanted = [port] if port is not None else list(range(PORT, PORT + 100))
     reason = ""
     for number in wanted:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                trial.bind((host, number))
-            except OSError as error:
-                reason = error.strerror or str(error)
-                continue
-            return int(trial.getsockname()[1])
+        try:
+            free = _bind(host, number)
+            _bind(LOOPBACK, free)  # gradio insists on this one too, whatever the host
+        except OSError as error:
+            reason = error.strerror or str(error)
+            continue
+        return free
     asked = f"port {port}" if port is not None else f"a port from {PORT} to {PORT + 99}"
     raise ConfigError(f"Could not listen on {asked} of {host}: {reason}. Choose another with --port.")
+
+
+def _bind(host: str, port: int) -> int:
+    """Listen on a port for a moment and return it; for 0 the one that was chosen."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        trial.bind((host, port))
+        return int(trial.getsockname()[1])
 
 
 @contextmanager
@@ -109,8 +117,10 @@ def own_files() -> Iterator[Path]:
             os.environ.update(before)
 
 
-def launch(page: Any, *, host: str, port: int, password: str | None, browser: bool) -> str:
-    """Serve a page in the background and return its address.
+def launch(page: Any, *, host: str, port: int, password: str | None, browser: bool, public: bool = False) -> str:
+    """Serve a page in the background, behind a `Guard`, and return its address.
+
+    Must be called within `own_files`, which undoes what is changed in the environment.
 
     Args:
         page: What `build_page` returned.
@@ -118,15 +128,26 @@ def launch(page: Any, *, host: str, port: int, password: str | None, browser: bo
         port: From `free_port`.
         password: What visitors are asked for, beside the user name "invdiff"; None for nothing.
         browser: Open a browser.
+        public: Whether visitors may use other names than those of this machine.
+
+    Raises:
+        ConfigError: This version of gradio cannot be guarded.
     """
     from .page import looks
 
+    @asynccontextmanager
+    async def guarded(app: Any) -> AsyncIterator[None]:
+        # Given to gradio as middleware, the guard would come after what answers other sites.
+        app.middleware_stack = Guard(app.middleware_stack, host=None if public else host)
+        yield
+
+    _reach_without_proxy(host)
     page.queue(default_concurrency_limit=4, api_open=False)
-    _, address, _ = page.launch(
-        server_name=host,
+    app, address, _ = page.launch(
+        server_name=f"[{host}]" if ":" in host else host or "0.0.0.0",  # noqa: S104
         server_port=port,
         share=False,
-        inbrowser=browser,
+        inbrowser=False,
         auth=(USER, password) if password is not None else None,
         auth_message="The user is “invdiff”." if password is not None else None,
         prevent_thread_lock=True,
@@ -134,11 +155,27 @@ def launch(page: Any, *, host: str, port: int, password: str | None, browser: bo
         footer_links=[],
         run_history=False,
         allowed_paths=[],
-        max_file_size="1kb",  # nothing is ever uploaded
+        app_kwargs={"lifespan": guarded},
         enable_monitoring=False,
         ssr_mode=False,
         mcp_server=False,
         pwa=False,
         **looks(),
     )
-    return str(address)
+    if not isinstance(app.middleware_stack, Guard):
+        page.close(verbose=False)
+        raise ConfigError(
+            "Expected a gradio that lets other sites be kept out, found one that does not. Install another version."
+        )
+    address = str(address).replace("[::]", "[::1]")  # all addresses are none that a browser opens
+    if browser:
+        webbrowser.open(address)
+    return address
+
+
+def _reach_without_proxy(host: str) -> None:
+    """Keep what this process asks of its own page from a proxy that the environment names for everything else."""
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    names = [*given.split(","), host, "localhost", LOOPBACK, "::1"]
+    if given.strip() != "*":
+        os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(filter(None, dict.fromkeys(names)))
