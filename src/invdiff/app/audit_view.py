@@ -5,14 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from ..report.audit_reading import Group, Page
-from ..report.document import Table
-from ..report.style import percent
+from ..report.found import candidates_table, unfound_table
 from ..report.words import counted, quoted
 from .archive import AuditBook
 from .pieces import notice, piece
-
-MOST_CANDIDATES = 12
-MOST_UNFOUND = 40
 
 
 def briefly(cut: float, page: Page) -> float:
@@ -58,29 +54,9 @@ def facts(page: Page) -> list[tuple[str, str]]:
 
 def tables(book: AuditBook, page: Page | None) -> str:
     """Return the splits considered under a prompt, and the prompts under which nothing was found."""
-    shown = []
-    candidates = (page.prompt.get("candidates") or [])[:MOST_CANDIDATES] if page is not None else []
-    if candidates:
-        rows = [
-            [
-                str(entry["evidence"]),
-                " / ".join(percent(share) for share in entry["shares"]),
-                f"{entry['separation']:.2f}",
-                f"{entry['stability']:.2f}",
-                "yes" if entry["accepted"] else "no",
-            ]
-            for entry in candidates
-        ]
-        columns = ("Evidence", "Shares", "Separation", "Stability", "Passes")
-        shown.append(piece("table", Table(columns, rows, "Splits that were considered, best first")))
-    unfound = sorted((p for p in book.prompts if not p["found"]), key=lambda p: -p["num_images"])
-    if unfound:
-        rows = [[p["prompt"], f"{p['num_images']:,}", p["reason"]] for p in unfound[:MOST_UNFOUND]]
-        rest = len(unfound) - len(rows)
-        notes = [f"{rest:,} more: see audit.json."] if rest else []
-        caption = "Prompts under which nothing was found, and why"
-        shown.append(piece("table", Table(("Prompt", "Images", "Why not"), rows, caption, notes)))
-    return "".join(shown)
+    considered = candidates_table(page.prompt.get("candidates") or []) if page is not None else None
+    unfound = unfound_table([prompt for prompt in book.prompts if not prompt["found"]])
+    return "".join(piece("table", table) for table in (considered, unfound) if table is not None)
 
 
 def kept_so_far(book: AuditBook) -> str:

@@ -41,7 +41,7 @@ def found(source: AuditSource, *, confidence: float) -> Found:
         words=_words_over_all(source.words, source.curation) if source.words and pages else None,
         prompts=[_prompt(page, source, confidence) for page in pages],
         others=_others(further, named=source.curation.named) if further else None,
-        unfound=_unfound([prompt for prompt in prompts if not prompt["found"]]),
+        unfound=unfound_table([prompt for prompt in prompts if not prompt["found"]]),
         missing=missing,
     )
 
@@ -142,7 +142,7 @@ def _prompt(page: Page, source: AuditSource, confidence: float) -> FoundPrompt:
         facts=facts,
         groups=[_group(group, page, source, confidence) for group in page.groups],
         histogram=histogram(page),
-        candidates=_candidates(prompt.get("candidates") or []),
+        candidates=candidates_table(prompt.get("candidates") or []),
     )
 
 
@@ -192,7 +192,8 @@ def _others(pages: Sequence[Page], *, named: bool) -> Table:
     )
 
 
-def _unfound(prompts: Sequence[Mapping[str, Any]]) -> Table | None:
+def unfound_table(prompts: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Return the prompts under which nothing was found, the largest first; None for none."""
     if not prompts:
         return None
     ordered = sorted(prompts, key=lambda prompt: -prompt["num_images"])
@@ -201,7 +202,8 @@ def _unfound(prompts: Sequence[Mapping[str, Any]]) -> Table | None:
     return _cut(Table(("Prompt", "Images", "Why not"), rows, caption), len(ordered))
 
 
-def _candidates(candidates: Sequence[Mapping[str, Any]]) -> Table | None:
+def candidates_table(candidates: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Return the splits that were considered under a prompt, best first; None for none."""
     if not candidates:
         return None
     rows = [
