@@ -447,3 +447,13 @@ def test_without_captions_metadata_still_names_images_and_attributes(tmp_path: P
 def test_without_captions_there_must_be_images_and_no_caption_column(tmp_path: Path) -> None:
     assert f"Expected images in {tmp_path}, found none" in refusal(tmp_path, captions=False)
     assert "no caption_column with captions=False" in refusal(tmp_path, captions=False, caption_column="text")
+
+
+def test_half_a_character_in_a_caption_is_an_error(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    rows = [("a.png", "whole \ud83d\ude00"), ("b.png", "half \ud83d"), ("c.png", "plain")]
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"half of one \(a lone surrogate\) in those of 1 of 3: b\.png"):
+        load_captioned_images(tmp_path)

@@ -171,7 +171,18 @@ def load_captioned_images(
             f"Expected a caption for every image in {where}, found none in column {caption_name!r} for "
             f"{len(empty)} of {len(names)}: {listed(empty)}. Write captions for them or remove their rows."
         )
+    halves = [name for name, text in zip(names, texts, strict=True) if _has_half_a_character(text)]
+    if halves:
+        raise DataError(
+            f"Expected captions of whole characters in {where}, found half of one (a lone surrogate) in those of "
+            f"{len(halves)} of {len(names)}: {listed(halves)}. Write these captions again."
+        )
     return CaptionedImages(texts, names, others, max_unreadable, cells, folder)
+
+
+def _has_half_a_character(text: str) -> bool:
+    """Whether text holds what no file of UTF-8 and no tokenizer can: half of a pair of surrogates."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
