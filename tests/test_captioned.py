@@ -457,3 +457,13 @@ def test_half_a_character_in_a_caption_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     with pytest.raises(DataError, match=r"half of one \(a lone surrogate\) in those of 1 of 3: b\.png"):
         load_captioned_images(tmp_path)
+
+
+@pytest.mark.parametrize("beside", ["images/a.png", "train/a.png", "train-0.png"])
+def test_parquet_beside_its_image_files_is_read(tmp_path: Path, beside: str) -> None:
+    (tmp_path / beside).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / beside)
+    datasets.Dataset.from_dict({"image": [beside], "text": ["a caption"]}).to_parquet(str(tmp_path / "data.parquet"))
+    data = load_captioned_images(tmp_path)
+    assert data.captions == ["a caption"]
+    assert data.image(0).getpixel((0, 0)) == (255, 0, 0)

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import datasets
 import pyarrow.parquet
+from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetsError
 from PIL import Image
 
@@ -126,13 +127,21 @@ def _load_parquet(files: list[Path], source: Path, split: str) -> datasets.Datas
                 f"Expected a parquet file at {file}, found something else ({_first_line(error)}). "
                 "Give a folder with metadata.csv, parquet files or a hub dataset id."
             ) from error
-    where: dict[str, Any] = {"data_dir": str(source)} if source.is_dir() else {"data_files": str(source)}
     try:
-        return datasets.load_dataset("parquet", split=split, **where)
+        return datasets.load_dataset("parquet", split=split, data_files=_by_split(files, source))
     except _LOADING_ERRORS as error:
         raise DataError(
             f"Expected parquet files of one kind with a split {split!r} in {source}: {_first_line(error)}"
         ) from error
+
+
+def _by_split(files: list[Path], source: Path) -> dict[str, list[str]]:
+    """Return split to parquet files, by their names as datasets reads them; other files in the folder do not count."""
+    found: dict[str, list[str]] = {}
+    if source.is_dir():
+        known = DataFilesDict.from_patterns(get_data_patterns(str(source)), base_path=str(source))
+        found = {str(split): list(paths) for split, paths in known.filter(extensions=[".parquet"]).items() if paths}
+    return found or {"train": [str(file) for file in files]}
 
 
 def _dataset_columns(dataset: datasets.Dataset, image_column: str | None, limit: int | None, root: Path) -> Columns:
