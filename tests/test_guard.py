@@ -234,6 +234,7 @@ def test_logins_wait_for_their_turn_and_nobody_else_does(monkeypatch: pytest.Mon
 
 def test_who_would_wait_long_to_log_in_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "LONGEST_WAIT", 0.0)
+    monkeypatch.setattr(guard, "SECONDS_PER_LOGIN", 60.0)
     guarded = Guard(page, host=None)
     answers = [asyncio.run(sent_by(guarded, "/login", method="POST"))[0]["status"] for _ in range(3)]
     assert answers == [200, 429, 429]
@@ -245,4 +246,4 @@ def test_logins_from_elsewhere_take_no_turn() -> None:
     for _ in range(5):
         asyncio.run(sent_by(guarded, "/login", method="POST", origin="https://evil.example"))
     asyncio.run(sent_by(guarded, "/login", method="POST"))
-    assert time.monotonic() - begun < 0.4
+    assert time.monotonic() - begun < 2  # five turns would take longer

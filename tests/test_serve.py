@@ -356,7 +356,7 @@ def test_guesses_of_the_password_are_few_and_hold_up_nobody(locked: str) -> None
         time.sleep(0.1)
         asked = time.monotonic()
         assert status(locked) == 200
-        assert time.monotonic() - asked < 1
+        assert time.monotonic() - asked < 1.5
         assert [guess.result()[0] for guess in guesses] == [400] * 5
     assert time.monotonic() - begun >= 1.9
 
