@@ -212,7 +212,7 @@ def test_an_image_is_chosen_left_out_and_put_back(book: AuditBook) -> None:
 
 
 def test_many_images_left_out_are_counted_and_some_shown(book: AuditBook, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("invdiff.app.audit_tab.MOST_PER_GROUP", 8)
+    monkeypatch.setattr("invdiff.app.audit_view.MOST_PER_GROUP", 8)
     book.leave_out(range(11))
     tab = _Tab(book)
     shown = tab.opened(tab.tab.first())
@@ -320,7 +320,7 @@ def test_hostile_text_is_text_in_every_piece(tmp_path: Path) -> None:
     book.rename(0, 1, "\u202e\"'><img src=x>")
     tab = _Tab(book)
     shown = [tab.tab._open("run 0", place, 12) for place in range(len(book.pages))]
-    shown.append([tab.tab._details(book, at) for at in range(len(book.names))])
+    shown.append([tab.tab._view.details(book, at) for at in range(len(book.names))])
     shown.append([refusal(text) for text in NASTY])
     for html in (value for values in shown for value in values if isinstance(value, str)):
         assert "<script" not in html
@@ -346,3 +346,12 @@ def test_a_frame_leaves_the_image_as_it_was() -> None:
     assert marked.getpixel((0, 0)) == (0x11, 0x22, 0x33)
     assert marked.getpixel((32, 32)) == (255, 255, 255)
     assert image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_an_audit_without_its_images_says_that_they_were_not_given(run: Path) -> None:
+    tab = _Tab(AuditBook(Parts(audit=run / "audit")))
+    shown = tab.opened(tab.tab.first())
+    assert "invdiff ui --data DATA" in shown["audit-facts"]
+    assert shown["typical-0"] == []
+    with_images = _Tab(AuditBook(find_parts(run)))
+    assert "--data" not in with_images.opened(with_images.tab.first())["audit-facts"]

@@ -19,23 +19,15 @@ from invdiff.assets import BIRDS_ANNOTATOR
 from invdiff.errors import ConfigError, ModelError
 from invdiff.evaluation.annotators import ConvAnnotator, GivenLabels, HeldOut, load_annotator, save_measured
 from invdiff.evaluation.classifier_annotator import ClassifierAnnotator
-from tiny import clip_config, make_tokenizer
+from tiny import TOWER, clip_config, make_tokenizer
 
 NAMES = {0: "land", 1: "water", 2: "air"}
-SMALL = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
 
 
 def save_classifier(folder, id2label=NAMES, **settings):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = ViTForImageClassification(ViTConfig(id2label=id2label, **SMALL, **settings))
+        model = ViTForImageClassification(ViTConfig(id2label=id2label, **TOWER, **settings))
         torch.nn.init.normal_(model.classifier.weight)  # apart enough for classes to differ between images
         model.save_pretrained(folder)
     ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
@@ -95,7 +87,7 @@ def test_models_that_choose_no_class_are_refused(tmp_path, id2label, settings, m
 
 def test_a_head_is_never_drawn_at_random(tmp_path):
     Dinov2Model(
-        Dinov2Config(mlp_ratio=2, **{k: v for k, v in SMALL.items() if k != "intermediate_size"})
+        Dinov2Config(mlp_ratio=2, **{k: v for k, v in TOWER.items() if k != "intermediate_size"})
     ).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="found none for 2, such as classifier"):
         ClassifierAnnotator(tmp_path)

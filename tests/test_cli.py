@@ -466,15 +466,13 @@ def test_prompts_file_must_be_text(tmp_path):
 
 
 def test_main_sets_the_environment_before_anything_is_imported(monkeypatch):
-    for name in ("OMP_WAIT_POLICY", "GRADIO_ANALYTICS_ENABLED"):
-        monkeypatch.setenv(name, "")  # so that it is restored
-        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is restored
+    monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.setattr(sys, "argv", ["invdiff", "--version"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 0
     assert cli.os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
-    assert cli.os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
 
 
 def written(folder, rows):

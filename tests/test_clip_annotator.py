@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy.special import softmax
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 from typer.testing import CliRunner
 
 from invdiff import cli_prepare
@@ -16,16 +16,8 @@ from invdiff.errors import ConfigError, ModelError
 from invdiff.evaluation.annotators import load_annotator, save_measured
 from invdiff.evaluation.clip_annotator import ClipAnnotator, read_class_prompts
 from invdiff.evaluation.heldout import HeldOut, measure_annotator
-from tiny import clip_config, make_tokenizer
+from tiny import TOWER, make_tokenizer, save_clip
 
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
 PROMPTS = {
     "background": {"land": ["a photo on land", "land"], "water": "a photo of water"},
     "subject": {"bird": ["a bird"], "landbird": ["a landbird"], "waterbird": ["a waterbird", "waterbird on water"]},
@@ -34,19 +26,7 @@ PROMPTS = {
 
 @pytest.fixture(scope="module")
 def clip_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny-clip"
-    tokenizer = make_tokenizer()
-    config = CLIPConfig(
-        text_config=clip_config(tokenizer).to_dict(),
-        vision_config=CLIPVisionConfig(**VISION).to_dict(),
-        projection_dim=8,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        CLIPModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
-    return folder
+    return save_clip(tmp_path_factory.mktemp("models") / "tiny-clip")
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +140,7 @@ def test_an_absent_file_of_classes_is_refused(tmp_path):
 
 
 def test_a_model_without_its_text_tower_is_refused(clip_dir, tmp_path):
-    CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(tmp_path)
+    CLIPVisionModel(CLIPVisionConfig(**TOWER)).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="a CLIP model"):
         ClipAnnotator(tmp_path, PROMPTS)
 

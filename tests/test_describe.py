@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from typer.testing import CliRunner
 
 from conftest import write_tiny_folder
@@ -22,19 +21,11 @@ from invdiff.groups.audit import audit
 from invdiff.groups.describe import IMAGES_PER_GROUP, MOST_WORDS, NO_WORD, TEMPLATES, describe_groups
 from invdiff.groups.result import Audit, PromptAudit
 from invdiff.groups.words import WORDS, read_words
-from tiny import clip_config, make_tokenizer
+from tiny import save_clip
 
 LAND, WATER = 0, 1
 WIDTH = 256
 PROMPTS = ("a photo of a landbird", "a photo of a waterbird")
-TOWER = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
 
 
 @functools.cache
@@ -313,15 +304,7 @@ def test_null_audits_are_told_apart_by_a_word_as_seldom_as_stated(tmp_path, monk
 @pytest.fixture(scope="module")
 def clip_dir(tmp_path_factory):
     """A whole CLIP model with random weights."""
-    tokenizer = make_tokenizer()
-    config = CLIPConfig(text_config=clip_config(tokenizer).to_dict(), vision_config=TOWER, projection_dim=8)
-    folder = tmp_path_factory.mktemp("models") / "tiny-clip"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        CLIPModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
-    return folder
+    return save_clip(tmp_path_factory.mktemp("models") / "tiny-clip")
 
 
 @pytest.fixture(scope="module")

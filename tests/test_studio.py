@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -175,52 +176,32 @@ def test_threads_take_turns_and_none_sees_the_other_s_module(studio: Studio) -> 
     alone = drawn(studio, ask)
     studio._kept.clear()
     others = [replace(ask, config=replace(ask.config, seed=seed)) for seed in (0, 1, 2)]
-    seen: dict[int, Any] = {}
-
-    def draw(place: int) -> None:
-        try:
-            seen[place] = drawn(studio, others[place], str(place))
-        except Exception as error:  # noqa: BLE001  # told below
-            seen[place] = error
-
-    threads = [threading.Thread(target=draw, args=(place,)) for place in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(isinstance(shown, Shown) for shown in seen.values()), seen
-    assert pixels(seen[0].base) == pixels(alone.base)
-    assert pixels(seen[0].guided) == pixels(alone.guided)
+    with ThreadPoolExecutor(3) as threads:
+        shown = list(threads.map(drawn, [studio] * 3, others, ("a", "b", "c")))
+    assert pixels(shown[0].base) == pixels(alone.base)
+    assert pixels(shown[0].guided) == pixels(alone.guided)
 
 
 def test_who_comes_in_the_midst_of_a_guided_batch_waits(studio: Studio) -> None:
     ask = Ask(CAPTIONS[0], config(), ((0.5, 0.5),))
     inside, go_on = threading.Event(), threading.Event()
-    seen: dict[str, Any] = {}
 
     def hold(*_: Any) -> None:
         if studio.pipe.unet._forward_hooks:  # the module's
             inside.set()
             go_on.wait(20)
 
-    def draw(session: str) -> None:
-        try:
-            seen[session] = drawn(studio, ask, session)
-        except Exception as error:  # noqa: BLE001  # told below
-            seen[session] = error
-
     handle = studio.pipe.unet.register_forward_pre_hook(hold)
-    first, second = (threading.Thread(target=draw, args=(session,)) for session in ("first", "second"))
-    first.start()
-    assert inside.wait(20)
-    second.start()
-    second.join(0.5)
-    assert seen == {}
-    go_on.set()
-    first.join()
-    second.join()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(drawn, studio, ask, "first")
+        assert inside.wait(20)
+        second = threads.submit(drawn, studio, ask, "second")
+        wait([second], timeout=0.5)
+        waits = not second.done()
+        go_on.set()
+        assert pixels(first.result().guided) == pixels(second.result().guided)
     handle.remove()
-    assert [type(shown) for shown in seen.values()] == [Shown, Shown], seen
+    assert waits
 
 
 def test_old_sessions_are_forgotten(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,9 +80,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
-    # Both are read when a library is first imported. Threads that spin while they wait slow a busy machine.
+    # Read when a library is first imported. Threads that spin while they wait slow a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     app()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,21 +12,16 @@ import numpy as np
 from ..errors import ConfigError, InvDiffError
 from ..groups.curation import NAME_LIMIT
 from ..report.audit_reading import Page
-from ..report.plots import histogram, thumb
-from ..report.style import colour_of
-from ..report.words import counted, quoted, share_of
+from ..report.words import quoted
 from ..text import one_line
 from .archive import AuditBook
-from .audit_view import briefly, facts, kept_so_far, moves, nearest_images, tables
+from .audit_view import LEFT_OUT, MOST_PER_GROUP, AuditView, kept_so_far
 from .generate_tab import GenerateTab
-from .pictures import Pictures, framed
-from .pieces import notice, piece, refusal
+from .pictures import Pictures
+from .pieces import notice, refusal
 
 CHOOSE = "Choose an image to see it, or to leave it out."
-CONFIDENCE = 0.95
 PER_GROUP = 12
-MOST_PER_GROUP = 60
-LEFT_OUT = "left out"
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -60,9 +55,10 @@ class AuditTab:
         named: AuditBook | None = None,
         drawn: GenerateTab | None = None,
     ) -> None:
-        self._books, self._pictures = dict(books), pictures
+        self._books = dict(books)
         self._drawn = drawn if named is not None else None
         self._groups = max(groups for book in books.values() for groups in book.num_groups)
+        self._view = AuditView(pictures, self._groups)
         self._build()
         self._connect()
 
@@ -203,93 +199,23 @@ class AuditTab:
     def _open(self, book: str, place: int, count: float) -> list[Any]:
         """Return the values of `loads` for a prompt that was just chosen."""
         chosen, page = self._find(book, place)
-        names = [gr.update(value=self._given_name(chosen, page, group)) for group in range(self._groups)]
-        opened = ["", self._place(book, place), None, notice(CHOOSE), *self._sliders(chosen, page), *names]
-        return [*opened, *self._shown(chosen, page, page, int(count))]
-
-    def _sliders(self, book: AuditBook, page: Page | None) -> list[Any]:
-        """Return updates of the sliders of cuts."""
-        cuts = page.cuts if page is not None and book.is_movable(page) else []
-        sliders = []
-        for index in range(len(self._cuts)):
-            if page is None or index >= len(cuts):
-                sliders.append(gr.update(visible=False))
-                continue
-            low, high = float(page.scores.min()), float(page.scores.max())
-            step = 10.0 ** np.floor(np.log10(max(high - low, 1e-6) / 200))
-            which = f" ({index + 1} of {len(cuts)})" if len(cuts) > 1 else ""
-            sliders.append(
-                gr.update(
-                    minimum=float(np.floor(low / step) * step),
-                    maximum=float(np.ceil(high / step) * step),
-                    step=step,
-                    value=briefly(cuts[index], page),
-                    label=f"Score at which the groups part{which}",
-                    visible=True,
-                )
-            )
-        return sliders
-
-    def _given_name(self, book: AuditBook, page: Page | None, group: int) -> str:
-        factor = page.factor_index if page is not None else 0
-        names = book.curation.names[factor] if factor < len(book.curation.names) else ()
-        return names[group] if group < len(names) else ""
+        names = [gr.update(value=self._view.given_name(chosen, page, group)) for group in range(self._groups)]
+        opened = ["", self._place(book, place), None, notice(CHOOSE), *self._view.sliders(chosen, page), *names]
+        return [*opened, *self._view.shown(chosen, page, page, int(count))]
 
     def _show(self, book: str, place: int, count: float, at: str, *cuts: float) -> list[Any]:
         """Return the values of `outputs` as other cuts would part the images."""
         chosen, page = self._find(book, place)
         if page is None or not chosen.is_movable(page) or at != self._place(book, place):
-            return self._shown(chosen, page, page, int(count))
+            return self._view.shown(chosen, page, page, int(count))
         try:
             other = chosen.preview(page, [float(cut) for cut in cuts[: len(page.cuts)]])
         except (InvDiffError, TypeError) as error:
-            shown = self._shown(chosen, page, page, int(count))
+            shown = self._view.shown(chosen, page, page, int(count))
             shown[2] = refusal("Expected a number, got none." if isinstance(error, TypeError) else error)
             return shown
         same = np.array_equal(other.labels, page.labels)
-        return self._shown(chosen, page, page if same else other, int(count))
-
-    def _shown(self, book: AuditBook, kept: Page | None, page: Page | None, count: int) -> list[Any]:
-        """Return the values of `outputs`; images that `page` has in another group than `kept` are marked."""
-        out = list(book.curation.left_out)
-        count = min(max(count, 1), MOST_PER_GROUP)
-        positions: dict[str, list[int]] = {LEFT_OUT: out[:MOST_PER_GROUP]}
-        rest = f", of which {MOST_PER_GROUP} are shown" if len(out) > MOST_PER_GROUP else ""
-        left = [notice(f"{counted(len(out), 'image')} left out{rest}."), self._images(book, positions[LEFT_OUT], {})]
-        if page is None or kept is None:
-            nothing: list[Any] = [gr.update(visible=False), "", [], []]
-            words = notice("No hidden group was found: see below why not.")
-            return [words, "", "", *left, tables(book, None), positions, *nothing * len(self._blocks)]
-        before = dict(zip(kept.rows.tolist(), kept.labels.tolist(), strict=True))
-        now = zip(page.rows.tolist(), page.labels.tolist(), strict=True)
-        moved = {position: before[position] for position, label in now if before[position] != label}
-        blocks: list[Any] = []
-        for group in range(self._groups):
-            if group >= len(page.groups):
-                blocks += [gr.update(visible=False), "", [], []]
-                continue
-            of = page.groups[group]
-            typical, near = of.typical[:count], nearest_images(of, page)[:count]
-            positions |= {f"typical {group}": typical, f"nearest {group}": near}
-            share = share_of(of.name, of.size, len(page.labels), confidence=CONFIDENCE, colour=colour_of(of.index))
-            told = book.words.of(page.index, group, page.factor_index) if book.words is not None else None
-            head = piece("group", share, told.line if told is not None else "")
-            images = [self._images(book, shelf, moved) for shelf in (typical, near)]
-            blocks += [gr.update(visible=True), head, *images]
-        whole = [piece("facts", facts(page)), piece("plot", histogram(page)), moves(kept, page)]
-        return [*whole, *left, tables(book, page), positions, *blocks]
-
-    def _images(self, book: AuditBook, positions: Sequence[int], moved: Mapping[int, int]) -> list[tuple[str, str]]:
-        """Return images with their names; those that moved are framed in the colour of the group they leave."""
-        if book.data is None:
-            return []
-        shown = []
-        for at in positions:
-            image, name = book.image(at), one_line(book.names[at], 80)
-            if at in moved:
-                image, name = framed(image, colour_of(moved[at])), f"moved: {name}"
-            shown.append((self._pictures.path(image), name))
-        return shown
+        return self._view.shown(chosen, page, page if same else other, int(count))
 
     # What is changed.
 
@@ -367,7 +293,7 @@ class AuditTab:
             return self._refused(error)
         words = "counts again" if back else "counts nowhere now: training, pictures and reports leave it out"
         words = f"{quoted(chosen.names[position])} {words}."
-        return self._done(book, place, count, words, chosen=self._details(chosen, position))
+        return self._done(book, place, count, words, chosen=self._view.details(chosen, position))
 
     def _picker(self, shelf: str) -> Any:
         def pick(event: gr.SelectData, book: str, positions: dict[str, list[int]]) -> list[Any]:
@@ -376,19 +302,9 @@ class AuditTab:
             if not isinstance(event.index, int) or not 0 <= event.index < len(shown):
                 return [None, notice(CHOOSE)]
             position = shown[event.index]
-            return [(book, position), self._details(chosen, position)]
+            return [(book, position), self._view.details(chosen, position)]
 
         return pick
-
-    def _details(self, book: AuditBook, position: int) -> str:
-        told = [("score", f"{book.score(position):.2f}"), ("prompt", f"“{book.prompt_of(position)}”")]
-        if book.data is not None:
-            told.append(("caption", f"“{book.data.captions[book.row(position)]}”"))
-        if position in book.curation.left_out:
-            told.append(("counts", "no: it was left out"))
-        name = book.names[position]
-        picture = thumb(book.image(position), f"Image {name}") if book.data is not None else None
-        return piece("image", picture, name, told)
 
 
 def _gallery(name: str, columns: int) -> gr.Gallery:

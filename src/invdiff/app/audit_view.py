@@ -2,13 +2,121 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gradio as gr
 import numpy as np
 
 from ..report.audit_reading import Group, Page
 from ..report.found import candidates_table, unfound_table
-from ..report.words import counted, quoted
+from ..report.plots import histogram, thumb
+from ..report.style import colour_of
+from ..report.words import counted, quoted, share_of
+from ..text import one_line
 from .archive import AuditBook
+from .pictures import Pictures, framed
 from .pieces import notice, piece
+
+CONFIDENCE = 0.95
+MOST_PER_GROUP = 60
+LEFT_OUT = "left out"
+NO_DATA = "The audited images were not given, so none is shown: give them with `invdiff ui --data DATA`."
+
+
+class AuditView:
+    """Turns audits into the values of tab Audit's components.
+
+    Args:
+        pictures: Where images go.
+        groups: The most groups that an audit has.
+    """
+
+    def __init__(self, pictures: Pictures, groups: int) -> None:
+        self._pictures, self._groups = pictures, groups
+
+    def shown(self, book: AuditBook, kept: Page | None, page: Page | None, count: int) -> list[Any]:
+        """Return the values of the tab's `outputs`; images that `page` has in another group than `kept` are marked."""
+        out = list(book.curation.left_out)
+        count = min(max(count, 1), MOST_PER_GROUP)
+        positions: dict[str, list[int]] = {LEFT_OUT: out[:MOST_PER_GROUP]}
+        rest = f", of which {MOST_PER_GROUP} are shown" if len(out) > MOST_PER_GROUP else ""
+        left = [notice(f"{counted(len(out), 'image')} left out{rest}."), self.images(book, positions[LEFT_OUT], {})]
+        if page is None or kept is None:
+            nothing: list[Any] = [gr.update(visible=False), "", [], []]
+            words = notice("No hidden group was found: see below why not.")
+            return [words, "", "", *left, tables(book, None), positions, *nothing * self._groups]
+        before = dict(zip(kept.rows.tolist(), kept.labels.tolist(), strict=True))
+        now = zip(page.rows.tolist(), page.labels.tolist(), strict=True)
+        moved = {position: before[position] for position, label in now if before[position] != label}
+        blocks: list[Any] = []
+        for group in range(self._groups):
+            if group >= len(page.groups):
+                blocks += [gr.update(visible=False), "", [], []]
+                continue
+            of = page.groups[group]
+            typical, near = of.typical[:count], nearest_images(of, page)[:count]
+            positions |= {f"typical {group}": typical, f"nearest {group}": near}
+            share = share_of(of.name, of.size, len(page.labels), confidence=CONFIDENCE, colour=colour_of(of.index))
+            told = book.words.of(page.index, group, page.factor_index) if book.words is not None else None
+            head = piece("group", share, told.line if told is not None else "")
+            images = [self.images(book, shelf, moved) for shelf in (typical, near)]
+            blocks += [gr.update(visible=True), head, *images]
+        told_of = piece("facts", facts(page)) + (notice(NO_DATA) if book.data is None else "")
+        whole = [told_of, piece("plot", histogram(page)), moves(kept, page)]
+        return [*whole, *left, tables(book, page), positions, *blocks]
+
+    def images(self, book: AuditBook, positions: Sequence[int], moved: Mapping[int, int]) -> list[tuple[str, str]]:
+        """Return images with their names; those that moved are framed in the colour of the group they leave."""
+        if book.data is None:
+            return []
+        shown = []
+        for at in positions:
+            image, name = book.image(at), one_line(book.names[at], 80)
+            if at in moved:
+                image, name = framed(image, colour_of(moved[at])), f"moved: {name}"
+            shown.append((self._pictures.path(image), name))
+        return shown
+
+    def sliders(self, book: AuditBook, page: Page | None) -> list[Any]:
+        """Return updates of the sliders of cuts."""
+        cuts = page.cuts if page is not None and book.is_movable(page) else []
+        sliders = []
+        for index in range(self._groups - 1):
+            if page is None or index >= len(cuts):
+                sliders.append(gr.update(visible=False))
+                continue
+            low, high = float(page.scores.min()), float(page.scores.max())
+            step = 10.0 ** np.floor(np.log10(max(high - low, 1e-6) / 200))
+            which = f" ({index + 1} of {len(cuts)})" if len(cuts) > 1 else ""
+            sliders.append(
+                gr.update(
+                    minimum=float(np.floor(low / step) * step),
+                    maximum=float(np.ceil(high / step) * step),
+                    step=step,
+                    value=briefly(cuts[index], page),
+                    label=f"Score at which the groups part{which}",
+                    visible=True,
+                )
+            )
+        return sliders
+
+    def given_name(self, book: AuditBook, page: Page | None, group: int) -> str:
+        """Return what people called a group, "" where nobody did."""
+        factor = page.factor_index if page is not None else 0
+        names = book.curation.names[factor] if factor < len(book.curation.names) else ()
+        return names[group] if group < len(names) else ""
+
+    def details(self, book: AuditBook, position: int) -> str:
+        """Return an image, and what is known of it."""
+        told = [("score", f"{book.score(position):.2f}"), ("prompt", f"“{book.prompt_of(position)}”")]
+        if book.data is not None:
+            told.append(("caption", f"“{book.data.captions[book.row(position)]}”"))
+        if position in book.curation.left_out:
+            told.append(("counts", "no: it was left out"))
+        name = book.names[position]
+        picture = thumb(book.image(position), f"Image {name}") if book.data is not None else None
+        return piece("image", picture, name, told)
 
 
 def briefly(cut: float, page: Page) -> float:

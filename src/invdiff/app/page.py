@@ -72,7 +72,8 @@ def build_page(workspace: Workspace, studio: Studio | None) -> gr.Blocks:
                 tabs.append(CompareTab(workspace.results))
             else:
                 gr.HTML(notice("No results were given. `invdiff ui RUN` opens RUN/results.json."))
-        gr.HTML(f'<footer class="bottom">invdiff {version("invdiff")} · runs on this machine alone</footer>')
+        words = f"invdiff {version('invdiff')} · computed on the machine that serves this page"
+        gr.HTML(f'<footer class="bottom">{words}</footer>')
         for tab in tabs:
             page.load(tab.first, None, tab.loads, show_progress="hidden", api_visibility="private")
     return page

@@ -25,7 +25,6 @@ SERIES_COLOURS = tuple(PALETTE[place] for place in (1, 2, 3, 5, 0, 6, 7, 4))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 """One for each colour: series are told apart without colours too."""
 
-PLANE_KEY = "Filled: no other point beats it. Hollow: another is as good in both figures, and better in one."
 MARGIN = 64
 WIDTH = 1400
 _LEFT = MARGIN + 56
@@ -184,7 +183,8 @@ def save_paths(
     area = Area(_LEFT, top, _plot_width(paths), _PLOT_HEIGHT)
     plane_chart(sheet, area, paths, labels=labels, filled=filled, y_name=y_name, floors=floors)
     sheet.text(area.x + area.width / 2, top + _PLOT_HEIGHT + 66, x_name, colour=SOFT, align="center", width=area.width)
-    sheet.text(MARGIN, below - (28 if floors else 0), PLANE_KEY, size=18, colour=SOFT)
+    key = "Filled: no other point beats it. Hollow: another is as good in both figures, and better in one."
+    sheet.text(MARGIN, below - (28 if floors else 0), key, size=18, colour=SOFT)
     if floors:
         _floor_key(sheet, below)
     return sheet.save(path)

@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from ..evaluation.manifest import UNSTATED
 from ..evaluation.results import Measures, Results
 from .charts import BASE_COLOUR, Area, Point, Series, name_room, numbered_series, plane_chart
-from .comparison import Comparison, label
+from .comparison import Comparison, in_order, label
 from .document import Plot
 from .plots import WIDTH, as_plot
 from .style import SOFT, Sheet, shorten
 from .sweep_pictures import non_dominated
 from .words import at_scale
 
-MOST_MODELS = 8
 FRECHET, WRONG = "Fréchet distance", "share of images whose subject is wrong"
 
 
@@ -24,7 +23,7 @@ def front(results: Results, chosen: Comparison) -> Plot | None:
     Quality is the Fréchet distance where it was measured for every model, else the share of images that show another
     subject than their prompt names.
     """
-    order = list(dict.fromkeys([chosen.before, chosen.after, *results.models]))[:MOST_MODELS]
+    order = in_order(results, chosen)
     for name in (FRECHET, WRONG):
         points = {model: _points(results.models[model], name) for model in order}
         if sum(map(len, points.values())) >= 2 and all(points.values()):
