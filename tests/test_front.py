@@ -64,6 +64,7 @@ def test_without_distances_quality_is_the_share_of_wrong_subjects(monkeypatch: p
 def test_a_single_point_or_no_quality_has_no_front() -> None:
     one = Results(models={"base": {"3.0": measures(0.9, frechet=4.0)}}, attribute="background")
     assert front(one, choose(one)) is None
-    models = {"base": {"3.0": measures(0.9)}, "guided": {"3.0": measures(0.1, frechet=1.0)}}
+    guided = {"1.0": measures(0.2, frechet=2.0), "3.0": measures(0.1, frechet=1.0)}
+    models = {"base": {"3.0": measures(0.9)}, "guided": guided}
     half = replace(one, models=models)
     assert front(half, choose(half)) is None

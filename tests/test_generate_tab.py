@@ -59,6 +59,8 @@ def test_images_come_batch_by_batch_and_the_command_first(tab: GenerateTab) -> N
     assert [(len(base), len(guided)) for _, base, guided, *_ in rest] == [(4, 4), (6, 6)]
     assert "4 of 6 images in" in rest[0][0]
     assert "6 of 6 images in" in rest[1][0]
+    base, guided = ([path for path, _ in gallery] for gallery in rest[1][1:3])
+    assert len({*base, *guided}) == 12
     path, words = rest[1][1][0]
     with Image.open(path) as image:
         assert image.size == (32, 32)
