@@ -18,7 +18,6 @@ from ..report.glance import glance
 from ..report.results_reading import Measured, read_results
 from ..report.save import save_report
 from ..report.sources import Parts, Sources, read_parts
-from ..report.words import quoted
 from ..text import one_line
 from .pieces import notice, piece, refusal
 from .workspace import open_data
@@ -114,7 +113,7 @@ class CompareTab:
                 )
         except InvDiffError as error:
             return refusal(error)
-        return notice(f"Written: {', '.join(quoted(str(path)) for path in written)}.")
+        return notice(f"Written: {', '.join(one_line(str(path)) for path in written)}")
 
 
 def together(runs: Mapping[str, Measured]) -> Measured:
