@@ -25,6 +25,8 @@ pytest.importorskip("gradio", reason="needs the ui extra: pip install 'invdiff[u
 
 pytestmark = [needs_browser, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
+FILE_NAMES = ('"><img src=x onerror=alert(1)>', "<b onmouseover=alert(1)>", "'{{7*7}}${alert(1)}", "\u202egnp")
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
@@ -310,6 +312,14 @@ def test_hostile_text_is_text(browser: Any, tmp_path: Path) -> None:
     document = json.loads(file.read_text())
     document["prompts"] = [prompt | {"evidence": SCRIPT, "reason": SCRIPT} for prompt in document["prompts"]]
     document["prompts"][0]["found"] = False
+    rows = []
+    for place, name in enumerate(document["names"]):  # files that are called so, with captions like that
+        hostile = f"{place}{FILE_NAMES[place % len(FILE_NAMES)]}.png"
+        (tmp_path / "run" / "data").mkdir(exist_ok=True)
+        (tmp_path / "run" / "audit" / name).rename(tmp_path / "run" / "data" / hostile)
+        document["names"][place] = hostile
+        rows.append(json.dumps({"file_name": hostile, "text": NASTY[place % 7]}))
+    (tmp_path / "run" / "data" / "metadata.jsonl").write_text("\n".join(rows))
     file.write_text(json.dumps(document))
     shares = {text.encode("utf-8", "replace").decode(): 5 for text in prompts}
     folder = make_images(tmp_path / "run" / "base", shares, classes=(NASTY[1], NASTY[5]))
@@ -326,6 +336,14 @@ def test_hostile_text_is_text(browser: Any, tmp_path: Path) -> None:
         view.locator("#group-name-0 input, #group-name-0 textarea").fill("<img src=x onerror=alert(1)>\u202e\"'")
         view.click("#group-save-0")
         view.wait_for_function("document.querySelector('#group-0').innerText.includes('<img src=x')")
+        view.wait_for_selector("#typical-0 img")
+        for place in range(len(FILE_NAMES)):
+            view.locator("#typical-0 button").nth(place).click()
+            view.wait_for_timeout(300)
+        assert any(name[:12] in view.inner_text("#audit-chosen") for name in FILE_NAMES)
+        view.click("#audit-leave")
+        view.wait_for_function("document.querySelector('#audit-status').innerText.includes('counts nowhere now')")
+        assert view.evaluate(LAYOUT)["broken"] == 0
         visit.tab("Compare")
         view.wait_for_selector("#compare .headline")
         view.wait_for_timeout(500)

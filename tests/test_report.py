@@ -18,6 +18,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from typer.testing import CliRunner
 
+from browser import LAYOUT, needs_browser, open_browser
 from invdiff import cli, save_report
 from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError
 from invdiff.evaluation.evaluate import evaluate
@@ -44,7 +45,6 @@ NASTY = (
     *HOSTILE[:-1],
     "x" * 10_000,
 )
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 class Page(HTMLParser):
@@ -645,30 +645,17 @@ def test_dark_paper_keeps_the_colours_that_stand_for_something() -> None:
 # In a browser.
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium: apt-get install chromium")
+@needs_browser
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("which", ["written", "hostile_folder"])
 def test_a_browser_shows_it_whole_and_asks_for_nothing(request: pytest.FixtureRequest, which: str, width: int) -> None:
     address = (request.getfixturevalue(which) / "report.html").as_uri()
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    flags += ["--disable-background-networking", "--disable-component-update"]
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+    with open_browser() as browser:
         view = browser.new_page(viewport={"width": width, "height": 900})
         asked: list[str] = []
         view.on("request", lambda sent: asked.append(sent.url))
         view.goto(address)
         view.evaluate("Promise.all([...document.images].map(image => image.decode()))")
-        seen = view.evaluate(
-            """() => ({
-                broken: [...document.images].filter(image => !image.naturalWidth).length,
-                width: document.documentElement.scrollWidth,
-                outside: [...document.querySelectorAll('body *')].filter(element =>
-                    !element.closest('.scroll, pre, .who')
-                    && element.getBoundingClientRect().right > innerWidth + 1).length,
-            })"""
-        )
-        browser.close()
+        seen = view.evaluate(LAYOUT)
     assert [url for url in asked if not url.startswith("data:")] == [address]
-    assert seen == {"broken": 0, "width": width, "outside": 0}
+    assert seen == {"broken": 0, "width": width, "outside": []}
