@@ -27,7 +27,7 @@ from invdiff.data.birds import (
 from invdiff.demo import hidden_truth
 from invdiff.evaluation.annotators import ConvAnnotator
 from invdiff.evaluation.describe import describe_images
-from invdiff.pipelines import load_pipeline
+from invdiff.models.load import load_pipeline
 
 GUIDANCE_SCALES = (1.0, 3.0)
 NUM_IMAGES = 3000

@@ -42,11 +42,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from invdiff import GuidanceModule, attach
 from invdiff.assets import BIRDS_MODEL
 from invdiff.data.birds import canonical_prompts
-from invdiff.families import Condition, family_of
-from invdiff.features import FeatureCapture
 from invdiff.files import write_json
 from invdiff.guidance.module import fitting_width
-from invdiff.pipelines import load_pipeline
+from invdiff.models.families import Condition, family_of
+from invdiff.models.features import FeatureCapture
+from invdiff.models.load import load_pipeline
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30

@@ -25,10 +25,10 @@ from invdiff import GenerateConfig, TrainConfig, audit, evaluate, generate, load
 from invdiff.assets import BIRDS_ANNOTATOR, BIRDS_MODEL
 from invdiff.data.birds import BirdsWorld
 from invdiff.data.encode import as_encoded
-from invdiff.diffusion import NoiseSchedule, per_sample_loss
 from invdiff.evaluation.annotators import ConvAnnotator
-from invdiff.families import family_of
-from invdiff.pipelines import denoiser_of, load_pipeline
+from invdiff.models.families import family_of
+from invdiff.models.load import denoiser_of, load_pipeline
+from invdiff.models.schedule import NoiseSchedule, per_sample_loss
 from invdiff.progress import progress_bar
 from invdiff.seeds import generator
 

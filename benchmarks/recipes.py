@@ -25,11 +25,11 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from invdiff import GuidanceModule, TrainConfig
+from invdiff.auditing.result import Audit
 from invdiff.data.encode import EncodedImages
-from invdiff.denoiser import FrozenDenoiser
-from invdiff.diffusion import NoiseSchedule, per_sample_loss
-from invdiff.groups.result import Audit
-from invdiff.pipelines import default_device
+from invdiff.models.frozen import FrozenDenoiser
+from invdiff.models.load import default_device
+from invdiff.models.schedule import NoiseSchedule, per_sample_loss
 from invdiff.training import train
 from invdiff.training.optimization import Precision
 

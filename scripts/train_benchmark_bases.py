@@ -13,7 +13,7 @@ from invdiff import ArchitectureConfig, FinetuneConfig, load_captioned_images
 from invdiff.assets import BIRDS_MODEL
 from invdiff.data.birds import BirdsWorld
 from invdiff.data.encode import encode
-from invdiff.pipelines import default_device, load_pipeline
+from invdiff.models.load import default_device, load_pipeline
 from invdiff.training.finetune import save, train_denoiser
 from invdiff.training.scratch import build_pipeline
 

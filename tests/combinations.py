@@ -14,8 +14,8 @@ import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from invdiff.families import family_of
-from invdiff.pipelines import denoiser_of
+from invdiff.models.families import family_of
+from invdiff.models.load import denoiser_of
 from tiny import CAPTIONS, RESOLUTION, make_tiny, make_unet, make_vae
 
 FAMILIES = ("sd1", "sdxl", "sd3", "flux")

@@ -20,7 +20,7 @@ from PIL import Image
 from invdiff.evaluation.estimates import Estimate
 from invdiff.evaluation.results import AttributeMeasures, Measures, Quantity
 from invdiff.guidance.module import GuidanceModule
-from invdiff.pipelines import load_pipeline
+from invdiff.models.load import load_pipeline
 from tiny import CAPTIONS, make_stable_diffusion
 
 torch.set_num_threads(1)

@@ -13,9 +13,9 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from conftest import CAPTIONS, make_guidance_module, make_tiny_pipeline
 from invdiff.errors import ConfigError, ModelError
-from invdiff.features import FeatureCapture
 from invdiff.guidance.attach import Attachment, attach
 from invdiff.guidance.module import GuidanceModule
+from invdiff.models.features import FeatureCapture
 
 # Several of diffusers' schedulers pass tensors to numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")

@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from conftest import make_guidance_module, write_tiny_folder
+from invdiff.auditing import evidence as scores_module
+from invdiff.auditing.edits import CURATION, Curation
+from invdiff.auditing.evidence import Evidence
+from invdiff.auditing.result import Audit
+from invdiff.auditing.run import audit, infer
 from invdiff.config import AuditConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import EncodedImages, ShardedTensor, as_encoded
 from invdiff.errors import AuditError, ConfigError, ModelError
-from invdiff.groups import scores as scores_module
-from invdiff.groups.audit import audit, infer
-from invdiff.groups.curation import CURATION, Curation
-from invdiff.groups.result import Audit
-from invdiff.groups.scores import Evidence
 from invdiff.guidance.attach import attach
 
 ONE_PROMPT = np.array([0])

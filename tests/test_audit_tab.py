@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from invdiff.app.archive import AuditBook
 from invdiff.app.pictures import Pictures, framed, nothing_to_show
 from invdiff.app.serve import own_files
+from invdiff.auditing.edits import CURATION
 from invdiff.errors import AuditError, ConfigError
-from invdiff.groups.curation import CURATION
 from invdiff.report.sources import Parts, find_parts
 from test_pictures import LAND, WATER, make_audit
 from test_report import NASTY, SCRIPT

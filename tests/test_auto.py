@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
+from invdiff.auditing import splits as auto
+from invdiff.auditing.partition import exact_groups
+from invdiff.auditing.splits import Score, component_scores, consider, separation
 from invdiff.config import AuditConfig
-from invdiff.groups import auto
-from invdiff.groups.auto import Score, component_scores, consider, separation
-from invdiff.groups.inference import exact_groups
 
 CONFIG = AuditConfig()
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from invdiff.assets import BIRDS_DEMO, BIRDS_MODEL
+from invdiff.auditing.result import Audit
 from invdiff.config import DemoConfig
 from invdiff.data.birds import (
     BACKGROUNDS,
@@ -28,10 +29,9 @@ from invdiff.data.birds_drawing import BEAK, render, sample_scene
 from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ConfigError, DataError
 from invdiff.files import read_json
-from invdiff.groups.result import Audit
 from invdiff.guidance.attach import check_fit
 from invdiff.guidance.loading import load_module
-from invdiff.pipelines import load_pipeline
+from invdiff.models.load import load_pipeline
 
 ROWS = [BirdsWorld(4000, seed=1).metadata(index) for index in range(4000)]
 

@@ -15,20 +15,20 @@ from huggingface_hub.errors import EntryNotFoundError
 from markdown_it import MarkdownIt
 
 from conftest import made_up_measures, make_guidance_module, make_tiny_pipeline
+from invdiff.auditing.edits import Curation
+from invdiff.auditing.result import Audit, PromptAudit
+from invdiff.auditing.run import audit
 from invdiff.config import AuditConfig, TrainConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ConfigError, DataError, ModelError
 from invdiff.evaluation.results import AnnotatorRecord, Results
 from invdiff.files import weights_digest
-from invdiff.groups.audit import audit
-from invdiff.groups.curation import Curation
-from invdiff.groups.result import Audit, PromptAudit
 from invdiff.guidance.attach import mix_for
 from invdiff.guidance.card import escape, render_card
 from invdiff.guidance.loading import load_module
 from invdiff.guidance.module import GuidanceModule
 from invdiff.guidance.record import MOST_PROMPTS, training_record
-from invdiff.pipelines import load_pipeline
+from invdiff.models.load import load_pipeline
 from invdiff.training.train import train
 from tiny import make_tiny
 

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 
 from conftest import CAPTIONS, made_up_measures, make_guidance_module, make_tiny_pipeline, write_tiny_folder
 from invdiff import cli, cli_output
+from invdiff.auditing.edits import Curation
+from invdiff.auditing.result import Audit
 from invdiff.cli_options import (
     environments_from,
     field_docs,
@@ -27,8 +29,6 @@ from invdiff.config import AuditConfig, AugmentationConfig, FinetuneConfig, Gene
 from invdiff.errors import ConfigError, DataError
 from invdiff.evaluation.augmentation_results import AugmentationResults, Spread, TrainedOn
 from invdiff.evaluation.results import Results
-from invdiff.groups.curation import Curation
-from invdiff.groups.result import Audit
 from invdiff.sweep.run import SweepTable
 from tiny import make_tiny
 
@@ -245,7 +245,7 @@ def test_an_option_overrides_the_file_which_overrides_the_default(tmp_path):
 
 
 def test_generate_passes_module_mix_and_settings_on(tiny_pipe_dir, tmp_path, recorded):
-    recorded("invdiff.generation", "generate")
+    recorded("invdiff.sampling", "generate")
     make_guidance_module(make_tiny_pipeline()).save_pretrained(tmp_path / "module")
     config = yaml_file(tmp_path / "c.yaml", {"seed": 5, "num_inference_steps": 3})
     lines = tmp_path / "prompts.txt"
@@ -276,7 +276,7 @@ def test_the_type_of_weights_reaches_the_model_and_the_next_command(
     tiny_pipe_dir, tiny_folder, tmp_path, recorded, monkeypatch
 ):
     found = SimpleNamespace(biased=True, save=lambda folder: None, put_aside=lambda folder: None)
-    recorded("invdiff.groups.audit", "audit", found)
+    recorded("invdiff.auditing.run", "audit", found)
     recorded("invdiff.report.audit_pictures", "save_audit_pictures")
     monkeypatch.setattr(cli, "print_audit", lambda found: None)
     shown = succeed("audit", tiny_pipe_dir, tiny_folder, "--output", tmp_path / "a", "--dtype", "bf16", "-q")
@@ -331,7 +331,7 @@ def test_an_audit_that_finds_nothing_says_why_and_stops_training(tiny_pipe_dir, 
 
 
 def test_where_nothing_is_found_the_next_command_can_be_run(tiny_pipe_dir, tiny_folder, tmp_path, cache, recorded):
-    recorded("invdiff.groups.audit", "encode_vision")
+    recorded("invdiff.auditing.run", "encode_vision")
     out = ("--output", tmp_path / "audit", "--min-images", 13, "-q")
     shown = succeed("audit", tiny_pipe_dir, tiny_folder, *out, "--vision-encoder", "some/encoder")
     words = next_command(shown)

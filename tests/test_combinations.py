@@ -15,10 +15,10 @@ import torch
 from combinations import ADAPTERS, COMBINATIONS, FAMILIES, SCHEDULERS, Combination, draw, embedded, picture, save_lora
 from conftest import make_guidance_module
 from invdiff.errors import ModelError
-from invdiff.families import family_of
 from invdiff.guidance.attach import attach
 from invdiff.guidance.module import GuidanceModule
-from invdiff.pipelines import denoiser_of
+from invdiff.models.families import family_of
+from invdiff.models.load import denoiser_of
 from test_attach import SCHEDULERS as TESTED_SCHEDULERS
 from tiny import CAPTIONS, make_tiny
 

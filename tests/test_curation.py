@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from invdiff.errors import AuditError, ConfigError, DataError
-from invdiff.groups.curation import (
+from invdiff.auditing.edits import (
     CURATION,
     NAME_LIMIT,
     Curation,
@@ -23,7 +22,8 @@ from invdiff.groups.curation import (
     put_aside,
     read_curation,
 )
-from invdiff.groups.result import Audit
+from invdiff.auditing.result import Audit
+from invdiff.errors import AuditError, ConfigError, DataError
 from invdiff.text import one_line
 
 # Under prompt 0 the columns 2, 0, 1 lie from low to high scores; under prompt 1 column 1 is empty; 2 hides nothing.

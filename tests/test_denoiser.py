@@ -3,10 +3,10 @@ import torch
 from peft import LoraConfig
 
 from conftest import make_guidance_module, make_tiny_pipeline
-from invdiff.denoiser import FrozenDenoiser, denoiser_fingerprint
 from invdiff.guidance.attach import attach
 from invdiff.guidance.guided import GuidedDenoiser
 from invdiff.guidance.module import GuidanceModule
+from invdiff.models.frozen import FrozenDenoiser, denoiser_fingerprint
 
 
 def inputs(batch=3):

@@ -12,15 +12,15 @@ from typer.testing import CliRunner
 
 from conftest import write_tiny_folder
 from invdiff import cli
+from invdiff.auditing import describe
+from invdiff.auditing import run as audit_module
+from invdiff.auditing.describe import IMAGES_PER_GROUP, MOST_WORDS, NO_WORD, TEMPLATES, describe_groups
+from invdiff.auditing.result import Audit, PromptAudit
+from invdiff.auditing.run import audit
+from invdiff.auditing.words import WORDS, read_words
 from invdiff.config import AuditConfig
 from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.errors import ConfigError, ModelError
-from invdiff.groups import audit as audit_module
-from invdiff.groups import describe
-from invdiff.groups.audit import audit
-from invdiff.groups.describe import IMAGES_PER_GROUP, MOST_WORDS, NO_WORD, TEMPLATES, describe_groups
-from invdiff.groups.result import Audit, PromptAudit
-from invdiff.groups.words import WORDS, read_words
 from tiny import save_clip
 
 LAND, WATER = 0, 1

@@ -15,8 +15,8 @@ from diffusers import (
 )
 
 from invdiff.config import AuditConfig
-from invdiff.diffusion import NoiseSchedule, per_sample_loss
 from invdiff.errors import ModelError
+from invdiff.models.schedule import NoiseSchedule, per_sample_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 

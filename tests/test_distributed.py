@@ -12,11 +12,11 @@ import torch
 
 from conftest import make_tiny_pipeline
 from invdiff import distributed
+from invdiff.auditing.result import Audit
+from invdiff.auditing.run import audit
 from invdiff.config import AuditConfig, FinetuneConfig, TrainConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ConfigError
-from invdiff.groups.audit import audit
-from invdiff.groups.result import Audit
 from invdiff.training.finetune import finetune
 from invdiff.training.train import train
 

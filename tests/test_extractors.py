@@ -118,7 +118,7 @@ def test_dinov2_features_are_the_normalised_class_token(dinov2_dir):
 def test_vision_features_do_not_depend_on_the_batch(dinov2_dir, monkeypatch):
     extractor, seen = load_extractor(dinov2_dir), images(5)
     together = extractor.extract(seen)
-    monkeypatch.setattr("invdiff.vision.BATCH_SIZE", 2)
+    monkeypatch.setattr("invdiff.models.encoders.BATCH_SIZE", 2)
     np.testing.assert_allclose(extractor.extract(seen), together, rtol=1e-5, atol=1e-6)
 
 
@@ -227,7 +227,7 @@ def test_cosines_of_both_towers_are_the_models_logits(scorer, clip_dir):
 def test_text_features_do_not_depend_on_the_prompts_beside(scorer, monkeypatch):
     prompts = ["a photo of a landbird", "a", "a photo of a waterbird on water"]
     together = scorer.text_features(prompts)
-    monkeypatch.setattr("invdiff.vision.BATCH_SIZE", 1)
+    monkeypatch.setattr("invdiff.models.encoders.BATCH_SIZE", 1)
     np.testing.assert_allclose(scorer.text_features(prompts), together, rtol=1e-5, atol=1e-6)
 
 

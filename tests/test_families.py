@@ -11,19 +11,19 @@ from diffusers import DiffusionPipeline, FluxPipeline
 from torch import nn
 
 from conftest import make_guidance_module
+from invdiff.auditing.run import audit
 from invdiff.config import AuditConfig, GenerateConfig, TrainConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import as_encoded, model_fingerprint
-from invdiff.denoiser import FrozenDenoiser
 from invdiff.errors import AuditError, ConfigError, DataError, ModelError
-from invdiff.families import family_of
-from invdiff.families.flux import image_ids, packed, unpacked
-from invdiff.generation import generate
-from invdiff.groups.audit import audit
 from invdiff.guidance.attach import attach
 from invdiff.guidance.loading import load_module
 from invdiff.guidance.module import GuidanceModule
-from invdiff.pipelines import denoiser_of, load_pipeline
+from invdiff.models.families import family_of
+from invdiff.models.families.flux import image_ids, packed, unpacked
+from invdiff.models.frozen import FrozenDenoiser
+from invdiff.models.load import denoiser_of, load_pipeline
+from invdiff.sampling import generate
 from invdiff.training import normalisation
 from invdiff.training.train import train
 from tiny import CAPTIONS, FAMILIES, RESOLUTION, make_tiny, make_unet

@@ -4,7 +4,7 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from invdiff.errors import ModelError
-from invdiff.features import FeatureCapture, feature_block
+from invdiff.models.features import FeatureCapture, feature_block
 
 
 def run(unet: nn.Module) -> None:

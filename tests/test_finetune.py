@@ -10,7 +10,7 @@ from invdiff.config import ArchitectureConfig, FinetuneConfig
 from invdiff.data.birds import BirdsWorld
 from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ConfigError, ModelError
-from invdiff.pipelines import load_pipeline
+from invdiff.models.load import load_pipeline
 from invdiff.training import finetune as finetune_module
 from invdiff.training import scratch
 from invdiff.training.finetune import finetune

@@ -10,12 +10,11 @@ from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from conftest import CAPTIONS, make_guidance_module, make_tiny_pipeline
-from invdiff import generation
+from invdiff import sampling as generation
 from invdiff.config import GenerateConfig
-from invdiff.drawing import Drawing, image_seed
 from invdiff.errors import ConfigError, ModelError
-from invdiff.generation import generate
 from invdiff.guidance.attach import attach
+from invdiff.sampling import Drawing, generate, image_seed
 
 
 def run(pipe: StableDiffusionPipeline, folder: Path, prompts: Any = CAPTIONS, **options: Any) -> list[dict[str, Any]]:

@@ -11,28 +11,14 @@ import invdiff
 
 ROOT = Path(invdiff.__file__).parent
 
-BASE = (
-    "errors",
-    "config",
-    "text",
-    "files",
-    "seeds",
-    "distributed",
-    "progress",
-    "diffusion",
-    "pipelines",
-    "vision",
-    "families",
-    "features",
-    "denoiser",
-)
+BASE = ("errors", "config", "text", "files", "seeds", "distributed", "progress")
 LAYERS = (
     (*BASE, "assets"),
+    ("models",),
     ("data",),
-    ("groups",),
+    ("auditing",),
     ("guidance", "training"),
-    ("drawing",),
-    ("generation",),
+    ("sampling",),
     ("evaluation",),
     ("report",),
     ("demo", "sweep", "app"),
@@ -44,7 +30,7 @@ FORBIDDEN = {
     "errors": set(LAYER_OF),
     "config": set(LAYER_OF) - {"errors"},
     "guidance": {"training"},
-    "evaluation": {"groups", "guidance", "training"},
+    "evaluation": {"auditing", "guidance", "training"},
 }
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

@@ -3,8 +3,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from invdiff.auditing.partition import dispersion, exact_groups, gradient_groups, group_losses, one_hot
 from invdiff.errors import AuditError
-from invdiff.groups.inference import dispersion, exact_groups, gradient_groups, group_losses, one_hot
 
 
 def best_dispersion(scores: np.ndarray, num_groups: int, least: int) -> float:

@@ -6,9 +6,9 @@ import random
 import pytest
 
 from conftest import write_tiny_folder
+from invdiff.auditing.run import audit
 from invdiff.config import AuditConfig, TrainConfig
 from invdiff.data.captioned import load_captioned_images
-from invdiff.groups.audit import audit
 from invdiff.training.train import train
 
 

@@ -3,7 +3,7 @@ import torch
 
 from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import as_encoded
-from invdiff.denoiser import FrozenDenoiser
+from invdiff.models.frozen import FrozenDenoiser
 from invdiff.training.normalisation import typical_losses
 
 

@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import invdiff.report
+from invdiff.auditing.edits import curated, read_curation
 from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError
 from invdiff.evaluation.manifest import Row, read_manifest
-from invdiff.groups.curation import curated, read_curation
 from invdiff.report import style
 from invdiff.report.audit_pictures import draw_histogram, save_audit_pictures
 from invdiff.report.audit_reading import cuts, pages_of, rank_groups, read_inferred

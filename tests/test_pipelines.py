@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from invdiff.errors import ModelError
-from invdiff.pipelines import default_device, denoiser_of, load_pipeline, public_name
+from invdiff.models.load import default_device, denoiser_of, load_pipeline, public_name
 
 
 def test_loads_a_folder_quiet_and_without_a_safety_checker(tiny_pipe_dir: Path) -> None:

@@ -1,6 +1,6 @@
 import numpy as np
 
-from invdiff.groups.prompts import telling_words, told_group
+from invdiff.auditing.captions import telling_words, told_group
 
 
 def captions_and_labels(counts: dict[tuple[str, int], int]) -> tuple[list[str], np.ndarray, np.ndarray]:

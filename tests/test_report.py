@@ -20,12 +20,12 @@ from typer.testing import CliRunner
 
 from browser import LAYOUT, needs_browser, open_browser
 from invdiff import cli, save_report
+from invdiff.auditing.edits import Curation, read_curation
 from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError
 from invdiff.evaluation.evaluate import evaluate
 from invdiff.evaluation.given_labels import GivenLabels
 from invdiff.evaluation.quality import share_interval
 from invdiff.evaluation.results import Results
-from invdiff.groups.curation import Curation, read_curation
 from invdiff.report.audit_reading import read_inferred
 from invdiff.report.found import by_people
 from invdiff.report.results_reading import read_results

@@ -24,7 +24,7 @@ from invdiff.app.studio import Ask, Shot, Shown, Studio
 from invdiff.config import GenerateConfig
 from invdiff.errors import ConfigError
 from invdiff.evaluation.annotations import Annotations
-from invdiff.generation import generate
+from invdiff.sampling import generate
 
 
 class Brightness:

@@ -10,11 +10,11 @@ import yaml
 from PIL import Image
 
 from conftest import write_tiny_folder
+from invdiff.auditing.edits import Curation
+from invdiff.auditing.result import Audit
 from invdiff.config import AuditConfig
 from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError, ModelError
 from invdiff.evaluation.annotators import ConvAnnotator
-from invdiff.groups.curation import Curation
-from invdiff.groups.result import Audit
 from invdiff.sweep import stages
 from invdiff.sweep.config import AXES, SweepConfig
 from invdiff.sweep.plan import cells, describe_plan

@@ -6,13 +6,13 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import make_tiny_pipeline
+from invdiff.auditing.edits import Curation
+from invdiff.auditing.result import Audit, PromptAudit
 from invdiff.config import TrainConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import as_encoded
-from invdiff.denoiser import denoiser_fingerprint
 from invdiff.errors import AuditError, ConfigError, TrainingError
-from invdiff.groups.curation import Curation
-from invdiff.groups.result import Audit, PromptAudit
+from invdiff.models.frozen import denoiser_fingerprint
 from invdiff.training import normalisation
 from invdiff.training import train as train_module
 from invdiff.training.train import carry_over, train

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from invdiff.auditing.edits import read_curation
 from invdiff.evaluation.estimates import Estimate
 from invdiff.evaluation.quality import share_interval
 from invdiff.evaluation.results import AttributeMeasures, Measures, Quantity, Results
-from invdiff.groups.curation import read_curation
 from invdiff.report.audit_reading import read_inferred
 from invdiff.report.sources import AuditSource, Parts, read_parts
 from invdiff.report.training_data import Labels, labels

@@ -2,12 +2,12 @@ import pytest
 import torch
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
+from invdiff.auditing import vision
+from invdiff.auditing.run import audit
+from invdiff.auditing.vision import encode_vision
 from invdiff.config import AuditConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ModelError
-from invdiff.groups import vision
-from invdiff.groups.audit import audit
-from invdiff.groups.vision import encode_vision
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 
@@ -41,8 +41,8 @@ def test_features_are_computed_once(encoder_dir, tiny_folder, tmp_path, monkeypa
 
 
 def test_its_components_are_weighed_by_the_audit(encoder_dir, tiny_pipe, tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("invdiff.groups.auto.NUM_COMPONENTS", (3,))
-    monkeypatch.setattr("invdiff.groups.auto.IMAGES_PER_DIMENSION", 2)
+    monkeypatch.setattr("invdiff.auditing.splits.NUM_COMPONENTS", (3,))
+    monkeypatch.setattr("invdiff.auditing.splits.IMAGES_PER_DIMENSION", 2)
     config = AuditConfig(vision_encoder=str(encoder_dir), min_images=6, min_share=0.2, caption_threshold=100.0)
     found = audit(tiny_pipe, load_captioned_images(tiny_folder), config=config, cache_dir=tmp_path, progress=False)
     evidence = [candidate.evidence for candidate in found.prompts[0].candidates]

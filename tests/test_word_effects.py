@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_ind
 
-from invdiff.groups.word_effects import LEAST_IMAGES, Part, chance_maxima, compare, p_values
+from invdiff.auditing.word_effects import LEAST_IMAGES, Part, chance_maxima, compare, p_values
 
 
 def part(scores, labels, usable=None, groups=2):

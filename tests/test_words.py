@@ -5,9 +5,9 @@ from dataclasses import asdict
 import pytest
 
 from invdiff import save_report
+from invdiff.auditing.edits import audit_fingerprint, read_curation
+from invdiff.auditing.words import WORD_LIMIT, WORDS, AuditWords, GroupWords, Word, read_words, remove_words_of_others
 from invdiff.errors import AuditError
-from invdiff.groups.curation import audit_fingerprint, read_curation
-from invdiff.groups.words import WORD_LIMIT, WORDS, AuditWords, GroupWords, Word, read_words, remove_words_of_others
 from invdiff.report.audit_pictures import save_audit_pictures
 from invdiff.report.audit_reading import read_inferred
 from test_pictures import HOSTILE, LAND, make_audit

@@ -10,9 +10,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 
 from invdiff import AuditConfig, GenerateConfig, TrainConfig, audit, generate, load_captioned_images, train
+from invdiff.auditing import evidence as scores_module
 from invdiff.data import encode as encode_module
 from invdiff.distributed import is_main, num_processes
-from invdiff.groups import scores as scores_module
 from invdiff.training import normalisation
 from tiny import CAPTIONS, make_tiny
 

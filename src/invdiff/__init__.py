@@ -20,15 +20,15 @@ from .config import (
 from .errors import InvDiffError
 
 if TYPE_CHECKING:
+    from .auditing.result import Audit
+    from .auditing.run import audit
     from .data.captioned import load_captioned_images
     from .evaluation.augmentation import augmentation_test
     from .evaluation.evaluate import Results, evaluate
-    from .generation import generate
-    from .groups.audit import audit
-    from .groups.result import Audit
     from .guidance.attach import attach
     from .guidance.module import GuidanceModule
     from .report.save import save_report
+    from .sampling import generate
     from .sweep.config import SweepConfig
     from .sweep.run import run_sweep
     from .training.finetune import finetune
@@ -60,16 +60,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "Audit": "groups.result",
+    "Audit": "auditing.result",
     "GuidanceModule": "guidance.module",
     "Results": "evaluation.evaluate",
     "SweepConfig": "sweep.config",
     "attach": "guidance.attach",
-    "audit": "groups.audit",
+    "audit": "auditing.run",
     "augmentation_test": "evaluation.augmentation",
     "evaluate": "evaluation.evaluate",
     "finetune": "training.finetune",
-    "generate": "generation",
+    "generate": "sampling",
     "load_captioned_images": "data.captioned",
     "run_sweep": "sweep.run",
     "save_report": "report.save",

@@ -188,9 +188,9 @@ def audit(
     say("loading images and model", quiet=quiet)
     images = source.load()
     silence_libraries()
-    from .groups.audit import audit as run_audit
-    from .groups.curation import CURATION
-    from .pipelines import dtype_named, load_pipeline
+    from .auditing.edits import CURATION
+    from .auditing.run import audit as run_audit
+    from .models.load import dtype_named, load_pipeline
     from .report.audit_pictures import save_audit_pictures
 
     found = run_audit(
@@ -274,9 +274,9 @@ def train(
     source = DataSource(data, caption_column, image_column, split, limit, max_unreadable, no_captions)
     say("loading audit, images and model", quiet=quiet)
     silence_libraries()
-    from .generation import drawing_flags
-    from .groups.result import Audit
-    from .pipelines import dtype_named, load_pipeline
+    from .auditing.result import Audit
+    from .models.load import dtype_named, load_pipeline
+    from .sampling import drawing_flags
     from .training.train import train as run_train
 
     found = Audit.load(audit_dir)
@@ -350,9 +350,9 @@ def generate(
     mix = environments_from(environments)
     say("loading the model", quiet=quiet)
     silence_libraries()
-    from .generation import generate as run_generate
     from .guidance.loading import load_module
-    from .pipelines import dtype_named, load_pipeline
+    from .models.load import dtype_named, load_pipeline
+    from .sampling import generate as run_generate
 
     run_generate(
         load_pipeline(model, dtype=dtype_named(dtype)),

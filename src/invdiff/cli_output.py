@@ -18,10 +18,10 @@ from .errors import ConfigError, InvDiffError
 from .text import one_line
 
 if TYPE_CHECKING:
+    from .auditing.result import Audit
+    from .auditing.words import AuditWords
     from .evaluation.augmentation_results import AugmentationResults
     from .evaluation.results import Results
-    from .groups.result import Audit
-    from .groups.words import AuditWords
 
 INTERRUPTED = 130
 """The shell's exit code for a program stopped by Ctrl-C."""

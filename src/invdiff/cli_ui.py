@@ -164,7 +164,7 @@ def _studio(workspace: Any, dtype: str, attribute: str | None, classes: Path | N
     from .evaluation.annotators import LABELS, load_annotator
     from .guidance.attach import check_fit
     from .guidance.loading import load_module
-    from .pipelines import dtype_named, load_pipeline
+    from .models.load import dtype_named, load_pipeline
 
     if workspace.annotator == LABELS:
         raise ConfigError(

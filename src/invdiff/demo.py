@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from .assets import BIRDS_ANNOTATOR, BIRDS_MODEL
+from .auditing.result import Audit
+from .auditing.run import audit
 from .config import DemoConfig, GenerateConfig, TrainConfig
 from .data.birds import NATURAL_BACKGROUND, BirdsWorld, canonical_prompts
 from .data.captioned import CaptionedImages, load_captioned_images
@@ -19,12 +21,10 @@ from .evaluation.describe import describe_images
 from .evaluation.evaluate import Results, evaluate
 from .evaluation.recovery import Recovery, recovery
 from .files import write_json
-from .generation import generate
-from .groups.audit import audit
-from .groups.result import Audit
-from .pipelines import denoiser_of, load_pipeline
+from .models.load import denoiser_of, load_pipeline
 from .report.audit_pictures import save_audit_pictures
 from .report.save import save_report
+from .sampling import generate
 from .seeds import derived_seed
 from .training.train import train
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from PIL import Image
 
+from ..auditing.edits import Curation, audit_fingerprint, check_curation, curated, read_curation
+from ..auditing.words import AuditWords, read_words
 from ..errors import AuditError, DataError
 from ..files import fingerprint
-from ..groups.curation import Curation, audit_fingerprint, check_curation, curated, read_curation
-from ..groups.words import AuditWords, read_words
 from ..report.audit_reading import Page, pages_of, read_inferred, rows_by_name
 from ..report.sources import Parts
 from .pictures import nothing_to_show

@@ -9,8 +9,8 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
+from ..auditing.edits import NAME_LIMIT
 from ..errors import ConfigError, InvDiffError
-from ..groups.curation import NAME_LIMIT
 from ..report.audit_reading import Page
 from ..report.words import quoted
 from ..text import one_line

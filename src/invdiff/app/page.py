@@ -9,8 +9,8 @@ from typing import Any
 
 import gradio as gr
 
-from ..families import family_of
-from ..pipelines import denoiser_of
+from ..models.families import family_of
+from ..models.load import denoiser_of
 from ..report.style import DARK, INK, PAPER, RULE, SOFT
 from .archive import AuditBook
 from .asking import Commands

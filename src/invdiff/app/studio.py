@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from ..config import GenerateConfig
-from ..drawing import Drawing
 from ..evaluation.annotations import Annotator
-from ..families import family_of
 from ..guidance.module import GuidanceModule
-from ..pipelines import denoiser_of
+from ..models.families import family_of
+from ..models.load import denoiser_of
+from ..sampling import Drawing
 
 MOST_IMAGES = 64
 """Of one prompt at once."""

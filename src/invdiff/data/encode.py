@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..distributed import is_main, mine, wait
 from ..errors import ConfigError, DataError, ModelError
-from ..families import Condition, Family, family_of
-from ..families.base import joined
 from ..files import default_cache_dir, fingerprint, read_tensors, weights_digest, write_json, write_tensors
-from ..pipelines import denoiser_of
+from ..models.families import Condition, Family, family_of
+from ..models.families.base import joined
+from ..models.load import denoiser_of
 from ..progress import progress_bar
 from .captioned import CaptionedImages, UnreadableImage
 

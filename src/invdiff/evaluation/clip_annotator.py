@@ -16,7 +16,7 @@ from transformers import CLIPModel
 
 from ..errors import ConfigError
 from ..files import weights_digest
-from ..vision import load_tokenizer, pooled
+from ..models.encoders import load_tokenizer, pooled
 from .annotations import CANNOT_TELL, Annotations, reserved_class
 from .heldout import Measurable
 from .transformers_models import last_part, load_image_processor, load_model, pixel_batches

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from ..data.captioned import CaptionedImages
 from ..errors import DataError, ModelError
-from ..pipelines import public_name
+from ..models.load import public_name
 from ..seeds import generator as derived_generator
 from .annotations import CANNOT_TELL, Annotations, reserved_class
 from .calibration import expected_calibration_error, fit_temperature

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import EvaluationError
-from ..pipelines import default_device
-from ..vision import BATCH_SIZE, ClipEncoder, VisionEncoder
+from ..models.encoders import BATCH_SIZE, ClipEncoder, VisionEncoder
+from ..models.load import default_device
 
 FloatArray = NDArray[np.float32]
 

@@ -262,7 +262,7 @@ def lpips_network() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     Raises:
         EvaluationError: The extra `metrics` is not installed, or the weights cannot be had.
     """
-    from ..pipelines import default_device  # imports torch
+    from ..models.load import default_device  # imports torch
 
     try:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity

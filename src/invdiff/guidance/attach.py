@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..diffusion import NoiseSchedule
 from ..errors import ConfigError, ModelError
-from ..families import Condition, DenoiserCall, family_of
-from ..families.base import to
-from ..features import FeatureCapture
-from ..pipelines import denoiser_of
+from ..models.families import Condition, DenoiserCall, family_of
+from ..models.families.base import to
+from ..models.features import FeatureCapture
+from ..models.load import denoiser_of
+from ..models.schedule import NoiseSchedule
 from .environments import EnvironmentMix, Environments
 from .hooks import CallWatch, GuidedOutput, check_not_compiled
 from .module import GuidanceModule, weight_signature

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..denoiser import FrozenDenoiser
-from ..families import Condition
-from ..families.base import to
 from ..files import fingerprint
+from ..models.families import Condition
+from ..models.families.base import to
+from ..models.frozen import FrozenDenoiser
 from .environments import EnvironmentMix
 from .module import GuidanceModule
 

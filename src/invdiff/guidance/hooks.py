@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from ..families import Family
-from ..features import Hook, do_nothing
-from ..pipelines import GUIDED
+from ..models.families import Family
+from ..models.features import Hook, do_nothing
+from ..models.load import GUIDED
 
 if TYPE_CHECKING:
     from .attach import Attachment

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import ModelError
-from ..pipelines import looks_local
+from ..models.load import looks_local
 from .module import GuidanceModule
 
 

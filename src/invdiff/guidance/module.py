@@ -22,12 +22,12 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
-from ..diffusion import NoiseSchedule
 from ..errors import ConfigError, ModelError
-from ..families import Condition, Family, family_of
-from ..features import feature_block
 from ..files import write_text
-from ..pipelines import denoiser_of, public_name
+from ..models.families import Condition, Family, family_of
+from ..models.features import feature_block
+from ..models.load import denoiser_of, public_name
+from ..models.schedule import NoiseSchedule
 from .card import render_card
 from .record import with_figures
 

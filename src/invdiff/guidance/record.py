@@ -9,10 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..auditing.result import Audit, PromptAudit
 from ..config import TrainConfig
 from ..errors import ConfigError
 from ..files import read_json
-from ..groups.result import Audit, PromptAudit
 
 MOST_PROMPTS = 100
 """Prompts that a record keeps, those with hidden groups first."""

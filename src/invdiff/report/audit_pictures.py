@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from ..auditing.words import AuditWords, read_words
 from ..errors import ConfigError
-from ..groups.words import AuditWords, read_words
 from .audit_reading import Group, Page, pages_of, read_audit, rows_by_name
 from .style import INK, SOFT, Sheet, colour_of, font, number, percent, plain, shorten, text_width, ticks, wrap
 from .words import quoted

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from ..auditing.edits import Curation, curated, is_kept, ladder, read_curation, weights_of
 from ..errors import AuditError
 from ..files import read_json
-from ..groups.curation import Curation, curated, is_kept, ladder, read_curation, weights_of
 
 _Array = NDArray[Any]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..groups.curation import Curation
-from ..groups.words import AuditWords
+from ..auditing.edits import Curation
+from ..auditing.words import AuditWords
 from .audit_reading import Group, Page
 from .document import Found, FoundGroup, FoundPrompt, Missing, Table, Thumb
 from .plots import histogram, thumb

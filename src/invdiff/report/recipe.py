@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from ..auditing.edits import CURATION
 from ..config import AuditConfig
 from ..evaluation.results import Results
-from ..groups.curation import CURATION
 from .commands import commands, mapping, say_more
 from .document import Missing, Recipe, Table
 from .part_names import without_paths

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..auditing.edits import Curation, is_kept, weights_of
+from ..auditing.words import AuditWords, read_words
 from ..errors import AuditError, ConfigError, EvaluationError
 from ..evaluation.manifest import MANIFESTS, Folders, Row, read_manifest, resolve_folders
 from ..files import read_json
-from ..groups.curation import Curation, is_kept, weights_of
-from ..groups.words import AuditWords, read_words
 from .audit_reading import Page, pages_of, read_audit, rows_by_name
 from .part_names import Names, shown_path
 from .results_reading import Measured, read_results

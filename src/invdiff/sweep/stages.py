@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..assets import BIRDS_ANNOTATOR, BIRDS_MODEL
+from ..auditing.result import Audit
+from ..auditing.run import audit
 from ..data.birds import BirdsWorld
 from ..data.captioned import CaptionedImages, load_captioned_images
 from ..data.subsets import random_subset, with_severity
@@ -19,11 +21,9 @@ from ..evaluation.evaluate import check_attributes, evaluate
 from ..evaluation.recovery import GroupQuality, group_quality
 from ..evaluation.results import Measures, Results
 from ..files import fingerprint, read_json, write_json
-from ..generation import generate
-from ..groups.audit import audit
-from ..groups.result import Audit
 from ..guidance.module import GuidanceModule
-from ..pipelines import load_pipeline
+from ..models.load import load_pipeline
+from ..sampling import generate
 from ..training.finetune import finetune
 from ..training.train import train
 from .config import BUNDLED, SweepConfig

@@ -13,14 +13,14 @@ from torch import nn
 from ..config import ArchitectureConfig, FinetuneConfig
 from ..data.captioned import CaptionedImages
 from ..data.encode import EncodedImages, encode, model_fingerprint
-from ..denoiser import denoiser_fingerprint
-from ..diffusion import NoiseSchedule, per_sample_loss
 from ..distributed import refuse_several_processes
 from ..errors import ConfigError, ModelError
-from ..families import family_of
-from ..families.unet import StableDiffusion
 from ..files import fingerprint, read_json, write_json
-from ..pipelines import default_device, load_pipeline
+from ..models.families import family_of
+from ..models.families.unet import StableDiffusion
+from ..models.frozen import denoiser_fingerprint
+from ..models.load import default_device, load_pipeline
+from ..models.schedule import NoiseSchedule, per_sample_loss
 from ..progress import progress_bar
 from ..seeds import derived_seed, generator
 from .checkpoint import TrainingState, check_same_settings, load_checkpoint, save_checkpoint

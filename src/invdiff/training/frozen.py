@@ -8,9 +8,9 @@ import torch
 
 from ..config import TrainConfig
 from ..data.encode import EncodedImages
-from ..denoiser import FrozenDenoiser
-from ..families import Condition
-from ..families.base import to
+from ..models.families import Condition
+from ..models.families.base import to
+from ..models.frozen import FrozenDenoiser
 from .batches import GroupBalancedSampler
 from .optimization import Precision
 

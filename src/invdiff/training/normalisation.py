@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from ..data.encode import EncodedImages
-from ..denoiser import Denoiser
-from ..diffusion import per_sample_loss
 from ..distributed import gather, mine
+from ..models.frozen import Denoiser
+from ..models.schedule import per_sample_loss
 from ..seeds import generator
 
 LEVELS = 16

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from ..auditing.result import Audit
+from ..auditing.run import audit as infer_groups
 from ..config import AuditConfig, TrainConfig
 from ..data.captioned import CaptionedImages
 from ..data.encode import EncodedImages, as_encoded
-from ..denoiser import FrozenDenoiser, denoiser_fingerprint
-from ..diffusion import per_sample_loss
 from ..distributed import is_main, num_processes, wait
 from ..errors import ConfigError
-from ..families import family_of
 from ..files import fingerprint, read_json, write_json, write_text
-from ..groups.audit import audit as infer_groups
-from ..groups.result import Audit
 from ..guidance.guided import GuidedDenoiser
 from ..guidance.loading import load_module
 from ..guidance.module import GuidanceModule
 from ..guidance.record import training_record
+from ..models.families import family_of
+from ..models.frozen import FrozenDenoiser, denoiser_fingerprint
+from ..models.schedule import per_sample_loss
 from ..progress import progress_bar
 from ..seeds import derived_seed, generator
 from .batches import GroupBalancedSampler

@@ -13,8 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 from packaging.version import Version
 
-from .distributed import num_processes, state
-from .errors import ModelError
+from ..distributed import num_processes, state
+from ..errors import ModelError
 
 _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import DataError
+from ...errors import DataError
 from .base import Condition, DenoiserCall, DenoiserShape, TransformerFamily, rows_of
 from .unconditional import check_own_resolution
 

@@ -18,7 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
 
 from ..config import AuditConfig
-from .inference import exact_groups, gradient_groups, one_hot
+from .partition import exact_groups, gradient_groups, one_hot
 from .result import Candidate
 
 NUM_COMPONENTS = (4, 8, 12)

@@ -10,8 +10,8 @@ from PIL import ImageOps
 
 from ..data.captioned import CaptionedImages
 from ..files import fingerprint, read_tensors, write_tensors
+from ..models.encoders import BATCH_SIZE, VisionEncoder
 from ..progress import progress_bar
-from ..vision import BATCH_SIZE, VisionEncoder
 
 
 def encode_vision(

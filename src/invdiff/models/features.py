@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import ModelError
+from ..errors import ModelError
 
 
 def feature_block(denoiser: nn.Module, path: str) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 
-from ..errors import ConfigError, ModelError
+from ...errors import ConfigError, ModelError
 
 Condition: TypeAlias = dict[str, torch.Tensor]
 """What a denoiser is conditioned on, one row each: `prompt_embeds` (rows, tokens, dim) and what goes with them

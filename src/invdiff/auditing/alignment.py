@@ -8,8 +8,8 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from ..data.encode import EncodedImages
-from .prompts import telling_words, told_group
-from .scores import Evidence
+from .captions import telling_words, told_group
+from .evidence import Evidence
 
 
 class Columns:

@@ -7,12 +7,12 @@ from typing import Any, Protocol
 
 import torch
 
-from .diffusion import NoiseSchedule
+from ..files import fingerprint, weights_digest
 from .families import Condition, family_of
 from .families.base import to
 from .features import FeatureCapture
-from .files import fingerprint, weights_digest
-from .pipelines import check_plain, denoiser_of
+from .load import check_plain, denoiser_of
+from .schedule import NoiseSchedule
 
 
 class Denoiser(Protocol):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ModelError
+from ...errors import ModelError
 from .base import Condition, DenoiserCall, DenoiserShape, TransformerFamily, rows_of
 
 NO_GUIDANCE = 1.0

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler
 
-from .errors import ModelError
+from ..errors import ModelError
 
 FLOW = "flow_prediction"
 

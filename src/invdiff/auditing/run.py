@@ -12,19 +12,19 @@ import torch
 from ..config import AuditConfig
 from ..data.captioned import CaptionedImages
 from ..data.encode import EncodedImages, as_encoded, encode_captions
-from ..denoiser import Denoiser, FrozenDenoiser
 from ..distributed import from_main
 from ..errors import AuditError, ConfigError
 from ..files import default_cache_dir
-from ..pipelines import public_name
+from ..models.encoders import ClipEncoder
+from ..models.frozen import Denoiser, FrozenDenoiser
+from ..models.load import public_name
 from ..progress import progress_bar
-from ..vision import ClipEncoder
 from .alignment import Columns, TellingWords, rarest, words_that_state_groups
-from .auto import Score, Split, component_scores, consider
+from .captions import group_captions
 from .describe import describe_groups
-from .prompts import group_captions
+from .evidence import Evidence, collect_evidence
 from .result import Audit, Candidate, PromptAudit
-from .scores import Evidence, collect_evidence
+from .splits import Score, Split, component_scores, consider
 from .vision import encode_vision
 
 

@@ -14,12 +14,12 @@ import torch
 
 from ..config import AuditConfig
 from ..data.encode import EncodedImages
-from ..denoiser import Denoiser
-from ..diffusion import per_sample_loss
 from ..distributed import mine, wait
 from ..errors import AuditError
-from ..families import Condition
 from ..files import fingerprint, read_tensors, write_tensors
+from ..models.families import Condition
+from ..models.frozen import Denoiser
+from ..models.schedule import per_sample_loss
 from ..progress import progress_bar
 from ..seeds import generator
 

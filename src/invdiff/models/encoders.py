@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
-from .errors import DataError, ModelError
-from .files import weights_digest
-from .pipelines import default_device, public_name
+from ..errors import DataError, ModelError
+from ..files import weights_digest
+from .load import default_device, public_name
 
 BATCH_SIZE = 32
 

@@ -12,10 +12,10 @@ from scipy.stats import false_discovery_control, hypergeom
 from sklearn.cluster import MiniBatchKMeans
 
 from ..data.encode import EncodedImages
-from ..denoiser import Denoiser
-from ..families import Condition
+from ..models.families import Condition
+from ..models.frozen import Denoiser
 from ..seeds import generator
-from .scores import add_noise, repeated
+from .evidence import add_noise, repeated
 
 MOST_CAPTIONS = 256
 """With more different captions than this, that many of them stand for the others with similar embeddings."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError, ModelError
+from ...errors import ConfigError, ModelError
 from .base import Condition, Family, UNetFamily
 
 

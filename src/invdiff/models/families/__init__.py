@@ -13,8 +13,8 @@ from diffusers import (
     UNet2DModel,
 )
 
-from ..errors import ModelError
-from ..pipelines import denoiser_of
+from ...errors import ModelError
+from ..load import denoiser_of
 from .base import Condition, DenoiserCall, DenoiserShape, Family
 from .dit import DiT
 from .flux import Flux

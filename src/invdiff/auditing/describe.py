@@ -14,10 +14,10 @@ from PIL import Image
 
 from ..data.captioned import CaptionedImages
 from ..files import fingerprint, read_tensors, write_tensors
+from ..models.encoders import BATCH_SIZE
 from ..progress import progress_bar
 from ..seeds import derived_seed
 from ..text import one_line
-from ..vision import BATCH_SIZE
 from .vocabulary import named_in, stem, vocabulary
 from .word_effects import LEAST_IMAGES, Comparison, Part, chance_maxima, compare, p_values
 from .words import AuditWords, GroupWords, Word

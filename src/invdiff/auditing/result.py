@@ -12,7 +12,7 @@ import torch
 from ..data.encode import EncodedImages
 from ..errors import AuditError
 from ..files import fingerprint, read_json, read_tensors, write_json, write_tensors
-from .curation import CURATION, Curation, curated, put_aside, read_curation, rename_aside
+from .edits import CURATION, Curation, curated, put_aside, read_curation, rename_aside
 from .words import AuditWords, remove_words_of_others
 
 

@@ -1,0 +1,1 @@
+"""Everything that knows a denoiser, or another network that we did not make."""
