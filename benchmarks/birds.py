@@ -25,7 +25,7 @@ from invdiff.data.birds import (
     held_out_prompts,
 )
 from invdiff.demo import hidden_truth
-from invdiff.evaluation.annotators import ConvAnnotator
+from invdiff.evaluation.annotators.conv import ConvAnnotator
 from invdiff.evaluation.describe import describe_images
 from invdiff.models.load import load_pipeline
 

@@ -20,7 +20,7 @@ from kept import run_part
 from invdiff import evaluate, load_captioned_images
 from invdiff.assets import BIRDS_ANNOTATOR
 from invdiff.data.birds import BirdsWorld, canonical_prompts
-from invdiff.evaluation.annotators import ConvAnnotator
+from invdiff.evaluation.annotators.conv import ConvAnnotator
 from invdiff.evaluation.augmentation import augmentation_test
 from invdiff.evaluation.describe import describe_reference
 from invdiff.evaluation.fairness import METRICS, per_prompt

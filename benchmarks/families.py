@@ -25,7 +25,7 @@ from invdiff import GenerateConfig, TrainConfig, audit, evaluate, generate, load
 from invdiff.assets import BIRDS_ANNOTATOR, BIRDS_MODEL
 from invdiff.data.birds import BirdsWorld
 from invdiff.data.encode import as_encoded
-from invdiff.evaluation.annotators import ConvAnnotator
+from invdiff.evaluation.annotators.conv import ConvAnnotator
 from invdiff.models.families import family_of
 from invdiff.models.load import denoiser_of, load_pipeline
 from invdiff.models.schedule import NoiseSchedule, per_sample_loss

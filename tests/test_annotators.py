@@ -13,11 +13,13 @@ from invdiff.assets import BIRDS_ANNOTATOR
 from invdiff.data.birds import BirdsWorld
 from invdiff.data.captioned import UnreadableImage
 from invdiff.errors import ConfigError, DataError, EvaluationError, ModelError
-from invdiff.evaluation.annotators import CANNOT_TELL, Annotations, ConvAnnotator, load_annotator, save_measured
-from invdiff.evaluation.conv_training import stratified_share
-from invdiff.evaluation.heldout import measure_annotator
-from invdiff.evaluation.labelled import load_labelled_images
-from invdiff.evaluation.pixels import to_pixels
+from invdiff.evaluation.annotators.annotations import CANNOT_TELL, Annotations
+from invdiff.evaluation.annotators.conv import ConvAnnotator
+from invdiff.evaluation.annotators.conv_training import stratified_share
+from invdiff.evaluation.annotators.heldout import measure_annotator
+from invdiff.evaluation.annotators.labelled import load_labelled_images
+from invdiff.evaluation.annotators.load import load_annotator, save_measured
+from invdiff.evaluation.annotators.pixels import to_pixels
 
 
 class ToyImages:

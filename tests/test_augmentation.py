@@ -10,9 +10,9 @@ from sklearn.metrics import balanced_accuracy_score, recall_score
 
 from invdiff.errors import ConfigError, DataError, EvaluationError, TrainingError
 from invdiff.evaluation import augmentation
+from invdiff.evaluation.annotators.labelled import load_labelled_images
 from invdiff.evaluation.augmentation import AugmentationConfig, augmentation_test
 from invdiff.evaluation.augmentation_results import group_accuracy
-from invdiff.evaluation.labelled import load_labelled_images
 
 CLASSES, COLOURS = ("cat", "dog"), {"red": (230, 40, 40), "blue": (40, 40, 230)}
 ACCIDENT = dict(zip(CLASSES, COLOURS, strict=True))

@@ -7,9 +7,13 @@ from scipy.special import softmax
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss
 
 from invdiff.errors import DataError, EvaluationError
-from invdiff.evaluation.annotations import Annotations
-from invdiff.evaluation.calibration import expected_calibration_error, fit_temperature, negative_log_likelihood
-from invdiff.evaluation.heldout import UNLABELLED, HeldOut, Measurable, measure_annotator
+from invdiff.evaluation.annotators.annotations import Annotations
+from invdiff.evaluation.annotators.calibration import (
+    expected_calibration_error,
+    fit_temperature,
+    negative_log_likelihood,
+)
+from invdiff.evaluation.annotators.heldout import UNLABELLED, HeldOut, Measurable, measure_annotator
 
 
 def drawn_from(logits, temperature, seed=0):

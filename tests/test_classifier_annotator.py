@@ -17,8 +17,11 @@ from transformers import (
 
 from invdiff.assets import BIRDS_ANNOTATOR
 from invdiff.errors import ConfigError, ModelError
-from invdiff.evaluation.annotators import ConvAnnotator, GivenLabels, HeldOut, load_annotator, save_measured
-from invdiff.evaluation.classifier_annotator import ClassifierAnnotator
+from invdiff.evaluation.annotators.classifier import ClassifierAnnotator
+from invdiff.evaluation.annotators.conv import ConvAnnotator
+from invdiff.evaluation.annotators.given_labels import GivenLabels
+from invdiff.evaluation.annotators.heldout import HeldOut
+from invdiff.evaluation.annotators.load import load_annotator, save_measured
 from tiny import TOWER, clip_config, make_tokenizer
 
 NAMES = {0: "land", 1: "water", 2: "air"}

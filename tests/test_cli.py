@@ -362,7 +362,7 @@ def test_errors_name_what_is_wrong(tiny_pipe_dir, tiny_folder, tmp_path):
 
 
 def fail_evaluate(tmp_path):
-    from invdiff.evaluation.annotators import ConvAnnotator
+    from invdiff.evaluation.annotators.conv import ConvAnnotator
 
     ConvAnnotator(attributes={"background": ("land", "water")}).save_pretrained(tmp_path / "annotator")
     return fail(

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from invdiff import cli_prepare
 from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ConfigError, ModelError
-from invdiff.evaluation.annotators import load_annotator, save_measured
-from invdiff.evaluation.clip_annotator import ClipAnnotator, read_class_prompts
-from invdiff.evaluation.heldout import HeldOut, measure_annotator
+from invdiff.evaluation.annotators.clip import ClipAnnotator, read_class_prompts
+from invdiff.evaluation.annotators.heldout import HeldOut, measure_annotator
+from invdiff.evaluation.annotators.load import load_annotator, save_measured
 from tiny import TOWER, make_tokenizer, save_clip
 
 PROMPTS = {
@@ -87,7 +87,7 @@ def test_no_image_gives_empty_annotations(annotator):
 
 
 def test_images_are_annotated_a_batch_at_a_time(annotator, images, monkeypatch):
-    monkeypatch.setattr("invdiff.evaluation.transformers_models.BATCH_SIZE", 2)
+    monkeypatch.setattr("invdiff.evaluation.annotators.transformers_models.BATCH_SIZE", 2)
     whole, taken = annotator.predict(images), []
 
     def stream():

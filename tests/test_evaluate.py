@@ -9,13 +9,13 @@ from PIL import Image
 from conftest import write_tiny_folder
 from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import DataError, EvaluationError
-from invdiff.evaluation.annotators import Annotations
+from invdiff.evaluation.annotators.annotations import Annotations
+from invdiff.evaluation.annotators.given_labels import GivenLabels
 from invdiff.evaluation.describe import Described, describe_images, describe_reference
 from invdiff.evaluation.evaluate import Results, evaluate
 from invdiff.evaluation.fairness import bias_floor, correct_for_annotator, kl_to_target, metric_floor
-from invdiff.evaluation.given_labels import GivenLabels
 from invdiff.evaluation.intervals import interval
-from invdiff.evaluation.quality import frechet_distance
+from invdiff.evaluation.quality.distances import frechet_distance
 
 LAND, WATER = "a photo of a landbird", "a photo of a waterbird"
 COLOURS = {"land": 0, "water": 255, "landbird": 0, "waterbird": 255}
@@ -856,7 +856,7 @@ def test_distances_by_group_are_of_as_many_images_as_they_say(tmp_path, monkeypa
         sizes.append((len(features), len(reference)))
         return 1.0
 
-    monkeypatch.setattr("invdiff.evaluation.quality.frechet_distance", distance)
+    monkeypatch.setattr("invdiff.evaluation.quality.distances.frechet_distance", distance)
     rows = [(LAND, 1, "land", "landbird")] * 90 + [(LAND, 1, "water", "landbird")] * 55
     measure(write(tmp_path / "base", rows), reference=describe_images(reference_of(400), ReadsPixels()))
     assert sizes == [(145, 400), (55, 55), (55, 55)]

@@ -16,14 +16,14 @@ from transformers import (
 )
 
 from invdiff.errors import DataError, EvaluationError, ModelError
-from invdiff.evaluation.extractors import (
+from invdiff.evaluation.quality.distances import clip_t
+from invdiff.evaluation.quality.extractors import (
     CLIPScorer,
     FeatureExtractor,
     InceptionFeatures,
     VisionFeatures,
     load_extractor,
 )
-from invdiff.evaluation.quality import clip_t
 from tiny import CAPTIONS, clip_config, make_tokenizer
 
 TOWER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
@@ -157,7 +157,7 @@ def test_no_image_has_no_features(dinov2_dir, inception):
 
 
 def test_inception_features_keep_the_order_of_images_of_several_sizes(inception, monkeypatch):
-    monkeypatch.setattr("invdiff.evaluation.extractors.BATCH_SIZE", 2)
+    monkeypatch.setattr("invdiff.evaluation.quality.extractors.BATCH_SIZE", 2)
     seen = [*images(3), *images(2, (8, 9)), *images(1), Image.new("L", (5, 4), 7)]
     expected = [[*np.array(image.convert("RGB")).mean(axis=(0, 1)), image.width * image.height] for image in seen]
     np.testing.assert_allclose(inception.extract(seen), expected, rtol=1e-6)

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from invdiff.errors import EvaluationError
-from invdiff.evaluation.annotations import CANNOT_TELL
-from invdiff.evaluation.given_labels import GivenLabels
+from invdiff.evaluation.annotators.annotations import CANNOT_TELL
+from invdiff.evaluation.annotators.given_labels import GivenLabels
 
 ROWS = [
     {"file_name": "0.png", "gender": "woman", "smiles": True},

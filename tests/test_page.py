@@ -15,7 +15,7 @@ from browser import LAYOUT, needs_browser, open_browser
 from invdiff.app.serve import free_port, launch, own_files
 from invdiff.app.workspace import open_workspace
 from invdiff.auditing.edits import CURATION
-from invdiff.evaluation.annotators import load_annotator
+from invdiff.evaluation.annotators.load import load_annotator
 from invdiff.guidance.loading import load_module
 from invdiff.models.load import load_pipeline
 from test_pictures import make_audit

@@ -13,8 +13,8 @@ from scipy.stats import t as student
 from sklearn.metrics.pairwise import polynomial_kernel, rbf_kernel
 
 from invdiff.errors import EvaluationError
-from invdiff.evaluation import kernels
-from invdiff.evaluation.quality import (
+from invdiff.evaluation.quality import kernels
+from invdiff.evaluation.quality.distances import (
     clip_t,
     cmmd,
     feature_shift,
@@ -22,12 +22,11 @@ from invdiff.evaluation.quality import (
     kernel_distance,
     kernel_distance_interval,
     lpips_diversity,
-    mean_interval,
     paired_cosines,
     precision_recall_density_coverage,
-    share_interval,
     vendi_score,
 )
+from invdiff.evaluation.quality.intervals import mean_interval, share_interval
 
 COMPARISONS = [
     frechet_distance,

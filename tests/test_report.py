@@ -22,9 +22,9 @@ from browser import LAYOUT, needs_browser, open_browser
 from invdiff import cli, save_report
 from invdiff.auditing.edits import Curation, read_curation
 from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError
+from invdiff.evaluation.annotators.given_labels import GivenLabels
 from invdiff.evaluation.evaluate import evaluate
-from invdiff.evaluation.given_labels import GivenLabels
-from invdiff.evaluation.quality import share_interval
+from invdiff.evaluation.quality.intervals import share_interval
 from invdiff.evaluation.results import Results
 from invdiff.report.audit_reading import read_inferred
 from invdiff.report.found import by_people

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from invdiff import cli
 from invdiff.errors import EvaluationError
-from invdiff.evaluation.quality import share_interval
+from invdiff.evaluation.quality.intervals import share_interval
 from invdiff.report.style import percent
 from test_pictures import LAND, WATER, make_audit
 from test_report import Page, make_images, make_run, measured, report

@@ -23,7 +23,7 @@ from invdiff.app.seen import shares_seen
 from invdiff.app.studio import Ask, Shot, Shown, Studio
 from invdiff.config import GenerateConfig
 from invdiff.errors import ConfigError
-from invdiff.evaluation.annotations import Annotations
+from invdiff.evaluation.annotators.annotations import Annotations
 from invdiff.sampling import generate
 
 

@@ -14,7 +14,7 @@ from invdiff.auditing.edits import Curation
 from invdiff.auditing.result import Audit
 from invdiff.config import AuditConfig
 from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError, ModelError
-from invdiff.evaluation.annotators import ConvAnnotator
+from invdiff.evaluation.annotators.conv import ConvAnnotator
 from invdiff.sweep import stages
 from invdiff.sweep.config import AXES, SweepConfig
 from invdiff.sweep.plan import cells, describe_plan

@@ -11,7 +11,7 @@ import pytest
 
 from invdiff.auditing.edits import read_curation
 from invdiff.evaluation.estimates import Estimate
-from invdiff.evaluation.quality import share_interval
+from invdiff.evaluation.quality.intervals import share_interval
 from invdiff.evaluation.results import AttributeMeasures, Measures, Quantity, Results
 from invdiff.report.audit_reading import read_inferred
 from invdiff.report.sources import AuditSource, Parts, read_parts

@@ -119,10 +119,10 @@ def evaluate(
         raise ConfigError(f"Expected a .json file for --output, got {output}: the table is written beside it as .csv.")
     say("loading the annotator", quiet=quiet)
     silence_libraries()
-    from .evaluation.annotators import load_annotator
+    from .evaluation.annotators.load import load_annotator
     from .evaluation.describe import describe_reference
     from .evaluation.evaluate import evaluate as run_evaluate
-    from .evaluation.extractors import CLIPScorer, load_extractor
+    from .evaluation.quality.extractors import CLIPScorer, load_extractor
     from .evaluation.results import table_path
 
     judge = load_annotator(annotator, attribute=[*attribute, subject_attribute or ""], classes=classes)

@@ -166,7 +166,7 @@ class DataSource:
         Raises:
             DataError: They cannot be used as given.
         """
-        from .evaluation.labelled import load_labelled_images
+        from .evaluation.annotators.labelled import load_labelled_images
 
         return load_labelled_images(
             self.source,

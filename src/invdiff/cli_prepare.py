@@ -154,7 +154,7 @@ def annotator_train(
     """Train a small network to tell attributes of images, from a labelled set. For evaluation only."""
     one_process("annotator train")
     say("opening images", quiet=quiet)
-    from .evaluation.annotators import ConvAnnotator
+    from .evaluation.annotators.conv import ConvAnnotator
 
     images = DataSource(data, caption_column, image_column, split, limit, max_unreadable).load_labelled()
     silence_libraries()
@@ -214,8 +214,8 @@ def annotator_measure(
     """
     one_process("annotator measure")
     say("opening images", quiet=quiet)
-    from .evaluation.annotators import Measurable, load_annotator, refuse_own_folder, save_measured
-    from .evaluation.heldout import measure_annotator
+    from .evaluation.annotators.heldout import Measurable, measure_annotator
+    from .evaluation.annotators.load import load_annotator, refuse_own_folder, save_measured
 
     refuse_own_folder(output, annotator)
     images = DataSource(data, caption_column, image_column, split, limit, max_unreadable).load_labelled()

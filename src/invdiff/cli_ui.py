@@ -161,7 +161,7 @@ def _studio(workspace: Any, dtype: str, attribute: str | None, classes: Path | N
         return None
     say("loading the model", quiet=False)
     from .app.studio import Studio
-    from .evaluation.annotators import LABELS, load_annotator
+    from .evaluation.annotators.load import LABELS, load_annotator
     from .guidance.attach import check_fit
     from .guidance.loading import load_module
     from .models.load import dtype_named, load_pipeline

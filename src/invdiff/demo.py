@@ -16,7 +16,7 @@ from .auditing.run import audit
 from .config import DemoConfig, GenerateConfig, TrainConfig
 from .data.birds import NATURAL_BACKGROUND, BirdsWorld, canonical_prompts
 from .data.captioned import CaptionedImages, load_captioned_images
-from .evaluation.annotators import ConvAnnotator
+from .evaluation.annotators.conv import ConvAnnotator
 from .evaluation.describe import describe_images
 from .evaluation.evaluate import Results, evaluate
 from .evaluation.recovery import Recovery, recovery

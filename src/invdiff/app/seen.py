@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..evaluation.annotations import CANNOT_TELL, Annotator
+from ..evaluation.annotators.annotations import CANNOT_TELL, Annotator
 from ..report.charts import BASE_COLOUR, SERIES_COLOURS
 from ..report.document import Share
 from ..report.words import counted, share_of

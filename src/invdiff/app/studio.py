@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ..config import GenerateConfig
-from ..evaluation.annotations import Annotator
+from ..evaluation.annotators.annotations import Annotator
 from ..guidance.module import GuidanceModule
 from ..models.families import family_of
 from ..models.load import denoiser_of

@@ -24,6 +24,10 @@ from ..data.captioned import CaptionedImages
 from ..errors import DataError, EvaluationError, TrainingError
 from ..progress import progress_bar
 from ..seeds import derived_seed, generator
+from .annotators.conv import ConvAnnotator
+from .annotators.conv_training import read_pixels, train_network
+from .annotators.labelled import read_targets
+from .annotators.pixels import normalise, to_pixels
 from .augmentation_results import (
     MIN_GROUP,
     AugmentationResults,
@@ -31,12 +35,8 @@ from .augmentation_results import (
     group_accuracy,
     over_seeds,
 )
-from .conv_annotator import ConvAnnotator
-from .conv_training import read_pixels, train_network
 from .describe import open_image
-from .labelled import read_targets
 from .manifest import Folders, Row, common_prompts, read_manifest, resolve_folders, scale_keys
-from .pixels import normalise, to_pixels
 from .subjects import named_subjects
 
 __all__ = ["AugmentationConfig", "AugmentationResults", "augmentation_test"]

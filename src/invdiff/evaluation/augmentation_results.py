@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from ..config import AugmentationConfig
 from ..errors import EvaluationError
 from ..files import write_json
-from .quality import share_interval
+from .quality.intervals import share_interval
 
 MIN_GROUP = 10
 """Test images of a group below which its accuracy is chance."""

@@ -15,10 +15,10 @@ from PIL import Image
 from ..data.captioned import CaptionedImages, UnreadableImage
 from ..errors import DataError, EvaluationError
 from ..progress import Bar, progress_bar
-from .annotators import Annotations, Annotator
-from .extractors import FeatureExtractor
-from .given_labels import GivenLabels
+from .annotators.annotations import Annotations, Annotator
+from .annotators.given_labels import GivenLabels
 from .manifest import Row
+from .quality.extractors import FeatureExtractor
 
 Judge = Annotator | GivenLabels
 """What names the classes: from the images, or from the columns of the manifest."""

@@ -12,14 +12,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import EvaluationError
 from ..progress import progress_bar
+from .annotators.given_labels import GivenLabels
 from .describe import Described, Judge, describe_rows
-from .extractors import CLIPScorer, FeatureExtractor
 from .fairness import correct_for_annotator
-from .given_labels import GivenLabels
 from .manifest import Folders, Row, common_prompts, module_scale, read_model, resolve_folders, scale_keys
 from .measure import measure, preserve
-from .quality import lpips_network
-from .quality_figures import common_group_size
+from .quality.distances import lpips_network
+from .quality.extractors import CLIPScorer, FeatureExtractor
+from .quality.figures import common_group_size
 from .question import Question
 from .results import AnnotatorRecord, AttributeMeasures, Measures, Quantity, Results
 from .subjects import named_subjects

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import EvaluationError
-from . import quality
 from .describe import Described
-from .extractors import CLIPScorer
 from .manifest import Row
-from .quality_figures import LPIPS, group_figures, lpips_figures, quality_figures, share
+from .quality.distances import feature_shift, paired_cosines
+from .quality.extractors import CLIPScorer
+from .quality.figures import LPIPS, group_figures, lpips_figures, quality_figures, share
+from .quality.intervals import mean_interval
 from .question import Question
 from .results import Measures, Quantity
 from .spread import spread_of, spread_of_intersection
@@ -74,12 +75,12 @@ def preserve(
     for name, features in seen.features.items():
         before, after = base.features[name][theirs], features[ours]
         try:
-            moved = 1 - quality.paired_cosines(before, after)
-            unrelated = quality.feature_shift(before, before).unrelated
+            moved = 1 - paired_cosines(before, after)
+            unrelated = feature_shift(before, before).unrelated
         except EvaluationError as error:
             figures[f"feature shift ({name})"] = Quantity(None, note=f"not defined: {error}")
             continue
-        ends = quality.mean_interval(moved, confidence=question.confidence)
+        ends = mean_interval(moved, confidence=question.confidence)
         note = f"cosine distance, {number}; the baseline's own images are {unrelated:.3g} apart"
         figures[f"feature shift ({name})"] = Quantity(float(moved.mean()), *ends, note=note)
     for attribute in seen.classes:

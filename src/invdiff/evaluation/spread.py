@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import EvaluationError
 from ..seeds import derived_seed
-from .annotations import CANNOT_TELL
+from .annotators.annotations import CANNOT_TELL
 from .describe import Described
 from .estimates import Estimate, estimate
 from .fairness import METRICS, fairness_discrepancy, intersections, interval, metric_floor

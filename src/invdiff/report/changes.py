@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..evaluation.annotations import CANNOT_TELL
+from ..evaluation.annotators.annotations import CANNOT_TELL
 from ..evaluation.estimates import Estimate
 from ..evaluation.results import AttributeMeasures, Measures, Results
 from .audit_reading import Page

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..evaluation.annotations import CANNOT_TELL, label_of
+from ..evaluation.annotators.annotations import CANNOT_TELL, label_of
 from ..evaluation.results import Results
 from .document import Share
 from .sources import AuditSource

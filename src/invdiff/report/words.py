@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..evaluation.manifest import UNSTATED
-from ..evaluation.quality import share_interval
+from ..evaluation.quality.intervals import share_interval
 from ..evaluation.results import Quantity
 from ..text import one_line
 from .document import Share

@@ -15,7 +15,9 @@ from ..data.birds import BirdsWorld
 from ..data.captioned import CaptionedImages, load_captioned_images
 from ..data.subsets import random_subset, with_severity
 from ..errors import AuditError, ConfigError, EvaluationError
-from ..evaluation.annotators import Annotator, GivenLabels, load_annotator
+from ..evaluation.annotators.annotations import Annotator
+from ..evaluation.annotators.given_labels import GivenLabels
+from ..evaluation.annotators.load import load_annotator
 from ..evaluation.describe import Described, describe_images, describe_reference
 from ..evaluation.evaluate import check_attributes, evaluate
 from ..evaluation.recovery import GroupQuality, group_quality

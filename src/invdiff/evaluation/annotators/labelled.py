@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..data.captioned import CAPTION_COLUMNS, CaptionedImages, UnreadableImage, load_captioned_images
-from ..data.sources import Source
-from ..errors import DataError
-from ..progress import progress_bar
+from ...data.captioned import CAPTION_COLUMNS, CaptionedImages, UnreadableImage, load_captioned_images
+from ...data.sources import Source
+from ...errors import DataError
+from ...progress import progress_bar
 from .annotations import label_of
 
 MAX_CLASSES = 50

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import EvaluationError
-from ..seeds import derived_seed
-from . import quality
-from .describe import Described, open_image
+from ...errors import EvaluationError
+from ...seeds import derived_seed
+from ..describe import Described, open_image
+from ..manifest import Row
+from ..question import Question
+from ..results import Quantity
+from . import distances
 from .extractors import CLIPScorer
-from .manifest import Row
-from .question import Question
-from .results import Quantity
+from .intervals import mean_interval, share_interval
 
 if TYPE_CHECKING:
     import torch
@@ -62,18 +63,18 @@ def _where_defined(figure: Callable[..., Quantity], *arguments: Any) -> Quantity
 
 
 def _diversity(features: NDArray[Any], prompts: Sequence[Sequence[int]]) -> Quantity:
-    scores = [quality.vendi_score(features[members]) for members in prompts]
+    scores = [distances.vendi_score(features[members]) for members in prompts]
     return Quantity(float(np.mean(scores)), note="mean over prompts")
 
 
 def _agreement(images: NDArray[Any], texts: NDArray[Any], confidence: float) -> Quantity:
-    cosines = quality.paired_cosines(images, texts)
-    return Quantity(float(cosines.mean()), *quality.mean_interval(cosines, confidence=confidence))
+    cosines = distances.paired_cosines(images, texts)
+    return Quantity(float(cosines.mean()), *mean_interval(cosines, confidence=confidence))
 
 
 def _cmmd(features: NDArray[Any], reference: NDArray[Any]) -> Quantity:
     note = f"{len(features)} against {len(reference)} images; falls as their number grows"
-    return Quantity(quality.cmmd(features, reference), note=note)
+    return Quantity(distances.cmmd(features, reference), note=note)
 
 
 def lpips_figures(rows: Sequence[Row], network: LPIPS) -> dict[str, Quantity]:
@@ -82,7 +83,7 @@ def lpips_figures(rows: Sequence[Row], network: LPIPS) -> dict[str, Quantity]:
     for row in rows:
         paths.setdefault(row.prompt, []).append(row.path)
     diversity = [
-        quality.lpips_diversity([open_image(path) for path in of_prompt[:LPIPS_IMAGES]], distance=network)
+        distances.lpips_diversity([open_image(path) for path in of_prompt[:LPIPS_IMAGES]], distance=network)
         for of_prompt in paths.values()
     ]
     note = f"mean over prompts, of all pairs of the first {LPIPS_IMAGES} images at most"
@@ -92,12 +93,12 @@ def lpips_figures(rows: Sequence[Row], network: LPIPS) -> dict[str, Quantity]:
 def _against(features: NDArray[Any], reference: NDArray[Any], name: str, question: Question) -> dict[str, Quantity]:
     """Return the distances and neighbourhood figures of features against a reference's."""
     sizes = f"{len(features)} against {len(reference)} images"
-    frechet = quality.frechet_distance(features, reference)
+    frechet = distances.frechet_distance(features, reference)
     figures = {frechet_name(name): Quantity(frechet, note=f"{sizes}; falls as their number grows")}
     if min(len(features), len(reference)) < MIN_KERNEL:
         figures[f"KID ({name})"] = Quantity(None, note=f"not defined at {sizes}: needs {MIN_KERNEL} of each")
     else:
-        low, high = quality.kernel_distance_interval(features, reference, confidence=question.confidence)
+        low, high = distances.kernel_distance_interval(features, reference, confidence=question.confidence)
         figures[f"KID ({name})"] = Quantity((low + high) / 2, low, high, note=sizes)  # symmetric about its value
     figures[f"CMMD ({name})"] = _where_defined(_cmmd, features, reference)
     return figures | _neighbourhood(features, reference, name, question)
@@ -116,13 +117,13 @@ def _neighbourhood(
     if min(len(features), len(reference)) < needed:
         why = f"not defined at {len(features)} against {len(reference)} images: needs {needed} of each"
         return {label: Quantity(None, note=why) for label in labels}
-    found = quality.precision_recall_density_coverage(features, reference, k=NEIGHBOURS)
+    found = distances.precision_recall_density_coverage(features, reference, k=NEIGHBOURS)
     totals = {0: len(features), 1: len(reference), 3: len(reference)}
     figures = {}
     for place, (label, value) in enumerate(zip(labels, found, strict=True)):
         if place in totals:
             total = totals[place]
-            ends = quality.share_interval(round(value * total), total, confidence=question.confidence)
+            ends = share_interval(round(value * total), total, confidence=question.confidence)
             figures[label] = Quantity(float(value), *ends)
         else:
             figures[label] = Quantity(float(value))
@@ -159,9 +160,9 @@ def group_figures(
             assert reference is not None
             ours, theirs = seen.features[name][mine[:even]], reference.features[name][real[index][:even]]
             note = f"{even} images of each group against as many"
-            distances = {frechet_name(name): Quantity(quality.frechet_distance(ours, theirs))}
-            distances |= _neighbourhood(ours, theirs, name, question)
-            figures |= {label: replace(figure, note=note) for label, figure in distances.items()}
+            apart = {frechet_name(name): Quantity(distances.frechet_distance(ours, theirs))}
+            apart |= _neighbourhood(ours, theirs, name, question)
+            figures |= {label: replace(figure, note=note) for label, figure in apart.items()}
         groups[group] = figures
     return groups
 
@@ -185,4 +186,4 @@ def common_group_size(seen: Sequence[Described], reference: Described | None, qu
 def share(successes: NDArray[Any], confidence: float) -> Quantity:
     """Return the share of images that have a property, (N,), with its interval."""
     total, count = len(successes), int(np.sum(successes))
-    return Quantity(count / total, *quality.share_interval(count, total, confidence=confidence))
+    return Quantity(count / total, *share_interval(count, total, confidence=confidence))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import EvaluationError
+from ...errors import EvaluationError
 from .annotations import CANNOT_TELL, Annotations, label_of, unknown_attribute
 from .labelled import MAX_CLASSES
 

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
 
-from ..data.captioned import CaptionedImages
-from ..errors import DataError, ModelError
-from ..models.load import public_name
-from ..seeds import generator as derived_generator
+from ...data.captioned import CaptionedImages
+from ...errors import DataError, ModelError
+from ...models.load import public_name
+from ...seeds import generator as derived_generator
 from .annotations import CANNOT_TELL, Annotations, reserved_class
 from .calibration import expected_calibration_error, fit_temperature
 from .conv_training import even_weights, read_pixels, stratified_share, train_network

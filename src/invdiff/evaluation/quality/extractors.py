@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..errors import EvaluationError
-from ..models.encoders import BATCH_SIZE, ClipEncoder, VisionEncoder
-from ..models.load import default_device
+from ...errors import EvaluationError
+from ...models.encoders import BATCH_SIZE, ClipEncoder, VisionEncoder
+from ...models.load import default_device
 
 FloatArray = NDArray[np.float32]
 

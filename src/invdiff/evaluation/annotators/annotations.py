@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from ..errors import EvaluationError
+from ...errors import EvaluationError
 
 CANNOT_TELL = "cannot tell"
 """The label of an image that an annotator is not confident about."""

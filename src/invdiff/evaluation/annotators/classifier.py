@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
-from ..errors import ModelError
-from ..files import weights_digest
+from ...errors import ModelError
+from ...files import weights_digest
 from .annotations import CANNOT_TELL, Annotations, reserved_class
 from .heldout import Measurable
 from .transformers_models import last_part, load_image_processor, load_model, pixel_batches

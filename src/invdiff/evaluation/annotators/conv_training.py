@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from ..data.captioned import CaptionedImages
-from ..progress import progress_bar
+from ...data.captioned import CaptionedImages
+from ...progress import progress_bar
 from .labelled import readable_images
 from .pixels import normalise, to_pixels
 

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor
 
-from ..errors import ModelError
-from ..models.encoders import BATCH_SIZE, first_line
-from ..models.load import default_device, public_name
+from ...errors import ModelError
+from ...models.encoders import BATCH_SIZE, first_line
+from ...models.load import default_device, public_name
 
 
 def load_model(model_class: Any, name_or_folder: str, kind: str) -> Any:

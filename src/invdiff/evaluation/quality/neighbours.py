@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..errors import EvaluationError
+from ...errors import EvaluationError
 from .kernels import FloatArray, blocks_of_products, checked_pair
 
 ROUNDING = 1e-12

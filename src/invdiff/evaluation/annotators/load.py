@@ -8,27 +8,13 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from ..errors import ConfigError, DataError, ModelError
-from ..files import read_json, write_json
-from .annotations import CANNOT_TELL, Annotations, Annotator
-from .conv_annotator import ConvAnnotator
+from ...errors import ConfigError, DataError, ModelError
+from ...files import read_json, write_json
+from .annotations import Annotator
+from .conv import ConvAnnotator
 from .given_labels import GivenLabels
 from .heldout import MEASURED, HeldOut, Measurable
 from .labelled import FOLDER_ATTRIBUTE
-
-__all__ = [
-    "CANNOT_TELL",
-    "LABELS",
-    "Annotations",
-    "Annotator",
-    "ConvAnnotator",
-    "GivenLabels",
-    "HeldOut",
-    "Measurable",
-    "load_annotator",
-    "refuse_own_folder",
-    "save_measured",
-]
 
 LABELS = "labels"
 """In place of an annotator's name: the classes are read from the manifest."""
@@ -70,12 +56,12 @@ def load_annotator(
         _refuse_classes(classes, "a trained annotator, which has its own")
         return ConvAnnotator.from_pretrained(spec)
     if architecture.endswith("ForImageClassification"):
-        from .classifier_annotator import ClassifierAnnotator
+        from .classifier import ClassifierAnnotator
 
         _refuse_classes(classes, "an image classifier, which has its own")
         return ClassifierAnnotator(spec, attribute=attributes[0] if attributes else FOLDER_ATTRIBUTE)
     if config.get("model_type") == "clip" and architecture in ("", "CLIPModel"):
-        from .clip_annotator import EXAMPLE, ClipAnnotator
+        from .clip import EXAMPLE, ClipAnnotator
 
         prompts = _class_prompts(classes)
         if prompts is None:
@@ -193,7 +179,7 @@ def _read_config(spec: str) -> dict[str, Any]:
 def _class_prompts(classes: Mapping[str, Any] | Path | None) -> Mapping[str, Any] | None:
     if not isinstance(classes, Path):
         return classes
-    from .clip_annotator import read_class_prompts
+    from .clip import read_class_prompts
 
     return read_class_prompts(classes)
 

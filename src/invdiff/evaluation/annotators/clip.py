@@ -14,9 +14,9 @@ from PIL import Image
 from torch.nn.functional import normalize
 from transformers import CLIPModel
 
-from ..errors import ConfigError
-from ..files import weights_digest
-from ..models.encoders import load_tokenizer, pooled
+from ...errors import ConfigError
+from ...files import weights_digest
+from ...models.encoders import load_tokenizer, pooled
 from .annotations import CANNOT_TELL, Annotations, reserved_class
 from .heldout import Measurable
 from .transformers_models import last_part, load_image_processor, load_model, pixel_batches

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 
-from ..errors import EvaluationError
+from ...errors import EvaluationError
 
 FloatArray = NDArray[np.float64]
 Kernel = Callable[[FloatArray], FloatArray]

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-from ..errors import EvaluationError
+from ...errors import EvaluationError
 
 MAX_TEMPERATURE = 100.0
 

@@ -1,0 +1,1 @@
+"""How good and how different images are: distances and diversity in feature space, and the features."""
