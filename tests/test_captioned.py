@@ -324,7 +324,7 @@ def test_no_file_name_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["", None])
 def test_a_row_without_file_name(tmp_path: Path, value: str | None) -> None:
     rows: list[dict[str, object]] = [{"file_name": "a.png", "text": "a"}, {"file_name": value, "text": "b"}]
-    assert f"file name in row 2 of {tmp_path}" in refusal(write_folder(tmp_path, rows, "jsonl"))
+    assert f"file name in line 2 of {tmp_path}" in refusal(write_folder(tmp_path, rows, "jsonl"))
 
 
 def test_duplicate_file_names(tmp_path: Path) -> None:
@@ -395,7 +395,7 @@ def test_a_broken_jsonl_line(tmp_path: Path, line: str, found: str) -> None:
 
 def test_metadata_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_bytes(b"file_name,text\na.png,\xff\xfe\n")
-    assert "Expected UTF-8 csv" in refusal(tmp_path)
+    assert "Expected UTF-8 in line 2" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"not parquet at all", b""])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypeAlias
 
@@ -17,6 +15,7 @@ from datasets.exceptions import DatasetsError
 from PIL import Image
 
 from ..errors import DataError
+from .tables import read_table
 
 IMAGE_COLUMNS = ("image", "img")
 METADATA_EXAMPLE = "file_name,text\n  0001.png,a photo of a waterbird"
@@ -171,66 +170,20 @@ def _dataset_columns(dataset: datasets.Dataset, image_column: str | None, limit:
 
 
 def _folder_columns(metadata: Path, name_column: str, limit: int | None) -> Columns:
-    try:
-        with metadata.open(encoding="utf-8-sig", newline="") as file:
-            header, rows = (_read_csv if metadata.suffix == ".csv" else _read_jsonl)(file, metadata, limit)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            f"Expected UTF-8 {metadata.suffix[1:]} in {metadata}, found something else ({error})."
-        ) from error
-    if not rows:
-        raise DataError(f"Expected captioned images in {metadata}, found no rows.")
-    if name_column not in header:
-        raise DataError(
-            f"Expected a column {name_column} in {metadata}, found {listed(header)}. "
-            f"Name the column of relative image paths so, for example\n  {METADATA_EXAMPLE}"
-        )
-    names = [_relative_name(row.get(name_column), number, metadata) for number, row in enumerate(rows, 1)]
+    table = read_table(metadata, required=(name_column,), limit=limit)
+    names = [_relative_name(row[name_column], table.place(number)) for number, row in enumerate(table.rows)]
     _check_unique(names, str(metadata))
-    others = {name: [row.get(name) for row in rows] for name in header if name != name_column}
+    others = {name: [row.get(name) for row in table.rows] for name in table.columns if name != name_column}
     return [metadata.parent / name for name in names], names, others
 
 
-def _read_csv(file: Iterable[str], metadata: Path, limit: int | None) -> tuple[list[str], list[dict[str, Any]]]:
-    reader = csv.DictReader(file)
-    rows: list[dict[str, Any]] = []
-    for row in reader:
-        if None in row:
-            raise DataError(
-                f"Expected {len(reader.fieldnames or ())} cells in line {reader.line_num} of {metadata}, "
-                "found more. "
-                'Put a caption that holds a comma in double quotes: "a dog, sitting".'
-            )
-        rows.append(row)
-        if len(rows) == limit:
-            break
-    return list(reader.fieldnames or ()), rows
-
-
-def _read_jsonl(file: Iterable[str], metadata: Path, limit: int | None) -> tuple[list[str], list[dict[str, Any]]]:
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"Expected JSON in line {number} of {metadata}, found {line[:60]!r}.") from error
-        if not isinstance(row, dict):
-            raise DataError(f"Expected a JSON object in line {number} of {metadata}, found {line[:60]!r}.")
-        rows.append(row)
-        if len(rows) == limit:
-            break
-    return list(dict.fromkeys(name for row in rows for name in row)), rows
-
-
-def _relative_name(value: Any, number: int, metadata: Path) -> str:
+def _relative_name(value: Any, place: str) -> str:
     if not isinstance(value, str) or not value:
-        raise DataError(f"Expected a file name in row {number} of {metadata}, found {value!r}.")
+        raise DataError(f"Expected a file name in {place}, found {value!r}.")
     name = posixpath.normpath(value.replace("\\", "/"))
     if name == ".." or name.startswith(("../", "/")) or PureWindowsPath(name).drive:
         raise DataError(
-            f"Expected file names inside {metadata.parent}, found {value!r} in row {number} of {metadata}. "
+            f"Expected file names inside the folder of the metadata, found {value!r} in {place}. "
             "Move the image into the folder and give its path relative to it."
         )
     return name

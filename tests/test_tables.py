@@ -1,0 +1,89 @@
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+from invdiff.data.tables import read_table
+from invdiff.errors import DataError, EvaluationError
+
+
+def table(folder, content, kind="csv", **options):
+    path = folder / f"metadata.{kind}"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_table(path, **options)
+
+
+def test_csv_is_read_as_the_csv_module_writes_it(tmp_path):
+    rows = [
+        {"file_name": "a.png", "text": 'a "dog", sitting', "note": ""},
+        {"file_name": "b.png", "text": "two\nlines\r\nand a third", "note": "\u2028 é"},
+        {"file_name": "c.png", "text": '""', "note": "x" * 200_000},  # more than a cell of `csv.reader` may hold
+    ]
+    for ending in ("\n", "\r\n"):
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator=ending)
+        writer.writeheader()
+        writer.writerows(rows)
+        for text in (stream.getvalue(), stream.getvalue().rstrip(), "\ufeff" + stream.getvalue() + ending * 2):
+            found = table(tmp_path, text)
+            assert found.rows == rows
+            assert found.columns == ["file_name", "text", "note"]
+            assert found.lines == [2, 3, 6]
+    assert found.place(2) == f"line 6 of {tmp_path / 'metadata.csv'}"
+
+
+def test_an_empty_last_cell_and_a_quote_within_a_plain_one_are_text(tmp_path):
+    assert table(tmp_path, 'a,b\n5" pipe,').rows == [{"a": '5" pipe', "b": ""}]
+
+
+def test_jsonl_keeps_types_and_rows_may_lack_columns(tmp_path):
+    rows = [{"file_name": "a.png", "age": 3, "text": "\u2028 line"}, {"file_name": "b.png", "male": True}]
+    text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    found = table(tmp_path, text, "jsonl")
+    assert (found.rows, found.columns, found.lines) == (rows, ["file_name", "age", "text", "male"], [1, 3])
+
+
+def test_the_first_rows_can_be_had_alone(tmp_path):
+    assert table(tmp_path, 'a\n1\n2\n"open', limit=2).rows == [{"a": "1"}, {"a": "2"}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("csv", 'name,b\n1,2\n3,"two\nlines" x\n', "the quote that opens in line 3 of"),
+        ("csv", 'name,b\n"two\nlines","never\nclosed,\n5,6\n', "the quote that opens in line 3 of"),
+        ("csv", 'name,b\n1,"' + "x,y\n" * 100_000, "the quote that opens in line 2 of"),  # beyond 128 KB
+        ("csv", 'name,b\n1,"a dog\n2,"a cat"\n', "the quote that opens in line 2 of"),
+        ("csv", "name,b\n1,a dog, sitting\n", "Expected 2 cells in line 2 of .*, found 3"),
+        ("csv", "name,b\n1,2\n\n3\n", "Expected 2 cells in line 4 of .*, found 1"),
+        ("csv", "name,b,name\n1,2,3\n", "each column once in line 1 of .*, found name more than once"),
+        ("csv", b"name,b\n1,\xff\xfe\n", "Expected UTF-8 in line 2 of"),
+        ("csv", "a,b\n1,2\n", "a column file_name or name in line 1 of .*, found a, b"),
+        ("csv", "file_name\n", "found no rows"),
+        ("csv", "", "found no rows"),
+        ("jsonl", "\n", "found no rows"),
+        ("jsonl", '{"name": 1}\n{oops', "Expected JSON in line 2 of .*, found '{oops'"),
+        ("jsonl", "[" * 100_000, "Expected JSON in line 1 of"),
+        ("jsonl", '{"name": 1}\n\n[1]', r"a JSON object in line 3 of .*, found '\[1\]'"),
+        ("jsonl", '{"name": 1, "name": 2}', "each column once in line 1 of .*, found name more than once"),
+        ("jsonl", '{"file_name": 1}\n{"text": 2}', "a column file_name or name in line 2 of .*, found text"),
+    ],
+)
+def test_faults_are_named_with_file_and_line(tmp_path, kind, content, message):
+    for error in (DataError, EvaluationError):
+        with pytest.raises(error, match=message) as caught:
+            table(tmp_path, content, kind, required=[("file_name", "name")], error=error)
+        assert str(tmp_path / f"metadata.{kind}") in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"Could not read .*absent\.csv: No such file"):
+        read_table(tmp_path / "absent.csv")
+
+
+def test_reading_a_table_loads_no_library():
+    code = "import sys, invdiff.data.tables; print({'torch', 'datasets', 'pandas', 'numpy', 'PIL'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
