@@ -1,0 +1,128 @@
+"""The look of every picture: colours, and one matplotlib style for light and for dark paper."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from threading import RLock
+from typing import Any
+
+import matplotlib
+from cycler import cycler
+from matplotlib.figure import Figure
+
+from ..files import atomic_path
+
+INK = "#1b2430"
+"""Titles and figures."""
+SOFT = "#5b6675"
+"""Everything that explains them: 5.9 to 1 on white."""
+RULE = "#d9dee5"
+"""Hairlines."""
+PAPER = "#ffffff"
+DARK = {INK: "#e7ecf3", SOFT: "#a7b2c1", RULE: "#2e3846", PAPER: "#10151c"}
+"""What takes their place on dark paper."""
+PALETTE = ("#e69a1f", "#1f6fb5", "#1f9b78", "#b8528c", "#5ab4e0", "#c8501e", "#8a8f3a", "#6a5aa8")
+"""Groups and classes, in order: after Okabe and Ito, distinguishable with any colour vision."""
+BASE_COLOUR = "#6f7b8a"
+"""The model that others are compared with."""
+SERIES_COLOURS = tuple(PALETTE[place] for place in (1, 2, 3, 5, 0, 6, 7, 4))
+"""All other models, in order."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+"""One for each colour: series differ without colours too."""
+
+_LOCK = RLock()  # matplotlib's settings are global
+
+
+def colour_of(index: int) -> str:
+    """The colour of a group or class; they repeat after eight."""
+    return PALETTE[index % len(PALETTE)]
+
+
+def percent(share: float) -> str:
+    """A share in words that never round something to nothing: "5%", "<1%", ">99%"."""
+    if 0 < share < 0.005:
+        return "<1%"
+    if 0.995 <= share < 1:
+        return ">99%"
+    return f"{share:.0%}"
+
+
+def style(*, dark: bool = False) -> Any:
+    """Settings for `matplotlib.rc_context` or `pyplot.style.use`: two quiet spines, a light grid, bold lines."""
+    ink, soft, rule, paper = (DARK[colour] if dark else colour for colour in (INK, SOFT, RULE, PAPER))
+    return {
+        "font.family": "DejaVu Sans",  # ships with matplotlib: every machine draws the same
+        "font.size": 14,
+        "text.color": ink,
+        "text.parse_math": False,  # a caption with $ in it is not a formula
+        "text.usetex": False,
+        "figure.facecolor": paper,
+        "figure.titlesize": 28,
+        "figure.titleweight": "bold",
+        "axes.facecolor": "none",
+        "axes.edgecolor": soft,
+        "axes.labelcolor": soft,
+        "axes.linewidth": 1.2,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "axes.prop_cycle": cycler(color=SERIES_COLOURS, marker=MARKERS),
+        "axes.spines.left": False,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlecolor": soft,
+        "axes.titlelocation": "left",
+        "axes.titlepad": 12,
+        "axes.titlesize": 14,
+        "grid.color": rule,
+        "grid.linewidth": 1.0,
+        "legend.borderpad": 0,
+        "legend.columnspacing": 1.6,
+        "legend.fontsize": 14,
+        "legend.frameon": False,
+        "legend.handlelength": 1.4,
+        "lines.linewidth": 3,
+        "lines.markeredgecolor": paper,
+        "lines.markeredgewidth": 1.2,
+        "lines.markersize": 9,
+        "xtick.color": soft,
+        "xtick.major.pad": 8,
+        "xtick.major.size": 0,
+        "xtick.minor.size": 0,
+        "ytick.color": soft,
+        "ytick.major.pad": 8,
+        "ytick.major.size": 0,
+        "ytick.minor.size": 0,
+    }
+
+
+def render(
+    draw: Callable[[Figure], object], width: float, height: float, *, dark: bool = False, density: float = 1
+) -> bytes:
+    """Draw a figure and return it as a PNG; the same figure gives the same bytes.
+
+    Args:
+        draw: Fills the figure, whose layout is constrained.
+        width: Of the figure, in units of 1/100 inch.
+        height: Likewise.
+        dark: On dark paper.
+        density: Pixels for each unit.
+    """
+    stream = io.BytesIO()
+    with _LOCK, matplotlib.rc_context(style(dark=dark)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn in its place
+        figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
+        draw(figure)
+        figure.savefig(stream, format="png", dpi=100 * density, metadata={"Software": None})
+    return stream.getvalue()
+
+
+def save_picture(path: Path, draw: Callable[[Figure], object], width: float, height: float) -> Path:
+    """Write what `render` draws on light paper, atomically, and return its path."""
+    png = render(draw, width, height)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(png)
+    return path
