@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from invdiff import cli_prepare
 from invdiff.assets import BIRDS_ANNOTATOR
 from invdiff.data.birds import BirdsWorld
-from invdiff.data.captioned import UnreadableImage
+from invdiff.data.images import UnreadableImage
 from invdiff.errors import ConfigError, DataError, EvaluationError, ModelError
 from invdiff.evaluation.annotators.annotations import CANNOT_TELL, Annotations
 from invdiff.evaluation.annotators.conv import ConvAnnotator
@@ -152,7 +152,7 @@ def test_unreadable_images_are_left_out_up_to_the_share_allowed():
     annotator = ConvAnnotator.fit(data, **settings)
     assert 4 <= np.sum(annotator.config["confusion"]["side"]) <= 12  # too few to calibrate on: all are judged
     data.broken = {3, 7}
-    with pytest.raises(DataError, match=r"Too many images are unreadable.*7.png"):
+    with pytest.raises(DataError, match=r"images to be unreadable, found 2.*7.png"):
         ConvAnnotator.fit(data, **settings)
 
 
@@ -397,7 +397,7 @@ def test_a_folder_of_images_alone_has_nothing_to_learn(tmp_path):
 def test_data_that_cannot_be_read_at_all_is_refused():
     data = ToyImages(8)
     data.broken, data.max_unreadable = set(range(8)), 1.0
-    with pytest.raises(DataError, match="Too many images are unreadable"):
+    with pytest.raises(DataError, match="images to be unreadable"):
         ConvAnnotator.fit(data, progress=False)
 
 

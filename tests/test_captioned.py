@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from conftest import write_tiny_folder
-from invdiff.data.captioned import CaptionedImages, UnreadableImage, decode_image, load_captioned_images
+from invdiff.data.captioned import CaptionedImages, load_captioned_images
+from invdiff.data.images import UnreadableImage, decode_image
 from invdiff.errors import DataError
 
 RED = (255, 0, 0)

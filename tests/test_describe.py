@@ -57,12 +57,12 @@ class StandIn:
     def weights_digest(self):
         return "0" * 16
 
-    def encode(self, images):
+    def extract(self, images):
         places = [image.getpixel((0, 0))[0] * 256 + image.getpixel((0, 0))[1] for image in images]
         self.images += places
         return self.features[places].astype(np.float32)
 
-    def encode_texts(self, texts):
+    def text_features(self, texts):
         self.texts += texts
         return np.stack([self.embed(text) for text in texts]).astype(np.float32)
 
@@ -355,7 +355,7 @@ def test_other_weights_at_the_same_place_are_asked_anew(clip_dir, photos, tmp_pa
 def test_a_wrong_name_is_told_before_the_work(tiny_pipe, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(audit_module, "collect_evidence", None)
     config = replace(EXACT, words_model=str(tmp_path / "absent"))
-    with pytest.raises(ModelError, match="Expected a vision encoder"):
+    with pytest.raises(ModelError, match="Expected a CLIP model"):
         audit(tiny_pipe, load_captioned_images(photos), config=config, cache_dir=tmp_path, progress=False)
 
 

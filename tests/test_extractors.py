@@ -18,12 +18,11 @@ from transformers import (
 from invdiff.errors import DataError, EvaluationError, ModelError
 from invdiff.evaluation.quality.distances import clip_t
 from invdiff.evaluation.quality.extractors import (
-    CLIPScorer,
     FeatureExtractor,
     InceptionFeatures,
-    VisionFeatures,
     load_extractor,
 )
+from invdiff.models.encoders import ClipEncoder, VisionEncoder
 from tiny import CAPTIONS, clip_config, make_tokenizer
 
 TOWER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
@@ -66,7 +65,7 @@ def dinov2_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scorer(clip_dir):
-    return CLIPScorer.load(clip_dir)
+    return ClipEncoder.load(clip_dir)
 
 
 class Means(torch.nn.Module):
@@ -86,7 +85,7 @@ def inception():
 def test_a_folder_gives_the_vision_model_in_it_under_its_name(clip_dir, dinov2_dir):
     found = [load_extractor(folder) for folder in (clip_dir, dinov2_dir)]
     assert [extractor.name for extractor in found] == ["clip-vit-tiny", "dinov2-tiny"]
-    assert all(isinstance(extractor, VisionFeatures) for extractor in found)
+    assert all(isinstance(extractor, VisionEncoder) for extractor in found)
 
 
 def test_all_extractors_keep_to_the_protocol(dinov2_dir, scorer, inception):
@@ -249,10 +248,10 @@ def test_prompts_are_a_list(scorer, prompts):
 
 def test_a_model_without_texts_is_no_scorer(dinov2_dir):
     with pytest.raises(ModelError, match=r"both towers.*got a Dinov2Model"):
-        CLIPScorer.load(dinov2_dir)
+        ClipEncoder.load(dinov2_dir)
 
 
 def test_a_clip_model_without_a_tokenizer_is_no_scorer(clip_dir, tmp_path):
     folder = save(CLIPModel.from_pretrained(clip_dir), tmp_path / "clip")
     with pytest.raises(ModelError, match="Expected a tokenizer"):
-        CLIPScorer.load(folder)
+        ClipEncoder.load(folder)

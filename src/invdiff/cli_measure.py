@@ -122,13 +122,14 @@ def evaluate(
     from .evaluation.annotators.load import load_annotator
     from .evaluation.describe import describe_reference
     from .evaluation.evaluate import evaluate as run_evaluate
-    from .evaluation.quality.extractors import CLIPScorer, load_extractor
+    from .evaluation.quality.extractors import load_extractor
     from .evaluation.results import table_path
+    from .models.encoders import ClipEncoder
 
     judge = load_annotator(annotator, attribute=[*attribute, subject_attribute or ""], classes=classes)
     # CLIP-T's model is an extractor of its own.
     extractors = [load_extractor(spec) for spec in dict.fromkeys(features or ()) if spec != clip]
-    scorer = CLIPScorer.load(clip) if clip else None
+    scorer = ClipEncoder.load(clip) if clip else None
     seen = None
     if reference is not None:
         seen = describe_reference(

@@ -29,3 +29,8 @@ class ConfigError(InvDiffError):
 
 class EvaluationError(InvDiffError):
     """A metric is not defined on what was given, or generated images and manifest disagree."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's error, for our message; the rest is advice on its own use."""
+    return str(error).strip().split("\n")[0]

@@ -55,10 +55,10 @@ class Encoder(Protocol):
     def weights_digest(self) -> str:
         """Return what names its weights: embeddings of other weights are not read back."""
 
-    def encode(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+    def extract(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         """Return the features of images, (N, D)."""
 
-    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def text_features(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return the features of texts, (N, D)."""
 
 
@@ -215,7 +215,7 @@ def _samples(found: Audit, seed: int) -> Iterator[_Sample]:
 def _embed_words(encoder: Encoder, words: Sequence[str]) -> _Array:
     """Return the unit mean of each word's unit text embeddings, (V, D)."""
     texts = [template.format(word) for word in words for template in TEMPLATES]
-    embedded = _unit(encoder.encode_texts(texts).astype(np.float64))
+    embedded = _unit(encoder.text_features(texts).astype(np.float64))
     return _unit(embedded.reshape(len(words), len(TEMPLATES), -1).mean(axis=1))
 
 
@@ -229,7 +229,7 @@ def _embed_images(
         features = []
         with progress_bar("looking for words", len(rows), enabled=progress) as bar:
             for batch in rows.split(BATCH_SIZE):
-                features.append(encoder.encode([data.image(int(row)) for row in batch]))
+                features.append(encoder.extract([data.image(int(row)) for row in batch]))
                 bar.advance(len(batch))
         write_tensors(path, {"features": torch.from_numpy(np.concatenate(features))})
     return read_tensors(path)["features"].numpy().astype(np.float64)

@@ -46,7 +46,7 @@ def encode_vision(
         for batch in rows.split(BATCH_SIZE):
             images = [data.image(int(row)) for row in batch]
             views = [images, [ImageOps.mirror(image) for image in images]]
-            features.append(np.stack([encoder.encode(view) for view in views], axis=1))
+            features.append(np.stack([encoder.extract(view) for view in views], axis=1))
             bar.advance(len(batch))
     result = torch.from_numpy(np.concatenate(features))
     write_tensors(path, {"features": result})

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import struct
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,36 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from ..errors import DataError
 from ..files import is_inside
+from .images import UnreadableImage, decode_image, reason_of
 from .sources import Source, columns_of, find_column, folder_of, listed
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 
-_DECODING_ERRORS = (
-    OSError,
-    SyntaxError,  # Pillow's word for a broken PNG
-    ValueError,
-    TypeError,
-    IndexError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 _CHUNK = 1 << 20
-
-
-class UnreadableImage(DataError):  # noqa: N818
-    """One image is missing, empty, cut short or in no known format."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"Could not read the image {name}: {reason}. Replace the file or remove its row.")
-        self.name = name
-        self.reason = reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +45,7 @@ class CaptionedImages:
         return len(self.captions)
 
     def image(self, index: int) -> Image.Image:
-        """Return an image as upright RGB; what is transparent becomes white.
+        """Decode an image as upright RGB, transparency on white.
 
         Raises:
             UnreadableImage: The image is missing, empty, cut short or in no known format.
@@ -77,7 +54,7 @@ class CaptionedImages:
         try:
             data = b"".join(_chunks(self._cells[index]))
         except OSError as error:
-            raise UnreadableImage(name, _reason(error)) from error
+            raise UnreadableImage(name, reason_of(error)) from error
         return decode_image(data, name)
 
     def is_own(self, index: int) -> bool:
@@ -105,7 +82,7 @@ class CaptionedImages:
         return digest.hexdigest()[:16]
 
     def select(self, indices: Iterable[int]) -> CaptionedImages:
-        """Return the images at `indices`, in that order; names stay as they were."""
+        """The images at `indices`, in that order; names stay as they were."""
         rows = [int(index) for index in indices]
         return CaptionedImages(
             captions=[self.captions[row] for row in rows],
@@ -114,6 +91,38 @@ class CaptionedImages:
             max_unreadable=self.max_unreadable,
             _cells=_Selection(self._cells, rows),
             folder=self.folder,
+        )
+
+
+def readable_images(data: CaptionedImages, label: str, *, progress: bool) -> Iterator[tuple[int, Image.Image]]:
+    """Yield row and image of each image that can be read, under a progress bar called `label`.
+
+    Raises:
+        DataError: More images are unreadable than `data.max_unreadable` allows, or all are.
+    """
+    from ..progress import progress_bar  # imports torch, which opening data does without
+
+    skipped: list[tuple[str, str]] = []
+    with progress_bar(label, len(data), enabled=progress) as bar:
+        for row in range(len(data)):
+            bar.advance()
+            try:
+                image = data.image(row)
+            except UnreadableImage as error:
+                skipped.append((error.name, error.reason))
+                check_readable(data, skipped)
+            else:
+                yield row, image
+
+
+def check_readable(data: CaptionedImages, skipped: Sequence[tuple[str, str]]) -> None:
+    """Raise `DataError` where more images, given by name and reason, could not be read than `data` allows, or all."""
+    if len(skipped) > data.max_unreadable * len(data) or len(skipped) == len(data):
+        first = [f"{name} ({reason})" for name, reason in skipped[:5]]
+        raise DataError(
+            f"Expected at most {data.max_unreadable:.1%} of {len(data)} images to be unreadable, found "
+            f"{len(skipped)} ({len(skipped) / len(data):.1%}) so far: {', '.join(first)}. "
+            "Repair them, remove their rows, or raise max_unreadable."
         )
 
 
@@ -151,7 +160,6 @@ def load_captioned_images(
         raise DataError(f"Expected max_unreadable between 0 and 1, got {max_unreadable!r}.")
     if limit is not None and limit < 1:
         raise DataError(f"Expected a limit of at least 1, got {limit!r}.")
-
     if not captions and caption_column is not None:
         raise DataError(
             f"Expected no caption_column with captions=False, got {caption_column!r}. Leave one of them out."
@@ -161,65 +169,28 @@ def load_captioned_images(
     folder = folder_of(source)
     if not captions:
         return CaptionedImages([""] * len(names), names, others, max_unreadable, cells, folder)
-    caption_name = find_column(caption_column, CAPTION_COLUMNS, list(others), "caption_column", where)
-    texts = others.pop(caption_name)
+    column = find_column(caption_column, CAPTION_COLUMNS, list(others), "caption_column", where)
+    texts = others.pop(column)
     if not texts:
         raise DataError(f"Expected captioned images in {where}, found no rows.")
     empty = [name for name, text in zip(names, texts, strict=True) if not (isinstance(text, str) and text.strip())]
     if empty:
         raise DataError(
-            f"Expected a caption for every image in {where}, found none in column {caption_name!r} for "
+            f"Expected a caption for every image in {where}, found none in column {column!r} for "
             f"{len(empty)} of {len(names)}: {listed(empty)}. Write captions for them or remove their rows."
         )
-    halves = [name for name, text in zip(names, texts, strict=True) if _has_half_a_character(text)]
+    # Half of a pair of surrogates: no file of UTF-8 and no tokenizer can hold it.
+    halves = [
+        name
+        for name, text in zip(names, texts, strict=True)
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+    ]
     if halves:
         raise DataError(
             f"Expected captions of whole characters in {where}, found half of one (a lone surrogate) in those of "
             f"{len(halves)} of {len(names)}: {listed(halves)}. Write these captions again."
         )
     return CaptionedImages(texts, names, others, max_unreadable, cells, folder)
-
-
-def _has_half_a_character(text: str) -> bool:
-    """Whether text holds what no file of UTF-8 and no tokenizer can: half of a pair of surrogates."""
-    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode a file's bytes to upright RGB, transparency on white, 16 bits scaled to 8.
-
-    Raises:
-        UnreadableImage: The bytes are empty, cut short or in no known format.
-    """
-    if not data:
-        raise UnreadableImage(name, "the file is empty")
-    try:
-        with Image.open(io.BytesIO(data)) as file:
-            return _to_rgb(ImageOps.exif_transpose(file))
-    except _DECODING_ERRORS as error:
-        raise UnreadableImage(name, _reason(error)) from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("floating point pixels have no known range")
-    if image.mode.startswith("I"):  # Pillow's convert("RGB") would clip 16 bits to white
-        scaled = np.asarray(image).clip(0, 65535).astype(np.float64) / 257
-        return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "the file does not exist"
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image in a known format"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
 
 
 def _chunks(cell: Any) -> Iterator[bytes]:

@@ -24,7 +24,8 @@ from ..models.families import Condition, Family, family_of
 from ..models.families.base import joined
 from ..models.load import denoiser_of
 from ..progress import progress_bar
-from .captioned import CaptionedImages, UnreadableImage
+from .captioned import CaptionedImages, check_readable
+from .images import UnreadableImage
 
 SHARD_SIZE = 512
 """Rows (images, or captions) in one file of the cache; a killed run loses at most one such file."""
@@ -280,22 +281,10 @@ def _encode_images(
                 _write_image_shard(pipe, family, data, rows, shard.path, resolution, batch_size)
             seen.append(shard)
             bar.advance(len(rows))
-            _check_readable(data, seen)
+            check_readable(data, [item for shard in seen for item in shard.skipped])
     wait()
-    _check_readable(data, shards)
+    check_readable(data, [item for shard in shards for item in shard.skipped])
     return shards
-
-
-def _check_readable(data: CaptionedImages, shards: Sequence[_ImageShard]) -> None:
-    """Raise `DataError` where more images are unreadable than the user allows."""
-    skipped = [item for shard in shards for item in shard.skipped]
-    if len(skipped) > data.max_unreadable * len(data) or len(skipped) == len(data):
-        first = [f"{name} ({reason})" for name, reason in skipped[:5]]
-        raise DataError(
-            f"Expected at most {data.max_unreadable:.1%} of {len(data)} images to be unreadable, found "
-            f"{len(skipped)} ({len(skipped) / len(data):.1%}) so far: {', '.join(first)}. "
-            "Repair them, remove their rows, or raise max_unreadable."
-        )
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetsError
 from PIL import Image
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from .tables import read_table
 
 IMAGE_COLUMNS = ("image", "img")
@@ -104,7 +104,7 @@ def _columns_at(
     except _LOADING_ERRORS as error:
         raise DataError(
             f"{source} is neither an existing local path nor a reachable hub dataset with a split {split!r}: "
-            f"{_first_line(error)} Check the spelling, the network and, for a private set, `hf auth login`."
+            f"{first_line(error)} Check the spelling, the network and, for a private set, `hf auth login`."
         ) from error
     return _dataset_columns(dataset, image_column, limit, Path())
 
@@ -123,14 +123,14 @@ def _load_parquet(files: list[Path], source: Path, split: str) -> datasets.Datas
             pyarrow.parquet.read_metadata(file)
         except (OSError, ValueError) as error:
             raise DataError(
-                f"Expected a parquet file at {file}, found something else ({_first_line(error)}). "
+                f"Expected a parquet file at {file}, found something else ({first_line(error)}). "
                 "Give a folder with metadata.csv, parquet files or a hub dataset id."
             ) from error
     try:
         return datasets.load_dataset("parquet", split=split, data_files=_by_split(files, source))
     except _LOADING_ERRORS as error:
         raise DataError(
-            f"Expected parquet files of one kind with a split {split!r} in {source}: {_first_line(error)}"
+            f"Expected parquet files of one kind with a split {split!r} in {source}: {first_line(error)}"
         ) from error
 
 
@@ -215,7 +215,3 @@ def listed(values: Sequence[str], most: int = 5) -> str:
     """Join the first few values for a message."""
     shown = ", ".join(map(str, values[:most])) or "nothing"
     return f"{shown} and {len(values) - most} more" if len(values) > most else shown
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

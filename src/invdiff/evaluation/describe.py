@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..data.captioned import CaptionedImages, UnreadableImage
-from ..errors import DataError, EvaluationError
-from ..progress import Bar, progress_bar
+from ..data.captioned import CaptionedImages, readable_images
+from ..errors import EvaluationError
+from ..progress import Bar
 from .annotators.annotations import Annotations, Annotator
 from .annotators.given_labels import GivenLabels
 from .manifest import Row
@@ -115,20 +115,8 @@ def describe_reference(
         DataError: More images are unreadable than `data` allows.
         EvaluationError: An image's features are not finite.
     """
-    with progress_bar("reference", len(data), enabled=progress) as bar:
-
-        def images() -> Iterator[Image.Image]:
-            unreadable = 0
-            for index in range(len(data)):
-                bar.advance()
-                try:
-                    yield data.image(index)
-                except UnreadableImage as error:
-                    unreadable += 1
-                    if unreadable > data.max_unreadable * len(data):
-                        raise DataError(f"Too many images are unreadable; the last: {error}") from error
-
-        return describe_images(images(), judge, extractors=extractors, min_confidence=min_confidence)
+    images = (image for _, image in readable_images(data, "reference", progress=progress))
+    return describe_images(images, judge, extractors=extractors, min_confidence=min_confidence)
 
 
 def open_image(path: Path) -> Image.Image:

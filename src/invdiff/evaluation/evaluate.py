@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import EvaluationError
+from ..models.encoders import ClipEncoder
 from ..progress import progress_bar
 from .annotators.given_labels import GivenLabels
 from .describe import Described, Judge, describe_rows
@@ -18,7 +19,7 @@ from .fairness import correct_for_annotator
 from .manifest import Folders, Row, common_prompts, module_scale, read_model, resolve_folders, scale_keys
 from .measure import measure, preserve
 from .quality.distances import lpips_network
-from .quality.extractors import CLIPScorer, FeatureExtractor
+from .quality.extractors import FeatureExtractor
 from .quality.figures import common_group_size
 from .question import Question
 from .results import AnnotatorRecord, AttributeMeasures, Measures, Quantity, Results
@@ -37,7 +38,7 @@ def evaluate(
     reference: Described | None = None,
     reference_features: ArrayLike | None = None,
     extractors: Sequence[FeatureExtractor] = (),
-    clip: CLIPScorer | None = None,
+    clip: ClipEncoder | None = None,
     lpips: bool = False,
     target: Mapping[str, float] | None = None,
     baseline: str | None = None,

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import EvaluationError
+from ..models.encoders import ClipEncoder
 from .describe import Described
 from .manifest import Row
 from .quality.distances import feature_shift, paired_cosines
-from .quality.extractors import CLIPScorer
 from .quality.figures import LPIPS, group_figures, lpips_figures, quality_figures, share
 from .quality.intervals import mean_interval
 from .question import Question
@@ -28,7 +28,7 @@ def measure(
     *,
     reference: Described | None,
     group_size: int = 0,
-    clip: CLIPScorer | None = None,
+    clip: ClipEncoder | None = None,
     lpips: LPIPS | None = None,
 ) -> Measures:
     """Measure one model's images at one guidance scale.

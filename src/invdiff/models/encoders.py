@@ -1,9 +1,10 @@
-"""Features of images from any pretrained `transformers` vision model (CLIP, DINOv2, ...), and of texts from CLIP."""
+"""Pretrained networks from `transformers`: features of images (CLIP, DINOv2, ...) and of texts (CLIP)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
-from ..errors import DataError, ModelError
+from ..errors import ConfigError, DataError, ModelError, first_line
 from ..files import weights_digest
 from .load import default_device, public_name
 
@@ -41,41 +42,30 @@ class VisionEncoder:
             ModelError: There is no vision encoder there, or its files are damaged or lack some of its weights.
         """
         source = str(name_or_folder)
-        try:
-            processor = AutoImageProcessor.from_pretrained(source)
-            model, found = AutoModel.from_pretrained(source, output_loading_info=True)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ModelError(
-                f"Expected a vision encoder at {source}, could not load it: {first_line(error)}"
-            ) from error
-        if found["missing_keys"]:  # they would be random, and other ones in the next run
-            raise ModelError(
-                f"Expected all weights of the vision encoder at {source}, found none of "
-                f"{', '.join(sorted(found['missing_keys']))}. Choose another: classifiers often lack their pooler's."
-            )
-        return cls(public_name(source).rpartition("/")[2], model.to(default_device()).eval(), processor)
+        model = load_pretrained(AutoModel, source, "a vision encoder")
+        return cls(model_name(source), model, load_image_processor(source))
 
     @torch.no_grad()
-    def encode(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """Return the features of images of any sizes, (N, D), not normalised.
+    def extract(self, images: Iterable[Image.Image]) -> NDArray[np.float32]:
+        """Features of images of any sizes, (N, D), not normalised.
 
         Raises:
             DataError: There is no image.
         """
-        if not images:
+        features = []
+        for pixel_values in pixel_batches(images, self.processor, self.model.device):
+            if hasattr(self.model, "get_image_features"):
+                output = self.model.get_image_features(pixel_values=pixel_values)
+            else:
+                output = self.model(pixel_values=pixel_values)
+            features.append(_pooled(output))
+        if not features:
             raise DataError("Expected at least one image to encode, got none. Check what selects the images.")
-        return np.concatenate(
-            [self._encode_batch(images[start : start + BATCH_SIZE]) for start in range(0, len(images), BATCH_SIZE)]
-        )
+        return np.concatenate(features)
 
-    def _encode_batch(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        inputs = self.processor([image.convert("RGB") for image in images], return_tensors="pt")
-        pixel_values = inputs["pixel_values"].to(self.model.device)
-        if hasattr(self.model, "get_image_features"):
-            output = self.model.get_image_features(pixel_values=pixel_values)
-        else:
-            output = self.model(pixel_values=pixel_values)
-        return np.asarray(pooled(output).float().cpu().numpy(), dtype=np.float32)
+    def weights_digest(self) -> str:
+        """16 hex digits that name the model's weights."""
+        return weights_digest(self.model)
 
 
 @dataclass(frozen=True)
@@ -94,47 +84,96 @@ class ClipEncoder(VisionEncoder):
         Raises:
             ModelError: There is no CLIP model with both towers, or it lacks weights or its tokenizer.
         """
-        vision = VisionEncoder.load(name_or_folder)
-        if not isinstance(vision.model, CLIPModel):
+        source = str(name_or_folder)
+        model = load_pretrained(AutoModel, source, "a CLIP model")
+        if not isinstance(model, CLIPModel):
             raise ModelError(
-                f"Expected a CLIP model with both towers at {name_or_folder}, got a {type(vision.model).__name__}. "
+                f"Expected a CLIP model with both towers at {source}, got a {type(model).__name__}. "
                 "Give a folder or hub id such as openai/clip-vit-base-patch32."
             )
-        return cls(vision.name, vision.model, vision.processor, load_tokenizer(str(name_or_folder)))
+        return cls(model_name(source), model, load_image_processor(source), load_tokenizer(source))
 
-    def weights_digest(self) -> str:
-        """Return 16 hex digits that name the weights of both towers."""
-        return weights_digest(self.model)
+    @property
+    def logit_scale(self) -> float:
+        """The factor of cosines in CLIP's softmax over texts, an inverse temperature."""
+        return float(self.model.logit_scale.detach().exp())
 
     @torch.no_grad()
-    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return the projected features of texts, (N, D), not normalised; each distinct text is computed once.
+    def text_features(self, texts: Sequence[str], *, truncate: bool = True) -> NDArray[np.float32]:
+        """Projected features of texts, (N, D), not normalised; each distinct text is computed once.
 
-        CLIP reads 77 tokens: what goes beyond is not seen.
+        Args:
+            texts: At least one.
+            truncate: Cut texts of more tokens than the model reads (77 for most); else they are an error.
 
         Raises:
             DataError: There is no text.
+            ConfigError: A text is too long, and shall not be cut.
         """
         if isinstance(texts, str) or not texts:
             raise DataError(f"Expected a list of at least one prompt, got {texts!r}.")
+        longest = self.model.config.text_config.max_position_embeddings
         distinct = list(dict.fromkeys(texts))
         features = []
         for start in range(0, len(distinct), BATCH_SIZE):
-            tokens = self.tokenizer(
-                distinct[start : start + BATCH_SIZE],
-                padding=True,
-                truncation=True,
-                max_length=self.model.config.text_config.max_position_embeddings,
-                return_tensors="pt",
-            ).to(self.model.device)
+            batch = distinct[start : start + BATCH_SIZE]
+            cut = {"truncation": True, "max_length": longest} if truncate else {}
+            tokens = self.tokenizer(batch, padding=True, return_tensors="pt", **cut).to(self.model.device)
+            found = tokens.input_ids.shape[1]
+            if found > longest:
+                raise ConfigError(
+                    f"Expected prompts of at most {longest} tokens, got {found} in one of {batch}. Shorten it."
+                )
             output = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-            features.append(pooled(output).float().cpu().numpy())
+            features.append(_pooled(output))
         position = {text: index for index, text in enumerate(distinct)}
-        return np.asarray(np.concatenate(features)[[position[text] for text in texts]], dtype=np.float32)
+        return np.concatenate(features)[[position[text] for text in texts]]
+
+
+def load_pretrained(model_class: Any, name_or_folder: str, kind: str) -> Any:
+    """Load a model of `transformers` in float32 onto `default_device()`, ready to predict.
+
+    Args:
+        model_class: A `transformers` model class, such as `AutoModel`.
+        name_or_folder: A folder or a hub id.
+        kind: What it should be, for messages, such as "an image classifier".
+
+    Raises:
+        ModelError: There is no such model, or weights are missing: `transformers` would draw them at random.
+    """
+    try:
+        model, report = model_class.from_pretrained(name_or_folder, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"Expected {kind} at {name_or_folder}, could not load it: {first_line(error)} "
+            "Give a folder or a hub id of such a model."
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"Expected all weights of {kind} at {name_or_folder}, found none of {', '.join(missing[:5])} "
+            f"({len(missing)} in all). Give a model that was trained as such: a classifier often lacks a pooler."
+        )
+    return model.float().to(default_device()).eval()
+
+
+def load_image_processor(name_or_folder: str) -> Any:
+    """Load what turns images into a model's pixels.
+
+    Raises:
+        ModelError: There is none.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(name_or_folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"Expected an image processor at {name_or_folder}, could not load it: {first_line(error)} "
+            "Save the model's own processor beside it."
+        ) from error
 
 
 def load_tokenizer(name_or_folder: str) -> Any:
-    """Return what turns a model's prompts into tokens.
+    """Load what turns a model's prompts into tokens.
 
     Raises:
         ModelError: There is none, or one that knows no word: every prompt would be the same to the model.
@@ -149,15 +188,25 @@ def load_tokenizer(name_or_folder: str) -> Any:
     return tokenizer
 
 
-def first_line(error: Exception) -> str:
-    """Return what a library's error says first; the rest is advice on its own use."""
-    return str(error).strip().split("\n")[0]
+def pixel_batches(images: Iterable[Image.Image], processor: Any, device: torch.device) -> Iterator[torch.Tensor]:
+    """Yield pixels, (batch, 3, height, width), holding the images of one batch at a time."""
+    stream = iter(images)
+    while batch := list(islice(stream, BATCH_SIZE)):
+        rgb = [image.convert("RGB") for image in batch]
+        yield processor(images=rgb, return_tensors="pt")["pixel_values"].to(device)
 
 
-def pooled(output: Any) -> torch.Tensor:
-    """Return one vector per row, (batch, D), of what a transformers model put out."""
-    if isinstance(output, torch.Tensor):  # get_image_features before transformers 5
-        return output
-    if getattr(output, "pooler_output", None) is not None:
-        return output.pooler_output.flatten(1)
-    return output.last_hidden_state[:, 0]
+def model_name(name_or_folder: str) -> str:
+    """The last part of a hub id, or the name of a folder without where it lies."""
+    return public_name(name_or_folder).rpartition("/")[2]
+
+
+def _pooled(output: Any) -> NDArray[np.float32]:
+    """One vector per row, (batch, D), of a model's output.
+
+    Copied: torch's own small pieces, kept, break up the heap, and memory grew by 20 KB an image.
+    """
+    if not isinstance(output, torch.Tensor):  # transformers 5 returns an object where 4 returned a tensor
+        pooled = getattr(output, "pooler_output", None)
+        output = output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
+    return output.float().cpu().numpy().copy()

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from packaging.version import Version
 
 from ..distributed import num_processes, state
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 
 _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 
@@ -74,7 +74,7 @@ def load_pipeline(
     except (OSError, ValueError, RuntimeError) as error:
         where = "a whole diffusers pipeline" if path.is_dir() else "an existing folder or a reachable hub model"
         raise ModelError(
-            f"Expected {where} at {source}, could not load it: {_first_line(error)} "
+            f"Expected {where} at {source}, could not load it: {first_line(error)} "
             "Check the spelling, the network and, for a gated model, that you are logged in (hf auth login)."
         ) from error
     pipe.set_progress_bar_config(disable=True)
@@ -138,7 +138,3 @@ def _parts_to_leave_out(index: dict[str, Any]) -> dict[str, Any]:
     if "safety_checker" in index:
         parts |= {"safety_checker": None, "requires_safety_checker": False}
     return parts
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

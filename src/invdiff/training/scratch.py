@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..config import ArchitectureConfig, FinetuneConfig
-from ..data.captioned import CaptionedImages, UnreadableImage
+from ..data.captioned import CaptionedImages, readable_images
 from ..data.encode import to_pixels
 from ..progress import progress_bar
 from ..seeds import derived_seed, generator
@@ -181,21 +181,11 @@ def load_pixels(data: CaptionedImages, resolution: int, *, progress: bool) -> np
 
     An autoencoder sees each image many times; as bytes, 20,000 images of 64 px take 250 MB.
     """
-    rows = []
-    with progress_bar("reading images", len(data), enabled=progress) as bar:
-        for image in readable(data):
-            rows.append(((to_pixels(image, resolution) + 1) * 127.5).round().to(torch.uint8).numpy())
-            bar.advance()
+    rows = [
+        ((to_pixels(image, resolution) + 1) * 127.5).round().to(torch.uint8).numpy()
+        for _, image in readable_images(data, "reading images", progress=progress)
+    ]
     return np.stack(rows)
-
-
-def readable(data: CaptionedImages) -> Iterator:
-    """Yield the images that can be decoded."""
-    for index in range(len(data)):
-        try:
-            yield data.image(index)
-        except UnreadableImage:
-            continue
 
 
 def from_bytes(pixels: np.ndarray) -> torch.Tensor:

@@ -12,9 +12,9 @@ from transformers import AutoModelForImageClassification
 
 from ...errors import ModelError
 from ...files import weights_digest
+from ...models.encoders import load_image_processor, load_pretrained, model_name, pixel_batches
 from .annotations import CANNOT_TELL, Annotations, reserved_class
 from .heldout import Measurable
-from .transformers_models import last_part, load_image_processor, load_model, pixel_batches
 
 
 class ClassifierAnnotator(Measurable):
@@ -33,7 +33,7 @@ class ClassifierAnnotator(Measurable):
 
     def __init__(self, name_or_folder: str | Path, *, attribute: str = "label") -> None:
         source = str(name_or_folder)
-        self._model = load_model(AutoModelForImageClassification, source, "an image classifier")
+        self._model = load_pretrained(AutoModelForImageClassification, source, "an image classifier")
         self._processor = load_image_processor(source)
         config = self._model.config
         classes = tuple(str(config.id2label[index]) for index in range(config.num_labels))
@@ -46,7 +46,7 @@ class ClassifierAnnotator(Measurable):
                 f"Expected a classifier that chooses one class for an image, found {config.problem_type} at {source}. "
                 "Choose another model."
             )
-        self.name = last_part(source)
+        self.name = model_name(source)
         self.attributes = {attribute: classes}
 
     def weights_digest(self) -> str:

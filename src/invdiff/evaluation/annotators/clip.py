@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from numpy.typing import NDArray
 from PIL import Image
-from torch.nn.functional import normalize
-from transformers import CLIPModel
+from scipy.special import softmax
 
 from ...errors import ConfigError
-from ...files import weights_digest
-from ...models.encoders import load_tokenizer, pooled
+from ...models.encoders import ClipEncoder
 from .annotations import CANNOT_TELL, Annotations, reserved_class
 from .heldout import Measurable
-from .transformers_models import last_part, load_image_processor, load_model, pixel_batches
 
 ClassPrompts = Mapping[str, Mapping[str, str | Sequence[str]]]
 """Attribute name to class name to one or several prompts that describe the class."""
@@ -45,52 +42,39 @@ class ClipAnnotator(Measurable):
     """
 
     def __init__(self, name_or_folder: str | Path, attributes: ClassPrompts) -> None:
-        source = str(name_or_folder)
         prompts = checked_prompts(attributes)
-        self.name = self.feature_name = last_part(source)
+        self._encoder = ClipEncoder.load(name_or_folder)
+        self.name = self.feature_name = self._encoder.name
         self.attributes = {name: tuple(classes) for name, classes in prompts.items()}
-        self._model = load_model(CLIPModel, source, "a CLIP model")
-        self._processor = load_image_processor(source)
-        tokenizer = load_tokenizer(source)
         self._embeddings = {
-            attribute: torch.stack([self._embed_class(tokenizer, texts) for texts in classes.values()])
+            attribute: np.stack([self._embed_class(texts) for texts in classes.values()])
             for attribute, classes in prompts.items()
         }
 
     def weights_digest(self) -> str:
         """Return 16 hex digits that name the weights of both towers."""
-        return weights_digest(self._model)
+        return self._encoder.weights_digest()
 
-    @torch.no_grad()
     def predict(self, images: Iterable[Image.Image]) -> Annotations:
         """Annotate `images`, a batch at a time; an iterator is never held in memory as a whole."""
-        scale = self._model.logit_scale.exp()
-        size = self._model.config.projection_dim
-        features: list[NDArray[np.float32]] = [np.zeros((0, size), np.float32)]
-        probabilities = {name: [np.zeros((0, len(classes)), np.float32)] for name, classes in self.attributes.items()}
-        for pixels in pixel_batches(images, self._processor, self._model.device):
-            embeddings = normalize(pooled(self._model.get_image_features(pixel_values=pixels)), dim=1)
-            features.append(embeddings.cpu().numpy().copy())  # as in ConvAnnotator.predict
-            for name, of_classes in self._embeddings.items():
-                probabilities[name].append((scale * embeddings @ of_classes.T).softmax(dim=1).cpu().numpy().copy())
-        return Annotations(
-            self.attributes,
-            {name: np.concatenate(parts) for name, parts in probabilities.items()},
-            np.concatenate(features),
-        )
+        stream = iter(images)
+        first = list(islice(stream, 1))
+        features = np.zeros((0, self._encoder.model.config.projection_dim), np.float32)
+        if first:
+            features = _unit(self._encoder.extract(chain(first, stream)))
+        probabilities = {
+            name: softmax(self._encoder.logit_scale * features @ classes.T, axis=1).astype(np.float32)
+            for name, classes in self._embeddings.items()
+        }
+        return Annotations(self.attributes, probabilities, features)
 
-    @torch.no_grad()
-    def _embed_class(self, tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
-        """Return the unit mean of the prompts' unit embeddings, (D,)."""
-        tokens = tokenizer(list(prompts), padding=True, return_tensors="pt").to(self._model.device)
-        longest = self._model.config.text_config.max_position_embeddings
-        if tokens["input_ids"].shape[1] > longest:
-            raise ConfigError(
-                f"Expected prompts of at most {longest} tokens, got {tokens['input_ids'].shape[1]} in one of "
-                f"{list(prompts)}. Shorten it."
-            )
-        outputs = self._model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-        return normalize(normalize(pooled(outputs), dim=1).mean(dim=0), dim=0)
+    def _embed_class(self, prompts: Sequence[str]) -> NDArray[np.float32]:
+        """The unit mean of the prompts' unit embeddings, (D,)."""
+        return _unit(_unit(self._encoder.text_features(prompts, truncate=False)).mean(axis=0))
+
+
+def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def read_class_prompts(path: Path) -> dict[str, dict[str, list[str]]]:

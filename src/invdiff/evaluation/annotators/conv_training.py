@@ -9,9 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from ...data.captioned import CaptionedImages
+from ...data.captioned import CaptionedImages, readable_images
 from ...progress import progress_bar
-from .labelled import readable_images
 from .pixels import normalise, to_pixels
 
 MAX_OVERSAMPLING = 20.0

@@ -12,12 +12,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...data.captioned import CaptionedImages
+from ...data.captioned import CaptionedImages, readable_images
 from ...errors import DataError, EvaluationError
 from ...files import read_json, read_tensors, weights_digest, write_json, write_tensors
 from .annotations import Annotator, label_of, most_probable, unknown_attribute
 from .calibration import expected_calibration_error
-from .labelled import readable_images
 
 TENSORS, SUMMARY = "heldout.safetensors", "confusion.json"
 MEASURED = "annotator.json"

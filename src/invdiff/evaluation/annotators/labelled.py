@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from ...data.captioned import CAPTION_COLUMNS, CaptionedImages, UnreadableImage, load_captioned_images
+from ...data.captioned import CAPTION_COLUMNS, CaptionedImages, load_captioned_images
 from ...data.sources import Source
 from ...errors import DataError
-from ...progress import progress_bar
 from .annotations import label_of
 
 MAX_CLASSES = 50
@@ -101,23 +99,3 @@ def read_targets(
             )
         columns.append([classes[name].index(value) for value in values])
     return classes, np.array(columns, dtype=np.int64).T
-
-
-def readable_images(data: CaptionedImages, label: str, *, progress: bool) -> Iterator[tuple[int, Image.Image]]:
-    """Yield the row and the image of each image that can be read, under a progress bar called `label`.
-
-    Raises:
-        DataError: More images are unreadable than `data` allows, or all are.
-    """
-    unreadable = 0
-    with progress_bar(label, len(data), enabled=progress) as bar:
-        for row in range(len(data)):
-            bar.advance()
-            try:
-                image = data.image(row)
-            except UnreadableImage as error:
-                unreadable += 1
-                if unreadable > data.max_unreadable * len(data) or unreadable == len(data):
-                    raise DataError(f"Too many images are unreadable; the last: {error}") from error
-                continue
-            yield row, image

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...errors import EvaluationError
-from ...models.encoders import BATCH_SIZE, ClipEncoder, VisionEncoder
+from ...models.encoders import BATCH_SIZE, VisionEncoder
 from ...models.load import default_device
 
 FloatArray = NDArray[np.float32]
@@ -30,35 +29,6 @@ class FeatureExtractor(Protocol):
 
     def extract(self, images: Sequence[Image.Image]) -> FloatArray:
         """Return one row of features per image, (N, D), float32."""
-
-
-@dataclass(frozen=True)
-class VisionFeatures:
-    """Features of any vision model that `transformers` knows, such as CLIP or DINOv2."""
-
-    encoder: VisionEncoder
-
-    @classmethod
-    def load(cls, name_or_folder: str | Path) -> VisionFeatures:
-        """Load from a folder or hub id.
-
-        Raises:
-            ModelError: There is no vision encoder there.
-        """
-        return cls(VisionEncoder.load(name_or_folder))
-
-    @property
-    def name(self) -> str:
-        """The last part of the hub id or folder, such as "clip-vit-base-patch32"."""
-        return self.encoder.name
-
-    def extract(self, images: Sequence[Image.Image]) -> FloatArray:
-        """Return the encoder's features, (N, D).
-
-        Raises:
-            DataError: There is no image.
-        """
-        return self.encoder.encode(images)
 
 
 @dataclass(frozen=True)
@@ -124,43 +94,4 @@ def load_extractor(spec: str) -> FeatureExtractor:
         EvaluationError: Inception is asked for, but the extra `metrics` is not installed or its weights are absent.
         ModelError: There is no vision encoder there.
     """
-    return InceptionFeatures.load() if spec == "inception" else VisionFeatures.load(spec)
-
-
-@dataclass(frozen=True)
-class CLIPScorer:
-    """Both towers of a CLIP model: features of images and of prompts, for `clip_t`. Itself an extractor."""
-
-    encoder: ClipEncoder
-
-    @classmethod
-    def load(cls, name_or_folder: str | Path) -> CLIPScorer:
-        """Load a whole CLIP model from a folder or hub id.
-
-        Raises:
-            ModelError: It is not a whole CLIP model, or has no tokenizer.
-        """
-        return cls(ClipEncoder.load(name_or_folder))
-
-    @property
-    def name(self) -> str:
-        """The last part of the hub id or folder."""
-        return self.encoder.name
-
-    def extract(self, images: Sequence[Image.Image]) -> FloatArray:
-        """Return the projected features of images, (N, D), not normalised.
-
-        Raises:
-            DataError: There is no image.
-        """
-        return self.encoder.encode(images)
-
-    def text_features(self, prompts: Sequence[str]) -> FloatArray:
-        """Return the projected features of prompts, (N, D), not normalised; each distinct prompt is computed once.
-
-        CLIP reads 77 tokens: what goes beyond is not seen.
-
-        Raises:
-            DataError: There is no prompt.
-        """
-        return self.encoder.encode_texts(prompts)
+    return InceptionFeatures.load() if spec == "inception" else VisionEncoder.load(spec)

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import EvaluationError
+from ...models.encoders import ClipEncoder
 from ...seeds import derived_seed
 from ..describe import Described, open_image
 from ..manifest import Row
 from ..question import Question
 from ..results import Quantity
 from . import distances
-from .extractors import CLIPScorer
 from .intervals import mean_interval, share_interval
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ MIN_GROUP = 50
 
 
 def quality_figures(
-    rows: Sequence[Row], seen: Described, reference: Described | None, clip: CLIPScorer | None, question: Question
+    rows: Sequence[Row], seen: Described, reference: Described | None, clip: ClipEncoder | None, question: Question
 ) -> dict[str, Quantity]:
     """Return distances to the reference, diversity within prompts and, with `clip`, how well prompts are shown."""
     figures: dict[str, Quantity] = {}
