@@ -12,9 +12,10 @@ import pytest
 import typer
 
 from invdiff import cli
-from invdiff.config import AuditConfig, Config, DemoConfig, GenerateConfig, TrainConfig
+from invdiff.config import AuditConfig, DemoConfig, GenerateConfig, TrainConfig
 from invdiff.evaluation.estimates import Estimate
 from invdiff.evaluation.results import AnnotatorRecord, AttributeMeasures, Measures, Quantity, Results
+from invdiff.options import Config
 from invdiff.report.audit_reading import Page
 from invdiff.report.commands import MOST_PROMPTS, OPTIONS, commands, say_more
 from invdiff.report.part_names import Names

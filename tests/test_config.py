@@ -7,15 +7,16 @@ import yaml
 from invdiff.config import (
     ArchitectureConfig,
     AuditConfig,
-    Config,
     DemoConfig,
+    EvaluateConfig,
     FinetuneConfig,
     GenerateConfig,
     TrainConfig,
 )
 from invdiff.errors import ConfigError
+from invdiff.options import Config, command_options, option_name
 
-ALL = [ArchitectureConfig, AuditConfig, DemoConfig, FinetuneConfig, GenerateConfig, TrainConfig]
+ALL = [ArchitectureConfig, AuditConfig, DemoConfig, EvaluateConfig, FinetuneConfig, GenerateConfig, TrainConfig]
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,12 @@ ALL = [ArchitectureConfig, AuditConfig, DemoConfig, FinetuneConfig, GenerateConf
             "contrast_log_snr: expected a list, each item a finite number, got -4.0",
         ),
         (AuditConfig, {"other_captions": (1,)}, "other_captions: expected a list, each item text, got (1,)."),
+        (
+            EvaluateConfig,
+            {"target": {"a": "1"}},
+            "target: expected a mapping, each value a finite number, got {'a': '1'}",
+        ),
+        (EvaluateConfig, {"subject_of": "dog"}, "subject_of: expected a mapping, each value text, got 'dog'"),
     ],
 )
 def test_a_wrong_type_is_refused_with_what_was_expected(config_class, values, message):
@@ -51,7 +58,8 @@ def test_a_wrong_type_is_refused_with_what_was_expected(config_class, values, me
         (ArchitectureConfig, "resolution", 0, "at least 1"),
         (ArchitectureConfig, "denoiser_channels", (64,), "at least two levels"),
         (ArchitectureConfig, "denoiser_channels", (64, 100), "multiples of 8"),
-        (ArchitectureConfig, "autoencoder_blocks", (), "at least one level of at least 0 blocks"),
+        (ArchitectureConfig, "autoencoder_blocks", (), "at least one level"),
+        (ArchitectureConfig, "autoencoder_blocks", (1, -1), "a list, each item at least 0"),
         (ArchitectureConfig, "text_width", 40, "a multiple of 16"),
         (ArchitectureConfig, "vocabulary_size", 100, "at least 514"),
         (ArchitectureConfig, "max_tokens", 2, "at least 3"),
@@ -70,8 +78,12 @@ def test_a_wrong_type_is_refused_with_what_was_expected(config_class, values, me
         (AuditConfig, "contrast_draws", 1, "at least 2 for solver auto"),
         (GenerateConfig, "guidance_scale", -1, "at least 0"),
         (GenerateConfig, "images_per_prompt", 0, "at least 1"),
+        (EvaluateConfig, "confidence", 1.0, "more than 0 and below 1"),
+        (EvaluateConfig, "subject_of", {"my dog": "dog"}, "nothing without an attribute"),
+        (EvaluateConfig, "target", {"land": 0.5, "water": 0.6}, "shares that sum to 1"),
+        (EvaluateConfig, "target", {"land": 0.0, "water": 1.0}, "each value more than 0"),
         (DemoConfig, "num_images", 100, "at least 200"),
-        (DemoConfig, "severity", 1.1, "between 0 and 1"),
+        (DemoConfig, "severity", 1.1, "at least 0 and at most 1"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_the_range(config_class, name, value, expected):
@@ -161,3 +173,30 @@ def test_errors_in_a_file_name_it(tmp_path, text, message):
 def test_an_absent_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"absent\.yaml: No such file"):
         TrainConfig.from_file(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (TrainConfig(steps=600, learning_rate=1e-5, mode="invariant"), "--mode invariant --learning-rate 1e-05"),
+        (GenerateConfig(num_inference_steps=5, guidance_scale=3, scale=2), "--scale 2 --steps 5"),
+        (DemoConfig(guidance_scales=(1.0, 7.5)), "--guidance-scales 1,7.5"),
+        (FinetuneConfig(fresh_denoiser=True, seed=3), "--fresh-denoiser --seed 3"),
+        (AuditConfig(words_model="clip", words=("sea", "sky")), "--words-model clip --word sea --word sky"),
+        (EvaluateConfig(target={"land": 0.25, "water": 0.75}), "--target land=0.25,water=0.75"),
+    ],
+)
+def test_settings_as_options_are_those_that_differ_from_the_defaults(config, options):
+    assert command_options(type(config), vars(config)) == options.split()
+    assert command_options(type(config), config.to_dict() | {"unknown": 1}) == options.split()
+
+
+def test_prompts_with_their_classes_are_options_of_one_word_each():
+    config = EvaluateConfig(subject_attribute="pet", subject_of={"my dog": "dog", "a=b": "cat"})
+    words = ["--subject-attribute", "pet", "--subject-of", "my dog=dog", "--subject-of", "a=b=cat"]
+    assert command_options(EvaluateConfig, vars(config)) == words
+
+
+def test_an_option_is_named_after_its_field_unless_that_says_otherwise():
+    assert option_name(GenerateConfig, "num_inference_steps") == "--steps"
+    assert option_name(DemoConfig, "num_inference_steps") == "--num-inference-steps"

@@ -11,7 +11,7 @@ import invdiff
 
 ROOT = Path(invdiff.__file__).parent
 
-BASE = ("errors", "config", "text", "files", "seeds", "distributed", "progress")
+BASE = ("errors", "options", "config", "text", "files", "seeds", "distributed", "progress")
 LAYERS = (
     (*BASE, "assets"),
     ("models",),
@@ -28,7 +28,8 @@ LAYERS = (
 LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 FORBIDDEN = {
     "errors": set(LAYER_OF),
-    "config": set(LAYER_OF) - {"errors"},
+    "options": set(LAYER_OF) - {"errors"},
+    "config": set(LAYER_OF) - {"errors", "options"},
     "guidance": {"training"},
     "evaluation": {"auditing", "guidance", "training"},
 }

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .config import Config, ConfigType
 from .errors import ConfigError
+from .options import Config, ConfigType
 
 if TYPE_CHECKING:
     from .data.captioned import CaptionedImages

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from ..config import AuditConfig, Config, DemoConfig, GenerateConfig, TrainConfig
+from ..config import AuditConfig, DemoConfig, GenerateConfig, TrainConfig
 from ..evaluation.results import Results
+from ..options import Config
 from .part_names import without_paths
 from .sources import Sources
 

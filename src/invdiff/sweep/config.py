@@ -6,8 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import AuditConfig, Config, FinetuneConfig, GenerateConfig, TrainConfig
+from ..config import AuditConfig, FinetuneConfig, GenerateConfig, TrainConfig
 from ..errors import ConfigError
+from ..options import Config
 
 BUNDLED = "birds"
 """The name of the bundled model, world and annotator."""
