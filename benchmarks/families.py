@@ -88,15 +88,15 @@ def fit(pipe, data, folder: Path, *, steps: int, batch_size: int = 64, learning_
 def recovered(found, data, usual: list[str]) -> dict:
     """Compare the groups found with the hidden attribute, which only this comparison reads."""
     rare = np.array([b != u for b, u in zip(data.attributes["background"], usual, strict=True)])
-    groups = found.group_weights[0].argmax(dim=1).numpy()
+    groups = found.group_weights[0].argmax(axis=1)
     rows = {}
     for index, prompt in enumerate(found.prompts):
-        mine = (found.prompt_ids == index).numpy()
+        mine = found.prompt_ids == index
         rows[prompt.prompt] = {
             "found": prompt.found,
             "reason": prompt.reason,
             "shares": prompt.shares,
-            "auroc": roc_auc_score(rare[mine], found.scores.numpy()[mine]) if prompt.found else None,
+            "auroc": roc_auc_score(rare[mine], found.scores[mine]) if prompt.found else None,
             "adjusted_rand": adjusted_rand_score(rare[mine], groups[mine]) if prompt.found else None,
         }
     return rows

@@ -98,8 +98,8 @@ def our_recipe(steps: int, batch_size: int, resolution: int) -> dict[str, Any]:
         data_fingerprint="",
         resolution=resolution,
     )
-    groups = nn.functional.one_hot(torch.arange(images) % 2).float()
-    found = Audit((groups,), torch.zeros(images), torch.zeros(images, dtype=torch.long), [], data.names, 0.0, {})
+    groups = np.eye(2, dtype=np.float32)[np.arange(images) % 2]
+    found = Audit((groups,), np.zeros(images, np.float32), np.zeros(images, np.int64), [], data.names, 0.0, {})
     # The first step is warm-up; the last, left out as well, writes a checkpoint.
     config = TrainConfig(steps=steps + 2, batch_size=batch_size)
     ends: list[float] = []

@@ -6,9 +6,9 @@ import torch
 
 from conftest import make_guidance_module, write_tiny_folder
 from invdiff.auditing import evidence as scores_module
-from invdiff.auditing.edits import CURATION, Curation
+from invdiff.auditing.edits import CURATION, Edits
 from invdiff.auditing.evidence import Evidence
-from invdiff.auditing.result import Audit
+from invdiff.auditing.result import Audit, apply
 from invdiff.auditing.run import audit, infer
 from invdiff.config import AuditConfig
 from invdiff.data.captioned import load_captioned_images
@@ -65,7 +65,7 @@ def test_the_rare_group_is_found_by_the_contrast():
     )
     assert found.biased
     assert found.prompts[0].evidence.startswith("contrast")
-    assert np.array_equal(found.in_rare_group.numpy(), minority)
+    assert np.array_equal(found.in_rare_group, minority)
     assert found.scores[minority].min() > found.scores[~minority].max()
 
 
@@ -76,7 +76,7 @@ def test_the_rare_group_is_found_by_the_features_where_the_contrast_says_nothing
         data, made_up_evidence(minority, contrast=0, features=8), np.array([0]), AuditConfig(), progress=False
     )
     assert found.prompts[0].evidence.startswith("features")
-    assert np.array_equal(found.in_rare_group.numpy(), minority)
+    assert np.array_equal(found.in_rare_group, minority)
 
 
 def test_where_nothing_is_hidden_nothing_is_found_and_the_reason_is_given():
@@ -86,7 +86,7 @@ def test_where_nothing_is_hidden_nothing_is_found_and_the_reason_is_given():
     assert not found.biased
     assert found.prompts[0].reason.startswith("no hidden group")
     assert len(found.prompts[0].candidates) > 2
-    assert torch.equal(found.group_weights[0], torch.full((600, 2), 0.5))
+    assert (found.group_weights[0] == 0.5).all()
 
 
 def test_groups_of_two_prompts_share_their_columns():
@@ -99,7 +99,7 @@ def test_groups_of_two_prompts_share_their_columns():
     both = Evidence(contrast.losses, evidence.features, 6)
     data = made_up_data(["a landbird", "a waterbird"], caption_ids)
     found = infer(data, both, np.array([0, 1]), AuditConfig(), progress=False)
-    assert np.array_equal(found.group_weights[0].argmax(dim=1).numpy() == 1, on_water)
+    assert np.array_equal(found.group_weights[0].argmax(axis=1) == 1, on_water)
 
 
 def test_a_caption_that_states_the_group_is_set_apart():
@@ -114,7 +114,7 @@ def test_a_caption_that_states_the_group_is_set_apart():
     assert hidden.captions == ["a bird"]
     assert stated.captions == ["a bird on land"]
     assert "land, on" in stated.reason
-    assert torch.equal(found.group_weights[0][:150], torch.full((150, 2), 0.5))
+    assert (found.group_weights[0][:150] == 0.5).all()
 
 
 def test_too_few_images_are_left_undecided():
@@ -132,7 +132,7 @@ def test_an_audit_is_saved_and_loaded_whole(tmp_path):
     loaded = Audit.load(found.save(tmp_path / "audit"))
     assert loaded.prompts == found.prompts
     assert loaded.names == found.names
-    assert torch.equal(loaded.group_weights[0], found.group_weights[0])
+    assert np.array_equal(loaded.group_weights[0], found.group_weights[0])
     assert loaded.fingerprint == found.fingerprint
 
 
@@ -146,9 +146,9 @@ def found():
     )
 
 
-def changes(audit: Audit) -> Curation:
-    plain = Curation(audit.fingerprint, tuple(("",) * size for size in audit.num_groups))
-    return plain.with_name(0, 1, "on land").without_images([0, 1, 290, 599]).with_cuts(1, [1.0])
+def edited(audit: Audit) -> Audit:
+    edits = Edits(names=(("", ""),)).with_name(0, 1, "on land")
+    return apply(audit, edits.without_images([0, 1, 290, 599]).with_cuts(1, [1.0]))
 
 
 def same(one: Audit, other: Audit) -> bool:
@@ -156,13 +156,13 @@ def same(one: Audit, other: Audit) -> bool:
         one.fingerprint == other.fingerprint
         and one.prompts == other.prompts
         and one.group_names == other.group_names
-        and one.curation == other.curation
-        and torch.equal(one.scores, other.scores)
+        and (one.edits == other.edits or not (one.edits.changed or other.edits.changed))
+        and np.array_equal(one.scores, other.scores)
     )
 
 
 def test_people_s_changes_are_in_the_audit_that_is_loaded(found, tmp_path):
-    changes(found).save(found.save(tmp_path))
+    edited(found).save_edits(found.save(tmp_path))
     loaded = Audit.load(tmp_path)
     assert loaded.kept.sum() == 596
     assert not loaded.kept[[0, 1, 290, 599]].any()
@@ -172,65 +172,65 @@ def test_people_s_changes_are_in_the_audit_that_is_loaded(found, tmp_path):
     assert loaded.prompts[1].shares[1 - above] == round(1 - high / 299, 4)
     assert loaded.group_names == (("", "on land"),)
     assert loaded.fingerprint != found.fingerprint
-    assert same(Audit.load(tmp_path, curated=False), found)
+    assert same(Audit.load(tmp_path, edited=False), found)
 
 
 def test_an_image_left_out_is_in_no_rare_group(found):
-    assert torch.equal(found.in_rare_group, torch.arange(600) % 300 >= 280)
-    less = found.with_curation(Curation().without_images([285, 3]))
+    assert np.array_equal(found.in_rare_group, np.arange(600) % 300 >= 280)
+    less = apply(found, Edits().without_images([285, 3]))
     assert less.in_rare_group.sum() == 39
     assert not less.in_rare_group[285]
     # Column 0 is the first maximum of a row of zeros.
-    swapped = replace(found, group_weights=(found.group_weights[0].flip(1),))
+    swapped = replace(found, group_weights=(found.group_weights[0][:, ::-1],))
     swapped = replace(swapped, prompts=[replace(p, shares=p.shares[::-1]) for p in found.prompts])
-    less = swapped.with_curation(Curation().without_images([285, 3]))
+    less = apply(swapped, Edits().without_images([285, 3]))
     assert less.in_rare_group.sum() == 39
     assert not less.in_rare_group[3]
 
 
 def test_images_of_a_prompt_in_one_group_are_not_rare(found):
-    whole = found.with_curation(Curation(cuts={0: (99.0,)}))
+    whole = apply(found, Edits(cuts={0: (99.0,)}))
     assert whole.prompts[0].shares == [1.0, 0.0]
-    assert torch.equal(whole.in_rare_group, torch.arange(600) >= 580)
+    assert np.array_equal(whole.in_rare_group, np.arange(600) >= 580)
 
 
 def test_an_audit_that_people_changed_is_saved_with_what_it_was(found, tmp_path):
-    changes(found).save(found.save(tmp_path / "a"))
+    edited(found).save_edits(found.save(tmp_path / "a"))
     loaded = Audit.load(tmp_path / "a")
     again = Audit.load(replace(loaded, settings={"seed": 1}).save(tmp_path / "b"))
     assert same(again, loaded)
-    assert same(Audit.load(tmp_path / "b", curated=False), found)
+    assert same(Audit.load(tmp_path / "b", edited=False), found)
     assert again.settings == {"seed": 1}
     assert same(Audit.load(again.save(tmp_path / "b")), loaded)
-    assert same(again.with_curation(Curation()), found)
+    assert same(apply(again, Edits()), found)
     assert [path.name for path in (tmp_path / "b").iterdir() if "curation" in path.name] == [CURATION]
 
 
 def test_the_same_audit_leaves_people_s_changes_and_another_puts_them_aside(found, tmp_path):
-    changes(found).save(found.save(tmp_path))
+    edited(found).save_edits(found.save(tmp_path))
     text = (tmp_path / CURATION).read_text()
     found.save(tmp_path)
     assert (tmp_path / CURATION).read_text() == text
-    other = replace(found, group_weights=(found.group_weights[0].flip(0),))
+    other = replace(found, group_weights=(found.group_weights[0][::-1],))
     assert same(Audit.load(other.save(tmp_path)), other)
     assert (tmp_path / f"curation-{found.fingerprint}.json").read_text() == text
     assert not (tmp_path / CURATION).exists()
 
 
 def test_changes_that_give_way_to_others_are_put_aside(found, tmp_path):
-    changes(found).save(found.save(tmp_path))
+    edited(found).save_edits(found.save(tmp_path))
     text = (tmp_path / CURATION).read_text()
-    other = found.with_curation(Curation().without_images([7]))
+    other = apply(found, Edits().without_images([7]))
     assert same(Audit.load(other.save(tmp_path)), other)
     assert (tmp_path / f"curation-{found.fingerprint}.json").read_text() == text
 
 
 def test_groups_replaced_after_people_s_changes_are_saved_as_they_are(found, tmp_path):
-    named = found.with_curation(changes(found))
-    replaced = replace(named, group_weights=(found.group_weights[0].flip(0),))
+    named = edited(found)
+    replaced = replace(named, group_weights=(found.group_weights[0][::-1],))
     loaded = Audit.load(replaced.save(tmp_path))
     assert loaded.fingerprint == replaced.fingerprint
-    assert loaded.curation.left_out == ()
+    assert loaded.edits.left_out == ()
     assert loaded.group_names == (("", "on land"),)
 
 
@@ -238,7 +238,7 @@ def test_a_damaged_file_of_changes_stops_an_audit_from_being_loaded(found, tmp_p
     (found.save(tmp_path) / CURATION).write_text("[]")
     with pytest.raises(AuditError, match="people's changes"):
         Audit.load(tmp_path)
-    assert same(Audit.load(tmp_path, curated=False), found)
+    assert same(Audit.load(tmp_path, edited=False), found)
 
 
 def test_an_audit_of_other_images_is_refused():
@@ -264,7 +264,7 @@ def test_an_audit_of_a_pipeline_counts_its_forwards(tiny_pipe, tiny_folder, tmp_
     hook.remove()
     assert found.forwards_per_image == pytest.approx(sum(calls) / len(data), abs=1e-3)
     assert found.group_weights[0].shape == (12, 2)
-    assert torch.allclose(found.group_weights[0].sum(dim=1), torch.ones(12))
+    assert np.allclose(found.group_weights[0].sum(axis=1), 1)
 
 
 def test_a_killed_audit_goes_on_to_the_same_result(tiny_pipe, tiny_folder, tmp_path, monkeypatch):
@@ -330,8 +330,8 @@ def test_images_of_another_resolution_are_measured_afresh(tiny_pipe, tiny_folder
         for side in (16, 32)
     )
     alone = audit(tiny_pipe, data, config=CONFIG, cache_dir=tmp_path / "other", progress=False)
-    assert torch.equal(large.scores, alone.scores)
-    assert not torch.equal(small.scores, large.scores)
+    assert np.array_equal(large.scores, alone.scores)
+    assert not np.array_equal(small.scores, large.scores)
     assert (small.settings["resolution"], alone.settings["resolution"]) == (16, 32)
     encoded = as_encoded(tiny_pipe, data, tmp_path, progress=False)
     fingerprint = small.settings["denoiser_fingerprint"]
@@ -357,7 +357,7 @@ def test_another_model_is_measured_afresh(tiny_pipe, tmp_path):
         tiny_pipe.unet.conv_out.weight.mul_(1.5)
     second = audit(tiny_pipe, data, config=CONFIG, cache_dir=tmp_path, progress=False)
     assert first.settings["denoiser_fingerprint"] != second.settings["denoiser_fingerprint"]
-    assert not torch.equal(first.scores, second.scores)
+    assert not np.array_equal(first.scores, second.scores)
 
 
 def test_captions_that_only_ever_say_the_usual_are_set_apart_too():

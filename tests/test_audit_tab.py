@@ -54,8 +54,8 @@ def test_images_left_out_are_in_no_group_and_can_be_put_back(book: AuditBook) ->
     position = book.pages[0].groups[0].typical[0]
     book.leave_out([position])
     assert book.pages[0].groups[0].size == before - 1
-    assert [page.prompt["prompt"] for page in book.pages] == [LAND, WATER]  # in their places, though one is smaller
-    assert reopened(book).curation.left_out == (position,)
+    assert [page.prompt.prompt for page in book.pages] == [LAND, WATER]  # in their places, though one is smaller
+    assert reopened(book).edits.left_out == (position,)
     book.put_back([position])
     assert reopened(book).pages[0].groups[0].size == before
 
@@ -63,7 +63,7 @@ def test_images_left_out_are_in_no_group_and_can_be_put_back(book: AuditBook) ->
 def test_a_whole_prompt_is_never_left_out(book: AuditBook) -> None:
     with pytest.raises(AuditError, match="at least one image"):
         book.leave_out(book.pages[0].rows.tolist())
-    assert book.curation.left_out == ()
+    assert book.edits.left_out == ()
     assert not (book.folder / CURATION).exists()
 
 
@@ -74,7 +74,7 @@ def test_changes_of_others_are_kept(book: AuditBook) -> None:
     book.rename(0, 1, "ours")
     kept = reopened(book)
     assert kept.group_names() == [["theirs", "ours"]]
-    assert kept.curation.left_out == (0,)
+    assert kept.edits.left_out == (0,)
 
 
 def test_a_moved_cut_moves_images_and_is_kept_only_when_asked(book: AuditBook) -> None:
@@ -208,7 +208,7 @@ def test_an_image_is_chosen_left_out_and_put_back(book: AuditBook) -> None:
         (tab.tab._put_back(*tab.at(0), picked), "one that was not"),
     ):
         assert words in tab.opened(attempt)["audit-status"]
-    assert book.curation.left_out == ()
+    assert book.edits.left_out == ()
 
 
 def test_many_images_left_out_are_counted_and_some_shown(book: AuditBook, monkeypatch: pytest.MonkeyPatch) -> None:

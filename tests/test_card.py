@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,8 +16,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from markdown_it import MarkdownIt
 
 from conftest import made_up_measures, make_guidance_module, make_tiny_pipeline
-from invdiff.auditing.edits import Curation
-from invdiff.auditing.result import Audit, PromptAudit
+from invdiff.auditing.edits import Edits
+from invdiff.auditing.result import Audit, PromptAudit, apply
 from invdiff.auditing.run import audit
 from invdiff.config import AuditConfig, TrainConfig
 from invdiff.data.captioned import load_captioned_images
@@ -89,9 +90,11 @@ def front_matter(card):
 
 
 def make_audit(*prompts):
-    prompt_ids = torch.arange(len(prompts))
-    weights = torch.full((len(prompts), 2), 0.5)
-    audits = Audit((weights,), torch.zeros(len(prompts)), prompt_ids, list(prompts), [], 0.0, {"solver": "auto"})
+    prompt_ids = np.arange(len(prompts))
+    weights = np.full((len(prompts), 2), 0.5, np.float32)
+    audits = Audit(
+        (weights,), np.zeros(len(prompts), np.float32), prompt_ids, list(prompts), [], 0.0, {"solver": "auto"}
+    )
     return audits, audits
 
 
@@ -122,17 +125,17 @@ def card_of(record, **config):
     return render_card({**settings, **config, "record": record}, num_parameters=1, source="org/module")
 
 
-def curated_audits(*names):
+def edited_audits(*names):
     """Audits of four images under two prompts, one image left out and the cuts of one prompt moved."""
     prompts = [make_prompt("a bird", num_images=2), make_prompt("a fish", num_images=2)]
-    ids, scores = torch.tensor([0, 0, 1, 1]), torch.tensor([0.0, 1.0, 0.0, 1.0])
-    plain = Audit((torch.eye(2)[[0, 1, 0, 1]],), scores, ids, prompts, list("abcd"), 0.0, {})
-    found = plain.with_curation(Curation(names=(names,), left_out=(0,), cuts={1: (0.5,)}))
+    ids, scores = np.array([0, 0, 1, 1]), np.array([0.0, 1.0, 0.0, 1.0], np.float32)
+    plain = Audit((np.eye(2, dtype=np.float32)[[0, 1, 0, 1]],), scores, ids, prompts, list("abcd"), 0.0, {})
+    found = apply(plain, Edits(names=(names,), left_out=(0,), cuts={1: (0.5,)}))
     return found, found
 
 
 def test_the_card_says_what_people_changed():
-    record = make_record(audits=curated_audits("on land", ""))
+    record = make_record(audits=edited_audits("on land", ""))
     assert record["group_names"] == [["on land", ""]]
     assert record["changed_by_people"] == {"left_out": 1, "cuts_moved": 1}
     card = card_of(json.loads(json.dumps(record)))

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from conftest import CAPTIONS, made_up_measures, make_guidance_module, make_tiny_pipeline, write_tiny_folder
 from invdiff import cli, cli_output
-from invdiff.auditing.edits import Curation
-from invdiff.auditing.result import Audit
+from invdiff.auditing.edits import Edits
+from invdiff.auditing.result import Audit, apply
 from invdiff.cli_options import (
     environments_from,
     field_docs,
@@ -300,7 +300,7 @@ def test_people_s_changes_are_told_by_audit_and_train(tiny_pipe_dir, tiny_folder
     assert "people" not in run(*again).stderr
     found = Audit.load(tmp_path / "a")
     prompt = next(index for index, entry in enumerate(found.prompts) if entry.found)
-    changed = found.with_curation(Curation().without_images([3, 5]).with_cuts(prompt, [0.125]))
+    changed = apply(found, Edits().without_images([3, 5]).with_cuts(prompt, [0.125]))
     changed.save(tmp_path / "a")
 
     shown = " ".join(run(*again).stderr.split())

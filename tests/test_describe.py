@@ -15,9 +15,8 @@ from invdiff import cli
 from invdiff.auditing import describe
 from invdiff.auditing import run as audit_module
 from invdiff.auditing.describe import IMAGES_PER_GROUP, MOST_WORDS, NO_WORD, TEMPLATES, describe_groups
-from invdiff.auditing.result import Audit, PromptAudit
+from invdiff.auditing.result import WORDS, Audit, PromptAudit, read_words
 from invdiff.auditing.run import audit
-from invdiff.auditing.words import WORDS, read_words
 from invdiff.config import AuditConfig
 from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.errors import ConfigError, ModelError
@@ -93,9 +92,9 @@ def made_up(labels, prompt_ids, captions=None, prompts=PROMPTS):
     labels, prompt_ids = np.asarray(labels), np.asarray(prompt_ids)
     names = [f"{index}.png" for index in range(len(labels))]
     found = Audit(
-        group_weights=(torch.from_numpy(np.eye(labels.max() + 1, dtype=np.float32)[labels]),),
-        scores=torch.zeros(len(labels)),
-        prompt_ids=torch.from_numpy(prompt_ids),
+        group_weights=(np.eye(labels.max() + 1, dtype=np.float32)[labels],),
+        scores=np.zeros(len(labels), np.float32),
+        prompt_ids=prompt_ids,
         prompts=[
             PromptAudit(prompt, [prompt], int((prompt_ids == index).sum()), found=True, reason="")
             for index, prompt in enumerate(prompts)
@@ -226,7 +225,7 @@ def test_images_that_were_left_out_are_not_looked_at(tmp_path):
     labels, prompt_ids = birds()
     found, data = made_up(labels, prompt_ids)
     encoder = StandIn([("sea",) if label == WATER else () for label in labels])
-    weights = found.group_weights[0].clone()
+    weights = found.group_weights[0].copy()
     weights[:40] = 0
     tell(replace(found, group_weights=(weights,)), data, encoder, tmp_path)
     assert set(encoder.images) == set(range(40, 240))
@@ -266,7 +265,7 @@ def test_each_hidden_factor_has_words_of_its_own(tmp_path):
     labels, prompt_ids = birds()
     at_night = np.arange(len(labels)) % 4 == 0
     found, data = made_up(labels, prompt_ids)
-    second = torch.from_numpy(np.eye(2, dtype=np.float32)[at_night.astype(int)])
+    second = np.eye(2, dtype=np.float32)[at_night.astype(int)]
     shown = [
         [word for word, there in (("sea", a == WATER), ("night", b)) if there]
         for a, b in zip(labels, at_night, strict=True)
@@ -337,7 +336,7 @@ def test_words_change_nothing_else_and_cost_no_new_measurement(clip_dir, tiny_pi
     told.save(tmp_path / "audit")
     plain.save(tmp_path / "audit")  # of the same groups: the words stay true
     assert read_words(tmp_path / "audit", plain.fingerprint) == told.words
-    other = replace(plain, group_weights=(plain.group_weights[0].flip(1),))
+    other = replace(plain, group_weights=(plain.group_weights[0][:, ::-1],))
     other.save(tmp_path / "audit")
     assert not (tmp_path / "audit" / WORDS).exists()
 

@@ -14,13 +14,13 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import invdiff.report
-from invdiff.auditing.edits import curated, read_curation
+from invdiff.auditing.result import Audit, apply
 from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError
 from invdiff.evaluation.manifest import Row, read_manifest
 from invdiff.report import style
 from invdiff.report.audit_pictures import draw_histogram, save_audit_pictures
-from invdiff.report.audit_reading import cuts, pages_of, rank_groups, read_inferred
+from invdiff.report.audit_reading import cuts, pages_of, rank_groups
 from invdiff.report.comparison import Comparison, choose_images, same_seeds
 from invdiff.report.comparison_pictures import save_before_after
 from invdiff.report.sources import Generated
@@ -88,10 +88,12 @@ def make_audit(
             "shares": [1 - rare / per_prompt, rare / per_prompt],
             "stability": 0.9,
             "separation": 0.8,
+            "candidates": [],
         }
         for prompt in prompts
     ]
     document = {"num_groups": [2] * factors, "prompts": entries, "names": names}
+    document |= {"forwards_per_image": 6.0, "settings": {}}
     (folder / "audit.json").write_text(json.dumps(document))
     rows = [{"file_name": name, "text": text} for name, text in zip(names, captions, strict=True)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -200,24 +202,23 @@ def test_cuts_are_midpoints_of_gaps() -> None:
 
 def test_pages_are_of_the_images_kept_under_the_names_that_people_gave(tmp_path: Path) -> None:
     make_audit(tmp_path, factors=2)
-    document, tensors = read_inferred(tmp_path)
-    curation = read_curation(tmp_path, document, tensors).with_name(1, 1, "on water").without_images([18, 20, 39])
-    land, land_again, water, _ = pages_of(*curated(document, tensors, curation), curation)
+    audit = Audit.load(tmp_path)
+    edits = audit.edits.with_name(1, 1, "on water").without_images([18, 20, 39])
+    land, land_again, water, _ = pages_of(apply(audit, edits))
     assert [land.index, land_again.index, water.index] == [0, 0, 1]
     assert [group.name for group in land.groups] == ["group 0", "group 1"]
     assert [group.name for group in land_again.groups] == ["group 0", "on water"]
     assert land.rows.tolist() == [*range(18), 19]
     assert water.rows.tolist() == [*range(21, 39)]
     assert [group.size for group in water.groups] == [17, 1]
-    assert np.array_equal(water.scores, tensors["scores"][21:39])
+    assert np.array_equal(water.scores, audit.scores[21:39])
     assert sorted(at for group in water.groups for at in group.typical) == water.rows.tolist()
 
 
 def test_a_page_has_the_cuts_that_people_set(tmp_path: Path) -> None:
     make_audit(tmp_path)
-    document, tensors = read_inferred(tmp_path)
-    curation = read_curation(tmp_path, document, tensors).with_cuts(1, [0.25])
-    land, water = pages_of(*curated(document, tensors, curation), curation)
+    audit = Audit.load(tmp_path)
+    land, water = pages_of(apply(audit, audit.edits.with_cuts(1, [0.25])))
     assert (land.by_hand, water.by_hand) == (False, True)
     assert water.cuts == [0.25]
     assert land.cuts == cuts(land.scores, land.labels)
@@ -229,8 +230,9 @@ def test_a_page_has_the_cuts_that_people_set(tmp_path: Path) -> None:
 
 def test_names_are_drawn_and_images_left_out_are_not(tmp_path: Path, written: list[str], rows: list[int]) -> None:
     data = make_audit(tmp_path, prompts=(LAND,))
-    curation = read_curation(tmp_path, *read_inferred(tmp_path)).with_name(0, 1, "$\\water{ <b>" + "x" * 40)
-    curation.without_images([0, 19]).with_cuts(0, [99.0]).save(tmp_path)
+    audit = Audit.load(tmp_path)
+    edits = audit.edits.with_name(0, 1, "$\\water{ <b>" + "x" * 40)
+    apply(audit, edits.without_images([0, 19]).with_cuts(0, [99.0])).save_edits(tmp_path)
     save_audit_pictures(tmp_path, data)
     assert rows == [8, 0, 12, 6, 0]  # all are below the cut
     assert "group 0 · 100%" in written

@@ -20,13 +20,13 @@ from typer.testing import CliRunner
 
 from browser import LAYOUT, needs_browser, open_browser
 from invdiff import cli, save_report
-from invdiff.auditing.edits import Curation, read_curation
+from invdiff.auditing.edits import Edits
+from invdiff.auditing.result import Audit, apply
 from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError
 from invdiff.evaluation.annotators.given_labels import GivenLabels
 from invdiff.evaluation.evaluate import evaluate
 from invdiff.evaluation.quality.intervals import share_interval
 from invdiff.evaluation.results import Results
-from invdiff.report.audit_reading import read_inferred
 from invdiff.report.found import by_people
 from invdiff.report.results_reading import read_results
 from invdiff.report.style import PAPER, Sheet, percent
@@ -194,9 +194,10 @@ def test_typical_images_are_shown_with_their_names(page: Page) -> None:
 def test_people_s_changes_are_told_and_shares_are_of_what_they_left(run: Path, tmp_path: Path) -> None:
     audit = tmp_path / "audit"
     shutil.copytree(run / "audit", audit)
-    scores = read_inferred(audit)[1]["scores"]
-    curation = read_curation(audit, *read_inferred(audit)).with_name(0, 0, "on land").with_name(0, 1, "on water")
-    curation.without_images([0, 18, 21]).with_cuts(1, [0.0]).save(audit)
+    inferred = Audit.load(audit)
+    edits = inferred.edits.with_name(0, 0, "on land").with_name(0, 1, "on water")
+    apply(inferred, edits.without_images([0, 18, 21]).with_cuts(1, [0.0])).save_edits(audit)
+    scores = inferred.scores
     above = int((scores[20:] >= 0).sum()) - int(scores[21] >= 0)
     found, markdown = report(tmp_path / "out", audit=audit, data=run / "data", results=run / "results.json")
     assert "on water 6% 1% to 26%" in found.words  # 1 of 18
@@ -227,36 +228,37 @@ def test_nothing_is_said_of_people_where_they_changed_nothing(page: Page, twin: 
 
 
 def test_each_change_is_told_alone() -> None:
-    names = Curation(names=(("a", ""),))
+    names = Edits(names=(("a", ""),))
     assert by_people(names) == "People changed this audit: names of groups are people's words."
-    assert by_people(Curation(left_out=(1,))).startswith("People changed this audit: 1 image is left out. Separation")
-    moved = Curation(names=(("a", ""),), cuts={0: (1.0,), 2: (1.0,)})
+    assert by_people(Edits(left_out=(1,))).startswith("People changed this audit: 1 image is left out. Separation")
+    moved = Edits(names=(("a", ""),), cuts={0: (1.0,), 2: (1.0,)})
     assert "by hand under 2 prompts and names of" in by_people(moved)
-    assert by_people(Curation(names=(("", ""),))) == ""
+    assert by_people(Edits(names=(("", ""),))) == ""
 
 
 def test_one_group_alone_has_no_smallest(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "audit", tmp_path / "audit")
-    curation = read_curation(tmp_path / "audit", *read_inferred(tmp_path / "audit"))
-    curation.with_cuts(0, [99.0]).save(tmp_path / "audit")
+    audit, edits = Audit.load(tmp_path / "audit"), Edits().with_cuts(0, [99.0])
+    apply(audit, edits).save_edits(tmp_path / "audit")
     assert "the smallest group holds 10% of" in report(tmp_path / "one", audit=tmp_path / "audit")[1]
-    curation.with_cuts(0, [99.0]).with_cuts(1, [99.0]).save(tmp_path / "audit")
+    apply(audit, edits.with_cuts(1, [99.0])).save_edits(tmp_path / "audit")
     assert "smallest" not in report(tmp_path / "both", audit=tmp_path / "audit")[1]
 
 
 def test_hostile_names_of_groups_are_text(tmp_path: Path) -> None:
     make_audit(tmp_path / "audit", prompts=(LAND,), factors=8)
-    plain = read_curation(tmp_path / "audit", *read_inferred(tmp_path / "audit"))
+    audit = Audit.load(tmp_path / "audit")
+    plain = audit.edits
     names = [one_line(text, 60) for text in NASTY if text.strip()][:16]
     assert len(names) == 16
     hostile, harmless = plain, plain
     for place, name in enumerate(names):
         hostile = hostile.with_name(*divmod(place, 2), name)
         harmless = harmless.with_name(*divmod(place, 2), f"name {place}")
-    harmless.save(tmp_path / "audit")
+    apply(audit, harmless).save_edits(tmp_path / "audit")
     expected, markdown = report(tmp_path / "harmless", audit=tmp_path / "audit", data=tmp_path / "audit")
     kinds = {token.type for token in MarkdownIt("commonmark").enable("table").parse(markdown)}
-    hostile.save(tmp_path / "audit")
+    apply(audit, hostile).save_edits(tmp_path / "audit")
     found, _ = report(tmp_path / "hostile", audit=tmp_path / "audit", data=tmp_path / "audit")
     assert [tag for tag, _ in found.elements] == [tag for tag, _ in expected.elements]
     assert [sorted(attributes) for _, attributes in found.elements] == [sorted(a) for _, a in expected.elements]

@@ -10,8 +10,8 @@ import yaml
 from PIL import Image
 
 from conftest import write_tiny_folder
-from invdiff.auditing.edits import Curation
-from invdiff.auditing.result import Audit
+from invdiff.auditing.edits import Edits
+from invdiff.auditing.result import Audit, apply
 from invdiff.config import AuditConfig
 from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError, ModelError
 from invdiff.evaluation.annotators.conv import ConvAnnotator
@@ -87,7 +87,7 @@ def test_a_finished_sweep_is_read_back(fixed, tmp_path, counted):
 def test_a_sweep_compares_settings_not_what_people_changed(fixed, tmp_path):
     first = sweep(fixed, {"scale": [1]}, tmp_path / "out")
     (folder,) = (tmp_path / "out" / "work" / "audits").iterdir()
-    Audit.load(folder).with_curation(Curation().without_images([0])).save(folder)
+    apply(Audit.load(folder), Edits().without_images([0])).save(folder)
     assert sweep(fixed, {"scale": [1]}, tmp_path / "out") == first
 
 

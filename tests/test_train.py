@@ -1,13 +1,14 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from conftest import make_tiny_pipeline
-from invdiff.auditing.edits import Curation
-from invdiff.auditing.result import Audit, PromptAudit
+from invdiff.auditing.edits import Edits
+from invdiff.auditing.result import Audit, PromptAudit, apply
 from invdiff.config import TrainConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import as_encoded
@@ -22,21 +23,21 @@ CONFIG = TrainConfig(steps=4, batch_size=4, checkpoint_every=2, mixed_precision=
 
 
 def hard(labels, num_groups=2):
-    return torch.eye(num_groups)[torch.as_tensor(labels)]
+    return np.eye(num_groups, dtype=np.float32)[np.asarray(labels)]
 
 
 def make_audit(names, labels, *, found=True, prompt_ids=None, num_groups=2, **settings) -> Audit:
     """An audit that found these groups under every prompt, or none."""
-    prompt_ids = torch.zeros(len(names), dtype=torch.long) if prompt_ids is None else torch.as_tensor(prompt_ids)
+    prompt_ids = np.zeros(len(names), np.int64) if prompt_ids is None else np.asarray(prompt_ids)
     found = [found] * (int(prompt_ids.max()) + 1) if isinstance(found, bool) else found
     prompts = [
         PromptAudit(prompt=f"prompt {i}", captions=[], num_images=0, found=each, reason="made up", shares=[0.5, 0.5])
         for i, each in enumerate(found)
     ]
-    weights = torch.full((len(names), num_groups), 1 / num_groups)
-    is_found = torch.tensor(found)[prompt_ids]
+    weights = np.full((len(names), num_groups), 1 / num_groups, np.float32)
+    is_found = np.array(found)[prompt_ids]
     weights[is_found] = hard(labels, num_groups)[is_found]
-    return Audit((weights,), torch.zeros(len(names)), prompt_ids, prompts, list(names), 0.0, settings)
+    return Audit((weights,), np.zeros(len(names), np.float32), prompt_ids, prompts, list(names), 0.0, settings)
 
 
 @pytest.fixture(autouse=True)
@@ -348,23 +349,23 @@ def test_environments_keep_their_meaning_in_the_next_round():
     before = make_audit(["a", "b", "c", "d"], [0, 0, 1, 1])
     swapped = make_audit(["a", "b", "c", "d"], [1, 1, 0, 1])
     merged = carry_over(before, swapped)
-    assert torch.equal(merged.group_weights[0], hard([0, 0, 1, 0]))
+    assert np.array_equal(merged.group_weights[0], hard([0, 0, 1, 0]))
 
 
 def test_a_prompt_that_is_balanced_by_now_keeps_its_groups():
     before = make_audit(["a", "b", "c", "d"], [0, 1, 0, 1], prompt_ids=[0, 0, 1, 1])
     now = make_audit(["a", "b", "c", "d"], [0, 1, 0, 0], prompt_ids=[0, 0, 1, 1], found=[False, True])
-    assert torch.equal(carry_over(before, now).group_weights[0], hard([0, 1, 0, 0]))
+    assert np.array_equal(carry_over(before, now).group_weights[0], hard([0, 1, 0, 0]))
 
 
 def test_images_left_out_and_names_last_through_the_rounds():
     before = make_audit(["a", "b", "c", "d"], [0, 0, 1, 1], prompt_ids=[0, 0, 1, 1])
-    before = before.with_curation(Curation().without_images([1, 2]))
-    before = replace(before, group_names=(("land", "water"),))
+    before = apply(before, Edits().without_images([1, 2]))
+    before = replace(before, edits=replace(before.edits, names=(("land", "water"),)))
     now = make_audit(["a", "b", "c", "d"], [1, 1, 0, 0], prompt_ids=[0, 0, 1, 1], found=[True, False])
     merged = carry_over(before, now)
-    assert torch.equal(merged.kept, torch.tensor([True, False, False, True]))
-    assert torch.equal(merged.group_weights[0][[0, 3]], hard([0, 1]))
+    assert merged.kept.tolist() == [True, False, False, True]
+    assert np.array_equal(merged.group_weights[0][[0, 3]], hard([0, 1]))
     assert merged.group_names == (("land", "water"),)
 
 
@@ -373,7 +374,7 @@ def test_an_image_left_out_is_never_read(tiny_pipe, data, found, tmp_path, monke
     asked = []
     read = type(data.latents).__getitem__
     monkeypatch.setattr(type(data.latents), "__getitem__", lambda self, rows: asked.append(rows) or read(self, rows))
-    less = found.with_curation(Curation().without_images([0, 11]))
+    less = apply(found, Edits().without_images([0, 11]))
     run(tiny_pipe, data, less, tmp_path / "m", rounds=2, steps=40)
     seen = set(torch.cat(asked).tolist())
     assert seen == set(range(12)) - {0, 11}
@@ -382,13 +383,13 @@ def test_an_image_left_out_is_never_read(tiny_pipe, data, found, tmp_path, monke
 def test_an_audit_that_people_changed_is_another_audit(tiny_pipe, data, found, tmp_path):
     run(tiny_pipe, data, found, tmp_path / "m")
     with pytest.raises(ConfigError, match="got others: audit was"):
-        run(tiny_pipe, data, found.with_curation(Curation().without_images([0])), tmp_path / "m")
-    names = Curation(names=(("", ""),)).with_name(0, 0, "land")
-    run(tiny_pipe, data, found.with_curation(names), tmp_path / "m")  # names change nothing that is trained
+        run(tiny_pipe, data, apply(found, Edits().without_images([0])), tmp_path / "m")
+    names = Edits(names=(("", ""),)).with_name(0, 0, "land")
+    run(tiny_pipe, data, apply(found, names), tmp_path / "m")  # names change nothing that is trained
 
 
 def test_further_factors_are_kept_in_the_next_round():
-    second = torch.full((4, 3), 1 / 3)
+    second = np.full((4, 3), 1 / 3, np.float32)
     before = make_audit(["a", "b", "c", "d"], [0, 0, 1, 1])
     before = replace(before, group_weights=(*before.group_weights, second))
     merged = carry_over(before, make_audit(["a", "b", "c", "d"], [0, 0, 0, 1]))

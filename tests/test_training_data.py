@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from invdiff.auditing.edits import read_curation
+from invdiff.auditing.edits import Edits
+from invdiff.auditing.result import Audit, apply
 from invdiff.evaluation.estimates import Estimate
 from invdiff.evaluation.quality.intervals import share_interval
 from invdiff.evaluation.results import AttributeMeasures, Measures, Quantity, Results
-from invdiff.report.audit_reading import read_inferred
 from invdiff.report.sources import AuditSource, Parts, read_parts
 from invdiff.report.training_data import Labels, labels
 from test_pictures import HOSTILE, LAND, WATER, make_audit
@@ -100,7 +100,7 @@ def test_classes_are_matched_exactly(tmp_path: Path) -> None:
 
 def test_images_that_people_left_out_are_not_counted(tmp_path: Path) -> None:
     source(tmp_path, ["land"] * 20 + ["water"] * 20)
-    read_curation(tmp_path, *read_inferred(tmp_path)).without_images([0, 3, 25]).save(tmp_path)
+    apply(Audit.load(tmp_path), Edits().without_images([0, 3, 25])).save_edits(tmp_path)
     found = labels(read(tmp_path), results("land", "water"))
     assert found is not None
     assert (found.under(LAND), found.under(WATER)) == ({"land": 18}, {"water": 19})

@@ -3,8 +3,8 @@ import re
 import pytest
 
 from invdiff.assets import COMMON_WORDS
+from invdiff.auditing.result import WORD_LIMIT
 from invdiff.auditing.vocabulary import LEAST_CAPTIONS, MOST_CAPTION_WORDS, caption_words, named_in, stem, vocabulary
-from invdiff.auditing.words import WORD_LIMIT
 
 
 def test_words_are_the_users_the_captions_and_common_ones_each_once():

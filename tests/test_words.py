@@ -1,33 +1,43 @@
 import html
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 
 from invdiff import save_report
-from invdiff.auditing.edits import audit_fingerprint, read_curation
-from invdiff.auditing.words import WORD_LIMIT, WORDS, AuditWords, GroupWords, Word, read_words, remove_words_of_others
+from invdiff.auditing.result import WORD_LIMIT, WORDS, Audit, AuditWords, GroupWords, PromptAudit, Word, apply
 from invdiff.errors import AuditError
 from invdiff.report.audit_pictures import save_audit_pictures
-from invdiff.report.audit_reading import read_inferred
 from test_pictures import HOSTILE, LAND, make_audit
 from test_report import NASTY, Page
 
+AUDIT = Audit(
+    (np.eye(2, dtype=np.float32),),
+    np.zeros(2, np.float32),
+    np.zeros(2, np.int64),
+    [PromptAudit("a bird", ["a bird"], 2, True, "made up", shares=[0.5, 0.5])],
+    ["a.png", "b.png"],
+    6.0,
+    {},
+)
+OTHER = replace(AUDIT, group_weights=(AUDIT.group_weights[0][::-1],))
 WATER = GroupWords(0, "a bird", 0, 1, (Word("water", 2.1, 0.001), Word("boat", 0.9, 0.004)), "")
 NOTHING = GroupWords(None, "", 0, 0, (), "no word tells it apart")
-FOUND = AuditWords("clip-tiny", "0123456789abcdef", 500, 80, 0.01, (WATER, NOTHING))
+FOUND = AuditWords("clip-tiny", AUDIT.fingerprint, 500, 80, 0.01, (WATER, NOTHING))
 
 
 def changed(folder, change):
-    FOUND.save(folder)
+    replace(AUDIT, words=FOUND).save(folder)
     document = json.loads((folder / WORDS).read_text())
     change(document)
     (folder / WORDS).write_text(json.dumps(document))
 
 
 def test_words_come_back_whole(tmp_path):
-    FOUND.save(tmp_path)
-    assert read_words(tmp_path, FOUND.audit) == FOUND
+    assert Audit.load(AUDIT.save(tmp_path)).words is None
+    assert Audit.load(replace(AUDIT, words=FOUND).save(tmp_path)).words == FOUND
+    assert Audit.load(AUDIT.save(tmp_path)).words == FOUND  # of the same groups, so they stay
 
 
 def test_words_are_found_by_prompt_factor_and_group():
@@ -38,27 +48,23 @@ def test_words_are_found_by_prompt_factor_and_group():
     assert (WATER.line, NOTHING.line) == ("water, boat", "no word tells it apart")
 
 
-def test_an_audit_without_words_has_none(tmp_path):
-    assert read_words(tmp_path, FOUND.audit) is None
-
-
 def test_words_of_another_audit_are_refused_and_removed(tmp_path):
-    FOUND.save(tmp_path)
-    with pytest.raises(AuditError, match=r"those of another \(0123456789abcdef\).*--words-model"):
-        read_words(tmp_path, "f" * 16)
-    remove_words_of_others(tmp_path, FOUND.audit)
-    assert (tmp_path / WORDS).exists()
-    remove_words_of_others(tmp_path, "f" * 16)
-    assert not (tmp_path / WORDS).exists()
-    remove_words_of_others(tmp_path, "f" * 16)
+    replace(AUDIT, words=FOUND).save(tmp_path / "one")
+    OTHER.save(tmp_path / "two")
+    (tmp_path / "one" / WORDS).rename(tmp_path / "two" / WORDS)
+    with pytest.raises(AuditError, match=rf"those of another \({AUDIT.fingerprint}\).*--words-model"):
+        Audit.load(tmp_path / "two")
+    with pytest.raises(AuditError, match="those of another"):
+        save_report(tmp_path / "report", audit=tmp_path / "two")
+    assert Audit.load(replace(OTHER, words=FOUND).save(tmp_path / "two")).words is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "null", "{}", '{"groups": 1}', "\xff"])
 def test_other_files_are_refused_and_removed(tmp_path, text):
-    (tmp_path / WORDS).write_text(text, encoding="latin-1")
+    (AUDIT.save(tmp_path) / WORDS).write_text(text, encoding="latin-1")
     with pytest.raises(AuditError, match="Expected words for groups"):
-        read_words(tmp_path, FOUND.audit)
-    remove_words_of_others(tmp_path, FOUND.audit)
+        Audit.load(tmp_path)
+    AUDIT.save(tmp_path)
     assert not (tmp_path / WORDS).exists()
 
 
@@ -68,19 +74,19 @@ def test_other_files_are_refused_and_removed(tmp_path, text):
 def test_a_group_of_another_kind_is_refused(tmp_path, name, value):
     changed(tmp_path, lambda document: document["groups"][0].update({name: value}))
     with pytest.raises(AuditError, match="Expected words for groups"):
-        read_words(tmp_path, FOUND.audit)
+        Audit.load(tmp_path)
 
 
 def test_figures_are_finite(tmp_path):
     changed(tmp_path, lambda document: document["groups"][0]["words"][0].update({"effect": float("inf")}))
     with pytest.raises(AuditError, match="a finite number, got inf"):
-        read_words(tmp_path, FOUND.audit)
+        Audit.load(tmp_path)
 
 
 def test_hostile_words_are_cut_to_one_line(tmp_path):
     hostile = "\u202e<b>\n" + "x" * 10_000
     changed(tmp_path, lambda document: document["groups"][0]["words"][0].update({"word": hostile}))
-    word = read_words(tmp_path, FOUND.audit).groups[0].words[0].word
+    word = Audit.load(tmp_path).words.groups[0].words[0].word
     assert word.startswith("<b> xxx")
     assert len(word) == WORD_LIMIT
 
@@ -100,7 +106,7 @@ def made_up(folder, *, told=("water", "boat"), model="clip-tiny", factors=1, pro
         for factor in range(factors)
         for group in (0, 1)
     ]
-    fingerprint = audit_fingerprint(read_inferred(folder)[1])
+    fingerprint = Audit.load(folder).fingerprint
     document = asdict(AuditWords(model, fingerprint, 512, 40, 0.01, tuple(groups)))
     (folder / WORDS).write_text(json.dumps(document))  # holds what UTF-8 does not have
     return data
@@ -138,19 +144,12 @@ def test_words_stand_beside_the_factor_they_are_of(tmp_path):
 
 def test_words_of_groups_that_people_changed_are_said_to_be_older(tmp_path):
     data = made_up(tmp_path)
-    curation = read_curation(tmp_path, *read_inferred(tmp_path)).without_images([0]).with_name(0, 1, "at sea")
-    curation.save(tmp_path)
+    audit = Audit.load(tmp_path)
+    apply(audit, audit.edits.without_images([0]).with_name(0, 1, "at sea")).save_edits(tmp_path)
     page, twin = shown(tmp_path, data)
     assert "Most typical of at sea Words: water, boat" in page.words
     for text in (page.words, twin):
         assert "before people's changes" in text
-
-
-def test_a_report_refuses_words_of_another_audit(tmp_path):
-    data = make_audit(tmp_path)
-    FOUND.save(tmp_path)
-    with pytest.raises(AuditError, match="those of another"):
-        save_report(tmp_path / "report", audit=tmp_path, data=data)
 
 
 def test_hostile_words_are_text(tmp_path):

@@ -47,7 +47,7 @@ from .cli_output import (
     print_audit,
     print_results,
     say,
-    say_curation,
+    say_edits,
     silence_libraries,
 )
 from .cli_prepare import app as prepare_app
@@ -280,7 +280,7 @@ def train(
     from .training.train import train as run_train
 
     found = Audit.load(audit_dir)
-    say_curation(found, quiet=quiet)
+    say_edits(found, quiet=quiet)
     found.check_found()
     images = source.load()
     pipe = load_pipeline(model, dtype=dtype_named(dtype))

@@ -18,8 +18,7 @@ from .errors import ConfigError, InvDiffError
 from .text import one_line
 
 if TYPE_CHECKING:
-    from .auditing.result import Audit
-    from .auditing.words import AuditWords
+    from .auditing.result import Audit, AuditWords
     from .evaluation.augmentation_results import AugmentationResults
     from .evaluation.results import Results
 
@@ -117,12 +116,12 @@ def _print_words(console: Console, words: AuditWords) -> None:
         console.print(Text(f"  {factor}group {entry.group}: {entry.line}"), soft_wrap=True)
 
 
-def say_curation(audit: Audit, *, quiet: bool) -> None:
+def say_edits(audit: Audit, *, quiet: bool) -> None:
     """Tell what people changed about an audit, where they changed what is trained on; on standard error."""
-    left_out = len(audit.curation.left_out)
+    left_out = len(audit.edits.left_out)
     if left_out:
         say(f"images left out by people: {left_out:,} of {len(audit.names):,}", quiet=quiet)
-    for index, cuts in audit.curation.cuts.items():
+    for index, cuts in audit.edits.cuts.items():
         scores = ", ".join(f"{cut:g}" for cut in cuts)
         say(f"cuts moved by people: {one_line(audit.prompts[index].prompt, 80)!r} at {scores}", quiet=quiet)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from safetensors import SafetensorError
 
@@ -18,6 +22,7 @@ from .errors import DataError
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 
 @contextlib.contextmanager
@@ -96,6 +101,36 @@ def read_json(path: Path) -> Any:
         raise DataError(f"Expected JSON in {path}, found something else ({error}).") from error
 
 
+def typed(kind: Any, value: Any) -> Any:
+    """A value read from JSON, as the type it should have.
+
+    Args:
+        kind: str, int, bool, float (a finite one), a dataclass of such types, or list[T], tuple[T, ...], T | None of
+            them; dict[str, Any] is any object.
+        value: As `read_json` returns it.
+
+    Raises:
+        TypeError: It is of another type.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = _type_hints(kind)
+        return kind(**{name: typed(hints.get(name, str), item) for name, item in value.items()})
+    if origin in (list, tuple) and isinstance(value, list):
+        return origin(typed(arguments[0], item) for item in value)
+    if origin is types.UnionType:
+        return None if value is None else typed(arguments[0], value)
+    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
+        return float(value)
+    if kind is not float and type(value) is (origin or kind):
+        return value
+    name = "a finite number" if kind is float else getattr(kind, "__name__", str(kind))
+    raise TypeError(f"expected {name}, got {repr(value)[:40]}")
+
+
+_type_hints = functools.cache(get_type_hints)
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -103,9 +138,21 @@ def write_tensors(
     from safetensors.torch import save_file  # imports torch, which reports do without
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _write_safetensors(path, lambda temporary: save_file(contiguous, temporary, metadata=dict(metadata or {})))
+
+
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write numpy arrays as safetensors, atomically."""
+    from safetensors.numpy import save_file
+
+    contiguous = {name: array.copy(order="C") for name, array in arrays.items()}  # the file has no strides
+    _write_safetensors(path, lambda temporary: save_file(contiguous, temporary, metadata={}))
+
+
+def _write_safetensors(path: Path, save: Callable[[Path], object]) -> None:
     with atomic_path(path) as temporary:
         try:
-            save_file(contiguous, temporary, metadata=dict(metadata or {}))
+            save(temporary)
         except SafetensorError as error:  # safetensors hides the operating system's error in its own
             raise OSError(str(error)) from error
 
@@ -118,8 +165,23 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     from safetensors.torch import load_file
 
+    return _read_safetensors(path, load_file)
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Read a safetensors file as numpy arrays.
+
+    Raises:
+        DataError: The file is absent or damaged.
+    """
+    from safetensors.numpy import load_file
+
+    return _read_safetensors(path, load_file)
+
+
+def _read_safetensors(path: Path, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     try:
-        return load_file(path)
+        return load(path)
     except FileNotFoundError as error:
         raise DataError(f"Expected a file at {path}, found none.") from error
     except SafetensorError as error:

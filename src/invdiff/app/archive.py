@@ -7,15 +7,14 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from ..auditing.edits import Curation, audit_fingerprint, check_curation, curated, read_curation
-from ..auditing.words import AuditWords, read_words
+from ..auditing.edits import Edits
+from ..auditing.result import Audit, PromptAudit, apply
 from ..errors import AuditError, DataError
 from ..files import fingerprint
-from ..report.audit_reading import Page, pages_of, read_inferred, rows_by_name
+from ..report.audit_reading import Page, pages_of, rows_by_name
 from ..report.sources import Parts
 from .pictures import nothing_to_show
 from .workspace import open_data
@@ -39,33 +38,37 @@ class AuditBook:
     def __init__(self, parts: Parts) -> None:
         assert parts.audit is not None
         self.folder = Path(parts.audit)
-        self._inferred, self._tensors, self._fingerprint = _read(self.folder)
-        self.curation = read_curation(self.folder, self._inferred, self._tensors)
-        self.words: AuditWords | None = read_words(self.folder, self.curation.audit)
+        self._audit = Audit.load(self.folder)
+        self._opened = _digest(self._audit)
+        self.words = self._audit.words
         self.data = open_data(parts)
         self._rows = rows_by_name(self.names, list(self.data.names)) if self.data is not None else []
         self._lock = threading.Lock()
         # Prompts keep their places while images are left out, whatever their sizes are by then.
-        self._as_inferred = pages_of(self._inferred, self._tensors)
+        self._as_inferred = pages_of(apply(self._audit, Edits()))
         self._places = [_key(page) for page in self._as_inferred]
-        self._pages: list[Page] = []
-        self._refresh()
+        self._pages = self._in_place(self._audit)
         self.image = lru_cache(maxsize=_KEPT)(self._image)
+
+    @property
+    def edits(self) -> Edits:
+        """People's edits."""
+        return self._audit.edits
 
     @property
     def names(self) -> list[str]:
         """File names of the images."""
-        return list(self._inferred["names"])
+        return self._audit.names
 
     @property
     def num_groups(self) -> tuple[int, ...]:
         """Groups of each hidden factor."""
-        return tuple(self._inferred["num_groups"])
+        return self._audit.num_groups
 
     @property
-    def prompts(self) -> Sequence[dict[str, Any]]:
-        """Everything the audit states of each prompt."""
-        return list(self._inferred["prompts"])
+    def prompts(self) -> Sequence[PromptAudit]:
+        """The result under each prompt, as inferred."""
+        return (self._audit.inferred or self._audit).prompts
 
     @property
     def pages(self) -> list[Page]:
@@ -75,14 +78,14 @@ class AuditBook:
     def group_names(self) -> list[list[str]]:
         """Return what the groups of each factor are called."""
         return [
-            [self.curation.group_name(group, factor) for group in range(count)]
+            [self.edits.group_name(group, factor) for group in range(count)]
             for factor, count in enumerate(self.num_groups)
         ]
 
     @property
     def resolution(self) -> int:
         """Side of the images in pixels, as they were audited; 0 where that is not known."""
-        side = self._inferred.get("settings", {}).get("resolution", 0)
+        side = self._audit.settings.get("resolution", 0)
         return side if isinstance(side, int) and side > 0 else 0
 
     def is_movable(self, page: Page) -> bool:
@@ -98,8 +101,7 @@ class AuditBook:
             AuditError: Its groups cannot be parted so.
             ConfigError: The cuts are not rising.
         """
-        changed = self.curation.with_cuts(page.index, cuts)
-        pages = pages_of(*curated(self._inferred, self._tensors, changed), changed)
+        pages = pages_of(apply(self._audit, self.edits.with_cuts(page.index, cuts)))
         return next(other for other in pages if _key(other) == _key(page))
 
     def rename(self, factor: int, group: int, name: str) -> None:
@@ -108,7 +110,7 @@ class AuditBook:
         Raises:
             ConfigError: The name is too long, or another group has it.
         """
-        self._change(lambda curation: curation.with_name(factor, group, name))
+        self._change(lambda edits: edits.with_name(factor, group, name))
 
     def leave_out(self, positions: Iterable[int]) -> None:
         """Leave images out, and save that.
@@ -116,11 +118,11 @@ class AuditBook:
         Raises:
             AuditError: No image of their prompt would be left.
         """
-        self._change(lambda curation: curation.without_images(positions))
+        self._change(lambda edits: edits.without_images(positions))
 
     def put_back(self, positions: Iterable[int]) -> None:
         """Take images in again that were left out, and save that."""
-        self._change(lambda curation: curation.with_images(positions))
+        self._change(lambda edits: edits.with_images(positions))
 
     def part_at(self, page: Page, cuts: Sequence[float] | None) -> None:
         """Part the groups of a page at other scores, or as they were inferred, and save that.
@@ -128,7 +130,7 @@ class AuditBook:
         Raises:
             AuditError: They cannot be parted so.
         """
-        self._change(lambda curation: curation.with_cuts(page.index, cuts))
+        self._change(lambda edits: edits.with_cuts(page.index, cuts))
 
     def row(self, position: int) -> int:
         """Return where an image of the audit stands in the data."""
@@ -136,29 +138,27 @@ class AuditBook:
 
     def score(self, position: int) -> float:
         """Return an image's score."""
-        return float(self._tensors["scores"][position])
+        return float(self._audit.scores[position])
 
     def prompt_of(self, position: int) -> str:
         """Return the prompt that an image is under."""
-        return str(self._inferred["prompts"][int(self._tensors["prompt_ids"][position])]["prompt"])
+        return self._audit.prompts[self._audit.prompt_ids[position]].prompt
 
-    def _change(self, change: Callable[[Curation], Curation]) -> None:
+    def _change(self, change: Callable[[Edits], Edits]) -> None:
         with self._lock:
             # Somebody else may have changed the files since they were read.
-            if _read(self.folder)[2] != self._fingerprint:
+            found = Audit.load(self.folder)
+            if _digest(found) != self._opened:
                 raise AuditError(
                     f"Expected the audit that was opened in {self.folder}, found another: it was made anew meanwhile. "
                     "Start the page again."
                 )
-            changed = change(read_curation(self.folder, self._inferred, self._tensors))
-            check_curation(changed, self._inferred, self._tensors)
-            changed.save(self.folder)
-            self.curation = changed
-            self._refresh()
+            changed = apply(found, change(found.edits))
+            changed.save_edits(self.folder)
+            self._audit, self._pages = changed, self._in_place(changed)
 
-    def _refresh(self) -> None:
-        pages = pages_of(*curated(self._inferred, self._tensors, self.curation), self.curation)
-        self._pages = sorted(pages, key=lambda page: self._places.index(_key(page)))
+    def _in_place(self, audit: Audit) -> list[Page]:
+        return sorted(pages_of(audit), key=lambda page: self._places.index(_key(page)))
 
     def _image(self, position: int) -> Image.Image:
         """Return an image small enough for a gallery; a crossed-out tile where it cannot be shown.
@@ -177,18 +177,10 @@ class AuditBook:
         return nothing_to_show(SIDE // 4)
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Return an audit as inferred, and a digest of everything that places in it depend on."""
-    try:
-        document, tensors = read_inferred(folder)
-        places = [prompt["prompt"] for prompt in document["prompts"]]
-        digest = fingerprint(audit_fingerprint(tensors), json.dumps([document["names"], places]))
-        pages_of(document, tensors)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise AuditError(
-            f"Expected an audit in {folder}, found something else ({error!r}). Run `invdiff audit` again."
-        ) from error
-    return document, tensors, digest
+def _digest(audit: Audit) -> str:
+    """A digest of everything in an audit as inferred that edits refer to."""
+    plain = audit.inferred or audit
+    return fingerprint(plain.fingerprint, json.dumps([plain.names, [prompt.prompt for prompt in plain.prompts]]))
 
 
 def _key(page: Page) -> tuple[int, int]:

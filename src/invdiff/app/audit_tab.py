@@ -179,7 +179,7 @@ class AuditTab:
         if not pages:
             return [("No hidden group was found", -1)]
         return [
-            (f"{place + 1}. {page.factor}{one_line(page.prompt['prompt'], 100)}", place)
+            (f"{place + 1}. {page.factor}{one_line(page.prompt.prompt, 100)}", place)
             for place, page in enumerate(pages)
         ]
 
@@ -286,7 +286,7 @@ class AuditTab:
             if picked is None or picked[0] != book:
                 raise ConfigError("Expected an image to be chosen first, got none. Click on one.")
             position = picked[1]
-            if back and position not in chosen.curation.left_out:
+            if back and position not in chosen.edits.left_out:
                 raise ConfigError("Expected an image that was left out, got one that was not. Choose another.")
             (chosen.put_back if back else chosen.leave_out)([position])
         except InvDiffError as error:

@@ -37,7 +37,7 @@ class AuditView:
 
     def shown(self, book: AuditBook, kept: Page | None, page: Page | None, count: int) -> list[Any]:
         """Return the values of the tab's `outputs`; images that `page` has in another group than `kept` are marked."""
-        out = list(book.curation.left_out)
+        out = list(book.edits.left_out)
         count = min(max(count, 1), MOST_PER_GROUP)
         positions: dict[str, list[int]] = {LEFT_OUT: out[:MOST_PER_GROUP]}
         rest = f", of which {MOST_PER_GROUP} are shown" if len(out) > MOST_PER_GROUP else ""
@@ -104,7 +104,7 @@ class AuditView:
     def given_name(self, book: AuditBook, page: Page | None, group: int) -> str:
         """Return what people called a group, "" where nobody did."""
         factor = page.factor_index if page is not None else 0
-        names = book.curation.names[factor] if factor < len(book.curation.names) else ()
+        names = book.edits.names[factor] if factor < len(book.edits.names) else ()
         return names[group] if group < len(names) else ""
 
     def details(self, book: AuditBook, position: int) -> str:
@@ -112,7 +112,7 @@ class AuditView:
         told = [("score", f"{book.score(position):.2f}"), ("prompt", f"“{book.prompt_of(position)}”")]
         if book.data is not None:
             told.append(("caption", f"“{book.data.captions[book.row(position)]}”"))
-        if position in book.curation.left_out:
+        if position in book.edits.left_out:
             told.append(("counts", "no: it was left out"))
         name = book.names[position]
         picture = thumb(book.image(position), f"Image {name}") if book.data is not None else None
@@ -152,28 +152,28 @@ def facts(page: Page) -> list[tuple[str, str]]:
     """Return what is known of the groups of a prompt, as name and value."""
     prompt = page.prompt
     return [
-        ("images", f"{prompt['num_images']:,}"),
-        ("separation", f"{prompt['separation']:.2f}"),
-        ("stability", f"{prompt['stability']:.2f}"),
-        ("evidence", str(prompt["evidence"])),
+        ("images", f"{prompt.num_images:,}"),
+        ("separation", f"{prompt.separation:.2f}"),
+        ("stability", f"{prompt.stability:.2f}"),
+        ("evidence", prompt.evidence),
         *([("changed", "by hand")] if page.by_hand else []),
     ]
 
 
 def tables(book: AuditBook, page: Page | None) -> str:
     """Return the splits considered under a prompt, and the prompts under which nothing was found."""
-    considered = candidates_table(page.prompt.get("candidates") or []) if page is not None else None
-    unfound = unfound_table([prompt for prompt in book.prompts if not prompt["found"]])
+    considered = candidates_table(page.prompt.candidates) if page is not None else None
+    unfound = unfound_table([prompt for prompt in book.prompts if not prompt.found])
     return "".join(piece("table", table) for table in (considered, unfound) if table is not None)
 
 
 def kept_so_far(book: AuditBook) -> str:
     """Return what people changed so far, in words."""
-    curation = book.curation
-    named = sum(bool(name) for names in curation.names for name in names)
+    edits = book.edits
+    named = sum(bool(name) for names in edits.names for name in names)
     parts = [
         f"{counted(named, 'name')}" if named else "",
-        f"{counted(len(curation.left_out), 'image')} left out" if curation.left_out else "",
-        f"{counted(len(curation.cuts), 'prompt')} parted by hand" if curation.cuts else "",
+        f"{counted(len(edits.left_out), 'image')} left out" if edits.left_out else "",
+        f"{counted(len(edits.cuts), 'prompt')} parted by hand" if edits.cuts else "",
     ]
     return "Beside the audit: " + (", ".join(filter(None, parts)) or "no changes") + "."

@@ -103,9 +103,9 @@ def _resolution(studio: Studio, named: AuditBook | None) -> int:
 
 def _suggestions(books: Mapping[str, AuditBook]) -> list[str]:
     """Return prompts that hide groups, the largest first; where none does, those of most images."""
-    found = [page.prompt["prompt"] for book in books.values() for page in book.pages]
-    others = sorted((prompt for book in books.values() for prompt in book.prompts), key=lambda p: -p["num_images"])
-    return [prompt for prompt in dict.fromkeys(found or [p["prompt"] for p in others]) if prompt.strip()]
+    found = [page.prompt.prompt for book in books.values() for page in book.pages]
+    others = sorted((prompt for book in books.values() for prompt in book.prompts), key=lambda p: -p.num_images)
+    return [prompt for prompt in dict.fromkeys(found or [p.prompt for p in others]) if prompt.strip()]
 
 
 def looks() -> dict[str, Any]:

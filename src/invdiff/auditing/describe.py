@@ -18,9 +18,9 @@ from ..models.encoders import BATCH_SIZE
 from ..progress import progress_bar
 from ..seeds import derived_seed
 from ..text import one_line
+from .result import AuditWords, GroupWords, Word
 from .vocabulary import named_in, stem, vocabulary
 from .word_effects import LEAST_IMAGES, Comparison, Part, chance_maxima, compare, p_values
-from .words import AuditWords, GroupWords, Word
 
 if TYPE_CHECKING:
     from .result import Audit
@@ -190,11 +190,11 @@ class _Teller:
 
 def _samples(found: Audit, seed: int) -> Iterator[_Sample]:
     """Yield the images to look at under each prompt that hides a group, for each factor that splits it."""
-    prompt_ids = found.prompt_ids.numpy()
+    prompt_ids = found.prompt_ids
     for prompt, entry in enumerate(found.prompts):
         rows = np.flatnonzero(prompt_ids == prompt) if entry.found else np.empty(0, np.int64)
         for factor, of_factor in enumerate(found.group_weights):
-            weights = of_factor.numpy().astype(np.float64)[rows]
+            weights = of_factor.astype(np.float64)[rows]
             kept = weights.sum(axis=1) > 0.5  # rows of images that were left out are zeros
             members, weights = rows[kept], weights[kept]
             if len(members) == 0 or np.ptp(weights, axis=0).max() < 1e-6:  # uniform: it does not split this prompt

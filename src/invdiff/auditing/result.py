@@ -1,19 +1,26 @@
-"""What an audit found, as an object and as a folder of safetensors and JSON."""
+"""An audit's result, as an object and as a folder of safetensors and JSON. No torch here."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
-from ..data.encode import EncodedImages
-from ..errors import AuditError
-from ..files import fingerprint, read_json, read_tensors, write_json, write_tensors
-from .edits import CURATION, Curation, curated, put_aside, read_curation, rename_aside
-from .words import AuditWords, remove_words_of_others
+from ..errors import AuditError, DataError
+from ..files import fingerprint, read_arrays, read_json, typed, write_arrays, write_json
+from ..text import one_line
+from .edits import CURATION, Edits, read_edits, rename_aside
+
+if TYPE_CHECKING:
+    from ..data.encode import EncodedImages
+
+WORDS = "words.json"
+WORD_LIMIT = 60
+"""Characters of a word, or of a few words that belong together."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class PromptAudit:
-    """What was found under one prompt: captions that mean the same to the model."""
+    """The result under one prompt: captions that mean the same to the model."""
 
     prompt: str
     """The most frequent of the captions."""
@@ -60,34 +67,96 @@ class PromptAudit:
     """Every split that was considered, best first."""
 
 
+@dataclass(frozen=True)
+class Word:
+    """One word that separates a group from the others, in a CLIP model's opinion."""
+
+    word: str
+    effect: float
+    """How much nearer the group's images are to it than the others': difference of means, in standard deviations of
+    its score under the prompt."""
+    p_value: float
+    """Corrected for the number of words and groups that were tried."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "word", one_line(self.word, WORD_LIMIT))
+
+
+@dataclass(frozen=True)
+class GroupWords:
+    """The words that separate one group from the others."""
+
+    prompt: int | None
+    """Index of the prompt in the audit; None over all prompts that hide a group."""
+    caption: str
+    """The prompt itself; "" over all prompts."""
+    factor: int
+    group: int
+    """The column of W."""
+    words: tuple[Word, ...]
+    """Best first; none where no word passes the test."""
+    note: str
+    """Why there is none, in words; else ""."""
+
+    @property
+    def line(self) -> str:
+        """The words in one line, such as "water, sea, boat"; else why there is none."""
+        return ", ".join(word.word for word in self.words) or one_line(self.note, 200)
+
+
+@dataclass(frozen=True)
+class AuditWords:
+    """Words for every group of an audit: opinions of one CLIP model, tested but not proven."""
+
+    model: str
+    """The last part of the CLIP model's hub id or folder."""
+    audit: str
+    """Fingerprint of the audit, as inferred."""
+    vocabulary: int
+    """How many words it chose from."""
+    images: int
+    """How many images it was shown."""
+    level: float
+    """Chance, for one prompt, that any word passes where groups look alike to the model."""
+    groups: tuple[GroupWords, ...]
+
+    def of(self, prompt: int | None, group: int, factor: int = 0) -> GroupWords | None:
+        """The words of a group under a prompt, None where it has no entry.
+
+        Args:
+            prompt: Index of the prompt in the audit; None for all prompts together.
+            group: The column of W.
+            factor: The hidden factor.
+        """
+        wanted = (prompt, factor, group)
+        return next((entry for entry in self.groups if (entry.prompt, entry.factor, entry.group) == wanted), None)
+
+
 @dataclass(frozen=True, eq=False)
 class Audit:
     """Hidden groups of a captioned image set: one indicator matrix W per hidden factor, and why."""
 
-    group_weights: tuple[torch.Tensor, ...]
+    group_weights: tuple[NDArray[np.float32], ...]
     """W of each hidden factor, (N, E_m), rows on the simplex; uniform where no group was found, zeros where people
     left the image out."""
-    scores: torch.Tensor
+    scores: NDArray[np.float32]
     """(N,) the evidence that decided, standardised within the prompt: high for the rarer group."""
-    prompt_ids: torch.Tensor
+    prompt_ids: NDArray[np.int64]
     """(N,) index into `prompts`."""
     prompts: list[PromptAudit]
-    """What was found under each prompt."""
+    """The result under each prompt."""
     names: list[str]
     """Names of the images."""
     forwards_per_image: float
     """Denoiser forwards spent on each image, everything included."""
     settings: dict[str, Any]
     """The `AuditConfig`, and fingerprints of model and data."""
-    group_names: tuple[tuple[str, ...], ...] = ()
-    """What people called the groups, [factor][group], "" where nobody named one; empty where nobody named any."""
-    curation: Curation = field(default_factory=Curation)
-    """People's changes that are in this audit already."""
+    edits: Edits = field(default_factory=Edits)
+    """People's edits, which are in this audit already."""
     inferred: Audit | None = None
-    """The audit before people's changes; None where there are none."""
+    """The audit before people's edits; None where there are none."""
     words: AuditWords | None = None
-    """What tells its groups apart, as inferred, in a CLIP model's words; None where nobody asked, and once loaded:
-    `read_words` reads them."""
+    """Words that separate its groups, as inferred; None where no CLIP model was asked."""
 
     @property
     def biased(self) -> bool:
@@ -100,31 +169,34 @@ class Audit:
         return tuple(weights.shape[1] for weights in self.group_weights)
 
     @property
-    def kept(self) -> torch.Tensor:
-        """Whether each image counts, (N,) bool: all do that people did not leave out."""
-        return torch.stack([weights.any(dim=1) for weights in self.group_weights]).all(dim=0)
+    def group_names(self) -> tuple[tuple[str, ...], ...]:
+        """Names that people gave to groups, [factor][group], "" for none; empty where no group has one."""
+        return self.edits.names if self.edits.named else ()
 
     @property
-    def in_rare_group(self) -> torch.Tensor:
-        """Whether each image is in the smallest group of a prompt that hides one, (N,) bool, by factor 0.
+    def kept(self) -> NDArray[np.bool_]:
+        """Whether each image counts, (N,): all do that people did not leave out."""
+        return np.all([weights.any(axis=1) for weights in self.group_weights], axis=0)
+
+    @property
+    def in_rare_group(self) -> NDArray[np.bool_]:
+        """Whether each image is in the smallest group of a prompt that hides one, (N,), by factor 0.
 
         Never an image that was left out, nor one of a prompt whose images people put in a single group.
         """
-        labels = self.group_weights[0].argmax(dim=1)
-        rare = torch.zeros(len(labels), dtype=torch.bool)
+        labels = self.group_weights[0].argmax(axis=1)
+        rare = np.zeros(len(labels), dtype=bool)
         for index, prompt in enumerate(self.prompts):
-            if prompt.found:
-                present = [group for group, share in enumerate(prompt.shares) if share > 0]
+            present = [group for group, share in enumerate(prompt.shares) if share > 0]
+            if prompt.found and len(present) > 1:
                 smallest = min(present, key=prompt.shares.__getitem__)
-                if len(present) > 1:
-                    rare |= (self.prompt_ids == index) & (labels == smallest)
+                rare |= (self.prompt_ids == index) & (labels == smallest)
         return rare & self.kept
 
     @property
     def fingerprint(self) -> str:
-        """A digest of groups and prompts, people's changes to them included; names do not count."""
-        tensors = (*self.group_weights, self.prompt_ids)
-        return fingerprint(*(tensor.numpy().tobytes() for tensor in tensors))
+        """A digest of groups and prompts, people's edits to them included; names do not count."""
+        return fingerprint(*(weights.tobytes() for weights in self.group_weights), self.prompt_ids.tobytes())
 
     def check_matches(self, data: EncodedImages, denoiser_fingerprint: str) -> None:
         """Raise `AuditError` unless the audit is of exactly these images and this model."""
@@ -156,115 +228,209 @@ class Audit:
                 "balance. See the reasons in its audit.json; solver 'exact' would split the images regardless."
             )
 
-    def with_curation(self, curation: Curation) -> Audit:
-        """Return this audit with people's changes applied to it as it was inferred; earlier changes are gone.
-
-        Raises:
-            AuditError: They are changes to another audit, or leave nothing of a prompt.
-        """
-        plain = self.inferred or self
-        names = curation.names or tuple(("",) * size for size in plain.num_groups)
-        curation = dataclasses.replace(curation, audit=curation.audit or plain.fingerprint, names=names)
-        document, arrays = curated(plain._document(), plain._arrays(), curation)
-        if not curation.changed:
-            return plain
-        figures = [{name: entry[name] for name in ("num_images", "shares")} for entry in document["prompts"]]
-        return dataclasses.replace(
-            plain,
-            group_weights=tuple(
-                torch.from_numpy(arrays[f"group_weights.{m}"]) for m in range(len(plain.group_weights))
-            ),
-            prompts=[dataclasses.replace(p, **new) for p, new in zip(plain.prompts, figures, strict=True)],
-            group_names=names if curation.named else (),
-            curation=curation,
-            inferred=plain,
-        )
-
     def save(self, folder: str | Path) -> Path:
-        """Write `audit.safetensors` and `audit.json` to `folder`, as inferred, and people's changes beside them.
+        """Write `audit.safetensors` and `audit.json` to `folder`, as inferred, and words and edits beside them.
 
-        So `load` returns the same audit, and its changes can still be taken back. Changes to the same audit that lie
-        there already stay, unless this one has others; changes to another audit are neither applied nor lost. What
-        gives way is renamed to `curation-<fingerprint>.json`. Words for the groups of another audit are deleted.
+        So `load` returns the same audit, and its edits can still be taken back. Edits to the same audit that lie
+        there already stay, unless this one has others; edits to another audit are neither applied nor lost. A file
+        that gives way is renamed to `curation-<fingerprint>.json`. Words for the groups of another audit are deleted.
         """
         folder = Path(folder)
-        self.put_aside(folder)
-        audit, curation = self._as_inferred()
-        document = audit._document()
-        remove_words_of_others(folder, audit.fingerprint)
-        write_tensors(folder / "audit.safetensors", audit._tensors())
+        plain, edited = self._as_inferred()
+        plain.put_aside(folder)
+        arrays = {f"group_weights.{m}": weights for m, weights in enumerate(plain.group_weights)}
+        write_arrays(folder / "audit.safetensors", arrays | {"scores": plain.scores, "prompt_ids": plain.prompt_ids})
+        document = {
+            "biased": plain.biased,
+            "num_groups": list(plain.num_groups),
+            "forwards_per_image": plain.forwards_per_image,
+            "prompts": [dataclasses.asdict(prompt) for prompt in plain.prompts],
+            "settings": plain.settings,
+            "names": plain.names,
+        }
         write_json(folder / "audit.json", document)
-        if audit.words is not None and audit.words.audit == audit.fingerprint:
-            audit.words.save(folder)
-        if curation.changed:
-            if (folder / CURATION).is_file() and read_curation(folder, document, audit._arrays()) != curation:
+        if plain.words is not None and plain.words.audit == plain.fingerprint:
+            write_json(folder / WORDS, dataclasses.asdict(plain.words))
+        else:
+            _remove_words_of_others(folder, plain.fingerprint)
+        if edited.edits.changed:
+            if (folder / CURATION).is_file() and plain._read_edits(folder).edits != edited.edits:
                 rename_aside(folder / CURATION)
-            curation.save(folder)
+            edited.save_edits(folder)
         return folder
 
+    def save_edits(self, folder: str | Path) -> None:
+        """Write people's edits beside this audit, which lies in `folder` already; without edits, remove the file."""
+        path = Path(folder) / CURATION
+        if self.edits.changed:
+            write_json(path, self.edits.to_dict(self.names, [prompt.prompt for prompt in self.prompts]))
+        else:
+            path.unlink(missing_ok=True)
+
     def put_aside(self, folder: str | Path) -> Path | None:
-        """Rename people's changes in `folder` that are not to this audit, as `save` does; return their new place."""
-        audit, _ = self._as_inferred()
-        return put_aside(Path(folder), audit._document(), audit._arrays())
+        """Rename edits in `folder` that are not to this audit, as `save` does; the new path, or None."""
+        try:
+            self._as_inferred()[0]._read_edits(Path(folder))
+        except AuditError:
+            return rename_aside(Path(folder) / CURATION)
+        return None
 
-    def _as_inferred(self) -> tuple[Audit, Curation]:
-        """Return the audit before people's changes, and the changes.
+    def _as_inferred(self) -> tuple[Audit, Audit]:
+        """This audit before people's edits, and after.
 
-        One whose groups were replaced after the changes is an audit of its own: only the names are changes to it.
+        One whose groups were replaced after the edits is an audit of its own: of the edits, only the names stay.
         """
-        if self.inferred is not None:
-            expected = self.inferred.with_curation(self.curation)
-            if (self.fingerprint, self.prompts) == (expected.fingerprint, expected.prompts):
-                weights, prompts = self.inferred.group_weights, self.inferred.prompts
-                return dataclasses.replace(self, group_weights=weights, prompts=prompts), self.curation
-        return self, Curation(self.fingerprint, self.group_names)
+        if self.inferred is None:
+            return self, apply(self, dataclasses.replace(self.edits, audit=""))
+        expected = apply(self.inferred, self.edits)
+        if (self.fingerprint, self.prompts) != (expected.fingerprint, expected.prompts):
+            plain = dataclasses.replace(self, inferred=None, edits=Edits(), words=None)
+            return plain, apply(plain, Edits(names=self.edits.names))
+        weights, prompts = self.inferred.group_weights, self.inferred.prompts
+        plain = dataclasses.replace(self, group_weights=weights, prompts=prompts, inferred=None, edits=Edits())
+        return plain, self
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        weights = {f"group_weights.{m}": weights for m, weights in enumerate(self.group_weights)}
-        return weights | {"scores": self.scores, "prompt_ids": self.prompt_ids}
-
-    def _arrays(self) -> dict[str, Any]:
-        return {name: tensor.numpy() for name, tensor in self._tensors().items()}
-
-    def _document(self) -> dict[str, Any]:
-        return {
-            "biased": self.biased,
-            "num_groups": list(self.num_groups),
-            "forwards_per_image": self.forwards_per_image,
-            "prompts": [dataclasses.asdict(prompt) for prompt in self.prompts],
-            "settings": self.settings,
-            "names": self.names,
-        }
+    def _read_edits(self, folder: Path) -> Audit:
+        """This audit, as inferred, with the edits that lie in `folder`."""
+        none = Edits(self.fingerprint, _no_names(self))
+        return apply(self, read_edits(folder, none, self.names))
 
     @classmethod
-    def load(cls, folder: str | Path, *, curated: bool = True) -> Audit:
-        """Read what `save` wrote, people's changes included.
+    def load(cls, folder: str | Path, *, edited: bool = True) -> Audit:
+        """Read an audit that `save` wrote, people's edits included.
 
         Args:
             folder: Of the audit.
-            curated: False reads the audit as it was inferred, whatever people changed since.
+            edited: False reads the audit as inferred, without people's edits.
 
         Raises:
-            AuditError: `folder` is not an audit, or `curation.json` is damaged or of another audit.
+            AuditError: `folder` is not an audit, or its edits or words are damaged or of another audit.
         """
         folder = Path(folder)
         if not (folder / "audit.json").is_file():
             raise AuditError(f"Expected an audit folder at {folder}, found no audit.json. Run `invdiff audit`.")
-        document = read_json(folder / "audit.json")
-        tensors = read_tensors(folder / "audit.safetensors")
-        prompts = [
-            PromptAudit(**{**entry, "candidates": [Candidate(**c) for c in entry["candidates"]]})
-            for entry in document["prompts"]
-        ]
-        found = cls(
-            group_weights=tuple(tensors[f"group_weights.{m}"] for m in range(len(document["num_groups"]))),
-            scores=tensors["scores"],
-            prompt_ids=tensors["prompt_ids"],
-            prompts=prompts,
-            names=document["names"],
-            forwards_per_image=document["forwards_per_image"],
-            settings=document["settings"],
+        try:
+            document = read_json(folder / "audit.json")
+            arrays = read_arrays(folder / "audit.safetensors")
+            factors = range(len(typed(list[int], document["num_groups"])))
+            found = cls(
+                group_weights=tuple(arrays[f"group_weights.{m}"] for m in factors),
+                scores=arrays["scores"],
+                prompt_ids=arrays["prompt_ids"],
+                prompts=typed(list[PromptAudit], document["prompts"]),
+                names=typed(list[str], document["names"]),
+                forwards_per_image=typed(float, document["forwards_per_image"]),
+                settings=typed(dict[str, Any], document["settings"]),
+            )
+            for name, array in arrays.items():
+                if len(array) != len(found.names) or not np.isfinite(array).all():
+                    raise ValueError(f"{name} that are not one finite row for each of {len(found.names)} images")
+            if found.prompt_ids.dtype.kind != "i" or not set(found.prompt_ids.tolist()) <= set(
+                range(len(found.prompts))
+            ):
+                raise ValueError("prompts that images have and the audit has not")
+        except (KeyError, TypeError, ValueError, DataError) as error:
+            raise AuditError(
+                f"Expected an audit in {folder}, found something else ({error!r}). Run `invdiff audit` again."
+            ) from error
+        found = dataclasses.replace(found, words=read_words(folder, found.fingerprint))
+        return found._read_edits(folder) if edited else found
+
+
+def apply(audit: Audit, edits: Edits) -> Audit:
+    """An audit with people's edits, applied to it as inferred; earlier edits are dropped.
+
+    Where cuts were moved, W is one-hot by where an image's score lies: the intervals belong, from low to high, to the
+    prompt's groups as inferred in the order of their mean scores. The rows of W of an image that was left out are
+    zeros, of every factor. Shares and numbers of images of the prompts concerned are those of the images kept; scores
+    and all else stay.
+
+    Raises:
+        AuditError: They are edits to another audit, or to images, prompts or groups that this one lacks; or they leave
+            out all images of a prompt, or part its groups into another number.
+    """
+    plain = audit.inferred or audit
+    here, scores, prompt_ids = plain.fingerprint, plain.scores, plain.prompt_ids
+    names = edits.names or _no_names(plain)
+    if edits.audit not in ("", here) or tuple(map(len, names)) != plain.num_groups:
+        raise AuditError(f"Expected changes to this audit (fingerprint {here}), got changes to {edits.audit}.")
+    if any(not 0 <= position < len(scores) for position in edits.left_out):
+        raise AuditError(f"Expected to leave out some of {len(scores)} images, got number {edits.left_out[-1]}.")
+    weights = [w.copy() for w in plain.group_weights]
+    first = weights[0]
+    for index, cuts in edits.cuts.items():
+        if not 0 <= index < len(plain.prompts):
+            raise AuditError(f"Expected to part groups of {len(plain.prompts)} prompts, got number {index}.")
+        rows = np.flatnonzero(plain.kept & (prompt_ids == index))
+        order = np.array(ladder(first[rows], scores[rows]), dtype=np.int64)
+        if len(cuts) != len(order) - 1:
+            prompt = one_line(plain.prompts[index].prompt, 80)
+            raise AuditError(
+                f"Expected {max(len(order) - 1, 0)} cuts between the groups of “{prompt}”, got {len(cuts)}."
+            )
+        first[rows] = np.eye(first.shape[1], dtype=first.dtype)[order[np.searchsorted(cuts, scores[rows], "right")]]
+    gone = list(edits.left_out)
+    for w in weights:
+        w[gone] = 0
+    prompts = list(plain.prompts)
+    for index in {*edits.cuts, *prompt_ids[gone].tolist()}:
+        own = first[first.any(axis=1) & (prompt_ids == index)]
+        if not len(own):
+            prompt = one_line(prompts[index].prompt, 80)
+            raise AuditError(f"Expected at least one image of “{prompt}” to keep, got all left out. Put one back.")
+        shares = [round(float(share), 4) for share in own.mean(axis=0, dtype=np.float64)]
+        shares = shares if prompts[index].found else prompts[index].shares
+        prompts[index] = dataclasses.replace(prompts[index], num_images=len(own), shares=shares)
+    edits = dataclasses.replace(edits, audit=here, names=names)
+    inferred = plain if edits.changed else None
+    return dataclasses.replace(plain, group_weights=tuple(weights), prompts=prompts, edits=edits, inferred=inferred)
+
+
+def ladder(weights: NDArray[Any], scores: NDArray[Any]) -> list[int]:
+    """The groups of a prompt that have images, from the lowest mean score to the highest.
+
+    Args:
+        weights: (n, E) the prompt's rows of W.
+        scores: (n,).
+    """
+    labels = weights.argmax(axis=1)
+    filled = [index for index in range(weights.shape[1]) if (labels == index).any()]
+    return sorted(filled, key=lambda index: float(scores[labels == index].mean()))
+
+
+def read_words(folder: str | Path, audit: str) -> AuditWords | None:
+    """The words beside an audit; None where no CLIP model was asked.
+
+    Args:
+        folder: Of the audit.
+        audit: Its fingerprint, as inferred.
+
+    Raises:
+        AuditError: `words.json` is damaged, or of another audit.
+    """
+    path = Path(folder) / WORDS
+    if not path.is_file():
+        return None
+    remedy = "Delete it, or run `invdiff audit` again with --words-model."
+    try:
+        found: AuditWords = typed(AuditWords, read_json(path))
+        found = dataclasses.replace(found, model=one_line(found.model, 200))
+    except (KeyError, TypeError, DataError) as error:
+        raise AuditError(f"Expected words for groups in {path}, found something else ({error!r}). {remedy}") from error
+    if found.audit != audit:
+        raise AuditError(
+            f"Expected words for the audit beside them (fingerprint {audit}) in {path}, found those of another "
+            f"({one_line(found.audit, 20)}). {remedy}"
         )
-        if not curated:
-            return found
-        return found.with_curation(read_curation(folder, document, {n: t.numpy() for n, t in tensors.items()}))
+    return found
+
+
+def _remove_words_of_others(folder: Path, audit: str) -> None:
+    try:
+        read_words(folder, audit)
+    except AuditError:
+        (folder / WORDS).unlink()
+
+
+def _no_names(audit: Audit) -> tuple[tuple[str, ...], ...]:
+    return tuple(("",) * size for size in audit.num_groups)

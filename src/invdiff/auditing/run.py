@@ -320,9 +320,9 @@ class _Draft:
     def audit(self) -> Audit:
         """Return the audit, without settings yet."""
         return Audit(
-            group_weights=(torch.from_numpy(self.weights).float(),),
-            scores=torch.from_numpy(self.scores).float(),
-            prompt_ids=torch.from_numpy(self.prompt_ids),
+            group_weights=(self.weights.astype(np.float32),),
+            scores=self.scores.astype(np.float32),
+            prompt_ids=self.prompt_ids,
             prompts=self.prompts,
             names=list(self.data.names),
             forwards_per_image=0.0,

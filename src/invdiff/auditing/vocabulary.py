@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..assets import COMMON_WORDS
 from ..text import one_line
-from .words import WORD_LIMIT
+from .result import WORD_LIMIT
 
 MOST_CAPTION_WORDS = 300
 LEAST_CAPTIONS = 3

@@ -64,7 +64,7 @@ def training_record(
             "data": {"fingerprint": data_fingerprint, "num_images": num_images},
             "solver": first.settings.get("solver"),
             "group_names": first.group_names,
-            "changed_by_people": {"left_out": int((~first.kept).sum()), "cuts_moved": len(first.curation.cuts)},
+            "changed_by_people": {"left_out": int((~first.kept).sum()), "cuts_moved": len(first.edits.cuts)},
             "num_prompts": len(prompts),
             "num_found": sum(prompt.found for prompt in prompts),
             "prompts": [

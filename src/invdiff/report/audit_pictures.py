@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from ..auditing.words import AuditWords, read_words
+from ..auditing.result import Audit, AuditWords, PromptAudit
 from ..errors import ConfigError
-from .audit_reading import Group, Page, pages_of, read_audit, rows_by_name
+from .audit_reading import Group, Page, pages_of, rows_by_name
 from .style import INK, SOFT, Sheet, colour_of, font, number, percent, plain, shorten, text_width, ticks, wrap
 from .words import quoted
 
@@ -52,15 +52,14 @@ def save_audit_pictures(audit_folder: Path, data: CaptionedImages, *, images_per
     audit_folder = Path(audit_folder)
     if images_per_group < 1:
         raise ConfigError(f"Expected images_per_group of at least 1, got {images_per_group}.")
-    document, tensors, curation = read_audit(audit_folder)
-    rows = rows_by_name(document["names"], list(data.names))
-    pages = pages_of(document, tensors, curation)[:MOST_PROMPTS]
-    words = read_words(audit_folder, curation.audit)
+    audit = Audit.load(audit_folder)
+    rows = rows_by_name(audit.names, list(data.names))
+    pages, words = pages_of(audit)[:MOST_PROMPTS], audit.words
 
     def images(positions: Sequence[int]) -> list[Image.Image]:
         return [data.image(rows[position]) for position in positions]
 
-    unfound = [prompt for prompt in document["prompts"] if not prompt["found"]]
+    unfound = [prompt for prompt in audit.prompts if not prompt.found]
     written = [overview(pages, unfound, images, words).save(audit_folder / OVERVIEW)]
     for place, page in enumerate(pages):
         sheet = _prompt_sheet(page, images, images_per_group, words)
@@ -86,15 +85,15 @@ def _prompt_sheet(page: Page, images: Images, images_per_group: int, words: Audi
 
     prompt = page.prompt
     sheet = Sheet(width, height)
-    sheet.text(_MARGIN, 92, f"“{prompt['prompt']}”", size=36, bold=True, width=width - 2 * _MARGIN)
+    sheet.text(_MARGIN, 92, f"“{prompt.prompt}”", size=36, bold=True, width=width - 2 * _MARGIN)
     facts = [
-        f"{page.factor}split by {prompt['evidence']}",
+        f"{page.factor}split by {prompt.evidence}",
         " / ".join(percent(group.share) for group in page.groups),
-        f"stability {prompt['stability']:.2f}",
-        f"separation {prompt['separation']:.2f}",
-        f"{prompt['num_images']:,} images",
+        f"stability {prompt.stability:.2f}",
+        f"separation {prompt.separation:.2f}",
+        f"{prompt.num_images:,} images",
     ]
-    others = len(prompt["captions"]) - 1
+    others = len(prompt.captions) - 1
     facts += [f"{others} more wordings"] if others > 1 else ["1 more wording"] if others else []
     facts += [f"words by {quoted(words.model)}"] if words else []
     sheet.text(_MARGIN, 134, "   ·   ".join(facts), size=21, colour=SOFT, width=width - 2 * _MARGIN)
@@ -190,13 +189,13 @@ def _told(words: AuditWords | None, page: Page, group: Group) -> list[str]:
 
 
 def overview(
-    pages: Sequence[Page], unfound: list[dict[str, Any]], images: Images, words: AuditWords | None = None
+    pages: Sequence[Page], unfound: list[PromptAudit], images: Images, words: AuditWords | None = None
 ) -> Sheet:
     """Lay out the groups of all prompts: two prompts side by side, one row per group; or say why there are none.
 
     Args:
         pages: The prompts that hide groups; those shown are the caller's choice.
-        unfound: What the audit states of the other prompts.
+        unfound: The other prompts.
         images: Returns the images at positions in the audit.
         words: What tells the groups apart, in a CLIP model's words.
     """
@@ -221,7 +220,7 @@ def overview(
         line, column = divmod(place, across)
         x = _MARGIN + column * (block_width + gutter)
         y = top + sum(heights[:line])
-        sheet.text(x, y + 34, f"“{page.prompt['prompt']}”", size=28, bold=True, width=block_width)
+        sheet.text(x, y + 34, f"“{page.prompt.prompt}”", size=28, bold=True, width=block_width)
         sheet.share_bar(x, y + 54, block_width, [group.share for group in page.groups])
         y += 84
         for group in page.groups:
@@ -238,7 +237,7 @@ def overview(
     return sheet
 
 
-def _nothing_found(prompts: list[dict[str, Any]]) -> Sheet:
+def _nothing_found(prompts: list[PromptAudit]) -> Sheet:
     """Say plainly that nothing was found, and why."""
     width = 1600
     notes = _reasons(prompts, width - 2 * _MARGIN)
@@ -250,13 +249,13 @@ def _nothing_found(prompts: list[dict[str, Any]]) -> Sheet:
     return sheet
 
 
-def _reasons(prompts: list[dict[str, Any]], width: float) -> list[tuple[str, list[str]]]:
+def _reasons(prompts: list[PromptAudit], width: float) -> list[tuple[str, list[str]]]:
     """Return why each prompt hides nothing, as headings with lines of text; the largest prompts first."""
-    ordered = sorted(prompts, key=lambda prompt: -prompt["num_images"])
+    ordered = sorted(prompts, key=lambda prompt: -prompt.num_images)
     notes = [
         (
-            f"“{shorten(prompt['prompt'], 0.75 * width, 22, bold=True)}” · {_images_in_words(prompt['num_images'])}",
-            wrap(prompt["reason"], width, 19),
+            f"“{shorten(prompt.prompt, 0.75 * width, 22, bold=True)}” · {_images_in_words(prompt.num_images)}",
+            wrap(prompt.reason, width, 19),
         )
         for prompt in ordered[:MOST_REASONS]
     ]

@@ -1,22 +1,18 @@
-"""Read an audit folder without torch: its prompts, and the images of each group ordered by how telling they are."""
+"""Prompts of an audit, and the images of each group ordered from the most typical."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from ..auditing.edits import Curation, curated, is_kept, ladder, read_curation, weights_of
+from ..auditing.edits import Edits
+from ..auditing.result import Audit, PromptAudit, ladder
 from ..errors import AuditError
-from ..files import read_json
 
 _Array = NDArray[Any]
 
@@ -42,7 +38,7 @@ class Page:
 
     index: int
     """Of the prompt, in the audit."""
-    prompt: dict[str, Any]
+    prompt: PromptAudit
     factor: str
     """Empty where the audit has one factor only."""
     factor_index: int
@@ -59,7 +55,7 @@ class Page:
 
 
 def rank_groups(
-    weights: _Array, scores: _Array, rows: _Array, *, curation: Curation | None = None, factor: int = 0
+    weights: _Array, scores: _Array, rows: _Array, *, edits: Edits | None = None, factor: int = 0
 ) -> list[Group]:
     """Order the images of each of a prompt's groups by how telling they are.
 
@@ -67,7 +63,7 @@ def rank_groups(
         weights: (n, E) the prompt's rows of W.
         scores: (n,) their scores.
         rows: (n,) their positions in the audit.
-        curation: Has the names of groups.
+        edits: Names of groups.
         factor: The hidden factor that W is of.
 
     Returns:
@@ -90,7 +86,7 @@ def rank_groups(
         groups.append(
             Group(
                 index=index,
-                name=(curation or Curation()).group_name(index, factor),
+                name=(edits or Edits()).group_name(index, factor),
                 share=float(weights[:, index].mean()),
                 size=len(members),
                 typical=rows[members[np.lexsort((-extreme, -weight))]].tolist(),
@@ -98,43 +94,6 @@ def rank_groups(
             )
         )
     return groups
-
-
-def read_audit(folder: Path) -> tuple[dict[str, Any], dict[str, _Array], Curation]:
-    """Return what an audit folder states and its tensors as arrays, with people's changes, and these changes.
-
-    Raises:
-        AuditError: As `read_inferred`; or the changes are damaged or of another audit.
-    """
-    document, tensors = read_inferred(folder)
-    curation = read_curation(folder, document, tensors)
-    return *curated(document, tensors, curation), curation
-
-
-def read_inferred(folder: Path) -> tuple[dict[str, Any], dict[str, _Array]]:
-    """Return what an audit folder states and its tensors as arrays, as inferred: without people's changes.
-
-    Raises:
-        AuditError: The folder holds no audit, or its tensors are damaged or of other images.
-    """
-    if not (folder / "audit.json").is_file():
-        raise AuditError(f"Expected an audit folder at {folder}, found no audit.json. Run `invdiff audit`.")
-    document = read_json(folder / "audit.json")
-    try:
-        tensors = load_file(folder / "audit.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise AuditError(
-            f"Expected the audit's tensors in {folder / 'audit.safetensors'}, found something else ({error}). "
-            "Run `invdiff audit` again."
-        ) from error
-    count = len(document["names"])
-    short = [name for name, tensor in tensors.items() if len(tensor) != count]
-    if short:
-        raise AuditError(
-            f"Expected one row for each of the {count} images in {folder / 'audit.safetensors'}, found "
-            f"{len(tensors[short[0]])} of {short[0]}. Run `invdiff audit` again."
-        )
-    return document, tensors
 
 
 def rows_by_name(names: list[str], available: list[str]) -> list[int]:
@@ -151,43 +110,31 @@ def rows_by_name(names: list[str], available: list[str]) -> list[int]:
     return [places[name].pop() if len(places[name]) > 1 else places[name][0] for name in names]
 
 
-def pages_of(
-    document: Mapping[str, Any], tensors: Mapping[str, _Array], curation: Curation | None = None
-) -> list[Page]:
-    """Return the largest prompts that hide a group, once for each factor that splits them.
-
-    Images left out are in none.
-
-    Args:
-        document: What the audit states.
-        tensors: Its arrays.
-        curation: The changes that are in both already, for the names of groups; none if not given.
-    """
-    curation = curation or Curation()
-    kept = is_kept(weights_of(tensors))
-    factors = len(document["num_groups"])
-    found = [index for index, prompt in enumerate(document["prompts"]) if prompt["found"]]
-    found.sort(key=lambda index: -document["prompts"][index]["num_images"])
+def pages_of(audit: Audit) -> list[Page]:
+    """The largest prompts that hide a group, once for each factor that splits them; without images left out."""
+    kept, factors = audit.kept, len(audit.group_weights)
+    found = [index for index, prompt in enumerate(audit.prompts) if prompt.found]
+    found.sort(key=lambda index: -audit.prompts[index].num_images)
     pages = []
     for index in found:
-        rows = np.flatnonzero(kept & (tensors["prompt_ids"] == index))
-        fewer = len(rows) < np.count_nonzero(tensors["prompt_ids"] == index)
-        scores = tensors["scores"][rows]
+        rows = np.flatnonzero(kept & (audit.prompt_ids == index))
+        fewer = len(rows) < np.count_nonzero(audit.prompt_ids == index)
+        scores = audit.scores[rows]
         for factor in range(factors):
-            weights = tensors[f"group_weights.{factor}"][rows]
+            weights = audit.group_weights[factor][rows]
             if len(rows) == 0 or np.ptp(weights) < 1e-6:  # uniform: this factor does not split this prompt
                 continue
-            labels, moved = weights.argmax(axis=1), curation.cuts.get(index, ()) if factor == 0 else ()
+            labels, moved = weights.argmax(axis=1), audit.edits.cuts.get(index, ()) if factor == 0 else ()
             pages.append(
                 Page(
                     index=index,
-                    prompt=document["prompts"][index],
+                    prompt=audit.prompts[index],
                     factor=f"factor {factor} · " if factors > 1 else "",
                     factor_index=factor,
                     rows=rows,
                     scores=scores,
                     labels=labels,
-                    groups=rank_groups(weights, scores, rows, curation=curation, factor=factor),
+                    groups=rank_groups(weights, scores, rows, edits=audit.edits, factor=factor),
                     cuts=list(moved) or cuts(scores, labels),
                     by_hand=bool(moved or fewer),
                 )

@@ -96,7 +96,7 @@ def _measured(results: Results | None, chosen: Comparison) -> dict[str, Measures
 
 def _data_shares(prompt: str, pages: Sequence[Page], confidence: float) -> list[Share]:
     """Return the audit's groups under a prompt: of what training images show, all that is known without labels."""
-    page = next((page for page in pages if prompt in (page.prompt["prompt"], *page.prompt["captions"])), None)
+    page = next((page for page in pages if prompt in (page.prompt.prompt, *page.prompt.captions)), None)
     if page is None:
         return []
     total = len(page.labels)

@@ -36,7 +36,7 @@ def commands(sources: Sources) -> list[tuple[str, str]]:
     found = []
     if sources.audit:
         words = ["invdiff", "audit", model, *names.data, "--output", names.audit]
-        found.append(("Audit", _line(words, AuditConfig, sources.audit.fingerprint_facts, "audit")))
+        found.append(("Audit", _line(words, AuditConfig, sources.audit.audit.settings, "audit")))
     training = mapping(mapping(module.get("record")).get("training"))
     if training:
         words = ["invdiff", "train", model, names.data[0], names.audit, "--output", names.module, *names.data[1:]]

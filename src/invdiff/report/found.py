@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from ..auditing.edits import Curation
-from ..auditing.words import AuditWords
+from ..auditing.edits import Edits
+from ..auditing.result import AuditWords, Candidate, PromptAudit
 from .audit_reading import Group, Page
 from .document import Found, FoundGroup, FoundPrompt, Missing, Table, Thumb
 from .plots import histogram, thumb
@@ -24,7 +23,7 @@ UNCERTAIN = 4
 
 def found(source: AuditSource, *, confidence: float) -> Found:
     """Return what the audit found."""
-    prompts = source.document["prompts"]
+    audit = source.audit
     pages, further = source.pages[:MOST_PROMPTS], source.pages[MOST_PROMPTS:]
     missing = []
     if pages and source.data is None:
@@ -33,15 +32,15 @@ def found(source: AuditSource, *, confidence: float) -> Found:
         )
     return Found(
         summary=summary(source),
-        by_people=by_people(source.curation),
+        by_people=by_people(audit.edits),
         withheld=withheld(source),
-        named=source.curation.named,
-        words_by=words_by(source.words) if source.words and pages else "",
-        about_words=about_words(source.words, pages) if source.words and pages else "",
-        words=_words_over_all(source.words, source.curation) if source.words and pages else None,
+        named=audit.edits.named,
+        words_by=words_by(audit.words) if audit.words and pages else "",
+        about_words=about_words(audit.words, pages) if audit.words and pages else "",
+        words=_words_over_all(audit.words, audit.edits) if audit.words and pages else None,
         prompts=[_prompt(page, source, confidence) for page in pages],
-        others=_others(further, named=source.curation.named) if further else None,
-        unfound=unfound_table([prompt for prompt in prompts if not prompt["found"]]),
+        others=_others(further, named=audit.edits.named) if further else None,
+        unfound=unfound_table([prompt for prompt in audit.prompts if not prompt.found]),
         missing=missing,
     )
 
@@ -62,23 +61,23 @@ def withheld(source: AuditSource) -> str:
 
 def summary(source: AuditSource) -> str:
     """Return what was found, in a sentence or two."""
-    prompts = source.document["prompts"]
-    images = len(source.document["names"]) - len(source.curation.left_out)
-    hiding = [prompt for prompt in prompts if prompt["found"]]
+    prompts = source.audit.prompts
+    images = len(source.audit.names) - len(source.audit.edits.left_out)
+    hiding = [prompt for prompt in prompts if prompt.found]
     if not hiding:
         return (
             f"The audit found no hidden group in {counted(images, 'image')} under {counted(len(prompts), 'prompt')}. "
             "That is no proof that there is none: no split was at once separated, stable under new noise and "
             "unbalanced enough to be believed."
         )
-    filled = [[share for share in prompt["shares"] if share > 0] for prompt in hiding]
+    filled = [[share for share in prompt.shares if share > 0] for prompt in hiding]
     smallest = [min(shares) for shares in filled if len(shares) > 1]
     rare = ""
     if smallest:  # people may have put all images of a prompt in one group
         low, high = percent(min(smallest)), percent(max(smallest))
         of = low if low == high else f"{low} to {high}"
         rare = f"; the smallest group holds {of} of a prompt's images"
-    solver = source.fingerprint_facts.get("solver")
+    solver = source.audit.settings.get("solver")
     forced = (
         f" The solver “{solver}” splits whatever it is given, so the split alone proves nothing: look at separation "
         "and stability."
@@ -91,15 +90,15 @@ def summary(source: AuditSource) -> str:
     )
 
 
-def by_people(curation: Curation) -> str:
+def by_people(edits: Edits) -> str:
     """Return what people changed about an audit, in a sentence or two; "" where they changed nothing."""
-    left_out, moved = len(curation.left_out), len(curation.cuts)
+    left_out, moved = len(edits.left_out), len(edits.cuts)
     parts = []
     if left_out:
         parts.append(f"{counted(left_out, 'image')} {'is' if left_out == 1 else 'are'} left out")
     if moved:
         parts.append(f"cuts between groups were moved by hand under {counted(moved, 'prompt')}")
-    if curation.named:
+    if edits.named:
         parts.append("names of groups are people's words")
     listed = " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
     before = " Separation and stability are of the groups as inferred." if left_out or moved else ""
@@ -121,35 +120,35 @@ def about_words(words: AuditWords, pages: Sequence[Page]) -> str:
     )
 
 
-def _words_over_all(words: AuditWords, curation: Curation) -> Table | None:
+def _words_over_all(words: AuditWords, edits: Edits) -> Table | None:
     """Return what tells groups apart over all prompts, where several hide groups."""
     everywhere = [entry for entry in words.groups if entry.prompt is None]
-    rows = [[curation.group_name(entry.group, entry.factor), entry.line] for entry in everywhere]
+    rows = [[edits.group_name(entry.group, entry.factor), entry.line] for entry in everywhere]
     return Table(("Group", "Words"), rows, "Words that tell groups apart over all prompts") if rows else None
 
 
 def _prompt(page: Page, source: AuditSource, confidence: float) -> FoundPrompt:
     prompt = page.prompt
     facts = [
-        ("images", f"{prompt['num_images']:,}"),
-        ("wordings", f"{len(prompt['captions']):,}"),
-        ("separation", f"{prompt['separation']:.2f}"),
-        ("stability", f"{prompt['stability']:.2f}"),
-        ("evidence", page.factor + str(prompt["evidence"])),
+        ("images", f"{prompt.num_images:,}"),
+        ("wordings", f"{len(prompt.captions):,}"),
+        ("separation", f"{prompt.separation:.2f}"),
+        ("stability", f"{prompt.stability:.2f}"),
+        ("evidence", page.factor + prompt.evidence),
     ]
     return FoundPrompt(
-        prompt=prompt["prompt"],
+        prompt=prompt.prompt,
         facts=facts,
         groups=[_group(group, page, source, confidence) for group in page.groups],
         histogram=histogram(page),
-        candidates=candidates_table(prompt.get("candidates") or []),
+        candidates=candidates_table(prompt.candidates),
     )
 
 
 def _group(group: Group, page: Page, source: AuditSource, confidence: float) -> FoundGroup:
     typical, uncertain = _typical(group), _uncertain(group)
     name = group.name
-    told = source.words.of(page.index, group.index, page.factor_index) if source.words else None
+    told = source.audit.words.of(page.index, group.index, page.factor_index) if source.audit.words else None
     colour = colour_of(group.index)
     return FoundGroup(
         name=name,
@@ -171,18 +170,18 @@ def _uncertain(group: Group) -> list[int]:
 def _thumbs(positions: Sequence[int], source: AuditSource, what: str) -> list[Thumb]:
     if source.data is None:
         return []
-    names, shown = source.document["names"], filter(source.may_show, positions)
+    names, shown = source.audit.names, filter(source.may_show, positions)
     return [thumb(source.data.image(source.rows[at]), f"{what}: {names[at]}") for at in shown]
 
 
 def _others(pages: Sequence[Page], *, named: bool) -> Table:
     rows = [
         [
-            page.prompt["prompt"],
-            f"{page.prompt['num_images']:,}",
+            page.prompt.prompt,
+            f"{page.prompt.num_images:,}",
             " / ".join((f"{group.name} " if named else "") + percent(group.share) for group in page.groups),
-            f"{page.prompt['separation']:.2f}",
-            f"{page.prompt['stability']:.2f}",
+            f"{page.prompt.separation:.2f}",
+            f"{page.prompt.stability:.2f}",
         ]
         for page in pages[:MOST_ROWS]
     ]
@@ -192,27 +191,27 @@ def _others(pages: Sequence[Page], *, named: bool) -> Table:
     )
 
 
-def unfound_table(prompts: Sequence[Mapping[str, Any]]) -> Table | None:
+def unfound_table(prompts: Sequence[PromptAudit]) -> Table | None:
     """Return the prompts under which nothing was found, the largest first; None for none."""
     if not prompts:
         return None
-    ordered = sorted(prompts, key=lambda prompt: -prompt["num_images"])
-    rows = [[prompt["prompt"], f"{prompt['num_images']:,}", prompt["reason"]] for prompt in ordered[:MOST_ROWS]]
+    ordered = sorted(prompts, key=lambda prompt: -prompt.num_images)
+    rows = [[prompt.prompt, f"{prompt.num_images:,}", prompt.reason] for prompt in ordered[:MOST_ROWS]]
     caption = "Prompts under which nothing was found, and why"
     return _cut(Table(("Prompt", "Images", "Why not"), rows, caption), len(ordered))
 
 
-def candidates_table(candidates: Sequence[Mapping[str, Any]]) -> Table | None:
+def candidates_table(candidates: Sequence[Candidate]) -> Table | None:
     """Return the splits that were considered under a prompt, best first; None for none."""
     if not candidates:
         return None
     rows = [
         [
-            str(entry["evidence"]),
-            " / ".join(percent(share) for share in entry["shares"]),
-            f"{entry['separation']:.2f}",
-            f"{entry['stability']:.2f}",
-            "yes" if entry["accepted"] else "no",
+            entry.evidence,
+            " / ".join(percent(share) for share in entry.shares),
+            f"{entry.separation:.2f}",
+            f"{entry.stability:.2f}",
+            "yes" if entry.accepted else "no",
         ]
         for entry in candidates[:MOST_CANDIDATES]
     ]

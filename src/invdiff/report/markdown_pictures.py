@@ -67,7 +67,7 @@ def _before_after(path: Path, sources: Sources, results: Results | None, chosen:
 def _groups(path: Path, source: AuditSource, folder: Path | None) -> bool:
     if source.data is None:
         # People may have changed the audit since its own picture was drawn.
-        own = None if folder is None or source.curation.changed else folder / OVERVIEW
+        own = None if folder is None or source.audit.edits.changed else folder / OVERVIEW
         if folder is None or own is None or not own.is_file() or not is_inside(own, folder):
             return False
         with atomic_path(path) as temporary:
@@ -76,12 +76,12 @@ def _groups(path: Path, source: AuditSource, folder: Path | None) -> bool:
     if withheld(source):
         return False
     data = source.data
-    unfound = [prompt for prompt in source.document["prompts"] if not prompt["found"]]
+    unfound = [prompt for prompt in source.audit.prompts if not prompt.found]
     overview(
         source.pages[:MOST_PROMPTS],
         unfound,
         lambda chosen: [data.image(source.rows[at]) for at in chosen],
-        source.words,
+        source.audit.words,
     ).save(path)
     return True
 

@@ -30,7 +30,7 @@ def recipe(sources: Sources, *, version: str) -> Recipe:
                 "invdiff report RUN --module module",
             )
         )
-    if sources.audit and sources.audit.curation.changed:
+    if sources.audit and sources.audit.audit.edits.changed:
         words = f"People changed this audit: put its {CURATION} beside the one that these commands make"
         missing.append(Missing(f"{words}, before you train."))
     return Recipe(
@@ -48,7 +48,7 @@ def _settings(sources: Sources) -> dict[str, Mapping[str, Any]]:
         settings["Demo"] = sources.measured.settings
     if sources.audit:
         known = {item.name for item in fields(AuditConfig)}
-        settings["Audit"] = {name: v for name, v in sources.audit.fingerprint_facts.items() if name in known}
+        settings["Audit"] = {name: v for name, v in sources.audit.audit.settings.items() if name in known}
     training = mapping(mapping((sources.module or {}).get("record")).get("training"))
     if training:
         settings["Train"] = training
@@ -62,7 +62,7 @@ def _settings(sources: Sources) -> dict[str, Mapping[str, Any]]:
 def _fingerprints(sources: Sources) -> Table | None:
     rows: list[list[str]] = []
     if sources.audit:
-        facts = sources.audit.fingerprint_facts
+        facts = sources.audit.audit.settings
         rows += [
             [words, str(facts[name])]
             for name, words in (
@@ -100,8 +100,8 @@ def _seeds(sources: Sources) -> Table | None:
     rows: list[list[str]] = []
     if sources.measured and "seed" in sources.measured.settings:
         rows.append(["demo", str(sources.measured.settings["seed"])])
-    if sources.audit and "seed" in sources.audit.fingerprint_facts:
-        rows.append(["audit", str(sources.audit.fingerprint_facts["seed"])])
+    if sources.audit and "seed" in sources.audit.audit.settings:
+        rows.append(["audit", str(sources.audit.audit.settings["seed"])])
     training = mapping(mapping((sources.module or {}).get("record")).get("training"))
     if "seed" in training:
         rows.append(["training", str(training["seed"])])
@@ -121,7 +121,7 @@ def limits(sources: Sources) -> list[str]:
             "matter, and others may have gone unfound. "
             + (
                 "Names of groups are people's words for what they saw in the images."
-                if sources.audit.curation.named
+                if sources.audit.audit.edits.named
                 else "Groups have numbers because nobody named them: look at their images before you call them "
                 "anything."
             ),

@@ -8,15 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..auditing.edits import Curation, is_kept, weights_of
-from ..auditing.words import AuditWords, read_words
-from ..errors import AuditError, ConfigError, EvaluationError
+from ..auditing.result import Audit
+from ..errors import ConfigError, EvaluationError
 from ..evaluation.manifest import MANIFESTS, Folders, Row, read_manifest, resolve_folders
 from ..files import read_json
-from .audit_reading import Page, pages_of, read_audit, rows_by_name
+from .audit_reading import Page, pages_of, rows_by_name
 from .part_names import Names, shown_path
 from .results_reading import Measured, read_results
 
@@ -31,19 +27,12 @@ _SCALE_ENDING = re.compile(r"-cfg-[0-9.]+$")
 class AuditSource:
     """An audit folder, and the images it is of where they are given."""
 
-    document: Mapping[str, Any]
+    audit: Audit
+    """With people's edits."""
     pages: Sequence[Page]
-    fingerprint_facts: Mapping[str, Any]
-    """Settings and fingerprints."""
     data: CaptionedImages | None
     rows: Sequence[int]
     """Where each audited image stands in the data; empty without data."""
-    prompt_ids: NDArray[Any]
-    """(N,) the prompt of each audited image, as an index into the document's; -1 where it was left out."""
-    curation: Curation = field(default_factory=Curation)
-    """People's changes, which are in the document and the pages already."""
-    words: AuditWords | None = None
-    """What tells the groups apart in a CLIP model's words, where one was asked."""
 
     def may_show(self, position: int) -> bool:
         """Whether an audited image may go into a report: it is given, and no link or path leads out of the data."""
@@ -156,36 +145,14 @@ def _names(parts: Parts) -> Names:
 
 
 def _read_audit(folder: Path, data: Any) -> AuditSource:
-    try:
-        document, tensors, curation = read_audit(folder)
-        pages = pages_of(document, tensors, curation)
-        prompt_ids = np.where(is_kept(weights_of(tensors)), tensors["prompt_ids"], -1)
-        _check_prompts(document, tensors)
-        names = list(document["names"])
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise AuditError(
-            f"Expected an audit in {folder}, found something else ({error!r}). Run `invdiff audit` again."
-        ) from error
+    audit = Audit.load(folder)
     images = data
     if data is not None and not hasattr(data, "names"):
         from ..data.captioned import load_captioned_images
 
         images = load_captioned_images(data)
-    rows = rows_by_name(names, list(images.names)) if images is not None else []
-    words = read_words(folder, curation.audit)
-    return AuditSource(document, pages, document.get("settings", {}), images, rows, prompt_ids, curation, words)
-
-
-def _check_prompts(document: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> None:
-    """Raise where a prompt lacks what every report of it states."""
-    for prompt in document["prompts"]:
-        if not isinstance(prompt["prompt"], str) or not isinstance(prompt["captions"], list):
-            raise TypeError("a prompt that is no text")
-        _ = (prompt["reason"] + "", f"{prompt['stability']:.2f}", f"{prompt['separation']:.2f}", prompt["found"] + 0)
-        _ = (f"{prompt['num_images']:d}", prompt["evidence"] + "")
-        _ = [f"{share:.2f}" for share in prompt["shares"]]
-    if not np.isfinite(tensors["scores"]).all():
-        raise ValueError("scores that are not finite")
+    rows = rows_by_name(audit.names, list(images.names)) if images is not None else []
+    return AuditSource(audit, pages_of(audit), images, rows)
 
 
 def _read_images(given: Mapping[str, Folders], run: Path | None) -> dict[str, Generated]:

@@ -44,7 +44,8 @@ class Labels:
     def under(self, prompt: str) -> Counter[str]:
         """Return label to number of images under a prompt, those without a label left out."""
         index = self._index_of.get(prompt)
-        rows: list[int] = [] if index is None else np.flatnonzero(self.source.prompt_ids == index).tolist()
+        audit = self.source.audit
+        rows: list[int] = [] if index is None else np.flatnonzero(audit.kept & (audit.prompt_ids == index)).tolist()
         return Counter(self.values[row] for row in rows if self.values[row])
 
     def share(self, prompt: str, name: str, *, confidence: float) -> Share | None:
@@ -69,8 +70,8 @@ class Labels:
     @cached_property
     def _index_of(self) -> dict[str, int]:
         """Return caption to the audit's prompt."""
-        entries = list(enumerate(self.source.document["prompts"]))
-        return {caption: k for k, entry in reversed(entries) for caption in (*entry["captions"], entry["prompt"])}
+        entries = list(enumerate(self.source.audit.prompts))
+        return {caption: k for k, entry in reversed(entries) for caption in (*entry.captions, entry.prompt)}
 
 
 def labels(source: AuditSource | None, results: Results) -> Labels | None:

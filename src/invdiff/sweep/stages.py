@@ -135,8 +135,8 @@ class Workshop:
             )
         row_of = {name: row for row, name in enumerate(data.names)}
         classes = [str(data.attributes[column][row_of[name]]) for name in found.names]
-        groups = found.group_weights[0].argmax(dim=1)
-        return group_quality(found.prompt_ids.numpy(), found.scores.numpy(), groups.numpy(), classes)
+        groups = found.group_weights[0].argmax(axis=1)
+        return group_quality(found.prompt_ids, found.scores, groups, classes)
 
     def seconds(self, cell: Cell) -> dict[str, float | None]:
         """Return how long audit and training took, None where a step was not timed in one go."""
@@ -218,7 +218,7 @@ class Workshop:
     def _audit(self, cell: Cell, folder: Path) -> Audit:
         pipe, data = self.pipeline(cell), self.data(cell)
         if (folder / "audit.json").is_file():
-            found = Audit.load(folder, curated=False)  # a sweep compares settings, not what people made of one
+            found = Audit.load(folder, edited=False)  # a sweep compares settings, not what people made of one
             if found.settings["data_fingerprint"] != data.fingerprint:
                 raise AuditError(
                     f"Expected the images that the audit in {folder} was made on, found others: they have changed. "

@@ -8,9 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from ..auditing.edits import Edits
 from ..auditing.result import Audit
 from ..auditing.run import audit as infer_groups
 from ..config import AuditConfig, TrainConfig
@@ -173,14 +175,14 @@ def carry_over(before: Audit, found: Audit) -> Audit:
     people left out stay so, and groups keep their names; cuts that people moved hold for the first round only.
     """
     old, new = before.group_weights[0], found.group_weights[0]
-    hidden = torch.tensor([prompt.found for prompt in found.prompts])[found.prompt_ids]
+    hidden = np.array([prompt.found for prompt in found.prompts])[found.prompt_ids]
     order = linear_sum_assignment(old[hidden].T @ new[hidden], maximize=True)[1]
-    merged = torch.where(hidden[:, None], new[:, order], old) * before.kept[:, None]
+    merged = np.where(hidden[:, None], new[:, order], old) * before.kept[:, None]
     return dataclasses.replace(
         found,
         group_weights=(merged, *before.group_weights[1:]),
         settings=before.settings,
-        group_names=before.group_names,
+        edits=Edits(names=before.edits.names),
     )
 
 
@@ -199,9 +201,9 @@ def run_round(
     """Minimise mean_e L_e + lambda Var_e(L_e) for `config.steps` steps, W fixed; `module` ends as the average."""
     device = frozen.device
     precision = Precision(config.mixed_precision, device)
-    sampler = GroupBalancedSampler(audit.prompt_ids, audit.group_weights)
+    prompt_ids, kept = torch.from_numpy(audit.prompt_ids), torch.from_numpy(np.flatnonzero(audit.kept))
+    sampler = GroupBalancedSampler(prompt_ids, [torch.from_numpy(weights) for weights in audit.group_weights])
     moving = MovingGroupLosses((int(audit.prompt_ids.max()) + 1, audit.num_groups[0]), config.loss_momentum)
-    kept = torch.nonzero(audit.kept)[:, 0]
     typical = typical_losses(frozen, data, images=kept, batch_size=config.batch_size, seed=config.seed).to(device)
 
     module.train()

@@ -1,0 +1,273 @@
+"""People's edits to an audit: what they may be, how they are kept, and what they do to groups and shares."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from invdiff.auditing.edits import CURATION, NAME_LIMIT, Edits
+from invdiff.auditing.result import Audit, PromptAudit, apply
+from invdiff.errors import AuditError, ConfigError
+from invdiff.text import one_line
+
+# Under prompt 0 the columns 2, 0, 1 lie from low to high scores; under prompt 1 column 1 is empty; 2 hides nothing.
+LABELS = [2, 2, 2, 0, 0, 1, 0, 0, 2]
+SCORES = [-3.0, -2.5, -2.0, 0.0, 0.5, 4.0, -1.0, -0.5, 2.0, 0.0, 0.0]
+PROMPTS = [0] * 6 + [1] * 3 + [2] * 2
+SHARES = [[0.3333, 0.1667, 0.5], [0.6667, 0.0, 0.3333], []]
+
+
+def made_up(*, factors: int = 1) -> Audit:
+    """An audit of eleven images under three prompts, two of which hide groups."""
+    first = np.full((11, 3), 1 / 3, np.float32)
+    first[:9] = np.eye(3, dtype=np.float32)[LABELS]
+    further = [np.full((11, 2), [0.5 + m / 50, 0.5 - m / 50], np.float32) for m in range(1, factors)]
+    return Audit(
+        group_weights=(first, *further),
+        scores=np.array(SCORES, np.float32),
+        prompt_ids=np.array(PROMPTS),
+        prompts=[
+            PromptAudit(f"prompt {k}", [f"prompt {k}"], PROMPTS.count(k), k < 2, "made up", shares=SHARES[k])
+            for k in range(3)
+        ],
+        names=[f"{row}.png" for row in range(11)],
+        forwards_per_image=0.0,
+        settings={},
+    )
+
+
+def plain_edits(**options: Any) -> Edits:
+    """No edits, to the audit that is made up."""
+    return apply(made_up(**options), Edits()).edits
+
+
+def test_an_audit_that_nobody_edited_has_no_edits(tmp_path: Path) -> None:
+    edits = Audit.load(made_up().save(tmp_path)).edits
+    assert edits == plain_edits()
+    assert not edits.changed
+    assert edits.names == (("", "", ""),)
+    assert [edits.group_name(group) for group in range(4)] == ["group 0", "group 1", "group 2", "group 3"]
+
+
+def test_a_name_is_one_clean_line() -> None:
+    named = plain_edits().with_name(0, 1, "  on\nwater\u202e \x00")
+    assert named.names == (("", "on water", ""),)
+    assert (named.group_name(1), named.group_name(0)) == ("on water", "group 0")
+    assert named.with_name(0, 1, " ") == plain_edits()
+    assert named.with_name(0, 0, "x" * NAME_LIMIT).group_name(0) == "x" * NAME_LIMIT
+    assert named.with_name(0, 1, "Group 1") == plain_edits()
+    assert named.with_name(0, 0, "group 1 of birds").group_name(0) == "group 1 of birds"
+
+
+@pytest.mark.parametrize("name", ["water", "WATER", "ｗａｔｅｒ", "wa\u200dter", " water "])
+def test_two_groups_have_no_names_that_look_alike(name: str) -> None:
+    named = plain_edits(factors=2).with_name(0, 1, "water")
+    with pytest.raises(ConfigError, match="no other group has"):
+        named.with_name(0, 0, name)
+    assert named.with_name(0, 1, name).names[0][1] == one_line(name)  # of its own it may have a like one
+    assert named.with_name(1, 0, name).names[1][0] == one_line(name)  # and so may groups of another factor
+
+
+@pytest.mark.parametrize(
+    ("factor", "group", "name", "message"),
+    [
+        *[
+            (factor, group, "x", "Expected a group of the audit")
+            for factor, group in ((0, 3), (1, 0), (0, -1), (-1, 0))
+        ],
+        (0, 0, "group 1", "the number of another"),
+        (0, 0, "Group 7", "the number of another"),
+        (0, 0, "x" * 10_000, "at most 60 characters, got 10000"),
+    ],
+)
+def test_other_names_are_refused(factor: int, group: int, name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plain_edits().with_name(factor, group, name)
+
+
+def test_images_are_left_out_and_put_back() -> None:
+    less = Edits().without_images([4, 1]).without_images(np.array([1, 3]))
+    assert less.left_out == (1, 3, 4)
+    assert less.with_images([3, 9]).left_out == (1, 4)
+    assert less.with_images(less.left_out) == Edits()
+    with pytest.raises(ConfigError, match="from 0, got -1"):
+        Edits().without_images([-1])
+
+
+@pytest.mark.parametrize("cuts", [[], [1.0, 1.0], [2.0, 1.0], [math.nan, 1.0], [0.0, math.inf]])
+def test_cuts_are_finite_and_rise(cuts: list[float]) -> None:
+    with pytest.raises(ConfigError, match="finite, rising"):
+        Edits().with_cuts(0, cuts)
+
+
+def test_cuts_are_taken_back() -> None:
+    moved = Edits().with_cuts(1, [0]).with_cuts(0, [-1, 1])
+    assert moved.cuts == {0: (-1.0, 1.0), 1: (0.0,)}
+    assert moved.with_cuts(0, None).with_cuts(1, None).with_cuts(2, None) == Edits()
+
+
+def test_edits_that_were_saved_are_read_back(tmp_path: Path) -> None:
+    edits = plain_edits().with_name(0, 2, '<b> "鳥" \\').without_images([0, 9]).with_cuts(0, [-0.1, 1 / 3])
+    changed = apply(made_up(), edits)
+    changed.save_edits(made_up().save(tmp_path))
+    loaded = Audit.load(tmp_path)
+    assert loaded.edits == edits
+    assert loaded.fingerprint == changed.fingerprint
+    kept = json.loads((tmp_path / CURATION).read_text(encoding="utf-8"))
+    assert kept["left_out"] == [{"position": 0, "image": "0.png"}, {"position": 9, "image": "9.png"}]
+    assert kept["cuts"][0]["caption"] == "prompt 0"
+    apply(changed, Edits()).save_edits(tmp_path)
+    assert not (tmp_path / CURATION).exists()
+
+
+def test_edits_to_another_audit_are_refused(tmp_path: Path) -> None:
+    edited = apply(made_up(), Edits().without_images([3]))
+    other = made_up()
+    other.group_weights[0][0] = [0, 1, 0]
+    with pytest.raises(AuditError, match="got changes to"):
+        apply(other, edited.edits)
+    edited.save_edits(other.save(tmp_path))
+    with pytest.raises(AuditError, match=f"changes to another \\({made_up().fingerprint}\\)"):
+        Audit.load(tmp_path)
+    renamed = replace(made_up(), names=["new.png"] * 11)
+    edited.save_edits(renamed.save(tmp_path))
+    with pytest.raises(AuditError, match="another name than in the audit"):
+        Audit.load(tmp_path)
+
+
+def _put(*path: str | int, value: Any) -> Callable[[Any], Any]:
+    def change(kept: Any) -> Any:
+        inner = kept
+        for part in path[:-1]:
+            inner = inner[part]
+        inner[path[-1]] = value
+        return kept
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda kept: [],
+        lambda kept: {"audit": kept["audit"]},
+        _put("audit", value=7),
+        _put("names", value=[["a"]]),
+        _put("names", value=[["a", "b", 3]]),
+        _put("names", value=[["a", "a", ""]]),
+        _put("names", value=[["x" * 61, "", ""]]),
+        _put("names", value={"a": 1}),
+        _put("left_out", value=[5]),
+        _put("left_out", 0, "position", value=True),
+        _put("left_out", 0, "position", value=-1),
+        _put("left_out", 0, "position", value=11),
+        _put("left_out", 0, "position", value="0"),
+        _put("left_out", value=[{"position": row, "image": f"{row}.png"} for row in range(6)]),
+        _put("cuts", 0, "prompt", value=3),
+        _put("cuts", 0, "prompt", value=-1),
+        _put("cuts", 0, "prompt", value=2),
+        _put("cuts", 0, "scores", value=[1.0]),
+        _put("cuts", 0, "scores", value=[1.0, 0.0]),
+        _put("cuts", 0, "scores", value=[0.0, math.nan]),
+        _put("cuts", 0, "scores", value=[0.0, 10**400]),
+        _put("cuts", 0, "scores", value=["0", "1"]),
+        _put("cuts", 0, "scores", value="01"),
+        lambda kept: {**kept, "cuts": kept["cuts"] * 2},
+        _put("cuts", value=None),
+    ],
+)
+def test_a_damaged_file_is_an_error_that_says_what_to_do(tmp_path: Path, change: Callable[[Any], Any]) -> None:
+    edits = plain_edits().with_name(0, 0, "a").without_images([0]).with_cuts(0, [-1, 1])
+    apply(made_up(), edits).save_edits(made_up().save(tmp_path))
+    kept = json.loads((tmp_path / CURATION).read_text())
+    (tmp_path / CURATION).write_text(json.dumps(change(kept)))
+    with pytest.raises(AuditError, match=r"Expected") as raised:
+        Audit.load(tmp_path)
+    assert len(str(raised.value)) < 500
+
+
+def test_a_file_that_is_no_json_is_an_error(tmp_path: Path) -> None:
+    (made_up().save(tmp_path) / CURATION).write_text('{"audit": ')
+    with pytest.raises(AuditError, match=r"Expected JSON .* Mend it or move it elsewhere"):
+        Audit.load(tmp_path)
+
+
+def test_shares_are_those_of_a_count_by_hand() -> None:
+    """Under prompt 0 the intervals below -2.4, up to 0.5 and above belong to groups 2, 0 and 1."""
+    new = apply(made_up(), Edits().with_cuts(0, [-2.4, 0.5]).without_images([0, 8, 9]))
+    assert new.group_weights[0].argmax(axis=1)[1:6].tolist() == [2, 0, 0, 1, 1]  # 0.5 lies at a cut: above it
+    assert [prompt.shares for prompt in new.prompts] == [[0.4, 0.4, 0.2], [1.0, 0.0, 0.0], []]
+    assert [prompt.num_images for prompt in new.prompts] == [5, 2, 1]
+    assert new.kept.tolist() == [False, *[True] * 7, False, False, True]
+
+
+def test_shares_are_rounded_and_others_stay() -> None:
+    audit = made_up()
+    new = apply(audit, Edits().with_cuts(1, [-0.7]))
+    assert new.prompts[1].shares == [0.3333, 0.0, 0.6667]
+    assert new.prompts[0] == audit.prompts[0]
+    assert np.array_equal(new.group_weights[0][:6], audit.group_weights[0][:6])
+    assert np.array_equal(new.scores, audit.scores)
+    assert audit.fingerprint == made_up().fingerprint  # and so does the audit that it was applied to
+    assert apply(new, Edits()).fingerprint == audit.fingerprint
+
+
+def test_an_image_left_out_is_in_no_group_of_any_factor() -> None:
+    for weights in apply(made_up(factors=2), Edits().without_images([4, 10])).group_weights:
+        assert not weights[[4, 10]].any()
+        assert weights[[3, 9]].sum() == pytest.approx(2)
+
+
+def test_a_soft_w_becomes_hard_where_cuts_were_moved() -> None:
+    audit = made_up()
+    audit.group_weights[0][:9] = 0.8 * audit.group_weights[0][:9] + 0.1 * (1 - audit.group_weights[0][:9])
+    weights = apply(audit, Edits(cuts={0: (-1.0, 1.0)})).group_weights[0]
+    assert weights[:6].tolist() == np.eye(3)[LABELS[:6]].tolist()
+    assert np.array_equal(weights[6:], audit.group_weights[0][6:])
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        (Edits(left_out=(6, 7, 8)), "at least one image of “prompt 1” to keep"),
+        (Edits(left_out=(11,)), "leave out some of 11 images, got number 11"),
+        (Edits(cuts={3: (0.0,)}), "groups of 3 prompts, got number 3"),
+        (Edits(cuts={0: (0.0,)}), "Expected 2 cuts between the groups of “prompt 0”"),
+        (Edits(cuts={1: (0.0, 1.0)}), "Expected 1 cuts between the groups of “prompt 1”"),
+        (Edits(cuts={2: (0.0,)}), "Expected 0 cuts between the groups of “prompt 2”"),
+        (Edits(names=(("a",),)), "Expected changes to this audit"),
+    ],
+)
+def test_edits_that_an_audit_cannot_take_are_refused(edits: Edits, message: str) -> None:
+    with pytest.raises(AuditError, match=message):
+        apply(made_up(), edits)
+
+
+def test_edits_to_another_audit_are_put_aside(tmp_path: Path) -> None:
+    audit, edited = made_up(), apply(made_up(), Edits().without_images([1]))
+    assert audit.put_aside(tmp_path) is None
+    other = replace(made_up(), prompt_ids=np.array([*PROMPTS[:-1], 0]))
+    places = []
+    for _ in range(2):
+        edited.save_edits(tmp_path)
+        text = (tmp_path / CURATION).read_text()
+        assert audit.put_aside(tmp_path) is None
+        place = other.put_aside(tmp_path)
+        assert place is not None
+        assert place.read_text() == text
+        assert not (tmp_path / CURATION).exists()
+        places.append(place.name)
+    assert places == [f"curation-{audit.fingerprint}.json", f"curation-{audit.fingerprint}-2.json"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"audit": "../../../etc/passwd"}', '{"audit": 3}'])
+def test_a_damaged_file_is_put_aside_within_its_folder(tmp_path: Path, text: str) -> None:
+    (tmp_path / CURATION).write_text(text)
+    assert made_up().put_aside(tmp_path) == tmp_path / "curation-damaged.json"
