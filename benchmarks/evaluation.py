@@ -23,8 +23,8 @@ from invdiff.data.birds import BirdsWorld, canonical_prompts
 from invdiff.evaluation.annotators.conv import ConvAnnotator
 from invdiff.evaluation.augmentation import augmentation_test
 from invdiff.evaluation.describe import describe_reference
-from invdiff.evaluation.fairness import METRICS, per_prompt
-from invdiff.evaluation.intervals import interval
+from invdiff.evaluation.fairness.intervals import interval
+from invdiff.evaluation.fairness.metrics import METRICS, per_prompt
 from invdiff.files import write_text
 from invdiff.sweep.config import SweepConfig
 from invdiff.sweep.plan import cells

@@ -17,8 +17,7 @@ from diffusers import StableDiffusionPipeline
 from matplotlib.figure import Figure
 from PIL import Image
 
-from invdiff.evaluation.estimates import Estimate
-from invdiff.evaluation.results import AttributeMeasures, Measures, Quantity
+from invdiff.evaluation.results import AttributeMeasures, Estimate, Measures, Quantity
 from invdiff.guidance.module import GuidanceModule
 from invdiff.models.load import load_pipeline
 from tiny import CAPTIONS, make_stable_diffusion
@@ -69,19 +68,8 @@ def made_up_measures(
     frechet: float | None = None,
 ) -> Measures:
     """Measures of 512 images of one prompt that say what a test wants them to."""
-    counts = {"land": 461, "water": 51}
-    nothing = {"unbiased_square": None, "corrected": None, "corrected_low": None, "corrected_high": None, "note": ""}
-    estimate = Estimate(
-        metric="bias", value=bias, low=interval[0], high=interval[1], floor=floor, sd_over_prompts=None, **nothing
-    )
-    attribute = AttributeMeasures(
-        counts={"a photo": counts},
-        shares={"a photo": {"land": 0.9, "water": 0.1}},
-        overall={"bias": estimate},
-        subject_right={},
-        by_prompt={},
-        softmax_discrepancy=Quantity(None),
-    )
+    estimate = Estimate(value=bias, low=interval[0], high=interval[1], floor=floor)
+    attribute = AttributeMeasures({"a photo": {"land": 461, "water": 51}}, {"bias": estimate})
     return Measures(
         images_per_prompt=512,
         attributes={"background": attribute},

@@ -13,8 +13,7 @@ import typer
 
 from invdiff import cli
 from invdiff.config import AuditConfig, DemoConfig, GenerateConfig, TrainConfig
-from invdiff.evaluation.estimates import Estimate
-from invdiff.evaluation.results import AnnotatorRecord, AttributeMeasures, Measures, Quantity, Results
+from invdiff.evaluation.results import AnnotatorRecord, AttributeMeasures, Estimate, Measures, Quantity, Results
 from invdiff.options import Config
 from invdiff.report.audit_reading import Page
 from invdiff.report.commands import MOST_PROMPTS, OPTIONS, commands, say_more
@@ -44,8 +43,8 @@ def drawn(folder: str = "guided", **settings: Any) -> Sources:
 
 
 def evaluated(quality: tuple[str, ...] = (), **stated: Any) -> Sources:
-    bias = Estimate("bias", 0.5, 0.4, 0.6, 0.1, None, None, None, None, None, "")
-    spread = AttributeMeasures({}, {BIRD: {"land": 1.0, "water": 0.0}}, {"bias": bias}, {}, {}, Quantity(None))
+    bias = Estimate(value=0.5, low=0.4, high=0.6, floor=0.1)
+    spread = AttributeMeasures({BIRD: {"land": 10, "water": 0}}, {"bias": bias})
     measures = Measures(10, {"background": spread}, quality=dict.fromkeys(quality, Quantity(1.0)))
     results = Results({"base": {"3.0": measures}}, attribute="background", **stated)
     return Sources(measured=Measured(results, "results.json", "", {}, ()))

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from invdiff.evaluation.estimates import Estimate
-from invdiff.evaluation.results import AttributeMeasures, Measures, Quantity, Results
+from invdiff.evaluation.results import AttributeMeasures, Estimate, Measures, Quantity, Results
 from invdiff.report.charts import BASE_COLOUR, save_line_charts
 from invdiff.report.comparison import Comparison, choose
 from invdiff.report.curves import ModuleLine, module_lines, over_guidance, over_module_scale
@@ -17,8 +16,8 @@ from test_pictures import HOSTILE, size
 
 
 def measures(bias: float, *, accuracy: float | None = None, frechet: float | None = None) -> Measures:
-    of_bias = Estimate("bias", bias, bias - 0.1, bias + 0.1, 0.05, None, None, None, None, None, "")
-    spread = AttributeMeasures({}, {}, {"bias": of_bias}, {}, {}, Quantity(None))
+    of_bias = Estimate(value=bias, low=bias - 0.1, high=bias + 0.1, floor=0.05)
+    spread = AttributeMeasures({}, {"bias": of_bias})
     return Measures(
         10,
         {"background": spread},

@@ -5,17 +5,16 @@ import pytest
 from scipy.stats import entropy
 
 from invdiff.errors import EvaluationError
-from invdiff.evaluation import fairness
-from invdiff.evaluation.fairness import (
+from invdiff.evaluation.fairness import metrics
+from invdiff.evaluation.fairness.floors import bias_floor, metric_floor
+from invdiff.evaluation.fairness.intervals import bias_interval
+from invdiff.evaluation.fairness.metrics import (
     METRICS,
     bias,
-    bias_floor,
-    bias_interval,
     bias_per_prompt,
     fairness_discrepancy,
     intersections,
     kl_to_target,
-    metric_floor,
     normalised_entropy,
     parity_gap,
     per_prompt,
@@ -107,7 +106,7 @@ def test_interval_repeats_with_its_seed_and_changes_with_another():
     ],
 )
 @pytest.mark.parametrize(
-    "metric", [shares, bias, bias_per_prompt, bias_interval, *(getattr(fairness, name) for name in METRICS)]
+    "metric", [shares, bias, bias_per_prompt, bias_interval, *(getattr(metrics, name) for name in METRICS)]
 )
 def test_impossible_counts_are_refused(metric, counts, message):
     with pytest.raises(EvaluationError, match=message):

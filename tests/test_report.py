@@ -543,22 +543,6 @@ def test_neither_audit_nor_results_is_an_error(tmp_path: Path) -> None:
         save_report(tmp_path)
 
 
-def test_results_of_an_older_version_are_read(run: Path, tmp_path: Path) -> None:
-    results = Results.load(run / "results.json").models_to_dict()
-    headline = ("bias", "bias_floor", "bias_ci", "accuracy", "frechet", "images_per_prompt", "shares")
-    old: dict[str, Any] = {
-        model: {scale: {name: measures[name] for name in headline} for scale, measures in by_scale.items()}
-        for model, by_scale in results.items()
-    }
-    (tmp_path / "results.json").write_text(json.dumps(old | {"settings": {"seed": 0}, "audit": {"biased": True}}))
-    page, twin = report(tmp_path / "out", results=tmp_path / "results.json")
-    low, high = (percent(end) for end in share_interval(18, 20))
-    for text in (page.words, twin):
-        assert "does not tell the name of the attribute" in text
-        assert "does not tell figures group by group" in text
-    assert f"90% {low} to {high}" in page.words
-
-
 def test_results_of_the_demo_are_the_same_results(run: Path, tmp_path: Path) -> None:
     results = Results.load(run / "results.json")
     rest = {name: value for name, value in results.to_dict().items() if name != "models"}

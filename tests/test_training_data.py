@@ -11,9 +11,8 @@ import pytest
 
 from invdiff.auditing.edits import Edits
 from invdiff.auditing.result import Audit, apply
-from invdiff.evaluation.estimates import Estimate
 from invdiff.evaluation.quality.intervals import share_interval
-from invdiff.evaluation.results import AttributeMeasures, Measures, Quantity, Results
+from invdiff.evaluation.results import AttributeMeasures, Estimate, Measures, Results
 from invdiff.report.sources import AuditSource, Parts, read_parts
 from invdiff.report.training_data import Labels, labels
 from test_pictures import HOSTILE, LAND, WATER, make_audit
@@ -41,9 +40,8 @@ def read(folder: Path) -> AuditSource:
 
 
 def results(*classes: str) -> Results:
-    bias = Estimate("bias", 0.5, 0.4, 0.6, 0.1, None, None, None, None, None, "")
-    shares = {LAND: dict.fromkeys(classes, 1 / len(classes))}
-    spread = AttributeMeasures({}, shares, {"bias": bias}, {}, {}, Quantity(None))
+    bias = Estimate(value=0.5, low=0.4, high=0.6, floor=0.1)
+    spread = AttributeMeasures({LAND: dict.fromkeys(classes, 10)}, {"bias": bias})
     return Results({"base": {"3.0": Measures(10, {"background": spread})}}, attribute="background")
 
 

@@ -15,7 +15,7 @@ from ..models.encoders import ClipEncoder
 from ..progress import progress_bar
 from .annotators.given_labels import GivenLabels
 from .describe import Described, Judge, describe_rows
-from .fairness import correct_for_annotator
+from .fairness.correction import correct_for_annotator
 from .manifest import Folders, Row, common_prompts, module_scale, read_model, resolve_folders, scale_keys
 from .measure import measure, preserve
 from .quality.distances import lpips_network

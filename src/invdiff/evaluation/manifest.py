@@ -14,12 +14,12 @@ from typing import Any
 
 from ..errors import EvaluationError
 from ..files import is_inside
+from .results import UNSTATED as UNSTATED
+from .results import scale_order
 
 MANIFESTS = ("manifest.jsonl", "metadata.jsonl", "metadata.csv")
 """What may list a folder's images, in order of preference."""
 PROMPT_COLUMNS = ("prompt", "text", "caption")
-UNSTATED = "unstated"
-"""The guidance scale of images whose manifest names none."""
 
 Folders = str | Path | Sequence[str | Path]
 """Where a model's images lie."""
@@ -135,7 +135,7 @@ def common_prompts(rows_by_model: Mapping[str, Sequence[Row]]) -> list[str]:
 
 def scale_keys(rows: Sequence[Row]) -> list[str]:
     """Return the guidance scales present, ascending, "unstated" last."""
-    return sorted({row.scale_key for row in rows}, key=lambda key: math.inf if key == UNSTATED else float(key))
+    return sorted({row.scale_key for row in rows}, key=scale_order)
 
 
 def module_scale(rows: Sequence[Row]) -> float | None:

@@ -1,10 +1,14 @@
-"""What an evaluation measured: figures with their intervals, floors and corrections, as objects, JSON and a table."""
+"""Results of an evaluation: figures with intervals, floors and corrections, as objects, JSON and a table."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import io
+import json
+import math
+import types
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +16,13 @@ from typing import Any
 
 from ..errors import EvaluationError
 from ..files import read_json, write_json, write_text
-from .estimates import Estimate
 
+CANNOT_TELL = "cannot tell"
+"""The label of an image that an annotator is not confident about."""
+UNSTATED = "unstated"
+"""The guidance scale of images whose manifest names none."""
+HEADLINE = ("bias", "bias_floor", "bias_ci", "accuracy", "frechet", "images_per_prompt", "shares")
+"""Properties of `Measures` that its JSON form opens with."""
 TABLE_COLUMNS = (
     *("model", "guidance_scale", "kind", "attribute", "figure", "of"),
     *("value", "low", "high", "floor", "corrected", "corrected_low", "corrected_high"),
@@ -33,28 +42,55 @@ class Quantity:
     note: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Estimate(Quantity):
+    """A fairness metric's mean over prompts and what is known about its error."""
+
+    value: float
+    low: float
+    high: float
+    """Interval of the mean over these prompts; it says nothing about other prompts."""
+    floor: float
+    """Expected value for a sampler that draws from the target, with as many images."""
+    sd_over_prompts: float | None = None
+    """Standard deviation of the prompts' values; None for one prompt."""
+    unbiased_square: float | None = None
+    """Unbiased estimate of the SQUARED discrepancy, of fairness_discrepancy only: no other metric has one."""
+    corrected: float | None = None
+    """The value corrected for the annotator's errors; None without a usable confusion matrix."""
+    corrected_low: float | None = None
+    corrected_high: float | None = None
+
+
 @dataclass(frozen=True)
 class AttributeMeasures:
     """How one attribute's classes are spread over a model's images."""
 
     counts: Mapping[str, Mapping[str, int]]
     """Prompt to class to images; "cannot tell" is a class of its own where a confidence was asked for."""
-    shares: Mapping[str, Mapping[str, float]]
-    """Prompt to class to share of the images that have a class."""
     overall: Mapping[str, Estimate]
     """Fairness metric to estimate, mean over prompts."""
-    subject_right: Mapping[str, Estimate]
+    subject_right: Mapping[str, Estimate] = field(default_factory=dict)
     """The same among images that show the subject their prompt names; empty where none is named."""
-    by_prompt: Mapping[str, Mapping[str, Estimate]]
-    """Prompt to fairness metric to estimate."""
-    softmax_discrepancy: Quantity
+    by_prompt: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    """Prompt to fairness metric to estimate; empty for one prompt."""
+    softmax_discrepancy: Quantity = Quantity(None)
     """Fairness discrepancy of mean probabilities instead of labels."""
     note: str = ""
+
+    @property
+    def shares(self) -> dict[str, dict[str, float]]:
+        """Prompt to class to share of the images that have a class."""
+        shares = {}
+        for prompt, counts in self.counts.items():
+            known = {name: count for name, count in counts.items() if name != CANNOT_TELL}
+            shares[prompt] = {name: count / sum(known.values()) for name, count in known.items()}
+        return shares
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What was measured on one model's images at one guidance scale."""
+    """Measures of one model's images at one guidance scale."""
 
     images_per_prompt: int
     """Images of the prompt that has the fewest."""
@@ -75,19 +111,24 @@ class Measures:
         return next(iter(self.attributes.values()))
 
     @property
+    def bias_estimate(self) -> Estimate:
+        """Bias of the first attribute with all that is known about its error."""
+        return self.first.overall["bias"]
+
+    @property
     def bias(self) -> float:
         """Mean over prompts of the mean over pairs of classes of the difference in share."""
-        return self.first.overall["bias"].value
+        return self.bias_estimate.value
 
     @property
     def bias_floor(self) -> float:
         """Bias expected of a perfectly fair sampler with as many images."""
-        return self.first.overall["bias"].floor
+        return self.bias_estimate.floor
 
     @property
     def bias_ci(self) -> tuple[float, float]:
-        """Interval of Bias, honest near the fair point too; see `intervals.interval`."""
-        return self.first.overall["bias"].low, self.first.overall["bias"].high
+        """Interval of Bias that holds near the fair point too; see `fairness.intervals.interval`."""
+        return self.bias_estimate.low, self.bias_estimate.high
 
     @property
     def accuracy(self) -> float | None:
@@ -101,40 +142,18 @@ class Measures:
         return next(named, None)
 
     @property
-    def shares(self) -> Mapping[str, Mapping[str, float]]:
+    def shares(self) -> dict[str, dict[str, float]]:
         """Prompt to class of the first attribute to share of its images."""
         return self.first.shares
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types: the headline figures, then everything."""
-        headline = {
-            "bias": self.bias,
-            "bias_floor": self.bias_floor,
-            "bias_ci": list(self.bias_ci),
-            "accuracy": self.accuracy,
-            "frechet": self.frechet,
-            "images_per_prompt": self.images_per_prompt,
-            "shares": {prompt: dict(shares) for prompt, shares in self.shares.items()},
-        }
-        return headline | dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Measures:
-        """Read what `to_dict` returned."""
-        subject = values["subject_accuracy"]
-        return cls(
-            images_per_prompt=values["images_per_prompt"],
-            attributes={name: _attribute_from(entry) for name, entry in values["attributes"].items()},
-            subject_accuracy=None if subject is None else Quantity(**subject),
-            quality=_quantities(values["quality"]),
-            by_group={name: _quantities(entry) for name, entry in values["by_group"].items()},
-            preservation=_quantities(values["preservation"]),
-        )
+        """Plain JSON types: the headline figures, then everything."""
+        return _plain({name: getattr(self, name) for name in HEADLINE} | dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)
 class AnnotatorRecord:
-    """Who judged, and how well."""
+    """The annotator of an evaluation and its held-out errors."""
 
     name: str
     min_confidence: float = 0.0
@@ -150,14 +169,14 @@ class Results:
     """Measures by model and guidance scale, and how they were made."""
 
     models: Mapping[str, Mapping[str, Measures]]
-    """Model name (such as "base" and "guided") to `str(float(guidance_scale))` to measures."""
+    """Model name (such as "base" and "guided") to `str(float(guidance_scale))`, ascending, to measures."""
     attribute: str = ""
     """The sensitive attribute that headline figures are of."""
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Attribute to class names."""
     subject_attribute: str = ""
     """The attribute that prompts name; "" where none was given."""
-    annotator: AnnotatorRecord = field(default_factory=lambda: AnnotatorRecord(""))
+    annotator: AnnotatorRecord = AnnotatorRecord("")
     """Who named the classes."""
     target: Mapping[str, float] = field(default_factory=dict)
     """Class to share that the first attribute is measured against; empty for a uniform mix."""
@@ -172,27 +191,51 @@ class Results:
     say."""
     notes: tuple[str, ...] = ()
     """What a reader should know before trusting the figures."""
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """Facts about the run that made the images, as plain JSON types, such as `invdiff demo` adds: its "settings",
+    its "seconds" and how well its "audit" recovered the hidden groups."""
+
+    def each(self) -> Iterator[tuple[str, str, Measures]]:
+        """Model, guidance scale and measures of everything that was measured."""
+        for model, by_scale in self.models.items():
+            for scale, measures in by_scale.items():
+                yield model, scale, measures
+
+    def at(self, scale: str) -> dict[str, Measures]:
+        """Model to measures of those that were measured at one guidance scale."""
+        return {model: by_scale[scale] for model, by_scale in self.models.items() if scale in by_scale}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types: {"attribute": ..., "models": {"base": {"3.0": {"bias": ...}}}}."""
-        document: dict[str, Any] = {
-            item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "models"
-        }
-        return document | {
-            "classes": {name: list(classes) for name, classes in self.classes.items()},
-            "annotator": dataclasses.asdict(self.annotator),
-            "target": dict(self.target),
-            "module_scales": dict(self.module_scales),
-            "notes": list(self.notes),
-            "models": self.models_to_dict(),
-        }
+        """Plain JSON types: {"attribute": ..., "models": {"base": {"3.0": {"bias": ...}}}}."""
+        about = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "models"}
+        return _plain(about | {"annotator": dataclasses.asdict(self.annotator)}) | {"models": self.models_to_dict()}
 
     def models_to_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Return the measures as plain JSON types: {"base": {"3.0": {"bias": ...}}, "guided": ...}."""
+        """The measures as plain JSON types: {"base": {"3.0": {"bias": ...}}, "guided": ...}."""
         return {
             model: {scale: measures.to_dict() for scale, measures in by_scale.items()}
             for model, by_scale in self.models.items()
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Results:
+        """Results from what `to_dict` returned.
+
+        Raises:
+            EvaluationError: It is something else, or holds no measures.
+        """
+        try:
+            results = _read(cls, values, "the document")
+            for _, scale, measures in results.each():
+                _ = (measures.bias, measures.shares, scale_order(scale))
+        except (KeyError, StopIteration, TypeError, ValueError, ZeroDivisionError) as error:
+            raise EvaluationError(
+                f"Expected the results of an evaluation, found something else ({error!r}). Give a file that "
+                "`invdiff evaluate` or `invdiff demo` wrote, or evaluate again."
+            ) from error
+        if not any(results.models.values()):
+            raise EvaluationError("Expected measures of at least one model, found none. Evaluate again.")
+        return results
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON, and every figure as a row of `table_path(path)` beside it.
@@ -210,49 +253,32 @@ class Results:
 
     @classmethod
     def load(cls, path: str | Path) -> Results:
-        """Read the JSON that `save` wrote.
+        """Results from the JSON that `save` wrote.
 
         Raises:
-            EvaluationError: The file holds other things than results.
+            EvaluationError: The file holds other things than results, or no measures.
             DataError: The file is absent or is not JSON.
         """
+        document = read_json(Path(path))
         try:
-            return cls.from_dict(read_json(Path(path)))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise EvaluationError(
-                f"Expected the results of an evaluation in {path}, found something else ({error!r}). "
-                "Give a file that `invdiff evaluate` wrote, or evaluate again."
-            ) from error
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Results:
-        """Read what `to_dict` returned."""
-        models = {
-            model: {scale: Measures.from_dict(measures) for scale, measures in by_scale.items()}
-            for model, by_scale in values["models"].items()
-        }
-        return cls(
-            models=models,
-            **{name: values[name] for name in ("attribute", "subject_attribute", "baseline", "confidence")},
-            classes={name: tuple(classes) for name, classes in values["classes"].items()},
-            annotator=AnnotatorRecord(**values["annotator"]),
-            target=values["target"],
-            reference_images=values["reference_images"],
-            # Older files do not have it.
-            module_scales={model: float(scale) for model, scale in values.get("module_scales", {}).items()},
-            notes=tuple(values["notes"]),
-        )
+            return cls.from_dict(document)
+        except EvaluationError as error:
+            raise EvaluationError(f"{path}: {error}") from error
 
     def table(self) -> Iterator[dict[str, Any]]:
-        """Yield every figure as one row of `TABLE_COLUMNS`; what does not apply is None."""
-        for model, by_scale in self.models.items():
-            for scale, measures in by_scale.items():
-                for row in _rows(measures):
-                    yield dict.fromkeys(TABLE_COLUMNS) | {"model": model, "guidance_scale": scale} | row
+        """Every figure as one row of `TABLE_COLUMNS`; what does not apply is None."""
+        for model, scale, measures in self.each():
+            for row in _rows(measures):
+                yield dict.fromkeys(TABLE_COLUMNS) | {"model": model, "guidance_scale": scale} | row
+
+
+def scale_order(scale: str) -> float:
+    """Sort key of guidance scales as results name them: ascending, "unstated" last."""
+    return math.inf if scale == UNSTATED else float(scale)
 
 
 def table_path(path: str | Path) -> Path:
-    """Return where the table beside results at `path` lies: results.csv beside results.json.
+    """Place of the table beside results at `path`: results.csv beside results.json.
 
     Raises:
         EvaluationError: The path ends in .csv: the results themselves are JSON.
@@ -269,52 +295,59 @@ def _rows(measures: Measures) -> Iterator[dict[str, Any]]:
     for attribute, entry in measures.attributes.items():
         for prompt, counts in entry.counts.items():
             for group, count in counts.items():
-                images = _quantity_row(f"images of {group}", f"prompt: {prompt}", Quantity(float(count)))
-                yield {"kind": "count", "attribute": attribute} | images
-        spread = {"kind": "fairness", "attribute": attribute}
-        for name, estimate in entry.overall.items():
-            yield spread | _estimate_row(name, "all images", estimate)
-        for name, estimate in entry.subject_right.items():
-            row = _estimate_row(name, "subject right", estimate)
-            yield spread | row | {"note": "; ".join(note for note in (row["note"], entry.note) if note)}
-        for prompt, estimates in entry.by_prompt.items():
+                images = Quantity(float(count))
+                yield _row("count", f"images of {group}", f"prompt: {prompt}", images, attribute)
+        figures = {
+            "all images": entry.overall,
+            "subject right": {
+                name: dataclasses.replace(estimate, note="; ".join(filter(None, (estimate.note, entry.note))))
+                for name, estimate in entry.subject_right.items()
+            },
+        } | {f"prompt: {prompt}": estimates for prompt, estimates in entry.by_prompt.items()}
+        for of, estimates in figures.items():
             for name, estimate in estimates.items():
-                yield spread | _estimate_row(name, f"prompt: {prompt}", estimate)
-        yield spread | _quantity_row("fairness_discrepancy (softmax)", "all images", entry.softmax_discrepancy)
+                yield _row("fairness", name, of, estimate, attribute)
+        softmax = entry.softmax_discrepancy
+        yield _row("fairness", "fairness_discrepancy (softmax)", "all images", softmax, attribute)
     if measures.subject_accuracy is not None:
-        yield {"kind": "quality"} | _quantity_row("subject accuracy", "all images", measures.subject_accuracy)
+        yield _row("quality", "subject accuracy", "all images", measures.subject_accuracy)
     for name, figure in measures.quality.items():
-        yield {"kind": "quality"} | _quantity_row(name, "all images", figure)
-    for group, figures in measures.by_group.items():
-        for name, figure in figures.items():
-            yield {"kind": "group"} | _quantity_row(name, f"group: {group}", figure)
+        yield _row("quality", name, "all images", figure)
+    for group, by_name in measures.by_group.items():
+        for name, figure in by_name.items():
+            yield _row("group", name, f"group: {group}", figure)
     for name, figure in measures.preservation.items():
-        yield {"kind": "preservation"} | _quantity_row(name, "pairs of the same seed", figure)
+        yield _row("preservation", name, "pairs of the same seed", figure)
 
 
-def _estimate_row(name: str, of: str, estimate: Estimate) -> dict[str, Any]:
-    known = {key: value for key, value in dataclasses.asdict(estimate).items() if key in TABLE_COLUMNS}
-    return {"figure": name, "of": of} | known
+def _row(kind: str, name: str, of: str, figure: Quantity, attribute: str | None = None) -> dict[str, Any]:
+    return {"kind": kind, "attribute": attribute, "figure": name, "of": of} | dataclasses.asdict(figure)
 
 
-def _quantity_row(name: str, of: str, quantity: Quantity) -> dict[str, Any]:
-    return {"figure": name, "of": of} | dataclasses.asdict(quantity)
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
 
 
-def _quantities(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Quantity]:
-    return {name: Quantity(**entry) for name, entry in values.items()}
-
-
-def _attribute_from(values: Mapping[str, Any]) -> AttributeMeasures:
-    def estimates(entries: Mapping[str, Any]) -> dict[str, Estimate]:
-        return {name: Estimate(**entry) for name, entry in entries.items()}
-
-    return AttributeMeasures(
-        counts=values["counts"],
-        shares=values["shares"],
-        overall=estimates(values["overall"]),
-        subject_right=estimates(values["subject_right"]),
-        by_prompt={prompt: estimates(entries) for prompt, entries in values["by_prompt"].items()},
-        softmax_discrepancy=Quantity(**values["softmax_discrepancy"]),
-        note=values["note"],
-    )
+def _read(hint: Any, value: Any, where: str) -> Any:
+    """A value of type `hint`, one of this module's dataclasses included, from plain JSON types."""
+    if hint is Any:
+        return value
+    arguments = typing.get_args(hint)
+    kind = typing.get_origin(hint) or hint
+    if kind is types.UnionType:
+        return None if value is None else _read(arguments[0], value, where)
+    if dataclasses.is_dataclass(kind):
+        names = [item.name for item in dataclasses.fields(kind)]
+        known = _read(Mapping[str, Any], value, where)
+        hints = typing.get_type_hints(kind)
+        return hint(**{name: _read(hints[name], known[name], f"{name} in {where}") for name in names if name in known})
+    expected: Any = {float: (int, float), Mapping: Mapping, tuple: list}.get(kind, kind)
+    if not isinstance(value, expected) or isinstance(value, bool):
+        raise TypeError(f"{where} is {value!r:.80}")
+    if kind is Mapping:
+        return {key: _read(arguments[1], item, f"{key!r} in {where}") for key, item in value.items()}
+    if kind in (tuple, list):
+        return kind(_read(arguments[0], item, where) for item in value)
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}")
+    return value

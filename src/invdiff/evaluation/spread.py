@@ -15,10 +15,12 @@ from ..errors import EvaluationError
 from ..seeds import derived_seed
 from .annotators.annotations import CANNOT_TELL
 from .describe import Described
-from .estimates import Estimate, estimate
-from .fairness import METRICS, fairness_discrepancy, intersections, interval, metric_floor
+from .fairness.estimate import estimate
+from .fairness.floors import metric_floor
+from .fairness.intervals import interval
+from .fairness.metrics import METRICS, fairness_discrepancy, intersections
 from .question import Question
-from .results import AttributeMeasures, Quantity
+from .results import AttributeMeasures, Estimate, Quantity
 
 TARGETED = ("fairness_discrepancy", "kl_to_target")
 """Metrics that measure the distance to a target mix; the others measure evenness."""
@@ -100,13 +102,9 @@ def _spread(
             )
     few = min(question.num_resamples, PROMPT_RESAMPLES)
     labels = (*names, CANNOT_TELL) if counts[:, -1].any() or question.min_confidence else names
-    shares = counts[:, :-1] / counts[:, :-1].sum(axis=1, keepdims=True)
     return AttributeMeasures(
         counts={
             prompt: dict(zip(labels, row.tolist(), strict=False)) for prompt, row in zip(order, counts, strict=True)
-        },
-        shares={
-            prompt: dict(zip(names, row.tolist(), strict=True)) for prompt, row in zip(order, shares, strict=True)
         },
         overall=ask(counts),
         subject_right=subject_right,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..evaluation.annotators.annotations import CANNOT_TELL
-from ..evaluation.estimates import Estimate
-from ..evaluation.results import AttributeMeasures, Measures, Results
+from ..evaluation.results import AttributeMeasures, Estimate, Measures, Results
 from .audit_reading import Page
 from .comparison import (
     Comparison,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import EvaluationError
-from ..evaluation.estimates import Estimate
-from ..evaluation.results import AttributeMeasures, Measures, Quantity, Results
+from ..evaluation.results import Results
 from ..files import fingerprint, read_json
 
 ATTRIBUTE = "the attribute measured"
@@ -42,14 +40,7 @@ def read_results(path: Path) -> Measured:
     try:
         models = document["models"] if "models" in document else _models_beside(document)
         stated = {**_plain_results(), **(document if "models" in document else document.get("evaluation", {}))}
-        complete = {
-            model: {scale: _complete(measures, stated) for scale, measures in by_scale.items()}
-            for model, by_scale in models.items()
-        }
-        results = Results.from_dict(stated | {"models": complete})
-        for by_scale in results.models.values():
-            for measures in by_scale.values():
-                _ = (measures.bias, measures.images_per_prompt + 0)
+        results = Results.from_dict(stated | {"models": models})
         settings = document.get("settings")
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, StopIteration) as error:
         raise EvaluationError(
@@ -85,53 +76,11 @@ def _plain_results() -> dict[str, Any]:
     return Results(models={}, attribute=ATTRIBUTE).to_dict()
 
 
-def _complete(measures: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
-    """Return measures with all parts; of headline figures alone, what follows from them."""
-    plain = Measures(images_per_prompt=measures["images_per_prompt"], attributes={})
-    whole = {**dataclasses.asdict(plain), **measures}
-    if whole["attributes"]:
-        return whole
-    low, high = measures["bias_ci"]
-    of_bias = Estimate(
-        metric="bias",
-        value=float(measures["bias"]),
-        low=float(low),
-        high=float(high),
-        floor=float(measures["bias_floor"]),
-        sd_over_prompts=None,
-        unbiased_square=None,
-        corrected=None,
-        corrected_low=None,
-        corrected_high=None,
-        note="",
-    )
-    spread = AttributeMeasures(
-        counts={},
-        shares=measures["shares"],
-        overall={"bias": of_bias},
-        subject_right={},
-        by_prompt={},
-        softmax_discrepancy=Quantity(None),
-    )
-    whole["attributes"] = {stated["attribute"]: dataclasses.asdict(spread)}
-    for name, figure in (("accuracy", "subject_accuracy"), ("frechet", "quality")):
-        value = measures.get(name)
-        if value is not None:
-            quantity = {"value": float(value), "low": None, "high": None, "note": ""}
-            whole[figure] = quantity if figure == "subject_accuracy" else {"Frechet distance": quantity}
-    return whole
-
-
 def _absent(document: Mapping[str, Any], results: Results) -> tuple[str, ...]:
     words = []
     if results.attribute == ATTRIBUTE:
         words.append("the name of the attribute and who judged it")
     measured = [measures for by_scale in results.models.values() for measures in by_scale.values()]
-    if not all(measures.first.counts for measures in measured):
-        words.append(
-            "counts of images by class: intervals of shares take every prompt to have as many images as the "
-            "one with the fewest"
-        )
     if not any(measures.quality for measures in measured):
         words.append("quality beyond the subject: it was evaluated without reference images")
     if not any(measures.by_group for measures in measured):

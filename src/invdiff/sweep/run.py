@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.fairness import METRICS
+from ..evaluation.fairness.metrics import METRICS
 from ..evaluation.results import Measures, Quantity
 from ..files import write_json, write_text
 from ..report.sweep_pictures import save_sweep_pictures

@@ -11,9 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from ...errors import EvaluationError
-
-CANNOT_TELL = "cannot tell"
-"""The label of an image that an annotator is not confident about."""
+from ..results import CANNOT_TELL as CANNOT_TELL
 
 
 def label_of(value: Any) -> str:

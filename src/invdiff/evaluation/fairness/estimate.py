@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import EvaluationError
-from .annotator_error import correct_for_annotator, corrected_interval
+from ...errors import EvaluationError
+from ..results import Estimate
+from .correction import correct_for_annotator, corrected_interval
 from .floors import metric_floor
 from .intervals import interval, whole_totals
 from .metrics import FloatArray, per_prompt, squared_discrepancy_unbiased
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A metric's mean over prompts and what is known about its error."""
-
-    metric: str
-    value: float
-    low: float
-    high: float
-    """Interval of the mean over these prompts; it says nothing about other prompts."""
-    floor: float
-    """Expected value for a sampler that draws from the target, with as many images."""
-    sd_over_prompts: float | None
-    """Standard deviation of the prompts' values; None for one prompt."""
-    unbiased_square: float | None
-    """Unbiased estimate of the SQUARED discrepancy, of fairness_discrepancy only: no other metric has one."""
-    corrected: float | None
-    corrected_low: float | None
-    corrected_high: float | None
-    """The same, corrected for the annotator's mistakes; None without a usable confusion matrix."""
-    note: str
-    """Why something that could be expected is not defined."""
 
 
 def estimate(
@@ -55,7 +31,7 @@ def estimate(
         counts: Images with a class, per prompt and group, (prompts, groups).
         target: Shares to compare with, (groups,), for a metric that takes them; even when None.
         confusion: Held-out counts of the annotator, (true class, annotated class), or rates; with one more column
-            where it cannot tell. See `annotator_error.correct_for_annotator`.
+            where it cannot tell. See `correction.correct_for_annotator`.
         unsure: Images of each prompt whose class the annotator could not tell, (prompts,). They are outside the
             raw figures; the corrected ones need them where `confusion` has a column for them.
         confidence: Coverage of the intervals, above 0 and below 1.
@@ -63,7 +39,7 @@ def estimate(
         seed: Seed of the draws.
 
     Raises:
-        EvaluationError: As for `interval` and `annotator_error.corrected_interval`, or `unsure` is not a number of
+        EvaluationError: As for `interval` and `correction.corrected_interval`, or `unsure` is not a number of
             images for each prompt, or is absent where `confusion` has a column for it.
     """
     values = per_prompt(metric, counts, target=target)
@@ -90,7 +66,6 @@ def estimate(
             corrected = float(per_prompt(metric, correct_for_annotator(seen, confusion), target=target).mean())
             corrected_low, corrected_high = corrected_interval(metric, seen, confusion, **settings)  # type: ignore[arg-type]
     return Estimate(
-        metric=metric,
         value=float(values.mean()),
         low=low,
         high=high,

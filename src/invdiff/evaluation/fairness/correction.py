@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import EvaluationError
+from ...errors import EvaluationError
 from .intervals import bias_aware, check_settings, plausible_shares, resamples_for, whole_totals
 from .metrics import FloatArray, find_metric, per_prompt, shares, supported, target_of
 

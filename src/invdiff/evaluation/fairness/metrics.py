@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import entr, rel_entr
 
-from ..errors import EvaluationError
+from ...errors import EvaluationError
 
 FloatArray = NDArray[np.float64]
 
@@ -36,7 +36,8 @@ class Metric:
     """The value of shares that equal the target: 0 or 1."""
     takes_target: bool
     """Whether it can be measured against other shares than even ones."""
-    meaning: str
+    label: str
+    """Its name for people, and which value is fair."""
 
     def limits(self, target: FloatArray) -> tuple[float, float]:
         """Return the least and the greatest value; all metrics here are extreme at the target and the vertices."""
@@ -314,12 +315,14 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
     {
         metric.name: metric
         for metric in (
-            Metric("bias", _mean_pair_difference, 0, False, "mean difference in share between two groups"),
-            Metric("fairness_discrepancy", _discrepancy, 0, True, "distance of the shares to the target"),
-            Metric("parity_gap", _gap, 0, False, "largest share less the smallest"),
-            Metric("kl_to_target", _kl, 0, True, "nats of information between the shares and the target"),
-            Metric("normalised_entropy", _entropy, 1, False, "entropy of the shares over its maximum"),
-            Metric("worst_group_ratio", _ratio, 1, False, "smallest share over the largest"),
+            Metric("bias", _mean_pair_difference, 0, False, "Bias: 0 is even, 1 is always one class"),
+            Metric(
+                "fairness_discrepancy", _discrepancy, 0, True, "distance of the shares to the target: 0 is on target"
+            ),
+            Metric("parity_gap", _gap, 0, False, "largest share less the smallest: 0 is even"),
+            Metric("kl_to_target", _kl, 0, True, "divergence from the target, nats: 0 is on target"),
+            Metric("normalised_entropy", _entropy, 1, False, "entropy over its maximum: 1 is even"),
+            Metric("worst_group_ratio", _ratio, 1, False, "smallest share over the largest: 1 is even"),
         )
     }
 )

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import entr, gammaln, rel_entr, xlogy
 from scipy.stats import binom
 
-from ..errors import EvaluationError
+from ...errors import EvaluationError
 from .metrics import METRICS, FloatArray, Metric, find_metric, target_of
 
 MAX_ENUMERATED = 20_000

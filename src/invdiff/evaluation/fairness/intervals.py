@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import chdtri, ndtri, stdtrit
 
-from ..errors import EvaluationError
+from ...errors import EvaluationError
 from .metrics import FloatArray, Metric, find_metric, per_prompt, supported, target_of
 
 MIN_RESAMPLES = 20

@@ -1,0 +1,1 @@
+"""Fairness from counts of images: metrics, floors of a fair sampler, intervals, and corrections for the annotator."""
