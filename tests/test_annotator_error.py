@@ -3,7 +3,6 @@ import pytest
 from scipy.optimize import minimize
 
 from invdiff.errors import EvaluationError
-from invdiff.evaluation import fairness
 from invdiff.evaluation.fairness.correction import correct_for_annotator, corrected_interval, project_to_simplex
 from invdiff.evaluation.fairness.intervals import interval
 from invdiff.evaluation.fairness.metrics import METRICS, bias, per_prompt
@@ -166,10 +165,3 @@ def test_confusion_matrices_that_cannot_correct_are_refused(correct, confusion, 
 def test_counts_of_other_classes_than_the_matrix_are_refused():
     with pytest.raises(EvaluationError, match="got 3 and 2"):
         correct_for_annotator([[1, 2, 3]], SYMMETRIC)
-
-
-def test_fairness_offers_the_correction():
-    np.testing.assert_array_equal(
-        fairness.correct_for_annotator([[30, 70]], ASYMMETRIC), correct_for_annotator([[30, 70]], ASYMMETRIC)
-    )
-    assert per_prompt("bias", fairness.correct_for_annotator([[30, 70]], ASYMMETRIC)).shape == (1,)
