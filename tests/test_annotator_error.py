@@ -5,7 +5,7 @@ from scipy.optimize import minimize
 from invdiff.errors import EvaluationError
 from invdiff.evaluation.fairness.correction import correct_for_annotator, corrected_interval, project_to_simplex
 from invdiff.evaluation.fairness.intervals import interval
-from invdiff.evaluation.fairness.metrics import METRICS, bias, per_prompt
+from invdiff.evaluation.fairness.metrics import METRICS, bias
 
 SYMMETRIC = np.array([[0.9, 0.1], [0.1, 0.9]])
 ASYMMETRIC = np.array([[0.85, 0.15], [0.05, 0.95]])
