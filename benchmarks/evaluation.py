@@ -15,19 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from augmentation import augmentation_test
+from experiment import Experiment, cells
 from kept import run_part
 
 from invdiff import evaluate, load_captioned_images
 from invdiff.assets import BIRDS_ANNOTATOR
 from invdiff.data.birds import BirdsWorld, canonical_prompts
 from invdiff.evaluation.annotators.conv import ConvAnnotator
-from invdiff.evaluation.augmentation import augmentation_test
 from invdiff.evaluation.describe import describe_reference
 from invdiff.evaluation.fairness.intervals import interval
 from invdiff.evaluation.fairness.metrics import METRICS, per_prompt
 from invdiff.files import write_text
-from invdiff.sweep.config import SweepConfig
-from invdiff.sweep.plan import cells
 
 NUM_IMAGES = 10_000
 SIMULATIONS = 2000
@@ -97,7 +96,7 @@ def coverage(work: Path) -> dict:
 
 def augmentation(work: Path) -> dict:
     """Train on each model's images at CFG 3, of training seed 0, and test on 2,000 balanced birds."""
-    config = SweepConfig.from_file(Path(__file__).parent / "sweeps" / "guidance-scale.yaml")
+    config = Experiment.from_file(Path(__file__).parent / "sweeps" / "guidance-scale.yaml")
     images = work / "work" / "images"
     folders = {}
     for cell in cells(config):
@@ -105,7 +104,7 @@ def augmentation(work: Path) -> dict:
             folders["base"] = images / cell.images_name(guided=False)
             folders[cell.axes["mode"]] = images / cell.images_name(guided=True)
     test = load_captioned_images(BirdsWorld(2000, severity=0.5, seed=31337).write(work / "augmentation-test"))
-    return augmentation_test(folders, test, subject_attribute="subject", attribute="background").to_dict()
+    return augmentation_test(folders, test, subject_attribute="subject", attribute="background")
 
 
 PARTS = {"speed": speed, "coverage": coverage, "augmentation": augmentation}

@@ -1,38 +1,140 @@
-"""The sweeps of docs/evaluation.md on the bundled world: tables to benchmarks/results/, pictures to docs/sweeps/.
+"""Sweeps: settings varied in every combination over one config file, into one table and its pictures.
 
     python benchmarks/sweeps.py guidance-scale   # base, balanced, invariant; CFG 1 to 10; three training seeds
     python benchmarks/sweeps.py scale            # Delta, the strength of guidance
     python benchmarks/sweeps.py penalty          # lambda, in the paper's mode
     python benchmarks/sweeps.py num-groups       # E: quality of W, Bias, cost
     python benchmarks/sweeps.py num-groups-gradient  # the same with the paper's own solver, one training seed
+    python benchmarks/sweeps.py my-sweep.yaml --output out/my-sweep   # any other, on any model and data
+    python benchmarks/sweeps.py scale --draw     # the pictures of docs/sweeps/ again, from the kept table
 
-Each reads benchmarks/sweeps/NAME.yaml. Work is kept in out/sweeps (or --work) and shared, so a stopped run goes on.
+A name reads benchmarks/sweeps/NAME.yaml, keeps its table in benchmarks/results/ and draws to docs/sweeps/. Work is
+kept in --work and shared by sweeps, so a stopped run goes on.
 """
 
+from __future__ import annotations
+
 import argparse
+import csv
+import io
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from kept import keep
+from experiment import NOT_FOUND, Cell, Experiment, Workshop, cells
+from kept import RESULTS, keep
+from sweep_plots import save_sweep_plots
 
-from invdiff.sweep.config import SweepConfig
-from invdiff.sweep.run import run_sweep
+from invdiff.errors import EvaluationError
+from invdiff.evaluation.fairness.metrics import METRICS
+from invdiff.evaluation.recovery import group_quality
+from invdiff.evaluation.results import Measures, Quantity
+from invdiff.files import read_json, write_json, write_text
 
 SWEEPS = Path(__file__).parent / "sweeps"
 DOCS = Path(__file__).parents[1] / "docs" / "sweeps"
 
 
+def run_sweep(config: Experiment, output_dir: Path, *, work_dir: Path, progress: bool = True) -> dict[str, Any]:
+    """Measure every cell into `table.json` and `table.csv`, which grow row by row.
+
+    Returns:
+        {"axes": varied settings, "rows": one per model and cell}: each row holds its value of each axis, "model"
+        ("base" or "guided"), "note" and figures, None where one is not defined.
+
+    Raises:
+        InvDiffError: A step failed; finished steps are kept.
+    """
+    plan = cells(config)
+    workshop = Workshop(work_dir, config, progress=progress)
+    workshop.check()
+    table: dict[str, Any] = {"axes": list(config.vary), "rows": []}
+    seen: set[str] = set()
+    for cell in plan:
+        plain = cell.images_name(guided=False)
+        if plain not in seen:  # many cells share the plain model's images
+            seen.add(plain)
+            measured = figures(workshop.measures(cell, guided=False))
+            table["rows"].append(cell.base_axes | {"model": "base", "note": ""} | measured)
+        table["rows"].append(guided_row(workshop, cell))
+        save_table(output_dir, table)
+    return table
+
+
+def guided_row(workshop: Workshop, cell: Cell) -> dict[str, Any]:
+    """Figures of the guided model, of its groups and of their cost."""
+    found = workshop.audit(cell)
+    row = cell.axes | {"model": "guided", "note": "" if found.biased else NOT_FOUND}
+    if found.biased:
+        row |= figures(workshop.measures(cell, guided=True))
+    row |= {
+        "forwards_per_image": found.forwards_per_image,
+        "audit_seconds": workshop.seconds(f"audits/{cell.audit_name}"),
+        "train_seconds": workshop.seconds(f"modules/{cell.module_name}"),
+    }
+    column = cell.config.hidden_attribute
+    if column:
+        data = workshop.data(cell)
+        if column not in data.attributes:
+            raise EvaluationError(
+                f"Expected the hidden attribute {column!r} in the data, got {', '.join(data.attributes) or 'none'}."
+            )
+        truth = dict(zip(data.names, data.attributes[column], strict=True))
+        classes = [str(truth[name]) for name in found.names]
+        quality = group_quality(found.prompt_ids, found.scores, found.group_weights[0].argmax(axis=1), classes)
+        for name in ("auroc", "adjusted_rand", "homogeneity"):
+            row[f"group_{name}"] = getattr(quality, name)
+    return row
+
+
+def figures(measures: Measures) -> dict[str, Any]:
+    """Every figure of one model's images, by name, with the ends of its interval."""
+    row: dict[str, Any] = {"images_per_prompt": measures.images_per_prompt}
+    for metric in METRICS:
+        estimate = measures.first.overall[metric]
+        row[metric] = estimate.value
+        for name in ("low", "high", "floor", "sd_over_prompts", "corrected", "corrected_low", "corrected_high"):
+            row[f"{metric}_{name}"] = getattr(estimate, name)
+    subject = {} if measures.subject_accuracy is None else {"subject_accuracy": measures.subject_accuracy}
+    quantities: Mapping[str, Quantity] = {**subject, **measures.quality, **measures.preservation}
+    for name, quantity in quantities.items():
+        row[name] = quantity.value
+        if quantity.low is not None:
+            row |= {f"{name}_low": quantity.low, f"{name}_high": quantity.high}
+    return row
+
+
+def save_table(folder: Path, table: dict[str, Any]) -> None:
+    """Write `table.json` and `table.csv`."""
+    write_json(folder / "table.json", table)
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, list(dict.fromkeys(name for row in table["rows"] for name in row)))
+    writer.writeheader()
+    writer.writerows(table["rows"])
+    write_text(folder / "table.csv", stream.getvalue())
+
+
 def main() -> None:
+    """Run or draw the sweep that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=sorted(path.stem for path in SWEEPS.glob("*.yaml")))
-    parser.add_argument("--work", type=Path, default=Path("out/sweeps"))
+    parser.add_argument("sweep", help=f"{', '.join(sorted(path.stem for path in SWEEPS.glob('*.yaml')))}, or a file")
+    parser.add_argument("--output", type=Path, help="folder of table and pictures (default: WORK/../NAME)")
+    parser.add_argument("--work", type=Path, default=Path("out/sweeps/work"), help="folder of all steps' work")
+    parser.add_argument("--draw", action="store_true", help="only draw the pictures of a table that is there")
     arguments = parser.parse_args()
-    config = SweepConfig.from_file(SWEEPS / f"{arguments.name}.yaml")
-    output = arguments.work / arguments.name
-    table = run_sweep(config, output, work_dir=arguments.work / "work")
-    keep("sweep", arguments.name, table.to_dict(), script="sweeps", settings=config.to_dict())
-    DOCS.mkdir(exist_ok=True)
-    for picture in output.glob("*.png"):
-        (DOCS / f"{arguments.name}-{picture.name.replace('_', '-')}").write_bytes(picture.read_bytes())
+    ours = SWEEPS / f"{arguments.sweep}.yaml"
+    name = arguments.sweep if ours.is_file() else Path(arguments.sweep).stem
+    output = arguments.output or arguments.work.parent / name
+    if arguments.draw:
+        table = read_json(RESULTS / f"sweep-{name}.json")["figures"] if ours.is_file() else None
+        table = table or read_json(output / "table.json")
+    else:
+        config = Experiment.from_file(ours if ours.is_file() else arguments.sweep)
+        table = run_sweep(config, output, work_dir=arguments.work)
+        if ours.is_file():
+            keep("sweep", name, table, script="sweeps", settings=config.to_dict())
+    for path in save_sweep_plots(DOCS if ours.is_file() else output, name, table):
+        print(path)
 
 
 if __name__ == "__main__":

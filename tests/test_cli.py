@@ -25,15 +25,13 @@ from invdiff.cli_options import (
     subjects_from,
     target_from,
 )
-from invdiff.config import AuditConfig, AugmentationConfig, FinetuneConfig, GenerateConfig
+from invdiff.config import AuditConfig, FinetuneConfig, GenerateConfig
 from invdiff.errors import ConfigError, DataError
-from invdiff.evaluation.augmentation_results import AugmentationResults, Spread, TrainedOn
 from invdiff.evaluation.results import Results
-from invdiff.sweep.run import SweepTable
 from tiny import make_tiny
 
 COMMANDS = (
-    *("demo", "birds", "finetune", "audit", "train", "generate", "evaluate", "augment", "sweep", "report"),
+    *("demo", "birds", "finetune", "audit", "train", "generate", "evaluate", "report"),
     *("annotator", "annotator train", "annotator measure"),
 )
 FIGURES = {"interval": (0.4, 0.6), "floor": 0.1}
@@ -544,54 +542,3 @@ def test_prompts_may_be_told_their_class(tmp_path, recorded):
 def test_results_are_not_written_over_by_their_table(tmp_path):
     judge = ("--annotator", "labels", "--attribute", "gender")
     assert "Expected a .json file" in fail("evaluate", tmp_path, *judge, "--output", tmp_path / "r.csv", "-q")
-
-
-def test_augment_passes_its_settings_on(tmp_path, recorded):
-    test_set = write_tiny_folder(tmp_path / "photos")
-    spread = Spread(0.9, None)
-    learnt = TrainedOn({"land": 4}, "1.0", spread, spread, spread, {}, "land x left", (0.8, 1.0), {})
-    results = AugmentationResults(
-        {"base": learnt}, "subject", "side", ("land",), {}, AugmentationConfig(), (0,), ("few",)
-    )
-    recorded("invdiff.evaluation.augmentation", "augmentation_test", results)
-    out = succeed(
-        "augment", tmp_path, "--test", test_set, "--subject-attribute", "background", "--attribute", "side",
-        "--steps", 7, "--resolution", 16, "--num-seeds", 2, "--guidance-scale", 3, "--output", tmp_path / "a.json",
-    )  # fmt: skip
-    call = recorded.calls["augmentation_test"]
-    assert (call.config.steps, call.config.resolution, call.seeds, call.guidance_scale) == (7, 16, (0, 1), 3)
-    assert call.train is None
-    assert "90.0%" in out
-    assert "Note: few." in out
-    assert (tmp_path / "a.json").is_file()
-
-
-def test_sweep_says_how_much_work_it_is_and_does_it(tmp_path, recorded):
-    file = yaml_file(tmp_path / "sweep.yaml", {"vary": {"Delta": [0.5, 1], "seed": [0, 1]}})
-    out = succeed("sweep", file, "--output", tmp_path / "out", "--dry-run")
-    assert "4 cells: 1 data sets, 1 audits, 2 modules, 5 sets of images." in out
-    rows = [
-        {
-            "scale": None,
-            "seed": None,
-            "model": "base",
-            "note": "",
-            "bias": 0.9,
-            "bias_low": 0.8,
-            "bias_high": 1.0,
-            "bias_floor": 0.1,
-        },
-        {"scale": 0.5, "seed": 0, "model": "guided", "note": "no hidden group was found"},
-    ]
-    recorded("invdiff.sweep.run", "run_sweep", SweepTable(("scale", "seed"), rows))
-    out = succeed("sweep", file, "--output", tmp_path / "out", "--work", tmp_path / "work", "-q")
-    call = recorded.calls["run_sweep"]
-    assert call.arguments[0].vary == {"scale": [0.5, 1], "seed": [0, 1]}
-    assert (call.work_dir, call.progress) == (tmp_path / "work", False)
-    assert "0.900" in out
-    assert "Note: no hidden group was found (1 of 2 rows)." in out
-
-
-def test_a_sweep_file_that_cannot_be_used_is_refused(tmp_path):
-    message = fail("sweep", yaml_file(tmp_path / "s.yaml", {"vary": {"steam": [1]}}), "--output", tmp_path / "out")
-    assert "unknown setting 'steam'" in message

@@ -21,7 +21,7 @@ LAYERS = (
     ("sampling",),
     ("evaluation",),
     ("report",),
-    ("demo", "sweep", "app"),
+    ("demo", "app"),
     ("cli", "cli_options", "cli_output", "cli_prepare", "cli_measure", "cli_report", "cli_ui"),
     ("__main__",),
 )

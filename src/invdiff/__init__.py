@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from .config import (
     ArchitectureConfig,
     AuditConfig,
-    AugmentationConfig,
     DemoConfig,
     EvaluateConfig,
     FinetuneConfig,
@@ -24,14 +23,11 @@ if TYPE_CHECKING:
     from .auditing.result import Audit
     from .auditing.run import audit
     from .data.captioned import load_captioned_images
-    from .evaluation.augmentation import augmentation_test
     from .evaluation.evaluate import Results, evaluate
     from .guidance.attach import attach
     from .guidance.module import GuidanceModule
     from .report.save import save_report
     from .sampling import generate
-    from .sweep.config import SweepConfig
-    from .sweep.run import run_sweep
     from .training.finetune import finetune
     from .training.train import train
 
@@ -39,7 +35,6 @@ __all__ = [
     "ArchitectureConfig",
     "Audit",
     "AuditConfig",
-    "AugmentationConfig",
     "DemoConfig",
     "EvaluateConfig",
     "FinetuneConfig",
@@ -47,16 +42,13 @@ __all__ = [
     "GuidanceModule",
     "InvDiffError",
     "Results",
-    "SweepConfig",
     "TrainConfig",
     "attach",
     "audit",
-    "augmentation_test",
     "evaluate",
     "finetune",
     "generate",
     "load_captioned_images",
-    "run_sweep",
     "save_report",
     "train",
 ]
@@ -65,15 +57,12 @@ _HOME = {
     "Audit": "auditing.result",
     "GuidanceModule": "guidance.module",
     "Results": "evaluation.evaluate",
-    "SweepConfig": "sweep.config",
     "attach": "guidance.attach",
     "audit": "auditing.run",
-    "augmentation_test": "evaluation.augmentation",
     "evaluate": "evaluation.evaluate",
     "finetune": "training.finetune",
     "generate": "sampling",
     "load_captioned_images": "data.captioned",
-    "run_sweep": "sweep.run",
     "save_report": "report.save",
     "train": "training.train",
 }

@@ -15,18 +15,14 @@ from .cli_options import (
     ImageColumn,
     Limit,
     MaxUnreadable,
-    Output,
     Quiet,
     Split,
     labelled_folders,
     option,
-    setting,
-    settings,
     subjects_from,
     target_from,
 )
-from .cli_output import finish, one_process, print_augmentation, print_results, print_sweep, say, silence_libraries
-from .config import AugmentationConfig
+from .cli_output import finish, one_process, print_results, say, silence_libraries
 from .errors import ConfigError
 
 PANEL = "The way through"
@@ -158,93 +154,3 @@ def evaluate(
     results.save(output)
     print_results(results)
     finish(f"The results are in {output}, and as a table in {table_path(output)}.")
-
-
-@app.command(
-    rich_help_panel=EXPERIMENTS,
-    epilog="Example: invdiff augment out/base out/guided --test balanced-photos --subject-attribute subject "
-    "--attribute background",
-)
-def augment(
-    folders: Folders,
-    test: Annotated[
-        str,
-        option("Real labelled images to test on, of every combination of the two attributes.", metavar="DATA"),
-    ],
-    subject_attribute: Annotated[str, option("Attribute that prompts name, which the classifier learns.")],
-    attribute: Annotated[str, option("Attribute that should not matter; groups are combinations of the two.")],
-    train: Annotated[
-        str | None,
-        option("Real images with the subject in a column, to add the generated ones to.", metavar="DATA"),
-    ] = None,
-    guidance_scale: Annotated[
-        float | None, option("Take the images of this guidance scale, where folders hold several.", min=0)
-    ] = None,
-    steps: Annotated[int | None, setting(AugmentationConfig, "steps", min=1)] = None,
-    resolution: Annotated[int | None, setting(AugmentationConfig, "resolution", min=8)] = None,
-    num_seeds: Annotated[int, option("Classifiers of each model.", min=1)] = 3,
-    output: Annotated[Path, option("JSON file to write.", panel=RUN_PANEL, metavar="FILE")] = Path(
-        "augmentation.json"
-    ),
-    quiet: Quiet = False,
-) -> None:
-    """Train classifiers on generated images and test them on real ones: does the accident reach them?"""
-    one_process("augment")
-    say("opening images", quiet=quiet)
-    silence_libraries()
-    from .evaluation.augmentation import augmentation_test
-
-    results = augmentation_test(
-        labelled_folders(folders),
-        DataSource(test).load_labelled(),
-        subject_attribute=subject_attribute,
-        attribute=attribute,
-        train=DataSource(train).load_labelled() if train else None,
-        guidance_scale=guidance_scale,
-        config=settings(AugmentationConfig, None, steps=steps, resolution=resolution),
-        seeds=tuple(range(num_seeds)),
-        progress=not quiet,
-    )
-    results.save(output)
-    print_augmentation(results)
-    finish(f"The results are in {output}.")
-
-
-@app.command(rich_help_panel=EXPERIMENTS, epilog="Example: invdiff sweep delta.yaml --output out/delta")
-def sweep(
-    config: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE",
-            help="JSON or YAML (SweepConfig): `vary` maps settings to lists of values; all else is held fixed.",
-        ),
-    ],
-    output: Output,
-    work: Annotated[
-        Path | None,
-        option(
-            "Where audits, modules and images are kept; sweeps may share it. Without it, OUTPUT/work.",
-            panel=RUN_PANEL,
-            metavar="DIR",
-        ),
-    ] = None,
-    dry_run: Annotated[bool, option("Say how much work it is and stop.", "--dry-run", panel=RUN_PANEL)] = False,
-    quiet: Quiet = False,
-) -> None:
-    """Audit, train, draw and measure at every combination of settings, into one table and its pictures."""
-    one_process("sweep")
-    from .sweep.config import SweepConfig
-    from .sweep.plan import cells, describe_plan
-
-    chosen = SweepConfig.from_file(config)
-    plan = describe_plan(cells(chosen))
-    if dry_run:
-        finish(f"{plan}.", ["invdiff", "sweep", str(config), "--output", str(output)])
-        return
-    say(plan, quiet=quiet)
-    silence_libraries()
-    from .sweep.run import run_sweep
-
-    table = run_sweep(chosen, output, work_dir=work, progress=not quiet)
-    print_sweep(table.to_dict())
-    finish(f"The table (CSV, JSON) and its pictures are in {output}.")

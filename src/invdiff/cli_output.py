@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ from .text import one_line
 
 if TYPE_CHECKING:
     from .auditing.result import Audit, AuditWords
-    from .evaluation.augmentation_results import AugmentationResults
     from .evaluation.results import Results
 
 INTERRUPTED = 130
@@ -176,53 +174,6 @@ def _or_dash(value: float | None, shape: str) -> str:
 
 def _with_ends(value: float | None, low: float | None, high: float | None) -> str:
     return "-" if value is None or low is None or high is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
-
-
-def print_augmentation(results: AugmentationResults) -> None:
-    """Print what classifiers learnt from each source of images."""
-    table = Table(
-        title=Text(f"Accuracy on {results.subject_attribute} of classifiers trained on each model's images"),
-        caption=f"mean and standard deviation over {len(results.seeds)} seeds",
-    )
-    table.add_column("trained on")
-    for name in ("images", "all test images", "mean of groups", "worst group"):
-        table.add_column(name, justify="right")
-    table.add_column("lowest on average")
-    for model, learnt in results.models.items():
-        figures = (learnt.accuracy, learnt.group_mean, learnt.worst_accuracy)
-        table.add_row(
-            Text(model),
-            str(sum(learnt.train_images.values())),
-            *(f"{f.mean:.1%}" + (f" ± {f.sd:.1%}" if f.sd is not None else "") for f in figures),
-            Text(learnt.worst_group),
-        )
-    console = Console()
-    console.print(table)
-    for note in results.notes:
-        console.print(Text(f"Note: {note}."), soft_wrap=True)
-
-
-def print_sweep(document: Mapping[str, Any]) -> None:
-    """Print Bias at every combination of a sweep's settings."""
-    axes, rows = document["axes"], document["rows"]
-    table = Table(title="Bias over " + ", ".join(axes))
-    for name in (*axes, "model"):
-        table.add_column(name)
-    for name in ("Bias (interval)", "floor", "subject"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        floor, accuracy = row.get("bias_floor"), row.get("subject_accuracy")
-        table.add_row(
-            *("-" if row[axis] is None else Text(str(row[axis])) for axis in axes),
-            row["model"],
-            _with_ends(row.get("bias"), row.get("bias_low"), row.get("bias_high")),
-            "-" if floor is None else f"{floor:.3f}",
-            "-" if accuracy is None else f"{accuracy:.1%}",
-        )
-    console = Console()
-    console.print(table)
-    for note, count in Counter(row["note"] for row in rows if row["note"]).items():
-        console.print(Text(f"Note: {note} ({count} of {len(rows)} rows)."), soft_wrap=True)
 
 
 def print_annotator(

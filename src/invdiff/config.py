@@ -266,20 +266,6 @@ class EvaluateConfig(Config):
 
 
 @dataclass(frozen=True)
-class AugmentationConfig(Config):
-    """How the classifier is trained: the annotators' small conv net, on subjects alone, all images drawn alike."""
-
-    steps: Count = 400
-    """Optimiser steps, the same for every classifier."""
-    batch_size: Count = 64
-    """Images per step."""
-    learning_rate: Positive = 3e-3
-    """Peak of the one-cycle schedule."""
-    resolution: Annotated[int, Range(min=8)] = 64
-    """Side in pixels that images are resized to."""
-
-
-@dataclass(frozen=True)
 class DemoConfig(Config):
     """Every step on the bundled model: audit, train, generate, evaluate."""
 

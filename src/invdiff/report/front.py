@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 from ..evaluation.manifest import UNSTATED
 from ..evaluation.results import Measures, Results
 from .charts import BASE_COLOUR, Area, Point, Series, name_room, numbered_series, plane_chart
@@ -11,7 +14,6 @@ from .comparison import Comparison, in_order, label
 from .document import Plot
 from .plots import WIDTH, as_plot
 from .style import SOFT, Sheet, shorten
-from .sweep_pictures import non_dominated
 from .words import at_scale
 
 FRECHET, WRONG = "Fréchet distance", "share of images whose subject is wrong"
@@ -74,3 +76,11 @@ def _draw(points: Mapping[str, Sequence[tuple[str, float, float]]], chosen: Comp
         "other point beats it in both (the Pareto front). Differences may be within the intervals of the tables."
     )
     return as_plot(sheet, f"Bias against {name}. Not beaten in both: {'; '.join(winners)}.", caption)
+
+
+def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
+    """Return which points (N, 2) have no other that is as low on both coordinates and lower on one."""
+    table = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+    no_worse = (table[:, None] <= table[None]).all(axis=2)
+    better = (table[:, None] < table[None]).any(axis=2)
+    return np.asarray(~(no_worse & better).any(axis=0))

@@ -1,1 +1,0 @@
-"""Experiments: any settings varied over one config file, into one tidy table."""

@@ -1,0 +1,203 @@
+"""A sweep on tiny models: every combination once, shared work shared, one table, resumable; and its plots."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from conftest import write_tiny_folder
+from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError, ModelError
+from invdiff.evaluation.annotators.conv import ConvAnnotator
+from tiny import CAPTIONS
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import experiment
+import sweep_plots
+import sweeps
+from experiment import AXES, NOT_FOUND, Experiment, Workshop, cells
+
+FIXED = {
+    "hidden_attribute": "background",
+    "prompts": list(CAPTIONS),
+    "audit": {"solver": "exact", "min_images": 2, "caption_threshold": 0.0},
+    "train": {"steps": 2, "batch_size": 4},
+    "generate": {"images_per_prompt": 2, "num_inference_steps": 1},
+}
+
+
+@pytest.fixture
+def fixed(tiny_pipe_dir, tmp_path):
+    data = write_tiny_folder(tmp_path / "photos")
+    ConvAnnotator(attributes={"background": ("land", "water")}, resolution=16).save_pretrained(tmp_path / "judge")
+    return FIXED | {"model": str(tiny_pipe_dir), "data": str(data), "annotator": str(tmp_path / "judge")}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often each step is really done."""
+    calls = dict.fromkeys(("audit", "train", "generate", "evaluate"), 0)
+    for name in calls:
+        original = getattr(experiment, name)
+
+        def count(*arguments, _name=name, _original=original, **keywords):
+            calls[_name] += 1
+            return _original(*arguments, **keywords)
+
+        monkeypatch.setattr(experiment, name, count)
+    return calls
+
+
+def run(fixed, vary, folder):
+    config = Experiment.from_dict(fixed | {"vary": vary})
+    return sweeps.run_sweep(config, folder, work_dir=folder / "work", progress=False)
+
+
+def test_every_combination_is_a_row_and_work_is_shared_and_read_back(fixed, tmp_path, counted):
+    table = run(fixed, {"seed": [0, 1], "guidance_scale": [1, 3]}, tmp_path / "out")
+    places = [(row["model"], row["seed"], row["guidance_scale"]) for row in table["rows"]]
+    assert sorted(places, key=str) == sorted(
+        [("base", None, 1), ("base", None, 3), *(("guided", seed, scale) for seed in (0, 1) for scale in (1, 3))],
+        key=str,
+    )
+    assert all(row["bias_low"] <= row["bias_high"] and row["note"] == "" for row in table["rows"])
+    assert (counted["audit"], counted["train"], counted["evaluate"]) == (1, 2, 6)
+    document = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert document == table
+    with (tmp_path / "out" / "table.csv").open() as file:
+        assert [row["bias"] for row in csv.DictReader(file)] == [str(row["bias"]) for row in table["rows"]]
+    guided = table["rows"][1]
+    assert 0 <= guided["group_auroc"] <= 1
+    assert min(guided["audit_seconds"], guided["train_seconds"], guided["forwards_per_image"]) > 0
+    assert run(fixed, {"seed": [0, 1], "guidance_scale": [1, 3]}, tmp_path / "out") == table
+    assert (counted["audit"], counted["evaluate"]) == (1, 6)
+
+
+def test_a_stopped_sweep_keeps_its_rows_and_goes_on(fixed, tmp_path, monkeypatch):
+    original = experiment.evaluate
+
+    def stopped_at_scale_one(folders, *arguments, **keywords):
+        if "scale-1-" in str(folders.get("guided")):
+            raise KeyboardInterrupt
+        return original(folders, *arguments, **keywords)
+
+    monkeypatch.setattr(experiment, "evaluate", stopped_at_scale_one)
+    with pytest.raises(KeyboardInterrupt):
+        run(fixed, {"scale": [0.5, 1.0]}, tmp_path / "out")
+    kept = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert [row["scale"] for row in kept] == [None, 0.5]
+    monkeypatch.setattr(experiment, "evaluate", original)
+    assert run(fixed, {"scale": [0.5, 1.0]}, tmp_path / "out")["rows"][:2] == kept
+
+
+def test_changed_images_or_annotators_are_noticed(fixed, tmp_path, counted):
+    run(fixed, {"scale": [1]}, tmp_path / "out")
+    before = counted["evaluate"]
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        other = ConvAnnotator(attributes={"background": ("land", "water")}, resolution=16)
+    other.save_pretrained(fixed["annotator"])
+    run(fixed, {"scale": [1]}, tmp_path / "out")
+    assert (counted["evaluate"], counted["audit"]) == (2 * before, 1)
+    Image.new("RGB", (40, 36), (1, 2, 3)).save(next(Path(fixed["data"]).glob("*.png")))
+    with pytest.raises(AuditError, match="they have changed"):
+        run(fixed, {"scale": [1]}, tmp_path / "out")
+
+
+def test_annotator_attribute_and_reference_are_checked_before_any_work(fixed, tmp_path, counted):
+    for settings, error in (
+        ({"attribute": "age"}, EvaluationError),
+        ({"annotator": str(tmp_path / "nowhere")}, ModelError),
+        ({"reference": str(tmp_path / "nowhere")}, DataError),
+    ):
+        with pytest.raises(error):
+            run(fixed | settings, {"scale": [1]}, tmp_path / "out")
+    assert counted["audit"] == 0
+
+
+def test_an_interrupted_audit_has_no_time(fixed, tmp_path, monkeypatch):
+    original = experiment.audit
+    monkeypatch.setattr(experiment, "audit", lambda *_, cache_dir, **__: cache_dir.mkdir(parents=True) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(fixed, {"num_groups": [2]}, tmp_path / "out")
+    monkeypatch.setattr(experiment, "audit", original)
+    assert run(fixed, {"num_groups": [2]}, tmp_path / "out")["rows"][-1]["audit_seconds"] is None
+
+
+def test_a_cell_whose_audit_finds_nothing_says_so_and_the_sweep_goes_on(fixed, tmp_path):
+    rows = run(fixed | {"audit": {"min_images": 100}, "hidden_attribute": ""}, {"seed": [0, 1]}, tmp_path)["rows"]
+    assert [row["note"] for row in rows] == ["", NOT_FOUND, NOT_FOUND]
+    assert "bias" not in rows[1]
+    assert "group_auroc" not in rows[1]
+
+
+def test_data_size_severity_and_finetuning_make_work_of_their_own(fixed, tmp_path):
+    config = Experiment.from_dict(fixed | {"vary": {"num_images": [0, 8], "severity": [None, 1.0]}})
+    workshop = Workshop(tmp_path / "work", config, progress=False)
+    # Of the twelve images one is not of its caption's usual class.
+    assert [len(workshop.data(cell)) for cell in cells(config)] == [12, 11, 8, 8]
+    tuned = fixed | {"finetune": {"steps": 1, "batch_size": 4, "ema_decay": 0.5}}
+    first, second = cells(Experiment.from_dict(tuned | {"vary": {"num_images": [6, 8]}}))
+    assert first.model_name != second.model_name
+    rows = run(tuned, {"num_images": [10]}, tmp_path / "out")["rows"]
+    assert [(row["model"], row["num_images"]) for row in rows] == [("base", 10), ("guided", 10)]
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_every_axis_changes_the_settings_of_its_step(fixed, axis):
+    other = {"solver": "gradient", "mode": "invariant", "severity": 0.8, "width": 16}.get(axis, 4)
+    (before,) = cells(Experiment.from_dict(fixed | {"vary": {"seed": [0]}}))
+    (after,) = cells(Experiment.from_dict(fixed | {"vary": {axis: [other]}}))
+    step = getattr(after.config, AXES[axis]) if AXES[axis] else after.config
+    assert getattr(step, axis) == other
+    assert after.images_name(guided=True) != before.images_name(guided=True)
+
+
+def test_a_file_with_the_papers_letters_and_values_that_set_others_along(fixed, tmp_path):
+    vary = {"mode": ["balanced", {"mode": "invariant", "steps": 7, "lambda": 3.0}], "Delta": [1], "E": [4]}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(fixed | {"vary": vary}))
+    first, second = cells(Experiment.from_file(tmp_path / "sweep.yaml"))
+    assert (first.config.train.steps, second.config.train.steps, second.config.train.penalty) == (2, 7, 3.0)
+    assert second.axes == {"mode": "invariant", "scale": 1, "num_groups": 4}
+    (bundled,) = cells(Experiment.from_dict({"vary": {"seed": [0]}}))
+    assert (bundled.config.num_images, bundled.config.severity) == (3000, 0.95)
+    assert bundled.config.prompts == ("a photo of a landbird", "a photo of a waterbird")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "vary: expected a mapping"),
+        ({"vary": {}}, "at least one setting to vary"),
+        ({"vary": {"steam": [1]}}, "unknown setting 'steam'; known are num_images"),
+        ({"vary": {"scale": 1}}, "expected a list of values of scale, got 1"),
+        ({"vary": {"mode": [{"steps": 3}]}}, "expected mode among the settings"),
+        ({"vary": {"lambda": [1], "penalty": [2]}}, "expected each setting once"),
+        ({"vary": {"scale": [1]}, "audit": {"solvr": "exact"}}, "AuditConfig: unknown setting solvr"),
+        ({"vary": {"severity": [0.9]}, "hidden_attribute": ""}, "the column of the severity"),
+        ({"vary": {"scale": [1]}, "prompts": []}, "at least one prompt"),
+        ({"vary": {"scale": ["strong"]}}, "GenerateConfig.scale: expected a finite number"),
+        ({"vary": {"severity": [2.0]}}, "a share above 0, up to 1"),
+        ({"vary": {"mode": [{"mode": "balanced", "steam": 1}]}}, "unknown setting 'steam'"),
+        ({"vary": {"scale": [1, 1.0]}}, "1.0 twice"),
+        ({"vary": {"mode": [{"mode": "balanced", "Delta": 3}], "scale": [1]}}, "scale to vary on its own"),
+        ({"vary": {"mode": [{"mode": "balanced", "guidance_scale": 3}]}}, "guidance_scale to vary on its own"),
+    ],
+)
+def test_settings_that_make_no_sweep_are_refused_before_any_work(fixed, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        cells(Experiment.from_dict(fixed | settings))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in sweeps.SWEEPS.glob("*.yaml")))
+def test_every_kept_table_is_drawn_to_the_pictures_of_the_docs(name, tmp_path):
+    table = json.loads((sweeps.RESULTS / f"sweep-{name}.json").read_text())["figures"]
+    drawn = {path.name for path in sweep_plots.save_sweep_plots(tmp_path, name, table)}
+    of_name = {path.name for path in sweeps.DOCS.glob(f"{name}-*.png")} - {
+        path.name for path in sweeps.DOCS.glob("num-groups-gradient-*.png") if name == "num-groups"
+    }
+    assert drawn == of_name
