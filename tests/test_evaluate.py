@@ -856,7 +856,7 @@ def test_distances_by_group_are_of_as_many_images_as_they_say(tmp_path, monkeypa
         sizes.append((len(features), len(reference)))
         return 1.0
 
-    monkeypatch.setattr("invdiff.evaluation.quality.distances.frechet_distance", distance)
+    monkeypatch.setattr("invdiff.evaluation.quality.figures.frechet_distance", distance)
     rows = [(LAND, 1, "land", "landbird")] * 90 + [(LAND, 1, "water", "landbird")] * 55
     measure(write(tmp_path / "base", rows), reference=describe_images(reference_of(400), ReadsPixels()))
     assert sizes == [(145, 400), (55, 55), (55, 55)]

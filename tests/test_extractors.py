@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     Dinov2Config,
@@ -16,16 +15,10 @@ from transformers import (
 )
 
 from invdiff.errors import DataError, EvaluationError, ModelError
-from invdiff.evaluation.quality.distances import clip_t
-from invdiff.evaluation.quality.extractors import (
-    FeatureExtractor,
-    InceptionFeatures,
-    load_extractor,
-)
-from invdiff.models.encoders import ClipEncoder, VisionEncoder
-from tiny import CAPTIONS, clip_config, make_tokenizer
-
-TOWER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+from invdiff.evaluation.quality.diversity import lpips_network, paired_cosines
+from invdiff.evaluation.quality.extractors import FeatureExtractor, InceptionFeatures, load_extractor
+from invdiff.models.encoders import ClipEncoder
+from tiny import CAPTIONS, TOWER, make_tokenizer, save_clip
 
 
 def images(count, size=(40, 36)):
@@ -42,29 +35,19 @@ def save(model, folder):
 
 @pytest.fixture(scope="module")
 def clip_dir(tmp_path_factory):
-    """A whole CLIP model whose joint space has 8 dimensions."""
-    tokenizer = make_tokenizer()
-    config = CLIPConfig(
-        text_config=clip_config(tokenizer).to_dict(),
-        vision_config={**TOWER, "intermediate_size": 32},
-        projection_dim=8,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        folder = save(CLIPModel(config), tmp_path_factory.mktemp("tiny") / "clip-vit-tiny")
-    tokenizer.save_pretrained(folder)
-    return folder
+    return str(save_clip(tmp_path_factory.mktemp("tiny") / "clip-vit-tiny"))
 
 
 @pytest.fixture(scope="module")
 def dinov2_dir(tmp_path_factory):
+    config = {name: value for name, value in TOWER.items() if name != "intermediate_size"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return save(Dinov2Model(Dinov2Config(mlp_ratio=2, **TOWER)), tmp_path_factory.mktemp("tiny") / "dinov2-tiny")
+        return save(Dinov2Model(Dinov2Config(mlp_ratio=2, **config)), tmp_path_factory.mktemp("tiny") / "dinov2-tiny")
 
 
 @pytest.fixture(scope="module")
-def scorer(clip_dir):
+def clip(clip_dir):
     return ClipEncoder.load(clip_dir)
 
 
@@ -82,77 +65,50 @@ def inception():
     return InceptionFeatures(Means(), torch.device("cpu"))
 
 
-def test_a_folder_gives_the_vision_model_in_it_under_its_name(clip_dir, dinov2_dir):
-    found = [load_extractor(folder) for folder in (clip_dir, dinov2_dir)]
-    assert [extractor.name for extractor in found] == ["clip-vit-tiny", "dinov2-tiny"]
-    assert all(isinstance(extractor, VisionEncoder) for extractor in found)
-
-
-def test_all_extractors_keep_to_the_protocol(dinov2_dir, scorer, inception):
-    for extractor in (load_extractor(dinov2_dir), scorer, inception):
+def test_all_extractors_keep_to_the_protocol_under_their_names(clip_dir, dinov2_dir, clip, inception):
+    extractors = [load_extractor(clip_dir), load_extractor(dinov2_dir), clip, inception]
+    assert [extractor.name for extractor in extractors] == [
+        "clip-vit-tiny",
+        "dinov2-tiny",
+        "clip-vit-tiny",
+        "inception",
+    ]
+    for extractor in extractors:
         assert isinstance(extractor, FeatureExtractor)
         features = extractor.extract(images(3))
-        assert features.dtype == np.float32
-        assert features.ndim == 2
-        assert len(features) == 3
+        assert (features.dtype, features.ndim, len(features)) == (np.float32, 2, 3)
+        with pytest.raises((DataError, EvaluationError), match="at least one image"):
+            extractor.extract([])
 
 
-def test_clip_features_are_the_models_projected_image_embeddings(clip_dir):
+@torch.no_grad()
+def test_features_are_those_of_the_model(clip_dir, dinov2_dir):
     seen = images(5)
     pixels = CLIPImageProcessor.from_pretrained(clip_dir)(seen, return_tensors="pt")["pixel_values"]
     model = CLIPModel.from_pretrained(clip_dir).eval()
-    with torch.no_grad():
-        expected = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+    expected = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
     np.testing.assert_allclose(load_extractor(clip_dir).extract(seen), expected.numpy(), rtol=1e-5, atol=1e-6)
-
-
-def test_dinov2_features_are_the_normalised_class_token(dinov2_dir):
-    seen = images(5)
-    pixels = CLIPImageProcessor.from_pretrained(dinov2_dir)(seen, return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        expected = Dinov2Model.from_pretrained(dinov2_dir).eval()(pixel_values=pixels).last_hidden_state[:, 0]
+    expected = Dinov2Model.from_pretrained(dinov2_dir).eval()(pixel_values=pixels).last_hidden_state[:, 0]
     np.testing.assert_allclose(load_extractor(dinov2_dir).extract(seen), expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_vision_features_do_not_depend_on_the_batch(dinov2_dir, monkeypatch):
-    extractor, seen = load_extractor(dinov2_dir), images(5)
-    together = extractor.extract(seen)
+def test_features_depend_neither_on_the_batch_nor_on_sizes_and_modes_beside(dinov2_dir, monkeypatch):
+    extractor, seen = load_extractor(dinov2_dir), [Image.new("L", (30, 50), 100), *images(4)]
+    alone = [extractor.extract([image.convert("RGB")])[0] for image in seen]
     monkeypatch.setattr("invdiff.models.encoders.BATCH_SIZE", 2)
-    np.testing.assert_allclose(extractor.extract(seen), together, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(extractor.extract(seen), alone, rtol=1e-5, atol=1e-6)
 
 
-def test_vision_features_take_images_of_any_size_and_mode(dinov2_dir):
-    extractor = load_extractor(dinov2_dir)
-    grey = Image.new("L", (30, 50), 100)
-    np.testing.assert_array_equal(
-        extractor.extract([grey, *images(1)])[0], extractor.extract([grey.convert("RGB"), *images(1)])[0]
-    )
-
-
-def test_what_is_no_vision_encoder_is_refused(tmp_path):
+def test_what_is_no_whole_vision_encoder_is_refused(dinov2_dir, tmp_path):
     with pytest.raises(ModelError, match="Expected a vision encoder"):
         load_extractor(str(tmp_path))
-
-
-def test_a_damaged_vision_encoder_is_refused(dinov2_dir, tmp_path):
-    model = Dinov2Model.from_pretrained(dinov2_dir)
-    folder = save(model, tmp_path / "damaged")
+    folder = save(ViTForImageClassification(ViTConfig(**TOWER)), tmp_path / "classifier")
+    with pytest.raises(ModelError, match=r"found none of pooler\.dense\.bias, pooler\.dense\.weight"):
+        load_extractor(folder)
+    folder = save(Dinov2Model.from_pretrained(dinov2_dir), tmp_path / "damaged")
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ModelError, match="could not load it"):
         load_extractor(folder)
-
-
-def test_a_vision_encoder_without_some_of_its_weights_is_refused(tmp_path):
-    folder = save(ViTForImageClassification(ViTConfig(intermediate_size=32, **TOWER)), tmp_path / "classifier")
-    with pytest.raises(ModelError, match=r"found none of pooler\.dense\.bias, pooler\.dense\.weight"):
-        load_extractor(folder)
-
-
-def test_no_image_has_no_features(dinov2_dir, inception):
-    with pytest.raises(DataError, match="at least one image"):
-        load_extractor(dinov2_dir).extract([])
-    with pytest.raises(EvaluationError, match="at least one image"):
-        inception.extract([])
 
 
 def test_inception_features_keep_the_order_of_images_of_several_sizes(inception, monkeypatch):
@@ -163,11 +119,15 @@ def test_inception_features_keep_the_order_of_images_of_several_sizes(inception,
 
 
 def stand_in_for_torchmetrics(monkeypatch, network):
-    module = ModuleType("torchmetrics.image.fid")
-    module.NoTrainInceptionV3 = network
-    for name in ("torchmetrics", "torchmetrics.image"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", module)
+    """Let torchmetrics' networks be `network`; without one, let torchmetrics be absent."""
+    for module, name in (("fid", "NoTrainInceptionV3"), ("lpip", "LearnedPerceptualImagePatchSimilarity")):
+        stand_in = ModuleType(f"torchmetrics.image.{module}")
+        setattr(stand_in, name, network)
+        monkeypatch.setitem(sys.modules, f"torchmetrics.image.{module}", stand_in)
+        if network is None:
+            monkeypatch.delitem(sys.modules, f"torchmetrics.image.{module}")
+    monkeypatch.setitem(sys.modules, "torchmetrics", network and ModuleType("torchmetrics"))
+    monkeypatch.setitem(sys.modules, "torchmetrics.image", network and ModuleType("torchmetrics.image"))
 
 
 def test_inception_is_torch_fidelitys_as_the_original_fid_uses_it(monkeypatch):
@@ -176,82 +136,71 @@ def test_inception_is_torch_fidelitys_as_the_original_fid_uses_it(monkeypatch):
         return Means()
 
     stand_in_for_torchmetrics(monkeypatch, network)
-    found = load_extractor("inception")
-    assert found.name == "inception"
-    assert isinstance(found, InceptionFeatures)
+    assert isinstance(load_extractor("inception"), InceptionFeatures)
 
 
-def test_inception_without_the_extra_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    with pytest.raises(EvaluationError, match=r"found no torchmetrics.*pip install 'invdiff\[metrics\]'"):
-        load_extractor("inception")
+@pytest.mark.parametrize(
+    ("load", "part", "weights"),
+    [
+        (lambda: load_extractor("inception"), "torch-fidelity", "Inception's"),
+        (lpips_network, "torchvision", "AlexNet's"),
+    ],
+    ids=["inception", "lpips"],
+)
+def test_without_the_extra_or_its_weights_one_is_told_what_to_do(monkeypatch, load, part, weights):
+    def raising(error):
+        def network(*_, **__):
+            raise error
+
+        return network
+
+    for network, message in (
+        (None, r"found no torchmetrics.*pip install 'invdiff\[metrics\]'"),
+        (
+            raising(ModuleNotFoundError("required")),
+            rf"found no {part}.*pip install 'invdiff\[metrics\]'",
+        ),
+        (raising(OSError("no route to host")), f"{weights} weights.*no route to host"),
+    ):
+        with monkeypatch.context() as patch:
+            stand_in_for_torchmetrics(patch, network)
+            with pytest.raises(EvaluationError, match=message):
+                load()
 
 
-def test_inception_without_torch_fidelity_says_what_to_install(monkeypatch):
-    def network(*_, **__):
-        raise ModuleNotFoundError("NoTrainInceptionV3 module requires that `Torch-fidelity` is installed.")
-
-    stand_in_for_torchmetrics(monkeypatch, network)
-    with pytest.raises(EvaluationError, match=r"found no torch-fidelity.*pip install 'invdiff\[metrics\]'"):
-        load_extractor("inception")
-
-
-def test_inception_without_its_weights_says_so(monkeypatch):
-    def network(*_, **__):
-        raise OSError("no route to host")
-
-    stand_in_for_torchmetrics(monkeypatch, network)
-    with pytest.raises(EvaluationError, match=r"Inception's weights.*no route to host"):
-        load_extractor("inception")
-
-
-def test_text_features_are_the_models_projected_text_embeddings(scorer, clip_dir):
-    model = CLIPModel.from_pretrained(clip_dir).eval()
-    tokens = make_tokenizer()(list(CAPTIONS), padding=True, return_tensors="pt")
-    with torch.no_grad():
-        expected = model.text_projection(model.text_model(**tokens).pooler_output)
-    np.testing.assert_allclose(scorer.text_features(CAPTIONS), expected.numpy(), rtol=1e-5, atol=1e-6)
-
-
-def test_cosines_of_both_towers_are_the_models_logits(scorer, clip_dir):
+@torch.no_grad()
+def test_cosines_of_both_towers_are_the_models_logits(clip, clip_dir):
     seen, model = images(2), CLIPModel.from_pretrained(clip_dir).eval()
     pixels = CLIPImageProcessor.from_pretrained(clip_dir)(seen, return_tensors="pt")["pixel_values"]
     tokens = make_tokenizer()(list(CAPTIONS), padding=True, return_tensors="pt")
-    with torch.no_grad():
-        logits = model(pixel_values=pixels, **tokens).logits_per_image / model.logit_scale.exp()
-    found = clip_t(scorer.extract(seen), scorer.text_features(CAPTIONS))
-    assert found == pytest.approx(float(logits.diagonal().mean()), abs=1e-6)
+    logits = model(pixel_values=pixels, **tokens).logits_per_image / model.logit_scale.exp()
+    np.testing.assert_allclose(
+        paired_cosines(clip.extract(seen), clip.text_features(CAPTIONS)), logits.diagonal().numpy(), atol=1e-6
+    )
 
 
-def test_text_features_do_not_depend_on_the_prompts_beside(scorer, monkeypatch):
-    prompts = ["a photo of a landbird", "a", "a photo of a waterbird on water"]
-    together = scorer.text_features(prompts)
+def test_features_of_texts_stand_in_the_order_of_texts_that_repeat_and_do_not_depend_on_those_beside(
+    clip, monkeypatch
+):
+    texts = ["a photo of a landbird", "a", "a photo of a waterbird on water", "a"]
+    alone = [clip.text_features([text])[0] for text in texts]
+    np.testing.assert_allclose(clip.text_features(texts), alone, rtol=1e-5, atol=1e-6)
     monkeypatch.setattr("invdiff.models.encoders.BATCH_SIZE", 1)
-    np.testing.assert_allclose(scorer.text_features(prompts), together, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(clip.text_features(texts), alone, rtol=1e-5, atol=1e-6)
 
 
-def test_text_features_stand_in_the_order_of_prompts_that_repeat(scorer):
-    first, second = scorer.text_features(CAPTIONS)
-    found = scorer.text_features([CAPTIONS[1], CAPTIONS[0], CAPTIONS[1]])
-    np.testing.assert_allclose(found, [second, first, second], rtol=1e-5, atol=1e-6)
+def test_texts_longer_than_the_model_reads_are_cut(clip):
+    assert np.isfinite(clip.text_features(["water " * 100])).all()
 
 
-def test_prompts_longer_than_the_model_reads_are_cut(scorer):
-    assert np.isfinite(scorer.text_features(["water " * 100])).all()
-
-
-@pytest.mark.parametrize("prompts", [[], "a photo of a landbird"], ids=["none", "one string"])
-def test_prompts_are_a_list(scorer, prompts):
+@pytest.mark.parametrize("texts", [[], "a photo of a landbird"], ids=["none", "one string"])
+def test_texts_are_a_list(clip, texts):
     with pytest.raises(DataError, match="list of at least one prompt"):
-        scorer.text_features(prompts)
+        clip.text_features(texts)
 
 
-def test_a_model_without_texts_is_no_scorer(dinov2_dir):
+def test_what_lacks_a_tower_or_a_tokenizer_is_no_clip_encoder(clip_dir, dinov2_dir, tmp_path):
     with pytest.raises(ModelError, match=r"both towers.*got a Dinov2Model"):
         ClipEncoder.load(dinov2_dir)
-
-
-def test_a_clip_model_without_a_tokenizer_is_no_scorer(clip_dir, tmp_path):
-    folder = save(CLIPModel.from_pretrained(clip_dir), tmp_path / "clip")
     with pytest.raises(ModelError, match="Expected a tokenizer"):
-        ClipEncoder.load(folder)
+        ClipEncoder.load(save(CLIPModel.from_pretrained(clip_dir), tmp_path / "clip"))

@@ -18,7 +18,7 @@ from .describe import Described, Judge, describe_rows
 from .fairness.correction import correct_for_annotator
 from .manifest import Folders, Row, common_prompts, module_scale, read_model, resolve_folders, scale_keys
 from .measure import measure, preserve
-from .quality.distances import lpips_network
+from .quality.diversity import lpips_network
 from .quality.extractors import FeatureExtractor
 from .quality.figures import common_group_size
 from .question import Question

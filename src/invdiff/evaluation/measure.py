@@ -13,7 +13,7 @@ from ..errors import EvaluationError
 from ..models.encoders import ClipEncoder
 from .describe import Described
 from .manifest import Row
-from .quality.distances import feature_shift, paired_cosines
+from .quality.diversity import mean_cosine_distance, paired_cosines
 from .quality.figures import LPIPS, group_figures, lpips_figures, quality_figures, share
 from .quality.intervals import mean_interval
 from .question import Question
@@ -76,7 +76,7 @@ def preserve(
         before, after = base.features[name][theirs], features[ours]
         try:
             moved = 1 - paired_cosines(before, after)
-            unrelated = feature_shift(before, before).unrelated
+            unrelated = mean_cosine_distance(before)
         except EvaluationError as error:
             figures[f"feature shift ({name})"] = Quantity(None, note=f"not defined: {error}")
             continue

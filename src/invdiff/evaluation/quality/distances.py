@@ -1,220 +1,249 @@
-"""Quality and diversity of images from arrays of features, and intervals of what is measured."""
+"""Distances between two sets of features: Fréchet (FID), kernel (KID, CMMD) and neighbourhoods."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import combinations
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy.special import entr
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import norm
+from sklearn.metrics import pairwise_distances_chunked
+from sklearn.metrics.pairwise import polynomial_kernel
+from sklearn.utils import gen_batches
 
 from ...errors import EvaluationError
-from .kernels import (
-    FloatArray,
-    checked,
-    checked_pair,
-    cmmd,
-    kernel_distance,
-    kernel_distance_interval,
-    unit_rows,
-)
-from .neighbours import Neighbourhoods, precision_recall_density_coverage
 
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
+FloatArray = NDArray[np.float64]
 
-__all__ = [
-    "FeatureShift",
-    "Neighbourhoods",
-    "clip_t",
-    "cmmd",
-    "feature_shift",
-    "frechet_distance",
-    "kernel_distance",
-    "kernel_distance_interval",
-    "lpips_diversity",
-    "paired_cosines",
-    "precision_recall_density_coverage",
-    "vendi_score",
-]
-
-PAIRS_PER_BATCH = 16
+BLOCK_ENTRIES = 2**22
+"""Pairs of images in memory at a time: 32 MiB for each array of them."""
+ROUNDING = 1e-12
+"""Of squared distances, relative to the largest squared length: what lies on the edge of a ball lies in it."""
 
 
 def frechet_distance(features: ArrayLike, reference: ArrayLike) -> float:
-    """Return the squared Fréchet distance between Gaussians fitted to two sets of features (FID's formula).
+    """Squared Fréchet distance between Gaussians fitted to two sets of features (FID's formula).
 
-    |m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)), Dowson and Landau (1982). With S = R^T R, from the QR
-    decomposition of the centred features, Tr (S1 S2)^(1/2) is the sum of the singular values of R1 R2^T: no
-    matrix square root, no complex numbers, and it holds for singular covariances (N < D) too. Computed in
-    float64 with unbiased covariances. The distance falls as N grows: compare only sets of equal size.
+    |m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)), Dowson and Landau (1982), in float64 with unbiased covariances. With
+    S = R^T R, Tr (S1 S2)^(1/2) is the sum of the singular values of R1 R2^T, which holds for singular covariances
+    (N < D) too. The distance falls as N grows: compare only sets of equal size.
 
     Args:
         features: Features of the images in question, (N, D).
         reference: Features of the reference images, (M, D), from the same extractor.
 
     Raises:
-        EvaluationError: A set has fewer than two rows, holds values that are not finite, or D differs.
+        EvaluationError: A set has fewer than two rows or values that are not finite, or D differs.
     """
-    first, second = checked_pair(features, reference)
-    difference = first.mean(axis=0) - second.mean(axis=0)
-    first_root, second_root = _covariance_root(first), _covariance_root(second)
-    cross = np.linalg.svd(first_root @ second_root.T, compute_uv=False).sum()
-    traces = np.square(first_root).sum() + np.square(second_root).sum()
-    return max(float(difference @ difference + traces - 2 * cross), 0.0)
+    sets = checked_pair(features, reference)
+    shift = sets[0].mean(axis=0) - sets[1].mean(axis=0)
+    first, second = (_covariance_root(array) for array in sets)
+    traces = np.square(first).sum() + np.square(second).sum()
+    return max(float(shift @ shift + traces - 2 * np.linalg.norm(first @ second.T, "nuc")), 0.0)
 
 
-def paired_cosines(features: ArrayLike, others: ArrayLike) -> FloatArray:
-    """Return the cosine of each row with the row beside it, (N,).
+class KernelDistance(NamedTuple):
+    """A squared MMD with its confidence interval, both of which may lie below 0."""
+
+    value: float
+    low: float
+    high: float
+
+
+def kernel_distance(
+    features: ArrayLike, reference: ArrayLike, *, degree: int = 3, confidence: float = 0.95
+) -> KernelDistance:
+    """Squared MMD of two sets of features under the kernel (x.y / D + 1)^degree (KID's formula).
+
+    Bińkowski et al., "Demystifying MMD GANs" (ICLR 2018): the unbiased estimate over all pairs of different images
+    (Gretton et al., 2012, equation 3), whose expectation does not depend on N and M. Where both sets come from one
+    distribution it is negative about half of the time. Papers often give a thousandfold of it.
+
+    The interval is the jackknife's (Arvesen, "Jackknifing U-statistics", 1969). For two sets of one distribution it
+    is too wide, so it misses zero less often than `confidence` allows.
 
     Args:
-        features: (N, D).
-        others: (N, D), row by row what belongs to it: features of the same seed, or of the image's prompt.
+        features: Features of the images in question, (N, D).
+        reference: Features of the reference images, (M, D), from the same extractor.
+        degree: Degree of the polynomial; KID's is 3.
+        confidence: Nominal coverage, above 0 and below 1.
 
     Raises:
-        EvaluationError: N or D differs, or a row is all zeros or not finite.
+        EvaluationError: A set has fewer than three rows or values that are not finite, or D differs.
     """
-    first, second = checked(features, "features", minimum=1), checked(others, "paired features", minimum=1)
-    if first.shape != second.shape:
+    first, second = checked_pair(features, reference, minimum=3)
+    sums, itself = _kernel_sums(first, second, lambda x, y: polynomial_kernel(x, y, degree=degree))
+    value, variance = 0.0, 0.0
+    for side, others in ((0, 1), (1, 0)):
+        size, size_of_others = len(sums[side]), len(sums[others])
+        within, across = sums[side][:, side] - itself[side], sums[side][:, others]
+        value += within.sum() / (size * (size - 1)) - across.sum() / (size * size_of_others)
+        within_without = (within.sum() - 2 * within) / ((size - 1) * (size - 2))  # each image left out in turn
+        across_without = (across.sum() - across) / ((size - 1) * size_of_others)
+        variance += (size - 1) * np.var(within_without - 2 * across_without)
+    half = norm.ppf((1 + confidence) / 2) * np.sqrt(variance)
+    return KernelDistance(float(value), float(value - half), float(value + half))
+
+
+def cmmd(features: ArrayLike, reference: ArrayLike, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
+    """Squared MMD of two sets of CLIP features under a Gaussian kernel, times `scale` (CMMD).
+
+    Jayasumana et al., "Rethinking FID: towards a better evaluation metric for image generation" (CVPR 2024). With
+    k(x, y) = exp(-|x - y|^2 / (2 sigma^2)), it is the biased estimate (Gretton et al., 2012, equation 5),
+    mean k(x, x') + mean k(y, y') - 2 mean k(x, y) over all pairs, an image's pair with itself among them: never
+    negative, above 0 by about 1 / N even for two sets of one distribution. Rows are scaled to unit length first, as
+    in the authors' code, which embeds images with CLIP ViT-L/14 at 336 pixels.
+
+    Args:
+        features: Features of the images in question, (N, D).
+        reference: Features of the reference images, (M, D), from the same extractor.
+        sigma: Width of the kernel.
+        scale: Factor that makes the figures readable.
+
+    Raises:
+        EvaluationError: A set has fewer than two rows, values that are not finite or a row of zeros, or D differs.
+    """
+    first, second = (unit_rows(array) for array in checked_pair(features, reference))
+    # All kernel values are near 1, which cancels in the estimate: with 1 taken off, no digits are lost.
+    sums, _ = _kernel_sums(first, second, lambda x, y: np.expm1((x @ y.T - 1) / sigma**2))
+    n, m = len(first), len(second)
+    estimate = sums[0][:, 0].sum() / n**2 + sums[1][:, 1].sum() / m**2 - 2 * sums[0][:, 1].sum() / (n * m)
+    return scale * max(float(estimate), 0.0)
+
+
+class Neighbourhoods(NamedTuple):
+    """How much of one set of features lies near the other; all but `density` are shares of images."""
+
+    precision: float
+    """Images that lie in the ball of some reference image: fidelity."""
+    recall: float
+    """Reference images that lie in the ball of some image: variety."""
+    density: float
+    """Balls of reference images that an image lies in, as a mean, in units of k; above 1 where images crowd."""
+    coverage: float
+    """Reference images whose ball holds some image."""
+
+
+def precision_recall_density_coverage(features: ArrayLike, reference: ArrayLike, *, k: int = 5) -> Neighbourhoods:
+    """Fidelity and variety apart, each in two ways.
+
+    Precision and recall: Kynkäänniemi et al., "Improved precision and recall metric for assessing generative models"
+    (NeurIPS 2019). Density and coverage, which one outlier sways less: Naeem et al., "Reliable fidelity and diversity
+    metrics for generative models" (ICML 2020). An image's ball reaches to the k-th nearest other image of its own set,
+    its edge included; images that are equal are neighbours at distance 0.
+    All four depend on N, M and k: compare only sets of equal size. For sets of one distribution, coverage is near
+    1 - 2^-k where N = M, and density near 1.
+
+    Args:
+        features: Features of the images in question, (N, D).
+        reference: Features of the reference images, (M, D), from the same extractor.
+        k: Which neighbour a ball reaches to, at least 1; the papers take 3 and 5.
+
+    Raises:
+        EvaluationError: A set does not have more than k rows or has values that are not finite, or D differs.
+    """
+    images, references = checked_pair(features, reference, minimum=k + 1)
+    centre = references.mean(axis=0)  # lengths far above distances would cost digits
+    images, references = images - centre, references - centre
+    slack = ROUNDING * max(np.square(array).sum(axis=1).max() for array in (images, references))
+
+    def squared_radius(distances: FloatArray, start: int) -> FloatArray:
+        return np.partition(distances, k, axis=1)[:, k].copy()  # the nearest, at 0, is the image itself
+
+    def recalled_and_covered(distances: FloatArray, start: int) -> NDArray[np.bool_]:
+        own = reference_reach[start : start + len(distances)]
+        return np.stack([(distances <= reach).any(axis=1), distances.min(axis=1) <= own], axis=1)
+
+    reach, reference_reach = (_by_row(squared_radius, array) + slack for array in (images, references))
+    balls = _by_row(lambda distances, start: (distances <= reference_reach).sum(axis=1), images, references)
+    recall, coverage = _by_row(recalled_and_covered, references, images).mean(axis=0)
+    return Neighbourhoods(float(np.mean(balls > 0)), float(recall), float(np.mean(balls) / k), float(coverage))
+
+
+def checked(features: ArrayLike, *, name: str = "features", minimum: int = 2) -> FloatArray:
+    """Features as float64, (N, D).
+
+    Raises:
+        EvaluationError: They have another shape, fewer than `minimum` rows, or values that are not finite.
+    """
+    try:
+        array = np.asarray(features, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise EvaluationError(f"Expected {name} as an array of numbers, got something else ({error}).") from error
+    if array.ndim != 2 or array.shape[0] < minimum or array.shape[1] < 1:
         raise EvaluationError(
-            f"Expected paired features of one shape, row beside row, got {first.shape} and {second.shape}. "
-            "Repeat or order the rows so that each stands beside its own, and use one extractor."
+            f"Expected {name} of shape (N, D) with N at least {minimum}, got {array.shape}. Pass one row per image."
         )
-    return np.asarray(np.einsum("nd,nd->n", unit_rows(first, "features"), unit_rows(second, "paired features")))
-
-
-def clip_t(image_features: ArrayLike, text_features: ArrayLike) -> float:
-    """Return CLIP-T: how well images show their prompts, the mean cosine of paired CLIP features, in [-1, 1].
-
-    Ruiz et al., "DreamBooth" (CVPR 2023). CLIPScore (Hessel et al., 2021) is 2.5 times the same, without what is below
-    0. For an interval, take `mean_interval` of `paired_cosines`.
-
-    Args:
-        image_features: (N, D).
-        text_features: (N, D), row by row those of the image's prompt.
-
-    Raises:
-        EvaluationError: As for `paired_cosines`.
-    """
-    return float(paired_cosines(image_features, text_features).mean())
-
-
-def vendi_score(features: ArrayLike) -> float:
-    """Return how many different images a set amounts to, from 1 (all alike) to N (no two alike).
-
-    Friedman and Dieng, "The Vendi score" (TMLR 2023): exp of the entropy of the eigenvalues of K / N, where K holds
-    the cosines of all pairs, (N, N). The inner products of the columns, (D, D), have the same eigenvalues other than
-    0 and are used where they are fewer. The score grows with N: compare only sets of equal size.
-
-    Args:
-        features: (N, D).
-
-    Raises:
-        EvaluationError: There are fewer than two rows, or a row is all zeros or not finite.
-    """
-    rows = unit_rows(checked(features, "features"), "features")
-    similarities = rows.T @ rows if len(rows) > rows.shape[1] else rows @ rows.T
-    eigenvalues = np.linalg.eigvalsh(similarities / len(rows))
-    return float(np.exp(entr(np.maximum(eigenvalues, 0)).sum()))
-
-
-class FeatureShift(NamedTuple):
-    """How far images moved in feature space, beside how far apart images are anyway."""
-
-    moved: float
-    """Mean cosine distance between an image before and after, in [0, 2]."""
-    unrelated: float
-    """Mean cosine distance between an image before and another image after: the yardstick."""
-
-
-def feature_shift(features_before: ArrayLike, features_after: ArrayLike) -> FeatureShift:
-    """Return how much a change of the model changes images of the same seeds and prompts.
-
-    The yardstick is the mean over all pairs that do not match, not over a random choice of them.
-
-    Args:
-        features_before: (N, D).
-        features_after: (N, D), row by row those of the image with the same seed and prompt.
-
-    Raises:
-        EvaluationError: There are fewer than two rows, N or D differs, or a row is all zeros or not finite.
-    """
-    matching = paired_cosines(features_before, features_after)
-    before, after = (
-        unit_rows(checked(array, "features"), "features").sum(axis=0) for array in (features_before, features_after)
-    )
-    others = (before @ after - matching.sum()) / (len(matching) * (len(matching) - 1))
-    return FeatureShift(moved=float(1 - matching.mean()), unrelated=float(1 - others))
-
-
-def lpips_diversity(
-    images: Sequence[Image.Image], *, distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-) -> float:
-    """Return how different images of one prompt are: the mean LPIPS distance over all pairs of them.
-
-    Zhang et al., "The unreasonable effectiveness of deep features as a perceptual metric" (CVPR 2018), with AlexNet.
-    The number of pairs grows as N^2: 50 images make 1225.
-
-    Args:
-        images: At least two, of one size.
-        distance: From two batches of images in [-1, 1], each (batch, 3, height, width), to the mean distance of
-            their pairs. By default that of torchmetrics, which fetches AlexNet's weights once.
-
-    Raises:
-        EvaluationError: There are fewer than two images, or their sizes differ; or the extra `metrics` is not
-            installed, or the weights cannot be had.
-    """
-    import torch  # the rest of this module does without
-
-    sizes = sorted({image.size for image in images})
-    if len(images) < 2 or len(sizes) != 1:
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+    if len(bad):
         raise EvaluationError(
-            f"Expected at least two images, all of one size, got {len(images)} of {len(sizes)} sizes. Give the "
-            "images of one prompt."
+            f"Expected finite {name}, got NaN or infinity in {len(bad)} of {len(array)} rows, first in row "
+            f"{bad[0]}. Look at that image, or use another extractor or annotator."
         )
-    measure = distance or lpips_network()
-    pixels = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images])
-    pairs = torch.tensor(list(combinations(range(len(images)), 2)))
-    total = 0.0
-    for batch in pairs.split(PAIRS_PER_BATCH):
-        first, second = (pixels[batch[:, side]].float() / 127.5 - 1 for side in (0, 1))
-        with torch.no_grad():
-            total += float(measure(first, second)) * len(batch)
-    mean = total / len(pairs)
-    if not np.isfinite(mean):
-        raise EvaluationError(f"Expected finite distances, got a mean of {mean}. Look at the images.")
-    return mean
+    return array
+
+
+def checked_pair(features: ArrayLike, reference: ArrayLike, *, minimum: int = 2) -> tuple[FloatArray, FloatArray]:
+    """Two sets of features as float64, (N, D) and (M, D).
+
+    Raises:
+        EvaluationError: As for `checked`, or D differs.
+    """
+    first = checked(features, minimum=minimum)
+    second = checked(reference, name="reference features", minimum=minimum)
+    if first.shape[1] != second.shape[1]:
+        raise EvaluationError(
+            f"Expected features of one width, got {first.shape[1]} and {second.shape[1]} (reference). "
+            "Compute both with the same extractor or annotator."
+        )
+    return first, second
+
+
+def unit_rows(array: FloatArray) -> FloatArray:
+    """Rows scaled to unit length, (N, D).
+
+    Raises:
+        EvaluationError: A row is all zeros and has no direction.
+    """
+    lengths = np.linalg.norm(array, axis=1, keepdims=True)
+    zero = np.flatnonzero(lengths == 0)
+    if len(zero):
+        raise EvaluationError(
+            f"Expected features with a direction, got {len(zero)} of {len(array)} rows of zeros, first row {zero[0]}. "
+            "Look at that image: its cosines are not defined."
+        )
+    return array / lengths
 
 
 def _covariance_root(features: FloatArray) -> FloatArray:
-    """Return R with R^T R the covariance, (min(N, D), D)."""
+    """R with R^T R the covariance, (min(N, D), D)."""
     centred = features - features.mean(axis=0)
     return np.asarray(np.linalg.qr(centred / np.sqrt(len(features) - 1), mode="r"), dtype=np.float64)
 
 
-def lpips_network() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return LPIPS with AlexNet, as `lpips_diversity` takes it: load it once for many prompts.
+def _kernel_sums(
+    first: FloatArray, second: FloatArray, kernel: Callable[[FloatArray, FloatArray], FloatArray]
+) -> tuple[list[FloatArray], list[FloatArray]]:
+    """Sums of kernel values by image: with the first and with the second set, (N, 2) and (M, 2), and with itself."""
+    both, sums, itself = np.concatenate([first, second]), [], []
+    for rows in gen_batches(len(both), max(BLOCK_ENTRIES // len(both), 1)):
+        values = kernel(both[rows], both)
+        sums.append(np.stack([part.sum(axis=1) for part in np.split(values, [len(first)], axis=1)], axis=1))
+        itself.append(np.diagonal(values, offset=rows.start).copy())
+    return np.split(np.concatenate(sums), [len(first)]), np.split(np.concatenate(itself), [len(first)])
 
-    Raises:
-        EvaluationError: The extra `metrics` is not installed, or the weights cannot be had.
-    """
-    from ...models.load import default_device  # imports torch
 
-    try:
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-        network = LearnedPerceptualImagePatchSimilarity(net_type="alex").to(default_device())
-    except ModuleNotFoundError as error:
-        raise EvaluationError(
-            f"Expected torchmetrics and torchvision for LPIPS, found no {error.name or 'torchvision'}. Install them: "
-            "pip install 'invdiff[metrics]'."
-        ) from error
-    except OSError as error:
-        raise EvaluationError(
-            f"Expected AlexNet's weights for LPIPS, could not fetch them ({error}). Connect to the network once: they "
-            "are kept in torch.hub's folder."
-        ) from error
-    return lambda first, second: network(first.to(network.device), second.to(network.device))
+def _by_row(
+    reduce: Callable[[FloatArray, int], NDArray[Any]], first: FloatArray, second: FloatArray | None = None
+) -> NDArray[Any]:
+    """What `reduce` makes of squared distances, a few rows of (N, M) at a time; (N, N) without `second`."""
+    chunks = pairwise_distances_chunked(
+        first,
+        second,
+        reduce_func=reduce,
+        metric="euclidean",
+        squared=True,
+        working_memory=BLOCK_ENTRIES * 8 / 2**20,
+    )
+    return np.concatenate(list(chunks))

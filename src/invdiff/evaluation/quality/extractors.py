@@ -1,4 +1,4 @@
-"""Networks, named and pretrained, whose features images are compared by: Inception-v3 or any vision model."""
+"""Networks whose features images are compared by: Inception-v3, or any vision model of `transformers`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,27 @@ from ...errors import EvaluationError
 from ...models.encoders import BATCH_SIZE, VisionEncoder
 from ...models.load import default_device
 
-FloatArray = NDArray[np.float32]
-
 
 @runtime_checkable
 class FeatureExtractor(Protocol):
-    """What turns images into the features that a metric compares."""
+    """What turns images into the features that a metric compares, such as a `VisionEncoder` or a `ClipEncoder`."""
 
     @property
     def name(self) -> str:
-        """What figures measured with it are labelled with: they compare with those of the same name only."""
+        """Label of the figures measured with it: they compare with those of the same name only."""
 
-    def extract(self, images: Sequence[Image.Image]) -> FloatArray:
-        """Return one row of features per image, (N, D), float32."""
+    def extract(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """Features, one row per image, (N, D), float32."""
+
+
+def load_extractor(spec: str) -> FeatureExtractor:
+    """Load the extractor called "inception", or the vision model in a folder or under a hub id.
+
+    Raises:
+        EvaluationError: Inception is asked for, but the extra `metrics` is not installed or its weights are absent.
+        ModelError: There is no vision encoder there.
+    """
+    return InceptionFeatures.load() if spec == "inception" else VisionEncoder.load(spec)
 
 
 @dataclass(frozen=True)
@@ -69,8 +77,8 @@ class InceptionFeatures:
         return cls(network.to(device), device)
 
     @torch.no_grad()
-    def extract(self, images: Sequence[Image.Image]) -> FloatArray:
-        """Return the network's features, (N, 2048), of images of any sizes.
+    def extract(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """Features of images of any sizes, (N, 2048).
 
         Raises:
             EvaluationError: There is no image.
@@ -79,19 +87,7 @@ class InceptionFeatures:
             raise EvaluationError("Expected at least one image, got none. Check what selects the images.")
         features = []
         for _, run in groupby(images, key=lambda image: image.size):  # a batch holds images of one size
-            same_size = list(run)
-            for start in range(0, len(same_size), BATCH_SIZE):
-                pixels = np.stack([np.array(image.convert("RGB")) for image in same_size[start : start + BATCH_SIZE]])
-                batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device)
-                features.append(self.network(batch).float().cpu().numpy())
-        return np.asarray(np.concatenate(features), dtype=np.float32)
-
-
-def load_extractor(spec: str) -> FeatureExtractor:
-    """Return the extractor called "inception", or the vision model in a folder or under a hub id.
-
-    Raises:
-        EvaluationError: Inception is asked for, but the extra `metrics` is not installed or its weights are absent.
-        ModelError: There is no vision encoder there.
-    """
-    return InceptionFeatures.load() if spec == "inception" else VisionEncoder.load(spec)
+            pixels = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in run])
+            for batch in pixels.permute(0, 3, 1, 2).split(BATCH_SIZE):
+                features.append(self.network(batch.to(self.device)).float().cpu().numpy())
+        return np.concatenate(features, dtype=np.float32)

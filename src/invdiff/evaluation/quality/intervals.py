@@ -2,67 +2,43 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import norm, t
+from scipy.stats import binomtest, t
 
 from ...errors import EvaluationError
-from .kernels import check_confidence
 
 
 def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Return a confidence interval of a mean over independent images, such as `clip_t`, by Student's t.
+    """Student's t interval of a mean over independent images, such as CLIP-T, as its lower and upper end.
 
     Args:
-        values: One for each image, (N,).
+        values: One for each image, (N,), N at least 2.
         confidence: Nominal coverage, above 0 and below 1.
 
-    Returns:
-        The lower and the upper end.
-
     Raises:
-        EvaluationError: There are fewer than two values, or some are not finite, or the confidence is out of range.
+        EvaluationError: There are fewer than two values.
     """
-    check_confidence(confidence)
     array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or len(array) < 2 or not np.isfinite(array).all():
-        raise EvaluationError(
-            f"Expected at least two finite values in one dimension, got {int(np.isfinite(array).sum())} finite ones "
-            f"of shape {array.shape}. An interval is not defined there: give one value per image."
-        )
+    if array.ndim != 1 or len(array) < 2:
+        raise EvaluationError(f"Expected at least two values, one for each image, got shape {array.shape}.")
     half = float(t.ppf((1 + confidence) / 2, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array)))
     return float(array.mean()) - half, float(array.mean()) + half
 
 
 def share_interval(successes: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's (1927) score interval of a share of independent images, such as accuracy.
+    """Wilson's (1927) score interval of a share of independent images, such as accuracy, as its lower and upper end.
 
     It stays within [0, 1] and has width even where all images agree. For precision, recall and coverage it holds the
     balls of the other set fixed, so it is too narrow where that set is small.
 
     Args:
-        successes: How many images have the property.
-        total: How many images there are.
+        successes: How many images have the property, from 0 to `total`.
+        total: How many images there are, at least 1.
         confidence: Nominal coverage, above 0 and below 1.
 
-    Returns:
-        The lower and the upper end.
-
     Raises:
-        EvaluationError: There is no image, or the counts are not whole or disagree, or the confidence is out of
-            range.
+        ValueError: The counts are no whole numbers or disagree.
     """
-    check_confidence(confidence)
-    whole = isinstance(successes, Integral) and isinstance(total, Integral)
-    if not whole or total < 1 or not 0 <= successes <= total:
-        raise EvaluationError(
-            f"Expected whole numbers of successes, from 0 to a total of at least 1, got {successes} of {total}. "
-            "Count the images."
-        )
-    z_squared = float(norm.ppf((1 + confidence) / 2)) ** 2
-    share = successes / total
-    centre = (share + z_squared / (2 * total)) / (1 + z_squared / total)
-    half = np.sqrt(z_squared * (share * (1 - share) / total + z_squared / (4 * total**2))) / (1 + z_squared / total)
-    return max(float(centre - half), 0.0), min(float(centre + half), 1.0)
+    low, high = binomtest(successes, total).proportion_ci(confidence, method="wilson")
+    return float(low), float(high)

@@ -1,0 +1,137 @@
+"""How different images are, and how well they show their prompts: cosines, the Vendi score and LPIPS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import entr
+
+from ...errors import EvaluationError
+from .distances import FloatArray, checked, unit_rows
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+PAIRS_PER_BATCH = 16
+
+
+def paired_cosines(features: ArrayLike, others: ArrayLike) -> FloatArray:
+    """Cosine of each row with the row beside it, (N,).
+
+    The mean of those of images with their prompts is CLIP-T (Ruiz et al., "DreamBooth", CVPR 2023); CLIPScore (Hessel
+    et al., 2021) is 2.5 times the same, without what is below 0.
+
+    Args:
+        features: (N, D).
+        others: (N, D), row by row those of the image with the same seed, or of the image's prompt.
+
+    Raises:
+        EvaluationError: N or D differs, or a row is all zeros or not finite.
+    """
+    first, second = checked(features, minimum=1), checked(others, name="paired features", minimum=1)
+    if first.shape != second.shape:
+        raise EvaluationError(
+            f"Expected paired features of one shape, row beside row, got {first.shape} and {second.shape}. "
+            "Repeat or order the rows so that each stands beside its own, and use one extractor."
+        )
+    return np.asarray(np.einsum("nd,nd->n", unit_rows(first), unit_rows(second)))
+
+
+def mean_cosine_distance(features: ArrayLike) -> float:
+    """Mean cosine distance over all pairs of different rows, in [0, 2]: how far apart the images of a set are.
+
+    Args:
+        features: (N, D).
+
+    Raises:
+        EvaluationError: There are fewer than two rows, or a row is all zeros or not finite.
+    """
+    rows = unit_rows(checked(features))
+    total = rows.sum(axis=0)  # its square is the sum of all N^2 cosines
+    return float(1 - (total @ total - len(rows)) / (len(rows) * (len(rows) - 1)))
+
+
+def vendi_score(features: ArrayLike) -> float:
+    """How many different images a set amounts to, from 1 (all alike) to N (no two alike).
+
+    Friedman and Dieng, "The Vendi score" (TMLR 2023): exp of the entropy of the eigenvalues of K / N, where K holds
+    the cosines of all pairs, (N, N). The inner products of the columns, (D, D), have the same eigenvalues other than
+    0 and are used where they are fewer. The score grows with N: compare only sets of equal size.
+
+    Args:
+        features: (N, D).
+
+    Raises:
+        EvaluationError: There are fewer than two rows, or a row is all zeros or not finite.
+    """
+    rows = unit_rows(checked(features))
+    similarities = rows.T @ rows if len(rows) > rows.shape[1] else rows @ rows.T
+    eigenvalues = np.linalg.eigvalsh(similarities / len(rows))
+    return float(np.exp(entr(np.maximum(eigenvalues, 0)).sum()))
+
+
+def lpips_diversity(
+    images: Sequence[Image.Image], *, distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+) -> float:
+    """How different images of one prompt are: the mean LPIPS distance over all pairs of them.
+
+    Zhang et al., "The unreasonable effectiveness of deep features as a perceptual metric" (CVPR 2018), with AlexNet.
+    The number of pairs grows as N^2: 50 images make 1225.
+
+    Args:
+        images: At least two, of one size.
+        distance: From two batches of images in [-1, 1], each (batch, 3, height, width), to the mean distance of
+            their pairs; `lpips_network()` by default.
+
+    Raises:
+        EvaluationError: There are fewer than two images, or their sizes differ; or as for `lpips_network`.
+    """
+    import torch  # the rest of this module does without
+
+    sizes = {image.size for image in images}
+    if len(images) < 2 or len(sizes) != 1:
+        raise EvaluationError(
+            f"Expected at least two images, all of one size, got {len(images)} of {len(sizes)} sizes. Give the "
+            "images of one prompt."
+        )
+    measure = distance or lpips_network()
+    pixels = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images])
+    pairs = torch.tensor(list(combinations(range(len(images)), 2)))
+    total = 0.0
+    with torch.no_grad():
+        for batch in pairs.split(PAIRS_PER_BATCH):
+            first, second = (pixels[batch[:, side]].float() / 127.5 - 1 for side in (0, 1))
+            total += float(measure(first, second)) * len(batch)
+    if not np.isfinite(total):
+        raise EvaluationError(f"Expected finite LPIPS distances, got a sum of {total}. Look at the images.")
+    return total / len(pairs)
+
+
+def lpips_network() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """LPIPS with AlexNet, as `lpips_diversity` takes it: load it once for many prompts.
+
+    Raises:
+        EvaluationError: The extra `metrics` is not installed, or the weights cannot be had.
+    """
+    from ...models.load import default_device  # imports torch
+
+    try:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        network = LearnedPerceptualImagePatchSimilarity(net_type="alex").to(default_device())
+    except ModuleNotFoundError as error:
+        raise EvaluationError(
+            f"Expected torchmetrics and torchvision for LPIPS, found no {error.name or 'torchvision'}. Install them: "
+            "pip install 'invdiff[metrics]'."
+        ) from error
+    except OSError as error:
+        raise EvaluationError(
+            f"Expected AlexNet's weights for LPIPS, could not fetch them ({error}). Connect to the network once: they "
+            "are kept in torch.hub's folder."
+        ) from error
+    return lambda first, second: network(first.to(network.device), second.to(network.device))
