@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 from collections import Counter
 from dataclasses import replace
@@ -15,17 +16,15 @@ from invdiff.auditing.result import Audit
 from invdiff.config import DemoConfig
 from invdiff.data.birds import (
     BACKGROUNDS,
-    CANONICAL_TEMPLATE,
-    HELD_OUT_TEMPLATES,
+    NATURAL_BACKGROUND,
     SUBJECTS,
-    TRAINING_TEMPLATES,
     BirdsWorld,
     canonical_prompts,
-    draw,
     explicit_prompts,
     held_out_prompts,
 )
-from invdiff.data.birds_drawing import BEAK, render, sample_scene
+from invdiff.data.birds.drawing import BEAK, render, sample_scene
+from invdiff.data.birds.world import CANONICAL_TEMPLATE, HELD_OUT_TEMPLATES, TRAINING_TEMPLATES, WORLDS
 from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ConfigError, DataError
 from invdiff.files import read_json
@@ -44,23 +43,25 @@ def share(condition) -> float:
     return float(np.mean([condition(row) for row in ROWS]))
 
 
-@pytest.mark.parametrize(("subject", "background"), list(itertools.product(SUBJECTS, BACKGROUNDS)))
-@pytest.mark.parametrize("resolution", [32, 64])
-def test_a_drawing_is_rgb_of_the_asked_size(subject, background, resolution):
-    image, attributes = draw(subject, background, np.random.default_rng(0), resolution=resolution)
-    assert (image.mode, image.size) == ("RGB", (resolution, resolution))
-    assert (attributes["subject"], attributes["background"]) == (subject, background)
+def test_a_scene_is_of_one_style_whatever_it_shows():
+    scenes = [
+        sample_scene(*pair, np.random.default_rng(5)).attributes for pair in itertools.product(SUBJECTS, BACKGROUNDS)
+    ]
+    assert [(scene["subject"], scene["background"]) for scene in scenes] == list(
+        itertools.product(SUBJECTS, BACKGROUNDS)
+    )
+    assert len({(scene["colour"], scene["side"], scene["light"]) for scene in scenes}) == 1
 
 
-def test_one_random_state_gives_the_same_style_to_every_subject_and_background():
-    styles = set()
-    for subject, background in itertools.product(SUBJECTS, BACKGROUNDS):
-        _, attributes = draw(subject, background, np.random.default_rng(5))
-        styles.add((attributes["colour"], attributes["side"], attributes["light"]))
-    assert len(styles) == 1
+def test_drawings_are_those_of_the_bundled_world():
+    """The bundled model and module were trained on these very pixels."""
+    worlds = [BirdsWorld(6, seed=3, resolution=side, world=kind) for side in (32, 64) for kind in WORLDS]
+    pictures = [world.row(index)["image"] for world in worlds for index in range(6)]
+    assert [picture.size for picture in pictures[::6]] == [(32, 32), (32, 32), (64, 64), (64, 64)]
+    assert hashlib.sha256(b"".join(picture.tobytes() for picture in pictures)).hexdigest()[:16] == "fda2e8d88c2816f5"
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("subject", "height"), [("landbird", 0.65), ("waterbird", 0.74)])
 def test_the_beak_is_on_the_recorded_side(subject, height, seed):
     scene = replace(sample_scene(subject, "land", np.random.default_rng(seed)), tilt=0.0, light=1.0)
@@ -80,29 +81,21 @@ def test_rows_are_deterministic_and_do_not_depend_on_the_number_of_images():
         first, second = short.row(index), long.row(index)
         assert first.pop("image").tobytes() == second.pop("image").tobytes()
         assert first == second == short.metadata(index)
+    assert long.captioned().captions != BirdsWorld(300, seed=5).captioned().captions
 
 
-def test_another_seed_gives_another_set():
-    assert BirdsWorld(50, seed=0).captions() != BirdsWorld(50, seed=1).captions()
-
-
-@pytest.mark.parametrize("severity", [0.0, 0.5, 0.95, 1.0])
-def test_the_background_agrees_with_the_subject_as_often_as_asked(severity):
-    world = BirdsWorld(2000, severity=severity)
-    natural = {("landbird", "land"), ("waterbird", "water")}
+@pytest.mark.parametrize(
+    ("severity", "kind"), [(0.0, WORLDS[0]), (0.5, WORLDS[0]), (0.95, WORLDS[0]), (0.85, WORLDS[1])]
+)
+def test_the_background_agrees_with_the_subject_as_often_as_asked(severity, kind):
+    world = BirdsWorld(2000, severity=severity, world=kind)
     rows = [world.metadata(index) for index in range(len(world))]
-    found = np.mean([(row["subject"], row["background"]) in natural for row in rows])
+    found = np.mean([NATURAL_BACKGROUND[row["subject"]] == row["background"] for row in rows])
     assert abs(found - severity) <= four_sigma(severity, 2000)
-
-
-def test_one_prompt_world():
-    world = BirdsWorld(2000, severity=0.85, world="one-prompt")
-    rows = [world.metadata(index) for index in range(len(world))]
-    assert {(row["text"], row["subject"], row["states_background"]) for row in rows} == {
-        ("a photo of a bird", "landbird", False)
-    }
-    land = np.mean([row["background"] == "land" for row in rows])
-    assert abs(land - 0.85) < four_sigma(0.85, 2000)
+    if kind == "one-prompt":
+        assert {(row["text"], row["subject"], row["states_background"]) for row in rows} == {
+            ("a photo of a bird", "landbird", False)
+        }
 
 
 @pytest.mark.parametrize("name", ["subject", "colour", "side", "light"])
@@ -190,16 +183,6 @@ def test_the_table_of_a_written_folder_names_its_images(tmp_path, format):
         assert difference == 0 if format == "png" else difference < 6
 
 
-def test_to_dataset_holds_every_row():
-    world = BirdsWorld(3)
-    dataset = world.to_dataset()
-    for index in range(3):
-        expected = world.row(index)
-        found = dataset[index]
-        assert found.pop("image").tobytes() == expected.pop("image").tobytes()
-        assert found == expected
-
-
 @pytest.mark.parametrize(
     "settings",
     [{"severity": 1.2}, {"world": "three"}, {"resolution": 8}, {"seed": -1}, {"num_images": 0}],
@@ -207,26 +190,17 @@ def test_to_dataset_holds_every_row():
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ConfigError, match="Expected"):
         BirdsWorld(**{"num_images": 2, **settings})
-
-
-def test_unknown_subjects_and_rows_are_refused():
-    with pytest.raises(ConfigError, match="got 'fish'"):
-        draw("fish", "water", np.random.default_rng(0))
     with pytest.raises(IndexError):
         BirdsWorld(2).row(2)
 
 
-def test_progress_is_shown_on_standard_error_only(tmp_path, capsys):
-    BirdsWorld(2, resolution=16).write(tmp_path / "birds", progress=True)
+def test_captioned_images_are_those_that_would_be_read_back(tmp_path, capsys):
+    world = BirdsWorld(7, seed=3)
+    drawn, read = world.captioned(), load_captioned_images(world.write(tmp_path, progress=True))
     shown = capsys.readouterr()
     assert "drawing birds" in shown.err
-    assert "2/2" in shown.err
+    assert "7/7" in shown.err
     assert shown.out == ""
-
-
-def test_captioned_images_are_those_that_would_be_read_back(tmp_path: Path) -> None:
-    world = BirdsWorld(7, seed=3)
-    drawn, read = world.captioned(), load_captioned_images(world.write(tmp_path))
     assert drawn.names == read.names
     assert drawn.captions == read.captions
     assert drawn.attributes == read.attributes

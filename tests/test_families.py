@@ -20,7 +20,7 @@ from invdiff.guidance.attach import attach
 from invdiff.guidance.loading import load_module
 from invdiff.guidance.module import GuidanceModule
 from invdiff.models.families import family_of
-from invdiff.models.families.flux import image_ids, packed, unpacked
+from invdiff.models.families.transformer import image_ids, packed, unpacked
 from invdiff.models.frozen import FrozenDenoiser
 from invdiff.models.load import denoiser_of, load_pipeline
 from invdiff.sampling import generate

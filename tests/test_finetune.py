@@ -285,7 +285,7 @@ def test_a_lower_caption_power_draws_rare_captions_more(tmp_path, monkeypatch):
         return multinomial(chances, count, **keywords)
 
     world = BirdsWorld(60, seed=3)
-    data = load_captioned_images(world.to_dataset())
+    data = world.captioned()
     monkeypatch.setattr(torch, "multinomial", watched)
     shares = []
     for power in (1.0, 0.0):

@@ -15,7 +15,7 @@ from PIL import Image
 from ..errors import DataError
 from ..files import is_inside
 from .images import UnreadableImage, decode_image, reason_of
-from .sources import Source, columns_of, find_column, folder_of, listed
+from .sources import Source, columns_of, find_column, listed
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 
@@ -165,8 +165,7 @@ def load_captioned_images(
             f"Expected no caption_column with captions=False, got {caption_column!r}. Leave one of them out."
         )
     where = "the dataset" if isinstance(source, datasets.Dataset | datasets.DatasetDict) else str(source)
-    cells, names, others = columns_of(source, image_column, split, limit, metadata=captions)
-    folder = folder_of(source)
+    cells, names, others, folder = columns_of(source, image_column, split, limit, metadata=captions)
     if not captions:
         return CaptionedImages([""] * len(names), names, others, max_unreadable, cells, folder)
     column = find_column(caption_column, CAPTION_COLUMNS, list(others), "caption_column", where)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from ..distributed import is_main, mine, wait
 from ..errors import ConfigError, DataError, ModelError
 from ..files import default_cache_dir, fingerprint, read_tensors, weights_digest, write_json, write_tensors
-from ..models.families import Condition, Family, family_of
+from ..models.families import Condition, family_of
 from ..models.families.base import joined
 from ..models.load import denoiser_of
 from ..progress import progress_bar
@@ -36,7 +36,7 @@ _DECODERS = min(8, os.cpu_count() or 1)
 class ShardedTensor:
     """The rows of one tensor spread over safetensors files, memory-mapped: only rows asked for are read.
 
-    Index it with a list or LongTensor of rows in any order, a slice, or one row number.
+    Index it as a tensor's first dimension: with a list or LongTensor of rows in any order, a slice, or one row number.
     """
 
     def __init__(self, paths: Sequence[Path], key: str, lengths: Sequence[int]) -> None:
@@ -52,16 +52,9 @@ class ShardedTensor:
         """The shape of the whole, for latents (N, channels, height, width)."""
         return torch.Size((len(self), *self._shard(0).shape[1:]))
 
-    def __getitem__(self, indices: int | slice | Iterable[int] | torch.Tensor) -> torch.Tensor:
-        if isinstance(indices, slice):
-            indices = range(*indices.indices(len(self)))
-        rows = torch.as_tensor(indices if isinstance(indices, int | torch.Tensor) else list(indices))
-        if rows.dtype == torch.bool:
-            raise TypeError("expected row numbers, got a mask; use mask.nonzero().flatten()")
-        rows = rows.long().cpu()
-        flat = torch.where(rows < 0, rows + len(self), rows).flatten()
-        if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= len(self)):
-            raise IndexError(f"expected rows below {len(self)}, got {int(rows.min())} to {int(rows.max())}")
+    def __getitem__(self, indices: int | slice | Sequence[int] | torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(len(self))[indices.cpu() if isinstance(indices, torch.Tensor) else indices]
+        flat = rows.flatten().contiguous()
         shard_of = torch.searchsorted(self._ends, flat, right=True)
         result = torch.empty((len(flat), *self.shape[1:]), dtype=self._shard(0).dtype)
         for number in shard_of.unique().tolist():
@@ -78,7 +71,7 @@ class ShardedTensor:
 
 @dataclass(frozen=True, eq=False)
 class EncodedImages:
-    """What audit and training see of a data set: latents and prompt embeddings, no attributes."""
+    """The view of a data set that audit and training have: latents and prompt embeddings, no attributes."""
 
     latents: ShardedTensor
     """Scaled latents, float32 on the CPU; `latents[rows]` is (batch, channels, height, width)."""
@@ -87,7 +80,7 @@ class EncodedImages:
     caption_ids: torch.Tensor
     """(N,) the caption of each image, as an index into `captions`."""
     conditions: Condition
-    """What the denoiser is told of each caption, and in the last row (`null_id`) of none, on the CPU; tensors of
+    """The denoiser's condition for each caption, and in the last row (`null_id`) for none, on the CPU: tensors of
     num_captions + 1 rows. Empty for an unconditional model."""
     names: list[str]
     """The name of each image."""
@@ -105,11 +98,11 @@ class EncodedImages:
 
     @property
     def null_id(self) -> int:
-        """The row of `conditions` that stands for no caption."""
+        """The row of `conditions` for no caption."""
         return len(self.captions)
 
     def condition(self, captions: torch.Tensor) -> Condition:
-        """Return the conditions of captions (rows,), given as indices into `captions`, or `null_id`."""
+        """Conditions of captions (rows,), given as indices into `captions`, or `null_id`."""
         return {name: values[captions] for name, values in self.conditions.items()}
 
 
@@ -140,41 +133,36 @@ def encode(
         ConfigError: `resolution` does not fit the pipeline's autoencoder.
         ModelError: The pipeline is of a family that is not supported.
     """
-    family = family_of(pipe)
-    resolution = _resolution(pipe, family, resolution)
-    model, dataset = model_fingerprint(pipe), data.fingerprint
-    folder = Path(cache_dir) / fingerprint(_FORMAT, model, dataset, str(resolution))
-
-    images = _encode_images(pipe, family, data, folder, resolution, batch_size, progress)
-    source_index = torch.cat([shard.rows for shard in images])
-    used = [family.caption_read(data.captions[row]) for row in source_index.tolist()]
+    work = _Encoding(pipe, data, Path(cache_dir), resolution, batch_size, progress)
+    shards = work.images()
+    source_index = torch.cat([shard.rows for shard in shards])
+    used = [work.family.caption_read(data.captions[row]) for row in source_index.tolist()]
     captions = list(dict.fromkeys(used))
     caption_index = {caption: index for index, caption in enumerate(captions)}
-    conditions = _encode_captions(pipe, family, captions, folder, batch_size, progress)
-
-    skipped = [item for shard in images for item in shard.skipped]
-    index = {
-        "model_fingerprint": model,
-        "data_fingerprint": dataset,
-        "resolution": resolution,
-        "num_images": len(used),
-        "captions": captions,
-        "skipped": [{"name": name, "reason": reason} for name, reason in skipped],
-    }
+    conditions = work.captions(captions)
+    skipped = [item for shard in shards for item in shard.skipped]
     if is_main():
-        write_json(folder / "index.json", index)
-    filled = [shard for shard in images if len(shard.rows)]
+        index = {
+            "model_fingerprint": work.model,
+            "data_fingerprint": data.fingerprint,
+            "resolution": work.resolution,
+            "num_images": len(used),
+            "captions": captions,
+            "skipped": [{"name": name, "reason": reason} for name, reason in skipped],
+        }
+        write_json(work.folder / "index.json", index)
+    filled = [shard for shard in shards if len(shard.rows)]
     return EncodedImages(
-        latents=ShardedTensor([s.path for s in filled], "latents", [len(s.rows) for s in filled]),
+        latents=ShardedTensor([shard.path for shard in filled], "latents", [len(shard.rows) for shard in filled]),
         captions=captions,
         caption_ids=torch.tensor([caption_index[caption] for caption in used]),
         conditions=conditions,
         names=[data.names[row] for row in source_index.tolist()],
         source_index=source_index,
         skipped=skipped,
-        model_fingerprint=model,
-        data_fingerprint=dataset,
-        resolution=resolution,
+        model_fingerprint=work.model,
+        data_fingerprint=data.fingerprint,
+        resolution=work.resolution,
     )
 
 
@@ -186,7 +174,7 @@ def as_encoded(
     resolution: int = 0,
     progress: bool = True,
 ) -> EncodedImages:
-    """Return `data` encoded, by `encode` unless it is already.
+    """`data` encoded, by `encode` unless it is already.
 
     Raises:
         ConfigError: It is encoded at another resolution than the one asked for.
@@ -201,12 +189,12 @@ def as_encoded(
 
 @torch.no_grad()
 def encode_captions(pipe: DiffusionPipeline, captions: Sequence[str]) -> Condition:
-    """Return the conditions of a few captions, one row each, on the CPU; nothing is cached."""
+    """Conditions of a few captions, one row each, on the CPU; nothing is cached."""
     return {name: value.cpu() for name, value in family_of(pipe).encode_captions(pipe, captions).items()}
 
 
 def model_fingerprint(pipe: DiffusionPipeline) -> str:
-    """Return 16 hex digits that name what encodes images and captions: the autoencoder and the text encoders.
+    """16 hex digits that name the autoencoder and the text encoders of a pipeline.
 
     Their weights are hashed whole, since a fine-tune may change a single row of an embedding table. The
     denoiser and the scheduler do not matter here, so models that differ only there share one cache.
@@ -217,18 +205,17 @@ def model_fingerprint(pipe: DiffusionPipeline) -> str:
     components: dict[str, Any] = pipe.components  # type: ignore[attr-defined]
     family = family_of(pipe)
     parts: list[str] = [type(family).__name__, *family.encoding_key(pipe)]
+    where_it_came_from = ("transformers_version", "dtype", "torch_dtype")
     for name, component in sorted(components.items()):
         if name.startswith("tokenizer") and component is not None:
-            parts += [
-                name,
-                json.dumps(component.get_vocab(), sort_keys=True),
-                str(component.model_max_length),
-            ]
+            parts += [name, json.dumps(component.get_vocab(), sort_keys=True), str(component.model_max_length)]
         elif isinstance(component, torch.nn.Module) and name.startswith(("vae", "text_encoder")):
-            parts += [name, json.dumps(_config_of(component), sort_keys=True, default=str)]
             if any(weight.is_meta for weight in component.parameters()):
                 raise ModelError(f"Expected the weights of {name} in memory, found them offloaded. Encode before.")
-            parts.append(weights_digest(component))
+            config: Any = component.config
+            values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+            kept = {k: v for k, v in values.items() if not k.startswith("_") and k not in where_it_came_from}
+            parts += [name, json.dumps(kept, sort_keys=True, default=str), weights_digest(component)]
     return fingerprint(*parts)
 
 
@@ -240,16 +227,20 @@ def to_pixels(image: Image.Image, resolution: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class _ImageShard:
+class _Shard:
+    """The latents of up to `SHARD_SIZE` images in one file."""
+
     path: Path
 
     @cached_property
     def rows(self) -> torch.Tensor:
+        """(n,) the rows of the images that could be read."""
         with self._open() as file:
             return file.get_tensor("rows")
 
     @cached_property
     def skipped(self) -> list[tuple[str, str]]:
+        """Name and reason of the images that could not be read."""
         with self._open() as file:
             return [(name, reason) for name, reason in json.loads(file.metadata()["skipped"])]
 
@@ -262,104 +253,82 @@ class _ImageShard:
             ) from error
 
 
-def _encode_images(
-    pipe: DiffusionPipeline,
-    family: Family,
-    data: CaptionedImages,
-    folder: Path,
-    resolution: int,
-    batch_size: int,
-    progress: bool,
-) -> list[_ImageShard]:
-    parts = list(_batches(range(len(data)), SHARD_SIZE))
-    shards = [_ImageShard(folder / f"latents-{number:05d}.safetensors") for number in range(len(parts))]
-    share = mine(list(zip(shards, parts, strict=True)))
-    seen: list[_ImageShard] = []
-    with progress_bar("encoding images", sum(len(rows) for _, rows in share), enabled=progress) as bar:
-        for shard, rows in share:
-            if not shard.path.exists():
-                _write_image_shard(pipe, family, data, rows, shard.path, resolution, batch_size)
-            seen.append(shard)
-            bar.advance(len(rows))
-            check_readable(data, [item for shard in seen for item in shard.skipped])
-    wait()
-    check_readable(data, [item for shard in shards for item in shard.skipped])
-    return shards
+class _Encoding:
+    """One run of `encode`; files that are there are not written again, and processes share the others."""
 
+    def __init__(
+        self, pipe: Any, data: CaptionedImages, cache_dir: Path, resolution: int, batch_size: int, progress: bool
+    ) -> None:
+        self.pipe, self.data, self.batch_size, self.progress = pipe, data, batch_size, progress
+        self.family, denoiser = family_of(pipe), denoiser_of(pipe)
+        multiple = self.family.granularity(denoiser)
+        if resolution and (resolution < multiple or resolution % multiple):
+            raise ConfigError(f"Expected a resolution that is a multiple of {multiple}, got {resolution}.")
+        self.resolution = resolution or self.family.resolution(pipe, denoiser)
+        self.model = model_fingerprint(pipe)
+        self.folder = cache_dir / fingerprint(_FORMAT, self.model, data.fingerprint, str(self.resolution))
 
-@torch.no_grad()
-def _write_image_shard(
-    pipe: DiffusionPipeline,
-    family: Family,
-    data: CaptionedImages,
-    rows: Sequence[int],
-    path: Path,
-    resolution: int,
-    batch_size: int,
-) -> None:
-    def load(row: int) -> torch.Tensor | UnreadableImage:
+    def images(self) -> list[_Shard]:
+        """Encode all images."""
+        parts = _batches(range(len(self.data)), SHARD_SIZE)
+        shards = [_Shard(self.folder / f"latents-{number:05d}.safetensors") for number in range(len(parts))]
+        share = mine(list(zip(shards, parts, strict=True)))
+        skipped: list[tuple[str, str]] = []
+        with progress_bar("encoding images", sum(len(rows) for _, rows in share), enabled=self.progress) as bar:
+            for shard, rows in share:
+                if not shard.path.exists():
+                    self._write(shard.path, rows)
+                bar.advance(len(rows))
+                skipped += shard.skipped
+                check_readable(self.data, skipped)
+        wait()
+        check_readable(self.data, [item for shard in shards for item in shard.skipped])
+        return shards
+
+    @torch.no_grad()
+    def _write(self, path: Path, rows: Sequence[int]) -> None:
+        latents: list[torch.Tensor] = []
+        read: list[int] = []
+        skipped: list[tuple[str, str]] = []
+        with ThreadPoolExecutor(_DECODERS) as pool:
+            for batch in _batches(rows, self.batch_size):
+                loaded = list(zip(batch, pool.map(self._load, batch), strict=True))
+                skipped += [(item.name, item.reason) for _, item in loaded if isinstance(item, UnreadableImage)]
+                pixels = {row: item for row, item in loaded if isinstance(item, torch.Tensor)}
+                if pixels:
+                    read += pixels
+                    latents.append(self.family.encode_images(self.pipe, torch.stack([*pixels.values()])))
+        tensors = {"rows": torch.tensor(read, dtype=torch.long)}
+        if latents:
+            tensors["latents"] = torch.cat(latents)
+        write_tensors(path, tensors, metadata={"skipped": json.dumps(skipped)})
+
+    def _load(self, row: int) -> torch.Tensor | UnreadableImage:
         try:
-            return to_pixels(data.image(row), resolution)
+            return to_pixels(self.data.image(row), self.resolution)
         except UnreadableImage as error:
             return error
 
-    latents: list[torch.Tensor] = []
-    read: list[int] = []
-    skipped: list[tuple[str, str]] = []
-    with ThreadPoolExecutor(_DECODERS) as pool:
-        for batch in _batches(rows, batch_size):
-            loaded = list(zip(batch, pool.map(load, batch), strict=True))
-            skipped += [(item.name, item.reason) for _, item in loaded if isinstance(item, UnreadableImage)]
-            pixels = [(row, item) for row, item in loaded if isinstance(item, torch.Tensor)]
-            if pixels:
-                read += [row for row, _ in pixels]
-                latents.append(family.encode_images(pipe, torch.stack([item for _, item in pixels])))
-    tensors = {"rows": torch.tensor(read, dtype=torch.long)}
-    if latents:
-        tensors["latents"] = torch.cat(latents)
-    write_tensors(path, tensors, metadata={"skipped": json.dumps(skipped)})
+    @torch.no_grad()
+    def captions(self, captions: list[str]) -> Condition:
+        """Encode captions, and none in the last row; nothing for an unconditional model."""
+        if not self.family.needs_prompts:
+            return {}
+        parts = _batches(captions, SHARD_SIZE)
+        paths = [self.folder / f"prompts-{number:05d}.safetensors" for number in range(len(parts))]
+        share = mine(list(zip(paths, parts, strict=True)))
+        with progress_bar("encoding captions", sum(len(part) for _, part in share), enabled=self.progress) as bar:
+            for path, part in share:
+                if not path.exists():
+                    batches = [self.family.encode_captions(self.pipe, b) for b in _batches(part, self.batch_size)]
+                    write_tensors(path, joined(batches))
+                bar.advance(len(part))
+        null = self.folder / "null.safetensors"
+        if is_main() and not null.exists():
+            write_tensors(null, self.family.null_condition(self.pipe))
+        wait()
+        return joined([read_tensors(path) for path in (*paths, null)])
 
 
-@torch.no_grad()
-def _encode_captions(
-    pipe: DiffusionPipeline, family: Family, captions: list[str], folder: Path, batch_size: int, progress: bool
-) -> Condition:
-    """Return the conditions of captions, and of none in the last row; nothing for an unconditional model."""
-    if not family.needs_prompts:
-        return {}
-    chunks = list(_batches(captions, SHARD_SIZE))
-    paths = [folder / f"prompts-{number:05d}.safetensors" for number in range(len(chunks))]
-    share = mine(list(zip(paths, chunks, strict=True)))
-    with progress_bar("encoding captions", sum(len(chunk) for _, chunk in share), enabled=progress) as bar:
-        for path, chunk in share:
-            if not path.exists():
-                batches = [family.encode_captions(pipe, list(batch)) for batch in _batches(chunk, batch_size)]
-                write_tensors(path, joined(batches))
-            bar.advance(len(chunk))
-    null = folder / "null.safetensors"
-    if is_main() and not null.exists():
-        write_tensors(null, family.null_condition(pipe))
-    wait()
-    return joined([read_tensors(path) for path in (*paths, null)])
-
-
-def _resolution(pipe: Any, family: Family, resolution: int) -> int:
-    denoiser = denoiser_of(pipe)
-    if not resolution:
-        return family.resolution(pipe, denoiser)
-    factor = family.granularity(denoiser)
-    if resolution < factor or resolution % factor:
-        raise ConfigError(f"Expected a resolution that is a multiple of {factor}, got {resolution}.")
-    return resolution
-
-
-def _config_of(component: torch.nn.Module) -> dict[str, Any]:
-    config: Any = component.config
-    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    where_it_came_from = ("transformers_version", "dtype", "torch_dtype")
-    return {k: v for k, v in values.items() if not k.startswith("_") and k not in where_it_came_from}
-
-
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _batches(items: Sequence[Any], size: int) -> list[Any]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

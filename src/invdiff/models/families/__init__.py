@@ -1,4 +1,4 @@
-"""The families of denoisers that invdiff guides, each with one small adapter."""
+"""The families of denoisers that invdiff guides, each with one small adapter, in `unet` or `transformer`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,8 @@ from diffusers import (
 from ...errors import ModelError
 from ..load import denoiser_of
 from .base import Condition, DenoiserCall, DenoiserShape, Family
-from .dit import DiT
-from .flux import Flux
-from .pixart import PixArt
-from .sd3 import StableDiffusion3
-from .unconditional import Unconditional
-from .unet import StableDiffusion, StableDiffusionXL
+from .transformer import DiT, Flux, PixArt, StableDiffusion3
+from .unet import StableDiffusion, StableDiffusionXL, Unconditional
 
 __all__ = ["Condition", "DenoiserCall", "DenoiserShape", "Family", "family_of"]
 
@@ -34,7 +30,7 @@ _FAMILIES: tuple[tuple[type, type[Family]], ...] = (
 
 
 def family_of(pipe: Any) -> Family:
-    """Return the adapter of a pipeline's denoiser.
+    """The adapter of a pipeline's denoiser.
 
     Raises:
         ModelError: Its family is not supported.
@@ -46,23 +42,18 @@ def family_of(pipe: Any) -> Family:
         if isinstance(network, network_class):
             return family(pipe)
     config = getattr(network, "config", {})
-    told_a_class = config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None
-    told_the_prompt = config.get("encoder_hid_dim_type") in (None, "ip_image_proj") and not told_a_class
-    if isinstance(network, UNet2DConditionModel) and told_the_prompt:
-        addition = config.get("addition_embed_type")
-        if addition is None:
+    names = ("addition_embed_type", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds")
+    further = {name: config.get(name) for name in names if config.get(name) is not None}
+    if isinstance(network, UNet2DConditionModel):
+        added = {name: value for name, value in further.items() if value != "ip_image_proj"}
+        if not added:
             return StableDiffusion(pipe)
-        if addition == "text_time":
+        if added == {"addition_embed_type": "text_time"}:
             return StableDiffusionXL(pipe)
-    if isinstance(network, UNet2DModel) and not told_a_class:
+    if isinstance(network, UNet2DModel) and not further:
         return Unconditional(pipe)
+    inputs = "".join(f" with {name} {value!r}" for name, value in further.items())
     raise ModelError(
         "Expected a denoiser of Stable Diffusion 1.x, 2.x, XL or 3, Flux, PixArt, DiT or unconditional DDPM, got a "
-        f"{type(network).__name__}{_kind(config)}, whose inputs invdiff does not know."
+        f"{type(network).__name__}{inputs}, whose inputs invdiff does not know."
     )
-
-
-def _kind(config: Any) -> str:
-    names = ("addition_embed_type", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds")
-    told = [f"{name} {config.get(name)!r}" for name in names if config.get(name) is not None]
-    return f" with {', '.join(told)}" if told else ""

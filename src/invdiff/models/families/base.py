@@ -1,4 +1,4 @@
-"""What invdiff must know of a family of denoisers, and nothing else: inputs, latents, features, conditions."""
+"""The interface of a family of denoisers: its inputs, latents, features and conditions."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import torch
+from torch import Tensor
 
 from ...errors import ConfigError, ModelError
+from ..load import denoiser_of
 
-Condition: TypeAlias = dict[str, torch.Tensor]
+Condition: TypeAlias = dict[str, Tensor]
 """What a denoiser is conditioned on, one row each: `prompt_embeds` (rows, tokens, dim) and what goes with them
 (`prompt_attention_mask`, `pooled_prompt_embeds`), or `class_labels` (rows,), or nothing. diffusers' names."""
 
 
 @dataclass(frozen=True)
 class DenoiserShape:
-    """What a guidance module must fit."""
+    """The sizes that a guidance module must fit."""
 
     latent_channels: int
     """Channels of latents and prediction, unpacked."""
@@ -32,7 +34,7 @@ class DenoiserShape:
     """Class labels, the null class included; 0 where the denoiser reads none."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name."""
+        """The fields by name."""
         return asdict(self)
 
 
@@ -40,39 +42,41 @@ class DenoiserShape:
 class DenoiserCall:
     """One call of a denoiser, in the layout that is the same for all families."""
 
-    noisy_latents: torch.Tensor
+    noisy_latents: Tensor
     """z_t, (rows, channels, height, width), unpacked; further channels (inpainting) may follow the latents'."""
-    timesteps: torch.Tensor
+    timesteps: Tensor
     """(rows,) on the scale of the training schedule, 0 to `num_train_timesteps`; integer or fractional."""
     condition: Condition
-    """What Phi reads."""
+    """Phi's input."""
 
 
 class Family(ABC):
     """The adapter of one family of denoisers: one small class, used by audit, training, attach and generate.
 
     Args:
-        pipe: A pipeline of the family; only figures are kept of it.
+        pipe: A pipeline of the family; it is not kept.
     """
 
     title: ClassVar[str]
     """For people, such as "Stable Diffusion XL"."""
     needs_prompts: ClassVar[bool] = True
-    """Whether images are drawn of prompts (or class names), not of nothing."""
+    """Whether images are drawn from prompts (or class names)."""
 
     def __init__(self, pipe: Any) -> None:
-        self.latent_factor = vae_scale_factor(pipe)
-        """Pixels per latent, along each side."""
+        vae = getattr(pipe, "vae", None)
+        known = vae and getattr(pipe, "vae_scale_factor", None)
+        self.latent_factor = int(known or (2 ** (len(vae.config["block_out_channels"]) - 1) if vae else 1))
+        """Pixels per latent, along each side; 1 where there is no autoencoder."""
 
     # The network.
 
     @abstractmethod
     def shape(self, denoiser: Any) -> DenoiserShape:
-        """Return what a guidance module for `denoiser` must fit."""
+        """Sizes and feature block that a guidance module for `denoiser` must fit."""
 
     @abstractmethod
     def base_width(self, denoiser: Any) -> int:
-        """Return the channels that a gradient estimator of fitting size has, before rounding."""
+        """Channels of a gradient estimator of fitting size, before rounding."""
 
     def check_plain_input(self, denoiser: Any) -> None:
         """Raise `ModelError` where the denoiser expects more than noisy latents (inpainting, depth, editing)."""
@@ -80,61 +84,53 @@ class Family(ABC):
         if wanted != given:
             raise ModelError(
                 f"Expected a denoiser of noisy latents alone ({given} channels), got one of {wanted} channels, which "
-                "wants masks or images beside them. Audit and train on the text-to-image model."
+                "expects masks or images beside them. Audit and train on the text-to-image model."
             )
 
     @abstractmethod
-    def predict(
-        self, denoiser: Any, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition
-    ) -> torch.Tensor:
+    def predict(self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """Run the denoiser: (B, C, H, W), timesteps (B,) and a condition of B rows to its prediction (B, C, H, W)."""
 
     @abstractmethod
     def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
         """Read the arguments, by name, of a call that a pipeline makes."""
 
-    def prediction(self, output: torch.Tensor, call: DenoiserCall, channels: int) -> torch.Tensor:
-        """Return the prediction (rows, channels, height, width) in a denoiser's raw output."""
+    def prediction(self, output: Tensor, call: DenoiserCall, channels: int) -> Tensor:
+        """The prediction (rows, channels, height, width) in a denoiser's raw output."""
         return output[:, :channels]
 
-    def shifted(self, output: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        """Return the raw output with `shift` (rows, channels, height, width) added to its prediction."""
+    def shifted(self, output: Tensor, shift: Tensor) -> Tensor:
+        """The raw output with `shift` (rows, channels, height, width) added to its prediction."""
         channels = shift.shape[1]
         if output.shape[1] == channels:
             return output + shift
         # A learned variance follows the prediction and stays as it is.
         return torch.cat([output[:, :channels] + shift, output[:, channels:]], dim=1)
 
-    def hidden_states(self, block_output: Any) -> torch.Tensor:
-        """Return the image's activations in the output of the block at `feature_path`.
-
-        (rows, channels, height, width), or (rows, channels, tokens, 1) until `on_grid` lays them out.
-        """
+    def hidden_states(self, block_output: Any) -> Tensor:
+        """The image's part of a block's output, (rows, channels, height, width) or (rows, channels, tokens, 1)."""
         return block_output
 
-    def on_grid(self, features: torch.Tensor, noisy_latents: torch.Tensor) -> torch.Tensor:
-        """Lay out what `hidden_states` returned over the image: (rows, channels, height', width')."""
+    def on_grid(self, features: Tensor, noisy_latents: Tensor) -> Tensor:
+        """Features of `hidden_states` laid out over the image: (rows, channels, height', width')."""
         return features
 
     # The pipeline.
 
     @abstractmethod
     def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
-        """Return the condition of captions, one row each."""
+        """The condition of captions, one row each."""
 
     def null_condition(self, pipe: Any) -> Condition:
-        """Return the condition under which the pipeline draws the unconditional half of its guidance, one row."""
+        """The condition of the unconditional half of classifier-free guidance, one row."""
         return self.encode_captions(pipe, [""])
 
     def caption_read(self, caption: str) -> str:
-        """Return the part of a caption that the denoiser is told."""
+        """The part of a caption that the denoiser is conditioned on."""
         return caption
 
-    def encode_images(self, pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode (batch, 3, height, width) in -1 to 1 to scaled latents, float32 on the CPU.
-
-        By the mode, so that each run gives the same bytes.
-        """
+    def encode_images(self, pipe: Any, pixels: Tensor) -> Tensor:
+        """Encode (batch, 3, height, width) in -1 to 1 to scaled latents, the mode, in float32 on the CPU."""
         vae = pipe.vae
         # Some autoencoders (SDXL's) overflow in fp16; diffusers runs them in 32 bits as well.
         overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast")
@@ -148,41 +144,45 @@ class Family(ABC):
         return ((latents.float() - shift) * vae.config["scaling_factor"]).cpu()
 
     def encoding_key(self, pipe: Any) -> list[str]:
-        """Return what latents and conditions depend on beside the weights of autoencoder and text encoders."""
+        """What latents and conditions depend on beside the weights of autoencoder and text encoders."""
         return []
 
     def resolution(self, pipe: Any, denoiser: Any) -> int:
-        """Return the side of the model's own square images, in pixels."""
+        """Side of the model's own square images, in pixels."""
         sample_size = denoiser.config.get("sample_size") or getattr(pipe, "default_sample_size", None)
         if not isinstance(sample_size, int):
             raise ConfigError(f"Expected a square model, got sample_size {sample_size!r}. Pass resolution=... .")
         return sample_size * self.latent_factor
 
     def granularity(self, denoiser: Any) -> int:
-        """Return what a resolution must be a multiple of, in pixels."""
+        """Pixels that a resolution must be a multiple of."""
         return self.latent_factor * int(denoiser.config.get("patch_size") or 1)
 
-    def draw(
-        self, pipe: Any, prompts: Sequence[str], *, guidance_scale: float, resolution: int, **options: Any
-    ) -> Any:
-        """Call the pipeline for one image of each prompt and return its output.
+    def draw(self, pipe: Any, prompts: list[str], *, guidance_scale: float, resolution: int, **options: Any) -> Any:
+        """Call the pipeline for one image of each prompt.
 
         Args:
             pipe: The pipeline.
             prompts: One for each image.
-            guidance_scale: Classifier-free guidance, or the guidance that a distilled model is told.
+            guidance_scale: Of classifier-free guidance, or the scale that a guidance-distilled model is given.
             resolution: Side of the images in pixels; 0 for the model's own.
             options: Generators, steps and output type, passed on.
         """
         size = {"height": resolution, "width": resolution} if resolution else {}
-        return pipe(prompt=list(prompts), guidance_scale=guidance_scale, **size, **options)
+        return pipe(prompt=prompts, guidance_scale=guidance_scale, **size, **options)
+
+    def check_own_resolution(self, pipe: Any, resolution: int) -> None:
+        """Raise `ConfigError` where a pipeline that draws one size only is asked for another."""
+        own = self.resolution(pipe, denoiser_of(pipe))
+        if resolution not in (0, own):
+            raise ConfigError(f"Expected resolution {own}, the only one that a {self.title} draws, got {resolution}.")
 
 
 class UNetFamily(Family):
     """Families whose denoiser is a UNet, its inputs named `sample`, `timestep`; all sizes have a middle block."""
 
     def shape(self, denoiser: Any) -> DenoiserShape:
-        """Read the middle block."""
+        """The middle block."""
         config = denoiser.config
         return DenoiserShape(
             latent_channels=config["out_channels"],
@@ -192,43 +192,47 @@ class UNetFamily(Family):
         )
 
     def base_width(self, denoiser: Any) -> int:
-        """Return half of the UNet's first level."""
+        """Half of the UNet's first level."""
         return denoiser.config["block_out_channels"][0] // 2
 
     def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
         """Read `sample`, `timestep` and, where there is one, `encoder_hidden_states`."""
         noisy_latents, embeds = call["sample"], call.get("encoder_hidden_states")
-        told = {} if embeds is None else {"prompt_embeds": embeds}
-        return DenoiserCall(noisy_latents, rows_of(call["timestep"], noisy_latents), told)
+        condition = {} if embeds is None else {"prompt_embeds": embeds}
+        return DenoiserCall(noisy_latents, rows_of(call["timestep"], noisy_latents), condition)
 
 
 class TransformerFamily(Family):
     """Families whose denoiser is a transformer over patches, its inputs named `hidden_states`, `timestep`."""
 
+    prompt_width: ClassVar[str]
+    """The denoiser's setting that has the width of prompt embeddings; "" where it reads none."""
+
+    def shape(self, denoiser: Any) -> DenoiserShape:
+        """The block in the middle. Output channels beyond the latents' are a learnt variance."""
+        return DenoiserShape(
+            latent_channels=min(denoiser.config["in_channels"], denoiser.out_channels),
+            feature_path=f"transformer_blocks.{len(denoiser.transformer_blocks) // 2}",
+            feature_channels=denoiser.inner_dim,
+            prompt_dim=denoiser.config[self.prompt_width] if self.prompt_width else 0,
+        )
+
     def base_width(self, denoiser: Any) -> int:
-        """Return an eighth of the width of the transformer."""
+        """An eighth of the width of the transformer."""
         return min(256, denoiser.inner_dim // 8)
 
     def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
         """Read `hidden_states`, `timestep` and `encoder_hidden_states`."""
-        noisy_latents = call["hidden_states"]
-        return DenoiserCall(
-            noisy_latents,
-            rows_of(call["timestep"], noisy_latents),
-            {"prompt_embeds": call["encoder_hidden_states"]},
-        )
+        noisy_latents, condition = call["hidden_states"], {"prompt_embeds": call["encoder_hidden_states"]}
+        return DenoiserCall(noisy_latents, rows_of(call["timestep"], noisy_latents), condition)
 
-    def middle_block(self, denoiser: Any) -> str:
-        """Return the path of the block in the middle."""
-        return f"transformer_blocks.{len(denoiser.transformer_blocks) // 2}"
-
-    def hidden_states(self, block_output: Any) -> torch.Tensor:
-        """Return the image's tokens, (rows, channels, tokens, 1); text comes first where a block returns both."""
+    def hidden_states(self, block_output: Any) -> Tensor:
+        """The image's tokens, (rows, channels, tokens, 1); text comes first where a block returns both."""
         tokens = block_output[-1] if isinstance(block_output, tuple) else block_output
         return tokens.transpose(1, 2)[..., None]
 
-    def on_grid(self, features: torch.Tensor, noisy_latents: torch.Tensor) -> torch.Tensor:
-        """Lay the tokens out as patches of the latents: (rows, channels, height', width')."""
+    def on_grid(self, features: Tensor, noisy_latents: Tensor) -> Tensor:
+        """Tokens laid out as patches of the latents: (rows, channels, height', width')."""
         rows, channels, tokens, _ = features.shape
         height, width = noisy_latents.shape[-2:]
         patch = round((height * width / tokens) ** 0.5)
@@ -240,21 +244,10 @@ class TransformerFamily(Family):
         return features.reshape(rows, channels, height // patch, width // patch)
 
 
-def rows_of(timestep: Any, noisy_latents: torch.Tensor) -> torch.Tensor:
-    """Return a timestep, given as a number or as a tensor of one or all rows, for every row."""
+def rows_of(timestep: Any, noisy_latents: Tensor) -> Tensor:
+    """A timestep for every row, (rows,), from a number or from a tensor of one or all rows."""
     timesteps = torch.as_tensor(timestep, device=noisy_latents.device)
     return timesteps.reshape(-1).expand(len(noisy_latents))
-
-
-def vae_scale_factor(pipe: Any) -> int:
-    """Return pixels per latent along each side; 1 for a pipeline that has no autoencoder."""
-    vae = getattr(pipe, "vae", None)
-    if vae is None:
-        return 1
-    known = getattr(pipe, "vae_scale_factor", None)
-    if known:
-        return int(known)
-    return 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
 def joined(parts: Sequence[Condition]) -> Condition:

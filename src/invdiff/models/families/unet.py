@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x, 2.x and XL: a UNet that attends to the prompt's tokens."""
+"""UNets: Stable Diffusion 1.x, 2.x and XL, which attend to the prompt's tokens, and unconditional DDPM."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ...errors import ConfigError, ModelError
 from .base import Condition, UNetFamily
 
 
@@ -15,9 +17,7 @@ class StableDiffusion(UNetFamily):
 
     title = "Stable Diffusion 1.x/2.x"
 
-    def predict(
-        self, denoiser: Any, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition
-    ) -> torch.Tensor:
+    def predict(self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """Run the UNet."""
         output = denoiser(
             noisy_latents,
@@ -28,8 +28,8 @@ class StableDiffusion(UNetFamily):
         )
         return output[0]
 
-    def added(self, noisy_latents: torch.Tensor, condition: Condition) -> dict[str, Any]:
-        """Return further arguments of the UNet."""
+    def added(self, noisy_latents: Tensor, condition: Condition) -> dict[str, Any]:
+        """Further arguments of the UNet."""
         return {}
 
     def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
@@ -48,8 +48,8 @@ class StableDiffusionXL(StableDiffusion):
 
     title = "Stable Diffusion XL"
 
-    def added(self, noisy_latents: torch.Tensor, condition: Condition) -> dict[str, Any]:
-        """Return the pooled prompt, and an image that was neither resized nor cropped."""
+    def added(self, noisy_latents: Tensor, condition: Condition) -> dict[str, Any]:
+        """The pooled prompt, and the size of an image that was neither resized nor cropped."""
         height, width = (side * self.latent_factor for side in noisy_latents.shape[-2:])
         pooled = condition["pooled_prompt_embeds"]
         time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=pooled.dtype, device=pooled.device)
@@ -66,12 +66,63 @@ class StableDiffusionXL(StableDiffusion):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def encoding_key(self, pipe: Any) -> list[str]:
-        """Return whether the null condition is zeros."""
+        """Whether the null condition is zeros."""
         return [str(bool(pipe.config.get("force_zeros_for_empty_prompt", True)))]
 
     def null_condition(self, pipe: Any) -> Condition:
-        """Return zeros, as the pipeline does unless its config says otherwise."""
+        """Zeros, as in the pipeline unless its config says otherwise."""
         empty = super().null_condition(pipe)
         if pipe.config.get("force_zeros_for_empty_prompt", True):
             return {name: torch.zeros_like(value) for name, value in empty.items()}
         return empty
+
+
+class Unconditional(UNetFamily):
+    """A `UNet2DModel` on pixels without class labels: all images are of one prompt, which is empty."""
+
+    title = "unconditional DDPM"
+    needs_prompts = False
+
+    def __init__(self, pipe: Any) -> None:
+        encoders = [name for name in ("vae", "vqvae") if getattr(pipe, name, None) is not None]
+        if encoders:
+            raise ModelError(
+                f"Expected an unconditional model of pixels, got a {type(pipe).__name__} with a {encoders[0]}. "
+                "Unconditional latent diffusion is not supported."
+            )
+        super().__init__(pipe)
+
+    def predict(self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """Run the UNet."""
+        return denoiser(noisy_latents, timesteps, return_dict=False)[0]
+
+    def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
+        """No condition."""
+        return {}
+
+    def caption_read(self, caption: str) -> str:
+        """Nothing: the model reads no caption."""
+        return ""
+
+    def encode_images(self, pipe: Any, pixels: Tensor) -> Tensor:
+        """The pixels themselves, grey for a model of one channel."""
+        if pipe.unet.config["out_channels"] == 1:
+            pixels = pixels.mean(dim=1, keepdim=True)
+        return pixels.float().cpu()
+
+    def encoding_key(self, pipe: Any) -> list[str]:
+        """The channels of the pixels."""
+        return [str(pipe.unet.config["out_channels"])]
+
+    def draw(self, pipe: Any, prompts: list[str], *, guidance_scale: float, resolution: int, **options: Any) -> Any:
+        """Call the pipeline for as many images."""
+        prompt = next(filter(None, prompts), None)
+        if prompt is not None:
+            raise ConfigError(f"Expected no prompt for an unconditional model, got {prompt!r}. Leave it out.")
+        if guidance_scale != 1:
+            raise ConfigError(
+                "Expected guidance_scale 1 for an unconditional model, which has no condition to be guided by, got "
+                f"{guidance_scale:g}. Set it to 1."
+            )
+        self.check_own_resolution(pipe, resolution)
+        return pipe(batch_size=len(prompts), **options)

@@ -1,4 +1,4 @@
-"""The bundled world `birds`: drawn land birds and water birds, on land or on water, with a known accident.
+"""Drawn land birds and water birds, on land or on water: the background is a known spurious attribute.
 
 The background agrees with the subject in a `severity` share of the images. Everything else (colour, facing
 side, light, place, size) is independent of both. Row i depends on the seed and on i alone.
@@ -14,26 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
-from ..errors import ConfigError, DataError
-from ..files import read_json, save_image, write_json, write_text
-from .birds_drawing import BACKGROUNDS, SUBJECTS, Scene, render, sample_scene
+from ...errors import ConfigError, DataError
+from ...files import read_json, save_image, write_json, write_text
+from .drawing import BACKGROUNDS, SUBJECTS, Scene, render, sample_scene
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from .captioned import CaptionedImages
-
-__all__ = [
-    "BACKGROUNDS",
-    "SUBJECTS",
-    "BirdsWorld",
-    "canonical_prompts",
-    "draw",
-    "explicit_prompts",
-    "held_out_prompts",
-]
+    from ..captioned import CaptionedImages
 
 WORLDS = ("two-prompts", "one-prompt")
 ATTRIBUTES = ("subject", "background", "colour", "side", "light")
@@ -69,34 +56,18 @@ EXPLICIT_PARAPHRASED_SHARE = 0.30
 
 
 def canonical_prompts() -> tuple[str, ...]:
-    """Return the prompts whose hidden imbalance is studied, one per subject."""
+    """The prompts whose hidden imbalance is studied, one per subject."""
     return tuple(CANONICAL_TEMPLATE.format(subject) for subject in SUBJECTS)
 
 
 def explicit_prompts() -> tuple[str, ...]:
-    """Return the canonical prompts that state a background: subjects vary slowest."""
+    """The canonical prompts that state a background; subjects vary slowest."""
     return tuple(f"{prompt} on {background}" for prompt in canonical_prompts() for background in BACKGROUNDS)
 
 
 def held_out_prompts() -> tuple[str, ...]:
-    """Return paraphrases that no caption uses: subjects vary slowest."""
+    """Paraphrases that no caption uses; subjects vary slowest."""
     return tuple(template.format(subject) for subject in SUBJECTS for template in HELD_OUT_TEMPLATES)
-
-
-def draw(
-    subject: str, background: str, rng: np.random.Generator, *, resolution: int = 64
-) -> tuple[Image.Image, dict[str, str]]:
-    """Draw one bird in a style taken from `rng`.
-
-    Returns:
-        The RGB picture, `resolution` pixels a side, and its attributes: subject, background, colour
-        (warm or cool), side (left or right) and light (bright or dim).
-
-    Raises:
-        ConfigError: The subject or the background is unknown, or the resolution is below 16.
-    """
-    scene = sample_scene(subject, background, rng)
-    return render(scene, resolution=resolution), scene.attributes
 
 
 class BirdsWorld:
@@ -133,31 +104,24 @@ class BirdsWorld:
             raise ConfigError(f"Expected a resolution of at least 16, got {resolution}.")
         if world not in WORLDS:
             raise ConfigError(f"Expected a world of {WORLDS}, got {world!r}.")
-        self.num_images = num_images
-        self.severity = severity
-        self.seed = seed
-        self.resolution = resolution
-        self.world = world
+        self.num_images, self.severity, self.seed = num_images, severity, seed
+        self.resolution, self.world = resolution, world
 
     def __len__(self) -> int:
         return self.num_images
 
     def metadata(self, index: int) -> dict[str, Any]:
-        """Return what row `index` says, without drawing it: text, attributes and states_background."""
+        """Text, attributes and states_background of row `index`, without drawing it."""
         return self._row(index)[0]
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return `metadata(index)` and its picture under "image"."""
+        """`metadata(index)`, with the picture under "image"."""
         metadata, scene = self._row(index)
         return {"image": render(scene, resolution=self.resolution), **metadata}
 
-    def captions(self) -> list[str]:
-        """Return the caption of every image, in order."""
-        return [self.metadata(index)["text"] for index in range(len(self))]
-
     def captioned(self) -> CaptionedImages:
-        """Return the set as `load_captioned_images` would read what `write` writes; pictures are drawn when read."""
-        from .captioned import CaptionedImages  # imports torch's data sets, which drawing does without
+        """The set as `load_captioned_images` reads it from what `write` writes; pictures are drawn when read."""
+        from ..captioned import CaptionedImages  # imports `datasets`, which drawing does without
 
         rows = [self.metadata(index) for index in range(len(self))]
         return CaptionedImages(
@@ -185,7 +149,7 @@ class BirdsWorld:
             ConfigError: The format is unknown.
             DataError: The folder holds something else, or cannot be written.
         """
-        from ..progress import progress_bar  # imports torch, which drawing does without
+        from ...progress import progress_bar  # imports torch, which drawing does without
 
         if format not in IMAGE_FORMATS:
             raise ConfigError(f"Expected a format of {IMAGE_FORMATS}, got {format!r}.")
@@ -207,17 +171,6 @@ class BirdsWorld:
         write_text(folder / "metadata.csv", table.getvalue())
         return folder
 
-    def to_dataset(self) -> Dataset:
-        """Return an in-memory `datasets.Dataset`: image, text, the attributes and states_background."""
-        from datasets import Dataset, Features, Image, Value
-
-        rows = [self.row(index) for index in range(len(self))]
-        features = {name: Value("string") for name in ("text", *ATTRIBUTES)}
-        return Dataset.from_dict(
-            {name: [row[name] for row in rows] for name in rows[0]},
-            features=Features({"image": Image(), **features, "states_background": Value("bool")}),
-        )
-
     def _row(self, index: int) -> tuple[dict[str, Any], Scene]:
         if not 0 <= index < self.num_images:
             raise IndexError(f"Expected an index from 0 to {self.num_images - 1}, got {index}.")
@@ -225,10 +178,7 @@ class BirdsWorld:
         subject_draw, agreement, *words = rng.random(5)
         subject = SUBJECTS[int(self.world == "two-prompts" and subject_draw < 0.5)]
         natural = NATURAL_BACKGROUND[subject]
-        if agreement < self.severity:
-            background = natural
-        else:
-            background = next(other for other in BACKGROUNDS if other != natural)
+        background = natural if agreement < self.severity else next(each for each in BACKGROUNDS if each != natural)
         scene = sample_scene(subject, background, rng)
         text, explicit = ONE_PROMPT, False
         if self.world == "two-prompts":
@@ -269,7 +219,7 @@ def _file_name(index: int, format: str) -> str:
 
 
 def _caption(subject: str, background: str, kind: float, wording: float, template: float) -> tuple[str, bool]:
-    """Turn three uniform numbers into a caption, and say whether it states the background."""
+    """A caption from three uniform numbers, and whether it states the background."""
     explicit = kind < EXPLICIT_SHARE
     if explicit:
         paraphrased = wording < EXPLICIT_PARAPHRASED_SHARE

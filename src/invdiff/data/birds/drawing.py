@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from ..errors import ConfigError
-
 SUBJECTS = ("landbird", "waterbird")
 BACKGROUNDS = ("land", "water")
 
 Array = NDArray[np.float64]
 Points = Sequence[tuple[float, float]]
+Colour = Sequence[float] | Array
 
 OVERSAMPLING = 4
 SKY_ROWS = 32  # the sky is smooth: it is computed on this many rows and columns and enlarged
@@ -30,7 +29,7 @@ DETAILS = 40  # uniform numbers kept for waves, tufts, trees and clouds
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything a picture shows. Lengths are fractions of the image side, y grows downwards."""
+    """The content of a picture. Lengths are fractions of the image side, y grows downwards."""
 
     subject: str
     background: str
@@ -66,15 +65,7 @@ class Scene:
 
 
 def sample_scene(subject: str, background: str, rng: np.random.Generator) -> Scene:
-    """Draw the style of one picture; nothing in it depends on the subject or on the background.
-
-    Raises:
-        ConfigError: The subject or the background is unknown.
-    """
-    if subject not in SUBJECTS or background not in BACKGROUNDS:
-        raise ConfigError(
-            f"Expected a subject of {SUBJECTS} and a background of {BACKGROUNDS}, got {subject!r} and {background!r}."
-        )
+    """Draw the style of one picture; nothing in it depends on the subject or on the background."""
     return Scene(
         subject=subject,
         background=background,
@@ -93,13 +84,7 @@ def sample_scene(subject: str, background: str, rng: np.random.Generator) -> Sce
 
 
 def render(scene: Scene, *, resolution: int = 64) -> Image.Image:
-    """Paint a scene as an RGB picture of `resolution` x `resolution` pixels.
-
-    Raises:
-        ConfigError: The resolution is below 16.
-    """
-    if resolution < 16:
-        raise ConfigError(f"Expected a resolution of at least 16, got {resolution}.")
+    """Paint a scene as an RGB picture of `resolution` x `resolution` pixels."""
     side = resolution * OVERSAMPLING
     image = _sky(scene).resize((side, side), Image.Resampling.BICUBIC)
     brush = Brush(image, tint=_mix((0.74, 0.68, 0.82), (1.0, 1.0, 1.0), scene.light))
@@ -161,28 +146,24 @@ class Brush:
         self.pen = ImageDraw.Draw(image, "RGBA")
         self.tint = tint
 
-    def ink(self, colour: Sequence[float] | Array, alpha: float = 1.0) -> tuple[int, ...]:
-        """Return the tinted colour as 8-bit RGBA."""
+    def ink(self, colour: Colour, alpha: float = 1.0) -> tuple[int, ...]:
+        """The tinted colour as 8-bit RGBA."""
         red, green, blue = np.clip(np.asarray(colour) * self.tint * 255, 0, 255)
         return int(red), int(green), int(blue), int(alpha * 255)
 
-    def fill(self, outline: Array, colour: Sequence[float] | Array, alpha: float = 1.0) -> None:
+    def fill(self, outline: Array, colour: Colour, alpha: float = 1.0) -> None:
         """Fill a polygon given as (points, 2)."""
         self.pen.polygon((outline * self.side).ravel().tolist(), fill=self.ink(colour, alpha))
 
     def disc(
-        self,
-        centre: Sequence[float] | Array,
-        radius: tuple[float, float],
-        colour: Sequence[float] | Array,
-        alpha: float = 1.0,
+        self, centre: Sequence[float] | Array, radius: tuple[float, float], colour: Colour, alpha: float = 1.0
     ) -> None:
         """Fill an upright ellipse."""
         (x, y), (width, height) = centre, radius
         box = np.array([x - width, y - height, x + width, y + height]) * self.side
         self.pen.ellipse(box.tolist(), fill=self.ink(colour, alpha))
 
-    def stroke(self, path: Array, width: float, colour: Sequence[float] | Array, alpha: float = 1.0) -> None:
+    def stroke(self, path: Array, width: float, colour: Colour, alpha: float = 1.0) -> None:
         """Draw a line through (points, 2)."""
         self.pen.line(
             (path * self.side).ravel().tolist(),
@@ -194,7 +175,7 @@ class Brush:
 
 @lru_cache(maxsize=64)
 def _spline(count: int, closed: bool) -> Array:
-    """Return the Catmull-Rom matrix (samples, count) that interpolates `count` control points."""
+    """The Catmull-Rom matrix (samples, count) that interpolates `count` control points."""
     per_segment = 8
     t = np.arange(per_segment) / per_segment
     basis = 0.5 * np.stack([-(t**3) + 2 * t**2 - t, 3 * t**3 - 5 * t**2 + 2, -3 * t**3 + 4 * t**2 + t, t**3 - t**2])
@@ -211,16 +192,16 @@ def _spline(count: int, closed: bool) -> Array:
 
 
 def _curve(points: Points | Array, *, closed: bool = True) -> Array:
-    """Return a smooth curve (samples, 2) through control points."""
+    """A smooth curve (samples, 2) through control points."""
     return _spline(len(points), closed) @ np.asarray(points, dtype=float)
 
 
-def _mix(low: Sequence[float] | Array, high: Sequence[float] | Array, share: float) -> Array:
+def _mix(low: Colour, high: Colour, share: float) -> Array:
     return (1 - share) * np.asarray(low, dtype=float) + share * np.asarray(high, dtype=float)
 
 
 def _hsv(hue: float, saturation: float, value: float) -> Array:
-    """Return RGB; the hue is in degrees."""
+    """RGB from a hue in degrees."""
     return np.array(colorsys.hsv_to_rgb(hue / 360 % 1, saturation, value))
 
 
@@ -320,7 +301,7 @@ def _water(brush: Brush, scene: Scene) -> None:
 
 
 def _shadow(brush: Brush, scene: Scene) -> None:
-    """What lies under the bird: a soft shadow and, on water, rings of light."""
+    """A soft shadow under the bird and, on water, rings of light."""
     width = 0.36 * scene.size
     if scene.background == "water":
         for grow in (1.25, 1.05):
@@ -341,12 +322,12 @@ class Pose:
         self.size = scene.size
 
     def __call__(self, points: Points | Array) -> Array:
-        """Return the picture's coordinates (points, 2) of the bird's own."""
+        """From the bird's own coordinates (points, 2) to the picture's."""
         return np.asarray(points, dtype=float) @ self.matrix + self.origin
 
 
 def _plumage(scene: Scene) -> tuple[Array, Array, Array]:
-    """Return the main, the dark and the pale colour."""
+    """The main, the dark and the pale colour."""
     stops = np.linspace(0, 1, len(PLUMAGE))
     main = np.array([np.interp(scene.tone, stops, channel) for channel in PLUMAGE.T])
     main = main * (0.98 + 0.06 * scene.depth)

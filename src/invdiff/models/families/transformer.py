@@ -1,0 +1,242 @@
+"""Transformers: Stable Diffusion 3, Flux, PixArt and DiT."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import DataError, ModelError
+from .base import Condition, DenoiserCall, DenoiserShape, TransformerFamily, rows_of
+
+NO_GUIDANCE = 1.0
+"""The guidance scale given to a guidance-distilled model in audit and training: its plain conditional prediction."""
+
+
+class StableDiffusion3(TransformerFamily):
+    """Stable Diffusion 3 and 3.5: up to three text encoders."""
+
+    title = "Stable Diffusion 3"
+    prompt_width = "joint_attention_dim"
+
+    def predict(self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """Run the transformer."""
+        output = denoiser(
+            hidden_states=noisy_latents,
+            encoder_hidden_states=condition["prompt_embeds"],
+            pooled_projections=condition["pooled_prompt_embeds"],
+            timestep=timesteps,
+            return_dict=False,
+        )
+        return output[0]
+
+    def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
+        """Run the text encoders that the pipeline has."""
+        embeds, _, pooled, _ = pipe.encode_prompt(
+            prompt=list(captions),
+            prompt_2=None,
+            prompt_3=None,
+            device=pipe._execution_device,
+            do_classifier_free_guidance=False,
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+class Flux(TransformerFamily):
+    """Flux.1: 2x2 latents are one token, and timesteps run from 0 to 1."""
+
+    title = "Flux"
+    prompt_width = "joint_attention_dim"
+
+    def shape(self, denoiser: Any) -> DenoiserShape:
+        """The last block that keeps image and text apart."""
+        last = f"transformer_blocks.{len(denoiser.transformer_blocks) - 1}"
+        return replace(super().shape(denoiser), latent_channels=denoiser.out_channels // 4, feature_path=last)
+
+    def predict(self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """Pack, run the transformer, unpack."""
+        rows, _, height, width = noisy_latents.shape
+        embeds = condition["prompt_embeds"]
+        guidance = torch.full((rows,), NO_GUIDANCE, dtype=embeds.dtype, device=embeds.device)
+        output = denoiser(
+            hidden_states=packed(noisy_latents),
+            timestep=timesteps.to(embeds.dtype) / 1000,
+            guidance=guidance if denoiser.config["guidance_embeds"] else None,
+            encoder_hidden_states=embeds,
+            pooled_projections=condition["pooled_prompt_embeds"],
+            txt_ids=torch.zeros(embeds.shape[1], 3, dtype=embeds.dtype, device=embeds.device),
+            img_ids=image_ids(height // 2, width // 2).to(embeds.device, embeds.dtype),
+            return_dict=False,
+        )
+        return unpacked(output[0], height // 2, width // 2)
+
+    def check_plain_input(self, denoiser: Any) -> None:
+        """See `Family`; here the channels are packed."""
+        if denoiser.config["in_channels"] != denoiser.out_channels:
+            raise ModelError(
+                f"Expected a Flux of noisy latents alone ({denoiser.out_channels} packed channels), got one of "
+                f"{denoiser.config['in_channels']}, which expects masks or images beside them."
+            )
+
+    def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
+        """Unpack `hidden_states` by the places in `img_ids`; `timestep` is put on the scale of the schedule."""
+        tokens, ids = call["hidden_states"], call["img_ids"]
+        height, width = (int(side) + 1 for side in ids.reshape(-1, 3)[:, 1:].amax(dim=0))
+        if height * width != tokens.shape[1]:
+            raise ModelError(
+                f"Expected one token for each of {height}x{width} places, found {tokens.shape[1]} tokens. Pipelines "
+                "that send further images along (Kontext) are not supported."
+            )
+        noisy_latents = unpacked(tokens[..., : denoiser.out_channels], height, width)
+        condition = {"prompt_embeds": call["encoder_hidden_states"]}
+        return DenoiserCall(noisy_latents, rows_of(call["timestep"], tokens) * 1000, condition)
+
+    def prediction(self, output: Tensor, call: DenoiserCall, channels: int) -> Tensor:
+        """Unpack."""
+        height, width = call.noisy_latents.shape[-2:]
+        return unpacked(output, height // 2, width // 2)
+
+    def shifted(self, output: Tensor, shift: Tensor) -> Tensor:
+        """Pack the shift and add it."""
+        return output + packed(shift)
+
+    def granularity(self, denoiser: Any) -> int:
+        """The side of a packed token."""
+        return 2 * self.latent_factor
+
+    def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
+        """Run CLIP (pooled) and T5."""
+        embeds, pooled, _ = pipe.encode_prompt(prompt=list(captions), prompt_2=None, device=pipe._execution_device)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+def packed(latents: Tensor) -> Tensor:
+    """Make each 2x2 of latents (B, C, H, W) one token: (B, H/2 * W/2, 4 C)."""
+    rows, channels, height, width = latents.shape
+    blocks = latents.reshape(rows, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return blocks.reshape(rows, (height // 2) * (width // 2), channels * 4)
+
+
+def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Undo `packed` for a grid of height x width tokens: (B, C, 2 height, 2 width)."""
+    rows, _, size = tokens.shape
+    blocks = tokens.reshape(rows, height, width, size // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return blocks.reshape(rows, size // 4, 2 * height, 2 * width)
+
+
+def image_ids(height: int, width: int) -> Tensor:
+    """Places of height x width tokens, (tokens, 3): 0, row, column."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+
+
+class PixArt(TransformerFamily):
+    """PixArt: padding tokens are masked, and a learnt variance follows the noise."""
+
+    title = "PixArt"
+    prompt_width = "caption_channels"
+
+    def predict(self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """Run the transformer and leave out the variance."""
+        output = denoiser(
+            noisy_latents,
+            encoder_hidden_states=condition["prompt_embeds"],
+            encoder_attention_mask=condition["prompt_attention_mask"],
+            timestep=timesteps,
+            added_cond_kwargs=self.size_condition(denoiser, noisy_latents),
+            return_dict=False,
+        )
+        return output[0][:, : denoiser.config["in_channels"]]
+
+    def size_condition(self, denoiser: Any, noisy_latents: Tensor) -> dict[str, Any]:
+        """Size and aspect ratio, for the models that are conditioned on them."""
+        if not getattr(denoiser, "use_additional_conditions", False):
+            return {"resolution": None, "aspect_ratio": None}
+        rows, _, *sides = noisy_latents.shape
+        height, width = (float(side * self.latent_factor) for side in sides)
+        options: dict[str, Any] = {"dtype": noisy_latents.dtype, "device": noisy_latents.device}
+        return {
+            "resolution": torch.tensor([[height, width]], **options).expand(rows, -1),
+            "aspect_ratio": torch.tensor([[height / width]], **options).expand(rows, -1),
+        }
+
+    def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
+        """Read the mask as well."""
+        plain, mask = super().read(denoiser, call), call.get("encoder_attention_mask")
+        return plain if mask is None else replace(plain, condition=plain.condition | {"prompt_attention_mask": mask})
+
+    def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
+        """Run T5."""
+        embeds, mask, _, _ = pipe.encode_prompt(
+            list(captions), do_classifier_free_guidance=False, device=pipe._execution_device
+        )
+        return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+    def draw(self, pipe: Any, prompts: list[str], *, guidance_scale: float, resolution: int, **options: Any) -> Any:
+        """Call the pipeline; captions are encoded as they are, and squares need no binning."""
+        options |= {"clean_caption": False, "use_resolution_binning": False}
+        return super().draw(pipe, prompts, guidance_scale=guidance_scale, resolution=resolution, **options)
+
+
+class DiT(TransformerFamily):
+    """DiT-XL/2 and its kin: a caption is a class's name, as `pipe.labels` has it, or its number."""
+
+    title = "class-conditional DiT"
+    prompt_width = ""
+
+    def shape(self, denoiser: Any) -> DenoiserShape:
+        """The block in the middle. The null class is the last."""
+        return replace(super().shape(denoiser), num_classes=denoiser.config["num_embeds_ada_norm"] + 1)
+
+    def predict(self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """Run the transformer and leave out the variance that it has learnt beside the noise."""
+        output = denoiser(noisy_latents, timestep=timesteps, class_labels=condition["class_labels"], return_dict=False)
+        return output[0][:, : denoiser.config["in_channels"]]
+
+    def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
+        """Read `hidden_states`, `timestep` and `class_labels`."""
+        noisy_latents, condition = call["hidden_states"], {"class_labels": call["class_labels"]}
+        return DenoiserCall(noisy_latents, rows_of(call["timestep"], noisy_latents), condition)
+
+    def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
+        """Look the classes up."""
+        return {"class_labels": torch.tensor([class_label(pipe, caption) for caption in captions])}
+
+    def null_condition(self, pipe: Any) -> Condition:
+        """The class after the last."""
+        return {"class_labels": torch.tensor([pipe.transformer.config["num_embeds_ada_norm"]])}
+
+    def encoding_key(self, pipe: Any) -> list[str]:
+        """The names and the number of classes."""
+        labels = json.dumps(getattr(pipe, "labels", {}), sort_keys=True)
+        return [labels, str(pipe.transformer.config["num_embeds_ada_norm"])]
+
+    def draw(self, pipe: Any, prompts: list[str], *, guidance_scale: float, resolution: int, **options: Any) -> Any:
+        """Call the pipeline with one class label for each image."""
+        self.check_own_resolution(pipe, resolution)
+        labels = [class_label(pipe, prompt) for prompt in prompts]
+        return pipe(class_labels=labels, guidance_scale=guidance_scale, **options)
+
+
+def class_label(pipe: Any, name: str) -> int:
+    """The number of a class given by its name or by the number itself, written out.
+
+    Raises:
+        DataError: The model has no such class.
+    """
+    known: dict[str, int] = getattr(pipe, "labels", {})
+    count = int(pipe.transformer.config["num_embeds_ada_norm"])
+    text = name.strip()
+    if text in known:
+        return known[text]
+    if text.isdecimal() and int(text) < count:
+        return int(text)
+    examples = f" such as {', '.join(list(known)[:3])}" if known else ""
+    raise DataError(
+        f"Expected the name of a class{examples}, or a number from 0 to {count - 1}, got {name!r}. "
+        "A class-conditional model draws no free text."
+    )
