@@ -26,7 +26,6 @@ from test_serve import status
 with own_files():
     gr = pytest.importorskip("gradio", reason="needs the ui extra: pip install 'invdiff[ui]'")
     from invdiff.app.compare_tab import CompareTab, together
-    from invdiff.app.generate_tab import mix_labels
     from invdiff.app.page import _group_names, _named, _resolution, _suggestions, build_page, looks
     from invdiff.app.pieces import piece, refusal
     from invdiff.app.studio import Studio
@@ -218,11 +217,6 @@ def test_without_gradio_the_command_says_how_to_install_it(monkeypatch: pytest.M
 
 
 # What it is built of.
-
-
-def test_sliders_of_several_factors_are_told_apart() -> None:
-    assert mix_labels([["on land", "group 1"]]) == ["Share of “on land”", "Share of “group 1”"]
-    assert mix_labels([["a"], ["a\u202e"]]) == ["Share of “a” (factor 0)", "Share of “a” (factor 1)"]
 
 
 def test_the_module_s_audit_names_its_groups_and_its_resolution(

@@ -15,9 +15,6 @@ from browser import LAYOUT, needs_browser, open_browser
 from invdiff.app.serve import free_port, launch, own_files
 from invdiff.app.workspace import open_workspace
 from invdiff.auditing.edits import CURATION
-from invdiff.evaluation.annotators.load import load_annotator
-from invdiff.guidance.loading import load_module
-from invdiff.models.load import load_pipeline
 from test_pictures import make_audit
 from test_report import NASTY, SCRIPT, make_images, measured
 
@@ -44,15 +41,12 @@ def address(home: Path) -> Iterator[str]:
     """The page of the bundled demo, as `invdiff ui` serves it."""
     with pytest.MonkeyPatch.context() as patch, own_files():
         from invdiff.app.page import build_page
-        from invdiff.app.studio import Studio
+        from invdiff.app.studio import open_studio
 
         patch.setenv("INVDIFF_CACHE", str(home))
         workspace = open_workspace()
-        assert workspace.module is not None
-        judge: Any = load_annotator(workspace.annotator)
-        studio = Studio(load_pipeline(workspace.model), load_module(workspace.module), judge)
-        page = build_page(workspace, studio)
-        yield launch(page, host="127.0.0.1", port=free_port("127.0.0.1", 0), password=None, browser=False)
+        page = build_page(workspace, open_studio(workspace))
+        yield launch(page, host="127.0.0.1", port=free_port(0), password=None, browser=False)
         page.close(verbose=False)
 
 
@@ -196,7 +190,7 @@ def test_nothing_moves_where_it_should_not(visit: Visit) -> None:
 def test_stop_ends_a_long_run_and_the_next_one_starts(visit: Visit) -> None:
     visit.open_more()
     visit.key("images", "End")
-    visit.key("steps", "End")
+    visit.view.locator("#steps input[type=number]").fill("50")
     visit.view.click("#draw")
     visit.view.wait_for_selector("#base img")
     start = time.perf_counter()
@@ -328,7 +322,7 @@ def test_hostile_text_is_text(browser: Any, tmp_path: Path) -> None:
         from invdiff.app.page import build_page
 
         page = build_page(open_workspace([tmp_path / "run"]), None)
-        address = launch(page, host="127.0.0.1", port=free_port("127.0.0.1", 0), password=None, browser=False)
+        address = launch(page, host="127.0.0.1", port=free_port(0), password=None, browser=False)
         visit = Visit(browser, address)
         view = visit.view
         visit.tab("Audit")

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -104,20 +101,21 @@ def ui(
     Nothing leaves this machine. Names given to groups and images left out are saved beside the audit.
     """
     one_process("ui")
-    from .app.serve import check_address, free_port, launch, own_files
+    if importlib.util.find_spec("gradio") is None:
+        raise ConfigError("Expected gradio for the page, found none. Install it: pip install 'invdiff[ui]'.")
+    from .app.serve import check_address, ended_by_signals, free_port, launch, own_files
 
     password = os.environ.get(PASSWORD) or None
     check_address(host, public=public, password=password)
-    if importlib.util.find_spec("gradio") is None:
-        raise ConfigError("Expected gradio for the page, found none. Install it: pip install 'invdiff[ui]'.")
     source = DataSource(data or "", caption_column, image_column, split, limit, max_unreadable, no_captions)
     if data is None and source.flags():
         raise ConfigError(f"Expected --data beside {source.flags()[0]}, got none: only data has columns.")
-    chosen_port = free_port(host, port)
-    with _stopped_as_by_ctrl_c(), own_files():
+    chosen_port = free_port(port)
+    with ended_by_signals(), own_files():
         say("loading the page", quiet=False)
         silence_libraries()
         from .app.page import build_page
+        from .app.studio import open_studio
         from .app.workspace import open_workspace
 
         workspace = open_workspace(
@@ -127,55 +125,12 @@ def ui(
             annotator=annotator,
             data=source.load() if data else None,
         )
-        studio = _studio(workspace, dtype, attribute, classes)
+        if workspace.model:
+            say("loading the model", quiet=False)
+        studio = open_studio(workspace, dtype=dtype, attribute=attribute or "", classes=classes)
         page = build_page(workspace, studio)
         address = launch(page, host=host, port=chosen_port, password=password, browser=browser, public=public)
         finish(f"The page is at {address} until you press Ctrl-C.")
         for name, parts in workspace.audits.items():
             say(f"names and changes to the audit of “{name}” are kept in {parts.audit}", quiet=False)
         page.block_thread()
-
-
-@contextmanager
-def _stopped_as_by_ctrl_c() -> Iterator[None]:
-    """Let a request to end, or a terminal that is closed, stop the page as Ctrl-C does: nothing is left behind.
-
-    Signals that are ignored, as below nohup, stay ignored.
-    """
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) == signal.SIG_DFL}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _studio(workspace: Any, dtype: str, attribute: str | None, classes: Path | None) -> Any:
-    """Load what draws; None for a page without a model."""
-    if not workspace.model:
-        return None
-    say("loading the model", quiet=False)
-    from .app.studio import Studio
-    from .evaluation.annotators.load import LABELS, load_annotator
-    from .guidance.attach import check_fit
-    from .guidance.loading import load_module
-    from .models.load import dtype_named, load_pipeline
-
-    if workspace.annotator == LABELS:
-        raise ConfigError(
-            "Expected an annotator that looks at images, got 'labels', which are of images drawn before. Give a "
-            "trained one, a CLIP model or a classifier."
-        )
-    pipe = load_pipeline(workspace.model, dtype=dtype_named(dtype))
-    module = load_module(workspace.module) if workspace.module else None
-    if module is not None:
-        check_fit(pipe, module)
-    judge: Any = None
-    if workspace.annotator:
-        judge = load_annotator(workspace.annotator, attribute=attribute or "", classes=classes)
-    return Studio(pipe, module, judge)

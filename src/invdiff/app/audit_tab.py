@@ -16,7 +16,7 @@ from ..report.words import quoted
 from ..text import one_line
 from .archive import AuditBook
 from .audit_view import LEFT_OUT, MOST_PER_GROUP, AuditView, kept_so_far
-from .generate_tab import GenerateTab
+from .generate import GenerateTab
 from .pictures import Pictures
 from .pieces import notice, refusal
 
@@ -160,7 +160,7 @@ class AuditTab:
         for group, block in enumerate(self._blocks):
             saved = gr.on([block.save.click, block.name.submit], self._namer(group), [*here, block.name], done, **each)
             if self._drawn is not None:
-                self._drawn.show_target_after(saved)
+                saved.then(self._drawn.first, self._drawn.mix, self._drawn.loads, **_QUIET)
         shelves = {LEFT_OUT: self._out}
         for group, block in enumerate(self._blocks):
             shelves |= {f"typical {group}": block.typical, f"nearest {group}": block.nearest}
@@ -169,7 +169,7 @@ class AuditTab:
 
     @property
     def _mix_sliders(self) -> list[Any]:
-        return [] if self._drawn is None else [slider for factor in self._drawn.mix for slider in factor]
+        return [] if self._drawn is None else self._drawn.mix
 
     # What is shown.
 

@@ -13,10 +13,9 @@ from ..models.families import family_of
 from ..models.load import denoiser_of
 from ..report.style import DARK, INK, PAPER, RULE, SOFT
 from .archive import AuditBook
-from .asking import Commands
 from .audit_tab import AuditTab
 from .compare_tab import CompareTab
-from .generate_tab import GenerateTab
+from .generate import GenerateTab
 from .pictures import Pictures
 from .pieces import notice
 from .studio import Studio
@@ -50,15 +49,10 @@ def build_page(workspace: Workspace, studio: Studio | None) -> gr.Blocks:
             if studio is None:
                 gr.HTML(notice("No model was given. `invdiff ui --model MODEL --module MODULE` opens one."))
             else:
-                commands = Commands(
-                    workspace.model, str(workspace.module or ""), studio.dtype, reads_prompts=studio.needs_prompts
-                )
                 drawn = GenerateTab(
                     studio,
-                    pictures,
                     suggestions=_suggestions(books),
                     group_names=lambda: _group_names(studio, named),
-                    commands=commands,
                     resolution=_resolution(studio, named),
                 )
                 tabs.append(drawn)

@@ -14,11 +14,11 @@ FAILED = "Something failed that the page has no words for. The terminal where `i
 
 @lru_cache(maxsize=1)
 def _pieces() -> Template:
-    return templates("invdiff.app").get_template("pieces.html.j2")
+    return templates("invdiff.app").get_template("fragments.html.j2")
 
 
 def piece(name: str, *arguments: Any) -> str:
-    """Return a macro of `templates/pieces.html.j2` with its arguments filled in."""
+    """Return a macro of `templates/fragments.html.j2` with its arguments filled in."""
     return str(getattr(_pieces().module, name)(*arguments))
 
 

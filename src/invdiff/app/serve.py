@@ -1,50 +1,54 @@
-"""Open the page to a browser: on this machine alone, unless somebody says otherwise and sets a password."""
+"""Address, security and start of the page: on this machine alone unless the user asks for more, with a password."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
 import tempfile
-import webbrowser
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
+
 from ..errors import ConfigError
-from .guard import Guard
 
 LOOPBACK = "127.0.0.1"
 PORT = 7860
 SHORTEST_PASSWORD = 8
 USER = "invdiff"
+CLOSED = ("upload", "process_recording", "component_server", "file=http:", "file=https:")
+"""Routes of gradio below `/gradio_api/` that take files in or fetch web addresses, which the page never asks for."""
 
 
 def check_address(host: str, *, public: bool, password: str | None) -> None:
     """Raise `ConfigError` unless the page may listen on `host`.
 
-    A loopback address may always be listened on. Any other one shows the page, the model and the data to the network,
-    and so may a server before the page: that takes both an explicit wish and a password.
+    A loopback address is always allowed. Any other shows the page, the model and the data to the network, and so may a
+    proxy in front of the page: that takes both an explicit `public` and a password.
 
     Args:
         host: A name or an address of this machine.
-        public: Whether the user asked for it in so many words.
+        public: Whether the user asked for visitors from elsewhere.
         password: What visitors are asked for.
 
     Raises:
-        ConfigError: The address is not known here, is public without the wish, or the password is short or missing.
+        ConfigError: The address is unknown, is public without `public`, or the password is short or missing.
     """
     if password is not None and len(password) < SHORTEST_PASSWORD:
         raise ConfigError(
             f"Expected a password of at least {SHORTEST_PASSWORD} characters, got {len(password)}. Take a longer one."
         )
-    loopback = is_loopback(host)
-    if not loopback and not public:
+    if not is_loopback(host) and not public:
         raise ConfigError(
             f"Expected an address of this machine alone, such as {LOOPBACK}, got {host}, which the network can reach. "
-            "Whoever opens the page sees the data and uses the model; if that is what you want, add --public and a "
-            "password."
+            "Whoever opens the page sees the data and uses the model; if you want that, add --public and a password."
         )
     if public and password is None:
         raise ConfigError(
@@ -54,13 +58,13 @@ def check_address(host: str, *, public: bool, password: str | None) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether all addresses that a name stands for belong to this machine alone.
+    """Whether all addresses of a name belong to this machine alone.
 
     Raises:
-        ConfigError: The name is not known here.
+        ConfigError: The name is unknown.
     """
     try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(host or "0.0.0.0", None)}  # noqa: S104
+        found = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
     except (OSError, UnicodeError) as error:
         raise ConfigError(
             f"Expected a name or an address of this machine, such as {LOOPBACK}, got {host!r} ({error})."
@@ -68,41 +72,25 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
 
 
-def free_port(host: str, port: int | None) -> int:
-    """Return `port`, or where none is asked for the first free one from `PORT` on.
+def free_port(port: int | None) -> int:
+    """`port` if it is free, any free one for 0, and for None the first free one from `PORT` on.
 
     Raises:
         ConfigError: The port is taken, or all of a hundred are.
     """
-    wanted = [port] if port is not None else list(range(PORT, PORT + 100))
-    reason = ""
-    for number in wanted:
-        try:
-            free = _bind(host, number)
-            _bind(LOOPBACK, free)  # gradio insists on this one too, whatever the host
-        except OSError as error:
-            reason = error.strerror or str(error)
-            continue
-        return free
+    for number in [port] if port is not None else range(PORT, PORT + 100):
+        with suppress(OSError), socket.create_server((LOOPBACK, number)) as trial:  # gradio tries this address too
+            return int(trial.getsockname()[1])
     asked = f"port {port}" if port is not None else f"a port from {PORT} to {PORT + 99}"
-    raise ConfigError(f"Could not listen on {asked} of {host}: {reason}. Choose another with --port.")
-
-
-def _bind(host: str, port: int) -> int:
-    """Listen on a port for a moment and return it; for 0 the one that was chosen."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        trial.bind((host, port))
-        return int(trial.getsockname()[1])
+    raise ConfigError(f"Could not listen on {asked}: it is taken or not allowed. Choose another with --port.")
 
 
 @contextmanager
 def own_files() -> Iterator[Path]:
-    """Keep what the page shows in a folder of its own, the only one that it serves, and remove it at the end.
+    """Keep the files of the page in a temporary folder, the only one that it serves, and gradio's settings to ours.
 
     Must be entered before gradio is first imported. Gradio's settings from the environment, which could open folders
-    or ports, do not reach the page.
+    or ports, do not reach the page. At the end the folder is removed and the environment as it was.
     """
     before = dict(os.environ)
     for name in before:
@@ -117,64 +105,106 @@ def own_files() -> Iterator[Path]:
             os.environ.update(before)
 
 
-def launch(page: Any, *, host: str, port: int, password: str | None, browser: bool, public: bool = False) -> str:
-    """Serve a page in the background, behind a `Guard`, and return its address.
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """End the block as Ctrl-C does when the process is told to end or its terminal closes, so that nothing is left.
 
-    Must be called within `own_files`, which undoes what is changed in the environment.
+    Signals that are ignored, as below nohup, stay ignored.
+    """
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) == signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class OwnSiteOnly:
+    """ASGI middleware: status 403 for requests of other web sites and for routes that take in or fetch files.
+
+    Browsers send requests of any site to any address with the visitor's cookies, and say who asks in headers that no
+    site can change: `Origin` and `Sec-Fetch-Site`. Links from elsewhere to the page work.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Refuse one request or hand it on."""
+        if scope["type"] in ("http", "websocket"):
+            headers = Headers(scope=scope)
+            asked = scope["path"].partition("/gradio_api/")[2].lower()
+            if not _is_own_site(headers) or asked.startswith(CLOSED):
+                await PlainTextResponse("This page does not answer that request.\n", 403)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def _is_own_site(headers: Headers) -> bool:
+    origin = headers.get("origin")
+    if origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower():
+        return False
+    if headers.get("sec-fetch-site", "none") in ("same-origin", "none"):
+        return True
+    return (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document")
+
+
+def launch(page: Any, *, host: str, port: int, password: str | None, browser: bool, public: bool = False) -> str:
+    """Serve a page in the background and return its address.
+
+    Must be called within `own_files`, which undoes the changes to the environment.
 
     Args:
-        page: What `build_page` returned.
+        page: The `gradio.Blocks` of `build_page`.
         host: See `check_address`, which must have been called.
         port: From `free_port`.
         password: What visitors are asked for, beside the user name "invdiff"; None for nothing.
         browser: Open a browser.
-        public: Whether visitors may use other names than those of this machine.
+        public: Answer to any host name, not only to those of this machine.
 
     Raises:
-        ConfigError: This version of gradio cannot be guarded.
+        ConfigError: The page cannot listen there.
     """
     from .page import looks
 
-    @asynccontextmanager
-    async def guarded(app: Any) -> AsyncIterator[None]:
-        # Given to gradio as middleware, the guard would come after what answers other sites.
-        app.middleware_stack = Guard(app.middleware_stack, host=None if public else host)
-        yield
-
     _reach_without_proxy(host)
+    name = f"[{host}]" if ":" in host else host
+    names = ["*"] if public else [name, "localhost", LOOPBACK, "[::1]"]
     page.queue(default_concurrency_limit=4, api_open=False)
-    app, address, _ = page.launch(
-        server_name=f"[{host}]" if ":" in host else host or "0.0.0.0",  # noqa: S104
-        server_port=port,
-        share=False,
-        inbrowser=False,
-        auth=(USER, password) if password is not None else None,
-        auth_message="The user is “invdiff”." if password is not None else None,
-        prevent_thread_lock=True,
-        quiet=True,
-        footer_links=[],
-        run_history=False,
-        allowed_paths=[],
-        app_kwargs={"lifespan": guarded},
-        enable_monitoring=False,
-        ssr_mode=False,
-        mcp_server=False,
-        pwa=False,
-        **looks(),
-    )
-    if not isinstance(app.middleware_stack, Guard):
-        page.close(verbose=False)
-        raise ConfigError(
-            "Expected a gradio that lets other sites be kept out, found one that does not. Install another version."
+    try:
+        _, address, _ = page.launch(
+            server_name=name,
+            server_port=port,
+            share=False,
+            inbrowser=browser,
+            auth=(USER, password) if password is not None else None,
+            auth_message=f"The user is “{USER}”." if password is not None else None,
+            prevent_thread_lock=True,
+            quiet=True,
+            footer_links=[],
+            run_history=False,
+            allowed_paths=[],
+            app_kwargs={
+                "middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=names), Middleware(OwnSiteOnly)]
+            },
+            enable_monitoring=False,
+            ssr_mode=False,
+            mcp_server=False,
+            pwa=False,
+            **looks(),
         )
-    address = str(address).replace("[::]", "[::1]")  # all addresses are none that a browser opens
-    if browser:
-        webbrowser.open(address)
-    return address
+    except OSError as error:
+        raise ConfigError(f"Could not listen on port {port} of {host}. Choose another with --port.") from error
+    return str(address).replace("[::]", "[::1]")  # no browser opens all addresses
 
 
 def _reach_without_proxy(host: str) -> None:
-    """Keep what this process asks of its own page from a proxy that the environment names for everything else."""
+    """Keep gradio's requests to this page away from a proxy that the environment names for everything else."""
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     names = [*given.split(","), host, "localhost", LOOPBACK, "::1"]
     if given.strip() != "*":

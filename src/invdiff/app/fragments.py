@@ -1,0 +1,68 @@
+"""HTML fragments, image files and galleries that the tabs share; text of others is never taken for markup."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from jinja2 import Template
+from PIL import Image
+
+from ..files import save_image
+from ..report.html import templates
+
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+"""Options of every event: without gradio's own progress, and without a name to be called by."""
+
+
+def fragment(name: str, *arguments: Any) -> str:
+    """A macro of `templates/fragments.html.j2`, filled in."""
+    return str(getattr(_fragments().module, name)(*arguments))
+
+
+@lru_cache(maxsize=1)
+def _fragments() -> Template:
+    return templates("invdiff.app").get_template("fragments.html.j2")
+
+
+def notice(text: str) -> str:
+    """A line of status."""
+    return fragment("notice", text)
+
+
+def refusal(error: Exception | str) -> str:
+    """A line about an error, marked for screen readers."""
+    return fragment("notice", str(error), "error")
+
+
+def image_file(image: Image.Image) -> str:
+    """Path of an image as PNG, named after its pixels, below the folder that the page serves.
+
+    Gradio deletes files that were not shown for a while; shown again, they are written again.
+    """
+    digest = hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()[:32]
+    path = Path(os.environ["GRADIO_TEMP_DIR"]) / "shown" / f"{digest}.png"
+    if path.is_file():
+        os.utime(path)
+    else:
+        save_image(path, partial(image.save, format="PNG"))
+    return str(path)
+
+
+def gallery(name: str, columns: int, **options: Any) -> gr.Gallery:
+    """A gallery that nobody can upload to."""
+    return gr.Gallery(
+        show_label=False,
+        columns=columns,
+        height="auto",
+        object_fit="contain",
+        interactive=False,
+        container=False,
+        elem_id=name,
+        elem_classes=["shots", f"of-{columns}"],
+        **options,
+    )
