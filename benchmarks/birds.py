@@ -26,7 +26,7 @@ from invdiff.data.birds import (
 )
 from invdiff.demo import hidden_truth
 from invdiff.evaluation.annotators.conv import ConvAnnotator
-from invdiff.evaluation.describe import describe_images
+from invdiff.evaluation.annotate import describe_images
 from invdiff.models.load import load_pipeline
 
 GUIDANCE_SCALES = (1.0, 3.0)

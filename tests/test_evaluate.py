@@ -11,7 +11,7 @@ from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import DataError, EvaluationError
 from invdiff.evaluation.annotators.annotations import Annotations
 from invdiff.evaluation.annotators.given_labels import GivenLabels
-from invdiff.evaluation.describe import Described, describe_images, describe_reference
+from invdiff.evaluation.annotate import Described, describe_images, describe_reference
 from invdiff.evaluation.evaluate import Results, evaluate
 from invdiff.evaluation.fairness.correction import correct_for_annotator
 from invdiff.evaluation.fairness.floors import bias_floor, metric_floor

@@ -17,7 +17,7 @@ import invdiff.report
 from invdiff.auditing.result import Audit, apply
 from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError
-from invdiff.evaluation.manifest import Row, read_manifest
+from invdiff.evaluation.images import Row, read_images
 from invdiff.report import style
 from invdiff.report.audit_pictures import draw_histogram, save_audit_pictures
 from invdiff.report.audit_reading import cuts, pages_of, rank_groups
@@ -342,7 +342,7 @@ def compared(
 ) -> tuple[dict[str, list[tuple[Row, Row]]], Comparison]:
     """Two folders' images of the same prompts and seeds, and what is compared."""
     images = {
-        name: Generated(read_manifest(folder), [name], [{}])
+        name: Generated(read_images(folder), [name], [{}])
         for name, folder in zip(names, (base, guided), strict=True)
     }
     chosen = choose_images(images)

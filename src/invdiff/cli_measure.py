@@ -116,7 +116,7 @@ def evaluate(
     say("loading the annotator", quiet=quiet)
     silence_libraries()
     from .evaluation.annotators.load import load_annotator
-    from .evaluation.describe import describe_reference
+    from .evaluation.annotate import describe_reference
     from .evaluation.evaluate import evaluate as run_evaluate
     from .evaluation.quality.extractors import load_extractor
     from .evaluation.results import table_path

@@ -17,7 +17,7 @@ from .config import DemoConfig, GenerateConfig, TrainConfig
 from .data.birds import NATURAL_BACKGROUND, BirdsWorld, canonical_prompts
 from .data.captioned import CaptionedImages, load_captioned_images
 from .evaluation.annotators.conv import ConvAnnotator
-from .evaluation.describe import describe_images
+from .evaluation.annotate import describe_images
 from .evaluation.evaluate import Results, evaluate
 from .evaluation.recovery import Recovery, recovery
 from .files import write_json

@@ -1,189 +1,140 @@
-"""Judge folders of generated images with one ruler: fairness, quality, and what guidance left as it was."""
+"""Evaluate folders of generated images alike: fairness, quality, and what guidance left as it was."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from ..config import EvaluateConfig
+from ..data.captioned import CaptionedImages
 from ..errors import EvaluationError
 from ..models.encoders import ClipEncoder
 from ..progress import progress_bar
+from .annotate import Described, Judge, Question, describe_images, describe_rows
 from .annotators.given_labels import GivenLabels
-from .describe import Described, Judge, describe_rows
 from .fairness.correction import correct_for_annotator
-from .manifest import Folders, Row, common_prompts, module_scale, read_model, resolve_folders, scale_keys
+from .images import Folders, Row, common_prompts, module_scale, read_images, resolve_folders, scale_keys
 from .measure import measure, preserve
 from .quality.diversity import lpips_network
-from .quality.extractors import FeatureExtractor
+from .quality.extractors import FeatureExtractor, load_extractor
 from .quality.figures import common_group_size
-from .question import Question
-from .results import AnnotatorRecord, AttributeMeasures, Measures, Quantity, Results
-from .subjects import named_subjects
-
-__all__ = ["AnnotatorRecord", "AttributeMeasures", "Folders", "Measures", "Quantity", "Results", "evaluate"]
+from .results import AnnotatorRecord, Results
 
 
 def evaluate(
-    folders: Mapping[str, Folders] | str | Path,
+    images: Mapping[str, Folders] | str | Path,
     annotator: Judge,
-    *,
     attribute: str | Sequence[str],
-    subject_attribute: str | None = None,
-    subject_of: Mapping[str, str] | None = None,
-    reference: Described | None = None,
-    reference_features: ArrayLike | None = None,
+    *,
+    reference: CaptionedImages | Described | None = None,
     extractors: Sequence[FeatureExtractor] = (),
-    clip: ClipEncoder | None = None,
-    lpips: bool = False,
-    target: Mapping[str, float] | None = None,
-    baseline: str | None = None,
-    min_confidence: float = 0.0,
-    confidence: float = 0.95,
-    num_resamples: int = 1000,
-    seed: int = 0,
-    batch_size: int = 64,
+    config: EvaluateConfig | None = None,
     progress: bool = True,
 ) -> Results:
     """Look at every generated image once and measure every model at every guidance scale.
 
     Any tool's images will do: a folder with a manifest of `file_name` and `prompt`. Every fairness figure comes with
-    the floor of a perfectly fair sampler at as many images, an interval that is honest at the fair point too, and,
-    where held-out labels tell how the annotator errs, a figure corrected for it.
+    the floor of a perfectly fair sampler at as many images, an interval that holds at the fair point too, and, where
+    the annotator's errors on held-out images are known, a figure corrected for them.
 
     Args:
-        folders: Model name to its folder of images with a manifest, or to several, one for each guidance scale; or
+        images: Model name to its folder of images with a manifest, or to several, one for each guidance scale; or
             one such folder; or a folder with such subfolders, each named after its model.
-        annotator: What names the classes.
+        annotator: The source of classes: an annotator, or `GivenLabels` for columns of the manifest.
         attribute: The sensitive attribute, or several: the first gives the headline figures, and of several the
             intersection is measured too.
-        subject_attribute: The attribute that prompts name, for accuracy.
-        subject_of: Prompt to its class of `subject_attribute`. By default the longest class name that occurs
-            in the prompt as a word. Prompts without a class are left out of accuracy.
-        reference: Real images as `describe_reference` saw them, for distances, also class by class.
-        reference_features: In its place, the annotator's features of reference images alone, (M, D).
-        extractors: Further features for distances, diversity and preservation.
-        clip: Scores how well images show their prompts (CLIP-T); its image features serve as an extractor too.
-        lpips: Measure the diversity of each prompt's images by LPIPS; needs the extra `metrics`.
-        target: Class of the first attribute to desired share, for the distances to a target; uniform by default.
-        baseline: The model that others are compared with, seed by seed; by default "base" where there is one.
-        min_confidence: Images whose most probable class is less probable are "cannot tell".
-        confidence: Nominal coverage of all intervals.
-        num_resamples: Resamples of each interval.
-        seed: Seed of the resamples.
-        batch_size: Images in memory at a time.
-        progress: Show a progress bar.
+        reference: Real images, or their descriptions by `annotate.describe_images`, for distances, also class by
+            class.
+        extractors: Further features for distances, diversity and preservation, beside `config.features`. One that has
+            `text_features` measures how well images show their prompts too (CLIP-T), as the model `config.clip` does.
+        config: The settings.
+        progress: Show progress bars.
 
     Raises:
+        ConfigError: A setting is out of range.
+        DataError: An image is damaged.
         EvaluationError: A folder, manifest or image is absent or damaged, a manifest mixes module scales, a prompt
-            has fewer than two images or is not everywhere, an attribute, class or model is unknown, features are not
-            finite or of another size than the reference's, or a setting is out of range.
+            has fewer than two images or is not everywhere, an attribute, class or model is unknown, or features are
+            not finite or of another size than the reference's.
     """
+    config = config or EvaluateConfig()
     attributes = (attribute,) if isinstance(attribute, str) else tuple(attribute)
-    _check_settings(attributes, subject_attribute, subject_of, min_confidence, confidence, num_resamples, batch_size)
-    rows_by_model = {model: read_model(several) for model, several in resolve_folders(folders).items()}
+    asked = [*attributes, *filter(None, [config.subject_attribute])]
+    if not attributes or len(set(asked)) < len(asked):
+        raise EvaluationError(
+            f"Expected different attributes, at least one sensitive one, and another as subject_attribute, got {asked}."
+        )
+    rows_by_model = {model: read_images(*folders) for model, folders in resolve_folders(images).items()}
     if isinstance(annotator, GivenLabels):
         annotator.discover([row.values for rows in rows_by_model.values() for row in rows])
-    asked = [*attributes, *([subject_attribute] if subject_attribute else [])]
     check_attributes(annotator, asked)
     prompts = common_prompts(rows_by_model)
-    named: Mapping[str, str] = {}
-    if subject_attribute is not None:
-        _check_prompts(prompts, subject_of)
-        named = named_subjects(prompts, annotator.attributes[subject_attribute], subject_of)
-    baseline = _baseline(list(rows_by_model), baseline)
-    if reference is None and reference_features is not None:
-        reference = Described({}, {}, {annotator.feature_name: np.asarray(reference_features, dtype=np.float32)})
-    extractors = [*extractors, *([clip] if clip is not None else [])]
-    confusion = {name: annotator.confusion(name, min_confidence) for name in asked}
+    baseline = config.baseline or ("base" if "base" in rows_by_model else "")
+    if baseline and baseline not in rows_by_model:
+        raise EvaluationError(f"Expected a baseline among {', '.join(rows_by_model)}, got {baseline!r}.")
+    confusion = {name: annotator.confusion(name, config.min_confidence) for name in asked}
     corrections, warnings = _corrections(confusion, annotator.name)
     question = Question(
         attributes=attributes,
         classes=annotator.attributes,
         confusion=corrections,
-        min_confidence=min_confidence,
-        subject_attribute=subject_attribute,
-        subject_of=named,
-        target=_target(target, attributes[0], annotator.attributes[attributes[0]]),
-        confidence=confidence,
-        num_resamples=num_resamples,
-        seed=seed,
+        subject_attribute=config.subject_attribute,
+        subject_of=_subjects(prompts, annotator, config),
+        target=_target(config.target, attributes[0], annotator.attributes[attributes[0]]),
+        **{name: getattr(config, name) for name in ("min_confidence", "confidence", "num_resamples", "seed")},
     )
 
-    network = lpips_network() if lpips else None
+    network = lpips_network() if config.lpips else None
+    extractors = [*extractors, *(load_extractor(spec) for spec in config.features if spec != config.clip)]
+    extractors += [ClipEncoder.load(config.clip)] if config.clip else []
+    clip: Any = next((extractor for extractor in extractors if hasattr(extractor, "text_features")), None)
+    settings: Any = {"extractors": extractors, "min_confidence": config.min_confidence, "batch_size": config.batch_size}
+    if isinstance(reference, CaptionedImages):
+        reference = describe_images(reference, annotator, progress=progress, **settings)
     seen: dict[str, Described] = {}
     with progress_bar("annotating", sum(map(len, rows_by_model.values())), enabled=progress) as bar:
         for model, rows in rows_by_model.items():
-            seen[model] = describe_rows(
-                rows, annotator, extractors=extractors, min_confidence=min_confidence, batch_size=batch_size, bar=bar
-            )
-    _check_reference(reference, seen, min_confidence)
-    at = {
-        model: {key: _at(rows, seen[model], key) for key in scale_keys(rows)} for model, rows in rows_by_model.items()
-    }
-    size = common_group_size([known for by_key in at.values() for _, known in by_key.values()], reference, question)
-    models: dict[str, dict[str, Measures]] = {}
-    with progress_bar("measuring", sum(map(len, at.values())), enabled=progress) as bar:
-        for model, by_key in at.items():
+            seen[model] = describe_rows(rows, annotator, bar=bar, **settings)
+    if reference is not None:
+        _check_reference(reference, next(iter(seen.values())), config.min_confidence)
+    parts: dict[str, dict[str, tuple[list[Row], Described]]] = {}
+    for model, rows in rows_by_model.items():
+        for key in scale_keys(rows):
+            places = [place for place, row in enumerate(rows) if row.scale_key == key]
+            parts.setdefault(model, {})[key] = [rows[place] for place in places], seen[model].take(places)
+    described = [known for by_key in parts.values() for _, known in by_key.values()]
+    size = common_group_size(described, reference, question)
+    models: dict[str, Any] = {}
+    with progress_bar("measuring", len(described), enabled=progress) as bar:
+        for model, by_key in parts.items():
             models[model] = {}
-            for key, (rows, known) in by_key.items():
-                measures = measure(
-                    rows, known, question, reference=reference, group_size=size, clip=clip, lpips=network
-                )
-                if baseline and model != baseline and key in at[baseline]:
-                    measures = replace(measures, preservation=preserve(rows, known, *at[baseline][key], question))
+            for key, part in by_key.items():
+                measures = measure(*part, question, reference=reference, group_size=size, clip=clip, lpips=network)
+                if baseline and model != baseline and key in parts[baseline]:
+                    measures = replace(measures, preservation=preserve(*part, *parts[baseline][key], question))
                 models[model][key] = measures
                 bar.advance()
-    return Results(
+    results = Results(
         models=models,
         attribute=attributes[0],
-        classes={name: tuple(annotator.attributes[name]) for name in dict.fromkeys(asked)},
-        subject_attribute=subject_attribute or "",
-        annotator=_record(annotator, confusion, min_confidence),
-        target=dict(target or {}),
+        classes={name: tuple(annotator.attributes[name]) for name in asked},
+        subject_attribute=config.subject_attribute,
+        annotator=_record(annotator, confusion, config.min_confidence),
+        target=config.target,
         baseline=baseline,
-        confidence=confidence,
+        confidence=config.confidence,
         reference_images=0 if reference is None else len(reference),
         module_scales={
             model: scale for model, rows in rows_by_model.items() if (scale := module_scale(rows)) is not None
         },
-        notes=(*warnings, *_notes(models, annotator, question, prompts, reference, baseline)),
     )
-
-
-def _at(rows: Sequence[Row], seen: Described, key: str) -> tuple[list[Row], Described]:
-    chosen = [index for index, row in enumerate(rows) if row.scale_key == key]
-    return [rows[index] for index in chosen], seen.take(chosen)
-
-
-def _check_settings(
-    attributes: Sequence[str],
-    subject_attribute: str | None,
-    subject_of: Mapping[str, str] | None,
-    min_confidence: float,
-    confidence: float,
-    num_resamples: int,
-    batch_size: int,
-) -> None:
-    if not attributes or len(set(attributes)) < len(attributes):
-        raise EvaluationError(f"Expected different attributes, at least one, got {list(attributes)}.")
-    if subject_attribute is None and subject_of is not None:
-        raise EvaluationError("Expected subject_attribute beside subject_of, got None. Name the attribute.")
-    if subject_attribute in attributes:
-        raise EvaluationError(
-            f"Expected a subject_attribute other than the sensitive ones, got {subject_attribute!r} for both."
-        )
-    for name, number, least in (("batch_size", batch_size, 1), ("num_resamples", num_resamples, 20)):
-        if number < least:
-            raise EvaluationError(f"Expected a {name} of at least {least}, got {number}.")
-    if not 0 < confidence < 1:
-        raise EvaluationError(f"Expected a confidence above 0 and below 1, got {confidence}. 0.95 is usual.")
-    if not 0 <= min_confidence < 1:
-        raise EvaluationError(f"Expected a min_confidence of at least 0 and below 1, got {min_confidence}.")
+    return replace(results, notes=(*warnings, *_notes(results, annotator, question, prompts, reference)))
 
 
 def check_attributes(annotator: Judge, attributes: Sequence[str]) -> None:
@@ -196,56 +147,70 @@ def check_attributes(annotator: Judge, attributes: Sequence[str]) -> None:
             )
 
 
-def _target(target: Mapping[str, float] | None, attribute: str, classes: Sequence[str]) -> tuple[float, ...] | None:
-    if target is None:
-        return None
-    if set(target) != set(classes):
+def named_subjects(
+    prompts: Sequence[str], classes: Sequence[str], subject_of: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Prompt to the class of the subject it names, without prompts that name none.
+
+    Args:
+        prompts: The prompts.
+        classes: Names of the subject's classes; an underscore stands for a space.
+        subject_of: Prompt to class, returned as it is. By default it is the longest class name that occurs in the
+            prompt as a word.
+
+    Raises:
+        EvaluationError: `subject_of` names an unknown class.
+    """
+    for prompt, name in (subject_of or {}).items():
+        if name not in classes:
+            raise EvaluationError(
+                f"Expected one of {', '.join(classes)} as the subject of {prompt!r}, got {name!r}. Correct it."
+            )
+    if subject_of:
+        return dict(subject_of)
+    found = {}
+    for prompt in prompts:
+        for name in sorted(classes, key=len, reverse=True):
+            if re.search(rf"(?<!\w){re.escape(name.replace('_', ' '))}(?!\w)", prompt, flags=re.IGNORECASE):
+                found[prompt] = name
+                break
+    return found
+
+
+def _subjects(prompts: Sequence[str], annotator: Judge, config: EvaluateConfig) -> dict[str, str]:
+    if not config.subject_attribute:
+        return {}
+    unknown = [prompt for prompt in config.subject_of if prompt not in prompts]
+    if unknown:
+        raise EvaluationError(
+            f"Expected prompts of the images in subject_of, got {unknown[0]!r}; there are "
+            f"{', '.join(map(repr, prompts))}."
+        )
+    return named_subjects(prompts, annotator.attributes[config.subject_attribute], config.subject_of)
+
+
+def _target(target: Mapping[str, float], attribute: str, classes: Sequence[str]) -> tuple[float, ...] | None:
+    if target and set(target) != set(classes):
         raise EvaluationError(
             f"Expected a target share for each class of {attribute} ({', '.join(classes)}), got {', '.join(target)}."
         )
-    shares: NDArray[Any] = np.array([target[name] for name in classes], dtype=np.float64)
-    if not np.isfinite(shares).all() or (shares <= 0).any() or abs(shares.sum() - 1) > 1e-6:
-        raise EvaluationError(
-            f"Expected target shares above 0 (from a share of 0 the divergence is infinite) that sum to 1, got "
-            f"{dict(target)}."
-        )
-    return tuple(shares.tolist())
+    return tuple(target[name] for name in classes) if target else None
 
 
-def _baseline(models: Sequence[str], baseline: str | None) -> str:
-    if baseline is None:
-        return "base" if "base" in models else ""
-    if baseline not in models:
-        raise EvaluationError(f"Expected a baseline among {', '.join(models)}, got {baseline!r}.")
-    return baseline
-
-
-def _check_prompts(prompts: Sequence[str], subject_of: Mapping[str, str] | None) -> None:
-    for prompt in subject_of or ():
-        if prompt not in prompts:
-            raise EvaluationError(
-                f"Expected prompts of the images in subject_of, got {prompt!r}; there are "
-                f"{', '.join(map(repr, prompts))}."
-            )
-
-
-def _check_reference(reference: Described | None, seen: Mapping[str, Described], min_confidence: float) -> None:
-    if reference is None:
-        return
+def _check_reference(reference: Described, seen: Described, min_confidence: float) -> None:
     if reference.classes and reference.min_confidence != min_confidence:
         raise EvaluationError(
             f"Expected a reference described at the images' min_confidence, {min_confidence:g}, got one at "
             f"{reference.min_confidence:g}. Describe it again."
         )
-    features = next(iter(seen.values())).features
-    shared = reference.features.keys() & features.keys()
+    shared = reference.features.keys() & seen.features.keys()
     if not shared:
         raise EvaluationError(
-            f"Expected reference features among those of the images ({', '.join(features) or 'none'}), got "
+            f"Expected reference features among those of the images ({', '.join(seen.features) or 'none'}), got "
             f"{', '.join(reference.features) or 'none'}. Name an extractor of features, or leave the reference out."
         )
     for name in shared:
-        ours, theirs = features[name].shape, reference.features[name].shape
+        ours, theirs = seen.features[name].shape, reference.features[name].shape
         if len(theirs) != 2 or theirs[1] != ours[1]:
             raise EvaluationError(
                 f"Expected reference features of {name} of shape (M, {ours[1]}), got {theirs}. Use one extractor."
@@ -255,11 +220,10 @@ def _check_reference(reference: Described | None, seen: Mapping[str, Described],
 def _corrections(
     confusion: Mapping[str, NDArray[Any] | None], annotator: str
 ) -> tuple[dict[str, NDArray[Any] | None], list[str]]:
-    """Return the confusion matrices that figures can be corrected by, and why the others cannot."""
-    usable: dict[str, NDArray[Any] | None] = {}
+    """The confusion matrices that figures can be corrected by, and why the others cannot."""
+    usable = dict(confusion)
     warnings = []
     for name, matrix in confusion.items():
-        usable[name] = matrix
         if matrix is not None:
             try:
                 correct_for_annotator(np.ones((1, matrix.shape[1])), matrix)
@@ -279,46 +243,38 @@ def _record(annotator: Judge, confusion: Mapping[str, NDArray[Any] | None], min_
 
 
 def _notes(
-    models: Mapping[str, Mapping[str, Measures]],
-    annotator: Judge,
-    question: Question,
-    prompts: Sequence[str],
-    reference: Described | None,
-    baseline: str,
+    results: Results, annotator: Judge, question: Question, prompts: Sequence[str], reference: Described | None
 ) -> list[str]:
-    """Return what a reader should know before trusting the figures."""
-    measured = [
-        (f"{model} at guidance scale {key}", measures)
-        for model, by_scale in models.items()
-        for key, measures in by_scale.items()
-    ]
+    """What a reader should know before trusting the figures."""
     notes = []
     for name in question.attributes:
-        if annotator.confusion(name, question.min_confidence) is None and not isinstance(annotator, GivenLabels):
+        if results.annotator.confusion[name] is None and not isinstance(annotator, GivenLabels):
             notes.append(
                 f"how {annotator.name} errs on {name} is not known, so no figure is corrected for it: measure it on "
                 "labelled images"
             )
         for group in question.classes[name]:
-            counts = [row.get(group, 0) for _, m in measured for row in m.attributes[name].counts.values()]
+            counts = [row.get(group, 0) for *_, m in results.each() for row in m.attributes[name].counts.values()]
             if not sum(counts):
                 notes.append(f"no image of any model was annotated {group!r} ({name})")
     if len(question.attributes) > 1:
         notes.append("figures of intersections are not corrected for the annotator's errors")
-    if question.subject_attribute is not None:
-        unnamed = [prompt for prompt in prompts if prompt not in question.subject_of]
-        if unnamed:
-            notes.append(
-                f"{len(unnamed)} of {len(prompts)} prompts name no class of {question.subject_attribute} "
-                f"({', '.join(question.classes[question.subject_attribute])}) and are left out of accuracy, first "
-                f"{unnamed[0]!r}"
-            )
+    unnamed = [prompt for prompt in prompts if prompt not in question.subject_of]
+    if question.subject_attribute and unnamed:
+        notes.append(
+            f"{len(unnamed)} of {len(prompts)} prompts name no class of {question.subject_attribute} "
+            f"({', '.join(question.classes[question.subject_attribute])}) and are left out of accuracy, first "
+            f"{unnamed[0]!r}"
+        )
     if reference is not None and question.attributes[0] not in reference.classes:
         notes.append(
             f"the reference's {question.attributes[0]} is not known, so groups are not compared with its groups"
         )
-    for where, measures in measured:
-        notes += [f"{where}: {entry.note}" for entry in list(measures.attributes.values())[:1] if entry.note]
-        if baseline and not where.startswith(f"{baseline} at ") and not measures.preservation:
-            notes.append(f"{where}: {baseline} has no images at this guidance scale to compare with seed by seed")
+    for model, key, measures in results.each():
+        where = f"{model} at guidance scale {key}"
+        notes += [f"{where}: {measures.first.note}"] if measures.first.note else []
+        if results.baseline not in ("", model) and not measures.preservation:
+            notes.append(
+                f"{where}: {results.baseline} has no images at this guidance scale to compare with seed by seed"
+            )
     return notes

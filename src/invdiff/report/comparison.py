@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ..errors import EvaluationError
-from ..evaluation.manifest import UNSTATED, Row, scale_keys
+from ..evaluation.images import UNSTATED, Row, scale_keys
 from ..evaluation.results import Measures, Results
 from .charts import BASE_COLOUR, SERIES_COLOURS
 from .document import Pair

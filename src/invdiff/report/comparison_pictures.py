@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import ConfigError, EvaluationError
-from ..evaluation.manifest import Row
+from ..evaluation.images import Row
 from .comparison import BASE, GUIDED, Comparison, label, open_row
 from .style import INK, SOFT, Sheet, colour_of, percent, shorten, text_width
 from .words import at_scale

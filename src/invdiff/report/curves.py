@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..evaluation.manifest import UNSTATED, module_scale
+from ..evaluation.images import UNSTATED, module_scale
 from ..evaluation.results import Measures, Results
 from .charts import BASE_COLOUR, Panel, Point, Series, distinct_floors, numbered_series
 from .comparison import Comparison, label

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..evaluation.manifest import Folders
+from ..evaluation.images import Folders
 from ..files import write_text
 from .changes import changes
 from .costs import costs

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..auditing.result import Audit
 from ..errors import ConfigError, EvaluationError
-from ..evaluation.manifest import MANIFESTS, Folders, Row, read_manifest, resolve_folders
+from ..evaluation.images import MANIFESTS, Folders, Row, read_images, resolve_folders
 from ..files import read_json
 from .audit_reading import Page, pages_of, rows_by_name
 from .part_names import Names, shown_path
@@ -162,7 +162,7 @@ def _read_images(given: Mapping[str, Folders], run: Path | None) -> dict[str, Ge
         settings = [read_json(file) if file.is_file() else {} for file in files]
         if not all(isinstance(entry, Mapping) for entry in settings):
             raise EvaluationError(f"Expected settings in generate.json of {folders}, found something else.")
-        rows = [row for folder in folders for row in read_manifest(folder)]
+        rows = [row for folder in folders for row in read_images(folder)]
         images[model] = Generated(rows, [shown_path(folder, run) for folder in folders], settings)
     return images
 

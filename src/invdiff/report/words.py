@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..evaluation.manifest import UNSTATED
+from ..evaluation.images import UNSTATED
 from ..evaluation.quality.intervals import share_interval
 from ..evaluation.results import Quantity
 from ..text import one_line

@@ -1,4 +1,4 @@
-"""Correction of counts for an annotator's mistakes, from its confusion matrix on held-out images.
+"""Correction of counts for an annotator's errors, from its confusion matrix on held-out images.
 
 If a share p_k of the images is truly of class k and the annotator calls it j at rate M_kj, the annotated shares are
 q = M^T p. Solving for p is the "matrix method" of epidemiology and of quantification (Buonaccorsi, "Measurement
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ...errors import EvaluationError
 from .intervals import bias_aware, check_settings, plausible_shares, resamples_for, whole_totals
-from .metrics import FloatArray, find_metric, per_prompt, shares, supported, target_of
+from .metrics import FloatArray, checked_counts, find_metric, per_prompt
 
 MAX_CONDITION = 20.0
 """Condition number of the rates above which noise in the counts is amplified too much to correct them."""
@@ -22,7 +22,7 @@ PRIOR = 0.5
 
 
 def correct_for_annotator(counts: ArrayLike, confusion: ArrayLike) -> FloatArray:
-    """Return the counts that the annotator's mistakes hide.
+    """Counts corrected for the annotator's errors.
 
     The shares are the inverse of the rates (least squares under a sum of 1 where there are more columns than
     classes), and where that has negative shares, the Euclidean projection of it onto the simplex.
@@ -36,7 +36,7 @@ def correct_for_annotator(counts: ArrayLike, confusion: ArrayLike) -> FloatArray
         Counts per true class with the same sum for each prompt, fractional, (prompts, K).
 
     Raises:
-        EvaluationError: As for `fairness.shares`; the matrix does not fit the counts, has negative or infinite
+        EvaluationError: As for `metrics.checked_counts`; the matrix does not fit the counts, has negative or infinite
             cells, fractional counts, a class without held-out images, or classes that the annotator does not tell
             apart.
     """
@@ -55,7 +55,7 @@ def corrected_interval(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return a bias-aware interval of a metric of corrected counts, as `intervals.interval` does of raw ones.
+    """Bias-aware interval of a metric of corrected counts, as `intervals.interval` does of raw ones.
 
     Both the images and the held-out images are sampled: rates from Dirichlet distributions, the same for all
     prompts, and annotations from multinomials. A confusion matrix of rates has no number of held-out images: it is
@@ -85,7 +85,7 @@ def corrected_interval(
     corrected = correct_for_annotator(table, held_out)
     values = per_prompt(metric, corrected, target=target)
     chosen = find_metric(metric)
-    t = target_of(chosen, target, len(held_out))
+    t = chosen.target(target, len(held_out))
     generator = np.random.default_rng(seed)
 
     resamples = resamples_for(num_resamples, len(table))
@@ -107,7 +107,7 @@ def corrected_interval(
     plausible = plausible_shares(
         p,
         target=t,
-        allowed=supported(chosen, t),
+        allowed=chosen.supported(t),
         rates=rates,
         numbers=numbers * sampling / (sampling + held_out_part),
         worth=np.minimum((1 - (steady**2).sum(axis=1)) / (sampling + held_out_part), numbers),
@@ -126,7 +126,7 @@ def corrected_interval(
 
 
 def project_to_simplex(x: FloatArray) -> FloatArray:
-    """Return the nearest shares to each vector, (..., groups): non-negative, summing to 1.
+    """Nearest shares to each vector, (..., groups): non-negative, summing to 1.
 
     Duchi et al., "Efficient projections onto the l1-ball for learning in high dimensions" (ICML 2008).
 
@@ -187,8 +187,7 @@ def _are_rates(held_out: FloatArray) -> bool:
 def _checked(counts: ArrayLike, confusion: ArrayLike) -> tuple[FloatArray, FloatArray]:
     """Counts (prompts, J) and a usable confusion matrix (K, J), of counts or of rates that sum to 1."""
     held_out = np.asarray(confusion, dtype=np.float64)
-    shares(counts)
-    table = np.asarray(counts, dtype=np.float64)
+    table = checked_counts(counts)
     if held_out.ndim != 2 or len(held_out) < 2 or held_out.shape[1] - len(held_out) not in (0, 1):
         raise EvaluationError(
             f"Expected a confusion matrix of shape (K, K) or (K, K + 1) with at least two classes, got "

@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import chdtri, ndtri, stdtrit
 
 from ...errors import EvaluationError
-from .metrics import FloatArray, Metric, find_metric, per_prompt, supported, target_of
+from .metrics import FloatArray, Metric, find_metric, per_prompt
 
 MIN_RESAMPLES = 20
 ENOUGH_RESAMPLES = 200
@@ -47,14 +47,9 @@ def interval(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return a bias-aware interval for a metric's mean over these prompts.
+    """Bias-aware interval for a metric's mean over these prompts.
 
     Sums of class probabilities are taken for counts: they spread less than counts do, so the interval is wide.
-
-    Measured at 95%, for truths that are fair, tied, mildly and extremely unfair and mixed, with 2, 3 and 5 groups and
-    20, 100 and 512 images: of all metrics and truths the lowest coverage was 0.955 with one prompt (168 truths, 2,000
-    evaluations each), 0.964 with two (93, 2,000) and 0.965 with thirty (69, 200); half of the truths were covered in
-    0.98 or more.
 
     Args:
         metric: A name in `metrics.METRICS`.
@@ -77,7 +72,7 @@ def interval(
     chosen = find_metric(metric)
     table = np.asarray(counts, dtype=np.float64)
     numbers = whole_totals(table)
-    t = target_of(chosen, target, table.shape[1])
+    t = chosen.target(target, table.shape[1])
     generator = np.random.default_rng(seed)
 
     resamples = resamples_for(num_resamples, len(table))
@@ -88,7 +83,7 @@ def interval(
     plausible = plausible_shares(
         table / table.sum(axis=1, keepdims=True),
         target=t,
-        allowed=supported(chosen, t),
+        allowed=chosen.supported(t),
         rates=np.eye(len(t)),
         numbers=numbers,
         worth=numbers,
@@ -105,17 +100,6 @@ def interval(
     )
 
 
-def bias_interval(
-    counts: ArrayLike, *, confidence: float = 0.95, num_resamples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Return a bias-aware interval for Bias: `interval` of "bias".
-
-    Raises:
-        EvaluationError: As for `interval`.
-    """
-    return interval("bias", counts, confidence=confidence, num_resamples=num_resamples, seed=seed)
-
-
 def plausible_shares(
     p: FloatArray,
     *,
@@ -126,7 +110,7 @@ def plausible_shares(
     worth: ArrayLike,
     confidence: float,
 ) -> FloatArray:
-    """Return four shares for each prompt at which the plug-in is worst, of those its counts do not reject.
+    """Four shares for each prompt at which the plug-in is worst, of those its counts do not reject.
 
     The last on the way to the target, and to all images in the group that most exceeds it, that Pearson's chi-square
     does not reject at `confidence`, so extremes get the width of a score interval; the shares with groups tied that
@@ -180,7 +164,7 @@ def bias_aware(
     confidence: float,
     degrees: int,
 ) -> tuple[float, float]:
-    """Return the interval of the mean of `values` that the worst of the candidates' bias and spread give.
+    """Interval of the mean of `values` that the worst of the candidates' bias and spread give.
 
     Args:
         metric: The metric.
@@ -193,10 +177,10 @@ def bias_aware(
     """
     deviations, biases = [], []
     for shares in candidates:
-        simulated = metric.per_prompt(draw(shares), target)
+        simulated = metric.formula(draw(shares), target)
         mean = simulated.mean(axis=0)
         deviations.append(simulated - mean)
-        biases.append(mean - metric.per_prompt(shares, target))
+        biases.append(mean - metric.formula(shares, target))
     deviation, bias = np.stack(deviations), np.stack(biases)
     upward, downward = np.maximum(bias.max(axis=0), 0).mean(), np.maximum(-bias.min(axis=0), 0).mean()
 
@@ -223,7 +207,7 @@ def bias_aware(
 
 
 def whole_totals(table: FloatArray) -> NDArray[np.int64]:
-    """Return each prompt's number of images, (prompts,), of counts or sums of probabilities.
+    """Each prompt's number of images, (prompts,), of counts or sums of probabilities.
 
     Raises:
         EvaluationError: A total is not whole, or the counts are shares.
@@ -240,7 +224,7 @@ def whole_totals(table: FloatArray) -> NDArray[np.int64]:
 
 
 def resamples_for(num_resamples: int, num_prompts: int) -> int:
-    """Return how many draws each prompt gets, of at most `num_resamples`."""
+    """Draws that each prompt gets, of at most `num_resamples`."""
     return min(num_resamples, max(ENOUGH_RESAMPLES, MAX_DRAWS // num_prompts))
 
 

@@ -1,18 +1,17 @@
-"""Fairness from counts: how unevenly a prompt's images fall into the classes of a sensitive attribute.
+"""Fairness metrics: how unevenly a prompt's images fall into the classes of a sensitive attribute.
 
-Every metric takes counts, (prompts, groups), and averages over prompts. Counts are images by their most
-probable class, or sums of the annotator's class probabilities (the softmax form, fractional). `METRICS` holds
-the metrics by name, each as a function on shares.
+`METRICS` is the table of metrics. Every one takes the shares of one prompt's groups; `per_prompt` takes counts of
+images, (prompts, groups), and figures are means over prompts. Counts are images by their most probable class, or sums
+of the annotator's class probabilities (the softmax form, fractional).
 
-Plug-in metrics of a fair sampler are not at their fair value with finitely many images: read them beside
-`floors.metric_floor` and `intervals.interval`. Only polynomials in the shares of degree at most N have an unbiased
-estimate from N images, such as the squared discrepancy (`squared_discrepancy_unbiased`). Mean |p_i - p_j|, the
-parity gap, the discrepancy itself, entropies and ratios are not polynomials, so none exists for them.
+With finitely many images a metric of a fair sampler is not at its fair value: read it beside `floors.metric_floor` and
+`intervals.interval`. Only polynomials in the shares of degree at most N have an unbiased estimate from N images, such
+as the squared discrepancy (`squared_discrepancy_unbiased`); none of the metrics here is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -25,227 +24,113 @@ from ...errors import EvaluationError
 FloatArray = NDArray[np.float64]
 
 
+def bias(p: FloatArray, target: FloatArray) -> FloatArray:
+    """Mean over pairs of groups of |p_i - p_j|.
+
+    The Bias of Shen et al., "Finetuning text-to-image diffusion models for fairness" (ICLR 2024). Of sorted shares,
+    the k-th smallest enters 2k - K - 1 times.
+    """
+    num_groups = p.shape[-1]
+    signs = 2 * np.arange(1, num_groups + 1) - num_groups - 1
+    return np.asarray(np.sort(p, axis=-1) @ signs / (num_groups * (num_groups - 1) / 2), dtype=np.float64)
+
+
+def fairness_discrepancy(p: FloatArray, target: FloatArray) -> FloatArray:
+    """Euclidean distance of the shares to the target, |p - t|.
+
+    Choi et al., "Fair generative modeling via weak supervision" (ICML 2020), and Teo et al., "On measuring fairness
+    in generative models" (NeurIPS 2023).
+    """
+    return np.asarray(np.linalg.norm(p - target, axis=-1))
+
+
+def parity_gap(p: FloatArray, target: FloatArray) -> FloatArray:
+    """Largest share less the smallest, max p - min p: Fairlearn's demographic parity difference."""
+    return np.asarray(p.max(axis=-1) - p.min(axis=-1))
+
+
+def kl_to_target(p: FloatArray, target: FloatArray) -> FloatArray:
+    """Kullback-Leibler divergence of the shares from the target in nats, sum p log(p / t)."""
+    return np.asarray(rel_entr(p, target).sum(axis=-1))
+
+
+def normalised_entropy(p: FloatArray, target: FloatArray) -> FloatArray:
+    """Entropy of the shares over its maximum, H(p) / log K."""
+    return np.asarray(entr(p).sum(axis=-1) / np.log(p.shape[-1]))
+
+
+def worst_group_ratio(p: FloatArray, target: FloatArray) -> FloatArray:
+    """Smallest share over the largest, min p / max p: Fairlearn's demographic parity ratio."""
+    return np.asarray(p.min(axis=-1) / p.max(axis=-1))
+
+
 @dataclass(frozen=True)
 class Metric:
     """A fairness metric of one prompt's shares."""
 
-    name: str
-    per_prompt: Callable[..., FloatArray]
-    """From shares (..., groups) and a target (groups,), uniform when None, to values (...)."""
+    formula: Callable[[FloatArray, FloatArray], FloatArray]
+    """From shares (..., groups) and a target (groups,) to values (...)."""
     fair_value: int
     """The value of shares that equal the target: 0 or 1."""
     takes_target: bool
-    """Whether it can be measured against other shares than even ones."""
+    """Whether it measures against any target; the others measure evenness."""
     label: str
     """Its name for people, and which value is fair."""
 
+    @property
+    def name(self) -> str:
+        """The name in `METRICS` and in results."""
+        return self.formula.__name__
+
+    def supported(self, target: FloatArray) -> NDArray[np.bool_]:
+        """Groups that may have images without making the metric infinite, (groups,)."""
+        return target > 0 if self.formula is kl_to_target else np.ones(len(target), dtype=bool)
+
     def limits(self, target: FloatArray) -> tuple[float, float]:
-        """Return the least and the greatest value; all metrics here are extreme at the target and the vertices."""
-        vertices = np.eye(len(target))[supported(self, target)]
-        ends = np.append(self.per_prompt(vertices, target), float(self.fair_value))
+        """Least and greatest value: all metrics here are extreme at the target and the vertices."""
+        vertices = np.eye(len(target))[self.supported(target)]
+        ends = np.append(self.formula(vertices, target), float(self.fair_value))
         return float(ends.min()), float(ends.max())
 
+    def target(self, target: ArrayLike | None, num_groups: int) -> FloatArray:
+        """Target shares, (groups,), even when None.
 
-def shares(counts: ArrayLike) -> FloatArray:
-    """Return the share of each group among a prompt's images.
-
-    Args:
-        counts: Images per prompt and group, (prompts, groups).
-
-    Returns:
-        Shares that sum to 1 over the groups, (prompts, groups).
-
-    Raises:
-        EvaluationError: The counts are negative or not finite, a prompt has no image, or there are fewer than
-            two groups.
-    """
-    checked = _checked(counts)
-    return checked / checked.sum(axis=1, keepdims=True)
-
-
-def bias_per_prompt(counts: ArrayLike) -> FloatArray:
-    """Return each prompt's mean over pairs of groups of |p_i - p_j|, (prompts,); 0 is perfectly even.
-
-    Args:
-        counts: Images per prompt and group, (prompts, groups).
-
-    Raises:
-        EvaluationError: As for `shares`.
-    """
-    return _mean_pair_difference(shares(counts))
-
-
-def bias(counts: ArrayLike) -> float:
-    """Return the Bias of Shen et al., "Finetuning text-to-image diffusion models for fairness" (ICLR 2024).
-
-    Bias is the mean over prompts of the mean over pairs of groups of |p_i - p_j|. With finitely many images
-    it is above zero even for a fair sampler: read it beside `floors.bias_floor`.
-
-    Args:
-        counts: Images per prompt and group, (prompts, groups).
-
-    Raises:
-        EvaluationError: As for `shares`.
-    """
-    return float(bias_per_prompt(counts).mean())
-
-
-def fairness_discrepancy(counts: ArrayLike, target: ArrayLike | None = None) -> float:
-    """Return the mean over prompts of the Euclidean distance of the shares to a target; 0 is fair.
-
-    The fairness discrepancy of Choi et al., "Fair generative modeling via weak supervision" (ICML 2020), and
-    Teo et al., "On measuring fairness in generative models" (NeurIPS 2023). Label counts give its argmax form,
-    sums of class probabilities its softmax form.
-
-    Args:
-        counts: Images, or sums of probabilities, per prompt and group, (prompts, groups).
-        target: Shares to compare with, (groups,), summing to 1; even when None.
-
-    Raises:
-        EvaluationError: As for `shares`, or the target is not shares of these groups.
-    """
-    return float(per_prompt("fairness_discrepancy", counts, target=target).mean())
-
-
-def parity_gap(counts: ArrayLike) -> float:
-    """Return the mean over prompts of the largest share less the smallest; 0 is even.
-
-    Fairlearn calls it the demographic parity difference.
-
-    Args:
-        counts: Images per prompt and group, (prompts, groups).
-
-    Raises:
-        EvaluationError: As for `shares`.
-    """
-    return float(per_prompt("parity_gap", counts).mean())
-
-
-def kl_to_target(counts: ArrayLike, target: ArrayLike | None = None) -> float:
-    """Return the mean over prompts of KL(shares || target) in nats; 0 is fair.
-
-    Args:
-        counts: Images per prompt and group, (prompts, groups).
-        target: Shares to compare with, (groups,), summing to 1; even when None.
-
-    Raises:
-        EvaluationError: As for `fairness_discrepancy`, or a group has images where its target share is zero.
-    """
-    return float(per_prompt("kl_to_target", counts, target=target).mean())
-
-
-def normalised_entropy(counts: ArrayLike) -> float:
-    """Return the mean over prompts of H(shares) / log K; 1 is even, 0 is all of one group.
-
-    Args:
-        counts: Images per prompt and group, (prompts, groups).
-
-    Raises:
-        EvaluationError: As for `shares`.
-    """
-    return float(per_prompt("normalised_entropy", counts).mean())
-
-
-def worst_group_ratio(counts: ArrayLike) -> float:
-    """Return the mean over prompts of the smallest share over the largest; 1 is even.
-
-    Fairlearn calls it the demographic parity ratio.
-
-    Args:
-        counts: Images per prompt and group, (prompts, groups).
-
-    Raises:
-        EvaluationError: As for `shares`.
-    """
-    return float(per_prompt("worst_group_ratio", counts).mean())
-
-
-def per_prompt(metric: str, counts: ArrayLike, *, target: ArrayLike | None = None) -> FloatArray:
-    """Return a metric's value for each prompt, (prompts,).
-
-    Args:
-        metric: A name in `METRICS`.
-        counts: Images per prompt and group, (prompts, groups).
-        target: Shares to compare with, (groups,), for a metric that takes them; even when None.
-
-    Raises:
-        EvaluationError: As for the metric, or it is unknown or takes no target.
-    """
-    p = shares(counts)
-    chosen = find_metric(metric)
-    checked_target = target_of(chosen, target, p.shape[1])
-    forbidden = np.argwhere((p > 0) & ~supported(chosen, checked_target))
-    if len(forbidden):
-        prompt, group = forbidden[0]
-        raise EvaluationError(
-            f"Expected no image of group {group}, whose target share is zero, got a share of "
-            f"{p[prompt, group]:.3g} for prompt {prompt}: KL is infinite. Give the group a target above zero."
-        )
-    return chosen.per_prompt(p, checked_target)
-
-
-def squared_discrepancy_unbiased(counts: ArrayLike, target: ArrayLike | None = None) -> float:
-    """Return the unbiased estimate of the mean over prompts of the squared distance of the shares to a target.
-
-    The U-statistic sum_k n_k (n_k - 1) / (N (N - 1)) - 2 t_k n_k / N + t_k^2. Unlike the plug-in it averages to
-    zero for a fair sampler, so a single value may well be negative.
-
-    Args:
-        counts: Images per prompt and group, whole numbers, at least two for each prompt, (prompts, groups).
-        target: Shares to compare with, (groups,), summing to 1; even when None.
-
-    Raises:
-        EvaluationError: As for `fairness_discrepancy`, counts that are not whole, or a prompt with one image.
-    """
-    checked = _checked(counts)
-    t = target_of(METRICS["fairness_discrepancy"], target, checked.shape[1])
-    numbers = checked.sum(axis=1, keepdims=True)
-    if np.any(checked != np.floor(checked)):
-        raise EvaluationError("Expected whole numbers of images, got fractions. Pass counts, not shares.")
-    if np.any(numbers < 2):
-        raise EvaluationError(
-            f"Expected at least two images for every prompt, got one for prompt {int(numbers.argmin())}: "
-            "no unbiased estimate exists. Generate more."
-        )
-    squares = checked * (checked - 1) / (numbers * (numbers - 1))
-    return float((squares - 2 * t * checked / numbers + t**2).sum(axis=1).mean())
-
-
-def intersections(*labels: ArrayLike, num_classes: Sequence[int]) -> tuple[NDArray[np.int64], int]:
-    """Return joint class indices of several attributes, (N,), and the number of joint classes.
-
-    The last attribute varies fastest: with `num_classes=(2, 3)`, classes 1 and 2 are joint class 5.
-
-    Args:
-        *labels: Class indices of one attribute each, (N,).
-        num_classes: Classes of each attribute.
-
-    Raises:
-        EvaluationError: No attribute, arrays of different lengths, or an index that is not one of the classes.
-    """
-    arrays = [np.asarray(values) for values in labels]
-    if not arrays or len(arrays) != len(num_classes):
-        raise EvaluationError(
-            f"Expected a number of classes for each of one or more attributes, got {len(arrays)} attributes and "
-            f"{len(num_classes)} numbers. Pass one of each."
-        )
-    for position, (values, classes) in enumerate(zip(arrays, num_classes, strict=True)):
-        if values.ndim != 1 or values.shape != arrays[0].shape or not np.issubdtype(values.dtype, np.integer):
+        Raises:
+            EvaluationError: The metric takes no target, or it is not `num_groups` shares that sum to 1.
+        """
+        if target is None:
+            return np.full(num_groups, 1 / num_groups)
+        if not self.takes_target:
             raise EvaluationError(
-                f"Expected whole-number labels of shape {arrays[0].shape[:1]} for every attribute, got {values.dtype} "
-                f"of shape {values.shape} for attribute {position}. Label the same images for each."
+                f"Expected no target for {self.name}, which compares groups with each other, got one. "
+                f"Use {' or '.join(name for name, metric in METRICS.items() if metric.takes_target)}."
             )
-        if np.any((values < 0) | (values >= classes)):
+        array = np.asarray(target, dtype=np.float64)
+        if array.shape != (num_groups,) or not np.all(array >= 0) or abs(array.sum() - 1) > 1e-6:
             raise EvaluationError(
-                f"Expected labels from 0 to {classes - 1} for attribute {position}, got {values.min()} to "
-                f"{values.max()}. Leave out images without a class."
+                f"Expected {num_groups} target shares of zero or more that sum to 1, got {target!r}. "
+                "Give one share for each group."
             )
-    joint = np.ravel_multi_index(tuple(arrays), tuple(num_classes))
-    return np.asarray(joint, dtype=np.int64), int(np.prod(num_classes))
+        return array / array.sum()
+
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {
+        metric.name: metric
+        for metric in (
+            Metric(bias, 0, False, "Bias: 0 is even, 1 is always one class"),
+            Metric(fairness_discrepancy, 0, True, "distance of the shares to the target: 0 is on target"),
+            Metric(parity_gap, 0, False, "largest share less the smallest: 0 is even"),
+            Metric(kl_to_target, 0, True, "divergence from the target, nats: 0 is on target"),
+            Metric(normalised_entropy, 1, False, "entropy over its maximum: 1 is even"),
+            Metric(worst_group_ratio, 1, False, "smallest share over the largest: 1 is even"),
+        )
+    }
+)
 
 
 def find_metric(name: str) -> Metric:
-    """Return the metric called `name`.
+    """The metric called `name`.
 
     Raises:
         EvaluationError: There is none.
@@ -255,80 +140,66 @@ def find_metric(name: str) -> Metric:
     return METRICS[name]
 
 
-def target_of(metric: Metric, target: ArrayLike | None, num_groups: int) -> FloatArray:
-    """Return the target shares (groups,), even when None.
+def per_prompt(metric: str, counts: ArrayLike, *, target: ArrayLike | None = None) -> FloatArray:
+    """A metric's value for each prompt, (prompts,).
+
+    Args:
+        metric: A name in `METRICS`.
+        counts: Images, or sums of probabilities, per prompt and group, (prompts, groups).
+        target: Shares to compare with, (groups,), for a metric that takes them; even when None.
 
     Raises:
-        EvaluationError: The metric takes no target, or it is not `num_groups` shares that sum to 1.
+        EvaluationError: The counts are no table of at least one prompt and two groups, are negative or not finite, or
+            a prompt has no image; the metric is unknown or takes no target; the target is not shares of these groups;
+            or, for KL, a group has images where its target share is zero.
     """
-    if target is None:
-        return np.full(num_groups, 1 / num_groups)
-    if not metric.takes_target:
+    table, chosen = checked_counts(counts), find_metric(metric)
+    p = table / table.sum(axis=1, keepdims=True)
+    t = chosen.target(target, p.shape[1])
+    forbidden = np.argwhere((p > 0) & ~chosen.supported(t))
+    if len(forbidden):
+        prompt, group = forbidden[0]
         raise EvaluationError(
-            f"Expected no target for {metric.name}, which compares groups with each other, got one. "
-            "Use fairness_discrepancy or kl_to_target."
+            f"Expected no image of group {group}, whose target share is zero, got a share of "
+            f"{p[prompt, group]:.3g} for prompt {prompt}: KL is infinite. Give the group a target above zero."
         )
-    array = np.asarray(target, dtype=np.float64)
-    if array.shape != (num_groups,) or not np.all(array >= 0) or abs(array.sum() - 1) > 1e-6:
+    return chosen.formula(p, t)
+
+
+def squared_discrepancy_unbiased(counts: ArrayLike, target: ArrayLike | None = None) -> float:
+    """Unbiased estimate of the mean over prompts of the squared distance of the shares to a target.
+
+    The U-statistic sum_k n_k (n_k - 1) / (N (N - 1)) - 2 t_k n_k / N + t_k^2. Unlike the plug-in it averages to
+    zero for a fair sampler, so a single value may well be negative.
+
+    Args:
+        counts: Images per prompt and group, whole numbers, at least two for each prompt, (prompts, groups).
+        target: Shares to compare with, (groups,), summing to 1; even when None.
+
+    Raises:
+        EvaluationError: As for `per_prompt`, counts that are not whole, or a prompt with one image.
+    """
+    table = checked_counts(counts)
+    t = METRICS["fairness_discrepancy"].target(target, table.shape[1])
+    numbers = table.sum(axis=1, keepdims=True)
+    if np.any(table != np.floor(table)):
+        raise EvaluationError("Expected whole numbers of images, got fractions. Pass counts, not shares.")
+    if np.any(numbers < 2):
         raise EvaluationError(
-            f"Expected {num_groups} target shares of zero or more that sum to 1, got {target!r}. "
-            "Give one share for each group."
+            f"Expected at least two images for every prompt, got one for prompt {int(numbers.argmin())}: "
+            "no unbiased estimate exists. Generate more."
         )
-    return array / array.sum()
+    squares = table * (table - 1) / (numbers * (numbers - 1))
+    return float((squares - 2 * t * table / numbers + t**2).sum(axis=1).mean())
 
 
-def supported(metric: Metric, target: FloatArray) -> NDArray[np.bool_]:
-    """Return the groups that may have images without making the metric infinite, (groups,)."""
-    return target > 0 if metric.name == "kl_to_target" else np.ones(len(target), dtype=bool)
+def checked_counts(counts: ArrayLike) -> FloatArray:
+    """Counts as float64, (prompts, groups).
 
-
-def _mean_pair_difference(p: FloatArray, target: FloatArray | None = None) -> FloatArray:
-    """Mean over pairs of |p_i - p_j| along the last axis: the k-th smallest enters 2k - K - 1 times."""
-    num_groups = p.shape[-1]
-    signs = 2 * np.arange(1, num_groups + 1) - num_groups - 1
-    return np.asarray(np.sort(p, axis=-1) @ signs / (num_groups * (num_groups - 1) / 2), dtype=np.float64)
-
-
-def _discrepancy(p: FloatArray, target: FloatArray | None = None) -> FloatArray:
-    even = 1 / p.shape[-1]
-    return np.asarray(np.linalg.norm(p - (even if target is None else target), axis=-1))
-
-
-def _gap(p: FloatArray, target: FloatArray | None = None) -> FloatArray:
-    return np.asarray(p.max(axis=-1) - p.min(axis=-1))
-
-
-def _kl(p: FloatArray, target: FloatArray | None = None) -> FloatArray:
-    even = 1 / p.shape[-1]
-    return np.asarray(rel_entr(p, even if target is None else target).sum(axis=-1))
-
-
-def _entropy(p: FloatArray, target: FloatArray | None = None) -> FloatArray:
-    return np.asarray(entr(p).sum(axis=-1) / np.log(p.shape[-1]))
-
-
-def _ratio(p: FloatArray, target: FloatArray | None = None) -> FloatArray:
-    return np.asarray(p.min(axis=-1) / p.max(axis=-1))
-
-
-METRICS: Mapping[str, Metric] = MappingProxyType(
-    {
-        metric.name: metric
-        for metric in (
-            Metric("bias", _mean_pair_difference, 0, False, "Bias: 0 is even, 1 is always one class"),
-            Metric(
-                "fairness_discrepancy", _discrepancy, 0, True, "distance of the shares to the target: 0 is on target"
-            ),
-            Metric("parity_gap", _gap, 0, False, "largest share less the smallest: 0 is even"),
-            Metric("kl_to_target", _kl, 0, True, "divergence from the target, nats: 0 is on target"),
-            Metric("normalised_entropy", _entropy, 1, False, "entropy over its maximum: 1 is even"),
-            Metric("worst_group_ratio", _ratio, 1, False, "smallest share over the largest: 1 is even"),
-        )
-    }
-)
-
-
-def _checked(counts: ArrayLike) -> FloatArray:
+    Raises:
+        EvaluationError: They are no table of at least one prompt and two groups, are negative or not finite, or a
+            prompt has no image.
+    """
     array = np.asarray(counts, dtype=np.float64)
     if array.ndim != 2 or array.shape[0] < 1:
         raise EvaluationError(

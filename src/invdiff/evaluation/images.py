@@ -1,0 +1,202 @@
+"""Folders of generated images and their manifests: ours, or any other tool's."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.tables import read_table
+from ..errors import EvaluationError
+from ..files import is_inside
+from .results import UNSTATED, scale_order
+
+MANIFESTS = ("manifest.jsonl", "metadata.jsonl", "metadata.csv")
+"""Files that may list a folder's images, in order of preference."""
+PROMPT_COLUMNS = ("prompt", "text", "caption")
+
+Folders = str | Path | Sequence[str | Path]
+"""The folder or folders of a model's images."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One generated image."""
+
+    path: Path
+    prompt: str
+    guidance_scale: float | None
+    """Strength of classifier-free guidance; None where the manifest does not say."""
+    scale: float | None
+    """Strength of the guidance module; None where the manifest does not say."""
+    seed: str | None
+    """Seed of its starting noise; None where the manifest does not say."""
+    values: Mapping[str, Any]
+    """All columns of the manifest."""
+
+    @property
+    def scale_key(self) -> str:
+        """The guidance scale as results name it: `str(float)`, or "unstated"."""
+        return UNSTATED if self.guidance_scale is None else str(self.guidance_scale)
+
+
+def resolve_folders(folders: Mapping[str, Folders] | str | Path) -> dict[str, list[Path]]:
+    """Model name to folders, from a mapping, one folder of images, or a folder of such folders.
+
+    Raises:
+        EvaluationError: There is none, or a folder of images inside has no manifest.
+    """
+    if isinstance(folders, Mapping):
+        several = {
+            model: [Path(folder) for folder in ([given] if isinstance(given, str | Path) else given)]
+            for model, given in folders.items()
+        }
+        if not several or not all(several.values()):
+            raise EvaluationError("Expected at least one folder of images of each model, got none.")
+        return several
+    folder = Path(folders)
+    inside = [child for child in sorted(folder.glob("*")) if _manifest_in(child) is not None]
+    if not inside or _manifest_in(folder) is not None:
+        return {folder.resolve().name: [folder]}
+    for child in sorted(folder.iterdir()):
+        if child.is_dir() and child not in inside and any(child.rglob("*.png")):
+            raise EvaluationError(
+                f"Expected a manifest in every folder of images inside {folder}, found none in {child}. Write "
+                "one, or name the folders to evaluate one by one."
+            )
+    return {child.name: [child] for child in inside}
+
+
+def read_images(*folders: Path) -> list[Row]:
+    """The images of one model, in the order that its folders list them.
+
+    A folder's manifest is manifest.jsonl, metadata.jsonl or metadata.csv. Each row has `file_name` and `prompt` (or
+    `text` or `caption`), and may have `guidance_scale`, `seed` and `scale`; further columns may hold given labels.
+    Images outside the folder are refused, links followed: a manifest of another person must not bring a private file
+    into figures and reports.
+
+    Raises:
+        EvaluationError: There is no manifest, it is damaged, names absent images, images outside the folder, an image
+            twice, a prompt with one image only, or images of several module scales; or a folder inside is empty.
+    """
+    rows = [row for folder in folders for row in _read_folder(folder)]
+    where = " and ".join(map(str, folders))
+    seen: set[Path] = set()
+    for row in rows:
+        path = row.path.resolve()
+        if path in seen:
+            raise EvaluationError(f"Expected each image once in {where}, found {row.path} again. Remove it.")
+        seen.add(path)
+    scales = sorted({row.scale for row in rows if row.scale is not None})
+    if len(scales) > 1:
+        raise EvaluationError(
+            f"Expected images of one module scale in {where}, found {scales}. Generate each scale into a "
+            "folder of its own and give each a name: {name: folder}, or NAME=FOLDER."
+        )
+    return rows
+
+
+def common_prompts(rows_by_model: Mapping[str, Sequence[Row]]) -> list[str]:
+    """The prompts of all models, in order.
+
+    Raises:
+        EvaluationError: A model lacks a prompt at a guidance scale that it has others at.
+    """
+    prompts = list(dict.fromkeys(row.prompt for rows in rows_by_model.values() for row in rows))
+    for model, rows in rows_by_model.items():
+        for key in scale_keys(rows):
+            present = {row.prompt for row in rows if row.scale_key == key}
+            absent = [prompt for prompt in prompts if prompt not in present]
+            if absent:
+                raise EvaluationError(
+                    f"Expected images of the same prompts everywhere, found none of {absent[0]!r} in {model} "
+                    f"at guidance scale {key}. Generate them, or evaluate the folders apart: "
+                    "averages over different prompts cannot be compared."
+                )
+    return prompts
+
+
+def scale_keys(rows: Sequence[Row]) -> list[str]:
+    """The guidance scales present, ascending, "unstated" last."""
+    return sorted({row.scale_key for row in rows}, key=scale_order)
+
+
+def module_scale(rows: Sequence[Row]) -> float | None:
+    """Strength of the guidance module of one model's images; None where not all manifests say it."""
+    scales = {row.scale for row in rows}
+    return scales.pop() if len(scales) == 1 else None
+
+
+def _manifest_in(folder: Path) -> Path | None:
+    return next((folder / name for name in MANIFESTS if (folder / name).is_file()), None)
+
+
+def _read_folder(folder: Path) -> list[Row]:
+    manifest = _manifest_in(folder)
+    if manifest is None:
+        raise EvaluationError(
+            f"Expected {MANIFESTS[0]} in {folder}, found none. Give a folder that `invdiff generate` wrote, or list "
+            "the images of another tool in a manifest.jsonl or metadata.csv with file_name and prompt."
+        )
+    table = read_table(manifest, required=("file_name", PROMPT_COLUMNS), error=EvaluationError)
+    rows = [_row(values, folder, table.place(number)) for number, values in enumerate(table.rows)]
+    absent = [row.path for row in rows if not _is_file(row.path)]
+    if absent:
+        raise EvaluationError(
+            f"Expected the {len(rows)} images that {manifest} names, found {len(absent)} absent, first "
+            f"{absent[0]}. Draw them (the same `invdiff generate` again makes what is missing), or remove their rows."
+        )
+    for child in sorted(folder.iterdir()):
+        if child.is_dir() and not child.name.startswith(".") and not any(child.iterdir()):
+            raise EvaluationError(
+                f"Expected images in {child}, found none: generation stopped early. Run it again, or remove "
+                "the folder."
+            )
+    for key in scale_keys(rows):
+        prompt, fewest = Counter(row.prompt for row in rows if row.scale_key == key).most_common()[-1]
+        if fewest < 2:
+            raise EvaluationError(
+                f"Expected at least 2 images per prompt in {folder}, found {fewest} of {prompt!r} at "
+                f"guidance scale {key}. Generate more."
+            )
+    return rows
+
+
+def _row(values: Mapping[str, Any], folder: Path, where: str) -> Row:
+    try:
+        prompts = [values[name] for name in PROMPT_COLUMNS if name in values]
+        prompt = next((text for text in prompts if text != ""), "")
+        prompt.encode("utf-8")  # text that cannot be written later is refused now
+        path = folder / values["file_name"]
+        inside = is_inside(path, folder)
+        guidance_scale, scale = _number(values.get("guidance_scale")), _number(values.get("scale"))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise EvaluationError(
+            f"Expected an image's file_name and prompt, and numbers where it has guidance_scale and scale, in {where}, "
+            f"found something else ({error!r}). Correct or remove the row, or generate again."
+        ) from error
+    if not inside:
+        raise EvaluationError(
+            f"Expected images inside {folder}, found {values['file_name']!r} in {where}, which lies outside it. "
+            "Copy the image into the folder (no link) and give its path relative to it."
+        )
+    seed = values.get("seed")
+    return Row(path, prompt, guidance_scale, scale, None if seed in (None, "") else str(seed), values)
+
+
+def _number(value: Any) -> float | None:
+    if value in (None, ""):
+        return None
+    if not math.isfinite(float(value)):
+        raise ValueError(f"{value!r} is not a finite number")
+    return float(value)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for the file system
+        return False
