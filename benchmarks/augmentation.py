@@ -24,15 +24,15 @@ import torch
 from numpy.typing import NDArray
 
 from invdiff.data.captioned import CaptionedImages
+from invdiff.data.images import read_image
 from invdiff.errors import EvaluationError, TrainingError
 from invdiff.evaluation.annotators.conv import ConvAnnotator
 from invdiff.evaluation.annotators.conv_training import read_pixels, train_network
 from invdiff.evaluation.annotators.labelled import load_labelled_images, read_targets
 from invdiff.evaluation.annotators.pixels import normalise, to_pixels
-from invdiff.evaluation.describe import open_image
-from invdiff.evaluation.manifest import Folders, Row, common_prompts, read_manifest, resolve_folders, scale_keys
+from invdiff.evaluation.evaluate import named_subjects
+from invdiff.evaluation.images import Folders, Row, common_prompts, read_images, resolve_folders, scale_keys
 from invdiff.evaluation.quality.intervals import share_interval
-from invdiff.evaluation.subjects import named_subjects
 from invdiff.files import write_json
 from invdiff.options import Config
 from invdiff.progress import progress_bar
@@ -129,7 +129,7 @@ def augmentation_test(
     )
     sources: dict[str, tuple[torch.Tensor, NDArray[np.int64], int]] = {} if real is None else {REAL: (*real, 0)}
     for model, rows in rows_by_model.items():
-        images = torch.stack([to_pixels(open_image(row.path), config.resolution) for row in rows])
+        images = torch.stack([to_pixels(read_image(row.path), config.resolution) for row in rows])
         own = np.array([labels[row.prompt] for row in rows], dtype=np.int64)
         sources[model] = images, own, per_class
         if real is not None:
@@ -163,7 +163,7 @@ def _generated(
 ) -> tuple[dict[str, list[Row]], dict[str, int], list[str]]:
     """Model to the images whose prompt names a subject, prompt to its class index, and notes."""
     all_rows = {
-        model: [row for folder in several for row in read_manifest(folder)]
+        model: [row for folder in several for row in read_images(folder)]
         for model, several in resolve_folders(folders).items()
     }
     scales = {model: scale_keys(rows) for model, rows in all_rows.items()}

@@ -16,7 +16,17 @@ from pathlib import Path
 
 from kept import run_part
 
-from invdiff import AuditConfig, GenerateConfig, TrainConfig, audit, evaluate, generate, load_captioned_images, train
+from invdiff import (
+    AuditConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    TrainConfig,
+    audit,
+    evaluate,
+    generate,
+    load_captioned_images,
+    train,
+)
 from invdiff.assets import BIRDS_ANNOTATOR, BIRDS_MODEL
 from invdiff.data.birds import (
     BACKGROUNDS,
@@ -25,8 +35,8 @@ from invdiff.data.birds import (
     held_out_prompts,
 )
 from invdiff.demo import hidden_truth
-from invdiff.evaluation.annotators.conv import ConvAnnotator
 from invdiff.evaluation.annotate import describe_images
+from invdiff.evaluation.annotators.conv import ConvAnnotator
 from invdiff.models.load import load_pipeline
 
 GUIDANCE_SCALES = (1.0, 3.0)
@@ -56,7 +66,7 @@ def judge(folders: dict) -> dict:
     world = BirdsWorld(2000, severity=0.5, seed=424242)
     reference = describe_images((world.row(i)["image"] for i in range(len(world))), annotator)
     results = evaluate(
-        folders, annotator, attribute="background", subject_attribute="subject", reference=reference
+        folders, annotator, "background", reference=reference, config=EvaluateConfig(subject_attribute="subject")
     ).models_to_dict()
     headline = ("bias", "bias_floor", "bias_ci", "accuracy", "frechet", "images_per_prompt", "shares")
     return {

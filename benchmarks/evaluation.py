@@ -19,11 +19,11 @@ from augmentation import augmentation_test
 from experiment import Experiment, cells
 from kept import run_part
 
-from invdiff import evaluate, load_captioned_images
+from invdiff import EvaluateConfig, evaluate, load_captioned_images
 from invdiff.assets import BIRDS_ANNOTATOR
 from invdiff.data.birds import BirdsWorld, canonical_prompts
+from invdiff.evaluation.annotate import describe_images
 from invdiff.evaluation.annotators.conv import ConvAnnotator
-from invdiff.evaluation.describe import describe_reference
 from invdiff.evaluation.fairness.intervals import interval
 from invdiff.evaluation.fairness.metrics import METRICS, per_prompt
 from invdiff.files import write_text
@@ -59,9 +59,10 @@ def speed(work: Path) -> dict:
     write_text(folder / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
     start = time.perf_counter()
-    seen = describe_reference(load_captioned_images(reference), annotator)
+    seen = describe_images(load_captioned_images(reference), annotator)
     middle = time.perf_counter()
-    evaluate({"base": folder}, annotator, attribute="background", subject_attribute="subject", reference=seen)
+    config = EvaluateConfig(subject_attribute="subject")
+    evaluate({"base": folder}, annotator, "background", reference=seen, config=config)
     return {
         "images": NUM_IMAGES,
         "reference_images": NUM_IMAGES,

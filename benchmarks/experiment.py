@@ -18,6 +18,7 @@ from typing import Any
 from invdiff import (
     Audit,
     AuditConfig,
+    EvaluateConfig,
     FinetuneConfig,
     GenerateConfig,
     GuidanceModule,
@@ -34,10 +35,10 @@ from invdiff.data.birds import BirdsWorld, canonical_prompts
 from invdiff.data.captioned import CaptionedImages
 from invdiff.data.subsets import random_subset, with_severity
 from invdiff.errors import AuditError, ConfigError
+from invdiff.evaluation.annotate import Described, describe_images
 from invdiff.evaluation.annotators.annotations import Annotator
 from invdiff.evaluation.annotators.given_labels import GivenLabels
 from invdiff.evaluation.annotators.load import load_annotator
-from invdiff.evaluation.describe import Described, describe_images, describe_reference
 from invdiff.evaluation.evaluate import check_attributes
 from invdiff.evaluation.results import Measures, Results
 from invdiff.files import fingerprint, read_json, write_json
@@ -350,10 +351,11 @@ class Workshop:
             evaluate(
                 folders,
                 self.annotator,
-                attribute=config.attribute,
-                subject_attribute=config.subject_attribute or None,
+                config.attribute,
                 reference=self.reference,
-                min_confidence=config.min_confidence,
+                config=EvaluateConfig(
+                    subject_attribute=config.subject_attribute, min_confidence=config.min_confidence
+                ),
                 progress=self.progress,
             ).save(path)
         return next(iter(Results.load(path).models[model].values()))
@@ -376,9 +378,7 @@ class Workshop:
             return describe_images(images, self.annotator, min_confidence=confidence)
         if self._reference_data is None:
             return None
-        return describe_reference(
-            self._reference_data, self.annotator, min_confidence=confidence, progress=self.progress
-        )
+        return describe_images(self._reference_data, self.annotator, min_confidence=confidence, progress=self.progress)
 
     @cached_property
     def _reference_data(self) -> CaptionedImages | None:

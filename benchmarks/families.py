@@ -21,7 +21,16 @@ from diffusers import (
 from kept import run_part
 from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
-from invdiff import GenerateConfig, TrainConfig, audit, evaluate, generate, load_captioned_images, train
+from invdiff import (
+    EvaluateConfig,
+    GenerateConfig,
+    TrainConfig,
+    audit,
+    evaluate,
+    generate,
+    load_captioned_images,
+    train,
+)
 from invdiff.assets import BIRDS_ANNOTATOR, BIRDS_MODEL
 from invdiff.data.birds import BirdsWorld
 from invdiff.data.encode import as_encoded
@@ -123,7 +132,7 @@ def before_and_after(work: Path, pipe, data, prompts, *, scales, usual, steps: i
         for name, guide in (("base", None), ("balanced", module)):
             folders[name].append(generate(pipe, prompts, work / f"{name}-cfg-{scale:g}", module=guide, config=config))
     annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
-    judged = evaluate(folders, annotator, attribute="background", subject_attribute="subject")
+    judged = evaluate(folders, annotator, "background", config=EvaluateConfig(subject_attribute="subject"))
     headline = ("bias", "bias_floor", "bias_ci", "accuracy", "frechet", "images_per_prompt", "shares")
     by_model = {
         model: {scale: {name: measures[name] for name in headline} for scale, measures in by_scale.items()}

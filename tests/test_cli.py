@@ -25,7 +25,7 @@ from invdiff.cli_options import (
     subjects_from,
     target_from,
 )
-from invdiff.config import AuditConfig, FinetuneConfig, GenerateConfig
+from invdiff.config import AuditConfig, EvaluateConfig, FinetuneConfig, GenerateConfig
 from invdiff.errors import ConfigError, DataError
 from invdiff.evaluation.results import Results
 from tiny import make_tiny
@@ -512,8 +512,8 @@ def test_evaluate_passes_its_settings_on(tmp_path, recorded):
         "--min-confidence", 0.7, "--baseline", "base", "--confidence", 0.9, "--lpips", "--output", tmp_path / "r.json",
     )  # fmt: skip
     call = recorded.calls["evaluate"]
-    assert (call.min_confidence, call.baseline, call.confidence, call.lpips) == (0.7, "base", 0.9, True)
-    assert (call.attribute, call.subject_attribute, call.target) == (["gender"], "age", None)
+    expected = EvaluateConfig(subject_attribute="age", min_confidence=0.7, baseline="base", confidence=0.9, lpips=True)
+    assert call.config == expected
 
 
 @pytest.mark.parametrize("text", ["land", "land=a", "land=0.5,land=0.5", "=1", "land=0.5,,water=0.5"])

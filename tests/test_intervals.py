@@ -7,7 +7,7 @@ from scipy.stats import binom, chisquare
 from invdiff.errors import EvaluationError
 from invdiff.evaluation.fairness.estimate import estimate
 from invdiff.evaluation.fairness.floors import metric_floor
-from invdiff.evaluation.fairness.intervals import bias_interval, interval, plausible_shares
+from invdiff.evaluation.fairness.intervals import interval, plausible_shares
 from invdiff.evaluation.fairness.metrics import METRICS, per_prompt, squared_discrepancy_unbiased
 from invdiff.evaluation.results import Estimate
 
@@ -20,7 +20,7 @@ def extreme(share, num_groups):
 
 def coverage(metric, p, num_images, *, evaluations=2000, num_resamples=100):
     """Share of simulated evaluations of prompts with true shares p (P, K) whose interval holds the true mean."""
-    truth = METRICS[metric].per_prompt(p).mean()
+    truth = per_prompt(metric, p * 1e9).mean()
     generator = np.random.default_rng(0)
     simulated = generator.multinomial(num_images, p, size=(evaluations, len(p)))
     tables, times = np.unique(simulated, axis=0, return_counts=True)
@@ -47,7 +47,7 @@ def test_interval_covers_the_fair_point_of_thirty_prompts(metric):
 @pytest.mark.parametrize("num_images", [20, 100])
 @pytest.mark.parametrize("metric", METRICS)
 def test_interval_of_one_prompt_and_two_groups_covers_exactly(metric, num_images, share):
-    truth = METRICS[metric].per_prompt(np.array([share, 1 - share]))
+    truth = per_prompt(metric, [[share * 1e9, (1 - share) * 1e9]])[0]
     covered = 0.0
     for count in range(num_images + 1):
         if (weight := binom.pmf(count, num_images, share)) > 1e-4:
@@ -86,6 +86,13 @@ def test_interval_of_one_prompt_far_from_fair_is_near_wilsons():
 def test_interval_has_width_when_all_images_are_of_one_class(metric):
     low, high = interval(metric, [[100, 0, 0]])
     assert 0.01 < high - low < 0.25
+
+
+def test_interval_repeats_with_its_seed_and_narrows_with_less_confidence():
+    counts = [[81, 20], [70, 33]]
+    assert interval("bias", counts, seed=3) == interval("bias", counts, seed=3) != interval("bias", counts, seed=4)
+    (low, high), (inner_low, inner_high) = (interval("bias", counts, confidence=level) for level in (0.95, 0.5))
+    assert low < inner_low < per_prompt("bias", counts).mean() < inner_high < high
 
 
 def test_interval_narrows_with_the_number_of_images():
@@ -171,12 +178,6 @@ def test_shares_are_refused_in_place_of_counts(counts):
 def test_settings_out_of_range_are_refused(setting):
     with pytest.raises(EvaluationError, match="Expected"):
         interval("bias", [[1, 2]], **setting)
-
-
-def test_bias_interval_is_the_same_everywhere():
-    counts = [[30, 20], [12, 40]]
-    expected = interval("bias", counts, num_resamples=300, seed=4)
-    assert bias_interval(counts, num_resamples=300, seed=4) == expected
 
 
 def test_estimate_agrees_with_its_parts():

@@ -342,8 +342,7 @@ def compared(
 ) -> tuple[dict[str, list[tuple[Row, Row]]], Comparison]:
     """Two folders' images of the same prompts and seeds, and what is compared."""
     images = {
-        name: Generated(read_images(folder), [name], [{}])
-        for name, folder in zip(names, (base, guided), strict=True)
+        name: Generated(read_images(folder), [name], [{}]) for name, folder in zip(names, (base, guided), strict=True)
     }
     chosen = choose_images(images)
     assert chosen is not None

@@ -22,6 +22,7 @@ from browser import LAYOUT, needs_browser, open_browser
 from invdiff import cli, save_report
 from invdiff.auditing.edits import Edits
 from invdiff.auditing.result import Audit, apply
+from invdiff.config import EvaluateConfig
 from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError
 from invdiff.evaluation.annotators.given_labels import GivenLabels
 from invdiff.evaluation.evaluate import evaluate
@@ -94,8 +95,11 @@ def make_images(
     return folder
 
 
+FEW = EvaluateConfig(num_resamples=20)
+
+
 def measured(folders: Any) -> Results:
-    return evaluate(folders, GivenLabels(["background"]), attribute="background", num_resamples=20, progress=False)
+    return evaluate(folders, GivenLabels(["background"]), "background", config=FEW, progress=False)
 
 
 def make_run(folder: Path) -> Results:
@@ -506,7 +510,11 @@ def test_nothing_found_is_said_plainly(tmp_path: Path) -> None:
 def test_one_model_alone_is_compared_with_nothing(tmp_path: Path) -> None:
     folder = make_images(tmp_path / "base", {LAND: 18})
     results = evaluate(
-        {"base": folder}, GivenLabels(["background"]), attribute="background", num_resamples=20, progress=False
+        {"base": folder},
+        GivenLabels(["background"]),
+        "background",
+        config=EvaluateConfig(num_resamples=20),
+        progress=False,
     )
     results.save(tmp_path / "results.json")
     page, _ = report(tmp_path / "out", results=tmp_path / "results.json", images={"base": folder})

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from .auditing.result import Audit
     from .auditing.run import audit
     from .data.captioned import load_captioned_images
-    from .evaluation.evaluate import Results, evaluate
+    from .evaluation.evaluate import evaluate
+    from .evaluation.results import Results
     from .guidance.attach import attach
     from .guidance.module import GuidanceModule
     from .report.save import save_report
@@ -56,7 +57,7 @@ __all__ = [
 _HOME = {
     "Audit": "auditing.result",
     "GuidanceModule": "guidance.module",
-    "Results": "evaluation.evaluate",
+    "Results": "evaluation.results",
     "attach": "guidance.attach",
     "audit": "auditing.run",
     "evaluate": "evaluation.evaluate",

@@ -23,6 +23,7 @@ from .cli_options import (
     target_from,
 )
 from .cli_output import finish, one_process, print_results, say, silence_libraries
+from .config import EvaluateConfig
 from .errors import ConfigError
 
 PANEL = "The way through"
@@ -116,39 +117,27 @@ def evaluate(
     say("loading the annotator", quiet=quiet)
     silence_libraries()
     from .evaluation.annotators.load import load_annotator
-    from .evaluation.annotate import describe_reference
     from .evaluation.evaluate import evaluate as run_evaluate
-    from .evaluation.quality.extractors import load_extractor
     from .evaluation.results import table_path
-    from .models.encoders import ClipEncoder
 
     judge = load_annotator(annotator, attribute=[*attribute, subject_attribute or ""], classes=classes)
-    # CLIP-T's model is an extractor of its own.
-    extractors = [load_extractor(spec) for spec in dict.fromkeys(features or ()) if spec != clip]
-    scorer = ClipEncoder.load(clip) if clip else None
-    seen = None
-    if reference is not None:
-        seen = describe_reference(
-            source.load(),
-            judge,
-            extractors=[*extractors, *([scorer] if scorer else [])],
-            min_confidence=min_confidence,
-            progress=not quiet,
-        )
+    config = EvaluateConfig(
+        subject_attribute=subject_attribute or "",
+        subject_of=shows or {},
+        target=mix or {},
+        baseline=baseline or "",
+        min_confidence=min_confidence,
+        confidence=confidence,
+        features=tuple(features or ()),
+        clip=clip or "",
+        lpips=lpips,
+    )
     results = run_evaluate(
         labelled_folders(folders),
         judge,
-        attribute=attribute,
-        subject_attribute=subject_attribute,
-        subject_of=shows,
-        reference=seen,
-        extractors=extractors,
-        clip=scorer,
-        lpips=lpips,
-        target=mix,
-        baseline=baseline,
-        min_confidence=min_confidence,
-        confidence=confidence,
+        attribute,
+        reference=source.load() if reference is not None else None,
+        config=config,
         progress=not quiet,
     )
     results.save(output)

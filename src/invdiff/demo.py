@@ -13,13 +13,14 @@ import numpy as np
 from .assets import BIRDS_ANNOTATOR, BIRDS_MODEL
 from .auditing.result import Audit
 from .auditing.run import audit
-from .config import DemoConfig, GenerateConfig, TrainConfig
+from .config import DemoConfig, EvaluateConfig, GenerateConfig, TrainConfig
 from .data.birds import NATURAL_BACKGROUND, BirdsWorld, canonical_prompts
 from .data.captioned import CaptionedImages, load_captioned_images
-from .evaluation.annotators.conv import ConvAnnotator
 from .evaluation.annotate import describe_images
-from .evaluation.evaluate import Results, evaluate
+from .evaluation.annotators.conv import ConvAnnotator
+from .evaluation.evaluate import evaluate
 from .evaluation.recovery import Recovery, recovery
+from .evaluation.results import Results
 from .files import write_json
 from .models.load import denoiser_of, load_pipeline
 from .report.audit_pictures import save_audit_pictures
@@ -115,9 +116,9 @@ def measure(folders: dict[str, list[Path]], config: DemoConfig, *, progress: boo
     return evaluate(
         folders,
         annotator,
-        attribute="background",
-        subject_attribute="subject",
+        "background",
         reference=seen,
+        config=EvaluateConfig(subject_attribute="subject"),
         progress=progress,
     )
 

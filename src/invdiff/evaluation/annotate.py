@@ -66,11 +66,11 @@ class Described:
 
     def take(self, rows: Sequence[int]) -> Described:
         """The description of some of the images."""
-        classes, probabilities, features = (
-            {name: values[np.asarray(rows, dtype=np.int64)] for name, values in kind.items()}
-            for kind in (self.classes, self.probabilities, self.features)
-        )
-        return Described(classes, probabilities, features, self.min_confidence)
+        kinds: Any = {
+            kind: {name: values[np.asarray(rows, dtype=np.int64)] for name, values in getattr(self, kind).items()}
+            for kind in ("classes", "probabilities", "features")
+        }
+        return Described(**kinds, min_confidence=self.min_confidence)
 
 
 def describe_rows(

@@ -68,7 +68,7 @@ def evaluate(
     asked = [*attributes, *filter(None, [config.subject_attribute])]
     if not attributes or len(set(asked)) < len(asked):
         raise EvaluationError(
-            f"Expected different attributes, at least one sensitive one, and another as subject_attribute, got {asked}."
+            f"Expected different attributes, one or more sensitive ones and another as subject_attribute, got {asked}."
         )
     rows_by_model = {model: read_images(*folders) for model, folders in resolve_folders(images).items()}
     if isinstance(annotator, GivenLabels):
@@ -91,10 +91,11 @@ def evaluate(
     )
 
     network = lpips_network() if config.lpips else None
-    extractors = [*extractors, *(load_extractor(spec) for spec in config.features if spec != config.clip)]
-    extractors += [ClipEncoder.load(config.clip)] if config.clip else []
+    specs = dict.fromkeys(spec for spec in config.features if spec != config.clip)
+    extractors = [*extractors, *map(load_extractor, specs), *([ClipEncoder.load(config.clip)] if config.clip else [])]
     clip: Any = next((extractor for extractor in extractors if hasattr(extractor, "text_features")), None)
-    settings: Any = {"extractors": extractors, "min_confidence": config.min_confidence, "batch_size": config.batch_size}
+    settings: Any = {name: getattr(config, name) for name in ("min_confidence", "batch_size")}
+    settings["extractors"] = extractors
     if isinstance(reference, CaptionedImages):
         reference = describe_images(reference, annotator, progress=progress, **settings)
     seen: dict[str, Described] = {}

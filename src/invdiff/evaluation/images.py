@@ -175,7 +175,7 @@ def _row(values: Mapping[str, Any], folder: Path, where: str) -> Row:
         guidance_scale, scale = _number(values.get("guidance_scale")), _number(values.get("scale"))
     except (AttributeError, TypeError, ValueError) as error:
         raise EvaluationError(
-            f"Expected an image's file_name and prompt, and numbers where it has guidance_scale and scale, in {where}, "
+            f"Expected an image's file_name and prompt, and any guidance_scale and scale as numbers, in {where}, "
             f"found something else ({error!r}). Correct or remove the row, or generate again."
         ) from error
     if not inside:

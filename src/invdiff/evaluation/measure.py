@@ -113,7 +113,9 @@ def preserve(
                 kept = share((mine == before)[known], question.confidence)
                 figures[f"{attribute} unchanged"] = replace(kept, note=f"{known.sum()} of {number}")
             else:
-                figures[f"{attribute} unchanged"] = Quantity(None, note="not defined: no pair has a class on both sides")
+                figures[f"{attribute} unchanged"] = Quantity(
+                    None, note="not defined: no pair has a class on both sides"
+                )
     return figures
 
 
@@ -198,12 +200,10 @@ def _spread(
     few = min(question.num_resamples, PROMPT_RESAMPLES)
     labels = (*names, CANNOT_TELL) if counts[:, -1].any() or question.min_confidence else names
     return AttributeMeasures(
-        counts={prompt: dict(zip(labels, row.tolist(), strict=False)) for prompt, row in zip(order, counts, strict=True)},
+        counts={prompt: dict(zip(labels, counts[number].tolist(), strict=False)) for prompt, number in place.items()},
         overall=estimates(counts),
         subject_right=shown,
-        by_prompt={prompt: estimates(row[None], few) for prompt, row in zip(order, counts, strict=True)}
-        if len(order) > 1
-        else {},
+        by_prompt={prompt: estimates(counts[[number]], few) for prompt, number in place.items() if len(place) > 1},
         softmax_discrepancy=_softmax(index, probabilities, len(order), target, question),
         note=note,
     )

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ..errors import EvaluationError
-from ..evaluation.images import UNSTATED, Row, scale_keys
-from ..evaluation.results import Measures, Results
+from ..evaluation.images import Row, scale_keys
+from ..evaluation.results import UNSTATED, Measures, Results
 from .charts import BASE_COLOUR, SERIES_COLOURS
 from .document import Pair
 from .plots import thumb

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..evaluation.images import UNSTATED, module_scale
-from ..evaluation.results import Measures, Results
+from ..evaluation.images import module_scale
+from ..evaluation.results import UNSTATED, Measures, Results
 from .charts import BASE_COLOUR, Panel, Point, Series, distinct_floors, numbered_series
 from .comparison import Comparison, label
 from .sources import Generated

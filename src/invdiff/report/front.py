@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-<<<<<<< HEAD
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..evaluation.manifest import UNSTATED
-=======
-from ..evaluation.images import UNSTATED
->>>>>>> 2b61861 (wip)
-from ..evaluation.results import Measures, Results
+from ..evaluation.results import UNSTATED, Measures, Results
 from .charts import BASE_COLOUR, Area, Point, Series, name_room, numbered_series, plane_chart
 from .comparison import Comparison, in_order, label
 from .document import Plot

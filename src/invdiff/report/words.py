@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..evaluation.images import UNSTATED
 from ..evaluation.quality.intervals import share_interval
-from ..evaluation.results import Quantity
+from ..evaluation.results import UNSTATED, Quantity
 from ..text import one_line
 from .document import Share
 from .style import percent

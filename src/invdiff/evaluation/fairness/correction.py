@@ -61,7 +61,7 @@ def corrected_interval(
     prompts, and annotations from multinomials. A confusion matrix of rates has no number of held-out images: it is
     then taken as exact and the interval is too narrow by what it hides.
 
-    Simulated in tests/test_annotator_error.py with annotators wrong in 10%, alike for all classes and not, and 400
+    Simulated in tests/test_correction.py with annotators wrong in 10%, alike for all classes and not, and 400
     held-out images a class: it covers in at least 93%, at the fair point too.
 
     Args:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...data.images import read_image
 from ...errors import EvaluationError
 from ...models.encoders import ClipEncoder
 from ...seeds import derived_seed
-from ..describe import Described, open_image
-from ..manifest import Row
-from ..question import Question
+from ..annotate import Described, Question
+from ..images import Row
 from ..results import Quantity
 from .distances import cmmd, frechet_distance, kernel_distance, precision_recall_density_coverage
 from .diversity import lpips_diversity, paired_cosines, vendi_score
@@ -62,7 +62,7 @@ def lpips_figures(rows: Sequence[Row], network: LPIPS) -> dict[str, Quantity]:
     for row in rows:
         paths.setdefault(row.prompt, []).append(row.path)
     diversity = [
-        lpips_diversity([open_image(path) for path in of_prompt[:LPIPS_IMAGES]], distance=network)
+        lpips_diversity([read_image(path) for path in of_prompt[:LPIPS_IMAGES]], distance=network)
         for of_prompt in paths.values()
     ]
     note = f"mean over prompts, of all pairs of the first {LPIPS_IMAGES} images at most"

@@ -5,12 +5,16 @@ from scipy.optimize import minimize
 from invdiff.errors import EvaluationError
 from invdiff.evaluation.fairness.correction import correct_for_annotator, corrected_interval, project_to_simplex
 from invdiff.evaluation.fairness.intervals import interval
-from invdiff.evaluation.fairness.metrics import METRICS, bias
+from invdiff.evaluation.fairness.metrics import METRICS, per_prompt
 
 SYMMETRIC = np.array([[0.9, 0.1], [0.1, 0.9]])
 ASYMMETRIC = np.array([[0.85, 0.15], [0.05, 0.95]])
 THREE = np.full((3, 3), 0.05) + 0.85 * np.eye(3)
 UNSURE = np.array([[0.7, 0.1, 0.2], [0.05, 0.9, 0.05]])
+
+
+def bias(counts):
+    return per_prompt("bias", counts).mean()
 
 
 def simulate(generator, rates, p, num_images, num_prompts, held_out=400):
@@ -94,7 +98,7 @@ def test_correction_removes_two_thirds_of_the_annotators_error(rates, p):
 
 def coverage(metric, rates, p, num_images, num_prompts, *, evaluations=2000):
     generator = np.random.default_rng(3)
-    truth = float(METRICS[metric].per_prompt(p))
+    truth = float(per_prompt(metric, [p * 1e9])[0])
     covered = 0
     for _ in range(evaluations):
         counts, held_out = simulate(generator, rates, p, num_images, num_prompts)
