@@ -30,8 +30,7 @@ from invdiff.data.encode import EncodedImages
 from invdiff.models.frozen import FrozenDenoiser
 from invdiff.models.load import default_device
 from invdiff.models.schedule import NoiseSchedule, per_sample_loss
-from invdiff.training import train
-from invdiff.training.optimization import Precision
+from invdiff.training import checkpoint, train
 
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}  # the rest is diffusers' default
 
@@ -130,8 +129,8 @@ def reference_recipe(steps: int, batch_size: int, resolution: int) -> dict[str, 
     before = psutil.Process().memory_info().rss
     pipe = sd15_pipeline()
     device, schedule, mix = pipe.device, NoiseSchedule(pipe.scheduler), 0.4
-    precision = Precision("auto", device)
-    encoding = torch.bfloat16 if precision.accelerator.mixed_precision == "bf16" else torch.float32
+    accelerator = checkpoint.accelerator_for("auto", device)
+    encoding = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     vae, text_encoder = pipe.vae.to(encoding), pipe.text_encoder.to(encoding)
     for frozen in (vae, text_encoder, pipe.unet):
         frozen.requires_grad_(False)
@@ -140,7 +139,7 @@ def reference_recipe(steps: int, batch_size: int, resolution: int) -> dict[str, 
     for unet in (pipe.unet, delta):
         unet.enable_gradient_checkpointing()
         unet.train()
-    optimizer = precision.prepare(torch.optim.AdamW(delta.parameters(), lr=1e-4, weight_decay=1e-2))
+    optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(delta.parameters(), lr=1e-4, weight_decay=1e-2))
 
     pixels = torch.rand(batch_size, 3, resolution, resolution, device=device) * 2 - 1
     tokens = torch.randint(49407, (batch_size, 77), device=device)
@@ -152,7 +151,7 @@ def reference_recipe(steps: int, batch_size: int, resolution: int) -> dict[str, 
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, schedule.num_train_timesteps, (batch_size,), device=device)
         noisy_latents = schedule.add_noise(latents, noise, timesteps)
-        with precision.autocast():
+        with accelerator.autocast():
             plain, learnt = (
                 unet(noisy_latents, timesteps, embeds, return_dict=False)[0] for unet in (pipe.unet, delta)
             )
@@ -160,7 +159,10 @@ def reference_recipe(steps: int, batch_size: int, resolution: int) -> dict[str, 
         present = groups.sum(dim=0) > 0
         group_losses = (losses @ groups / groups.sum(dim=0).clamp_min(1))[present]
         loss = group_losses.mean() + (group_losses.var() if len(group_losses) > 1 else 0)
-        precision.step(loss, delta, optimizer, 1.0)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(delta.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         ends.append(synchronised_clock())
     return measured_steps(ends, before, sum(parameter.numel() for parameter in delta.parameters()))
 

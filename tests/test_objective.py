@@ -1,18 +1,64 @@
 import pytest
 import torch
 
-from invdiff.training.objective import MovingGroupLosses, invariant_objective, objective_weights
+from conftest import make_guidance_module
+from invdiff.data.captioned import load_captioned_images
+from invdiff.data.encode import as_encoded
+from invdiff.models.frozen import FrozenDenoiser
+from invdiff.models.schedule import per_sample_loss
+from invdiff.training.batches import Batch
+from invdiff.training.checkpoint import accelerator_for
+from invdiff.training.objective import (
+    MovingGroupLosses,
+    invariant_objective,
+    objective_weights,
+    step_loss,
+    typical_losses,
+)
+
+CPU = torch.device("cpu")
 
 
-def test_objective_is_mean_plus_penalty_times_variance():
-    losses = torch.tensor([1.0, 3.0])
-    assert invariant_objective(losses, penalty=0.5).item() == pytest.approx(2.0 + 0.5 * 1.0)
+@pytest.fixture
+def data(tiny_pipe, tiny_folder, tmp_path):
+    return as_encoded(tiny_pipe, load_captioned_images(tiny_folder), tmp_path, progress=False)
 
 
-def test_weights_are_the_gradient_of_the_objective():
-    losses = torch.tensor([0.9, 1.0, 1.3], requires_grad=True)
-    (gradient,) = torch.autograd.grad(invariant_objective(losses, penalty=0.7), losses)
-    assert torch.allclose(objective_weights(losses.detach(), penalty=0.7), 3 * gradient)
+def test_the_objective_is_the_mean_plus_penalty_times_the_variance():
+    losses = torch.tensor([[1.0, 3.0], [2.0, 2.0]])
+    assert invariant_objective(losses[0], penalty=0.5).item() == pytest.approx(2.0 + 0.5 * 1.0)
+    assert invariant_objective(losses, penalty=0.5).item() == pytest.approx((2.5 + 2.0) / 2)
+
+
+def test_the_gradient_of_a_step_is_that_of_the_objective_at_the_group_losses(tiny_pipe, data):
+    """Two prompts and two groups, equally often in the batch; without memory, moving means are those of the batch."""
+    numbers = torch.Generator().manual_seed(0)
+    prompts, groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), torch.tensor([0, 0, 1, 1] * 2)
+    latents, target = torch.randn(2, 8, 4, 8, 8, generator=numbers)
+    timesteps = torch.arange(100, 900, 100)
+    condition = data.condition(data.caption_ids[:8])
+    batch = Batch(prompts, groups[:, None], slice(0, 8), condition, latents, timesteps, target)
+    module, penalty = make_guidance_module(tiny_pipe), 2.5
+    typical = 1 + torch.rand(1000, generator=numbers)
+    moving, accelerator = MovingGroupLosses((2, 2), 0.0), accelerator_for("no", CPU)
+    with FrozenDenoiser(tiny_pipe) as frozen:
+        loss, losses = step_loss(module, frozen, batch, typical, moving, penalty, accelerator)
+        model_pred, features = frozen(latents, timesteps, condition)
+    guided = model_pred + module(latents, timesteps, condition, model_pred, features, groups[:, None])
+    relative = per_sample_loss(guided, target) / typical[timesteps]
+    group_losses = torch.stack([relative[(prompts == p) & (groups == e)].mean() for p in (0, 1) for e in (0, 1)])
+    objective = invariant_objective(group_losses.view(2, 2), penalty)
+
+    assert torch.allclose(losses, relative)
+    assert torch.allclose(moving.means(), group_losses.view(2, 2))
+    parameters = list(module.parameters())
+    for found, expected in zip(
+        torch.autograd.grad(loss, parameters, allow_unused=True),
+        torch.autograd.grad(objective, parameters, allow_unused=True),
+        strict=True,
+    ):
+        assert (found is None) == (expected is None)
+        assert found is None or torch.allclose(found, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_weights_never_turn_negative():
@@ -25,17 +71,39 @@ def test_moving_means_are_kept_per_prompt_and_group():
     moving.update(torch.tensor([0]), torch.tensor([1]), torch.tensor([9.0]))
     means = moving.means()
     assert means[0, 1].item() == pytest.approx((0.5 * 6 + 9) / (0.5 * 2 + 1))
-    assert means[1, 0].item() == 7
+    assert means[1].tolist() == [7.0, 7.0]  # a group not seen yet takes its prompt's mean
 
 
-def test_a_group_not_seen_yet_takes_its_prompts_mean():
-    moving = MovingGroupLosses((1, 2), momentum=0.9)
-    moving.update(torch.tensor([0]), torch.tensor([0]), torch.tensor([3.0]))
-    assert moving.means().tolist() == [[3.0, 3.0]]
+class Flat:
+    """A denoiser that predicts nothing, on a schedule whose target grows with the timestep."""
+
+    device = CPU
+    fingerprint = "flat"
+
+    class schedule:  # noqa: N801
+        num_train_timesteps = 1000
+
+        @staticmethod
+        def add_noise(latents, noise, timesteps):
+            return latents
+
+        @staticmethod
+        def target(latents, noise, timesteps):
+            return torch.exp(timesteps / 200.0)[:, None, None, None].expand_as(latents).sqrt()
+
+    def __call__(self, noisy_latents, timesteps, condition):
+        return torch.zeros_like(noisy_latents), noisy_latents
 
 
-def test_moving_means_survive_a_checkpoint():
-    moving, restored = MovingGroupLosses((2, 2), 0.9), MovingGroupLosses((2, 2), 0.9)
-    moving.update(torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([1.5, 2.5]))
-    restored.load(moving.state())
-    assert torch.equal(restored.means(), moving.means())
+def test_typical_losses_are_interpolated_in_the_logarithm(data):
+    typical = typical_losses(Flat(), data, batch_size=64, seed=0)
+    assert torch.allclose(typical, torch.exp(torch.arange(1000) / 200.0), rtol=1e-3)
+
+
+def test_typical_losses_repeat_whatever_the_batch(tiny_pipe, data):
+    with FrozenDenoiser(tiny_pipe) as frozen:
+        first, second, other = (typical_losses(frozen, data, batch_size=64, seed=seed) for seed in (0, 0, 1))
+        parts = typical_losses(frozen, data, batch_size=7, seed=0)
+    assert torch.equal(first, second)
+    assert torch.allclose(first, parts, rtol=1e-5)
+    assert not torch.equal(first, other)

@@ -13,13 +13,13 @@ from invdiff import AuditConfig, GenerateConfig, TrainConfig, audit, generate, l
 from invdiff.auditing import evidence as scores_module
 from invdiff.data import encode as encode_module
 from invdiff.distributed import is_main, num_processes
-from invdiff.training import normalisation
+from invdiff.training import objective
 from tiny import CAPTIONS, make_tiny
 
 
 def run(family: str, data_dir: Path, out: Path) -> None:
     # Small shards, so that there is something to share.
-    encode_module.SHARD_SIZE, scores_module.SHARD_SIZE, normalisation.IMAGES_PER_LEVEL = 4, 4, 4
+    encode_module.SHARD_SIZE, scores_module.SHARD_SIZE, objective.IMAGES_PER_LEVEL = 4, 4, 4
     pipe, data = make_tiny(family), load_captioned_images(data_dir)
     options = {"cache_dir": out / "cache", "progress": False}
     found = audit(pipe, data, config=AuditConfig(solver="exact", min_images=4, min_share=0.1, batch_size=4), **options)

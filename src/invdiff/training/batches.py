@@ -1,10 +1,17 @@
-"""Which images a training step sees, and in which environment."""
+"""The batch of one training step: images of every group equally often, their captions, noise and timesteps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+
+from ..data.encode import EncodedImages
+from ..distributed import num_processes, state
+from ..models.families import Condition
+from ..models.families.base import to
+from ..models.schedule import NoiseSchedule
 
 
 class GroupBalancedSampler:
@@ -14,7 +21,7 @@ class GroupBalancedSampler:
     one of its groups uniformly, then an image of the prompt in proportion to its W_ie. The other factors'
     groups follow the image's own rows of W. Where W says nothing (uniform rows: no group was found, or the
     caption states it), the environment is independent of the image, so the module learns to ignore it. An image
-    that people left out, whose rows of W are zeros, is as if it were not there.
+    that was left out of the audit by hand, with zeros as its rows of W, is never drawn.
 
     Args:
         prompt_ids: (N,) the prompt of each image, from 0.
@@ -33,16 +40,15 @@ class GroupBalancedSampler:
         ]
 
     def draw(self, size: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return rows (size,) and environments (size, factors)."""
+        """Rows of images (size,) and their environments (size, factors)."""
         prompts = torch.multinomial(self._prompt_shares, size, replacement=True, generator=rng)
         factors = torch.randint(len(self.group_weights), (size,), generator=rng)
         uniforms = torch.rand(size, 2, generator=rng, dtype=torch.double)
-        rows = torch.empty(size, dtype=torch.long)
-        chosen = torch.empty(size, dtype=torch.long)
+        rows, chosen = torch.empty(size, dtype=torch.long), torch.empty(size, dtype=torch.long)
         for index, (prompt, factor) in enumerate(zip(prompts.tolist(), factors.tolist(), strict=True)):
             cumulative = self._cumulative[prompt][factor]
-            alive = torch.nonzero(cumulative[:, -1] > 0)[:, 0]
-            group = int(alive[int(uniforms[index, 0] * len(alive))])
+            present = torch.nonzero(cumulative[:, -1] > 0)[:, 0]
+            group = int(present[int(uniforms[index, 0] * len(present))])
             mass = uniforms[index, 1] * cumulative[group, -1]
             place = int(torch.searchsorted(cumulative[group], mass, right=True))
             rows[index] = self._rows[prompt][min(place, cumulative.shape[1] - 1)]
@@ -53,3 +59,67 @@ class GroupBalancedSampler:
         )
         environments[torch.arange(size), factors] = chosen
         return rows, environments
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The images of one training step. Several processes share a batch; each computes its `part`."""
+
+    prompts: torch.Tensor
+    """(batch,) the prompt of each image of the whole batch, on the CPU."""
+    environments: torch.Tensor
+    """(batch, factors) the groups of the whole batch, on the CPU."""
+    part: slice
+    """The rows that this process computes."""
+    condition: Condition
+    """What the denoiser and Phi read, `part` rows, in 32 bits."""
+    noisy_latents: torch.Tensor
+    """z_t, (part, channels, height, width)."""
+    timesteps: torch.Tensor
+    """t, (part,)."""
+    target: torch.Tensor
+    """What the denoiser should predict, (part, channels, height, width)."""
+
+
+def draw_batch(
+    data: EncodedImages,
+    sampler: GroupBalancedSampler,
+    schedule: NoiseSchedule,
+    rng: torch.Generator,
+    *,
+    size: int,
+    caption_dropout: float,
+    device: torch.device,
+) -> Batch:
+    """Draw `size` images with their groups, captions, noise and timesteps.
+
+    Args:
+        data: Latents and conditions.
+        sampler: Draws images and groups.
+        schedule: The noise that the frozen model was trained with.
+        rng: The random numbers of this step.
+        size: Images, a multiple of the number of processes.
+        caption_dropout: Share of captions replaced by the null caption.
+        device: Where the batch goes.
+    """
+    rows, environments = sampler.draw(size, rng)
+    captions = data.caption_ids[rows].clone()
+    captions[torch.rand(size, generator=rng) < caption_dropout] = data.null_id
+    noise = torch.randn((size, *data.latents.shape[1:]), generator=rng)
+    # Content is decided at high noise: a noise level in (0, 1) is drawn in proportion to its height.
+    levels = torch.rand(size, generator=rng).sqrt()
+    # A square root may round up to 1, which is not a timestep.
+    timesteps = (levels * schedule.num_train_timesteps).long().clamp(max=schedule.num_train_timesteps - 1)
+
+    share, rank = size // num_processes(), state().process_index
+    part = slice(rank * share, (rank + 1) * share)
+    latents, noise, timesteps = data.latents[rows[part]].to(device), noise[part].to(device), timesteps[part].to(device)
+    return Batch(
+        prompts=sampler.prompt_ids[rows],
+        environments=environments,
+        part=part,
+        condition=to(data.condition(captions[part]), device, torch.float32),
+        noisy_latents=schedule.add_noise(latents, noise, timesteps),
+        timesteps=timesteps,
+        target=schedule.target(latents, noise, timesteps),
+    )

@@ -23,8 +23,7 @@ from ..models.load import default_device, load_pipeline
 from ..models.schedule import NoiseSchedule, per_sample_loss
 from ..progress import progress_bar
 from ..seeds import derived_seed, generator
-from .checkpoint import TrainingState, check_same_settings, load_checkpoint, save_checkpoint
-from .optimization import CHECK_EVERY, Precision, check_finite, moving_average, set_learning_rate
+from .checkpoint import TrainingRun, check_same_settings
 from .scratch import build_pipeline, train_autoencoder
 
 
@@ -41,7 +40,7 @@ def finetune(
 
     With a `base`, its denoiser is trained and everything else stays frozen, as in the paper. Without one,
     a small Stable Diffusion model is trained from nothing: its vocabulary, autoencoder, text encoder and UNet.
-    Work in progress is kept in `output_dir/.work`; a killed run goes on from its last checkpoint to the same
+    Work in progress is kept in `output_dir/.work`; an interrupted run continues from its last checkpoint to the same
     result, and a finished one is read back.
 
     Raises:
@@ -52,7 +51,7 @@ def finetune(
     refuse_several_processes("finetune")
     config = config or FinetuneConfig()
     output_dir = Path(output_dir)
-    work = output_dir / ".work"
+    finished, work = output_dir / "finetune.json", output_dir / ".work"
     if base is not None and architecture is not None:
         raise ConfigError("Expected either a base or an architecture, got both: a base has its own shape.")
     if base is None and config.fresh_denoiser:
@@ -65,42 +64,26 @@ def finetune(
         pipe.to(default_device())
     else:
         pipe = load_base(base)
-        # Of a base in another place, or of another base in the same place, the weights tell.
+        # The weights, since another base may lie in the same place, and the same base in another.
         settings["base"] = fingerprint(model_fingerprint(pipe), denoiser_fingerprint(pipe))
-
-    finished = output_dir / "finetune.json"
     if finished.is_file():
         check_same_settings(output_dir, read_json(finished)["settings"], settings)
         shutil.rmtree(work, ignore_errors=True)
         return load_pipeline(output_dir, device=pipe.device)
 
+    options: dict[str, Any] = {"settings": settings, "progress": progress}
     if architecture is not None:
         train_autoencoder(
-            pipe.vae,
-            data,
-            architecture.resolution,
-            config,
-            checkpoint_dir=work / "autoencoder",
-            settings=settings,
-            progress=progress,
+            pipe.vae, data, architecture.resolution, config, checkpoint_dir=work / "autoencoder", **options
         )
     elif config.fresh_denoiser:
-        pipe.unet = fresh_denoiser(pipe.unet, seed=config.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed("fresh denoiser", config.seed))
+            pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config).to(pipe.unet.device)
     encoded = encode(pipe, data, work / "latents", progress=progress)
-    train_denoiser(
-        pipe,
-        encoded,
-        config,
-        train_text_encoder=base is None,
-        checkpoint_dir=work / "denoiser",
-        settings=settings,
-        progress=progress,
-    )
+    train_denoiser(pipe, encoded, config, train_text_encoder=base is None, checkpoint_dir=work / "denoiser", **options)
     save(pipe, output_dir, half_precision=config.half_precision_weights)
-    write_json(
-        finished,
-        {"base": None if base is None else str(base), "images": len(encoded), "settings": settings},
-    )
+    write_json(finished, {"base": None if base is None else str(base), "images": len(encoded), "settings": settings})
     shutil.rmtree(work)
     return pipe
 
@@ -121,14 +104,6 @@ def load_base(base: str | Path) -> Any:
     return pipe
 
 
-def fresh_denoiser(denoiser: Any, *, seed: int) -> Any:
-    """Return an untrained denoiser of the same shape on the same device."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed("fresh denoiser", seed))
-        fresh: Any = UNet2DConditionModel.from_config(denoiser.config)
-    return fresh.to(denoiser.device)
-
-
 def train_denoiser(
     pipe: Any,
     encoded: EncodedImages,
@@ -139,31 +114,30 @@ def train_denoiser(
     settings: dict[str, Any],
     progress: bool = True,
 ) -> None:
-    """Minimise the denoising loss over images, timesteps and noise, with caption dropout and EMA.
+    """Minimise the denoising loss over images, timesteps and noise, with caption dropout.
 
     Leaves the averaged weights in `pipe`.
     """
     device = pipe.unet.device
-    precision = Precision(config.mixed_precision, device)
     schedule = NoiseSchedule(pipe.scheduler)
     trained = nn.ModuleDict({"unet": pipe.unet})
     if train_text_encoder:
         trained["text_encoder"] = pipe.text_encoder
     trained.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    average = moving_average(trained, config.ema_decay)
-    optimizer = precision.prepare(
-        torch.optim.AdamW(trained.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    )
-    state = TrainingState(trained, optimizer, average, precision)
-    start = load_checkpoint(checkpoint_dir, state, settings)
-    tokens = tokenize(pipe, [*encoded.captions, ""]).to(device)
+    run = TrainingRun(trained, config, checkpoint_dir, settings, device=device)
+    tokens = pipe.tokenizer(  # (captions + 1, max_tokens)
+        [*encoded.captions, ""],
+        padding="max_length",
+        max_length=pipe.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids.to(device)
     embeds = encoded.conditions["prompt_embeds"].to(device)
     images_of = torch.bincount(encoded.caption_ids).double()
     chances = images_of[encoded.caption_ids] ** (config.caption_power - 1)
 
-    with progress_bar("denoiser", config.steps, start=start, enabled=progress) as bar:
-        for step in range(start, config.steps):
-            set_learning_rate(optimizer, config.learning_rate, step, config.steps)
+    with progress_bar("denoiser", config.steps, start=run.start, enabled=progress) as bar:
+        for step in range(run.start, config.steps):
             rng = generator("finetune", config.seed, step)
             rows = torch.multinomial(chances, config.batch_size, replacement=True, generator=rng)
             latents = encoded.latents[rows]
@@ -174,7 +148,7 @@ def train_denoiser(
 
             latents, noise, timesteps = latents.to(device), noise.to(device), timesteps.to(device)
             noisy_latents = schedule.add_noise(latents, noise, timesteps)
-            with precision.autocast():
+            with run.accelerator.autocast():
                 if train_text_encoder:
                     needed, inverse = captions.unique(return_inverse=True)
                     prompt_embeds = pipe.text_encoder(tokens[needed.to(device)])[0][inverse.to(device)]
@@ -182,28 +156,11 @@ def train_denoiser(
                     prompt_embeds = embeds[captions.to(device)]
                 model_pred = pipe.unet(noisy_latents, timesteps, prompt_embeds).sample
             loss = per_sample_loss(model_pred, schedule.target(latents, noise, timesteps)).mean()
-            saves = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
-            if saves or step % CHECK_EVERY == 0:
-                check_finite(loss, step, checkpoint_dir)
-            precision.step(loss, trained, optimizer, config.max_gradient_norm)
-            average.update_parameters(trained)
-            if saves:
-                save_checkpoint(checkpoint_dir, step + 1, state, settings)
+            run.descend(loss, step)
+            run.save_if_due(step)
             bar.advance(loss=loss)
-
-    trained.load_state_dict(average.module.state_dict())
+    run.finish()
     trained.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
-
-
-def tokenize(pipe: Any, captions: list[str]) -> torch.Tensor:
-    """Return padded token ids, shape (len(captions), max_tokens)."""
-    return pipe.tokenizer(
-        captions,
-        padding="max_length",
-        max_length=pipe.tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
 
 
 def save(pipe: Any, output_dir: Path, *, half_precision: bool) -> None:
@@ -211,10 +168,8 @@ def save(pipe: Any, output_dir: Path, *, half_precision: bool) -> None:
 
     The text encoder stays in 32 bits: transformers, unlike diffusers, loads weights in the type it finds.
     """
-    if half_precision:
-        pipe.unet.half()
-        pipe.vae.half()
+    for network in (pipe.unet, pipe.vae) if half_precision else ():
+        network.half()
     pipe.save_pretrained(output_dir)
-    if half_precision:
-        pipe.unet.float()
-        pipe.vae.float()
+    for network in (pipe.unet, pipe.vae) if half_precision else ():
+        network.float()

@@ -1,17 +1,76 @@
-"""The min phase of the game: mean group loss plus lambda times the variance of group losses.
+"""The min phase of the game: the loss of one training step, and the objective that it descends.
 
-The environment invariance constraint of InvDiff (Hou et al., KDD 2025), as the risk-variance penalty of
-V-REx (Krueger et al., ICML 2021). Group losses are moving means over many batches: within one batch a small
-group has few images or none, and its variance would be noise.
+InvDiff (Hou et al., KDD 2025, arXiv 2412.08480) asks that the guided model predict every group equally well, the
+environment invariance constraint. It is taken here as the risk-variance penalty of V-REx (Krueger et al., ICML 2021):
+
+    J = mean_e L_e + lambda * Var_e(L_e),    L_e the mean over images i of group e of l_i
+
+with l_i the denoising loss of the guided model relative to the frozen model's typical loss at the same timestep.
+Symbols: z_t noisy latents, y caption, e group (environment), f frozen denoiser, g_psi the guidance module.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..data.encode import EncodedImages
+from ..distributed import gather, mine
+from ..models.frozen import Denoiser
+from ..models.schedule import per_sample_loss
+from ..seeds import generator
+from .batches import Batch
+
+LEVELS = 16
+"""Timesteps at which the typical loss is measured."""
+IMAGES_PER_LEVEL = 64
+
+
+def step_loss(
+    guidance: nn.Module,
+    frozen: Denoiser,
+    batch: Batch,
+    typical: torch.Tensor,
+    moving: MovingGroupLosses,
+    penalty: float,
+    accelerator: Accelerator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of one training step, whose gradient is that of `invariant_objective` at the moving group losses.
+
+    Args:
+        guidance: g_psi, a `GuidanceModule`.
+        frozen: f, the frozen denoiser.
+        batch: What `draw_batch` drew.
+        typical: `typical_losses`, (num_train_timesteps,), on the device.
+        moving: L_e of each prompt; updated with this batch.
+        penalty: lambda.
+        accelerator: Mixed precision and the exchange between processes.
+
+    Returns:
+        The loss to descend, a scalar; and l_i of every image of the whole batch, (batch,), without gradient.
+    """
+    groups = batch.environments[:, 0]
+    with accelerator.autocast():
+        # The frozen prediction f(z_t, t, y).
+        model_pred, features = frozen(batch.noisy_latents, batch.timesteps, batch.condition)
+        model_pred, features = model_pred.float(), features.float()
+        # Invariant guidance: f~ = f + Delta g_psi(z_t, t, Phi(y), e); training is at full strength, Delta = 1.
+        environments = batch.environments[batch.part].to(model_pred.device)
+        shift = guidance(batch.noisy_latents, batch.timesteps, batch.condition, model_pred, features, environments)
+    # l_i = mean of (target - f~)^2, relative to the typical loss at its timestep.
+    losses = per_sample_loss(model_pred + shift, batch.target) / typical[batch.timesteps]
+    # L_e, over the images of all processes.
+    all_losses = accelerator.gather(losses.detach())
+    moving.update(batch.prompts, groups, all_losses.cpu())
+    # grad J = mean_i w_e(i) grad l_i, each group drawn equally often, with w_e = E dJ / dL_e.
+    weights = objective_weights(moving.means(), penalty)[batch.prompts, groups]
+    return (weights[batch.part].to(losses.device) * losses).mean(), all_losses
 
 
 def invariant_objective(group_losses: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Return mean_e L_e + lambda * Var_e(L_e), averaged over prompts.
+    """J = mean_e L_e + lambda * Var_e(L_e), averaged over prompts.
 
     Args:
         group_losses: L_e, (E,) or (prompts, E).
@@ -21,55 +80,94 @@ def invariant_objective(group_losses: torch.Tensor, penalty: float) -> torch.Ten
 
 
 def objective_weights(group_losses: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Return E * d(objective)/d(L_e) = 1 + 2 lambda (L_e - mean L), the weight of each group's samples.
+    """The weight of each group's images, w_e = E * dJ / dL_e = 1 + 2 lambda (L_e - mean_e L_e).
 
-    Weighting the samples' losses by it, with each group drawn equally often, gives the gradient of
-    `invariant_objective` at the moving means. It never falls below zero: unlearning a group is no aim.
+    It is never below zero: to unlearn a group is not intended.
 
     Args:
-        group_losses: (..., E).
+        group_losses: L_e, (..., E).
         penalty: lambda.
 
     Returns:
-        The same shape, averaging 1 over groups where none is clipped.
+        (..., E), with mean 1 over groups where none is clipped.
     """
     deviation = group_losses - group_losses.mean(dim=-1, keepdim=True)
     return (1 + 2 * penalty * deviation).clamp_min(0)
 
 
-class MovingGroupLosses:
-    """Exponential moving means of the loss of each group of each prompt, corrected for their short memory.
+class MovingGroupLosses(nn.Module):
+    """L_e as exponential moving means for each group of each prompt, corrected for their short memory.
+
+    Moving, since a small group has few images or none in one batch, and the variance over groups would be noise.
 
     Args:
         shape: (prompts, E).
         momentum: Decay per update of a group.
     """
 
+    totals: torch.Tensor
+    counts: torch.Tensor
+
     def __init__(self, shape: tuple[int, int], momentum: float) -> None:
+        super().__init__()
         self.momentum = momentum
-        self.totals = torch.zeros(shape)
-        self.counts = torch.zeros(shape)
+        self.register_buffer("totals", torch.zeros(shape))
+        self.register_buffer("counts", torch.zeros(shape))
 
     def update(self, prompts: torch.Tensor, groups: torch.Tensor, losses: torch.Tensor) -> None:
-        """Fold in a batch: prompts and groups (B,) integers, losses (B,), all on the CPU."""
+        """Add a batch: prompts and groups, integers (batch,), and losses (batch,), all on the CPU."""
         cells = prompts * self.totals.shape[1] + groups
-        sums = torch.zeros(self.totals.numel()).index_add_(0, cells, losses.float())
-        counts = torch.zeros(self.totals.numel()).index_add_(0, cells, torch.ones(len(losses)))
-        seen = (counts > 0).view_as(self.totals)
-        self.totals[seen] = self.momentum * self.totals[seen] + sums.view_as(self.totals)[seen]
-        self.counts[seen] = self.momentum * self.counts[seen] + counts.view_as(self.totals)[seen]
+        sums = torch.zeros(self.totals.numel()).index_add_(0, cells, losses.float()).view_as(self.totals)
+        counts = torch.zeros(self.totals.numel()).index_add_(0, cells, torch.ones(len(losses))).view_as(self.totals)
+        seen = counts > 0
+        self.totals[seen] = self.momentum * self.totals[seen] + sums[seen]
+        self.counts[seen] = self.momentum * self.counts[seen] + counts[seen]
 
     def means(self) -> torch.Tensor:
-        """Return L_e, (prompts, E); a group not seen yet takes the mean of the seen ones of its prompt."""
+        """L_e, (prompts, E); a group not seen yet takes the mean of the seen ones of its prompt."""
         means = self.totals / self.counts.clamp_min(1e-12)
         seen = (self.counts > 0).float()
         fallback = (means * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp_min(1)
         return torch.where(self.counts > 0, means, fallback)
 
-    def state(self) -> dict[str, list[list[float]]]:
-        """Return the running sums as JSON types."""
-        return {"totals": self.totals.tolist(), "counts": self.counts.tolist()}
 
-    def load(self, state: dict[str, list[list[float]]]) -> None:
-        """Put back what `state` returned."""
-        self.totals, self.counts = torch.tensor(state["totals"]), torch.tensor(state["counts"])
+def typical_losses(
+    denoiser: Denoiser, data: EncodedImages, *, images: torch.Tensor | None = None, batch_size: int, seed: int
+) -> torch.Tensor:
+    """The frozen model's mean loss at every timestep, which puts the losses of all timesteps on one scale.
+
+    At high noise, where an image's content is decided, a denoiser's loss is tens of times smaller than at low noise,
+    and so would be what guidance learns there. The scale also frees lambda of the model's units. Measured at `LEVELS`
+    timesteps on a few images each, shared among processes, and interpolated in the logarithm.
+
+    Args:
+        denoiser: The frozen model.
+        data: The images.
+        images: (n,) rows that training may see; all of them unless given.
+        batch_size: Images in each forward.
+        seed: Of the images chosen and the noise.
+
+    Returns:
+        (num_train_timesteps,), float32 on the CPU.
+    """
+    schedule, device = denoiser.schedule, denoiser.device
+    images = torch.arange(len(data)) if images is None else images
+
+    def mean_loss(timestep: int) -> float:
+        rng = generator("typical losses", seed, timestep)
+        rows = images[torch.randint(len(images), (IMAGES_PER_LEVEL,), generator=rng)]
+        noise = torch.randn((len(rows), *data.latents.shape[1:]), generator=rng)
+        losses = []
+        for batch, noises in zip(rows.split(batch_size), noise.split(batch_size), strict=True):
+            latents, noises = data.latents[batch].to(device), noises.to(device)
+            timesteps = torch.full((len(batch),), timestep, device=device)
+            noisy_latents = schedule.add_noise(latents, noises, timesteps)
+            model_pred, _ = denoiser(noisy_latents, timesteps, data.condition(data.caption_ids[batch]))
+            losses.append(per_sample_loss(model_pred, schedule.target(latents, noises, timesteps)))
+        return torch.cat(losses).mean().item()
+
+    timesteps = schedule.num_train_timesteps
+    known = np.linspace(0, timesteps - 1, LEVELS).round().astype(int).tolist()
+    means = dict(gather((timestep, mean_loss(timestep)) for timestep in mine(known)))
+    logs = np.interp(np.arange(timesteps), known, np.log(np.maximum([means[timestep] for timestep in known], 1e-12)))
+    return torch.from_numpy(np.exp(logs)).float()

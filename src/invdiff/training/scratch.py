@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,8 +20,7 @@ from ..data.captioned import CaptionedImages, readable_images
 from ..data.encode import to_pixels
 from ..progress import progress_bar
 from ..seeds import derived_seed, generator
-from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from .optimization import CHECK_EVERY, Precision, check_finite, moving_average, set_learning_rate
+from .checkpoint import TrainingRun
 
 LATENT_NOISE = 0.05
 """Standard deviation of the noise added to latents of about unit scale."""
@@ -31,7 +31,7 @@ LATENT_PULL = 1e-3
 def build_pipeline(
     captions: Iterable[str], architecture: ArchitectureConfig, *, seed: int = 0
 ) -> StableDiffusionPipeline:
-    """Return an untrained `StableDiffusionPipeline` whose vocabulary is learnt from `captions`."""
+    """An untrained `StableDiffusionPipeline` whose vocabulary is learnt from `captions`."""
     tokenizer = learn_vocabulary(captions, architecture.vocabulary_size, max_tokens=architecture.max_tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed("scratch", seed))
@@ -91,11 +91,11 @@ def build_pipeline(
 
 
 def learn_vocabulary(captions: Iterable[str], size: int, *, max_tokens: int) -> Any:
-    """Return a CLIP tokenizer with byte pairs learnt from `captions`, the same for the same captions.
+    """A CLIP tokenizer with byte pairs learnt from `captions`, the same for the same captions.
 
-    Every byte is a token, inside a word and at its end, so that no later prompt is unknown to it. They are given to
-    the trainer in a fixed order: left to itself, `tokenizers` numbers the ends of words as its hash map has them,
-    and a resumed run would read captions with other tokens than it was trained on.
+    Every byte is a token, inside a word and at its end, so that no later prompt has unknown tokens. The bytes are
+    given to the trainer in a fixed order: by default `tokenizers` numbers the ends of words in the order of a hash
+    map, and a resumed run would read captions with other tokens than it was trained on.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     alphabet = [*letters, *(f"{letter}</w>" for letter in letters)]
@@ -127,7 +127,7 @@ def train_autoencoder(
     checkpoint_dir: Path,
     settings: dict[str, Any],
     progress: bool = True,
-) -> Any:
+) -> None:
     """Fit `vae` to the images and set its scaling factor so that latents have unit variance.
 
     The loss is the absolute error of the pixels and of their differences (which keeps outlines sharp). Noise
@@ -136,19 +136,17 @@ def train_autoencoder(
     """
     pixels = load_pixels(data, resolution, progress=progress)
     device = vae.device
-    precision = Precision(config.mixed_precision, device)
     vae.to(memory_format=torch.channels_last)
-    optimizer = precision.prepare(torch.optim.AdamW(vae.parameters(), lr=config.autoencoder_learning_rate))
-    average = moving_average(vae, config.ema_decay)
-    state = TrainingState(vae, optimizer, average, precision)
-    start = load_checkpoint(checkpoint_dir, state, settings)
-    with progress_bar("autoencoder", config.autoencoder_steps, start=start, enabled=progress) as bar:
-        for step in range(start, config.autoencoder_steps):
-            set_learning_rate(optimizer, config.autoencoder_learning_rate, step, config.autoencoder_steps)
+    config = dataclasses.replace(
+        config, steps=config.autoencoder_steps, learning_rate=config.autoencoder_learning_rate, weight_decay=1e-2
+    )
+    run = TrainingRun(vae, config, checkpoint_dir, settings, device=device)
+    with progress_bar("autoencoder", config.steps, start=run.start, enabled=progress) as bar:
+        for step in range(run.start, config.steps):
             rng = generator("autoencoder", config.seed, step)
             rows = torch.randint(len(pixels), (config.autoencoder_batch_size,), generator=rng)
             images = from_bytes(pixels[rows.numpy()]).to(device)
-            with precision.autocast():
+            with run.accelerator.autocast():
                 latents = vae.encode(images).latents
                 noise = torch.randn(latents.shape, generator=rng).to(device)
                 decoded = vae.decode(latents + LATENT_NOISE * noise).sample
@@ -159,25 +157,19 @@ def train_autoencoder(
                 + F.l1_loss(decoded.diff(dim=3), images.diff(dim=3))
                 + LATENT_PULL * latents.square().mean()
             )
-            saves = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.autoencoder_steps
-            if saves or step % CHECK_EVERY == 0:
-                check_finite(loss, step, checkpoint_dir)
-            precision.step(loss, vae, optimizer, config.max_gradient_norm)
-            average.update_parameters(vae)
-            if saves:
-                save_checkpoint(checkpoint_dir, step + 1, state, settings)
+            run.descend(loss, step)
+            run.save_if_due(step)
             bar.advance(loss=loss)
-    vae.load_state_dict(average.module.state_dict())
-    sample = from_bytes(pixels[: min(len(pixels), 512)])
+    run.finish()
     with torch.no_grad():
-        latents = torch.cat([vae.encode(part.to(device)).latents for part in sample.split(64)])
+        sample = from_bytes(pixels[:512]).split(64)
+        latents = torch.cat([vae.encode(images.to(device)).latents for images in sample])
     vae.to(memory_format=torch.contiguous_format)
     vae.register_to_config(scaling_factor=1.0 / latents.float().std().item())
-    return vae
 
 
 def load_pixels(data: CaptionedImages, resolution: int, *, progress: bool) -> np.ndarray:
-    """Return every readable image as bytes, shape (N, 3, resolution, resolution).
+    """Every readable image as bytes, (N, 3, resolution, resolution).
 
     An autoencoder sees each image many times; as bytes, 20,000 images of 64 px take 250 MB.
     """
@@ -189,5 +181,5 @@ def load_pixels(data: CaptionedImages, resolution: int, *, progress: bool) -> np
 
 
 def from_bytes(pixels: np.ndarray) -> torch.Tensor:
-    """Return images in [-1, 1] from bytes, both (N, 3, H, W)."""
+    """Images in [-1, 1] from bytes, both (N, 3, height, width)."""
     return torch.from_numpy(pixels).float() / 127.5 - 1
