@@ -24,7 +24,7 @@ from invdiff.models.families.transformer import image_ids, packed, unpacked
 from invdiff.models.frozen import FrozenDenoiser
 from invdiff.models.load import denoiser_of, load_pipeline
 from invdiff.sampling import generate
-from invdiff.training import normalisation
+from invdiff.training import objective
 from invdiff.training.train import train
 from tiny import CAPTIONS, FAMILIES, RESOLUTION, make_tiny, make_unet
 
@@ -99,7 +99,7 @@ def run_audit(pipe, family, data, tmp_path, **changes):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_audits_trains_draws_and_is_read_back(family, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(normalisation, "IMAGES_PER_LEVEL", 4)
+    monkeypatch.setattr(objective, "IMAGES_PER_LEVEL", 4)
     pipe = tiny(family)
     found = run_audit(pipe, family, data, tmp_path)
     assert len(found.prompts) == (1 if family == "ddpm" else len(set(found.prompt_ids.tolist())))
