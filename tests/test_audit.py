@@ -6,9 +6,9 @@ import torch
 
 from conftest import make_guidance_module, write_tiny_folder
 from invdiff.auditing import evidence as scores_module
-from invdiff.auditing.edits import CURATION, Edits
+from invdiff.auditing.edits import CURATION, Edits, apply
 from invdiff.auditing.evidence import Evidence
-from invdiff.auditing.result import Audit, apply
+from invdiff.auditing.result import Audit
 from invdiff.auditing.run import audit, infer
 from invdiff.config import AuditConfig
 from invdiff.data.captioned import load_captioned_images
@@ -54,7 +54,7 @@ def made_up_evidence(minority: np.ndarray, *, contrast: float, features: float, 
     style = rng.normal(size=(count, 5)) @ rng.normal(size=(5, 24))
     content = style + features * np.outer(minority, rng.normal(size=24))
     views = np.stack([content + rng.normal(0, 0.1, content.shape) for _ in range(2)], axis=1)
-    return Evidence(torch.from_numpy(losses), torch.from_numpy(views), forwards_per_image=6)
+    return Evidence(losses, views)
 
 
 def test_the_rare_group_is_found_by_the_contrast():
@@ -96,7 +96,7 @@ def test_groups_of_two_prompts_share_their_columns():
     minority = np.arange(1200) % 600 >= 540
     evidence = made_up_evidence(on_water, contrast=0, features=6)
     contrast = made_up_evidence(minority, contrast=8, features=0)
-    both = Evidence(contrast.losses, evidence.features, 6)
+    both = Evidence(contrast.losses, evidence.features)
     data = made_up_data(["a landbird", "a waterbird"], caption_ids)
     found = infer(data, both, np.array([0, 1]), AuditConfig(), progress=False)
     assert np.array_equal(found.group_weights[0].argmax(axis=1) == 1, on_water)

@@ -16,8 +16,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from markdown_it import MarkdownIt
 
 from conftest import made_up_measures, make_guidance_module, make_tiny_pipeline
-from invdiff.auditing.edits import Edits
-from invdiff.auditing.result import Audit, PromptAudit, apply
+from invdiff.auditing.edits import Edits, apply
+from invdiff.auditing.result import Audit, PromptAudit
 from invdiff.auditing.run import audit
 from invdiff.config import AuditConfig, TrainConfig
 from invdiff.data.captioned import load_captioned_images

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from conftest import CAPTIONS, made_up_measures, make_guidance_module, make_tiny_pipeline, write_tiny_folder
 from invdiff import cli, cli_output
-from invdiff.auditing.edits import Edits
-from invdiff.auditing.result import Audit, apply
+from invdiff.auditing.edits import Edits, apply
+from invdiff.auditing.result import Audit
 from invdiff.cli_options import (
     environments_from,
     field_docs,

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from invdiff.auditing.edits import CURATION, NAME_LIMIT, Edits
-from invdiff.auditing.result import Audit, PromptAudit, apply
+from invdiff.auditing.edits import CURATION, NAME_LIMIT, Edits, apply
+from invdiff.auditing.result import Audit, PromptAudit
 from invdiff.errors import AuditError, ConfigError
 from invdiff.text import one_line
 

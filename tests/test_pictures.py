@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import invdiff.report
-from invdiff.auditing.result import Audit, apply
+from invdiff.auditing.edits import apply
+from invdiff.auditing.result import Audit
 from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError
 from invdiff.evaluation.images import Row, read_images

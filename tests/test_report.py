@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 from browser import LAYOUT, needs_browser, open_browser
 from invdiff import cli, save_report
-from invdiff.auditing.edits import Edits
-from invdiff.auditing.result import Audit, apply
+from invdiff.auditing.edits import Edits, apply
+from invdiff.auditing.result import Audit
 from invdiff.config import EvaluateConfig
 from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError
 from invdiff.evaluation.annotators.given_labels import GivenLabels

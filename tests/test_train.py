@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from conftest import make_tiny_pipeline
-from invdiff.auditing.edits import Edits
-from invdiff.auditing.result import Audit, PromptAudit, apply
+from invdiff.auditing.edits import Edits, apply
+from invdiff.auditing.result import Audit, PromptAudit
 from invdiff.config import TrainConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import as_encoded

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from invdiff.auditing.edits import Edits
-from invdiff.auditing.result import Audit, apply
+from invdiff.auditing.edits import Edits, apply
+from invdiff.auditing.result import Audit
 from invdiff.evaluation.quality.intervals import share_interval
 from invdiff.evaluation.results import AttributeMeasures, Estimate, Measures, Results
 from invdiff.report.sources import AuditSource, Parts, read_parts

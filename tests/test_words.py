@@ -1,16 +1,403 @@
+"""Words that separate groups: how they are chosen, kept and shown."""
+
+import functools
+import hashlib
 import html
+import io
 import json
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from PIL import Image
+from typer.testing import CliRunner
 
-from invdiff import save_report
-from invdiff.auditing.result import WORD_LIMIT, WORDS, Audit, AuditWords, GroupWords, PromptAudit, Word, apply
-from invdiff.errors import AuditError
+from conftest import write_tiny_folder
+from invdiff import cli, save_report
+from invdiff.auditing import run as audit_module
+from invdiff.auditing import words as words_module
+from invdiff.auditing.edits import apply
+from invdiff.auditing.result import WORD_LIMIT, WORDS, Audit, AuditWords, GroupWords, PromptAudit, Word
+from invdiff.auditing.run import audit
+from invdiff.auditing.words import (
+    IMAGES_PER_GROUP,
+    LEAST_IMAGES,
+    MOST_WORDS,
+    NO_WORD,
+    TEMPLATES,
+    describe_groups,
+    named_in,
+    vocabulary,
+)
+from invdiff.config import AuditConfig
+from invdiff.data.captioned import CaptionedImages, load_captioned_images
+from invdiff.errors import AuditError, ConfigError, ModelError
 from invdiff.report.audit_pictures import save_audit_pictures
 from test_pictures import HOSTILE, LAND, make_audit
 from test_report import NASTY, Page
+from tiny import save_clip
+
+ON_LAND, ON_WATER = 0, 1
+WIDTH = 256
+PROMPTS = ("a photo of a landbird", "a photo of a waterbird")
+
+
+@functools.cache
+def direction(name):
+    """A vector that depends on the name alone; different names are nearly orthogonal."""
+    digest = hashlib.sha256(name.encode()).digest()
+    vector = np.random.default_rng(list(digest)).normal(size=WIDTH)
+    return vector / np.linalg.norm(vector)
+
+
+class StandIn:
+    """An encoder of known embeddings: all lie in a cone, as CLIP's do, and images near to what they show.
+
+    Args:
+        shown: For each image, names of what it shows.
+        alike: Word to a word that means nearly the same.
+    """
+
+    name = "stand-in"
+
+    def __init__(self, shown, alike=None):
+        self.alike = alike or {}
+        self.images, self.texts = [], []
+        noise = np.random.default_rng(0).normal(size=(len(shown), WIDTH)) / np.sqrt(WIDTH)
+        self.features = (
+            noise + direction("an image") + [0.6 * sum(map(direction, names), np.zeros(WIDTH)) for names in shown]
+        )
+
+    def weights_digest(self):
+        return "0" * 16
+
+    def extract(self, images):
+        places = [image.getpixel((0, 0))[0] * 256 + image.getpixel((0, 0))[1] for image in images]
+        self.images += places
+        return self.features[places].astype(np.float32)
+
+    def text_features(self, texts):
+        self.texts += texts
+        return np.stack([self.embed(text) for text in texts]).astype(np.float32)
+
+    def embed(self, text):
+        for template in TEMPLATES[::-1]:  # the bare word, which fits every text, comes last
+            before, after = template.split("{}")
+            if text.startswith(before) and text.endswith(after):
+                word = text[len(before) : len(text) - len(after)]
+                break
+        meaning = direction(word)
+        if word in self.alike:
+            meaning = direction(self.alike[word]) + 0.3 * meaning
+        return 7 * (2 * direction("a text") + meaning + 0.2 * direction(template))
+
+
+def pictures(count):
+    """Files of images that say their number in their colour."""
+    files = []
+    for index in range(count):
+        file = io.BytesIO()
+        Image.new("RGB", (2, 2), (index // 256, index % 256, 0)).save(file, "PNG")
+        files.append(file.getvalue())
+    return files
+
+
+def made_up(labels, prompt_ids, captions=None, prompts=PROMPTS):
+    """An audit of groups as told, and its images."""
+    labels, prompt_ids = np.asarray(labels), np.asarray(prompt_ids)
+    names = [f"{index}.png" for index in range(len(labels))]
+    found = Audit(
+        group_weights=(np.eye(labels.max() + 1, dtype=np.float32)[labels],),
+        scores=np.zeros(len(labels), np.float32),
+        prompt_ids=prompt_ids,
+        prompts=[
+            PromptAudit(prompt, [prompt], int((prompt_ids == index).sum()), found=True, reason="")
+            for index, prompt in enumerate(prompts)
+        ],
+        names=names,
+        forwards_per_image=0.0,
+        settings={},
+    )
+    captions = captions or [prompts[index] for index in prompt_ids]
+    return found, CaptionedImages(captions, names, {}, 0.0, pictures(len(names)))
+
+
+def birds(rare=30, usual=90):
+    """Two prompts; group 1 is rare under the first and frequent under the second."""
+    labels = [ON_LAND] * usual + [ON_WATER] * rare + [ON_WATER] * usual + [ON_LAND] * rare
+    return np.array(labels), np.repeat([0, 1], rare + usual)
+
+
+def tell(found, data, encoder, tmp_path, **options):
+    rows = np.arange(len(found.names))
+    return describe_groups(found, data, rows, encoder, cache_dir=tmp_path, progress=False, **options)
+
+
+def words_of(told, prompt, group):
+    return [word.word for word in told.of(prompt, group).words]
+
+
+def sea_birds(words=("sea",), **options):
+    """Birds of which group 1 shows `words`: an audit, its images and an encoder."""
+    labels, prompt_ids = birds()
+    return *made_up(labels, prompt_ids, **options), StandIn([words if label == ON_WATER else () for label in labels])
+
+
+def test_the_words_that_part_groups_are_named_first_under_each_prompt_and_over_all(tmp_path):
+    labels, prompt_ids = birds()
+    encoder = StandIn([("sea", "boat", "sky") if label == ON_WATER else ("forest", "sky") for label in labels])
+    found, data = made_up(labels, prompt_ids)
+    told = tell(found, data, encoder, tmp_path)
+    for prompt in (0, 1, None):
+        assert set(words_of(told, prompt, ON_WATER)[:2]) == {"sea", "boat"}
+        assert words_of(told, prompt, ON_LAND)[0] == "forest"
+        assert "sky" not in words_of(told, prompt, ON_WATER)
+    assert all(entry.words[0].effect > 1 and entry.words[0].p_value <= 0.01 for entry in told.groups)
+    assert (told.model, told.audit, told.images) == ("stand-in", found.fingerprint, 240)
+
+
+def test_where_groups_look_alike_hardly_ever_is_a_word_named(tmp_path):
+    """The whole way, 50 times: small groups drawn at random from images that differ in much else."""
+    numbers = np.random.default_rng(3)
+    encoder = StandIn([(scene,) for scene in numbers.choice(["sea", "forest", "city", "snow"], 60)])
+    labels, wrong = np.arange(60) < 12, 0
+    for _ in range(50):
+        found, data = made_up(numbers.permutation(labels).astype(int), np.zeros(60, dtype=int), prompts=PROMPTS[:1])
+        told = tell(found, data, encoder, tmp_path)
+        wrong += any(entry.words for entry in told.groups)
+        assert {entry.line for entry in told.groups if not entry.words} <= {NO_WORD}
+    assert wrong <= 2  # 0.5 at most are expected
+
+
+def test_a_difference_that_nobody_could_see_is_not_named(tmp_path, monkeypatch):
+    labels, prompt_ids = np.arange(800) % 2, np.zeros(800, dtype=int)
+    found, data = made_up(labels, prompt_ids, prompts=PROMPTS[:1])
+    encoder = StandIn([("sea",)] * 800)
+    encoder.features[labels == ON_WATER] += 0.03 * direction("sea")
+    monkeypatch.setattr(words_module, "IMAGES_PER_GROUP", 400)
+    monkeypatch.setattr(words_module, "LEAST_EFFECT", 0.8)
+    assert words_of(tell(found, data, encoder, tmp_path), 0, ON_WATER) == []
+    monkeypatch.setattr(words_module, "LEAST_EFFECT", 0.2)
+    assert words_of(tell(found, data, encoder, tmp_path), 0, ON_WATER) == ["sea"]
+
+
+def test_images_that_are_near_to_every_word_are_told_by_none(tmp_path):
+    labels, prompt_ids = birds()
+    encoder = StandIn([()] * len(labels))
+    encoder.features[labels == ON_WATER] += 0.2 * direction("a text")
+    told = tell(*made_up(labels, prompt_ids), encoder, tmp_path)
+    assert all(entry.words == () for entry in told.groups)
+
+
+def test_words_that_the_prompt_says_are_not_named_under_it(tmp_path):
+    told = tell(*sea_birds(("boat", "sea"), prompts=("boats", "a bird")), tmp_path)
+    assert words_of(told, 0, ON_WATER) == ["sea"]
+    assert set(words_of(told, 1, ON_WATER)) == set(words_of(told, None, ON_WATER)) == {"boat", "sea"}
+
+
+def test_words_of_captions_and_of_the_user_are_tried(tmp_path):
+    found, data, encoder = sea_birds(("heron", "Old Harbour"), captions=["a heron or not"] * 240)
+    told = tell(found, data, encoder, tmp_path, words=["Old Harbour"])
+    assert set(words_of(told, None, ON_WATER)) == {"heron", "Old Harbour"}
+    assert told.vocabulary == tell(found, data, encoder, tmp_path).vocabulary + 1
+
+
+def test_near_synonyms_and_plurals_are_thinned_to_the_best(tmp_path):
+    found, data, encoder = sea_birds(("sea", "boat", "boats"))
+    encoder.alike = {"ocean": "sea", "surf": "sea"}
+    told = tell(found, data, encoder, tmp_path, words=["ocean", "surf", "boats"])
+    for prompt in (0, 1, None):
+        boat, sea = sorted(words_of(told, prompt, ON_WATER), key=lambda word: word not in ("boat", "boats"))
+        assert boat in ("boat", "boats")
+        assert sea in ("sea", "ocean", "surf")
+
+
+def test_the_best_words_come_first_and_are_few(tmp_path):
+    words = ["sea", "boat", "waves", "pond", "lake", "island", "harbour", "fish"]
+    found, data, encoder = sea_birds(words)
+    encoder.features[found.group_weights[0].argmax(axis=1) == ON_WATER] += 0.15 * direction("pond")
+    told = words_of(tell(found, data, encoder, tmp_path), 0, ON_WATER)
+    assert len(told) == MOST_WORDS
+    assert told[0] == "pond"
+    assert set(told) < set(words)
+
+
+def test_at_most_so_many_images_of_each_group_are_shown_once(tmp_path):
+    labels, prompt_ids = np.array([ON_LAND] * 700 + [ON_WATER] * 30), np.zeros(730, dtype=int)
+    found, data = made_up(labels, prompt_ids, prompts=PROMPTS[:1])
+    encoder = StandIn([("sea",) if label == ON_WATER else () for label in labels])
+    told = tell(found, data, encoder, tmp_path)
+    assert told.images == len(set(encoder.images)) == len(encoder.images) == IMAGES_PER_GROUP + 30
+    assert told.of(None, ON_WATER) is None  # with one prompt, all are one
+    again = StandIn([()] * 730)
+    assert tell(found, data, again, tmp_path) == told
+    assert again.images == []  # embeddings were kept
+    again.weights_digest = lambda: "1" * 16
+    tell(found, data, again, tmp_path)
+    assert len(again.images) == told.images  # but not those of other weights
+
+
+def test_only_the_images_that_count_are_shown_from_where_the_data_has_them(tmp_path):
+    labels, prompt_ids = birds()
+    found, _ = made_up(labels, prompt_ids)
+    found.group_weights[0][:40] = 0  # people left these out
+    count = len(labels) + 5
+    rows = np.random.default_rng(0).permutation(count)[:-5]
+    shown = [()] * count
+    for row, label in zip(rows, labels, strict=True):
+        shown[row] = ("sea",) if label == ON_WATER else ()
+    data = CaptionedImages(["a bird"] * count, [str(i) for i in range(count)], {}, 0.0, pictures(count))
+    encoder = StandIn(shown)
+    told = describe_groups(found, data, rows, encoder, cache_dir=tmp_path, progress=False)
+    assert words_of(told, 0, ON_WATER) == ["sea"]
+    assert set(encoder.images) == set(rows[40:])
+
+
+def test_small_groups_are_not_judged(tmp_path):
+    labels, prompt_ids = birds(rare=LEAST_IMAGES - 4)
+    encoder = StandIn([("sea",) if label == ON_WATER else ("forest",) for label in labels])
+    told = tell(*made_up(labels, prompt_ids), encoder, tmp_path)
+    assert "too few images" in told.of(0, ON_WATER).note
+    assert "too few images" in told.of(0, ON_LAND).note  # there is nothing to compare it with
+    assert told.of(None, ON_WATER).words == ()
+
+
+def test_a_prompt_that_hides_nothing_has_no_words(tmp_path):
+    found, data, encoder = sea_birds()
+    found.prompts[1] = replace(found.prompts[1], found=False)
+    assert {entry.prompt for entry in tell(found, data, encoder, tmp_path).groups} == {0}
+    found.prompts[0] = replace(found.prompts[0], found=False)
+    assert tell(found, data, encoder, tmp_path).groups == ()
+
+
+def test_each_hidden_factor_has_words_of_its_own(tmp_path):
+    labels, prompt_ids = birds()
+    at_night = np.arange(len(labels)) % 4 == 0
+    found, data = made_up(labels, prompt_ids)
+    second = np.eye(2, dtype=np.float32)[at_night.astype(int)]
+    shown = [
+        [word for word, there in (("sea", a == ON_WATER), ("night", b)) if there]
+        for a, b in zip(labels, at_night, strict=True)
+    ]
+    told = tell(replace(found, group_weights=(*found.group_weights, second)), data, StandIn(shown), tmp_path)
+    assert words_of(told, None, ON_WATER) == ["sea"]
+    assert [word.word for word in told.of(None, 1, factor=1).words] == ["night"]
+
+
+@pytest.mark.parametrize("hostile", ["<img src=x onerror=alert(1)>", "x" * 10_000, "\u202e{0}{} %s \ud800"])
+def test_hostile_captions_are_harmless(hostile, tmp_path):
+    found, data, encoder = sea_birds(captions=[f"{hostile} sea"] * 240, prompts=(hostile, hostile))
+    told = tell(found, data, encoder, tmp_path, words=["{}", "<b>{0}</b>"])
+    assert words_of(told, 0, ON_WATER) == ["sea"]
+    assert max(map(len, encoder.texts)) < 100
+
+
+def test_the_vocabulary_holds_each_word_once_the_user_s_first():
+    captions = ["A heron, 3 photos of THE heron_2 by a pond"] * 3 + ["a stork"] * 2
+    words = vocabulary(captions, ["Old\nHarbour", "POND", "x" * 100, " "])
+    assert words[:2] == ["Old Harbour", "POND"]
+    assert len(words[2]) == WORD_LIMIT
+    assert "heron" in words
+    assert not {"pond", "photos", "the", "stork", "heron_2", "3", "by"} & set(words)
+    assert len(words) > 400
+    assert vocabulary([]) == vocabulary(["the photo"] * 5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word", "said"),
+    [
+        ("a photo of boats", "Boat", True),
+        ("a photo of a boat", "boats", True),
+        ("a photo of glass", "glas", False),
+        ("a palm tree", "palm tree", True),
+        ("a palm", "palm tree", False),
+        ("a palm", "...", False),
+    ],
+)
+def test_what_a_prompt_says_is_known_in_any_number_and_case(prompt, word, said):
+    assert named_in(prompt, [word]).tolist() == [said]
+
+
+@pytest.fixture(scope="module")
+def clip_dir(tmp_path_factory):
+    """A whole CLIP model with random weights."""
+    return save_clip(tmp_path_factory.mktemp("models") / "tiny-clip")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_tiny_folder(tmp_path_factory.mktemp("photos"), 60)
+
+
+EXACT = AuditConfig(solver="exact", min_images=6, min_share=0.3, caption_threshold=100.0)
+
+
+def test_an_audit_asks_a_clip_model_and_saves_its_words(clip_dir, tiny_pipe, photos, tmp_path):
+    data = load_captioned_images(photos)
+    config = replace(EXACT, words_model=str(clip_dir), words=("palm tree",))
+    found = audit(tiny_pipe, data, config=config, cache_dir=tmp_path / "cache", progress=False)
+    assert found.words.model == "tiny-clip"
+    assert {(entry.prompt, entry.group) for entry in found.words.groups} == {(0, 0), (0, 1)}
+    assert all(word.p_value <= 0.01 for entry in found.words.groups for word in entry.words)
+    found.save(tmp_path / "audit")
+    assert Audit.load(tmp_path / "audit").words == found.words
+
+
+def test_words_change_nothing_else_and_cost_no_new_measurement(clip_dir, tiny_pipe, photos, tmp_path, monkeypatch):
+    data = load_captioned_images(photos)
+    plain = audit(tiny_pipe, data, config=EXACT, cache_dir=tmp_path / "cache", progress=False)
+    plain.save(tmp_path / "audit")
+    monkeypatch.setattr("invdiff.auditing.evidence._measure", None)  # evidence is read back
+    config = replace(EXACT, words_model=str(clip_dir))
+    told = audit(tiny_pipe, data, config=config, cache_dir=tmp_path / "cache", progress=False)
+    assert (told.fingerprint, told.prompts) == (plain.fingerprint, plain.prompts)
+    told.save(tmp_path / "audit")
+    plain.save(tmp_path / "audit")  # of the same groups: the words stay true
+    assert Audit.load(tmp_path / "audit").words == told.words
+    other = replace(plain, group_weights=(plain.group_weights[0][:, ::-1],))
+    other.save(tmp_path / "audit")
+    assert not (tmp_path / "audit" / WORDS).exists()
+
+
+def test_a_wrong_name_is_told_before_the_work(tiny_pipe, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(audit_module, "collect_evidence", None)
+    config = replace(EXACT, words_model=str(tmp_path / "absent"))
+    with pytest.raises(ModelError, match="Expected a CLIP model"):
+        audit(tiny_pipe, load_captioned_images(photos), config=config, cache_dir=tmp_path, progress=False)
+
+
+def test_latents_alone_cannot_be_looked_at(clip_dir, tiny_pipe, photos, tmp_path):
+    encoded = audit_module.as_encoded(tiny_pipe, load_captioned_images(photos), tmp_path, progress=False)
+    with pytest.raises(ConfigError, match="for a CLIP model to look at"):
+        audit(tiny_pipe, encoded, config=replace(EXACT, words_model=str(clip_dir)), cache_dir=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("words", [("",), ("x" * 61,), (" ",)])
+def test_words_are_short(words):
+    with pytest.raises(ConfigError, match="words of 1 to 60 characters"):
+        AuditConfig(words_model="clip", words=words)
+
+
+def test_words_without_a_model_to_read_them_are_refused():
+    with pytest.raises(ConfigError, match="nothing without words_model"):
+        AuditConfig(words=("sea",))
+
+
+def test_the_command_reads_words_and_prints_what_was_told(clip_dir, tiny_pipe_dir, photos, tmp_path):
+    (tmp_path / "words.txt").write_text("palm tree\n\nharbour\n")
+    (tmp_path / "settings.json").write_text(json.dumps(EXACT.to_dict()))
+    arguments = ["audit", tiny_pipe_dir, photos, "--output", tmp_path / "audit", "--cache-dir", tmp_path / "cache"]
+    arguments += ["--config", tmp_path / "settings.json", "--words-model", clip_dir, "--words", tmp_path / "words.txt"]
+    done = CliRunner().invoke(cli.app, [str(word) for word in [*arguments, "--quiet"]], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "Words that tell groups apart under the prompt" in done.output
+    assert "tiny-clip's opinion" in done.output
+    told = Audit.load(tmp_path / "audit").words
+    assert f"group 0: {told.of(0, 0).line}" in done.output
+    assert json.loads((tmp_path / "audit" / "audit.json").read_text())["settings"]["words"] == ["palm tree", "harbour"]
+
+
+# How they are kept.
 
 AUDIT = Audit(
     (np.eye(2, dtype=np.float32),),
@@ -22,8 +409,8 @@ AUDIT = Audit(
     {},
 )
 OTHER = replace(AUDIT, group_weights=(AUDIT.group_weights[0][::-1],))
-WATER = GroupWords(0, "a bird", 0, 1, (Word("water", 2.1, 0.001), Word("boat", 0.9, 0.004)), "")
-NOTHING = GroupWords(None, "", 0, 0, (), "no word tells it apart")
+WATER = GroupWords(0, 0, 1, (Word("water", 2.1, 0.001), Word("boat", 0.9, 0.004)), "")
+NOTHING = GroupWords(None, 0, 0, (), "no word tells it apart")
 FOUND = AuditWords("clip-tiny", AUDIT.fingerprint, 500, 80, 0.01, (WATER, NOTHING))
 
 
@@ -69,7 +456,7 @@ def test_other_files_are_refused_and_removed(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("group", True), ("prompt", "0"), ("caption", None), ("words", [1]), ("words", [{"word": 1}])]
+    ("name", "value"), [("group", True), ("prompt", "0"), ("note", None), ("words", [1]), ("words", [{"word": 1}])]
 )
 def test_a_group_of_another_kind_is_refused(tmp_path, name, value):
     changed(tmp_path, lambda document: document["groups"][0].update({name: value}))
@@ -94,14 +481,12 @@ def test_hostile_words_are_cut_to_one_line(tmp_path):
 # How they are shown.
 
 
-def made_up(folder, *, told=("water", "boat"), model="clip-tiny", factors=1, prompts=(LAND,)):
+def with_words(folder, *, told=("water", "boat"), model="clip-tiny", factors=1, prompts=(LAND,)):
     """An audit with words for group 1, and none for group 0; returns its images."""
     data = make_audit(folder, factors=factors, prompts=prompts)
     words = tuple(Word(word, 2.0, 0.001) for word in told)
     groups = [
-        GroupWords(
-            prompt, "", factor, group, words[factor:] if group else (), "" if group else "no word tells it apart"
-        )
+        GroupWords(prompt, factor, group, words[factor:] if group else (), "" if group else "no word tells it apart")
         for prompt in (*range(len(prompts)), None)
         for factor in range(factors)
         for group in (0, 1)
@@ -119,7 +504,7 @@ def shown(folder, data=None):
 
 @pytest.mark.parametrize("with_images", [True, False])
 def test_a_report_shows_words_under_their_group_and_who_chose_them(tmp_path, with_images):
-    data = made_up(tmp_path)
+    data = with_words(tmp_path)
     page, twin = shown(tmp_path, data if with_images else None)
     typical = "Most typical of " * with_images
     assert f"{typical}group 0 Words: no word tells it apart says “clip-tiny”, asked about 512 words" in page.words
@@ -137,13 +522,13 @@ def test_without_words_a_report_says_nothing_of_them(tmp_path):
 
 
 def test_words_stand_beside_the_factor_they_are_of(tmp_path):
-    page, _ = shown(tmp_path, made_up(tmp_path, factors=2))
+    page, _ = shown(tmp_path, with_words(tmp_path, factors=2))
     assert page.words.count("Words: water, boat") == 1
     assert page.words.count("Words: boat") == 1
 
 
 def test_words_of_groups_that_people_changed_are_said_to_be_older(tmp_path):
-    data = made_up(tmp_path)
+    data = with_words(tmp_path)
     audit = Audit.load(tmp_path)
     apply(audit, audit.edits.without_images([0]).with_name(0, 1, "at sea")).save_edits(tmp_path)
     page, twin = shown(tmp_path, data)
@@ -153,8 +538,8 @@ def test_words_of_groups_that_people_changed_are_said_to_be_older(tmp_path):
 
 
 def test_hostile_words_are_text(tmp_path):
-    plain, _ = shown(tmp_path / "plain", made_up(tmp_path / "plain", told=["water"] * len(NASTY)))
-    nasty, twin = shown(tmp_path / "nasty", made_up(tmp_path / "nasty", told=NASTY, model=NASTY[0]))
+    plain, _ = shown(tmp_path / "plain", with_words(tmp_path / "plain", told=["water"] * len(NASTY)))
+    nasty, twin = shown(tmp_path / "nasty", with_words(tmp_path / "nasty", told=NASTY, model=NASTY[0]))
     assert [tag for tag, _ in nasty.elements] == [tag for tag, _ in plain.elements]
     assert "<script" not in (tmp_path / "nasty" / "report" / "report.md").read_text(encoding="utf-8")
     assert NASTY[0] in nasty.text
@@ -163,7 +548,7 @@ def test_hostile_words_are_text(tmp_path):
 
 def test_pictures_show_as_many_words_as_there_is_room_for(tmp_path, written):
     told = ["water", "boat", "a very long description of what can be seen", "of the sea", "x" * 60, "y" * 60, "z" * 60]
-    save_audit_pictures(tmp_path, made_up(tmp_path, told=told))
+    save_audit_pictures(tmp_path, with_words(tmp_path, told=told))
     lines = [line for line in written if line.startswith("water, boat")]
     assert len(lines) == 2  # in the overview and on the prompt's own sheet
     assert all(line.split(", ") == told[: line.count(", ") + 1] for line in lines)  # no word is cut
@@ -173,4 +558,4 @@ def test_pictures_show_as_many_words_as_there_is_room_for(tmp_path, written):
 
 
 def test_hostile_words_are_drawn(tmp_path):
-    save_audit_pictures(tmp_path, made_up(tmp_path, told=HOSTILE[:-1], model=HOSTILE[0]))
+    save_audit_pictures(tmp_path, with_words(tmp_path, told=HOSTILE[:-1], model=HOSTILE[0]))

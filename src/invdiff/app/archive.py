@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..auditing.edits import Edits
-from ..auditing.result import Audit, PromptAudit, apply
+from ..auditing.edits import Edits, apply
+from ..auditing.result import Audit, PromptAudit
 from ..errors import AuditError, DataError
 from ..files import fingerprint
 from ..report.audit_reading import Page, pages_of, rows_by_name

@@ -1,11 +1,14 @@
-"""Which captions are one prompt, and which captions state the group they would otherwise hide."""
+"""Captions that are one prompt, and captions that state the attribute they would otherwise hide."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from scipy.stats import false_discovery_control, hypergeom
@@ -16,18 +19,19 @@ from ..models.families import Condition
 from ..models.frozen import Denoiser
 from ..seeds import generator
 from .evidence import add_noise, repeated
+from .partition import rarest
 
 MOST_CAPTIONS = 256
 """With more different captions than this, that many of them stand for the others with similar embeddings."""
 PROBES = 16
 """Noisy images that every caption is tried on."""
 LOG_SNR = -4.24
-"""Their noise level: what the image will show is not decided yet, so the caption decides."""
+"""Their noise level: the image is not decided yet, so the caption decides."""
 
 
 def group_captions(
     denoiser: Denoiser, data: EncodedImages, *, threshold: float, seed: int
-) -> tuple[np.ndarray, float]:
+) -> tuple[NDArray[Any], float]:
     """Group captions that make the model predict the same.
 
     Paraphrases are one prompt: each alone may have too few images to judge. Captions are as far apart as the
@@ -58,8 +62,8 @@ def group_captions(
     return prompts[stands_for], (len(compared) + 1) * PROBES / len(data)
 
 
-def caption_distances(denoiser: Denoiser, data: EncodedImages, compared: np.ndarray, *, seed: int) -> np.ndarray:
-    """Return how far swapping captions moves the model's prediction, (compared, compared).
+def caption_distances(denoiser: Denoiser, data: EncodedImages, compared: NDArray[Any], *, seed: int) -> NDArray[Any]:
+    """Distances of captions by how far swapping them moves the model's prediction, (compared, compared).
 
     Mean squared differences of predictions on the same noisy images, in units of the model's own squared error
     there. An absolute scale: captions that are all paraphrases of each other are all near.
@@ -67,7 +71,7 @@ def caption_distances(denoiser: Denoiser, data: EncodedImages, compared: np.ndar
     Args:
         denoiser: The model.
         data: Images and captions.
-        compared: Which captions, indices (compared,).
+        compared: Indices of captions (compared,).
         seed: Seed of the noisy images.
     """
     rng = generator("captions", seed)
@@ -86,55 +90,99 @@ def caption_distances(denoiser: Denoiser, data: EncodedImages, compared: np.ndar
     return distances / max(error, 1e-12)
 
 
-def telling_words(
+@dataclass(frozen=True)
+class StatingWords:
+    """Words in captions that state an attribute that would otherwise be hidden."""
+
+    group_of: dict[str, int]
+    """Words that state a group, the same under every prompt: "water"."""
+    usual: set[str]
+    """Words under which the rare group of a prompt never occurs: "on", in captions that only state the usual."""
+
+    def stated(self, caption: str, frequent: int) -> int:
+        """The group that `caption` states under a prompt whose frequent group is `frequent`; -1 for none."""
+        group = stated_group(caption, self.group_of)
+        if group < 0 and stated_group(caption, dict.fromkeys(self.usual, frequent)) >= 0:
+            return frequent
+        return group
+
+    def of(self, group: int, frequent: int) -> list[str]:
+        """The words that state `group` under a prompt whose frequent group is `frequent`."""
+        own = {word for word, its_group in self.group_of.items() if its_group == group}
+        return sorted(own | self.usual if group == frequent else own)
+
+
+def words_that_state_groups(data: EncodedImages, groups: dict[int, tuple[NDArray[Any], NDArray[Any]]]) -> StatingWords:
+    """The words of captions that state a group.
+
+    "on land" says little more under a prompt whose images are on land anyway, but under the other prompt it says
+    all: since columns mean the same under every prompt, a word found under one holds for all. And where captions
+    only ever state the usual, all prompts together show that the rare group never comes with them.
+
+    Args:
+        data: The captions.
+        groups: For each prompt its images (n,), and their W (n, E), columns aligned.
+    """
+    caption_ids = data.caption_ids.numpy()
+    stated: dict[str, set[int]] = {}
+    rare, used = [np.empty(0, dtype=int)], [np.empty(0, dtype=int)]
+    for rows, weights in groups.values():
+        labels = weights.argmax(axis=1)
+        for word, group in stating_words(data.captions, caption_ids[rows], labels).items():
+            stated.setdefault(word, set()).add(group)
+        rare.append((labels == rarest(weights.sum(axis=0))).astype(int))
+        used.append(caption_ids[rows])
+    pooled = stating_words(data.captions, np.concatenate(used), np.concatenate(rare), certainty=0.99)
+    return StatingWords(
+        group_of={word: group for word, (group, *others) in stated.items() if not others},
+        usual={word for word, is_rare in pooled.items() if not is_rare},
+    )
+
+
+def stating_words(
     captions: list[str],
-    caption_ids: np.ndarray,
-    labels: np.ndarray,
+    caption_ids: NDArray[Any],
+    labels: NDArray[Any],
     *,
     level: float = 0.001,
     certainty: float = 0.95,
 ) -> dict[str, int]:
-    """Return the words whose presence in a caption tells the group of its image, and that group.
+    """The words whose presence in a caption states the group of its image, and that group.
 
-    What a caption says is not hidden: under "on water", water is asked for. Each word is tested for association
-    with each group against the others (Fisher's exact test, Benjamini-Hochberg over words), and kept where
-    it says the group nearly for certain.
+    An attribute in the caption is not hidden: under "on water", water is asked for. Each word is tested for
+    association with each group against the others (Fisher's exact test, Benjamini-Hochberg over words), and kept
+    where it states the group nearly for certain.
 
     Args:
         captions: The different captions.
         caption_ids: (n,) the caption of each image.
         labels: (n,) the group of each image.
         level: False discovery rate.
-        certainty: Least share of a word's images that must be of the group it tells.
+        certainty: Least share of a word's images that must be of the group it states.
     """
     groups = np.unique(labels)
     counts = np.zeros((len(captions), len(groups)), dtype=np.int64)  # images of each caption in each group
     np.add.at(counts, (caption_ids, np.searchsorted(groups, labels)), 1)
     total = counts.sum(axis=0)
-    saying: dict[str, list[int]] = {}
+    inside: dict[str, NDArray[Any]] = {}  # images with a word in their caption, in each group
     for caption in np.flatnonzero(counts.sum(axis=1)):
         for word in set(_words(captions[caption])):
-            saying.setdefault(word, []).append(int(caption))
-    tests: list[tuple[str, int, float]] = []
-    for word, its_captions in sorted(saying.items()):
-        inside = counts[its_captions].sum(axis=0)
-        outside = total - inside
-        if not outside.any() or inside.max() < certainty * inside.sum():
-            continue
-        group = int(inside.argmax())
-        # The chance of so many of this group among the word's images, were they drawn from all (Fisher's test).
-        p_value = hypergeom.sf(inside[group] - 1, total.sum(), total[group], inside.sum())
-        tests.append((word, int(groups[group]), float(p_value)))
-    if not tests:
+            inside[word] = inside.get(word, 0) + counts[caption]
+    kept = [word for word, n in inside.items() if (total - n).any() and n.max() >= certainty * n.sum()]
+    if not kept:
         return {}
-    adjusted = false_discovery_control([p for _, _, p in tests])
-    return {word: group for (word, group, _), p in zip(tests, adjusted, strict=True) if p < level}
+    with_word = np.array([inside[word] for word in kept])
+    group = with_word.argmax(axis=1)
+    # The chance of so many of this group among the word's images, were they drawn from all (Fisher's test).
+    most, drawn = with_word.max(axis=1), with_word.sum(axis=1)
+    adjusted = false_discovery_control(hypergeom.sf(most - 1, total.sum(), total[group], drawn))
+    return {word: int(groups[g]) for word, g, p in zip(kept, group, adjusted, strict=True) if p < level}
 
 
-def told_group(caption: str, words: dict[str, int]) -> int:
-    """Return the group that a caption's words tell, -1 where they tell none or contradict each other."""
-    told = {words[word] for word in _words(caption) if word in words}
-    return told.pop() if len(told) == 1 else -1
+def stated_group(caption: str, words: dict[str, int]) -> int:
+    """The group that a caption's words state, -1 where they state none or contradict each other."""
+    stated = {words[word] for word in _words(caption) if word in words}
+    return stated.pop() if len(stated) == 1 else -1
 
 
 def _words(caption: str) -> list[str]:

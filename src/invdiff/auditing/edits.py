@@ -1,6 +1,6 @@
 """Edits that people make to an audit: names of groups, images left out, scores at which groups part. No torch here.
 
-They lie in `curation.json` beside the audit, which itself stays as inferred; `apply` in `result` carries them out.
+They lie in `curation.json` beside the audit, which itself stays as inferred; `apply` carries them out.
 """
 
 from __future__ import annotations
@@ -13,11 +13,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import AuditError, ConfigError, DataError
 from ..files import read_json, typed
 from ..text import one_line
+
+if TYPE_CHECKING:
+    from .result import Audit
 
 CURATION = "curation.json"
 NAME_LIMIT = 60
@@ -123,17 +129,65 @@ class Edits:
         }
 
 
-@dataclass(frozen=True)
-class _LeftOut:
-    position: int
-    image: str
+def apply(audit: Audit, edits: Edits) -> Audit:
+    """An audit with people's edits, applied to it as inferred; earlier edits are dropped.
+
+    Where cuts were moved, W is one-hot by where an image's score lies: the intervals belong, from low to high, to the
+    prompt's groups as inferred in the order of their mean scores. The rows of W of an image that was left out are
+    zeros, of every factor. Shares and numbers of images of the prompts concerned are those of the images kept; scores
+    and all else stay.
+
+    Raises:
+        AuditError: They are edits to another audit, or to images, prompts or groups that this one lacks; or they leave
+            out all images of a prompt, or part its groups into another number.
+    """
+    plain = audit.inferred or audit
+    here, scores, prompt_ids = plain.fingerprint, plain.scores, plain.prompt_ids
+    names = edits.names or tuple(("",) * size for size in plain.num_groups)
+    if edits.audit not in ("", here) or tuple(map(len, names)) != plain.num_groups:
+        raise AuditError(f"Expected changes to this audit (fingerprint {here}), got changes to {edits.audit}.")
+    if any(not 0 <= position < len(scores) for position in edits.left_out):
+        raise AuditError(f"Expected to leave out some of {len(scores)} images, got number {edits.left_out[-1]}.")
+    weights = [w.copy() for w in plain.group_weights]
+    first = weights[0]
+    for index, cuts in edits.cuts.items():
+        if not 0 <= index < len(plain.prompts):
+            raise AuditError(f"Expected to part groups of {len(plain.prompts)} prompts, got number {index}.")
+        rows = np.flatnonzero(plain.kept & (prompt_ids == index))
+        order = np.array(ladder(first[rows], scores[rows]), dtype=np.int64)
+        if len(cuts) != len(order) - 1:
+            prompt = one_line(plain.prompts[index].prompt, 80)
+            raise AuditError(
+                f"Expected {max(len(order) - 1, 0)} cuts between the groups of “{prompt}”, got {len(cuts)}."
+            )
+        first[rows] = np.eye(first.shape[1], dtype=first.dtype)[order[np.searchsorted(cuts, scores[rows], "right")]]
+    gone = list(edits.left_out)
+    for w in weights:
+        w[gone] = 0
+    prompts = list(plain.prompts)
+    for index in {*edits.cuts, *prompt_ids[gone].tolist()}:
+        own = first[first.any(axis=1) & (prompt_ids == index)]
+        if not len(own):
+            prompt = one_line(prompts[index].prompt, 80)
+            raise AuditError(f"Expected at least one image of “{prompt}” to keep, got all left out. Put one back.")
+        shares = [round(float(share), 4) for share in own.mean(axis=0, dtype=np.float64)]
+        shares = shares if prompts[index].found else prompts[index].shares
+        prompts[index] = replace(prompts[index], num_images=len(own), shares=shares)
+    edits = replace(edits, audit=here, names=names)
+    inferred = plain if edits.changed else None
+    return replace(plain, group_weights=tuple(weights), prompts=prompts, edits=edits, inferred=inferred)
 
 
-@dataclass(frozen=True)
-class _Cuts:
-    prompt: int
-    caption: str
-    scores: list[float]
+def ladder(weights: NDArray[Any], scores: NDArray[Any]) -> list[int]:
+    """The groups of a prompt that have images, from the lowest mean score to the highest.
+
+    Args:
+        weights: (n, E) the prompt's rows of W.
+        scores: (n,).
+    """
+    labels = weights.argmax(axis=1)
+    filled = [index for index in range(weights.shape[1]) if (labels == index).any()]
+    return sorted(filled, key=lambda index: float(scores[labels == index].mean()))
 
 
 def read_edits(folder: Path, plain: Edits, images: Sequence[str]) -> Edits:
@@ -162,18 +216,17 @@ def read_edits(folder: Path, plain: Edits, images: Sequence[str]) -> Edits:
         names = typed(list[list[str]], stated["names"])
         if [len(factor) for factor in names] != [len(factor) for factor in plain.names]:
             raise ValueError("names of other groups than the audit has")
-        left_out = typed(list[_LeftOut], stated["left_out"])
-        renamed = [entry.position for entry in left_out if images[entry.position] != entry.image]
-        if renamed:
-            raise ValueError(f"image {renamed[0]} has another name than in the audit")
-        edits = plain.without_images(entry.position for entry in left_out)
+        left_out = [typed(int, entry["position"]) for entry in stated["left_out"]]
+        if [images[position] for position in left_out] != [entry["image"] for entry in stated["left_out"]]:
+            raise ValueError("an image left out has another name than in the audit")
+        edits = plain.without_images(left_out)
         for factor, of_factor in enumerate(names):
             for group, name in enumerate(of_factor):
                 edits = edits.with_name(factor, group, name)
-        for entry in typed(list[_Cuts], stated["cuts"]):
-            if entry.prompt in edits.cuts:
-                raise ValueError(f"cuts of prompt {entry.prompt} twice")
-            edits = edits.with_cuts(entry.prompt, entry.scores)
+        for entry in stated["cuts"]:
+            if typed(int, entry["prompt"]) in edits.cuts:
+                raise ValueError(f"cuts of prompt {entry['prompt']} twice")
+            edits = edits.with_cuts(entry["prompt"], typed(list[float], entry["scores"]))
     except DataError as error:
         raise AuditError(f"{error} {remedy}") from error
     except (KeyError, IndexError, TypeError, ValueError, ConfigError) as error:
@@ -184,17 +237,13 @@ def read_edits(folder: Path, plain: Edits, images: Sequence[str]) -> Edits:
 
 
 def rename_aside(path: Path) -> Path:
-    """Rename a file of edits after its audit, such as to `curation-0123456789abcdef.json`; the new path.
-
-    A name that is taken is counted on.
-    """
+    """Rename a file of edits after its audit, such as to `curation-0123456789abcdef.json`; the new path."""
     try:
         audit = str(read_json(path)["audit"])
     except (DataError, TypeError, KeyError):
         audit = ""
     stem = f"{path.stem}-{audit if re.fullmatch('[0-9a-f]{16}', audit) else 'damaged'}"
-    place = path.with_name(f"{stem}.json")
-    number = 1
+    place, number = path.with_name(f"{stem}.json"), 1
     while place.exists():
         number += 1
         place = path.with_name(f"{stem}-{number}.json")

@@ -8,29 +8,25 @@ loss, a contrast of losses, or any other evidence of one dimension. Two solvers 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 
 from ..errors import AuditError
 
 
-def group_losses(scores: np.ndarray, group_weights: np.ndarray) -> np.ndarray:
-    """Return L_e, the weighted mean score of each group, shape (E,); NaN for a group without mass."""
+def group_losses(scores: NDArray[Any], group_weights: NDArray[Any]) -> NDArray[Any]:
+    """Group losses L_e = sum_i W_ie s_i / sum_i W_ie, (E,); NaN for a group without images."""
     mass = group_weights.sum(axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return group_weights.T @ scores / mass
 
 
-def dispersion(scores: np.ndarray, group_weights: np.ndarray) -> float:
-    """Return the between-group variance of scores, sum_e m_e (L_e - mean)^2, m_e the share of group e."""
-    share = group_weights.mean(axis=0)
-    losses = np.where(share > 0, group_losses(scores, group_weights), 0.0)
-    return float((share * (losses - scores.mean()) ** 2).sum())
-
-
-def exact_groups(scores: np.ndarray, num_groups: int, *, min_share: float = 0.0) -> np.ndarray:
-    """Return the partition of largest dispersion, as labels (N,) that rise with the score.
+def exact_groups(scores: NDArray[Any], num_groups: int, *, min_share: float = 0.0) -> NDArray[Any]:
+    """The partition of largest dispersion, as labels (N,) that rise with the score.
 
     Optimal groups of one-dimensional scores are intervals of the sorted scores, so dynamic programming over
     cut points finds the maximum (Fisher 1958; for two groups this is Otsu's threshold). Divide and conquer on
@@ -58,7 +54,7 @@ def exact_groups(scores: np.ndarray, num_groups: int, *, min_share: float = 0.0)
     ordered = ordered - ordered.mean()
     sums = np.concatenate([[0.0], np.cumsum(ordered)])
 
-    def gain(start: np.ndarray, stop: int) -> np.ndarray:
+    def gain(start: NDArray[Any], stop: int) -> NDArray[Any]:
         # A group's part of the between-group variance, times N: (sum of its scores)^2 / its size.
         return (sums[stop] - sums[start]) ** 2 / (stop - start)
 
@@ -95,9 +91,9 @@ def exact_groups(scores: np.ndarray, num_groups: int, *, min_share: float = 0.0)
 
 
 def gradient_groups(
-    scores: np.ndarray, num_groups: int, *, omega: float = 0.1, steps: int = 300, seed: int = 0
-) -> np.ndarray:
-    """Return W (N, E) by gradient ascent on its logits, as the paper does; columns rise with L_e.
+    scores: NDArray[Any], num_groups: int, *, omega: float = 0.1, steps: int = 300, seed: int = 0
+) -> NDArray[Any]:
+    """W (N, E) by gradient ascent on its logits, as in InvDiff; columns rise with L_e.
 
     Maximises Var_e(L_e) + omega * H(m), with m the groups' shares and H their entropy: without the second
     term the largest dispersion is that of one group with a single image. Scores are standardised first, so
@@ -134,6 +130,42 @@ def gradient_groups(
     return final[:, np.argsort(group_losses(scores, final), kind="stable")]
 
 
-def one_hot(labels: np.ndarray, num_groups: int) -> np.ndarray:
-    """Return labels (N,) as a hard W (N, E)."""
+def one_hot(labels: NDArray[Any], num_groups: int) -> NDArray[Any]:
+    """Labels (N,) as a hard W (N, E)."""
     return np.eye(num_groups)[labels]
+
+
+def align_columns(
+    groups: dict[int, tuple[NDArray[Any], NDArray[Any]]], num_groups: int, features: NDArray[Any]
+) -> dict[int, NDArray[Any]]:
+    """W (n, E) of each prompt with its columns in such order that a column means the same under every prompt.
+
+    Groups are compared by the offset of their mean features from the prompt's own mean. The first prompt's groups are
+    ordered from most to least frequent, and the others' follow. A prompt of fewer than E groups has empty columns.
+
+    Args:
+        groups: For each prompt its images (n,), indices into `features`, and their W.
+        num_groups: E.
+        features: (N, D).
+    """
+    aligned: dict[int, NDArray[Any]] = {}
+    reference: NDArray[Any] | None = None
+    for prompt, (rows, weights) in groups.items():
+        weights = np.pad(weights, ((0, 0), (0, num_groups - weights.shape[1])))
+        mass, values = weights.sum(axis=0), features[rows].astype(np.float64)
+        means = (weights.T @ values) / np.maximum(mass, 1e-12)[:, None]
+        offsets = np.where(mass[:, None] > 0, means - means[mass > 0].mean(axis=0), 0.0)
+        offsets = offsets / np.maximum(values.std(axis=0), 1e-12)
+        offsets /= np.maximum(np.linalg.norm(offsets, axis=1, keepdims=True), 1e-12)
+        if reference is None:
+            order = np.argsort(-mass, kind="stable")
+            reference = offsets[order]
+        else:
+            order = linear_sum_assignment(-reference @ offsets.T)[1]
+        aligned[prompt] = weights[:, order]
+    return aligned
+
+
+def rarest(mass: NDArray[Any]) -> int:
+    """The group of least mass among those that have any; `mass` is (E,)."""
+    return int(np.where(mass > 0, mass, np.inf).argmin())

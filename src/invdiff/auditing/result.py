@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..errors import AuditError, DataError
 from ..files import fingerprint, read_arrays, read_json, typed, write_arrays, write_json
 from ..text import one_line
-from .edits import CURATION, Edits, read_edits, rename_aside
+from .edits import CURATION, Edits, apply, read_edits, rename_aside
 
 if TYPE_CHECKING:
     from ..data.encode import EncodedImages
@@ -60,9 +60,7 @@ class PromptAudit:
     shares: list[float] = field(default_factory=list)
     """Share of each group, in the order of the columns of W."""
     stability: float = 0.0
-    """See `Candidate`."""
     separation: float = 0.0
-    """See `Candidate`."""
     candidates: list[Candidate] = field(default_factory=list)
     """Every split that was considered, best first."""
 
@@ -88,8 +86,6 @@ class GroupWords:
 
     prompt: int | None
     """Index of the prompt in the audit; None over all prompts that hide a group."""
-    caption: str
-    """The prompt itself; "" over all prompts."""
     factor: int
     group: int
     """The column of W."""
@@ -204,8 +200,8 @@ class Audit:
         if audited != denoiser_fingerprint:
             raise AuditError(
                 f"Expected the denoiser that was audited (fingerprint {audited}), got another "
-                f"({denoiser_fingerprint}): other weights, another precision or another noise schedule. "
-                "Audit this model first."
+                f"({denoiser_fingerprint}): other weights, another precision or another noise schedule. Audit this "
+                "model first."
             )
         resolution = self.settings.get("resolution", data.resolution)
         if resolution != data.resolution:
@@ -245,14 +241,15 @@ class Audit:
             "num_groups": list(plain.num_groups),
             "forwards_per_image": plain.forwards_per_image,
             "prompts": [dataclasses.asdict(prompt) for prompt in plain.prompts],
-            "settings": plain.settings,
-            "names": plain.names,
+            **{"settings": plain.settings, "names": plain.names},
         }
         write_json(folder / "audit.json", document)
+        try:
+            read_words(folder, plain.fingerprint)
+        except AuditError:
+            (folder / WORDS).unlink()
         if plain.words is not None and plain.words.audit == plain.fingerprint:
             write_json(folder / WORDS, dataclasses.asdict(plain.words))
-        else:
-            _remove_words_of_others(folder, plain.fingerprint)
         if edited.edits.changed:
             if (folder / CURATION).is_file() and plain._read_edits(folder).edits != edited.edits:
                 rename_aside(folder / CURATION)
@@ -276,24 +273,20 @@ class Audit:
         return None
 
     def _as_inferred(self) -> tuple[Audit, Audit]:
-        """This audit before people's edits, and after.
-
-        One whose groups were replaced after the edits is an audit of its own: of the edits, only the names stay.
-        """
-        if self.inferred is None:
-            return self, apply(self, dataclasses.replace(self.edits, audit=""))
-        expected = apply(self.inferred, self.edits)
-        if (self.fingerprint, self.prompts) != (expected.fingerprint, expected.prompts):
-            plain = dataclasses.replace(self, inferred=None, edits=Edits(), words=None)
-            return plain, apply(plain, Edits(names=self.edits.names))
-        weights, prompts = self.inferred.group_weights, self.inferred.prompts
-        plain = dataclasses.replace(self, group_weights=weights, prompts=prompts, inferred=None, edits=Edits())
-        return plain, self
+        """This audit before people's edits, and after. Of edits before its groups were replaced, only names stay."""
+        plain, edits = self.inferred or self, dataclasses.replace(self.edits, audit="")
+        if self.inferred is not None:
+            expected = apply(plain, edits)
+            if (self.fingerprint, self.prompts) != (expected.fingerprint, expected.prompts):
+                plain, edits = self, Edits(names=edits.names)
+        plain = dataclasses.replace(
+            self, group_weights=plain.group_weights, prompts=plain.prompts, inferred=None, edits=Edits()
+        )
+        return plain, apply(plain, edits)
 
     def _read_edits(self, folder: Path) -> Audit:
         """This audit, as inferred, with the edits that lie in `folder`."""
-        none = Edits(self.fingerprint, _no_names(self))
-        return apply(self, read_edits(folder, none, self.names))
+        return apply(self, read_edits(folder, apply(self, Edits()).edits, self.names))
 
     @classmethod
     def load(cls, folder: str | Path, *, edited: bool = True) -> Audit:
@@ -312,9 +305,9 @@ class Audit:
         try:
             document = read_json(folder / "audit.json")
             arrays = read_arrays(folder / "audit.safetensors")
-            factors = range(len(typed(list[int], document["num_groups"])))
+            num_groups = typed(list[int], document["num_groups"])
             found = cls(
-                group_weights=tuple(arrays[f"group_weights.{m}"] for m in factors),
+                group_weights=tuple(arrays[f"group_weights.{m}"] for m in range(len(num_groups))),
                 scores=arrays["scores"],
                 prompt_ids=arrays["prompt_ids"],
                 prompts=typed(list[PromptAudit], document["prompts"]),
@@ -322,80 +315,18 @@ class Audit:
                 forwards_per_image=typed(float, document["forwards_per_image"]),
                 settings=typed(dict[str, Any], document["settings"]),
             )
+            known = np.isin(found.prompt_ids, np.arange(len(found.prompts)))
+            if not num_groups or list(found.num_groups) != num_groups or not known.all():
+                raise ValueError("images of groups or prompts that the audit lacks")
             for name, array in arrays.items():
                 if len(array) != len(found.names) or not np.isfinite(array).all():
                     raise ValueError(f"{name} that are not one finite row for each of {len(found.names)} images")
-            if found.prompt_ids.dtype.kind != "i" or not set(found.prompt_ids.tolist()) <= set(
-                range(len(found.prompts))
-            ):
-                raise ValueError("prompts that images have and the audit has not")
-        except (KeyError, TypeError, ValueError, DataError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, DataError) as error:
             raise AuditError(
                 f"Expected an audit in {folder}, found something else ({error!r}). Run `invdiff audit` again."
             ) from error
         found = dataclasses.replace(found, words=read_words(folder, found.fingerprint))
         return found._read_edits(folder) if edited else found
-
-
-def apply(audit: Audit, edits: Edits) -> Audit:
-    """An audit with people's edits, applied to it as inferred; earlier edits are dropped.
-
-    Where cuts were moved, W is one-hot by where an image's score lies: the intervals belong, from low to high, to the
-    prompt's groups as inferred in the order of their mean scores. The rows of W of an image that was left out are
-    zeros, of every factor. Shares and numbers of images of the prompts concerned are those of the images kept; scores
-    and all else stay.
-
-    Raises:
-        AuditError: They are edits to another audit, or to images, prompts or groups that this one lacks; or they leave
-            out all images of a prompt, or part its groups into another number.
-    """
-    plain = audit.inferred or audit
-    here, scores, prompt_ids = plain.fingerprint, plain.scores, plain.prompt_ids
-    names = edits.names or _no_names(plain)
-    if edits.audit not in ("", here) or tuple(map(len, names)) != plain.num_groups:
-        raise AuditError(f"Expected changes to this audit (fingerprint {here}), got changes to {edits.audit}.")
-    if any(not 0 <= position < len(scores) for position in edits.left_out):
-        raise AuditError(f"Expected to leave out some of {len(scores)} images, got number {edits.left_out[-1]}.")
-    weights = [w.copy() for w in plain.group_weights]
-    first = weights[0]
-    for index, cuts in edits.cuts.items():
-        if not 0 <= index < len(plain.prompts):
-            raise AuditError(f"Expected to part groups of {len(plain.prompts)} prompts, got number {index}.")
-        rows = np.flatnonzero(plain.kept & (prompt_ids == index))
-        order = np.array(ladder(first[rows], scores[rows]), dtype=np.int64)
-        if len(cuts) != len(order) - 1:
-            prompt = one_line(plain.prompts[index].prompt, 80)
-            raise AuditError(
-                f"Expected {max(len(order) - 1, 0)} cuts between the groups of “{prompt}”, got {len(cuts)}."
-            )
-        first[rows] = np.eye(first.shape[1], dtype=first.dtype)[order[np.searchsorted(cuts, scores[rows], "right")]]
-    gone = list(edits.left_out)
-    for w in weights:
-        w[gone] = 0
-    prompts = list(plain.prompts)
-    for index in {*edits.cuts, *prompt_ids[gone].tolist()}:
-        own = first[first.any(axis=1) & (prompt_ids == index)]
-        if not len(own):
-            prompt = one_line(prompts[index].prompt, 80)
-            raise AuditError(f"Expected at least one image of “{prompt}” to keep, got all left out. Put one back.")
-        shares = [round(float(share), 4) for share in own.mean(axis=0, dtype=np.float64)]
-        shares = shares if prompts[index].found else prompts[index].shares
-        prompts[index] = dataclasses.replace(prompts[index], num_images=len(own), shares=shares)
-    edits = dataclasses.replace(edits, audit=here, names=names)
-    inferred = plain if edits.changed else None
-    return dataclasses.replace(plain, group_weights=tuple(weights), prompts=prompts, edits=edits, inferred=inferred)
-
-
-def ladder(weights: NDArray[Any], scores: NDArray[Any]) -> list[int]:
-    """The groups of a prompt that have images, from the lowest mean score to the highest.
-
-    Args:
-        weights: (n, E) the prompt's rows of W.
-        scores: (n,).
-    """
-    labels = weights.argmax(axis=1)
-    filled = [index for index in range(weights.shape[1]) if (labels == index).any()]
-    return sorted(filled, key=lambda index: float(scores[labels == index].mean()))
 
 
 def read_words(folder: str | Path, audit: str) -> AuditWords | None:
@@ -423,14 +354,3 @@ def read_words(folder: str | Path, audit: str) -> AuditWords | None:
             f"({one_line(found.audit, 20)}). {remedy}"
         )
     return found
-
-
-def _remove_words_of_others(folder: Path, audit: str) -> None:
-    try:
-        read_words(folder, audit)
-    except AuditError:
-        (folder / WORDS).unlink()
-
-
-def _no_names(audit: Audit) -> tuple[tuple[str, ...], ...]:
-    return tuple(("",) * size for size in audit.num_groups)

@@ -1,77 +1,66 @@
-"""Choose among all evidence by separation and stability, never by labels, or find nothing.
+"""The decision of the max phase: which split of a prompt's images is believed, by separation and stability.
 
-A hidden accident is a split of a prompt's images that is *separated* (a gap in the scores, not a cut through
-one broad hump), *stable* (independent noises find the same images) and *unbalanced* (a split near half and
-half is style: facing left or right). What passes all three is a candidate; the best one is taken.
+Labels are never read. A hidden group is a split of a prompt's images that is *separated* (a gap in the scores, not a
+cut through one broad hump), *stable* (independent noises find the same images) and *unbalanced* (an even split is a
+style, such as facing left or right). A split that passes all three is a candidate, and the candidate of the largest
+stability times separation decides its prompt. Where none passes, nothing is found.
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import skew
-from sklearn.decomposition import PCA, FastICA
-from sklearn.exceptions import ConvergenceWarning
+from numpy.typing import NDArray
 from sklearn.metrics import adjusted_rand_score
 
 from ..config import AuditConfig
+from .evidence import Score
 from .partition import exact_groups, gradient_groups, one_hot
 from .result import Candidate
-
-NUM_COMPONENTS = (4, 8, 12)
-"""Whitened dimensions that components are looked for in."""
-IMAGES_PER_DIMENSION = 40
-"""Images that each of these dimensions takes. Among fewer, FastICA finds directions in which mere noise falls apart:
-with 131 images in twelve dimensions it passed every threshold in 10 of 20 sets of normally distributed features, with
-this rule in none of 60 at 160 and 200 images (`tests/test_auto.py` repeats it)."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """One score per image under two or more independent noises."""
-
-    evidence: str
-    draws: np.ndarray
-    """(draws, n)."""
-
-    @property
-    def mean(self) -> np.ndarray:
-        """Return the mean over draws, standardised robustly, (n,)."""
-        mean = self.draws.mean(axis=0)
-        low, middle, high = np.quantile(mean, [0.25, 0.5, 0.75])
-        return (mean - middle) / max(high - low, 1e-12)
 
 
 @dataclass(frozen=True)
 class Split:
-    """A candidate and the groups it stands for."""
+    """A candidate and its groups."""
 
     candidate: Candidate
-    weights: np.ndarray
+    weights: NDArray[Any]
     """W of the prompt's images, (n, E), columns rising with the score."""
     score: Score
 
     @property
     def merit(self) -> float:
-        """Return what candidates are ranked by."""
+        """Splits are ranked by it."""
         return self.candidate.stability * self.candidate.separation
 
 
-def consider(score: Score, num_groups: int, config: AuditConfig) -> Split:
-    """Cut a score into groups of largest dispersion, by the solver that is asked for, and judge the cut."""
+def ranked_splits(scores: list[Score], config: AuditConfig) -> list[Split]:
+    """The splits of one prompt's images by each score, into each number of groups; of solver `auto` best first."""
+    if config.solver != "auto":
+        return [split(score, config.num_groups or 2, config) for score in scores]
+    sizes = [config.num_groups] if config.num_groups else range(2, config.max_groups + 1)
+    splits = [split(score, size, config) for score in scores for size in sizes]
+    return sorted(splits, key=lambda one: (-one.candidate.accepted, -one.merit))
+
+
+def split(score: Score, num_groups: int, config: AuditConfig) -> Split:
+    """Cut a score into the groups of largest dispersion, and judge the cut."""
+
+    def cut(values: NDArray[Any]) -> NDArray[Any]:
+        if config.solver == "gradient":
+            return gradient_groups(values, num_groups, omega=config.omega, seed=config.seed)
+        return one_hot(exact_groups(values, num_groups, min_share=config.min_share), num_groups)
+
     mean = score.mean
-    weights = _cut(mean, num_groups, config)
-    labels = weights.argmax(axis=1)
+    weights = cut(mean)
     shares = weights.mean(axis=0)
     stability = 0.0
     if len(score.draws) >= 2:
-        halves = [half.mean(axis=0) for half in (score.draws[0::2], score.draws[1::2])]
-        first, second = (_cut(half, num_groups, config).argmax(axis=1) for half in halves)
+        first, second = (cut(score.draws[half::2].mean(axis=0)).argmax(axis=1) for half in (0, 1))
         stability = float(adjusted_rand_score(first, second))
-    depth = separation(mean, labels)
+    depth = separation(mean, weights.argmax(axis=1))
     balance = shares.min() * num_groups / 2
     accepted = stability >= config.min_stability and depth >= config.min_separation and balance <= config.max_balance
     candidate = Candidate(
@@ -85,15 +74,69 @@ def consider(score: Score, num_groups: int, config: AuditConfig) -> Split:
     return Split(candidate, weights, score)
 
 
-def _cut(values: np.ndarray, num_groups: int, config: AuditConfig) -> np.ndarray:
-    """Return W (n, E) of one-dimensional scores, columns rising with the score."""
-    if config.solver == "gradient":
-        return gradient_groups(values, num_groups, omega=config.omega, seed=config.seed)
-    return one_hot(exact_groups(values, num_groups, min_share=config.min_share), num_groups)
+def deciding_splits(ranked: dict[int, list[Split]], config: AuditConfig) -> tuple[int, dict[int, Split]]:
+    """E of the audit, and the split that decides each prompt under which a hidden group is found.
+
+    Environments are shared by all prompts, so E is the number of groups that serves most prompts, and of these the
+    one of most merit. A prompt is decided by its best split into E groups; where none of them is accepted, by the
+    best into fewer; else the score of its best is cut again into E groups, so that a finding is never dropped.
+
+    Args:
+        ranked: For each prompt, what `ranked_splits` returned.
+        config: Its solvers other than `auto` accept any split.
+    """
+    accepted = {
+        prompt: [one for one in splits if one.candidate.accepted or config.solver != "auto"]
+        for prompt, splits in ranked.items()
+    }
+    accepted = {prompt: splits for prompt, splits in accepted.items() if splits}
+    num_groups = config.num_groups or 2
+    if accepted and not config.num_groups and config.solver == "auto":
+        served: dict[int, list[float]] = {}
+        for splits in accepted.values():
+            for size in {one.candidate.num_groups for one in splits}:
+                best = max(one.merit for one in splits if one.candidate.num_groups == size)
+                served.setdefault(size, []).append(best)
+        num_groups = max(served, key=lambda size: (len(served[size]), sum(served[size]), -size))
+    deciding = {}
+    for prompt, splits in accepted.items():
+        fitting = [one for one in splits if one.candidate.num_groups == num_groups]
+        fitting += [one for one in splits if one.candidate.num_groups < num_groups]
+        deciding[prompt] = fitting[0] if fitting else split(splits[0].score, num_groups, config)
+    return num_groups, deciding
 
 
-def separation(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return how empty the gaps between neighbouring groups are, the smallest over neighbours, in [0, 1].
+def too_few(num_images: int, config: AuditConfig) -> bool:
+    """Whether a prompt has too few images to judge any split of them."""
+    return num_images < max(config.min_images, 4)
+
+
+def why_not(num_images: int, splits: list[Split], config: AuditConfig) -> str:
+    """The reason, in words, why no hidden group is found under a prompt: the threshold that its best split misses."""
+    if too_few(num_images, config):
+        return f"too few images to judge ({num_images}; at least {config.min_images} are needed)"
+    if not splits:
+        return "no hidden group: nothing that was measured varies between the images"
+    best = splits[0].candidate
+    if best.separation < config.min_separation:
+        return (
+            f"no hidden group: the best split, by {best.evidence}, cuts through one hump "
+            f"(separation {best.separation:.2f}, at least {config.min_separation:g} is needed)"
+        )
+    if best.stability < config.min_stability:
+        return (
+            f"no hidden group: the best split, by {best.evidence}, changes with the noise "
+            f"(stability {best.stability:.2f}, at least {config.min_stability:g} is needed)"
+        )
+    shares = ", ".join(f"{share:.0%}" for share in best.shares)
+    return (
+        f"no hidden group: the clearest split, by {best.evidence}, is balanced ({shares}): a style, not a spurious "
+        "attribute"
+    )
+
+
+def separation(scores: NDArray[Any], labels: NDArray[Any]) -> float:
+    """How empty the gaps between neighbouring groups are, the smallest over neighbours, in [0, 1].
 
     The core of a group is the shortest interval that holds half of it. Between the cores of two neighbours a
     window of half the sparser core's width slides; one minus the least density it meets, relative to the
@@ -125,75 +168,11 @@ def separation(scores: np.ndarray, labels: np.ndarray) -> float:
     return float(min(depths))
 
 
-def _core(ordered: np.ndarray) -> tuple[float, float, float]:
-    """Return start, end and density (points per unit) of the shortest interval holding half the points."""
+def _core(ordered: NDArray[Any]) -> tuple[float, float, float]:
+    """Start, end and density (points per unit) of the shortest interval that holds half the points."""
     half = max(1, len(ordered) // 2)
     if len(ordered) <= half:
         return float(ordered[0]), float(ordered[-1]), np.inf
     start = int((ordered[half:] - ordered[:-half]).argmin())
     width = float(ordered[start + half] - ordered[start])
     return float(ordered[start]), float(ordered[start + half]), half / width if width > 0 else np.inf
-
-
-def component_scores(features: np.ndarray, source: str, *, seed: int) -> list[Score]:
-    """Return independent components of features as scores.
-
-    Each hidden factor of drawn or photographed content is close to one direction of the features, but seldom
-    among the largest: whitening and FastICA find directions by shape, not by size. Two shapes are looked for:
-    peaked or flat (logcosh), and skewed, since a factor with a rare side is skewed whatever its share, while its
-    kurtosis vanishes near a share of 21%. With too few whitened dimensions a factor is not in them, with too
-    many it falls apart, so several numbers are tried and the separation of the best split decides. Components are
-    fitted on the mean over draws, then every draw is projected.
-
-    Args:
-        features: (n, draws, D), draws under independent noise.
-        source: What the features are, for people.
-        seed: Seed of FastICA.
-
-    Returns:
-        None for fewer than `IMAGES_PER_DIMENSION` images in each of the fewest dimensions.
-    """
-    n, draws, width = features.shape
-    sizes = [size for size in NUM_COMPONENTS if size * IMAGES_PER_DIMENSION <= n]
-    if draws < 2 or not sizes:
-        return []
-    centred = features - features.mean(axis=0)
-    scale = centred.std(axis=(0, 1))
-    varies = scale > 1e-9 * max(float(np.abs(features).max()), 1e-12)
-    if not varies.any():
-        return []
-    centred, width = centred[:, :, varies] / scale[varies], int(varies.sum())
-    most = min(max(sizes), width)
-    pca = PCA(most, whiten=True, random_state=seed).fit(centred.mean(axis=1))
-    fitted = pca.transform(centred.mean(axis=1))
-    whitened = pca.transform(centred.reshape(n * draws, width))
-    scores = []
-    for size in sorted({min(size, most) for size in sizes}):
-        for shape, options in SHAPES.items():
-            ica = FastICA(whiten="unit-variance", max_iter=300, tol=1e-3, random_state=seed, **options)
-            with warnings.catch_warnings(), np.errstate(all="ignore"):
-                warnings.simplefilter("ignore", ConvergenceWarning)  # what does not settle will not be stable
-                warnings.simplefilter("ignore", RuntimeWarning)
-                try:
-                    ica.fit(fitted[:, :size])
-                except ValueError:  # no direction of this shape is left: its update is 0 / 0
-                    continue
-            projected = ica.transform(whitened[:, :size]).reshape(n, draws, -1)
-            for component in range(projected.shape[2]):
-                values = projected[:, :, component].T
-                sign = 1.0 if skew(values.mean(axis=0)) >= 0 else -1.0  # the rarer group scores high
-                name = f"{source}, {shape} component {component + 1} of {size}"
-                scores.append(Score(name, sign * values))
-    return scores
-
-
-def _squares(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return x^2 and its mean derivative: FastICA's contrast for skewness (Hyvarinen and Oja 2000)."""
-    return values**2, (2 * values).mean(axis=-1)
-
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "peaked": {"fun": "logcosh", "algorithm": "parallel"},
-    "skewed": {"fun": _squares, "algorithm": "deflation"},
-}
-"""Kinds of components, and how FastICA is told to look for them."""

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..auditing.edits import Edits
-from ..auditing.result import Audit, PromptAudit, ladder
+from ..auditing.edits import Edits, ladder
+from ..auditing.result import Audit, PromptAudit
 from ..errors import AuditError
 
 _Array = NDArray[Any]

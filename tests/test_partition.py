@@ -3,8 +3,14 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from invdiff.auditing.partition import dispersion, exact_groups, gradient_groups, group_losses, one_hot
+from invdiff.auditing.partition import align_columns, exact_groups, gradient_groups, group_losses, one_hot
 from invdiff.errors import AuditError
+
+
+def dispersion(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The between-group variance of scores."""
+    parts = [scores[labels == label] for label in np.unique(labels)]
+    return sum(len(part) * (part.mean() - scores.mean()) ** 2 for part in parts) / len(scores)
 
 
 def best_dispersion(scores: np.ndarray, num_groups: int, least: int) -> float:
@@ -26,8 +32,7 @@ def test_exact_groups_beat_every_other_cut(count, num_groups, min_share):
         scores = rng.normal(size=count)
         labels = exact_groups(scores, num_groups, min_share=min_share)
         assert np.bincount(labels, minlength=num_groups).min() >= least
-        found = dispersion(scores, one_hot(labels, num_groups))
-        assert found == pytest.approx(best_dispersion(scores, num_groups, least), abs=1e-12)
+        assert dispersion(scores, labels) == pytest.approx(best_dispersion(scores, num_groups, least), abs=1e-12)
 
 
 def test_exact_groups_rise_with_the_score():
@@ -71,6 +76,19 @@ def test_gradient_groups_refuse_scores_that_do_not_vary():
         gradient_groups(np.ones(10), 2)
 
 
-def test_dispersion_is_the_between_group_variance():
-    scores, labels = np.array([0.0, 1.0, 4.0, 7.0]), np.array([0, 0, 1, 1])
-    assert dispersion(scores, one_hot(labels, 2)) == pytest.approx(0.5 * 2.5**2 + 0.5 * 2.5**2)
+def test_group_losses_are_weighted_means():
+    weights = np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 1.0, 0.0]])
+    losses = group_losses(np.array([0.0, 3.0, 6.0]), weights)
+    assert losses[:2] == pytest.approx([1.0, 5.0])
+    assert np.isnan(losses[2])
+
+
+def test_columns_mean_the_same_under_every_prompt():
+    """Under the second prompt, of three groups, the first prompt's rare content is frequent."""
+    content = np.array([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]])
+    first, second = np.array([0] * 8 + [1] * 2), np.array([1] * 6 + [2] * 3 + [0] * 3)
+    features = content[np.concatenate([first, second])] + 0.01 * np.random.default_rng(0).normal(size=(22, 2))
+    groups = {7: (np.arange(10), one_hot(1 - first, 2)), 3: (np.arange(10, 22), one_hot((second + 1) % 3, 3))}
+    aligned = align_columns(groups, 3, features)
+    assert aligned[7].argmax(axis=1).tolist() == first.tolist()
+    assert aligned[3].argmax(axis=1).tolist() == second.tolist()

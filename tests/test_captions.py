@@ -1,6 +1,6 @@
 import numpy as np
 
-from invdiff.auditing.captions import telling_words, told_group
+from invdiff.auditing.captions import stated_group, stating_words
 
 
 def captions_and_labels(counts: dict[tuple[str, int], int]) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -20,30 +20,30 @@ def test_words_that_state_the_group_are_found():
             ("one bird", 1): 5,
         }
     )
-    assert telling_words(captions, ids, labels) == {"on": 1, "water": 1}
+    assert stating_words(captions, ids, labels) == {"on": 1, "water": 1}
 
 
 def test_a_word_that_comes_with_every_group_tells_nothing():
     captions, ids, labels = captions_and_labels(
         {("a bird", 0): 900, ("a bird", 1): 100, ("a nice bird", 0): 90, ("a nice bird", 1): 10}
     )
-    assert telling_words(captions, ids, labels) == {}
+    assert stating_words(captions, ids, labels) == {}
 
 
 def test_a_few_images_are_no_evidence_that_a_word_tells_the_group():
     captions, ids, labels = captions_and_labels({("a bird", 0): 95, ("a bird", 1): 5, ("a nice bird", 0): 6})
-    assert telling_words(captions, ids, labels) == {}
+    assert stating_words(captions, ids, labels) == {}
 
 
-def test_one_caption_has_no_telling_words():
+def test_one_caption_has_no_stating_words():
     captions, ids, labels = captions_and_labels({("a bird", 0): 90, ("a bird", 1): 10})
-    assert telling_words(captions, ids, labels) == {}
+    assert stating_words(captions, ids, labels) == {}
 
 
 def test_a_caption_tells_the_group_by_whole_words_in_any_case():
-    assert told_group("A bird on WATER", {"water": 1}) == 1
-    assert told_group("a waterbird", {"water": 1}) == -1
+    assert stated_group("A bird on WATER", {"water": 1}) == 1
+    assert stated_group("a waterbird", {"water": 1}) == -1
 
 
 def test_a_caption_that_contradicts_itself_tells_nothing():
-    assert told_group("land and water", {"land": 0, "water": 1}) == -1
+    assert stated_group("land and water", {"land": 0, "water": 1}) == -1

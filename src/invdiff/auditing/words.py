@@ -1,0 +1,214 @@
+"""Words that separate hidden groups, as a CLIP model sees them: a hint for the eye, not a finding."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm, ttest_ind
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
+
+from ..assets import COMMON_WORDS
+from ..data.captioned import CaptionedImages
+from ..files import fingerprint
+from ..models.encoders import ClipEncoder
+from ..seeds import derived_seed
+from ..text import one_line
+from .evidence import cached_features
+from .result import WORD_LIMIT, Audit, AuditWords, GroupWords, Word
+
+TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "a photo with {} in it")
+"""A word is the mean of these texts' unit embeddings (prompt ensembling; Radford et al., ICML 2021, 3.1.4)."""
+IMAGES_PER_GROUP = 200
+"""Most images of each group, under each prompt, that CLIP is shown."""
+LEAST_IMAGES = 10
+"""Smaller groups, and groups beside fewer other images, are not judged."""
+LEVEL = 0.01
+LEAST_EFFECT = 0.5
+"""Standard deviations. With many images a difference that nobody could see would pass the test."""
+LEAST_OF_BEST = 0.5
+"""Of the group's largest effect. A group that shows the sea is a little nearer to all words that lie near "sea"."""
+SYNONYMS = 0.7
+"""Words are near-synonyms where their embeddings, less the mean of all words', have a larger cosine."""
+MOST_WORDS = 6
+MOST_CAPTION_WORDS = 300
+LEAST_CAPTIONS = 3
+"""Images whose captions must hold a word."""
+_OF_PICTURES = "background foreground image images photo photograph photos picture pictures shot shown view your"
+STOP_WORDS = sorted(ENGLISH_STOP_WORDS.union(_OF_PICTURES.split()))
+"""Words in captions that say nothing of what an image shows."""
+NO_WORD = "no word tells it apart"
+TOO_FEW = f"too few images to tell (at least {LEAST_IMAGES} of the group and of others are needed)"
+
+_Array = NDArray[Any]
+
+
+def describe_groups(
+    found: Audit,
+    data: CaptionedImages,
+    rows: _Array,
+    encoder: ClipEncoder,
+    *,
+    words: Sequence[str] = (),
+    cache_dir: Path,
+    seed: int = 0,
+    progress: bool = True,
+) -> AuditWords:
+    """The words that are nearer to the images of each group than to the others', by prompt and over all prompts.
+
+    An image's score for a word is the cosine of their embeddings, less the image's mean over all words: as in CLIP's
+    own softmax, only differences between words count. Each word is tested for higher scores in the group (Welch's
+    t-test, one-sided), Bonferroni-corrected for all words and groups. Words that pass at `LEVEL`, with an effect
+    (Cohen's d) of at least `LEAST_EFFECT` and near that of the best word, are named from the largest effect down;
+    near-synonyms of a named word, and words of the prompt itself, are left out. Over all prompts the tests are
+    combined by Stouffer's method.
+
+    Args:
+        found: The audit, as inferred.
+        data: The images.
+        rows: (N,) indices of the audited images in `data`.
+        encoder: The CLIP model.
+        words: The user's own words, beside those of the captions and the common ones.
+        cache_dir: Where embeddings of images are kept.
+        seed: Of the sample of images.
+        progress: Show a progress bar.
+    """
+    chosen = vocabulary(data.captions, words)
+    texts = _unit(encoder.text_features([template.format(word) for word in chosen for template in TEMPLATES]))
+    texts = _unit(texts.reshape(len(chosen), len(TEMPLATES), -1).mean(axis=1))
+    texts = texts - texts.mean(axis=0)
+    samples = list(_samples(found, seed))
+    shown = np.unique(np.concatenate([sample.positions for sample in samples] or [np.empty(0, dtype=int)]))
+    images = np.zeros((0, texts.shape[1]))
+    if len(shown):
+        key = fingerprint(encoder.weights_digest(), data.fingerprint, rows[shown].tobytes())
+        path, label = cache_dir / f"{key}.safetensors", "looking for words"
+        images = _unit(cached_features(path, data, rows[shown], encoder.extract, label=label, progress=progress))
+    tests = []
+    for sample in samples:
+        scores = images[np.searchsorted(shown, sample.positions)] @ texts.T
+        said = named_in(sample.caption, chosen)
+        tests.append([_test(scores, sample.labels == k, said) for k in range(found.num_groups[sample.factor])])
+    stems = np.array([stem(word) for word in chosen])
+    alike = (_unit(texts) @ _unit(texts).T > SYNONYMS) | (stems[:, None] == stems)
+    entries = []
+    for factor, num_groups in enumerate(found.num_groups):
+        of_factor = [index for index, sample in enumerate(samples) if sample.factor == factor]
+        for together in [*([index] for index in of_factor), *([of_factor] if len(of_factor) > 1 else [])]:
+            prompt = samples[together[0]].prompt if len(together) == 1 else None
+            for group in range(num_groups):
+                if any((samples[index].labels == group).any() for index in together):
+                    own = np.array([tests[index][group] for index in together])
+                    named = _named(own, num_groups, chosen, alike)
+                    note = "" if named else NO_WORD if own[:, 0].any() else TOO_FEW
+                    entries.append(GroupWords(prompt, factor, group, tuple(named), note))
+    return AuditWords(encoder.name, found.fingerprint, len(chosen), len(shown), LEVEL, tuple(entries))
+
+
+def _test(scores: _Array, own: _Array, said: _Array) -> tuple[_Array, _Array, _Array]:
+    """Precision (0 for a word that is not tried), Cohen's d and one-sided p-value of each word, (V,) each.
+
+    Args:
+        scores: (n, V) of one prompt's images.
+        own: (n,) whether they are in the group.
+        said: (V,) words that the prompt says.
+    """
+    size, rest, words = own.sum(), (~own).sum(), scores.shape[1]
+    precision, effect, p_value = np.zeros(words), np.zeros(words), np.ones(words)
+    tried = np.flatnonzero((scores.std(axis=0) > 1e-9) & ~said)
+    if min(size, rest) >= LEAST_IMAGES and len(tried):
+        one, other = scores[own][:, tried], scores[~own][:, tried]
+        within = ((size - 1) * one.var(axis=0, ddof=1) + (rest - 1) * other.var(axis=0, ddof=1)) / (size + rest - 2)
+        precision[tried] = size * rest / (size + rest)
+        effect[tried] = (one.mean(axis=0) - other.mean(axis=0)) / np.sqrt(np.maximum(within, 1e-18))
+        p_value[tried] = ttest_ind(one, other, equal_var=False, alternative="greater").pvalue
+    return precision, effect, p_value
+
+
+def _named(tests: _Array, num_groups: int, words: Sequence[str], alike: _Array) -> list[Word]:
+    """The words of a group from its tests (prompts, 3, V), best first."""
+    precision, effects, p_values = tests.transpose(1, 0, 2)
+    total = np.maximum(precision.sum(axis=0), 1e-12)
+    effect = (precision * effects).sum(axis=0) / total
+    z = (np.sqrt(precision) * norm.isf(p_values.clip(1e-300, 1 - 1e-12))).sum(axis=0) / np.sqrt(total)
+    corrected = np.minimum(norm.sf(z) * num_groups * np.count_nonzero(precision.any(axis=0)), 1.0)  # Bonferroni
+    passes = (effect >= LEAST_EFFECT) & (corrected <= LEVEL)
+    passes &= effect >= LEAST_OF_BEST * effect[passes].max(initial=0.0)
+    named: list[int] = []
+    for at in np.argsort(-effect, kind="stable").tolist():
+        if passes[at] and not alike[at, named].any():
+            named.append(at)
+    return [Word(words[at], round(float(effect[at]), 3), round(float(corrected[at]), 4)) for at in named[:MOST_WORDS]]
+
+
+class _Sample(NamedTuple):
+    """The images of one prompt that CLIP is shown, for one hidden factor."""
+
+    prompt: int
+    caption: str
+    factor: int
+    positions: _Array
+    """(n,) in the audit, rising."""
+    labels: _Array
+    """(n,) their groups."""
+
+
+def _samples(found: Audit, seed: int) -> Iterator[_Sample]:
+    """At most `IMAGES_PER_GROUP` images a group, for each prompt that hides one and each factor that splits it."""
+    for prompt, entry in enumerate(found.prompts):
+        rows = np.flatnonzero(found.kept & (found.prompt_ids == prompt))
+        for factor, weights in enumerate(found.group_weights):
+            if not entry.found or not len(rows) or np.ptp(weights[rows], axis=0).max() < 1e-6:
+                continue
+            labels = weights[rows].argmax(axis=1)
+            rng = np.random.default_rng(derived_seed("sample of words", seed, prompt, factor))
+            of_groups = [rng.permutation(np.flatnonzero(labels == group)) for group in np.unique(labels)]
+            taken = np.sort(np.concatenate([members[:IMAGES_PER_GROUP] for members in of_groups]))
+            yield _Sample(prompt, entry.prompt, factor, rows[taken], labels[taken])
+
+
+def vocabulary(captions: Sequence[str], further: Sequence[str] = ()) -> list[str]:
+    """The words that CLIP chooses from, each once: the user's own, the commonest of the captions, common ones.
+
+    Args:
+        captions: One per image.
+        further: The user's own words.
+    """
+    of_captions = CountVectorizer(
+        token_pattern=r"(?u)\b[^\W\d_]{3,30}\b",  # noqa: S106  # letters only
+        stop_words=STOP_WORDS,
+        binary=True,
+        min_df=LEAST_CAPTIONS,
+        max_features=MOST_CAPTION_WORDS,
+    )
+    words = [one_line(word, WORD_LIMIT) for word in further]
+    with suppress(ValueError):  # no word of the captions is left
+        words += of_captions.fit(captions).get_feature_names_out().tolist()
+    words += [line.strip() for line in COMMON_WORDS.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+    distinct: dict[str, str] = {}
+    for word in filter(None, words):
+        distinct.setdefault(word.casefold(), word)
+    return list(distinct.values())
+
+
+def named_in(prompt: str, words: Sequence[str]) -> _Array:
+    """Which words a prompt already says, (len(words),): an attribute that is asked for is not hidden."""
+    said = {stem(word) for word in re.findall(r"\w+", prompt.lower())}
+    parts = [re.findall(r"\w+", word.lower()) for word in words]
+    return np.array([bool(of_word) and all(stem(part) in said for part in of_word) for of_word in parts], dtype=bool)
+
+
+def stem(word: str) -> str:
+    """A word without its plural's s, lower case."""
+    word = word.lower()
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+
+
+def _unit(vectors: _Array) -> _Array:
+    vectors = vectors.astype(np.float64)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)

@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
+
+from invdiff.auditing import evidence
+from invdiff.auditing.evidence import component_scores, encode_vision
+from invdiff.auditing.run import audit
+from invdiff.auditing.splits import split
+from invdiff.config import AuditConfig
+from invdiff.data.captioned import load_captioned_images
+from invdiff.errors import ModelError
+
+CONFIG = AuditConfig()
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+
+
+@pytest.fixture(scope="module", params=["dinov2", "clip"])
+def encoder_dir(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if request.param == "dinov2":
+            model = Dinov2Model(Dinov2Config(mlp_ratio=2, **SMALL))
+        else:
+            model = CLIPVisionModel(CLIPVisionConfig(intermediate_size=32, **SMALL))
+    model.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    return folder
+
+
+def test_each_image_is_seen_as_it_is_and_mirrored(encoder_dir, tiny_folder, tmp_path):
+    data = load_captioned_images(tiny_folder)
+    features = encode_vision(str(encoder_dir), data, np.arange(12), tmp_path, progress=False)
+    assert features.shape == (12, 2, 16)
+    assert not np.array_equal(features[:, 0], features[:, 1])
+
+
+def test_features_are_computed_once(encoder_dir, tiny_folder, tmp_path, monkeypatch):
+    data = load_captioned_images(tiny_folder)
+    first = encode_vision(str(encoder_dir), data, np.arange(12), tmp_path, progress=False)
+    monkeypatch.setattr(evidence, "VisionEncoder", None)
+    assert np.array_equal(encode_vision(str(encoder_dir), data, np.arange(12), tmp_path, progress=False), first)
+
+
+def test_its_components_are_weighed_by_the_audit(encoder_dir, tiny_pipe, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("invdiff.auditing.evidence.NUM_COMPONENTS", (3,))
+    monkeypatch.setattr("invdiff.auditing.evidence.IMAGES_PER_DIMENSION", 2)
+    config = AuditConfig(vision_encoder=str(encoder_dir), min_images=6, min_share=0.2, caption_threshold=100.0)
+    found = audit(tiny_pipe, load_captioned_images(tiny_folder), config=config, cache_dir=tmp_path, progress=False)
+    names = [candidate.evidence for candidate in found.prompts[0].candidates]
+    assert any(name.startswith(f"features of {encoder_dir.name}, ") for name in names)
+    assert not any(str(encoder_dir.parent) in name for name in names)  # the path is private
+
+
+def test_a_folder_that_is_no_encoder_is_refused(tiny_folder, tmp_path):
+    data = load_captioned_images(tiny_folder)
+    with pytest.raises(ModelError, match="Expected a vision encoder"):
+        encode_vision(str(tmp_path), data, np.arange(12), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("count", [60, 131, 200])
+def test_nothing_is_found_in_the_features_of_a_few_images_that_hide_nothing(count):
+    accepted = []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        style = rng.normal(size=(count, 14)) @ rng.normal(size=(14, 60))
+        features = np.stack([style + rng.normal(0, 0.5, style.shape) for _ in range(2)], axis=1)
+        scores = component_scores(features, "features", seed=0)
+        splits = [split(score, size, CONFIG) for score in scores for size in (2, 3)]
+        accepted += [one.candidate for one in splits if one.candidate.accepted]
+    assert accepted == []
+
+
+def test_a_hidden_direction_of_the_features_is_found_though_it_is_not_the_largest():
+    rng = np.random.default_rng(0)
+    count, width = 800, 40
+    rare = np.arange(count) < 80
+    style = rng.normal(size=(count, 6)) @ rng.normal(size=(6, width)) * 3
+    content = style + np.outer(rare * 4.0, rng.normal(size=width))
+    features = np.stack([content + rng.normal(0, 0.2, content.shape) for _ in range(2)], axis=1)
+    best = max(
+        (split(score, 2, CONFIG) for score in component_scores(features, "features", seed=0)),
+        key=lambda one: (one.candidate.accepted, one.merit),
+    )
+    assert best.candidate.accepted
+    assert np.array_equal(best.weights.argmax(axis=1) == 1, rare)
+
+
+def test_features_without_groups_give_no_accepted_component():
+    rng = np.random.default_rng(0)
+    content = rng.normal(size=(800, 6)) @ rng.normal(size=(6, 40))
+    features = np.stack([content + rng.normal(0, 0.2, content.shape) for _ in range(2)], axis=1)
+    scores = component_scores(features, "features", seed=0)
+    assert len(scores) > 0
+    assert not any(split(score, 2, CONFIG).candidate.accepted for score in scores)
+
+
+def test_a_shape_of_which_no_direction_is_left_is_passed_over(monkeypatch):
+    """Without any skewness FastICA's update is 0 / 0, and it raises a ValueError."""
+
+    class Failing(evidence.FastICA):
+        def fit(self, values):
+            if callable(self.fun):
+                raise ValueError("A has a NaN entry")
+            return super().fit(values)
+
+    monkeypatch.setattr(evidence, "FastICA", Failing)
+    content = np.random.default_rng(0).normal(size=(800, 20))
+    scores = component_scores(np.stack([content, content], axis=1), "features", seed=0)
+    assert {score.evidence.split(", ")[1].split()[0] for score in scores} == {"peaked"}
