@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
-JOBS ?= 2
 READY := $(VENV)/.ready
 
 .PHONY: demo test lint clean
@@ -12,7 +11,7 @@ demo: $(READY)
 	$(BIN)/invdiff demo --output $(OUT)
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
-from invdiff import cli_prepare
+from invdiff import cli
 from invdiff.assets import BIRDS_ANNOTATOR
 from invdiff.data.birds import BirdsWorld
 from invdiff.data.images import UnreadableImage
@@ -479,9 +479,9 @@ def test_a_measurement_is_never_written_into_the_annotator_s_own_folder(annotato
 
 
 def test_the_command_refuses_the_annotator_s_own_folder_before_it_measures(net):
-    words = ["annotator", "measure", str(net), "no/such/images", "--output", str(net), "--quiet"]
+    words = ["--debug", "annotator", "measure", str(net), "no/such/images", "--output", str(net), "--quiet"]
     with pytest.raises(ConfigError, match="Expected another folder"):
-        CliRunner().invoke(cli_prepare.app, words, catch_exceptions=False)
+        CliRunner().invoke(cli.app, words, catch_exceptions=False)
 
 
 def test_measurements_that_name_one_another_are_refused(net):
@@ -549,7 +549,7 @@ def test_the_commands_train_on_sub_folders_and_measure(tmp_path):
         ["annotator", "train", photos, *small, "--output", trained, "--quiet"],
         ["annotator", "measure", trained, photos, "--output", measured, "--quiet"],
     ):
-        done = CliRunner().invoke(cli_prepare.app, words, catch_exceptions=False)
+        done = CliRunner().invoke(cli.app, words, catch_exceptions=False)
         assert done.exit_code == 0, done.output
         assert f"--annotator {words[-2]} --attribute label" in " ".join(done.output.split())
     assert load_annotator(measured).confusion("label").sum(axis=1).tolist() == [20, 20]

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from invdiff import cli
 from invdiff.app.serve import own_files
-from invdiff.cli_output import INTERRUPTED
+from invdiff.cli.print import INTERRUPTED
 from test_pictures import make_audit
 from test_serve import status
 

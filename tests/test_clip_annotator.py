@@ -10,7 +10,7 @@ from scipy.special import softmax
 from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 from typer.testing import CliRunner
 
-from invdiff import cli_prepare
+from invdiff import cli
 from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ConfigError, ModelError
 from invdiff.evaluation.annotators.clip import ClipAnnotator, read_class_prompts
@@ -222,7 +222,7 @@ def test_the_command_measures_and_says_what_to_run_next(clip_dir, tiny_folder, t
     (tmp_path / "classes.yaml").write_text("background:\n  land: a photo on land\n  water: a photo of water\n")
     words = ["annotator", "measure", clip_dir, tiny_folder, "--classes", tmp_path / "classes.yaml"]
     words += ["--output", tmp_path / "measured", "--quiet"]
-    done = CliRunner().invoke(cli_prepare.app, [str(word) for word in words], catch_exceptions=False)
+    done = CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert f"--annotator {tmp_path / 'measured'} --attribute background" in " ".join(done.output.split())
     assert load_annotator(str(tmp_path / "measured")).confusion("background").sum() == 12

@@ -22,7 +22,7 @@ LAYERS = (
     ("evaluation",),
     ("report",),
     ("demo", "app"),
-    ("cli", "cli_options", "cli_output", "cli_prepare", "cli_measure", "cli_report", "cli_ui"),
+    ("cli",),
     ("__main__",),
 )
 LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -10,6 +10,7 @@ from .options import Config, Option, Range
 
 MixedPrecision = Literal["auto", "no", "fp16", "bf16"]
 RARE = Option(panel="Further settings")
+AUTOENCODER = Option(panel="Autoencoder")
 Count = Annotated[int, Range(min=1)]
 Size = Annotated[int, Range(min=0)]
 Positive = Annotated[float, Range(above=0)]
@@ -76,13 +77,13 @@ class FinetuneConfig(Config):
     """Gradients are clipped to this norm."""
     autoencoder_steps: Count = 2600
     """Optimiser steps of the autoencoder; from scratch only."""
-    autoencoder_batch_size: Annotated[Count, RARE] = 32
+    autoencoder_batch_size: Annotated[Count, AUTOENCODER] = 32
     """Images per optimiser step of the autoencoder; from scratch only."""
-    autoencoder_learning_rate: Annotated[Positive, RARE] = 2e-3
+    autoencoder_learning_rate: Annotated[Positive, AUTOENCODER] = 2e-3
     """Peak learning rate of the autoencoder; from scratch only."""
     checkpoint_every: Annotated[Count, RARE] = 250
     """Steps between checkpoints."""
-    mixed_precision: Annotated[MixedPrecision, RARE] = "auto"
+    mixed_precision: Annotated[MixedPrecision, Option(metavar="no|fp16|bf16", panel=RARE.panel)] = "auto"
     """`auto` takes bf16 on a GPU that has it and full precision elsewhere."""
     half_precision_weights: Annotated[bool, RARE] = False
     """Save the denoiser and the autoencoder in 16 bits. diffusers reads them back in 32."""
@@ -123,7 +124,7 @@ class TrainConfig(Config):
     """Gradients are clipped to this norm."""
     checkpoint_every: Annotated[Count, RARE] = 100
     """Steps between checkpoints."""
-    mixed_precision: Annotated[MixedPrecision, RARE] = "auto"
+    mixed_precision: Annotated[MixedPrecision, Option(metavar="no|fp16|bf16", panel=RARE.panel)] = "auto"
     """`auto` takes bf16 on a GPU that has it and full precision elsewhere."""
     seed: int = 0
     """Seed of weights, batches and noise."""
@@ -234,9 +235,9 @@ class EvaluateConfig(Config):
 
     subject_attribute: str = ""
     """Attribute that prompts name, to measure accuracy on."""
-    subject_of: dict[str, str] = field(default_factory=dict)
-    """What a prompt shows, as PROMPT=CLASS, where prompts do not name it; accuracy is of these alone."""
-    target: dict[str, Positive] = field(default_factory=dict)
+    subject_of: Annotated[dict[str, str], Option(metavar="PROMPT=CLASS")] = field(default_factory=dict)
+    """What a prompt shows, where prompts do not name it; accuracy is of these alone. Repeat for more."""
+    target: Annotated[dict[str, Positive], Option(metavar="CLASS=SHARE,...")] = field(default_factory=dict)
     """Desired mix of the first attribute, such as land=0.3,water=0.7. Without it, uniform."""
     baseline: str = ""
     """Model that others are compared with, seed by seed. Without it, `base` if there is one."""

@@ -22,7 +22,6 @@ import yaml
 from .errors import ConfigError
 
 ConfigType = TypeVar("ConfigType", bound="Config")
-Declared = TypeVar("Declared", "Range", "Option")
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Config:
             expected = _expected(value, hint)
             if expected:
                 raise ConfigError(f"{type(self).__name__}.{name}: expected {expected}, got {value!r}.")
-            kind = plain_type(hint)
+            kind = _plain(hint)
             if isinstance(value, int) and float in (kind, *typing.get_args(kind)):
                 # 3 and 3.0 are one setting, to compare and to name work by.
                 object.__setattr__(self, name, float(value))
@@ -138,22 +137,6 @@ class Config:
             raise ConfigError(f"{path}: {error}") from error
 
 
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind, include_extras=True)
-
-
-def plain_type(hint: Any) -> Any:
-    """A field's type without what is declared beside it."""
-    return hint.__origin__ if typing.get_origin(hint) is Annotated else hint
-
-
-def declared(kind: type, name: str, what: type[Declared]) -> Declared:
-    """The `Range` or the `Option` of a field; where it has none, one that says nothing."""
-    found = [item for item in getattr(_hints(kind)[name], "__metadata__", ()) if isinstance(item, what)]
-    return found[-1] if found else what()
-
-
 def _expected(value: Any, hint: Any) -> str:
     """What `hint` accepts, in words, where `value` is something else; "" where it fits."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -189,6 +172,77 @@ _WORDS = {
 }
 
 
+@dataclass(frozen=True)
+class Setting:
+    """One field of a dataclass, with everything that is declared of it."""
+
+    name: str
+    type: Any
+    """The type without what is declared beside it."""
+    default: Any
+    range: Range
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        """The option of a command, such as `--batch-size`."""
+        return self.option.flag or "--" + self.name.replace("_", "-")
+
+    @property
+    def item(self) -> Any:
+        """The type of a list's items or of a mapping's values; None for other settings."""
+        arguments = typing.get_args(self.type)
+        where = {tuple: 0, dict: 1}.get(typing.get_origin(self.type))
+        return None if where is None or not arguments else _plain(arguments[where])
+
+    def to_words(self, value: Any) -> list[str]:
+        """The option and its value: numbers of a list in one word, texts with an option each."""
+        texts = [as_text(value)]
+        if isinstance(value, Mapping):
+            texts = [f"{key}={as_text(part)}" for key, part in value.items()]
+        elif isinstance(value, tuple | list):
+            texts = [as_text(part) for part in value]
+        if self.item in (int, float):
+            texts = [",".join(texts)]
+        return [self.flag] if value is True else [word for text in texts for word in (self.flag, text)]
+
+    def from_words(self, given: Any) -> Any:
+        """The value of what the option was given: one word of numbers, or all texts.
+
+        Raises:
+            ConfigError: It is something else.
+        """
+        kind = typing.get_origin(self.type)
+        if kind not in (tuple, dict):
+            return given
+        parts = given.split(",") if isinstance(given, str) else given
+        try:
+            if kind is tuple:
+                return tuple(self.item(part) for part in parts)
+            pairs = [part.rpartition("=")[::2] for part in parts]
+            mapping = {name if self.item is str else name.strip(): self.item(value) for name, value in pairs}
+            if len(mapping) == len(parts) and all(name and value != "" for name, value in mapping.items()):
+                return mapping
+        except ValueError:
+            pass
+        shape = self.option.metavar or "NUMBER,..."
+        raise ConfigError(f"Expected {shape}, each once, for {self.flag}, got {', '.join(parts)!r}.")
+
+
+@functools.cache
+def settings_of(kind: Any) -> Mapping[str, Setting]:
+    """What is declared of each field of a dataclass, by name."""
+    found = {}
+    for item in dataclasses.fields(kind):
+        hint = _hints(kind)[item.name]
+        beside = getattr(hint, "__metadata__", ())
+        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        range_ = next((extra for extra in beside if isinstance(extra, Range)), Range())
+        option = next((extra for extra in beside if isinstance(extra, Option)), Option())
+        found[item.name] = Setting(item.name, _plain(hint), default, range_, option)
+    return found
+
+
 def command_options(kind: type, values: Mapping[str, Any]) -> list[str]:
     """The command-line options that give what differs from the defaults, as separate words.
 
@@ -197,31 +251,29 @@ def command_options(kind: type, values: Mapping[str, Any]) -> list[str]:
         values: Field to value, from `vars(config)` or from JSON. Other names and None are left out.
     """
     words: list[str] = []
-    for item in dataclasses.fields(kind):
-        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-        value = values.get(item.name)
-        value = tuple(value) if isinstance(value, list) else value
-        if value is None or value == default:
-            continue
-        flag = option_name(kind, item.name)
-        if isinstance(value, Mapping):
-            parts, texts = list(value.values()), [f"{key}={_text(part)}" for key, part in value.items()]
-        else:
-            parts = list(value) if isinstance(value, tuple) else [value]
-            texts = [_text(part) for part in parts]
-        if value is True:
-            words.append(flag)
-        elif all(isinstance(part, int | float) for part in parts):
-            words += [flag, ",".join(texts)]
-        else:
-            words += [word for text in texts for word in (flag, text)]
+    for name, setting in settings_of(kind).items():
+        value = values.get(name)
+        if value is not None and (tuple(value) if isinstance(value, list) else value) != setting.default:
+            words += setting.to_words(value)
     return words
 
 
 def option_name(kind: type, name: str) -> str:
     """The option of a command for one field, such as `--batch-size`."""
-    return declared(kind, name, Option).flag or "--" + name.replace("_", "-")
+    return settings_of(kind)[name].flag
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A value as a command line takes it and its help shows it."""
+    if isinstance(value, tuple):
+        return ",".join(map(as_text, value))
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def _plain(hint: Any) -> Any:
+    return hint.__origin__ if typing.get_origin(hint) is Annotated else hint

@@ -9,21 +9,10 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import (
-    DATA_PANEL,
-    RUN_PANEL,
-    CaptionColumn,
-    DataSource,
-    Dtype,
-    ImageColumn,
-    Limit,
-    MaxUnreadable,
-    NoCaptions,
-    Split,
-    option,
-)
-from .cli_output import finish, one_process, say, silence_libraries
-from .errors import ConfigError
+from ..errors import ConfigError
+from .adapter import DATA, RUN, command, option, shown_default
+from .arguments import CaptionOptions, Classes, WeightsOptions
+from .print import finish, one_process, say, silence_libraries
 
 PANEL = "The way through"
 PASSWORD = "INVDIFF_UI_PASSWORD"  # noqa: S105  # the variable's name
@@ -31,8 +20,9 @@ PASSWORD = "INVDIFF_UI_PASSWORD"  # noqa: S105  # the variable's name
 app = typer.Typer()
 
 
-@app.command(rich_help_panel=PANEL, epilog="Example: invdiff ui out/demo")
+@command(app, "invdiff ui out/demo", panel=PANEL)
 def ui(
+    *,
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -43,45 +33,36 @@ def ui(
     ] = None,
     model: Annotated[
         str | None,
-        option("The pipeline. [dim]\\[default: the one that the module was trained for][/dim]", metavar="MODEL"),
+        option("The pipeline." + shown_default("the one that the module was trained for"), metavar="MODEL"),
     ] = None,
     module: Annotated[
-        str | None, option("What `invdiff train` wrote. [dim]\\[default: the first run's][/dim]", metavar="MODULE")
+        str | None, option("What `invdiff train` wrote." + shown_default("the first run's"), metavar="MODULE")
     ] = None,
     annotator: Annotated[
         str | None,
         option(
-            "What counts images, as for `invdiff evaluate`. [dim]\\[default: for the bundled model, its own][/dim]",
+            "What counts images, as for `invdiff evaluate`." + shown_default("for the bundled model, its own"),
             metavar="ANNOTATOR",
         ),
     ] = None,
     attribute: Annotated[
         str | None, option("For an image classifier: what its classes are classes of.", metavar="NAME")
     ] = None,
-    classes: Annotated[
-        Path | None, option("YAML or JSON for a CLIP annotator: attribute to class to prompts.", metavar="FILE")
-    ] = None,
+    classes: Classes = None,
     data: Annotated[
         str | None,
-        option(
-            "The images that were audited, where a run does not hold them.", "--data", panel=DATA_PANEL, metavar="DATA"
-        ),
+        option("The images that were audited, where a run does not hold them.", "--data", panel=DATA, metavar="DATA"),
     ] = None,
-    caption_column: CaptionColumn = None,
-    image_column: ImageColumn = None,
-    split: Split = "train",
-    limit: Limit = None,
-    no_captions: NoCaptions = False,
-    max_unreadable: MaxUnreadable = 0.01,
-    dtype: Dtype = "fp32",
+    source: CaptionOptions,
+    weights: WeightsOptions,
     host: Annotated[
-        str, option("Address to listen on. Any but this machine's own needs --public.", panel=RUN_PANEL)
+        str, option("Address to listen on. Any but this machine's own needs --public.", panel=RUN)
     ] = "127.0.0.1",
     port: Annotated[
         int | None,
         option(
-            "Port to listen on. [dim]\\[default: the first free one from 7860][/dim]",
-            panel=RUN_PANEL,
+            "Port to listen on." + shown_default("the first free one from 7860"),
+            panel=RUN,
             min=0,
             max=65535,
         ),
@@ -91,10 +72,10 @@ def ui(
         option(
             f"Let others on the network in, who are asked for the password in ${PASSWORD}.",
             "--public",
-            panel=RUN_PANEL,
+            panel=RUN,
         ),
     ] = False,
-    browser: Annotated[bool, option("Open a browser.", panel=RUN_PANEL)] = True,
+    browser: Annotated[bool, option("Open a browser.", panel=RUN)] = True,
 ) -> None:
     """Open a page in the browser: draw with and without guidance, look through an audit, compare results.
 
@@ -103,31 +84,29 @@ def ui(
     one_process("ui")
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("Expected gradio for the page, found none. Install it: pip install 'invdiff[ui]'.")
-    from .app.serve import check_address, ended_by_signals, free_port, launch, own_files
+    from ..app.serve import check_address, ended_by_signals, free_port, launch, own_files
 
     password = os.environ.get(PASSWORD) or None
     check_address(host, public=public, password=password)
-    source = DataSource(data or "", caption_column, image_column, split, limit, max_unreadable, no_captions)
-    if data is None and source.flags():
-        raise ConfigError(f"Expected --data beside {source.flags()[0]}, got none: only data has columns.")
+    source.expect(data, "--data")
     chosen_port = free_port(port)
     with ended_by_signals(), own_files():
         say("loading the page", quiet=False)
         silence_libraries()
-        from .app.page import build_page
-        from .app.studio import open_studio
-        from .app.workspace import open_workspace
+        from ..app.page import build_page
+        from ..app.studio import open_studio
+        from ..app.workspace import open_workspace
 
         workspace = open_workspace(
             runs or (),
             model=model,
             module=module,
             annotator=annotator,
-            data=source.load() if data else None,
+            data=source.load(data) if data else None,
         )
         if workspace.model:
             say("loading the model", quiet=False)
-        studio = open_studio(workspace, dtype=dtype, attribute=attribute or "", classes=classes)
+        studio = open_studio(workspace, dtype=weights.dtype, attribute=attribute or "", classes=classes)
         page = build_page(workspace, studio)
         address = launch(page, host=host, port=chosen_port, password=password, browser=browser, public=public)
         finish(f"The page is at {address} until you press Ctrl-C.")

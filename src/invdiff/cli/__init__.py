@@ -1,0 +1,21 @@
+"""The command line: `invdiff COMMAND`. Each command reads settings, calls one function and names the next command.
+
+Whatever imports torch is imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+
+from . import page, prepare
+from .commands import app
+
+app.add_typer(page.app)
+app.add_typer(prepare.app)
+
+
+def main() -> None:
+    """Run the command line."""
+    # Read when a library is first imported. Threads that spin while they wait slow a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    app()
