@@ -18,9 +18,8 @@ from invdiff.app.workspace import BUNDLED, open_workspace
 from invdiff.assets import BIRDS_MODEL
 from invdiff.errors import ConfigError, InvDiffError
 from invdiff.files import atomic_folder
-from invdiff.report.sources import find_parts
-from test_pictures import LAND, WATER, make_audit
-from test_report import make_run
+from invdiff.report.read import find_parts
+from runs import LAND, WATER, make_audit, make_run
 from test_serve import status
 
 with own_files():

@@ -17,9 +17,8 @@ from invdiff.app.pictures import Pictures, framed, nothing_to_show
 from invdiff.app.serve import own_files
 from invdiff.auditing.edits import CURATION
 from invdiff.errors import AuditError, ConfigError
-from invdiff.report.sources import Parts, find_parts
-from test_pictures import LAND, WATER, make_audit
-from test_report import NASTY, SCRIPT
+from invdiff.report.read import Parts, find_parts
+from runs import LAND, NASTY, SCRIPT, WATER, make_audit
 
 with own_files():
     gr = pytest.importorskip("gradio", reason="needs the ui extra: pip install 'invdiff[ui]'")

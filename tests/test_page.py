@@ -15,8 +15,7 @@ from browser import LAYOUT, needs_browser, open_browser
 from invdiff.app.serve import free_port, launch, own_files
 from invdiff.app.workspace import open_workspace
 from invdiff.auditing.edits import CURATION
-from test_pictures import make_audit
-from test_report import NASTY, SCRIPT, make_images, measured
+from runs import NASTY, SCRIPT, make_audit, make_images, measured
 
 pytest.importorskip("gradio", reason="needs the ui extra: pip install 'invdiff[ui]'")
 

@@ -14,8 +14,8 @@ from ..auditing.edits import Edits, apply
 from ..auditing.result import Audit, PromptAudit
 from ..errors import AuditError, DataError
 from ..files import fingerprint
-from ..report.audit_reading import Page, pages_of, rows_by_name
-from ..report.sources import Parts
+from ..report.groups import Split, rows_by_name, splits_of
+from ..report.read import Parts
 from .pictures import nothing_to_show
 from .workspace import open_data
 
@@ -45,7 +45,7 @@ class AuditBook:
         self._rows = rows_by_name(self.names, list(self.data.names)) if self.data is not None else []
         self._lock = threading.Lock()
         # Prompts keep their places while images are left out, whatever their sizes are by then.
-        self._as_inferred = pages_of(apply(self._audit, Edits()))
+        self._as_inferred = splits_of(apply(self._audit, Edits()))
         self._places = [_key(page) for page in self._as_inferred]
         self._pages = self._in_place(self._audit)
         self.image = lru_cache(maxsize=_KEPT)(self._image)
@@ -71,7 +71,7 @@ class AuditBook:
         return (self._audit.inferred or self._audit).prompts
 
     @property
-    def pages(self) -> list[Page]:
+    def pages(self) -> list[Split]:
         """Prompts that hide a group, the largest as inferred first."""
         return self._pages
 
@@ -88,20 +88,20 @@ class AuditBook:
         side = self._audit.settings.get("resolution", 0)
         return side if isinstance(side, int) and side > 0 else 0
 
-    def is_movable(self, page: Page) -> bool:
+    def is_movable(self, page: Split) -> bool:
         """Whether scores alone part the groups of a page, so that the cuts between them can be moved."""
         inferred = next(other for other in self._as_inferred if _key(other) == _key(page))
         needed = sum(group.size > 0 for group in inferred.groups) - 1
         return page.factor_index == 0 and len(page.cuts) == needed > 0
 
-    def preview(self, page: Page, cuts: Sequence[float]) -> Page:
+    def preview(self, page: Split, cuts: Sequence[float]) -> Split:
         """Return a page as it would be with other cuts; nothing is saved.
 
         Raises:
             AuditError: Its groups cannot be parted so.
             ConfigError: The cuts are not rising.
         """
-        pages = pages_of(apply(self._audit, self.edits.with_cuts(page.index, cuts)))
+        pages = splits_of(apply(self._audit, self.edits.with_cuts(page.index, cuts)))
         return next(other for other in pages if _key(other) == _key(page))
 
     def rename(self, factor: int, group: int, name: str) -> None:
@@ -124,7 +124,7 @@ class AuditBook:
         """Take images in again that were left out, and save that."""
         self._change(lambda edits: edits.with_images(positions))
 
-    def part_at(self, page: Page, cuts: Sequence[float] | None) -> None:
+    def part_at(self, page: Split, cuts: Sequence[float] | None) -> None:
         """Part the groups of a page at other scores, or as they were inferred, and save that.
 
         Raises:
@@ -157,8 +157,8 @@ class AuditBook:
             changed.save_edits(self.folder)
             self._audit, self._pages = changed, self._in_place(changed)
 
-    def _in_place(self, audit: Audit) -> list[Page]:
-        return sorted(pages_of(audit), key=lambda page: self._places.index(_key(page)))
+    def _in_place(self, audit: Audit) -> list[Split]:
+        return sorted(splits_of(audit), key=lambda page: self._places.index(_key(page)))
 
     def _image(self, position: int) -> Image.Image:
         """Return an image small enough for a gallery; a crossed-out tile where it cannot be shown.
@@ -183,5 +183,5 @@ def _digest(audit: Audit) -> str:
     return fingerprint(plain.fingerprint, json.dumps([plain.names, [prompt.prompt for prompt in plain.prompts]]))
 
 
-def _key(page: Page) -> tuple[int, int]:
+def _key(page: Split) -> tuple[int, int]:
     return page.index, page.factor_index

@@ -11,8 +11,8 @@ import numpy as np
 
 from ..auditing.edits import NAME_LIMIT
 from ..errors import ConfigError, InvDiffError
-from ..report.audit_reading import Page
-from ..report.words import quoted
+from ..report.figures import quoted
+from ..report.groups import Split
 from ..text import one_line
 from .archive import AuditBook
 from .audit_view import LEFT_OUT, MOST_PER_GROUP, AuditView, kept_so_far
@@ -188,7 +188,7 @@ class AuditTab:
         place = choices[0][1]
         return [gr.update(choices=choices, value=place), *self._open(book, place, count)]
 
-    def _find(self, book: str, place: Any) -> tuple[AuditBook, Page | None]:
+    def _find(self, book: str, place: Any) -> tuple[AuditBook, Split | None]:
         chosen = self._books[book]
         page = chosen.pages[place] if isinstance(place, int) and 0 <= place < len(chosen.pages) else None
         return chosen, page
@@ -219,7 +219,7 @@ class AuditTab:
 
     # What is changed.
 
-    def _here(self, book: str, place: int, at: str) -> tuple[AuditBook, Page | None]:
+    def _here(self, book: str, place: int, at: str) -> tuple[AuditBook, Split | None]:
         """Return the audit and page that a change is meant for.
 
         Raises:

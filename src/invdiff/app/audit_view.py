@@ -8,11 +8,11 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from ..report.audit_reading import Group, Page
-from ..report.found import candidates_table, unfound_table
+from ..report.audit_view import candidates_table, unfound_table
+from ..report.figures import counted, quoted, share_of
+from ..report.groups import Group, Split
 from ..report.plots import histogram, thumb
-from ..report.style import colour_of
-from ..report.words import counted, quoted, share_of
+from ..report.theme import colour_of
 from ..text import one_line
 from .archive import AuditBook
 from .pictures import Pictures, framed
@@ -35,7 +35,7 @@ class AuditView:
     def __init__(self, pictures: Pictures, groups: int) -> None:
         self._pictures, self._groups = pictures, groups
 
-    def shown(self, book: AuditBook, kept: Page | None, page: Page | None, count: int) -> list[Any]:
+    def shown(self, book: AuditBook, kept: Split | None, page: Split | None, count: int) -> list[Any]:
         """Return the values of the tab's `outputs`; images that `page` has in another group than `kept` are marked."""
         out = list(book.edits.left_out)
         count = min(max(count, 1), MOST_PER_GROUP)
@@ -78,7 +78,7 @@ class AuditView:
             shown.append((self._pictures.path(image), name))
         return shown
 
-    def sliders(self, book: AuditBook, page: Page | None) -> list[Any]:
+    def sliders(self, book: AuditBook, page: Split | None) -> list[Any]:
         """Return updates of the sliders of cuts."""
         cuts = page.cuts if page is not None and book.is_movable(page) else []
         sliders = []
@@ -101,7 +101,7 @@ class AuditView:
             )
         return sliders
 
-    def given_name(self, book: AuditBook, page: Page | None, group: int) -> str:
+    def given_name(self, book: AuditBook, page: Split | None, group: int) -> str:
         """Return what people called a group, "" where nobody did."""
         factor = page.factor_index if page is not None else 0
         names = book.edits.names[factor] if factor < len(book.edits.names) else ()
@@ -119,14 +119,14 @@ class AuditView:
         return piece("image", picture, name, told)
 
 
-def briefly(cut: float, page: Page) -> float:
+def briefly(cut: float, page: Split) -> float:
     """Return a cut with as few digits as part the same images."""
     above = page.scores >= cut
     short = (round(cut, digits) for digits in range(2, 8))
     return next((value for value in short if np.array_equal(page.scores >= value, above)), cut)
 
 
-def nearest_images(group: Group, page: Page) -> list[int]:
+def nearest_images(group: Group, page: Split) -> list[int]:
     """Return the group's images by how near their scores are to a cut; by doubt where scores part nothing."""
     if not page.cuts:
         return list(group.uncertain)
@@ -136,7 +136,7 @@ def nearest_images(group: Group, page: Page) -> list[int]:
     return ordered
 
 
-def moves(before: Page, after: Page) -> str:
+def moves(before: Split, after: Split) -> str:
     """Return how many images a moved cut takes from one group to another, in words."""
     names = {group.index: group.name for group in before.groups}
     words = []
@@ -148,7 +148,7 @@ def moves(before: Page, after: Page) -> str:
     return notice(f"Would move {'; '.join(words)}. Not kept yet.") if words else ""
 
 
-def facts(page: Page) -> list[tuple[str, str]]:
+def facts(page: Split) -> list[tuple[str, str]]:
     """Return what is known of the groups of a prompt, as name and value."""
     prompt = page.prompt
     return [
@@ -160,7 +160,7 @@ def facts(page: Page) -> list[tuple[str, str]]:
     ]
 
 
-def tables(book: AuditBook, page: Page | None) -> str:
+def tables(book: AuditBook, page: Split | None) -> str:
     """Return the splits considered under a prompt, and the prompts under which nothing was found."""
     considered = candidates_table(page.prompt.candidates) if page is not None else None
     unfound = unfound_table([prompt for prompt in book.prompts if not prompt.found])

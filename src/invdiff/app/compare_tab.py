@@ -10,14 +10,12 @@ from typing import Any
 import gradio as gr
 
 from ..errors import ConfigError, InvDiffError
-from ..report.changes import changes
-from ..report.comparison import choose
-from ..report.costs import costs
-from ..report.front import front
-from ..report.glance import glance
-from ..report.results_reading import Measured, read_results
-from ..report.save import save_report
-from ..report.sources import Parts, Sources, read_parts
+from ..evaluation.results import Results
+from ..report.compare import compare
+from ..report.read import Parts, Run, read_run
+from ..report.results_view import changes, costs
+from ..report.view import glance
+from ..report.write import save_report
 from ..text import one_line
 from .pieces import notice, piece, refusal
 from .workspace import open_data
@@ -67,27 +65,25 @@ class CompareTab:
     def _shown(self, names: Sequence[str]) -> str:
         if len(names) == 1:
             parts = self._runs[names[0]]
-            sources = read_parts(Parts(results=parts.results, images=parts.images))
+            run = read_run(Parts(results=parts.results, images=parts.images))
         else:
-            sources = Sources(measured=together({name: self._measured(name) for name in names}))
-        assert sources.measured is not None
-        results = sources.measured.results
-        found, spent, above = changes(sources), costs(sources), glance(sources)
+            run = Run(results=together({name: self._results(name) for name in names}))
+        assert run.results is not None
+        chosen = compare(run.results, run.images)
+        assert chosen is not None
+        found, spent, above = changes(run, chosen), costs(run, chosen, run.results), glance(run, chosen, 0.95)
         shown = [piece("headlines", above)]
-        if found is not None and above.pairs:
-            shown.append(piece("pairs", above.pairs, found.names))
-        plane = front(results, choose(results))
-        if spent is not None:
-            plots = [*([plane] if plane else []), *spent.curves, *spent.over_module_scale]
-            shown.append(piece("plots", plots))
-            shown += [piece("table", table) for table in (*(found.fairness if found else ()), *spent.tables)]
-        notes = [notice(f"{note}.") for note in results.notes]
+        if above.pairs:
+            shown.append(piece("pairs", above.pairs, above.names))
+        shown.append(piece("plots", [*spent.over_guidance, *spent.over_module_scale]))
+        shown += [piece("table", table) for table in (*found.fairness, *spent.tables)]
+        notes = [notice(f"{note}.") for note in run.results.notes]
         return "".join([*shown, *notes])
 
-    def _measured(self, name: str) -> Measured:
+    def _results(self, name: str) -> Results:
         results = self._runs[name].results
         assert results is not None
-        return read_results(Path(results))
+        return Results.load(results)
 
     def _write(self, names: Sequence[str]) -> str:
         """Write the report of each chosen run beside its results."""
@@ -116,27 +112,23 @@ class CompareTab:
         return notice(f"Written: {', '.join(one_line(str(path)) for path in written)}")
 
 
-def together(runs: Mapping[str, Measured]) -> Measured:
+def together(runs: Mapping[str, Results]) -> Results:
     """Return the results of several runs as one, each model's name after its run's.
 
     Raises:
         ConfigError: They are not of the same attribute and confidence.
     """
     first = next(iter(runs.values()))
-    for name, measured in runs.items():
+    for name, results in runs.items():
         for what in ("attribute", "confidence"):
-            here, there = getattr(first.results, what), getattr(measured.results, what)
+            here, there = getattr(first, what), getattr(results, what)
             if here != there:
                 raise ConfigError(
                     f"Expected results of the same {what} to compare, got {one_line(str(here), 40)!r} and, in "
                     f"{name!r}, {one_line(str(there), 40)!r}. Choose others."
                 )
-    models = {
-        f"{name}: {model}": by_scale
-        for name, measured in runs.items()
-        for model, by_scale in measured.results.models.items()
-    }
-    baseline = first.results.baseline or choose(first.results).before
-    notes = tuple(dict.fromkeys(note for measured in runs.values() for note in measured.results.notes))
-    results = replace(first.results, models=models, baseline=f"{next(iter(runs))}: {baseline}", notes=notes)
-    return replace(first, results=results, file_name="", fingerprint="", settings={}, absent=())
+    models = {f"{name}: {model}": of for name, results in runs.items() for model, of in results.models.items()}
+    chosen = compare(first, {})
+    baseline = chosen.before if chosen else ""
+    notes = tuple(dict.fromkeys(note for results in runs.values() for note in results.notes))
+    return replace(first, models=models, baseline=f"{next(iter(runs))}: {baseline}", notes=notes, run={})

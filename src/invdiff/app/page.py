@@ -11,7 +11,7 @@ import gradio as gr
 
 from ..models.families import family_of
 from ..models.load import denoiser_of
-from ..report.style import DARK, INK, PAPER, RULE, SOFT
+from ..report.theme import DARK, INK, PAPER, RULE, SOFT
 from .archive import AuditBook
 from .audit_tab import AuditTab
 from .compare_tab import CompareTab

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from ..files import save_image
-from ..report.style import INK, RULE
+from ..report.theme import INK, RULE
 
 MOST_FILES = 4096
 """Older ones are written again when they are shown again."""

@@ -7,14 +7,14 @@ from typing import Any
 
 from jinja2 import Template
 
-from ..report.html import templates
+from ..report.write import html_templates
 
 FAILED = "Something failed that the page has no words for. The terminal where `invdiff ui` runs says what."
 
 
 @lru_cache(maxsize=1)
 def _pieces() -> Template:
-    return templates("invdiff.app").get_template("fragments.html.j2")
+    return html_templates("invdiff.app").get_template("fragments.html.j2")
 
 
 def piece(name: str, *arguments: Any) -> str:

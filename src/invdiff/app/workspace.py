@@ -14,7 +14,7 @@ from ..data.birds import BirdsWorld
 from ..data.captioned import CaptionedImages, load_captioned_images
 from ..errors import ConfigError
 from ..files import atomic_folder, default_cache_dir, fingerprint
-from ..report.sources import Parts, find_parts
+from ..report.read import Parts, find_parts
 from ..text import one_line
 
 BUNDLED = "bundled demo"
