@@ -31,10 +31,7 @@ def default_device() -> torch.device:
 
 
 def load_pipeline(
-    name_or_folder: str | Path,
-    *,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    name_or_folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> DiffusionPipeline:
     """Load a text-to-image pipeline, ready to run: progress bars off, safety checker off.
 
