@@ -196,11 +196,11 @@ def add_a_class(path):
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
-        ("config.json", lambda path: path.unlink(), "found none"),
+        ("config.json", lambda path: path.unlink(), "no file named config.json"),
         ("config.json", lambda path: path.write_text('{"_class_name": "UNet2DModel"}'), "found UNet2DModel"),
-        ("config.json", add_a_class, "Could not load the annotator"),
-        ("diffusion_pytorch_model.safetensors", truncate, "Could not load the annotator"),
-        ("heldout.safetensors", truncate, "Could not load the annotator"),
+        ("config.json", add_a_class, "Expected an annotator"),
+        ("diffusion_pytorch_model.safetensors", truncate, "Expected an annotator"),
+        ("heldout.safetensors", truncate, "Expected an annotator"),
         ("confusion.json", lambda path: path.write_text(path.read_text().replace('"left"', '"top"')), "again"),
     ],
 )

@@ -29,7 +29,7 @@ class ClipAnnotator(Measurable):
 
     A class is the mean of its prompts' normalised embeddings, normalised again; its probability is a softmax over
     an attribute's classes of logit_scale times the cosine to the image. Features are normalised image embeddings.
-    Nobody has checked such classes: `measure` it on labelled images before its figures are trusted.
+    Such classes are unchecked: measure the annotator on labelled images before its figures are trusted.
 
     Args:
         name_or_folder: A folder or a hub id of a `CLIPModel` with its tokenizer and image processor.

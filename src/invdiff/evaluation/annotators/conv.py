@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from ...data.captioned import CaptionedImages
-from ...errors import DataError, ModelError
+from ...errors import DataError, ModelError, first_line
 from ...models.encoders import model_name
 from ...seeds import generator as derived_generator
 from .annotations import Annotations, check_class_names
@@ -176,15 +176,11 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
             ModelError: There is no annotator, or its files are absent, damaged or do not fit its config.
         """
         path = str(pretrained_model_name_or_path)
-        remedy = "Give a folder that `save_pretrained` wrote, or train one with `ConvAnnotator.fit`."
         try:
             config: Any = cls.load_config(path)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"Expected an annotator in {path}, found none. {remedy}") from error
-        if config.get("_class_name") != cls.__name__:
             found = config.get("_class_name") or "something else"
-            raise ModelError(f"Expected an annotator in {path}, found {found}. {remedy}")
-        try:
+            if found != cls.__name__:
+                raise ValueError(f"found {found}.")
             model = super().from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False, **kwargs)
             folder = Path(path)
             if not folder.is_dir():
@@ -193,7 +189,10 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
             if (folder / TENSORS).is_file():
                 model.use_held_out(HeldOut.load(folder))
         except (OSError, ValueError, RuntimeError, SafetensorError, TypeError, DataError) as error:
-            raise ModelError(f"Could not load the annotator in {path}: {error} {remedy}") from error
+            raise ModelError(
+                f"Expected an annotator in {path}, could not load it: {first_line(error)} "
+                "Give a folder that `save_pretrained` wrote, or train one with `ConvAnnotator.fit`."
+            ) from error
         model.name = model_name(path)
         return model
 
