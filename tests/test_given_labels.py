@@ -35,13 +35,22 @@ def test_classes_add_up_over_what_was_discovered():
     assert labels.attributes == {"gender": ("man", "woman")}
 
 
+def test_order_of_rows_does_not_matter():
+    assert GivenLabels(["gender"], ROWS).attributes == GivenLabels(["gender"], ROWS[::-1]).attributes
+
+
+def test_no_row_gives_empty_annotations():
+    assert GivenLabels(["gender"], ROWS).annotate([]).classes("gender").shape == (0,)
+
+
 def test_given_labels_have_no_confusion_and_no_features():
     labels = GivenLabels(["gender"], ROWS)
-    assert labels.attributes == GivenLabels(["gender"], ROWS[::-1]).attributes
     assert labels.confusion("gender") is None
     assert (labels.name, labels.feature_name) == ("labels", "")
-    assert labels.annotate([]).classes("gender").shape == (0,)
-    assert labels.annotate(ROWS).probabilities["gender"].dtype == np.float32
+
+
+def test_probabilities_are_single_precision():
+    assert GivenLabels(["gender"], ROWS).annotate(ROWS).probabilities["gender"].dtype == np.float32
 
 
 @pytest.mark.parametrize("names", [[], [""], "gender"])

@@ -19,18 +19,18 @@ from .errors import ConfigError
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=12)
-"""The longest that processes wait for each other: one may weigh the evidence of many images meanwhile."""
+"""How long processes wait for each other: one may weigh the evidence of many images while the others wait."""
 
 
 def state() -> PartialState:
-    """The processes as accelerate sees them; the first call joins them."""
+    """Return accelerate's view of the processes; the first call joins them."""
     if PartialState._shared_state:
         return PartialState()
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 def num_processes() -> int:
-    """How many processes work together."""
+    """Return how many processes work together."""
     return state().num_processes
 
 
@@ -40,7 +40,7 @@ def is_main() -> bool:
 
 
 def mine(items: Sequence[T]) -> Sequence[T]:
-    """This process's share of the items: every n-th."""
+    """Return this process's share: every n-th item."""
     return items[state().process_index :: num_processes()]
 
 
@@ -59,7 +59,7 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def gather(items: Iterable[T]) -> list[T]:
-    """The items of all processes, process by process."""
+    """Return the items of all processes, process by process."""
     return gather_object(list(items))
 
 

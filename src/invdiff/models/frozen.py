@@ -16,23 +16,23 @@ from .schedule import NoiseSchedule
 
 
 class Denoiser(Protocol):
-    """The frozen model alone, or guided by a module."""
+    """What predicts: the frozen model alone, or guided by a module."""
 
     schedule: NoiseSchedule
     device: torch.device
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that name it."""
+        """Return 16 hex digits that name it."""
 
     def __call__(
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prediction (B, C, H, W) and middle features (B, D, H', W') of noisy latents (B, C, H, W)."""
+        """Return prediction (B, C, H, W) and middle features (B, D, H', W')."""
 
 
 def denoiser_fingerprint(pipe: Any) -> str:
-    """16 hex digits that name a denoiser by all its weights and by the noise it was trained with."""
+    """Return 16 hex digits that name a denoiser by all its weights and by the noise it was trained with."""
     return fingerprint(weights_digest(denoiser_of(pipe)), NoiseSchedule(pipe.scheduler).key)
 
 
@@ -64,7 +64,7 @@ class FrozenDenoiser:
     def __call__(
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prediction (B, C, H, W) and middle features (B, D, H', W'), without gradient."""
+        """Return prediction (B, C, H, W) and middle features (B, D, H', W'), both detached."""
         noisy_latents = noisy_latents.to(self.device, self.dtype)
         model_pred = self.family.predict(
             self.module, noisy_latents, timesteps.to(self.device), to(condition, self.device, self.dtype)
