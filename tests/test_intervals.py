@@ -119,14 +119,11 @@ def test_interval_at_the_fair_point_is_at_most_three_floors_wide(metric):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_interval_stays_within_the_limits_and_in_order(metric):
+    assert interval("bias", [[0, 1]]) == (0.0, 1.0)
     least, most = METRICS[metric].limits(np.full(3, 1 / 3))
     for row in ([0, 0, 1], [1, 1, 1], [3, 0, 2], [0, 50, 0]):
         low, high = interval(metric, [row])
         assert least <= low <= high <= most
-
-
-def test_one_image_says_nothing_about_bias():
-    assert interval("bias", [[0, 1]]) == (0.0, 1.0)
 
 
 def test_interval_of_a_target_covers_zero_for_a_sampler_that_draws_from_it():
@@ -168,16 +165,19 @@ def test_sums_of_probabilities_are_taken_for_counts():
     assert low < per_prompt("fairness_discrepancy", [[25.4, 14.6]])[0] < high
 
 
-@pytest.mark.parametrize("counts", [[[0.3, 0.7]], [[10.2, 5.0]]])
-def test_shares_are_refused_in_place_of_counts(counts):
-    with pytest.raises(EvaluationError, match="not shares"):
-        interval("bias", counts)
-
-
-@pytest.mark.parametrize("setting", [{"confidence": 1.0}, {"confidence": 0.0}, {"num_resamples": 19}])
-def test_settings_out_of_range_are_refused(setting):
-    with pytest.raises(EvaluationError, match="Expected"):
-        interval("bias", [[1, 2]], **setting)
+@pytest.mark.parametrize(
+    ("counts", "settings", "message"),
+    [
+        ([[0.3, 0.7]], {}, "not shares"),
+        ([[10.2, 5.0]], {}, "not shares"),
+        ([[1, 2]], {"confidence": 1.0}, "above 0 and below 1"),
+        ([[1, 2]], {"confidence": 0.0}, "above 0 and below 1"),
+        ([[1, 2]], {"num_resamples": 19}, "at least 20 resamples"),
+    ],
+)
+def test_shares_and_settings_out_of_range_are_refused(counts, settings, message):
+    with pytest.raises(EvaluationError, match=message):
+        interval("bias", counts, **settings)
 
 
 def test_estimate_agrees_with_its_parts():

@@ -1,4 +1,4 @@
-"""How well an audit recovered hidden groups whose labels are known. The audit itself never sees them."""
+"""Agreement of an audit's groups with labels that the audit itself never sees."""
 
 from __future__ import annotations
 
@@ -6,13 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from sklearn.metrics import (
-    adjusted_rand_score,
-    homogeneity_score,
-    precision_score,
-    recall_score,
-    roc_auc_score,
-)
+from sklearn.metrics import adjusted_rand_score, homogeneity_score, precision_score, recall_score, roc_auc_score
 
 from ..errors import EvaluationError
 
@@ -60,9 +54,9 @@ class GroupQuality:
     adjusted_rand: float
     """Adjusted Rand index of groups and classes within a prompt: 1 when they are the same, 0 for chance."""
     homogeneity: float
-    """1 when no group mixes classes, though several groups may share one; 0 when groups tell nothing."""
+    """1 when no group mixes classes, though several groups may share one; 0 when groups carry no information."""
     images: int
-    """Images judged: those of prompts in which the attribute varies."""
+    """Images compared: those of prompts in which the attribute varies."""
 
 
 def group_quality(prompt_ids: ArrayLike, scores: ArrayLike, groups: ArrayLike, classes: ArrayLike) -> GroupQuality:
@@ -85,13 +79,8 @@ def group_quality(prompt_ids: ArrayLike, scores: ArrayLike, groups: ArrayLike, c
         if len(names) < 2:
             continue
         rarest = truth[rows] == names[counts.argmin()]
-        figures.append(
-            (
-                roc_auc_score(rarest, rarity[rows]),
-                adjusted_rand_score(truth[rows], found[rows]),
-                homogeneity_score(truth[rows], found[rows]),
-            )
-        )
+        agreement = (score(truth[rows], found[rows]) for score in (adjusted_rand_score, homogeneity_score))
+        figures.append((roc_auc_score(rarest, rarity[rows]), *agreement))
         sizes.append(int(rows.sum()))
     if not figures:
         raise EvaluationError("Expected a hidden attribute that varies within a prompt, got one that does not.")

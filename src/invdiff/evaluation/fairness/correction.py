@@ -9,7 +9,7 @@ in generated as in held-out images, which nothing here can check.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from ...errors import EvaluationError
 from .intervals import bias_aware, check_settings, plausible_shares, resamples_for, whole_totals
@@ -101,28 +101,29 @@ def corrected_interval(
         annotated = generator.multinomial(numbers, _shares(p @ rates), size=(resamples, len(p)))
         return _solve(annotated / numbers[:, None], inverses)
 
-    p = corrected / corrected.sum(axis=1, keepdims=True)
-    sampling, held_out_part = _variances(p, numbers, rates, None if exact else held_out.sum(axis=1))
-    steady = _steady(p, numbers)
+    inverse = _inverse(rates)
+
+    def spread(distribution: FloatArray) -> FloatArray:
+        """Trace of the covariance of G x for one draw x of a class from each row of `distribution`."""
+        return np.asarray(distribution @ (inverse**2).sum(axis=0) - ((distribution @ inverse.T) ** 2).sum(axis=1))
+
+    # The summed variance of corrected shares from the images and from the held-out images, at shares with one image
+    # more of each class, so that none is zero.
+    p = _shares(corrected)
+    steady = (numbers[:, None] * p + 1) / (numbers[:, None] + p.shape[1])
+    sampling = spread(steady @ rates) / numbers
+    from_held_out = np.zeros(len(p)) if exact else steady**2 @ (spread(rates) / held_out.sum(axis=1))
     plausible = plausible_shares(
         p,
         target=t,
         allowed=chosen.supported(t),
         rates=rates,
-        numbers=numbers * sampling / (sampling + held_out_part),
-        worth=np.minimum((1 - (steady**2).sum(axis=1)) / (sampling + held_out_part), numbers),
+        numbers=numbers * sampling / (sampling + from_held_out),
+        worth=np.minimum((1 - (steady**2).sum(axis=1)) / (sampling + from_held_out), numbers),
         confidence=confidence,
     )
-    degrees = (numbers - 1).sum() if exact else min((numbers - 1).sum(), (held_out.sum(axis=1) - 1).sum())
-    return bias_aware(
-        chosen,
-        values,
-        plausible,
-        draw,
-        target=t,
-        confidence=confidence,
-        degrees=int(degrees),
-    )
+    degrees = int((numbers - 1).sum() if exact else min((numbers - 1).sum(), (held_out.sum(axis=1) - 1).sum()))
+    return bias_aware(chosen, values, plausible, draw, target=t, confidence=confidence, degrees=degrees)
 
 
 def project_to_simplex(x: FloatArray) -> FloatArray:
@@ -153,27 +154,6 @@ def _inverse(rates: FloatArray) -> FloatArray:
     # q sums to 1, so the constraint's right-hand side is a row of ones.
     right = np.concatenate([rates, np.ones((*batch, 1, rates.shape[-1]))], axis=-2)
     return np.linalg.solve(system, right)[..., :-1, :]
-
-
-def _steady(p: FloatArray, numbers: NDArray[np.int64]) -> FloatArray:
-    """Shares with one image more of each class, so that none has a variance of zero."""
-    return np.asarray((numbers[:, None] * p + 1) / (numbers[:, None] + p.shape[1]))
-
-
-def _variances(
-    p: FloatArray, numbers: NDArray[np.int64], rates: FloatArray, held_out: FloatArray | None
-) -> tuple[FloatArray, FloatArray]:
-    """Summed variance of the corrected shares from the images and from the held-out images, (prompts,)."""
-    steady = _steady(p, numbers)
-    inverse = _inverse(rates)
-
-    def spread(distribution: FloatArray) -> FloatArray:
-        """Trace of the covariance of G x for one draw x of a class from each row of `distribution`."""
-        return np.asarray(distribution @ (inverse**2).sum(axis=0) - ((distribution @ inverse.T) ** 2).sum(axis=1))
-
-    sampling = spread(steady @ rates) / numbers
-    held_out_part = np.zeros(len(p)) if held_out is None else steady**2 @ (spread(rates) / held_out)
-    return sampling, held_out_part
 
 
 def _shares(x: FloatArray) -> FloatArray:
@@ -217,16 +197,12 @@ def _checked(counts: ArrayLike, confusion: ArrayLike) -> tuple[FloatArray, Float
             "Expected whole numbers of held-out images, or rates whose rows sum to 1, got fractions with row sums "
             f"{held_out.sum(axis=1).tolist()}. Give counts or rates."
         )
-    _check_told_apart(_shares(held_out))
-    return table, held_out
-
-
-def _check_told_apart(rates: FloatArray) -> None:
-    mixing, sizes, _ = np.linalg.svd(rates)
+    mixing, sizes, _ = np.linalg.svd(_shares(held_out))
     if sizes[-1] * MAX_CONDITION < sizes[0]:
-        # The mixture of true classes that hardly changes what the annotator says.
+        # The mixture of true classes that hardly changes what is annotated.
         first, second = np.sort(np.argsort(-np.abs(mixing[:, -1]))[:2])
         raise EvaluationError(
             f"Expected an annotator that tells the classes apart, got one that hardly tells class {first} from class "
             f"{second} (condition number above {MAX_CONDITION:.0f}). Merge these classes or train a better annotator."
         )
+    return table, held_out

@@ -24,7 +24,7 @@ def estimate(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """Return a metric's mean over prompts with its interval, floor and correction for the annotator.
+    """A metric's mean over prompts with its interval, floor and correction for the annotator.
 
     Args:
         metric: A name in `metrics.METRICS`.

@@ -89,15 +89,8 @@ def interval(
         worth=numbers,
         confidence=confidence,
     )
-    return bias_aware(
-        chosen,
-        values,
-        plausible,
-        draw,
-        target=t,
-        confidence=confidence,
-        degrees=int((numbers - 1).sum()),
-    )
+    degrees = int((numbers - 1).sum())
+    return bias_aware(chosen, values, plausible, draw, target=t, confidence=confidence, degrees=degrees)
 
 
 def plausible_shares(
