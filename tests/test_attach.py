@@ -2,18 +2,17 @@ import copy
 import gc
 import pickle
 import weakref
-from typing import Any
 
 import accelerate
 import diffusers
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from conftest import CAPTIONS, make_guidance_module, make_tiny_pipeline
 from invdiff.errors import ConfigError, ModelError
-from invdiff.guidance.attach import Attachment, attach
+from invdiff.guidance.attach import attach
 from invdiff.guidance.module import GuidanceModule
 from invdiff.models.features import FeatureCapture
 
@@ -33,11 +32,11 @@ SCHEDULERS = (
 )
 
 
-def use_scheduler(pipe: StableDiffusionPipeline, name: str, **options: Any) -> None:
+def use_scheduler(pipe, name, **options):
     pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **options)
 
 
-def draw(pipe: StableDiffusionPipeline, *seeds: int, **options: Any) -> torch.Tensor:
+def draw(pipe, *seeds, **options):
     """Latents of one image per seed."""
     return pipe(
         [CAPTIONS[seed % 2] for seed in seeds],
@@ -46,7 +45,7 @@ def draw(pipe: StableDiffusionPipeline, *seeds: int, **options: Any) -> torch.Te
     ).images
 
 
-def denoise(pipe: StableDiffusionPipeline, timestep: Any = 500, seed: int = 0, **options: Any) -> Any:
+def denoise(pipe, timestep=500, seed=0, **options):
     """One call of the denoiser on three rows."""
     numbers = torch.Generator().manual_seed(seed)
     latents, embeds = torch.randn(3, 4, 8, 8, generator=numbers), torch.randn(3, 16, 16, generator=numbers)
@@ -54,41 +53,31 @@ def denoise(pipe: StableDiffusionPipeline, timestep: Any = 500, seed: int = 0, *
         return pipe.unet(latents, timestep, embeds, **options)
 
 
-def record_environments(pipe: StableDiffusionPipeline, attachment: Attachment) -> list[torch.Tensor]:
+def record_environments(pipe, attachment):
     """Let every later denoiser call append the groups of its rows to the list that is returned."""
-    seen: list[torch.Tensor] = []
+    seen = []
     pipe.unet.register_forward_hook(lambda *_: seen.append(attachment.environments))
     return seen
 
 
-@pytest.mark.parametrize(("make_module", "scale"), [(GuidanceModule.for_pipeline, 1.0), (make_guidance_module, 0.0)])
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_an_untrained_module_and_scale_0_leave_images_bit_identical(
-    tiny_pipe: StableDiffusionPipeline, scheduler: str, guidance_scale: float, make_module: Any, scale: float
-) -> None:
+def test_no_effect_leaves_images_bit_identical_and_a_trained_module_changes_them(tiny_pipe, scheduler, guidance_scale):
     use_scheduler(tiny_pipe, scheduler)
     plain = draw(tiny_pipe, 0, 1, guidance_scale=guidance_scale)
-    attach(tiny_pipe, make_module(tiny_pipe), scale=scale)
+    with attach(tiny_pipe, GuidanceModule.for_pipeline(tiny_pipe)):
+        assert torch.equal(draw(tiny_pipe, 0, 1, guidance_scale=guidance_scale), plain)
+    attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe), scale=0.0)
     assert torch.equal(draw(tiny_pipe, 0, 1, guidance_scale=guidance_scale), plain)
-
-
-@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_a_trained_module_changes_images(
-    tiny_pipe: StableDiffusionPipeline, scheduler: str, guidance_scale: float
-) -> None:
-    use_scheduler(tiny_pipe, scheduler)
-    plain = draw(tiny_pipe, 0, 1, guidance_scale=guidance_scale)
-    attach(tiny_pipe, make_guidance_module(tiny_pipe))
+    attachment.scale = 1.0
     guided = draw(tiny_pipe, 0, 1, guidance_scale=guidance_scale)
     assert guided.isfinite().all()
     assert not torch.allclose(guided, plain, rtol=0.01)
 
 
 def test_the_output_is_the_frozen_prediction_plus_scale_times_the_shift(
-    tiny_pipe: StableDiffusionPipeline,
-) -> None:
+    tiny_pipe,
+):
     module = make_guidance_module(tiny_pipe)
     capture = FeatureCapture(tiny_pipe.unet, "mid_block")
     model_pred, features = denoise(tiny_pipe).sample, capture.take()
@@ -101,14 +90,7 @@ def test_the_output_is_the_frozen_prediction_plus_scale_times_the_shift(
     assert torch.equal(denoise(tiny_pipe).sample, model_pred + 0.7 * shift)
 
 
-def test_the_scale_can_be_changed_while_attached(tiny_pipe: StableDiffusionPipeline) -> None:
-    plain = denoise(tiny_pipe).sample
-    attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe), scale=0.0)
-    attachment.scale = 1.0
-    assert not torch.equal(denoise(tiny_pipe).sample, plain)
-
-
-def test_the_denoiser_may_be_called_by_keyword(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_the_denoiser_may_be_called_by_keyword(tiny_pipe):
     attach(tiny_pipe, make_guidance_module(tiny_pipe))
     names = ("sample", "timestep", "encoder_hidden_states")
     values = (torch.ones(1, 4, 8, 8), torch.tensor(500), torch.ones(1, 16, 16))
@@ -119,19 +101,19 @@ def test_the_denoiser_may_be_called_by_keyword(tiny_pipe: StableDiffusionPipelin
 
 
 @pytest.mark.parametrize("timestep", [500.0, torch.tensor(500), torch.tensor([500]), torch.tensor([500] * 3)])
-def test_timesteps_come_as_numbers_or_one_per_row(tiny_pipe: StableDiffusionPipeline, timestep: Any) -> None:
+def test_timesteps_come_as_numbers_or_one_per_row(tiny_pipe, timestep):
     attach(tiny_pipe, make_guidance_module(tiny_pipe))
     assert torch.equal(denoise(tiny_pipe, timestep).sample, denoise(tiny_pipe, 500).sample)
 
 
-def test_timesteps_may_differ_between_rows(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_timesteps_may_differ_between_rows(tiny_pipe):
     attach(tiny_pipe, make_guidance_module(tiny_pipe))
     mixed = denoise(tiny_pipe, torch.tensor([500, 20, 900])).sample
     for row, timestep in enumerate((500, 20, 900)):
         torch.testing.assert_close(mixed[row], denoise(tiny_pipe, timestep).sample[row])
 
 
-def test_the_class_of_the_output_is_kept(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_the_class_of_the_output_is_kept(tiny_pipe):
     attach(tiny_pipe, make_guidance_module(tiny_pipe))
     whole, plain_tuple = denoise(tiny_pipe), denoise(tiny_pipe, return_dict=False)
     assert type(whole) is UNet2DConditionOutput
@@ -139,7 +121,7 @@ def test_the_class_of_the_output_is_kept(tiny_pipe: StableDiffusionPipeline) -> 
     assert torch.equal(plain_tuple[0], whole.sample)
 
 
-def test_a_denoiser_whose_weights_are_offloaded_is_guided(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_a_denoiser_whose_weights_are_offloaded_is_guided(tiny_pipe):
     module = make_guidance_module(tiny_pipe)
     with attach(tiny_pipe, module):
         expected = draw(tiny_pipe, 0)
@@ -151,8 +133,8 @@ def test_a_denoiser_whose_weights_are_offloaded_is_guided(tiny_pipe: StableDiffu
 
 
 def test_a_half_precision_pipeline_stays_so_and_the_module_as_it_was(
-    tiny_pipe: StableDiffusionPipeline,
-) -> None:
+    tiny_pipe,
+):
     module = make_guidance_module(tiny_pipe).train()
     plain = draw(tiny_pipe.to(dtype=torch.bfloat16), 0)
     attach(tiny_pipe, module)
@@ -164,7 +146,7 @@ def test_a_half_precision_pipeline_stays_so_and_the_module_as_it_was(
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_an_image_keeps_its_group_in_all_rows_and_steps(tiny_pipe: StableDiffusionPipeline, scheduler: str) -> None:
+def test_an_image_keeps_its_group_in_all_rows_and_steps(tiny_pipe, scheduler):
     use_scheduler(tiny_pipe, scheduler, timestep_spacing="trailing")  # KDPM2's timesteps then also rise
     attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=(5, 5)))
     seen = record_environments(tiny_pipe, attachment)
@@ -176,8 +158,8 @@ def test_an_image_keeps_its_group_in_all_rows_and_steps(tiny_pipe: StableDiffusi
 
 
 def test_groups_follow_from_the_seed_whatever_the_batch_and_scheduler(
-    tiny_pipe: StableDiffusionPipeline,
-) -> None:
+    tiny_pipe,
+):
     attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=7))
     drawn = []
     for scheduler in SCHEDULERS:
@@ -193,7 +175,7 @@ def test_groups_follow_from_the_seed_whatever_the_batch_and_scheduler(
 
 
 @pytest.mark.parametrize("num_inference_steps", [1, 3])
-def test_each_call_draws_anew(tiny_pipe: StableDiffusionPipeline, num_inference_steps: int) -> None:
+def test_each_call_draws_anew(tiny_pipe, num_inference_steps):
     attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=97))
     drawn = []
     for seed in (0, 1, 0):
@@ -202,8 +184,8 @@ def test_each_call_draws_anew(tiny_pipe: StableDiffusionPipeline, num_inference_
     assert drawn[0] == drawn[2] != drawn[1]
 
 
-def test_a_call_that_starts_below_the_last_ones_end_draws_anew(tiny_pipe: StableDiffusionPipeline) -> None:
-    def interrupt(pipe: Any, step: int, timestep: int, values: dict[str, Any]) -> dict[str, Any]:
+def test_a_call_that_starts_below_the_last_ones_end_draws_anew(tiny_pipe):
+    def interrupt(pipe, step, timestep, values):
         pipe._interrupt = True
         return values
 
@@ -216,7 +198,7 @@ def test_a_call_that_starts_below_the_last_ones_end_draws_anew(tiny_pipe: Stable
     assert torch.equal(attachment.environments, expected)
 
 
-def test_image_to_image_draws_from_its_own_first_latents(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_image_to_image_draws_from_its_own_first_latents(tiny_pipe):
     pipe = StableDiffusionImg2ImgPipeline(**tiny_pipe.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -231,9 +213,9 @@ def test_image_to_image_draws_from_its_own_first_latents(tiny_pipe: StableDiffus
 
 
 def test_images_keep_their_groups_when_guidance_is_switched_off_on_the_way(
-    tiny_pipe: StableDiffusionPipeline,
-) -> None:
-    def switch_off(pipe: Any, step: int, timestep: int, values: dict[str, Any]) -> dict[str, Any]:
+    tiny_pipe,
+):
+    def switch_off(pipe, step, timestep, values):
         if step == 1:
             pipe._guidance_scale = 1.0
             values["prompt_embeds"] = values["prompt_embeds"].chunk(2)[1]
@@ -248,8 +230,8 @@ def test_images_keep_their_groups_when_guidance_is_switched_off_on_the_way(
 
 
 def test_a_loop_that_sets_timesteps_once_draws_anew_for_each_batch(
-    tiny_pipe: StableDiffusionPipeline,
-) -> None:
+    tiny_pipe,
+):
     attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=97))
     drawn = []
     for seed in (0, 1):
@@ -259,43 +241,35 @@ def test_a_loop_that_sets_timesteps_once_draws_anew_for_each_batch(
     assert not torch.equal(*drawn)
 
 
-def test_groups_can_be_given_per_image(tiny_pipe: StableDiffusionPipeline) -> None:
-    attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe), environments=[1, 0, 1])
-    draw(tiny_pipe, 0, 1, 2)
-    assert attachment.environments.flatten().tolist() == [1, 0, 1, 1, 0, 1]
-
-
-def test_the_group_decides_the_image(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_the_group_decides_the_image(tiny_pipe):
     module = make_guidance_module(tiny_pipe)
     drawn = []
     for group in (0, 1, 0):
-        with attach(tiny_pipe, module, environments=[group]):
+        with attach(tiny_pipe, module, environments=[group]) as attachment:
             drawn.append(draw(tiny_pipe, 0))
+            assert attachment.environments.tolist() == [[group], [group]]
     assert torch.equal(drawn[0], drawn[2])
     assert not torch.equal(drawn[0], drawn[1])
 
 
-def test_another_seed_draws_other_groups_for_the_same_noise(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_another_seed_draws_other_groups_for_the_same_noise(tiny_pipe):
     module = make_guidance_module(tiny_pipe, num_groups=97)
     first, second = (attach(tiny_pipe, module, seed=seed) for seed in (0, 1))
     draw(tiny_pipe, 0)
     assert not torch.equal(first.environments, second.environments)
 
 
-def test_environments_that_do_not_fit_are_refused_at_once(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_a_wrong_number_of_groups_is_refused_when_images_are_drawn(
+    tiny_pipe,
+):
+    attach(tiny_pipe, make_guidance_module(tiny_pipe), environments=[0, 1, 0])
+    with pytest.raises(ConfigError, match=r"batch of 3 image\(s\)"):
+        draw(tiny_pipe, 0, 1)
     with pytest.raises(ConfigError, match="for 2 groups, got 3 groups"):
         attach(tiny_pipe, make_guidance_module(tiny_pipe), environments=[0.2, 0.3, 0.5])
 
 
-def test_a_wrong_number_of_groups_is_refused_when_images_are_drawn(
-    tiny_pipe: StableDiffusionPipeline,
-) -> None:
-    attach(tiny_pipe, make_guidance_module(tiny_pipe), environments=[0, 1, 0])
-    with pytest.raises(ConfigError, match=r"batch of 3 image\(s\)"):
-        draw(tiny_pipe, 0, 1)
-
-
-def test_an_invariant_module_is_guided_without_groups(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_an_invariant_module_is_guided_without_groups(tiny_pipe):
     module = make_guidance_module(tiny_pipe, mode="invariant")
     plain = draw(tiny_pipe, 0)
     with attach(tiny_pipe, module):
@@ -304,7 +278,7 @@ def test_an_invariant_module_is_guided_without_groups(tiny_pipe: StableDiffusion
         attach(tiny_pipe, module, environments=[0.2, 0.8])
 
 
-def test_detaching_restores_the_model(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_detaching_restores_the_model(tiny_pipe):
     plain = draw(tiny_pipe, 0)
     attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe))
     draw(tiny_pipe, 0)
@@ -314,43 +288,33 @@ def test_detaching_restores_the_model(tiny_pipe: StableDiffusionPipeline) -> Non
     assert not any(network._forward_hooks for network in tiny_pipe.unet.modules())
 
 
-def test_leaving_the_context_detaches_after_an_error_too(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_leaving_the_context_detaches_after_an_error_too(tiny_pipe):
     plain = denoise(tiny_pipe).sample
     with pytest.raises(KeyboardInterrupt), attach(tiny_pipe, make_guidance_module(tiny_pipe)):
         raise KeyboardInterrupt
     assert torch.equal(denoise(tiny_pipe).sample, plain)
 
 
-def two_modules(pipe: StableDiffusionPipeline) -> tuple[GuidanceModule, GuidanceModule]:
+def two_modules(pipe):
     return make_guidance_module(pipe, seed=0), make_guidance_module(pipe, seed=1, width=16)
 
 
-@pytest.mark.parametrize("turn", [1, -1])
-def test_shifts_of_two_modules_add_in_any_order(tiny_pipe: StableDiffusionPipeline, turn: int) -> None:
+@pytest.mark.parametrize("first_off", [0, 1])
+def test_shifts_of_two_modules_add_and_come_off_in_any_order(tiny_pipe, first_off):
     frozen = denoise(tiny_pipe).sample
-    modules, shifts = two_modules(tiny_pipe), []
+    modules, alone = two_modules(tiny_pipe), []
     for module in modules:
         with attach(tiny_pipe, module, environments=[0, 1, 0]):
-            shifts.append(denoise(tiny_pipe).sample - frozen)
-    for module in modules[::turn]:
-        attach(tiny_pipe, module, environments=[0, 1, 0])
-    torch.testing.assert_close(denoise(tiny_pipe).sample, frozen + shifts[0] + shifts[1])
-
-
-@pytest.mark.parametrize("first_off", [0, 1])
-def test_two_modules_come_off_in_any_order(tiny_pipe: StableDiffusionPipeline, first_off: int) -> None:
-    modules = two_modules(tiny_pipe)
-    frozen = denoise(tiny_pipe).sample
-    with attach(tiny_pipe, modules[1 - first_off], environments=[0, 1, 0]):
-        alone = denoise(tiny_pipe).sample
+            alone.append(denoise(tiny_pipe).sample)
     attachments = [attach(tiny_pipe, module, environments=[0, 1, 0]) for module in modules]
+    torch.testing.assert_close(denoise(tiny_pipe).sample, alone[0] + alone[1] - frozen)
     attachments[first_off].detach()
-    assert torch.equal(denoise(tiny_pipe).sample, alone)
+    assert torch.equal(denoise(tiny_pipe).sample, alone[1 - first_off])
     attachments[1 - first_off].detach()
     assert torch.equal(denoise(tiny_pipe).sample, frozen)
 
 
-def test_an_attached_pipeline_can_be_thrown_away() -> None:
+def test_an_attached_pipeline_can_be_thrown_away():
     pipe = make_tiny_pipeline()
     attach(pipe, make_guidance_module(pipe))
     draw(pipe, 0)
@@ -370,9 +334,7 @@ def test_an_attached_pipeline_can_be_thrown_away() -> None:
         ("denoiser_class", "UNet3D", "denoiser_class: expected UNet3D, found UNet2DConditionModel"),
     ],
 )
-def test_a_module_of_another_shape_is_refused(
-    tiny_pipe: StableDiffusionPipeline, name: str, other: Any, message: str
-) -> None:
+def test_a_module_of_another_shape_is_refused(tiny_pipe, name, other, message):
     fitting = GuidanceModule.for_pipeline(tiny_pipe).config
     names = ("latent_channels", "prompt_dim", "feature_channels", "prediction_type", "denoiser_class")
     module = GuidanceModule(**{key: fitting[key] for key in names} | {name: other})
@@ -381,31 +343,23 @@ def test_a_module_of_another_shape_is_refused(
 
 
 def test_a_module_for_other_weights_is_refused_unless_asked_not_to(
-    tiny_pipe: StableDiffusionPipeline,
-) -> None:
+    tiny_pipe,
+):
     module = make_guidance_module(make_tiny_pipeline(seed=1))
     with pytest.raises(ModelError, match=r"weights: expected .* \(strict=False"):
         attach(tiny_pipe, module)
     attach(tiny_pipe, module, strict=False)
 
 
-def test_a_compiled_denoiser_is_refused(tiny_pipe: StableDiffusionPipeline) -> None:
-    tiny_pipe.unet.compile(backend="eager")
-    with pytest.raises(ModelError, match="Attach first, then compile"):
-        attach(tiny_pipe, GuidanceModule.for_pipeline(tiny_pipe))
-
-
-def test_a_wrapper_that_skips_the_middle_block_is_noticed(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_a_wrapper_that_skips_the_middle_block_is_noticed(tiny_pipe):
     attach(tiny_pipe, make_guidance_module(tiny_pipe))
     tiny_pipe.unet.mid_block = None
     with pytest.raises(ModelError, match="ran without its block 'mid_block'"):
         denoise(tiny_pipe)
 
 
-def test_the_prompt_is_encoded_once_for_all_steps(
-    tiny_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoded: list[Any] = []
+def test_the_prompt_is_encoded_once_for_all_steps(tiny_pipe, monkeypatch):
+    encoded = []
     encode = GuidanceModule.encode
     monkeypatch.setattr(GuidanceModule, "encode", lambda self, told: encoded.append(told) or encode(self, told))
     attach(tiny_pipe, make_guidance_module(tiny_pipe))
@@ -415,7 +369,7 @@ def test_the_prompt_is_encoded_once_for_all_steps(
     assert len(encoded) == 2
 
 
-def test_a_prompt_that_is_changed_in_place_is_encoded_anew(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_a_prompt_that_is_changed_in_place_is_encoded_anew(tiny_pipe):
     module = make_guidance_module(tiny_pipe)
     latents, embeds, change = torch.ones(1, 4, 8, 8), *torch.randn(2, 1, 16, 16)
     with torch.no_grad(), attach(tiny_pipe, module):
@@ -427,14 +381,14 @@ def test_a_prompt_that_is_changed_in_place_is_encoded_anew(tiny_pipe: StableDiff
     assert not torch.equal(changed, before)
 
 
-def test_inference_mode_is_fine(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_inference_mode_is_fine(tiny_pipe):
     attach(tiny_pipe, make_guidance_module(tiny_pipe))
     expected = draw(tiny_pipe, 0)
     with torch.inference_mode():
         assert torch.equal(draw(tiny_pipe, 0), expected)
 
 
-def test_a_copy_of_a_guided_pipeline_is_plain(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_a_copy_of_a_guided_pipeline_is_plain(tiny_pipe):
     plain = draw(tiny_pipe, 0)
     attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe))
     guided = draw(tiny_pipe, 0)
@@ -446,7 +400,7 @@ def test_a_copy_of_a_guided_pipeline_is_plain(tiny_pipe: StableDiffusionPipeline
     assert torch.equal(draw(tiny_pipe, 0), plain)
 
 
-def test_a_guided_denoiser_is_pickled_plain(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_a_guided_denoiser_is_pickled_plain(tiny_pipe):
     expected = denoise(tiny_pipe).sample
     attach(tiny_pipe, make_guidance_module(tiny_pipe))
     tiny_pipe.unet = pickle.loads(pickle.dumps(tiny_pipe.unet))

@@ -29,7 +29,7 @@ from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ConfigError, DataError
 from invdiff.files import read_json
 from invdiff.guidance.attach import check_fit
-from invdiff.guidance.loading import load_module
+from invdiff.guidance.module import load_module
 from invdiff.models.load import load_pipeline
 
 ROWS = [BirdsWorld(4000, seed=1).metadata(index) for index in range(4000)]

@@ -42,7 +42,7 @@ def compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def test_no_effect_leaves_images_bit_identical(combination: Combination) -> None:
+def test_no_effect_leaves_images_bit_identical(combination: Combination):
     pipe, image = combination
     plain = image()
     for module, scale in ((GuidanceModule.for_pipeline(pipe), 1.0), (make_guidance_module(pipe), 0.0)):
@@ -50,7 +50,7 @@ def test_no_effect_leaves_images_bit_identical(combination: Combination) -> None
             assert torch.equal(image(), plain)
 
 
-def test_a_trained_module_changes_images(combination: Combination) -> None:
+def test_a_trained_module_changes_images(combination: Combination):
     pipe, image = combination
     plain = image()
     with attach(pipe, make_guidance_module(pipe)):
@@ -60,7 +60,7 @@ def test_a_trained_module_changes_images(combination: Combination) -> None:
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_adapters_matter_in_guided_images(name: str, tmp_path: Path) -> None:
+def test_adapters_matter_in_guided_images(name: str, tmp_path: Path):
     pipe, image = ADAPTERS[name](tmp_path)
     without = make_tiny(name.split("-")[0])
     module = make_guidance_module(without)
@@ -69,7 +69,7 @@ def test_adapters_matter_in_guided_images(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_lora_may_be_loaded_after_attaching(family: str, tmp_path: Path) -> None:
+def test_a_lora_may_be_loaded_after_attaching(family: str, tmp_path: Path):
     before, after = make_tiny(family), make_tiny(family)
     module = make_guidance_module(before)
     before.load_lora_weights(save_lora(after, tmp_path))
@@ -80,7 +80,7 @@ def test_a_lora_may_be_loaded_after_attaching(family: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_lora_may_be_unloaded_while_attached(family: str, tmp_path: Path) -> None:
+def test_a_lora_may_be_unloaded_while_attached(family: str, tmp_path: Path):
     pipe = make_tiny(family)
     attach(pipe, make_guidance_module(pipe))
     guided = draw(pipe, 0)
@@ -90,7 +90,7 @@ def test_a_lora_may_be_unloaded_while_attached(family: str, tmp_path: Path) -> N
     assert torch.equal(draw(pipe, 0), guided)
 
 
-def offload(pipe: Any, kind: str) -> None:
+def offload(pipe: Any, kind: str):
     """Offload as for a GPU, which here is the CPU."""
     cpu = torch.device("cpu")
     if kind == "model":
@@ -104,7 +104,7 @@ def offload(pipe: Any, kind: str) -> None:
 @pytest.mark.parametrize("attach_first", [True, False])
 @pytest.mark.parametrize("kind", ["model", "sequential", "group"])
 @pytest.mark.parametrize("family", ["sd1", "flux"])
-def test_image_after_image_is_guided_whatever_is_offloaded(family: str, kind: str, attach_first: bool) -> None:
+def test_image_after_image_is_guided_whatever_is_offloaded(family: str, kind: str, attach_first: bool):
     pipe = make_tiny(family)
     module = make_guidance_module(pipe)
     with attach(pipe, module):
@@ -115,7 +115,7 @@ def test_image_after_image_is_guided_whatever_is_offloaded(family: str, kind: st
     assert all(torch.equal(draw(pipe, seed), expected[seed]) for seed in (0, 1, 2))
 
 
-def compile_denoiser(pipe: Any, how: str, backend: str = "eager") -> None:
+def compile_denoiser(pipe: Any, how: str, backend: str = "eager"):
     denoiser = denoiser_of(pipe)
     if how == "in place":
         denoiser.compile(backend=backend)
@@ -131,7 +131,7 @@ COMPILED = (("sd1", "in place", "eager"), ("sd3", "wrapped", "aot_eager"))
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(("family", "how", "backend"), COMPILED)
-def test_a_compiled_denoiser_is_guided_as_before(family: str, how: str, backend: str) -> None:
+def test_a_compiled_denoiser_is_guided_as_before(family: str, how: str, backend: str):
     pipe = make_tiny(family)
     module = make_guidance_module(pipe)
     with attach(pipe, module):
@@ -142,7 +142,7 @@ def test_a_compiled_denoiser_is_guided_as_before(family: str, how: str, backend:
 
 
 @pytest.mark.usefixtures("compiler")
-def test_an_untrained_module_leaves_a_compiled_denoiser_bit_identical() -> None:
+def test_an_untrained_module_leaves_a_compiled_denoiser_bit_identical():
     plain, guided = make_tiny("sd3"), make_tiny("sd3")
     attach(guided, GuidanceModule.for_pipeline(guided))
     for pipe in (plain, guided):
@@ -151,7 +151,7 @@ def test_an_untrained_module_leaves_a_compiled_denoiser_bit_identical() -> None:
 
 
 @pytest.mark.usefixtures("compiler")
-def test_the_scale_of_a_compiled_denoiser_can_be_changed() -> None:
+def test_the_scale_of_a_compiled_denoiser_can_be_changed():
     pipe = make_tiny("sd1")
     plain = draw(pipe, 0)
     attachment = attach(pipe, make_guidance_module(pipe))
@@ -163,7 +163,7 @@ def test_the_scale_of_a_compiled_denoiser_can_be_changed() -> None:
 
 @pytest.mark.parametrize("how", ["in place", "wrapped", "block"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_module_is_not_attached_to_what_is_compiled_already(family: str, how: str) -> None:
+def test_a_module_is_not_attached_to_what_is_compiled_already(family: str, how: str):
     pipe = make_tiny(family)
     module = GuidanceModule.for_pipeline(pipe)
     compile_denoiser(pipe, how)
@@ -172,7 +172,7 @@ def test_a_module_is_not_attached_to_what_is_compiled_already(family: str, how: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_images_of_a_batch_are_guided_as_when_drawn_alone(family: str) -> None:
+def test_images_of_a_batch_are_guided_as_when_drawn_alone(family: str):
     pipe = make_tiny(family)
     attach(pipe, make_guidance_module(pipe, num_groups=5))
     alone = [draw(pipe, seed)[0] for seed in (0, 1, 2)]
@@ -180,13 +180,13 @@ def test_images_of_a_batch_are_guided_as_when_drawn_alone(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompt_embeddings_are_guided_as_their_prompts(family: str, tmp_path: Path) -> None:
+def test_prompt_embeddings_are_guided_as_their_prompts(family: str, tmp_path: Path):
     pipe, image = embedded(family, tmp_path)
     attach(pipe, make_guidance_module(pipe))
     assert torch.equal(image(), draw(pipe, 0, 1))
 
 
-def test_both_passes_of_classic_guidance_draw_one_group() -> None:
+def test_both_passes_of_classic_guidance_draw_one_group():
     pipe = make_tiny("flux")  # it sends the two conditions one after the other
     attachment = attach(pipe, make_guidance_module(pipe, num_groups=97))
     seen: list[torch.Tensor] = []
@@ -197,7 +197,7 @@ def test_both_passes_of_classic_guidance_draw_one_group() -> None:
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.8])
-def test_a_pipeline_with_a_scheduler_of_its_own_draws_groups_from_its_own_noise(strength: float) -> None:
+def test_a_pipeline_with_a_scheduler_of_its_own_draws_groups_from_its_own_noise(strength: float):
     pipe = make_tiny("sd1")
     other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
     other.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
@@ -210,12 +210,12 @@ def test_a_pipeline_with_a_scheduler_of_its_own_draws_groups_from_its_own_noise(
     assert drawn[0] == drawn[3] != drawn[2]
 
 
-def test_every_scheduler_that_stable_diffusion_lists_is_tried() -> None:
+def test_every_scheduler_that_stable_diffusion_lists_is_tried():
     listed = {scheduler.__name__ for scheduler in make_tiny("sd1").scheduler.compatibles}
     assert listed - {*TESTED_SCHEDULERS, *SCHEDULERS["sd1"]} == {"EDMEulerScheduler"}
 
 
-def test_a_scheduler_that_no_listed_family_is_trained_with_is_refused() -> None:
+def test_a_scheduler_that_no_listed_family_is_trained_with_is_refused():
     pipe = make_tiny("sd1")
     module = GuidanceModule.for_pipeline(pipe)
     pipe.scheduler = diffusers.EDMEulerScheduler()
@@ -239,7 +239,7 @@ def two_modules(pipe: Any) -> tuple[GuidanceModule, GuidanceModule]:
     return make_guidance_module(pipe), make_guidance_module(pipe, seed=1, width=16)
 
 
-def test_shifts_of_two_modules_add(predicted: Combination) -> None:
+def test_shifts_of_two_modules_add(predicted: Combination):
     pipe, predict = predicted
     frozen, modules, shifts = predict(), two_modules(pipe), []
     for module in modules:
@@ -250,7 +250,7 @@ def test_shifts_of_two_modules_add(predicted: Combination) -> None:
 
 
 @pytest.mark.parametrize("first_off", [0, 1])
-def test_two_modules_come_off_in_any_order(predicted: Combination, first_off: int) -> None:
+def test_two_modules_come_off_in_any_order(predicted: Combination, first_off: int):
     pipe, predict = predicted
     frozen = predict()
     attachments = [attach(pipe, module) for module in two_modules(pipe)]
@@ -261,7 +261,7 @@ def test_two_modules_come_off_in_any_order(predicted: Combination, first_off: in
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_denoiser_replaced_after_attaching_is_noticed(family: str) -> None:
+def test_a_denoiser_replaced_after_attaching_is_noticed(family: str):
     pipe, other = make_tiny(family), make_tiny(family)
     attach(pipe, make_guidance_module(pipe))
     draw(pipe, 0)
@@ -271,13 +271,13 @@ def test_a_denoiser_replaced_after_attaching_is_noticed(family: str) -> None:
         draw(pipe, 0)
 
 
-def test_a_block_in_which_nothing_is_drawn_warns() -> None:
+def test_a_block_in_which_nothing_is_drawn_warns():
     pipe = make_tiny("sd1")
     with pytest.warns(UserWarning, match="nothing was guided"), attach(pipe, make_guidance_module(pipe)):
         pass
 
 
-def test_nothing_is_left_on_the_pipeline_after_detaching() -> None:
+def test_nothing_is_left_on_the_pipeline_after_detaching():
     pipe = make_tiny("sd1")
     before = set(vars(pipe))
     attachment = attach(pipe, make_guidance_module(pipe))

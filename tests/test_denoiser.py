@@ -3,8 +3,7 @@ import torch
 from peft import LoraConfig
 
 from conftest import make_guidance_module, make_tiny_pipeline
-from invdiff.guidance.attach import attach
-from invdiff.guidance.guided import GuidedDenoiser
+from invdiff.guidance.attach import GuidedDenoiser, attach
 from invdiff.guidance.module import GuidanceModule
 from invdiff.models.frozen import FrozenDenoiser, denoiser_fingerprint
 

@@ -18,50 +18,50 @@ def shares(groups: torch.Tensor, count: int) -> list[float]:
     ("environments", "expected"),
     [("uniform", [1 / 3, 1 / 3, 1 / 3]), ([0.1, 0.2, 0.7], [0.1, 0.2, 0.7]), ([0.0, 1.0, 0.0], [0, 1, 0])],
 )
-def test_groups_are_drawn_in_the_proportions_asked_for(environments: object, expected: list[float]) -> None:
+def test_groups_are_drawn_in_the_proportions_asked_for(environments: object, expected: list[float]):
     drawn = EnvironmentMix(environments, (3,)).rows(noise(600))
     assert shares(drawn[:, 0], 3) == pytest.approx(expected, abs=0.06)  # three standard errors
 
 
-def test_factors_are_drawn_independently() -> None:
+def test_factors_are_drawn_independently():
     drawn = EnvironmentMix([[0.5, 0.5], [0.25, 0.75]], (2, 2)).rows(noise(800))
     joint = shares(drawn[:, 0] * 2 + drawn[:, 1], 4)
     assert joint == pytest.approx([0.125, 0.375, 0.125, 0.375], abs=0.055)
 
 
-def test_the_draw_of_an_image_does_not_depend_on_its_batch() -> None:
+def test_the_draw_of_an_image_does_not_depend_on_its_batch():
     mix, batch = EnvironmentMix("uniform", (5,)), noise(12)
     together = mix.rows(batch)
     alone = torch.cat([mix.rows(image[None]) for image in batch.flip(0)]).flip(0)
     assert torch.equal(together, alone)
 
 
-def test_rows_of_one_image_get_one_group() -> None:
+def test_rows_of_one_image_get_one_group():
     first, second = EnvironmentMix("uniform", (5,)).rows(noise(12).repeat(2, 1, 1, 1)).chunk(2)
     assert torch.equal(first, second)
 
 
-def test_the_scale_of_the_noise_has_no_say() -> None:  # schedulers scale it differently
+def test_the_scale_of_the_noise_has_no_say():  # schedulers scale it differently
     mix = EnvironmentMix("uniform", (5,))
     assert torch.equal(mix.rows(noise(12)), mix.rows(noise(12) * 14.6))
 
 
-def test_another_seed_gives_another_draw() -> None:
+def test_another_seed_gives_another_draw():
     first, second = (EnvironmentMix("uniform", (2,), seed=seed).rows(noise(400)) for seed in (0, 1))
     assert (first == second).float().mean().item() == pytest.approx(0.5, abs=0.08)
 
 
 @pytest.mark.parametrize("given", [[1, 0, 2], torch.tensor([1, 0, 2]), np.array([1, 0, 2])])
-def test_given_groups_are_repeated_for_further_rows(given: object) -> None:
+def test_given_groups_are_repeated_for_further_rows(given: object):
     rows = EnvironmentMix(given, (3,)).rows(noise(6))
     assert rows.tolist() == [[1], [0], [2], [1], [0], [2]]
 
 
-def test_groups_of_several_factors_are_given_by_image() -> None:
+def test_groups_of_several_factors_are_given_by_image():
     assert EnvironmentMix([[1, 0], [0, 2]], (2, 3)).rows(noise(2)).tolist() == [[1, 0], [0, 2]]
 
 
-def test_given_groups_must_fit_the_batch() -> None:
+def test_given_groups_must_fit_the_batch():
     with pytest.raises(ConfigError, match=r"batch of 3 image\(s\).*4 rows"):
         EnvironmentMix([0, 1, 1], (2,)).rows(noise(4))
 
@@ -85,6 +85,6 @@ def test_given_groups_must_fit_the_batch() -> None:
         ([0, 1], (2, 2), r"2 factor\(s\)"),
     ],
 )
-def test_what_fits_no_module_is_refused(environments: object, num_groups: tuple[int, ...], message: str) -> None:
+def test_what_fits_no_module_is_refused(environments: object, num_groups: tuple[int, ...], message: str):
     with pytest.raises(ConfigError, match=message):
         EnvironmentMix(environments, num_groups)

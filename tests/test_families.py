@@ -17,8 +17,7 @@ from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import as_encoded, model_fingerprint
 from invdiff.errors import AuditError, ConfigError, DataError, ModelError
 from invdiff.guidance.attach import attach
-from invdiff.guidance.loading import load_module
-from invdiff.guidance.module import GuidanceModule
+from invdiff.guidance.module import GuidanceModule, load_module
 from invdiff.models.families import family_of
 from invdiff.models.families.transformer import image_ids, packed, unpacked
 from invdiff.models.frozen import FrozenDenoiser

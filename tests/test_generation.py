@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler
 from PIL import Image
 
 from conftest import CAPTIONS, make_guidance_module, make_tiny_pipeline
@@ -14,10 +14,10 @@ from invdiff import sampling as generation
 from invdiff.config import GenerateConfig
 from invdiff.errors import ConfigError, ModelError
 from invdiff.guidance.attach import attach
-from invdiff.sampling import Drawing, generate, image_seed
+from invdiff.sampling import generate, image_seed
 
 
-def run(pipe: StableDiffusionPipeline, folder: Path, prompts: Any = CAPTIONS, **options: Any) -> list[dict[str, Any]]:
+def run(pipe, folder, prompts: Any = CAPTIONS, **options) -> list[dict[str, Any]]:
     """Generate five images per prompt in batches of four, unless told otherwise, and return the manifest."""
     names = ("module", "environments")
     beside = {name: options.pop(name) for name in names if name in options}
@@ -26,11 +26,11 @@ def run(pipe: StableDiffusionPipeline, folder: Path, prompts: Any = CAPTIONS, **
     return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def contents(folder) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def pixels(folder: Path) -> dict[str, np.ndarray]:
+def pixels(folder) -> dict[str, np.ndarray]:
     arrays = {}
     for path in folder.rglob("*.png"):
         with Image.open(path) as image:
@@ -42,18 +42,18 @@ def groups(rows: list[dict[str, Any]]) -> list[Any]:
     return [row["environment"] for row in rows]
 
 
-def count_calls(pipe: StableDiffusionPipeline) -> list[int]:
+def count_calls(pipe) -> list[int]:
     """Return a list that later denoiser calls append their number of rows to."""
     calls: list[int] = []
     pipe.unet.register_forward_hook(lambda network, inputs, output: calls.append(len(inputs[0])))
     return calls
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, images: int) -> None:
+def stop_after(monkeypatch, images: int):
     """Let the run be interrupted when it is about to write image number `images`, counted from 0."""
     written, save_image = [], generation.save_image
 
-    def save(*arguments: Any) -> None:
+    def save(*arguments):
         if len(written) == images:
             raise KeyboardInterrupt
         written.append(arguments)
@@ -71,9 +71,7 @@ def test_images_are_not_drawn_from_a_model_that_is_guided_already(tiny_pipe, tmp
     attachment.detach()
 
 
-def test_the_manifest_names_every_image_by_prompt_and_number(
-    tiny_pipe: StableDiffusionPipeline, tmp_path: Path
-) -> None:
+def test_the_manifest_names_every_image_by_prompt_and_number(tiny_pipe, tmp_path):
     rows = run(tiny_pipe, tmp_path, images_per_prompt=2)
     assert rows == [
         {
@@ -93,19 +91,6 @@ def test_the_manifest_names_every_image_by_prompt_and_number(
     assert all(0 <= row["seed"] < 2**32 for row in rows)
 
 
-def test_the_folder_is_returned(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
-    config = GenerateConfig(images_per_prompt=1, num_inference_steps=1)
-    assert generate(tiny_pipe, [""], str(tmp_path / "one"), config=config) == tmp_path / "one"
-
-
-def test_settings_have_defaults(
-    tiny_pipe: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Drawing, "_call", lambda *_: [Image.new("RGB", (8, 8))] * 32)
-    generate(tiny_pipe, CAPTIONS, tmp_path, progress=False)
-    assert len(pixels(tmp_path)) == 32
-
-
 @pytest.fixture(scope="module")
 def guided_twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two folders of the same guided run."""
@@ -116,18 +101,18 @@ def guided_twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folders
 
 
-def test_a_run_repeats_byte_for_byte(guided_twice: tuple[Path, Path]) -> None:
+def test_a_run_repeats_byte_for_byte(guided_twice):
     assert contents(guided_twice[0]) == contents(guided_twice[1])
 
 
-@pytest.mark.parametrize("images", [0, 2, 4, 7, 9])
+@pytest.mark.parametrize("images", [0, 4, 7])
 def test_a_stopped_run_goes_on_to_the_same_bytes(
-    tiny_pipe: StableDiffusionPipeline,
-    tmp_path: Path,
-    guided_twice: tuple[Path, Path],
-    monkeypatch: pytest.MonkeyPatch,
-    images: int,
-) -> None:
+    tiny_pipe,
+    tmp_path,
+    guided_twice,
+    monkeypatch,
+    images,
+):
     module = make_guidance_module(tiny_pipe, num_groups=(2, 3))
     stop_after(monkeypatch, images)
     with pytest.raises(KeyboardInterrupt):
@@ -142,11 +127,12 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a picture", "another image", "half"])
-def test_a_damaged_image_is_drawn_again(
-    tiny_pipe: StableDiffusionPipeline, tmp_path: Path, damage: bytes | str
-) -> None:
+def test_a_damaged_image_is_drawn_again(tiny_pipe, tmp_path, damage):
     run(tiny_pipe, tmp_path)
     before = contents(tmp_path)
+    calls = count_calls(tiny_pipe)
+    run(tiny_pipe, tmp_path)
+    assert calls == []  # a finished run draws nothing
     image = tmp_path / "00001/000004.png"
     whole = image.read_bytes()
     other = (tmp_path / "00000/000000.png").read_bytes()
@@ -157,17 +143,10 @@ def test_a_damaged_image_is_drawn_again(
     assert contents(tmp_path) == before
 
 
-def test_a_finished_run_draws_nothing(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
-    rows = run(tiny_pipe, tmp_path, module=make_guidance_module(tiny_pipe))
-    calls = count_calls(tiny_pipe)
-    assert run(tiny_pipe, tmp_path, module=make_guidance_module(tiny_pipe)) == rows
-    assert calls == []
-
-
 # Starting noise and groups
 
 
-def test_guided_and_plain_images_start_from_the_same_noise(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+def test_guided_and_plain_images_start_from_the_same_noise(tiny_pipe, tmp_path):
     plain = run(tiny_pipe, tmp_path / "plain")
     guided = run(tiny_pipe, tmp_path / "guided", module=make_guidance_module(tiny_pipe), scale=0.0)
     assert [row["seed"] for row in plain] == [row["seed"] for row in guided]
@@ -176,9 +155,7 @@ def test_guided_and_plain_images_start_from_the_same_noise(tiny_pipe: StableDiff
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler])
-def test_images_do_not_depend_on_batch_size_or_the_order_of_prompts(
-    tiny_pipe: StableDiffusionPipeline, tmp_path: Path, scheduler: Any
-) -> None:
+def test_images_do_not_depend_on_batch_size_or_the_order_of_prompts(tiny_pipe, tmp_path, scheduler):
     tiny_pipe.scheduler = scheduler.from_config(tiny_pipe.scheduler.config)
     module = make_guidance_module(tiny_pipe, num_groups=5)
     rows = run(tiny_pipe, tmp_path / "a", module=module)
@@ -190,26 +167,19 @@ def test_images_do_not_depend_on_batch_size_or_the_order_of_prompts(
         assert np.abs(image.astype(int) - after[turned_name]).max() <= 1
 
 
-def test_seeds_differ_between_images_prompts_and_settings() -> None:
-    seeds = {image_seed(prompt, k, seed) for prompt in CAPTIONS for k in range(50) for seed in (0, 1)}
-    assert len(seeds) == 200
-
-
-def test_groups_are_recorded_as_drawn_for_each_factor(guided_twice: tuple[Path, Path]) -> None:
+def test_groups_are_recorded_as_drawn_for_each_factor(guided_twice):
     rows = [json.loads(line) for line in (guided_twice[0] / "manifest.jsonl").read_text().splitlines()]
     assert all(0 <= first < 2 and 0 <= second < 3 for first, second in groups(rows))
     assert len({tuple(pair) for pair in groups(rows)}) > 2
 
 
-def test_proportions_are_followed(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+def test_proportions_are_followed(tiny_pipe, tmp_path):
     rows = run(tiny_pipe, tmp_path, module=make_guidance_module(tiny_pipe), environments=[0.0, 1.0])
     assert groups(rows) == [[1]] * 10
 
 
 @pytest.mark.parametrize("given", [[0, 1, 1, 0, 1], [0, 1, 1, 0, 1, 1, 1, 0, 0, 0]], ids=["alike", "each"])
-def test_groups_can_be_given_for_each_image(
-    tiny_pipe: StableDiffusionPipeline, tmp_path: Path, given: list[int]
-) -> None:
+def test_groups_can_be_given_for_each_image(tiny_pipe, tmp_path, given):
     module = make_guidance_module(tiny_pipe)
     rows = run(tiny_pipe, tmp_path / "given", module=module, environments=torch.tensor(given))
     assert groups(rows) == [[group] for group in (given * 2)[:10]]
@@ -219,7 +189,7 @@ def test_groups_can_be_given_for_each_image(
     assert same == [group == [1] for group in groups(rows)]
 
 
-def test_an_invariant_module_records_no_groups(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+def test_an_invariant_module_records_no_groups(tiny_pipe, tmp_path):
     rows = run(tiny_pipe, tmp_path, module=make_guidance_module(tiny_pipe, mode="invariant"), scale=0.5)
     assert groups(rows) == [None] * 10
     assert rows[0]["scale"] == 0.5
@@ -229,25 +199,16 @@ def test_an_invariant_module_records_no_groups(tiny_pipe: StableDiffusionPipelin
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_pipeline_is_left_as_it_was(
-    tiny_pipe: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
-) -> None:
-    tiny_pipe.set_progress_bar_config(desc="mine")
+def test_the_pipeline_is_left_as_it_was(tiny_pipe, tmp_path, monkeypatch, capfd, fails):
+    tiny_pipe.set_progress_bar_config(desc="mine", disable=False)
     if fails:
         stop_after(monkeypatch, 2)
+    capfd.readouterr()
     with contextlib.suppress(KeyboardInterrupt):
         run(tiny_pipe, tmp_path, module=make_guidance_module(tiny_pipe))
-    assert tiny_pipe._progress_bar_config == {"desc": "mine"}
+    assert capfd.readouterr() == ("", "")  # the pipeline's own bar is silent
+    assert tiny_pipe._progress_bar_config == {"desc": "mine", "disable": False}
     assert not any(network._forward_hooks for network in tiny_pipe.unet.modules())
-
-
-def test_the_pipelines_own_bar_is_silent(
-    tiny_pipe: StableDiffusionPipeline, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    tiny_pipe.set_progress_bar_config(disable=False)
-    capfd.readouterr()
-    run(tiny_pipe, tmp_path)
-    assert capfd.readouterr() == ("", "")
 
 
 # What cannot be used
@@ -263,18 +224,14 @@ def test_the_pipelines_own_bar_is_silent(
         ({"module": None}, "module was '[0-9a-f]{16}', now None; environments was"),
     ],
 )
-def test_another_run_is_not_mixed_in(
-    tiny_pipe: StableDiffusionPipeline, tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
+def test_another_run_is_not_mixed_in(tiny_pipe, tmp_path, change, message):
     options = {"module": make_guidance_module(tiny_pipe)}
     run(tiny_pipe, tmp_path, **options)
     with pytest.raises(ConfigError, match=message + ".*another output folder, or delete this one"):
         run(tiny_pipe, tmp_path, **(options | change))
 
 
-def test_images_of_another_model_or_scheduler_are_not_mixed_in(
-    tiny_pipe: StableDiffusionPipeline, tmp_path: Path
-) -> None:
+def test_images_of_another_model_or_scheduler_are_not_mixed_in(tiny_pipe, tmp_path):
     run(tiny_pipe, tmp_path)
     with torch.no_grad():
         tiny_pipe.vae.decoder.conv_out.bias[0] += 0.01
@@ -283,14 +240,14 @@ def test_images_of_another_model_or_scheduler_are_not_mixed_in(
         run(tiny_pipe, tmp_path)
 
 
-def test_images_of_unknown_settings_are_not_overwritten(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+def test_images_of_unknown_settings_are_not_overwritten(tiny_pipe, tmp_path):
     run(tiny_pipe, tmp_path)
     (tmp_path / "generate.json").unlink()
     with pytest.raises(ConfigError, match=r"with 00000/000000\.png of unknown settings"):
         run(tiny_pipe, tmp_path)
 
 
-def test_a_file_in_place_of_the_folder_is_refused(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_refused(tiny_pipe, tmp_path):
     (tmp_path / "file").write_text("")
     for clash in (tmp_path / "file", tmp_path / "file/inside"):
         with pytest.raises(ConfigError, match="Expected a folder"):
@@ -306,13 +263,13 @@ def test_a_file_in_place_of_the_folder_is_refused(tiny_pipe: StableDiffusionPipe
         (["a photo", "a photo"], "got 'a photo' again"),
     ],
 )
-def test_prompts_are_checked(tiny_pipe: StableDiffusionPipeline, tmp_path: Path, prompts: Any, message: str) -> None:
+def test_prompts_are_checked(tiny_pipe, tmp_path, prompts, message):
     with pytest.raises(ConfigError, match=message):
         run(tiny_pipe, tmp_path / "out", prompts)
     assert not (tmp_path / "out").exists()
 
 
-def test_environments_must_fit_images_and_module(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+def test_environments_must_fit_images_and_module(tiny_pipe, tmp_path):
     with pytest.raises(ConfigError, match=r"for 5 images .* or for all 10, got 4"):
         run(tiny_pipe, tmp_path, module=make_guidance_module(tiny_pipe), environments=[0, 1, 0, 1])
     with pytest.raises(ConfigError, match="a module beside environments"):
@@ -327,34 +284,14 @@ def test_environments_must_fit_images_and_module(tiny_pipe: StableDiffusionPipel
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_module_that_does_not_fit_leaves_no_folder_behind(
-    tiny_pipe: StableDiffusionPipeline, tmp_path: Path
-) -> None:
+def test_a_module_that_does_not_fit_leaves_no_folder_behind(tiny_pipe, tmp_path):
     module = make_guidance_module(make_tiny_pipeline(seed=1))
     with pytest.raises(ModelError, match="trained for another model"):
         run(tiny_pipe, tmp_path / "out", module=module)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_safety_checker_that_blackens_images_is_noticed(
-    tiny_pipe: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_safety_checker_that_blackens_images_is_noticed(tiny_pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_pipe, "run_safety_checker", lambda images, *_: (images, [False, True, False, False]))
     with pytest.raises(ModelError, match="safety_checker=None"):
         run(tiny_pipe, tmp_path)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"images_per_prompt": 0},
-        {"batch_size": 0},
-        {"num_inference_steps": 0},
-        {"guidance_scale": -1.0},
-        {"guidance_scale": float("nan")},
-        {"scale": float("inf")},
-    ],
-)
-def test_settings_out_of_range_are_refused(values: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"GenerateConfig.{next(iter(values))}: expected"):
-        GenerateConfig(**values)

@@ -3,7 +3,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 
 from conftest import make_guidance_module, make_tiny_pipeline
 from invdiff.errors import ConfigError, ModelError
@@ -22,24 +21,24 @@ def environments(*groups: int) -> torch.Tensor:
     return torch.tensor(groups)[:, None]
 
 
-def test_an_untrained_module_shifts_nothing(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_an_untrained_module_shifts_nothing(tiny_pipe):
     shift = GuidanceModule.for_pipeline(tiny_pipe)(*inputs(), environments(0, 1, 1))
     assert torch.equal(shift, torch.zeros(3, 4, 8, 8))
 
 
 @pytest.mark.parametrize("side", [(7, 5), (1, 1), (9, 16)])
-def test_the_shift_has_the_shape_of_any_latents(tiny_pipe: StableDiffusionPipeline, side: tuple[int, int]) -> None:
+def test_the_shift_has_the_shape_of_any_latents(tiny_pipe, side: tuple[int, int]):
     shift = make_guidance_module(tiny_pipe)(*inputs(*side), environments(0, 1, 1))
     assert shift.shape == (3, 4, *side)
 
 
-def test_a_row_depends_on_its_own_group_only(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_a_row_depends_on_its_own_group_only(tiny_pipe):
     module = make_guidance_module(tiny_pipe)
     first, second = (module(*inputs(), environments(0, group, 1)) for group in (0, 1))
     assert [torch.equal(a, b) for a, b in zip(first, second, strict=True)] == [True, False, True]
 
 
-def test_each_factor_has_its_own_groups(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_each_factor_has_its_own_groups(tiny_pipe):
     module = make_guidance_module(tiny_pipe, num_groups=(2, 3))
     assert [embedding.num_embeddings for embedding in module.environments] == [2, 3]
     with torch.no_grad():
@@ -47,12 +46,12 @@ def test_each_factor_has_its_own_groups(tiny_pipe: StableDiffusionPipeline) -> N
     assert all(not torch.equal(a, b) for i, a in enumerate(shifts) for b in shifts[:i])
 
 
-def test_a_balanced_module_asks_for_groups(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_a_balanced_module_asks_for_groups(tiny_pipe):
     with pytest.raises(ModelError, match="environments of each image"):
         make_guidance_module(tiny_pipe)(*inputs())
 
 
-def test_an_invariant_module_never_sees_the_group(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_an_invariant_module_never_sees_the_group(tiny_pipe):
     module = make_guidance_module(tiny_pipe, mode="invariant")
     assert not module.sees_environment
     assert not [name for name, _ in module.named_parameters() if name.startswith("environments")]
@@ -60,9 +59,7 @@ def test_an_invariant_module_never_sees_the_group(tiny_pipe: StableDiffusionPipe
 
 
 @pytest.mark.parametrize("options", [{"num_groups": (2, 3)}, {"mode": "invariant", "width": 16}])
-def test_a_saved_module_comes_back(
-    tiny_pipe: StableDiffusionPipeline, tmp_path: Path, options: dict[str, object]
-) -> None:
+def test_a_saved_module_comes_back(tiny_pipe, tmp_path: Path, options: dict[str, object]):
     module = make_guidance_module(tiny_pipe, **options)
     module.save_pretrained(tmp_path)
     loaded = GuidanceModule.from_pretrained(tmp_path)
@@ -73,7 +70,7 @@ def test_a_saved_module_comes_back(
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md", ".safetensors"]
 
 
-def test_features_may_be_projected_before(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_features_may_be_projected_before(tiny_pipe):
     module = make_guidance_module(tiny_pipe)
     *others, features = inputs()
     small = module.project(features)
@@ -82,7 +79,7 @@ def test_features_may_be_projected_before(tiny_pipe: StableDiffusionPipeline) ->
     assert torch.equal(module(*others, small, groups, projected=True), module(*others, features, groups))
 
 
-def test_tokens_that_are_masked_do_not_matter(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_tokens_that_are_masked_do_not_matter(tiny_pipe):
     latents, timesteps, condition, *others = inputs()
     mask = torch.ones(3, 16)
     mask[:, 9:] = 0
@@ -94,7 +91,7 @@ def test_tokens_that_are_masked_do_not_matter(tiny_pipe: StableDiffusionPipeline
     assert not torch.equal(first, module(latents, timesteps, condition, *others, groups))
 
 
-def test_initial_weights_follow_from_the_seed_alone(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_initial_weights_follow_from_the_seed_alone(tiny_pipe):
     state = torch.get_rng_state()
     first, again, other = (GuidanceModule.for_pipeline(tiny_pipe, seed=seed).conv_in.weight for seed in (0, 0, 1))
     assert torch.equal(first, again)
@@ -105,18 +102,18 @@ def test_initial_weights_follow_from_the_seed_alone(tiny_pipe: StableDiffusionPi
 @pytest.mark.parametrize(
     "options", [{"num_groups": 1}, {"num_groups": ()}, {"mode": "balancd"}, {"width": 20}, {"width": -8}]
 )
-def test_settings_out_of_range_are_refused(tiny_pipe: StableDiffusionPipeline, options: dict[str, object]) -> None:
+def test_settings_out_of_range_are_refused(tiny_pipe, options: dict[str, object]):
     with pytest.raises(ConfigError, match=r"Expected .* got"):
         GuidanceModule.for_pipeline(tiny_pipe, **options)
 
 
-def test_another_kind_of_denoiser_is_refused(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_another_kind_of_denoiser_is_refused(tiny_pipe):
     tiny_pipe.unet = tiny_pipe.vae
     with pytest.raises(ModelError, match="got a AutoencoderKL, whose inputs"):
         GuidanceModule.for_pipeline(tiny_pipe)
 
 
-def test_the_weight_signature_tells_models_apart_whatever_their_precision() -> None:
+def test_the_weight_signature_tells_models_apart_whatever_their_precision():
     unet, other = make_tiny_pipeline(seed=0).unet, make_tiny_pipeline(seed=1).unet
     signature = weight_signature(unet)
     assert weight_signature(other) != pytest.approx(signature, rel=0.02, abs=1e-3)

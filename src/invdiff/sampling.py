@@ -1,10 +1,10 @@
-"""Draw images of prompts with or without a guidance module, from starting noise that follows from prompt and seed."""
+"""Draw images of prompts, with or without a guidance module, from starting noise that follows from prompt and seed."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,10 +23,15 @@ from .models.families import Family, family_of
 from .models.load import check_plain, denoiser_of
 from .progress import progress_bar
 from .seeds import derived_seed
+from .training.checkpoint import check_same_settings
+
+MANIFEST = "manifest.jsonl"
+SETTINGS = "generate.json"
+_CHUNK = "invdiff"  # the PNG text chunk that holds an image's row of the manifest
 
 
 class Drawing:
-    """What `generate` draws, in memory: rows of a manifest, and the images of any of them.
+    """The images of `generate`, in memory: rows of a manifest, and the images of any of them.
 
     Draw inside a `with` block, which may be entered several times; outside it the pipeline is as it was::
 
@@ -42,12 +47,12 @@ class Drawing:
         environments: As for `generate`.
 
     Attributes:
-        rows: Each image's row of the manifest, as far as it is known before the image is drawn: its group is not.
-        mix: The target mix; None where groups have no say.
+        rows: Each image's row of the manifest; its "environment" is None until the image is drawn.
+        mix: The target mix; None where groups have no effect.
 
     Raises:
         ConfigError: Prompts or environments cannot be used.
-        ModelError: The module was trained for another model, or the pipeline is changed so that it cannot be compared.
+        ModelError: The module was trained for another model, or a module is attached to the pipeline already.
     """
 
     def __init__(
@@ -69,13 +74,47 @@ class Drawing:
         if module is not None:
             check_fit(pipe, module)
         self.prompts = list(prompts)
-        self.mix = _mix(module, environments, len(prompts), self.config.images_per_prompt)
-        self.rows = _planned_rows(prompts, self.config, guided=module is not None)
+        self.mix = self._target_mix()
+        self.rows: list[dict[str, Any]] = [
+            {
+                "file_name": f"{index:05d}/{image:06d}.png",
+                "prompt": prompt,
+                "seed": image_seed(prompt, image, self.config.seed),
+                "environment": None,
+                "scale": self.config.scale if module is not None else 0.0,
+                "guidance_scale": self.config.guidance_scale,
+                "num_inference_steps": self.config.num_inference_steps,
+            }
+            for index, prompt in enumerate(prompts)
+            for image in range(self.config.images_per_prompt)
+        ]
         self._stack = contextlib.ExitStack()
         self._attachment: Attachment | None = None
 
+    def _target_mix(self) -> EnvironmentMix | None:
+        """The target mix, given groups repeated for every prompt; None where groups have no effect."""
+        if self._module is None:
+            if not (isinstance(self._environments, str) and self._environments == "uniform"):
+                raise ConfigError(
+                    f"Expected a module beside environments, got environments={self._environments!r} and no module."
+                )
+            return None
+        mix = mix_for(self._module, self._environments)
+        if mix.given is not None:
+            each, total = self.config.images_per_prompt, len(self.prompts) * self.config.images_per_prompt
+            if len(mix.given) not in (each, total):
+                raise ConfigError(
+                    f"Expected groups for {each} images (of every prompt alike) or for all {total}, got "
+                    f"{len(mix.given)}."
+                )
+            mix.given = mix.given.repeat(total // len(mix.given), 1)
+        return mix if self._module.sees_environment else None
+
     def __enter__(self) -> Drawing:
-        self._stack.enter_context(_no_progress_bar(self._pipe))
+        # Without the pipeline's own progress bar.
+        before = dict(getattr(self._pipe, "_progress_bar_config", {}))
+        self._stack.callback(lambda: self._pipe.set_progress_bar_config(**before))
+        self._pipe.set_progress_bar_config(disable=True)
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -83,30 +122,32 @@ class Drawing:
         self._stack.__exit__(*exception)
 
     def batches(self) -> list[range]:
-        """Return the places in `rows` of each batch: the last bits of an image depend on those drawn beside it."""
+        """The places in `rows` of each batch: the last bits of an image depend on the others of its batch."""
         size = self.config.batch_size
         return [range(start, min(start + size, len(self.rows))) for start in range(0, len(self.rows), size)]
 
     @torch.no_grad()
     def batch(self, places: Sequence[int]) -> tuple[list[Image.Image], list[dict[str, Any]]]:
-        """Draw one batch; return its images, and their rows with the groups drawn.
+        """Draw one batch: its images, and their rows with the groups drawn.
 
         Raises:
             ModelError: A safety checker blackens images.
         """
         rows = [self.rows[place] for place in places]
+        given = None if self.mix is None else self.mix.given
         if self._module is not None and self._attachment is None:
-            # The groups of single images are handed over batch by batch.
-            target = self._environments if self.mix is None or self.mix.given is None else "uniform"
+            target = self._environments if given is None else "uniform"  # given groups follow batch by batch
             self._attachment = self._stack.enter_context(attach(self._pipe, self._module, self.config.scale, target))
-        if self._attachment is not None and self.mix is not None and self.mix.given is not None:
-            self._attachment.mix = EnvironmentMix(self.mix.given[list(places)], self.mix.num_groups)
-        images = self._call(rows)
+        if self._attachment is not None and given is not None:
+            self._attachment.mix = EnvironmentMix(given[list(places)], self._attachment.mix.num_groups)
+        images = self._draw(rows)
         if self._attachment is not None and self.mix is not None:
-            rows = _with_environments(rows, self._attachment)
+            assert self._attachment.environments is not None
+            groups = self._attachment.environments[: len(rows)].tolist()  # further rows are those of guidance
+            rows = [{**row, "environment": group} for row, group in zip(rows, groups, strict=True)]
         return images, rows
 
-    def _call(self, rows: Sequence[dict[str, Any]]) -> list[Image.Image]:
+    def _draw(self, rows: Sequence[dict[str, Any]]) -> list[Image.Image]:
         output = self._family.draw(
             self._pipe,
             [row["prompt"] for row in rows],
@@ -125,7 +166,7 @@ class Drawing:
 
 
 def image_seed(prompt: str, image: int, seed: int = 0) -> int:
-    """Return the 32-bit seed of image number `image` of `prompt`."""
+    """The 32-bit seed of image number `image` of `prompt`."""
     return derived_seed("generate", seed, prompt, image) & 0xFFFFFFFF
 
 
@@ -142,69 +183,6 @@ def _check_prompts(prompts: Sequence[str]) -> None:
         )
 
 
-def _mix(
-    module: GuidanceModule | None, environments: Environments, num_prompts: int, images_per_prompt: int
-) -> EnvironmentMix | None:
-    """Return the target mix, its `given` repeated for every prompt; None where groups have no say."""
-    if module is None:
-        if not (isinstance(environments, str) and environments == "uniform"):
-            raise ConfigError(
-                f"Expected a module beside environments, got environments={environments!r} and no module."
-            )
-        return None
-    mix = mix_for(module, environments)
-    if not module.sees_environment:
-        return None
-    if mix.given is not None:
-        total = num_prompts * images_per_prompt
-        if len(mix.given) not in (images_per_prompt, total):
-            raise ConfigError(
-                f"Expected groups for {images_per_prompt} images (of every prompt alike) or for all {total}, "
-                f"got {len(mix.given)}."
-            )
-        mix.given = mix.given.repeat(total // len(mix.given), 1)
-    return mix
-
-
-def _planned_rows(prompts: Sequence[str], config: GenerateConfig, *, guided: bool) -> list[dict[str, Any]]:
-    """Return the manifest's rows; the environments are not known before the images are drawn."""
-    return [
-        {
-            "file_name": f"{index:05d}/{image:06d}.png",
-            "prompt": prompt,
-            "seed": image_seed(prompt, image, config.seed),
-            "environment": None,
-            "scale": float(config.scale) if guided else 0.0,
-            "guidance_scale": float(config.guidance_scale),
-            "num_inference_steps": config.num_inference_steps,
-        }
-        for index, prompt in enumerate(prompts)
-        for image in range(config.images_per_prompt)
-    ]
-
-
-def _with_environments(rows: Sequence[dict[str, Any]], attachment: Attachment) -> list[dict[str, Any]]:
-    assert attachment.environments is not None
-    groups = attachment.environments[: len(rows)].tolist()  # further rows are those of guidance
-    return [{**row, "environment": group} for row, group in zip(rows, groups, strict=True)]
-
-
-@contextlib.contextmanager
-def _no_progress_bar(pipe: Any) -> Iterator[None]:
-    """Silence the pipeline's own bar while the block runs."""
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**before)
-
-
-MANIFEST = "manifest.jsonl"
-SETTINGS = "generate.json"
-_CHUNK = "invdiff"  # the PNG text chunk that holds an image's row of the manifest
-
-
 def generate(
     pipe: Any,
     prompts: Sequence[str],
@@ -219,17 +197,17 @@ def generate(
 
     Writes `<prompt index>/<image index>.png`, `manifest.jsonl` with one row per image ("file_name", "prompt",
     "seed", "environment", "scale", "guidance_scale", "num_inference_steps"), and `generate.json` with the
-    settings. A run that was stopped goes on where it stopped, to the same bytes; several processes share it by
+    settings. An interrupted run continues where it stopped, to the same bytes; several processes share it by
     batches.
 
     The starting noise of image k of a prompt depends on the prompt, k and `config.seed` only, so images with
     and without a module can be compared one to one. "environment" is the group of each factor, or null where
-    none has a say: without a module, or with an invariant one. "scale" is 0 without a module.
+    it has no effect: without a module, or with an invariant one. "scale" is 0 without a module.
 
     Args:
         pipe: A diffusers pipeline that draws images of prompts, class names or nothing; it is left as it was.
         prompts: Different prompts, or class names; none for an unconditional model.
-        output_dir: A new folder, or that of a run to go on with.
+        output_dir: A new folder, or that of a run to continue.
         module: A guidance module made for this pipeline; None draws from the plain model.
         config: Numbers of images and steps, scales, seed.
         environments: `"uniform"`, proportions, or groups as for `attach`; groups are given for each image,
@@ -238,14 +216,13 @@ def generate(
         progress: Show a progress bar.
 
     Raises:
-        ConfigError: Prompts or environments cannot be used, or `output_dir` is no folder or holds images that
-            were drawn otherwise.
+        ConfigError: Prompts or environments cannot be used, or `output_dir` is no folder or holds images of other
+            settings.
         ModelError: The module was trained for another model, or a safety checker blackens images.
         DataError: The disk is full or the folder cannot be written.
     """
     drawing = Drawing(pipe, prompts, module=module, config=config, environments=environments)
-    rows = drawing.rows
-    output_dir = Path(output_dir)
+    rows, output_dir = drawing.rows, Path(output_dir)
     if is_main():
         _open_folder(output_dir, rows, _settings(pipe, drawing, module))
     wait()
@@ -270,7 +247,7 @@ def generate(
 
 
 def drawing_flags(pipe: Any, resolution: int) -> list[str]:
-    """Return the options without which `invdiff generate` would not draw as the module was trained: often none."""
+    """The options that `invdiff generate` needs to draw as the module was trained: often none."""
     family = family_of(pipe)
     own = family.resolution(pipe, denoiser_of(pipe))
     unguided = [] if family.needs_prompts else ["--guidance-scale", "1"]
@@ -284,7 +261,7 @@ def _save(path: Path, image: Image.Image, row: dict[str, Any]) -> None:
 
 
 def _read_row(output_dir: Path, planned: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the manifest's row of an image drawn before, or None where there is no whole one."""
+    """The manifest's row of an image that an earlier run drew; None where it is absent or damaged."""
     try:
         with Image.open(output_dir / planned["file_name"]) as image:
             image.load()
@@ -295,27 +272,27 @@ def _read_row(output_dir: Path, planned: dict[str, Any]) -> dict[str, Any] | Non
 
 
 def _settings(pipe: Any, drawing: Drawing, module: GuidanceModule | None) -> dict[str, Any]:
-    """Return all that the images depend on, as flat JSON."""
+    """Everything that the images depend on, as flat JSON."""
     scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     networks: dict[str, Any] = {k: v for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)}
     weights = fingerprint(*(name + weights_digest(network) for name, network in sorted(networks.items())))
+    schedule = fingerprint(json.dumps(scheduler, sort_keys=True, default=str))
     targets: Any = None
-    mix = drawing.mix
-    if mix is not None:
-        targets = [row.tolist() for row in mix.proportions] if mix.given is None else mix.given.tolist()
+    if drawing.mix is not None:
+        given = drawing.mix.given
+        targets = [row.tolist() for row in drawing.mix.proportions] if given is None else given.tolist()
     return {
         "prompts": drawing.prompts,
         **drawing.config.to_dict(),
         "module": None if module is None else weights_digest(cast(torch.nn.Module, module)),
         "environments": targets,
         "model": f"{type(pipe).__name__} {weights}",
-        "scheduler": f"{type(pipe.scheduler).__name__} "
-        + fingerprint(json.dumps(scheduler, sort_keys=True, default=str)),
+        "scheduler": f"{type(pipe.scheduler).__name__} {schedule}",
     }
 
 
 def _open_folder(output_dir: Path, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> None:
-    """Make `output_dir` and record the settings in it, or see that they agree with those recorded."""
+    """Make `output_dir` and record the settings in it, or check that they agree with those recorded."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -324,26 +301,13 @@ def _open_folder(output_dir: Path, rows: Sequence[dict[str, Any]], settings: dic
         ) from error
     path = output_dir / SETTINGS
     if not path.exists():
-        strangers = [row["file_name"] for row in rows if (output_dir / row["file_name"]).exists()]
-        strangers += [MANIFEST] if (output_dir / MANIFEST).exists() else []
-        if strangers:
+        unknown = [name for name in (*(row["file_name"] for row in rows), MANIFEST) if (output_dir / name).exists()]
+        if unknown:
             raise ConfigError(
-                f"Expected a new folder or one with {SETTINGS}, got {output_dir} with {strangers[0]} of "
+                f"Expected a new folder or one with {SETTINGS}, got {output_dir} with {unknown[0]} of "
                 "unknown settings. Choose another folder, or empty this one."
             )
         write_json(path, settings)
-    stored = read_json(path)
-    names = [name for name in {**stored, **settings} if stored.get(name) != settings.get(name)]
-    if names:
-        raise ConfigError(
-            f"Expected to go on in {output_dir} with the settings it was started with, found others: "
-            + "; ".join(f"{n} was {_short(stored.get(n))}, now {_short(settings.get(n))}" for n in names)
-            + ". Use the same settings, or another output folder, or delete this one to start afresh."
-        )
-    for leftover in output_dir.glob("[0-9]*/.*.png"):  # of a run killed in the midst of writing
+    check_same_settings(output_dir, read_json(path), settings)
+    for leftover in output_dir.glob("[0-9]*/.*.png"):  # of a run killed while it was writing
         leftover.unlink(missing_ok=True)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

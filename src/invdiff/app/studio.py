@@ -21,8 +21,7 @@ from ..errors import ConfigError
 from ..evaluation.annotators.annotations import Annotator
 from ..evaluation.annotators.load import LABELS, load_annotator
 from ..guidance.attach import check_fit
-from ..guidance.loading import load_module
-from ..guidance.module import GuidanceModule
+from ..guidance.module import GuidanceModule, load_module
 from ..models.families import family_of
 from ..models.load import denoiser_of, dtype_named, load_pipeline
 from ..sampling import Drawing

@@ -109,7 +109,7 @@ def _model_of(module: Path | str) -> str:
     Raises:
         ConfigError: Its folder is unknown.
     """
-    from ..guidance.loading import load_module  # imports torch
+    from ..guidance.module import load_module  # imports torch
 
     config = load_module(module).config
     hub_id = ((config.get("record") or {}).get("base") or {}).get("hub_id")

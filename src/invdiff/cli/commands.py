@@ -233,7 +233,7 @@ def generate(
     mix = environments_from(environments)
     say("loading the model", quiet=quiet)
     silence_libraries()
-    from ..guidance.loading import load_module
+    from ..guidance.module import load_module
     from ..sampling import generate as run_generate
 
     run_generate(

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError, ModelError
+from ..files import fingerprint
 from ..models.families import Condition, DenoiserCall, family_of
 from ..models.families.base import to
 from ..models.features import FeatureCapture
+from ..models.frozen import FrozenDenoiser
 from ..models.load import denoiser_of
 from ..models.schedule import NoiseSchedule
 from .environments import EnvironmentMix, Environments
@@ -32,7 +34,7 @@ def attach(
 ) -> Attachment:
     """Guide every image that `pipe` draws from now on: f~ = f + Delta * g_psi.
 
-    Use it as a context manager, or call `detach()` on what is returned::
+    Use it as a context manager, or call `detach()` on the returned attachment::
 
         with attach(pipe, module, scale=1.0):
             images = pipe("a photo of a waterbird", num_images_per_prompt=8).images
@@ -42,8 +44,7 @@ def attach(
 
     Args:
         pipe: A diffusers pipeline of a supported family; its weights are not touched.
-        module: A module made for this pipeline's model. What is attached is a copy of it, in the pipeline's
-            precision.
+        module: A module made for this pipeline's model. A copy of it is attached, in the pipeline's precision.
         scale: Delta, the strength; 0 leaves the pipeline bit-identical.
         environments: The target mix: `"uniform"`, proportions, or the group of each image. See
             `EnvironmentMix`. Only `"uniform"` for an invariant module, which never sees the group.
@@ -51,8 +52,8 @@ def attach(
         strict: Also refuse a model of the right shape with other weights.
 
     Raises:
-        ModelError: The module was trained for another model; the message says what differs. Or the denoiser
-            is compiled already, so that it would not notice the module.
+        ModelError: The module was trained for another model; the message names the differences. Or the denoiser
+            is compiled already, so that the module would have no effect.
         ConfigError: `environments` do not fit the module's groups.
     """
     check_not_compiled(denoiser_of(pipe), module.config["feature_path"])
@@ -61,11 +62,11 @@ def attach(
 
 
 def mix_for(module: GuidanceModule, environments: Environments, *, seed: int = 0) -> EnvironmentMix:
-    """Return how groups are drawn for a module.
+    """The target mix of a module's groups.
 
     Raises:
         ConfigError: `environments` do not fit the module's groups, or the module is invariant, so that any but
-            `"uniform"` would silently do nothing.
+            `"uniform"` would silently have no effect.
     """
     if not module.sees_environment and not (isinstance(environments, str) and environments == "uniform"):
         raise ConfigError(
@@ -82,7 +83,7 @@ class Attachment:
 
     Attributes:
         scale: Delta, the strength of guidance.
-        mix: How the groups of images are drawn.
+        mix: The target mix that the groups of images are drawn from.
         environments: Groups of the rows of the newest batch, (rows, factors), or None before the first.
         calls: How often the denoiser has run since the module was attached.
     """
@@ -92,42 +93,39 @@ class Attachment:
         self.mix = mix
         self.environments: torch.Tensor | None = None
         self.calls = 0
-        self._family = family_of(pipe)
+        denoiser, self._family = denoiser_of(pipe), family_of(pipe)
         self._module = copy.deepcopy(module).eval().requires_grad_(False)
-        self._pipe = weakref.ref(pipe)
+        # Of the newest images: the scheduler's timesteps, first and last timestep, first latents.
         self._timesteps: torch.Tensor | None = None
         self._start = self._last = np.inf
         self._first = torch.empty(0)
-        self._told: Condition = {}
-        self._versions: dict[str, int] = {}
+        # Phi(y), the condition that it encodes, and the versions of that condition's tensors.
         self._phi: torch.Tensor | None = None
-        denoiser = denoiser_of(pipe)
+        self._encoded: Condition = {}
+        self._versions: dict[str, int] = {}
+        self._pipe, self._denoiser = weakref.ref(pipe), weakref.ref(denoiser)
         self._features = FeatureCapture(denoiser, module.config["feature_path"], self._read_features)
-        self._denoiser = weakref.ref(denoiser)
-        self._guided_output = GuidedOutput.of(denoiser)
-        self._guided_output.add(denoiser, self, self._family)
-        self._watch = CallWatch.of(pipe)
-        self._watch.add(pipe, self)
+        GuidedOutput.add(denoiser, self._family, self.shift)
+        CallWatch.add(pipe, self._count)
 
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the prediction that is guided."""
-        return self._module.config["latent_channels"]
+    def _count(self) -> int:
+        return self.calls
 
     @torch.no_grad()
     def _read_features(self, block_output: Any) -> torch.Tensor:
-        """Project the block's output at once: it is many times larger than what guidance reads of it."""
+        """Project the block's output at once, since it is many times larger than its projection."""
         hidden_states = self._family.hidden_states(block_output)
         if self.scale == 0:
             return hidden_states[:, :0]
         self._follow_placement(hidden_states)
         return self._module.project(hidden_states)
 
+    @torch.no_grad()
     def shift(self, call: DenoiserCall, model_pred: torch.Tensor) -> torch.Tensor | None:
-        """Return Delta * g_psi for one denoiser call, (rows, channels, height, width), or None at scale 0.
+        """Delta * g_psi for one denoiser call, (rows, channels, height, width), or None at scale 0.
 
         Args:
-            call: What the denoiser was given.
+            call: The arguments of the denoiser.
             model_pred: The frozen prediction, (rows, channels, height, width).
         """
         self.calls += 1
@@ -135,52 +133,48 @@ class Attachment:
         environments = self._follow_images(call.noisy_latents, float(call.timesteps[0]))
         if self.scale == 0:
             return None
-        device, dtype = model_pred.device, model_pred.dtype
         self._follow_placement(model_pred)
-        with torch.no_grad():
-            return self.scale * self._module(
-                call.noisy_latents.to(dtype),
-                call.timesteps,
-                call.condition,  # not read: its code is known
-                model_pred,
-                self._family.on_grid(features, call.noisy_latents),
-                environments.to(device),
-                projected=True,
-                code=self._code(call.condition, device, dtype),
-            )
+        return self.scale * self._module(
+            call.noisy_latents.to(model_pred.dtype),
+            call.timesteps,
+            call.condition,
+            model_pred,
+            self._family.on_grid(features, call.noisy_latents),
+            environments.to(model_pred.device),
+            projected=True,
+            code=self._code(call.condition, model_pred.device, model_pred.dtype),
+        )
 
     def _follow_placement(self, tensor: torch.Tensor) -> None:
         weight = self._module.conv_in.weight  # a module's own `device` and `dtype` look through all its weights
         if weight.device != tensor.device or weight.dtype != tensor.dtype:
             # As any module: diffusers' own `to` warns of layers to be kept in 32 bits, of which there are none.
             torch.nn.Module.to(self._module, tensor.device, tensor.dtype)
-            self._told = {}
+            self._encoded = {}
 
     def _code(self, condition: Condition, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return Phi(y), computed anew only where the pipeline passes other tensors than at the step before."""
-        same = self._told.keys() == condition.keys() and all(
-            self._told[name] is value and not value.is_inference() and value._version == self._versions[name]
-            for name, value in condition.items()
+        """Phi(y), computed anew only where the pipeline passes other tensors than at the step before."""
+        versions = {name: -1 if value.is_inference() else value._version for name, value in condition.items()}
+        same = versions == self._versions and all(
+            self._encoded.get(name) is value and versions[name] >= 0 for name, value in condition.items()
         )
         if not same:
-            self._told = dict(condition)
-            self._versions = {n: -1 if v.is_inference() else v._version for n, v in condition.items()}
+            self._encoded, self._versions = dict(condition), versions
             self._phi = self._module.encode(to(condition, device, dtype))
         return self._phi
 
     def _follow_images(self, noisy_latents: torch.Tensor, timestep: float) -> torch.Tensor:
-        """Return the groups of each row; notice when new images begin, and draw theirs from their noise.
+        """The groups of each row, (rows, factors); where new images begin, they are drawn from their noise.
 
         Each pipeline call sets the scheduler's timesteps anew. A loop that sets them once for many batches, or another
         pipeline that shares the denoiser but has a scheduler of its own, is noticed by the timestep, which comes back
-        to the highest or rises. (KDPM2 rises in the midst of an image too, but by less than 1.) A pipeline that sends
+        to the highest or rises. (KDPM2 rises within an image too, but by less than 1.) A pipeline that sends
         each condition apart does so with the same latents, hence the same groups. In 16 bits the first few timesteps
-        can be the same number; then the latents tell, which have hardly moved. A loop that sends different images in
+        can be the same number; then the latents decide, which have hardly moved. A loop that sends different images in
         turn within one step is not understood.
         """
         timesteps = getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None)
-        rows = len(noisy_latents)
-        current = self.environments
+        rows, current = len(noisy_latents), self.environments
         lingers = timestep == self._start == self._last and _hardly_moved(self._first, noisy_latents)
         comes_back = (timestep >= self._start and not lingers) or timestep > self._last + 1
         self._last = timestep
@@ -200,10 +194,10 @@ class Attachment:
         """Restore the plain model. Calling it twice does no harm."""
         denoiser, pipe = self._denoiser(), self._pipe()
         if denoiser is not None:
-            self._guided_output.remove(denoiser, self)
+            GuidedOutput.remove(denoiser, self.shift)
         self._features.close()
         if pipe is not None:
-            self._watch.remove(pipe, self)
+            CallWatch.remove(pipe, self._count)
 
     def __enter__(self) -> Attachment:
         return self
@@ -227,9 +221,9 @@ def _hardly_moved(before: torch.Tensor, after: torch.Tensor) -> bool:
 
 
 def check_fit(pipe: Any, module: GuidanceModule, *, strict: bool = True) -> None:
-    """Raise `ModelError` unless `module` was made for `pipe`'s denoiser, saying every difference."""
+    """Raise `ModelError` that names every difference, unless `module` was made for `pipe`'s denoiser."""
     denoiser, wanted = denoiser_of(pipe), module.config
-    found = {
+    found: dict[str, Any] = {
         "denoiser_class": type(denoiser).__name__,
         "prediction_type": NoiseSchedule(pipe.scheduler).prediction_type,
     }
@@ -238,17 +232,43 @@ def check_fit(pipe: Any, module: GuidanceModule, *, strict: bool = True) -> None
     wrong = [
         f"{name}: expected {wanted[name]}, found {value}" for name, value in found.items() if wanted[name] != value
     ]
+    remedy = "."
     if not wrong and strict:
         expected, actual = np.asarray(wanted["weight_signature"]), np.asarray(weight_signature(denoiser))
-        in_memory = ~np.isnan(actual)
-        if expected.shape != actual.shape or not np.allclose(
-            expected[in_memory], actual[in_memory], rtol=0.02, atol=1e-3
-        ):
+        same_shape, in_memory = expected.shape == actual.shape, ~np.isnan(actual)
+        if not same_shape or not np.allclose(expected[in_memory], actual[in_memory], rtol=0.02, atol=1e-3):
             wrong = ["weights: expected those it was trained beside, found others of the same shape"]
+            remedy = " (strict=False attaches it all the same)."
     if wrong:
         raise ModelError(
             f"The guidance module was trained for another model ({wanted['base_model'] or 'unnamed'}): "
-            + "; ".join(wrong)
-            + ". Load the pipeline it was trained for, or train a module for this one"
-            + (" (strict=False attaches it all the same)." if wrong[0].startswith("weights") else ".")
+            f"{'; '.join(wrong)}. Load the pipeline it was trained for, or train a module for this one{remedy}"
         )
+
+
+class GuidedDenoiser:
+    """f~ = f + g_psi, with environments drawn uniformly: the denoiser that later rounds of the game audit."""
+
+    def __init__(self, frozen: FrozenDenoiser, module: GuidanceModule) -> None:
+        self.schedule, self.device = frozen.schedule, frozen.device
+        self._frozen = frozen
+        self._module = module.to(frozen.device)
+        self._mix = EnvironmentMix("uniform", module.num_groups)
+        weights = (value.cpu().contiguous().numpy().tobytes() for value in module.state_dict().values())
+        self.fingerprint = fingerprint(frozen.fingerprint, *weights)
+
+    @torch.no_grad()
+    def __call__(
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Guided prediction (B, C, H, W) and the frozen middle features (B, D, H', W')."""
+        model_pred, features = self._frozen(noisy_latents, timesteps, condition)
+        shift = self._module(
+            noisy_latents.to(self.device),
+            timesteps.to(self.device),
+            to(condition, self.device, torch.float32),
+            model_pred.float(),
+            features.float(),
+            self._mix.rows(noisy_latents).to(self.device),
+        )
+        return model_pred + shift.to(model_pred.dtype), features

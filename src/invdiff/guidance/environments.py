@@ -1,4 +1,4 @@
-"""Which group each image of a batch is drawn from, decided by the image's own starting noise."""
+"""The group that each image of a batch is drawn from, a function of the image's own starting noise."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ class EnvironmentMix:
         num_groups: Groups of each factor.
         seed: Another seed gives another draw for the same noise.
 
+    Attributes:
+        proportions: Of each factor, (E,); empty where groups are given.
+        given: Groups of each image, (images, factors); None where they are drawn.
+
     Raises:
         ConfigError: Proportions or groups do not fit `num_groups`.
     """
@@ -45,41 +49,35 @@ class EnvironmentMix:
         rows = _as_arrays(environments)
         is_nested = rows[0].ndim == 1
         if any(row.dtype.kind == "f" for row in rows):
-            self.proportions = [row.astype(float) for row in (rows if is_nested else [np.stack(rows)])]
-            self._check_proportions()
+            self._set_proportions([row.astype(float) for row in (rows if is_nested else [np.stack(rows)])])
         else:
-            given = torch.from_numpy(np.stack(rows).astype(np.int64))
-            self.given = given if is_nested else given[:, None]
-            self._check_given()
+            given = np.stack(rows).astype(np.int64)
+            self._set_given(torch.from_numpy(given if is_nested else given[:, None]))
 
-    def _check_proportions(self) -> None:
-        shape = tuple(len(row) for row in self.proportions)
-        if shape != self.num_groups:
+    def _set_proportions(self, rows: list[np.ndarray]) -> None:
+        wanted, found = (" x ".join(map(str, sizes)) for sizes in (self.num_groups, map(len, rows)))
+        if found != wanted:
             raise ConfigError(
-                f"Expected proportions for {_groups(self.num_groups)}, got {_groups(shape)}: "
-                f"{[row.tolist() for row in self.proportions]}."
+                f"Expected proportions for {wanted} groups, got {found} groups: {[row.tolist() for row in rows]}."
             )
-        for row in self.proportions:
+        for row in rows:
             if (row < 0).any() or not math.isclose(row.sum(), 1.0, abs_tol=1e-3):
                 raise ConfigError(f"Expected proportions of at least 0 that sum to 1, got {row.tolist()}.")
-        self.proportions = [row / row.sum() for row in self.proportions]
+        self.proportions = [row / row.sum() for row in rows]
 
-    def _check_given(self) -> None:
-        assert self.given is not None
-        if self.given.shape[1] != len(self.num_groups):
+    def _set_given(self, given: torch.Tensor) -> None:
+        if given.shape[1] != len(self.num_groups):
             raise ConfigError(
                 f"Expected one group per image for {len(self.num_groups)} factor(s), "
-                f"got an array of shape {tuple(self.given.shape)}."
+                f"got an array of shape {tuple(given.shape)}."
             )
-        highest = torch.tensor(self.num_groups)
-        if (self.given < 0).any() or (self.given >= highest).any():
-            raise ConfigError(
-                f"Expected groups from 0 to {[groups - 1 for groups in self.num_groups]}, "
-                f"got {self.given.tolist()[:8]}."
-            )
+        if (given < 0).any() or (given >= torch.tensor(self.num_groups)).any():
+            highest = [groups - 1 for groups in self.num_groups]
+            raise ConfigError(f"Expected groups from 0 to {highest}, got {given.tolist()[:8]}.")
+        self.given = given
 
     def rows(self, noisy_latents: torch.Tensor) -> torch.Tensor:
-        """Return the groups of each row of a denoiser call at the first step, (rows, factors), on the CPU.
+        """The groups of each row of a denoiser call at the first step, (rows, factors), on the CPU.
 
         Args:
             noisy_latents: The denoiser's first input, (rows, channels, height, width); several rows may
@@ -107,19 +105,14 @@ class EnvironmentMix:
 
 
 def _as_arrays(environments: object) -> list[np.ndarray]:
-    """Return the numbers (all ndim 0) or the rows (all ndim 1, of one length where integers) as arrays."""
+    """Numbers as arrays without dimensions, or rows as arrays of one dimension (of one length where integers)."""
     try:
         values = environments.tolist() if isinstance(environments, torch.Tensor) else environments
         arrays = [np.asarray(value) for value in values]  # type: ignore[attr-defined]
-        kinds = {array.dtype.kind for array in arrays}
-        shapes = {array.shape for array in arrays}
+        kinds, shapes = {array.dtype.kind for array in arrays}, {array.shape for array in arrays}
         fits = kinds <= set("fiub") and {len(shape) for shape in shapes} in ({0}, {1})
         if fits and ("f" in kinds or len(shapes) == 1):
             return arrays
     except (TypeError, ValueError):
         pass
     raise ConfigError(f"Expected environments 'uniform', proportions or one group per image, got {environments!r}.")
-
-
-def _groups(sizes: Sequence[int]) -> str:
-    return " x ".join(str(size) for size in sizes) + " groups"

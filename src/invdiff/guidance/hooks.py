@@ -1,133 +1,120 @@
-"""What attachments put on a denoiser and a pipeline: one hook that adds shifts, one watch that it ran."""
+"""The hooks of guidance: one on a denoiser that adds shifts, one on a pipeline that notices calls without guidance."""
 
 from __future__ import annotations
 
 import inspect
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from ..errors import ModelError
-from ..models.families import Family
+from ..models.families import DenoiserCall, Family
 from ..models.features import Hook, do_nothing
 from ..models.load import GUIDED
 
-if TYPE_CHECKING:
-    from .attach import Attachment
+Shift = Callable[[DenoiserCall, torch.Tensor], torch.Tensor | None]
+"""From a denoiser call and the frozen prediction (rows, channels, height, width) to Delta * g_psi, or None."""
 
 
 class GuidedOutput:
-    """The one forward hook of a guided denoiser: f~ = f + the sum of Delta * g_psi over its attachments.
+    """The one forward hook of a guided denoiser: f~ = f + the sum of Delta * g_psi over all attached modules.
 
-    One for all of them, since a hook of its own would hand each module what the ones before it made of f.
-    So shifts add, and the order of attaching and detaching does not matter.
+    One for all of them, since with a hook of its own each module would read the output of the ones before it. So
+    shifts add, and the order of attaching and detaching does not matter.
     """
 
-    _by_denoiser: ClassVar[weakref.WeakKeyDictionary[nn.Module, GuidedOutput]] = weakref.WeakKeyDictionary()
+    _of: ClassVar[weakref.WeakKeyDictionary[nn.Module, GuidedOutput]] = weakref.WeakKeyDictionary()
 
-    def __init__(self) -> None:
-        self._attachments: list[Attachment] = []
-        self._handle: Any = None
+    def __init__(self, denoiser: nn.Module, family: Family) -> None:
+        self._shifts: list[Shift] = []
+        self._family, self._channels = family, family.shape(denoiser).latent_channels
+        # The signature of the class, since offloading replaces the forward of the instance.
+        self._signature = inspect.signature(type(denoiser).forward)
+        # A plain forward hook survives CPU offload; one of diffusers' own hook registry does not.
+        self._handle = denoiser.register_forward_hook(Hook(self._guide), with_kwargs=True)
 
     @classmethod
-    def of(cls, denoiser: nn.Module) -> GuidedOutput:
-        """Return the one hook of `denoiser`."""
-        return cls._by_denoiser.setdefault(denoiser, cls())
-
-    def add(self, denoiser: nn.Module, attachment: Attachment, family: Family) -> None:
-        """Put one more attachment on, and with the first the hook."""
-        if not self._attachments:
-            self._family = family
-            # Of the class, since offloading replaces the forward of the instance.
-            self._signature = inspect.signature(type(denoiser).forward)
-            # A plain forward hook survives CPU offload, where diffusers' own hook registry loses it.
-            self._handle = denoiser.register_forward_hook(Hook(self._guide), with_kwargs=True)
+    def add(cls, denoiser: nn.Module, family: Family, shift: Shift) -> None:
+        """Add `shift` to every prediction of `denoiser` from now on."""
+        if denoiser not in cls._of:
+            cls._of[denoiser] = cls(denoiser, family)
             GUIDED.add(denoiser)
-        self._attachments.append(attachment)
+        cls._of[denoiser]._shifts.append(shift)
 
-    def remove(self, denoiser: nn.Module, attachment: Attachment) -> None:
-        """Take one attachment off, and with the last the hook."""
-        if attachment in self._attachments:
-            self._attachments.remove(attachment)
-            if not self._attachments:
-                self._handle.remove()
+    @classmethod
+    def remove(cls, denoiser: nn.Module, shift: Shift) -> None:
+        """Undo `add`; without effect where it is undone already."""
+        hook = cls._of.get(denoiser)
+        if hook is not None and shift in hook._shifts:
+            hook._shifts.remove(shift)
+            if not hook._shifts:
+                hook._handle.remove()
+                del cls._of[denoiser]
                 GUIDED.discard(denoiser)
 
     @torch.compiler.disable
     def _guide(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call = self._family.read(denoiser, self._signature.bind(denoiser, *args, **kwargs).arguments)
-        model_pred = self._family.prediction(output[0], call, self._attachments[0].latent_channels)
-        shifts = [attachment.shift(call, model_pred) for attachment in self._attachments]
-        applied = [shift for shift in shifts if shift is not None]
-        if not applied:
+        model_pred = self._family.prediction(output[0], call, self._channels)
+        shifts = [found for shift in self._shifts if (found := shift(call, model_pred)) is not None]
+        if not shifts:
             return None
-        guided = self._family.shifted(output[0], sum(applied[1:], start=applied[0]))
-        if isinstance(output, tuple):
-            return (guided, *output[1:])
-        return type(output)(sample=guided)
+        guided = self._family.shifted(output[0], sum(shifts[1:], start=shifts[0]))
+        return (guided, *output[1:]) if isinstance(output, tuple) else type(output)(sample=guided)
 
 
 class CallWatch:
     """Raises at the end of a pipeline call during which the denoiser did not run with its guidance.
 
-    Every diffusers pipeline ends a call with `maybe_free_model_hooks()`; while a module is attached, the pipeline
-    has one of its own that looks whether guidance took part.
+    Every diffusers pipeline ends a call with `maybe_free_model_hooks()`; while a module is attached, this object takes
+    the place of that method. A copy of the pipeline has the plain method.
     """
 
-    _by_pipe: ClassVar[weakref.WeakKeyDictionary[Any, CallWatch]] = weakref.WeakKeyDictionary()
-    _METHOD = "maybe_free_model_hooks"
+    METHOD = "maybe_free_model_hooks"
 
-    def __init__(self) -> None:
-        self._attachments: dict[Attachment, int] = {}
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = weakref.ref(pipe)
+        self._counters: dict[Callable[[], int], int] = {}
 
     @classmethod
-    def of(cls, pipe: Any) -> CallWatch:
-        """Return the one watch of `pipe`."""
-        return cls._by_pipe.setdefault(pipe, cls())
+    def add(cls, pipe: Any, calls: Callable[[], int]) -> None:
+        """Watch that `calls()`, how often guidance took part, rises in every pipeline call from now on."""
+        if hasattr(type(pipe), cls.METHOD):
+            watch = vars(pipe).get(cls.METHOD)
+            if not isinstance(watch, cls):
+                watch = cls(pipe)
+                setattr(pipe, cls.METHOD, watch)
+            watch._counters[calls] = calls()
 
-    def add(self, pipe: Any, attachment: Attachment) -> None:
-        """Watch one more attachment."""
-        if not self._attachments and hasattr(pipe, self._METHOD):
-            setattr(pipe, self._METHOD, _FreeAndLook(pipe, self._METHOD, self._look))
-        self._attachments[attachment] = attachment.calls
+    @classmethod
+    def remove(cls, pipe: Any, calls: Callable[[], int]) -> None:
+        """Undo `add`; without effect where it is undone already."""
+        watch = vars(pipe).get(cls.METHOD)
+        if isinstance(watch, cls):
+            watch._counters.pop(calls, None)
+            if not watch._counters:
+                del vars(pipe)[cls.METHOD]
 
-    def remove(self, pipe: Any, attachment: Attachment) -> None:
-        """Watch one attachment less."""
-        self._attachments.pop(attachment, None)
-        if not self._attachments:
-            vars(pipe).pop(self._METHOD, None)
-
-    def _look(self) -> None:
-        for attachment, before in self._attachments.items():
-            self._attachments[attachment] = attachment.calls
-            if attachment.calls == before:
+    def __call__(self) -> None:
+        """Free the hooks as the pipeline does, then compare the counters."""
+        pipe = self._pipe()
+        if pipe is not None:  # else a shallow copy has outlived it
+            getattr(type(pipe), self.METHOD)(pipe)
+        for calls, before in self._counters.items():
+            self._counters[calls] = calls()
+            if calls() == before:
                 raise ModelError(
                     "Expected the guided denoiser to run during this call, but its hook did not fire: the images were "
                     "drawn without guidance. The pipeline's denoiser was replaced, or compiled or wrapped after "
                     "the module was attached. Detach, and attach to the denoiser in use (before compiling it)."
                 )
 
-
-class _FreeAndLook:
-    """A pipeline's own method, and a look afterwards. A copy of the pipeline has its own method alone."""
-
-    def __init__(self, pipe: Any, method: str, look: Callable[[], None]) -> None:
-        self._pipe = weakref.ref(pipe)
-        self._method = method
-        self._look = look
-
-    def __call__(self) -> None:
-        pipe = self._pipe()
-        if pipe is not None:  # else a shallow copy has outlived it
-            getattr(type(pipe), self._method)(pipe)
-        self._look()
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self._pipe()))
-        return getattr(type(copied), self._method).__get__(copied) if copied is not None else do_nothing
+        return getattr(type(copied), self.METHOD).__get__(copied) if copied is not None else do_nothing
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hook, (do_nothing,)
@@ -136,15 +123,14 @@ class _FreeAndLook:
 def check_not_compiled(denoiser: nn.Module, feature_path: str) -> None:
     """Raise `ModelError` where the denoiser, or a part on the way to its feature block, is compiled already."""
     parts = feature_path.split(".")
-    paths = ["", *(".".join(parts[: end + 1]) for end in range(len(parts)))]
-    for path in paths:
+    for path in (".".join(parts[:end]) for end in range(len(parts) + 1)):
         try:
             part = denoiser.get_submodule(path)
         except AttributeError:
-            return  # a module for another model: what does not fit is said elsewhere
+            return  # a module for another model: `check_fit` names the differences
         if getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod"):
             name = f"{type(denoiser).__name__}.{path}" if path else type(denoiser).__name__
             raise ModelError(
-                f"Expected {name} not to be compiled yet, since compiled code passes new hooks by, found it "
-                "compiled. Attach first, then compile."
+                f"Expected {name} not to be compiled yet, since compiled code ignores new hooks, found it compiled. "
+                "Attach first, then compile."
             )

@@ -20,20 +20,20 @@ import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
+from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import ConfigError, ModelError
 from ..files import write_text
 from ..models.families import Condition, Family, family_of
 from ..models.features import feature_block
-from ..models.load import denoiser_of, public_name
+from ..models.load import denoiser_of, looks_local, public_name
 from ..models.schedule import NoiseSchedule
-from .card import render_card
-from .record import with_figures
+from .card import render_card, with_figures
 
 
 class InvariantEncoder(nn.Module):
-    """Phi: a prompt's embeddings to one code that keeps what the prompt asks for.
+    """Phi: from a prompt's embeddings to one invariant code.
 
     Attention pooling with learned queries, so that it takes any number of tokens.
     """
@@ -110,7 +110,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         prediction_type: What that denoiser predicts.
         weight_signature: A few of that denoiser's weights, to tell it from others.
         base_model: Hub id of the pipeline, or the last name of its folder, for people.
-        record: What the model card states beyond this; see `record.training_record`.
+        record: Further statements of the model card; see `card.training_record`.
     """
 
     @register_to_config
@@ -166,7 +166,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         width: int = 0,
         seed: int = 0,
     ) -> GuidanceModule:
-        """Return an untrained module that fits `pipe`'s denoiser and has no effect yet.
+        """An untrained module that fits `pipe`'s denoiser and has no effect yet.
 
         Args:
             pipe: A diffusers pipeline of a supported family.
@@ -208,38 +208,20 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         return module.eval()
 
     def model_card(self, source: str = "path/to/this/folder") -> str:
-        """Return the model card; `source` is the hub id or folder that its example loads the module from."""
+        """The model card; `source` is the hub id or folder that its example loads the module from."""
         return render_card(self.config, num_parameters=self.num_parameters(), source=source)
 
-    def add_figures(
-        self,
-        results: Any,
-        *,
-        attribute: str = "",
-        annotator: str = "",
-        annotator_accuracy: float | None = None,
-    ) -> None:
+    def add_figures(self, results: Any) -> None:
         """Let the model card state the figures of generated images; save or push the module afterwards.
 
         Args:
-            results: What `evaluate` returned, the same as a mapping, or the JSON file that `invdiff evaluate` wrote.
-            attribute: The sensitive attribute they are of, unless the results say. Figures of another attribute are
-                kept beside them, those of the same one are replaced.
-            annotator: Name of what labelled the images, for people, unless the results say.
-            annotator_accuracy: Its held-out accuracy on the attribute, 0 to 1, unless the results say.
+            results: The `Results` of `evaluate`, or `Results.load` of the file that `invdiff evaluate` wrote. Figures
+                of other attributes are kept beside them, those of the same attribute are replaced.
 
         Raises:
             ConfigError: `results` are something else.
-            DataError: The file is absent or is not JSON.
         """
-        record = with_figures(
-            self.config["record"],
-            results,
-            attribute=attribute,
-            annotator=annotator,
-            annotator_accuracy=annotator_accuracy,
-        )
-        self.register_to_config(record=record)
+        self.register_to_config(record=with_figures(self.config["record"], results))
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any
@@ -272,7 +254,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
             return super().load_config(*arguments, **options)
 
     def to_json_string(self) -> str:
-        """Return the config as JSON, without the place that this module was itself loaded from."""
+        """The config as JSON, without the place that this module was itself loaded from."""
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -299,47 +281,47 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         projected: bool = False,
         code: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return g_psi, the shift of the denoiser's output.
+        """g_psi, the shift of the denoiser's output.
 
         Args:
             noisy_latents: z_t, (batch, channels, height, width); channels beyond the latents' are ignored.
             timesteps: (batch,), integer or fractional.
-            condition: What Phi reads: `prompt_embeds` (batch, tokens, prompt_dim) or `class_labels` (batch,).
+            condition: The input of Phi: `prompt_embeds` (batch, tokens, prompt_dim) or `class_labels` (batch,).
             model_pred: The frozen denoiser's output f(z_t, t, y), (batch, channels, height, width).
             features: Output of the block at `feature_path`, (batch, feature_channels, height', width').
             environments: Group of each factor, (batch, factors), integers; only in `balanced` mode.
             projected: Whether `features` have been through `project` already.
-            code: What `encode` made of `condition`, where it is known already.
+            code: Phi(y), the result of `encode`, where it is known already.
 
         Returns:
             (batch, channels, height, width), to be added to `model_pred` with weight Delta.
         """
         width, channels = self.config["width"], self.config["latent_channels"]
         time = get_timestep_embedding(timesteps, 2 * width).to(model_pred.dtype)
-        told = self.time(time)
+        conditions = self.time(time)
         code = self.encode(condition) if code is None else code
         if code is not None:
-            told = told + code
+            conditions = conditions + code
         if self.sees_environment:
             if environments is None:
                 raise ModelError("Expected the environments of each image in balanced mode, got none.")
             for factor, embedding in enumerate(self.environments):
-                told = told + embedding(environments[:, factor])
-        told = self.condition(told)
+                conditions = conditions + embedding(environments[:, factor])
+        conditions = self.condition(conditions)
 
         place = coordinates(model_pred)
         full = self.conv_in(torch.cat([noisy_latents[:, :channels], model_pred, place], dim=1))
-        full = self.block_in(full, told)
+        full = self.block_in(full, conditions)
         low = self.down(F.silu(full))
         features = features if projected else self.project(features)
         low = low + F.interpolate(features, size=low.shape[-2:], mode="nearest")
-        low = self.block_low(low, told)
+        low = self.block_low(low, conditions)
         full = full + F.interpolate(self.up(low), size=full.shape[-2:], mode="nearest")
-        full = self.block_out(full, told)
+        full = self.block_out(full, conditions)
         return self.conv_out(F.silu(full))
 
     def encode(self, condition: Condition) -> torch.Tensor | None:
-        """Return Phi(y), (batch, 4 width), the same at every step; None where there is nothing to encode."""
+        """Phi(y), (batch, 4 * width), the same at every step; None for an unconditional model."""
         return None if self.encoder is None else self.encoder(condition)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
@@ -350,12 +332,12 @@ class GuidanceModule(ModelMixin, ConfigMixin):
 
 
 def fitting_width(family: Family, denoiser: Any) -> int:
-    """Return the channels of a gradient estimator of fitting size: a multiple of 8, which GroupNorm wants."""
+    """Channels of a gradient estimator of fitting size: a multiple of 8, as GroupNorm needs."""
     return max(32, family.base_width(denoiser) // 8 * 8)
 
 
 def coordinates(like: torch.Tensor) -> torch.Tensor:
-    """Return vertical and horizontal place from -1 to 1, (batch, 2, height, width): accidents have a layout."""
+    """Vertical and horizontal position from -1 to 1, (batch, 2, height, width): spurious attributes have a layout."""
     batch, _, height, width = like.shape
     vertical = torch.linspace(-1, 1, height, device=like.device, dtype=like.dtype)
     horizontal = torch.linspace(-1, 1, width, device=like.device, dtype=like.dtype)
@@ -367,7 +349,7 @@ _ADDED_WEIGHTS = ("lora_", ".processor.", "encoder_hid_proj.", "image_proj.", "t
 
 
 def weight_signature(denoiser: nn.Module, size: int = 32) -> tuple[float, ...]:
-    """Return a few weights of a denoiser, the same whatever its precision and whatever adapters are loaded.
+    """A few weights of a denoiser, the same whatever its precision and whatever adapters are loaded.
 
     Weights that sequential offload has taken out of memory are NaN.
     """
@@ -381,3 +363,29 @@ def weight_signature(denoiser: nn.Module, size: int = 32) -> tuple[float, ...]:
     return tuple(
         math.nan if value.is_meta else value.detach().flatten()[value.numel() // 2].float().item() for value in chosen
     )
+
+
+def load_module(name_or_folder: str | Path) -> GuidanceModule:
+    """Load a guidance module from a folder or a hub id, ready to attach.
+
+    Raises:
+        ModelError: There is none, or its weights are absent, damaged or do not fit its config.
+    """
+    source = str(name_or_folder)
+    remedy = "Give the folder that `invdiff train` wrote."
+    if not (Path(source).exists() or looks_local(source)):
+        remedy = (
+            "Give the folder that `invdiff train` wrote, or the hub id of a module; check the spelling, the network "
+            "and, for a private module, that you are logged in (hf auth login)."
+        )
+    try:
+        config: Any = GuidanceModule.load_config(source)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Expected a guidance module at {source}, found none. {remedy}") from error
+    found = config.get("_class_name")
+    if found != GuidanceModule.__name__:
+        raise ModelError(f"Expected a guidance module at {source}, found {found or 'something else'}. {remedy}")
+    try:
+        return GuidanceModule.from_pretrained(source, low_cpu_mem_usage=False).eval()
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        raise ModelError(f"Could not load the guidance module at {source}: {error} {remedy}") from error

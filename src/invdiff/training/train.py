@@ -21,11 +21,9 @@ from ..data.encode import EncodedImages, as_encoded
 from ..distributed import is_main, num_processes, wait
 from ..errors import ConfigError
 from ..files import fingerprint, read_json, write_json, write_text
-from ..guidance.guided import GuidedDenoiser
-from ..guidance.loading import load_module
-from ..guidance.module import GuidanceModule
-from ..guidance.record import training_record
-from ..models.families import family_of
+from ..guidance.attach import GuidedDenoiser
+from ..guidance.card import training_record
+from ..guidance.module import GuidanceModule, load_module
 from ..models.frozen import FrozenDenoiser, denoiser_fingerprint
 from ..progress import progress_bar
 from ..seeds import derived_seed, generator
@@ -119,13 +117,10 @@ def train(
             rounds += 1
     if is_main():
         record = training_record(
+            pipe,
+            (first, audit),
             base_model=module.config["base_model"],
-            pipeline=type(pipe).__name__,
-            family=family_of(pipe).title,
-            denoiser_fingerprint=model,
-            data_fingerprint=data.data_fingerprint,
             num_images=len(data),
-            audits=(first, audit),
             config=config,
             rounds=rounds,
             log=log,
