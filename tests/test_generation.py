@@ -106,13 +106,7 @@ def test_a_run_repeats_byte_for_byte(guided_twice):
 
 
 @pytest.mark.parametrize("images", [0, 4, 7])
-def test_a_stopped_run_goes_on_to_the_same_bytes(
-    tiny_pipe,
-    tmp_path,
-    guided_twice,
-    monkeypatch,
-    images,
-):
+def test_a_stopped_run_goes_on_to_the_same_bytes(tiny_pipe, tmp_path, guided_twice, monkeypatch, images):
     module = make_guidance_module(tiny_pipe, num_groups=(2, 3))
     stop_after(monkeypatch, images)
     with pytest.raises(KeyboardInterrupt):
@@ -275,12 +269,7 @@ def test_environments_must_fit_images_and_module(tiny_pipe, tmp_path):
     with pytest.raises(ConfigError, match="a module beside environments"):
         run(tiny_pipe, tmp_path, environments=[0.5, 0.5])
     with pytest.raises(ConfigError, match="with an invariant module"):
-        run(
-            tiny_pipe,
-            tmp_path,
-            module=make_guidance_module(tiny_pipe, mode="invariant"),
-            environments=[0.1, 0.9],
-        )
+        run(tiny_pipe, tmp_path, module=make_guidance_module(tiny_pipe, mode="invariant"), environments=[0.1, 0.9])
     assert list(tmp_path.iterdir()) == []
 
 

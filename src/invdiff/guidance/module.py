@@ -158,13 +158,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
 
     @classmethod
     def for_pipeline(
-        cls,
-        pipe: Any,
-        *,
-        num_groups: int | Sequence[int] = 2,
-        mode: str = "balanced",
-        width: int = 0,
-        seed: int = 0,
+        cls, pipe: Any, *, num_groups: int | Sequence[int] = 2, mode: str = "balanced", width: int = 0, seed: int = 0
     ) -> GuidanceModule:
         """An untrained module that fits `pipe`'s denoiser and has no effect yet.
 

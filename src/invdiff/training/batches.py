@@ -54,8 +54,7 @@ class GroupBalancedSampler:
             rows[index] = self._rows[prompt][min(place, cumulative.shape[1] - 1)]
             chosen[index] = group
         environments = torch.stack(
-            [torch.multinomial(weights[rows].float(), 1, generator=rng)[:, 0] for weights in self.group_weights],
-            dim=1,
+            [torch.multinomial(weights[rows].float(), 1, generator=rng)[:, 0] for weights in self.group_weights], dim=1
         )
         environments[torch.arange(size), factors] = chosen
         return rows, environments
