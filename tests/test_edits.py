@@ -197,6 +197,7 @@ def test_a_file_that_is_no_json_is_an_error(tmp_path: Path) -> None:
     (made_up().save(tmp_path) / CURATION).write_text('{"audit": ')
     with pytest.raises(AuditError, match=r"Expected JSON .* Mend it or move it elsewhere"):
         Audit.load(tmp_path)
+    assert Audit.load(tmp_path, edited=False).fingerprint == made_up().fingerprint
 
 
 def test_shares_are_those_of_a_count_by_hand() -> None:

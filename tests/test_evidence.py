@@ -59,14 +59,15 @@ def test_a_folder_that_is_no_encoder_is_refused(tiny_folder, tmp_path):
         encode_vision(str(tmp_path), data, np.arange(12), tmp_path, progress=False)
 
 
-@pytest.mark.parametrize("count", [60, 131, 200])
-def test_nothing_is_found_in_the_features_of_a_few_images_that_hide_nothing(count):
+@pytest.mark.parametrize(("count", "times"), [(60, 5), (131, 5), (200, 5), (800, 1)])
+def test_nothing_is_found_in_features_that_hide_nothing(count, times):
     accepted = []
-    for seed in range(5):
+    for seed in range(times):
         rng = np.random.default_rng(seed)
         style = rng.normal(size=(count, 14)) @ rng.normal(size=(14, 60))
         features = np.stack([style + rng.normal(0, 0.5, style.shape) for _ in range(2)], axis=1)
         scores = component_scores(features, "features", seed=0)
+        assert bool(scores) == (count >= 160)
         splits = [split(score, size, CONFIG) for score in scores for size in (2, 3)]
         accepted += [one.candidate for one in splits if one.candidate.accepted]
     assert accepted == []
@@ -85,15 +86,6 @@ def test_a_hidden_direction_of_the_features_is_found_though_it_is_not_the_larges
     )
     assert best.candidate.accepted
     assert np.array_equal(best.weights.argmax(axis=1) == 1, rare)
-
-
-def test_features_without_groups_give_no_accepted_component():
-    rng = np.random.default_rng(0)
-    content = rng.normal(size=(800, 6)) @ rng.normal(size=(6, 40))
-    features = np.stack([content + rng.normal(0, 0.2, content.shape) for _ in range(2)], axis=1)
-    scores = component_scores(features, "features", seed=0)
-    assert len(scores) > 0
-    assert not any(split(score, 2, CONFIG).candidate.accepted for score in scores)
 
 
 def test_a_shape_of_which_no_direction_is_left_is_passed_over(monkeypatch):

@@ -3,7 +3,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from invdiff.auditing.partition import align_columns, exact_groups, gradient_groups, group_losses, one_hot
+from invdiff.auditing.partition import align_columns, exact_groups, gradient_groups, group_losses
 from invdiff.errors import AuditError
 
 
@@ -88,7 +88,7 @@ def test_columns_mean_the_same_under_every_prompt():
     content = np.array([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]])
     first, second = np.array([0] * 8 + [1] * 2), np.array([1] * 6 + [2] * 3 + [0] * 3)
     features = content[np.concatenate([first, second])] + 0.01 * np.random.default_rng(0).normal(size=(22, 2))
-    groups = {7: (np.arange(10), one_hot(1 - first, 2)), 3: (np.arange(10, 22), one_hot((second + 1) % 3, 3))}
+    groups = {7: (np.arange(10), np.eye(2)[1 - first]), 3: (np.arange(10, 22), np.eye(3)[(second + 1) % 3])}
     aligned = align_columns(groups, 3, features)
     assert aligned[7].argmax(axis=1).tolist() == first.tolist()
     assert aligned[3].argmax(axis=1).tolist() == second.tolist()

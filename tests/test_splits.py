@@ -3,7 +3,8 @@ import pytest
 
 from invdiff.auditing.evidence import Score
 from invdiff.auditing.partition import exact_groups
-from invdiff.auditing.splits import separation, split
+from invdiff.auditing.result import Candidate
+from invdiff.auditing.splits import Split, deciding_splits, separation, split
 from invdiff.config import AuditConfig
 
 CONFIG = AuditConfig()
@@ -60,3 +61,24 @@ def test_separation_does_not_depend_on_scale_or_sign():
     labels = exact_groups(values, 2)
     assert separation(5 * values - 3, labels) == pytest.approx(separation(values, labels), abs=1e-6)
     assert separation(-values, 1 - labels) == pytest.approx(separation(values, labels), abs=0.1)
+
+
+def made_up(num_groups: int, merit: float, *, accepted: bool = True) -> Split:
+    score = two_draws(mixture(100, 0.2, 8), noise=0.1)
+    return Split(Candidate("made up", num_groups, [], merit, 1.0, accepted), np.zeros((100, num_groups)), score)
+
+
+def test_prompts_share_the_number_of_groups_that_serves_most_and_then_of_most_merit():
+    unfit = made_up(2, 0.9, accepted=False)
+    ranked = {0: [made_up(3, 0.9), made_up(2, 0.8)], 1: [made_up(2, 0.9)], 2: [made_up(3, 0.95)], 3: [unfit]}
+    num_groups, deciding = deciding_splits(ranked, CONFIG)
+    assert num_groups == 3
+    assert deciding == {0: ranked[0][0], 1: ranked[1][0], 2: ranked[2][0]}
+    assert deciding_splits({3: [unfit]}, CONFIG) == (2, {})
+
+
+def test_a_finding_in_more_groups_than_shared_is_cut_again():
+    ranked = {0: [made_up(2, 0.9)], 1: [made_up(2, 0.9)], 2: [made_up(3, 1.0)]}
+    num_groups, deciding = deciding_splits(ranked, CONFIG)
+    assert num_groups == 2
+    assert np.array_equal(deciding[2].weights.argmax(axis=1), np.arange(100) >= 80)

@@ -166,11 +166,7 @@ def add_noise(
     noise = torch.randn(latents.shape, generator=rng).to(denoiser.device)
     timesteps = torch.full((len(latents),), schedule.timestep_at(log_snr), device=denoiser.device)
     latents = latents.to(denoiser.device)
-    return (
-        schedule.add_noise(latents, noise, timesteps),
-        timesteps,
-        schedule.target(latents, noise, timesteps),
-    )
+    return schedule.add_noise(latents, noise, timesteps), timesteps, schedule.target(latents, noise, timesteps)
 
 
 def repeated(condition: Condition, row: int, times: int) -> Condition:

@@ -130,11 +130,6 @@ def gradient_groups(
     return final[:, np.argsort(group_losses(scores, final), kind="stable")]
 
 
-def one_hot(labels: NDArray[Any], num_groups: int) -> NDArray[Any]:
-    """Labels (N,) as a hard W (N, E)."""
-    return np.eye(num_groups)[labels]
-
-
 def align_columns(
     groups: dict[int, tuple[NDArray[Any], NDArray[Any]]], num_groups: int, features: NDArray[Any]
 ) -> dict[int, NDArray[Any]]:

@@ -117,13 +117,7 @@ class AuditWords:
     groups: tuple[GroupWords, ...]
 
     def of(self, prompt: int | None, group: int, factor: int = 0) -> GroupWords | None:
-        """The words of a group under a prompt, None where it has no entry.
-
-        Args:
-            prompt: Index of the prompt in the audit; None for all prompts together.
-            group: The column of W.
-            factor: The hidden factor.
-        """
+        """The words of a group under a prompt, or under all prompts together for None; None where it has no entry."""
         wanted = (prompt, factor, group)
         return next((entry for entry in self.groups if (entry.prompt, entry.factor, entry.group) == wanted), None)
 
@@ -241,11 +235,12 @@ class Audit:
             "num_groups": list(plain.num_groups),
             "forwards_per_image": plain.forwards_per_image,
             "prompts": [dataclasses.asdict(prompt) for prompt in plain.prompts],
-            **{"settings": plain.settings, "names": plain.names},
+            "settings": plain.settings,
+            "names": plain.names,
         }
         write_json(folder / "audit.json", document)
         try:
-            read_words(folder, plain.fingerprint)
+            _read_words(folder, plain.fingerprint)
         except AuditError:
             (folder / WORDS).unlink()
         if plain.words is not None and plain.words.audit == plain.fingerprint:
@@ -268,9 +263,9 @@ class Audit:
         """Rename edits in `folder` that are not to this audit, as `save` does; the new path, or None."""
         try:
             self._as_inferred()[0]._read_edits(Path(folder))
+            return None
         except AuditError:
             return rename_aside(Path(folder) / CURATION)
-        return None
 
     def _as_inferred(self) -> tuple[Audit, Audit]:
         """This audit before people's edits, and after. Of edits before its groups were replaced, only names stay."""
@@ -325,22 +320,13 @@ class Audit:
             raise AuditError(
                 f"Expected an audit in {folder}, found something else ({error!r}). Run `invdiff audit` again."
             ) from error
-        found = dataclasses.replace(found, words=read_words(folder, found.fingerprint))
+        found = dataclasses.replace(found, words=_read_words(folder, found.fingerprint))
         return found._read_edits(folder) if edited else found
 
 
-def read_words(folder: str | Path, audit: str) -> AuditWords | None:
-    """The words beside an audit; None where no CLIP model was asked.
-
-    Args:
-        folder: Of the audit.
-        audit: Its fingerprint, as inferred.
-
-    Raises:
-        AuditError: `words.json` is damaged, or of another audit.
-    """
-    path = Path(folder) / WORDS
-    if not path.is_file():
+def _read_words(folder: Path, audit: str) -> AuditWords | None:
+    """The words beside an audit of this fingerprint, as inferred; `AuditError` where damaged or of another audit."""
+    if not (path := folder / WORDS).is_file():
         return None
     remedy = "Delete it, or run `invdiff audit` again with --words-model."
     try:

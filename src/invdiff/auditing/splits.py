@@ -17,7 +17,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from ..config import AuditConfig
 from .evidence import Score
-from .partition import exact_groups, gradient_groups, one_hot
+from .partition import exact_groups, gradient_groups
 from .result import Candidate
 
 
@@ -51,7 +51,7 @@ def split(score: Score, num_groups: int, config: AuditConfig) -> Split:
     def cut(values: NDArray[Any]) -> NDArray[Any]:
         if config.solver == "gradient":
             return gradient_groups(values, num_groups, omega=config.omega, seed=config.seed)
-        return one_hot(exact_groups(values, num_groups, min_share=config.min_share), num_groups)
+        return np.eye(num_groups)[exact_groups(values, num_groups, min_share=config.min_share)]
 
     mean = score.mean
     weights = cut(mean)

@@ -115,7 +115,7 @@ def about_words(words: AuditWords, pages: Sequence[Page]) -> str:
     before = " They are of the groups as inferred, before people's changes." if any(p.by_hand for p in pages) else ""
     return (
         f"Words are the opinion of a CLIP model, {quoted(words.model)}, and no proof: of {words.vocabulary:,} words, "
-        "those that it finds clearly nearer to a group's images than to the other images of the prompt (a t-test, "
+        "those that it finds clearly nearer to a group's images than to the other images of the prompt (a rank test, "
         "corrected for all words; where groups look alike to it, any passes with a chance of at most "
         f"{words.level:.0%}).{before}"
     )
