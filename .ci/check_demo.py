@@ -7,7 +7,7 @@ from pathlib import Path
 path = Path(sys.argv[1])
 results = json.loads(path.read_text(encoding="utf-8"))
 reports = [path.with_name(name) for name in ("report.html", "report.md")]
-audit, base, guided = results["audit"], results["base"], results["guided"]
+audit, base, guided = results["run"]["audit"], results["models"]["base"], results["models"]["guided"]
 promises = {
     "it ends with a report of these results": all(
         report.is_file() and report.stat().st_mtime >= path.stat().st_mtime for report in reports
@@ -16,7 +16,7 @@ promises = {
     "AUROC >= 0.98": audit["auroc"] >= 0.98,
     "precision and recall >= 0.90": min(audit["precision"], audit["recall"]) >= 0.90,
     "at most 8 forwards per image": audit["forwards_per_image"] <= 8,
-    "the module is at most 15% of the denoiser": results["module"]["share_of_denoiser"] <= 0.15,
+    "the module is at most 15% of the denoiser": results["run"]["module"]["share_of_denoiser"] <= 0.15,
 }
 for scale, plain in base.items():
     now, at_least = guided[scale], 0.6 if scale == "1.0" else 0.9

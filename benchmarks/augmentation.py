@@ -27,9 +27,8 @@ from invdiff.data.captioned import CaptionedImages
 from invdiff.data.images import read_image
 from invdiff.errors import EvaluationError, TrainingError
 from invdiff.evaluation.annotators.conv import ConvAnnotator
-from invdiff.evaluation.annotators.conv_training import read_pixels, train_network
+from invdiff.evaluation.annotators.conv_training import normalise, read_pixels, to_pixels, train_network
 from invdiff.evaluation.annotators.labelled import load_labelled_images, read_targets
-from invdiff.evaluation.annotators.pixels import normalise, to_pixels
 from invdiff.evaluation.evaluate import named_subjects
 from invdiff.evaluation.images import Folders, Row, common_prompts, read_images, resolve_folders, scale_keys
 from invdiff.evaluation.quality.intervals import share_interval
@@ -247,8 +246,7 @@ def _fit(
         torch.default_generator.manual_seed(derived_seed("augmentation weights", seed))
         classifier = ConvAnnotator(attributes={"subject": classes}, resolution=config.resolution)
     train_network(
-        lambda batch: classifier.forward(batch)[1],
-        list(classifier.parameters()),
+        classifier,
         images,
         torch.from_numpy(labels)[:, None],
         rows=rows,

@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from subsets import random_subset, with_severity
+
 from invdiff import (
     Audit,
     AuditConfig,
@@ -33,7 +35,6 @@ from invdiff import (
 from invdiff.assets import BIRDS_ANNOTATOR, BIRDS_MODEL
 from invdiff.data.birds import BirdsWorld, canonical_prompts
 from invdiff.data.captioned import CaptionedImages
-from invdiff.data.subsets import random_subset, with_severity
 from invdiff.errors import AuditError, ConfigError
 from invdiff.evaluation.annotate import Described, describe_images
 from invdiff.evaluation.annotators.annotations import Annotator

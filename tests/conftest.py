@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -100,22 +101,23 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every line of text that any sheet carries."""
+    """Every line of text that any picture carries, its titles excepted."""
     lines: list[str] = []
-    original = Figure.text
+    for kind in (Figure, Axes):
+        original = kind.text
 
-    def text(self: Figure, x: float, y: float, s: str, *args: Any, **kwargs: Any) -> Any:
-        lines.append(s)
-        return original(self, x, y, s, *args, **kwargs)
+        def text(self: Any, x: float, y: float, s: str, *args: Any, _text: Any = original, **kwargs: Any) -> Any:
+            lines.append(s)
+            return _text(self, x, y, s, *args, **kwargs)
 
-    monkeypatch.setattr(Figure, "text", text)
+        monkeypatch.setattr(kind, "text", text)
     return lines
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A finished run of the test's own: audit, data, images, results and module."""
-    from test_report import make_run
+    from runs import make_run
 
     make_run(tmp_path / "run")
     return tmp_path / "run"

@@ -1,28 +1,15 @@
-import json
-
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
 from PIL import Image
 from scipy.special import softmax
-from transformers import (
-    CLIPTextModel,
-    Dinov2Config,
-    Dinov2Model,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessor,
-)
+from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from invdiff.assets import BIRDS_ANNOTATOR
 from invdiff.errors import ConfigError, ModelError
 from invdiff.evaluation.annotators.classifier import ClassifierAnnotator
-from invdiff.evaluation.annotators.conv import ConvAnnotator
-from invdiff.evaluation.annotators.given_labels import GivenLabels
 from invdiff.evaluation.annotators.heldout import HeldOut
 from invdiff.evaluation.annotators.load import load_annotator, save_measured
-from tiny import TOWER, clip_config, make_tokenizer
+from tiny import TOWER
 
 NAMES = {0: "land", 1: "water", 2: "air"}
 
@@ -42,36 +29,25 @@ def classifier_dir(tmp_path_factory):
     return save_classifier(tmp_path_factory.mktemp("models") / "tiny-vit")
 
 
-@pytest.fixture(scope="module")
-def images():
+def test_probabilities_are_the_softmax_of_the_classifier_s_logits(classifier_dir):
     numbers = np.random.default_rng(0)
-    return [Image.fromarray(numbers.integers(0, 256, (36, 40, 3), dtype=np.uint8)) for _ in range(5)]
-
-
-def test_probabilities_are_the_softmax_of_the_classifier_s_logits(classifier_dir, images):
+    images = [Image.fromarray(numbers.integers(0, 256, (36, 40, 3), dtype=np.uint8)) for _ in range(5)]
     model = ViTForImageClassification.from_pretrained(classifier_dir).eval()
     processor = ViTImageProcessor.from_pretrained(classifier_dir)
+    images[0] = images[0].convert("L")
     with torch.no_grad():
-        logits = [model(**processor(image, return_tensors="pt")).logits[0].numpy() for image in images]
+        logits = [model(**processor(image.convert("RGB"), return_tensors="pt")).logits[0].numpy() for image in images]
     seen = ClassifierAnnotator(classifier_dir, attribute="background").predict(images)
     np.testing.assert_allclose(seen.probabilities["background"], softmax(logits, axis=1), atol=1e-5)
     assert seen.features is None
 
 
-def test_classes_are_named_by_id2label(classifier_dir):
+def test_classes_are_named_by_id2label_and_no_image_gives_no_row(classifier_dir):
     annotator = ClassifierAnnotator(classifier_dir)
     assert annotator.attributes == {"label": ("land", "water", "air")}
     assert (annotator.name, annotator.feature_name) == ("tiny-vit", "")
     assert annotator.confusion("label") is None
-
-
-def test_grey_images_are_annotated_too(classifier_dir, images):
-    seen = ClassifierAnnotator(classifier_dir).predict([images[0].convert("L")])
-    assert seen.probabilities["label"].shape == (1, 3)
-
-
-def test_no_image_gives_empty_annotations(classifier_dir):
-    assert ClassifierAnnotator(classifier_dir).predict([]).probabilities["label"].shape == (0, 3)
+    assert annotator.predict([]).probabilities["label"].shape == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -88,33 +64,21 @@ def test_models_that_choose_no_class_are_refused(tmp_path, id2label, settings, m
         ClassifierAnnotator(save_classifier(tmp_path, id2label, **settings))
 
 
-def test_a_head_is_never_drawn_at_random(tmp_path):
-    Dinov2Model(
-        Dinov2Config(mlp_ratio=2, **{k: v for k, v in TOWER.items() if k != "intermediate_size"})
-    ).save_pretrained(tmp_path)
+def test_a_model_without_a_head_or_an_image_processor_is_refused(classifier_dir, tmp_path):
+    config = {name: value for name, value in TOWER.items() if name != "intermediate_size"}
+    Dinov2Model(Dinov2Config(mlp_ratio=2, **config)).save_pretrained(tmp_path / "headless")
     with pytest.raises(ModelError, match="found none of classifier"):
-        ClassifierAnnotator(tmp_path)
-
-
-def test_a_model_without_image_processor_is_refused(classifier_dir, tmp_path):
-    ViTForImageClassification.from_pretrained(classifier_dir).save_pretrained(tmp_path)
+        ClassifierAnnotator(tmp_path / "headless")
+    ViTForImageClassification.from_pretrained(classifier_dir).save_pretrained(tmp_path / "blind")
     with pytest.raises(ModelError, match="an image processor"):
-        ClassifierAnnotator(tmp_path)
+        ClassifierAnnotator(tmp_path / "blind")
 
 
-def test_each_kind_of_annotator_is_told_by_its_files(classifier_dir):
-    assert isinstance(load_annotator(str(BIRDS_ANNOTATOR)), ConvAnnotator)
-    assert isinstance(load_annotator("labels", attribute="gender"), GivenLabels)
-    classifier = load_annotator(str(classifier_dir), attribute="background")
-    assert isinstance(classifier, ClassifierAnnotator)
+def test_it_is_loaded_with_the_first_of_several_attributes_and_without_classes(classifier_dir):
+    classifier = load_annotator(str(classifier_dir), attribute=["background", "age"])
     assert classifier.attributes == {"background": ("land", "water", "air")}
-
-
-def test_of_several_attributes_a_classifier_has_the_first_and_labels_have_all(classifier_dir):
-    assert list(load_annotator(str(classifier_dir), attribute=["background", "age"]).attributes) == ["background"]
-    labels = load_annotator("labels", attribute=["background", "age"])
-    labels.discover([{"background": "land", "age": "1"}, {"background": "water", "age": "2"}])
-    assert list(labels.attributes) == ["background", "age"]
+    with pytest.raises(ConfigError, match="Expected no classes"):
+        load_annotator(str(classifier_dir), classes={"background": {"land": "a", "water": "b"}})
 
 
 def test_a_measurement_of_a_classifier_that_was_replaced_is_refused(tmp_path):
@@ -126,46 +90,3 @@ def test_a_measurement_of_a_classifier_that_was_replaced_is_refused(tmp_path):
     save_classifier(tmp_path / "vit", initializer_range=0.5)
     with pytest.raises(ModelError, match="found one of other weights"):
         load_annotator(str(tmp_path / "measured"))
-
-
-def test_labels_need_an_attribute():
-    with pytest.raises(ConfigError, match="Expected an attribute beside 'labels'"):
-        load_annotator("labels")
-
-
-@pytest.mark.parametrize("spec", ["labels", str(BIRDS_ANNOTATOR)])
-def test_classes_beside_an_annotator_that_has_its_own_are_refused(spec):
-    with pytest.raises(ConfigError, match="Expected no classes"):
-        load_annotator(spec, attribute="background", classes={"background": {"land": "a", "water": "b"}})
-
-
-def test_a_classifier_refuses_classes(classifier_dir):
-    with pytest.raises(ConfigError, match="Expected no classes"):
-        load_annotator(str(classifier_dir), classes={"background": {"land": "a", "water": "b"}})
-
-
-def test_what_is_no_annotator_is_refused(tmp_path):
-    CLIPTextModel(clip_config(make_tokenizer())).save_pretrained(tmp_path / "text")
-    UNet2DModel(sample_size=8, block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
-                up_block_types=("UpBlock2D",) * 2).save_pretrained(tmp_path / "unet")  # fmt: skip
-    (tmp_path / "list").mkdir()
-    (tmp_path / "list/config.json").write_text("[1]")
-    for name, found in (("text", "CLIPTextModel"), ("unet", "UNet2DModel"), ("list", "something else")):
-        with pytest.raises(ModelError, match=found):
-            load_annotator(str(tmp_path / name))
-
-
-@pytest.mark.parametrize("spec", ["absent/model", "no/such/place", "./absent"])
-def test_an_absent_annotator_is_refused(spec):
-    with pytest.raises(ModelError, match="found none"):
-        load_annotator(spec)
-
-
-@pytest.mark.parametrize(
-    "recipe",
-    [{}, [1], *({"annotator": spec, "attribute": "a", "classes": None} for spec in (1, "labels"))],
-)
-def test_a_damaged_measurement_is_refused(tmp_path, recipe):
-    (tmp_path / "annotator.json").write_text(json.dumps(recipe))
-    with pytest.raises(ModelError, match="Expected a"):
-        load_annotator(str(tmp_path))

@@ -1,28 +1,32 @@
 """The command line, in process, on tiny models: the whole way, errors, and that each flag has its effect."""
 
+import dataclasses
 import importlib
 import json
+import re
 import shlex
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import CAPTIONS, made_up_measures, make_guidance_module, make_tiny_pipeline, write_tiny_folder
-from invdiff import cli, config
+from invdiff import cli
 from invdiff.auditing.edits import Edits, apply
 from invdiff.auditing.result import Audit
-from invdiff.cli.adapter import field_docs
+from invdiff.cli.adapter import command, field_docs
 from invdiff.cli.arguments import environments_from, labelled_folders, lines_in
 from invdiff.cli.print import finish, say
-from invdiff.config import AuditConfig, EvaluateConfig, GenerateConfig
+from invdiff.config import AuditConfig, DemoConfig, EvaluateConfig, FinetuneConfig, GenerateConfig, TrainConfig
 from invdiff.errors import ConfigError, DataError
+from invdiff.evaluation.annotators.conv import ConvAnnotator
 from invdiff.evaluation.results import Results
-from invdiff.options import option_name
+from invdiff.options import command_options, settings_of
 from tiny import make_tiny
 
 COMMANDS = (
@@ -200,47 +204,59 @@ def test_example_commands_can_be_parsed(monkeypatch):
     # An example that names an option the command does not have would stop with exit code 2.
     called = []
     monkeypatch.setattr("typer.core.TyperCommand.invoke", lambda self, ctx: called.append(self.name))
-    for command in COMMANDS:
-        shown = " ".join(succeed(*command.split(), "--help").split())
-        assert run(*shlex.split(shown.rpartition("Example: invdiff ")[2])).exit_code == 0, command
-    assert called == [command.split()[-1] if command != "annotator" else "train" for command in COMMANDS]
+    for name in COMMANDS:
+        shown = " ".join(succeed(*name.split(), "--help").split())
+        assert run(*shlex.split(shown.rpartition("Example: invdiff ")[2])).exit_code == 0, name
+    assert called == [name.split()[-1] if name != "annotator" else "train" for name in COMMANDS]
 
 
-def test_version_is_printed():
+def test_version_is_printed_and_no_arguments_print_help():
     assert succeed("--version").startswith("invdiff 0.")
-
-
-def test_no_arguments_print_help():
     assert "audit" in run().output
 
 
-def test_help_shows_a_setting_s_docstring_and_default():
-    text = " ".join(succeed("generate", "--help").replace("│", " ").split())
-    assert "Strength of classifier-free guidance" in text
-    assert "[default: 3]" in text
+SETTINGS = {
+    "audit": AuditConfig(
+        num_groups=2, min_share=0.1, contrast_log_snr=(-5.0, 2.5), other_captions=("a dog, wet", "--cat"),
+        words_model="clip", words=("sea", "two words"),
+    ),
+    "demo": DemoConfig(severity=1, guidance_scales=(0.0, 1.5), seed=-3),
+    "evaluate": EvaluateConfig(
+        subject_attribute="pet", subject_of={"a=b": "dog", "my cat": "cat"}, target={"a=b": 0.25, "c": 0.75},
+        min_confidence=0.7, baseline="base", features=("inception", "x"), lpips=True, num_resamples=20,
+    ),
+    "finetune": FinetuneConfig(learning_rate=1e-5, fresh_denoiser=True, mixed_precision="no"),
+    "generate": GenerateConfig(num_inference_steps=3, scale=0.1 + 0.2),
+    "train": TrainConfig(mode="invariant", penalty=0, width=16),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in vars(config) if name.endswith("Config") and name != "Config"])
-def test_every_setting_has_a_docstring(name):
-    kind = getattr(config, name)
-    assert set(field_docs(kind)) == set(kind().to_dict())
-
-
-@pytest.mark.parametrize(
-    ("command", "kind"),
-    [
-        ("audit", AuditConfig),
-        ("demo", config.DemoConfig),
-        ("evaluate", EvaluateConfig),
-        ("finetune", config.FinetuneConfig),
-        ("generate", GenerateConfig),
-        ("train", config.TrainConfig),
-    ],
-)
-def test_every_setting_is_an_option_of_its_command_whole_at_80_columns(command, kind, monkeypatch):
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_is_an_option_with_its_docstring_and_default_whole_at_80_columns(name, monkeypatch):
+    kind = type(SETTINGS[name])
+    assert list(field_docs(kind)) == list(settings_of(kind))
     monkeypatch.setenv("COLUMNS", "80")
-    shown = succeed(command, "--help")
-    assert [name for name in vars(kind()) if f"│ {option_name(kind, name)} " not in shown.replace("│   ", "│")] == []
+    shown = succeed(name, "--help")
+    text = " ".join(shown.replace("│", " ").split())
+    for setting in settings_of(kind).values():
+        assert re.search(rf"│ +{setting.flag} ", shown), setting.flag
+        assert field_docs(kind)[setting.name] in text
+    assert f"[default: {kind.seed}]" in text
+
+
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
+def test_settings_written_as_options_are_read_as_they_were(config, tmp_path):
+    read, app = [], typer.Typer()
+
+    @command(app, "probe")
+    def probe(*, settings: type(config)):
+        read.append(settings)
+
+    options = command_options(type(config), vars(config))
+    CliRunner().invoke(app, options, catch_exceptions=False)
+    file = yaml_file(tmp_path / "c.yaml", config.to_dict())
+    CliRunner().invoke(app, ["--config", str(file), "--seed", "9"], catch_exceptions=False)
+    assert read == [config, dataclasses.replace(config, seed=9)]
 
 
 def test_generate_passes_module_mix_and_settings_on(tiny_pipe_dir, tmp_path, recorded):
@@ -261,36 +277,33 @@ def test_generate_passes_module_mix_and_settings_on(tiny_pipe_dir, tmp_path, rec
     assert not call.progress
 
 
-def test_data_options_reach_the_loader_and_the_next_command(tiny_folder, tmp_path, recorded):
-    recorded("invdiff.training.finetune", "finetune")
-    out = succeed(
-        "finetune", tiny_folder, "--output", tmp_path / "m", "--caption-column", "background", "--limit", 5, "-q"
-    )
-    images = recorded.calls["finetune"].arguments[0]
-    assert images.captions == ["land", "water", "land", "water", "land"]
-    assert next_command(out)[-4:] == ["--caption-column", "background", "--limit", "5"]
-
-
 def test_the_type_of_weights_reaches_the_model_and_the_next_command(
     tiny_pipe_dir, tiny_folder, tmp_path, recorded, monkeypatch
 ):
     found = SimpleNamespace(biased=True, save=lambda folder: None, put_aside=lambda folder: None)
     recorded("invdiff.auditing.run", "audit", found)
-    recorded("invdiff.report.audit_pictures", "save_audit_pictures")
+    recorded("invdiff.report.grids", "save_audit_pictures")
     monkeypatch.setattr(cli.commands, "print_audit", lambda found: None)
     shown = succeed("audit", tiny_pipe_dir, tiny_folder, "--output", tmp_path / "a", "--dtype", "bf16", "-q")
     assert recorded.calls["audit"].arguments[0].unet.dtype == torch.bfloat16
     assert next_command(shown)[-2:] == ["--dtype", "bf16"]
 
 
-def test_finetune_takes_a_base(tiny_folder, tmp_path, recorded):
+def test_finetune_passes_its_arguments_on_and_the_data_s_to_the_next_command(tiny_folder, tmp_path, recorded):
     recorded("invdiff.training.finetune", "finetune")
-    succeed("finetune", tiny_folder, "--output", tmp_path / "m", "--base", "org/model", "--learning-rate", 1e-4, "-q")
+    words = ("finetune", tiny_folder, "--output", tmp_path / "m", "--base", "org/model", "--learning-rate", 1e-4)
+    loud = run(*words)
+    assert loud.stderr == "opening images\n"
     call = recorded.calls["finetune"]
-    assert (call.base, call.architecture, call.config.learning_rate) == ("org/model", None, 1e-4)
-    assert not call.config.fresh_denoiser
-    succeed("finetune", tiny_folder, "--output", tmp_path / "m", "--base", "org/model", "--fresh-denoiser", "-q")
-    assert recorded.calls["finetune"].config.fresh_denoiser
+    assert (call.base, call.architecture, call.progress) == ("org/model", None, True)
+    assert call.config == FinetuneConfig(learning_rate=1e-4)
+
+    quiet = run(*words, "--caption-column", "background", "--limit", 5, "--quiet")
+    assert quiet.stderr == ""
+    call = recorded.calls["finetune"]
+    assert call.arguments[0].captions == ["land", "water", "land", "water", "land"]
+    assert not call.progress
+    assert next_command(quiet.stdout)[-4:] == ["--caption-column", "background", "--limit", "5"]
 
 
 def test_people_s_changes_are_told_by_audit_and_train(tiny_pipe_dir, tiny_folder, tmp_path, cache, recorded):
@@ -357,17 +370,9 @@ def test_errors_name_what_is_wrong(tiny_pipe_dir, tiny_folder, tmp_path):
     assert "model_index.json" in fail("audit", tiny_folder, tiny_folder, *to)
     assert "audit.json" in fail("train", tiny_pipe_dir, tiny_folder, tmp_path, *to)
     assert "at least one prompt" in fail("generate", tiny_pipe_dir, *to)
-    assert "manifest.jsonl" in fail_evaluate(tmp_path)
-
-
-def fail_evaluate(tmp_path):
-    from invdiff.evaluation.annotators.conv import ConvAnnotator
-
+    judge = ("--annotator", tmp_path / "annotator", "--attribute", "background")
     ConvAnnotator(attributes={"background": ("land", "water")}).save_pretrained(tmp_path / "annotator")
-    return fail(
-        "evaluate", tmp_path, "--annotator", tmp_path / "annotator", "--attribute", "background",
-        "--output", tmp_path / "r.json", "-q",
-    )  # fmt: skip
+    assert "manifest.jsonl" in fail("evaluate", tmp_path, *judge, *to)
 
 
 def test_settings_that_cannot_be_used(tiny_pipe_dir, tiny_folder, tmp_path):
@@ -413,32 +418,17 @@ def test_debug_shows_the_traceback(tmp_path):
         run(*words, env={"INVDIFF_DEBUG": "1"})
 
 
-def test_other_errors_keep_their_traceback(tiny_folder, tmp_path, monkeypatch):
+def test_other_errors_keep_their_traceback_and_stopping_says_how_to_go_on(tiny_folder, tmp_path, monkeypatch):
     def broken(*arguments, **keywords):
-        raise ZeroDivisionError
+        raise errors.pop()
 
+    errors = [ZeroDivisionError, KeyboardInterrupt]
     monkeypatch.setattr("invdiff.training.finetune.finetune", broken)
-    with pytest.raises(ZeroDivisionError):
-        run("finetune", tiny_folder, "--output", tmp_path, "-q")
-
-
-def test_stopping_says_how_to_go_on(tiny_folder, tmp_path, monkeypatch):
-    def stopped(*arguments, **keywords):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("invdiff.training.finetune.finetune", stopped)
     result = run("finetune", tiny_folder, "--output", tmp_path, "-q")
     assert result.exit_code == 130
     assert result.stderr == "stopped; run the same command again to go on\n"
-
-
-def test_progress_goes_to_standard_error_and_quiet_hides_it(tiny_folder, tmp_path, recorded):
-    recorded("invdiff.training.finetune", "finetune")
-    loud = run("finetune", tiny_folder, "--output", tmp_path)
-    assert loud.stderr == "opening images\n"
-    assert recorded.calls["finetune"].progress
-    assert run("finetune", tiny_folder, "--output", tmp_path, "-q").stderr == ""
-    assert not recorded.calls["finetune"].progress
+    with pytest.raises(ZeroDivisionError):
+        run("finetune", tiny_folder, "--output", tmp_path, "-q")
 
 
 def test_folders_are_named_after_themselves_or_by_the_user(tmp_path):
@@ -453,16 +443,14 @@ def test_folders_are_named_after_themselves_or_by_the_user(tmp_path):
         labelled_folders(["runs/1/base", "runs/2/base"])
 
 
-def test_mixes_are_read_as_proportions():
+def test_what_is_read_from_text_must_be_readable(tmp_path):
     assert environments_from("uniform") == "uniform"
-    assert all(isinstance(share, float) for share in environments_from("1,0"))
-
-
-def test_prompts_file_must_be_text(tmp_path):
+    assert environments_from("1,0") == [1.0, 0.0]
     (tmp_path / "p").write_bytes(b"\xff\xfe\x00")
     for file in (tmp_path / "p", tmp_path / "absent"):
         with pytest.raises(ConfigError, match="one prompt per line"):
             lines_in(file)
+    assert "NUMBER,..." in fail("demo", "--guidance-scales", "1,x")
 
 
 def test_main_sets_the_environment_before_anything_is_imported(monkeypatch):
@@ -509,26 +497,18 @@ def test_images_of_other_tools_are_evaluated_by_their_labels(tmp_path):
 def test_evaluate_passes_its_settings_on(tmp_path, recorded):
     written(tmp_path / "base", DOCTORS)
     recorded("invdiff.evaluation.evaluate", "evaluate", Results({"base": {"1.0": made_up_measures(0.5, **FIGURES)}}))
-    succeed(
-        "evaluate", tmp_path / "base", "--annotator", "labels", "--attribute", "gender", "--subject-attribute", "age",
-        "--min-confidence", 0.7, "--baseline", "base", "--confidence", 0.9, "--lpips", "--output", tmp_path / "r.json",
-    )  # fmt: skip
+    judge = ("--annotator", "labels", "--attribute", "gender", "--subject-attribute", "age", "--features", "x")
+    succeed("evaluate", f"a={tmp_path / 'base'}", *judge, "--output", tmp_path / "r.json")
     call = recorded.calls["evaluate"]
-    expected = EvaluateConfig(subject_attribute="age", min_confidence=0.7, baseline="base", confidence=0.9, lpips=True)
-    assert call.config == expected
+    assert (call.arguments[0], call.arguments[2], call.reference) == ({"a": [tmp_path / "base"]}, ["gender"], None)
+    assert call.config == EvaluateConfig(subject_attribute="age", features=("x",))
 
 
 @pytest.mark.parametrize(
     ("option", "texts"),
     [
-        ("--target", ["land"]),
-        ("--target", ["land=a"]),
-        ("--target", ["land=0.5,land=0.5"]),
-        ("--target", ["=1"]),
-        ("--target", ["land=0.5,,water=0.5"]),
-        ("--subject-of", ["dog"]),
-        ("--subject-of", ["dog="]),
-        ("--subject-of", ["my cat=cat", "my cat=dog"]),
+        *(("--target", [text]) for text in ("land", "land=a", "land=0.5,land=0.5", "=1", "land=0.5,,water=0.5")),
+        *(("--subject-of", texts) for texts in (["dog"], ["dog="], ["my cat=cat", "my cat=dog"])),
     ],
 )
 def test_a_mapping_that_cannot_be_read_is_refused_with_its_shape(tmp_path, option, texts):
@@ -536,24 +516,6 @@ def test_a_mapping_that_cannot_be_read_is_refused_with_its_shape(tmp_path, optio
     message = fail("evaluate", tmp_path, "--annotator", "labels", "--attribute", "b", *words)
     assert f"for {option}" in message
     assert "each once" in message
-
-
-def test_lists_and_mappings_are_read_as_their_settings(tmp_path, recorded):
-    few = made_up_measures(0.5, **FIGURES)
-    recorded("invdiff.demo", "run_demo", Results({"base": {"1.0": few}}))
-    succeed("demo", "--output", tmp_path, "--guidance-scales", "1,7.5", "-q")
-    assert recorded.calls["run_demo"].config == config.DemoConfig(guidance_scales=(1.0, 7.5))
-    assert "NUMBER,..." in fail("demo", "--guidance-scales", "1,x")
-    written(tmp_path / "base", DOCTORS)
-    recorded("invdiff.evaluation.evaluate", "evaluate", Results({"base": {"1.0": few}}))
-    succeed(
-        "evaluate", tmp_path / "base", "--annotator", "labels", "--attribute", "gender", "--subject-attribute", "age",
-        "--target", "a=b=0.25, c =0.75", "--subject-of", "a=b=dog", "--subject-of", "my cat=cat",
-        "--output", tmp_path / "r.json",
-    )  # fmt: skip
-    call = recorded.calls["evaluate"]
-    assert call.config.target == {"a=b": 0.25, "c": 0.75}
-    assert call.config.subject_of == {"a=b": "dog", "my cat": "cat"}
 
 
 def test_prompts_may_be_given_their_class(tmp_path):

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from invdiff import cli
 from invdiff.app.serve import own_files
 from invdiff.cli.print import INTERRUPTED
-from test_pictures import make_audit
+from runs import make_audit
 from test_serve import status
 
 with own_files():

@@ -22,17 +22,11 @@ def unet_output(pipe):
     return pipe.unet(latents, timesteps, condition["prompt_embeds"]).sample
 
 
-@torch.no_grad()
-def test_it_predicts_what_the_unet_predicts(tiny_pipe):
+def test_it_predicts_what_the_unet_predicts_and_leaves_no_graph(tiny_pipe):
     with FrozenDenoiser(tiny_pipe) as frozen:
         prediction, features = frozen(*inputs())
     assert torch.equal(prediction, unet_output(tiny_pipe))
     assert features.shape == (3, 32, 4, 4)
-
-
-def test_it_leaves_no_graph(tiny_pipe):
-    with FrozenDenoiser(tiny_pipe) as frozen:
-        prediction, features = frozen(*inputs())
     assert not prediction.requires_grad
     assert not features.requires_grad
 
@@ -53,14 +47,6 @@ def test_inputs_take_the_type_of_the_weights(tiny_pipe):
         assert frozen(*inputs())[0].dtype == torch.bfloat16
 
 
-def test_a_fingerprint_changes_with_one_weight():
-    pipe, other = make_tiny_pipeline(), make_tiny_pipeline()
-    assert denoiser_fingerprint(pipe) == denoiser_fingerprint(other)
-    with torch.no_grad():
-        other.unet.conv_in.bias[0] += 1e-3
-    assert denoiser_fingerprint(pipe) != denoiser_fingerprint(other)
-
-
 def test_a_guided_denoiser_with_an_untrained_module_is_the_frozen_one(tiny_pipe):
     with FrozenDenoiser(tiny_pipe) as frozen:
         guided = GuidedDenoiser(frozen, GuidanceModule.for_pipeline(tiny_pipe))
@@ -76,11 +62,15 @@ def test_a_guided_denoiser_predicts_what_the_attached_pipeline_predicts(tiny_pip
     assert torch.allclose(guided, attached, atol=1e-6)
 
 
-def test_a_guided_denoiser_has_a_fingerprint_of_its_own(tiny_pipe):
+def test_fingerprints_name_weights_and_modules(tiny_pipe):
     with FrozenDenoiser(tiny_pipe) as frozen:
         one = GuidedDenoiser(frozen, make_guidance_module(tiny_pipe))
         other = GuidedDenoiser(frozen, make_guidance_module(tiny_pipe, mode="invariant"))
         assert len({frozen.fingerprint, one.fingerprint, other.fingerprint}) == 3
+        assert frozen.fingerprint == denoiser_fingerprint(make_tiny_pipeline())
+    with torch.no_grad():
+        tiny_pipe.unet.conv_in.bias[0] += 1e-3
+    assert denoiser_fingerprint(tiny_pipe) != frozen.fingerprint
 
 
 def test_adapters_count_with_their_strength_and_whether_they_are_on(tiny_pipe):

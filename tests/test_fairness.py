@@ -1,4 +1,6 @@
+import re
 from itertools import combinations, product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,6 +42,13 @@ def test_metrics_are_at_their_fair_value_for_even_shares_only_and_within_their_l
     values = per_prompt(name, np.random.default_rng(3).dirichlet(np.full(3, 0.3), size=5000))
     low, high = METRICS[name].limits(EVEN)
     assert low <= values.min() <= values.max() <= high
+
+
+def test_the_documented_table_of_metrics_is_the_table_of_metrics():
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\| `(\w+)` \|.*\| ([01]) \|$", page, flags=re.MULTILINE)
+    assert documented == [(name, str(metric.fair_value)) for name, metric in METRICS.items()]
+    assert all(metric.label and metric.formula.__doc__ for metric in METRICS.values())
 
 
 @pytest.mark.parametrize(

@@ -1,65 +1,46 @@
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from torch import nn
 
 from invdiff.errors import ModelError
 from invdiff.models.features import FeatureCapture, feature_block
 
 
-def run(unet: nn.Module) -> None:
+def run(unet):
     numbers = torch.Generator().manual_seed(0)
     latents, embeds = torch.randn(2, 4, 8, 8, generator=numbers), torch.randn(2, 16, 16, generator=numbers)
     with torch.no_grad():
         unet(latents, 500, embeds)
 
 
-def test_the_middle_block_is_read(tiny_pipe: StableDiffusionPipeline) -> None:
-    capture = FeatureCapture(tiny_pipe.unet, "mid_block")
+@pytest.mark.parametrize(
+    ("path", "read", "shape"),
+    [
+        ("mid_block", torch.clone, (2, 32, 4, 4)),
+        ("mid_block", lambda hidden: hidden.mean((2, 3)), (2, 32)),
+        ("down_blocks.0", lambda outputs: outputs[0].clone(), (2, 16, 4, 4)),
+    ],
+)
+def test_a_blocks_output_is_read_once_until_it_is_closed(tiny_pipe, path, read, shape):
+    capture = FeatureCapture(tiny_pipe.unet, path, read)
     run(tiny_pipe.unet)
-    assert capture.take().shape == (2, 32, 4, 4)
-
-
-def test_of_a_block_with_several_outputs_one_is_chosen(tiny_pipe: StableDiffusionPipeline) -> None:
-    capture = FeatureCapture(tiny_pipe.unet, "down_blocks.0", read=lambda output: output[0].clone())
-    run(tiny_pipe.unet)
-    assert capture.take().shape == (2, 16, 4, 4)
-
-
-def test_what_later_blocks_overwrite_is_kept_as_it_was(tiny_pipe: StableDiffusionPipeline) -> None:
-    def overwrite(block: nn.Module, inputs: object, output: torch.Tensor) -> None:
-        output.zero_()
-
-    capture = FeatureCapture(tiny_pipe.unet, "mid_block")
-    run(tiny_pipe.unet)
-    expected = capture.take()
-    tiny_pipe.unet.mid_block.register_forward_hook(overwrite)
-    run(tiny_pipe.unet)
-    assert torch.equal(capture.take(), expected)
-
-
-def test_what_is_kept_can_be_smaller_than_the_output(tiny_pipe: StableDiffusionPipeline) -> None:
-    capture = FeatureCapture(tiny_pipe.unet, "mid_block", read=lambda hidden: hidden.mean((2, 3)))
-    run(tiny_pipe.unet)
-    assert capture.take().shape == (2, 32)
-
-
-def test_features_are_taken_once(tiny_pipe: StableDiffusionPipeline) -> None:
-    capture = FeatureCapture(tiny_pipe.unet, "mid_block")
-    run(tiny_pipe.unet)
-    capture.take()
-    with pytest.raises(ModelError, match="ran without its block 'mid_block'"):
+    assert capture.take().shape == shape
+    with pytest.raises(ModelError, match=f"ran without its block '{path}'"):
         capture.take()
-
-
-def test_a_closed_capture_records_nothing(tiny_pipe: StableDiffusionPipeline) -> None:
-    capture = FeatureCapture(tiny_pipe.unet, "mid_block")
     capture.close()
     run(tiny_pipe.unet)
     with pytest.raises(ModelError, match="ran without"):
         capture.take()
 
 
-def test_an_unknown_block_is_refused_with_those_there_are(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_what_later_blocks_overwrite_is_kept_as_it_was(tiny_pipe):
+    capture = FeatureCapture(tiny_pipe.unet, "mid_block")
+    run(tiny_pipe.unet)
+    expected = capture.take()
+    tiny_pipe.unet.mid_block.register_forward_hook(lambda block, inputs, output: [output.zero_(), None][1])
+    run(tiny_pipe.unet)
+    assert torch.equal(capture.take(), expected)
+
+
+def test_an_unknown_block_is_refused_with_those_there_are(tiny_pipe):
     with pytest.raises(ModelError, match=r"named 'middle'.*mid_block"):
         feature_block(tiny_pipe.unet, "middle")

@@ -68,23 +68,20 @@ def test_float32_features_are_computed_in_float64():
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        (np.array([[0.0, np.nan], [1.0, 2.0], [1.0, 1.0]]), "1 of 3 rows, first in row 0"),
-        (np.array([[0.0, 1.0], [np.inf, 2.0], [1.0, 1.0]]), "first in row 1"),
+        (np.array([[0.0, np.nan], [1.0, 2.0], [1.0, 1.0]]), "finite features .*NaN"),
+        (np.array([[0.0, 1.0], [np.inf, 2.0], [1.0, 1.0]]), "finite features .*infinity"),
         (np.ones((4, 3)), "one width, got 3 and 2"),
-        (np.ones((1, 2)), r"N at least [23], got \(1, 2\)"),
-        (np.ones(5), r"got \(5,\)"),
-        ([["a", "b"], ["c", "d"]], "array of numbers"),
+        (np.ones((1, 2)), r"N at least [23], got .*\(1, 2\)"),
+        (np.ones(5), "got 1D array"),
+        ([["a", "b"], ["c", "d"]], "could not convert string"),
     ],
 )
 def test_unusable_features_are_refused(compare, features, message):
     with pytest.raises(EvaluationError, match=message):
         compare(features, normal(0, (4, 2)))
-
-
-@compared
-def test_an_unusable_reference_is_named_as_such(compare):
-    with pytest.raises(EvaluationError, match="finite reference features"):
-        compare(normal(0, (4, 2)), np.full((4, 2), np.nan))
+    if "finite" in message:
+        with pytest.raises(EvaluationError, match=message.replace("features", "reference features")):
+            compare(normal(0, (4, 2)), features)
 
 
 def kid_by_pairs(x, y, degree=3):
@@ -219,7 +216,7 @@ def test_images_of_one_mode_keep_precision_and_lose_recall():
 
 
 def test_neighbourhoods_need_more_images_than_neighbours():
-    with pytest.raises(EvaluationError, match=r"reference features of shape \(N, D\) with N at least 6, got \(5, 2\)"):
+    with pytest.raises(EvaluationError, match=r"reference features of .* N at least 6, got .*\(5, 2\)"):
         precision_recall_density_coverage(normal(0, (9, 2)), normal(1, (5, 2)))
 
 

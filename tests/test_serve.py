@@ -19,7 +19,7 @@ import pytest
 
 from browser import needs_browser, open_browser
 from invdiff.errors import ConfigError
-from test_pictures import make_audit
+from runs import make_audit
 
 pytest.importorskip("starlette", reason="needs the ui extra: pip install 'invdiff[ui]'")
 from invdiff.app.serve import check_address, free_port, is_loopback, own_files

@@ -1,22 +1,23 @@
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from invdiff.data.captioned import CaptionedImages
-from invdiff.data.subsets import random_subset, with_severity
 from invdiff.errors import DataError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from subsets import random_subset, with_severity
 
 
 def labelled(table):
-    """Captions and classes from {caption: {class: images}}."""
-    captions, classes = [], []
-    for caption, counts in table.items():
-        for name, count in counts.items():
-            captions += [caption] * count
-            classes += [name] * count
-    order = np.random.default_rng(0).permutation(len(captions))
-    captions, classes = [captions[i] for i in order], [classes[i] for i in order]
-    names = [f"{i}.png" for i in range(len(captions))]
-    return CaptionedImages(captions, names, {"place": classes}, 0.0, [b""] * len(captions))
+    """Captions and classes, shuffled, from {caption: {class: images}}."""
+    pairs = [(caption, name) for caption, counts in table.items() for name in counts for _ in range(counts[name])]
+    order = np.random.default_rng(0).permutation(len(pairs))
+    captions, classes = ([pairs[i][side] for i in order] for side in (0, 1))
+    names = [f"{i}.png" for i in range(len(pairs))]
+    return CaptionedImages(captions, names, {"place": classes}, 0.0, [b""] * len(pairs))
 
 
 def shares(data, caption):
@@ -30,12 +31,9 @@ def test_a_smaller_subset_is_part_of_a_larger_one_in_the_same_order():
     assert set(small.names) < set(large.names)
     assert [data.names.index(name) for name in large.names] == sorted(data.names.index(name) for name in large.names)
     assert random_subset(data, 10, seed=4).names != small.names
-
-
-@pytest.mark.parametrize("number", [0, 51])
-def test_a_subset_is_no_larger_than_the_set(number):
-    with pytest.raises(DataError, match=f"1 to the 50 there are, got {number}"):
-        random_subset(labelled({"a": {"land": 50}}), number)
+    for number in (0, 51):
+        with pytest.raises(DataError, match=f"1 to the 50 there are, got {number}"):
+            random_subset(data, number)
 
 
 @pytest.mark.parametrize(
@@ -47,22 +45,14 @@ def test_a_subset_is_no_larger_than_the_set(number):
         (0.75, {"land": 90, "water": 30}),
     ],
 )
-def test_severity_is_the_share_of_the_usual_class_with_as_many_images_as_there_are(severity, expected):
-    data = with_severity(labelled({"a": {"land": 90, "water": 40}}), "place", severity)
-    assert shares(data, "a") == expected
-
-
-def test_each_caption_has_its_own_usual_class():
-    data = with_severity(labelled({"a": {"land": 90, "water": 40}, "b": {"land": 30, "water": 60}}), "place", 0.9)
-    assert shares(data, "a") == {"land": 90, "water": 10}
-    assert shares(data, "b") == {"land": 7, "water": 60}
-
-
-def test_what_is_left_out_depends_on_the_seed():
-    data = labelled({"a": {"land": 90, "water": 40}})
-    first, second = (with_severity(data, "place", 0.9, seed=seed).names for seed in (0, 1))
-    assert first != second
-    assert first == with_severity(data, "place", 0.9, seed=0).names
+def test_severity_is_the_share_of_each_captions_usual_class_with_as_many_images_as_there_are(severity, expected):
+    data = labelled({"a": {"land": 90, "water": 40}, "b": {"land": 30, "water": 60}})
+    kept = with_severity(data, "place", severity)
+    assert shares(kept, "a") == expected
+    assert shares(kept, "b")["water"] == min(60, round(30 * severity / (1 - severity)) if severity < 1 else 60)
+    assert kept.names == with_severity(data, "place", severity, seed=0).names
+    if severity == 0.9:
+        assert kept.names != with_severity(data, "place", severity, seed=1).names
 
 
 def test_settings_that_cannot_be_met_are_refused():

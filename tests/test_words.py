@@ -32,9 +32,8 @@ from invdiff.auditing.words import (
 from invdiff.config import AuditConfig
 from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.errors import AuditError, ConfigError, ModelError
-from invdiff.report.audit_pictures import save_audit_pictures
-from test_pictures import HOSTILE, LAND, make_audit
-from test_report import NASTY, Page
+from invdiff.report.grids import save_audit_pictures
+from runs import HOSTILE, LAND, NASTY, Page, make_audit
 from tiny import save_clip
 
 ON_LAND, ON_WATER = 0, 1
@@ -492,7 +491,7 @@ def test_a_report_shows_words_under_their_group_and_who_chose_them(tmp_path):
     assert "group 1: 10% (3% to 30%), words: water, boat" in twin
     for text in (page.words, twin):
         assert "the opinion of a CLIP model, “clip-tiny”, and no proof" in text
-        assert "Words that tell groups apart over all prompts" in text
+        assert "Words that separate groups over all prompts" in text
         assert "people's changes" not in text
 
 
@@ -532,7 +531,7 @@ def test_pictures_show_as_many_words_as_there_is_room_for(tmp_path, written):
     save_audit_pictures(tmp_path, with_words(tmp_path, told=told))
     lines = [line for line in written if line.startswith("water, boat")]
     assert len(lines) == 2  # in the overview and on the prompt's own sheet
-    assert all(line.split(", ") == told[: line.count(", ") + 1] for line in lines)  # no word is cut
+    assert all(", ".join(told).startswith(line.removesuffix("…")) for line in lines)
     assert all(2 < line.count(", ") + 1 < len(told) for line in lines)
     assert any("words that “clip-tiny” chose" in line for line in written)
     assert not any("no word tells" in line for line in written)

@@ -89,15 +89,11 @@ def clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     )
 
 
-TOWER = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+TOWER = SMALL | {"intermediate_size": 32}
 """Of a vision transformer."""
+TRANSFORMER = {"sample_size": 8, "patch_size": 2, "num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 4}
+"""Of a denoiser."""
 
 
 def save_clip(folder: Path) -> Path:
@@ -131,18 +127,19 @@ def make_vae(latent_channels: int = 4, **options: Any) -> AutoencoderKL:
     ).eval()
 
 
+UNET: dict[str, Any] = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
+"""Of both kinds of UNet."""
+
+
 def make_unet(**options: Any) -> UNet2DConditionModel:
     settings: dict[str, Any] = {
         "sample_size": 8,
-        "block_out_channels": (16, 32),
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
         "attention_head_dim": 8,
         "cross_attention_dim": WIDTH,
     }
-    return UNet2DConditionModel(**(settings | options)).eval()
+    return UNet2DConditionModel(**(UNET | settings | options)).eval()
 
 
 def make_stable_diffusion(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
@@ -160,10 +157,6 @@ def make_stable_diffusion(prediction_type: str = "epsilon") -> StableDiffusionPi
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-def make_stable_diffusion_2() -> StableDiffusionPipeline:
-    return make_stable_diffusion("v_prediction")
 
 
 def make_stable_diffusion_xl() -> StableDiffusionXLPipeline:
@@ -187,13 +180,9 @@ def make_stable_diffusion_xl() -> StableDiffusionXLPipeline:
 def make_stable_diffusion_3() -> StableDiffusion3Pipeline:
     tokenizer = make_tokenizer()
     transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
+        **TRANSFORMER,
         in_channels=4,
         out_channels=4,
-        num_layers=3,
-        attention_head_dim=8,
-        num_attention_heads=4,
         joint_attention_dim=32,
         caption_projection_dim=32,
         pooled_projection_dim=2 * WIDTH,
@@ -240,11 +229,7 @@ def make_flux() -> FluxPipeline:
 def make_pixart() -> PixArtSigmaPipeline:
     t5_tokenizer = make_t5_tokenizer()
     transformer = PixArtTransformer2DModel(
-        sample_size=8,
-        num_layers=3,
-        patch_size=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
+        **TRANSFORMER,
         caption_channels=32,
         in_channels=4,
         out_channels=8,
@@ -263,11 +248,7 @@ def make_pixart() -> PixArtSigmaPipeline:
 
 def make_dit() -> DiTPipeline:
     transformer = DiTTransformer2DModel(
-        sample_size=8,
-        num_layers=3,
-        patch_size=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
+        **TRANSFORMER,
         in_channels=4,
         out_channels=8,
         attention_bias=True,
@@ -287,21 +268,14 @@ def make_dit() -> DiTPipeline:
 
 
 def make_ddpm() -> DDPMPipeline:
-    unet = UNet2DModel(
-        sample_size=16,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        attention_head_dim=8,
-    )
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    unet = UNet2DModel(**UNET, **blocks, sample_size=16, attention_head_dim=8)
     return DDPMPipeline(unet=unet.eval(), scheduler=DDPMScheduler())
 
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "sd1": make_stable_diffusion,
-    "sd2-v": make_stable_diffusion_2,
+    "sd2-v": lambda: make_stable_diffusion("v_prediction"),
     "sdxl": make_stable_diffusion_xl,
     "sd3": make_stable_diffusion_3,
     "flux": make_flux,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .evaluation.results import Results
     from .guidance.attach import attach
     from .guidance.module import GuidanceModule
-    from .report.save import save_report
+    from .report.write import save_report
     from .sampling import generate
     from .training.finetune import finetune
     from .training.train import train
@@ -64,7 +64,7 @@ _HOME = {
     "finetune": "training.finetune",
     "generate": "sampling",
     "load_captioned_images": "data.captioned",
-    "save_report": "report.save",
+    "save_report": "report.write",
     "train": "training.train",
 }
 

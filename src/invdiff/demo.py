@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +21,9 @@ from .evaluation.annotators.conv import ConvAnnotator
 from .evaluation.evaluate import evaluate
 from .evaluation.recovery import Recovery, recovery
 from .evaluation.results import Results
-from .files import write_json
 from .models.load import denoiser_of, load_pipeline
-from .report.audit_pictures import save_audit_pictures
-from .report.save import save_report
+from .report.grids import save_audit_pictures
+from .report.write import save_report
 from .sampling import generate
 from .seeds import derived_seed
 from .training.train import train
@@ -80,21 +79,20 @@ def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progre
         parameters = module.num_parameters()
         share = parameters / sum(p.numel() for p in denoiser_of(pipe).parameters())
 
-    document = {
+    facts = {
         "audit": {
             **{name: value for name, value in asdict(truth).items() if name != "adjusted_rand"},
             "biased": found.biased,
             "forwards_per_image": found.forwards_per_image,
         },
-        **results.models_to_dict(),
-        "evaluation": {name: value for name, value in results.to_dict().items() if name != "models"},
         "module": {"parameters": parameters, "share_of_denoiser": share},
         "seconds": {name: round(value, 1) for name, value in seconds.items()}
         | {"total": round(sum(seconds.values()), 1)},
         "settings": config.to_dict(),
     }
     save_audit_pictures(output_dir / "audit", data)
-    write_json(output_dir / "results.json", document)
+    results = replace(results, run=facts)
+    results.save(output_dir / "results.json")
     save_report(
         output_dir,
         audit=output_dir / "audit",

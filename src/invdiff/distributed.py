@@ -19,18 +19,18 @@ from .errors import ConfigError
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=12)
-"""How long processes wait for each other: one may weigh the evidence of many images while the others wait."""
+"""The longest that processes wait for each other: one may weigh the evidence of many images meanwhile."""
 
 
 def state() -> PartialState:
-    """Return accelerate's view of the processes; the first call joins them."""
+    """The processes as accelerate sees them; the first call joins them."""
     if PartialState._shared_state:
         return PartialState()
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 def num_processes() -> int:
-    """Return how many processes work together."""
+    """How many processes work together."""
     return state().num_processes
 
 
@@ -40,7 +40,7 @@ def is_main() -> bool:
 
 
 def mine(items: Sequence[T]) -> Sequence[T]:
-    """Return this process's share: every n-th item."""
+    """This process's share of the items: every n-th."""
     return items[state().process_index :: num_processes()]
 
 
@@ -59,7 +59,7 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def gather(items: Iterable[T]) -> list[T]:
-    """Return the items of all processes, process by process."""
+    """The items of all processes, process by process."""
     return gather_object(list(items))
 
 

@@ -208,7 +208,7 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 
 def fingerprint(*parts: str | bytes) -> str:
-    """Return a 16-hex-digit digest of `parts`, sensitive to where one part ends and the next begins."""
+    """A 16-hex-digit digest of `parts`, sensitive to where one part ends and the next begins."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8") if isinstance(part, str) else part
@@ -218,7 +218,7 @@ def fingerprint(*parts: str | bytes) -> str:
 
 
 def weights_digest(module: torch.nn.Module) -> str:
-    """Return 16 hex digits that name all weights of a module, their names, types and shapes.
+    """16 hex digits that identify all weights of a module, their names, types and shapes.
 
     Adapters (LoRAs) count with their weights, their strengths and whether they are on, and so does FreeU. Weights that
     are offloaded to nowhere (sequential offload) count by name and shape only.
@@ -241,5 +241,5 @@ def weights_digest(module: torch.nn.Module) -> str:
 
 
 def default_cache_dir() -> Path:
-    """Return where latents and measurements are kept: `$INVDIFF_CACHE`, or `~/.cache/invdiff`."""
+    """The folder where latents and measurements are kept: `$INVDIFF_CACHE`, or `~/.cache/invdiff`."""
     return Path(os.environ.get("INVDIFF_CACHE") or Path.home() / ".cache" / "invdiff")

@@ -258,11 +258,6 @@ def command_options(kind: type, values: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def option_name(kind: type, name: str) -> str:
-    """The option of a command for one field, such as `--batch-size`."""
-    return settings_of(kind)[name].flag
-
-
 def as_text(value: Any) -> str:
     """A value as a command line takes it and its help shows it."""
     if isinstance(value, tuple):

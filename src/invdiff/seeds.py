@@ -8,12 +8,12 @@ from .files import fingerprint
 
 
 def derived_seed(*parts: int | str) -> int:
-    """Return a 63-bit seed determined by `parts`, for example `("train", seed, step)`."""
+    """A 63-bit seed determined by `parts`, for example `("train", seed, step)`."""
     return int(fingerprint(*(str(part) for part in parts)), 16) >> 1
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """Return a CPU generator seeded by `parts`.
+    """A CPU generator seeded by `parts`.
 
     Noise is drawn on the CPU and then moved, so that it is the same on every device.
     """

@@ -1,4 +1,4 @@
-"""Words of others, such as captions, class names and file names, made safe to show."""
+"""Text from outside, such as captions, class names and file names, made safe to show."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _JOINERS = "\u200c\u200d"  # formatting characters that some scripts are written
 
 
 def one_line(text: str, limit: int | None = None) -> str:
-    """Return text as one line without control, formatting and unpaired characters; what is too long is cut.
+    """Text as one line without control, formatting and unpaired characters, cut where it is too long.
 
     Formatting characters turn the direction of the text that follows, or hide in it.
     """
@@ -22,5 +22,5 @@ def one_line(text: str, limit: int | None = None) -> str:
 
 
 def escape(text: str, limit: int = 120) -> str:
-    """Return text that Markdown and HTML show as it is, in one line and in a table; what is too long is cut."""
+    """Text that Markdown and HTML show as it is, in one line and in a table, cut where it is too long."""
     return one_line(text, limit).translate(_SPECIAL)

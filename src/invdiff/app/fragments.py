@@ -13,7 +13,7 @@ from jinja2 import Template
 from PIL import Image
 
 from ..files import save_image
-from ..report.html import templates
+from ..report.write import html_templates
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """Options of every event: without gradio's own progress, and without a name to be called by."""
@@ -26,7 +26,7 @@ def fragment(name: str, *arguments: Any) -> str:
 
 @lru_cache(maxsize=1)
 def _fragments() -> Template:
-    return templates("invdiff.app").get_template("fragments.html.j2")
+    return html_templates("invdiff.app").get_template("fragments.html.j2")
 
 
 def notice(text: str) -> str:

@@ -125,7 +125,7 @@ def audit(
     silence_libraries()
     from ..auditing.edits import CURATION
     from ..auditing.run import audit as run_audit
-    from ..report.audit_pictures import save_audit_pictures
+    from ..report.grids import save_audit_pictures
 
     found = run_audit(weights.load(model), images, config=settings, cache_dir=weights.cache_dir, progress=not quiet)
     if not is_first_process():
@@ -334,8 +334,8 @@ def report(
 ) -> None:
     """Write what was found, changed and measured as one HTML file to read and forward, and as Markdown."""
     one_process("report")
-    from ..report.save import TITLE, write_report
-    from ..report.sources import Parts, find_parts
+    from ..report.read import Parts, find_parts
+    from ..report.write import TITLE, write_report
 
     if run is None and audit is None and results is None:
         raise ConfigError("Expected a RUN folder, --audit or --results to report on, got none.")

@@ -19,6 +19,7 @@ from ..errors import DataError, InvDiffError
 
 _CSV_CELL = re.compile(r'(?:"([^"]*(?:""[^"]*)*)"|([^",\r\n][^,\r\n]*)?)(,|\r\n?|\n|\Z)')
 """A quoted or a plain cell, then what ends it. Nothing of the kind starts where a quote is not closed."""
+_LINE_END = re.compile(r"\r\n?|\n")
 
 Required: TypeAlias = "Sequence[str | tuple[str, ...]]"
 NumberedRows: TypeAlias = "Iterator[tuple[int, dict[str, Any]]]"
@@ -42,11 +43,7 @@ class Table:
 
 
 def read_table(
-    path: Path,
-    *,
-    required: Required = (),
-    limit: int | None = None,
-    error: type[InvDiffError] = DataError,
+    path: Path, *, required: Required = (), limit: int | None = None, error: type[InvDiffError] = DataError
 ) -> Table:
     """Read a CSV file (its name ends in .csv, the first line names the columns) or a file of one JSON object a line.
 
@@ -106,10 +103,14 @@ def _csv_records(text: str, path: Path, error: type[InvDiffError]) -> Iterator[t
                 f'line {line} of {path}, found none. Close it, and write a quote inside the text twice: "a 5"" pipe".'
             )
         quoted, plain, end = cell.groups()
-        cells.append(quoted.replace('""', '"') if quoted is not None else plain or "")
         at = cell.end()
-        line += sum(cell[0].count(mark) for mark in "\r\n") - cell[0].count("\r\n")
+        if quoted is None:
+            cells.append(plain or "")
+        else:
+            cells.append(quoted.replace('""', '"'))
+            line += len(_LINE_END.findall(quoted))
         if end != ",":
+            line += 1
             if cells != [""] or quoted is not None:
                 yield first, cells
             cells, first = [], line

@@ -12,7 +12,7 @@ from ..errors import ModelError
 
 
 def feature_block(denoiser: nn.Module, path: str) -> nn.Module:
-    """Return the sub-module of `denoiser` at a dotted path such as `"mid_block"` or `"down_blocks.1"`.
+    """The sub-module of `denoiser` at a dotted path such as `"mid_block"` or `"down_blocks.1"`.
 
     Raises:
         ModelError: There is none.
@@ -28,7 +28,7 @@ def feature_block(denoiser: nn.Module, path: str) -> nn.Module:
 
 
 class Hook:
-    """A forward hook that copies and pickles of its module do without: what it belongs to stays with the original."""
+    """A forward hook that stays with the module it was registered on: copies and pickles of the module have none."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
@@ -45,19 +45,17 @@ class Hook:
 
 
 def do_nothing(*arguments: Any, **keywords: Any) -> None:
-    """Do nothing, where a copy does without its original's hook."""
+    """Stand in for a hook in copies of its module."""
 
 
 class FeatureCapture:
-    """Record the output of one block of a denoiser at each forward.
-
-    `read` makes of the block's output what is kept, inside the hook: what comes later in the forward pass (FreeU,
-    adapters) may overwrite the output in place.
+    """Record the output of one block of a denoiser at each forward pass.
 
     Args:
         denoiser: The network.
         path: Dotted path of the block.
-        read: From the block's output, a tensor or a tuple, to a tensor of its own.
+        read: From the block's output, a tensor or a tuple, to the tensor that is kept. It is called inside the hook,
+            and must copy: later parts of the forward pass (FreeU, adapters) may overwrite the output in place.
     """
 
     def __init__(self, denoiser: nn.Module, path: str, read: Callable[[Any], torch.Tensor] = torch.clone) -> None:
@@ -70,7 +68,7 @@ class FeatureCapture:
         self._value = self._read(output)
 
     def take(self) -> torch.Tensor:
-        """Return the activations of the last forward, once.
+        """The activations of the last forward pass, once.
 
         Raises:
             ModelError: The block did not run since the last call.

@@ -16,23 +16,23 @@ from .schedule import NoiseSchedule
 
 
 class Denoiser(Protocol):
-    """What predicts: the frozen model alone, or guided by a module."""
+    """The frozen model alone, or guided by a module."""
 
     schedule: NoiseSchedule
     device: torch.device
 
     @property
     def fingerprint(self) -> str:
-        """Return 16 hex digits that name it."""
+        """16 hex digits that name it."""
 
     def __call__(
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return prediction (B, C, H, W) and middle features (B, D, H', W')."""
+        """Prediction (B, C, H, W) and middle features (B, D, H', W') of noisy latents (B, C, H, W)."""
 
 
 def denoiser_fingerprint(pipe: Any) -> str:
-    """Return 16 hex digits that name a denoiser by all its weights and by the noise it was trained with."""
+    """16 hex digits that name a denoiser by all its weights and by the noise it was trained with."""
     return fingerprint(weights_digest(denoiser_of(pipe)), NoiseSchedule(pipe.scheduler).key)
 
 
@@ -64,7 +64,7 @@ class FrozenDenoiser:
     def __call__(
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return prediction (B, C, H, W) and middle features (B, D, H', W'), both detached."""
+        """Prediction (B, C, H, W) and middle features (B, D, H', W'), without gradient."""
         noisy_latents = noisy_latents.to(self.device, self.dtype)
         model_pred = self.family.predict(
             self.module, noisy_latents, timesteps.to(self.device), to(condition, self.device, self.dtype)

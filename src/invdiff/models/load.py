@@ -20,7 +20,7 @@ _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torc
 
 
 def default_device() -> torch.device:
-    """Return the best device of this machine: cuda, mps or cpu, in this order; each process has one of its own."""
+    """The best device of this machine: cuda, mps or cpu, in this order; each process has one of its own."""
     if num_processes() > 1:
         return state().device
     if torch.cuda.is_available():
@@ -31,10 +31,7 @@ def default_device() -> torch.device:
 
 
 def load_pipeline(
-    name_or_folder: str | Path,
-    *,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    name_or_folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> DiffusionPipeline:
     """Load a text-to-image pipeline, ready to run: progress bars off, safety checker off.
 
@@ -82,7 +79,7 @@ def load_pipeline(
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """Return the type of weights called "fp32", "fp16" or "bf16"."""
+    """The type of weights called "fp32", "fp16" or "bf16"."""
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
 
 
@@ -100,7 +97,7 @@ GUIDED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 def check_plain(pipe: DiffusionPipeline) -> None:
-    """Raise `ModelError` where a guidance module is attached to what shall be measured, or drawn from, without it."""
+    """Raise `ModelError` where a guidance module is attached to a model that is to be measured or drawn from."""
     denoiser = denoiser_of(pipe)
     if getattr(denoiser, "_orig_mod", denoiser) in GUIDED:  # torch.compile wraps what was guided before
         raise ModelError(
@@ -110,14 +107,14 @@ def check_plain(pipe: DiffusionPipeline) -> None:
 
 
 def public_name(name_or_folder: str) -> str:
-    """Return a hub id as it is, and of a local folder only the last name: where it lies is nobody's business."""
+    """A hub id as it is, and only the last name of a local folder: its path is private."""
     if looks_local(name_or_folder) or Path(name_or_folder).exists():
         return Path(name_or_folder).expanduser().resolve().name
     return name_or_folder
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:
-    """Return the frozen network that invdiff guides: `pipe.unet` or `pipe.transformer`.
+    """The frozen network that invdiff guides: `pipe.unet` or `pipe.transformer`.
 
     Raises:
         ModelError: The pipeline has neither.

@@ -24,7 +24,7 @@ class NoiseSchedule:
         prediction_type: `"epsilon"`, `"v_prediction"`, `"sample"` or `"flow_prediction"` (the velocity e - z_0).
         num_train_timesteps: The number of noise levels; timesteps run from 0 to this, exclusive.
         log_snr: log(signal^2 / noise^2) at each timestep, (num_train_timesteps,): falling, at the ends infinite.
-        key: What tells this schedule from others.
+        key: Text that distinguishes this schedule from others.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -65,7 +65,7 @@ class NoiseSchedule:
         self.log_snr = log_snr(self._process.alphas_cumprod.double().numpy(), squared=True)
 
     def timestep_at(self, log_snr: float) -> int:
-        """Return the timestep whose log signal-to-noise ratio is nearest to `log_snr`.
+        """The timestep whose log signal-to-noise ratio is nearest to `log_snr`.
 
         A timestep means different noise in different schedules; the log signal-to-noise ratio means the same in
         all of them (Kingma et al. 2021).
@@ -73,14 +73,14 @@ class NoiseSchedule:
         return int(np.abs(np.nan_to_num(self.log_snr, posinf=1e3, neginf=-1e3) - log_snr).argmin())
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return z_t for latents and noise (B, C, H, W) and integer timesteps (B,)."""
+        """z_t (B, C, H, W) of latents and noise (B, C, H, W) at integer timesteps (B,)."""
         if self.prediction_type == FLOW:
             sigma = (timesteps.to(latents) / self.num_train_timesteps).reshape(-1, *[1] * (latents.ndim - 1))
             return (1 - sigma) * latents + sigma * noise
         return self._process.add_noise(latents, noise, timesteps)
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return what the denoiser should output, (B, C, H, W), in its own prediction type."""
+        """The denoiser's training target, (B, C, H, W), in its own prediction type."""
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -91,11 +91,11 @@ class NoiseSchedule:
 
 
 def log_snr(signal: np.ndarray, *, squared: bool) -> np.ndarray:
-    """Return log(signal^2 / noise^2) where signal and noise, or their squares, sum to 1."""
+    """log(signal^2 / noise^2), elementwise, where signal and noise, or their squares, sum to 1."""
     with np.errstate(divide="ignore"):
         return (1 if squared else 2) * (np.log(signal) - np.log1p(-signal))
 
 
 def per_sample_loss(model_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the mean squared error over all but the first dimension, in float32, shape (B,)."""
+    """Mean squared error over all but the first dimension, in float32, shape (B,)."""
     return (model_pred.float() - target.float()).square().flatten(1).mean(dim=1)

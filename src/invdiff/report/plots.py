@@ -1,12 +1,12 @@
-"""Pictures inside a report, as data URIs: plots on light and on dark paper, and small images."""
+"""Charts of figures: lines with their intervals, histograms of scores, and both on light and on dark paper."""
 
 from __future__ import annotations
 
 import base64
 import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,76 +14,43 @@ import numpy as np
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
 from ..text import one_line
-from .audit_pictures import draw_histogram, is_rare
-from .audit_reading import Page
-from .charts import Area, Panel, line_chart, name_room
-from .document import Plot, Thumb
-from .style import SOFT, Sheet, number, shorten
-from .theme import BASE_COLOUR, MARKERS, SERIES_COLOURS, save_picture
+from .groups import Split
+from .theme import BASE_COLOUR, MARKERS, SERIES_COLOURS, colour_of, render, save_picture
 
 THUMB_SIDE = 192
 """The most pixels of a small image."""
-_CRISP_SIDE = 96
+CRISP_SIDE = 96
 """Images this small are kept exactly, as PNG."""
-WIDTH = 640
-"""Pixels: still to be read on a phone, at half its size."""
+RARE = 0.15
+"""Below this share a group is hard to see unless counts are on a log scale."""
 
 
-def thumb(image: Image.Image, alt: str) -> Thumb:
-    """Return an image small enough to embed."""
-    image = image.convert("RGB")
-    stream = io.BytesIO()
-    if max(image.size) <= _CRISP_SIDE:
-        image.save(stream, "PNG", optimize=True)
-        return Thumb(_uri("png", stream.getvalue()), alt)
-    image.thumbnail((THUMB_SIDE, THUMB_SIDE), Image.Resampling.LANCZOS)
-    image.save(stream, "JPEG", quality=86)
-    return Thumb(_uri("jpeg", stream.getvalue()), alt)
+@dataclass(frozen=True)
+class Thumb:
+    """A small image."""
+
+    uri: str
+    """`data:image/...`."""
+    alt: str
 
 
-def histogram(page: Page) -> Plot:
-    """Draw the scores of one prompt's images, each group in its colour."""
-    sheet = Sheet(WIDTH, 400)
-    draw_histogram(sheet.axes(70, 34, WIDTH - 84, 308), page)
-    reach = [
-        f"{group.name} from {number(round(float(own.min()), 2))} to {number(round(float(own.max()), 2))}"
-        for group in page.groups
-        if len(own := page.scores[page.labels == group.index])
-    ]
-    parted = [number(round(cut, 2)) for cut in page.cuts]
-    where = f", parted at {' and '.join(parted)}" if parted else ", overlapping"
-    alt = f"Histogram of the scores of {len(page.scores):,} images: {'; '.join(reach)}{where}."
-    counts = "Images, on a log scale," if is_rare(page) else "Images"
-    meaning = "A score is high for the rarer group; 0 is the prompt's mean."
-    if page.by_hand:
-        meaning = "Scores are as they were inferred, before people's changes."
-    return as_plot(sheet, alt, f"{counts} by score. {meaning}")
+@dataclass(frozen=True)
+class Plot:
+    """A picture of figures, on light and on dark paper."""
 
-
-def curve(panel: Panel, *, x_name: str, alt: str, caption: str) -> Plot:
-    """Draw one panel of lines over x, their names short enough for a phone."""
-    series = [replace(one, name=shorten(one.name, 170, 20, bold=True)) for one in panel.series]
-    panel = replace(panel, series=series)
-    room = name_room([one.name for one in series])
-    sheet = Sheet(WIDTH, 440)
-    area = Area(70, 58, WIDTH - 70 - room - 10, 296)
-    line_chart(sheet, area, panel, x_values=sorted({point.x for one in series for point in one.points}))
-    sheet.text(area.x + area.width / 2, 422, x_name, size=20, colour=SOFT, align="center")
-    return as_plot(sheet, alt, caption)
-
-
-def as_plot(sheet: Sheet, alt: str, caption: str) -> Plot:
-    """Return a sheet as it looks on light and on dark paper; the sheet is dark afterwards."""
-    light = _uri("png", sheet.png())
-    return Plot(light, _uri("png", sheet.png(dark=True)), alt, caption, sheet.width, sheet.height)
-
-
-def _uri(kind: str, data: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+    light: str
+    dark: str
+    """`data:image/png...`."""
+    alt: str
+    """Its content in words."""
+    caption: str
+    width: int
+    height: int
+    """CSS pixels."""
 
 
 @dataclass(frozen=True)
@@ -138,19 +105,26 @@ def draw_chart(axes: Axes, chart: Chart, *, gap: float = 0.09) -> None:
         if np.isfinite(y).any():
             ends.append((float(y[np.isfinite(y)][-1]), one_line(line.name, 24), colour, marker, "bold"))
     known = [value for line in chart.lines for _, *figures in line.points for value in figures if value is not None]
-    low, high = min(0.0, *known), max(chart.top or 0.0, *known) or 1.0
+    known += [y for floor in chart.floors for _, y in floor]
+    bottom, top = min(0.0, *known), max(chart.top or 0.0, *known) or 1.0
     margin = (0.05 + 0.012 * len(chart.lines)) * span
     axes.set_xlim(xs[0] - margin, xs[-1] + margin)
-    axes.set_ylim(low, high + 0.03 * (high - low))
+    axes.set_ylim(bottom, top + 0.03 * (top - bottom))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set(title=chart.title, xlabel=chart.x_name)
-    above, beside = -math.inf, axes.get_yaxis_transform()
-    for y, name, colour, marker, weight in sorted(ends):
-        above = max(y, above + gap * (axes.get_ylim()[1] - low))
-        axes.plot(1.03, above, color=colour, marker=marker, linestyle="", transform=beside, clip_on=False)
+    beside, gap = axes.get_yaxis_transform(), gap * (top - bottom)
+    height = -math.inf
+    for rank, (y, name, colour, marker, weight) in enumerate(sorted(ends), start=1):  # as far apart as lines of text
+        height = min(max(y, height + gap), top - gap * (len(ends) - rank))
+        axes.plot(1.03, height, color=colour, marker=marker, linestyle="", transform=beside, clip_on=False)
         shade = rcParams["text.color"] if marker else rcParams["axes.labelcolor"]
-        axes.text(1.06, above, name, color=shade, weight=weight, va="center", transform=beside)
+        axes.text(1.06, height, name, color=shade, weight=weight, va="center", transform=beside)
+
+
+def plot_chart(chart: Chart, *, alt: str, caption: str) -> Plot:
+    """A chart for a split."""
+    return plot(lambda figure: draw_chart(figure.add_subplot(), chart), 640, 400, alt=alt, caption=caption)
 
 
 def save_charts(path: Path, charts: Sequence[Chart], *, title: str) -> Path:
@@ -165,3 +139,70 @@ def save_charts(path: Path, charts: Sequence[Chart], *, title: str) -> Path:
             axes.set_xlabel(chart.x_name if chart is charts[-1] else "")
 
     return save_picture(path, draw, 1400, height)
+
+
+def plot(draw: Callable[[Figure], object], width: int, height: int, *, alt: str, caption: str) -> Plot:
+    """What `draw` puts on a figure, twice as sharp as its CSS pixels."""
+    light, dark = (_uri("png", render(draw, width, height, dark=dark, density=2)) for dark in (False, True))
+    return Plot(light, dark, alt, caption, width, height)
+
+
+def histogram(split: Split) -> Plot:
+    """The scores of one prompt's images, each group in its colour."""
+    reach = [
+        f"{group.name} from {own.min():.2f} to {own.max():.2f}"
+        for group in split.groups
+        if len(own := split.scores[split.labels == group.index])
+    ]
+    parted = f", parted at {' and '.join(f'{cut:.2f}' for cut in split.cuts)}" if split.cuts else ", overlapping"
+    meaning = "A score is high for the rarer group; 0 is the prompt's mean."
+    if split.by_hand:
+        meaning = "Scores are as they were inferred, before people's changes."
+    return plot(
+        lambda figure: draw_histogram(figure.add_subplot(), split),
+        640,
+        400,
+        alt=f"Histogram of the scores of {len(split.scores):,} images: {'; '.join(reach)}{parted}.",
+        caption=f"{'Images, on a log scale,' if is_rare(split) else 'Images'} by score. {meaning}",
+    )
+
+
+def draw_histogram(axes: Axes, split: Split) -> None:
+    """Draw each group's scores in its colour, and where they part."""
+    low, high = float(split.scores.min()), float(split.scores.max())
+    high = high if high > low else low + 1.0
+    for group in split.groups:
+        own = split.scores[split.labels == group.index]
+        axes.hist(own, bins=48, range=(low, high), rwidth=0.9, color=colour_of(group.index), alpha=0.9)
+    if is_rare(split):
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.7)
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    for cut in (cut for cut in split.cuts if low <= cut <= high):
+        line = axes.axvline(cut, color=rcParams["text.color"], linewidth=1.6, linestyle=(0, (4, 3)), marker="")
+        axes.text(cut, 1.02, "cut", ha="center", transform=line.get_transform())
+
+
+def is_rare(split: Split) -> bool:
+    """Whether the counts of a group would vanish beside the others'."""
+    return min((group.share for group in split.groups if group.size), default=1.0) < RARE
+
+
+def thumb(image: Image.Image, alt: str) -> Thumb:
+    """An image small enough to embed."""
+    image = image.convert("RGB")
+    stream = io.BytesIO()
+    if max(image.size) <= CRISP_SIDE:
+        image.save(stream, "PNG", optimize=True)
+        return Thumb(_uri("png", stream.getvalue()), alt)
+    image.thumbnail((THUMB_SIDE, THUMB_SIDE), Image.Resampling.LANCZOS)
+    image.save(stream, "JPEG", quality=86)
+    return Thumb(_uri("jpeg", stream.getvalue()), alt)
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from ...errors import EvaluationError
+from ...errors import EvaluationError, InvDiffError
 from ..results import CANNOT_TELL as CANNOT_TELL
 
 
 def label_of(value: Any) -> str:
-    """Return a cell's class name, "" where the cell is empty, None or NaN."""
+    """A cell's class name, "" where the cell is empty, None or NaN."""
     return "" if value is None or value != value else str(value)  # NaN differs from itself
 
 
@@ -36,15 +36,15 @@ class Annotations:
 
     def __post_init__(self) -> None:
         lengths = set() if self.features is None else {len(self.features)}
+        check_class_names(self.attributes, EvaluationError)
         for name, classes in self.attributes.items():
-            if CANNOT_TELL in classes:
-                raise EvaluationError(reserved_class(name))
             values = np.asarray(self.probabilities[name])
             lengths.add(len(values))
             if values.shape[1:] != (len(classes),) or not np.all((values >= 0) & (values <= 1 + 1e-4)):
                 raise EvaluationError(
                     f"Expected probabilities in [0, 1] of {len(classes)} classes of {name!r} for each image, got "
-                    f"{_describe(values)}. Check what the annotator returns."
+                    f"shape {values.shape} and values from {values.min(initial=1):g} to {values.max(initial=0):g}. "
+                    "Check what the annotator returns."
                 )
         if len(lengths) > 1:
             raise EvaluationError(
@@ -53,7 +53,7 @@ class Annotations:
             )
 
     def classes(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64]:
-        """Return the index of each image's most probable class, (N,).
+        """Index of each image's most probable class, (N,).
 
         It is the number of classes K, for "cannot tell", where that probability is below `min_confidence` and
         where nothing is known.
@@ -66,7 +66,7 @@ class Annotations:
         return most_probable(self.probabilities[attribute], min_confidence)
 
     def labels(self, attribute: str, min_confidence: float = 0.0) -> list[str]:
-        """Return `classes` by name, `CANNOT_TELL` among them."""
+        """`classes` by name, `CANNOT_TELL` among them."""
         indices = self.classes(attribute, min_confidence)
         names = (*self.attributes[attribute], CANNOT_TELL)
         return [names[index] for index in indices]
@@ -95,7 +95,7 @@ class Annotator(Protocol):
         ...
 
     def confusion(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64] | None:
-        """Return counts of held-out images, (true class K, annotated class K + 1), the last for "cannot tell".
+        """Counts of held-out images, (true class K, annotated class K + 1), the last for "cannot tell".
 
         None where no held-out labelled images are known.
         """
@@ -103,7 +103,7 @@ class Annotator(Protocol):
 
 
 def most_probable(probabilities: ArrayLike, min_confidence: float = 0.0) -> NDArray[np.int64]:
-    """Return the column of each row's largest probability, (N,), or K where it is zero or below `min_confidence`.
+    """Column of each row's largest probability, (N,), or K where it is zero or below `min_confidence`.
 
     Args:
         probabilities: Class probabilities, (N, K).
@@ -124,19 +124,15 @@ def most_probable(probabilities: ArrayLike, min_confidence: float = 0.0) -> NDAr
 
 
 def unknown_attribute(attribute: str, known: Iterable[str]) -> str:
-    """Return the message for an attribute that is not among those known."""
+    """Message for an attribute that is not among those known."""
     return f"Expected one of the attributes {', '.join(known) or '(none)'}, got {attribute!r}. Choose one of these."
 
 
-def reserved_class(attribute: str) -> str:
-    """Return the message for an attribute with a class called as images are that nothing is known of."""
-    return (
-        f"Expected classes of {attribute!r} other than {CANNOT_TELL!r}, which stands for images that an annotator is "
-        "not confident about, got it among them. Rename that class, or leave its images out."
-    )
-
-
-def _describe(values: NDArray[np.float32]) -> str:
-    if values.size == 0:
-        return f"shape {values.shape}"
-    return f"shape {values.shape} and values from {values.min():g} to {values.max():g}"
+def check_class_names(attributes: Mapping[str, Iterable[str]], error: type[InvDiffError]) -> None:
+    """Raise `error` where a class is called as images are that nothing is known of."""
+    for name, classes in attributes.items():
+        if CANNOT_TELL in classes:
+            raise error(
+                f"Expected classes of {name!r} other than {CANNOT_TELL!r}, which stands for images that an annotator "
+                "is not confident about, got it among them. Rename that class, or leave its images out."
+            )

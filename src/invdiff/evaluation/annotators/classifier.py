@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification
 from ...errors import ModelError
 from ...files import weights_digest
 from ...models.encoders import load_image_processor, load_pretrained, model_name, pixel_batches
-from .annotations import CANNOT_TELL, Annotations, reserved_class
+from .annotations import Annotations, check_class_names
 from .heldout import Measurable
 
 
@@ -39,8 +39,6 @@ class ClassifierAnnotator(Measurable):
         classes = tuple(str(config.id2label[index]) for index in range(config.num_labels))
         if len(classes) < 2 or len(set(classes)) < len(classes):
             raise ModelError(f"Expected a classifier of two classes or more, each named apart, found {classes[:5]}.")
-        if CANNOT_TELL in classes:
-            raise ModelError(reserved_class(attribute))
         if config.problem_type not in (None, "single_label_classification"):
             raise ModelError(
                 f"Expected a classifier that chooses one class for an image, found {config.problem_type} at {source}. "
@@ -48,9 +46,10 @@ class ClassifierAnnotator(Measurable):
             )
         self.name = model_name(source)
         self.attributes = {attribute: classes}
+        check_class_names(self.attributes, ModelError)
 
     def weights_digest(self) -> str:
-        """Return 16 hex digits that name the classifier's weights."""
+        """16 hex digits that name the classifier's weights."""
         return weights_digest(self._model)
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from scipy.special import softmax
 
 from ...errors import ConfigError
 from ...models.encoders import ClipEncoder
-from .annotations import CANNOT_TELL, Annotations, reserved_class
+from .annotations import Annotations, check_class_names
 from .heldout import Measurable
 
 ClassPrompts = Mapping[str, Mapping[str, str | Sequence[str]]]
@@ -29,7 +29,7 @@ class ClipAnnotator(Measurable):
 
     A class is the mean of its prompts' normalised embeddings, normalised again; its probability is a softmax over
     an attribute's classes of logit_scale times the cosine to the image. Features are normalised image embeddings.
-    Nobody has checked such classes: `measure` it on labelled images before its figures are trusted.
+    Such classes are unchecked: measure the annotator on labelled images before its figures are trusted.
 
     Args:
         name_or_folder: A folder or a hub id of a `CLIPModel` with its tokenizer and image processor.
@@ -52,7 +52,7 @@ class ClipAnnotator(Measurable):
         }
 
     def weights_digest(self) -> str:
-        """Return 16 hex digits that name the weights of both towers."""
+        """16 hex digits that name the weights of both towers."""
         return self._encoder.weights_digest()
 
     def predict(self, images: Iterable[Image.Image]) -> Annotations:
@@ -96,7 +96,7 @@ def read_class_prompts(path: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def checked_prompts(attributes: Any) -> dict[str, dict[str, list[str]]]:
-    """Return prompts as lists, by class and attribute.
+    """Prompts as lists, by class and attribute.
 
     Raises:
         ConfigError: They are not two classes or more per attribute, with a prompt or several for each class, or a
@@ -111,15 +111,15 @@ def checked_prompts(attributes: Any) -> dict[str, dict[str, list[str]]]:
                 f"Expected two classes or more of attribute {attribute!r} with their prompts, such as {EXAMPLE}, "
                 f"got {classes!r}."
             )
-        if CANNOT_TELL in classes:
-            raise ConfigError(reserved_class(attribute))
-        prompts = {name: [given] if isinstance(given, str) else given for name, given in classes.items()}
-        for name, texts in prompts.items():
+        checked[attribute] = {}
+        for name, given in classes.items():
+            texts = [given] if isinstance(given, str) else given
             words = [attribute, name, *texts] if isinstance(texts, Sequence) and texts else [None]
             if not all(isinstance(word, str) and word.strip() for word in words):
                 raise ConfigError(
-                    f"Expected text for attribute, class and prompts, got {attribute!r}, {name!r} and {texts!r}. "
+                    f"Expected text for attribute, class and prompts, got {attribute!r}, {name!r} and {given!r}. "
                     "Put words such as yes and no in quotes: YAML reads them as true and false."
                 )
-        checked[attribute] = {name: list(texts) for name, texts in prompts.items()}
+            checked[attribute][name] = list(texts)
+    check_class_names(checked, ConfigError)
     return checked

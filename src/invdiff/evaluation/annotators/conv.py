@@ -18,15 +18,14 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from ...data.captioned import CaptionedImages
-from ...errors import DataError, ModelError
-from ...models.load import public_name
+from ...errors import DataError, ModelError, first_line
+from ...models.encoders import model_name
 from ...seeds import generator as derived_generator
-from .annotations import CANNOT_TELL, Annotations, reserved_class
+from .annotations import Annotations, check_class_names
 from .calibration import expected_calibration_error, fit_temperature
-from .conv_training import even_weights, read_pixels, stratified_share, train_network
+from .conv_training import even_weights, normalise, read_pixels, stratified_share, to_pixels, train_network
 from .heldout import MEASURED, SUMMARY, TENSORS, HeldOut, Measurable, combinations
 from .labelled import read_targets
-from .pixels import normalise, to_pixels
 
 NUM_FEATURES = 64
 MIN_CALIBRATION = 20
@@ -44,13 +43,8 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         resolution: Side in pixels that images are resized to.
         temperatures: Attribute name to what its logits are divided by, set by `calibrate`; None where there were
             too few held-out images to tell.
-        holdout_accuracy: Attribute name to accuracy on images kept out of training and calibration.
-        holdout_worst_group: Attribute name to the lowest held-out accuracy among the combinations of
-            attributes with ten images or more, None where there are none. Far below `holdout_accuracy`, it
-            means that the annotator leans on another attribute.
-        holdout_calibration_error: Attribute name to the expected calibration error on the same images, as
-            {"uncalibrated": at temperature 1, "calibrated": as it is}.
-        confusion: Attribute name to held-out counts, (true class, most probable class).
+        holdout_calibration_error: Attribute name to the expected calibration error on images kept out of training and
+            calibration, as {"uncalibrated": at temperature 1, "calibrated": as it is}.
 
     Raises:
         ModelError: A class is called "cannot tell".
@@ -65,14 +59,9 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         attributes: Mapping[str, Sequence[str]],
         resolution: int = 64,
         temperatures: Mapping[str, float] | None = None,
-        holdout_accuracy: Mapping[str, float] | None = None,
-        holdout_worst_group: Mapping[str, float | None] | None = None,
         holdout_calibration_error: Mapping[str, Mapping[str, float]] | None = None,
-        confusion: Mapping[str, Sequence[Sequence[int]]] | None = None,
     ) -> None:
-        for name, classes in attributes.items():
-            if CANNOT_TELL in classes:
-                raise ModelError(reserved_class(name))
+        check_class_names(attributes, ModelError)
         super().__init__()
         self.name = "annotator"
         # Sorted because diffusers sorts the keys of a saved config, and the heads must keep their order.
@@ -91,7 +80,7 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         return self.name
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return features (batch, 64) and, attribute by attribute, uncalibrated logits (batch, classes).
+        """Features, (batch, 64), and, attribute by attribute, uncalibrated logits, (batch, classes).
 
         Args:
             pixels: Images in [-1, 1], (batch, 3, height, width).
@@ -109,8 +98,8 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         """Annotate `images`, a batch at a time; an iterator is never held in memory as a whole."""
         self.eval()
         stream = iter(images)
-        features: list[NDArray[np.float32]] = []
-        probabilities: dict[str, list[NDArray[np.float32]]] = {name: [] for name in self.attributes}
+        features = [np.zeros((0, NUM_FEATURES), np.float32)]
+        probabilities = {name: [np.zeros((0, len(names)), np.float32)] for name, names in self.attributes.items()}
         while batch := list(islice(stream, batch_size)):
             pixels = torch.stack([to_pixels(image, self.config["resolution"]) for image in batch])
             batch_features, logits = self.forward(normalise(pixels.to(self.device)))
@@ -119,28 +108,10 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
             for name, values in zip(self.attributes, logits, strict=True):
                 probabilities[name].append(self._calibrated(name, values).cpu().numpy().copy())
         return Annotations(
-            attributes=self.attributes,
-            probabilities={
-                name: np.concatenate([np.zeros((0, len(classes)), np.float32), *probabilities[name]])
-                for name, classes in self.attributes.items()
-            },
-            features=np.concatenate([np.zeros((0, NUM_FEATURES), np.float32), *features]),
+            self.attributes,
+            {name: np.concatenate(parts) for name, parts in probabilities.items()},
+            np.concatenate(features),
         )
-
-    def confusion(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64] | None:
-        """Return counts of held-out images, (true class K, annotated class K + 1), the last for "cannot tell".
-
-        None where no held-out images are known, or, of an attribute saved without them, only their most probable
-        classes and a confidence is asked for.
-
-        Raises:
-            EvaluationError: The annotator does not know the attribute, or `min_confidence` is outside [0, 1].
-        """
-        counts = super().confusion(attribute, min_confidence)
-        saved = self.config["confusion"]
-        if counts is not None or saved is None or min_confidence > 0:
-            return counts
-        return np.pad(np.array(saved[attribute], dtype=np.int64), ((0, 0), (0, 1)))
 
     @torch.no_grad()
     def calibrate(self, pixels: torch.Tensor, targets: NDArray[np.int64], *, seed: int = 0) -> None:
@@ -160,45 +131,42 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
             name: torch.cat([parts[column] for parts in batches]).float().cpu()
             for column, name in enumerate(self.attributes)
         }
+        truth = {name: targets[:, column] for column, name in enumerate(self.attributes)}
         fitted = stratified_share(combinations(targets), 0.5, derived_generator("calibrate", seed))
+        temperatures = None
         if len(fitted) < MIN_CALIBRATION:
             fitted = fitted[:0]
+        else:
+            temperatures = {
+                name: fit_temperature(logits[name][fitted].numpy(), truth[name][fitted]) for name in logits
+            }
+        self.register_to_config(temperatures=temperatures)
         judged = np.setdiff1d(np.arange(len(targets)), fitted)
-        temperatures = {
-            name: fit_temperature(logits[name][fitted].numpy(), targets[fitted, column]) if len(fitted) else 1.0
-            for column, name in enumerate(self.attributes)
-        }
-        self.register_to_config(temperatures=temperatures if len(fitted) else None)
         self.held_out = HeldOut(
             self.attributes,
-            {name: self._calibrated(name, logits[name][judged]).numpy() for name in self.attributes},
-            {name: targets[judged, column] for column, name in enumerate(self.attributes)},
+            {name: self._calibrated(name, logits[name][judged]).numpy() for name in logits},
+            {name: truth[name][judged] for name in logits},
         )
         figures = self.held_out.summary()
+        raw = {name: logits[name][judged].softmax(dim=1).numpy() for name in logits}
         self.register_to_config(
-            holdout_accuracy={name: figures[name]["accuracy"] for name in figures},
-            holdout_worst_group={name: figures[name]["worst_combination"] for name in figures},
             holdout_calibration_error={
                 name: {
-                    "uncalibrated": expected_calibration_error(
-                        logits[name][judged].softmax(dim=1).numpy(), self.held_out.truth[name]
-                    ),
+                    "uncalibrated": expected_calibration_error(raw[name], truth[name][judged]),
                     "calibrated": figures[name]["calibration_error"],
                 }
-                for name in figures
-            },
-            confusion={name: figures[name]["matrix"] for name in figures},
+                for name in logits
+            }
         )
 
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Write weights, config and what was measured on held-out images into a folder."""
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]  # Measurable comes first
-        (Path(save_directory) / MEASURED).unlink(missing_ok=True)  # it would name another annotator than this one
+        folder = Path(save_directory)
+        for name in (MEASURED, TENSORS, SUMMARY):  # another annotator's would be taken for this one's
+            (folder / name).unlink(missing_ok=True)
         if self.held_out is not None:
-            self.held_out.save(Path(save_directory))
-        else:  # another annotator's would be taken for this one's
-            for name in (TENSORS, SUMMARY):
-                (Path(save_directory) / name).unlink(missing_ok=True)
+            self.held_out.save(folder)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> ConvAnnotator:
@@ -208,15 +176,11 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
             ModelError: There is no annotator, or its files are absent, damaged or do not fit its config.
         """
         path = str(pretrained_model_name_or_path)
-        remedy = "Give a folder that `save_pretrained` wrote, or train one with `ConvAnnotator.fit`."
         try:
             config: Any = cls.load_config(path)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"Expected an annotator in {path}, found none. {remedy}") from error
-        found = config.get("_class_name")
-        if found != cls.__name__:
-            raise ModelError(f"Expected an annotator in {path}, found {found or 'something else'}. {remedy}")
-        try:
+            found = config.get("_class_name") or "something else"
+            if found != cls.__name__:
+                raise ValueError(f"found {found}.")
             model = super().from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False, **kwargs)
             folder = Path(path)
             if not folder.is_dir():
@@ -225,8 +189,11 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
             if (folder / TENSORS).is_file():
                 model.use_held_out(HeldOut.load(folder))
         except (OSError, ValueError, RuntimeError, SafetensorError, TypeError, DataError) as error:
-            raise ModelError(f"Could not load the annotator in {path}: {error} {remedy}") from error
-        model.name = public_name(path).rpartition("/")[2]
+            raise ModelError(
+                f"Expected an annotator in {path}, could not load it: {first_line(error)} "
+                "Give a folder that `save_pretrained` wrote, or train one with `ConvAnnotator.fit`."
+            ) from error
+        model.name = model_name(path)
         return model
 
     @classmethod
@@ -247,7 +214,7 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
 
         Where attributes go together in `data`, a net can read one off the other, and Bias measured with it is
         wrong. So batches are drawn evenly over the combinations of attributes (none more than 20 times as
-        often as it occurs), and the held-out accuracy of the worst combination is kept in the config.
+        often as it occurs), and the held-out accuracy of the worst combination is kept.
         The images are held in memory at `resolution`: 12 KB each at 64 pixels.
 
         Args:
@@ -272,9 +239,7 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
                 f"got {steps}, {batch_size} and {holdout}."
             )
         classes, targets = read_targets(data, attributes)
-        for name in classes:
-            if CANNOT_TELL in classes[name]:
-                raise DataError(reserved_class(name))
+        check_class_names(classes, DataError)
         pixels, readable = read_pixels(data, resolution, progress=progress)
         targets = targets[readable]
         generator = torch.Generator().manual_seed(seed)
@@ -286,14 +251,12 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
                 "Give more images or fewer attributes."
             )
         rows = np.setdiff1d(np.arange(len(pixels)), held_out)
-
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model = cls(attributes=classes, resolution=resolution)
         model.train()
         train_network(
-            lambda batch: model.forward(batch)[1],
-            list(model.parameters()),
+            model,
             pixels,
             torch.from_numpy(targets),
             rows=rows,

@@ -1,40 +1,48 @@
-"""How the convolutional annotator is trained: which images are held out, how batches are drawn and varied."""
+"""Training of the convolutional annotator: pixels, which images are held out, how batches are drawn and varied."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch.nn import functional
 
 from ...data.captioned import CaptionedImages, readable_images
 from ...progress import progress_bar
-from .pixels import normalise, to_pixels
 
 MAX_OVERSAMPLING = 20.0
 
-Network = Callable[[torch.Tensor], list[torch.Tensor]]
-"""From normalised pixels, (batch, 3, height, width), to the logits of each attribute, (batch, classes)."""
+
+def to_pixels(image: Image.Image, resolution: int) -> torch.Tensor:
+    """An image's centre square as uint8, (3, resolution, resolution)."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    # Cropped first: a box given to `resize` lets its surroundings bleed in.
+    square = image.convert("RGB").crop((left, top, left + side, top + side))
+    return torch.from_numpy(np.array(square.resize((resolution, resolution), Image.Resampling.BILINEAR))).permute(
+        2, 0, 1
+    )
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels of uint8 as float32 in [-1, 1], same shape."""
+    return pixels.float() / 127.5 - 1
 
 
 def read_pixels(data: CaptionedImages, resolution: int, *, progress: bool) -> tuple[torch.Tensor, list[int]]:
-    """Return the readable images as uint8, (N, 3, resolution, resolution), and their rows.
+    """The readable images as uint8, (N, 3, resolution, resolution), and their rows.
 
     Raises:
         DataError: More images are unreadable than the data allows.
     """
-    pixels: list[torch.Tensor] = []
-    rows: list[int] = []
-    for row, image in readable_images(data, "reading images", progress=progress):
-        pixels.append(to_pixels(image, resolution))
-        rows.append(row)
-    return torch.stack(pixels), rows
+    images = readable_images(data, "reading images", progress=progress)
+    rows, pixels = zip(*((row, to_pixels(image, resolution)) for row, image in images), strict=True)
+    return torch.stack(pixels), list(rows)
 
 
 def stratified_share(cells: NDArray[np.int64], share: float, generator: torch.Generator) -> NDArray[np.int64]:
-    """Return sorted rows: a `share` of each cell, at least one where a cell has two, never all.
+    """Sorted rows that hold a `share` of each cell: at least one where a cell has two, never all.
 
     Args:
         cells: The number of each image's combination of attributes, (N,).
@@ -50,15 +58,14 @@ def stratified_share(cells: NDArray[np.int64], share: float, generator: torch.Ge
 
 
 def even_weights(cells: NDArray[np.int64]) -> torch.Tensor:
-    """Return weights that draw each cell equally often, no image over 20 times as often as evenly, (N,)."""
+    """Weights that draw each cell equally often, no image over 20 times as often as evenly, (N,)."""
     _, inverse, counts = np.unique(cells, return_inverse=True, return_counts=True)
     factors = len(cells) / (len(counts) * counts)
     return torch.from_numpy(np.minimum(factors, MAX_OVERSAMPLING)[inverse.reshape(-1)])
 
 
 def train_network(
-    network: Network,
-    parameters: list[torch.nn.Parameter],
+    network: torch.nn.Module,
     pixels: torch.Tensor,
     targets: torch.Tensor,
     *,
@@ -73,8 +80,8 @@ def train_network(
     """Minimise the sum of the attributes' cross-entropies by AdamW on a one-cycle schedule.
 
     Args:
-        network: What is trained.
-        parameters: Its weights.
+        network: From normalised pixels, (batch, 3, height, width), to features and the logits of each attribute,
+            (batch, classes), as a `ConvAnnotator`.
         pixels: uint8 images, (N, 3, height, width).
         targets: Class indices, (N, attributes).
         rows: The rows to train on, (M,).
@@ -85,13 +92,13 @@ def train_network(
         generator: Draws batches and their variations.
         progress: Show a progress bar.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1)
     with progress_bar("annotator", steps, enabled=progress) as bar:
         for _ in range(steps):
             drawn = torch.multinomial(weights, batch_size, replacement=True, generator=generator).numpy()
             batch = torch.from_numpy(rows[drawn])
-            logits = network(augment(normalise(pixels[batch]), generator))
+            _, logits = network(augment(normalise(pixels[batch]), generator))
             losses = [functional.cross_entropy(part, targets[batch, column]) for column, part in enumerate(logits)]
             loss = torch.stack(losses).sum()
             optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Classes that were written down beside the images, by people or by another program, instead of an annotator."""
+"""Classes read from columns of the manifest, written by people or by another program, instead of an annotator."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class GivenLabels:
         self.discover(rows)
 
     def discover(self, rows: Iterable[Mapping[str, Any]]) -> GivenLabels:
-        """Add the classes in `rows` to those known, and return itself.
+        """Add the classes in `rows` to those known; the result is the same object.
 
         Raises:
             EvaluationError: No row has one of the columns, or a column has more than 50 classes.
@@ -75,30 +75,27 @@ class GivenLabels:
         return found
 
     def annotate(self, rows: Sequence[Mapping[str, Any]]) -> Annotations:
-        """Return the labels of N rows as probabilities of 0 and 1; all 0 where nothing is known.
+        """Labels of N rows as probabilities of 0 and 1; all 0 where nothing is known.
 
         Raises:
             EvaluationError: A label is none of the classes.
         """
         attributes = self.attributes
-        probabilities = {}
+        probabilities = {name: np.zeros((len(rows), len(classes)), np.float32) for name, classes in attributes.items()}
         for name, classes in attributes.items():
-            position = {label: index for index, label in enumerate(classes)}
-            one_hot = np.zeros((len(rows), len(classes)), dtype=np.float32)
             for number, row in enumerate(rows):
                 label = _label(row.get(name))
-                if label and label not in position:
+                if label and label not in classes:
                     raise EvaluationError(
                         f"Expected a label of {name!r} among {', '.join(classes)}, got {label!r}. "
                         "Discover the classes in all rows first."
                     )
                 if label:
-                    one_hot[number, position[label]] = 1
-            probabilities[name] = one_hot
+                    probabilities[name][number, classes.index(label)] = 1
         return Annotations(attributes, probabilities, None)
 
     def confusion(self, attribute: str, min_confidence: float = 0.0) -> None:
-        """Return None: given labels are not measured against others.
+        """None: given labels are not measured against others.
 
         Raises:
             EvaluationError: The attribute is unknown.

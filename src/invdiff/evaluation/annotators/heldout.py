@@ -1,4 +1,4 @@
-"""What an annotator makes of held-out images whose classes are known: its accuracy, calibration and confusion."""
+"""An annotator measured on labelled images that it was not trained on: accuracy, calibration and confusion."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from sklearn.metrics import confusion_matrix
 
 from ...data.captioned import CaptionedImages, readable_images
 from ...errors import DataError, EvaluationError
@@ -39,96 +40,78 @@ class HeldOut:
     """Attribute name to true class indices, (N,); `UNLABELLED` where it is unknown."""
 
     def __post_init__(self) -> None:
-        sizes = {len(self.probabilities[name]) for name in self.attributes} | {
-            len(self.truth[name]) for name in self.attributes
-        }
+        sizes = {len(kind[name]) for kind in (self.probabilities, self.truth) for name in self.attributes}
         if len(sizes) != 1:
             raise EvaluationError(f"Expected as many held-out images for every attribute, got {sorted(sizes)}.")
         for name, classes in self.attributes.items():
             probabilities, truth = self.probabilities[name], self.truth[name]
-            labelled = truth != UNLABELLED
+            labelled = truth[truth != UNLABELLED]
             if (
                 probabilities.shape[1:] != (len(classes),)
                 or not np.isfinite(probabilities).all()
-                or not labelled.any()
-                or not np.isin(truth[labelled], range(len(classes))).all()
+                or not len(labelled)
+                or not np.isin(labelled, range(len(classes))).all()
             ):
                 raise EvaluationError(
                     f"Expected finite probabilities of {len(classes)} classes of {name!r} and labelled images of "
-                    f"them, got shape {probabilities.shape} and {labelled.sum()} labelled. Measure again."
+                    f"them, got shape {probabilities.shape} and {len(labelled)} labelled. Measure again."
                 )
 
     def confusion(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64]:
-        """Return counts, (true class K, annotated class K + 1); the last column is "cannot tell".
+        """Counts, (true class K, annotated class K + 1); the last column is "cannot tell".
 
         Args:
             attribute: One of `attributes`.
             min_confidence: Probability, from 0 to 1, below which the annotator "cannot tell".
 
         Raises:
-            EvaluationError: The attribute is unknown, or `min_confidence` is outside [0, 1].
+            EvaluationError: `min_confidence` is outside [0, 1].
         """
-        probabilities, truth = self._labelled(attribute)
-        size = probabilities.shape[1]
-        annotated = most_probable(probabilities, min_confidence)
-        return np.bincount(truth * (size + 1) + annotated, minlength=size * (size + 1)).reshape(size, size + 1)
+        size, labelled = len(self.attributes[attribute]), self.truth[attribute] != UNLABELLED
+        annotated = most_probable(self.probabilities[attribute][labelled], min_confidence)
+        return confusion_matrix(self.truth[attribute][labelled], annotated, labels=range(size + 1))[:size]
 
-    def accuracy(self, attribute: str) -> float:
-        """Return the share of labelled images whose most probable class is the true one."""
-        counts = self.confusion(attribute)
-        return float(np.trace(counts) / counts.sum())
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Figures by attribute, as plain JSON types.
 
-    def worst_combination(self, attribute: str) -> float | None:
-        """Return the lowest accuracy among the combinations of all attributes with ten images or more, if any.
-
-        Far below `accuracy`, it means that the annotator reads one attribute off another.
+        "matrix" is (true class, most probable class); "worst_combination" is the lowest accuracy among the
+        combinations of all attributes with ten images or more, None where there is none: far below "accuracy", it
+        means that the annotator reads one attribute off another; "calibration_error" is over 15 bins.
         """
-        _, truth = self._labelled(attribute)
+        return {name: self._figures(name) for name in self.attributes}
+
+    def _figures(self, attribute: str) -> dict[str, Any]:
         rows = self.truth[attribute] != UNLABELLED
-        correct = most_probable(self.probabilities[attribute][rows]) == truth
+        truth, probabilities = self.truth[attribute][rows], self.probabilities[attribute][rows]
+        correct = most_probable(probabilities) == truth
         cells = combinations(np.stack([self.truth[name][rows] for name in self.attributes], axis=1))
         sizes = np.bincount(cells)
         shares = np.bincount(cells, weights=correct) / sizes
-        return min((float(share) for share in shares[sizes >= MIN_CELL]), default=None)
-
-    def calibration_error(self, attribute: str) -> float:
-        """Return the expected calibration error over 15 bins; see `expected_calibration_error`."""
-        return expected_calibration_error(*self._labelled(attribute))
-
-    def summary(self) -> dict[str, dict[str, Any]]:
-        """Return figures by attribute, as plain JSON types; the matrix is (true class, most probable class)."""
         return {
-            name: {
-                "classes": list(classes),
-                "images": int(self.confusion(name).sum()),
-                "matrix": self.confusion(name)[:, :-1].tolist(),
-                "accuracy": self.accuracy(name),
-                "worst_combination": self.worst_combination(name),
-                "calibration_error": self.calibration_error(name),
-            }
-            for name, classes in self.attributes.items()
+            "classes": list(self.attributes[attribute]),
+            "images": len(truth),
+            "matrix": self.confusion(attribute)[:, :-1].tolist(),
+            "accuracy": float(correct.mean()),
+            "worst_combination": min(shares[sizes >= MIN_CELL].tolist(), default=None),
+            "calibration_error": expected_calibration_error(probabilities, truth),
         }
 
     def updated(self, newer: HeldOut) -> HeldOut:
-        """Return `newer` with those of these attributes that it lacks, each still measured on its own images.
+        """`newer` with those of these attributes that it lacks, each still measured on its own images.
 
-        Images are not matched: `worst_combination` knows combinations of attributes that were measured together.
+        Images are not matched: `summary` knows combinations of attributes that were measured together.
         """
-        kept = {name: classes for name, classes in self.attributes.items() if name not in newer.attributes}
+        kept = [name for name in self.attributes if name not in newer.attributes]
         if not kept:
             return newer
         rows = np.any([self.truth[name] != UNLABELLED for name in kept], axis=0)
-        old, new = int(rows.sum()), len(next(iter(newer.truth.values())))
-        probabilities, truth = {}, {}
-        for name, classes in {**kept, **newer.attributes}.items():
-            if name in kept:
-                parts = [self.probabilities[name][rows], np.zeros((new, len(classes)), np.float32)]
-                labels = [self.truth[name][rows], np.full(new, UNLABELLED)]
-            else:
-                parts = [np.zeros((old, len(classes)), np.float32), newer.probabilities[name]]
-                labels = [np.full(old, UNLABELLED), newer.truth[name]]
-            probabilities[name], truth[name] = np.concatenate(parts), np.concatenate(labels)
-        return HeldOut({**kept, **newer.attributes}, probabilities, truth)
+        before, after = int(rows.sum()), len(next(iter(newer.truth.values())))
+        probabilities = {name: np.pad(self.probabilities[name][rows], ((0, after), (0, 0))) for name in kept}
+        truth = {name: np.pad(self.truth[name][rows], (0, after), constant_values=UNLABELLED) for name in kept}
+        for name in newer.attributes:
+            probabilities[name] = np.pad(newer.probabilities[name], ((before, 0), (0, 0)))
+            truth[name] = np.pad(newer.truth[name], (before, 0), constant_values=UNLABELLED)
+        return HeldOut({name: self.attributes[name] for name in kept} | dict(newer.attributes), probabilities, truth)
 
     def save(self, folder: Path) -> None:
         """Write `heldout.safetensors` and, for people, `confusion.json` into `folder`."""
@@ -148,11 +131,10 @@ class HeldOut:
         """
         summary, tensors = read_json(folder / SUMMARY), read_tensors(folder / TENSORS)
         try:
-            attributes = {name: tuple(figures["classes"]) for name, figures in summary.items()}
             return cls(
-                attributes,
-                {name: tensors[f"probabilities.{name}"].numpy() for name in attributes},
-                {name: tensors[f"truth.{name}"].numpy().astype(np.int64) for name in attributes},
+                {name: tuple(figures["classes"]) for name, figures in summary.items()},
+                {name: tensors[f"probabilities.{name}"].numpy() for name in summary},
+                {name: tensors[f"truth.{name}"].numpy().astype(np.int64) for name in summary},
             )
         except (AttributeError, KeyError, TypeError, EvaluationError) as error:
             raise DataError(
@@ -160,28 +142,22 @@ class HeldOut:
                 f"({error}). Measure the annotator again."
             ) from error
 
-    def _labelled(self, attribute: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        if attribute not in self.attributes:
-            raise EvaluationError(unknown_attribute(attribute, self.attributes))
-        rows = self.truth[attribute] != UNLABELLED
-        return self.probabilities[attribute][rows], self.truth[attribute][rows]
-
 
 class Measurable:
-    """Gives an annotator its `confusion`, from held-out images that it was measured on."""
+    """An annotator of images, whose `confusion` comes from held-out images that it was measured on."""
 
     attributes: Mapping[str, tuple[str, ...]]
     held_out: HeldOut | None = None
 
     def weights_digest(self) -> str:
-        """Return 16 hex digits that name its weights: what was measured with other ones is not true of it.
+        """16 hex digits that name its weights: what was measured with other ones is not true of it.
 
         This is of an annotator that is a network itself; one that holds a network names that network's.
         """
         return weights_digest(cast(torch.nn.Module, self))
 
     def confusion(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64] | None:
-        """Return counts of held-out images, (true class K, annotated class K + 1), the last for "cannot tell".
+        """Counts of held-out images, (true class K, annotated class K + 1), the last for "cannot tell".
 
         None where the annotator was not measured on labelled images of this attribute.
 
@@ -212,7 +188,7 @@ class Measurable:
 def measure_annotator(
     annotator: Annotator, data: CaptionedImages, attributes: Sequence[str] | None = None, *, progress: bool = True
 ) -> HeldOut:
-    """Return what `annotator` makes of labelled images, one at a time; it must not have been trained on them.
+    """Annotate labelled images, one at a time, that `annotator` was not trained on.
 
     Images without a label of an attribute are left out of its figures.
 
@@ -251,7 +227,7 @@ def measure_annotator(
 
 
 def combinations(classes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Number the distinct rows of (N, attributes), sorted, and return each row's number, (N,)."""
+    """The number of each row of (N, attributes) among the distinct rows, sorted, (N,)."""
     return np.unique(classes, axis=0, return_inverse=True)[1].reshape(-1)
 
 

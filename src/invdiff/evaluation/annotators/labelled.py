@@ -1,4 +1,4 @@
-"""Images with labels: what annotators are trained and measured on."""
+"""Images with labels, to train and measure annotators on."""
 
 from __future__ import annotations
 
@@ -31,15 +31,7 @@ def load_labelled_images(
     """Open images with attributes; captions are not needed, and are no attribute where there are some.
 
     A folder without a metadata file but with one sub-folder per class (`photos/cat/1.png`) has one attribute,
-    "label".
-
-    Args:
-        source: As for `load_captioned_images`.
-        image_column: As for `load_captioned_images`.
-        caption_column: The column of captions; `text`, `caption` and `prompt` unless given.
-        split: As for `load_captioned_images`.
-        max_unreadable: The share of images, from 0 to 1, that may be unreadable.
-        limit: Take the first `limit` rows only.
+    "label". Arguments are as for `load_captioned_images`.
 
     Raises:
         DataError: The source is absent, or has no images where they were expected.
@@ -63,7 +55,7 @@ def load_labelled_images(
 def read_targets(
     data: CaptionedImages, attributes: Sequence[str] | None = None
 ) -> tuple[dict[str, tuple[str, ...]], NDArray[np.int64]]:
-    """Return class names by attribute, names sorted, and class indices (N, attributes) in that order.
+    """Class names by attribute, names sorted, and class indices, (N, attributes), in that order.
 
     Args:
         data: Images with attributes, one value for each image.
@@ -85,17 +77,17 @@ def read_targets(
         if name not in data.attributes:
             raise DataError(f"Expected attribute {name!r} in the data, found {known}. Choose one of these.")
         values = [label_of(value) for value in data.attributes[name]]
-        missing = sum(value == "" for value in values)
-        if missing:
+        if "" in values:
             raise DataError(
-                f"Expected a value of attribute {name!r} for every image, found none for {missing} of "
+                f"Expected a value of attribute {name!r} for every image, found none for {values.count('')} of "
                 f"{len(values)}. Fill them in or leave those images out."
             )
-        classes[name] = tuple(sorted(set(values)))
-        if not 2 <= len(classes[name]) <= MAX_CLASSES:
+        found, column = np.unique(values, return_inverse=True)
+        if not 2 <= len(found) <= MAX_CLASSES:
             raise DataError(
                 f"Expected attribute {name!r} to have 2 to {MAX_CLASSES} classes, "
-                f"found {len(classes[name])}. Choose other attributes, or put numbers into a few bins first."
+                f"found {len(found)}. Choose other attributes, or put numbers into a few bins first."
             )
-        columns.append([classes[name].index(value) for value in values])
-    return classes, np.array(columns, dtype=np.int64).T
+        classes[name] = tuple(found.tolist())
+        columns.append(column)
+    return classes, np.stack(columns, axis=1).astype(np.int64)

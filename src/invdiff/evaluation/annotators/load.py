@@ -1,4 +1,4 @@
-"""Annotators tell which class of each attribute an image shows, for measuring only: all kinds, and how to get one."""
+"""The one way to get an annotator, of any kind, and to keep what was measured of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from huggingface_hub import hf_hub_download
 from ...errors import ConfigError, DataError, ModelError
 from ...files import read_json, write_json
 from .annotations import Annotator
+from .classifier import ClassifierAnnotator
+from .clip import EXAMPLE, ClipAnnotator, read_class_prompts
 from .conv import ConvAnnotator
 from .given_labels import GivenLabels
 from .heldout import MEASURED, HeldOut, Measurable
@@ -27,7 +29,7 @@ KINDS = (
 def load_annotator(
     spec: str, *, attribute: str | Sequence[str] = "", classes: Mapping[str, Any] | Path | None = None
 ) -> Annotator | GivenLabels:
-    """Return the annotator that `spec` names.
+    """Load the annotator that `spec` names.
 
     Args:
         spec: A folder or a hub id of a `ConvAnnotator`, of a `CLIPModel` or of any image classifier from
@@ -42,34 +44,27 @@ def load_annotator(
         ConfigError: A CLIP model is given without `classes`, or others with them, or "labels" without attribute.
     """
     attributes = [name for name in ([attribute] if isinstance(attribute, str) else attribute) if name]
-    if spec == LABELS:
-        _refuse_classes(classes, "columns of labels")
-        if not attributes:
-            raise ConfigError(f"Expected an attribute beside {LABELS!r}, the column to read, got none. Name it.")
-        return GivenLabels(attributes)
-    if (Path(spec) / MEASURED).is_file():
-        _refuse_classes(classes, "a measured annotator, which has its own")
-        return _load_measured(Path(spec))
-    config = _read_config(spec)
+    config = {} if spec == LABELS or (Path(spec) / MEASURED).is_file() else _read_config(spec)
     architecture = next(iter(config.get("architectures") or ()), "")
-    if config.get("_class_name") == ConvAnnotator.__name__:
-        _refuse_classes(classes, "a trained annotator, which has its own")
-        return ConvAnnotator.from_pretrained(spec)
-    if architecture.endswith("ForImageClassification"):
-        from .classifier import ClassifierAnnotator
-
-        _refuse_classes(classes, "an image classifier, which has its own")
-        return ClassifierAnnotator(spec, attribute=attributes[0] if attributes else FOLDER_ATTRIBUTE)
     if config.get("model_type") == "clip" and architecture in ("", "CLIPModel"):
-        from .clip import EXAMPLE, ClipAnnotator
-
-        prompts = _class_prompts(classes)
-        if prompts is None:
+        if classes is None:
             raise ConfigError(
                 f"Expected classes beside the CLIP model {spec}, got none. Give a YAML file of attribute, classes and "
                 f"prompts, such as {EXAMPLE}."
             )
-        return ClipAnnotator(spec, prompts)
+        return ClipAnnotator(spec, read_class_prompts(classes) if isinstance(classes, Path) else classes)
+    if classes is not None:
+        raise ConfigError(f"Expected no classes beside {spec}, got some. Only CLIP models take them.")
+    if spec == LABELS:
+        if not attributes:
+            raise ConfigError(f"Expected an attribute beside {LABELS!r}, the column to read, got none. Name it.")
+        return GivenLabels(attributes)
+    if not config:
+        return _load_measured(Path(spec))
+    if config.get("_class_name") == ConvAnnotator.__name__:
+        return ConvAnnotator.from_pretrained(spec)
+    if architecture.endswith("ForImageClassification"):
+        return ClassifierAnnotator(spec, attribute=attributes[0] if attributes else FOLDER_ATTRIBUTE)
     found = config.get("_class_name") or architecture or config.get("model_type") or "something else"
     raise ModelError(f"Expected an annotator in {spec}, found {found}. {KINDS}")
 
@@ -99,14 +94,14 @@ def save_measured(
     attribute: str = "",
     classes: Mapping[str, Any] | Path | None = None,
 ) -> None:
-    """Write what an annotator makes of labelled images; `load_annotator(folder)` gives that annotator with it.
+    """Write how an annotator errs on labelled images; `load_annotator(folder)` gives that annotator with it.
 
     What was known of attributes that `held_out` lacks is written too.
 
     Args:
         folder: Where to write.
         annotator: What was measured.
-        held_out: What `measure_annotator` returned.
+        held_out: The result of `measure_annotator`.
         spec: What `load_annotator` was given to get `annotator`, and so are `attribute` and `classes`.
         attribute: See `spec`.
         classes: See `spec`.
@@ -119,8 +114,9 @@ def save_measured(
     if (source / MEASURED).is_file():  # refer to the annotator itself: its earlier measurement may be removed
         recipe = _read_recipe(source)
     else:
+        prompts = read_class_prompts(classes) if isinstance(classes, Path) else classes
         where = str(source.resolve()) if source.is_dir() else spec
-        recipe = {"annotator": where, "attribute": attribute, "classes": _class_prompts(classes)}
+        recipe = {"annotator": where, "attribute": attribute, "classes": prompts}
     known = held_out if annotator.held_out is None else annotator.held_out.updated(held_out)
     known.save(folder)
     write_json(folder / MEASURED, {**recipe, "weights": annotator.weights_digest()})
@@ -137,8 +133,7 @@ def _load_measured(folder: Path) -> Annotator:
     annotator = load_annotator(spec, attribute=recipe["attribute"], classes=recipe["classes"])
     if not isinstance(annotator, Measurable):
         raise ModelError(f"Expected an annotator of images in {folder}, found {spec!r}. {KINDS}")
-    measured = recipe.get("weights")
-    if measured is not None and measured != annotator.weights_digest():
+    if recipe["weights"] != annotator.weights_digest():
         raise ModelError(
             f"Expected the annotator that {folder} was measured with at {spec}, found one of other weights, whose "
             "errors are others. Measure again."
@@ -151,13 +146,10 @@ def _load_measured(folder: Path) -> Annotator:
 
 
 def _read_recipe(folder: Path) -> dict[str, Any]:
-    """Return what `save_measured` wrote: "annotator", "attribute", "classes" and, but for old ones, "weights"."""
+    """What `save_measured` wrote: "annotator", "attribute", "classes" and "weights"."""
     recipe = read_json(folder / MEASURED)
-    if (
-        not isinstance(recipe, dict)
-        or not {"annotator", "attribute", "classes"} <= set(recipe)
-        or not isinstance(recipe["annotator"], str)
-    ):
+    expected = {"annotator", "attribute", "classes", "weights"}
+    if not isinstance(recipe, dict) or not expected <= set(recipe) or not isinstance(recipe["annotator"], str):
         raise ModelError(
             f"Expected a measured annotator in {folder}, found {MEASURED} of something else. Measure again."
         )
@@ -167,23 +159,9 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
 def _read_config(spec: str) -> dict[str, Any]:
     folder = Path(spec)
     try:
-        file = folder / "config.json" if folder.is_dir() else Path(hf_hub_download(spec, "config.json"))
-        config = read_json(file)
+        config = read_json(folder / "config.json" if folder.is_dir() else Path(hf_hub_download(spec, "config.json")))
     except (OSError, ValueError, DataError) as error:
         raise ModelError(f"Expected an annotator in {spec}, found none. {KINDS}") from error
-    if not isinstance(config, dict):
+    if not isinstance(config, dict) or not config:
         raise ModelError(f"Expected an annotator in {spec}, found a config.json of something else. {KINDS}")
     return config
-
-
-def _class_prompts(classes: Mapping[str, Any] | Path | None) -> Mapping[str, Any] | None:
-    if not isinstance(classes, Path):
-        return classes
-    from .clip import read_class_prompts
-
-    return read_class_prompts(classes)
-
-
-def _refuse_classes(classes: object, what: str) -> None:
-    if classes is not None:
-        raise ConfigError(f"Expected no classes beside {what}, got some. Only CLIP models take them.")

@@ -10,9 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 from sklearn.metrics import pairwise_distances_chunked
 from sklearn.metrics.pairwise import polynomial_kernel
-from sklearn.utils import gen_batches
+from sklearn.utils import check_array, gen_batches
 
-from ...errors import EvaluationError
+from ...errors import EvaluationError, first_line
 
 FloatArray = NDArray[np.float64]
 
@@ -168,20 +168,12 @@ def checked(features: ArrayLike, *, name: str = "features", minimum: int = 2) ->
         EvaluationError: They have another shape, fewer than `minimum` rows, or values that are not finite.
     """
     try:
-        array = np.asarray(features, dtype=np.float64)
+        return check_array(features, dtype=np.float64, ensure_min_samples=minimum, input_name=name)
     except (TypeError, ValueError) as error:
-        raise EvaluationError(f"Expected {name} as an array of numbers, got something else ({error}).") from error
-    if array.ndim != 2 or array.shape[0] < minimum or array.shape[1] < 1:
         raise EvaluationError(
-            f"Expected {name} of shape (N, D) with N at least {minimum}, got {array.shape}. Pass one row per image."
-        )
-    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-    if len(bad):
-        raise EvaluationError(
-            f"Expected finite {name}, got NaN or infinity in {len(bad)} of {len(array)} rows, first in row "
-            f"{bad[0]}. Look at that image, or use another extractor or annotator."
-        )
-    return array
+            f"Expected finite {name} of shape (N, D), N at least {minimum}, got something else: {first_line(error)} "
+            "Pass one row per image, all of one extractor or annotator."
+        ) from error
 
 
 def checked_pair(features: ArrayLike, reference: ArrayLike, *, minimum: int = 2) -> tuple[FloatArray, FloatArray]:

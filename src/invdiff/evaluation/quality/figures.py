@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,13 +40,10 @@ def quality_figures(
 ) -> dict[str, Quantity]:
     """Distances to the reference, diversity within prompts and, with `clip`, how well images show their prompts."""
     figures: dict[str, Quantity] = {}
-    of_prompt: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
-        of_prompt.setdefault(row.prompt, []).append(place)
     for name, features in seen.features.items():
         if reference is not None and name in reference.features:
             figures |= _distances(features, reference.features[name], name, question.confidence)
-        figures[f"Vendi score ({name})"] = _where_defined(_diversity, features, list(of_prompt.values()))
+        figures[f"Vendi score ({name})"] = _where_defined(_diversity, features, rows)
     if clip is not None:
         texts = clip.text_features([row.prompt for row in rows])
         figures[f"CLIP-T ({clip.name})"] = _where_defined(
@@ -58,12 +54,9 @@ def quality_figures(
 
 def lpips_figures(rows: Sequence[Row], network: LPIPS) -> dict[str, Quantity]:
     """Diversity of each prompt's first images, prompt by prompt: pixels of one are held at a time."""
-    paths: dict[str, list[Path]] = {}
-    for row in rows:
-        paths.setdefault(row.prompt, []).append(row.path)
     diversity = [
-        lpips_diversity([read_image(path) for path in of_prompt[:LPIPS_IMAGES]], distance=network)
-        for of_prompt in paths.values()
+        lpips_diversity([read_image(rows[place].path) for place in places[:LPIPS_IMAGES]], distance=network)
+        for places in _by_prompt(rows)
     ]
     note = f"mean over prompts, of all pairs of the first {LPIPS_IMAGES} images at most"
     return {"LPIPS diversity (alexnet)": Quantity(float(np.mean(diversity)), note=note)}
@@ -141,8 +134,16 @@ def _where_defined(figure: Callable[..., Quantity], *arguments: Any) -> Quantity
         return Quantity(None, note=f"not defined: {error}")
 
 
-def _diversity(features: NDArray[Any], prompts: Sequence[Sequence[int]]) -> Quantity:
-    scores = [vendi_score(features[members]) for members in prompts]
+def _by_prompt(rows: Sequence[Row]) -> list[list[int]]:
+    """The places of the images of each prompt."""
+    places: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(row.prompt, []).append(place)
+    return list(places.values())
+
+
+def _diversity(features: NDArray[Any], rows: Sequence[Row]) -> Quantity:
+    scores = [vendi_score(features[places]) for places in _by_prompt(rows)]
     return Quantity(float(np.mean(scores)), note="mean over prompts")
 
 

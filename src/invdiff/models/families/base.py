@@ -14,8 +14,8 @@ from ...errors import ConfigError, ModelError
 from ..load import denoiser_of
 
 Condition: TypeAlias = dict[str, Tensor]
-"""What a denoiser is conditioned on, one row each: `prompt_embeds` (rows, tokens, dim) and what goes with them
-(`prompt_attention_mask`, `pooled_prompt_embeds`), or `class_labels` (rows,), or nothing. diffusers' names."""
+"""The inputs that condition a denoiser, one row each, under diffusers' names: `prompt_embeds` (rows, tokens, dim) with
+`prompt_attention_mask` and `pooled_prompt_embeds` where the model reads them, or `class_labels` (rows,), or none."""
 
 
 @dataclass(frozen=True)

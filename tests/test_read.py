@@ -1,4 +1,4 @@
-"""What a report takes from its parts, and what it leaves where it is: labels, private files, paths of the machine."""
+"""The parts of a report, and what stays where it is: labels, private files, paths of the machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,17 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from conftest import made_up_measures
 from invdiff import cli
+from invdiff.auditing.edits import Edits, apply
+from invdiff.auditing.result import Audit
 from invdiff.errors import EvaluationError
 from invdiff.evaluation.quality.intervals import share_interval
-from invdiff.report.style import percent
-from test_pictures import LAND, WATER, make_audit
-from test_report import Page, make_images, make_run, measured, report
+from invdiff.evaluation.results import Results
+from invdiff.report.figures import percent
+from invdiff.report.read import Parts, read_run
+from invdiff.report.results_view import training_labels
+from runs import LAND, WATER, Page, make_audit, make_images, make_run, measured, report
 
 SECRET = (1, 2, 3)
 
@@ -44,6 +50,43 @@ def labelled(run: Path, folder: Path, values: Sequence[Any], *, column: str = "b
 # Labels of the data.
 
 
+def counts(folder: Path, values: Sequence[Any], *, column: str = "background", edits: Edits | None = None) -> Any:
+    """Caption to classes of 40 images with these labels, 20 under each of two prompts, in another order."""
+    make_audit(folder)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    rows = [row | {column: value} for row, value in zip(rows, values, strict=True)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    audit = json.loads((folder / "audit.json").read_text())
+    audit["prompts"][0]["captions"].append("a nice landbird")
+    audit["prompts"][1]["found"] = False  # counted although it hides nothing
+    (folder / "audit.json").write_text(json.dumps(audit))
+    if edits:
+        apply(Audit.load(folder), edits).save_edits(folder)
+    run = read_run(Parts(audit=folder, data=folder))
+    assert training_labels(run) == {}
+    measures = made_up_measures(0.5, interval=(0.4, 0.6), floor=0.1)
+    return training_labels(replace(run, results=Results({"base": {"3.0": measures}}, attribute="background")))
+
+
+def test_labels_are_counted_under_all_captions_of_a_prompt(tmp_path: Path) -> None:
+    found = counts(tmp_path, ["land"] * 10 + ["sea"] * 6 + ["", None, "cannot tell", float("nan")] + ["water"] * 20)
+    assert found == {
+        LAND: {"land": 10, "sea": 6},
+        "a nice landbird": {"land": 10, "sea": 6},
+        WATER: {"water": 20},
+    }
+
+
+def test_labels_of_images_left_out_are_not_counted(tmp_path: Path) -> None:
+    found = counts(tmp_path, ["land"] * 20 + ["water"] * 20, edits=Edits().without_images([0, 3, 25]))
+    assert (found[LAND], found[WATER]) == ({"land": 18}, {"water": 19})
+
+
+@pytest.mark.parametrize(("values", "column"), [(["land"] * 40, "colour"), (["Land", "land "] * 20, "background")])
+def test_other_columns_and_classes_are_no_labels(tmp_path: Path, values: list[str], column: str) -> None:
+    assert counts(tmp_path, values, column=column) == {}
+
+
 def test_training_data_stands_first_among_the_bars_of_a_class(run: Path, tmp_path: Path) -> None:
     parts = labelled(run, tmp_path / "data", ["land"] * 17 + ["water"] * 3 + ["water"] * 20)
     page, twin = report(tmp_path / "out", **parts)
@@ -54,7 +97,7 @@ def test_training_data_stands_first_among_the_bars_of_a_class(run: Path, tmp_pat
     for text in (page.words, twin):
         assert "counts of the data's own column “background”, which was read for this report only" in text
         assert "Training data: 20 labelled images under this prompt." in text
-        assert "counts of labels that somebody wrote down" in text
+        assert "labels that somebody wrote down" in text
         assert "the audit's groups" not in text
 
 
@@ -90,7 +133,7 @@ def test_hostile_labels_are_text(run: Path, tmp_path: Path) -> None:
     assert "\u202e" not in twin + page.text
 
 
-# Files that are nobody else's business.
+# Private files.
 
 
 def hide(secret: Path, link: Path) -> None:
@@ -146,7 +189,7 @@ def everything(folder: Path) -> str:
     return "".join((folder / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
 
 
-def test_no_path_of_the_machine_is_told(run: Path, tmp_path: Path) -> None:
+def test_no_path_of_the_machine_is_written(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     audit = json.loads((tmp_path / "run" / "audit" / "audit.json").read_text())
     audit["settings"] = {"vision_encoder": str(tmp_path / "encoders" / "dino"), "seed": 4, "max_groups": 5}
@@ -158,7 +201,7 @@ def test_no_path_of_the_machine_is_told(run: Path, tmp_path: Path) -> None:
     assert CliRunner().invoke(cli.app, words, catch_exceptions=False).exit_code == 0
     page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
     assert str(tmp_path) not in everything(tmp_path / "out")
-    assert "invdiff audit org/birds data --output audit --vision-encoder dino --seed 4 --config" in page.words
+    assert "invdiff audit org/birds data --output audit --max-groups 5 --vision-encoder dino --seed 4" in page.words
     drawn = f"invdiff generate org/birds '{LAND}' --output images/base-cfg-1 --guidance-scale 1 --seed 2"
     assert drawn in page.words
     assert "Run the evaluation below again with --reference." in page.words

@@ -1,4 +1,4 @@
-"""Parts of a captioned set, for experiments on its size and on how strong its accident is."""
+"""Parts of a captioned set, for experiments on its size and on the strength of its spurious attribute."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections import Counter
 
 import numpy as np
 
-from ..errors import DataError
-from .captioned import CaptionedImages
+from invdiff.data.captioned import CaptionedImages
+from invdiff.errors import DataError
 
 
 def random_subset(data: CaptionedImages, num_images: int, *, seed: int = 0) -> CaptionedImages:
-    """Return `num_images` images drawn without replacement, in their order; a smaller set is part of a larger one.
+    """Draw images without replacement, in their order; a smaller set is part of a larger one.
 
     Raises:
         DataError: There are fewer.
@@ -23,7 +23,7 @@ def random_subset(data: CaptionedImages, num_images: int, *, seed: int = 0) -> C
 
 
 def with_severity(data: CaptionedImages, attribute: str, severity: float, *, seed: int = 0) -> CaptionedImages:
-    """Return the largest part in which each caption's most frequent class has a `severity` share of its images.
+    """The largest part in which each caption's most frequent class has a `severity` share of its images.
 
     The column is read to build the experiment, never by audit or training.
 

@@ -1,0 +1,235 @@
+"""The section of a report about its audit: groups under each prompt, the evidence, and their most typical images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..auditing.edits import Edits
+from ..auditing.result import Audit, AuditWords, Candidate, PromptAudit
+from .figures import Missing, Share, Table, counted, percent, quoted, share_of
+from .groups import MOST_PROMPTS, Group, Split
+from .plots import Plot, Thumb, histogram, thumb
+from .read import Run
+from .theme import colour_of
+
+MOST_ROWS = 40
+MOST_CANDIDATES = 6
+IMAGES_PER_GROUP = 12
+UNCERTAIN = 4
+
+
+@dataclass(frozen=True)
+class FoundGroup:
+    """One hidden group."""
+
+    share: Share
+    words: str
+    """Those that a CLIP model chose, or why none; "" where none was asked."""
+    typical: Sequence[Thumb]
+    uncertain: Sequence[Thumb]
+
+
+@dataclass(frozen=True)
+class FoundPrompt:
+    """One prompt that hides groups."""
+
+    prompt: str
+    facts: Mapping[str, str]
+    groups: Sequence[FoundGroup]
+    histogram: Plot
+    candidates: Table | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the audit found."""
+
+    summary: str
+    notes: Sequence[str]
+    """What people changed; which images are not shown although they are given, and why."""
+    named: bool
+    """Whether any group has a name; else all have numbers."""
+    words_by: str
+    """Who chose the words under groups, and from how many; "" where nobody did."""
+    about_words: str
+    """What these words are worth."""
+    prompts: Sequence[FoundPrompt]
+    """Those shown in detail."""
+    tables: Sequence[Table]
+    missing: Sequence[Missing]
+
+
+def found(run: Run, audit: Audit, confidence: float) -> Found:
+    """The section, with intervals of this confidence."""
+    shown, further = run.splits[:MOST_PROMPTS], run.splits[MOST_PROMPTS:]
+    words = audit.words if shown else None
+    return Found(
+        summary=summary(audit),
+        notes=[note for note in (about_edits(audit.edits), withheld(run)) if note],
+        named=audit.edits.named,
+        words_by=f"says {quoted(words.model)}, asked about {words.vocabulary:,} words" if words else "",
+        about_words=_about_words(words, shown) if words else "",
+        prompts=[_prompt(split, run, words, confidence) for split in shown],
+        tables=[
+            table
+            for table in (
+                _words_over_all(words, audit.edits) if words else None,
+                _others(further, audit.edits.named),
+                unfound_table([prompt for prompt in audit.prompts if not prompt.found]),
+            )
+            if table is not None
+        ],
+        missing=[
+            Missing("The audited images were not given, so none is shown here.", "invdiff report RUN --data DATA")
+        ]
+        if shown and run.data is None
+        else [],
+    )
+
+
+def summary(audit: Audit) -> str:
+    """What the audit found, in a sentence or two."""
+    images = counted(len(audit.names) - len(audit.edits.left_out), "image")
+    prompts = counted(len(audit.prompts), "prompt")
+    hiding = [prompt for prompt in audit.prompts if prompt.found]
+    if not hiding:
+        return (
+            f"The audit found no hidden group in {images} under {prompts}. That is no proof that there is none: no "
+            "split was at once separated, stable under new noise and unbalanced enough to be believed."
+        )
+    filled = [[share for share in prompt.shares if share > 0] for prompt in hiding]
+    smallest = sorted(min(shares) for shares in filled if len(shares) > 1)  # people may have left one group only
+    ends = " to ".join(dict.fromkeys(percent(share) for share in (*smallest[:1], *smallest[-1:])))
+    rare = f"; the smallest group holds {ends} of a prompt's images" if ends else ""
+    solver = audit.settings.get("solver")
+    forced = (
+        f" The solver “{solver}” splits any set of images, so the split alone proves nothing: look at separation and "
+        "stability."
+    )
+    return (
+        f"Under {len(hiding):,} of {prompts}, the training images fall into groups that the prompt does not name"
+        f"{rare}.{forced if solver in ('exact', 'gradient') else ''}"
+    )
+
+
+def about_edits(edits: Edits) -> str:
+    """What people changed about an audit, in a sentence or two; "" where they changed nothing."""
+    left_out, moved = len(edits.left_out), len(edits.cuts)
+    parts = [f"{counted(left_out, 'image')} {'is' if left_out == 1 else 'are'} left out"] if left_out else []
+    parts += [f"cuts between groups were moved by hand under {counted(moved, 'prompt')}"] if moved else []
+    parts += ["groups have names that people gave them"] if edits.named else []
+    listed = " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
+    before = " Separation and stability are of the groups as inferred." if left_out or moved else ""
+    return f"People changed this audit: {listed}.{before}" if parts else ""
+
+
+def withheld(run: Run) -> str:
+    """Which images of the section are not shown, and why; "" where all are, or none is given."""
+    groups = [group for split in run.splits[:MOST_PROMPTS] for group in split.groups] if run.data is not None else []
+    chosen = {at for group in groups for at in (*group.typical[:IMAGES_PER_GROUP], *_uncertain(group))}
+    outside = sum(not run.may_show(at) for at in chosen)
+    verb, whose = ("is", "its file lies") if outside == 1 else ("are", "their files lie")
+    words = (
+        f"{outside:,} of {counted(len(chosen), 'image')} {verb} not shown here: {whose} outside the data's folder, "
+        "which only has a name or a link, and a report is passed on. Copy such files into the folder to show them."
+    )
+    return words if outside else ""
+
+
+def unfound_table(prompts: Sequence[PromptAudit]) -> Table | None:
+    """The prompts under which nothing was found, the largest first; None for none."""
+    ordered = sorted(prompts, key=lambda prompt: -prompt.num_images)
+    rows = [[prompt.prompt, f"{prompt.num_images:,}", prompt.reason] for prompt in ordered]
+    return _cut(("Prompt", "Images", "Why not"), rows, "Prompts under which nothing was found, and why", MOST_ROWS)
+
+
+def candidates_table(candidates: Sequence[Candidate]) -> Table | None:
+    """The splits that were considered under a prompt, best first; None for none."""
+    rows = [
+        [
+            entry.evidence,
+            " / ".join(map(percent, entry.shares)),
+            f"{entry.separation:.2f}",
+            f"{entry.stability:.2f}",
+            "yes" if entry.accepted else "no",
+        ]
+        for entry in candidates
+    ]
+    columns = ("Evidence", "Shares", "Separation", "Stability", "Passes")
+    return _cut(columns, rows, "Splits that were considered, best first", MOST_CANDIDATES)
+
+
+def _prompt(split: Split, run: Run, words: AuditWords | None, confidence: float) -> FoundPrompt:
+    prompt = split.prompt
+    return FoundPrompt(
+        prompt=prompt.prompt,
+        facts={
+            "images": f"{prompt.num_images:,}",
+            "wordings": f"{len(prompt.captions):,}",
+            "separation": f"{prompt.separation:.2f}",
+            "stability": f"{prompt.stability:.2f}",
+            "evidence": split.factor + prompt.evidence,
+        },
+        groups=[_group(group, split, run, words, confidence) for group in split.groups],
+        histogram=histogram(split),
+        candidates=candidates_table(prompt.candidates),
+    )
+
+
+def _group(group: Group, split: Split, run: Run, words: AuditWords | None, confidence: float) -> FoundGroup:
+    def thumbs(positions: Sequence[int], what: str) -> list[Thumb]:
+        if run.data is None or run.audit is None:
+            return []
+        shown = [at for at in positions if run.may_show(at)]
+        return [thumb(run.data.image(run.rows[at]), f"{what}: {run.audit.names[at]}") for at in shown]
+
+    entry = words.of(split.index, group.index, split.factor_index) if words else None
+    return FoundGroup(
+        share=share_of(
+            group.name, group.size, len(split.labels), confidence=confidence, colour=colour_of(group.index)
+        ),
+        words=entry.line if entry else "",
+        typical=thumbs(group.typical[:IMAGES_PER_GROUP], f"typical of {group.name}"),
+        uncertain=thumbs(_uncertain(group), f"{group.name}, uncertain"),
+    )
+
+
+def _uncertain(group: Group) -> list[int]:
+    return [at for at in group.uncertain if at not in group.typical[:IMAGES_PER_GROUP]][:UNCERTAIN]
+
+
+def _about_words(words: AuditWords, splits: Sequence[Split]) -> str:
+    before = " They are of the groups as inferred, before people's changes." if any(p.by_hand for p in splits) else ""
+    return (
+        f"Words are the opinion of a CLIP model, {quoted(words.model)}, and no proof: of {words.vocabulary:,} words, "
+        "those that it finds clearly nearer to a group's images than to the other images of the prompt (a rank test, "
+        "corrected for all words; where groups look alike to it, any passes with a chance of at most "
+        f"{words.level:.0%}).{before}"
+    )
+
+
+def _words_over_all(words: AuditWords, edits: Edits) -> Table | None:
+    rows = [[edits.group_name(e.group, e.factor), e.line] for e in words.groups if e.prompt is None]
+    return Table(("Group", "Words"), rows, "Words that separate groups over all prompts") if rows else None
+
+
+def _others(splits: Sequence[Split], named: bool) -> Table | None:
+    rows = [
+        [
+            split.prompt.prompt,
+            f"{split.prompt.num_images:,}",
+            " / ".join((f"{group.name} " if named else "") + percent(group.share) for group in split.groups),
+            f"{split.prompt.separation:.2f}",
+            f"{split.prompt.stability:.2f}",
+        ]
+        for split in splits
+    ]
+    columns = ("Prompt", "Images", "Groups", "Separation", "Stability")
+    return _cut(columns, rows, "Further prompts that hide groups", MOST_ROWS)
+
+
+def _cut(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str, most: int) -> Table | None:
+    rest = len(rows) - most
+    notes = [f"{rest:,} more: see audit.json."] if rest > 0 else []
+    return Table(columns, rows[:most], caption, notes) if rows else None

@@ -1,0 +1,147 @@
+"""Figures in words and in tables, alike in every part of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..evaluation.quality.intervals import share_interval
+from ..evaluation.results import UNSTATED, Estimate, Quantity
+from ..text import one_line
+
+ABSENT = "–"
+BETTER = {
+    "higher is better": ("subject accuracy", "precision", "recall", "density", "coverage", "CLIP-T"),
+    "lower is better": ("Frechet", "FID", "KID", "CMMD"),
+    "higher is more diverse": ("Vendi", "LPIPS"),
+}
+"""How to read a figure of quality, by the start of its name."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of images, from 0 to 1, with Wilson's interval where they were counted."""
+
+    name: str
+    share: float
+    low: float | None
+    high: float | None
+    count: int | None
+    total: int | None
+    colour: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Figures in words."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    """The first cell names the row."""
+    caption: str = ""
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A part that was not given, and the command that makes it."""
+
+    what: str
+    command: str = ""
+
+
+def share_of(name: str, count: int, total: int, *, confidence: float, colour: str) -> Share:
+    """A share of counted images."""
+    low, high = share_interval(count, total, confidence=confidence)
+    return Share(name, count / total, low, high, count, total, colour)
+
+
+def percent(share: float) -> str:
+    """A share in words that never round something to nothing: "5%", "<1%", ">99%"."""
+    if 0 < share < 0.005:
+        return "<1%"
+    if 0.995 <= share < 1:
+        return ">99%"
+    return f"{share:.0%}"
+
+
+def number(value: float) -> str:
+    """A figure with three digits and a true minus sign."""
+    text = f"{value:.3g}"
+    if "e" in text and 1e-4 <= abs(value) < 1e6:
+        text = f"{value:,.0f}"
+    return text.replace("-", "−")
+
+
+def bias(value: float) -> str:
+    """A fairness metric as everywhere: two decimals."""
+    return f"{value:.2f}".replace("-", "−")
+
+
+def with_interval(value: str, low: str | None, high: str | None) -> str:
+    """A figure with its interval, such as "0.12 (0.03 to 0.20)", where it has one."""
+    return value if low is None or high is None else f"{value} ({low} to {high})"
+
+
+def share_in_words(share: Share) -> str:
+    """A share with its interval, such as "88% (75% to 94%)"."""
+    ends = (None if end is None else percent(end) for end in (share.low, share.high))
+    return with_interval(percent(share.share), *ends)
+
+
+def estimate(entry: Estimate | None) -> str:
+    """A fairness metric with its interval."""
+    return ABSENT if entry is None else with_interval(bias(entry.value), bias(entry.low), bias(entry.high))
+
+
+def corrected(entry: Estimate | None) -> str:
+    """The same corrected for the annotator's errors; "" where that is not known or changes no digit."""
+    if entry is None or entry.corrected is None or abs(entry.corrected - entry.value) < 0.0005:
+        return ""
+    ends = [None if end is None else bias(end) for end in (entry.corrected_low, entry.corrected_high)]
+    return with_interval(bias(entry.corrected), *ends)
+
+
+def quantity(name: str, figure: Quantity | None) -> str:
+    """A figure of quality with its interval, in percent where it is a share of images."""
+    if figure is None or figure.value is None:
+        return ABSENT
+    if name == "images":
+        return f"{figure.value:,.0f}"
+    is_share = name.startswith(("subject accuracy", "precision", "recall", "coverage")) or name.endswith(" unchanged")
+    form = percent if is_share else number
+    return with_interval(
+        form(figure.value), *(None if end is None else form(end) for end in (figure.low, figure.high))
+    )
+
+
+def shown_name(name: str) -> str:
+    """A figure's name with the accent that identifiers lack, such as "Fréchet distance"."""
+    return name.replace("Frechet", "Fréchet")
+
+
+def with_direction(name: str) -> str:
+    """A figure's name, and which way is better."""
+    better = next((words for words, starts in BETTER.items() if name.startswith(starts)), "")
+    return f"{shown_name(name)}, {better}" if better else shown_name(name)
+
+
+def at_scale(key: str) -> str:
+    """Where figures were measured, in words."""
+    return "at an unstated guidance scale" if key == UNSTATED else f"at guidance scale {key.removesuffix('.0')}"
+
+
+def sentences(texts: Iterable[str]) -> list[str]:
+    """Each different text once, as a sentence."""
+    stripped = dict.fromkeys(text.strip().rstrip(".") for text in texts)
+    return [f"{text[0].upper()}{text[1:]}." for text in stripped if text]
+
+
+def quoted(name: str) -> str:
+    """A name inside a sentence, short enough for it."""
+    return f"“{one_line(name, 80)}”"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun, such as "1 prompt" and "3 prompts"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -1,0 +1,319 @@
+"""Pictures of images in rows: the groups that an audit found, and what guidance changed."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib import rcParams
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.transforms import Bbox, TransformedBbox
+from PIL import Image, ImageDraw, ImageOps
+
+from ..auditing.result import Audit, AuditWords
+from ..text import one_line
+from .figures import percent
+from .groups import MOST_PROMPTS, Group, Split, rows_by_name, splits_of
+from .plots import draw_histogram, is_rare
+from .theme import colour_of, save_picture
+
+if TYPE_CHECKING:
+    from ..data.captioned import CaptionedImages
+
+MOST_REASONS = 12
+OVERVIEW = "groups.png"
+WIDTH = 1600
+MARGIN = 64
+GUTTER = 72
+GAP = 8
+
+Images = Callable[[Sequence[int]], list[Image.Image]]
+"""The images at positions in the audit."""
+Row = tuple[float, Callable[[Axes, float, float], object]]
+"""Height in pixels, and a function that draws there: it is called with the left and the upper edge."""
+
+
+def save_audit_pictures(audit_folder: str | Path, data: CaptionedImages) -> list[Path]:
+    """Draw an audit into its own folder and return the pictures' paths, the overview first.
+
+    `groups.png` shows every group of the prompts that hide one, or says why none does. `prompt-00.png` and so
+    on, largest prompt first and at most 8, show a prompt's scores and each group's most typical and least
+    certain images. Pictures of an earlier audit in the same folder are removed.
+
+    Args:
+        audit_folder: What `Audit.save` wrote.
+        data: The images that were audited, found by name.
+
+    Raises:
+        AuditError: The folder holds no audit, or one of other images.
+        DataError: An image cannot be read, or a picture cannot be written.
+    """
+    audit_folder = Path(audit_folder)
+    audit = Audit.load(audit_folder)
+    rows = rows_by_name(audit.names, list(data.names))
+    splits = splits_of(audit)[:MOST_PROMPTS]
+
+    def images(positions: Sequence[int]) -> list[Image.Image]:
+        return [data.image(rows[position]) for position in positions]
+
+    written = [save_groups(audit_folder / OVERVIEW, audit, splits, images)]
+    for place, split in enumerate(splits):
+        written.append(_save_prompt(audit_folder / f"prompt-{place:02d}.png", split, images, audit.words))
+    for picture in audit_folder.glob("prompt-[0-9][0-9].png"):
+        if picture not in written:
+            picture.unlink()
+    return written
+
+
+def save_groups(path: Path, audit: Audit, splits: Sequence[Split], images: Images) -> Path:
+    """Draw the groups of all prompts, two prompts side by side; below them, why other prompts hide none.
+
+    Args:
+        path: The PNG to write.
+        audit: The audit.
+        splits: Those of its prompts that hide groups and are shown.
+        images: The images at positions in the audit.
+    """
+    words = audit.words
+    title, subtitle = "No hidden group was found", "No split was at once separated, stable and unbalanced."
+    if splits:
+        title = "Hidden groups"
+        subtitle = "Images under the same prompt, split without labels. Each group's most typical images"
+        subtitle += f", and words that “{one_line(words.model, 40)}” chose." if words else "."
+    bands: list[Sequence[Sequence[Row]]] = [[_title(title, subtitle)]]
+    across = min(len(splits), 2) or 1
+    width = _column(across)
+    for start in range(0, len(splits), across):
+        band = []
+        for split in splits[start : start + across]:
+            column = [_text(f"“{split.prompt.prompt}”", width, size=28), _bar([g.share for g in split.groups], width)]
+            for group in split.groups:
+                column += [_space(26), *_heading(group, split, words, width, name=split.factor + group.name)]
+                column += _strip(images(group.typical[:8]), width, columns=8 // across)
+            band.append([*column, _space(48)])
+        bands.append(band)
+    width = _column(1)
+    unfound = [prompt for prompt in audit.prompts if not prompt.found]
+    for prompt in sorted(unfound, key=lambda prompt: -prompt.num_images)[:MOST_REASONS]:
+        heading = f"“{one_line(prompt.prompt, 70)}” · {_count(prompt.num_images)}"
+        lines = textwrap.wrap(one_line(prompt.reason, 400), 140, max_lines=2, placeholder="…")
+        reasons = [_text(line, width, size=19, height=28, soft=True) for line in lines]
+        bands.append([[_rule(width), _text(heading, width, size=22, height=32), *reasons, _space(18)]])
+    if len(unfound) > MOST_REASONS:
+        rest = f"and {len(unfound) - MOST_REASONS} more: see audit.json"
+        bands.append([[_rule(width), _text(rest, width, size=22)]])
+    return _save(path, bands)
+
+
+def save_before_after(
+    path: Path,
+    pairs: Mapping[str, Sequence[Sequence[Image.Image]]],
+    models: Sequence[str],
+    *,
+    subtitle: str,
+    shares: Mapping[str, Sequence[Mapping[str, float]]],
+) -> Path:
+    """Draw images of one model above those that another made of the same prompts and seeds.
+
+    Args:
+        path: The PNG to write.
+        pairs: Prompt to what both models drew from the same seeds; two prompts stand side by side.
+        models: The models' names.
+        subtitle: How to read it.
+        shares: Prompt to class to share of each model's images: a bar below the images.
+    """
+    band, width = [], _column(len(pairs))
+    for prompt, shown in pairs.items():
+        column = [_text(f"“{prompt}”", width, size=29, height=54)]
+        for side, model in enumerate(models):
+            column += [_text(model, width, size=22, height=36, bold=side == 1)]
+            column += _strip([pair[side] for pair in shown], width, columns=4 if len(pairs) > 1 else 8)
+            if prompt in shares:
+                classes = shares[prompt][side]
+                column += [_space(16), _bar(list(classes.values()), width), _key(classes, width)]
+            column += [_space(28)]
+        band.append(column)
+    return _save(path, [[_title("Same prompts, same seeds", subtitle)], band])
+
+
+def _save_prompt(path: Path, split: Split, images: Images, words: AuditWords | None) -> Path:
+    """Draw one prompt: its scores on the left, its groups on the right."""
+    prompt, others = split.prompt, len(split.prompt.captions) - 1
+    facts = [
+        _count(prompt.num_images),
+        " / ".join(percent(group.share) for group in split.groups),
+        f"stability {prompt.stability:.2f}",
+        f"separation {prompt.separation:.2f}",
+        *([f"{others} more wording{'s' if others > 1 else ''}"] if others else []),
+        f"{split.factor}split by {prompt.evidence}",
+        *([f"words by “{one_line(words.model, 40)}”"] if words else []),
+    ]
+    left = 480
+    right = _column(1) - left - GUTTER
+    groups: list[Row] = []
+    for group in split.groups:
+        typical = group.typical[:12]
+        uncertain = [position for position in group.uncertain if position not in typical][:12]
+        groups += _heading(group, split, words, right, name=group.name)
+        for note, chosen in (("most typical", typical), ("least certain", uncertain)):
+            if chosen:
+                groups += [_text(note, right, size=18, height=34, soft=True)]
+                groups += _strip(images(chosen), right, columns=12)
+        groups += [_space(36)]
+    height = max(sum(height for height, _ in groups) - 36, 480)
+
+    def scores(axes: Axes, x: float, y: float) -> None:
+        width, tall = axes.bbox.size
+        own = axes.figure.add_axes(
+            ((x + 40) / width, 1 - (y + height - 70) / tall, 440 / width, (height - 130) / tall)
+        )
+        draw_histogram(own, split)
+        own.set_xlabel("score, as inferred" if split.by_hand else "score, high for the rarer group")
+        own.set_title("images, log scale" if is_rare(split) else "images", pad=30)
+
+    return _save(
+        path,
+        [[_title(f"“{prompt.prompt}”", " · ".join(facts))], [[(height, scores)], groups]],
+        starts=(0, left + GUTTER),
+    )
+
+
+def _column(across: int) -> float:
+    """The width of one of several columns."""
+    return (WIDTH - 2 * MARGIN - (across - 1) * GUTTER) / across
+
+
+def _save(path: Path, bands: Sequence[Sequence[Sequence[Row]]], starts: Sequence[float] = ()) -> Path:
+    """Draw bands below each other, each of columns side by side, each of rows below each other."""
+    heights = [max(sum(height for height, _ in column) for column in band) for band in bands]
+    height = sum(heights) + 1.5 * MARGIN
+
+    def draw(figure: Figure) -> None:
+        figure.set_layout_engine("none")
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
+        axes.set(xlim=(0, WIDTH), ylim=(height, 0), autoscale_on=False)
+        top = MARGIN / 2
+        for band, tall in zip(bands, heights, strict=True):
+            for place, column in enumerate(band):
+                start = starts[place] if len(starts) == len(band) else place * (_column(len(band)) + GUTTER)
+                y = top
+                for row, paint in column:
+                    paint(axes, MARGIN + start, y)
+                    y += row
+            top += tall
+
+    return save_picture(path, draw, WIDTH, height)
+
+
+def _space(height: float) -> Row:
+    return height, lambda axes, x, y: None
+
+
+def _rule(width: float) -> Row:
+    def draw(axes: Axes, x: float, y: float) -> None:
+        axes.plot((x, x + width), (y, y), color=rcParams["grid.color"], linewidth=1.2, marker="")
+
+    return 22, draw
+
+
+def _title(title: str, subtitle: str) -> list[Row]:
+    wide = _column(1)
+    return [_text(title, wide, size=40, height=70), _text(subtitle, wide, size=22, height=76, soft=True)]
+
+
+def _text(
+    words: str, width: float, *, size: float, height: float | None = None, bold: bool = True, soft: bool = False
+) -> Row:
+    """One line of text, cut to about `width` pixels, and never drawn outside."""
+    bold = bold and not soft
+    line = one_line(words, int(width / size / (0.6 if bold else 0.5)))
+
+    def draw(axes: Axes, x: float, y: float) -> None:
+        colour = rcParams["axes.labelcolor" if soft else "text.color"]
+        weight = "bold" if bold else "normal"
+        text = axes.text(x, y + 1.1 * size, line, fontsize=0.72 * size, weight=weight, color=colour, clip_on=True)
+        text.set_clip_box(TransformedBbox(Bbox.from_bounds(x, y, width, 2 * size), axes.transData))
+
+    return height or 1.6 * size, draw
+
+
+def _heading(group: Group, split: Split, words: AuditWords | None, width: float, *, name: str) -> list[Row]:
+    """A group's name and share, how many images it has, and the words that distinguish it."""
+    entry = words.of(split.index, group.index, split.factor_index) if words else None
+    label = f"{one_line(name, int(width / 15) - 16)} · {percent(group.share)}"
+    _, write = _text(label, width - 170, size=24)
+
+    def draw(axes: Axes, x: float, y: float) -> None:
+        axes.plot(x + 9, y + 18, "o", color=colour_of(group.index), markersize=13, markeredgewidth=0)
+        write(axes, x + 28, y)
+        axes.text(x + width, y + 26, _count(group.size), ha="right", color=rcParams["axes.labelcolor"])
+
+    rows: list[Row] = [(40, draw)]
+    if entry and entry.words:
+        rows.append(_text(", ".join(word.word for word in entry.words), width, size=20, height=34, soft=True))
+    return rows if group.size else [*rows, _text("none under this prompt", width, size=20, soft=True)]
+
+
+def _strip(images: Sequence[Image.Image], width: float, *, columns: int) -> list[Row]:
+    """Images as squares with round corners in rows of `columns`."""
+    if not images:
+        return []
+    side = int((width - (columns - 1) * GAP) / columns)
+    height = -(-len(images) // columns) * (side + GAP) - GAP
+    sheet = Image.new("RGBA", (int(width), height))
+    mask = Image.new("L", (4 * side, 4 * side))  # drawn large for smooth corners
+    ImageDraw.Draw(mask).rounded_rectangle((0, 0, 4 * side - 1, 4 * side - 1), side // 4, fill=255)
+    for place, image in enumerate(images):
+        square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+        corner = (place % columns * (side + GAP), place // columns * (side + GAP))
+        sheet.paste(square, corner, mask.resize((side, side), Image.Resampling.LANCZOS))
+
+    def draw(axes: Axes, x: float, y: float) -> None:
+        axes.imshow(np.asarray(sheet), extent=(x, x + sheet.width, y + height, y), aspect="auto", zorder=1)
+
+    return [(height, draw)]
+
+
+def _bar(shares: Sequence[float], width: float) -> Row:
+    """Shares as one bar of coloured parts; what is above zero never vanishes."""
+
+    def draw(axes: Axes, x: float, y: float) -> None:
+        box = FancyBboxPatch((x, y), width, 14, "round,pad=0,rounding_size=7", color=rcParams["grid.color"], lw=0)
+        axes.add_patch(box)
+        lengths = [max(share * width, 6.0) if share > 0 else 0.0 for share in shares]
+        ends = np.cumsum(lengths) * min(width / max(sum(lengths), 1.0), 1.0)
+        for index, (start, end) in enumerate(pairwise([0.0, *ends])):
+            part = Rectangle((x + start, y), end - start, 14, color=colour_of(index), lw=0)
+            axes.add_patch(part).set_clip_path(box)
+            gap = Rectangle((x + end - 1, y), 2 if 0 < end < width - 1 else 0, 14, color=rcParams["figure.facecolor"])
+            axes.add_patch(gap)
+
+    return 14, draw
+
+
+def _key(classes: Mapping[str, float], width: float) -> Row:
+    """Classes with their colours and shares, as far as there is room."""
+
+    def draw(axes: Axes, x: float, y: float) -> None:
+        end = x + width
+        for index, (name, share) in enumerate(classes.items()):
+            words = f"{one_line(name, 20)} {percent(share)}"
+            if x + 40 + 12 * len(words) > end:
+                axes.text(x, y + 34, "…")
+                break
+            axes.plot(x + 7, y + 27, "o", color=colour_of(index), markersize=10, markeredgewidth=0)
+            axes.text(x + 24, y + 34, words)
+            x += 52 + 12 * len(words)
+
+    return 42, draw
+
+
+def _count(images: int) -> str:
+    return f"{images:,} image{'' if images == 1 else 's'}"

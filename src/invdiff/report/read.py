@@ -1,0 +1,197 @@
+"""Find and read what a report is made from: audit, data, results, images and module, each of them optional."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from ..auditing.result import Audit
+from ..errors import ConfigError
+from ..evaluation.images import MANIFESTS, Folders, Row, read_images, resolve_folders
+from ..evaluation.results import Results
+from ..files import fingerprint, read_json
+from .groups import Split, rows_by_name, splits_of
+
+if TYPE_CHECKING:
+    from ..data.captioned import CaptionedImages
+
+GENERATED = MANIFESTS[0]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where the parts of a report lie."""
+
+    audit: Path | None = None
+    data: Any = None
+    """A folder or `CaptionedImages`."""
+    results: Path | None = None
+    images: Mapping[str, Folders] = field(default_factory=dict)
+    module: Path | None = None
+    run: Path | None = None
+    """The folder they lie in, where they lie in one."""
+    data_words: Sequence[str] = ()
+    """The name of the data on the command line, and the options to read it with; empty for where it lies."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The images of one model."""
+
+    rows: Sequence[Row]
+    folders: Sequence[str]
+    """Where they lie, as commands name it."""
+    settings: Sequence[Mapping[str, Any]]
+    """`generate.json` of each of these folders, empty where there is none."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a report; a report without one of them says so."""
+
+    audit: Audit | None = None
+    splits: Sequence[Split] = ()
+    """The audit's prompts that hide groups, the largest first."""
+    data: CaptionedImages | None = None
+    """The images that were audited."""
+    rows: Sequence[int] = ()
+    """Where each audited image stands in the data; empty without data."""
+    results: Results | None = None
+    results_digest: str = ""
+    """A digest of the results' file."""
+    images: Mapping[str, Generated] = field(default_factory=dict)
+    """By model."""
+    module: Mapping[str, Any] = field(default_factory=dict)
+    """A module's config, its record included; empty without a module."""
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """How commands name "audit", "module", "results" and "data", the latter with the options to read it with."""
+
+    def may_show(self, position: int) -> bool:
+        """Whether an audited image may go into a report: it is given, and no link or path leads out of the data."""
+        return self.data is not None and self.data.is_own(self.rows[position])
+
+
+def find_parts(run: str | Path, *, results: Path | None = None) -> Parts:
+    """The parts in a folder such as `invdiff demo` writes, or the four commands of the README.
+
+    These are `audit/`, `module/`, `data/`, `results.json`, and folders of generated images in `images/` or beside
+    them, each named after its model as in the results: `base` or `base-cfg-3`.
+
+    Args:
+        run: The folder.
+        results: Results that lie elsewhere, to know the models by.
+
+    Raises:
+        ConfigError: There is no such folder.
+        EvaluationError: The results are damaged.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise ConfigError(f"Expected a folder with audit/ or results.json at {run}, found none.")
+    audit = next((folder for folder in (run / "audit", run) if (folder / "audit.json").is_file()), None)
+    if results is None and (run / "results.json").is_file():
+        results = run / "results.json"
+    models = list(Results.load(results).models) if results else []
+    images: dict[str, list[Path]] = {}
+    for manifest in sorted([*run.glob(f"*/{GENERATED}"), *run.glob(f"images/*/{GENERATED}")], key=_by_number):
+        name = manifest.parent.name
+        if models:
+            fitting = [model for model in models if name == model or name.startswith(f"{model}-")]
+            name = max(fitting, key=len, default="")
+        else:
+            name = re.sub(r"-cfg-[0-9.]+$", "", name)
+        if name:
+            images.setdefault(name, []).append(manifest.parent)
+    has_data = any((run / "data" / name).is_file() for name in ("metadata.csv", "metadata.jsonl"))
+    return Parts(
+        audit=audit,
+        data=run / "data" if has_data else None,
+        results=results,
+        images=images,
+        module=run / "module" if (run / "module" / "config.json").is_file() else None,
+        run=run,
+    )
+
+
+def read_run(parts: Parts) -> Run:
+    """Read the parts of a report.
+
+    Raises:
+        ConfigError: There is neither an audit nor results, or the module is none.
+        InvDiffError: A part is absent or damaged, or the data is not what was audited.
+    """
+    if parts.audit is None and parts.results is None:
+        raise ConfigError("Expected an audit or results to report on, got neither.")
+    audit = None if parts.audit is None else Audit.load(parts.audit)
+    data = parts.data if audit else None
+    if isinstance(data, str | Path):
+        from ..data.captioned import load_captioned_images
+
+        data = load_captioned_images(data)
+    module = {} if parts.module is None else _config(parts.module / "config.json", "a module", "`invdiff train`")
+    names = {name: getattr(parts, name) for name in ("audit", "module", "results", "data")}
+    return Run(
+        audit=audit,
+        splits=splits_of(audit) if audit else (),
+        data=data,
+        rows=rows_by_name(audit.names, list(data.names)) if audit and data is not None else (),
+        results=None if parts.results is None else Results.load(parts.results),
+        results_digest="" if parts.results is None else fingerprint(parts.results.read_bytes()),
+        images=_read_images(parts),
+        module=module,
+        names={name: [shown_path(path, parts.run)] for name, path in names.items() if isinstance(path, str | Path)}
+        | ({"data": [shown_path(parts.data_words[0]), *parts.data_words[1:]]} if parts.data_words else {}),
+    )
+
+
+def shown_path(path: str | Path, run: Path | None = None) -> str:
+    """A path as it was given where that is relative, else from the run's folder on, else its last part only.
+
+    Reports are passed on: no path of the machine is shown.
+
+    Args:
+        path: A path as given, or a hub id, which stays.
+        run: The folder of the run that is reported on.
+    """
+    text = str(path)
+    foreign = PureWindowsPath(text)  # which reads both kinds of slashes
+    if not (foreign.anchor or text.startswith("~")):
+        return text
+    if run is not None and (real := Path(text).absolute()).is_relative_to(home := run.absolute()):
+        return real.relative_to(home).as_posix()
+    return foreign.name or "."
+
+
+def without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which every path of the machine is its last part; lists, such as prompts, stay."""
+    return {name: shown_path(value) if isinstance(value, str) else value for name, value in settings.items()}
+
+
+def _read_images(parts: Parts) -> dict[str, Generated]:
+    images = {}
+    for model, folders in resolve_folders(parts.images).items() if parts.images else ():
+        files = [folder / "generate.json" for folder in folders]
+        settings = [_config(file, "settings", "`invdiff generate`") if file.is_file() else {} for file in files]
+        rows = [row for folder in folders for row in read_images(folder)]
+        images[model] = Generated(rows, [shown_path(folder, parts.run) for folder in folders], settings)
+    return images
+
+
+def _config(path: Path, what: str, command: str) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise ConfigError(
+            f"Expected {what} in {path.parent}, found no {path.name}. Give a folder that {command} wrote."
+        )
+    config = read_json(path)
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"Expected {what} in {path}, found something else. Run {command} again.")
+    return config
+
+
+def _by_number(path: Path) -> list[tuple[bool, float, str]]:
+    """Sort cfg-10 after cfg-3."""
+    parts = re.split(r"([0-9]+(?:\.[0-9]+)?)", str(path))
+    return [(place % 2 == 1, float(part) if place % 2 else 0.0, part) for place, part in enumerate(parts)]

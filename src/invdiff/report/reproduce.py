@@ -1,0 +1,249 @@
+"""The sections of a report on how to make its figures again, and on what they do not prove."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..auditing.edits import CURATION
+from ..config import AuditConfig, DemoConfig, EvaluateConfig, GenerateConfig, TrainConfig
+from ..evaluation.results import Results
+from ..options import command_options
+from .compare import BASE
+from .figures import Missing, Table, percent, quoted, sentences
+from .read import Generated, Run, without_paths
+
+MOST_WORDS = 24
+"""Prompts that a command lists; more are in a file."""
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """How to make the figures again."""
+
+    commands: Sequence[tuple[str, str]]
+    """What it does and the command."""
+    facts: Sequence[Table]
+    """Fingerprints, versions and seeds."""
+    settings: Sequence[tuple[str, str]]
+    """Of which step, as JSON."""
+    missing: Sequence[Missing]
+
+
+def reproduce(run: Run, version: str) -> Reproduce:
+    """The section on how to make the figures again, by this version of invdiff."""
+    missing = []
+    if not run.module:
+        what = "No module was given, so how it was trained and with which versions is not known here."
+        missing.append(Missing(what, "invdiff report RUN --module module"))
+    if run.audit and run.audit.edits.changed:
+        words = f"People changed this audit: put its {CURATION} beside the one that these commands make"
+        missing.append(Missing(f"{words}, before you train."))
+    settings = {step: without_paths(values) for step, values in _settings(run).items() if values}
+    tables = (
+        Table(("What", "Fingerprint"), _fingerprints(run), "Fingerprints: another one, another model, set or file"),
+        Table(("What", "Version"), _versions(run, version), "Versions"),
+        Table(("Step", "Seed"), _seeds(run), "Seeds"),
+    )
+    return Reproduce(
+        commands=commands(run),
+        facts=[table for table in tables if table.rows],
+        settings=[(step, json.dumps(values, indent=2, sort_keys=True)) for step, values in settings.items()],
+        missing=missing,
+    )
+
+
+def commands(run: Run) -> list[tuple[str, str]]:
+    """What each command does, and the command for a shell, in order, as far as the parts tell their settings."""
+    demo = run.results.run.get("settings") if run.results else None
+    if demo:
+        return [("All of it, one command", shlex.join(["invdiff", "demo", *command_options(DemoConfig, demo)]))]
+    model, names = _model(run.module), {"audit": ["audit"], "module": ["module"], "data": ["DATA"], **run.names}
+    (audit,), (module,), (data, *columns) = names["audit"], names["module"], names["data"]
+    found = []
+    if run.audit:
+        options = command_options(AuditConfig, without_paths(run.audit.settings))
+        found.append(("Audit", ["audit", model, data, *columns, "--output", audit, *options]))
+    training = _training(run)
+    if training:
+        options = command_options(TrainConfig, without_paths(training))
+        found.append(("Train", ["train", model, data, audit, "--output", module, *columns, *options]))
+    for name, generated in run.images.items():
+        for folder, drawn in zip(generated.folders, generated.settings, strict=True):
+            if drawn:
+                found.append(_generate(name, drawn, model, module, folder))
+    if run.results:
+        found.append(("Evaluate", _evaluate(run, run.results)))
+    return [(title, shlex.join(["invdiff", *words])) for title, words in found]
+
+
+def limits(run: Run) -> list[str]:
+    """What the figures do not prove, in plain words."""
+    words, results = [], run.results
+    if run.audit:
+        names = "Groups have numbers because nobody named them: look at their images before you call them anything."
+        if run.audit.edits.named:
+            names = "Names of groups are people's words for what they saw in the images."
+        words.append(
+            "Hidden groups were inferred without labels. A group may mix several attributes, or follow one that does "
+            f"not matter, and others may have gone unfound. {names}"
+        )
+    if results:
+        name, accuracy = results.annotator.name, results.annotator.accuracy.get(results.attribute)
+        how = "How often it errs is not known."
+        if accuracy is not None:
+            how = f"On held-out images it is right about {quoted(results.attribute)} in {percent(accuracy)}."
+        who = f"An annotator{f' ({quoted(name)})' if name else ''}"
+        words += [
+            f"{who} named the classes, and its mistakes enter every figure. {how} Its classes are appearances.",
+            "The figures hold for the prompts, guidance scales and numbers of images measured here. Other prompts, "
+            "another fine-tune, adapters or samplers need figures of their own.",
+            f"Intervals ({results.confidence:.0%}) are of drawing images from these models. They say nothing about "
+            "training: a module trained again with another seed gives other figures.",
+            "Shares of training data are counts of groups that the audit inferred, or of labels that somebody wrote "
+            "down; those of generated images are an annotator's classes. Whether the two mean the same is for your "
+            "eyes to judge.",
+            "Bias is measured on the attribute that was asked for. Images can still differ between groups in quality "
+            "and stereotype, and in attributes that nobody measured. Even shares do not make a model fair.",
+        ]
+    words.append("Which mix is right depends on the use. It is your choice; no figure here makes it.")
+    return [*words, *sentences(results.notes if results else ())]
+
+
+def _model(module: Mapping[str, Any]) -> str:
+    """The base model by its hub id, or by the last part of its folder: reports are passed on."""
+    hub_id = _mapping(_mapping(module.get("record")).get("base")).get("hub_id")
+    return str(hub_id or re.split(r"[/\\]", str(module.get("base_model") or "MODEL").rstrip("/\\"))[-1])
+
+
+def _training(run: Run) -> Mapping[str, Any]:
+    return _mapping(_mapping(run.module.get("record")).get("training"))
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A mapping as it is, and an empty one for anything else that a file may hold."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _generate(name: str, drawn: Mapping[str, Any], model: str, module: str, folder: str) -> tuple[str, list[str]]:
+    title, prompts = f"Generate: {name}", _prompts(drawn)
+    words = ["generate", model, *prompts]
+    if not _fit(prompts):
+        words = ["generate", model, "--prompts-file", "prompts.txt"]
+        title += f"; prompts.txt has the {len(prompts):,} prompts of its settings below, one a line"
+    values = without_paths(drawn)
+    if drawn.get("module"):
+        mix = _mix(drawn.get("environments"))
+        words += ["--module", module, *(["--environments", mix] if mix else [])]
+        title += "; its groups, in the settings below, can be given in Python only" if mix is None else ""
+    else:
+        values.pop("scale", None)
+    return title, [*words, "--output", folder, *command_options(GenerateConfig, values)]
+
+
+def _prompts(drawn: Mapping[str, Any]) -> list[str]:
+    prompts = drawn.get("prompts")
+    return [str(prompt) for prompt in prompts] if isinstance(prompts, list) else []
+
+
+def _fit(prompts: Sequence[str]) -> bool:
+    """Whether prompts can stand in a command."""
+    return len(prompts) <= MOST_WORDS and not any(prompt.startswith("-") for prompt in prompts)
+
+
+def _mix(environments: Any) -> str | None:
+    """A target mix as the option takes it, "" where none is needed; None where the option cannot say it."""
+    if environments is None:
+        return ""
+    try:
+        given = any(isinstance(share, int) for factor in environments for share in factor)  # a group for each image
+        shares = [[float(share) for share in factor] for factor in environments]
+    except (TypeError, ValueError):
+        return None
+    if not given and all(max(factor) - min(factor) < 1e-6 for factor in shares if factor):
+        return ""
+    return ",".join(f"{share:g}" for share in shares[0]) if not given and len(shares) == 1 else None
+
+
+def _evaluate(run: Run, results: Results) -> list[str]:
+    folders = {model: run.images[model].folders if model in run.images else [model] for model in results.models}
+    words = ["evaluate", *(f"{model}={folder}" for model, of_model in folders.items() for folder in of_model)]
+    words += ["--annotator", results.annotator.name or "ANNOTATOR"]
+    first = next(measures for _, _, measures in results.each())
+    for attribute in first.attributes:
+        words += ["--attribute", attribute] if " x " not in attribute else []
+    named = [name.removesuffix(")").partition(" (")[::2] for name in first.quality if name.endswith(")")]
+    clip = next((of for figure, of in named if figure == "CLIP-T"), "")
+    lpips = {of for figure, of in named if figure.startswith("LPIPS")}
+    values = vars(results) | {
+        "baseline": "" if results.baseline == BASE else results.baseline,
+        "min_confidence": results.annotator.min_confidence,
+        "features": tuple(dict.fromkeys(of for _, of in named if of not in (results.annotator.name, clip, *lpips))),
+        "clip": clip,
+        "lpips": bool(lpips),
+    }
+    words += command_options(EvaluateConfig, values) + (
+        ["--reference", "REFERENCE"] if results.reference_images else []
+    )
+    (file,) = run.names.get("results", ["results.json"])
+    return words + (["--output", file] if file != "results.json" else [])
+
+
+def _settings(run: Run) -> dict[str, Mapping[str, Any]]:
+    """The settings of every step, of images only where their command cannot say them."""
+    settings: dict[str, Mapping[str, Any]] = {"Demo": run.results.run.get("settings", {}) if run.results else {}}
+    if run.audit:
+        known = {item.name for item in fields(AuditConfig)}
+        settings["Audit"] = {name: value for name, value in run.audit.settings.items() if name in known}
+    settings["Train"] = _training(run)
+    for model, folder, drawn in _drawn(run.images):
+        if not _fit(_prompts(drawn)) or (drawn.get("module") and _mix(drawn.get("environments")) is None):
+            settings[f"Generate: {model}, {folder}"] = drawn
+    return settings
+
+
+def _drawn(images: Mapping[str, Generated]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Model, folder and settings of all generated images that state their settings."""
+    return [
+        (model, folder, drawn)
+        for model, generated in images.items()
+        for folder, drawn in zip(generated.folders, generated.settings, strict=True)
+        if drawn
+    ]
+
+
+def _fingerprints(run: Run) -> list[list[str]]:
+    names = {
+        "model_fingerprint": "model that was audited",
+        "denoiser_fingerprint": "its denoiser: weights and noise schedule",
+        "data_fingerprint": "data: captions and images",
+    }
+    audited = run.audit.settings if run.audit else {}
+    rows = [[words, str(audited[name])] for name, words in names.items() if audited.get(name)]
+    trained = _mapping(_mapping(run.module.get("record")).get("base")).get("denoiser_fingerprint")
+    rows += [["denoiser the module was trained beside", str(trained)]] if trained else []
+    for model, _, drawn in _drawn(run.images):
+        rows.append([f"pipeline that drew {quoted(model)}", str(drawn.get("model", ""))])
+        if drawn.get("module"):
+            rows.append([f"module that drew {quoted(model)}", str(drawn["module"])])
+    rows += [["results", run.results_digest]] if run.results_digest else []
+    return [list(row) for row in dict.fromkeys(map(tuple, rows))]
+
+
+def _versions(run: Run, version: str) -> list[list[str]]:
+    versions = _mapping(_mapping(run.module.get("record")).get("versions"))
+    rows = [[f"{name}, when training", str(number)] for name, number in versions.items() if number]
+    return [*rows, ["invdiff, of this report", version]]
+
+
+def _seeds(run: Run) -> list[list[str]]:
+    steps: dict[str, set[str]] = {}
+    values = [(step.lower(), values) for step, values in _settings(run).items() if not step.startswith("Generate")]
+    for step, stated in [*values, *((f"images of {quoted(model)}", drawn) for model, _, drawn in _drawn(run.images))]:
+        if "seed" in stated:
+            steps.setdefault(step, set()).add(str(stated["seed"]))
+    return [[step, ", ".join(sorted(seeds))] for step, seeds in steps.items()]

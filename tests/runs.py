@@ -1,0 +1,179 @@
+"""Audits, images and whole runs written in a moment, and hostile text, for tests of reports and of the page."""
+
+from __future__ import annotations
+
+import html
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from safetensors.numpy import save_file
+
+from invdiff import save_report
+from invdiff.config import EvaluateConfig
+from invdiff.data.captioned import CaptionedImages, load_captioned_images
+from invdiff.evaluation.annotators.given_labels import GivenLabels
+from invdiff.evaluation.evaluate import evaluate
+from invdiff.evaluation.results import Results
+
+LAND, WATER = "a photo of a landbird", "a photo of a waterbird"
+HOSTILE = (
+    "$\\nonsense{1}{$ costs",
+    "<b>a</b> & {x} %s \\n \\textbf{a}",
+    "鳥の写真 🦜 \U000e0041 \ue000",
+    "line\nbreak\ttab\x00\x07\u2028end",
+    "\u202egnirts desrever\u202c" + "a\u0301\u0302\u0303\u0304\u0305" * 30,
+    "\ud800 lone surrogate",
+    "nospaces" * 500,
+    "a very long caption of a waterbird " * 200,
+    "טקסט بالعربية ไทย हिन्दी",
+    " ",
+)
+
+SCRIPT = "<script>alert(1)</script>"
+NASTY = (
+    SCRIPT,
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "{{ 7 * 7 }}{% raw %}",
+    "a|b\n\n# heading <!-- -->",
+    "[link](https://example.com/x) ![picture](https://example.com/y.png) `code` **bold**",
+    "```\n</style></script>",
+    *HOSTILE[:-1],
+    "x" * 10_000,
+)
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: elements with their attributes, and text."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.text += " " * (tag in ("dt", "dd", "p", "td", "th"))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.text.split())
+
+    def values(self, name: str) -> list[str]:
+        return [attributes[name] or "" for _, attributes in self.elements if name in attributes]
+
+
+def make_audit(
+    folder: Path,
+    *,
+    prompts: tuple[str, ...] = (LAND, WATER),
+    found: bool = True,
+    rare: int = 2,
+    per_prompt: int = 20,
+    factors: int = 1,
+) -> CaptionedImages:
+    """Write an audit whose last `rare` images of each prompt are group 1, and the images: group 0 is red."""
+    (folder / "images").mkdir(parents=True)
+    names, captions, labels, ids = [], [], [], []
+    for index, prompt in enumerate(prompts):
+        for place in range(per_prompt):
+            label = int(place >= per_prompt - rare)
+            name = f"images/{index}-{place}.png"
+            Image.new("RGB", (24, 24), ((200, 40, 40), (40, 40, 200))[label]).save(folder / name)
+            names.append(name)
+            captions.append(prompt if prompt.strip() else "blank")
+            labels.append(label)
+            ids.append(index)
+    rng = np.random.default_rng(0)
+    weights = np.eye(2, dtype=np.float32)[labels] if found else np.full((len(names), 2), 0.5, np.float32)
+    tensors = {f"group_weights.{factor}": weights for factor in range(factors)}
+    tensors["scores"] = (rng.normal(size=len(names)) + 8 * np.array(labels)).astype(np.float32)
+    tensors["prompt_ids"] = np.array(ids)
+    save_file(tensors, folder / "audit.safetensors")
+    entries = [
+        {
+            "prompt": prompt,
+            "captions": [prompt],
+            "num_images": per_prompt,
+            "found": found,
+            "reason": "split by contrast" if found else f"one hump, not {prompt}",
+            "evidence": f"contrast, {prompt}",
+            "shares": [1 - rare / per_prompt, rare / per_prompt],
+            "stability": 0.9,
+            "separation": 0.8,
+            "candidates": [],
+        }
+        for prompt in prompts
+    ]
+    document = {"num_groups": [2] * factors, "prompts": entries, "names": names}
+    document |= {"forwards_per_image": 6.0, "settings": {}}
+    (folder / "audit.json").write_text(json.dumps(document))
+    rows = [{"file_name": name, "text": text} for name, text in zip(names, captions, strict=True)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_captioned_images(folder)
+
+
+def make_images(
+    folder: Path,
+    shares: dict[str, int],
+    *,
+    count: int = 20,
+    classes: tuple[str, str] = ("land", "water"),
+    guidance_scale: float = 3.0,
+    scale: float = 0.0,
+) -> Path:
+    """Write `count` images of each prompt, the first ones of the first class, with their class in the manifest."""
+    folder.mkdir(parents=True)
+    rows = []
+    for index, (prompt, first) in enumerate(shares.items()):
+        for place in range(count):
+            name = f"{index}-{place}.png"
+            Image.new("RGB", (12, 12), (12 * place, 90 * index, 120)).save(folder / name)
+            row = {"file_name": name, "prompt": prompt, "seed": place, "background": classes[place >= first]}
+            rows.append(row | {"guidance_scale": guidance_scale, "scale": scale})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "manifest.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+def measured(folders: Any) -> Results:
+    config = EvaluateConfig(num_resamples=20)
+    return evaluate(folders, GivenLabels(["background"]), "background", config=config, progress=False)
+
+
+def make_run(folder: Path) -> Results:
+    """Write a folder as the commands do: base draws 18 of 20 on land, guided 11 of 20, at two guidance scales."""
+    make_audit(folder / "audit")
+    (folder / "audit" / "metadata.jsonl").rename(folder / "metadata.jsonl")
+    shutil.copytree(folder / "audit" / "images", folder / "data" / "images")
+    (folder / "metadata.jsonl").rename(folder / "data" / "metadata.jsonl")
+    folders: dict[str, list[Path]] = {"base": [], "guided": []}
+    for guidance_scale in (1.0, 3.0):
+        for name, first in (("base", 18), ("guided", 11)):
+            made = folder / "images" / f"{name}-cfg-{guidance_scale:g}"
+            make_images(made, {LAND: first, WATER: 20 - first}, guidance_scale=guidance_scale)
+            folders[name].append(made)
+    results = measured(folders)
+    results.save(folder / "results.json")
+    (folder / "module").mkdir()
+    record = {
+        "base": {"hub_id": "org/birds", "denoiser_fingerprint": "0123456789abcdef"},
+        "training": {"steps": 77, "seed": 5},
+        "versions": {"torch": "2.13.0"},
+    }
+    (folder / "module" / "config.json").write_text(json.dumps({"base_model": "org/birds", "record": record}))
+    return results
+
+
+def report(folder: Path, **parts: Any) -> tuple[Page, str]:
+    path = save_report(folder, **parts)
+    return Page(path.read_text(encoding="utf-8")), html.unescape((folder / "report.md").read_text(encoding="utf-8"))

@@ -1,0 +1,131 @@
+"""The models that a report compares, and their lines over the guidance scale and over the module's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from conftest import made_up_measures
+from invdiff.evaluation.results import Measures, Results
+from invdiff.report.compare import Comparison, compare, modules_by_scale, over_guidance, over_module_scale
+from invdiff.report.read import Generated, Run
+
+
+def measures(bias: float, *, accuracy: float | None = None, frechet: float | None = None) -> Measures:
+    return made_up_measures(bias, interval=(bias - 0.1, bias + 0.1), floor=0.05, accuracy=accuracy, frechet=frechet)
+
+
+def results(biases: dict[str, float], scales: dict[str, float]) -> Results:
+    return Results({name: {"3.0": measures(bias)} for name, bias in biases.items()}, module_scales=scales)
+
+
+def lines(measured: Results, images: dict[str, Generated] | None = None) -> dict[str, dict[float, float]]:
+    """Name of a module to its strength to Bias."""
+    chosen = compare(measured, {})
+    assert chosen is not None
+    found = modules_by_scale(Run(results=measured, images=images or {}), chosen)
+    return {name: {scale: entry.bias for scale, entry in line.items()} for name, line in found.items()}
+
+
+def drawn(module: str, **settings: Any) -> Generated:
+    return Generated([], ["folder"], [{"module": module} | settings])
+
+
+def test_the_guided_model_is_compared_at_the_middle_guidance_scale() -> None:
+    by_scale = {key: measures(0.5) for key in ("1.0", "10.0", "3.0", "unstated")}
+    models = {"other": by_scale, "guided": by_scale, "base": by_scale}
+    assert compare(Results(models), {}) == Comparison("base", "guided", "3.0", ["1.0", "3.0", "10.0", "unstated"])
+    found = compare(Results(models, baseline="other"), {})
+    assert found is not None
+    assert (found.before, found.after) == ("other", "guided")
+    apart = Results({"base": {"1.0": measures(0.5)}, "guided": {"3.0": measures(0.5)}})
+    assert compare(apart, {}) == Comparison("base", "base", "1.0", ["1.0"])
+    assert compare(None, {"base": drawn("")}) is None
+
+
+@pytest.mark.parametrize(
+    ("biases", "scales", "expected"),
+    [
+        (
+            {"base": 0.9, "guided-1": 0.1, "guided-0.5": 0.4},
+            {"base": 0.0, "guided-1": 1.0, "guided-0.5": 0.5},
+            {"With guidance": {0.0: 0.9, 0.5: 0.4, 1.0: 0.1}},
+        ),
+        (
+            {"theirs": 0.8, "ours-0.5": 0.4, "ours-1": 0.1},
+            {"ours-0.5": 0.5, "ours-1": 1.0},
+            {"ours": {0.5: 0.4, 1.0: 0.1}},
+        ),
+        ({"base": 0.9, "guided": 0.1}, {"base": 0.0, "guided": 1.0}, {}),  # one strength is no line
+        ({"base": 0.9, "guided": 0.1, "more": 0.2}, {}, {}),
+        (  # the compared model stands at 0, before other plain ones
+            {"plain": 0.7, "base": 0.9, "m 1": 0.1, "m 2": 0.2},
+            {"plain": 0, "base": 0, "m 1": 1, "m 2": 2},
+            {"m": {0.0: 0.9, 1.0: 0.1, 2.0: 0.2}},
+        ),
+    ],
+)
+def test_modules_at_two_strengths_are_lines(
+    biases: dict[str, float], scales: dict[str, float], expected: dict[str, dict[float, float]]
+) -> None:
+    assert lines(results(biases, scales)) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "stem"),
+    [
+        (("m-0.5", "m-1"), "m"),
+        (("m-0.5", "m"), "m"),
+        (("m_scale_0.5", "m_scale_1"), "m"),
+        (("m-delta-0.5", "m delta=1.0"), "m"),
+        (("run-1", "run-2"), None),  # numbers that are not the strengths
+        (("balanced", "invariant"), None),
+        (("0.5", "1"), None),
+    ],
+)
+def test_names_say_which_models_are_of_one_module(names: tuple[str, str], stem: str | None) -> None:
+    found = lines(results(dict.fromkeys(names, 0.2), dict(zip(names, (0.5, 1.0), strict=True))))
+    assert list(found) == ([] if stem is None else [stem])
+
+
+def test_settings_of_the_images_say_it_better_than_names() -> None:
+    measured = results(dict.fromkeys(("weak", "strong", "other"), 0.2), {"weak": 0.5, "strong": 1, "other": 2})
+    images = {"weak": drawn("a"), "strong": drawn("a"), "other": drawn("b")}
+    assert lines(measured, images) == {"weak": {0.5: 0.2, 1.0: 0.2}}
+    images["strong"] = drawn("a", environments=[[0.9, 0.1]])
+    assert lines(measured, images) == {}
+    twice = results(dict.fromkeys("abc", 0.2), {"a": 0.5, "b": 1, "c": 1})
+    assert lines(twice, {name: drawn("same") for name in "abc"}) == {}
+    scales = {"m-0.5": 0.5, "m-1": 1.0, "m-2": 2.0, "m-3": 3.0}
+    images = {name: drawn("a" if scale <= 1 else "b") for name, scale in scales.items()}
+    assert list(lines(results(dict.fromkeys(scales, 0.2), scales), images)) == ["m-0.5", "m-2"]
+
+
+def test_every_figure_has_its_chart_with_gaps_where_it_is_missing() -> None:
+    line = {0.0: measures(0.9, accuracy=0.9), 0.5: measures(0.4, frechet=3.0), 1.0: measures(0.1, accuracy=0.8)}
+    charts = over_module_scale({"ours": line})
+    assert [chart.title.partition(":")[0] for chart in charts] == ["Bias", "Subject right", "Fréchet distance"]
+    assert [[point[:2] for point in chart.lines[0].points] for chart in charts] == [
+        [(0.0, 0.9), (0.5, 0.4), (1.0, 0.1)],
+        [(0.0, 0.9), (0.5, None), (1.0, 0.8)],
+        [(0.0, None), (0.5, 3.0), (1.0, None)],
+    ]
+    assert [len(chart.floors) for chart in charts] == [1, 0, 0]
+    assert charts[0].lines[0].points[0][2:] == (pytest.approx(0.8), 1.0)
+
+
+def test_every_model_has_its_line_over_the_guidance_scale() -> None:
+    models = {
+        "guided": {"1.0": measures(0.1), "3.0": measures(0.2), "unstated": measures(0.9)},
+        "base": {"1.0": measures(0.7), "3.0": measures(0.9)},
+    }
+    chosen = Comparison("base", "guided", "1.0", ["1.0", "3.0"])
+    (chart,) = over_guidance(Results(models), chosen)
+    assert [(line.name, line.place) for line in chart.lines] == [("Base model", None), ("With guidance", 0)]
+    assert [[point[:2] for point in line.points] for line in chart.lines] == [
+        [(1, 0.7), (3, 0.9)],
+        [(1, 0.1), (3, 0.2)],
+    ]
+    single = Results({"base": {"3.0": measures(0.7)}, "guided": {"3.0": measures(0.1)}})
+    assert over_guidance(single, chosen) == []

@@ -1,0 +1,150 @@
+"""The commands of a report are the real ones, quoted for a shell, and name no path of the machine."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from invdiff.auditing.result import Audit
+from invdiff.config import AuditConfig, DemoConfig, GenerateConfig, TrainConfig
+from invdiff.evaluation.results import AnnotatorRecord, AttributeMeasures, Estimate, Measures, Quantity, Results
+from invdiff.report.read import Generated, Run, shown_path, without_paths
+from invdiff.report.reproduce import MOST_WORDS, commands, reproduce
+
+BIRD = "a photo of a bird"
+
+
+def audited(**settings: Any) -> Audit:
+    settings = AuditConfig().to_dict() | {"denoiser_fingerprint": "0123"} | settings
+    return Audit((np.eye(2, dtype=np.float32),), np.zeros(2), np.zeros(2, int), [], ["a", "b"], 6.0, settings)
+
+
+def drawn(folder: str = "guided", **settings: Any) -> Run:
+    known = {"prompts": [BIRD], **GenerateConfig().to_dict(), "module": "digest", "environments": [[0.5, 0.5]]}
+    return Run(images={"guided": Generated([], [folder], [known | settings])})
+
+
+def evaluated(quality: tuple[str, ...] = (), **stated: Any) -> Run:
+    bias = Estimate(value=0.5, low=0.4, high=0.6, floor=0.1)
+    spread = AttributeMeasures({BIRD: {"land": 10, "water": 0}}, {"bias": bias})
+    measures = Measures(10, {"background": spread}, quality=dict.fromkeys(quality, Quantity(1.0)))
+    return Run(results=Results({"base": {"3.0": measures}}, attribute="background", **stated))
+
+
+def only(run: Run) -> str:
+    ((_, command),) = commands(run)
+    return command
+
+
+def test_only_settings_that_differ_from_the_defaults_are_written() -> None:
+    assert only(Run(audit=audited())) == "invdiff audit MODEL DATA --output audit"
+    command = only(Run(audit=audited(seed=3, solver="exact", min_images=20, max_groups=4)))
+    assert command == "invdiff audit MODEL DATA --output audit --solver exact --max-groups 4 --min-images 20 --seed 3"
+
+
+def test_no_path_of_the_machine_is_in_an_option() -> None:
+    command = only(Run(audit=audited(vision_encoder="/home/alice/dino", words_model="~/clip")))
+    assert command.endswith("--vision-encoder dino --words-model clip")
+
+
+def test_parts_have_their_own_names() -> None:
+    names = {"audit": ["out/a b"], "module": ["out/module"], "data": ["photos", "--split", "test"]}
+    module = {"base_model": "/x/birds", "record": {"training": TrainConfig(steps=7).to_dict()}}
+    assert [command for _, command in commands(Run(audit=audited(), module=module, names=names))] == [
+        "invdiff audit birds photos --split test --output 'out/a b'",
+        "invdiff train birds photos 'out/a b' --output out/module --split test --steps 7",
+    ]
+
+
+def test_images_are_drawn_with_what_they_were_drawn_with() -> None:
+    command = only(drawn("out/guided", guidance_scale=7.5, seed=2, environments=[[0.7, 0.3]], scale=0.5))
+    words = "--module module --environments 0.7,0.3 --output out/guided --guidance-scale 7.5 --scale 0.5 --seed 2"
+    assert sorted(shlex.split(command)) == sorted(["invdiff", "generate", "MODEL", BIRD, *words.split()])
+    plain = only(drawn("base", module=None, environments=None, scale=0.5))
+    assert plain == f"invdiff generate MODEL '{BIRD}' --output base"
+    assert commands(Run(images={"theirs": Generated([], ["theirs"], [{}])})) == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prompts": [f"bird {number}" for number in range(MOST_WORDS + 1)]},
+        {"prompts": ["--output", "x"]},
+        {"environments": [[0], [1]]},
+        {"environments": [[0.5, 0.5], [0.2, 0.8]]},
+        {"environments": "hostile"},
+    ],
+)
+def test_what_a_command_cannot_say_is_said_beside_it(settings: dict[str, Any]) -> None:
+    found = reproduce(drawn(**settings), "1.0")
+    ((title, command),) = found.commands
+    assert "settings below" in title
+    assert "--environments" not in command
+    assert command.count("--output") == 1
+    assert [step for step, _ in found.settings] == ["Generate: guided, guided"]
+
+
+def test_evaluation_names_the_models_that_figures_name() -> None:
+    quality = ("Frechet distance (net)", "FID (inception)", "KID (inception)", "CLIP-T (clip)", "CMMD (clip)")
+    run = evaluated(
+        (*quality, "LPIPS diversity (alexnet)", "Vendi score (odd (name))"),
+        annotator=AnnotatorRecord("net", min_confidence=0.6),
+        baseline="theirs",
+        target={"land": 0.3, "water": 0.7},
+        reference_images=9,
+        confidence=0.9,
+    )
+    assert only(run) == (
+        "invdiff evaluate base=base --annotator net --attribute background --target land=0.3,water=0.7 "
+        "--baseline theirs --min-confidence 0.6 --confidence 0.9 --features inception --features 'odd (name)' "
+        "--clip clip --lpips --reference REFERENCE"
+    )
+
+
+def test_the_demo_is_one_command() -> None:
+    run = evaluated(run={"settings": DemoConfig(seed=3, num_inference_steps=5).to_dict()})
+    assert only(run) == "invdiff demo --num-inference-steps 5 --seed 3"
+    assert ["demo", "3"] in next(table for table in reproduce(run, "1.0").facts if table.caption == "Seeds").rows
+
+
+@pytest.mark.parametrize("value", ["$(touch x)", "'; touch x; '", "`touch x`", "a\nb"])
+def test_hostile_settings_are_one_word(value: str) -> None:
+    words = shlex.split(only(drawn(prompts=[value], seed=value)))
+    assert words[3] == value
+    assert words[-1] == value
+
+
+# Paths: reports are passed on.
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("photos", "photos"),
+        (Path("out/demo/audit"), "out/demo/audit"),
+        ("../photos", "../photos"),
+        ("org/birds", "org/birds"),
+        ("/home/alice/photos", "photos"),
+        (Path("/home/alice/photos"), "photos"),
+        ("/home/alice/photos/", "photos"),
+        ("~/photos", "photos"),
+        ("~alice/photos", "photos"),
+        (r"C:\Users\alice\photos", "photos"),
+        (r"\\server\alice\photos", "photos"),
+        ("/", "."),
+    ],
+)
+def test_no_path_of_the_machine_is_shown(path: str | Path, shown: str) -> None:
+    assert shown_path(path) == shown
+
+
+def test_inside_the_run_a_path_is_shown_from_there(tmp_path: Path) -> None:
+    assert shown_path(tmp_path / "run" / "images" / "base", tmp_path / "run") == "images/base"
+    assert shown_path(tmp_path / "run", tmp_path / "run") == "."
+    assert shown_path(tmp_path / "elsewhere" / "base", tmp_path / "run") == "base"
+    settings = {"vision_encoder": "/home/alice/dino", "prompts": ["/imagine a bird"], "seed": 3, "audit": None}
+    assert without_paths(settings) == settings | {"vision_encoder": "dino"}
