@@ -14,7 +14,7 @@ from PIL import Image
 from conftest import CAPTIONS, make_tiny_pipeline, write_tiny_folder
 from invdiff.data import encode as encode_module
 from invdiff.data.captioned import load_captioned_images
-from invdiff.data.encode import ShardedTensor, encode, model_fingerprint, to_pixels
+from invdiff.data.encode import ShardedTensor, encode, model_fingerprint, pixel_values
 from invdiff.errors import ConfigError, DataError, ModelError
 from invdiff.files import write_tensors
 
@@ -52,7 +52,7 @@ def test_latents_are_the_scaled_mode_of_each_image(tiny_pipe, data, tmp_path):
     assert len(encoded) == 12
     assert encoded.latents.shape == (12, 4, 8, 8)
     with torch.no_grad():
-        moments = tiny_pipe.vae.encode(to_pixels(data.image(7), 32)[None]).latent_dist
+        moments = tiny_pipe.vae.encode(pixel_values(data.image(7), 32)[None]).latent_dist
     torch.testing.assert_close(encoded.latents[[7]], moments.mode() * tiny_pipe.vae.config.scaling_factor)
     assert encoded.latents[[7]].dtype == torch.float32
 
@@ -74,7 +74,7 @@ def test_a_tiny_autoencoder_works_too(data, tmp_path):
     )
     encoded = run(pipe, data, tmp_path)
     with torch.no_grad():
-        expected = pipe.vae.encode(to_pixels(data.image(3), 32)[None]).latents
+        expected = pipe.vae.encode(pixel_values(data.image(3), 32)[None]).latents
     torch.testing.assert_close(encoded.latents[[3]], expected)
 
 
@@ -106,7 +106,7 @@ def test_the_shortest_side_is_resized_and_the_centre_cut(size):
     half = image.resize((size[0] // 2, size[1] // 2), Image.Resampling.LANCZOS)
     left, top = (half.width - 10) // 2, (half.height - 10) // 2
     expected = np.asarray(half.crop((left, top, left + 10, top + 10)), dtype=np.float32) / 127.5 - 1
-    torch.testing.assert_close(to_pixels(image, 10), torch.from_numpy(expected).permute(2, 0, 1))
+    torch.testing.assert_close(pixel_values(image, 10), torch.from_numpy(expected).permute(2, 0, 1))
 
 
 def test_a_half_precision_autoencoder_gives_float32_latents(tiny_pipe, data, tmp_path):

@@ -219,7 +219,7 @@ def model_fingerprint(pipe: DiffusionPipeline) -> str:
     return fingerprint(*parts)
 
 
-def to_pixels(image: Image.Image, resolution: int) -> torch.Tensor:
+def pixel_values(image: Image.Image, resolution: int) -> torch.Tensor:
     """Resize the shortest side and crop the centre: (3, resolution, resolution) in -1 to 1."""
     square = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(square, dtype=np.float32)).permute(2, 0, 1)
@@ -305,7 +305,7 @@ class _Encoding:
 
     def _load(self, row: int) -> torch.Tensor | UnreadableImage:
         try:
-            return to_pixels(self.data.image(row), self.resolution)
+            return pixel_values(self.data.image(row), self.resolution)
         except UnreadableImage as error:
             return error
 

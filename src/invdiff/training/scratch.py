@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..config import ArchitectureConfig, FinetuneConfig
 from ..data.captioned import CaptionedImages, readable_images
-from ..data.encode import to_pixels
+from ..data.encode import pixel_values
 from ..progress import progress_bar
 from ..seeds import derived_seed, generator
 from .checkpoint import TrainingRun
@@ -174,7 +174,7 @@ def load_pixels(data: CaptionedImages, resolution: int, *, progress: bool) -> np
     An autoencoder sees each image many times; as bytes, 20,000 images of 64 px take 250 MB.
     """
     rows = [
-        ((to_pixels(image, resolution) + 1) * 127.5).round().to(torch.uint8).numpy()
+        ((pixel_values(image, resolution) + 1) * 127.5).round().to(torch.uint8).numpy()
         for _, image in readable_images(data, "reading images", progress=progress)
     ]
     return np.stack(rows)
