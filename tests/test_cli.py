@@ -306,7 +306,7 @@ def test_finetune_passes_its_arguments_on_and_the_data_s_to_the_next_command(tin
     assert next_command(quiet.stdout)[-4:] == ["--caption-column", "background", "--limit", "5"]
 
 
-def test_people_s_changes_are_told_by_audit_and_train(tiny_pipe_dir, tiny_folder, tmp_path, cache, recorded):
+def test_changes_by_people_are_printed_by_audit_and_train(tiny_pipe_dir, tiny_folder, tmp_path, cache, recorded):
     loose = yaml_file(tmp_path / "loose.yaml", {"min_images": 4, "caption_threshold": 0.0, "min_share": 0.1})
     again = ("audit", tiny_pipe_dir, tiny_folder, "--output", tmp_path / "a", "--solver", "exact", "--config", loose)
     assert "people" not in run(*again).stderr

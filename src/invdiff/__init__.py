@@ -1,4 +1,4 @@
-"""Find, remove and prove hidden biases in text-to-image diffusion models, without labels.
+"""Find, remove and measure hidden biases in text-to-image diffusion models, without labels.
 
 What needs torch is imported when it is first asked for, so that `import invdiff` takes no time.
 """

@@ -60,20 +60,11 @@ def ui(
     ] = "127.0.0.1",
     port: Annotated[
         int | None,
-        option(
-            "Port to listen on." + shown_default("the first free one from 7860"),
-            panel=RUN,
-            min=0,
-            max=65535,
-        ),
+        option("Port to listen on." + shown_default("the first free one from 7860"), panel=RUN, min=0, max=65535),
     ] = None,
     public: Annotated[
         bool,
-        option(
-            f"Let others on the network in, who are asked for the password in ${PASSWORD}.",
-            "--public",
-            panel=RUN,
-        ),
+        option(f"Let others on the network in, who are asked for the password in ${PASSWORD}.", "--public", panel=RUN),
     ] = False,
     browser: Annotated[bool, option("Open a browser.", panel=RUN)] = True,
 ) -> None:

@@ -106,15 +106,8 @@ def annotator_train(
 
     images = source.load_labelled(data)
     silence_libraries()
-    trained = ConvAnnotator.fit(
-        images,
-        attribute or None,
-        steps=steps,
-        batch_size=batch_size,
-        resolution=resolution,
-        seed=seed,
-        progress=not quiet,
-    )
+    sizes = {"steps": steps, "batch_size": batch_size, "resolution": resolution}
+    trained = ConvAnnotator.fit(images, attribute or None, **sizes, seed=seed, progress=not quiet)
     trained.save_pretrained(output)
     assert trained.held_out is not None  # `fit` measures
     print_annotator(trained.held_out.summary(), before=trained.config["holdout_calibration_error"])

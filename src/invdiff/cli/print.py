@@ -109,34 +109,33 @@ def print_results(results: Results) -> None:
 
     The table fits 80 columns: figures corrected for the annotator's errors are shown where they differ.
     """
-    measured = [measures for by_scale in results.models.values() for measures in by_scale.values()]
-    biases = [measures.first.overall["bias"] for measures in measured]
+    measured = [measures for _, _, measures in results.each()]
+    biases = [measures.bias_estimate for measures in measured]
     known = [(bias.corrected, bias.value) for bias in biases if bias.corrected is not None]
     matters = any(abs(corrected - plain) >= 0.0005 for corrected, plain in known)
     counts = sorted({measures.images_per_prompt for measures in measured})
+    dropped = {"images"} if len(counts) == 1 else set()
+    dropped |= set() if matters else {"corrected"}
     caption = "floor: Bias expected of a perfectly fair model with as many images"
     if matters:
         caption += "\ncorrected: for the annotator's errors on held-out images; its interval is in the results"
     elif known:
         caption += "\nCorrecting for the annotator's errors on held-out images moves no Bias shown."
     rows = []
-    for model, by_scale in results.models.items():
-        for scale, measures in by_scale.items():
-            bias = measures.first.overall["bias"]
-            cells = {
-                "model": model,
-                "CFG": scale.removesuffix(".0"),
-                "images": f"{measures.images_per_prompt}",
-                "Bias": f"{bias.value:.3f}",
-                f"{results.confidence:.0%} interval": f"{bias.low:.3f} to {bias.high:.3f}",
-                "floor": f"{bias.floor:.3f}",
-                "corrected": _or_dash(bias.corrected, ".3f"),
-                "subject": _or_dash(measures.accuracy, ".1%"),
-                "Fréchet": _or_dash(measures.frechet, ".3g"),
-            }
-            dropped = {"images"} if len(counts) == 1 else set()
-            dropped |= set() if matters else {"corrected"}
-            rows.append({name: cell for name, cell in cells.items() if name not in dropped})
+    for model, scale, measures in results.each():
+        bias = measures.bias_estimate
+        cells = {
+            "model": model,
+            "CFG": scale.removesuffix(".0"),
+            "images": f"{measures.images_per_prompt}",
+            "Bias": f"{bias.value:.3f}",
+            f"{results.confidence:.0%} interval": f"{bias.low:.3f} to {bias.high:.3f}",
+            "floor": f"{bias.floor:.3f}",
+            "corrected": _or_dash(bias.corrected, ".3f"),
+            "subject": _or_dash(measures.accuracy, ".1%"),
+            "Fréchet": _or_dash(measures.frechet, ".3g"),
+        }
+        rows.append({name: cell for name, cell in cells.items() if name not in dropped})
     columns = {name: _NUMBER | {"no_wrap": True} for name in rows[0]} | {"model": _FOLDED | {"min_width": 6}}
     title = f"Bias of {results.attribute}" + (f", {counts[0]} images of each prompt" if len(counts) == 1 else "")
     _print_table(title, columns, [list(row.values()) for row in rows], caption=caption)
