@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
+JOBS ?= 2
 READY := $(VENV)/.ready
 
 .PHONY: demo test lint clean
@@ -11,7 +12,7 @@ demo: $(READY)
 	$(BIN)/invdiff demo --output $(OUT)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
