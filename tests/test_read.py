@@ -24,7 +24,7 @@ from invdiff.evaluation.results import Results
 from invdiff.report.figures import percent
 from invdiff.report.read import Parts, read_run
 from invdiff.report.results_view import training_labels
-from runs import LAND, WATER, Page, make_audit, make_images, make_run, measured, report
+from runs import LAND, WATER, Page, make_audit, make_images, make_run, report
 
 SECRET = (1, 2, 3)
 
@@ -226,22 +226,3 @@ def test_parts_elsewhere_are_called_by_their_last_name(run: Path, tmp_path: Path
     assert "invdiff audit MODEL data --output audit" in told
     assert "invdiff evaluate base=base-cfg-1 guided=guided-cfg-1 --annotator labels" in told
     assert str(run) not in told
-
-
-# Strengths of a module.
-
-
-def test_the_model_at_its_trained_strength_is_compared(tmp_path: Path) -> None:
-    folders = {
-        f"m-{scale:g}": make_images(tmp_path / f"{scale:g}", {LAND: 20 - int(8 * scale)}, scale=scale)
-        for scale in (0.5, 1.0, 1.25)
-    }
-    folders["base"] = make_images(tmp_path / "base", {LAND: 20}, scale=0.0)
-    measured(folders).save(tmp_path / "results.json")
-    page, twin = report(tmp_path / "out", results=tmp_path / "results.json", images=folders)
-    assert "of “m-1” it is 0.20" in page.words
-    (alt,) = (alt for alt in page.values("alt") if alt.startswith("Bias over the module's scale."))
-    assert alt == "Bias over the module's scale. m: 1.00 at 0, 0.60 at 0.5, 0.20 at 1, 0.00 at 1.25."
-    assert "Every guidance scale" not in page.words
-    assert "(report-bias.png)" not in twin
-    assert not (tmp_path / "out" / "report-bias.png").exists()

@@ -148,34 +148,6 @@ def test_one_group_alone_has_no_smallest(run: Path, tmp_path: Path) -> None:
     assert "smallest" not in report(tmp_path / "both", audit=tmp_path / "audit")[1]
 
 
-def test_hostile_names_of_groups_are_text(tmp_path: Path) -> None:
-    make_audit(tmp_path / "audit", prompts=(LAND,), factors=8)
-    audit = Audit.load(tmp_path / "audit")
-    plain = audit.edits
-    names = [one_line(text, 60) for text in NASTY if text.strip()][:16]
-    assert len(names) == 16
-    hostile, harmless = plain, plain
-    for place, name in enumerate(names):
-        hostile = hostile.with_name(*divmod(place, 2), name)
-        harmless = harmless.with_name(*divmod(place, 2), f"name {place}")
-    apply(audit, harmless).save_edits(tmp_path / "audit")
-    expected, markdown = report(tmp_path / "harmless", audit=tmp_path / "audit", data=tmp_path / "audit")
-    kinds = {token.type for token in MarkdownIt("commonmark").enable("table").parse(markdown)}
-    apply(audit, hostile).save_edits(tmp_path / "audit")
-    found, _ = report(tmp_path / "hostile", audit=tmp_path / "audit", data=tmp_path / "audit")
-    assert [tag for tag, _ in found.elements] == [tag for tag, _ in expected.elements]
-    assert [sorted(attributes) for _, attributes in found.elements] == [sorted(a) for _, a in expected.elements]
-    text = (tmp_path / "hostile" / "report.md").read_text(encoding="utf-8")
-    tokens = MarkdownIt("commonmark").enable("table").parse(text)
-    inside = {child.type for token in tokens for child in token.children or []}
-    assert {token.type for token in tokens} == kinds
-    assert not inside & {"html_inline", "link_open", "code_inline", "em_open"}
-    shown = "".join(child.content for token in tokens for child in token.children or [])
-    for name in names:
-        assert f"Most typical of {name}" in found.words
-        assert name in shown
-
-
 def test_pairs_stand_base_above_guided(page: Page) -> None:
     pairs = [alt for alt in page.values("alt") if ", seed " in alt]
     assert len(pairs) == 2 * (8 + 2 * 8)  # the glance, and each of two prompts
@@ -295,6 +267,8 @@ def hostile_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     audit["prompts"][0] |= {"found": False, "reason": SCRIPT}
     audit["settings"] = {"data_fingerprint": SCRIPT, "solver": NASTY[1], "vision_encoder": NASTY[6]}
     (folder / "audit" / "audit.json").write_text(json.dumps(audit))
+    named = Audit.load(folder / "audit").edits.with_name(0, 0, one_line(NASTY[1], 60)).with_name(0, 1, NASTY[5][:60])
+    apply(Audit.load(folder / "audit"), named).save_edits(folder / "audit")
     shares = {text.encode("utf-8", "replace").decode(): 5 for text in prompts}
     models = ("base", SCRIPT + "x" * 10_000)
     folders = {
@@ -336,7 +310,7 @@ def test_hostile_text_makes_no_element_and_no_attribute(page: Page, hostile: tup
 
 def test_hostile_text_is_shown(hostile: tuple[Page, str]) -> None:
     found, _ = hostile
-    for text in NASTY[:6]:
+    for text in (*NASTY[:6], NASTY[1] + " 90%", NASTY[5][:59]):
         assert one_line(text) in " ".join(found.text.split())
 
 
@@ -412,21 +386,25 @@ def test_images_without_results_are_shown_and_said_to_be_unmeasured(run: Path, t
     assert sum(", seed " in alt for alt in page.values("alt")) == 2 * (8 + 2 * 8)
 
 
-def test_scales_of_one_module_make_a_curve(tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_images", [True, False])
+def test_scales_of_one_module_make_a_curve(tmp_path: Path, with_images: bool) -> None:
     folders = {
-        f"guided-{scale:g}": make_images(tmp_path / f"{scale:g}", {LAND: 20 - int(8 * scale)}, scale=scale)
+        f"m-{scale:g}": make_images(tmp_path / f"{scale:g}", {LAND: 20 - int(8 * scale)}, scale=scale)
         for scale in (0.5, 1.0, 1.25)
     }
-    results = measured(folders)
-    results.save(tmp_path / "results.json")
-    for parts in ({}, {"images": folders}):
-        page, twin = report(tmp_path / "out", results=tmp_path / "results.json", **parts)
-        (alt,) = (alt for alt in page.values("alt") if alt.startswith("Bias over the module's scale."))
-        assert "0.60 at 0.5" in alt
-        assert "Every scale of the module, at guidance scale 3" in page.words
-        assert "| With guidance | 0.5 | 0.60 (" in twin
-        assert "(report-module-scale.png)" in twin
-        assert (tmp_path / "out" / "report-module-scale.png").is_file()
+    folders["base"] = make_images(tmp_path / "base", {LAND: 20}, scale=0.0)
+    measured(folders).save(tmp_path / "results.json")
+    parts = {"images": folders} if with_images else {}
+    page, twin = report(tmp_path / "out", results=tmp_path / "results.json", **parts)
+    assert "of “m-1” it is 0.20" in page.words  # the strength that the module was trained for is compared
+    (alt,) = (alt for alt in page.values("alt") if alt.startswith("Bias over the module's scale."))
+    assert alt == "Bias over the module's scale. m: 1.00 at 0, 0.60 at 0.5, 0.20 at 1, 0.00 at 1.25."
+    assert "Every scale of the module, at guidance scale 3" in page.words
+    assert "Every guidance scale" not in page.words
+    assert "| m | 0.5 | 0.60 (" in twin
+    assert "(report-module-scale.png)" in twin
+    assert (tmp_path / "out" / "report-module-scale.png").is_file()
+    assert not (tmp_path / "out" / "report-bias.png").exists()
 
 
 @pytest.mark.parametrize(

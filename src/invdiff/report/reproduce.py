@@ -44,14 +44,9 @@ def reproduce(run: Run, version: str) -> Reproduce:
         words = f"People changed this audit: put its {CURATION} beside the one that these commands make"
         missing.append(Missing(f"{words}, before you train."))
     settings = {step: without_paths(values) for step, values in _settings(run).items() if values}
-    tables = (
-        Table(("What", "Fingerprint"), _fingerprints(run), "Fingerprints: another one, another model, set or file"),
-        Table(("What", "Version"), _versions(run, version), "Versions"),
-        Table(("Step", "Seed"), _seeds(run), "Seeds"),
-    )
     return Reproduce(
         commands=commands(run),
-        facts=[table for table in tables if table.rows],
+        facts=[table for table in _facts(run, version) if table.rows],
         settings=[(step, json.dumps(values, indent=2, sort_keys=True)) for step, values in settings.items()],
         missing=missing,
     )
@@ -62,20 +57,19 @@ def commands(run: Run) -> list[tuple[str, str]]:
     demo = run.results.run.get("settings") if run.results else None
     if demo:
         return [("All of it, one command", shlex.join(["invdiff", "demo", *command_options(DemoConfig, demo)]))]
-    model, names = _model(run.module), {"audit": ["audit"], "module": ["module"], "data": ["DATA"], **run.names}
+    base = str(run.module.get("base_model") or "MODEL").rstrip("/\\")
+    model = str(_record(run, "base").get("hub_id") or re.split(r"[/\\]", base)[-1])
+    names = {"audit": ["audit"], "module": ["module"], "data": ["DATA"], **run.names}
     (audit,), (module,), (data, *columns) = names["audit"], names["module"], names["data"]
     found = []
     if run.audit:
         options = command_options(AuditConfig, without_paths(run.audit.settings))
         found.append(("Audit", ["audit", model, data, *columns, "--output", audit, *options]))
-    training = _training(run)
+    training = _record(run, "training")
     if training:
         options = command_options(TrainConfig, without_paths(training))
         found.append(("Train", ["train", model, data, audit, "--output", module, *columns, *options]))
-    for name, generated in run.images.items():
-        for folder, drawn in zip(generated.folders, generated.settings, strict=True):
-            if drawn:
-                found.append(_generate(name, drawn, model, module, folder))
+    found += [_generate(name, drawn, model, module, folder) for name, folder, drawn in _drawn(run.images)]
     if run.results:
         found.append(("Evaluate", _evaluate(run, run.results)))
     return [(title, shlex.join(["invdiff", *words])) for title, words in found]
@@ -114,19 +108,11 @@ def limits(run: Run) -> list[str]:
     return [*words, *sentences(results.notes if results else ())]
 
 
-def _model(module: Mapping[str, Any]) -> str:
-    """The base model by its hub id, or by the last part of its folder: reports are passed on."""
-    hub_id = _mapping(_mapping(module.get("record")).get("base")).get("hub_id")
-    return str(hub_id or re.split(r"[/\\]", str(module.get("base_model") or "MODEL").rstrip("/\\"))[-1])
-
-
-def _training(run: Run) -> Mapping[str, Any]:
-    return _mapping(_mapping(run.module.get("record")).get("training"))
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    """A mapping as it is, and an empty one for anything else that a file may hold."""
-    return value if isinstance(value, Mapping) else {}
+def _record(run: Run, part: str) -> Mapping[str, Any]:
+    """A part of how the module was made; empty where its file holds something else."""
+    record = run.module.get("record")
+    found = record.get(part) if isinstance(record, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 def _generate(name: str, drawn: Mapping[str, Any], model: str, module: str, folder: str) -> tuple[str, list[str]]:
@@ -199,7 +185,7 @@ def _settings(run: Run) -> dict[str, Mapping[str, Any]]:
     if run.audit:
         known = {item.name for item in fields(AuditConfig)}
         settings["Audit"] = {name: value for name, value in run.audit.settings.items() if name in known}
-    settings["Train"] = _training(run)
+    settings["Train"] = _record(run, "training")
     for model, folder, drawn in _drawn(run.images):
         if not _fit(_prompts(drawn)) or (drawn.get("module") and _mix(drawn.get("environments")) is None):
             settings[f"Generate: {model}, {folder}"] = drawn
@@ -216,34 +202,31 @@ def _drawn(images: Mapping[str, Generated]) -> list[tuple[str, str, Mapping[str,
     ]
 
 
-def _fingerprints(run: Run) -> list[list[str]]:
+def _facts(run: Run, version: str) -> list[Table]:
+    """Fingerprints, versions and seeds."""
     names = {
         "model_fingerprint": "model that was audited",
         "denoiser_fingerprint": "its denoiser: weights and noise schedule",
         "data_fingerprint": "data: captions and images",
     }
     audited = run.audit.settings if run.audit else {}
-    rows = [[words, str(audited[name])] for name, words in names.items() if audited.get(name)]
-    trained = _mapping(_mapping(run.module.get("record")).get("base")).get("denoiser_fingerprint")
-    rows += [["denoiser the module was trained beside", str(trained)]] if trained else []
+    prints = [[words, str(audited[name])] for name, words in names.items() if audited.get(name)]
+    trained = _record(run, "base").get("denoiser_fingerprint")
+    prints += [["denoiser the module was trained beside", str(trained)]] if trained else []
+    versions = [[f"{name}, when training", str(number)] for name, number in _record(run, "versions").items() if number]
+    seeds: dict[str, dict[str, None]] = {}
+    stated = [(step.lower(), values) for step, values in _settings(run).items() if not step.startswith("Generate")]
     for model, _, drawn in _drawn(run.images):
-        rows.append([f"pipeline that drew {quoted(model)}", str(drawn.get("model", ""))])
-        if drawn.get("module"):
-            rows.append([f"module that drew {quoted(model)}", str(drawn["module"])])
-    rows += [["results", run.results_digest]] if run.results_digest else []
-    return [list(row) for row in dict.fromkeys(map(tuple, rows))]
-
-
-def _versions(run: Run, version: str) -> list[list[str]]:
-    versions = _mapping(_mapping(run.module.get("record")).get("versions"))
-    rows = [[f"{name}, when training", str(number)] for name, number in versions.items() if number]
-    return [*rows, ["invdiff, of this report", version]]
-
-
-def _seeds(run: Run) -> list[list[str]]:
-    steps: dict[str, set[str]] = {}
-    values = [(step.lower(), values) for step, values in _settings(run).items() if not step.startswith("Generate")]
-    for step, stated in [*values, *((f"images of {quoted(model)}", drawn) for model, _, drawn in _drawn(run.images))]:
-        if "seed" in stated:
-            steps.setdefault(step, set()).add(str(stated["seed"]))
-    return [[step, ", ".join(sorted(seeds))] for step, seeds in steps.items()]
+        prints.append([f"pipeline that drew {quoted(model)}", str(drawn.get("model", ""))])
+        prints += [[f"module that drew {quoted(model)}", str(drawn["module"])]] if drawn.get("module") else []
+        stated.append((f"images of {quoted(model)}", drawn))
+    for step, values in stated:
+        if "seed" in values:
+            seeds.setdefault(step, {})[str(values["seed"])] = None
+    prints += [["results", run.results_digest]] if run.results_digest else []
+    once = list(dict.fromkeys(map(tuple, prints)))
+    return [
+        Table(("What", "Fingerprint"), once, "Fingerprints: another one, another model, set or file"),
+        Table(("What", "Version"), [*versions, ["invdiff, of this report", version]], "Versions"),
+        Table(("Step", "Seed"), [[step, ", ".join(of_step)] for step, of_step in seeds.items()], "Seeds"),
+    ]

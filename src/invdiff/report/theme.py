@@ -41,62 +41,18 @@ def colour_of(index: int) -> str:
     return PALETTE[index % len(PALETTE)]
 
 
-def percent(share: float) -> str:
-    """A share in words that never round something to nothing: "5%", "<1%", ">99%"."""
-    if 0 < share < 0.005:
-        return "<1%"
-    if 0.995 <= share < 1:
-        return ">99%"
-    return f"{share:.0%}"
-
-
 def style(*, dark: bool = False) -> Any:
     """Settings for `matplotlib.rc_context` or `pyplot.style.use`: two quiet spines, a light grid, bold lines."""
     ink, soft, rule, paper = (DARK[colour] if dark else colour for colour in (INK, SOFT, RULE, PAPER))
-    return {
-        "font.family": "DejaVu Sans",  # ships with matplotlib: every machine draws the same
-        "font.size": 14,
-        "text.color": ink,
-        "text.parse_math": False,  # a caption with $ in it is not a formula
-        "text.usetex": False,
-        "figure.facecolor": paper,
-        "figure.titlesize": 28,
-        "figure.titleweight": "bold",
-        "axes.facecolor": "none",
-        "axes.edgecolor": soft,
-        "axes.labelcolor": soft,
-        "axes.linewidth": 1.2,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "axes.axisbelow": True,
-        "axes.prop_cycle": cycler(color=SERIES_COLOURS, marker=MARKERS),
-        "axes.spines.left": False,
-        "axes.spines.right": False,
-        "axes.spines.top": False,
-        "axes.titlecolor": soft,
-        "axes.titlelocation": "left",
-        "axes.titlepad": 12,
-        "axes.titlesize": 14,
-        "grid.color": rule,
-        "grid.linewidth": 1.0,
-        "legend.borderpad": 0,
-        "legend.columnspacing": 1.6,
-        "legend.fontsize": 14,
-        "legend.frameon": False,
-        "legend.handlelength": 1.4,
-        "lines.linewidth": 3,
-        "lines.markeredgecolor": paper,
-        "lines.markeredgewidth": 1.2,
-        "lines.markersize": 9,
-        "xtick.color": soft,
-        "xtick.major.pad": 8,
-        "xtick.major.size": 0,
-        "xtick.minor.size": 0,
-        "ytick.color": soft,
-        "ytick.major.pad": 8,
-        "ytick.major.size": 0,
-        "ytick.minor.size": 0,
+    settings = matplotlib.rc_params_from_file(Path(__file__).with_name("house.mplstyle"), use_default_template=False)
+    colours = {
+        ink: ("text.color",),
+        soft: ("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"),
+        rule: ("grid.color",),
+        paper: ("figure.facecolor", "lines.markeredgecolor"),
     }
+    cycle = cycler(color=SERIES_COLOURS, marker=MARKERS)
+    return {**settings, "axes.prop_cycle": cycle} | {name: c for c, names in colours.items() for name in names}
 
 
 def render(
