@@ -67,7 +67,7 @@ def judge(folders: dict) -> dict:
     reference = describe_images((world.row(i)["image"] for i in range(len(world))), annotator)
     results = evaluate(
         folders, annotator, "background", reference=reference, config=EvaluateConfig(subject_attribute="subject")
-    ).models_to_dict()
+    ).to_dict()["models"]
     headline = ("bias", "bias_floor", "bias_ci", "accuracy", "frechet", "images_per_prompt", "shares")
     return {
         model: {scale: {name: measures[name] for name in headline} for scale, measures in by_scale.items()}

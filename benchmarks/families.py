@@ -136,7 +136,7 @@ def before_and_after(work: Path, pipe, data, prompts, *, scales, usual, steps: i
     headline = ("bias", "bias_floor", "bias_ci", "accuracy", "frechet", "images_per_prompt", "shares")
     by_model = {
         model: {scale: {name: measures[name] for name in headline} for scale, measures in by_scale.items()}
-        for model, by_scale in judged.models_to_dict().items()
+        for model, by_scale in judged.to_dict()["models"].items()
     }
     return figures | {"by_model": by_model}
 

@@ -47,9 +47,14 @@ def test_more_columns_than_classes_are_least_squares():
     assert found[0] == pytest.approx(best.x[0], abs=1e-5)
 
 
-def test_an_inverse_outside_the_simplex_goes_to_its_nearest_point():
-    corrected = correct_for_annotator([[100, 0, 0]], THREE)
-    np.testing.assert_allclose(corrected, [[100, 0, 0]], atol=1e-9)
+def test_correction_keeps_the_number_of_images_within_the_simplex():
+    counts = [[100, 0, 0], *np.random.default_rng(1).integers(1, 100, size=(7, 3))]
+    corrected = correct_for_annotator(counts, THREE)
+    np.testing.assert_allclose(corrected[0], [100, 0, 0], atol=1e-9)
+    np.testing.assert_allclose(corrected.sum(axis=1), np.sum(counts, axis=1))
+    assert corrected.min() >= 0
+    np.testing.assert_allclose(corrected, correct_for_annotator(counts, THREE * 400))
+    np.testing.assert_allclose(correct_for_annotator(counts, np.eye(3) * 40), counts)
 
 
 @pytest.mark.parametrize("num_groups", [2, 4])
@@ -63,23 +68,6 @@ def test_projection_is_the_nearest_point_of_the_simplex(num_groups):
             tol=1e-12,
         )
         np.testing.assert_allclose(project_to_simplex(x), best.x, atol=1e-5)
-
-
-def test_correction_keeps_the_number_of_images():
-    counts = np.random.default_rng(1).integers(1, 100, size=(7, 3))
-    corrected = correct_for_annotator(counts, THREE)
-    np.testing.assert_allclose(corrected.sum(axis=1), counts.sum(axis=1))
-    assert corrected.min() >= 0
-
-
-def test_a_perfect_annotator_changes_nothing():
-    np.testing.assert_allclose(correct_for_annotator([[3, 5]], [[40, 0], [0, 40]]), [[3, 5]])
-
-
-def test_rates_and_counts_of_held_out_images_are_both_taken():
-    np.testing.assert_allclose(
-        correct_for_annotator([[30, 70]], ASYMMETRIC * 400), correct_for_annotator([[30, 70]], ASYMMETRIC)
-    )
 
 
 @pytest.mark.parametrize(
@@ -135,13 +123,10 @@ def test_rates_leave_only_the_sampling_of_images():
     assert exact < np.ptp(corrected_interval("bias", counts, SYMMETRIC * 100))
 
 
-def test_corrected_interval_repeats_with_its_seed():
+def test_corrected_interval_repeats_with_its_seed_and_takes_a_target():
     arguments = ("parity_gap", [[70, 30]], SYMMETRIC * 100)
     assert corrected_interval(*arguments, seed=1) == corrected_interval(*arguments, seed=1)
     assert corrected_interval(*arguments, seed=1) != corrected_interval(*arguments, seed=2)
-
-
-def test_corrected_interval_takes_a_target():
     low, high = corrected_interval("kl_to_target", [[660, 340]], SYMMETRIC * 1000, target=[0.7, 0.3])
     assert low == 0 < high < 0.02
 

@@ -208,14 +208,10 @@ class Results:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: {"attribute": ..., "models": {"base": {"3.0": {"bias": ...}}}}."""
         about = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "models"}
-        return _plain(about | {"annotator": dataclasses.asdict(self.annotator)}) | {"models": self.models_to_dict()}
-
-    def models_to_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """The measures as plain JSON types: {"base": {"3.0": {"bias": ...}}, "guided": ...}."""
-        return {
-            model: {scale: measures.to_dict() for scale, measures in by_scale.items()}
-            for model, by_scale in self.models.items()
-        }
+        models: dict[str, dict[str, Any]] = {model: {} for model in self.models}
+        for model, scale, measures in self.each():
+            models[model][scale] = measures.to_dict()
+        return _plain(about | {"annotator": dataclasses.asdict(self.annotator)}) | {"models": models}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Results:
