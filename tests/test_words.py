@@ -371,8 +371,8 @@ def test_the_command_reads_words_and_prints_what_was_told(clip_dir, tiny_pipe_di
     arguments += ["--config", tmp_path / "settings.json", "--words-model", clip_dir, "--words", tmp_path / "words.txt"]
     done = CliRunner().invoke(cli.app, [str(word) for word in [*arguments, "--quiet"]], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    assert "Words that tell groups apart under the prompt" in done.output
-    assert "tiny-clip's opinion" in done.output
+    assert "Words that distinguish groups under the prompt" in done.output
+    assert "as tiny-clip sees them" in done.output
     told = Audit.load(tmp_path / "audit").words
     assert f"group 0: {told.of(0, 0).line}" in done.output
     assert json.loads((tmp_path / "audit" / "audit.json").read_text())["settings"]["words"] == ["palm tree", "harbour"]
