@@ -12,22 +12,22 @@ from typer.testing import CliRunner
 
 from conftest import make_guidance_module
 from invdiff import cli
-from invdiff.app.archive import AuditBook
-from invdiff.app.serve import own_files
-from invdiff.app.workspace import BUNDLED, open_workspace
 from invdiff.assets import BIRDS_MODEL
-from invdiff.errors import ConfigError, InvDiffError
+from invdiff.errors import ConfigError
 from invdiff.files import atomic_folder
 from invdiff.report.read import find_parts
 from runs import LAND, WATER, make_audit, make_run
-from test_serve import status
+
+pytest.importorskip("starlette", reason="needs the ui extra: pip install 'invdiff[ui]'")
+from invdiff.app.serve import own_files
 
 with own_files():
     gr = pytest.importorskip("gradio", reason="needs the ui extra: pip install 'invdiff[ui]'")
-    from invdiff.app.compare_tab import CompareTab, together
-    from invdiff.app.page import _group_names, _named, _resolution, _suggestions, build_page, looks
-    from invdiff.app.pieces import piece, refusal
+    from invdiff.app.audit_state import AuditBook
+    from invdiff.app.page import build_page, compare, looks
     from invdiff.app.studio import Studio
+    from invdiff.app.workspace import BUNDLED, open_workspace
+    from test_serve import status
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of gradio's own imports and servers
 
@@ -42,12 +42,10 @@ def test_without_an_argument_the_bundled_demo_is_opened(tmp_path: Path, monkeypa
     assert workspace.model == str(BIRDS_MODEL)
     assert workspace.annotator
     book = AuditBook(workspace.runs[BUNDLED])
-    assert [page.prompt["prompt"] for page in book.pages] == ["a photo of a waterbird", "a photo of a landbird"]
+    assert {p.prompt for p in book.audit.prompts if p.found} == {"a photo of a waterbird", "a photo of a landbird"}
     assert book.image(0).size == (64, 64)
-    book.rename(0, 0, "on land")
-    book.rename(0, 1, "on water")
-    again = AuditBook(open_workspace().runs[BUNDLED])
-    assert again.group_names() == [["on land", "on water"]]
+    book.edit(lambda edits: edits.with_name(0, 0, "on land"))
+    assert AuditBook(open_workspace().runs[BUNDLED]).group_names == [["on land", "group 1"]]
     assert book.folder.is_relative_to(tmp_path)
 
 
@@ -117,48 +115,6 @@ def test_a_run_without_a_module_opens_without_a_model(tmp_path: Path) -> None:
     assert build_page(workspace, None) is not None
 
 
-# What it compares.
-
-
-def test_results_are_shown_and_the_report_is_written(run: Path) -> None:
-    with gr.Blocks():
-        tab = CompareTab({"run": find_parts(run)})
-    (html,) = tab.first()
-    assert "0.80" in html  # 18 of 20 on land: Bias |0.9 - 0.1|
-    assert "0.10" in html  # 11 of 20
-    assert html.count("<img") > 4
-    assert "Every guidance scale" in html
-    done = tab._write(["run"])
-    assert str(run / "report.html") in done
-    assert (run / "report.html").is_file()
-    assert "Tick one" in tab.show([])
-    assert "Tick one" in tab._write([])
-
-
-def test_several_results_are_shown_together(run: Path, tmp_path: Path) -> None:
-    make_run(tmp_path / "second")
-    runs = {"one": find_parts(run), "two": find_parts(tmp_path / "second")}
-    with gr.Blocks():
-        tab = CompareTab(runs)
-    html = tab.show(["one", "two"])
-    for name in ("one: base", "one: guided", "two: base", "two: guided"):
-        assert name in html
-    measured = {name: tab._measured(name) for name in runs}
-    other = replace(measured["two"], results=replace(measured["two"].results, attribute="gender"))
-    with pytest.raises(ConfigError, match="the same attribute to compare, got 'background' and, in 'two', 'gender'"):
-        together({"one": measured["one"], "two": other})
-
-
-def test_looks_load_nothing_from_elsewhere() -> None:
-    assert "http" not in looks()["css"]
-    assert "@import" not in looks()["css"]
-
-
-def test_pieces_mark_errors_for_screen_readers() -> None:
-    assert 'role="alert"' in refusal(InvDiffError("no"))
-    assert 'role="status"' in piece("notice", "yes")
-
-
 # The command.
 
 
@@ -218,32 +174,58 @@ def test_without_gradio_the_command_says_how_to_install_it(monkeypatch: pytest.M
 # What it is built of.
 
 
-def test_the_module_s_audit_names_its_groups_and_its_resolution(
+def parts_of(page: Any) -> dict[str, Any]:
+    """The components of a page by their ids."""
+    return {str(part.elem_id): part for part in page.blocks.values() if part.elem_id}
+
+
+def test_results_are_compared_and_reports_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "shown"))
+    make_run(tmp_path / "second")
+    html = compare({"run": find_parts(run)})
+    for figure in ("Bias of “background”", ">0.80 (", ">0.10 (", ">3<", ">20<"):  # 18 and 11 of 20 on land
+        assert figure in html
+    workspace = open_workspace([run, tmp_path / "second"], model="unused")
+    page = build_page(workspace, None)
+    for name in ("run: Bias", "second: Bias"):
+        assert name in parts_of(page)["compare"].value
+    (write,) = [fn for fn in page.fns.values() if fn.name == "write_reports"]
+    done, download = write.fn()
+    for folder in (run, tmp_path / "second"):
+        assert str(folder / "report.html") in done
+    assert [Path(path).read_bytes() for path in download["value"]] == [
+        (folder / "report.html").read_bytes() for folder in (run, tmp_path / "second")
+    ]
+
+
+def test_the_module_s_audit_names_its_groups_and_states_its_resolution(
     run: Path, tiny_pipe: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
-    studio = Studio(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=[2]))
     make_audit(tmp_path / "other" / "audit")
     workspace = open_workspace([tmp_path / "other", run], model="unused")
-    books = {name: AuditBook(parts) for name, parts in workspace.audits.items()}
-    named = _named(replace(workspace, module=run / "module"), studio, books)
-    assert named is books["run"]
-    assert _named(replace(workspace, module="elsewhere"), studio, books) is books["other"]
-    assert _named(workspace, Studio(tiny_pipe), books) is None
-    three = Studio(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=[3]))
-    assert _named(workspace, three, books) is None
-    assert _group_names(three, None) == [["group 0", "group 1", "group 2"]]
-    named.rename(0, 1, "on water")
-    assert _group_names(studio, named) == [["group 0", "on water"]]
-    named._inferred["settings"] = {"resolution": 32}
-    assert _resolution(studio, named) == 0  # the model's own
-    named._inferred["settings"] = {"resolution": 64}
-    assert _resolution(studio, named) == 64
-    assert _resolution(studio, None) == 0
+    for folder, name in ((tmp_path / "other", "theirs"), (run, "<b>ours")):
+        book = AuditBook(find_parts(folder))
+        book.edit(lambda edits, name=name: edits.with_name(0, 1, name))
+    studio = Studio(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=[2]))
+    for module, name in ((run / "module", "<b>ours"), ("elsewhere", "theirs")):
+        page = build_page(replace(workspace, module=module), studio)
+        assert parts_of(page)["mix-0-1"].label == f"Share of “{name}”"
+    three = Studio(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=[3, 2]))
+    labels = [part.label for name, part in parts_of(build_page(workspace, three)).items() if name.startswith("mix-")]
+    assert labels[2:4] == ["Share of “group 2” (factor 0)", "Share of “group 0” (factor 1)"]
 
 
-def test_prompts_that_hide_groups_are_suggested_first(run: Path, tmp_path: Path) -> None:
-    found = AuditBook(find_parts(run))
-    assert _suggestions({"run": found}) == [LAND, WATER]
+def test_prompts_that_hide_groups_are_suggested_first(
+    run: Path, tiny_pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
     make_audit(tmp_path / "nothing" / "audit", prompts=("few", " "), found=False)
-    nothing = AuditBook(find_parts(tmp_path / "nothing"))
-    assert _suggestions({"nothing": nothing}) == ["few"]
+    for folders, prompt in (([tmp_path / "nothing", run], LAND), ([tmp_path / "nothing"], "few")):
+        page = build_page(open_workspace(folders, model="unused"), Studio(tiny_pipe))
+        assert parts_of(page)["prompt"].value == prompt
+        labels = [part.value for part in page.blocks.values() if isinstance(part, gr.Button)]
+        assert (WATER in labels) is (prompt == LAND)
+
+
+def test_looks_load_nothing_from_elsewhere() -> None:
+    assert "http" not in looks()["css"]
+    assert "@import" not in looks()["css"]

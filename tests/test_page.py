@@ -290,7 +290,7 @@ def test_everything_fits_and_no_image_is_broken(browser: Any, address: str, widt
     view.screenshot(path=home / f"audit-{width}.png", full_page=True)
     assert view.evaluate(LAYOUT) == {"broken": 0, "width": width, "outside": []}
     visit.tab("Compare")
-    view.wait_for_selector("#compare img")
+    view.wait_for_selector("#compare table")
     view.wait_for_timeout(800)
     view.screenshot(path=home / f"compare-{width}.png", full_page=True)
     assert view.evaluate(LAYOUT) == {"broken": 0, "width": width, "outside": []}
@@ -338,7 +338,7 @@ def test_hostile_text_is_text(browser: Any, tmp_path: Path) -> None:
         view.wait_for_function("document.querySelector('#audit-status').innerText.includes('counts nowhere now')")
         assert view.evaluate(LAYOUT)["broken"] == 0
         visit.tab("Compare")
-        view.wait_for_selector("#compare .headline")
+        view.wait_for_selector("#compare table")
         view.wait_for_timeout(500)
         assert view.locator("img[src=x], img[onerror]").count() == 0
         assert "\u202e" not in view.inner_text("body")

@@ -1,4 +1,4 @@
-"""What the page may open: the folders given at start, and nothing else."""
+"""The folders that the page may open: those given at start, and nothing else."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..assets import BIRDS_ANNOTATOR, BIRDS_DEMO, BIRDS_MODEL
 from ..config import DemoConfig
 from ..data.birds import BirdsWorld
-from ..data.captioned import CaptionedImages, load_captioned_images
+from ..data.captioned import CaptionedImages
 from ..errors import ConfigError
 from ..files import atomic_folder, default_cache_dir, fingerprint
 from ..report.read import Parts, find_parts
@@ -22,16 +21,16 @@ BUNDLED = "bundled demo"
 
 @dataclass(frozen=True)
 class Workspace:
-    """What a page shows."""
+    """The parts that a page shows."""
 
     model: str
     """Folder or hub id of the pipeline; "" for a page that draws nothing."""
     module: Path | str | None
     """Folder or hub id of the guidance module."""
     annotator: str
-    """Folder or hub id of what reads images; "" for none."""
+    """Folder or hub id of the annotator; "" for none."""
     runs: Mapping[str, Parts]
-    """Name to what was found in a folder, as a report would read it; names differ."""
+    """Name to the parts of a folder, as a report would read it; names differ."""
 
     @property
     def audits(self) -> dict[str, Parts]:
@@ -52,17 +51,17 @@ def open_workspace(
     annotator: str | None = None,
     data: CaptionedImages | str | Path | None = None,
 ) -> Workspace:
-    """Find what a page is to show.
+    """Find the parts that a page is to show.
 
     Args:
         runs: Folders such as `invdiff demo` writes. With none, and no model, the bundled demo is opened.
-        model: The pipeline; of runs of the bundled model, that one unless given.
+        model: The pipeline; the one that the module was trained for unless given.
         module: The guidance module; the first run's unless given.
-        annotator: What reads images; of the bundled model, the bundled one unless given.
+        annotator: Names the classes in images; for the bundled model, the bundled one unless given.
         data: The images that were audited, where a run does not hold them.
 
     Raises:
-        ConfigError: A run is no folder or holds nothing to show, two are the same, or it is not known which model
+        ConfigError: A run is no folder or holds nothing to show, two are the same, or it is unknown which model
             a run's module was trained for.
     """
     found: dict[str, Parts] = {}
@@ -71,13 +70,18 @@ def open_workspace(
             given = "a module" if module is not None else "data"
             raise ConfigError(f"Expected a model or a run beside {given}, got none. Name the model with --model.")
         found[BUNDLED] = bundled_run()
-    for folder, name in zip(runs, _names(runs), strict=True):
-        parts = find_parts(folder)
+    resolved = [folder.resolve() for folder in runs]
+    if len(set(resolved)) < len(resolved):
+        raise ConfigError(f"Expected different folders, got one of {', '.join(map(str, runs))} twice. Name it once.")
+    for place, folder in enumerate(resolved):
+        parts = find_parts(runs[place])
         if parts.audit is None and parts.results is None and parts.module is None:
             raise ConfigError(
-                f"Expected audit/, module/ or results.json in {folder}, found none of them. Give a folder that "
+                f"Expected audit/, module/ or results.json in {runs[place]}, found none of them. Give a folder that "
                 "`invdiff demo` wrote, or one with the folders that audit, train and evaluate wrote."
             )
+        alike = [other.name for other in resolved].count(folder.name) > 1
+        name = f"{place + 1}: {one_line(str(runs[place]), 120)}" if alike else one_line(folder.name, 60) or "/"
         found[name] = parts if data is None or parts.data is not None else replace(parts, data=data)
     chosen: Path | str | None = module or next((parts.module for parts in found.values() if parts.module), None)
     if model is None and chosen is not None:
@@ -88,10 +92,7 @@ def open_workspace(
 
 
 def bundled_run() -> Parts:
-    """Return the bundled demo as a run, copied to where names given to its groups can be saved.
-
-    Its images are drawn when they are looked at.
-    """
+    """The bundled demo, copied to the cache, where edits to its audit can be saved. Its images are drawn on demand."""
     digest = fingerprint(*((BIRDS_DEMO / name).read_bytes() for name in ("audit/audit.json", "results.json")))
     folder = default_cache_dir() / f"birds-demo-{digest}"
     if not folder.is_dir():
@@ -102,40 +103,16 @@ def bundled_run() -> Parts:
     return replace(find_parts(folder), data=world.captioned())
 
 
-def open_data(parts: Parts) -> CaptionedImages | None:
-    """Return a run's audited images; None where they were not given.
-
-    Raises:
-        DataError: They cannot be used as given.
-    """
-    data: Any = parts.data
-    return data if data is None or isinstance(data, CaptionedImages) else load_captioned_images(data)
-
-
-def _names(runs: Sequence[Path]) -> list[str]:
-    """Return what runs are called: their folder's name, and where two are alike the path as it was given."""
-    resolved = [folder.resolve() for folder in runs]
-    twice = next((runs[place] for place, folder in enumerate(resolved) if folder in resolved[:place]), None)
-    if twice is not None:
-        raise ConfigError(f"Expected different folders, got {twice} twice. Name it once.")
-    last = [one_line(folder.name, 60) or "/" for folder in resolved]
-    return [
-        name if last.count(name) == 1 else f"{place + 1}: {one_line(str(folder), 120)}"
-        for place, (name, folder) in enumerate(zip(last, runs, strict=True))
-    ]
-
-
 def _model_of(module: Path | str) -> str:
-    """Return which pipeline a module was trained beside.
+    """The pipeline that a module was trained beside.
 
     Raises:
-        ConfigError: Its folder is not known.
+        ConfigError: Its folder is unknown.
     """
     from ..guidance.module import load_module  # imports torch
 
     config = load_module(module).config
-    record = config.get("record") or {}
-    hub_id = (record.get("base") or {}).get("hub_id")
+    hub_id = ((config.get("record") or {}).get("base") or {}).get("hub_id")
     if hub_id:
         return str(hub_id)
     if config["base_model"] == BIRDS_MODEL.name:
