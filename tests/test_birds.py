@@ -188,4 +188,4 @@ def test_the_bundled_demo_is_of_the_bundled_model_and_the_default_world():
     defaults = DemoConfig()
     world = BirdsWorld(defaults.num_images, severity=defaults.severity, seed=defaults.seed)
     assert found.names == world.captioned().names
-    assert read_json(BIRDS_DEMO / "results.json")["settings"] == defaults.to_dict()
+    assert read_json(BIRDS_DEMO / "results.json")["run"]["settings"] == defaults.to_dict()
