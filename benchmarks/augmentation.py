@@ -26,9 +26,8 @@ from numpy.typing import NDArray
 from invdiff.data.captioned import CaptionedImages
 from invdiff.data.images import read_image
 from invdiff.errors import EvaluationError, TrainingError
-from invdiff.evaluation.annotators.conv import ConvAnnotator
-from invdiff.evaluation.annotators.conv_training import normalise, read_pixels, to_pixels, train_network
-from invdiff.evaluation.annotators.labelled import load_labelled_images, read_targets
+from invdiff.evaluation.annotators.conv import ConvAnnotator, normalise, read_pixels, to_pixels, train_network
+from invdiff.evaluation.annotators.labels import load_labelled_images, read_targets
 from invdiff.evaluation.evaluate import named_subjects
 from invdiff.evaluation.images import Folders, Row, common_prompts, read_images, resolve_folders, scale_keys
 from invdiff.evaluation.quality.intervals import share_interval

@@ -38,7 +38,7 @@ from invdiff.data.captioned import CaptionedImages
 from invdiff.errors import AuditError, ConfigError
 from invdiff.evaluation.annotate import Described, describe_images
 from invdiff.evaluation.annotators.annotations import Annotator
-from invdiff.evaluation.annotators.given_labels import GivenLabels
+from invdiff.evaluation.annotators.labels import GivenLabels
 from invdiff.evaluation.annotators.load import load_annotator
 from invdiff.evaluation.evaluate import check_attributes
 from invdiff.evaluation.results import Measures, Results

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from invdiff import save_report
 from invdiff.config import EvaluateConfig
 from invdiff.data.captioned import CaptionedImages, load_captioned_images
-from invdiff.evaluation.annotators.given_labels import GivenLabels
+from invdiff.evaluation.annotators.labels import GivenLabels
 from invdiff.evaluation.evaluate import evaluate
 from invdiff.evaluation.results import Results
 

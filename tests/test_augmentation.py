@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import balanced_accuracy_score, recall_score
 
 from invdiff.errors import ConfigError, DataError, EvaluationError, TrainingError
-from invdiff.evaluation.annotators.labelled import load_labelled_images
+from invdiff.evaluation.annotators.labels import load_labelled_images
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from augmentation import AugmentationConfig, augmentation_test, group_accuracy

@@ -6,10 +6,16 @@ from scipy.optimize import minimize
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, confusion_matrix
 
-from invdiff.errors import DataError, EvaluationError
+from invdiff.errors import DataError, EvaluationError, ModelError
 from invdiff.evaluation.annotators.annotations import Annotations
-from invdiff.evaluation.annotators.calibration import expected_calibration_error, fit_temperature
-from invdiff.evaluation.annotators.heldout import UNLABELLED, HeldOut, Measurable, measure_annotator
+from invdiff.evaluation.annotators.heldout import (
+    UNLABELLED,
+    HeldOut,
+    Measurable,
+    expected_calibration_error,
+    fit_temperature,
+    measure_annotator,
+)
 
 
 def drawn_from(logits, temperature, seed=0):
@@ -85,7 +91,7 @@ def held_out():
     truth = {"side": drawn_from(sides, 1.5), "tone": drawn_from(tones, 1.0, seed=2)}
     truth["tone"][:7] = UNLABELLED
     probabilities = {"side": softmax(sides, axis=1), "tone": softmax(tones, axis=1)}
-    return HeldOut(CLASSES, {name: p.astype(np.float32) for name, p in probabilities.items()}, truth)
+    return HeldOut(CLASSES, {name: p.astype(np.float32) for name, p in probabilities.items()}, truth=truth)
 
 
 @pytest.mark.parametrize("confidence", [0.0, 0.6, 0.95])
@@ -126,7 +132,7 @@ def test_held_out_images_come_back_as_saved_and_files_of_two_annotators_are_refu
     assert np.array_equal(loaded.confusion("tone", 0.8), held_out.confusion("tone", 0.8))
     figures["side"]["classes"].append("top")
     (tmp_path / "confusion.json").write_text(json.dumps(figures))
-    with pytest.raises(DataError, match="they disagree"):
+    with pytest.raises(ModelError, match="disagree"):
         HeldOut.load(tmp_path)
 
 
@@ -142,14 +148,14 @@ def test_held_out_images_come_back_as_saved_and_files_of_two_annotators_are_refu
 )
 def test_held_out_images_that_make_no_sense_are_refused(probabilities, truth):
     with pytest.raises(EvaluationError, match="Expected"):
-        HeldOut({"tone": CLASSES["tone"]}, {"tone": probabilities}, {"tone": np.array(truth)})
+        HeldOut({"tone": CLASSES["tone"]}, {"tone": probabilities}, truth={"tone": np.array(truth)})
 
 
 @pytest.mark.parametrize("anew", ["side", "tone"])
 def test_an_attribute_measured_anew_leaves_the_other_as_it_was(held_out, anew):
     (other,) = set(CLASSES) - {anew}
     newer = HeldOut(
-        {anew: CLASSES[anew]}, {anew: held_out.probabilities[anew][90:]}, {anew: held_out.truth[anew][90:]}
+        {anew: CLASSES[anew]}, {anew: held_out.probabilities[anew][90:]}, truth={anew: held_out.truth[anew][90:]}
     )
     both = held_out.updated(newer)
     for name, source in ((anew, newer), (other, held_out)):
@@ -159,7 +165,7 @@ def test_an_attribute_measured_anew_leaves_the_other_as_it_was(held_out, anew):
 
 
 def test_attributes_that_stay_are_still_judged_together(held_out):
-    newest = HeldOut({"age": ("old", "young")}, {"age": np.full((4, 2), 0.5)}, {"age": np.array([0, 1, 1, 0])})
+    newest = HeldOut({"age": ("old", "young")}, {"age": np.full((4, 2), 0.5)}, truth={"age": np.array([0, 1, 1, 0])})
     assert held_out.updated(newest).summary()["side"] == held_out.summary()["side"]
 
 

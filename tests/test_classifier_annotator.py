@@ -84,7 +84,7 @@ def test_it_is_loaded_with_the_first_of_several_attributes_and_without_classes(c
 def test_a_measurement_of_a_classifier_that_was_replaced_is_refused(tmp_path):
     annotator = ClassifierAnnotator(save_classifier(tmp_path / "vit"))
     seen = np.full((3, 3), 1 / 3, np.float32)
-    held_out = HeldOut(annotator.attributes, {"label": seen}, {"label": np.arange(3)})
+    held_out = HeldOut(annotator.attributes, {"label": seen}, truth={"label": np.arange(3)})
     save_measured(tmp_path / "measured", annotator, held_out, spec=str(tmp_path / "vit"))
     assert load_annotator(str(tmp_path / "measured")).confusion("label").sum() == 3
     save_classifier(tmp_path / "vit", initializer_range=0.5)

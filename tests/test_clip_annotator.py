@@ -11,7 +11,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVi
 
 from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ConfigError, ModelError
-from invdiff.evaluation.annotators.clip import ClipAnnotator, read_class_prompts
+from invdiff.evaluation.annotators.clip import ClipAnnotator, class_prompts
 from invdiff.evaluation.annotators.heldout import HeldOut, measure_annotator
 from invdiff.evaluation.annotators.load import load_annotator, save_measured
 from tiny import TOWER, make_tokenizer, save_clip
@@ -94,7 +94,7 @@ def test_prompts_that_cannot_be_used_are_refused(clip_dir, prompts, message):
 @pytest.mark.parametrize("text", [json.dumps(PROMPTS), "background:\n  land: a\n  water: [b, c]\n"])
 def test_classes_are_read_from_json_and_yaml(tmp_path, text):
     (tmp_path / "classes.yaml").write_text(text)
-    read = read_class_prompts(tmp_path / "classes.yaml")
+    read = class_prompts(tmp_path / "classes.yaml")
     assert list(read["background"]) == ["land", "water"]
     assert all(isinstance(prompts, list) for prompts in read["background"].values())
 
@@ -104,7 +104,7 @@ def test_files_without_classes_are_refused(tmp_path, text):
     if text is not None:
         (tmp_path / "classes.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"classes\.yaml"):
-        read_class_prompts(tmp_path / "classes.yaml")
+        class_prompts(tmp_path / "classes.yaml")
 
 
 def test_a_model_that_is_not_whole_is_refused(clip_dir, tmp_path):
@@ -141,7 +141,9 @@ def test_a_measured_annotator_comes_back_with_its_confusion(annotator, clip_dir,
 
 
 def test_a_measurement_of_other_classes_is_refused(annotator, clip_dir, tmp_path):
-    held_out = HeldOut({"age": ("old", "young")}, {"age": np.full((2, 2), 0.5, np.float32)}, {"age": np.array([0, 1])})
+    held_out = HeldOut(
+        {"age": ("old", "young")}, {"age": np.full((2, 2), 0.5, np.float32)}, truth={"age": np.array([0, 1])}
+    )
     save_measured(tmp_path, annotator, held_out, spec=str(clip_dir), classes=PROMPTS)
     with pytest.raises(ModelError, match="Measure this annotator again"):
         load_annotator(str(tmp_path))
@@ -149,7 +151,7 @@ def test_a_measurement_of_other_classes_is_refused(annotator, clip_dir, tmp_path
 
 def measured(annotator, name, truth):
     classes = annotator.attributes[name]
-    return HeldOut({name: classes}, {name: np.full((3, len(classes)), 0.3, np.float32)}, {name: np.array(truth)})
+    return HeldOut({name: classes}, {name: np.full((3, len(classes)), 0.3, np.float32)}, truth={name: np.array(truth)})
 
 
 def test_a_measurement_of_a_model_that_was_replaced_is_refused(clip_dir, tmp_path):

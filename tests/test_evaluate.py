@@ -12,7 +12,7 @@ from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import DataError, EvaluationError, InvDiffError
 from invdiff.evaluation.annotate import Described, describe_images
 from invdiff.evaluation.annotators.annotations import Annotations
-from invdiff.evaluation.annotators.given_labels import GivenLabels
+from invdiff.evaluation.annotators.labels import GivenLabels
 from invdiff.evaluation.evaluate import evaluate
 from invdiff.evaluation.fairness.correction import correct_for_annotator
 from invdiff.evaluation.fairness.floors import metric_floor

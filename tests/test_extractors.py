@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from invdiff.errors import DataError, EvaluationError, ModelError
-from invdiff.evaluation.quality.diversity import lpips_network, paired_cosines
-from invdiff.evaluation.quality.extractors import FeatureExtractor, InceptionFeatures, load_extractor
+from invdiff.evaluation.quality.diversity import paired_cosines
+from invdiff.evaluation.quality.extractors import FeatureExtractor, InceptionFeatures, load_extractor, lpips_network
 from invdiff.models.encoders import ClipEncoder
 from tiny import CAPTIONS, TOWER, make_tokenizer, save_clip
 

@@ -3,7 +3,7 @@ import pytest
 
 from invdiff.errors import EvaluationError
 from invdiff.evaluation.annotators.annotations import CANNOT_TELL
-from invdiff.evaluation.annotators.given_labels import GivenLabels
+from invdiff.evaluation.annotators.labels import GivenLabels
 
 ROWS = [
     {"file_name": "0.png", "gender": "woman", "smiles": True},
@@ -15,7 +15,7 @@ ROWS = [
 
 
 def test_labels_become_probabilities_of_one():
-    labels = GivenLabels(["gender"], ROWS[::-1])  # the order of rows does not matter
+    labels = GivenLabels(["gender"]).discover(ROWS[::-1])  # the order of rows does not matter
     seen = labels.annotate(ROWS[:2])
     assert seen.attributes == {"gender": ("man", "woman")}
     assert seen.probabilities["gender"].tolist() == [[0, 1], [1, 0]]
@@ -26,7 +26,7 @@ def test_labels_become_probabilities_of_one():
 
 @pytest.mark.parametrize("confidence", [0.0, 0.5, 1.0])
 def test_images_without_a_label_have_no_class_at_any_confidence(confidence):
-    seen = GivenLabels(["gender", "smiles"], ROWS).annotate(ROWS)
+    seen = GivenLabels(["gender", "smiles"]).discover(ROWS).annotate(ROWS)
     assert seen.labels("gender", confidence) == ["woman", "man", *[CANNOT_TELL] * 3]
     assert seen.labels("smiles", confidence) == ["True", "False", *[CANNOT_TELL] * 3]
 
@@ -42,13 +42,15 @@ def test_classes_add_up_over_the_rows_discovered():
     ("use", "message"),
     [
         *((lambda names=names: GivenLabels(names), "Expected columns") for names in ([], [""], "gender")),
-        (lambda: GivenLabels(["age"], ROWS), "'age' of labels, found file_name, gender, smiles"),
+        (lambda: GivenLabels(["age"]).discover(ROWS), "'age' of labels, found file_name, gender, smiles"),
         (lambda: GivenLabels(["gender"]).attributes, "found none"),
-        (lambda: GivenLabels(["gender"], ROWS[:1]).attributes, "found woman"),
-        (lambda: GivenLabels(["gender"], ROWS[2:4]).attributes, "found none"),
-        (lambda: GivenLabels(["id"], [{"id": str(index)} for index in range(60)]), "at most 50 classes"),
-        (lambda: GivenLabels(["gender"], ROWS).annotate([{"gender": "other"}]), "among man, woman, got 'other'"),
-        (lambda: GivenLabels(["gender"], ROWS).confusion("age"), "one of the attributes gender, got 'age'"),
+        (lambda: GivenLabels(["gender"]).discover(ROWS[:1]).attributes, "found woman"),
+        (lambda: GivenLabels(["gender"]).discover(ROWS[2:4]).attributes, "found none"),
+        (lambda: GivenLabels(["id"]).discover([{"id": str(index)} for index in range(60)]), "at most 50 classes"),
+        (
+            lambda: GivenLabels(["gender"]).discover(ROWS).annotate([{"gender": "other"}]),
+            "among man, woman, got 'other'",
+        ),
     ],
 )
 def test_columns_and_labels_that_do_not_fit_are_refused(use, message):

@@ -92,7 +92,7 @@ class DataOptions:
         Raises:
             DataError: They cannot be used as given.
         """
-        from ..evaluation.annotators.labelled import load_labelled_images
+        from ..evaluation.annotators.labels import load_labelled_images
 
         return load_labelled_images(data, **vars(self))
 

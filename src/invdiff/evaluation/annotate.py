@@ -16,7 +16,7 @@ from ..data.images import read_image
 from ..errors import EvaluationError
 from ..progress import Bar
 from .annotators.annotations import Annotator
-from .annotators.given_labels import GivenLabels
+from .annotators.labels import GivenLabels
 from .images import Row
 from .quality.extractors import FeatureExtractor
 

@@ -17,12 +17,11 @@ from ..errors import EvaluationError
 from ..models.encoders import ClipEncoder
 from ..progress import progress_bar
 from .annotate import Described, Judge, Question, describe_images, describe_rows
-from .annotators.given_labels import GivenLabels
+from .annotators.labels import GivenLabels
 from .fairness.correction import correct_for_annotator
 from .images import Folders, Row, common_prompts, module_scale, read_images, resolve_folders, scale_keys
 from .measure import measure, preserve
-from .quality.diversity import lpips_network
-from .quality.extractors import FeatureExtractor, load_extractor
+from .quality.extractors import FeatureExtractor, load_extractor, lpips_network
 from .quality.figures import common_group_size
 from .results import AnnotatorRecord, Results
 

@@ -20,8 +20,8 @@ from .fairness.floors import metric_floor
 from .fairness.intervals import interval
 from .fairness.metrics import METRICS, per_prompt
 from .images import Row
-from .quality.diversity import mean_cosine_distance, paired_cosines
-from .quality.figures import LPIPS, group_figures, lpips_figures, quality_figures, share
+from .quality.diversity import LPIPS, mean_cosine_distance, paired_cosines
+from .quality.figures import group_figures, quality_figures, share
 from .quality.intervals import mean_interval
 from .results import CANNOT_TELL, AttributeMeasures, Estimate, Measures, Quantity
 
@@ -67,7 +67,7 @@ def measure(
         images_per_prompt=min(Counter(prompts).values()),
         attributes=attributes,
         subject_accuracy=share(known, question.confidence) if len(known) else None,
-        quality=quality_figures(rows, seen, reference, clip, question) | (lpips_figures(rows, lpips) if lpips else {}),
+        quality=quality_figures(rows, seen, reference, clip, lpips, question),
         by_group=group_figures(seen, reference, right, question, group_size),
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from PIL import Image
 
 from ...errors import EvaluationError, InvDiffError
@@ -31,7 +31,7 @@ class Annotations:
     """Attribute name to class names."""
     probabilities: Mapping[str, NDArray[np.float32]]
     """Attribute name to class probabilities, (N, classes). A row of zeros: nothing is known of that image."""
-    features: NDArray[np.float32] | None
+    features: NDArray[np.float32] | None = None
     """Features for distances between sets of images, (N, D); None where the annotator gives none."""
 
     def __post_init__(self) -> None:
@@ -61,15 +61,22 @@ class Annotations:
         Raises:
             EvaluationError: The attribute was not annotated, or `min_confidence` is outside [0, 1].
         """
-        if attribute not in self.attributes:
-            raise EvaluationError(unknown_attribute(attribute, self.attributes))
-        return most_probable(self.probabilities[attribute], min_confidence)
+        check_attribute(attribute, self.attributes)
+        if not 0 <= min_confidence <= 1:
+            raise EvaluationError(
+                f"Expected a confidence from 0 to 1, got {min_confidence!r}. "
+                "Give 0 to take every image's likeliest class."
+            )
+        values = np.asarray(self.probabilities[attribute])
+        top = values.max(axis=1)
+        # float(): beside a NumPy scalar, float32 probabilities of 0.9 would count as below 0.9
+        unsure = (top < float(min_confidence)) | (top == 0)
+        return np.where(unsure, values.shape[1], values.argmax(axis=1))
 
     def labels(self, attribute: str, min_confidence: float = 0.0) -> list[str]:
         """`classes` by name, `CANNOT_TELL` among them."""
         indices = self.classes(attribute, min_confidence)
-        names = (*self.attributes[attribute], CANNOT_TELL)
-        return [names[index] for index in indices]
+        return np.array([*self.attributes[attribute], CANNOT_TELL])[indices].tolist()
 
 
 class Annotator(Protocol):
@@ -78,54 +85,31 @@ class Annotator(Protocol):
     @property
     def name(self) -> str:
         """What people call it, in figures and cards."""
-        ...
 
     @property
     def feature_name(self) -> str:
         """What its features are called, "" where it gives none."""
-        ...
 
     @property
     def attributes(self) -> Mapping[str, tuple[str, ...]]:
         """Attribute name to class names."""
-        ...
 
     def predict(self, images: Iterable[Image.Image]) -> Annotations:
         """Annotate `images`."""
-        ...
 
     def confusion(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64] | None:
         """Counts of held-out images, (true class K, annotated class K + 1), the last for "cannot tell".
 
         None where no held-out labelled images are known.
         """
-        ...
 
 
-def most_probable(probabilities: ArrayLike, min_confidence: float = 0.0) -> NDArray[np.int64]:
-    """Column of each row's largest probability, (N,), or K where it is zero or below `min_confidence`.
-
-    Args:
-        probabilities: Class probabilities, (N, K).
-        min_confidence: From 0 to 1.
-
-    Raises:
-        EvaluationError: `min_confidence` is outside [0, 1].
-    """
-    if not 0 <= min_confidence <= 1:
+def check_attribute(attribute: str, known: Iterable[str]) -> None:
+    """Raise `EvaluationError` for an attribute that is not among those known."""
+    if attribute not in known:
         raise EvaluationError(
-            f"Expected a confidence from 0 to 1, got {min_confidence!r}. Give 0 to take every image's likeliest class."
+            f"Expected one of the attributes {', '.join(known) or '(none)'}, got {attribute!r}. Choose one of these."
         )
-    values = np.asarray(probabilities)
-    top = values.max(axis=1)
-    # float(): beside a NumPy scalar, float32 probabilities of 0.9 would count as below 0.9
-    unsure = (top < float(min_confidence)) | (top == 0)
-    return np.where(unsure, values.shape[1], values.argmax(axis=1))
-
-
-def unknown_attribute(attribute: str, known: Iterable[str]) -> str:
-    """Message for an attribute that is not among those known."""
-    return f"Expected one of the attributes {', '.join(known) or '(none)'}, got {attribute!r}. Choose one of these."
 
 
 def check_class_names(attributes: Mapping[str, Iterable[str]], error: type[InvDiffError]) -> None:

@@ -11,18 +11,15 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from ...errors import ModelError
-from ...files import weights_digest
 from ...models.encoders import load_image_processor, load_pretrained, model_name, pixel_batches
 from .annotations import Annotations, check_class_names
 from .heldout import Measurable
 
 
 class ClassifierAnnotator(Measurable):
-    """The classes of one image classifier, named by its `id2label`. It gives no features.
+    """The classes of `attribute` by one classifier, named by its `id2label`. It gives no features.
 
-    Args:
-        name_or_folder: A folder or a hub id that `AutoModelForImageClassification` and `AutoImageProcessor` load.
-        attribute: What its classes are classes of.
+    The classifier is a folder or a hub id that `AutoModelForImageClassification` and `AutoImageProcessor` load.
 
     Raises:
         ModelError: There is no classifier that chooses one of two or more classes with a name each, or one of them
@@ -33,9 +30,9 @@ class ClassifierAnnotator(Measurable):
 
     def __init__(self, name_or_folder: str | Path, *, attribute: str = "label") -> None:
         source = str(name_or_folder)
-        self._model = load_pretrained(AutoModelForImageClassification, source, "an image classifier")
+        self.network = load_pretrained(AutoModelForImageClassification, source, "an image classifier")
         self._processor = load_image_processor(source)
-        config = self._model.config
+        config = self.network.config
         classes = tuple(str(config.id2label[index]) for index in range(config.num_labels))
         if len(classes) < 2 or len(set(classes)) < len(classes):
             raise ModelError(f"Expected a classifier of two classes or more, each named apart, found {classes[:5]}.")
@@ -48,16 +45,12 @@ class ClassifierAnnotator(Measurable):
         self.attributes = {attribute: classes}
         check_class_names(self.attributes, ModelError)
 
-    def weights_digest(self) -> str:
-        """16 hex digits that name the classifier's weights."""
-        return weights_digest(self._model)
-
     @torch.no_grad()
     def predict(self, images: Iterable[Image.Image]) -> Annotations:
         """Annotate `images`, a batch at a time; an iterator is never held in memory as a whole."""
         ((attribute, classes),) = self.attributes.items()
         probabilities = [np.zeros((0, len(classes)), np.float32)]
-        for pixels in pixel_batches(images, self._processor, self._model.device):
-            logits = self._model(pixel_values=pixels).logits
+        for pixels in pixel_batches(images, self._processor, self.network.device):
+            logits = self.network(pixel_values=pixels).logits
             probabilities.append(logits.float().softmax(dim=1).cpu().numpy().copy())  # as in ConvAnnotator.predict
-        return Annotations(self.attributes, {attribute: np.concatenate(probabilities)}, None)
+        return Annotations(self.attributes, {attribute: np.concatenate(probabilities)})

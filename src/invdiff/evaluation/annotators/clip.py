@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,6 @@ from ...models.encoders import ClipEncoder
 from .annotations import Annotations, check_class_names
 from .heldout import Measurable
 
-ClassPrompts = Mapping[str, Mapping[str, str | Sequence[str]]]
-"""Attribute name to class name to one or several prompts that describe the class."""
-
 EXAMPLE = '{gender: {man: ["a photo of a man"], woman: ["a photo of a woman"]}}'
 
 
@@ -33,79 +30,64 @@ class ClipAnnotator(Measurable):
 
     Args:
         name_or_folder: A folder or a hub id of a `CLIPModel` with its tokenizer and image processor.
-        attributes: Attribute name to class name to prompts: `{"gender": {"man": ["a photo of a man"], ...}}`.
+        attributes: Attribute name to class name to prompts, as for `class_prompts`.
 
     Raises:
-        ConfigError: An attribute has fewer than two classes or one called "cannot tell", or a class no prompt or
-            one that is too long.
+        ConfigError: As for `class_prompts`, or a prompt is too long.
         ModelError: There is no CLIP model, or it lacks its tokenizer or image processor.
     """
 
-    def __init__(self, name_or_folder: str | Path, attributes: ClassPrompts) -> None:
-        prompts = checked_prompts(attributes)
+    def __init__(self, name_or_folder: str | Path, attributes: Mapping[str, Any] | Path) -> None:
+        prompts = class_prompts(attributes)
         self._encoder = ClipEncoder.load(name_or_folder)
-        self.name = self.feature_name = self._encoder.name
+        self.network, self.name = self._encoder.model, self._encoder.name
+        self.feature_name = self.name
         self.attributes = {name: tuple(classes) for name, classes in prompts.items()}
         self._embeddings = {
-            attribute: np.stack([self._embed_class(texts) for texts in classes.values()])
+            attribute: np.stack([self._embed(texts) for texts in classes.values()])
             for attribute, classes in prompts.items()
         }
-
-    def weights_digest(self) -> str:
-        """16 hex digits that name the weights of both towers."""
-        return self._encoder.weights_digest()
 
     def predict(self, images: Iterable[Image.Image]) -> Annotations:
         """Annotate `images`, a batch at a time; an iterator is never held in memory as a whole."""
         stream = iter(images)
-        first = list(islice(stream, 1))
-        features = np.zeros((0, self._encoder.model.config.projection_dim), np.float32)
-        if first:
-            features = _unit(self._encoder.extract(chain(first, stream)))
+        features = np.zeros((0, self.network.config.projection_dim), np.float32)
+        if (first := next(stream, None)) is not None:
+            features = _unit(self._encoder.extract(chain([first], stream)))
         probabilities = {
             name: softmax(self._encoder.logit_scale * features @ classes.T, axis=1).astype(np.float32)
             for name, classes in self._embeddings.items()
         }
         return Annotations(self.attributes, probabilities, features)
 
-    def _embed_class(self, prompts: Sequence[str]) -> NDArray[np.float32]:
+    def _embed(self, prompts: Sequence[str]) -> NDArray[np.float32]:
         """The unit mean of the prompts' unit embeddings, (D,)."""
         return _unit(_unit(self._encoder.text_features(prompts, truncate=False)).mean(axis=0))
 
 
-def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+def class_prompts(source: Any) -> dict[str, dict[str, list[str]]]:
+    """Prompts as lists, by class and attribute, such as {"gender": {"man": "a photo of a man", ...}}.
 
-
-def read_class_prompts(path: Path) -> dict[str, dict[str, list[str]]]:
-    """Read a YAML or JSON file of attribute name to class name to a prompt or several.
-
-    Raises:
-        ConfigError: The file is absent or holds something else.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))  # JSON is a subset of YAML
-    except OSError as error:
-        raise ConfigError(f"Could not read the classes in {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Expected JSON or YAML in {path}, found something else: {error}") from error
-    try:
-        return checked_prompts(values)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def checked_prompts(attributes: Any) -> dict[str, dict[str, list[str]]]:
-    """Prompts as lists, by class and attribute.
+    Args:
+        source: Attribute name to class name to a prompt or several, or the `Path` of a YAML or JSON file of that.
 
     Raises:
-        ConfigError: They are not two classes or more per attribute, with a prompt or several for each class, or a
-            class is called "cannot tell".
+        ConfigError: The file is absent or holds something else, an attribute has fewer than two classes or one called
+            "cannot tell", or a class no prompt.
     """
-    if not isinstance(attributes, Mapping) or not attributes:
-        raise ConfigError(f"Expected prompts by class by attribute, such as {EXAMPLE}, got {attributes!r}.")
+    if isinstance(source, Path):
+        try:
+            return class_prompts(yaml.safe_load(source.read_text(encoding="utf-8-sig")))  # JSON is a subset of YAML
+        except OSError as error:
+            raise ConfigError(f"Could not read the classes in {source}: {error.strerror}.") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"Expected JSON or YAML in {source}, found something else: {error}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from error
+    if not isinstance(source, Mapping) or not source:
+        raise ConfigError(f"Expected prompts by class by attribute, such as {EXAMPLE}, got {source!r}.")
     checked: dict[str, dict[str, list[str]]] = {}
-    for attribute, classes in attributes.items():
+    for attribute, classes in source.items():
         if not isinstance(classes, Mapping) or len(classes) < 2:
             raise ConfigError(
                 f"Expected two classes or more of attribute {attribute!r} with their prompts, such as {EXAMPLE}, "
@@ -123,3 +105,7 @@ def checked_prompts(attributes: Any) -> dict[str, dict[str, list[str]]]:
             checked[attribute][name] = list(texts)
     check_class_names(checked, ConfigError)
     return checked
+
+
+def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)

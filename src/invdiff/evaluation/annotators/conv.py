@@ -16,20 +16,22 @@ from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
+from torch.nn import functional
 
-from ...data.captioned import CaptionedImages
+from ...data.captioned import CaptionedImages, readable_images
 from ...errors import DataError, ModelError, first_line
 from ...models.encoders import model_name
+from ...progress import progress_bar
 from ...seeds import generator as derived_generator
 from .annotations import Annotations, check_class_names
-from .calibration import expected_calibration_error, fit_temperature
-from .conv_training import even_weights, normalise, read_pixels, stratified_share, to_pixels, train_network
-from .heldout import MEASURED, SUMMARY, TENSORS, HeldOut, Measurable, combinations
-from .labelled import read_targets
+from .heldout import MEASURED, SUMMARY, TENSORS, HeldOut, Measurable, combinations, fit_temperature
+from .labels import read_targets
 
 NUM_FEATURES = 64
 MIN_CALIBRATION = 20
 """Held-out images below which a temperature is mostly noise: all of them are measured instead."""
+MAX_OVERSAMPLING = 20.0
+"""How much oftener than evenly an image of a rare combination of attributes may be drawn."""
 
 
 class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
@@ -63,21 +65,20 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
     ) -> None:
         check_class_names(attributes, ModelError)
         super().__init__()
-        self.name = "annotator"
+        self.name = self.feature_name = "annotator"
         # Sorted because diffusers sorts the keys of a saved config, and the heads must keep their order.
         self.attributes = {name: tuple(attributes[name]) for name in sorted(attributes)}
         self.trunk = torch.nn.Sequential(
-            _block(5, 24, stride=2),
-            _block(24, 48, stride=2),
-            _block(48, 64, stride=2),
-            _block(64, NUM_FEATURES, stride=1),
+            *(
+                torch.nn.Sequential(
+                    torch.nn.Conv2d(channels, width, 3, stride=stride, padding=1),
+                    torch.nn.GroupNorm(8, width),
+                    torch.nn.ReLU(inplace=True),
+                )
+                for channels, width, stride in ((5, 24, 2), (24, 48, 2), (48, 64, 2), (64, NUM_FEATURES, 1))
+            )
         )
         self.heads = torch.nn.Linear(NUM_FEATURES, sum(len(names) for names in self.attributes.values()))
-
-    @property
-    def feature_name(self) -> str:
-        """What its features are called: as the annotator is."""
-        return self.name
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Features, (batch, 64), and, attribute by attribute, uncalibrated logits, (batch, classes).
@@ -86,8 +87,7 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
             pixels: Images in [-1, 1], (batch, 3, height, width).
         """
         batch, _, height, width = pixels.shape
-        y = torch.linspace(-1, 1, height, device=pixels.device, dtype=pixels.dtype)
-        x = torch.linspace(-1, 1, width, device=pixels.device, dtype=pixels.dtype)
+        y, x = (torch.linspace(-1, 1, n, device=pixels.device, dtype=pixels.dtype) for n in (height, width))
         coordinates = torch.stack(torch.meshgrid(y, x, indexing="ij")).expand(batch, -1, -1, -1)
         features = self.trunk(torch.cat([pixels, coordinates], dim=1)).mean(dim=(2, 3))
         logits = self.heads(features).split([len(names) for names in self.attributes.values()], dim=1)
@@ -107,11 +107,8 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
             features.append(batch_features.float().cpu().numpy().copy())
             for name, values in zip(self.attributes, logits, strict=True):
                 probabilities[name].append(self._calibrated(name, values).cpu().numpy().copy())
-        return Annotations(
-            self.attributes,
-            {name: np.concatenate(parts) for name, parts in probabilities.items()},
-            np.concatenate(features),
-        )
+        joined = {name: np.concatenate(parts) for name, parts in probabilities.items()}
+        return Annotations(self.attributes, joined, np.concatenate(features))
 
     @torch.no_grad()
     def calibrate(self, pixels: torch.Tensor, targets: NDArray[np.int64], *, seed: int = 0) -> None:
@@ -128,36 +125,27 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         self.eval()
         batches = [self.forward(normalise(batch.to(self.device)))[1] for batch in pixels.split(64)]
         logits = {
-            name: torch.cat([parts[column] for parts in batches]).float().cpu()
-            for column, name in enumerate(self.attributes)
+            name: torch.cat(parts).float().cpu()
+            for name, parts in zip(self.attributes, zip(*batches, strict=True), strict=True)
         }
-        truth = {name: targets[:, column] for column, name in enumerate(self.attributes)}
+        truth = dict(zip(self.attributes, targets.T, strict=True))
         fitted = stratified_share(combinations(targets), 0.5, derived_generator("calibrate", seed))
-        temperatures = None
-        if len(fitted) < MIN_CALIBRATION:
-            fitted = fitted[:0]
-        else:
-            temperatures = {
-                name: fit_temperature(logits[name][fitted].numpy(), truth[name][fitted]) for name in logits
-            }
-        self.register_to_config(temperatures=temperatures)
+        fitted = fitted if len(fitted) >= MIN_CALIBRATION else fitted[:0]
+        temperatures = {
+            name: fit_temperature(values[fitted].numpy(), truth[name][fitted])
+            for name, values in logits.items()
+            if len(fitted)
+        }
         judged = np.setdiff1d(np.arange(len(targets)), fitted)
-        self.held_out = HeldOut(
-            self.attributes,
-            {name: self._calibrated(name, logits[name][judged]).numpy() for name in logits},
-            {name: truth[name][judged] for name in logits},
-        )
-        figures = self.held_out.summary()
-        raw = {name: logits[name][judged].softmax(dim=1).numpy() for name in logits}
-        self.register_to_config(
-            holdout_calibration_error={
-                name: {
-                    "uncalibrated": expected_calibration_error(raw[name], truth[name][judged]),
-                    "calibrated": figures[name]["calibration_error"],
-                }
-                for name in logits
-            }
-        )
+        errors: dict[str, dict[str, float]] = {name: {} for name in logits}
+        for kind, chosen in (("uncalibrated", None), ("calibrated", temperatures or None)):
+            self.register_to_config(temperatures=chosen)
+            probabilities = {name: self._calibrated(name, values[judged]).numpy() for name, values in logits.items()}
+            classes = {name: values[judged] for name, values in truth.items()}
+            self.held_out = HeldOut(self.attributes, probabilities, truth=classes)
+            for name, figures in self.held_out.summary().items():
+                errors[name][kind] = figures["calibration_error"]
+        self.register_to_config(holdout_calibration_error=errors)
 
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Write weights, config and what was measured on held-out images into a folder."""
@@ -186,14 +174,14 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
             if not folder.is_dir():
                 files = snapshot_download(path, revision=kwargs.get("revision"), allow_patterns=[TENSORS, SUMMARY])
                 folder = Path(files)
-            if (folder / TENSORS).is_file():
-                model.use_held_out(HeldOut.load(folder))
-        except (OSError, ValueError, RuntimeError, SafetensorError, TypeError, DataError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError, TypeError) as error:
             raise ModelError(
                 f"Expected an annotator in {path}, could not load it: {first_line(error)} "
                 "Give a folder that `save_pretrained` wrote, or train one with `ConvAnnotator.fit`."
             ) from error
-        model.name = model_name(path)
+        if (folder / TENSORS).is_file():
+            model.use_held_out(HeldOut.load(folder))
+        model.name = model.feature_name = model_name(path)
         return model
 
     @classmethod
@@ -251,6 +239,8 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
                 "Give more images or fewer attributes."
             )
         rows = np.setdiff1d(np.arange(len(pixels)), held_out)
+        counts = np.bincount(cells[rows])  # each cell is drawn equally often, within a limit
+        weights = np.minimum(len(rows) / (len(counts) * counts), MAX_OVERSAMPLING)[cells[rows]]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model = cls(attributes=classes, resolution=resolution)
@@ -260,7 +250,7 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
             pixels,
             torch.from_numpy(targets),
             rows=rows,
-            weights=even_weights(cells[rows]),
+            weights=torch.from_numpy(weights),
             steps=steps,
             batch_size=batch_size,
             learning_rate=learning_rate,
@@ -275,9 +265,96 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         return (logits.float() / temperatures.get(attribute, 1.0)).softmax(dim=1)
 
 
-def _block(in_channels: int, out_channels: int, *, stride: int) -> torch.nn.Sequential:
-    return torch.nn.Sequential(
-        torch.nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1),
-        torch.nn.GroupNorm(8, out_channels),
-        torch.nn.ReLU(inplace=True),
-    )
+def to_pixels(image: Image.Image, resolution: int) -> torch.Tensor:
+    """An image's centre square as uint8, (3, resolution, resolution)."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    # Cropped first: a box given to `resize` lets its surroundings bleed in.
+    square = image.convert("RGB").crop((left, top, left + side, top + side))
+    small = square.resize((resolution, resolution), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1)
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels of uint8 as float32 in [-1, 1], same shape."""
+    return pixels.float() / 127.5 - 1
+
+
+def read_pixels(data: CaptionedImages, resolution: int, *, progress: bool) -> tuple[torch.Tensor, list[int]]:
+    """The readable images as uint8, (N, 3, resolution, resolution), and their rows.
+
+    Raises:
+        DataError: More images are unreadable than the data allows.
+    """
+    images = readable_images(data, "reading images", progress=progress)
+    rows, pixels = zip(*((row, to_pixels(image, resolution)) for row, image in images), strict=True)
+    return torch.stack(pixels), list(rows)
+
+
+def stratified_share(cells: NDArray[np.int64], share: float, generator: torch.Generator) -> NDArray[np.int64]:
+    """Sorted rows that hold a `share` of each of `cells`, (N,): at least one where a cell has two, never all."""
+    chosen = []
+    for cell in np.unique(cells):
+        rows = np.flatnonzero(cells == cell)
+        count = min(max(round(share * len(rows)), 1), len(rows) - 1)
+        chosen.append(rows[torch.randperm(len(rows), generator=generator).numpy()[:count]])
+    return np.sort(np.concatenate(chosen))
+
+
+def train_network(
+    network: torch.nn.Module,
+    pixels: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    rows: NDArray[np.int64],
+    weights: torch.Tensor,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    generator: torch.Generator,
+    progress: bool,
+) -> None:
+    """Minimise the sum of the attributes' cross-entropies by AdamW on a one-cycle schedule, on varied images.
+
+    Args:
+        network: A `ConvAnnotator`, or one of its kind.
+        pixels: uint8 images, (N, 3, height, width).
+        targets: Class indices, (N, attributes).
+        rows: The rows to train on, (M,).
+        weights: How often each of them is drawn, (M,).
+        steps: Optimiser steps.
+        batch_size: Images per step.
+        learning_rate: Peak of the schedule.
+        generator: Draws batches and their variations.
+        progress: Show a progress bar.
+    """
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-2)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1)
+    with progress_bar("annotator", steps, enabled=progress) as bar:
+        for _ in range(steps):
+            drawn = torch.multinomial(weights, batch_size, replacement=True, generator=generator).numpy()
+            batch = torch.from_numpy(rows[drawn])
+            _, logits = network(augment(normalise(pixels[batch]), generator))
+            losses = [functional.cross_entropy(part, targets[batch, column]) for column, part in enumerate(logits)]
+            loss = torch.stack(losses).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            bar.advance(loss=loss)
+
+
+def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Vary images in [-1, 1], (batch, 3, height, width), in brightness, contrast, sharpness and noise as a VAE might.
+
+    They are never flipped: sides may matter.
+    """
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return low + (high - low) * torch.rand(len(pixels), 1, 1, 1, generator=generator)
+
+    blurred = functional.avg_pool2d(functional.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    pixels = torch.lerp(pixels, blurred, uniform(0.0, 1.0))
+    mean = pixels.mean(dim=(1, 2, 3), keepdim=True)
+    pixels = mean + (pixels - mean) * uniform(0.8, 1.2) + uniform(-0.15, 0.15)
+    return pixels + uniform(0.0, 0.1) * torch.randn(pixels.shape, generator=generator)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
 from sklearn.metrics import confusion_matrix
 
 from ...data.captioned import CaptionedImages, readable_images
-from ...errors import DataError, EvaluationError
+from ...errors import DataError, EvaluationError, ModelError
 from ...files import read_json, read_tensors, weights_digest, write_json, write_tensors
-from .annotations import Annotator, label_of, most_probable, unknown_attribute
-from .calibration import expected_calibration_error
+from .annotations import Annotations, Annotator, check_attribute, label_of
 
 TENSORS, SUMMARY = "heldout.safetensors", "confusion.json"
 MEASURED = "annotator.json"
@@ -26,50 +27,36 @@ UNLABELLED = -1
 """True class of an image whose label is missing."""
 MIN_CELL = 10
 """Images below which the accuracy of one combination of attributes is chance."""
+MAX_TEMPERATURE = 100.0
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Class probabilities of N held-out images beside their true classes."""
+class HeldOut(Annotations):
+    """Annotations of N held-out images beside their true classes."""
 
-    attributes: Mapping[str, tuple[str, ...]]
-    """Attribute name to class names."""
-    probabilities: Mapping[str, NDArray[np.float32]]
-    """Attribute name to probabilities, (N, classes)."""
-    truth: Mapping[str, NDArray[np.int64]]
+    truth: Mapping[str, NDArray[np.int64]] = field(kw_only=True)
     """Attribute name to true class indices, (N,); `UNLABELLED` where it is unknown."""
 
     def __post_init__(self) -> None:
-        sizes = {len(kind[name]) for kind in (self.probabilities, self.truth) for name in self.attributes}
-        if len(sizes) != 1:
-            raise EvaluationError(f"Expected as many held-out images for every attribute, got {sorted(sizes)}.")
+        super().__post_init__()
         for name, classes in self.attributes.items():
-            probabilities, truth = self.probabilities[name], self.truth[name]
+            truth, rows = self.truth[name], len(self.probabilities[name])
             labelled = truth[truth != UNLABELLED]
-            if (
-                probabilities.shape[1:] != (len(classes),)
-                or not np.isfinite(probabilities).all()
-                or not len(labelled)
-                or not np.isin(labelled, range(len(classes))).all()
-            ):
+            if len(truth) != rows or not len(labelled) or not np.isin(labelled, range(len(classes))).all():
                 raise EvaluationError(
-                    f"Expected finite probabilities of {len(classes)} classes of {name!r} and labelled images of "
-                    f"them, got shape {probabilities.shape} and {len(labelled)} labelled. Measure again."
+                    f"Expected true classes of {name!r}, below {len(classes)}, of {rows} held-out images, got "
+                    f"{len(labelled)} labels of {len(truth)}. Measure again."
                 )
 
     def confusion(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64]:
         """Counts, (true class K, annotated class K + 1); the last column is "cannot tell".
 
-        Args:
-            attribute: One of `attributes`.
-            min_confidence: Probability, from 0 to 1, below which the annotator "cannot tell".
-
         Raises:
-            EvaluationError: `min_confidence` is outside [0, 1].
+            EvaluationError: The attribute was not measured, or `min_confidence` is outside [0, 1].
         """
-        size, labelled = len(self.attributes[attribute]), self.truth[attribute] != UNLABELLED
-        annotated = most_probable(self.probabilities[attribute][labelled], min_confidence)
-        return confusion_matrix(self.truth[attribute][labelled], annotated, labels=range(size + 1))[:size]
+        annotated, truth = self.classes(attribute, min_confidence), self.truth[attribute]
+        size, labelled = len(self.attributes[attribute]), truth != UNLABELLED
+        return confusion_matrix(truth[labelled], annotated[labelled], labels=range(size + 1))[:size]
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Figures by attribute, as plain JSON types.
@@ -78,23 +65,23 @@ class HeldOut:
         combinations of all attributes with ten images or more, None where there is none: far below "accuracy", it
         means that the annotator reads one attribute off another; "calibration_error" is over 15 bins.
         """
-        return {name: self._figures(name) for name in self.attributes}
-
-    def _figures(self, attribute: str) -> dict[str, Any]:
-        rows = self.truth[attribute] != UNLABELLED
-        truth, probabilities = self.truth[attribute][rows], self.probabilities[attribute][rows]
-        correct = most_probable(probabilities) == truth
-        cells = combinations(np.stack([self.truth[name][rows] for name in self.attributes], axis=1))
-        sizes = np.bincount(cells)
-        shares = np.bincount(cells, weights=correct) / sizes
-        return {
-            "classes": list(self.attributes[attribute]),
-            "images": len(truth),
-            "matrix": self.confusion(attribute)[:, :-1].tolist(),
-            "accuracy": float(correct.mean()),
-            "worst_combination": min(shares[sizes >= MIN_CELL].tolist(), default=None),
-            "calibration_error": expected_calibration_error(probabilities, truth),
-        }
+        figures = {}
+        for attribute, classes in self.attributes.items():
+            rows = self.truth[attribute] != UNLABELLED
+            truth = self.truth[attribute][rows]
+            correct = self.classes(attribute)[rows] == truth
+            cells = combinations(np.stack([self.truth[name][rows] for name in self.attributes], axis=1))
+            sizes = np.bincount(cells)
+            shares = np.bincount(cells, weights=correct) / sizes
+            figures[attribute] = {
+                "classes": list(classes),
+                "images": len(truth),
+                "matrix": self.confusion(attribute)[:, :-1].tolist(),
+                "accuracy": float(correct.mean()),
+                "worst_combination": min(shares[sizes >= MIN_CELL].tolist(), default=None),
+                "calibration_error": expected_calibration_error(self.probabilities[attribute][rows], truth),
+            }
+        return figures
 
     def updated(self, newer: HeldOut) -> HeldOut:
         """`newer` with those of these attributes that it lacks, each still measured on its own images.
@@ -111,7 +98,8 @@ class HeldOut:
         for name in newer.attributes:
             probabilities[name] = np.pad(newer.probabilities[name], ((before, 0), (0, 0)))
             truth[name] = np.pad(newer.truth[name], (before, 0), constant_values=UNLABELLED)
-        return HeldOut({name: self.attributes[name] for name in kept} | dict(newer.attributes), probabilities, truth)
+        attributes = {name: self.attributes[name] for name in kept} | dict(newer.attributes)
+        return HeldOut(attributes, probabilities, truth=truth)
 
     def save(self, folder: Path) -> None:
         """Write `heldout.safetensors` and, for people, `confusion.json` into `folder`."""
@@ -127,19 +115,19 @@ class HeldOut:
         """Read what `save` wrote.
 
         Raises:
-            DataError: A file is absent or damaged, or the two do not belong together.
+            ModelError: A file is absent or damaged, or the two do not belong together.
         """
-        summary, tensors = read_json(folder / SUMMARY), read_tensors(folder / TENSORS)
         try:
+            summary, tensors = read_json(folder / SUMMARY), read_tensors(folder / TENSORS)
             return cls(
                 {name: tuple(figures["classes"]) for name, figures in summary.items()},
                 {name: tensors[f"probabilities.{name}"].numpy() for name in summary},
-                {name: tensors[f"truth.{name}"].numpy().astype(np.int64) for name in summary},
+                truth={name: tensors[f"truth.{name}"].numpy().astype(np.int64) for name in summary},
             )
-        except (AttributeError, KeyError, TypeError, EvaluationError) as error:
-            raise DataError(
-                f"Expected {TENSORS} and {SUMMARY} of one annotator in {folder}, found that they disagree "
-                f"({error}). Measure the annotator again."
+        except (AttributeError, KeyError, TypeError, DataError, EvaluationError) as error:
+            raise ModelError(
+                f"Expected {TENSORS} and {SUMMARY} of one annotator in {folder}, found that they are damaged or "
+                f"disagree ({error}). Measure the annotator again."
             ) from error
 
 
@@ -147,14 +135,14 @@ class Measurable:
     """An annotator of images, whose `confusion` comes from held-out images that it was measured on."""
 
     attributes: Mapping[str, tuple[str, ...]]
+    network: Any = None
+    """The network that annotates; None where the annotator is a network itself."""
     held_out: HeldOut | None = None
 
     def weights_digest(self) -> str:
-        """16 hex digits that name its weights: what was measured with other ones is not true of it.
-
-        This is of an annotator that is a network itself; one that holds a network names that network's.
-        """
-        return weights_digest(cast(torch.nn.Module, self))
+        """16 hex digits that name its weights: what was measured with other ones is not true of it."""
+        network: Any = self.network or self
+        return weights_digest(network)
 
     def confusion(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64] | None:
         """Counts of held-out images, (true class K, annotated class K + 1), the last for "cannot tell".
@@ -164,8 +152,7 @@ class Measurable:
         Raises:
             EvaluationError: The annotator does not know the attribute, or `min_confidence` is outside [0, 1].
         """
-        if attribute not in self.attributes:
-            raise EvaluationError(unknown_attribute(attribute, self.attributes))
+        check_attribute(attribute, self.attributes)
         if self.held_out is None or attribute not in self.held_out.attributes:
             return None
         return self.held_out.confusion(attribute, min_confidence)
@@ -174,11 +161,11 @@ class Measurable:
         """Take `confusion` of its attributes from `held_out`; that of others stays.
 
         Raises:
-            DataError: It is of other attributes or classes than the annotator's.
+            ModelError: It is of other attributes or classes than the annotator's.
         """
         for name, classes in held_out.attributes.items():
             if self.attributes.get(name) != classes:
-                raise DataError(
+                raise ModelError(
                     f"Expected held-out images of the annotator's classes {dict(self.attributes)}, got {name!r} with "
                     f"{classes}. Measure this annotator again."
                 )
@@ -190,13 +177,8 @@ def measure_annotator(
 ) -> HeldOut:
     """Annotate labelled images, one at a time, that `annotator` was not trained on.
 
-    Images without a label of an attribute are left out of its figures.
-
-    Args:
-        annotator: Any annotator.
-        data: Images with attributes whose values are the annotator's class names.
-        attributes: Which to measure; by default all that the annotator and the data have in common.
-        progress: Show a progress bar.
+    Values of the data's attributes are the annotator's class names; images without a label of an attribute are left
+    out of its figures. Unless named, all attributes are measured that the annotator and the data have in common.
 
     Raises:
         DataError: An attribute is not in both, has no label, or has one that is no class of the annotator's; or
@@ -210,7 +192,15 @@ def measure_annotator(
             f"{', '.join(annotator.attributes)}, the data {', '.join(data.attributes) or 'none'}. "
             "Rename the column or choose others."
         )
-    truth = {name: _true_classes(data.attributes[name], name, annotator.attributes[name]) for name in chosen}
+    classes = {name: annotator.attributes[name] for name in chosen}
+    labels = {name: [label_of(value) for value in data.attributes[name]] for name in chosen}
+    for name, values in labels.items():
+        unknown = sorted(set(values) - {"", *classes[name]})
+        if unknown or not any(values):
+            raise DataError(
+                f"Expected labels of {name!r} among the annotator's classes {', '.join(classes[name])}, found "
+                f"{', '.join(unknown[:5]) or 'none at all'}. Rename them as the annotator does, or leave them empty."
+            )
     rows: list[int] = []
 
     def images() -> Iterable[Image.Image]:
@@ -219,11 +209,11 @@ def measure_annotator(
             yield image
 
     seen = annotator.predict(images())
-    return HeldOut(
-        {name: annotator.attributes[name] for name in chosen},
-        {name: seen.probabilities[name] for name in chosen},
-        {name: truth[name][rows] for name in chosen},
-    )
+    truth = {
+        name: np.array([classes[name].index(values[row]) if values[row] else UNLABELLED for row in rows])
+        for name, values in labels.items()
+    }
+    return HeldOut(classes, {name: seen.probabilities[name] for name in chosen}, truth=truth)
 
 
 def combinations(classes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -231,12 +221,37 @@ def combinations(classes: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.unique(classes, axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def _true_classes(values: Sequence[Any], attribute: str, classes: Sequence[str]) -> NDArray[np.int64]:
-    labels = [label_of(value) for value in values]
-    unknown = sorted(set(labels) - {"", *classes})
-    if unknown or not any(labels):
-        raise DataError(
-            f"Expected labels of {attribute!r} among the annotator's classes {', '.join(classes)}, found "
-            f"{', '.join(unknown[:5]) or 'none at all'}. Rename them as the annotator does, or leave them empty."
-        )
-    return np.array([classes.index(label) if label else UNLABELLED for label in labels], dtype=np.int64)
+def fit_temperature(logits: ArrayLike, truth: NDArray[np.int64]) -> float:
+    """The temperature of logits, (N, classes), that minimises the negative log-likelihood of the true classes, (N,).
+
+    Guo et al., "On calibration of modern neural networks" (ICML 2017). Without a mistake among the images, any
+    probability below 1 would seem too modest, and the temperature would go to 0. So targets are smoothed by
+    1 / (N + 2), Laplace's estimate of the share of mistakes where N images show none (Platt, 1999, does the same for
+    two classes).
+    """
+    scores, smoothing = np.asarray(logits, dtype=np.float64), 1 / (len(truth) + 2)
+
+    def loss(log_temperature: float) -> float:
+        log_probabilities = log_softmax(scores / np.exp(log_temperature), axis=1)
+        of_truth = log_probabilities[np.arange(len(truth)), truth]
+        of_others = (log_probabilities.sum(axis=1) - of_truth) / (scores.shape[1] - 1)
+        return float(-((1 - smoothing) * of_truth + smoothing * of_others).mean())
+
+    # Convex in 1 / T, so there is one minimum for the bounded search to find.
+    bound = np.log(MAX_TEMPERATURE)
+    found = minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(found.x)) if found.fun < loss(0.0) else 1.0
+
+
+def expected_calibration_error(probabilities: NDArray[Any], truth: NDArray[np.int64], *, num_bins: int = 15) -> float:
+    """Mean distance of confidence to accuracy over equal bins of confidence, weighted by images.
+
+    Naeini et al., "Obtaining well calibrated probabilities using Bayesian binning" (AAAI 2015). With N images it is
+    above zero even for a perfectly calibrated annotator, by about sqrt(bins in use / N). Probabilities are
+    (N, classes), true classes (N,), bins (0, 1/num_bins], (1/num_bins, 2/num_bins] and so on.
+    """
+    values = np.asarray(probabilities, dtype=np.float64)
+    confidence, correct = values.max(axis=1), values.argmax(axis=1) == truth
+    bins = np.searchsorted(np.arange(1, num_bins) / num_bins, confidence)
+    gaps = np.bincount(bins, weights=correct - confidence, minlength=num_bins)
+    return float(np.abs(gaps).sum() / len(values))

@@ -12,11 +12,10 @@ from ...errors import ConfigError, DataError, ModelError
 from ...files import read_json, write_json
 from .annotations import Annotator
 from .classifier import ClassifierAnnotator
-from .clip import EXAMPLE, ClipAnnotator, read_class_prompts
+from .clip import EXAMPLE, ClipAnnotator, class_prompts
 from .conv import ConvAnnotator
-from .given_labels import GivenLabels
 from .heldout import MEASURED, HeldOut, Measurable
-from .labelled import FOLDER_ATTRIBUTE
+from .labels import FOLDER_ATTRIBUTE, GivenLabels
 
 LABELS = "labels"
 """In place of an annotator's name: the classes are read from the manifest."""
@@ -44,7 +43,7 @@ def load_annotator(
         ConfigError: A CLIP model is given without `classes`, or others with them, or "labels" without attribute.
     """
     attributes = [name for name in ([attribute] if isinstance(attribute, str) else attribute) if name]
-    config = {} if spec == LABELS or (Path(spec) / MEASURED).is_file() else _read_config(spec)
+    config = {} if spec == LABELS or _is_measured(spec) else _read_config(spec)
     architecture = next(iter(config.get("architectures") or ()), "")
     if config.get("model_type") == "clip" and architecture in ("", "CLIPModel"):
         if classes is None:
@@ -52,7 +51,7 @@ def load_annotator(
                 f"Expected classes beside the CLIP model {spec}, got none. Give a YAML file of attribute, classes and "
                 f"prompts, such as {EXAMPLE}."
             )
-        return ClipAnnotator(spec, read_class_prompts(classes) if isinstance(classes, Path) else classes)
+        return ClipAnnotator(spec, classes)
     if classes is not None:
         raise ConfigError(f"Expected no classes beside {spec}, got some. Only CLIP models take them.")
     if spec == LABELS:
@@ -70,14 +69,8 @@ def load_annotator(
 
 
 def refuse_own_folder(folder: Path, spec: str) -> None:
-    """Refuse to write the measurement of the annotator `spec` into the folder of that annotator.
-
-    Raises:
-        ConfigError: They are one folder, or `spec` is a measurement of the annotator in `folder`.
-    """
-    own = [spec]
-    if (Path(spec) / MEASURED).is_file():
-        own.append(_read_recipe(Path(spec))["annotator"])
+    """Raise `ConfigError` where `folder` is that of the annotator `spec`, or of the one that `spec` measures."""
+    own = [spec, *([_read_recipe(Path(spec))["annotator"]] if _is_measured(spec) else [])]
     if folder.resolve() in [Path(place).resolve() for place in own]:
         raise ConfigError(
             f"Expected another folder to write to than that of the annotator itself, got {folder}. "
@@ -96,25 +89,18 @@ def save_measured(
 ) -> None:
     """Write how an annotator errs on labelled images; `load_annotator(folder)` gives that annotator with it.
 
-    What was known of attributes that `held_out` lacks is written too.
-
-    Args:
-        folder: Where to write.
-        annotator: What was measured.
-        held_out: The result of `measure_annotator`.
-        spec: What `load_annotator` was given to get `annotator`, and so are `attribute` and `classes`.
-        attribute: See `spec`.
-        classes: See `spec`.
+    What was known of attributes that `held_out` lacks is written too. `spec`, `attribute` and `classes` are what
+    `load_annotator` was given to get `annotator`.
 
     Raises:
         ConfigError: `folder` is that of the annotator itself; nothing is written.
     """
     refuse_own_folder(folder, spec)
     source = Path(spec)
-    if (source / MEASURED).is_file():  # refer to the annotator itself: its earlier measurement may be removed
+    if _is_measured(spec):  # refer to the annotator itself: its earlier measurement may be removed
         recipe = _read_recipe(source)
     else:
-        prompts = read_class_prompts(classes) if isinstance(classes, Path) else classes
+        prompts = None if classes is None else class_prompts(classes)
         where = str(source.resolve()) if source.is_dir() else spec
         recipe = {"annotator": where, "attribute": attribute, "classes": prompts}
     known = held_out if annotator.held_out is None else annotator.held_out.updated(held_out)
@@ -122,26 +108,25 @@ def save_measured(
     write_json(folder / MEASURED, {**recipe, "weights": annotator.weights_digest()})
 
 
+def _is_measured(spec: str) -> bool:
+    return (Path(spec) / MEASURED).is_file()
+
+
 def _load_measured(folder: Path) -> Annotator:
     recipe = _read_recipe(folder)
     spec = recipe["annotator"]
-    if (Path(spec) / MEASURED).is_file():  # it may stand for `folder` in turn
+    if spec == LABELS or _is_measured(spec):  # the latter may stand for `folder` in turn
         raise ModelError(
-            f"Expected the annotator itself at {spec}, which {folder / MEASURED} names, found a measurement there. "
-            f"Delete {Path(spec) / MEASURED}, or measure again."
+            f"Expected the annotator itself at {spec}, which {folder / MEASURED} names, found a measurement or "
+            f"labels. Delete {Path(spec) / MEASURED}, or measure again."
         )
-    annotator = load_annotator(spec, attribute=recipe["attribute"], classes=recipe["classes"])
-    if not isinstance(annotator, Measurable):
-        raise ModelError(f"Expected an annotator of images in {folder}, found {spec!r}. {KINDS}")
+    annotator: Any = load_annotator(spec, attribute=recipe["attribute"], classes=recipe["classes"])
     if recipe["weights"] != annotator.weights_digest():
         raise ModelError(
             f"Expected the annotator that {folder} was measured with at {spec}, found one of other weights, whose "
             "errors are others. Measure again."
         )
-    try:
-        annotator.use_held_out(HeldOut.load(folder))
-    except DataError as error:
-        raise ModelError(f"Could not load the measured annotator in {folder}: {error}") from error
+    annotator.use_held_out(HeldOut.load(folder))
     return annotator
 
 

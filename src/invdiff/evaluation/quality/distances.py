@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,24 +24,20 @@ ROUNDING = 1e-12
 
 
 def frechet_distance(features: ArrayLike, reference: ArrayLike) -> float:
-    """Squared Fréchet distance between Gaussians fitted to two sets of features (FID's formula).
+    """Squared Fréchet distance between Gaussians fitted to features, (N, D), and a reference's, (M, D): FID's formula.
 
     |m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)), Dowson and Landau (1982), in float64 with unbiased covariances. With
     S = R^T R, Tr (S1 S2)^(1/2) is the sum of the singular values of R1 R2^T, which holds for singular covariances
     (N < D) too. The distance falls as N grows: compare only sets of equal size.
-
-    Args:
-        features: Features of the images in question, (N, D).
-        reference: Features of the reference images, (M, D), from the same extractor.
 
     Raises:
         EvaluationError: A set has fewer than two rows or values that are not finite, or D differs.
     """
     sets = checked_pair(features, reference)
     shift = sets[0].mean(axis=0) - sets[1].mean(axis=0)
-    first, second = (_covariance_root(array) for array in sets)
-    traces = np.square(first).sum() + np.square(second).sum()
-    return max(float(shift @ shift + traces - 2 * np.linalg.norm(first @ second.T, "nuc")), 0.0)
+    roots = [np.asarray(np.linalg.qr((rows - rows.mean(axis=0)) / np.sqrt(len(rows) - 1), mode="r")) for rows in sets]
+    traces = sum(np.square(root).sum() for root in roots)
+    return max(float(shift @ shift + traces - 2 * np.linalg.norm(roots[0] @ roots[1].T, "nuc")), 0.0)
 
 
 class KernelDistance(NamedTuple):
@@ -54,7 +51,7 @@ class KernelDistance(NamedTuple):
 def kernel_distance(
     features: ArrayLike, reference: ArrayLike, *, degree: int = 3, confidence: float = 0.95
 ) -> KernelDistance:
-    """Squared MMD of two sets of features under the kernel (x.y / D + 1)^degree (KID's formula).
+    """Squared MMD of features, (N, D), and a reference's, (M, D), under the kernel (x.y / D + 1)^degree (KID).
 
     Bińkowski et al., "Demystifying MMD GANs" (ICLR 2018): the unbiased estimate over all pairs of different images
     (Gretton et al., 2012, equation 3), whose expectation does not depend on N and M. Where both sets come from one
@@ -63,17 +60,14 @@ def kernel_distance(
     The interval is the jackknife's (Arvesen, "Jackknifing U-statistics", 1969). For two sets of one distribution it
     is too wide, so it misses zero less often than `confidence` allows.
 
-    Args:
-        features: Features of the images in question, (N, D).
-        reference: Features of the reference images, (M, D), from the same extractor.
-        degree: Degree of the polynomial; KID's is 3.
-        confidence: Nominal coverage, above 0 and below 1.
-
     Raises:
         EvaluationError: A set has fewer than three rows or values that are not finite, or D differs.
     """
     first, second = checked_pair(features, reference, minimum=3)
-    sums, itself = _kernel_sums(first, second, lambda x, y: polynomial_kernel(x, y, degree=degree))
+    # A product is several times faster than a power.
+    sums, itself = _kernel_sums(
+        first, second, lambda x, y: reduce(np.multiply, [polynomial_kernel(x, y, degree=1)] * degree)
+    )
     value, variance = 0.0, 0.0
     for side, others in ((0, 1), (1, 0)):
         size, size_of_others = len(sums[side]), len(sums[others])
@@ -87,19 +81,13 @@ def kernel_distance(
 
 
 def cmmd(features: ArrayLike, reference: ArrayLike, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
-    """Squared MMD of two sets of CLIP features under a Gaussian kernel, times `scale` (CMMD).
+    """Squared MMD of CLIP features, (N, D) and (M, D), under a Gaussian kernel of width `sigma`, times `scale` (CMMD).
 
     Jayasumana et al., "Rethinking FID: towards a better evaluation metric for image generation" (CVPR 2024). With
     k(x, y) = exp(-|x - y|^2 / (2 sigma^2)), it is the biased estimate (Gretton et al., 2012, equation 5),
     mean k(x, x') + mean k(y, y') - 2 mean k(x, y) over all pairs, an image's pair with itself among them: never
     negative, above 0 by about 1 / N even for two sets of one distribution. Rows are scaled to unit length first, as
     in the authors' code, which embeds images with CLIP ViT-L/14 at 336 pixels.
-
-    Args:
-        features: Features of the images in question, (N, D).
-        reference: Features of the reference images, (M, D), from the same extractor.
-        sigma: Width of the kernel.
-        scale: Factor that makes the figures readable.
 
     Raises:
         EvaluationError: A set has fewer than two rows, values that are not finite or a row of zeros, or D differs.
@@ -126,19 +114,14 @@ class Neighbourhoods(NamedTuple):
 
 
 def precision_recall_density_coverage(features: ArrayLike, reference: ArrayLike, *, k: int = 5) -> Neighbourhoods:
-    """Fidelity and variety apart, each in two ways.
+    """Fidelity and variety of features, (N, D), beside a reference's, (M, D), each in two ways.
 
     Precision and recall: Kynkäänniemi et al., "Improved precision and recall metric for assessing generative models"
     (NeurIPS 2019). Density and coverage, which one outlier sways less: Naeem et al., "Reliable fidelity and diversity
     metrics for generative models" (ICML 2020). An image's ball reaches to the k-th nearest other image of its own set,
-    its edge included; images that are equal are neighbours at distance 0.
+    its edge included; images that are equal are neighbours at distance 0. The papers take a k of 3 and 5.
     All four depend on N, M and k: compare only sets of equal size. For sets of one distribution, coverage is near
     1 - 2^-k where N = M, and density near 1.
-
-    Args:
-        features: Features of the images in question, (N, D).
-        reference: Features of the reference images, (M, D), from the same extractor.
-        k: Which neighbour a ball reaches to, at least 1; the papers take 3 and 5.
 
     Raises:
         EvaluationError: A set does not have more than k rows or has values that are not finite, or D differs.
@@ -147,18 +130,19 @@ def precision_recall_density_coverage(features: ArrayLike, reference: ArrayLike,
     centre = references.mean(axis=0)  # lengths far above distances would cost digits
     images, references = images - centre, references - centre
     slack = ROUNDING * max(np.square(array).sum(axis=1).max() for array in (images, references))
-
-    def squared_radius(distances: FloatArray, start: int) -> FloatArray:
-        return np.partition(distances, k, axis=1)[:, k].copy()  # the nearest, at 0, is the image itself
-
-    def recalled_and_covered(distances: FloatArray, start: int) -> NDArray[np.bool_]:
-        own = reference_reach[start : start + len(distances)]
-        return np.stack([(distances <= reach).any(axis=1), distances.min(axis=1) <= own], axis=1)
-
-    reach, reference_reach = (_by_row(squared_radius, array) + slack for array in (images, references))
-    balls = _by_row(lambda distances, start: (distances <= reference_reach).sum(axis=1), images, references)
-    recall, coverage = _by_row(recalled_and_covered, references, images).mean(axis=0)
-    return Neighbourhoods(float(np.mean(balls > 0)), float(recall), float(np.mean(balls) / k), float(coverage))
+    reach, reference_reach = (  # the nearest of each row, at 0, is the image itself
+        np.concatenate([np.partition(block, k, axis=1)[:, k] for block in _squared_distances(rows, rows)]) + slack
+        for rows in (images, references)
+    )
+    balls, recalled, nearest, start = [], np.zeros(len(references), bool), np.full(len(references), np.inf), 0
+    for block in _squared_distances(images, references):
+        balls.append((block <= reference_reach).sum(axis=1))
+        recalled |= (block <= reach[start : start + len(block), None]).any(axis=0)
+        nearest = np.minimum(nearest, block.min(axis=0))
+        start += len(block)
+    held = np.concatenate(balls)
+    shares = [float(np.mean(values)) for values in (held > 0, recalled, held, nearest <= reference_reach)]
+    return Neighbourhoods(shares[0], shares[1], shares[2] / k, shares[3])
 
 
 def checked(features: ArrayLike, *, name: str = "features", minimum: int = 2) -> FloatArray:
@@ -177,11 +161,7 @@ def checked(features: ArrayLike, *, name: str = "features", minimum: int = 2) ->
 
 
 def checked_pair(features: ArrayLike, reference: ArrayLike, *, minimum: int = 2) -> tuple[FloatArray, FloatArray]:
-    """Two sets of features as float64, (N, D) and (M, D).
-
-    Raises:
-        EvaluationError: As for `checked`, or D differs.
-    """
+    """Two sets of features, each `checked`, (N, D) and (M, D)."""
     first = checked(features, minimum=minimum)
     second = checked(reference, name="reference features", minimum=minimum)
     if first.shape[1] != second.shape[1]:
@@ -193,11 +173,7 @@ def checked_pair(features: ArrayLike, reference: ArrayLike, *, minimum: int = 2)
 
 
 def unit_rows(array: FloatArray) -> FloatArray:
-    """Rows scaled to unit length, (N, D).
-
-    Raises:
-        EvaluationError: A row is all zeros and has no direction.
-    """
+    """Rows scaled to unit length, (N, D); a row of zeros, which has no direction, is an `EvaluationError`."""
     lengths = np.linalg.norm(array, axis=1, keepdims=True)
     zero = np.flatnonzero(lengths == 0)
     if len(zero):
@@ -206,12 +182,6 @@ def unit_rows(array: FloatArray) -> FloatArray:
             "Look at that image: its cosines are not defined."
         )
     return array / lengths
-
-
-def _covariance_root(features: FloatArray) -> FloatArray:
-    """R with R^T R the covariance, (min(N, D), D)."""
-    centred = features - features.mean(axis=0)
-    return np.asarray(np.linalg.qr(centred / np.sqrt(len(features) - 1), mode="r"), dtype=np.float64)
 
 
 def _kernel_sums(
@@ -226,16 +196,7 @@ def _kernel_sums(
     return np.split(np.concatenate(sums), [len(first)]), np.split(np.concatenate(itself), [len(first)])
 
 
-def _by_row(
-    reduce: Callable[[FloatArray, int], NDArray[Any]], first: FloatArray, second: FloatArray | None = None
-) -> NDArray[Any]:
-    """What `reduce` makes of squared distances, a few rows of (N, M) at a time; (N, N) without `second`."""
-    chunks = pairwise_distances_chunked(
-        first,
-        second,
-        reduce_func=reduce,
-        metric="euclidean",
-        squared=True,
-        working_memory=BLOCK_ENTRIES * 8 / 2**20,
-    )
-    return np.concatenate(list(chunks))
+def _squared_distances(first: FloatArray, second: FloatArray) -> Iterator[Any]:
+    """Squared distances of (N, D) to (M, D), a few rows of (N, M) at a time."""
+    memory = BLOCK_ENTRIES * 8 / 2**20
+    return pairwise_distances_chunked(first, second, metric="euclidean", squared=True, working_memory=memory)

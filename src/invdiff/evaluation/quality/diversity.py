@@ -4,31 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
+from PIL import Image
 from scipy.special import entr
 
 from ...errors import EvaluationError
 from .distances import FloatArray, checked, unit_rows
 
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
-
+LPIPS = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From two batches of images in [-1, 1], each (batch, 3, height, width), to the mean distance of their pairs."""
 PAIRS_PER_BATCH = 16
 
 
 def paired_cosines(features: ArrayLike, others: ArrayLike) -> FloatArray:
-    """Cosine of each row with the row beside it, (N,).
+    """Cosine of each row of (N, D) with the row beside it, of the image's prompt or the image of the same seed, (N,).
 
     The mean of those of images with their prompts is CLIP-T (Ruiz et al., "DreamBooth", CVPR 2023); CLIPScore (Hessel
     et al., 2021) is 2.5 times the same, without what is below 0.
-
-    Args:
-        features: (N, D).
-        others: (N, D), row by row those of the image with the same seed, or of the image's prompt.
 
     Raises:
         EvaluationError: N or D differs, or a row is all zeros or not finite.
@@ -43,10 +38,7 @@ def paired_cosines(features: ArrayLike, others: ArrayLike) -> FloatArray:
 
 
 def mean_cosine_distance(features: ArrayLike) -> float:
-    """Mean cosine distance over all pairs of different rows, in [0, 2]: how far apart the images of a set are.
-
-    Args:
-        features: (N, D).
+    """Mean cosine distance over all pairs of different rows of (N, D), in [0, 2].
 
     Raises:
         EvaluationError: There are fewer than two rows, or a row is all zeros or not finite.
@@ -57,14 +49,11 @@ def mean_cosine_distance(features: ArrayLike) -> float:
 
 
 def vendi_score(features: ArrayLike) -> float:
-    """How many different images a set amounts to, from 1 (all alike) to N (no two alike).
+    """How many different images a set of features, (N, D), amounts to, from 1 (all alike) to N (no two alike).
 
     Friedman and Dieng, "The Vendi score" (TMLR 2023): exp of the entropy of the eigenvalues of K / N, where K holds
     the cosines of all pairs, (N, N). The inner products of the columns, (D, D), have the same eigenvalues other than
     0 and are used where they are fewer. The score grows with N: compare only sets of equal size.
-
-    Args:
-        features: (N, D).
 
     Raises:
         EvaluationError: There are fewer than two rows, or a row is all zeros or not finite.
@@ -75,63 +64,28 @@ def vendi_score(features: ArrayLike) -> float:
     return float(np.exp(entr(np.maximum(eigenvalues, 0)).sum()))
 
 
-def lpips_diversity(
-    images: Sequence[Image.Image], *, distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-) -> float:
-    """How different images of one prompt are: the mean LPIPS distance over all pairs of them.
+@torch.no_grad()
+def lpips_diversity(images: Sequence[Image.Image], distance: LPIPS) -> float:
+    """How different images of one prompt are: the mean of `distance`, as of `lpips_network`, over all their pairs.
 
     Zhang et al., "The unreasonable effectiveness of deep features as a perceptual metric" (CVPR 2018), with AlexNet.
     The number of pairs grows as N^2: 50 images make 1225.
 
-    Args:
-        images: At least two, of one size.
-        distance: From two batches of images in [-1, 1], each (batch, 3, height, width), to the mean distance of
-            their pairs; `lpips_network()` by default.
-
     Raises:
-        EvaluationError: There are fewer than two images, or their sizes differ; or as for `lpips_network`.
+        EvaluationError: There are fewer than two images, their sizes differ, or distances are not finite.
     """
-    import torch  # the rest of this module does without
-
     sizes = {image.size for image in images}
     if len(images) < 2 or len(sizes) != 1:
         raise EvaluationError(
             f"Expected at least two images, all of one size, got {len(images)} of {len(sizes)} sizes. Give the "
             "images of one prompt."
         )
-    measure = distance or lpips_network()
     pixels = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images])
     pairs = torch.tensor(list(combinations(range(len(images)), 2)))
     total = 0.0
-    with torch.no_grad():
-        for batch in pairs.split(PAIRS_PER_BATCH):
-            first, second = (pixels[batch[:, side]].float() / 127.5 - 1 for side in (0, 1))
-            total += float(measure(first, second)) * len(batch)
+    for batch in pairs.split(PAIRS_PER_BATCH):
+        first, second = (pixels[batch[:, side]].float() / 127.5 - 1 for side in (0, 1))
+        total += float(distance(first, second)) * len(batch)
     if not np.isfinite(total):
         raise EvaluationError(f"Expected finite LPIPS distances, got a sum of {total}. Look at the images.")
     return total / len(pairs)
-
-
-def lpips_network() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """LPIPS with AlexNet, as `lpips_diversity` takes it: load it once for many prompts.
-
-    Raises:
-        EvaluationError: The extra `metrics` is not installed, or the weights cannot be had.
-    """
-    from ...models.load import default_device  # imports torch
-
-    try:
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-        network = LearnedPerceptualImagePatchSimilarity(net_type="alex").to(default_device())
-    except ModuleNotFoundError as error:
-        raise EvaluationError(
-            f"Expected torchmetrics and torchvision for LPIPS, found no {error.name or 'torchvision'}. Install them: "
-            "pip install 'invdiff[metrics]'."
-        ) from error
-    except OSError as error:
-        raise EvaluationError(
-            f"Expected AlexNet's weights for LPIPS, could not fetch them ({error}). Connect to the network once: they "
-            "are kept in torch.hub's folder."
-        ) from error
-    return lambda first, second: network(first.to(network.device), second.to(network.device))

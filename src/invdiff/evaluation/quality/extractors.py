@@ -1,11 +1,11 @@
-"""Networks whose features images are compared by: Inception-v3, or any vision model of `transformers`."""
+"""Networks that images are compared by: Inception-v3, any vision model of `transformers`, and LPIPS."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,11 +15,12 @@ from PIL import Image
 from ...errors import EvaluationError
 from ...models.encoders import BATCH_SIZE, VisionEncoder
 from ...models.load import default_device
+from .diversity import LPIPS
 
 
 @runtime_checkable
 class FeatureExtractor(Protocol):
-    """What turns images into the features that a metric compares, such as a `VisionEncoder` or a `ClipEncoder`."""
+    """The features of images that a metric compares, such as a `VisionEncoder`'s or a `ClipEncoder`'s."""
 
     @property
     def name(self) -> str:
@@ -58,23 +59,14 @@ class InceptionFeatures:
         Raises:
             EvaluationError: The extra `metrics` is not installed, or the weights cannot be had.
         """
-        device = default_device()
-        try:
+
+        def network() -> torch.nn.Module:
             from torchmetrics.image.fid import NoTrainInceptionV3
 
-            network = NoTrainInceptionV3("inception-v3-compat", features_list=["2048"], antialias=False)
-        except ModuleNotFoundError as error:
-            raise EvaluationError(
-                f"Expected torchmetrics and torch-fidelity for Inception features, found no "
-                f"{error.name or 'torch-fidelity'}. Install them: pip install 'invdiff[metrics]'. Or name a CLIP or "
-                "DINOv2 model instead."
-            ) from error
-        except OSError as error:
-            raise EvaluationError(
-                f"Expected Inception's weights, could not fetch them ({error}). Connect to the network once: they are "
-                "kept in torch.hub's folder. Or name a CLIP or DINOv2 model instead."
-            ) from error
-        return cls(network.to(device), device)
+            return NoTrainInceptionV3("inception-v3-compat", features_list=["2048"], antialias=False)
+
+        device, other = default_device(), " Or name a CLIP or DINOv2 model instead."
+        return cls(_with_metrics(network, "Inception features", "Inception", "torch-fidelity", other), device)
 
     @torch.no_grad()
     def extract(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
@@ -91,3 +83,35 @@ class InceptionFeatures:
             for batch in pixels.permute(0, 3, 1, 2).split(BATCH_SIZE):
                 features.append(self.network(batch.to(self.device)).float().cpu().numpy())
         return np.concatenate(features, dtype=np.float32)
+
+
+def lpips_network() -> LPIPS:
+    """LPIPS with AlexNet, on `default_device()`: load it once for many prompts.
+
+    Raises:
+        EvaluationError: The extra `metrics` is not installed, or the weights cannot be had.
+    """
+
+    def load() -> torch.nn.Module:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        return LearnedPerceptualImagePatchSimilarity(net_type="alex")
+
+    network: Any = _with_metrics(load, "LPIPS", "AlexNet", "torchvision")
+    return lambda first, second: network(first.to(network.device), second.to(network.device))
+
+
+def _with_metrics(load: Callable[[], Any], use: str, weights: str, part: str, other: str = "") -> Any:
+    """A network of torchmetrics, which needs `part`, on `default_device()`, or what to do to have it."""
+    try:
+        return load().to(default_device())
+    except ModuleNotFoundError as error:
+        raise EvaluationError(
+            f"Expected torchmetrics and {part} for {use}, found no {error.name or part}. Install them: "
+            f"pip install 'invdiff[metrics]'.{other}"
+        ) from error
+    except OSError as error:
+        raise EvaluationError(
+            f"Expected {weights}'s weights for {use}, could not fetch them ({error}). Connect to the network once: "
+            f"they are kept in torch.hub's folder.{other}"
+        ) from error

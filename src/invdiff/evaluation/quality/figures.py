@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +17,9 @@ from ..annotate import Described, Question
 from ..images import Row
 from ..results import Quantity
 from .distances import cmmd, frechet_distance, kernel_distance, precision_recall_density_coverage
-from .diversity import lpips_diversity, paired_cosines, vendi_score
+from .diversity import LPIPS, lpips_diversity, paired_cosines, vendi_score
 from .intervals import mean_interval, share_interval
 
-if TYPE_CHECKING:
-    import torch
-
-LPIPS = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
-"""From two batches of images to the mean distance of their pairs."""
 NEIGHBOURS = 5
 """k of precision, recall, density and coverage."""
 MIN_KERNEL = 3
@@ -36,30 +31,42 @@ MIN_GROUP = 50
 
 
 def quality_figures(
-    rows: Sequence[Row], seen: Described, reference: Described | None, clip: ClipEncoder | None, question: Question
+    rows: Sequence[Row],
+    seen: Described,
+    reference: Described | None,
+    clip: ClipEncoder | None,
+    lpips: LPIPS | None,
+    question: Question,
 ) -> dict[str, Quantity]:
     """Distances to the reference, diversity within prompts and, with `clip`, how well images show their prompts."""
+    by_prompt: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        by_prompt.setdefault(row.prompt, []).append(place)
+
+    def diversity(features: NDArray[Any]) -> Quantity:
+        scores = [vendi_score(features[places]) for places in by_prompt.values()]
+        return Quantity(float(np.mean(scores)), note="mean over prompts")
+
+    def agreement(images: NDArray[Any], texts: NDArray[Any]) -> Quantity:
+        cosines = paired_cosines(images, texts)
+        return Quantity(float(cosines.mean()), *mean_interval(cosines, confidence=question.confidence))
+
     figures: dict[str, Quantity] = {}
     for name, features in seen.features.items():
         if reference is not None and name in reference.features:
             figures |= _distances(features, reference.features[name], name, question.confidence)
-        figures[f"Vendi score ({name})"] = _where_defined(_diversity, features, rows)
+        figures[f"Vendi score ({name})"] = _where_defined(diversity, features)
     if clip is not None:
         texts = clip.text_features([row.prompt for row in rows])
-        figures[f"CLIP-T ({clip.name})"] = _where_defined(
-            _agreement, seen.features[clip.name], texts, question.confidence
-        )
+        figures[f"CLIP-T ({clip.name})"] = _where_defined(agreement, seen.features[clip.name], texts)
+    if lpips is not None:  # pixels of one prompt are held at a time
+        scores = [
+            lpips_diversity([read_image(rows[place].path) for place in places[:LPIPS_IMAGES]], lpips)
+            for places in by_prompt.values()
+        ]
+        note = f"mean over prompts, of all pairs of the first {LPIPS_IMAGES} images at most"
+        figures["LPIPS diversity (alexnet)"] = Quantity(float(np.mean(scores)), note=note)
     return figures
-
-
-def lpips_figures(rows: Sequence[Row], network: LPIPS) -> dict[str, Quantity]:
-    """Diversity of each prompt's first images, prompt by prompt: pixels of one are held at a time."""
-    diversity = [
-        lpips_diversity([read_image(rows[place].path) for place in places[:LPIPS_IMAGES]], distance=network)
-        for places in _by_prompt(rows)
-    ]
-    note = f"mean over prompts, of all pairs of the first {LPIPS_IMAGES} images at most"
-    return {"LPIPS diversity (alexnet)": Quantity(float(np.mean(diversity)), note=note)}
 
 
 def group_figures(
@@ -69,33 +76,31 @@ def group_figures(
     attribute = question.attributes[0]
     names = question.classes[attribute]
     rng = np.random.default_rng(derived_seed("groups", question.seed))
-
-    def members(of: Described) -> list[NDArray[np.int64]]:
-        return [rng.permutation(np.flatnonzero(of.classes[attribute] == index)) for index in range(len(names))]
-
-    ours = members(seen)
-    theirs = members(reference) if reference is not None and attribute in reference.classes else []
+    if reference is not None and attribute not in reference.classes:
+        reference = None
+    members = [
+        [rng.permutation(np.flatnonzero(of.classes[attribute] == index)) for index in range(len(names))]
+        for of in (seen, reference)
+        if of is not None
+    ]
     groups: dict[str, dict[str, Quantity]] = {}
-    for index, (group, mine) in enumerate(zip(names, ours, strict=True)):
-        figures = {"images": Quantity(float(len(mine)))}
+    for index, (group, mine) in enumerate(zip(names, members[0], strict=True)):
+        figures = groups[group] = {"images": Quantity(float(len(mine)))}
         known = right[mine][right[mine] >= 0]
         if len(known):
             figures["subject accuracy"] = share(known, question.confidence)
         elif (right >= 0).any():
             figures["subject accuracy"] = Quantity(None, note="not defined: no image of this class")
-        for name, real in reference.features.items() if reference is not None and theirs else ():
-            if name not in seen.features:
-                continue
-            if min(len(mine), len(theirs[index])) < MIN_GROUP:
-                why = f"not defined at {len(mine)} against {len(theirs[index])} images: needs {MIN_GROUP} of each"
-                figures[frechet_name(name)] = Quantity(None, note=why)
-                continue
-            pair = seen.features[name][mine[:even]], real[theirs[index][:even]]
-            apart = {frechet_name(name): Quantity(frechet_distance(*pair))}
-            apart |= _neighbourhood(*pair, name, question.confidence)
-            note = f"{even} images of each group against as many"
-            figures |= {label: replace(figure, note=note) for label, figure in apart.items()}
-        groups[group] = figures
+        for name, real in reference.features.items() if reference is not None else ():
+            theirs = members[1][index]
+            if name in seen.features and min(len(mine), len(theirs)) < MIN_GROUP:
+                figures |= _too_few([frechet_name(name)], mine, theirs, MIN_GROUP)
+            elif name in seen.features:
+                pair = seen.features[name][mine[:even]], real[theirs[:even]]
+                apart = {frechet_name(name): Quantity(frechet_distance(*pair))}
+                apart |= _neighbourhood(*pair, name, question.confidence)
+                note = f"{even} images of each group against as many"
+                figures |= {label: replace(figure, note=note) for label, figure in apart.items()}
     return groups
 
 
@@ -134,33 +139,21 @@ def _where_defined(figure: Callable[..., Quantity], *arguments: Any) -> Quantity
         return Quantity(None, note=f"not defined: {error}")
 
 
-def _by_prompt(rows: Sequence[Row]) -> list[list[int]]:
-    """The places of the images of each prompt."""
-    places: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
-        places.setdefault(row.prompt, []).append(place)
-    return list(places.values())
-
-
-def _diversity(features: NDArray[Any], rows: Sequence[Row]) -> Quantity:
-    scores = [vendi_score(features[places]) for places in _by_prompt(rows)]
-    return Quantity(float(np.mean(scores)), note="mean over prompts")
-
-
-def _agreement(images: NDArray[Any], texts: NDArray[Any], confidence: float) -> Quantity:
-    cosines = paired_cosines(images, texts)
-    return Quantity(float(cosines.mean()), *mean_interval(cosines, confidence=confidence))
+def _too_few(labels: Iterable[str], ours: NDArray[Any], theirs: NDArray[Any], needed: int) -> dict[str, Quantity]:
+    """Figures that are not defined, by label, as either side has fewer images than `needed`."""
+    note = f"not defined at {len(ours)} against {len(theirs)} images: needs {needed} of each"
+    return {label: Quantity(None, note=note) for label in labels}
 
 
 def _distances(features: NDArray[Any], reference: NDArray[Any], name: str, confidence: float) -> dict[str, Quantity]:
     """Every distance of features, (N, D), to a reference's, (M, D)."""
-    sizes = f"{len(features)} against {len(reference)} images"
+    sizes, kid = f"{len(features)} against {len(reference)} images", f"KID ({name})"
     falling = f"{sizes}; falls as their number grows"
     figures = {frechet_name(name): Quantity(frechet_distance(features, reference), note=falling)}
     if min(len(features), len(reference)) < MIN_KERNEL:
-        figures[f"KID ({name})"] = Quantity(None, note=f"not defined at {sizes}: needs {MIN_KERNEL} of each")
+        figures |= _too_few([kid], features, reference, MIN_KERNEL)
     else:
-        figures[f"KID ({name})"] = Quantity(*kernel_distance(features, reference, confidence=confidence), note=sizes)
+        figures[kid] = Quantity(*kernel_distance(features, reference, confidence=confidence), note=sizes)
     figures[f"CMMD ({name})"] = _where_defined(lambda: Quantity(cmmd(features, reference), note=falling))
     return figures | _neighbourhood(features, reference, name, confidence)
 
@@ -168,14 +161,14 @@ def _distances(features: NDArray[Any], reference: NDArray[Any], name: str, confi
 def _neighbourhood(
     features: NDArray[Any], reference: NDArray[Any], name: str, confidence: float
 ) -> dict[str, Quantity]:
-    labels = [f"{figure} ({name})" for figure in ("precision", "recall", "density", "coverage")]
+    # The images that each is a share of; density is no share and has no interval.
+    totals = {"precision": len(features), "recall": len(reference), "density": 0, "coverage": len(reference)}
     if min(len(features), len(reference)) <= NEIGHBOURS:
-        sizes = f"{len(features)} against {len(reference)} images"
-        why = f"not defined at {sizes}: needs {NEIGHBOURS + 1} of each"
-        return {label: Quantity(None, note=why) for label in labels}
-    found = precision_recall_density_coverage(features, reference, k=NEIGHBOURS)
-    figures = {}
-    for label, value, total in zip(labels, found, (len(features), len(reference), 0, len(reference)), strict=True):
-        ends = share_interval(round(value * total), total, confidence=confidence) if total else (None, None)
-        figures[label] = Quantity(value, *ends)  # density is no share: it has no interval
-    return figures
+        return _too_few([f"{figure} ({name})" for figure in totals], features, reference, NEIGHBOURS + 1)
+    found = precision_recall_density_coverage(features, reference, k=NEIGHBOURS)._asdict()
+    return {
+        f"{figure} ({name})": Quantity(
+            found[figure], *(share_interval(round(found[figure] * n), n, confidence=confidence) if n else ())
+        )
+        for figure, n in totals.items()
+    }

@@ -1,4 +1,4 @@
-"""Intervals of means and shares over independent images."""
+"""Intervals of means and shares over independent images, as their lower and upper end."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ from ...errors import EvaluationError
 
 
 def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Student's t interval of a mean over independent images, such as CLIP-T, as its lower and upper end.
-
-    Args:
-        values: One for each image, (N,), N at least 2.
-        confidence: Nominal coverage, above 0 and below 1.
+    """Student's t interval of the mean of (N,) values, such as CLIP-T.
 
     Raises:
         EvaluationError: There are fewer than two values.
@@ -27,15 +23,10 @@ def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> tuple[float
 
 
 def share_interval(successes: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's (1927) score interval of a share of independent images, such as accuracy, as its lower and upper end.
+    """Wilson's (1927) score interval of a share, `successes` of `total` images, such as accuracy.
 
     It stays within [0, 1] and has width even where all images agree. For precision, recall and coverage it holds the
     balls of the other set fixed, so it is too narrow where that set is small.
-
-    Args:
-        successes: How many images have the property, from 0 to `total`.
-        total: How many images there are, at least 1.
-        confidence: Nominal coverage, above 0 and below 1.
 
     Raises:
         ValueError: The counts are no whole numbers or disagree.

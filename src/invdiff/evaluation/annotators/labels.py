@@ -1,0 +1,162 @@
+"""Labels of images: to train and measure annotators with, or to evaluate by instead of an annotator."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...data.captioned import CAPTION_COLUMNS, CaptionedImages, load_captioned_images
+from ...data.sources import Source
+from ...errors import DataError, EvaluationError
+from .annotations import CANNOT_TELL, Annotations, label_of
+
+MAX_CLASSES = 50
+FOLDER_ATTRIBUTE = "label"
+"""The attribute that names of sub-folders are values of."""
+
+
+def load_labelled_images(
+    source: Source,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    split: str = "train",
+    max_unreadable: float = 0.01,
+    limit: int | None = None,
+) -> CaptionedImages:
+    """Open images with attributes; captions are not needed, and are no attribute where there are some.
+
+    A folder without a metadata file but with one sub-folder per class (`photos/cat/1.png`) has one attribute,
+    "label". Arguments are as for `load_captioned_images`.
+
+    Raises:
+        DataError: The source is absent, or has no images where they were expected.
+    """
+    rows = {"split": split, "max_unreadable": max_unreadable, "limit": limit}
+    images = load_captioned_images(source, image_column=image_column, captions=False, **rows)  # type: ignore[arg-type]
+    captions = CAPTION_COLUMNS if caption_column is None else (caption_column,)
+    attributes = {name: values for name, values in images.attributes.items() if name not in captions}
+    if not images.attributes:
+        folders = [PurePosixPath(name).parent.name for name in images.names]
+        attributes = {FOLDER_ATTRIBUTE: folders} if any(folders) else {}
+    return dataclasses.replace(images, attributes=attributes)
+
+
+def read_targets(
+    data: CaptionedImages, attributes: Sequence[str] | None = None
+) -> tuple[dict[str, tuple[str, ...]], NDArray[np.int64]]:
+    """Class names by attribute (all by default), names sorted, and class indices, (N, attributes), in that order.
+
+    Raises:
+        DataError: An attribute is absent, lacks values, or has one class or more than 50.
+    """
+    known = ", ".join(data.attributes) or "none"
+    names = sorted(set(data.attributes if attributes is None else attributes))
+    if not names:
+        raise DataError(
+            f"Expected at least one attribute to learn, got none; the data has {known}. "
+            "Give images with columns of classes, or one sub-folder of images per class."
+        )
+    classes: dict[str, tuple[str, ...]] = {}
+    columns = []
+    for name in names:
+        if name not in data.attributes:
+            raise DataError(f"Expected attribute {name!r} in the data, found {known}. Choose one of these.")
+        values = [label_of(value) for value in data.attributes[name]]
+        if "" in values:
+            raise DataError(
+                f"Expected a value of attribute {name!r} for every image, found none for {values.count('')} of "
+                f"{len(values)}. Fill them in or leave those images out."
+            )
+        found, column = np.unique(values, return_inverse=True)
+        if not 2 <= len(found) <= MAX_CLASSES:
+            raise DataError(
+                f"Expected attribute {name!r} to have 2 to {MAX_CLASSES} classes, "
+                f"found {len(found)}. Choose other attributes, or put numbers into a few bins first."
+            )
+        classes[name] = tuple(found.tolist())
+        columns.append(column)
+    return classes, np.stack(columns, axis=1).astype(np.int64)
+
+
+class GivenLabels:
+    """Reads the classes of images from columns of their manifest, written by people or by another program.
+
+    A missing or empty value, or "cannot tell", is an image that nothing is known of. The labels are taken as true:
+    there is no confusion. Classes are the distinct values, sorted, of all rows seen by `discover`.
+
+    Raises:
+        EvaluationError: No column is named.
+    """
+
+    name = "labels"
+    feature_name = ""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        if isinstance(names, str) or not names or not all(names):
+            raise EvaluationError(f"Expected columns to read labels from, got {names!r}. Name the attributes.")
+        self._values: dict[str, set[str]] = {name: set() for name in names}
+
+    def discover(self, rows: Iterable[Mapping[str, Any]]) -> GivenLabels:
+        """Add the classes in `rows` to those known; the result is the same object.
+
+        Raises:
+            EvaluationError: No row has one of the columns, or a column has more than 50 classes.
+        """
+        columns: dict[str, None] = {}
+        for row in rows:
+            columns.update(dict.fromkeys(row))
+            for name, values in self._values.items():
+                values |= {label_of(row.get(name))} - {"", CANNOT_TELL}
+                if len(values) > MAX_CLASSES:
+                    raise EvaluationError(
+                        f"Expected at most {MAX_CLASSES} classes of {name!r}, found more. Choose a column of labels."
+                    )
+        for name in self._values if columns else ():
+            if name not in columns:
+                raise EvaluationError(
+                    f"Expected a column {name!r} of labels, found {', '.join(columns)}. "
+                    "Write it into the manifest or choose one of these."
+                )
+        return self
+
+    @property
+    def attributes(self) -> Mapping[str, tuple[str, ...]]:
+        """Attribute name to class names, sorted.
+
+        Raises:
+            EvaluationError: Fewer than two classes were found.
+        """
+        for name, values in self._values.items():
+            if len(values) < 2:
+                raise EvaluationError(
+                    f"Expected two classes or more in the column {name!r}, found {', '.join(values) or 'none'}. "
+                    "Label the images, or discover the classes in all rows first."
+                )
+        return {name: tuple(sorted(values)) for name, values in self._values.items()}
+
+    def annotate(self, rows: Sequence[Mapping[str, Any]]) -> Annotations:
+        """Labels of N rows as probabilities of 0 and 1; all 0 where nothing is known.
+
+        Raises:
+            EvaluationError: A label is none of the classes.
+        """
+        attributes, probabilities = self.attributes, {}
+        for name, classes in attributes.items():
+            labels = [label_of(row.get(name)) for row in rows]
+            unknown = set(labels) - {"", CANNOT_TELL, *classes}
+            if unknown:
+                raise EvaluationError(
+                    f"Expected a label of {name!r} among {', '.join(classes)}, got {min(unknown)!r}. "
+                    "Discover the classes in all rows first."
+                )
+            probabilities[name] = np.array(labels, dtype=object)[:, None] == np.array(classes, dtype=object)
+        return Annotations(attributes, {name: known.astype(np.float32) for name, known in probabilities.items()})
+
+    def confusion(self, attribute: str, min_confidence: float = 0.0) -> None:
+        """None: given labels are not measured against others."""
