@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from invdiff import cli
-from invdiff.app.serve import own_files
+from invdiff.app.serve import ended_by_signals, own_files
 from invdiff.cli.print import INTERRUPTED
 from runs import make_audit
 from test_serve import status
@@ -67,24 +67,15 @@ def test_a_page_that_is_told_to_end_leaves_nothing_behind(folder: Path, tmp_path
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no terminals that hang up")
-def test_a_closed_terminal_ends_it_but_not_below_nohup(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    within: list[Any] = []
-
-    def visit(page: Any) -> None:
-        within.append(signal.getsignal(signal.SIGHUP))
-        page.close(verbose=False)
-
-    monkeypatch.setattr(gr.Blocks, "block_thread", visit)
+def test_a_closed_terminal_ends_it_but_not_below_nohup() -> None:
     before = signal.getsignal(signal.SIGHUP)
     try:
-        for handler in (signal.SIG_DFL, signal.SIG_IGN):
-            signal.signal(signal.SIGHUP, handler)
-            CliRunner().invoke(cli.app, ["ui", str(folder), "--no-browser", "--port", "0"], catch_exceptions=False)
-            assert signal.getsignal(signal.SIGHUP) is handler
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with ended_by_signals():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(KeyboardInterrupt), ended_by_signals():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert callable(within[0])
-    assert within[0] is not signal.SIG_DFL
-    assert within[1] is signal.SIG_IGN
-    with pytest.raises(KeyboardInterrupt):
-        within[0](signal.SIGHUP, None)

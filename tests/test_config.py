@@ -17,43 +17,22 @@ from invdiff.errors import ConfigError
 from invdiff.options import Config, command_options
 
 ALL = [ArchitectureConfig, AuditConfig, DemoConfig, EvaluateConfig, FinetuneConfig, GenerateConfig, TrainConfig]
-
-
-@pytest.mark.parametrize(
-    ("config_class", "values", "message"),
-    [
-        (TrainConfig, {"steps": 1.5}, "TrainConfig.steps: expected a whole number, got 1.5."),
-        (TrainConfig, {"steps": True}, "TrainConfig.steps: expected a whole number, got True."),
-        (TrainConfig, {"penalty": "1"}, "TrainConfig.penalty: expected a finite number, got '1'."),
-        (TrainConfig, {"penalty": False}, "TrainConfig.penalty: expected a finite number, got False."),
-        (TrainConfig, {"penalty": float("nan")}, "TrainConfig.penalty: expected a finite number, got nan."),
-        (TrainConfig, {"penalty": float("inf")}, "TrainConfig.penalty: expected a finite number, got inf."),
-        (TrainConfig, {"mode": "fair"}, "TrainConfig.mode: expected one of 'balanced', 'invariant', got 'fair'."),
-        (FinetuneConfig, {"fresh_denoiser": 1}, "FinetuneConfig.fresh_denoiser: expected true or false, got 1."),
-        (AuditConfig, {"vision_encoder": 3}, "AuditConfig.vision_encoder: expected text, got 3."),
-        (
-            AuditConfig,
-            {"contrast_log_snr": -4.0},
-            "contrast_log_snr: expected a list, each item a finite number, got -4.0",
-        ),
-        (AuditConfig, {"other_captions": (1,)}, "other_captions: expected a list, each item text, got (1,)."),
-        (
-            EvaluateConfig,
-            {"target": {"a": "1"}},
-            "target: expected a mapping, each value a finite number, got {'a': '1'}",
-        ),
-        (EvaluateConfig, {"subject_of": "dog"}, "subject_of: expected a mapping, each value text, got 'dog'"),
-    ],
-)
-def test_a_wrong_type_is_refused_with_what_was_expected(config_class, values, message):
-    with pytest.raises(ConfigError) as error:
-        config_class(**values)
-    assert message in str(error.value)
+NAN, INFINITE = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
     ("config_class", "name", "value", "expected"),
     [
+        (TrainConfig, "steps", 1.5, "a whole number"),
+        (TrainConfig, "steps", True, "a whole number"),
+        *((TrainConfig, "penalty", value, "a finite number") for value in ("1", False, NAN, INFINITE, 10**400)),
+        (TrainConfig, "mode", "fair", "one of 'balanced', 'invariant'"),
+        (FinetuneConfig, "fresh_denoiser", 1, "true or false"),
+        (AuditConfig, "vision_encoder", 3, "text"),
+        (AuditConfig, "contrast_log_snr", -4.0, "a list"),
+        (AuditConfig, "other_captions", (1,), "a list, each item text"),
+        (EvaluateConfig, "target", {"a": "1"}, "a mapping, each value a finite number"),
+        (EvaluateConfig, "subject_of", "dog", "a mapping"),
         (ArchitectureConfig, "resolution", 20, "a multiple of 16"),
         (ArchitectureConfig, "resolution", 0, "at least 1"),
         (ArchitectureConfig, "denoiser_channels", (64,), "at least two levels"),
@@ -81,26 +60,21 @@ def test_a_wrong_type_is_refused_with_what_was_expected(config_class, values, me
         (EvaluateConfig, "confidence", 1.0, "more than 0 and below 1"),
         (EvaluateConfig, "subject_of", {"my dog": "dog"}, "nothing without an attribute"),
         (EvaluateConfig, "target", {"land": 0.5, "water": 0.6}, "shares that sum to 1"),
-        (EvaluateConfig, "target", {"land": 0.0, "water": 1.0}, "each value more than 0"),
+        (EvaluateConfig, "target", {"land": 0.0, "water": 1.0}, "a mapping, each value more than 0"),
         (DemoConfig, "num_images", 100, "at least 200"),
         (DemoConfig, "severity", 1.1, "at least 0 and at most 1"),
     ],
 )
-def test_a_value_out_of_range_is_refused_with_the_range(config_class, name, value, expected):
+def test_a_wrong_value_is_refused_with_what_was_expected(config_class, name, value, expected):
     with pytest.raises(ConfigError) as error:
         config_class(**{name: value})
-    assert f"{config_class.__name__}.{name}: expected " in str(error.value)
-    assert expected in str(error.value)
-    assert f"got {value!r}" in str(error.value)
+    assert str(error.value).startswith(f"{config_class.__name__}.{name}: expected {expected}, got ")
+    assert repr(value)[:200] in str(error.value)
 
 
 def test_a_whole_number_does_where_any_number_is_meant():
-    assert GenerateConfig(guidance_scale=3) == GenerateConfig(guidance_scale=3.0)
-
-
-@pytest.mark.parametrize("config_class", ALL)
-def test_defaults_are_in_range_and_survive_a_round_trip(config_class):
-    assert config_class.from_dict(config_class().to_dict()) == config_class()
+    assert repr(GenerateConfig(guidance_scale=3)) == repr(GenerateConfig(guidance_scale=3.0))
+    assert repr(DemoConfig(guidance_scales=[1, 3])) == repr(DemoConfig(guidance_scales=(1.0, 3.0)))
 
 
 @pytest.mark.parametrize("config_class", ALL)
@@ -134,15 +108,11 @@ def test_yaml_numbers_may_have_an_exponent(tmp_path, text, rate):
     assert read(tmp_path / "c.yaml", f"feature_log_snr: [{text}, 2]", AuditConfig).feature_log_snr == (rate, 2)
 
 
-def test_quoted_numbers_are_text_and_no_is_a_word(tmp_path):
+def test_quoted_numbers_are_text_no_is_a_word_and_a_byte_order_mark_does_not_matter(tmp_path):
     with pytest.raises(ConfigError, match="expected a finite number, got '1e-3'"):
         read(tmp_path / "c.yaml", "learning_rate: '1e-3'")
-    config = read(tmp_path / "c.yaml", "mixed_precision: no\nhalf_precision_weights: true", FinetuneConfig)
+    config = read(tmp_path / "c.yaml", "\ufeffmixed_precision: no\nhalf_precision_weights: true", FinetuneConfig)
     assert (config.mixed_precision, config.half_precision_weights) == ("no", True)
-
-
-def test_a_byte_order_mark_does_not_matter(tmp_path):
-    assert read(tmp_path / "c.yaml", "\ufeffsteps: 7").steps == 7
 
 
 @pytest.mark.parametrize(
@@ -150,8 +120,8 @@ def test_a_byte_order_mark_does_not_matter(tmp_path):
     [
         ("steps: 0", "TrainConfig.steps: expected at least 1, got 0"),
         ("stepz: 1", "unknown setting stepz"),
-        ("- steps", "Expected a mapping of settings"),
-        ("", "found NoneType"),
+        ("- steps", "expected a mapping of settings"),
+        ("", "got NoneType"),
         ("a: [", "Expected JSON or YAML"),
         (b"\xff\xfe\x00", "Expected JSON or YAML"),
     ],
@@ -173,17 +143,9 @@ def test_an_absent_file_is_named(tmp_path):
     [
         (TrainConfig(steps=600, learning_rate=1e-5, mode="invariant"), "--mode invariant --learning-rate 1e-05"),
         (GenerateConfig(num_inference_steps=5, guidance_scale=3, scale=2), "--scale 2 --steps 5"),
-        (
-            DemoConfig(guidance_scales=(1.0, 7.5), num_inference_steps=5),
-            "--guidance-scales 1,7.5 --num-inference-steps 5",
-        ),
-        (FinetuneConfig(fresh_denoiser=True, seed=3), "--fresh-denoiser --seed 3"),
+        (DemoConfig(guidance_scales=(1.0, 7.5), seed=3), "--guidance-scales 1,7.5 --seed 3"),
         (AuditConfig(words_model="clip", words=("sea", "sky")), "--words-model clip --word sea --word sky"),
         (EvaluateConfig(target={"land": 0.25, "water": 0.75}), "--target land=0.25,water=0.75"),
-        (
-            EvaluateConfig(subject_attribute="pet", subject_of={"a=b": "dog", "c": "cat"}),
-            "--subject-attribute pet --subject-of a=b=dog --subject-of c=cat",
-        ),
     ],
 )
 def test_settings_as_options_are_those_that_differ_from_the_defaults(config, options):

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import hashlib
 import json
 import os
-import shutil
-import sys
 import tempfile
-import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from .errors import DataError
 
@@ -32,21 +27,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         DataError: The disk is full or the folder cannot be written; what stood at `path` is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         temporary.chmod(0o644)
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors hides the operating system's error in its own
         raise DataError(
-            f"Could not write {path}: {error.strerror or error}. Free some space or choose another folder, "
-            "then run the same command again: finished work is kept."
+            f"Could not write {path}: {getattr(error, 'strerror', None) or error}. Free some space or choose another "
+            "folder, then run the same command again: finished work is kept."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -58,22 +55,18 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     Raises:
         DataError: The disk is full or the place cannot be written.
     """
-    temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        yield temporary
-        temporary.chmod(0o755)
-        temporary.replace(folder)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as parent:
+            temporary = Path(parent, folder.name)
+            temporary.mkdir()
+            yield temporary
+            temporary.replace(folder)
     except OSError as error:
-        if folder.is_dir():  # made by another process in the meantime
-            return
-        raise DataError(
-            f"Could not write {folder}: {error.strerror or error}. Free some space or choose another folder."
-        ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if not folder.is_dir():  # else made by another process in the meantime
+            raise DataError(
+                f"Could not write {folder}: {error.strerror or error}. Free some space or choose another folder."
+            ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -101,36 +94,6 @@ def read_json(path: Path) -> Any:
         raise DataError(f"Expected JSON in {path}, found something else ({error}).") from error
 
 
-def typed(kind: Any, value: Any) -> Any:
-    """A value read from JSON, as the type it should have.
-
-    Args:
-        kind: str, int, bool, float (a finite one), a dataclass of such types, or list[T], tuple[T, ...], T | None of
-            them; dict[str, Any] is any object.
-        value: As `read_json` returns it.
-
-    Raises:
-        TypeError: It is of another type.
-    """
-    origin, arguments = get_origin(kind), get_args(kind)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        hints = _type_hints(kind)
-        return kind(**{name: typed(hints.get(name, str), item) for name, item in value.items()})
-    if origin in (list, tuple) and isinstance(value, list):
-        return origin(typed(arguments[0], item) for item in value)
-    if origin is types.UnionType:
-        return None if value is None else typed(arguments[0], value)
-    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
-        return float(value)
-    if kind is not float and type(value) is (origin or kind):
-        return value
-    name = "a finite number" if kind is float else getattr(kind, "__name__", str(kind))
-    raise TypeError(f"expected {name}, got {repr(value)[:40]}")
-
-
-_type_hints = functools.cache(get_type_hints)
-
-
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -138,56 +101,38 @@ def write_tensors(
     from safetensors.torch import save_file  # imports torch, which reports do without
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _write_safetensors(path, lambda temporary: save_file(contiguous, temporary, metadata=dict(metadata or {})))
+    with atomic_path(path) as temporary:
+        save_file(contiguous, temporary, metadata=dict(metadata or {}))
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write numpy arrays as safetensors, atomically."""
     from safetensors.numpy import save_file
 
-    contiguous = {name: array.copy(order="C") for name, array in arrays.items()}  # the file has no strides
-    _write_safetensors(path, lambda temporary: save_file(contiguous, temporary, metadata={}))
+    with atomic_path(path) as temporary:  # the file has no strides
+        save_file({name: array.copy(order="C") for name, array in arrays.items()}, temporary, metadata={})
 
 
-def _write_safetensors(path: Path, save: Callable[[Path], object]) -> None:
-    with atomic_path(path) as temporary:
-        try:
-            save(temporary)
-        except SafetensorError as error:  # safetensors hides the operating system's error in its own
-            raise OSError(str(error)) from error
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file onto the CPU.
-
-    Raises:
-        DataError: The file is absent or damaged.
-    """
-    from safetensors.torch import load_file
-
-    return _read_safetensors(path, load_file)
-
-
-def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+def read_arrays(path: Path, framework: str = "np") -> dict[str, NDArray[Any]]:
     """Read a safetensors file as numpy arrays.
 
     Raises:
         DataError: The file is absent or damaged.
     """
-    from safetensors.numpy import load_file
-
-    return _read_safetensors(path, load_file)
-
-
-def _read_safetensors(path: Path, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     try:
-        return load(path)
+        with safe_open(path, framework=framework) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
     except FileNotFoundError as error:
         raise DataError(f"Expected a file at {path}, found none.") from error
     except SafetensorError as error:
         raise DataError(
             f"Expected safetensors in {path}, found something else ({error}). Delete it and run again."
         ) from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file onto the CPU; raises as `read_arrays` does."""
+    return read_arrays(path, "pt")  # type: ignore[return-value]
 
 
 def save_image(path: Path, save: Callable[[Path], object]) -> None:

@@ -10,12 +10,12 @@ import functools
 import json
 import math
 import re
+import sys
 import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -46,29 +46,22 @@ class Option:
     """How a field looks on the command line, where its name, type and default do not say it."""
 
     flag: str = ""
-    """The option, where it is not the field's name."""
-    metavar: str = ""
-    """What stands for the value in the help."""
-    default: str = ""
-    """Words for the default, where an empty value stands for one."""
-    panel: str = ""
-    """The part of the help that lists it."""
+    metavar: str = ""  # what stands for the value in the help
+    default: str = ""  # in words, where an empty value stands for one
+    panel: str = ""  # the part of the help that lists it
 
 
 class _Loader(yaml.SafeLoader):
     """The scalars of YAML 1.2: PyYAML's 1.1 takes 1e-3 for text and `no` for false."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012  # as in the base class
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
+        first: [(tag, pattern) for tag, pattern in resolvers if first in "tTfF" or not tag.endswith(":bool")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 
 
@@ -78,14 +71,10 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]  # mypy: dataclasses do not hash
-            value = getattr(self, name)
-            expected = _expected(value, hint)
-            if expected:
-                raise ConfigError(f"{type(self).__name__}.{name}: expected {expected}, got {value!r}.")
-            kind = _plain(hint)
-            if isinstance(value, int) and float in (kind, *typing.get_args(kind)):
-                # 3 and 3.0 are one setting, to compare and to name work by.
-                object.__setattr__(self, name, float(value))
+            try:
+                object.__setattr__(self, name, typed(hint, getattr(self, name)))
+            except TypeError as error:
+                raise ConfigError(f"{type(self).__name__}.{name}: {error}.") from None
         self.check()
 
     def check(self) -> None:
@@ -111,8 +100,7 @@ class Config:
         unknown = sorted(str(name) for name in set(values) - set(names))
         if unknown:
             raise ConfigError(f"{cls.__name__}: unknown setting {', '.join(unknown)}; known are {', '.join(names)}.")
-        lists_as_tuples = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**lists_as_tuples)
+        return cls(**values)
 
     @classmethod
     def from_file(cls: type[ConfigType], path: str | Path) -> ConfigType:
@@ -121,55 +109,70 @@ class Config:
         Raises:
             ConfigError: The file is absent, is not a mapping, or holds unknown or ill-typed settings.
         """
-        path = Path(path)
         try:
             # JSON is a subset of YAML.
-            values = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)  # noqa: S506  # a SafeLoader
+            values = yaml.load(Path(path).read_text("utf-8-sig"), Loader=_Loader)  # noqa: S506  # a SafeLoader
+            if not isinstance(values, dict):
+                raise ConfigError(f"expected a mapping of settings, got {type(values).__name__}.")
+            return cls.from_dict(values)
         except OSError as error:
             raise ConfigError(f"Could not read the settings in {path}: {error.strerror}.") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"Expected JSON or YAML in {path}, found something else: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"Expected a mapping of settings in {path}, found {type(values).__name__}.")
-        try:
-            return cls.from_dict(values)
+            raise ConfigError(f"Expected JSON or YAML in {path}, got something else: {error}") from error
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 
 
-def _expected(value: Any, hint: Any) -> str:
-    """What `hint` accepts, in words, where `value` is something else; "" where it fits."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+_WORDS: dict[Any, str] = {
+    **{int: "a whole number", float: "a finite number", bool: "true or false", str: "text"},
+    **{tuple: "a list", list: "a list", dict: "a mapping"},
+}
+
+
+def typed(hint: Any, value: Any) -> Any:
+    """A value as its type hint has it: a list as a tuple, 3 as 3.0, a mapping from JSON as a dataclass.
+
+    Raises:
+        TypeError: It does not fit.
+    """
+    try:
+        return _fitted(hint, value)
+    except TypeError as error:
+        raise TypeError(f"expected {error}, got {repr(value)[:200]}") from None
+
+
+def _fitted(hint: Any, value: Any) -> Any:
+    """As `typed`, where the error says what fits."""
+    origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        ranges = [item for item in hint.__metadata__ if isinstance(item, Range)]
-        return _expected(value, arguments[0]) or next((str(item) for item in ranges if value not in item), "")
-    if origin in (typing.Union, types.UnionType):
-        words = [_expected(value, argument) for argument in arguments]
-        return "" if "" in words else " or ".join(words)
-    if origin is Literal:
-        return "" if value in arguments else "one of " + ", ".join(map(repr, arguments))
-    if origin in (tuple, dict):
-        fits = isinstance(value, origin)
-        items = value.values() if isinstance(value, dict) else value
-        words = [_expected(item, arguments[origin is dict]) for item in (items if fits else [None])]
-        kind = "a list, each item" if origin is tuple else "a mapping, each value"
-        return next((f"{kind} {expected}" for expected in words if expected), "")
+        value = _fitted(arguments[0], value)
+        for limits in hint.__metadata__:
+            if isinstance(limits, Range) and value not in limits:
+                raise TypeError(str(limits))
+        return value
+    if origin in (Union, types.UnionType):
+        return None if value is None else _fitted(arguments[0], value)
+    if origin is Literal and value not in arguments:
+        raise TypeError("one of " + ", ".join(map(repr, arguments)))
+    if hint is Any or origin is Literal:
+        return value
+    try:
+        if origin is dict and isinstance(value, dict):
+            return {name: _fitted(arguments[1], item) for name, item in value.items()}
+        if origin in (tuple, list) and isinstance(value, tuple | list):
+            return origin(_fitted(arguments[0], item) for item in value)
+    except TypeError as error:
+        raise TypeError(f"{_WORDS[origin]}, each {'value' if origin is dict else 'item'} {error}") from None
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        hints = get_type_hints(hint, include_extras=True)
+        return hint(**{name: _fitted(hints.get(name, Any), item) for name, item in value.items()})  # type: ignore
     if hint in (int, float):
         numbers = int if hint is int else int | float
-        fits = isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value)
-    else:
-        fits = isinstance(value, hint)
-    return "" if fits else _WORDS.get(hint) or f"the settings of {hint.__name__}"
-
-
-_WORDS = {
-    float: "a finite number",
-    int: "a whole number",
-    bool: "true or false",
-    dict: "a mapping",
-    str: "text",
-    type(None): "nothing",
-}
+        if isinstance(value, numbers) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+            return hint(value)
+    elif not origin and isinstance(value, hint):
+        return value
+    raise TypeError(_WORDS.get(origin or hint) or f"the settings of {hint.__name__}")
 
 
 @dataclass(frozen=True)
@@ -191,9 +194,8 @@ class Setting:
     @property
     def item(self) -> Any:
         """The type of a list's items or of a mapping's values; None for other settings."""
-        arguments = typing.get_args(self.type)
-        where = {tuple: 0, dict: 1}.get(typing.get_origin(self.type))
-        return None if where is None or not arguments else _plain(arguments[where])
+        where = {tuple: 0, dict: 1}.get(get_origin(self.type))
+        return None if where is None else _plain(get_args(self.type)[where])
 
     def to_words(self, value: Any) -> list[str]:
         """The option and its value: numbers of a list in one word, texts with an option each."""
@@ -212,12 +214,11 @@ class Setting:
         Raises:
             ConfigError: It is something else.
         """
-        kind = typing.get_origin(self.type)
-        if kind not in (tuple, dict):
+        if self.item is None:
             return given
         parts = given.split(",") if isinstance(given, str) else given
         try:
-            if kind is tuple:
+            if get_origin(self.type) is tuple:
                 return tuple(self.item(part) for part in parts)
             pairs = [part.rpartition("=")[::2] for part in parts]
             mapping = {name if self.item is str else name.strip(): self.item(value) for name, value in pairs}
@@ -233,13 +234,10 @@ class Setting:
 def settings_of(kind: Any) -> Mapping[str, Setting]:
     """What is declared of each field of a dataclass, by name."""
     found = {}
-    for item in dataclasses.fields(kind):
-        hint = _hints(kind)[item.name]
-        beside = getattr(hint, "__metadata__", ())
-        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-        range_ = next((extra for extra in beside if isinstance(extra, Range)), Range())
-        option = next((extra for extra in beside if isinstance(extra, Option)), Option())
-        found[item.name] = Setting(item.name, _plain(hint), default, range_, option)
+    for name, default in vars(kind()).items():
+        hint = _hints(kind)[name]
+        beside = {type(extra): extra for extra in getattr(hint, "__metadata__", ())}
+        found[name] = Setting(name, _plain(hint), default, beside.get(Range, Range()), beside.get(Option, Option()))
     return found
 
 
@@ -267,8 +265,8 @@ def as_text(value: Any) -> str:
 
 @functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind, include_extras=True)
+    return get_type_hints(kind, include_extras=True)
 
 
 def _plain(hint: Any) -> Any:
-    return hint.__origin__ if typing.get_origin(hint) is Annotated else hint
+    return hint.__origin__ if get_origin(hint) is Annotated else hint

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import AuditError, ConfigError, DataError
-from ..files import read_json, typed
+from ..files import read_json
+from ..options import typed
 from ..text import one_line
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import AuditError, DataError
-from ..files import fingerprint, read_arrays, read_json, typed, write_arrays, write_json
+from ..files import fingerprint, read_arrays, read_json, write_arrays, write_json
+from ..options import typed
 from ..text import one_line
 from .edits import CURATION, Edits, apply, read_edits, rename_aside
 

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import os
 
-from . import page, prepare
+from . import judging  # noqa: F401  # registers its commands
 from .commands import app
-
-app.add_typer(page.app)
-app.add_typer(prepare.app)
 
 
 def main() -> None:

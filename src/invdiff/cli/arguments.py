@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 
 from ..errors import ConfigError
 from ..options import Option, Range, command_options
 from .adapter import DATA, RUN, option
-
-if TYPE_CHECKING:
-    from ..data.captioned import CaptionedImages
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="The pipeline: a folder that save_pretrained wrote, or a hub id.")
@@ -70,31 +67,20 @@ class DataOptions:
         """The options that differ from the defaults, for a further command on the same images."""
         return command_options(type(self), vars(self))
 
-    def expect(self, data: str | None, flag: str) -> None:
-        """Raise `ConfigError` where options say how to read images, but `flag` names none."""
-        if data is None and self.words():
-            raise ConfigError(f"Expected {flag} beside {self.words()[0]}, got none: only {flag} has columns.")
+    def load(self, data: str | None, *, flag: str = "", labelled: bool = False) -> Any:
+        """Open captioned images, or images for their attributes alone; None where the option `flag` names none."""
+        if data is None:
+            if self.words():
+                raise ConfigError(f"Expected {flag} beside {self.words()[0]}, got none: only {flag} has columns.")
+            return None
+        named = dict(vars(self))
+        if labelled:
+            from ..evaluation.annotators.labels import load_labelled_images
 
-    def load(self, data: str) -> CaptionedImages:
-        """Open captioned images.
-
-        Raises:
-            DataError: They cannot be used as given.
-        """
+            return load_labelled_images(data, **named)
         from ..data.captioned import load_captioned_images
 
-        named = dict(vars(self))
         return load_captioned_images(data, captions=not named.pop("no_captions", False), **named)
-
-    def load_labelled(self, data: str) -> CaptionedImages:
-        """Open images for their attributes; captions are not needed.
-
-        Raises:
-            DataError: They cannot be used as given.
-        """
-        from ..evaluation.annotators.labels import load_labelled_images
-
-        return load_labelled_images(data, **vars(self))
 
 
 @dataclass(frozen=True)
@@ -118,11 +104,7 @@ class WeightsOptions:
         return command_options(type(self), vars(self))
 
     def load(self, model: str) -> Any:
-        """Load a pipeline.
-
-        Raises:
-            ModelError: There is none that can be used.
-        """
+        """Load a pipeline."""
         from ..models.load import dtype_named, load_pipeline
 
         return load_pipeline(model, dtype=dtype_named(self.dtype))
@@ -140,53 +122,27 @@ def labelled_folders(arguments: Sequence[str]) -> dict[str, list[Path]] | Path:
     """Model name to folders, from words such as `out/base` or, several for one model, `base=out/run-3`.
 
     A single folder without a name is returned as it is: it may hold one sub-folder per model.
-
-    Raises:
-        ConfigError: Two folders without a name end alike.
     """
     folders: dict[str, list[Path]] = {}
     for argument in arguments:
         name, equals, folder = argument.partition("=")
-        named = bool(equals) and not Path(argument).exists()
-        if not named:
+        if not equals or Path(argument).exists():
+            if len(arguments) == 1:
+                return Path(argument)
             name, folder = Path(argument).resolve().name, argument
-        if len(arguments) == 1 and not named:
-            return Path(argument)
-        if name in folders and not named:
-            raise ConfigError(
-                f"Expected a name of its own for each model, got {name!r} for {folders[name][0]} and {folder}. "
-                f"Write NAME={folder}."
-            )
+            if name in folders:
+                raise ConfigError(
+                    f"Expected a name of its own for each model, got {name!r} for {folders[name][0]} and {folder}. "
+                    f"Write NAME={folder}."
+                )
         folders.setdefault(name, []).append(Path(folder))
     return folders
 
 
-def environments_from(text: str) -> Any:
-    """`"uniform"`, or the proportions in text such as `0.7,0.3`.
-
-    Raises:
-        ConfigError: The text is neither.
-    """
-    if text == "uniform":
-        return text
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(
-            f"Expected environments 'uniform' or one proportion per group such as 0.7,0.3, got {text!r}."
-        ) from error
-
-
 def lines_in(file: Path | None, what: str = "prompt") -> tuple[str, ...]:
-    """The lines of a text file that are not empty, each one `what`; none without a file.
-
-    Raises:
-        ConfigError: It cannot be read.
-    """
-    if file is None:
-        return ()
+    """The lines of a text file that are not empty, each one `what`; none without a file."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text("utf-8-sig").splitlines() if file else []
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"Expected a UTF-8 text file with one {what} per line at {file}: {error}.") from error
     return tuple(line.strip() for line in lines if line.strip())

@@ -1,4 +1,4 @@
-"""The way through: demo, audit, train, generate, evaluate, report."""
+"""The way through from images to images: demo, audit, train, generate; and birds and finetune, to prepare it."""
 
 from __future__ import annotations
 
@@ -6,30 +6,16 @@ import dataclasses
 import shlex
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
-from ..config import AuditConfig, DemoConfig, EvaluateConfig, GenerateConfig, TrainConfig
+from ..config import ArchitectureConfig, AuditConfig, DemoConfig, FinetuneConfig, GenerateConfig, TrainConfig
 from ..errors import ConfigError
 from ..options import command_options
-from .adapter import DATA, RUN, command, option
-from .arguments import (
-    CacheOptions,
-    CaptionOptions,
-    Classes,
-    Data,
-    DataOptions,
-    Folders,
-    Model,
-    Output,
-    Quiet,
-    WeightsOptions,
-    environments_from,
-    labelled_folders,
-    lines_in,
-)
+from .adapter import DATA, command, option
+from .arguments import CacheOptions, CaptionOptions, Data, DataOptions, Model, Output, Quiet, WeightsOptions, lines_in
 from .print import (
     finish,
     is_first_process,
@@ -39,10 +25,11 @@ from .print import (
     print_results,
     say,
     say_edits,
-    silence_libraries,
+    say_loading,
 )
 
-PANEL = "The way through"
+WAY, PREPARE = "The way through", "To prepare"
+"""Panels of the help."""
 
 
 class Commands(TyperGroup):
@@ -86,24 +73,23 @@ def invdiff(
     """
 
 
-@command(app, "invdiff demo --output out/demo --images-per-prompt 24", panel=PANEL)
+@command(app, "invdiff demo --output out/demo --images-per-prompt 24", panel=WAY)
 def demo(*, output: Output = Path("out/demo"), settings: DemoConfig, quiet: Quiet = False) -> None:
     """Go all the way on a small bundled model: a hidden bias is found, removed and measured."""
     one_process("demo")
-    say("loading the bundled model", quiet=quiet)
-    silence_libraries()
+    say_loading("the bundled model", quiet=quiet)
     from ..demo import run_demo
 
     print_results(run_demo(output, config=settings, progress=not quiet))
     finish(
         f"The report is {output / 'report.html'}; its pictures and figures are in {output}. "
         f"To play with it: {shlex.join(['invdiff', 'ui', str(output)])}.",
-        ["invdiff", "audit", "MODEL", "DATA", "--output", str(output.parent / "audit")],
+        *("audit", "MODEL", "DATA", "--output", output.parent / "audit"),
         hint=" (with your own model and images)",
     )
 
 
-@command(app, "invdiff audit out/model photos --output out/audit", panel=PANEL)
+@command(app, "invdiff audit out/model photos --output out/audit", panel=WAY)
 def audit(
     *,
     model: Model,
@@ -120,13 +106,12 @@ def audit(
 ) -> None:
     """Find hidden groups in the images that a model learnt from, without labels."""
     settings = dataclasses.replace(settings, words=(*settings.words, *lines_in(words_file, "word")))
-    say("loading images and model", quiet=quiet)
-    images = source.load(data)
-    silence_libraries()
+    say_loading("images and model", quiet=quiet)
     from ..auditing.edits import CURATION
     from ..auditing.run import audit as run_audit
     from ..report.grids import save_audit_pictures
 
+    images = source.load(data)
     found = run_audit(weights.load(model), images, config=settings, cache_dir=weights.cache_dir, progress=not quiet)
     if not is_first_process():
         return
@@ -141,28 +126,23 @@ def audit(
     result = f"The audit and its pictures are in {output}."
     shared = [*source.words(), *weights.words()]
     if found.biased:
-        module = str(output.parent / "module")
-        finish(result, ["invdiff", "train", model, data, str(output), "--output", module, *shared])
+        finish(result, "train", model, data, output, "--output", output.parent / "module", *shared)
         return
     result = f"No hidden group was found. {result}"
     if settings.solver != "auto":  # which splits whatever has enough images
         finish(result)
         return
     changed: dict[str, Any] = {"vision_encoder": "facebook/dinov2-small"}
+    hint = " (to look with further eyes)"
     if settings.vision_encoder:
         # Without what the other solvers do not read.
-        levels = settings.contrast_log_snr[:1]
-        changed = {"vision_encoder": "", "other_captions": (), "contrast_log_snr": levels}
-        changed["solver"] = "gradient" if source.no_captions else "exact"
-    again = command_options(AuditConfig, vars(settings) | changed)
-    finish(
-        result,
-        ["invdiff", "audit", model, data, "--output", str(output), *again, *shared],
-        hint=" (to split regardless)" if settings.vision_encoder else " (to look with further eyes)",
-    )
+        changed = {"vision_encoder": "", "other_captions": (), "contrast_log_snr": settings.contrast_log_snr[:1]}
+        hint, changed["solver"] = " (to split regardless)", "gradient" if source.no_captions else "exact"
+    options = command_options(AuditConfig, vars(settings) | changed)
+    finish(result, "audit", model, data, "--output", output, *options, *shared, hint=hint)
 
 
-@command(app, "invdiff train out/model photos out/audit --output out/module --steps 800", panel=PANEL)
+@command(app, "invdiff train out/model photos out/audit --output out/module --steps 800", panel=WAY)
 def train(
     *,
     model: Model,
@@ -175,8 +155,7 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train a small module beside the frozen model that balances the groups an audit found."""
-    say("loading audit, images and model", quiet=quiet)
-    silence_libraries()
+    say_loading("audit, images and model", quiet=quiet)
     from ..auditing.result import Audit
     from ..sampling import drawing_flags
     from ..training.train import train as run_train
@@ -187,17 +166,13 @@ def train(
     images = source.load(data)
     pipe = weights.load(model)
     run_train(pipe, images, found, output, config=settings, cache_dir=weights.cache_dir, progress=not quiet)
-    finish(
-        f"The module is in {output}.",
-        ["invdiff", "generate", model]
-        + [entry.prompt for entry in found.prompts if entry.found and entry.prompt]
-        + ["--module", str(output), "--output", str(output.parent / "images" / "guided")]
-        + drawing_flags(pipe, found.settings.get("resolution", 0))
-        + WeightsOptions(weights.dtype).words(),
-    )
+    prompts = [entry.prompt for entry in found.prompts if entry.found and entry.prompt]
+    words = ["generate", model, *prompts, "--module", output, "--output", output.parent / "images" / "guided"]
+    words += drawing_flags(pipe, found.settings.get("resolution", 0))
+    finish(f"The module is in {output}.", *words, *WeightsOptions(weights.dtype).words())
 
 
-@command(app, 'invdiff generate out/model "a photo of a doctor" --module out/module --output out/guided', panel=PANEL)
+@command(app, 'invdiff generate out/model "a photo of a doctor" --module out/module --output out/guided', panel=WAY)
 def generate(
     *,
     model: Model,
@@ -230,9 +205,13 @@ def generate(
     if module is None and settings != plain:
         raise ConfigError("Expected --module beside --scale, got none: the plain model has no scale.")
     wanted = [*(prompts or []), *lines_in(prompts_file)]
-    mix = environments_from(environments)
-    say("loading the model", quiet=quiet)
-    silence_libraries()
+    try:
+        mix: Any = environments if environments == "uniform" else [float(part) for part in environments.split(",")]
+    except ValueError as error:
+        raise ConfigError(
+            f"Expected environments 'uniform' or one proportion per group such as 0.7,0.3, got {environments!r}."
+        ) from error
+    say_loading("the model", quiet=quiet)
     from ..guidance.module import load_module
     from ..sampling import generate as run_generate
 
@@ -247,119 +226,61 @@ def generate(
     )
     result = f"{max(len(wanted), 1) * settings.images_per_prompt} images are in {output}."
     if module is None:
-        finish(result, ["invdiff", "evaluate", str(output), "--annotator", "ANNOTATOR", "--attribute", "ATTRIBUTE"])
+        finish(result, "evaluate", output, "--annotator", "ANNOTATOR", "--attribute", "ATTRIBUTE")
         return
-    words = ["invdiff", "generate", model, *(prompts or []), "--output", str(output.parent / "base")]
-    words += ["--prompts-file", str(prompts_file)] if prompts_file else []
+    words = ["generate", model, *(prompts or []), "--output", output.parent / "base"]
+    words += ["--prompts-file", prompts_file] if prompts_file else []
     words += [*command_options(GenerateConfig, vars(plain)), *weights.words()]
-    finish(result, words, hint=" (the same images without the module)")
+    finish(result, *words, hint=" (the same images without the module)")
 
 
-@command(
-    app,
-    "invdiff evaluate out/base out/guided --annotator out/annotator --attribute background",
-    panel=PANEL,
-)
-def evaluate(
+@command(app, "invdiff birds --output out/birds --severity 0.95", panel=PREPARE)
+def birds(
     *,
-    folders: Folders,
-    annotator: Annotated[
-        str,
-        option(
-            "What names the classes: a folder that `invdiff annotator train` or `measure` wrote, a CLIP model (with "
-            "--classes), any image classifier of transformers, or `labels` for columns of the manifest.",
-            metavar="ANNOTATOR",
-        ),
-    ],
-    attribute: Annotated[
-        list[str],
-        option("Sensitive attribute, to measure Bias on; repeat for more, and for how they intersect."),
-    ],
-    classes: Classes = None,
-    settings: EvaluateConfig,
-    reference: Annotated[
-        str | None, option("Captioned images that quality is measured against.", panel=DATA, metavar="DATA")
-    ] = None,
-    source: DataOptions,
-    output: Annotated[
-        Path, option("JSON file to write; every figure is also a row of a CSV file beside it.", panel=RUN)
-    ] = Path("results.json"),
+    output: Output,
+    num_images: Annotated[int, option("How many images.", min=1)] = 6000,
+    severity: Annotated[float, option("Share of images whose background agrees with the bird.", min=0, max=1)] = 0.95,
+    world: Annotated[
+        Literal["two-prompts", "one-prompt"], option("Land and water birds, or land birds captioned as birds.")
+    ] = "two-prompts",
+    resolution: Annotated[int, option("Pixels a side.", min=16)] = 64,
+    image_format: Annotated[Literal["png", "jpg"], option("Format of the files.", "--format")] = "png",
+    seed: Annotated[int, option("Another seed, another set.", min=0)] = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Measure Bias, accuracy and quality of generated images, of any tool, at every guidance scale."""
-    one_process("evaluate")
-    source.expect(reference, "--reference")
-    if output.suffix.lower() == ".csv":
-        raise ConfigError(f"Expected a .json file for --output, got {output}: the table is written beside it as .csv.")
-    say("loading the annotator", quiet=quiet)
-    silence_libraries()
-    from ..evaluation.annotators.load import load_annotator
-    from ..evaluation.evaluate import evaluate as run_evaluate
-    from ..evaluation.results import table_path
+    """Draw the bundled world: captioned birds whose background agrees with the bird, in most images."""
+    from ..data.birds import BirdsWorld
 
-    judge = load_annotator(annotator, attribute=[*attribute, settings.subject_attribute], classes=classes)
-    seen = source.load(reference) if reference is not None else None
-    results = run_evaluate(
-        labelled_folders(folders), judge, attribute, reference=seen, config=settings, progress=not quiet
-    )
-    results.save(output)
-    print_results(results)
-    finish(f"The results are in {output}, and as a table in {table_path(output)}.")
+    drawn = BirdsWorld(num_images, severity=severity, seed=seed, resolution=resolution, world=world)
+    drawn.write(output, progress=not quiet, format=image_format)
+    result = f"{num_images} captioned images are in {output}."
+    finish(result, "finetune", output, "--output", output.parent / "model")
 
 
-@command(app, "invdiff report out/demo --output out/report", panel=PANEL)
-def report(
+@command(app, "invdiff finetune photos --base org/small-sd --output out/model --steps 2000", panel=PREPARE)
+def finetune(
     *,
-    run: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="RUN",
-            help="A folder with audit/, module/, data/, results.json and folders of images named after their models, "
-            "such as `invdiff demo` writes. Any part may be absent, or named apart.",
-        ),
-    ] = None,
+    data: Data,
     output: Output,
-    audit: Annotated[Path | None, option("What `invdiff audit` wrote.", metavar="DIR")] = None,
-    results: Annotated[
-        Path | None, option("What `invdiff evaluate` or `invdiff demo` wrote: results.json.", metavar="FILE")
+    base: Annotated[
+        str | None,
+        option("Train this pipeline's denoiser. Without it, a small model is trained from scratch.", metavar="MODEL"),
     ] = None,
-    images: Annotated[
-        list[str] | None,
-        option("NAME=DIR: generated images of a model, named as in the results; repeat for more.", metavar="NAME=DIR"),
+    architecture: Annotated[
+        Path | None,
+        option("JSON or YAML with the shape of a model trained from scratch (ArchitectureConfig).", metavar="FILE"),
     ] = None,
-    module: Annotated[Path | None, option("What `invdiff train` wrote.", metavar="DIR")] = None,
-    data: Annotated[str | None, option("The images that were audited.", "--data", panel=DATA, metavar="DATA")] = None,
-    title: Annotated[str | None, option("The heading.")] = None,
-    source: CaptionOptions,
+    settings: FinetuneConfig,
+    source: DataOptions,
+    quiet: Quiet = False,
 ) -> None:
-    """Write what was found, changed and measured as one HTML file to read and forward, and as Markdown."""
-    one_process("report")
-    from ..report.read import Parts, find_parts
-    from ..report.write import TITLE, write_report
+    """Fit a diffusion model to captioned images: it learns their spurious attributes with their subjects."""
+    if base is not None and settings.autoencoder_steps != FinetuneConfig.autoencoder_steps:
+        raise ConfigError("Expected --autoencoder-steps without --base: a base keeps its own autoencoder.")
+    shape = ArchitectureConfig.from_file(architecture) if architecture else None
+    say_loading("images", quiet=quiet)
+    from ..training.finetune import finetune as run_finetune
 
-    if run is None and audit is None and results is None:
-        raise ConfigError("Expected a RUN folder, --audit or --results to report on, got none.")
-    source.expect(data, "--data")
-    named: dict[str, list[Path]] = {}
-    for words in images or ():
-        name, equals, folder = words.partition("=")
-        if not (name and equals and folder):
-            raise ConfigError(f"Expected --images NAME=DIR, such as --images base=out/base, got {words!r}.")
-        named.setdefault(name, []).append(Path(folder))
-    parts = find_parts(run, results=results) if run is not None else Parts()
-    given: dict[str, Any] = {
-        "audit": audit,
-        "results": results,
-        "images": named,
-        "module": module,
-        "data": source.load(data) if data else None,
-        "data_words": [data, *source.words()] if data else [],
-    }
-    parts = dataclasses.replace(parts, **{name: part for name, part in given.items() if part})
-    if parts.audit is None and parts.results is None:
-        raise ConfigError(
-            f"Expected audit/ or results.json in {run}, found neither. Give a folder that `invdiff demo` wrote, or "
-            "name the parts with --audit and --results."
-        )
-    written = write_report(output, parts, title=title or TITLE)
-    finish(f"The report is {written}, and as Markdown {written.with_suffix('.md')}.")
+    run_finetune(source.load(data), output, base=base, architecture=shape, config=settings, progress=not quiet)
+    words = ("audit", output, data, "--output", output.parent / "audit", *source.words())
+    finish(f"The model is in {output}.", *words)

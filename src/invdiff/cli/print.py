@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -39,16 +39,6 @@ def plain_errors(*, debug: bool) -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def silence_libraries() -> None:
-    """Keep notices of diffusers and transformers and their bars for reading a few files off the terminal."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (transformers_logging, diffusers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-
 def is_first_process() -> bool:
     """Whether this is the process that prints and saves: of those that torchrun starts, the first."""
     return os.environ.get("RANK", "0") == "0"
@@ -66,32 +56,45 @@ def say(text: str, *, quiet: bool) -> None:
         typer.echo(text, err=True)
 
 
-def finish(result: str, next_command: Sequence[str] = (), *, hint: str = "") -> None:
-    """End a command with one line: where the result lies, and the command to run next."""
-    following = f" Next{hint}: {shlex.join(next_command)}" if next_command else ""
+def say_loading(what: str, *, quiet: bool) -> None:
+    """Say what is loaded, and keep notices and bars of diffusers and transformers off the terminal from now on."""
+    say(f"loading {what}", quiet=quiet)
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (transformers_logging, diffusers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def finish(result: str, *next_command: object, hint: str = "") -> None:
+    """End a command with one line: where the result lies, and the command to run next, `invdiff` left out."""
+    following = f" Next{hint}: invdiff {shlex.join(map(str, next_command))}" if next_command else ""
     if is_first_process():
         typer.echo(result + following)
 
 
 def print_audit(audit: Audit) -> None:
     """Print what was found under each prompt, and words for the groups where there are any."""
+    names = ("prompt", "captions", "images", "groups", "why", "stability", "separation")
     rows = []
     for entry in audit.prompts:
         shares = " / ".join(f"{share:.1%}" for share in entry.shares) if entry.found else "not found"
         figures = [f"{entry.stability:.2f}", f"{entry.separation:.2f}"] if entry.found else ["", ""]
-        rows.append([entry.prompt, f"{len(entry.captions)}", f"{entry.num_images}", shares, entry.reason, *figures])
-    columns = {"prompt": _FOLDED, "captions": _NUMBER, "images": _NUMBER, "groups": {"no_wrap": True}, "why": {}}
+        cells = [entry.prompt, f"{len(entry.captions)}", f"{entry.num_images}", shares, entry.reason, *figures]
+        rows.append(dict(zip(names, cells, strict=True)))
     title = f"Hidden groups ({audit.forwards_per_image:g} denoiser forwards per image)"
-    _print_table(title, columns | {"stability": _NUMBER, "separation": _NUMBER}, rows)
+    _print_table(title, rows, {"prompt": _FOLDED, "groups": {"no_wrap": True}, "why": {}})
     if audit.words is None:
         return
     everywhere = [entry for entry in audit.words.groups if entry.prompt is None]
     where = "over all prompts" if everywhere else "under the prompt"
     model = one_line(audit.words.model, 80)
-    _print_lines([f"Words that distinguish groups {where}, of {audit.words.vocabulary}, as {model} sees them"])
+    lines = [f"Words that distinguish groups {where}, of {audit.words.vocabulary}, as {model} sees them"]
     for words in everywhere or audit.words.groups:
         factor = f"factor {words.factor}, " if words.factor else ""
-        _print_lines([f"  {factor}group {words.group}: {words.line}"])
+        lines.append(f"  {factor}group {words.group}: {words.line}")
+    Console().print(Text("\n".join(lines)), soft_wrap=True)
 
 
 def say_edits(audit: Audit, *, quiet: bool) -> None:
@@ -109,59 +112,55 @@ def print_results(results: Results) -> None:
 
     The table fits 80 columns: figures corrected for the annotator's errors are shown where they differ.
     """
-    measured = [measures for _, _, measures in results.each()]
-    biases = [measures.bias_estimate for measures in measured]
+    biases = [measures.bias_estimate for _, _, measures in results.each()]
     known = [(bias.corrected, bias.value) for bias in biases if bias.corrected is not None]
     matters = any(abs(corrected - plain) >= 0.0005 for corrected, plain in known)
-    counts = sorted({measures.images_per_prompt for measures in measured})
-    dropped = {"images"} if len(counts) == 1 else set()
-    dropped |= set() if matters else {"corrected"}
+    counts = {measures.images_per_prompt for _, _, measures in results.each()}
     caption = "floor: Bias expected of a perfectly fair model with as many images"
     if matters:
         caption += "\ncorrected: for the annotator's errors on held-out images; its interval is in the results"
     elif known:
         caption += "\nCorrecting for the annotator's errors on held-out images moves no Bias shown."
     rows = []
-    for model, scale, measures in results.each():
-        bias = measures.bias_estimate
+    for (model, scale, measures), bias in zip(results.each(), biases, strict=True):
         cells = {
             "model": model,
             "CFG": scale.removesuffix(".0"),
-            "images": f"{measures.images_per_prompt}",
+            "images": f"{measures.images_per_prompt}" if len(counts) > 1 else None,
             "Bias": f"{bias.value:.3f}",
             f"{results.confidence:.0%} interval": f"{bias.low:.3f} to {bias.high:.3f}",
             "floor": f"{bias.floor:.3f}",
-            "corrected": _or_dash(bias.corrected, ".3f"),
+            "corrected": _or_dash(bias.corrected, ".3f") if matters else None,
             "subject": _or_dash(measures.accuracy, ".1%"),
             "Fréchet": _or_dash(measures.frechet, ".3g"),
         }
-        rows.append({name: cell for name, cell in cells.items() if name not in dropped})
-    columns = {name: _NUMBER | {"no_wrap": True} for name in rows[0]} | {"model": _FOLDED | {"min_width": 6}}
-    title = f"Bias of {results.attribute}" + (f", {counts[0]} images of each prompt" if len(counts) == 1 else "")
-    _print_table(title, columns, [list(row.values()) for row in rows], caption=caption)
-    _print_lines(f"Note: {note}." for note in results.notes)
+        rows.append({name: cell for name, cell in cells.items() if cell is not None})
+    details = dict.fromkeys(rows[0], _NUMBER | {"no_wrap": True}) | {"model": _FOLDED | {"min_width": 6}}
+    title = f"Bias of {results.attribute}" + (f", {min(counts)} images of each prompt" if len(counts) == 1 else "")
+    _print_table(title, rows, details, caption)
+    for note in results.notes:
+        Console().print(Text(f"Note: {note}."), soft_wrap=True)
 
 
-def print_annotator(
-    summary: Mapping[str, Mapping[str, Any]], *, before: Mapping[str, Mapping[str, float]] | None = None
-) -> None:
-    """Print how well held-out images were annotated.
+def print_annotator(summary: Mapping[str, Mapping[str, Any]], *, before: Mapping[str, Any] | None = None) -> None:
+    """Print how well held-out images were annotated, from `HeldOut.summary()`.
 
-    Args:
-        summary: From `HeldOut.summary()`.
-        before: Each attribute's calibration error without its temperature, under "uncalibrated".
+    `before` has each attribute's calibration error without its temperature, under "uncalibrated".
     """
     rows = []
     for attribute, figures in summary.items():
-        error = f"{figures['calibration_error']:.3f}"
-        if before is not None:
-            error += f" (was {before[attribute]['uncalibrated']:.3f})"
-        shares = [f"{figures['accuracy']:.1%}", _or_dash(figures["worst_combination"], ".1%")]
-        rows.append([attribute, ", ".join(figures["classes"]), f"{figures['images']}", *shares, error])
-    columns = {"attribute": _FOLDED, "classes": _FOLDED}
-    columns |= dict.fromkeys(("images", "all", "worst combination", "calibration error"), _NUMBER)
+        was = f" (was {before[attribute]['uncalibrated']:.3f})" if before is not None else ""
+        cells = {
+            "attribute": attribute,
+            "classes": ", ".join(figures["classes"]),
+            "images": f"{figures['images']}",
+            "all": f"{figures['accuracy']:.1%}",
+            "worst combination": _or_dash(figures["worst_combination"], ".1%"),
+            "calibration error": f"{figures['calibration_error']:.3f}{was}",
+        }
+        rows.append(cells)
     caption = "calibration error: mean distance of stated confidence to accuracy (ECE, 15 bins)"
-    _print_table("Accuracy on held-out images", columns, rows, caption=caption)
+    _print_table("Accuracy on held-out images", rows, {"attribute": _FOLDED, "classes": _FOLDED}, caption)
 
 
 _NUMBER: dict[str, Any] = {"justify": "right"}
@@ -169,19 +168,15 @@ _FOLDED: dict[str, Any] = {"overflow": "fold"}
 
 
 def _print_table(
-    title: str, columns: Mapping[str, dict[str, Any]], rows: Iterable[Sequence[str]], *, caption: str | None = None
+    title: str, rows: Sequence[Mapping[str, str]], details: Mapping[str, dict[str, Any]], caption: str | None = None
 ) -> None:
+    """Print rows of cells by the names of their columns, which are of numbers unless `details` says otherwise."""
     table = Table(title=Text(title), caption=caption)
-    for name, details in columns.items():
-        table.add_column(name, **details)
+    for name in rows[0]:
+        table.add_column(name, **details.get(name, _NUMBER))
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*map(Text, row.values()))
     Console().print(table)
-
-
-def _print_lines(lines: Iterable[str]) -> None:
-    for line in lines:
-        Console().print(Text(line), soft_wrap=True)
 
 
 def _or_dash(value: float | None, shape: str) -> str:

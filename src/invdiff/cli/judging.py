@@ -1,0 +1,295 @@
+"""To judge what was drawn: annotators, evaluate, report and the page."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..config import EvaluateConfig
+from ..errors import ConfigError
+from .adapter import DATA, RUN, command, option, shown_default
+from .arguments import (
+    CaptionOptions,
+    Classes,
+    DataOptions,
+    Folders,
+    LabelledData,
+    Output,
+    Quiet,
+    WeightsOptions,
+    labelled_folders,
+)
+from .commands import PREPARE, WAY, app
+from .print import finish, one_process, print_annotator, print_results, say, say_loading
+
+PASSWORD = "INVDIFF_UI_PASSWORD"  # noqa: S105  # the variable's name
+
+annotator_app = typer.Typer(no_args_is_help=True)
+app.add_typer(
+    annotator_app,
+    name="annotator",
+    help="Train or measure an annotator, which names the attributes of images, for evaluation only.",
+    epilog="Example: invdiff annotator train photos --attribute background --output out/annotator",
+    rich_help_panel=PREPARE,
+)
+
+
+@command(
+    app,
+    "invdiff evaluate out/base out/guided --annotator out/annotator --attribute background",
+    panel=WAY,
+)
+def evaluate(
+    *,
+    folders: Folders,
+    annotator: Annotated[
+        str,
+        option(
+            "What names the classes: a folder that `invdiff annotator train` or `measure` wrote, a CLIP model (with "
+            "--classes), any image classifier of transformers, or `labels` for columns of the manifest.",
+            metavar="ANNOTATOR",
+        ),
+    ],
+    attribute: Annotated[
+        list[str],
+        option("Sensitive attribute, to measure Bias on; repeat for more, and for how they intersect."),
+    ],
+    classes: Classes = None,
+    settings: EvaluateConfig,
+    reference: Annotated[
+        str | None, option("Captioned images that quality is measured against.", panel=DATA, metavar="DATA")
+    ] = None,
+    source: DataOptions,
+    output: Annotated[
+        Path, option("JSON file to write; every figure is also a row of a CSV file beside it.", panel=RUN)
+    ] = Path("results.json"),
+    quiet: Quiet = False,
+) -> None:
+    """Measure Bias, accuracy and quality of generated images, of any tool, at every guidance scale."""
+    one_process("evaluate")
+    if output.suffix.lower() == ".csv":
+        raise ConfigError(f"Expected a .json file for --output, got {output}: the table is written beside it as .csv.")
+    seen = source.load(reference, flag="--reference")
+    say_loading("the annotator", quiet=quiet)
+    from ..evaluation.annotators.load import load_annotator
+    from ..evaluation.evaluate import evaluate as run_evaluate
+    from ..evaluation.results import table_path
+
+    judge = load_annotator(annotator, attribute=[*attribute, settings.subject_attribute], classes=classes)
+    images = labelled_folders(folders)
+    results = run_evaluate(images, judge, attribute, reference=seen, config=settings, progress=not quiet)
+    results.save(output)
+    print_results(results)
+    finish(f"The results are in {output}, and as a table in {table_path(output)}.")
+
+
+@command(app, "invdiff report out/demo --output out/report", panel=WAY)
+def report(
+    *,
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="RUN",
+            help="A folder with audit/, module/, data/, results.json and folders of images named after their models, "
+            "such as `invdiff demo` writes. Any part may be absent, or named apart.",
+        ),
+    ] = None,
+    output: Output,
+    audit: Annotated[Path | None, option("What `invdiff audit` wrote.", metavar="DIR")] = None,
+    results: Annotated[
+        Path | None, option("What `invdiff evaluate` or `invdiff demo` wrote: results.json.", metavar="FILE")
+    ] = None,
+    images: Annotated[
+        list[str] | None,
+        option("NAME=DIR: generated images of a model, named as in the results; repeat for more.", metavar="NAME=DIR"),
+    ] = None,
+    module: Annotated[Path | None, option("What `invdiff train` wrote.", metavar="DIR")] = None,
+    data: Annotated[str | None, option("The images that were audited.", "--data", panel=DATA, metavar="DATA")] = None,
+    title: Annotated[str | None, option("The heading.")] = None,
+    source: CaptionOptions,
+) -> None:
+    """Write what was found, changed and measured as one HTML file to read and forward, and as Markdown."""
+    one_process("report")
+    from ..report.read import Parts, find_parts
+    from ..report.write import TITLE, write_report
+
+    if run is None and audit is None and results is None:
+        raise ConfigError("Expected a RUN folder, --audit or --results to report on, got none.")
+    audited = source.load(data, flag="--data")
+    named: dict[str, list[Path]] = {}
+    for words in images or ():
+        name, equals, folder = words.partition("=")
+        if not (name and equals and folder):
+            raise ConfigError(f"Expected --images NAME=DIR, such as --images base=out/base, got {words!r}.")
+        named.setdefault(name, []).append(Path(folder))
+    parts = find_parts(run, results=results) if run is not None else Parts()
+    given: dict[str, Any] = {"audit": audit, "results": results, "images": named, "module": module}
+    given |= {"data": audited, "data_words": [data, *source.words()] if data else []}
+    parts = dataclasses.replace(parts, **{name: part for name, part in given.items() if part})
+    if parts.audit is None and parts.results is None:
+        raise ConfigError(
+            f"Expected audit/ or results.json in {run}, found neither. Give a folder that `invdiff demo` wrote, or "
+            "name the parts with --audit and --results."
+        )
+    written = write_report(output, parts, title=title or TITLE)
+    finish(f"The report is {written}, and as Markdown {written.with_suffix('.md')}.")
+
+
+@command(app, "invdiff ui out/demo", panel=WAY)
+def ui(
+    *,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="RUN",
+            help="Folders with audit/, module/, data/ and results.json, such as `invdiff demo` writes; any part may "
+            "be absent. Without one, and without a model, the bundled demo is opened.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        option("The pipeline." + shown_default("the one that the module was trained for"), metavar="MODEL"),
+    ] = None,
+    module: Annotated[
+        str | None, option("What `invdiff train` wrote." + shown_default("the first run's"), metavar="MODULE")
+    ] = None,
+    annotator: Annotated[
+        str | None,
+        option(
+            "What counts images, as for `invdiff evaluate`." + shown_default("for the bundled model, its own"),
+            metavar="ANNOTATOR",
+        ),
+    ] = None,
+    attribute: Annotated[
+        str | None, option("For an image classifier: what its classes are classes of.", metavar="NAME")
+    ] = None,
+    classes: Classes = None,
+    data: Annotated[
+        str | None,
+        option("The images that were audited, where a run does not hold them.", "--data", panel=DATA, metavar="DATA"),
+    ] = None,
+    source: CaptionOptions,
+    weights: WeightsOptions,
+    host: Annotated[
+        str, option("Address to listen on. Any but this machine's own needs --public.", panel=RUN)
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None,
+        option("Port to listen on." + shown_default("the first free one from 7860"), panel=RUN, min=0, max=65535),
+    ] = None,
+    public: Annotated[
+        bool,
+        option(f"Let others on the network in, who are asked for the password in ${PASSWORD}.", "--public", panel=RUN),
+    ] = False,
+    browser: Annotated[bool, option("Open a browser.", panel=RUN)] = True,
+) -> None:
+    """Open a page in the browser: draw with and without guidance, look through an audit, compare results.
+
+    Nothing leaves this machine. Names given to groups and images left out are saved beside the audit.
+    """
+    one_process("ui")
+    if importlib.util.find_spec("gradio") is None:
+        raise ConfigError("Expected gradio for the page, found none. Install it: pip install 'invdiff[ui]'.")
+    from ..app.serve import check_address, ended_by_signals, free_port, launch, own_files
+
+    password = os.environ.get(PASSWORD) or None
+    check_address(host, public=public, password=password)
+    images = source.load(data, flag="--data")
+    chosen_port = free_port(port)
+    with ended_by_signals(), own_files():
+        say_loading("the page", quiet=False)
+        from ..app.page import build_page
+        from ..app.studio import open_studio
+        from ..app.workspace import open_workspace
+
+        workspace = open_workspace(runs or (), model=model, module=module, annotator=annotator, data=images)
+        if workspace.model:
+            say("loading the model", quiet=False)
+        studio = open_studio(workspace, dtype=weights.dtype, attribute=attribute or "", classes=classes)
+        page = build_page(workspace, studio)
+        address = launch(page, host=host, port=chosen_port, password=password, browser=browser, public=public)
+        finish(f"The page is at {address} until you press Ctrl-C.")
+        for name, parts in workspace.audits.items():
+            say(f"names and changes to the audit of “{name}” are kept in {parts.audit}", quiet=False)
+        page.block_thread()
+
+
+@command(annotator_app, "invdiff annotator train photos --attribute background --output out/annotator", name="train")
+def annotator_train(
+    *,
+    data: LabelledData,
+    output: Output,
+    attribute: Annotated[
+        list[str] | None, option("Column to learn; repeat for more. Without it, all columns but captions.")
+    ] = None,
+    steps: Annotated[int, option("Optimiser steps.", min=1)] = 400,
+    batch_size: Annotated[int, option("Images per step.", min=1)] = 64,
+    resolution: Annotated[int, option("Pixels a side that images are resized to.", min=16)] = 64,
+    seed: Annotated[int, option("Seed of split, weights and batches.")] = 0,
+    source: DataOptions,
+    quiet: Quiet = False,
+) -> None:
+    """Train a small network to name attributes of images, from a labelled set. For evaluation only."""
+    one_process("annotator train")
+    say_loading("images", quiet=quiet)
+    from ..evaluation.annotators.conv import ConvAnnotator
+
+    images = source.load(data, labelled=True)
+    sizes = {"steps": steps, "batch_size": batch_size, "resolution": resolution}
+    trained = ConvAnnotator.fit(images, attribute or None, **sizes, seed=seed, progress=not quiet)
+    trained.save_pretrained(output)
+    assert trained.held_out is not None  # `fit` measures
+    print_annotator(trained.held_out.summary(), before=trained.config["holdout_calibration_error"])
+    words = ("evaluate", output.parent / "images", "--annotator", output)
+    finish(f"The annotator is in {output}.", *words, "--attribute", next(iter(trained.attributes)))
+
+
+@command(
+    annotator_app,
+    "invdiff annotator measure openai/clip-vit-base-patch32 photos --classes classes.yaml --output out/clip",
+    name="measure",
+)
+def annotator_measure(
+    *,
+    annotator: Annotated[
+        str,
+        typer.Argument(
+            metavar="ANNOTATOR",
+            help="A folder that `invdiff annotator train` wrote, or a folder or hub id of a CLIP model (with "
+            "--classes) or of an image classifier from transformers.",
+        ),
+    ],
+    data: LabelledData,
+    output: Output,
+    attribute: Annotated[
+        list[str] | None,
+        option("Column to measure on; repeat for more. Without it, all that annotator and images share."),
+    ] = None,
+    classes: Classes = None,
+    source: DataOptions,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how often an annotator errs on labelled images, so that figures can be corrected for it.
+
+    The images must be others than it was trained on. OUTPUT stands for the annotator from then on.
+    """
+    one_process("annotator measure")
+    say_loading("images", quiet=quiet)
+    from ..evaluation.annotators.heldout import Measurable, measure_annotator
+    from ..evaluation.annotators.load import load_annotator, refuse_own_folder, save_measured
+
+    refuse_own_folder(output, annotator)
+    images = source.load(data, labelled=True)
+    judge = load_annotator(annotator, attribute=attribute or "", classes=classes)
+    if not isinstance(judge, Measurable):
+        raise ConfigError(f"Expected an annotator of images, got {annotator!r}: given labels are taken as true.")
+    held_out = measure_annotator(judge, images, attribute or None, progress=not quiet)
+    save_measured(output, judge, held_out, spec=annotator, attribute=(attribute or [""])[0], classes=classes)
+    print_annotator(held_out.summary())
+    words = ("evaluate", output.parent / "images", "--annotator", output)
+    finish(f"The measured annotator is in {output}.", *words, "--attribute", next(iter(held_out.attributes)))
