@@ -45,7 +45,7 @@ from invdiff.data.birds import canonical_prompts
 from invdiff.files import write_json
 from invdiff.guidance.module import fitting_width
 from invdiff.models.families import Condition, family_of
-from invdiff.models.features import FeatureCapture
+from invdiff.models.frozen import FeatureCapture
 from invdiff.models.load import load_pipeline
 
 RESULTS = Path(__file__).parent / "results"

@@ -13,7 +13,7 @@ from conftest import CAPTIONS, make_guidance_module, make_tiny_pipeline
 from invdiff.errors import ConfigError, ModelError
 from invdiff.guidance.attach import attach
 from invdiff.guidance.module import GuidanceModule
-from invdiff.models.features import FeatureCapture
+from invdiff.models.frozen import FeatureCapture
 
 # Several of diffusers' schedulers pass tensors to numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")

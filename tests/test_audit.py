@@ -25,7 +25,7 @@ class Latents(ShardedTensor):
     """Latents that are never read."""
 
     def __init__(self) -> None:
-        super().__init__([], "latents", [])
+        super().__init__([])
 
 
 def made_up_data(captions: list[str], caption_ids: np.ndarray) -> EncodedImages:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from invdiff.errors import ModelError
-from invdiff.models.features import FeatureCapture, feature_block
+from invdiff.models.frozen import FeatureCapture, feature_block
 
 
 def run(unet):

@@ -17,7 +17,7 @@ def labelled(table):
     order = np.random.default_rng(0).permutation(len(pairs))
     captions, classes = ([pairs[i][side] for i in order] for side in (0, 1))
     names = [f"{i}.png" for i in range(len(pairs))]
-    return CaptionedImages(captions, names, {"place": classes}, 0.0, [b""] * len(pairs))
+    return CaptionedImages(captions, names, {"place": classes}, 0.0, lambda row: b"")
 
 
 def shares(data, caption):

@@ -53,10 +53,10 @@ def test_the_first_rows_can_be_had_alone(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "content", "message"),
     [
-        ("csv", 'name,b\n1,2\n3,"two\nlines" x\n', "the quote that opens in line 3 of"),
-        ("csv", 'name,b\n"two\nlines","never\nclosed,\n5,6\n', "the quote that opens in line 3 of"),
-        ("csv", 'name,b\n1,"' + "x,y\n" * 100_000, "the quote that opens in line 2 of"),  # beyond 128 KB
-        ("csv", 'name,b\n1,"a dog\n2,"a cat"\n', "the quote that opens in line 2 of"),
+        ("csv", 'name,b\n1,2\n3,"two\nlines" x\n', "each quote that opens in the row of line 3 of"),
+        ("csv", 'name,b\n"two\nlines","never\nclosed,\n5,6\n', "each quote that opens in the row of line 2 of"),
+        ("csv", 'name,b\n1,"' + "x,y\n" * 100_000, "each quote that opens in the row of line 2 of"),  # beyond 128 KB
+        ("csv", 'name,b\n1,"a dog\n2,"a cat"\n', "each quote that opens in the row of line 2 of"),
         ("csv", "name,b\n1,a dog, sitting\n", "Expected 2 cells in line 2 of .*, found 3"),
         ("csv", "name,b\n1,2\n\n3\n", "Expected 2 cells in line 4 of .*, found 1"),
         ("csv", "name,b,name\n1,2,3\n", "each column once in line 1 of .*, found name more than once"),

@@ -119,7 +119,7 @@ def made_up(labels, prompt_ids, captions=None, prompts=PROMPTS):
         settings={},
     )
     captions = captions or [prompts[index] for index in prompt_ids]
-    return found, CaptionedImages(captions, names, {}, 0.0, pictures(len(names)))
+    return found, CaptionedImages(captions, names, {}, 0.0, pictures(len(names)).__getitem__)
 
 
 def birds(rare=30, usual=90):
@@ -246,7 +246,7 @@ def test_only_the_images_that_count_are_shown_from_where_the_data_has_them(tmp_p
     shown = [()] * count
     for row, label in zip(rows, labels, strict=True):
         shown[row] = ("sea",) if label == ON_WATER else ()
-    data = CaptionedImages(["a bird"] * count, [str(i) for i in range(count)], {}, 0.0, pictures(count))
+    data = CaptionedImages(["a bird"] * count, [str(i) for i in range(count)], {}, 0.0, pictures(count).__getitem__)
     encoder = StandIn(shown)
     told = describe_groups(found, data, rows, encoder, cache_dir=tmp_path, progress=False)
     assert words_of(told, 0, ON_WATER) == ["sea"]

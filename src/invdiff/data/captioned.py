@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+import posixpath
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path, PureWindowsPath
+from typing import Any, TypeAlias
 
 import datasets
+import pyarrow.parquet
+from datasets.data_files import DataFilesDict, get_data_patterns
+from datasets.exceptions import DatasetsError
 from PIL import Image
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from ..files import is_inside
 from .images import UnreadableImage, decode_image, reason_of
-from .sources import Source, columns_of, find_column, listed
+from .tables import read_table
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
+IMAGE_COLUMNS = ("image", "img")
+METADATA_EXAMPLE = "file_name,text\n  0001.png,a photo of a waterbird"
 
-_CHUNK = 1 << 20
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
+
+Source: TypeAlias = str | Path | datasets.Dataset | datasets.DatasetDict
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +46,12 @@ class CaptionedImages:
     """All further columns, one value per image. For evaluation only: audit and training never read them."""
     max_unreadable: float
     """The share of images, from 0 to 1, that may turn out to be unreadable before work stops."""
-    _cells: Sequence[Any] = field(repr=False)
+    _cell: Callable[[int], Any] = field(repr=False)
+    """From a row to the bytes or the path of its image."""
     folder: Path | None = None
     """Where the images' files belong: the folder opened, or the cache of the hub; None where none is known."""
+    _rows: Sequence[int] | None = field(default=None, repr=False)
+    """The row of each image; all of them, in order, where it is None."""
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -50,12 +62,11 @@ class CaptionedImages:
         Raises:
             UnreadableImage: The image is missing, empty, cut short or in no known format.
         """
-        name = self.names[index]
         try:
-            data = b"".join(_chunks(self._cells[index]))
+            data = self._bytes(index)
         except OSError as error:
-            raise UnreadableImage(name, reason_of(error)) from error
-        return decode_image(data, name)
+            raise UnreadableImage(self.names[index], reason_of(error)) from error
+        return decode_image(data, self.names[index])
 
     def is_own(self, index: int) -> bool:
         """Whether an image is part of the data itself: held by it, or a file that truly lies in its folder.
@@ -63,35 +74,42 @@ class CaptionedImages:
         Data may name files elsewhere, by links or by the paths in parquet files. They are good to train on; but what
         is passed on to others, such as a report, should not show a file that only a name brought in.
         """
-        cell = self._cells[index]
-        return not isinstance(cell, Path) or (self.folder is not None and is_inside(cell, self.folder))
+        stored = self._stored(index)
+        return not isinstance(stored, Path) or (self.folder is not None and is_inside(stored, self.folder))
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that depend on the captions and the images' bytes, in order, and on nothing else."""
         digest = hashlib.sha256()
-        for caption, cell in zip(self.captions, self._cells, strict=True):
+        for index, caption in enumerate(self.captions):
             digest.update(hashlib.sha256(caption.encode("utf-8", "surrogatepass")).digest())
             try:
-                content = hashlib.sha256()
-                for chunk in _chunks(cell):
-                    content.update(chunk)
-                digest.update(content.digest())
+                digest.update(hashlib.sha256(self._bytes(index)).digest())
             except OSError:
                 digest.update(b"unreadable")
         return digest.hexdigest()[:16]
 
     def select(self, indices: Iterable[int]) -> CaptionedImages:
         """The images at `indices`, in that order; names stay as they were."""
-        rows = [int(index) for index in indices]
-        return CaptionedImages(
-            captions=[self.captions[row] for row in rows],
-            names=[self.names[row] for row in rows],
-            attributes={name: [values[row] for row in rows] for name, values in self.attributes.items()},
-            max_unreadable=self.max_unreadable,
-            _cells=_Selection(self._cells, rows),
-            folder=self.folder,
+        chosen = [int(index) for index in indices]
+        return replace(
+            self,
+            captions=[self.captions[index] for index in chosen],
+            names=[self.names[index] for index in chosen],
+            attributes={name: [values[index] for index in chosen] for name, values in self.attributes.items()},
+            _rows=chosen if self._rows is None else [self._rows[index] for index in chosen],
         )
+
+    def _stored(self, index: int) -> Any:
+        return self._cell(index if self._rows is None else self._rows[index])
+
+    def _bytes(self, index: int) -> bytes:
+        stored = self._stored(index)
+        if isinstance(stored, Path):
+            return stored.read_bytes()
+        if not isinstance(stored, bytes):
+            raise OSError("the row holds no image")
+        return stored
 
 
 def readable_images(data: CaptionedImages, label: str, *, progress: bool) -> Iterator[tuple[int, Image.Image]]:
@@ -165,11 +183,18 @@ def load_captioned_images(
             f"Expected no caption_column with captions=False, got {caption_column!r}. Leave one of them out."
         )
     where = "the dataset" if isinstance(source, datasets.Dataset | datasets.DatasetDict) else str(source)
-    cells, names, others, folder = columns_of(source, image_column, split, limit, metadata=captions)
+    opened = replace(_open(source, image_column, split, limit, captions), max_unreadable=max_unreadable)
+    attributes, names = dict(opened.attributes), opened.names
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"Expected each image once in {where}, found {len(twice)} named more than once: {listed(twice)}. "
+            "Remove the extra rows."
+        )
     if not captions:
-        return CaptionedImages([""] * len(names), names, others, max_unreadable, cells, folder)
-    column = find_column(caption_column, CAPTION_COLUMNS, list(others), "caption_column", where)
-    texts = others.pop(column)
+        return opened
+    column = _column(caption_column, CAPTION_COLUMNS, list(attributes), "caption_column", where)
+    texts = attributes.pop(column)
     if not texts:
         raise DataError(f"Expected captioned images in {where}, found no rows.")
     empty = [name for name, text in zip(names, texts, strict=True) if not (isinstance(text, str) and text.strip())]
@@ -179,37 +204,149 @@ def load_captioned_images(
             f"{len(empty)} of {len(names)}: {listed(empty)}. Write captions for them or remove their rows."
         )
     # Half of a pair of surrogates: no file of UTF-8 and no tokenizer can hold it.
-    halves = [
-        name
-        for name, text in zip(names, texts, strict=True)
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
-    ]
+    halves = [name for name, text in zip(names, texts, strict=True) if text != text.encode(errors="ignore").decode()]
     if halves:
         raise DataError(
             f"Expected captions of whole characters in {where}, found half of one (a lone surrogate) in those of "
             f"{len(halves)} of {len(names)}: {listed(halves)}. Write these captions again."
         )
-    return CaptionedImages(texts, names, others, max_unreadable, cells, folder)
+    return replace(opened, captions=texts, attributes=attributes)
 
 
-def _chunks(cell: Any) -> Iterator[bytes]:
-    """Yield the bytes of one image, whichever way a data set stores it."""
-    if isinstance(cell, bytes):
-        yield cell
-    elif isinstance(cell, Path):
-        with cell.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                yield chunk
-    else:
-        raise OSError("the row holds no image")
+def listed(values: Sequence[str], most: int = 5) -> str:
+    """The first few values, joined for a message."""
+    shown = ", ".join(map(str, values[:most])) or "nothing"
+    return f"{shown} and {len(values) - most} more" if len(values) > most else shown
 
 
-class _Selection(Sequence[Any]):
-    def __init__(self, cells: Sequence[Any], rows: list[int]) -> None:
-        self.cells, self.rows = cells, rows
+def _open(
+    source: Source, image_column: str | None, split: str, limit: int | None, needs_table: bool
+) -> CaptionedImages:
+    """Any source, its captions still among the attributes; unless it `needs_table`, a folder of images will do."""
+    cache = Path(datasets.config.HF_CACHE_HOME)
+    if isinstance(source, datasets.DatasetDict):
+        if split not in source:
+            raise DataError(f"Expected a split named {split!r}, found {listed(list(source))}. Pass split=... .")
+        source = source[split]
+    if isinstance(source, datasets.Dataset):
+        return _open_dataset(source, image_column, limit, Path(), cache)
+    path, text = Path(source).expanduser(), str(source)
+    if path.is_file():
+        return _open_dataset(_load_parquet([path], path, "train"), image_column, limit, path.parent, path.parent)
+    if path.is_dir():
+        for folder in (path, path / split):
+            found = [folder / name for name in ("metadata.csv", "metadata.jsonl") if (folder / name).is_file()]
+            if len(found) == 2:
+                raise DataError(f"Expected one metadata file in {folder}, found both .csv and .jsonl. Remove one.")
+            if found:
+                return _open_table(found[0], image_column or "file_name", limit, path)
+        files = sorted(path.rglob("*.parquet"))
+        if files:
+            return _open_dataset(_load_parquet(files, path, split), image_column, limit, path, path)
+        if needs_table:
+            raise DataError(
+                f"Expected metadata.csv or metadata.jsonl (or parquet files) in {path}, found neither. "
+                f"Write one there, for example a metadata.csv of\n  {METADATA_EXAMPLE}"
+            )
+        known = set(Image.registered_extensions())
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file())[:limit]
+        if not files:
+            raise DataError(f"Expected images in {path}, found none. Give a folder of image files, or parquet files.")
+        names = [file.relative_to(path).as_posix() for file in files]
+        return CaptionedImages([""] * len(names), names, {}, 0.0, files.__getitem__, path)
+    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or text.endswith(".parquet"):
+        raise DataError(f"Expected a folder or a parquet file at {source}, found nothing there. Check the path.")
+    try:
+        dataset = datasets.load_dataset(text, split=split)
+    except _LOADING_ERRORS as error:
+        raise DataError(
+            f"{source} is neither an existing local path nor a reachable hub dataset with a split {split!r}: "
+            f"{first_line(error)} Check the spelling, the network and, for a private set, `hf auth login`."
+        ) from error
+    return _open_dataset(dataset, image_column, limit, Path(), cache)
 
-    def __len__(self) -> int:
-        return len(self.rows)
 
-    def __getitem__(self, index: Any) -> Any:
-        return self.cells[self.rows[index]]
+def _open_table(file: Path, name_column: str, limit: int | None, folder: Path) -> CaptionedImages:
+    table = read_table(file, required=(name_column,), limit=limit)
+    names = []
+    for row, values in enumerate(table.rows):
+        given = values[name_column]
+        if not isinstance(given, str) or not given:
+            raise DataError(f"Expected a file name in {table.place(row)}, found {given!r}.")
+        name = posixpath.normpath(given.replace("\\", "/"))
+        if name == ".." or name.startswith(("../", "/")) or PureWindowsPath(name).drive:
+            raise DataError(
+                f"Expected file names inside {file.parent}, found {given!r} in {table.place(row)}. "
+                "Move the image into the folder and give its path relative to it."
+            )
+        names.append(name)
+    attributes = {column: [row.get(column) for row in table.rows] for column in table.columns if column != name_column}
+    paths = [file.parent / name for name in names]
+    return CaptionedImages([""] * len(names), names, attributes, 0.0, paths.__getitem__, folder)
+
+
+def _load_parquet(files: list[Path], source: Path, split: str) -> datasets.Dataset:
+    for file in files:
+        try:
+            pyarrow.parquet.read_metadata(file)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"Expected a parquet file at {file}, found something else ({first_line(error)}). "
+                "Give a folder with metadata.csv, parquet files or a hub dataset id."
+            ) from error
+    by_split: dict[str, list[str]] = {}
+    if source.is_dir():  # splits by the names of files, as datasets reads them; other files do not count
+        known = DataFilesDict.from_patterns(get_data_patterns(str(source)), base_path=str(source))
+        by_split = {str(name): list(paths) for name, paths in known.filter(extensions=[".parquet"]).items() if paths}
+    try:
+        return datasets.load_dataset("parquet", split=split, data_files=by_split or {"train": list(map(str, files))})
+    except _LOADING_ERRORS as error:
+        raise DataError(
+            f"Expected parquet files of one kind with a split {split!r} in {source}: {first_line(error)}"
+        ) from error
+
+
+def _open_dataset(
+    dataset: datasets.Dataset, image_column: str | None, limit: int | None, root: Path, folder: Path
+) -> CaptionedImages:
+    """The rows of a dataset; paths in its image column are resolved against `root`."""
+    dataset = dataset.with_format(None)
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    features = dataset.features
+    of_images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    candidates = (*IMAGE_COLUMNS, *(of_images if len(of_images) == 1 else ()))
+    column = _column(image_column, candidates, list(features), "image_column", "the dataset")
+    if column in of_images:
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    attributes: dict[str, list[Any]] = {}
+    for name, feature in features.items():  # lists, embeddings and further images are not attributes
+        if name != column and isinstance(feature, datasets.Value | datasets.ClassLabel):
+            values = list(dataset[name])
+            if isinstance(feature, datasets.ClassLabel):
+                values = [None if value is None or value < 0 else feature.int2str(value) for value in values]
+            attributes[name] = values
+    names = [f"row {row}" for row in range(len(dataset))]
+    if getattr(features[column], "dtype", None) in ("string", "large_string"):
+        names = [name if path is None else path for name, path in zip(names, dataset[column], strict=True)]
+    cell = partial(_dataset_cell, dataset.select_columns([column]), root)
+    return CaptionedImages([""] * len(names), names, attributes, 0.0, cell, folder)
+
+
+def _dataset_cell(dataset: datasets.Dataset, root: Path, row: int) -> Any:
+    (cell,) = dataset[int(row)].values()
+    if isinstance(cell, dict):
+        cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
+    return root / cell if isinstance(cell, str) else cell
+
+
+def _column(wanted: str | None, candidates: Sequence[str], found: list[str], argument: str, where: str) -> str:
+    """The wanted column, or the first candidate there is."""
+    names = candidates if wanted is None else (wanted,)
+    for name in names:
+        if name in found:
+            return name
+    raise DataError(
+        f"Expected a column of {argument.removesuffix('_column')}s named {' or '.join(names)} in {where}, found "
+        f"{listed(found)}. Rename it or pass {argument}=... ."
+    )

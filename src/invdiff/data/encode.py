@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from ..distributed import is_main, mine, wait
-from ..errors import ConfigError, DataError, ModelError
+from ..errors import ConfigError, ModelError
 from ..files import default_cache_dir, fingerprint, read_tensors, weights_digest, write_json, write_tensors
 from ..models.families import Condition, family_of
 from ..models.families.base import joined
@@ -34,15 +33,14 @@ _DECODERS = min(8, os.cpu_count() or 1)
 
 
 class ShardedTensor:
-    """The rows of one tensor spread over safetensors files, memory-mapped: only rows asked for are read.
+    """The rows of one tensor in several parts, such as memory-mapped files: only rows asked for are read.
 
     Index it as a tensor's first dimension: with a list or LongTensor of rows in any order, a slice, or one row number.
     """
 
-    def __init__(self, paths: Sequence[Path], key: str, lengths: Sequence[int]) -> None:
-        self._paths, self._key = list(paths), key
-        self._ends = torch.tensor(lengths, dtype=torch.long).cumsum(0)
-        self._shards: dict[int, torch.Tensor] = {}
+    def __init__(self, shards: Sequence[torch.Tensor]) -> None:
+        self._shards = shards
+        self._ends = torch.tensor([len(shard) for shard in shards], dtype=torch.long).cumsum(0)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -50,23 +48,17 @@ class ShardedTensor:
     @property
     def shape(self) -> torch.Size:
         """The shape of the whole, for latents (N, channels, height, width)."""
-        return torch.Size((len(self), *self._shard(0).shape[1:]))
+        return torch.Size((len(self), *self._shards[0].shape[1:]))
 
     def __getitem__(self, indices: int | slice | Sequence[int] | torch.Tensor) -> torch.Tensor:
         rows = torch.arange(len(self))[indices.cpu() if isinstance(indices, torch.Tensor) else indices]
         flat = rows.flatten().contiguous()
         shard_of = torch.searchsorted(self._ends, flat, right=True)
-        result = torch.empty((len(flat), *self.shape[1:]), dtype=self._shard(0).dtype)
+        result = torch.empty((len(flat), *self.shape[1:]), dtype=self._shards[0].dtype)
         for number in shard_of.unique().tolist():
             here = shard_of == number
-            shard = self._shard(number)
-            result[here] = shard[flat[here] - (self._ends[number] - len(shard))]
+            result[here] = self._shards[number][flat[here] - self._ends[number]]  # counted from the shard's end
         return result.reshape(*rows.shape, *result.shape[1:])
-
-    def _shard(self, number: int) -> torch.Tensor:
-        if number not in self._shards:
-            self._shards[number] = read_tensors(self._paths[number])[self._key]
-        return self._shards[number]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +98,7 @@ class EncodedImages:
         return {name: values[captions] for name, values in self.conditions.items()}
 
 
+@torch.no_grad()
 def encode(
     pipe: DiffusionPipeline,
     data: CaptionedImages,
@@ -133,36 +126,62 @@ def encode(
         ConfigError: `resolution` does not fit the pipeline's autoencoder.
         ModelError: The pipeline is of a family that is not supported.
     """
-    work = _Encoding(pipe, data, Path(cache_dir), resolution, batch_size, progress)
-    shards = work.images()
-    source_index = torch.cat([shard.rows for shard in shards])
-    used = [work.family.caption_read(data.captions[row]) for row in source_index.tolist()]
+    family, denoiser = family_of(pipe), denoiser_of(pipe)
+    multiple = family.granularity(denoiser)
+    if resolution and (resolution < multiple or resolution % multiple):
+        raise ConfigError(f"Expected a resolution that is a multiple of {multiple}, got {resolution}.")
+    resolution = resolution or family.resolution(pipe, denoiser)
+    model = model_fingerprint(pipe)
+    folder = Path(cache_dir) / fingerprint(_FORMAT, model, data.fingerprint, str(resolution))
+    skipped: list[tuple[str, str]] = []
+
+    def images(path: Path, rows: Sequence[int]) -> None:
+        if not path.exists():
+            _write_latents(path, pipe, data, rows, resolution, batch_size)
+        skipped.extend(_read_latents(path)[1])
+        check_readable(data, skipped)
+
+    def prompts(path: Path, part: Sequence[str]) -> None:
+        if not path.exists():
+            write_tensors(path, joined([family.encode_captions(pipe, some) for some in _batches(part, batch_size)]))
+
+    paths = _share(folder, "latents", range(len(data)), images, "encoding images", progress)
+    shards, per_shard = zip(*map(_read_latents, paths), strict=True)
+    skipped = [item for some in per_shard for item in some]
+    check_readable(data, skipped)
+    source_index = torch.cat([shard["rows"] for shard in shards])
+    used = [family.caption_read(data.captions[row]) for row in source_index.tolist()]
     captions = list(dict.fromkeys(used))
-    caption_index = {caption: index for index, caption in enumerate(captions)}
-    conditions = work.captions(captions)
-    skipped = [item for shard in shards for item in shard.skipped]
+    conditions: Condition = {}
+    if family.needs_prompts:
+        paths = _share(folder, "prompts", captions, prompts, "encoding captions", progress)
+        null = folder / "null.safetensors"
+        if is_main() and not null.exists():
+            write_tensors(null, family.null_condition(pipe))
+        wait()
+        conditions = joined([read_tensors(path) for path in (*paths, null)])
     if is_main():
         index = {
-            "model_fingerprint": work.model,
+            "model_fingerprint": model,
             "data_fingerprint": data.fingerprint,
-            "resolution": work.resolution,
+            "resolution": resolution,
             "num_images": len(used),
             "captions": captions,
             "skipped": [{"name": name, "reason": reason} for name, reason in skipped],
         }
-        write_json(work.folder / "index.json", index)
-    filled = [shard for shard in shards if len(shard.rows)]
+        write_json(folder / "index.json", index)
+    number = {caption: index for index, caption in enumerate(captions)}
     return EncodedImages(
-        latents=ShardedTensor([shard.path for shard in filled], "latents", [len(shard.rows) for shard in filled]),
+        latents=ShardedTensor([shard["latents"] for shard in shards if "latents" in shard]),
         captions=captions,
-        caption_ids=torch.tensor([caption_index[caption] for caption in used]),
+        caption_ids=torch.tensor([number[caption] for caption in used]),
         conditions=conditions,
         names=[data.names[row] for row in source_index.tolist()],
         source_index=source_index,
         skipped=skipped,
-        model_fingerprint=work.model,
+        model_fingerprint=model,
         data_fingerprint=data.fingerprint,
-        resolution=work.resolution,
+        resolution=resolution,
     )
 
 
@@ -194,13 +213,10 @@ def encode_captions(pipe: DiffusionPipeline, captions: Sequence[str]) -> Conditi
 
 
 def model_fingerprint(pipe: DiffusionPipeline) -> str:
-    """16 hex digits that name the autoencoder and the text encoders of a pipeline.
+    """16 hex digits that name the autoencoder and the text encoders of a pipeline, not its denoiser or scheduler.
 
-    Their weights are hashed whole, since a fine-tune may change a single row of an embedding table. The
-    denoiser and the scheduler do not matter here, so models that differ only there share one cache.
-
-    Raises:
-        ModelError: The weights are not in memory (sequential offload).
+    Weights are hashed whole, since a fine-tune may change a single row of an embedding table. `ModelError` where they
+    are not in memory (sequential offload).
     """
     components: dict[str, Any] = pipe.components  # type: ignore[attr-defined]
     family = family_of(pipe)
@@ -226,108 +242,55 @@ def pixel_values(image: Image.Image, resolution: int) -> torch.Tensor:
     return pixels / 127.5 - 1
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """The latents of up to `SHARD_SIZE` images in one file."""
+def _share(
+    folder: Path, stem: str, items: Sequence[Any], work: Callable[[Path, Any], None], label: str, progress: bool
+) -> list[Path]:
+    """Files of `SHARD_SIZE` items each, all made: `work` makes one where it is absent, and processes share them."""
+    parts = _batches(items, SHARD_SIZE)
+    paths = [folder / f"{stem}-{number:05d}.safetensors" for number in range(len(parts))]
+    share = mine(list(zip(paths, parts, strict=True)))
+    with progress_bar(label, sum(len(part) for _, part in share), enabled=progress) as bar:
+        for path, part in share:
+            work(path, part)
+            bar.advance(len(part))
+    wait()
+    return paths
 
-    path: Path
 
-    @cached_property
-    def rows(self) -> torch.Tensor:
-        """(n,) the rows of the images that could be read."""
-        with self._open() as file:
-            return file.get_tensor("rows")
+def _write_latents(
+    path: Path, pipe: Any, data: CaptionedImages, rows: Sequence[int], resolution: int, batch_size: int
+) -> None:
+    """Write the latents of the images that can be read, their rows, and name and reason of the others."""
 
-    @cached_property
-    def skipped(self) -> list[tuple[str, str]]:
-        """Name and reason of the images that could not be read."""
-        with self._open() as file:
-            return [(name, reason) for name, reason in json.loads(file.metadata()["skipped"])]
-
-    def _open(self) -> Any:
+    def load(row: int) -> torch.Tensor | UnreadableImage:
         try:
-            return safe_open(self.path, "pt")
-        except SafetensorError as error:
-            raise DataError(
-                f"Expected safetensors in {self.path}, found something else ({error}). Delete it and run again."
-            ) from error
-
-
-class _Encoding:
-    """One run of `encode`; files that are there are not written again, and processes share the others."""
-
-    def __init__(
-        self, pipe: Any, data: CaptionedImages, cache_dir: Path, resolution: int, batch_size: int, progress: bool
-    ) -> None:
-        self.pipe, self.data, self.batch_size, self.progress = pipe, data, batch_size, progress
-        self.family, denoiser = family_of(pipe), denoiser_of(pipe)
-        multiple = self.family.granularity(denoiser)
-        if resolution and (resolution < multiple or resolution % multiple):
-            raise ConfigError(f"Expected a resolution that is a multiple of {multiple}, got {resolution}.")
-        self.resolution = resolution or self.family.resolution(pipe, denoiser)
-        self.model = model_fingerprint(pipe)
-        self.folder = cache_dir / fingerprint(_FORMAT, self.model, data.fingerprint, str(self.resolution))
-
-    def images(self) -> list[_Shard]:
-        """Encode all images."""
-        parts = _batches(range(len(self.data)), SHARD_SIZE)
-        shards = [_Shard(self.folder / f"latents-{number:05d}.safetensors") for number in range(len(parts))]
-        share = mine(list(zip(shards, parts, strict=True)))
-        skipped: list[tuple[str, str]] = []
-        with progress_bar("encoding images", sum(len(rows) for _, rows in share), enabled=self.progress) as bar:
-            for shard, rows in share:
-                if not shard.path.exists():
-                    self._write(shard.path, rows)
-                bar.advance(len(rows))
-                skipped += shard.skipped
-                check_readable(self.data, skipped)
-        wait()
-        check_readable(self.data, [item for shard in shards for item in shard.skipped])
-        return shards
-
-    @torch.no_grad()
-    def _write(self, path: Path, rows: Sequence[int]) -> None:
-        latents: list[torch.Tensor] = []
-        read: list[int] = []
-        skipped: list[tuple[str, str]] = []
-        with ThreadPoolExecutor(_DECODERS) as pool:
-            for batch in _batches(rows, self.batch_size):
-                loaded = list(zip(batch, pool.map(self._load, batch), strict=True))
-                skipped += [(item.name, item.reason) for _, item in loaded if isinstance(item, UnreadableImage)]
-                pixels = {row: item for row, item in loaded if isinstance(item, torch.Tensor)}
-                if pixels:
-                    read += pixels
-                    latents.append(self.family.encode_images(self.pipe, torch.stack([*pixels.values()])))
-        tensors = {"rows": torch.tensor(read, dtype=torch.long)}
-        if latents:
-            tensors["latents"] = torch.cat(latents)
-        write_tensors(path, tensors, metadata={"skipped": json.dumps(skipped)})
-
-    def _load(self, row: int) -> torch.Tensor | UnreadableImage:
-        try:
-            return pixel_values(self.data.image(row), self.resolution)
+            return pixel_values(data.image(row), resolution)
         except UnreadableImage as error:
             return error
 
-    @torch.no_grad()
-    def captions(self, captions: list[str]) -> Condition:
-        """Encode captions, and none in the last row; nothing for an unconditional model."""
-        if not self.family.needs_prompts:
-            return {}
-        parts = _batches(captions, SHARD_SIZE)
-        paths = [self.folder / f"prompts-{number:05d}.safetensors" for number in range(len(parts))]
-        share = mine(list(zip(paths, parts, strict=True)))
-        with progress_bar("encoding captions", sum(len(part) for _, part in share), enabled=self.progress) as bar:
-            for path, part in share:
-                if not path.exists():
-                    batches = [self.family.encode_captions(self.pipe, b) for b in _batches(part, self.batch_size)]
-                    write_tensors(path, joined(batches))
-                bar.advance(len(part))
-        null = self.folder / "null.safetensors"
-        if is_main() and not null.exists():
-            write_tensors(null, self.family.null_condition(self.pipe))
-        wait()
-        return joined([read_tensors(path) for path in (*paths, null)])
+    family = family_of(pipe)
+    latents: list[torch.Tensor] = []
+    read: list[int] = []
+    skipped: list[tuple[str, str]] = []
+    with ThreadPoolExecutor(_DECODERS) as pool:
+        for batch in _batches(rows, batch_size):
+            loaded = list(zip(batch, pool.map(load, batch), strict=True))
+            skipped += [(item.name, item.reason) for _, item in loaded if isinstance(item, UnreadableImage)]
+            pixels = {row: item for row, item in loaded if isinstance(item, torch.Tensor)}
+            if pixels:
+                read += pixels
+                latents.append(family.encode_images(pipe, torch.stack([*pixels.values()])))
+    tensors = {"rows": torch.tensor(read, dtype=torch.long)}
+    if latents:
+        tensors["latents"] = torch.cat(latents)
+    write_tensors(path, tensors, metadata={"skipped": json.dumps(skipped)})
+
+
+def _read_latents(path: Path) -> tuple[dict[str, torch.Tensor], list[tuple[str, str]]]:
+    """Rows and latents of one file, memory-mapped, and name and reason of the images that could not be read."""
+    tensors = read_tensors(path)
+    with safe_open(path, "pt") as file:
+        return tensors, [(name, reason) for name, reason in json.loads(file.metadata()["skipped"])]
 
 
 def _batches(items: Sequence[Any], size: int) -> list[Any]:

@@ -30,16 +30,11 @@ class UnreadableImage(DataError):  # noqa: N818
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"Could not read the image {name}: {reason}. Replace the file or remove its row.")
-        self.name = name
-        self.reason = reason
+        self.name, self.reason = name, reason
 
 
 def read_image(path: Path) -> Image.Image:
-    """Decode a file as `decode_image` does.
-
-    Raises:
-        UnreadableImage: The file is missing, empty, cut short or in no known format.
-    """
+    """Decode a file as `decode_image` does, or raise `UnreadableImage`."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -48,16 +43,21 @@ def read_image(path: Path) -> Image.Image:
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode a file's bytes to upright RGB, transparency on white, 16 bits scaled to 8.
-
-    Raises:
-        UnreadableImage: The bytes are empty, cut short or in no known format.
-    """
+    """Decode a file's bytes to upright RGB, transparency on white, 16 bits scaled to 8, or raise `UnreadableImage`."""
     if not data:
         raise UnreadableImage(name, "the file is empty")
     try:
         with Image.open(io.BytesIO(data)) as file:
-            return _to_rgb(ImageOps.exif_transpose(file))
+            image = ImageOps.exif_transpose(file)
+            if image.mode == "F":
+                raise ValueError("floating point pixels have no known range")
+            if image.mode.startswith("I"):  # Pillow's convert("RGB") would clip 16 bits to white
+                scaled = np.asarray(image).clip(0, 65535).astype(np.float64) / 257
+                return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
     except _DECODING_ERRORS as error:
         raise UnreadableImage(name, reason_of(error)) from error
 
@@ -71,15 +71,3 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("floating point pixels have no known range")
-    if image.mode.startswith("I"):  # Pillow's convert("RGB") would clip 16 bits to white
-        scaled = np.asarray(image).clip(0, 65535).astype(np.float64) / 257
-        return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")

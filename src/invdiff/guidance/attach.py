@@ -14,8 +14,7 @@ from ..errors import ConfigError, ModelError
 from ..files import fingerprint
 from ..models.families import Condition, DenoiserCall, family_of
 from ..models.families.base import to
-from ..models.features import FeatureCapture
-from ..models.frozen import FrozenDenoiser
+from ..models.frozen import FeatureCapture, FrozenDenoiser
 from ..models.load import denoiser_of
 from ..models.schedule import NoiseSchedule
 from .environments import EnvironmentMix, Environments

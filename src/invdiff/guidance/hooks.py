@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import ModelError
 from ..models.families import DenoiserCall, Family
-from ..models.features import Hook, do_nothing
+from ..models.frozen import Hook, do_nothing
 from ..models.load import GUIDED
 
 Shift = Callable[[DenoiserCall, torch.Tensor], torch.Tensor | None]

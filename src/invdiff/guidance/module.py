@@ -26,7 +26,7 @@ from torch import nn
 from ..errors import ConfigError, ModelError
 from ..files import write_text
 from ..models.families import Condition, Family, family_of
-from ..models.features import feature_block
+from ..models.frozen import feature_block
 from ..models.load import denoiser_of, looks_local, public_name
 from ..models.schedule import NoiseSchedule
 from .card import render_card, with_figures

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,10 +33,7 @@ class VisionEncoder:
 
     @classmethod
     def load(cls, name_or_folder: str | Path) -> VisionEncoder:
-        """Load onto `default_device()`.
-
-        Args:
-            name_or_folder: A folder or a hub id that `AutoModel` and `AutoImageProcessor` can load.
+        """Load what `AutoModel` and `AutoImageProcessor` find in a folder or under a hub id onto `default_device()`.
 
         Raises:
             ModelError: There is no vision encoder there, or its files are damaged or lack some of its weights.
@@ -47,18 +44,10 @@ class VisionEncoder:
 
     @torch.no_grad()
     def extract(self, images: Iterable[Image.Image]) -> NDArray[np.float32]:
-        """Features of images of any sizes, (N, D), not normalised.
-
-        Raises:
-            DataError: There is no image.
-        """
-        features = []
-        for pixel_values in pixel_batches(images, self.processor, self.model.device):
-            if hasattr(self.model, "get_image_features"):
-                output = self.model.get_image_features(pixel_values=pixel_values)
-            else:
-                output = self.model(pixel_values=pixel_values)
-            features.append(_pooled(output))
+        """Features of images of any sizes, (N, D), not normalised; `DataError` where there is no image."""
+        run = getattr(self.model, "get_image_features", self.model)
+        batches = pixel_batches(images, self.processor, self.model.device)
+        features = [_pooled(run(pixel_values=pixel_values)) for pixel_values in batches]
         if not features:
             raise DataError("Expected at least one image to encode, got none. Check what selects the images.")
         return np.concatenate(features)
@@ -76,10 +65,7 @@ class ClipEncoder(VisionEncoder):
 
     @classmethod
     def load(cls, name_or_folder: str | Path) -> ClipEncoder:
-        """Load a whole CLIP model onto `default_device()`.
-
-        Args:
-            name_or_folder: A folder or a hub id of a `CLIPModel` with its tokenizer and image processor.
+        """Load a `CLIPModel` with its tokenizer and image processor, of a folder or a hub id.
 
         Raises:
             ModelError: There is no CLIP model with both towers, or it lacks weights or its tokenizer.
@@ -91,7 +77,14 @@ class ClipEncoder(VisionEncoder):
                 f"Expected a CLIP model with both towers at {source}, got a {type(model).__name__}. "
                 "Give a folder or hub id such as openai/clip-vit-base-patch32."
             )
-        return cls(model_name(source), model, load_image_processor(source), load_tokenizer(source))
+        processor, remedy = load_image_processor(source), "Save the model's own beside it."
+        tokenizer = _loaded(AutoTokenizer.from_pretrained, source, "a tokenizer", remedy)
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers 5 makes up for absent files with this
+            raise ModelError(
+                f"Expected a tokenizer at {source}, found one that knows no word: its files are absent or empty. "
+                f"{remedy}"
+            )
+        return cls(model_name(source), model, processor, tokenizer)
 
     @property
     def logit_scale(self) -> float:
@@ -113,11 +106,11 @@ class ClipEncoder(VisionEncoder):
         if isinstance(texts, str) or not texts:
             raise DataError(f"Expected a list of at least one prompt, got {texts!r}.")
         longest = self.model.config.text_config.max_position_embeddings
+        cut = {"truncation": True, "max_length": longest} if truncate else {}
         distinct = list(dict.fromkeys(texts))
         features = []
         for start in range(0, len(distinct), BATCH_SIZE):
             batch = distinct[start : start + BATCH_SIZE]
-            cut = {"truncation": True, "max_length": longest} if truncate else {}
             tokens = self.tokenizer(batch, padding=True, return_tensors="pt", **cut).to(self.model.device)
             found = tokens.input_ids.shape[1]
             if found > longest:
@@ -131,23 +124,13 @@ class ClipEncoder(VisionEncoder):
 
 
 def load_pretrained(model_class: Any, name_or_folder: str, kind: str) -> Any:
-    """Load a model of `transformers` in float32 onto `default_device()`, ready to predict.
+    """Load a `transformers` model, such as `AutoModel`, in float32 onto `default_device()`, ready to predict.
 
-    Args:
-        model_class: A `transformers` model class, such as `AutoModel`.
-        name_or_folder: A folder or a hub id.
-        kind: What it should be, for messages, such as "an image classifier".
-
-    Raises:
-        ModelError: There is no such model, or weights are missing: `transformers` would draw them at random.
+    `kind` is what it should be, for messages. `ModelError` where there is no such model, or weights are missing:
+    `transformers` would draw them at random.
     """
-    try:
-        model, report = model_class.from_pretrained(name_or_folder, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"Expected {kind} at {name_or_folder}, could not load it: {first_line(error)} "
-            "Give a folder or a hub id of such a model."
-        ) from error
+    remedy = "Give a folder or a hub id of such a model."
+    model, report = _loaded(model_class.from_pretrained, name_or_folder, kind, remedy, output_loading_info=True)
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
@@ -158,34 +141,16 @@ def load_pretrained(model_class: Any, name_or_folder: str, kind: str) -> Any:
 
 
 def load_image_processor(name_or_folder: str) -> Any:
-    """Load what turns images into a model's pixels.
+    """Load what turns images into a model's pixels; `ModelError` where there is none."""
+    remedy = "Save the model's own processor beside it."
+    return _loaded(AutoImageProcessor.from_pretrained, name_or_folder, "an image processor", remedy)
 
-    Raises:
-        ModelError: There is none.
-    """
+
+def _loaded(load: Callable[..., Any], source: str, kind: str, remedy: str, **options: Any) -> Any:
     try:
-        return AutoImageProcessor.from_pretrained(name_or_folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"Expected an image processor at {name_or_folder}, could not load it: {first_line(error)} "
-            "Save the model's own processor beside it."
-        ) from error
-
-
-def load_tokenizer(name_or_folder: str) -> Any:
-    """Load what turns a model's prompts into tokens.
-
-    Raises:
-        ModelError: There is none, or one that knows no word: every prompt would be the same to the model.
-    """
-    expected, remedy = f"Expected a tokenizer at {name_or_folder}", "Save the model's own beside it."
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{expected}, could not load it: {first_line(error)} {remedy}") from error
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers 5 makes up for absent files with this
-        raise ModelError(f"{expected}, found one that knows no word: its files are absent or empty. {remedy}")
-    return tokenizer
+        return load(source, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"Expected {kind} at {source}, could not load it: {first_line(error)} {remedy}") from error
 
 
 def pixel_batches(images: Iterable[Image.Image], processor: Any, device: torch.device) -> Iterator[torch.Tensor]:

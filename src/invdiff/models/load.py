@@ -23,11 +23,8 @@ def default_device() -> torch.device:
     """The best device of this machine: cuda, mps or cpu, in this order; each process has one of its own."""
     if num_processes() > 1:
         return state().device
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
+    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device("cuda" if torch.cuda.is_available() else mps)
 
 
 def load_pipeline(
@@ -65,9 +62,11 @@ def load_pipeline(
         with warnings.catch_warnings():  # diffusers passes huggingface_hub an argument it no longer has
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
             index = DiffusionPipeline.load_config(source)
-        pipe = DiffusionPipeline.from_pretrained(
-            source, **{_DTYPE: dtype or torch.float32}, **_parts_to_leave_out(index)
-        )
+        # A part saved as None must be passed as None again, or from_pretrained looks for it.
+        options: dict[str, Any] = {name: None for name, value in index.items() if value == [None, None]}
+        if "safety_checker" in index:
+            options |= {"safety_checker": None, "requires_safety_checker": False}
+        pipe = DiffusionPipeline.from_pretrained(source, **{_DTYPE: dtype or torch.float32}, **options)
     except (OSError, ValueError, RuntimeError) as error:
         where = "a whole diffusers pipeline" if path.is_dir() else "an existing folder or a reachable hub model"
         raise ModelError(
@@ -85,11 +84,8 @@ def dtype_named(name: str) -> torch.dtype:
 
 def looks_local(name_or_folder: str) -> bool:
     """Whether it can only be meant as a folder: a hub id has one slash at most, between two names."""
-    return (
-        name_or_folder.startswith((".", "~", os.sep))
-        or name_or_folder.endswith(os.sep)
-        or name_or_folder.count("/") > 1
-    )
+    name = name_or_folder
+    return name.startswith((".", "~", os.sep)) or name.endswith(os.sep) or name.count("/") > 1
 
 
 GUIDED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
@@ -114,24 +110,11 @@ def public_name(name_or_folder: str) -> str:
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:
-    """The frozen network that invdiff guides: `pipe.unet` or `pipe.transformer`.
-
-    Raises:
-        ModelError: The pipeline has neither.
-    """
-    for name in ("unet", "transformer"):
-        denoiser = getattr(pipe, name, None)
+    """The frozen network that invdiff guides: `pipe.unet` or `pipe.transformer`; `ModelError` without either."""
+    for denoiser in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None)):
         if denoiser is not None:
             return denoiser
     raise ModelError(
         f"Expected a pipeline with a unet or a transformer, got a {type(pipe).__name__} with neither. "
         "Use a text-to-image diffusion pipeline."
     )
-
-
-def _parts_to_leave_out(index: dict[str, Any]) -> dict[str, Any]:
-    # A part saved as None must be passed as None again, or from_pretrained looks for it.
-    parts: dict[str, Any] = {name: None for name, value in index.items() if value == [None, None]}
-    if "safety_checker" in index:
-        parts |= {"safety_checker": None, "requires_safety_checker": False}
-    return parts

@@ -28,11 +28,7 @@ class NoiseSchedule:
     """
 
     def __init__(self, scheduler: Any) -> None:
-        """Read the schedule from any diffusers scheduler, by what it was configured with, not how it samples.
-
-        Raises:
-            ModelError: The scheduler has neither a beta schedule nor flow-matching sigmas.
-        """
+        """Read the schedule from any diffusers scheduler, by what it was configured with, not how it samples."""
         config = scheduler.config
         self.prediction_type: str = config.get("prediction_type", "epsilon")
         if type(scheduler).__name__.startswith("FlowMatch") or (
@@ -65,10 +61,9 @@ class NoiseSchedule:
         self.log_snr = log_snr(self._process.alphas_cumprod.double().numpy(), squared=True)
 
     def timestep_at(self, log_snr: float) -> int:
-        """The timestep whose log signal-to-noise ratio is nearest to `log_snr`.
+        """The timestep of the nearest log signal-to-noise ratio, which means the same noise in every schedule.
 
-        A timestep means different noise in different schedules; the log signal-to-noise ratio means the same in
-        all of them (Kingma et al. 2021).
+        See Kingma et al. 2021.
         """
         return int(np.abs(np.nan_to_num(self.log_snr, posinf=1e3, neginf=-1e3) - log_snr).argmin())
 

@@ -20,7 +20,7 @@ BACKGROUNDS = ("land", "water")
 
 Array = NDArray[np.float64]
 Points = Sequence[tuple[float, float]]
-Colour = Sequence[float] | Array
+Vector = Sequence[float] | Array
 
 OVERSAMPLING = 4
 SKY_ROWS = 32  # the sky is smooth: it is computed on this many rows and columns and enlarged
@@ -90,9 +90,9 @@ def render(scene: Scene, *, resolution: int = 64) -> Image.Image:
     brush = Brush(image, tint=_mix((0.74, 0.68, 0.82), (1.0, 1.0, 1.0), scene.light))
     _distance(brush, scene)
     (_land if scene.background == "land" else _water)(brush, scene)
-    _shadow(brush, scene)
+    brush.disc((scene.x, scene.ground), (0.36 * scene.size, 0.036), (0.06, 0.16, 0.24), 0.28)  # the bird's shadow
     brush.tint = _mix((0.84, 0.78, 0.92), (1.0, 1.0, 1.0), scene.light)
-    (_landbird if scene.subject == "landbird" else _waterbird)(brush, scene)
+    _bird(brush, scene)
     return image.reduce(OVERSAMPLING)
 
 
@@ -104,20 +104,21 @@ PLUMAGE = np.array([
     (0.62, 0.39, 0.70), (0.44, 0.42, 0.80), (0.27, 0.43, 0.80),
 ])
 """Gold, orange, coral, rose, mauve, periwinkle, blue: warm up to the middle, cool from there."""
-BEAK = (1.0, 0.68, 0.22)
+BEAK, LEG = (1.0, 0.68, 0.22), (0.40, 0.24, 0.20)
 CLOUD = [(-1.2, 0.1), (-0.8, -0.1), (-0.4, -0.2), (0, -0.4), (0.4, -0.2), (0.9, -0.1), (1.2, 0.1), (0, 0.2)]
+SONGBIRD_TAIL = [(-0.20, -0.36), (-0.54, -0.66), (-0.44, -0.72), (-0.16, -0.50)]
+SONGBIRD_BEAK = [(0.36, -0.72), (0.53, -0.645), (0.36, -0.59)]
 SONGBIRD_BODY = [
     (0.20, -0.83), (0.33, -0.79), (0.385, -0.66), (0.345, -0.52), (0.33, -0.38), (0.22, -0.24),
     (0.02, -0.175), (-0.18, -0.24), (-0.31, -0.40), (-0.20, -0.54), (-0.03, -0.60), (0.06, -0.74),
 ]
 SONGBIRD_BREAST = [
-    (0.345, -0.55), (0.32, -0.38), (0.21, -0.25), (0.03, -0.19), (0.02, -0.30), (0.14, -0.46),
-    (0.25, -0.55),
+    (0.345, -0.55), (0.32, -0.38), (0.21, -0.25), (0.03, -0.19), (0.02, -0.30), (0.14, -0.46), (0.25, -0.55),
 ]
 SONGBIRD_WING = [
-    (0.06, -0.50), (0.10, -0.40), (-0.02, -0.30), (-0.20, -0.31), (-0.37, -0.43), (-0.18, -0.49),
-    (-0.06, -0.53),
+    (0.06, -0.50), (0.10, -0.40), (-0.02, -0.30), (-0.20, -0.31), (-0.37, -0.43), (-0.18, -0.49), (-0.06, -0.53),
 ]
+SWAN_BEAK = [(0.34, -0.83), (0.46, -0.77), (0.64, -0.735), (0.63, -0.70), (0.34, -0.705)]
 SWAN_BODY = [
     (-0.54, -0.33), (-0.40, -0.28), (-0.16, -0.32), (0.08, -0.30), (0.28, -0.26), (0.34, -0.15),
     (0.24, -0.03), (0.0, 0.0), (-0.24, -0.02), (-0.42, -0.14),
@@ -125,12 +126,10 @@ SWAN_BODY = [
 SWAN_NECK = [(0.20, -0.14), (0.31, -0.28), (0.25, -0.45), (0.16, -0.60), (0.20, -0.74), (0.31, -0.77)]
 SWAN_HEAD = [(0.19, -0.77), (0.27, -0.845), (0.37, -0.825), (0.43, -0.76), (0.37, -0.69), (0.26, -0.685)]
 SWAN_BELLY = [
-    (0.31, -0.12), (0.23, -0.04), (0.0, -0.012), (-0.24, -0.03), (-0.36, -0.10), (-0.10, -0.09),
-    (0.14, -0.10),
+    (0.31, -0.12), (0.23, -0.04), (0.0, -0.012), (-0.24, -0.03), (-0.36, -0.10), (-0.10, -0.09), (0.14, -0.10),
 ]
 SWAN_WING = [
-    (0.14, -0.26), (0.12, -0.16), (-0.06, -0.11), (-0.28, -0.15), (-0.50, -0.29), (-0.28, -0.31),
-    (-0.06, -0.35),
+    (0.14, -0.26), (0.12, -0.16), (-0.06, -0.11), (-0.28, -0.15), (-0.50, -0.29), (-0.28, -0.31), (-0.06, -0.35),
 ]
 # fmt: on
 
@@ -142,35 +141,31 @@ class Brush:
     """A pen in unit coordinates; colours are RGB in [0, 1] and are multiplied by `tint`."""
 
     def __init__(self, image: Image.Image, *, tint: Array) -> None:
-        self.side = image.width
-        self.pen = ImageDraw.Draw(image, "RGBA")
-        self.tint = tint
+        self.side, self.pen, self.tint = image.width, ImageDraw.Draw(image, "RGBA"), tint
 
-    def ink(self, colour: Colour, alpha: float = 1.0) -> tuple[int, ...]:
+    def ink(self, colour: Vector, alpha: float = 1.0) -> tuple[int, ...]:
         """The tinted colour as 8-bit RGBA."""
         red, green, blue = np.clip(np.asarray(colour) * self.tint * 255, 0, 255)
         return int(red), int(green), int(blue), int(alpha * 255)
 
-    def fill(self, outline: Array, colour: Colour, alpha: float = 1.0) -> None:
+    def fill(self, outline: Array, colour: Vector, alpha: float = 1.0) -> None:
         """Fill a polygon given as (points, 2)."""
         self.pen.polygon((outline * self.side).ravel().tolist(), fill=self.ink(colour, alpha))
 
-    def disc(
-        self, centre: Sequence[float] | Array, radius: tuple[float, float], colour: Colour, alpha: float = 1.0
-    ) -> None:
+    def fill_below(self, line: Array, colour: Vector) -> None:
+        """Fill everything below a line from left to right, (points, 2)."""
+        self.fill(np.concatenate([line, [[line[-1, 0], 1.05], [line[0, 0], 1.05]]]), colour)
+
+    def disc(self, centre: Vector, radius: tuple[float, float], colour: Vector, alpha: float = 1.0) -> None:
         """Fill an upright ellipse."""
         (x, y), (width, height) = centre, radius
         box = np.array([x - width, y - height, x + width, y + height]) * self.side
         self.pen.ellipse(box.tolist(), fill=self.ink(colour, alpha))
 
-    def stroke(self, path: Array, width: float, colour: Colour, alpha: float = 1.0) -> None:
+    def stroke(self, path: Array, width: float, colour: Vector, alpha: float = 1.0) -> None:
         """Draw a line through (points, 2)."""
-        self.pen.line(
-            (path * self.side).ravel().tolist(),
-            fill=self.ink(colour, alpha),
-            width=max(1, round(width * self.side)),
-            joint="curve",
-        )
+        pixels = max(1, round(width * self.side))
+        self.pen.line((path * self.side).ravel().tolist(), self.ink(colour, alpha), pixels, joint="curve")
 
 
 @lru_cache(maxsize=64)
@@ -196,7 +191,7 @@ def _curve(points: Points | Array, *, closed: bool = True) -> Array:
     return _spline(len(points), closed) @ np.asarray(points, dtype=float)
 
 
-def _mix(low: Colour, high: Colour, share: float) -> Array:
+def _mix(low: Vector, high: Vector, share: float) -> Array:
     return (1 - share) * np.asarray(low, dtype=float) + share * np.asarray(high, dtype=float)
 
 
@@ -237,24 +232,20 @@ def _distance(brush: Brush, scene: Scene) -> None:
     for x, y, width in ((d[2], 0.08 + 0.14 * d[3], d[4]), (d[5], 0.14 + 0.16 * d[6], d[7])):
         width = 0.10 + 0.08 * width
         brush.fill(_curve(CLOUD) * width + (x, y), (1.0, 1.0, 1.0), 0.55)
-    heights = scene.horizon - 0.02 - 0.10 * d[8:14]
-    xs = np.linspace(-0.1, 1.1, 6)
-    ridge = _curve(np.column_stack([xs, heights]), closed=False)
     haze = _mix((0.66, 0.56, 0.74), (0.66, 0.79, 0.88), scene.light) / brush.tint
-    brush.fill(_down_to(ridge, 1.05), haze)
+    brush.fill_below(_ridge(scene.horizon - 0.02 - 0.10 * d[8:14]), haze)
 
 
-def _down_to(line: Array, bottom: float) -> Array:
-    """Close a line from left to right into the area below it."""
-    return np.concatenate([line, [[line[-1, 0], bottom], [line[0, 0], bottom]]])
+def _ridge(heights: Array) -> Array:
+    """A smooth line over the whole width, (samples, 2)."""
+    return _curve(np.column_stack([np.linspace(-0.1, 1.1, len(heights)), heights]), closed=False)
 
 
 def _land(brush: Brush, scene: Scene) -> None:
     """Rolling meadow with trees on the far hill and tufts of grass in front."""
     d, horizon = scene.details, scene.horizon
     hue = 104 + 16 * scene.hue
-    xs = np.linspace(-0.1, 1.1, 5)
-    far = _curve(np.column_stack([xs, horizon + 0.07 * (d[14:19] - 0.5)]), closed=False)
+    far = _ridge(horizon + 0.07 * (d[14:19] - 0.5))
     for k in range(3):
         x = d[19 + k]
         y = float(np.interp(x, far[:, 0], far[:, 1]))
@@ -263,11 +254,9 @@ def _land(brush: Brush, scene: Scene) -> None:
         crown = _hsv(hue + 16, 0.52, 0.50)
         brush.disc((x, y - 1.5 * radius), (radius, 1.25 * radius), crown)
         brush.disc((x - 0.25 * radius, y - 1.8 * radius), (0.6 * radius, 0.7 * radius), crown * 1.14)
-    brush.fill(_down_to(far, 1.05), _hsv(hue - 14, 0.44, 0.76))
-    middle = _curve(np.column_stack([xs, horizon + 0.14 + 0.10 * (d[25:30] - 0.5)]), closed=False)
-    brush.fill(_down_to(middle, 1.05), _hsv(hue - 6, 0.50, 0.68))
-    near = _curve(np.column_stack([xs, horizon + 0.27 + 0.08 * (d[30:35] - 0.5)]), closed=False)
-    brush.fill(_down_to(near, 1.05), _hsv(hue, 0.54, 0.60))
+    brush.fill_below(far, _hsv(hue - 14, 0.44, 0.76))
+    brush.fill_below(_ridge(horizon + 0.14 + 0.10 * (d[25:30] - 0.5)), _hsv(hue - 6, 0.50, 0.68))
+    brush.fill_below(_ridge(horizon + 0.27 + 0.08 * (d[30:35] - 0.5)), _hsv(hue, 0.54, 0.60))
     for k in range(5):
         x, y = (k + 0.15 + 0.7 * d[35 + k]) / 5, 0.84 + 0.15 * d[14 + k]
         for lean in (-0.016, 0.0, 0.016):
@@ -276,99 +265,64 @@ def _land(brush: Brush, scene: Scene) -> None:
 
 
 def _water(brush: Brush, scene: Scene) -> None:
-    """A lake that lightens towards the horizon, with the sun's glitter and strokes of waves."""
+    """A lake that lightens towards the horizon, with the sun's glitter, waves and rings of light around the bird."""
     d, horizon = scene.details, scene.horizon
     hue = 189 + 9 * scene.hue
     far, near = _hsv(hue - 6, 0.34, 0.88), _hsv(hue + 4, 0.66, 0.62)
-    bands = 14
+    xs, bands = np.linspace(0, 1, 9), 14
     for k in range(bands):
         y = horizon + (1 - horizon) * k / bands
-        xs = np.linspace(0, 1, 9)
         edge = y + (0.005 * np.sin(2 * np.pi * (xs * 2 + d[14] + 0.37 * k)) if k else 0 * xs)
-        brush.fill(_down_to(np.column_stack([xs, edge]), 1.05), _mix(far, near, (k / (bands - 1)) ** 0.8))
-    sun_x = _sun(scene)[0]
+        brush.fill_below(np.column_stack([xs, edge]), _mix(far, near, (k / (bands - 1)) ** 0.8))
     glitter = _mix((1.0, 0.86, 0.68), (1.0, 1.0, 0.94), scene.light)
     for k in range(6):
-        y = horizon + 0.02 + 0.075 * k
         width = (0.04 + 0.02 * k) * (0.6 + 0.8 * d[15 + k])
-        x = sun_x + 0.05 * (d[21 + k] - 0.5)
-        brush.disc((x, y), (width, 0.006 + 0.001 * k), glitter / brush.tint, 0.45)
+        centre = _sun(scene)[0] + 0.05 * (d[21 + k] - 0.5), horizon + 0.02 + 0.075 * k
+        brush.disc(centre, (width, 0.006 + 0.001 * k), glitter / brush.tint, 0.45)
     for k in range(8):
         y = horizon + 0.07 + (0.95 - horizon) * (k + 0.8 * d[27 + k]) / 8
         x, width = (0.13 + 0.61803 * k + d[35]) % 1.1 - 0.05, 0.05 + 0.05 * (y - horizon) / (1 - horizon)
         crests = [(x + width * step, y - 0.012 * (abs(step) == 0.5)) for step in (-1, -0.5, 0, 0.5, 1)]
         brush.stroke(_curve(crests, closed=False), 0.012, (0.93, 0.99, 1.0), 0.55)
-
-
-def _shadow(brush: Brush, scene: Scene) -> None:
-    """A soft shadow under the bird and, on water, rings of light."""
-    width = 0.36 * scene.size
-    if scene.background == "water":
-        for grow in (1.25, 1.05):
-            brush.disc((scene.x, scene.ground), (width * grow, 0.06 * grow), (0.92, 0.99, 1.0), 0.22)
-    brush.disc((scene.x, scene.ground), (width, 0.036), (0.06, 0.16, 0.24), 0.28)
+    for grow in (1.25, 1.05):
+        brush.disc((scene.x, scene.ground), (0.36 * scene.size * grow, 0.06 * grow), (0.92, 0.99, 1.0), 0.22)
 
 
 # --- birds
 
 
-class Pose:
-    """Places a bird's own coordinates in the picture."""
+def _bird(brush: Brush, scene: Scene) -> None:
+    """A songbird (round body, thin legs, upright tail) or a bird like a swan (boat of a body, long S of a neck)."""
+    cos, sin = np.cos(scene.tilt) * scene.size, np.sin(scene.tilt) * scene.size
+    matrix = np.array([[cos * scene.facing, sin], [-sin * scene.facing, cos]])
 
-    def __init__(self, scene: Scene) -> None:
-        cos, sin = np.cos(scene.tilt) * scene.size, np.sin(scene.tilt) * scene.size
-        self.matrix = np.array([[cos * scene.facing, sin], [-sin * scene.facing, cos]])
-        self.origin = np.array([scene.x, scene.ground])
-        self.size = scene.size
+    def place(points: Points | Array) -> Array:
+        """From the bird's own coordinates, (points, 2), to the picture's."""
+        return np.asarray(points, dtype=float) @ matrix + np.array([scene.x, scene.ground])
 
-    def __call__(self, points: Points | Array) -> Array:
-        """From the bird's own coordinates (points, 2) to the picture's."""
-        return np.asarray(points, dtype=float) @ self.matrix + self.origin
-
-
-def _plumage(scene: Scene) -> tuple[Array, Array, Array]:
-    """The main, the dark and the pale colour."""
     stops = np.linspace(0, 1, len(PLUMAGE))
-    main = np.array([np.interp(scene.tone, stops, channel) for channel in PLUMAGE.T])
-    main = main * (0.98 + 0.06 * scene.depth)
-    return main, main * (0.66, 0.60, 0.72), _mix(main, (1.0, 0.96, 0.88), 0.70)
-
-
-def _eye(brush: Brush, pose: Pose, centre: tuple[float, float], radius: float) -> None:
-    radius *= pose.size
-    at = pose([centre])[0]
-    brush.disc(at, (radius, radius), (0.12, 0.10, 0.16))
-    brush.disc(at + radius * np.array([0.3, -0.35]), (0.36 * radius, 0.36 * radius), (1.0, 1.0, 1.0))
-
-
-def _landbird(brush: Brush, scene: Scene) -> None:
-    """A songbird: round body and head, short cone of a beak, thin legs, upright tail."""
-    pose = Pose(scene)
-    main, dark, pale = _plumage(scene)
-    leg = (0.40, 0.24, 0.20)
-    for x in (-0.07, 0.07):
-        brush.stroke(pose([(x - 0.01, -0.24), (x + 0.01, -0.01)]), 0.030 * scene.size, leg)
-        brush.stroke(pose([(x - 0.05, 0.0), (x + 0.01, -0.02), (x + 0.09, 0.0)]), 0.028 * scene.size, leg)
-    brush.fill(pose([(-0.20, -0.36), (-0.54, -0.66), (-0.44, -0.72), (-0.16, -0.50)]), dark)
-    brush.fill(pose([(0.36, -0.72), (0.53, -0.645), (0.36, -0.59)]), BEAK)
-    brush.fill(pose(_curve(SONGBIRD_BODY)), main)
-    brush.fill(pose(_curve(SONGBIRD_BREAST)), pale)
-    brush.fill(pose(_curve(SONGBIRD_WING)), dark)
-    _eye(brush, pose, (0.25, -0.69), 0.036)
-
-
-def _waterbird(brush: Brush, scene: Scene) -> None:
-    """A swan-like bird: low boat of a body, long S of a neck, long flat beak."""
-    pose = Pose(scene)
-    main, dark, pale = _plumage(scene)
-    neck = _curve(SWAN_NECK, closed=False)
-    slope = np.gradient(neck, axis=0)
-    normal = np.column_stack([-slope[:, 1], slope[:, 0]]) / np.linalg.norm(slope, axis=1, keepdims=True)
-    width = np.interp(np.linspace(0, 1, len(neck)), [0, 0.25, 0.6, 1], [0.13, 0.09, 0.062, 0.066])[:, None]
-    brush.fill(pose([(0.34, -0.83), (0.46, -0.77), (0.64, -0.735), (0.63, -0.70), (0.34, -0.705)]), BEAK)
-    brush.fill(pose(_curve(SWAN_BODY)), main)
-    brush.fill(pose(np.concatenate([neck + width * normal, (neck - width * normal)[::-1]])), main)
-    brush.fill(pose(_curve(SWAN_HEAD)), main)
-    brush.fill(pose(_curve(SWAN_BELLY)), pale)
-    brush.fill(pose(_curve(SWAN_WING)), dark)
-    _eye(brush, pose, (0.32, -0.775), 0.030)
+    main = np.array([np.interp(scene.tone, stops, channel) for channel in PLUMAGE.T]) * (0.98 + 0.06 * scene.depth)
+    dark, pale = main * (0.66, 0.60, 0.72), _mix(main, (1.0, 0.96, 0.88), 0.70)
+    parts: list[tuple[Points | Array, Vector]]
+    if scene.subject == "landbird":
+        for x in (-0.07, 0.07):
+            leg, foot = [(x - 0.01, -0.24), (x + 0.01, -0.01)], [(x - 0.05, 0.0), (x + 0.01, -0.02), (x + 0.09, 0.0)]
+            brush.stroke(place(leg), 0.030 * scene.size, LEG)
+            brush.stroke(place(foot), 0.028 * scene.size, LEG)
+        parts = [(SONGBIRD_TAIL, dark), (SONGBIRD_BEAK, BEAK), (_curve(SONGBIRD_BODY), main)]
+        parts += [(_curve(SONGBIRD_BREAST), pale), (_curve(SONGBIRD_WING), dark)]
+        eye, radius = (0.25, -0.69), 0.036 * scene.size
+    else:
+        neck = _curve(SWAN_NECK, closed=False)
+        slope = np.gradient(neck, axis=0)
+        normal = np.column_stack([-slope[:, 1], slope[:, 0]]) / np.linalg.norm(slope, axis=1, keepdims=True)
+        width = np.interp(np.linspace(0, 1, len(neck)), [0, 0.25, 0.6, 1], [0.13, 0.09, 0.062, 0.066])[:, None]
+        sides = np.concatenate([neck + width * normal, (neck - width * normal)[::-1]])
+        parts = [(SWAN_BEAK, BEAK), (_curve(SWAN_BODY), main), (sides, main), (_curve(SWAN_HEAD), main)]
+        parts += [(_curve(SWAN_BELLY), pale), (_curve(SWAN_WING), dark)]
+        eye, radius = (0.32, -0.775), 0.030 * scene.size
+    for outline, colour in parts:
+        brush.fill(place(outline), colour)
+    centre = place([eye])[0]
+    brush.disc(centre, (radius, radius), (0.12, 0.10, 0.16))
+    brush.disc(centre + radius * np.array([0.3, -0.35]), (0.36 * radius, 0.36 * radius), (1.0, 1.0, 1.0))

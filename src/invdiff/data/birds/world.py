@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,16 +93,15 @@ class BirdsWorld:
         resolution: int = 64,
         world: str = "two-prompts",
     ) -> None:
-        if num_images < 1:
-            raise ConfigError(f"Expected num_images of at least 1, got {num_images}.")
-        if not 0 <= severity <= 1:
-            raise ConfigError(f"Expected a severity in [0, 1], got {severity}.")
-        if seed < 0:
-            raise ConfigError(f"Expected a seed of at least 0, got {seed}.")
-        if resolution < 16:
-            raise ConfigError(f"Expected a resolution of at least 16, got {resolution}.")
-        if world not in WORLDS:
-            raise ConfigError(f"Expected a world of {WORLDS}, got {world!r}.")
+        for wrong, expected in (
+            (num_images < 1, f"num_images of at least 1, got {num_images}"),
+            (not 0 <= severity <= 1, f"a severity in [0, 1], got {severity}"),
+            (seed < 0, f"a seed of at least 0, got {seed}"),
+            (resolution < 16, f"a resolution of at least 16, got {resolution}"),
+            (world not in WORLDS, f"a world of {WORLDS}, got {world!r}"),
+        ):
+            if wrong:
+                raise ConfigError(f"Expected {expected}.")
         self.num_images, self.severity, self.seed = num_images, severity, seed
         self.resolution, self.world = resolution, world
 
@@ -129,7 +127,7 @@ class BirdsWorld:
             names=[_file_name(index, "png") for index in range(len(self))],
             attributes={name: [row[name] for row in rows] for name in ATTRIBUTES},
             max_unreadable=0.0,
-            _cells=_Pictures(self),
+            _cell=self._png,
         )
 
     def write(self, folder: str | Path, *, progress: bool = False, format: str = "png") -> Path:
@@ -138,12 +136,9 @@ class BirdsWorld:
         A killed run is taken up where it stopped: images that exist are kept, and `metadata.csv` comes last.
 
         Args:
-            folder: An empty or new folder, or one that the same set was being written to.
+            folder: An empty or new folder, or one that the same set was being written to; it is returned.
             progress: Whether to show a progress bar.
             format: "png", or "jpg" for smaller files.
-
-        Returns:
-            The folder.
 
         Raises:
             ConfigError: The format is unknown.
@@ -154,7 +149,16 @@ class BirdsWorld:
         if format not in IMAGE_FORMATS:
             raise ConfigError(f"Expected a format of {IMAGE_FORMATS}, got {format!r}.")
         folder = Path(folder)
-        self._claim(folder, format)
+        settings = {**vars(self), "format": format}
+        record = folder / ".birds.json"  # of the set that the folder holds, so that two sets never mix
+        if record.exists():
+            found = read_json(record)
+            if found != settings:
+                raise DataError(f"Expected {folder} to hold {settings}, found {found}. Choose another folder.")
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise DataError(f"Expected a new or empty folder at {folder}, found files. Choose another folder.")
+        else:
+            write_json(record, settings)
         table = io.StringIO()
         columns = ["file_name", "text", *ATTRIBUTES]
         writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
@@ -175,55 +179,26 @@ class BirdsWorld:
         if not 0 <= index < self.num_images:
             raise IndexError(f"Expected an index from 0 to {self.num_images - 1}, got {index}.")
         rng = np.random.default_rng([self.seed, index])
-        subject_draw, agreement, *words = rng.random(5)
+        subject_draw, agreement, kind, wording, which = rng.random(5)
         subject = SUBJECTS[int(self.world == "two-prompts" and subject_draw < 0.5)]
         natural = NATURAL_BACKGROUND[subject]
         background = natural if agreement < self.severity else next(each for each in BACKGROUNDS if each != natural)
         scene = sample_scene(subject, background, rng)
         text, explicit = ONE_PROMPT, False
         if self.world == "two-prompts":
-            text, explicit = _caption(subject, background, *words)
+            explicit = kind < EXPLICIT_SHARE
+            paraphrased = (
+                wording < EXPLICIT_PARAPHRASED_SHARE if explicit else kind < EXPLICIT_SHARE + PARAPHRASED_SHARE
+            )
+            chosen = TRAINING_TEMPLATES[int(which * len(TRAINING_TEMPLATES))] if paraphrased else CANONICAL_TEMPLATE
+            text = chosen.format(subject) + (f" on {background}" if explicit else "")
         return {"text": text, **scene.attributes, "states_background": explicit}, scene
 
-    def _claim(self, folder: Path, format: str) -> None:
-        """Record in `folder` which set it holds, so that two sets never mix."""
-        settings = {**vars(self), "format": format}
-        record = folder / ".birds.json"
-        if record.exists():
-            found = read_json(record)
-            if found != settings:
-                raise DataError(f"Expected {folder} to hold {settings}, found {found}. Choose another folder.")
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise DataError(f"Expected a new or empty folder at {folder}, found files. Choose another folder.")
-        else:
-            write_json(record, settings)
-
-
-class _Pictures(Sequence[bytes]):
-    """The PNG of every row, drawn when it is asked for."""
-
-    def __init__(self, world: BirdsWorld) -> None:
-        self.world = world
-
-    def __len__(self) -> int:
-        return len(self.world)
-
-    def __getitem__(self, index: Any) -> Any:
+    def _png(self, index: int) -> bytes:
         stream = io.BytesIO()
-        self.world.row(index)["image"].save(stream, "PNG")
+        self.row(index)["image"].save(stream, "PNG")
         return stream.getvalue()
 
 
 def _file_name(index: int, format: str) -> str:
     return f"images/{index:05d}.{format}"
-
-
-def _caption(subject: str, background: str, kind: float, wording: float, template: float) -> tuple[str, bool]:
-    """A caption from three uniform numbers, and whether it states the background."""
-    explicit = kind < EXPLICIT_SHARE
-    if explicit:
-        paraphrased = wording < EXPLICIT_PARAPHRASED_SHARE
-    else:
-        paraphrased = kind < EXPLICIT_SHARE + PARAPHRASED_SHARE
-    chosen = TRAINING_TEMPLATES[int(template * len(TRAINING_TEMPLATES))] if paraphrased else CANONICAL_TEMPLATE
-    return chosen.format(subject) + (f" on {background}" if explicit else ""), explicit

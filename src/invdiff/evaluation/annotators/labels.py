@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...data.captioned import CAPTION_COLUMNS, CaptionedImages, load_captioned_images
-from ...data.sources import Source
+from ...data.captioned import CAPTION_COLUMNS, CaptionedImages, Source, load_captioned_images
 from ...errors import DataError, EvaluationError
 from .annotations import CANNOT_TELL, Annotations, label_of
 

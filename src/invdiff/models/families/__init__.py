@@ -21,24 +21,19 @@ from .unet import StableDiffusion, StableDiffusionXL, Unconditional
 
 __all__ = ["Condition", "DenoiserCall", "DenoiserShape", "Family", "family_of"]
 
-_FAMILIES: tuple[tuple[type, type[Family]], ...] = (
-    (SD3Transformer2DModel, StableDiffusion3),
-    (FluxTransformer2DModel, Flux),
-    (PixArtTransformer2DModel, PixArt),
-    (DiTTransformer2DModel, DiT),
-)
+_TRANSFORMERS: dict[type, type[Family]] = {
+    SD3Transformer2DModel: StableDiffusion3,
+    FluxTransformer2DModel: Flux,
+    PixArtTransformer2DModel: PixArt,
+    DiTTransformer2DModel: DiT,
+}
 
 
 def family_of(pipe: Any) -> Family:
-    """The adapter of a pipeline's denoiser.
-
-    Raises:
-        ModelError: Its family is not supported.
-    """
+    """The adapter of a pipeline's denoiser; `ModelError` where its family is not supported."""
     denoiser: Any = denoiser_of(pipe)
-    # torch.compile wraps a module; what it wraps tells the family.
-    network: Any = getattr(denoiser, "_orig_mod", denoiser)
-    for network_class, family in _FAMILIES:
+    network: Any = getattr(denoiser, "_orig_mod", denoiser)  # what torch.compile wraps tells the family
+    for network_class, family in _TRANSFORMERS.items():
         if isinstance(network, network_class):
             return family(pipe)
     config = getattr(network, "config", {})

@@ -49,12 +49,17 @@ class DenoiserCall:
     condition: Condition
     """Phi's input."""
 
+    @classmethod
+    def of(cls, noisy_latents: Tensor, timestep: Any, **condition: Tensor | None) -> DenoiserCall:
+        """A call with one timestep, or one for each row, and the conditions that are not None."""
+        timesteps = torch.as_tensor(timestep, device=noisy_latents.device).reshape(-1).expand(len(noisy_latents))
+        return cls(noisy_latents, timesteps, {name: value for name, value in condition.items() if value is not None})
+
 
 class Family(ABC):
-    """The adapter of one family of denoisers: one small class, used by audit, training, attach and generate.
+    """The adapter of one family of denoisers, used by audit, training, attach and generate; it keeps no pipeline.
 
-    Args:
-        pipe: A pipeline of the family; it is not kept.
+    Shapes: latents and predictions (rows, channels, height, width), timesteps (rows,), one row of a condition each.
     """
 
     title: ClassVar[str]
@@ -89,22 +94,21 @@ class Family(ABC):
 
     @abstractmethod
     def predict(self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """Run the denoiser: (B, C, H, W), timesteps (B,) and a condition of B rows to its prediction (B, C, H, W)."""
+        """The denoiser's prediction for noisy latents."""
 
     @abstractmethod
     def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
-        """Read the arguments, by name, of a call that a pipeline makes."""
+        """The arguments, by name, of a call that a pipeline makes, in the common layout."""
 
     def prediction(self, output: Tensor, call: DenoiserCall, channels: int) -> Tensor:
-        """The prediction (rows, channels, height, width) in a denoiser's raw output."""
+        """The prediction in a denoiser's raw output."""
         return output[:, :channels]
 
     def shifted(self, output: Tensor, shift: Tensor) -> Tensor:
-        """The raw output with `shift` (rows, channels, height, width) added to its prediction."""
+        """The raw output with `shift` added to its prediction; a learned variance behind it stays as it is."""
         channels = shift.shape[1]
         if output.shape[1] == channels:
             return output + shift
-        # A learned variance follows the prediction and stays as it is.
         return torch.cat([output[:, :channels] + shift, output[:, channels:]], dim=1)
 
     def hidden_states(self, block_output: Any) -> Tensor:
@@ -159,14 +163,10 @@ class Family(ABC):
         return self.latent_factor * int(denoiser.config.get("patch_size") or 1)
 
     def draw(self, pipe: Any, prompts: list[str], *, guidance_scale: float, resolution: int, **options: Any) -> Any:
-        """Call the pipeline for one image of each prompt.
+        """Call the pipeline for one image of each prompt, with `options` such as generators and steps.
 
-        Args:
-            pipe: The pipeline.
-            prompts: One for each image.
-            guidance_scale: Of classifier-free guidance, or the scale that a guidance-distilled model is given.
-            resolution: Side of the images in pixels; 0 for the model's own.
-            options: Generators, steps and output type, passed on.
+        `guidance_scale` is that of classifier-free guidance, or the one that a guidance-distilled model is given;
+        `resolution` the side of the images in pixels, 0 for the model's own.
         """
         size = {"height": resolution, "width": resolution} if resolution else {}
         return pipe(prompt=prompts, guidance_scale=guidance_scale, **size, **options)
@@ -176,78 +176,6 @@ class Family(ABC):
         own = self.resolution(pipe, denoiser_of(pipe))
         if resolution not in (0, own):
             raise ConfigError(f"Expected resolution {own}, the only one that a {self.title} draws, got {resolution}.")
-
-
-class UNetFamily(Family):
-    """Families whose denoiser is a UNet, its inputs named `sample`, `timestep`; all sizes have a middle block."""
-
-    def shape(self, denoiser: Any) -> DenoiserShape:
-        """The middle block."""
-        config = denoiser.config
-        return DenoiserShape(
-            latent_channels=config["out_channels"],
-            feature_path="mid_block",
-            feature_channels=config["block_out_channels"][-1],
-            prompt_dim=config.get("cross_attention_dim") or 0,
-        )
-
-    def base_width(self, denoiser: Any) -> int:
-        """Half of the UNet's first level."""
-        return denoiser.config["block_out_channels"][0] // 2
-
-    def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
-        """Read `sample`, `timestep` and, where there is one, `encoder_hidden_states`."""
-        noisy_latents, embeds = call["sample"], call.get("encoder_hidden_states")
-        condition = {} if embeds is None else {"prompt_embeds": embeds}
-        return DenoiserCall(noisy_latents, rows_of(call["timestep"], noisy_latents), condition)
-
-
-class TransformerFamily(Family):
-    """Families whose denoiser is a transformer over patches, its inputs named `hidden_states`, `timestep`."""
-
-    prompt_width: ClassVar[str]
-    """The denoiser's setting that has the width of prompt embeddings; "" where it reads none."""
-
-    def shape(self, denoiser: Any) -> DenoiserShape:
-        """The block in the middle. Output channels beyond the latents' are a learnt variance."""
-        return DenoiserShape(
-            latent_channels=min(denoiser.config["in_channels"], denoiser.out_channels),
-            feature_path=f"transformer_blocks.{len(denoiser.transformer_blocks) // 2}",
-            feature_channels=denoiser.inner_dim,
-            prompt_dim=denoiser.config[self.prompt_width] if self.prompt_width else 0,
-        )
-
-    def base_width(self, denoiser: Any) -> int:
-        """An eighth of the width of the transformer."""
-        return min(256, denoiser.inner_dim // 8)
-
-    def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
-        """Read `hidden_states`, `timestep` and `encoder_hidden_states`."""
-        noisy_latents, condition = call["hidden_states"], {"prompt_embeds": call["encoder_hidden_states"]}
-        return DenoiserCall(noisy_latents, rows_of(call["timestep"], noisy_latents), condition)
-
-    def hidden_states(self, block_output: Any) -> Tensor:
-        """The image's tokens, (rows, channels, tokens, 1); text comes first where a block returns both."""
-        tokens = block_output[-1] if isinstance(block_output, tuple) else block_output
-        return tokens.transpose(1, 2)[..., None]
-
-    def on_grid(self, features: Tensor, noisy_latents: Tensor) -> Tensor:
-        """Tokens laid out as patches of the latents: (rows, channels, height', width')."""
-        rows, channels, tokens, _ = features.shape
-        height, width = noisy_latents.shape[-2:]
-        patch = round((height * width / tokens) ** 0.5)
-        if patch < 1 or (height // patch) * (width // patch) != tokens:
-            raise ModelError(
-                f"Expected one token for each patch of {height}x{width} latents, found {tokens} tokens. A wrapper "
-                "that drops or adds tokens cannot be guided: disable it while the module is attached."
-            )
-        return features.reshape(rows, channels, height // patch, width // patch)
-
-
-def rows_of(timestep: Any, noisy_latents: Tensor) -> Tensor:
-    """A timestep for every row, (rows,), from a number or from a tensor of one or all rows."""
-    timesteps = torch.as_tensor(timestep, device=noisy_latents.device)
-    return timesteps.reshape(-1).expand(len(noisy_latents))
 
 
 def joined(parts: Sequence[Condition]) -> Condition:

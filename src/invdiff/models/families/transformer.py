@@ -1,20 +1,67 @@
-"""Transformers: Stable Diffusion 3, Flux, PixArt and DiT."""
+"""Transformers over patches: Stable Diffusion 3, Flux, PixArt and DiT."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...errors import DataError, ModelError
-from .base import Condition, DenoiserCall, DenoiserShape, TransformerFamily, rows_of
+from .base import Condition, DenoiserCall, DenoiserShape, Family
 
 NO_GUIDANCE = 1.0
 """The guidance scale given to a guidance-distilled model in audit and training: its plain conditional prediction."""
+
+
+class TransformerFamily(Family):
+    """What transformers share."""
+
+    prompt_width: ClassVar[str]
+    """The denoiser's setting that has the width of prompt embeddings; "" where it reads none."""
+
+    def shape(self, denoiser: Any) -> DenoiserShape:
+        """The block in the middle. Output channels beyond the latents' are a learnt variance."""
+        return DenoiserShape(
+            latent_channels=min(denoiser.config["in_channels"], denoiser.out_channels),
+            feature_path=f"transformer_blocks.{len(denoiser.transformer_blocks) // 2}",
+            feature_channels=denoiser.inner_dim,
+            prompt_dim=denoiser.config[self.prompt_width] if self.prompt_width else 0,
+        )
+
+    def base_width(self, denoiser: Any) -> int:
+        """An eighth of the width of the transformer."""
+        return min(256, denoiser.inner_dim // 8)
+
+    def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
+        """`hidden_states`, `timestep` and, where they are given, prompt embeddings with their mask or classes."""
+        return DenoiserCall.of(
+            call["hidden_states"],
+            call["timestep"],
+            prompt_embeds=call.get("encoder_hidden_states"),
+            prompt_attention_mask=call.get("encoder_attention_mask"),
+            class_labels=call.get("class_labels"),
+        )
+
+    def hidden_states(self, block_output: Any) -> Tensor:
+        """The image's tokens, (rows, channels, tokens, 1); text comes first where a block returns both."""
+        tokens = block_output[-1] if isinstance(block_output, tuple) else block_output
+        return tokens.transpose(1, 2)[..., None]
+
+    def on_grid(self, features: Tensor, noisy_latents: Tensor) -> Tensor:
+        """Tokens laid out as patches of the latents: (rows, channels, height', width')."""
+        rows, channels, tokens, _ = features.shape
+        height, width = noisy_latents.shape[-2:]
+        patch = round((height * width / tokens) ** 0.5)
+        if patch < 1 or (height // patch) * (width // patch) != tokens:
+            raise ModelError(
+                f"Expected one token for each patch of {height}x{width} latents, found {tokens} tokens. A wrapper "
+                "that drops or adds tokens cannot be guided: disable it while the module is attached."
+            )
+        return features.reshape(rows, channels, height // patch, width // patch)
 
 
 class StableDiffusion3(TransformerFamily):
@@ -25,14 +72,8 @@ class StableDiffusion3(TransformerFamily):
 
     def predict(self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """Run the transformer."""
-        output = denoiser(
-            hidden_states=noisy_latents,
-            encoder_hidden_states=condition["prompt_embeds"],
-            pooled_projections=condition["pooled_prompt_embeds"],
-            timestep=timesteps,
-            return_dict=False,
-        )
-        return output[0]
+        embeds, pooled = condition["prompt_embeds"], condition["pooled_prompt_embeds"]
+        return denoiser(noisy_latents, embeds, pooled, timesteps, return_dict=False)[0]
 
     def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
         """Run the text encoders that the pipeline has."""
@@ -92,8 +133,7 @@ class Flux(TransformerFamily):
                 "that send further images along (Kontext) are not supported."
             )
         noisy_latents = unpacked(tokens[..., : denoiser.out_channels], height, width)
-        condition = {"prompt_embeds": call["encoder_hidden_states"]}
-        return DenoiserCall(noisy_latents, rows_of(call["timestep"], tokens) * 1000, condition)
+        return DenoiserCall.of(noisy_latents, call["timestep"] * 1000, prompt_embeds=call["encoder_hidden_states"])
 
     def prediction(self, output: Tensor, call: DenoiserCall, channels: int) -> Tensor:
         """Unpack."""
@@ -130,8 +170,7 @@ def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
 
 def image_ids(height: int, width: int) -> Tensor:
     """Places of height x width tokens, (tokens, 3): 0, row, column."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+    return torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width))
 
 
 class PixArt(TransformerFamily):
@@ -141,33 +180,21 @@ class PixArt(TransformerFamily):
     prompt_width = "caption_channels"
 
     def predict(self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """Run the transformer and leave out the variance."""
+        """Run the transformer, which may read the size, and leave out the variance."""
+        sizes: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+        if getattr(denoiser, "use_additional_conditions", False):
+            height, width = (float(side * self.latent_factor) for side in noisy_latents.shape[-2:])
+            values = {"resolution": [height, width], "aspect_ratio": [height / width]}
+            sizes = {name: noisy_latents.new_tensor([v]).expand(len(noisy_latents), -1) for name, v in values.items()}
         output = denoiser(
             noisy_latents,
             encoder_hidden_states=condition["prompt_embeds"],
             encoder_attention_mask=condition["prompt_attention_mask"],
             timestep=timesteps,
-            added_cond_kwargs=self.size_condition(denoiser, noisy_latents),
+            added_cond_kwargs=sizes,
             return_dict=False,
         )
         return output[0][:, : denoiser.config["in_channels"]]
-
-    def size_condition(self, denoiser: Any, noisy_latents: Tensor) -> dict[str, Any]:
-        """Size and aspect ratio, for the models that are conditioned on them."""
-        if not getattr(denoiser, "use_additional_conditions", False):
-            return {"resolution": None, "aspect_ratio": None}
-        rows, _, *sides = noisy_latents.shape
-        height, width = (float(side * self.latent_factor) for side in sides)
-        options: dict[str, Any] = {"dtype": noisy_latents.dtype, "device": noisy_latents.device}
-        return {
-            "resolution": torch.tensor([[height, width]], **options).expand(rows, -1),
-            "aspect_ratio": torch.tensor([[height / width]], **options).expand(rows, -1),
-        }
-
-    def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
-        """Read the mask as well."""
-        plain, mask = super().read(denoiser, call), call.get("encoder_attention_mask")
-        return plain if mask is None else replace(plain, condition=plain.condition | {"prompt_attention_mask": mask})
 
     def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
         """Run T5."""
@@ -196,11 +223,6 @@ class DiT(TransformerFamily):
         """Run the transformer and leave out the variance that it has learnt beside the noise."""
         output = denoiser(noisy_latents, timestep=timesteps, class_labels=condition["class_labels"], return_dict=False)
         return output[0][:, : denoiser.config["in_channels"]]
-
-    def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
-        """Read `hidden_states`, `timestep` and `class_labels`."""
-        noisy_latents, condition = call["hidden_states"], {"class_labels": call["class_labels"]}
-        return DenoiserCall(noisy_latents, rows_of(call["timestep"], noisy_latents), condition)
 
     def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
         """Look the classes up."""

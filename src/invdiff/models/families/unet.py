@@ -3,50 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...errors import ConfigError, ModelError
-from .base import Condition, UNetFamily
+from .base import Condition, DenoiserCall, DenoiserShape, Family
 
 
-class StableDiffusion(UNetFamily):
-    """Stable Diffusion 1.x and 2.x."""
+class StableDiffusion(Family):
+    """Stable Diffusion 1.x and 2.x, and what all UNets share: inputs of these names, and a middle block."""
 
     title = "Stable Diffusion 1.x/2.x"
+    conditions: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
+
+    def shape(self, denoiser: Any) -> DenoiserShape:
+        """The middle block."""
+        config = denoiser.config
+        return DenoiserShape(
+            latent_channels=config["out_channels"],
+            feature_path="mid_block",
+            feature_channels=config["block_out_channels"][-1],
+            prompt_dim=config.get("cross_attention_dim") or 0,
+        )
+
+    def base_width(self, denoiser: Any) -> int:
+        """Half of the UNet's first level."""
+        return denoiser.config["block_out_channels"][0] // 2
+
+    def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
+        """`sample`, `timestep` and, where there is one, `encoder_hidden_states`."""
+        return DenoiserCall.of(call["sample"], call["timestep"], prompt_embeds=call.get("encoder_hidden_states"))
 
     def predict(self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """Run the UNet."""
-        output = denoiser(
-            noisy_latents,
-            timesteps,
-            encoder_hidden_states=condition["prompt_embeds"],
-            return_dict=False,
-            **self.added(noisy_latents, condition),
-        )
-        return output[0]
+        options = self.added(noisy_latents, condition)
+        return denoiser(noisy_latents, timesteps, condition["prompt_embeds"], return_dict=False, **options)[0]
 
     def added(self, noisy_latents: Tensor, condition: Condition) -> dict[str, Any]:
         """Further arguments of the UNet."""
         return {}
 
     def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
-        """Run the text encoder."""
-        embeds = pipe.encode_prompt(
+        """Run the text encoders; each result is followed by its unconditional half, here None."""
+        encoded = pipe.encode_prompt(
             prompt=list(captions),
             device=pipe._execution_device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
-        )[0]
-        return {"prompt_embeds": embeds}
+        )
+        return dict(zip(self.conditions, encoded[::2], strict=False))
 
 
 class StableDiffusionXL(StableDiffusion):
     """Stable Diffusion XL: two text encoders, and the size of the image among the conditions."""
 
     title = "Stable Diffusion XL"
+    conditions = ("prompt_embeds", "pooled_prompt_embeds")
 
     def added(self, noisy_latents: Tensor, condition: Condition) -> dict[str, Any]:
         """The pooled prompt, and the size of an image that was neither resized nor cropped."""
@@ -54,16 +68,6 @@ class StableDiffusionXL(StableDiffusion):
         pooled = condition["pooled_prompt_embeds"]
         time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=pooled.dtype, device=pooled.device)
         return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids.expand(len(pooled), -1)}}
-
-    def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
-        """Run both text encoders."""
-        embeds, _, pooled, _ = pipe.encode_prompt(
-            prompt=list(captions),
-            device=pipe._execution_device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def encoding_key(self, pipe: Any) -> list[str]:
         """Whether the null condition is zeros."""
@@ -77,7 +81,7 @@ class StableDiffusionXL(StableDiffusion):
         return empty
 
 
-class Unconditional(UNetFamily):
+class Unconditional(StableDiffusion):
     """A `UNet2DModel` on pixels without class labels: all images are of one prompt, which is empty."""
 
     title = "unconditional DDPM"
