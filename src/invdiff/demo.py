@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,27 +42,26 @@ def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progre
     """
     config = config or DemoConfig()
     output_dir = Path(output_dir)
+    kept: dict[str, Any] = {"cache_dir": output_dir / "cache", "progress": progress}
     seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds[name] = round(time.perf_counter() - start, 1)
 
     world = BirdsWorld(config.num_images, severity=config.severity, seed=config.seed)
     data = load_captioned_images(world.write(output_dir / "data", progress=progress))
     pipe = load_pipeline(BIRDS_MODEL)
-
-    with _timed(seconds, "audit"):
-        found = audit(pipe, data, cache_dir=output_dir / "cache", progress=progress)
+    with timed("audit"):
+        found = audit(pipe, data, **kept)
         found.save(output_dir / "audit")
-    with _timed(seconds, "train"):
-        module = train(
-            pipe,
-            data,
-            found,
-            output_dir / "module",
-            config=TrainConfig(steps=config.steps, seed=config.seed),
-            cache_dir=output_dir / "cache",
-            progress=progress,
-        )
+    with timed("train"):
+        training = TrainConfig(steps=config.steps, seed=config.seed)
+        module = train(pipe, data, found, output_dir / "module", config=training, **kept)
     folders: dict[str, list[Path]] = {"base": [], "guided": []}
-    with _timed(seconds, "generate"):
+    with timed("generate"):
         for guidance_scale in config.guidance_scales:
             settings = GenerateConfig(
                 images_per_prompt=config.images_per_prompt,
@@ -73,21 +73,21 @@ def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progre
                 folder = output_dir / "images" / f"{name}-cfg-{guidance_scale:g}"
                 generate(pipe, canonical_prompts(), folder, module=used, config=settings, progress=progress)
                 folders[name].append(folder)
-    with _timed(seconds, "evaluate"):
-        results = measure(folders, config, progress=progress)
-        truth = hidden_truth(found, data)
-        parameters = module.num_parameters()
-        share = parameters / sum(p.numel() for p in denoiser_of(pipe).parameters())
-
+    with timed("evaluate"):
+        annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
+        seed = derived_seed("reference", config.seed) % 2**31
+        balanced = BirdsWorld(config.reference_images, severity=0.5, seed=seed)
+        reference = describe_images((balanced.row(i)["image"] for i in range(len(balanced))), annotator)
+        judging = EvaluateConfig(subject_attribute="subject")
+        results = evaluate(folders, annotator, "background", reference=reference, config=judging, progress=progress)
+        truth = asdict(hidden_truth(found, data))
+    truth.pop("adjusted_rand")
+    parameters = module.num_parameters()
+    share = parameters / sum(p.numel() for p in denoiser_of(pipe).parameters())
     facts = {
-        "audit": {
-            **{name: value for name, value in asdict(truth).items() if name != "adjusted_rand"},
-            "biased": found.biased,
-            "forwards_per_image": found.forwards_per_image,
-        },
+        "audit": truth | {"biased": found.biased, "forwards_per_image": found.forwards_per_image},
         "module": {"parameters": parameters, "share_of_denoiser": share},
-        "seconds": {name: round(value, 1) for name, value in seconds.items()}
-        | {"total": round(sum(seconds.values()), 1)},
+        "seconds": seconds | {"total": round(sum(seconds.values()), 1)},
         "settings": config.to_dict(),
     }
     save_audit_pictures(output_dir / "audit", data)
@@ -105,22 +105,6 @@ def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progre
     return results
 
 
-def measure(folders: dict[str, list[Path]], config: DemoConfig, *, progress: bool) -> Results:
-    """Judge images with the bundled annotator, against a balanced set drawn apart."""
-    annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
-    reference_seed = derived_seed("reference", config.seed) % 2**31
-    reference = BirdsWorld(config.reference_images, severity=0.5, seed=reference_seed)
-    seen = describe_images((reference.row(i)["image"] for i in range(len(reference))), annotator)
-    return evaluate(
-        folders,
-        annotator,
-        "background",
-        reference=seen,
-        config=EvaluateConfig(subject_attribute="subject"),
-        progress=progress,
-    )
-
-
 def hidden_truth(found: Audit, data: CaptionedImages) -> Recovery:
     """Compare an audit with the background that captions leave unsaid: the only place where labels are read.
 
@@ -132,10 +116,3 @@ def hidden_truth(found: Audit, data: CaptionedImages) -> Recovery:
     unsaid = np.array([f" on {backgrounds[row]}" not in data.captions[row] for row in rows])
     minority = np.array([NATURAL_BACKGROUND[subjects[row]] != backgrounds[row] for row in rows])
     return recovery(found.scores[unsaid], found.in_rare_group[unsaid], minority[unsaid])
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - start

@@ -24,9 +24,8 @@ PATIENCE = timedelta(hours=12)
 
 def state() -> PartialState:
     """The processes as accelerate sees them; the first call joins them."""
-    if PartialState._shared_state:
-        return PartialState()
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    joining = {} if PartialState._shared_state else {"cpu": not torch.cuda.is_available(), "timeout": PATIENCE}
+    return PartialState(**joining)
 
 
 def num_processes() -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .distributed import is_main
 
@@ -17,9 +17,8 @@ console = Console(stderr=True)
 class Bar:
     """A running bar. Figures given to `advance` are smoothed before they are shown."""
 
-    def __init__(self, progress: Progress | None, task: TaskID | None) -> None:
+    def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
-        self._task = task
         self._figures: dict[str, float] = {}
         self._count = 0
 
@@ -28,30 +27,25 @@ class Bar:
 
         A tensor on an accelerator is read every tenth call only, since reading it waits for the device.
         """
-        if self._progress is None or self._task is None:
+        if self._progress is None:
             return
         if self._count % 10 == 0:
-            for name, value in figures.items():
-                value = float(value.detach() if isinstance(value, torch.Tensor) else value)
+            for name, figure in figures.items():
+                value = float(figure.detach() if isinstance(figure, torch.Tensor) else figure)
                 self._figures[name] = value + 0.9 * (self._figures.get(name, value) - value)
         self._count += 1
         shown = "  ".join(f"{name} {value:.4g}" for name, value in self._figures.items())
-        self._progress.update(self._task, advance=amount, figures=shown)
+        self._progress.update(self._progress.task_ids[0], advance=amount, figures=shown)
 
 
 @contextlib.contextmanager
 def progress_bar(description: str, total: int, *, start: int = 0, enabled: bool = True) -> Iterator[Bar]:
     """Show a bar on standard error while the block runs, or nothing where `enabled` is false."""
     if not enabled or not is_main():
-        yield Bar(None, None)
+        yield Bar(None)
         return
-    columns = (
-        TextColumn("[bold]{task.description:<18}"),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[figures]}"),
-    )
+    columns = [TextColumn("[bold]{task.description:<18}"), BarColumn(bar_width=28), MofNCompleteColumn()]
+    columns += [TimeRemainingColumn(), TextColumn("[dim]{task.fields[figures]}")]
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(description, total=total, completed=start, figures="")
-        yield Bar(progress, task)
+        progress.add_task(description, total=total, completed=start, figures="")
+        yield Bar(progress)

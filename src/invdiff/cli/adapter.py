@@ -27,9 +27,9 @@ Command = Callable[..., None]
 _METAVARS: dict[Any, str] = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
-def option(help: str, *flags: str, panel: str = SETTINGS, **details: Any) -> Any:
-    """An option that is no field of a dataclass."""
-    return typer.Option(*flags, help=help, rich_help_panel=panel, **details)
+def option(default: Any, help: str, *flags: str, panel: str = SETTINGS, **details: Any) -> Any:
+    """An option that is no field of a dataclass; `...` for a default makes it a necessary one."""
+    return typer.Option(default, *flags, help=help, rich_help_panel=panel, **details)
 
 
 def shown_default(words: object) -> str:
@@ -37,19 +37,14 @@ def shown_default(words: object) -> str:
     return f" [dim]\\[default: {words}][/dim]"
 
 
-CONFIG = Annotated[
-    Path | None,
-    option("JSON or YAML with any settings of this step. Options override it.", "--config", metavar="FILE"),
-]
+CONFIG = option(..., "JSON or YAML with any settings of this step. Options override it.", "--config", metavar="FILE")
 
 
-def command(
-    app: typer.Typer, example: str, *, panel: str | None = None, name: str | None = None
-) -> Callable[[Command], Command]:
+def command(app: typer.Typer, example: str, *, panel: str = "", name: str = "") -> Callable[[Command], Command]:
     """Register a function as a command of `app`, whose help ends with an example."""
 
     def register(function: Command) -> Command:
-        app.command(name, rich_help_panel=panel, epilog=f"Example: {example}")(_with_options(function))
+        app.command(name or None, rich_help_panel=panel or None, epilog=f"Example: {example}")(_with_options(function))
         return function
 
     return register
@@ -67,7 +62,9 @@ def _with_options(function: Command) -> Command:
         kind: Any = own.annotation
         kinds[name] = kind
         if issubclass(kind, Config):
-            parameters.append(inspect.Parameter("config", own.KEYWORD_ONLY, default=None, annotation=CONFIG))
+            parameters.append(
+                inspect.Parameter("config", own.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, CONFIG])
+            )
         for setting in settings_of(kind).values():
             annotation = _annotation(setting, field_docs(kind)[setting.name], getattr(kind, "panel", SETTINGS))
             parameter = inspect.Parameter(setting.name, own.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -99,6 +96,7 @@ def _annotation(setting: Setting, doc: str, panel: str) -> Any:
     return Annotated[
         hint | None,
         option(
+            ...,
             doc + (shown_default(default) if default else ""),
             setting.flag,
             panel=setting.option.panel or panel,

@@ -32,19 +32,11 @@ LabelledData = Annotated[
         "them, or a hub dataset id; or a folder with one sub-folder of images per class, the attribute `label`.",
     ),
 ]
-Folders = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="DIR",
-        help="Folders that `invdiff generate` wrote, or any with a manifest (file_name, prompt), each named after its "
-        "model, or NAME=DIR. Several NAME=DIR with one name are one model at several guidance scales.",
-    ),
-]
 Classes = Annotated[
-    Path | None, option("YAML or JSON for a CLIP annotator: attribute to class to prompts.", metavar="FILE")
+    Path | None, option(..., "YAML or JSON for a CLIP annotator: attribute to class to prompts.", metavar="FILE")
 ]
-Output = Annotated[Path, option("Folder to write to.", panel=RUN, metavar="DIR")]
-Quiet = Annotated[bool, option("Show no progress.", "--quiet", "-q", panel=RUN)]
+Output = Annotated[Path, option(..., "Folder to write to.", panel=RUN, metavar="DIR")]
+Quiet = Annotated[bool, option(..., "Show no progress.", "--quiet", "-q", panel=RUN)]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -59,12 +59,10 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback(epilog="Example: invdiff demo --output out/demo")
 def invdiff(
-    debug: Annotated[
-        bool, typer.Option("--debug", envvar="INVDIFF_DEBUG", help="Show the traceback of every error.")
-    ] = False,
-    show_version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
-    ] = False,
+    debug: bool = typer.Option(False, "--debug", envvar="INVDIFF_DEBUG", help="Show the traceback of every error."),
+    show_version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Show the version and stop."
+    ),
 ) -> None:
     """Find, remove and measure hidden biases in text-to-image diffusion models, without labels.
 
@@ -96,10 +94,9 @@ def audit(
     data: Data,
     output: Output,
     settings: AuditConfig,
-    words_file: Annotated[
-        Path | None,
-        option("A text file with further words for the words model, one a line.", "--words", metavar="FILE"),
-    ] = None,
+    words_file: Path | None = option(
+        None, "A text file with further words for the words model, one a line.", "--words", metavar="FILE"
+    ),
     source: CaptionOptions,
     weights: CacheOptions,
     quiet: Quiet = False,
@@ -147,7 +144,7 @@ def train(
     *,
     model: Model,
     data: Data,
-    audit_dir: Annotated[Path, typer.Argument(metavar="AUDIT", help="The folder that `invdiff audit` wrote.")],
+    audit_dir: Path = typer.Argument(..., metavar="AUDIT", help="The folder that `invdiff audit` wrote."),
     output: Output,
     settings: TrainConfig,
     source: CaptionOptions,
@@ -176,26 +173,21 @@ def train(
 def generate(
     *,
     model: Model,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="PROMPT",
-            help="What to draw: prompts, or names of classes for a class-conditional model; none for one of neither.",
-        ),
-    ] = None,
+    prompts: list[str] | None = typer.Argument(
+        None,
+        metavar="PROMPT",
+        help="What to draw: prompts, or names of classes for a class-conditional model; none for one of neither.",
+    ),
     output: Output,
-    prompts_file: Annotated[
-        Path | None, option("A text file with one further prompt per line.", panel=DATA, metavar="FILE")
-    ] = None,
-    module: Annotated[
-        str | None,
-        option(
-            "What `invdiff train` wrote: a folder, or a hub id. Without it, the plain model draws.", metavar="MODULE"
-        ),
-    ] = None,
-    environments: Annotated[
-        str, option("Target mix of the groups: uniform, or one proportion per group such as 0.7,0.3.")
-    ] = "uniform",
+    prompts_file: Path | None = option(
+        None, "A text file with one further prompt per line.", panel=DATA, metavar="FILE"
+    ),
+    module: str | None = option(
+        None, "What `invdiff train` wrote: a folder, or a hub id. Without it, the plain model draws.", metavar="MODULE"
+    ),
+    environments: str = option(
+        "uniform", "Target mix of the groups: uniform, or one proportion per group such as 0.7,0.3."
+    ),
     settings: GenerateConfig,
     weights: WeightsOptions,
     quiet: Quiet = False,
@@ -238,14 +230,14 @@ def generate(
 def birds(
     *,
     output: Output,
-    num_images: Annotated[int, option("How many images.", min=1)] = 6000,
-    severity: Annotated[float, option("Share of images whose background agrees with the bird.", min=0, max=1)] = 0.95,
-    world: Annotated[
-        Literal["two-prompts", "one-prompt"], option("Land and water birds, or land birds captioned as birds.")
-    ] = "two-prompts",
-    resolution: Annotated[int, option("Pixels a side.", min=16)] = 64,
-    image_format: Annotated[Literal["png", "jpg"], option("Format of the files.", "--format")] = "png",
-    seed: Annotated[int, option("Another seed, another set.", min=0)] = 0,
+    num_images: int = option(6000, "How many images.", min=1),
+    severity: float = option(0.95, "Share of images whose background agrees with the bird.", min=0, max=1),
+    world: Literal["two-prompts", "one-prompt"] = option(
+        "two-prompts", "Land and water birds, or land birds captioned as birds."
+    ),
+    resolution: int = option(64, "Pixels a side.", min=16),
+    image_format: Literal["png", "jpg"] = option("png", "Format of the files.", "--format"),
+    seed: int = option(0, "Another seed, another set.", min=0),
     quiet: Quiet = False,
 ) -> None:
     """Draw the bundled world: captioned birds whose background agrees with the bird, in most images."""
@@ -262,14 +254,12 @@ def finetune(
     *,
     data: Data,
     output: Output,
-    base: Annotated[
-        str | None,
-        option("Train this pipeline's denoiser. Without it, a small model is trained from scratch.", metavar="MODEL"),
-    ] = None,
-    architecture: Annotated[
-        Path | None,
-        option("JSON or YAML with the shape of a model trained from scratch (ArchitectureConfig).", metavar="FILE"),
-    ] = None,
+    base: str | None = option(
+        None, "Train this pipeline's denoiser. Without it, a small model is trained from scratch.", metavar="MODEL"
+    ),
+    architecture: Path | None = option(
+        None, "JSON or YAML with the shape of a model trained from scratch (ArchitectureConfig).", metavar="FILE"
+    ),
     settings: FinetuneConfig,
     source: DataOptions,
     quiet: Quiet = False,

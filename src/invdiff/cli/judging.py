@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -17,7 +17,6 @@ from .arguments import (
     CaptionOptions,
     Classes,
     DataOptions,
-    Folders,
     LabelledData,
     Output,
     Quiet,
@@ -46,28 +45,30 @@ app.add_typer(
 )
 def evaluate(
     *,
-    folders: Folders,
-    annotator: Annotated[
-        str,
-        option(
-            "What names the classes: a folder that `invdiff annotator train` or `measure` wrote, a CLIP model (with "
-            "--classes), any image classifier of transformers, or `labels` for columns of the manifest.",
-            metavar="ANNOTATOR",
-        ),
-    ],
-    attribute: Annotated[
-        list[str],
-        option("Sensitive attribute, to measure Bias on; repeat for more, and for how they intersect."),
-    ],
+    folders: list[str] = typer.Argument(
+        ...,
+        metavar="DIR",
+        help="Folders that `invdiff generate` wrote, or any with a manifest (file_name, prompt), each named after its "
+        "model, or NAME=DIR. Several NAME=DIR with one name are one model at several guidance scales.",
+    ),
+    annotator: str = option(
+        ...,
+        "What names the classes: a folder that `invdiff annotator train` or `measure` wrote, a CLIP model (with "
+        "--classes), any image classifier of transformers, or `labels` for columns of the manifest.",
+        metavar="ANNOTATOR",
+    ),
+    attribute: list[str] = option(
+        ..., "Sensitive attribute, to measure Bias on; repeat for more, and for how they intersect."
+    ),
     classes: Classes = None,
     settings: EvaluateConfig,
-    reference: Annotated[
-        str | None, option("Captioned images that quality is measured against.", panel=DATA, metavar="DATA")
-    ] = None,
+    reference: str | None = option(
+        None, "Captioned images that quality is measured against.", panel=DATA, metavar="DATA"
+    ),
     source: DataOptions,
-    output: Annotated[
-        Path, option("JSON file to write; every figure is also a row of a CSV file beside it.", panel=RUN)
-    ] = Path("results.json"),
+    output: Path = option(
+        Path("results.json"), "JSON file to write; every figure is also a row of a CSV file beside it.", panel=RUN
+    ),
     quiet: Quiet = False,
 ) -> None:
     """Measure Bias, accuracy and quality of generated images, of any tool, at every guidance scale."""
@@ -91,26 +92,23 @@ def evaluate(
 @command(app, "invdiff report out/demo --output out/report", panel=WAY)
 def report(
     *,
-    run: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="RUN",
-            help="A folder with audit/, module/, data/, results.json and folders of images named after their models, "
-            "such as `invdiff demo` writes. Any part may be absent, or named apart.",
-        ),
-    ] = None,
+    run: Path | None = typer.Argument(
+        None,
+        metavar="RUN",
+        help="A folder with audit/, module/, data/, results.json and folders of images named after their models, "
+        "such as `invdiff demo` writes. Any part may be absent, or named apart.",
+    ),
     output: Output,
-    audit: Annotated[Path | None, option("What `invdiff audit` wrote.", metavar="DIR")] = None,
-    results: Annotated[
-        Path | None, option("What `invdiff evaluate` or `invdiff demo` wrote: results.json.", metavar="FILE")
-    ] = None,
-    images: Annotated[
-        list[str] | None,
-        option("NAME=DIR: generated images of a model, named as in the results; repeat for more.", metavar="NAME=DIR"),
-    ] = None,
-    module: Annotated[Path | None, option("What `invdiff train` wrote.", metavar="DIR")] = None,
-    data: Annotated[str | None, option("The images that were audited.", "--data", panel=DATA, metavar="DATA")] = None,
-    title: Annotated[str | None, option("The heading.")] = None,
+    audit: Path | None = option(None, "What `invdiff audit` wrote.", metavar="DIR"),
+    results: Path | None = option(
+        None, "What `invdiff evaluate` or `invdiff demo` wrote: results.json.", metavar="FILE"
+    ),
+    images: list[str] | None = option(
+        None, "NAME=DIR: generated images of a model, named as in the results; repeat for more.", metavar="NAME=DIR"
+    ),
+    module: Path | None = option(None, "What `invdiff train` wrote.", metavar="DIR"),
+    data: str | None = option(None, "The images that were audited.", "--data", panel=DATA, metavar="DATA"),
+    title: str | None = option(None, "The heading."),
     source: CaptionOptions,
 ) -> None:
     """Write what was found, changed and measured as one HTML file to read and forward, and as Markdown."""
@@ -143,50 +141,38 @@ def report(
 @command(app, "invdiff ui out/demo", panel=WAY)
 def ui(
     *,
-    runs: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="RUN",
-            help="Folders with audit/, module/, data/ and results.json, such as `invdiff demo` writes; any part may "
-            "be absent. Without one, and without a model, the bundled demo is opened.",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        option("The pipeline." + shown_default("the one that the module was trained for"), metavar="MODEL"),
-    ] = None,
-    module: Annotated[
-        str | None, option("What `invdiff train` wrote." + shown_default("the first run's"), metavar="MODULE")
-    ] = None,
-    annotator: Annotated[
-        str | None,
-        option(
-            "What counts images, as for `invdiff evaluate`." + shown_default("for the bundled model, its own"),
-            metavar="ANNOTATOR",
-        ),
-    ] = None,
-    attribute: Annotated[
-        str | None, option("For an image classifier: what its classes are classes of.", metavar="NAME")
-    ] = None,
+    runs: list[Path] | None = typer.Argument(
+        None,
+        metavar="RUN",
+        help="Folders with audit/, module/, data/ and results.json, such as `invdiff demo` writes; any part may "
+        "be absent. Without one, and without a model, the bundled demo is opened.",
+    ),
+    model: str | None = option(
+        None, "The pipeline." + shown_default("the one that the module was trained for"), metavar="MODEL"
+    ),
+    module: str | None = option(
+        None, "What `invdiff train` wrote." + shown_default("the first run's"), metavar="MODULE"
+    ),
+    annotator: str | None = option(
+        None,
+        "What counts images, as for `invdiff evaluate`." + shown_default("for the bundled model, its own"),
+        metavar="ANNOTATOR",
+    ),
+    attribute: str | None = option(None, "For an image classifier: what its classes are classes of.", metavar="NAME"),
     classes: Classes = None,
-    data: Annotated[
-        str | None,
-        option("The images that were audited, where a run does not hold them.", "--data", panel=DATA, metavar="DATA"),
-    ] = None,
+    data: str | None = option(
+        None, "The images that were audited, where a run does not hold them.", "--data", panel=DATA, metavar="DATA"
+    ),
     source: CaptionOptions,
     weights: WeightsOptions,
-    host: Annotated[
-        str, option("Address to listen on. Any but this machine's own needs --public.", panel=RUN)
-    ] = "127.0.0.1",
-    port: Annotated[
-        int | None,
-        option("Port to listen on." + shown_default("the first free one from 7860"), panel=RUN, min=0, max=65535),
-    ] = None,
-    public: Annotated[
-        bool,
-        option(f"Let others on the network in, who are asked for the password in ${PASSWORD}.", "--public", panel=RUN),
-    ] = False,
-    browser: Annotated[bool, option("Open a browser.", panel=RUN)] = True,
+    host: str = option("127.0.0.1", "Address to listen on. Any but this machine's own needs --public.", panel=RUN),
+    port: int | None = option(
+        None, "Port to listen on." + shown_default("the first free one from 7860"), panel=RUN, min=0, max=65535
+    ),
+    public: bool = option(
+        False, f"Let others on the network in, who are asked for the password in ${PASSWORD}.", "--public", panel=RUN
+    ),
+    browser: bool = option(True, "Open a browser.", panel=RUN),
 ) -> None:
     """Open a page in the browser: draw with and without guidance, look through an audit, compare results.
 
@@ -224,13 +210,13 @@ def annotator_train(
     *,
     data: LabelledData,
     output: Output,
-    attribute: Annotated[
-        list[str] | None, option("Column to learn; repeat for more. Without it, all columns but captions.")
-    ] = None,
-    steps: Annotated[int, option("Optimiser steps.", min=1)] = 400,
-    batch_size: Annotated[int, option("Images per step.", min=1)] = 64,
-    resolution: Annotated[int, option("Pixels a side that images are resized to.", min=16)] = 64,
-    seed: Annotated[int, option("Seed of split, weights and batches.")] = 0,
+    attribute: list[str] | None = option(
+        None, "Column to learn; repeat for more. Without it, all columns but captions."
+    ),
+    steps: int = option(400, "Optimiser steps.", min=1),
+    batch_size: int = option(64, "Images per step.", min=1),
+    resolution: int = option(64, "Pixels a side that images are resized to.", min=16),
+    seed: int = option(0, "Seed of split, weights and batches."),
     source: DataOptions,
     quiet: Quiet = False,
 ) -> None:
@@ -256,20 +242,17 @@ def annotator_train(
 )
 def annotator_measure(
     *,
-    annotator: Annotated[
-        str,
-        typer.Argument(
-            metavar="ANNOTATOR",
-            help="A folder that `invdiff annotator train` wrote, or a folder or hub id of a CLIP model (with "
-            "--classes) or of an image classifier from transformers.",
-        ),
-    ],
+    annotator: str = typer.Argument(
+        ...,
+        metavar="ANNOTATOR",
+        help="A folder that `invdiff annotator train` wrote, or a folder or hub id of a CLIP model (with "
+        "--classes) or of an image classifier from transformers.",
+    ),
     data: LabelledData,
     output: Output,
-    attribute: Annotated[
-        list[str] | None,
-        option("Column to measure on; repeat for more. Without it, all that annotator and images share."),
-    ] = None,
+    attribute: list[str] | None = option(
+        None, "Column to measure on; repeat for more. Without it, all that annotator and images share."
+    ),
     classes: Classes = None,
     source: DataOptions,
     quiet: Quiet = False,
