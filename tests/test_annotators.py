@@ -16,7 +16,6 @@ from invdiff.data.images import UnreadableImage
 from invdiff.errors import ConfigError, DataError, EvaluationError, ModelError
 from invdiff.evaluation.annotators.annotations import CANNOT_TELL, Annotations
 from invdiff.evaluation.annotators.conv import ConvAnnotator, stratified_share, to_pixels
-from invdiff.evaluation.annotators.heldout import measure_annotator
 from invdiff.evaluation.annotators.labels import load_labelled_images
 from invdiff.evaluation.annotators.load import load_annotator, save_measured
 from tiny import clip_config, make_tokenizer, save_clip
@@ -66,18 +65,18 @@ LEAST = {"steps": 1, "batch_size": 4, "resolution": 16, "progress": False}
 
 @pytest.fixture(scope="module")
 def annotator():
-    return ConvAnnotator.fit(ToyImages(480), **FAST)
+    return ConvAnnotator.fit(ToyImages(480, agreement=0.97), **FAST)
 
 
 @pytest.fixture(scope="module")
 def fresh():
-    return ToyImages(80, seed=1)
+    return ToyImages(80, agreement=0.0, seed=1)
 
 
-def test_separable_attributes_are_learnt_and_annotations_have_the_promised_shapes(annotator, fresh):
+def test_attributes_that_go_together_are_told_apart_and_annotations_have_the_promised_shapes(annotator, fresh):
     seen = annotator.predict(iter(fresh.images), batch_size=32)
     for name in ("colour", "side"):
-        assert np.mean(np.array(seen.labels(name)) == fresh.attributes[name]) > 0.95
+        assert np.mean(np.array(seen.labels(name)) == fresh.attributes[name]) > 0.9
         assert seen.probabilities[name].shape == (80, 2)
         np.testing.assert_allclose(seen.probabilities[name].sum(axis=1), 1, atol=1e-6)
     assert seen.features.shape == (80, 64)
@@ -86,13 +85,6 @@ def test_separable_attributes_are_learnt_and_annotations_have_the_promised_shape
     nothing = annotator.predict([])
     assert nothing.features.shape == (0, 64)
     assert nothing.labels("side") == []
-
-
-def test_attributes_that_go_together_are_still_told_apart():
-    annotator = ConvAnnotator.fit(ToyImages(600, agreement=0.95), **{**FAST, "steps": 100})
-    data = ToyImages(200, agreement=0.0, seed=2)
-    labels = annotator.predict(data.images).labels("side")
-    assert np.mean(np.array(labels) == data.attributes["side"]) > 0.9
 
 
 def test_fitting_repeats_with_its_seed_and_leaves_the_global_generator_alone():
@@ -121,7 +113,7 @@ def test_unreadable_images_are_left_out_up_to_the_share_allowed():
 
 def test_ten_attributes_fit_in_a_hundred_thousand_parameters():
     annotator = ConvAnnotator(attributes={str(index): ["a", "b", "c"] for index in range(10)})
-    assert sum(parameter.numel() for parameter in annotator.parameters()) <= 100_000
+    assert annotator.num_parameters() <= 100_000
 
 
 def test_pixels_are_the_centre_square():
@@ -156,9 +148,10 @@ def test_settings_out_of_range_are_refused(setting):
 
 
 def test_a_saved_annotator_comes_back_bit_for_bit_with_its_held_out_images(annotator, fresh, tmp_path):
-    annotator.save_pretrained(tmp_path / "colours")
-    assert {path.suffix for path in (tmp_path / "colours").iterdir()} == {".safetensors", ".json"}
-    loaded = ConvAnnotator.from_pretrained(tmp_path / "colours")
+    folder = tmp_path / "colours"
+    annotator.save_pretrained(folder)
+    assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
+    loaded = ConvAnnotator.from_pretrained(folder)
     assert annotator.name == "annotator"
     assert loaded.name == loaded.feature_name == "colours"
     assert loaded.attributes == annotator.attributes == {"colour": ("blue", "red"), "side": ("left", "right")}
@@ -173,13 +166,9 @@ def test_a_saved_annotator_comes_back_bit_for_bit_with_its_held_out_images(annot
     assert 44 <= loaded.confusion("side").sum() <= 52  # a fifth was held out, and half of that calibrated on
     with pytest.raises(EvaluationError, match="one of the attributes colour, side, got 'age'"):
         loaded.confusion("age")
-
-
-def test_saving_over_a_measured_annotator_removes_what_is_not_its_own(annotator, tmp_path):
-    annotator.save_pretrained(tmp_path)
-    (tmp_path / "annotator.json").write_text("{}")
-    ConvAnnotator(attributes={"side": ["left", "right"]}).save_pretrained(tmp_path)
-    assert load_annotator(str(tmp_path)).confusion("side") is None
+    (folder / "annotator.json").write_text("{}")  # of another annotator, as are the held-out images
+    ConvAnnotator(attributes={"side": ["left", "right"]}).save_pretrained(folder)
+    assert load_annotator(str(folder)).confusion("side") is None
 
 
 def truncate(path):
@@ -216,10 +205,8 @@ def test_probabilities_are_those_of_the_logits_over_the_temperature(annotator, f
         logits = dict(zip(annotator.attributes, annotator(pixels)[1], strict=True))
     seen = annotator.predict(fresh.images)
     for name, values in logits.items():
-        weights = np.exp(values.double().numpy() / annotator.config["temperatures"][name])
-        np.testing.assert_allclose(
-            seen.probabilities[name], weights / weights.sum(axis=1, keepdims=True), rtol=1e-4, atol=1e-6
-        )
+        expected = (values / annotator.config["temperatures"][name]).softmax(dim=1)
+        np.testing.assert_allclose(seen.probabilities[name], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_calibration_brings_confidence_down_to_accuracy(annotator):
@@ -254,24 +241,11 @@ def test_stratified_shares_hold_each_cell_s_share():
     assert np.array_equal(rows, np.unique(rows))
 
 
-def test_sub_folders_are_classes_and_a_folder_of_images_alone_has_nothing_to_learn(tmp_path):
-    data = load_labelled_images(ToyImages(4).write_sub_folders(tmp_path))
-    assert data.attributes == {"label": ["cat", "cat", "dog", "dog"]}
-    with pytest.raises(DataError, match="one sub-folder of images per class"):
-        ConvAnnotator.fit(load_labelled_images(tmp_path / "cat"), progress=False)
+def seen_by(probabilities, classes=("left", "right"), features=None):
+    return Annotations({"side": classes}, {"side": probabilities}, features)
 
 
-@pytest.mark.parametrize(("header", "caption_column"), [("text", None), ("title", "title"), ("", None)])
-def test_columns_are_learnt_without_captions_and_captions_are_never_classes(tmp_path, header, caption_column):
-    rows = [f"file_name,side{f',{header}' if header else ''}"]
-    for index, image in enumerate(ToyImages(4).images):
-        image.save(tmp_path / f"{index}.png")
-        rows.append(f"{index}.png,{'ab'[index % 2]}{',a photo' if header else ''}")
-    (tmp_path / "metadata.csv").write_text("\n".join(rows) + "\n")
-    assert load_labelled_images(tmp_path, caption_column=caption_column).attributes == {"side": ["a", "b", "a", "b"]}
-
-
-PROBABILITIES = np.array([[0.9, 0.1], [0.4, 0.6], [0.5, 0.5], [0.0, 0.0]], dtype=np.float32)
+UNSURE = np.array([[0.9, 0.1], [0.4, 0.6], [0.5, 0.5], [0.0, 0.0]], dtype=np.float32)
 
 
 @pytest.mark.parametrize(
@@ -285,39 +259,35 @@ PROBABILITIES = np.array([[0.9, 0.1], [0.4, 0.6], [0.5, 0.5], [0.0, 0.0]], dtype
     ],
 )
 def test_unsure_images_have_the_class_after_the_last(confidence, classes):
-    seen = Annotations({"side": ("left", "right")}, {"side": PROBABILITIES}, None)
+    seen = seen_by(UNSURE)
     assert seen.classes("side", confidence).tolist() == classes
     assert seen.labels("side", confidence) == [("left", "right", CANNOT_TELL)[index] for index in classes]
 
 
-@pytest.mark.parametrize("confidence", [-0.1, 1.1, float("nan")])
-def test_confidences_outside_0_to_1_are_refused(confidence):
-    seen = Annotations({"side": ("left", "right")}, {"side": PROBABILITIES}, None)
-    with pytest.raises(EvaluationError, match="confidence from 0 to 1"):
-        seen.classes("side", confidence)
-
-
 @pytest.mark.parametrize(
-    ("classes", "values", "features", "message"),
+    ("use", "message"),
     [
-        (("left", "right"), np.full((2, 2), np.nan), None, "in \\[0, 1\\]"),
-        (("left", "right"), np.full((2, 2), 1.5), None, "values from 1 to 1.5"),
-        (("left", "right"), np.full((2, 3), 0.3), None, "2 classes"),
-        (("left", "right"), np.full((2, 2), 0.5), np.zeros((3, 4)), "as many rows"),
-        (("left", CANNOT_TELL), np.full((2, 2), 0.5), None, "other than 'cannot tell'"),
+        *(
+            (lambda confidence=confidence: seen_by(UNSURE).classes("side", confidence), "confidence from 0 to 1")
+            for confidence in (-0.1, 1.1, float("nan"))
+        ),
+        (lambda: seen_by(np.full((2, 2), np.nan)), "in \\[0, 1\\]"),
+        (lambda: seen_by(np.full((2, 2), 1.5)), "values from 1 to 1.5"),
+        (lambda: seen_by(np.full((2, 3), 0.3)), "2 classes"),
+        (lambda: seen_by(UNSURE, features=np.zeros((3, 4))), "as many rows"),
+        (lambda: seen_by(UNSURE, ("left", CANNOT_TELL)), "other than 'cannot tell'"),
     ],
 )
-def test_annotations_that_make_no_sense_are_refused(classes, values, features, message):
+def test_annotations_and_confidences_that_make_no_sense_are_refused(use, message):
     with pytest.raises(EvaluationError, match=message):
-        Annotations({"side": classes}, {"side": values}, features)
+        use()
 
 
 @pytest.fixture
-def net(annotator, fresh, tmp_path):
-    """A folder with a net, and one with a measurement of its sides on 80 images."""
+def net(annotator, tmp_path):
+    """A folder with a net, and one with a measurement of it."""
     annotator.save_pretrained(tmp_path / "net")
-    held_out = measure_annotator(annotator, fresh, ["side"], progress=False)
-    save_measured(tmp_path / "measured", annotator, held_out, spec=str(tmp_path / "net"))
+    save_measured(tmp_path / "measured", annotator, annotator.held_out, spec=str(tmp_path / "net"))
     return tmp_path / "net"
 
 
@@ -331,34 +301,22 @@ def test_a_measurement_is_never_written_into_the_annotator_s_own_folder(annotato
     before = all_bytes()
     with pytest.raises(ConfigError, match="Expected another folder"):
         save_measured(net.parent / output, annotator, annotator.held_out, spec=str(net.parent / spec))
+    words = ["annotator", "measure", str(net.parent / spec), "no/such/images", "--output", str(net.parent / output)]
+    with pytest.raises(ConfigError, match="Expected another folder"):  # the command, before it measures
+        CliRunner().invoke(cli.app, ["--debug", *words, "--quiet"], catch_exceptions=False)
     assert all_bytes() == before
 
 
-def test_the_command_refuses_the_annotator_s_own_folder_before_it_measures(net):
-    words = ["--debug", "annotator", "measure", str(net), "no/such/images", "--output", str(net), "--quiet"]
-    with pytest.raises(ConfigError, match="Expected another folder"):
-        CliRunner().invoke(cli.app, words, catch_exceptions=False)
-
-
-def test_measurements_that_name_one_another_are_refused(net):
-    (net / "annotator.json").write_bytes((net.parent / "measured/annotator.json").read_bytes())  # it names itself
-    for folder in (net, net.parent / "measured"):
-        with pytest.raises(ModelError, match="Expected the annotator itself"):
-            load_annotator(str(folder))
-
-
-def test_a_measurement_of_a_net_that_was_replaced_is_refused(net):
+def test_measurements_that_name_one_another_or_a_net_that_was_replaced_are_refused(net):
+    recipe = (net.parent / "measured/annotator.json").read_bytes()
     attributes = {"side": ["left", "right"], "colour": ["blue", "red"]}
     ConvAnnotator(attributes=attributes, resolution=32).save_pretrained(net)
     with pytest.raises(ModelError, match="found one of other weights"):
         load_annotator(str(net.parent / "measured"))
-
-
-def test_attributes_that_are_not_measured_anew_keep_their_confusion(annotator, net):
-    loaded = load_annotator(str(net.parent / "measured"))
-    assert loaded.confusion("side").sum() == 80
-    assert np.array_equal(loaded.confusion("colour", 0.7), annotator.confusion("colour", 0.7))
-    assert "colour" in json.loads((net.parent / "measured/confusion.json").read_text())
+    (net / "annotator.json").write_bytes(recipe)  # it names itself
+    for folder in (net, net.parent / "measured"):
+        with pytest.raises(ModelError, match="Expected the annotator itself"):
+            load_annotator(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -389,20 +347,16 @@ def test_classes_beside_an_annotator_that_has_its_own_are_refused(spec):
         load_annotator(spec, attribute="background", classes={"background": {"land": "a", "water": "b"}})
 
 
-@pytest.mark.parametrize("spec", ["absent/model", "no/such/place", "./absent"])
-def test_an_absent_annotator_is_refused(spec):
-    with pytest.raises(ModelError, match="found none"):
-        load_annotator(spec)
-
-
 def test_what_is_no_annotator_is_refused(tmp_path):
     CLIPTextModel(clip_config(make_tokenizer())).save_pretrained(tmp_path / "text")
     for name, config in (("unet", {"_class_name": UNet2DModel.__name__}), ("list", [1])):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-    for name, found in (("text", "CLIPTextModel"), ("unet", "UNet2DModel"), ("list", "something else")):
+    kinds = (("text", "CLIPTextModel"), ("unet", "UNet2DModel"), ("list", "something else"))
+    absent = [(spec, "found none") for spec in ("absent/model", "no/such/place", "./absent")]
+    for spec, found in [*((str(tmp_path / name), found) for name, found in kinds), *absent]:
         with pytest.raises(ModelError, match=found):
-            load_annotator(str(tmp_path / name))
+            load_annotator(spec)
 
 
 def test_the_commands_train_on_sub_folders_and_measure(tmp_path):
@@ -422,3 +376,5 @@ def test_the_commands_train_on_sub_folders_and_measure(tmp_path):
         assert f"--annotator {words[-2]} --attribute label" in " ".join(done.output.split())
     for folder in (measured, clip):
         assert load_annotator(folder).confusion("label").sum(axis=1).tolist() == [20, 20]
+    with pytest.raises(DataError, match="one sub-folder of images per class"):
+        ConvAnnotator.fit(load_labelled_images(tmp_path / "photos/cat"), progress=False)

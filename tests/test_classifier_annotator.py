@@ -7,8 +7,7 @@ from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassi
 
 from invdiff.errors import ConfigError, ModelError
 from invdiff.evaluation.annotators.classifier import ClassifierAnnotator
-from invdiff.evaluation.annotators.heldout import HeldOut
-from invdiff.evaluation.annotators.load import load_annotator, save_measured
+from invdiff.evaluation.annotators.load import load_annotator
 from tiny import TOWER
 
 NAMES = {0: "land", 1: "water", 2: "air"}
@@ -37,16 +36,13 @@ def test_probabilities_are_the_softmax_of_the_classifier_s_logits(classifier_dir
     images[0] = images[0].convert("L")
     with torch.no_grad():
         logits = [model(**processor(image.convert("RGB"), return_tensors="pt")).logits[0].numpy() for image in images]
-    seen = ClassifierAnnotator(classifier_dir, attribute="background").predict(images)
-    np.testing.assert_allclose(seen.probabilities["background"], softmax(logits, axis=1), atol=1e-5)
-    assert seen.features is None
-
-
-def test_classes_are_named_by_id2label_and_no_image_gives_no_row(classifier_dir):
     annotator = ClassifierAnnotator(classifier_dir)
     assert annotator.attributes == {"label": ("land", "water", "air")}
     assert (annotator.name, annotator.feature_name) == ("tiny-vit", "")
     assert annotator.confusion("label") is None
+    seen = annotator.predict(images)
+    np.testing.assert_allclose(seen.probabilities["label"], softmax(logits, axis=1), atol=1e-5)
+    assert seen.features is None
     assert annotator.predict([]).probabilities["label"].shape == (0, 3)
 
 
@@ -79,14 +75,3 @@ def test_it_is_loaded_with_the_first_of_several_attributes_and_without_classes(c
     assert classifier.attributes == {"background": ("land", "water", "air")}
     with pytest.raises(ConfigError, match="Expected no classes"):
         load_annotator(str(classifier_dir), classes={"background": {"land": "a", "water": "b"}})
-
-
-def test_a_measurement_of_a_classifier_that_was_replaced_is_refused(tmp_path):
-    annotator = ClassifierAnnotator(save_classifier(tmp_path / "vit"))
-    seen = np.full((3, 3), 1 / 3, np.float32)
-    held_out = HeldOut(annotator.attributes, {"label": seen}, truth={"label": np.arange(3)})
-    save_measured(tmp_path / "measured", annotator, held_out, spec=str(tmp_path / "vit"))
-    assert load_annotator(str(tmp_path / "measured")).confusion("label").sum() == 3
-    save_classifier(tmp_path / "vit", initializer_range=0.5)
-    with pytest.raises(ModelError, match="found one of other weights"):
-        load_annotator(str(tmp_path / "measured"))

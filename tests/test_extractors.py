@@ -5,14 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    CLIPImageProcessor,
-    CLIPModel,
-    Dinov2Config,
-    Dinov2Model,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification
 
 from invdiff.errors import DataError, EvaluationError, ModelError
 from invdiff.evaluation.quality.diversity import paired_cosines
@@ -67,12 +60,8 @@ def inception():
 
 def test_all_extractors_keep_to_the_protocol_under_their_names(clip_dir, dinov2_dir, clip, inception):
     extractors = [load_extractor(clip_dir), load_extractor(dinov2_dir), clip, inception]
-    assert [extractor.name for extractor in extractors] == [
-        "clip-vit-tiny",
-        "dinov2-tiny",
-        "clip-vit-tiny",
-        "inception",
-    ]
+    names = [extractor.name for extractor in extractors]
+    assert names == ["clip-vit-tiny", "dinov2-tiny", "clip-vit-tiny", "inception"]
     for extractor in extractors:
         assert isinstance(extractor, FeatureExtractor)
         features = extractor.extract(images(3))
@@ -99,7 +88,7 @@ def test_features_depend_neither_on_the_batch_nor_on_sizes_and_modes_beside(dino
     np.testing.assert_allclose(extractor.extract(seen), alone, rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_no_whole_vision_encoder_is_refused(dinov2_dir, tmp_path):
+def test_what_is_no_whole_encoder_is_refused(clip_dir, dinov2_dir, tmp_path):
     with pytest.raises(ModelError, match="Expected a vision encoder"):
         load_extractor(str(tmp_path))
     folder = save(ViTForImageClassification(ViTConfig(**TOWER)), tmp_path / "classifier")
@@ -109,6 +98,10 @@ def test_what_is_no_whole_vision_encoder_is_refused(dinov2_dir, tmp_path):
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ModelError, match="could not load it"):
         load_extractor(folder)
+    with pytest.raises(ModelError, match=r"both towers.*got a Dinov2Model"):
+        ClipEncoder.load(dinov2_dir)
+    with pytest.raises(ModelError, match="Expected a tokenizer"):
+        ClipEncoder.load(save(CLIPModel.from_pretrained(clip_dir), tmp_path / "clip"))
 
 
 def test_inception_features_keep_the_order_of_images_of_several_sizes(inception, monkeypatch):
@@ -148,22 +141,17 @@ def test_inception_is_torch_fidelitys_as_the_original_fid_uses_it(monkeypatch):
     ids=["inception", "lpips"],
 )
 def test_without_the_extra_or_its_weights_one_is_told_what_to_do(monkeypatch, load, part, weights):
-    def raising(error):
-        def network(*_, **__):
+    for error, message in (
+        (None, r"found no torchmetrics.*pip install 'invdiff\[metrics\]'"),
+        (ModuleNotFoundError("required"), rf"found no {part}.*pip install 'invdiff\[metrics\]'"),
+        (OSError("no route to host"), f"{weights} weights.*no route to host"),
+    ):
+
+        def network(*_, error=error, **__):
             raise error
 
-        return network
-
-    for network, message in (
-        (None, r"found no torchmetrics.*pip install 'invdiff\[metrics\]'"),
-        (
-            raising(ModuleNotFoundError("required")),
-            rf"found no {part}.*pip install 'invdiff\[metrics\]'",
-        ),
-        (raising(OSError("no route to host")), f"{weights} weights.*no route to host"),
-    ):
         with monkeypatch.context() as patch:
-            stand_in_for_torchmetrics(patch, network)
+            stand_in_for_torchmetrics(patch, network if error else None)
             with pytest.raises(EvaluationError, match=message):
                 load()
 
@@ -174,33 +162,20 @@ def test_cosines_of_both_towers_are_the_models_logits(clip, clip_dir):
     pixels = CLIPImageProcessor.from_pretrained(clip_dir)(seen, return_tensors="pt")["pixel_values"]
     tokens = make_tokenizer()(list(CAPTIONS), padding=True, return_tensors="pt")
     logits = model(pixel_values=pixels, **tokens).logits_per_image / model.logit_scale.exp()
-    np.testing.assert_allclose(
-        paired_cosines(clip.extract(seen), clip.text_features(CAPTIONS)), logits.diagonal().numpy(), atol=1e-6
-    )
+    found = paired_cosines(clip.extract(seen), clip.text_features(CAPTIONS))
+    np.testing.assert_allclose(found, logits.diagonal().numpy(), atol=1e-6)
 
 
-def test_features_of_texts_stand_in_the_order_of_texts_that_repeat_and_do_not_depend_on_those_beside(
-    clip, monkeypatch
-):
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_features_of_texts_are_in_their_order_and_do_not_depend_on_those_beside(clip, monkeypatch, batch_size):
     texts = ["a photo of a landbird", "a", "a photo of a waterbird on water", "a"]
     alone = [clip.text_features([text])[0] for text in texts]
-    np.testing.assert_allclose(clip.text_features(texts), alone, rtol=1e-5, atol=1e-6)
-    monkeypatch.setattr("invdiff.models.encoders.BATCH_SIZE", 1)
+    monkeypatch.setattr("invdiff.models.encoders.BATCH_SIZE", batch_size)
     np.testing.assert_allclose(clip.text_features(texts), alone, rtol=1e-5, atol=1e-6)
 
 
-def test_texts_longer_than_the_model_reads_are_cut(clip):
+def test_texts_are_a_list_and_cut_where_longer_than_the_model_reads(clip):
     assert np.isfinite(clip.text_features(["water " * 100])).all()
-
-
-@pytest.mark.parametrize("texts", [[], "a photo of a landbird"], ids=["none", "one string"])
-def test_texts_are_a_list(clip, texts):
-    with pytest.raises(DataError, match="list of at least one prompt"):
-        clip.text_features(texts)
-
-
-def test_what_lacks_a_tower_or_a_tokenizer_is_no_clip_encoder(clip_dir, dinov2_dir, tmp_path):
-    with pytest.raises(ModelError, match=r"both towers.*got a Dinov2Model"):
-        ClipEncoder.load(dinov2_dir)
-    with pytest.raises(ModelError, match="Expected a tokenizer"):
-        ClipEncoder.load(save(CLIPModel.from_pretrained(clip_dir), tmp_path / "clip"))
+    for texts in ([], "a photo of a landbird"):
+        with pytest.raises(DataError, match="list of at least one prompt"):
+            clip.text_features(texts)

@@ -1,57 +1,64 @@
-"""Labels are for evaluation: permuting or deleting every attribute column changes no byte of audit or module."""
-
-import csv
-import random
-
+import numpy as np
 import pytest
+from PIL import Image
 
-from conftest import write_tiny_folder
-from invdiff.auditing.run import audit
-from invdiff.config import AuditConfig, TrainConfig
-from invdiff.data.captioned import load_captioned_images
-from invdiff.training.train import train
+from invdiff.errors import EvaluationError
+from invdiff.evaluation.annotators.annotations import CANNOT_TELL
+from invdiff.evaluation.annotators.labels import GivenLabels, load_labelled_images
 
-
-def permute(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    values = [row["background"] for row in rows]
-    random.Random(0).shuffle(values)
-    return [{**row, "background": value} for row, value in zip(rows, values, strict=True)]
-
-
-def delete(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{"file_name": row["file_name"], "text": row["text"]} for row in rows]
+ROWS = [
+    {"file_name": "0.png", "gender": "woman", "smiles": True},
+    {"file_name": "1.png", "gender": "man", "smiles": False},
+    {"file_name": "2.png", "gender": "", "smiles": None},
+    {"file_name": "3.png", "gender": CANNOT_TELL, "smiles": float("nan")},
+    {"file_name": "4.png"},
+]
 
 
-def audit_and_module(pipe, folder, output) -> dict[str, bytes]:
-    data = load_captioned_images(folder)
-    config = AuditConfig(solver="exact", min_images=4, min_share=0.1)
-    found = audit(pipe, data, config=config, cache_dir=output / "cache", progress=False)
-    found.save(output / "audit")
-    train(
-        pipe,
-        data,
-        found,
-        output / "module",
-        config=TrainConfig(steps=2, batch_size=4),
-        cache_dir=output / "cache",
-        progress=False,
-    )
-    files = [path for path in sorted(output.rglob("*")) if path.is_file() and "cache" not in path.parts]
-    return {str(path.relative_to(output)): path.read_bytes() for path in files}
+def given(*names, rows=ROWS):
+    return GivenLabels(names).discover(rows)
 
 
-@pytest.mark.parametrize("change", [permute, delete])
-def test_attributes_change_no_byte(tiny_pipe, tmp_path, change):
-    folder = write_tiny_folder(tmp_path / "data")
-    before = audit_and_module(tiny_pipe, folder, tmp_path / "before")
-    with (folder / "metadata.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    changed = change(rows)
-    assert changed != rows
-    with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(changed[0]))
-        writer.writeheader()
-        writer.writerows(changed)
-    after = audit_and_module(tiny_pipe, folder, tmp_path / "after")
-    assert {"audit/audit.json", "module/diffusion_pytorch_model.safetensors"} <= before.keys()
-    assert after == before
+def test_labels_become_probabilities_of_one():
+    labels = given("gender", rows=ROWS[:1])
+    labels.discover(ROWS[1:])  # classes add up
+    seen = labels.annotate(ROWS[:2])
+    assert seen.attributes == {"gender": ("man", "woman")}
+    assert seen.probabilities["gender"].tolist() == [[0, 1], [1, 0]]
+    assert seen.probabilities["gender"].dtype == np.float32
+    assert (seen.features, labels.confusion("gender"), labels.name, labels.feature_name) == (None, None, "labels", "")
+    assert labels.annotate([]).classes("gender").shape == (0,)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 0.5, 1.0])
+def test_images_without_a_label_have_no_class_at_any_confidence(confidence):
+    seen = given("gender", "smiles").annotate(ROWS)
+    assert seen.labels("gender", confidence) == ["woman", "man", *[CANNOT_TELL] * 3]
+    assert seen.labels("smiles", confidence) == ["True", "False", *[CANNOT_TELL] * 3]
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        *((lambda names=names: GivenLabels(names), "Expected columns") for names in ([], [""], "gender")),
+        (lambda: given("age"), "'age' of labels, found file_name, gender, smiles"),
+        (lambda: given("gender", rows=[]).attributes, "found none"),
+        (lambda: given("gender", rows=ROWS[:1]).attributes, "found woman"),
+        (lambda: given("gender", rows=ROWS[2:4]).attributes, "found none"),
+        (lambda: given("id", rows=[{"id": str(index)} for index in range(60)]), "at most 50 classes"),
+        (lambda: given("gender").annotate([{"gender": "other"}]), "among man, woman, got 'other'"),
+    ],
+)
+def test_columns_and_labels_that_do_not_fit_are_refused(use, message):
+    with pytest.raises(EvaluationError, match=message):
+        use()
+
+
+@pytest.mark.parametrize(("header", "caption_column"), [("text", None), ("title", "title"), ("", None)])
+def test_columns_are_learnt_without_captions_and_captions_are_never_classes(tmp_path, header, caption_column):
+    rows = [f"file_name,side{f',{header}' if header else ''}"]
+    for index in range(4):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{index}.png")
+        rows.append(f"{index}.png,{'ab'[index % 2]}{',a photo' if header else ''}")
+    (tmp_path / "metadata.csv").write_text("\n".join(rows) + "\n")
+    assert load_labelled_images(tmp_path, caption_column=caption_column).attributes == {"side": ["a", "b", "a", "b"]}

@@ -26,11 +26,8 @@ class ClipAnnotator(Measurable):
 
     A class is the mean of its prompts' normalised embeddings, normalised again; its probability is a softmax over
     an attribute's classes of logit_scale times the cosine to the image. Features are normalised image embeddings.
-    Such classes are unchecked: measure the annotator on labelled images before its figures are trusted.
-
-    Args:
-        name_or_folder: A folder or a hub id of a `CLIPModel` with its tokenizer and image processor.
-        attributes: Attribute name to class name to prompts, as for `class_prompts`.
+    Such classes are unchecked: measure the annotator on labelled images before its figures are trusted. It is made of
+    a folder or hub id of a `CLIPModel` with its tokenizer and image processor, and of prompts as for `class_prompts`.
 
     Raises:
         ConfigError: As for `class_prompts`, or a prompt is too long.
@@ -66,10 +63,7 @@ class ClipAnnotator(Measurable):
 
 
 def class_prompts(source: Any) -> dict[str, dict[str, list[str]]]:
-    """Prompts as lists, by class and attribute, such as {"gender": {"man": "a photo of a man", ...}}.
-
-    Args:
-        source: Attribute name to class name to a prompt or several, or the `Path` of a YAML or JSON file of that.
+    """Prompts as lists, of attribute name to class name to a prompt or several, or of a YAML or JSON file of that.
 
     Raises:
         ConfigError: The file is absent or holds something else, an attribute has fewer than two classes or one called

@@ -81,11 +81,7 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         self.heads = torch.nn.Linear(NUM_FEATURES, sum(len(names) for names in self.attributes.values()))
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Features, (batch, 64), and, attribute by attribute, uncalibrated logits, (batch, classes).
-
-        Args:
-            pixels: Images in [-1, 1], (batch, 3, height, width).
-        """
+        """Features, (batch, 64), and each attribute's uncalibrated logits, (batch, classes), of pixels in [-1, 1]."""
         batch, _, height, width = pixels.shape
         y, x = (torch.linspace(-1, 1, n, device=pixels.device, dtype=pixels.dtype) for n in (height, width))
         coordinates = torch.stack(torch.meshgrid(y, x, indexing="ij")).expand(batch, -1, -1, -1)
@@ -114,13 +110,9 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
     def calibrate(self, pixels: torch.Tensor, targets: NDArray[np.int64], *, seed: int = 0) -> None:
         """Fit each attribute's temperature on half of the held-out images and measure on the other half.
 
-        Halves are stratified over combinations of attributes. With fewer than 20 images to fit on, all are
-        measured and probabilities stay as the net gives them.
-
-        Args:
-            pixels: Images that were kept out of training, uint8, (N, 3, resolution, resolution).
-            targets: Their classes, (N, attributes), in the order of `attributes`.
-            seed: Seed of the split.
+        The images are uint8, (N, 3, resolution, resolution), targets class indices, (N, attributes). Halves are
+        stratified over combinations of attributes. With fewer than 20 images to fit on, all are measured and
+        probabilities stay as the net gives them.
         """
         self.eval()
         batches = [self.forward(normalise(batch.to(self.device)))[1] for batch in pixels.split(64)]
@@ -172,8 +164,8 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
             model = super().from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False, **kwargs)
             folder = Path(path)
             if not folder.is_dir():
-                files = snapshot_download(path, revision=kwargs.get("revision"), allow_patterns=[TENSORS, SUMMARY])
-                folder = Path(files)
+                files = [TENSORS, SUMMARY]
+                folder = Path(snapshot_download(path, revision=kwargs.get("revision"), allow_patterns=files))
         except (OSError, ValueError, RuntimeError, SafetensorError, TypeError) as error:
             raise ModelError(
                 f"Expected an annotator in {path}, could not load it: {first_line(error)} "
@@ -211,8 +203,7 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
             steps: Optimiser steps.
             batch_size: Images per step.
             learning_rate: Peak of the one-cycle schedule.
-            holdout: Share of each combination of attributes that is kept out of training: half of it for
-                calibration, half to be measured.
+            holdout: Share of each combination of attributes that is kept out of training, half of it to calibrate on.
             resolution: Side in pixels.
             seed: Seed of the splits, weights, batches and augmentation; the global generator is left alone.
             progress: Show progress bars.
@@ -281,11 +272,7 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def read_pixels(data: CaptionedImages, resolution: int, *, progress: bool) -> tuple[torch.Tensor, list[int]]:
-    """The readable images as uint8, (N, 3, resolution, resolution), and their rows.
-
-    Raises:
-        DataError: More images are unreadable than the data allows.
-    """
+    """The readable images as uint8, (N, 3, resolution, resolution), and their rows."""
     images = readable_images(data, "reading images", progress=progress)
     rows, pixels = zip(*((row, to_pixels(image, resolution)) for row, image in images), strict=True)
     return torch.stack(pixels), list(rows)
@@ -316,17 +303,8 @@ def train_network(
 ) -> None:
     """Minimise the sum of the attributes' cross-entropies by AdamW on a one-cycle schedule, on varied images.
 
-    Args:
-        network: A `ConvAnnotator`, or one of its kind.
-        pixels: uint8 images, (N, 3, height, width).
-        targets: Class indices, (N, attributes).
-        rows: The rows to train on, (M,).
-        weights: How often each of them is drawn, (M,).
-        steps: Optimiser steps.
-        batch_size: Images per step.
-        learning_rate: Peak of the schedule.
-        generator: Draws batches and their variations.
-        progress: Show a progress bar.
+    Of uint8 pixels, (N, 3, height, width), and class indices, (N, attributes), batches hold `rows`, (M,), each drawn
+    as often as its weight says, (M,).
     """
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1)
@@ -345,10 +323,7 @@ def train_network(
 
 
 def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Vary images in [-1, 1], (batch, 3, height, width), in brightness, contrast, sharpness and noise as a VAE might.
-
-    They are never flipped: sides may matter.
-    """
+    """Images in [-1, 1] varied in brightness, contrast, sharpness and noise as by a VAE, unflipped: sides matter."""
 
     def uniform(low: float, high: float) -> torch.Tensor:
         return low + (high - low) * torch.rand(len(pixels), 1, 1, 1, generator=generator)

@@ -49,11 +49,7 @@ class HeldOut(Annotations):
                 )
 
     def confusion(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64]:
-        """Counts, (true class K, annotated class K + 1); the last column is "cannot tell".
-
-        Raises:
-            EvaluationError: The attribute was not measured, or `min_confidence` is outside [0, 1].
-        """
+        """Counts, (true class K, annotated class K + 1); the last column is "cannot tell"."""
         annotated, truth = self.classes(attribute, min_confidence), self.truth[attribute]
         size, labelled = len(self.attributes[attribute]), truth != UNLABELLED
         return confusion_matrix(truth[labelled], annotated[labelled], labels=range(size + 1))[:size]
@@ -84,10 +80,7 @@ class HeldOut(Annotations):
         return figures
 
     def updated(self, newer: HeldOut) -> HeldOut:
-        """`newer` with those of these attributes that it lacks, each still measured on its own images.
-
-        Images are not matched: `summary` knows combinations of attributes that were measured together.
-        """
+        """`newer` with those of these attributes that it lacks, each still measured on its own images, unmatched."""
         kept = [name for name in self.attributes if name not in newer.attributes]
         if not kept:
             return newer
@@ -112,11 +105,7 @@ class HeldOut(Annotations):
 
     @classmethod
     def load(cls, folder: Path) -> HeldOut:
-        """Read what `save` wrote.
-
-        Raises:
-            ModelError: A file is absent or damaged, or the two do not belong together.
-        """
+        """Read what `save` wrote; a file that is absent, damaged or not of one annotator is a `ModelError`."""
         try:
             summary, tensors = read_json(folder / SUMMARY), read_tensors(folder / TENSORS)
             return cls(
@@ -158,11 +147,7 @@ class Measurable:
         return self.held_out.confusion(attribute, min_confidence)
 
     def use_held_out(self, held_out: HeldOut) -> None:
-        """Take `confusion` of its attributes from `held_out`; that of others stays.
-
-        Raises:
-            ModelError: It is of other attributes or classes than the annotator's.
-        """
+        """Take `confusion` of its attributes from `held_out`, which must be of the same classes; others' stays."""
         for name, classes in held_out.attributes.items():
             if self.attributes.get(name) != classes:
                 raise ModelError(

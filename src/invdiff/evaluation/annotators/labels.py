@@ -36,8 +36,9 @@ def load_labelled_images(
     Raises:
         DataError: The source is absent, or has no images where they were expected.
     """
-    rows = {"split": split, "max_unreadable": max_unreadable, "limit": limit}
-    images = load_captioned_images(source, image_column=image_column, captions=False, **rows)  # type: ignore[arg-type]
+    images = load_captioned_images(
+        source, image_column=image_column, captions=False, split=split, max_unreadable=max_unreadable, limit=limit
+    )
     captions = CAPTION_COLUMNS if caption_column is None else (caption_column,)
     attributes = {name: values for name, values in images.attributes.items() if name not in captions}
     if not images.attributes:

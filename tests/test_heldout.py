@@ -28,15 +28,10 @@ def random_logits(count, classes=3, seed=1):
     return 3 * np.random.default_rng(seed).normal(size=(count, classes))
 
 
-@pytest.mark.parametrize("temperature", [0.4, 3.0])
-def test_the_true_temperature_is_found(temperature):
-    logits = random_logits(6000) * temperature
-    assert fit_temperature(logits, drawn_from(logits, temperature)) == pytest.approx(temperature, rel=0.06)
-
-
-def test_the_temperature_is_that_of_a_general_optimiser_on_smoothed_targets():
-    logits = random_logits(40)
-    truth = drawn_from(logits, 2.0)
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
+def test_the_temperature_is_that_of_a_general_optimiser_on_smoothed_targets(temperature):
+    logits = random_logits(40) * temperature
+    truth = drawn_from(logits, temperature)
     targets = np.full((40, 3), 1 / 42 / 2)
     targets[np.arange(40), truth] = 41 / 42
 
@@ -47,23 +42,19 @@ def test_the_temperature_is_that_of_a_general_optimiser_on_smoothed_targets():
     assert fit_temperature(logits, truth) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("count", [20, 500])
-def test_without_mistakes_confidence_is_laplace_s_estimate(count):
+def test_without_mistakes_confidence_is_laplace_s_estimate_and_logits_that_tell_nothing_keep_their_temperature():
     # Two classes and one gap between logits: the best temperature makes every probability 1 - 1 / (N + 2).
-    truth = np.arange(count) % 2
+    truth = np.arange(20) % 2
     logits = 10.0 * np.eye(2)[truth]
     probability = softmax(logits / fit_temperature(logits, truth), axis=1)[0, 0]
-    assert probability == pytest.approx(1 - 1 / (count + 2), abs=1e-5)
+    assert probability == pytest.approx(1 - 1 / 22, abs=1e-5)
+    assert fit_temperature(np.zeros((20, 2)), truth) == 1.0
 
 
-def test_logits_that_tell_nothing_keep_their_temperature():
-    assert fit_temperature(np.zeros((30, 2)), np.arange(30) % 2) == 1.0
-
-
-@pytest.mark.parametrize("num_bins", [1, 4, 15])
+@pytest.mark.parametrize("num_bins", [1, 4, 10])
 def test_calibration_error_is_that_of_brute_force(num_bins):
     logits = random_logits(400, classes=4)
-    probabilities, truth = softmax(logits, axis=1), drawn_from(logits, 3.0)
+    probabilities, truth = softmax(logits, axis=1).round(2), drawn_from(logits, 3.0)  # many on the edge of a bin
     total = 0.0
     for index in range(num_bins):
         inside = [
@@ -73,13 +64,6 @@ def test_calibration_error_is_that_of_brute_force(num_bins):
         ]
         total += abs(sum(c for c, _ in inside) - sum(right for _, right in inside)) / len(truth)
     assert expected_calibration_error(probabilities, truth, num_bins=num_bins) == pytest.approx(total)
-
-
-def test_confidence_on_an_edge_belongs_to_the_bin_below():
-    # With two bins, 0.5 and 0.4 share the first, where a miss and a hit nearly cancel.
-    probabilities = np.array([[0.5, 0.3, 0.2], [0.4, 0.3, 0.3]])
-    found = expected_calibration_error(probabilities, np.array([0, 1]), num_bins=2)
-    assert found == pytest.approx(abs(0.9 - 1) / 2)
 
 
 CLASSES = {"side": ("left", "middle", "right"), "tone": ("cold", "warm")}
@@ -101,26 +85,22 @@ def test_confusion_has_a_class_for_images_that_cannot_be_told(held_out, confiden
     assert np.array_equal(held_out.confusion("side", confidence), expected[:3])
 
 
-def test_figures_are_of_labelled_images_alone(held_out):
+def test_figures_are_of_labelled_images_alone_and_the_worst_combination_is_that_of_brute_force(held_out):
     labelled = held_out.truth["tone"] != UNLABELLED
     probabilities, truth = held_out.probabilities["tone"][labelled], held_out.truth["tone"][labelled]
-    found = held_out.summary()["tone"]
-    assert found["classes"] == ["cold", "warm"]
-    assert found["images"] == held_out.confusion("tone").sum() == 193
-    assert found["matrix"] == confusion_matrix(truth, probabilities.argmax(axis=1)).tolist()
-    assert found["accuracy"] == pytest.approx(accuracy_score(truth, probabilities.argmax(axis=1)))
-    assert found["calibration_error"] == pytest.approx(expected_calibration_error(probabilities, truth))
-
-
-def test_the_worst_combination_is_that_of_brute_force(held_out):
-    correct = held_out.probabilities["side"].argmax(axis=1) == held_out.truth["side"]
-    shares = []
+    shares, correct = [], held_out.probabilities["side"].argmax(axis=1) == held_out.truth["side"]
     for side in range(3):
         for tone in (UNLABELLED, 0, 1):
             cell = (held_out.truth["side"] == side) & (held_out.truth["tone"] == tone)
             if cell.sum() >= 10:
                 shares.append(correct[cell].mean())
-    assert held_out.summary()["side"]["worst_combination"] == pytest.approx(min(shares))
+    found = held_out.summary()
+    assert found["side"]["worst_combination"] == pytest.approx(min(shares))
+    assert found["tone"]["classes"] == ["cold", "warm"]
+    assert found["tone"]["images"] == held_out.confusion("tone").sum() == 193
+    assert found["tone"]["matrix"] == confusion_matrix(truth, probabilities.argmax(axis=1)).tolist()
+    assert found["tone"]["accuracy"] == pytest.approx(accuracy_score(truth, probabilities.argmax(axis=1)))
+    assert found["tone"]["calibration_error"] == pytest.approx(expected_calibration_error(probabilities, truth))
 
 
 def test_held_out_images_come_back_as_saved_and_files_of_two_annotators_are_refused(held_out, tmp_path):
@@ -143,7 +123,7 @@ def test_held_out_images_come_back_as_saved_and_files_of_two_annotators_are_refu
         (np.full((2, 2), 0.5), [0, 2]),
         (np.full((2, 2), 0.5), [UNLABELLED, UNLABELLED]),
         (np.full((2, 2), 0.5), [0, 1, 1]),
-        (np.full((2, 3), 0.5), [0, 1]),
+        (np.full((2, 3), 0.3), [0, 1]),
     ],
 )
 def test_held_out_images_that_make_no_sense_are_refused(probabilities, truth):
@@ -151,22 +131,18 @@ def test_held_out_images_that_make_no_sense_are_refused(probabilities, truth):
         HeldOut({"tone": CLASSES["tone"]}, {"tone": probabilities}, truth={"tone": np.array(truth)})
 
 
-@pytest.mark.parametrize("anew", ["side", "tone"])
-def test_an_attribute_measured_anew_leaves_the_other_as_it_was(held_out, anew):
-    (other,) = set(CLASSES) - {anew}
-    newer = HeldOut(
-        {anew: CLASSES[anew]}, {anew: held_out.probabilities[anew][90:]}, truth={anew: held_out.truth[anew][90:]}
-    )
+@pytest.mark.parametrize("anew", ["side", "tone", "age"])
+def test_an_attribute_measured_anew_leaves_the_others_as_they_were(held_out, anew):
+    if anew == "age":
+        newer = HeldOut({anew: ("old", "young")}, {anew: np.full((4, 2), 0.5)}, truth={anew: np.array([0, 1, 1, 0])})
+        assert held_out.updated(newer).summary()["side"] == held_out.summary()["side"]  # still judged beside tones
+    else:
+        part = held_out.probabilities[anew][90:], held_out.truth[anew][90:]
+        newer = HeldOut({anew: CLASSES[anew]}, {anew: part[0]}, truth={anew: part[1]})
     both = held_out.updated(newer)
-    for name, source in ((anew, newer), (other, held_out)):
+    for name, source in ((anew, newer), *((name, held_out) for name in {*CLASSES} - {anew})):
         assert np.array_equal(both.confusion(name, 0.8), source.confusion(name, 0.8))
         assert both.summary()[name]["calibration_error"] == source.summary()[name]["calibration_error"]
-    assert held_out.updated(held_out) is held_out
-
-
-def test_attributes_that_stay_are_still_judged_together(held_out):
-    newest = HeldOut({"age": ("old", "young")}, {"age": np.full((4, 2), 0.5)}, truth={"age": np.array([0, 1, 1, 0])})
-    assert held_out.updated(newest).summary()["side"] == held_out.summary()["side"]
 
 
 class ReadsBrightness(Measurable):
@@ -178,7 +154,7 @@ class ReadsBrightness(Measurable):
 
     def predict(self, images):
         warm = np.array(list(images), dtype=np.float32)
-        return Annotations(self.attributes, {"tone": np.stack([1 - warm, warm], axis=1)}, None)
+        return Annotations(self.attributes, {"tone": np.stack([1 - warm, warm], axis=1)})
 
 
 class Numbers:
