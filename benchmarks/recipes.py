@@ -111,12 +111,11 @@ def our_recipe(steps: int, batch_size: int, resolution: int) -> dict[str, Any]:
     with (
         tempfile.TemporaryDirectory() as folder,
         FrozenDenoiser(pipe) as frozen,
-        patch.object(train, "progress_bar", lambda *_, **__: nullcontext(Stopwatch())),
+        patch.object(checkpoint, "progress_bar", lambda *_, **__: nullcontext(Stopwatch())),
         patch.object(train, "typical_losses", lambda *_, **__: torch.ones(1000)),
     ):
         module.to(frozen.device)
-        settings = {"work_dir": Path(folder), "settings": {}, "round_number": 0, "progress": False}
-        train.run_round(module, frozen, data, found, config, **settings)
+        train.run_round(module, frozen, data, found, config, 0, Path(folder), {}, progress=False)
     return measured_steps(ends[:-1], before, module.num_parameters())
 
 

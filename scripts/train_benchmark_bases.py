@@ -14,8 +14,7 @@ from invdiff.assets import BIRDS_MODEL
 from invdiff.data.birds import BirdsWorld
 from invdiff.data.encode import encode
 from invdiff.models.load import default_device, load_pipeline
-from invdiff.training.finetune import save, train_denoiser
-from invdiff.training.scratch import build_pipeline
+from invdiff.training.finetune import build_pipeline, save, train_denoiser
 
 BASES = {
     "base-fair": (BirdsWorld(8000, severity=0.5, seed=50), 2000),
@@ -42,9 +41,9 @@ def main() -> None:
             pipe,
             encoded,
             config,
+            arguments.work / f"{name}-work",
+            config.to_dict() | {"data": encoded.data_fingerprint},
             train_text_encoder=True,
-            checkpoint_dir=arguments.work / f"{name}-work",
-            settings=config.to_dict() | {"data": encoded.data_fingerprint},
         )
         save(pipe, output, half_precision=True)
 

@@ -100,6 +100,27 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def kill(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that makes a call and kills it when that calls `module.name` for the n-th time."""
+
+    def kill(module: Any, name: str, n: int, call: Any, *arguments: Any, **keywords: Any) -> None:
+        original, calls = getattr(module, name), []
+
+        def killed(*arguments: Any, **keywords: Any) -> Any:
+            calls.append(name)
+            if len(calls) == n:
+                raise KeyboardInterrupt
+            return original(*arguments, **keywords)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                call(*arguments, **keywords)
+
+    return kill
+
+
+@pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every line of text that any picture carries, its titles excepted."""
     lines: list[str] = []

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..config import TrainConfig
 from ..data.encode import EncodedImages
 from ..distributed import num_processes, state
 from ..models.families import Condition
@@ -19,9 +20,9 @@ class GroupBalancedSampler:
 
     A prompt is drawn in proportion to the square root of its number of images, one of the hidden factors and
     one of its groups uniformly, then an image of the prompt in proportion to its W_ie. The other factors'
-    groups follow the image's own rows of W. Where W says nothing (uniform rows: no group was found, or the
-    caption states it), the environment is independent of the image, so the module learns to ignore it. An image
-    that was left out of the audit by hand, with zeros as its rows of W, is never drawn.
+    groups follow the image's own rows of W. Where those are uniform (no group was found, or the caption states
+    it), the environment is independent of the image, so the module learns to ignore it. An image that was left
+    out of the audit by hand, with zeros as its rows of W, is never drawn.
 
     Args:
         prompt_ids: (N,) the prompt of each image, from 0.
@@ -64,20 +65,13 @@ class GroupBalancedSampler:
 class Batch:
     """The images of one training step. Several processes share a batch; each computes its `part`."""
 
-    prompts: torch.Tensor
-    """(batch,) the prompt of each image of the whole batch, on the CPU."""
-    environments: torch.Tensor
-    """(batch, factors) the groups of the whole batch, on the CPU."""
-    part: slice
-    """The rows that this process computes."""
-    condition: Condition
-    """What the denoiser and Phi read, `part` rows, in 32 bits."""
-    noisy_latents: torch.Tensor
-    """z_t, (part, channels, height, width)."""
-    timesteps: torch.Tensor
-    """t, (part,)."""
-    target: torch.Tensor
-    """What the denoiser should predict, (part, channels, height, width)."""
+    prompts: torch.Tensor  # (batch,) the prompt of each image of the whole batch, on the CPU
+    environments: torch.Tensor  # (batch, factors) the groups of the whole batch, on the CPU
+    part: slice  # the rows that this process computes
+    condition: Condition  # y, what the denoiser and Phi read, `part` rows, in 32 bits
+    noisy_latents: torch.Tensor  # z_t, (part, channels, height, width)
+    timesteps: torch.Tensor  # t, (part,)
+    target: torch.Tensor  # what the denoiser should predict, (part, channels, height, width)
 
 
 def draw_batch(
@@ -85,25 +79,14 @@ def draw_batch(
     sampler: GroupBalancedSampler,
     schedule: NoiseSchedule,
     rng: torch.Generator,
-    *,
-    size: int,
-    caption_dropout: float,
+    config: TrainConfig,
     device: torch.device,
 ) -> Batch:
-    """Draw `size` images with their groups, captions, noise and timesteps.
-
-    Args:
-        data: Latents and conditions.
-        sampler: Draws images and groups.
-        schedule: The noise that the frozen model was trained with.
-        rng: The random numbers of this step.
-        size: Images, a multiple of the number of processes.
-        caption_dropout: Share of captions replaced by the null caption.
-        device: Where the batch goes.
-    """
+    """The images of one step with their groups, captions (some of them null), noise and timesteps."""
+    size = config.batch_size
     rows, environments = sampler.draw(size, rng)
     captions = data.caption_ids[rows].clone()
-    captions[torch.rand(size, generator=rng) < caption_dropout] = data.null_id
+    captions[torch.rand(size, generator=rng) < config.caption_dropout] = data.null_id
     noise = torch.randn((size, *data.latents.shape[1:]), generator=rng)
     # Content is decided at high noise: a noise level in (0, 1) is drawn in proportion to its height.
     levels = torch.rand(size, generator=rng).sqrt()

@@ -5,8 +5,9 @@ Batches, noise and timesteps are derived from (seed, step), so a checkpoint need
 
 from __future__ import annotations
 
+import json
 import math
-import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..config import FinetuneConfig, MixedPrecision, TrainConfig
 from ..distributed import is_main
 from ..errors import ConfigError, DataError, TrainingError
-from ..files import read_json, read_tensors, write_json, write_tensors
+from ..files import read_tensors, write_tensors
+from ..progress import progress_bar
 
 CHECK_EVERY = 10
 """Steps between checks that the loss is finite: each check waits for the device."""
 
 
 def accelerator_for(mixed_precision: MixedPrecision, device: torch.device) -> Accelerator:
-    """Accelerate's mixed precision: autocast, and a loss scale where fp16 would round gradients to zero.
-
-    Args:
-        mixed_precision: `"auto"` takes bf16 on a GPU that has it and full precision elsewhere.
-        device: Where the training runs.
-
-    Raises:
-        ConfigError: fp16 on a CPU.
-    """
+    """Accelerate's mixed precision: autocast, and a loss scale where fp16 would round gradients to zero."""
     if mixed_precision == "auto":
         mixed_precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
     if mixed_precision == "fp16" and device.type == "cpu":
@@ -45,25 +39,13 @@ def accelerator_for(mixed_precision: MixedPrecision, device: torch.device) -> Ac
 
 
 class TrainingRun:
-    """The state of a training run, and its update by one step.
-
-    Args:
-        model: The network to train.
-        config: Steps, learning rate, decay of the average, precision and so on.
-        folder: Where checkpoints are kept. The newest one there is restored.
-        settings: What the run depends on; a checkpoint with other settings is refused.
-        device: Where the training runs.
-        running: Buffers that change while training and are no part of the model.
+    """The state of a training run; the checkpoint in `folder` is restored, and refused under other `settings`.
 
     Attributes:
         start: Steps that are done already.
         accelerator: Mixed precision and the exchange between processes.
         parallel: The network for the forward pass: its gradients are averaged over processes.
         log: Rows of JSON types, kept in checkpoints.
-
-    Raises:
-        ConfigError: The newest checkpoint was made with other settings.
-        DataError: It is damaged.
     """
 
     def __init__(
@@ -73,11 +55,10 @@ class TrainingRun:
         folder: Path,
         settings: dict[str, Any],
         *,
-        device: torch.device,
-        running: nn.Module | None = None,
+        running: nn.Module | None = None,  # holds buffers that change while training and are no part of the model
     ) -> None:
-        self.config, self.folder, self.settings = config, folder, settings
-        self.model, self.parallel = model, model
+        self.config, self.file, self.settings = config, folder / "checkpoint.safetensors", settings
+        self.model, self.parallel, device = model, model, next(model.parameters()).device
         self.accelerator = accelerator_for(config.mixed_precision, device)
         if self.accelerator.num_processes > 1:
             devices = None if device.type == "cpu" else [self.accelerator.device]
@@ -87,104 +68,73 @@ class TrainingRun:
         )
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.log: list[dict[str, Any]] = []
-        self._parts = {"model": model, "average": self.average, "running": running or nn.Module()}
+        self._kept = nn.ModuleDict({"model": model, "average": self.average, "running": running or nn.Module()})
         self.start = self._resume()
 
-    def is_last(self, step: int) -> bool:
-        """Whether `step`, counted from 0, ends the run."""
-        return step + 1 == self.config.steps
-
-    def _saves(self, step: int) -> bool:
-        return self.is_last(step) or (step + 1) % self.config.checkpoint_every == 0
-
-    def descend(self, loss: torch.Tensor, step: int) -> None:
-        """Take optimiser step `step`, counted from 0, down the gradient of `loss`, a scalar.
+    def minimise(self, loss_at: Callable[[int], torch.Tensor], label: str, *, progress: bool = True) -> None:
+        """Descend `loss_at(step)`, a scalar, for the steps that are left; the model ends with its averaged weights.
 
         Raises:
-            TrainingError: The loss is not finite.
+            TrainingError: The loss or a weight is not finite; the last good checkpoint is kept.
         """
-        if (self._saves(step) or (step + 1) % CHECK_EVERY == 0) and not bool(loss.isfinite()):
-            raise TrainingError(
-                f"Expected a finite loss, got {loss.item()} at step {step + 1}. Lower learning_rate, or set "
-                f"mixed_precision to 'no'. The last good checkpoint is kept in {self.folder}."
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.learning_rate, step, self.config.steps)
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_gradient_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.average.update_parameters(self.model)
-
-    def save_if_due(self, step: int) -> None:
-        """Write a checkpoint after step `step`, counted from 0, where one is due; it replaces the one before.
-
-        Raises:
-            TrainingError: Weights are not finite; the checkpoint before is kept.
-        """
-        if not self._saves(step):
-            return
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
-            raise TrainingError(
-                f"Expected finite weights, got others after step {step + 1}. Lower learning_rate, or set "
-                f"mixed_precision to 'no'. The last good checkpoint is kept in {self.folder}."
-            )
-        if not is_main():
-            return
-        target = self.folder / f"step-{step + 1}"
-        write_tensors(target / "state.safetensors", self._tensors())
-        scaler = self.accelerator.scaler
-        # Written last: a checkpoint without it is incomplete and is not read.
-        write_json(
-            target / "checkpoint.json",
-            {"log": self.log, "loss_scale": scaler and scaler.state_dict(), "settings": self.settings},
-        )
-        for other in self.folder.glob("step-*"):
-            if other != target:
-                shutil.rmtree(other)
-
-    def finish(self) -> None:
-        """Give the model its averaged weights."""
+        steps = self.config.steps
+        with progress_bar(label, steps, start=self.start, enabled=progress) as bar:
+            for step in range(self.start, steps):
+                due = step + 1 == steps or (step + 1) % self.config.checkpoint_every == 0
+                loss = loss_at(step)
+                if due or (step + 1) % CHECK_EVERY == 0:
+                    self._check_finite("a finite loss", [loss], step)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = learning_rate(self.config.learning_rate, step, steps)
+                self.accelerator.backward(loss)
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_gradient_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                self.average.update_parameters(self.model)
+                if due:
+                    self._check_finite("finite weights", self.model.parameters(), step)
+                    if is_main():
+                        self._save(step + 1)
+                bar.advance(loss=loss)
         self.model.load_state_dict(self.average.module.state_dict())
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors = {
-            f"{part}.{name}": value
-            for part, module in self._parts.items()
-            for name, value in module.state_dict().items()
-        }
+    def _check_finite(self, expected: str, values: Iterable[torch.Tensor], step: int) -> None:
+        if not all(bool(value.isfinite().all()) for value in values):
+            raise TrainingError(
+                f"Expected {expected} at step {step + 1}, got NaN or infinity. Lower learning_rate, or set "
+                f"mixed_precision to 'no'. The last good checkpoint is kept: {self.file}."
+            )
+
+    def _save(self, done: int) -> None:
+        """Write the state after `done` steps over the one before; a killed run leaves that one whole."""
+        tensors = self._kept.state_dict()
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in slots.items()}
-        return tensors
+        scaler = self.accelerator.scaler
+        rest = {"done": done, "log": self.log, "scale": scaler and scaler.state_dict(), "settings": self.settings}
+        tensors["rest"] = torch.frombuffer(bytearray(json.dumps(rest).encode()), dtype=torch.uint8)
+        write_tensors(self.file, tensors)
 
     def _resume(self) -> int:
-        """Restore the newest complete checkpoint; the number of steps it has behind it, 0 where there is none."""
-        found = {int(path.parent.name[5:]): path.parent for path in self.folder.glob("step-*/checkpoint.json")}
-        if not found:
+        """Restore the checkpoint; the number of steps it has behind it, 0 where there is none."""
+        if not self.file.is_file():
             return 0
-        step, newest = max(found.items())
         try:
-            saved = read_json(newest / "checkpoint.json")
-            check_same_settings(self.folder, saved["settings"], self.settings)
-            tensors = read_tensors(newest / "state.safetensors")
-            for part, module in self._parts.items():
-                prefix = f"{part}."
-                module.load_state_dict({n[len(prefix) :]: v for n, v in tensors.items() if n.startswith(prefix)})
-            slots: dict[int, dict[str, torch.Tensor]] = {}
-            for name, value in tensors.items():
-                if name.startswith("optimizer."):
-                    _, index, slot = name.split(".", 2)
-                    slots.setdefault(int(index), {})[slot] = value
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+            tensors = read_tensors(self.file)
+            rest = json.loads(tensors.pop("rest").numpy().tobytes())
+            check_same_settings(self.file.parent, rest["settings"], self.settings)
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for name in [name for name in tensors if name.startswith("optimizer.")]:
+                _, index, slot = name.split(".")
+                state.setdefault(int(index), {})[slot] = tensors.pop(name)
+            self._kept.load_state_dict(tensors)
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
             if self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(saved["loss_scale"])
-            self.log = saved["log"]
+                self.accelerator.scaler.load_state_dict(rest["scale"])
+            self.log = rest["log"]
+            return int(rest["done"])
         except (DataError, RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise DataError(
-                f"The checkpoint {newest} is damaged ({error}). Delete that folder and run again."
-            ) from error
-        return step
+            raise DataError(f"The checkpoint {self.file} is damaged ({error}). Delete it and run again.") from error
 
 
 def learning_rate(peak: float, step: int, steps: int) -> float:
@@ -200,14 +150,9 @@ def learning_rate(peak: float, step: int, steps: int) -> float:
 
 def check_same_settings(folder: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raise `ConfigError` that names each difference, unless work in `folder` was started with these settings."""
-
-    def shown(value: Any) -> str:
-        text = repr(value)
-        return text if len(text) <= 80 else f"{text[:77]}..."
-
     changed = [
-        f"{name} was {shown(found.get(name))}, now {shown(settings.get(name))}"
-        for name in {**found, **settings}
+        f"{name} was {found.get(name)!r:.80}, now {settings.get(name)!r:.80}"
+        for name in found | settings
         if found.get(name) != settings.get(name)
     ]
     if changed:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..config import ArchitectureConfig, FinetuneConfig
-from ..data.captioned import CaptionedImages
-from ..data.encode import EncodedImages, encode, model_fingerprint
+from ..data.captioned import CaptionedImages, readable_images
+from ..data.encode import EncodedImages, encode, model_fingerprint, pixel_values
 from ..distributed import refuse_several_processes
 from ..errors import ConfigError, ModelError
 from ..files import fingerprint, read_json, write_json
@@ -21,10 +27,13 @@ from ..models.families.unet import StableDiffusion
 from ..models.frozen import denoiser_fingerprint
 from ..models.load import default_device, load_pipeline
 from ..models.schedule import NoiseSchedule, per_sample_loss
-from ..progress import progress_bar
 from ..seeds import derived_seed, generator
 from .checkpoint import TrainingRun, check_same_settings
-from .scratch import build_pipeline, train_autoencoder
+
+LATENT_NOISE = 0.05
+"""Standard deviation of the noise added to an autoencoder's latents, which are of about unit scale."""
+LATENT_PULL = 1e-3
+"""Weight of the latents' mean square in an autoencoder's loss."""
 
 
 def finetune(
@@ -63,7 +72,13 @@ def finetune(
         pipe: Any = build_pipeline(data.captions, architecture, seed=config.seed)
         pipe.to(default_device())
     else:
-        pipe = load_base(base)
+        pipe = load_pipeline(base, dtype=torch.float32)
+        family = family_of(pipe)
+        if type(family) is not StableDiffusion:
+            raise ModelError(
+                f"Expected a base of {StableDiffusion.title}, got {family.title}. Fine-tune others with diffusers' "
+                "own training scripts; audit, train and generate take the result."
+            )
         # The weights, since another base may lie in the same place, and the same base in another.
         settings["base"] = fingerprint(model_fingerprint(pipe), denoiser_fingerprint(pipe))
     if finished.is_file():
@@ -71,36 +86,19 @@ def finetune(
         shutil.rmtree(work, ignore_errors=True)
         return load_pipeline(output_dir, device=pipe.device)
 
-    options: dict[str, Any] = {"settings": settings, "progress": progress}
     if architecture is not None:
-        train_autoencoder(
-            pipe.vae, data, architecture.resolution, config, checkpoint_dir=work / "autoencoder", **options
-        )
+        train_autoencoder(pipe.vae, data, architecture, config, work / "autoencoder", settings, progress=progress)
     elif config.fresh_denoiser:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed("fresh denoiser", config.seed))
             pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config).to(pipe.unet.device)
     encoded = encode(pipe, data, work / "latents", progress=progress)
-    train_denoiser(pipe, encoded, config, train_text_encoder=base is None, checkpoint_dir=work / "denoiser", **options)
+    train_denoiser(
+        pipe, encoded, config, work / "denoiser", settings, train_text_encoder=base is None, progress=progress
+    )
     save(pipe, output_dir, half_precision=config.half_precision_weights)
     write_json(finished, {"base": None if base is None else str(base), "images": len(encoded), "settings": settings})
     shutil.rmtree(work)
-    return pipe
-
-
-def load_base(base: str | Path) -> Any:
-    """Load a pipeline to train, in float32.
-
-    Raises:
-        ModelError: There is none, or it is no Stable Diffusion 1.x or 2.x.
-    """
-    pipe = load_pipeline(base, dtype=torch.float32)
-    family = family_of(pipe)
-    if type(family) is not StableDiffusion:
-        raise ModelError(
-            f"Expected a base of {StableDiffusion.title}, got {family.title}. Fine-tune others with diffusers' own "
-            "training scripts; audit, train and generate take the result."
-        )
     return pipe
 
 
@@ -108,23 +106,19 @@ def train_denoiser(
     pipe: Any,
     encoded: EncodedImages,
     config: FinetuneConfig,
-    *,
-    train_text_encoder: bool,
     checkpoint_dir: Path,
     settings: dict[str, Any],
+    *,
+    train_text_encoder: bool,
     progress: bool = True,
 ) -> None:
-    """Minimise the denoising loss over images, timesteps and noise, with caption dropout.
-
-    Leaves the averaged weights in `pipe`.
-    """
-    device = pipe.unet.device
-    schedule = NoiseSchedule(pipe.scheduler)
+    """Minimise the denoising loss over images, timesteps and noise, with caption dropout; `pipe` is changed."""
+    device, schedule = pipe.unet.device, NoiseSchedule(pipe.scheduler)
     trained = nn.ModuleDict({"unet": pipe.unet})
     if train_text_encoder:
         trained["text_encoder"] = pipe.text_encoder
     trained.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    run = TrainingRun(trained, config, checkpoint_dir, settings, device=device)
+    run = TrainingRun(trained, config, checkpoint_dir, settings)
     tokens = pipe.tokenizer(  # (captions + 1, max_tokens)
         [*encoded.captions, ""],
         padding="max_length",
@@ -136,30 +130,26 @@ def train_denoiser(
     images_of = torch.bincount(encoded.caption_ids).double()
     chances = images_of[encoded.caption_ids] ** (config.caption_power - 1)
 
-    with progress_bar("denoiser", config.steps, start=run.start, enabled=progress) as bar:
-        for step in range(run.start, config.steps):
-            rng = generator("finetune", config.seed, step)
-            rows = torch.multinomial(chances, config.batch_size, replacement=True, generator=rng)
-            latents = encoded.latents[rows]
-            noise = torch.randn(latents.shape, generator=rng)
-            timesteps = torch.randint(schedule.num_train_timesteps, (len(rows),), generator=rng)
-            captions = encoded.caption_ids[rows].clone()
-            captions[torch.rand(len(rows), generator=rng) < config.caption_dropout] = encoded.null_id
+    def loss_at(step: int) -> torch.Tensor:
+        rng = generator("finetune", config.seed, step)
+        rows = torch.multinomial(chances, config.batch_size, replacement=True, generator=rng)
+        latents = encoded.latents[rows]
+        noise = torch.randn(latents.shape, generator=rng)
+        timesteps = torch.randint(schedule.num_train_timesteps, (len(rows),), generator=rng)
+        captions = encoded.caption_ids[rows].clone()
+        captions[torch.rand(len(rows), generator=rng) < config.caption_dropout] = encoded.null_id
 
-            latents, noise, timesteps = latents.to(device), noise.to(device), timesteps.to(device)
-            noisy_latents = schedule.add_noise(latents, noise, timesteps)
-            with run.accelerator.autocast():
-                if train_text_encoder:
-                    needed, inverse = captions.unique(return_inverse=True)
-                    prompt_embeds = pipe.text_encoder(tokens[needed.to(device)])[0][inverse.to(device)]
-                else:
-                    prompt_embeds = embeds[captions.to(device)]
-                model_pred = pipe.unet(noisy_latents, timesteps, prompt_embeds).sample
-            loss = per_sample_loss(model_pred, schedule.target(latents, noise, timesteps)).mean()
-            run.descend(loss, step)
-            run.save_if_due(step)
-            bar.advance(loss=loss)
-    run.finish()
+        latents, noise, timesteps = latents.to(device), noise.to(device), timesteps.to(device)
+        with run.accelerator.autocast():
+            if train_text_encoder:
+                needed, inverse = captions.unique(return_inverse=True)
+                prompt_embeds = pipe.text_encoder(tokens[needed.to(device)])[0][inverse.to(device)]
+            else:
+                prompt_embeds = embeds[captions.to(device)]
+            model_pred = pipe.unet(schedule.add_noise(latents, noise, timesteps), timesteps, prompt_embeds).sample
+        return per_sample_loss(model_pred, schedule.target(latents, noise, timesteps)).mean()
+
+    run.minimise(loss_at, "denoiser", progress=progress)
     trained.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
 
 
@@ -173,3 +163,117 @@ def save(pipe: Any, output_dir: Path, *, half_precision: bool) -> None:
     pipe.save_pretrained(output_dir)
     for network in (pipe.unet, pipe.vae) if half_precision else ():
         network.float()
+
+
+def build_pipeline(captions: Iterable[str], architecture: ArchitectureConfig, *, seed: int) -> StableDiffusionPipeline:
+    """An untrained `StableDiffusionPipeline` whose vocabulary is learnt from `captions`."""
+    tokenizer = learn_vocabulary(captions, architecture.vocabulary_size, max_tokens=architecture.max_tokens)
+    levels, deeper = len(architecture.autoencoder_blocks), len(architecture.denoiser_channels) - 1
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=architecture.text_width,
+        intermediate_size=2 * architecture.text_width,
+        projection_dim=architecture.text_width,
+        num_hidden_layers=architecture.text_layers,
+        num_attention_heads=max(1, architecture.text_width // 16),
+        max_position_embeddings=architecture.max_tokens,
+        **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed("scratch", seed))
+        text_encoder = CLIPTextModel(text_config)
+        blocks, widths = architecture.autoencoder_blocks, (architecture.autoencoder_width,) * levels
+        vae = AutoencoderTiny(
+            latent_channels=architecture.latent_channels,
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths,
+            num_encoder_blocks=blocks,
+            num_decoder_blocks=blocks[::-1],
+        )
+        unet = UNet2DConditionModel(
+            sample_size=architecture.resolution // 2 ** (levels - 1),
+            in_channels=architecture.latent_channels,
+            out_channels=architecture.latent_channels,
+            block_out_channels=architecture.denoiser_channels,
+            layers_per_block=architecture.denoiser_layers,
+            down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * deeper,
+            up_block_types=("CrossAttnUpBlock2D",) * deeper + ("UpBlock2D",),
+            cross_attention_dim=architecture.text_width,
+            attention_head_dim=4,  # the number of heads: diffusers' historical name
+            norm_num_groups=8,
+        )
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    scheduler = DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    safety = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, **safety)
+
+
+def learn_vocabulary(captions: Iterable[str], size: int, *, max_tokens: int) -> Any:
+    """A CLIP tokenizer with byte pairs learnt from `captions`, the same for the same captions.
+
+    Every byte is a token, inside a word and at its end, so that no later prompt has unknown tokens. The bytes are
+    given to the trainer in a fixed order: by default `tokenizers` numbers the ends of words in the order of a hash
+    map, and a resumed run would read captions with other tokens than it was trained on.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    blank: Any = CLIPTokenizer()
+    learner: Any = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = blank.backend_tokenizer.normalizer
+    learner.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
+    options: Any = {"special_tokens": [*letters, *(f"{letter}</w>" for letter in letters)], "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=size - 2, end_of_word_suffix="</w>", **options)  # two are added below
+    learner.train_from_iterator(sorted(set(captions)), trainer)
+    learnt = json.loads(learner.to_str())["model"]
+    vocab = learnt["vocab"] | {blank.bos_token: len(learnt["vocab"]), blank.eos_token: len(learnt["vocab"]) + 1}
+    merges: Any = [tuple(pair) for pair in learnt["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)
+
+
+def train_autoencoder(
+    vae: Any,
+    data: CaptionedImages,
+    architecture: ArchitectureConfig,
+    config: FinetuneConfig,
+    checkpoint_dir: Path,
+    settings: dict[str, Any],
+    *,
+    progress: bool = True,
+) -> None:
+    """Fit `vae` to the images and set its scaling factor so that latents have unit variance.
+
+    The loss is the absolute error of the pixels and of their differences (which keeps outlines sharp). Noise
+    on the latents makes nearby ones decode alike, and a slight pull to zero keeps them from outgrowing it:
+    together a variational autoencoder of fixed variance.
+    """
+    device, size = vae.device, architecture.resolution
+    readable = readable_images(data, "reading images", progress=progress)
+    # (N, 3, size, size) as bytes: each image is seen often, and 20,000 of 64 px take 250 MB.
+    pixels = torch.stack([((pixel_values(image, size) + 1) * 127.5).round().byte() for _, image in readable])
+    vae.to(memory_format=torch.channels_last)
+    config = dataclasses.replace(
+        config, steps=config.autoencoder_steps, learning_rate=config.autoencoder_learning_rate, weight_decay=1e-2
+    )
+    run = TrainingRun(vae, config, checkpoint_dir, settings)
+
+    def loss_at(step: int) -> torch.Tensor:
+        rng = generator("autoencoder", config.seed, step)
+        rows = torch.randint(len(pixels), (config.autoencoder_batch_size,), generator=rng)
+        images = pixels[rows].to(device) / 127.5 - 1
+        with run.accelerator.autocast():
+            latents = vae.encode(images).latents
+            noise = torch.randn(latents.shape, generator=rng).to(device)
+            decoded = vae.decode(latents + LATENT_NOISE * noise).sample
+        latents, decoded = latents.float(), decoded.float()
+        return (
+            F.l1_loss(decoded, images)
+            + F.l1_loss(decoded.diff(dim=2), images.diff(dim=2))
+            + F.l1_loss(decoded.diff(dim=3), images.diff(dim=3))
+            + LATENT_PULL * latents.square().mean()
+        )
+
+    run.minimise(loss_at, "autoencoder", progress=progress)
+    with torch.no_grad():
+        sample = pixels[:512].to(device).split(64)
+        latents = torch.cat([vae.encode(images / 127.5 - 1).latents for images in sample])
+    vae.to(memory_format=torch.contiguous_format)
+    vae.register_to_config(scaling_factor=1.0 / latents.float().std().item())

@@ -70,39 +70,23 @@ def step_loss(
 
 
 def invariant_objective(group_losses: torch.Tensor, penalty: float) -> torch.Tensor:
-    """J = mean_e L_e + lambda * Var_e(L_e), averaged over prompts.
-
-    Args:
-        group_losses: L_e, (E,) or (prompts, E).
-        penalty: lambda.
-    """
+    """J = mean_e L_e + lambda * Var_e(L_e), averaged over prompts; L_e is (E,) or (prompts, E), lambda the penalty."""
     return (group_losses.mean(dim=-1) + penalty * group_losses.var(dim=-1, unbiased=False)).mean()
 
 
 def objective_weights(group_losses: torch.Tensor, penalty: float) -> torch.Tensor:
     """The weight of each group's images, w_e = E * dJ / dL_e = 1 + 2 lambda (L_e - mean_e L_e).
 
-    It is never below zero: to unlearn a group is not intended.
-
-    Args:
-        group_losses: L_e, (..., E).
-        penalty: lambda.
-
-    Returns:
-        (..., E), with mean 1 over groups where none is clipped.
+    Both are (..., E). A weight is never below zero: to unlearn a group is not intended.
     """
     deviation = group_losses - group_losses.mean(dim=-1, keepdim=True)
     return (1 + 2 * penalty * deviation).clamp_min(0)
 
 
 class MovingGroupLosses(nn.Module):
-    """L_e as exponential moving means for each group of each prompt, corrected for their short memory.
+    """L_e as exponential moving means for each group of each prompt, (prompts, E), corrected for their short memory.
 
     Moving, since a small group has few images or none in one batch, and the variance over groups would be noise.
-
-    Args:
-        shape: (prompts, E).
-        momentum: Decay per update of a group.
     """
 
     totals: torch.Tensor
@@ -116,9 +100,9 @@ class MovingGroupLosses(nn.Module):
 
     def update(self, prompts: torch.Tensor, groups: torch.Tensor, losses: torch.Tensor) -> None:
         """Add a batch: prompts and groups, integers (batch,), and losses (batch,), all on the CPU."""
-        cells = prompts * self.totals.shape[1] + groups
-        sums = torch.zeros(self.totals.numel()).index_add_(0, cells, losses.float()).view_as(self.totals)
-        counts = torch.zeros(self.totals.numel()).index_add_(0, cells, torch.ones(len(losses))).view_as(self.totals)
+        cells = prompts, groups
+        sums = torch.zeros_like(self.totals).index_put_(cells, losses.float(), accumulate=True)
+        counts = torch.zeros_like(self.counts).index_put_(cells, torch.ones(len(losses)), accumulate=True)
         seen = counts > 0
         self.totals[seen] = self.momentum * self.totals[seen] + sums[seen]
         self.counts[seen] = self.momentum * self.counts[seen] + counts[seen]
@@ -132,26 +116,16 @@ class MovingGroupLosses(nn.Module):
 
 
 def typical_losses(
-    denoiser: Denoiser, data: EncodedImages, *, images: torch.Tensor | None = None, batch_size: int, seed: int
+    denoiser: Denoiser, data: EncodedImages, images: torch.Tensor, *, batch_size: int, seed: int
 ) -> torch.Tensor:
-    """The frozen model's mean loss at every timestep, which puts the losses of all timesteps on one scale.
+    """The frozen model's mean loss at every timestep, (num_train_timesteps,), float32 on the CPU.
 
-    At high noise, where an image's content is decided, a denoiser's loss is tens of times smaller than at low noise,
-    and so would be what guidance learns there. The scale also frees lambda of the model's units. Measured at `LEVELS`
-    timesteps on a few images each, shared among processes, and interpolated in the logarithm.
-
-    Args:
-        denoiser: The frozen model.
-        data: The images.
-        images: (n,) rows that training may see; all of them unless given.
-        batch_size: Images in each forward.
-        seed: Of the images chosen and the noise.
-
-    Returns:
-        (num_train_timesteps,), float32 on the CPU.
+    It puts the losses of all timesteps on one scale. At high noise, where an image's content is decided, a denoiser's
+    loss is tens of times smaller than at low noise, and so would be what guidance learns there. The scale also frees
+    lambda of the model's units. Measured at `LEVELS` timesteps on a few of the `images`, (n,) rows of `data`, shared
+    among processes, and interpolated in the logarithm.
     """
     schedule, device = denoiser.schedule, denoiser.device
-    images = torch.arange(len(data)) if images is None else images
 
     def mean_loss(timestep: int) -> float:
         rng = generator("typical losses", seed, timestep)

@@ -25,7 +25,6 @@ from ..guidance.attach import GuidedDenoiser
 from ..guidance.card import training_record
 from ..guidance.module import GuidanceModule, load_module
 from ..models.frozen import FrozenDenoiser, denoiser_fingerprint
-from ..progress import progress_bar
 from ..seeds import derived_seed, generator
 from .batches import GroupBalancedSampler, draw_batch
 from .checkpoint import TrainingRun, check_same_settings
@@ -66,10 +65,20 @@ def train(
     config = config or TrainConfig()
     output_dir = Path(output_dir)
     finished, work = output_dir / "train.json", output_dir / ".work"
-    resolution = audit.settings.get("resolution", 0)
-    data = as_encoded(pipe, data, cache_dir, resolution=resolution, progress=progress)
+    data = as_encoded(pipe, data, cache_dir, resolution=audit.settings.get("resolution", 0), progress=progress)
     model = denoiser_fingerprint(pipe)
-    check_trainable(data, audit, model, config)
+    audit.check_matches(data, model)
+    audit.check_found()
+    if config.rounds > 1 and not data.conditions:
+        raise ConfigError(
+            f"Expected one round for an unconditional model, got rounds={config.rounds}. Later rounds compare "
+            "predictions with and without a caption, and this model reads none."
+        )
+    if config.batch_size % num_processes():
+        raise ConfigError(
+            f"Expected a batch_size that {num_processes()} processes can share, got {config.batch_size}. Take a "
+            "multiple of the number of processes."
+        )
     settings = config.to_dict() | {
         "audit": audit.fingerprint,
         "data": data.data_fingerprint,
@@ -82,48 +91,27 @@ def train(
             shutil.rmtree(work, ignore_errors=True)
         return load_module(output_dir)
 
+    seed = derived_seed("module", config.seed)
     module = GuidanceModule.for_pipeline(
-        pipe,
-        num_groups=audit.num_groups,
-        mode=config.mode,
-        width=config.width,
-        seed=derived_seed("module", config.seed),
+        pipe, num_groups=audit.num_groups, mode=config.mode, width=config.width, seed=seed
     )
     log: list[dict[str, Any]] = []
-    first = audit
-    rounds = 0
+    last = audit
     with FrozenDenoiser(pipe) as frozen:
         module.to(frozen.device)
-        while rounds < config.rounds:
-            if rounds > 0:
+        for number in range(config.rounds):
+            if number > 0:
                 # The max phase again, against the guided model: what does it still treat unequally?
-                guided = GuidedDenoiser(frozen, module)
-                again = next_audit_config(audit)
+                again, guided = next_audit_config(audit), GuidedDenoiser(frozen, module)
                 found = infer_groups(pipe, data, config=again, cache_dir=cache_dir, denoiser=guided, progress=progress)
                 if not found.biased:
                     break
-                audit = carry_over(audit, found)
-            log += run_round(
-                module,
-                frozen,
-                data,
-                audit,
-                config,
-                work_dir=work / f"round-{rounds}",
-                settings=settings | {"round": rounds, "audit": audit.fingerprint},
-                round_number=rounds,
-                progress=progress,
-            )
-            rounds += 1
+                last = carry_over(last, found)
+            log += run_round(module, frozen, data, last, config, number, work, settings, progress=progress)
     if is_main():
+        rounds, base_model = log[-1]["round"] + 1, module.config["base_model"]
         record = training_record(
-            pipe,
-            (first, audit),
-            base_model=module.config["base_model"],
-            num_images=len(data),
-            config=config,
-            rounds=rounds,
-            log=log,
+            pipe, (audit, last), base_model=base_model, num_images=len(data), config=config, rounds=rounds, log=log
         )
         module.register_to_config(record=record)
         module.save_pretrained(output_dir)
@@ -134,77 +122,39 @@ def train(
     return module
 
 
-def check_trainable(data: EncodedImages, audit: Audit, denoiser_fingerprint: str, config: TrainConfig) -> None:
-    """Raise an error unless an audit of this data and model can be trained on with these settings.
-
-    Raises:
-        AuditError: The audit is of other images or of another model, or found nothing to balance.
-        ConfigError: Rounds or batch size do not fit the model or the number of processes.
-    """
-    audit.check_matches(data, denoiser_fingerprint)
-    audit.check_found()
-    if config.rounds > 1 and not data.conditions:
-        raise ConfigError(
-            f"Expected one round for an unconditional model, got rounds={config.rounds}. Later rounds compare "
-            "predictions with and without a caption, and this model reads none."
-        )
-    if config.batch_size % num_processes():
-        raise ConfigError(
-            f"Expected a batch_size that {num_processes()} processes can share, got {config.batch_size}. Take a "
-            "multiple of the number of processes."
-        )
-
-
 def run_round(
     module: Any,
     frozen: FrozenDenoiser,
     data: EncodedImages,
     audit: Audit,
     config: TrainConfig,
-    *,
-    work_dir: Path,
+    number: int,
+    work: Path,
     settings: dict[str, Any],
-    round_number: int,
+    *,
     progress: bool,
 ) -> list[dict[str, Any]]:
-    """Minimise the objective for `config.steps` steps, W fixed; `module` ends with its averaged weights.
-
-    Returns:
-        The log: the mean loss and the losses of all groups, every `LOG_EVERY` steps and at the end.
-    """
+    """Minimise the objective with W fixed; the log of losses, every `LOG_EVERY` steps and at the end."""
     device = frozen.device
     prompt_ids, kept = torch.from_numpy(audit.prompt_ids), torch.from_numpy(np.flatnonzero(audit.kept))
     sampler = GroupBalancedSampler(prompt_ids, [torch.from_numpy(weights) for weights in audit.group_weights])
     moving = MovingGroupLosses((int(prompt_ids.max()) + 1, audit.num_groups[0]), config.loss_momentum)
-    typical = typical_losses(frozen, data, images=kept, batch_size=config.batch_size, seed=config.seed).to(device)
-
+    typical = typical_losses(frozen, data, kept, batch_size=config.batch_size, seed=config.seed).to(device)
     module.train()
-    run = TrainingRun(module, config, work_dir, settings, device=device, running=moving)
-    with progress_bar(f"round {round_number + 1}", config.steps, start=run.start, enabled=progress) as bar:
-        for step in range(run.start, config.steps):
-            batch = draw_batch(
-                data,
-                sampler,
-                frozen.schedule,
-                generator("train", config.seed, round_number, step),
-                size=config.batch_size,
-                caption_dropout=config.caption_dropout,
-                device=device,
-            )
-            loss, losses = step_loss(run.parallel, frozen, batch, typical, moving, config.penalty, run.accelerator)
-            run.descend(loss, step)
-            if run.is_last(step) or (step + 1) % LOG_EVERY == 0:
-                run.log.append(
-                    {
-                        "round": round_number,
-                        "step": step + 1,
-                        "loss": round(losses.mean().item(), 6),
-                        "group_losses": [[round(value, 6) for value in row] for row in moving.means().tolist()],
-                    }
-                )
-            run.save_if_due(step)
-            bar.advance(loss=losses.mean())
-    run.finish()
+    settings = settings | {"round": number, "audit": audit.fingerprint}
+    run = TrainingRun(module, config, work / f"round-{number}", settings, running=moving)
+
+    def loss_at(step: int) -> torch.Tensor:
+        rng = generator("train", config.seed, number, step)
+        batch = draw_batch(data, sampler, frozen.schedule, rng, config, device)
+        loss, losses = step_loss(run.parallel, frozen, batch, typical, moving, config.penalty, run.accelerator)
+        if step + 1 == config.steps or (step + 1) % LOG_EVERY == 0:
+            group_losses = [[round(value, 6) for value in row] for row in moving.means().tolist()]
+            figures = {"loss": round(losses.mean().item(), 6), "group_losses": group_losses}
+            run.log.append({"round": number, "step": step + 1} | figures)
+        return loss
+
+    run.minimise(loss_at, f"round {number + 1}", progress=progress)
     module.eval()
     return run.log
 
