@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +136,17 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A finished run of the test's own: audit, data, images, results and module."""
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run: audit, data, images, results and module; read only."""
     from runs import make_run
 
-    make_run(tmp_path / "run")
-    return tmp_path / "run"
+    folder = tmp_path_factory.mktemp("finished")
+    make_run(folder)
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """The same, of the test's own."""
+    return shutil.copytree(finished, tmp_path / "run")

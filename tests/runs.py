@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
+import io
 import json
 import shutil
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -19,6 +23,7 @@ from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.evaluation.annotators.labels import GivenLabels
 from invdiff.evaluation.evaluate import evaluate
 from invdiff.evaluation.results import Results
+from invdiff.report import plots, theme
 
 LAND, WATER = "a photo of a landbird", "a photo of a waterbird"
 HOSTILE = (
@@ -172,6 +177,17 @@ def make_run(folder: Path) -> Results:
     }
     (folder / "module" / "config.json").write_text(json.dumps({"base_model": "org/birds", "record": record}))
     return results
+
+
+@contextlib.contextmanager
+def undrawn() -> Iterator[None]:
+    """Charts and pictures of reports are single pixels: for tests of their words."""
+    stream = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(stream, "PNG")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (plots, theme):
+            patch.setattr(module, "render", lambda *_, **__: stream.getvalue())
+        yield
 
 
 def report(folder: Path, **parts: Any) -> tuple[Page, str]:

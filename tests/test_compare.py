@@ -22,10 +22,17 @@ def results(biases: dict[str, float], scales: dict[str, float]) -> Results:
 
 def lines(measured: Results, images: dict[str, Generated] | None = None) -> dict[str, dict[float, float]]:
     """Name of a module to its strength to Bias."""
-    chosen = compare(measured, {})
+    run = Run(results=measured, images=images or {})
+    chosen = compare(run)
     assert chosen is not None
-    found = modules_by_scale(Run(results=measured, images=images or {}), chosen)
+    found = modules_by_scale(run, chosen)
     return {name: {scale: entry.bias for scale, entry in line.items()} for name, line in found.items()}
+
+
+def compared(measured: Results) -> tuple[Any, ...]:
+    chosen = compare(Run(results=measured))
+    assert chosen is not None
+    return chosen.before, chosen.after, chosen.key, chosen.keys, list(chosen.measures)
 
 
 def drawn(module: str, **settings: Any) -> Generated:
@@ -35,13 +42,12 @@ def drawn(module: str, **settings: Any) -> Generated:
 def test_the_guided_model_is_compared_at_the_middle_guidance_scale() -> None:
     by_scale = {key: measures(0.5) for key in ("1.0", "10.0", "3.0", "unstated")}
     models = {"other": by_scale, "guided": by_scale, "base": by_scale}
-    assert compare(Results(models), {}) == Comparison("base", "guided", "3.0", ["1.0", "3.0", "10.0", "unstated"])
-    found = compare(Results(models, baseline="other"), {})
-    assert found is not None
-    assert (found.before, found.after) == ("other", "guided")
+    found = compared(Results(models))
+    assert found == ("base", "guided", "3.0", ["1.0", "3.0", "10.0", "unstated"], ["base", "guided", "other"])
+    assert compared(Results(models, baseline="other"))[:2] == ("other", "guided")
     apart = Results({"base": {"1.0": measures(0.5)}, "guided": {"3.0": measures(0.5)}})
-    assert compare(apart, {}) == Comparison("base", "base", "1.0", ["1.0"])
-    assert compare(None, {"base": drawn("")}) is None
+    assert compared(apart) == ("base", "base", "1.0", ["1.0"], ["base"])
+    assert compare(Run(images={"base": drawn("")})) is None
 
 
 @pytest.mark.parametrize(

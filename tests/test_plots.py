@@ -80,9 +80,9 @@ def test_names_stand_apart_beside_the_axes(values: list[float]) -> None:
 
 
 def test_charts_are_drawn_on_light_and_on_dark_paper_with_the_same_colours() -> None:
-    found = plot_chart(Chart("y", "x", [line(0, [0.5, 0.5])]), alt="words", caption="")
+    found = plot_chart(Chart("y", "x", [line(0, [0.5, 0.5])]), "over x")
     assert [colour_at(uri, (0, 0)) for uri in (found.light, found.dark)] == [PAPER, DARK[PAPER]]
-    assert (found.alt, found.width) == ("words", 640)
+    assert (found.alt, found.width) == ("y over x. line 0: 0.50 at 1, 0.50 at 2.", 640)
     with Image.open(io.BytesIO(base64.b64decode(found.dark.partition(",")[2]))) as image:
         assert image.width == 1280
         pixels = np.asarray(image.convert("RGB"))
@@ -92,7 +92,7 @@ def test_charts_are_drawn_on_light_and_on_dark_paper_with_the_same_colours() -> 
 
 def test_the_settings_of_matplotlib_stay() -> None:
     before = dict(matplotlib.rcParams)
-    plot_chart(Chart("y", "x", [line(0, [0.5])]), alt="", caption="")
+    plot_chart(Chart("y", "x", [line(0, [0.5])]), "over x")
     assert dict(matplotlib.rcParams) == before
 
 

@@ -81,11 +81,11 @@ def test_images_are_drawn_with_what_they_were_drawn_with() -> None:
 )
 def test_what_a_command_cannot_say_is_said_beside_it(settings: dict[str, Any]) -> None:
     found = reproduce(drawn(**settings), "1.0")
-    ((title, command),) = found.commands
+    ((title, command),) = found["commands"]
     assert "settings below" in title
     assert "--environments" not in command
     assert command.count("--output") == 1
-    assert [step for step, _ in found.settings] == ["Generate: guided, guided"]
+    assert [step for step, _ in found["settings"]] == ["Generate: guided, guided"]
 
 
 def test_evaluation_names_the_models_that_figures_name() -> None:
@@ -108,7 +108,7 @@ def test_evaluation_names_the_models_that_figures_name() -> None:
 def test_the_demo_is_one_command() -> None:
     run = evaluated(run={"settings": DemoConfig(seed=3, num_inference_steps=5).to_dict()})
     assert only(run) == "invdiff demo --num-inference-steps 5 --seed 3"
-    assert ["demo", "3"] in next(table for table in reproduce(run, "1.0").facts if table.caption == "Seeds").rows
+    assert ("demo", "3") in next(table for table in reproduce(run, "1.0")["facts"] if table.caption == "Seeds").rows
 
 
 @pytest.mark.parametrize("value", ["$(touch x)", "'; touch x; '", "`touch x`", "a\nb"])

@@ -169,7 +169,7 @@ class AuditTab:
         rest = f", of which {MOST_PER_GROUP} are shown" if len(out) > MOST_PER_GROUP else ""
         considered = candidates_table(page.prompt.candidates) if page is not None else None
         unfound = unfound_table([prompt for prompt in book.inferred.prompts if not prompt.found])
-        tables = [fragment("table", table) for table in (considered, unfound) if table is not None]
+        tables = [fragment("table", table) for table in (considered, unfound) if table and table.rows]
         values: Values = {
             self._facts: notice("No hidden group was found: see below why not."),
             self._plot: "",

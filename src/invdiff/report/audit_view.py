@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 from ..auditing.edits import Edits
 from ..auditing.result import Audit, AuditWords, Candidate, PromptAudit
-from .figures import Missing, Share, Table, counted, percent, quoted, share_of
+from .figures import Missing, Table, counted, percent, quoted
 from .groups import MOST_PROMPTS, Group, Split
-from .plots import Plot, Thumb, histogram, thumb
+from .plots import Thumb, histogram, thumb
 from .read import Run
-from .theme import colour_of
 
 MOST_ROWS = 40
 MOST_CANDIDATES = 6
@@ -19,73 +18,41 @@ IMAGES_PER_GROUP = 12
 UNCERTAIN = 4
 
 
-@dataclass(frozen=True)
-class FoundGroup:
-    """One hidden group."""
-
-    share: Share
-    words: str
-    """Those that a CLIP model chose, or why none; "" where none was asked."""
-    typical: Sequence[Thumb]
-    uncertain: Sequence[Thumb]
-
-
-@dataclass(frozen=True)
-class FoundPrompt:
-    """One prompt that hides groups."""
-
-    prompt: str
-    facts: Mapping[str, str]
-    groups: Sequence[FoundGroup]
-    histogram: Plot
-    candidates: Table | None
-
-
-@dataclass(frozen=True)
-class Found:
-    """What the audit found."""
-
-    summary: str
-    notes: Sequence[str]
-    """What people changed; which images are not shown although they are given, and why."""
-    named: bool
-    """Whether any group has a name; else all have numbers."""
-    words_by: str
-    """Who chose the words under groups, and from how many; "" where nobody did."""
-    about_words: str
-    """What these words are worth."""
-    prompts: Sequence[FoundPrompt]
-    """Those shown in detail."""
-    tables: Sequence[Table]
-    missing: Sequence[Missing]
-
-
-def found(run: Run, audit: Audit, confidence: float) -> Found:
-    """The section, with intervals of this confidence."""
+def found(run: Run, audit: Audit, confidence: float) -> dict[str, Any]:
+    """What the audit found, with intervals of this confidence."""
     shown, further = run.splits[:MOST_PROMPTS], run.splits[MOST_PROMPTS:]
-    words = audit.words if shown else None
-    return Found(
-        summary=summary(audit),
-        notes=[note for note in (about_edits(audit.edits), withheld(run)) if note],
-        named=audit.edits.named,
-        words_by=f"says {quoted(words.model)}, asked about {words.vocabulary:,} words" if words else "",
-        about_words=_about_words(words, shown) if words else "",
-        prompts=[_prompt(split, run, words, confidence) for split in shown],
-        tables=[
-            table
-            for table in (
-                _words_over_all(words, audit.edits) if words else None,
-                _others(further, audit.edits.named),
-                unfound_table([prompt for prompt in audit.prompts if not prompt.found]),
-            )
-            if table is not None
-        ],
-        missing=[
-            Missing("The audited images were not given, so none is shown here.", "invdiff report RUN --data DATA")
+    named, words = audit.edits.named, audit.words if shown else None
+    rows = [
+        [audit.edits.group_name(e.group, e.factor), e.line]
+        for e in (words.groups if words else ())
+        if e.prompt is None
+    ]
+    others = [
+        [
+            split.prompt.prompt,
+            f"{split.prompt.num_images:,}",
+            " / ".join((f"{group.name} " if named else "") + percent(group.share) for group in split.groups),
+            f"{split.prompt.separation:.2f}",
+            f"{split.prompt.stability:.2f}",
         ]
-        if shown and run.data is None
-        else [],
-    )
+        for split in further
+    ]
+    columns = ("Prompt", "Images", "Groups", "Separation", "Stability")
+    absent = Missing("The audited images were not given, so none is shown here.", "invdiff report RUN --data DATA")
+    return {
+        "summary": summary(audit),
+        "notes": [note for note in (about_edits(audit.edits), withheld(run)) if note],
+        "named": named,
+        "words_by": f"says {quoted(words.model)}, asked about {words.vocabulary:,} words" if words else "",
+        "about_words": _about_words(words, shown) if words else "",
+        "prompts": [_prompt(split, run, words, confidence) for split in shown],
+        "tables": [
+            Table(("Group", "Words"), rows, "Words that separate groups over all prompts"),
+            _cut(columns, others, "Further prompts that hide groups", MOST_ROWS),
+            unfound_table([prompt for prompt in audit.prompts if not prompt.found]),
+        ],
+        "missing": [absent] if shown and run.data is None else [],
+    }
 
 
 def summary(audit: Audit) -> str:
@@ -137,15 +104,15 @@ def withheld(run: Run) -> str:
     return words if outside else ""
 
 
-def unfound_table(prompts: Sequence[PromptAudit]) -> Table | None:
-    """The prompts under which nothing was found, the largest first; None for none."""
+def unfound_table(prompts: Sequence[PromptAudit]) -> Table:
+    """The prompts under which nothing was found, the largest first."""
     ordered = sorted(prompts, key=lambda prompt: -prompt.num_images)
     rows = [[prompt.prompt, f"{prompt.num_images:,}", prompt.reason] for prompt in ordered]
     return _cut(("Prompt", "Images", "Why not"), rows, "Prompts under which nothing was found, and why", MOST_ROWS)
 
 
-def candidates_table(candidates: Sequence[Candidate]) -> Table | None:
-    """The splits that were considered under a prompt, best first; None for none."""
+def candidates_table(candidates: Sequence[Candidate]) -> Table:
+    """The splits that were considered under a prompt, best first."""
     rows = [
         [
             entry.evidence,
@@ -160,39 +127,39 @@ def candidates_table(candidates: Sequence[Candidate]) -> Table | None:
     return _cut(columns, rows, "Splits that were considered, best first", MOST_CANDIDATES)
 
 
-def _prompt(split: Split, run: Run, words: AuditWords | None, confidence: float) -> FoundPrompt:
-    prompt = split.prompt
-    return FoundPrompt(
-        prompt=prompt.prompt,
-        facts={
-            "images": f"{prompt.num_images:,}",
-            "wordings": f"{len(prompt.captions):,}",
-            "separation": f"{prompt.separation:.2f}",
-            "stability": f"{prompt.stability:.2f}",
-            "evidence": split.factor + prompt.evidence,
-        },
-        groups=[_group(group, split, run, words, confidence) for group in split.groups],
-        histogram=histogram(split),
-        candidates=candidates_table(prompt.candidates),
-    )
+def _prompt(split: Split, run: Run, words: AuditWords | None, confidence: float) -> dict[str, Any]:
+    """One prompt that hides groups, with the images of each."""
 
-
-def _group(group: Group, split: Split, run: Run, words: AuditWords | None, confidence: float) -> FoundGroup:
     def thumbs(positions: Sequence[int], what: str) -> list[Thumb]:
         if run.data is None or run.audit is None:
             return []
         shown = [at for at in positions if run.may_show(at)]
         return [thumb(run.data.image(run.rows[at]), f"{what}: {run.audit.names[at]}") for at in shown]
 
-    entry = words.of(split.index, group.index, split.factor_index) if words else None
-    return FoundGroup(
-        share=share_of(
-            group.name, group.size, len(split.labels), confidence=confidence, colour=colour_of(group.index)
-        ),
-        words=entry.line if entry else "",
-        typical=thumbs(group.typical[:IMAGES_PER_GROUP], f"typical of {group.name}"),
-        uncertain=thumbs(_uncertain(group), f"{group.name}, uncertain"),
-    )
+    prompt, groups = split.prompt, []
+    for group, share in zip(split.groups, split.shares(confidence), strict=True):
+        entry = words.of(split.index, group.index, split.factor_index) if words else None
+        groups.append(
+            {
+                "share": share,
+                "words": entry.line if entry else "",
+                "typical": thumbs(group.typical[:IMAGES_PER_GROUP], f"typical of {group.name}"),
+                "uncertain": thumbs(_uncertain(group), f"{group.name}, uncertain"),
+            }
+        )
+    return {
+        "prompt": prompt.prompt,
+        "facts": {
+            "images": f"{prompt.num_images:,}",
+            "wordings": f"{len(prompt.captions):,}",
+            "separation": f"{prompt.separation:.2f}",
+            "stability": f"{prompt.stability:.2f}",
+            "evidence": split.factor + prompt.evidence,
+        },
+        "groups": groups,
+        "histogram": histogram(split),
+        "candidates": candidates_table(prompt.candidates),
+    }
 
 
 def _uncertain(group: Group) -> list[int]:
@@ -209,27 +176,6 @@ def _about_words(words: AuditWords, splits: Sequence[Split]) -> str:
     )
 
 
-def _words_over_all(words: AuditWords, edits: Edits) -> Table | None:
-    rows = [[edits.group_name(e.group, e.factor), e.line] for e in words.groups if e.prompt is None]
-    return Table(("Group", "Words"), rows, "Words that separate groups over all prompts") if rows else None
-
-
-def _others(splits: Sequence[Split], named: bool) -> Table | None:
-    rows = [
-        [
-            split.prompt.prompt,
-            f"{split.prompt.num_images:,}",
-            " / ".join((f"{group.name} " if named else "") + percent(group.share) for group in split.groups),
-            f"{split.prompt.separation:.2f}",
-            f"{split.prompt.stability:.2f}",
-        ]
-        for split in splits
-    ]
-    columns = ("Prompt", "Images", "Groups", "Separation", "Stability")
-    return _cut(columns, rows, "Further prompts that hide groups", MOST_ROWS)
-
-
-def _cut(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str, most: int) -> Table | None:
+def _cut(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str, most: int) -> Table:
     rest = len(rows) - most
-    notes = [f"{rest:,} more: see audit.json."] if rest > 0 else []
-    return Table(columns, rows[:most], caption, notes) if rows else None
+    return Table(columns, rows[:most], caption, [f"{rest:,} more: see audit.json."] if rest > 0 else [])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..evaluation.quality.intervals import share_interval
 from ..evaluation.results import UNSTATED, Estimate, Quantity
@@ -20,30 +21,27 @@ BETTER = {
 
 @dataclass(frozen=True)
 class Share:
-    """A share of images, from 0 to 1, with Wilson's interval where they were counted."""
+    """A share of counted images, from 0 to 1, with Wilson's interval."""
 
     name: str
     share: float
-    low: float | None
-    high: float | None
-    count: int | None
-    total: int | None
+    low: float
+    high: float
+    count: int
+    total: int
     colour: str
 
 
-@dataclass(frozen=True)
-class Table:
-    """Figures in words."""
+class Table(NamedTuple):
+    """Figures in words; the first cell of a row names it. A table without rows is not shown."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    """The first cell names the row."""
     caption: str = ""
     notes: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
-class Missing:
+class Missing(NamedTuple):
     """A part that was not given, and the command that makes it."""
 
     what: str
@@ -52,8 +50,7 @@ class Missing:
 
 def share_of(name: str, count: int, total: int, *, confidence: float, colour: str) -> Share:
     """A share of counted images."""
-    low, high = share_interval(count, total, confidence=confidence)
-    return Share(name, count / total, low, high, count, total, colour)
+    return Share(name, count / total, *share_interval(count, total, confidence=confidence), count, total, colour)
 
 
 def percent(share: float) -> str:
@@ -78,28 +75,26 @@ def bias(value: float) -> str:
     return f"{value:.2f}".replace("-", "−")
 
 
-def with_interval(value: str, low: str | None, high: str | None) -> str:
+def with_interval(form: Callable[[float], str], value: float, low: float | None, high: float | None) -> str:
     """A figure with its interval, such as "0.12 (0.03 to 0.20)", where it has one."""
-    return value if low is None or high is None else f"{value} ({low} to {high})"
+    return form(value) if low is None or high is None else f"{form(value)} ({form(low)} to {form(high)})"
 
 
 def share_in_words(share: Share) -> str:
     """A share with its interval, such as "88% (75% to 94%)"."""
-    ends = (None if end is None else percent(end) for end in (share.low, share.high))
-    return with_interval(percent(share.share), *ends)
+    return with_interval(percent, share.share, share.low, share.high)
 
 
 def estimate(entry: Estimate | None) -> str:
     """A fairness metric with its interval."""
-    return ABSENT if entry is None else with_interval(bias(entry.value), bias(entry.low), bias(entry.high))
+    return ABSENT if entry is None else with_interval(bias, entry.value, entry.low, entry.high)
 
 
 def corrected(entry: Estimate | None) -> str:
     """The same corrected for the annotator's errors; "" where that is not known or changes no digit."""
     if entry is None or entry.corrected is None or abs(entry.corrected - entry.value) < 0.0005:
         return ""
-    ends = [None if end is None else bias(end) for end in (entry.corrected_low, entry.corrected_high)]
-    return with_interval(bias(entry.corrected), *ends)
+    return with_interval(bias, entry.corrected, entry.corrected_low, entry.corrected_high)
 
 
 def quantity(name: str, figure: Quantity | None) -> str:
@@ -109,10 +104,7 @@ def quantity(name: str, figure: Quantity | None) -> str:
     if name == "images":
         return f"{figure.value:,.0f}"
     is_share = name.startswith(("subject accuracy", "precision", "recall", "coverage")) or name.endswith(" unchanged")
-    form = percent if is_share else number
-    return with_interval(
-        form(figure.value), *(None if end is None else form(end) for end in (figure.low, figure.high))
-    )
+    return with_interval(percent if is_share else number, figure.value, figure.low, figure.high)
 
 
 def shown_name(name: str) -> str:
@@ -122,8 +114,8 @@ def shown_name(name: str) -> str:
 
 def with_direction(name: str) -> str:
     """A figure's name, and which way is better."""
-    better = next((words for words, starts in BETTER.items() if name.startswith(starts)), "")
-    return f"{shown_name(name)}, {better}" if better else shown_name(name)
+    better = next((f", {words}" for words, starts in BETTER.items() if name.startswith(starts)), "")
+    return shown_name(name) + better
 
 
 def at_scale(key: str) -> str:

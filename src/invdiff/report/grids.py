@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from ..auditing.result import Audit, AuditWords
 from ..text import one_line
-from .figures import percent
+from .figures import counted, percent
 from .groups import MOST_PROMPTS, Group, Split, rows_by_name, splits_of
 from .plots import draw_histogram, is_rare
 from .theme import colour_of, save_picture
@@ -28,10 +28,9 @@ if TYPE_CHECKING:
 
 MOST_REASONS = 12
 OVERVIEW = "groups.png"
-WIDTH = 1600
-MARGIN = 64
-GUTTER = 72
-GAP = 8
+WIDTH, MARGIN, GUTTER, GAP = 1600, 64, 72, 8
+FULL = WIDTH - 2 * MARGIN
+"""Pixels between the margins."""
 
 Images = Callable[[Sequence[int]], list[Image.Image]]
 """The images at positions in the audit."""
@@ -44,11 +43,7 @@ def save_audit_pictures(audit_folder: str | Path, data: CaptionedImages) -> list
 
     `groups.png` shows every group of the prompts that hide one, or says why none does. `prompt-00.png` and so
     on, largest prompt first and at most 8, show a prompt's scores and each group's most typical and least
-    certain images. Pictures of an earlier audit in the same folder are removed.
-
-    Args:
-        audit_folder: What `Audit.save` wrote.
-        data: The images that were audited, found by name.
+    certain images. Pictures of an earlier audit in the same folder are removed. Images are found by name.
 
     Raises:
         AuditError: The folder holds no audit, or one of other images.
@@ -65,21 +60,13 @@ def save_audit_pictures(audit_folder: str | Path, data: CaptionedImages) -> list
     written = [save_groups(audit_folder / OVERVIEW, audit, splits, images)]
     for place, split in enumerate(splits):
         written.append(_save_prompt(audit_folder / f"prompt-{place:02d}.png", split, images, audit.words))
-    for picture in audit_folder.glob("prompt-[0-9][0-9].png"):
-        if picture not in written:
-            picture.unlink()
+    for picture in set(audit_folder.glob("prompt-[0-9][0-9].png")) - set(written):
+        picture.unlink()
     return written
 
 
 def save_groups(path: Path, audit: Audit, splits: Sequence[Split], images: Images) -> Path:
-    """Draw the groups of all prompts, two prompts side by side; below them, why other prompts hide none.
-
-    Args:
-        path: The PNG to write.
-        audit: The audit.
-        splits: Those of its prompts that hide groups and are shown.
-        images: The images at positions in the audit.
-    """
+    """Draw the groups of these splits, two prompts side by side; below them, why other prompts hide none."""
     words = audit.words
     title, subtitle = "No hidden group was found", "No split was at once separated, stable and unbalanced."
     if splits:
@@ -98,16 +85,14 @@ def save_groups(path: Path, audit: Audit, splits: Sequence[Split], images: Image
                 column += _strip(images(group.typical[:8]), width, columns=8 // across)
             band.append([*column, _space(48)])
         bands.append(band)
-    width = _column(1)
     unfound = [prompt for prompt in audit.prompts if not prompt.found]
     for prompt in sorted(unfound, key=lambda prompt: -prompt.num_images)[:MOST_REASONS]:
-        heading = f"“{one_line(prompt.prompt, 70)}” · {_count(prompt.num_images)}"
+        heading = f"“{one_line(prompt.prompt, 70)}” · {counted(prompt.num_images, 'image')}"
         lines = textwrap.wrap(one_line(prompt.reason, 400), 140, max_lines=2, placeholder="…")
-        reasons = [_text(line, width, size=19, height=28, soft=True) for line in lines]
-        bands.append([[_rule(width), _text(heading, width, size=22, height=32), *reasons, _space(18)]])
+        reasons = [_text(line, FULL, size=19, height=28, soft=True) for line in lines]
+        bands.append([[_rule(), _text(heading, FULL, size=22, height=32), *reasons, _space(18)]])
     if len(unfound) > MOST_REASONS:
-        rest = f"and {len(unfound) - MOST_REASONS} more: see audit.json"
-        bands.append([[_rule(width), _text(rest, width, size=22)]])
+        bands.append([[_rule(), _text(f"and {len(unfound) - MOST_REASONS} more: see audit.json", FULL, size=22)]])
     return _save(path, bands)
 
 
@@ -119,14 +104,9 @@ def save_before_after(
     subtitle: str,
     shares: Mapping[str, Sequence[Mapping[str, float]]],
 ) -> Path:
-    """Draw images of one model above those that another made of the same prompts and seeds.
+    """Draw images of one model above those that another made of the same prompts and seeds, with shares of classes.
 
-    Args:
-        path: The PNG to write.
-        pairs: Prompt to what both models drew from the same seeds; two prompts stand side by side.
-        models: The models' names.
-        subtitle: How to read it.
-        shares: Prompt to class to share of each model's images: a bar below the images.
+    `pairs` and `shares` are by prompt, and then of each of the two models.
     """
     band, width = [], _column(len(pairs))
     for prompt, shown in pairs.items():
@@ -146,16 +126,16 @@ def _save_prompt(path: Path, split: Split, images: Images, words: AuditWords | N
     """Draw one prompt: its scores on the left, its groups on the right."""
     prompt, others = split.prompt, len(split.prompt.captions) - 1
     facts = [
-        _count(prompt.num_images),
+        counted(prompt.num_images, "image"),
         " / ".join(percent(group.share) for group in split.groups),
         f"stability {prompt.stability:.2f}",
         f"separation {prompt.separation:.2f}",
-        *([f"{others} more wording{'s' if others > 1 else ''}"] if others else []),
+        counted(others, "more wording") if others else "",
         f"{split.factor}split by {prompt.evidence}",
-        *([f"words by “{one_line(words.model, 40)}”"] if words else []),
+        f"words by “{one_line(words.model, 40)}”" if words else "",
     ]
     left = 480
-    right = _column(1) - left - GUTTER
+    right = FULL - left - GUTTER
     groups: list[Row] = []
     for group in split.groups:
         typical = group.typical[:12]
@@ -177,16 +157,13 @@ def _save_prompt(path: Path, split: Split, images: Images, words: AuditWords | N
         own.set_xlabel("score, as inferred" if split.by_hand else "score, high for the rarer group")
         own.set_title("images, log scale" if is_rare(split) else "images", pad=30)
 
-    return _save(
-        path,
-        [[_title(f"“{prompt.prompt}”", " · ".join(facts))], [[(height, scores)], groups]],
-        starts=(0, left + GUTTER),
-    )
+    title = _title(f"“{prompt.prompt}”", " · ".join(filter(None, facts)))
+    return _save(path, [[title], [[(height, scores)], groups]], starts=(0, left + GUTTER))
 
 
 def _column(across: int) -> float:
     """The width of one of several columns."""
-    return (WIDTH - 2 * MARGIN - (across - 1) * GUTTER) / across
+    return (FULL - (across - 1) * GUTTER) / across
 
 
 def _save(path: Path, bands: Sequence[Sequence[Sequence[Row]]], starts: Sequence[float] = ()) -> Path:
@@ -216,16 +193,15 @@ def _space(height: float) -> Row:
     return height, lambda axes, x, y: None
 
 
-def _rule(width: float) -> Row:
+def _rule() -> Row:
     def draw(axes: Axes, x: float, y: float) -> None:
-        axes.plot((x, x + width), (y, y), color=rcParams["grid.color"], linewidth=1.2, marker="")
+        axes.plot((x, x + FULL), (y, y), color=rcParams["grid.color"], linewidth=1.2, marker="")
 
     return 22, draw
 
 
 def _title(title: str, subtitle: str) -> list[Row]:
-    wide = _column(1)
-    return [_text(title, wide, size=40, height=70), _text(subtitle, wide, size=22, height=76, soft=True)]
+    return [_text(title, FULL, size=40, height=70), _text(subtitle, FULL, size=22, height=76, soft=True)]
 
 
 def _text(
@@ -253,11 +229,11 @@ def _heading(group: Group, split: Split, words: AuditWords | None, width: float,
     def draw(axes: Axes, x: float, y: float) -> None:
         axes.plot(x + 9, y + 18, "o", color=colour_of(group.index), markersize=13, markeredgewidth=0)
         write(axes, x + 28, y)
-        axes.text(x + width, y + 26, _count(group.size), ha="right", color=rcParams["axes.labelcolor"])
+        axes.text(x + width, y + 26, counted(group.size, "image"), ha="right", color=rcParams["axes.labelcolor"])
 
     rows: list[Row] = [(40, draw)]
     if entry and entry.words:
-        rows.append(_text(", ".join(word.word for word in entry.words), width, size=20, height=34, soft=True))
+        rows.append(_text(entry.line, width, size=20, height=34, soft=True))
     return rows if group.size else [*rows, _text("none under this prompt", width, size=20, soft=True)]
 
 
@@ -270,10 +246,10 @@ def _strip(images: Sequence[Image.Image], width: float, *, columns: int) -> list
     sheet = Image.new("RGBA", (int(width), height))
     mask = Image.new("L", (4 * side, 4 * side))  # drawn large for smooth corners
     ImageDraw.Draw(mask).rounded_rectangle((0, 0, 4 * side - 1, 4 * side - 1), side // 4, fill=255)
+    mask = mask.resize((side, side), Image.Resampling.LANCZOS)
     for place, image in enumerate(images):
         square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
-        corner = (place % columns * (side + GAP), place // columns * (side + GAP))
-        sheet.paste(square, corner, mask.resize((side, side), Image.Resampling.LANCZOS))
+        sheet.paste(square, (place % columns * (side + GAP), place // columns * (side + GAP)), mask)
 
     def draw(axes: Axes, x: float, y: float) -> None:
         axes.imshow(np.asarray(sheet), extent=(x, x + sheet.width, y + height, y), aspect="auto", zorder=1)
@@ -313,7 +289,3 @@ def _key(classes: Mapping[str, float], width: float) -> Row:
             x += 52 + 12 * len(words)
 
     return 42, draw
-
-
-def _count(images: int) -> str:
-    return f"{images:,} image{'' if images == 1 else 's'}"

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from ..auditing.edits import ladder
 from ..auditing.result import Audit, PromptAudit
 from ..errors import AuditError
+from .figures import Share, share_of
+from .theme import colour_of
 
 MOST_PROMPTS = 8
 """Prompts that pictures and reports show in detail."""
@@ -48,7 +50,7 @@ class Split:
     factor_index: int
     """Of the hidden factor, from 0."""
     rows: _Array
-    """Positions in the audit of the prompt's images, without those left out; scores and labels are theirs."""
+    """(n,) positions in the audit of the prompt's images, without those left out; scores and labels are theirs."""
     scores: _Array
     labels: _Array
     groups: list[Group]
@@ -57,17 +59,18 @@ class Split:
     by_hand: bool
     """Whether people moved the cuts or left out images of this prompt."""
 
+    def shares(self, confidence: float) -> list[Share]:
+        """The share of images in each group."""
+        total = len(self.labels)
+        return [share_of(g.name, g.size, total, confidence=confidence, colour=colour_of(g.index)) for g in self.groups]
+
 
 def splits_of(audit: Audit) -> list[Split]:
-    """The prompts that hide groups, the largest first, once for each factor that splits them.
-
-    Images that people left out are in none.
-    """
-    kept = audit.kept
-    splits = []
+    """The prompts that hide groups, the largest first, once for each factor that splits them; no image left out."""
+    splits, several = [], len(audit.group_weights) > 1
     for index, prompt in sorted(enumerate(audit.prompts), key=lambda entry: -entry[1].num_images):
-        rows = np.flatnonzero(kept & (audit.prompt_ids == index))
-        fewer = len(rows) < np.count_nonzero(audit.prompt_ids == index)
+        own = audit.prompt_ids == index
+        rows = np.flatnonzero(audit.kept & own)
         scores = audit.scores[rows]
         for factor, of_all in enumerate(audit.group_weights):
             weights = of_all[rows]
@@ -79,31 +82,24 @@ def splits_of(audit: Audit) -> list[Split]:
                 Split(
                     index=index,
                     prompt=prompt,
-                    factor=f"factor {factor} · " if len(audit.group_weights) > 1 else "",
+                    factor=f"factor {factor} · " if several else "",
                     factor_index=factor,
                     rows=rows,
                     scores=scores,
                     labels=labels,
                     groups=rank_groups(weights, scores, rows, names),
                     cuts=list(moved) or gaps(scores, labels),
-                    by_hand=bool(moved or fewer),
+                    by_hand=bool(moved or len(rows) < own.sum()),
                 )
             )
     return splits
 
 
 def rank_groups(weights: _Array, scores: _Array, rows: _Array, names: Sequence[str]) -> list[Group]:
-    """Order the images of each of a prompt's groups by how typical they are.
+    """The images of each of a prompt's E groups by how typical they are, from weights (n, E), scores (n,), rows (n,).
 
-    Args:
-        weights: (n, E) the prompt's rows of W.
-        scores: (n,) their scores.
-        rows: (n,) their positions in the audit.
-        names: Of the E groups.
-
-    Returns:
-        E groups. The most typical image of the group that scores highest has the highest score, of the lowest the
-        lowest; of a group between others it is the middle one.
+    The most typical image of the group that scores highest has the highest score, of the lowest the lowest; of a
+    group between others it is the middle one.
     """
     labels = weights.argmax(axis=1)
     rising = ladder(weights, scores)
@@ -131,11 +127,7 @@ def gaps(scores: _Array, labels: _Array) -> list[float]:
 
 
 def rows_by_name(names: Sequence[str], available: Sequence[str]) -> list[int]:
-    """Where each audited image stands in the data; a name's second use is its second image.
-
-    Raises:
-        AuditError: The data lacks one.
-    """
+    """Where each audited image stands in the data; a name's second use is its second image."""
     places: dict[str, list[int]] = defaultdict(list)
     for row in reversed(range(len(available))):
         places[available[row]].append(row)

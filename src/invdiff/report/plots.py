@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import rcParams
@@ -29,28 +30,22 @@ RARE = 0.15
 """Below this share a group is hard to see unless counts are on a log scale."""
 
 
-@dataclass(frozen=True)
-class Thumb:
-    """A small image."""
+class Thumb(NamedTuple):
+    """A small image as a data URI, and its content in words."""
 
     uri: str
-    """`data:image/...`."""
     alt: str
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A picture of figures, on light and on dark paper."""
+class Plot(NamedTuple):
+    """A picture of figures as data URIs on light and on dark paper, its content in words, and its CSS pixels."""
 
     light: str
     dark: str
-    """`data:image/png...`."""
     alt: str
-    """Its content in words."""
     caption: str
-    width: int
-    height: int
-    """CSS pixels."""
+    width: int = 640
+    height: int = 400
 
 
 @dataclass(frozen=True)
@@ -67,9 +62,9 @@ class Line:
     @property
     def look(self) -> tuple[str, str]:
         """Colour and marker."""
-        if self.place is None:
-            return BASE_COLOUR, MARKERS[0]
-        return SERIES_COLOURS[self.place % len(SERIES_COLOURS)], MARKERS[self.place % len(MARKERS)]
+        place = self.place or 0
+        colour = BASE_COLOUR if self.place is None else SERIES_COLOURS[place % len(SERIES_COLOURS)]
+        return colour, MARKERS[place % len(MARKERS)]
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,7 @@ class Chart:
     """Dotted lines as (x, y): what a fair sampler shows by chance."""
 
 
-def draw_chart(axes: Axes, chart: Chart, *, gap: float = 0.09) -> None:
+def draw_chart(axes: Axes, chart: Chart) -> None:
     """Draw a chart: lines stand side by side, so that no interval covers another, and are named at their ends."""
     xs = sorted({x for line in chart.lines for x, *_ in line.points})
     span = (xs[-1] - xs[0]) or 1.0
@@ -113,7 +108,7 @@ def draw_chart(axes: Axes, chart: Chart, *, gap: float = 0.09) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set(title=chart.title, xlabel=chart.x_name)
-    beside, gap = axes.get_yaxis_transform(), gap * (top - bottom)
+    beside, gap = axes.get_yaxis_transform(), 0.09 * (top - bottom)
     height = -math.inf
     for rank, (y, name, colour, marker, weight) in enumerate(sorted(ends), start=1):  # as far apart as lines of text
         height = min(max(y, height + gap), top - gap * (len(ends) - rank))
@@ -122,9 +117,15 @@ def draw_chart(axes: Axes, chart: Chart, *, gap: float = 0.09) -> None:
         axes.text(1.06, height, name, color=shade, weight=weight, va="center", transform=beside)
 
 
-def plot_chart(chart: Chart, *, alt: str, caption: str) -> Plot:
-    """A chart for a split."""
-    return plot(lambda figure: draw_chart(figure.add_subplot(), chart), 640, 400, alt=alt, caption=caption)
+def plot_chart(chart: Chart, over: str, about: str = "") -> Plot:
+    """A chart for a page; `over` names its x axis in words, and `about` says what the chart itself does not."""
+    lines = [
+        f"{line.name[:60]}: {', '.join(f'{y:.2f} at {x:g}' for x, y, _, _ in line.points if y is not None)}."
+        for line in chart.lines
+    ]
+    alt = f"{chart.title.partition(':')[0]} {over}. {' '.join(lines)}"
+    fair = "Dotted: what a fair sampler shows by chance." if chart.floors else ""
+    return _plot(lambda axes: draw_chart(axes, chart), alt, " ".join(filter(None, (fair, about))))
 
 
 def save_charts(path: Path, charts: Sequence[Chart], *, title: str) -> Path:
@@ -141,10 +142,13 @@ def save_charts(path: Path, charts: Sequence[Chart], *, title: str) -> Path:
     return save_picture(path, draw, 1400, height)
 
 
-def plot(draw: Callable[[Figure], object], width: int, height: int, *, alt: str, caption: str) -> Plot:
-    """What `draw` puts on a figure, twice as sharp as its CSS pixels."""
-    light, dark = (_uri("png", render(draw, width, height, dark=dark, density=2)) for dark in (False, True))
-    return Plot(light, dark, alt, caption, width, height)
+def _plot(draw: Callable[[Axes], object], alt: str, caption: str) -> Plot:
+    """What `draw` puts on axes, twice as sharp as its CSS pixels."""
+    light, dark = (
+        _uri("png", render(lambda figure: draw(figure.add_subplot()), 640, 400, dark=dark, density=2))
+        for dark in (False, True)
+    )
+    return Plot(light, dark, alt, caption)
 
 
 def histogram(split: Split) -> Plot:
@@ -158,13 +162,9 @@ def histogram(split: Split) -> Plot:
     meaning = "A score is high for the rarer group; 0 is the prompt's mean."
     if split.by_hand:
         meaning = "Scores are as they were inferred, before people's changes."
-    return plot(
-        lambda figure: draw_histogram(figure.add_subplot(), split),
-        640,
-        400,
-        alt=f"Histogram of the scores of {len(split.scores):,} images: {'; '.join(reach)}{parted}.",
-        caption=f"{'Images, on a log scale,' if is_rare(split) else 'Images'} by score. {meaning}",
-    )
+    alt = f"Histogram of the scores of {len(split.scores):,} images: {'; '.join(reach)}{parted}."
+    caption = f"{'Images, on a log scale,' if is_rare(split) else 'Images'} by score. {meaning}"
+    return _plot(lambda axes: draw_histogram(axes, split), alt, caption)
 
 
 def draw_histogram(axes: Axes, split: Split) -> None:

@@ -78,15 +78,7 @@ def find_parts(run: str | Path, *, results: Path | None = None) -> Parts:
     """The parts in a folder such as `invdiff demo` writes, or the four commands of the README.
 
     These are `audit/`, `module/`, `data/`, `results.json`, and folders of generated images in `images/` or beside
-    them, each named after its model as in the results: `base` or `base-cfg-3`.
-
-    Args:
-        run: The folder.
-        results: Results that lie elsewhere, to know the models by.
-
-    Raises:
-        ConfigError: There is no such folder.
-        EvaluationError: The results are damaged.
+    them, each named after its model as in the results, which may lie elsewhere: `base` or `base-cfg-3`.
     """
     run = Path(run)
     if not run.is_dir():
@@ -96,7 +88,7 @@ def find_parts(run: str | Path, *, results: Path | None = None) -> Parts:
         results = run / "results.json"
     models = list(Results.load(results).models) if results else []
     images: dict[str, list[Path]] = {}
-    for manifest in sorted([*run.glob(f"*/{GENERATED}"), *run.glob(f"images/*/{GENERATED}")], key=_by_number):
+    for manifest in sorted([*run.glob(f"*/{GENERATED}"), *run.glob(f"images/*/{GENERATED}")], key=_in_order):
         name = manifest.parent.name
         if models:
             fitting = [model for model in models if name == model or name.startswith(f"{model}-")]
@@ -117,12 +109,7 @@ def find_parts(run: str | Path, *, results: Path | None = None) -> Parts:
 
 
 def read_run(parts: Parts) -> Run:
-    """Read the parts of a report.
-
-    Raises:
-        ConfigError: There is neither an audit nor results, or the module is none.
-        InvDiffError: A part is absent or damaged, or the data is not what was audited.
-    """
+    """Read the parts of a report."""
     if parts.audit is None and parts.results is None:
         raise ConfigError("Expected an audit or results to report on, got neither.")
     audit = None if parts.audit is None else Audit.load(parts.audit)
@@ -150,11 +137,7 @@ def read_run(parts: Parts) -> Run:
 def shown_path(path: str | Path, run: Path | None = None) -> str:
     """A path as it was given where that is relative, else from the run's folder on, else its last part only.
 
-    Reports are passed on: no path of the machine is shown.
-
-    Args:
-        path: A path as given, or a hub id, which stays.
-        run: The folder of the run that is reported on.
+    Reports are passed on: no path of the machine is shown. A hub id stays.
     """
     text = str(path)
     foreign = PureWindowsPath(text)  # which reads both kinds of slashes
@@ -191,7 +174,8 @@ def _config(path: Path, what: str, command: str) -> Mapping[str, Any]:
     return config
 
 
-def _by_number(path: Path) -> list[tuple[bool, float, str]]:
+def _in_order(path: Path) -> list[Any]:
     """Sort cfg-10 after cfg-3."""
-    parts = re.split(r"([0-9]+(?:\.[0-9]+)?)", str(path))
-    return [(place % 2 == 1, float(part) if place % 2 else 0.0, part) for place, part in enumerate(parts)]
+    return [
+        float(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+(?:\.[0-9]+)?)", str(path)))
+    ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from ..auditing.edits import CURATION
@@ -15,27 +15,14 @@ from ..evaluation.results import Results
 from ..options import command_options
 from .compare import BASE
 from .figures import Missing, Table, percent, quoted, sentences
-from .read import Generated, Run, without_paths
+from .read import Run, without_paths
 
 MOST_WORDS = 24
 """Prompts that a command lists; more are in a file."""
 
 
-@dataclass(frozen=True)
-class Reproduce:
-    """How to make the figures again."""
-
-    commands: Sequence[tuple[str, str]]
-    """What it does and the command."""
-    facts: Sequence[Table]
-    """Fingerprints, versions and seeds."""
-    settings: Sequence[tuple[str, str]]
-    """Of which step, as JSON."""
-    missing: Sequence[Missing]
-
-
-def reproduce(run: Run, version: str) -> Reproduce:
-    """The section on how to make the figures again, by this version of invdiff."""
+def reproduce(run: Run, version: str) -> dict[str, Any]:
+    """Commands with their titles, fingerprints, versions and seeds, and settings of steps as JSON."""
     missing = []
     if not run.module:
         what = "No module was given, so how it was trained and with which versions is not known here."
@@ -44,12 +31,12 @@ def reproduce(run: Run, version: str) -> Reproduce:
         words = f"People changed this audit: put its {CURATION} beside the one that these commands make"
         missing.append(Missing(f"{words}, before you train."))
     settings = {step: without_paths(values) for step, values in _settings(run).items() if values}
-    return Reproduce(
-        commands=commands(run),
-        facts=[table for table in _facts(run, version) if table.rows],
-        settings=[(step, json.dumps(values, indent=2, sort_keys=True)) for step, values in settings.items()],
-        missing=missing,
-    )
+    return {
+        "commands": commands(run),
+        "facts": _facts(run, version),
+        "settings": [(step, json.dumps(values, indent=2, sort_keys=True)) for step, values in settings.items()],
+        "missing": missing,
+    }
 
 
 def commands(run: Run) -> list[tuple[str, str]]:
@@ -65,11 +52,21 @@ def commands(run: Run) -> list[tuple[str, str]]:
     if run.audit:
         options = command_options(AuditConfig, without_paths(run.audit.settings))
         found.append(("Audit", ["audit", model, data, *columns, "--output", audit, *options]))
-    training = _record(run, "training")
-    if training:
+    if training := _record(run, "training"):
         options = command_options(TrainConfig, without_paths(training))
         found.append(("Train", ["train", model, data, audit, "--output", module, *columns, *options]))
-    found += [_generate(name, drawn, model, module, folder) for name, folder, drawn in _drawn(run.images)]
+    for name, folder, drawn in _drawn(run):
+        title, prompts, listed, mix = f"Generate: {name}", *_said(drawn)
+        if not listed:
+            title += f"; prompts.txt has the {len(prompts):,} prompts of its settings below, one a line"
+        title += "; its groups, in the settings below, can be given in Python only" if mix is None else ""
+        values = without_paths(drawn)
+        words = ["generate", model, *(prompts if listed else ("--prompts-file", "prompts.txt"))]
+        if drawn.get("module"):
+            words += ["--module", module, *(["--environments", mix] if mix else [])]
+        else:
+            values.pop("scale", None)
+        found.append((title, [*words, "--output", folder, *command_options(GenerateConfig, values)]))
     if run.results:
         found.append(("Evaluate", _evaluate(run, run.results)))
     return [(title, shlex.join(["invdiff", *words])) for title, words in found]
@@ -115,44 +112,31 @@ def _record(run: Run, part: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _generate(name: str, drawn: Mapping[str, Any], model: str, module: str, folder: str) -> tuple[str, list[str]]:
-    title, prompts = f"Generate: {name}", _prompts(drawn)
-    words = ["generate", model, *prompts]
-    if not _fit(prompts):
-        words = ["generate", model, "--prompts-file", "prompts.txt"]
-        title += f"; prompts.txt has the {len(prompts):,} prompts of its settings below, one a line"
-    values = without_paths(drawn)
-    if drawn.get("module"):
-        mix = _mix(drawn.get("environments"))
-        words += ["--module", module, *(["--environments", mix] if mix else [])]
-        title += "; its groups, in the settings below, can be given in Python only" if mix is None else ""
-    else:
-        values.pop("scale", None)
-    return title, [*words, "--output", folder, *command_options(GenerateConfig, values)]
+def _drawn(run: Run) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Model, folder and settings of all generated images that state their settings."""
+    for model, generated in run.images.items():
+        for folder, drawn in zip(generated.folders, generated.settings, strict=True):
+            if drawn:
+                yield model, folder, drawn
 
 
-def _prompts(drawn: Mapping[str, Any]) -> list[str]:
-    prompts = drawn.get("prompts")
-    return [str(prompt) for prompt in prompts] if isinstance(prompts, list) else []
-
-
-def _fit(prompts: Sequence[str]) -> bool:
-    """Whether prompts can stand in a command."""
-    return len(prompts) <= MOST_WORDS and not any(prompt.startswith("-") for prompt in prompts)
-
-
-def _mix(environments: Any) -> str | None:
-    """A target mix as the option takes it, "" where none is needed; None where the option cannot say it."""
-    if environments is None:
-        return ""
+def _said(drawn: Mapping[str, Any]) -> tuple[Sequence[str], bool, str | None]:
+    """Prompts, whether a command can list them, and the target mix as its option takes it, None where it cannot."""
+    given = drawn.get("prompts")
+    prompts = [str(prompt) for prompt in given] if isinstance(given, list) else []
+    listed = len(prompts) <= MOST_WORDS and not any(prompt.startswith("-") for prompt in prompts)
+    environments = drawn.get("environments")
+    if not drawn.get("module") or environments is None:
+        return prompts, listed, ""
     try:
-        given = any(isinstance(share, int) for factor in environments for share in factor)  # a group for each image
+        of_images = any(isinstance(share, int) for factor in environments for share in factor)
         shares = [[float(share) for share in factor] for factor in environments]
     except (TypeError, ValueError):
-        return None
-    if not given and all(max(factor) - min(factor) < 1e-6 for factor in shares if factor):
-        return ""
-    return ",".join(f"{share:g}" for share in shares[0]) if not given and len(shares) == 1 else None
+        return prompts, listed, None
+    if not of_images and all(max(factor) - min(factor) < 1e-6 for factor in shares if factor):
+        return prompts, listed, ""  # even, the default
+    mix = ",".join(f"{share:g}" for share in shares[0]) if not of_images and len(shares) == 1 else None
+    return prompts, listed, mix
 
 
 def _evaluate(run: Run, results: Results) -> list[str]:
@@ -172,34 +156,26 @@ def _evaluate(run: Run, results: Results) -> list[str]:
         "clip": clip,
         "lpips": bool(lpips),
     }
-    words += command_options(EvaluateConfig, values) + (
-        ["--reference", "REFERENCE"] if results.reference_images else []
-    )
+    words += command_options(EvaluateConfig, values)
+    words += ["--reference", "REFERENCE"] if results.reference_images else []
     (file,) = run.names.get("results", ["results.json"])
     return words + (["--output", file] if file != "results.json" else [])
 
 
 def _settings(run: Run) -> dict[str, Mapping[str, Any]]:
     """The settings of every step, of images only where their command cannot say them."""
-    settings: dict[str, Mapping[str, Any]] = {"Demo": run.results.run.get("settings", {}) if run.results else {}}
-    if run.audit:
-        known = {item.name for item in fields(AuditConfig)}
-        settings["Audit"] = {name: value for name, value in run.audit.settings.items() if name in known}
-    settings["Train"] = _record(run, "training")
-    for model, folder, drawn in _drawn(run.images):
-        if not _fit(_prompts(drawn)) or (drawn.get("module") and _mix(drawn.get("environments")) is None):
+    known = {item.name for item in fields(AuditConfig)}
+    audited = run.audit.settings if run.audit else {}
+    settings: dict[str, Mapping[str, Any]] = {
+        "Demo": run.results.run.get("settings", {}) if run.results else {},
+        "Audit": {name: value for name, value in audited.items() if name in known},
+        "Train": _record(run, "training"),
+    }
+    for model, folder, drawn in _drawn(run):
+        _, listed, mix = _said(drawn)
+        if not listed or mix is None:
             settings[f"Generate: {model}, {folder}"] = drawn
     return settings
-
-
-def _drawn(images: Mapping[str, Generated]) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """Model, folder and settings of all generated images that state their settings."""
-    return [
-        (model, folder, drawn)
-        for model, generated in images.items()
-        for folder, drawn in zip(generated.folders, generated.settings, strict=True)
-        if drawn
-    ]
 
 
 def _facts(run: Run, version: str) -> list[Table]:
@@ -210,23 +186,22 @@ def _facts(run: Run, version: str) -> list[Table]:
         "data_fingerprint": "data: captions and images",
     }
     audited = run.audit.settings if run.audit else {}
-    prints = [[words, str(audited[name])] for name, words in names.items() if audited.get(name)]
-    trained = _record(run, "base").get("denoiser_fingerprint")
-    prints += [["denoiser the module was trained beside", str(trained)]] if trained else []
-    versions = [[f"{name}, when training", str(number)] for name, number in _record(run, "versions").items() if number]
-    seeds: dict[str, dict[str, None]] = {}
+    prints = [(words, audited.get(name)) for name, words in names.items()]
+    prints.append(("denoiser the module was trained beside", _record(run, "base").get("denoiser_fingerprint")))
     stated = [(step.lower(), values) for step, values in _settings(run).items() if not step.startswith("Generate")]
-    for model, _, drawn in _drawn(run.images):
-        prints.append([f"pipeline that drew {quoted(model)}", str(drawn.get("model", ""))])
-        prints += [[f"module that drew {quoted(model)}", str(drawn["module"])]] if drawn.get("module") else []
+    for model, _, drawn in _drawn(run):
+        prints.append((f"pipeline that drew {quoted(model)}", drawn.get("model")))
+        prints.append((f"module that drew {quoted(model)}", drawn.get("module")))
         stated.append((f"images of {quoted(model)}", drawn))
+    prints.append(("results", run.results_digest))
+    seeds: dict[str, dict[str, None]] = {}
     for step, values in stated:
         if "seed" in values:
             seeds.setdefault(step, {})[str(values["seed"])] = None
-    prints += [["results", run.results_digest]] if run.results_digest else []
-    once = list(dict.fromkeys(map(tuple, prints)))
+    once = list(dict.fromkeys((words, str(digest)) for words, digest in prints if digest))
+    versions = [(f"{name}, when training", str(number)) for name, number in _record(run, "versions").items() if number]
     return [
         Table(("What", "Fingerprint"), once, "Fingerprints: another one, another model, set or file"),
-        Table(("What", "Version"), [*versions, ["invdiff, of this report", version]], "Versions"),
-        Table(("Step", "Seed"), [[step, ", ".join(of_step)] for step, of_step in seeds.items()], "Seeds"),
+        Table(("What", "Version"), [*versions, ("invdiff, of this report", version)], "Versions"),
+        Table(("Step", "Seed"), [(step, ", ".join(of_step)) for step, of_step in seeds.items()], "Seeds"),
     ]

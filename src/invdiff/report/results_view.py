@@ -1,10 +1,10 @@
-"""The sections of a report about generated images: what changed, prompt by prompt, and what it cost."""
+"""The sections of a report about generated images: the glance, what changed prompt by prompt, and what it cost."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,19 +13,11 @@ from ..evaluation.annotators.annotations import label_of
 from ..evaluation.fairness.metrics import METRICS
 from ..evaluation.images import Row
 from ..evaluation.results import CANNOT_TELL, AttributeMeasures, Measures, Quantity, Results
-from .compare import (
-    Comparison,
-    label,
-    measured,
-    modules_by_scale,
-    over_guidance,
-    over_module_scale,
-    same_seeds,
-)
+from .audit_view import summary
+from .compare import BASE, GUIDED, Comparison, label, modules_by_scale, over_guidance, over_module_scale
 from .figures import (
     ABSENT,
     Missing,
-    Share,
     Table,
     at_scale,
     bias,
@@ -41,158 +33,150 @@ from .figures import (
     with_direction,
 )
 from .groups import MOST_PROMPTS
-from .plots import Chart, Plot, Thumb, plot_chart, thumb
+from .plots import Thumb, plot_chart, thumb
 from .read import Run
-from .theme import BASE_COLOUR, SERIES_COLOURS, colour_of
+from .theme import BASE_COLOUR, SERIES_COLOURS
 
 PAIRS = 8
 TRAINING_DATA = "Training data"
 DATA_COLOUR = "#a9793f"
 """Of no group, class or model."""
 EVALUATE = "invdiff evaluate base=DIR guided=DIR --annotator ANNOTATOR --attribute ATTRIBUTE"
+HEADLINES = ("Bias", "Floor", "Subject right", "Fréchet distance", "Images a prompt")
 
 
-@dataclass(frozen=True)
-class Pair:
-    """What two models drew from one prompt and seed."""
-
-    before: Thumb
-    after: Thumb
-
-
-@dataclass(frozen=True)
-class ClassShares:
-    """One class under one prompt: its share of the training data, where that is known, and of each model's images."""
-
-    name: str
-    target: float
-    bars: Sequence[Share]
-
-
-@dataclass(frozen=True)
-class ChangedPrompt:
-    """One prompt before and after."""
-
-    prompt: str
-    groups: Sequence[Share]
-    """The audit's groups of its training images; empty where the data's own labels say more."""
-    note: str
-    """What the shares of training data are of; "" where there are none."""
-    classes: Sequence[ClassShares]
-    pairs: Sequence[Pair]
+def glance(run: Run, chosen: Comparison | None, confidence: float) -> dict[str, Any]:
+    """The report in a few lines: a verdict, the Bias of the two models compared, and pairs of images."""
+    lines = [summary(run.audit)] if run.audit else []
+    headlines: list[dict[str, Any]] = []
+    pairs: list[list[Thumb]] = []
+    if chosen:
+        for model in dict.fromkeys((chosen.before, chosen.after)):
+            if model in chosen.measures:
+                found = chosen.measures[model].bias_estimate
+                headlines.append({"label": label(model), "bias": found, "corrected": corrected(found)})
+        of_prompts = chosen.pairs.values()
+        turns = [pair for place in range(PAIRS) for pairs in of_prompts for pair in pairs[place : place + 1]]
+        pairs = [pair_of(pair, chosen) for pair in turns[:PAIRS]]
+    if chosen and run.results:
+        lines.append(_verdict(run.results, chosen))
+    rows = [[h["label"], estimate(h["bias"]), bias(h["bias"].floor), h["corrected"] or ABSENT] for h in headlines]
+    columns = ("", f"Bias ({confidence:.0%} interval)", "A fair sampler shows", "Corrected for the annotator")
+    return {
+        "sentences": lines,
+        "headlines": headlines,
+        "table": Table(columns, rows),
+        "where": where(chosen, both=True) if chosen else "",
+        "names": (label(chosen.before), label(chosen.after)) if chosen else ("", ""),
+        "pairs": pairs,
+    }
 
 
-@dataclass(frozen=True)
-class Changes:
-    """What guidance changed."""
+def _verdict(results: Results, chosen: Comparison) -> str:
+    """What the two figures say, and no more than their intervals allow."""
+    before = chosen.measures[chosen.before].bias_estimate
+    of = "the base model" if chosen.before == BASE else quoted(chosen.before)
+    words = f"Bias of {quoted(results.attribute)} in images of {of} is {bias(before.value)}"
+    if chosen.before == chosen.after:
+        by_chance = f"A fair sampler would show about {bias(before.floor)} by chance alone."
+        return f"{words}. {by_chance} No guided model was measured beside it."
+    after = chosen.measures[chosen.after].bias_estimate
+    of = "with guidance" if chosen.after == GUIDED else f"of {quoted(chosen.after)}"
+    words += f"; {of} it is {bias(after.value)}."
+    if after.low <= after.floor:
+        words += (
+            f" That cannot be distinguished from a fair sampler, which would show about {bias(after.floor)} by chance "
+            f"alone; as much as {bias(after.high)} is possible too."
+        )
+        overlap = after.high >= before.low
+        return words + (" But the two intervals overlap: these images do not prove a change." if overlap else "")
+    if after.high < before.low:
+        return words + f" It is less, but more than the {bias(after.floor)} that a fair sampler would show by chance."
+    if after.low > before.high:
+        return words + " It is more: on these images guidance did harm."
+    return words + " The two intervals overlap: these images do not prove a change."
 
-    where: str
-    attribute: str
-    prompts: Sequence[ChangedPrompt]
-    shares: Table | None
-    """The shares of all these prompts, in words."""
-    notes: Sequence[str]
-    """Prompts left out; where the shares of training data come from."""
-    fairness: Sequence[Table]
-    missing: Sequence[Missing]
 
-
-@dataclass(frozen=True)
-class Costs:
-    """What guidance cost."""
-
-    over_guidance: Sequence[Plot]
-    over_module_scale: Sequence[Plot]
-    tables: Sequence[Table]
-    missing: Sequence[Missing]
-
-
-def changes(run: Run, chosen: Comparison) -> Changes:
-    """The section on what changed."""
-    results, pairs, models = run.results, same_seeds(run.images, chosen), measured(run.results, chosen)
-    names = list(next(iter(models.values())).shares) if models else list(pairs)
+def changes(run: Run, chosen: Comparison) -> dict[str, Any]:
+    """What guidance changed, prompt by prompt."""
+    results, models = run.results, chosen.measures
+    names = list(next(iter(models.values())).shares) if models else list(chosen.pairs)
     known = training_labels(run)
-    prompts = [
-        _prompt(name, run, chosen, models, known.get(name), pairs.get(name, ())) for name in names[:MOST_PROMPTS]
-    ]
-    labelled = any(prompt.note for prompt in prompts)
+    prompts = [_prompt(name, run, chosen, known.get(name)) for name in names[:MOST_PROMPTS]]
     notes = [f"{len(names) - MOST_PROMPTS} more prompts are in the results."] if len(names) > MOST_PROMPTS else []
-    if labelled and results:
+    if results and any(prompt["note"] for prompt in prompts):
         notes.append(
             f"Shares of training data are counts of the data's own column {quoted(results.attribute)}, which was read "
             "for this report only, never by audit or training. Counted are the images whose captions mean the prompt "
             "to the model; captions that say more, such as the class itself, are prompts of their own."
         )
     attributes = dict.fromkeys(name for measures in models.values() for name in measures.attributes)
-    return Changes(
-        where=where(models, chosen),
-        attribute=results.attribute if results else "",
-        prompts=prompts,
-        shares=_shares(prompts, [label(model) for model in models], labelled) if models else None,
-        notes=notes,
-        fairness=[
+    return {
+        "where": where(chosen),
+        "attribute": results.attribute if results else "",
+        "prompts": prompts,
+        "shares": _shares(prompts, [label(model) for model in models] if models else []),
+        "notes": notes,
+        "fairness": [
             _fairness(name, {label(model): m.attributes[name] for model, m in models.items() if name in m.attributes})
             for name in attributes
         ],
-        missing=_missing(run, chosen, bool(pairs)),
-    )
+        "missing": _missing(run, chosen),
+    }
 
 
-def costs(run: Run, chosen: Comparison, results: Results) -> Costs:
-    """The section on quality with intervals, group by group, at every guidance scale and scale of the module."""
-    models = measured(results, chosen)
+def costs(run: Run, chosen: Comparison, results: Results) -> dict[str, Any]:
+    """Quality with intervals, group by group, at every guidance scale and scale of the module."""
     modules = modules_by_scale(run, chosen)
-    by_group = _by_group(models, chosen, results)
+    by_group = _by_group(chosen, results)
     missing = []
-    if not any(measures.quality for measures in models.values()):
+    if not any(measures.quality for measures in chosen.measures.values()):
         missing.append(
-            Missing(
-                "Quality was measured without reference images, so no distance to real ones is known. Run the "
-                "evaluation below again with --reference."
-            )
+            "Quality was measured without reference images, so no distance to real ones is known. Run the "
+            "evaluation below again with --reference."
         )
-    if by_group is None:
+    if not by_group.rows:
         missing.append(
-            Missing(
-                "These results hold no figures group by group: whether the minority is drawn as well as the "
-                "majority is not known. Run the evaluation below again with --reference."
-            )
+            "These results hold no figures group by group: whether the minority is drawn as well as the "
+            "majority is not known. Run the evaluation below again with --reference."
         )
-    tables = [
-        _quality(models, chosen, results),
-        by_group,
-        None if modules and len(chosen.keys) == 1 else _every_scale(results, chosen),
-        _every_module_scale(modules, chosen),
+    tables = [_quality(chosen, results), by_group]
+    rows = [
+        [label(model), key.removesuffix(".0"), *_headlines(measures)]
+        for model in dict.fromkeys([chosen.before, chosen.after, *results.models])
+        for key, measures in results.models[model].items()
     ]
+    if len(rows) > 2 and not (modules and len(chosen.keys) == 1):
+        tables.append(Table(("Model", "Guidance scale", *HEADLINES), rows, "Every guidance scale"))
+    rows = [[name, f"{scale:g}", *_headlines(m)] for name, line in modules.items() for scale, m in line.items()]
+    plain = any(0 in line for line in modules.values())
+    notes = ["Scale 0 is the base model: there the module does nothing."] if plain else []
+    caption = f"Every scale of the module, {at_scale(chosen.key)}"
+    tables.append(Table(("Module", "Scale", *HEADLINES), rows, caption, notes))
     about = f"{at_scale(chosen.key).capitalize()}; 0 is the base model, 1 is what the module was trained for."
-    return Costs(
-        over_guidance=[_plot(chart, "over guidance scale", "") for chart in over_guidance(results, chosen)],
-        over_module_scale=[_plot(chart, "over the module's scale", about) for chart in over_module_scale(modules)],
-        tables=[table for table in tables if table is not None],
-        missing=missing,
-    )
+    return {
+        "over_guidance": [plot_chart(chart, "over guidance scale") for chart in over_guidance(results, chosen)],
+        "over_module_scale": [plot_chart(c, "over the module's scale", about) for c in over_module_scale(modules)],
+        "tables": tables,
+        "missing": [Missing(words) for words in missing],
+    }
 
 
-def where(models: Mapping[str, Measures], chosen: Comparison) -> str:
-    """At which guidance scale, and on how many images, in words."""
-    words = at_scale(chosen.key)
+def where(chosen: Comparison, *, both: bool = False) -> str:
+    """At which guidance scale, and on how many images, in words; of `both` models compared, or of all shown."""
+    words, counts = at_scale(chosen.key), {m: of.images_per_prompt for m, of in chosen.measures.items()}
     if len(chosen.keys) > 1:
-        words += f", the middle one of {len(chosen.keys)} measured" if models else f", one of {len(chosen.keys)}"
-    fewest = min((measures.images_per_prompt for measures in models.values()), default=0)
-    return words + (f"; {counted(fewest, 'image')} of each prompt and model" if fewest else "")
+        words += f", the middle one of {len(chosen.keys)} measured" if counts else f", one of {len(chosen.keys)}"
+    shown = [count for model, count in counts.items() if not both or model in (chosen.before, chosen.after)]
+    return words + (f"; {counted(min(shown), 'image')} of each prompt and model" if shown else "")
 
 
-def pair_of(rows: tuple[Row, Row], chosen: Comparison) -> Pair:
-    """Two images of one prompt and seed, small enough to embed.
-
-    Raises:
-        DataError: An image is absent or damaged.
-    """
-    before, after = (
+def pair_of(rows: tuple[Row, Row], chosen: Comparison) -> list[Thumb]:
+    """Two images of one prompt and seed, small enough to embed."""
+    return [
         thumb(read_image(row.path), f"{label(model)}: {row.prompt[:200]}, seed {row.seed}")
         for row, model in zip(rows, (chosen.before, chosen.after), strict=True)
-    )
-    return Pair(before, after)
+    ]
 
 
 def training_labels(run: Run) -> dict[str, Counter[str]]:
@@ -217,17 +201,10 @@ def training_labels(run: Run) -> dict[str, Counter[str]]:
     return counts
 
 
-def _prompt(
-    prompt: str,
-    run: Run,
-    chosen: Comparison,
-    models: Mapping[str, Measures],
-    labels: Counter[str] | None,
-    pairs: Sequence[tuple[Row, Row]],
-) -> ChangedPrompt:
-    results, classes, note = run.results, [], ""
+def _prompt(prompt: str, run: Run, chosen: Comparison, labels: Counter[str] | None) -> dict[str, Any]:
+    """One prompt before and after: shares of each class in training data, where known, and in each model's images."""
+    results, models, classes, note, groups = run.results, chosen.measures, [], "", []
     confidence = results.confidence if results else 0.95
-    groups: list[Share] = []
     if labels and results:
         note = f"{TRAINING_DATA}: {counted(labels.total(), 'labelled image')} under this prompt"
         others = [name for name, _ in labels.most_common() if name not in results.classes.get(results.attribute, ())]
@@ -237,11 +214,7 @@ def _prompt(
         note += "."
     else:
         split = next((p for p in run.splits if prompt in (p.prompt.prompt, *p.prompt.captions)), None)
-        if split is not None:
-            groups = [
-                share_of(g.name, g.size, len(split.labels), confidence=confidence, colour=colour_of(g.index))
-                for g in split.groups
-            ]
+        groups = split.shares(confidence) if split else []
     colours = dict(zip([m for m in models if m != chosen.before], SERIES_COLOURS, strict=False))
     first = next(iter(models.values())).shares.get(prompt, {}) if models else {}
     for name in first:
@@ -255,23 +228,25 @@ def _prompt(
                 count, total, colour = counts[name], sum(counts.values()), colours.get(model, BASE_COLOUR)
                 bars.append(share_of(label(model), count, total, confidence=confidence, colour=colour))
         target = results.target.get(name, 0.0) if results and results.target else 1 / len(first)
-        classes.append(ClassShares(name, target, bars))
-    return ChangedPrompt(prompt, groups, note, classes, [pair_of(pair, chosen) for pair in pairs[:PAIRS]])
+        classes.append({"name": name, "target": target, "bars": bars})
+    pairs = [pair_of(pair, chosen) for pair in chosen.pairs.get(prompt, ())[:PAIRS]]
+    return {"prompt": prompt, "groups": groups, "note": note, "classes": classes, "pairs": pairs}
 
 
-def _shares(prompts: Sequence[ChangedPrompt], models: Sequence[str], labelled: bool) -> Table:
-    grouped = any(prompt.groups for prompt in prompts)
-    bars = [*([TRAINING_DATA] if labelled else []), *models]
+def _shares(prompts: Sequence[Mapping[str, Any]], models: Sequence[str]) -> Table:
+    """The shares of all these prompts, in words."""
+    grouped = any(prompt["groups"] for prompt in prompts)
+    bars = [*([TRAINING_DATA] if any(prompt["note"] for prompt in prompts) else []), *models]
     rows = []
     for prompt in prompts:
-        groups = "; ".join(f"{share.name}: {share_in_words(share)}" for share in prompt.groups) or ABSENT
-        for place, of_class in enumerate(prompt.classes):
-            shares = {bar.name: share_in_words(bar) for bar in of_class.bars}
+        groups = "; ".join(f"{share.name}: {share_in_words(share)}" for share in prompt["groups"]) or ABSENT
+        for place, of_class in enumerate(prompt["classes"]):
+            shares = {bar.name: share_in_words(bar) for bar in of_class["bars"]}
             data = [groups if place == 0 else ""] if grouped else []
             figures = [shares.get(name, ABSENT) for name in bars]
-            rows.append([prompt.prompt, *data, of_class.name, *figures, f"{of_class.target:.0%}"])
+            rows.append([prompt["prompt"], *data, of_class["name"], *figures, f"{of_class['target']:.0%}"])
     columns = ["Prompt", *(["Data (the audit's groups)"] if grouped else []), "Class", *bars, "Target"]
-    return Table(columns, rows, notes=[f"{quoted(p.prompt)}, {p.note}" for p in prompts if p.note])
+    return Table(columns, rows, notes=[f"{quoted(p['prompt'])}, {p['note']}" for p in prompts if p["note"]])
 
 
 def _fairness(attribute: str, models: Mapping[str, AttributeMeasures]) -> Table:
@@ -280,31 +255,28 @@ def _fairness(attribute: str, models: Mapping[str, AttributeMeasures]) -> Table:
     for metric in dict.fromkeys(name for measures in models.values() for name in measures.overall):
         entries = [measures.overall.get(metric) for measures in models.values()]
         floors = sorted({f"{entry.floor:.3f}" for entry in entries if entry is not None})
-        rows.append(
-            [METRICS[metric].label if metric in METRICS else metric, *map(estimate, entries), " / ".join(floors)]
-        )
+        name = METRICS[metric].label if metric in METRICS else metric
+        rows.append([name, *map(estimate, entries), " / ".join(floors)])
         right = [measures.subject_right.get(metric) for measures in models.values()]
         if metric == "bias" and any(right):
             rows.append(["… among images whose subject is right", *map(estimate, right), ABSENT])
         if any(map(corrected, entries)):
-            shown = [
-                corrected(entry) or (estimate(entry) if entry and entry.corrected is not None else ABSENT)
-                for entry in entries
-            ]
+            unchanged = [estimate(entry) if entry and entry.corrected is not None else ABSENT for entry in entries]
+            shown = [corrected(entry) or same for entry, same in zip(entries, unchanged, strict=True)]
             rows.append(["… corrected for the annotator's errors", *shown, ABSENT])
     notes = [measures.note for measures in models.values() if measures.note]
     columns = ("Mean over prompts", *models, "A fair sampler shows")
     return Table(columns, rows, f"How evenly the classes of {quoted(attribute)} are drawn", sentences(notes))
 
 
-def _missing(run: Run, chosen: Comparison, paired: bool) -> list[Missing]:
+def _missing(run: Run, chosen: Comparison) -> list[Missing]:
     missing = []
     if run.results is None:
         missing.append(Missing("These images were not measured, so no share is known.", EVALUATE))
     elif chosen.before == chosen.after:
         only = f"Only {quoted(label(chosen.before))} was measured here: nothing is compared."
         missing.append(Missing(only, EVALUATE))
-    if not paired and chosen.before != chosen.after:
+    if not chosen.pairs and chosen.before != chosen.after:
         if {chosen.before, chosen.after} <= run.images.keys():
             words = f"The images given share no seed of a prompt {at_scale(chosen.key)}, so no pair is shown."
             missing.append(Missing(words, "invdiff generate MODEL PROMPT --module module --output guided"))
@@ -314,42 +286,30 @@ def _missing(run: Run, chosen: Comparison, paired: bool) -> list[Missing]:
     return missing
 
 
-def _plot(chart: Chart, over: str, about: str) -> Plot:
-    name = chart.title.partition(":")[0]
-    lines = [
-        f"{line.name[:60]}: {', '.join(f'{y:.2f} at {x:g}' for x, y, _, _ in line.points if y is not None)}."
-        for line in chart.lines
-    ]
-    fair = "Dotted: what a fair sampler shows by chance." if chart.floors else ""
-    caption = " ".join(filter(None, (fair, about)))
-    return plot_chart(chart, alt=f"{name} {over}. {' '.join(lines)}", caption=caption)
-
-
-def _quality(models: Mapping[str, Measures], chosen: Comparison, results: Results) -> Table | None:
+def _quality(chosen: Comparison, results: Results) -> Table:
     """Figures of quality, and how far images moved, one column for each model."""
     figures: dict[str, dict[str, Quantity]] = {}
-    for model, measures in models.items():
+    for model, measures in chosen.measures.items():
         subject = {"subject accuracy": measures.subject_accuracy} if measures.subject_accuracy else {}
         moved = {n if "unchanged" in n else f"moved: {n}": q for n, q in measures.preservation.items()}
-        figures[model] = {**subject, **measures.quality, **moved}
+        figures[label(model)] = {**subject, **measures.quality, **moved}
     names = dict.fromkeys(name for entry in figures.values() for name in entry)
     rows = [[with_direction(name), *(quantity(name, entry.get(name)) for entry in figures.values())] for name in names]
     notes = [f"{shown_name(name)}: {q.note}" for entry in figures.values() for name, q in entry.items() if q.note]
     reference = f", against {results.reference_images:,} real images" if results.reference_images else ""
     caption = f"Quality {at_scale(chosen.key)}{reference}"
-    return Table(("Figure", *map(label, figures)), rows, caption, sentences(notes)[:8]) if rows else None
+    return Table(("Figure", *figures), rows, caption, sentences(notes)[:8])
 
 
-def _by_group(models: Mapping[str, Measures], chosen: Comparison, results: Results) -> Table | None:
-    groups = [(label(model), group, figures) for model, m in models.items() for group, figures in m.by_group.items()]
+def _by_group(chosen: Comparison, results: Results) -> Table:
+    groups = [
+        (label(m), group, of) for m, measures in chosen.measures.items() for group, of in measures.by_group.items()
+    ]
     names = list(dict.fromkeys(name for _, _, figures in groups for name in figures))
     rows = [[model, group, *(quantity(name, figures.get(name)) for name in names)] for model, group, figures in groups]
     notes = [figure.note for _, _, figures in groups for figure in figures.values() if figure.note]
     caption = f"Is each class of {quoted(results.attribute)} drawn as well? {at_scale(chosen.key).capitalize()}"
-    return Table(("Model", "Class", *map(shown_name, names)), rows, caption, sentences(notes)[:4]) if names else None
-
-
-HEADLINES = ("Bias", "Floor", "Subject right", "Fréchet distance", "Images a prompt")
+    return Table(("Model", "Class", *map(shown_name, names)), rows if names else [], caption, sentences(notes)[:4])
 
 
 def _headlines(measures: Measures) -> list[str]:
@@ -360,22 +320,3 @@ def _headlines(measures: Measures) -> list[str]:
         ABSENT if measures.frechet is None else f"{measures.frechet:.2f}",
         f"{measures.images_per_prompt:,}",
     ]
-
-
-def _every_scale(results: Results, chosen: Comparison) -> Table | None:
-    order = dict.fromkeys([chosen.before, chosen.after, *results.models])
-    rows = [
-        [label(model), key.removesuffix(".0"), *_headlines(measures)]
-        for model in order
-        for key, measures in results.models[model].items()
-    ]
-    return Table(("Model", "Guidance scale", *HEADLINES), rows, "Every guidance scale") if len(rows) > 2 else None
-
-
-def _every_module_scale(modules: Mapping[str, Mapping[float, Measures]], chosen: Comparison) -> Table | None:
-    rows = [[name, f"{scale:g}", *_headlines(m)] for name, line in modules.items() for scale, m in line.items()]
-    notes = (
-        ["Scale 0 is the base model: there the module does nothing."] if any(0 in m for m in modules.values()) else []
-    )
-    caption = f"Every scale of the module, {at_scale(chosen.key)}"
-    return Table(("Module", "Scale", *HEADLINES), rows, caption, notes) if rows else None

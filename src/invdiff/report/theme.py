@@ -42,30 +42,23 @@ def colour_of(index: int) -> str:
 
 
 def style(*, dark: bool = False) -> Any:
-    """Settings for `matplotlib.rc_context` or `pyplot.style.use`: two quiet spines, a light grid, bold lines."""
+    """Settings for `matplotlib.rc_context` or `pyplot.style.use`: `house.mplstyle` in our colours."""
     ink, soft, rule, paper = (DARK[colour] if dark else colour for colour in (INK, SOFT, RULE, PAPER))
-    settings = matplotlib.rc_params_from_file(Path(__file__).with_name("house.mplstyle"), use_default_template=False)
-    colours = {
-        ink: ("text.color",),
-        soft: ("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"),
-        rule: ("grid.color",),
-        paper: ("figure.facecolor", "lines.markeredgecolor"),
-    }
-    cycle = cycler(color=SERIES_COLOURS, marker=MARKERS)
-    return {**settings, "axes.prop_cycle": cycle} | {name: c for c, names in colours.items() for name in names}
+    settings: Any = matplotlib.rc_params_from_file(
+        Path(__file__).with_name("house.mplstyle"), use_default_template=False
+    )
+    softer = ("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    colours = {"text.color": ink, **dict.fromkeys(softer, soft), "grid.color": rule}
+    colours |= {"figure.facecolor": paper, "lines.markeredgecolor": paper}
+    return {**settings, **colours, "axes.prop_cycle": cycler(color=SERIES_COLOURS, marker=MARKERS)}
 
 
 def render(
     draw: Callable[[Figure], object], width: float, height: float, *, dark: bool = False, density: float = 1
 ) -> bytes:
-    """Draw a figure and return it as a PNG; the same figure gives the same bytes.
+    """What `draw` puts on a figure of `width` x `height` units, with `density` pixels for each, as a PNG.
 
-    Args:
-        draw: Fills the figure, whose layout is constrained.
-        width: Of the figure, in units of 1/100 inch.
-        height: Likewise.
-        dark: On dark paper.
-        density: Pixels for each unit.
+    The same figure gives the same bytes. One unit is 1/100 inch, and the layout is constrained.
     """
     stream = io.BytesIO()
     with _LOCK, matplotlib.rc_context(style(dark=dark)), warnings.catch_warnings():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,26 +16,16 @@ from ..data.images import read_image
 from ..evaluation.images import Folders
 from ..files import atomic_path, is_inside, write_text
 from ..text import escape, one_line
-from .audit_view import withheld
-from .compare import (
-    BASE,
-    GUIDED,
-    Comparison,
-    compare,
-    label,
-    measured,
-    modules_by_scale,
-    over_guidance,
-    over_module_scale,
-    same_seeds,
-)
-from .figures import at_scale, bias, percent, share_in_words
+from .audit_view import found, withheld
+from .compare import BASE, GUIDED, Comparison, compare, label, modules_by_scale, over_guidance, over_module_scale
+from .figures import Missing, at_scale, bias, percent, share_in_words
 from .grids import OVERVIEW, save_before_after, save_groups
 from .groups import MOST_PROMPTS
 from .plots import save_charts
 from .read import Parts, Run, read_run
+from .reproduce import limits, reproduce
+from .results_view import EVALUATE, changes, costs, glance
 from .theme import DARK, INK, PAPER, RULE, SOFT
-from .view import view_of
 
 if TYPE_CHECKING:
     from ..data.captioned import CaptionedImages
@@ -84,14 +75,8 @@ def save_report(
         ConfigError: There is neither an audit nor results.
         InvDiffError: A part is absent or damaged, or the data is not what was audited.
     """
-    parts = Parts(
-        audit=None if audit is None else Path(audit),
-        data=data,
-        results=None if results is None else Path(results),
-        images=images or {},
-        module=None if module is None else Path(module),
-        run=None if run is None else Path(run),
-    )
+    audit, results, module, run = (None if part is None else Path(part) for part in (audit, results, module, run))
+    parts = Parts(audit=audit, data=data, results=results, images=images or {}, module=module, run=run)
     return write_report(output_dir, parts, title=title)
 
 
@@ -99,32 +84,44 @@ def write_report(output_dir: str | Path, parts: Parts, *, title: str = TITLE) ->
     """Do the same as `save_report`, with parts such as `find_parts` returns."""
     output_dir = Path(output_dir)
     run = read_run(parts)
-    view = view_of(run, title=title)
-    pictures = _save_pictures(output_dir, run, parts.audit)
-    page = markdown_templates().get_template("report.md.j2").render(view=view, pictures=pictures)
+    results, chosen, own = run.results, compare(run), version("invdiff")
+    confidence = results.confidence if results else 0.95
+    view = {
+        "title": title,
+        "version": own,
+        "confidence": confidence,
+        "glance": glance(run, chosen, confidence),
+        "found": found(run, run.audit, confidence) if run.audit else None,
+        "changes": changes(run, chosen) if chosen else None,
+        "costs": costs(run, chosen, results) if chosen and results else None,
+        "reproduce": reproduce(run, own),
+        "limits": limits(run),
+        "no_audit": Missing(
+            "No audit was given, so no hidden group is shown.", "invdiff audit MODEL DATA --output audit"
+        ),
+        "no_results": Missing("No results were given, so nothing was measured here.", EVALUATE),
+    }
+    pictures = _save_pictures(output_dir, run, chosen, parts.audit)
+    markdown = _environment("invdiff.report", lambda value: _escaped(value, 1000))
+    markdown.filters.update(cell=lambda text: _escaped(text, MOST_CHARACTERS), code=_code, share=share_in_words)
+    page = markdown.get_template("report.md.j2").render(view=view, pictures=pictures)
     write_text(output_dir / MARKDOWN, re.sub(r"\n{3,}", "\n\n", page).strip() + "\n")
-    page = html_templates("invdiff.report").get_template("report.html.j2").render(view=view, theme=theme())
+    light = {"ink": INK, "soft": SOFT, "rule": RULE, "paper": PAPER}
+    theme = {"light": light, "dark": {name: DARK[colour] for name, colour in light.items()}}
+    page = html_templates("invdiff.report").get_template("report.html.j2").render(view=view, theme=theme)
     write_text(output_dir / HTML, page)
     return output_dir / HTML
-
-
-def theme() -> dict[str, dict[str, str]]:
-    """Colours by name, on light and on dark paper."""
-    light = {"ink": INK, "soft": SOFT, "rule": RULE, "paper": PAPER}
-    return {"light": light, "dark": {name: DARK[colour] for name, colour in light.items()}}
 
 
 def html_templates(package: str) -> Environment:
     """The templates of a package; no text that others wrote is taken for markup."""
     environment = _environment(package, _shown)
-    environment.filters.update(cut=_cut, brief=lambda text: one_line(text, 60), percent=percent, bias=bias)
-    return environment
-
-
-def markdown_templates() -> Environment:
-    """The templates of Markdown; no text that others wrote is taken for markup."""
-    environment = _environment("invdiff.report", lambda value: _escaped(value, 1000))
-    environment.filters.update(cell=lambda text: _escaped(text, MOST_CHARACTERS), code=_code, share=share_in_words)
+    environment.filters.update(
+        cut=lambda text: one_line(text, MOST_CHARACTERS),
+        brief=lambda text: one_line(text, 60),
+        percent=percent,
+        bias=bias,
+    )
     return environment
 
 
@@ -137,10 +134,6 @@ def _environment(package: str, finalize: Callable[[Any], Any]) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def _cut(text: str) -> str:
-    return one_line(text, MOST_CHARACTERS)
 
 
 def _shown(value: object) -> object:
@@ -162,69 +155,64 @@ def _code(text: str) -> Markup:
     return Markup(f"{fence}bash\n{one_line(text)}\n{fence}")  # noqa: S704
 
 
-def _save_pictures(folder: Path, run: Run, audit: Path | None) -> dict[str, str]:
-    """Write the pictures beside the Markdown that the parts suffice for, and remove those of an earlier report.
-
-    Returns:
-        File name by kind, as in `PICTURES`.
-    """
+def _save_pictures(folder: Path, run: Run, chosen: Comparison | None, audit: Path | None) -> dict[str, str]:
+    """Write the pictures that the parts suffice for, as in `PICTURES`, and remove those of an earlier report."""
     paths = {name: folder / file_name for name, file_name in PICTURES.items()}
-    written = {"groups": _groups(paths["groups"], run, audit)}
-    chosen = compare(run.results, run.images)
-    if chosen:
-        written["before_after"] = _before_after(paths["before_after"], run, chosen)
+    written = {}
+    if audit is not None and _save_groups(paths["groups"], run, audit):
+        written["groups"] = PICTURES["groups"]
+    if chosen and chosen.pairs:
+        _save_pairs(paths["before_after"], chosen)
+        written["before_after"] = PICTURES["before_after"]
     if chosen and run.results:
-        bias_chart = over_guidance(run.results, chosen)[:1]
-        if bias_chart:
-            written["bias"] = save_charts(paths["bias"], bias_chart, title="Bias at every guidance scale")
-        charts = over_module_scale(modules_by_scale(run, chosen))
-        if charts:
-            title = "Bias and quality at every scale of the module"
-            written["scale"] = save_charts(paths["scale"], charts, title=title)
-    for name, path in paths.items():
-        if not written.get(name):
-            path.unlink(missing_ok=True)
-    return {name: PICTURES[name] for name in PICTURES if written.get(name)}
+        for name, title, charts in (
+            ("bias", "Bias at every guidance scale", over_guidance(run.results, chosen)[:1]),
+            (
+                "scale",
+                "Bias and quality at every scale of the module",
+                over_module_scale(modules_by_scale(run, chosen)),
+            ),
+        ):
+            if charts:
+                save_charts(paths[name], charts, title=title)
+                written[name] = PICTURES[name]
+    for name in PICTURES.keys() - written.keys():
+        paths[name].unlink(missing_ok=True)
+    return written
 
 
-def _groups(path: Path, run: Run, folder: Path | None) -> Path | None:
-    audit, data = run.audit, run.data
-    if audit is None or folder is None or withheld(run):
-        return None
+def _save_groups(path: Path, run: Run, folder: Path) -> bool:
+    """Write the picture of groups, or copy the audit's own; False where neither may be shown."""
+    audit, data, rows = run.audit, run.data, run.rows
+    if audit is None or withheld(run):
+        return False
     if data is not None:
-        rows = run.rows
-        return save_groups(
-            path, audit, run.splits[:MOST_PROMPTS], lambda chosen: [data.image(rows[at]) for at in chosen]
-        )
+        images = lambda chosen: [data.image(rows[at]) for at in chosen]  # noqa: E731
+        save_groups(path, audit, run.splits[:MOST_PROMPTS], images)
+        return True
     own = folder / OVERVIEW
     if audit.edits.changed or not own.is_file() or not is_inside(own, folder):
-        return None  # people may have changed the audit since its own picture was drawn
+        return False  # people may have changed the audit since its own picture was drawn
     with atomic_path(path) as temporary:
         temporary.write_bytes(own.read_bytes())
-    return path
+    return True
 
 
-def _before_after(path: Path, run: Run, chosen: Comparison) -> Path | None:
-    both = (chosen.before, chosen.after)
-    pairs = dict(list(same_seeds(run.images, chosen).items())[:2])
-    if not pairs:
-        return None
-    models = measured(run.results, chosen)
+def _save_pairs(path: Path, chosen: Comparison) -> None:
+    """Write the picture of what both models drew from the same seeds, of two prompts."""
+    both, models = (chosen.before, chosen.after), chosen.measures
+    pairs = dict(list(chosen.pairs.items())[:2])
     shares = {
         prompt: [models[model].shares[prompt] for model in both]
         for prompt in pairs
         if all(model in models and prompt in models[model].shares for model in both)
     }
+    images = {
+        prompt: [(read_image(before.path), read_image(after.path)) for before, after in shown[:8]]
+        for prompt, shown in pairs.items()
+    }
     subtitle = "Both models' images of the same starting noise"
     if both == (BASE, GUIDED):
         subtitle = "Each image of the base model, and what guidance makes of the same starting noise"
-    return save_before_after(
-        path,
-        {
-            prompt: [(read_image(before.path), read_image(after.path)) for before, after in shown[:8]]
-            for prompt, shown in pairs.items()
-        },
-        (label(chosen.before), label(chosen.after)),
-        subtitle=f"{subtitle} · {at_scale(chosen.key).removeprefix('at ')}",
-        shares=shares,
-    )
+    subtitle += f" · {at_scale(chosen.key).removeprefix('at ')}"
+    save_before_after(path, images, (label(chosen.before), label(chosen.after)), subtitle=subtitle, shares=shares)
