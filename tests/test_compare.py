@@ -8,7 +8,7 @@ import pytest
 
 from conftest import made_up_measures
 from invdiff.evaluation.results import Measures, Results
-from invdiff.report.compare import Comparison, compare, modules_by_scale, over_guidance, over_module_scale
+from invdiff.report.compare import Comparison, charts_of, compare, modules_by_scale, over_guidance
 from invdiff.report.read import Generated, Run
 
 
@@ -20,12 +20,11 @@ def results(biases: dict[str, float], scales: dict[str, float]) -> Results:
     return Results({name: {"3.0": measures(bias)} for name, bias in biases.items()}, module_scales=scales)
 
 
-def lines(measured: Results, images: dict[str, Generated] | None = None) -> dict[str, dict[float, float]]:
+def lines(measured: Results) -> dict[str, dict[float, float]]:
     """Name of a module to its strength to Bias."""
-    run = Run(results=measured, images=images or {})
-    chosen = compare(run)
+    chosen = compare(Run(results=measured))
     assert chosen is not None
-    found = modules_by_scale(run, chosen)
+    found = modules_by_scale(measured, chosen)
     return {name: {scale: entry.bias for scale, entry in line.items()} for name, line in found.items()}
 
 
@@ -33,10 +32,6 @@ def compared(measured: Results) -> tuple[Any, ...]:
     chosen = compare(Run(results=measured))
     assert chosen is not None
     return chosen.before, chosen.after, chosen.key, chosen.keys, list(chosen.measures)
-
-
-def drawn(module: str, **settings: Any) -> Generated:
-    return Generated([], ["folder"], [{"module": module} | settings])
 
 
 def test_the_guided_model_is_compared_at_the_middle_guidance_scale() -> None:
@@ -47,7 +42,7 @@ def test_the_guided_model_is_compared_at_the_middle_guidance_scale() -> None:
     assert compared(Results(models, baseline="other"))[:2] == ("other", "guided")
     apart = Results({"base": {"1.0": measures(0.5)}, "guided": {"3.0": measures(0.5)}})
     assert compared(apart) == ("base", "base", "1.0", ["1.0"], ["base"])
-    assert compare(Run(images={"base": drawn("")})) is None
+    assert compare(Run(images={"base": Generated([], ["base"], [{}])})) is None
 
 
 @pytest.mark.parametrize(
@@ -65,6 +60,7 @@ def test_the_guided_model_is_compared_at_the_middle_guidance_scale() -> None:
         ),
         ({"base": 0.9, "guided": 0.1}, {"base": 0.0, "guided": 1.0}, {}),  # one strength is no line
         ({"base": 0.9, "guided": 0.1, "more": 0.2}, {}, {}),
+        ({"base": 0.9, "m-1": 0.1, "m_1": 0.3}, {"base": 0, "m-1": 1, "m_1": 1}, {}),  # measured twice
         (  # the compared model stands at 0, before other plain ones
             {"plain": 0.7, "base": 0.9, "m 1": 0.1, "m 2": 0.2},
             {"plain": 0, "base": 0, "m 1": 1, "m 2": 2},
@@ -95,22 +91,9 @@ def test_names_say_which_models_are_of_one_module(names: tuple[str, str], stem: 
     assert list(found) == ([] if stem is None else [stem])
 
 
-def test_settings_of_the_images_say_it_better_than_names() -> None:
-    measured = results(dict.fromkeys(("weak", "strong", "other"), 0.2), {"weak": 0.5, "strong": 1, "other": 2})
-    images = {"weak": drawn("a"), "strong": drawn("a"), "other": drawn("b")}
-    assert lines(measured, images) == {"weak": {0.5: 0.2, 1.0: 0.2}}
-    images["strong"] = drawn("a", environments=[[0.9, 0.1]])
-    assert lines(measured, images) == {}
-    twice = results(dict.fromkeys("abc", 0.2), {"a": 0.5, "b": 1, "c": 1})
-    assert lines(twice, {name: drawn("same") for name in "abc"}) == {}
-    scales = {"m-0.5": 0.5, "m-1": 1.0, "m-2": 2.0, "m-3": 3.0}
-    images = {name: drawn("a" if scale <= 1 else "b") for name, scale in scales.items()}
-    assert list(lines(results(dict.fromkeys(scales, 0.2), scales), images)) == ["m-0.5", "m-2"]
-
-
 def test_every_figure_has_its_chart_with_gaps_where_it_is_missing() -> None:
     line = {0.0: measures(0.9, accuracy=0.9), 0.5: measures(0.4, frechet=3.0), 1.0: measures(0.1, accuracy=0.8)}
-    charts = over_module_scale({"ours": line})
+    charts = charts_of({"ours": line}, "scale of the module")
     assert [chart.title.partition(":")[0] for chart in charts] == ["Bias", "Subject right", "Fréchet distance"]
     assert [[point[:2] for point in chart.lines[0].points] for chart in charts] == [
         [(0.0, 0.9), (0.5, 0.4), (1.0, 0.1)],

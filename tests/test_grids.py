@@ -126,7 +126,8 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
 def test_before_and_after_stand_side_by_side(tmp_path: Path, written: list[str], strips: list[int]) -> None:
     pairs = {prompt: [(Image.new("RGB", (9, 9), RED), Image.new("RGB", (9, 9), BLUE))] * 8 for prompt in (LAND, WATER)}
     shares = {LAND: [{"land": 0.96, "water": 0.04}, {"land": 0.51, "x" * 900: 0.49}]}
-    path = save_before_after(tmp_path / "a.png", pairs, ("Base model", HOSTILE[0]), subtitle="$s$", shares=shares)
+    path = tmp_path / "a.png"
+    save_before_after(path, pairs, ("Base model", HOSTILE[0]), subtitle="$s$", shares=shares)
     assert {"$s$", f"“{LAND}”", f"“{WATER}”", "land 96%", "water 4%", "land 51%", HOSTILE[0]} <= set(written)
     assert strips == [8] * 4
     assert has(path, RED)

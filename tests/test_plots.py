@@ -68,7 +68,9 @@ def test_intervals_and_floors_are_within_the_axes() -> None:
 
 
 def test_lines_differ_in_colour_and_in_marker() -> None:
-    assert len({line(k, [1.0]).look for k in range(8)}) == len(SERIES_COLOURS) == len(MARKERS) == 8
+    axes = drawn([line(k, [1.0, 1.0]) for k in range(8)])
+    looks = {(one.get_color(), one.get_marker()) for one in axes.lines}
+    assert len(looks) == len(SERIES_COLOURS) == len(MARKERS) == 8
 
 
 @pytest.mark.parametrize("values", [[0.0] * 8, [1.0] * 8, [0.0, 0.01, 0.5, 0.51, 0.52, 0.99, 1.0, 1.0]])
@@ -100,7 +102,9 @@ def test_the_settings_of_matplotlib_stay() -> None:
 def test_hostile_names_are_drawn_as_text_and_the_same_chart_is_the_same_file(tmp_path: Path, count: int) -> None:
     names = [*HOSTILE, "_hidden", "x" * 10_000]
     chart = Chart(HOSTILE[1], HOSTILE[0], [line(k, [0.5, 0.2], name=name) for k, name in enumerate(names)])
-    paths = [save_charts(tmp_path / name, [chart] * count, title=HOSTILE[0]) for name in ("a.png", "b.png")]
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path in paths:
+        save_charts(path, [chart] * count, title=HOSTILE[0])
     assert paths[0].read_bytes() == paths[1].read_bytes()
     with Image.open(paths[0]) as image:
         assert image.width == 1400

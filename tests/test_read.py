@@ -90,26 +90,41 @@ def test_labels_are_counted_under_all_captions_of_a_prompt(
     assert found == ({LAND: land, "a nice landbird": land, WATER: water} if expected else {})
 
 
-def test_training_data_stands_first_among_the_bars_of_a_class(finished: Path, tmp_path: Path) -> None:
-    page, twin = labelled(finished, tmp_path, ["land"] * 17 + ["water"] * 3 + ["water"] * 20)
-    low, high = (percent(end) for end in share_interval(17, 20))
-    assert f"land target 50% Training data 85% {low} to {high} Base model 90%" in page.words
-    assert "| Prompt | Class | Training data | Base model | With guidance | Target |" in twin
-    assert f"| {LAND} | land | 85% ({low} to {high}) | 90% (" in twin
+@pytest.mark.parametrize(
+    ("values", "column", "table", "said", "not_said"),
+    [
+        (
+            ["land"] * 17 + ["water"] * 23,
+            "background",
+            "| Prompt | Class | Training data | Base model | With guidance | Target |",
+            [
+                "counts of the data's own column “background”, which was read for this report only",
+                "Training data: 20 labelled images under this prompt.",
+                "labels that somebody wrote down",
+            ],
+            "the audit's groups",
+        ),
+        (
+            ["land"] * 40,
+            "colour",
+            "| Prompt | Data (the audit's groups) | Class | Base model | With guidance | Target |",
+            ["the audit's groups", "for your eyes to judge"],
+            "Training data",
+        ),
+    ],
+)
+def test_labels_or_else_the_audit_s_groups_stand_for_the_data(
+    finished: Path, tmp_path: Path, values: list[str], column: str, table: str, said: list[str], not_said: str
+) -> None:
+    page, twin = labelled(finished, tmp_path, values, column)
+    assert table in twin
     for text in (page.words, twin):
-        assert "counts of the data's own column “background”, which was read for this report only" in text
-        assert "Training data: 20 labelled images under this prompt." in text
-        assert "labels that somebody wrote down" in text
-        assert "the audit's groups" not in text
-
-
-def test_without_labels_the_audit_s_groups_stand_for_the_data(finished: Path, tmp_path: Path) -> None:
-    page, twin = labelled(finished, tmp_path, ["land"] * 40, column="colour")
-    assert "| Prompt | Data (the audit's groups) | Class | Base model | With guidance | Target |" in twin
-    for text in (page.words, twin):
-        assert "Training data" not in text
-        assert "the audit's groups" in text
-        assert "for your eyes to judge" in text
+        assert all(words in text for words in said)
+        assert not_said not in text
+    if column == "background":
+        low, high = (percent(end) for end in share_interval(17, 20))
+        assert f"land target 50% Training data 85% {low} to {high} Base model 90%" in page.words
+        assert f"| {LAND} | land | 85% ({low} to {high}) | 90% (" in twin
 
 
 def test_a_prompt_without_labels_keeps_the_audit_s_groups(finished: Path, tmp_path: Path) -> None:
@@ -213,13 +228,3 @@ def test_data_is_called_as_it_was_typed(run: Path, tmp_path: Path, monkeypatch: 
     told = everything(tmp_path / "out")
     assert "invdiff audit org/birds photos --max-unreadable 0.5 --output run/audit" in told
     assert "invdiff train org/birds photos run/audit --output run/module --max-unreadable 0.5 --steps 77" in told
-
-
-def test_parts_elsewhere_are_called_by_their_last_name(finished: Path, tmp_path: Path) -> None:
-    images = {name: finished / "images" / f"{name}-cfg-1" for name in ("base", "guided")}
-    parts = {"audit": finished / "audit", "data": finished / "data", "results": finished / "results.json"}
-    report(tmp_path, **parts, images=images)
-    told = everything(tmp_path)
-    assert "invdiff audit MODEL data --output audit" in told
-    assert "invdiff evaluate base=base-cfg-1 guided=guided-cfg-1 --annotator labels" in told
-    assert str(finished) not in told

@@ -46,11 +46,6 @@ def test_only_settings_that_differ_from_the_defaults_are_written() -> None:
     assert command == "invdiff audit MODEL DATA --output audit --solver exact --max-groups 4 --min-images 20 --seed 3"
 
 
-def test_no_path_of_the_machine_is_in_an_option() -> None:
-    command = only(Run(audit=audited(vision_encoder="/home/alice/dino", words_model="~/clip")))
-    assert command.endswith("--vision-encoder dino --words-model clip")
-
-
 def test_parts_have_their_own_names() -> None:
     names = {"audit": ["out/a b"], "module": ["out/module"], "data": ["photos", "--split", "test"]}
     module = {"base_model": "/x/birds", "record": {"training": TrainConfig(steps=7).to_dict()}}

@@ -131,10 +131,9 @@ def _prompt(split: Split, run: Run, words: AuditWords | None, confidence: float)
     """One prompt that hides groups, with the images of each."""
 
     def thumbs(positions: Sequence[int], what: str) -> list[Thumb]:
-        if run.data is None or run.audit is None:
-            return []
         shown = [at for at in positions if run.may_show(at)]
-        return [thumb(run.data.image(run.rows[at]), f"{what}: {run.audit.names[at]}") for at in shown]
+        names = run.audit.names if run.audit else []
+        return [thumb(image, f"{what}: {names[at]}") for at, image in zip(shown, run.images_at(shown), strict=True)]
 
     prompt, groups = split.prompt, []
     for group, share in zip(split.groups, split.shares(confidence), strict=True):

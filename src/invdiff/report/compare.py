@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from ..evaluation.images import Row, module_scale, scale_keys
+from ..evaluation.images import Row, scale_keys
 from ..evaluation.results import UNSTATED, Measures, Quantity, Results, scale_order
 from .plots import Chart, Line
-from .read import Generated, Run
+from .read import Run
 
 BASE, GUIDED = "base", "guided"
 LABELS = {BASE: "Base model", GUIDED: "With guidance"}
@@ -97,60 +96,34 @@ def over_guidance(results: Results, chosen: Comparison) -> list[Chart]:
         lines[label(model)] = dict(sorted(by_scale.items()))
     if len({scale for line in lines.values() for scale in line}) < 2:
         return []
-    return _charts(lines, "guidance scale", base=label(chosen.before) if len(lines) > 1 else "")
+    return charts_of(lines, "guidance scale", base=label(chosen.before) if len(lines) > 1 else "")
 
 
-def over_module_scale(modules: Mapping[str, Mapping[float, Measures]]) -> list[Chart]:
-    """Every figure over the strength of the guidance module, at one guidance scale."""
-    return _charts(modules, "scale of the module", base="")
-
-
-def modules_by_scale(run: Run, chosen: Comparison) -> dict[str, dict[float, Measures]]:
+def modules_by_scale(results: Results, chosen: Comparison) -> dict[str, dict[float, Measures]]:
     """The modules that were measured at two strengths or more: name to strength, rising, to measures.
 
-    Strength 0 is the plain model. Models are of one module where their `generate.json` says so; where that is not
-    given, where their names are the same but for the strength at the end, such as "guided-0.5" and "guided-1". A
-    module that was measured twice at one strength is left out: which of the two belongs to the line is not known.
+    Strength 0 is the plain model. Models are of one module where their names are the same but for the strength at the
+    end, such as "guided-0.5" and "guided-1". A module that was measured twice at one strength is left out: which of
+    the two belongs to the line is not known.
     """
-    if run.results is None:
-        return {}
-    at_key = run.results.at(chosen.key)
-    plain: list[str] = []
-    same: dict[str, dict[str, float]] = {}
-    for model in at_key:
-        generated = run.images.get(model)
-        scale = run.results.module_scales.get(model, module_scale(generated.rows) if generated else None)
-        if scale:
-            same.setdefault(_module_of(model, scale, generated), {})[model] = scale
-        elif scale == 0:
-            plain.append(model)
-    start = {0.0: at_key[min(plain, key=lambda model: model != chosen.before)]} if plain else {}
-    found = []
-    for models in same.values():
-        line = {scale: at_key[model] for model, scale in models.items()}
-        if len(line) == len(models) > 1:
-            first, scale = next(iter(models.items()))
-            found.append((first, _stem(first, scale), dict(sorted((start | line).items()))))
-    stems = [stem for _, stem, _ in found]
-    return {label(stem if stems.count(stem) == 1 else first): line for first, stem, line in found}
+    at_key, scales = results.at(chosen.key), results.module_scales
+    plain = sorted((model for model in at_key if scales.get(model) == 0), key=lambda model: model != chosen.before)
+    lines: dict[str, list[tuple[float, Measures]]] = {}
+    for model, measures in at_key.items():
+        if scale := scales.get(model):
+            ending = re.search(r"[-_ =]*(?:scale|delta)?[-_ =]*([0-9]+(?:[.][0-9]+)?)$", model[-40:], re.IGNORECASE)
+            stem = model[: -len(ending[0])] if ending and float(ending[1]) == scale else ""
+            lines.setdefault(stem or model, []).append((scale, measures))
+    start = [(0.0, at_key[model]) for model in plain[:1]]
+    return {
+        label(stem): dict(sorted((*start, *line), key=lambda point: point[0]))
+        for stem, line in lines.items()
+        if 1 < len(line) == len(dict(line))
+    }
 
 
-def _module_of(model: str, scale: float, generated: Generated | None) -> str:
-    """What is the same for one module at all strengths."""
-    settings = generated.settings[0] if generated and generated.settings else {}
-    if not settings.get("module"):
-        return _stem(model, scale)
-    same = ("module", "environments", "num_inference_steps", "resolution", "scheduler", "model")
-    return json.dumps([settings.get(name) for name in same])
-
-
-def _stem(model: str, scale: float) -> str:
-    """A model's name without its module's scale at the end, such as "guided" of "guided-0.5"."""
-    ending = re.search(r"[-_ =]*(?:scale|delta)?[-_ =]*([0-9]+(?:[.][0-9]+)?)$", model[-40:], re.IGNORECASE)
-    return (ending and float(ending[1]) == scale and model[: -len(ending[0])]) or model
-
-
-def _charts(lines: Mapping[str, Mapping[float, Measures]], x_name: str, *, base: str) -> list[Chart]:
+def charts_of(lines: Mapping[str, Mapping[float, Measures]], x_name: str, *, base: str = "") -> list[Chart]:
+    """Every figure of these lines over one x axis, that of `base` in grey."""
     places = {name: place for place, name in enumerate(name for name in lines if name != base)}
     charts = []
     for title, top, figure in CHARTS:

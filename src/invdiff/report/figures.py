@@ -62,14 +62,6 @@ def percent(share: float) -> str:
     return f"{share:.0%}"
 
 
-def number(value: float) -> str:
-    """A figure with three digits and a true minus sign."""
-    text = f"{value:.3g}"
-    if "e" in text and 1e-4 <= abs(value) < 1e6:
-        text = f"{value:,.0f}"
-    return text.replace("-", "−")
-
-
 def bias(value: float) -> str:
     """A fairness metric as everywhere: two decimals."""
     return f"{value:.2f}".replace("-", "−")
@@ -98,7 +90,12 @@ def corrected(entry: Estimate | None) -> str:
 
 
 def quantity(name: str, figure: Quantity | None) -> str:
-    """A figure of quality with its interval, in percent where it is a share of images."""
+    """A figure of quality with its interval, in percent where it is a share of images, else with three digits."""
+
+    def number(value: float) -> str:
+        text = f"{value:.3g}"
+        return (f"{value:,.0f}" if "e" in text and 1e-4 <= abs(value) < 1e6 else text).replace("-", "−")
+
     if figure is None or figure.value is None:
         return ABSENT
     if name == "images":

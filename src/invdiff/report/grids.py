@@ -16,11 +16,12 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.transforms import Bbox, TransformedBbox
 from PIL import Image, ImageDraw, ImageOps
 
-from ..auditing.result import Audit, AuditWords
+from ..auditing.result import AuditWords
 from ..text import one_line
 from .figures import counted, percent
-from .groups import MOST_PROMPTS, Group, Split, rows_by_name, splits_of
+from .groups import MOST_PROMPTS, Group, Split
 from .plots import draw_histogram, is_rare
+from .read import Parts, Run, read_run
 from .theme import colour_of, save_picture
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ WIDTH, MARGIN, GUTTER, GAP = 1600, 64, 72, 8
 FULL = WIDTH - 2 * MARGIN
 """Pixels between the margins."""
 
-Images = Callable[[Sequence[int]], list[Image.Image]]
-"""The images at positions in the audit."""
 Row = tuple[float, Callable[[Axes, float, float], object]]
 """Height in pixels, and a function that draws there: it is called with the left and the upper edge."""
 
@@ -49,25 +48,22 @@ def save_audit_pictures(audit_folder: str | Path, data: CaptionedImages) -> list
         AuditError: The folder holds no audit, or one of other images.
         DataError: An image cannot be read, or a picture cannot be written.
     """
-    audit_folder = Path(audit_folder)
-    audit = Audit.load(audit_folder)
-    rows = rows_by_name(audit.names, list(data.names))
-    splits = splits_of(audit)[:MOST_PROMPTS]
-
-    def images(positions: Sequence[int]) -> list[Image.Image]:
-        return [data.image(rows[position]) for position in positions]
-
-    written = [save_groups(audit_folder / OVERVIEW, audit, splits, images)]
-    for place, split in enumerate(splits):
-        written.append(_save_prompt(audit_folder / f"prompt-{place:02d}.png", split, images, audit.words))
-    for picture in set(audit_folder.glob("prompt-[0-9][0-9].png")) - set(written):
+    folder = Path(audit_folder)
+    run = read_run(Parts(audit=folder, data=data))
+    written = [folder / OVERVIEW]
+    save_groups(written[0], run)
+    for place, split in enumerate(run.splits[:MOST_PROMPTS]):
+        written.append(folder / f"prompt-{place:02d}.png")
+        _save_prompt(written[-1], split, run)
+    for picture in set(folder.glob("prompt-[0-9][0-9].png")) - set(written):
         picture.unlink()
     return written
 
 
-def save_groups(path: Path, audit: Audit, splits: Sequence[Split], images: Images) -> Path:
-    """Draw the groups of these splits, two prompts side by side; below them, why other prompts hide none."""
-    words = audit.words
+def save_groups(path: Path, run: Run) -> None:
+    """Draw the groups of an audit, two prompts side by side; below them, why other prompts hide none."""
+    assert run.audit is not None
+    splits, words = run.splits[:MOST_PROMPTS], run.audit.words
     title, subtitle = "No hidden group was found", "No split was at once separated, stable and unbalanced."
     if splits:
         title = "Hidden groups"
@@ -82,10 +78,10 @@ def save_groups(path: Path, audit: Audit, splits: Sequence[Split], images: Image
             column = [_text(f"“{split.prompt.prompt}”", width, size=28), _bar([g.share for g in split.groups], width)]
             for group in split.groups:
                 column += [_space(26), *_heading(group, split, words, width, name=split.factor + group.name)]
-                column += _strip(images(group.typical[:8]), width, columns=8 // across)
+                column += _strip(run.images_at(group.typical[:8]), width, columns=8 // across)
             band.append([*column, _space(48)])
         bands.append(band)
-    unfound = [prompt for prompt in audit.prompts if not prompt.found]
+    unfound = [prompt for prompt in run.audit.prompts if not prompt.found]
     for prompt in sorted(unfound, key=lambda prompt: -prompt.num_images)[:MOST_REASONS]:
         heading = f"“{one_line(prompt.prompt, 70)}” · {counted(prompt.num_images, 'image')}"
         lines = textwrap.wrap(one_line(prompt.reason, 400), 140, max_lines=2, placeholder="…")
@@ -93,7 +89,7 @@ def save_groups(path: Path, audit: Audit, splits: Sequence[Split], images: Image
         bands.append([[_rule(), _text(heading, FULL, size=22, height=32), *reasons, _space(18)]])
     if len(unfound) > MOST_REASONS:
         bands.append([[_rule(), _text(f"and {len(unfound) - MOST_REASONS} more: see audit.json", FULL, size=22)]])
-    return _save(path, bands)
+    _save(path, bands)
 
 
 def save_before_after(
@@ -103,7 +99,7 @@ def save_before_after(
     *,
     subtitle: str,
     shares: Mapping[str, Sequence[Mapping[str, float]]],
-) -> Path:
+) -> None:
     """Draw images of one model above those that another made of the same prompts and seeds, with shares of classes.
 
     `pairs` and `shares` are by prompt, and then of each of the two models.
@@ -119,11 +115,12 @@ def save_before_after(
                 column += [_space(16), _bar(list(classes.values()), width), _key(classes, width)]
             column += [_space(28)]
         band.append(column)
-    return _save(path, [[_title("Same prompts, same seeds", subtitle)], band])
+    _save(path, [[_title("Same prompts, same seeds", subtitle)], band])
 
 
-def _save_prompt(path: Path, split: Split, images: Images, words: AuditWords | None) -> Path:
+def _save_prompt(path: Path, split: Split, run: Run) -> None:
     """Draw one prompt: its scores on the left, its groups on the right."""
+    words = run.audit.words if run.audit else None
     prompt, others = split.prompt, len(split.prompt.captions) - 1
     facts = [
         counted(prompt.num_images, "image"),
@@ -144,7 +141,7 @@ def _save_prompt(path: Path, split: Split, images: Images, words: AuditWords | N
         for note, chosen in (("most typical", typical), ("least certain", uncertain)):
             if chosen:
                 groups += [_text(note, right, size=18, height=34, soft=True)]
-                groups += _strip(images(chosen), right, columns=12)
+                groups += _strip(run.images_at(chosen), right, columns=12)
         groups += [_space(36)]
     height = max(sum(height for height, _ in groups) - 36, 480)
 
@@ -158,7 +155,7 @@ def _save_prompt(path: Path, split: Split, images: Images, words: AuditWords | N
         own.set_title("images, log scale" if is_rare(split) else "images", pad=30)
 
     title = _title(f"“{prompt.prompt}”", " · ".join(filter(None, facts)))
-    return _save(path, [[title], [[(height, scores)], groups]], starts=(0, left + GUTTER))
+    _save(path, [[title], [[(height, scores)], groups]], starts=(0, left + GUTTER))
 
 
 def _column(across: int) -> float:
@@ -166,7 +163,7 @@ def _column(across: int) -> float:
     return (FULL - (across - 1) * GUTTER) / across
 
 
-def _save(path: Path, bands: Sequence[Sequence[Sequence[Row]]], starts: Sequence[float] = ()) -> Path:
+def _save(path: Path, bands: Sequence[Sequence[Sequence[Row]]], starts: Sequence[float] = ()) -> None:
     """Draw bands below each other, each of columns side by side, each of rows below each other."""
     heights = [max(sum(height for height, _ in column) for column in band) for band in bands]
     height = sum(heights) + 1.5 * MARGIN
@@ -186,7 +183,7 @@ def _save(path: Path, bands: Sequence[Sequence[Sequence[Row]]], starts: Sequence
                     y += row
             top += tall
 
-    return save_picture(path, draw, WIDTH, height)
+    save_picture(path, draw, WIDTH, height)
 
 
 def _space(height: float) -> Row:

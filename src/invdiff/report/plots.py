@@ -59,13 +59,6 @@ class Line:
     """Decides colour and marker, which repeat after eight; None is the grey of the model that others are compared
     with."""
 
-    @property
-    def look(self) -> tuple[str, str]:
-        """Colour and marker."""
-        place = self.place or 0
-        colour = BASE_COLOUR if self.place is None else SERIES_COLOURS[place % len(SERIES_COLOURS)]
-        return colour, MARKERS[place % len(MARKERS)]
-
 
 @dataclass(frozen=True)
 class Chart:
@@ -92,7 +85,9 @@ def draw_chart(axes: Axes, chart: Chart) -> None:
         axes.plot(*zip(*floor, strict=True), ":", color="0.5", linewidth=2, marker="", zorder=1)
         ends = [(floor[-1][1], "fair sampler", "0.5", "", "normal")]
     for place, line in enumerate(chart.lines):
-        colour, marker = line.look
+        look = line.place or 0
+        colour = BASE_COLOUR if line.place is None else SERIES_COLOURS[look % len(SERIES_COLOURS)]
+        marker = MARKERS[look % len(MARKERS)]
         x, y, low, high = np.array([[math.nan if v is None else v for v in point] for point in line.points]).T
         x = x + 0.016 * span * (place - (len(chart.lines) - 1) / 2)
         axes.vlines(x, low, high, color=colour, alpha=0.35, linewidth=7)
@@ -128,7 +123,7 @@ def plot_chart(chart: Chart, over: str, about: str = "") -> Plot:
     return _plot(lambda axes: draw_chart(axes, chart), alt, " ".join(filter(None, (fair, about))))
 
 
-def save_charts(path: Path, charts: Sequence[Chart], *, title: str) -> Path:
+def save_charts(path: Path, charts: Sequence[Chart], *, title: str) -> None:
     """Draw charts of the same lines below each other over one x axis, 1400 pixels wide."""
     height = 160 + (560 if len(charts) == 1 else 280 * len(charts))
 
@@ -139,7 +134,7 @@ def save_charts(path: Path, charts: Sequence[Chart], *, title: str) -> Path:
             draw_chart(axes, chart)
             axes.set_xlabel(chart.x_name if chart is charts[-1] else "")
 
-    return save_picture(path, draw, 1400, height)
+    save_picture(path, draw, 1400, height)
 
 
 def _plot(draw: Callable[[Axes], object], alt: str, caption: str) -> Plot:

@@ -16,6 +16,8 @@ from ..files import fingerprint, read_json
 from .groups import Split, rows_by_name, splits_of
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..data.captioned import CaptionedImages
 
 GENERATED = MANIFESTS[0]
@@ -73,6 +75,10 @@ class Run:
         """Whether an audited image may go into a report: it is given, and no link or path leads out of the data."""
         return self.data is not None and self.data.is_own(self.rows[position])
 
+    def images_at(self, positions: Sequence[int]) -> list[Image.Image]:
+        """The audited images at these positions in the audit; none where the data was not given."""
+        return [self.data.image(self.rows[position]) for position in positions] if self.data is not None else []
+
 
 def find_parts(run: str | Path, *, results: Path | None = None) -> Parts:
     """The parts in a folder such as `invdiff demo` writes, or the four commands of the README.
@@ -88,7 +94,9 @@ def find_parts(run: str | Path, *, results: Path | None = None) -> Parts:
         results = run / "results.json"
     models = list(Results.load(results).models) if results else []
     images: dict[str, list[Path]] = {}
-    for manifest in sorted([*run.glob(f"*/{GENERATED}"), *run.glob(f"images/*/{GENERATED}")], key=_in_order):
+    manifests = [*run.glob(f"*/{GENERATED}"), *run.glob(f"images/*/{GENERATED}")]
+    numbers = {path: re.split(r"([0-9]+(?:\.[0-9]+)?)", str(path)) for path in manifests}  # to sort cfg-10 after cfg-3
+    for manifest in sorted(numbers, key=lambda path: [float(p) if k % 2 else p for k, p in enumerate(numbers[path])]):
         name = manifest.parent.name
         if models:
             fitting = [model for model in models if name == model or name.startswith(f"{model}-")]
@@ -120,6 +128,12 @@ def read_run(parts: Parts) -> Run:
         data = load_captioned_images(data)
     module = {} if parts.module is None else _config(parts.module / "config.json", "a module", "`invdiff train`")
     names = {name: getattr(parts, name) for name in ("audit", "module", "results", "data")}
+    images = {}
+    for model, folders in resolve_folders(parts.images).items() if parts.images else ():
+        files = [folder / "generate.json" for folder in folders]
+        settings = [_config(file, "settings", "`invdiff generate`") if file.is_file() else {} for file in files]
+        rows = [row for folder in folders for row in read_images(folder)]
+        images[model] = Generated(rows, [shown_path(folder, parts.run) for folder in folders], settings)
     return Run(
         audit=audit,
         splits=splits_of(audit) if audit else (),
@@ -127,7 +141,7 @@ def read_run(parts: Parts) -> Run:
         rows=rows_by_name(audit.names, list(data.names)) if audit and data is not None else (),
         results=None if parts.results is None else Results.load(parts.results),
         results_digest="" if parts.results is None else fingerprint(parts.results.read_bytes()),
-        images=_read_images(parts),
+        images=images,
         module=module,
         names={name: [shown_path(path, parts.run)] for name, path in names.items() if isinstance(path, str | Path)}
         | ({"data": [shown_path(parts.data_words[0]), *parts.data_words[1:]]} if parts.data_words else {}),
@@ -153,16 +167,6 @@ def without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: shown_path(value) if isinstance(value, str) else value for name, value in settings.items()}
 
 
-def _read_images(parts: Parts) -> dict[str, Generated]:
-    images = {}
-    for model, folders in resolve_folders(parts.images).items() if parts.images else ():
-        files = [folder / "generate.json" for folder in folders]
-        settings = [_config(file, "settings", "`invdiff generate`") if file.is_file() else {} for file in files]
-        rows = [row for folder in folders for row in read_images(folder)]
-        images[model] = Generated(rows, [shown_path(folder, parts.run) for folder in folders], settings)
-    return images
-
-
 def _config(path: Path, what: str, command: str) -> Mapping[str, Any]:
     if not path.is_file():
         raise ConfigError(
@@ -172,10 +176,3 @@ def _config(path: Path, what: str, command: str) -> Mapping[str, Any]:
     if not isinstance(config, Mapping):
         raise ConfigError(f"Expected {what} in {path}, found something else. Run {command} again.")
     return config
-
-
-def _in_order(path: Path) -> list[Any]:
-    """Sort cfg-10 after cfg-3."""
-    return [
-        float(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+(?:\.[0-9]+)?)", str(path)))
-    ]

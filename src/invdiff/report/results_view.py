@@ -14,7 +14,7 @@ from ..evaluation.fairness.metrics import METRICS
 from ..evaluation.images import Row
 from ..evaluation.results import CANNOT_TELL, AttributeMeasures, Measures, Quantity, Results
 from .audit_view import summary
-from .compare import BASE, GUIDED, Comparison, label, modules_by_scale, over_guidance, over_module_scale
+from .compare import BASE, GUIDED, Comparison, charts_of, label, modules_by_scale, over_guidance
 from .figures import (
     ABSENT,
     Missing,
@@ -125,9 +125,9 @@ def changes(run: Run, chosen: Comparison) -> dict[str, Any]:
     }
 
 
-def costs(run: Run, chosen: Comparison, results: Results) -> dict[str, Any]:
+def costs(chosen: Comparison, results: Results) -> dict[str, Any]:
     """Quality with intervals, group by group, at every guidance scale and scale of the module."""
-    modules = modules_by_scale(run, chosen)
+    modules = modules_by_scale(results, chosen)
     by_group = _by_group(chosen, results)
     missing = []
     if not any(measures.quality for measures in chosen.measures.values()):
@@ -156,7 +156,9 @@ def costs(run: Run, chosen: Comparison, results: Results) -> dict[str, Any]:
     about = f"{at_scale(chosen.key).capitalize()}; 0 is the base model, 1 is what the module was trained for."
     return {
         "over_guidance": [plot_chart(chart, "over guidance scale") for chart in over_guidance(results, chosen)],
-        "over_module_scale": [plot_chart(c, "over the module's scale", about) for c in over_module_scale(modules)],
+        "over_module_scale": [
+            plot_chart(chart, "over the module's scale", about) for chart in charts_of(modules, "scale of the module")
+        ],
         "tables": tables,
         "missing": [Missing(words) for words in missing],
     }

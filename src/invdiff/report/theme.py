@@ -69,9 +69,8 @@ def render(
     return stream.getvalue()
 
 
-def save_picture(path: Path, draw: Callable[[Figure], object], width: float, height: float) -> Path:
-    """Write what `render` draws on light paper, atomically, and return its path."""
+def save_picture(path: Path, draw: Callable[[Figure], object], width: float, height: float) -> None:
+    """Write what `render` draws on light paper, atomically."""
     png = render(draw, width, height)
     with atomic_path(path) as temporary:
         temporary.write_bytes(png)
-    return path

@@ -17,10 +17,9 @@ from ..evaluation.images import Folders
 from ..files import atomic_path, is_inside, write_text
 from ..text import escape, one_line
 from .audit_view import found, withheld
-from .compare import BASE, GUIDED, Comparison, compare, label, modules_by_scale, over_guidance, over_module_scale
+from .compare import BASE, GUIDED, Comparison, charts_of, compare, label, modules_by_scale, over_guidance
 from .figures import Missing, at_scale, bias, percent, share_in_words
 from .grids import OVERVIEW, save_before_after, save_groups
-from .groups import MOST_PROMPTS
 from .plots import save_charts
 from .read import Parts, Run, read_run
 from .reproduce import limits, reproduce
@@ -33,11 +32,12 @@ if TYPE_CHECKING:
 TITLE = "Hidden bias, found and measured"
 HTML, MARKDOWN = "report.html", "report.md"
 PICTURES = {
-    "before_after": "report-before-after.png",
-    "groups": "report-groups.png",
-    "bias": "report-bias.png",
-    "scale": "report-module-scale.png",
+    "before_after": ("report-before-after.png", "The same prompts and seeds before and after"),
+    "groups": ("report-groups.png", "The images most typical of each hidden group"),
+    "bias": ("report-bias.png", "Bias at every guidance scale"),
+    "scale": ("report-module-scale.png", "Bias and quality at every scale of the module"),
 }
+"""File name and title of what lies beside the Markdown."""
 MOST_CHARACTERS = 300
 """Of a caption or a name; a longer one is cut and ends in an ellipsis."""
 
@@ -93,7 +93,7 @@ def write_report(output_dir: str | Path, parts: Parts, *, title: str = TITLE) ->
         "glance": glance(run, chosen, confidence),
         "found": found(run, run.audit, confidence) if run.audit else None,
         "changes": changes(run, chosen) if chosen else None,
-        "costs": costs(run, chosen, results) if chosen and results else None,
+        "costs": costs(chosen, results) if chosen and results else None,
         "reproduce": reproduce(run, own),
         "limits": limits(run),
         "no_audit": Missing(
@@ -155,47 +155,31 @@ def _code(text: str) -> Markup:
     return Markup(f"{fence}bash\n{one_line(text)}\n{fence}")  # noqa: S704
 
 
-def _save_pictures(folder: Path, run: Run, chosen: Comparison | None, audit: Path | None) -> dict[str, str]:
+def _save_pictures(folder: Path, run: Run, chosen: Comparison | None, audit: Path | None) -> dict[str, Any]:
     """Write the pictures that the parts suffice for, as in `PICTURES`, and remove those of an earlier report."""
-    paths = {name: folder / file_name for name, file_name in PICTURES.items()}
-    written = {}
-    if audit is not None and _save_groups(paths["groups"], run, audit):
-        written["groups"] = PICTURES["groups"]
+    paths = {name: folder / file_name for name, (file_name, _) in PICTURES.items()}
+    charts = {}
+    if chosen and run.results:
+        over_module = charts_of(modules_by_scale(run.results, chosen), "scale of the module")
+        charts = {"bias": over_guidance(run.results, chosen)[:1], "scale": over_module}
+    written = {name for name, of in charts.items() if of}
+    for name in written:
+        save_charts(paths[name], charts[name], title=PICTURES[name][1])
     if chosen and chosen.pairs:
         _save_pairs(paths["before_after"], chosen)
-        written["before_after"] = PICTURES["before_after"]
-    if chosen and run.results:
-        for name, title, charts in (
-            ("bias", "Bias at every guidance scale", over_guidance(run.results, chosen)[:1]),
-            (
-                "scale",
-                "Bias and quality at every scale of the module",
-                over_module_scale(modules_by_scale(run, chosen)),
-            ),
-        ):
-            if charts:
-                save_charts(paths[name], charts, title=title)
-                written[name] = PICTURES[name]
-    for name in PICTURES.keys() - written.keys():
+        written.add("before_after")
+    if run.audit and audit and not withheld(run):
+        own = audit / OVERVIEW
+        if run.data is not None:
+            save_groups(paths["groups"], run)
+            written.add("groups")
+        elif own.is_file() and is_inside(own, audit) and not run.audit.edits.changed:  # edits would be newer than it
+            with atomic_path(paths["groups"]) as temporary:
+                temporary.write_bytes(own.read_bytes())
+            written.add("groups")
+    for name in PICTURES.keys() - written:
         paths[name].unlink(missing_ok=True)
-    return written
-
-
-def _save_groups(path: Path, run: Run, folder: Path) -> bool:
-    """Write the picture of groups, or copy the audit's own; False where neither may be shown."""
-    audit, data, rows = run.audit, run.data, run.rows
-    if audit is None or withheld(run):
-        return False
-    if data is not None:
-        images = lambda chosen: [data.image(rows[at]) for at in chosen]  # noqa: E731
-        save_groups(path, audit, run.splits[:MOST_PROMPTS], images)
-        return True
-    own = folder / OVERVIEW
-    if audit.edits.changed or not own.is_file() or not is_inside(own, folder):
-        return False  # people may have changed the audit since its own picture was drawn
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(own.read_bytes())
-    return True
+    return {name: picture for name, picture in PICTURES.items() if name in written}
 
 
 def _save_pairs(path: Path, chosen: Comparison) -> None:
