@@ -373,14 +373,13 @@ def test_settings_that_cannot_be_used(tiny_pipe_dir, tiny_folder, tmp_path):
     assert "--autoencoder-steps" in fail("finetune", tiny_folder, "--base", "a", "--autoencoder-steps", 3, *to)
     assert "a base for fresh_denoiser" in fail("finetune", tiny_folder, "--fresh-denoiser", *to)
     judge = ("--annotator", "a", "--attribute", "b")
+    table = ("--output", tmp_path / "r.csv", "-q")
+    assert "Expected a .json file" in fail("evaluate", tmp_path, *judge, *table)
     assert "--reference beside --limit" in fail("evaluate", tmp_path, *judge, "--limit", 3, *to)
     assert "--module" in fail("generate", tiny_pipe_dir, "p", "--scale", 0.5, *to)
-
-
-def test_numbers_out_of_range_are_refused_by_name(tiny_pipe_dir, tmp_path):
-    result = run("generate", tiny_pipe_dir, "p", "--images-per-prompt", 0, "--output", tmp_path)
-    assert result.exit_code == 2
-    assert "--images-per-prompt" in result.stderr
+    out_of_range = run("generate", tiny_pipe_dir, "p", "--images-per-prompt", 0, *to)
+    assert out_of_range.exit_code == 2
+    assert "--images-per-prompt" in out_of_range.stderr
 
 
 def test_modules_and_mixes_that_do_not_fit(tiny_pipe_dir, tmp_path):
@@ -510,8 +509,3 @@ def test_prompts_may_be_given_their_class(tmp_path):
         "--subject-of", "a doctor=old", "--output", tmp_path / "r.json", "-q",
     )  # fmt: skip
     assert json.loads((tmp_path / "r.json").read_text())["models"]["base"]["unstated"]["accuracy"] == 0.75
-
-
-def test_results_are_not_written_over_by_their_table(tmp_path):
-    judge = ("--annotator", "labels", "--attribute", "gender")
-    assert "Expected a .json file" in fail("evaluate", tmp_path, *judge, "--output", tmp_path / "r.csv", "-q")

@@ -57,28 +57,26 @@ def loaded_by(statement):
 
 
 HEAVY = {"torch", "diffusers", "transformers", "datasets", "gradio"}
+REPORT = ", ".join(f"invdiff.report.{path.stem}" for path in sorted((ROOT / "report").glob("[!_]*.py")))
 
 
-def test_report_never_imports_torch():
-    modules = [f"invdiff.report.{path.stem}" for path in sorted((ROOT / "report").glob("[!_]*.py"))]
-    assert "torch" not in loaded_by(f"import {', '.join(['invdiff.report', *modules])}")
+@pytest.mark.parametrize(
+    ("statement", "forbidden"),
+    [
+        (f"import invdiff.report, {REPORT}", {"torch"}),
+        ("import invdiff", HEAVY),
+        ("from invdiff import cli", {*HEAVY, "numpy", "scipy", "matplotlib"}),
+    ],
+    ids=("report", "invdiff", "help"),
+)
+def test_what_needs_no_torch_does_not_import_it(statement, forbidden):
+    assert not loaded_by(statement) & forbidden
 
 
-def test_importing_invdiff_loads_nothing_heavy():
-    assert not loaded_by("import invdiff") & HEAVY
-
-
-def test_help_loads_nothing_heavy():
-    assert not loaded_by("from invdiff import cli") & {*HEAVY, "numpy", "scipy", "matplotlib"}
-
-
-def test_every_public_name_is_there():
+def test_every_public_name_is_there_and_no_other():
     for name in invdiff.__all__:
         assert getattr(invdiff, name) is not None
         assert name in dir(invdiff)
-
-
-def test_unknown_names_raise_as_usual():
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = invdiff.nonsense
 

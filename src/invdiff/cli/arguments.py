@@ -40,7 +40,16 @@ Quiet = Annotated[bool, option(..., "Show no progress.", "--quiet", "-q", panel=
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class Options:
+    """Base of options that several commands share."""
+
+    def words(self) -> list[str]:
+        """The options that differ from the defaults, for a further command with the same settings."""
+        return command_options(type(self), vars(self))
+
+
+@dataclass(frozen=True)
+class DataOptions(Options):
     """How images are read."""
 
     panel: ClassVar[str] = DATA
@@ -54,10 +63,6 @@ class DataOptions:
     """Take the first rows only."""
     max_unreadable: Annotated[float, Range(min=0, max=1)] = 0.01
     """Share of images that may be unreadable."""
-
-    def words(self) -> list[str]:
-        """The options that differ from the defaults, for a further command on the same images."""
-        return command_options(type(self), vars(self))
 
     def load(self, data: str | None, *, flag: str = "", labelled: bool = False) -> Any:
         """Open captioned images, or images for their attributes alone; None where the option `flag` names none."""
@@ -84,16 +89,12 @@ class CaptionOptions(DataOptions):
 
 
 @dataclass(frozen=True)
-class WeightsOptions:
+class WeightsOptions(Options):
     """How a pipeline is loaded."""
 
     panel: ClassVar[str] = RUN
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of the model's weights. Large models need 16 bits; audit and train must agree."""
-
-    def words(self) -> list[str]:
-        """The options that differ from the defaults, for a further command on the same model."""
-        return command_options(type(self), vars(self))
 
     def load(self, model: str) -> Any:
         """Load a pipeline."""
