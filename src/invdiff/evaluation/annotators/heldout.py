@@ -137,9 +137,6 @@ class Measurable:
         """Counts of held-out images, (true class K, annotated class K + 1), the last for "cannot tell".
 
         None where the annotator was not measured on labelled images of this attribute.
-
-        Raises:
-            EvaluationError: The annotator does not know the attribute, or `min_confidence` is outside [0, 1].
         """
         check_attribute(attribute, self.attributes)
         if self.held_out is None or attribute not in self.held_out.attributes:

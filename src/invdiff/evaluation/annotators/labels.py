@@ -50,11 +50,7 @@ def load_labelled_images(
 def read_targets(
     data: CaptionedImages, attributes: Sequence[str] | None = None
 ) -> tuple[dict[str, tuple[str, ...]], NDArray[np.int64]]:
-    """Class names by attribute (all by default), names sorted, and class indices, (N, attributes), in that order.
-
-    Raises:
-        DataError: An attribute is absent, lacks values, or has one class or more than 50.
-    """
+    """Class names by attribute (all by default), names sorted, and class indices, (N, attributes), in that order."""
     known = ", ".join(data.attributes) or "none"
     names = sorted(set(data.attributes if attributes is None else attributes))
     if not names:
@@ -127,11 +123,7 @@ class GivenLabels:
 
     @property
     def attributes(self) -> Mapping[str, tuple[str, ...]]:
-        """Attribute name to class names, sorted.
-
-        Raises:
-            EvaluationError: Fewer than two classes were found.
-        """
+        """Attribute name to class names, sorted."""
         for name, values in self._values.items():
             if len(values) < 2:
                 raise EvaluationError(
@@ -141,11 +133,7 @@ class GivenLabels:
         return {name: tuple(sorted(values)) for name, values in self._values.items()}
 
     def annotate(self, rows: Sequence[Mapping[str, Any]]) -> Annotations:
-        """Labels of N rows as probabilities of 0 and 1; all 0 where nothing is known.
-
-        Raises:
-            EvaluationError: A label is none of the classes.
-        """
+        """Labels of N rows as probabilities of 0 and 1; all 0 where nothing is known."""
         attributes, probabilities = self.attributes, {}
         for name, classes in attributes.items():
             labels = [label_of(row.get(name)) for row in rows]

@@ -29,9 +29,6 @@ def frechet_distance(features: ArrayLike, reference: ArrayLike) -> float:
     |m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)), Dowson and Landau (1982), in float64 with unbiased covariances. With
     S = R^T R, Tr (S1 S2)^(1/2) is the sum of the singular values of R1 R2^T, which holds for singular covariances
     (N < D) too. The distance falls as N grows: compare only sets of equal size.
-
-    Raises:
-        EvaluationError: A set has fewer than two rows or values that are not finite, or D differs.
     """
     sets = checked_pair(features, reference)
     shift = sets[0].mean(axis=0) - sets[1].mean(axis=0)
@@ -59,9 +56,6 @@ def kernel_distance(
 
     The interval is the jackknife's (Arvesen, "Jackknifing U-statistics", 1969). For two sets of one distribution it
     is too wide, so it misses zero less often than `confidence` allows.
-
-    Raises:
-        EvaluationError: A set has fewer than three rows or values that are not finite, or D differs.
     """
     first, second = checked_pair(features, reference, minimum=3)
     # A product is several times faster than a power.
@@ -88,9 +82,6 @@ def cmmd(features: ArrayLike, reference: ArrayLike, *, sigma: float = 10.0, scal
     mean k(x, x') + mean k(y, y') - 2 mean k(x, y) over all pairs, an image's pair with itself among them: never
     negative, above 0 by about 1 / N even for two sets of one distribution. Rows are scaled to unit length first, as
     in the authors' code, which embeds images with CLIP ViT-L/14 at 336 pixels.
-
-    Raises:
-        EvaluationError: A set has fewer than two rows, values that are not finite or a row of zeros, or D differs.
     """
     first, second = (unit_rows(array) for array in checked_pair(features, reference))
     # All kernel values are near 1, which cancels in the estimate: with 1 taken off, no digits are lost.
@@ -122,9 +113,6 @@ def precision_recall_density_coverage(features: ArrayLike, reference: ArrayLike,
     its edge included; images that are equal are neighbours at distance 0. The papers take a k of 3 and 5.
     All four depend on N, M and k: compare only sets of equal size. For sets of one distribution, coverage is near
     1 - 2^-k where N = M, and density near 1.
-
-    Raises:
-        EvaluationError: A set does not have more than k rows or has values that are not finite, or D differs.
     """
     images, references = checked_pair(features, reference, minimum=k + 1)
     centre = references.mean(axis=0)  # lengths far above distances would cost digits

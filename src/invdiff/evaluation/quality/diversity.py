@@ -24,9 +24,6 @@ def paired_cosines(features: ArrayLike, others: ArrayLike) -> FloatArray:
 
     The mean of those of images with their prompts is CLIP-T (Ruiz et al., "DreamBooth", CVPR 2023); CLIPScore (Hessel
     et al., 2021) is 2.5 times the same, without what is below 0.
-
-    Raises:
-        EvaluationError: N or D differs, or a row is all zeros or not finite.
     """
     first, second = checked(features, minimum=1), checked(others, name="paired features", minimum=1)
     if first.shape != second.shape:
@@ -38,11 +35,7 @@ def paired_cosines(features: ArrayLike, others: ArrayLike) -> FloatArray:
 
 
 def mean_cosine_distance(features: ArrayLike) -> float:
-    """Mean cosine distance over all pairs of different rows of (N, D), in [0, 2].
-
-    Raises:
-        EvaluationError: There are fewer than two rows, or a row is all zeros or not finite.
-    """
+    """Mean cosine distance over all pairs of different rows of (N, D), in [0, 2]."""
     rows = unit_rows(checked(features))
     total = rows.sum(axis=0)  # its square is the sum of all N^2 cosines
     return float(1 - (total @ total - len(rows)) / (len(rows) * (len(rows) - 1)))
@@ -54,9 +47,6 @@ def vendi_score(features: ArrayLike) -> float:
     Friedman and Dieng, "The Vendi score" (TMLR 2023): exp of the entropy of the eigenvalues of K / N, where K holds
     the cosines of all pairs, (N, N). The inner products of the columns, (D, D), have the same eigenvalues other than
     0 and are used where they are fewer. The score grows with N: compare only sets of equal size.
-
-    Raises:
-        EvaluationError: There are fewer than two rows, or a row is all zeros or not finite.
     """
     rows = unit_rows(checked(features))
     similarities = rows.T @ rows if len(rows) > rows.shape[1] else rows @ rows.T
@@ -70,9 +60,6 @@ def lpips_diversity(images: Sequence[Image.Image], distance: LPIPS) -> float:
 
     Zhang et al., "The unreasonable effectiveness of deep features as a perceptual metric" (CVPR 2018), with AlexNet.
     The number of pairs grows as N^2: 50 images make 1225.
-
-    Raises:
-        EvaluationError: There are fewer than two images, their sizes differ, or distances are not finite.
     """
     sizes = {image.size for image in images}
     if len(images) < 2 or len(sizes) != 1:

@@ -55,9 +55,6 @@ class InceptionFeatures:
 
         Images are scaled to 299 pixels as the original did, without antialiasing, so that figures compare with
         published ones; torchmetrics' own FID does otherwise by default.
-
-        Raises:
-            EvaluationError: The extra `metrics` is not installed, or the weights cannot be had.
         """
 
         def network() -> torch.nn.Module:
@@ -70,11 +67,7 @@ class InceptionFeatures:
 
     @torch.no_grad()
     def extract(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """Features of images of any sizes, (N, 2048).
-
-        Raises:
-            EvaluationError: There is no image.
-        """
+        """Features of images of any sizes, (N, 2048)."""
         if not images:
             raise EvaluationError("Expected at least one image, got none. Check what selects the images.")
         features = []
@@ -86,11 +79,7 @@ class InceptionFeatures:
 
 
 def lpips_network() -> LPIPS:
-    """LPIPS with AlexNet, on `default_device()`: load it once for many prompts.
-
-    Raises:
-        EvaluationError: The extra `metrics` is not installed, or the weights cannot be had.
-    """
+    """LPIPS with AlexNet, on `default_device()`: load it once for many prompts."""
 
     def load() -> torch.nn.Module:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity

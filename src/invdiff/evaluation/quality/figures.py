@@ -97,8 +97,7 @@ def group_figures(
                 figures |= _too_few([frechet_name(name)], mine, theirs, MIN_GROUP)
             elif name in seen.features:
                 pair = seen.features[name][mine[:even]], real[theirs[:even]]
-                apart = {frechet_name(name): Quantity(frechet_distance(*pair))}
-                apart |= _neighbourhood(*pair, name, question.confidence)
+                apart = _distances(*pair, name, question.confidence, kernels=False)
                 note = f"{even} images of each group against as many"
                 figures |= {label: replace(figure, note=note) for label, figure in apart.items()}
     return groups
@@ -145,30 +144,26 @@ def _too_few(labels: Iterable[str], ours: NDArray[Any], theirs: NDArray[Any], ne
     return {label: Quantity(None, note=note) for label in labels}
 
 
-def _distances(features: NDArray[Any], reference: NDArray[Any], name: str, confidence: float) -> dict[str, Quantity]:
-    """Every distance of features, (N, D), to a reference's, (M, D)."""
-    sizes, kid = f"{len(features)} against {len(reference)} images", f"KID ({name})"
+def _distances(
+    features: NDArray[Any], reference: NDArray[Any], name: str, confidence: float, *, kernels: bool = True
+) -> dict[str, Quantity]:
+    """Every distance of features, (N, D), to a reference's, (M, D), with or without those of kernels."""
+    n, m = len(features), len(reference)
+    sizes, kid = f"{n} against {m} images", f"KID ({name})"
     falling = f"{sizes}; falls as their number grows"
     figures = {frechet_name(name): Quantity(frechet_distance(features, reference), note=falling)}
-    if min(len(features), len(reference)) < MIN_KERNEL:
+    if kernels and min(n, m) < MIN_KERNEL:
         figures |= _too_few([kid], features, reference, MIN_KERNEL)
-    else:
+    elif kernels:
         figures[kid] = Quantity(*kernel_distance(features, reference, confidence=confidence), note=sizes)
-    figures[f"CMMD ({name})"] = _where_defined(lambda: Quantity(cmmd(features, reference), note=falling))
-    return figures | _neighbourhood(features, reference, name, confidence)
-
-
-def _neighbourhood(
-    features: NDArray[Any], reference: NDArray[Any], name: str, confidence: float
-) -> dict[str, Quantity]:
+    if kernels:
+        figures[f"CMMD ({name})"] = _where_defined(lambda: Quantity(cmmd(features, reference), note=falling))
     # The images that each is a share of; density is no share and has no interval.
-    totals = {"precision": len(features), "recall": len(reference), "density": 0, "coverage": len(reference)}
-    if min(len(features), len(reference)) <= NEIGHBOURS:
-        return _too_few([f"{figure} ({name})" for figure in totals], features, reference, NEIGHBOURS + 1)
-    found = precision_recall_density_coverage(features, reference, k=NEIGHBOURS)._asdict()
-    return {
-        f"{figure} ({name})": Quantity(
-            found[figure], *(share_interval(round(found[figure] * n), n, confidence=confidence) if n else ())
-        )
-        for figure, n in totals.items()
-    }
+    totals = {f"precision ({name})": n, f"recall ({name})": m, f"density ({name})": 0, f"coverage ({name})": m}
+    if min(n, m) <= NEIGHBOURS:
+        return figures | _too_few(totals, features, reference, NEIGHBOURS + 1)
+    found = precision_recall_density_coverage(features, reference, k=NEIGHBOURS)
+    for (label, total), value in zip(totals.items(), found, strict=True):
+        ends = share_interval(round(value * total), total, confidence=confidence) if total else ()
+        figures[label] = Quantity(value, *ends)
+    return figures

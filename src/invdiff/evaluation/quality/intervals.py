@@ -10,11 +10,7 @@ from ...errors import EvaluationError
 
 
 def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Student's t interval of the mean of (N,) values, such as CLIP-T.
-
-    Raises:
-        EvaluationError: There are fewer than two values.
-    """
+    """Student's t interval of the mean of (N,) values, such as CLIP-T."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or len(array) < 2:
         raise EvaluationError(f"Expected at least two values, one for each image, got shape {array.shape}.")
@@ -27,9 +23,6 @@ def share_interval(successes: int, total: int, *, confidence: float = 0.95) -> t
 
     It stays within [0, 1] and has width even where all images agree. For precision, recall and coverage it holds the
     balls of the other set fixed, so it is too narrow where that set is small.
-
-    Raises:
-        ValueError: The counts are no whole numbers or disagree.
     """
     low, high = binomtest(successes, total).proportion_ci(confidence, method="wilson")
     return float(low), float(high)
