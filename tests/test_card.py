@@ -1,4 +1,5 @@
 import ast
+import dataclasses
 import html
 import json
 import math
@@ -41,7 +42,7 @@ FIGURES = {"interval": (0.61, 0.82), "floor": 0.0342, "accuracy": 0.93}
 RESULTS = Results(
     {
         "guided": {"3.0": made_up_measures(0.04, frechet=39.0, **FIGURES)},
-        "base": {"10.0": made_up_measures(0.9, **FIGURES), "3.0": made_up_measures(0.71, **FIGURES)},
+        "base": {"3.0": made_up_measures(0.71, **FIGURES), "10.0": made_up_measures(0.9, **FIGURES)},
     },
     attribute="background",
     annotator=AnnotatorRecord("my | judge", accuracy={"background": 0.875}),
@@ -340,11 +341,10 @@ def test_figures_are_stated_and_kept(module, tmp_path):
 
 
 def test_figures_of_an_attribute_replace_only_its_own(module):
-    place = {"model": "guided", "guidance_scale": "3.0", "kind": "fairness", "figure": "bias", "of": "all images"}
     for attribute, bias in (("background", 0.1), ("gender", 0.2), ("background", 0.3)):
-        row = place | {"attribute": attribute, "value": bias, "low": 0.0, "high": 1.0, "floor": 0.1}
-        about = {"attribute": attribute, "annotator": AnnotatorRecord(""), "module_scales": {}}
-        module.add_figures(SimpleNamespace(table=lambda row=row: [row], **about))
+        measures = made_up_measures(bias, interval=(0.0, 1.0), floor=0.1)
+        named = dataclasses.replace(measures, attributes={attribute: measures.first})
+        module.add_figures(Results({"guided": {"3.0": named}}, attribute=attribute))
     assert [rows[1][3] for rows in tables(module.model_card())[3:]] == ["0.3", "0.2"]
 
 
@@ -408,14 +408,14 @@ def test_a_module_is_loaded_from_the_hub_with_its_card(trained, tmp_path, monkey
     for name in FILES:
         assert (tmp_path / "again" / name).read_bytes() == (trained / name).read_bytes()
     with pytest.raises(
-        ModelError, match=r"at org/absent, found none.*or the hub id of a module; check the spelling, the"
+        ModelError, match=r"at org/absent, could not load.*or the hub id of a module; check the spelling, the"
     ):
         load_module("org/absent")
 
 
 @pytest.mark.parametrize("name", ["./absent", "a/b/c"])
 def test_a_folder_that_is_not_there_is_no_question_of_the_network(name):
-    with pytest.raises(ModelError, match=r"found none\. Give the folder that `invdiff train` wrote\.$"):
+    with pytest.raises(ModelError, match=r"Give the folder that `invdiff train` wrote\.$"):
         load_module(name)
 
 

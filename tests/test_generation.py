@@ -14,7 +14,8 @@ from invdiff import sampling as generation
 from invdiff.config import GenerateConfig
 from invdiff.errors import ConfigError, ModelError
 from invdiff.guidance.attach import attach
-from invdiff.sampling import generate, image_seed
+from invdiff.sampling import generate
+from invdiff.seeds import derived_seed
 
 
 def run(pipe, folder, prompts: Any = CAPTIONS, **options) -> list[dict[str, Any]]:
@@ -77,7 +78,7 @@ def test_the_manifest_names_every_image_by_prompt_and_number(tiny_pipe, tmp_path
         {
             "file_name": f"{prompt:05d}/{image:06d}.png",
             "prompt": CAPTIONS[prompt],
-            "seed": image_seed(CAPTIONS[prompt], image),
+            "seed": derived_seed("generate", 0, CAPTIONS[prompt], image) % 2**32,
             "environment": None,
             "scale": 0.0,
             "guidance_scale": 3.0,
@@ -88,7 +89,7 @@ def test_the_manifest_names_every_image_by_prompt_and_number(tiny_pipe, tmp_path
     ]
     images = pixels(tmp_path)
     assert {name: image.shape for name, image in images.items()} == {row["file_name"]: (32, 32, 3) for row in rows}
-    assert all(0 <= row["seed"] < 2**32 for row in rows)
+    assert len({row["seed"] for row in rows}) == 4
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +16,10 @@ from .config import GenerateConfig
 from .distributed import is_main, mine, wait
 from .errors import ConfigError, ModelError
 from .files import fingerprint, read_json, save_image, weights_digest, write_json, write_text
-from .guidance.attach import Attachment, attach, check_fit, mix_for
+from .guidance.attach import Attachment, check_fit, mix_for
 from .guidance.environments import EnvironmentMix, Environments
 from .guidance.module import GuidanceModule
-from .models.families import Family, family_of
+from .models.families import family_of
 from .models.load import check_plain, denoiser_of
 from .progress import progress_bar
 from .seeds import derived_seed
@@ -39,20 +39,11 @@ class Drawing:
         with drawing:
             images, rows = drawing.batch(range(8))
 
-    Args:
-        pipe: A diffusers pipeline that draws images of prompts, class names or nothing.
-        prompts: Different prompts, or class names; none for an unconditional model.
-        module: A guidance module made for this pipeline; None draws from the plain model.
-        config: Numbers of images and steps, scales, seed.
-        environments: As for `generate`.
+    Arguments and errors are those of `generate`; the model must have no module attached yet.
 
     Attributes:
         rows: Each image's row of the manifest; its "environment" is None until the image is drawn.
-        mix: The target mix; None where groups have no effect.
-
-    Raises:
-        ConfigError: Prompts or environments cannot be used.
-        ModelError: The module was trained for another model, or a module is attached to the pipeline already.
+        mix: The target mix, given groups repeated for every prompt; None where groups have no effect.
     """
 
     def __init__(
@@ -65,61 +56,61 @@ class Drawing:
         environments: Environments = "uniform",
     ) -> None:
         check_plain(pipe)
-        self._pipe, self._module, self._environments = pipe, module, environments
-        self._family: Family = family_of(pipe)
+        self.pipe, self.module, self._family = pipe, module, family_of(pipe)
         self.config = config or GenerateConfig()
-        if not prompts and not self._family.needs_prompts:
-            prompts = [""]
-        _check_prompts(prompts)
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ConfigError(f"Expected a list of prompts, got {prompts!r}.")
+        self.prompts = list(prompts) if prompts or self._family.needs_prompts else [""]
+        if not self.prompts:
+            raise ConfigError("Expected at least one prompt, got none.")
+        twice = [prompt for index, prompt in enumerate(prompts) if prompt in prompts[:index]]
+        if twice:
+            raise ConfigError(
+                f"Expected different prompts, got {twice[0]!r} again, which would give the same images. For more "
+                "images of a prompt raise images_per_prompt."
+            )
         if module is not None:
             check_fit(pipe, module)
-        self.prompts = list(prompts)
-        self.mix = self._target_mix()
+            self._mix = mix_for(module, environments)
+        elif not (isinstance(environments, str) and environments == "uniform"):
+            raise ConfigError(
+                f"Expected a module beside environments, got environments={environments!r} and no module."
+            )
+        self.mix = self._mix if module is not None and module.sees_environment else None
+        each, total = self.config.images_per_prompt, len(self.prompts) * self.config.images_per_prompt
+        if self.mix is not None and self.mix.given is not None:
+            if len(self.mix.given) not in (each, total):
+                raise ConfigError(
+                    f"Expected groups for {each} images (of every prompt alike) or for all {total}, got "
+                    f"{len(self.mix.given)}."
+                )
+            self.mix.given = self.mix.given.repeat(total // len(self.mix.given), 1)
         self.rows: list[dict[str, Any]] = [
             {
                 "file_name": f"{index:05d}/{image:06d}.png",
                 "prompt": prompt,
-                "seed": image_seed(prompt, image, self.config.seed),
+                "seed": derived_seed("generate", self.config.seed, prompt, image) & 0xFFFFFFFF,
                 "environment": None,
                 "scale": self.config.scale if module is not None else 0.0,
                 "guidance_scale": self.config.guidance_scale,
                 "num_inference_steps": self.config.num_inference_steps,
             }
-            for index, prompt in enumerate(prompts)
-            for image in range(self.config.images_per_prompt)
+            for index, prompt in enumerate(self.prompts)
+            for image in range(each)
         ]
-        self._stack = contextlib.ExitStack()
-        self._attachment: Attachment | None = None
-
-    def _target_mix(self) -> EnvironmentMix | None:
-        """The target mix, given groups repeated for every prompt; None where groups have no effect."""
-        if self._module is None:
-            if not (isinstance(self._environments, str) and self._environments == "uniform"):
-                raise ConfigError(
-                    f"Expected a module beside environments, got environments={self._environments!r} and no module."
-                )
-            return None
-        mix = mix_for(self._module, self._environments)
-        if mix.given is not None:
-            each, total = self.config.images_per_prompt, len(self.prompts) * self.config.images_per_prompt
-            if len(mix.given) not in (each, total):
-                raise ConfigError(
-                    f"Expected groups for {each} images (of every prompt alike) or for all {total}, got "
-                    f"{len(mix.given)}."
-                )
-            mix.given = mix.given.repeat(total // len(mix.given), 1)
-        return mix if self._module.sees_environment else None
 
     def __enter__(self) -> Drawing:
-        # Without the pipeline's own progress bar.
-        before = dict(getattr(self._pipe, "_progress_bar_config", {}))
-        self._stack.callback(lambda: self._pipe.set_progress_bar_config(**before))
-        self._pipe.set_progress_bar_config(disable=True)
+        self._attachment: Attachment | None = None
+        if self.module is not None:
+            self._attachment = Attachment(self.pipe, self.module, self.config.scale, self._mix)
+        self._progress = dict(getattr(self.pipe, "_progress_bar_config", {}))
+        self.pipe.set_progress_bar_config(disable=True)
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._attachment = None
-        self._stack.__exit__(*exception)
+        self.pipe.set_progress_bar_config(**self._progress)
+        if self._attachment is not None:
+            self._attachment.detach()
 
     def batches(self) -> list[range]:
         """The places in `rows` of each batch: the last bits of an image depend on the others of its batch."""
@@ -128,28 +119,13 @@ class Drawing:
 
     @torch.no_grad()
     def batch(self, places: Sequence[int]) -> tuple[list[Image.Image], list[dict[str, Any]]]:
-        """Draw one batch: its images, and their rows with the groups drawn.
-
-        Raises:
-            ModelError: A safety checker blackens images.
-        """
+        """Draw one batch: its images, and their rows with the groups drawn."""
         rows = [self.rows[place] for place in places]
-        given = None if self.mix is None else self.mix.given
-        if self._module is not None and self._attachment is None:
-            target = self._environments if given is None else "uniform"  # given groups follow batch by batch
-            self._attachment = self._stack.enter_context(attach(self._pipe, self._module, self.config.scale, target))
-        if self._attachment is not None and given is not None:
-            self._attachment.mix = EnvironmentMix(given[list(places)], self._attachment.mix.num_groups)
-        images = self._draw(rows)
-        if self._attachment is not None and self.mix is not None:
-            assert self._attachment.environments is not None
-            groups = self._attachment.environments[: len(rows)].tolist()  # further rows are those of guidance
-            rows = [{**row, "environment": group} for row, group in zip(rows, groups, strict=True)]
-        return images, rows
-
-    def _draw(self, rows: Sequence[dict[str, Any]]) -> list[Image.Image]:
+        attachment, mix = self._attachment, self.mix
+        if attachment is not None and mix is not None and mix.given is not None:
+            attachment.mix = EnvironmentMix(mix.given[list(places)], mix.num_groups)
         output = self._family.draw(
-            self._pipe,
+            self.pipe,
             [row["prompt"] for row in rows],
             guidance_scale=self.config.guidance_scale,
             resolution=self.config.resolution,
@@ -162,25 +138,11 @@ class Drawing:
                 "Expected images as the model draws them, but the pipeline's safety checker blackened some, "
                 "which would count as images in a comparison. Load the pipeline with safety_checker=None."
             )
-        return output.images
-
-
-def image_seed(prompt: str, image: int, seed: int = 0) -> int:
-    """The 32-bit seed of image number `image` of `prompt`."""
-    return derived_seed("generate", seed, prompt, image) & 0xFFFFFFFF
-
-
-def _check_prompts(prompts: Sequence[str]) -> None:
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ConfigError(f"Expected a list of prompts, got {prompts!r}.")
-    if not prompts:
-        raise ConfigError("Expected at least one prompt, got none.")
-    twice = [prompt for index, prompt in enumerate(prompts) if prompt in prompts[:index]]
-    if twice:
-        raise ConfigError(
-            f"Expected different prompts, got {twice[0]!r} again, which would give the same images. For more "
-            "images of a prompt raise images_per_prompt."
-        )
+        if attachment is not None and mix is not None:
+            assert attachment.environments is not None
+            groups = attachment.environments[: len(rows)].tolist()  # further rows are those of guidance
+            rows = [{**row, "environment": group} for row, group in zip(rows, groups, strict=True)]
+        return output.images, rows
 
 
 def generate(
@@ -224,7 +186,7 @@ def generate(
     drawing = Drawing(pipe, prompts, module=module, config=config, environments=environments)
     rows, output_dir = drawing.rows, Path(output_dir)
     if is_main():
-        _open_folder(output_dir, rows, _settings(pipe, drawing, module))
+        _open_folder(output_dir, drawing)
     wait()
     done = [_read_row(output_dir, row) for row in rows]
     # A batch is drawn whole or not at all.
@@ -234,7 +196,9 @@ def generate(
         for batch in missing:
             images, drawn = drawing.batch(batch)
             for place, image, row in zip(batch, images, drawn, strict=True):
-                _save(output_dir / row["file_name"], image, row)
+                chunk = PngInfo()
+                chunk.add_text(_CHUNK, json.dumps(row))
+                save_image(output_dir / row["file_name"], partial(image.save, format="PNG", pnginfo=chunk))
                 done[place] = row
             bar.advance(len(batch))
     wait()
@@ -254,12 +218,6 @@ def drawing_flags(pipe: Any, resolution: int) -> list[str]:
     return unguided + (["--resolution", str(resolution)] if resolution not in (0, own) else [])
 
 
-def _save(path: Path, image: Image.Image, row: dict[str, Any]) -> None:
-    chunk = PngInfo()
-    chunk.add_text(_CHUNK, json.dumps(row))
-    save_image(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=chunk))
-
-
 def _read_row(output_dir: Path, planned: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest's row of an image that an earlier run drew; None where it is absent or damaged."""
     try:
@@ -271,17 +229,23 @@ def _read_row(output_dir: Path, planned: dict[str, Any]) -> dict[str, Any] | Non
     return row if {**row, "environment": None} == planned else None
 
 
-def _settings(pipe: Any, drawing: Drawing, module: GuidanceModule | None) -> dict[str, Any]:
-    """Everything that the images depend on, as flat JSON."""
+def _open_folder(output_dir: Path, drawing: Drawing) -> None:
+    """Make the folder and record in it all that images depend on, or check that it agrees with what is recorded."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"Expected a folder to write images to, got {output_dir} ({error.strerror}). Choose another."
+        ) from error
+    pipe, module, mix = drawing.pipe, drawing.module, drawing.mix
     scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     networks: dict[str, Any] = {k: v for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)}
     weights = fingerprint(*(name + weights_digest(network) for name, network in sorted(networks.items())))
     schedule = fingerprint(json.dumps(scheduler, sort_keys=True, default=str))
     targets: Any = None
-    if drawing.mix is not None:
-        given = drawing.mix.given
-        targets = [row.tolist() for row in drawing.mix.proportions] if given is None else given.tolist()
-    return {
+    if mix is not None:
+        targets = [row.tolist() for row in mix.proportions] if mix.given is None else mix.given.tolist()
+    settings = {
         "prompts": drawing.prompts,
         **drawing.config.to_dict(),
         "module": None if module is None else weights_digest(cast(torch.nn.Module, module)),
@@ -289,23 +253,14 @@ def _settings(pipe: Any, drawing: Drawing, module: GuidanceModule | None) -> dic
         "model": f"{type(pipe).__name__} {weights}",
         "scheduler": f"{type(pipe.scheduler).__name__} {schedule}",
     }
-
-
-def _open_folder(output_dir: Path, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> None:
-    """Make `output_dir` and record the settings in it, or check that they agree with those recorded."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"Expected a folder to write images to, got {output_dir} ({error.strerror}). Choose another."
-        ) from error
     path = output_dir / SETTINGS
     if not path.exists():
-        unknown = [name for name in (*(row["file_name"] for row in rows), MANIFEST) if (output_dir / name).exists()]
+        names = (*(row["file_name"] for row in drawing.rows), MANIFEST)
+        unknown = next((name for name in names if (output_dir / name).exists()), None)
         if unknown:
             raise ConfigError(
-                f"Expected a new folder or one with {SETTINGS}, got {output_dir} with {unknown[0]} of "
-                "unknown settings. Choose another folder, or empty this one."
+                f"Expected a new folder or one with {SETTINGS}, got {output_dir} with {unknown} of unknown settings. "
+                "Choose another folder, or empty this one."
             )
         write_json(path, settings)
     check_same_settings(output_dir, read_json(path), settings)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 import weakref
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -12,14 +14,16 @@ import torch
 
 from ..errors import ConfigError, ModelError
 from ..files import fingerprint
-from ..models.families import Condition, DenoiserCall, family_of
+from ..models.families import Condition, DenoiserCall, Family, family_of
 from ..models.families.base import to
-from ..models.frozen import FeatureCapture, FrozenDenoiser
-from ..models.load import denoiser_of
+from ..models.frozen import FeatureCapture, FrozenDenoiser, Hook, do_nothing
+from ..models.load import GUIDED, denoiser_of
 from ..models.schedule import NoiseSchedule
 from .environments import EnvironmentMix, Environments
-from .hooks import CallWatch, GuidedOutput, check_not_compiled
 from .module import GuidanceModule, weight_signature
+
+END_OF_CALL = "maybe_free_model_hooks"
+"""The method with which every diffusers pipeline ends a call."""
 
 
 def attach(
@@ -55,24 +59,53 @@ def attach(
             is compiled already, so that the module would have no effect.
         ConfigError: `environments` do not fit the module's groups.
     """
-    check_not_compiled(denoiser_of(pipe), module.config["feature_path"])
     check_fit(pipe, module, strict=strict)
     return Attachment(pipe, module, scale, mix_for(module, environments, seed=seed))
 
 
 def mix_for(module: GuidanceModule, environments: Environments, *, seed: int = 0) -> EnvironmentMix:
-    """The target mix of a module's groups.
-
-    Raises:
-        ConfigError: `environments` do not fit the module's groups, or the module is invariant, so that any but
-            `"uniform"` would silently have no effect.
-    """
+    """The target mix of a module's groups; of an invariant module any but `"uniform"` is a `ConfigError`."""
     if not module.sees_environment and not (isinstance(environments, str) and environments == "uniform"):
         raise ConfigError(
             "Expected environments 'uniform' with an invariant module, which never sees the group, got "
             f"{environments!r}. Leave them out, or train a module in balanced mode."
         )
     return EnvironmentMix(environments, module.num_groups, seed=seed)
+
+
+def check_fit(pipe: Any, module: GuidanceModule, *, strict: bool = True) -> None:
+    """Raise `ModelError` that names every difference, unless `module` fits `pipe`'s denoiser, not compiled yet."""
+    denoiser, wanted = denoiser_of(pipe), module.config
+    parts = dict(denoiser.named_modules())
+    for path in ("", *accumulate(wanted["feature_path"].split("."), "{}.{}".format)):
+        part = parts.get(path)
+        if getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod"):
+            raise ModelError(
+                f"Expected {type(denoiser).__name__}{path and '.' + path} not to be compiled yet, since compiled code "
+                "ignores new hooks, found it compiled. Attach first, then compile."
+            )
+    found: dict[str, Any] = {
+        "denoiser_class": type(denoiser).__name__,
+        "prediction_type": NoiseSchedule(pipe.scheduler).prediction_type,
+    }
+    if wanted["denoiser_class"] == found["denoiser_class"]:
+        found |= family_of(pipe).shape(denoiser).to_dict()
+    wrong = [
+        f"{name}: expected {wanted[name]}, found {value}" for name, value in found.items() if wanted[name] != value
+    ]
+    remedy = "."
+    if not wrong and strict:
+        expected, actual = np.asarray(wanted["weight_signature"]), np.asarray(weight_signature(denoiser))
+        in_memory = ~np.isnan(actual)
+        same = expected.shape == actual.shape
+        if not same or not np.allclose(expected[in_memory], actual[in_memory], rtol=0.02, atol=1e-3):
+            wrong = ["weights: expected those it was trained beside, found others of the same shape"]
+            remedy = " (strict=False attaches it all the same)."
+    if wrong:
+        raise ModelError(
+            f"The guidance module was trained for another model ({wanted['base_model'] or 'unnamed'}): "
+            f"{'; '.join(wrong)}. Load the pipeline it was trained for, or train a module for this one{remedy}"
+        )
 
 
 class Attachment:
@@ -88,27 +121,52 @@ class Attachment:
     """
 
     def __init__(self, pipe: Any, module: GuidanceModule, scale: float, mix: EnvironmentMix) -> None:
-        self.scale = float(scale)
-        self.mix = mix
+        self.scale, self.mix, self.calls = float(scale), mix, 0
         self.environments: torch.Tensor | None = None
-        self.calls = 0
         denoiser, self._family = denoiser_of(pipe), family_of(pipe)
         self._module = copy.deepcopy(module).eval().requires_grad_(False)
         # Of the newest images: the scheduler's timesteps, first and last timestep, first latents.
         self._timesteps: torch.Tensor | None = None
         self._start = self._last = np.inf
         self._first = torch.empty(0)
-        # Phi(y), the condition that it encodes, and the versions of that condition's tensors.
+        # Phi(y), the condition that it encodes (kept, so that no other tensor takes its place), and how to know it.
         self._phi: torch.Tensor | None = None
         self._encoded: Condition = {}
-        self._versions: dict[str, int] = {}
+        self._seen: dict[str, tuple[int, object]] | None = None
         self._pipe, self._denoiser = weakref.ref(pipe), weakref.ref(denoiser)
         self._features = FeatureCapture(denoiser, module.config["feature_path"], self._read_features)
-        GuidedOutput.add(denoiser, self._family, self.shift)
-        CallWatch.add(pipe, self._count)
+        self._output = GUIDED[denoiser] = GUIDED.get(denoiser) or _GuidedOutput(denoiser, self._family)
+        self._output.attachments.append(self)
+        if not isinstance(vars(pipe).get(END_OF_CALL), _CallWatch):
+            setattr(pipe, END_OF_CALL, _CallWatch(pipe))
+        vars(pipe)[END_OF_CALL].calls[self] = 0
 
-    def _count(self) -> int:
-        return self.calls
+    def detach(self) -> None:
+        """Restore the plain model. Calling it twice does no harm."""
+        denoiser, pipe = self._denoiser(), self._pipe()
+        self._features.close()
+        if denoiser is not None and self in self._output.attachments:
+            self._output.attachments.remove(self)
+            if not self._output.attachments:
+                self._output.handle.remove()
+                del GUIDED[denoiser]
+        watch = None if pipe is None else vars(pipe).get(END_OF_CALL)
+        if isinstance(watch, _CallWatch):
+            watch.calls.pop(self, None)
+            if not watch.calls:
+                del vars(pipe)[END_OF_CALL]
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self.detach()
+        if kind is None and self.calls == 0:
+            warnings.warn(
+                "The guidance module was attached, but the denoiser never ran meanwhile: nothing was guided. Draw "
+                "inside the `with` block, with the pipeline that the module was attached to.",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def _read_features(self, block_output: Any) -> torch.Tensor:
@@ -121,12 +179,7 @@ class Attachment:
 
     @torch.no_grad()
     def shift(self, call: DenoiserCall, model_pred: torch.Tensor) -> torch.Tensor | None:
-        """Delta * g_psi for one denoiser call, (rows, channels, height, width), or None at scale 0.
-
-        Args:
-            call: The arguments of the denoiser.
-            model_pred: The frozen prediction, (rows, channels, height, width).
-        """
+        """Delta * g_psi beside the frozen prediction, both (rows, channels, height, width); None at scale 0."""
         self.calls += 1
         features = self._features.take()
         environments = self._follow_images(call.noisy_latents, float(call.timesteps[0]))
@@ -141,7 +194,7 @@ class Attachment:
             self._family.on_grid(features, call.noisy_latents),
             environments.to(model_pred.device),
             projected=True,
-            code=self._code(call.condition, model_pred.device, model_pred.dtype),
+            code=self._code(call.condition, model_pred),
         )
 
     def _follow_placement(self, tensor: torch.Tensor) -> None:
@@ -149,17 +202,18 @@ class Attachment:
         if weight.device != tensor.device or weight.dtype != tensor.dtype:
             # As any module: diffusers' own `to` warns of layers to be kept in 32 bits, of which there are none.
             torch.nn.Module.to(self._module, tensor.device, tensor.dtype)
-            self._encoded = {}
+            self._seen = None
 
-    def _code(self, condition: Condition, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
+    def _code(self, condition: Condition, like: torch.Tensor) -> torch.Tensor | None:
         """Phi(y), computed anew only where the pipeline passes other tensors than at the step before."""
-        versions = {name: -1 if value.is_inference() else value._version for name, value in condition.items()}
-        same = versions == self._versions and all(
-            self._encoded.get(name) is value and versions[name] >= 0 for name, value in condition.items()
-        )
-        if not same:
-            self._encoded, self._versions = dict(condition), versions
-            self._phi = self._module.encode(to(condition, device, dtype))
+        # Tensors of inference mode have no version: they never count as seen.
+        seen = {
+            name: (id(value), object() if value.is_inference() else value._version)
+            for name, value in condition.items()
+        }
+        if seen != self._seen:
+            self._seen, self._encoded = seen, dict(condition)
+            self._phi = self._module.encode(to(condition, like.device, like.dtype))
         return self._phi
 
     def _follow_images(self, noisy_latents: torch.Tensor, timestep: float) -> torch.Tensor:
@@ -172,43 +226,18 @@ class Attachment:
         can be the same number; then the latents decide, which have hardly moved. A loop that sends different images in
         turn within one step is not understood.
         """
-        timesteps = getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None)
-        rows, current = len(noisy_latents), self.environments
+        timesteps, rows = getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None), len(noisy_latents)
         lingers = timestep == self._start == self._last and _hardly_moved(self._first, noisy_latents)
         comes_back = (timestep >= self._start and not lingers) or timestep > self._last + 1
         self._last = timestep
-        if current is None or timesteps is not self._timesteps or comes_back:
+        if self.environments is None or timesteps is not self._timesteps or comes_back:
             self._timesteps, self._start, self._first = timesteps, timestep, noisy_latents.detach()
-            current = self.mix.rows(noisy_latents)
-        elif rows < len(current) and len(current) % rows == 0:
-            current = current[:rows]  # classifier-free guidance was switched off on the way: images stay
-        elif rows > len(current) and rows % len(current) == 0:
-            current = current.repeat(rows // len(current), 1)  # or on
-        elif rows != len(current):
-            current = self.mix.rows(noisy_latents)
-        self.environments = current
-        return current
-
-    def detach(self) -> None:
-        """Restore the plain model. Calling it twice does no harm."""
-        denoiser, pipe = self._denoiser(), self._pipe()
-        if denoiser is not None:
-            GuidedOutput.remove(denoiser, self.shift)
-        self._features.close()
-        if pipe is not None:
-            CallWatch.remove(pipe, self._count)
-
-    def __enter__(self) -> Attachment:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        self.detach()
-        if kind is None and self.calls == 0:
-            warnings.warn(
-                "The guidance module was attached, but the denoiser never ran meanwhile: nothing was guided. Draw "
-                "inside the `with` block, with the pipeline that the module was attached to.",
-                stacklevel=2,
-            )
+            self.environments = self.mix.rows(noisy_latents)
+        elif len(self.environments) % rows and rows % len(self.environments):
+            self.environments = self.mix.rows(noisy_latents)
+        else:  # the same images, in more or fewer rows where classifier-free guidance was switched on the way
+            self.environments = self.environments.repeat(-(-rows // len(self.environments)), 1)[:rows]
+        return self.environments
 
 
 def _hardly_moved(before: torch.Tensor, after: torch.Tensor) -> bool:
@@ -219,30 +248,54 @@ def _hardly_moved(before: torch.Tensor, after: torch.Tensor) -> bool:
     return ((before[:rows] > 0) == (after[:rows] > 0)).float().mean().item() > 0.75
 
 
-def check_fit(pipe: Any, module: GuidanceModule, *, strict: bool = True) -> None:
-    """Raise `ModelError` that names every difference, unless `module` was made for `pipe`'s denoiser."""
-    denoiser, wanted = denoiser_of(pipe), module.config
-    found: dict[str, Any] = {
-        "denoiser_class": type(denoiser).__name__,
-        "prediction_type": NoiseSchedule(pipe.scheduler).prediction_type,
-    }
-    if wanted["denoiser_class"] == found["denoiser_class"]:
-        found |= family_of(pipe).shape(denoiser).to_dict()
-    wrong = [
-        f"{name}: expected {wanted[name]}, found {value}" for name, value in found.items() if wanted[name] != value
-    ]
-    remedy = "."
-    if not wrong and strict:
-        expected, actual = np.asarray(wanted["weight_signature"]), np.asarray(weight_signature(denoiser))
-        same_shape, in_memory = expected.shape == actual.shape, ~np.isnan(actual)
-        if not same_shape or not np.allclose(expected[in_memory], actual[in_memory], rtol=0.02, atol=1e-3):
-            wrong = ["weights: expected those it was trained beside, found others of the same shape"]
-            remedy = " (strict=False attaches it all the same)."
-    if wrong:
-        raise ModelError(
-            f"The guidance module was trained for another model ({wanted['base_model'] or 'unnamed'}): "
-            f"{'; '.join(wrong)}. Load the pipeline it was trained for, or train a module for this one{remedy}"
-        )
+class _GuidedOutput:
+    """The one forward hook of a guided denoiser: f~ = f + the sum of Delta * g_psi over its attachments.
+
+    With a hook of its own each module would read the output of the ones before it.
+    """
+
+    def __init__(self, denoiser: torch.nn.Module, family: Family) -> None:
+        self.attachments: list[Attachment] = []
+        self._family, self._channels = family, family.shape(denoiser).latent_channels
+        # The signature of the class, since offloading replaces the forward of the instance.
+        self._signature = inspect.signature(type(denoiser).forward)
+        # A plain forward hook survives CPU offload; one of diffusers' own hook registry does not.
+        self.handle = denoiser.register_forward_hook(Hook(self._guide), with_kwargs=True)
+
+    @torch.compiler.disable
+    def _guide(self, denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        call = self._family.read(denoiser, self._signature.bind(denoiser, *args, **kwargs).arguments)
+        model_pred = self._family.prediction(output[0], call, self._channels)
+        shifts = [found for each in self.attachments if (found := each.shift(call, model_pred)) is not None]
+        if not shifts:
+            return None
+        guided = self._family.shifted(output[0], sum(shifts[1:], start=shifts[0]))
+        return (guided, *output[1:]) if isinstance(output, tuple) else type(output)(sample=guided)
+
+
+class _CallWatch(Hook):
+    """In place of the method that ends a pipeline's calls: raises where a call ran without its guidance."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(self._end_call)
+        self._pipe = weakref.ref(pipe)
+        self.calls: dict[Attachment, int] = {}
+
+    def _end_call(self) -> None:
+        pipe = self._pipe()
+        if pipe is not None:  # else a shallow copy has outlived it
+            getattr(type(pipe), END_OF_CALL)(pipe)
+        for attachment, before in self.calls.items():
+            self.calls[attachment] = attachment.calls
+            if attachment.calls == before:
+                raise ModelError(
+                    "Expected the guided denoiser to run during this call, but its hook did not fire: the images were "
+                    "drawn without guidance. The pipeline's denoiser was replaced, or compiled or wrapped after "
+                    "the module was attached. Detach, and attach to the denoiser in use (before compiling it)."
+                )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return getattr(memo.get(id(self._pipe())), END_OF_CALL, do_nothing)  # of a copied pipeline: its own
 
 
 class GuidedDenoiser:
@@ -250,8 +303,7 @@ class GuidedDenoiser:
 
     def __init__(self, frozen: FrozenDenoiser, module: GuidanceModule) -> None:
         self.schedule, self.device = frozen.schedule, frozen.device
-        self._frozen = frozen
-        self._module = module.to(frozen.device)
+        self._frozen, self._module = frozen, module.to(frozen.device)
         self._mix = EnvironmentMix("uniform", module.num_groups)
         weights = (value.cpu().contiguous().numpy().tobytes() for value in module.state_dict().values())
         self.fingerprint = fingerprint(frozen.fingerprint, *weights)

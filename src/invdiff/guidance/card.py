@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ MOST_NAMES = 50
 """Groups of a prompt, and names of groups, that a card lists."""
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 """The name of a model on the hub."""
-UNKNOWN = "not known"
 
 
 def training_record(
@@ -57,15 +56,11 @@ def training_record(
         rounds: Rounds that were run.
         log: Rows with "step" and the "group_losses" of each prompt.
     """
-    first, last = audits
-    start, end = (
-        {
-            prompt.prompt: losses
-            for prompt, losses in zip(audit.prompts, row["group_losses"], strict=False)
-            if prompt.found
-        }
-        for audit, row in ((first, log[0]), (last, log[-1]))
-    )
+    first, ends = audits[0], (log[0], log[-1])
+    losses = [
+        {prompt.prompt: of for prompt, of in zip(audit.prompts, row["group_losses"], strict=False) if prompt.found}
+        for audit, row in zip(audits, ends, strict=True)
+    ]
     prompts = sorted(first.prompts, key=lambda prompt: (not prompt.found, -prompt.num_images))
     kept = ("num_images", "found", "evidence", "shares", "separation", "stability")
     return _plain(
@@ -85,45 +80,34 @@ def training_record(
             "prompts": [
                 {"prompt": prompt.prompt[:300], "num_captions": len(prompt.captions)}
                 | {name: getattr(prompt, name) for name in kept}
-                | {"losses": [start.get(prompt.prompt), end.get(prompt.prompt)]}
+                | {"losses": [by_prompt.get(prompt.prompt) for by_prompt in losses]}
                 for prompt in prompts[:MOST_PROMPTS]
             ],
-            "losses_at": [log[0]["step"], log[-1]["step"]],
+            "losses_at": [row["step"] for row in ends],
             "training": config.to_dict() | {"rounds": rounds},
-            "versions": {package: _version(package) for package in ("invdiff", "torch", "diffusers")},
+            "versions": {package: version(package) for package in ("invdiff", "torch", "diffusers")},
         }
     )
 
 
 def with_figures(record: Any, results: Any) -> dict[str, Any]:
-    """A record with the figures of generated images; see `GuidanceModule.add_figures`.
-
-    Raises:
-        ConfigError: `results` are not those of an evaluation.
-    """
-    images: dict[tuple[str, str], dict[str, float]] = {}
+    """A record with the figures of generated images, or `ConfigError`; see `GuidanceModule.add_figures`."""
     rows = []  # model, guidance scale, metric, value, lower and upper end of its interval
     try:
-        for row in results.table():
-            place = (row["model"], row["guidance_scale"])
-            if row["kind"] == "count" and row["attribute"] == results.attribute:
-                by_prompt = images.setdefault(place, {})
-                by_prompt[row["of"]] = by_prompt.get(row["of"], 0) + row["value"]
-            elif row["of"] != "all images":
-                continue
-            elif row["figure"] == "bias" and row["attribute"] == results.attribute:
-                rows.append([*place, "Bias", row["value"], row["low"], row["high"]])
-                rows.append([*place, "floor of Bias", row["floor"], None, None])
-            elif row["kind"] == "quality":
-                rows.append([*place, row["figure"], row["value"], row["low"], row["high"]])
-        rows += [[*place, "images a prompt", min(counts.values()), None, None] for place, counts in images.items()]
+        for model, scale, measures in results.each():
+            bias = measures.attributes[results.attribute].overall["bias"]
+            stated = {"Bias": bias, "subject accuracy": measures.subject_accuracy, **measures.quality}
+            of_model = [[name, each.value, each.low, each.high] for name, each in stated.items() if each is not None]
+            of_model.insert(1, ["floor of Bias", bias.floor, None, None])
+            of_model.append(["images a prompt", measures.images_per_prompt, None, None])
+            rows += [[model, scale, *row] for row in of_model]
         figures = {
             "annotator": results.annotator.name,
             "annotator_accuracy": results.annotator.accuracy.get(results.attribute),
             "guided": [model for model, scale in results.module_scales.items() if scale],
-            "rows": sorted(rows, key=lambda row: (row[0] != "base", row[0], _scale(row[1]))),
+            "rows": sorted(rows, key=lambda row: row[0] != "base"),
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ConfigError(
             f"Expected the results of an evaluation, got {type(results).__name__} ({error!r}). Give what `evaluate` "
             "returned, or Results.load of the file that `invdiff evaluate` wrote."
@@ -155,14 +139,14 @@ def _render(config: Mapping[str, Any], record: Mapping[str, Any], num_parameters
     base_name = hub_id or re.split(r"[/\\]", str(config.get("base_model") or "").rstrip("/\\"))[-1]
     prompts = record.get("prompts", [])
     found = [prompt for prompt in prompts if prompt.get("found")]
-    not_found = [prompt for prompt in prompts if not prompt.get("found")]
+    not_found = [prompt for prompt in prompts if not prompt.get("found")][:MOST_NOT_FOUND]
     harmless = [p["prompt"] for p in found if re.fullmatch(r"[A-Za-z0-9 ,.'-]{1,80}", p["prompt"])]
+    found = found[:MOST_FOUND]
     call = f'"{(harmless or ["a photo of ..."])[0]}", num_images_per_prompt=8'
     if not config.get("prompt_dim"):
         call = "class_labels=[0] * 8" if config.get("num_classes") else "batch_size=8"
-    shares = [round(1 / number, 2) for number in config["num_groups"]]
-    mix = [[round(1 - s * (n - 1), 2), *[s] * (n - 1)] for s, n in zip(shares, config["num_groups"], strict=True)]
-    changed = record.get("changed_by_people", {})
+    shares = [(round(1 / number, 2), number - 1) for number in config["num_groups"]]
+    mix = [[round(1 - share * others, 2), *[share] * others] for share, others in shares]
     names = [
         (f"factor {factor}, " if len(record["group_names"]) > 1 else "") + f"group {group} is “{_text(name)}”"
         for factor, of_factor in enumerate(record.get("group_names", ()))
@@ -170,25 +154,25 @@ def _render(config: Mapping[str, Any], record: Mapping[str, Any], num_parameters
         if name
     ]
     figures = record.get("figures", {})
+    results = [
+        EvalResult(
+            task_type="text-to-image",
+            dataset_type="generated-images",
+            dataset_name=one_line(f"{model} images at guidance scale {scale}, annotated for {attribute}", 200),
+            metric_type=one_line(metric, 120),
+            metric_value=value,
+        )
+        for attribute, entry in figures.items()
+        for model, scale, metric, value, _, _ in entry["rows"]
+        if model in entry["guided"] and metric != "images a prompt"
+    ]
     data = ModelCardData(
         library_name="diffusers",
         base_model=hub_id or None,
         base_model_relation="adapter" if hub_id else None,
         tags=["invdiff", "guidance", "fairness", "debiasing"],
         model_name=one_line(source, 120) if figures else None,
-        eval_results=[
-            EvalResult(
-                task_type="text-to-image",
-                dataset_type="generated-images",
-                dataset_name=one_line(f"{model} images at guidance scale {scale}, annotated for {attribute}", 200),
-                metric_type=one_line(metric, 120),
-                metric_value=value,
-            )
-            for attribute, entry in figures.items()
-            for model, scale, metric, value, _, _ in entry["rows"]
-            if model in entry["guided"] and metric != "images a prompt"
-        ]
-        or None,
+        eval_results=results or None,
     )
     card = ModelCard.from_template(
         data,
@@ -204,19 +188,18 @@ def _render(config: Mapping[str, Any], record: Mapping[str, Any], num_parameters
         num_groups=", ".join(map(str, config["num_groups"])),
         num_parameters=num_parameters,
         names="; ".join(names[:MOST_NAMES]),
-        changed=[(what, n) for what, n in changed.items() if type(n) is int and 0 < n < 10**12],
-        found=found[:MOST_FOUND],
-        not_found=not_found[:MOST_NOT_FOUND],
-        num_left=int(record.get("num_prompts", 0)) - len(found[:MOST_FOUND]) - len(not_found[:MOST_NOT_FOUND]),
+        changed={what: count for what, count in record.get("changed_by_people", {}).items() if count},
+        found=found,
+        not_found=not_found,
+        num_left=int(record.get("num_prompts", 0)) - len(found) - len(not_found),
         losses=[
             (prompt, group, *pair)
-            for prompt in found[:MOST_FOUND]
+            for prompt in found
             for group, pair in enumerate(zip_longest(*(losses or () for losses in prompt["losses"])))
             if group < MOST_NAMES
         ],
         figures=figures,
         text=_text,
-        name=_prompt_name,
         number=_number,
         most=MOST_NAMES,
     )
@@ -224,29 +207,12 @@ def _render(config: Mapping[str, Any], record: Mapping[str, Any], num_parameters
 
 
 def _text(value: Any) -> str:
-    return (isinstance(value, str) and escape(value)) or UNKNOWN
+    return (isinstance(value, str) and escape(value)) or "not known"
 
 
-def _number(value: Any, form: str, absent: str = UNKNOWN) -> str:
+def _number(value: Any, form: str) -> str:
     known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18  # NaN is not
-    return format(value, form) if known else absent
-
-
-def _prompt_name(prompt: Mapping[str, Any]) -> str:
-    others = prompt.get("num_captions")
-    more = f" and {others - 1:,} more captions" if isinstance(others, int) and 1 < others < 10**12 else ""
-    return _text(prompt.get("prompt")) + more
-
-
-def _scale(scale: str) -> float:
-    return math.inf if scale == "unstated" else float(scale)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return format(value, form) if known else "not known"
 
 
 def _plain(value: Any) -> Any:

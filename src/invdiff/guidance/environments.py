@@ -39,42 +39,45 @@ class EnvironmentMix:
     """
 
     def __init__(self, environments: Environments, num_groups: Sequence[int], *, seed: int = 0) -> None:
-        self.num_groups = tuple(num_groups)
-        self.seed = seed
+        self.num_groups, self.seed = tuple(num_groups), seed
         self.given: torch.Tensor | None = None
         self.proportions: list[np.ndarray] = []
         if isinstance(environments, str) and environments == "uniform":
             self.proportions = [np.full(groups, 1.0 / groups) for groups in self.num_groups]
             return
-        rows = _as_arrays(environments)
-        is_nested = rows[0].ndim == 1
-        if any(row.dtype.kind == "f" for row in rows):
-            self._set_proportions([row.astype(float) for row in (rows if is_nested else [np.stack(rows)])])
-        else:
-            given = np.stack(rows).astype(np.int64)
-            self._set_given(torch.from_numpy(given if is_nested else given[:, None]))
-
-    def _set_proportions(self, rows: list[np.ndarray]) -> None:
-        wanted, found = (" x ".join(map(str, sizes)) for sizes in (self.num_groups, map(len, rows)))
-        if found != wanted:
+        try:
+            values = environments.tolist() if isinstance(environments, torch.Tensor) else environments
+            rows = [np.asarray(value) for value in values]
+            flat = all(row.ndim == 0 for row in rows)
+            rows = [np.stack(rows)] if flat else rows
+            drawn = any(row.dtype.kind == "f" for row in rows)
+            given = rows[0][:, None] if flat or drawn else np.stack(rows)
+            known = all(row.ndim == 1 and row.dtype.kind in "fiub" for row in rows)
+        except (TypeError, ValueError, IndexError):
+            known = False
+        if not known:
             raise ConfigError(
-                f"Expected proportions for {wanted} groups, got {found} groups: {[row.tolist() for row in rows]}."
+                f"Expected environments 'uniform', proportions or one group per image, got {environments!r}."
             )
-        for row in rows:
-            if (row < 0).any() or not math.isclose(row.sum(), 1.0, abs_tol=1e-3):
-                raise ConfigError(f"Expected proportions of at least 0 that sum to 1, got {row.tolist()}.")
-        self.proportions = [row / row.sum() for row in rows]
-
-    def _set_given(self, given: torch.Tensor) -> None:
+        if drawn:
+            wanted, found = (" x ".join(map(str, sizes)) for sizes in (self.num_groups, map(len, rows)))
+            if found != wanted:
+                raise ConfigError(
+                    f"Expected proportions for {wanted} groups, got {found} groups: {[row.tolist() for row in rows]}."
+                )
+            for row in rows:
+                if (row < 0).any() or not math.isclose(row.sum(), 1.0, abs_tol=1e-3):
+                    raise ConfigError(f"Expected proportions of at least 0 that sum to 1, got {row.tolist()}.")
+            self.proportions = [row / row.sum() for row in rows]
+            return
         if given.shape[1] != len(self.num_groups):
             raise ConfigError(
-                f"Expected one group per image for {len(self.num_groups)} factor(s), "
-                f"got an array of shape {tuple(given.shape)}."
+                f"Expected one group per image for {len(self.num_groups)} factor(s), got a {given.shape} array."
             )
-        if (given < 0).any() or (given >= torch.tensor(self.num_groups)).any():
+        if (given < 0).any() or (given >= self.num_groups).any():
             highest = [groups - 1 for groups in self.num_groups]
             raise ConfigError(f"Expected groups from 0 to {highest}, got {given.tolist()[:8]}.")
-        self.given = given
+        self.given = torch.from_numpy(given.astype(np.int64))
 
     def rows(self, noisy_latents: torch.Tensor) -> torch.Tensor:
         """The groups of each row of a denoiser call at the first step, (rows, factors), on the CPU.
@@ -102,17 +105,3 @@ class EnvironmentMix:
         uniform = int.from_bytes(digest[:8], "little") / 2**64
         cumulative = np.cumsum(self.proportions[factor])
         return min(int(np.searchsorted(cumulative, uniform, side="right")), self.num_groups[factor] - 1)
-
-
-def _as_arrays(environments: object) -> list[np.ndarray]:
-    """Numbers as arrays without dimensions, or rows as arrays of one dimension (of one length where integers)."""
-    try:
-        values = environments.tolist() if isinstance(environments, torch.Tensor) else environments
-        arrays = [np.asarray(value) for value in values]  # type: ignore[attr-defined]
-        kinds, shapes = {array.dtype.kind for array in arrays}, {array.shape for array in arrays}
-        fits = kinds <= set("fiub") and {len(shape) for shape in shapes} in ({0}, {1})
-        if fits and ("f" in kinds or len(shapes) == 1):
-            return arrays
-    except (TypeError, ValueError):
-        pass
-    raise ConfigError(f"Expected environments 'uniform', proportions or one group per image, got {environments!r}.")

@@ -1,8 +1,8 @@
 """The guidance module: an invariant prompt encoder Phi and a gradient estimator G_psi.
 
 InvDiff (Hou et al., KDD 2025, arXiv 2412.08480) adds a learned stand-in for grad_z log p(Phi(y) | z_t) to a
-frozen denoiser's output. Here that stand-in is a small convolutional network that reads what the denoiser
-has already computed, its prediction and its middle features, instead of a second copy of the denoiser.
+frozen denoiser's output. Here it is a small convolutional network that reads what the denoiser has already
+computed, its prediction and its middle features, instead of a second copy of the denoiser.
 """
 
 from __future__ import annotations
@@ -26,17 +26,13 @@ from torch import nn
 from ..errors import ConfigError, ModelError
 from ..files import write_text
 from ..models.families import Condition, Family, family_of
-from ..models.frozen import feature_block
 from ..models.load import denoiser_of, looks_local, public_name
 from ..models.schedule import NoiseSchedule
 from .card import render_card, with_figures
 
 
 class InvariantEncoder(nn.Module):
-    """Phi: from a prompt's embeddings to one invariant code.
-
-    Attention pooling with learned queries, so that it takes any number of tokens.
-    """
+    """Phi: from a prompt's embeddings, any number of them, to one invariant code, by attention of learned queries."""
 
     def __init__(self, prompt_dim: int, code_dim: int, num_queries: int = 4) -> None:
         super().__init__()
@@ -47,7 +43,7 @@ class InvariantEncoder(nn.Module):
         self.out = nn.Sequential(nn.SiLU(), nn.Linear(num_queries * code_dim, code_dim))
 
     def forward(self, condition: Condition) -> torch.Tensor:
-        """Map `prompt_embeds` (batch, tokens, prompt_dim), and a mask (batch, tokens) if any, to (batch, code_dim)."""
+        """From `prompt_embeds` (batch, tokens, prompt_dim) and a mask (batch, tokens) if any to (batch, code_dim)."""
         tokens = self.norm(condition["prompt_embeds"])
         mask = condition.get("prompt_attention_mask")
         if mask is not None:
@@ -65,7 +61,7 @@ class ClassEncoder(nn.Module):
         self.codes = nn.Embedding(num_classes, code_dim)
 
     def forward(self, condition: Condition) -> torch.Tensor:
-        """Map `class_labels` (batch,) to (batch, code_dim)."""
+        """From `class_labels` (batch,) to (batch, code_dim)."""
         return self.codes(condition["class_labels"].reshape(-1))
 
 
@@ -81,7 +77,7 @@ class ModulatedBlock(nn.Module):
         self.modulation = nn.Linear(condition_dim, 2 * channels)
 
     def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """Map (batch, channels, height, width) under condition (batch, condition_dim)."""
+        """A (batch, channels, height, width) residual step under condition (batch, condition_dim)."""
         scale, shift = self.modulation(condition)[:, :, None, None].chunk(2, dim=1)
         hidden = self.conv1(F.silu(self.norm1(hidden_states)))
         hidden = self.norm2(hidden) * (1 + scale) + shift
@@ -92,10 +88,9 @@ class GuidanceModule(ModelMixin, ConfigMixin):
     """Phi and G_psi, trained beside a frozen denoiser and saved like any diffusers model.
 
     Use `GuidanceModule.for_pipeline` to make one that fits a pipeline. The output layer starts at zero, so an
-    untrained module leaves the model's output bit-identical.
-
-    `save_pretrained(folder)` and `push_to_hub("org/name")` write a model card, README.md, beside the weights. It is
-    written anew each time, from the module's config; it quotes captions of the training images.
+    untrained module leaves the model's output bit-identical. `save_pretrained(folder)` and `push_to_hub("org/name")`
+    write a model card, README.md, beside the weights, from the module's config; it quotes captions of the training
+    images.
 
     Args:
         latent_channels: Channels of the denoiser's prediction.
@@ -106,8 +101,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         num_groups: Groups (environments) of each hidden factor.
         mode: `"balanced"` takes the group as an input, `"invariant"` does not.
         width: Channels at the full latent resolution; twice that at half of it.
-        denoiser_class: Class name of the denoiser it was made for.
-        prediction_type: What that denoiser predicts.
+        denoiser_class, prediction_type: The denoiser it was made for, and what it predicts.
         weight_signature: A few of that denoiser's weights, to tell it from others.
         base_model: Hub id of the pipeline, or the last name of its folder, for people.
         record: Further statements of the model card; see `card.training_record`.
@@ -141,8 +135,8 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         self.time = nn.Sequential(
             nn.Linear(2 * width, condition_dim), nn.SiLU(), nn.Linear(condition_dim, condition_dim)
         )
-        factors = num_groups if mode == "balanced" else ()
-        self.environments = nn.ModuleList(nn.Embedding(groups, condition_dim) for groups in factors)
+        seen = num_groups if mode == "balanced" else ()
+        self.environments = nn.ModuleList(nn.Embedding(groups, condition_dim) for groups in seen)
         self.condition = nn.Sequential(nn.SiLU(), nn.Linear(condition_dim, condition_dim), nn.SiLU())
 
         self.conv_in = nn.Conv2d(2 * latent_channels + 2, width, 3, padding=1)
@@ -183,7 +177,6 @@ class GuidanceModule(ModelMixin, ConfigMixin):
             raise ConfigError(f"Expected width 0 or a multiple of 8, got {width}.")
         denoiser, family = denoiser_of(pipe), family_of(pipe)
         shape = family.shape(denoiser)
-        feature_block(denoiser, shape.feature_path)
         signature = weight_signature(denoiser)
         if any(map(math.isnan, signature)):
             raise ModelError("Expected the denoiser's weights in memory, found them offloaded. Offload later.")
@@ -208,9 +201,10 @@ class GuidanceModule(ModelMixin, ConfigMixin):
     def add_figures(self, results: Any) -> None:
         """Let the model card state the figures of generated images; save or push the module afterwards.
 
+        Figures of other attributes are kept beside them, those of the same attribute are replaced.
+
         Args:
-            results: The `Results` of `evaluate`, or `Results.load` of the file that `invdiff evaluate` wrote. Figures
-                of other attributes are kept beside them, those of the same attribute are replaced.
+            results: The `Results` of `evaluate`, or `Results.load` of the file that `invdiff evaluate` wrote.
 
         Raises:
             ConfigError: `results` are something else.
@@ -291,8 +285,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
             (batch, channels, height, width), to be added to `model_pred` with weight Delta.
         """
         width, channels = self.config["width"], self.config["latent_channels"]
-        time = get_timestep_embedding(timesteps, 2 * width).to(model_pred.dtype)
-        conditions = self.time(time)
+        conditions = self.time(get_timestep_embedding(timesteps, 2 * width).to(model_pred.dtype))
         code = self.encode(condition) if code is None else code
         if code is not None:
             conditions = conditions + code
@@ -303,16 +296,13 @@ class GuidanceModule(ModelMixin, ConfigMixin):
                 conditions = conditions + embedding(environments[:, factor])
         conditions = self.condition(conditions)
 
-        place = coordinates(model_pred)
-        full = self.conv_in(torch.cat([noisy_latents[:, :channels], model_pred, place], dim=1))
-        full = self.block_in(full, conditions)
+        inputs = [noisy_latents[:, :channels], model_pred, _coordinates(model_pred)]
+        full = self.block_in(self.conv_in(torch.cat(inputs, dim=1)), conditions)
         low = self.down(F.silu(full))
         features = features if projected else self.project(features)
-        low = low + F.interpolate(features, size=low.shape[-2:], mode="nearest")
-        low = self.block_low(low, conditions)
+        low = self.block_low(low + F.interpolate(features, size=low.shape[-2:], mode="nearest"), conditions)
         full = full + F.interpolate(self.up(low), size=full.shape[-2:], mode="nearest")
-        full = self.block_out(full, conditions)
-        return self.conv_out(F.silu(full))
+        return self.conv_out(F.silu(self.block_out(full, conditions)))
 
     def encode(self, condition: Condition) -> torch.Tensor | None:
         """Phi(y), (batch, 4 * width), the same at every step; None for an unconditional model."""
@@ -330,12 +320,10 @@ def fitting_width(family: Family, denoiser: Any) -> int:
     return max(32, family.base_width(denoiser) // 8 * 8)
 
 
-def coordinates(like: torch.Tensor) -> torch.Tensor:
+def _coordinates(like: torch.Tensor) -> torch.Tensor:
     """Vertical and horizontal position from -1 to 1, (batch, 2, height, width): spurious attributes have a layout."""
-    batch, _, height, width = like.shape
-    vertical = torch.linspace(-1, 1, height, device=like.device, dtype=like.dtype)
-    horizontal = torch.linspace(-1, 1, width, device=like.device, dtype=like.dtype)
-    return torch.stack(torch.meshgrid(vertical, horizontal, indexing="ij")).expand(batch, -1, -1, -1)
+    axes = [torch.linspace(-1, 1, side, device=like.device, dtype=like.dtype) for side in like.shape[2:]]
+    return torch.stack(torch.meshgrid(axes, indexing="ij")).expand(len(like), -1, -1, -1)
 
 
 _ADDED_WEIGHTS = ("lora_", ".processor.", "encoder_hid_proj.", "image_proj.", "to_qkv.", "to_kv.", "to_added_qkv.")
@@ -343,10 +331,7 @@ _ADDED_WEIGHTS = ("lora_", ".processor.", "encoder_hid_proj.", "image_proj.", "t
 
 
 def weight_signature(denoiser: nn.Module, size: int = 32) -> tuple[float, ...]:
-    """A few weights of a denoiser, the same whatever its precision and whatever adapters are loaded.
-
-    Weights that sequential offload has taken out of memory are NaN.
-    """
+    """A few weights of a denoiser, whatever its precision and adapters; NaN where sequential offload took them."""
     weights = {
         name.replace(".base_layer", ""): value
         for name, value in denoiser.named_parameters()
@@ -366,20 +351,16 @@ def load_module(name_or_folder: str | Path) -> GuidanceModule:
         ModelError: There is none, or its weights are absent, damaged or do not fit its config.
     """
     source = str(name_or_folder)
-    remedy = "Give the folder that `invdiff train` wrote."
+    remedy = "Give the folder that `invdiff train` wrote"
     if not (Path(source).exists() or looks_local(source)):
-        remedy = (
-            "Give the folder that `invdiff train` wrote, or the hub id of a module; check the spelling, the network "
-            "and, for a private module, that you are logged in (hf auth login)."
+        remedy += (
+            ", or the hub id of a module; check the spelling, the network and, for a private module, that you are "
+            "logged in (hf auth login)"
         )
     try:
-        config: Any = GuidanceModule.load_config(source)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"Expected a guidance module at {source}, found none. {remedy}") from error
-    found = config.get("_class_name")
-    if found != GuidanceModule.__name__:
-        raise ModelError(f"Expected a guidance module at {source}, found {found or 'something else'}. {remedy}")
-    try:
+        found: Any = GuidanceModule.load_config(source)
+        if found.get("_class_name") != GuidanceModule.__name__:
+            raise ValueError(f"it is a {found.get('_class_name', 'config of something else')}.")
         return GuidanceModule.from_pretrained(source, low_cpu_mem_usage=False).eval()
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise ModelError(f"Could not load the guidance module at {source}: {error} {remedy}") from error
+        raise ModelError(f"Expected a guidance module at {source}, could not load it: {error} {remedy}.") from error

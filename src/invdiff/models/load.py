@@ -88,8 +88,8 @@ def looks_local(name_or_folder: str) -> bool:
     return name.startswith((".", "~", os.sep)) or name.endswith(os.sep) or name.count("/") > 1
 
 
-GUIDED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
-"""Denoisers that have a guidance module attached."""
+GUIDED: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
+"""Denoisers that have guidance modules attached, and the hook that adds their shifts."""
 
 
 def check_plain(pipe: DiffusionPipeline) -> None:
@@ -104,7 +104,7 @@ def check_plain(pipe: DiffusionPipeline) -> None:
 
 def public_name(name_or_folder: str) -> str:
     """A hub id as it is, and only the last name of a local folder: its path is private."""
-    if looks_local(name_or_folder) or Path(name_or_folder).exists():
+    if name_or_folder and (looks_local(name_or_folder) or Path(name_or_folder).exists()):
         return Path(name_or_folder).expanduser().resolve().name
     return name_or_folder
 
