@@ -29,21 +29,12 @@ def test_factors_are_drawn_independently():
     assert joint == pytest.approx([0.125, 0.375, 0.125, 0.375], abs=0.055)
 
 
-def test_the_draw_of_an_image_does_not_depend_on_its_batch():
+def test_an_image_has_one_group_whatever_its_batch_its_rows_and_the_scale_of_its_noise():
     mix, batch = EnvironmentMix("uniform", (5,)), noise(12)
     together = mix.rows(batch)
-    alone = torch.cat([mix.rows(image[None]) for image in batch.flip(0)]).flip(0)
-    assert torch.equal(together, alone)
-
-
-def test_rows_of_one_image_get_one_group():
-    first, second = EnvironmentMix("uniform", (5,)).rows(noise(12).repeat(2, 1, 1, 1)).chunk(2)
-    assert torch.equal(first, second)
-
-
-def test_the_scale_of_the_noise_has_no_say():  # schedulers scale it differently
-    mix = EnvironmentMix("uniform", (5,))
-    assert torch.equal(mix.rows(noise(12)), mix.rows(noise(12) * 14.6))
+    assert torch.equal(torch.cat([mix.rows(image[None]) for image in batch.flip(0)]).flip(0), together)
+    assert torch.equal(mix.rows(batch.repeat(2, 1, 1, 1)), together.repeat(2, 1))
+    assert torch.equal(mix.rows(batch * 14.6), together)  # schedulers scale it differently
 
 
 def test_another_seed_gives_another_draw():
@@ -57,11 +48,8 @@ def test_given_groups_are_repeated_for_further_rows(given: object):
     assert rows.tolist() == [[1], [0], [2], [1], [0], [2]]
 
 
-def test_groups_of_several_factors_are_given_by_image():
+def test_given_groups_are_those_of_each_image_and_must_fit_the_batch():
     assert EnvironmentMix([[1, 0], [0, 2]], (2, 3)).rows(noise(2)).tolist() == [[1, 0], [0, 2]]
-
-
-def test_given_groups_must_fit_the_batch():
     with pytest.raises(ConfigError, match=r"batch of 3 image\(s\).*4 rows"):
         EnvironmentMix([0, 1, 1], (2,)).rows(noise(4))
 

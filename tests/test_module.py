@@ -22,11 +22,6 @@ def environments(*groups: int) -> torch.Tensor:
     return torch.tensor(groups)[:, None]
 
 
-def test_an_untrained_module_shifts_nothing(tiny_pipe):
-    shift = GuidanceModule.for_pipeline(tiny_pipe)(*inputs(), environments(0, 1, 1))
-    assert torch.equal(shift, torch.zeros(3, 4, 8, 8))
-
-
 @pytest.mark.parametrize("side", [(7, 5), (1, 1), (9, 16)])
 def test_the_shift_has_the_shape_of_any_latents(tiny_pipe, side: tuple[int, int]):
     shift = make_guidance_module(tiny_pipe)(*inputs(*side), environments(0, 1, 1))
@@ -69,15 +64,6 @@ def test_a_saved_module_comes_back(tiny_pipe, tmp_path: Path, options: dict[str,
     assert loaded.config["weight_signature"] == list(module.config["weight_signature"])
     assert torch.equal(loaded(*inputs(), groups), module(*inputs(), groups))
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md", ".safetensors"]
-
-
-def test_features_may_be_projected_before(tiny_pipe):
-    module = make_guidance_module(tiny_pipe)
-    *others, features = inputs()
-    small = module.project(features)
-    assert small.shape == (3, 2 * module.config["width"], 4, 4)
-    groups = environments(0, 1, 1)
-    assert torch.equal(module(*others, small, groups, projected=True), module(*others, features, groups))
 
 
 def test_tokens_that_are_masked_do_not_matter(tiny_pipe):

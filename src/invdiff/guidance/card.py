@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -147,12 +147,12 @@ def _render(config: Mapping[str, Any], record: Mapping[str, Any], num_parameters
         call = "class_labels=[0] * 8" if config.get("num_classes") else "batch_size=8"
     shares = [(round(1 / number, 2), number - 1) for number in config["num_groups"]]
     mix = [[round(1 - share * others, 2), *[share] * others] for share, others in shares]
-    names = [
+    names = (
         (f"factor {factor}, " if len(record["group_names"]) > 1 else "") + f"group {group} is “{_text(name)}”"
         for factor, of_factor in enumerate(record.get("group_names", ()))
         for group, name in enumerate(of_factor)
         if name
-    ]
+    )
     figures = record.get("figures", {})
     results = [
         EvalResult(
@@ -187,7 +187,7 @@ def _render(config: Mapping[str, Any], record: Mapping[str, Any], num_parameters
         mix=(mix[0] if len(mix) == 1 else mix) if config.get("mode") == "balanced" else None,
         num_groups=", ".join(map(str, config["num_groups"])),
         num_parameters=num_parameters,
-        names="; ".join(names[:MOST_NAMES]),
+        names="; ".join(islice(names, MOST_NAMES)),
         changed={what: count for what, count in record.get("changed_by_people", {}).items() if count},
         found=found,
         not_found=not_found,
