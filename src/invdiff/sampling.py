@@ -33,13 +33,8 @@ _CHUNK = "invdiff"  # the PNG text chunk that holds an image's row of the manife
 class Drawing:
     """The images of `generate`, in memory: rows of a manifest, and the images of any of them.
 
-    Draw inside a `with` block, which may be entered several times; outside it the pipeline is as it was::
-
-        drawing = Drawing(pipe, ["a photo of a waterbird"], module=module)
-        with drawing:
-            images, rows = drawing.batch(range(8))
-
-    Arguments and errors are those of `generate`; the model must have no module attached yet.
+    Draw inside a `with` block, which may be entered several times; outside it the pipeline is as it was. Arguments and
+    errors are those of `generate`; the model must have no module attached yet.
 
     Attributes:
         rows: Each image's row of the manifest; its "environment" is None until the image is drawn.

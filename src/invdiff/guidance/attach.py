@@ -55,8 +55,7 @@ def attach(
         strict: Also refuse a model of the right shape with other weights.
 
     Raises:
-        ModelError: The module was trained for another model; the message names the differences. Or the denoiser
-            is compiled already, so that the module would have no effect.
+        ModelError: The module was trained for another model, or the denoiser is compiled already.
         ConfigError: `environments` do not fit the module's groups.
     """
     check_fit(pipe, module, strict=strict)
@@ -220,11 +219,10 @@ class Attachment:
         """The groups of each row, (rows, factors); where new images begin, they are drawn from their noise.
 
         Each pipeline call sets the scheduler's timesteps anew. A loop that sets them once for many batches, or another
-        pipeline that shares the denoiser but has a scheduler of its own, is noticed by the timestep, which comes back
-        to the highest or rises. (KDPM2 rises within an image too, but by less than 1.) A pipeline that sends
-        each condition apart does so with the same latents, hence the same groups. In 16 bits the first few timesteps
-        can be the same number; then the latents decide, which have hardly moved. A loop that sends different images in
-        turn within one step is not understood.
+        pipeline with a scheduler of its own, is noticed by the timestep, which comes back to the highest or rises
+        (KDPM2's rises within an image too, but by less than 1). In 16 bits the first few timesteps can be the same
+        number; then the latents decide, which have hardly moved. A pipeline that sends each condition apart does so
+        with the same latents, hence the same groups; different images in turn within one step are not understood.
         """
         timesteps, rows = getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None), len(noisy_latents)
         lingers = timestep == self._start == self._last and _hardly_moved(self._first, noisy_latents)

@@ -47,14 +47,7 @@ def training_record(
 ) -> dict[str, Any]:
     """The statements of a card about a training run, as plain JSON types for the module's config.
 
-    Args:
-        pipe: The pipeline that the module was trained beside.
-        audits: The audits that the first and the last round trained on.
-        base_model: Hub id of the pipeline, or the last name of its folder.
-        num_images: Images that were audited.
-        config: The settings.
-        rounds: Rounds that were run.
-        log: Rows with "step" and the "group_losses" of each prompt.
+    Its audits are those of the first and the last round, rows of its log have "step" and each prompt's "group_losses".
     """
     first, ends = audits[0], (log[0], log[-1])
     losses = [
@@ -118,13 +111,7 @@ def with_figures(record: Any, results: Any) -> dict[str, Any]:
 
 
 def render_card(config: Mapping[str, Any], *, num_parameters: int, source: str) -> str:
-    """The model card, Markdown with YAML front matter.
-
-    Args:
-        config: The module's config, its record included.
-        num_parameters: Of the module.
-        source: Where a reader finds the module: a hub id, or words for a folder.
-    """
+    """The model card of a module's config, Markdown with YAML front matter; `source` is a hub id or a folder."""
     record = config.get("record")
     try:
         return _render(config, record if isinstance(record, Mapping) else {}, num_parameters, source)

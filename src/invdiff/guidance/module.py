@@ -87,10 +87,9 @@ class ModulatedBlock(nn.Module):
 class GuidanceModule(ModelMixin, ConfigMixin):
     """Phi and G_psi, trained beside a frozen denoiser and saved like any diffusers model.
 
-    Use `GuidanceModule.for_pipeline` to make one that fits a pipeline. The output layer starts at zero, so an
-    untrained module leaves the model's output bit-identical. `save_pretrained(folder)` and `push_to_hub("org/name")`
-    write a model card, README.md, beside the weights, from the module's config; it quotes captions of the training
-    images.
+    Make one that fits a pipeline by `GuidanceModule.for_pipeline`. The output layer starts at zero, so an untrained
+    module leaves images bit-identical. `save_pretrained(folder)` and `push_to_hub("org/name")` write a model card,
+    README.md, beside the weights, from the module's config; it quotes captions of the training images.
 
     Args:
         latent_channels: Channels of the denoiser's prediction.
@@ -132,9 +131,8 @@ class GuidanceModule(ModelMixin, ConfigMixin):
             self.encoder = InvariantEncoder(prompt_dim, condition_dim)
         elif num_classes:
             self.encoder = ClassEncoder(num_classes, condition_dim)
-        self.time = nn.Sequential(
-            nn.Linear(2 * width, condition_dim), nn.SiLU(), nn.Linear(condition_dim, condition_dim)
-        )
+        layers = nn.Linear(2 * width, condition_dim), nn.SiLU(), nn.Linear(condition_dim, condition_dim)
+        self.time = nn.Sequential(*layers)
         seen = num_groups if mode == "balanced" else ()
         self.environments = nn.ModuleList(nn.Embedding(groups, condition_dim) for groups in seen)
         self.condition = nn.Sequential(nn.SiLU(), nn.Linear(condition_dim, condition_dim), nn.SiLU())
@@ -160,8 +158,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
             pipe: A diffusers pipeline of a supported family.
             num_groups: Groups of the hidden factor, or of each of several.
             mode: `"balanced"` or `"invariant"`.
-            width: Channels of the gradient estimator, a multiple of 8; 0 fits it to the denoiser: half of a
-                UNet's first level, an eighth of a transformer's width.
+            width: Channels of the gradient estimator, a multiple of 8; 0 fits it to the denoiser.
             seed: Seed of the initial weights.
 
         Raises:
@@ -215,9 +212,8 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any
     ) -> None:
         """Save weights, config and model card, as `ModelMixin.save_pretrained` does weights and config."""
-        super().save_pretrained(  # type: ignore[misc]  # mypy sees diffusers' stand-in for absent torch
-            save_directory, is_main_process=is_main_process, **options
-        )
+        options["is_main_process"] = is_main_process
+        super().save_pretrained(save_directory, **options)  # type: ignore[misc]  # diffusers' stand-in without torch
         if is_main_process:
             write_text(Path(save_directory) / "README.md", self.model_card())
 
@@ -286,9 +282,9 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         """
         width, channels = self.config["width"], self.config["latent_channels"]
         conditions = self.time(get_timestep_embedding(timesteps, 2 * width).to(model_pred.dtype))
-        code = self.encode(condition) if code is None else code
-        if code is not None:
-            conditions = conditions + code
+        if code is None:
+            code = self.encode(condition)
+        conditions = conditions if code is None else conditions + code
         if self.sees_environment:
             if environments is None:
                 raise ModelError("Expected the environments of each image in balanced mode, got none.")
