@@ -188,7 +188,7 @@ def scheduled(family: str, scheduler: str, options: dict[str, Any], folder: Path
     if scheduler == "DPMSolverSDEScheduler":
         pytest.importorskip("torchsde")
     pipe.scheduler = getattr(diffusers, scheduler).from_config(options or pipe.scheduler.config)
-    return pipe, partial(draw, pipe, 0, num_inference_steps=3)
+    return pipe, partial(draw, pipe, 0, num_inference_steps=4)
 
 
 def unconditional_ddim(folder: Path) -> Combination:
