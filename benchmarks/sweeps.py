@@ -21,13 +21,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from experiment import NOT_FOUND, Cell, Experiment, Workshop, cells
 from kept import RESULTS, keep
+from numpy.typing import ArrayLike
+from sklearn.metrics import adjusted_rand_score, homogeneity_score, roc_auc_score
 from sweep_plots import save_sweep_plots
 
 from invdiff.errors import EvaluationError
 from invdiff.evaluation.fairness.metrics import METRICS
-from invdiff.evaluation.recovery import group_quality
 from invdiff.evaluation.results import Measures, Quantity
 from invdiff.files import read_json, write_json, write_text
 
@@ -82,9 +84,40 @@ def guided_row(workshop: Workshop, cell: Cell) -> dict[str, Any]:
         truth = dict(zip(data.names, data.attributes[column], strict=True))
         classes = [str(truth[name]) for name in found.names]
         quality = group_quality(found.prompt_ids, found.scores, found.group_weights[0].argmax(axis=1), classes)
-        for name in ("auroc", "adjusted_rand", "homogeneity"):
-            row[f"group_{name}"] = getattr(quality, name)
+        row |= {f"group_{name}": value for name, value in quality.items()}
     return row
+
+
+def group_quality(prompt_ids: ArrayLike, scores: ArrayLike, groups: ArrayLike, classes: ArrayLike) -> dict[str, float]:
+    """Agreement of inferred groups with the classes of a hidden attribute, within prompts, averaged over images.
+
+    Args:
+        prompt_ids: The prompt of each image, (N,).
+        scores: How rare the audit takes each image to be, (N,).
+        groups: The group of each image within its prompt, (N,).
+        classes: The class of each image, (N,).
+
+    Returns:
+        "auroc", the chance that an image of the prompt's rarest class scores above another of the prompt;
+        "adjusted_rand" of groups and classes, 1 when they are the same and 0 for chance; "homogeneity", 1 when no
+        group mixes classes, though several may share one. Prompts in which the attribute does not vary are left out.
+
+    Raises:
+        EvaluationError: The attribute varies within no prompt.
+    """
+    prompts, rarity, found, truth = (np.asarray(values) for values in (prompt_ids, scores, groups, classes))
+    figures, sizes = [], []
+    for rows in (prompts == prompt for prompt in np.unique(prompts)):
+        names, counts = np.unique(truth[rows], return_counts=True)
+        if len(names) > 1:
+            auroc = roc_auc_score(truth[rows] == names[counts.argmin()], rarity[rows])
+            agreement = (score(truth[rows], found[rows]) for score in (adjusted_rand_score, homogeneity_score))
+            figures.append((auroc, *agreement))
+            sizes.append(int(rows.sum()))
+    if not figures:
+        raise EvaluationError("Expected a hidden attribute that varies within a prompt, got one that does not.")
+    means = np.average(figures, axis=0, weights=sizes).tolist()
+    return dict(zip(("auroc", "adjusted_rand", "homogeneity"), means, strict=True))
 
 
 def figures(measures: Measures) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def test_correction_removes_two_thirds_of_the_annotators_error(rates, p):
     assert abs(np.mean(corrected)) < abs(np.mean(raw)) / 3
 
 
-def coverage(metric, rates, p, num_images, num_prompts, *, evaluations=2000):
+def coverage(metric, rates, p, num_images, num_prompts, *, evaluations):
     generator = np.random.default_rng(3)
     truth = float(per_prompt(metric, [p * 1e9])[0])
     covered = 0
@@ -98,7 +98,7 @@ def coverage(metric, rates, p, num_images, num_prompts, *, evaluations=2000):
 @pytest.mark.parametrize("rates", [SYMMETRIC, ASYMMETRIC], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("p", [[0.5, 0.5], [0.9, 0.1]], ids=str)
 def test_corrected_interval_covers_one_prompt(rates, p):
-    assert coverage("bias", rates, np.array(p), 200, 1, evaluations=2000 if rates is SYMMETRIC else 400) >= 0.93
+    assert coverage("bias", rates, np.array(p), 200, 1, evaluations=800 if rates is SYMMETRIC else 400) >= 0.93
 
 
 def test_corrected_interval_covers_ten_fair_prompts():

@@ -15,8 +15,7 @@ from invdiff.evaluation.annotators.annotations import Annotations
 from invdiff.evaluation.annotators.labels import GivenLabels
 from invdiff.evaluation.evaluate import evaluate
 from invdiff.evaluation.fairness.correction import correct_for_annotator
-from invdiff.evaluation.fairness.floors import metric_floor
-from invdiff.evaluation.fairness.metrics import per_prompt
+from invdiff.evaluation.fairness.metrics import metric_floor, per_prompt
 from invdiff.evaluation.quality.distances import frechet_distance
 from invdiff.evaluation.results import Results
 
@@ -654,9 +653,9 @@ def test_the_file_has_exactly_the_promised_keys(base):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("models", [], "models in the document is"),
+        ("models", [], "expected Mapping for models, got []"),
         ("models", {}, "at least one model, found none"),
-        ("models/base", 3, "'base' in models in the document is 3"),
+        ("models/base", 3, "for 'base' in models, got 3"),
         ("models/base/1.0", {"bias": 1.0}, "images_per_prompt"),
         ("models/base", {"x": "1.0"}, "'x' in 'base' in models"),
         ("models/base/1.0/attributes", {}, "StopIteration"),
@@ -665,7 +664,7 @@ def test_the_file_has_exactly_the_promised_keys(base):
         ("models/base/1.0/attributes/background/counts", {LAND: {"land": 0}}, "ZeroDivisionError"),
         ("module_scales", {"base": "strong"}, "'base' in module_scales"),
         ("module_scales", {"base": None}, "'base' in module_scales"),
-        ("notes", "none", "notes in the document"),
+        ("notes", "none", "for notes, got 'none'"),
     ],
 )
 def test_damaged_results_are_refused_with_the_place_of_the_fault(base, tmp_path, path, value, message):

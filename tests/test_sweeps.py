@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from sklearn.metrics import adjusted_rand_score, homogeneity_score
 
 from conftest import write_tiny_folder
 from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError, ModelError
@@ -201,3 +202,38 @@ def test_every_kept_table_is_drawn_to_the_pictures_of_the_docs(name, tmp_path):
         path.name for path in sweeps.DOCS.glob("num-groups-gradient-*.png") if name == "num-groups"
     }
     assert drawn == of_name
+
+
+CLASSES = ["land"] * 8 + ["water"] * 2
+
+
+@pytest.mark.parametrize(
+    ("scores", "groups", "auroc", "adjusted_rand", "homogeneity"),
+    [
+        ([0] * 8 + [1] * 2, [0] * 8 + [1] * 2, 1.0, 1.0, 1.0),
+        (
+            range(10),
+            [0, 0, 0, 0, 1, 1, 1, 1, 2, 3],
+            1.0,
+            adjusted_rand_score(CLASSES, [0] * 4 + [1] * 4 + [2, 3]),
+            1.0,
+        ),
+        ([0] * 10, [0] * 10, 0.5, 0.0, 0.0),
+    ],
+)
+def test_groups_are_compared_with_the_hidden_classes(scores, groups, auroc, adjusted_rand, homogeneity):
+    """Groups that agree, finer ones that do not mix classes, and one group."""
+    found = sweeps.group_quality([0] * 10, scores, groups, CLASSES)
+    assert found == pytest.approx({"auroc": auroc, "adjusted_rand": adjusted_rand, "homogeneity": homogeneity})
+
+
+def test_prompts_weigh_by_images_and_those_in_which_nothing_is_hidden_are_left_out():
+    prompts = [0] * 10 + [1] * 5 + [2] * 10
+    classes = [*CLASSES, "water", "water", "water", "water", "land", *["water"] * 10]
+    groups = [*[0] * 8, 1, 1, 0, 0, 1, 1, 1, *[0] * 10]
+    found = sweeps.group_quality(prompts, [*[0] * 8, 1, 1, *[0, 1, 0, 1], 0.5, *range(10)], groups, classes)
+    assert found["auroc"] == pytest.approx((10 * 1.0 + 5 * 0.5) / 15)
+    second = homogeneity_score(classes[10:15], groups[10:15])
+    assert found["homogeneity"] == pytest.approx((10 * 1.0 + 5 * second) / 15)
+    with pytest.raises(EvaluationError, match="varies within a prompt"):
+        sweeps.group_quality([2] * 10, range(10), [0] * 10, ["water"] * 10)

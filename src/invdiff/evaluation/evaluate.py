@@ -16,14 +16,14 @@ from ..data.captioned import CaptionedImages
 from ..errors import EvaluationError
 from ..models.encoders import ClipEncoder
 from ..progress import progress_bar
-from .annotate import Described, Judge, Question, describe_images, describe_rows
+from .annotate import Described, Judge, Question, describe_images
 from .annotators.labels import GivenLabels
 from .fairness.correction import correct_for_annotator
 from .images import Folders, Row, common_prompts, module_scale, read_images, resolve_folders, scale_keys
 from .measure import measure, preserve
 from .quality.extractors import FeatureExtractor, load_extractor, lpips_network
 from .quality.figures import common_group_size
-from .results import AnnotatorRecord, Results
+from .results import AnnotatorRecord, Measures, Results
 
 
 def evaluate(
@@ -77,62 +77,75 @@ def evaluate(
     baseline = config.baseline or ("base" if "base" in rows_by_model else "")
     if baseline and baseline not in rows_by_model:
         raise EvaluationError(f"Expected a baseline among {', '.join(rows_by_model)}, got {baseline!r}.")
+    classes = {name: tuple(annotator.attributes[name]) for name in annotator.attributes}
+    target, of_first = config.target, classes[attributes[0]]
+    if target and set(target) != set(of_first):
+        raise EvaluationError(
+            f"Expected a target share for each class of {attributes[0]} ({', '.join(of_first)}), got "
+            f"{', '.join(target)}."
+        )
+    unknown = [prompt for prompt in config.subject_of if prompt not in prompts]
+    if unknown:
+        raise EvaluationError(
+            f"Expected prompts of the images in subject_of, got {unknown[0]!r}; there are "
+            f"{', '.join(map(repr, prompts))}."
+        )
+    subject = config.subject_attribute
     confusion = {name: annotator.confusion(name, config.min_confidence) for name in asked}
     corrections, warnings = _corrections(confusion, annotator.name)
     question = Question(
         attributes=attributes,
-        classes=annotator.attributes,
+        classes=classes,
         confusion=corrections,
-        subject_attribute=config.subject_attribute,
-        subject_of=_subjects(prompts, annotator, config),
-        target=_target(config.target, attributes[0], annotator.attributes[attributes[0]]),
+        subject_attribute=subject,
+        subject_of=named_subjects(prompts, classes[subject], config.subject_of) if subject else {},
+        target=tuple(target[name] for name in of_first) if target else None,
         **{name: getattr(config, name) for name in ("min_confidence", "confidence", "num_resamples", "seed")},
     )
-
     network = lpips_network() if config.lpips else None
     specs = dict.fromkeys(spec for spec in config.features if spec != config.clip)
     extractors = [*extractors, *map(load_extractor, specs), *([ClipEncoder.load(config.clip)] if config.clip else [])]
     clip: Any = next((extractor for extractor in extractors if hasattr(extractor, "text_features")), None)
     settings: Any = {name: getattr(config, name) for name in ("min_confidence", "batch_size")}
-    settings["extractors"] = extractors
+    settings |= {"extractors": extractors, "progress": progress}
     if isinstance(reference, CaptionedImages):
-        reference = describe_images(reference, annotator, progress=progress, **settings)
-    seen: dict[str, Described] = {}
+        reference = describe_images(reference, annotator, **settings)
+    parts: dict[tuple[str, str], tuple[list[Row], Described]] = {}
     with progress_bar("annotating", sum(map(len, rows_by_model.values())), enabled=progress) as bar:
         for model, rows in rows_by_model.items():
-            seen[model] = describe_rows(rows, annotator, bar=bar, **settings)
-    if reference is not None:
-        _check_reference(reference, next(iter(seen.values())), config.min_confidence)
-    parts: dict[str, dict[str, tuple[list[Row], Described]]] = {}
-    for model, rows in rows_by_model.items():
-        for key in scale_keys(rows):
-            places = [place for place, row in enumerate(rows) if row.scale_key == key]
-            parts.setdefault(model, {})[key] = [rows[place] for place in places], seen[model].take(places)
-    described = [known for by_key in parts.values() for _, known in by_key.values()]
-    size = common_group_size(described, reference, question)
-    models: dict[str, Any] = {}
-    with progress_bar("measuring", len(described), enabled=progress) as bar:
-        for model, by_key in parts.items():
-            models[model] = {}
-            for key, part in by_key.items():
-                measures = measure(*part, question, reference=reference, group_size=size, clip=clip, lpips=network)
-                if baseline and model != baseline and key in parts[baseline]:
-                    measures = replace(measures, preservation=preserve(*part, *parts[baseline][key], question))
-                models[model][key] = measures
-                bar.advance()
+            seen = describe_images(rows, annotator, bar=bar, **settings)
+            if reference is not None:
+                _check_reference(reference, seen, config.min_confidence)
+            for key in scale_keys(rows):
+                places = [place for place, row in enumerate(rows) if row.scale_key == key]
+                parts[model, key] = [rows[place] for place in places], seen.take(places)
+    size = common_group_size([known for _, known in parts.values()], reference, question)
+    models: dict[str, dict[str, Measures]] = {model: {} for model in rows_by_model}
+    with progress_bar("measuring", len(parts), enabled=progress) as bar:
+        for (model, key), part in parts.items():
+            measures = measure(*part, question, reference=reference, group_size=size, clip=clip, lpips=network)
+            if model != baseline and (baseline, key) in parts:
+                measures = replace(measures, preservation=preserve(*part, *parts[baseline, key], question))
+            models[model][key] = measures
+            bar.advance()
+    scales = {model: module_scale(rows) for model, rows in rows_by_model.items()}
+    tables = {name: None if matrix is None else np.asarray(matrix) for name, matrix in confusion.items()}
     results = Results(
         models=models,
         attribute=attributes[0],
-        classes={name: tuple(annotator.attributes[name]) for name in asked},
-        subject_attribute=config.subject_attribute,
-        annotator=_record(annotator, confusion, config.min_confidence),
-        target=config.target,
+        classes={name: classes[name] for name in asked},
+        subject_attribute=subject,
+        annotator=AnnotatorRecord(
+            annotator.name,
+            config.min_confidence,
+            {name: None if table is None else float(np.trace(table) / table.sum()) for name, table in tables.items()},
+            {name: None if table is None else table.tolist() for name, table in tables.items()},
+        ),
+        target=target,
         baseline=baseline,
         confidence=config.confidence,
         reference_images=0 if reference is None else len(reference),
-        module_scales={
-            model: scale for model, rows in rows_by_model.items() if (scale := module_scale(rows)) is not None
-        },
+        module_scales={model: scale for model, scale in scales.items() if scale is not None},
     )
     return replace(results, notes=(*warnings, *_notes(results, annotator, question, prompts, reference)))
 
@@ -177,26 +190,6 @@ def named_subjects(
     return found
 
 
-def _subjects(prompts: Sequence[str], annotator: Judge, config: EvaluateConfig) -> dict[str, str]:
-    if not config.subject_attribute:
-        return {}
-    unknown = [prompt for prompt in config.subject_of if prompt not in prompts]
-    if unknown:
-        raise EvaluationError(
-            f"Expected prompts of the images in subject_of, got {unknown[0]!r}; there are "
-            f"{', '.join(map(repr, prompts))}."
-        )
-    return named_subjects(prompts, annotator.attributes[config.subject_attribute], config.subject_of)
-
-
-def _target(target: Mapping[str, float], attribute: str, classes: Sequence[str]) -> tuple[float, ...] | None:
-    if target and set(target) != set(classes):
-        raise EvaluationError(
-            f"Expected a target share for each class of {attribute} ({', '.join(classes)}), got {', '.join(target)}."
-        )
-    return tuple(target[name] for name in classes) if target else None
-
-
 def _check_reference(reference: Described, seen: Described, min_confidence: float) -> None:
     if reference.classes and reference.min_confidence != min_confidence:
         raise EvaluationError(
@@ -231,15 +224,6 @@ def _corrections(
                 usable[name] = None
                 warnings.append(f"no figure of {name} is corrected for the errors of {annotator}: {error}".rstrip("."))
     return usable, warnings
-
-
-def _record(annotator: Judge, confusion: Mapping[str, NDArray[Any] | None], min_confidence: float) -> AnnotatorRecord:
-    accuracy = {
-        name: None if matrix is None else float(np.trace(matrix) / np.sum(matrix))
-        for name, matrix in confusion.items()
-    }
-    tables = {name: None if matrix is None else np.asarray(matrix).tolist() for name, matrix in confusion.items()}
-    return AnnotatorRecord(annotator.name, min_confidence, accuracy, tables)
 
 
 def _notes(

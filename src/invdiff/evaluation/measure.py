@@ -9,16 +9,15 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ..errors import EvaluationError
 from ..models.encoders import ClipEncoder
 from ..seeds import derived_seed
 from .annotate import Described, Question
-from .fairness.estimate import estimate
-from .fairness.floors import metric_floor
+from .fairness.correction import correct_for_annotator, corrected_interval
 from .fairness.intervals import interval
-from .fairness.metrics import METRICS, per_prompt
+from .fairness.metrics import METRICS, metric_floor, per_prompt, squared_discrepancy_unbiased
 from .images import Row
 from .quality.diversity import LPIPS, mean_cosine_distance, paired_cosines
 from .quality.figures import group_figures, quality_figures, share
@@ -39,29 +38,36 @@ def measure(
     clip: ClipEncoder | None = None,
     lpips: LPIPS | None = None,
 ) -> Measures:
-    """Measure one model's images at one guidance scale.
+    """Measure one model's images, and their descriptions in the same order, at one guidance scale.
 
     Args:
         rows: The images.
-        seen: Their descriptions, in the same order.
+        seen: Their descriptions.
         question: The measures asked for.
         reference: The reference images' descriptions.
         group_size: Images of each group that distances by group are of; see `quality.figures.common_group_size`.
         clip: The CLIP model whose text features CLIP-T is measured with; its image features are among those seen.
         lpips: The network to measure diversity by LPIPS with, on the first images of each prompt.
-
-    Raises:
-        EvaluationError: No image of a prompt has a class.
     """
     prompts = [row.prompt for row in rows]
-    right = _subject_right(prompts, seen, question)
+    right = np.full(len(rows), -1)  # 1 where an image shows its prompt's subject, 0 where not, -1 for no subject
+    if question.subject_attribute:
+        place = {name: index for index, name in enumerate(question.classes[question.subject_attribute])}
+        named = np.array([place[question.subject_of[p]] if p in question.subject_of else -1 for p in prompts])
+        right = np.where(named < 0, -1, seen.classes[question.subject_attribute] == named)
+    kinds = [question.classes[name] for name in question.attributes]
     attributes = {
-        name: _spread(name, prompts, seen.classes[name], seen.probabilities[name], right, question)
-        for name in question.attributes
+        name: _spread(name, names, prompts, seen.classes[name], seen.probabilities[name], right, question)
+        for name, names in zip(question.attributes, kinds, strict=True)
     }
-    if len(question.attributes) > 1:
-        name, asked, joint = _intersection(seen, question)
-        attributes[name] = _spread(name, prompts, joint, None, right, asked)
+    if len(kinds) > 1:
+        # The confusion matrix of an intersection would need held-out images of every combination: none is corrected.
+        columns, sizes = np.stack([seen.classes[name] for name in question.attributes]), [*map(len, kinds)]
+        limits = np.array(sizes)[:, None]
+        joint = np.ravel_multi_index(tuple(np.minimum(columns, limits - 1)), tuple(sizes))
+        joint = np.where((columns < limits).all(axis=0), joint, np.prod(sizes))
+        name, names = " x ".join(question.attributes), tuple(map(" x ".join, product(*kinds)))
+        attributes[name] = _spread(name, names, prompts, joint, None, right, question)
     known = right[right >= 0]
     return Measures(
         images_per_prompt=min(Counter(prompts).values()),
@@ -82,10 +88,9 @@ def preserve(
     """
     places = []
     for side in (rows, base_rows):
-        keys = [(row.prompt, row.seed) for row in side]
-        # A seed that repeats within a prompt is ambiguous.
-        once = {key for key, count in Counter(keys).items() if count == 1 and key[1] is not None}
-        places.append({key: place for place, key in enumerate(keys) if key in once})
+        keys = Counter((row.prompt, row.seed) for row in side)  # a seed that repeats within a prompt is ambiguous
+        once = {key for key, count in keys.items() if count == 1 and key[1] is not None}
+        places.append({(r.prompt, r.seed): place for place, r in enumerate(side) if (r.prompt, r.seed) in once})
     pairs = [(place, places[1][key]) for key, place in places[0].items() if key in places[1]]
     if len(pairs) < 2:
         why = "not defined: the manifests share no two seeds of a prompt with the baseline, each given once"
@@ -96,70 +101,96 @@ def preserve(
     for name, features in seen.features.items():
         before, after = base.features[name][theirs], features[ours]
         try:
-            moved = 1 - paired_cosines(before, after)
-            unrelated = mean_cosine_distance(before)
+            moved, unrelated = 1 - paired_cosines(before, after), mean_cosine_distance(before)
         except EvaluationError as error:
             figures[f"feature shift ({name})"] = Quantity(None, note=f"not defined: {error}")
             continue
         ends = mean_interval(moved, confidence=question.confidence)
         note = f"cosine distance, {number}; the baseline's own images are {unrelated:.3g} apart"
         figures[f"feature shift ({name})"] = Quantity(float(moved.mean()), *ends, note=note)
-    for attribute in seen.classes:
-        if attribute not in question.attributes:
-            mine, before = seen.classes[attribute][ours], base.classes[attribute][theirs]
-            size = len(question.classes[attribute])
-            known = (mine < size) & (before < size)
-            if known.any():
-                kept = share((mine == before)[known], question.confidence)
-                figures[f"{attribute} unchanged"] = replace(kept, note=f"{known.sum()} of {number}")
-            else:
-                figures[f"{attribute} unchanged"] = Quantity(
-                    None, note="not defined: no pair has a class on both sides"
-                )
+    for attribute in [name for name in seen.classes if name not in question.attributes]:
+        mine, before = seen.classes[attribute][ours], base.classes[attribute][theirs]
+        known = np.maximum(mine, before) < len(question.classes[attribute])
+        kept = Quantity(None, note="not defined: no pair has a class on both sides")
+        if known.any():
+            kept = replace(share((mine == before)[known], question.confidence), note=f"{known.sum()} of {number}")
+        figures[f"{attribute} unchanged"] = kept
     return figures
 
 
-def _subject_right(prompts: Sequence[str], seen: Described, question: Question) -> NDArray[np.int64]:
-    """1 where an image shows its prompt's subject, 0 where not, -1 where the prompt names none, (N,)."""
-    if not question.subject_attribute:
-        return np.full(len(prompts), -1)
-    place = {name: index for index, name in enumerate(question.classes[question.subject_attribute])}
-    named = np.array([place[question.subject_of[p]] if p in question.subject_of else -1 for p in prompts])
-    return np.where(named < 0, -1, (seen.classes[question.subject_attribute] == named).astype(np.int64))
+def estimate(
+    metric: str,
+    counts: NDArray[np.int64],
+    unsure: NDArray[np.int64],
+    *,
+    target: ArrayLike | None = None,
+    confusion: ArrayLike | None = None,
+    confidence: float = 0.95,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """A fairness metric's mean over prompts with its interval, floor and correction for the annotator.
 
-
-def _intersection(seen: Described, question: Question) -> tuple[str, Question, NDArray[np.int64]]:
-    """The combinations of all attributes' classes as an attribute: its name, the question with it, and classes (N,).
-
-    Its confusion matrix would need held-out images of every combination, so nothing is corrected.
+    Args:
+        metric: A name in `fairness.metrics.METRICS`.
+        counts: Images with a class, per prompt and group, (prompts, groups).
+        unsure: Images of each prompt whose class the annotator could not tell, (prompts,). They are outside the
+            raw figures; the corrected ones need them where `confusion` has a column for them.
+        target: Shares to compare with, (groups,), for a metric that takes them; even when None.
+        confusion: See `fairness.correction.correct_for_annotator`.
+        confidence: Coverage of the intervals.
+        num_resamples: Monte Carlo draws for each prompt, at least 20.
+        seed: Seed of the draws.
     """
-    name = " x ".join(question.attributes)
-    sizes = [len(question.classes[attribute]) for attribute in question.attributes]
-    columns = np.stack([seen.classes[attribute] for attribute in question.attributes])
-    limits = np.array(sizes)[:, None]
-    joint = np.ravel_multi_index(tuple(np.minimum(columns, limits - 1)), tuple(sizes))
-    classes = np.where((columns < limits).all(axis=0), joint, np.prod(sizes))
-    combinations = tuple(map(" x ".join, product(*(question.classes[attribute] for attribute in question.attributes))))
-    return name, replace(question, classes={**question.classes, name: combinations}), classes
+    values, notes = per_prompt(metric, counts, target=target), []
+    settings: Any = {"target": target, "confidence": confidence, "num_resamples": num_resamples, "seed": seed}
+    low, high = interval(metric, counts, **settings)
+    totals, square = counts.sum(axis=1), None
+    if metric == "fairness_discrepancy":
+        if totals.min() < 2:
+            notes.append("unbiased_square: not defined with one image of a prompt")
+        else:
+            square = squared_discrepancy_unbiased(counts, target)
+    if len(values) == 1:
+        notes.append("sd_over_prompts: not defined for one prompt")
+    corrected = corrected_low = corrected_high = None
+    if confusion is not None and unsure.any() and np.shape(confusion)[1] == counts.shape[1]:
+        notes.append("corrected: not defined, as the confusion matrix has no column for images without a class")
+    elif confusion is not None:
+        annotated = np.column_stack([counts, unsure])[:, : np.shape(confusion)[1]]
+        corrected = float(per_prompt(metric, correct_for_annotator(annotated, confusion), target=target).mean())
+        corrected_low, corrected_high = corrected_interval(metric, annotated, confusion, **settings)
+    return Estimate(
+        value=float(values.mean()),
+        low=low,
+        high=high,
+        floor=metric_floor(metric, totals, counts.shape[1], target=target),
+        sd_over_prompts=float(values.std(ddof=1)) if len(values) > 1 else None,
+        unbiased_square=square,
+        corrected=corrected,
+        corrected_low=corrected_low,
+        corrected_high=corrected_high,
+        note="; ".join(notes),
+    )
 
 
 def _spread(
     name: str,
+    names: tuple[str, ...],
     prompts: Sequence[str],
     classes: NDArray[np.int64],
     probabilities: NDArray[np.float32] | None,
     right: NDArray[np.int64],
     question: Question,
 ) -> AttributeMeasures:
-    """How one attribute's classes (N,) are spread over the images of each prompt."""
-    names = question.classes[name]
+    """How one attribute's classes (N,), called `names`, are spread over the images of each prompt."""
     place = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    order, index = list(place), np.array([place[prompt] for prompt in prompts])
+    index = np.array([place[prompt] for prompt in prompts])
     target = question.target if name == question.attributes[0] else None
 
     def count(chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Images per prompt and class, the last class for "cannot tell", (prompts, K + 1)."""
-        table = np.zeros((len(order), len(names) + 1), dtype=np.int64)
+        table = np.zeros((len(place), len(names) + 1), dtype=np.int64)
         np.add.at(table, (index[chosen], classes[chosen]), 1)
         return table
 
@@ -168,9 +199,9 @@ def _spread(
             metric: estimate(
                 metric,
                 counts[:, :-1],
+                counts[:, -1],
                 target=target if METRICS[metric].takes_target else None,
                 confusion=question.confusion.get(name),
-                unsure=counts[:, -1],
                 confidence=question.confidence,
                 num_resamples=num_resamples,
                 seed=derived_seed("interval", question.seed, name, metric) % 2**31,
@@ -179,22 +210,22 @@ def _spread(
         }
 
     counts = count(np.ones(len(prompts), dtype=bool))
-    unknown = np.flatnonzero(counts[:, :-1].sum(axis=1) == 0)
-    if len(unknown):
-        raise EvaluationError(
-            f"Expected an image of {order[unknown[0]]!r} with a class of {name}, found none at a confidence of "
-            f"{question.min_confidence:g} or more. Ask for less confidence, use a better annotator, or leave the "
-            "prompt out."
-        )
+    for prompt, number in place.items():
+        if not counts[number, :-1].any():
+            raise EvaluationError(
+                f"Expected an image of {prompt!r} with a class of {name}, found none at a confidence of "
+                f"{question.min_confidence:g} or more. Ask for less confidence, use a better annotator, or leave the "
+                "prompt out."
+            )
     shown, note = {}, ""
     if (right >= 0).any():
         table = count(right == 1)
         kept = table[:, :-1].sum(axis=1) > 0
         shown = estimates(table[kept]) if kept.any() else {}
-        left_out = [prompt for prompt, keep in zip(order, kept, strict=True) if not keep]
+        left_out = [prompt for prompt, number in place.items() if not kept[number]]
         if left_out:
             note = (
-                f"figures of images whose subject is right leave out {len(left_out)} of {len(order)} prompts that "
+                f"figures of images whose subject is right leave out {len(left_out)} of {len(place)} prompts that "
                 f"have none, first {left_out[0]!r}"
             )
     few = min(question.num_resamples, PROMPT_RESAMPLES)
@@ -204,7 +235,7 @@ def _spread(
         overall=estimates(counts),
         subject_right=shown,
         by_prompt={prompt: estimates(counts[[number]], few) for prompt, number in place.items() if len(place) > 1},
-        softmax_discrepancy=_softmax(index, probabilities, len(order), target, question),
+        softmax_discrepancy=_softmax(index, probabilities, target, question),
         note=note,
     )
 
@@ -212,32 +243,25 @@ def _spread(
 def _softmax(
     index: NDArray[np.int64],
     probabilities: NDArray[np.float32] | None,
-    num_prompts: int,
     target: tuple[float, ...] | None,
     question: Question,
 ) -> Quantity:
-    """Fairness discrepancy of mean probabilities, of the images that have any."""
+    """Fairness discrepancy of mean probabilities (N, K), of the images that have any, by prompt index (N,)."""
     if probabilities is None:
         return Quantity(None, note="not defined for an intersection")
     known = probabilities.sum(axis=1) > 0
     shares: NDArray[Any] = probabilities[known].astype(np.float64)
     shares /= shares.sum(axis=1, keepdims=True)
-    sums = np.zeros((num_prompts, shares.shape[1]))
+    sums = np.zeros((index.max() + 1, shares.shape[1]))
     np.add.at(sums, index[known], shares)
     totals = sums.sum(axis=1)
     if not totals.all():
         return Quantity(None, note="not defined: a prompt has no image with a probability")
-    metric = "fairness_discrepancy"
-    low, high = interval(
-        metric,
-        sums,
-        target=target,
-        confidence=question.confidence,
-        num_resamples=question.num_resamples,
-        seed=derived_seed("softmax", question.seed) % 2**31,
-    )
+    metric, seed = "fairness_discrepancy", derived_seed("softmax", question.seed) % 2**31
+    settings: Any = {"confidence": question.confidence, "num_resamples": question.num_resamples, "seed": seed}
+    ends = interval(metric, sums, target=target, **settings)
     floor = metric_floor(metric, np.rint(totals), sums.shape[1], target=target)
     note = (
         f"of mean probabilities, which spread less than labels: interval and floor ({floor:.3g}) are those of labels"
     )
-    return Quantity(float(per_prompt(metric, sums, target=target).mean()), low, high, note=note)
+    return Quantity(float(per_prompt(metric, sums, target=target).mean()), *ends, note=note)

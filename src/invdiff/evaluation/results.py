@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 import math
 import types
-import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ..errors import EvaluationError
 from ..files import read_json, write_json, write_text
@@ -22,7 +20,7 @@ CANNOT_TELL = "cannot tell"
 UNSTATED = "unstated"
 """The guidance scale of images whose manifest names none."""
 HEADLINE = ("bias", "bias_floor", "bias_ci", "accuracy", "frechet", "images_per_prompt", "shares")
-"""Properties of `Measures` that its JSON form opens with."""
+"""Properties of `Measures` that its JSON form opens with; for readers of the file, not read back."""
 TABLE_COLUMNS = (
     *("model", "guidance_scale", "kind", "attribute", "figure", "of"),
     *("value", "low", "high", "floor", "corrected", "corrected_low", "corrected_high"),
@@ -146,10 +144,6 @@ class Measures:
         """Prompt to class of the first attribute to share of its images."""
         return self.first.shares
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types: the headline figures, then everything."""
-        return _plain({name: getattr(self, name) for name in HEADLINE} | dataclasses.asdict(self))
-
 
 @dataclass(frozen=True)
 class AnnotatorRecord:
@@ -207,31 +201,17 @@ class Results:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: {"attribute": ..., "models": {"base": {"3.0": {"bias": ...}}}}."""
-        about = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "models"}
-        models: dict[str, dict[str, Any]] = {model: {} for model in self.models}
-        for model, scale, measures in self.each():
-            models[model][scale] = measures.to_dict()
-        return _plain(about | {"annotator": dataclasses.asdict(self.annotator)}) | {"models": models}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Results:
-        """Results from what `to_dict` returned.
-
-        Raises:
-            EvaluationError: It is something else, or holds no measures.
-        """
-        try:
-            results = _read(cls, values, "the document")
-            for _, scale, measures in results.each():
-                _ = (measures.bias, measures.shares, scale_order(scale))
-        except (KeyError, StopIteration, TypeError, ValueError, ZeroDivisionError) as error:
-            raise EvaluationError(
-                f"Expected the results of an evaluation, found something else ({error!r}). Give a file that "
-                "`invdiff evaluate` or `invdiff demo` wrote, or evaluate again."
-            ) from error
-        if not any(results.models.values()):
-            raise EvaluationError("Expected measures of at least one model, found none. Evaluate again.")
-        return results
+        document = asdict(replace(self, models={}))
+        document.pop("models")
+        document["models"] = {
+            model: {
+                scale: {name: getattr(measures, name) for name in HEADLINE} | asdict(measures)
+                for scale, measures in by_scale.items()
+            }
+            for model, by_scale in self.models.items()
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(document))
+        return plain
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON, and every figure as a row of `table_path(path)` beside it.
@@ -255,17 +235,26 @@ class Results:
             EvaluationError: The file holds other things than results, or no measures.
             DataError: The file is absent or is not JSON.
         """
-        document = read_json(Path(path))
         try:
-            return cls.from_dict(document)
-        except EvaluationError as error:
-            raise EvaluationError(f"{path}: {error}") from error
+            results: Results = _read(cls, read_json(Path(path)), "")
+            for _, scale, measures in results.each():
+                _ = (measures.bias, measures.shares, scale_order(scale))
+        except (KeyError, StopIteration, TypeError, ValueError, ZeroDivisionError) as error:
+            raise EvaluationError(
+                f"{path}: Expected the results of an evaluation, found something else ({error!r}). Give a file that "
+                "`invdiff evaluate` or `invdiff demo` wrote, or evaluate again."
+            ) from error
+        if not any(results.models.values()):
+            raise EvaluationError(f"{path}: Expected measures of at least one model, found none. Evaluate again.")
+        return results
 
     def table(self) -> Iterator[dict[str, Any]]:
         """Every figure as one row of `TABLE_COLUMNS`; what does not apply is None."""
         for model, scale, measures in self.each():
-            for row in _rows(measures):
-                yield dict.fromkeys(TABLE_COLUMNS) | {"model": model, "guidance_scale": scale} | row
+            for kind, attribute, of, figures in _figures(measures):
+                about = {"model": model, "guidance_scale": scale, "kind": kind, "attribute": attribute, "of": of}
+                for name, figure in figures.items():
+                    yield dict.fromkeys(TABLE_COLUMNS) | about | {"figure": name} | asdict(figure)
 
 
 def scale_order(scale: str) -> float:
@@ -287,63 +276,46 @@ def table_path(path: str | Path) -> Path:
     return path.with_suffix(".csv") if path.suffix == ".json" else path.with_name(path.name + ".csv")
 
 
-def _rows(measures: Measures) -> Iterator[dict[str, Any]]:
+def _figures(measures: Measures) -> Iterator[tuple[str, str | None, str, Mapping[str, Quantity]]]:
+    """Kind, attribute, images and name to figure, of all figures."""
     for attribute, entry in measures.attributes.items():
         for prompt, counts in entry.counts.items():
-            for group, count in counts.items():
-                images = Quantity(float(count))
-                yield _row("count", f"images of {group}", f"prompt: {prompt}", images, attribute)
-        figures = {
-            "all images": entry.overall,
-            "subject right": {
-                name: dataclasses.replace(estimate, note="; ".join(filter(None, (estimate.note, entry.note))))
-                for name, estimate in entry.subject_right.items()
-            },
-        } | {f"prompt: {prompt}": estimates for prompt, estimates in entry.by_prompt.items()}
-        for of, estimates in figures.items():
-            for name, estimate in estimates.items():
-                yield _row("fairness", name, of, estimate, attribute)
-        softmax = entry.softmax_discrepancy
-        yield _row("fairness", "fairness_discrepancy (softmax)", "all images", softmax, attribute)
+            images = {f"images of {group}": Quantity(float(count)) for group, count in counts.items()}
+            yield "count", attribute, f"prompt: {prompt}", images
+        yield "fairness", attribute, "all images", entry.overall
+        right = {
+            name: replace(estimate, note="; ".join(filter(None, (estimate.note, entry.note))))
+            for name, estimate in entry.subject_right.items()
+        }
+        yield "fairness", attribute, "subject right", right
+        for prompt, estimates in entry.by_prompt.items():
+            yield "fairness", attribute, f"prompt: {prompt}", estimates
+        softmax = {"fairness_discrepancy (softmax)": entry.softmax_discrepancy}
+        yield "fairness", attribute, "all images", softmax
     if measures.subject_accuracy is not None:
-        yield _row("quality", "subject accuracy", "all images", measures.subject_accuracy)
-    for name, figure in measures.quality.items():
-        yield _row("quality", name, "all images", figure)
-    for group, by_name in measures.by_group.items():
-        for name, figure in by_name.items():
-            yield _row("group", name, f"group: {group}", figure)
-    for name, figure in measures.preservation.items():
-        yield _row("preservation", name, "pairs of the same seed", figure)
+        yield "quality", None, "all images", {"subject accuracy": measures.subject_accuracy}
+    yield "quality", None, "all images", measures.quality
+    for group, figures in measures.by_group.items():
+        yield "group", None, f"group: {group}", figures
+    yield "preservation", None, "pairs of the same seed", measures.preservation
 
 
-def _row(kind: str, name: str, of: str, figure: Quantity, attribute: str | None = None) -> dict[str, Any]:
-    return {"kind": kind, "attribute": attribute, "figure": name, "of": of} | dataclasses.asdict(figure)
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
-def _read(hint: Any, value: Any, where: str) -> Any:
-    """A value of type `hint`, one of this module's dataclasses included, from plain JSON types."""
-    if hint is Any:
-        return value
-    arguments = typing.get_args(hint)
-    kind = typing.get_origin(hint) or hint
-    if kind is types.UnionType:
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """JSON as the type it should have; faults are named by their place, and what no field is for is left out."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    within = f" in {where}" if where else ""
+    if origin is types.UnionType:
         return None if value is None else _read(arguments[0], value, where)
-    if dataclasses.is_dataclass(kind):
-        names = [item.name for item in dataclasses.fields(kind)]
-        known = _read(Mapping[str, Any], value, where)
-        hints = typing.get_type_hints(kind)
-        return hint(**{name: _read(hints[name], known[name], f"{name} in {where}") for name in names if name in known})
-    expected: Any = {float: (int, float), Mapping: Mapping, tuple: list}.get(kind, kind)
-    if not isinstance(value, expected) or isinstance(value, bool):
-        raise TypeError(f"{where} is {value!r:.80}")
-    if kind is Mapping:
-        return {key: _read(arguments[1], item, f"{key!r} in {where}") for key, item in value.items()}
-    if kind in (tuple, list):
-        return kind(_read(arguments[0], item, where) for item in value)
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"{where} is {value}")
-    return value
+    if isinstance(value, dict) and is_dataclass(kind):
+        hints = {name: hint for name, hint in get_type_hints(kind).items() if name in value}
+        return kind(**{name: _read(hint, value[name], name + within) for name, hint in hints.items()})  # type: ignore
+    if isinstance(value, dict) and origin is Mapping:
+        return {name: _read(arguments[1], item, f"{name!r}{within}") for name, item in value.items()}
+    if isinstance(value, list) and origin in (list, tuple):
+        return origin(_read(arguments[0], item, where) for item in value)
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if kind is Any or (kind is not float and type(value) is kind):
+        return value
+    name = "a finite number" if kind is float else getattr(kind, "__name__", str(kind))
+    raise TypeError(f"expected {name} for {where or 'the document'}, got {value!r:.40}")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ...errors import EvaluationError
-from .intervals import bias_aware, check_settings, plausible_shares, resamples_for, whole_totals
+from .intervals import bias_aware, plausible_shares, resamples_for, whole_totals
 from .metrics import FloatArray, checked_counts, find_metric, per_prompt
 
 MAX_CONDITION = 20.0
@@ -22,7 +22,7 @@ PRIOR = 0.5
 
 
 def correct_for_annotator(counts: ArrayLike, confusion: ArrayLike) -> FloatArray:
-    """Counts corrected for the annotator's errors.
+    """Counts corrected for the annotator's errors: fractional, with the same sum for each prompt, (prompts, K).
 
     The shares are the inverse of the rates (least squares under a sum of 1 where there are more columns than
     classes), and where that has negative shares, the Euclidean projection of it onto the simplex.
@@ -32,17 +32,14 @@ def correct_for_annotator(counts: ArrayLike, confusion: ArrayLike) -> FloatArray
             whose class the annotator could not tell.
         confusion: Held-out counts, (true class, annotated class), (K, J). Rows that all sum to 1 are taken as rates.
 
-    Returns:
-        Counts per true class with the same sum for each prompt, fractional, (prompts, K).
-
     Raises:
         EvaluationError: As for `metrics.checked_counts`; the matrix does not fit the counts, has negative or infinite
             cells, fractional counts, a class without held-out images, or classes that the annotator does not tell
             apart.
     """
-    table, held_out = _checked(counts, confusion)
+    table, held_out, _ = _checked(counts, confusion)
     totals = table.sum(axis=1, keepdims=True)
-    return totals * _solve(table / totals, _inverse(_shares(held_out)))
+    return totals * project_to_simplex(table / totals @ _inverse(_shares(held_out)))
 
 
 def corrected_interval(
@@ -62,50 +59,30 @@ def corrected_interval(
     then taken as exact and the interval is too narrow by what it hides.
 
     Simulated in tests/test_correction.py with annotators wrong in 10%, alike for all classes and not, and 400
-    held-out images a class: it covers in at least 93%, at the fair point too.
-
-    Args:
-        metric: A name in `metrics.METRICS`.
-        counts: Images per prompt and annotated class, (prompts, J).
-        confusion: Held-out counts or rates, (K, J), J = K or K + 1.
-        target: Shares to compare with, (K,), for a metric that takes them; even when None.
-        confidence: Coverage, above 0 and below 1.
-        num_resamples: Monte Carlo draws for each prompt, at least 20.
-        seed: Seed of the draws.
-
-    Returns:
-        The lower and the upper end, within what the metric can be.
-
-    Raises:
-        EvaluationError: As for `correct_for_annotator` and `intervals.interval`.
+    held-out images a class: it covers in at least 93%, at the fair point too. Arguments are those of
+    `intervals.interval` and of `correct_for_annotator`.
     """
-    check_settings(confidence, num_resamples)
-    table, held_out = _checked(counts, confusion)
+    table, held_out, exact = _checked(counts, confusion)
     numbers = whole_totals(table)
     corrected = correct_for_annotator(table, held_out)
-    values = per_prompt(metric, corrected, target=target)
-    chosen = find_metric(metric)
+    values, chosen = per_prompt(metric, corrected, target=target), find_metric(metric)
     t = chosen.target(target, len(held_out))
-    generator = np.random.default_rng(seed)
-
     resamples = resamples_for(num_resamples, len(table))
-    exact = _are_rates(held_out)
+    generator = np.random.default_rng(seed)
+    rates = held_out if exact else _shares(held_out + PRIOR)
     if exact:
-        rates, drawn = held_out, held_out[None]
+        drawn = held_out[None]
     else:
-        rates = _shares(held_out + PRIOR)
         drawn = np.stack([generator.dirichlet(row + PRIOR, size=resamples) for row in held_out], axis=1)
-    inverses = _inverse(drawn)
+    inverse, inverses = _inverse(rates), _inverse(drawn)
 
     def draw(p: FloatArray) -> FloatArray:
         annotated = generator.multinomial(numbers, _shares(p @ rates), size=(resamples, len(p)))
-        return _solve(annotated / numbers[:, None], inverses)
-
-    inverse = _inverse(rates)
+        return project_to_simplex(annotated / numbers[:, None] @ inverses)
 
     def spread(distribution: FloatArray) -> FloatArray:
-        """Trace of the covariance of G x for one draw x of a class from each row of `distribution`."""
-        return np.asarray(distribution @ (inverse**2).sum(axis=0) - ((distribution @ inverse.T) ** 2).sum(axis=1))
+        """Trace of the covariance of x G for one draw x of a class from each row of `distribution`."""
+        return np.asarray(distribution @ (inverse**2).sum(axis=1) - ((distribution @ inverse) ** 2).sum(axis=1))
 
     # The summed variance of corrected shares from the images and from the held-out images, at shares with one image
     # more of each class, so that none is zero.
@@ -114,9 +91,9 @@ def corrected_interval(
     sampling = spread(steady @ rates) / numbers
     from_held_out = np.zeros(len(p)) if exact else steady**2 @ (spread(rates) / held_out.sum(axis=1))
     plausible = plausible_shares(
+        chosen,
         p,
         target=t,
-        allowed=chosen.supported(t),
         rates=rates,
         numbers=numbers * sampling / (sampling + from_held_out),
         worth=np.minimum((1 - (steady**2).sum(axis=1)) / (sampling + from_held_out), numbers),
@@ -130,9 +107,6 @@ def project_to_simplex(x: FloatArray) -> FloatArray:
     """Nearest shares to each vector, (..., groups): non-negative, summing to 1.
 
     Duchi et al., "Efficient projections onto the l1-ball for learning in high dimensions" (ICML 2008).
-
-    Args:
-        x: Vectors, (..., groups).
     """
     falling = -np.sort(-x, axis=-1)
     excess = (falling.cumsum(axis=-1) - 1) / np.arange(1, x.shape[-1] + 1)
@@ -140,32 +114,23 @@ def project_to_simplex(x: FloatArray) -> FloatArray:
     return np.asarray(np.maximum(x - np.take_along_axis(excess, last, axis=-1), 0.0))
 
 
-def _solve(q: FloatArray, inverses: FloatArray) -> FloatArray:
-    """Shares (..., prompts, K) from annotated shares (..., prompts, J) and inverses (..., K, J)."""
-    return project_to_simplex(q @ np.swapaxes(inverses, -1, -2))
-
-
 def _inverse(rates: FloatArray) -> FloatArray:
-    """G (..., K, J) such that G q is the p of least |M^T p - q| under sum(p) = 1, by its normal equations."""
+    """G (..., J, K) of rates M (..., K, J), such that q G is the p of least |p M - q| under sum(p) = 1."""
     *batch, num_classes, _ = rates.shape
     system = np.zeros((*batch, num_classes + 1, num_classes + 1))
     system[..., :-1, :-1] = rates @ np.swapaxes(rates, -1, -2)
     system[..., -1, :-1] = system[..., :-1, -1] = 1.0
-    # q sums to 1, so the constraint's right-hand side is a row of ones.
+    # The normal equations; q sums to 1, so the constraint's right-hand side is a row of ones.
     right = np.concatenate([rates, np.ones((*batch, 1, rates.shape[-1]))], axis=-2)
-    return np.linalg.solve(system, right)[..., :-1, :]
+    return np.swapaxes(np.linalg.solve(system, right)[..., :-1, :], -1, -2)
 
 
 def _shares(x: FloatArray) -> FloatArray:
     return x / x.sum(axis=-1, keepdims=True)
 
 
-def _are_rates(held_out: FloatArray) -> bool:
-    return bool(np.all(np.abs(held_out.sum(axis=1) - 1) < 1e-3))
-
-
-def _checked(counts: ArrayLike, confusion: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    """Counts (prompts, J) and a usable confusion matrix (K, J), of counts or of rates that sum to 1."""
+def _checked(counts: ArrayLike, confusion: ArrayLike) -> tuple[FloatArray, FloatArray, bool]:
+    """Counts (prompts, J), a usable confusion matrix (K, J), and whether that is of rates that sum to 1."""
     held_out = np.asarray(confusion, dtype=np.float64)
     table = checked_counts(counts)
     if held_out.ndim != 2 or len(held_out) < 2 or held_out.shape[1] - len(held_out) not in (0, 1):
@@ -184,18 +149,17 @@ def _checked(counts: ArrayLike, confusion: ArrayLike) -> tuple[FloatArray, Float
             f"Expected held-out counts of zero or more, got {held_out[tuple(bad[0])]} for true class {bad[0][0]} "
             f"annotated as {bad[0][1]}. Count the held-out images again."
         )
-    empty = np.flatnonzero(held_out.sum(axis=1) == 0)
-    if len(empty):
+    sums = held_out.sum(axis=1)
+    if not sums.all():
         raise EvaluationError(
-            f"Expected held-out images of every class, got none of class {empty[0]}. Hold some out, or give the "
+            f"Expected held-out images of every class, got none of class {sums.argmin()}. Hold some out, or give the "
             "annotator's rates."
         )
-    if _are_rates(held_out):
-        held_out = _shares(held_out)
-    elif np.any(held_out != np.floor(held_out)):
+    exact = bool(np.all(np.abs(sums - 1) < 1e-3))
+    if not exact and np.any(held_out != np.floor(held_out)):
         raise EvaluationError(
             "Expected whole numbers of held-out images, or rates whose rows sum to 1, got fractions with row sums "
-            f"{held_out.sum(axis=1).tolist()}. Give counts or rates."
+            f"{sums.tolist()}. Give counts or rates."
         )
     mixing, sizes, _ = np.linalg.svd(_shares(held_out))
     if sizes[-1] * MAX_CONDITION < sizes[0]:
@@ -205,4 +169,4 @@ def _checked(counts: ArrayLike, confusion: ArrayLike) -> tuple[FloatArray, Float
             f"Expected an annotator that tells the classes apart, got one that hardly tells class {first} from class "
             f"{second} (condition number above {MAX_CONDITION:.0f}). Merge these classes or train a better annotator."
         )
-    return table, held_out
+    return table, _shares(held_out) if exact else held_out, exact

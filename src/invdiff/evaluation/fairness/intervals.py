@@ -1,4 +1,4 @@
-"""Confidence intervals of fairness metrics that hold at the fair point too, and `estimate`, all figures at once.
+"""Confidence intervals of fairness metrics that hold at the fair point too.
 
 Metrics of counts are biased upwards where they have a kink or a flat bottom: at the fair point a metric's plug-in is
 near its floor whatever the number of prompts, so a plain bootstrap of many prompts misses 0 always. No honest
@@ -47,7 +47,7 @@ def interval(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Bias-aware interval for a metric's mean over these prompts.
+    """Bias-aware interval, lower and upper end, for a metric's mean over these prompts.
 
     Sums of class probabilities are taken for counts: they spread less than counts do, so the interval is wide.
 
@@ -60,44 +60,33 @@ def interval(
             more if that many are asked for.
         seed: Seed of the draws.
 
-    Returns:
-        The lower and the upper end, within what the metric can be.
-
     Raises:
         EvaluationError: As for `metrics.per_prompt`, or a prompt's counts do not sum to a whole number of images,
             or a setting is out of range.
     """
-    check_settings(confidence, num_resamples)
-    values = per_prompt(metric, counts, target=target)
-    chosen = find_metric(metric)
+    values, chosen = per_prompt(metric, counts, target=target), find_metric(metric)
     table = np.asarray(counts, dtype=np.float64)
     numbers = whole_totals(table)
     t = chosen.target(target, table.shape[1])
-    generator = np.random.default_rng(seed)
-
     resamples = resamples_for(num_resamples, len(table))
+    generator = np.random.default_rng(seed)
 
     def draw(p: FloatArray) -> FloatArray:
         return generator.multinomial(numbers, p, size=(resamples, len(p))) / numbers[:, None]
 
+    p = table / table.sum(axis=1, keepdims=True)
     plausible = plausible_shares(
-        table / table.sum(axis=1, keepdims=True),
-        target=t,
-        allowed=chosen.supported(t),
-        rates=np.eye(len(t)),
-        numbers=numbers,
-        worth=numbers,
-        confidence=confidence,
+        chosen, p, target=t, rates=np.eye(len(t)), numbers=numbers, worth=numbers, confidence=confidence
     )
     degrees = int((numbers - 1).sum())
     return bias_aware(chosen, values, plausible, draw, target=t, confidence=confidence, degrees=degrees)
 
 
 def plausible_shares(
+    metric: Metric,
     p: FloatArray,
     *,
     target: FloatArray,
-    allowed: NDArray[np.bool_],
     rates: FloatArray,
     numbers: ArrayLike,
     worth: ArrayLike,
@@ -111,9 +100,9 @@ def plausible_shares(
     z^2 pseudo-counts in all (Agresti & Coull, American Statistician 1998).
 
     Args:
+        metric: The metric, which may forbid images of some groups.
         p: Estimated shares, (prompts, groups).
         target: Target shares, (groups,).
-        allowed: Groups that may have images at all, (groups,).
         rates: How often each group is seen as each class, (groups, classes): the identity without an annotator.
         numbers: Images behind the seen classes, for chi-square, (prompts,).
         worth: Images of known group that would tell the shares as precisely, for ties and smoothing, (prompts,).
@@ -122,9 +111,12 @@ def plausible_shares(
     Returns:
         Shares, (4, prompts, groups).
     """
+    if not 0 < confidence < 1:
+        raise EvaluationError(f"Expected a confidence above 0 and below 1, got {confidence}. 0.95 is usual.")
     n, known = (np.asarray(x, dtype=np.float64)[:, None] for x in (numbers, worth))
     z = float(ndtri((1 + confidence) / 2))
     critical = float(chdtri(p.shape[1] - 1, 1 - confidence))
+    allowed = metric.supported(target)
     pseudo = z**2 * allowed / allowed.sum()
     smooth = (known * p + pseudo) / (known + z**2)
     largest = np.eye(len(target))[np.where(allowed, p - target, -np.inf).argmax(axis=1)]
@@ -157,7 +149,7 @@ def bias_aware(
     confidence: float,
     degrees: int,
 ) -> tuple[float, float]:
-    """Interval of the mean of `values` that the worst of the candidates' bias and spread give.
+    """Interval of the mean of `values`, (prompts,), by the largest bias and spread at any of the candidates.
 
     Args:
         metric: The metric.
@@ -168,15 +160,11 @@ def bias_aware(
         confidence: Coverage, above 0 and below 1.
         degrees: Degrees of freedom of the spread.
     """
-    deviations, biases = [], []
-    for shares in candidates:
-        simulated = metric.formula(draw(shares), target)
-        mean = simulated.mean(axis=0)
-        deviations.append(simulated - mean)
-        biases.append(mean - metric.formula(shares, target))
-    deviation, bias = np.stack(deviations), np.stack(biases)
+    simulated = np.stack([metric.formula(draw(shares), target) for shares in candidates])
+    mean = simulated.mean(axis=1)
+    deviation = simulated - mean[:, None]
+    bias = mean - metric.formula(candidates, target)
     upward, downward = np.maximum(bias.max(axis=0), 0).mean(), np.maximum(-bias.min(axis=0), 0).mean()
-
     tail = (1 - confidence) / 2
     multiplier = float(stdtrit(max(degrees, 1), 1 - tail))
 
@@ -200,11 +188,7 @@ def bias_aware(
 
 
 def whole_totals(table: FloatArray) -> NDArray[np.int64]:
-    """Each prompt's number of images, (prompts,), of counts or sums of probabilities.
-
-    Raises:
-        EvaluationError: A total is not whole, or the counts are shares.
-    """
+    """Each prompt's number of images, (prompts,), of counts or sums of probabilities that are no shares."""
     totals = table.sum(axis=1)
     fractional = np.any(table != np.floor(table), axis=1)
     bad = np.flatnonzero((np.abs(totals - np.rint(totals)) > 1e-3) | (fractional & (totals < 1.5)))
@@ -218,21 +202,11 @@ def whole_totals(table: FloatArray) -> NDArray[np.int64]:
 
 def resamples_for(num_resamples: int, num_prompts: int) -> int:
     """Draws that each prompt gets, of at most `num_resamples`."""
-    return min(num_resamples, max(ENOUGH_RESAMPLES, MAX_DRAWS // num_prompts))
-
-
-def check_settings(confidence: float, num_resamples: int) -> None:
-    """Refuse settings out of range.
-
-    Raises:
-        EvaluationError: The confidence is not between 0 and 1, or there are fewer than 20 resamples.
-    """
-    if not 0 < confidence < 1:
-        raise EvaluationError(f"Expected a confidence above 0 and below 1, got {confidence}. 0.95 is usual.")
     if num_resamples < MIN_RESAMPLES:
         raise EvaluationError(
             f"Expected at least {MIN_RESAMPLES} resamples, got {num_resamples}: fewer show no spread. 1000 is usual."
         )
+    return min(num_resamples, max(ENOUGH_RESAMPLES, MAX_DRAWS // num_prompts))
 
 
 def _tied(p: FloatArray, smooth: FloatArray, n: FloatArray, z: float) -> FloatArray:

@@ -1,27 +1,38 @@
-"""Fairness metrics: how unevenly a prompt's images fall into the classes of a sensitive attribute.
+"""Fairness metrics: how unevenly a prompt's images fall into the classes of a sensitive attribute, and their floors.
 
 `METRICS` is the table of metrics. Every one takes the shares of one prompt's groups; `per_prompt` takes counts of
 images, (prompts, groups), and figures are means over prompts. Counts are images by their most probable class, or sums
 of the annotator's class probabilities (the softmax form, fractional).
 
-With finitely many images a metric of a fair sampler is not at its fair value: read it beside `floors.metric_floor` and
-`intervals.interval`. Only polynomials in the shares of degree at most N have an unbiased estimate from N images, such
-as the squared discrepancy (`squared_discrepancy_unbiased`); none of the metrics here is one.
+With finitely many images a metric of a fair sampler is not at its fair value: read it beside `metric_floor`, what a
+perfectly fair sampler is expected to have, and `intervals.interval`. Only polynomials in the shares of degree at most
+N have an unbiased estimate from N images, such as `squared_discrepancy_unbiased`; none of the metrics here is one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+from math import comb
 from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import entr, rel_entr
+from scipy.special import entr, gammaln, rel_entr, xlogy
+from scipy.stats import binom
 
 from ...errors import EvaluationError
 
 FloatArray = NDArray[np.float64]
+
+MAX_ENUMERATED = 20_000
+"""Tables of counts up to which `metric_floor` sums over all of them."""
+BATCH = 20_000
+RELATIVE_ERROR = 0.005
+ABSOLUTE_ERROR = 1e-4
+"""`metric_floor` draws batches until its standard error is below either."""
 
 
 def bias(p: FloatArray, target: FloatArray) -> FloatArray:
@@ -93,11 +104,7 @@ class Metric:
         return float(ends.min()), float(ends.max())
 
     def target(self, target: ArrayLike | None, num_groups: int) -> FloatArray:
-        """Target shares, (groups,), even when None.
-
-        Raises:
-            EvaluationError: The metric takes no target, or it is not `num_groups` shares that sum to 1.
-        """
+        """Target shares, (groups,), even when None; refused where the metric takes none or they do not fit."""
         if target is None:
             return np.full(num_groups, 1 / num_groups)
         if not self.takes_target:
@@ -130,11 +137,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 
 
 def find_metric(name: str) -> Metric:
-    """The metric called `name`.
-
-    Raises:
-        EvaluationError: There is none.
-    """
+    """The metric called `name`."""
     if name not in METRICS:
         raise EvaluationError(f"Expected a metric among {', '.join(METRICS)}, got {name!r}. Choose one of these.")
     return METRICS[name]
@@ -149,9 +152,8 @@ def per_prompt(metric: str, counts: ArrayLike, *, target: ArrayLike | None = Non
         target: Shares to compare with, (groups,), for a metric that takes them; even when None.
 
     Raises:
-        EvaluationError: The counts are no table of at least one prompt and two groups, are negative or not finite, or
-            a prompt has no image; the metric is unknown or takes no target; the target is not shares of these groups;
-            or, for KL, a group has images where its target share is zero.
+        EvaluationError: As for `checked_counts`; the metric is unknown or takes no target; the target is not shares of
+            these groups; or, for KL, a group has images where its target share is zero.
     """
     table, chosen = checked_counts(counts), find_metric(metric)
     p = table / table.sum(axis=1, keepdims=True)
@@ -169,15 +171,9 @@ def per_prompt(metric: str, counts: ArrayLike, *, target: ArrayLike | None = Non
 def squared_discrepancy_unbiased(counts: ArrayLike, target: ArrayLike | None = None) -> float:
     """Unbiased estimate of the mean over prompts of the squared distance of the shares to a target.
 
-    The U-statistic sum_k n_k (n_k - 1) / (N (N - 1)) - 2 t_k n_k / N + t_k^2. Unlike the plug-in it averages to
-    zero for a fair sampler, so a single value may well be negative.
-
-    Args:
-        counts: Images per prompt and group, whole numbers, at least two for each prompt, (prompts, groups).
-        target: Shares to compare with, (groups,), summing to 1; even when None.
-
-    Raises:
-        EvaluationError: As for `per_prompt`, counts that are not whole, or a prompt with one image.
+    The U-statistic sum_k n_k (n_k - 1) / (N (N - 1)) - 2 t_k n_k / N + t_k^2 of whole counts (prompts, groups), at
+    least two images for each prompt. Unlike the plug-in it averages to zero for a fair sampler, so a single value may
+    well be negative.
     """
     table = checked_counts(counts)
     t = METRICS["fairness_discrepancy"].target(target, table.shape[1])
@@ -201,21 +197,17 @@ def checked_counts(counts: ArrayLike) -> FloatArray:
             prompt has no image.
     """
     array = np.asarray(counts, dtype=np.float64)
-    if array.ndim != 2 or array.shape[0] < 1:
+    if array.ndim != 2 or array.shape[0] < 1 or array.shape[1] < 2:
         raise EvaluationError(
-            f"Expected counts of shape (prompts, groups) with at least one prompt, got {array.shape}. "
-            "Pass one row for each prompt."
-        )
-    if array.shape[1] < 2:
-        raise EvaluationError(
-            f"Expected counts for at least two groups, got {array.shape[1]}: fairness compares groups."
+            f"Expected counts of shape (prompts, groups) with at least one prompt and at least two groups, got "
+            f"{array.shape}: fairness compares groups. Pass one row for each prompt."
         )
     bad = np.argwhere(~np.isfinite(array) | (array < 0))
     if len(bad):
         prompt, group = bad[0]
         raise EvaluationError(
-            f"Expected counts of zero or more, got {array[prompt, group]} for prompt {prompt}, "
-            f"group {group}. Count the images again."
+            f"Expected counts of zero or more, got {array[prompt, group]} for prompt {prompt}, group {group}. "
+            "Count the images again."
         )
     empty = np.flatnonzero(array.sum(axis=1) == 0)
     if len(empty):
@@ -224,3 +216,73 @@ def checked_counts(counts: ArrayLike) -> FloatArray:
             "Generate its images or leave the prompt out."
         )
     return array
+
+
+def metric_floor(
+    metric: str, num_images: ArrayLike, num_groups: int, *, target: ArrayLike | None = None, seed: int = 0
+) -> float:
+    """Expected value of a metric for a sampler that draws the groups from the target, even when None.
+
+    Exact for bias, for KL and entropy (a sum over groups of binomial expectations), for two groups (a binomial
+    sum) and where at most 20,000 tables of counts are possible. Else a Monte Carlo mean whose standard error is
+    below 0.5% of it or below 1e-4. It is the multinomial floor: softmax sums spread less, so theirs is lower
+    (for a metric that is 1 when fair: nearer 1).
+
+    Args:
+        metric: A name in `METRICS`.
+        num_images: Images per prompt, N: one number for all prompts, or (prompts,).
+        num_groups: Groups K.
+        target: Shares that the sampler draws from, (groups,), for a metric that takes a target.
+        seed: Seed of the Monte Carlo.
+    """
+    chosen = find_metric(metric)
+    if num_groups < 2:
+        raise EvaluationError(f"Expected at least two groups, got {num_groups}: fairness compares groups.")
+    numbers = np.atleast_1d(np.asarray(num_images, dtype=np.float64))
+    if numbers.size == 0 or not np.all(np.isfinite(numbers) & (numbers >= 1) & (numbers == np.floor(numbers))):
+        raise EvaluationError(
+            f"Expected a whole number of images above zero for every prompt, got {num_images!r}. "
+            "Leave out prompts without images."
+        )
+    t = tuple(chosen.target(target, num_groups).tolist())
+    distinct, prompts = np.unique(numbers.astype(np.int64), return_counts=True)
+    floors = [_expected_value(metric, int(number), t, seed) for number in distinct]
+    return float(np.average(floors, weights=prompts))
+
+
+@lru_cache(maxsize=1024)
+def _expected_value(name: str, num_images: int, shares_drawn: tuple[float, ...], seed: int) -> float:
+    """Expected value of the metric over multinomial draws from the target; an evaluation asks again and again."""
+    metric, target, num_groups = METRICS[name], np.array(shares_drawn), len(shares_drawn)
+    counts = np.arange(num_images + 1)
+    if name == "bias":
+        # For one pair of groups, n_i + n_j = T is Binomial(N, 2 / K), and given T the difference n_i - n_j is the
+        # position of a simple random walk after T steps, whose mean distance from zero is 2 m C(2m, m) / 4^m with
+        # m = ceil(T / 2).
+        half = (counts + 1) // 2
+        log_choose = gammaln(2 * half + 1) - 2 * gammaln(half + 1)
+        distance = 2 * half * np.exp(log_choose - half * np.log(4.0))
+        return float(binom.pmf(counts, num_images, 2 / num_groups) @ distance) / num_images
+    if name in ("kl_to_target", "normalised_entropy"):
+        # Sums over groups, and each group's count is Binomial(N, t_k).
+        p, kl = counts / num_images, name == "kl_to_target"
+        distinct, groups = np.unique(target[target > 0], return_counts=True)
+        terms = [binom.pmf(counts, num_images, t) @ (rel_entr(p, t) if kl else entr(p)) for t in distinct]
+        return float(np.dot(terms, groups)) / (1.0 if kl else float(np.log(num_groups)))
+    if comb(num_images + num_groups - 1, num_groups - 1) <= MAX_ENUMERATED or num_groups == 2:
+        # All tables of counts, (tables, groups), by stars and bars.
+        end = num_images + num_groups - 1
+        bars = np.array(list(combinations(range(end), num_groups - 1)))
+        tables = np.diff(np.pad(bars, ((0, 0), (1, 1)), constant_values=((0, 0), (-1, end))), axis=1) - 1
+        log_choose = gammaln(num_images + 1) - gammaln(tables + 1).sum(axis=1)
+        weights = np.exp(log_choose + xlogy(tables, target).sum(axis=1))
+        return float(weights @ metric.formula(tables / num_images, target))
+    generator = np.random.default_rng(seed)
+    draws, total, squares = 0, 0.0, 0.0
+    while True:
+        values = metric.formula(generator.multinomial(num_images, target, size=BATCH) / num_images, target)
+        draws, total, squares = draws + BATCH, total + values.sum(), squares + (values**2).sum()
+        mean = total / draws
+        error = np.sqrt(max(squares / draws - mean**2, 0.0) / draws)
+        if error <= max(RELATIVE_ERROR * mean, ABSOLUTE_ERROR):
+            return float(mean)
