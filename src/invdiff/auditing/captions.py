@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from ..models.families import Condition
 from ..models.frozen import Denoiser
 from ..seeds import generator
 from .evidence import add_noise, repeated
-from .partition import rarest
+from .splits import rarest
 
 MOST_CAPTIONS = 256
 """With more different captions than this, that many of them stand for the others with similar embeddings."""
@@ -27,6 +27,8 @@ PROBES = 16
 """Noisy images that every caption is tried on."""
 LOG_SNR = -4.24
 """Their noise level: the image is not decided yet, so the caption decides."""
+LEVEL = 0.001
+"""False discovery rate of words that state a group."""
 
 
 def group_captions(
@@ -34,11 +36,10 @@ def group_captions(
 ) -> tuple[NDArray[Any], float]:
     """Group captions that make the model predict the same.
 
-    Paraphrases are one prompt: each alone may have too few images to judge. Captions are as far apart as the
-    model's predictions under them (`caption_distances`), and average linkage joins them up to `threshold`.
-    Of more than `MOST_CAPTIONS` different captions, those nearest to the centres of k-means on mean embeddings
-    are compared, and each of the others goes where the caption at its centre goes. Where class labels stand for
-    captions, each class is a prompt.
+    Paraphrases are one prompt: each alone may have too few images to judge. Average linkage joins captions up to a
+    distance of `threshold`. Of more than `MOST_CAPTIONS` different captions, those nearest to the centres of k-means
+    on mean embeddings are compared, and each of the others goes where the caption at its centre goes. Where class
+    labels stand for captions, each class is a prompt.
 
     Returns:
         The prompt of each caption (captions,), from 0, and the denoiser forwards spent per image.
@@ -53,9 +54,8 @@ def group_captions(
     if count > MOST_CAPTIONS:
         means = data.conditions["prompt_embeds"][:count].float().mean(dim=1).numpy()
         centres = MiniBatchKMeans(MOST_CAPTIONS, n_init=3, random_state=seed).fit(means)
-        nearest = centres.transform(means)
         used, stands_for = np.unique(centres.labels_, return_inverse=True)
-        compared = nearest[:, used].argmin(axis=0)
+        compared = centres.transform(means)[:, used].argmin(axis=0)
     distances = caption_distances(denoiser, data, compared, seed=seed)
     tree = linkage(squareform(distances, checks=False), method="average")
     prompts = fcluster(tree, threshold, criterion="distance").astype(np.int64) - 1
@@ -63,16 +63,10 @@ def group_captions(
 
 
 def caption_distances(denoiser: Denoiser, data: EncodedImages, compared: NDArray[Any], *, seed: int) -> NDArray[Any]:
-    """Distances of captions by how far swapping them moves the model's prediction, (compared, compared).
+    """How far swapping two of the `compared` captions moves the model's prediction, (compared, compared).
 
     Mean squared differences of predictions on the same noisy images, in units of the model's own squared error
     there. An absolute scale: captions that are all paraphrases of each other are all near.
-
-    Args:
-        denoiser: The model.
-        data: Images and captions.
-        compared: Indices of captions (compared,).
-        seed: Seed of the noisy images.
     """
     rng = generator("captions", seed)
     rows = torch.randint(len(data), (PROBES,), generator=rng)
@@ -90,75 +84,49 @@ def caption_distances(denoiser: Denoiser, data: EncodedImages, compared: NDArray
     return distances / max(error, 1e-12)
 
 
-@dataclass(frozen=True)
-class StatingWords:
-    """Words in captions that state an attribute that would otherwise be hidden."""
-
-    group_of: dict[str, int]
-    """Words that state a group, the same under every prompt: "water"."""
-    usual: set[str]
-    """Words under which the rare group of a prompt never occurs: "on", in captions that only state the usual."""
-
-    def stated(self, caption: str, frequent: int) -> int:
-        """The group that `caption` states under a prompt whose frequent group is `frequent`; -1 for none."""
-        group = stated_group(caption, self.group_of)
-        if group < 0 and stated_group(caption, dict.fromkeys(self.usual, frequent)) >= 0:
-            return frequent
-        return group
-
-    def of(self, group: int, frequent: int) -> list[str]:
-        """The words that state `group` under a prompt whose frequent group is `frequent`."""
-        own = {word for word, its_group in self.group_of.items() if its_group == group}
-        return sorted(own | self.usual if group == frequent else own)
-
-
-def words_that_state_groups(data: EncodedImages, groups: dict[int, tuple[NDArray[Any], NDArray[Any]]]) -> StatingWords:
-    """The words of captions that state a group.
+def words_that_state_groups(
+    data: EncodedImages, groups: dict[int, tuple[NDArray[Any], NDArray[Any]]]
+) -> tuple[dict[str, int], set[str]]:
+    """The words of captions that state a group, such as "water", and words that only come with the usual one.
 
     "on land" says little more under a prompt whose images are on land anyway, but under the other prompt it says
     all: since columns mean the same under every prompt, a word found under one holds for all. And where captions
-    only ever state the usual, all prompts together show that the rare group never comes with them.
+    only ever state the usual, all prompts together show that the rare group never comes with them ("on").
 
     Args:
         data: The captions.
         groups: For each prompt its images (n,), and their W (n, E), columns aligned.
     """
     caption_ids = data.caption_ids.numpy()
-    stated: dict[str, set[int]] = {}
+    stated: dict[str, set[int]] = defaultdict(set)
     rare, used = [np.empty(0, dtype=int)], [np.empty(0, dtype=int)]
     for rows, weights in groups.values():
         labels = weights.argmax(axis=1)
         for word, group in stating_words(data.captions, caption_ids[rows], labels).items():
-            stated.setdefault(word, set()).add(group)
+            stated[word].add(group)
         rare.append((labels == rarest(weights.sum(axis=0))).astype(int))
         used.append(caption_ids[rows])
     pooled = stating_words(data.captions, np.concatenate(used), np.concatenate(rare), certainty=0.99)
-    return StatingWords(
-        group_of={word: group for word, (group, *others) in stated.items() if not others},
-        usual={word for word, is_rare in pooled.items() if not is_rare},
+    return (
+        {word: group for word, (group, *others) in stated.items() if not others},
+        {word for word, is_rare in pooled.items() if not is_rare},
     )
 
 
 def stating_words(
-    captions: list[str],
-    caption_ids: NDArray[Any],
-    labels: NDArray[Any],
-    *,
-    level: float = 0.001,
-    certainty: float = 0.95,
+    captions: list[str], caption_ids: NDArray[Any], labels: NDArray[Any], *, certainty: float = 0.95
 ) -> dict[str, int]:
     """The words whose presence in a caption states the group of its image, and that group.
 
     An attribute in the caption is not hidden: under "on water", water is asked for. Each word is tested for
     association with each group against the others (Fisher's exact test, Benjamini-Hochberg over words), and kept
-    where it states the group nearly for certain.
+    where at least a share `certainty` of its images is of the group.
 
     Args:
         captions: The different captions.
         caption_ids: (n,) the caption of each image.
         labels: (n,) the group of each image.
-        level: False discovery rate.
-        certainty: Least share of a word's images that must be of the group it states.
+        certainty: The least share.
     """
     groups = np.unique(labels)
     counts = np.zeros((len(captions), len(groups)), dtype=np.int64)  # images of each caption in each group
@@ -176,7 +144,7 @@ def stating_words(
     # The chance of so many of this group among the word's images, were they drawn from all (Fisher's test).
     most, drawn = with_word.max(axis=1), with_word.sum(axis=1)
     adjusted = false_discovery_control(hypergeom.sf(most - 1, total.sum(), total[group], drawn))
-    return {word: int(groups[g]) for word, g, p in zip(kept, group, adjusted, strict=True) if p < level}
+    return {word: int(groups[g]) for word, g, p in zip(kept, group, adjusted, strict=True) if p < LEVEL}
 
 
 def stated_group(caption: str, words: dict[str, int]) -> int:

@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 CURATION = "curation.json"
 NAME_LIMIT = 60
 """Characters of a group's name."""
-_NUMBERED = re.compile(r"group (\d{1,9})")
 _JOINERS = {0x200C: None, 0x200D: None}
 
 
@@ -69,24 +68,19 @@ class Edits:
         """
         if not (0 <= factor < len(self.names) and 0 <= group < len(self.names[factor])):
             raise ConfigError(f"Expected a group of the audit to name, got group {group} of factor {factor}.")
-        name = one_line(name)
+        name, names = one_line(name), list(self.names[factor])
         if len(name) > NAME_LIMIT:
             raise ConfigError(f"Expected a name of at most {NAME_LIMIT} characters, got {len(name)}. Shorten it.")
-        key, names = _look(name), list(self.names[factor])
-        numbered = _NUMBERED.fullmatch(key)
-        if numbered and int(numbered[1]) != group:
+        number = re.fullmatch(r"group (\d{1,9})", _look(name))
+        if number and int(number[1]) != group:
             raise ConfigError(f"Expected a name for group {group}, got the number of another. Choose another name.")
-        if key and key in (_look(other) for index, other in enumerate(names) if index != group):
+        if _look(name) in {_look(other) for index, other in enumerate(names) if index != group} - {""}:
             raise ConfigError(f"Expected a name that no other group has, got {name!r} twice. Choose another name.")
-        names[group] = "" if numbered or not key else name
+        names[group] = "" if number or not _look(name) else name
         return replace(self, names=(*self.names[:factor], tuple(names), *self.names[factor + 1 :]))
 
     def without_images(self, positions: Iterable[int]) -> Edits:
-        """These edits with the images at `positions` in the audit left out.
-
-        Raises:
-            ConfigError: A position is negative.
-        """
+        """These edits with the images at `positions`, from 0 in the audit, left out."""
         chosen = {operator.index(position) for position in positions}
         if chosen and min(chosen) < 0:
             raise ConfigError(f"Expected positions of images from 0, got {min(chosen)}.")
@@ -94,8 +88,7 @@ class Edits:
 
     def with_images(self, positions: Iterable[int]) -> Edits:
         """These edits with the images at `positions` counted again."""
-        chosen = {operator.index(position) for position in positions}
-        return replace(self, left_out=tuple(position for position in self.left_out if position not in chosen))
+        return replace(self, left_out=tuple(sorted(set(self.left_out) - set(positions))))
 
     def with_cuts(self, prompt: int, cuts: Sequence[float] | None) -> Edits:
         """These edits with the groups of one prompt parted elsewhere.
@@ -108,26 +101,14 @@ class Edits:
         Raises:
             ConfigError: The scores are absent, not finite or not rising.
         """
-        others = {index: parted for index, parted in self.cuts.items() if index != prompt}
-        if cuts is None:
-            return replace(self, cuts=others)
-        chosen = tuple(float(cut) for cut in cuts)
-        rising = all(low < high for low, high in pairwise(chosen))
-        if prompt < 0 or not chosen or not rising or not all(map(math.isfinite, chosen)):
-            raise ConfigError(
-                f"Expected finite, rising scores at which the groups of a prompt part, got {list(chosen)} for prompt "
-                f"{prompt}."
-            )
-        return replace(self, cuts=dict(sorted({**others, operator.index(prompt): chosen}.items())))
-
-    def to_dict(self, images: Sequence[str], captions: Sequence[str]) -> dict[str, Any]:
-        """The content of `curation.json`, with names of images and captions of prompts for whoever reads the file."""
-        return {
-            "audit": self.audit,
-            "names": self.names,
-            "left_out": [{"position": position, "image": images[position]} for position in self.left_out],
-            "cuts": [{"prompt": k, "caption": captions[k], "scores": cuts} for k, cuts in self.cuts.items()],
-        }
+        edited = {index: parted for index, parted in self.cuts.items() if index != prompt}
+        if cuts is not None:
+            chosen = edited[operator.index(prompt)] = tuple(map(float, cuts))
+            rising = all(low < high for low, high in pairwise(chosen)) and all(map(math.isfinite, chosen))
+            if prompt < 0 or not chosen or not rising:
+                expected = "Expected finite, rising scores at which the groups of a prompt part"
+                raise ConfigError(f"{expected}, got {list(chosen)} for prompt {prompt}.")
+        return replace(self, cuts=dict(sorted(edited.items())))
 
 
 def apply(audit: Audit, edits: Edits) -> Audit:
@@ -145,22 +126,21 @@ def apply(audit: Audit, edits: Edits) -> Audit:
     plain = audit.inferred or audit
     here, scores, prompt_ids = plain.fingerprint, plain.scores, plain.prompt_ids
     names = edits.names or tuple(("",) * size for size in plain.num_groups)
+    captions = [one_line(prompt.prompt, 80) for prompt in plain.prompts]
     if edits.audit not in ("", here) or tuple(map(len, names)) != plain.num_groups:
         raise AuditError(f"Expected changes to this audit (fingerprint {here}), got changes to {edits.audit}.")
-    if any(not 0 <= position < len(scores) for position in edits.left_out):
-        raise AuditError(f"Expected to leave out some of {len(scores)} images, got number {edits.left_out[-1]}.")
+    for what, numbers, size in (("images", edits.left_out, len(scores)), ("prompts", edits.cuts, len(captions))):
+        absent = [number for number in numbers if not 0 <= number < size]
+        if absent:
+            raise AuditError(f"Expected changes to some of {size} {what}, got number {absent[0]}.")
     weights = [w.copy() for w in plain.group_weights]
     first = weights[0]
     for index, cuts in edits.cuts.items():
-        if not 0 <= index < len(plain.prompts):
-            raise AuditError(f"Expected to part groups of {len(plain.prompts)} prompts, got number {index}.")
         rows = np.flatnonzero(plain.kept & (prompt_ids == index))
         order = np.array(ladder(first[rows], scores[rows]), dtype=np.int64)
         if len(cuts) != len(order) - 1:
-            prompt = one_line(plain.prompts[index].prompt, 80)
-            raise AuditError(
-                f"Expected {max(len(order) - 1, 0)} cuts between the groups of “{prompt}”, got {len(cuts)}."
-            )
+            expected = f"Expected {max(len(order) - 1, 0)} cuts between the groups of “{captions[index]}”"
+            raise AuditError(f"{expected}, got {len(cuts)}.")
         first[rows] = np.eye(first.shape[1], dtype=first.dtype)[order[np.searchsorted(cuts, scores[rows], "right")]]
     gone = list(edits.left_out)
     for w in weights:
@@ -169,8 +149,8 @@ def apply(audit: Audit, edits: Edits) -> Audit:
     for index in {*edits.cuts, *prompt_ids[gone].tolist()}:
         own = first[first.any(axis=1) & (prompt_ids == index)]
         if not len(own):
-            prompt = one_line(prompts[index].prompt, 80)
-            raise AuditError(f"Expected at least one image of “{prompt}” to keep, got all left out. Put one back.")
+            expected = f"Expected at least one image of “{captions[index]}” to keep"
+            raise AuditError(f"{expected}, got all left out. Put one back.")
         shares = [round(float(share), 4) for share in own.mean(axis=0, dtype=np.float64)]
         shares = shares if prompts[index].found else prompts[index].shares
         prompts[index] = replace(prompts[index], num_images=len(own), shares=shares)
@@ -180,50 +160,39 @@ def apply(audit: Audit, edits: Edits) -> Audit:
 
 
 def ladder(weights: NDArray[Any], scores: NDArray[Any]) -> list[int]:
-    """The groups of a prompt that have images, from the lowest mean score to the highest.
-
-    Args:
-        weights: (n, E) the prompt's rows of W.
-        scores: (n,).
-    """
+    """The groups that have images, from the lowest mean score up, of one prompt's W (n, E) and scores (n,)."""
     labels = weights.argmax(axis=1)
-    filled = [index for index in range(weights.shape[1]) if (labels == index).any()]
-    return sorted(filled, key=lambda index: float(scores[labels == index].mean()))
+    return sorted(np.unique(labels).tolist(), key=lambda group: float(scores[labels == group].mean()))
 
 
-def read_edits(folder: Path, plain: Edits, images: Sequence[str]) -> Edits:
-    """The edits in `curation.json` beside an audit; `plain` where there is no such file.
-
-    Args:
-        folder: Of the audit.
-        plain: No edits, with the audit's fingerprint and an empty name for each of its groups.
-        images: Names of the audit's images.
+def read_edits(plain: Audit, folder: Path) -> Audit:
+    """An audit as inferred, with the edits to it in `curation.json` in `folder`, if there are any.
 
     Raises:
         AuditError: The file is damaged, or holds edits to another audit.
     """
-    path = folder / CURATION
+    unedited = apply(plain, Edits())
+    edits, path = unedited.edits, folder / CURATION
     if not path.is_file():
-        return plain
+        return unedited
     remedy = "Mend it or move it elsewhere, and make the changes again."
     try:
         stated = read_json(path)
-        if typed(str, stated["audit"]) != plain.audit:
+        if typed(str, stated["audit"]) != edits.audit:
             raise AuditError(
-                f"Expected changes to the audit beside them (fingerprint {plain.audit}) in {path}, found changes to "
+                f"Expected changes to the audit beside them (fingerprint {edits.audit}) in {path}, found changes to "
                 f"another ({one_line(stated['audit'], 20)}). Move that file elsewhere, or run `invdiff audit` again, "
                 "which does."
             )
         names = typed(list[list[str]], stated["names"])
-        if [len(factor) for factor in names] != [len(factor) for factor in plain.names]:
+        if tuple(map(len, names)) != plain.num_groups:
             raise ValueError("names of other groups than the audit has")
-        left_out = [typed(int, entry["position"]) for entry in stated["left_out"]]
-        if [images[position] for position in left_out] != [entry["image"] for entry in stated["left_out"]]:
+        for factor, group in ((m, e) for m, size in enumerate(plain.num_groups) for e in range(size)):
+            edits = edits.with_name(factor, group, names[factor][group])
+        positions = [typed(int, entry["position"]) for entry in stated["left_out"]]
+        edits = edits.without_images(positions)
+        if [plain.names[position] for position in positions] != [entry["image"] for entry in stated["left_out"]]:
             raise ValueError("an image left out has another name than in the audit")
-        edits = plain.without_images(left_out)
-        for factor, of_factor in enumerate(names):
-            for group, name in enumerate(of_factor):
-                edits = edits.with_name(factor, group, name)
         for entry in stated["cuts"]:
             if typed(int, entry["prompt"]) in edits.cuts:
                 raise ValueError(f"cuts of prompt {entry['prompt']} twice")
@@ -234,21 +203,18 @@ def read_edits(folder: Path, plain: Edits, images: Sequence[str]) -> Edits:
         raise AuditError(
             f"Expected people's changes to an audit in {path}, found something else ({error!r}). {remedy}"
         ) from error
-    return edits
+    return apply(plain, edits)
 
 
-def rename_aside(path: Path) -> Path:
+def put_aside(path: Path) -> Path:
     """Rename a file of edits after its audit, such as to `curation-0123456789abcdef.json`; the new path."""
     try:
         audit = str(read_json(path)["audit"])
     except (DataError, TypeError, KeyError):
         audit = ""
     stem = f"{path.stem}-{audit if re.fullmatch('[0-9a-f]{16}', audit) else 'damaged'}"
-    place, number = path.with_name(f"{stem}.json"), 1
-    while place.exists():
-        number += 1
-        place = path.with_name(f"{stem}-{number}.json")
-    return path.rename(place)
+    places = (path.with_name(f"{stem}{f'-{number}' if number > 1 else ''}.json") for number in count(1))
+    return path.rename(next(place for place in places if not place.exists()))
 
 
 def _look(name: str) -> str:

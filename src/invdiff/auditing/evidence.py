@@ -42,6 +42,14 @@ IMAGES_PER_DIMENSION = 40
 """Images that each of these dimensions takes. Among fewer, FastICA finds directions in which mere noise falls apart:
 with 131 images in twelve dimensions it passed every threshold in 10 of 20 sets of normally distributed features, with
 this rule in none of 60 at 160 and 200 images (`tests/test_evidence.py` repeats it)."""
+SHAPES: dict[str, dict[str, Any]] = {
+    "peaked": {"fun": "logcosh", "algorithm": "parallel"},
+    # x^2 and its mean derivative: FastICA's contrast for skewness (Hyvarinen and Oja 2000).
+    "skewed": {"fun": lambda x: (x**2, (2 * x).mean(axis=-1)), "algorithm": "deflation"},
+}
+"""Kinds of components, and the options with which FastICA looks for them."""
+
+_Extract = Callable[[list[Image.Image]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -53,11 +61,6 @@ class Evidence:
     null, for an unconditional model."""
     features: NDArray[Any]
     """(N, levels, D): pooled middle features under the null caption at low noise."""
-
-    @property
-    def forwards_per_image(self) -> int:
-        """Denoiser forwards spent on each image."""
-        return int(np.prod(self.losses.shape[1:])) + self.features.shape[1]
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,7 @@ def collect_evidence(
 ) -> Evidence:
     """Measure every image, in shards that a stopped run keeps and several processes share.
 
-    Args:
-        denoiser: The frozen model, or a guided one in later rounds of the game.
-        data: Latents and prompt embeddings.
-        config: Levels, draws, batch size and seed.
-        work_dir: Where shards are kept; those of other settings or models are not read.
-        others: The conditions of `config.other_captions`.
-        progress: Show a progress bar.
+    Shards in `work_dir` of other settings or models are not read; `others` are conditions of `config.other_captions`.
 
     Raises:
         AuditError: A loss or feature is not finite.
@@ -107,31 +104,27 @@ def collect_evidence(
         repr((config.contrast_log_snr, config.contrast_draws, config.feature_log_snr)),
         repr((config.other_captions, config.batch_size, config.seed)),
     )
-    folder = work_dir / key
     shards = torch.arange(len(data)).split(SHARD_SIZE)
-    paths = [folder / f"evidence-{number:05d}.safetensors" for number in range(len(shards))]
+    paths = [work_dir / key / f"evidence-{number:05d}.safetensors" for number in range(len(shards))]
     share = mine(list(zip(paths, shards, strict=True)))
     with progress_bar("measuring", sum(len(rows) for _, rows in share), enabled=progress) as bar:
         for path, rows in share:
             if not path.exists():
                 batches = [_measure(denoiser, data, batch, config, others) for batch in rows.split(config.batch_size)]
                 measured = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-                _check_finite(measured, [data.names[row] for row in rows])
+                finite = torch.cat([values.flatten(1) for values in measured.values()], dim=1).isfinite().all(dim=1)
+                bad = [data.names[row] for row in rows[~finite]]
+                if bad:
+                    raise AuditError(
+                        f"Expected finite losses and features, got others for {len(bad)} images "
+                        f"({', '.join(bad[:5])}). A denoiser in 16 bits may overflow: load the pipeline in float32. "
+                        "Nothing of these images was kept."
+                    )
                 write_tensors(path, measured)
             bar.advance(len(rows))
     wait()
     parts = [read_arrays(path) for path in paths]
     return Evidence(*(np.concatenate([part[name] for part in parts]) for name in ("losses", "features")))
-
-
-def _check_finite(measured: dict[str, torch.Tensor], names: list[str]) -> None:
-    finite = torch.stack([values.flatten(1).isfinite().all(dim=1) for values in measured.values()]).all(dim=0)
-    if not finite.all():
-        bad = [name for name, fine in zip(names, finite.tolist(), strict=True) if not fine]
-        raise AuditError(
-            f"Expected finite losses and features, got others for {len(bad)} images ({', '.join(bad[:5])}). A "
-            "denoiser in 16 bits may overflow: load the pipeline in float32. Nothing of these images was kept."
-        )
 
 
 def _measure(
@@ -153,9 +146,11 @@ def _measure(
         losses.append(torch.stack(draws, dim=1))
     for level in config.feature_log_snr:
         noisy_latents, timesteps, _ = add_noise(denoiser, latents, level, rng)
-        features.append(pool(denoiser(noisy_latents, timesteps, null)[1]))
-    empty = torch.zeros(len(rows), 0, 0)
-    return {"losses": torch.stack(losses, dim=1), "features": torch.stack(features, dim=1) if features else empty}
+        middle = denoiser(noisy_latents, timesteps, null)[1].float()  # (batch, D, height, width)
+        half = max(1, middle.shape[3] // 2)
+        parts = (middle, middle[..., :half], middle[..., -half:])  # the whole, and the left and right halves
+        features.append(torch.cat([part.mean(dim=(2, 3)) for part in parts], dim=1).cpu())
+    return {"losses": torch.stack(losses, dim=1), "features": torch.stack(features, dim=1)}
 
 
 def add_noise(
@@ -174,14 +169,6 @@ def repeated(condition: Condition, row: int, times: int) -> Condition:
     return {name: values[row].expand(times, *values.shape[1:]) for name, values in condition.items()}
 
 
-def pool(features: torch.Tensor) -> torch.Tensor:
-    """Features (batch, D, height, width) averaged over the whole and the left and right halves, (batch, 3 D)."""
-    features = features.float()
-    half = max(1, features.shape[3] // 2)
-    parts = [features, features[..., :half], features[..., -half:]]
-    return torch.cat([part.mean(dim=(2, 3)) for part in parts], dim=1).cpu()
-
-
 def encode_vision(
     name_or_folder: str, data: CaptionedImages, rows: NDArray[Any], cache_dir: Path, *, progress: bool = True
 ) -> NDArray[np.float32]:
@@ -189,45 +176,34 @@ def encode_vision(
 
     Each image is shown twice, as it is and mirrored: a property that changes with that is none to group by.
 
-    Args:
-        name_or_folder: A folder or a hub id that `AutoModel` and `AutoImageProcessor` can load.
-        data: The images.
-        rows: Indices into `data`.
-        cache_dir: Where the features are kept.
-        progress: Show a progress bar.
-
     Raises:
         ModelError: There is no vision encoder there.
     """
-    loaded: list[VisionEncoder] = []
 
-    def both_views(images: list[Image.Image]) -> NDArray[np.float32]:
-        if not loaded:
-            loaded.append(VisionEncoder.load(name_or_folder))
-        views = [images, [ImageOps.mirror(image) for image in images]]
-        return np.stack([loaded[0].extract(view) for view in views], axis=1)
+    def load() -> _Extract:
+        extract = VisionEncoder.load(name_or_folder).extract
+        return lambda images: np.stack([extract(images), extract(map(ImageOps.mirror, images))], axis=1)
 
     path = cache_dir / f"{fingerprint(name_or_folder, data.fingerprint, rows.tobytes())}.safetensors"
-    return cached_features(path, data, rows, both_views, label="vision encoder", progress=progress)
+    return cached_features(path, data, rows, load, label="vision encoder", progress=progress)
 
 
 def cached_features(
     path: Path,
     data: CaptionedImages,
     rows: NDArray[Any],
-    extract: Callable[[list[Image.Image]], NDArray[np.float32]],
+    load: Callable[[], _Extract],
     *,
     label: str,
     progress: bool,
 ) -> NDArray[np.float32]:
-    """What `extract` makes of images `rows` of `data`, (len(rows), ...), computed once and kept at `path`."""
+    """Features of images `rows` of `data`, (len(rows), ...), by the encoder that `load` loads, kept at `path`."""
     if not path.exists():
-        features = []
+        features, extract = [], load()
         with progress_bar(label, len(rows), enabled=progress) as bar:
-            for start in range(0, len(rows), BATCH_SIZE):
-                images = [data.image(int(row)) for row in rows[start : start + BATCH_SIZE]]
-                features.append(extract(images))
-                bar.advance(len(images))
+            for batch in np.split(rows, range(BATCH_SIZE, len(rows), BATCH_SIZE)):
+                features.append(extract([data.image(int(row)) for row in batch]))
+                bar.advance(len(batch))
         write_arrays(path, {"features": np.concatenate(features)})
     return read_arrays(path)["features"]
 
@@ -240,10 +216,10 @@ def scores_of(
     *,
     contrast_only: bool = False,
 ) -> list[Score]:
-    """Every one-dimensional score of images `rows`, each under independent noises.
+    """Every one-dimensional score of images `rows` that varies, each under independent noises.
 
     The paper's solver, `gradient`, takes the loss under the caption; `exact` takes contrasts; `auto` takes contrasts
-    and components of features. A score that does not vary is left out.
+    and components of features.
     """
     losses = evidence.losses[rows].astype(np.float64)  # (n, levels, draws, conditions)
     names = ["contrast", *(f"contrast with {caption!r}" for caption in config.other_captions)]
@@ -265,37 +241,27 @@ def scores_of(
 
 
 def component_scores(features: NDArray[Any], source: str, *, seed: int) -> list[Score]:
-    """Independent components of features as scores.
+    """Independent components of features (n, draws, D) from a named source, as scores.
 
     Each hidden factor of drawn or photographed content is close to one direction of the features, but seldom
     among the largest: whitening and FastICA find directions by shape, not by size. Two shapes are looked for:
     peaked or flat (logcosh), and skewed, since a factor with a rare side is skewed whatever its share, while its
     kurtosis vanishes near a share of 21%. With too few whitened dimensions a factor is not in them, with too
-    many it falls apart, so several numbers are tried and the separation of the best split decides. Components are
-    fitted on the mean over draws, then every draw is projected.
-
-    Args:
-        features: (n, draws, D), draws under independent noise.
-        source: What the features are, for people.
-        seed: Seed of FastICA.
-
-    Returns:
-        An empty list for fewer than `IMAGES_PER_DIMENSION` images in each of the fewest dimensions.
+    many it falls apart, so several numbers are tried, of those that have `IMAGES_PER_DIMENSION` images each, and the
+    separation of the best split decides. Components are fitted on the mean over draws, then every draw is projected.
     """
-    n, draws, width = features.shape
+    n, draws, _ = features.shape
     sizes = [size for size in NUM_COMPONENTS if size * IMAGES_PER_DIMENSION <= n]
-    if draws < 2 or not sizes:
-        return []
     centred = features - features.mean(axis=0)
     scale = centred.std(axis=(0, 1))
     varies = scale > 1e-9 * max(float(np.abs(features).max()), 1e-12)
-    if not varies.any():
+    if draws < 2 or not sizes or not varies.any():
         return []
-    centred, width = centred[:, :, varies] / scale[varies], int(varies.sum())
-    most = min(max(sizes), width)
+    centred = centred[:, :, varies] / scale[varies]
+    most = min(max(sizes), centred.shape[2])
     pca = PCA(most, whiten=True, random_state=seed).fit(centred.mean(axis=1))
     fitted = pca.transform(centred.mean(axis=1))
-    whitened = pca.transform(centred.reshape(n * draws, width))
+    whitened = pca.transform(centred.reshape(n * draws, -1))
     scores = []
     for size in sorted({min(size, most) for size in sizes}):
         for shape, options in SHAPES.items():
@@ -308,21 +274,7 @@ def component_scores(features: NDArray[Any], source: str, *, seed: int) -> list[
                 except ValueError:  # no direction of this shape is left: its update is 0 / 0
                     continue
             projected = ica.transform(whitened[:, :size]).reshape(n, draws, -1)
-            for component in range(projected.shape[2]):
-                values = projected[:, :, component].T
+            for component, values in enumerate(projected.transpose(2, 1, 0), start=1):
                 sign = 1.0 if skew(values.mean(axis=0)) >= 0 else -1.0  # the rarer group scores high
-                name = f"{source}, {shape} component {component + 1} of {size}"
-                scores.append(Score(name, sign * values))
+                scores.append(Score(f"{source}, {shape} component {component} of {size}", sign * values))
     return scores
-
-
-def _squares(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """x^2 and its mean derivative: FastICA's contrast for skewness (Hyvarinen and Oja 2000)."""
-    return values**2, (2 * values).mean(axis=-1)
-
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "peaked": {"fun": "logcosh", "algorithm": "parallel"},
-    "skewed": {"fun": _squares, "algorithm": "deflation"},
-}
-"""Kinds of components, and the options with which FastICA looks for them."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from ..errors import AuditError, DataError
 from ..files import fingerprint, read_arrays, read_json, write_arrays, write_json
 from ..options import typed
 from ..text import one_line
-from .edits import CURATION, Edits, apply, read_edits, rename_aside
+from .edits import CURATION, Edits, apply, put_aside, read_edits
 
 if TYPE_CHECKING:
     from ..data.encode import EncodedImages
@@ -29,7 +28,7 @@ class Candidate:
     """One way to split a prompt's images, with the figures it is judged by."""
 
     evidence: str
-    """Where the scores come from, such as "contrast at 0.95" or "features at 0.05, component 3"."""
+    """The source of the scores, such as "contrast at log-SNR -4.79"."""
     num_groups: int
     """E."""
     shares: list[float]
@@ -49,7 +48,6 @@ class PromptAudit:
     prompt: str
     """The most frequent of the captions."""
     captions: list[str]
-    """All of them."""
     num_images: int
     """Images with one of these captions."""
     found: bool
@@ -72,8 +70,7 @@ class Word:
 
     word: str
     effect: float
-    """How much nearer the group's images are to it than the others': difference of means, in standard deviations of
-    its score under the prompt."""
+    """How much nearer the group's images are to it than the others', in standard deviations (Cohen's d)."""
     p_value: float
     """Corrected for the number of words and groups that were tried."""
 
@@ -118,7 +115,7 @@ class AuditWords:
     groups: tuple[GroupWords, ...]
 
     def of(self, prompt: int | None, group: int, factor: int = 0) -> GroupWords | None:
-        """The words of a group under a prompt, or under all prompts together for None; None where it has no entry."""
+        """The words of a group under a prompt, or over all prompts for None; None where it has no entry."""
         wanted = (prompt, factor, group)
         return next((entry for entry in self.groups if (entry.prompt, entry.factor, entry.group) == wanted), None)
 
@@ -175,14 +172,12 @@ class Audit:
 
         Never an image that was left out, nor one of a prompt whose images people put in a single group.
         """
-        labels = self.group_weights[0].argmax(axis=1)
-        rare = np.zeros(len(labels), dtype=bool)
+        rare = np.full(len(self.prompts), -1)
         for index, prompt in enumerate(self.prompts):
-            present = [group for group, share in enumerate(prompt.shares) if share > 0]
+            present = [(share, group) for group, share in enumerate(prompt.shares) if share > 0]
             if prompt.found and len(present) > 1:
-                smallest = min(present, key=prompt.shares.__getitem__)
-                rare |= (self.prompt_ids == index) & (labels == smallest)
-        return rare & self.kept
+                rare[index] = min(present)[1]
+        return (self.group_weights[0].argmax(axis=1) == rare[self.prompt_ids]) & self.kept
 
     @property
     def fingerprint(self) -> str:
@@ -191,23 +186,21 @@ class Audit:
 
     def check_matches(self, data: EncodedImages, denoiser_fingerprint: str) -> None:
         """Raise `AuditError` unless the audit is of exactly these images and this model."""
-        audited = self.settings["denoiser_fingerprint"]
+        settings, audited = self.settings, self.settings["denoiser_fingerprint"]
         if audited != denoiser_fingerprint:
             raise AuditError(
-                f"Expected the denoiser that was audited (fingerprint {audited}), got another "
-                f"({denoiser_fingerprint}): other weights, another precision or another noise schedule. Audit this "
-                "model first."
+                f"Expected the denoiser that was audited (fingerprint {audited}), got another ({denoiser_fingerprint})"
+                ": other weights, another precision or another noise schedule. Audit this model first."
             )
-        resolution = self.settings.get("resolution", data.resolution)
-        if resolution != data.resolution:
+        if settings.get("resolution", data.resolution) != data.resolution:
             raise AuditError(
-                f"Expected images of {resolution} pixels, as they were audited, got {data.resolution}. Encode them "
-                "so, or audit these."
+                f"Expected images of {settings['resolution']} pixels, as they were audited, got {data.resolution}. "
+                "Encode them so, or audit these."
             )
-        if self.settings["data_fingerprint"] != data.data_fingerprint or self.names != data.names:
+        if settings["data_fingerprint"] != data.data_fingerprint or self.names != data.names:
             raise AuditError(
                 f"Expected the images that were audited ({len(self.names)}, fingerprint "
-                f"{self.settings['data_fingerprint']}), got others ({len(data)}, {data.data_fingerprint}). "
+                f"{settings['data_fingerprint']}), got others ({len(data)}, {data.data_fingerprint}). "
                 "Audit this data first, or give the data that the audit was made on."
             )
 
@@ -226,63 +219,49 @@ class Audit:
         there already stay, unless this one has others; edits to another audit are neither applied nor lost. A file
         that gives way is renamed to `curation-<fingerprint>.json`. Words for the groups of another audit are deleted.
         """
-        folder = Path(folder)
-        plain, edited = self._as_inferred()
+        folder, before = Path(folder), self.inferred or self
+        plain = replace(self, group_weights=before.group_weights, prompts=before.prompts, inferred=None, edits=Edits())
+        edited = apply(plain, replace(self.edits, audit=""))
+        if (edited.fingerprint, edited.prompts) != (self.fingerprint, self.prompts):
+            # Groups were replaced after the edits, of which only names still fit.
+            plain = replace(self, inferred=None, edits=Edits())
+            edited = apply(plain, Edits(names=self.edits.names))
         plain.put_aside(folder)
         arrays = {f"group_weights.{m}": weights for m, weights in enumerate(plain.group_weights)}
         write_arrays(folder / "audit.safetensors", arrays | {"scores": plain.scores, "prompt_ids": plain.prompt_ids})
-        document = {
-            "biased": plain.biased,
-            "num_groups": list(plain.num_groups),
-            "forwards_per_image": plain.forwards_per_image,
-            "prompts": [dataclasses.asdict(prompt) for prompt in plain.prompts],
-            "settings": plain.settings,
-            "names": plain.names,
-        }
-        write_json(folder / "audit.json", document)
+        document = {"biased": plain.biased, "num_groups": plain.num_groups}
+        document |= {name: getattr(plain, name) for name in ("forwards_per_image", "prompts", "settings", "names")}
+        write_json(folder / "audit.json", document | {"prompts": [asdict(prompt) for prompt in plain.prompts]})
         try:
             _read_words(folder, plain.fingerprint)
         except AuditError:
             (folder / WORDS).unlink()
         if plain.words is not None and plain.words.audit == plain.fingerprint:
-            write_json(folder / WORDS, dataclasses.asdict(plain.words))
+            write_json(folder / WORDS, asdict(plain.words))
         if edited.edits.changed:
-            if (folder / CURATION).is_file() and plain._read_edits(folder).edits != edited.edits:
-                rename_aside(folder / CURATION)
+            if (folder / CURATION).is_file() and read_edits(plain, folder).edits != edited.edits:
+                put_aside(folder / CURATION)
             edited.save_edits(folder)
         return folder
 
     def save_edits(self, folder: str | Path) -> None:
         """Write people's edits beside this audit, which lies in `folder` already; without edits, remove the file."""
-        path = Path(folder) / CURATION
-        if self.edits.changed:
-            write_json(path, self.edits.to_dict(self.names, [prompt.prompt for prompt in self.prompts]))
-        else:
+        path, edits = Path(folder) / CURATION, self.edits
+        if not edits.changed:
             path.unlink(missing_ok=True)
+            return
+        captions = [prompt.prompt for prompt in self.prompts]
+        cuts = [{"prompt": index, "caption": captions[index], "scores": cuts} for index, cuts in edits.cuts.items()]
+        left_out = [{"position": position, "image": self.names[position]} for position in edits.left_out]
+        write_json(path, {"audit": edits.audit, "names": edits.names, "left_out": left_out, "cuts": cuts})
 
     def put_aside(self, folder: str | Path) -> Path | None:
         """Rename edits in `folder` that are not to this audit, as `save` does; the new path, or None."""
         try:
-            self._as_inferred()[0]._read_edits(Path(folder))
+            read_edits(self.inferred or self, Path(folder))
             return None
         except AuditError:
-            return rename_aside(Path(folder) / CURATION)
-
-    def _as_inferred(self) -> tuple[Audit, Audit]:
-        """This audit before people's edits, and after. Of edits before its groups were replaced, only names stay."""
-        plain, edits = self.inferred or self, dataclasses.replace(self.edits, audit="")
-        if self.inferred is not None:
-            expected = apply(plain, edits)
-            if (self.fingerprint, self.prompts) != (expected.fingerprint, expected.prompts):
-                plain, edits = self, Edits(names=edits.names)
-        plain = dataclasses.replace(
-            self, group_weights=plain.group_weights, prompts=plain.prompts, inferred=None, edits=Edits()
-        )
-        return plain, apply(plain, edits)
-
-    def _read_edits(self, folder: Path) -> Audit:
-        """This audit, as inferred, with the edits that lie in `folder`."""
-        return apply(self, read_edits(folder, apply(self, Edits()).edits, self.names))
+            return put_aside(Path(folder) / CURATION)
 
     @classmethod
     def load(cls, folder: str | Path, *, edited: bool = True) -> Audit:
@@ -298,31 +277,25 @@ class Audit:
         folder = Path(folder)
         if not (folder / "audit.json").is_file():
             raise AuditError(f"Expected an audit folder at {folder}, found no audit.json. Run `invdiff audit`.")
+        kinds = {"prompts": list[PromptAudit], "names": list[str], "forwards_per_image": float}
+        kinds |= {"settings": dict[str, Any], "num_groups": list[int]}
         try:
-            document = read_json(folder / "audit.json")
-            arrays = read_arrays(folder / "audit.safetensors")
-            num_groups = typed(list[int], document["num_groups"])
-            found = cls(
-                group_weights=tuple(arrays[f"group_weights.{m}"] for m in range(len(num_groups))),
-                scores=arrays["scores"],
-                prompt_ids=arrays["prompt_ids"],
-                prompts=typed(list[PromptAudit], document["prompts"]),
-                names=typed(list[str], document["names"]),
-                forwards_per_image=typed(float, document["forwards_per_image"]),
-                settings=typed(dict[str, Any], document["settings"]),
-            )
+            document, arrays = read_json(folder / "audit.json"), read_arrays(folder / "audit.safetensors")
+            fields = {name: typed(kind, document[name]) for name, kind in kinds.items()}
+            num_groups = fields.pop("num_groups")
+            weights = tuple(arrays[f"group_weights.{m}"] for m in range(len(num_groups)))
+            found = cls(weights, arrays["scores"], arrays["prompt_ids"], **fields)
             known = np.isin(found.prompt_ids, np.arange(len(found.prompts)))
             if not num_groups or list(found.num_groups) != num_groups or not known.all():
                 raise ValueError("images of groups or prompts that the audit lacks")
-            for name, array in arrays.items():
-                if len(array) != len(found.names) or not np.isfinite(array).all():
-                    raise ValueError(f"{name} that are not one finite row for each of {len(found.names)} images")
+            if not all(len(array) == len(found.names) and np.isfinite(array).all() for array in arrays.values()):
+                raise ValueError(f"arrays that are not one finite row for each of {len(found.names)} images")
         except (KeyError, IndexError, TypeError, ValueError, DataError) as error:
             raise AuditError(
                 f"Expected an audit in {folder}, found something else ({error!r}). Run `invdiff audit` again."
             ) from error
-        found = dataclasses.replace(found, words=_read_words(folder, found.fingerprint))
-        return found._read_edits(folder) if edited else found
+        found = replace(found, words=_read_words(folder, found.fingerprint))
+        return read_edits(found, folder) if edited else found
 
 
 def _read_words(folder: Path, audit: str) -> AuditWords | None:
@@ -332,12 +305,10 @@ def _read_words(folder: Path, audit: str) -> AuditWords | None:
     remedy = "Delete it, or run `invdiff audit` again with --words-model."
     try:
         found: AuditWords = typed(AuditWords, read_json(path))
-        found = dataclasses.replace(found, model=one_line(found.model, 200))
+        found = replace(found, model=one_line(found.model, 200))
     except (KeyError, TypeError, DataError) as error:
         raise AuditError(f"Expected words for groups in {path}, found something else ({error!r}). {remedy}") from error
     if found.audit != audit:
-        raise AuditError(
-            f"Expected words for the audit beside them (fingerprint {audit}) in {path}, found those of another "
-            f"({one_line(found.audit, 20)}). {remedy}"
-        )
+        expected = f"Expected words for the audit beside them (fingerprint {audit}) in {path}"
+        raise AuditError(f"{expected}, found those of another ({one_line(found.audit, 20)}). {remedy}")
     return found

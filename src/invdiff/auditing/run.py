@@ -18,11 +18,10 @@ from ..files import default_cache_dir
 from ..models.encoders import ClipEncoder
 from ..models.frozen import Denoiser, FrozenDenoiser
 from ..progress import progress_bar
-from .captions import group_captions, words_that_state_groups
+from .captions import group_captions, stated_group, words_that_state_groups
 from .evidence import Evidence, collect_evidence, encode_vision, scores_of
-from .partition import align_columns, rarest
 from .result import Audit, PromptAudit
-from .splits import Split, deciding_splits, ranked_splits, too_few, why_not
+from .splits import Split, align_columns, deciding_splits, ranked_splits, rarest, too_few, why_not
 from .words import describe_groups
 
 
@@ -84,36 +83,22 @@ def audit(
         prompt_of, spent = from_main(
             lambda: group_captions(used, encoded, threshold=config.caption_threshold, seed=config.seed)
         )
-    settings = config.to_dict() | {
-        "model_fingerprint": encoded.model_fingerprint,
-        "denoiser_fingerprint": used.fingerprint,
-        "data_fingerprint": encoded.data_fingerprint,
-        "resolution": encoded.resolution,
-    }
 
     def conclude() -> Audit:
-        found = infer(
-            encoded,
-            evidence,
-            prompt_of,
-            config,
-            vision_features=vision_features,
-            contrast_only=denoiser is not None,
-            progress=progress,
-        )
-        found = replace(found, settings=settings, forwards_per_image=round(evidence.forwards_per_image + spent, 3))
+        contrast_only = denoiser is not None
+        found = infer(encoded, evidence, prompt_of, config, vision_features, contrast_only, progress=progress)
+        measured = np.prod(evidence.losses.shape[1:]) + evidence.features.shape[1]
+        settings = config.to_dict() | {
+            "model_fingerprint": encoded.model_fingerprint,
+            "denoiser_fingerprint": used.fingerprint,
+            "data_fingerprint": encoded.data_fingerprint,
+            "resolution": encoded.resolution,
+        }
+        found = replace(found, settings=settings, forwards_per_image=round(float(measured + spent), 3))
         if images is None or not config.words_model or not found.biased:
             return found
-        words = describe_groups(
-            found,
-            images,
-            rows,
-            ClipEncoder.load(config.words_model),
-            words=config.words,
-            cache_dir=cache_dir / "words",
-            seed=config.seed,
-            progress=progress,
-        )
+        encoder, words_dir = ClipEncoder.load(config.words_model), cache_dir / "words"
+        words = describe_groups(found, images, rows, encoder, config, cache_dir=words_dir, progress=progress)
         return replace(found, words=words)
 
     return from_main(conclude)
@@ -124,9 +109,9 @@ def infer(
     evidence: Evidence,
     prompt_of: NDArray[Any],
     config: AuditConfig,
-    *,
     vision_features: NDArray[Any] | None = None,
     contrast_only: bool = False,
+    *,
     progress: bool = True,
 ) -> Audit:
     """The max phase: groups of each prompt's images from their evidence, without a denoiser.
@@ -148,9 +133,8 @@ def infer(
     ranked: dict[int, list[Split]] = {}
     with progress_bar("weighing evidence", len(members), enabled=progress) as bar:
         for prompt, rows in members.items():
-            scores = []
-            if not too_few(len(rows), config):
-                scores = scores_of(evidence, vision_features, rows, config, contrast_only=contrast_only)
+            enough = not too_few(len(rows), config)
+            scores = scores_of(evidence, vision_features, rows, config, contrast_only=contrast_only) if enough else []
             ranked[prompt] = ranked_splits(scores, config)
             bar.advance()
     num_groups, deciding = deciding_splits(ranked, config)
@@ -158,7 +142,7 @@ def infer(
     # Columns of W mean the same under every prompt; what captions state is not hidden.
     features = evidence.features.reshape(len(data), -1)
     aligned = align_columns({k: (members[k], split.weights) for k, split in deciding.items()}, num_groups, features)
-    stating = words_that_state_groups(data, {prompt: (members[prompt], w) for prompt, w in aligned.items()})
+    group_of, usual = words_that_state_groups(data, {prompt: (members[prompt], w) for prompt, w in aligned.items()})
 
     group_weights = np.full((len(data), num_groups), 1.0 / num_groups)
     final_scores, prompt_ids = np.zeros(len(data)), np.zeros(len(data), dtype=np.int64)
@@ -179,7 +163,10 @@ def infer(
         score, in_rare = split.score.mean, weights.argmax(axis=1)
         in_rare = in_rare == rarest(np.bincount(in_rare))
         frequent = int(weights.sum(axis=0).argmax())
-        stated = np.array([stating.stated(caption, frequent) for caption in data.captions])[caption_ids[rows]]
+        of_usual = dict.fromkeys(usual, frequent)
+        by_caption = np.array([stated_group(caption, group_of) for caption in data.captions])
+        by_usual = np.array([stated_group(caption, of_usual) for caption in data.captions])
+        stated = np.where(by_caption < 0, by_usual, by_caption)[caption_ids[rows]]
         hidden = stated < 0
         if hidden.any():
             group_weights[rows[hidden]] = weights[hidden]
@@ -196,7 +183,7 @@ def infer(
                 candidates=candidates,
             )
         for group in np.unique(stated[~hidden]).tolist():
-            words = ", ".join(stating.of(group, frequent))
+            words = ", ".join(sorted({word for word, k in (*group_of.items(), *of_usual.items()) if k == group}))
             add(rows[stated == group], found=False, reason=f"its captions state the group (words: {words})")
     return Audit(
         group_weights=(group_weights.astype(np.float32),),

@@ -1,4 +1,8 @@
-"""The decision of the max phase: which split of a prompt's images is believed, by separation and stability.
+"""The max phase of the game: from one score per image to W, and which split of a prompt's images is believed.
+
+W (N, E) has its rows on the simplex. With the group losses L_e = sum_i W_ie s_i / sum_i W_ie, where s is a per-image
+loss, a contrast of losses, or any other evidence of one dimension, two solvers maximise the dispersion of {L_e}:
+`exact_groups`, by dynamic programming, and `gradient_groups`, as in InvDiff (Hou et al., KDD 2025).
 
 Labels are never read. A hidden group is a split of a prompt's images that is *separated* (a gap in the scores, not a
 cut through one broad hump), *stable* (independent noises find the same images) and *unbalanced* (an even split is a
@@ -8,17 +12,102 @@ stability times separation decides its prompt. Where none passes, nothing is fou
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
 from ..config import AuditConfig
+from ..errors import AuditError
 from .evidence import Score
-from .partition import exact_groups, gradient_groups
 from .result import Candidate
+
+
+def exact_groups(scores: NDArray[Any], num_groups: int, *, min_share: float = 0.0) -> NDArray[Any]:
+    """The partition of scores (N,) of largest dispersion, as labels (N,) that rise with the score.
+
+    Optimal groups of one-dimensional scores are intervals of the sorted scores, so dynamic programming over
+    cut points finds the maximum (Fisher 1958; for two groups this is Otsu's threshold). Divide and conquer on
+    the monotone cut points makes it O(E N log N). No group has less than `min_share` of the images.
+
+    Raises:
+        AuditError: Scores are not finite, or there are too few images for that many groups.
+    """
+    count = len(scores)
+    least = max(1, math.ceil(min_share * count))
+    if not np.isfinite(scores).all():
+        raise AuditError(f"Expected finite scores, got {int((~np.isfinite(scores)).sum())} that are not.")
+    if num_groups < 1 or least * num_groups > count:
+        raise AuditError(
+            f"Expected at least {least * num_groups} images for {num_groups} groups of at least {least}, got {count}. "
+            "Ask for fewer groups or a smaller share."
+        )
+    order = np.argsort(scores, kind="stable")
+    ordered = scores[order].astype(np.float64)
+    sums = np.concatenate([[0.0], np.cumsum(ordered - ordered.mean())])
+    # best[j]: largest gain of splitting the first j scores into the groups so far. A group's gain is its part of the
+    # between-group variance, times N: (sum of its scores)^2 / its size.
+    best = np.where(np.arange(count + 1) == 0, 0.0, -np.inf)
+    cuts = np.zeros((num_groups, count + 1), dtype=np.int64)
+    for group, cut in enumerate(cuts):
+        previous, best = best, np.full(count + 1, -np.inf)
+        # Each task: stops low..high - 1, whose best cut lies in first..last.
+        tasks = [((group + 1) * least, count + 1, group * least, count - least)]
+        while tasks:
+            low, high, first, last = tasks.pop()
+            if low >= high:
+                continue
+            stop = (low + high) // 2
+            starts = np.arange(first, min(last, stop - least) + 1)
+            totals = previous[starts] + (sums[stop] - sums[starts]) ** 2 / (stop - starts)
+            chosen = int(totals.argmax())
+            best[stop], cut[stop] = totals[chosen], starts[chosen]
+            tasks += [(low, stop, first, int(starts[chosen])), (stop + 1, high, int(starts[chosen]), last)]
+    labels, stop = np.empty(count, dtype=np.int64), count
+    for group in reversed(range(num_groups)):
+        start = cuts[group, stop]
+        labels[order[start:stop]] = group
+        stop = start
+    return labels
+
+
+def gradient_groups(
+    scores: NDArray[Any], num_groups: int, *, omega: float = 0.1, steps: int = 300, seed: int = 0
+) -> NDArray[Any]:
+    """W (N, E) of scores (N,) by gradient ascent on its logits, as in InvDiff; columns rise with L_e.
+
+    Maximises Var_e(L_e) + omega * H(m), with m the groups' shares and H their entropy: without the second
+    term the largest dispersion is that of one group with a single image; the larger omega, the more equal the groups.
+    Scores are standardised first, so that omega means the same for any model.
+
+    Raises:
+        AuditError: Scores are not finite or do not vary.
+    """
+    spread = scores.std()
+    if not np.isfinite(spread) or spread == 0:
+        raise AuditError("Expected finite scores that vary, got scores that do not. Use more images.")
+    standard = torch.from_numpy((scores - scores.mean()) / spread).float()
+    start = torch.randn(len(scores), num_groups, generator=torch.Generator().manual_seed(seed))
+    logits = (0.1 * start).requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    for _ in range(steps):
+        weights = logits.softmax(dim=1)
+        mass = weights.sum(dim=0)
+        losses = weights.T @ standard / mass
+        share = mass / len(standard)
+        entropy = -(share * share.clamp_min(1e-12).log()).sum()
+        objective = losses.var(unbiased=False) + omega * entropy
+        optimizer.zero_grad()
+        (-objective).backward()
+        optimizer.step()
+    final = logits.detach().softmax(dim=1).double().numpy()
+    return final[:, np.argsort(final.T @ scores / final.sum(axis=0), kind="stable")]
 
 
 @dataclass(frozen=True)
@@ -34,15 +123,6 @@ class Split:
     def merit(self) -> float:
         """Splits are ranked by it."""
         return self.candidate.stability * self.candidate.separation
-
-
-def ranked_splits(scores: list[Score], config: AuditConfig) -> list[Split]:
-    """The splits of one prompt's images by each score, into each number of groups; of solver `auto` best first."""
-    if config.solver != "auto":
-        return [split(score, config.num_groups or 2, config) for score in scores]
-    sizes = [config.num_groups] if config.num_groups else range(2, config.max_groups + 1)
-    splits = [split(score, size, config) for score in scores for size in sizes]
-    return sorted(splits, key=lambda one: (-one.candidate.accepted, -one.merit))
 
 
 def split(score: Score, num_groups: int, config: AuditConfig) -> Split:
@@ -63,15 +143,18 @@ def split(score: Score, num_groups: int, config: AuditConfig) -> Split:
     depth = separation(mean, weights.argmax(axis=1))
     balance = shares.min() * num_groups / 2
     accepted = stability >= config.min_stability and depth >= config.min_separation and balance <= config.max_balance
-    candidate = Candidate(
-        evidence=score.evidence,
-        num_groups=num_groups,
-        shares=[round(float(share), 4) for share in shares],
-        stability=round(stability, 4),
-        separation=round(depth, 4),
-        accepted=bool(accepted),
-    )
+    rounded = [round(float(share), 4) for share in shares]
+    candidate = Candidate(score.evidence, num_groups, rounded, round(stability, 4), round(depth, 4), bool(accepted))
     return Split(candidate, weights, score)
+
+
+def ranked_splits(scores: list[Score], config: AuditConfig) -> list[Split]:
+    """The splits of one prompt's images by each score, into each number of groups; of solver `auto` best first."""
+    if config.solver != "auto":
+        return [split(score, config.num_groups or 2, config) for score in scores]
+    sizes = [config.num_groups] if config.num_groups else range(2, config.max_groups + 1)
+    splits = [split(score, size, config) for score in scores for size in sizes]
+    return sorted(splits, key=lambda one: (-one.candidate.accepted, -one.merit))
 
 
 def deciding_splits(ranked: dict[int, list[Split]], config: AuditConfig) -> tuple[int, dict[int, Split]]:
@@ -80,10 +163,7 @@ def deciding_splits(ranked: dict[int, list[Split]], config: AuditConfig) -> tupl
     Environments are shared by all prompts, so E is the number of groups that serves most prompts, and of these the
     one of most merit. A prompt is decided by its best split into E groups; where none of them is accepted, by the
     best into fewer; else the score of its best is cut again into E groups, so that a finding is never dropped.
-
-    Args:
-        ranked: For each prompt, what `ranked_splits` returned.
-        config: Its solvers other than `auto` accept any split.
+    Solvers other than `auto` accept any split. `ranked` holds for each prompt the result of `ranked_splits`.
     """
     accepted = {
         prompt: [one for one in splits if one.candidate.accepted or config.solver != "auto"]
@@ -94,9 +174,9 @@ def deciding_splits(ranked: dict[int, list[Split]], config: AuditConfig) -> tupl
     if accepted and not config.num_groups and config.solver == "auto":
         served: dict[int, list[float]] = {}
         for splits in accepted.values():
-            for size in {one.candidate.num_groups for one in splits}:
-                best = max(one.merit for one in splits if one.candidate.num_groups == size)
-                served.setdefault(size, []).append(best)
+            best = {one.candidate.num_groups: one.merit for one in reversed(splits)}
+            for size, merit in best.items():
+                served.setdefault(size, []).append(merit)
         num_groups = max(served, key=lambda size: (len(served[size]), sum(served[size]), -size))
     deciding = {}
     for prompt, splits in accepted.items():
@@ -118,21 +198,16 @@ def why_not(num_images: int, splits: list[Split], config: AuditConfig) -> str:
     if not splits:
         return "no hidden group: nothing that was measured varies between the images"
     best = splits[0].candidate
-    if best.separation < config.min_separation:
-        return (
-            f"no hidden group: the best split, by {best.evidence}, cuts through one hump "
-            f"(separation {best.separation:.2f}, at least {config.min_separation:g} is needed)"
-        )
-    if best.stability < config.min_stability:
-        return (
-            f"no hidden group: the best split, by {best.evidence}, changes with the noise "
-            f"(stability {best.stability:.2f}, at least {config.min_stability:g} is needed)"
-        )
+    for name, least, fault in (
+        ("separation", config.min_separation, "cuts through one hump"),
+        ("stability", config.min_stability, "changes with the noise"),
+    ):
+        if getattr(best, name) < least:
+            needed = f"({name} {getattr(best, name):.2f}, at least {least:g} is needed)"
+            return f"no hidden group: the best split, by {best.evidence}, {fault} {needed}"
     shares = ", ".join(f"{share:.0%}" for share in best.shares)
-    return (
-        f"no hidden group: the clearest split, by {best.evidence}, is balanced ({shares}): a style, not a spurious "
-        "attribute"
-    )
+    clearest = f"the clearest split, by {best.evidence}, is balanced ({shares})"
+    return f"no hidden group: {clearest}: a style, not a spurious attribute"
 
 
 def separation(scores: NDArray[Any], labels: NDArray[Any]) -> float:
@@ -147,20 +222,18 @@ def separation(scores: NDArray[Any], labels: NDArray[Any]) -> float:
         scores: (n,).
         labels: (n,) groups, rising with the score.
     """
-    ordered = np.sort(scores)
-    depths = []
     if len(np.unique(labels)) <= labels.max():
         return 0.0  # a group is empty
-    for group in range(labels.max()):
-        cores = [_core(np.sort(scores[labels == side])) for side in (group, group + 1)]
-        low_end, high_start = cores[0][1], cores[1][0]
-        start, end, density = min(cores, key=lambda core: core[2])
+    ordered = np.sort(scores)
+    cores = [_core(np.sort(scores[labels == group])) for group in range(labels.max() + 1)]
+    depths = []
+    for low, high in pairwise(cores):
+        start, end, density = min(low, high, key=lambda core: core[2])
         window = 0.5 * (end - start)
-        room = high_start - low_end - window
+        room = high[0] - low[1] - window
         if room <= 0 or window <= 0:
-            depths.append(0.0)
-            continue
-        starts = low_end + room * np.linspace(0, 1, 200)
+            return 0.0
+        starts = low[1] + room * np.linspace(0, 1, 200)
         inside = np.searchsorted(ordered, starts + window, "left") - np.searchsorted(ordered, starts, "right")
         # Two points more than were seen: in small groups an empty window can be luck.
         valley = (inside.min() + 2) / window
@@ -176,3 +249,39 @@ def _core(ordered: NDArray[Any]) -> tuple[float, float, float]:
     start = int((ordered[half:] - ordered[:-half]).argmin())
     width = float(ordered[start + half] - ordered[start])
     return float(ordered[start]), float(ordered[start + half]), half / width if width > 0 else np.inf
+
+
+def align_columns(
+    groups: dict[int, tuple[NDArray[Any], NDArray[Any]]], num_groups: int, features: NDArray[Any]
+) -> dict[int, NDArray[Any]]:
+    """W (n, E) of each prompt with its columns in such order that a column means the same under every prompt.
+
+    Groups are compared by the offset of their mean features from the prompt's own mean. The first prompt's groups are
+    ordered from most to least frequent, and the others' follow. A prompt of fewer than E groups has empty columns.
+
+    Args:
+        groups: For each prompt its images (n,), indices into `features`, and their W.
+        num_groups: E.
+        features: (N, D).
+    """
+    aligned: dict[int, NDArray[Any]] = {}
+    reference: NDArray[Any] | None = None
+    for prompt, (rows, weights) in groups.items():
+        weights = np.pad(weights, ((0, 0), (0, num_groups - weights.shape[1])))
+        mass, values = weights.sum(axis=0), features[rows].astype(np.float64)
+        means = (weights.T @ values) / np.maximum(mass, 1e-12)[:, None]
+        offsets = np.where(mass[:, None] > 0, means - means[mass > 0].mean(axis=0), 0.0)
+        offsets = offsets / np.maximum(values.std(axis=0), 1e-12)
+        offsets /= np.maximum(np.linalg.norm(offsets, axis=1, keepdims=True), 1e-12)
+        if reference is None:
+            order = np.argsort(-mass, kind="stable")
+            reference = offsets[order]
+        else:
+            order = linear_sum_assignment(-reference @ offsets.T)[1]
+        aligned[prompt] = weights[:, order]
+    return aligned
+
+
+def rarest(mass: NDArray[Any]) -> int:
+    """The group of least mass among those that have any; `mass` is (E,)."""
+    return int(np.where(mass > 0, mass, np.inf).argmin())

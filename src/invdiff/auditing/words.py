@@ -14,6 +14,7 @@ from scipy.stats import mannwhitneyu, norm
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
 
 from ..assets import COMMON_WORDS
+from ..config import AuditConfig
 from ..data.captioned import CaptionedImages
 from ..files import fingerprint
 from ..models.encoders import ClipEncoder
@@ -53,10 +54,9 @@ def describe_groups(
     data: CaptionedImages,
     rows: _Array,
     encoder: ClipEncoder,
+    config: AuditConfig,
     *,
-    words: Sequence[str] = (),
     cache_dir: Path,
-    seed: int = 0,
     progress: bool = True,
 ) -> AuditWords:
     """The words that are nearer to the images of each group than to the others', by prompt and over all prompts.
@@ -70,31 +70,34 @@ def describe_groups(
 
     Args:
         found: The audit, as inferred.
-        data: The images.
-        rows: (N,) indices of the audited images in `data`.
+        data: The images; those audited are `rows` (N,).
+        rows: See `data`.
         encoder: The CLIP model.
-        words: The user's own words, beside those of the captions and the common ones.
+        config: The user's own words, beside those of the captions and the common ones, and the seed of the sample.
         cache_dir: Where embeddings of images are kept.
-        seed: Of the sample of images.
         progress: Show a progress bar.
     """
-    chosen = vocabulary(data.captions, words)
-    texts = _unit(encoder.text_features([template.format(word) for word in chosen for template in TEMPLATES]))
-    texts = _unit(texts.reshape(len(chosen), len(TEMPLATES), -1).mean(axis=1))
+    words = vocabulary(data.captions, config.words)
+    texts = _unit(encoder.text_features([template.format(word) for word in words for template in TEMPLATES]))
+    texts = _unit(texts.reshape(len(words), len(TEMPLATES), -1).mean(axis=1))
     texts = texts - texts.mean(axis=0)
-    samples = list(_samples(found, seed))
-    shown = np.unique(np.concatenate([sample.positions for sample in samples] or [np.empty(0, dtype=int)]))
+    samples = list(_samples(found, config.seed))
+    shown = np.unique(np.concatenate([np.empty(0, dtype=int), *(sample.positions for sample in samples)]))
     images = np.zeros((0, texts.shape[1]))
     if len(shown):
-        key = fingerprint(encoder.weights_digest(), data.fingerprint, rows[shown].tobytes())
-        path, label = cache_dir / f"{key}.safetensors", "looking for words"
-        images = _unit(cached_features(path, data, rows[shown], encoder.extract, label=label, progress=progress))
+        path = (
+            cache_dir / f"{fingerprint(encoder.weights_digest(), data.fingerprint, rows[shown].tobytes())}.safetensors"
+        )
+        label = "looking for words"
+        images = _unit(
+            cached_features(path, data, rows[shown], lambda: encoder.extract, label=label, progress=progress)
+        )
     tests = []
     for sample in samples:
         scores = images[np.searchsorted(shown, sample.positions)] @ texts.T
-        said = named_in(sample.caption, chosen)
+        said = named_in(sample.caption, words)
         tests.append([_test(scores, sample.labels == k, said) for k in range(found.num_groups[sample.factor])])
-    stems = np.array([stem(word) for word in chosen])
+    stems = np.array([stem(word) for word in words])
     alike = (_unit(texts) @ _unit(texts).T > SYNONYMS) | (stems[:, None] == stems)
     entries = []
     for factor, num_groups in enumerate(found.num_groups):
@@ -104,19 +107,16 @@ def describe_groups(
             for group in range(num_groups):
                 if any((samples[index].labels == group).any() for index in together):
                     own = np.array([tests[index][group] for index in together])
-                    named = _named(own, num_groups, chosen, alike)
+                    named = _named(own, num_groups, words, alike)
                     note = "" if named else NO_WORD if own[:, 0].any() else TOO_FEW
                     entries.append(GroupWords(prompt, factor, group, tuple(named), note))
-    return AuditWords(encoder.name, found.fingerprint, len(chosen), len(shown), LEVEL, tuple(entries))
+    return AuditWords(encoder.name, found.fingerprint, len(words), len(shown), LEVEL, tuple(entries))
 
 
 def _test(scores: _Array, own: _Array, said: _Array) -> tuple[_Array, _Array, _Array]:
     """Precision (0 for a word that is not tried), Cohen's d and one-sided p-value of each word, (V,) each.
 
-    Args:
-        scores: (n, V) of one prompt's images.
-        own: (n,) whether they are in the group.
-        said: (V,) words that the prompt says.
+    Of `scores` (n, V) of one prompt's images, `own` (n,) are in the group; words `said` (V,) are in the prompt.
     """
     size, rest, words = own.sum(), (~own).sum(), scores.shape[1]
     precision, effect, p_value = np.zeros(words), np.zeros(words), np.ones(words)
@@ -147,15 +147,13 @@ def _named(tests: _Array, num_groups: int, words: Sequence[str], alike: _Array) 
 
 
 class _Sample(NamedTuple):
-    """The images of one prompt that CLIP is shown, for one hidden factor."""
+    """The images of one prompt that CLIP is shown, for one hidden factor: (n,) rising positions and their groups."""
 
     prompt: int
     caption: str
     factor: int
     positions: _Array
-    """(n,) in the audit, rising."""
     labels: _Array
-    """(n,) their groups."""
 
 
 def _samples(found: Audit, seed: int) -> Iterator[_Sample]:
@@ -173,12 +171,7 @@ def _samples(found: Audit, seed: int) -> Iterator[_Sample]:
 
 
 def vocabulary(captions: Sequence[str], further: Sequence[str] = ()) -> list[str]:
-    """The words that CLIP chooses from, each once: the user's own, the commonest of the captions, common ones.
-
-    Args:
-        captions: One per image.
-        further: The user's own words.
-    """
+    """The words that CLIP chooses from, each once: the user's `further` ones, the captions' commonest, common ones."""
     of_captions = CountVectorizer(
         token_pattern=r"(?u)\b[^\W\d_]{3,30}\b",  # noqa: S106  # letters only
         stop_words=STOP_WORDS,
