@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from conftest import make_guidance_module, write_tiny_folder
-from invdiff.auditing import evidence as scores_module
+from invdiff.auditing import evidence as evidence_module
 from invdiff.auditing.edits import CURATION, Edits, apply
 from invdiff.auditing.evidence import Evidence
 from invdiff.auditing.result import Audit
@@ -21,17 +22,10 @@ from invdiff.guidance.attach import attach
 CONFIG = AuditConfig(solver="exact", batch_size=4, min_images=4, min_share=0.1)
 
 
-class Latents(ShardedTensor):
-    """Latents that are never read."""
-
-    def __init__(self) -> None:
-        super().__init__([])
-
-
 def made_up_data(captions: list[str], caption_ids: np.ndarray) -> EncodedImages:
     count = len(caption_ids)
     return EncodedImages(
-        latents=Latents(),
+        latents=ShardedTensor([]),  # never read
         captions=captions,
         caption_ids=torch.as_tensor(caption_ids),
         conditions={"prompt_embeds": torch.zeros(len(captions) + 1, 1, 1)},
@@ -76,18 +70,17 @@ def test_the_rare_group_is_found_by_the_evidence_that_shows_it(kind, rare):
     assert found.scores[minority].min() > found.scores[~minority].max()
 
 
-def test_where_nothing_is_hidden_nothing_is_found_and_the_reason_is_given():
-    found = inferred(birds(), made_up_evidence(np.zeros(600, dtype=bool), contrast=0, features=0), [0])
+@pytest.mark.parametrize(
+    ("count", "strength", "reason", "candidates"),
+    [(600, 0, "no hidden group", True), (20, 9, r"too few images to judge \(20;", False)],
+)
+def test_where_nothing_is_hidden_or_can_be_judged_the_reason_is_given(count, strength, reason, candidates):
+    minority = np.arange(count) >= count - 5
+    found = inferred(birds(count), made_up_evidence(minority, contrast=strength, features=strength), [0])
     assert not found.biased
-    assert found.prompts[0].reason.startswith("no hidden group")
-    assert len(found.prompts[0].candidates) > 2
+    assert re.match(reason, found.prompts[0].reason)
+    assert bool(found.prompts[0].candidates) == candidates
     assert (found.group_weights[0] == 0.5).all()
-
-
-def test_too_few_images_are_left_undecided():
-    found = inferred(birds(20), made_up_evidence(np.arange(20) >= 15, contrast=9, features=9), [0])
-    assert not found.biased
-    assert "too few images to judge (20;" in found.prompts[0].reason
 
 
 def test_groups_of_two_prompts_share_their_columns():
@@ -97,24 +90,34 @@ def test_groups_of_two_prompts_share_their_columns():
     minority = np.arange(1200) % 600 >= 540
     evidence = made_up_evidence(on_water, contrast=0, features=6)
     contrast = made_up_evidence(minority, contrast=8, features=0)
-    both = Evidence(contrast.losses, evidence.features)
+    both = Evidence(contrast.losses, evidence.features, contrast_only=True)
     found = inferred(made_up_data(["a landbird", "a waterbird"], caption_ids), both, [0, 1])
     assert np.array_equal(found.group_weights[0].argmax(axis=1) == 1, on_water)
 
 
-def test_a_caption_that_states_the_group_is_set_apart():
-    caption_ids = np.zeros(1000, dtype=int)
-    caption_ids[:150] = 1
-    minority = np.arange(1000) >= 940
-    data = made_up_data(["a bird", "a bird on land"], caption_ids)
-    evidence = made_up_evidence(minority, contrast=8, features=0)
-    found = inferred(data, evidence, [0, 0])
-    hidden, stated = found.prompts
-    assert hidden.found
-    assert hidden.captions == ["a bird"]
-    assert stated.captions == ["a bird on land"]
-    assert "land, on" in stated.reason
-    assert (found.group_weights[0][:150] == 0.5).all()
+@pytest.mark.parametrize(
+    ("captions", "sizes", "rare", "words"),
+    [
+        (["a bird on land", "a bird"], [150, 850], [range(940, 1000)], "land, on"),
+        # Under neither prompt does the rare group come with "on"; both prompts together show that it is no luck.
+        (
+            ["a landbird", "a landbird on land", "a waterbird", "a waterbird on water"],
+            [500, 90, 500, 90],
+            [range(30), range(590, 620)],
+            "on",
+        ),
+    ],
+)
+def test_captions_that_state_the_group_are_set_apart(captions, sizes, rare, words):
+    minority = np.isin(np.arange(sum(sizes)), np.concatenate(rare))
+    ids = np.repeat(np.arange(len(sizes)), sizes)
+    evidence = replace(made_up_evidence(minority, contrast=8, features=0), contrast_only=True)
+    found = inferred(made_up_data(captions, ids), evidence, [k // 2 for k in range(len(captions))])
+    plain = [caption for caption in captions if " on " not in caption]
+    assert [prompt.captions for prompt in found.prompts if prompt.found] == [[caption] for caption in plain]
+    stated = [prompt for prompt in found.prompts if not prompt.found]
+    assert all(" on " in prompt.prompt and words in prompt.reason for prompt in stated)
+    assert (found.group_weights[0][np.isin(ids, [captions.index(prompt.prompt) for prompt in stated])] == 0.5).all()
 
 
 @pytest.fixture(scope="module")
@@ -132,20 +135,15 @@ def edited(audit: Audit) -> Audit:
 
 def same(one: Audit, other: Audit) -> bool:
     return (
-        one.fingerprint == other.fingerprint
-        and one.prompts == other.prompts
-        and one.group_names == other.group_names
+        (one.fingerprint, one.prompts, one.names) == (other.fingerprint, other.prompts, other.names)
+        and (one.group_names, one.forwards_per_image) == (other.group_names, other.forwards_per_image)
         and (one.edits == other.edits or not (one.edits.changed or other.edits.changed))
         and np.array_equal(one.scores, other.scores)
     )
 
 
 def test_an_audit_is_saved_and_loaded_whole(found, tmp_path):
-    loaded = Audit.load(found.save(tmp_path / "audit"))
-    assert same(loaded, found)
-    assert loaded.names == found.names
-    assert np.array_equal(loaded.group_weights[0], found.group_weights[0])
-    assert loaded.forwards_per_image == found.forwards_per_image
+    assert same(Audit.load(found.save(tmp_path / "audit")), found)
 
 
 @pytest.mark.parametrize(
@@ -185,15 +183,16 @@ def test_a_folder_that_is_no_audit_is_refused(found, tmp_path):
 
 def test_an_image_left_out_is_in_no_rare_group(found):
     assert np.array_equal(found.in_rare_group, np.arange(600) % 300 >= 280)
-    less = apply(found, Edits().without_images([285, 3]))
-    assert less.in_rare_group.sum() == 39
-    assert not less.in_rare_group[285]
     # Column 0 is the first maximum of a row of zeros.
-    swapped = replace(found, group_weights=(found.group_weights[0][:, ::-1],))
-    swapped = replace(swapped, prompts=[replace(p, shares=p.shares[::-1]) for p in found.prompts])
-    less = apply(swapped, Edits().without_images([285, 3]))
-    assert less.in_rare_group.sum() == 39
-    assert not less.in_rare_group[3]
+    swapped = replace(
+        found,
+        group_weights=(found.group_weights[0][:, ::-1],),
+        prompts=[replace(prompt, shares=prompt.shares[::-1]) for prompt in found.prompts],
+    )
+    for whole in (found, swapped):
+        less = apply(whole, Edits().without_images([285, 3])).in_rare_group
+        assert less.sum() == 39
+        assert not less[[3, 285]].any()
 
 
 def test_images_of_a_prompt_in_one_group_are_not_rare(found):
@@ -214,7 +213,7 @@ def test_an_audit_that_people_changed_is_saved_with_what_it_was(found, tmp_path)
     assert [path.name for path in (tmp_path / "b").iterdir() if "curation" in path.name] == [CURATION]
 
 
-def test_the_same_audit_leaves_people_s_changes_and_another_puts_them_aside(found, tmp_path):
+def test_the_same_audit_leaves_people_s_changes_and_others_put_them_aside(found, tmp_path):
     edited(found).save_edits(found.save(tmp_path))
     text = (tmp_path / CURATION).read_text()
     found.save(tmp_path)
@@ -223,14 +222,10 @@ def test_the_same_audit_leaves_people_s_changes_and_another_puts_them_aside(foun
     assert same(Audit.load(other.save(tmp_path)), other)
     assert (tmp_path / f"curation-{found.fingerprint}.json").read_text() == text
     assert not (tmp_path / CURATION).exists()
-
-
-def test_changes_that_give_way_to_others_are_put_aside(found, tmp_path):
     edited(found).save_edits(found.save(tmp_path))
-    text = (tmp_path / CURATION).read_text()
     other = apply(found, Edits().without_images([7]))
     assert same(Audit.load(other.save(tmp_path)), other)
-    assert (tmp_path / f"curation-{found.fingerprint}.json").read_text() == text
+    assert (tmp_path / f"curation-{found.fingerprint}-2.json").read_text() == text
 
 
 def test_groups_replaced_after_people_s_changes_are_saved_as_they_are(found, tmp_path):
@@ -265,30 +260,22 @@ def test_an_audit_of_a_pipeline_counts_its_forwards(tiny_pipe, tiny_folder, tmp_
 
 def test_a_killed_audit_goes_on_to_the_same_result(tiny_pipe, tiny_folder, tmp_path, monkeypatch):
     data = load_captioned_images(tiny_folder)
-    monkeypatch.setattr(scores_module, "SHARD_SIZE", 4)
+    measure, measured = evidence_module._measure, []
+    monkeypatch.setattr(evidence_module, "SHARD_SIZE", 4)
     whole = audit(tiny_pipe, data, config=CONFIG, cache_dir=tmp_path / "whole", progress=False)
 
-    measured = []
-    measure = scores_module._measure
-
-    def killed_in_the_middle(denoiser, data, rows, config, other):
-        if len(measured) == 2:
+    def watched(denoiser, data, rows, config, others):
+        if len(measured) == 8:
+            measured.append("killed")
             raise KeyboardInterrupt
-        measured.append(rows)
-        return measure(denoiser, data, rows, config, other)
+        measured.extend(rows.tolist())
+        return measure(denoiser, data, rows, config, others)
 
-    monkeypatch.setattr(scores_module, "_measure", killed_in_the_middle)
+    monkeypatch.setattr(evidence_module, "_measure", watched)
     with pytest.raises(KeyboardInterrupt):
         audit(tiny_pipe, data, config=CONFIG, cache_dir=tmp_path / "cut", progress=False)
-    resumed_rows = []
-
-    def counted(denoiser, data, rows, config, other):
-        resumed_rows.extend(rows.tolist())
-        return measure(denoiser, data, rows, config, other)
-
-    monkeypatch.setattr(scores_module, "_measure", counted)
     resumed = audit(tiny_pipe, data, config=CONFIG, cache_dir=tmp_path / "cut", progress=False)
-    assert resumed_rows == [8, 9, 10, 11]
+    assert measured == [*range(8), "killed", *range(8, 12)]
     whole.save(tmp_path / "a")
     resumed.save(tmp_path / "b")
     for name in ("audit.safetensors", "audit.json"):
@@ -304,13 +291,12 @@ def test_another_solver_reuses_the_measurements(tiny_pipe, tiny_folder, tmp_path
 
 
 def test_the_loss_under_other_captions_is_measured_where_asked(tiny_pipe, tiny_folder, tmp_path):
-    plain_config = replace(CONFIG, solver="auto")
-    config = replace(plain_config, other_captions=("a photo of a landbird on water",))
-    found = audit(tiny_pipe, load_captioned_images(tiny_folder), config=config, cache_dir=tmp_path, progress=False)
-    plain = audit(
-        tiny_pipe, load_captioned_images(tiny_folder), config=plain_config, cache_dir=tmp_path, progress=False
+    data, options = load_captioned_images(tiny_folder), {"cache_dir": tmp_path, "progress": False}
+    plain, other = (
+        audit(tiny_pipe, data, config=replace(CONFIG, solver="auto", other_captions=captions), **options)
+        for captions in ((), ("a photo of a landbird on water",))
     )
-    assert found.forwards_per_image == plain.forwards_per_image + CONFIG.contrast_draws
+    assert other.forwards_per_image == plain.forwards_per_image + CONFIG.contrast_draws
 
 
 @pytest.mark.parametrize(("name", "model"), [("vision_encoder", "a vision encoder"), ("words_model", "a CLIP model")])
@@ -355,16 +341,3 @@ def test_another_model_is_measured_afresh(tiny_pipe, tmp_path):
     second = audit(tiny_pipe, data, config=CONFIG, cache_dir=tmp_path, progress=False)
     assert first.settings["denoiser_fingerprint"] != second.settings["denoiser_fingerprint"]
     assert not np.array_equal(first.scores, second.scores)
-
-
-def test_captions_that_only_ever_say_the_usual_are_set_apart_too():
-    """Under neither prompt does the rare group come with "on"; both prompts together show that it is no luck."""
-    caption_ids = np.repeat([0, 1, 2, 3], [500, 90, 500, 90])
-    minority = np.zeros(1180, dtype=bool)
-    minority[:30] = minority[590:620] = True
-    captions = ["a landbird", "a landbird on land", "a waterbird", "a waterbird on water"]
-    evidence = made_up_evidence(minority, contrast=8, features=0)
-    data = made_up_data(captions, caption_ids)
-    found = inferred(data, evidence, [0, 0, 1, 1])
-    assert [prompt.captions for prompt in found.prompts if prompt.found] == [["a landbird"], ["a waterbird"]]
-    assert all("on" in prompt.reason for prompt in found.prompts if not prompt.found)

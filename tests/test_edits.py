@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -48,22 +50,13 @@ def plain_edits(**options: Any) -> Edits:
     return apply(made_up(**options), Edits()).edits
 
 
-def test_an_audit_that_nobody_edited_has_no_edits(tmp_path: Path) -> None:
-    edits = Audit.load(made_up().save(tmp_path)).edits
-    assert edits == plain_edits()
-    assert not edits.changed
-    assert edits.names == (("", "", ""),)
-    assert [edits.group_name(group) for group in range(4)] == ["group 0", "group 1", "group 2", "group 3"]
-
-
 def test_a_name_is_one_clean_line() -> None:
     named = plain_edits().with_name(0, 1, "  on\nwater\u202e \x00")
     assert named.names == (("", "on water", ""),)
-    assert (named.group_name(1), named.group_name(0)) == ("on water", "group 0")
-    assert named.with_name(0, 1, " ") == plain_edits()
-    assert named.with_name(0, 0, "x" * NAME_LIMIT).group_name(0) == "x" * NAME_LIMIT
-    assert named.with_name(0, 1, "Group 1") == plain_edits()
-    assert named.with_name(0, 0, "group 1 of birds").group_name(0) == "group 1 of birds"
+    assert [named.group_name(group) for group in (0, 1, 3)] == ["group 0", "on water", "group 3"]
+    assert named.with_name(0, 1, " ") == named.with_name(0, 1, "Group 1") == plain_edits()
+    for name in ("x" * NAME_LIMIT, "group 1 of birds"):
+        assert named.with_name(0, 0, name).group_name(0) == name
 
 
 @pytest.mark.parametrize("name", ["water", "WATER", "ｗａｔｅｒ", "wa\u200dter", " water "])
@@ -118,13 +111,13 @@ def test_edits_that_were_saved_are_read_back(tmp_path: Path) -> None:
     changed = apply(made_up(), edits)
     changed.save_edits(made_up().save(tmp_path))
     loaded = Audit.load(tmp_path)
-    assert loaded.edits == edits
-    assert loaded.fingerprint == changed.fingerprint
+    assert (loaded.edits, loaded.fingerprint) == (edits, changed.fingerprint)
     kept = json.loads((tmp_path / CURATION).read_text(encoding="utf-8"))
     assert kept["left_out"] == [{"position": 0, "image": "0.png"}, {"position": 9, "image": "9.png"}]
     assert kept["cuts"][0]["caption"] == "prompt 0"
     apply(changed, Edits()).save_edits(tmp_path)
     assert not (tmp_path / CURATION).exists()
+    assert Audit.load(tmp_path).edits == plain_edits()
 
 
 def test_edits_to_another_audit_are_refused(tmp_path: Path) -> None:
@@ -144,10 +137,7 @@ def test_edits_to_another_audit_are_refused(tmp_path: Path) -> None:
 
 def _put(*path: str | int, value: Any) -> Callable[[Any], Any]:
     def change(kept: Any) -> Any:
-        inner = kept
-        for part in path[:-1]:
-            inner = inner[part]
-        inner[path[-1]] = value
+        functools.reduce(operator.getitem, path[:-1], kept)[path[-1]] = value
         return kept
 
     return change
@@ -158,28 +148,16 @@ def _put(*path: str | int, value: Any) -> Callable[[Any], Any]:
     [
         lambda kept: [],
         lambda kept: {"audit": kept["audit"]},
-        _put("audit", value=7),
-        _put("names", value=[["a"]]),
-        _put("names", value=[["a", "b", 3]]),
-        _put("names", value=[["a", "a", ""]]),
-        _put("names", value=[["x" * 61, "", ""]]),
-        _put("names", value={"a": 1}),
-        _put("left_out", value=[5]),
-        _put("left_out", 0, "position", value=True),
-        _put("left_out", 0, "position", value=-1),
-        _put("left_out", 0, "position", value=11),
-        _put("left_out", 0, "position", value="0"),
-        _put("left_out", value=[{"position": row, "image": f"{row}.png"} for row in range(6)]),
-        _put("cuts", 0, "prompt", value=3),
-        _put("cuts", 0, "prompt", value=-1),
-        _put("cuts", 0, "prompt", value=2),
-        _put("cuts", 0, "scores", value=[1.0]),
-        _put("cuts", 0, "scores", value=[1.0, 0.0]),
-        _put("cuts", 0, "scores", value=[0.0, math.nan]),
-        _put("cuts", 0, "scores", value=[0.0, 10**400]),
-        _put("cuts", 0, "scores", value=["0", "1"]),
-        _put("cuts", 0, "scores", value="01"),
         lambda kept: {**kept, "cuts": kept["cuts"] * 2},
+        _put("audit", value=7),
+        *[_put("names", value=value) for value in ([["a"]], [["a", "b", 3]], [["a", "a", ""]], {"a": 1})],
+        _put("names", value=[["x" * 61, "", ""]]),
+        _put("left_out", value=[5]),
+        *[_put("left_out", 0, "position", value=value) for value in (True, -1, 11, "0")],
+        _put("left_out", value=[{"position": row, "image": f"{row}.png"} for row in range(6)]),
+        *[_put("cuts", 0, "prompt", value=value) for value in (3, -1, 2)],
+        *[_put("cuts", 0, "scores", value=value) for value in ([1.0], [1.0, 0.0], [0.0, math.nan], [0.0, 10**400])],
+        *[_put("cuts", 0, "scores", value=value) for value in (["0", "1"], "01")],
         _put("cuts", value=None),
     ],
 )
@@ -216,8 +194,8 @@ def test_shares_are_rounded_and_others_stay() -> None:
     assert new.prompts[0] == audit.prompts[0]
     assert np.array_equal(new.group_weights[0][:6], audit.group_weights[0][:6])
     assert np.array_equal(new.scores, audit.scores)
-    assert audit.fingerprint == made_up().fingerprint  # and so does the audit that it was applied to
-    assert apply(new, Edits()).fingerprint == audit.fingerprint
+    # And so does the audit that it was applied to.
+    assert audit.fingerprint == made_up().fingerprint == apply(new, Edits()).fingerprint
 
 
 def test_an_image_left_out_is_in_no_group_of_any_factor() -> None:
@@ -238,8 +216,8 @@ def test_a_soft_w_becomes_hard_where_cuts_were_moved() -> None:
     ("edits", "message"),
     [
         (Edits(left_out=(6, 7, 8)), "at least one image of “prompt 1” to keep"),
-        (Edits(left_out=(11,)), "leave out some of 11 images, got number 11"),
-        (Edits(cuts={3: (0.0,)}), "groups of 3 prompts, got number 3"),
+        (Edits(left_out=(11,)), "some of 11 images, got number 11"),
+        (Edits(cuts={3: (0.0,)}), "some of 3 prompts, got number 3"),
         (Edits(cuts={0: (0.0,)}), "Expected 2 cuts between the groups of “prompt 0”"),
         (Edits(cuts={1: (0.0, 1.0)}), "Expected 1 cuts between the groups of “prompt 1”"),
         (Edits(cuts={2: (0.0,)}), "Expected 0 cuts between the groups of “prompt 2”"),
@@ -255,17 +233,14 @@ def test_edits_to_another_audit_are_put_aside(tmp_path: Path) -> None:
     audit, edited = made_up(), apply(made_up(), Edits().without_images([1]))
     assert audit.put_aside(tmp_path) is None
     other = replace(made_up(), prompt_ids=np.array([*PROMPTS[:-1], 0]))
-    places = []
-    for _ in range(2):
+    for ending in ("", "-2"):
         edited.save_edits(tmp_path)
         text = (tmp_path / CURATION).read_text()
         assert audit.put_aside(tmp_path) is None
-        place = other.put_aside(tmp_path)
-        assert place is not None
+        place = tmp_path / f"curation-{audit.fingerprint}{ending}.json"
+        assert other.put_aside(tmp_path) == place
         assert place.read_text() == text
         assert not (tmp_path / CURATION).exists()
-        places.append(place.name)
-    assert places == [f"curation-{audit.fingerprint}.json", f"curation-{audit.fingerprint}-2.json"]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"audit": "../../../etc/passwd"}', '{"audit": 3}'])

@@ -9,7 +9,6 @@ from invdiff.auditing.run import audit
 from invdiff.auditing.splits import split
 from invdiff.config import AuditConfig
 from invdiff.data.captioned import load_captioned_images
-from invdiff.errors import ModelError
 
 CONFIG = AuditConfig()
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
@@ -29,18 +28,13 @@ def encoder_dir(request, tmp_path_factory):
     return folder
 
 
-def test_each_image_is_seen_as_it_is_and_mirrored(encoder_dir, tiny_folder, tmp_path):
-    data = load_captioned_images(tiny_folder)
-    features = encode_vision(str(encoder_dir), data, np.arange(12), tmp_path, progress=False)
+def test_each_image_is_seen_as_it_is_and_mirrored_once(encoder_dir, tiny_folder, tmp_path, monkeypatch):
+    data, rows = load_captioned_images(tiny_folder), np.arange(12)
+    features = encode_vision(str(encoder_dir), data, rows, tmp_path, progress=False)
     assert features.shape == (12, 2, 16)
     assert not np.array_equal(features[:, 0], features[:, 1])
-
-
-def test_features_are_computed_once(encoder_dir, tiny_folder, tmp_path, monkeypatch):
-    data = load_captioned_images(tiny_folder)
-    first = encode_vision(str(encoder_dir), data, np.arange(12), tmp_path, progress=False)
     monkeypatch.setattr(evidence, "VisionEncoder", None)
-    assert np.array_equal(encode_vision(str(encoder_dir), data, np.arange(12), tmp_path, progress=False), first)
+    assert np.array_equal(encode_vision(str(encoder_dir), data, rows, tmp_path, progress=False), features)
 
 
 def test_its_components_are_weighed_by_the_audit(encoder_dir, tiny_pipe, tiny_folder, tmp_path, monkeypatch):
@@ -53,10 +47,8 @@ def test_its_components_are_weighed_by_the_audit(encoder_dir, tiny_pipe, tiny_fo
     assert not any(str(encoder_dir.parent) in name for name in names)  # the path is private
 
 
-def test_a_folder_that_is_no_encoder_is_refused(tiny_folder, tmp_path):
-    data = load_captioned_images(tiny_folder)
-    with pytest.raises(ModelError, match="Expected a vision encoder"):
-        encode_vision(str(tmp_path), data, np.arange(12), tmp_path, progress=False)
+def two_views(content: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
+    return np.stack([content + rng.normal(0, noise, content.shape) for _ in range(2)], axis=1)
 
 
 @pytest.mark.parametrize(("count", "times"), [(60, 5), (131, 5), (200, 5), (800, 1)])
@@ -65,8 +57,7 @@ def test_nothing_is_found_in_features_that_hide_nothing(count, times):
     for seed in range(times):
         rng = np.random.default_rng(seed)
         style = rng.normal(size=(count, 14)) @ rng.normal(size=(14, 60))
-        features = np.stack([style + rng.normal(0, 0.5, style.shape) for _ in range(2)], axis=1)
-        scores = component_scores(features, "features", seed=0)
+        scores = component_scores(two_views(style, 0.5, rng), "features", seed=0)
         assert bool(scores) == (count >= 160)
         splits = [split(score, size, CONFIG) for score in scores for size in (2, 3)]
         accepted += [one.candidate for one in splits if one.candidate.accepted]
@@ -75,15 +66,11 @@ def test_nothing_is_found_in_features_that_hide_nothing(count, times):
 
 def test_a_hidden_direction_of_the_features_is_found_though_it_is_not_the_largest():
     rng = np.random.default_rng(0)
-    count, width = 800, 40
-    rare = np.arange(count) < 80
-    style = rng.normal(size=(count, 6)) @ rng.normal(size=(6, width)) * 3
-    content = style + np.outer(rare * 4.0, rng.normal(size=width))
-    features = np.stack([content + rng.normal(0, 0.2, content.shape) for _ in range(2)], axis=1)
-    best = max(
-        (split(score, 2, CONFIG) for score in component_scores(features, "features", seed=0)),
-        key=lambda one: (one.candidate.accepted, one.merit),
-    )
+    rare = np.arange(800) < 80
+    style = rng.normal(size=(800, 6)) @ rng.normal(size=(6, 40)) * 3
+    content = style + np.outer(rare * 4.0, rng.normal(size=40))
+    scores = component_scores(two_views(content, 0.2, rng), "features", seed=0)
+    best = max((split(score, 2, CONFIG) for score in scores), key=lambda one: (one.candidate.accepted, one.merit))
     assert best.candidate.accepted
     assert np.array_equal(best.weights.argmax(axis=1) == 1, rare)
 

@@ -128,9 +128,10 @@ def birds(rare=30, usual=90):
     return np.array(labels), np.repeat([0, 1], rare + usual)
 
 
-def tell(found, data, encoder, tmp_path, **options):
-    rows = np.arange(len(found.names))
-    return describe_groups(found, data, rows, encoder, cache_dir=tmp_path, progress=False, **options)
+def tell(found, data, encoder, tmp_path, rows=None, words=()):
+    rows = np.arange(len(found.names)) if rows is None else rows
+    config = AuditConfig(words_model="stand-in", words=tuple(words))
+    return describe_groups(found, data, rows, encoder, config, cache_dir=tmp_path, progress=False)
 
 
 def words_of(told, prompt, group):
@@ -199,7 +200,6 @@ def test_words_of_captions_and_of_the_user_are_tried(tmp_path):
     found, data, encoder = sea_birds(("heron", "Old Harbour"), captions=["a heron or not"] * 240)
     told = tell(found, data, encoder, tmp_path, words=["Old Harbour"])
     assert set(words_of(told, None, ON_WATER)) == {"heron", "Old Harbour"}
-    assert told.vocabulary == tell(found, data, encoder, tmp_path).vocabulary + 1
 
 
 def test_near_synonyms_and_plurals_are_thinned_to_the_best(tmp_path):
@@ -248,7 +248,7 @@ def test_only_the_images_that_count_are_shown_from_where_the_data_has_them(tmp_p
         shown[row] = ("sea",) if label == ON_WATER else ()
     data = CaptionedImages(["a bird"] * count, [str(i) for i in range(count)], {}, 0.0, pictures(count).__getitem__)
     encoder = StandIn(shown)
-    told = describe_groups(found, data, rows, encoder, cache_dir=tmp_path, progress=False)
+    told = tell(found, data, encoder, tmp_path, rows)
     assert words_of(told, 0, ON_WATER) == ["sea"]
     assert set(encoder.images) == set(rows[40:])
 
@@ -303,19 +303,11 @@ def test_the_vocabulary_holds_each_word_once_the_user_s_first():
     assert vocabulary([]) == vocabulary(["the photo"] * 5)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "word", "said"),
-    [
-        ("a photo of boats", "Boat", True),
-        ("a photo of a boat", "boats", True),
-        ("a photo of glass", "glas", False),
-        ("a palm tree", "palm tree", True),
-        ("a palm", "palm tree", False),
-        ("a palm", "...", False),
-    ],
-)
-def test_what_a_prompt_says_is_known_in_any_number_and_case(prompt, word, said):
-    assert named_in(prompt, [word]).tolist() == [said]
+def test_words_that_a_prompt_says_are_known_in_any_number_and_case():
+    words = ["Boat", "boats", "glas", "palm tree", "palm", "..."]
+    said = named_in("a photo of boats of glass under a Palm", words)
+    assert said.tolist() == [True, True, False, False, True, False]
+    assert named_in("a palm tree", ["palm tree"]).all()
 
 
 @pytest.fixture(scope="module")
@@ -409,10 +401,8 @@ def test_words_come_back_whole(tmp_path):
 
 
 def test_words_are_found_by_prompt_factor_and_group():
-    assert FOUND.of(0, 1) == WATER
-    assert FOUND.of(None, 0) == NOTHING
-    assert FOUND.of(0, 0) is None
-    assert FOUND.of(0, 1, factor=1) is None
+    assert (FOUND.of(0, 1), FOUND.of(None, 0)) == (WATER, NOTHING)
+    assert FOUND.of(0, 0) is FOUND.of(0, 1, factor=1) is None
     assert (WATER.line, NOTHING.line) == ("water, boat", "no word tells it apart")
 
 
@@ -427,7 +417,7 @@ def test_words_of_another_audit_are_refused_and_removed(tmp_path):
     assert Audit.load(replace(OTHER, words=FOUND).save(tmp_path / "two")).words is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", "null", "{}", '{"groups": 1}', "\xff"])
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"groups": 1}', "\xff"])
 def test_other_files_are_refused_and_removed(tmp_path, text):
     (AUDIT.save(tmp_path) / WORDS).write_text(text, encoding="latin-1")
     with pytest.raises(AuditError, match="Expected words for groups"):
@@ -437,17 +427,15 @@ def test_other_files_are_refused_and_removed(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("group", True), ("prompt", "0"), ("note", None), ("words", [1]), ("words", [{"word": 1}])]
+    "values",
+    [
+        *[{"group": True}, {"prompt": "0"}, {"note": None}, {"words": [1]}, {"words": [{"word": 1}]}],
+        {"words": [{"word": "sea", "effect": float("inf"), "p_value": 0.1}]},
+    ],
 )
-def test_a_group_of_another_kind_is_refused(tmp_path, name, value):
-    changed(tmp_path, lambda document: document["groups"][0].update({name: value}))
+def test_a_group_of_another_kind_is_refused(tmp_path, values):
+    changed(tmp_path, lambda document: document["groups"][0].update(values))
     with pytest.raises(AuditError, match="Expected words for groups"):
-        Audit.load(tmp_path)
-
-
-def test_figures_are_finite(tmp_path):
-    changed(tmp_path, lambda document: document["groups"][0]["words"][0].update({"effect": float("inf")}))
-    with pytest.raises(AuditError, match="a finite number, got inf"):
         Audit.load(tmp_path)
 
 

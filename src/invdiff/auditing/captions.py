@@ -34,15 +34,14 @@ LEVEL = 0.001
 def group_captions(
     denoiser: Denoiser, data: EncodedImages, *, threshold: float, seed: int
 ) -> tuple[NDArray[Any], float]:
-    """Group captions that make the model predict the same.
+    """The prompt of each caption (captions,), from 0, and the denoiser forwards spent per image.
 
-    Paraphrases are one prompt: each alone may have too few images to judge. Average linkage joins captions up to a
-    distance of `threshold`. Of more than `MOST_CAPTIONS` different captions, those nearest to the centres of k-means
-    on mean embeddings are compared, and each of the others goes where the caption at its centre goes. Where class
-    labels stand for captions, each class is a prompt.
-
-    Returns:
-        The prompt of each caption (captions,), from 0, and the denoiser forwards spent per image.
+    Captions under which the model predicts the same, such as paraphrases, are one prompt: each alone may have too few
+    images to judge. Their distances are mean squared differences of predictions on the same noisy images, in units of
+    the model's own squared error there, so that captions that are all paraphrases of each other are all near; average
+    linkage joins captions up to a distance of `threshold`. Of more than `MOST_CAPTIONS` different captions, those
+    nearest to the centres of k-means on mean embeddings are compared, and each of the others goes where the caption at
+    its centre goes. Where class labels stand for captions, each class is a prompt.
     """
     count = len(data.captions)
     if count == 1 or not data.conditions:
@@ -56,18 +55,6 @@ def group_captions(
         centres = MiniBatchKMeans(MOST_CAPTIONS, n_init=3, random_state=seed).fit(means)
         used, stands_for = np.unique(centres.labels_, return_inverse=True)
         compared = centres.transform(means)[:, used].argmin(axis=0)
-    distances = caption_distances(denoiser, data, compared, seed=seed)
-    tree = linkage(squareform(distances, checks=False), method="average")
-    prompts = fcluster(tree, threshold, criterion="distance").astype(np.int64) - 1
-    return prompts[stands_for], (len(compared) + 1) * PROBES / len(data)
-
-
-def caption_distances(denoiser: Denoiser, data: EncodedImages, compared: NDArray[Any], *, seed: int) -> NDArray[Any]:
-    """How far swapping two of the `compared` captions moves the model's prediction, (compared, compared).
-
-    Mean squared differences of predictions on the same noisy images, in units of the model's own squared error
-    there. An absolute scale: captions that are all paraphrases of each other are all near.
-    """
     rng = generator("captions", seed)
     rows = torch.randint(len(data), (PROBES,), generator=rng)
     noisy_latents, timesteps, target = add_noise(denoiser, data.latents[rows], LOG_SNR, rng)
@@ -81,7 +68,9 @@ def caption_distances(denoiser: Denoiser, data: EncodedImages, compared: NDArray
     )
     distances = torch.cdist(predictions, predictions).square().double().numpy() / predictions.shape[1]
     np.fill_diagonal(distances, 0.0)
-    return distances / max(error, 1e-12)
+    tree = linkage(squareform(distances / max(error, 1e-12), checks=False), method="average")
+    prompts = fcluster(tree, threshold, criterion="distance").astype(np.int64) - 1
+    return prompts[stands_for], (len(compared) + 1) * PROBES / len(data)
 
 
 def words_that_state_groups(
@@ -91,11 +80,8 @@ def words_that_state_groups(
 
     "on land" says little more under a prompt whose images are on land anyway, but under the other prompt it says
     all: since columns mean the same under every prompt, a word found under one holds for all. And where captions
-    only ever state the usual, all prompts together show that the rare group never comes with them ("on").
-
-    Args:
-        data: The captions.
-        groups: For each prompt its images (n,), and their W (n, E), columns aligned.
+    only ever state the usual, all prompts together show that the rare group never comes with them ("on"). `groups`
+    holds for each prompt its images (n,), and their W (n, E), columns aligned.
     """
     caption_ids = data.caption_ids.numpy()
     stated: dict[str, set[int]] = defaultdict(set)
@@ -116,17 +102,11 @@ def words_that_state_groups(
 def stating_words(
     captions: list[str], caption_ids: NDArray[Any], labels: NDArray[Any], *, certainty: float = 0.95
 ) -> dict[str, int]:
-    """The words whose presence in a caption states the group of its image, and that group.
+    """The words of captions that state the group, `labels` (n,), of images with `caption_ids` (n,), and that group.
 
     An attribute in the caption is not hidden: under "on water", water is asked for. Each word is tested for
     association with each group against the others (Fisher's exact test, Benjamini-Hochberg over words), and kept
     where at least a share `certainty` of its images is of the group.
-
-    Args:
-        captions: The different captions.
-        caption_ids: (n,) the caption of each image.
-        labels: (n,) the group of each image.
-        certainty: The least share.
     """
     groups = np.unique(labels)
     counts = np.zeros((len(captions), len(groups)), dtype=np.int64)  # images of each caption in each group

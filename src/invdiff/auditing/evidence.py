@@ -61,6 +61,10 @@ class Evidence:
     null, for an unconditional model."""
     features: NDArray[Any]
     """(N, levels, D): pooled middle features under the null caption at low noise."""
+    vision: NDArray[Any] | None = None
+    """(N, views, D): features of `config.vision_encoder`, if there is one."""
+    contrast_only: bool = False
+    """Weigh no features: those of the frozen model do not change with guidance."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,8 @@ def collect_evidence(
             bar.advance(len(rows))
     wait()
     parts = [read_arrays(path) for path in paths]
-    return Evidence(*(np.concatenate([part[name] for part in parts]) for name in ("losses", "features")))
+    losses, features = (np.concatenate([part[name] for part in parts]) for name in ("losses", "features"))
+    return Evidence(losses, features)
 
 
 def _measure(
@@ -184,23 +189,23 @@ def encode_vision(
         extract = VisionEncoder.load(name_or_folder).extract
         return lambda images: np.stack([extract(images), extract(map(ImageOps.mirror, images))], axis=1)
 
-    path = cache_dir / f"{fingerprint(name_or_folder, data.fingerprint, rows.tobytes())}.safetensors"
-    return cached_features(path, data, rows, load, label="vision encoder", progress=progress)
+    return cached_features(cache_dir, name_or_folder, data, rows, load, progress=progress)
 
 
 def cached_features(
-    path: Path,
+    folder: Path,
+    encoder: str,
     data: CaptionedImages,
     rows: NDArray[Any],
     load: Callable[[], _Extract],
     *,
-    label: str,
     progress: bool,
 ) -> NDArray[np.float32]:
-    """Features of images `rows` of `data`, (len(rows), ...), by the encoder that `load` loads, kept at `path`."""
+    """Features of images `rows` of `data`, (len(rows), ...), by the `encoder` that `load` loads, kept in `folder`."""
+    path = folder / f"{fingerprint(encoder, data.fingerprint, rows.tobytes())}.safetensors"
     if not path.exists():
         features, extract = [], load()
-        with progress_bar(label, len(rows), enabled=progress) as bar:
+        with progress_bar("image features", len(rows), enabled=progress) as bar:
             for batch in np.split(rows, range(BATCH_SIZE, len(rows), BATCH_SIZE)):
                 features.append(extract([data.image(int(row)) for row in batch]))
                 bar.advance(len(batch))
@@ -208,14 +213,7 @@ def cached_features(
     return read_arrays(path)["features"]
 
 
-def scores_of(
-    evidence: Evidence,
-    vision_features: NDArray[Any] | None,
-    rows: NDArray[Any],
-    config: AuditConfig,
-    *,
-    contrast_only: bool = False,
-) -> list[Score]:
+def scores_of(evidence: Evidence, rows: NDArray[Any], config: AuditConfig) -> list[Score]:
     """Every one-dimensional score of images `rows` that varies, each under independent noises.
 
     The paper's solver, `gradient`, takes the loss under the caption; `exact` takes contrasts; `auto` takes contrasts
@@ -230,13 +228,12 @@ def scores_of(
     ]
     if config.solver == "gradient":
         scores = [Score(f"loss at log-SNR {config.contrast_log_snr[0]:g}", losses[:, 0, :, 0].T)]
-    if config.solver == "auto" and not contrast_only:
+    if config.solver == "auto" and not evidence.contrast_only:
         levels = " and ".join(f"{level:g}" for level in config.feature_log_snr)
-        features = {f"features at log-SNR {levels}": evidence.features}
-        if vision_features is not None:
-            features[f"features of {public_name(config.vision_encoder)}"] = vision_features
-        for source, values in features.items():
-            scores += component_scores(values[rows].astype(np.float64), source, seed=config.seed)
+        vision = f"features of {public_name(config.vision_encoder)}"
+        for source, values in ((f"features at log-SNR {levels}", evidence.features), (vision, evidence.vision)):
+            if values is not None:
+                scores += component_scores(values[rows].astype(np.float64), source, seed=config.seed)
     return [score for score in scores if np.ptp(score.mean) > 0]
 
 

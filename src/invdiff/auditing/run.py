@@ -69,61 +69,45 @@ def audit(
             raise ConfigError(f"Expected CaptionedImages for {what} to look at, got only their latents.")
     if config.words_model:
         from_main(lambda: ClipEncoder.load(config.words_model).name)  # an error in its name comes before the work
-    rows, vision_features = encoded.source_index.numpy(), None
+    rows, vision = encoded.source_index.numpy(), None
     if images is not None and config.vision_encoder:
-        vision_features = from_main(
-            lambda: encode_vision(config.vision_encoder, images, rows, cache_dir / "vision", progress=progress)
-        )
+        folder = cache_dir / "vision"
+        vision = from_main(lambda: encode_vision(config.vision_encoder, images, rows, folder, progress=progress))
     others = encode_captions(pipe, config.other_captions) if config.other_captions else None
     with FrozenDenoiser(pipe) as frozen:
-        used = denoiser or frozen
-        evidence = collect_evidence(
-            used, encoded, config, work_dir=cache_dir / "evidence", others=others, progress=progress
-        )
+        used, folder = denoiser or frozen, cache_dir / "evidence"
+        evidence = collect_evidence(used, encoded, config, work_dir=folder, others=others, progress=progress)
         prompt_of, spent = from_main(
             lambda: group_captions(used, encoded, threshold=config.caption_threshold, seed=config.seed)
         )
+    measured = np.prod(evidence.losses.shape[1:]) + evidence.features.shape[1]
+    evidence = replace(evidence, vision=vision, contrast_only=denoiser is not None)
+    settings = config.to_dict() | {
+        "model_fingerprint": encoded.model_fingerprint,
+        "denoiser_fingerprint": used.fingerprint,
+        "data_fingerprint": encoded.data_fingerprint,
+        "resolution": encoded.resolution,
+    }
 
     def conclude() -> Audit:
-        contrast_only = denoiser is not None
-        found = infer(encoded, evidence, prompt_of, config, vision_features, contrast_only, progress=progress)
-        measured = np.prod(evidence.losses.shape[1:]) + evidence.features.shape[1]
-        settings = config.to_dict() | {
-            "model_fingerprint": encoded.model_fingerprint,
-            "denoiser_fingerprint": used.fingerprint,
-            "data_fingerprint": encoded.data_fingerprint,
-            "resolution": encoded.resolution,
-        }
+        found = infer(encoded, evidence, prompt_of, config, progress=progress)
         found = replace(found, settings=settings, forwards_per_image=round(float(measured + spent), 3))
         if images is None or not config.words_model or not found.biased:
             return found
-        encoder, words_dir = ClipEncoder.load(config.words_model), cache_dir / "words"
-        words = describe_groups(found, images, rows, encoder, config, cache_dir=words_dir, progress=progress)
-        return replace(found, words=words)
+        encoder, folder = ClipEncoder.load(config.words_model), cache_dir / "words"
+        return replace(
+            found, words=describe_groups(found, images, rows, encoder, config, cache_dir=folder, progress=progress)
+        )
 
     return from_main(conclude)
 
 
 def infer(
-    data: EncodedImages,
-    evidence: Evidence,
-    prompt_of: NDArray[Any],
-    config: AuditConfig,
-    vision_features: NDArray[Any] | None = None,
-    contrast_only: bool = False,
-    *,
-    progress: bool = True,
+    data: EncodedImages, evidence: Evidence, prompt_of: NDArray[Any], config: AuditConfig, *, progress: bool = True
 ) -> Audit:
     """The max phase: groups of each prompt's images from their evidence, without a denoiser.
 
-    Args:
-        data: The images' captions and names.
-        evidence: From `collect_evidence`.
-        prompt_of: (captions,) the prompt of each different caption, from `group_captions`.
-        config: Solver and thresholds.
-        vision_features: (N, views, D) or None.
-        contrast_only: Weigh no features: those of the frozen model do not change with guidance.
-        progress: Show a progress bar.
+    `prompt_of` (captions,) is the prompt of each different caption, as `group_captions` finds it.
     """
     caption_ids = data.caption_ids.numpy()
     members = {prompt: np.flatnonzero(prompt_of[caption_ids] == prompt) for prompt in np.unique(prompt_of).tolist()}
@@ -133,8 +117,7 @@ def infer(
     ranked: dict[int, list[Split]] = {}
     with progress_bar("weighing evidence", len(members), enabled=progress) as bar:
         for prompt, rows in members.items():
-            enough = not too_few(len(rows), config)
-            scores = scores_of(evidence, vision_features, rows, config, contrast_only=contrast_only) if enough else []
+            scores = [] if too_few(len(rows), config) else scores_of(evidence, rows, config)
             ranked[prompt] = ranked_splits(scores, config)
             bar.advance()
     num_groups, deciding = deciding_splits(ranked, config)
@@ -160,37 +143,28 @@ def infer(
             add(rows, found=False, reason=why_not(len(rows), ranked[prompt], config), candidates=candidates)
             continue
         split, weights = deciding[prompt], aligned[prompt]
-        score, in_rare = split.score.mean, weights.argmax(axis=1)
-        in_rare = in_rare == rarest(np.bincount(in_rare))
-        frequent = int(weights.sum(axis=0).argmax())
-        of_usual = dict.fromkeys(usual, frequent)
+        score, best, labels = split.score.mean, split.candidate, weights.argmax(axis=1)
+        of_usual = dict.fromkeys(usual, int(weights.sum(axis=0).argmax()))
         by_caption = np.array([stated_group(caption, group_of) for caption in data.captions])
         by_usual = np.array([stated_group(caption, of_usual) for caption in data.captions])
         stated = np.where(by_caption < 0, by_usual, by_caption)[caption_ids[rows]]
         hidden = stated < 0
         if hidden.any():
             group_weights[rows[hidden]] = weights[hidden]
-            high = score[in_rare].mean() >= score.mean()
+            high = score[labels == rarest(np.bincount(labels))].mean() >= score.mean()
             final_scores[rows[hidden]] = (score if high else -score)[hidden]
             add(
                 rows[hidden],
                 found=True,
-                reason=f"split by {split.candidate.evidence}",
-                evidence=split.candidate.evidence,
+                reason=f"split by {best.evidence}",
+                evidence=best.evidence,
                 shares=[round(float(share), 4) for share in weights[hidden].mean(axis=0)],
-                stability=split.candidate.stability,
-                separation=split.candidate.separation,
+                stability=best.stability,
+                separation=best.separation,
                 candidates=candidates,
             )
         for group in np.unique(stated[~hidden]).tolist():
             words = ", ".join(sorted({word for word, k in (*group_of.items(), *of_usual.items()) if k == group}))
             add(rows[stated == group], found=False, reason=f"its captions state the group (words: {words})")
-    return Audit(
-        group_weights=(group_weights.astype(np.float32),),
-        scores=final_scores.astype(np.float32),
-        prompt_ids=prompt_ids,
-        prompts=prompts,
-        names=list(data.names),
-        forwards_per_image=0.0,
-        settings={},
-    )
+    final_weights = (group_weights.astype(np.float32),)
+    return Audit(final_weights, final_scores.astype(np.float32), prompt_ids, prompts, list(data.names), 0.0, {})

@@ -6,17 +6,17 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu, norm
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
+from sklearn.preprocessing import normalize
 
 from ..assets import COMMON_WORDS
 from ..config import AuditConfig
 from ..data.captioned import CaptionedImages
-from ..files import fingerprint
 from ..models.encoders import ClipEncoder
 from ..seeds import derived_seed
 from ..text import one_line
@@ -70,46 +70,45 @@ def describe_groups(
 
     Args:
         found: The audit, as inferred.
-        data: The images; those audited are `rows` (N,).
-        rows: See `data`.
+        data: The images.
+        rows: (N,) indices of the audited images in `data`.
         encoder: The CLIP model.
         config: The user's own words, beside those of the captions and the common ones, and the seed of the sample.
         cache_dir: Where embeddings of images are kept.
         progress: Show a progress bar.
     """
     words = vocabulary(data.captions, config.words)
-    texts = _unit(encoder.text_features([template.format(word) for word in words for template in TEMPLATES]))
-    texts = _unit(texts.reshape(len(words), len(TEMPLATES), -1).mean(axis=1))
+    texts = normalize(
+        encoder.text_features([template.format(word) for word in words for template in TEMPLATES]).astype(float)
+    )
+    texts = normalize(texts.reshape(len(words), len(TEMPLATES), -1).mean(axis=1))
     texts = texts - texts.mean(axis=0)
     samples = list(_samples(found, config.seed))
-    shown = np.unique(np.concatenate([np.empty(0, dtype=int), *(sample.positions for sample in samples)]))
-    images = np.zeros((0, texts.shape[1]))
-    if len(shown):
-        path = (
-            cache_dir / f"{fingerprint(encoder.weights_digest(), data.fingerprint, rows[shown].tobytes())}.safetensors"
-        )
-        label = "looking for words"
-        images = _unit(
-            cached_features(path, data, rows[shown], lambda: encoder.extract, label=label, progress=progress)
-        )
-    tests = []
-    for sample in samples:
-        scores = images[np.searchsorted(shown, sample.positions)] @ texts.T
-        said = named_in(sample.caption, words)
-        tests.append([_test(scores, sample.labels == k, said) for k in range(found.num_groups[sample.factor])])
+    if not samples:
+        return AuditWords(encoder.name, found.fingerprint, len(words), 0, LEVEL, ())
+    shown = np.unique(np.concatenate([positions for *_, positions, _ in samples]))
+    features = cached_features(
+        cache_dir, encoder.weights_digest(), data, rows[shown], lambda: encoder.extract, progress=progress
+    )
+    images, judged = normalize(features.astype(float)), []
+    for prompt, factor, positions, labels in samples:
+        scores = images[np.searchsorted(shown, positions)] @ texts.T
+        said = named_in(found.prompts[prompt].prompt, words)
+        tests = [_test(scores, labels == group, said) for group in range(found.num_groups[factor])]
+        judged.append((prompt, factor, labels, tests))
     stems = np.array([stem(word) for word in words])
-    alike = (_unit(texts) @ _unit(texts).T > SYNONYMS) | (stems[:, None] == stems)
+    alike = (normalize(texts) @ normalize(texts).T > SYNONYMS) | (stems[:, None] == stems)
     entries = []
     for factor, num_groups in enumerate(found.num_groups):
-        of_factor = [index for index, sample in enumerate(samples) if sample.factor == factor]
-        for together in [*([index] for index in of_factor), *([of_factor] if len(of_factor) > 1 else [])]:
-            prompt = samples[together[0]].prompt if len(together) == 1 else None
+        of_factor = [one for one in judged if one[1] == factor]
+        for together in [*([one] for one in of_factor), *([of_factor] if len(of_factor) > 1 else [])]:
+            over = together[0][0] if len(together) == 1 else None
             for group in range(num_groups):
-                if any((samples[index].labels == group).any() for index in together):
-                    own = np.array([tests[index][group] for index in together])
+                if any((labels == group).any() for _, _, labels, _ in together):
+                    own = np.array([tests[group] for *_, tests in together])
                     named = _named(own, num_groups, words, alike)
                     note = "" if named else NO_WORD if own[:, 0].any() else TOO_FEW
-                    entries.append(GroupWords(prompt, factor, group, tuple(named), note))
+                    entries.append(GroupWords(over, factor, group, tuple(named), note))
     return AuditWords(encoder.name, found.fingerprint, len(words), len(shown), LEVEL, tuple(entries))
 
 
@@ -146,18 +145,11 @@ def _named(tests: _Array, num_groups: int, words: Sequence[str], alike: _Array) 
     return [Word(words[at], round(float(effect[at]), 3), round(float(corrected[at]), 4)) for at in named[:MOST_WORDS]]
 
 
-class _Sample(NamedTuple):
-    """The images of one prompt that CLIP is shown, for one hidden factor: (n,) rising positions and their groups."""
+def _samples(found: Audit, seed: int) -> Iterator[tuple[int, int, _Array, _Array]]:
+    """Prompt, factor, rising positions (n,) and their groups (n,), for each factor that splits a prompt.
 
-    prompt: int
-    caption: str
-    factor: int
-    positions: _Array
-    labels: _Array
-
-
-def _samples(found: Audit, seed: int) -> Iterator[_Sample]:
-    """At most `IMAGES_PER_GROUP` images a group, for each prompt that hides one and each factor that splits it."""
+    They are of at most `IMAGES_PER_GROUP` images a group, those that CLIP is shown.
+    """
     for prompt, entry in enumerate(found.prompts):
         rows = np.flatnonzero(found.kept & (found.prompt_ids == prompt))
         for factor, weights in enumerate(found.group_weights):
@@ -167,7 +159,7 @@ def _samples(found: Audit, seed: int) -> Iterator[_Sample]:
             rng = np.random.default_rng(derived_seed("sample of words", seed, prompt, factor))
             of_groups = [rng.permutation(np.flatnonzero(labels == group)) for group in np.unique(labels)]
             taken = np.sort(np.concatenate([members[:IMAGES_PER_GROUP] for members in of_groups]))
-            yield _Sample(prompt, entry.prompt, factor, rows[taken], labels[taken])
+            yield prompt, factor, rows[taken], labels[taken]
 
 
 def vocabulary(captions: Sequence[str], further: Sequence[str] = ()) -> list[str]:
@@ -200,8 +192,3 @@ def stem(word: str) -> str:
     """A word without its plural's s, lower case."""
     word = word.lower()
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
-
-
-def _unit(vectors: _Array) -> _Array:
-    vectors = vectors.astype(np.float64)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
