@@ -176,14 +176,7 @@ def test_select_keeps_everything_in_step_and_passes_between_processes(tiny_folde
     assert np.array_equal(some.image(1), data.image(11))
 
 
-def test_the_fingerprint_ignores_attributes_and_column_order(tmp_path):
-    data = load_captioned_images(write_tiny_folder(tmp_path, 4))
-    before = data.fingerprint
-    rows = [{"age": row, "text": caption, "file_name": f"{row:02d}.png"} for row, caption in enumerate(data.captions)]
-    assert load_captioned_images(write_folder(tmp_path, rows)).fingerprint == before
-
-
-def test_the_fingerprint_sees_captions_bytes_and_order(tmp_path):
+def test_the_fingerprint_sees_captions_bytes_and_order_and_no_attributes(tmp_path):
     folder = write_tiny_folder(tmp_path, 4)
     data = load_captioned_images(folder)
     seen = {data.fingerprint, data.select([1, 0, 2, 3]).fingerprint, data.select([0, 1, 2]).fingerprint}
@@ -196,6 +189,9 @@ def test_the_fingerprint_sees_captions_bytes_and_order(tmp_path):
     (folder / "02.png").unlink()
     seen.add(load_captioned_images(folder).fingerprint)
     assert len(seen) == 6
+    write_tiny_folder(folder, 4)
+    rows = [{"age": row, "text": caption, "file_name": f"{row:02d}.png"} for row, caption in enumerate(data.captions)]
+    assert load_captioned_images(write_folder(folder, rows)).fingerprint == data.fingerprint
 
 
 def test_unreadable_images_are_left_out_up_to_the_share_allowed(tmp_path, capsys):
@@ -327,16 +323,12 @@ def test_what_is_not_there(tmp_path):
     assert "found no rows" in refusal(datasets.Dataset.from_dict({"image": [], "text": []}))
 
 
-def test_arguments_out_of_range_or_at_odds(tiny_folder):
+def test_arguments_and_files_out_of_range_or_at_odds(tiny_folder, tmp_path):
     assert "limit of at least 1, got 0" in refusal(tiny_folder, limit=0)
     assert "between 0 and 1, got 2" in refusal(tiny_folder, max_unreadable=2)
     assert "no caption_column with captions=False" in refusal(tiny_folder, captions=False, caption_column="text")
-
-
-def test_both_metadata_files(tmp_path):
-    rows = [{"file_name": "a.png", "text": "a bird"}]
-    write_folder(tmp_path, rows, "jsonl")
-    assert "both .csv and .jsonl" in refusal(write_folder(tmp_path, rows))
+    write_folder(tmp_path, named("a.png"), "jsonl")
+    assert "both .csv and .jsonl" in refusal(write_folder(tmp_path, named("a.png")))
 
 
 def test_columns_that_are_not_there(tmp_path):
@@ -351,44 +343,40 @@ def test_columns_that_are_not_there(tmp_path):
     assert "images named image or img in the dataset, found text, photo" in refusal(table)
 
 
-@pytest.mark.parametrize("value", ["", None])
-def test_a_row_without_file_name(tmp_path, value):
-    rows = [{"file_name": "a.png", "text": "a"}, {"file_name": value, "text": "b"}]
-    assert f"file name in line 2 of {tmp_path}" in refusal(write_folder(tmp_path, rows, "jsonl"))
+def named(*names):
+    return [{"file_name": name, "text": "a bird"} for name in names]
 
 
-def test_duplicate_file_names(tmp_path):
-    names = ["a.png", "b.png", "./a.png", "c.png", "b.png"]
-    folder = write_folder(tmp_path, [{"file_name": name, "text": "a bird"} for name in names])
-    assert "2 named more than once: a.png, b.png" in refusal(folder)
+def captioned(*texts):
+    return [{"file_name": f"{row}.png", "text": text} for row, text in enumerate(texts)]
 
 
-@pytest.mark.parametrize("name", ["../a.png", "sub/../../a.png", "/etc/a.png", "..\\a.png", "C:\\a.png"])
-def test_a_name_that_leaves_the_folder(tmp_path, name):
-    folder = write_folder(tmp_path, [{"file_name": name, "text": "a bird"}])
-    assert "file names inside" in refusal(folder)
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        *((named("a.png", value), "file name in line 2 of") for value in ("", None)),
+        (named("a.png", "b.png", "./a.png", "c.png", "b.png"), "2 named more than once: a.png, b.png"),
+        *(
+            (named(name), "file names inside")
+            for name in ("../a.png", "sub/../../a.png", "/etc/a.png", "..\\a.png", "C:\\a.png")
+        ),
+        *(
+            (captioned(*["a bird", value] * 8), "8 of 16: 1.png, 3.png, 5.png, 7.png, 9.png and 3 more")
+            for value in ("", "  ", None, 3)
+        ),
+        (
+            captioned("whole \ud83d\ude00", "half \ud83d", "plain"),
+            "half of one (a lone surrogate) in those of 1 of 3: 1.png",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_used(tmp_path, rows, message):
+    assert message in refusal(write_folder(tmp_path, rows, "jsonl"))
 
 
-@pytest.mark.parametrize("value", ["", "  ", None, 3])
-def test_empty_captions(tmp_path, value):
-    captions = [value if row % 2 else "a bird" for row in range(16)]
-    rows = [{"file_name": f"{row}.png", "text": caption} for row, caption in enumerate(captions)]
-    message = refusal(write_folder(tmp_path, rows, "jsonl"))
-    assert "8 of 16: 1.png, 3.png, 5.png, 7.png, 9.png and 3 more" in message
-
-
-def test_half_a_character_in_a_caption(tmp_path):
-    rows = [("a.png", "whole \ud83d\ude00"), ("b.png", "half \ud83d"), ("c.png", "plain")]
-    write_folder(tmp_path, [{"file_name": name, "text": text} for name, text in rows], "jsonl")
-    assert "half of one (a lone surrogate) in those of 1 of 3: b.png" in refusal(tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"not parquet at all", b""])
-def test_parquet_that_is_not_parquet(tmp_path, content):
-    (tmp_path / "images.parquet").write_bytes(content)
-    assert f"Expected a parquet file at {tmp_path}" in refusal(tmp_path)
-
-
-def test_parquet_without_the_split(tmp_path):
+def test_parquet_that_is_not_parquet_or_lacks_the_split(tmp_path):
     datasets.Dataset.from_dict({"image": ["a.png"], "text": ["a"]}).to_parquet(tmp_path / "x.parquet")
     assert "split 'test'" in refusal(tmp_path, split="test")
+    for content in (b"not parquet at all", b""):
+        (tmp_path / "x.parquet").write_bytes(content)
+        assert f"Expected a parquet file at {tmp_path}" in refusal(tmp_path)

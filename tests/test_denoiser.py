@@ -3,9 +3,10 @@ import torch
 from peft import LoraConfig
 
 from conftest import make_guidance_module, make_tiny_pipeline
+from invdiff.errors import ModelError
 from invdiff.guidance.attach import GuidedDenoiser, attach
 from invdiff.guidance.module import GuidanceModule
-from invdiff.models.frozen import FrozenDenoiser, denoiser_fingerprint
+from invdiff.models.frozen import FeatureCapture, FrozenDenoiser, denoiser_fingerprint, feature_block
 
 
 def inputs(batch=3):
@@ -19,7 +20,8 @@ def inputs(batch=3):
 
 def unet_output(pipe):
     latents, timesteps, condition = inputs()
-    return pipe.unet(latents, timesteps, condition["prompt_embeds"]).sample
+    with torch.no_grad():
+        return pipe.unet(latents, timesteps, condition["prompt_embeds"]).sample
 
 
 def test_it_predicts_what_the_unet_predicts_and_leaves_no_graph(tiny_pipe):
@@ -33,18 +35,12 @@ def test_it_predicts_what_the_unet_predicts_and_leaves_no_graph(tiny_pipe):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_it_leaves_hooks_and_mode_as_they_were(tiny_pipe, training):
-    tiny_pipe.unet.train(training)
-    with FrozenDenoiser(tiny_pipe):
+    tiny_pipe.to(torch.bfloat16).unet.train(training)
+    with FrozenDenoiser(tiny_pipe) as frozen:
         assert not tiny_pipe.unet.training
-        assert tiny_pipe.unet.mid_block._forward_hooks
+        assert frozen(*inputs())[0].dtype == torch.bfloat16  # inputs take the type of the weights
     assert tiny_pipe.unet.training == training
     assert not tiny_pipe.unet.mid_block._forward_hooks
-
-
-def test_inputs_take_the_type_of_the_weights(tiny_pipe):
-    tiny_pipe.to(torch.bfloat16)
-    with FrozenDenoiser(tiny_pipe) as frozen:
-        assert frozen(*inputs())[0].dtype == torch.bfloat16
 
 
 def test_a_guided_denoiser_with_an_untrained_module_is_the_frozen_one(tiny_pipe):
@@ -57,7 +53,7 @@ def test_a_guided_denoiser_predicts_what_the_attached_pipeline_predicts(tiny_pip
     module = make_guidance_module(tiny_pipe)
     with FrozenDenoiser(tiny_pipe) as frozen:
         guided = GuidedDenoiser(frozen, module)(*inputs())[0]
-    with attach(tiny_pipe, module), torch.no_grad():
+    with attach(tiny_pipe, module):
         attached = unet_output(tiny_pipe)
     assert torch.allclose(guided, attached, atol=1e-6)
 
@@ -88,3 +84,37 @@ def test_adapters_count_with_their_strength_and_whether_they_are_on(tiny_pipe):
     assert fingerprint() == weaker
     tiny_pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     assert len({plain, loaded, weaker, off, fingerprint()}) == 5
+
+
+@pytest.mark.parametrize(
+    ("path", "read", "shape"),
+    [
+        ("mid_block", torch.clone, (3, 32, 4, 4)),
+        ("mid_block", lambda hidden: hidden.mean((2, 3)), (3, 32)),
+        ("down_blocks.0", lambda outputs: outputs[0].clone(), (3, 16, 4, 4)),
+    ],
+)
+def test_a_blocks_output_is_read_once_until_it_is_closed(tiny_pipe, path, read, shape):
+    capture = FeatureCapture(tiny_pipe.unet, path, read)
+    unet_output(tiny_pipe)
+    assert capture.take().shape == shape
+    with pytest.raises(ModelError, match=f"ran without its block '{path}'"):
+        capture.take()
+    capture.close()
+    unet_output(tiny_pipe)
+    with pytest.raises(ModelError, match="ran without"):
+        capture.take()
+
+
+def test_what_later_blocks_overwrite_is_kept_as_it_was(tiny_pipe):
+    capture = FeatureCapture(tiny_pipe.unet, "mid_block")
+    unet_output(tiny_pipe)
+    expected = capture.take()
+    tiny_pipe.unet.mid_block.register_forward_hook(lambda block, inputs, output: [output.zero_(), None][1])
+    unet_output(tiny_pipe)
+    assert torch.equal(capture.take(), expected)
+
+
+def test_an_unknown_block_is_refused_with_those_there_are(tiny_pipe):
+    with pytest.raises(ModelError, match=r"named 'middle'.*mid_block"):
+        feature_block(tiny_pipe.unet, "middle")
