@@ -10,6 +10,7 @@ needs about 20 GB of free memory on a CPU, for the reference recipe.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -125,7 +126,7 @@ def holder(denoiser: nn.Module) -> SimpleNamespace:
 def fitting_module(denoiser: nn.Module) -> GuidanceModule:
     """Return what `GuidanceModule.for_pipeline` makes, which refuses weights that are not in memory."""
     family = family_of(holder(denoiser))
-    return GuidanceModule(**family.shape(denoiser).to_dict(), width=fitting_width(family, denoiser)).eval()
+    return GuidanceModule(**dataclasses.asdict(family.shape(denoiser)), width=fitting_width(family, denoiser)).eval()
 
 
 @torch.no_grad()

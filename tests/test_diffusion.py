@@ -1,18 +1,6 @@
+import diffusers
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    HeunDiscreteScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
-    UniPCMultistepScheduler,
-)
 
 from invdiff.config import AuditConfig
 from invdiff.errors import ModelError
@@ -22,13 +10,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SAMPLERS = [
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
-    UniPCMultistepScheduler,
+    diffusers.DDIMScheduler,
+    diffusers.DPMSolverMultistepScheduler,
+    diffusers.EulerDiscreteScheduler,
+    diffusers.HeunDiscreteScheduler,
+    diffusers.LMSDiscreteScheduler,
+    diffusers.PNDMScheduler,
+    diffusers.UniPCMultistepScheduler,
 ]
 
 
@@ -60,28 +48,28 @@ def test_targets_have_their_closed_form(prediction_type):
     latents, noise, timesteps = draw()
     signal, noise_level = coefficients(timesteps)
     expected = {"epsilon": noise, "sample": latents, "v_prediction": signal * noise - noise_level * latents}
-    schedule = NoiseSchedule(EulerDiscreteScheduler(**BETAS, prediction_type=prediction_type))
+    schedule = NoiseSchedule(diffusers.EulerDiscreteScheduler(**BETAS, prediction_type=prediction_type))
     assert schedule.prediction_type == prediction_type
     assert torch.allclose(schedule.target(latents, noise, timesteps), expected[prediction_type], atol=1e-5)
 
 
 def test_the_last_step_of_a_schedule_rescaled_to_zero_signal_is_noise():
     latents, noise, _ = draw()
-    schedule = NoiseSchedule(DDIMScheduler(**BETAS, rescale_betas_zero_snr=True))
+    schedule = NoiseSchedule(diffusers.DDIMScheduler(**BETAS, rescale_betas_zero_snr=True))
     assert torch.equal(schedule.add_noise(latents, noise, torch.tensor([999] * 3)), noise)
 
 
 def test_the_number_of_timesteps_is_that_of_the_betas():
-    schedule = NoiseSchedule(DDPMScheduler(num_train_timesteps=3, trained_betas=[0.1, 0.2, 0.3]))
+    schedule = NoiseSchedule(diffusers.DDPMScheduler(num_train_timesteps=3, trained_betas=[0.1, 0.2, 0.3]))
     assert schedule.num_train_timesteps == 3
-    assert NoiseSchedule(DDIMScheduler(num_train_timesteps=50)).num_train_timesteps == 50
+    assert NoiseSchedule(diffusers.DDIMScheduler(num_train_timesteps=50)).num_train_timesteps == 50
 
 
 FLOWS = [
-    FlowMatchEulerDiscreteScheduler(shift=3.0),
-    FlowMatchHeunDiscreteScheduler(),
-    DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-    UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    diffusers.FlowMatchHeunDiscreteScheduler(),
+    diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
 ]
 
 
@@ -98,11 +86,11 @@ def test_flow_matching_goes_straight_from_latents_to_noise(sampler):
 
 
 SCHEDULES = {
-    "stable diffusion": DDIMScheduler(**BETAS),
-    "linear": DDPMScheduler(),
-    "few steps": DDPMScheduler(num_train_timesteps=100, beta_start=0.001, beta_end=0.2),
-    "zero signal": DDIMScheduler(**BETAS, rescale_betas_zero_snr=True),
-    "flow": FlowMatchEulerDiscreteScheduler(),
+    "stable diffusion": diffusers.DDIMScheduler(**BETAS),
+    "linear": diffusers.DDPMScheduler(),
+    "few steps": diffusers.DDPMScheduler(num_train_timesteps=100, beta_start=0.001, beta_end=0.2),
+    "zero signal": diffusers.DDIMScheduler(**BETAS, rescale_betas_zero_snr=True),
+    "flow": diffusers.FlowMatchEulerDiscreteScheduler(),
 }
 
 
@@ -118,13 +106,13 @@ def test_a_noise_level_means_the_same_in_every_schedule(name, log_snr):
 
 
 def test_noise_levels_beyond_a_schedule_are_its_ends():
-    schedule = NoiseSchedule(DDIMScheduler(**BETAS, rescale_betas_zero_snr=True))
+    schedule = NoiseSchedule(diffusers.DDIMScheduler(**BETAS, rescale_betas_zero_snr=True))
     assert (schedule.timestep_at(1e4), schedule.timestep_at(-1e4)) == (0, 999)
-    assert NoiseSchedule(FlowMatchEulerDiscreteScheduler()).timestep_at(1e4) == 0
+    assert NoiseSchedule(diffusers.FlowMatchEulerDiscreteScheduler()).timestep_at(1e4) == 0
 
 
 def test_the_default_noise_levels_are_the_timesteps_that_were_measured():
-    schedule, config = NoiseSchedule(DDIMScheduler(**BETAS)), AuditConfig()
+    schedule, config = NoiseSchedule(diffusers.DDIMScheduler(**BETAS)), AuditConfig()
     levels = (*config.contrast_log_snr, *config.feature_log_snr)
     elsewhere = torch.zeros(1, 1, 2, 2, device="meta")  # diffusers moves its betas along
     schedule.add_noise(elsewhere, elsewhere, torch.zeros(1, dtype=torch.long, device="meta"))
@@ -133,9 +121,9 @@ def test_the_default_noise_levels_are_the_timesteps_that_were_measured():
 
 def test_what_is_neither_is_refused():
     with pytest.raises(ModelError, match="got EDMEulerScheduler, which is neither"):
-        NoiseSchedule(EDMEulerScheduler())
+        NoiseSchedule(diffusers.EDMEulerScheduler())
     with pytest.raises(ModelError, match="got 'flow_prediction' from DPMSolverMultistepScheduler"):
-        NoiseSchedule(DPMSolverMultistepScheduler(**BETAS, prediction_type="flow_prediction"))
+        NoiseSchedule(diffusers.DPMSolverMultistepScheduler(**BETAS, prediction_type="flow_prediction"))
 
 
 def test_the_loss_is_a_mean_per_sample_in_32_bits():

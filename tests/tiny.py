@@ -6,40 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    DiTPipeline,
-    DiTTransformer2DModel,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    PixArtSigmaPipeline,
-    PixArtTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
+import transformers
 
 WORDS = ("a", "photo", "of", "landbird", "waterbird", "on", "land", "water")
 CAPTIONS = ("a photo of a landbird", "a photo of a waterbird")
@@ -49,7 +18,7 @@ WIDTH = 16
 """Of text encoders and prompt embeddings."""
 
 
-def make_tokenizer() -> CLIPTokenizer:
+def make_tokenizer() -> transformers.CLIPTokenizer:
     """A CLIP tokenizer of letters, digits and a few whole words; other words fall apart into letters."""
     characters = "abcdefghijklmnopqrstuvwxyz0123456789"
     tokens = [*characters, *(f"{character}</w>" for character in characters)]
@@ -63,19 +32,19 @@ def make_tokenizer() -> CLIPTokenizer:
                 tokens.append(left + right)
             left += right
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
+    return transformers.CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=16
     )
 
 
-def make_t5_tokenizer() -> T5TokenizerFast:
+def make_t5_tokenizer() -> transformers.T5TokenizerFast:
     """A T5 tokenizer of a few whole words; others are unknown."""
     words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"\u2581{word}", -1.0) for word in WORDS)]
-    return T5TokenizerFast(vocab=words, extra_ids=0, model_max_length=16)
+    return transformers.T5TokenizerFast(vocab=words, extra_ids=0, model_max_length=16)
 
 
-def clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    return CLIPTextConfig(
+def clip_config(tokenizer: transformers.CLIPTokenizer) -> transformers.CLIPTextConfig:
+    return transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
         intermediate_size=32,
@@ -99,24 +68,35 @@ TRANSFORMER = {"sample_size": 8, "patch_size": 2, "num_layers": 3, "attention_he
 def save_clip(folder: Path) -> Path:
     """Write a whole CLIP model with random weights, its tokenizer and image processor; return the folder."""
     tokenizer = make_tokenizer()
-    config = CLIPConfig(text_config=clip_config(tokenizer).to_dict(), vision_config=TOWER, projection_dim=8)
+    config = transformers.CLIPConfig(
+        text_config=clip_config(tokenizer).to_dict(), vision_config=TOWER, projection_dim=8
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        CLIPModel(config).save_pretrained(folder)
+        transformers.CLIPModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
+        folder
+    )
     return folder
 
 
-def make_t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
-    return T5EncoderModel(
-        T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0)
+def clip_encoder(tokenizer: transformers.CLIPTokenizer, *, projected: bool = False) -> Any:
+    kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    return kind(clip_config(tokenizer)).eval()
+
+
+def make_t5(tokenizer: transformers.T5TokenizerFast) -> transformers.T5EncoderModel:
+    return transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0
+        )
     ).eval()
 
 
-def make_vae(latent_channels: int = 4, **options: Any) -> AutoencoderKL:
+def make_vae(latent_channels: int = 4, **options: Any) -> diffusers.AutoencoderKL:
     """Images of 32 px have latents of 8x8."""
-    return AutoencoderKL(
+    return diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(8, 8, 16),
@@ -131,7 +111,7 @@ UNET: dict[str, Any] = {"block_out_channels": (16, 32), "layers_per_block": 1, "
 """Of both kinds of UNet."""
 
 
-def make_unet(**options: Any) -> UNet2DConditionModel:
+def make_unet(**options: Any) -> diffusers.UNet2DConditionModel:
     settings: dict[str, Any] = {
         "sample_size": 8,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -139,18 +119,18 @@ def make_unet(**options: Any) -> UNet2DConditionModel:
         "attention_head_dim": 8,
         "cross_attention_dim": WIDTH,
     }
-    return UNet2DConditionModel(**(UNET | settings | options)).eval()
+    return diffusers.UNet2DConditionModel(**(UNET | settings | options)).eval()
 
 
-def make_stable_diffusion(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+def make_stable_diffusion(prediction_type: str = "epsilon") -> diffusers.StableDiffusionPipeline:
     tokenizer = make_tokenizer()
-    text_encoder = CLIPTextModel(clip_config(tokenizer)).eval()
-    return StableDiffusionPipeline(
+    text_encoder = clip_encoder(tokenizer)
+    return diffusers.StableDiffusionPipeline(
         vae=make_vae(),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=make_unet(),
-        scheduler=DDIMScheduler(
+        scheduler=diffusers.DDIMScheduler(
             **BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type
         ),
         safety_checker=None,
@@ -159,12 +139,12 @@ def make_stable_diffusion(prediction_type: str = "epsilon") -> StableDiffusionPi
     )
 
 
-def make_stable_diffusion_xl() -> StableDiffusionXLPipeline:
+def make_stable_diffusion_xl() -> diffusers.StableDiffusionXLPipeline:
     tokenizer = make_tokenizer()
-    return StableDiffusionXLPipeline(
+    return diffusers.StableDiffusionXLPipeline(
         vae=make_vae(),
-        text_encoder=CLIPTextModel(clip_config(tokenizer)).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(clip_config(tokenizer)).eval(),
+        text_encoder=clip_encoder(tokenizer),
+        text_encoder_2=clip_encoder(tokenizer, projected=True),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=make_unet(
@@ -173,13 +153,13 @@ def make_stable_diffusion_xl() -> StableDiffusionXLPipeline:
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=WIDTH + 6 * 8,
         ),
-        scheduler=EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
+        scheduler=diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
     )
 
 
-def make_stable_diffusion_3() -> StableDiffusion3Pipeline:
+def make_stable_diffusion_3() -> diffusers.StableDiffusion3Pipeline:
     tokenizer = make_tokenizer()
-    transformer = SD3Transformer2DModel(
+    transformer = diffusers.SD3Transformer2DModel(
         **TRANSFORMER,
         in_channels=4,
         out_channels=4,
@@ -188,22 +168,22 @@ def make_stable_diffusion_3() -> StableDiffusion3Pipeline:
         pooled_projection_dim=2 * WIDTH,
         pos_embed_max_size=16,
     )
-    return StableDiffusion3Pipeline(
+    return diffusers.StableDiffusion3Pipeline(
         transformer=transformer.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=make_vae(shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=CLIPTextModelWithProjection(clip_config(tokenizer)).eval(),
+        text_encoder=clip_encoder(tokenizer, projected=True),
         tokenizer=tokenizer,
-        text_encoder_2=CLIPTextModelWithProjection(clip_config(tokenizer)).eval(),
+        text_encoder_2=clip_encoder(tokenizer, projected=True),
         tokenizer_2=tokenizer,
         text_encoder_3=None,
         tokenizer_3=None,
     )
 
 
-def make_flux() -> FluxPipeline:
+def make_flux() -> diffusers.FluxPipeline:
     tokenizer, t5_tokenizer = make_tokenizer(), make_t5_tokenizer()
-    transformer = FluxTransformer2DModel(
+    transformer = diffusers.FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
         num_layers=2,
@@ -215,10 +195,10 @@ def make_flux() -> FluxPipeline:
         axes_dims_rope=(4, 4, 8),
         guidance_embeds=True,
     )
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=make_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=CLIPTextModel(clip_config(tokenizer)).eval(),
+        text_encoder=clip_encoder(tokenizer),
         tokenizer=tokenizer,
         text_encoder_2=make_t5(t5_tokenizer),
         tokenizer_2=t5_tokenizer,
@@ -226,9 +206,9 @@ def make_flux() -> FluxPipeline:
     )
 
 
-def make_pixart() -> PixArtSigmaPipeline:
+def make_pixart() -> diffusers.PixArtSigmaPipeline:
     t5_tokenizer = make_t5_tokenizer()
-    transformer = PixArtTransformer2DModel(
+    transformer = diffusers.PixArtTransformer2DModel(
         **TRANSFORMER,
         caption_channels=32,
         in_channels=4,
@@ -237,17 +217,17 @@ def make_pixart() -> PixArtSigmaPipeline:
         norm_type="ada_norm_single",
         use_additional_conditions=False,
     )
-    return PixArtSigmaPipeline(
+    return diffusers.PixArtSigmaPipeline(
         tokenizer=t5_tokenizer,
         text_encoder=make_t5(t5_tokenizer),
         vae=make_vae(),
         transformer=transformer.eval(),
-        scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
+        scheduler=diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
     )
 
 
-def make_dit() -> DiTPipeline:
-    transformer = DiTTransformer2DModel(
+def make_dit() -> diffusers.DiTPipeline:
+    transformer = diffusers.DiTTransformer2DModel(
         **TRANSFORMER,
         in_channels=4,
         out_channels=8,
@@ -257,20 +237,20 @@ def make_dit() -> DiTPipeline:
         norm_type="ada_norm_zero",
         norm_elementwise_affine=False,
     )
-    pipe = DiTPipeline(
+    pipe = diffusers.DiTPipeline(
         transformer=transformer.eval(),
         vae=make_vae(),
-        scheduler=DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False),
+        scheduler=diffusers.DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False),
         id2label=CLASSES,
     )
     pipe.register_to_config(id2label=CLASSES)  # as in published models; diffusers itself forgets it on saving
     return pipe
 
 
-def make_ddpm() -> DDPMPipeline:
+def make_ddpm() -> diffusers.DDPMPipeline:
     blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-    unet = UNet2DModel(**UNET, **blocks, sample_size=16, attention_head_dim=8)
-    return DDPMPipeline(unet=unet.eval(), scheduler=DDPMScheduler())
+    unet = diffusers.UNet2DModel(**UNET, **blocks, sample_size=16, attention_head_dim=8)
+    return diffusers.DDPMPipeline(unet=unet.eval(), scheduler=diffusers.DDPMScheduler())
 
 
 FAMILIES: dict[str, Callable[[], Any]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import warnings
 import weakref
@@ -88,7 +89,7 @@ def check_fit(pipe: Any, module: GuidanceModule, *, strict: bool = True) -> None
         "prediction_type": NoiseSchedule(pipe.scheduler).prediction_type,
     }
     if wanted["denoiser_class"] == found["denoiser_class"]:
-        found |= family_of(pipe).shape(denoiser).to_dict()
+        found |= dataclasses.asdict(family_of(pipe).shape(denoiser))
     wrong = [
         f"{name}: expected {wanted[name]}, found {value}" for name, value in found.items() if wanted[name] != value
     ]

@@ -7,6 +7,7 @@ computed, its prediction and its middle features, instead of a second copy of th
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -180,7 +181,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = cls(
-                **shape.to_dict(),
+                **dataclasses.asdict(shape),
                 num_groups=groups,
                 mode=mode,
                 width=width or fitting_width(family, denoiser),

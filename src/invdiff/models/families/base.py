@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -32,10 +32,6 @@ class DenoiserShape:
     """Width of the prompt embeddings; 0 where the denoiser reads none."""
     num_classes: int = 0
     """Class labels, the null class included; 0 where the denoiser reads none."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -66,6 +62,8 @@ class Family(ABC):
     """For people, such as "Stable Diffusion XL"."""
     needs_prompts: ClassVar[bool] = True
     """Whether images are drawn from prompts (or class names)."""
+    packing: ClassVar[int] = 1
+    """How many latents are one input of the denoiser."""
 
     def __init__(self, pipe: Any) -> None:
         vae = getattr(pipe, "vae", None)
@@ -85,7 +83,7 @@ class Family(ABC):
 
     def check_plain_input(self, denoiser: Any) -> None:
         """Raise `ModelError` where the denoiser expects more than noisy latents (inpainting, depth, editing)."""
-        given, wanted = self.shape(denoiser).latent_channels, denoiser.config["in_channels"]
+        given, wanted = self.shape(denoiser).latent_channels * self.packing, denoiser.config["in_channels"]
         if wanted != given:
             raise ModelError(
                 f"Expected a denoiser of noisy latents alone ({given} channels), got one of {wanted} channels, which "

@@ -91,6 +91,7 @@ class Flux(TransformerFamily):
     """Flux.1: 2x2 latents are one token, and timesteps run from 0 to 1."""
 
     title = "Flux"
+    packing = 4
     prompt_width = "joint_attention_dim"
 
     def shape(self, denoiser: Any) -> DenoiserShape:
@@ -114,14 +115,6 @@ class Flux(TransformerFamily):
             return_dict=False,
         )
         return unpacked(output[0], height // 2, width // 2)
-
-    def check_plain_input(self, denoiser: Any) -> None:
-        """See `Family`; here the channels are packed."""
-        if denoiser.config["in_channels"] != denoiser.out_channels:
-            raise ModelError(
-                f"Expected a Flux of noisy latents alone ({denoiser.out_channels} packed channels), got one of "
-                f"{denoiser.config['in_channels']}, which expects masks or images beside them."
-            )
 
     def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
         """Unpack `hidden_states` by the places in `img_ids`; `timestep` is put on the scale of the schedule."""
