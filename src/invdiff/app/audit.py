@@ -192,7 +192,7 @@ class AuditTab:
                 colour, total = colour_of(group), len(page.labels)
                 words_of = book.audit.words.of(page.index, group, page.factor_index) if book.audit.words else None
                 share = share_of(of.name, of.size, total, confidence=CONFIDENCE, colour=colour)
-                values[block.head] = fragment("group", share, words_of.line if words_of else "")
+                values[block.head] = fragment("group", share, [words_of.line] if words_of else [])
                 values[block.typical] = _images(book, typical, moved)
                 values[block.nearest] = _images(book, nearest, moved)
         return values
