@@ -37,10 +37,9 @@ from invdiff.data.birds import BirdsWorld, canonical_prompts
 from invdiff.data.captioned import CaptionedImages
 from invdiff.errors import AuditError, ConfigError
 from invdiff.evaluation.annotate import Described, describe_images
-from invdiff.evaluation.annotators.annotations import Annotator
+from invdiff.evaluation.annotators.annotations import Annotator, check_attribute
 from invdiff.evaluation.annotators.labels import GivenLabels
 from invdiff.evaluation.annotators.load import load_annotator
-from invdiff.evaluation.evaluate import check_attributes
 from invdiff.evaluation.results import Measures, Results
 from invdiff.files import fingerprint, read_json, write_json
 from invdiff.models.load import load_pipeline
@@ -262,7 +261,8 @@ class Workshop:
 
     def check(self) -> None:
         """Raise before any work where annotator, attributes or reference are not there."""
-        check_attributes(self.annotator, [n for n in (self.config.attribute, self.config.subject_attribute) if n])
+        for name in filter(None, (self.config.attribute, self.config.subject_attribute)):
+            check_attribute(name, self.annotator.attributes)
         _ = self._reference_data
 
     def data(self, cell: Cell) -> CaptionedImages:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..config import EvaluateConfig
 from ..data.captioned import CaptionedImages, readable_images
 from ..data.images import read_image
 from ..errors import EvaluationError
@@ -35,16 +36,11 @@ class Question:
     """Attribute to class names."""
     confusion: Mapping[str, NDArray[Any] | None]
     """Attribute to held-out counts, (K, K + 1); None where there are none."""
-    min_confidence: float
-    subject_attribute: str
-    """The attribute that prompts name; "" for none."""
     subject_of: Mapping[str, str]
-    """Prompt to its class of `subject_attribute`."""
+    """Prompt to its class of the subject attribute."""
     target: tuple[float, ...] | None
     """Shares of the first attribute's classes to measure against; None is uniform."""
-    confidence: float
-    num_resamples: int
-    seed: int
+    config: EvaluateConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,19 +79,9 @@ def describe_images(
 ) -> Described:
     """Describe images, holding the pixels of one batch at a time; under `GivenLabels`, pictures by features alone.
 
-    Args:
-        images: Rows of generated images; or pictures, such as real ones to compare with; or a captioned set, of which
-            all readable ones are described under a progress bar.
-        judge: The source of classes.
-        extractors: Further features.
-        min_confidence: Images whose most probable class is less probable are "cannot tell".
-        batch_size: Images in memory at a time.
-        progress: Show a progress bar, of a captioned set.
-        bar: A running bar to advance.
-
-    Raises:
-        DataError: An image is damaged, or more are unreadable than the captioned set allows.
-        EvaluationError: An image's features are not finite, or two extractors have one name.
+    They are rows of generated images, or pictures, such as real ones to compare with, or a captioned set, of which
+    all readable ones are described under a progress bar. Images whose most probable class is less probable than
+    `min_confidence` are "cannot tell". Advances a running `bar`.
     """
     given = [extractor.name for extractor in extractors]
     if len(set(given)) < len(given):

@@ -17,9 +17,10 @@ from ..errors import EvaluationError
 from ..models.encoders import ClipEncoder
 from ..progress import progress_bar
 from .annotate import Described, Judge, Question, describe_images
+from .annotators.annotations import check_attribute
 from .annotators.labels import GivenLabels
 from .fairness.correction import correct_for_annotator
-from .images import Folders, Row, common_prompts, module_scale, read_images, resolve_folders, scale_keys
+from .images import Folders, Row, common_prompts, read_images, resolve_folders, scale_keys
 from .measure import measure, preserve
 from .quality.extractors import FeatureExtractor, load_extractor, lpips_network
 from .quality.figures import common_group_size
@@ -72,7 +73,8 @@ def evaluate(
     rows_by_model = {model: read_images(*folders) for model, folders in resolve_folders(images).items()}
     if isinstance(annotator, GivenLabels):
         annotator.discover([row.values for rows in rows_by_model.values() for row in rows])
-    check_attributes(annotator, asked)
+    for name in asked:
+        check_attribute(name, annotator.attributes)
     prompts = common_prompts(rows_by_model)
     baseline = config.baseline or ("base" if "base" in rows_by_model else "")
     if baseline and baseline not in rows_by_model:
@@ -97,16 +99,15 @@ def evaluate(
         attributes=attributes,
         classes=classes,
         confusion=corrections,
-        subject_attribute=subject,
         subject_of=named_subjects(prompts, classes[subject], config.subject_of) if subject else {},
         target=tuple(target[name] for name in of_first) if target else None,
-        **{name: getattr(config, name) for name in ("min_confidence", "confidence", "num_resamples", "seed")},
+        config=config,
     )
     network = lpips_network() if config.lpips else None
     specs = dict.fromkeys(spec for spec in config.features if spec != config.clip)
     extractors = [*extractors, *map(load_extractor, specs), *([ClipEncoder.load(config.clip)] if config.clip else [])]
     clip: Any = next((extractor for extractor in extractors if hasattr(extractor, "text_features")), None)
-    settings: Any = {name: getattr(config, name) for name in ("min_confidence", "batch_size")}
+    settings: Any = {"min_confidence": config.min_confidence, "batch_size": config.batch_size}
     settings |= {"extractors": extractors, "progress": progress}
     if isinstance(reference, CaptionedImages):
         reference = describe_images(reference, annotator, **settings)
@@ -115,7 +116,7 @@ def evaluate(
         for model, rows in rows_by_model.items():
             seen = describe_images(rows, annotator, bar=bar, **settings)
             if reference is not None:
-                _check_reference(reference, seen, config.min_confidence)
+                _check_reference(reference, seen)
             for key in scale_keys(rows):
                 places = [place for place, row in enumerate(rows) if row.scale_key == key]
                 parts[model, key] = [rows[place] for place in places], seen.take(places)
@@ -128,7 +129,7 @@ def evaluate(
                 measures = replace(measures, preservation=preserve(*part, *parts[baseline, key], question))
             models[model][key] = measures
             bar.advance()
-    scales = {model: module_scale(rows) for model, rows in rows_by_model.items()}
+    scales = {model: {row.scale for row in rows} for model, rows in rows_by_model.items()}
     tables = {name: None if matrix is None else np.asarray(matrix) for name, matrix in confusion.items()}
     results = Results(
         models=models,
@@ -145,55 +146,36 @@ def evaluate(
         baseline=baseline,
         confidence=config.confidence,
         reference_images=0 if reference is None else len(reference),
-        module_scales={model: scale for model, scale in scales.items() if scale is not None},
+        module_scales={model: scale for model, (scale, *others) in scales.items() if scale is not None and not others},
     )
     return replace(results, notes=(*warnings, *_notes(results, annotator, question, prompts, reference)))
-
-
-def check_attributes(annotator: Judge, attributes: Sequence[str]) -> None:
-    """Raise `EvaluationError` unless the annotator knows every attribute."""
-    for name in attributes:
-        if name not in annotator.attributes:
-            raise EvaluationError(
-                f"Expected an attribute that the annotator knows, got {name!r}; it knows "
-                f"{', '.join(annotator.attributes) or 'none'}. Choose one of these, or train another."
-            )
 
 
 def named_subjects(
     prompts: Sequence[str], classes: Sequence[str], subject_of: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Prompt to the class of the subject it names, without prompts that name none.
+    """Prompt to the class of its subject: as `subject_of` has it, or the longest class name in the prompt as a word.
 
-    Args:
-        prompts: The prompts.
-        classes: Names of the subject's classes; an underscore stands for a space.
-        subject_of: Prompt to class, returned as it is. By default it is the longest class name that occurs in the
-            prompt as a word.
-
-    Raises:
-        EvaluationError: `subject_of` names an unknown class.
+    An underscore of a class name stands for a space; prompts that name no class are left out.
     """
-    for prompt, name in (subject_of or {}).items():
+    found = dict(subject_of or {})
+    for prompt, name in found.items():
         if name not in classes:
             raise EvaluationError(
                 f"Expected one of {', '.join(classes)} as the subject of {prompt!r}, got {name!r}. Correct it."
             )
-    if subject_of:
-        return dict(subject_of)
-    found = {}
-    for prompt in prompts:
-        for name in sorted(classes, key=len, reverse=True):
-            if re.search(rf"(?<!\w){re.escape(name.replace('_', ' '))}(?!\w)", prompt, flags=re.IGNORECASE):
-                found[prompt] = name
-                break
+    patterns = {name: rf"(?<!\w){re.escape(name.replace('_', ' '))}(?!\w)" for name in classes}
+    for prompt in () if found else prompts:
+        named = [name for name in classes if re.search(patterns[name], prompt, flags=re.IGNORECASE)]
+        if named:
+            found[prompt] = max(named, key=len)
     return found
 
 
-def _check_reference(reference: Described, seen: Described, min_confidence: float) -> None:
-    if reference.classes and reference.min_confidence != min_confidence:
+def _check_reference(reference: Described, seen: Described) -> None:
+    if reference.classes and reference.min_confidence != seen.min_confidence:
         raise EvaluationError(
-            f"Expected a reference described at the images' min_confidence, {min_confidence:g}, got one at "
+            f"Expected a reference described at the images' min_confidence, {seen.min_confidence:g}, got one at "
             f"{reference.min_confidence:g}. Describe it again."
         )
     shared = reference.features.keys() & seen.features.keys()
@@ -244,11 +226,10 @@ def _notes(
     if len(question.attributes) > 1:
         notes.append("figures of intersections are not corrected for the annotator's errors")
     unnamed = [prompt for prompt in prompts if prompt not in question.subject_of]
-    if question.subject_attribute and unnamed:
+    if (subject := results.subject_attribute) and unnamed:
         notes.append(
-            f"{len(unnamed)} of {len(prompts)} prompts name no class of {question.subject_attribute} "
-            f"({', '.join(question.classes[question.subject_attribute])}) and are left out of accuracy, first "
-            f"{unnamed[0]!r}"
+            f"{len(unnamed)} of {len(prompts)} prompts name no class of {subject} "
+            f"({', '.join(question.classes[subject])}) and are left out of accuracy, first {unnamed[0]!r}"
         )
     if reference is not None and question.attributes[0] not in reference.classes:
         notes.append(

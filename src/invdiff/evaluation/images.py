@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,11 +45,7 @@ class Row:
 
 
 def resolve_folders(folders: Mapping[str, Folders] | str | Path) -> dict[str, list[Path]]:
-    """Model name to folders, from a mapping, one folder of images, or a folder of such folders.
-
-    Raises:
-        EvaluationError: There is none, or a folder of images inside has no manifest.
-    """
+    """Model name to folders, from a mapping, one folder of images, or a folder of such folders."""
     if isinstance(folders, Mapping):
         several = {
             model: [Path(folder) for folder in ([given] if isinstance(given, str | Path) else given)]
@@ -58,29 +55,24 @@ def resolve_folders(folders: Mapping[str, Folders] | str | Path) -> dict[str, li
             raise EvaluationError("Expected at least one folder of images of each model, got none.")
         return several
     folder = Path(folders)
-    inside = [child for child in sorted(folder.glob("*")) if _manifest_in(child) is not None]
-    if not inside or _manifest_in(folder) is not None:
+    inside = {child: _manifest_in(child) for child in sorted(folder.glob("*")) if child.is_dir()}
+    if _manifest_in(folder) is not None or not any(inside.values()):
         return {folder.resolve().name: [folder]}
-    for child in sorted(folder.iterdir()):
-        if child.is_dir() and child not in inside and any(child.rglob("*.png")):
+    for child, manifest in inside.items():
+        if manifest is None and any(child.rglob("*.png")):
             raise EvaluationError(
                 f"Expected a manifest in every folder of images inside {folder}, found none in {child}. Write "
                 "one, or name the folders to evaluate one by one."
             )
-    return {child.name: [child] for child in inside}
+    return {child.name: [child] for child, manifest in inside.items() if manifest}
 
 
 def read_images(*folders: Path) -> list[Row]:
     """The images of one model, in the order that its folders list them.
 
-    A folder's manifest is manifest.jsonl, metadata.jsonl or metadata.csv. Each row has `file_name` and `prompt` (or
-    `text` or `caption`), and may have `guidance_scale`, `seed` and `scale`; further columns may hold given labels.
-    Images outside the folder are refused, links followed: a manifest of another person must not bring a private file
-    into figures and reports.
-
-    Raises:
-        EvaluationError: There is no manifest, it is damaged, names absent images, images outside the folder, an image
-            twice, a prompt with one image only, or images of several module scales; or a folder inside is empty.
+    Each row of a manifest has `file_name` and `prompt` (or `text` or `caption`), and may have `guidance_scale`, `seed`
+    and `scale`; further columns may hold given labels. Images outside the folder are refused, links followed: a
+    manifest of another person must not bring a private file into figures and reports.
     """
     rows = [row for folder in folders for row in _read_folder(folder)]
     where = " and ".join(map(str, folders))
@@ -100,11 +92,7 @@ def read_images(*folders: Path) -> list[Row]:
 
 
 def common_prompts(rows_by_model: Mapping[str, Sequence[Row]]) -> list[str]:
-    """The prompts of all models, in order.
-
-    Raises:
-        EvaluationError: A model lacks a prompt at a guidance scale that it has others at.
-    """
+    """The prompts of all models, in order, each of which every model has at each of its guidance scales."""
     prompts = list(dict.fromkeys(row.prompt for rows in rows_by_model.values() for row in rows))
     for model, rows in rows_by_model.items():
         for key in scale_keys(rows):
@@ -124,12 +112,6 @@ def scale_keys(rows: Sequence[Row]) -> list[str]:
     return sorted({row.scale_key for row in rows}, key=scale_order)
 
 
-def module_scale(rows: Sequence[Row]) -> float | None:
-    """Strength of the guidance module of one model's images; None where not all manifests say it."""
-    scales = {row.scale for row in rows}
-    return scales.pop() if len(scales) == 1 else None
-
-
 def _manifest_in(folder: Path) -> Path | None:
     return next((folder / name for name in MANIFESTS if (folder / name).is_file()), None)
 
@@ -143,18 +125,12 @@ def _read_folder(folder: Path) -> list[Row]:
         )
     table = read_table(manifest, required=("file_name", PROMPT_COLUMNS), error=EvaluationError)
     rows = [_row(values, folder, table.place(number)) for number, values in enumerate(table.rows)]
-    absent = [row.path for row in rows if not _is_file(row.path)]
+    absent = [row.path for row in rows if not os.path.isfile(row.path)]  # unlike a Path's, of names too long too
     if absent:
         raise EvaluationError(
             f"Expected the {len(rows)} images that {manifest} names, found {len(absent)} absent, first "
             f"{absent[0]}. Draw them (the same `invdiff generate` again makes what is missing), or remove their rows."
         )
-    for child in sorted(folder.iterdir()):
-        if child.is_dir() and not child.name.startswith(".") and not any(child.iterdir()):
-            raise EvaluationError(
-                f"Expected images in {child}, found none: generation stopped early. Run it again, or remove "
-                "the folder."
-            )
     for key in scale_keys(rows):
         prompt, fewest = Counter(row.prompt for row in rows if row.scale_key == key).most_common()[-1]
         if fewest < 2:
@@ -166,13 +142,26 @@ def _read_folder(folder: Path) -> list[Row]:
 
 
 def _row(values: Mapping[str, Any], folder: Path, where: str) -> Row:
+    def number(name: str) -> float | None:
+        value = values.get(name)
+        if value not in (None, "") and not math.isfinite(float(value)):
+            raise ValueError(f"{value!r} is not a finite number")
+        return None if value in (None, "") else float(value)
+
     try:
         prompts = [values[name] for name in PROMPT_COLUMNS if name in values]
         prompt = next((text for text in prompts if text != ""), "")
         prompt.encode("utf-8")  # text that cannot be written later is refused now
-        path = folder / values["file_name"]
+        path, seed = folder / values["file_name"], values.get("seed")
         inside = is_inside(path, folder)
-        guidance_scale, scale = _number(values.get("guidance_scale")), _number(values.get("scale"))
+        row = Row(
+            path,
+            prompt,
+            number("guidance_scale"),
+            number("scale"),
+            None if seed in (None, "") else str(seed),
+            values,
+        )
     except (AttributeError, TypeError, ValueError) as error:
         raise EvaluationError(
             f"Expected an image's file_name and prompt, and any guidance_scale and scale as numbers, in {where}, "
@@ -183,20 +172,4 @@ def _row(values: Mapping[str, Any], folder: Path, where: str) -> Row:
             f"Expected images inside {folder}, found {values['file_name']!r} in {where}, which lies outside it. "
             "Copy the image into the folder (no link) and give its path relative to it."
         )
-    seed = values.get("seed")
-    return Row(path, prompt, guidance_scale, scale, None if seed in (None, "") else str(seed), values)
-
-
-def _number(value: Any) -> float | None:
-    if value in (None, ""):
-        return None
-    if not math.isfinite(float(value)):
-        raise ValueError(f"{value!r} is not a finite number")
-    return float(value)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name too long for the file system
-        return False
+    return row

@@ -38,23 +38,16 @@ def measure(
     clip: ClipEncoder | None = None,
     lpips: LPIPS | None = None,
 ) -> Measures:
-    """Measure one model's images, and their descriptions in the same order, at one guidance scale.
+    """Measures of one model's images, and their descriptions in the same order, at one guidance scale.
 
-    Args:
-        rows: The images.
-        seen: Their descriptions.
-        question: The measures asked for.
-        reference: The reference images' descriptions.
-        group_size: Images of each group that distances by group are of; see `quality.figures.common_group_size`.
-        clip: The CLIP model whose text features CLIP-T is measured with; its image features are among those seen.
-        lpips: The network to measure diversity by LPIPS with, on the first images of each prompt.
+    Distances by group are of `group_size` images each. The image features of `clip`, for CLIP-T, are among those seen.
     """
     prompts = [row.prompt for row in rows]
     right = np.full(len(rows), -1)  # 1 where an image shows its prompt's subject, 0 where not, -1 for no subject
-    if question.subject_attribute:
-        place = {name: index for index, name in enumerate(question.classes[question.subject_attribute])}
+    if subject := question.config.subject_attribute:
+        place = {name: index for index, name in enumerate(question.classes[subject])}
         named = np.array([place[question.subject_of[p]] if p in question.subject_of else -1 for p in prompts])
-        right = np.where(named < 0, -1, seen.classes[question.subject_attribute] == named)
+        right = np.where(named < 0, -1, seen.classes[subject] == named)
     kinds = [question.classes[name] for name in question.attributes]
     attributes = {
         name: _spread(name, names, prompts, seen.classes[name], seen.probabilities[name], right, question)
@@ -72,7 +65,7 @@ def measure(
     return Measures(
         images_per_prompt=min(Counter(prompts).values()),
         attributes=attributes,
-        subject_accuracy=share(known, question.confidence) if len(known) else None,
+        subject_accuracy=share(known, question.config.confidence) if len(known) else None,
         quality=quality_figures(rows, seen, reference, clip, lpips, question),
         by_group=group_figures(seen, reference, right, question, group_size),
     )
@@ -83,8 +76,8 @@ def preserve(
 ) -> dict[str, Quantity]:
     """How far images moved from those that the baseline draws from the same prompts and seeds.
 
-    The distance of features is that of pairs of one seed; beside it stands that of unrelated images of the baseline.
-    Attributes other than the sensitive ones should not change: the share of pairs that keep each class is given.
+    Distances of features are those of pairs of one seed, beside that of unrelated images of the baseline; attributes
+    other than the sensitive ones have the share of pairs that keep their class.
     """
     places = []
     for side in (rows, base_rows):
@@ -96,7 +89,7 @@ def preserve(
         why = "not defined: the manifests share no two seeds of a prompt with the baseline, each given once"
         return {"feature shift": Quantity(None, note=why)}
     ours, theirs = (np.array(side) for side in zip(*pairs, strict=True))
-    number = f"{len(pairs)} pairs"
+    number, confidence = f"{len(pairs)} pairs", question.config.confidence
     figures: dict[str, Quantity] = {}
     for name, features in seen.features.items():
         before, after = base.features[name][theirs], features[ours]
@@ -105,15 +98,15 @@ def preserve(
         except EvaluationError as error:
             figures[f"feature shift ({name})"] = Quantity(None, note=f"not defined: {error}")
             continue
-        ends = mean_interval(moved, confidence=question.confidence)
         note = f"cosine distance, {number}; the baseline's own images are {unrelated:.3g} apart"
+        ends = mean_interval(moved, confidence=confidence)
         figures[f"feature shift ({name})"] = Quantity(float(moved.mean()), *ends, note=note)
     for attribute in [name for name in seen.classes if name not in question.attributes]:
         mine, before = seen.classes[attribute][ours], base.classes[attribute][theirs]
         known = np.maximum(mine, before) < len(question.classes[attribute])
         kept = Quantity(None, note="not defined: no pair has a class on both sides")
         if known.any():
-            kept = replace(share((mine == before)[known], question.confidence), note=f"{known.sum()} of {number}")
+            kept = replace(share((mine == before)[known], confidence), note=f"{known.sum()} of {number}")
         figures[f"{attribute} unchanged"] = kept
     return figures
 
@@ -129,18 +122,10 @@ def estimate(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """A fairness metric's mean over prompts with its interval, floor and correction for the annotator.
+    """A fairness metric's mean over prompts, of counts (prompts, groups), with interval, floor and correction.
 
-    Args:
-        metric: A name in `fairness.metrics.METRICS`.
-        counts: Images with a class, per prompt and group, (prompts, groups).
-        unsure: Images of each prompt whose class the annotator could not tell, (prompts,). They are outside the
-            raw figures; the corrected ones need them where `confusion` has a column for them.
-        target: Shares to compare with, (groups,), for a metric that takes them; even when None.
-        confusion: See `fairness.correction.correct_for_annotator`.
-        confidence: Coverage of the intervals.
-        num_resamples: Monte Carlo draws for each prompt, at least 20.
-        seed: Seed of the draws.
+    Images whose class the annotator could not tell, (prompts,), are outside the raw figures; the corrected ones need
+    them where `confusion` has a column for them.
     """
     values, notes = per_prompt(metric, counts, target=target), []
     settings: Any = {"target": target, "confidence": confidence, "num_resamples": num_resamples, "seed": seed}
@@ -186,7 +171,7 @@ def _spread(
     """How one attribute's classes (N,), called `names`, are spread over the images of each prompt."""
     place = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
     index = np.array([place[prompt] for prompt in prompts])
-    target = question.target if name == question.attributes[0] else None
+    target, config = question.target if name == question.attributes[0] else None, question.config
 
     def count(chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Images per prompt and class, the last class for "cannot tell", (prompts, K + 1)."""
@@ -194,7 +179,7 @@ def _spread(
         np.add.at(table, (index[chosen], classes[chosen]), 1)
         return table
 
-    def estimates(counts: NDArray[np.int64], num_resamples: int = question.num_resamples) -> dict[str, Estimate]:
+    def estimates(counts: NDArray[np.int64], num_resamples: int = config.num_resamples) -> dict[str, Estimate]:
         return {
             metric: estimate(
                 metric,
@@ -202,9 +187,9 @@ def _spread(
                 counts[:, -1],
                 target=target if METRICS[metric].takes_target else None,
                 confusion=question.confusion.get(name),
-                confidence=question.confidence,
+                confidence=config.confidence,
                 num_resamples=num_resamples,
-                seed=derived_seed("interval", question.seed, name, metric) % 2**31,
+                seed=derived_seed("interval", config.seed, name, metric) % 2**31,
             )
             for metric in METRICS
         }
@@ -214,7 +199,7 @@ def _spread(
         if not counts[number, :-1].any():
             raise EvaluationError(
                 f"Expected an image of {prompt!r} with a class of {name}, found none at a confidence of "
-                f"{question.min_confidence:g} or more. Ask for less confidence, use a better annotator, or leave the "
+                f"{config.min_confidence:g} or more. Ask for less confidence, use a better annotator, or leave the "
                 "prompt out."
             )
     shown, note = {}, ""
@@ -228,8 +213,8 @@ def _spread(
                 f"figures of images whose subject is right leave out {len(left_out)} of {len(place)} prompts that "
                 f"have none, first {left_out[0]!r}"
             )
-    few = min(question.num_resamples, PROMPT_RESAMPLES)
-    labels = (*names, CANNOT_TELL) if counts[:, -1].any() or question.min_confidence else names
+    few = min(config.num_resamples, PROMPT_RESAMPLES)
+    labels = (*names, CANNOT_TELL) if counts[:, -1].any() or config.min_confidence else names
     return AttributeMeasures(
         counts={prompt: dict(zip(labels, counts[number].tolist(), strict=False)) for prompt, number in place.items()},
         overall=estimates(counts),
@@ -257,11 +242,10 @@ def _softmax(
     totals = sums.sum(axis=1)
     if not totals.all():
         return Quantity(None, note="not defined: a prompt has no image with a probability")
-    metric, seed = "fairness_discrepancy", derived_seed("softmax", question.seed) % 2**31
-    settings: Any = {"confidence": question.confidence, "num_resamples": question.num_resamples, "seed": seed}
-    ends = interval(metric, sums, target=target, **settings)
+    metric, config = "fairness_discrepancy", question.config
+    settings: Any = {"confidence": config.confidence, "num_resamples": config.num_resamples}
+    ends = interval(metric, sums, target=target, seed=derived_seed("softmax", config.seed) % 2**31, **settings)
     floor = metric_floor(metric, np.rint(totals), sums.shape[1], target=target)
-    note = (
-        f"of mean probabilities, which spread less than labels: interval and floor ({floor:.3g}) are those of labels"
-    )
+    note = "of mean probabilities, which spread less than labels: "
+    note += f"interval and floor ({floor:.3g}) are those of labels"
     return Quantity(float(per_prompt(metric, sums, target=target).mean()), *ends, note=note)

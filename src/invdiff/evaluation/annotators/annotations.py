@@ -21,11 +21,7 @@ def label_of(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Annotations:
-    """What an annotator saw in N images.
-
-    Raises:
-        EvaluationError: Sizes disagree, a probability is outside [0, 1] or NaN, or a class is called "cannot tell".
-    """
+    """Classes and features that an annotator saw in N images."""
 
     attributes: Mapping[str, tuple[str, ...]]
     """Attribute name to class names."""
@@ -57,9 +53,6 @@ class Annotations:
 
         It is the number of classes K, for "cannot tell", where that probability is below `min_confidence` and
         where nothing is known.
-
-        Raises:
-            EvaluationError: The attribute was not annotated, or `min_confidence` is outside [0, 1].
         """
         check_attribute(attribute, self.attributes)
         if not 0 <= min_confidence <= 1:
@@ -75,8 +68,8 @@ class Annotations:
 
     def labels(self, attribute: str, min_confidence: float = 0.0) -> list[str]:
         """`classes` by name, `CANNOT_TELL` among them."""
-        indices = self.classes(attribute, min_confidence)
-        return np.array([*self.attributes[attribute], CANNOT_TELL])[indices].tolist()
+        names = np.array([*self.attributes[attribute], CANNOT_TELL])
+        return names[self.classes(attribute, min_confidence)].tolist()
 
 
 class Annotator(Protocol):
@@ -84,11 +77,11 @@ class Annotator(Protocol):
 
     @property
     def name(self) -> str:
-        """What people call it, in figures and cards."""
+        """Its name in figures and cards."""
 
     @property
     def feature_name(self) -> str:
-        """What its features are called, "" where it gives none."""
+        """The name of its features, "" where it gives none."""
 
     @property
     def attributes(self) -> Mapping[str, tuple[str, ...]]:
@@ -98,22 +91,20 @@ class Annotator(Protocol):
         """Annotate `images`."""
 
     def confusion(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64] | None:
-        """Counts of held-out images, (true class K, annotated class K + 1), the last for "cannot tell".
-
-        None where no held-out labelled images are known.
-        """
+        """Counts of held-out images, (true class K, annotated class K + 1), the last for "cannot tell", or None."""
 
 
 def check_attribute(attribute: str, known: Iterable[str]) -> None:
     """Raise `EvaluationError` for an attribute that is not among those known."""
     if attribute not in known:
         raise EvaluationError(
-            f"Expected one of the attributes {', '.join(known) or '(none)'}, got {attribute!r}. Choose one of these."
+            f"Expected one of the annotator's attributes {', '.join(known) or '(none)'}, got {attribute!r}. "
+            "Choose one of these, or another annotator."
         )
 
 
 def check_class_names(attributes: Mapping[str, Iterable[str]], error: type[InvDiffError]) -> None:
-    """Raise `error` where a class is called as images are that nothing is known of."""
+    """Raise `error` where a class is called "cannot tell"."""
     for name, classes in attributes.items():
         if CANNOT_TELL in classes:
             raise error(

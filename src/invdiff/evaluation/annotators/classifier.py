@@ -17,14 +17,7 @@ from .heldout import Measurable
 
 
 class ClassifierAnnotator(Measurable):
-    """The classes of `attribute` by one classifier, named by its `id2label`. It gives no features.
-
-    The classifier is a folder or a hub id that `AutoModelForImageClassification` and `AutoImageProcessor` load.
-
-    Raises:
-        ModelError: There is no classifier that chooses one of two or more classes with a name each, or one of them
-            is called "cannot tell".
-    """
+    """The classes of `attribute` by one classifier, a folder or hub id, named by its `id2label`; without features."""
 
     feature_name = ""
 

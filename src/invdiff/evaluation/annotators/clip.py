@@ -26,12 +26,7 @@ class ClipAnnotator(Measurable):
 
     A class is the mean of its prompts' normalised embeddings, normalised again; its probability is a softmax over
     an attribute's classes of logit_scale times the cosine to the image. Features are normalised image embeddings.
-    Such classes are unchecked: measure the annotator on labelled images before its figures are trusted. It is made of
-    a folder or hub id of a `CLIPModel` with its tokenizer and image processor, and of prompts as for `class_prompts`.
-
-    Raises:
-        ConfigError: As for `class_prompts`, or a prompt is too long.
-        ModelError: There is no CLIP model, or it lacks its tokenizer or image processor.
+    Such classes are unchecked: measure the annotator on labelled images before its figures are trusted.
     """
 
     def __init__(self, name_or_folder: str | Path, attributes: Mapping[str, Any] | Path) -> None:
@@ -40,10 +35,10 @@ class ClipAnnotator(Measurable):
         self.network, self.name = self._encoder.model, self._encoder.name
         self.feature_name = self.name
         self.attributes = {name: tuple(classes) for name, classes in prompts.items()}
-        self._embeddings = {
-            attribute: np.stack([self._embed(texts) for texts in classes.values()])
-            for attribute, classes in prompts.items()
-        }
+        self._embeddings = {}
+        for attribute, classes in prompts.items():
+            texts = [_unit(self._encoder.text_features(of, truncate=False)) for of in classes.values()]
+            self._embeddings[attribute] = np.stack([_unit(embedded.mean(axis=0)) for embedded in texts])
 
     def predict(self, images: Iterable[Image.Image]) -> Annotations:
         """Annotate `images`, a batch at a time; an iterator is never held in memory as a whole."""
@@ -57,18 +52,9 @@ class ClipAnnotator(Measurable):
         }
         return Annotations(self.attributes, probabilities, features)
 
-    def _embed(self, prompts: Sequence[str]) -> NDArray[np.float32]:
-        """The unit mean of the prompts' unit embeddings, (D,)."""
-        return _unit(_unit(self._encoder.text_features(prompts, truncate=False)).mean(axis=0))
-
 
 def class_prompts(source: Any) -> dict[str, dict[str, list[str]]]:
-    """Prompts as lists, of attribute name to class name to a prompt or several, or of a YAML or JSON file of that.
-
-    Raises:
-        ConfigError: The file is absent or holds something else, an attribute has fewer than two classes or one called
-            "cannot tell", or a class no prompt.
-    """
+    """Prompts as lists, of attribute name to class name to a prompt or several, or of a YAML or JSON file of that."""
     if isinstance(source, Path):
         try:
             return class_prompts(yaml.safe_load(source.read_text(encoding="utf-8-sig")))  # JSON is a subset of YAML

@@ -38,18 +38,9 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
     """A small conv net that annotates several attributes at once and gives 64 features for each image.
 
     Four convolutions see the image beside its two coordinates (so that "left" can be told from "right" after
-    global averaging) and feed one linear head per attribute.
-
-    Args:
-        attributes: Attribute name to class names.
-        resolution: Side in pixels that images are resized to.
-        temperatures: Attribute name to what its logits are divided by, set by `calibrate`; None where there were
-            too few held-out images to tell.
-        holdout_calibration_error: Attribute name to the expected calibration error on images kept out of training and
-            calibration, as {"uncalibrated": at temperature 1, "calibrated": as it is}.
-
-    Raises:
-        ModelError: A class is called "cannot tell".
+    global averaging) and feed one linear head per attribute. `calibrate` sets the temperatures that an attribute's
+    logits are divided by, None where there were too few held-out images, and the expected calibration errors on
+    held-out images, as {"uncalibrated": at temperature 1, "calibrated": as it is}.
     """
 
     _supports_gradient_checkpointing = False
@@ -116,25 +107,20 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         """
         self.eval()
         batches = [self.forward(normalise(batch.to(self.device)))[1] for batch in pixels.split(64)]
-        logits = {
-            name: torch.cat(parts).float().cpu()
-            for name, parts in zip(self.attributes, zip(*batches, strict=True), strict=True)
-        }
-        truth = dict(zip(self.attributes, targets.T, strict=True))
+        logits = [torch.cat(parts).float().cpu() for parts in zip(*batches, strict=True)]
         fitted = stratified_share(combinations(targets), 0.5, derived_generator("calibrate", seed))
-        fitted = fitted if len(fitted) >= MIN_CALIBRATION else fitted[:0]
-        temperatures = {
-            name: fit_temperature(values[fitted].numpy(), truth[name][fitted])
-            for name, values in logits.items()
-            if len(fitted)
-        }
+        named, temperatures = [*zip(self.attributes, logits, targets.T, strict=True)], None
+        if len(fitted) < MIN_CALIBRATION:
+            fitted = fitted[:0]
+        else:
+            temperatures = {name: fit_temperature(values[fitted], truth[fitted]) for name, values, truth in named}
         judged = np.setdiff1d(np.arange(len(targets)), fitted)
-        errors: dict[str, dict[str, float]] = {name: {} for name in logits}
-        for kind, chosen in (("uncalibrated", None), ("calibrated", temperatures or None)):
+        errors: dict[str, dict[str, float]] = {name: {} for name in self.attributes}
+        for kind, chosen in (("uncalibrated", None), ("calibrated", temperatures)):
             self.register_to_config(temperatures=chosen)
-            probabilities = {name: self._calibrated(name, values[judged]).numpy() for name, values in logits.items()}
-            classes = {name: values[judged] for name, values in truth.items()}
-            self.held_out = HeldOut(self.attributes, probabilities, truth=classes)
+            probabilities = {name: self._calibrated(name, values[judged]).numpy() for name, values, _ in named}
+            truths = {name: truth[judged] for name, _, truth in named}
+            self.held_out = HeldOut(self.attributes, probabilities, truth=truths)
             for name, figures in self.held_out.summary().items():
                 errors[name][kind] = figures["calibration_error"]
         self.register_to_config(holdout_calibration_error=errors)
@@ -150,11 +136,7 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> ConvAnnotator:
-        """Load from a folder or hub id, ready to `predict`; it is called as the folder is.
-
-        Raises:
-            ModelError: There is no annotator, or its files are absent, damaged or do not fit its config.
-        """
+        """Load from a folder or hub id, ready to `predict`; it is called as the folder is."""
         path = str(pretrained_model_name_or_path)
         try:
             config: Any = cls.load_config(path)
@@ -195,22 +177,8 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         Where attributes go together in `data`, a net can read one off the other, and Bias measured with it is
         wrong. So batches are drawn evenly over the combinations of attributes (none more than 20 times as
         often as it occurs), and the held-out accuracy of the worst combination is kept.
-        The images are held in memory at `resolution`: 12 KB each at 64 pixels.
-
-        Args:
-            data: Images with attributes.
-            attributes: Names to learn; all when None.
-            steps: Optimiser steps.
-            batch_size: Images per step.
-            learning_rate: Peak of the one-cycle schedule.
-            holdout: Share of each combination of attributes that is kept out of training, half of it to calibrate on.
-            resolution: Side in pixels.
-            seed: Seed of the splits, weights, batches and augmentation; the global generator is left alone.
-            progress: Show progress bars.
-
-        Raises:
-            DataError: An attribute is absent, lacks values, has one class or more than 50, or one called "cannot
-                tell"; or more images are unreadable than the data allows; or no two images have the same attributes.
+        The images are held in memory at `resolution`: 12 KB each at 64 pixels. `holdout` is the share of each
+        combination that is kept out of training, half of it to calibrate on. The global generator is left alone.
         """
         if steps < 1 or batch_size < 1 or not 0 < holdout < 1:
             raise DataError(
@@ -303,8 +271,7 @@ def train_network(
 ) -> None:
     """Minimise the sum of the attributes' cross-entropies by AdamW on a one-cycle schedule, on varied images.
 
-    Of uint8 pixels, (N, 3, height, width), and class indices, (N, attributes), batches hold `rows`, (M,), each drawn
-    as often as its weight says, (M,).
+    Of uint8 pixels, (N, 3, height, width), and classes, (N, attributes), `rows`, (M,), are drawn by weight, (M,).
     """
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1)

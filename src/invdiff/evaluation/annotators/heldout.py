@@ -134,10 +134,7 @@ class Measurable:
         return weights_digest(network)
 
     def confusion(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64] | None:
-        """Counts of held-out images, (true class K, annotated class K + 1), the last for "cannot tell".
-
-        None where the annotator was not measured on labelled images of this attribute.
-        """
+        """Counts, (true class K, annotated class K + 1), or None where it was not measured on this attribute."""
         check_attribute(attribute, self.attributes)
         if self.held_out is None or attribute not in self.held_out.attributes:
             return None
@@ -157,14 +154,10 @@ class Measurable:
 def measure_annotator(
     annotator: Annotator, data: CaptionedImages, attributes: Sequence[str] | None = None, *, progress: bool = True
 ) -> HeldOut:
-    """Annotate labelled images, one at a time, that `annotator` was not trained on.
+    """Annotate labelled images that `annotator` was not trained on: of the attributes named, or all that both have.
 
     Values of the data's attributes are the annotator's class names; images without a label of an attribute are left
-    out of its figures. Unless named, all attributes are measured that the annotator and the data have in common.
-
-    Raises:
-        DataError: An attribute is not in both, has no label, or has one that is no class of the annotator's; or
-            more images are unreadable than the data allows.
+    out of its figures.
     """
     common = [name for name in annotator.attributes if name in data.attributes]
     chosen = common if attributes is None else list(dict.fromkeys(attributes))
@@ -206,10 +199,8 @@ def combinations(classes: NDArray[np.int64]) -> NDArray[np.int64]:
 def fit_temperature(logits: ArrayLike, truth: NDArray[np.int64]) -> float:
     """The temperature of logits, (N, classes), that minimises the negative log-likelihood of the true classes, (N,).
 
-    Guo et al., "On calibration of modern neural networks" (ICML 2017). Without a mistake among the images, any
-    probability below 1 would seem too modest, and the temperature would go to 0. So targets are smoothed by
-    1 / (N + 2), Laplace's estimate of the share of mistakes where N images show none (Platt, 1999, does the same for
-    two classes).
+    Guo et al., "On calibration of modern neural networks" (ICML 2017). So that it does not go to 0 where no image is
+    mistaken, targets are smoothed by 1 / (N + 2), Laplace's estimate of the share of mistakes (as Platt, 1999).
     """
     scores, smoothing = np.asarray(logits, dtype=np.float64), 1 / (len(truth) + 2)
 
@@ -228,8 +219,7 @@ def fit_temperature(logits: ArrayLike, truth: NDArray[np.int64]) -> float:
 def expected_calibration_error(probabilities: NDArray[Any], truth: NDArray[np.int64], *, num_bins: int = 15) -> float:
     """Mean distance of confidence to accuracy over equal bins of confidence, weighted by images.
 
-    Naeini et al., "Obtaining well calibrated probabilities using Bayesian binning" (AAAI 2015). With N images it is
-    above zero even for a perfectly calibrated annotator, by about sqrt(bins in use / N). Probabilities are
+    Naeini et al., "Obtaining well calibrated probabilities using Bayesian binning" (AAAI 2015). Probabilities are
     (N, classes), true classes (N,), bins (0, 1/num_bins], (1/num_bins, 2/num_bins] and so on.
     """
     values = np.asarray(probabilities, dtype=np.float64)

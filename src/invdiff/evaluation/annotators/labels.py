@@ -19,26 +19,12 @@ FOLDER_ATTRIBUTE = "label"
 """The attribute that names of sub-folders are values of."""
 
 
-def load_labelled_images(
-    source: Source,
-    *,
-    image_column: str | None = None,
-    caption_column: str | None = None,
-    split: str = "train",
-    max_unreadable: float = 0.01,
-    limit: int | None = None,
-) -> CaptionedImages:
-    """Open images with attributes; captions are not needed, and are no attribute where there are some.
+def load_labelled_images(source: Source, *, caption_column: str | None = None, **options: Any) -> CaptionedImages:
+    """Images with attributes, as from `load_captioned_images`; captions are not needed, and are no attribute.
 
-    A folder without a metadata file but with one sub-folder per class (`photos/cat/1.png`) has one attribute,
-    "label". Arguments are as for `load_captioned_images`.
-
-    Raises:
-        DataError: The source is absent, or has no images where they were expected.
+    A folder without a metadata file but with one sub-folder per class (`photos/cat/1.png`) has one attribute, "label".
     """
-    images = load_captioned_images(
-        source, image_column=image_column, captions=False, split=split, max_unreadable=max_unreadable, limit=limit
-    )
+    images = load_captioned_images(source, captions=False, **options)
     captions = CAPTION_COLUMNS if caption_column is None else (caption_column,)
     attributes = {name: values for name, values in images.attributes.items() if name not in captions}
     if not images.attributes:
@@ -81,13 +67,10 @@ def read_targets(
 
 
 class GivenLabels:
-    """Reads the classes of images from columns of their manifest, written by people or by another program.
+    """Classes of images from columns of their manifest, written by people or by another program, taken as true.
 
-    A missing or empty value, or "cannot tell", is an image that nothing is known of. The labels are taken as true:
-    there is no confusion. Classes are the distinct values, sorted, of all rows seen by `discover`.
-
-    Raises:
-        EvaluationError: No column is named.
+    A missing or empty value, or "cannot tell", is an image that nothing is known of. Classes are the distinct values,
+    sorted, of all rows seen by `discover`.
     """
 
     name = "labels"
@@ -99,11 +82,7 @@ class GivenLabels:
         self._values: dict[str, set[str]] = {name: set() for name in names}
 
     def discover(self, rows: Iterable[Mapping[str, Any]]) -> GivenLabels:
-        """Add the classes in `rows` to those known; the result is the same object.
-
-        Raises:
-            EvaluationError: No row has one of the columns, or a column has more than 50 classes.
-        """
+        """Add the classes in `rows` to those known; the result is the same object."""
         columns: dict[str, None] = {}
         for row in rows:
             columns.update(dict.fromkeys(row))
@@ -143,8 +122,9 @@ class GivenLabels:
                     f"Expected a label of {name!r} among {', '.join(classes)}, got {min(unknown)!r}. "
                     "Discover the classes in all rows first."
                 )
-            probabilities[name] = np.array(labels, dtype=object)[:, None] == np.array(classes, dtype=object)
-        return Annotations(attributes, {name: known.astype(np.float32) for name, known in probabilities.items()})
+            known = np.array(labels, dtype=object)[:, None] == np.array(classes, dtype=object)
+            probabilities[name] = known.astype(np.float32)
+        return Annotations(attributes, probabilities)
 
     def confusion(self, attribute: str, min_confidence: float = 0.0) -> None:
         """None: given labels are not measured against others."""

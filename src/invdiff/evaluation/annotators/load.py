@@ -37,13 +37,10 @@ def load_annotator(
         attribute: For an image classifier, what its classes are classes of ("label" unless given; the first of
             several); for "labels", the columns. Others know their attributes.
         classes: For a CLIP model only: attribute name to class name to prompts, or a YAML or JSON file of that.
-
-    Raises:
-        ModelError: There is no annotator of a known kind, or it is not the one that the folder's measurement is of.
-        ConfigError: A CLIP model is given without `classes`, or others with them, or "labels" without attribute.
     """
     attributes = [name for name in ([attribute] if isinstance(attribute, str) else attribute) if name]
-    config = {} if spec == LABELS or _is_measured(spec) else _read_config(spec)
+    recipe = None if spec == LABELS else _recipe(Path(spec))
+    config = {} if spec == LABELS or recipe else _config(spec)
     architecture = next(iter(config.get("architectures") or ()), "")
     if config.get("model_type") == "clip" and architecture in ("", "CLIPModel"):
         if classes is None:
@@ -54,12 +51,12 @@ def load_annotator(
         return ClipAnnotator(spec, classes)
     if classes is not None:
         raise ConfigError(f"Expected no classes beside {spec}, got some. Only CLIP models take them.")
+    if recipe:
+        return _load_measured(Path(spec), **recipe)
     if spec == LABELS:
         if not attributes:
             raise ConfigError(f"Expected an attribute beside {LABELS!r}, the column to read, got none. Name it.")
         return GivenLabels(attributes)
-    if not config:
-        return _load_measured(Path(spec))
     if config.get("_class_name") == ConvAnnotator.__name__:
         return ConvAnnotator.from_pretrained(spec)
     if architecture.endswith("ForImageClassification"):
@@ -70,7 +67,7 @@ def load_annotator(
 
 def refuse_own_folder(folder: Path, spec: str) -> None:
     """Raise `ConfigError` where `folder` is that of the annotator `spec`, or of the one that `spec` measures."""
-    own = [spec, *([_read_recipe(Path(spec))["annotator"]] if _is_measured(spec) else [])]
+    own = [spec, (_recipe(Path(spec)) or {}).get("annotator", spec)]
     if folder.resolve() in [Path(place).resolve() for place in own]:
         raise ConfigError(
             f"Expected another folder to write to than that of the annotator itself, got {folder}. "
@@ -90,63 +87,51 @@ def save_measured(
     """Write how an annotator errs on labelled images; `load_annotator(folder)` gives that annotator with it.
 
     What was known of attributes that `held_out` lacks is written too. `spec`, `attribute` and `classes` are what
-    `load_annotator` was given to get `annotator`.
-
-    Raises:
-        ConfigError: `folder` is that of the annotator itself; nothing is written.
+    `load_annotator` was given to get `annotator`, whose own folder is refused.
     """
     refuse_own_folder(folder, spec)
-    source = Path(spec)
-    if _is_measured(spec):  # refer to the annotator itself: its earlier measurement may be removed
-        recipe = _read_recipe(source)
-    else:
-        prompts = None if classes is None else class_prompts(classes)
-        where = str(source.resolve()) if source.is_dir() else spec
-        recipe = {"annotator": where, "attribute": attribute, "classes": prompts}
+    where = str(Path(spec).resolve()) if Path(spec).is_dir() else spec
+    prompts = None if classes is None else class_prompts(classes)
+    given = {"annotator": where, "attribute": attribute, "classes": prompts}
+    recipe = _recipe(Path(spec)) or given  # the annotator itself: its earlier measurement may be removed
     known = held_out if annotator.held_out is None else annotator.held_out.updated(held_out)
     known.save(folder)
     write_json(folder / MEASURED, {**recipe, "weights": annotator.weights_digest()})
 
 
-def _is_measured(spec: str) -> bool:
-    return (Path(spec) / MEASURED).is_file()
-
-
-def _load_measured(folder: Path) -> Annotator:
-    recipe = _read_recipe(folder)
-    spec = recipe["annotator"]
-    if spec == LABELS or _is_measured(spec):  # the latter may stand for `folder` in turn
+def _load_measured(folder: Path, annotator: str, attribute: str, classes: Any, weights: str) -> Annotator:
+    if annotator == LABELS or (Path(annotator) / MEASURED).is_file():  # the latter may stand for `folder` in turn
         raise ModelError(
-            f"Expected the annotator itself at {spec}, which {folder / MEASURED} names, found a measurement or "
-            f"labels. Delete {Path(spec) / MEASURED}, or measure again."
+            f"Expected the annotator itself at {annotator}, which {folder / MEASURED} names, found a measurement or "
+            f"labels. Delete {Path(annotator) / MEASURED}, or measure again."
         )
-    annotator: Any = load_annotator(spec, attribute=recipe["attribute"], classes=recipe["classes"])
-    if recipe["weights"] != annotator.weights_digest():
+    loaded: Any = load_annotator(annotator, attribute=attribute, classes=classes)
+    if weights != loaded.weights_digest():
         raise ModelError(
-            f"Expected the annotator that {folder} was measured with at {spec}, found one of other weights, whose "
-            "errors are others. Measure again."
+            f"Expected the annotator that {folder} was measured with at {annotator}, found one of other weights. "
+            "Measure again."
         )
-    annotator.use_held_out(HeldOut.load(folder))
-    return annotator
+    loaded.use_held_out(HeldOut.load(folder))
+    return loaded
 
 
-def _read_recipe(folder: Path) -> dict[str, Any]:
-    """What `save_measured` wrote: "annotator", "attribute", "classes" and "weights"."""
+def _recipe(folder: Path) -> dict[str, Any] | None:
+    """What `save_measured` wrote into a folder: "annotator", "attribute", "classes" and "weights"; else None."""
+    if not (folder / MEASURED).is_file():
+        return None
     recipe = read_json(folder / MEASURED)
     expected = {"annotator", "attribute", "classes", "weights"}
-    if not isinstance(recipe, dict) or not expected <= set(recipe) or not isinstance(recipe["annotator"], str):
+    if not isinstance(recipe, dict) or set(recipe) != expected or not isinstance(recipe["annotator"], str):
         raise ModelError(
             f"Expected a measured annotator in {folder}, found {MEASURED} of something else. Measure again."
         )
     return recipe
 
 
-def _read_config(spec: str) -> dict[str, Any]:
+def _config(spec: str) -> dict[str, Any]:
     folder = Path(spec)
     try:
         config = read_json(folder / "config.json" if folder.is_dir() else Path(hf_hub_download(spec, "config.json")))
     except (OSError, ValueError, DataError) as error:
         raise ModelError(f"Expected an annotator in {spec}, found none. {KINDS}") from error
-    if not isinstance(config, dict) or not config:
-        raise ModelError(f"Expected an annotator in {spec}, found a config.json of something else. {KINDS}")
-    return config
+    return config if isinstance(config, dict) else {}

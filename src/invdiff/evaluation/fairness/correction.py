@@ -22,20 +22,12 @@ PRIOR = 0.5
 
 
 def correct_for_annotator(counts: ArrayLike, confusion: ArrayLike) -> FloatArray:
-    """Counts corrected for the annotator's errors: fractional, with the same sum for each prompt, (prompts, K).
+    """Counts, (prompts, J), corrected for the annotator's errors: fractional, with each prompt's sum, (prompts, K).
 
     The shares are the inverse of the rates (least squares under a sum of 1 where there are more columns than
-    classes), and where that has negative shares, the Euclidean projection of it onto the simplex.
-
-    Args:
-        counts: Images per prompt and annotated class, (prompts, J). The last of J = K + 1 columns holds the images
-            whose class the annotator could not tell.
-        confusion: Held-out counts, (true class, annotated class), (K, J). Rows that all sum to 1 are taken as rates.
-
-    Raises:
-        EvaluationError: As for `metrics.checked_counts`; the matrix does not fit the counts, has negative or infinite
-            cells, fractional counts, a class without held-out images, or classes that the annotator does not tell
-            apart.
+    classes), and where that has negative shares, the Euclidean projection of it onto the simplex. The last of
+    J = K + 1 columns holds the images whose class the annotator could not tell. `confusion` are held-out counts,
+    (true class, annotated class), (K, J); rows that all sum to 1 are taken as rates.
     """
     table, held_out, _ = _checked(counts, confusion)
     totals = table.sum(axis=1, keepdims=True)
@@ -58,9 +50,7 @@ def corrected_interval(
     prompts, and annotations from multinomials. A confusion matrix of rates has no number of held-out images: it is
     then taken as exact and the interval is too narrow by what it hides.
 
-    Simulated in tests/test_correction.py with annotators wrong in 10%, alike for all classes and not, and 400
-    held-out images a class: it covers in at least 93%, at the fair point too. Arguments are those of
-    `intervals.interval` and of `correct_for_annotator`.
+    Simulated in tests/test_correction.py with annotators wrong in 10%: it covers in at least 93%, if fair too.
     """
     table, held_out, exact = _checked(counts, confusion)
     numbers = whole_totals(table)
@@ -69,10 +59,9 @@ def corrected_interval(
     t = chosen.target(target, len(held_out))
     resamples = resamples_for(num_resamples, len(table))
     generator = np.random.default_rng(seed)
-    rates = held_out if exact else _shares(held_out + PRIOR)
-    if exact:
-        drawn = held_out[None]
-    else:
+    rates, drawn = held_out, held_out[None]
+    if not exact:
+        rates = _shares(held_out + PRIOR)
         drawn = np.stack([generator.dirichlet(row + PRIOR, size=resamples) for row in held_out], axis=1)
     inverse, inverses = _inverse(rates), _inverse(drawn)
 
@@ -104,10 +93,7 @@ def corrected_interval(
 
 
 def project_to_simplex(x: FloatArray) -> FloatArray:
-    """Nearest shares to each vector, (..., groups): non-negative, summing to 1.
-
-    Duchi et al., "Efficient projections onto the l1-ball for learning in high dimensions" (ICML 2008).
-    """
+    """Nearest shares to each vector, (..., groups): Duchi et al., "Efficient projections onto the l1-ball" (2008)."""
     falling = -np.sort(-x, axis=-1)
     excess = (falling.cumsum(axis=-1) - 1) / np.arange(1, x.shape[-1] + 1)
     last = (falling > excess).sum(axis=-1, keepdims=True) - 1

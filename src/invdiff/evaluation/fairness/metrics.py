@@ -1,12 +1,9 @@
 """Fairness metrics: how unevenly a prompt's images fall into the classes of a sensitive attribute, and their floors.
 
-`METRICS` is the table of metrics. Every one takes the shares of one prompt's groups; `per_prompt` takes counts of
-images, (prompts, groups), and figures are means over prompts. Counts are images by their most probable class, or sums
-of the annotator's class probabilities (the softmax form, fractional).
-
-With finitely many images a metric of a fair sampler is not at its fair value: read it beside `metric_floor`, what a
-perfectly fair sampler is expected to have, and `intervals.interval`. Only polynomials in the shares of degree at most
-N have an unbiased estimate from N images, such as `squared_discrepancy_unbiased`; none of the metrics here is one.
+`METRICS` is the table of metrics. Counts are images by their most probable class, or sums of the annotator's class
+probabilities (the softmax form, fractional). With finitely many images a metric of a fair sampler is not at its fair
+value: read it beside `metric_floor` and `intervals.interval`. Only polynomials in the shares of degree at most N have
+an unbiased estimate from N images, such as `squared_discrepancy_unbiased`; none of the metrics here is one.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from math import comb
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -121,19 +117,15 @@ class Metric:
         return array / array.sum()
 
 
-METRICS: Mapping[str, Metric] = MappingProxyType(
-    {
-        metric.name: metric
-        for metric in (
-            Metric(bias, 0, False, "Bias: 0 is even, 1 is always one class"),
-            Metric(fairness_discrepancy, 0, True, "distance of the shares to the target: 0 is on target"),
-            Metric(parity_gap, 0, False, "largest share less the smallest: 0 is even"),
-            Metric(kl_to_target, 0, True, "divergence from the target, nats: 0 is on target"),
-            Metric(normalised_entropy, 1, False, "entropy over its maximum: 1 is even"),
-            Metric(worst_group_ratio, 1, False, "smallest share over the largest: 1 is even"),
-        )
-    }
+_METRICS = (
+    Metric(bias, 0, False, "Bias: 0 is even, 1 is always one class"),
+    Metric(fairness_discrepancy, 0, True, "distance of the shares to the target: 0 is on target"),
+    Metric(parity_gap, 0, False, "largest share less the smallest: 0 is even"),
+    Metric(kl_to_target, 0, True, "divergence from the target, nats: 0 is on target"),
+    Metric(normalised_entropy, 1, False, "entropy over its maximum: 1 is even"),
+    Metric(worst_group_ratio, 1, False, "smallest share over the largest: 1 is even"),
 )
+METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _METRICS}
 
 
 def find_metric(name: str) -> Metric:
@@ -144,17 +136,7 @@ def find_metric(name: str) -> Metric:
 
 
 def per_prompt(metric: str, counts: ArrayLike, *, target: ArrayLike | None = None) -> FloatArray:
-    """A metric's value for each prompt, (prompts,).
-
-    Args:
-        metric: A name in `METRICS`.
-        counts: Images, or sums of probabilities, per prompt and group, (prompts, groups).
-        target: Shares to compare with, (groups,), for a metric that takes them; even when None.
-
-    Raises:
-        EvaluationError: As for `checked_counts`; the metric is unknown or takes no target; the target is not shares of
-            these groups; or, for KL, a group has images where its target share is zero.
-    """
+    """A metric's value for each prompt, (prompts,), of counts, (prompts, groups), and a target, (groups,), or even."""
     table, chosen = checked_counts(counts), find_metric(metric)
     p = table / table.sum(axis=1, keepdims=True)
     t = chosen.target(target, p.shape[1])
@@ -190,12 +172,7 @@ def squared_discrepancy_unbiased(counts: ArrayLike, target: ArrayLike | None = N
 
 
 def checked_counts(counts: ArrayLike) -> FloatArray:
-    """Counts as float64, (prompts, groups).
-
-    Raises:
-        EvaluationError: They are no table of at least one prompt and two groups, are negative or not finite, or a
-            prompt has no image.
-    """
+    """Counts as float64, (prompts, groups); what is no table of images of each prompt is an `EvaluationError`."""
     array = np.asarray(counts, dtype=np.float64)
     if array.ndim != 2 or array.shape[0] < 1 or array.shape[1] < 2:
         raise EvaluationError(
@@ -221,19 +198,12 @@ def checked_counts(counts: ArrayLike) -> FloatArray:
 def metric_floor(
     metric: str, num_images: ArrayLike, num_groups: int, *, target: ArrayLike | None = None, seed: int = 0
 ) -> float:
-    """Expected value of a metric for a sampler that draws the groups from the target, even when None.
+    """Expected value of a metric for a sampler that draws the groups from the target, (groups,), even when None.
 
     Exact for bias, for KL and entropy (a sum over groups of binomial expectations), for two groups (a binomial
     sum) and where at most 20,000 tables of counts are possible. Else a Monte Carlo mean whose standard error is
     below 0.5% of it or below 1e-4. It is the multinomial floor: softmax sums spread less, so theirs is lower
-    (for a metric that is 1 when fair: nearer 1).
-
-    Args:
-        metric: A name in `METRICS`.
-        num_images: Images per prompt, N: one number for all prompts, or (prompts,).
-        num_groups: Groups K.
-        target: Shares that the sampler draws from, (groups,), for a metric that takes a target.
-        seed: Seed of the Monte Carlo.
+    (for a metric that is 1 when fair: nearer 1). `num_images` is one number for all prompts, or (prompts,).
     """
     chosen = find_metric(metric)
     if num_groups < 2:

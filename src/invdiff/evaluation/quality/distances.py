@@ -51,11 +51,9 @@ def kernel_distance(
     """Squared MMD of features, (N, D), and a reference's, (M, D), under the kernel (x.y / D + 1)^degree (KID).
 
     Bińkowski et al., "Demystifying MMD GANs" (ICLR 2018): the unbiased estimate over all pairs of different images
-    (Gretton et al., 2012, equation 3), whose expectation does not depend on N and M. Where both sets come from one
-    distribution it is negative about half of the time. Papers often give a thousandfold of it.
-
-    The interval is the jackknife's (Arvesen, "Jackknifing U-statistics", 1969). For two sets of one distribution it
-    is too wide, so it misses zero less often than `confidence` allows.
+    (Gretton et al., 2012, equation 3), whose expectation does not depend on N and M. Papers often give a thousandfold
+    of it. The interval is the jackknife's (Arvesen, "Jackknifing U-statistics", 1969), for two sets of one
+    distribution too wide.
     """
     first, second = checked_pair(features, reference, minimum=3)
     # A product is several times faster than a power.
@@ -77,11 +75,10 @@ def kernel_distance(
 def cmmd(features: ArrayLike, reference: ArrayLike, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
     """Squared MMD of CLIP features, (N, D) and (M, D), under a Gaussian kernel of width `sigma`, times `scale` (CMMD).
 
-    Jayasumana et al., "Rethinking FID: towards a better evaluation metric for image generation" (CVPR 2024). With
-    k(x, y) = exp(-|x - y|^2 / (2 sigma^2)), it is the biased estimate (Gretton et al., 2012, equation 5),
-    mean k(x, x') + mean k(y, y') - 2 mean k(x, y) over all pairs, an image's pair with itself among them: never
-    negative, above 0 by about 1 / N even for two sets of one distribution. Rows are scaled to unit length first, as
-    in the authors' code, which embeds images with CLIP ViT-L/14 at 336 pixels.
+    Jayasumana et al., "Rethinking FID" (CVPR 2024). With k(x, y) = exp(-|x - y|^2 / (2 sigma^2)), it is the biased
+    estimate (Gretton et al., 2012, equation 5), mean k(x, x') + mean k(y, y') - 2 mean k(x, y) over all pairs, above 0
+    by about 1 / N even for two sets of one distribution. Rows are scaled to unit length first, as in the authors'
+    code, which embeds images with CLIP ViT-L/14 at 336 pixels.
     """
     first, second = (unit_rows(array) for array in checked_pair(features, reference))
     # All kernel values are near 1, which cancels in the estimate: with 1 taken off, no digits are lost.
@@ -110,9 +107,8 @@ def precision_recall_density_coverage(features: ArrayLike, reference: ArrayLike,
     Precision and recall: Kynkäänniemi et al., "Improved precision and recall metric for assessing generative models"
     (NeurIPS 2019). Density and coverage, which one outlier sways less: Naeem et al., "Reliable fidelity and diversity
     metrics for generative models" (ICML 2020). An image's ball reaches to the k-th nearest other image of its own set,
-    its edge included; images that are equal are neighbours at distance 0. The papers take a k of 3 and 5.
-    All four depend on N, M and k: compare only sets of equal size. For sets of one distribution, coverage is near
-    1 - 2^-k where N = M, and density near 1.
+    its edge included; images that are equal are neighbours at distance 0.
+    All four depend on N, M and k: compare only sets of equal size.
     """
     images, references = checked_pair(features, reference, minimum=k + 1)
     centre = references.mean(axis=0)  # lengths far above distances would cost digits
@@ -134,11 +130,7 @@ def precision_recall_density_coverage(features: ArrayLike, reference: ArrayLike,
 
 
 def checked(features: ArrayLike, *, name: str = "features", minimum: int = 2) -> FloatArray:
-    """Features as float64, (N, D).
-
-    Raises:
-        EvaluationError: They have another shape, fewer than `minimum` rows, or values that are not finite.
-    """
+    """Features as float64, (N, D); another shape, fewer rows or values not finite are an `EvaluationError`."""
     try:
         return check_array(features, dtype=np.float64, ensure_min_samples=minimum, input_name=name)
     except (TypeError, ValueError) as error:
@@ -186,5 +178,4 @@ def _kernel_sums(
 
 def _squared_distances(first: FloatArray, second: FloatArray) -> Iterator[Any]:
     """Squared distances of (N, D) to (M, D), a few rows of (N, M) at a time."""
-    memory = BLOCK_ENTRIES * 8 / 2**20
-    return pairwise_distances_chunked(first, second, metric="euclidean", squared=True, working_memory=memory)
+    return pairwise_distances_chunked(first, second, squared=True, working_memory=BLOCK_ENTRIES * 8 / 2**20)

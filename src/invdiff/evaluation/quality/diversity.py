@@ -59,7 +59,6 @@ def lpips_diversity(images: Sequence[Image.Image], distance: LPIPS) -> float:
     """How different images of one prompt are: the mean of `distance`, as of `lpips_network`, over all their pairs.
 
     Zhang et al., "The unreasonable effectiveness of deep features as a perceptual metric" (CVPR 2018), with AlexNet.
-    The number of pairs grows as N^2: 50 images make 1225.
     """
     sizes = {image.size for image in images}
     if len(images) < 2 or len(sizes) != 1:

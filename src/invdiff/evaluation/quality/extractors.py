@@ -31,12 +31,7 @@ class FeatureExtractor(Protocol):
 
 
 def load_extractor(spec: str) -> FeatureExtractor:
-    """Load the extractor called "inception", or the vision model in a folder or under a hub id.
-
-    Raises:
-        EvaluationError: Inception is asked for, but the extra `metrics` is not installed or its weights are absent.
-        ModelError: There is no vision encoder there.
-    """
+    """The extractor called "inception", or the vision model in a folder or under a hub id."""
     return InceptionFeatures.load() if spec == "inception" else VisionEncoder.load(spec)
 
 
@@ -51,7 +46,7 @@ class InceptionFeatures:
 
     @classmethod
     def load(cls) -> InceptionFeatures:
-        """Load torch-fidelity's port of the original network onto `default_device()`; its weights are fetched once.
+        """torch-fidelity's port of the original network on `default_device()`; its weights are fetched once.
 
         Images are scaled to 299 pixels as the original did, without antialiasing, so that figures compare with
         published ones; torchmetrics' own FID does otherwise by default.
@@ -62,8 +57,8 @@ class InceptionFeatures:
 
             return NoTrainInceptionV3("inception-v3-compat", features_list=["2048"], antialias=False)
 
-        device, other = default_device(), " Or name a CLIP or DINOv2 model instead."
-        return cls(_with_metrics(network, "Inception features", "Inception", "torch-fidelity", other), device)
+        use = "Inception features (or name a CLIP or DINOv2 model instead)"
+        return cls(_with_metrics(network, use, "Inception", "torch-fidelity"), default_device())
 
     @torch.no_grad()
     def extract(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
@@ -90,17 +85,17 @@ def lpips_network() -> LPIPS:
     return lambda first, second: network(first.to(network.device), second.to(network.device))
 
 
-def _with_metrics(load: Callable[[], Any], use: str, weights: str, part: str, other: str = "") -> Any:
+def _with_metrics(load: Callable[[], Any], use: str, weights: str, part: str) -> Any:
     """A network of torchmetrics, which needs `part`, on `default_device()`, or what to do to have it."""
     try:
         return load().to(default_device())
     except ModuleNotFoundError as error:
         raise EvaluationError(
             f"Expected torchmetrics and {part} for {use}, found no {error.name or part}. Install them: "
-            f"pip install 'invdiff[metrics]'.{other}"
+            "pip install 'invdiff[metrics]'."
         ) from error
     except OSError as error:
         raise EvaluationError(
             f"Expected {weights}'s weights for {use}, could not fetch them ({error}). Connect to the network once: "
-            f"they are kept in torch.hub's folder.{other}"
+            "they are kept in torch.hub's folder."
         ) from error

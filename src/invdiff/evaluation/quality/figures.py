@@ -49,12 +49,12 @@ def quality_figures(
 
     def agreement(images: NDArray[Any], texts: NDArray[Any]) -> Quantity:
         cosines = paired_cosines(images, texts)
-        return Quantity(float(cosines.mean()), *mean_interval(cosines, confidence=question.confidence))
+        return Quantity(float(cosines.mean()), *mean_interval(cosines, confidence=question.config.confidence))
 
     figures: dict[str, Quantity] = {}
     for name, features in seen.features.items():
         if reference is not None and name in reference.features:
-            figures |= _distances(features, reference.features[name], name, question.confidence)
+            figures |= _distances(features, reference.features[name], name, question.config.confidence)
         figures[f"Vendi score ({name})"] = _where_defined(diversity, features)
     if clip is not None:
         texts = clip.text_features([row.prompt for row in rows])
@@ -75,7 +75,7 @@ def group_figures(
     """Figures of `even` images of each class of the first attribute, against as many of the reference's."""
     attribute = question.attributes[0]
     names = question.classes[attribute]
-    rng = np.random.default_rng(derived_seed("groups", question.seed))
+    rng = np.random.default_rng(derived_seed("groups", question.config.seed))
     if reference is not None and attribute not in reference.classes:
         reference = None
     members = [
@@ -88,7 +88,7 @@ def group_figures(
         figures = groups[group] = {"images": Quantity(float(len(mine)))}
         known = right[mine][right[mine] >= 0]
         if len(known):
-            figures["subject accuracy"] = share(known, question.confidence)
+            figures["subject accuracy"] = share(known, question.config.confidence)
         elif (right >= 0).any():
             figures["subject accuracy"] = Quantity(None, note="not defined: no image of this class")
         for name, real in reference.features.items() if reference is not None else ():
@@ -97,7 +97,7 @@ def group_figures(
                 figures |= _too_few([frechet_name(name)], mine, theirs, MIN_GROUP)
             elif name in seen.features:
                 pair = seen.features[name][mine[:even]], real[theirs[:even]]
-                apart = _distances(*pair, name, question.confidence, kernels=False)
+                apart = _distances(*pair, name, question.config.confidence, kernels=False)
                 note = f"{even} images of each group against as many"
                 figures |= {label: replace(figure, note=note) for label, figure in apart.items()}
     return groups
