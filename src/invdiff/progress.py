@@ -23,13 +23,10 @@ class Bar:
         self._count = 0
 
     def advance(self, amount: int = 1, **figures: float | torch.Tensor) -> None:
-        """Move on by `amount` and show the figures' moving averages.
-
-        A tensor on an accelerator is read every tenth call only, since reading it waits for the device.
-        """
+        """Move on by `amount` and show the figures' moving averages."""
         if self._progress is None:
             return
-        if self._count % 10 == 0:
+        if self._count % 10 == 0:  # reading a tensor waits for the device
             for name, figure in figures.items():
                 value = float(figure.detach() if isinstance(figure, torch.Tensor) else figure)
                 self._figures[name] = value + 0.9 * (self._figures.get(name, value) - value)

@@ -31,14 +31,10 @@ _CHUNK = "invdiff"  # the PNG text chunk that holds an image's row of the manife
 
 
 class Drawing:
-    """The images of `generate`, in memory: rows of a manifest, and the images of any of them.
+    """The images of `generate`, in memory: `rows` of a manifest, and the images of any of them.
 
     Draw inside a `with` block, which may be entered several times; outside it the pipeline is as it was. Arguments and
     errors are those of `generate`; the model must have no module attached yet.
-
-    Attributes:
-        rows: Each image's row of the manifest; its "environment" is None until the image is drawn.
-        mix: The target mix, given groups repeated for every prompt; None where groups have no effect.
     """
 
     def __init__(
@@ -58,8 +54,7 @@ class Drawing:
         self.prompts = list(prompts) if prompts or self._family.needs_prompts else [""]
         if not self.prompts:
             raise ConfigError("Expected at least one prompt, got none.")
-        twice = [prompt for index, prompt in enumerate(prompts) if prompt in prompts[:index]]
-        if twice:
+        if twice := [prompt for index, prompt in enumerate(prompts) if prompt in prompts[:index]]:
             raise ConfigError(
                 f"Expected different prompts, got {twice[0]!r} again, which would give the same images. For more "
                 "images of a prompt raise images_per_prompt."
@@ -68,10 +63,8 @@ class Drawing:
             check_fit(pipe, module)
             self._mix = mix_for(module, environments)
         elif not (isinstance(environments, str) and environments == "uniform"):
-            raise ConfigError(
-                f"Expected a module beside environments, got environments={environments!r} and no module."
-            )
-        self.mix = self._mix if module is not None and module.sees_environment else None
+            raise ConfigError(f"Expected a module beside environments, got {environments!r} and no module.")
+        self.mix = self._mix if module is not None and module.sees_environment else None  # where groups have an effect
         each, total = self.config.images_per_prompt, len(self.prompts) * self.config.images_per_prompt
         if self.mix is not None and self.mix.given is not None:
             if len(self.mix.given) not in (each, total):
@@ -109,8 +102,8 @@ class Drawing:
 
     def batches(self) -> list[range]:
         """The places in `rows` of each batch: the last bits of an image depend on the others of its batch."""
-        size = self.config.batch_size
-        return [range(start, min(start + size, len(self.rows))) for start in range(0, len(self.rows), size)]
+        places, size = range(len(self.rows)), self.config.batch_size
+        return [places[start : start + size] for start in places[::size]]
 
     @torch.no_grad()
     def batch(self, places: Sequence[int]) -> tuple[list[Image.Image], list[dict[str, Any]]]:
@@ -152,10 +145,9 @@ def generate(
 ) -> Path:
     """Draw `config.images_per_prompt` images of each prompt into `output_dir` and return that folder.
 
-    Writes `<prompt index>/<image index>.png`, `manifest.jsonl` with one row per image ("file_name", "prompt",
-    "seed", "environment", "scale", "guidance_scale", "num_inference_steps"), and `generate.json` with the
-    settings. An interrupted run continues where it stopped, to the same bytes; several processes share it by
-    batches.
+    Writes `<prompt index>/<image index>.png`, `manifest.jsonl` with one row per image ("file_name", "prompt", "seed",
+    "environment", "scale", "guidance_scale", "num_inference_steps"), and `generate.json` with the settings. An
+    interrupted run continues where it stopped, to the same bytes; several processes share it by batches.
 
     The starting noise of image k of a prompt depends on the prompt, k and `config.seed` only, so images with
     and without a module can be compared one to one. "environment" is the group of each factor, or null where
@@ -199,8 +191,7 @@ def generate(
     wait()
     if is_main():
         done = [row or _read_row(output_dir, planned) for row, planned in zip(done, rows, strict=True)]
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in done]
-        write_text(output_dir / MANIFEST, "".join(lines))
+        write_text(output_dir / MANIFEST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done))
     wait()
     return output_dir
 
@@ -237,22 +228,19 @@ def _open_folder(output_dir: Path, drawing: Drawing) -> None:
     networks: dict[str, Any] = {k: v for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)}
     weights = fingerprint(*(name + weights_digest(network) for name, network in sorted(networks.items())))
     schedule = fingerprint(json.dumps(scheduler, sort_keys=True, default=str))
-    targets: Any = None
-    if mix is not None:
-        targets = [row.tolist() for row in mix.proportions] if mix.given is None else mix.given.tolist()
+    targets: Any = mix and (mix.proportions if mix.given is None else mix.given)
     settings = {
         "prompts": drawing.prompts,
         **drawing.config.to_dict(),
         "module": None if module is None else weights_digest(cast(torch.nn.Module, module)),
-        "environments": targets,
+        "environments": None if targets is None else [row.tolist() for row in targets],
         "model": f"{type(pipe).__name__} {weights}",
         "scheduler": f"{type(pipe.scheduler).__name__} {schedule}",
     }
     path = output_dir / SETTINGS
     if not path.exists():
         names = (*(row["file_name"] for row in drawing.rows), MANIFEST)
-        unknown = next((name for name in names if (output_dir / name).exists()), None)
-        if unknown:
+        if unknown := next((name for name in names if (output_dir / name).exists()), None):
             raise ConfigError(
                 f"Expected a new folder or one with {SETTINGS}, got {output_dir} with {unknown} of unknown settings. "
                 "Choose another folder, or empty this one."

@@ -13,8 +13,5 @@ def derived_seed(*parts: int | str) -> int:
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded by `parts`.
-
-    Noise is drawn on the CPU and then moved, so that it is the same on every device.
-    """
+    """A CPU generator seeded by `parts`: noise is drawn on the CPU and then moved, the same for every device."""
     return torch.Generator().manual_seed(derived_seed(*parts))

@@ -31,17 +31,14 @@ LEVEL = 0.001
 """False discovery rate of words that state a group."""
 
 
-def group_captions(
-    denoiser: Denoiser, data: EncodedImages, *, threshold: float, seed: int
-) -> tuple[NDArray[Any], float]:
+def group_captions(denoiser: Denoiser, data: EncodedImages, threshold: float, seed: int) -> tuple[NDArray[Any], float]:
     """The prompt of each caption (captions,), from 0, and the denoiser forwards spent per image.
 
     Captions under which the model predicts the same, such as paraphrases, are one prompt: each alone may have too few
-    images to judge. Their distances are mean squared differences of predictions on the same noisy images, in units of
-    the model's own squared error there, so that captions that are all paraphrases of each other are all near; average
-    linkage joins captions up to a distance of `threshold`. Of more than `MOST_CAPTIONS` different captions, those
-    nearest to the centres of k-means on mean embeddings are compared, and each of the others goes where the caption at
-    its centre goes. Where class labels stand for captions, each class is a prompt.
+    images to judge. Distances are mean squared differences of predictions on the same noisy images, in units of the
+    model's own squared error there; average linkage joins captions up to a distance of `threshold`. Of more than
+    `MOST_CAPTIONS` captions, those nearest to the centres of k-means on mean embeddings are compared, and the others
+    follow their centre's. Where class labels stand for captions, each class is a prompt.
     """
     count = len(data.captions)
     if count == 1 or not data.conditions:
@@ -63,9 +60,8 @@ def group_captions(
         return denoiser(noisy_latents, timesteps, condition)[0].float()
 
     error = (predict(data.condition(data.caption_ids[rows])) - target).square().mean().item()
-    predictions = torch.stack(
-        [predict(repeated(data.conditions, int(caption), PROBES)).flatten().cpu() for caption in compared]
-    )
+    each = [predict(repeated(data.conditions, int(caption), PROBES)).flatten().cpu() for caption in compared]
+    predictions = torch.stack(each)
     distances = torch.cdist(predictions, predictions).square().double().numpy() / predictions.shape[1]
     np.fill_diagonal(distances, 0.0)
     tree = linkage(squareform(distances / max(error, 1e-12), checks=False), method="average")
@@ -78,10 +74,10 @@ def words_that_state_groups(
 ) -> tuple[dict[str, int], set[str]]:
     """The words of captions that state a group, such as "water", and words that only come with the usual one.
 
-    "on land" says little more under a prompt whose images are on land anyway, but under the other prompt it says
-    all: since columns mean the same under every prompt, a word found under one holds for all. And where captions
-    only ever state the usual, all prompts together show that the rare group never comes with them ("on"). `groups`
-    holds for each prompt its images (n,), and their W (n, E), columns aligned.
+    "on land" says little under a prompt whose images are on land anyway, but all under the other prompt: columns mean
+    the same under every prompt, so a word found under one holds for all. Where captions only ever state the usual, all
+    prompts together show that the rare group never comes with them ("on"). `groups` holds each prompt's images (n,),
+    and their W (n, E), columns aligned.
     """
     caption_ids = data.caption_ids.numpy()
     stated: dict[str, set[int]] = defaultdict(set)
@@ -114,7 +110,7 @@ def stating_words(
     total = counts.sum(axis=0)
     inside: dict[str, NDArray[Any]] = {}  # images with a word in their caption, in each group
     for caption in np.flatnonzero(counts.sum(axis=1)):
-        for word in set(_words(captions[caption])):
+        for word in set(words_in(captions[caption])):
             inside[word] = inside.get(word, 0) + counts[caption]
     kept = [word for word, n in inside.items() if (total - n).any() and n.max() >= certainty * n.sum()]
     if not kept:
@@ -129,9 +125,10 @@ def stating_words(
 
 def stated_group(caption: str, words: dict[str, int]) -> int:
     """The group that a caption's words state, -1 where they state none or contradict each other."""
-    stated = {words[word] for word in _words(caption) if word in words}
+    stated = {words[word] for word in words_in(caption) if word in words}
     return stated.pop() if len(stated) == 1 else -1
 
 
-def _words(caption: str) -> list[str]:
-    return re.findall(r"\w+", caption.lower())
+def words_in(text: str) -> list[str]:
+    """The words of a text, lower case."""
+    return re.findall(r"\w+", text.lower())

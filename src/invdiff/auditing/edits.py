@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 CURATION = "curation.json"
 NAME_LIMIT = 60
 """Characters of a group's name."""
-_JOINERS = {0x200C: None, 0x200D: None}
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,7 @@ class Edits:
         return (names[group] if group < len(names) else "") or f"group {group}"
 
     def with_name(self, factor: int, group: int, name: str) -> Edits:
-        """These edits with a group named; "" removes its name.
-
-        Raises:
-            ConfigError: There is no such group, or the name is too long, taken, or the number of another group.
-        """
+        """These edits with a group named, "" for no name; a `ConfigError` where it cannot have that name."""
         if not (0 <= factor < len(self.names) and 0 <= group < len(self.names[factor])):
             raise ConfigError(f"Expected a group of the audit to name, got group {group} of factor {factor}.")
         name, names = one_line(name), list(self.names[factor])
@@ -91,15 +86,10 @@ class Edits:
         return replace(self, left_out=tuple(sorted(set(self.left_out) - set(positions))))
 
     def with_cuts(self, prompt: int, cuts: Sequence[float] | None) -> Edits:
-        """These edits with the groups of one prompt parted elsewhere.
+        """These edits with the groups of one prompt, its index in the audit, parted at other scores.
 
-        Args:
-            prompt: Its index in the audit.
-            cuts: Scores, rising, one fewer than the prompt has groups; a score at a cut belongs above it. None parts
-                the groups as inferred.
-
-        Raises:
-            ConfigError: The scores are absent, not finite or not rising.
+        `cuts` are finite and rise, one fewer than the prompt has groups; a score at a cut belongs above it. None parts
+        the groups as inferred.
         """
         edited = {index: parted for index, parted in self.cuts.items() if index != prompt}
         if cuts is not None:
@@ -116,12 +106,8 @@ def apply(audit: Audit, edits: Edits) -> Audit:
 
     Where cuts were moved, W is one-hot by where an image's score lies: the intervals belong, from low to high, to the
     prompt's groups as inferred in the order of their mean scores. The rows of W of an image that was left out are
-    zeros, of every factor. Shares and numbers of images of the prompts concerned are those of the images kept; scores
-    and all else stay.
-
-    Raises:
-        AuditError: They are edits to another audit, or to images, prompts or groups that this one lacks; or they leave
-            out all images of a prompt, or part its groups into another number.
+    zeros, of every factor. Shares and numbers of images of the prompts concerned are those of the images kept. Edits
+    that this audit cannot take raise an `AuditError`.
     """
     plain = audit.inferred or audit
     here, scores, prompt_ids = plain.fingerprint, plain.scores, plain.prompt_ids
@@ -139,8 +125,8 @@ def apply(audit: Audit, edits: Edits) -> Audit:
         rows = np.flatnonzero(plain.kept & (prompt_ids == index))
         order = np.array(ladder(first[rows], scores[rows]), dtype=np.int64)
         if len(cuts) != len(order) - 1:
-            expected = f"Expected {max(len(order) - 1, 0)} cuts between the groups of “{captions[index]}”"
-            raise AuditError(f"{expected}, got {len(cuts)}.")
+            between = f"{max(len(order) - 1, 0)} cuts between the groups of “{captions[index]}”"
+            raise AuditError(f"Expected {between}, got {len(cuts)}.")
         first[rows] = np.eye(first.shape[1], dtype=first.dtype)[order[np.searchsorted(cuts, scores[rows], "right")]]
     gone = list(edits.left_out)
     for w in weights:
@@ -149,8 +135,8 @@ def apply(audit: Audit, edits: Edits) -> Audit:
     for index in {*edits.cuts, *prompt_ids[gone].tolist()}:
         own = first[first.any(axis=1) & (prompt_ids == index)]
         if not len(own):
-            expected = f"Expected at least one image of “{captions[index]}” to keep"
-            raise AuditError(f"{expected}, got all left out. Put one back.")
+            kept = f"at least one image of “{captions[index]}” to keep"
+            raise AuditError(f"Expected {kept}, got all left out. Put one back.")
         shares = [round(float(share), 4) for share in own.mean(axis=0, dtype=np.float64)]
         shares = shares if prompts[index].found else prompts[index].shares
         prompts[index] = replace(prompts[index], num_images=len(own), shares=shares)
@@ -166,16 +152,11 @@ def ladder(weights: NDArray[Any], scores: NDArray[Any]) -> list[int]:
 
 
 def read_edits(plain: Audit, folder: Path) -> Audit:
-    """An audit as inferred, with the edits to it in `curation.json` in `folder`, if there are any.
-
-    Raises:
-        AuditError: The file is damaged, or holds edits to another audit.
-    """
+    """An audit as inferred, with the edits to it in `folder`; `AuditError` where they are damaged or to another."""
     unedited = apply(plain, Edits())
     edits, path = unedited.edits, folder / CURATION
     if not path.is_file():
         return unedited
-    remedy = "Mend it or move it elsewhere, and make the changes again."
     try:
         stated = read_json(path)
         if typed(str, stated["audit"]) != edits.audit:
@@ -187,8 +168,9 @@ def read_edits(plain: Audit, folder: Path) -> Audit:
         names = typed(list[list[str]], stated["names"])
         if tuple(map(len, names)) != plain.num_groups:
             raise ValueError("names of other groups than the audit has")
-        for factor, group in ((m, e) for m, size in enumerate(plain.num_groups) for e in range(size)):
-            edits = edits.with_name(factor, group, names[factor][group])
+        for factor, of_factor in enumerate(names):
+            for group, name in enumerate(of_factor):
+                edits = edits.with_name(factor, group, name)
         positions = [typed(int, entry["position"]) for entry in stated["left_out"]]
         edits = edits.without_images(positions)
         if [plain.names[position] for position in positions] != [entry["image"] for entry in stated["left_out"]]:
@@ -197,11 +179,10 @@ def read_edits(plain: Audit, folder: Path) -> Audit:
             if typed(int, entry["prompt"]) in edits.cuts:
                 raise ValueError(f"cuts of prompt {entry['prompt']} twice")
             edits = edits.with_cuts(entry["prompt"], typed(list[float], entry["scores"]))
-    except DataError as error:
-        raise AuditError(f"{error} {remedy}") from error
-    except (KeyError, IndexError, TypeError, ValueError, ConfigError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, ConfigError, DataError) as error:
         raise AuditError(
-            f"Expected people's changes to an audit in {path}, found something else ({error!r}). {remedy}"
+            f"Expected people's changes to an audit in {path}, found something else ({error!r}). "
+            "Mend it or move it elsewhere, and make the changes again."
         ) from error
     return apply(plain, edits)
 
@@ -219,4 +200,4 @@ def put_aside(path: Path) -> Path:
 
 def _look(name: str) -> str:
     """What two names that look alike have in common."""
-    return unicodedata.normalize("NFKC", name.translate(_JOINERS)).casefold().strip()
+    return unicodedata.normalize("NFKC", re.sub("[\u200c\u200d]", "", name)).casefold().strip()

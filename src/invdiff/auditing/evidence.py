@@ -93,12 +93,9 @@ def collect_evidence(
     others: Condition | None = None,
     progress: bool = True,
 ) -> Evidence:
-    """Measure every image, in shards that a stopped run keeps and several processes share.
+    """Measure every image, in shards in `work_dir` that a stopped run keeps and several processes share.
 
-    Shards in `work_dir` of other settings or models are not read; `others` are conditions of `config.other_captions`.
-
-    Raises:
-        AuditError: A loss or feature is not finite.
+    `others` are conditions of `config.other_captions`.
     """
     key = fingerprint(
         data.model_fingerprint,
@@ -117,8 +114,7 @@ def collect_evidence(
                 batches = [_measure(denoiser, data, batch, config, others) for batch in rows.split(config.batch_size)]
                 measured = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
                 finite = torch.cat([values.flatten(1) for values in measured.values()], dim=1).isfinite().all(dim=1)
-                bad = [data.names[row] for row in rows[~finite]]
-                if bad:
+                if bad := [data.names[row] for row in rows[~finite]]:
                     raise AuditError(
                         f"Expected finite losses and features, got others for {len(bad)} images "
                         f"({', '.join(bad[:5])}). A denoiser in 16 bits may overflow: load the pipeline in float32. "
@@ -180,26 +176,17 @@ def encode_vision(
     """Pooled features of images `rows` by a vision encoder such as CLIP or DINOv2, (len(rows), 2, D), kept on disk.
 
     Each image is shown twice, as it is and mirrored: a property that changes with that is none to group by.
-
-    Raises:
-        ModelError: There is no vision encoder there.
     """
 
     def load() -> _Extract:
         extract = VisionEncoder.load(name_or_folder).extract
         return lambda images: np.stack([extract(images), extract(map(ImageOps.mirror, images))], axis=1)
 
-    return cached_features(cache_dir, name_or_folder, data, rows, load, progress=progress)
+    return cached_features(cache_dir, name_or_folder, data, rows, load, progress)
 
 
 def cached_features(
-    folder: Path,
-    encoder: str,
-    data: CaptionedImages,
-    rows: NDArray[Any],
-    load: Callable[[], _Extract],
-    *,
-    progress: bool,
+    folder: Path, encoder: str, data: CaptionedImages, rows: NDArray[Any], load: Callable[[], _Extract], progress: bool
 ) -> NDArray[np.float32]:
     """Features of images `rows` of `data`, (len(rows), ...), by the `encoder` that `load` loads, kept in `folder`."""
     path = folder / f"{fingerprint(encoder, data.fingerprint, rows.tobytes())}.safetensors"
@@ -240,12 +227,11 @@ def scores_of(evidence: Evidence, rows: NDArray[Any], config: AuditConfig) -> li
 def component_scores(features: NDArray[Any], source: str, *, seed: int) -> list[Score]:
     """Independent components of features (n, draws, D) from a named source, as scores.
 
-    Each hidden factor of drawn or photographed content is close to one direction of the features, but seldom
-    among the largest: whitening and FastICA find directions by shape, not by size. Two shapes are looked for:
-    peaked or flat (logcosh), and skewed, since a factor with a rare side is skewed whatever its share, while its
-    kurtosis vanishes near a share of 21%. With too few whitened dimensions a factor is not in them, with too
-    many it falls apart, so several numbers are tried, of those that have `IMAGES_PER_DIMENSION` images each, and the
-    separation of the best split decides. Components are fitted on the mean over draws, then every draw is projected.
+    A hidden factor is close to one direction of the features, but seldom among the largest: FastICA on whitened
+    features finds directions by shape, peaked or flat (logcosh) and skewed, as a factor with a rare side is whatever
+    its share, while its kurtosis vanishes near a share of 21%. With too few whitened dimensions a factor is not in
+    them, with too many it falls apart, so several numbers are tried, and the best split decides. Components are fitted
+    on the mean over draws, then every draw is projected.
     """
     n, draws, _ = features.shape
     sizes = [size for size in NUM_COMPONENTS if size * IMAGES_PER_DIMENSION <= n]

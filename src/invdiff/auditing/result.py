@@ -186,22 +186,22 @@ class Audit:
 
     def check_matches(self, data: EncodedImages, denoiser_fingerprint: str) -> None:
         """Raise `AuditError` unless the audit is of exactly these images and this model."""
-        settings, audited = self.settings, self.settings["denoiser_fingerprint"]
-        if audited != denoiser_fingerprint:
+        model, images = self.settings["denoiser_fingerprint"], self.settings["data_fingerprint"]
+        resolution = self.settings.get("resolution", data.resolution)
+        if model != denoiser_fingerprint:
             raise AuditError(
-                f"Expected the denoiser that was audited (fingerprint {audited}), got another ({denoiser_fingerprint})"
-                ": other weights, another precision or another noise schedule. Audit this model first."
+                f"Expected the denoiser that was audited (fingerprint {model}), got another ({denoiser_fingerprint}): "
+                "other weights, another precision or another noise schedule. Audit this model first."
             )
-        if settings.get("resolution", data.resolution) != data.resolution:
+        if resolution != data.resolution:
             raise AuditError(
-                f"Expected images of {settings['resolution']} pixels, as they were audited, got {data.resolution}. "
+                f"Expected images of {resolution} pixels, as they were audited, got {data.resolution}. "
                 "Encode them so, or audit these."
             )
-        if settings["data_fingerprint"] != data.data_fingerprint or self.names != data.names:
+        if images != data.data_fingerprint or self.names != data.names:
             raise AuditError(
-                f"Expected the images that were audited ({len(self.names)}, fingerprint "
-                f"{settings['data_fingerprint']}), got others ({len(data)}, {data.data_fingerprint}). "
-                "Audit this data first, or give the data that the audit was made on."
+                f"Expected the images that were audited ({len(self.names)}, fingerprint {images}), got others "
+                f"({len(data)}, {data.data_fingerprint}). Audit these first, or give those that were audited."
             )
 
     def check_found(self) -> None:
@@ -215,9 +215,9 @@ class Audit:
     def save(self, folder: str | Path) -> Path:
         """Write `audit.safetensors` and `audit.json` to `folder`, as inferred, and words and edits beside them.
 
-        So `load` returns the same audit, and its edits can still be taken back. Edits to the same audit that lie
-        there already stay, unless this one has others; edits to another audit are neither applied nor lost. A file
-        that gives way is renamed to `curation-<fingerprint>.json`. Words for the groups of another audit are deleted.
+        Edits to the same audit that lie there already stay, unless this one has others; edits to another audit are
+        neither applied nor lost. A file that gives way is renamed to `curation-<fingerprint>.json`. Words for the
+        groups of another audit are deleted.
         """
         folder, before = Path(folder), self.inferred or self
         plain = replace(self, group_weights=before.group_weights, prompts=before.prompts, inferred=None, edits=Edits())
@@ -226,7 +226,7 @@ class Audit:
             # Groups were replaced after the edits, of which only names still fit.
             plain = replace(self, inferred=None, edits=Edits())
             edited = apply(plain, Edits(names=self.edits.names))
-        plain.put_aside(folder)
+        edited.put_aside(folder)
         arrays = {f"group_weights.{m}": weights for m, weights in enumerate(plain.group_weights)}
         write_arrays(folder / "audit.safetensors", arrays | {"scores": plain.scores, "prompt_ids": plain.prompt_ids})
         document = {"biased": plain.biased, "num_groups": plain.num_groups}
@@ -239,8 +239,6 @@ class Audit:
         if plain.words is not None and plain.words.audit == plain.fingerprint:
             write_json(folder / WORDS, asdict(plain.words))
         if edited.edits.changed:
-            if (folder / CURATION).is_file() and read_edits(plain, folder).edits != edited.edits:
-                put_aside(folder / CURATION)
             edited.save_edits(folder)
         return folder
 
@@ -256,20 +254,17 @@ class Audit:
         write_json(path, {"audit": edits.audit, "names": edits.names, "left_out": left_out, "cuts": cuts})
 
     def put_aside(self, folder: str | Path) -> Path | None:
-        """Rename edits in `folder` that are not to this audit, as `save` does; the new path, or None."""
+        """Rename edits in `folder` that are not to this audit, or other than its own if it has any; the new path."""
         try:
-            read_edits(self.inferred or self, Path(folder))
-            return None
+            found = read_edits(self.inferred or self, Path(folder)).edits
+            given_way = found.changed and self.edits.changed and found != self.edits
         except AuditError:
-            return put_aside(Path(folder) / CURATION)
+            given_way = True
+        return put_aside(Path(folder) / CURATION) if given_way else None
 
     @classmethod
     def load(cls, folder: str | Path, *, edited: bool = True) -> Audit:
-        """Read an audit that `save` wrote, people's edits included.
-
-        Args:
-            folder: Of the audit.
-            edited: False reads the audit as inferred, without people's edits.
+        """Read an audit that `save` wrote, with people's edits unless `edited` is false.
 
         Raises:
             AuditError: `folder` is not an audit, or its edits or words are damaged or of another audit.
@@ -302,13 +297,13 @@ def _read_words(folder: Path, audit: str) -> AuditWords | None:
     """The words beside an audit of this fingerprint, as inferred; `AuditError` where damaged or of another audit."""
     if not (path := folder / WORDS).is_file():
         return None
-    remedy = "Delete it, or run `invdiff audit` again with --words-model."
     try:
         found: AuditWords = typed(AuditWords, read_json(path))
-        found = replace(found, model=one_line(found.model, 200))
-    except (KeyError, TypeError, DataError) as error:
-        raise AuditError(f"Expected words for groups in {path}, found something else ({error!r}). {remedy}") from error
-    if found.audit != audit:
-        expected = f"Expected words for the audit beside them (fingerprint {audit}) in {path}"
-        raise AuditError(f"{expected}, found those of another ({one_line(found.audit, 20)}). {remedy}")
-    return found
+        if found.audit != audit:
+            raise ValueError(f"those of another ({one_line(found.audit, 20)})")
+        return replace(found, model=one_line(found.model, 200))
+    except (KeyError, TypeError, ValueError, DataError) as error:
+        raise AuditError(
+            f"Expected words for groups of the audit {audit} in {path}, found something else ({error}). "
+            "Delete it, or run `invdiff audit` again with --words-model."
+        ) from error

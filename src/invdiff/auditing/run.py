@@ -77,9 +77,7 @@ def audit(
     with FrozenDenoiser(pipe) as frozen:
         used, folder = denoiser or frozen, cache_dir / "evidence"
         evidence = collect_evidence(used, encoded, config, work_dir=folder, others=others, progress=progress)
-        prompt_of, spent = from_main(
-            lambda: group_captions(used, encoded, threshold=config.caption_threshold, seed=config.seed)
-        )
+        prompt_of, spent = from_main(lambda: group_captions(used, encoded, config.caption_threshold, config.seed))
     measured = np.prod(evidence.losses.shape[1:]) + evidence.features.shape[1]
     evidence = replace(evidence, vision=vision, contrast_only=denoiser is not None)
     settings = config.to_dict() | {
@@ -95,9 +93,8 @@ def audit(
         if images is None or not config.words_model or not found.biased:
             return found
         encoder, folder = ClipEncoder.load(config.words_model), cache_dir / "words"
-        return replace(
-            found, words=describe_groups(found, images, rows, encoder, config, cache_dir=folder, progress=progress)
-        )
+        words = describe_groups(found, images, rows, encoder, config, cache_dir=folder, progress=progress)
+        return replace(found, words=words)
 
     return from_main(conclude)
 
@@ -105,10 +102,7 @@ def audit(
 def infer(
     data: EncodedImages, evidence: Evidence, prompt_of: NDArray[Any], config: AuditConfig, *, progress: bool = True
 ) -> Audit:
-    """The max phase: groups of each prompt's images from their evidence, without a denoiser.
-
-    `prompt_of` (captions,) is the prompt of each different caption, as `group_captions` finds it.
-    """
+    """The max phase: groups of images from their evidence; `prompt_of` (captions,) is as `group_captions` finds it."""
     caption_ids = data.caption_ids.numpy()
     members = {prompt: np.flatnonzero(prompt_of[caption_ids] == prompt) for prompt in np.unique(prompt_of).tolist()}
     members = dict(sorted(members.items(), key=lambda item: -len(item[1])))
@@ -153,16 +147,10 @@ def infer(
             group_weights[rows[hidden]] = weights[hidden]
             high = score[labels == rarest(np.bincount(labels))].mean() >= score.mean()
             final_scores[rows[hidden]] = (score if high else -score)[hidden]
-            add(
-                rows[hidden],
-                found=True,
-                reason=f"split by {best.evidence}",
-                evidence=best.evidence,
-                shares=[round(float(share), 4) for share in weights[hidden].mean(axis=0)],
-                stability=best.stability,
-                separation=best.separation,
-                candidates=candidates,
-            )
+            shares = [round(float(share), 4) for share in weights[hidden].mean(axis=0)]
+            figures = {name: getattr(best, name) for name in ("evidence", "stability", "separation")}
+            reason = f"split by {best.evidence}"
+            add(rows[hidden], found=True, reason=reason, shares=shares, candidates=candidates, **figures)
         for group in np.unique(stated[~hidden]).tolist():
             words = ", ".join(sorted({word for word, k in (*group_of.items(), *of_usual.items()) if k == group}))
             add(rows[stated == group], found=False, reason=f"its captions state the group (words: {words})")

@@ -13,6 +13,7 @@ stability times separation decides its prompt. Where none passes, nothing is fou
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -35,9 +36,6 @@ def exact_groups(scores: NDArray[Any], num_groups: int, *, min_share: float = 0.
     Optimal groups of one-dimensional scores are intervals of the sorted scores, so dynamic programming over
     cut points finds the maximum (Fisher 1958; for two groups this is Otsu's threshold). Divide and conquer on
     the monotone cut points makes it O(E N log N). No group has less than `min_share` of the images.
-
-    Raises:
-        AuditError: There are too few images for that many groups.
     """
     count = len(scores)
     least = max(1, math.ceil(min_share * count))
@@ -157,18 +155,18 @@ def deciding_splits(ranked: dict[int, list[Split]], config: AuditConfig) -> tupl
     best into fewer; else the score of its best is cut again into E groups, so that a finding is never dropped.
     Solvers other than `auto` accept any split. `ranked` holds for each prompt the result of `ranked_splits`.
     """
+    any_split = config.solver != "auto"
     accepted = {
-        prompt: [one for one in splits if one.candidate.accepted or config.solver != "auto"]
+        prompt: found
         for prompt, splits in ranked.items()
+        if (found := [one for one in splits if one.candidate.accepted or any_split])
     }
-    accepted = {prompt: splits for prompt, splits in accepted.items() if splits}
     num_groups = config.num_groups or 2
-    if accepted and not config.num_groups and config.solver == "auto":
-        served: dict[int, list[float]] = {}
+    if accepted and not config.num_groups and not any_split:
+        served: dict[int, list[float]] = defaultdict(list)
         for splits in accepted.values():
-            best = {one.candidate.num_groups: one.merit for one in reversed(splits)}
-            for size, merit in best.items():
-                served.setdefault(size, []).append(merit)
+            for size, merit in {one.candidate.num_groups: one.merit for one in reversed(splits)}.items():
+                served[size].append(merit)
         num_groups = max(served, key=lambda size: (len(served[size]), sum(served[size]), -size))
     deciding = {}
     for prompt, splits in accepted.items():
@@ -190,16 +188,15 @@ def why_not(num_images: int, splits: list[Split], config: AuditConfig) -> str:
     if not splits:
         return "no hidden group: nothing that was measured varies between the images"
     best = splits[0].candidate
-    for name, least, fault in (
-        ("separation", config.min_separation, "cuts through one hump"),
-        ("stability", config.min_stability, "changes with the noise"),
-    ):
-        if getattr(best, name) < least:
-            needed = f"({name} {getattr(best, name):.2f}, at least {least:g} is needed)"
-            return f"no hidden group: the best split, by {best.evidence}, {fault} {needed}"
     shares = ", ".join(f"{share:.0%}" for share in best.shares)
-    clearest = f"the clearest split, by {best.evidence}, is balanced ({shares})"
-    return f"no hidden group: {clearest}: a style, not a spurious attribute"
+    reason = f"the clearest split, by {best.evidence}, is balanced ({shares}): a style, not a spurious attribute"
+    for fault, name, found, least in (
+        ("changes with the noise", "stability", best.stability, config.min_stability),
+        ("cuts through one hump", "separation", best.separation, config.min_separation),
+    ):
+        if found < least:
+            reason = f"the best split, by {best.evidence}, {fault} ({name} {found:.2f}, at least {least:g} is needed)"
+    return f"no hidden group: {reason}"
 
 
 def separation(scores: NDArray[Any], labels: NDArray[Any]) -> float:
@@ -235,8 +232,8 @@ def _core(ordered: NDArray[Any]) -> tuple[float, float, float]:
     if len(ordered) <= half:
         return float(ordered[0]), float(ordered[-1]), np.inf
     start = int((ordered[half:] - ordered[:-half]).argmin())
-    width = float(ordered[start + half] - ordered[start])
-    return float(ordered[start]), float(ordered[start + half]), half / width if width > 0 else np.inf
+    first, last = float(ordered[start]), float(ordered[start + half])
+    return first, last, half / (last - first) if last > first else np.inf
 
 
 def align_columns(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..data.captioned import CaptionedImages
 from ..models.encoders import ClipEncoder
 from ..seeds import derived_seed
 from ..text import one_line
+from .captions import words_in
 from .evidence import cached_features
 from .result import WORD_LIMIT, Audit, AuditWords, GroupWords, Word
 
@@ -61,35 +61,24 @@ def describe_groups(
 ) -> AuditWords:
     """The words that are nearer to the images of each group than to the others', by prompt and over all prompts.
 
+    `rows` (N,) are indices of the audited images in `data`; `config` has the user's own words and the sample's seed.
     An image's score for a word is the cosine of their embeddings, less the image's mean over all words: as in CLIP's
     own softmax, only differences between words count. Each word is tested for higher scores in the group by the
     one-sided Mann-Whitney U test, which holds for scores of any distribution, Bonferroni-corrected for all words and
     groups. Words that pass at `LEVEL`, with an effect (Cohen's d) of at least `LEAST_EFFECT` and near that of the best
     word, are named from the largest effect down; near-synonyms of a named word, and words of the prompt itself, are
     left out. Over all prompts the tests are combined by Stouffer's method.
-
-    Args:
-        found: The audit, as inferred.
-        data: The images.
-        rows: (N,) indices of the audited images in `data`.
-        encoder: The CLIP model.
-        config: The user's own words, beside those of the captions and the common ones, and the seed of the sample.
-        cache_dir: Where embeddings of images are kept.
-        progress: Show a progress bar.
     """
     words = vocabulary(data.captions, config.words)
-    texts = normalize(
-        encoder.text_features([template.format(word) for word in words for template in TEMPLATES]).astype(float)
-    )
-    texts = normalize(texts.reshape(len(words), len(TEMPLATES), -1).mean(axis=1))
+    texts = encoder.text_features([template.format(word) for word in words for template in TEMPLATES]).astype(float)
+    texts = normalize(normalize(texts).reshape(len(words), len(TEMPLATES), -1).mean(axis=1))
     texts = texts - texts.mean(axis=0)
     samples = list(_samples(found, config.seed))
     if not samples:
         return AuditWords(encoder.name, found.fingerprint, len(words), 0, LEVEL, ())
     shown = np.unique(np.concatenate([positions for *_, positions, _ in samples]))
-    features = cached_features(
-        cache_dir, encoder.weights_digest(), data, rows[shown], lambda: encoder.extract, progress=progress
-    )
+    digest = encoder.weights_digest()
+    features = cached_features(cache_dir, digest, data, rows[shown], lambda: encoder.extract, progress)
     images, judged = normalize(features.astype(float)), []
     for prompt, factor, positions, labels in samples:
         scores = images[np.searchsorted(shown, positions)] @ texts.T
@@ -146,10 +135,7 @@ def _named(tests: _Array, num_groups: int, words: Sequence[str], alike: _Array) 
 
 
 def _samples(found: Audit, seed: int) -> Iterator[tuple[int, int, _Array, _Array]]:
-    """Prompt, factor, rising positions (n,) and their groups (n,), for each factor that splits a prompt.
-
-    They are of at most `IMAGES_PER_GROUP` images a group, those that CLIP is shown.
-    """
+    """Prompt, factor, rising positions (n,) and groups (n,) of the images that CLIP is shown, by factor and prompt."""
     for prompt, entry in enumerate(found.prompts):
         rows = np.flatnonzero(found.kept & (found.prompt_ids == prompt))
         for factor, weights in enumerate(found.group_weights):
@@ -164,13 +150,8 @@ def _samples(found: Audit, seed: int) -> Iterator[tuple[int, int, _Array, _Array
 
 def vocabulary(captions: Sequence[str], further: Sequence[str] = ()) -> list[str]:
     """The words that CLIP chooses from, each once: the user's `further` ones, the captions' commonest, common ones."""
-    of_captions = CountVectorizer(
-        token_pattern=r"(?u)\b[^\W\d_]{3,30}\b",  # noqa: S106  # letters only
-        stop_words=STOP_WORDS,
-        binary=True,
-        min_df=LEAST_CAPTIONS,
-        max_features=MOST_CAPTION_WORDS,
-    )
+    letters, limits = r"(?u)\b[^\W\d_]{3,30}\b", {"min_df": LEAST_CAPTIONS, "max_features": MOST_CAPTION_WORDS}
+    of_captions = CountVectorizer(token_pattern=letters, stop_words=STOP_WORDS, binary=True, **limits)
     words = [one_line(word, WORD_LIMIT) for word in further]
     with suppress(ValueError):  # no word of the captions is left
         words += of_captions.fit(captions).get_feature_names_out().tolist()
@@ -183,9 +164,8 @@ def vocabulary(captions: Sequence[str], further: Sequence[str] = ()) -> list[str
 
 def named_in(prompt: str, words: Sequence[str]) -> _Array:
     """Which words a prompt already says, (len(words),): an attribute that is asked for is not hidden."""
-    said = {stem(word) for word in re.findall(r"\w+", prompt.lower())}
-    parts = [re.findall(r"\w+", word.lower()) for word in words]
-    return np.array([bool(of_word) and all(stem(part) in said for part in of_word) for of_word in parts], dtype=bool)
+    said = {stem(word) for word in words_in(prompt)}
+    return np.array([{stem(part) for part in words_in(word) or [""]} <= said for word in words], dtype=bool)
 
 
 def stem(word: str) -> str:

@@ -76,19 +76,16 @@ def mix_for(module: GuidanceModule, environments: Environments, *, seed: int = 0
 def check_fit(pipe: Any, module: GuidanceModule, *, strict: bool = True) -> None:
     """Raise `ModelError` that names every difference, unless `module` fits `pipe`'s denoiser, not compiled yet."""
     denoiser, wanted = denoiser_of(pipe), module.config
-    parts = dict(denoiser.named_modules())
+    kind, parts = type(denoiser).__name__, dict(denoiser.named_modules())
     for path in ("", *accumulate(wanted["feature_path"].split("."), "{}.{}".format)):
         part = parts.get(path)
         if getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod"):
             raise ModelError(
-                f"Expected {type(denoiser).__name__}{path and '.' + path} not to be compiled yet, since compiled code "
-                "ignores new hooks, found it compiled. Attach first, then compile."
+                f"Expected {kind}{path and '.' + path} not to be compiled yet, since compiled code ignores new hooks, "
+                "found it compiled. Attach first, then compile."
             )
-    found: dict[str, Any] = {
-        "denoiser_class": type(denoiser).__name__,
-        "prediction_type": NoiseSchedule(pipe.scheduler).prediction_type,
-    }
-    if wanted["denoiser_class"] == found["denoiser_class"]:
+    found: dict[str, Any] = {"denoiser_class": kind, "prediction_type": NoiseSchedule(pipe.scheduler).prediction_type}
+    if wanted["denoiser_class"] == kind:
         found |= dataclasses.asdict(family_of(pipe).shape(denoiser))
     wrong = [
         f"{name}: expected {wanted[name]}, found {value}" for name, value in found.items() if wanted[name] != value
@@ -96,9 +93,8 @@ def check_fit(pipe: Any, module: GuidanceModule, *, strict: bool = True) -> None
     remedy = "."
     if not wrong and strict:
         expected, actual = np.asarray(wanted["weight_signature"]), np.asarray(weight_signature(denoiser))
-        in_memory = ~np.isnan(actual)
-        same = expected.shape == actual.shape
-        if not same or not np.allclose(expected[in_memory], actual[in_memory], rtol=0.02, atol=1e-3):
+        known, same = ~np.isnan(actual), expected.shape == actual.shape
+        if not same or not np.allclose(expected[known], actual[known], rtol=0.02, atol=1e-3):
             wrong = ["weights: expected those it was trained beside, found others of the same shape"]
             remedy = " (strict=False attaches it all the same)."
     if wrong:
@@ -109,12 +105,10 @@ def check_fit(pipe: Any, module: GuidanceModule, *, strict: bool = True) -> None
 
 
 class Attachment:
-    """A guidance module on a pipeline's denoiser.
-
-    Change `scale` or `mix` at any time; `detach()` restores the model.
+    """A guidance module on a pipeline's denoiser; `detach()` restores the model.
 
     Attributes:
-        scale: Delta, the strength of guidance.
+        scale: Delta, the strength of guidance; change it at any time, as the mix.
         mix: The target mix that the groups of images are drawn from.
         environments: Groups of the rows of the newest batch, (rows, factors), or None before the first.
         calls: How often the denoiser has run since the module was attached.
@@ -207,10 +201,7 @@ class Attachment:
     def _code(self, condition: Condition, like: torch.Tensor) -> torch.Tensor | None:
         """Phi(y), computed anew only where the pipeline passes other tensors than at the step before."""
         # Tensors of inference mode have no version: they never count as seen.
-        seen = {
-            name: (id(value), object() if value.is_inference() else value._version)
-            for name, value in condition.items()
-        }
+        seen = {name: (id(t), object() if t.is_inference() else t._version) for name, t in condition.items()}
         if seen != self._seen:
             self._seen, self._encoded = seen, dict(condition)
             self._phi = self._module.encode(to(condition, like.device, like.dtype))
@@ -222,8 +213,7 @@ class Attachment:
         Each pipeline call sets the scheduler's timesteps anew. A loop that sets them once for many batches, or another
         pipeline with a scheduler of its own, is noticed by the timestep, which comes back to the highest or rises
         (KDPM2's rises within an image too, but by less than 1). In 16 bits the first few timesteps can be the same
-        number; then the latents decide, which have hardly moved. A pipeline that sends each condition apart does so
-        with the same latents, hence the same groups; different images in turn within one step are not understood.
+        number; then the latents decide, which have hardly moved. Different images in turn in one step are not noticed.
         """
         timesteps, rows = getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None), len(noisy_latents)
         lingers = timestep == self._start == self._last and _hardly_moved(self._first, noisy_latents)
@@ -242,16 +232,12 @@ class Attachment:
 def _hardly_moved(before: torch.Tensor, after: torch.Tensor) -> bool:
     """Whether latents have mostly the same signs; those of other noise agree in half of them."""
     rows = min(len(before), len(after))
-    if before.shape[1:] != after.shape[1:]:
-        return False
-    return ((before[:rows] > 0) == (after[:rows] > 0)).float().mean().item() > 0.75
+    alike = before.shape[1:] == after.shape[1:]
+    return alike and ((before[:rows] > 0) == (after[:rows] > 0)).float().mean().item() > 0.75
 
 
 class _GuidedOutput:
-    """The one forward hook of a guided denoiser: f~ = f + the sum of Delta * g_psi over its attachments.
-
-    With a hook of its own each module would read the output of the ones before it.
-    """
+    """The one forward hook of a guided denoiser: f~ = f + the sum of Delta * g_psi, each beside the frozen f."""
 
     def __init__(self, denoiser: torch.nn.Module, family: Family) -> None:
         self.attachments: list[Attachment] = []

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,7 @@ def training_record(
     rounds: int,
     log: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The statements of a card about a training run, as plain JSON types for the module's config.
-
-    Its audits are those of the first and the last round, rows of its log have "step" and each prompt's "group_losses".
-    """
+    """The statements of a card about a training run, in JSON types; `audits` are those of its first and last round."""
     first, ends = audits[0], (log[0], log[-1])
     losses = [
         {prompt.prompt: of for prompt, of in zip(audit.prompts, row["group_losses"], strict=False) if prompt.found}
@@ -56,31 +53,30 @@ def training_record(
     ]
     prompts = sorted(first.prompts, key=lambda prompt: (not prompt.found, -prompt.num_images))
     kept = ("num_images", "found", "evidence", "shares", "separation", "stability")
-    return _plain(
-        {
-            "base": {
-                "hub_id": base_model if HUB_ID.fullmatch(base_model) else None,
-                "pipeline": type(pipe).__name__,
-                "family": family_of(pipe).title,
-                "denoiser_fingerprint": first.settings.get("denoiser_fingerprint"),
-            },
-            "data": {"fingerprint": first.settings.get("data_fingerprint"), "num_images": num_images},
-            "solver": first.settings.get("solver"),
-            "group_names": first.group_names,
-            "changed_by_people": {"left_out": int((~first.kept).sum()), "cuts_moved": len(first.edits.cuts)},
-            "num_prompts": len(prompts),
-            "num_found": sum(prompt.found for prompt in prompts),
-            "prompts": [
-                {"prompt": prompt.prompt[:300], "num_captions": len(prompt.captions)}
-                | {name: getattr(prompt, name) for name in kept}
-                | {"losses": [by_prompt.get(prompt.prompt) for by_prompt in losses]}
-                for prompt in prompts[:MOST_PROMPTS]
-            ],
-            "losses_at": [row["step"] for row in ends],
-            "training": config.to_dict() | {"rounds": rounds},
-            "versions": {package: version(package) for package in ("invdiff", "torch", "diffusers")},
-        }
-    )
+    record = {
+        "base": {
+            "hub_id": base_model if HUB_ID.fullmatch(base_model) else None,
+            "pipeline": type(pipe).__name__,
+            "family": family_of(pipe).title,
+            "denoiser_fingerprint": first.settings.get("denoiser_fingerprint"),
+        },
+        "data": {"fingerprint": first.settings.get("data_fingerprint"), "num_images": num_images},
+        "solver": first.settings.get("solver"),
+        "group_names": first.group_names,
+        "changed_by_people": {"left_out": int((~first.kept).sum()), "cuts_moved": len(first.edits.cuts)},
+        "num_prompts": len(prompts),
+        "num_found": sum(prompt.found for prompt in prompts),
+        "prompts": [
+            {"prompt": prompt.prompt[:300], "num_captions": len(prompt.captions)}
+            | {name: getattr(prompt, name) for name in kept}
+            | {"losses": [by_prompt.get(prompt.prompt) for by_prompt in losses]}
+            for prompt in prompts[:MOST_PROMPTS]
+        ],
+        "losses_at": [row["step"] for row in ends],
+        "training": config.to_dict() | {"rounds": rounds},
+        "versions": {package: version(package) for package in ("invdiff", "torch", "diffusers")},
+    }
+    return _plain(record)
 
 
 def with_figures(record: Any, results: Any) -> dict[str, Any]:
@@ -134,12 +130,13 @@ def _render(config: Mapping[str, Any], record: Mapping[str, Any], num_parameters
         call = "class_labels=[0] * 8" if config.get("num_classes") else "batch_size=8"
     shares = [(round(1 / number, 2), number - 1) for number in config["num_groups"]]
     mix = [[round(1 - share * others, 2), *[share] * others] for share, others in shares]
-    names = (
-        (f"factor {factor}, " if len(record["group_names"]) > 1 else "") + f"group {group} is “{_text(name)}”"
-        for factor, of_factor in enumerate(record.get("group_names", ()))
-        for group, name in enumerate(of_factor)
+    group_names = record.get("group_names", ())
+    names = [
+        (f"factor {factor}, " if len(group_names) > 1 else "") + f"group {group} is “{_text(name)}”"
+        for factor, of_factor in enumerate(group_names)
+        for group, name in enumerate(of_factor[:MOST_NAMES])
         if name
-    )
+    ]
     figures = record.get("figures", {})
     results = [
         EvalResult(
@@ -172,10 +169,8 @@ def _render(config: Mapping[str, Any], record: Mapping[str, Any], num_parameters
         source=json.dumps(source),
         call=call,
         mix=(mix[0] if len(mix) == 1 else mix) if config.get("mode") == "balanced" else None,
-        num_groups=", ".join(map(str, config["num_groups"])),
         num_parameters=num_parameters,
-        names="; ".join(islice(names, MOST_NAMES)),
-        changed={what: count for what, count in record.get("changed_by_people", {}).items() if count},
+        names="; ".join(names[:MOST_NAMES]),
         found=found,
         not_found=not_found,
         num_left=int(record.get("num_prompts", 0)) - len(found) - len(not_found),

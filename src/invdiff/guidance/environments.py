@@ -26,22 +26,15 @@ class EnvironmentMix:
         environments: `"uniform"`; or proportions (E,), floats that sum to 1, for a module of one factor; or a
             list of such proportions, one for each factor; or groups given per image, integers (images,) or
             (images, factors), as many as the images of one pipeline call. Floats are read as proportions,
-            integers as groups: write [1.0, 0.0] for group 0 alone.
+            integers as groups: write [1.0, 0.0] for group 0 alone. Others are a `ConfigError`.
         num_groups: Groups of each factor.
         seed: Another seed gives another draw for the same noise.
-
-    Attributes:
-        proportions: Of each factor, (E,); empty where groups are given.
-        given: Groups of each image, (images, factors); None where they are drawn.
-
-    Raises:
-        ConfigError: Proportions or groups do not fit `num_groups`.
     """
 
     def __init__(self, environments: Environments, num_groups: Sequence[int], *, seed: int = 0) -> None:
         self.num_groups, self.seed = tuple(num_groups), seed
-        self.given: torch.Tensor | None = None
-        self.proportions: list[np.ndarray] = []
+        self.given: torch.Tensor | None = None  # the groups of each image, (images, factors), where they are not drawn
+        self.proportions: list[np.ndarray] = []  # of each factor, (E,)
         if isinstance(environments, str) and environments == "uniform":
             self.proportions = [np.full(groups, 1.0 / groups) for groups in self.num_groups]
             return
@@ -55,39 +48,27 @@ class EnvironmentMix:
             known = all(row.ndim == 1 and row.dtype.kind in "fiub" for row in rows)
         except (TypeError, ValueError, IndexError):
             known = False
+        got = f"got {environments!r:.200}."
         if not known:
-            raise ConfigError(
-                f"Expected environments 'uniform', proportions or one group per image, got {environments!r}."
-            )
+            raise ConfigError(f"Expected environments 'uniform', proportions or one group per image, {got}")
         if drawn:
             wanted, found = (" x ".join(map(str, sizes)) for sizes in (self.num_groups, map(len, rows)))
             if found != wanted:
-                raise ConfigError(
-                    f"Expected proportions for {wanted} groups, got {found} groups: {[row.tolist() for row in rows]}."
-                )
-            for row in rows:
-                if (row < 0).any() or not math.isclose(row.sum(), 1.0, abs_tol=1e-3):
-                    raise ConfigError(f"Expected proportions of at least 0 that sum to 1, got {row.tolist()}.")
+                raise ConfigError(f"Expected proportions for {wanted} groups, got {found} groups in {environments!r}.")
+            if any((row < 0).any() or not math.isclose(row.sum(), 1.0, abs_tol=1e-3) for row in rows):
+                raise ConfigError(f"Expected proportions of at least 0 that sum to 1, {got}")
             self.proportions = [row / row.sum() for row in rows]
             return
         if given.shape[1] != len(self.num_groups):
-            raise ConfigError(
-                f"Expected one group per image for {len(self.num_groups)} factor(s), got a {given.shape} array."
-            )
+            raise ConfigError(f"Expected one group per image for {len(self.num_groups)} factor(s), {got}")
         if (given < 0).any() or (given >= self.num_groups).any():
-            highest = [groups - 1 for groups in self.num_groups]
-            raise ConfigError(f"Expected groups from 0 to {highest}, got {given.tolist()[:8]}.")
+            raise ConfigError(f"Expected groups from 0 to {[groups - 1 for groups in self.num_groups]}, {got}")
         self.given = torch.from_numpy(given.astype(np.int64))
 
     def rows(self, noisy_latents: torch.Tensor) -> torch.Tensor:
-        """The groups of each row of a denoiser call at the first step, (rows, factors), on the CPU.
+        """The groups (rows, factors), on the CPU, of noise (rows, channels, height, width), often rows of one image.
 
-        Args:
-            noisy_latents: The denoiser's first input, (rows, channels, height, width); several rows may
-                belong to one image.
-
-        Raises:
-            ConfigError: Groups were given for a number of images that does not divide the number of rows.
+        Groups given for a number of images that does not divide the number of rows are a `ConfigError`.
         """
         if self.given is not None:
             if len(noisy_latents) % len(self.given):
@@ -96,12 +77,10 @@ class EnvironmentMix:
                     f"got a denoiser call of {len(noisy_latents)} rows."
                 )
             return self.given.repeat(len(noisy_latents) // len(self.given), 1)
-        signs = (noisy_latents.flatten(1)[:, :256] > 0).cpu().numpy()
-        drawn = [[self._draw(row, factor) for factor in range(len(self.num_groups))] for row in signs]
-        return torch.tensor(drawn, dtype=torch.long)
-
-    def _draw(self, signs: np.ndarray, factor: int) -> int:
-        digest = hashlib.sha256(np.packbits(signs).tobytes() + f"/{factor}/{self.seed}".encode()).digest()
-        uniform = int.from_bytes(digest[:8], "little") / 2**64
-        cumulative = np.cumsum(self.proportions[factor])
-        return min(int(np.searchsorted(cumulative, uniform, side="right")), self.num_groups[factor] - 1)
+        signs = np.packbits((noisy_latents.flatten(1)[:, :256] > 0).cpu().numpy(), axis=1)
+        drawn = torch.empty(len(signs), len(self.num_groups), dtype=torch.long)
+        for factor, proportions in enumerate(self.proportions):
+            digests = [hashlib.sha256(row.tobytes() + f"/{factor}/{self.seed}".encode()).digest() for row in signs]
+            uniform = [int.from_bytes(digest[:8], "little") / 2**64 for digest in digests]
+            drawn[:, factor] = torch.from_numpy(np.searchsorted(np.cumsum(proportions), uniform, side="right"))
+        return drawn.clamp(max=torch.tensor(self.num_groups) - 1)

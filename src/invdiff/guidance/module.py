@@ -167,21 +167,21 @@ class GuidanceModule(ModelMixin, ConfigMixin):
             ConfigError: `num_groups`, `mode` or `width` is out of range.
         """
         groups = (num_groups,) if isinstance(num_groups, int) else tuple(num_groups)
-        if not groups or min(groups) < 2:
-            raise ConfigError(f"Expected at least 2 groups of at least one factor, got num_groups={num_groups!r}.")
-        if mode not in ("balanced", "invariant"):
-            raise ConfigError(f"Expected mode 'balanced' or 'invariant', got {mode!r}.")
-        if width < 0 or width % 8:
-            raise ConfigError(f"Expected width 0 or a multiple of 8, got {width}.")
+        for fits, expected, found in (
+            (groups and min(groups) >= 2, "num_groups of at least 2 for at least one factor", num_groups),
+            (mode in ("balanced", "invariant"), "mode 'balanced' or 'invariant'", mode),
+            (width >= 0 and width % 8 == 0, "width 0 or a multiple of 8", width),
+        ):
+            if not fits:
+                raise ConfigError(f"Expected {expected}, got {found!r}.")
         denoiser, family = denoiser_of(pipe), family_of(pipe)
-        shape = family.shape(denoiser)
         signature = weight_signature(denoiser)
         if any(map(math.isnan, signature)):
             raise ModelError("Expected the denoiser's weights in memory, found them offloaded. Offload later.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = cls(
-                **dataclasses.asdict(shape),
+                **dataclasses.asdict(family.shape(denoiser)),
                 num_groups=groups,
                 mode=mode,
                 width=width or fitting_width(family, denoiser),
@@ -199,13 +199,8 @@ class GuidanceModule(ModelMixin, ConfigMixin):
     def add_figures(self, results: Any) -> None:
         """Let the model card state the figures of generated images; save or push the module afterwards.
 
-        Figures of other attributes are kept beside them, those of the same attribute are replaced.
-
-        Args:
-            results: The `Results` of `evaluate`, or `Results.load` of the file that `invdiff evaluate` wrote.
-
-        Raises:
-            ConfigError: `results` are something else.
+        `results` are what `evaluate` returned, or `Results.load` of the file that `invdiff evaluate` wrote, else a
+        `ConfigError` is raised. Figures of other attributes are kept, those of the same attribute replaced.
         """
         self.register_to_config(record=with_figures(self.config["record"], results))
 
@@ -266,7 +261,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         projected: bool = False,
         code: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """g_psi, the shift of the denoiser's output.
+        """g_psi, the shift of the denoiser's output, (batch, channels, height, width).
 
         Args:
             noisy_latents: z_t, (batch, channels, height, width); channels beyond the latents' are ignored.
@@ -277,9 +272,6 @@ class GuidanceModule(ModelMixin, ConfigMixin):
             environments: Group of each factor, (batch, factors), integers; only in `balanced` mode.
             projected: Whether `features` have been through `project` already.
             code: Phi(y), the result of `encode`, where it is known already.
-
-        Returns:
-            (batch, channels, height, width), to be added to `model_pred` with weight Delta.
         """
         width, channels = self.config["width"], self.config["latent_channels"]
         conditions = self.time(get_timestep_embedding(timesteps, 2 * width).to(model_pred.dtype))
@@ -307,8 +299,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Map features (batch, feature_channels, height, width) to the few channels that the estimator reads."""
-        # Contiguous: on a CPU, torch 2.13 crashes in the backward pass of a GroupNorm whose channels-last input needs
-        # no gradient, as features do not.
+        # On a CPU, torch 2.13 crashes in the backward pass of a GroupNorm of channels-last input without gradient.
         return self.features(features.contiguous())
 
 
@@ -348,16 +339,13 @@ def load_module(name_or_folder: str | Path) -> GuidanceModule:
         ModelError: There is none, or its weights are absent, damaged or do not fit its config.
     """
     source = str(name_or_folder)
-    remedy = "Give the folder that `invdiff train` wrote"
-    if not (Path(source).exists() or looks_local(source)):
-        remedy += (
-            ", or the hub id of a module; check the spelling, the network and, for a private module, that you are "
-            "logged in (hf auth login)"
-        )
     try:
         found: Any = GuidanceModule.load_config(source)
         if found.get("_class_name") != GuidanceModule.__name__:
             raise ValueError(f"it is a {found.get('_class_name', 'config of something else')}.")
         return GuidanceModule.from_pretrained(source, low_cpu_mem_usage=False).eval()
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        remedy = "Give the folder that `invdiff train` wrote"
+        if not (Path(source).exists() or looks_local(source)):
+            remedy += ", or the hub id of a module; check the spelling, the network and your login (hf auth login)"
         raise ModelError(f"Expected a guidance module at {source}, could not load it: {error} {remedy}.") from error

@@ -39,14 +39,7 @@ def accelerator_for(mixed_precision: MixedPrecision, device: torch.device) -> Ac
 
 
 class TrainingRun:
-    """The state of a training run; the checkpoint in `folder` is restored, and refused under other `settings`.
-
-    Attributes:
-        start: Steps that are done already.
-        accelerator: Mixed precision and the exchange between processes.
-        parallel: The network for the forward pass: its gradients are averaged over processes.
-        log: Rows of JSON types, kept in checkpoints.
-    """
+    """The state of a training run; the checkpoint in `folder` is restored, and refused under other `settings`."""
 
     def __init__(
         self,
@@ -58,7 +51,8 @@ class TrainingRun:
         running: nn.Module | None = None,  # holds buffers that change while training and are no part of the model
     ) -> None:
         self.config, self.file, self.settings = config, folder / "checkpoint.safetensors", settings
-        self.model, self.parallel, device = model, model, next(model.parameters()).device
+        device = next(model.parameters()).device
+        self.model = self.parallel = model  # `parallel` is for the forward pass: processes average its gradients
         self.accelerator = accelerator_for(config.mixed_precision, device)
         if self.accelerator.num_processes > 1:
             devices = None if device.type == "cpu" else [self.accelerator.device]
@@ -67,16 +61,12 @@ class TrainingRun:
             torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         )
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-        self.log: list[dict[str, Any]] = []
+        self.log: list[dict[str, Any]] = []  # rows that checkpoints keep
         self._kept = nn.ModuleDict({"model": model, "average": self.average, "running": running or nn.Module()})
         self.start = self._resume()
 
     def minimise(self, loss_at: Callable[[int], torch.Tensor], label: str, *, progress: bool = True) -> None:
-        """Descend `loss_at(step)`, a scalar, for the steps that are left; the model ends with its averaged weights.
-
-        Raises:
-            TrainingError: The loss or a weight is not finite; the last good checkpoint is kept.
-        """
+        """Descend `loss_at(step)`, a scalar, for the steps that are left; the model ends with its averaged weights."""
         steps = self.config.steps
         with progress_bar(label, steps, start=self.start, enabled=progress) as bar:
             for step in range(self.start, steps):
@@ -138,10 +128,7 @@ class TrainingRun:
 
 
 def learning_rate(peak: float, step: int, steps: int) -> float:
-    """The rate at `step` of `steps`: a linear warm-up over the first 2%, then a cosine to zero.
-
-    A function of the step alone, so that a resumed run needs no schedule state.
-    """
+    """The rate at `step` of `steps`, of the step alone: a linear warm-up over the first 2%, then a cosine to zero."""
     warmup = math.ceil(0.02 * steps)
     if step < warmup:
         return peak * (step + 1) / warmup

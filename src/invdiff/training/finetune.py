@@ -119,13 +119,8 @@ def train_denoiser(
         trained["text_encoder"] = pipe.text_encoder
     trained.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     run = TrainingRun(trained, config, checkpoint_dir, settings)
-    tokens = pipe.tokenizer(  # (captions + 1, max_tokens)
-        [*encoded.captions, ""],
-        padding="max_length",
-        max_length=pipe.tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids.to(device)
+    read: Any = {"padding": "max_length", "max_length": pipe.tokenizer.model_max_length, "truncation": True}
+    tokens = pipe.tokenizer([*encoded.captions, ""], return_tensors="pt", **read).input_ids.to(device)
     embeds = encoded.conditions["prompt_embeds"].to(device)
     images_of = torch.bincount(encoded.caption_ids).double()
     chances = images_of[encoded.caption_ids] ** (config.caption_power - 1)
@@ -154,14 +149,12 @@ def train_denoiser(
 
 
 def save(pipe: Any, output_dir: Path, *, half_precision: bool) -> None:
-    """Save a pipeline, optionally with 16-bit denoiser and autoencoder.
-
-    The text encoder stays in 32 bits: transformers, unlike diffusers, loads weights in the type it finds.
-    """
-    for network in (pipe.unet, pipe.vae) if half_precision else ():
+    """Save a pipeline, its denoiser and autoencoder in 16 bits if asked to: diffusers loads them in 32 bits again."""
+    halved = [pipe.unet, pipe.vae] if half_precision else []
+    for network in halved:
         network.half()
     pipe.save_pretrained(output_dir)
-    for network in (pipe.unet, pipe.vae) if half_precision else ():
+    for network in halved:
         network.float()
 
 
@@ -209,12 +202,9 @@ def build_pipeline(captions: Iterable[str], architecture: ArchitectureConfig, *,
 
 
 def learn_vocabulary(captions: Iterable[str], size: int, *, max_tokens: int) -> Any:
-    """A CLIP tokenizer with byte pairs learnt from `captions`, the same for the same captions.
-
-    Every byte is a token, inside a word and at its end, so that no later prompt has unknown tokens. The bytes are
-    given to the trainer in a fixed order: by default `tokenizers` numbers the ends of words in the order of a hash
-    map, and a resumed run would read captions with other tokens than it was trained on.
-    """
+    """A CLIP tokenizer with byte pairs learnt from `captions`, the same for the same captions."""
+    # Every byte is a token, inside a word and at its end, so that no later prompt has unknown tokens; in fixed order,
+    # since `tokenizers` numbers the ends of words in the order of a hash map, which a resumed run would not repeat.
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     blank: Any = CLIPTokenizer()
     learner: Any = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -239,11 +229,10 @@ def train_autoencoder(
     *,
     progress: bool = True,
 ) -> None:
-    """Fit `vae` to the images and set its scaling factor so that latents have unit variance.
+    """Fit `vae` to the images, as a variational autoencoder of fixed variance, and scale latents to unit variance.
 
-    The loss is the absolute error of the pixels and of their differences (which keeps outlines sharp). Noise
-    on the latents makes nearby ones decode alike, and a slight pull to zero keeps them from outgrowing it:
-    together a variational autoencoder of fixed variance.
+    The loss is the absolute error of the pixels and of their differences (which keeps outlines sharp). Noise on the
+    latents makes nearby ones decode alike, and a slight pull to zero keeps them from outgrowing it.
     """
     device, size = vae.device, architecture.resolution
     readable = readable_images(data, "reading images", progress=progress)
@@ -264,12 +253,10 @@ def train_autoencoder(
             noise = torch.randn(latents.shape, generator=rng).to(device)
             decoded = vae.decode(latents + LATENT_NOISE * noise).sample
         latents, decoded = latents.float(), decoded.float()
-        return (
-            F.l1_loss(decoded, images)
-            + F.l1_loss(decoded.diff(dim=2), images.diff(dim=2))
-            + F.l1_loss(decoded.diff(dim=3), images.diff(dim=3))
-            + LATENT_PULL * latents.square().mean()
-        )
+        error = F.l1_loss(decoded, images)
+        for dim in (2, 3):
+            error = error + F.l1_loss(decoded.diff(dim=dim), images.diff(dim=dim))
+        return error + LATENT_PULL * latents.square().mean()
 
     run.minimise(loss_at, "autoencoder", progress=progress)
     with torch.no_grad():

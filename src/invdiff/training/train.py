@@ -79,11 +79,8 @@ def train(
             f"Expected a batch_size that {num_processes()} processes can share, got {config.batch_size}. Take a "
             "multiple of the number of processes."
         )
-    settings = config.to_dict() | {
-        "audit": audit.fingerprint,
-        "data": data.data_fingerprint,
-        "model": fingerprint(data.model_fingerprint, model),
-    }
+    settings = config.to_dict() | {"audit": audit.fingerprint, "data": data.data_fingerprint}
+    settings["model"] = fingerprint(data.model_fingerprint, model)
     if finished.is_file():
         check_same_settings(output_dir, read_json(finished)["settings"], settings)
         wait()
@@ -150,8 +147,8 @@ def run_round(
         loss, losses = step_loss(run.parallel, frozen, batch, typical, moving, config.penalty, run.accelerator)
         if step + 1 == config.steps or (step + 1) % LOG_EVERY == 0:
             group_losses = [[round(value, 6) for value in row] for row in moving.means().tolist()]
-            figures = {"loss": round(losses.mean().item(), 6), "group_losses": group_losses}
-            run.log.append({"round": number, "step": step + 1} | figures)
+            row = {"round": number, "step": step + 1, "loss": round(losses.mean().item(), 6)}
+            run.log.append(row | {"group_losses": group_losses})
         return loss
 
     run.minimise(loss_at, f"round {number + 1}", progress=progress)
@@ -161,8 +158,7 @@ def run_round(
 
 def next_audit_config(audit: Audit) -> AuditConfig:
     """The settings of `audit` for the audit of the next round, with the same number of groups."""
-    names = {field.name for field in dataclasses.fields(AuditConfig)}
-    settings = {name: value for name, value in audit.settings.items() if name in names}
+    settings = {name: value for name, value in audit.settings.items() if name in AuditConfig.__dataclass_fields__}
     # A vision encoder sees the images, which guidance does not change; words are for people.
     blank = {"vision_encoder": "", "words_model": "", "words": ()}
     return AuditConfig.from_dict(settings | blank | {"num_groups": audit.num_groups[0]})
@@ -179,9 +175,5 @@ def carry_over(before: Audit, found: Audit) -> Audit:
     hidden = np.array([prompt.found for prompt in found.prompts])[found.prompt_ids]
     order = linear_sum_assignment(old[hidden].T @ new[hidden], maximize=True)[1]
     merged = np.where(hidden[:, None], new[:, order], old) * before.kept[:, None]
-    return dataclasses.replace(
-        found,
-        group_weights=(merged, *before.group_weights[1:]),
-        settings=before.settings,
-        edits=Edits(names=before.edits.names),
-    )
+    weights, edits = (merged, *before.group_weights[1:]), Edits(names=before.edits.names)
+    return dataclasses.replace(found, group_weights=weights, settings=before.settings, edits=edits)
