@@ -1,6 +1,5 @@
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,13 +57,16 @@ def test_probabilities_are_the_softmax_of_scaled_cosines_to_mean_prompts(annotat
     assert seen.features.dtype == seen.probabilities["subject"].dtype == np.float32
 
 
-def test_it_is_called_as_the_model_is_and_knows_its_classes(annotator):
+def test_it_is_called_as_the_model_is_and_loaded_with_classes_only(clip_dir, tmp_path):
+    (tmp_path / "classes.json").write_text(json.dumps(PROMPTS))
+    annotator = load_annotator(str(clip_dir), classes=tmp_path / "classes.json")
     assert annotator.name == annotator.feature_name == "tiny-clip"
     assert annotator.attributes == {"background": ("land", "water"), "subject": ("bird", "landbird", "waterbird")}
     assert annotator.confusion("background") is None
     seen = annotator.predict([])
-    assert seen.features.shape == (0, 8)
-    assert seen.classes("subject").shape == (0,)
+    assert (seen.features.shape, seen.classes("subject").shape) == ((0, 8), (0,))
+    with pytest.raises(ConfigError, match="Expected classes beside the CLIP model"):
+        load_annotator(str(clip_dir))
 
 
 @pytest.mark.parametrize(
@@ -86,20 +88,15 @@ def test_prompts_that_cannot_be_used_are_refused(clip_dir, prompts, message):
         ClipAnnotator(clip_dir, prompts)
 
 
-@pytest.mark.parametrize("text", [json.dumps(PROMPTS), "background:\n  land: a\n  water: [b, c]\n"])
-def test_classes_are_read_from_json_and_yaml(tmp_path, text):
-    (tmp_path / "classes.yaml").write_text(text)
-    read = class_prompts(tmp_path / "classes.yaml")
-    assert list(read["background"]) == ["land", "water"]
-    assert all(isinstance(prompts, list) for prompts in read["background"].values())
-
-
-@pytest.mark.parametrize("text", ["[", "gender: [man, woman]", "", None])
-def test_files_without_classes_are_refused(tmp_path, text):
+@pytest.mark.parametrize("text", ["background:\n  land: a\n  water: [b, c]\n", "[", "gender: [man, woman]", "", None])
+def test_classes_are_read_from_yaml_and_files_without_any_are_refused(tmp_path, text):
     if text is not None:
         (tmp_path / "classes.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"classes\.yaml"):
-        class_prompts(tmp_path / "classes.yaml")
+    if text and "water" in text:
+        assert class_prompts(tmp_path / "classes.yaml") == {"background": {"land": ["a"], "water": ["b", "c"]}}
+    else:
+        with pytest.raises(ConfigError, match=r"classes\.yaml"):
+            class_prompts(tmp_path / "classes.yaml")
 
 
 def test_a_model_that_is_not_whole_is_refused(clip_dir, tmp_path):
@@ -116,13 +113,6 @@ def test_a_model_that_is_not_whole_is_refused(clip_dir, tmp_path):
     ):
         with pytest.raises(ModelError, match=message):
             ClipAnnotator(tmp_path / folder, PROMPTS)
-
-
-def test_it_is_loaded_with_classes_only(clip_dir, tmp_path):
-    (tmp_path / "classes.json").write_text(json.dumps(PROMPTS))
-    assert isinstance(load_annotator(str(clip_dir), classes=tmp_path / "classes.json"), ClipAnnotator)
-    with pytest.raises(ConfigError, match="Expected classes beside the CLIP model"):
-        load_annotator(str(clip_dir))
 
 
 def test_a_measurement_comes_back_unless_it_is_of_a_model_that_was_replaced(clip_dir, tiny_folder, tmp_path):
@@ -147,22 +137,16 @@ def measured(name, classes, truth):
     return HeldOut({name: classes}, {name: probabilities}, truth={name: np.array(truth)})
 
 
-def test_a_measurement_of_other_classes_is_refused(annotator, clip_dir, tmp_path):
-    of_age = measured("age", ("old", "young"), [0, 1])
-    save_measured(tmp_path, annotator, of_age, spec=str(clip_dir), classes=PROMPTS)
-    with pytest.raises(ModelError, match="Measure this annotator again"):
-        load_annotator(str(tmp_path))
-
-
 def test_a_measurement_of_another_attribute_keeps_the_first_and_refers_to_the_annotator(annotator, clip_dir, tmp_path):
-    first, second = str(tmp_path / "first"), str(tmp_path / "second")
-    of_background, of_subject = (
-        measured(name, annotator.attributes[name], truth)
-        for name, truth in (("background", [0, 1, 1]), ("subject", [0, 1, 2]))
-    )
-    save_measured(Path(first), annotator, of_background, spec=str(clip_dir), classes=PROMPTS)
-    save_measured(Path(second), load_annotator(first), of_subject, spec=first)
-    loaded = load_annotator(second)
+    first, second, other = tmp_path / "first", tmp_path / "second", tmp_path / "other"
+    of_background = measured("background", ("land", "water"), [0, 1, 1])
+    of_subject = measured("subject", ("bird", "landbird", "waterbird"), [0, 1, 2])
+    save_measured(first, annotator, of_background, spec=str(clip_dir), classes=PROMPTS)
+    save_measured(second, load_annotator(str(first)), of_subject, spec=str(first))
+    loaded = load_annotator(str(second))
     assert loaded.confusion("background").sum(axis=1).tolist() == [1, 2]
     assert loaded.confusion("subject").sum(axis=1).tolist() == [1, 1, 1]
-    assert Path(second, "annotator.json").read_bytes() == Path(first, "annotator.json").read_bytes()
+    assert (second / "annotator.json").read_bytes() == (first / "annotator.json").read_bytes()
+    save_measured(other, annotator, measured("age", ("old", "young"), [0, 1]), spec=str(clip_dir), classes=PROMPTS)
+    with pytest.raises(ModelError, match="Measure this annotator again"):  # it knows no such classes
+        load_annotator(str(other))

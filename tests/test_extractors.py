@@ -54,14 +54,14 @@ class Means(torch.nn.Module):
 
 
 @pytest.fixture
-def inception():
+def inception(monkeypatch):
+    monkeypatch.setattr("invdiff.evaluation.quality.extractors.BATCH_SIZE", 2)
     return InceptionFeatures(Means(), torch.device("cpu"))
 
 
-def test_all_extractors_keep_to_the_protocol_under_their_names(clip_dir, dinov2_dir, clip, inception):
-    extractors = [load_extractor(clip_dir), load_extractor(dinov2_dir), clip, inception]
-    names = [extractor.name for extractor in extractors]
-    assert names == ["clip-vit-tiny", "dinov2-tiny", "clip-vit-tiny", "inception"]
+def test_all_extractors_keep_to_the_protocol_under_their_names(clip_dir, dinov2_dir, inception):
+    extractors = [load_extractor(clip_dir), load_extractor(dinov2_dir), inception]
+    assert [extractor.name for extractor in extractors] == ["clip-vit-tiny", "dinov2-tiny", "inception"]
     for extractor in extractors:
         assert isinstance(extractor, FeatureExtractor)
         features = extractor.extract(images(3))
@@ -71,41 +71,32 @@ def test_all_extractors_keep_to_the_protocol_under_their_names(clip_dir, dinov2_
 
 
 @torch.no_grad()
-def test_features_are_those_of_the_model(clip_dir, dinov2_dir):
-    seen = images(5)
-    pixels = CLIPImageProcessor.from_pretrained(clip_dir)(seen, return_tensors="pt")["pixel_values"]
-    model = CLIPModel.from_pretrained(clip_dir).eval()
-    expected = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
-    np.testing.assert_allclose(load_extractor(clip_dir).extract(seen), expected.numpy(), rtol=1e-5, atol=1e-6)
-    expected = Dinov2Model.from_pretrained(dinov2_dir).eval()(pixel_values=pixels).last_hidden_state[:, 0]
-    np.testing.assert_allclose(load_extractor(dinov2_dir).extract(seen), expected.numpy(), rtol=1e-5, atol=1e-6)
-
-
-def test_features_depend_neither_on_the_batch_nor_on_sizes_and_modes_beside(dinov2_dir, monkeypatch):
-    extractor, seen = load_extractor(dinov2_dir), [Image.new("L", (30, 50), 100), *images(4)]
-    alone = [extractor.extract([image.convert("RGB")])[0] for image in seen]
+def test_features_are_those_of_the_model_whatever_the_batch_and_the_sizes_and_modes_beside(dinov2_dir, monkeypatch):
+    seen, model = [Image.new("L", (30, 50), 100), *images(4)], Dinov2Model.from_pretrained(dinov2_dir).eval()
+    processor = CLIPImageProcessor.from_pretrained(dinov2_dir)
+    pixels = [processor(image.convert("RGB"), return_tensors="pt")["pixel_values"] for image in seen]
+    expected = [model(pixel_values=of_one).last_hidden_state[0, 0].numpy() for of_one in pixels]
     monkeypatch.setattr("invdiff.models.encoders.BATCH_SIZE", 2)
-    np.testing.assert_allclose(extractor.extract(seen), alone, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(load_extractor(dinov2_dir).extract(seen), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_no_whole_encoder_is_refused(clip_dir, dinov2_dir, tmp_path):
-    with pytest.raises(ModelError, match="Expected a vision encoder"):
-        load_extractor(str(tmp_path))
-    folder = save(ViTForImageClassification(ViTConfig(**TOWER)), tmp_path / "classifier")
-    with pytest.raises(ModelError, match=r"found none of pooler\.dense\.bias, pooler\.dense\.weight"):
-        load_extractor(folder)
-    folder = save(Dinov2Model.from_pretrained(dinov2_dir), tmp_path / "damaged")
+    classifier = save(ViTForImageClassification(ViTConfig(**TOWER)), tmp_path / "classifier")
+    damaged = save(Dinov2Model.from_pretrained(dinov2_dir), tmp_path / "damaged")
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(ModelError, match="could not load it"):
-        load_extractor(folder)
-    with pytest.raises(ModelError, match=r"both towers.*got a Dinov2Model"):
-        ClipEncoder.load(dinov2_dir)
-    with pytest.raises(ModelError, match="Expected a tokenizer"):
-        ClipEncoder.load(save(CLIPModel.from_pretrained(clip_dir), tmp_path / "clip"))
+    mute = save(CLIPModel.from_pretrained(clip_dir), tmp_path / "clip")
+    for load, folder, message in (
+        (load_extractor, str(tmp_path), "Expected a vision encoder"),
+        (load_extractor, classifier, r"found none of pooler\.dense\.bias, pooler\.dense\.weight"),
+        (load_extractor, damaged, "could not load it"),
+        (ClipEncoder.load, dinov2_dir, r"both towers.*got a Dinov2Model"),
+        (ClipEncoder.load, mute, "Expected a tokenizer"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            load(folder)
 
 
-def test_inception_features_keep_the_order_of_images_of_several_sizes(inception, monkeypatch):
-    monkeypatch.setattr("invdiff.evaluation.quality.extractors.BATCH_SIZE", 2)
+def test_inception_features_keep_the_order_of_images_of_several_sizes(inception):
     seen = [*images(3), *images(2, (8, 9)), *images(1), Image.new("L", (5, 4), 7)]
     expected = [[*np.array(image.convert("RGB")).mean(axis=(0, 1)), image.width * image.height] for image in seen]
     np.testing.assert_allclose(inception.extract(seen), expected, rtol=1e-6)
@@ -113,47 +104,41 @@ def test_inception_features_keep_the_order_of_images_of_several_sizes(inception,
 
 def stand_in_for_torchmetrics(monkeypatch, network):
     """Let torchmetrics' networks be `network`; without one, let torchmetrics be absent."""
-    for module, name in (("fid", "NoTrainInceptionV3"), ("lpip", "LearnedPerceptualImagePatchSimilarity")):
-        stand_in = ModuleType(f"torchmetrics.image.{module}")
-        setattr(stand_in, name, network)
-        monkeypatch.setitem(sys.modules, f"torchmetrics.image.{module}", stand_in)
-        if network is None:
-            monkeypatch.delitem(sys.modules, f"torchmetrics.image.{module}")
-    monkeypatch.setitem(sys.modules, "torchmetrics", network and ModuleType("torchmetrics"))
-    monkeypatch.setitem(sys.modules, "torchmetrics.image", network and ModuleType("torchmetrics.image"))
+    names = {"fid": "NoTrainInceptionV3", "lpip": "LearnedPerceptualImagePatchSimilarity"}
+    for module in ("torchmetrics", "torchmetrics.image", *(f"torchmetrics.image.{part}" for part in names)):
+        stand_in = network and ModuleType(module)
+        if name := network and names.get(module.rpartition(".")[2]):
+            setattr(stand_in, name, network)
+        monkeypatch.setitem(sys.modules, module, stand_in)
 
 
 def test_inception_is_torch_fidelitys_as_the_original_fid_uses_it(monkeypatch):
-    def network(name, *, features_list, antialias):
-        assert (name, features_list, antialias) == ("inception-v3-compat", ["2048"], False)
-        return Means()
-
+    asked = []
+    network = lambda *arguments, **options: asked.append((arguments, options)) or Means()  # noqa: E731
     stand_in_for_torchmetrics(monkeypatch, network)
     assert isinstance(load_extractor("inception"), InceptionFeatures)
+    assert asked == [(("inception-v3-compat",), {"features_list": ["2048"], "antialias": False})]
 
 
 @pytest.mark.parametrize(
     ("load", "part", "weights"),
-    [
-        (lambda: load_extractor("inception"), "torch-fidelity", "Inception's"),
-        (lpips_network, "torchvision", "AlexNet's"),
-    ],
-    ids=["inception", "lpips"],
+    [(lambda: load_extractor("inception"), "torch-fidelity", "Inception"), (lpips_network, "torchvision", "AlexNet")],
 )
-def test_without_the_extra_or_its_weights_one_is_told_what_to_do(monkeypatch, load, part, weights):
-    for error, message in (
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
         (None, r"found no torchmetrics.*pip install 'invdiff\[metrics\]'"),
-        (ModuleNotFoundError("required"), rf"found no {part}.*pip install 'invdiff\[metrics\]'"),
-        (OSError("no route to host"), f"{weights} weights.*no route to host"),
-    ):
+        (ModuleNotFoundError("required"), r"found no {part}.*pip install 'invdiff\[metrics\]'"),
+        (OSError("no route to host"), "{weights}'s weights.*no route to host"),
+    ],
+)
+def test_without_the_extra_or_its_weights_one_is_told_what_to_do(monkeypatch, load, part, weights, error, message):
+    def network(*_, **__):
+        raise error
 
-        def network(*_, error=error, **__):
-            raise error
-
-        with monkeypatch.context() as patch:
-            stand_in_for_torchmetrics(patch, network if error else None)
-            with pytest.raises(EvaluationError, match=message):
-                load()
+    stand_in_for_torchmetrics(monkeypatch, network if error else None)
+    with pytest.raises(EvaluationError, match=message.format(part=part, weights=weights)):
+        load()
 
 
 @torch.no_grad()
@@ -168,14 +153,10 @@ def test_cosines_of_both_towers_are_the_models_logits(clip, clip_dir):
 
 @pytest.mark.parametrize("batch_size", [1, 32])
 def test_features_of_texts_are_in_their_order_and_do_not_depend_on_those_beside(clip, monkeypatch, batch_size):
-    texts = ["a photo of a landbird", "a", "a photo of a waterbird on water", "a"]
+    texts = ["a photo of a landbird", "a", "a photo of a waterbird on water", "a", "water " * 100]  # the last is cut
     alone = [clip.text_features([text])[0] for text in texts]
     monkeypatch.setattr("invdiff.models.encoders.BATCH_SIZE", batch_size)
     np.testing.assert_allclose(clip.text_features(texts), alone, rtol=1e-5, atol=1e-6)
-
-
-def test_texts_are_a_list_and_cut_where_longer_than_the_model_reads(clip):
-    assert np.isfinite(clip.text_features(["water " * 100])).all()
-    for texts in ([], "a photo of a landbird"):
+    for none in ([], "a photo of a landbird"):
         with pytest.raises(DataError, match="list of at least one prompt"):
-            clip.text_features(texts)
+            clip.text_features(none)

@@ -55,14 +55,10 @@ def test_without_mistakes_confidence_is_laplace_s_estimate_and_logits_that_tell_
 def test_calibration_error_is_that_of_brute_force(num_bins):
     logits = random_logits(400, classes=4)
     probabilities, truth = softmax(logits, axis=1).round(2), drawn_from(logits, 3.0)  # many on the edge of a bin
-    total = 0.0
+    top, right, total = probabilities.max(axis=1), probabilities.argmax(axis=1) == truth, 0.0
     for index in range(num_bins):
-        inside = [
-            (row.max(), row.argmax() == label)
-            for row, label in zip(probabilities, truth, strict=True)
-            if index / num_bins < row.max() <= (index + 1) / num_bins
-        ]
-        total += abs(sum(c for c, _ in inside) - sum(right for _, right in inside)) / len(truth)
+        inside = (index / num_bins < top) & (top <= (index + 1) / num_bins)
+        total += abs(top[inside].sum() - right[inside].sum()) / len(truth)
     assert expected_calibration_error(probabilities, truth, num_bins=num_bins) == pytest.approx(total)
 
 
@@ -88,19 +84,21 @@ def test_confusion_has_a_class_for_images_that_cannot_be_told(held_out, confiden
 def test_figures_are_of_labelled_images_alone_and_the_worst_combination_is_that_of_brute_force(held_out):
     labelled = held_out.truth["tone"] != UNLABELLED
     probabilities, truth = held_out.probabilities["tone"][labelled], held_out.truth["tone"][labelled]
-    shares, correct = [], held_out.probabilities["side"].argmax(axis=1) == held_out.truth["side"]
-    for side in range(3):
-        for tone in (UNLABELLED, 0, 1):
-            cell = (held_out.truth["side"] == side) & (held_out.truth["tone"] == tone)
-            if cell.sum() >= 10:
-                shares.append(correct[cell].mean())
+    correct = held_out.probabilities["side"].argmax(axis=1) == held_out.truth["side"]
+    cells = [
+        (held_out.truth["side"] == s) & (held_out.truth["tone"] == t) for s in range(3) for t in (UNLABELLED, 0, 1)
+    ]
     found = held_out.summary()
-    assert found["side"]["worst_combination"] == pytest.approx(min(shares))
-    assert found["tone"]["classes"] == ["cold", "warm"]
-    assert found["tone"]["images"] == held_out.confusion("tone").sum() == 193
-    assert found["tone"]["matrix"] == confusion_matrix(truth, probabilities.argmax(axis=1)).tolist()
-    assert found["tone"]["accuracy"] == pytest.approx(accuracy_score(truth, probabilities.argmax(axis=1)))
-    assert found["tone"]["calibration_error"] == pytest.approx(expected_calibration_error(probabilities, truth))
+    worst = min(correct[cell].mean() for cell in cells if cell.sum() >= 10)
+    assert found["side"]["worst_combination"] == pytest.approx(worst)
+    assert found["tone"] == {
+        "classes": ["cold", "warm"],
+        "images": 193,
+        "matrix": confusion_matrix(truth, probabilities.argmax(axis=1)).tolist(),
+        "accuracy": pytest.approx(accuracy_score(truth, probabilities.argmax(axis=1))),
+        "worst_combination": found["tone"]["worst_combination"],
+        "calibration_error": pytest.approx(expected_calibration_error(probabilities, truth)),
+    }
 
 
 def test_held_out_images_come_back_as_saved_and_files_of_two_annotators_are_refused(held_out, tmp_path):
@@ -116,15 +114,11 @@ def test_held_out_images_come_back_as_saved_and_files_of_two_annotators_are_refu
         HeldOut.load(tmp_path)
 
 
+HALF = np.full((2, 2), 0.5)
+
+
 @pytest.mark.parametrize(
-    ("probabilities", "truth"),
-    [
-        (np.full((2, 2), np.nan), [0, 1]),
-        (np.full((2, 2), 0.5), [0, 2]),
-        (np.full((2, 2), 0.5), [UNLABELLED, UNLABELLED]),
-        (np.full((2, 2), 0.5), [0, 1, 1]),
-        (np.full((2, 3), 0.3), [0, 1]),
-    ],
+    ("probabilities", "truth"), [(HALF, [0, 2]), (HALF, [UNLABELLED] * 2), (HALF, [0, 1, 1]), (HALF * np.nan, [0, 1])]
 )
 def test_held_out_images_that_make_no_sense_are_refused(probabilities, truth):
     with pytest.raises(EvaluationError, match="Expected"):
@@ -148,8 +142,6 @@ def test_an_attribute_measured_anew_leaves_the_others_as_they_were(held_out, ane
 class ReadsBrightness(Measurable):
     """Bright images are warm; it is as sure as they are bright."""
 
-    name = "brightness"
-    feature_name = ""
     attributes = {"tone": CLASSES["tone"]}  # noqa: RUF012
 
     def predict(self, images):

@@ -62,9 +62,14 @@ def test_interval_of_one_prompt_far_from_fair_is_near_wilsons():
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_interval_has_width_when_all_images_are_of_one_class(metric):
+def test_interval_has_width_within_the_limits(metric):
     low, high = interval(metric, [[100, 0, 0]])
     assert 0.01 < high - low < 0.25
+    assert interval("bias", [[0, 1]]) == (0.0, 1.0)
+    least, most = METRICS[metric].limits(np.full(3, 1 / 3))
+    for row in ([0, 0, 1], [1, 1, 1], [3, 0, 2], [0, 50, 0]):
+        low, high = interval(metric, [row])
+        assert least <= low <= high <= most
 
 
 def test_interval_repeats_with_its_seed_and_narrows_with_less_confidence():
@@ -74,14 +79,10 @@ def test_interval_repeats_with_its_seed_and_narrows_with_less_confidence():
     assert low < inner_low < per_prompt("bias", counts).mean() < inner_high < high
 
 
-def test_interval_narrows_with_the_number_of_images():
-    counts = np.array([[14, 4, 2]])
-    widths = [np.ptp(interval("bias", counts * factor)) for factor in (1, 4, 16)]
+def test_interval_narrows_with_the_number_of_images_and_far_from_fair_with_the_root_of_the_number_of_prompts():
+    widths = [np.ptp(interval("bias", np.array([[14, 4, 2]]) * factor)) for factor in (1, 4, 16)]
     assert widths[1] < 0.65 * widths[0]
     assert widths[2] < 0.65 * widths[1]
-
-
-def test_interval_narrows_with_the_root_of_the_number_of_prompts_far_from_fair():
     one, many = (np.ptp(interval("bias", [[170, 30]] * prompts)) for prompts in (1, 16))
     assert many == pytest.approx(one / 4, rel=0.15)
 
@@ -96,15 +97,6 @@ def test_interval_at_the_fair_point_is_at_most_three_floors_wide(metric):
     assert high - low < 3.2 * floor
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_interval_stays_within_the_limits_and_in_order(metric):
-    assert interval("bias", [[0, 1]]) == (0.0, 1.0)
-    least, most = METRICS[metric].limits(np.full(3, 1 / 3))
-    for row in ([0, 0, 1], [1, 1, 1], [3, 0, 2], [0, 50, 0]):
-        low, high = interval(metric, [row])
-        assert least <= low <= high <= most
-
-
 def test_interval_of_a_target_covers_zero_for_a_sampler_that_draws_from_it():
     target = np.array([0.7, 0.2, 0.1])
     counts = np.random.default_rng(2).multinomial(60, target, size=(300, 2))
@@ -112,15 +104,11 @@ def test_interval_of_a_target_covers_zero_for_a_sampler_that_draws_from_it():
     assert np.mean(covered) >= 0.93
 
 
-def test_a_group_that_the_target_excludes_does_not_make_kl_infinite():
+def test_interval_is_finite_and_has_width_where_the_target_excludes_a_group():
     low, high = interval("kl_to_target", [[60, 40, 0]], target=[0.5, 0.5, 0.0])
     assert 0 <= low < high < np.log(2)
-
-
-def test_interval_has_width_at_a_target_of_one_class():
     low, high = interval("fairness_discrepancy", [[50, 0]], target=[1.0, 0.0])
-    assert low == 0
-    assert high > 0.02
+    assert low == 0 < 0.02 < high
 
 
 def shares_worth_a_look(counts, confidence):
@@ -130,14 +118,11 @@ def shares_worth_a_look(counts, confidence):
     return plausible_shares(METRICS["bias"], np.array([counts]) / total, **settings)[:, 0]
 
 
-def test_nearest_and_farthest_shares_are_where_chi_square_rejects():
+def test_plausible_shares_are_where_chi_square_rejects_and_tie_groups_that_differ_insignificantly():
     near, far, _, _ = shares_worth_a_look([60, 30, 10], 0.9)
-    assert chisquare([60, 30, 10], near * 100).pvalue == pytest.approx(0.1, abs=1e-3)
-    assert chisquare([60, 30, 10], far * 100).pvalue == pytest.approx(0.1, abs=1e-3)
+    for shares in (near, far):
+        assert chisquare([60, 30, 10], shares * 100).pvalue == pytest.approx(0.1, abs=1e-3)
     assert near.max() < 0.6 < far.max()
-
-
-def test_groups_that_differ_insignificantly_are_tied():
     np.testing.assert_allclose(shares_worth_a_look([410, 60, 400, 130], 0.95)[2], [0.405, 0.06, 0.405, 0.13])
 
 
@@ -181,13 +166,10 @@ def test_estimate_of_every_metric_holds_plain_numbers_in_order(metric):
     assert type(found.low) is type(found.floor) is type(found.corrected) is float
 
 
-@pytest.mark.parametrize(("counts", "note"), [([[30, 50, 20]], "sd_over"), ([[0, 1, 0], [5, 5, 5]], "one image")])
-def test_estimate_says_what_is_not_defined(counts, note):
-    assert note in estimate("fairness_discrepancy", np.array(counts), np.zeros(len(counts))).note
-
-
-def test_estimate_does_not_correct_unsure_images_without_rates_for_them():
-    square = np.array(CONFUSION)[:, :3]
+def test_estimate_says_what_is_not_defined():
+    for counts, note in (([[30, 50, 20]], "sd_over"), ([[0, 1, 0], [5, 5, 5]], "one image")):
+        assert note in estimate("fairness_discrepancy", np.array(counts), np.zeros(len(counts))).note
+    square = np.array(CONFUSION)[:, :3]  # without rates for unsure images
     unsure, sure = (estimate("bias", np.array([[30, 50, 20]]), np.array([n]), confusion=square) for n in (2, 0))
     assert unsure.corrected is None
     assert "no column" in unsure.note
