@@ -23,7 +23,7 @@ from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.evaluation.annotators.labels import GivenLabels
 from invdiff.evaluation.evaluate import evaluate
 from invdiff.evaluation.results import Results
-from invdiff.report import plots, theme
+from invdiff.report import plots
 
 LAND, WATER = "a photo of a landbird", "a photo of a waterbird"
 HOSTILE = (
@@ -185,8 +185,7 @@ def undrawn() -> Iterator[None]:
     stream = io.BytesIO()
     Image.new("RGB", (1, 1)).save(stream, "PNG")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (plots, theme):
-            patch.setattr(module, "render", lambda *_, **__: stream.getvalue())
+        patch.setattr(plots, "render", lambda *_, **__: stream.getvalue())
         yield
 
 

@@ -12,20 +12,8 @@ from invdiff.report.compare import Comparison, charts_of, compare, modules_by_sc
 from invdiff.report.read import Generated, Run
 
 
-def measures(bias: float, *, accuracy: float | None = None, frechet: float | None = None) -> Measures:
-    return made_up_measures(bias, interval=(bias - 0.1, bias + 0.1), floor=0.05, accuracy=accuracy, frechet=frechet)
-
-
-def results(biases: dict[str, float], scales: dict[str, float]) -> Results:
-    return Results({name: {"3.0": measures(bias)} for name, bias in biases.items()}, module_scales=scales)
-
-
-def lines(measured: Results) -> dict[str, dict[float, float]]:
-    """Name of a module to its strength to Bias."""
-    chosen = compare(Run(results=measured))
-    assert chosen is not None
-    found = modules_by_scale(measured, chosen)
-    return {name: {scale: entry.bias for scale, entry in line.items()} for name, line in found.items()}
+def measures(bias: float, **more: float) -> Measures:
+    return made_up_measures(bias, interval=(bias - 0.1, bias + 0.1), floor=0.05, **more)
 
 
 def compared(measured: Results) -> tuple[Any, ...]:
@@ -46,49 +34,34 @@ def test_the_guided_model_is_compared_at_the_middle_guidance_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("biases", "scales", "expected"),
+    ("models", "expected"),
     [
         (
-            {"base": 0.9, "guided-1": 0.1, "guided-0.5": 0.4},
-            {"base": 0.0, "guided-1": 1.0, "guided-0.5": 0.5},
+            {"base": (0.9, 0), "guided-1": (0.1, 1), "guided-0.5": (0.4, 0.5)},
             {"With guidance": {0.0: 0.9, 0.5: 0.4, 1.0: 0.1}},
         ),
-        (
-            {"theirs": 0.8, "ours-0.5": 0.4, "ours-1": 0.1},
-            {"ours-0.5": 0.5, "ours-1": 1.0},
-            {"ours": {0.5: 0.4, 1.0: 0.1}},
-        ),
-        ({"base": 0.9, "guided": 0.1}, {"base": 0.0, "guided": 1.0}, {}),  # one strength is no line
-        ({"base": 0.9, "guided": 0.1, "more": 0.2}, {}, {}),
-        ({"base": 0.9, "m-1": 0.1, "m_1": 0.3}, {"base": 0, "m-1": 1, "m_1": 1}, {}),  # measured twice
+        ({"theirs": (0.8, None), "ours-0.5": (0.4, 0.5), "ours-1": (0.1, 1)}, {"ours": {0.5: 0.4, 1.0: 0.1}}),
+        ({"base": (0.9, 0), "guided": (0.1, 1)}, {}),  # one strength is no line
+        ({"base": (0.9, 0), "m-1": (0.1, 1), "m_1": (0.3, 1)}, {}),  # measured twice
         (  # the compared model stands at 0, before other plain ones
-            {"plain": 0.7, "base": 0.9, "m 1": 0.1, "m 2": 0.2},
-            {"plain": 0, "base": 0, "m 1": 1, "m 2": 2},
+            {"plain": (0.7, 0), "base": (0.9, 0), "m 1": (0.1, 1), "m 2": (0.2, 2)},
             {"m": {0.0: 0.9, 1.0: 0.1, 2.0: 0.2}},
         ),
+        ({"m-0.5": (0.4, 0.5), "m": (0.1, 1)}, {"m": {0.5: 0.4, 1.0: 0.1}}),
+        ({"m_scale_0.5": (0.4, 0.5), "m delta=1.0": (0.1, 1)}, {"m": {0.5: 0.4, 1.0: 0.1}}),
+        ({"run-1": (0.4, 0.5), "run-2": (0.1, 1)}, {}),  # numbers that are not the strengths
+        ({"0.5": (0.4, 0.5), "1": (0.1, 1)}, {}),
     ],
 )
 def test_modules_at_two_strengths_are_lines(
-    biases: dict[str, float], scales: dict[str, float], expected: dict[str, dict[float, float]]
+    models: dict[str, tuple[float, float | None]], expected: dict[str, dict[float, float]]
 ) -> None:
-    assert lines(results(biases, scales)) == expected
-
-
-@pytest.mark.parametrize(
-    ("names", "stem"),
-    [
-        (("m-0.5", "m-1"), "m"),
-        (("m-0.5", "m"), "m"),
-        (("m_scale_0.5", "m_scale_1"), "m"),
-        (("m-delta-0.5", "m delta=1.0"), "m"),
-        (("run-1", "run-2"), None),  # numbers that are not the strengths
-        (("balanced", "invariant"), None),
-        (("0.5", "1"), None),
-    ],
-)
-def test_names_say_which_models_are_of_one_module(names: tuple[str, str], stem: str | None) -> None:
-    found = lines(results(dict.fromkeys(names, 0.2), dict(zip(names, (0.5, 1.0), strict=True))))
-    assert list(found) == ([] if stem is None else [stem])
+    scales = {name: scale for name, (_, scale) in models.items() if scale is not None}
+    found = Results({name: {"3.0": measures(bias)} for name, (bias, _) in models.items()}, module_scales=scales)
+    chosen = compare(Run(results=found))
+    assert chosen is not None
+    lines = modules_by_scale(found, chosen)
+    assert {name: {scale: entry.bias for scale, entry in line.items()} for name, line in lines.items()} == expected
 
 
 def test_every_figure_has_its_chart_with_gaps_where_it_is_missing() -> None:
@@ -111,10 +84,9 @@ def test_every_model_has_its_line_over_the_guidance_scale() -> None:
     }
     chosen = Comparison("base", "guided", "1.0", ["1.0", "3.0"])
     (chart,) = over_guidance(Results(models), chosen)
-    assert [(line.name, line.place) for line in chart.lines] == [("Base model", None), ("With guidance", 0)]
-    assert [[point[:2] for point in line.points] for line in chart.lines] == [
-        [(1, 0.7), (3, 0.9)],
-        [(1, 0.1), (3, 0.2)],
+    assert [(line.name, line.place, [point[:2] for point in line.points]) for line in chart.lines] == [
+        ("Base model", None, [(1, 0.7), (3, 0.9)]),
+        ("With guidance", 0, [(1, 0.1), (3, 0.2)]),
     ]
     single = Results({"base": {"3.0": measures(0.7)}, "guided": {"3.0": measures(0.1)}})
     assert over_guidance(single, chosen) == []

@@ -15,48 +15,47 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from invdiff.auditing.result import Audit
+from invdiff.report import plots
 from invdiff.report.groups import splits_of
-from invdiff.report.plots import Chart, Line, draw_chart, draw_histogram, histogram, plot_chart, save_charts, thumb
-from invdiff.report.theme import BASE_COLOUR, DARK, MARKERS, PAPER, SERIES_COLOURS, style
+from invdiff.report.plots import BASE_COLOUR, DARK, PAPER, SERIES_COLOURS, Chart, Line
 from runs import HOSTILE, make_audit
 
 
-def line(place: int | None, y: list[float | None], *, bar: float | None = None, name: str = "") -> Line:
-    points = [
-        (float(x), v, None if bar is None or v is None else v - bar, None if bar is None or v is None else v + bar)
-        for x, v in enumerate(y, start=1)
-    ]
+def line(place: int | None, y: list[float | None], *, bar: float = np.nan, name: str = "") -> Line:
+    points = [(float(x), v, *((None, None) if v is None else (v - bar, v + bar))) for x, v in enumerate(y, start=1)]
     return Line(name or f"line {place}", points, place)
 
 
 def drawn(lines: list[Line], **chart: Any) -> Any:
     """The axes of a chart."""
-    with matplotlib.rc_context(style()):
+    with matplotlib.rc_context(plots.style()):
         axes = Figure(layout="constrained").add_subplot()
-        draw_chart(axes, Chart("y", "x", lines, **chart))
+        plots.draw_chart(axes, Chart("y", "x", lines, **chart))
         axes.figure.draw_without_rendering()
     return axes
 
 
-def of_colour(axes: Any, colour: str) -> Any:
-    return next(one for one in axes.lines if one.get_color() == colour and len(one.get_xdata()) > 1)
+def image_of(uri: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
 
-def colour_at(uri: str, place: tuple[int, int]) -> str:
-    with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as image:
-        return f"#{bytes(image.convert('RGB').getpixel(place)).hex()}"  # type: ignore[arg-type]
+def colour_at_corner(uri: str) -> str:
+    return f"#{bytes(image_of(uri).convert('RGB').getpixel((0, 0))).hex()}"  # type: ignore[arg-type]
 
 
 def test_lines_go_through_their_figures_with_gaps_and_stand_side_by_side() -> None:
     axes = drawn([line(None, [0.1, 0.2, None, 0.4]), line(0, [0.5, 0.6, 0.7, 0.8])])
-    base, other = of_colour(axes, BASE_COLOUR), of_colour(axes, SERIES_COLOURS[0])
+    base, other = (
+        next(one for one in axes.lines if one.get_color() == colour and len(one.get_xdata()) > 1)
+        for colour in (BASE_COLOUR, SERIES_COLOURS[0])
+    )
     np.testing.assert_array_equal(base.get_ydata(), [0.1, 0.2, np.nan, 0.4])
     np.testing.assert_allclose((base.get_xdata() + other.get_xdata()) / 2, [1, 2, 3, 4])
     assert 0 < other.get_xdata()[0] - base.get_xdata()[0] < 0.1
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "3", "4"]
 
 
-def test_intervals_and_floors_are_within_the_axes() -> None:
+def test_intervals_and_floors_are_within_the_axes_and_lines_differ_in_colour_and_in_marker() -> None:
     axes = drawn([line(k, [-0.2, None, 1.3], bar=0.2) for k in range(8)], floors=[[(1.0, 1.9), (3.0, 1.9)]] * 2, top=1)
     bars = [bar for bars in axes.collections for bar in bars.get_segments() if len(bar)]
     assert [bar[:, 1].tolist() for bar in bars[:2]] == [[-0.4, 0.0], pytest.approx([1.1, 1.5])]
@@ -65,12 +64,8 @@ def test_intervals_and_floors_are_within_the_axes() -> None:
     xs = [bar[0, 0] for bar in bars]
     assert axes.get_xlim()[0] < min(xs) < max(xs) < axes.get_xlim()[1]
     assert [one.get_ydata().tolist() for one in axes.lines if one.get_linestyle() == ":"] == [[1.9, 1.9]]
-
-
-def test_lines_differ_in_colour_and_in_marker() -> None:
-    axes = drawn([line(k, [1.0, 1.0]) for k in range(8)])
-    looks = {(one.get_color(), one.get_marker()) for one in axes.lines}
-    assert len(looks) == len(SERIES_COLOURS) == len(MARKERS) == 8
+    for look in ("color", "marker"):
+        assert len({getattr(one, f"get_{look}")() for one in axes.lines if len(one.get_xdata()) == 3}) == 8
 
 
 @pytest.mark.parametrize("values", [[0.0] * 8, [1.0] * 8, [0.0, 0.01, 0.5, 0.51, 0.52, 0.99, 1.0, 1.0]])
@@ -81,21 +76,15 @@ def test_names_stand_apart_beside_the_axes(values: list[float]) -> None:
     assert max(heights) <= axes.get_ylim()[1]
 
 
-def test_charts_are_drawn_on_light_and_on_dark_paper_with_the_same_colours() -> None:
-    found = plot_chart(Chart("y", "x", [line(0, [0.5, 0.5])]), "over x")
-    assert [colour_at(uri, (0, 0)) for uri in (found.light, found.dark)] == [PAPER, DARK[PAPER]]
-    assert (found.alt, found.width) == ("y over x. line 0: 0.50 at 1, 0.50 at 2.", 640)
-    with Image.open(io.BytesIO(base64.b64decode(found.dark.partition(",")[2]))) as image:
-        assert image.width == 1280
-        pixels = np.asarray(image.convert("RGB"))
+def test_charts_are_drawn_on_light_and_on_dark_paper_and_the_settings_of_matplotlib_stay() -> None:
+    before = dict(matplotlib.rcParams)
+    found = plots.plot_chart(Chart("y", "x", [line(0, [0.5, 0.5])]), "over x")
+    assert dict(matplotlib.rcParams) == before
+    assert [colour_at_corner(uri) for uri in (found.light, found.dark)] == [PAPER, DARK[PAPER]]
+    assert found.alt == "y over x. line 0: 0.50 at 1, 0.50 at 2."
+    pixels = np.asarray(image_of(found.dark).convert("RGB"))
     wanted = np.array(matplotlib.colors.to_rgb(SERIES_COLOURS[0])) * 255
     assert (np.abs(pixels - wanted).max(axis=2) < 2).any()
-
-
-def test_the_settings_of_matplotlib_stay() -> None:
-    before = dict(matplotlib.rcParams)
-    plot_chart(Chart("y", "x", [line(0, [0.5])]), "over x")
-    assert dict(matplotlib.rcParams) == before
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -104,7 +93,7 @@ def test_hostile_names_are_drawn_as_text_and_the_same_chart_is_the_same_file(tmp
     chart = Chart(HOSTILE[1], HOSTILE[0], [line(k, [0.5, 0.2], name=name) for k, name in enumerate(names)])
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     for path in paths:
-        save_charts(path, [chart] * count, title=HOSTILE[0])
+        plots.save_charts(path, [chart] * count, title=HOSTILE[0])
     assert paths[0].read_bytes() == paths[1].read_bytes()
     with Image.open(paths[0]) as image:
         assert image.width == 1400
@@ -114,19 +103,18 @@ def test_hostile_names_are_drawn_as_text_and_the_same_chart_is_the_same_file(tmp
 def test_a_histogram_shows_cuts_and_names_each_group_s_reach(tmp_path: Path) -> None:
     make_audit(tmp_path)
     split = splits_of(Audit.load(tmp_path))[0]
-    found = histogram(split)
+    found = plots.histogram(split)
     assert found.alt.startswith("Histogram of the scores of 20 images: group 0 from -")
     assert f"parted at {split.cuts[0]:.2f}." in found.alt
     assert found.caption.startswith("Images, on a log scale, by score.")
     axes = Figure().add_subplot()
-    draw_histogram(axes, replace(split, cuts=[-99.0, 0.25, 99.0]))
+    plots.draw_histogram(axes, replace(split, cuts=[-99.0, 0.25, 99.0]))
     assert [one.get_xdata()[0] for one in axes.lines] == [0.25]  # cuts outside are not drawn
     assert sum(patch.get_height() for patch in axes.patches) == 20
 
 
 def test_small_images_are_kept_exactly_and_large_ones_are_made_small() -> None:
-    small, large = (thumb(Image.new("RGB", (side, side), (200, 40, 40)), "alt") for side in (96, 640))
-    assert colour_at(small.uri, (0, 0)) == "#c82828"
+    small, large = (plots.thumb(Image.new("RGB", (side, side), (200, 40, 40)), "alt") for side in (96, 640))
+    assert colour_at_corner(small.uri) == "#c82828"
     assert large.uri.startswith("data:image/jpeg")
-    with Image.open(io.BytesIO(base64.b64decode(large.uri.partition(",")[2]))) as image:
-        assert image.size == (192, 192)
+    assert image_of(large.uri).size == (192, 192)

@@ -54,26 +54,22 @@ def labelled(run: Path, folder: Path, values: Sequence[Any], column: str = "back
 
 
 @pytest.mark.parametrize(
-    ("values", "column", "edits", "expected"),
+    ("values", "column", "edits", "land", "water"),
     [
         (
             ["land"] * 10 + ["sea"] * 6 + ["", None, "cannot tell", float("nan")] + ["water"] * 20,
             "background",
             Edits(),
-            ({"land": 10, "sea": 6}, {"water": 20}),
+            {"land": 10, "sea": 6},
+            {"water": 20},
         ),
-        (
-            ["land"] * 20 + ["water"] * 20,
-            "background",
-            Edits().without_images([0, 3, 25]),
-            ({"land": 18}, {"water": 19}),
-        ),
-        (["land"] * 40, "colour", Edits(), None),
-        (["Land", "land "] * 20, "background", Edits(), None),
+        (["land"] * 20 + ["water"] * 20, "background", Edits(left_out=(0, 3, 25)), {"land": 18}, {"water": 19}),
+        (["land"] * 40, "colour", Edits(), None, None),
+        (["Land", "land "] * 20, "background", Edits(), None, None),
     ],
 )
 def test_labels_are_counted_under_all_captions_of_a_prompt(
-    tmp_path: Path, values: Sequence[Any], column: str, edits: Edits, expected: Any
+    tmp_path: Path, values: Sequence[Any], column: str, edits: Edits, land: Any, water: Any
 ) -> None:
     make_audit(tmp_path)
     label(tmp_path, values, column)
@@ -86,65 +82,45 @@ def test_labels_are_counted_under_all_captions_of_a_prompt(
     assert training_labels(run) == {}
     measures = made_up_measures(0.5, interval=(0.4, 0.6), floor=0.1)
     found = training_labels(replace(run, results=Results({"base": {"3.0": measures}}, attribute="background")))
-    land, water = expected or ({}, {})
-    assert found == ({LAND: land, "a nice landbird": land, WATER: water} if expected else {})
+    assert found == ({LAND: land, "a nice landbird": land, WATER: water} if land else {})
 
 
-@pytest.mark.parametrize(
-    ("values", "column", "table", "said", "not_said"),
-    [
-        (
-            ["land"] * 17 + ["water"] * 23,
-            "background",
-            "| Prompt | Class | Training data | Base model | With guidance | Target |",
-            [
-                "counts of the data's own column “background”, which was read for this report only",
-                "Training data: 20 labelled images under this prompt.",
-                "labels that somebody wrote down",
-            ],
-            "the audit's groups",
-        ),
-        (
-            ["land"] * 40,
-            "colour",
-            "| Prompt | Data (the audit's groups) | Class | Base model | With guidance | Target |",
-            ["the audit's groups", "for your eyes to judge"],
-            "Training data",
-        ),
-    ],
-)
-def test_labels_or_else_the_audit_s_groups_stand_for_the_data(
-    finished: Path, tmp_path: Path, values: list[str], column: str, table: str, said: list[str], not_said: str
-) -> None:
-    page, twin = labelled(finished, tmp_path, values, column)
-    assert table in twin
+def test_labels_stand_for_the_data_where_there_are_any(finished: Path, tmp_path: Path) -> None:
+    page, twin = labelled(finished, tmp_path, ["land"] * 17 + ["water"] * 23)
+    assert "| Prompt | Class | Training data | Base model | With guidance | Target |" in twin
     for text in (page.words, twin):
-        assert all(words in text for words in said)
-        assert not_said not in text
-    if column == "background":
-        low, high = (percent(end) for end in share_interval(17, 20))
-        assert f"land target 50% Training data 85% {low} to {high} Base model 90%" in page.words
-        assert f"| {LAND} | land | 85% ({low} to {high}) | 90% (" in twin
+        assert "counts of the data's own column “background”, which was read for this report only" in text
+        assert "Training data: 20 labelled images under this prompt." in text
+        assert "the audit's groups" not in text
+    low, high = (percent(end) for end in share_interval(17, 20))
+    assert f"land target 50% Training data 85% {low} to {high} Base model 90%" in page.words
+    assert f"| {LAND} | land | 85% ({low} to {high}) | 90% (" in twin
 
 
-def test_a_prompt_without_labels_keeps_the_audit_s_groups(finished: Path, tmp_path: Path) -> None:
-    page, twin = labelled(finished, tmp_path, ["land"] * 20 + [""] * 20)
-    assert page.words.count("Training data 100%") == 1
-    assert page.text.count("In the training images: the audit's groups") == 1
-    (row,) = (line for line in twin.splitlines() if line.startswith(f"| {WATER} | group"))
-    assert " | – | " in row
+def test_the_audit_s_groups_stand_for_the_data_where_there_are_no_labels(finished: Path, tmp_path: Path) -> None:
+    page, twin = labelled(finished, tmp_path, ["land"] * 40, "colour")
+    assert "| Prompt | Data (the audit's groups) | Class | Base model | With guidance | Target |" in twin
+    for text in (page.words, twin):
+        assert "the audit's groups" in text
+        assert "Training data" not in text
 
 
-def test_hostile_labels_are_text(finished: Path, tmp_path: Path) -> None:
+def test_hostile_labels_are_text_and_a_prompt_without_labels_keeps_the_audit_s_groups(
+    finished: Path, tmp_path: Path
+) -> None:
     hostile = SCRIPT + "|`\n\n# \u202ex" + "y" * 10_000
-    expected, markdown = labelled(finished, tmp_path / "a", ["land"] * 19 + ["else"] + ["water"] * 20)
-    page, twin = labelled(finished, tmp_path / "b", ["land"] * 19 + [hostile] + ["water"] * 20)
+    expected, markdown = labelled(finished, tmp_path / "a", ["land"] * 19 + ["else"] + [""] * 20)
+    page, twin = labelled(finished, tmp_path / "b", ["land"] * 19 + [hostile] + [""] * 20)
     assert [tag for tag, _ in page.elements] == [tag for tag, _ in expected.elements]
     assert twin.count("\n") == markdown.count("\n")
     assert SCRIPT + "|`" in page.text
     for text in (twin, page.text):
         assert "y" * 301 not in text
         assert "\u202e" not in text
+    assert page.words.count("Training data 95%") == 1
+    assert page.text.count("In the training images: the audit's groups") == 1
+    (row,) = (line for line in twin.splitlines() if line.startswith(f"| {WATER} | group"))
+    assert " | – | " in row
 
 
 # Private files.
@@ -176,7 +152,7 @@ def test_audited_images_outside_the_data_are_not_shown(finished: Path, tmp_path:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.md"]
 
 
-def test_images_inside_the_data_are_all_shown(finished: Path, tmp_path: Path) -> None:
+def test_a_link_to_the_data_s_folder_hides_nothing(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(finished / "data")
     page, twin = report(tmp_path / "out", audit=finished / "audit", data=tmp_path / "link")
     assert "not shown" not in page.words + twin
@@ -185,12 +161,12 @@ def test_images_inside_the_data_are_all_shown(finished: Path, tmp_path: Path) ->
 
 def test_the_audit_s_own_picture_is_no_link_to_another_file(tmp_path: Path) -> None:
     make_audit(tmp_path / "audit")
-    (tmp_path / "private").write_bytes(b"private")
-    (tmp_path / "audit" / "groups.png").write_bytes(b"picture")
+    picture = tmp_path / "audit" / "groups.png"
+    picture.write_bytes(b"picture")
     report(tmp_path / "own", audit=tmp_path / "audit")
     assert (tmp_path / "own" / "report-groups.png").read_bytes() == b"picture"
-    (tmp_path / "audit" / "groups.png").unlink()
-    (tmp_path / "audit" / "groups.png").symlink_to(tmp_path / "private")
+    picture.rename(tmp_path / "private")
+    picture.symlink_to(tmp_path / "private")
     _, twin = report(tmp_path / "link", audit=tmp_path / "audit")
     assert "report-groups.png" not in twin
     assert not (tmp_path / "link" / "report-groups.png").exists()

@@ -40,17 +40,13 @@ def only(run: Run) -> str:
     return command
 
 
-def test_only_settings_that_differ_from_the_defaults_are_written() -> None:
+def test_only_settings_that_differ_from_the_defaults_are_written_and_parts_have_their_own_names() -> None:
     assert only(Run(audit=audited())) == "invdiff audit MODEL DATA --output audit"
-    command = only(Run(audit=audited(seed=3, solver="exact", min_images=20, max_groups=4)))
-    assert command == "invdiff audit MODEL DATA --output audit --solver exact --max-groups 4 --min-images 20 --seed 3"
-
-
-def test_parts_have_their_own_names() -> None:
     names = {"audit": ["out/a b"], "module": ["out/module"], "data": ["photos", "--split", "test"]}
     module = {"base_model": "/x/birds", "record": {"training": TrainConfig(steps=7).to_dict()}}
-    assert [command for _, command in commands(Run(audit=audited(), module=module, names=names))] == [
-        "invdiff audit birds photos --split test --output 'out/a b'",
+    run = Run(audit=audited(seed=3, solver="exact"), module=module, names=names)
+    assert [command for _, command in commands(run)] == [
+        "invdiff audit birds photos --split test --output 'out/a b' --solver exact --seed 3",
         "invdiff train birds photos 'out/a b' --output out/module --split test --steps 7",
     ]
 
@@ -113,33 +109,22 @@ def test_hostile_settings_are_one_word(value: str) -> None:
     assert words[-1] == value
 
 
-# Paths: reports are passed on.
-
-
 @pytest.mark.parametrize(
-    ("path", "shown"),
+    ("shown", "paths"),
     [
-        ("photos", "photos"),
-        (Path("out/demo/audit"), "out/demo/audit"),
-        ("../photos", "../photos"),
-        ("org/birds", "org/birds"),
-        ("/home/alice/photos", "photos"),
-        (Path("/home/alice/photos"), "photos"),
-        ("/home/alice/photos/", "photos"),
-        ("~/photos", "photos"),
-        ("~alice/photos", "photos"),
-        (r"C:\Users\alice\photos", "photos"),
-        (r"\\server\alice\photos", "photos"),
-        ("/", "."),
+        ("photos", ["photos", "/home/alice/photos", Path("/home/alice/photos"), "/home/alice/photos/", "~/photos"]),
+        ("photos", ["~alice/photos", r"C:\Users\alice\photos", r"\\server\alice\photos"]),
+        *((path, [path]) for path in ("out/demo/audit", "../photos", "org/birds")),
+        (".", ["/"]),
     ],
 )
-def test_no_path_of_the_machine_is_shown(path: str | Path, shown: str) -> None:
-    assert shown_path(path) == shown
+def test_no_path_of_the_machine_is_shown(shown: str, paths: list[str | Path]) -> None:
+    assert [shown_path(path) for path in paths] == [shown] * len(paths)
+    settings = {"vision_encoder": paths[-1], "prompts": ["/imagine a bird"], "seed": 3, "audit": None}
+    assert without_paths(settings) == settings | {"vision_encoder": shown}
 
 
 def test_inside_the_run_a_path_is_shown_from_there(tmp_path: Path) -> None:
     assert shown_path(tmp_path / "run" / "images" / "base", tmp_path / "run") == "images/base"
     assert shown_path(tmp_path / "run", tmp_path / "run") == "."
     assert shown_path(tmp_path / "elsewhere" / "base", tmp_path / "run") == "base"
-    settings = {"vision_encoder": "/home/alice/dino", "prompts": ["/imagine a bird"], "seed": 3, "audit": None}
-    assert without_paths(settings) == settings | {"vision_encoder": "dino"}

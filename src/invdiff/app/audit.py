@@ -15,8 +15,7 @@ from ..errors import ConfigError, InvDiffError
 from ..report.audit_view import candidates_table, unfound_table
 from ..report.figures import counted, quoted, share_of
 from ..report.groups import Group, Split, splits_of
-from ..report.plots import histogram, thumb
-from ..report.theme import colour_of
+from ..report.plots import colour_of, histogram, thumb
 from ..text import one_line
 from .audit_state import AuditBook
 from .fragments import QUIET, fragment, gallery, image_file, notice, refusal

@@ -15,8 +15,8 @@ from ..auditing.result import Audit
 from ..data.captioned import CaptionedImages, load_captioned_images
 from ..errors import AuditError, DataError
 from ..report.groups import Split, rows_by_name, splits_of
+from ..report.plots import INK, RULE
 from ..report.read import Parts
-from ..report.theme import INK, RULE
 
 SIDE = 256
 """The most pixels of an image in a gallery."""

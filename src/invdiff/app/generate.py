@@ -11,7 +11,7 @@ import gradio as gr
 from ..errors import InvDiffError
 from ..evaluation.annotators.annotations import CANNOT_TELL, Annotator
 from ..report.figures import counted, share_of
-from ..report.theme import BASE_COLOUR, SERIES_COLOURS, colour_of
+from ..report.plots import BASE_COLOUR, SERIES_COLOURS, colour_of
 from ..text import one_line
 from .fragments import QUIET, fragment, gallery, image_file, notice, refusal
 from .studio import LONGEST_PROMPT, MOST_IMAGES, Ask, Shot, Shown, Studio, Turn, by_factor, command_for, read_ask

@@ -17,8 +17,8 @@ from ..evaluation.results import Quantity, Results
 from ..models.families import family_of
 from ..models.load import denoiser_of
 from ..report.figures import Table
+from ..report.plots import DARK, INK, PAPER, RULE, SOFT
 from ..report.read import Parts
-from ..report.theme import DARK, INK, PAPER, RULE, SOFT
 from ..report.write import save_report
 from ..text import one_line
 from .audit import AuditTab

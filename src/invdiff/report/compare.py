@@ -15,16 +15,12 @@ BASE, GUIDED = "base", "guided"
 LABELS = {BASE: "Base model", GUIDED: "With guidance"}
 MOST_MODELS = 8
 """Models shown beside each other."""
-CHARTS: tuple[tuple[str, float | None, Callable[[Measures], Quantity]], ...] = (
-    ("Bias: 0 is even, 1 is always the same class", 1.0, lambda m: m.bias_estimate),
-    (
-        "Subject right: share of images with the prompt's subject",
-        1.0,
-        lambda m: m.subject_accuracy or Quantity(None),
-    ),
-    ("Fréchet distance: lower is closer to real images", None, lambda m: Quantity(m.frechet)),
-)
-"""Title, where the y axis ends at least, and the figure."""
+CHARTS: Mapping[str, Callable[[Measures], Quantity | None]] = {
+    "Bias: 0 is even, 1 is always the same class": lambda m: m.bias_estimate,
+    "Subject right: share of images with the prompt's subject": lambda m: m.subject_accuracy,
+    "Fréchet distance: lower is closer to real images": lambda m: Quantity(m.frechet),
+}
+"""Title of a chart to its figure."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +53,12 @@ def compare(run: Run) -> Comparison | None:
     results, images = run.results, run.images
     if results is not None:
         scales = {model: list(by_scale) for model, by_scale in results.models.items() if by_scale}
-        before = results.baseline or (BASE if BASE in scales else next(iter(scales)))
-        strengths = results.module_scales
     elif len(images) > 1:
         scales = {model: scale_keys(generated.rows) for model, generated in images.items()}
-        before, strengths = BASE if BASE in scales else next(iter(scales)), {}
     else:
         return None
+    before = (results.baseline if results else "") or (BASE if BASE in scales else next(iter(scales)))
+    strengths = results.module_scales if results else {}
     others = sorted((m for m in scales if m != before), key=lambda m: (m != GUIDED, strengths.get(m) != 1))
     after = next(iter(others), before)
     keys = sorted(set(scales[before]) & set(scales[after]), key=scale_order)
@@ -103,38 +98,41 @@ def modules_by_scale(results: Results, chosen: Comparison) -> dict[str, dict[flo
     """The modules that were measured at two strengths or more: name to strength, rising, to measures.
 
     Strength 0 is the plain model. Models are of one module where their names are the same but for the strength at the
-    end, such as "guided-0.5" and "guided-1". A module that was measured twice at one strength is left out: which of
-    the two belongs to the line is not known.
+    end, such as "guided-0.5" and "guided-1". One that was measured twice at one strength has no line.
     """
     at_key, scales = results.at(chosen.key), results.module_scales
     plain = sorted((model for model in at_key if scales.get(model) == 0), key=lambda model: model != chosen.before)
+    start = [(0.0, at_key[model]) for model in plain[:1]]
     lines: dict[str, list[tuple[float, Measures]]] = {}
     for model, measures in at_key.items():
         if scale := scales.get(model):
             ending = re.search(r"[-_ =]*(?:scale|delta)?[-_ =]*([0-9]+(?:[.][0-9]+)?)$", model[-40:], re.IGNORECASE)
             stem = model[: -len(ending[0])] if ending and float(ending[1]) == scale else ""
-            lines.setdefault(stem or model, []).append((scale, measures))
-    start = [(0.0, at_key[model]) for model in plain[:1]]
+            lines.setdefault(label(stem or model), []).append((scale, measures))
     return {
-        label(stem): dict(sorted((*start, *line), key=lambda point: point[0]))
-        for stem, line in lines.items()
+        name: dict(sorted((*start, *line), key=lambda point: point[0]))
+        for name, line in lines.items()
         if 1 < len(line) == len(dict(line))
     }
+
+
+def over_module(results: Results, chosen: Comparison) -> list[Chart]:
+    """Every figure over the strength of the module, one line for each module; none of fewer than two strengths."""
+    return charts_of(modules_by_scale(results, chosen), "scale of the module")
 
 
 def charts_of(lines: Mapping[str, Mapping[float, Measures]], x_name: str, *, base: str = "") -> list[Chart]:
     """Every figure of these lines over one x axis, that of `base` in grey."""
     places = {name: place for place, name in enumerate(name for name in lines if name != base)}
+    floors = [[(x, m.bias_floor) for x, m in line.items()] for line in lines.values() if line]
     charts = []
-    for title, top, figure in CHARTS:
-        points = {
-            name: [(x, q.value, q.low, q.high) for x, q in ((x, figure(m)) for x, m in by_scale.items())]
-            for name, by_scale in lines.items()
-        }
-        drawn = [
-            Line(name, of, places.get(name)) for name, of in points.items() if any(y is not None for _, y, *_ in of)
-        ]
-        floors = [[(x, m.bias_floor) for x, m in line.items()] for line in lines.values() if line]
+    for title, figure in CHARTS.items():
+        drawn = []
+        for name, line in lines.items():
+            found = [(x, figure(measures) or Quantity(None)) for x, measures in line.items()]
+            if any(q.value is not None for _, q in found):
+                drawn.append(Line(name, [(x, q.value, q.low, q.high) for x, q in found], places.get(name)))
         if drawn:
+            top = None if title.startswith("Fréchet") else 1.0
             charts.append(Chart(title, x_name, drawn, top, floors if title.startswith("Bias") else ()))
     return charts

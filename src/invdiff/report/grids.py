@@ -17,12 +17,13 @@ from matplotlib.transforms import Bbox, TransformedBbox
 from PIL import Image, ImageDraw, ImageOps
 
 from ..auditing.result import AuditWords
+from ..data.images import read_image
 from ..text import one_line
-from .figures import counted, percent
+from .compare import BASE, GUIDED, Comparison, label
+from .figures import at_scale, counted, percent
 from .groups import MOST_PROMPTS, Group, Split
-from .plots import draw_histogram, is_rare
+from .plots import colour_of, draw_histogram, is_rare, save_picture
 from .read import Parts, Run, read_run
-from .theme import colour_of, save_picture
 
 if TYPE_CHECKING:
     from ..data.captioned import CaptionedImages
@@ -33,8 +34,8 @@ WIDTH, MARGIN, GUTTER, GAP = 1600, 64, 72, 8
 FULL = WIDTH - 2 * MARGIN
 """Pixels between the margins."""
 
-Row = tuple[float, Callable[[Axes, float, float], object]]
-"""Height in pixels, and a function that draws there: it is called with the left and the upper edge."""
+Row = tuple[float, Callable[[Axes, float, float], object] | None]
+"""Height in pixels, and a function that draws there, called with the left and the upper edge; None leaves it empty."""
 
 
 def save_audit_pictures(audit_folder: str | Path, data: CaptionedImages) -> list[Path]:
@@ -54,7 +55,7 @@ def save_audit_pictures(audit_folder: str | Path, data: CaptionedImages) -> list
     save_groups(written[0], run)
     for place, split in enumerate(run.splits[:MOST_PROMPTS]):
         written.append(folder / f"prompt-{place:02d}.png")
-        _save_prompt(written[-1], split, run)
+        _save_prompt(written[-1], split, run, run.audit.words if run.audit else None)
     for picture in set(folder.glob("prompt-[0-9][0-9].png")) - set(written):
         picture.unlink()
     return written
@@ -77,50 +78,46 @@ def save_groups(path: Path, run: Run) -> None:
         for split in splits[start : start + across]:
             column = [_text(f"“{split.prompt.prompt}”", width, size=28), _bar([g.share for g in split.groups], width)]
             for group in split.groups:
-                column += [_space(26), *_heading(group, split, words, width, name=split.factor + group.name)]
+                column += [(26, None), *_heading(group, split, words, width, name=split.factor + group.name)]
                 column += _strip(run.images_at(group.typical[:8]), width, columns=8 // across)
-            band.append([*column, _space(48)])
+            band.append([*column, (48, None)])
         bands.append(band)
     unfound = [prompt for prompt in run.audit.prompts if not prompt.found]
     for prompt in sorted(unfound, key=lambda prompt: -prompt.num_images)[:MOST_REASONS]:
         heading = f"“{one_line(prompt.prompt, 70)}” · {counted(prompt.num_images, 'image')}"
         lines = textwrap.wrap(one_line(prompt.reason, 400), 140, max_lines=2, placeholder="…")
         reasons = [_text(line, FULL, size=19, height=28, soft=True) for line in lines]
-        bands.append([[_rule(), _text(heading, FULL, size=22, height=32), *reasons, _space(18)]])
+        bands.append([[(22, _rule), _text(heading, FULL, size=22, height=32), *reasons, (18, None)]])
     if len(unfound) > MOST_REASONS:
-        bands.append([[_rule(), _text(f"and {len(unfound) - MOST_REASONS} more: see audit.json", FULL, size=22)]])
+        bands.append([[(22, _rule), _text(f"and {len(unfound) - MOST_REASONS} more: see audit.json", FULL, size=22)]])
     _save(path, bands)
 
 
-def save_before_after(
-    path: Path,
-    pairs: Mapping[str, Sequence[Sequence[Image.Image]]],
-    models: Sequence[str],
-    *,
-    subtitle: str,
-    shares: Mapping[str, Sequence[Mapping[str, float]]],
-) -> None:
-    """Draw images of one model above those that another made of the same prompts and seeds, with shares of classes.
-
-    `pairs` and `shares` are by prompt, and then of each of the two models.
-    """
+def save_before_after(path: Path, chosen: Comparison) -> None:
+    """Draw what both models made of the same prompts and seeds, of two prompts, with the shares of each class."""
+    both, models, pairs = (chosen.before, chosen.after), chosen.measures, dict(list(chosen.pairs.items())[:2])
+    subtitle = "Both models' images of the same starting noise"
+    if both == (BASE, GUIDED):
+        subtitle = "Each image of the base model, and what guidance makes of the same starting noise"
+    subtitle += f" · {at_scale(chosen.key).removeprefix('at ')}"
     band, width = [], _column(len(pairs))
     for prompt, shown in pairs.items():
         column = [_text(f"“{prompt}”", width, size=29, height=54)]
-        for side, model in enumerate(models):
-            column += [_text(model, width, size=22, height=36, bold=side == 1)]
-            column += _strip([pair[side] for pair in shown], width, columns=4 if len(pairs) > 1 else 8)
-            if prompt in shares:
-                classes = shares[prompt][side]
-                column += [_space(16), _bar(list(classes.values()), width), _key(classes, width)]
-            column += [_space(28)]
+        with_shares = all(model in models and prompt in models[model].shares for model in both)
+        for side, model in enumerate(both):
+            column += [_text(label(model), width, size=22, height=36, bold=side == 1)]
+            images = [read_image(pair[side].path) for pair in shown[:8]]
+            column += _strip(images, width, columns=4 if len(pairs) > 1 else 8)
+            if with_shares:
+                shares = models[model].shares[prompt]
+                column += [(16, None), _bar(list(shares.values()), width), _key(shares, width)]
+            column += [(28, None)]
         band.append(column)
     _save(path, [[_title("Same prompts, same seeds", subtitle)], band])
 
 
-def _save_prompt(path: Path, split: Split, run: Run) -> None:
+def _save_prompt(path: Path, split: Split, run: Run, words: AuditWords | None) -> None:
     """Draw one prompt: its scores on the left, its groups on the right."""
-    words = run.audit.words if run.audit else None
     prompt, others = split.prompt, len(split.prompt.captions) - 1
     facts = [
         counted(prompt.num_images, "image"),
@@ -131,9 +128,8 @@ def _save_prompt(path: Path, split: Split, run: Run) -> None:
         f"{split.factor}split by {prompt.evidence}",
         f"words by “{one_line(words.model, 40)}”" if words else "",
     ]
-    left = 480
+    left, groups = 480, []
     right = FULL - left - GUTTER
-    groups: list[Row] = []
     for group in split.groups:
         typical = group.typical[:12]
         uncertain = [position for position in group.uncertain if position not in typical][:12]
@@ -142,7 +138,7 @@ def _save_prompt(path: Path, split: Split, run: Run) -> None:
             if chosen:
                 groups += [_text(note, right, size=18, height=34, soft=True)]
                 groups += _strip(run.images_at(chosen), right, columns=12)
-        groups += [_space(36)]
+        groups += [(36, None)]
     height = max(sum(height for height, _ in groups) - 36, 480)
 
     def scores(axes: Axes, x: float, y: float) -> None:
@@ -159,7 +155,7 @@ def _save_prompt(path: Path, split: Split, run: Run) -> None:
 
 
 def _column(across: int) -> float:
-    """The width of one of several columns."""
+    """Width of one of several columns."""
     return (FULL - (across - 1) * GUTTER) / across
 
 
@@ -179,22 +175,16 @@ def _save(path: Path, bands: Sequence[Sequence[Sequence[Row]]], starts: Sequence
                 start = starts[place] if len(starts) == len(band) else place * (_column(len(band)) + GUTTER)
                 y = top
                 for row, paint in column:
-                    paint(axes, MARGIN + start, y)
+                    if paint:
+                        paint(axes, MARGIN + start, y)
                     y += row
             top += tall
 
     save_picture(path, draw, WIDTH, height)
 
 
-def _space(height: float) -> Row:
-    return height, lambda axes, x, y: None
-
-
-def _rule() -> Row:
-    def draw(axes: Axes, x: float, y: float) -> None:
-        axes.plot((x, x + FULL), (y, y), color=rcParams["grid.color"], linewidth=1.2, marker="")
-
-    return 22, draw
+def _rule(axes: Axes, x: float, y: float) -> None:
+    axes.plot((x, x + FULL), (y, y), color=rcParams["grid.color"], linewidth=1.2, marker="")
 
 
 def _title(title: str, subtitle: str) -> list[Row]:

@@ -15,7 +15,7 @@ from ..auditing.edits import ladder
 from ..auditing.result import Audit, PromptAudit
 from ..errors import AuditError
 from .figures import Share, share_of
-from .theme import colour_of
+from .plots import colour_of
 
 MOST_PROMPTS = 8
 """Prompts that pictures and reports show in detail."""

@@ -1,26 +1,50 @@
-"""Charts of figures: lines with their intervals, histograms of scores, and both on light and on dark paper."""
+"""The look of every picture, on light and on dark paper; charts of figures, histograms of scores, small images."""
 
 from __future__ import annotations
 
 import base64
 import io
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from threading import RLock
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import matplotlib
 import numpy as np
+from cycler import cycler
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
+from ..files import atomic_path
 from ..text import one_line
-from .groups import Split
-from .theme import BASE_COLOUR, MARKERS, SERIES_COLOURS, colour_of, render, save_picture
+
+if TYPE_CHECKING:
+    from .groups import Split
+
+INK = "#1b2430"
+"""Titles and figures."""
+SOFT = "#5b6675"
+"""Everything that explains them: 5.9 to 1 on white."""
+RULE = "#d9dee5"
+"""Hairlines."""
+PAPER = "#ffffff"
+DARK = {INK: "#e7ecf3", SOFT: "#a7b2c1", RULE: "#2e3846", PAPER: "#10151c"}
+"""What takes their place on dark paper."""
+PALETTE = ("#e69a1f", "#1f6fb5", "#1f9b78", "#b8528c", "#5ab4e0", "#c8501e", "#8a8f3a", "#6a5aa8")
+"""Groups and classes, in order: after Okabe and Ito, distinguishable with any colour vision."""
+BASE_COLOUR = "#6f7b8a"
+"""The model that others are compared with."""
+SERIES_COLOURS = tuple(PALETTE[place] for place in (1, 2, 3, 5, 0, 6, 7, 4))
+"""All other models, in order."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+"""One for each colour: series differ without colours too."""
 
 THUMB_SIDE = 192
 """The most pixels of a small image."""
@@ -28,6 +52,7 @@ CRISP_SIDE = 96
 """Images this small are kept exactly, as PNG."""
 RARE = 0.15
 """Below this share a group is hard to see unless counts are on a log scale."""
+_LOCK = RLock()  # matplotlib's settings are global
 
 
 class Thumb(NamedTuple):
@@ -38,14 +63,12 @@ class Thumb(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """A picture of figures as data URIs on light and on dark paper, its content in words, and its CSS pixels."""
+    """A picture of figures as data URIs on light and on dark paper, and its content in words."""
 
     light: str
     dark: str
     alt: str
     caption: str
-    width: int = 640
-    height: int = 400
 
 
 @dataclass(frozen=True)
@@ -72,6 +95,46 @@ class Chart:
     """Where the y axis ends at least; it begins at 0 or below."""
     floors: Sequence[Sequence[tuple[float, float]]] = ()
     """Dotted lines as (x, y): what a fair sampler shows by chance."""
+
+
+def colour_of(index: int) -> str:
+    """The colour of a group or class; they repeat after eight."""
+    return PALETTE[index % len(PALETTE)]
+
+
+def style(*, dark: bool = False) -> Any:
+    """Settings for `matplotlib.rc_context` or `pyplot.style.use`: `house.mplstyle` in our colours."""
+    ink, soft, rule, paper = (DARK[colour] if dark else colour for colour in (INK, SOFT, RULE, PAPER))
+    settings: Any = matplotlib.rc_params_from_file(
+        Path(__file__).with_name("house.mplstyle"), use_default_template=False
+    )
+    softer = ("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    colours = {"text.color": ink, **dict.fromkeys(softer, soft), "grid.color": rule}
+    colours |= {"figure.facecolor": paper, "lines.markeredgecolor": paper}
+    return {**settings, **colours, "axes.prop_cycle": cycler(color=SERIES_COLOURS, marker=MARKERS)}
+
+
+def render(
+    draw: Callable[[Figure], object], width: float, height: float, *, dark: bool = False, density: float = 1
+) -> bytes:
+    """What `draw` puts on a figure of `width` x `height` units, with `density` pixels for each, as a PNG.
+
+    The same figure gives the same bytes. One unit is 1/100 inch, and the layout is constrained.
+    """
+    stream = io.BytesIO()
+    with _LOCK, matplotlib.rc_context(style(dark=dark)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn in its place
+        figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
+        draw(figure)
+        figure.savefig(stream, format="png", dpi=100 * density, metadata={"Software": None})
+    return stream.getvalue()
+
+
+def save_picture(path: Path, draw: Callable[[Figure], object], width: float, height: float) -> None:
+    """Write what `render` draws on light paper, atomically."""
+    png = render(draw, width, height)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(png)
 
 
 def draw_chart(axes: Axes, chart: Chart) -> None:
@@ -120,7 +183,7 @@ def plot_chart(chart: Chart, over: str, about: str = "") -> Plot:
     ]
     alt = f"{chart.title.partition(':')[0]} {over}. {' '.join(lines)}"
     fair = "Dotted: what a fair sampler shows by chance." if chart.floors else ""
-    return _plot(lambda axes: draw_chart(axes, chart), alt, " ".join(filter(None, (fair, about))))
+    return _plot(lambda axes: draw_chart(axes, chart), alt, f"{fair} {about}".strip())
 
 
 def save_charts(path: Path, charts: Sequence[Chart], *, title: str) -> None:
@@ -138,7 +201,7 @@ def save_charts(path: Path, charts: Sequence[Chart], *, title: str) -> None:
 
 
 def _plot(draw: Callable[[Axes], object], alt: str, caption: str) -> Plot:
-    """What `draw` puts on axes, twice as sharp as its CSS pixels."""
+    """What `draw` puts on axes of 640 x 400 CSS pixels, twice as sharp."""
     light, dark = (
         _uri("png", render(lambda figure: draw(figure.add_subplot()), 640, 400, dark=dark, density=2))
         for dark in (False, True)
@@ -148,16 +211,13 @@ def _plot(draw: Callable[[Axes], object], alt: str, caption: str) -> Plot:
 
 def histogram(split: Split) -> Plot:
     """The scores of one prompt's images, each group in its colour."""
-    reach = [
-        f"{group.name} from {own.min():.2f} to {own.max():.2f}"
-        for group in split.groups
-        if len(own := split.scores[split.labels == group.index])
-    ]
+    own = [(group.name, split.scores[split.labels == group.index]) for group in split.groups if group.size]
+    reach = "; ".join(f"{name} from {scores.min():.2f} to {scores.max():.2f}" for name, scores in own)
     parted = f", parted at {' and '.join(f'{cut:.2f}' for cut in split.cuts)}" if split.cuts else ", overlapping"
     meaning = "A score is high for the rarer group; 0 is the prompt's mean."
     if split.by_hand:
         meaning = "Scores are as they were inferred, before people's changes."
-    alt = f"Histogram of the scores of {len(split.scores):,} images: {'; '.join(reach)}{parted}."
+    alt = f"Histogram of the scores of {len(split.scores):,} images: {reach}{parted}."
     caption = f"{'Images, on a log scale,' if is_rare(split) else 'Images'} by score. {meaning}"
     return _plot(lambda axes: draw_histogram(axes, split), alt, caption)
 
@@ -189,14 +249,11 @@ def is_rare(split: Split) -> bool:
 
 def thumb(image: Image.Image, alt: str) -> Thumb:
     """An image small enough to embed."""
-    image = image.convert("RGB")
-    stream = io.BytesIO()
-    if max(image.size) <= CRISP_SIDE:
-        image.save(stream, "PNG", optimize=True)
-        return Thumb(_uri("png", stream.getvalue()), alt)
+    image, stream = image.convert("RGB"), io.BytesIO()
+    kind = "png" if max(image.size) <= CRISP_SIDE else "jpeg"
     image.thumbnail((THUMB_SIDE, THUMB_SIDE), Image.Resampling.LANCZOS)
-    image.save(stream, "JPEG", quality=86)
-    return Thumb(_uri("jpeg", stream.getvalue()), alt)
+    image.save(stream, kind, **({"optimize": True} if kind == "png" else {"quality": 86}))
+    return Thumb(_uri(kind, stream.getvalue()), alt)
 
 
 def _uri(kind: str, data: bytes) -> str:

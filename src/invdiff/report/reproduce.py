@@ -125,18 +125,16 @@ def _said(drawn: Mapping[str, Any]) -> tuple[Sequence[str], bool, str | None]:
     given = drawn.get("prompts")
     prompts = [str(prompt) for prompt in given] if isinstance(given, list) else []
     listed = len(prompts) <= MOST_WORDS and not any(prompt.startswith("-") for prompt in prompts)
-    environments = drawn.get("environments")
-    if not drawn.get("module") or environments is None:
-        return prompts, listed, ""
-    try:
-        of_images = any(isinstance(share, int) for factor in environments for share in factor)
-        shares = [[float(share) for share in factor] for factor in environments]
-    except (TypeError, ValueError):
-        return prompts, listed, None
-    if not of_images and all(max(factor) - min(factor) < 1e-6 for factor in shares if factor):
-        return prompts, listed, ""  # even, the default
-    mix = ",".join(f"{share:g}" for share in shares[0]) if not of_images and len(shares) == 1 else None
-    return prompts, listed, mix
+    try:  # proportions of each factor, or whole numbers, the groups of each image
+        factors = [list(factor) for factor in (drawn.get("module") and drawn.get("environments")) or ()]
+        if all(isinstance(share, float) for factor in factors for share in factor):
+            if all(max(factor) - min(factor) < 1e-6 for factor in factors if factor):
+                return prompts, listed, ""  # even, the default
+            if len(factors) == 1:
+                return prompts, listed, ",".join(f"{share:g}" for share in factors[0])
+    except TypeError:
+        pass  # of something else
+    return prompts, listed, None
 
 
 def _evaluate(run: Run, results: Results) -> list[str]:
@@ -180,14 +178,13 @@ def _settings(run: Run) -> dict[str, Mapping[str, Any]]:
 
 def _facts(run: Run, version: str) -> list[Table]:
     """Fingerprints, versions and seeds."""
-    names = {
-        "model_fingerprint": "model that was audited",
-        "denoiser_fingerprint": "its denoiser: weights and noise schedule",
-        "data_fingerprint": "data: captions and images",
-    }
     audited = run.audit.settings if run.audit else {}
-    prints = [(words, audited.get(name)) for name, words in names.items()]
-    prints.append(("denoiser the module was trained beside", _record(run, "base").get("denoiser_fingerprint")))
+    prints = [
+        ("model that was audited", audited.get("model_fingerprint")),
+        ("its denoiser: weights and noise schedule", audited.get("denoiser_fingerprint")),
+        ("data: captions and images", audited.get("data_fingerprint")),
+        ("denoiser the module was trained beside", _record(run, "base").get("denoiser_fingerprint")),
+    ]
     stated = [(step.lower(), values) for step, values in _settings(run).items() if not step.startswith("Generate")]
     for model, _, drawn in _drawn(run):
         prints.append((f"pipeline that drew {quoted(model)}", drawn.get("model")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ..evaluation.fairness.metrics import METRICS
 from ..evaluation.images import Row
 from ..evaluation.results import CANNOT_TELL, AttributeMeasures, Measures, Quantity, Results
 from .audit_view import summary
-from .compare import BASE, GUIDED, Comparison, charts_of, label, modules_by_scale, over_guidance
+from .compare import BASE, GUIDED, Comparison, label, modules_by_scale, over_guidance, over_module
 from .figures import (
     ABSENT,
     Missing,
@@ -33,9 +34,8 @@ from .figures import (
     with_direction,
 )
 from .groups import MOST_PROMPTS
-from .plots import Thumb, plot_chart, thumb
+from .plots import BASE_COLOUR, SERIES_COLOURS, Thumb, plot_chart, thumb
 from .read import Run
-from .theme import BASE_COLOUR, SERIES_COLOURS
 
 PAIRS = 8
 TRAINING_DATA = "Training data"
@@ -48,53 +48,43 @@ HEADLINES = ("Bias", "Floor", "Subject right", "Fréchet distance", "Images a pr
 def glance(run: Run, chosen: Comparison | None, confidence: float) -> dict[str, Any]:
     """The report in a few lines: a verdict, the Bias of the two models compared, and pairs of images."""
     lines = [summary(run.audit)] if run.audit else []
-    headlines: list[dict[str, Any]] = []
-    pairs: list[list[Thumb]] = []
-    if chosen:
-        for model in dict.fromkeys((chosen.before, chosen.after)):
-            if model in chosen.measures:
-                found = chosen.measures[model].bias_estimate
-                headlines.append({"label": label(model), "bias": found, "corrected": corrected(found)})
-        of_prompts = chosen.pairs.values()
-        turns = [pair for place in range(PAIRS) for pairs in of_prompts for pair in pairs[place : place + 1]]
-        pairs = [pair_of(pair, chosen) for pair in turns[:PAIRS]]
     if chosen and run.results:
         lines.append(_verdict(run.results, chosen))
-    rows = [[h["label"], estimate(h["bias"]), bias(h["bias"].floor), h["corrected"] or ABSENT] for h in headlines]
+    both = (chosen.before, chosen.after) if chosen else ("", "")
+    found = {m: of.bias_estimate for m, of in chosen.measures.items() if m in both} if chosen else {}
+    headlines = [{"label": label(m), "bias": of, "corrected": corrected(of)} for m, of in found.items()]
+    rows = [[label(m), estimate(of), bias(of.floor), corrected(of) or ABSENT] for m, of in found.items()]
     columns = ("", f"Bias ({confidence:.0%} interval)", "A fair sampler shows", "Corrected for the annotator")
+    turns = [pair for turn in zip_longest(*chosen.pairs.values()) for pair in turn if pair] if chosen else []
     return {
         "sentences": lines,
         "headlines": headlines,
         "table": Table(columns, rows),
-        "where": where(chosen, both=True) if chosen else "",
-        "names": (label(chosen.before), label(chosen.after)) if chosen else ("", ""),
-        "pairs": pairs,
+        "where": where(chosen) if chosen else "",
+        "names": [label(model) for model in both],
+        "pairs": [pair_of(pair, chosen) for pair in turns[:PAIRS]] if chosen else [],
     }
 
 
 def _verdict(results: Results, chosen: Comparison) -> str:
     """What the two figures say, and no more than their intervals allow."""
-    before = chosen.measures[chosen.before].bias_estimate
+    before, after = (chosen.measures[model].bias_estimate for model in (chosen.before, chosen.after))
     of = "the base model" if chosen.before == BASE else quoted(chosen.before)
     words = f"Bias of {quoted(results.attribute)} in images of {of} is {bias(before.value)}"
+    fair = f"about {bias(after.floor)} by chance alone"
     if chosen.before == chosen.after:
-        by_chance = f"A fair sampler would show about {bias(before.floor)} by chance alone."
-        return f"{words}. {by_chance} No guided model was measured beside it."
-    after = chosen.measures[chosen.after].bias_estimate
+        return f"{words}. A fair sampler would show {fair}. No guided model was measured beside it."
     of = "with guidance" if chosen.after == GUIDED else f"of {quoted(chosen.after)}"
     words += f"; {of} it is {bias(after.value)}."
-    if after.low <= after.floor:
-        words += (
-            f" That cannot be distinguished from a fair sampler, which would show about {bias(after.floor)} by chance "
-            f"alone; as much as {bias(after.high)} is possible too."
-        )
-        overlap = after.high >= before.low
-        return words + (" But the two intervals overlap: these images do not prove a change." if overlap else "")
-    if after.high < before.low:
-        return words + f" It is less, but more than the {bias(after.floor)} that a fair sampler would show by chance."
-    if after.low > before.high:
-        return words + " It is more: on these images guidance did harm."
-    return words + " The two intervals overlap: these images do not prove a change."
+    fair_as_well, apart = after.low <= after.floor, after.high < before.low
+    if fair_as_well:
+        words += f" That cannot be distinguished from a fair sampler, which would show {fair}; "
+        words += f"as much as {bias(after.high)} is possible too."
+    elif apart:
+        words += f" It is less, but more than the {bias(after.floor)} that a fair sampler would show by chance."
+    elif after.low > before.high:
+        return f"{words} It is more: on these images guidance did harm."
+    return words if apart else f"{words} But the two intervals overlap: these images do not prove a change."
 
 
 def changes(run: Run, chosen: Comparison) -> dict[str, Any]:
@@ -115,7 +105,7 @@ def changes(run: Run, chosen: Comparison) -> dict[str, Any]:
         "where": where(chosen),
         "attribute": results.attribute if results else "",
         "prompts": prompts,
-        "shares": _shares(prompts, [label(model) for model in models] if models else []),
+        "shares": _shares(prompts, list(map(label, models))),
         "notes": notes,
         "fairness": [
             _fairness(name, {label(model): m.attributes[name] for model, m in models.items() if name in m.attributes})
@@ -127,50 +117,45 @@ def changes(run: Run, chosen: Comparison) -> dict[str, Any]:
 
 def costs(chosen: Comparison, results: Results) -> dict[str, Any]:
     """Quality with intervals, group by group, at every guidance scale and scale of the module."""
-    modules = modules_by_scale(results, chosen)
-    by_group = _by_group(chosen, results)
+    modules, by_group = modules_by_scale(results, chosen), _by_group(chosen, results)
+    again = "Run the evaluation below again with --reference."
     missing = []
     if not any(measures.quality for measures in chosen.measures.values()):
-        missing.append(
-            "Quality was measured without reference images, so no distance to real ones is known. Run the "
-            "evaluation below again with --reference."
-        )
+        words = "Quality was measured without reference images, so no distance to real ones is known."
+        missing.append(Missing(f"{words} {again}"))
     if not by_group.rows:
-        missing.append(
-            "These results hold no figures group by group: whether the minority is drawn as well as the "
-            "majority is not known. Run the evaluation below again with --reference."
-        )
-    tables = [_quality(chosen, results), by_group]
+        words = "These results hold no figures group by group: whether the minority is drawn as well as the majority"
+        missing.append(Missing(f"{words} is not known. {again}"))
     rows = [
         [label(model), key.removesuffix(".0"), *_headlines(measures)]
         for model in dict.fromkeys([chosen.before, chosen.after, *results.models])
         for key, measures in results.models[model].items()
     ]
-    if len(rows) > 2 and not (modules and len(chosen.keys) == 1):
-        tables.append(Table(("Model", "Guidance scale", *HEADLINES), rows, "Every guidance scale"))
-    rows = [[name, f"{scale:g}", *_headlines(m)] for name, line in modules.items() for scale, m in line.items()]
+    scales_say_it = len(rows) <= 2 or (modules and len(chosen.keys) == 1)
+    over_scale = [[name, f"{scale:g}", *_headlines(m)] for name, line in modules.items() for scale, m in line.items()]
     plain = any(0 in line for line in modules.values())
     notes = ["Scale 0 is the base model: there the module does nothing."] if plain else []
-    caption = f"Every scale of the module, {at_scale(chosen.key)}"
-    tables.append(Table(("Module", "Scale", *HEADLINES), rows, caption, notes))
-    about = f"{at_scale(chosen.key).capitalize()}; 0 is the base model, 1 is what the module was trained for."
+    at = at_scale(chosen.key)
+    about = f"{at.capitalize()}; 0 is the base model, 1 is what the module was trained for."
     return {
         "over_guidance": [plot_chart(chart, "over guidance scale") for chart in over_guidance(results, chosen)],
-        "over_module_scale": [
-            plot_chart(chart, "over the module's scale", about) for chart in charts_of(modules, "scale of the module")
+        "over_module_scale": [plot_chart(c, "over the module's scale", about) for c in over_module(results, chosen)],
+        "tables": [
+            _quality(chosen, results),
+            by_group,
+            Table(("Model", "Guidance scale", *HEADLINES), [] if scales_say_it else rows, "Every guidance scale"),
+            Table(("Module", "Scale", *HEADLINES), over_scale, f"Every scale of the module, {at}", notes),
         ],
-        "tables": tables,
-        "missing": [Missing(words) for words in missing],
+        "missing": missing,
     }
 
 
-def where(chosen: Comparison, *, both: bool = False) -> str:
-    """At which guidance scale, and on how many images, in words; of `both` models compared, or of all shown."""
-    words, counts = at_scale(chosen.key), {m: of.images_per_prompt for m, of in chosen.measures.items()}
+def where(chosen: Comparison) -> str:
+    """At which guidance scale, and on how many images, in words."""
+    words, counts = at_scale(chosen.key), [of.images_per_prompt for of in chosen.measures.values()]
     if len(chosen.keys) > 1:
         words += f", the middle one of {len(chosen.keys)} measured" if counts else f", one of {len(chosen.keys)}"
-    shown = [count for model, count in counts.items() if not both or model in (chosen.before, chosen.after)]
-    return words + (f"; {counted(min(shown), 'image')} of each prompt and model" if shown else "")
+    return words + (f"; {counted(min(counts), 'image')} of each prompt and model" if counts else "")
 
 
 def pair_of(rows: tuple[Row, Row], chosen: Comparison) -> list[Thumb]:
@@ -192,8 +177,7 @@ def training_labels(run: Run) -> dict[str, Counter[str]]:
     if audit is None or results is None or column is None:
         return {}
     values = [label_of(column[row]) for row in run.rows]
-    classes = {name for _, _, measures in results.each() for shares in measures.shares.values() for name in shares}
-    if not classes & set(values):
+    if not {name for _, _, of in results.each() for shares in of.shares.values() for name in shares} & set(values):
         return {}
     counts: dict[str, Counter[str]] = {}
     for index, prompt in reversed(list(enumerate(audit.prompts))):
@@ -207,6 +191,10 @@ def _prompt(prompt: str, run: Run, chosen: Comparison, labels: Counter[str] | No
     """One prompt before and after: shares of each class in training data, where known, and in each model's images."""
     results, models, classes, note, groups = run.results, chosen.measures, [], "", []
     confidence = results.confidence if results else 0.95
+    counted_by = {
+        label(model): {of: n for of, n in measures.first.counts.get(prompt, {}).items() if of != CANNOT_TELL}
+        for model, measures in models.items()
+    }
     if labels and results:
         note = f"{TRAINING_DATA}: {counted(labels.total(), 'labelled image')} under this prompt"
         others = [name for name, _ in labels.most_common() if name not in results.classes.get(results.attribute, ())]
@@ -214,21 +202,19 @@ def _prompt(prompt: str, run: Run, chosen: Comparison, labels: Counter[str] | No
             count = sum(labels[name] for name in others)
             note += f"; {count:,} of them show other classes, such as {quoted(others[0])}, and count in the total"
         note += "."
+        counted_by = {TRAINING_DATA: labels, **counted_by}
     else:
         split = next((p for p in run.splits if prompt in (p.prompt.prompt, *p.prompt.captions)), None)
         groups = split.shares(confidence) if split else []
-    colours = dict(zip([m for m in models if m != chosen.before], SERIES_COLOURS, strict=False))
+    guided = [label(model) for model in models if model != chosen.before]
+    colours = {TRAINING_DATA: DATA_COLOUR, **dict(zip(guided, SERIES_COLOURS, strict=False))}
     first = next(iter(models.values())).shares.get(prompt, {}) if models else {}
     for name in first:
-        bars = []
-        if labels:
-            count, total = labels[name], labels.total()
-            bars.append(share_of(TRAINING_DATA, count, total, confidence=confidence, colour=DATA_COLOUR))
-        for model, measures in models.items():
-            counts = {of: n for of, n in measures.first.counts.get(prompt, {}).items() if of != CANNOT_TELL}
-            if name in counts:
-                count, total, colour = counts[name], sum(counts.values()), colours.get(model, BASE_COLOUR)
-                bars.append(share_of(label(model), count, total, confidence=confidence, colour=colour))
+        bars = [
+            share_of(of, n[name], sum(n.values()), confidence=confidence, colour=colours.get(of, BASE_COLOUR))
+            for of, n in counted_by.items()
+            if name in n or of == TRAINING_DATA
+        ]
         target = results.target.get(name, 0.0) if results and results.target else 1 / len(first)
         classes.append({"name": name, "target": target, "bars": bars})
     pairs = [pair_of(pair, chosen) for pair in chosen.pairs.get(prompt, ())[:PAIRS]]
@@ -279,12 +265,12 @@ def _missing(run: Run, chosen: Comparison) -> list[Missing]:
         only = f"Only {quoted(label(chosen.before))} was measured here: nothing is compared."
         missing.append(Missing(only, EVALUATE))
     if not chosen.pairs and chosen.before != chosen.after:
+        words = "No generated images were given, so none is shown."
+        command = "invdiff report RUN --images base=DIR --images guided=DIR"
         if {chosen.before, chosen.after} <= run.images.keys():
             words = f"The images given share no seed of a prompt {at_scale(chosen.key)}, so no pair is shown."
-            missing.append(Missing(words, "invdiff generate MODEL PROMPT --module module --output guided"))
-        else:
-            command = "invdiff report RUN --images base=DIR --images guided=DIR"
-            missing.append(Missing("No generated images were given, so none is shown.", command))
+            command = "invdiff generate MODEL PROMPT --module module --output guided"
+        missing.append(Missing(words, command))
     return missing
 
 

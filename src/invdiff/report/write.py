@@ -12,19 +12,17 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..data.images import read_image
 from ..evaluation.images import Folders
-from ..files import atomic_path, is_inside, write_text
+from ..files import is_inside, save_image, write_text
 from ..text import escape, one_line
 from .audit_view import found, withheld
-from .compare import BASE, GUIDED, Comparison, charts_of, compare, label, modules_by_scale, over_guidance
-from .figures import Missing, at_scale, bias, percent, share_in_words
+from .compare import Comparison, compare, over_guidance, over_module
+from .figures import Missing, bias, percent, share_in_words
 from .grids import OVERVIEW, save_before_after, save_groups
-from .plots import save_charts
+from .plots import DARK, INK, PAPER, RULE, SOFT, save_charts
 from .read import Parts, Run, read_run
 from .reproduce import limits, reproduce
 from .results_view import EVALUATE, changes, costs, glance
-from .theme import DARK, INK, PAPER, RULE, SOFT
 
 if TYPE_CHECKING:
     from ..data.captioned import CaptionedImages
@@ -102,8 +100,8 @@ def write_report(output_dir: str | Path, parts: Parts, *, title: str = TITLE) ->
         "no_results": Missing("No results were given, so nothing was measured here.", EVALUATE),
     }
     pictures = _save_pictures(output_dir, run, chosen, parts.audit)
-    markdown = _environment("invdiff.report", lambda value: _escaped(value, 1000))
-    markdown.filters.update(cell=lambda text: _escaped(text, MOST_CHARACTERS), code=_code, share=share_in_words)
+    filters = {"cell": lambda text: _escaped(text, MOST_CHARACTERS), "code": _code, "share": share_in_words}
+    markdown = _environment("invdiff.report", lambda value: _escaped(value, 1000), **filters)
     page = markdown.get_template("report.md.j2").render(view=view, pictures=pictures)
     write_text(output_dir / MARKDOWN, re.sub(r"\n{3,}", "\n\n", page).strip() + "\n")
     light = {"ink": INK, "soft": SOFT, "rule": RULE, "paper": PAPER}
@@ -115,25 +113,15 @@ def write_report(output_dir: str | Path, parts: Parts, *, title: str = TITLE) ->
 
 def html_templates(package: str) -> Environment:
     """The templates of a package; no text that others wrote is taken for markup."""
-    environment = _environment(package, _shown)
-    environment.filters.update(
-        cut=lambda text: one_line(text, MOST_CHARACTERS),
-        brief=lambda text: one_line(text, 60),
-        percent=percent,
-        bias=bias,
-    )
+    cut, brief = (lambda text: one_line(text, MOST_CHARACTERS)), (lambda text: one_line(text, 60))
+    return _environment(package, _shown, cut=cut, brief=brief, percent=percent, bias=bias)
+
+
+def _environment(package: str, finalize: Callable[[Any], Any], **filters: Callable[[Any], Any]) -> Environment:
+    blocks = {"trim_blocks": True, "lstrip_blocks": True, "finalize": finalize}
+    environment = Environment(loader=PackageLoader(package), autoescape=True, undefined=StrictUndefined, **blocks)
+    environment.filters.update(filters)
     return environment
-
-
-def _environment(package: str, finalize: Callable[[Any], Any]) -> Environment:
-    return Environment(
-        loader=PackageLoader(package),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=finalize,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def _shown(value: object) -> object:
@@ -156,47 +144,26 @@ def _code(text: str) -> Markup:
 
 
 def _save_pictures(folder: Path, run: Run, chosen: Comparison | None, audit: Path | None) -> dict[str, Any]:
-    """Write the pictures that the parts suffice for, as in `PICTURES`, and remove those of an earlier report."""
+    """Write the pictures that the parts suffice for and return their part of `PICTURES`; remove earlier ones."""
     paths = {name: folder / file_name for name, (file_name, _) in PICTURES.items()}
-    charts = {}
+    written = set()
     if chosen and run.results:
-        over_module = charts_of(modules_by_scale(run.results, chosen), "scale of the module")
-        charts = {"bias": over_guidance(run.results, chosen)[:1], "scale": over_module}
-    written = {name for name, of in charts.items() if of}
-    for name in written:
-        save_charts(paths[name], charts[name], title=PICTURES[name][1])
+        charts = {"bias": over_guidance(run.results, chosen)[:1], "scale": over_module(run.results, chosen)}
+        written = {name for name, of in charts.items() if of}
+        for name in written:
+            save_charts(paths[name], charts[name], title=PICTURES[name][1])
     if chosen and chosen.pairs:
-        _save_pairs(paths["before_after"], chosen)
+        save_before_after(paths["before_after"], chosen)
         written.add("before_after")
     if run.audit and audit and not withheld(run):
         own = audit / OVERVIEW
+        written.add("groups")
         if run.data is not None:
             save_groups(paths["groups"], run)
-            written.add("groups")
         elif own.is_file() and is_inside(own, audit) and not run.audit.edits.changed:  # edits would be newer than it
-            with atomic_path(paths["groups"]) as temporary:
-                temporary.write_bytes(own.read_bytes())
-            written.add("groups")
+            save_image(paths["groups"], lambda path: path.write_bytes(own.read_bytes()))
+        else:
+            written.remove("groups")
     for name in PICTURES.keys() - written:
         paths[name].unlink(missing_ok=True)
     return {name: picture for name, picture in PICTURES.items() if name in written}
-
-
-def _save_pairs(path: Path, chosen: Comparison) -> None:
-    """Write the picture of what both models drew from the same seeds, of two prompts."""
-    both, models = (chosen.before, chosen.after), chosen.measures
-    pairs = dict(list(chosen.pairs.items())[:2])
-    shares = {
-        prompt: [models[model].shares[prompt] for model in both]
-        for prompt in pairs
-        if all(model in models and prompt in models[model].shares for model in both)
-    }
-    images = {
-        prompt: [(read_image(before.path), read_image(after.path)) for before, after in shown[:8]]
-        for prompt, shown in pairs.items()
-    }
-    subtitle = "Both models' images of the same starting noise"
-    if both == (BASE, GUIDED):
-        subtitle = "Each image of the base model, and what guidance makes of the same starting noise"
-    subtitle += f" · {at_scale(chosen.key).removeprefix('at ')}"
-    save_before_after(path, images, (label(chosen.before), label(chosen.after)), subtitle=subtitle, shares=shares)
