@@ -31,7 +31,7 @@ from invdiff.config import AuditConfig
 from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.errors import AuditError, ConfigError, ModelError
 from invdiff.report.grids import save_audit_pictures
-from runs import HOSTILE, LAND, NASTY, Page, make_audit
+from runs import LAND, NASTY, Page, make_audit
 from tiny import save_clip
 
 ON_LAND, ON_WATER = 0, 1
@@ -412,37 +412,30 @@ def test_a_report_shows_words_under_their_group_and_who_chose_them(tmp_path):
         assert "the opinion of a CLIP model, “clip-tiny”, and no proof" in text
         assert "Words that separate groups over all prompts" in text
         assert "people's changes" not in text
+    (tmp_path / WORDS).unlink()
+    assert not any(word in text.words for text in shown(tmp_path)[:1] for word in ("Words", "CLIP"))
 
 
-def test_without_words_a_report_says_nothing_of_them(tmp_path):
-    make_audit(tmp_path)
-    page, twin = shown(tmp_path)
-    assert not any(word in text for text in (page.words, twin) for word in ("Words", "CLIP"))
-
-
-def test_words_stand_beside_the_factor_they_are_of(tmp_path):
-    page, _ = shown(tmp_path, with_words(tmp_path, factors=2))
-    assert page.words.count("Words: water, boat") == 1
-    assert page.words.count("Words: boat") == 1
-
-
-def test_words_of_groups_that_people_changed_are_said_to_be_older(tmp_path):
-    data = with_words(tmp_path)
+def test_words_stand_beside_the_factor_they_are_of_and_are_older_than_people_s_changes(tmp_path):
+    data = with_words(tmp_path, factors=2)
     audit = Audit.load(tmp_path)
     apply(audit, audit.edits.without_images([0]).with_name(0, 1, "at sea")).save_edits(tmp_path)
     page, twin = shown(tmp_path, data)
     assert "Most typical of at sea Words: water, boat" in page.words
+    assert page.words.count("Words: water, boat") == page.words.count("Words: boat") == 1
     for text in (page.words, twin):
         assert "before people's changes" in text
 
 
-def test_hostile_words_are_text(tmp_path):
+def test_hostile_words_are_text_in_reports_and_in_pictures(tmp_path):
     plain, _ = shown(tmp_path / "plain", with_words(tmp_path / "plain", told=["water"] * len(NASTY)))
-    nasty, twin = shown(tmp_path / "nasty", with_words(tmp_path / "nasty", told=NASTY, model=NASTY[0]))
+    data = with_words(tmp_path / "nasty", told=NASTY, model=NASTY[0])
+    nasty, twin = shown(tmp_path / "nasty", data)
     assert [tag for tag, _ in nasty.elements] == [tag for tag, _ in plain.elements]
     assert "<script" not in (tmp_path / "nasty" / "report" / "report.md").read_text(encoding="utf-8")
     assert NASTY[0] in nasty.text
     assert NASTY[0] in twin
+    save_audit_pictures(tmp_path / "nasty", data)
 
 
 def test_pictures_show_as_many_words_as_there_is_room_for(tmp_path, written):
@@ -454,7 +447,3 @@ def test_pictures_show_as_many_words_as_there_is_room_for(tmp_path, written):
     assert all(2 < line.count(", ") + 1 < len(told) for line in lines)
     assert any("words that “clip-tiny” chose" in line for line in written)
     assert not any("no word tells" in line for line in written)
-
-
-def test_hostile_words_are_drawn(tmp_path):
-    save_audit_pictures(tmp_path, with_words(tmp_path, told=HOSTILE[:-1], model=HOSTILE[0]))

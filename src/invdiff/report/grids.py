@@ -34,7 +34,8 @@ WIDTH, MARGIN, GUTTER, GAP = 1600, 64, 72, 8
 FULL = WIDTH - 2 * MARGIN
 """Pixels between the margins."""
 
-Row = tuple[float, Callable[[Axes, float, float], object] | None]
+Paint = Callable[[Axes, float, float], object]
+Row = tuple[float, Paint | None]
 """Height in pixels, and a function that draws there, called with the left and the upper edge; None leaves it empty."""
 
 
@@ -100,9 +101,10 @@ def save_before_after(path: Path, chosen: Comparison) -> None:
     if both == (BASE, GUIDED):
         subtitle = "Each image of the base model, and what guidance makes of the same starting noise"
     subtitle += f" · {at_scale(chosen.key).removeprefix('at ')}"
-    band, width = [], _column(len(pairs))
+    band: list[Sequence[Row]] = []
+    width = _column(len(pairs))
     for prompt, shown in pairs.items():
-        column = [_text(f"“{prompt}”", width, size=29, height=54)]
+        column: list[Row] = [_text(f"“{prompt}”", width, size=29, height=54)]
         with_shares = all(model in models and prompt in models[model].shares for model in both)
         for side, model in enumerate(both):
             column += [_text(label(model), width, size=22, height=36, bold=side == 1)]
@@ -193,7 +195,7 @@ def _title(title: str, subtitle: str) -> list[Row]:
 
 def _text(
     words: str, width: float, *, size: float, height: float | None = None, bold: bool = True, soft: bool = False
-) -> Row:
+) -> tuple[float, Paint]:
     """One line of text, cut to about `width` pixels, and never drawn outside."""
     bold = bold and not soft
     line = one_line(words, int(width / size / (0.6 if bold else 0.5)))

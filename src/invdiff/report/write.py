@@ -100,7 +100,11 @@ def write_report(output_dir: str | Path, parts: Parts, *, title: str = TITLE) ->
         "no_results": Missing("No results were given, so nothing was measured here.", EVALUATE),
     }
     pictures = _save_pictures(output_dir, run, chosen, parts.audit)
-    filters = {"cell": lambda text: _escaped(text, MOST_CHARACTERS), "code": _code, "share": share_in_words}
+    filters: dict[str, Callable[[Any], Any]] = {
+        "cell": lambda text: _escaped(text, MOST_CHARACTERS),
+        "code": _code,
+        "share": share_in_words,
+    }
     markdown = _environment("invdiff.report", lambda value: _escaped(value, 1000), **filters)
     page = markdown.get_template("report.md.j2").render(view=view, pictures=pictures)
     write_text(output_dir / MARKDOWN, re.sub(r"\n{3,}", "\n\n", page).strip() + "\n")
@@ -118,8 +122,10 @@ def html_templates(package: str) -> Environment:
 
 
 def _environment(package: str, finalize: Callable[[Any], Any], **filters: Callable[[Any], Any]) -> Environment:
-    blocks = {"trim_blocks": True, "lstrip_blocks": True, "finalize": finalize}
-    environment = Environment(loader=PackageLoader(package), autoescape=True, undefined=StrictUndefined, **blocks)
+    environment = Environment(
+        loader=PackageLoader(package), autoescape=True, undefined=StrictUndefined, finalize=finalize
+    )
+    environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters.update(filters)
     return environment
 
