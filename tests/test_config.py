@@ -1,4 +1,3 @@
-import dataclasses
 import json
 
 import pytest
@@ -14,7 +13,7 @@ from invdiff.config import (
     TrainConfig,
 )
 from invdiff.errors import ConfigError
-from invdiff.options import Config, command_options
+from invdiff.options import Config
 
 ALL = [ArchitectureConfig, AuditConfig, DemoConfig, EvaluateConfig, FinetuneConfig, GenerateConfig, TrainConfig]
 NAN, INFINITE = float("nan"), float("inf")
@@ -41,27 +40,21 @@ NAN, INFINITE = float("nan"), float("inf")
         (ArchitectureConfig, "autoencoder_blocks", (1, -1), "a list, each item at least 0"),
         (ArchitectureConfig, "text_width", 40, "a multiple of 16"),
         (ArchitectureConfig, "vocabulary_size", 100, "at least 514"),
-        (ArchitectureConfig, "max_tokens", 2, "at least 3"),
         (FinetuneConfig, "steps", 0, "at least 1"),
         (FinetuneConfig, "learning_rate", 0, "more than 0"),
         (FinetuneConfig, "weight_decay", -1e-3, "at least 0"),
         (FinetuneConfig, "ema_decay", 1, "at least 0 and below 1"),
-        (TrainConfig, "rounds", 0, "at least 1"),
-        (TrainConfig, "penalty", -1, "at least 0"),
         (TrainConfig, "width", 12, "0 or a multiple of 8"),
-        (TrainConfig, "caption_dropout", 1.0, "at least 0 and below 1"),
         (AuditConfig, "num_groups", 1, "0 or at least 2"),
         (AuditConfig, "min_share", 0.5, "at least 0 and at most 1 / 3 groups"),
         (AuditConfig, "contrast_log_snr", (), "at least one level"),
         (AuditConfig, "feature_log_snr", (1.0,), "at least two levels"),
         (AuditConfig, "contrast_draws", 1, "at least 2 for solver auto"),
         (GenerateConfig, "guidance_scale", -1, "at least 0"),
-        (GenerateConfig, "images_per_prompt", 0, "at least 1"),
         (EvaluateConfig, "confidence", 1.0, "more than 0 and below 1"),
         (EvaluateConfig, "subject_of", {"my dog": "dog"}, "nothing without an attribute"),
         (EvaluateConfig, "target", {"land": 0.5, "water": 0.6}, "shares that sum to 1"),
         (EvaluateConfig, "target", {"land": 0.0, "water": 1.0}, "a mapping, each value more than 0"),
-        (DemoConfig, "num_images", 100, "at least 200"),
         (DemoConfig, "severity", 1.1, "at least 0 and at most 1"),
     ],
 )
@@ -83,16 +76,6 @@ def test_a_file_is_read_as_it_was_written(tmp_path, config_class, form):
     write = json.dumps if form == "json" else yaml.safe_dump
     (tmp_path / f"c.{form}").write_text(write(config_class().to_dict()))
     assert config_class.from_file(tmp_path / f"c.{form}") == config_class()
-
-
-def test_settings_are_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        TrainConfig().steps = 3
-
-
-def test_unknown_names_are_refused_with_those_known():
-    with pytest.raises(ConfigError, match=r"TrainConfig: unknown setting 3, stepz; known are mode, steps,"):
-        TrainConfig.from_dict({"stepz": 3, 3: 1, "seed": 1})
 
 
 def read(path, text, config_class: type[Config] = TrainConfig):
@@ -119,7 +102,7 @@ def test_quoted_numbers_are_text_no_is_a_word_and_a_byte_order_mark_does_not_mat
     ("text", "message"),
     [
         ("steps: 0", "TrainConfig.steps: expected at least 1, got 0"),
-        ("stepz: 1", "unknown setting stepz"),
+        ("stepz: 1\n3: 1", "TrainConfig: unknown setting 3, stepz; known are mode, steps,"),
         ("- steps", "expected a mapping of settings"),
         ("", "got NoneType"),
         ("a: [", "Expected JSON or YAML"),
@@ -136,18 +119,3 @@ def test_errors_in_a_file_name_it(tmp_path, text, message):
 def test_an_absent_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"absent\.yaml: No such file"):
         TrainConfig.from_file(tmp_path / "absent.yaml")
-
-
-@pytest.mark.parametrize(
-    ("config", "options"),
-    [
-        (TrainConfig(steps=600, learning_rate=1e-5, mode="invariant"), "--mode invariant --learning-rate 1e-05"),
-        (GenerateConfig(num_inference_steps=5, guidance_scale=3, scale=2), "--scale 2 --steps 5"),
-        (DemoConfig(guidance_scales=(1.0, 7.5), seed=3), "--guidance-scales 1,7.5 --seed 3"),
-        (AuditConfig(words_model="clip", words=("sea", "sky")), "--words-model clip --word sea --word sky"),
-        (EvaluateConfig(target={"land": 0.25, "water": 0.75}), "--target land=0.25,water=0.75"),
-    ],
-)
-def test_settings_as_options_are_those_that_differ_from_the_defaults(config, options):
-    assert command_options(type(config), vars(config)) == options.split()
-    assert command_options(type(config), config.to_dict() | {"unknown": 1}) == options.split()
