@@ -223,13 +223,6 @@ def test_a_module_for_other_weights_is_refused_unless_asked_not_to(tiny_pipe):
     attach(tiny_pipe, module, strict=False)
 
 
-def test_a_wrapper_that_skips_the_middle_block_is_noticed(tiny_pipe):
-    attach(tiny_pipe, make_guidance_module(tiny_pipe))
-    tiny_pipe.unet.mid_block = None
-    with pytest.raises(ModelError, match="ran without its block 'mid_block'"):
-        denoise(tiny_pipe)
-
-
 def test_the_prompt_is_encoded_once_for_all_steps_and_anew_where_it_is_changed_in_place(tiny_pipe, monkeypatch):
     encoded = []
     encode = GuidanceModule.encode

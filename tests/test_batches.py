@@ -28,6 +28,7 @@ def test_groups_of_a_prompt_and_images_of_a_group_come_equally_often():
     assert abs(labels[rows].float().mean().item() - 0.5) < 0.03
     rare = torch.bincount(rows, minlength=20)[16:]
     assert rare.min() > 0.85 * rare.float().mean()
+    assert drawn(one_prompt(10), one_prompt(10), size=100)[1].sum() == 0  # an empty group is never drawn
 
 
 def test_where_nothing_was_found_the_environment_is_independent_of_the_image():
@@ -40,10 +41,6 @@ def test_a_rare_prompt_comes_more_often_than_its_share():
     prompts = (torch.arange(500) >= 475).long()
     rows, _ = drawn(prompts, unknown(500))
     assert prompts[rows].float().mean().item() == pytest.approx(25**0.5 / (25**0.5 + 475**0.5), abs=0.03)
-
-
-def test_an_empty_group_is_never_drawn():
-    assert drawn(one_prompt(10), one_prompt(10), size=100)[1].sum() == 0
 
 
 def test_each_factor_is_balanced_when_there_are_two():

@@ -101,15 +101,9 @@ def make_prompt(prompt, *, found=True, num_images=60, **options):
 def make_record(pipe, *prompts, **changes):
     losses = [[1.0 + index, 2.0 + index] for index in range(len(prompts))]
     found = make_audit(*prompts)
-    settings = {
-        "audits": (found, found),
-        "base_model": "org/name",
-        "num_images": 1234,
-        "config": TrainConfig(),
-        "rounds": 1,
-        "log": [{"step": 10, "group_losses": losses}, {"step": 600, "group_losses": losses}],
-    }
-    return training_record(pipe, **(settings | changes))
+    settings = {"audits": (found, found), "base_model": "org/name", "num_images": 1234, "rounds": 1}
+    log = [{"step": step, "group_losses": losses} for step in (10, 600)]
+    return training_record(pipe, **(settings | {"config": TrainConfig(), "log": log} | changes))
 
 
 def card_of(record, **config):
@@ -122,16 +116,18 @@ def test_training_writes_what_it_knows(trained):
     settings = json.loads((trained / "train.json").read_text())["settings"]
     found = Audit.load(trained.parent / "audit")
     made_of, groups, losses = tables(card)
-    facts = dict(made_of)
-    assert facts["Base model"] == "my-birds (a local folder)"
-    assert facts["Family"] == "Stable Diffusion 1.x/2.x, StableDiffusionPipeline"
-    assert facts["Denoiser"] == "UNet2DConditionModel, predicts epsilon"
-    assert facts["Denoiser fingerprint (weights and noise schedule)"] == found.settings["denoiser_fingerprint"]
-    assert facts["Data fingerprint (captions and images)"] == settings["data"]
-    assert facts["Training images"] == "12"
-    assert facts["Mode"] == "balanced"
-    assert facts["Parameters of the module"] == f"{GuidanceModule.from_pretrained(trained).num_parameters():,}"
-    assert re.fullmatch(r"invdiff \S+, torch \S+, diffusers \S+", facts["Versions"])
+    assert [value for _, value in made_of[1:-1]] == [
+        "my-birds (a local folder)",
+        "Stable Diffusion 1.x/2.x, StableDiffusionPipeline",
+        "UNet2DConditionModel, predicts epsilon",
+        found.settings["denoiser_fingerprint"],
+        settings["data"],
+        "12",
+        "balanced",
+        "2",
+        f"{GuidanceModule.from_pretrained(trained).num_parameters():,}",
+    ]
+    assert re.fullmatch(r"invdiff \S+, torch \S+, diffusers \S+", made_of[-1][1])
     assert [row[0] for row in groups[1:]] == [prompt.prompt for prompt in found.prompts]
     assert groups[1][2] == " / ".join(f"{share:.1%}" for share in found.prompts[0].shares)
     log = [json.loads(line)["group_losses"] for line in (trained / "log.jsonl").read_text().splitlines()]
@@ -141,10 +137,8 @@ def test_training_writes_what_it_knows(trained):
     assert "`exact` splits every prompt" in card
     assert "None: images of this module have not been measured" in card
     assert str(trained.parent) not in card
-    assert ModelCard(card).data.to_dict() == {
-        "library_name": "diffusers",
-        "tags": ["invdiff", "guidance", "fairness", "debiasing"],
-    }
+    tags = ["invdiff", "guidance", "fairness", "debiasing"]
+    assert ModelCard(card).data.to_dict() == {"library_name": "diffusers", "tags": tags}
 
 
 def test_the_card_says_what_people_changed(pipe):
@@ -163,23 +157,12 @@ def test_the_card_says_what_people_changed(pipe):
     assert "People edited" not in text
 
 
-@pytest.mark.parametrize(
-    ("name", "linked"),
-    [("org/name", True)]
-    + [(name, False) for name in ("", "/home/me/models/birds", "../org/name", "org/name/unet", "C:\\m\\birds")],
-)
-def test_the_base_model_is_linked_where_it_is_on_the_hub(pipe, name, linked):
+@pytest.mark.parametrize("name", ["org/name", "", "/home/me/models/birds", "../org/name", "org/name/unet", "C:\\m\\b"])
+def test_the_base_model_is_linked_where_it_is_on_the_hub(pipe, name):
     card = card_of(make_record(pipe, make_prompt("a photo"), base_model=name), base_model=name)
-    assert ModelCard(card).data.get("base_model") == (name if linked else None)
-    assert ('from_pretrained("org/name")' in card) == linked
+    assert ModelCard(card).data.get("base_model") == (name if name == "org/name" else None)
+    assert ('from_pretrained("org/name")' in card) == (name == "org/name")
     assert "me/models" not in card
-
-
-def test_a_local_folder_is_no_hub_id(tiny_pipe, tmp_path, monkeypatch):
-    (tmp_path / "org" / "name").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    tiny_pipe.register_to_config(_name_or_path="org/name")
-    assert GuidanceModule.for_pipeline(tiny_pipe).config["base_model"] == "name"
 
 
 HOSTILE = [
@@ -267,38 +250,27 @@ JUNK = (None, "text", 7, {"x": []}, [[]], [1, "2", None, {"prompt": 3, "losses":
 
 @pytest.mark.parametrize("junk", JUNK, ids=range(len(JUNK)))
 def test_a_malformed_record_is_not_known(pipe, junk):
-    card_of(junk)
-    figures = {"background": {"rows": [["base", "3.0", "Bias", 0.5, None, None]], "guided": []}}
-    whole = make_record(pipe, make_prompt("a photo")) | {"figures": figures}
-    for name in whole:
-        card_of({**whole, name: junk})
-    for name in whole["prompts"][0]:
-        card_of({**whole, "prompts": [{**whole["prompts"][0], "found": True, name: junk}]})
-    for figures in ({"a": junk}, {"a": {"rows": junk, "guided": []}}, {"a": {"rows": [junk], "guided": junk}}):
-        card_of({**whole, "figures": figures})
-    card = card_of({**whole, "base": {**whole["base"], "hub_id": "evil/name\nlicense: mit"}})
+    whole = make_record(pipe, make_prompt("a photo"))
+    figures = {"rows": [["base", "3.0", "Bias", 0.5, None, None]], "guided": []}
+    malformed = [junk, *(whole | {"figures": {"a": figures}, name: junk} for name in (*whole, "figures"))]
+    malformed += [whole | {"prompts": [whole["prompts"][0] | {name: junk}]} for name in whole["prompts"][0]]
+    for figures in (junk, {"rows": junk, "guided": []}, {"rows": [junk], "guided": junk}):
+        malformed.append(whole | {"figures": {"a": figures}})
+    for record in malformed:
+        card_of(record)
+    card = card_of(whole | {"base": whole["base"] | {"hub_id": "evil/name\nlicense: mit"}})
     assert ModelCard(card).data.license is None
 
 
-def test_saving_again_gives_the_same_bytes_and_the_record_is_no_part_of_the_weights(trained, module, tmp_path):
+def test_figures_are_stated_and_kept_and_are_no_part_of_the_weights(trained, module, tmp_path):
     digest = weights_digest(module)
-    module.save_pretrained(tmp_path / "as-trained")
-    module.add_figures(RESULTS)
-    module.save_pretrained(tmp_path / "a")
-    GuidanceModule.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == FILES
-    for name in FILES:
-        assert (tmp_path / "as-trained" / name).read_bytes() == (trained / name).read_bytes()
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert weights_digest(module) == digest
-    module.save_pretrained(tmp_path / "other-process", is_main_process=False)
-    assert not (tmp_path / "other-process" / "README.md").exists()
-
-
-def test_figures_are_stated_and_kept(module, tmp_path):
     RESULTS.save(tmp_path / "results.json")
     module.add_figures(Results.load(tmp_path / "results.json"))
     module.save_pretrained(tmp_path / "m")
+    module.save_pretrained(tmp_path / "other-process", is_main_process=False)
+    assert not (tmp_path / "other-process" / "README.md").exists()
+    assert weights_digest(module) == digest
+    assert (tmp_path / "m" / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
     card = (tmp_path / "m" / "README.md").read_text(encoding="utf-8")
     floor, accuracy, images = ["floor of Bias", "0.0342", "-"], ["subject accuracy", "0.93", "-"], ["512", "-"]
     assert tables(card)[3][1:] == [
@@ -320,18 +292,15 @@ def test_figures_are_stated_and_kept(module, tmp_path):
     assert not [place for place, _ in stated if place.startswith("base")]
 
 
-def test_figures_of_an_attribute_replace_only_its_own(module):
+def test_figures_of_an_attribute_replace_only_its_own_and_other_things_are_refused(module):
     for attribute, bias in (("background", 0.1), ("gender", 0.2), ("background", 0.3)):
         measures = made_up_measures(bias, interval=(0.0, 1.0), floor=0.1)
         named = dataclasses.replace(measures, attributes={attribute: measures.first})
         module.add_figures(Results({"guided": {"3.0": named}}, attribute=attribute))
+    for wrong in ({"base": 3}, 7, "results.json", None):
+        with pytest.raises(ConfigError, match="Expected the results of an evaluation, got"):
+            module.add_figures(wrong)
     assert [rows[1][3] for rows in tables(module.model_card())[3:]] == ["0.3", "0.2"]
-
-
-@pytest.mark.parametrize("wrong", [{"base": 3}, 7, "results.json", None])
-def test_other_things_than_results_are_refused(module, wrong):
-    with pytest.raises(ConfigError, match="Expected the results of an evaluation, got"):
-        module.add_figures(wrong)
 
 
 @pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
@@ -382,16 +351,11 @@ def test_a_module_is_loaded_from_the_hub_with_its_card(trained, tmp_path, monkey
         load_module("org/absent")
 
 
-@pytest.mark.parametrize("name", ["./absent", "a/b/c"])
-def test_a_folder_that_is_not_there_is_no_question_of_the_network(name):
-    with pytest.raises(ModelError, match=r"Give the folder that `invdiff train` wrote\.$"):
-        load_module(name)
-
-
-def test_a_pickle_is_never_loaded(trained, tmp_path):
+def test_a_pickle_is_never_loaded_and_an_absent_folder_is_no_question_of_the_network(trained, tmp_path):
     shutil.copy(trained / "config.json", tmp_path)
     torch.save({}, tmp_path / "diffusion_pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
-        GuidanceModule.from_pretrained(tmp_path)
     with pytest.raises(ModelError, match="safetensors"):
         load_module(tmp_path)
+    for name in ("./absent", "a/b/c"):
+        with pytest.raises(ModelError, match=r"Give the folder that `invdiff train` wrote\.$"):
+            load_module(name)

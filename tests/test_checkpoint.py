@@ -90,10 +90,12 @@ def test_a_checkpoint_cut_short_leaves_the_one_before(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_other_settings_are_named(tmp_path):
+def test_other_settings_and_a_model_of_another_shape_are_refused(tmp_path):
     go_on(make_run(tmp_path), 3)
     with pytest.raises(ConfigError, match=r"got others: steps was 8, now None; seed was 0, now 1\. Use the same"):
         make_run(tmp_path, settings={"seed": 1})
+    with pytest.raises(DataError, match="size mismatch"):
+        make_run(tmp_path, inputs=4)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", lambda whole: whole[:-9], lambda whole: safetensors_torch.save({})])
@@ -103,9 +105,3 @@ def test_a_damaged_one_is_named_with_the_remedy(tmp_path, content):
     path.write_bytes(content(path.read_bytes()) if callable(content) else content)
     with pytest.raises(DataError, match=r"checkpoint\.safetensors is damaged .* Delete it and run again"):
         make_run(tmp_path)
-
-
-def test_one_of_a_model_of_another_shape_is_refused(tmp_path):
-    go_on(make_run(tmp_path), 3)
-    with pytest.raises(DataError, match="size mismatch"):
-        make_run(tmp_path, inputs=4)

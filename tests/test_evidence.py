@@ -9,9 +9,9 @@ from invdiff.auditing.run import audit
 from invdiff.auditing.splits import split
 from invdiff.config import AuditConfig
 from invdiff.data.captioned import load_captioned_images
+from tiny import SMALL
 
 CONFIG = AuditConfig()
-SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 
 
 @pytest.fixture(scope="module", params=["dinov2", "clip"])
@@ -28,20 +28,18 @@ def encoder_dir(request, tmp_path_factory):
     return folder
 
 
-def test_each_image_is_seen_as_it_is_and_mirrored_once(encoder_dir, tiny_folder, tmp_path, monkeypatch):
+def test_images_are_seen_as_they_are_and_mirrored_once_and_components_weighed_by_the_audit(
+    encoder_dir, tiny_pipe, tiny_folder, tmp_path, monkeypatch
+):
     data, rows = load_captioned_images(tiny_folder), np.arange(12)
-    features = encode_vision(str(encoder_dir), data, rows, tmp_path, progress=False)
+    features = encode_vision(str(encoder_dir), data, rows, tmp_path / "vision", progress=False)
     assert features.shape == (12, 2, 16)
     assert not np.array_equal(features[:, 0], features[:, 1])
-    monkeypatch.setattr(evidence, "VisionEncoder", None)
-    assert np.array_equal(encode_vision(str(encoder_dir), data, rows, tmp_path, progress=False), features)
-
-
-def test_its_components_are_weighed_by_the_audit(encoder_dir, tiny_pipe, tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("invdiff.auditing.evidence.NUM_COMPONENTS", (3,))
-    monkeypatch.setattr("invdiff.auditing.evidence.IMAGES_PER_DIMENSION", 2)
+    monkeypatch.setattr(evidence, "VisionEncoder", None)  # from now on features are read back
+    monkeypatch.setattr(evidence, "NUM_COMPONENTS", (3,))
+    monkeypatch.setattr(evidence, "IMAGES_PER_DIMENSION", 2)
     config = AuditConfig(vision_encoder=str(encoder_dir), min_images=6, min_share=0.2, caption_threshold=100.0)
-    found = audit(tiny_pipe, load_captioned_images(tiny_folder), config=config, cache_dir=tmp_path, progress=False)
+    found = audit(tiny_pipe, data, config=config, cache_dir=tmp_path, progress=False)
     names = [candidate.evidence for candidate in found.prompts[0].candidates]
     assert any(name.startswith(f"features of {encoder_dir.name}, ") for name in names)
     assert not any(str(encoder_dir.parent) in name for name in names)  # the path is private

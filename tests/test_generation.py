@@ -99,21 +99,15 @@ def test_no_two_images_start_from_one_seed(tiny_pipe):
 
 
 @pytest.fixture(scope="module")
-def guided_twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two folders of the same guided run."""
-    pipe = make_tiny_pipeline()
-    folders = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second")
-    for folder in folders:
-        run(pipe, folder, module=make_guidance_module(pipe, num_groups=(2, 3)))
-    return folders
-
-
-def test_a_run_repeats_byte_for_byte(guided_twice):
-    assert contents(guided_twice[0]) == contents(guided_twice[1])
+def guided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a guided run."""
+    pipe, folder = make_tiny_pipeline(), tmp_path_factory.mktemp("guided")
+    run(pipe, folder, module=make_guidance_module(pipe, num_groups=(2, 3)))
+    return folder
 
 
 @pytest.mark.parametrize("images", [0, 4, 7])
-def test_a_stopped_run_goes_on_to_the_same_bytes(tiny_pipe, tmp_path, guided_twice, monkeypatch, images):
+def test_a_stopped_run_goes_on_to_the_same_bytes(tiny_pipe, tmp_path, guided, monkeypatch, images):
     module = make_guidance_module(tiny_pipe, num_groups=(2, 3))
     stop_after(monkeypatch, images)
     with pytest.raises(KeyboardInterrupt):
@@ -122,7 +116,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tiny_pipe, tmp_path, guided_twi
     assert len(list(tmp_path.rglob("*.png"))) == images
     calls = count_calls(tiny_pipe)
     run(tiny_pipe, tmp_path, module=module)
-    assert contents(tmp_path) == contents(guided_twice[0])
+    assert contents(tmp_path) == contents(guided)
     finished = images // 4  # batches of 4, 4 and 2 images, 2 steps each, 2 rows per image
     assert calls == [8, 8, 8, 8, 4, 4][2 * finished :]
 
@@ -164,8 +158,8 @@ def test_images_do_not_depend_on_batch_size_or_the_order_of_prompts(tiny_pipe, t
         assert np.abs(image.astype(int) - after[turned_name]).max() <= 1
 
 
-def test_groups_are_recorded_as_drawn_for_each_factor(guided_twice):
-    rows = [json.loads(line) for line in (guided_twice[0] / "manifest.jsonl").read_text().splitlines()]
+def test_groups_are_recorded_as_drawn_for_each_factor(guided):
+    rows = [json.loads(line) for line in (guided / "manifest.jsonl").read_text().splitlines()]
     assert all(0 <= first < 2 and 0 <= second < 3 for first, second in groups(rows))
     assert len({tuple(pair) for pair in groups(rows)}) > 2
 
@@ -228,49 +222,35 @@ def test_another_run_is_not_mixed_in(tiny_pipe, tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_images_of_unknown_settings_are_not_overwritten(tiny_pipe, tmp_path):
-    run(tiny_pipe, tmp_path)
-    (tmp_path / "generate.json").unlink()
-    with pytest.raises(ConfigError, match=r"with 00000/000000\.png of unknown settings"):
-        run(tiny_pipe, tmp_path)
-
-
-def test_a_file_in_place_of_the_folder_is_refused(tiny_pipe, tmp_path):
+def test_where_something_else_lies_nothing_is_written(tiny_pipe, tmp_path):
     (tmp_path / "file").write_text("")
-    for clash in (tmp_path / "file", tmp_path / "file/inside"):
-        with pytest.raises(ConfigError, match="Expected a folder"):
-            run(tiny_pipe, clash)
+    (tmp_path / "00000").mkdir()
+    (tmp_path / "00000/000000.png").write_text("")
+    places = {"": r"with 00000/000000\.png of unknown", "file": "Expected a folder", "file/in": "Expected a folder"}
+    for place, message in places.items():
+        with pytest.raises(ConfigError, match=message):
+            run(tiny_pipe, tmp_path / place)
 
 
 @pytest.mark.parametrize(
-    ("prompts", "message"),
+    ("options", "message"),
     [
-        ([], "at least one prompt, got none"),
-        ("a photo", "a list of prompts, got 'a photo'"),
-        ([None], r"a list of prompts, got \[None\]"),
-        (["a photo", "a photo"], "got 'a photo' again"),
+        ({"prompts": []}, "at least one prompt, got none"),
+        ({"prompts": "a photo"}, "a list of prompts, got 'a photo'"),
+        ({"prompts": [None]}, r"a list of prompts, got \[None\]"),
+        ({"prompts": ["a photo", "a photo"]}, "got 'a photo' again"),
+        ({"mode": "balanced", "environments": [0, 1, 0, 1]}, r"for 5 images .* or for all 10, got 4"),
+        ({"environments": [0.5, 0.5]}, "a module beside environments"),
+        ({"mode": "invariant", "environments": [0.1, 0.9]}, "with an invariant module"),
+        ({"mode": "balanced", "of": 1}, "trained for another model"),
     ],
 )
-def test_prompts_are_checked(tiny_pipe, tmp_path, prompts, message):
-    with pytest.raises(ConfigError, match=message):
-        run(tiny_pipe, tmp_path / "out", prompts)
-    assert not (tmp_path / "out").exists()
-
-
-def test_environments_must_fit_images_and_module(tiny_pipe, tmp_path):
-    with pytest.raises(ConfigError, match=r"for 5 images .* or for all 10, got 4"):
-        run(tiny_pipe, tmp_path, module=make_guidance_module(tiny_pipe), environments=[0, 1, 0, 1])
-    with pytest.raises(ConfigError, match="a module beside environments"):
-        run(tiny_pipe, tmp_path, environments=[0.5, 0.5])
-    with pytest.raises(ConfigError, match="with an invariant module"):
-        run(tiny_pipe, tmp_path, module=make_guidance_module(tiny_pipe, mode="invariant"), environments=[0.1, 0.9])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_module_that_does_not_fit_leaves_no_folder_behind(tiny_pipe, tmp_path):
-    module = make_guidance_module(make_tiny_pipeline(seed=1))
-    with pytest.raises(ModelError, match="trained for another model"):
-        run(tiny_pipe, tmp_path / "out", module=module)
+def test_what_does_not_fit_is_refused_and_leaves_no_folder_behind(tiny_pipe, tmp_path, options, message):
+    given = {name: value for name, value in options.items() if name not in ("mode", "of")}
+    if "mode" in options:
+        given["module"] = make_guidance_module(make_tiny_pipeline(options.get("of", 0)), mode=options["mode"])
+    with pytest.raises((ConfigError, ModelError), match=message):
+        run(tiny_pipe, tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
 
 

@@ -40,8 +40,6 @@ def test_exact_groups_beat_every_other_cut_and_rise_with_the_score(count, num_gr
         best = max(dispersion(parts) for parts in others if min(map(len, parts)) >= least)
         assert dispersion(found) == pytest.approx(best, abs=1e-12)
 
-
-def test_exact_groups_need_enough_images():
     with pytest.raises(AuditError, match="Expected at least 6 images for 2 groups of at least 3, got 5"):
         exact_groups(np.arange(5.0), 2, min_share=0.5)
 
@@ -51,13 +49,9 @@ def test_gradient_groups_find_a_far_minority_and_a_larger_omega_makes_them_more_
     weights = gradient_groups(scores, 2, omega=0.1)
     assert ((weights[:, 1] > 0.5) == (np.arange(200) >= 180)).mean() > 0.97
     assert gradient_groups(scores, 2, omega=5.0).mean(axis=0).min() > 0.4
-
-
-def test_gradient_groups_stay_on_the_simplex_and_rise_with_the_score():
-    scores = np.random.default_rng(1).normal(size=60)
-    weights = gradient_groups(scores, 3)
-    assert np.allclose(weights.sum(axis=1), 1)
-    assert (np.diff(weights.T @ scores / weights.sum(axis=0)) > 0).all()
+    three = gradient_groups(scores, 3)
+    assert np.allclose(three.sum(axis=1), 1)
+    assert (np.diff(three.T @ scores / three.sum(axis=0)) > 0).all()
 
 
 def test_columns_mean_the_same_under_every_prompt():

@@ -39,9 +39,7 @@ SHARD_SIZE = 256
 NUM_COMPONENTS = (4, 8, 12)
 """Whitened dimensions that components are looked for in."""
 IMAGES_PER_DIMENSION = 40
-"""Images that each of these dimensions takes. Among fewer, FastICA finds directions in which mere noise falls apart:
-with 131 images in twelve dimensions it passed every threshold in 10 of 20 sets of normally distributed features, with
-this rule in none of 60 at 160 and 200 images (`tests/test_evidence.py` repeats it)."""
+"""Images that each of these dimensions takes: of fewer, FastICA finds directions in which mere noise falls apart."""
 SHAPES: dict[str, dict[str, Any]] = {
     "peaked": {"fun": "logcosh", "algorithm": "parallel"},
     # x^2 and its mean derivative: FastICA's contrast for skewness (Hyvarinen and Oja 2000).

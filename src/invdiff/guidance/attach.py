@@ -121,8 +121,7 @@ class Attachment:
         self._module = copy.deepcopy(module).eval().requires_grad_(False)
         # Of the newest images: the scheduler's timesteps, first and last timestep, first latents.
         self._timesteps: torch.Tensor | None = None
-        self._start = self._last = np.inf
-        self._first = torch.empty(0)
+        self._start, self._last, self._first = np.inf, np.inf, torch.empty(0)
         # Phi(y), the condition that it encodes (kept, so that no other tensor takes its place), and how to know it.
         self._phi: torch.Tensor | None = None
         self._encoded: Condition = {}
@@ -180,16 +179,10 @@ class Attachment:
         if self.scale == 0:
             return None
         self._follow_placement(model_pred)
-        return self.scale * self._module(
-            call.noisy_latents.to(model_pred.dtype),
-            call.timesteps,
-            call.condition,
-            model_pred,
-            self._family.on_grid(features, call.noisy_latents),
-            environments.to(model_pred.device),
-            projected=True,
-            code=self._code(call.condition, model_pred),
-        )
+        latents, features = call.noisy_latents.to(model_pred.dtype), self._family.on_grid(features, call.noisy_latents)
+        environments, code = environments.to(model_pred.device), self._code(call.condition, model_pred)
+        read = (latents, call.timesteps, call.condition, model_pred, features, environments)
+        return self.scale * self._module(*read, projected=True, code=code)
 
     def _follow_placement(self, tensor: torch.Tensor) -> None:
         weight = self._module.conv_in.weight  # a module's own `device` and `dtype` look through all its weights
@@ -275,8 +268,8 @@ class _CallWatch(Hook):
             if attachment.calls == before:
                 raise ModelError(
                     "Expected the guided denoiser to run during this call, but its hook did not fire: the images were "
-                    "drawn without guidance. The pipeline's denoiser was replaced, or compiled or wrapped after "
-                    "the module was attached. Detach, and attach to the denoiser in use (before compiling it)."
+                    "drawn without guidance. The denoiser was replaced, compiled or wrapped after the module was "
+                    "attached. Detach, and attach to the denoiser in use (before compiling it)."
                 )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -299,12 +292,8 @@ class GuidedDenoiser:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Guided prediction (B, C, H, W) and the frozen middle features (B, D, H', W')."""
         model_pred, features = self._frozen(noisy_latents, timesteps, condition)
-        shift = self._module(
-            noisy_latents.to(self.device),
-            timesteps.to(self.device),
-            to(condition, self.device, torch.float32),
-            model_pred.float(),
-            features.float(),
-            self._mix.rows(noisy_latents).to(self.device),
-        )
+        environments = self._mix.rows(noisy_latents).to(self.device)
+        noisy_latents, timesteps = noisy_latents.to(self.device), timesteps.to(self.device)
+        condition = to(condition, self.device, torch.float32)
+        shift = self._module(noisy_latents, timesteps, condition, model_pred.float(), features.float(), environments)
         return model_pred + shift.to(model_pred.dtype), features

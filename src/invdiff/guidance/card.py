@@ -7,7 +7,6 @@ is escaped, and a record that is not in the form of `training_record` counts as 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -199,8 +198,4 @@ def _number(value: Any, form: str) -> str:
 
 def _plain(value: Any) -> Any:
     """Plain JSON types; numbers that JSON does not have become None."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(value), parse_constant=lambda number: None)
