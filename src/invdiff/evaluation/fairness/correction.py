@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from ...errors import EvaluationError
 from .intervals import bias_aware, plausible_shares, resamples_for, whole_totals
-from .metrics import FloatArray, checked_counts, find_metric, per_prompt
+from .metrics import METRICS, FloatArray, checked_counts, per_prompt
 
 MAX_CONDITION = 20.0
 """Condition number of the rates above which noise in the counts is amplified too much to correct them."""
@@ -55,7 +55,7 @@ def corrected_interval(
     table, held_out, exact = _checked(counts, confusion)
     numbers = whole_totals(table)
     corrected = correct_for_annotator(table, held_out)
-    values, chosen = per_prompt(metric, corrected, target=target), find_metric(metric)
+    values, chosen = per_prompt(metric, corrected, target=target), METRICS[metric]
     t = chosen.target(target, len(held_out))
     resamples = resamples_for(num_resamples, len(table))
     generator = np.random.default_rng(seed)

@@ -22,9 +22,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import chdtri, ndtri, stdtrit
 
 from ...errors import EvaluationError
-from .metrics import FloatArray, Metric, find_metric, per_prompt
+from .metrics import METRICS, FloatArray, Metric, per_prompt
 
-MIN_RESAMPLES = 20
 ENOUGH_RESAMPLES = 200
 MAX_DRAWS = 10_000
 """Prompts times resamples beyond which prompts get fewer resamples each, down to 200: their means average out."""
@@ -45,7 +44,7 @@ def interval(
     Sums of class probabilities are taken for counts: they spread less than counts do, so the interval is wide. More
     than ten prompts take fewer than `num_resamples` draws each, down to 200. The target, (groups,), is even when None.
     """
-    values, chosen = per_prompt(metric, counts, target=target), find_metric(metric)
+    values, chosen = per_prompt(metric, counts, target=target), METRICS[metric]
     table = np.asarray(counts, dtype=np.float64)
     numbers = whole_totals(table)
     t = chosen.target(target, table.shape[1])
@@ -84,8 +83,6 @@ def plausible_shares(
     group is seen as each class; `numbers`, (prompts,), are the images behind the seen classes, for chi-square, and
     `worth`, (prompts,), images of known group that would tell the shares as precisely, for ties and smoothing.
     """
-    if not 0 < confidence < 1:
-        raise EvaluationError(f"Expected a confidence above 0 and below 1, got {confidence}. 0.95 is usual.")
     n, known = (np.asarray(x, dtype=np.float64)[:, None] for x in (numbers, worth))
     z = float(ndtri((1 + confidence) / 2))
     critical = float(chdtri(p.shape[1] - 1, 1 - confidence))
@@ -169,10 +166,6 @@ def whole_totals(table: FloatArray) -> NDArray[np.int64]:
 
 def resamples_for(num_resamples: int, num_prompts: int) -> int:
     """Draws that each prompt gets, of at most `num_resamples`."""
-    if num_resamples < MIN_RESAMPLES:
-        raise EvaluationError(
-            f"Expected at least {MIN_RESAMPLES} resamples, got {num_resamples}: fewer show no spread. 1000 is usual."
-        )
     return min(num_resamples, max(ENOUGH_RESAMPLES, MAX_DRAWS // num_prompts))
 
 
