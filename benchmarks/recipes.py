@@ -92,7 +92,6 @@ def our_recipe(steps: int, batch_size: int, resolution: int) -> dict[str, Any]:
         conditions={"prompt_embeds": torch.randn(2, 77, 768)},
         names=[f"{image}.png" for image in range(images)],
         source_index=torch.arange(images),
-        skipped=[],
         model_fingerprint="",
         data_fingerprint="",
         resolution=resolution,

@@ -32,7 +32,6 @@ def made_up_data(captions: list[str], caption_ids: np.ndarray) -> EncodedImages:
         conditions={"prompt_embeds": torch.zeros(len(captions) + 1, 1, 1)},
         names=[f"{i}.png" for i in range(count)],
         source_index=torch.arange(count),
-        skipped=[],
         model_fingerprint="model",
         data_fingerprint="data",
         resolution=64,

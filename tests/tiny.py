@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,18 @@ WORDS = ("a", "photo", "of", "landbird", "waterbird", "on", "land", "water")
 CAPTIONS = ("a photo of a landbird", "a photo of a waterbird")
 CLASSES = {0: "landbird, bird of the land", 1: "waterbird"}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+LINEAR = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 WIDTH = 16
 """Of text encoders and prompt embeddings."""
+TEXT = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+TOWER = SMALL | {"intermediate_size": 32}
+"""Of a vision transformer."""
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "pad_token_id": 0}
+TRANSFORMER = {"sample_size": 8, "patch_size": 2, "num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 4}
+"""Of a denoiser."""
+UNET: dict[str, Any] = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
+"""Of both kinds of UNet."""
 
 
 def make_tokenizer() -> transformers.CLIPTokenizer:
@@ -24,17 +35,14 @@ def make_tokenizer() -> transformers.CLIPTokenizer:
     tokens = [*characters, *(f"{character}</w>" for character in characters)]
     merges: list[tuple[str, str]] = []
     for word in WORDS:  # BPE only ever joins neighbours, so each prefix must be a token, left to right
-        pieces = [*word[:-1], f"{word[-1]}</w>"]
-        left = pieces[0]
-        for right in pieces[1:]:
-            if (left, right) not in merges:
-                merges.append((left, right))
-                tokens.append(left + right)
+        left, *pieces = [*word[:-1], f"{word[-1]}</w>"]
+        for right in pieces:
+            merges.append((left, right))
             left += right
+            tokens.append(left)
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
-    return transformers.CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=16
-    )
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return transformers.CLIPTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)), model_max_length=16)
 
 
 def make_t5_tokenizer() -> transformers.T5TokenizerFast:
@@ -44,205 +52,117 @@ def make_t5_tokenizer() -> transformers.T5TokenizerFast:
 
 
 def clip_config(tokenizer: transformers.CLIPTokenizer) -> transformers.CLIPTextConfig:
-    return transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        projection_dim=WIDTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-TOWER = SMALL | {"intermediate_size": 32}
-"""Of a vision transformer."""
-TRANSFORMER = {"sample_size": 8, "patch_size": 2, "num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 4}
-"""Of a denoiser."""
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "projection_dim": WIDTH}
+    return transformers.CLIPTextConfig(**TEXT, **sizes, **ids)
 
 
 def save_clip(folder: Path) -> Path:
     """Write a whole CLIP model with random weights, its tokenizer and image processor; return the folder."""
     tokenizer = make_tokenizer()
-    config = transformers.CLIPConfig(
-        text_config=clip_config(tokenizer).to_dict(), vision_config=TOWER, projection_dim=8
-    )
+    text = clip_config(tokenizer).to_dict()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        config = transformers.CLIPConfig(text_config=text, vision_config=TOWER, projection_dim=8)
         transformers.CLIPModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
-        folder
-    )
+    sizes = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    transformers.CLIPImageProcessor(**sizes).save_pretrained(folder)
     return folder
 
 
-def clip_encoder(tokenizer: transformers.CLIPTokenizer, *, projected: bool = False) -> Any:
-    kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
-    return kind(clip_config(tokenizer)).eval()
+def text_encoders(*kinds: str) -> dict[str, Any]:
+    """Text encoders of kinds "clip", "projected" (CLIP's pooled output as well) and "t5", with their tokenizers."""
+    parts: dict[str, Any] = {}
+    clip_tokenizer, t5_tokenizer = make_tokenizer(), make_t5_tokenizer()
+    for kind, end in zip(kinds, ("", "_2"), strict=False):
+        if kind == "t5":
+            encoder = transformers.T5EncoderModel(transformers.T5Config(**T5, vocab_size=len(t5_tokenizer)))
+        else:
+            network = transformers.CLIPTextModelWithProjection if kind == "projected" else transformers.CLIPTextModel
+            encoder = network(clip_config(clip_tokenizer))
+        parts[f"text_encoder{end}"] = encoder.eval()
+        parts[f"tokenizer{end}"] = t5_tokenizer if kind == "t5" else clip_tokenizer
+    return parts
 
 
-def make_t5(tokenizer: transformers.T5TokenizerFast) -> transformers.T5EncoderModel:
-    return transformers.T5EncoderModel(
-        transformers.T5Config(
-            vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0
-        )
-    ).eval()
-
-
-def make_vae(latent_channels: int = 4, **options: Any) -> diffusers.AutoencoderKL:
+def make_vae(**options: Any) -> diffusers.AutoencoderKL:
     """Images of 32 px have latents of 8x8."""
-    return diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 16),
-        norm_num_groups=4,
-        sample_size=32,
-        latent_channels=latent_channels,
-        **options,
-    ).eval()
-
-
-UNET: dict[str, Any] = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
-"""Of both kinds of UNet."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    sizes = {"block_out_channels": (8, 8, 16), "norm_num_groups": 4, "sample_size": 32, "latent_channels": 4}
+    return diffusers.AutoencoderKL(**blocks, **sizes, **options).eval()
 
 
 def make_unet(**options: Any) -> diffusers.UNet2DConditionModel:
     settings: dict[str, Any] = {
-        "sample_size": 8,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "attention_head_dim": 8,
-        "cross_attention_dim": WIDTH,
     }
+    settings |= {"sample_size": 8, "attention_head_dim": 8, "cross_attention_dim": WIDTH}
     return diffusers.UNet2DConditionModel(**(UNET | settings | options)).eval()
 
 
 def make_stable_diffusion(prediction_type: str = "epsilon") -> diffusers.StableDiffusionPipeline:
-    tokenizer = make_tokenizer()
-    text_encoder = clip_encoder(tokenizer)
-    return diffusers.StableDiffusionPipeline(
-        vae=make_vae(),
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=make_unet(),
-        scheduler=diffusers.DDIMScheduler(
-            **BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    options = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": prediction_type}
+    unused: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    scheduler = diffusers.DDIMScheduler(**BETAS, **options)
+    parts = text_encoders("clip") | {"vae": make_vae(), "unet": make_unet(), "scheduler": scheduler}
+    return diffusers.StableDiffusionPipeline(**parts, **unused)
 
 
 def make_stable_diffusion_xl() -> diffusers.StableDiffusionXLPipeline:
-    tokenizer = make_tokenizer()
-    return diffusers.StableDiffusionXLPipeline(
-        vae=make_vae(),
-        text_encoder=clip_encoder(tokenizer),
-        text_encoder_2=clip_encoder(tokenizer, projected=True),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=make_unet(
-            cross_attention_dim=2 * WIDTH,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=WIDTH + 6 * 8,
-        ),
-        scheduler=diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
+    unet = make_unet(
+        cross_attention_dim=2 * WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=WIDTH + 6 * 8,
     )
+    scheduler = diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1)
+    parts = text_encoders("clip", "projected")
+    return diffusers.StableDiffusionXLPipeline(**parts, vae=make_vae(), unet=unet, scheduler=scheduler)
 
 
 def make_stable_diffusion_3() -> diffusers.StableDiffusion3Pipeline:
-    tokenizer = make_tokenizer()
-    transformer = diffusers.SD3Transformer2DModel(
-        **TRANSFORMER,
-        in_channels=4,
-        out_channels=4,
-        joint_attention_dim=32,
-        caption_projection_dim=32,
-        pooled_projection_dim=2 * WIDTH,
-        pos_embed_max_size=16,
-    )
+    widths = {"joint_attention_dim": 32, "caption_projection_dim": 32, "pooled_projection_dim": 2 * WIDTH}
+    channels = {"in_channels": 4, "out_channels": 4, "pos_embed_max_size": 16}
     return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer.eval(),
+        **text_encoders("projected", "projected"),
+        transformer=diffusers.SD3Transformer2DModel(**TRANSFORMER, **widths, **channels).eval(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=make_vae(shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=clip_encoder(tokenizer, projected=True),
-        tokenizer=tokenizer,
-        text_encoder_2=clip_encoder(tokenizer, projected=True),
-        tokenizer_2=tokenizer,
         text_encoder_3=None,
         tokenizer_3=None,
     )
 
 
 def make_flux() -> diffusers.FluxPipeline:
-    tokenizer, t5_tokenizer = make_tokenizer(), make_t5_tokenizer()
-    transformer = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=WIDTH,
-        axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
-    )
+    layers = {"num_layers": 2, "num_single_layers": 1, "axes_dims_rope": (4, 4, 8), "guidance_embeds": True}
+    widths = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32}
+    channels = {"patch_size": 1, "in_channels": 16, "pooled_projection_dim": WIDTH}
     return diffusers.FluxPipeline(
+        **text_encoders("clip", "t5"),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=make_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=clip_encoder(tokenizer),
-        tokenizer=tokenizer,
-        text_encoder_2=make_t5(t5_tokenizer),
-        tokenizer_2=t5_tokenizer,
-        transformer=transformer.eval(),
+        transformer=diffusers.FluxTransformer2DModel(**layers, **widths, **channels).eval(),
     )
 
 
 def make_pixart() -> diffusers.PixArtSigmaPipeline:
-    t5_tokenizer = make_t5_tokenizer()
+    channels = {"caption_channels": 32, "cross_attention_dim": 32, "in_channels": 4, "out_channels": 8}
     transformer = diffusers.PixArtTransformer2DModel(
-        **TRANSFORMER,
-        caption_channels=32,
-        in_channels=4,
-        out_channels=8,
-        cross_attention_dim=32,
-        norm_type="ada_norm_single",
-        use_additional_conditions=False,
+        **TRANSFORMER, **channels, norm_type="ada_norm_single", use_additional_conditions=False
     )
-    return diffusers.PixArtSigmaPipeline(
-        tokenizer=t5_tokenizer,
-        text_encoder=make_t5(t5_tokenizer),
-        vae=make_vae(),
-        transformer=transformer.eval(),
-        scheduler=diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
-    )
+    scheduler = diffusers.DPMSolverMultistepScheduler(**LINEAR)
+    parts = text_encoders("t5") | {"vae": make_vae(), "scheduler": scheduler}
+    return diffusers.PixArtSigmaPipeline(**parts, transformer=transformer.eval())
 
 
 def make_dit() -> diffusers.DiTPipeline:
-    transformer = diffusers.DiTTransformer2DModel(
-        **TRANSFORMER,
-        in_channels=4,
-        out_channels=8,
-        attention_bias=True,
-        activation_fn="gelu-approximate",
-        num_embeds_ada_norm=1000,
-        norm_type="ada_norm_zero",
-        norm_elementwise_affine=False,
-    )
-    pipe = diffusers.DiTPipeline(
-        transformer=transformer.eval(),
-        vae=make_vae(),
-        scheduler=diffusers.DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False),
-        id2label=CLASSES,
-    )
+    norm = {"norm_type": "ada_norm_zero", "norm_elementwise_affine": False, "num_embeds_ada_norm": 1000}
+    others = {"in_channels": 4, "out_channels": 8, "attention_bias": True, "activation_fn": "gelu-approximate"}
+    transformer = diffusers.DiTTransformer2DModel(**TRANSFORMER, **norm, **others).eval()
+    scheduler = diffusers.DDIMScheduler(**LINEAR, clip_sample=False)
+    pipe = diffusers.DiTPipeline(transformer=transformer, vae=make_vae(), scheduler=scheduler, id2label=CLASSES)
     pipe.register_to_config(id2label=CLASSES)  # as in published models; diffusers itself forgets it on saving
     return pipe
 
@@ -255,7 +175,7 @@ def make_ddpm() -> diffusers.DDPMPipeline:
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "sd1": make_stable_diffusion,
-    "sd2-v": lambda: make_stable_diffusion("v_prediction"),
+    "sd2-v": partial(make_stable_diffusion, "v_prediction"),
     "sdxl": make_stable_diffusion_xl,
     "sd3": make_stable_diffusion_3,
     "flux": make_flux,

@@ -19,13 +19,11 @@ from PIL import Image
 
 from ..errors import DataError, first_line
 from ..files import is_inside
-from .images import UnreadableImage, decode_image, reason_of
+from .images import UnreadableImage, decode_image
 from .tables import read_table
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 IMAGE_COLUMNS = ("image", "img")
-METADATA_EXAMPLE = "file_name,text\n  0001.png,a photo of a waterbird"
-
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
 
 Source: TypeAlias = str | Path | datasets.Dataset | datasets.DatasetDict
@@ -62,17 +60,12 @@ class CaptionedImages:
         Raises:
             UnreadableImage: The image is missing, empty, cut short or in no known format.
         """
-        try:
-            data = self._bytes(index)
-        except OSError as error:
-            raise UnreadableImage(self.names[index], reason_of(error)) from error
-        return decode_image(data, self.names[index])
+        return decode_image(lambda: self._bytes(index), self.names[index])
 
     def is_own(self, index: int) -> bool:
-        """Whether an image is part of the data itself: held by it, or a file that truly lies in its folder.
+        """Whether an image is held by the data itself, or a file that truly lies in its folder.
 
-        Data may name files elsewhere, by links or by the paths in parquet files. They are good to train on; but what
-        is passed on to others, such as a report, should not show a file that only a name brought in.
+        Files elsewhere, named by links or in parquet, may be trained on, but not be shown to others, as in a report.
         """
         stored = self._stored(index)
         return not isinstance(stored, Path) or (self.folder is not None and is_inside(stored, self.folder))
@@ -188,7 +181,7 @@ def load_captioned_images(
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise DataError(
-            f"Expected each image once in {where}, found {len(twice)} named more than once: {listed(twice)}. "
+            f"Expected each image once in {where}, found {len(twice)} named more than once: {_listed(twice)}. "
             "Remove the extra rows."
         )
     if not captions:
@@ -197,36 +190,33 @@ def load_captioned_images(
     texts = attributes.pop(column)
     if not texts:
         raise DataError(f"Expected captioned images in {where}, found no rows.")
-    empty = [name for name, text in zip(names, texts, strict=True) if not (isinstance(text, str) and text.strip())]
-    if empty:
-        raise DataError(
-            f"Expected a caption for every image in {where}, found none in column {column!r} for "
-            f"{len(empty)} of {len(names)}: {listed(empty)}. Write captions for them or remove their rows."
-        )
     # Half of a pair of surrogates: no file of UTF-8 and no tokenizer can hold it.
-    halves = [name for name, text in zip(names, texts, strict=True) if text != text.encode(errors="ignore").decode()]
-    if halves:
+    wrong = [
+        name
+        for name, text in zip(names, texts, strict=True)
+        if not (isinstance(text, str) and text.strip() and text == text.encode(errors="ignore").decode())
+    ]
+    if wrong:
         raise DataError(
-            f"Expected captions of whole characters in {where}, found half of one (a lone surrogate) in those of "
-            f"{len(halves)} of {len(names)}: {listed(halves)}. Write these captions again."
+            f"Expected a caption of whole characters for every image in {where}, found none, or half a character (a "
+            f"lone surrogate), in column {column!r} for {len(wrong)} of {len(names)}: {_listed(wrong)}. Write "
+            "captions for them or remove their rows."
         )
     return replace(opened, captions=texts, attributes=attributes)
 
 
-def listed(values: Sequence[str], most: int = 5) -> str:
+def _listed(values: Sequence[str], most: int = 5) -> str:
     """The first few values, joined for a message."""
-    shown = ", ".join(map(str, values[:most])) or "nothing"
-    return f"{shown} and {len(values) - most} more" if len(values) > most else shown
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return (", ".join(map(str, values[:most])) or "nothing") + more
 
 
-def _open(
-    source: Source, image_column: str | None, split: str, limit: int | None, needs_table: bool
-) -> CaptionedImages:
-    """Any source, its captions still among the attributes; unless it `needs_table`, a folder of images will do."""
+def _open(source: Source, image_column: str | None, split: str, limit: int | None, captions: bool) -> CaptionedImages:
+    """Any source, its captions still among the attributes; without `captions`, a folder of images will do."""
     cache = Path(datasets.config.HF_CACHE_HOME)
     if isinstance(source, datasets.DatasetDict):
         if split not in source:
-            raise DataError(f"Expected a split named {split!r}, found {listed(list(source))}. Pass split=... .")
+            raise DataError(f"Expected a split named {split!r}, found {_listed(list(source))}. Pass split=... .")
         source = source[split]
     if isinstance(source, datasets.Dataset):
         return _open_dataset(source, image_column, limit, Path(), cache)
@@ -243,10 +233,10 @@ def _open(
         files = sorted(path.rglob("*.parquet"))
         if files:
             return _open_dataset(_load_parquet(files, path, split), image_column, limit, path, path)
-        if needs_table:
+        if captions:
             raise DataError(
-                f"Expected metadata.csv or metadata.jsonl (or parquet files) in {path}, found neither. "
-                f"Write one there, for example a metadata.csv of\n  {METADATA_EXAMPLE}"
+                f"Expected metadata.csv or metadata.jsonl (or parquet files) in {path}, found neither. Write one, "
+                "for example a metadata.csv of\n  file_name,text\n  0001.png,a photo of a waterbird"
             )
         known = set(Image.registered_extensions())
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file())[:limit]
@@ -348,5 +338,5 @@ def _column(wanted: str | None, candidates: Sequence[str], found: list[str], arg
             return name
     raise DataError(
         f"Expected a column of {argument.removesuffix('_column')}s named {' or '.join(names)} in {where}, found "
-        f"{listed(found)}. Rename it or pass {argument}=... ."
+        f"{_listed(found)}. Rename it or pass {argument}=... ."
     )

@@ -78,8 +78,6 @@ class EncodedImages:
     """The name of each image."""
     source_index: torch.Tensor
     """(N,) the row of each image in the `CaptionedImages` it came from."""
-    skipped: list[tuple[str, str]]
-    """Name and reason of every image that could not be read."""
     model_fingerprint: str
     data_fingerprint: str
     resolution: int
@@ -111,15 +109,9 @@ def encode(
     """Encode every image and every different caption, or read them back where an earlier run left them.
 
     Work is kept in files of `SHARD_SIZE` rows under `cache_dir`; a run that was stopped goes on where it was.
-    Images that cannot be read are skipped and listed in the cache's index.json.
-
-    Args:
-        pipe: The pipeline, on the device that shall do the work.
-        data: From `load_captioned_images`.
-        cache_dir: Different models, data and resolutions share it without meeting.
-        resolution: Pixels; images are cut to a central square and resized. 0 takes the model's own.
-        batch_size: Images or captions encoded at once.
-        progress: Show progress bars.
+    Different models, data and resolutions share `cache_dir` without meeting. Images are cut to a central square of
+    `resolution` pixels, 0 for the model's own. Those that cannot be read are skipped and listed in the cache's
+    index.json.
 
     Raises:
         DataError: More than `data.max_unreadable` of the images cannot be read, or the cache not written.
@@ -150,7 +142,7 @@ def encode(
     skipped = [item for some in per_shard for item in some]
     check_readable(data, skipped)
     source_index = torch.cat([shard["rows"] for shard in shards])
-    used = [family.caption_read(data.captions[row]) for row in source_index.tolist()]
+    used = [data.captions[row] if family.needs_prompts else "" for row in source_index.tolist()]
     captions = list(dict.fromkeys(used))
     conditions: Condition = {}
     if family.needs_prompts:
@@ -160,15 +152,11 @@ def encode(
             write_tensors(null, family.null_condition(pipe))
         wait()
         conditions = joined([read_tensors(path) for path in (*paths, null)])
+    made_of: dict[str, Any] = {"model_fingerprint": model, "data_fingerprint": data.fingerprint}
+    made_of["resolution"] = resolution
     if is_main():
-        index = {
-            "model_fingerprint": model,
-            "data_fingerprint": data.fingerprint,
-            "resolution": resolution,
-            "num_images": len(used),
-            "captions": captions,
-            "skipped": [{"name": name, "reason": reason} for name, reason in skipped],
-        }
+        listed = [{"name": name, "reason": reason} for name, reason in skipped]
+        index = made_of | {"num_images": len(used), "captions": captions, "skipped": listed}
         write_json(folder / "index.json", index)
     number = {caption: index for index, caption in enumerate(captions)}
     return EncodedImages(
@@ -178,10 +166,7 @@ def encode(
         conditions=conditions,
         names=[data.names[row] for row in source_index.tolist()],
         source_index=source_index,
-        skipped=skipped,
-        model_fingerprint=model,
-        data_fingerprint=data.fingerprint,
-        resolution=resolution,
+        **made_of,
     )
 
 
@@ -193,11 +178,7 @@ def as_encoded(
     resolution: int = 0,
     progress: bool = True,
 ) -> EncodedImages:
-    """`data` encoded, by `encode` unless it is already.
-
-    Raises:
-        ConfigError: It is encoded at another resolution than the one asked for.
-    """
+    """`data` encoded by `encode`, unless it is already; `ConfigError` where it is at another resolution."""
     if isinstance(data, EncodedImages):
         if resolution not in (0, data.resolution):
             raise ConfigError(f"Expected images encoded at resolution {resolution}, got {data.resolution}.")
@@ -229,7 +210,7 @@ def model_fingerprint(pipe: DiffusionPipeline) -> str:
             if any(weight.is_meta for weight in component.parameters()):
                 raise ModelError(f"Expected the weights of {name} in memory, found them offloaded. Encode before.")
             config: Any = component.config
-            values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+            values = config.to_dict() if hasattr(config, "to_dict") else config
             kept = {k: v for k, v in values.items() if not k.startswith("_") and k not in where_it_came_from}
             parts += [name, json.dumps(kept, sort_keys=True, default=str), weights_digest(component)]
     return fingerprint(*parts)
@@ -262,11 +243,11 @@ def _write_latents(
 ) -> None:
     """Write the latents of the images that can be read, their rows, and name and reason of the others."""
 
-    def load(row: int) -> torch.Tensor | UnreadableImage:
+    def load(row: int) -> tuple[int, torch.Tensor | UnreadableImage]:
         try:
-            return pixel_values(data.image(row), resolution)
+            return row, pixel_values(data.image(row), resolution)
         except UnreadableImage as error:
-            return error
+            return row, error
 
     family = family_of(pipe)
     latents: list[torch.Tensor] = []
@@ -274,15 +255,13 @@ def _write_latents(
     skipped: list[tuple[str, str]] = []
     with ThreadPoolExecutor(_DECODERS) as pool:
         for batch in _batches(rows, batch_size):
-            loaded = list(zip(batch, pool.map(load, batch), strict=True))
-            skipped += [(item.name, item.reason) for _, item in loaded if isinstance(item, UnreadableImage)]
-            pixels = {row: item for row, item in loaded if isinstance(item, torch.Tensor)}
+            loaded = dict(pool.map(load, batch))
+            skipped += [(item.name, item.reason) for item in loaded.values() if isinstance(item, UnreadableImage)]
+            pixels = {row: item for row, item in loaded.items() if isinstance(item, torch.Tensor)}
             if pixels:
                 read += pixels
                 latents.append(family.encode_images(pipe, torch.stack([*pixels.values()])))
-    tensors = {"rows": torch.tensor(read, dtype=torch.long)}
-    if latents:
-        tensors["latents"] = torch.cat(latents)
+    tensors = {"rows": torch.tensor(read, dtype=torch.long)} | ({"latents": torch.cat(latents)} if latents else {})
     write_tensors(path, tensors, metadata={"skipped": json.dumps(skipped)})
 
 

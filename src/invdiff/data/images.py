@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,18 +36,19 @@ class UnreadableImage(DataError):  # noqa: N818
 
 def read_image(path: Path) -> Image.Image:
     """Decode a file as `decode_image` does, or raise `UnreadableImage`."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UnreadableImage(str(path), reason_of(error)) from error
-    return decode_image(data, str(path))
+    return decode_image(path.read_bytes, str(path))
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode a file's bytes to upright RGB, transparency on white, 16 bits scaled to 8, or raise `UnreadableImage`."""
-    if not data:
-        raise UnreadableImage(name, "the file is empty")
+def decode_image(read: Callable[[], bytes], name: str) -> Image.Image:
+    """Decode the bytes that `read` gives to upright RGB, transparency on white, 16 bits scaled to 8.
+
+    Raises:
+        UnreadableImage: `read` raises an `OSError`, or the bytes are no whole image; `name` is that of the image.
+    """
     try:
+        data = read()
+        if not data:
+            raise ValueError("the file is empty")
         with Image.open(io.BytesIO(data)) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode == "F":
@@ -59,15 +61,11 @@ def decode_image(data: bytes, name: str) -> Image.Image:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except _DECODING_ERRORS as error:
-        raise UnreadableImage(name, reason_of(error)) from error
-
-
-def reason_of(error: Exception) -> str:
-    """A short reason, for messages, why reading an image failed."""
-    if isinstance(error, FileNotFoundError):
-        return "the file does not exist"
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image in a known format"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
+        reason = str(error) or type(error).__name__
+        if isinstance(error, FileNotFoundError):
+            reason = "the file does not exist"
+        elif isinstance(error, UnidentifiedImageError):
+            reason = "not an image in a known format"
+        elif isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        raise UnreadableImage(name, reason) from error

@@ -46,13 +46,8 @@ def read_table(
 ) -> Table:
     """Read a CSV file (its name ends in .csv, the first line names the columns) or a file of one JSON object a line.
 
-    Both are UTF-8, with or without a byte order mark; empty lines are skipped.
-
-    Args:
-        path: The file.
-        required: What each row must have: the name of a column, or several names of which it must have one.
-        limit: Read the first `limit` rows only.
-        error: The class of the errors that are raised.
+    Both are UTF-8, with or without a byte order mark; empty lines are skipped. Each row must have the columns
+    `required`, one of them where an entry has several names. The first `limit` rows are read.
 
     Raises:
         InvDiffError: As the class `error`, always with file and line: the file cannot be read, is not UTF-8, has no

@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
 from ..errors import ConfigError, DataError, ModelError, first_line
-from ..files import weights_digest
 from .load import default_device, public_name
 
 BATCH_SIZE = 32
@@ -35,8 +34,7 @@ class VisionEncoder:
     def load(cls, name_or_folder: str | Path) -> VisionEncoder:
         """Load what `AutoModel` and `AutoImageProcessor` find in a folder or under a hub id onto `default_device()`.
 
-        Raises:
-            ModelError: There is no vision encoder there, or its files are damaged or lack some of its weights.
+        `ModelError` where there is no vision encoder, or its files are damaged or lack some of its weights.
         """
         source = str(name_or_folder)
         model = load_pretrained(AutoModel, source, "a vision encoder")
@@ -52,10 +50,6 @@ class VisionEncoder:
             raise DataError("Expected at least one image to encode, got none. Check what selects the images.")
         return np.concatenate(features)
 
-    def weights_digest(self) -> str:
-        """16 hex digits that name the model's weights."""
-        return weights_digest(self.model)
-
 
 @dataclass(frozen=True)
 class ClipEncoder(VisionEncoder):
@@ -65,26 +59,21 @@ class ClipEncoder(VisionEncoder):
 
     @classmethod
     def load(cls, name_or_folder: str | Path) -> ClipEncoder:
-        """Load a `CLIPModel` with its tokenizer and image processor, of a folder or a hub id.
-
-        Raises:
-            ModelError: There is no CLIP model with both towers, or it lacks weights or its tokenizer.
-        """
-        source = str(name_or_folder)
+        """Load a `CLIPModel` with its tokenizer and image processor, of a folder or a hub id; `ModelError` without."""
+        source, remedy = str(name_or_folder), "Save the model's own beside it."
         model = load_pretrained(AutoModel, source, "a CLIP model")
         if not isinstance(model, CLIPModel):
             raise ModelError(
                 f"Expected a CLIP model with both towers at {source}, got a {type(model).__name__}. "
                 "Give a folder or hub id such as openai/clip-vit-base-patch32."
             )
-        processor, remedy = load_image_processor(source), "Save the model's own beside it."
         tokenizer = _loaded(AutoTokenizer.from_pretrained, source, "a tokenizer", remedy)
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers 5 makes up for absent files with this
             raise ModelError(
                 f"Expected a tokenizer at {source}, found one that knows no word: its files are absent or empty. "
                 f"{remedy}"
             )
-        return cls(model_name(source), model, processor, tokenizer)
+        return cls(model_name(source), model, load_image_processor(source), tokenizer)
 
     @property
     def logit_scale(self) -> float:
@@ -93,22 +82,16 @@ class ClipEncoder(VisionEncoder):
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str], *, truncate: bool = True) -> NDArray[np.float32]:
-        """Projected features of texts, (N, D), not normalised; each distinct text is computed once.
+        """Projected features of at least one text, (N, D), not normalised; each distinct text is computed once.
 
-        Args:
-            texts: At least one.
-            truncate: Cut texts of more tokens than the model reads (77 for most); else they are an error.
-
-        Raises:
-            DataError: There is no text.
-            ConfigError: A text is too long, and shall not be cut.
+        Texts of more tokens than the model reads (77 for most) are cut, or refused unless `truncate`.
         """
         if isinstance(texts, str) or not texts:
             raise DataError(f"Expected a list of at least one prompt, got {texts!r}.")
         longest = self.model.config.text_config.max_position_embeddings
         cut = {"truncation": True, "max_length": longest} if truncate else {}
         distinct = list(dict.fromkeys(texts))
-        features = []
+        features: list[NDArray[np.float32]] = []
         for start in range(0, len(distinct), BATCH_SIZE):
             batch = distinct[start : start + BATCH_SIZE]
             tokens = self.tokenizer(batch, padding=True, return_tensors="pt", **cut).to(self.model.device)
@@ -118,9 +101,9 @@ class ClipEncoder(VisionEncoder):
                     f"Expected prompts of at most {longest} tokens, got {found} in one of {batch}. Shorten it."
                 )
             output = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-            features.append(_pooled(output))
-        position = {text: index for index, text in enumerate(distinct)}
-        return np.concatenate(features)[[position[text] for text in texts]]
+            features += [*_pooled(output)]
+        by_text = dict(zip(distinct, features, strict=True))
+        return np.stack([by_text[text] for text in texts])
 
 
 def load_pretrained(model_class: Any, name_or_folder: str, kind: str) -> Any:

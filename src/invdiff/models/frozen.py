@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -43,14 +43,20 @@ class FrozenDenoiser:
 
     def __init__(self, pipe: Any) -> None:
         self.family = family_of(pipe)
-        self.module: Any = denoiser_of(pipe)
+        self.module = cast(Any, denoiser_of(pipe))
         check_plain(pipe)
-        self.family.check_plain_input(self.module)
-        self.schedule = NoiseSchedule(pipe.scheduler)
-        self.device = torch.device(pipe._execution_device)
+        shape = self.family.shape(self.module)
+        given, wanted = shape.latent_channels * self.family.packing**2, self.module.config.in_channels
+        if wanted != given:
+            raise ModelError(
+                f"Expected a denoiser of noisy latents alone ({given} channels), got one of {wanted} channels, which "
+                "expects masks or images beside them. Audit and train on the text-to-image model."
+            )
+        self.schedule, self.device = NoiseSchedule(pipe.scheduler), torch.device(pipe._execution_device)
         self.dtype = next(self.module.parameters()).dtype
-        path = self.family.shape(self.module).feature_path
-        self._features = FeatureCapture(self.module, path, lambda output: self.family.hidden_states(output).clone())
+        self._features = FeatureCapture(
+            self.module, shape.feature_path, lambda output: self.family.hidden_states(output).clone()
+        )
         self._was_training = self.module.training
         self.module.eval()
 
@@ -82,17 +88,6 @@ class FrozenDenoiser:
         self.close()
 
 
-def feature_block(denoiser: nn.Module, path: str) -> nn.Module:
-    """The sub-module of `denoiser` at a dotted path such as "down_blocks.1"; `ModelError` where there is none."""
-    try:
-        return denoiser.get_submodule(path)
-    except AttributeError as error:
-        raise ModelError(
-            f"Expected {type(denoiser).__name__} to have a block named {path!r}, found none; "
-            f"its blocks are {', '.join(name for name, _ in denoiser.named_children())}."
-        ) from error
-
-
 class Hook:
     """A forward hook that stays with the module it was registered on: copies and pickles of the module have none."""
 
@@ -112,7 +107,7 @@ def do_nothing(*arguments: Any, **keywords: Any) -> None:
 
 
 class FeatureCapture:
-    """Record the output of one block of a denoiser at each forward pass.
+    """Record the output of one block of a denoiser, at a dotted path such as "down_blocks.1", at each forward pass.
 
     `read` turns the block's output, a tensor or a tuple, into the tensor that is kept. It is called inside the hook,
     and must copy: later parts of the forward pass (FreeU, adapters) may overwrite the output in place.
@@ -121,7 +116,14 @@ class FeatureCapture:
     def __init__(self, denoiser: nn.Module, path: str, read: Callable[[Any], torch.Tensor] = torch.clone) -> None:
         self._value: torch.Tensor | None = None
         self._read, self._path = read, path
-        self._handle = feature_block(denoiser, path).register_forward_hook(Hook(self._record))
+        try:
+            block = denoiser.get_submodule(path)
+        except AttributeError as error:
+            raise ModelError(
+                f"Expected {type(denoiser).__name__} to have a block named {path!r}, found none; "
+                f"its blocks are {', '.join(name for name, _ in denoiser.named_children())}."
+            ) from error
+        self._handle = block.register_forward_hook(Hook(self._record))
 
     def _record(self, block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._value = self._read(output)

@@ -1,14 +1,13 @@
 """Draw one bird before one background: flat illustration, soft light, every style parameter continuous.
 
-`sample_scene` decides, `render` paints. The scene's numbers are drawn in the same order whatever the subject
-and the background, so one random state gives a matched pair that differs in that attribute alone.
+`Scene` decides, `render` paints. The scene's numbers are drawn in the same order whatever the subject and the
+background, so one random state gives a matched pair that differs in that attribute alone.
 """
 
 from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -24,33 +23,25 @@ Vector = Sequence[float] | Array
 
 OVERSAMPLING = 4
 SKY_ROWS = 32  # the sky is smooth: it is computed on this many rows and columns and enlarged
-DETAILS = 40  # uniform numbers kept for waves, tufts, trees and clouds
 
 
-@dataclass(frozen=True)
 class Scene:
-    """The content of a picture. Lengths are fractions of the image side, y grows downwards."""
+    """The content of a picture, drawn at random; nothing in its style depends on the subject or on the background.
 
-    subject: str
-    background: str
-    facing: int
-    """1 looks right, -1 looks left."""
-    tone: float
-    """Plumage, uniform in [0, 1]: yellow, orange, red (warm), then magenta, violet, blue (cool)."""
-    light: float
-    """Time of day, uniform in [0, 1]: from dusk to noon."""
-    x: float
-    ground: float
-    """Where the bird touches the ground."""
-    size: float
-    tilt: float
-    """Radians."""
-    depth: float
-    """Brightness of the plumage, in [-1, 1]."""
-    horizon: float
-    hue: float
-    """Shift of the hue of grass and water, in [-1, 1]."""
-    details: Array
+    Lengths are fractions of the image side, y grows downwards.
+    """
+
+    def __init__(self, subject: str, background: str, rng: np.random.Generator) -> None:
+        self.subject, self.background = subject, background
+        self.facing = 1 if rng.random() < 0.5 else -1  # 1 looks right
+        self.tone = rng.random()  # of the plumage: yellow, orange, red (warm), then magenta, violet, blue (cool)
+        self.light = rng.random()  # from dusk to noon
+        self.x, self.ground = rng.uniform(0.44, 0.56), rng.uniform(0.8, 0.9)  # where the bird touches the ground
+        self.size, self.tilt = rng.uniform(0.54, 0.66), rng.uniform(-0.08, 0.08)  # of the bird; the tilt in radians
+        self.depth = rng.uniform(-1, 1)  # brightness of the plumage
+        self.horizon = rng.uniform(0.42, 0.58)
+        self.hue = rng.uniform(-1, 1)  # shift of the hue of grass and water
+        self.details = rng.random(40)  # of waves, tufts, trees and clouds
 
     @property
     def attributes(self) -> dict[str, str]:
@@ -62,25 +53,6 @@ class Scene:
             "side": "right" if self.facing > 0 else "left",
             "light": "bright" if self.light >= 0.5 else "dim",
         }
-
-
-def sample_scene(subject: str, background: str, rng: np.random.Generator) -> Scene:
-    """Draw the style of one picture; nothing in it depends on the subject or on the background."""
-    return Scene(
-        subject=subject,
-        background=background,
-        facing=1 if rng.random() < 0.5 else -1,
-        tone=rng.random(),
-        light=rng.random(),
-        x=rng.uniform(0.44, 0.56),
-        ground=rng.uniform(0.8, 0.9),
-        size=rng.uniform(0.54, 0.66),
-        tilt=rng.uniform(-0.08, 0.08),
-        depth=rng.uniform(-1, 1),
-        horizon=rng.uniform(0.42, 0.58),
-        hue=rng.uniform(-1, 1),
-        details=rng.random(DETAILS),
-    )
 
 
 def render(scene: Scene, *, resolution: int = 64) -> Image.Image:
@@ -143,7 +115,7 @@ class Brush:
     def __init__(self, image: Image.Image, *, tint: Array) -> None:
         self.side, self.pen, self.tint = image.width, ImageDraw.Draw(image, "RGBA"), tint
 
-    def ink(self, colour: Vector, alpha: float = 1.0) -> tuple[int, ...]:
+    def ink(self, colour: Vector, alpha: float) -> tuple[int, ...]:
         """The tinted colour as 8-bit RGBA."""
         red, green, blue = np.clip(np.asarray(colour) * self.tint * 255, 0, 255)
         return int(red), int(green), int(blue), int(alpha * 255)
@@ -160,7 +132,7 @@ class Brush:
         """Fill an upright ellipse."""
         (x, y), (width, height) = centre, radius
         box = np.array([x - width, y - height, x + width, y + height]) * self.side
-        self.pen.ellipse(box.tolist(), fill=self.ink(colour, alpha))
+        self.pen.ellipse(box.tolist(), self.ink(colour, alpha))
 
     def stroke(self, path: Array, width: float, colour: Vector, alpha: float = 1.0) -> None:
         """Draw a line through (points, 2)."""
@@ -170,20 +142,13 @@ class Brush:
 
 @lru_cache(maxsize=64)
 def _spline(count: int, closed: bool) -> Array:
-    """The Catmull-Rom matrix (samples, count) that interpolates `count` control points."""
-    per_segment = 8
-    t = np.arange(per_segment) / per_segment
-    basis = 0.5 * np.stack([-(t**3) + 2 * t**2 - t, 3 * t**3 - 5 * t**2 + 2, -3 * t**3 + 4 * t**2 + t, t**3 - t**2])
-    segments = count if closed else count - 1
-    matrix = np.zeros((segments * per_segment + (not closed), count))
-    for segment in range(segments):
-        rows = slice(segment * per_segment, (segment + 1) * per_segment)
-        for offset, weights in zip(range(-1, 3), basis, strict=True):
-            index = (segment + offset) % count if closed else min(max(segment + offset, 0), count - 1)
-            matrix[rows, index] += weights
-    if not closed:
-        matrix[-1, -1] = 1
-    return matrix
+    """The Catmull-Rom matrix (samples, count) that interpolates `count` control points, eight samples a segment."""
+    t = np.arange(8)[:, None] / 8
+    basis = -(t**3) + 2 * t**2 - t, 3 * t**3 - 5 * t**2 + 2, -3 * t**3 + 4 * t**2 + t, t**3 - t**2
+    around = np.pad(np.eye(count), ((1, 2), (0, 0)), "wrap" if closed else "edge")
+    segments = count - (not closed)
+    spans = [0.5 * weights * around[k : k + segments, None] for k, weights in enumerate(basis)]
+    return np.concatenate([np.sum(spans, axis=0).reshape(-1, count), np.eye(count)[segments:]])
 
 
 def _curve(points: Points | Array, *, closed: bool = True) -> Array:

@@ -1,13 +1,13 @@
 """Drawn land birds and water birds, on land or on water: the background is a known spurious attribute.
 
-The background agrees with the subject in a `severity` share of the images. Everything else (colour, facing
-side, light, place, size) is independent of both. Row i depends on the seed and on i alone.
+Everything else (colour, facing side, light, place, size) is independent of both.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from ...errors import ConfigError, DataError
 from ...files import read_json, save_image, write_json, write_text
-from .drawing import BACKGROUNDS, SUBJECTS, Scene, render, sample_scene
+from .drawing import BACKGROUNDS, SUBJECTS, Scene, render
 
 if TYPE_CHECKING:
     from ..captioned import CaptionedImages
@@ -69,41 +69,32 @@ def held_out_prompts() -> tuple[str, ...]:
     return tuple(template.format(subject) for subject in SUBJECTS for template in HELD_OUT_TEMPLATES)
 
 
+@dataclass(frozen=True)
 class BirdsWorld:
     """A biased, captioned set of drawn birds; pictures are drawn when they are asked for.
 
-    Args:
-        num_images: How many images there are. Row i is the same whatever their number.
-        severity: Probability that the background agrees with the subject, in [0, 1].
-        seed: Another seed, another set.
-        resolution: Pixels a side.
-        world: "two-prompts": land birds and water birds in equal shares, captioned as such. "one-prompt":
-            land birds only, all captioned "a photo of a bird".
-
-    Raises:
-        ConfigError: A setting is outside its range.
+    Row i is the same whatever `num_images`. The background agrees with the subject with probability `severity`. World
+    "two-prompts" has land birds and water birds in equal shares, captioned as such; "one-prompt" land birds only, all
+    captioned "a photo of a bird". `resolution` is in pixels. `ConfigError` where a setting is outside its range.
     """
 
-    def __init__(
-        self,
-        num_images: int,
-        *,
-        severity: float = 0.95,
-        seed: int = 0,
-        resolution: int = 64,
-        world: str = "two-prompts",
-    ) -> None:
+    num_images: int
+    _: KW_ONLY
+    severity: float = 0.95
+    seed: int = 0
+    resolution: int = 64
+    world: str = "two-prompts"
+
+    def __post_init__(self) -> None:
         for wrong, expected in (
-            (num_images < 1, f"num_images of at least 1, got {num_images}"),
-            (not 0 <= severity <= 1, f"a severity in [0, 1], got {severity}"),
-            (seed < 0, f"a seed of at least 0, got {seed}"),
-            (resolution < 16, f"a resolution of at least 16, got {resolution}"),
-            (world not in WORLDS, f"a world of {WORLDS}, got {world!r}"),
+            (self.num_images < 1, f"num_images of at least 1, got {self.num_images}"),
+            (not 0 <= self.severity <= 1, f"a severity in [0, 1], got {self.severity}"),
+            (self.seed < 0, f"a seed of at least 0, got {self.seed}"),
+            (self.resolution < 16, f"a resolution of at least 16, got {self.resolution}"),
+            (self.world not in WORLDS, f"a world of {WORLDS}, got {self.world!r}"),
         ):
             if wrong:
                 raise ConfigError(f"Expected {expected}.")
-        self.num_images, self.severity, self.seed = num_images, severity, seed
-        self.resolution, self.world = resolution, world
 
     def __len__(self) -> int:
         return self.num_images
@@ -131,18 +122,14 @@ class BirdsWorld:
         )
 
     def write(self, folder: str | Path, *, progress: bool = False, format: str = "png") -> Path:
-        """Write an imagefolder: `images/00000.png` and so on, then `metadata.csv`.
+        """Write an imagefolder, `images/00000.png` and so on, then `metadata.csv`, and return it.
 
         A killed run is taken up where it stopped: images that exist are kept, and `metadata.csv` comes last.
-
-        Args:
-            folder: An empty or new folder, or one that the same set was being written to; it is returned.
-            progress: Whether to show a progress bar.
-            format: "png", or "jpg" for smaller files.
+        `format` is "png", or "jpg" for smaller files.
 
         Raises:
             ConfigError: The format is unknown.
-            DataError: The folder holds something else, or cannot be written.
+            DataError: The folder holds something else than the same set, or cannot be written.
         """
         from ...progress import progress_bar  # imports torch, which drawing does without
 
@@ -183,7 +170,7 @@ class BirdsWorld:
         subject = SUBJECTS[int(self.world == "two-prompts" and subject_draw < 0.5)]
         natural = NATURAL_BACKGROUND[subject]
         background = natural if agreement < self.severity else next(each for each in BACKGROUNDS if each != natural)
-        scene = sample_scene(subject, background, rng)
+        scene = Scene(subject, background, rng)
         text, explicit = ONE_PROMPT, False
         if self.world == "two-prompts":
             explicit = kind < EXPLICIT_SHARE

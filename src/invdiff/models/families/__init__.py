@@ -15,11 +15,11 @@ from diffusers import (
 
 from ...errors import ModelError
 from ..load import denoiser_of
-from .base import Condition, DenoiserCall, DenoiserShape, Family
+from .base import Condition, DenoiserCall, Family
 from .transformer import DiT, Flux, PixArt, StableDiffusion3
 from .unet import StableDiffusion, StableDiffusionXL, Unconditional
 
-__all__ = ["Condition", "DenoiserCall", "DenoiserShape", "Family", "family_of"]
+__all__ = ["Condition", "DenoiserCall", "Family", "family_of"]
 
 _TRANSFORMERS: dict[type, type[Family]] = {
     SD3Transformer2DModel: StableDiffusion3,
@@ -39,6 +39,9 @@ def family_of(pipe: Any) -> Family:
     config = getattr(network, "config", {})
     names = ("addition_embed_type", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds")
     further = {name: config.get(name) for name in names if config.get(name) is not None}
+    if isinstance(network, UNet2DModel):  # of pixels only
+        parts = {name: getattr(pipe, name, None) for name in ("vae", "vqvae")}
+        further |= {name: type(part).__name__ for name, part in parts.items() if part is not None}
     if isinstance(network, UNet2DConditionModel):
         added = {name: value for name, value in further.items() if value != "ip_image_proj"}
         if not added:

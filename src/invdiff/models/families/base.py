@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError, ModelError
+from ...errors import ConfigError
 from ..load import denoiser_of
 
 Condition: TypeAlias = dict[str, Tensor]
@@ -45,12 +46,6 @@ class DenoiserCall:
     condition: Condition
     """Phi's input."""
 
-    @classmethod
-    def of(cls, noisy_latents: Tensor, timestep: Any, **condition: Tensor | None) -> DenoiserCall:
-        """A call with one timestep, or one for each row, and the conditions that are not None."""
-        timesteps = torch.as_tensor(timestep, device=noisy_latents.device).reshape(-1).expand(len(noisy_latents))
-        return cls(noisy_latents, timesteps, {name: value for name, value in condition.items() if value is not None})
-
 
 class Family(ABC):
     """The adapter of one family of denoisers, used by audit, training, attach and generate; it keeps no pipeline.
@@ -63,7 +58,9 @@ class Family(ABC):
     needs_prompts: ClassVar[bool] = True
     """Whether images are drawn from prompts (or class names)."""
     packing: ClassVar[int] = 1
-    """How many latents are one input of the denoiser."""
+    """Side of the square of latents that is one input of the denoiser."""
+    conditions: ClassVar[tuple[str, ...]] = ()
+    """The conditions that the pipeline's `encode_prompt` returns first, in its order; "" where one is not read."""
 
     def __init__(self, pipe: Any) -> None:
         vae = getattr(pipe, "vae", None)
@@ -81,22 +78,21 @@ class Family(ABC):
     def base_width(self, denoiser: Any) -> int:
         """Channels of a gradient estimator of fitting size, before rounding."""
 
-    def check_plain_input(self, denoiser: Any) -> None:
-        """Raise `ModelError` where the denoiser expects more than noisy latents (inpainting, depth, editing)."""
-        given, wanted = self.shape(denoiser).latent_channels * self.packing, denoiser.config["in_channels"]
-        if wanted != given:
-            raise ModelError(
-                f"Expected a denoiser of noisy latents alone ({given} channels), got one of {wanted} channels, which "
-                "expects masks or images beside them. Audit and train on the text-to-image model."
-            )
-
     @abstractmethod
     def predict(self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The denoiser's prediction for noisy latents."""
 
-    @abstractmethod
     def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
         """The arguments, by name, of a call that a pipeline makes, in the common layout."""
+        noisy_latents = call["sample"] if "sample" in call else call["hidden_states"]
+        timesteps = torch.as_tensor(call["timestep"], device=noisy_latents.device).reshape(-1)
+        condition = {
+            "prompt_embeds": call.get("encoder_hidden_states"),
+            "prompt_attention_mask": call.get("encoder_attention_mask"),
+            "class_labels": call.get("class_labels"),
+        }
+        given = {name: value for name, value in condition.items() if value is not None}
+        return DenoiserCall(noisy_latents, timesteps.expand(len(noisy_latents)), given)
 
     def prediction(self, output: Tensor, call: DenoiserCall, channels: int) -> Tensor:
         """The prediction in a denoiser's raw output."""
@@ -119,17 +115,22 @@ class Family(ABC):
 
     # The pipeline.
 
-    @abstractmethod
     def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
         """The condition of captions, one row each."""
+        options = {
+            "prompt_2": None,
+            "prompt_3": None,
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": False,
+        }
+        known = inspect.signature(pipe.encode_prompt).parameters
+        options = {name: value for name, value in options.items() if name in known}
+        encoded = pipe.encode_prompt(prompt=list(captions), device=pipe._execution_device, **options)
+        return {name: value for name, value in zip(self.conditions, encoded, strict=False) if name}
 
     def null_condition(self, pipe: Any) -> Condition:
         """The condition of the unconditional half of classifier-free guidance, one row."""
         return self.encode_captions(pipe, [""])
-
-    def caption_read(self, caption: str) -> str:
-        """The part of a caption that the denoiser is conditioned on."""
-        return caption
 
     def encode_images(self, pipe: Any, pixels: Tensor) -> Tensor:
         """Encode (batch, 3, height, width) in -1 to 1 to scaled latents, the mode, in float32 on the CPU."""
@@ -158,7 +159,7 @@ class Family(ABC):
 
     def granularity(self, denoiser: Any) -> int:
         """Pixels that a resolution must be a multiple of."""
-        return self.latent_factor * int(denoiser.config.get("patch_size") or 1)
+        return self.latent_factor * self.packing * int(denoiser.config.get("patch_size") or 1)
 
     def draw(self, pipe: Any, prompts: list[str], *, guidance_scale: float, resolution: int, **options: Any) -> Any:
         """Call the pipeline for one image of each prompt, with `options` such as generators and steps.

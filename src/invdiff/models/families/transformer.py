@@ -18,14 +18,13 @@ NO_GUIDANCE = 1.0
 
 
 class TransformerFamily(Family):
-    """What transformers share."""
+    """What transformers share: features are the tokens of the block in the middle."""
 
     prompt_width: ClassVar[str]
     """The denoiser's setting that has the width of prompt embeddings; "" where it reads none."""
 
     def shape(self, denoiser: Any) -> DenoiserShape:
-        """The block in the middle. Output channels beyond the latents' are a learnt variance."""
-        return DenoiserShape(
+        return DenoiserShape(  # output channels beyond the latents' are a learnt variance
             latent_channels=min(denoiser.config["in_channels"], denoiser.out_channels),
             feature_path=f"transformer_blocks.{len(denoiser.transformer_blocks) // 2}",
             feature_channels=denoiser.inner_dim,
@@ -33,26 +32,14 @@ class TransformerFamily(Family):
         )
 
     def base_width(self, denoiser: Any) -> int:
-        """An eighth of the width of the transformer."""
         return min(256, denoiser.inner_dim // 8)
 
-    def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
-        """`hidden_states`, `timestep` and, where they are given, prompt embeddings with their mask or classes."""
-        return DenoiserCall.of(
-            call["hidden_states"],
-            call["timestep"],
-            prompt_embeds=call.get("encoder_hidden_states"),
-            prompt_attention_mask=call.get("encoder_attention_mask"),
-            class_labels=call.get("class_labels"),
-        )
-
     def hidden_states(self, block_output: Any) -> Tensor:
-        """The image's tokens, (rows, channels, tokens, 1); text comes first where a block returns both."""
+        # Text comes first where a block returns both.
         tokens = block_output[-1] if isinstance(block_output, tuple) else block_output
         return tokens.transpose(1, 2)[..., None]
 
     def on_grid(self, features: Tensor, noisy_latents: Tensor) -> Tensor:
-        """Tokens laid out as patches of the latents: (rows, channels, height', width')."""
         rows, channels, tokens, _ = features.shape
         height, width = noisy_latents.shape[-2:]
         patch = round((height * width / tokens) ** 0.5)
@@ -68,39 +55,28 @@ class StableDiffusion3(TransformerFamily):
     """Stable Diffusion 3 and 3.5: up to three text encoders."""
 
     title = "Stable Diffusion 3"
+    conditions = ("prompt_embeds", "", "pooled_prompt_embeds")
     prompt_width = "joint_attention_dim"
 
     def predict(self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """Run the transformer."""
         embeds, pooled = condition["prompt_embeds"], condition["pooled_prompt_embeds"]
         return denoiser(noisy_latents, embeds, pooled, timesteps, return_dict=False)[0]
-
-    def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
-        """Run the text encoders that the pipeline has."""
-        embeds, _, pooled, _ = pipe.encode_prompt(
-            prompt=list(captions),
-            prompt_2=None,
-            prompt_3=None,
-            device=pipe._execution_device,
-            do_classifier_free_guidance=False,
-        )
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
 class Flux(TransformerFamily):
     """Flux.1: 2x2 latents are one token, and timesteps run from 0 to 1."""
 
     title = "Flux"
-    packing = 4
+    packing = 2
+    conditions = ("prompt_embeds", "pooled_prompt_embeds")
     prompt_width = "joint_attention_dim"
 
     def shape(self, denoiser: Any) -> DenoiserShape:
-        """The last block that keeps image and text apart."""
+        # The last block that keeps image and text apart.
         last = f"transformer_blocks.{len(denoiser.transformer_blocks) - 1}"
         return replace(super().shape(denoiser), latent_channels=denoiser.out_channels // 4, feature_path=last)
 
     def predict(self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """Pack, run the transformer, unpack."""
         rows, _, height, width = noisy_latents.shape
         embeds = condition["prompt_embeds"]
         guidance = torch.full((rows,), NO_GUIDANCE, dtype=embeds.dtype, device=embeds.device)
@@ -117,7 +93,6 @@ class Flux(TransformerFamily):
         return unpacked(output[0], height // 2, width // 2)
 
     def read(self, denoiser: Any, call: dict[str, Any]) -> DenoiserCall:
-        """Unpack `hidden_states` by the places in `img_ids`; `timestep` is put on the scale of the schedule."""
         tokens, ids = call["hidden_states"], call["img_ids"]
         height, width = (int(side) + 1 for side in ids.reshape(-1, 3)[:, 1:].amax(dim=0))
         if height * width != tokens.shape[1]:
@@ -126,25 +101,14 @@ class Flux(TransformerFamily):
                 "that send further images along (Kontext) are not supported."
             )
         noisy_latents = unpacked(tokens[..., : denoiser.out_channels], height, width)
-        return DenoiserCall.of(noisy_latents, call["timestep"] * 1000, prompt_embeds=call["encoder_hidden_states"])
+        return super().read(denoiser, call | {"hidden_states": noisy_latents, "timestep": call["timestep"] * 1000})
 
     def prediction(self, output: Tensor, call: DenoiserCall, channels: int) -> Tensor:
-        """Unpack."""
         height, width = call.noisy_latents.shape[-2:]
         return unpacked(output, height // 2, width // 2)
 
     def shifted(self, output: Tensor, shift: Tensor) -> Tensor:
-        """Pack the shift and add it."""
         return output + packed(shift)
-
-    def granularity(self, denoiser: Any) -> int:
-        """The side of a packed token."""
-        return 2 * self.latent_factor
-
-    def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
-        """Run CLIP (pooled) and T5."""
-        embeds, pooled, _ = pipe.encode_prompt(prompt=list(captions), prompt_2=None, device=pipe._execution_device)
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
 def packed(latents: Tensor) -> Tensor:
@@ -170,10 +134,10 @@ class PixArt(TransformerFamily):
     """PixArt: padding tokens are masked, and a learnt variance follows the noise."""
 
     title = "PixArt"
+    conditions = ("prompt_embeds", "prompt_attention_mask")
     prompt_width = "caption_channels"
 
     def predict(self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """Run the transformer, which may read the size, and leave out the variance."""
         sizes: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
         if getattr(denoiser, "use_additional_conditions", False):
             height, width = (float(side * self.latent_factor) for side in noisy_latents.shape[-2:])
@@ -189,49 +153,39 @@ class PixArt(TransformerFamily):
         )
         return output[0][:, : denoiser.config["in_channels"]]
 
-    def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
-        """Run T5."""
-        embeds, mask, _, _ = pipe.encode_prompt(
-            list(captions), do_classifier_free_guidance=False, device=pipe._execution_device
-        )
-        return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
-
     def draw(self, pipe: Any, prompts: list[str], *, guidance_scale: float, resolution: int, **options: Any) -> Any:
-        """Call the pipeline; captions are encoded as they are, and squares need no binning."""
+        # As captions are encoded here; squares need no binning.
         options |= {"clean_caption": False, "use_resolution_binning": False}
         return super().draw(pipe, prompts, guidance_scale=guidance_scale, resolution=resolution, **options)
 
 
 class DiT(TransformerFamily):
-    """DiT-XL/2 and its kin: a caption is a class's name, as `pipe.labels` has it, or its number."""
+    """DiT-XL/2 and its kin: a caption is a class's name, as `pipe.labels` has it, or its number.
+
+    A last class stands for no caption. A learnt variance follows the noise.
+    """
 
     title = "class-conditional DiT"
     prompt_width = ""
 
     def shape(self, denoiser: Any) -> DenoiserShape:
-        """The block in the middle. The null class is the last."""
         return replace(super().shape(denoiser), num_classes=denoiser.config["num_embeds_ada_norm"] + 1)
 
     def predict(self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """Run the transformer and leave out the variance that it has learnt beside the noise."""
         output = denoiser(noisy_latents, timestep=timesteps, class_labels=condition["class_labels"], return_dict=False)
         return output[0][:, : denoiser.config["in_channels"]]
 
     def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
-        """Look the classes up."""
         return {"class_labels": torch.tensor([class_label(pipe, caption) for caption in captions])}
 
     def null_condition(self, pipe: Any) -> Condition:
-        """The class after the last."""
         return {"class_labels": torch.tensor([pipe.transformer.config["num_embeds_ada_norm"]])}
 
     def encoding_key(self, pipe: Any) -> list[str]:
-        """The names and the number of classes."""
         labels = json.dumps(getattr(pipe, "labels", {}), sort_keys=True)
         return [labels, str(pipe.transformer.config["num_embeds_ada_norm"])]
 
     def draw(self, pipe: Any, prompts: list[str], *, guidance_scale: float, resolution: int, **options: Any) -> Any:
-        """Call the pipeline with one class label for each image."""
         self.check_own_resolution(pipe, resolution)
         labels = [class_label(pipe, prompt) for prompt in prompts]
         return pipe(class_labels=labels, guidance_scale=guidance_scale, **options)
