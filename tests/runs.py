@@ -88,21 +88,17 @@ def make_audit(
 ) -> CaptionedImages:
     """Write an audit whose last `rare` images of each prompt are group 1, and the images: group 0 is red."""
     (folder / "images").mkdir(parents=True)
-    names, captions, labels, ids = [], [], [], []
-    for index, prompt in enumerate(prompts):
-        for place in range(per_prompt):
-            label = int(place >= per_prompt - rare)
-            name = f"images/{index}-{place}.png"
-            Image.new("RGB", (24, 24), ((200, 40, 40), (40, 40, 200))[label]).save(folder / name)
-            names.append(name)
-            captions.append(prompt if prompt.strip() else "blank")
-            labels.append(label)
-            ids.append(index)
+    places = [(index, place) for index in range(len(prompts)) for place in range(per_prompt)]
+    names = [f"images/{index}-{place}.png" for index, place in places]
+    captions = [prompts[index] if prompts[index].strip() else "blank" for index, _ in places]
+    labels = [int(place >= per_prompt - rare) for _, place in places]
+    for name, label in zip(names, labels, strict=True):
+        Image.new("RGB", (24, 24), ((200, 40, 40), (40, 40, 200))[label]).save(folder / name)
     rng = np.random.default_rng(0)
     weights = np.eye(2, dtype=np.float32)[labels] if found else np.full((len(names), 2), 0.5, np.float32)
     tensors = {f"group_weights.{factor}": weights for factor in range(factors)}
     tensors["scores"] = (rng.normal(size=len(names)) + 8 * np.array(labels)).astype(np.float32)
-    tensors["prompt_ids"] = np.array(ids)
+    tensors["prompt_ids"] = np.array([index for index, _ in places])
     save_file(tensors, folder / "audit.safetensors")
     entries = [
         {

@@ -128,16 +128,13 @@ def scheduled(family: str, scheduler: str, **options: Any) -> Maker:
 
 
 def controlnet(family: str, folder: Path) -> Combination:
-    pipe, control = make_tiny(family), "image" if family in ("sd1", "sdxl") else "control_image"
-    if family in ("sd1", "sdxl"):
-        sizes = {"conditioning_embedding_out_channels": (4, 4, 8), "conditioning_channels": 3}
-        network = diffusers.ControlNetModel.from_unet(pipe.unet, **sizes)
-    elif family == "sd3":
-        sizes = {"num_layers": 2, "num_extra_conditioning_channels": 0}
-        network = diffusers.SD3ControlNetModel.from_transformer(pipe.transformer, **sizes)
-    else:
+    pipe, control = make_tiny(family), "control_image" if family == "flux" else "image"
+    if family == "flux":
         sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
         network = diffusers.FluxControlNetModel.from_transformer(pipe.transformer, **sizes)
+    else:
+        sizes = {"conditioning_embedding_out_channels": (4, 4, 8), "conditioning_channels": 3}
+        network = diffusers.ControlNetModel.from_unet(pipe.unet, **sizes)
     other = shared(pipe, f"{CLASSES[family]}ControlNetPipeline", controlnet=random_(network))
     return pipe, partial(draw, other, 0, **{control: picture()})
 
@@ -145,30 +142,19 @@ def controlnet(family: str, folder: Path) -> Combination:
 def ip_adapter(family: str, folder: Path) -> Combination:
     """An IP-Adapter of random weights in the layout in which they are published."""
     pipe, embed_dim, tokens = make_tiny(family), 8, 4
-    denoiser, random = denoiser_of(pipe), partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    if family == "flux":
-        dim, widths = denoiser.config["joint_attention_dim"], [denoiser.inner_dim] * len(denoiser.transformer_blocks)
-    else:
-        blocks = [name.removesuffix(".processor") for name in denoiser.attn_processors if "attn2" in name]
-        dim = denoiser.config["cross_attention_dim"]
-        widths = [denoiser.get_submodule(block).to_k.out_features for block in blocks]
-    attention = {}
-    for index, width in enumerate(widths):
-        for letter in "kv":
-            name = f"{index if family == 'flux' else 2 * index + 1}.to_{letter}_ip"
-            attention[f"{name}.weight"] = random(width, dim)
-            if family == "flux":
-                attention[f"{name}.bias"] = random(width)
+    random = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    dim = pipe.unet.config.cross_attention_dim
+    blocks = [name.removesuffix(".processor") for name in pipe.unet.attn_processors if "attn2" in name]
+    attention = {
+        f"{2 * index + 1}.to_{letter}_ip.weight": random(pipe.unet.get_submodule(block).to_k.out_features, dim)
+        for index, block in enumerate(blocks)
+        for letter in "kv"
+    }
     projection = {"proj.weight": random(tokens * dim, embed_dim), "proj.bias": random(tokens * dim)}
     projection |= {"norm.weight": torch.ones(dim), "norm.bias": torch.zeros(dim)}
     weights = {"image_proj": projection, "ip_adapter": attention}
-    encoder = "image_encoder_pretrained_model_name_or_path" if family == "flux" else "image_encoder_folder"
-    pipe.load_ip_adapter(weights, subfolder="", weight_name="", **{encoder: None})
-    embeds = random(2, 1, embed_dim)
-    asked = {"ip_adapter_image_embeds": [embeds]}
-    if family == "flux":
-        asked = {"ip_adapter_image_embeds": [embeds[:1]], "negative_ip_adapter_image_embeds": [embeds[1:]]}
-    return pipe, partial(draw, pipe, 0, **asked)
+    pipe.load_ip_adapter(weights, subfolder="", weight_name="", image_encoder_folder=None)
+    return pipe, partial(draw, pipe, 0, ip_adapter_image_embeds=[random(2, 1, embed_dim)])
 
 
 def image_pipeline(family: str, name: str, folder: Path) -> Combination:
@@ -202,8 +188,8 @@ def darken(pipe: Any, step: int, timestep: int, values: dict[str, Any]) -> dict[
 
 ADAPTERS: dict[str, Maker] = (
     {f"{family}-lora": changed(family, load_lora) for family in FAMILIES}
-    | {f"{family}-controlnet": partial(controlnet, family) for family in FAMILIES}
-    | {f"{family}-ip_adapter": partial(ip_adapter, family) for family in ("sd1", "sdxl", "flux")}
+    | {f"{family}-controlnet": partial(controlnet, family) for family in ("sd1", "sdxl", "flux")}
+    | {f"{family}-ip_adapter": partial(ip_adapter, family) for family in ("sd1", "sdxl")}
     | {f"{family}-freeu": changed(family, enable_freeu) for family in ("sd1", "sdxl")}
 )
 SWITCHES = {

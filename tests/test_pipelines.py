@@ -1,10 +1,8 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from invdiff.errors import ModelError
-from invdiff.models.load import default_device, denoiser_of, load_pipeline, public_name
+from invdiff.models.load import default_device, load_pipeline, public_name
 
 
 def test_a_folder_is_loaded_quiet_without_a_safety_checker_in_the_type_asked_for(tiny_pipe_dir):
@@ -38,14 +36,6 @@ def test_a_path_to_nothing_is_refused_without_asking_the_hub(name, monkeypatch):
     monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", lambda source: pytest.fail("asked the hub"))
     with pytest.raises(ModelError, match=f"folder at {name}, found nothing there"):
         load_pipeline(name)
-
-
-def test_the_denoiser_is_the_unet_or_the_transformer():
-    net = torch.nn.Identity()
-    assert denoiser_of(SimpleNamespace(unet=net)) is net
-    assert denoiser_of(SimpleNamespace(unet=None, transformer=net)) is net
-    with pytest.raises(ModelError, match="got a SimpleNamespace with neither"):
-        denoiser_of(SimpleNamespace())
 
 
 def test_of_a_local_folder_only_its_last_name_is_public(tiny_pipe_dir, monkeypatch):

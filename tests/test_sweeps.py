@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -41,16 +42,10 @@ def fixed(tiny_pipe_dir, tmp_path):
 @pytest.fixture
 def counted(monkeypatch):
     """How often each step is really done."""
-    calls = dict.fromkeys(("audit", "train", "generate", "evaluate"), 0)
-    for name in calls:
-        original = getattr(experiment, name)
-
-        def count(*arguments, _name=name, _original=original, **keywords):
-            calls[_name] += 1
-            return _original(*arguments, **keywords)
-
-        monkeypatch.setattr(experiment, name, count)
-    return calls
+    steps = {name: Mock(wraps=getattr(experiment, name)) for name in ("audit", "train", "generate", "evaluate")}
+    for name, step in steps.items():
+        monkeypatch.setattr(experiment, name, step)
+    return lambda *names: tuple(steps[name].call_count for name in names)
 
 
 def run(fixed, vary, folder):
@@ -61,12 +56,11 @@ def run(fixed, vary, folder):
 def test_every_combination_is_a_row_and_work_is_shared_and_read_back(fixed, tmp_path, counted):
     table = run(fixed, {"seed": [0, 1], "guidance_scale": [1, 3]}, tmp_path / "out")
     places = [(row["model"], row["seed"], row["guidance_scale"]) for row in table["rows"]]
-    assert sorted(places, key=str) == sorted(
-        [("base", None, 1), ("base", None, 3), *(("guided", seed, scale) for seed in (0, 1) for scale in (1, 3))],
-        key=str,
-    )
+    guided = {("guided", seed, scale) for seed in (0, 1) for scale in (1, 3)}
+    assert {*places} == guided | {("base", None, 1), ("base", None, 3)}
+    assert len(places) == 6
     assert all(row["bias_low"] <= row["bias_high"] and row["note"] == "" for row in table["rows"])
-    assert (counted["audit"], counted["train"], counted["evaluate"]) == (1, 2, 6)
+    assert counted("audit", "train", "evaluate") == (1, 2, 6)
     document = json.loads((tmp_path / "out" / "table.json").read_text())
     assert document == table
     with (tmp_path / "out" / "table.csv").open() as file:
@@ -75,35 +69,25 @@ def test_every_combination_is_a_row_and_work_is_shared_and_read_back(fixed, tmp_
     assert 0 <= guided["group_auroc"] <= 1
     assert min(guided["audit_seconds"], guided["train_seconds"], guided["forwards_per_image"]) > 0
     assert run(fixed, {"seed": [0, 1], "guidance_scale": [1, 3]}, tmp_path / "out") == table
-    assert (counted["audit"], counted["evaluate"]) == (1, 6)
+    assert counted("audit", "evaluate") == (1, 6)
 
 
-def test_a_stopped_sweep_keeps_its_rows_and_goes_on(fixed, tmp_path, monkeypatch):
-    original = experiment.evaluate
-
-    def stopped_at_scale_one(folders, *arguments, **keywords):
-        if "scale-1-" in str(folders.get("guided")):
-            raise KeyboardInterrupt
-        return original(folders, *arguments, **keywords)
-
-    monkeypatch.setattr(experiment, "evaluate", stopped_at_scale_one)
-    with pytest.raises(KeyboardInterrupt):
-        run(fixed, {"scale": [0.5, 1.0]}, tmp_path / "out")
+def test_a_stopped_sweep_keeps_its_rows_and_goes_on(fixed, tmp_path, kill):
+    kill(experiment, "evaluate", 3, run, fixed, {"scale": [0.5, 1.0]}, tmp_path / "out")
     kept = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
     assert [row["scale"] for row in kept] == [None, 0.5]
-    monkeypatch.setattr(experiment, "evaluate", original)
     assert run(fixed, {"scale": [0.5, 1.0]}, tmp_path / "out")["rows"][:2] == kept
 
 
 def test_changed_images_or_annotators_are_noticed(fixed, tmp_path, counted):
     run(fixed, {"scale": [1]}, tmp_path / "out")
-    before = counted["evaluate"]
+    (before,) = counted("evaluate")
     with torch.random.fork_rng():
         torch.manual_seed(99)
         other = ConvAnnotator(attributes={"background": ("land", "water")}, resolution=16)
     other.save_pretrained(fixed["annotator"])
     run(fixed, {"scale": [1]}, tmp_path / "out")
-    assert (counted["evaluate"], counted["audit"]) == (2 * before, 1)
+    assert counted("evaluate", "audit") == (2 * before, 1)
     Image.new("RGB", (40, 36), (1, 2, 3)).save(next(Path(fixed["data"]).glob("*.png")))
     with pytest.raises(AuditError, match="they have changed"):
         run(fixed, {"scale": [1]}, tmp_path / "out")
@@ -117,15 +101,14 @@ def test_annotator_attribute_and_reference_are_checked_before_any_work(fixed, tm
     ):
         with pytest.raises(error):
             run(fixed | settings, {"scale": [1]}, tmp_path / "out")
-    assert counted["audit"] == 0
+    assert counted("audit") == (0,)
 
 
 def test_an_interrupted_audit_has_no_time(fixed, tmp_path, monkeypatch):
-    original = experiment.audit
-    monkeypatch.setattr(experiment, "audit", lambda *_, cache_dir, **__: cache_dir.mkdir(parents=True) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run(fixed, {"num_groups": [2]}, tmp_path / "out")
-    monkeypatch.setattr(experiment, "audit", original)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "audit", lambda *_, cache_dir, **__: cache_dir.mkdir(parents=True) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(fixed, {"num_groups": [2]}, tmp_path / "out")
     assert run(fixed, {"num_groups": [2]}, tmp_path / "out")["rows"][-1]["audit_seconds"] is None
 
 
@@ -207,17 +190,14 @@ def test_every_kept_table_is_drawn_to_the_pictures_of_the_docs(name, tmp_path):
 CLASSES = ["land"] * 8 + ["water"] * 2
 
 
+FINER = [0] * 4 + [1] * 4 + [2, 3]
+
+
 @pytest.mark.parametrize(
     ("scores", "groups", "auroc", "adjusted_rand", "homogeneity"),
     [
         ([0] * 8 + [1] * 2, [0] * 8 + [1] * 2, 1.0, 1.0, 1.0),
-        (
-            range(10),
-            [0, 0, 0, 0, 1, 1, 1, 1, 2, 3],
-            1.0,
-            adjusted_rand_score(CLASSES, [0] * 4 + [1] * 4 + [2, 3]),
-            1.0,
-        ),
+        (range(10), FINER, 1.0, adjusted_rand_score(CLASSES, FINER), 1.0),
         ([0] * 10, [0] * 10, 0.5, 0.0, 0.0),
     ],
 )

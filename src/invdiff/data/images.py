@@ -61,11 +61,9 @@ def decode_image(read: Callable[[], bytes], name: str) -> Image.Image:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except _DECODING_ERRORS as error:
-        reason = str(error) or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, FileNotFoundError):
             reason = "the file does not exist"
         elif isinstance(error, UnidentifiedImageError):
             reason = "not an image in a known format"
-        elif isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
         raise UnreadableImage(name, reason) from error

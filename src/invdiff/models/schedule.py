@@ -61,10 +61,7 @@ class NoiseSchedule:
         self.log_snr = log_snr(self._process.alphas_cumprod.double().numpy(), squared=True)
 
     def timestep_at(self, log_snr: float) -> int:
-        """The timestep of the nearest log signal-to-noise ratio, which means the same noise in every schedule.
-
-        See Kingma et al. 2021.
-        """
+        """The timestep of the nearest log signal-to-noise ratio, in every schedule the same noise: Kingma 2021."""
         return int(np.abs(np.nan_to_num(self.log_snr, posinf=1e3, neginf=-1e3) - log_snr).argmin())
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...errors import DataError, ModelError
 from .base import Condition, DenoiserCall, DenoiserShape, Family
@@ -113,16 +114,12 @@ class Flux(TransformerFamily):
 
 def packed(latents: Tensor) -> Tensor:
     """Make each 2x2 of latents (B, C, H, W) one token: (B, H/2 * W/2, 4 C)."""
-    rows, channels, height, width = latents.shape
-    blocks = latents.reshape(rows, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return blocks.reshape(rows, (height // 2) * (width // 2), channels * 4)
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2).contiguous()
 
 
 def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
     """Undo `packed` for a grid of height x width tokens: (B, C, 2 height, 2 width)."""
-    rows, _, size = tokens.shape
-    blocks = tokens.reshape(rows, height, width, size // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return blocks.reshape(rows, size // 4, 2 * height, 2 * width)
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, width)), 2)
 
 
 def image_ids(height: int, width: int) -> Tensor:
