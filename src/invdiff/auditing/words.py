@@ -16,7 +16,6 @@ from sklearn.preprocessing import normalize
 from ..assets import COMMON_WORDS
 from ..config import AuditConfig
 from ..data.captioned import CaptionedImages
-from ..files import weights_digest
 from ..models.encoders import ClipEncoder
 from ..seeds import derived_seed
 from ..text import one_line
@@ -78,7 +77,7 @@ def describe_groups(
     if not samples:
         return AuditWords(encoder.name, found.fingerprint, len(words), 0, LEVEL, ())
     shown = np.unique(np.concatenate([positions for *_, positions, _ in samples]))
-    digest = weights_digest(encoder.model)
+    digest = encoder.weights_digest()
     features = cached_features(cache_dir, digest, data, rows[shown], lambda: encoder.extract, progress)
     images, judged = normalize(features.astype(float)), []
     for prompt, factor, positions, labels in samples:

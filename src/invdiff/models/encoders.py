@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
 from ..errors import ConfigError, DataError, ModelError, first_line
+from ..files import weights_digest
 from .load import default_device, public_name
 
 BATCH_SIZE = 32
@@ -49,6 +50,10 @@ class VisionEncoder:
         if not features:
             raise DataError("Expected at least one image to encode, got none. Check what selects the images.")
         return np.concatenate(features)
+
+    def weights_digest(self) -> str:
+        """16 hex digits that name the model's weights."""
+        return weights_digest(self.model)
 
 
 @dataclass(frozen=True)
