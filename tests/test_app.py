@@ -1,7 +1,12 @@
-"""The page below the browser: what it opens, shows and changes."""
+"""The command that opens the page: what it opens and is built of, how it starts and how it ends."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,23 +18,31 @@ from typer.testing import CliRunner
 from conftest import make_guidance_module
 from invdiff import cli
 from invdiff.assets import BIRDS_MODEL
+from invdiff.cli.print import INTERRUPTED
 from invdiff.errors import ConfigError
 from invdiff.files import atomic_folder
 from invdiff.report.read import find_parts
 from runs import LAND, WATER, make_audit, make_run
 
 pytest.importorskip("starlette", reason="needs the ui extra: pip install 'invdiff[ui]'")
-from invdiff.app.serve import own_files
+from invdiff.app.serve import ended_by_signals, own_files
 
 with own_files():
     gr = pytest.importorskip("gradio", reason="needs the ui extra: pip install 'invdiff[ui]'")
-    from invdiff.app.audit_state import AuditBook
-    from invdiff.app.page import build_page, compare, looks
+    from invdiff.app.audit import AuditBook
+    from invdiff.app.page import BUNDLED, build_page, looks, open_workspace
     from invdiff.app.studio import Studio
-    from invdiff.app.workspace import BUNDLED, open_workspace
     from test_serve import status
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of gradio's own imports and servers
+SERVE = ("ui", "--no-browser", "--port", "0")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run with an audit and nothing else."""
+    make_audit(tmp_path / "run" / "audit")
+    return tmp_path / "run"
 
 
 # What it opens.
@@ -38,7 +51,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of grad
 def test_without_an_argument_the_bundled_demo_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INVDIFF_CACHE", str(tmp_path))
     workspace = open_workspace()
-    assert list(workspace.runs) == list(workspace.audits) == list(workspace.results) == [BUNDLED]
+    assert list(workspace.runs) == list(workspace.audits) == [BUNDLED]
+    assert workspace.runs[BUNDLED].results
     assert workspace.model == str(BIRDS_MODEL)
     assert workspace.annotator
     book = AuditBook(workspace.runs[BUNDLED])
@@ -49,20 +63,16 @@ def test_without_an_argument_the_bundled_demo_is_opened(tmp_path: Path, monkeypa
     assert book.folder.is_relative_to(tmp_path)
 
 
-def test_a_copy_that_was_broken_off_leaves_no_folder(tmp_path: Path) -> None:
+def test_a_copy_that_was_broken_off_leaves_no_folder_and_another_process_s_stays(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "copy") as temporary:  # noqa: PT012
         (temporary / "half").write_text("")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_copy_made_by_another_process_stays(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "copy") as temporary:
         (temporary / "mine").write_text("")
         (tmp_path / "copy").mkdir()
         (tmp_path / "copy" / "theirs").write_text("")
-    assert [path.name for path in (tmp_path / "copy").iterdir()] == ["theirs"]
-    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["copy", "copy/theirs"]
 
 
 def test_runs_are_told_apart_by_their_paths_where_names_are_alike(tmp_path: Path) -> None:
@@ -77,96 +87,84 @@ def test_runs_are_told_apart_by_their_paths_where_names_are_alike(tmp_path: Path
         open_workspace([folders[0], folders[0] / ".." / "run"])
 
 
-def test_what_cannot_be_opened_is_an_error(tmp_path: Path, run: Path) -> None:
-    with pytest.raises(ConfigError, match="found none"):
-        open_workspace([tmp_path / "nowhere"])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"found none of them\. Give a folder that `invdiff demo` wrote"):
-        open_workspace([tmp_path / "empty"])
-    with pytest.raises(ConfigError, match="a model or a run beside a module"):
-        open_workspace(module="somewhere")
-    with pytest.raises(ConfigError, match="a model or a run beside data"):
-        open_workspace(data=tmp_path)
+def test_what_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
+    for runs, given, message in (
+        ([tmp_path / "nowhere"], {}, "found none"),
+        ([tmp_path], {}, r"found none of them\. Give a folder that `invdiff demo` wrote"),
+        ([], {"module": "somewhere"}, "a model or a run beside a module"),
+        ([], {"data": tmp_path}, "a model or a run beside data"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_workspace(runs, **given)
 
 
-def test_a_module_says_which_model_it_needs(tiny_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+def test_a_module_says_which_model_it_needs(tiny_pipe: StableDiffusionPipeline, folder: Path) -> None:
     module = make_guidance_module(tiny_pipe)
-    make_audit(tmp_path / "run" / "audit")
     for base, record, wanted in (
-        ("my-birds", None, None),
         ("my-birds", {"base": {"hub_id": "org/birds"}}, "org/birds"),
         ("birds", {"base": {"hub_id": None}}, str(BIRDS_MODEL)),
+        ("my-birds", None, None),
     ):
         module.register_to_config(base_model=base, record=record)
-        module.save_pretrained(tmp_path / "run" / "module")
-        if wanted is None:
-            with pytest.raises(ConfigError, match=r"was called 'my-birds', got none\. Name its folder with --model"):
-                open_workspace([tmp_path / "run"])
-            assert open_workspace([tmp_path / "run"], model="elsewhere").model == "elsewhere"
-        else:
-            assert open_workspace([tmp_path / "run"]).model == wanted
-    assert open_workspace([tmp_path / "run"], module="org/other", model="m").module == "org/other"
-
-
-def test_a_run_without_a_module_opens_without_a_model(tmp_path: Path) -> None:
-    make_audit(tmp_path / "run" / "audit")
-    workspace = open_workspace([tmp_path / "run"])
-    assert (workspace.model, workspace.module, workspace.annotator) == ("", None, "")
-    assert build_page(workspace, None) is not None
+        module.save_pretrained(folder / "module")
+        if wanted:
+            assert open_workspace([folder]).model == wanted
+    with pytest.raises(ConfigError, match=r"was called 'my-birds', got none\. Name its folder with --model"):
+        open_workspace([folder])
+    assert open_workspace([folder], model="elsewhere").model == "elsewhere"
+    assert open_workspace([folder], module="org/other", model="m").module == "org/other"
 
 
 # The command.
 
 
-def test_the_command_opens_a_page_and_says_where(
+def test_the_command_opens_a_page_and_says_where_and_an_empty_password_is_none(
     run: Path, tiny_pipe: StableDiffusionPipeline, tiny_pipe_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_guidance_module(tiny_pipe, num_groups=[2]).save_pretrained(run / "module")
     answers: list[int] = []
 
     def visit(page: Any) -> None:
-        answers.append(status(page.local_url))
+        answers.append(status(f"{page.local_url}config"))
         page.close(verbose=False)
 
     monkeypatch.setattr(gr.Blocks, "block_thread", visit)
-    words = ["ui", str(run), "--model", str(tiny_pipe_dir), "--no-browser", "--port", "0"]
-    done = CliRunner().invoke(cli.app, words, catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    assert answers == [200]
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    words, empty = [*SERVE, str(run), "--model", str(tiny_pipe_dir)], {"INVDIFF_UI_PASSWORD": "", "COLUMNS": "200"}
+    done = CliRunner().invoke(cli.app, words, env=empty, catch_exceptions=False)
+    assert (done.exit_code, answers) == (0, [200]), done.output
     assert "The page is at http://127.0.0.1:" in done.output
     assert str(run / "audit") in done.output
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    done = CliRunner().invoke(cli.app, [*words, "--public"], env=empty)
+    assert done.exit_code == 1
+    assert "Expected a password beside --public" in done.output
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--host", "0.0.0.0"], "--public and a password"),
-        (["--host", "0.0.0.0", "--public"], "INVDIFF_UI_PASSWORD"),
+        (["--public"], "INVDIFF_UI_PASSWORD"),
         (["--caption-column", "x"], "Expected --data beside --caption-column"),
         (["--annotator", "labels", "--model", "MODEL"], "an annotator that looks at images"),
+        (["RUN", "--model", str(BIRDS_MODEL)], "trained for another model"),
     ],
 )
-def test_the_command_says_what_it_lacks(words: list[str], message: str, tiny_pipe_dir: Path) -> None:
-    words = [str(tiny_pipe_dir) if word == "MODEL" else word for word in words]
-    done = CliRunner().invoke(cli.app, ["ui", "--no-browser", "--port", "0", *words], env={"COLUMNS": "200"})
+def test_the_command_says_what_it_lacks(
+    words: list[str], message: str, run: Path, tiny_pipe: StableDiffusionPipeline, tiny_pipe_dir: Path
+) -> None:
+    make_guidance_module(tiny_pipe).save_pretrained(run / "module")
+    places = {"MODEL": str(tiny_pipe_dir), "RUN": str(run)}
+    done = CliRunner().invoke(cli.app, [*SERVE, *(places.get(word, word) for word in words)], env={"COLUMNS": "200"})
     assert done.exit_code == 1
     assert message in done.output
 
 
-def test_a_module_of_another_model_is_refused_at_once(run: Path, tiny_pipe: StableDiffusionPipeline) -> None:
-    make_guidance_module(tiny_pipe).save_pretrained(run / "module")
-    words = ["ui", str(run), "--model", str(BIRDS_MODEL), "--no-browser", "--port", "0"]
-    done = CliRunner().invoke(cli.app, words)
-    assert done.exit_code == 1
-    assert "trained for another model" in done.output
-
-
 def test_without_gradio_the_command_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.util
-
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "gradio" else found(name, *a))
-    done = CliRunner().invoke(cli.app, ["ui", "--no-browser"])
+    done = CliRunner().invoke(cli.app, SERVE)
     assert done.exit_code == 1
     assert "pip install 'invdiff[ui]'" in done.output
 
@@ -182,20 +180,16 @@ def parts_of(page: Any) -> dict[str, Any]:
 def test_results_are_compared_and_reports_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "shown"))
     make_run(tmp_path / "second")
-    html = compare({"run": find_parts(run)})
-    for figure in ("Bias of “background”", ">0.80 (", ">0.10 (", ">3<", ">20<"):  # 18 and 11 of 20 on land
-        assert figure in html
-    workspace = open_workspace([run, tmp_path / "second"], model="unused")
-    page = build_page(workspace, None)
-    for name in ("run: Bias", "second: Bias"):
-        assert name in parts_of(page)["compare"].value
+    page = build_page(open_workspace([run, tmp_path / "second"], model="unused"), None)
+    html = parts_of(page)["compare"].value
+    for figure in ("run: Bias of “background”", "second: Bias", ">0.80 (", ">0.10 (", ">3<", ">20<"):
+        assert figure in html  # 18 and 11 of 20 on land
     (write,) = [fn for fn in page.fns.values() if fn.name == "write_reports"]
     done, download = write.fn()
-    for folder in (run, tmp_path / "second"):
+    for folder, path in zip((run, tmp_path / "second"), download["value"], strict=True):
         assert str(folder / "report.html") in done
-    assert [Path(path).read_bytes() for path in download["value"]] == [
-        (folder / "report.html").read_bytes() for folder in (run, tmp_path / "second")
-    ]
+        assert Path(path).read_bytes() == (folder / "report.html").read_bytes()
+        assert Path(path).is_relative_to(tmp_path / "shown")
 
 
 def test_the_module_s_audit_names_its_groups_and_states_its_resolution(
@@ -227,5 +221,37 @@ def test_prompts_that_hide_groups_are_suggested_first(
 
 
 def test_looks_load_nothing_from_elsewhere() -> None:
-    assert "http" not in looks()["css"]
-    assert "@import" not in looks()["css"]
+    assert not any(word in looks()["css"] for word in ("http", "@import"))
+
+
+# How it ends.
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without asking it")
+def test_a_page_that_is_told_to_end_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "invdiff", *SERVE, str(folder)]
+    room = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=room, text=True) as running:
+        try:
+            assert running.stdout is not None
+            assert "The page is at" in running.stdout.readline()
+            assert list(tmp_path.glob("invdiff-ui-*"))
+            running.terminate()
+            assert running.wait(30) in (0, INTERRUPTED)
+        finally:
+            running.kill()
+    assert list(tmp_path.glob("invdiff-ui-*")) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no terminals that hang up")
+def test_a_closed_terminal_ends_it_but_not_below_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_by_signals():
+            signal.raise_signal(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(KeyboardInterrupt), ended_by_signals():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)

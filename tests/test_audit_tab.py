@@ -14,7 +14,6 @@ from safetensors.numpy import load_file, save_file
 
 from invdiff.auditing.edits import CURATION
 from invdiff.auditing.result import Audit
-from invdiff.errors import AuditError
 from invdiff.report.read import Parts, find_parts
 from runs import LAND, NASTY, SCRIPT, make_audit
 
@@ -23,10 +22,11 @@ from invdiff.app.serve import own_files
 
 with own_files():
     gr = pytest.importorskip("gradio", reason="needs the ui extra: pip install 'invdiff[ui]'")
-    from invdiff.app.audit import AuditTab
-    from invdiff.app.audit_state import AuditBook
+    from invdiff.app.audit import AuditBook, AuditTab
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of gradio's own imports
+
+FILE_NAMES = ('"><img src=x onerror=alert(1)>', "<b onmouseover=alert(1)>", "'{{7*7}}${alert(1)}", "\u202egnp")
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ class Tab:
         self.books = [AuditBook(parts) for parts in runs]
         with gr.Blocks():
             self.tab = AuditTab({f"run {place}": book for place, book in enumerate(self.books)})
-        self.values = self.tab.first()
+        self.values = self.tab.open()
 
     def __call__(self, event: str, place: int, *given: Any) -> dict[str, Any]:
         """What an event shows."""
@@ -63,6 +63,13 @@ class Tab:
         return float(np.sort(page.scores[page.labels == 0])[-images])
 
 
+def rewrite(folder: Path, change: Any) -> None:
+    tensors, document = load_file(folder / "audit.safetensors"), json.loads((folder / "audit.json").read_text())
+    change(tensors, document)
+    save_file(tensors, folder / "audit.safetensors")
+    (folder / "audit.json").write_text(json.dumps(document))
+
+
 @pytest.fixture
 def tab(run: Path) -> Tab:
     return Tab(find_parts(run))
@@ -81,7 +88,6 @@ def test_a_prompt_is_shown_with_its_groups(tab: Tab) -> None:
     assert (len(shown["typical-0"]), len(shown["typical-1"])) == (12, 2)
     assert shown["audit-cut-0"]["visible"]
     assert "data:image/png" in shown["audit-plot"]
-    assert "--data" not in shown["audit-facts"]
     path, name = shown["typical-1"][0]
     assert name == tab.books[0].audit.names[tab.books[0].page(0, 0).groups[1].typical[0]]
     assert Image.open(path).getpixel((0, 0)) == (40, 40, 200)  # blue is group 1
@@ -89,48 +95,38 @@ def test_a_prompt_is_shown_with_its_groups(tab: Tab) -> None:
 
 def test_names_are_saved_beside_the_audit(tab: Tab, folder: Path) -> None:
     shown = tab("rename", 0, 0, "on <b>land</b>")
-    assert "Name saved. Beside the audit: 1 name." in shown["audit-status"]
+    assert "Name saved." in shown["audit-status"]
     assert "on &lt;b&gt;land&lt;/b&gt;" in shown["group-0"]
     assert not any(name.startswith("group-name") for name in shown)  # somebody may be typing there
     assert Audit.load(folder).group_names == (("on <b>land</b>", ""),)
     assert tab("open", 0)["group-name-0"] == "on <b>land</b>"
-    for name, words in (("x" * 61, "at most 60 characters"), ("On <b>land</b>", "no other group has")):
-        refused = tab("rename", 0, 1, name)
-        assert list(refused) == ["audit-status"]
-        assert 'role="alert"' in refused["audit-status"]
-        assert words in refused["audit-status"]
+    refused = tab("rename", 0, 1, "On <b>land</b>")
+    assert list(refused) == ["audit-status"]
+    assert 'role="alert"' in refused["audit-status"]
+    assert "no other group has" in refused["audit-status"]
     assert tab.books[0].group_names == [["on <b>land</b>", "group 1"]]
     tab("rename", 0, 0, "")
     assert not (folder / CURATION).exists()
 
 
-def test_moved_images_are_framed_and_counted_and_nothing_is_kept(tab: Tab, folder: Path) -> None:
-    page = tab.books[0].page(0, 0)
-    shown = tab("show", 0, tab.cut(3))
+def test_thresholds_show_what_moves_and_are_kept_and_reset(tab: Tab, folder: Path) -> None:
+    page, cut = tab.books[0].page(0, 0), tab.cut(3)
+    shown = tab("show", 0, cut)
     assert "3 images from “group 0” to “group 1”" in shown["audit-moved"]
     moved = [path for path, name in shown["nearest-1"] if name.startswith("moved: ")]
     assert len(moved) == 3
     assert {Image.open(path).getpixel((0, 0)) for path in moved} == {(0xE6, 0x9A, 0x1F)}  # the colour of group 0
     assert not any(name.startswith("moved: ") for _, name in shown["nearest-0"])
     assert "25%" in shown["group-1"]
-    same = tab("show", 0, page.cuts[0])
-    assert same["audit-moved"] == ""
-    assert 'role="alert"' in tab("show", 0, None)["audit-moved"]
+    assert tab("show", 0, page.cuts[0])["audit-moved"] == ""
     assert not (folder / CURATION).exists()
-
-
-def test_thresholds_are_kept_and_reset(tab: Tab, folder: Path) -> None:
-    cut = tab.cut(3)
     shown = tab("keep", 0, cut)
-    assert "1 prompt parted by hand" in shown["audit-status"]
     assert "15 images" in shown["group-0"]
     assert "by hand" in shown["audit-facts"]
     assert shown["audit-cut-0"]["value"] == pytest.approx(cut, abs=1e-3)
     assert Audit.load(folder).prompts[0].shares == [0.75, 0.25]
-    assert "Expected a number" in tab("keep", 0, None)["audit-status"]
-    shown = tab("reset", 0)
-    assert "no changes" in shown["audit-status"]
-    assert "18 images" in shown["group-0"]
+    assert "18 images" in tab("keep", 0)["group-0"]
+    assert not (folder / CURATION).exists()
 
 
 def test_an_image_is_chosen_left_out_and_put_back(tab: Tab, folder: Path) -> None:
@@ -144,26 +140,13 @@ def test_an_image_is_chosen_left_out_and_put_back(tab: Tab, folder: Path) -> Non
     assert "it was left out" in shown["audit-chosen"]
     assert len(shown["left-out"]) == 1
     assert "1 image<" in shown["group-1"]
+    assert ">19<" in shown["audit-facts"]
     assert Audit.load(folder).edits.left_out == (picked[1],)
     shown = tab("count_image", 0, picked, True)
     assert "counts again" in shown["audit-status"]
     assert shown["left-out"] == []
     assert "Expected an image to be chosen first" in tab("count_image", 0, None, False)["audit-status"]
-    assert "one that was not" in tab("count_image", 0, picked, True)["audit-status"]
     assert not (folder / CURATION).exists()
-
-
-def test_a_prompt_keeps_its_place_and_one_of_its_images(tab: Tab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("invdiff.app.audit.MOST_PER_GROUP", 8)
-    rows = tab.books[0].page(0, 0).rows.tolist()
-    tab.books[0].edit(lambda edits: edits.without_images(rows[:11]))
-    shown = tab("open", 0)
-    assert len(shown["left-out"]) == 8
-    assert "11 images left out, of which 8 are shown" in shown["left-out-note"]
-    assert ">9<" in shown["audit-facts"]
-    with pytest.raises(AuditError, match="at least one image"):
-        tab.books[0].edit(lambda edits: edits.without_images(rows))
-    assert len(tab.books[0].audit.edits.left_out) == 11
 
 
 def test_changes_of_others_are_kept_and_an_audit_made_anew_is_not_changed(tab: Tab, folder: Path) -> None:
@@ -171,17 +154,9 @@ def test_changes_of_others_are_kept_and_an_audit_made_anew_is_not_changed(tab: T
     tab("rename", 0, 1, "ours")
     assert Audit.load(folder).group_names == (("theirs", "ours"),)
     (folder / CURATION).unlink()
-    tensors = load_file(folder / "audit.safetensors")
-    tensors["group_weights.0"] = tensors["group_weights.0"][:, ::-1].copy()
-    save_file(tensors, folder / "audit.safetensors")
+    rewrite(folder, lambda tensors, _: tensors.update({"group_weights.0": 1 - tensors["group_weights.0"]}))
     assert "made anew meanwhile" in tab("rename", 0, 1, "ours")["audit-status"]
     assert not (folder / CURATION).exists()
-
-
-def test_what_is_no_audit_is_an_error(folder: Path) -> None:
-    (folder / "audit.json").write_text("{}")
-    with pytest.raises(AuditError, match="Run `invdiff audit` again"):
-        AuditBook(Parts(audit=folder))
 
 
 def test_an_image_that_cannot_be_shown_is_crossed_out(run: Path, tmp_path: Path) -> None:
@@ -195,12 +170,6 @@ def test_an_image_that_cannot_be_shown_is_crossed_out(run: Path, tmp_path: Path)
     assert len(tab.shown["typical-0"]) == 12
 
 
-def test_an_audit_without_its_images_says_that_they_were_not_given(folder: Path) -> None:
-    shown = Tab(Parts(audit=folder)).shown
-    assert "invdiff ui --data DATA" in shown["audit-facts"]
-    assert shown["typical-0"] == []
-
-
 def test_several_audits_are_told_apart(run: Path, tmp_path: Path) -> None:
     make_audit(tmp_path / "audit", prompts=("a fish",), rare=5)
     tab = Tab(find_parts(run), Parts(audit=tmp_path / "audit"))
@@ -212,6 +181,8 @@ def test_several_audits_are_told_apart(run: Path, tmp_path: Path) -> None:
     picked, _ = tab.pick("typical-0", 0)
     shown = tab("open", 2)
     assert "5 images" in shown["group-1"]
+    assert "invdiff ui --data DATA" in shown["audit-facts"]
+    assert shown["typical-0"] == []
     assert shown["audit-at"] == 2
     assert "Choose an image" in shown["audit-chosen"]
     assert "chosen first" in tab("count_image", 2, picked, False)["audit-status"]
@@ -219,32 +190,26 @@ def test_several_audits_are_told_apart(run: Path, tmp_path: Path) -> None:
     assert [book.group_names for book in tab.books] == [[["group 0", "group 1"]], [["theirs", "group 1"]]]
 
 
-def test_a_group_emptied_by_hand_leaves_no_threshold(tmp_path: Path) -> None:
+def test_groups_that_scores_do_not_part_have_no_threshold(tmp_path: Path) -> None:
     make_audit(tmp_path / "audit", rare=4)
-    tensors = load_file(tmp_path / "audit" / "audit.safetensors")
-    labels = tensors["group_weights.0"].argmax(axis=1)
-    labels[labels == 1] = [1, 1, 2, 2] * 2
-    tensors["group_weights.0"] = np.eye(3, dtype=np.float32)[labels]
-    tensors["scores"] = (10.0 * labels + np.linspace(0, 1, len(labels))).astype(np.float32)
-    save_file(tensors, tmp_path / "audit" / "audit.safetensors")
-    document = json.loads((tmp_path / "audit" / "audit.json").read_text())
-    document["num_groups"] = [3]
-    (tmp_path / "audit" / "audit.json").write_text(json.dumps(document))
+
+    def third_group(tensors: Any, document: Any) -> None:
+        labels = tensors["group_weights.0"].argmax(axis=1)
+        labels[labels == 1] = [1, 1, 2, 2] * 2
+        tensors["group_weights.0"] = np.eye(3, dtype=np.float32)[labels]
+        tensors["scores"] = (10.0 * labels + np.linspace(0, 1, len(labels))).astype(np.float32)
+        document["num_groups"] = [3]
+
+    rewrite(tmp_path / "audit", third_group)
     tab = Tab(Parts(audit=tmp_path / "audit"))
     assert [tab.shown[f"audit-cut-{k}"]["visible"] for k in (0, 1)] == [True, True]
     page = tab.books[0].page(0, 0)
     tab.books[0].edit(lambda edits: edits.without_images(page.rows[page.labels == 2].tolist()))
-    assert [tab("open", 0)[f"audit-cut-{k}"]["visible"] for k in (0, 1)] == [False, False]
+    assert [tab("open", 0)[f"audit-cut-{k}"]["visible"] for k in (0, 1)] == [False, False]  # one was emptied by hand
     assert "parted by their scores" in tab("keep", 0, 5.0, 15.0)["audit-status"]
-
-
-def test_groups_that_scores_do_not_part_have_no_threshold(folder: Path) -> None:
-    tensors = load_file(folder / "audit.safetensors")
-    tensors["scores"] = np.random.default_rng(0).permutation(tensors["scores"])
-    save_file(tensors, folder / "audit.safetensors")
-    tab = Tab(Parts(audit=folder))
-    assert not tab.shown["audit-cut-0"]["visible"]
-    assert "parted by their scores" in tab("keep", 0, 0.0)["audit-status"]
+    (tmp_path / "audit" / CURATION).unlink()
+    rewrite(tmp_path / "audit", lambda t, _: t.update(scores=np.random.default_rng(0).permutation(t["scores"])))
+    assert not Tab(Parts(audit=tmp_path / "audit")).shown["audit-cut-0"]["visible"]
 
 
 def test_an_audit_that_found_nothing_says_so(tmp_path: Path) -> None:
@@ -256,16 +221,28 @@ def test_an_audit_that_found_nothing_says_so(tmp_path: Path) -> None:
     assert "Name saved" in tab("rename", 0, 1, "any")["audit-status"]
 
 
+def hostile_run(folder: Path) -> Path:
+    """A run whose prompts, captions and names of files are hostile; the first prompt hides nothing."""
+    make_audit(folder / "audit", prompts=tuple(text for text in NASTY if text.strip())[:6])
+    (folder / "data").mkdir()
+    rows = []
+
+    def hostile(_: Any, document: Any) -> None:
+        for place, name in enumerate(document["names"]):
+            file_name = document["names"][place] = f"{place}{FILE_NAMES[place % len(FILE_NAMES)]}.png"
+            (folder / "audit" / name).rename(folder / "data" / file_name)
+            rows.append(json.dumps({"file_name": file_name, "text": NASTY[place % 7]}))
+        document["prompts"] = [prompt | {"reason": SCRIPT, "evidence": SCRIPT} for prompt in document["prompts"]]
+        document["prompts"][0]["found"] = False
+
+    rewrite(folder / "audit", hostile)
+    (folder / "data" / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
 def test_hostile_text_is_text_in_every_value(tmp_path: Path) -> None:
-    make_audit(tmp_path / "audit", prompts=tuple(text for text in NASTY if text.strip())[:6])
-    document = json.loads((tmp_path / "audit" / "audit.json").read_text())
-    document["names"] = [f"{NASTY[k % len(NASTY)]}{k}" for k in range(len(document["names"]))]
-    for prompt in document["prompts"]:
-        prompt |= {"reason": SCRIPT, "evidence": SCRIPT}
-    document["prompts"][0]["found"] = False
-    (tmp_path / "audit" / "audit.json").write_text(json.dumps(document))
-    tab = Tab(Parts(audit=tmp_path / "audit"))
-    tab("rename", 0, 0, "<script>alert(1)</script>")
+    tab = Tab(find_parts(hostile_run(tmp_path)))
+    tab("rename", 0, 0, SCRIPT)
     tab("rename", 0, 1, "\u202e\"'><img src=x>")
     shown = [tab("open", place) for place in range(5)]
     shown += [dict(enumerate(tab.pick("typical-0", at, 0))) for at in range(12)]
@@ -273,6 +250,4 @@ def test_hostile_text_is_text_in_every_value(tmp_path: Path) -> None:
     for values in shown:
         for part, html in values.items():
             if isinstance(html, str) and not str(part).startswith("group-name"):  # text fields show text as it is
-                assert "<script" not in html
-                assert "<img src=x" not in html
-                assert "\u202e" not in html
+                assert not any(markup in html for markup in ("<script", "<img src=x", "<b onmouseover", "\u202e"))

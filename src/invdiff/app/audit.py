@@ -2,72 +2,140 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
 import numpy as np
-from PIL import ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
-from ..auditing.edits import NAME_LIMIT, Edits
-from ..errors import ConfigError, InvDiffError
+from ..auditing.edits import NAME_LIMIT, Edits, apply
+from ..auditing.result import Audit
+from ..data.captioned import CaptionedImages, load_captioned_images
+from ..errors import AuditError, DataError, InvDiffError
 from ..report.audit_view import candidates_table, unfound_table
-from ..report.figures import counted, quoted, share_of
-from ..report.groups import Group, Split, splits_of
-from ..report.plots import colour_of, histogram, thumb
+from ..report.figures import counted, quoted
+from ..report.groups import Split, rows_by_name, splits_of
+from ..report.plots import INK, RULE, colour_of, histogram, thumb
+from ..report.read import Parts
 from ..text import one_line
-from .audit_state import AuditBook
-from .fragments import QUIET, fragment, gallery, image_file, notice, refusal
+from .fragments import CONFIDENCE, QUIET, fragment, gallery, image_file, notice, refusal
 from .generate import GenerateTab
 
 CHOOSE = "Choose an image to see it, or to leave it out."
 NO_DATA = "The audited images were not given, so none is shown: give them with `invdiff ui --data DATA`."
-CONFIDENCE = 0.95
+NO_CUTS = "Expected a prompt whose groups are parted by their scores, got another. Choose another prompt."
+NO_IMAGE = "Expected an image to be chosen first, got none. Click on one."
 PER_GROUP = 12
 MOST_PER_GROUP = 60
-Values = dict[Any, Any]
-"""Component to its new value."""
+SIDE = 256  # pixels of an image in a gallery, at most
+MOST_KEPT = 1024  # such images in memory
+Values = dict[Any, Any]  # component to its new value
+
+
+class AuditBook:
+    """An audit with its images, read once from a run, and people's edits, which are saved beside it."""
+
+    def __init__(self, parts: Parts) -> None:
+        assert parts.audit is not None
+        self.folder = Path(parts.audit)
+        self.audit = Audit.load(self.folder)
+        data = parts.data
+        self.data: CaptionedImages | None = load_captioned_images(data) if isinstance(data, str | Path) else data
+        self.rows = rows_by_name(self.audit.names, list(self.data.names)) if self.data is not None else []
+        self.image = lru_cache(maxsize=MOST_KEPT)(self._image)
+        self._lock = threading.Lock()
+
+    @property
+    def inferred(self) -> Audit:
+        """The audit without people's edits."""
+        return self.audit.inferred or self.audit
+
+    @property
+    def group_names(self) -> list[list[str]]:
+        """Names of the groups of each factor, a number where people gave none."""
+        edits, sizes = self.audit.edits, enumerate(self.audit.num_groups)
+        return [[edits.group_name(group, factor) for group in range(count)] for factor, count in sizes]
+
+    def page(self, index: int, factor: int, cuts: Sequence[float] | None = None) -> Split:
+        """One prompt under one hidden factor; with other cuts than those kept, if given."""
+        audit = self.audit if cuts is None else apply(self.audit, self.audit.edits.with_cuts(index, cuts))
+        return next(page for page in splits_of(audit) if (page.index, page.factor_index) == (index, factor))
+
+    def is_movable(self, page: Split | None) -> bool:
+        """Whether scores alone part the groups of a page, so that the cuts between them can be moved."""
+        if page is None or page.factor_index:
+            return False
+        weights = self.inferred.group_weights[0][self.inferred.prompt_ids == page.index]
+        return len(page.cuts) == len(np.unique(weights.argmax(axis=1))) - 1 > 0
+
+    def edit(self, change: Callable[[Edits], Edits]) -> None:
+        """Change people's edits, those that others made meanwhile included, and save them."""
+        with self._lock:
+            found, opened = Audit.load(self.folder), self.inferred
+            plain = found.inferred or found
+            if any(getattr(plain, part) != getattr(opened, part) for part in ("fingerprint", "names", "prompts")):
+                raise AuditError(
+                    f"Expected the audit that was opened in {self.folder}, found another: it was made anew meanwhile. "
+                    "Start the page again."
+                )
+            edited = apply(found, change(found.edits))
+            edited.save_edits(self.folder)
+            self.audit = edited
+
+    def _image(self, position: int) -> Image.Image:
+        """An image small enough for a gallery; a crossed-out tile where it is damaged or lies outside its data set."""
+        assert self.data is not None
+        row = self.rows[position]
+        try:
+            if self.data.is_own(row):
+                image = self.data.image(row)
+                image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+                return image
+        except DataError:
+            pass  # audit and training state what is wrong with it
+        tile = Image.new("RGB", (SIDE // 4, SIDE // 4), RULE)
+        for ends in ((0, 0, *tile.size), (0, tile.height, tile.width, 0)):
+            ImageDraw.Draw(tile).line(ends, fill=INK)
+        return tile
 
 
 class AuditTab:
-    """The tab, built inside a `gr.Blocks`.
-
-    Args:
-        books: Name to audit; at least one.
-        drawn: The tab whose mix sliders bear the names of groups, if any.
-    """
+    """The tab of one or several audits by name, built inside a `gr.Blocks`; `drawn` has sliders named after groups."""
 
     def __init__(self, books: Mapping[str, AuditBook], drawn: GenerateTab | None = None) -> None:
-        self._drawn = drawn
-        self._choices: list[str] = []
-        self._places: list[tuple[AuditBook, tuple[int, int] | None]] = []
+        self._places: list[tuple[str, AuditBook, tuple[int, int] | None]] = []
         for name, book in books.items():
             run = f"{name} · " if len(books) > 1 else ""
-            found = splits_of(book.inferred)
-            for place, page in enumerate(found):
-                self._choices.append(f"{run}{place + 1}. {page.factor}{one_line(page.prompt.prompt, 100)}")
-                self._places.append((book, (page.index, page.factor_index)))
+            found = [
+                (f"{place}. {page.factor}{one_line(page.prompt.prompt, 100)}", (page.index, page.factor_index))
+                for place, page in enumerate(splits_of(book.inferred), start=1)
+            ]
+            self._places += [(run + words, book, page) for words, page in found]
             if not found:
-                self._choices.append(f"{run}No hidden group was found")
-                self._places.append((book, None))
+                self._places.append((f"{run}No hidden group was found", book, None))
         self._build(max(groups for book in books.values() for groups in book.audit.num_groups))
-        self._connect()
+        blocks = [part for b in self._blocks for part in (b.column, b.head, b.name, b.typical, b.nearest)]
+        whole = [self._facts, self._plot, self._moved, self._chosen, self._status, self._out_note, self._out]
+        self.loads = [*whole, self._tables, self._at, self._positions, self._picked, *self._cuts, *blocks]
+        self._connect(drawn)
 
     def _build(self, groups: int) -> None:
         with gr.Row():
-            choices = [(choice, place) for place, choice in enumerate(self._choices)]
+            choices = [(words, place) for place, (words, _, _) in enumerate(self._places)]
             self._prompt = gr.Dropdown(choices, value=0, label="Prompt", scale=3, elem_id="audit-prompt")
-            self._count = gr.Slider(
-                4, MOST_PER_GROUP, PER_GROUP, step=4, label="Images in a row of a group", elem_id="audit-count"
-            )
+            label = "Images in a row of a group"
+            self._count = gr.Slider(4, MOST_PER_GROUP, PER_GROUP, step=4, label=label, elem_id="audit-count")
         self._facts = gr.HTML(elem_id="audit-facts")
         with gr.Row(elem_classes="workbench"):
             with gr.Column(scale=2, min_width=300):
                 self._plot = gr.HTML(elem_id="audit-plot")
-                self._cuts = [
-                    gr.Slider(-1, 1, 0, visible=False, elem_id=f"audit-cut-{index}") for index in range(groups - 1)
-                ]
+                self._cuts = [gr.Slider(-1, 1, 0, visible=False, elem_id=f"audit-cut-{k}") for k in range(groups - 1)]
                 self._moved = gr.HTML(elem_id="audit-moved")
                 with gr.Row():
                     self._keep = gr.Button("Keep this threshold", size="sm", elem_id="audit-keep")
@@ -86,8 +154,7 @@ class AuditTab:
             self._tables = gr.HTML(elem_id="audit-tables")
         # The prompt that the browser shows, which may be other than the one that was chosen a moment ago.
         self._at = gr.Number(0, precision=0, visible="hidden", elem_id="audit-at")
-        self._positions = gr.State({})
-        self._picked = gr.State(None)
+        self._positions, self._picked = gr.State({}), gr.State(None)
 
     def _block(self, group: int) -> SimpleNamespace:
         with gr.Column(elem_classes="group-block") as column:
@@ -108,137 +175,104 @@ class AuditTab:
             nearest = gallery(f"nearest-{group}", 6, allow_preview=False, buttons=[])
         return SimpleNamespace(column=column, head=head, name=name, save=save, typical=typical, nearest=nearest)
 
-    @property
-    def loads(self) -> list[Any]:
-        """The components that `first` and every event fill."""
-        blocks = [part for b in self._blocks for part in (b.column, b.head, b.name, b.typical, b.nearest)]
-        whole = [self._facts, self._plot, self._moved, self._chosen, self._status, self._out_note, self._out]
-        return [*whole, self._tables, self._at, self._positions, self._picked, *self._cuts, *blocks]
-
-    def _connect(self) -> None:
+    def _connect(self, drawn: GenerateTab | None) -> None:
         live: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
         each: dict[str, Any] = {**QUIET, "trigger_mode": "multiple"}  # none is lost while another is saved
         at = [self._at, self._count]
+        cuts = [*at, *self._cuts]
         self._prompt.change(self.open, [self._prompt, self._count], self.loads, **live)
         # Not `change`, which values that are only shown would cause.
-        gr.on(
-            [slider.input for slider in (self._count, *self._cuts)], self.show, [*at, *self._cuts], self.loads, **live
-        )
-        self._keep.click(self.keep, [*at, *self._cuts], self.loads, **each)
-        self._reset.click(self.reset, at, self.loads, **each)
+        gr.on([slider.input for slider in (self._count, *self._cuts)], self.show, cuts, self.loads, **live)
+        self._keep.click(self.keep, cuts, self.loads, **each)
+        self._reset.click(self.keep, at, self.loads, **each)
         for button, counts in ((self._leave, False), (self._back, True)):
             button.click(self.count_image, [*at, self._picked, gr.State(counts)], self.loads, **each)
         galleries = {"left-out": self._out}
         for group, block in enumerate(self._blocks):
             here = [*at, gr.State(group), block.name]
             saved = gr.on([block.save.click, block.name.submit], self.rename, here, self.loads, **each)
-            if self._drawn is not None:
-                saved.then(self._drawn.first, self._drawn.mix, self._drawn.loads, **QUIET)
+            if drawn is not None:
+                saved.then(drawn.first, drawn.mix, drawn.loads, **QUIET)
             galleries |= {f"typical-{group}": block.typical, f"nearest-{group}": block.nearest}
         for name, shelf in galleries.items():
             inputs = [self._at, gr.State(name), self._positions]
             shelf.select(self.pick, inputs, [self._picked, self._chosen], **QUIET)
 
-    def first(self) -> Values:
-        """The first prompt, when a page is opened."""
-        return self.open(0, PER_GROUP)
-
-    def open(self, place: int, count: float) -> Values:
+    def open(self, place: int = 0, count: float = PER_GROUP) -> Values:
         """A prompt that was just chosen: names and sliders as saved, no image chosen."""
         book, page = self._find(place)
-        names = book.audit.edits.names[page.factor_index if page else 0] if book.audit.edits.names else ()
+        names = book.audit.edits.names[page.factor_index if page else 0]
         values = {block.name: name for block, name in zip(self._blocks, names, strict=False)}
         blank = {block.name: "" for block in self._blocks} | {self._status: "", self._at: place}
         return self._saved(place, count) | blank | values | {self._picked: None, self._chosen: notice(CHOOSE)}
 
     def show(self, place: int, count: float, *cuts: float) -> Values:
         """A prompt with its images parted at other scores; those that change sides are marked, nothing is saved."""
-        book, kept = self._find(place)
-        page, words = kept, ""
-        if kept is not None and cuts and book.is_movable(kept):
+        book, page = self._find(place)
+        words = ""
+        moved: dict[int, int] = {}
+        if page is not None and cuts and book.is_movable(page):
             try:
-                page = book.page(kept.index, 0, [float(cut) for cut in cuts[: len(kept.cuts)]])
-                words = _moves(kept, page)
-            except (InvDiffError, TypeError) as error:
-                words = refusal("Expected a number, got none." if isinstance(error, TypeError) else error)
-        page = page if words else kept
-        moved = {} if page is None or kept is None else _moved(kept, page)
+                page, moved, words = _moved(page, book.page(page.index, 0, cuts[: len(page.cuts)]))
+            except InvDiffError as error:
+                words = refusal(error)
         out = book.audit.edits.left_out
         shelves: dict[str, list[int]] = {"left-out": list(out[:MOST_PER_GROUP])}
         rest = f", of which {MOST_PER_GROUP} are shown" if len(out) > MOST_PER_GROUP else ""
-        considered = candidates_table(page.prompt.candidates) if page is not None else None
-        unfound = unfound_table([prompt for prompt in book.inferred.prompts if not prompt.found])
-        tables = [fragment("table", table) for table in (considered, unfound) if table and table.rows]
+        tables = [candidates_table(page.prompt.candidates)] if page is not None else []
+        tables.append(unfound_table([prompt for prompt in book.inferred.prompts if not prompt.found]))
         values: Values = {
             self._facts: notice("No hidden group was found: see below why not."),
             self._plot: "",
             self._moved: words,
             self._out_note: notice(f"{counted(len(out), 'image')} left out{rest}."),
-            self._out: _images(book, shelves["left-out"]),
-            self._tables: "".join(tables),
+            self._out: _images(book, shelves["left-out"], {}),
+            self._tables: "".join(fragment("table", table) for table in tables if table.rows),
             self._positions: shelves,
         }
         if page is not None:
-            values[self._facts] = _facts(page) + (notice(NO_DATA) if book.data is None else "")
+            of = page.prompt
+            facts = [("images", f"{of.num_images:,}"), ("separation", f"{of.separation:.2f}")]
+            facts += [("stability", f"{of.stability:.2f}"), ("evidence", of.evidence)]
+            facts += [("changed", "by hand")] if page.by_hand else []
+            values[self._facts] = fragment("facts", facts) + (notice(NO_DATA) if book.data is None else "")
             values[self._plot] = fragment("plot", histogram(page))
-        for group, block in enumerate(self._blocks):
-            shown = page is not None and group < len(page.groups)
+        for k, block in enumerate(self._blocks):
+            shown = page is not None and k < len(page.groups)
             values[block.column] = gr.update(visible=shown)
             if page is not None and shown:
-                of, most = page.groups[group], int(min(max(count, 1), MOST_PER_GROUP))
-                typical, nearest = of.typical[:most], _nearest(of, page)[:most]
-                shelves |= {f"typical-{group}": typical, f"nearest-{group}": nearest}
-                colour, total = colour_of(group), len(page.labels)
-                words_of = book.audit.words.of(page.index, group, page.factor_index) if book.audit.words else None
-                share = share_of(of.name, of.size, total, confidence=CONFIDENCE, colour=colour)
-                values[block.head] = fragment("group", share, [words_of.line] if words_of else [])
-                values[block.typical] = _images(book, typical, moved)
-                values[block.nearest] = _images(book, nearest, moved)
+                group, most = page.groups[k], int(count)
+                shelves |= {f"typical-{k}": group.typical[:most], f"nearest-{k}": group.uncertain[:most]}
+                said = book.audit.words.of(page.index, k, page.factor_index) if book.audit.words else None
+                share = page.shares(CONFIDENCE)[k]
+                values[block.head] = fragment("group", share, [said.line] if said else [])
+                values[block.typical] = _images(book, shelves[f"typical-{k}"], moved)
+                values[block.nearest] = _images(book, shelves[f"nearest-{k}"], moved)
         return values
 
     def keep(self, place: int, count: float, *cuts: float) -> Values:
-        """Save the cuts that the sliders show."""
-
-        def part(book: AuditBook, page: Split | None, edits: Edits) -> Edits:
-            if page is None or not book.is_movable(page):
-                raise ConfigError(
-                    "Expected a prompt whose groups are parted by their scores, got another. Choose another prompt."
-                )
-            return edits.with_cuts(page.index, [float(cut) for cut in cuts[: len(page.cuts)]])
-
-        return self._edit(place, count, part, "Kept: the groups part there now.")
-
-    def reset(self, place: int, count: float) -> Values:
-        """Part the groups as inferred."""
-
-        def part(book: AuditBook, page: Split | None, edits: Edits) -> Edits:
-            return edits if page is None else edits.with_cuts(page.index, None)
-
-        return self._edit(place, count, part, "The groups part as they were inferred.")
+        """Part the groups where the sliders show it; without cuts as inferred."""
+        book, page = self._find(place)
+        if page is None or (cuts and not book.is_movable(page)):
+            return {self._status: refusal(NO_CUTS)}
+        index, wanted = page.index, cuts[: len(page.cuts)] or None
+        words = "Kept: the groups part there now." if wanted else "The groups part as they were inferred."
+        return self._edit(place, count, lambda edits: edits.with_cuts(index, wanted), words)
 
     def rename(self, place: int, count: float, group: int, name: str) -> Values:
         """Name a group."""
-
-        def call(book: AuditBook, page: Split | None, edits: Edits) -> Edits:
-            return edits.with_name(page.factor_index if page is not None else 0, group, str(name or ""))
-
-        return self._edit(place, count, call, "Name saved.")
+        factor = page.factor_index if (page := self._find(place)[1]) is not None else 0
+        return self._edit(place, count, lambda edits: edits.with_name(factor, group, name or ""), "Name saved.")
 
     def count_image(self, place: int, count: float, picked: tuple[int, int] | None, counts: bool) -> Values:
         """Leave the chosen image out, or count it again."""
-
-        def change(book: AuditBook, page: Split | None, edits: Edits) -> Edits:
-            if picked is None or self._find(picked[0])[0] is not book:
-                raise ConfigError("Expected an image to be chosen first, got none. Click on one.")
-            if counts and picked[1] not in edits.left_out:
-                raise ConfigError("Expected an image that was left out, got one that was not. Choose another.")
-            return (edits.with_images if counts else edits.without_images)([picked[1]])
-
+        book, _ = self._find(place)
+        if picked is None or self._find(picked[0])[0] is not book:
+            return {self._status: refusal(NO_IMAGE)}
+        change = Edits.with_images if counts else Edits.without_images
         words = "It counts again." if counts else "It counts nowhere now: training, pictures and reports leave it out."
-        values = self._edit(place, count, change, words)
-        if picked is not None and self._at in values:
-            values[self._chosen] = _details(self._find(place)[0], picked[1])
-        return values
+        values = self._edit(place, count, lambda edits: change(edits, [picked[1]]), words)
+        return values | {self._chosen: _details(book, picked[1])}
 
     def pick(self, event: gr.SelectData, place: int, shelf: str, positions: dict[str, list[int]]) -> list[Any]:
         """Show the image that was clicked on, and what is known of it."""
@@ -248,107 +282,63 @@ class AuditTab:
         return [(place, shown[event.index]), _details(self._find(place)[0], shown[event.index])]
 
     def _find(self, place: int) -> tuple[AuditBook, Split | None]:
-        book, page = self._places[place]
+        _, book, page = self._places[place]
         return book, None if page is None else book.page(*page)
 
-    def _edit(
-        self, place: int, count: float, change: Callable[[AuditBook, Split | None, Edits], Edits], words: str
-    ) -> Values:
+    def _edit(self, place: int, count: float, change: Callable[[Edits], Edits], words: str) -> Values:
         """Save a change and show it, or why it cannot be made. Text fields stay: somebody may be typing a name."""
-        book, page = self._find(place)
         try:
-            book.edit(lambda edits: change(book, page, edits))
-        except (InvDiffError, TypeError) as error:
-            return {self._status: refusal("Expected a number, got none." if isinstance(error, TypeError) else error)}
-        edits = book.audit.edits
-        named = sum(bool(name) for names in edits.names for name in names)
-        parts = [
-            counted(named, "name") if named else "",
-            f"{counted(len(edits.left_out), 'image')} left out" if edits.left_out else "",
-            f"{counted(len(edits.cuts), 'prompt')} parted by hand" if edits.cuts else "",
-        ]
-        kept = ", ".join(filter(None, parts)) or "no changes"
-        return self._saved(place, count) | {
-            self._status: notice(f"{words} Beside the audit: {kept}."),
-            self._at: place,
-        }
+            self._places[place][1].edit(change)
+        except InvDiffError as error:
+            return {self._status: refusal(error)}
+        return self._saved(place, count) | {self._status: notice(words), self._at: place}
 
     def _saved(self, place: int, count: float) -> Values:
         """A prompt as saved, with the sliders of its cuts."""
         book, page = self._find(place)
-        cuts = page.cuts if page is not None and book.is_movable(page) else []
-        values = self.show(place, count)
-        for index, slider in enumerate(self._cuts):
-            if page is None or index >= len(cuts):
-                values[slider] = gr.update(visible=False)
-                continue
-            low, high = float(page.scores.min()), float(page.scores.max())
-            step = 10.0 ** np.floor(np.log10(max(high - low, 1e-6) / 200))
-            short = round(cuts[index], 2)
-            same = np.array_equal(page.scores >= short, page.scores >= cuts[index])
-            which = f" ({index + 1} of {len(cuts)})" if len(cuts) > 1 else ""
+        values = self.show(place, count) | {slider: gr.update(visible=False) for slider in self._cuts}
+        if page is None or not book.is_movable(page):
+            return values
+        low, high = float(page.scores.min()), float(page.scores.max())
+        step = 10.0 ** np.floor(np.log10(max(high - low, 1e-6) / 200))
+        for k, (slider, cut) in enumerate(zip(self._cuts, page.cuts, strict=False), start=1):
+            short = round(cut, 2)
             values[slider] = gr.update(
                 minimum=float(np.floor(low / step) * step),
                 maximum=float(np.ceil(high / step) * step),
                 step=step,
-                value=short if same else cuts[index],
-                label=f"Score at which the groups part{which}",
+                value=short if np.array_equal(page.scores >= short, page.scores >= cut) else cut,
+                label="Score at which the groups part" + (f" ({k} of {len(page.cuts)})" if len(page.cuts) > 1 else ""),
                 visible=True,
             )
         return values
 
 
-def _images(book: AuditBook, positions: Sequence[int], moved: Mapping[int, int] | None = None) -> list[Any]:
+def _images(book: AuditBook, positions: Sequence[int], moved: Mapping[int, int]) -> list[Any]:
     """Images with their names; those that moved are framed in the colour of the group that they leave."""
     shown = []
     for at in positions if book.data is not None else ():
         image, name = book.image(at), one_line(book.audit.names[at], 80)
-        if moved and at in moved:
-            image, name = image.convert("RGB"), f"moved: {name}"
-            width = max(2, 12 * min(image.size) // 256)
-            box = (0, 0, image.width - 1, image.height - 1)
-            ImageDraw.Draw(image).rectangle(box, outline=colour_of(moved[at]), width=width)
+        if at in moved:
+            name, width = f"moved: {name}", max(2, 12 * min(image.size) // 256)
+            image = ImageOps.expand(ImageOps.crop(image.convert("RGB"), width), width, colour_of(moved[at]))
         shown.append((image_file(image), name))
     return shown
 
 
-def _moved(before: Split, after: Split) -> dict[int, int]:
-    """Position of each image that changes sides to the group that it leaves."""
+def _moved(before: Split, after: Split) -> tuple[Split, dict[int, int], str]:
+    """The page to show, position of each image that changes sides to the group that it leaves, and that in words."""
     changed = np.flatnonzero(before.labels != after.labels)
-    return dict(zip(before.rows[changed].tolist(), before.labels[changed].tolist(), strict=True))
-
-
-def _moves(before: Split, after: Split) -> str:
-    """How many images moved cuts take from one group to another, in words; "" for none."""
-    names = {group.index: quoted(group.name) for group in before.groups}
+    if not len(changed):
+        return before, {}, ""
+    old, new = before.labels[changed].tolist(), after.labels[changed].tolist()
+    names = [quoted(group.name) for group in before.groups]
     words = [
-        f"{counted(count, 'image')} from {names[old]} to {names[new]}"
-        for old in names
-        for new in names
-        if old != new and (count := int(np.count_nonzero((before.labels == old) & (after.labels == new))))
+        f"{counted(images, 'image')} from {names[left]} to {names[joined]}"
+        for (left, joined), images in sorted(Counter(zip(old, new, strict=True)).items())
     ]
-    return notice(f"Would move {'; '.join(words)}. Not kept yet.") if words else ""
-
-
-def _nearest(group: Group, page: Split) -> list[int]:
-    """The group's images by how near their scores are to a cut; by doubt where scores part nothing."""
-    if not page.cuts:
-        return group.uncertain
-    own = np.flatnonzero(page.labels == group.index)
-    distance = np.abs(page.scores[own][:, None] - np.array(page.cuts)[None]).min(axis=1)
-    ordered: list[int] = page.rows[own[np.argsort(distance, kind="stable")]].tolist()
-    return ordered
-
-
-def _facts(page: Split) -> str:
-    prompt = page.prompt
-    facts = {
-        "images": f"{prompt.num_images:,}",
-        "separation": f"{prompt.separation:.2f}",
-        "stability": f"{prompt.stability:.2f}",
-        "evidence": prompt.evidence,
-    }
-    return fragment("facts", [*facts.items(), *([("changed", "by hand")] if page.by_hand else [])])
+    positions = before.rows[changed].tolist()
+    return after, dict(zip(positions, old, strict=True)), notice(f"Would move {'; '.join(words)}. Not kept yet.")
 
 
 def _details(book: AuditBook, position: int) -> str:

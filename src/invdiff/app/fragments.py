@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import os
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from jinja2 import Template
 from PIL import Image
 
 from ..files import save_image
 from ..report.write import html_templates
 
+_FRAGMENTS: Any = html_templates("invdiff.app").get_template("fragments.html.j2").module
+CONFIDENCE = 0.95  # coverage of the intervals of counts
+# Options of every event: without gradio's own progress, and without a name to be called by.
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-"""Options of every event: without gradio's own progress, and without a name to be called by."""
 
 
 def fragment(name: str, *arguments: Any) -> str:
     """A macro of `templates/fragments.html.j2`, filled in."""
-    return str(getattr(_fragments().module, name)(*arguments))
-
-
-@lru_cache(maxsize=1)
-def _fragments() -> Template:
-    return html_templates("invdiff.app").get_template("fragments.html.j2")
+    return str(getattr(_FRAGMENTS, name)(*arguments))
 
 
 def notice(text: str) -> str:
@@ -55,14 +51,6 @@ def image_file(image: Image.Image) -> str:
 
 def gallery(name: str, columns: int, **options: Any) -> gr.Gallery:
     """A gallery that nobody can upload to."""
-    return gr.Gallery(
-        show_label=False,
-        columns=columns,
-        height="auto",
-        object_fit="contain",
-        interactive=False,
-        container=False,
-        elem_id=name,
-        elem_classes=["shots", f"of-{columns}"],
-        **options,
-    )
+    options |= {"show_label": False, "container": False, "interactive": False}
+    options |= {"columns": columns, "height": "auto", "object_fit": "contain"}
+    return gr.Gallery(elem_id=name, elem_classes=["shots", f"of-{columns}"], **options)

@@ -13,12 +13,10 @@ from ..evaluation.annotators.annotations import CANNOT_TELL, Annotator
 from ..report.figures import counted, share_of
 from ..report.plots import BASE_COLOUR, SERIES_COLOURS, colour_of
 from ..text import one_line
-from .fragments import QUIET, fragment, gallery, image_file, notice, refusal
-from .studio import LONGEST_PROMPT, MOST_IMAGES, Ask, Shot, Shown, Studio, Turn, by_factor, command_for, read_ask
+from .fragments import CONFIDENCE, QUIET, fragment, gallery, image_file, notice, refusal
+from .studio import LONGEST_PROMPT, Shown, Studio, Turn, by_factor, command_for, read_ask
 
-CONFIDENCE = 0.95
-_NOTHING: list[Any] = [gr.skip()] * 5
-"""Values that leave all outputs as they are."""
+_NOTHING: list[Any] = [gr.skip()] * 5  # values that leave all outputs as they are
 
 
 def shares_seen(shown: Shown, annotator: Annotator | None) -> str:
@@ -46,34 +44,20 @@ def shares_seen(shown: Shown, annotator: Annotator | None) -> str:
 class GenerateTab:
     """The tab, built inside a `gr.Blocks`.
 
-    Args:
-        studio: The model, and the module beside it.
-        suggestions: Prompts to begin with, the first filled in.
-        group_names: The present names of the groups of each factor.
-        resolution: Side of the images in pixels; 0 for the model's own.
+    `prompts` are suggestions, the first filled in, `names` the present names of each factor's groups, and `resolution`
+    the side of the images in pixels, 0 for the model's own.
     """
 
-    def __init__(
-        self,
-        studio: Studio,
-        *,
-        suggestions: Sequence[str],
-        group_names: Callable[[], Sequence[Sequence[str]]],
-        resolution: int = 0,
-    ) -> None:
-        self._studio, self._group_names, self._resolution = studio, group_names, resolution
-        suggestions = suggestions[:3] if studio.needs_prompts else []
+    def __init__(self, studio: Studio, prompts: Sequence[str], names: Callable[[], Any], resolution: int = 0) -> None:
+        self._studio, self._group_names, self._resolution = studio, names, resolution
         guided = studio.module is not None
         with gr.Row(elem_classes="workbench"):
             with gr.Column(scale=1, min_width=280, elem_classes="controls"):
-                self._build_controls(suggestions)
+                controls, chips, draw, stop, live = self._controls(prompts[:3] if studio.needs_prompts else [])
             with gr.Column(scale=3, min_width=320):
-                begin = (
-                    "Press Draw: the base model and guidance draw the same seeds side by side."
-                    if guided
-                    else "No module was given, so there is no guidance to compare with. Give one with --module."
-                )
-                self._status = gr.HTML(notice(begin), elem_id="status")
+                begin = "Press Draw: the base model and guidance draw the same seeds side by side."
+                alone = "No module was given, so there is no guidance to compare with. Give one with --module."
+                status = gr.HTML(notice(begin if guided else alone), elem_id="status")
                 with gr.Row(equal_height=True):
                     with gr.Column(min_width=280, elem_classes="pane"):
                         gr.HTML('<h2 class="side">Base model</h2>')
@@ -84,88 +68,67 @@ class GenerateTab:
                 shares = gr.HTML(elem_id="shares")
                 with gr.Accordion("The same images from the command line", open=False):
                     command = gr.Code(language="shell", label="Command", interactive=False, lines=2)
-        self._outputs = [self._status, base, beside, shares, command]
-        self._connect()
+        outputs = [status, base, beside, shares, command]
+        # All run at once: the studio lets one draw at a time, and the newest of a session ends the others.
+        options: dict[str, Any] = {**QUIET, "concurrency_limit": None, "trigger_mode": "multiple"}
+        always = [gr.State(True), *controls]
+        gr.on([draw.click, controls[0].submit], self.draw, always, outputs, **options)
+        for text, chip in chips.items():
+            chosen = chip.click(lambda text=text: text, None, controls[0], **options)
+            chosen.then(self.draw, always, outputs, **options)
+        moved = [slider.change for slider in (controls[3], *controls[5:])]
+        gr.on(moved, self.draw, [live, *controls], outputs, **options)
+        stop.click(self.stop, None, status, **options)
+        for slider in self.mix:
+            slider.change(self.target_bar, self.mix, self._target, **options)
 
-    def _build_controls(self, suggestions: Sequence[str]) -> None:
+    def _controls(self, suggestions: Sequence[str]) -> tuple[list[Any], dict[str, gr.Button], Any, Any, Any]:
+        """Build what `read_ask` reads, in its order; the suggestions, Draw, Stop, and whether sliders draw."""
         reads, guided = self._studio.needs_prompts, self._studio.module is not None
-        self._prompt = gr.Textbox(
-            suggestions[0] if suggestions else "",
-            label="Prompt" if reads else "Prompt (this model reads none)",
-            lines=2,
-            max_lines=4,
-            max_length=LONGEST_PROMPT,
-            interactive=reads,
-            elem_id="prompt",
+        text, label = [*suggestions, ""][0], "Prompt" if reads else "Prompt (this model reads none)"
+        prompt = gr.Textbox(
+            text, label=label, lines=2, max_lines=4, max_length=LONGEST_PROMPT, interactive=reads, elem_id="prompt"
         )
         with gr.Column(elem_classes="suggestions", visible=len(suggestions) > 1):
-            self._chips = {text: gr.Button(one_line(text, 40), size="sm") for text in suggestions}
+            chips = {text: gr.Button(one_line(text, 40), size="sm") for text in suggestions}
         with gr.Row(elem_classes="actions"):
-            self._draw = gr.Button("Draw", variant="primary", min_width=80, elem_id="draw")
-            self._stop = gr.Button("Stop", min_width=80, elem_id="stop")
+            draw = gr.Button("Draw", variant="primary", min_width=80, elem_id="draw")
+            stop = gr.Button("Stop", min_width=80, elem_id="stop")
         with gr.Group():
             info = "0: base model, 1: as trained"
-            self._scale = gr.Slider(
-                0.0, 2.0, 1.0, step=0.05, label="Strength", info=info, interactive=guided, elem_id="scale"
-            )
+            scale = gr.Slider(0, 2, 1, step=0.05, label="Strength", info=info, interactive=guided, elem_id="scale")
             labels = iter(self._mix_labels())
             self.mix = [
                 gr.Slider(0, 100, 50, step=1, label=next(labels), elem_id=f"mix-{factor}-{group}")
                 for factor, groups in enumerate(self._studio.num_groups)
                 for group in range(groups)
             ]
-            self._target = gr.HTML(
-                self.target_bar(*[50] * len(self.mix)), padding=True, visible=bool(self.mix), elem_id="mix"
-            )
+            bar = self.target_bar(*[50] * len(self.mix))
+            self._target = gr.HTML(bar, padding=True, visible=bool(self.mix), elem_id="mix")
+            self.loads = [*self.mix, self._target]
         with gr.Group():
-            cfg = 3.0 if reads else 1.0
-            self._cfg = gr.Slider(
-                1.0, 15.0, cfg, step=0.5, label="Guidance scale (CFG)", interactive=reads, elem_id="cfg"
-            )
+            label = "Guidance scale (CFG)"
+            cfg = gr.Slider(1, 15, 3 if reads else 1, step=0.5, label=label, interactive=reads, elem_id="cfg")
         with gr.Accordion("Images, seed and steps", open=False, elem_id="more"):
-            self._images = gr.Slider(1, MOST_IMAGES, 12, step=1, label="Images", elem_id="images")
-            self._seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1, elem_id="seed")
-            self._steps = gr.Slider(2, 100, 20, step=1, label="Sampling steps", elem_id="steps")
-        label = "Draw again as I move strength, shares or CFG"
-        self._live = gr.Checkbox(True, label=label, container=False, elem_id="live")
-
-    def _connect(self) -> None:
-        controls = [self._prompt, self._seed, self._images, self._cfg, self._steps, self._scale, *self.mix]
-        # All run at once: the studio lets one draw at a time, and the newest of a session ends the others.
-        options: dict[str, Any] = {**QUIET, "concurrency_limit": None, "trigger_mode": "multiple"}
-        gr.on([self._draw.click, self._prompt.submit], self.draw, controls, self._outputs, **options)
-        moved = [slider.change for slider in (self._scale, self._cfg, *self.mix)]
-        gr.on(moved, self.draw_if_live, [self._live, *controls], self._outputs, **options)
-        for text, chip in self._chips.items():
-            chosen = chip.click(lambda text=text: text, None, self._prompt, **options)
-            chosen.then(self.draw, controls, self._outputs, **options)
-        self._stop.click(self.stop, None, self._status, **options)
-        for slider in self.mix:
-            slider.change(self.target_bar, self.mix, self._target, **options)
-
-    @property
-    def loads(self) -> list[Any]:
-        """The components that `first` fills."""
-        return [*self.mix, self._target]
+            images = gr.Slider(1, 64, 12, step=1, label="Images", elem_id="images")
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1, elem_id="seed")
+            steps = gr.Slider(2, 100, 20, step=1, label="Sampling steps", elem_id="steps")
+        live = gr.Checkbox(True, label="Draw again as I move strength, shares or CFG", container=False, elem_id="live")
+        return [prompt, seed, images, cfg, steps, scale, *self.mix], chips, draw, stop, live
 
     def first(self, *values: float) -> list[Any]:
         """Present names of groups, at the sliders and in the mix of `values`, which are equal shares if not given."""
         labels = [gr.update(label=label) for label in self._mix_labels()]
         return [*labels, self.target_bar(*(values or [50] * len(self.mix)))]
 
-    async def draw(self, request: gr.Request, *values: Any) -> AsyncIterator[list[Any]]:
-        """Draw what the controls state, and show each batch."""
-        # Turns are taken on the event loop, in the order in which requests arrive; drawing has a thread of its own.
-        batches = self.batches(self._studio.next_turn(str(request.session_hash)), *values)
-        while (shown := await asyncio.to_thread(next, batches, None)) is not None:
-            yield shown
-
-    async def draw_if_live(self, request: gr.Request, live: bool, *values: Any) -> AsyncIterator[list[Any]]:
-        """Draw where moving a slider should."""
+    async def draw(self, request: gr.Request, live: bool, *values: Any) -> AsyncIterator[list[Any]]:
+        """Draw what the controls state, and show each batch; nothing where moving a slider should not draw."""
         if not live:
             yield _NOTHING  # gradio clears the outputs of an event that yields no values
             return
-        async for shown in self.draw(request, *values):
+        # Turns are taken on the event loop, in the order in which requests arrive; drawing has a thread of its own.
+        batches = self.batches(self._studio.next_turn(str(request.session_hash)), *values)
+        while (shown := await asyncio.to_thread(next, batches, None)) is not None:
             yield shown
 
     def stop(self, request: gr.Request) -> str:
@@ -177,14 +140,20 @@ class GenerateTab:
         """Values of status, both galleries, counts and command: the command first, then after each batch."""
         studio = self._studio
         try:
-            ask = read_ask(values, studio.num_groups, batch_size=studio.batch_size, resolution=self._resolution)
+            ask = read_ask(values, studio, resolution=self._resolution)
             yield [notice("Waiting for the model …"), *_NOTHING[:3], command_for(ask, studio)]
             for shown in studio.draw(ask, turn):
-                images = [
-                    [(image_file(shot.image), _caption(shot)) for shot in shots]
-                    for shots in (shown.base, shown.guided)
+                sides = [
+                    [
+                        (image_file(image), one_line(" · ".join([*seen.values(), f"seed {seed}"]), 80))
+                        for image, seed, seen in of
+                    ]
+                    for of in (shown.base, shown.guided)
                 ]
-                yield [_status(shown, ask), *images, shares_seen(shown, studio.annotator), gr.skip()]
+                done, wanted = len(shown.guided or shown.base), ask.config.images_per_prompt
+                words = f"{'Stopped at ' * shown.stopped}{done} of {counted(wanted, 'image')} in {shown.seconds:.1f} s"
+                words += " …" * (done < wanted and not shown.stopped) + f" · “{one_line(ask.prompt, 80)}”"
+                yield [notice(words), *sides, shares_seen(shown, studio.annotator), gr.skip()]
             if turn.over and not turn.stopped:
                 yield _NOTHING  # gradio repeats the last values at the end, when those of a newer request may be shown
         except InvDiffError as error:
@@ -202,7 +171,7 @@ class GenerateTab:
         """The mix asked for, as a bar for each factor."""
         bars = []
         for names, row in zip(self._group_names(), by_factor(values, self._studio.num_groups), strict=True):
-            if any(type(value) not in (int, float) for value in row) or sum(row) <= 0:
+            if sum(row) <= 0:
                 bars.append(refusal("Give at least one group a share above 0."))
                 continue
             shares = [
@@ -210,18 +179,3 @@ class GenerateTab:
             ]
             bars.append(fragment("mix", shares))
         return "".join(bars)
-
-
-def _caption(shot: Shot) -> str:
-    return one_line(" · ".join([*shot.classes.values(), f"seed {shot.seed}"]), 80)
-
-
-def _status(shown: Shown, ask: Ask) -> str:
-    wanted = ask.config.images_per_prompt
-    done = len(shown.guided or shown.base)
-    words = f"{done} of {counted(wanted, 'image')} in {shown.seconds:.1f} s"
-    if shown.stopped:
-        words = f"Stopped at {words}"
-    elif done < wanted:
-        words += " …"
-    return notice(f"{words} · “{one_line(ask.prompt, 80)}”")

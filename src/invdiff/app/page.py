@@ -1,103 +1,196 @@
-"""The page: its tabs, its looks, and the figures of tab Compare."""
+"""The page: what it opens, its tabs, its looks, and the figures of tab Compare."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.processing_utils import save_file_to_cache
 
-from ..errors import InvDiffError
+from ..assets import BIRDS_ANNOTATOR, BIRDS_DEMO, BIRDS_MODEL
+from ..config import DemoConfig
+from ..data.birds import BirdsWorld
+from ..data.captioned import CaptionedImages
+from ..errors import ConfigError, InvDiffError
+from ..evaluation.annotators.load import LABELS, load_annotator
 from ..evaluation.results import Quantity, Results
+from ..files import atomic_folder, default_cache_dir, fingerprint
+from ..guidance.attach import check_fit
+from ..guidance.module import load_module
 from ..models.families import family_of
-from ..models.load import denoiser_of
-from ..report.figures import Table
+from ..models.load import denoiser_of, dtype_named, load_pipeline
+from ..report.figures import ABSENT, Table, bias, with_interval
 from ..report.plots import DARK, INK, PAPER, RULE, SOFT
-from ..report.read import Parts
-from ..report.write import save_report
+from ..report.read import Parts, find_parts
+from ..report.write import write_report
 from ..text import one_line
-from .audit import AuditTab
-from .audit_state import AuditBook
+from .audit import AuditBook, AuditTab
 from .fragments import QUIET, fragment, notice, refusal
 from .generate import GenerateTab
 from .studio import Studio
-from .workspace import Workspace
 
 TITLE = "invdiff"
-CACHE_SECONDS = (600, 3600)
-"""How often gradio looks through files of images, and the age at which it deletes them."""
+BUNDLED = "bundled demo"
+CACHE_SECONDS = (600, 3600)  # how often gradio looks for old files of images, and the age at which it deletes them
 FIGURES = ("Model", "Guidance scale", "Bias", "By chance", "Subject accuracy", "Fréchet distance", "Images per prompt")
-_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "DejaVu Sans", "sans-serif"]
-_MONO = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
+_ACCENTS = (
+    *("button_primary_background_fill", "button_primary_background_fill_dark"),
+    *("link_text_color", "color_accent", "slider_color"),
+)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The parts that a page shows: those given at start, and nothing else."""
+
+    model: str  # folder or hub id of the pipeline; "" for a page that draws nothing
+    module: Path | str | None  # folder or hub id of the guidance module
+    annotator: str  # folder or hub id; "" for none
+    runs: Mapping[str, Parts]  # name to the parts of a folder, as a report would read it; names differ
+
+    @property
+    def audits(self) -> dict[str, Parts]:
+        """The runs with an audit."""
+        return {name: parts for name, parts in self.runs.items() if parts.audit is not None}
+
+
+def open_workspace(
+    runs: Sequence[Path] = (),
+    *,
+    model: str | None = None,
+    module: str | None = None,
+    annotator: str | None = None,
+    data: CaptionedImages | str | Path | None = None,
+) -> Workspace:
+    """Find the parts that a page is to show: of runs such as `invdiff demo` writes, or the bundled demo.
+
+    The model is the one that the module was trained for unless given, and the module the first run's. `data` are the
+    images that were audited, where a run does not hold them.
+    """
+    found: dict[str, Parts] = {}
+    if not runs and model is None:
+        if module is not None or data is not None:
+            given = "a module" if module is not None else "data"
+            raise ConfigError(f"Expected a model or a run beside {given}, got none. Name the model with --model.")
+        found[BUNDLED] = _bundled_run()
+    resolved = [folder.resolve() for folder in runs]
+    if len(set(resolved)) < len(resolved):
+        raise ConfigError(f"Expected different folders, got one of {', '.join(map(str, runs))} twice. Name it once.")
+    for place, folder in enumerate(resolved):
+        parts = find_parts(runs[place])
+        if parts.audit is None and parts.results is None and parts.module is None:
+            raise ConfigError(
+                f"Expected audit/, module/ or results.json in {runs[place]}, found none of them. Give a folder that "
+                "`invdiff demo` wrote, or one with the folders that audit, train and evaluate wrote."
+            )
+        alike = [other.name for other in resolved].count(folder.name) > 1
+        name = f"{place + 1}: {one_line(str(runs[place]), 120)}" if alike else one_line(folder.name, 60) or "/"
+        found[name] = parts if data is None or parts.data is not None else replace(parts, data=data)
+    chosen: Path | str | None = module or next((parts.module for parts in found.values() if parts.module), None)
+    if model is None and chosen is not None:
+        model = _model_of(chosen)
+    if annotator is None and model == str(BIRDS_MODEL):
+        annotator = str(BIRDS_ANNOTATOR)
+    return Workspace(model or "", chosen, annotator or "", found)
+
+
+def _bundled_run() -> Parts:
+    """The bundled demo, copied to the cache, where edits to its audit can be saved. Its images are drawn on demand."""
+    digest = fingerprint(*((BIRDS_DEMO / name).read_bytes() for name in ("audit/audit.json", "results.json")))
+    folder = default_cache_dir() / f"birds-demo-{digest}"
+    if not folder.is_dir():
+        with atomic_folder(folder) as temporary:
+            shutil.copytree(BIRDS_DEMO, temporary, dirs_exist_ok=True)
+    defaults = DemoConfig()
+    world = BirdsWorld(defaults.num_images, severity=defaults.severity, seed=defaults.seed)
+    return replace(find_parts(folder), data=world.captioned())
+
+
+def _model_of(module: Path | str) -> str:
+    """The pipeline that a module was trained beside."""
+    config = load_module(module).config
+    hub_id = ((config.get("record") or {}).get("base") or {}).get("hub_id")
+    if hub_id or config["base_model"] == BIRDS_MODEL.name:
+        return str(hub_id or BIRDS_MODEL)
+    raise ConfigError(
+        f"Expected the model that the module in {module} was trained for, which was called "
+        f"{config['base_model'] or 'nothing'!r}, got none. Name its folder with --model."
+    )
+
+
+def open_studio(
+    workspace: Workspace, *, dtype: str = "fp32", attribute: str = "", classes: Path | None = None
+) -> Studio | None:
+    """Load the model, the module and the annotator of a workspace; None for a workspace without a model.
+
+    `dtype` is fp32, fp16 or bf16; `load_annotator` explains `attribute` and `classes`.
+    """
+    if not workspace.model:
+        return None
+    if workspace.annotator == LABELS:
+        raise ConfigError(
+            "Expected an annotator that looks at images, got 'labels', which are of images drawn before. Give a "
+            "trained one, a CLIP model or a classifier."
+        )
+    pipe = load_pipeline(workspace.model, dtype=dtype_named(dtype))
+    module = load_module(workspace.module) if workspace.module else None
+    if module is not None:
+        check_fit(pipe, module)
+    judge: Any = workspace.annotator or None
+    if judge:
+        judge = load_annotator(judge, attribute=attribute, classes=classes)
+    return Studio(pipe, module, judge, names=(workspace.model, str(workspace.module or "")))
 
 
 def build_page(workspace: Workspace, studio: Studio | None) -> gr.Blocks:
-    """The page of a workspace; `looks()` goes to its `launch`.
-
-    Args:
-        workspace: The parts to show.
-        studio: From `open_studio`; None for a page that draws nothing.
-
-    Raises:
-        InvDiffError: An audit, its data, edits to it or results are damaged.
-    """
+    """The page of a workspace; `looks()` goes to its `launch`. Without a `studio` it draws nothing."""
     books = {name: AuditBook(parts) for name, parts in workspace.audits.items()}
-    named = None if studio is None else _named(workspace, studio, books)
+    generate: GenerateTab | None = None
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=CACHE_SECONDS) as page:
         gr.HTML(f'<header class="top"><h1>{TITLE}</h1><p>Hidden bias, seen and balanced</p></header>')
-        tabs: list[GenerateTab | AuditTab] = []
-        drawn: GenerateTab | None = None
         with gr.Tab("Generate", id="generate"):
             if studio is None:
                 gr.HTML(notice("No model was given. `invdiff ui --model MODEL --module MODULE` opens one."))
             else:
-                names = [[f"group {group}" for group in range(count)] for count in studio.num_groups]
-                drawn = GenerateTab(
-                    studio,
-                    suggestions=_suggestions(books),
-                    group_names=lambda: names if named is None else named.group_names,
-                    resolution=0 if named is None else _resolution(studio, named),
-                )
-                tabs.append(drawn)
+                generate = _build_generate(workspace, studio, books)
+                page.load(generate.first, None, generate.loads, **QUIET)
         with gr.Tab("Audit", id="audit"):
             if books:
-                tabs.append(AuditTab(books, drawn if named is not None else None))
+                audit = AuditTab(books, generate)
+                page.load(audit.open, None, audit.loads, **QUIET)
             else:
                 gr.HTML(notice("No audit was given. `invdiff ui RUN` opens the one in RUN/audit."))
         with gr.Tab("Compare", id="compare"):
-            if workspace.results:
-                _build_compare(workspace.results)
+            results = {name: parts for name, parts in workspace.runs.items() if parts.results is not None}
+            if results:
+                _build_compare(results)
             else:
                 gr.HTML(notice("No results were given. `invdiff ui RUN` opens RUN/results.json."))
         words = f"invdiff {version('invdiff')} · computed on the machine that serves this page"
         gr.HTML(f'<footer class="bottom">{words}</footer>')
-        for tab in tabs:
-            page.load(tab.first, None, tab.loads, **QUIET)
     return page
 
 
-def _named(workspace: Workspace, studio: Studio, books: Mapping[str, AuditBook]) -> AuditBook | None:
-    """The audit whose groups the module's are: the one in the module's run, or else one with as many groups."""
+def _build_generate(workspace: Workspace, studio: Studio, books: Mapping[str, AuditBook]) -> GenerateTab:
+    """Build tab Generate; its groups are those of the audit in the module's run, or else of one with as many."""
     own = [name for name, parts in workspace.audits.items() if parts.module == workspace.module]
-    return next((books[name] for name in (*own, *books) if books[name].audit.num_groups == studio.num_groups), None)
-
-
-def _resolution(studio: Studio, named: AuditBook) -> int:
-    """Side of images in pixels as the module was trained, 0 where that is the model's own."""
-    trained = named.audit.settings.get("resolution", 0)
-    return 0 if trained == family_of(studio.pipe).resolution(studio.pipe, denoiser_of(studio.pipe)) else trained
-
-
-def _suggestions(books: Mapping[str, AuditBook]) -> list[str]:
-    """Prompts of most images, those that hide groups alone where there are any."""
+    fitting = [books[name] for name in (*own, *books) if books[name].audit.num_groups == studio.num_groups]
+    numbers = [[f"group {group}" for group in range(count)] for count in studio.num_groups]
+    trained = fitting[0].audit.settings.get("resolution", 0) if fitting else 0
     prompts = [prompt for book in books.values() for prompt in book.inferred.prompts if prompt.prompt.strip()]
-    chosen = [prompt for prompt in prompts if prompt.found] or prompts
-    return list(dict.fromkeys(prompt.prompt for prompt in sorted(chosen, key=lambda prompt: -prompt.num_images)))
+    prompts = [prompt for prompt in prompts if prompt.found] or prompts
+    prompts.sort(key=lambda prompt: -prompt.num_images)
+    is_own = trained == family_of(studio.pipe).resolution(studio.pipe, denoiser_of(studio.pipe))
+    suggestions = list(dict.fromkeys(prompt.prompt for prompt in prompts))
+    names: Any = (lambda: fitting[0].group_names) if fitting else (lambda: numbers)
+    return GenerateTab(studio, suggestions, names, resolution=0 if is_own else trained)
 
 
 def _build_compare(runs: Mapping[str, Parts]) -> None:
@@ -109,26 +202,22 @@ def _build_compare(runs: Mapping[str, Parts]) -> None:
 
     def write_reports() -> list[Any]:
         try:
-            paths = [write_report(parts) for parts in runs.values()]
+            paths = [write_report(Path(str(parts.results)).parent, parts) for parts in runs.values()]
         except InvDiffError as error:
             return [refusal(error), gr.skip()]
-        copies = []
-        for place, path in enumerate(paths):  # into the folder that the page serves
-            copies.append(Path(os.environ["GRADIO_TEMP_DIR"]) / "reports" / str(place) / path.name)
-            copies[-1].parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copies[-1])
+        served = [save_file_to_cache(path, os.environ["GRADIO_TEMP_DIR"]) for path in paths]
         words = f"Written: {', '.join(one_line(str(path)) for path in paths)}"
-        return [notice(words), gr.update(value=[str(copy) for copy in copies], visible=True)]
+        return [notice(words), gr.update(value=served, visible=True)]
 
     write.click(write_reports, None, [status, reports], **QUIET)
 
 
 def compare(runs: Mapping[str, Parts]) -> str:
-    """The main figures of all results as an HTML table, with their notes.
+    """The main figures of all results as an HTML table, with their notes."""
 
-    Raises:
-        EvaluationError: Results are damaged.
-    """
+    def figure(of: Quantity | None) -> str:
+        return ABSENT if of is None or of.value is None else with_interval(bias, of.value, of.low, of.high)
+
     shown: list[str] = []
     for name, parts in runs.items():
         assert parts.results is not None
@@ -137,10 +226,10 @@ def compare(runs: Mapping[str, Parts]) -> str:
             [
                 model,
                 scale.removesuffix(".0"),
-                _figure(measures.bias_estimate),
-                f"{measures.bias_floor:.2f}",
-                _figure(measures.subject_accuracy),
-                _figure(Quantity(measures.frechet)),
+                figure(measures.bias_estimate),
+                bias(measures.bias_floor),
+                figure(measures.subject_accuracy),
+                figure(Quantity(measures.frechet)),
                 f"{measures.images_per_prompt:,}",
             ]
             for model, scale, measures in results.each()
@@ -151,52 +240,22 @@ def compare(runs: Mapping[str, Parts]) -> str:
     return "".join(shown)
 
 
-def _figure(figure: Quantity | None) -> str:
-    if figure is None or figure.value is None:
-        return "–"
-    interval = "" if figure.low is None or figure.high is None else f" ({figure.low:.2f} to {figure.high:.2f})"
-    return f"{figure.value:.2f}{interval}"
-
-
-def write_report(parts: Parts) -> Path:
-    """Write the report of a run beside its results and return its path."""
-    assert parts.results is not None
-    folder = Path(parts.results).parent
-    return save_report(
-        folder,
-        run=folder,
-        audit=parts.audit,
-        data=parts.data if parts.audit is not None else None,
-        results=parts.results,
-        images=parts.images,
-        module=parts.module,
-    )
-
-
 def looks() -> dict[str, Any]:
     """Arguments of `Blocks.launch` that make the page look like our reports."""
+    names = {"body_background_fill": PAPER, "body_text_color": INK}
+    names |= {"body_text_color_subdued": SOFT, "border_color_primary": RULE}
     theme = gr.themes.Base(
         primary_hue=gr.themes.colors.blue,
         neutral_hue=gr.themes.colors.slate,
-        font=_FONTS,
-        font_mono=_MONO,
+        font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "DejaVu Sans", "sans-serif"],
+        font_mono=["ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"],
         radius_size=gr.themes.sizes.radius_md,
     ).set(
-        body_background_fill=PAPER,
-        body_background_fill_dark=DARK[PAPER],
-        body_text_color=INK,
-        body_text_color_dark=DARK[INK],
-        body_text_color_subdued=SOFT,
-        body_text_color_subdued_dark=DARK[SOFT],
-        border_color_primary=RULE,
-        border_color_primary_dark=DARK[RULE],
-        button_primary_background_fill="#1f6fb5",
+        **names,
+        **{f"{name}_dark": DARK[colour] for name, colour in names.items()},
+        **dict.fromkeys(_ACCENTS, "#1f6fb5"),
         button_primary_background_fill_hover="#195a93",
-        button_primary_background_fill_dark="#1f6fb5",
         button_primary_text_color="#ffffff",
-        link_text_color="#1f6fb5",
-        color_accent="#1f6fb5",
-        slider_color="#1f6fb5",
         slider_color_dark="#4a97d8",
     )
     return {"theme": theme, "css": files("invdiff.app").joinpath("page.css").read_text(encoding="utf-8")}

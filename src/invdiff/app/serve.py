@@ -23,8 +23,8 @@ LOOPBACK = "127.0.0.1"
 PORT = 7860
 SHORTEST_PASSWORD = 8
 USER = "invdiff"
+# Routes of gradio below `/gradio_api/` that take files in or fetch web addresses, which the page never asks for.
 CLOSED = ("upload", "process_recording", "component_server", "file=http:", "file=https:")
-"""Routes of gradio below `/gradio_api/` that take files in or fetch web addresses, which the page never asks for."""
 
 
 def check_address(host: str, *, public: bool, password: str | None) -> None:
@@ -32,20 +32,18 @@ def check_address(host: str, *, public: bool, password: str | None) -> None:
 
     A loopback address is always allowed. Any other shows the page, the model and the data to the network, and so may a
     proxy in front of the page: that takes both an explicit `public` and a password.
-
-    Args:
-        host: A name or an address of this machine.
-        public: Whether the user asked for visitors from elsewhere.
-        password: What visitors are asked for.
-
-    Raises:
-        ConfigError: The address is unknown, is public without `public`, or the password is short or missing.
     """
     if password is not None and len(password) < SHORTEST_PASSWORD:
         raise ConfigError(
             f"Expected a password of at least {SHORTEST_PASSWORD} characters, got {len(password)}. Take a longer one."
         )
-    if not is_loopback(host) and not public:
+    try:
+        found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"Expected a name or an address of this machine, such as {LOOPBACK}, got {host!r} ({error})."
+        ) from error
+    if not public and not all(ipaddress.ip_address(address).is_loopback for address in found):
         raise ConfigError(
             f"Expected an address of this machine alone, such as {LOOPBACK}, got {host}, which the network can reach. "
             "Whoever opens the page sees the data and uses the model; if you want that, add --public and a password."
@@ -57,27 +55,8 @@ def check_address(host: str, *, public: bool, password: str | None) -> None:
         )
 
 
-def is_loopback(host: str) -> bool:
-    """Whether all addresses of a name belong to this machine alone.
-
-    Raises:
-        ConfigError: The name is unknown.
-    """
-    try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(
-            f"Expected a name or an address of this machine, such as {LOOPBACK}, got {host!r} ({error})."
-        ) from error
-    return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
-
-
 def free_port(port: int | None) -> int:
-    """`port` if it is free, any free one for 0, and for None the first free one from `PORT` on.
-
-    Raises:
-        ConfigError: The port is taken, or all of a hundred are.
-    """
+    """`port` if it is free, any free one for 0, and for None the first free one from `PORT` on."""
     for number in [port] if port is not None else range(PORT, PORT + 100):
         with suppress(OSError), socket.create_server((LOOPBACK, number)) as trial:  # gradio tries this address too
             return int(trial.getsockname()[1])
@@ -93,10 +72,9 @@ def own_files() -> Iterator[Path]:
     or ports, do not reach the page. At the end the folder is removed and the environment as it was.
     """
     before = dict(os.environ)
-    for name in before:
-        if name.startswith("GRADIO_"):
-            del os.environ[name]
     with tempfile.TemporaryDirectory(prefix="invdiff-ui-", ignore_cleanup_errors=True) as folder:
+        for name in [name for name in before if name.startswith("GRADIO_")]:
+            del os.environ[name]
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_TEMP_DIR": folder}
         try:
             yield Path(folder)
@@ -111,17 +89,15 @@ def ended_by_signals() -> Iterator[None]:
 
     Signals that are ignored, as below nohup, stay ignored.
     """
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) == signal.SIG_DFL}
+    taken = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class OwnSiteOnly:
@@ -136,45 +112,36 @@ class OwnSiteOnly:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Refuse one request or hand it on."""
+        app = self.app
         if scope["type"] in ("http", "websocket"):
-            headers = Headers(scope=scope)
             asked = scope["path"].partition("/gradio_api/")[2].lower()
-            if not _is_own_site(headers) or asked.startswith(CLOSED):
-                await PlainTextResponse("This page does not answer that request.\n", 403)(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+            if asked.startswith(CLOSED) or not _is_own_site(Headers(scope=scope)):
+                app = PlainTextResponse("This page does not answer that request.\n", 403)
+        await app(scope, receive, send)
 
 
 def _is_own_site(headers: Headers) -> bool:
     origin = headers.get("origin")
     if origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower():
         return False
-    if headers.get("sec-fetch-site", "none") in ("same-origin", "none"):
-        return True
-    return (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document")
+    link = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document")
+    return link or headers.get("sec-fetch-site", "none") in ("same-origin", "none")
 
 
 def launch(page: Any, *, host: str, port: int, password: str | None, browser: bool, public: bool = False) -> str:
-    """Serve a page in the background and return its address.
+    """Serve the `gr.Blocks` of `build_page` in the background, within `own_files`, and return its address.
 
-    Must be called within `own_files`, which undoes the changes to the environment.
-
-    Args:
-        page: The `gradio.Blocks` of `build_page`.
-        host: See `check_address`, which must have been called.
-        port: From `free_port`.
-        password: What visitors are asked for, beside the user name "invdiff"; None for nothing.
-        browser: Open a browser.
-        public: Answer to any host name, not only to those of this machine.
-
-    Raises:
-        ConfigError: The page cannot listen there.
+    Visitors log in as "invdiff" with `password`, if there is one. `public` answers to any host name, not only to those
+    of this machine; `check_address` says whether that may be.
     """
     from .page import looks
 
-    _reach_without_proxy(host)
     name = f"[{host}]" if ":" in host else host
     names = ["*"] if public else [name, "localhost", LOOPBACK, "[::1]"]
+    unproxied = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if unproxied.strip() != "*":  # gradio's requests to this page do not go to a proxy
+        unproxied = ",".join(filter(None, [*unproxied.split(","), host, "localhost", LOOPBACK, "::1"]))
+        os.environ["NO_PROXY"] = os.environ["no_proxy"] = unproxied
     page.queue(default_concurrency_limit=4, api_open=False)
     try:
         _, address, _ = page.launch(
@@ -188,24 +155,13 @@ def launch(page: Any, *, host: str, port: int, password: str | None, browser: bo
             quiet=True,
             footer_links=[],
             run_history=False,
-            allowed_paths=[],
             app_kwargs={
                 "middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=names), Middleware(OwnSiteOnly)]
             },
             enable_monitoring=False,
             ssr_mode=False,
-            mcp_server=False,
-            pwa=False,
             **looks(),
         )
     except OSError as error:
         raise ConfigError(f"Could not listen on port {port} of {host}. Choose another with --port.") from error
     return str(address).replace("[::]", "[::1]")  # no browser opens all addresses
-
-
-def _reach_without_proxy(host: str) -> None:
-    """Keep gradio's requests to this page away from a proxy that the environment names for everything else."""
-    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    names = [*given.split(","), host, "localhost", LOOPBACK, "::1"]
-    if given.strip() != "*":
-        os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(filter(None, dict.fromkeys(names)))

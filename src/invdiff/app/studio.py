@@ -7,11 +7,9 @@ import math
 import shlex
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from PIL import Image
@@ -19,43 +17,31 @@ from PIL import Image
 from ..config import GenerateConfig
 from ..errors import ConfigError
 from ..evaluation.annotators.annotations import Annotator
-from ..evaluation.annotators.load import LABELS, load_annotator
-from ..guidance.attach import check_fit
-from ..guidance.module import GuidanceModule, load_module
+from ..guidance.module import GuidanceModule
 from ..models.families import family_of
-from ..models.load import denoiser_of, dtype_named, load_pipeline
+from ..models.load import denoiser_of
+from ..options import command_options
 from ..sampling import Drawing
-from .workspace import Workspace
 
-MOST_IMAGES = 64
-"""Of one prompt at once."""
-LONGEST_PROMPT = 2000
-"""Characters; models read far fewer."""
-MOST_KEPT = 256
-"""Images of the base model that are not drawn again."""
-NO_COMMAND = "# The mix of several hidden factors can be given in Python only: attach(..., environments={mix})."
-_LARGE = 200_000_000
-"""Parameters from which a denoiser on a CPU draws image by image."""
+LONGEST_PROMPT = 2000  # characters; models read far fewer
+MOST_KEPT = 256  # images of the base model that are not drawn again
+_LARGE = 200_000_000  # parameters from which a denoiser on a CPU draws image by image
 
 
-@dataclass(frozen=True)
-class Ask:
+class Ask(NamedTuple):
     """One request for images."""
 
     prompt: str
     config: GenerateConfig
-    mix: tuple[tuple[float, ...], ...] = ()
-    """Share of each hidden factor's groups; empty where the module takes no groups."""
+    mix: tuple[tuple[float, ...], ...] = ()  # shares of each factor's groups; empty where the module takes none
 
 
-@dataclass(frozen=True)
-class Shot:
+class Shot(NamedTuple):
     """One image."""
 
     image: Image.Image
     seed: int
-    classes: dict[str, str]
-    """Attribute to the annotator's class."""
+    classes: dict[str, str]  # attribute to the annotator's class
 
 
 @dataclass
@@ -73,8 +59,7 @@ class Turn:
     """One request's right to the pipeline."""
 
     over: bool = False
-    stopped: bool = False
-    """Over because the visitor pressed Stop, rather than asked for something else."""
+    stopped: bool = False  # over because the visitor pressed Stop, rather than asked for something else
 
 
 class _OverError(Exception):
@@ -84,13 +69,8 @@ class _OverError(Exception):
 class Studio:
     """A pipeline, its guidance module and an annotator, shared by everyone who has the page open.
 
-    One thread draws at a time. A session's newer request ends its older one within a step of the sampler.
-
-    Args:
-        pipe: The pipeline.
-        module: A guidance module made for it, or None to draw without.
-        annotator: Names the classes in images; None for no counts.
-        names: The model and the module as the command line calls them.
+    One thread draws at a time. A session's newer request ends its older one within a step of the sampler. `names` are
+    the model and the module as the command line calls them.
     """
 
     def __init__(
@@ -108,7 +88,7 @@ class Studio:
         self.batch_size = 1 if slow else 4
         self._lock = threading.Lock()
         self._turns: WeakValueDictionary[str, Turn] = WeakValueDictionary()
-        self._kept: OrderedDict[tuple[str, GenerateConfig], list[Shot]] = OrderedDict()
+        self._kept: dict[tuple[str, GenerateConfig], list[Shot]] = {}  # the latest last
 
     @property
     def num_groups(self) -> tuple[int, ...]:
@@ -132,52 +112,41 @@ class Studio:
 
         The images are those of `invdiff generate` with the same settings. Where the turn ends by `stop`, whole batches
         are kept; where it ends by another request, nothing more is yielded.
-
-        Raises:
-            ConfigError: The prompt or the mix cannot be used.
-            ModelError: The module was trained for another model.
         """
-        start, shown = time.perf_counter(), Shown()
-        key = ask.prompt, replace(ask.config, scale=1.0)
+        start, key = time.perf_counter(), (ask.prompt, replace(ask.config, scale=1.0))
+        known = self._kept.get(key)
+        mix: Any = ask.mix or "uniform"
+        shown = Shown(list(known or ()))
+        prompts = [ask.prompt] if self.needs_prompts else []
         try:
             with self._alone(turn):
-                plain = self._drawing(ask, guided=False)
-                guided = self._drawing(ask, guided=True) if self.module is not None else None
-            known = self._kept.get(key)
-            shown.base = list(known or ())
+                plain = guided = Drawing(self.pipe, prompts, config=ask.config)
+                if self.module is not None:
+                    guided = Drawing(self.pipe, prompts, module=self.module, config=ask.config, environments=mix)
             for places in plain.batches():
                 if known is None:
                     shown.base += self._batch(plain, places, turn)
-                if guided is not None:
+                if self.module is not None:
                     shown.guided += self._batch(guided, places, turn)
                 shown.seconds = time.perf_counter() - start
                 yield shown
-            self._kept[key] = shown.base
-            self._kept.move_to_end(key)
+            self._kept = {other: shots for other, shots in self._kept.items() if other != key} | {key: shown.base}
             while len(self._kept) > 1 and sum(map(len, self._kept.values())) > MOST_KEPT:
-                self._kept.popitem(last=False)
+                del self._kept[next(iter(self._kept))]
         except _OverError:
             if turn.stopped:
                 shown.stopped, shown.seconds = True, time.perf_counter() - start
                 yield shown
 
-    def _drawing(self, ask: Ask, *, guided: bool) -> Drawing:
-        prompts = [ask.prompt] if self.needs_prompts else []
-        if not guided:
-            return Drawing(self.pipe, prompts, config=ask.config)
-        mix: Any = [list(row) for row in ask.mix] if ask.mix else "uniform"
-        return Drawing(self.pipe, prompts, module=self.module, config=ask.config, environments=mix)
-
     def _batch(self, drawing: Drawing, places: Sequence[int], turn: Turn) -> list[Shot]:
         with self._alone(turn), drawing:  # the module is on the pipeline under the lock only
             images, rows = drawing.batch(places)
-        classes: list[dict[str, str]] = [{} for _ in images]
-        if self.annotator is not None:
-            seen = self.annotator.predict(images)
-            for attribute in seen.attributes:
-                for of, name in zip(classes, seen.labels(attribute), strict=True):
-                    of[attribute] = name
-        return [Shot(image, row["seed"], of) for image, row, of in zip(images, rows, classes, strict=True)]
+        seen = self.annotator.predict(images) if self.annotator is not None else None
+        classes = {attribute: seen.labels(attribute) for attribute in seen.attributes} if seen is not None else {}
+        return [
+            Shot(image, row["seed"], {attribute: of[place] for attribute, of in classes.items()})
+            for place, (image, row) in enumerate(zip(images, rows, strict=True))
+        ]
 
     @contextlib.contextmanager
     def _alone(self, turn: Turn) -> Iterator[None]:
@@ -187,86 +156,38 @@ class Studio:
             if turn.over:
                 raise _OverError
 
-        check()
         while not self._lock.acquire(timeout=0.1):
             check()
         try:
-            handle = denoiser_of(self.pipe).register_forward_pre_hook(check)
-            try:
-                check()
+            with denoiser_of(self.pipe).register_forward_pre_hook(check):
                 yield
-            finally:
-                handle.remove()
         finally:
             self._lock.release()
 
 
-def open_studio(
-    workspace: Workspace, *, dtype: str = "fp32", attribute: str = "", classes: Path | None = None
-) -> Studio | None:
-    """Load the model, the module and the annotator of a workspace; None for a workspace without a model.
+def read_ask(values: Sequence[Any], studio: Studio, *, resolution: int = 0) -> Ask:
+    """The request that the controls state; gradio holds the sliders to their ranges.
 
-    Args:
-        workspace: The parts to open.
-        dtype: Type of the model's weights: fp32, fp16 or bf16.
-        attribute: See `load_annotator`.
-        classes: See `load_annotator`.
-
-    Raises:
-        ConfigError: The annotator is none that looks at images.
-        ModelError: A part cannot be loaded, or the module was trained for another model.
-    """
-    if not workspace.model:
-        return None
-    if workspace.annotator == LABELS:
-        raise ConfigError(
-            "Expected an annotator that looks at images, got 'labels', which are of images drawn before. Give a "
-            "trained one, a CLIP model or a classifier."
-        )
-    pipe = load_pipeline(workspace.model, dtype=dtype_named(dtype))
-    module = load_module(workspace.module) if workspace.module else None
-    if module is not None:
-        check_fit(pipe, module)
-    annotator: Any = None
-    if workspace.annotator:
-        annotator = load_annotator(workspace.annotator, attribute=attribute, classes=classes)
-    return Studio(pipe, module, annotator, names=(workspace.model, str(workspace.module or "")))
-
-
-def read_ask(values: Sequence[Any], num_groups: Sequence[int], *, batch_size: int, resolution: int = 0) -> Ask:
-    """The request that the controls state.
-
-    Args:
-        values: Prompt, seed, images, guidance scale, steps, scale, then a proportion for each group of each factor.
-        num_groups: Groups of each factor.
-        batch_size: Images in one call of the pipeline.
-        resolution: Side of the images in pixels; 0 for the model's own.
-
-    Raises:
-        ConfigError: A value is missing or outside its range.
+    `values` are prompt, seed, images, guidance scale, steps, scale, then a proportion for each group of each factor.
     """
     prompt, *numbers = values
-    if not isinstance(prompt, str) or not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
-        raise ConfigError("Expected a prompt and a finite number in every field, got something else. Fill them in.")
-    if len(prompt) > LONGEST_PROMPT or prompt != prompt.encode("utf-8", "replace").decode():
+    known = isinstance(prompt, str) and all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+    if not known or len(prompt) > LONGEST_PROMPT or prompt != prompt.encode("utf-8", "replace").decode():
         raise ConfigError(
-            f"Expected a prompt of at most {LONGEST_PROMPT} whole characters, got {len(prompt)}. Type another."
+            f"Expected a prompt of at most {LONGEST_PROMPT} whole characters and a finite number in every field, got "
+            "something else. Fill them in."
         )
     seed, images, guidance_scale, steps, scale, *proportions = numbers
-    if not (images <= MOST_IMAGES and steps <= 1000 and scale <= 10 and guidance_scale <= 100 and 0 <= seed < 2**31):
-        raise ConfigError(
-            f"Expected at most {MOST_IMAGES} images and settings within the sliders' ranges, got others."
-        )
-    mix = by_factor(proportions, num_groups)
-    if any(sum(row) <= 0 or min(row) < 0 for row in mix):
+    mix = by_factor(proportions, studio.num_groups)
+    if any(sum(row) <= 0 for row in mix):
         raise ConfigError("Expected a share above 0 for at least one group, got none. Move one of the mix sliders.")
     config = GenerateConfig(
         images_per_prompt=int(images),
-        guidance_scale=float(guidance_scale),
-        scale=float(scale),
+        guidance_scale=guidance_scale,
+        scale=scale,
         num_inference_steps=int(steps),
         resolution=resolution,
-        batch_size=batch_size,
+        batch_size=studio.batch_size,
         seed=int(seed),
     )
     return Ask(prompt.strip(), config, tuple(tuple(share / sum(row) for share in row) for row in mix))
@@ -280,28 +201,21 @@ def by_factor(values: Sequence[float], num_groups: Sequence[int]) -> list[list[f
 
 def command_for(ask: Ask, studio: Studio) -> str:
     """The command that draws these images, guided where there is a module."""
-    model, module = studio.names
-    words = ["invdiff", "generate", model]
-    plain = GenerateConfig()
-    flags = {
-        "--images-per-prompt": "images_per_prompt",
-        "--guidance-scale": "guidance_scale",
-        "--steps": "num_inference_steps",
-        "--resolution": "resolution",
-        "--seed": "seed",
-    }
-    if studio.module is not None:
-        words += ["--module", module]
-        flags = {"--scale": "scale", **flags}
+    settings = vars(ask.config) | {"batch_size": None}
+    words = ["invdiff", "generate", studio.names[0]]
+    if studio.module is None:
+        settings["scale"] = None
+    else:
+        words += ["--module", studio.names[1]]
         if any(len(set(row)) > 1 for row in ask.mix):
             if len(ask.mix) > 1:
-                return NO_COMMAND.format(mix=[list(row) for row in ask.mix])
+                mix = [list(row) for row in ask.mix]
+                return (
+                    f"# A mix of several hidden factors can be given in Python only: attach(..., environments={mix})."
+                )
             words += ["--environments", ",".join(map(str, ask.mix[0]))]
-    for flag, name in flags.items():
-        if (value := getattr(ask.config, name)) != getattr(plain, name):
-            words += [flag, str(value)]
+    words += command_options(GenerateConfig, settings)
     dtype = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}.get(str(denoiser_of(studio.pipe).dtype))
-    words += ["--dtype", dtype] if dtype else []
-    words += ["--output", "images"]
+    words += [*(["--dtype", dtype] if dtype else []), "--output", "images"]
     # After "--" a prompt is no option, whatever it begins with.
     return shlex.join([*words, *(["--", ask.prompt] if studio.needs_prompts else [])])

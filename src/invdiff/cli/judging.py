@@ -189,9 +189,7 @@ def ui(
     chosen_port = free_port(port)
     with ended_by_signals(), own_files():
         say_loading("the page", quiet=False)
-        from ..app.page import build_page
-        from ..app.studio import open_studio
-        from ..app.workspace import open_workspace
+        from ..app.page import build_page, open_studio, open_workspace
 
         workspace = open_workspace(runs or (), model=model, module=module, annotator=annotator, data=images)
         if workspace.model:
