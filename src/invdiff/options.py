@@ -130,11 +130,7 @@ _WORDS: dict[Any, str] = {
 
 
 def typed(hint: Any, value: Any) -> Any:
-    """A value as its type hint has it: a list as a tuple, 3 as 3.0, a mapping from JSON as a dataclass.
-
-    Raises:
-        TypeError: It does not fit.
-    """
+    """A value as its type hint has it, else a `TypeError`: a list as a tuple, 3 as 3.0, a mapping as a dataclass."""
     try:
         return _fitted(hint, value)
     except TypeError as error:
@@ -209,11 +205,7 @@ class Setting:
         return [self.flag] if value is True else [word for text in texts for word in (self.flag, text)]
 
     def from_words(self, given: Any) -> Any:
-        """The value of what the option was given: one word of numbers, or all texts.
-
-        Raises:
-            ConfigError: It is something else.
-        """
+        """The value of what the option was given, one word of numbers or all texts, else a `ConfigError`."""
         if self.item is None:
             return given
         parts = given.split(",") if isinstance(given, str) else given
@@ -242,11 +234,9 @@ def settings_of(kind: Any) -> Mapping[str, Setting]:
 
 
 def command_options(kind: type, values: Mapping[str, Any]) -> list[str]:
-    """The command-line options that give what differs from the defaults, as separate words.
+    """The command-line options that give what differs from the defaults of `kind`, as separate words.
 
-    Args:
-        kind: The dataclass whose fields are the options, such as `AuditConfig`.
-        values: Field to value, from `vars(config)` or from JSON. Other names and None are left out.
+    `values` are from `vars(config)` or from JSON; other names and None are left out.
     """
     words: list[str] = []
     for name, setting in settings_of(kind).items():

@@ -34,11 +34,9 @@ LEVEL = 0.001
 def group_captions(denoiser: Denoiser, data: EncodedImages, threshold: float, seed: int) -> tuple[NDArray[Any], float]:
     """The prompt of each caption (captions,), from 0, and the denoiser forwards spent per image.
 
-    Captions under which the model predicts the same, such as paraphrases, are one prompt: each alone may have too few
-    images to judge. Distances are mean squared differences of predictions on the same noisy images, in units of the
-    model's own squared error there; average linkage joins captions up to a distance of `threshold`. Of more than
-    `MOST_CAPTIONS` captions, those nearest to the centres of k-means on mean embeddings are compared, and the others
-    follow their centre's. Where class labels stand for captions, each class is a prompt.
+    Captions that the model predicts alike are one prompt: average linkage up to a distance of `threshold`, in units of
+    the model's own squared error. Of more than `MOST_CAPTIONS`, those nearest to the centres of k-means stand for the
+    others.
     """
     count = len(data.captions)
     if count == 1 or not data.conditions:
@@ -74,10 +72,8 @@ def words_that_state_groups(
 ) -> tuple[dict[str, int], set[str]]:
     """The words of captions that state a group, such as "water", and words that only come with the usual one.
 
-    "on land" says little under a prompt whose images are on land anyway, but all under the other prompt: columns mean
-    the same under every prompt, so a word found under one holds for all. Where captions only ever state the usual, all
-    prompts together show that the rare group never comes with them ("on"). `groups` holds each prompt's images (n,),
-    and their W (n, E), columns aligned.
+    A word found under one prompt holds for all, as columns do. `groups` holds each prompt's images (n,), and their W
+    (n, E), columns aligned.
     """
     caption_ids = data.caption_ids.numpy()
     stated: dict[str, set[int]] = defaultdict(set)
@@ -100,9 +96,7 @@ def stating_words(
 ) -> dict[str, int]:
     """The words of captions that state the group, `labels` (n,), of images with `caption_ids` (n,), and that group.
 
-    An attribute in the caption is not hidden: under "on water", water is asked for. Each word is tested for
-    association with each group against the others (Fisher's exact test, Benjamini-Hochberg over words), and kept
-    where at least a share `certainty` of its images is of the group.
+    By Fisher's exact test with Benjamini-Hochberg over words; a share `certainty` of a word's images is of its group.
     """
     groups = np.unique(labels)
     counts = np.zeros((len(captions), len(groups)), dtype=np.int64)  # images of each caption in each group

@@ -102,12 +102,10 @@ class Edits:
 
 
 def apply(audit: Audit, edits: Edits) -> Audit:
-    """An audit with people's edits, applied to it as inferred; earlier edits are dropped.
+    """An audit with people's edits, applied to it as inferred; `AuditError` where it cannot take them.
 
-    Where cuts were moved, W is one-hot by where an image's score lies: the intervals belong, from low to high, to the
-    prompt's groups as inferred in the order of their mean scores. The rows of W of an image that was left out are
-    zeros, of every factor. Shares and numbers of images of the prompts concerned are those of the images kept. Edits
-    that this audit cannot take raise an `AuditError`.
+    Between moved cuts, W is one-hot: the intervals belong, from low to high, to the groups in the order of their mean
+    scores. Images left out have rows of zeros in every W, and do not count in shares.
     """
     plain = audit.inferred or audit
     here, scores, prompt_ids = plain.fingerprint, plain.scores, plain.prompt_ids

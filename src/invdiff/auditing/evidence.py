@@ -225,11 +225,9 @@ def scores_of(evidence: Evidence, rows: NDArray[Any], config: AuditConfig) -> li
 def component_scores(features: NDArray[Any], source: str, *, seed: int) -> list[Score]:
     """Independent components of features (n, draws, D) from a named source, as scores.
 
-    A hidden factor is close to one direction of the features, but seldom among the largest: FastICA on whitened
-    features finds directions by shape, peaked or flat (logcosh) and skewed, as a factor with a rare side is whatever
-    its share, while its kurtosis vanishes near a share of 21%. With too few whitened dimensions a factor is not in
-    them, with too many it falls apart, so several numbers are tried, and the best split decides. Components are fitted
-    on the mean over draws, then every draw is projected.
+    A hidden factor is close to one direction of the features, but seldom among the largest: FastICA finds it by its
+    shape, peaked or flat (logcosh) or skewed. With too few whitened dimensions it is absent, with too many it falls
+    apart, so several numbers are tried. Fitted on the mean over draws.
     """
     n, draws, _ = features.shape
     sizes = [size for size in NUM_COMPONENTS if size * IMAGES_PER_DIMENSION <= n]

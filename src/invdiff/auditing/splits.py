@@ -33,9 +33,8 @@ from .result import Candidate
 def exact_groups(scores: NDArray[Any], num_groups: int, *, min_share: float = 0.0) -> NDArray[Any]:
     """The partition of scores (N,) of largest dispersion, as labels (N,) that rise with the score.
 
-    Optimal groups of one-dimensional scores are intervals of the sorted scores, so dynamic programming over
-    cut points finds the maximum (Fisher 1958; for two groups this is Otsu's threshold). Divide and conquer on
-    the monotone cut points makes it O(E N log N). No group has less than `min_share` of the images.
+    Optimal groups are intervals of the sorted scores (Fisher 1958), found by dynamic programming with divide and
+    conquer over cut points, O(E N log N). No group has less than `min_share` of the images.
     """
     count = len(scores)
     least = max(1, math.ceil(min_share * count))
@@ -78,9 +77,7 @@ def gradient_groups(
 ) -> NDArray[Any]:
     """W (N, E) of scores (N,) by gradient ascent on its logits, as in InvDiff; columns rise with L_e.
 
-    Maximises Var_e(L_e) + omega * H(m), with m the groups' shares and H their entropy: without the second
-    term the largest dispersion is that of one group with a single image; the larger omega, the more equal the groups.
-    Scores are standardised first, so that omega means the same for any model.
+    Maximises Var_e(L_e) + omega * H(m) of standardised scores, with m the groups' shares and H their entropy.
     """
     standard = torch.from_numpy((scores - scores.mean()) / scores.std()).float()
     start = torch.randn(len(scores), num_groups, generator=torch.Generator().manual_seed(seed))
@@ -150,10 +147,9 @@ def ranked_splits(scores: list[Score], config: AuditConfig) -> list[Split]:
 def deciding_splits(ranked: dict[int, list[Split]], config: AuditConfig) -> tuple[int, dict[int, Split]]:
     """E of the audit, and the split that decides each prompt under which a hidden group is found.
 
-    Environments are shared by all prompts, so E is the number of groups that serves most prompts, and of these the
-    one of most merit. A prompt is decided by its best split into E groups; where none of them is accepted, by the
-    best into fewer; else the score of its best is cut again into E groups, so that a finding is never dropped.
-    Solvers other than `auto` accept any split. `ranked` holds for each prompt the result of `ranked_splits`.
+    E is what serves most prompts, of these the one of most merit. A prompt takes its best accepted split into E
+    groups, else into fewer, else that of its best score cut into E. `ranked` holds the result of `ranked_splits` by
+    prompt.
     """
     any_split = config.solver != "auto"
     accepted = {
@@ -202,10 +198,9 @@ def why_not(num_images: int, splits: list[Split], config: AuditConfig) -> str:
 def separation(scores: NDArray[Any], labels: NDArray[Any]) -> float:
     """How empty the gaps between neighbouring groups are, the smallest over neighbours, in [0, 1].
 
-    The core of a group is the shortest interval that holds half of it. Between the cores of two neighbours a
-    window of half the sparser core's width slides; one minus the least density it meets, relative to the
-    density of that core, is the depth of the valley. A cut through one hump, or the tail of one, leaves
-    no room between the cores, and has depth 0. No bandwidth is chosen. Groups `labels` (n,) rise with `scores` (n,).
+    The core of a group is the shortest interval that holds half of it. One minus the least density in a window of half
+    the sparser core's width that slides between two cores, relative to that core's density, is the depth of the
+    valley: 0 where one hump was cut. Groups `labels` (n,) rise with `scores` (n,).
     """
     if len(np.unique(labels)) <= labels.max():
         return 0.0  # a group is empty
@@ -241,9 +236,8 @@ def align_columns(
 ) -> dict[int, NDArray[Any]]:
     """W (n, E) of each prompt with its columns in such order that a column means the same under every prompt.
 
-    Groups are compared by the offset of their mean features from the prompt's own mean. The first prompt's groups are
-    ordered from most to least frequent, and the others' follow. A prompt of fewer than E groups has empty columns.
-    `groups` holds for each prompt its images (n,), indices into `features` (N, D), and their W.
+    Groups are matched by the offset of their mean features from the prompt's own mean; the first prompt's are ordered
+    by frequency. `groups` holds for each prompt its images (n,), indices into `features` (N, D), and their W.
     """
     aligned: dict[int, NDArray[Any]] = {}
     reference: NDArray[Any] | None = None

@@ -61,13 +61,10 @@ def describe_groups(
 ) -> AuditWords:
     """The words that are nearer to the images of each group than to the others', by prompt and over all prompts.
 
-    `rows` (N,) are indices of the audited images in `data`; `config` has the user's own words and the sample's seed.
-    An image's score for a word is the cosine of their embeddings, less the image's mean over all words: as in CLIP's
-    own softmax, only differences between words count. Each word is tested for higher scores in the group by the
-    one-sided Mann-Whitney U test, which holds for scores of any distribution, Bonferroni-corrected for all words and
-    groups. Words that pass at `LEVEL`, with an effect (Cohen's d) of at least `LEAST_EFFECT` and near that of the best
-    word, are named from the largest effect down; near-synonyms of a named word, and words of the prompt itself, are
-    left out. Over all prompts the tests are combined by Stouffer's method.
+    A score is the cosine of image and word, less the image's mean over all words. Words pass a one-sided Mann-Whitney
+    U test at `LEVEL` (Bonferroni; Stouffer's method over prompts) with an effect (Cohen's d) of at least
+    `LEAST_EFFECT` and near that of the best; near-synonyms and words of the prompt are left out. `rows` (N,) are
+    indices into `data`.
     """
     words = vocabulary(data.captions, config.words)
     texts = encoder.text_features([template.format(word) for word in words for template in TEMPLATES]).astype(float)

@@ -108,15 +108,9 @@ def encode(
 ) -> EncodedImages:
     """Encode every image and every different caption, or read them back where an earlier run left them.
 
-    Work is kept in files of `SHARD_SIZE` rows under `cache_dir`; a run that was stopped goes on where it was.
-    Different models, data and resolutions share `cache_dir` without meeting. Images are cut to a central square of
-    `resolution` pixels, 0 for the model's own. Those that cannot be read are skipped and listed in the cache's
-    index.json.
-
-    Raises:
-        DataError: More than `data.max_unreadable` of the images cannot be read, or the cache not written.
-        ConfigError: `resolution` does not fit the pipeline's autoencoder.
-        ModelError: The pipeline is of a family that is not supported.
+    Work is kept in files of `SHARD_SIZE` rows under `cache_dir`, which different models, data and resolutions share.
+    Images are cut to a central square of `resolution` pixels, 0 for the model's own; unreadable ones are skipped, up
+    to the share that `data` allows, and listed in the cache's index.json.
     """
     family, denoiser = family_of(pipe), denoiser_of(pipe)
     multiple = family.granularity(denoiser)

@@ -44,15 +44,10 @@ def read_table(
     limit: int | None = None,
     error: type[InvDiffError] = DataError,
 ) -> Table:
-    """Read a CSV file (its name ends in .csv, the first line names the columns) or a file of one JSON object a line.
+    """Rows of a CSV file (its name ends in .csv, the first line names the columns) or of a file of JSON lines.
 
-    Both are UTF-8, with or without a byte order mark; empty lines are skipped. Each row must have the columns
-    `required`, one of them where an entry has several names. The first `limit` rows are read.
-
-    Raises:
-        InvDiffError: As the class `error`, always with file and line: the file cannot be read, is not UTF-8, has no
-            row or a column twice; a quote is not closed; a row has more or fewer cells than there are columns, is no
-            JSON object, or lacks a required column.
+    Each row must have the columns `required`, one of them where an entry has several names. What cannot be read is an
+    `error` that names file and line.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")

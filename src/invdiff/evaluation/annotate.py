@@ -79,9 +79,8 @@ def describe_images(
 ) -> Described:
     """Describe images, holding the pixels of one batch at a time; under `GivenLabels`, pictures by features alone.
 
-    They are rows of generated images, or pictures, such as real ones to compare with, or a captioned set, of which
-    all readable ones are described under a progress bar. Images whose most probable class is less probable than
-    `min_confidence` are "cannot tell". Advances a running `bar`.
+    They are rows of generated images, pictures, or a captioned set, of which all readable ones are described under a
+    progress bar of its own. Images less certain than `min_confidence` are "cannot tell". Advances a running `bar`.
     """
     given = [extractor.name for extractor in extractors]
     if len(set(given)) < len(given):

@@ -26,11 +26,7 @@ class Recovery:
 
 
 def recovery(scores: ArrayLike, in_rare_group: ArrayLike, in_minority: ArrayLike) -> Recovery:
-    """Compare scores (N,) and the rare group (N,) bool with the true minority (N,) bool.
-
-    Raises:
-        EvaluationError: The truth has no minority, or nothing else.
-    """
+    """Compare scores (N,) and the rare group (N,) bool with the true minority (N,) bool, else an `EvaluationError`."""
     truth = np.asarray(in_minority, dtype=bool)
     found = np.asarray(in_rare_group, dtype=bool)
     if truth.all() or not truth.any():

@@ -263,11 +263,7 @@ def scale_order(scale: str) -> float:
 
 
 def table_path(path: str | Path) -> Path:
-    """Place of the table beside results at `path`: results.csv beside results.json.
-
-    Raises:
-        EvaluationError: The path ends in .csv: the results themselves are JSON.
-    """
+    """Place of the table beside results at `path`: results.csv beside results.json; .csv is an `EvaluationError`."""
     path = Path(path)
     if path.suffix.lower() == ".csv":
         raise EvaluationError(

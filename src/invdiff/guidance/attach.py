@@ -203,10 +203,9 @@ class Attachment:
     def _follow_images(self, noisy_latents: torch.Tensor, timestep: float) -> torch.Tensor:
         """The groups of each row, (rows, factors); where new images begin, they are drawn from their noise.
 
-        Each pipeline call sets the scheduler's timesteps anew. A loop that sets them once for many batches, or another
-        pipeline with a scheduler of its own, is noticed by the timestep, which comes back to the highest or rises
-        (KDPM2's rises within an image too, but by less than 1). In 16 bits the first few timesteps can be the same
-        number; then the latents decide, which have hardly moved. Different images in turn in one step are not noticed.
+        New images are noticed by the scheduler's new timesteps, or by a timestep that comes back to the highest or
+        rises (KDPM2's rises within an image too, but by less than 1). In 16 bits the first few can be the same number;
+        then the latents decide, which have hardly moved.
         """
         timesteps, rows = getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None), len(noisy_latents)
         lingers = timestep == self._start == self._last and _hardly_moved(self._first, noisy_latents)

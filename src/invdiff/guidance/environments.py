@@ -18,17 +18,10 @@ Environments = Literal["uniform"] | Sequence[float] | Sequence[Sequence[float]] 
 class EnvironmentMix:
     """The target mix pi: draws one group per hidden factor for each image, or repeats those given.
 
-    The draw is a function of the signs of the image's starting noise. So it follows from the seed that the
-    caller gave the pipeline, is independent between images, does not depend on batch size or scheduler, and
-    every row of an image (conditional, unconditional, or any further one) gets the same group.
-
-    Args:
-        environments: `"uniform"`; or proportions (E,), floats that sum to 1, for a module of one factor; or a
-            list of such proportions, one for each factor; or groups given per image, integers (images,) or
-            (images, factors), as many as the images of one pipeline call. Floats are read as proportions,
-            integers as groups: write [1.0, 0.0] for group 0 alone. Others are a `ConfigError`.
-        num_groups: Groups of each factor.
-        seed: Another seed gives another draw for the same noise.
+    The draw follows from the signs of the image's starting noise, so from the seed alone: it is the same in any batch
+    and for every row of an image. `environments` are "uniform"; or proportions (E,), floats that sum to 1, of each
+    factor; or groups, integers (images,) or (images, factors), of the images of one call: [1.0, 0.0] is group 0 alone.
+    Others are a `ConfigError`. Another `seed` gives another draw for the same noise.
     """
 
     def __init__(self, environments: Environments, num_groups: Sequence[int], *, seed: int = 0) -> None:

@@ -17,14 +17,9 @@ FLOW = "flow_prediction"
 class NoiseSchedule:
     """The forward process and prediction type that a denoiser was trained with.
 
-    Either variance preserving, z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) e, or the straight path of
-    rectified flow (Esser et al. 2024), z_t = (1 - sigma) z_0 + sigma e with sigma = t / num_train_timesteps.
-
-    Attributes:
-        prediction_type: `"epsilon"`, `"v_prediction"`, `"sample"` or `"flow_prediction"` (the velocity e - z_0).
-        num_train_timesteps: The number of noise levels; timesteps run from 0 to this, exclusive.
-        log_snr: log(signal^2 / noise^2) at each timestep, (num_train_timesteps,): falling, at the ends infinite.
-        key: Text that distinguishes this schedule from others.
+    Variance preserving, z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) e, or the straight path of rectified flow
+    (Esser et al. 2024), z_t = (1 - sigma) z_0 + sigma e with sigma = t / num_train_timesteps. `log_snr` is
+    log(signal^2 / noise^2) at each timestep, falling, at the ends infinite; "flow_prediction" is the velocity e - z_0.
     """
 
     def __init__(self, scheduler: Any) -> None:

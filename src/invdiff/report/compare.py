@@ -45,10 +45,9 @@ def label(model: str) -> str:
 
 
 def compare(run: Run) -> Comparison | None:
-    """The baseline, the guided model, and the middle of their guidance scales.
+    """The baseline, the guided model and the middle of their guidance scales; None where there are not two models.
 
-    Where no model is called guided, it is the first other one at the strength that its module was trained for. Of
-    images that were not measured, those of two models are compared; None where there are not two.
+    Without a model called guided, it is the first other one at the strength that its module was trained for.
     """
     results, images = run.results, run.images
     if results is not None:
@@ -97,8 +96,7 @@ def over_guidance(results: Results, chosen: Comparison) -> list[Chart]:
 def modules_by_scale(results: Results, chosen: Comparison) -> dict[str, dict[float, Measures]]:
     """The modules that were measured at two strengths or more: name to strength, rising, to measures.
 
-    Strength 0 is the plain model. Models are of one module where their names are the same but for the strength at the
-    end, such as "guided-0.5" and "guided-1". One that was measured twice at one strength has no line.
+    Strength 0 is the plain model. "guided-0.5" and "guided-1" are of one module, unless two are of one strength.
     """
     at_key, scales = results.at(chosen.key), results.module_scales
     plain = sorted((model for model in at_key if scales.get(model) == 0), key=lambda model: model != chosen.before)

@@ -169,8 +169,8 @@ def pair_of(rows: tuple[Row, Row], chosen: Comparison) -> list[Thumb]:
 def training_labels(run: Run) -> dict[str, Counter[str]]:
     """Caption to how many training images of its prompt show each class, as the data's own column says.
 
-    Images without a label are not counted, nor those that people left out. Empty where the data has no column of the
-    attribute that was measured, or none of its classes: audit and training never read it.
+    Without images that have no label or were left out; empty where the data has no such column, or none of its
+    classes.
     """
     results, audit = run.results, run.audit
     column = run.data.attributes.get(results.attribute) if run.data is not None and results else None

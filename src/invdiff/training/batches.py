@@ -18,11 +18,10 @@ from ..models.schedule import NoiseSchedule
 class GroupBalancedSampler:
     """Draws images so that the groups of a prompt come equally often, and rare prompts more than rarely.
 
-    From `prompt_ids` (N,) and W of each hidden factor (N, E_m): a prompt is drawn in proportion to the square root of
-    its number of images, one of the factors and one of its groups uniformly, then an image of the prompt in proportion
-    to its W_ie. The other factors' groups follow the image's own rows of W. Where those are uniform (no group was
-    found, or the caption states it), the environment is independent of the image, so the module learns to ignore it.
-    An image that was left out of the audit by hand, with zeros as its rows of W, is never drawn.
+    From `prompt_ids` (N,) and W of each hidden factor (N, E_m): a prompt in proportion to the square root of its
+    number of images, a factor and one of its groups uniformly, then an image in proportion to its W_ie, never one
+    whose rows are zeros. Other factors' groups follow its rows of W; where those are uniform, the module learns to
+    ignore the group.
     """
 
     def __init__(self, prompt_ids: torch.Tensor, group_weights: Sequence[torch.Tensor]) -> None:

@@ -37,19 +37,10 @@ def step_loss(
     penalty: float,
     accelerator: Accelerator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of one training step, whose gradient is that of `invariant_objective` at the moving group losses.
+    """The loss of one step, a scalar, and l_i of every image of the whole batch, (batch,), without gradient.
 
-    Args:
-        guidance: g_psi, a `GuidanceModule`.
-        frozen: f, the frozen denoiser.
-        batch: What `draw_batch` drew.
-        typical: `typical_losses`, (num_train_timesteps,), on the device.
-        moving: L_e of each prompt; updated with this batch.
-        penalty: lambda.
-        accelerator: Mixed precision and the exchange between processes.
-
-    Returns:
-        The loss to descend, a scalar; and l_i of every image of the whole batch, (batch,), without gradient.
+    Its gradient is that of `invariant_objective` at the moving group losses, which are updated with this batch.
+    `typical` is `typical_losses`, (num_train_timesteps,), on the device.
     """
     groups = batch.environments[:, 0]
     with accelerator.autocast():
@@ -120,10 +111,8 @@ def typical_losses(
 ) -> torch.Tensor:
     """The frozen model's mean loss at every timestep, (num_train_timesteps,), float32 on the CPU.
 
-    It puts the losses of all timesteps on one scale. At high noise, where an image's content is decided, a denoiser's
-    loss is tens of times smaller than at low noise, and so would be what guidance learns there. The scale also frees
-    lambda of the model's units. Measured at `LEVELS` timesteps on a few of the `images`, (n,) rows of `data`, shared
-    among processes, and interpolated in the logarithm.
+    It puts the losses of all timesteps on one scale: at high noise a loss is tens of times smaller than at low noise.
+    Measured at `LEVELS` timesteps on a few of the `images`, (n,) rows of `data`, and interpolated in the logarithm.
     """
     schedule, device = denoiser.schedule, denoiser.device
 

@@ -167,9 +167,8 @@ def next_audit_config(audit: Audit) -> AuditConfig:
 def carry_over(before: Audit, found: Audit) -> Audit:
     """The groups of the next round: W as found now, and as it was where nothing more was found.
 
-    An environment keeps its meaning for the module: the columns of the new W are put in the order of the old
-    ones that they overlap most, and a prompt that is balanced by now is not taught to ignore them. Images that
-    people left out stay so, and groups keep their names; cuts that people moved hold for the first round only.
+    Columns of the new W are in the order of the old ones that they overlap most. Images that people left out stay so,
+    and groups keep their names; cuts that people moved hold for the first round only.
     """
     old, new = before.group_weights[0], found.group_weights[0]
     hidden = np.array([prompt.found for prompt in found.prompts])[found.prompt_ids]

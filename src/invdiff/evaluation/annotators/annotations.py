@@ -49,11 +49,7 @@ class Annotations:
             )
 
     def classes(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64]:
-        """Index of each image's most probable class, (N,).
-
-        It is the number of classes K, for "cannot tell", where that probability is below `min_confidence` and
-        where nothing is known.
-        """
+        """Most probable class of each image, (N,); K for "cannot tell", below `min_confidence` or if unknown."""
         check_attribute(attribute, self.attributes)
         if not 0 <= min_confidence <= 1:
             raise EvaluationError(

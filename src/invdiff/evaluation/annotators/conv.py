@@ -37,10 +37,8 @@ MAX_OVERSAMPLING = 20.0
 class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
     """A small conv net that annotates several attributes at once and gives 64 features for each image.
 
-    Four convolutions see the image beside its two coordinates (so that "left" can be told from "right" after
-    global averaging) and feed one linear head per attribute. `calibrate` sets the temperatures that an attribute's
-    logits are divided by, None where there were too few held-out images, and the expected calibration errors on
-    held-out images, as {"uncalibrated": at temperature 1, "calibrated": as it is}.
+    Four convolutions see the image beside its two coordinates ("left" stays "left" after global averaging) and feed
+    one linear head per attribute, whose logits are divided by the temperature that `calibrate` sets.
     """
 
     _supports_gradient_checkpointing = False
@@ -101,9 +99,8 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
     def calibrate(self, pixels: torch.Tensor, targets: NDArray[np.int64], *, seed: int = 0) -> None:
         """Fit each attribute's temperature on half of the held-out images and measure on the other half.
 
-        The images are uint8, (N, 3, resolution, resolution), targets class indices, (N, attributes). Halves are
-        stratified over combinations of attributes. With fewer than 20 images to fit on, all are measured and
-        probabilities stay as the net gives them.
+        Images are uint8, (N, 3, resolution, resolution), targets class indices, (N, attributes), stratified over
+        combinations. With fewer than 20 images to fit on, all are measured and probabilities stay.
         """
         self.eval()
         batches = [self.forward(normalise(batch.to(self.device)))[1] for batch in pixels.split(64)]

@@ -156,8 +156,7 @@ def measure_annotator(
 ) -> HeldOut:
     """Annotate labelled images that `annotator` was not trained on: of the attributes named, or all that both have.
 
-    Values of the data's attributes are the annotator's class names; images without a label of an attribute are left
-    out of its figures.
+    Labels are class names of the annotator; images without one are left out of the attribute's figures.
     """
     common = [name for name in annotator.attributes if name in data.attributes]
     chosen = common if attributes is None else list(dict.fromkeys(attributes))

@@ -189,11 +189,7 @@ class DiT(TransformerFamily):
 
 
 def class_label(pipe: Any, name: str) -> int:
-    """The number of a class given by its name or by the number itself, written out.
-
-    Raises:
-        DataError: The model has no such class.
-    """
+    """The number of a class given by its name or by the number itself, else a `DataError`."""
     known: dict[str, int] = getattr(pipe, "labels", {})
     count = int(pipe.transformer.config["num_embeds_ada_norm"])
     text = name.strip()
