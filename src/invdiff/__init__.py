@@ -20,39 +20,17 @@ from .config import (
 from .errors import InvDiffError
 
 if TYPE_CHECKING:
-    from .auditing.result import Audit
-    from .auditing.run import audit
-    from .data.captioned import load_captioned_images
-    from .evaluation.evaluate import evaluate
-    from .evaluation.results import Results
-    from .guidance.attach import attach
-    from .guidance.module import GuidanceModule
-    from .report.write import save_report
-    from .sampling import generate
-    from .training.finetune import finetune
-    from .training.train import train
-
-__all__ = [
-    "ArchitectureConfig",
-    "Audit",
-    "AuditConfig",
-    "DemoConfig",
-    "EvaluateConfig",
-    "FinetuneConfig",
-    "GenerateConfig",
-    "GuidanceModule",
-    "InvDiffError",
-    "Results",
-    "TrainConfig",
-    "attach",
-    "audit",
-    "evaluate",
-    "finetune",
-    "generate",
-    "load_captioned_images",
-    "save_report",
-    "train",
-]
+    from .auditing.result import Audit as Audit
+    from .auditing.run import audit as audit
+    from .data.captioned import load_captioned_images as load_captioned_images
+    from .evaluation.evaluate import evaluate as evaluate
+    from .evaluation.results import Results as Results
+    from .guidance.attach import attach as attach
+    from .guidance.module import GuidanceModule as GuidanceModule
+    from .report.write import save_report as save_report
+    from .sampling import generate as generate
+    from .training.finetune import finetune as finetune
+    from .training.train import train as train
 
 _HOME = {
     "Audit": "auditing.result",
@@ -67,6 +45,18 @@ _HOME = {
     "save_report": "report.write",
     "train": "training.train",
 }
+
+__all__ = [
+    "ArchitectureConfig",
+    "AuditConfig",
+    "DemoConfig",
+    "EvaluateConfig",
+    "FinetuneConfig",
+    "GenerateConfig",
+    "InvDiffError",
+    "TrainConfig",
+    *_HOME,
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -126,17 +126,12 @@ def audit(
         finish(result, "train", model, data, output, "--output", output.parent / "module", *shared)
         return
     result = f"No hidden group was found. {result}"
-    if settings.solver != "auto":  # which splits whatever has enough images
+    if settings.solver != "auto" or settings.vision_encoder:
         finish(result)
         return
-    changed: dict[str, Any] = {"vision_encoder": "facebook/dinov2-small"}
-    hint = " (to look with further eyes)"
-    if settings.vision_encoder:
-        # Without what the other solvers do not read.
-        changed = {"vision_encoder": "", "other_captions": (), "contrast_log_snr": settings.contrast_log_snr[:1]}
-        hint, changed["solver"] = " (to split regardless)", "gradient" if source.no_captions else "exact"
-    options = command_options(AuditConfig, vars(settings) | changed)
-    finish(result, "audit", model, data, "--output", output, *options, *shared, hint=hint)
+    options = command_options(AuditConfig, vars(settings) | {"vision_encoder": "facebook/dinov2-small"})
+    words = ("audit", model, data, "--output", output, *options, *shared)
+    finish(result, *words, hint=" (to look with further eyes)")
 
 
 @command(app, "invdiff train out/model photos out/audit --output out/module --steps 800", panel=WAY)

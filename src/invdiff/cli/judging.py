@@ -113,19 +113,15 @@ def report(
 ) -> None:
     """Write what was found, changed and measured as one HTML file to read and forward, and as Markdown."""
     one_process("report")
+    from ..evaluation.images import resolve_folders
     from ..report.read import Parts, find_parts
     from ..report.write import TITLE, write_report
 
     if run is None and audit is None and results is None:
         raise ConfigError("Expected a RUN folder, --audit or --results to report on, got none.")
     audited = source.load(data, flag="--data")
-    named: dict[str, list[Path]] = {}
-    for words in images or ():
-        name, equals, folder = words.partition("=")
-        if not (name and equals and folder):
-            raise ConfigError(f"Expected --images NAME=DIR, such as --images base=out/base, got {words!r}.")
-        named.setdefault(name, []).append(Path(folder))
     parts = find_parts(run, results=results) if run is not None else Parts()
+    named = resolve_folders(labelled_folders(images)) if images else {}
     given: dict[str, Any] = {"audit": audit, "results": results, "images": named, "module": module}
     given |= {"data": audited, "data_words": [data, *source.words()] if data else []}
     parts = dataclasses.replace(parts, **{name: part for name, part in given.items() if part})

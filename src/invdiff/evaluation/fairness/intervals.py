@@ -86,10 +86,8 @@ def plausible_shares(
     n, known = (np.asarray(x, dtype=np.float64)[:, None] for x in (numbers, worth))
     z = float(ndtri((1 + confidence) / 2))
     critical = float(chdtri(p.shape[1] - 1, 1 - confidence))
-    allowed = metric.supported(target)
-    pseudo = z**2 * allowed / allowed.sum()
-    smooth = (known * p + pseudo) / (known + z**2)
-    largest = np.eye(len(target))[np.where(allowed, p - target, -np.inf).argmax(axis=1)]
+    smooth = (known * p + z**2 / len(target)) / (known + z**2)
+    largest = np.eye(len(target))[(p - target).argmax(axis=1)]
     seen = p @ rates
 
     def last_accepted(end: FloatArray) -> FloatArray:

@@ -89,14 +89,9 @@ class Metric:
         """The name in `METRICS` and in results."""
         return self.formula.__name__
 
-    def supported(self, target: FloatArray) -> NDArray[np.bool_]:
-        """Groups that may have images without making the metric infinite, (groups,)."""
-        return target > 0 if self.formula is kl_to_target else np.ones(len(target), dtype=bool)
-
     def limits(self, target: FloatArray) -> tuple[float, float]:
         """Least and greatest value: all metrics here are extreme at the target and the vertices."""
-        vertices = np.eye(len(target))[self.supported(target)]
-        ends = np.append(self.formula(vertices, target), float(self.fair_value))
+        ends = np.append(self.formula(np.eye(len(target)), target), float(self.fair_value))
         return float(ends.min()), float(ends.max())
 
     def target(self, target: ArrayLike | None, num_groups: int) -> FloatArray:
@@ -109,9 +104,9 @@ class Metric:
                 f"Use {' or '.join(name for name, metric in METRICS.items() if metric.takes_target)}."
             )
         array = np.asarray(target, dtype=np.float64)
-        if array.shape != (num_groups,) or not np.all(array >= 0) or abs(array.sum() - 1) > 1e-6:
+        if array.shape != (num_groups,) or not np.all(array > 0) or abs(array.sum() - 1) > 1e-6:
             raise EvaluationError(
-                f"Expected {num_groups} target shares of zero or more that sum to 1, got {target!r}. "
+                f"Expected {num_groups} target shares above zero that sum to 1, got {target!r}. "
                 "Give one share for each group."
             )
         return array / array.sum()
@@ -132,15 +127,7 @@ def per_prompt(metric: str, counts: ArrayLike, *, target: ArrayLike | None = Non
     """A metric's value for each prompt, (prompts,), of counts, (prompts, groups), and a target, (groups,), or even."""
     table, chosen = checked_counts(counts), METRICS[metric]
     p = table / table.sum(axis=1, keepdims=True)
-    t = chosen.target(target, p.shape[1])
-    forbidden = np.argwhere((p > 0) & ~chosen.supported(t))
-    if len(forbidden):
-        prompt, group = forbidden[0]
-        raise EvaluationError(
-            f"Expected no image of group {group}, whose target share is zero, got a share of "
-            f"{p[prompt, group]:.3g} for prompt {prompt}: KL is infinite. Give the group a target above zero."
-        )
-    return chosen.formula(p, t)
+    return chosen.formula(p, chosen.target(target, p.shape[1]))
 
 
 def squared_discrepancy_unbiased(counts: ArrayLike, target: ArrayLike | None = None) -> float:
@@ -206,7 +193,7 @@ def _expected_value(name: str, num_images: int, shares_drawn: tuple[float, ...],
     if name in ("kl_to_target", "normalised_entropy"):
         # Sums over groups, and each group's count is Binomial(N, t_k).
         p, kl = counts / num_images, name == "kl_to_target"
-        distinct, groups = np.unique(target[target > 0], return_counts=True)
+        distinct, groups = np.unique(target, return_counts=True)
         terms = [binom.pmf(counts, num_images, t) @ (rel_entr(p, t) if kl else entr(p)) for t in distinct]
         return float(np.dot(terms, groups)) / (1.0 if kl else float(np.log(num_groups)))
     if comb(num_images + num_groups - 1, num_groups - 1) <= MAX_ENUMERATED or num_groups == 2:
