@@ -29,8 +29,8 @@ from invdiff.errors import EvaluationError, TrainingError
 from invdiff.evaluation.annotators.conv import ConvAnnotator, normalise, read_pixels, to_pixels, train_network
 from invdiff.evaluation.annotators.labels import load_labelled_images, read_targets
 from invdiff.evaluation.evaluate import named_subjects
+from invdiff.evaluation.fairness.intervals import share_interval
 from invdiff.evaluation.images import Folders, Row, common_prompts, read_images, resolve_folders, scale_keys
-from invdiff.evaluation.quality.intervals import share_interval
 from invdiff.files import write_json
 from invdiff.options import Config
 from invdiff.progress import progress_bar

@@ -19,8 +19,7 @@ from conftest import CAPTIONS, made_up_measures, make_guidance_module, make_tiny
 from invdiff import cli
 from invdiff.auditing.edits import Edits, apply
 from invdiff.auditing.result import Audit
-from invdiff.cli.adapter import command, field_docs
-from invdiff.cli.arguments import labelled_folders
+from invdiff.cli.arguments import command, field_docs, labelled_folders
 from invdiff.cli.print import finish, say
 from invdiff.config import AuditConfig, DemoConfig, EvaluateConfig, FinetuneConfig, GenerateConfig, TrainConfig
 from invdiff.errors import ConfigError, DataError

@@ -9,7 +9,7 @@ import pytest
 
 from invdiff.auditing.edits import Edits, apply
 from invdiff.auditing.result import Audit
-from invdiff.report.groups import gaps, rank_groups, splits_of
+from invdiff.report.read import gaps, rank_groups, splits_of
 from runs import make_audit
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from invdiff.auditing.result import Audit
 from invdiff.report import plots
-from invdiff.report.groups import splits_of
 from invdiff.report.plots import BASE_COLOUR, DARK, PAPER, SERIES_COLOURS, Chart, Line
+from invdiff.report.read import splits_of
 from runs import HOSTILE, make_audit
 
 

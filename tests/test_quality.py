@@ -10,6 +10,7 @@ from scipy.stats import t as student
 from sklearn.metrics.pairwise import rbf_kernel
 
 from invdiff.errors import EvaluationError
+from invdiff.evaluation.fairness.intervals import mean_interval, share_interval
 from invdiff.evaluation.quality import distances
 from invdiff.evaluation.quality.distances import (
     cmmd,
@@ -18,7 +19,6 @@ from invdiff.evaluation.quality.distances import (
     precision_recall_density_coverage,
 )
 from invdiff.evaluation.quality.diversity import lpips_diversity, mean_cosine_distance, paired_cosines, vendi_score
-from invdiff.evaluation.quality.intervals import mean_interval, share_interval
 
 COMPARISONS = {
     "frechet": frechet_distance,

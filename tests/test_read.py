@@ -19,7 +19,7 @@ from invdiff import cli
 from invdiff.auditing.edits import Edits, apply
 from invdiff.auditing.result import Audit
 from invdiff.errors import EvaluationError
-from invdiff.evaluation.quality.intervals import share_interval
+from invdiff.evaluation.fairness.intervals import share_interval
 from invdiff.evaluation.results import Results
 from invdiff.report.figures import percent
 from invdiff.report.read import Parts, read_run

@@ -23,7 +23,7 @@ from invdiff import cli, save_report
 from invdiff.auditing.edits import Edits, apply
 from invdiff.auditing.result import Audit
 from invdiff.errors import AuditError, ConfigError, DataError, InvDiffError
-from invdiff.evaluation.quality.intervals import share_interval
+from invdiff.evaluation.fairness.intervals import share_interval
 from invdiff.evaluation.results import Results
 from invdiff.report.audit_view import about_edits
 from invdiff.report.figures import percent

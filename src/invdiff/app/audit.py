@@ -20,9 +20,8 @@ from ..data.captioned import CaptionedImages, load_captioned_images
 from ..errors import AuditError, DataError, InvDiffError
 from ..report.audit_view import candidates_table, unfound_table
 from ..report.figures import counted, quoted
-from ..report.groups import Split, rows_by_name, splits_of
 from ..report.plots import INK, RULE, colour_of, histogram, thumb
-from ..report.read import Parts
+from ..report.read import Parts, Split, rows_by_name, splits_of
 from ..text import one_line
 from .fragments import CONFIDENCE, QUIET, fragment, gallery, image_file, notice, refusal
 from .generate import GenerateTab

@@ -14,8 +14,20 @@ from typer.core import TyperGroup
 from ..config import ArchitectureConfig, AuditConfig, DemoConfig, FinetuneConfig, GenerateConfig, TrainConfig
 from ..errors import ConfigError
 from ..options import command_options
-from .adapter import DATA, command, option
-from .arguments import CacheOptions, CaptionOptions, Data, DataOptions, Model, Output, Quiet, WeightsOptions, lines_in
+from .arguments import (
+    DATA,
+    CacheOptions,
+    CaptionOptions,
+    Data,
+    DataOptions,
+    Model,
+    Output,
+    Quiet,
+    WeightsOptions,
+    command,
+    lines_in,
+    option,
+)
 from .print import (
     finish,
     is_first_process,

@@ -12,8 +12,9 @@ import typer
 
 from ..config import EvaluateConfig
 from ..errors import ConfigError
-from .adapter import DATA, RUN, command, option, shown_default
 from .arguments import (
+    DATA,
+    RUN,
     CaptionOptions,
     Classes,
     DataOptions,
@@ -21,7 +22,10 @@ from .arguments import (
     Output,
     Quiet,
     WeightsOptions,
+    command,
     labelled_folders,
+    option,
+    shown_default,
 )
 from .commands import PREPARE, WAY, app
 from .print import finish, one_process, print_annotator, print_results, say, say_loading

@@ -16,12 +16,11 @@ from ..models.encoders import ClipEncoder
 from ..seeds import derived_seed
 from .annotate import Described, Question
 from .fairness.correction import correct_for_annotator, corrected_interval
-from .fairness.intervals import interval
+from .fairness.intervals import interval, mean_interval
 from .fairness.metrics import METRICS, metric_floor, per_prompt, squared_discrepancy_unbiased
 from .images import Row
 from .quality.diversity import LPIPS, mean_cosine_distance, paired_cosines
 from .quality.figures import group_figures, quality_figures, share
-from .quality.intervals import mean_interval
 from .results import CANNOT_TELL, AttributeMeasures, Estimate, Measures, Quantity
 
 PROMPT_RESAMPLES = 200

@@ -8,9 +8,8 @@ from typing import Any
 from ..auditing.edits import Edits
 from ..auditing.result import Audit, AuditWords, Candidate, PromptAudit
 from .figures import Missing, Table, counted, percent, quoted
-from .groups import MOST_PROMPTS, Group, Split
 from .plots import Thumb, histogram, thumb
-from .read import Run
+from .read import MOST_PROMPTS, Group, Run, Split
 
 MOST_ROWS = 40
 MOST_CANDIDATES = 6

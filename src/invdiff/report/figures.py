@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..evaluation.quality.intervals import share_interval
+from ..evaluation.fairness.intervals import share_interval
 from ..evaluation.results import UNSTATED, Estimate, Quantity
 from ..text import one_line
 

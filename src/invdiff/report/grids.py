@@ -21,9 +21,8 @@ from ..data.images import read_image
 from ..text import one_line
 from .compare import BASE, GUIDED, Comparison, label
 from .figures import at_scale, counted, percent
-from .groups import MOST_PROMPTS, Group, Split
 from .plots import colour_of, draw_histogram, is_rare, save_picture
-from .read import Parts, Run, read_run
+from .read import MOST_PROMPTS, Group, Parts, Run, Split, read_run
 
 if TYPE_CHECKING:
     from ..data.captioned import CaptionedImages

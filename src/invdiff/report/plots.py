@@ -26,7 +26,7 @@ from ..files import atomic_path
 from ..text import one_line
 
 if TYPE_CHECKING:
-    from .groups import Split
+    from .read import Split
 
 INK = "#1b2430"
 """Titles and figures."""

@@ -33,9 +33,8 @@ from .figures import (
     shown_name,
     with_direction,
 )
-from .groups import MOST_PROMPTS
 from .plots import BASE_COLOUR, SERIES_COLOURS, Thumb, plot_chart, thumb
-from .read import Run
+from .read import MOST_PROMPTS, Run
 
 PAIRS = 8
 TRAINING_DATA = "Training data"

@@ -1,4 +1,4 @@
-"""Confidence intervals of fairness metrics that hold at the fair point too.
+"""Confidence intervals of means and shares of images, and of fairness metrics, that hold at the fair point too.
 
 Metrics of counts are biased upwards where they have a kink or a flat bottom: at the fair point a metric's plug-in is
 near its floor whatever the number of prompts, so a plain bootstrap of many prompts never covers 0. No honest
@@ -20,6 +20,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import chdtri, ndtri, stdtrit
+from scipy.stats import binomtest
 
 from ...errors import EvaluationError
 from .metrics import METRICS, FloatArray, Metric, per_prompt
@@ -28,6 +29,25 @@ ENOUGH_RESAMPLES = 200
 MAX_DRAWS = 10_000
 """Prompts times resamples beyond which prompts get fewer resamples each, down to 200: their means average out."""
 BISECTIONS = 15
+
+
+def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Student's t interval of the mean of (N,) values, such as CLIP-T."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or len(array) < 2:
+        raise EvaluationError(f"Expected at least two values, one for each image, got shape {array.shape}.")
+    half = float(stdtrit(len(array) - 1, (1 + confidence) / 2) * array.std(ddof=1) / np.sqrt(len(array)))
+    return float(array.mean()) - half, float(array.mean()) + half
+
+
+def share_interval(successes: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's (1927) score interval of a share, `successes` of `total` images, such as accuracy.
+
+    It stays within [0, 1] and has width even where all images agree. For precision, recall and coverage it holds the
+    balls of the other set fixed, so it is too narrow where that set is small.
+    """
+    low, high = binomtest(successes, total).proportion_ci(confidence, method="wilson")
+    return float(low), float(high)
 
 
 def interval(

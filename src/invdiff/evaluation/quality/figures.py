@@ -14,11 +14,11 @@ from ...errors import EvaluationError
 from ...models.encoders import ClipEncoder
 from ...seeds import derived_seed
 from ..annotate import Described, Question
+from ..fairness.intervals import mean_interval, share_interval
 from ..images import Row
 from ..results import Quantity
 from .distances import cmmd, frechet_distance, kernel_distance, precision_recall_density_coverage
 from .diversity import LPIPS, lpips_diversity, paired_cosines, vendi_score
-from .intervals import mean_interval, share_interval
 
 NEIGHBOURS = 5
 """k of precision, recall, density and coverage."""
