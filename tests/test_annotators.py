@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from transformers import CLIPTextModel
+from scipy.special import softmax
+from transformers import (
+    CLIPTextModel,
+    Dinov2Config,
+    Dinov2Model,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 from typer.testing import CliRunner
 
 from invdiff import cli
@@ -14,10 +22,11 @@ from invdiff.data.birds import BirdsWorld
 from invdiff.data.images import UnreadableImage
 from invdiff.errors import ConfigError, DataError, EvaluationError, ModelError
 from invdiff.evaluation.annotators.annotations import CANNOT_TELL, Annotations
+from invdiff.evaluation.annotators.classifier import ClassifierAnnotator
 from invdiff.evaluation.annotators.conv import ConvAnnotator, stratified_share, to_pixels
-from invdiff.evaluation.annotators.labels import load_labelled_images
+from invdiff.evaluation.annotators.labels import GivenLabels, load_labelled_images
 from invdiff.evaluation.annotators.load import load_annotator, save_measured
-from tiny import clip_config, make_tokenizer, save_clip
+from tiny import TOWER, clip_config, make_tokenizer, save_clip
 
 
 class ToyImages:
@@ -120,12 +129,9 @@ def test_attributes_that_cannot_be_learnt_are_refused(attributes, asked, message
     data.attributes = attributes
     with pytest.raises(DataError, match=message):
         ConvAnnotator.fit(data, asked, **LEAST)
-
-
-@pytest.mark.parametrize("setting", [{"steps": 0}, {"batch_size": 0}, {"holdout": 0.0}, {"holdout": 1.0}])
-def test_settings_out_of_range_are_refused(setting):
-    with pytest.raises(DataError, match="Expected steps"):
-        ConvAnnotator.fit(ToyImages(20), **setting)
+    for setting in ({"steps": 0}, {"batch_size": 0}, {"holdout": 0.0}, {"holdout": 1.0}):
+        with pytest.raises(DataError, match="Expected steps"):
+            ConvAnnotator.fit(ToyImages(20), **setting)
 
 
 def test_a_saved_annotator_comes_back_bit_for_bit_with_its_held_out_images(annotator, fresh, tmp_path):
@@ -345,3 +351,125 @@ def test_the_commands_train_on_sub_folders_and_measure(tmp_path):
         assert load_annotator(folder).confusion("label").sum(axis=1).tolist() == [20, 20]
     with pytest.raises(DataError, match="one sub-folder of images per class"):
         ConvAnnotator.fit(load_labelled_images(tmp_path / "photos/cat"), progress=False)
+
+
+# Labels that are given.
+
+ROWS = [
+    {"file_name": "0.png", "gender": "woman", "smiles": True},
+    {"file_name": "1.png", "gender": "man", "smiles": False},
+    {"file_name": "2.png", "gender": "", "smiles": None},
+    {"file_name": "3.png", "gender": CANNOT_TELL, "smiles": float("nan")},
+    {"file_name": "4.png"},
+]
+
+
+def given(*names, rows=ROWS):
+    return GivenLabels(names).discover(rows)
+
+
+def test_labels_become_probabilities_of_one_and_images_without_have_no_class_at_any_confidence():
+    labels = given("gender", rows=ROWS[:1])
+    labels.discover(ROWS[1:])  # classes add up
+    seen = labels.annotate(ROWS)
+    assert seen.attributes == {"gender": ("man", "woman")}
+    assert seen.probabilities["gender"].tolist() == [[0, 1], [1, 0], [0, 0], [0, 0], [0, 0]]
+    assert seen.probabilities["gender"].dtype == np.float32
+    assert (seen.features, labels.confusion("gender"), labels.name, labels.feature_name) == (None, None, "labels", "")
+    assert labels.annotate([]).classes("gender").shape == (0,)
+    for confidence in (0.0, 1.0):
+        smiles = given("smiles").annotate(ROWS).labels("smiles", confidence)
+        assert smiles == ["True", "False", *[CANNOT_TELL] * 3]
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        *((lambda names=names: GivenLabels(names), "Expected columns") for names in ([], [""], "gender")),
+        (lambda: given("age"), "'age' of labels, found file_name, gender, smiles"),
+        (lambda: given("gender", rows=[]).attributes, "found none"),
+        (lambda: given("gender", rows=ROWS[:1]).attributes, "found woman"),
+        (lambda: given("gender", rows=ROWS[2:4]).attributes, "found none"),
+        (lambda: given("id", rows=[{"id": str(index)} for index in range(60)]), "at most 50 classes"),
+        (lambda: given("gender").annotate([{"gender": "other"}]), "among man, woman, got 'other'"),
+    ],
+)
+def test_columns_and_labels_that_do_not_fit_are_refused(use, message):
+    with pytest.raises(EvaluationError, match=message):
+        use()
+
+
+@pytest.mark.parametrize(("header", "caption_column"), [("text", None), ("title", "title"), ("", None)])
+def test_columns_are_learnt_without_captions_and_captions_are_never_classes(tmp_path, header, caption_column):
+    rows = [f"file_name,side{f',{header}' if header else ''}"]
+    for index in range(4):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{index}.png")
+        rows.append(f"{index}.png,{'ab'[index % 2]}{',a photo' if header else ''}")
+    (tmp_path / "metadata.csv").write_text("\n".join(rows) + "\n")
+    assert load_labelled_images(tmp_path, caption_column=caption_column).attributes == {"side": ["a", "b", "a", "b"]}
+
+
+# Classifiers of transformers.
+
+CLASS_NAMES = {0: "land", 1: "water", 2: "air"}
+
+
+def save_classifier(folder, id2label=CLASS_NAMES, **settings):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = ViTForImageClassification(ViTConfig(id2label=id2label, **TOWER, **settings))
+        torch.nn.init.normal_(model.classifier.weight)  # apart enough for classes to differ between images
+        model.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier_dir(tmp_path_factory):
+    return save_classifier(tmp_path_factory.mktemp("models") / "tiny-vit")
+
+
+def test_probabilities_are_the_softmax_of_the_classifier_s_logits(classifier_dir):
+    numbers = np.random.default_rng(0)
+    images = [Image.fromarray(numbers.integers(0, 256, (36, 40, 3), dtype=np.uint8)) for _ in range(5)]
+    model = ViTForImageClassification.from_pretrained(classifier_dir).eval()
+    processor = ViTImageProcessor.from_pretrained(classifier_dir)
+    images[0] = images[0].convert("L")
+    with torch.no_grad():
+        logits = [model(**processor(image.convert("RGB"), return_tensors="pt")).logits[0].numpy() for image in images]
+    annotator = ClassifierAnnotator(classifier_dir)
+    assert annotator.attributes == {"label": ("land", "water", "air")}
+    assert (annotator.name, annotator.feature_name) == ("tiny-vit", "")
+    assert annotator.confusion("label") is None
+    seen = annotator.predict(images)
+    np.testing.assert_allclose(seen.probabilities["label"], softmax(logits, axis=1), atol=1e-5)
+    assert seen.features is None
+    assert annotator.predict([]).probabilities["label"].shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("id2label", "settings", "message"),
+    [
+        ({0: "score"}, {}, "two classes or more"),
+        ({0: "land", 1: "land"}, {}, "named apart"),
+        ({0: "land", 1: "cannot tell"}, {}, "other than 'cannot tell'"),
+        (CLASS_NAMES, {"problem_type": "multi_label_classification"}, "one class for an image"),
+    ],
+)
+def test_classifiers_that_choose_no_class_are_refused(tmp_path, id2label, settings, message):
+    with pytest.raises(ModelError, match=message):
+        ClassifierAnnotator(save_classifier(tmp_path, id2label, **settings))
+
+
+def test_a_model_without_a_head_or_an_image_processor_is_refused(classifier_dir, tmp_path):
+    config = {name: value for name, value in TOWER.items() if name != "intermediate_size"}
+    Dinov2Model(Dinov2Config(mlp_ratio=2, **config)).save_pretrained(tmp_path / "headless")
+    ViTForImageClassification.from_pretrained(classifier_dir).save_pretrained(tmp_path / "blind")
+    for name, message in (("headless", "found none of classifier"), ("blind", "an image processor")):
+        with pytest.raises(ModelError, match=message):
+            ClassifierAnnotator(tmp_path / name)
+
+
+def test_a_classifier_is_loaded_with_the_first_of_several_attributes(classifier_dir):
+    classifier = load_annotator(str(classifier_dir), attribute=["background", "age"])
+    assert classifier.attributes == {"background": ("land", "water", "air")}

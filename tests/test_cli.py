@@ -424,7 +424,7 @@ def theirs(tmp_path):
     """Four pictures of another tool, with labels."""
     folder = tmp_path / "base"
     folder.mkdir()
-    rows = ["file_name,prompt,seed,gender,age,coat"]
+    rows = ["file_name,text,seed,gender,age,coat"]
     for index, labels in enumerate(["man,old,white"] * 3 + ["woman,young,blue"]):
         Image.new("RGB", (8, 8), (20 * index, 100, 9)).save(folder / f"{index}.png")
         rows.append(f"{index}.png,a doctor,{index},{labels}")
@@ -444,12 +444,3 @@ def test_images_of_other_tools_are_evaluated_by_their_labels(theirs, tmp_path):
     assert list(measured["attributes"]) == ["gender", "age", "gender x age"]
     assert "unstated" in out
     assert "intersections are not corrected" in out
-
-
-def test_evaluate_passes_its_settings_on(theirs, tmp_path, recorded):
-    recorded("invdiff.evaluation.evaluate", "evaluate", Results({"base": {"1.0": made_up_measures(0.5, **FIGURES)}}))
-    judge = ("--annotator", "labels", "--attribute", "gender", "--subject-attribute", "age", "--features", "x")
-    succeed("evaluate", f"a={theirs}", *judge, "--output", tmp_path / "r.json")
-    call = recorded.calls["evaluate"]
-    assert (call.arguments[0], call.arguments[2], call.reference) == ({"a": [theirs]}, ["gender"], None)
-    assert call.config == EvaluateConfig(subject_attribute="age", features=("x",))

@@ -6,14 +6,14 @@ import pytest
 import torch
 from PIL import Image
 from scipy.special import softmax
-from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPImageProcessor, CLIPModel
 
 from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ConfigError, ModelError
 from invdiff.evaluation.annotators.clip import ClipAnnotator, class_prompts
 from invdiff.evaluation.annotators.heldout import HeldOut, measure_annotator
 from invdiff.evaluation.annotators.load import load_annotator, save_measured
-from tiny import TOWER, make_tokenizer, save_clip
+from tiny import make_tokenizer, save_clip
 
 PROMPTS = {
     "background": {"land": ["a photo on land", "land"], "water": "a photo of water"},
@@ -97,22 +97,6 @@ def test_classes_are_read_from_yaml_and_files_without_any_are_refused(tmp_path, 
     else:
         with pytest.raises(ConfigError, match=r"classes\.yaml"):
             class_prompts(tmp_path / "classes.yaml")
-
-
-def test_a_model_that_is_not_whole_is_refused(clip_dir, tmp_path):
-    CLIPVisionModel(CLIPVisionConfig(**TOWER)).save_pretrained(tmp_path / "vision")
-    model = CLIPModel.from_pretrained(clip_dir)
-    kept = {name: tensor for name, tensor in model.state_dict().items() if "text_projection" not in name}
-    model.save_pretrained(tmp_path / "part", state_dict=kept)
-    model.save_pretrained(tmp_path / "mute")
-    CLIPImageProcessor.from_pretrained(clip_dir).save_pretrained(tmp_path / "mute")
-    for folder, message in (
-        ("vision", "a CLIP model"),
-        ("part", r"found none of text_projection\.weight"),
-        ("mute", "found one that knows no word"),
-    ):
-        with pytest.raises(ModelError, match=message):
-            ClipAnnotator(tmp_path / folder, PROMPTS)
 
 
 def test_a_measurement_comes_back_unless_it_is_of_a_model_that_was_replaced(clip_dir, tiny_folder, tmp_path):

@@ -114,8 +114,3 @@ def test_errors_in_a_file_name_it(tmp_path, text, message):
         read(tmp_path / "mine.yaml", text)
     assert str(tmp_path / "mine.yaml") in str(error.value)
     assert message in str(error.value)
-
-
-def test_an_absent_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"absent\.yaml: No such file"):
-        TrainConfig.from_file(tmp_path / "absent.yaml")

@@ -248,19 +248,6 @@ def test_groups_stay_where_the_first_timesteps_are_the_same_number_in_16_bits():
 # mismatches
 
 
-@pytest.mark.parametrize(
-    ("module_of", "pipe_of", "message"),
-    [
-        ("sd1", "sd3", "denoiser_class: expected UNet2DConditionModel, found SD3Transformer2DModel"),
-        ("sd1", "sd2-v", "prediction_type: expected epsilon, found v_prediction"),
-        ("sd1", "sdxl", "prompt_dim: expected 16, found 32"),
-    ],
-)
-def test_a_module_of_another_family_is_refused_with_every_difference(module_of, pipe_of, message):
-    with pytest.raises(ModelError, match=message):
-        attach(tiny(pipe_of), GuidanceModule.for_pipeline(tiny(module_of)))
-
-
 class Stranger(DiffusionPipeline):
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()

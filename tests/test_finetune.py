@@ -165,11 +165,7 @@ def test_a_fresh_denoiser_starts_from_new_weights_of_its_seed(data, tiny_pipe_di
     assert not any(torch.equal(one, weight) for weight in (base, other))
 
 
-def test_settings_that_contradict_and_a_base_without_a_unet_are_refused(data, tiny_pipe, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="Expected a base for fresh_denoiser"):
-        run(data, tmp_path, fresh_denoiser=True)
-    with pytest.raises(ConfigError, match="either a base or an architecture"):
-        finetune(data, tmp_path, base="some/base", architecture=SHAPE, progress=False)
+def test_a_base_without_a_unet_is_refused(data, tiny_pipe, tmp_path, monkeypatch):
     tiny_pipe.unet = torch.nn.Identity()
     monkeypatch.setattr(finetune_module, "load_pipeline", lambda *arguments, **keywords: tiny_pipe)
     with pytest.raises(ModelError, match="got a Identity"):

@@ -25,7 +25,6 @@ from invdiff.auditing.result import Audit
 from invdiff.errors import AuditError, ConfigError, DataError, InvDiffError
 from invdiff.evaluation.fairness.intervals import share_interval
 from invdiff.evaluation.results import Results
-from invdiff.report.audit_view import about_edits
 from invdiff.report.figures import percent
 from invdiff.report.read import find_parts
 from invdiff.report.write import write_report
@@ -133,13 +132,6 @@ def test_people_s_edits_are_said_and_shares_are_of_the_images_kept(finished: Pat
     assert not {"0-0.png", "0-18.png", "1-1.png"} & set(re.findall(r"\d-\d+\.png", alts))
     assert "on land from " in alts
     assert (tmp_path / "out" / "report-groups.png").is_file()
-
-
-def test_each_edit_is_said_alone() -> None:
-    names, nobody = Edits(names=(("a", ""),)), Edits(names=(("", ""),))
-    assert about_edits(names) == "People changed this audit: groups have names that people gave them."
-    assert about_edits(Edits(left_out=(1,))).startswith("People changed this audit: 1 image is left out. Separation")
-    assert about_edits(nobody) == ""
 
 
 def test_one_group_alone_has_no_smallest(finished: Path, tmp_path: Path) -> None:

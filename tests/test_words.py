@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import html
 import io
 import json
 from dataclasses import asdict, replace
@@ -31,7 +30,7 @@ from invdiff.config import AuditConfig
 from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.errors import AuditError, ConfigError, ModelError
 from invdiff.report.grids import save_audit_pictures
-from runs import LAND, NASTY, Page, make_audit
+from runs import LAND, NASTY, make_audit, report
 from tiny import save_clip
 
 ON_LAND, ON_WATER = 0, 1
@@ -397,14 +396,8 @@ def with_words(folder, *, told=("water", "boat"), model="clip-tiny", factors=1, 
     return data
 
 
-def shown(folder, data=None):
-    """A report's page and its twin in Markdown."""
-    page = Page(save_report(folder / "report", audit=folder, data=data).read_text(encoding="utf-8"))
-    return page, html.unescape((folder / "report" / "report.md").read_text(encoding="utf-8"))
-
-
 def test_a_report_shows_words_under_their_group_and_who_chose_them(tmp_path):
-    page, twin = shown(tmp_path, with_words(tmp_path))
+    page, twin = report(tmp_path / "report", audit=tmp_path, data=with_words(tmp_path))
     assert "Most typical of group 0 Words: no word tells it apart says “clip-tiny”, asked about 512" in page.words
     assert "Most typical of group 1 Words: water, boat says “clip-tiny”" in page.words
     assert "group 1: 10% (3% to 30%), words: water, boat" in twin
@@ -413,14 +406,15 @@ def test_a_report_shows_words_under_their_group_and_who_chose_them(tmp_path):
         assert "Words that separate groups over all prompts" in text
         assert "people's changes" not in text
     (tmp_path / WORDS).unlink()
-    assert not any(word in text.words for text in shown(tmp_path)[:1] for word in ("Words", "CLIP"))
+    page, _ = report(tmp_path / "report", audit=tmp_path)
+    assert not any(word in page.words for word in ("Words", "CLIP"))
 
 
 def test_words_stand_beside_the_factor_they_are_of_and_are_older_than_people_s_changes(tmp_path):
     data = with_words(tmp_path, factors=2)
     audit = Audit.load(tmp_path)
     apply(audit, audit.edits.without_images([0]).with_name(0, 1, "at sea")).save_edits(tmp_path)
-    page, twin = shown(tmp_path, data)
+    page, twin = report(tmp_path / "report", audit=tmp_path, data=data)
     assert "Most typical of at sea Words: water, boat" in page.words
     assert page.words.count("Words: water, boat") == page.words.count("Words: boat") == 1
     for text in (page.words, twin):
@@ -428,9 +422,10 @@ def test_words_stand_beside_the_factor_they_are_of_and_are_older_than_people_s_c
 
 
 def test_hostile_words_are_text_in_reports_and_in_pictures(tmp_path):
-    plain, _ = shown(tmp_path / "plain", with_words(tmp_path / "plain", told=["water"] * len(NASTY)))
+    data = with_words(tmp_path / "plain", told=["water"] * len(NASTY))
+    plain, _ = report(tmp_path / "plain" / "report", audit=tmp_path / "plain", data=data)
     data = with_words(tmp_path / "nasty", told=NASTY, model=NASTY[0])
-    nasty, twin = shown(tmp_path / "nasty", data)
+    nasty, twin = report(tmp_path / "nasty" / "report", audit=tmp_path / "nasty", data=data)
     assert [tag for tag, _ in nasty.elements] == [tag for tag, _ in plain.elements]
     assert "<script" not in (tmp_path / "nasty" / "report" / "report.md").read_text(encoding="utf-8")
     assert NASTY[0] in nasty.text

@@ -33,12 +33,8 @@ from .training.train import train
 def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progress: bool = True) -> Results:
     """Audit, train, generate with and without guidance on the same seeds, evaluate; return the evaluation.
 
-    Everything is written below `output_dir`: the data, `audit/` with its pictures, `module/`, `images/`,
-    `results.json`, and last `report.html` with `report.md` and its pictures. A stopped run goes on where it stopped.
-    The attributes of the data are read in the last step only, to judge what was found without them.
-
-    Raises:
-        InvDiffError: A step failed; what was finished is kept.
+    Everything is written below `output_dir`, last `report.html`; a stopped run goes on where it stopped. The
+    attributes of the data are read in the last step only, to judge what was found without them.
     """
     config = config or DemoConfig()
     output_dir = Path(output_dir)

@@ -199,11 +199,7 @@ def cached_features(
 
 
 def scores_of(evidence: Evidence, rows: NDArray[Any], config: AuditConfig) -> list[Score]:
-    """Every one-dimensional score of images `rows` that varies, each under independent noises.
-
-    The paper's solver, `gradient`, takes the loss under the caption; `exact` takes contrasts; `auto` takes contrasts
-    and components of features.
-    """
+    """Every one-dimensional score of images `rows` that varies: losses for `gradient`, else contrasts and features."""
     losses = evidence.losses[rows].astype(np.float64)  # (n, levels, draws, conditions)
     names = ["contrast", *(f"contrast with {caption!r}" for caption in config.other_captions)]
     scores = [

@@ -75,8 +75,7 @@ def preserve(
 ) -> dict[str, Quantity]:
     """How far images moved from those that the baseline draws from the same prompts and seeds.
 
-    Distances of features are those of pairs of one seed, beside that of unrelated images of the baseline; attributes
-    other than the sensitive ones have the share of pairs that keep their class.
+    By features, beside unrelated images of the baseline, and by the share of pairs that keep their class.
     """
     places = []
     for side in (rows, base_rows):
@@ -123,8 +122,7 @@ def estimate(
 ) -> Estimate:
     """A fairness metric's mean over prompts, of counts (prompts, groups), with interval, floor and correction.
 
-    Images whose class the annotator could not tell, (prompts,), are outside the raw figures; the corrected ones need
-    them where `confusion` has a column for them.
+    Images without a class, (prompts,), enter the corrected figures only.
     """
     values, notes = per_prompt(metric, counts, target=target), []
     settings: Any = {"target": target, "confidence": confidence, "num_resamples": num_resamples, "seed": seed}

@@ -263,15 +263,10 @@ class GuidanceModule(ModelMixin, ConfigMixin):
     ) -> torch.Tensor:
         """g_psi, the shift of the denoiser's output, (batch, channels, height, width).
 
-        Args:
-            noisy_latents: z_t, (batch, channels, height, width); channels beyond the latents' are ignored.
-            timesteps: (batch,), integer or fractional.
-            condition: The input of Phi: `prompt_embeds` (batch, tokens, prompt_dim) or `class_labels` (batch,).
-            model_pred: The frozen denoiser's output f(z_t, t, y), (batch, channels, height, width).
-            features: Output of the block at `feature_path`, (batch, feature_channels, height', width').
-            environments: Group of each factor, (batch, factors), integers; only in `balanced` mode.
-            projected: Whether `features` have been through `project` already.
-            code: Phi(y), the result of `encode`, where it is known already.
+        From z_t (its further channels are ignored), timesteps (batch,), the condition of Phi, `prompt_embeds` (batch,
+        tokens, prompt_dim) or `class_labels` (batch,), the frozen output f(z_t, t, y), features (batch,
+        feature_channels, height', width') that are `projected` or not, and in `balanced` mode groups (batch, factors).
+        `code` is Phi(y), where known.
         """
         width, channels = self.config["width"], self.config["latent_channels"]
         conditions = self.time(get_timestep_embedding(timesteps, 2 * width).to(model_pred.dtype))

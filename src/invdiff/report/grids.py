@@ -41,13 +41,8 @@ Row = tuple[float, Paint | None]
 def save_audit_pictures(audit_folder: str | Path, data: CaptionedImages) -> list[Path]:
     """Draw an audit into its own folder and return the pictures' paths, the overview first.
 
-    `groups.png` shows every group of the prompts that hide one, or says why none does. `prompt-00.png` and so
-    on, largest prompt first and at most 8, show a prompt's scores and each group's most typical and least
-    certain images. Pictures of an earlier audit in the same folder are removed. Images are found by name.
-
-    Raises:
-        AuditError: The folder holds no audit, or one of other images.
-        DataError: An image cannot be read, or a picture cannot be written.
+    `groups.png` shows the groups of the prompts that hide one, or why none does; `prompt-00.png` and so on, largest
+    first and at most 8, a prompt's scores and images. Earlier pictures are removed; images are found by name.
     """
     folder = Path(audit_folder)
     run = read_run(Parts(audit=folder, data=data))

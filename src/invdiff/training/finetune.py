@@ -231,8 +231,7 @@ def train_autoencoder(
 ) -> None:
     """Fit `vae` to the images, as a variational autoencoder of fixed variance, and scale latents to unit variance.
 
-    The loss is the absolute error of the pixels and of their differences (which keeps outlines sharp). Noise on the
-    latents makes nearby ones decode alike, and a slight pull to zero keeps them from outgrowing it.
+    The loss is the absolute error of pixels and of their differences, which keeps outlines sharp.
     """
     device, size = vae.device, architecture.resolution
     readable = readable_images(data, "reading images", progress=progress)

@@ -55,11 +55,10 @@ class HeldOut(Annotations):
         return confusion_matrix(truth[labelled], annotated[labelled], labels=range(size + 1))[:size]
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Figures by attribute, as plain JSON types.
+        """Figures by attribute, as plain JSON types; "calibration_error" is over 15 bins.
 
-        "matrix" is (true class, most probable class); "worst_combination" is the lowest accuracy among the
-        combinations of all attributes with ten images or more, None where there is none: far below "accuracy", it
-        means that the annotator reads one attribute off another; "calibration_error" is over 15 bins.
+        "worst_combination" is the lowest accuracy among the combinations of all attributes with ten images or more:
+        far below "accuracy", it means that the annotator reads one attribute off another.
         """
         figures = {}
         for attribute, classes in self.attributes.items():

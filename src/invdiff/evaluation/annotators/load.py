@@ -28,15 +28,11 @@ KINDS = (
 def load_annotator(
     spec: str, *, attribute: str | Sequence[str] = "", classes: Mapping[str, Any] | Path | None = None
 ) -> Annotator | GivenLabels:
-    """Load the annotator that `spec` names.
+    """The annotator that `spec` names: a `ConvAnnotator`, a `CLIPModel` or any image classifier of `transformers`.
 
-    Args:
-        spec: A folder or a hub id of a `ConvAnnotator`, of a `CLIPModel` or of any image classifier from
-            `transformers`; a folder that `save_measured` wrote; or "labels" for `GivenLabels`. A folder that is
-            called so is `./labels`.
-        attribute: For an image classifier, what its classes are classes of ("label" unless given; the first of
-            several); for "labels", the columns. Others know their attributes.
-        classes: For a CLIP model only: attribute name to class name to prompts, or a YAML or JSON file of that.
+    `spec` is a folder, a hub id, or "labels" for `GivenLabels`. `attribute` is what a classifier's classes are classes
+    of ("label" unless given, the first of several), or the columns of labels; `classes` is for a CLIP model only:
+    attribute to class to prompts, or a YAML or JSON file of that.
     """
     attributes = [name for name in ([attribute] if isinstance(attribute, str) else attribute) if name]
     recipe = None if spec == LABELS else _recipe(Path(spec))
@@ -86,8 +82,7 @@ def save_measured(
 ) -> None:
     """Write how an annotator errs on labelled images; `load_annotator(folder)` gives that annotator with it.
 
-    What was known of attributes that `held_out` lacks is written too. `spec`, `attribute` and `classes` are what
-    `load_annotator` was given to get `annotator`, whose own folder is refused.
+    `spec`, `attribute` and `classes` are what `load_annotator` was given, whose own folder is refused.
     """
     refuse_own_folder(folder, spec)
     where = str(Path(spec).resolve()) if Path(spec).is_dir() else spec

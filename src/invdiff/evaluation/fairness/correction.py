@@ -24,10 +24,8 @@ PRIOR = 0.5
 def correct_for_annotator(counts: ArrayLike, confusion: ArrayLike) -> FloatArray:
     """Counts, (prompts, J), corrected for the annotator's errors: fractional, with each prompt's sum, (prompts, K).
 
-    The shares are the inverse of the rates (least squares under a sum of 1 where there are more columns than
-    classes), and where that has negative shares, the Euclidean projection of it onto the simplex. The last of
-    J = K + 1 columns holds the images whose class the annotator could not tell. `confusion` are held-out counts,
-    (true class, annotated class), (K, J); rows that all sum to 1 are taken as rates.
+    By inverse rates, projected onto the simplex; the last of J = K + 1 columns is of images without a class.
+    `confusion` are held-out counts, (true class, annotated class), (K, J); rows that all sum to 1 are taken as rates.
     """
     table, held_out, _ = _checked(counts, confusion)
     totals = table.sum(axis=1, keepdims=True)

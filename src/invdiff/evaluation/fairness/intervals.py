@@ -95,13 +95,12 @@ def plausible_shares(
     """Four shares for each prompt, (4, prompts, groups), that its counts do not reject and the plug-in is worst at.
 
     The last on the way to the target, and to all images in the group that most exceeds it, that Pearson's chi-square
-    does not reject at `confidence`, so extremes get the width of a score interval; the shares with groups tied that
-    do not differ significantly, where metrics of pairs and extremes have their kinks; and the shares smoothed by
-    z^2 pseudo-counts in all (Agresti & Coull, American Statistician 1998).
+    does not reject; the shares with groups tied that do not differ significantly, where metrics have their kinks; and
+    the shares smoothed by z^2 pseudo-counts (Agresti & Coull, American Statistician 1998).
 
-    `p` are estimated shares, (prompts, groups), of `target`, (groups,); `rates`, (groups, classes), say how often each
-    group is seen as each class; `numbers`, (prompts,), are the images behind the seen classes, for chi-square, and
-    `worth`, (prompts,), images of known group that would tell the shares as precisely, for ties and smoothing.
+    `rates`, (groups, classes), say how often each group is seen as each class; `numbers`, (prompts,), are images
+    behind the seen classes, and `worth`, (prompts,), images of known group that would tell the shares `p` as
+    precisely.
     """
     n, known = (np.asarray(x, dtype=np.float64)[:, None] for x in (numbers, worth))
     z = float(ndtri((1 + confidence) / 2))

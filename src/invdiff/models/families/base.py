@@ -164,8 +164,7 @@ class Family(ABC):
     def draw(self, pipe: Any, prompts: list[str], *, guidance_scale: float, resolution: int, **options: Any) -> Any:
         """Call the pipeline for one image of each prompt, with `options` such as generators and steps.
 
-        `guidance_scale` is that of classifier-free guidance, or the one that a guidance-distilled model is given;
-        `resolution` the side of the images in pixels, 0 for the model's own.
+        A resolution of 0 is the model's own.
         """
         size = {"height": resolution, "width": resolution} if resolution else {}
         return pipe(prompt=prompts, guidance_scale=guidance_scale, **size, **options)
