@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from invdiff import save_report
+from invdiff.auditing.result import Audit
 from invdiff.config import EvaluateConfig
 from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.evaluation.annotators.labels import GivenLabels
@@ -75,6 +76,14 @@ class Page(HTMLParser):
 
     def values(self, name: str) -> list[str]:
         return [attributes[name] or "" for _, attributes in self.elements if name in attributes]
+
+
+def built_audit(weights: Any, prompt_ids: Any, prompts: Any, names: Any = None, scores: Any = None) -> Audit:
+    """An audit made by hand of one W, (N, E)."""
+    count = len(prompt_ids)
+    arrays = [np.asarray(values, np.float32) for values in (weights, np.zeros(count) if scores is None else scores)]
+    names = list(names or map(str, range(count)))
+    return Audit((arrays[0],), arrays[1], np.asarray(prompt_ids), list(prompts), names, 0.0, {})
 
 
 def make_audit(

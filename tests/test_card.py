@@ -27,6 +27,7 @@ from invdiff.guidance.card import MOST_PROMPTS, render_card, training_record
 from invdiff.guidance.module import GuidanceModule, load_module
 from invdiff.models.load import load_pipeline
 from invdiff.training.train import train
+from runs import built_audit
 from tiny import make_tiny
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -88,9 +89,7 @@ def tables(card):
 
 def make_audit(*prompts):
     """An audit of one image under each prompt."""
-    count = len(prompts)
-    weights, scores = np.full((count, 2), 0.5, np.float32), np.zeros(count, np.float32)
-    return Audit((weights,), scores, np.arange(count), list(prompts), list(map(str, range(count))), 0.0, {})
+    return built_audit(np.full((len(prompts), 2), 0.5), range(len(prompts)), prompts)
 
 
 def make_prompt(prompt, *, found=True, num_images=60, **options):
@@ -144,8 +143,7 @@ def test_training_writes_what_it_knows(trained):
 def test_the_card_says_what_people_changed(pipe):
     """One image of four left out, the cuts of one prompt moved, one group named."""
     prompts = [make_prompt("a bird", num_images=2), make_prompt("a fish", num_images=2)]
-    ids, scores = np.array([0, 0, 1, 1]), np.array([0.0, 1.0, 0.0, 1.0], np.float32)
-    plain = Audit((np.eye(2, dtype=np.float32)[[0, 1, 0, 1]],), scores, ids, prompts, list("abcd"), 0.0, {})
+    plain = built_audit(np.eye(2)[[0, 1, 0, 1]], [0, 0, 1, 1], prompts, scores=[0, 1, 0, 1])
     edited = apply(plain, Edits(names=(("on land", ""),), left_out=(0,), cuts={1: (0.5,)}))
     record = make_record(pipe, *prompts, audits=(edited, edited))
     text = html.unescape(card_of(json.loads(json.dumps(record))))

@@ -18,6 +18,7 @@ from invdiff.auditing.edits import CURATION, NAME_LIMIT, Edits, apply
 from invdiff.auditing.result import Audit, PromptAudit
 from invdiff.errors import AuditError, ConfigError
 from invdiff.text import one_line
+from runs import built_audit
 
 # Under prompt 0 the columns 2, 0, 1 lie from low to high scores; under prompt 1 column 1 is empty; 2 hides nothing.
 LABELS = [2, 2, 2, 0, 0, 1, 0, 0, 2]
@@ -31,18 +32,12 @@ def made_up(*, factors: int = 1) -> Audit:
     first = np.full((11, 3), 1 / 3, np.float32)
     first[:9] = np.eye(3, dtype=np.float32)[LABELS]
     further = [np.full((11, 2), [0.5 + m / 50, 0.5 - m / 50], np.float32) for m in range(1, factors)]
-    return Audit(
-        group_weights=(first, *further),
-        scores=np.array(SCORES, np.float32),
-        prompt_ids=np.array(PROMPTS),
-        prompts=[
-            PromptAudit(f"prompt {k}", [f"prompt {k}"], PROMPTS.count(k), k < 2, "made up", shares=SHARES[k])
-            for k in range(3)
-        ],
-        names=[f"{row}.png" for row in range(11)],
-        forwards_per_image=0.0,
-        settings={},
-    )
+    prompts = [
+        PromptAudit(f"prompt {k}", [f"prompt {k}"], PROMPTS.count(k), k < 2, "made up", shares=SHARES[k])
+        for k in range(3)
+    ]
+    whole = built_audit(first, PROMPTS, prompts, [f"{row}.png" for row in range(11)], SCORES)
+    return replace(whole, group_weights=(first, *further))
 
 
 def plain_edits(**options: Any) -> Edits:

@@ -511,10 +511,6 @@ def _only(name, content):
     return lambda base: (base / "manifest.jsonl").rename(base / name).write_bytes(content)
 
 
-def _change(changes):
-    return lambda base: change_rows(base, changes)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -528,11 +524,11 @@ def _change(changes):
         (_only("other.txt", b""), "Expected manifest.jsonl in .*, found none"),
         (lambda base: (base / "00000" / "000003.png").unlink(), r"found 1 absent, first .*000003.png"),
         (lambda base: (base / "00000" / "000003.png").write_bytes(b"no"), "not read the image .*000003.png"),
-        (_change({0: {"file_name": "x" * 10_000}}), "found 1 absent"),
-        (_change({1: {"file_name": "00000/000000.png"}}), "each image once.*000000.png again"),
-        (_change({1: {"file_name": "00000/../00000/000000.png"}}), "each image once"),
-        (_change([{"prompt": LAND}] * 7), f"found 1 of '{WATER}' at guidance scale 1.0"),
-        (_change({0: {"scale": 0.5}}), r"found \[0.5, 1.0\]. Generate each scale into a folder"),
+        (lambda base: change_rows(base, {0: {"file_name": "x" * 10_000}}), "found 1 absent"),
+        (lambda base: change_rows(base, {1: {"file_name": "00000/000000.png"}}), "each image once.*000000.png again"),
+        (lambda base: change_rows(base, {1: {"file_name": "00000/../00000/000000.png"}}), "each image once"),
+        (lambda base: change_rows(base, [{"prompt": LAND}] * 7), f"found 1 of '{WATER}' at guidance scale 1.0"),
+        (lambda base: change_rows(base, {0: {"scale": 0.5}}), r"found \[0.5, 1.0\]. Generate each scale"),
     ],
 )
 def test_damaged_folders_are_refused_with_the_place_of_the_fault(base, damage, message):

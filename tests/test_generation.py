@@ -241,7 +241,6 @@ def test_where_something_else_lies_nothing_is_written(tiny_pipe, tmp_path):
         ({"prompts": ["a photo", "a photo"]}, "got 'a photo' again"),
         ({"mode": "balanced", "environments": [0, 1, 0, 1]}, r"for 5 images .* or for all 10, got 4"),
         ({"environments": [0.5, 0.5]}, "a module beside environments"),
-        ({"mode": "invariant", "environments": [0.1, 0.9]}, "with an invariant module"),
         ({"mode": "balanced", "of": 1}, "trained for another model"),
     ],
 )

@@ -19,6 +19,7 @@ from invdiff.models.frozen import denoiser_fingerprint
 from invdiff.training import objective
 from invdiff.training import train as train_module
 from invdiff.training.train import carry_over, train
+from runs import built_audit
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = TrainConfig(steps=4, batch_size=4, checkpoint_every=2, mixed_precision="no")
@@ -33,7 +34,7 @@ def make_audit(names, labels, prompt_ids, *, found=(True, True), **settings) -> 
     prompt_ids, made_up = np.asarray(prompt_ids), {"captions": [], "num_images": 0, "reason": "", "shares": [0.5, 0.5]}
     prompts = [PromptAudit(prompt=f"prompt {i}", found=each, **made_up) for i, each in enumerate(found)]
     weights = np.where(np.array(found)[prompt_ids][:, None], hard(labels), np.float32(0.5))
-    return Audit((weights,), np.zeros(len(names), np.float32), prompt_ids, prompts, list(names), 0.0, settings)
+    return replace(built_audit(weights, prompt_ids, prompts, names), settings=settings)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -30,7 +30,7 @@ from invdiff.config import AuditConfig
 from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.errors import AuditError, ConfigError, ModelError
 from invdiff.report.grids import save_audit_pictures
-from runs import LAND, NASTY, make_audit, report
+from runs import LAND, NASTY, built_audit, make_audit, report
 from tiny import save_clip
 
 ON_LAND, ON_WATER = 0, 1
@@ -96,10 +96,9 @@ def made_up(labels, prompt_ids, captions=None, prompts=PROMPTS):
     """An audit of groups as told, and its images."""
     names = [f"{index}.png" for index in range(len(labels))]
     entries = [PromptAudit(prompt, [prompt], 0, found=True, reason="") for prompt in prompts]
-    weights, scores = (np.eye(labels.max() + 1, dtype=np.float32)[labels],), np.zeros(len(labels), np.float32)
     captions = captions or [prompts[index] for index in prompt_ids]
     data = CaptionedImages(captions, names, {}, 0.0, pictures(len(names)).__getitem__)
-    return Audit(weights, scores, prompt_ids, entries, names, 0.0, {}), data
+    return built_audit(np.eye(labels.max() + 1)[labels], prompt_ids, entries, names), data
 
 
 def birds(rare=30, usual=90):
@@ -313,15 +312,8 @@ def test_words_are_short_and_need_a_model_to_read_them(model, words, message):
 
 # How they are kept.
 
-AUDIT = Audit(
-    (np.eye(2, dtype=np.float32),),
-    np.zeros(2, np.float32),
-    np.zeros(2, np.int64),
-    [PromptAudit("a bird", ["a bird"], 2, True, "made up", shares=[0.5, 0.5])],
-    ["a.png", "b.png"],
-    6.0,
-    {},
-)
+BIRD = PromptAudit("a bird", ["a bird"], 2, True, "made up", shares=[0.5, 0.5])
+AUDIT = built_audit(np.eye(2), [0, 0], [BIRD], ["a.png", "b.png"])
 OTHER = replace(AUDIT, group_weights=(AUDIT.group_weights[0][::-1],))
 WATER = GroupWords(0, 0, 1, (Word("water", 2.1, 0.001), Word("boat", 0.9, 0.004)), "")
 NOTHING = GroupWords(None, 0, 0, (), "no word tells it apart")

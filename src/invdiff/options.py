@@ -91,11 +91,7 @@ class Config:
 
     @classmethod
     def from_dict(cls: type[ConfigType], values: dict[str, Any]) -> ConfigType:
-        """Build from a mapping.
-
-        Raises:
-            ConfigError: A name is unknown, or a value has the wrong type or range.
-        """
+        """Settings from a mapping; `ConfigError` where a name is unknown, or a value has the wrong type or range."""
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(str(name) for name in set(values) - set(names))
         if unknown:
@@ -104,11 +100,7 @@ class Config:
 
     @classmethod
     def from_file(cls: type[ConfigType], path: str | Path) -> ConfigType:
-        """Read a .json, .yaml or .yml file.
-
-        Raises:
-            ConfigError: The file is absent, is not a mapping, or holds unknown or ill-typed settings.
-        """
+        """Settings from a .json, .yaml or .yml file; `ConfigError` where it is absent or holds something else."""
         try:
             # JSON is a subset of YAML.
             values = yaml.load(Path(path).read_text("utf-8-sig"), Loader=_Loader)  # noqa: S506  # a SafeLoader

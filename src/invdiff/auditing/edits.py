@@ -88,8 +88,7 @@ class Edits:
     def with_cuts(self, prompt: int, cuts: Sequence[float] | None) -> Edits:
         """These edits with the groups of one prompt, its index in the audit, parted at other scores.
 
-        `cuts` are finite and rise, one fewer than the prompt has groups; a score at a cut belongs above it. None parts
-        the groups as inferred.
+        `cuts` rise, one fewer than groups; a score at a cut belongs above it. None parts the groups as inferred.
         """
         edited = {index: parted for index, parted in self.cuts.items() if index != prompt}
         if cuts is not None:

@@ -266,8 +266,7 @@ class Audit:
     def load(cls, folder: str | Path, *, edited: bool = True) -> Audit:
         """Read an audit that `save` wrote, with people's edits unless `edited` is false.
 
-        Raises:
-            AuditError: `folder` is not an audit, or its edits or words are damaged or of another audit.
+        `AuditError` where `folder` is no audit, or its edits or words are damaged or of another audit.
         """
         folder = Path(folder)
         if not (folder / "audit.json").is_file():

@@ -4,10 +4,9 @@ W (N, E) has its rows on the simplex. With the group losses L_e = sum_i W_ie s_i
 loss, a contrast of losses, or any other evidence of one dimension, two solvers maximise the dispersion of {L_e}:
 `exact_groups`, by dynamic programming, and `gradient_groups`, as in InvDiff (Hou et al., KDD 2025).
 
-Labels are never read. A hidden group is a split of a prompt's images that is *separated* (a gap in the scores, not a
-cut through one broad hump), *stable* (independent noises find the same images) and *unbalanced* (an even split is a
-style, such as facing left or right). A split that passes all three is a candidate, and the candidate of the largest
-stability times separation decides its prompt. Where none passes, nothing is found.
+Labels are never read. A split of a prompt's images is believed if it is *separated* (a gap in the scores), *stable*
+(independent noises find the same images) and *unbalanced* (an even split is a style, such as facing left or right);
+the one of the largest stability times separation decides. Where none passes, nothing is found.
 """
 
 from __future__ import annotations

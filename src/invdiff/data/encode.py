@@ -188,10 +188,9 @@ def encode_captions(pipe: DiffusionPipeline, captions: Sequence[str]) -> Conditi
 
 
 def model_fingerprint(pipe: DiffusionPipeline) -> str:
-    """16 hex digits that name the autoencoder and the text encoders of a pipeline, not its denoiser or scheduler.
+    """16 hex digits of the weights of a pipeline's autoencoder and text encoders, not of its denoiser or scheduler.
 
-    Weights are hashed whole, since a fine-tune may change a single row of an embedding table. `ModelError` where they
-    are not in memory (sequential offload).
+    `ModelError` where they are not in memory (sequential offload).
     """
     components: dict[str, Any] = pipe.components  # type: ignore[attr-defined]
     family = family_of(pipe)

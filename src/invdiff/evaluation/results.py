@@ -214,11 +214,7 @@ class Results:
         return plain
 
     def save(self, path: str | Path) -> None:
-        """Write everything as JSON, and every figure as a row of `table_path(path)` beside it.
-
-        Raises:
-            EvaluationError: The path ends in .csv.
-        """
+        """Write everything as JSON, and every figure as a row of `table_path(path)` beside it; `path` is no .csv."""
         table = table_path(path)
         write_json(Path(path), self.to_dict())
         stream = io.StringIO(newline="")
@@ -229,12 +225,7 @@ class Results:
 
     @classmethod
     def load(cls, path: str | Path) -> Results:
-        """Results from the JSON that `save` wrote.
-
-        Raises:
-            EvaluationError: The file holds other things than results, or no measures.
-            DataError: The file is absent or is not JSON.
-        """
+        """Results from the JSON that `save` wrote; `EvaluationError` or `DataError` where the file holds none."""
         try:
             results: Results = _read(cls, read_json(Path(path)), "")
             for _, scale, measures in results.each():

@@ -328,11 +328,7 @@ def weight_signature(denoiser: nn.Module, size: int = 32) -> tuple[float, ...]:
 
 
 def load_module(name_or_folder: str | Path) -> GuidanceModule:
-    """Load a guidance module from a folder or a hub id, ready to attach.
-
-    Raises:
-        ModelError: There is none, or its weights are absent, damaged or do not fit its config.
-    """
+    """Load a guidance module from a folder or a hub id, ready to attach; `ModelError` where none can be read."""
     source = str(name_or_folder)
     try:
         found: Any = GuidanceModule.load_config(source)

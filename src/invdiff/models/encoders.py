@@ -112,10 +112,9 @@ class ClipEncoder(VisionEncoder):
 
 
 def load_pretrained(model_class: Any, name_or_folder: str, kind: str) -> Any:
-    """Load a `transformers` model, such as `AutoModel`, in float32 onto `default_device()`, ready to predict.
+    """A `transformers` model, such as `AutoModel`, in float32 on `default_device()`; `kind` is its name in messages.
 
-    `kind` is what it should be, for messages. `ModelError` where there is no such model, or weights are missing:
-    `transformers` would draw them at random.
+    `ModelError` where there is none, or weights are missing, which `transformers` would draw at random.
     """
     remedy = "Give a folder or a hub id of such a model."
     model, report = _loaded(model_class.from_pretrained, name_or_folder, kind, remedy, output_loading_info=True)

@@ -109,8 +109,7 @@ def do_nothing(*arguments: Any, **keywords: Any) -> None:
 class FeatureCapture:
     """Record the output of one block of a denoiser, at a dotted path such as "down_blocks.1", at each forward pass.
 
-    `read` turns the block's output, a tensor or a tuple, into the tensor that is kept. It is called inside the hook,
-    and must copy: later parts of the forward pass (FreeU, adapters) may overwrite the output in place.
+    `read` makes the tensor that is kept of the block's output, and must copy: later parts may overwrite it in place.
     """
 
     def __init__(self, denoiser: nn.Module, path: str, read: Callable[[Any], torch.Tensor] = torch.clone) -> None:

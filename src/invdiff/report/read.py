@@ -134,10 +134,9 @@ class Run:
 
 
 def find_parts(run: str | Path, *, results: Path | None = None) -> Parts:
-    """The parts in a folder such as `invdiff demo` writes, or the four commands of the README.
+    """The parts in a folder such as `invdiff demo` writes: `audit/`, `module/`, `data/`, `results.json`, and images.
 
-    These are `audit/`, `module/`, `data/`, `results.json`, and folders of generated images in `images/` or beside
-    them, each named after its model as in the results, which may lie elsewhere: `base` or `base-cfg-3`.
+    Folders of images lie in `images/` or beside them, named after their models in the results: `base` or `base-cfg-3`.
     """
     run = Path(run)
     if not run.is_dir():
@@ -264,8 +263,7 @@ def splits_of(audit: Audit) -> list[Split]:
 def rank_groups(weights: _Array, scores: _Array, rows: _Array, names: Sequence[str]) -> list[Group]:
     """The images of each of a prompt's E groups by how typical they are, from weights (n, E), scores (n,), rows (n,).
 
-    The most typical image of the group that scores highest has the highest score, of the lowest the lowest; of a
-    group between others it is the middle one.
+    Of the outer groups, extreme scores are typical; of a group between others, the middle one.
     """
     labels = weights.argmax(axis=1)
     rising = ladder(weights, scores)

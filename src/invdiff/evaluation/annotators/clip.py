@@ -24,9 +24,8 @@ EXAMPLE = '{gender: {man: ["a photo of a man"], woman: ["a photo of a woman"]}}'
 class ClipAnnotator(Measurable):
     """Zero-shot classes and features of any CLIP model (Radford et al., ICML 2021, section 3.1.4).
 
-    A class is the mean of its prompts' normalised embeddings, normalised again; its probability is a softmax over
-    an attribute's classes of logit_scale times the cosine to the image. Features are normalised image embeddings.
-    Such classes are unchecked: measure the annotator on labelled images before its figures are trusted.
+    A class is the normalised mean of its prompts' embeddings; probabilities are a softmax of logit_scale times the
+    cosine. Such classes are unchecked: measure the annotator on labelled images before its figures are trusted.
     """
 
     def __init__(self, name_or_folder: str | Path, attributes: Mapping[str, Any] | Path) -> None:

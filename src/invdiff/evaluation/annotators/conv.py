@@ -169,13 +169,11 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         seed: int = 0,
         progress: bool = True,
     ) -> ConvAnnotator:
-        """Train on labelled images, then calibrate and measure on held-out ones.
+        """Train on labelled images, then calibrate and measure on a share `holdout` of each combination of attributes.
 
-        Where attributes go together in `data`, a net can read one off the other, and Bias measured with it is
-        wrong. So batches are drawn evenly over the combinations of attributes (none more than 20 times as
-        often as it occurs), and the held-out accuracy of the worst combination is kept.
-        The images are held in memory at `resolution`: 12 KB each at 64 pixels. `holdout` is the share of each
-        combination that is kept out of training, half of it to calibrate on. The global generator is left alone.
+        Where attributes go together, a net can read one off the other, and Bias measured with it is wrong. So batches
+        are drawn evenly over their combinations (none more than 20 times as often as it occurs). Images are held in
+        memory at `resolution`: 12 KB each at 64 pixels. The global generator is left alone.
         """
         if steps < 1 or batch_size < 1 or not 0 < holdout < 1:
             raise DataError(

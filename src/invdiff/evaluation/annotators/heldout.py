@@ -217,8 +217,7 @@ def fit_temperature(logits: ArrayLike, truth: NDArray[np.int64]) -> float:
 def expected_calibration_error(probabilities: NDArray[Any], truth: NDArray[np.int64], *, num_bins: int = 15) -> float:
     """Mean distance of confidence to accuracy over equal bins of confidence, weighted by images.
 
-    Naeini et al., "Obtaining well calibrated probabilities using Bayesian binning" (AAAI 2015). Probabilities are
-    (N, classes), true classes (N,), bins (0, 1/num_bins], (1/num_bins, 2/num_bins] and so on.
+    Naeini et al., "Obtaining well calibrated probabilities using Bayesian binning" (AAAI 2015).
     """
     values = np.asarray(probabilities, dtype=np.float64)
     confidence, correct = values.max(axis=1), values.argmax(axis=1) == truth

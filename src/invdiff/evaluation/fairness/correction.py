@@ -1,9 +1,8 @@
 """Correction of counts for an annotator's errors, from its confusion matrix on held-out images.
 
-If a share p_k of the images is truly of class k and the annotator calls it j at rate M_kj, the annotated shares are
-q = M^T p. Solving for p is the "matrix method" of epidemiology and of quantification (Buonaccorsi, "Measurement
-Error", 2010; Forman, "Quantifying counts and costs via classification", 2008). It rests on the rates being the same
-in generated as in held-out images, which nothing here can check.
+Annotated shares are q = M^T p, where the annotator calls class k class j at rate M_kj. Solving for p is the "matrix
+method" (Buonaccorsi, "Measurement Error", 2010; Forman, "Quantifying counts and costs via classification", 2008). It
+rests on the rates being the same in generated as in held-out images, which nothing here can check.
 """
 
 from __future__ import annotations

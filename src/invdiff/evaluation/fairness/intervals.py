@@ -138,8 +138,7 @@ def bias_aware(
 ) -> tuple[float, float]:
     """Interval of the mean of `values`, (prompts,), by the largest bias and spread at any of the candidates.
 
-    Those are `plausible_shares`, (4, prompts, groups). `draw` simulates estimates, (resamples, prompts, groups), of
-    true shares, (prompts, groups); `degrees` are those of freedom of the spread.
+    Those are `plausible_shares`; `draw` simulates estimates, (resamples, prompts, groups), of true shares.
     """
     simulated = np.stack([metric.formula(draw(shares), target) for shares in candidates])
     mean = simulated.mean(axis=1)

@@ -2,8 +2,7 @@
 
 `METRICS` is the table of metrics. Counts are images by their most probable class, or sums of the annotator's class
 probabilities (the softmax form, fractional). With finitely many images a metric of a fair sampler is not at its fair
-value: read it beside `metric_floor` and `intervals.interval`. Only polynomials in the shares of degree at most N have
-an unbiased estimate from N images, such as `squared_discrepancy_unbiased`; none of the metrics here is one.
+value: read it beside `metric_floor` and `intervals.interval`. None of the metrics here has an unbiased estimate.
 """
 
 from __future__ import annotations

@@ -50,10 +50,9 @@ def kernel_distance(
 ) -> KernelDistance:
     """Squared MMD of features, (N, D), and a reference's, (M, D), under the kernel (x.y / D + 1)^degree (KID).
 
-    Bińkowski et al., "Demystifying MMD GANs" (ICLR 2018): the unbiased estimate over all pairs of different images
-    (Gretton et al., 2012, equation 3), whose expectation does not depend on N and M. Papers often give a thousandfold
-    of it. The interval is the jackknife's (Arvesen, "Jackknifing U-statistics", 1969), for two sets of one
-    distribution too wide.
+    Bińkowski et al., "Demystifying MMD GANs" (ICLR 2018): the unbiased estimate, whose expectation does not depend on
+    N and M; papers often give a thousandfold. The interval is the jackknife's (Arvesen, "Jackknifing U-statistics",
+    1969).
     """
     first, second = checked_pair(features, reference, minimum=3)
     # A product is several times faster than a power.
@@ -75,10 +74,8 @@ def kernel_distance(
 def cmmd(features: ArrayLike, reference: ArrayLike, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
     """Squared MMD of CLIP features, (N, D) and (M, D), under a Gaussian kernel of width `sigma`, times `scale` (CMMD).
 
-    Jayasumana et al., "Rethinking FID" (CVPR 2024). With k(x, y) = exp(-|x - y|^2 / (2 sigma^2)), it is the biased
-    estimate (Gretton et al., 2012, equation 5), mean k(x, x') + mean k(y, y') - 2 mean k(x, y) over all pairs, above 0
-    by about 1 / N even for two sets of one distribution. Rows are scaled to unit length first, as in the authors'
-    code, which embeds images with CLIP ViT-L/14 at 336 pixels.
+    Jayasumana et al., "Rethinking FID" (CVPR 2024): the biased estimate over all pairs with k(x, y) = exp(-|x - y|^2 /
+    (2 sigma^2)), of rows scaled to unit length, above 0 by about 1 / N even for two sets of one distribution.
     """
     first, second = (unit_rows(array) for array in checked_pair(features, reference))
     # All kernel values are near 1, which cancels in the estimate: with 1 taken off, no digits are lost.
@@ -104,11 +101,10 @@ class Neighbourhoods(NamedTuple):
 def precision_recall_density_coverage(features: ArrayLike, reference: ArrayLike, *, k: int = 5) -> Neighbourhoods:
     """Fidelity and variety of features, (N, D), beside a reference's, (M, D), each in two ways.
 
-    Precision and recall: Kynkäänniemi et al., "Improved precision and recall metric for assessing generative models"
-    (NeurIPS 2019). Density and coverage, which one outlier sways less: Naeem et al., "Reliable fidelity and diversity
-    metrics for generative models" (ICML 2020). An image's ball reaches to the k-th nearest other image of its own set,
-    its edge included; images that are equal are neighbours at distance 0.
-    All four depend on N, M and k: compare only sets of equal size.
+    Kynkäänniemi et al., "Improved precision and recall metric for assessing generative models" (NeurIPS 2019), and
+    Naeem et al., "Reliable fidelity and diversity metrics for generative models" (ICML 2020). An image's ball reaches
+    to the k-th nearest other image of its own set, its edge included. All depend on N, M and k: compare only sets of
+    equal size.
     """
     images, references = checked_pair(features, reference, minimum=k + 1)
     centre = references.mean(axis=0)  # lengths far above distances would cost digits

@@ -48,8 +48,7 @@ class InceptionFeatures:
     def load(cls) -> InceptionFeatures:
         """torch-fidelity's port of the original network on `default_device()`; its weights are fetched once.
 
-        Images are scaled to 299 pixels as the original did, without antialiasing, so that figures compare with
-        published ones; torchmetrics' own FID does otherwise by default.
+        Images are scaled without antialiasing, as the original did, so that figures compare with published ones.
         """
 
         def network() -> torch.nn.Module:
