@@ -1,6 +1,9 @@
 import copy
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -24,7 +27,8 @@ from invdiff.errors import ConfigError, DataError, EvaluationError, ModelError
 from invdiff.evaluation.annotators.annotations import CANNOT_TELL, Annotations
 from invdiff.evaluation.annotators.classifier import ClassifierAnnotator
 from invdiff.evaluation.annotators.conv import ConvAnnotator, stratified_share, to_pixels
-from invdiff.evaluation.annotators.labels import GivenLabels, load_labelled_images
+from invdiff.evaluation.annotators.heldout import measure_annotator
+from invdiff.evaluation.annotators.labels import GivenLabels, load_labelled_images, read_targets
 from invdiff.evaluation.annotators.load import load_annotator, save_measured
 from tiny import TOWER, clip_config, make_tokenizer, save_clip
 
@@ -38,6 +42,7 @@ class ToyImages:
         red = generator.random(count) < 0.5
         left = np.where(generator.random(count) < agreement, red, ~red)
         self.attributes = {"side": np.where(left, "left", "right"), "colour": np.where(red, "red", "blue")}
+        self.names, self.others = [f"{index}.png" for index in range(count)], {}
         for index in range(count):
             image = Image.fromarray(generator.integers(60, 200, (32, 32, 3), dtype=np.uint8))
             x, y = generator.integers(0, 4, 2)
@@ -380,6 +385,45 @@ def test_labels_become_probabilities_of_one_and_images_without_have_no_class_at_
     for confidence in (0.0, 1.0):
         smiles = given("smiles").annotate(ROWS).labels("smiles", confidence)
         assert smiles == ["True", "False", *[CANNOT_TELL] * 3]
+
+
+@pytest.mark.parametrize("spellings", [[0, 1], [0.0, 1.0], ["0", "1"], ["0.0", "1.0"], ["0.", " 1 "], [-0.0, 1]])
+def test_numbers_are_classes_of_one_spelling(spellings):
+    rows = [{"label": value} for value in (*spellings, 0, "1", float("nan"), "nan", None, "")]
+    seen = given("label", rows=rows).annotate(rows)
+    assert seen.attributes == {"label": ("0", "1")}
+    assert seen.labels("label") == ["0", "1", "0", "1", *[CANNOT_TELL] * 4]
+
+
+def test_truth_values_are_classes_of_one_spelling_and_other_text_stays_as_it_is():
+    rows = [{"label": value} for value in (True, "true", "TRUE", False, "False")]
+    assert given("label", rows=rows).annotate(rows).labels("label") == ["True"] * 3 + ["False"] * 2
+    rows = [{"label": value} for value in ("007", "7", "1.50", "1.5", 0.5, "v1.0", 10**20, 1e20)]
+    known = ("0.5", "007", "1.5", "1.50", "100000000000000000000", "7", "v1.0")
+    assert given("label", rows=rows).attributes == {"label": known}
+
+
+def test_true_beside_one_is_refused_wherever_labels_are_read():
+    labels = GivenLabels(["male"]).discover([{"male": True}], ["line 1 of a"])
+    with pytest.raises(
+        EvaluationError, match="'male' in one spelling, found True in line 1 of a and 0 in line 2 of b"
+    ):
+        labels.discover([{"male": 2}, {"male": "0.0"}], ["line 1 of b", "line 2 of b"])
+    table = {"image": ["a.png", "b.png"], "male": ["1", "false"]}
+    data = load_labelled_images(datasets.Dataset.from_dict(table))
+    with pytest.raises(DataError, match=r"found False in b\.png and 1 in a\.png"):
+        read_targets(data)
+    images = replace(data, attributes={"label": ["true", "false"]})
+    with pytest.raises(DataError, match="0 in the classes of zeros"):
+        measure_annotator(SimpleNamespace(name="zeros", attributes={"label": ("0", "1")}), images)
+
+
+def test_labels_of_another_type_are_called_so():
+    with pytest.raises(EvaluationError, match=r"one class of 'male' in row 0, found a list: \['yes'\]"):
+        given("male", rows=[{"male": ["yes"]}])
+    data = load_labelled_images(datasets.Dataset.from_dict({"image": ["a.png"], "male": [["yes"]]}))
+    with pytest.raises(DataError, match=r"found male \(several values a row, List"):
+        read_targets(data, ["male"])
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from conftest import write_tiny_folder
 from invdiff.data.captioned import load_captioned_images, readable_images
@@ -140,6 +141,39 @@ def test_without_captions_a_folder_of_images_will_do(tmp_path):
     assert (data.names, data.captions, data.attributes) == (["b.png"], [""], {"background": ["land"]})
 
 
+@pytest.mark.parametrize("clutter", ["._a.png", ".ipynb_checkpoints/a.png", "__MACOSX/x/._a.png", ".trash/more/a.png"])
+def test_what_systems_leave_in_a_folder_is_no_data(tmp_path, clutter):
+    home = tmp_path / ".cache" / "data"  # hidden itself, which its owner knows
+    write_images(home, "a.png", clutter)
+    (home / "Thumbs.db").write_bytes(b"\xd0\xcf")
+    (home / ".DS_Store").write_bytes(b"\0")
+    assert load_captioned_images(home, captions=False).names == ["a.png"]
+    table = datasets.Dataset.from_dict({"image": ["a.png"], "text": ["a caption"]})
+    table.to_parquet(str(home / "train-00000-of-00001.parquet"))
+    (home / clutter).with_suffix(".parquet").write_bytes(b"\0\5\x16\7")
+    assert load_captioned_images(home).captions == ["a caption"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_numbers_of_classes_are_captions(tmp_path, kind):
+    if kind == "parquet":
+        table = datasets.Dataset.from_dict({"image": ["0.png", "1.png"], "text": [3, 0]})
+        table.to_parquet(str(tmp_path / "x.parquet"))
+    elif kind == "jsonl":
+        write_folder(tmp_path, captioned(3, 0.0))
+    else:
+        (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,3\n1.png,0\n")
+    assert load_captioned_images(tmp_path).captions == ["3", "0"]
+
+
+def test_names_written_on_windows_are_read(tmp_path):
+    write_images(tmp_path, "sub/a.png", "sub/b.png")
+    write_folder(tmp_path, named("sub\\a.png", ".\\sub/b.png"))
+    data = load_captioned_images(tmp_path)
+    assert data.names == ["sub/a.png", "sub/b.png"]
+    assert data.image(1).size == (4, 4)
+
+
 # the lazy view
 
 
@@ -173,7 +207,12 @@ def test_unreadable_images_are_left_out_up_to_the_share_allowed(tmp_path, capsys
     (folder / "01.png").write_bytes(b"")
     data = load_captioned_images(folder, max_unreadable=0.25)
     assert [row for row, _ in readable_images(data, "looking", progress=True)] == [0, 2, 3]
-    assert "4/4" in capsys.readouterr().err
+    told = "1 of 4 images could not be read and is left out: 01.png (the file is empty)."
+    shown = capsys.readouterr().err
+    assert "4/4" in shown
+    assert told in shown
+    list(readable_images(data, "looking", progress=False))
+    assert capsys.readouterr().err.strip() == told
     (folder / "03.png").unlink()
     with pytest.raises(DataError, match=r"at most 25.0% of 4 .* 2 \(50.0%\).*01.png \(the file is empty\), 03.png"):
         list(readable_images(data, "looking", progress=False))
@@ -258,6 +297,27 @@ def test_every_mode_becomes_upright_rgb_on_white(data, first, last, tmp_path):
     assert image.getpixel((image.width - 1, image.height - 1)) == (last or image.getpixel((0, 0)))
 
 
+def described(**options):
+    info = PngInfo()
+    for number in range(3):
+        info.add_text(f"workflow {number}", "x" * 2_000_000, zip=True)
+    return encoded(Image.new("RGB", (4, 4), RED), pnginfo=info, **options)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        described(),
+        described(icc_profile=b"\0" * 3_000_000),
+        encoded(Image.new("RGB", (4, 4), RED), exif=b"Exif\0\0garbage"),
+    ],
+    ids=["texts", "colour profile", "damaged orientation"],
+)
+def test_what_is_said_about_the_pixels_does_not_make_an_image_unreadable(data, tmp_path):
+    (tmp_path / "image.png").write_bytes(data)
+    assert read_image(tmp_path / "image.png").getpixel((0, 0)) == RED
+
+
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 
 
@@ -324,6 +384,15 @@ def test_columns_that_are_not_there(tmp_path):
     assert "images named image or img in the dataset, found text, photo" in refusal(table)
 
 
+def test_captions_of_another_type_are_called_so(tmp_path):
+    folder = write_folder(tmp_path / "a", captioned("a bird", ["a", "b"], {"en": "a bird"}, True, 3.5))
+    message = refusal(folder)
+    assert "found another type in column 'text' for 4 of 5: 1.png (list: ['a', 'b']), 2.png (dict: " in message
+    assert "3.png (bool: True), 4.png (float: 3.5)" in message
+    table = datasets.Dataset.from_dict({"image": ["0.png"], "text": [["a bird", "a duck"]]})
+    assert "another type in column 'text' for 1 of 1: 0.png (List(" in refusal(table.add_column("age", [3]))
+
+
 OUTSIDE = ("../a.png", "sub/../../a.png", "/etc/a.png", "..\\a.png", "C:\\a.png")
 
 
@@ -335,7 +404,7 @@ OUTSIDE = ("../a.png", "sub/../../a.png", "/etc/a.png", "..\\a.png", "C:\\a.png"
         *((named(name), "file names inside") for name in OUTSIDE),
         *(
             (captioned(*["a bird", value] * 8), "8 of 16: 1.png, 3.png, 5.png, 7.png, 9.png and 3 more")
-            for value in ("", "  ", None, 3)
+            for value in ("", "  ", None, float("nan"))
         ),
         (
             captioned("whole \ud83d\ude00", "half \ud83d", "plain"),

@@ -26,6 +26,7 @@ from invdiff.errors import ConfigError, DataError
 from invdiff.evaluation.annotators.conv import ConvAnnotator
 from invdiff.evaluation.results import Results
 from invdiff.options import command_options, settings_of
+from runs import make_audit
 from tiny import make_tiny
 
 COMMANDS = (
@@ -317,6 +318,65 @@ def test_changes_by_people_are_printed_by_audit_and_train(tiny_pipe_dir, tiny_fo
     result = run(*again, "--min-images", 13)  # nothing is found any more
     assert "put aside, in" in result.stderr
     assert (tmp_path / "a" / f"curation-{found.fingerprint}.json").is_file()
+
+
+def test_images_that_could_not_be_read_are_told_by_audit_its_files_the_report_and_train(
+    tiny_pipe_dir, tmp_path, cache
+):
+    photos, found, output = write_tiny_folder(tmp_path / "photos"), tmp_path / "audit", tmp_path / "report"
+    (photos / "07.png").write_bytes((photos / "07.png").read_bytes()[:500])
+    told = "1 of 12 images could not be read and is left out: 07.png (image file is truncated"
+    fewer = ("--max-unreadable", "0.1", "--quiet")
+    small = yaml_file(tmp_path / "small.yaml", {"min_images": 4, "caption_threshold": 0.0, "min_share": 0.1})
+    words = ("audit", tiny_pipe_dir, photos, "--output", found, "--solver", "exact", "--config", small, *fewer)
+    for _ in range(2):  # measured, and read back
+        assert told in " ".join(run(*words).stderr.split())
+    assert json.loads((found / "audit.json").read_text())["unreadable"].keys() == {"07.png"}
+    assert Audit.load(found).unreadable.keys() == {"07.png"}
+    succeed("report", "--audit", found, "--output", output)
+    assert told in (output / "report.html").read_text()
+    assert "1 of 12 images could not be read" in (output / "report.md").read_text()
+    words = (
+        "train",
+        tiny_pipe_dir,
+        photos,
+        found,
+        "--output",
+        tmp_path / "m",
+        "--steps",
+        1,
+        "--batch-size",
+        2,
+        *fewer,
+    )
+    assert told in " ".join(run(*words).stderr.split())
+    words = ("annotator", "train", photos, "--output", tmp_path / "annotator", "--attribute", "background", *fewer)
+    assert told in " ".join(run(*words, "--steps", 1, "--resolution", 16).stderr.split())
+
+
+@pytest.mark.parametrize("output", ["photos", "photos/new/audit", "link/audit", "photos/../photos/audit"])
+def test_an_output_folder_among_the_images_is_refused_before_work(output, tmp_path):
+    photos, audit = tmp_path / "photos", tmp_path / "audit"
+    for name in ("cat/0.png", "dog/0.png"):
+        (photos / name).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(photos / name)
+    (tmp_path / "link").symlink_to(photos)
+    make_audit(audit)
+    for words in (
+        ("audit", "absent/model", photos, "--no-captions", "-q"),
+        ("train", "absent/model", photos, audit, "--no-captions", "-q"),
+        ("report", "--audit", audit, "--data", photos, "--no-captions"),
+        ("annotator", "train", photos, "-q"),
+        ("annotator", "measure", "absent/model", photos, "-q"),
+    ):
+        assert "Expected a folder to write to outside the data" in fail(*words, "--output", tmp_path / output)
+    assert sorted(path.name for path in photos.rglob("*")) == ["0.png", "0.png", "cat", "dog"]
+
+
+def test_beside_a_metadata_file_only_the_folders_of_its_images_are_refused(tmp_path):
+    photos = write_tiny_folder(tmp_path / "photos", 2)
+    assert "Expected a folder to write to outside the data" in fail("finetune", photos, "--output", photos, "-q")
+    assert "absent/model" in fail("audit", "absent/model", photos, "--output", photos / "audit", "-q")
 
 
 def test_where_nothing_is_found_audit_says_why_and_what_to_try_and_training_stops(

@@ -412,6 +412,7 @@ def test_a_reference_may_be_captioned_images_of_which_as_many_are_unreadable_as_
     (folder / "03.png").write_bytes(b"not a picture")
     results = measure({"base": base}, reference=load_captioned_images(folder, max_unreadable=0.1))
     assert results.reference_images == 11
+    assert any("1 of 12 images could not be read and is left out: 03.png (not an" in note for note in results.notes)
     assert results.models["base"]["1.0"].frechet > 0
     with pytest.raises(DataError, match=r"03.png"):
         measure({"base": base}, reference=load_captioned_images(folder))
@@ -464,6 +465,38 @@ def test_settings_that_do_not_fit_are_refused(base, settings, message):
 # Folders and manifests.
 
 
+def test_one_label_and_one_prompt_in_several_spellings_are_one(tmp_path):
+    for name, spelled in (("base", [0, 1]), ("guided", [0.0, 1.0]), ("text", ["0.0", "1"])):
+        write(tmp_path / name, ROWS)
+        labels = {i: {"male": spelled[i % 2], "prompt": (3, "3")[i % 2], "seed": float(i)} for i in range(8)}
+        change_rows(tmp_path / name, labels)
+    folders = {name: tmp_path / name for name in ("base", "guided", "text")}
+    found = measure(folders, GivenLabels(["male"]), attribute="male", target={"0.0": 0.5, "1": 0.5})
+    for measures in found.at("1.0").values():
+        assert measures.first.counts == {"3": {"0": 4, "1": 4}}
+        assert measures.bias == 0
+    change_rows(tmp_path / "text", {4: {"male": True}})
+    places = ".*".join(("True in line 5 of", "text", "0 in line 1 of", "base"))
+    with pytest.raises(EvaluationError, match=places):
+        measure(folders, GivenLabels(["male"]), attribute="male")
+
+
+@pytest.mark.parametrize("name", ["00000\\000002.png", ".\\00000\\000002.png", "00000\\../00000/000002.png"])
+def test_a_manifest_written_on_windows_is_read(base, name):
+    expected = measure({"base": base}).to_dict()
+    change_rows(base, {2: {"file_name": name}})
+    assert measure({"base": base}).to_dict() == expected
+
+
+@pytest.mark.parametrize("clutter", ["__MACOSX/base/._0.png", ".ipynb_checkpoints/0.png"])
+def test_what_systems_leave_beside_folders_of_images_is_none_of_them(tmp_path, clutter):
+    write(tmp_path / "base", ROWS)
+    (tmp_path / clutter).parent.mkdir(parents=True)
+    (tmp_path / clutter).write_bytes(b"")
+    write((tmp_path / clutter).parent / "copy", ROWS)
+    assert list(measure(tmp_path).models) == ["base"]
+
+
 def test_a_prompt_may_hold_any_line_break_and_is_one_cell_of_the_table(tmp_path):
     prompt = 'a "bird"\r, or\n<two>\u2028on land'
     folder = write(tmp_path / "base", [(prompt, 1, "land", "landbird")] * 2)
@@ -493,7 +526,17 @@ def test_links_inside_the_folder_or_into_the_hub_s_cache_are_read(base, tmp_path
     assert measure({"base": snapshot}).to_dict() == measure({"base": tmp_path / "link"}).to_dict() == expected
 
 
-@pytest.mark.parametrize("name", ["../private.png", "00000/../../private.png", "{outside}/private.png", "link.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../private.png",
+        "00000/../../private.png",
+        "{outside}/private.png",
+        "link.png",
+        "C:\\private.png",
+        "..\\private.png",
+    ],
+)
 def test_an_image_outside_its_folder_is_refused(base, name):
     # Else another person's manifest brings a private picture into figures and reports.
     Image.new("RGB", (4, 4)).save(base.parent / "private.png")
@@ -517,7 +560,7 @@ def _only(name, content):
         *((_append(line), "line 9 of") for line in ("{", "[]", '{"prompt": "x"}', '{"file_name": "a.png"}')),
         (_append('{"file_name": "a.png", "prompt": "x", "scale": "strong"}'), "line 9 of"),
         (_append('{"file_name": "a.png", "prompt": "x", "guidance_scale": NaN}'), "line 9 of"),
-        *((_append(f'{{"file_name": "x", "prompt": {text}}}'), "line 9 of") for text in ("null", "3", '"\\ud800"')),
+        *((_append(f'{{"file_name": "x", "prompt": {text}}}'), "line 9 of") for text in ("null", "[3]", '"\\ud800"')),
         (_only("metadata.csv", b"file_name,text\n0.png,a bird, on land\n"), "line 2 of .*Put text that holds a comma"),
         (_only("manifest.jsonl", b"\n"), "at least one image in .*manifest.jsonl, found no rows"),
         (_only("manifest.jsonl", b"\xff\xfe{}"), "Expected UTF-8"),

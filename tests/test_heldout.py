@@ -155,7 +155,8 @@ class Numbers:
     max_unreadable = 0.0
 
     def __init__(self, images, **attributes):
-        self._images, self.attributes = images, attributes
+        self._images, self.attributes, self.others = images, attributes, {}
+        self.names = [f"{row}.png" for row in range(len(images))]
 
     def __len__(self):
         return len(self._images)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` that replaces it on success and vanishes on any failure.
@@ -139,6 +142,18 @@ def save_image(path: Path, save: Callable[[Path], object]) -> None:
     """Let `save` (for example `figure.savefig`) write a picture, atomically."""
     with atomic_path(path) as temporary:
         save(temporary)
+
+
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """Files and folders below `folder` that match `pattern`, sorted, but for those that are never data.
+
+    Never data are names that begin with a dot, what Windows and macOS leave behind, and whatever lies in such folders.
+    """
+
+    def is_hidden(name: str) -> bool:
+        return name.startswith(".") or name.lower() in _LEFT_BEHIND
+
+    return sorted(path for path in folder.glob(pattern) if not any(map(is_hidden, path.relative_to(folder).parts)))
 
 
 def is_inside(path: Path, folder: Path) -> bool:

@@ -8,10 +8,17 @@ from collections.abc import Iterator
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from .distributed import is_main
 
 console = Console(stderr=True)
+
+
+def note(text: str) -> None:
+    """Print a line on standard error, from the first process only: what people should know, bars or not."""
+    if is_main():
+        console.print(Text(text), soft_wrap=True)
 
 
 class Bar:

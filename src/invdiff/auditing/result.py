@@ -145,6 +145,8 @@ class Audit:
     """The audit before people's edits; None where there are none."""
     words: AuditWords | None = None
     """Words that separate its groups, as inferred; None where no CLIP model was asked."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Name to reason of the images that could not be read; they are not among `names`."""
 
     @property
     def biased(self) -> bool:
@@ -230,7 +232,9 @@ class Audit:
         arrays = {f"group_weights.{m}": weights for m, weights in enumerate(plain.group_weights)}
         write_arrays(folder / "audit.safetensors", arrays | {"scores": plain.scores, "prompt_ids": plain.prompt_ids})
         document = {"biased": plain.biased, "num_groups": plain.num_groups}
-        document |= {name: getattr(plain, name) for name in ("forwards_per_image", "prompts", "settings", "names")}
+        document |= {
+            name: getattr(plain, name) for name in ("forwards_per_image", "prompts", "settings", "names", "unreadable")
+        }
         write_json(folder / "audit.json", document | {"prompts": [asdict(prompt) for prompt in plain.prompts]})
         try:
             _read_words(folder, plain.fingerprint)
@@ -272,9 +276,10 @@ class Audit:
         if not (folder / "audit.json").is_file():
             raise AuditError(f"Expected an audit folder at {folder}, found no audit.json. Run `invdiff audit`.")
         kinds = {"prompts": list[PromptAudit], "names": list[str], "forwards_per_image": float}
-        kinds |= {"settings": dict[str, Any], "num_groups": list[int]}
+        kinds |= {"settings": dict[str, Any], "num_groups": list[int], "unreadable": dict[str, str]}
         try:
-            document, arrays = read_json(folder / "audit.json"), read_arrays(folder / "audit.safetensors")
+            document = {"unreadable": {}} | read_json(folder / "audit.json")  # audits of earlier versions lack it
+            arrays = read_arrays(folder / "audit.safetensors")
             fields = {name: typed(kind, document[name]) for name, kind in kinds.items()}
             num_groups = fields.pop("num_groups")
             weights = tuple(arrays[f"group_weights.{m}"] for m in range(len(num_groups)))

@@ -89,7 +89,8 @@ def audit(
 
     def conclude() -> Audit:
         found = infer(encoded, evidence, prompt_of, config, progress=progress)
-        found = replace(found, settings=settings, forwards_per_image=round(float(measured + spent), 3))
+        found = replace(found, settings=settings, unreadable=dict(encoded.unreadable))
+        found = replace(found, forwards_per_image=round(float(measured + spent), 3))
         if images is None or not config.words_model or not found.biased:
             return found
         encoder, folder = ClipEncoder.load(config.words_model), cache_dir / "words"

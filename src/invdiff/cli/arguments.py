@@ -179,20 +179,26 @@ class DataOptions(Options):
     max_unreadable: Annotated[float, Range(min=0, max=1)] = 0.01
     """Share of images that may be unreadable."""
 
-    def load(self, data: str | None, *, flag: str = "", labelled: bool = False) -> Any:
-        """Open captioned images, or images for their attributes alone; None where the option `flag` names none."""
+    def load(self, data: str | None, *, flag: str = "", labelled: bool = False, output: Path | None = None) -> Any:
+        """Open captioned images, or images for their attributes alone; None where the option `flag` names none.
+
+        `output`, the folder that the command writes to, must not lie among them.
+        """
         if data is None:
             if self.words():
                 raise ConfigError(f"Expected {flag} beside {self.words()[0]}, got none: only {flag} has columns.")
             return None
+        from ..data.captioned import load_captioned_images, refuse_output
+        from ..evaluation.annotators.labels import load_labelled_images
+
         named = dict(vars(self))
         if labelled:
-            from ..evaluation.annotators.labels import load_labelled_images
-
-            return load_labelled_images(data, **named)
-        from ..data.captioned import load_captioned_images
-
-        return load_captioned_images(data, captions=not named.pop("no_captions", False), **named)
+            images = load_labelled_images(data, **named)
+        else:
+            images = load_captioned_images(data, captions=not named.pop("no_captions", False), **named)
+        if output is not None:
+            refuse_output(images, output)
+        return images
 
 
 @dataclass(frozen=True)

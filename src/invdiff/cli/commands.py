@@ -120,7 +120,7 @@ def audit(
     from ..auditing.run import audit as run_audit
     from ..report.grids import save_audit_pictures
 
-    images = source.load(data)
+    images = source.load(data, output=output)
     found = run_audit(weights.load(model), images, config=settings, cache_dir=weights.cache_dir, progress=not quiet)
     if not is_first_process():
         return
@@ -167,7 +167,7 @@ def train(
     found = Audit.load(audit_dir)
     say_edits(found, quiet=quiet)
     found.check_found()
-    images = source.load(data)
+    images = source.load(data, output=output)
     pipe = weights.load(model)
     run_train(pipe, images, found, output, config=settings, cache_dir=weights.cache_dir, progress=not quiet)
     prompts = [entry.prompt for entry in found.prompts if entry.found and entry.prompt]
@@ -278,6 +278,8 @@ def finetune(
     say_loading("images", quiet=quiet)
     from ..training.finetune import finetune as run_finetune
 
-    run_finetune(source.load(data), output, base=base, architecture=shape, config=settings, progress=not quiet)
+    run_finetune(
+        source.load(data, output=output), output, base=base, architecture=shape, config=settings, progress=not quiet
+    )
     words = ("audit", output, data, "--output", output.parent / "audit", *source.words())
     finish(f"The model is in {output}.", *words)

@@ -123,7 +123,7 @@ def report(
 
     if run is None and audit is None and results is None:
         raise ConfigError("Expected a RUN folder, --audit or --results to report on, got none.")
-    audited = source.load(data, flag="--data")
+    audited = source.load(data, flag="--data", output=output)
     parts = find_parts(run, results=results) if run is not None else Parts()
     named = resolve_folders(labelled_folders(images)) if images else {}
     given: dict[str, Any] = {"audit": audit, "results": results, "images": named, "module": module}
@@ -223,7 +223,7 @@ def annotator_train(
     say_loading("images", quiet=quiet)
     from ..evaluation.annotators.conv import ConvAnnotator
 
-    images = source.load(data, labelled=True)
+    images = source.load(data, labelled=True, output=output)
     sizes = {"steps": steps, "batch_size": batch_size, "resolution": resolution}
     trained = ConvAnnotator.fit(images, attribute or None, **sizes, seed=seed, progress=not quiet)
     trained.save_pretrained(output)
@@ -265,7 +265,7 @@ def annotator_measure(
     from ..evaluation.annotators.load import load_annotator, refuse_own_folder, save_measured
 
     refuse_own_folder(output, annotator)
-    images = source.load(data, labelled=True)
+    images = source.load(data, labelled=True, output=output)
     judge = load_annotator(annotator, attribute=attribute or "", classes=classes)
     if not isinstance(judge, Measurable):
         raise ConfigError(f"Expected an annotator of images, got {annotator!r}: given labels are taken as true.")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import posixpath
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
@@ -17,10 +17,10 @@ from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetsError
 from PIL import Image
 
-from ..errors import DataError, first_line
-from ..files import is_inside
-from .images import UnreadableImage, decode_image
-from .tables import read_table
+from ..errors import ConfigError, DataError, first_line
+from ..files import is_inside, visible
+from .images import UnreadableImage, about_unreadable, decode_image
+from .tables import caption_of, image_name, read_table
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 IMAGE_COLUMNS = ("image", "img")
@@ -48,6 +48,12 @@ class CaptionedImages:
     """From a row to the bytes or the path of its image."""
     folder: Path | None = None
     """Where the images' files belong: the folder opened, or the cache of the hub; None where none is known."""
+    homes: frozenset[Path] = frozenset()
+    """The folders that its images' files lie in; with `takes_all`, the one that everything below is read of."""
+    takes_all: bool = False
+    """Whether any image, or parquet file, below its folder is data, by whatever it was written."""
+    others: dict[str, str] = field(default_factory=dict)
+    """Columns that hold several values a row, such as lists or embeddings, and their types: no attributes."""
     _rows: Sequence[int] | None = field(default=None, repr=False)
     """The row of each image; all of them, in order, where it is None."""
 
@@ -105,36 +111,59 @@ class CaptionedImages:
         return stored
 
 
-def readable_images(data: CaptionedImages, label: str, *, progress: bool) -> Iterator[tuple[int, Image.Image]]:
+def known_columns(data: CaptionedImages) -> str:
+    """The attributes there are, and columns that are none with their types, for messages."""
+    lists = [f"{name} (several values a row, {kind})" for name, kind in data.others.items()]
+    return ", ".join([*data.attributes, *lists]) or "none"
+
+
+def readable_images(
+    data: CaptionedImages, label: str, *, progress: bool, unreadable: dict[str, str] | None = None
+) -> Iterator[tuple[int, Image.Image]]:
     """Yield row and image of each image that can be read, under a progress bar called `label`.
+
+    The others are named on the terminal, and added to `unreadable`, name to reason.
 
     Raises:
         DataError: More images are unreadable than `data.max_unreadable` allows, or all are.
     """
-    from ..progress import progress_bar  # imports torch, which opening data does without
+    from ..progress import note, progress_bar  # imports torch, which opening data does without
 
-    skipped: list[tuple[str, str]] = []
+    skipped = {} if unreadable is None else unreadable
     with progress_bar(label, len(data), enabled=progress) as bar:
         for row in range(len(data)):
             bar.advance()
             try:
                 image = data.image(row)
             except UnreadableImage as error:
-                skipped.append((error.name, error.reason))
+                skipped[error.name] = error.reason
                 check_readable(data, skipped)
             else:
                 yield row, image
+    if skipped:
+        note(about_unreadable(skipped, len(data)))
 
 
-def check_readable(data: CaptionedImages, skipped: Sequence[tuple[str, str]]) -> None:
-    """Raise `DataError` where more images, given by name and reason, could not be read than `data` allows, or all."""
+def check_readable(data: CaptionedImages, skipped: Mapping[str, str]) -> None:
+    """Raise `DataError` where more images, given as name to reason, could not be read than `data` allows, or all."""
     if len(skipped) > data.max_unreadable * len(data) or len(skipped) == len(data):
-        first = [f"{name} ({reason})" for name, reason in skipped[:5]]
+        first = [f"{name} ({reason})" for name, reason in list(skipped.items())[:5]]
         raise DataError(
             f"Expected at most {data.max_unreadable:.1%} of {len(data)} images to be unreadable, found "
             f"{len(skipped)} ({len(skipped) / len(data):.1%}) so far: {', '.join(first)}. "
             "Repair them, remove their rows, or raise max_unreadable."
         )
+
+
+def refuse_output(data: CaptionedImages, output: Path) -> None:
+    """Raise `ConfigError` where files written to the folder `output` would be read as images, or lie among them."""
+    place = Path(os.path.realpath(output))
+    for home in map(os.path.realpath, data.homes):
+        if place == Path(home) or (data.takes_all and place.is_relative_to(home)):
+            raise ConfigError(
+                f"Expected a folder to write to outside the data, got {output}: what is written there would be read "
+                f"as data, or lie among the images in {home}. Choose another --output."
+            )
 
 
 def load_captioned_images(
@@ -186,15 +215,26 @@ def load_captioned_images(
         )
     if not captions:
         return opened
-    column = _column(caption_column, CAPTION_COLUMNS, list(attributes), "caption_column", where)
-    texts = attributes.pop(column)
-    if not texts:
+    column = _column(caption_column, CAPTION_COLUMNS, [*attributes, *opened.others], "caption_column", where)
+    if not names:
         raise DataError(f"Expected captioned images in {where}, found no rows.")
+    texts: list[str] = []
+    wrong = [f"{name} ({opened.others[column]})" for name in names] if column in opened.others else []
+    for name, value in zip(names, attributes.pop(column, ()), strict=not wrong):
+        try:
+            texts.append("" if value is None or value != value else caption_of(value))
+        except TypeError as error:
+            wrong.append(f"{name} ({error})")
+    if wrong:
+        raise DataError(
+            f"Expected text, or the number of a class, as the caption of every image in {where}, found another type "
+            f"in column {column!r} for {len(wrong)} of {len(names)}: {_listed(wrong)}. Write one caption for each."
+        )
     # Half of a pair of surrogates: no file of UTF-8 and no tokenizer can hold it.
     wrong = [
         name
         for name, text in zip(names, texts, strict=True)
-        if not (isinstance(text, str) and text.strip() and text == text.encode(errors="ignore").decode())
+        if not (text.strip() and text == text.encode(errors="ignore").decode())
     ]
     if wrong:
         raise DataError(
@@ -230,20 +270,22 @@ def _open(source: Source, image_column: str | None, split: str, limit: int | Non
                 raise DataError(f"Expected one metadata file in {folder}, found both .csv and .jsonl. Remove one.")
             if found:
                 return _open_table(found[0], image_column or "file_name", limit, path)
-        files = sorted(path.rglob("*.parquet"))
+        files = visible(path, "**/*.parquet")
         if files:
-            return _open_dataset(_load_parquet(files, path, split), image_column, limit, path, path)
+            opened = _open_dataset(_load_parquet(files, path, split), image_column, limit, path, path)
+            return replace(opened, homes=frozenset([path]), takes_all=True)
         if captions:
             raise DataError(
                 f"Expected metadata.csv or metadata.jsonl (or parquet files) in {path}, found neither. Write one, "
                 "for example a metadata.csv of\n  file_name,text\n  0001.png,a photo of a waterbird"
             )
         known = set(Image.registered_extensions())
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file())[:limit]
+        files = [file for file in visible(path, "**/*") if file.suffix.lower() in known and file.is_file()][:limit]
         if not files:
             raise DataError(f"Expected images in {path}, found none. Give a folder of image files, or parquet files.")
         names = [file.relative_to(path).as_posix() for file in files]
-        return CaptionedImages([""] * len(names), names, {}, 0.0, files.__getitem__, path)
+        empty = [""] * len(names)
+        return CaptionedImages(empty, names, {}, 0.0, files.__getitem__, path, frozenset([path]), takes_all=True)
     if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or text.endswith(".parquet"):
         raise DataError(f"Expected a folder or a parquet file at {source}, found nothing there. Check the path.")
     try:
@@ -258,21 +300,12 @@ def _open(source: Source, image_column: str | None, split: str, limit: int | Non
 
 def _open_table(file: Path, name_column: str, limit: int | None, folder: Path) -> CaptionedImages:
     table = read_table(file, required=(name_column,), limit=limit)
-    names = []
-    for row, values in enumerate(table.rows):
-        given = values[name_column]
-        if not isinstance(given, str) or not given:
-            raise DataError(f"Expected a file name in {table.place(row)}, found {given!r}.")
-        name = posixpath.normpath(given.replace("\\", "/"))
-        if name == ".." or name.startswith(("../", "/")) or PureWindowsPath(name).drive:
-            raise DataError(
-                f"Expected file names inside {file.parent}, found {given!r} in {table.place(row)}. "
-                "Move the image into the folder and give its path relative to it."
-            )
-        names.append(name)
+    given = [row[name_column] for row in table.rows]
+    names = [image_name(name, file.parent, table.place(row), DataError) for row, name in enumerate(given)]
     attributes = {column: [row.get(column) for row in table.rows] for column in table.columns if column != name_column}
     paths = [file.parent / name for name in names]
-    return CaptionedImages([""] * len(names), names, attributes, 0.0, paths.__getitem__, folder)
+    homes = frozenset(path.parent for path in paths)
+    return CaptionedImages([""] * len(names), names, attributes, 0.0, paths.__getitem__, folder, homes)
 
 
 def _load_parquet(files: list[Path], source: Path, split: str) -> datasets.Dataset:
@@ -310,8 +343,10 @@ def _open_dataset(
     if column in of_images:
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
     attributes: dict[str, list[Any]] = {}
-    for name, feature in features.items():  # lists, embeddings and further images are not attributes
-        if name != column and isinstance(feature, datasets.Value | datasets.ClassLabel):
+    others = {name: str(feature) for name, feature in features.items() if name != column}
+    for name, feature in features.items():
+        if name in others and isinstance(feature, datasets.Value | datasets.ClassLabel):
+            del others[name]
             values = list(dataset[name])
             if isinstance(feature, datasets.ClassLabel):
                 values = [None if value is None or value < 0 else feature.int2str(value) for value in values]
@@ -320,7 +355,7 @@ def _open_dataset(
     if getattr(features[column], "dtype", None) in ("string", "large_string"):
         names = [name if path is None else path for name, path in zip(names, dataset[column], strict=True)]
     cell = partial(_dataset_cell, dataset.select_columns([column]), root)
-    return CaptionedImages([""] * len(names), names, attributes, 0.0, cell, folder)
+    return CaptionedImages([""] * len(names), names, attributes, 0.0, cell, folder, others=others)
 
 
 def _dataset_cell(dataset: datasets.Dataset, root: Path, row: int) -> Any:

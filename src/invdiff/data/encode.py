@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from ..files import default_cache_dir, fingerprint, read_tensors, weights_digest
 from ..models.families import Condition, family_of
 from ..models.families.base import joined
 from ..models.load import denoiser_of
-from ..progress import progress_bar
+from ..progress import note, progress_bar
 from .captioned import CaptionedImages, check_readable
-from .images import UnreadableImage
+from .images import UnreadableImage, about_unreadable
 
 SHARD_SIZE = 512
 """Rows (images, or captions) in one file of the cache; a killed run loses at most one such file."""
@@ -82,6 +82,8 @@ class EncodedImages:
     data_fingerprint: str
     resolution: int
     """Side of the squares that the images were cut to, in pixels."""
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    """Name to reason of the images that could not be read and were left out."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -109,8 +111,8 @@ def encode(
     """Encode every image and every different caption, or read them back where an earlier run left them.
 
     Work is kept in files of `SHARD_SIZE` rows under `cache_dir`, which different models, data and resolutions share.
-    Images are cut to a central square of `resolution` pixels, 0 for the model's own; unreadable ones are skipped, up
-    to the share that `data` allows, and listed in the cache's index.json.
+    Images are cut to a central square of `resolution` pixels, 0 for the model's own; unreadable ones are left out, up
+    to the share that `data` allows, and named on the terminal.
     """
     family, denoiser = family_of(pipe), denoiser_of(pipe)
     multiple = family.granularity(denoiser)
@@ -119,12 +121,12 @@ def encode(
     resolution = resolution or family.resolution(pipe, denoiser)
     model = model_fingerprint(pipe)
     folder = Path(cache_dir) / fingerprint(_FORMAT, model, data.fingerprint, str(resolution))
-    skipped: list[tuple[str, str]] = []
+    skipped: dict[str, str] = {}
 
     def images(path: Path, rows: Sequence[int]) -> None:
         if not path.exists():
             _write_latents(path, pipe, data, rows, resolution, batch_size)
-        skipped.extend(_read_latents(path)[1])
+        skipped.update(_read_latents(path)[1])
         check_readable(data, skipped)
 
     def prompts(path: Path, part: Sequence[str]) -> None:
@@ -133,8 +135,10 @@ def encode(
 
     paths = _share(folder, "latents", range(len(data)), images, "encoding images", progress)
     shards, per_shard = zip(*map(_read_latents, paths), strict=True)
-    skipped = [item for some in per_shard for item in some]
+    skipped = {name: reason for some in per_shard for name, reason in some.items()}
     check_readable(data, skipped)
+    if skipped:
+        note(about_unreadable(skipped, len(data)))
     source_index = torch.cat([shard["rows"] for shard in shards])
     used = [data.captions[row] if family.needs_prompts else "" for row in source_index.tolist()]
     captions = list(dict.fromkeys(used))
@@ -149,7 +153,7 @@ def encode(
     made_of: dict[str, Any] = {"model_fingerprint": model, "data_fingerprint": data.fingerprint}
     made_of["resolution"] = resolution
     if is_main():
-        listed = [{"name": name, "reason": reason} for name, reason in skipped]
+        listed = [{"name": name, "reason": reason} for name, reason in skipped.items()]
         index = made_of | {"num_images": len(used), "captions": captions, "skipped": listed}
         write_json(folder / "index.json", index)
     number = {caption: index for index, caption in enumerate(captions)}
@@ -160,6 +164,7 @@ def encode(
         conditions=conditions,
         names=[data.names[row] for row in source_index.tolist()],
         source_index=source_index,
+        unreadable=skipped,
         **made_of,
     )
 
@@ -245,24 +250,24 @@ def _write_latents(
     family = family_of(pipe)
     latents: list[torch.Tensor] = []
     read: list[int] = []
-    skipped: list[tuple[str, str]] = []
+    skipped: dict[str, str] = {}
     with ThreadPoolExecutor(_DECODERS) as pool:
         for batch in _batches(rows, batch_size):
             loaded = dict(pool.map(load, batch))
-            skipped += [(item.name, item.reason) for item in loaded.values() if isinstance(item, UnreadableImage)]
+            skipped |= {item.name: item.reason for item in loaded.values() if isinstance(item, UnreadableImage)}
             pixels = {row: item for row, item in loaded.items() if isinstance(item, torch.Tensor)}
             if pixels:
                 read += pixels
                 latents.append(family.encode_images(pipe, torch.stack([*pixels.values()])))
     tensors = {"rows": torch.tensor(read, dtype=torch.long)} | ({"latents": torch.cat(latents)} if latents else {})
-    write_tensors(path, tensors, metadata={"skipped": json.dumps(skipped)})
+    write_tensors(path, tensors, metadata={"skipped": json.dumps(list(skipped.items()))})
 
 
-def _read_latents(path: Path) -> tuple[dict[str, torch.Tensor], list[tuple[str, str]]]:
+def _read_latents(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Rows and latents of one file, memory-mapped, and name and reason of the images that could not be read."""
     tensors = read_tensors(path)
     with safe_open(path, "pt") as file:
-        return tensors, [(name, reason) for name, reason in json.loads(file.metadata()["skipped"])]
+        return tensors, dict(json.loads(file.metadata()["skipped"]))
 
 
 def _batches(items: Sequence[Any], size: int) -> list[Any]:

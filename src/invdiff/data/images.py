@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from ..errors import DataError
+from ..text import one_line
+
+# No pixel depends on a PNG's texts and colour profile, such as workflows and edits, which Pillow refuses beyond 1 MB.
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)  # 64 MB
 
 _DECODING_ERRORS = (
     OSError,
@@ -34,6 +38,14 @@ class UnreadableImage(DataError):  # noqa: N818
         self.name, self.reason = name, reason
 
 
+def about_unreadable(skipped: Mapping[str, str], total: int) -> str:
+    """How many of `total` images were left out, given as name to reason, and the first of them, in a sentence."""
+    shown = [f"{one_line(name, 80)} ({one_line(reason, 80)})" for name, reason in list(skipped.items())[:5]]
+    more = f" and {len(skipped) - len(shown):,} more" if len(skipped) > len(shown) else ""
+    verb = "is" if len(skipped) == 1 else "are"
+    return f"{len(skipped):,} of {total:,} images could not be read and {verb} left out: {', '.join(shown)}{more}."
+
+
 def read_image(path: Path) -> Image.Image:
     """Decode a file as `decode_image` does, or raise `UnreadableImage`."""
     return decode_image(path.read_bytes, str(path))
@@ -50,7 +62,11 @@ def decode_image(read: Callable[[], bytes], name: str) -> Image.Image:
         if not data:
             raise ValueError("the file is empty")
         with Image.open(io.BytesIO(data)) as file:
-            image = ImageOps.exif_transpose(file)
+            file.load()
+            try:
+                image = ImageOps.exif_transpose(file)
+            except _DECODING_ERRORS:  # only what is said about the pixels is damaged
+                image = file
             if image.mode == "F":
                 raise ValueError("floating point pixels have no known range")
             if image.mode.startswith("I"):  # Pillow's convert("RGB") would clip 16 bits to white

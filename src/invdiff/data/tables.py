@@ -1,6 +1,6 @@
 """Read tables of images, `metadata.csv`, `metadata.jsonl` or a manifest, so strictly that no row is lost unseen.
 
-Every fault is an error that names the file and the line.
+Every fault is an error that names the file and the line. Cells have one spelling, whatever tool wrote them.
 """
 
 from __future__ import annotations
@@ -8,14 +8,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import posixpath
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, TypeAlias
 
 from ..errors import DataError, InvDiffError
+from ..files import is_inside
 
 NumberedRows: TypeAlias = "Iterator[tuple[int, dict[str, Any]]]"
 
@@ -64,6 +68,80 @@ def read_table(
         raise error(f"Expected at least one image in {path}, found no rows.")
     columns = list(dict.fromkeys(name for _, row in numbered for name in row))
     return Table(path, columns, [row for _, row in numbered], [line for line, _ in numbered])
+
+
+def image_name(given: Any, folder: Path, place: str, error: type[InvDiffError], *, links: bool = True) -> str:
+    """The path of an image below its table's `folder`, with slashes, whatever system wrote the table.
+
+    Raises:
+        InvDiffError: As the class `error`, with `place`: it is no file name, or leads out of the folder, by a link
+            too unless `links`.
+    """
+    if not isinstance(given, str) or not given or "\0" in given:
+        raise error(f"Expected a file name in {place}, found {given!r}.")
+    name = posixpath.normpath(given.replace("\\", "/"))
+    if name.startswith("/"):
+        homes = [
+            home for home in (os.path.abspath(folder), os.path.realpath(folder)) if Path(name).is_relative_to(home)
+        ]
+        name = Path(name).relative_to(homes[0]).as_posix() if homes else name
+    outside = name == ".." or name.startswith(("../", "/")) or PureWindowsPath(name).drive
+    if outside or not (links or is_inside(folder / name, folder)):
+        raise error(
+            f"Expected file names inside {folder}, found {given!r} in {place}, which lies outside it. "
+            "Copy the image into the folder (no link) and give its path relative to it."
+        )
+    return name
+
+
+def caption_of(value: Any) -> str:
+    """A caption or prompt: text as it is, a whole number (of a class) as text; `TypeError` for all else."""
+    if isinstance(value, str):
+        return value
+    text = label_of(value)
+    if isinstance(value, bool) or not re.fullmatch(r"-?\d+", text):
+        raise TypeError(f"{type(value).__name__}: {str(value)[:60]}")
+    return text
+
+
+def label_of(value: Any) -> str:
+    """A class name, of one spelling: 0, 0.0 and "0.0" are "0", true and "TRUE" are "True"; "" for None, NaN and none.
+
+    `TypeError` for what holds several values, such as a list.
+    """
+    if not isinstance(value, str) and hasattr(value, "__iter__"):
+        raise TypeError(f"{type(value).__name__}: {str(value)[:60]}")
+    if value is None or value != value or value in ("nan", "NaN"):  # NaN differs from itself
+        return ""
+    text = f"{value + 0:.0f}" if isinstance(value, float) and value.is_integer() else str(value)
+    if text.strip().lower() in ("true", "false"):
+        return text.strip().capitalize()
+    return re.sub(r"^\s*(-?(?:0|[1-9]\d*))(\.0*)?\s*$", r"\1", text)
+
+
+def labels_in(
+    attribute: str, cells: Iterable[tuple[Any, str]], error: type[InvDiffError], known: dict[str, str] | None = None
+) -> list[str]:
+    """Class names of an attribute's cells, each given with its place; `known`, class to a place, grows by them.
+
+    Raises:
+        InvDiffError: As the class `error`, with places: a cell holds several values, such as a list, or true and false
+            stand beside 0 and 1, where it is unknown whether they mean the same.
+    """
+    known, labels = {} if known is None else known, []
+    for value, place in cells:
+        try:
+            labels.append(label_of(value))
+        except TypeError as fault:
+            raise error(f"Expected one class of {attribute!r} in {place}, found a {fault}. Write one name.") from fault
+        known.setdefault(labels[-1], place)
+    truths, digits = ([name for name in names if name in known] for names in (("True", "False"), ("0", "1")))
+    if truths and digits:
+        raise error(
+            f"Expected the classes of {attribute!r} in one spelling, found {truths[0]} in {known[truths[0]]} and "
+            f"{digits[0]} in {known[digits[0]]}. Write all as 0 and 1, or all as True and False."
+        )
+    return labels
 
 
 def _csv_rows(text: str, path: Path, required: Sequence[str | tuple[str, ...]]) -> NumberedRows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -55,6 +55,8 @@ class Described:
     """Name of the features to features, (N, D)."""
     min_confidence: float = 0.0
     """Below it, an image's class was taken for unknown."""
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    """Name to reason of the images that could not be read and are not among the N."""
 
     def __len__(self) -> int:
         described: list[Any] = [*self.classes.values(), *self.features.values()]
@@ -88,8 +90,10 @@ def describe_images(
             f"Expected extractors of different names, got {', '.join(given)}: their features could not be told "
             "apart. Name each model once, and models of one name by folders of different names."
         )
+    unreadable: dict[str, str] = {}
     if isinstance(images, CaptionedImages):
-        images = (image for _, image in readable_images(images, "reference", progress=progress))
+        readable = readable_images(images, "reference", progress=progress, unreadable=unreadable)
+        images = (image for _, image in readable)
     stream, start = iter(images), 0
     classes, probabilities, features = (defaultdict[str, list[NDArray[Any]]](list) for _ in range(3))
     while batch := list(islice(stream, batch_size)):
@@ -124,4 +128,4 @@ def describe_images(
             bar.advance(len(batch))
     kinds: Any = (classes, probabilities, features)
     joined: Any = [{name: np.concatenate(parts) for name, parts in kind.items()} for kind in kinds]
-    return Described(joined[0], joined[1], joined[2], min_confidence)
+    return Described(joined[0], joined[1], joined[2], min_confidence, unreadable)

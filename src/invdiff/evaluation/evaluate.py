@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from ..config import EvaluateConfig
 from ..data.captioned import CaptionedImages
+from ..data.images import about_unreadable
+from ..data.tables import label_of
 from ..errors import EvaluationError
 from ..models.encoders import ClipEncoder
 from ..progress import progress_bar
 from .annotate import Described, Judge, Question, describe_images
-from .annotators.annotations import check_attribute
+from .annotators.annotations import check_attribute, class_names
 from .annotators.labels import GivenLabels
 from .fairness.correction import correct_for_annotator
 from .images import Folders, Row, common_prompts, read_images, resolve_folders, scale_keys
@@ -72,15 +74,16 @@ def evaluate(
         )
     rows_by_model = {model: read_images(*folders) for model, folders in resolve_folders(images).items()}
     if isinstance(annotator, GivenLabels):
-        annotator.discover([row.values for rows in rows_by_model.values() for row in rows])
+        all_rows = [row for rows in rows_by_model.values() for row in rows]
+        annotator.discover([row.values for row in all_rows], [row.place for row in all_rows])
     for name in asked:
         check_attribute(name, annotator.attributes)
     prompts = common_prompts(rows_by_model)
     baseline = config.baseline or ("base" if "base" in rows_by_model else "")
     if baseline and baseline not in rows_by_model:
         raise EvaluationError(f"Expected a baseline among {', '.join(rows_by_model)}, got {baseline!r}.")
-    classes = {name: tuple(annotator.attributes[name]) for name in annotator.attributes}
-    target, of_first = config.target, classes[attributes[0]]
+    classes = class_names(annotator.attributes, EvaluationError)
+    target, of_first = {label_of(name): share for name, share in config.target.items()}, classes[attributes[0]]
     if target and set(target) != set(of_first):
         raise EvaluationError(
             f"Expected a target share for each class of {attributes[0]} ({', '.join(of_first)}), got "
@@ -158,7 +161,7 @@ def named_subjects(
 
     An underscore of a class name stands for a space; prompts that name no class are left out.
     """
-    found = dict(subject_of or {})
+    found = {prompt: label_of(name) for prompt, name in (subject_of or {}).items()}
     for prompt, name in found.items():
         if name not in classes:
             raise EvaluationError(
@@ -235,6 +238,9 @@ def _notes(
         notes.append(
             f"the reference's {question.attributes[0]} is not known, so groups are not compared with its groups"
         )
+    if reference is not None and reference.unreadable:
+        total = len(reference) + len(reference.unreadable)
+        notes.append("of the reference, " + about_unreadable(reference.unreadable, total).rstrip("."))
     for model, key, measures in results.each():
         where = f"{model} at guidance scale {key}"
         notes += [f"{where}: {measures.first.note}"] if measures.first.note else []

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.tables import read_table
+from ..data.tables import caption_of, image_name, label_of, read_table
 from ..errors import EvaluationError
-from ..files import is_inside
+from ..files import visible
 from .results import UNSTATED, scale_order
 
 MANIFESTS = ("manifest.jsonl", "metadata.jsonl", "metadata.csv")
@@ -37,6 +37,8 @@ class Row:
     """Seed of its starting noise; None where the manifest does not say."""
     values: Mapping[str, Any]
     """All columns of the manifest."""
+    place: str
+    """The line and the file that it was read from, for messages."""
 
     @property
     def scale_key(self) -> str:
@@ -55,11 +57,11 @@ def resolve_folders(folders: Mapping[str, Folders] | str | Path) -> dict[str, li
             raise EvaluationError("Expected at least one folder of images of each model, got none.")
         return several
     folder = Path(folders)
-    inside = {child: _manifest_in(child) for child in sorted(folder.glob("*")) if child.is_dir()}
+    inside = {child: _manifest_in(child) for child in visible(folder, "*") if child.is_dir()}
     if _manifest_in(folder) is not None or not any(inside.values()):
         return {folder.resolve().name: [folder]}
     for child, manifest in inside.items():
-        if manifest is None and any(child.rglob("*.png")):
+        if manifest is None and visible(child, "**/*.png"):
             raise EvaluationError(
                 f"Expected a manifest in every folder of images inside {folder}, found none in {child}. Write "
                 "one, or name the folders to evaluate one by one."
@@ -150,26 +152,20 @@ def _row(values: Mapping[str, Any], folder: Path, where: str) -> Row:
 
     try:
         prompts = [values[name] for name in PROMPT_COLUMNS if name in values]
-        prompt = next((text for text in prompts if text != ""), "")
+        prompt = caption_of(next((text for text in prompts if text != ""), ""))
         prompt.encode("utf-8")  # text that cannot be written later is refused now
-        path, seed = folder / values["file_name"], values.get("seed")
-        inside = is_inside(path, folder)
-        row = Row(
-            path,
+        name = image_name(values["file_name"], folder, where, EvaluationError, links=False)
+        return Row(
+            folder / name,
             prompt,
             number("guidance_scale"),
             number("scale"),
-            None if seed in (None, "") else str(seed),
+            label_of(values.get("seed")) or None,
             values,
+            where,
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise EvaluationError(
             f"Expected an image's file_name and prompt, and any guidance_scale and scale as numbers, in {where}, "
             f"found something else ({error!r}). Correct or remove the row, or generate again."
         ) from error
-    if not inside:
-        raise EvaluationError(
-            f"Expected images inside {folder}, found {values['file_name']!r} in {where}, which lies outside it. "
-            "Copy the image into the folder (no link) and give its path relative to it."
-        )
-    return row

@@ -7,9 +7,10 @@ from typing import Any
 
 from ..auditing.edits import Edits
 from ..auditing.result import Audit, AuditWords, Candidate, PromptAudit
+from ..data.images import about_unreadable
 from .figures import Missing, Table, counted, percent, quoted
 from .plots import Thumb, histogram, thumb
-from .read import MOST_PROMPTS, Group, Run, Split
+from .read import MOST_PROMPTS, Group, Run, Split, shown_path
 
 MOST_ROWS = 40
 MOST_CANDIDATES = 6
@@ -40,7 +41,7 @@ def found(run: Run, audit: Audit, confidence: float) -> dict[str, Any]:
     absent = Missing("The audited images were not given, so none is shown here.", "invdiff report RUN --data DATA")
     return {
         "summary": summary(audit),
-        "notes": [note for note in (about_edits(audit.edits), withheld(run)) if note],
+        "notes": [note for note in (_unreadable(audit), about_edits(audit.edits), withheld(run)) if note],
         "named": named,
         "words_by": f"says {quoted(words.model)}, asked about {words.vocabulary:,} words" if words else "",
         "about_words": _about_words(words, shown) if words else "",
@@ -88,6 +89,11 @@ def about_edits(edits: Edits) -> str:
     listed = " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
     before = " Separation and stability are of the groups as inferred." if left_out or moved else ""
     return f"People changed this audit: {listed}.{before}" if parts else ""
+
+
+def _unreadable(audit: Audit) -> str:
+    named = {shown_path(name): reason for name, reason in audit.unreadable.items()}
+    return about_unreadable(named, len(audit.names) + len(named)) if named else ""
 
 
 def withheld(run: Run) -> str:

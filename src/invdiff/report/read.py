@@ -18,7 +18,7 @@ from ..auditing.result import Audit, PromptAudit
 from ..errors import AuditError, ConfigError
 from ..evaluation.images import MANIFESTS, Folders, Row, read_images, resolve_folders
 from ..evaluation.results import Results
-from ..files import fingerprint, read_json
+from ..files import fingerprint, read_json, visible
 from .figures import Share, share_of
 from .plots import colour_of
 
@@ -146,7 +146,7 @@ def find_parts(run: str | Path, *, results: Path | None = None) -> Parts:
         results = run / "results.json"
     models = list(Results.load(results).models) if results else []
     images: dict[str, list[Path]] = {}
-    manifests = [*run.glob(f"*/{GENERATED}"), *run.glob(f"images/*/{GENERATED}")]
+    manifests = [*visible(run, f"*/{GENERATED}"), *visible(run, f"images/*/{GENERATED}")]
     numbers = {path: re.split(r"([0-9]+(?:\.[0-9]+)?)", str(path)) for path in manifests}  # to sort cfg-10 after cfg-3
     for manifest in sorted(numbers, key=lambda path: [float(p) if k % 2 else p for k, p in enumerate(numbers[path])]):
         name = manifest.parent.name

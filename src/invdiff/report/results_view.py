@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..data.images import read_image
-from ..evaluation.annotators.annotations import label_of
+from ..data.tables import labels_in
+from ..errors import DataError
 from ..evaluation.fairness.metrics import METRICS
 from ..evaluation.images import Row
 from ..evaluation.results import CANNOT_TELL, AttributeMeasures, Measures, Quantity, Results
@@ -175,8 +176,10 @@ def training_labels(run: Run) -> dict[str, Counter[str]]:
     column = run.data.attributes.get(results.attribute) if run.data is not None and results else None
     if audit is None or results is None or column is None:
         return {}
-    values = [label_of(column[row]) for row in run.rows]
-    if not {name for _, _, of in results.each() for shares in of.shares.values() for name in shares} & set(values):
+    classes = {name for _, _, of in results.each() for shares in of.shares.values() for name in shares}
+    cells = ((column[row], name) for row, name in zip(run.rows, audit.names, strict=True))
+    values = labels_in(results.attribute, cells, DataError, dict.fromkeys(classes, "the results"))
+    if not classes & set(values):
         return {}
     counts: dict[str, Counter[str]] = {}
     for index, prompt in reversed(list(enumerate(audit.prompts))):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import ConfigError, DataError
-from ...files import read_json, save_image, write_json, write_text
+from ...files import read_json, save_image, visible, write_json, write_text
 from .drawing import BACKGROUNDS, SUBJECTS, Scene, render
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class BirdsWorld:
             found = read_json(record)
             if found != settings:
                 raise DataError(f"Expected {folder} to hold {settings}, found {found}. Choose another folder.")
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and (not folder.is_dir() or visible(folder, "*")):
             raise DataError(f"Expected a new or empty folder at {folder}, found files. Choose another folder.")
         else:
             write_json(record, settings)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...errors import EvaluationError, InvDiffError
+from ...data.tables import label_of
+from ...errors import EvaluationError, InvDiffError, ModelError
 from ..results import CANNOT_TELL as CANNOT_TELL
-
-
-def label_of(value: Any) -> str:
-    """A cell's class name, "" where the cell is empty, None or NaN."""
-    return "" if value is None or value != value else str(value)  # NaN differs from itself
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class Annotations:
 
     def __post_init__(self) -> None:
         lengths = set() if self.features is None else {len(self.features)}
-        check_class_names(self.attributes, EvaluationError)
+        class_names(self.attributes, EvaluationError)
         for name, classes in self.attributes.items():
             values = np.asarray(self.probabilities[name])
             lengths.add(len(values))
@@ -99,11 +95,17 @@ def check_attribute(attribute: str, known: Iterable[str]) -> None:
         )
 
 
-def check_class_names(attributes: Mapping[str, Iterable[str]], error: type[InvDiffError]) -> None:
-    """Raise `error` where a class is called "cannot tell"."""
-    for name, classes in attributes.items():
+def class_names(
+    attributes: Mapping[str, Iterable[str]], error: type[InvDiffError] = ModelError
+) -> dict[str, tuple[str, ...]]:
+    """The classes of each attribute as `label_of` spells them; `error` where two are one, or one is "cannot tell"."""
+    spelled = {name: tuple(map(label_of, classes)) for name, classes in attributes.items()}
+    for name, classes in spelled.items():
         if CANNOT_TELL in classes:
             raise error(
                 f"Expected classes of {name!r} other than {CANNOT_TELL!r}, which stands for images that an annotator "
                 "is not confident about, got it among them. Rename that class, or leave its images out."
             )
+        if len(set(classes)) < len(classes):
+            raise error(f"Expected classes of {name!r} named apart, got {', '.join(classes)}. Rename or join them.")
+    return spelled

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification
 
 from ...errors import ModelError
 from ...models.encoders import load_image_processor, load_pretrained, model_name, pixel_batches
-from .annotations import Annotations, check_class_names
+from .annotations import Annotations, class_names
 from .heldout import Measurable
 
 
@@ -35,8 +35,7 @@ class ClassifierAnnotator(Measurable):
                 "Choose another model."
             )
         self.name = model_name(source)
-        self.attributes = {attribute: classes}
-        check_class_names(self.attributes, ModelError)
+        self.attributes = class_names({attribute: classes})
 
     @torch.no_grad()
     def predict(self, images: Iterable[Image.Image]) -> Annotations:

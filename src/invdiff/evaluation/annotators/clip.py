@@ -15,7 +15,7 @@ from scipy.special import softmax
 
 from ...errors import ConfigError
 from ...models.encoders import ClipEncoder
-from .annotations import Annotations, check_class_names
+from .annotations import Annotations, class_names
 from .heldout import Measurable
 
 EXAMPLE = '{gender: {man: ["a photo of a man"], woman: ["a photo of a woman"]}}'
@@ -82,8 +82,8 @@ def class_prompts(source: Any) -> dict[str, dict[str, list[str]]]:
                     "Put words such as yes and no in quotes: YAML reads them as true and false."
                 )
             checked[attribute][name] = list(texts)
-    check_class_names(checked, ConfigError)
-    return checked
+    spelled = class_names(checked, ConfigError)
+    return {name: dict(zip(spelled[name], of.values(), strict=True)) for name, of in checked.items()}
 
 
 def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

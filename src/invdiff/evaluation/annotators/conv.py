@@ -23,7 +23,7 @@ from ...errors import DataError, ModelError, first_line
 from ...models.encoders import model_name
 from ...progress import progress_bar
 from ...seeds import generator as derived_generator
-from .annotations import Annotations, check_class_names
+from .annotations import Annotations, class_names
 from .heldout import MEASURED, SUMMARY, TENSORS, HeldOut, Measurable, combinations, fit_temperature
 from .labels import read_targets
 
@@ -52,11 +52,11 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         temperatures: Mapping[str, float] | None = None,
         holdout_calibration_error: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
-        check_class_names(attributes, ModelError)
+        classes = class_names(attributes)
         super().__init__()
         self.name = self.feature_name = "annotator"
         # Sorted because diffusers sorts the keys of a saved config, and the heads must keep their order.
-        self.attributes = {name: tuple(attributes[name]) for name in sorted(attributes)}
+        self.attributes = dict(sorted(classes.items()))
         self.trunk = torch.nn.Sequential(
             *(
                 torch.nn.Sequential(
@@ -181,7 +181,7 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
                 f"got {steps}, {batch_size} and {holdout}."
             )
         classes, targets = read_targets(data, attributes)
-        check_class_names(classes, DataError)
+        class_names(classes, DataError)
         pixels, readable = read_pixels(data, resolution, progress=progress)
         targets = targets[readable]
         generator = torch.Generator().manual_seed(seed)

@@ -15,10 +15,11 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from sklearn.metrics import confusion_matrix
 
-from ...data.captioned import CaptionedImages, readable_images
+from ...data.captioned import CaptionedImages, known_columns, readable_images
+from ...data.tables import labels_in
 from ...errors import DataError, EvaluationError, ModelError
 from ...files import read_json, read_tensors, weights_digest, write_json, write_tensors
-from .annotations import Annotations, Annotator, check_attribute, label_of
+from .annotations import Annotations, Annotator, check_attribute, class_names
 
 TENSORS, SUMMARY = "heldout.safetensors", "confusion.json"
 MEASURED = "annotator.json"
@@ -108,7 +109,7 @@ class HeldOut(Annotations):
         try:
             summary, tensors = read_json(folder / SUMMARY), read_tensors(folder / TENSORS)
             return cls(
-                {name: tuple(figures["classes"]) for name, figures in summary.items()},
+                class_names({name: figures["classes"] for name, figures in summary.items()}),
                 {name: tensors[f"probabilities.{name}"].numpy() for name in summary},
                 truth={name: tensors[f"truth.{name}"].numpy().astype(np.int64) for name in summary},
             )
@@ -162,12 +163,14 @@ def measure_annotator(
     if not chosen or not set(chosen) <= set(common):
         raise DataError(
             f"Expected attributes that both have, got {', '.join(chosen) or 'none'}: the annotator knows "
-            f"{', '.join(annotator.attributes)}, the data {', '.join(data.attributes) or 'none'}. "
+            f"{', '.join(annotator.attributes)}, the data {known_columns(data)}. "
             "Rename the column or choose others."
         )
     classes = {name: annotator.attributes[name] for name in chosen}
-    labels = {name: [label_of(value) for value in data.attributes[name]] for name in chosen}
-    for name, values in labels.items():
+    labels: dict[str, list[str]] = {}
+    for name in chosen:
+        known = dict.fromkeys(classes[name], f"the classes of {annotator.name}")
+        values = labels[name] = labels_in(name, zip(data.attributes[name], data.names, strict=True), DataError, known)
         unknown = sorted(set(values) - {"", *classes[name]})
         if unknown or not any(values):
             raise DataError(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...data.captioned import CAPTION_COLUMNS, CaptionedImages, Source, load_captioned_images
+from ...data.captioned import CAPTION_COLUMNS, CaptionedImages, Source, known_columns, load_captioned_images
+from ...data.tables import label_of, labels_in
 from ...errors import DataError, EvaluationError
-from .annotations import CANNOT_TELL, Annotations, label_of
+from .annotations import CANNOT_TELL, Annotations
 
 MAX_CLASSES = 50
 FOLDER_ATTRIBUTE = "label"
@@ -37,7 +38,7 @@ def read_targets(
     data: CaptionedImages, attributes: Sequence[str] | None = None
 ) -> tuple[dict[str, tuple[str, ...]], NDArray[np.int64]]:
     """Class names by attribute (all by default), names sorted, and class indices, (N, attributes), in that order."""
-    known = ", ".join(data.attributes) or "none"
+    known = known_columns(data)
     names = sorted(set(data.attributes if attributes is None else attributes))
     if not names:
         raise DataError(
@@ -49,7 +50,7 @@ def read_targets(
     for name in names:
         if name not in data.attributes:
             raise DataError(f"Expected attribute {name!r} in the data, found {known}. Choose one of these.")
-        values = [label_of(value) for value in data.attributes[name]]
+        values = labels_in(name, zip(data.attributes[name], data.names, strict=True), DataError)
         if "" in values:
             raise DataError(
                 f"Expected a value of attribute {name!r} for every image, found none for {values.count('')} of "
@@ -79,21 +80,21 @@ class GivenLabels:
     def __init__(self, names: Sequence[str]) -> None:
         if isinstance(names, str) or not names or not all(names):
             raise EvaluationError(f"Expected columns to read labels from, got {names!r}. Name the attributes.")
-        self._values: dict[str, set[str]] = {name: set() for name in names}
+        self._places: dict[str, dict[str, str]] = {name: {} for name in names}
 
-    def discover(self, rows: Iterable[Mapping[str, Any]]) -> GivenLabels:
-        """Add the classes in `rows` to those known; the result is the same object."""
-        columns: dict[str, None] = {}
-        for row in rows:
-            columns.update(dict.fromkeys(row))
-            for name, values in self._values.items():
-                values |= {label_of(row.get(name))} - {"", CANNOT_TELL}
-                if len(values) > MAX_CLASSES:
-                    raise EvaluationError(
-                        f"Expected at most {MAX_CLASSES} classes of {name!r}, found more. Choose a column of labels."
-                    )
-        for name in self._values if columns else ():
-            if name not in columns:
+    def discover(self, rows: Sequence[Mapping[str, Any]], places: Sequence[str] = ()) -> GivenLabels:
+        """Add the classes in `rows`, which stand at `places` for messages; the result is the same object."""
+        columns = dict.fromkeys(name for row in rows for name in row)
+        places = places or [f"row {number}" for number in range(len(rows))]
+        for name, known in self._places.items():
+            labels_in(
+                name, ((row.get(name), place) for row, place in zip(rows, places, strict=True)), EvaluationError, known
+            )
+            if len(self._classes(name)) > MAX_CLASSES:
+                raise EvaluationError(
+                    f"Expected at most {MAX_CLASSES} classes of {name!r}, found more. Choose a column of labels."
+                )
+            if columns and name not in columns:
                 raise EvaluationError(
                     f"Expected a column {name!r} of labels, found {', '.join(columns)}. "
                     "Write it into the manifest or choose one of these."
@@ -103,13 +104,17 @@ class GivenLabels:
     @property
     def attributes(self) -> Mapping[str, tuple[str, ...]]:
         """Attribute name to class names, sorted."""
-        for name, values in self._values.items():
-            if len(values) < 2:
+        attributes = {name: self._classes(name) for name in self._places}
+        for name, classes in attributes.items():
+            if len(classes) < 2:
                 raise EvaluationError(
-                    f"Expected two classes or more in the column {name!r}, found {', '.join(values) or 'none'}. "
+                    f"Expected two classes or more in the column {name!r}, found {', '.join(classes) or 'none'}. "
                     "Label the images, or discover the classes in all rows first."
                 )
-        return {name: tuple(sorted(values)) for name, values in self._values.items()}
+        return attributes
+
+    def _classes(self, name: str) -> tuple[str, ...]:
+        return tuple(sorted(self._places[name].keys() - {"", CANNOT_TELL}))
 
     def annotate(self, rows: Sequence[Mapping[str, Any]]) -> Annotations:
         """Labels of N rows as probabilities of 0 and 1; all 0 where nothing is known."""
