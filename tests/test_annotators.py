@@ -414,7 +414,7 @@ def test_true_beside_one_is_refused_wherever_labels_are_read():
     with pytest.raises(DataError, match=r"found False in b\.png and 1 in a\.png"):
         read_targets(data)
     images = replace(data, attributes={"label": ["true", "false"]})
-    with pytest.raises(DataError, match="0 in the classes of zeros"):
+    with pytest.raises(DataError, match="0 in the annotator's classes"):
         measure_annotator(SimpleNamespace(name="zeros", attributes={"label": ("0", "1")}), images)
 
 

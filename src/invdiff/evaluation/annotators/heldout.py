@@ -169,7 +169,7 @@ def measure_annotator(
     classes = {name: annotator.attributes[name] for name in chosen}
     labels: dict[str, list[str]] = {}
     for name in chosen:
-        known = dict.fromkeys(classes[name], f"the classes of {annotator.name}")
+        known = dict.fromkeys(classes[name], "the annotator's classes")
         values = labels[name] = labels_in(name, zip(data.attributes[name], data.names, strict=True), DataError, known)
         unknown = sorted(set(values) - {"", *classes[name]})
         if unknown or not any(values):
