@@ -172,9 +172,13 @@ def test_a_damaged_audit_is_an_error_that_says_what_to_do(found, tmp_path, damag
 def test_a_folder_that_is_no_audit_is_refused(found, tmp_path):
     with pytest.raises(AuditError, match=r"found no audit\.json"):
         Audit.load(tmp_path)
-    (found.save(tmp_path) / "audit.safetensors").write_bytes(b"{")
-    with pytest.raises(AuditError, match="Run `invdiff audit` again"):
-        Audit.load(tmp_path)
+    file = found.save(tmp_path) / "audit.safetensors"
+    flipped = bytearray(file.read_bytes())
+    flipped[-1] ^= 1  # one bit of one number: the file is as readable as before
+    for damaged in (b"{", flipped):
+        file.write_bytes(damaged)
+        with pytest.raises(AuditError, match="Run `invdiff audit` again"):
+            Audit.load(tmp_path)
 
 
 def test_an_image_left_out_is_in_no_rare_group(found):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+_DIGEST = "digest"  # of the contents, in the metadata of safetensors
+
 
 _LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
 
@@ -100,31 +102,35 @@ def read_json(path: Path) -> Any:
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors, atomically."""
+    """Write tensors as safetensors, atomically, with a digest that `read_tensors` checks."""
     from safetensors.torch import save_file  # imports torch, which reports do without
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, metadata=dict(metadata or {}))
+        save_file(contiguous, temporary, metadata={**(metadata or {}), _DIGEST: _digest(contiguous)})
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write numpy arrays as safetensors, atomically."""
+    """Write numpy arrays as safetensors, atomically, with a digest that `read_arrays` checks."""
     from safetensors.numpy import save_file
 
-    with atomic_path(path) as temporary:  # the file has no strides
-        save_file({name: array.copy(order="C") for name, array in arrays.items()}, temporary, metadata={})
+    contiguous = {name: array.copy(order="C") for name, array in arrays.items()}  # the file has no strides
+    with atomic_path(path) as temporary:
+        save_file(contiguous, temporary, metadata={_DIGEST: _digest(contiguous)})
 
 
 def read_arrays(path: Path, framework: str = "np") -> dict[str, NDArray[Any]]:
     """Read a safetensors file as numpy arrays.
 
     Raises:
-        DataError: The file is absent or damaged.
+        DataError: The file is absent or damaged: its contents are no longer those that were written.
     """
     try:
         with safe_open(path, framework=framework) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            if (file.metadata() or {}).get(_DIGEST) not in (None, _digest(arrays)):
+                raise SafetensorError("its digest is another")
+            return arrays
     except FileNotFoundError as error:
         raise DataError(f"Expected a file at {path}, found none.") from error
     except SafetensorError as error:
@@ -136,6 +142,20 @@ def read_arrays(path: Path, framework: str = "np") -> dict[str, NDArray[Any]]:
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file onto the CPU; raises as `read_arrays` does."""
     return read_arrays(path, "pt")  # type: ignore[return-value]
+
+
+def _digest(arrays: Mapping[str, Any]) -> str:
+    """16 hex digits that depend on names, shapes and bytes of arrays, or of tensors on the CPU."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {tuple(array.shape)}".encode())
+        flat = array.reshape(-1)
+        if not hasattr(flat, "tobytes"):  # a tensor; numpy has no 16-bit brain floats
+            import torch
+
+            flat = flat.view(torch.uint8).numpy()
+        digest.update(flat.view("uint8"))
+    return digest.hexdigest()[:16]
 
 
 def save_image(path: Path, save: Callable[[Path], object]) -> None:
