@@ -181,6 +181,14 @@ def test_a_folder_that_is_no_audit_is_refused(found, tmp_path):
             Audit.load(tmp_path)
 
 
+def test_a_file_is_replaced_whole_and_never_changed_in_place(found, tmp_path):
+    file = found.save(tmp_path) / "audit.json"
+    before = file.read_text()
+    with file.open() as reader:  # as a run that is reading, or a kill in the midst of writing
+        replace(found, names=[f"other {name}" for name in found.names]).save(tmp_path)
+        assert reader.read() == before != file.read_text()
+
+
 def test_an_image_left_out_is_in_no_rare_group(found):
     assert np.array_equal(found.in_rare_group, np.arange(600) % 300 >= 280)
     # Column 0 is the first maximum of a row of zeros.
