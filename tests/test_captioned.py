@@ -172,6 +172,11 @@ def test_names_written_on_windows_are_read(tmp_path):
     data = load_captioned_images(tmp_path)
     assert data.names == ["sub/a.png", "sub/b.png"]
     assert data.image(1).size == (4, 4)
+    table = datasets.Dataset.from_dict({"image": ["sub\\a.png"], "text": ["a bird"]})
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    data = load_captioned_images(tmp_path / "a.parquet")
+    assert data.names == ["sub/a.png"]
+    assert data.image(0).size == (4, 4)
 
 
 # the lazy view

@@ -180,8 +180,8 @@ def test_a_learnt_variance_is_left_as_it_was():
 
 def test_classes_are_named_or_numbered_and_names_of_one_class_are_one_prompt(data, tmp_path):
     pipe = tiny("dit")
-    named = family_of(pipe).encode_captions(pipe, ["landbird", "bird of the land", " 7 "])
-    assert named["class_labels"].tolist() == [0, 0, 7]
+    named = family_of(pipe).encode_captions(pipe, ["landbird", "bird of the land", " 7 ", "7.0"])
+    assert named["class_labels"].tolist() == [0, 0, 7, 7]
     for wrong in ("a photo of a landbird", "1000", "-1"):
         with pytest.raises(DataError, match="Expected the name of a class"):
             family_of(pipe).encode_captions(pipe, [wrong])

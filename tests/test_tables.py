@@ -61,6 +61,8 @@ def test_the_first_rows_can_be_had_alone(tmp_path):
         ("csv", "name,b\n1,2\n\n3\n", "Expected 2 cells in line 4 of .*, found 1"),
         ("csv", "name,b,name\n1,2,3\n", "each column once in line 1 of .*, found name more than once"),
         ("csv", b"name,b\n1,\xff\xfe\n", "Expected UTF-8 in line 2 of"),
+        ("csv", b"name,b\n1,2\n3,\0\0\n", "Expected text in line 3 of .*, found a NUL byte"),
+        ("csv", "name,b\n1,2\n".encode("utf-16-le"), "Expected text in line 1 of .*, found a NUL byte"),
         ("csv", "a,b\n1,2\n", "a column file_name or name in line 1 of .*, found a, b"),
         ("csv", "file_name\n", "found no rows"),
         ("csv", "", "found no rows"),

@@ -1,8 +1,10 @@
-"""Text from outside, such as captions, class names and file names, made safe to show."""
+"""Text from outside, such as captions, class names and file names, spelled in one way and made safe to show."""
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from typing import Any
 
 _SPECIAL = {ord(character): f"&#{ord(character)};" for character in "&<>|`*_[]{}~#$@:\\^"}
 _JOINERS = "\u200c\u200d"  # formatting characters that some scripts are written with
@@ -24,3 +26,18 @@ def one_line(text: str, limit: int | None = None) -> str:
 def escape(text: str, limit: int = 120) -> str:
     """Text that Markdown and HTML show as it is, in one line and in a table, cut where it is too long."""
     return one_line(text, limit).translate(_SPECIAL)
+
+
+def label_of(value: Any) -> str:
+    """A class name, of one spelling: 0, 0.0 and "0.0" are "0", true and "TRUE" are "True"; "" for None, NaN and none.
+
+    `TypeError` for what holds several values, such as a list.
+    """
+    if not isinstance(value, str) and hasattr(value, "__iter__"):
+        raise TypeError(f"{type(value).__name__}: {str(value)[:60]}")
+    if value is None or value != value or value in ("nan", "NaN"):  # NaN differs from itself
+        return ""
+    text = f"{value + 0:.0f}" if isinstance(value, float) and value.is_integer() else str(value)
+    if text.strip().lower() in ("true", "false"):
+        return text.strip().capitalize()
+    return re.sub(r"^\s*(-?(?:0|[1-9]\d*))(\.0*)?\s*$", r"\1", text)

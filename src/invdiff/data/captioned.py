@@ -353,7 +353,8 @@ def _open_dataset(
             attributes[name] = values
     names = [f"row {row}" for row in range(len(dataset))]
     if getattr(features[column], "dtype", None) in ("string", "large_string"):
-        names = [name if path is None else path for name, path in zip(names, dataset[column], strict=True)]
+        paths = (path and path.replace("\\", "/") for path in dataset[column])
+        names = [path or name for name, path in zip(names, paths, strict=True)]
     cell = partial(_dataset_cell, dataset.select_columns([column]), root)
     return CaptionedImages([""] * len(names), names, attributes, 0.0, cell, folder, others=others)
 
@@ -362,7 +363,7 @@ def _dataset_cell(dataset: datasets.Dataset, root: Path, row: int) -> Any:
     (cell,) = dataset[int(row)].values()
     if isinstance(cell, dict):
         cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
-    return root / cell if isinstance(cell, str) else cell
+    return root / cell.replace("\\", "/") if isinstance(cell, str) else cell
 
 
 def _column(wanted: str | None, candidates: Sequence[str], found: list[str], argument: str, where: str) -> str:

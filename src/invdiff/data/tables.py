@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 from ..errors import DataError, InvDiffError
 from ..files import is_inside
+from ..text import label_of
 
 NumberedRows: TypeAlias = "Iterator[tuple[int, dict[str, Any]]]"
 
@@ -55,6 +56,12 @@ def read_table(
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
+        if "\0" in text:
+            line = text[: text.index("\0")].count("\n") + 1
+            raise DataError(
+                f"Expected text in line {line} of {path}, found a NUL byte: the file is damaged, or not UTF-8. "
+                "Write it again, or save it as UTF-8."
+            )
         rows = (_csv_rows if path.suffix == ".csv" else _jsonl_rows)(text, path, required)
         numbered = list(islice(rows, limit))
     except OSError as fault:
@@ -102,21 +109,6 @@ def caption_of(value: Any) -> str:
     if isinstance(value, bool) or not re.fullmatch(r"-?\d+", text):
         raise TypeError(f"{type(value).__name__}: {str(value)[:60]}")
     return text
-
-
-def label_of(value: Any) -> str:
-    """A class name, of one spelling: 0, 0.0 and "0.0" are "0", true and "TRUE" are "True"; "" for None, NaN and none.
-
-    `TypeError` for what holds several values, such as a list.
-    """
-    if not isinstance(value, str) and hasattr(value, "__iter__"):
-        raise TypeError(f"{type(value).__name__}: {str(value)[:60]}")
-    if value is None or value != value or value in ("nan", "NaN"):  # NaN differs from itself
-        return ""
-    text = f"{value + 0:.0f}" if isinstance(value, float) and value.is_integer() else str(value)
-    if text.strip().lower() in ("true", "false"):
-        return text.strip().capitalize()
-    return re.sub(r"^\s*(-?(?:0|[1-9]\d*))(\.0*)?\s*$", r"\1", text)
 
 
 def labels_in(

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from ..config import EvaluateConfig
 from ..data.captioned import CaptionedImages
 from ..data.images import about_unreadable
-from ..data.tables import label_of
 from ..errors import EvaluationError
 from ..models.encoders import ClipEncoder
 from ..progress import progress_bar
+from ..text import label_of
 from .annotate import Described, Judge, Question, describe_images
 from .annotators.annotations import check_attribute, class_names
 from .annotators.labels import GivenLabels

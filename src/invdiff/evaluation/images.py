@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.tables import caption_of, image_name, label_of, read_table
+from ..data.tables import caption_of, image_name, read_table
 from ..errors import EvaluationError
 from ..files import visible
+from ..text import label_of
 from .results import UNSTATED, scale_order
 
 MANIFESTS = ("manifest.jsonl", "metadata.jsonl", "metadata.csv")

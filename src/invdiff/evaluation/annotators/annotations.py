@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...data.tables import label_of
 from ...errors import EvaluationError, InvDiffError, ModelError
+from ...text import label_of
 from ..results import CANNOT_TELL as CANNOT_TELL
 
 

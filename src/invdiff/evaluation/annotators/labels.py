@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...data.captioned import CAPTION_COLUMNS, CaptionedImages, Source, known_columns, load_captioned_images
-from ...data.tables import label_of, labels_in
+from ...data.tables import labels_in
 from ...errors import DataError, EvaluationError
+from ...text import label_of
 from .annotations import CANNOT_TELL, Annotations
 
 MAX_CLASSES = 50

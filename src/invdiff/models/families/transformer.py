@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import DataError, ModelError
+from ...text import label_of
 from .base import Condition, DenoiserCall, DenoiserShape, Family
 
 NO_GUIDANCE = 1.0
@@ -195,8 +196,9 @@ def class_label(pipe: Any, name: str) -> int:
     text = name.strip()
     if text in known:
         return known[text]
-    if text.isdecimal() and int(text) < count:
-        return int(text)
+    number = label_of(text)  # pandas writes 0 as 0.0 beside a missing value
+    if number.isdecimal() and int(number) < count:
+        return int(number)
     examples = f" such as {', '.join(list(known)[:3])}" if known else ""
     raise DataError(
         f"Expected the name of a class{examples}, or a number from 0 to {count - 1}, got {name!r}. "
