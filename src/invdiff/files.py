@@ -99,15 +99,13 @@ def read_json(path: Path) -> Any:
         raise DataError(f"Expected JSON in {path}, found something else ({error}).") from error
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: Mapping[str, str] | None = None
-) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors as safetensors, atomically, with a digest that `read_tensors` checks."""
     from safetensors.torch import save_file  # imports torch, which reports do without
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, metadata={**(metadata or {}), _DIGEST: _digest(contiguous)})
+        save_file(contiguous, temporary, metadata={_DIGEST: _digest(contiguous)})
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:

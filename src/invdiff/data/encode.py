@@ -260,13 +260,16 @@ def _write_latents(
                 read += pixels
                 latents.append(family.encode_images(pipe, torch.stack([*pixels.values()])))
     tensors = {"rows": torch.tensor(read, dtype=torch.long)} | ({"latents": torch.cat(latents)} if latents else {})
-    write_tensors(path, tensors, metadata={"skipped": json.dumps(list(skipped.items()))})
+    listed = json.dumps(list(skipped.items())).encode()  # a tensor too: entries of metadata are in no fixed order
+    write_tensors(path, tensors | {"skipped": torch.tensor(list(listed), dtype=torch.uint8)})
 
 
 def _read_latents(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Rows and latents of one file, memory-mapped, and name and reason of the images that could not be read."""
     tensors = read_tensors(path)
-    with safe_open(path, "pt") as file:
+    if "skipped" in tensors:
+        return tensors, dict(json.loads(bytes(tensors.pop("skipped").tolist())))
+    with safe_open(path, "pt") as file:  # caches of earlier versions
         return tensors, dict(json.loads(file.metadata()["skipped"]))
 
 
