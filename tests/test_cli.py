@@ -3,8 +3,10 @@
 import dataclasses
 import importlib
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -161,14 +163,55 @@ def test_the_whole_way_without_captions(tmp_path, cache):
     assert [row["prompt"] for row in rows] == ["", ""]
 
 
+PROCESSES = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
 def test_of_several_processes_only_the_first_prints(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in PROCESSES.items():
+        monkeypatch.setenv(name, value)
     say("loading", quiet=False)
     finish("The module is in out.", "generate")
     printed = capsys.readouterr()
     assert printed.out + printed.err == ""
-    monkeypatch.setenv("WORLD_SIZE", "2")
     assert "Expected one process" in fail("demo")
+
+
+@pytest.mark.parametrize(
+    ("left", "message"),
+    [
+        ({"WORLD_SIZE": "auto"}, "a whole number in the environment's WORLD_SIZE, found 'auto'"),
+        ({"RANK": ""}, "a whole number in the environment's RANK, found ''"),
+        ({"RANK": "2"}, "a number below WORLD_SIZE=2 in the environment's RANK, found '2'"),
+        ({"MASTER_ADDR": ""}, "the address of the first process in the environment's MASTER_ADDR, found ''"),
+    ],
+)
+def test_variables_left_over_by_a_cluster_are_named(tmp_path, left, message):
+    said = fail("birds", "--output", tmp_path, env=PROCESSES | left)
+    assert message in said
+    assert "To run alone: unset WORLD_SIZE RANK" in said
+
+
+@pytest.mark.parametrize("alone", ["", "1", " "])
+def test_variables_of_one_process_do_not_matter(tmp_path, alone):
+    left = {"WORLD_SIZE": alone, "RANK": "3", "LOCAL_RANK": "", "MASTER_ADDR": ""}
+    arguments = ("birds", "--output", tmp_path, "--num-images", 1, "--resolution", 16)
+    assert "1 captioned images" in run(*arguments, env=left).stdout
+
+
+def test_prompts_that_are_no_text_are_refused(tmp_path):
+    assert "Expected UTF-8, found other bytes in 'a \\udce9'" in fail(
+        "generate", "m", "a \udce9", "--output", tmp_path
+    )
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1:strict", "ascii"])
+def test_what_an_encoding_lacks_is_replaced(tmp_path, encoding):
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "invdiff", "birds", "--num-images", "1", "--resolution", "16", "--output"]
+    done = subprocess.run([*command, str(tmp_path / "鳥")], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert b"Next: invdiff finetune" in done.stdout
+    assert encoding == "ascii" or b"/?. Next" in done.stdout  # click writes UTF-8 where a terminal claims ASCII
 
 
 def test_birds_draws_a_set_that_can_be_opened(tmp_path):

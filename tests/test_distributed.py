@@ -1,6 +1,7 @@
 """Two processes do what one does: the same groups, the same images, losses equal but for the order of sums."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from invdiff import (
     GenerateConfig,
     TrainConfig,
     audit,
-    distributed,
     finetune,
     generate,
     load_captioned_images,
@@ -50,13 +50,17 @@ def whole_job(folder: Path, out: Path) -> None:
     generate(pipe, list(CAPTIONS), out / "base", config=drawing, progress=False)
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 @pytest.fixture(scope="module")
 def jobs(tiny_folder, tmp_path_factory):
     """The folders of the same job done by one process and by two that find each other on this machine."""
     folders = [tmp_path_factory.mktemp(f"processes-{count}") for count in (1, 2)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port"]
     for launcher, folder in zip(([], [*torchrun, port]), folders, strict=True):
         command = [sys.executable, *launcher, __file__, str(tiny_folder), str(folder)]
@@ -98,9 +102,30 @@ def test_what_processes_cannot_share_is_refused(tiny_folder, tmp_path, monkeypat
     monkeypatch.setattr("invdiff.training.train.num_processes", lambda: 3)
     with pytest.raises(ConfigError, match="a batch_size that 3 processes can share, got 64"):
         train(pipe, data, found, tmp_path / "m", config=TrainConfig(), cache_dir=tmp_path, progress=False)
-    monkeypatch.setattr(distributed, "num_processes", lambda: 2)
+    processes = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in processes.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="Expected one process for finetune, got 2"):
         finetune(data, tmp_path, config=FinetuneConfig(steps=1), progress=False)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_processes_that_do_not_come_are_waited_for_in_words_and_not_for_long(tiny_pipe_dir, tmp_path, rank):
+    code = "from invdiff import cli, distributed as d; d.NOTICE /= 20; d.JOINING /= 100; cli.main()"
+    command = [sys.executable, "-c", code, "generate", str(tiny_pipe_dir), "a photo", "--output", str(tmp_path), "-q"]
+    left = {
+        "WORLD_SIZE": "2",
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": free_port(),
+    }
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | left)
+    assert done.returncode == 1
+    waiting, error = done.stderr.splitlines()
+    assert waiting.startswith(f"waiting for 2 processes, of which this is number {int(rank) + 1}. To run alone: unset")
+    assert error.startswith("error: Expected 2 processes to come together at localhost")
+    assert "To run alone: unset WORLD_SIZE" in error
 
 
 if __name__ == "__main__":

@@ -6,6 +6,11 @@ machines need a common one. A single process takes every share and never waits.
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -14,18 +19,72 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from .errors import ConfigError
+from .errors import ConfigError, first_line
+from .launched import HOW_TO_RUN_ALONE, VARIABLES, launched
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=12)
 """The longest that processes wait for each other: one may weigh the evidence of many images meanwhile."""
+JOINING, NOTICE = timedelta(minutes=5), timedelta(seconds=10)
+"""The longest that they wait for all to start, and when they say so."""
 
 
 def state() -> PartialState:
-    """The processes as accelerate sees them; the first call joins them."""
-    joining = {} if PartialState._shared_state else {"cpu": not torch.cuda.is_available(), "timeout": PATIENCE}
-    return PartialState(**joining)
+    """The processes as accelerate sees them; the first call joins them.
+
+    Raises:
+        ConfigError: Other processes that the environment speaks of do not come.
+    """
+    if PartialState._shared_state:
+        return PartialState()
+    rank, count = launched()
+    if count > 1:
+        _join(rank, count)
+    else:  # accelerate takes what a cluster or a notebook left for a group to join
+        for name in (*VARIABLES, "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+            os.environ.pop(name, None)
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def _join(rank: int, count: int) -> None:
+    """Make the process group, once all processes are here."""
+    from torch.distributed.rendezvous import rendezvous
+
+    waiting = f"waiting for {count} processes, of which this is number {rank + 1}. {HOW_TO_RUN_ALONE}"
+    notice = threading.Timer(NOTICE.total_seconds(), print, [waiting], {"file": sys.stderr, "flush": True})
+    notice.daemon = True
+    notice.start()
+    try:
+        _wait_for_first()
+        store = next(rendezvous("env://", timeout=JOINING))[0]
+        store.set(f"here {rank}", "")
+        store.wait([f"here {other}" for other in range(count)], JOINING)
+        store.set_timeout(PATIENCE)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=PATIENCE, world_size=count, rank=rank, store=store)
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(
+            f"Expected {count} processes to come together at {os.environ['MASTER_ADDR']}, of which this is number "
+            f"{rank + 1}: {first_line(error)} {HOW_TO_RUN_ALONE}."
+        ) from error
+    finally:
+        notice.cancel()
+
+
+def _wait_for_first() -> None:
+    """Wait until the address answers, where another process is to: torch would report each try with a stack of C++."""
+    if os.environ["RANK"] == "0":
+        return
+    deadline = time.monotonic() + JOINING.total_seconds()
+    while True:
+        try:
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 10).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise OSError(f"nothing answers there ({error}).") from error
+            time.sleep(0.2)
 
 
 def num_processes() -> int:
@@ -60,11 +119,3 @@ def from_main(make: Callable[[], T]) -> T:
 def gather(items: Iterable[T]) -> list[T]:
     """The items of all processes, process by process."""
     return gather_object(list(items))
-
-
-def refuse_several_processes(what: str) -> None:
-    """Raise `ConfigError` where a step that runs as one process is started as several."""
-    if num_processes() > 1:
-        raise ConfigError(
-            f"Expected one process for {what}, got {num_processes()}. Run it without torchrun or accelerate launch."
-        )

@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from .errors import DataError
+from .errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +27,10 @@ _DIGEST = "digest"  # of the contents, in the metadata of safetensors
 _LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
 
 
+LOCK = ".lock"
+"""A file in an output folder while a run writes to it, empty; the kernel releases the lock of a killed run."""
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` that replaces it on success and vanishes on any failure.
@@ -32,46 +38,120 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         DataError: The disk is full or the folder cannot be written; what stood at `path` is untouched.
     """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:  # safetensors hides the operating system's error in its own
-        raise DataError(
-            f"Could not write {path}: {getattr(error, 'strerror', None) or error}. Free some space or choose another "
-            "folder, then run the same command again: finished work is kept."
-        ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+    with _writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch(exist_ok=False)
+            mode = temporary.stat().st_mode & 0o777
+            yield temporary
+            temporary.chmod(mode)  # of the umask: safetensors puts a file of its own there, for its owner alone
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `folder` that becomes it on success and vanishes on any failure.
+    """Yield a temporary folder for libraries to write to; it becomes `folder` on success and vanishes on any failure.
 
-    Where another process has made `folder` meanwhile, that one stays.
+    Where `folder` exists, the new files join it or replace their namesakes, one by one. Where another process has made
+    it meanwhile, that one stays.
 
     Raises:
         DataError: The disk is full or the place cannot be written.
     """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as parent:
-            temporary = Path(parent, folder.name)
-            temporary.mkdir()
+    with _writing(folder):
+        home = folder if folder.is_dir() else folder.parent
+        hidden = home / f".{folder.name}.{secrets.token_hex(4)}"
+        temporary = hidden / folder.name
+        try:
+            temporary.mkdir(parents=True)
+            mode = temporary.stat().st_mode & 0o777
             yield temporary
-            temporary.replace(folder)
+            made = sorted(temporary.rglob("*"))
+            for path in (temporary, *made):  # libraries choose modes of their own
+                path.chmod(mode if path.is_dir() else mode & 0o666)
+            if home != folder:
+                try:
+                    temporary.replace(folder)
+                except OSError:
+                    if not folder.is_dir():
+                        raise
+                return
+            for path in made:
+                place = folder / path.relative_to(temporary)
+                if path.is_dir():
+                    place.mkdir(exist_ok=True)
+                else:
+                    path.replace(place)
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn what the operating system says while `path` is written into a `DataError`."""
+    try:
+        yield
+    except Exception as error:
+        hidden = isinstance(error, SafetensorError) or "(os error " in str(error)  # safetensors' and tokenizers' own
+        if not (hidden or isinstance(error, OSError)) or hasattr(error, "response"):  # which errors of the hub have
+            raise
+        raise DataError(
+            f"Could not write {path}: {getattr(error, 'strerror', None) or error}. Free some space or choose another "
+            "folder, then run the same command again: finished work is kept."
+        ) from error
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Make a folder and try to write in it, before any work; `ConfigError` that names `option` where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        if not folder.is_dir():  # else made by another process in the meantime
-            raise DataError(
-                f"Could not write {folder}: {error.strerror or error}. Free some space or choose another folder."
-            ) from error
+        raise ConfigError(
+            f"Expected a folder that can be written at {folder}, found none: {error.strerror or error}. "
+            f"Choose another with {option}."
+        ) from error
+
+
+@contextlib.contextmanager
+def owned(output: Path, *, is_file: bool = False) -> Iterator[None]:
+    """Keep other runs out of an output folder, or off an output file, while the block runs.
+
+    A folder that is still empty afterwards is removed if it was made here.
+
+    Raises:
+        ConfigError: The place cannot be written, or another run is at work there.
+    """
+    from filelock import FileLock, Timeout  # takes a fifth of a second
+
+    folder = output.parent if is_file else output
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    check_writable(folder, "--output")
+    if is_file and output.is_dir():
+        raise ConfigError(f"Expected a file to write at {output}, found a folder. Choose another with --output.")
+    path = folder / (f".{output.name}{LOCK}" if is_file else LOCK)
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ConfigError(
+            f"Expected to be the only run that writes to {output}, found another at work there. Wait until it has "
+            "ended, or choose another place with --output."
+        ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # an open file cannot be removed on Windows
+            path.unlink()
+        lock.release()
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -220,4 +300,7 @@ def weights_digest(module: torch.nn.Module) -> str:
 
 def default_cache_dir() -> Path:
     """The folder where latents and measurements are kept: `$INVDIFF_CACHE`, or `~/.cache/invdiff`."""
-    return Path(os.environ.get("INVDIFF_CACHE") or Path.home() / ".cache" / "invdiff")
+    try:
+        return Path(os.environ.get("INVDIFF_CACHE") or "~/.cache/invdiff").expanduser()
+    except RuntimeError as error:
+        raise ConfigError("Expected a home folder to keep the cache in, found none. Set INVDIFF_CACHE.") from error

@@ -41,3 +41,8 @@ def label_of(value: Any) -> str:
     if text.strip().lower() in ("true", "false"):
         return text.strip().capitalize()
     return re.sub(r"^\s*(-?(?:0|[1-9]\d*))(\.0*)?\s*$", r"\1", text)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it is text throughout: Python reads bytes of the command line that are not as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -21,7 +21,7 @@ from ..data.captioned import CaptionedImages
 from ..errors import ConfigError, InvDiffError
 from ..evaluation.annotators.load import LABELS, load_annotator
 from ..evaluation.results import Quantity, Results
-from ..files import atomic_folder, default_cache_dir, fingerprint
+from ..files import atomic_folder, check_writable, default_cache_dir, fingerprint
 from ..guidance.attach import check_fit
 from ..guidance.module import load_module
 from ..models.families import family_of
@@ -106,6 +106,7 @@ def _bundled_run() -> Parts:
     digest = fingerprint(*((BIRDS_DEMO / name).read_bytes() for name in ("audit/audit.json", "results.json")))
     folder = default_cache_dir() / f"birds-demo-{digest}"
     if not folder.is_dir():
+        check_writable(folder.parent, "INVDIFF_CACHE")
         with atomic_folder(folder) as temporary:
             shutil.copytree(BIRDS_DEMO, temporary, dirs_exist_ok=True)
     defaults = DemoConfig()

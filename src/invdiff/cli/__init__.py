@@ -5,7 +5,9 @@ Whatever imports torch is imported inside the commands, so that `--help` answers
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 
 from . import judging  # noqa: F401  # registers its commands
 from .commands import app
@@ -15,4 +17,7 @@ def main() -> None:
     """Run the command line."""
     # Read when a library is first imported. Threads that spin while they wait slow a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a pipe or a terminal may lack characters that are printed
+            stream.reconfigure(errors="replace")
     app()

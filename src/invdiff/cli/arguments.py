@@ -7,6 +7,7 @@ and `DataOptions`, with type, range, default and help from there, and `--config 
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -21,7 +22,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import typer
 
 from ..errors import ConfigError
+from ..files import check_writable, default_cache_dir, owned
+from ..launched import is_first_process
 from ..options import Config, Option, Range, Setting, as_text, command_options, settings_of
+from ..text import is_unicode
 
 SETTINGS, DATA, RUN = "Settings", "Data", "Run"
 """Panels of the help."""
@@ -42,17 +46,23 @@ def shown_default(words: object) -> str:
 CONFIG = option(..., "JSON or YAML with any settings of this step. Options override it.", "--config", metavar="FILE")
 
 
-def command(app: typer.Typer, example: str, *, panel: str = "", name: str = "") -> Callable[[Command], Command]:
-    """Register a function as a command of `app`, whose help ends with an example."""
+def command(
+    app: typer.Typer, example: str, *, panel: str = "", name: str = "", writes_file: bool = False
+) -> Callable[[Command], Command]:
+    """Register a function as a command of `app`, whose help ends with an example.
+
+    Its `output`, a folder unless it `writes_file`, is checked before any work and kept from other runs.
+    """
 
     def register(function: Command) -> Command:
-        app.command(name or None, rich_help_panel=panel or None, epilog=f"Example: {example}")(_with_options(function))
+        made = _with_options(function, writes_file)
+        app.command(name or None, rich_help_panel=panel or None, epilog=f"Example: {example}")(made)
         return function
 
     return register
 
 
-def _with_options(function: Command) -> Command:
+def _with_options(function: Command, writes_file: bool) -> Command:
     """`function` with an option for each field of its dataclass parameters; rare ones come last in the help."""
     parameters: list[inspect.Parameter] = []
     rare: list[inspect.Parameter] = []
@@ -78,7 +88,14 @@ def _with_options(function: Command) -> Command:
             words = {field: given.pop(field) for field in settings_of(kind)}
             chosen = {field: settings_of(kind)[field].from_words(w) for field, w in words.items() if w is not None}
             given[name] = dataclasses.replace(start, **chosen)
-        function(**given)
+        texts = [text for value in given.values() for text in (value if isinstance(value, list) else [value])]
+        if wrong := next((text for text in texts if isinstance(text, str) and not is_unicode(text)), None):
+            raise ConfigError(
+                f"Expected UTF-8, found other bytes in {wrong!a}. Set LC_ALL=C.UTF-8, or write it to a file."
+            )
+        output = given.get("output") if is_first_process() else None  # processes of one job are one run
+        with owned(output, is_file=writes_file) if output else contextlib.nullcontext():
+            function(**given)
 
     run.__name__, run.__doc__, run.__annotations__ = function.__name__, function.__doc__, {}
     run.__signature__ = inspect.Signature(parameters + rare)  # type: ignore[attr-defined]  # what typer reads
@@ -230,6 +247,10 @@ class CacheOptions(WeightsOptions):
 
     cache_dir: Annotated[Path | None, Option(metavar="DIR", default="$INVDIFF_CACHE or ~/.cache/invdiff")] = None
     """Where latents and measurements are kept."""
+
+    def check_cache(self) -> None:
+        """Raise `ConfigError` where nothing can be kept."""
+        check_writable(self.cache_dir or default_cache_dir(), "--cache-dir or INVDIFF_CACHE")
 
 
 def labelled_folders(arguments: Sequence[str]) -> dict[str, list[Path]] | Path:

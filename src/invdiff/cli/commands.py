@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from ..config import ArchitectureConfig, AuditConfig, DemoConfig, FinetuneConfig, GenerateConfig, TrainConfig
 from ..errors import ConfigError
+from ..launched import is_first_process, one_process
 from ..options import command_options
 from .arguments import (
     DATA,
@@ -30,8 +31,6 @@ from .arguments import (
 )
 from .print import (
     finish,
-    is_first_process,
-    one_process,
     plain_errors,
     print_audit,
     print_results,
@@ -114,6 +113,7 @@ def audit(
     quiet: Quiet = False,
 ) -> None:
     """Find hidden groups in the images that a model learnt from, without labels."""
+    weights.check_cache()
     settings = dataclasses.replace(settings, words=(*settings.words, *lines_in(words_file, "word")))
     say_loading("images and model", quiet=quiet)
     from ..auditing.edits import CURATION
@@ -159,6 +159,7 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train a small module beside the frozen model that balances the groups an audit found."""
+    weights.check_cache()
     say_loading("audit, images and model", quiet=quiet)
     from ..auditing.result import Audit
     from ..sampling import drawing_flags
@@ -248,6 +249,7 @@ def birds(
     quiet: Quiet = False,
 ) -> None:
     """Draw the bundled world: captioned birds whose background agrees with the bird, in most images."""
+    one_process("birds")
     from ..data.birds import BirdsWorld
 
     drawn = BirdsWorld(num_images, severity=severity, seed=seed, resolution=resolution, world=world)
@@ -272,6 +274,7 @@ def finetune(
     quiet: Quiet = False,
 ) -> None:
     """Fit a diffusion model to captioned images: it learns their spurious attributes with their subjects."""
+    one_process("finetune")
     if base is not None and settings.autoencoder_steps != FinetuneConfig.autoencoder_steps:
         raise ConfigError("Expected --autoencoder-steps without --base: a base keeps its own autoencoder.")
     shape = ArchitectureConfig.from_file(architecture) if architecture else None

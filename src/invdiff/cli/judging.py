@@ -12,6 +12,7 @@ import typer
 
 from ..config import EvaluateConfig
 from ..errors import ConfigError
+from ..launched import one_process
 from .arguments import (
     DATA,
     RUN,
@@ -28,7 +29,7 @@ from .arguments import (
     shown_default,
 )
 from .commands import PREPARE, WAY, app
-from .print import finish, one_process, print_annotator, print_results, say, say_loading
+from .print import finish, print_annotator, print_results, say, say_loading
 
 PASSWORD = "INVDIFF_UI_PASSWORD"  # noqa: S105  # the variable's name
 
@@ -46,6 +47,7 @@ app.add_typer(
     app,
     "invdiff evaluate out/base out/guided --annotator out/annotator --attribute background",
     panel=WAY,
+    writes_file=True,
 )
 def evaluate(
     *,

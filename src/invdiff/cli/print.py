@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import ConfigError, InvDiffError
+from ..errors import InvDiffError
+from ..launched import is_first_process
 from ..text import one_line
 
 if TYPE_CHECKING:
@@ -32,22 +32,11 @@ def plain_errors(*, debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("stopped; run the same command again to go on", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    except InvDiffError as error:
-        if debug:
+    except (InvDiffError, OSError) as error:
+        if debug or isinstance(error, BrokenPipeError):  # the reader of a pipe has had enough
             raise
         Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
         raise typer.Exit(1) from None
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that prints and saves: of those that torchrun starts, the first."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def one_process(command: str) -> None:
-    """Raise `ConfigError` where a command that runs as one process is started as several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"Expected one process for {command}, got several. Run it without torchrun.")
 
 
 def say(text: str, *, quiet: bool) -> None:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import ConfigError, ModelError
-from ..files import write_text
+from ..files import atomic_folder, write_text
 from ..models.families import Condition, Family, family_of
 from ..models.load import denoiser_of, looks_local, public_name
 from ..models.schedule import NoiseSchedule
@@ -209,9 +209,11 @@ class GuidanceModule(ModelMixin, ConfigMixin):
     ) -> None:
         """Save weights, config and model card, as `ModelMixin.save_pretrained` does weights and config."""
         options["is_main_process"] = is_main_process
-        super().save_pretrained(save_directory, **options)  # type: ignore[misc]  # diffusers' stand-in without torch
-        if is_main_process:
-            write_text(Path(save_directory) / "README.md", self.model_card())
+        if not is_main_process:
+            return
+        with atomic_folder(Path(save_directory)) as folder:
+            super().save_pretrained(str(folder), **options)  # type: ignore[misc]  # diffusers' stand-in without torch
+            write_text(folder / "README.md", self.model_card())
 
     def _upload_folder(self, working_dir: str | os.PathLike[str], repo_id: str, **options: Any) -> Any:
         # Every way to the hub ends here, after diffusers has put a generic card, or the hub's, into the folder.

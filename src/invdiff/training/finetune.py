@@ -19,9 +19,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ..config import ArchitectureConfig, FinetuneConfig
 from ..data.captioned import CaptionedImages, readable_images
 from ..data.encode import EncodedImages, encode, model_fingerprint, pixel_values
-from ..distributed import refuse_several_processes
 from ..errors import ConfigError, ModelError
-from ..files import fingerprint, read_json, write_json
+from ..files import atomic_folder, fingerprint, read_json, write_json
+from ..launched import one_process
 from ..models.families import family_of
 from ..models.families.unet import StableDiffusion
 from ..models.frozen import denoiser_fingerprint
@@ -57,7 +57,7 @@ def finetune(
         ModelError: `base` is not a pipeline that can be trained.
         ConfigError: `output_dir` holds a run with other settings, data or base; or settings contradict.
     """
-    refuse_several_processes("finetune")
+    one_process("finetune")
     config = config or FinetuneConfig()
     output_dir = Path(output_dir)
     finished, work = output_dir / "finetune.json", output_dir / ".work"
@@ -153,7 +153,8 @@ def save(pipe: Any, output_dir: Path, *, half_precision: bool) -> None:
     halved = [pipe.unet, pipe.vae] if half_precision else []
     for network in halved:
         network.half()
-    pipe.save_pretrained(output_dir)
+    with atomic_folder(output_dir) as folder:
+        pipe.save_pretrained(folder)
     for network in halved:
         network.float()
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from ...data.captioned import CaptionedImages, readable_images
 from ...errors import DataError, ModelError, first_line
+from ...files import atomic_folder
 from ...models.encoders import model_name
 from ...progress import progress_bar
 from ...seeds import generator as derived_generator
@@ -124,8 +125,9 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
 
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Write weights, config and what was measured on held-out images into a folder."""
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]  # Measurable comes first
         folder = Path(save_directory)
+        with atomic_folder(folder) as temporary:
+            super().save_pretrained(temporary, **kwargs)  # type: ignore[misc]  # Measurable comes first
         for name in (MEASURED, TENSORS, SUMMARY):  # another annotator's would be taken for this one's
             (folder / name).unlink(missing_ok=True)
         if self.held_out is not None:

@@ -1,0 +1,50 @@
+"""How many processes were started and which one this is, as torchrun and accelerate launch say. No torch here."""
+
+from __future__ import annotations
+
+import os
+
+from .errors import ConfigError
+
+VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+HOW_TO_RUN_ALONE = f"To run alone: unset {' '.join(VARIABLES)}"
+
+
+def launched() -> tuple[int, int]:
+    """This process's number and how many there are: (0, 1) alone, where `WORLD_SIZE` is absent, empty or 1.
+
+    Raises:
+        ConfigError: The variables do not describe processes: they may be left over from a cluster or a notebook.
+    """
+    given = {name: os.environ.get(name, "").strip() for name in VARIABLES}
+    if given["WORLD_SIZE"] in ("", "1"):
+        return 0, 1
+
+    def require(name: str, expected: str, right: bool) -> None:
+        if not right:
+            raise ConfigError(
+                f"Expected {expected} in the environment's {name}, found {given[name]!r}, as if several processes "
+                f"were started by torchrun. {HOW_TO_RUN_ALONE}."
+            )
+
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+        require(name, "a whole number", given[name].isdecimal())
+    rank, count = int(given["RANK"]), int(given["WORLD_SIZE"])
+    require("WORLD_SIZE", "at least 1", count > 0)
+    require("RANK", f"a number below WORLD_SIZE={count}", rank < count)
+    require("MASTER_ADDR", "the address of the first process", bool(given["MASTER_ADDR"]))
+    return rank, count
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that prints and saves: of those that torchrun starts, the first."""
+    return launched()[0] == 0
+
+
+def one_process(what: str) -> None:
+    """Raise `ConfigError` where a step that runs as one process is started as several."""
+    if (count := launched()[1]) > 1:
+        raise ConfigError(
+            f"Expected one process for {what}, got {count}. Run it without torchrun or accelerate launch. "
+            f"{HOW_TO_RUN_ALONE}."
+        )

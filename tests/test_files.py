@@ -1,0 +1,75 @@
+"""Places to write to: checked before work, kept from other runs, in the modes that the umask gives."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import make_guidance_module
+from invdiff.files import owned
+from invdiff.training.finetune import save as save_pipeline
+from test_cli import fail, succeed
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "option"),
+    [
+        ("audit MODEL DATA --output {}", "file/out", "--output"),
+        ("audit MODEL DATA --output {0}-out --cache-dir {0}", "file/cache", "--cache-dir or INVDIFF_CACHE"),
+        ("train MODEL DATA AUDIT --output {}", "file", "--output"),
+        ("generate MODEL PROMPT --output {}", "file", "--output"),
+        ("evaluate DRAWN --annotator labels --attribute sex --output {}", "file/results.json", "--output"),
+        ("evaluate DRAWN --annotator labels --attribute sex --output {}", "folder", "--output"),
+        ("report RUN --output {}", "file", "--output"),
+        ("finetune DATA --output {}", "file/out", "--output"),
+        ("demo --output {}", "file", "--output"),
+        ("annotator train DATA --output {}", "file", "--output"),
+        ("annotator measure MODEL DATA --output {}", "file", "--output"),
+    ],
+)
+def test_places_that_cannot_be_written_are_refused_before_work(tmp_path, command, place, option):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    said = fail(*command.replace("{0}-out", f"{tmp_path}/out").format(tmp_path / place).split())
+    assert f"Choose another with {option}." in said
+    assert str(tmp_path / place.split("/")[0]) in said
+
+
+def test_a_second_run_in_an_output_folder_is_refused_until_the_first_has_ended(tmp_path):
+    arguments = ("birds", "--num-images", 1, "--resolution", 16, "--output", tmp_path / "birds")
+    with owned(tmp_path / "birds"):
+        assert f"the only run that writes to {tmp_path / 'birds'}, found another" in fail(*arguments)
+        succeed(*arguments[:-1], tmp_path / "others")
+        with owned(tmp_path / "birds" / "results.json", is_file=True):
+            pass  # a file in it is another place
+    succeed(*arguments)
+    assert {path.name for path in (tmp_path / "birds").iterdir()} == {".birds.json", "images", "metadata.csv"}
+
+
+def test_a_killed_run_leaves_no_lock(tmp_path):
+    code = "import sys, os, pathlib, invdiff.files as f\n"
+    code += "with f.owned(pathlib.Path(sys.argv[1])): print(flush=True); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True).returncode == -9
+    succeed("birds", "--num-images", 1, "--resolution", 16, "--output", tmp_path)
+
+
+def test_a_run_that_fails_leaves_no_empty_folder(tmp_path):
+    fail("generate", tmp_path / "absent", "a photo", "--output", tmp_path / "new" / "images", "-q")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_all_files_have_the_mode_of_the_umask(tmp_path, tiny_pipe, mask, mode):
+    before = os.umask(mask)
+    try:
+        make_guidance_module(tiny_pipe).save_pretrained(tmp_path / "new" / "module")
+        save_pipeline(tiny_pipe, tmp_path / "new", half_precision=False)
+        succeed("birds", "--num-images", 1, "--resolution", 16, "--output", tmp_path / "new" / "birds")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".json", ".md", ".png", ".csv"}
+    assert {path.stat().st_mode & 0o777 for path in files} == {mode}
+    folders = [path for path in tmp_path.rglob("*") if path.is_dir()]
+    assert {path.stat().st_mode & 0o777 for path in folders} == {mode | (mode & 0o444) >> 2}
