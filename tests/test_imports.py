@@ -12,8 +12,32 @@ import invdiff
 ROOT = Path(invdiff.__file__).parent
 
 ORDER = (
-    *("errors", "options", "config", "text", "files", "seeds", "distributed", "progress", "assets", "models", "data"),
-    *("auditing", "guidance", "training", "sampling", "evaluation", "report", "demo", "app", "cli", "__main__"),
+    *(
+        "errors",
+        "options",
+        "config",
+        "text",
+        "files",
+        "seeds",
+        "launched",
+        "distributed",
+        "progress",
+        "assets",
+        "models",
+    ),
+    *(
+        "data",
+        "auditing",
+        "guidance",
+        "training",
+        "sampling",
+        "evaluation",
+        "report",
+        "demo",
+        "app",
+        "cli",
+        "__main__",
+    ),
 )
 """Each part imports only those before it."""
 FORBIDDEN = {"evaluation": {"auditing", "guidance", "training"}}
