@@ -1,7 +1,5 @@
 """The command that opens the page: what it opens and is built of, how it starts and how it ends."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import signal
@@ -9,10 +7,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from diffusers import StableDiffusionPipeline
 from typer.testing import CliRunner
 
 from conftest import make_guidance_module
@@ -39,7 +35,7 @@ SERVE = ("ui", "--no-browser", "--port", "0")
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """A run with an audit and nothing else."""
     make_audit(tmp_path / "run" / "audit")
     return tmp_path / "run"
@@ -48,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 # What it opens.
 
 
-def test_without_an_argument_the_bundled_demo_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_argument_the_bundled_demo_is_opened(tmp_path, monkeypatch):
     monkeypatch.setenv("INVDIFF_CACHE", str(tmp_path))
     workspace = open_workspace()
     assert list(workspace.runs) == list(workspace.audits) == [BUNDLED]
@@ -63,7 +59,7 @@ def test_without_an_argument_the_bundled_demo_is_opened(tmp_path: Path, monkeypa
     assert book.folder.is_relative_to(tmp_path)
 
 
-def test_a_copy_that_was_broken_off_leaves_no_folder_and_another_process_s_stays(tmp_path: Path) -> None:
+def test_a_copy_that_was_broken_off_leaves_no_folder_and_another_process_s_stays(tmp_path):
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "copy") as temporary:  # noqa: PT012
         (temporary / "half").write_text("")
         raise RuntimeError
@@ -75,7 +71,7 @@ def test_a_copy_that_was_broken_off_leaves_no_folder_and_another_process_s_stays
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["copy", "copy/theirs"]
 
 
-def test_runs_are_told_apart_by_their_paths_where_names_are_alike(tmp_path: Path) -> None:
+def test_runs_are_told_apart_by_their_paths_where_names_are_alike(tmp_path):
     for folder in ("a/run", "b/run", "c/other"):
         make_audit(tmp_path / folder / "audit")
     folders = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "c" / "other"]
@@ -87,7 +83,7 @@ def test_runs_are_told_apart_by_their_paths_where_names_are_alike(tmp_path: Path
         open_workspace([folders[0], folders[0] / ".." / "run"])
 
 
-def test_what_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
+def test_what_cannot_be_opened_is_an_error(tmp_path):
     for runs, given, message in (
         ([tmp_path / "nowhere"], {}, "found none"),
         ([tmp_path], {}, r"found none of them\. Give a folder that `invdiff demo` wrote"),
@@ -98,7 +94,7 @@ def test_what_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
             open_workspace(runs, **given)
 
 
-def test_a_module_says_which_model_it_needs(tiny_pipe: StableDiffusionPipeline, folder: Path) -> None:
+def test_a_module_says_which_model_it_needs(tiny_pipe, folder):
     module = make_guidance_module(tiny_pipe)
     for base, record, wanted in (
         ("my-birds", {"base": {"hub_id": "org/birds"}}, "org/birds"),
@@ -119,12 +115,12 @@ def test_a_module_says_which_model_it_needs(tiny_pipe: StableDiffusionPipeline, 
 
 
 def test_the_command_opens_a_page_and_says_where_and_an_empty_password_is_none(
-    run: Path, tiny_pipe: StableDiffusionPipeline, tiny_pipe_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    run, tiny_pipe, tiny_pipe_dir, monkeypatch
+):
     make_guidance_module(tiny_pipe, num_groups=[2]).save_pretrained(run / "module")
-    answers: list[int] = []
+    answers = []
 
-    def visit(page: Any) -> None:
+    def visit(page):
         answers.append(status(f"{page.local_url}config"))
         page.close(verbose=False)
 
@@ -151,9 +147,7 @@ def test_the_command_opens_a_page_and_says_where_and_an_empty_password_is_none(
         (["RUN", "--model", str(BIRDS_MODEL)], "trained for another model"),
     ],
 )
-def test_the_command_says_what_it_lacks(
-    words: list[str], message: str, run: Path, tiny_pipe: StableDiffusionPipeline, tiny_pipe_dir: Path
-) -> None:
+def test_the_command_says_what_it_lacks(words, message, run, tiny_pipe, tiny_pipe_dir):
     make_guidance_module(tiny_pipe).save_pretrained(run / "module")
     places = {"MODEL": str(tiny_pipe_dir), "RUN": str(run)}
     done = CliRunner().invoke(cli.app, [*SERVE, *(places.get(word, word) for word in words)], env={"COLUMNS": "200"})
@@ -161,7 +155,7 @@ def test_the_command_says_what_it_lacks(
     assert message in done.output
 
 
-def test_without_gradio_the_command_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gradio_the_command_says_how_to_install_it(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "gradio" else found(name, *a))
     done = CliRunner().invoke(cli.app, SERVE)
@@ -172,12 +166,12 @@ def test_without_gradio_the_command_says_how_to_install_it(monkeypatch: pytest.M
 # What it is built of.
 
 
-def parts_of(page: Any) -> dict[str, Any]:
+def parts_of(page):
     """The components of a page by their ids."""
     return {str(part.elem_id): part for part in page.blocks.values() if part.elem_id}
 
 
-def test_results_are_compared_and_reports_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_compared_and_reports_written(run, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "shown"))
     make_run(tmp_path / "second")
     page = build_page(open_workspace([run, tmp_path / "second"], model="unused"), None)
@@ -192,9 +186,7 @@ def test_results_are_compared_and_reports_written(run: Path, tmp_path: Path, mon
         assert Path(path).is_relative_to(tmp_path / "shown")
 
 
-def test_the_module_s_audit_names_its_groups_and_states_its_resolution(
-    run: Path, tiny_pipe: StableDiffusionPipeline, tmp_path: Path
-) -> None:
+def test_the_module_s_audit_names_its_groups_and_states_its_resolution(run, tiny_pipe, tmp_path):
     make_audit(tmp_path / "other" / "audit")
     workspace = open_workspace([tmp_path / "other", run], model="unused")
     for folder, name in ((tmp_path / "other", "theirs"), (run, "<b>ours")):
@@ -209,9 +201,7 @@ def test_the_module_s_audit_names_its_groups_and_states_its_resolution(
     assert labels[2:4] == ["Share of “group 2” (factor 0)", "Share of “group 0” (factor 1)"]
 
 
-def test_prompts_that_hide_groups_are_suggested_first(
-    run: Path, tiny_pipe: StableDiffusionPipeline, tmp_path: Path
-) -> None:
+def test_prompts_that_hide_groups_are_suggested_first(run, tiny_pipe, tmp_path):
     make_audit(tmp_path / "nothing" / "audit", prompts=("few", " "), found=False)
     for folders, prompt in (([tmp_path / "nothing", run], LAND), ([tmp_path / "nothing"], "few")):
         page = build_page(open_workspace(folders, model="unused"), Studio(tiny_pipe))
@@ -220,7 +210,7 @@ def test_prompts_that_hide_groups_are_suggested_first(
         assert (WATER in labels) is (prompt == LAND)
 
 
-def test_looks_load_nothing_from_elsewhere() -> None:
+def test_looks_load_nothing_from_elsewhere():
     assert not any(word in looks()["css"] for word in ("http", "@import"))
 
 
@@ -228,7 +218,7 @@ def test_looks_load_nothing_from_elsewhere() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without asking it")
-def test_a_page_that_is_told_to_end_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
+def test_a_page_that_is_told_to_end_leaves_nothing_behind(folder, tmp_path):
     words = [sys.executable, "-m", "invdiff", *SERVE, str(folder)]
     room = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=room, text=True) as running:
@@ -244,7 +234,7 @@ def test_a_page_that_is_told_to_end_leaves_nothing_behind(folder: Path, tmp_path
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no terminals that hang up")
-def test_a_closed_terminal_ends_it_but_not_below_nohup() -> None:
+def test_a_closed_terminal_ends_it_but_not_below_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with ended_by_signals():

@@ -1,11 +1,7 @@
 """Tab Audit below the browser: what it shows of an audit, and what people change."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,40 +26,40 @@ FILE_NAMES = ('"><img src=x onerror=alert(1)>', "<b onmouseover=alert(1)>", "'{{
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_folder(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("shown")))
 
 
 class Tab:
     """An audit tab outside a browser; values by the component that they go to."""
 
-    def __init__(self, *runs: Parts) -> None:
+    def __init__(self, *runs):
         self.books = [AuditBook(parts) for parts in runs]
         with gr.Blocks():
             self.tab = AuditTab({f"run {place}": book for place, book in enumerate(self.books)})
         self.values = self.tab.open()
 
-    def __call__(self, event: str, place: int, *given: Any) -> dict[str, Any]:
+    def __call__(self, event, place, *given):
         """What an event shows."""
         self.values = getattr(self.tab, event)(place, 12, *given)
         return self.shown
 
     @property
-    def shown(self) -> dict[str, Any]:
+    def shown(self):
         return {part.elem_id or type(part).__name__: value for part, value in self.values.items()}
 
-    def pick(self, shelf: str, index: int, place: int = 0) -> Any:
+    def pick(self, shelf, index, place=0):
         """What a click on an image chooses, and its details."""
         positions = self.values[self.tab._positions]
-        return self.tab.pick(SimpleNamespace(index=index), place, shelf, positions)  # type: ignore[arg-type]
+        return self.tab.pick(SimpleNamespace(index=index), place, shelf, positions)
 
-    def cut(self, images: int) -> float:
+    def cut(self, images):
         """A score that moves the highest images of the first prompt's group 0 to group 1."""
         page = self.books[0].page(0, 0)
         return float(np.sort(page.scores[page.labels == 0])[-images])
 
 
-def rewrite(folder: Path, change: Any) -> None:
+def rewrite(folder, change):
     tensors, document = load_file(folder / "audit.safetensors"), json.loads((folder / "audit.json").read_text())
     change(tensors, document)
     save_file(tensors, folder / "audit.safetensors")
@@ -71,16 +67,16 @@ def rewrite(folder: Path, change: Any) -> None:
 
 
 @pytest.fixture
-def tab(run: Path) -> Tab:
+def tab(run):
     return Tab(find_parts(run))
 
 
 @pytest.fixture
-def folder(run: Path) -> Path:
+def folder(run):
     return run / "audit"
 
 
-def test_a_prompt_is_shown_with_its_groups(tab: Tab) -> None:
+def test_a_prompt_is_shown_with_its_groups(tab):
     shown = tab.shown
     assert "90%" in shown["group-0"]
     assert "18 images" in shown["group-0"]
@@ -93,7 +89,7 @@ def test_a_prompt_is_shown_with_its_groups(tab: Tab) -> None:
     assert Image.open(path).getpixel((0, 0)) == (40, 40, 200)  # blue is group 1
 
 
-def test_names_are_saved_beside_the_audit(tab: Tab, folder: Path) -> None:
+def test_names_are_saved_beside_the_audit(tab, folder):
     shown = tab("rename", 0, 0, "on <b>land</b>")
     assert "Name saved." in shown["audit-status"]
     assert "on &lt;b&gt;land&lt;/b&gt;" in shown["group-0"]
@@ -109,7 +105,7 @@ def test_names_are_saved_beside_the_audit(tab: Tab, folder: Path) -> None:
     assert not (folder / CURATION).exists()
 
 
-def test_thresholds_show_what_moves_and_are_kept_and_reset(tab: Tab, folder: Path) -> None:
+def test_thresholds_show_what_moves_and_are_kept_and_reset(tab, folder):
     page, cut = tab.books[0].page(0, 0), tab.cut(3)
     shown = tab("show", 0, cut)
     assert "3 images from “group 0” to “group 1”" in shown["audit-moved"]
@@ -129,7 +125,7 @@ def test_thresholds_show_what_moves_and_are_kept_and_reset(tab: Tab, folder: Pat
     assert not (folder / CURATION).exists()
 
 
-def test_an_image_is_chosen_left_out_and_put_back(tab: Tab, folder: Path) -> None:
+def test_an_image_is_chosen_left_out_and_put_back(tab, folder):
     page = tab.books[0].page(0, 0)
     picked, details = tab.pick("typical-1", 1)
     assert picked == (0, page.groups[1].typical[1])
@@ -149,7 +145,7 @@ def test_an_image_is_chosen_left_out_and_put_back(tab: Tab, folder: Path) -> Non
     assert not (folder / CURATION).exists()
 
 
-def test_changes_of_others_are_kept_and_an_audit_made_anew_is_not_changed(tab: Tab, folder: Path) -> None:
+def test_changes_of_others_are_kept_and_an_audit_made_anew_is_not_changed(tab, folder):
     AuditBook(Parts(audit=folder)).edit(lambda edits: edits.with_name(0, 0, "theirs"))
     tab("rename", 0, 1, "ours")
     assert Audit.load(folder).group_names == (("theirs", "ours"),)
@@ -159,7 +155,7 @@ def test_changes_of_others_are_kept_and_an_audit_made_anew_is_not_changed(tab: T
     assert not (folder / CURATION).exists()
 
 
-def test_an_image_that_cannot_be_shown_is_crossed_out(run: Path, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_shown_is_crossed_out(run, tmp_path):
     (tmp_path / "secret.png").write_bytes((run / "data" / "images" / "0-0.png").read_bytes())
     for place in (0, 1):
         (run / "data" / "images" / f"0-{place}.png").unlink()
@@ -170,7 +166,7 @@ def test_an_image_that_cannot_be_shown_is_crossed_out(run: Path, tmp_path: Path)
     assert len(tab.shown["typical-0"]) == 12
 
 
-def test_several_audits_are_told_apart(run: Path, tmp_path: Path) -> None:
+def test_several_audits_are_told_apart(run, tmp_path):
     make_audit(tmp_path / "audit", prompts=("a fish",), rare=5)
     tab = Tab(find_parts(run), Parts(audit=tmp_path / "audit"))
     assert [choice for choice, _ in tab.tab._prompt.choices] == [
@@ -190,10 +186,10 @@ def test_several_audits_are_told_apart(run: Path, tmp_path: Path) -> None:
     assert [book.group_names for book in tab.books] == [[["group 0", "group 1"]], [["theirs", "group 1"]]]
 
 
-def test_groups_that_scores_do_not_part_have_no_threshold(tmp_path: Path) -> None:
+def test_groups_that_scores_do_not_part_have_no_threshold(tmp_path):
     make_audit(tmp_path / "audit", rare=4)
 
-    def third_group(tensors: Any, document: Any) -> None:
+    def third_group(tensors, document):
         labels = tensors["group_weights.0"].argmax(axis=1)
         labels[labels == 1] = [1, 1, 2, 2] * 2
         tensors["group_weights.0"] = np.eye(3, dtype=np.float32)[labels]
@@ -212,7 +208,7 @@ def test_groups_that_scores_do_not_part_have_no_threshold(tmp_path: Path) -> Non
     assert not Tab(Parts(audit=tmp_path / "audit")).shown["audit-cut-0"]["visible"]
 
 
-def test_an_audit_that_found_nothing_says_so(tmp_path: Path) -> None:
+def test_an_audit_that_found_nothing_says_so(tmp_path):
     make_audit(tmp_path / "audit", found=False)
     tab = Tab(Parts(audit=tmp_path / "audit"))
     assert "No hidden group was found" in tab.shown["audit-facts"]
@@ -221,13 +217,13 @@ def test_an_audit_that_found_nothing_says_so(tmp_path: Path) -> None:
     assert "Name saved" in tab("rename", 0, 1, "any")["audit-status"]
 
 
-def hostile_run(folder: Path) -> Path:
+def hostile_run(folder):
     """A run whose prompts, captions and names of files are hostile; the first prompt hides nothing."""
     make_audit(folder / "audit", prompts=tuple(text for text in NASTY if text.strip())[:6])
     (folder / "data").mkdir()
     rows = []
 
-    def hostile(_: Any, document: Any) -> None:
+    def hostile(_, document):
         for place, name in enumerate(document["names"]):
             file_name = document["names"][place] = f"{place}{FILE_NAMES[place % len(FILE_NAMES)]}.png"
             (folder / "audit" / name).rename(folder / "data" / file_name)
@@ -240,7 +236,7 @@ def hostile_run(folder: Path) -> Path:
     return folder
 
 
-def test_hostile_text_is_text_in_every_value(tmp_path: Path) -> None:
+def test_hostile_text_is_text_in_every_value(tmp_path):
     tab = Tab(find_parts(hostile_run(tmp_path)))
     tab("rename", 0, 0, SCRIPT)
     tab("rename", 0, 1, "\u202e\"'><img src=x>")

@@ -1,7 +1,5 @@
 """Guidance together with all else that people do to a diffusers pipeline: adapters, switches, schedulers, calls."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial
@@ -46,7 +44,7 @@ Maker = Callable[[Path], Combination]
 """From an empty folder to a combination."""
 
 
-def draw(pipe: Any, *seeds: int, **options: Any) -> torch.Tensor:
+def draw(pipe, *seeds, **options):
     """Latents of one image per seed; an option that is None is left out."""
     asked = {
         "prompt": [CAPTIONS[seed % 2] for seed in seeds],
@@ -64,22 +62,22 @@ def draw(pipe: Any, *seeds: int, **options: Any) -> torch.Tensor:
     return torch.as_tensor(images)
 
 
-def picture() -> torch.Tensor:
+def picture():
     return torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def left_half() -> torch.Tensor:
+def left_half():
     return torch.cat([torch.ones(1, 1, 32, 16), torch.zeros(1, 1, 32, 16)], dim=-1)
 
 
-def shared(pipe: Any, name: str, **parts: Any) -> Any:
+def shared(pipe, name, **parts):
     """A pipeline of the class `name` that shares the parts of another."""
     other = getattr(diffusers, name).from_pipe(pipe, **parts)
     other.set_progress_bar_config(disable=True)
     return other
 
 
-def random_(network: torch.nn.Module, start: str = "") -> torch.nn.Module:
+def random_(network, start=""):
     """Give parameters random weights: those whose name begins with `start`, or that are zero."""
     numbers = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -89,7 +87,7 @@ def random_(network: torch.nn.Module, start: str = "") -> torch.nn.Module:
     return network.eval()
 
 
-def save_lora(pipe: Any, folder: Path) -> Path:
+def save_lora(pipe, folder):
     """Write a LoRA of random weights for the denoiser, as the pipeline itself does."""
     part = "unet" if hasattr(pipe, "unet") else "transformer"
     network = copy.deepcopy(denoiser_of(pipe))
@@ -98,10 +96,10 @@ def save_lora(pipe: Any, folder: Path) -> Path:
     return folder
 
 
-def changed(family: str, *changes: Callable[[Any, Path], Any], seeds: tuple[int, ...] = (0,), **asked: Any) -> Maker:
+def changed(family, *changes, seeds=(0,), **asked):
     """A tiny pipeline after changes, drawing what is asked."""
 
-    def make(folder: Path) -> Combination:
+    def make(folder):
         pipe = make_tiny(family)
         for change in changes:
             change(pipe, folder)
@@ -110,16 +108,16 @@ def changed(family: str, *changes: Callable[[Any, Path], Any], seeds: tuple[int,
     return make
 
 
-def load_lora(pipe: Any, folder: Path) -> None:
+def load_lora(pipe, folder):
     pipe.load_lora_weights(save_lora(pipe, folder))
 
 
-def enable_freeu(pipe: Any, folder: Path) -> None:
+def enable_freeu(pipe, folder):
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
 
 
-def scheduled(family: str, scheduler: str, **options: Any) -> Maker:
-    def change(pipe: Any, folder: Path) -> None:
+def scheduled(family, scheduler, **options):
+    def change(pipe, folder):
         if scheduler == "DPMSolverSDEScheduler":
             pytest.importorskip("torchsde")
         pipe.scheduler = getattr(diffusers, scheduler).from_config(options or pipe.scheduler.config)
@@ -127,7 +125,7 @@ def scheduled(family: str, scheduler: str, **options: Any) -> Maker:
     return changed(family, change, num_inference_steps=4)
 
 
-def controlnet(family: str, folder: Path) -> Combination:
+def controlnet(family, folder):
     pipe, control = make_tiny(family), "control_image" if family == "flux" else "image"
     if family == "flux":
         sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
@@ -139,7 +137,7 @@ def controlnet(family: str, folder: Path) -> Combination:
     return pipe, partial(draw, other, 0, **{control: picture()})
 
 
-def ip_adapter(family: str, folder: Path) -> Combination:
+def ip_adapter(family, folder):
     """An IP-Adapter of random weights in the layout in which they are published."""
     pipe, embed_dim, tokens = make_tiny(family), 8, 4
     random = partial(torch.randn, generator=torch.Generator().manual_seed(0))
@@ -157,7 +155,7 @@ def ip_adapter(family: str, folder: Path) -> Combination:
     return pipe, partial(draw, pipe, 0, ip_adapter_image_embeds=[random(2, 1, embed_dim)])
 
 
-def image_pipeline(family: str, name: str, folder: Path) -> Combination:
+def image_pipeline(family, name, folder):
     """Image-to-image or inpainting that shares the denoiser of the text-to-image pipeline that is guided."""
     pipe = make_tiny(family)
     other = shared(pipe, name)
@@ -167,7 +165,7 @@ def image_pipeline(family: str, name: str, folder: Path) -> Combination:
     return pipe, partial(draw, other, 0, **asked)
 
 
-def inpainting_unet(folder: Path) -> Combination:
+def inpainting_unet(folder):
     """Nine channels: latents, mask and masked latents."""
     parts = make_tiny("sd1").components
     unet = random_(make_unet(in_channels=9), start="conv_in")
@@ -176,17 +174,17 @@ def inpainting_unet(folder: Path) -> Combination:
     return pipe, partial(draw, pipe, 0, image=picture(), mask_image=left_half(), height=32, width=32)
 
 
-def unconditional_ddim(folder: Path) -> Combination:
+def unconditional_ddim(folder):
     pipe = diffusers.DDIMPipeline(unet=make_tiny("ddpm").unet, scheduler=diffusers.DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe, partial(draw, pipe, 0)
 
 
-def darken(pipe: Any, step: int, timestep: int, values: dict[str, Any]) -> dict[str, Any]:
+def darken(pipe, step, timestep, values):
     return {"latents": 0.9 * values["latents"]}
 
 
-ADAPTERS: dict[str, Maker] = (
+ADAPTERS = (
     {f"{family}-lora": changed(family, load_lora) for family in FAMILIES}
     | {f"{family}-controlnet": partial(controlnet, family) for family in ("sd1", "sdxl", "flux")}
     | {f"{family}-ip_adapter": partial(ip_adapter, family) for family in ("sd1", "sdxl")}
@@ -197,7 +195,7 @@ SWITCHES = {
     "sd1-fused": changed("sd1", lambda pipe, _: pipe.fuse_qkv_projections()),
     "flux-fused": changed("flux", lambda pipe, _: pipe.transformer.fuse_qkv_projections()),
 }
-PIPELINES: dict[str, Maker] = {
+PIPELINES = {
     f"{name}{kind}": partial(image_pipeline, family, f"{name}{kind}Pipeline")
     for family, name in CLASSES.items()
     for kind in ("Img2Img", "Inpaint")
@@ -238,7 +236,7 @@ COMBINATIONS = ADAPTERS | SWITCHES | PIPELINES | SCHEDULERS | CALLS
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
-def test_no_effect_leaves_images_bit_identical_and_a_trained_module_changes_them(name: str, tmp_path: Path):
+def test_no_effect_leaves_images_bit_identical_and_a_trained_module_changes_them(name, tmp_path):
     pipe, image = COMBINATIONS[name](tmp_path)
     plain, without = image(), make_tiny(name.split("-")[0]) if name in ADAPTERS else pipe
     with attach(pipe, GuidanceModule.for_pipeline(pipe)):
@@ -256,7 +254,7 @@ def test_no_effect_leaves_images_bit_identical_and_a_trained_module_changes_them
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_lora_may_be_loaded_and_unloaded_while_attached(family: str, tmp_path: Path):
+def test_a_lora_may_be_loaded_and_unloaded_while_attached(family, tmp_path):
     before, after = make_tiny(family), make_tiny(family)
     module = make_guidance_module(before)
     before.load_lora_weights(save_lora(after, tmp_path))
@@ -269,7 +267,7 @@ def test_a_lora_may_be_loaded_and_unloaded_while_attached(family: str, tmp_path:
     assert torch.equal(draw(after, 0), guided)
 
 
-def offload(pipe: Any, kind: str):
+def offload(pipe, kind):
     """Offload as for a GPU, which here is the CPU."""
     cpu = torch.device("cpu")
     if kind == "model":
@@ -283,7 +281,7 @@ def offload(pipe: Any, kind: str):
 @pytest.mark.parametrize("attach_first", [True, False])
 @pytest.mark.parametrize("kind", ["model", "sequential", "group"])
 @pytest.mark.parametrize("family", ["sd1", "flux"])
-def test_image_after_image_is_guided_whatever_is_offloaded(family: str, kind: str, attach_first: bool):
+def test_image_after_image_is_guided_whatever_is_offloaded(family, kind, attach_first):
     pipe = make_tiny(family)
     module = make_guidance_module(pipe)
     with attach(pipe, module):
@@ -294,7 +292,7 @@ def test_image_after_image_is_guided_whatever_is_offloaded(family: str, kind: st
     assert all(torch.equal(draw(pipe, seed), expected[seed]) for seed in (0, 1))
 
 
-def compile_denoiser(pipe: Any, how: str, backend: str = "eager"):
+def compile_denoiser(pipe, how, backend="eager"):
     denoiser = denoiser_of(pipe)
     if how == "in place":
         denoiser.compile(backend=backend)
@@ -304,12 +302,12 @@ def compile_denoiser(pipe: Any, how: str, backend: str = "eager"):
         replace_denoiser(pipe, torch.compile(denoiser, backend=backend))
 
 
-def replace_denoiser(pipe: Any, denoiser: Any):
+def replace_denoiser(pipe, denoiser):
     setattr(pipe, "unet" if hasattr(pipe, "unet") else "transformer", denoiser)
 
 
 @pytest.mark.parametrize(("family", "how", "backend"), [("sd1", "in place", "eager"), ("sd3", "wrapped", "aot_eager")])
-def test_a_compiled_denoiser_is_guided_as_before_and_at_scale_0_bit_identical(family: str, how: str, backend: str):
+def test_a_compiled_denoiser_is_guided_as_before_and_at_scale_0_bit_identical(family, how, backend):
     pipe = make_tiny(family)
     module = make_guidance_module(pipe)
     plain = draw(pipe, 0)
@@ -324,7 +322,7 @@ def test_a_compiled_denoiser_is_guided_as_before_and_at_scale_0_bit_identical(fa
 
 
 @pytest.mark.parametrize(("family", "how"), [("sd1", "in place"), ("sd3", "wrapped"), ("flux", "block")])
-def test_a_module_is_not_attached_to_what_is_compiled_already(family: str, how: str):
+def test_a_module_is_not_attached_to_what_is_compiled_already(family, how):
     pipe = make_tiny(family)
     module = GuidanceModule.for_pipeline(pipe)
     compile_denoiser(pipe, how)
@@ -333,7 +331,7 @@ def test_a_module_is_not_attached_to_what_is_compiled_already(family: str, how: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_images_of_a_batch_are_guided_as_when_drawn_alone(family: str):
+def test_images_of_a_batch_are_guided_as_when_drawn_alone(family):
     pipe = make_tiny(family)
     attach(pipe, make_guidance_module(pipe, num_groups=5))
     alone = [draw(pipe, seed)[0] for seed in (0, 1, 2)]
@@ -341,7 +339,7 @@ def test_images_of_a_batch_are_guided_as_when_drawn_alone(family: str):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompt_embeddings_are_guided_as_their_prompts(family: str):
+def test_prompt_embeddings_are_guided_as_their_prompts(family):
     pipe = make_tiny(family)
     with torch.no_grad():
         condition = family_of(pipe).encode_captions(pipe, CAPTIONS)
@@ -352,7 +350,7 @@ def test_prompt_embeddings_are_guided_as_their_prompts(family: str):
 def test_both_passes_of_classic_guidance_draw_one_group():
     pipe = make_tiny("flux")  # it sends the two conditions one after the other
     attachment = attach(pipe, make_guidance_module(pipe, num_groups=97))
-    seen: list[torch.Tensor] = []
+    seen = []
     pipe.transformer.register_forward_hook(lambda *_: seen.append(attachment.environments))
     draw(pipe, 0, 1, negative_prompt=["land", "water"], true_cfg_scale=3.0)
     assert len(seen) == 4
@@ -360,7 +358,7 @@ def test_both_passes_of_classic_guidance_draw_one_group():
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.8])
-def test_a_pipeline_with_a_scheduler_of_its_own_draws_groups_from_its_own_noise(strength: float):
+def test_a_pipeline_with_a_scheduler_of_its_own_draws_groups_from_its_own_noise(strength):
     pipe = make_tiny("sd1")
     other = shared(pipe, "StableDiffusionImg2ImgPipeline")
     other.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
@@ -382,7 +380,7 @@ def test_every_scheduler_that_stable_diffusion_lists_is_tried_or_refused():
 
 
 @pytest.mark.parametrize("family", ["sd1", "flux"])
-def test_a_denoiser_replaced_after_attaching_is_noticed(family: str):
+def test_a_denoiser_replaced_after_attaching_is_noticed(family):
     pipe, other = make_tiny(family), make_tiny(family)
     attach(pipe, make_guidance_module(pipe))
     draw(pipe, 0)

@@ -1,15 +1,10 @@
 """People's edits to an audit: what they may be, how they are kept, and what they do to groups and shares."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math
 import operator
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +22,7 @@ PROMPTS = [0] * 6 + [1] * 3 + [2] * 2
 SHARES = [[0.3333, 0.1667, 0.5], [0.6667, 0.0, 0.3333], []]
 
 
-def made_up(*, factors: int = 1) -> Audit:
+def made_up(*, factors=1):
     """An audit of eleven images under three prompts, two of which hide groups."""
     first = np.full((11, 3), 1 / 3, np.float32)
     first[:9] = np.eye(3, dtype=np.float32)[LABELS]
@@ -40,12 +35,12 @@ def made_up(*, factors: int = 1) -> Audit:
     return replace(whole, group_weights=(first, *further))
 
 
-def plain_edits(**options: Any) -> Edits:
+def plain_edits(**options):
     """No edits, to the audit that is made up."""
     return apply(made_up(**options), Edits()).edits
 
 
-def test_a_name_is_one_clean_line() -> None:
+def test_a_name_is_one_clean_line():
     named = plain_edits().with_name(0, 1, "  on\nwater\u202e \x00")
     assert named.names == (("", "on water", ""),)
     assert [named.group_name(group) for group in (0, 1, 3)] == ["group 0", "on water", "group 3"]
@@ -55,7 +50,7 @@ def test_a_name_is_one_clean_line() -> None:
 
 
 @pytest.mark.parametrize("name", ["water", "WATER", "ｗａｔｅｒ", "wa\u200dter", " water "])
-def test_two_groups_have_no_names_that_look_alike(name: str) -> None:
+def test_two_groups_have_no_names_that_look_alike(name):
     named = plain_edits(factors=2).with_name(0, 1, "water")
     with pytest.raises(ConfigError, match="no other group has"):
         named.with_name(0, 0, name)
@@ -75,12 +70,12 @@ def test_two_groups_have_no_names_that_look_alike(name: str) -> None:
         (0, 0, "x" * 10_000, "at most 60 characters, got 10000"),
     ],
 )
-def test_other_names_are_refused(factor: int, group: int, name: str, message: str) -> None:
+def test_other_names_are_refused(factor, group, name, message):
     with pytest.raises(ConfigError, match=message):
         plain_edits().with_name(factor, group, name)
 
 
-def test_images_are_left_out_and_put_back() -> None:
+def test_images_are_left_out_and_put_back():
     less = Edits().without_images([4, 1]).without_images(np.array([1, 3]))
     assert less.left_out == (1, 3, 4)
     assert less.with_images([3, 9]).left_out == (1, 4)
@@ -89,7 +84,7 @@ def test_images_are_left_out_and_put_back() -> None:
         Edits().without_images([-1])
 
 
-def test_cuts_are_finite_and_rise_and_are_taken_back() -> None:
+def test_cuts_are_finite_and_rise_and_are_taken_back():
     for cuts in ([], [1.0, 1.0], [2.0, 1.0], [math.nan, 1.0], [0.0, math.inf]):
         with pytest.raises(ConfigError, match="finite, rising"):
             Edits().with_cuts(0, cuts)
@@ -98,7 +93,7 @@ def test_cuts_are_finite_and_rise_and_are_taken_back() -> None:
     assert moved.with_cuts(0, None).with_cuts(1, None).with_cuts(2, None) == Edits()
 
 
-def test_edits_that_were_saved_are_read_back(tmp_path: Path) -> None:
+def test_edits_that_were_saved_are_read_back(tmp_path):
     edits = plain_edits().with_name(0, 2, '<b> "鳥" \\').without_images([0, 9]).with_cuts(0, [-0.1, 1 / 3])
     changed = apply(made_up(), edits)
     changed.save_edits(made_up().save(tmp_path))
@@ -112,7 +107,7 @@ def test_edits_that_were_saved_are_read_back(tmp_path: Path) -> None:
     assert Audit.load(tmp_path).edits == plain_edits()
 
 
-def test_edits_to_another_audit_are_refused(tmp_path: Path) -> None:
+def test_edits_to_another_audit_are_refused(tmp_path):
     edited = apply(made_up(), Edits().without_images([3]))
     other = made_up()
     other.group_weights[0][0] = [0, 1, 0]
@@ -127,8 +122,8 @@ def test_edits_to_another_audit_are_refused(tmp_path: Path) -> None:
         Audit.load(tmp_path)
 
 
-def _put(*path: str | int, value: Any) -> Callable[[Any], Any]:
-    def change(kept: Any) -> Any:
+def _put(*path, value):
+    def change(kept):
         functools.reduce(operator.getitem, path[:-1], kept)[path[-1]] = value
         return kept
 
@@ -154,7 +149,7 @@ def _put(*path: str | int, value: Any) -> Callable[[Any], Any]:
         _put("cuts", value=None),
     ],
 )
-def test_a_damaged_file_is_an_error_that_says_what_to_do(tmp_path: Path, change: Callable[[Any], Any]) -> None:
+def test_a_damaged_file_is_an_error_that_says_what_to_do(tmp_path, change):
     edits = plain_edits().with_name(0, 0, "a").without_images([0]).with_cuts(0, [-1, 1])
     apply(made_up(), edits).save_edits(made_up().save(tmp_path))
     changed = change(json.loads((tmp_path / CURATION).read_text()))
@@ -164,7 +159,7 @@ def test_a_damaged_file_is_an_error_that_says_what_to_do(tmp_path: Path, change:
     assert len(str(raised.value)) < 500
 
 
-def test_shares_are_those_of_a_count_by_hand() -> None:
+def test_shares_are_those_of_a_count_by_hand():
     """Under prompt 0 the intervals below -2.4, up to 0.5 and above belong to groups 2, 0 and 1."""
     new = apply(made_up(factors=2), Edits().with_cuts(0, [-2.4, 0.5]).without_images([0, 8, 9]))
     assert [weights.any(axis=1).tolist() for weights in new.group_weights] == [new.kept.tolist()] * 2
@@ -174,7 +169,7 @@ def test_shares_are_those_of_a_count_by_hand() -> None:
     assert new.kept.tolist() == [False, *[True] * 7, False, False, True]
 
 
-def test_shares_are_rounded_and_others_stay_and_a_soft_w_becomes_hard_where_cuts_were_moved() -> None:
+def test_shares_are_rounded_and_others_stay_and_a_soft_w_becomes_hard_where_cuts_were_moved():
     audit = made_up()
     audit.group_weights[0][:9] = 0.8 * audit.group_weights[0][:9] + 0.1 * (1 - audit.group_weights[0][:9])
     before = audit.fingerprint
@@ -199,12 +194,12 @@ def test_shares_are_rounded_and_others_stay_and_a_soft_w_becomes_hard_where_cuts
         (Edits(names=(("a",),)), "Expected changes to this audit"),
     ],
 )
-def test_edits_that_an_audit_cannot_take_are_refused(edits: Edits, message: str) -> None:
+def test_edits_that_an_audit_cannot_take_are_refused(edits, message):
     with pytest.raises(AuditError, match=message):
         apply(made_up(), edits)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"audit": "../../../etc/passwd"}', '{"audit": 3}'])
-def test_a_damaged_file_is_put_aside_within_its_folder(tmp_path: Path, text: str) -> None:
+def test_a_damaged_file_is_put_aside_within_its_folder(tmp_path, text):
     (tmp_path / CURATION).write_text(text)
     assert made_up().put_aside(tmp_path) == tmp_path / "curation-damaged.json"

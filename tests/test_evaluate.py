@@ -1,5 +1,7 @@
 import csv
+import functools
 import json
+import operator
 import shutil
 import sys
 
@@ -19,8 +21,8 @@ from invdiff.evaluation.fairness.correction import correct_for_annotator
 from invdiff.evaluation.fairness.metrics import metric_floor, per_prompt
 from invdiff.evaluation.quality.distances import frechet_distance
 from invdiff.evaluation.results import Results
+from runs import LAND, WATER
 
-LAND, WATER = "a photo of a landbird", "a photo of a waterbird"
 COLOURS = {"land": 0, "water": 255, "landbird": 0, "waterbird": 255}
 LAND_ROWS = [(LAND, 1, "land", "landbird")] * 3 + [(LAND, 1, "water", "waterbird")]
 WATER_ROWS = [(WATER, 1, "water", "waterbird")] * 2 + [(WATER, 1, "land", "waterbird")] * 2
@@ -44,14 +46,12 @@ class ReadsPixels:
         pixels = np.array([image.getpixel((0, 0)) for image in images])
         self.batches.append(len(pixels))
         background, subject = pixels[:, 0] > 127, 1 + (pixels[:, 1] > 127)
-        seen = Annotations(
-            attributes=self.attributes,
-            probabilities={
-                "background": self.certainty * np.eye(2)[background.astype(int)],
-                "subject": np.eye(3)[subject],
-            },
-            features=np.stack([pixels[:, 2], pixels[:, 0], np.full(len(pixels), 9)], axis=1) / 255,
-        )
+        probabilities = {
+            "background": self.certainty * np.eye(2)[background.astype(int)],
+            "subject": np.eye(3)[subject],
+        }
+        features = np.stack([pixels[:, 2], pixels[:, 0], np.full(len(pixels), 9)], axis=1) / 255
+        seen = Annotations(self.attributes, probabilities, features)
         if self.change:
             self.change(seen)
         return seen
@@ -99,10 +99,8 @@ def change_rows(folder, changes):
 
 def measure(images, annotator=None, *, attribute="background", reference=None, extractors=(), **settings):
     config = EvaluateConfig(**{"num_resamples": 50} | settings)
-    judge = annotator or ReadsPixels()
-    return evaluate(
-        images, judge, attribute, reference=reference, extractors=extractors, config=config, progress=False
-    )
+    options = {"reference": reference, "extractors": extractors, "config": config, "progress": False}
+    return evaluate(images, annotator or ReadsPixels(), attribute, **options)
 
 
 def of_base(images, *arguments, **settings):
@@ -122,9 +120,6 @@ def base(tmp_path):
     return write(tmp_path / "base", ROWS)
 
 
-# Bias, accuracy and their like.
-
-
 def test_figures_are_those_worked_out_by_hand_and_the_file_has_the_promised_keys(base):
     annotator = ReadsPixels()
     results = measure({"base": base}, annotator, batch_size=3)
@@ -140,7 +135,7 @@ def test_figures_are_those_worked_out_by_hand_and_the_file_has_the_promised_keys
     headline = "bias bias_floor bias_ci accuracy frechet images_per_prompt shares"
     assert list(values) == f"{headline} attributes subject_accuracy quality by_group preservation".split()
     about = "attribute subject_attribute classes annotator target baseline confidence reference_images module_scales"
-    assert set(document) == set(f"{about} notes run models".split())
+    assert {*document} == {*about.split(), "notes", "run", "models"}
     assert json.loads(json.dumps(document)) == document
 
 
@@ -193,19 +188,16 @@ def test_prompts_may_differ_in_their_number_of_images(tmp_path):
     assert measures.bias_floor == pytest.approx((metric_floor("bias", 4, 2) + metric_floor("bias", 2, 2)) / 2)
 
 
-@pytest.mark.parametrize(
-    ("change", "confidence", "known"),
-    [
-        (None, 0.0, {"land x landbird": 3, "water x waterbird": 1}),
-        (waver, 0.6, {"land x landbird": 2, "water x waterbird": 1, "cannot tell": 1}),
-    ],
-)
-def test_several_attributes_are_measured_each_and_together(base, change, confidence, known):
+def test_several_attributes_are_measured_each_and_together(base):
     attributes = ["background", "subject"]
-    measures = of_base(base, ReadsPixels(change=change), attribute=attributes, min_confidence=confidence)
+    measures = of_base(base, ReadsPixels(change=waver), attribute=attributes, min_confidence=0.6)
     assert list(measures.attributes) == ["background", "subject", "background x subject"]
     joint = measures.attributes["background x subject"].counts[LAND]
-    assert {name: count for name, count in joint.items() if count} == known
+    assert {name: n for name, n in joint.items() if n} == {
+        "land x landbird": 2,
+        "water x waterbird": 1,
+        "cannot tell": 1,
+    }
     assert measures.bias_estimate == measures.attributes["background"].overall["bias"]
 
 
@@ -224,17 +216,11 @@ def test_a_prompt_without_a_right_image_is_left_out_and_named(tmp_path):
     assert first.subject_right["bias"].value == 1.0
     assert f"leave out 1 of 2 prompts that have none, first '{LAND}'" in first.note
     assert any(first.note in note for note in results.notes)
-    notes = {row["note"] for row in results.table() if row["of"] == "subject right"}
-    assert notes
-    assert all(first.note in note for note in notes)
-
-
-# The annotator's doubts and errors.
+    assert {first.note in row["note"] for row in results.table() if row["of"] == "subject right"} == {True}
 
 
 def test_images_below_the_confidence_are_a_class_of_their_own(base):
-    certain = of_base(base, min_confidence=0.5).first.counts
-    assert certain[LAND] == {"land": 3, "water": 1, "cannot tell": 0}
+    assert of_base(base, min_confidence=0.5).first.counts[LAND] == {"land": 3, "water": 1, "cannot tell": 0}
     wavering = of_base(base, ReadsPixels(change=waver), min_confidence=0.6).first
     assert wavering.counts[LAND] == {"land": 2, "water": 1, "cannot tell": 1}
     assert wavering.shares[LAND] == pytest.approx({"land": 2 / 3, "water": 1 / 3})
@@ -293,9 +279,6 @@ def test_images_of_no_label_are_outside_the_softmax_form_and_given_labels_open_n
     assert first.softmax_discrepancy.value == pytest.approx((np.hypot(0.25, 0.25) + np.hypot(0.5, 0.5)) / 2)
 
 
-# Preservation and quality.
-
-
 def test_the_baseline_is_compared_with_seed_by_seed(base, tmp_path):
     turned = [(prompt, cfg, "water", subject) for prompt, cfg, _, subject in ROWS]
     write(tmp_path / "guided", turned)
@@ -323,7 +306,7 @@ def test_the_yardstick_of_preservation_is_of_the_baseline_alone(tmp_path):
     assert "the baseline's own images are 0 apart" in shift.note
 
 
-def test_pairs_are_of_seeds_that_both_have_once_in_a_prompt(base, tmp_path):
+def test_pairs_are_of_seeds_that_both_have_once_in_a_prompt_and_none_is_stated(base, tmp_path):
     other = write(tmp_path / "guided", ROWS)
     for folder in (base, other):
         change_rows(folder, [{"seed": 0}] * 3)
@@ -334,6 +317,9 @@ def test_pairs_are_of_seeds_that_both_have_once_in_a_prompt(base, tmp_path):
     none = measure(tmp_path).models["guided"]["1.0"].preservation["feature shift"]
     assert none.value is None
     assert "share no two seeds" in none.note
+    change_rows(other, [{"guidance_scale": 3}] * 8)
+    note = "guided at guidance scale 3.0: base has no images at this guidance scale to compare with seed by seed"
+    assert note in measure(tmp_path).notes
 
 
 def test_an_attribute_is_unchanged_among_pairs_with_classes_only(tmp_path):
@@ -343,13 +329,6 @@ def test_an_attribute_is_unchanged_among_pairs_with_classes_only(tmp_path):
     results = measure(tmp_path, GivenLabels(["who", "age"]), attribute="who", subject_attribute="")
     kept = results.models["guided"]["1.0"].preservation["age unchanged"]
     assert (kept.value, kept.note) == (0.5, "2 of 8 pairs")
-
-
-def test_a_baseline_without_that_guidance_scale_is_stated(tmp_path):
-    for name, guidance_scale in (("base", 1), ("guided", 3)):
-        write(tmp_path / name, [(LAND, guidance_scale, "land", "landbird")] * 2)
-    note = "guided at guidance scale 3.0: base has no images at this guidance scale to compare with seed by seed"
-    assert note in measure(tmp_path).notes
 
 
 def test_groups_of_all_models_are_compared_at_one_number_of_images(tmp_path, monkeypatch):
@@ -375,19 +354,15 @@ def test_too_few_images_for_a_figure_are_stated(tmp_path):
     assert coverage.note == "not defined at 4 against 20 images: needs 6 of each"
 
 
-def test_features_of_zeros_have_no_diversity_and_the_note_says_so(base):
-    nothing = Scores("nothing", [0.0, 0.0])
-    quality = of_base(base, extractors=[nothing], reference=reference_of(20, extractors=[nothing])).quality
-    for figure in ("Vendi score (nothing)", "CMMD (nothing)"):
-        assert quality[figure].value is None
-        assert quality[figure].note.startswith("not defined: ")
-    assert quality["Frechet distance (nothing)"].value == 0.0
-
-
-def test_clip_t_is_the_mean_cosine_of_images_and_their_prompts(base):
-    quality = of_base(base, extractors=[Scores("scorer", [1.0, 0.0])]).quality
+def test_clip_t_is_the_mean_cosine_with_prompts_and_features_of_zeros_have_no_diversity_which_a_note_says(base):
+    extractors = [Scores("scorer", [1.0, 0.0]), Scores("nothing", [0.0, 0.0])]
+    quality = of_base(base, extractors=extractors, reference=reference_of(20, extractors=extractors)).quality
     figure = quality["CLIP-T (scorer)"]
     assert (figure.value, figure.low < 0.5 < figure.high, "Vendi score (scorer)" in quality) == (0.5, True, True)
+    for name in ("Vendi score (nothing)", "CMMD (nothing)"):
+        assert quality[name].value is None
+        assert quality[name].note.startswith("not defined: ")
+    assert quality["Frechet distance (nothing)"].value == 0.0
 
 
 def test_a_missing_extra_is_found_out_before_any_image_is_looked_at(base, monkeypatch):
@@ -445,14 +420,12 @@ def test_features_that_are_not_finite_are_refused_by_the_image(base):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"attribute": "age"}, "background, subject, got 'age'"),
         ({"subject_attribute": "age"}, "background, subject, got 'age'"),
         ({"subject_attribute": "subject", "subject_of": {LAND: "cat"}}, "got 'cat'"),
         ({"subject_attribute": "subject", "subject_of": {"a cat": "bird"}}, "prompts of the images in subject_of"),
         ({"target": {"land": 1.0}}, "share for each class of background .land, water., got land"),
         ({"baseline": "plain"}, "baseline among base, got 'plain'"),
-        ({"attribute": []}, "one or more"),
-        ({"attribute": ["background", "background"]}, "different attributes"),
+        *[({"attribute": names}, "Expected different attributes, one or more") for names in ([], ["background"] * 2)],
         ({"subject_attribute": "background"}, "another as subject_attribute"),
         ({"extractors": [Scores("twin", [1.0]), Scores("twin", [1.0])]}, "of different names, got twin, twin"),
     ],
@@ -460,9 +433,6 @@ def test_features_that_are_not_finite_are_refused_by_the_image(base):
 def test_settings_that_do_not_fit_are_refused(base, settings, message):
     with pytest.raises(EvaluationError, match=message):
         measure({"base": base}, **settings)
-
-
-# Folders and manifests.
 
 
 def test_one_label_and_one_prompt_in_several_spellings_are_one(tmp_path):
@@ -517,10 +487,9 @@ def test_links_inside_the_folder_or_into_the_hub_s_cache_are_read(base, tmp_path
     expected = measure({"base": base}).to_dict()
     snapshot, blobs = tmp_path / "birds" / "snapshots" / "digest", tmp_path / "birds" / "blobs"
     shutil.copytree(base, blobs)
-    (snapshot / "00000").mkdir(parents=True)
-    shutil.copy(base / "manifest.jsonl", snapshot)
-    change_rows(snapshot, {2: {"file_name": "00000/000002.png"}, 3: {"file_name": "00000/000003.png"}})
+    write(snapshot, ROWS)
     for path in (blobs / "00000").iterdir():
+        (snapshot / "00000" / path.name).unlink()
         (snapshot / "00000" / path.name).symlink_to(path)
     (tmp_path / "link").symlink_to(snapshot)
     assert measure({"base": snapshot}).to_dict() == measure({"base": tmp_path / "link"}).to_dict() == expected
@@ -546,6 +515,9 @@ def test_an_image_outside_its_folder_is_refused(base, name):
         measure({"base": base})
 
 
+BAD_PROMPTS = ("null", "[3]", '"\\ud800"', '"x", "scale": "strong"', '"x", "guidance_scale": NaN')
+
+
 def _append(line):
     return lambda base: (base / "manifest.jsonl").write_text((base / "manifest.jsonl").read_text() + line)
 
@@ -558,18 +530,14 @@ def _only(name, content):
     ("damage", "message"),
     [
         *((_append(line), "line 9 of") for line in ("{", "[]", '{"prompt": "x"}', '{"file_name": "a.png"}')),
-        (_append('{"file_name": "a.png", "prompt": "x", "scale": "strong"}'), "line 9 of"),
-        (_append('{"file_name": "a.png", "prompt": "x", "guidance_scale": NaN}'), "line 9 of"),
-        *((_append(f'{{"file_name": "x", "prompt": {text}}}'), "line 9 of") for text in ("null", "[3]", '"\\ud800"')),
+        *((_append(f'{{"file_name": "x", "prompt": {text}}}'), "line 9 of") for text in BAD_PROMPTS),
         (_only("metadata.csv", b"file_name,text\n0.png,a bird, on land\n"), "line 2 of .*Put text that holds a comma"),
         (_only("manifest.jsonl", b"\n"), "at least one image in .*manifest.jsonl, found no rows"),
         (_only("manifest.jsonl", b"\xff\xfe{}"), "Expected UTF-8"),
         (_only("other.txt", b""), "Expected manifest.jsonl in .*, found none"),
         (lambda base: (base / "00000" / "000003.png").unlink(), r"found 1 absent, first .*000003.png"),
         (lambda base: (base / "00000" / "000003.png").write_bytes(b"no"), "not read the image .*000003.png"),
-        (lambda base: change_rows(base, {0: {"file_name": "x" * 10_000}}), "found 1 absent"),
-        (lambda base: change_rows(base, {1: {"file_name": "00000/000000.png"}}), "each image once.*000000.png again"),
-        (lambda base: change_rows(base, {1: {"file_name": "00000/../00000/000000.png"}}), "each image once"),
+        (lambda base: change_rows(base, {1: {"file_name": "00000/../00000/000000.png"}}), "once.*000000.png again"),
         (lambda base: change_rows(base, [{"prompt": LAND}] * 7), f"found 1 of '{WATER}' at guidance scale 1.0"),
         (lambda base: change_rows(base, {0: {"scale": 0.5}}), r"found \[0.5, 1.0\]. Generate each scale"),
     ],
@@ -596,14 +564,10 @@ def test_models_that_do_not_fit_together_are_refused(base, tmp_path):
             measure(images)
 
 
-# Results.
-
-
 def test_results_come_back_from_their_file_and_the_table_lies_beside(base, tmp_path):
     theirs = write(tmp_path / "theirs", ROWS, scale=None)
-    results = measure(
-        {"base": base, "theirs": theirs}, subject_attribute="subject", target={"land": 0.3, "water": 0.7}
-    )
+    settings = {"subject_attribute": "subject", "target": {"land": 0.3, "water": 0.7}}
+    results = measure({"base": base, "theirs": theirs}, **settings)
     assert results.module_scales == {"base": 1.0}
     results.save(tmp_path / "v1.5")
     assert Results.load(tmp_path / "v1.5") == results
@@ -622,7 +586,6 @@ def test_results_come_back_from_their_file_and_the_table_lies_beside(base, tmp_p
     [
         ("models", [], "expected Mapping for models, got []"),
         ("models", {}, "at least one model, found none"),
-        ("models/base", 3, "for 'base' in models, got 3"),
         ("models/base/1.0", {"bias": 1.0}, "images_per_prompt"),
         ("models/base", {"x": "1.0"}, "'x' in 'base' in models"),
         ("models/base/1.0/attributes", {}, "StopIteration"),
@@ -630,17 +593,12 @@ def test_results_come_back_from_their_file_and_the_table_lies_beside(base, tmp_p
         ("models/base/1.0/attributes/background/overall/bias/high", float("nan"), "high in 'bias' in overall"),
         ("models/base/1.0/attributes/background/counts", {LAND: {"land": 0}}, "ZeroDivisionError"),
         ("module_scales", {"base": "strong"}, "'base' in module_scales"),
-        ("module_scales", {"base": None}, "'base' in module_scales"),
-        ("notes", "none", "for notes, got 'none'"),
     ],
 )
 def test_damaged_results_are_refused_with_the_place_of_the_fault(base, tmp_path, path, value, message):
     document = measure({"base": base}).to_dict()
     *parents, last = path.split("/")
-    inner = document
-    for name in parents:
-        inner = inner[name]
-    inner[last] = value
+    functools.reduce(operator.getitem, parents, document)[last] = value
     (tmp_path / "results.json").write_text(json.dumps(document))
     with pytest.raises(EvaluationError, match=r"results.json: Expected .*(?i:evaluate again)") as raised:
         Results.load(tmp_path / "results.json")

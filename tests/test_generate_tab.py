@@ -1,20 +1,14 @@
 """Tab Generate: its images are those of `invdiff generate`, in turns and with stops, and what its events answer."""
 
-from __future__ import annotations
-
 import asyncio
 import shlex
 import threading
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -30,37 +24,35 @@ from invdiff.app.serve import own_files
 with own_files():
     gr = pytest.importorskip("gradio", reason="needs the ui extra: pip install 'invdiff[ui]'")
     from invdiff.app.generate import GenerateTab, shares_seen
-    from invdiff.app.studio import Ask, Shot, Shown, Studio, command_for, read_ask
+    from invdiff.app.studio import Ask, Studio, command_for, read_ask
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of gradio's own imports
 
 
-def pixels(shots: list[Shot]) -> list[bytes]:
+def pixels(shots):
     return [shot.image.tobytes() for shot in shots]
 
 
-def config(**settings: Any) -> GenerateConfig:
+def config(**settings):
     return GenerateConfig(**{"images_per_prompt": 3, "num_inference_steps": 2, "batch_size": 2, **settings})
 
 
-def asked(**settings: Any) -> Ask:
+def asked(**settings):
     return Ask(CAPTIONS[0], config(**settings), ((0.5, 0.5),))
 
 
-def drawn(studio: Studio, ask: Ask, session: str = "") -> Shown:
+def drawn(studio, ask, session=""):
     *_, last = studio.draw(ask, studio.next_turn(session))
     return last
 
 
 @pytest.fixture
-def studio(tiny_pipe: StableDiffusionPipeline) -> Studio:
+def studio(tiny_pipe):
     return Studio(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=[2]))
 
 
 @pytest.mark.parametrize("prompt", ["a 'quoted' bird; rm -rf $HOME", "--output=elsewhere", ""])
-def test_the_command_draws_the_same_images(
-    tiny_pipe: StableDiffusionPipeline, tiny_pipe_dir: Path, tmp_path: Path, prompt: str
-) -> None:
+def test_the_command_draws_the_same_images(tiny_pipe, tiny_pipe_dir, tmp_path, prompt):
     module = make_guidance_module(tiny_pipe, num_groups=[2])
     module.save_pretrained(tmp_path / "module")
     studio = Studio(tiny_pipe, module, names=(str(tiny_pipe_dir), str(tmp_path / "module")))
@@ -80,7 +72,7 @@ def test_the_command_draws_the_same_images(
     assert pixels(shown.base) != pixels(shown.guided)
 
 
-def test_the_command_states_all_that_differs_from_the_defaults(studio: Studio) -> None:
+def test_the_command_states_all_that_differs_from_the_defaults(studio):
     ask = Ask("x", GenerateConfig(resolution=128, batch_size=4), ())
     plain = Studio(studio.pipe)
     assert command_for(ask, plain).split()[3:] == ["--resolution", "128", "--output", "images", "--", "x"]
@@ -93,7 +85,7 @@ def test_the_command_states_all_that_differs_from_the_defaults(studio: Studio) -
     assert command_for(ask, plain).split()[-4:] == ["--dtype", "bf16", "--output", "images"]
 
 
-def test_scale_0_is_the_base_model_and_the_mix_decides_the_groups(studio: Studio) -> None:
+def test_scale_0_is_the_base_model_and_the_mix_decides_the_groups(studio):
     shown = drawn(studio, asked(scale=0.0))
     assert len(shown.base) == 3
     assert pixels(shown.base) == pixels(shown.guided)
@@ -101,11 +93,11 @@ def test_scale_0_is_the_base_model_and_the_mix_decides_the_groups(studio: Studio
     assert all(one != other for one, other in zip(*sets, strict=True))
 
 
-def test_each_batch_is_shown_and_base_images_are_drawn_once(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
+def test_each_batch_is_shown_and_base_images_are_drawn_once(studio, monkeypatch):
+    calls = []
     studio.pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
 
-    def forwards(ask: Ask) -> int:
+    def forwards(ask):
         before = len(calls)
         counts = [(len(shown.base), len(shown.guided)) for shown in studio.draw(ask, studio.next_turn())]
         assert counts[-1] == (3, 3)
@@ -120,13 +112,13 @@ def test_each_batch_is_shown_and_base_images_are_drawn_once(studio: Studio, monk
     assert forwards(asked()) == both
 
 
-def test_stop_keeps_whole_batches_and_leaves_the_model_plain(studio: Studio) -> None:
+def test_stop_keeps_whole_batches_and_leaves_the_model_plain(studio):
     ask = asked(num_inference_steps=4)
     before = pixels(drawn(studio, ask).base)
     again = asked(num_inference_steps=4, seed=3)
     steps = 0
 
-    def stop_at_the_tenth(*_: Any) -> None:
+    def stop_at_the_tenth(*_):
         nonlocal steps
         steps += 1
         if steps == 10:  # in the second batch of the base model
@@ -146,7 +138,7 @@ def test_stop_keeps_whole_batches_and_leaves_the_model_plain(studio: Studio) -> 
     assert pixels(drawn(studio, ask).base) == before
 
 
-def test_a_request_gives_way_to_a_newer_one_of_its_session_only(studio: Studio) -> None:
+def test_a_request_gives_way_to_a_newer_one_of_its_session_only(studio):
     running = {name: studio.draw(asked(seed=seed), studio.next_turn(name)) for seed, name in enumerate("abc")}
     for drawing in running.values():
         next(drawing)
@@ -166,12 +158,12 @@ def test_a_request_gives_way_to_a_newer_one_of_its_session_only(studio: Studio) 
     assert not studio._turns  # sessions are forgotten with their requests
 
 
-def test_threads_take_turns_and_who_waits_can_be_stopped(studio: Studio) -> None:
+def test_threads_take_turns_and_who_waits_can_be_stopped(studio):
     alone = drawn(studio, asked())
     studio._kept.clear()
     inside, go_on = threading.Event(), threading.Event()
 
-    def hold(*_: Any) -> None:
+    def hold(*_):
         if studio.pipe.unet._forward_hooks:  # the module's
             inside.set()
             go_on.wait(20)
@@ -193,7 +185,7 @@ def test_threads_take_turns_and_who_waits_can_be_stopped(studio: Studio) -> None
     assert waits
 
 
-def test_without_a_module_or_groups_there_is_no_mix(tiny_pipe: StableDiffusionPipeline) -> None:
+def test_without_a_module_or_groups_there_is_no_mix(tiny_pipe):
     plain = Studio(tiny_pipe)
     shown = drawn(plain, Ask(CAPTIONS[0], config()))
     assert (len(shown.base), shown.guided, plain.num_groups) == (3, [], ())
@@ -202,7 +194,7 @@ def test_without_a_module_or_groups_there_is_no_mix(tiny_pipe: StableDiffusionPi
     assert len(drawn(invariant, Ask(CAPTIONS[0], config())).guided) == 3
 
 
-ME: Any = SimpleNamespace(session_hash="me")
+ME = SimpleNamespace(session_hash="me")
 ASKED = (CAPTIONS[0], 3, 6, 4.5, 2, 0.5, 25, 75)
 """Prompt, seed, images, guidance scale, steps, scale, and the mix."""
 
@@ -219,8 +211,8 @@ ASKED = (CAPTIONS[0], 3, 6, 4.5, 2, 0.5, 25, 75)
         ({7: "60"}, "a finite number in every field"),
     ],
 )
-def test_controls_out_of_range_are_errors(changed: dict[int, Any], message: str) -> None:
-    studio: Any = SimpleNamespace(num_groups=(2,), batch_size=4)
+def test_controls_out_of_range_are_errors(changed, message):
+    studio = SimpleNamespace(num_groups=(2,), batch_size=4)
     with pytest.raises(ConfigError, match=message):
         read_ask([changed.get(place, value) for place, value in enumerate(ASKED)], studio)
 
@@ -229,23 +221,23 @@ def test_controls_out_of_range_are_errors(changed: dict[int, Any], message: str)
 
 
 @pytest.fixture
-def tab(studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GenerateTab:
+def tab(studio, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     with gr.Blocks() as page:
         tab = GenerateTab(studio, CAPTIONS, lambda: [["on <land>", "group 1"]])
-    tab.page = page  # type: ignore[attr-defined]
+    tab.page = page
     return tab
 
 
-async def all_of(shown: AsyncIterator[list[Any]]) -> list[list[Any]]:
+async def all_of(shown):
     return [values async for values in shown]
 
 
-def events(tab: GenerateTab, *values: Any) -> list[list[Any]]:
+def events(tab, *values):
     return asyncio.run(all_of(tab.draw(ME, True, *values)))
 
 
-def test_images_come_batch_by_batch_and_the_command_first(tab: GenerateTab) -> None:
+def test_images_come_batch_by_batch_and_the_command_first(tab):
     first, *rest = events(tab, *ASKED)
     assert "Waiting for the model" in first[0]
     assert first[4] == (
@@ -262,7 +254,7 @@ def test_images_come_batch_by_batch_and_the_command_first(tab: GenerateTab) -> N
     assert "No annotator was given" in rest[1][3]
 
 
-def test_stop_is_stated_but_not_that_another_request_follows(tab: GenerateTab, studio: Studio) -> None:
+def test_stop_is_stated_but_not_that_another_request_follows(tab, studio):
     running = tab.batches(studio.next_turn("me"), *ASKED)
     next(running), next(running)
     assert "Stopped" in tab.stop(ME)
@@ -274,15 +266,15 @@ def test_stop_is_stated_but_not_that_another_request_follows(tab: GenerateTab, s
     assert list(running) == [[gr.skip()] * 5]
 
 
-def test_what_cannot_be_asked_for_is_an_error_on_the_page(tab: GenerateTab) -> None:
+def test_what_cannot_be_asked_for_is_an_error_on_the_page(tab):
     (refused,) = events(tab, *ASKED[:-2], 0, 0)
     assert 'role="alert"' in refused[0]
     assert "a share above 0" in refused[0]
 
 
-def test_sliders_draw_only_where_that_is_wanted_and_within_their_ranges(tab: GenerateTab) -> None:
+def test_sliders_draw_only_where_that_is_wanted_and_within_their_ranges(tab):
     assert asyncio.run(all_of(tab.draw(ME, False, *ASKED))) == [[gr.skip()] * 5]
-    parts = {part.elem_id: part for part in tab.page.blocks.values()}  # type: ignore[attr-defined]
+    parts = {part.elem_id: part for part in tab.page.blocks.values()}
     for name, most in {"images": 64, "steps": 100, "scale": 2, "cfg": 15, "seed": 2**31 - 1, "mix-0-0": 100}.items():
         assert parts[name].preprocess(most) == most
         for beyond in (most + 1, -1):
@@ -290,7 +282,7 @@ def test_sliders_draw_only_where_that_is_wanted_and_within_their_ranges(tab: Gen
                 parts[name].preprocess(beyond)
 
 
-def test_the_mix_is_shown_with_the_names_of_groups(tab: GenerateTab) -> None:
+def test_the_mix_is_shown_with_the_names_of_groups(tab):
     first, second, target = tab.first()
     assert (first["label"], second["label"]) == ("Share of “on <land>”", "Share of “group 1”")
     assert target.count("50%") == 2
@@ -298,15 +290,15 @@ def test_the_mix_is_shown_with_the_names_of_groups(tab: GenerateTab) -> None:
     assert "Give at least one group a share above 0" in tab.target_bar(0, 0)
 
 
-def test_bars_count_the_classes_that_the_annotator_names(studio: Studio) -> None:
+def test_bars_count_the_classes_that_the_annotator_names(studio):
     attributes = {"light": ("dark", "bright"), "mood": ("sad", "glad")}
 
-    def predict(images: Any) -> Annotations:  # every other image is bright; nobody can tell the mood of dark ones
+    def predict(images):  # every other image is bright; nobody can tell the mood of dark ones
         bright = np.arange(len(images), dtype=np.float32)[:, None] % 2
         light = np.hstack([1 - bright, bright])
         return Annotations(attributes, {"light": light, "mood": light * bright}, None)
 
-    annotator: Any = SimpleNamespace(name="<b>light", attributes=attributes, predict=predict)
+    annotator = SimpleNamespace(name="<b>light", attributes=attributes, predict=predict)
     studio.annotator = annotator
     html = shares_seen(drawn(studio, asked()), annotator)
     counts = [part.partition("<")[0] for part in html.split('<span class="figure">')[1:]]

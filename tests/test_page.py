@@ -1,12 +1,7 @@
 """The page in a real browser: drawn with, dragged, typed into and looked at."""
 
-from __future__ import annotations
-
 import json
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,18 +14,18 @@ pytestmark = [needs_browser, pytest.mark.filterwarnings("ignore::DeprecationWarn
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser():
     with open_browser() as browser:
         yield browser
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory):
     return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture(scope="module")
-def address(home: Path) -> Iterator[str]:
+def address(home):
     """The page of the bundled demo, as `invdiff ui` serves it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INVDIFF_CACHE", str(home))
@@ -41,10 +36,10 @@ def address(home: Path) -> Iterator[str]:
 class Visit:
     """A browser's page, which must neither complain nor ask elsewhere for anything."""
 
-    def __init__(self, browser: Any, address: str, *, width: int = 1280) -> None:
+    def __init__(self, browser, address, *, width=1280):
         self.view = browser.new_page(viewport={"width": width, "height": 900})
-        self.asked: list[str] = []
-        self.complaints: list[str] = []
+        self.asked = []
+        self.complaints = []
         self.view.on("request", lambda sent: self.asked.append(sent.url))
         self.view.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.view.on("dialog", lambda dialog: (self.complaints.append(dialog.message), dialog.dismiss()))
@@ -52,20 +47,20 @@ class Visit:
         self.view.goto(address)
         self.view.wait_for_selector("#draw, .notice")
 
-    def close(self) -> None:
+    def close(self):
         self.view.close()
         assert self.complaints == []
         assert [url for url in self.asked if not url.startswith((self.address, "data:", "blob:"))] == []
 
-    def tab(self, name: str, shows: str) -> None:
+    def tab(self, name, shows):
         self.view.get_by_role("tab", name=name).click()
         self.view.wait_for_selector(shows)
 
-    def draw(self) -> None:
+    def draw(self):
         self.view.click("#draw")
         self.settle()
 
-    def settle(self) -> None:
+    def settle(self):
         """Wait until everything that was asked for is drawn: nothing changes for a second."""
         before, same, deadline = None, 0, time.monotonic() + 60
         while same < 5:
@@ -75,37 +70,37 @@ class Visit:
             same = same + 1 if now == before and now[0].startswith("12 of 12") and len(now) == 25 else 0
             before = now
 
-    def images(self, gallery: str) -> list[str]:
+    def images(self, gallery):
         """File names of the images in a gallery, which follow from their pixels."""
         urls = self.view.evaluate("name => [...document.querySelectorAll(`#${name} img`)].map(i => i.src)", gallery)
         return [url.rpartition("/")[2] for url in urls]
 
-    def key(self, name: str, *keys: str) -> None:
+    def key(self, name, *keys):
         self.view.locator(f"#{name} input[type=range]").focus()
         for key in keys:
             self.view.keyboard.press(key)
 
-    def type(self, name: str, text: str) -> None:
+    def type(self, name, text):
         self.view.fill(f"#{name} input, #{name} textarea", text)
 
-    def says(self, name: str, text: str) -> None:
+    def says(self, name, text):
         """Wait until an element shows a text."""
         self.view.wait_for_selector(f"#{name}:has-text({json.dumps(text)})")
 
-    def on_water(self) -> list[int]:
+    def on_water(self):
         """How many base and guided images show water, of 12."""
         rows = self.view.locator("#shares .class").filter(has_text="water").first.locator(".figure").all_inner_texts()
         return [int(row.removesuffix(" of 12")) for row in rows]
 
 
 @pytest.fixture
-def visit(browser: Any, address: str) -> Iterator[Visit]:
+def visit(browser, address):
     visit = Visit(browser, address)
     yield visit
     visit.close()
 
 
-def test_guided_images_stand_beside_base_images_and_sliders_draw_them_again(visit: Visit) -> None:
+def test_guided_images_stand_beside_base_images_and_sliders_draw_them_again(visit):
     view, start = visit.view, time.perf_counter()
     view.click("#draw")
     view.wait_for_selector("#guided img")
@@ -152,7 +147,7 @@ def test_guided_images_stand_beside_base_images_and_sliders_draw_them_again(visi
     assert len(visit.images("guided")) < 64
 
 
-def test_groups_are_browsed_parted_named_and_images_left_out(visit: Visit, home: Path) -> None:
+def test_groups_are_browsed_parted_named_and_images_left_out(visit, home):
     view = visit.view
     visit.tab("Audit", "#typical-0 img")
     for prompt, shown in (("landbird", ":not(:has-text('76 images'))"), ("waterbird", ":has-text('76 images')")):
@@ -200,7 +195,7 @@ def test_groups_are_browsed_parted_named_and_images_left_out(visit: Visit, home:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_everything_fits_and_no_image_is_broken(browser: Any, address: str, width: int) -> None:
+def test_everything_fits_and_no_image_is_broken(browser, address, width):
     visit = Visit(browser, address, width=width)
     visit.draw()
     for tab, shows in (("Generate", "#guided img"), ("Audit", "#typical-1 img"), ("Compare", "#compare table")):
@@ -210,7 +205,7 @@ def test_everything_fits_and_no_image_is_broken(browser: Any, address: str, widt
     visit.close()
 
 
-def test_hostile_names_and_captions_are_text(browser: Any, tmp_path: Path) -> None:
+def test_hostile_names_and_captions_are_text(browser, tmp_path):
     with served(hostile_run(tmp_path / "run")) as (address, _):
         visit = Visit(browser, address)
         view = visit.view

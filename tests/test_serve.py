@@ -1,7 +1,5 @@
 """Where the page listens, and whom it answers: asked over the network, and by another site."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -9,9 +7,6 @@ import socket
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -31,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of grad
 PASSWORD = "correct horse"
 
 
-def has_ipv6() -> bool:
+def has_ipv6():
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as trial:
         trial.bind(("::1", 0))
         return True
@@ -42,7 +37,7 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="needs IPv6 on this machi
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """A run with an audit and nothing else; read only."""
     folder = tmp_path_factory.mktemp("run")
     make_audit(folder / "audit")
@@ -50,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def served(*runs: Path, host: str = "127.0.0.1", **options: Any) -> Iterator[tuple[str, Path]]:
+def served(*runs, host="127.0.0.1", **options):
     """The address of a page, and the folder of the files that it serves."""
     with own_files() as files:
         workspace = open_workspace(runs)
@@ -62,20 +57,20 @@ def served(*runs: Path, host: str = "127.0.0.1", **options: Any) -> Iterator[tup
 
 
 @pytest.fixture(scope="module")
-def shown(folder: Path) -> Iterator[tuple[str, Path]]:
+def shown(folder):
     """A page for this machine alone."""
     with served(folder) as page:
         yield page
 
 
 @pytest.fixture(scope="module")
-def locked(folder: Path) -> Iterator[str]:
+def locked(folder):
     """The address of a page with a password, which answers to every name."""
     with served(folder, password=PASSWORD, public=True) as (address, _):
         yield address
 
 
-def ask(url: str, data: bytes | None = None, headers: dict[str, str] | None = None) -> tuple[int, bytes, Any]:
+def ask(url, data=None, headers=None):
     """Status, body and headers of an answer."""
     asked = urllib.request.Request(url, data=data, headers=headers or {})
     try:
@@ -86,18 +81,18 @@ def ask(url: str, data: bytes | None = None, headers: dict[str, str] | None = No
             return error.code, bytes(error.read()), error.headers
 
 
-def status(url: str, data: bytes | None = None, headers: dict[str, str] | None = None) -> int:
+def status(url, data=None, headers=None):
     return ask(url, data, headers)[0]
 
 
-def log_in(address: str, password: str = PASSWORD, headers: dict[str, str] | None = None) -> tuple[int, str]:
+def log_in(address, password=PASSWORD, headers=None):
     """Status, and the cookie of a visitor."""
     form = urllib.parse.urlencode({"username": "invdiff", "password": password}).encode()
     code, _, answered = ask(f"{address}login", form, headers)
     return code, "; ".join(value.partition(";")[0] for value in answered.get_all("Set-Cookie", []))
 
 
-def join(address: str, headers: dict[str, str], cookie: str = "") -> int:
+def join(address, headers, cookie=""):
     """Status of a call of an event."""
     body = json.dumps({"data": [], "fn_index": 0, "session_hash": "visitor"}).encode()
     sent = {"Content-Type": "application/json", "Cookie": cookie, **headers}
@@ -108,14 +103,14 @@ def join(address: str, headers: dict[str, str], cookie: str = "") -> int:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.3.2.1", "::1"])
-def test_this_machine_alone_may_always_open_it(host: str) -> None:
+def test_this_machine_alone_may_always_open_it(host):
     check_address(host, public=False, password=None)
     with pytest.raises(ConfigError, match="Expected a password beside --public"):  # a proxy may stand before it
         check_address(host, public=True, password=None)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "both.example"])
-def test_the_network_needs_a_wish_and_a_long_password(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_network_needs_a_wish_and_a_long_password(host, monkeypatch):
     if host == "both.example":  # a name is loopback only with all its addresses
         answers = [(0, 0, 0, "", ("127.0.0.1", 0)), (0, 0, 0, "", ("192.0.2.7", 0))]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_: answers)
@@ -128,7 +123,7 @@ def test_the_network_needs_a_wish_and_a_long_password(host: str, monkeypatch: py
     check_address(host, public=True, password="long enough")
 
 
-def test_what_cannot_be_listened_on_is_an_error(folder: Path) -> None:
+def test_what_cannot_be_listened_on_is_an_error(folder):
     with pytest.raises(ConfigError, match="Expected a name or an address of this machine"):
         check_address("", public=False, password=None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -144,7 +139,7 @@ def test_what_cannot_be_listened_on_is_an_error(folder: Path) -> None:
 
 @needs_ipv6
 @pytest.mark.parametrize(("host", "public"), [("::1", False), ("::", True)])
-def test_it_listens_on_ipv6(host: str, public: bool, folder: Path) -> None:
+def test_it_listens_on_ipv6(host, public, folder):
     with served(folder, host=host, public=public, password=PASSWORD if public else None) as (address, _):
         assert address.startswith("http://[::1]:")
         assert status(address) == 200
@@ -152,9 +147,7 @@ def test_it_listens_on_ipv6(host: str, public: bool, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["", "intranet.example", "*"])
-def test_the_environment_neither_opens_the_page_nor_leads_it_to_a_proxy(
-    given: str, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_environment_neither_opens_the_page_nor_leads_it_to_a_proxy(given, folder, monkeypatch, tmp_path):
     for name in ("no_proxy", "NO_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GRADIO_ALLOWED_PATHS", str(tmp_path))
@@ -178,14 +171,14 @@ def test_the_environment_neither_opens_the_page_nor_leads_it_to_a_proxy(
 
 
 @pytest.mark.parametrize("host", ["evil.example:7990", "localhost.evil.example", "10.0.0.1:7860"])
-def test_it_answers_to_no_name_that_somebody_else_points_to_it(host: str, shown: tuple[str, Path]) -> None:
+def test_it_answers_to_no_name_that_somebody_else_points_to_it(host, shown):
     own = {"Host": host, "Origin": f"http://{host}", "Sec-Fetch-Site": "same-origin"}
     assert status(shown[0], headers=own) == 400
     assert join(shown[0], own) == 400
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "LocalHost", "[::1]"])
-def test_it_answers_its_own_scripts_by_every_name_of_this_machine(name: str, shown: tuple[str, Path]) -> None:
+def test_it_answers_its_own_scripts_by_every_name_of_this_machine(name, shown):
     host = f"{name}:{urllib.parse.urlsplit(shown[0]).port}"
     assert join(shown[0], {"Host": host, "Origin": f"http://{host.lower()}", "Sec-Fetch-Site": "same-origin"}) == 200
 
@@ -202,7 +195,7 @@ def test_it_answers_its_own_scripts_by_every_name_of_this_machine(name: str, sho
         {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"},
     ],
 )
-def test_another_site_gets_nothing(headers: dict[str, str], shown: tuple[str, Path], locked: str) -> None:
+def test_another_site_gets_nothing(headers, shown, locked):
     address, files = shown
     (files / "shown.txt").write_text("shown")
     assert join(address, headers) == 403
@@ -215,13 +208,13 @@ def test_another_site_gets_nothing(headers: dict[str, str], shown: tuple[str, Pa
     assert log_in(locked, headers=behind) == (403, "")
 
 
-def test_others_may_link_to_it(shown: tuple[str, Path]) -> None:
+def test_others_may_link_to_it(shown):
     for site in ("cross-site", "same-site", "none"):
         link = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
         assert status(shown[0], headers=link) == 200
 
 
-def test_a_password_is_asked_for(locked: str) -> None:
+def test_a_password_is_asked_for(locked):
     own = {"Host": "pics.example", "Origin": "https://pics.example", "Sec-Fetch-Site": "same-origin"}
     assert status(f"{locked}config") == 401
     assert log_in(locked, "wrong horse")[0] == 400
@@ -232,9 +225,7 @@ def test_a_password_is_asked_for(locked: str) -> None:
     assert join(locked, own) == 401
 
 
-def test_files_are_served_of_its_own_folder_only(
-    shown: tuple[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_files_are_served_of_its_own_folder_only(shown, folder, monkeypatch, tmp_path):
     address, files = shown
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret.txt").write_text("secret")
@@ -246,7 +237,7 @@ def test_files_are_served_of_its_own_folder_only(
             assert status(f"{address}gradio_api/file={form}") in (403, 404), path
 
 
-def test_it_takes_nothing_in_and_fetches_nothing_for_a_visitor(shown: tuple[str, Path]) -> None:
+def test_it_takes_nothing_in_and_fetches_nothing_for_a_visitor(shown):
     address, files = shown
     for url in ("http://192.0.2.1/x", "HTTPS://example.com/"):
         for form in (url, urllib.parse.quote(url, safe="")):

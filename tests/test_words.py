@@ -31,11 +31,10 @@ from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.errors import AuditError, ConfigError, ModelError
 from invdiff.report.grids import save_audit_pictures
 from runs import LAND, NASTY, built_audit, make_audit, report
-from tiny import save_clip
+from tiny import CAPTIONS, save_clip
 
 ON_LAND, ON_WATER = 0, 1
 WIDTH = 256
-PROMPTS = ("a photo of a landbird", "a photo of a waterbird")
 
 
 @functools.cache
@@ -79,8 +78,7 @@ class StandIn:
                 word = text[len(before) : len(text) - len(after)]
                 break
         meaning = direction(word)
-        if word in self.alike:
-            meaning = direction(self.alike[word]) + 0.3 * meaning
+        meaning = direction(self.alike[word]) + 0.3 * meaning if word in self.alike else meaning
         return 7 * (2 * direction("a text") + meaning + 0.2 * direction(template))
 
 
@@ -92,19 +90,16 @@ def pictures(count):
     return [file.getvalue() for file in files]
 
 
-def made_up(labels, prompt_ids, captions=None, prompts=PROMPTS):
-    """An audit of groups as told, and its images."""
+def birds(on_water=("sea",), on_land=(), *, rare=30, labels=None, captions=None, prompts=CAPTIONS):
+    """An audit, its images and an encoder; group 1 is rare under the first prompt, or `labels` are of one prompt."""
+    prompt_ids = np.repeat([0, 1], 90 + rare) if labels is None else np.zeros(len(labels), dtype=int)
+    labels = np.repeat([ON_LAND, ON_WATER, ON_WATER, ON_LAND], [90, rare, 90, rare]) if labels is None else labels
     names = [f"{index}.png" for index in range(len(labels))]
-    entries = [PromptAudit(prompt, [prompt], 0, found=True, reason="") for prompt in prompts]
+    entries = [PromptAudit(prompt, [prompt], 0, found=True, reason="") for prompt in prompts[: prompt_ids[-1] + 1]]
     captions = captions or [prompts[index] for index in prompt_ids]
     data = CaptionedImages(captions, names, {}, 0.0, pictures(len(names)).__getitem__)
-    return built_audit(np.eye(labels.max() + 1)[labels], prompt_ids, entries, names), data
-
-
-def birds(rare=30, usual=90):
-    """Two prompts; group 1 is rare under the first and frequent under the second."""
-    labels = [ON_LAND] * usual + [ON_WATER] * rare + [ON_WATER] * usual + [ON_LAND] * rare
-    return np.array(labels), np.repeat([0, 1], rare + usual)
+    encoder = StandIn([on_water if label == ON_WATER else on_land for label in labels])
+    return built_audit(np.eye(2)[labels], prompt_ids, entries, names), data, encoder
 
 
 def tell(found, data, encoder, tmp_path, rows=None, words=()):
@@ -113,21 +108,17 @@ def tell(found, data, encoder, tmp_path, rows=None, words=()):
     return describe_groups(found, data, rows, encoder, config, cache_dir=tmp_path, progress=False)
 
 
+def on_water(found):
+    return found.group_weights[0].argmax(axis=1) == ON_WATER
+
+
 def words_of(told, prompt, group):
     return [word.word for word in told.of(prompt, group).words]
 
 
-def sea_birds(words=("sea",), **options):
-    """Birds of which group 1 shows `words`: an audit, its images and an encoder."""
-    labels, prompt_ids = birds()
-    return *made_up(labels, prompt_ids, **options), StandIn([words if label == ON_WATER else () for label in labels])
-
-
 def test_the_words_that_part_groups_are_named_first_under_each_prompt_and_over_all(tmp_path):
-    labels, prompt_ids = birds()
-    encoder = StandIn([("sea", "boat", "sky") if label == ON_WATER else ("forest", "sky") for label in labels])
-    encoder.features[labels == ON_WATER] += 0.2 * direction("a text")  # nearer to every word, which tells nothing
-    found, data = made_up(labels, prompt_ids)
+    found, data, encoder = birds(("sea", "boat", "sky"), ("forest", "sky"))
+    encoder.features[on_water(found)] += 0.2 * direction("a text")  # nearer to every word, which tells nothing
     told = tell(found, data, encoder, tmp_path)
     for prompt in (0, 1, None):
         assert set(words_of(told, prompt, ON_WATER)[:2]) == {"sea", "boat"}
@@ -143,7 +134,7 @@ def test_where_groups_look_alike_hardly_ever_is_a_word_named(tmp_path):
     encoder = StandIn([(scene,) for scene in numbers.choice(["sea", "forest", "city", "snow"], 60)])
     labels, wrong = np.arange(60) < LEAST_IMAGES, 0
     for _ in range(50):
-        found, data = made_up(numbers.permutation(labels).astype(int), np.zeros(60, dtype=int), prompts=PROMPTS[:1])
+        found, data, _ = birds(labels=numbers.permutation(labels).astype(int))
         told = tell(found, data, encoder, tmp_path)
         wrong += any(entry.words for entry in told.groups)
         assert {entry.line for entry in told.groups if not entry.words} <= {NO_WORD}
@@ -151,10 +142,8 @@ def test_where_groups_look_alike_hardly_ever_is_a_word_named(tmp_path):
 
 
 def test_a_difference_that_nobody_could_see_is_not_named(tmp_path, monkeypatch):
-    labels, prompt_ids = np.arange(800) % 2, np.zeros(800, dtype=int)
-    found, data = made_up(labels, prompt_ids, prompts=PROMPTS[:1])
-    encoder = StandIn([("sea",)] * 800)
-    encoder.features[labels == ON_WATER] += 0.03 * direction("sea")
+    found, data, encoder = birds(on_land=("sea",), labels=np.arange(800) % 2)
+    encoder.features[on_water(found)] += 0.03 * direction("sea")
     monkeypatch.setattr(words_module, "IMAGES_PER_GROUP", 400)
     monkeypatch.setattr(words_module, "LEAST_EFFECT", 0.8)
     assert words_of(tell(found, data, encoder, tmp_path), 0, ON_WATER) == []
@@ -164,14 +153,14 @@ def test_a_difference_that_nobody_could_see_is_not_named(tmp_path, monkeypatch):
 
 def test_words_of_captions_and_of_the_user_are_tried_but_those_that_the_prompt_says(tmp_path):
     words, captions = ("heron", "Old Harbour", "boat"), ["a heron or not"] * 240
-    found, data, encoder = sea_birds(words, captions=captions, prompts=("an old harbour with BOATS", "a bird"))
+    found, data, encoder = birds(words, captions=captions, prompts=("an old harbour with BOATS", "a bird"))
     told = tell(found, data, encoder, tmp_path, words=["Old Harbour"])
     assert words_of(told, 0, ON_WATER) == ["heron"]
     assert set(words_of(told, 1, ON_WATER)) == set(words_of(told, None, ON_WATER)) == set(words)
 
 
 def test_near_synonyms_and_plurals_are_thinned_to_the_best(tmp_path):
-    found, data, encoder = sea_birds(("sea", "boat", "boats"))
+    found, data, encoder = birds(("sea", "boat", "boats"))
     encoder.alike = {"ocean": "sea", "surf": "sea"}
     told = tell(found, data, encoder, tmp_path, words=["ocean", "surf", "boats"])
     alike = {"boat": "boats", "ocean": "sea", "surf": "sea"}
@@ -181,18 +170,14 @@ def test_near_synonyms_and_plurals_are_thinned_to_the_best(tmp_path):
 
 def test_the_best_words_come_first_and_are_few(tmp_path):
     words = ["sea", "boat", "waves", "pond", "lake", "island", "harbour", "fish"]
-    found, data, encoder = sea_birds(words)
-    encoder.features[found.group_weights[0].argmax(axis=1) == ON_WATER] += 0.15 * direction("pond")
+    found, data, encoder = birds(words)
+    encoder.features[on_water(found)] += 0.15 * direction("pond")
     told = words_of(tell(found, data, encoder, tmp_path), 0, ON_WATER)
-    assert len(told) == MOST_WORDS
-    assert told[0] == "pond"
-    assert set(told) < set(words)
+    assert (told[0], len(set(told) & set(words)), len(told)) == ("pond", MOST_WORDS, MOST_WORDS)
 
 
 def test_at_most_so_many_images_of_each_group_are_shown_once(tmp_path):
-    labels, prompt_ids = np.array([ON_LAND] * 700 + [ON_WATER] * 30), np.zeros(730, dtype=int)
-    found, data = made_up(labels, prompt_ids, prompts=PROMPTS[:1])
-    encoder = StandIn([("sea",) if label == ON_WATER else () for label in labels])
+    found, data, encoder = birds(labels=np.repeat([ON_LAND, ON_WATER], [700, 30]))
     told = tell(found, data, encoder, tmp_path)
     assert told.images == len(set(encoder.images)) == len(encoder.images) == IMAGES_PER_GROUP + 30
     assert told.of(None, ON_WATER) is None  # with one prompt, all are one
@@ -205,54 +190,47 @@ def test_at_most_so_many_images_of_each_group_are_shown_once(tmp_path):
 
 
 def test_only_the_images_that_count_are_shown_from_where_the_data_has_them(tmp_path):
-    labels, prompt_ids = birds()
-    found, _ = made_up(labels, prompt_ids)
+    found, _, _ = birds()
+    labels = on_water(found)
     found.group_weights[0][:40] = 0  # people left these out
     count = len(labels) + 5
     rows = np.random.default_rng(0).permutation(count)[:-5]
     shown = [()] * count
-    for row, label in zip(rows, labels, strict=True):
-        shown[row] = ("sea",) if label == ON_WATER else ()
+    for row in rows[labels]:
+        shown[row] = ("sea",)
     data = CaptionedImages(["a bird"] * count, [str(i) for i in range(count)], {}, 0.0, pictures(count).__getitem__)
     encoder = StandIn(shown)
-    told = tell(found, data, encoder, tmp_path, rows)
-    assert words_of(told, 0, ON_WATER) == ["sea"]
+    assert words_of(tell(found, data, encoder, tmp_path, rows), 0, ON_WATER) == ["sea"]
     assert set(encoder.images) == set(rows[40:])
 
 
 def test_small_groups_are_not_judged(tmp_path):
-    labels, prompt_ids = birds(rare=LEAST_IMAGES - 4)
-    encoder = StandIn([("sea",) if label == ON_WATER else ("forest",) for label in labels])
-    told = tell(*made_up(labels, prompt_ids), encoder, tmp_path)
+    told = tell(*birds(on_land=("forest",), rare=LEAST_IMAGES - 4), tmp_path)
     assert "too few images" in told.of(0, ON_WATER).note
     assert "too few images" in told.of(0, ON_LAND).note  # there is nothing to compare it with
     assert told.of(None, ON_WATER).words == ()
 
 
 def test_a_prompt_that_hides_nothing_has_no_words(tmp_path):
-    found, data, encoder = sea_birds()
+    found, data, encoder = birds()
     for prompt, others in ((1, {0}), (0, set())):
         found.prompts[prompt] = replace(found.prompts[prompt], found=False)
         assert {entry.prompt for entry in tell(found, data, encoder, tmp_path).groups} == others
 
 
 def test_each_hidden_factor_has_words_of_its_own(tmp_path):
-    labels, prompt_ids = birds()
-    at_night = np.arange(len(labels)) % 4 == 0
-    found, data = made_up(labels, prompt_ids)
+    found, data, _ = birds()
+    at_night = np.arange(240) % 4 == 0
     second = np.eye(2, dtype=np.float32)[at_night.astype(int)]
-    shown = [
-        [word for word, there in (("sea", a == ON_WATER), ("night", b)) if there]
-        for a, b in zip(labels, at_night, strict=True)
-    ]
-    told = tell(replace(found, group_weights=(*found.group_weights, second)), data, StandIn(shown), tmp_path)
+    encoder = StandIn([["sea"] * int(a) + ["night"] * int(b) for a, b in zip(on_water(found), at_night, strict=True)])
+    told = tell(replace(found, group_weights=(*found.group_weights, second)), data, encoder, tmp_path)
     assert words_of(told, None, ON_WATER) == ["sea"]
     assert [word.word for word in told.of(None, 1, factor=1).words] == ["night"]
 
 
 @pytest.mark.parametrize("hostile", ["<img src=x onerror=alert(1)>", "x" * 10_000, "\u202e{0}{} %s \ud800"])
 def test_hostile_captions_are_harmless(hostile, tmp_path):
-    found, data, encoder = sea_birds(captions=[f"{hostile} sea"] * 240, prompts=(hostile, hostile))
+    found, data, encoder = birds(captions=[f"{hostile} sea"] * 240, prompts=(hostile, hostile))
     told = tell(found, data, encoder, tmp_path, words=["{}", "<b>{0}</b>"])
     assert words_of(told, 0, ON_WATER) == ["sea"]
     assert max(map(len, encoder.texts)) < 100
@@ -269,21 +247,19 @@ def test_the_vocabulary_holds_each_word_once_the_user_s_first():
     assert vocabulary([]) == vocabulary(["the photo"] * 5)
 
 
-EXACT = AuditConfig(solver="exact", min_images=6, min_share=0.3, caption_threshold=100.0)
-
-
 def test_words_change_nothing_else_and_cost_no_new_measurement(tiny_pipe, tiny_pipe_dir, tmp_path, monkeypatch):
     folder, clip_dir = write_tiny_folder(tmp_path / "data", 60), save_clip(tmp_path / "tiny-clip")
     data, cache = load_captioned_images(folder), tmp_path / "cache"
-    config = replace(EXACT, words_model=str(tmp_path / "absent"))
+    exact = AuditConfig(solver="exact", min_images=6, min_share=0.3, caption_threshold=100.0)
+    config = replace(exact, words_model=str(tmp_path / "absent"))
     with pytest.raises(ModelError, match="Expected a CLIP model"):
         audit(tiny_pipe, data, config=config, cache_dir=cache, progress=False)
     assert not (cache / "evidence").exists()  # a wrong name is an error before the work
-    plain = audit(tiny_pipe, data, config=EXACT, cache_dir=cache, progress=False)
+    plain = audit(tiny_pipe, data, config=exact, cache_dir=cache, progress=False)
     monkeypatch.setattr("invdiff.auditing.evidence._measure", None)  # evidence is read back
 
     (tmp_path / "words.txt").write_text("palm tree\n\nharbour\n")
-    (tmp_path / "settings.json").write_text(json.dumps(EXACT.to_dict()))
+    (tmp_path / "settings.json").write_text(json.dumps(exact.to_dict()))
     arguments = ["audit", tiny_pipe_dir, folder, "--output", tmp_path / "audit", "--cache-dir", cache, "--quiet"]
     arguments += ["--config", tmp_path / "settings.json", "--words-model", clip_dir, "--words", tmp_path / "words.txt"]
     done = CliRunner().invoke(cli.app, list(map(str, arguments)), catch_exceptions=False)
@@ -293,64 +269,57 @@ def test_words_change_nothing_else_and_cost_no_new_measurement(tiny_pipe, tiny_p
     assert told.settings["words"] == ["palm tree", "harbour"]
     assert told.words.model == "tiny-clip"
     assert {(entry.prompt, entry.group) for entry in told.words.groups} == {(0, 0), (0, 1)}
-    assert "Words that distinguish groups under the prompt" in done.output
-    assert "as tiny-clip sees them" in done.output
-    assert f"group 0: {told.words.of(0, 0).line}" in done.output
+    for text in ("Words that distinguish", "as tiny-clip sees them", f"group 0: {told.words.of(0, 0).line}"):
+        assert text in done.output
 
 
-@pytest.mark.parametrize(
-    ("model", "words", "message"),
-    [
-        *[("clip", (word,), "words of 1 to 60 characters") for word in ("", "x" * 61, " ")],
-        ("", ("sea",), "nothing without words_model"),
-    ],
-)
-def test_words_are_short_and_need_a_model_to_read_them(model, words, message):
-    with pytest.raises(ConfigError, match=message):
-        AuditConfig(words_model=model, words=words)
+def test_words_are_short_and_need_a_model_to_read_them():
+    for word in ("", "x" * 61, " "):
+        with pytest.raises(ConfigError, match="words of 1 to 60 characters"):
+            AuditConfig(words_model="clip", words=(word,))
+    with pytest.raises(ConfigError, match="nothing without words_model"):
+        AuditConfig(words=("sea",))
 
 
 # How they are kept.
 
 BIRD = PromptAudit("a bird", ["a bird"], 2, True, "made up", shares=[0.5, 0.5])
 AUDIT = built_audit(np.eye(2), [0, 0], [BIRD], ["a.png", "b.png"])
-OTHER = replace(AUDIT, group_weights=(AUDIT.group_weights[0][::-1],))
 WATER = GroupWords(0, 0, 1, (Word("water", 2.1, 0.001), Word("boat", 0.9, 0.004)), "")
 NOTHING = GroupWords(None, 0, 0, (), "no word tells it apart")
 FOUND = AuditWords("clip-tiny", AUDIT.fingerprint, 500, 80, 0.01, (WATER, NOTHING))
 
 
-def test_words_come_back_whole_and_are_found_by_prompt_factor_and_group(tmp_path):
+def test_words_come_back_whole_and_on_one_line_and_are_found_by_prompt_factor_and_group(tmp_path):
     assert Audit.load(AUDIT.save(tmp_path)).words is None
     assert Audit.load(replace(AUDIT, words=FOUND).save(tmp_path)).words == FOUND
     assert Audit.load(AUDIT.save(tmp_path)).words == FOUND  # of the same groups, so they stay
     assert (FOUND.of(0, 1), FOUND.of(None, 0)) == (WATER, NOTHING)
     assert FOUND.of(0, 0) is FOUND.of(0, 1, factor=1) is None
     assert (WATER.line, NOTHING.line) == ("water, boat", "no word tells it apart")
+    document = asdict(FOUND)
+    document["groups"][0]["words"][0]["word"] = "\u202e<b>\n" + "x" * 10_000
+    (tmp_path / WORDS).write_text(json.dumps(document))
+    assert Audit.load(tmp_path).words.groups[0].words[0].word == ("<b> " + "x" * WORD_LIMIT)[: WORD_LIMIT - 1] + "…"
 
 
 def test_words_of_another_audit_are_refused_and_removed(tmp_path):
-    replace(AUDIT, words=FOUND).save(tmp_path / "one")
-    OTHER.save(tmp_path / "two")
-    (tmp_path / "one" / WORDS).rename(tmp_path / "two" / WORDS)
+    other = replace(AUDIT, group_weights=(AUDIT.group_weights[0][::-1],))
+    (other.save(tmp_path) / WORDS).write_text(json.dumps(asdict(FOUND)))
     with pytest.raises(AuditError, match=rf"those of another \({AUDIT.fingerprint}\).*--words-model"):
-        Audit.load(tmp_path / "two")
+        Audit.load(tmp_path)
     with pytest.raises(AuditError, match="those of another"):
-        save_report(tmp_path / "report", audit=tmp_path / "two")
-    assert Audit.load(replace(OTHER, words=FOUND).save(tmp_path / "two")).words is None
-
-
-GROUP = asdict(FOUND)["groups"][0]
-DAMAGED = (
-    *({"group": True}, {"prompt": "0"}, {"note": None}, {"words": [1]}, {"words": [{"word": 1}]}),
-    {"words": [{"word": "sea", "effect": float("inf"), "p_value": 0.1}]},
-)
+        save_report(tmp_path / "report", audit=tmp_path)
+    assert Audit.load(replace(other, words=FOUND).save(tmp_path)).words is None
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "null", "{}", '{"groups": 1}', "\xff"]
-    + [json.dumps(asdict(FOUND) | {"groups": [GROUP | values]}) for values in DAMAGED],
+    [
+        "[]",
+        "\xff",
+        *(json.dumps(asdict(FOUND)).replace(*by) for by in (('"group": 1', '"group": true'), ("2.1", "NaN"))),
+    ],
 )
 def test_other_files_are_refused_and_removed(tmp_path, text):
     (AUDIT.save(tmp_path) / WORDS).write_text(text, encoding="latin-1")
@@ -360,30 +329,19 @@ def test_other_files_are_refused_and_removed(tmp_path, text):
     assert not (tmp_path / WORDS).exists()
 
 
-def test_hostile_words_are_cut_to_one_line(tmp_path):
-    document = asdict(FOUND)
-    document["groups"][0]["words"][0]["word"] = "\u202e<b>\n" + "x" * 10_000
-    (AUDIT.save(tmp_path) / WORDS).write_text(json.dumps(document))
-    word = Audit.load(tmp_path).words.groups[0].words[0].word
-    assert word.startswith("<b> xxx")
-    assert len(word) == WORD_LIMIT
-
-
 # How they are shown.
 
 
-def with_words(folder, *, told=("water", "boat"), model="clip-tiny", factors=1, prompts=(LAND,)):
+def with_words(folder, *, told=("water", "boat"), model="clip-tiny", factors=1):
     """An audit with words for group 1, and none for group 0; returns its images."""
-    data = make_audit(folder, factors=factors, prompts=prompts)
-    words = tuple(Word(word, 2.0, 0.001) for word in told)
+    data, words = make_audit(folder, factors=factors, prompts=(LAND,)), tuple(Word(word, 2.0, 0.001) for word in told)
     groups = [
         GroupWords(prompt, factor, group, words[factor:] if group else (), "" if group else "no word tells it apart")
-        for prompt in (*range(len(prompts)), None)
+        for prompt in (0, None)
         for factor in range(factors)
         for group in (0, 1)
     ]
-    fingerprint = Audit.load(folder).fingerprint
-    document = asdict(AuditWords(model, fingerprint, 512, 40, 0.01, tuple(groups)))
+    document = asdict(AuditWords(model, Audit.load(folder).fingerprint, 512, 40, 0.01, tuple(groups)))
     (folder / WORDS).write_text(json.dumps(document))  # holds what UTF-8 does not have
     return data
 
@@ -414,14 +372,15 @@ def test_words_stand_beside_the_factor_they_are_of_and_are_older_than_people_s_c
 
 
 def test_hostile_words_are_text_in_reports_and_in_pictures(tmp_path):
-    data = with_words(tmp_path / "plain", told=["water"] * len(NASTY))
-    plain, _ = report(tmp_path / "plain" / "report", audit=tmp_path / "plain", data=data)
-    data = with_words(tmp_path / "nasty", told=NASTY, model=NASTY[0])
-    nasty, twin = report(tmp_path / "nasty" / "report", audit=tmp_path / "nasty", data=data)
-    assert [tag for tag, _ in nasty.elements] == [tag for tag, _ in plain.elements]
+    tags = []
+    for name, words in (("plain", ["water"] * len(NASTY)), ("nasty", NASTY)):
+        data = with_words(tmp_path / name, told=words, model=words[0])
+        page, twin = report(tmp_path / name / "report", audit=tmp_path / name, data=data)
+        tags.append([tag for tag, _ in page.elements])
+        assert words[0] in page.text
+        assert words[0] in twin
+    assert tags[0] == tags[1]
     assert "<script" not in (tmp_path / "nasty" / "report" / "report.md").read_text(encoding="utf-8")
-    assert NASTY[0] in nasty.text
-    assert NASTY[0] in twin
     save_audit_pictures(tmp_path / "nasty", data)
 
 
