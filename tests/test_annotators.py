@@ -201,16 +201,14 @@ def test_calibration_brings_confidence_down_to_accuracy(annotator):
 
 
 def test_the_bundled_annotator_is_right_on_birds_it_has_not_seen():
-    annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
-    world = BirdsWorld(60, severity=0.5, seed=123)
+    annotator, world = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR), BirdsWorld(60, severity=0.5, seed=123)
     rows = [world.row(index) for index in range(60)]
     seen = annotator.predict(row["image"] for row in rows)
-    assert annotator.name == "birds-annotator"
-    assert annotator.num_parameters() <= 100_000
     for name in ("background", "subject"):
         assert seen.labels(name) == [row[name] for row in rows]
     counts = annotator.confusion("background", 0.9)
-    assert (counts.sum(), counts[0, 1], counts[1, 0]) == (400, 0, 0)
+    assert (annotator.name, counts.sum(), counts[0, 1], counts[1, 0]) == ("birds-annotator", 400, 0, 0)
+    assert annotator.num_parameters() <= 100_000
     assert (BIRDS_ANNOTATOR / "heldout.safetensors").stat().st_size < 100_000
 
 
@@ -252,7 +250,6 @@ def test_annotations_and_confidences_that_make_no_sense_are_refused(use, message
 
 @pytest.fixture
 def net(annotator, tmp_path):
-    """A folder with a net, and one with a measurement of it."""
     annotator.save_pretrained(tmp_path / "net")
     save_measured(tmp_path / "measured", annotator, annotator.held_out, spec=str(tmp_path / "net"))
     return tmp_path / "net"
@@ -304,9 +301,11 @@ def test_labels_and_classifiers_have_the_attributes_asked_for_and_take_no_classe
 
 def test_what_is_no_annotator_is_refused(tmp_path):
     CLIPTextModel(clip_config(make_tokenizer())).save_pretrained(tmp_path / "text")
-    (tmp_path / "list").mkdir()
-    (tmp_path / "list" / "config.json").write_text("[1]")
-    kinds = {tmp_path / "text": "found CLIPTextModel", tmp_path / "list": "found something else"}
+    kinds = {tmp_path / "text": "found CLIPTextModel"}
+    for config, found in (({"_class_name": "UNet2DModel"}, "found UNet2DModel"), ([1], "found something else")):
+        (tmp_path / found).mkdir()
+        (tmp_path / found / "config.json").write_text(json.dumps(config))
+        kinds[tmp_path / found] = found
     for spec, found in (kinds | dict.fromkeys(("absent/model", "no/such/place"), "found none")).items():
         with pytest.raises(ModelError, match=found):
             load_annotator(str(spec))
@@ -460,18 +459,15 @@ def test_probabilities_are_the_softmax_of_the_classifier_s_logits(classifier_dir
     assert annotator.predict([]).probabilities["label"].shape == (0, 3)
 
 
-@pytest.mark.parametrize(
-    ("id2label", "settings", "message"),
-    [
+def test_classifiers_that_choose_no_class_are_refused(tmp_path):
+    for id2label, settings, message in (
         ({0: "score"}, {}, "two classes or more"),
         ({0: "land", 1: "land"}, {}, "named apart"),
         ({0: "land", 1: "cannot tell"}, {}, "other than 'cannot tell'"),
         (CLASS_NAMES, {"problem_type": "multi_label_classification"}, "one class for an image"),
-    ],
-)
-def test_classifiers_that_choose_no_class_are_refused(tmp_path, id2label, settings, message):
-    with pytest.raises(ModelError, match=message):
-        ClassifierAnnotator(save_classifier(tmp_path, id2label, **settings))
+    ):
+        with pytest.raises(ModelError, match=message):
+            ClassifierAnnotator(save_classifier(tmp_path, id2label, **settings))
 
 
 def test_a_model_without_a_head_or_an_image_processor_is_refused(classifier_dir, tmp_path):

@@ -36,12 +36,8 @@ SERVE = ("ui", "--no-browser", "--port", "0")
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run with an audit and nothing else."""
     make_audit(tmp_path / "run" / "audit")
     return tmp_path / "run"
-
-
-# What it opens.
 
 
 def test_without_an_argument_the_bundled_demo_is_opened(tmp_path, monkeypatch):
@@ -72,13 +68,11 @@ def test_a_copy_that_was_broken_off_leaves_no_folder_and_another_process_s_stays
 
 
 def test_runs_are_told_apart_by_their_paths_where_names_are_alike(tmp_path):
-    for folder in ("a/run", "b/run", "c/other"):
-        make_audit(tmp_path / folder / "audit")
-    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "c" / "other"]
+    folders = [tmp_path / folder for folder in ("a/run", "b/run", "c/other")]
+    for folder in folders:
+        make_audit(folder / "audit")
     names = list(open_workspace(folders).runs)
-    assert names[2] == "other"
-    assert names[0].startswith("1: ")
-    assert names[0].endswith("a/run")
+    assert (names[0][:3], names[0][-5:], names[2]) == ("1: ", "a/run", "other")
     with pytest.raises(ConfigError, match="different folders"):
         open_workspace([folders[0], folders[0] / ".." / "run"])
 
@@ -111,19 +105,10 @@ def test_a_module_says_which_model_it_needs(tiny_pipe, folder):
     assert open_workspace([folder], module="org/other", model="m").module == "org/other"
 
 
-# The command.
-
-
-def test_the_command_opens_a_page_and_says_where_and_an_empty_password_is_none(
-    run, tiny_pipe, tiny_pipe_dir, monkeypatch
-):
+def test_the_command_opens_a_page_says_where_and_an_empty_password_is_none(run, tiny_pipe, tiny_pipe_dir, monkeypatch):
     make_guidance_module(tiny_pipe, num_groups=[2]).save_pretrained(run / "module")
     answers = []
-
-    def visit(page):
-        answers.append(status(f"{page.local_url}config"))
-        page.close(verbose=False)
-
+    visit = lambda page: answers.append(status(f"{page.local_url}config")) or page.close(verbose=False)  # noqa: E731
     monkeypatch.setattr(gr.Blocks, "block_thread", visit)
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     words, empty = [*SERVE, str(run), "--model", str(tiny_pipe_dir)], {"INVDIFF_UI_PASSWORD": "", "COLUMNS": "200"}
@@ -133,8 +118,7 @@ def test_the_command_opens_a_page_and_says_where_and_an_empty_password_is_none(
     assert str(run / "audit") in done.output
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     done = CliRunner().invoke(cli.app, [*words, "--public"], env=empty)
-    assert done.exit_code == 1
-    assert "Expected a password beside --public" in done.output
+    assert (done.exit_code, "Expected a password beside --public" in done.output) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -159,23 +143,19 @@ def test_without_gradio_the_command_says_how_to_install_it(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "gradio" else found(name, *a))
     done = CliRunner().invoke(cli.app, SERVE)
-    assert done.exit_code == 1
-    assert "pip install 'invdiff[ui]'" in done.output
-
-
-# What it is built of.
+    assert (done.exit_code, "pip install 'invdiff[ui]'" in done.output) == (1, True)
 
 
 def parts_of(page):
-    """The components of a page by their ids."""
     return {str(part.elem_id): part for part in page.blocks.values() if part.elem_id}
 
 
-def test_results_are_compared_and_reports_written(run, tmp_path, monkeypatch):
+def test_results_are_compared_and_reports_written_and_looks_load_nothing_from_elsewhere(run, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "shown"))
     make_run(tmp_path / "second")
     page = build_page(open_workspace([run, tmp_path / "second"], model="unused"), None)
     html = parts_of(page)["compare"].value
+    assert not any(word in looks()["css"] for word in ("http", "@import"))
     for figure in ("run: Bias of “background”", "second: Bias", ">0.80 (", ">0.10 (", ">3<", ">20<"):
         assert figure in html  # 18 and 11 of 20 on land
     (write,) = [fn for fn in page.fns.values() if fn.name == "write_reports"]
@@ -210,20 +190,12 @@ def test_prompts_that_hide_groups_are_suggested_first(run, tiny_pipe, tmp_path):
         assert (WATER in labels) is (prompt == LAND)
 
 
-def test_looks_load_nothing_from_elsewhere():
-    assert not any(word in looks()["css"] for word in ("http", "@import"))
-
-
-# How it ends.
-
-
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without asking it")
 def test_a_page_that_is_told_to_end_leaves_nothing_behind(folder, tmp_path):
     words = [sys.executable, "-m", "invdiff", *SERVE, str(folder)]
     room = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=room, text=True) as running:
         try:
-            assert running.stdout is not None
             assert "The page is at" in running.stdout.readline()
             assert list(tmp_path.glob("invdiff-ui-*"))
             running.terminate()

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from invdiff.auditing.edits import CURATION
 from invdiff.auditing.result import Audit
 from invdiff.report.read import Parts, find_parts
-from runs import LAND, NASTY, SCRIPT, make_audit
+from runs import LAND, NASTY, SCRIPT, WATER, make_audit
 
 pytest.importorskip("starlette", reason="needs the ui extra: pip install 'invdiff[ui]'")
 from invdiff.app.serve import own_files
@@ -40,7 +40,6 @@ class Tab:
         self.values = self.tab.open()
 
     def __call__(self, event, place, *given):
-        """What an event shows."""
         self.values = getattr(self.tab, event)(place, 12, *given)
         return self.shown
 
@@ -48,15 +47,9 @@ class Tab:
     def shown(self):
         return {part.elem_id or type(part).__name__: value for part, value in self.values.items()}
 
-    def pick(self, shelf, index, place=0):
-        """What a click on an image chooses, and its details."""
-        positions = self.values[self.tab._positions]
-        return self.tab.pick(SimpleNamespace(index=index), place, shelf, positions)
-
-    def cut(self, images):
-        """A score that moves the highest images of the first prompt's group 0 to group 1."""
-        page = self.books[0].page(0, 0)
-        return float(np.sort(page.scores[page.labels == 0])[-images])
+    def pick(self, shelf, index):
+        """What a click on an image of the first prompt chooses, and its details."""
+        return self.tab.pick(SimpleNamespace(index=index), 0, shelf, self.values[self.tab._positions])
 
 
 def rewrite(folder, change):
@@ -78,9 +71,8 @@ def folder(run):
 
 def test_a_prompt_is_shown_with_its_groups(tab):
     shown = tab.shown
-    assert "90%" in shown["group-0"]
-    assert "18 images" in shown["group-0"]
-    assert "2 images" in shown["group-1"]
+    for part, text in (("group-0", "90%"), ("group-0", "18 images"), ("group-1", "2 images")):
+        assert text in shown[part]
     assert (len(shown["typical-0"]), len(shown["typical-1"])) == (12, 2)
     assert shown["audit-cut-0"]["visible"]
     assert "data:image/png" in shown["audit-plot"]
@@ -96,17 +88,17 @@ def test_names_are_saved_beside_the_audit(tab, folder):
     assert not any(name.startswith("group-name") for name in shown)  # somebody may be typing there
     assert Audit.load(folder).group_names == (("on <b>land</b>", ""),)
     assert tab("open", 0)["group-name-0"] == "on <b>land</b>"
-    refused = tab("rename", 0, 1, "On <b>land</b>")
-    assert list(refused) == ["audit-status"]
-    assert 'role="alert"' in refused["audit-status"]
-    assert "no other group has" in refused["audit-status"]
+    (refused,) = tab("rename", 0, 1, "On <b>land</b>").values()
+    assert 'role="alert"' in refused
+    assert "no other group has" in refused
     assert tab.books[0].group_names == [["on <b>land</b>", "group 1"]]
     tab("rename", 0, 0, "")
     assert not (folder / CURATION).exists()
 
 
 def test_thresholds_show_what_moves_and_are_kept_and_reset(tab, folder):
-    page, cut = tab.books[0].page(0, 0), tab.cut(3)
+    page = tab.books[0].page(0, 0)
+    cut = float(np.sort(page.scores[page.labels == 0])[-3])  # moves three images
     shown = tab("show", 0, cut)
     assert "3 images from “group 0” to “group 1”" in shown["audit-moved"]
     moved = [path for path, name in shown["nearest-1"] if name.startswith("moved: ")]
@@ -132,11 +124,10 @@ def test_an_image_is_chosen_left_out_and_put_back(tab, folder):
     assert tab.books[0].audit.names[picked[1]] in details
     assert tab.pick("typical-1", 9)[0] is None
     shown = tab("count_image", 0, picked, False)
-    assert "counts nowhere now" in shown["audit-status"]
-    assert "it was left out" in shown["audit-chosen"]
+    for part, text in (("status", "counts nowhere now"), ("chosen", "it was left out"), ("facts", ">19<")):
+        assert text in shown[f"audit-{part}"]
     assert len(shown["left-out"]) == 1
     assert "1 image<" in shown["group-1"]
-    assert ">19<" in shown["audit-facts"]
     assert Audit.load(folder).edits.left_out == (picked[1],)
     shown = tab("count_image", 0, picked, True)
     assert "counts again" in shown["audit-status"]
@@ -169,18 +160,13 @@ def test_an_image_that_cannot_be_shown_is_crossed_out(run, tmp_path):
 def test_several_audits_are_told_apart(run, tmp_path):
     make_audit(tmp_path / "audit", prompts=("a fish",), rare=5)
     tab = Tab(find_parts(run), Parts(audit=tmp_path / "audit"))
-    assert [choice for choice, _ in tab.tab._prompt.choices] == [
-        "run 0 · 1. a photo of a landbird",
-        "run 0 · 2. a photo of a waterbird",
-        "run 1 · 1. a fish",
-    ]
+    choices = [f"run 0 · 1. {LAND}", f"run 0 · 2. {WATER}", "run 1 · 1. a fish"]
+    assert [choice for choice, _ in tab.tab._prompt.choices] == choices
     picked, _ = tab.pick("typical-0", 0)
     shown = tab("open", 2)
-    assert "5 images" in shown["group-1"]
-    assert "invdiff ui --data DATA" in shown["audit-facts"]
-    assert shown["typical-0"] == []
-    assert shown["audit-at"] == 2
-    assert "Choose an image" in shown["audit-chosen"]
+    for part, text in (("group-1", "5 images"), ("audit-facts", "--data DATA"), ("audit-chosen", "Choose an image")):
+        assert text in shown[part]
+    assert (shown["typical-0"], shown["audit-at"]) == ([], 2)
     assert "chosen first" in tab("count_image", 2, picked, False)["audit-status"]
     tab("rename", 2, 0, "theirs")
     assert [book.group_names for book in tab.books] == [[["group 0", "group 1"]], [["theirs", "group 1"]]]
@@ -241,9 +227,8 @@ def test_hostile_text_is_text_in_every_value(tmp_path):
     tab("rename", 0, 0, SCRIPT)
     tab("rename", 0, 1, "\u202e\"'><img src=x>")
     shown = [tab("open", place) for place in range(5)]
-    shown += [dict(enumerate(tab.pick("typical-0", at, 0))) for at in range(12)]
+    shown += [dict(enumerate(tab.pick("typical-0", at))) for at in range(12)]
     shown.append(tab("rename", 0, 0, NASTY[1]))
-    for values in shown:
-        for part, html in values.items():
-            if isinstance(html, str) and not str(part).startswith("group-name"):  # text fields show text as it is
-                assert not any(markup in html for markup in ("<script", "<img src=x", "<b onmouseover", "\u202e"))
+    for part, html in (pair for values in shown for pair in values.items()):
+        if isinstance(html, str) and not str(part).startswith("group-name"):  # text fields show text as it is
+            assert not any(markup in html for markup in ("<script", "<img src=x", "<b onmouseover", "\u202e"))

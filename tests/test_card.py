@@ -43,14 +43,8 @@ def trained(tmp_path_factory, tiny_folder):
     data, options = load_captioned_images(tiny_folder), {"cache_dir": folder / "cache", "progress": False}
     settings = {"min_images": 4, "min_share": 0.1, "contrast_log_snr": (-4.2,), "caption_threshold": 0.0}
     found = audit(pipe, data, config=AuditConfig(solver="exact", batch_size=12, **settings), **options)
-    train(
-        pipe,
-        data,
-        found,
-        folder / "module",
-        config=TrainConfig(steps=12, batch_size=4, mixed_precision="no", penalty=2.5, seed=3),
-        **options,
-    )
+    config = TrainConfig(steps=12, batch_size=4, mixed_precision="no", penalty=2.5, seed=3)
+    train(pipe, data, found, folder / "module", config=config, **options)
     found.save(folder / "audit")
     return folder / "module"
 
@@ -66,7 +60,6 @@ def pipe():
 
 
 def rendered(card):
-    """The card as HTML, by a renderer of CommonMark with tables."""
     return MarkdownIt("commonmark").enable("table").render(ModelCard(card).text)
 
 
@@ -224,18 +217,16 @@ def test_an_invariant_module_without_a_record_has_a_card_that_says_so(pipe, tmp_
     assert dict(tables(card)[0])["Training images"] == "not known"
 
 
-@pytest.mark.parametrize(
-    "junk",
-    [None, "text", 7, {"x": []}, [1, "2", None, [], {"prompt": 3, "losses": "ab", "found": 1}], 10**400],
-    ids=lambda junk: type(junk).__name__,
-)
+JUNK = (None, "text", 7, {"x": []}, [1, "2", None, [], {"prompt": 3, "losses": "ab", "found": 1}], 10**400)
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=lambda junk: type(junk).__name__)
 def test_a_malformed_record_is_not_known(pipe, junk):
-    whole = make_record(pipe, make_prompt("a photo"))
-    figures = {"rows": [["base", "3.0", "Bias", 0.5, None, None]], "guided": []}
-    malformed = [junk, *(whole | {"figures": {"a": figures}, name: junk} for name in (*whole, "figures"))]
+    whole, rows = make_record(pipe, make_prompt("a photo")), [["base", "3.0", "Bias", 0.5, None, None]]
+    malformed = [junk, *(whole | {"figures": {"a": {"rows": rows, "guided": []}}, name: junk} for name in whole)]
     malformed += [whole | {"prompts": [whole["prompts"][0] | {name: junk}]} for name in whole["prompts"][0]]
     for figures in (junk, {"rows": junk, "guided": []}, {"rows": [junk], "guided": junk}):
-        malformed.append(whole | {"figures": {"a": figures}})
+        malformed += [whole | {"figures": {"a": figures}}, whole | {"figures": figures}]
     for record in malformed:
         card_of(record)
     card = card_of(whole | {"base": whole["base"] | {"hub_id": "evil/name\nlicense: mit"}})

@@ -1,10 +1,7 @@
 """Guidance together with all else that people do to a diffusers pipeline: adapters, switches, schedulers, calls."""
 
 import copy
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import accelerate
 import diffusers
@@ -38,10 +35,6 @@ OPTIONS = {
     "DD": {"prompt": None, "guidance_scale": None, "batch_size": 1, "output_type": "np"},
 }
 """What pipelines must be asked, by how their class's name begins."""
-Combination = tuple[Any, Callable[[], torch.Tensor]]
-"""The pipeline that a module is attached through, and how an image is drawn."""
-Maker = Callable[[Path], Combination]
-"""From an empty folder to a combination."""
 
 
 def draw(pipe, *seeds, **options):
@@ -53,9 +46,7 @@ def draw(pipe, *seeds, **options):
         "guidance_scale": 5.0,
         "output_type": "latent",
     }
-    for start, more in OPTIONS.items():
-        if type(pipe).__name__.startswith(start):
-            asked |= more
+    asked |= next((more for start, more in OPTIONS.items() if type(pipe).__name__.startswith(start)), {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # pipelines hand some schedulers no generator
         images = pipe(**{name: value for name, value in (asked | options).items() if value is not None}).images
@@ -66,15 +57,14 @@ def picture():
     return torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def left_half():
-    return torch.cat([torch.ones(1, 1, 32, 16), torch.zeros(1, 1, 32, 16)], dim=-1)
+def masked():
+    mask = torch.cat([torch.ones(1, 1, 32, 16), torch.zeros(1, 1, 32, 16)], dim=-1)
+    return {"image": picture(), "mask_image": mask, "height": 32, "width": 32}
 
 
 def shared(pipe, name, **parts):
     """A pipeline of the class `name` that shares the parts of another."""
-    other = getattr(diffusers, name).from_pipe(pipe, **parts)
-    other.set_progress_bar_config(disable=True)
-    return other
+    return getattr(diffusers, name).from_pipe(pipe, **parts)
 
 
 def random_(network, start=""):
@@ -106,14 +96,6 @@ def changed(family, *changes, seeds=(0,), **asked):
         return pipe, partial(draw, pipe, *seeds, **asked)
 
     return make
-
-
-def load_lora(pipe, folder):
-    pipe.load_lora_weights(save_lora(pipe, folder))
-
-
-def enable_freeu(pipe, folder):
-    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
 
 
 def scheduled(family, scheduler, **options):
@@ -158,55 +140,47 @@ def ip_adapter(family, folder):
 def image_pipeline(family, name, folder):
     """Image-to-image or inpainting that shares the denoiser of the text-to-image pipeline that is guided."""
     pipe = make_tiny(family)
-    other = shared(pipe, name)
-    asked = {"image": picture(), "num_inference_steps": 4, "strength": 0.8}
-    if "Inpaint" in name:
-        asked |= {"mask_image": left_half(), "height": 32, "width": 32}
-    return pipe, partial(draw, other, 0, **asked)
+    images = masked() if "Inpaint" in name else {"image": picture()}
+    return pipe, partial(draw, shared(pipe, name), 0, num_inference_steps=4, strength=0.8, **images)
 
 
 def inpainting_unet(folder):
     """Nine channels: latents, mask and masked latents."""
-    parts = make_tiny("sd1").components
     unet = random_(make_unet(in_channels=9), start="conv_in")
-    pipe = diffusers.StableDiffusionInpaintPipeline(**parts | {"unet": unet}, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, partial(draw, pipe, 0, image=picture(), mask_image=left_half(), height=32, width=32)
+    pipe = diffusers.StableDiffusionInpaintPipeline(
+        **make_tiny("sd1").components | {"unet": unet}, requires_safety_checker=False
+    )
+    return pipe, partial(draw, pipe, 0, **masked())
 
 
 def unconditional_ddim(folder):
     pipe = diffusers.DDIMPipeline(unet=make_tiny("ddpm").unet, scheduler=diffusers.DDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
     return pipe, partial(draw, pipe, 0)
 
 
-def darken(pipe, step, timestep, values):
-    return {"latents": 0.9 * values["latents"]}
-
-
 ADAPTERS = (
-    {f"{family}-lora": changed(family, load_lora) for family in FAMILIES}
+    {
+        f"{family}-lora": changed(family, lambda pipe, folder: pipe.load_lora_weights(save_lora(pipe, folder)))
+        for family in FAMILIES
+    }
     | {f"{family}-controlnet": partial(controlnet, family) for family in ("sd1", "sdxl", "flux")}
     | {f"{family}-ip_adapter": partial(ip_adapter, family) for family in ("sd1", "sdxl")}
-    | {f"{family}-freeu": changed(family, enable_freeu) for family in ("sd1", "sdxl")}
+    | {
+        f"{family}-freeu": changed(family, lambda pipe, _: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4))
+        for family in ("sd1", "sdxl")
+    }
 )
-SWITCHES = {
-    "sd1-slicing": changed("sd1", lambda pipe, _: pipe.enable_attention_slicing()),
-    "sd1-fused": changed("sd1", lambda pipe, _: pipe.fuse_qkv_projections()),
-    "flux-fused": changed("flux", lambda pipe, _: pipe.transformer.fuse_qkv_projections()),
-}
 PIPELINES = {
     f"{name}{kind}": partial(image_pipeline, family, f"{name}{kind}Pipeline")
     for family, name in CLASSES.items()
     for kind in ("Img2Img", "Inpaint")
     if (family, kind) != ("sd3", "Inpaint")  # which takes latents of 16 channels only
 } | {"inpainting_unet": inpainting_unet, "unconditional_ddim": unconditional_ddim}
-FURTHER_STEPS = (
-    *("DEISMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler", "KDPM2DiscreteScheduler"),
-    *("EulerAncestralDiscreteScheduler", "LCMScheduler", "TCDScheduler"),
-)
 STEPS = {
-    "sd1": (*ALL_STEPS, *FURTHER_STEPS),
+    "sd1": (
+        *(*ALL_STEPS, "DEISMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler"),
+        *("KDPM2DiscreteScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler", "TCDScheduler"),
+    ),
     "sd2-v": ("DDIMScheduler", "HeunDiscreteScheduler"),
     "sdxl": ("EulerAncestralDiscreteScheduler", "LCMScheduler"),
     "pixart": ("EulerDiscreteScheduler", "UniPCMultistepScheduler"),
@@ -220,19 +194,21 @@ SCHEDULERS = {f"{family}-{name}": scheduled(family, name) for family in STEPS fo
     "flux-lcm": scheduled("flux", "FlowMatchLCMScheduler", shift=3.0),
     "flux-unipc": scheduled("flux", "UniPCMultistepScheduler", **FLOW),
 }
-NEGATIVE = {"sd1": {}, "flux": {"true_cfg_scale": 3.0}}
 CALLS = {
     f"{family}-{name}": maker
-    for family in NEGATIVE
+    for family, options in (("sd1", {}), ("flux", {"true_cfg_scale": 3.0}))
     for name, maker in {
         "different_prompts": changed(family, seeds=(0, 1, 2)),
         "several_per_prompt": changed(family, seeds=(0, 1, 2, 3), prompt=list(CAPTIONS), num_images_per_prompt=2),
-        "negative": changed(family, seeds=(0, 1), negative_prompt=["land", "a photo of water"], **NEGATIVE[family]),
+        "negative": changed(family, seeds=(0, 1), negative_prompt=["land", "a photo of water"], **options),
         "guidance_scale_1": changed(family, seeds=(0, 1), guidance_scale=1.0),
-        "callback": changed(family, seeds=(0, 1), callback_on_step_end=darken),
+        "callback": changed(
+            family, seeds=(0, 1), callback_on_step_end=lambda *given: {"latents": 0.9 * given[-1]["latents"]}
+        ),
+        "fused": changed(family, lambda pipe, _: denoiser_of(pipe).fuse_qkv_projections()),
     }.items()
-}
-COMBINATIONS = ADAPTERS | SWITCHES | PIPELINES | SCHEDULERS | CALLS
+} | {"sd1-slicing": changed("sd1", lambda pipe, _: pipe.enable_attention_slicing())}
+COMBINATIONS = ADAPTERS | PIPELINES | SCHEDULERS | CALLS
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
@@ -268,8 +244,7 @@ def test_a_lora_may_be_loaded_and_unloaded_while_attached(family, tmp_path):
 
 
 def offload(pipe, kind):
-    """Offload as for a GPU, which here is the CPU."""
-    cpu = torch.device("cpu")
+    cpu = torch.device("cpu")  # in place of a GPU
     if kind == "model":
         pipe.enable_model_cpu_offload(device=cpu)
     elif kind == "sequential":  # of the denoiser alone: accelerate cannot yet take transformers' text encoders apart
@@ -294,12 +269,10 @@ def test_image_after_image_is_guided_whatever_is_offloaded(family, kind, attach_
 
 def compile_denoiser(pipe, how, backend="eager"):
     denoiser = denoiser_of(pipe)
-    if how == "in place":
-        denoiser.compile(backend=backend)
-    elif how == "block":
-        denoiser.get_submodule(family_of(pipe).shape(denoiser).feature_path).compile(backend=backend)
-    else:
-        replace_denoiser(pipe, torch.compile(denoiser, backend=backend))
+    if how == "wrapped":
+        return replace_denoiser(pipe, torch.compile(denoiser, backend=backend))
+    part = denoiser if how == "in place" else denoiser.get_submodule(family_of(pipe).shape(denoiser).feature_path)
+    return part.compile(backend=backend)
 
 
 def replace_denoiser(pipe, denoiser):
@@ -309,11 +282,8 @@ def replace_denoiser(pipe, denoiser):
 @pytest.mark.parametrize(("family", "how", "backend"), [("sd1", "in place", "eager"), ("sd3", "wrapped", "aot_eager")])
 def test_a_compiled_denoiser_is_guided_as_before_and_at_scale_0_bit_identical(family, how, backend):
     pipe = make_tiny(family)
-    module = make_guidance_module(pipe)
-    plain = draw(pipe, 0)
-    with attach(pipe, module):
-        expected = draw(pipe, 0)
-    attachment = attach(pipe, module)
+    plain, attachment = draw(pipe, 0), attach(pipe, make_guidance_module(pipe))
+    expected = draw(pipe, 0)
     compile_denoiser(pipe, how, backend)
     torch.testing.assert_close(draw(pipe, 0), expected, rtol=1e-3, atol=1e-3)
     attachment.scale = 0.0
@@ -331,20 +301,14 @@ def test_a_module_is_not_attached_to_what_is_compiled_already(family, how):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_images_of_a_batch_are_guided_as_when_drawn_alone(family):
-    pipe = make_tiny(family)
-    attach(pipe, make_guidance_module(pipe, num_groups=5))
-    alone = [draw(pipe, seed)[0] for seed in (0, 1, 2)]
-    torch.testing.assert_close([*draw(pipe, 0, 1, 2)], alone, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prompt_embeddings_are_guided_as_their_prompts(family):
+def test_images_of_a_batch_are_guided_as_when_drawn_alone_and_prompt_embeddings_as_their_prompts(family):
     pipe = make_tiny(family)
     with torch.no_grad():
         condition = family_of(pipe).encode_captions(pipe, CAPTIONS)
-    attach(pipe, make_guidance_module(pipe))
-    assert torch.equal(draw(pipe, 0, 1, prompt=None, **condition), draw(pipe, 0, 1))
+    attach(pipe, make_guidance_module(pipe, num_groups=5))
+    together = draw(pipe, 0, 1)
+    torch.testing.assert_close([*together], [draw(pipe, seed)[0] for seed in (0, 1)], rtol=1e-3, atol=1e-3)
+    assert torch.equal(draw(pipe, 0, 1, prompt=None, **condition), together)
 
 
 def test_both_passes_of_classic_guidance_draw_one_group():

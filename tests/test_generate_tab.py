@@ -33,12 +33,9 @@ def pixels(shots):
     return [shot.image.tobytes() for shot in shots]
 
 
-def config(**settings):
-    return GenerateConfig(**{"images_per_prompt": 3, "num_inference_steps": 2, "batch_size": 2, **settings})
-
-
-def asked(**settings):
-    return Ask(CAPTIONS[0], config(**settings), ((0.5, 0.5),))
+def asked(prompt=CAPTIONS[0], mix=((0.5, 0.5),), **settings):
+    defaults = {"images_per_prompt": 3, "num_inference_steps": 2, "batch_size": 2}
+    return Ask(prompt, GenerateConfig(**defaults | settings), mix)
 
 
 def drawn(studio, ask, session=""):
@@ -56,7 +53,7 @@ def test_the_command_draws_the_same_images(tiny_pipe, tiny_pipe_dir, tmp_path, p
     module = make_guidance_module(tiny_pipe, num_groups=[2])
     module.save_pretrained(tmp_path / "module")
     studio = Studio(tiny_pipe, module, names=(str(tiny_pipe_dir), str(tmp_path / "module")))
-    ask = Ask(prompt, config(scale=0.35, guidance_scale=4.5, seed=1234567), ((1 / 3, 2 / 3),))
+    ask = asked(prompt, ((1 / 3, 2 / 3),), scale=0.35, guidance_scale=4.5, seed=1234567)
     shown = drawn(studio, ask)
     guided = shlex.split(command_for(ask, studio))
     assert guided[:3] == ["invdiff", "generate", str(tiny_pipe_dir)]
@@ -89,7 +86,7 @@ def test_scale_0_is_the_base_model_and_the_mix_decides_the_groups(studio):
     shown = drawn(studio, asked(scale=0.0))
     assert len(shown.base) == 3
     assert pixels(shown.base) == pixels(shown.guided)
-    sets = [pixels(drawn(studio, asked()._replace(mix=(mix,))).guided) for mix in ((1.0, 0.0), (0.0, 1.0))]
+    sets = [pixels(drawn(studio, asked(mix=(mix,))).guided) for mix in ((1.0, 0.0), (0.0, 1.0))]
     assert all(one != other for one, other in zip(*sets, strict=True))
 
 
@@ -115,21 +112,18 @@ def test_each_batch_is_shown_and_base_images_are_drawn_once(studio, monkeypatch)
 def test_stop_keeps_whole_batches_and_leaves_the_model_plain(studio):
     ask = asked(num_inference_steps=4)
     before = pixels(drawn(studio, ask).base)
-    again = asked(num_inference_steps=4, seed=3)
-    steps = 0
+    steps = []
 
     def stop_at_the_tenth(*_):
-        nonlocal steps
-        steps += 1
-        if steps == 10:  # in the second batch of the base model
+        steps.append(1)
+        if len(steps) == 10:  # in the second batch of the base model
             studio.stop("me")
 
     handle = studio.pipe.unet.register_forward_pre_hook(stop_at_the_tenth)
-    last = drawn(studio, again, "me")
+    last = drawn(studio, asked(num_inference_steps=4, seed=3), "me")
     handle.remove()
-    assert last.stopped
-    assert (len(last.base), len(last.guided)) == (2, 2)
-    assert steps in (10, 11)
+    assert (last.stopped, len(last.base), len(last.guided)) == (True, 2, 2)
+    assert len(steps) in (10, 11)
     assert not studio.pipe.unet._forward_hooks
     assert not studio.pipe.unet._forward_pre_hooks
     next(studio.draw(asked(seed=1), studio.next_turn("gone")))  # a visitor who walks away
@@ -187,37 +181,23 @@ def test_threads_take_turns_and_who_waits_can_be_stopped(studio):
 
 def test_without_a_module_or_groups_there_is_no_mix(tiny_pipe):
     plain = Studio(tiny_pipe)
-    shown = drawn(plain, Ask(CAPTIONS[0], config()))
+    shown = drawn(plain, asked(mix=()))
     assert (len(shown.base), shown.guided, plain.num_groups) == (3, [], ())
     invariant = Studio(tiny_pipe, make_guidance_module(tiny_pipe, mode="invariant", num_groups=[2]))
-    assert invariant.num_groups == ()
-    assert len(drawn(invariant, Ask(CAPTIONS[0], config())).guided) == 3
+    assert (len(drawn(invariant, asked(mix=())).guided), invariant.num_groups) == (3, ())
 
 
 ME = SimpleNamespace(session_hash="me")
-ASKED = (CAPTIONS[0], 3, 6, 4.5, 2, 0.5, 25, 75)
-"""Prompt, seed, images, guidance scale, steps, scale, and the mix."""
+ASKED = (CAPTIONS[0], 3, 6, 4.5, 2, 0.5, 25, 75)  # prompt, seed, images, guidance scale, steps, scale, and the mix
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({0: None}, "a finite number in every field"),
-        ({0: "x" * 2001}, "at most 2000 whole characters"),
-        ({0: "half \ud83d"}, "whole characters"),
-        ({1: None}, "a finite number in every field"),
-        ({3: float("nan")}, "a finite number in every field"),
-        ({5: -0.1}, "scale: expected at least 0"),
-        ({7: "60"}, "a finite number in every field"),
-    ],
-)
-def test_controls_out_of_range_are_errors(changed, message):
+def test_controls_out_of_range_are_errors():
     studio = SimpleNamespace(num_groups=(2,), batch_size=4)
-    with pytest.raises(ConfigError, match=message):
-        read_ask([changed.get(place, value) for place, value in enumerate(ASKED)], studio)
-
-
-# The tab.
+    changes = [(0, None), (0, "x" * 2001), (0, "half \ud83d"), (1, None), (3, float("nan")), (7, "60"), (5, -0.1)]
+    for place, value in changes:
+        message = "at most 2000 whole characters and a finite number" if place != 5 else "scale: expected at least 0"
+        with pytest.raises(ConfigError, match=message):
+            read_ask([*ASKED[:place], value, *ASKED[place + 1 :]], studio)
 
 
 @pytest.fixture
@@ -229,12 +209,11 @@ def tab(studio, tmp_path, monkeypatch):
     return tab
 
 
-async def all_of(shown):
-    return [values async for values in shown]
+def events(tab, *values, live=True):
+    async def all_of(shown):
+        return [values async for values in shown]
 
-
-def events(tab, *values):
-    return asyncio.run(all_of(tab.draw(ME, True, *values)))
+    return asyncio.run(all_of(tab.draw(ME, live, *values)))
 
 
 def test_images_come_batch_by_batch_and_the_command_first(tab):
@@ -273,7 +252,7 @@ def test_what_cannot_be_asked_for_is_an_error_on_the_page(tab):
 
 
 def test_sliders_draw_only_where_that_is_wanted_and_within_their_ranges(tab):
-    assert asyncio.run(all_of(tab.draw(ME, False, *ASKED))) == [[gr.skip()] * 5]
+    assert events(tab, *ASKED, live=False) == [[gr.skip()] * 5]
     parts = {part.elem_id: part for part in tab.page.blocks.values()}
     for name, most in {"images": 64, "steps": 100, "scale": 2, "cfg": 15, "seed": 2**31 - 1, "mix-0-0": 100}.items():
         assert parts[name].preprocess(most) == most
@@ -298,9 +277,8 @@ def test_bars_count_the_classes_that_the_annotator_names(studio):
         light = np.hstack([1 - bright, bright])
         return Annotations(attributes, {"light": light, "mood": light * bright}, None)
 
-    annotator = SimpleNamespace(name="<b>light", attributes=attributes, predict=predict)
-    studio.annotator = annotator
-    html = shares_seen(drawn(studio, asked()), annotator)
+    studio.annotator = SimpleNamespace(name="<b>light", attributes=attributes, predict=predict)
+    html = shares_seen(drawn(studio, asked()), studio.annotator)
     counts = [part.partition("<")[0] for part in html.split('<span class="figure">')[1:]]
     assert counts == [*["2 of 3"] * 2, *["1 of 3"] * 2, *["0 of 1"] * 2, *["1 of 1"] * 2]
     assert "cannot tell those of 4 images" in html

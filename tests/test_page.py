@@ -38,8 +38,7 @@ class Visit:
 
     def __init__(self, browser, address, *, width=1280):
         self.view = browser.new_page(viewport={"width": width, "height": 900})
-        self.asked = []
-        self.complaints = []
+        self.asked, self.complaints = [], []
         self.view.on("request", lambda sent: self.asked.append(sent.url))
         self.view.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.view.on("dialog", lambda dialog: (self.complaints.append(dialog.message), dialog.dismiss()))
@@ -55,10 +54,6 @@ class Visit:
     def tab(self, name, shows):
         self.view.get_by_role("tab", name=name).click()
         self.view.wait_for_selector(shows)
-
-    def draw(self):
-        self.view.click("#draw")
-        self.settle()
 
     def settle(self):
         """Wait until everything that was asked for is drawn: nothing changes for a second."""
@@ -84,7 +79,6 @@ class Visit:
         self.view.fill(f"#{name} input, #{name} textarea", text)
 
     def says(self, name, text):
-        """Wait until an element shows a text."""
         self.view.wait_for_selector(f"#{name}:has-text({json.dumps(text)})")
 
     def on_water(self):
@@ -197,7 +191,8 @@ def test_groups_are_browsed_parted_named_and_images_left_out(visit, home):
 @pytest.mark.parametrize("width", [1280, 390])
 def test_everything_fits_and_no_image_is_broken(browser, address, width):
     visit = Visit(browser, address, width=width)
-    visit.draw()
+    visit.view.click("#draw")
+    visit.settle()
     for tab, shows in (("Generate", "#guided img"), ("Audit", "#typical-1 img"), ("Compare", "#compare table")):
         visit.tab(tab, shows)
         visit.view.wait_for_timeout(800)

@@ -38,7 +38,6 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="needs IPv6 on this machi
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run with an audit and nothing else; read only."""
     folder = tmp_path_factory.mktemp("run")
     make_audit(folder / "audit")
     return folder
@@ -58,7 +57,6 @@ def served(*runs, host="127.0.0.1", **options):
 
 @pytest.fixture(scope="module")
 def shown(folder):
-    """A page for this machine alone."""
     with served(folder) as page:
         yield page
 
@@ -71,35 +69,29 @@ def locked(folder):
 
 
 def ask(url, data=None, headers=None):
-    """Status, body and headers of an answer."""
     asked = urllib.request.Request(url, data=data, headers=headers or {})
     try:
         with urllib.request.urlopen(asked, timeout=20) as answer:
-            return int(answer.status), bytes(answer.read()), answer.headers
+            return answer.status, answer.read(), answer.headers
     except urllib.error.HTTPError as error:
         with error:
-            return error.code, bytes(error.read()), error.headers
+            return error.code, error.read(), error.headers
 
 
-def status(url, data=None, headers=None):
-    return ask(url, data, headers)[0]
+def status(*asked, **headers):
+    return ask(*asked, **headers)[0]
 
 
 def log_in(address, password=PASSWORD, headers=None):
-    """Status, and the cookie of a visitor."""
     form = urllib.parse.urlencode({"username": "invdiff", "password": password}).encode()
     code, _, answered = ask(f"{address}login", form, headers)
     return code, "; ".join(value.partition(";")[0] for value in answered.get_all("Set-Cookie", []))
 
 
 def join(address, headers, cookie=""):
-    """Status of a call of an event."""
     body = json.dumps({"data": [], "fn_index": 0, "session_hash": "visitor"}).encode()
     sent = {"Content-Type": "application/json", "Cookie": cookie, **headers}
     return status(f"{address}gradio_api/queue/join", body, sent)
-
-
-# Where it listens.
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.3.2.1", "::1"])
@@ -112,7 +104,7 @@ def test_this_machine_alone_may_always_open_it(host):
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "both.example"])
 def test_the_network_needs_a_wish_and_a_long_password(host, monkeypatch):
     if host == "both.example":  # a name is loopback only with all its addresses
-        answers = [(0, 0, 0, "", ("127.0.0.1", 0)), (0, 0, 0, "", ("192.0.2.7", 0))]
+        answers = [(0, 0, 0, "", (address, 0)) for address in ("127.0.0.1", "192.0.2.7")]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_: answers)
     with pytest.raises(ConfigError, match="--public and a password"):
         check_address(host, public=False, password="long enough")
@@ -131,10 +123,9 @@ def test_what_cannot_be_listened_on_is_an_error(folder):
         with pytest.raises(ConfigError, match=f"port {port}: .*--port"):
             free_port(port)
         assert free_port(0) not in (0, port)
+        page, options = build_page(open_workspace([folder]), None), {"password": None, "browser": False}
         with own_files(), pytest.raises(ConfigError, match=f"port {port} of 127.0.0.1"):
-            launch(
-                build_page(open_workspace([folder]), None), host="127.0.0.1", port=port, password=None, browser=False
-            )
+            launch(page, host="127.0.0.1", port=port, **options)
 
 
 @needs_ipv6
@@ -150,10 +141,9 @@ def test_it_listens_on_ipv6(host, public, folder):
 def test_the_environment_neither_opens_the_page_nor_leads_it_to_a_proxy(given, folder, monkeypatch, tmp_path):
     for name in ("no_proxy", "NO_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("GRADIO_ALLOWED_PATHS", str(tmp_path))
-    monkeypatch.setenv("GRADIO_SHARE", "True")
-    monkeypatch.setenv("NO_PROXY", given)
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # nothing listens
+    proxies = {"NO_PROXY": given, "HTTP_PROXY": "http://127.0.0.1:9"}  # nothing listens
+    for name, value in (proxies | {"GRADIO_ALLOWED_PATHS": str(tmp_path), "GRADIO_SHARE": "True"}).items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "secret.txt").write_text("secret")
     before = dict(os.environ)
     with served(folder) as (address, files):
@@ -165,9 +155,6 @@ def test_the_environment_neither_opens_the_page_nor_leads_it_to_a_proxy(given, f
         assert urllib.request.proxy_bypass("intranet.example") or not given
     assert not files.exists()
     assert dict(os.environ) == before
-
-
-# Whom it answers.
 
 
 @pytest.mark.parametrize("host", ["evil.example:7990", "localhost.evil.example", "10.0.0.1:7860"])
@@ -183,17 +170,14 @@ def test_it_answers_its_own_scripts_by_every_name_of_this_machine(name, shown):
     assert join(shown[0], {"Host": host, "Origin": f"http://{host.lower()}", "Sec-Fetch-Site": "same-origin"}) == 200
 
 
+SITES = ("https://evil.example", "null", "http://127.0.0.1", "http://127.0.0.1:7860.evil.example")
+FETCHES = (("cross-site", "no-cors", "image"), ("same-site", "cors", "empty"), ("cross-site", "navigate", "iframe"))
+
+
 @pytest.mark.parametrize(
     "headers",
-    [
-        {"Origin": "https://evil.example"},
-        {"Origin": "null"},
-        {"Origin": "http://127.0.0.1"},
-        {"Origin": "http://127.0.0.1:7860.evil.example"},
-        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
-        {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors"},
-        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"},
-    ],
+    [{"Origin": site} for site in SITES]
+    + [dict(zip(("Sec-Fetch-Site", "Sec-Fetch-Mode", "Sec-Fetch-Dest"), fetch, strict=True)) for fetch in FETCHES],
 )
 def test_another_site_gets_nothing(headers, shown, locked):
     address, files = shown

@@ -16,8 +16,7 @@ def labelled(table):
     pairs = [(caption, name) for caption, counts in table.items() for name in counts for _ in range(counts[name])]
     order = np.random.default_rng(0).permutation(len(pairs))
     captions, classes = ([pairs[i][side] for i in order] for side in (0, 1))
-    names = [f"{i}.png" for i in range(len(pairs))]
-    return CaptionedImages(captions, names, {"place": classes}, 0.0, lambda row: b"")
+    return CaptionedImages(captions, [f"{i}.png" for i in range(len(pairs))], {"place": classes}, 0.0, lambda row: b"")
 
 
 def shares(data, caption):

@@ -281,13 +281,11 @@ def test_words_are_short_and_need_a_model_to_read_them():
         AuditConfig(words=("sea",))
 
 
-# How they are kept.
-
-BIRD = PromptAudit("a bird", ["a bird"], 2, True, "made up", shares=[0.5, 0.5])
-AUDIT = built_audit(np.eye(2), [0, 0], [BIRD], ["a.png", "b.png"])
+AUDIT = built_audit(np.eye(2), [0, 0], [PromptAudit("a bird", ["a bird"], 2, True, "made up", shares=[0.5, 0.5])])
 WATER = GroupWords(0, 0, 1, (Word("water", 2.1, 0.001), Word("boat", 0.9, 0.004)), "")
 NOTHING = GroupWords(None, 0, 0, (), "no word tells it apart")
 FOUND = AuditWords("clip-tiny", AUDIT.fingerprint, 500, 80, 0.01, (WATER, NOTHING))
+KEPT = json.dumps(asdict(FOUND))
 
 
 def test_words_come_back_whole_and_on_one_line_and_are_found_by_prompt_factor_and_group(tmp_path):
@@ -305,7 +303,7 @@ def test_words_come_back_whole_and_on_one_line_and_are_found_by_prompt_factor_an
 
 def test_words_of_another_audit_are_refused_and_removed(tmp_path):
     other = replace(AUDIT, group_weights=(AUDIT.group_weights[0][::-1],))
-    (other.save(tmp_path) / WORDS).write_text(json.dumps(asdict(FOUND)))
+    (other.save(tmp_path) / WORDS).write_text(KEPT)
     with pytest.raises(AuditError, match=rf"those of another \({AUDIT.fingerprint}\).*--words-model"):
         Audit.load(tmp_path)
     with pytest.raises(AuditError, match="those of another"):
@@ -314,12 +312,7 @@ def test_words_of_another_audit_are_refused_and_removed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "[]",
-        "\xff",
-        *(json.dumps(asdict(FOUND)).replace(*by) for by in (('"group": 1', '"group": true'), ("2.1", "NaN"))),
-    ],
+    "text", ["[]", "\xff", KEPT.replace('"group": 1', '"group": true'), KEPT.replace("2.1", "NaN")]
 )
 def test_other_files_are_refused_and_removed(tmp_path, text):
     (AUDIT.save(tmp_path) / WORDS).write_text(text, encoding="latin-1")
@@ -327,9 +320,6 @@ def test_other_files_are_refused_and_removed(tmp_path, text):
         Audit.load(tmp_path)
     AUDIT.save(tmp_path)
     assert not (tmp_path / WORDS).exists()
-
-
-# How they are shown.
 
 
 def with_words(folder, *, told=("water", "boat"), model="clip-tiny", factors=1):
