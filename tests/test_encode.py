@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from PIL import Image
 
-from conftest import make_tiny_pipeline, write_tiny_folder
+from conftest import CAPTIONS, make_tiny_pipeline, write_tiny_folder
 from invdiff.data import encode as encode_module
 from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import ShardedTensor, encode, model_fingerprint, pixel_values
@@ -224,3 +224,23 @@ def test_a_sharded_tensor_indexes_like_a_tensor(indices):
 def test_rows_that_do_not_exist_are_refused(wrong):
     with pytest.raises(IndexError, match="out of bounds"):
         SHARDED[wrong]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda pipe: pipe.vae.encoder.conv_in.weight,
+            r"autoencoder, found NaN .* for image .*00\.png.*bf16",
+        ),
+        (lambda pipe: pipe.text_encoder.get_input_embeddings().weight, f"text encoder, .* caption '{CAPTIONS[0]}'"),
+    ],
+)
+def test_the_part_that_returns_no_number_is_named_and_nothing_of_it_is_kept(
+    tiny_pipe, tiny_folder, tmp_path, damage, message
+):
+    with torch.no_grad():
+        damage(tiny_pipe).fill_(torch.nan)
+    for _ in range(2):
+        with pytest.raises(ModelError, match=message):
+            encode(tiny_pipe, load_captioned_images(tiny_folder), tmp_path, progress=False)

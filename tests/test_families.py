@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import diffusers
 import pytest
@@ -16,6 +16,7 @@ from invdiff.config import AuditConfig, GenerateConfig, TrainConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import as_encoded, model_fingerprint
 from invdiff.errors import AuditError, ConfigError, DataError, ModelError
+from invdiff.files import weights_digest
 from invdiff.guidance.attach import attach
 from invdiff.guidance.module import GuidanceModule, load_module
 from invdiff.models.families import family_of
@@ -290,3 +291,79 @@ def test_tokens_that_were_dropped_are_noticed():
     features = family.hidden_states((None, torch.zeros(1, 9, 32)))
     with pytest.raises(ModelError, match="one token for each patch of 8x8 latents, found 9 tokens"):
         family.on_grid(features, torch.zeros(1, 4, 8, 8))
+
+
+# what the config tells, not the class
+
+
+def test_a_unet_without_a_middle_block_is_audited_trained_and_guided(data, tmp_path):
+    pipe = make_tiny("sd1")
+    pipe.unet = make_unet(mid_block_type=None)
+    assert family_of(pipe).shape(pipe.unet).feature_path == "down_blocks.1"
+    found = run_audit(pipe, "sd1", data, tmp_path)
+    config = TrainConfig(steps=2, batch_size=8, mixed_precision="no")
+    module = train(pipe, data, found, tmp_path / "module", config=config, cache_dir=tmp_path / "cache", progress=False)
+    sizes = {"images_per_prompt": 1, "num_inference_steps": 1}
+    generate(pipe, ["a"], tmp_path / "out", module=module, config=GenerateConfig(**sizes), progress=False)
+
+
+def make_refiner():
+    pipe = make_tiny("sdxl")
+    options = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    unet = make_unet(**options, projection_class_embeddings_input_dim=16 + 5 * 8)
+    parts = pipe.components | {"text_encoder": None, "tokenizer": None, "unet": unet}
+    return diffusers.StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True)
+
+
+def make_inpainting(channels):
+    pipe = make_tiny("sd1")
+    parts = pipe.components | {"unet": make_unet(in_channels=channels)}
+    return diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (make_refiner, "time_ids '5 numbers, an aesthetic score among them"),
+        (partial(make_inpainting, 9), r"noisy latents alone \(4 channels\), got one of 9 channels"),
+        (partial(make_inpainting, 4), "prompts alone, got a StableDiffusionInpaintPipeline.* image and mask_image"),
+    ],
+)
+def test_what_starts_from_images_is_refused_before_any_work(make, message, data, tmp_path):
+    pipe = make()
+    with pytest.raises(ModelError, match=message):
+        generate(pipe, list(CAPTIONS), tmp_path / "out", progress=False)
+    if "alone, got a" not in message:
+        with pytest.raises(ModelError, match=message):
+            run_audit(pipe, "sd1", data, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+# storage in other types than the compute type
+
+
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+def test_layerwise_casting_leaves_a_model_the_same_to_modules_and_to_itself(storage, data, tmp_path):
+    pipe = make_tiny("sd1")
+    trained_before = make_guidance_module(pipe)
+    for part in (pipe.unet, pipe.vae):
+        part.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
+    before = model_fingerprint(pipe), weights_digest(pipe.unet)
+    found = run_audit(pipe, "sd1", data, tmp_path)
+    options = {"config": TrainConfig(steps=2, batch_size=8, mixed_precision="no"), "progress": False}
+    module = train(pipe, data, found, tmp_path / "module", cache_dir=tmp_path / "cache", **options)
+    assert (model_fingerprint(pipe), weights_digest(pipe.unet)) == before
+    for of, other in ((trained_before, pipe), (module, pipe), (module, make_tiny("sd1"))):
+        with attach(other, of):
+            draw(other, "sd1", steps=1)
+    with pytest.raises(ModelError, match="found others of the same shape"):
+        attach(make_tiny("sd1", seed=1), module)
+
+
+def test_an_autoencoder_of_16_bits_stays_in_its_storage_type():
+    pipe = make_tiny("sdxl").to(torch.float16)
+    pipe.vae.register_to_config(force_upcast=True)
+    pipe.vae.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float16)
+    before = model_fingerprint(pipe)
+    family_of(pipe).encode_images(pipe, torch.zeros(1, 3, 32, 32))
+    assert model_fingerprint(pipe) == before

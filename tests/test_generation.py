@@ -1,12 +1,17 @@
 import contextlib
+import functools
+import importlib
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from PIL import Image
 
 from conftest import CAPTIONS, make_guidance_module, make_tiny_pipeline
@@ -16,6 +21,7 @@ from invdiff.errors import ConfigError, ModelError
 from invdiff.guidance.attach import attach
 from invdiff.sampling import Drawing, generate
 from invdiff.seeds import derived_seed
+from tiny import RESOLUTION, make_tiny
 
 
 def run(pipe, folder, prompts: Any = CAPTIONS, **options) -> list[dict[str, Any]]:
@@ -257,3 +263,125 @@ def test_a_safety_checker_that_blackens_images_is_noticed(tiny_pipe, tmp_path, m
     monkeypatch.setattr(tiny_pipe, "run_safety_checker", lambda images, *_: (images, [False, True, False, False]))
     with pytest.raises(ModelError, match="safety_checker=None"):
         run(tiny_pipe, tmp_path)
+
+
+# Noise of the scheduler, and parts that return what is not finite
+
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+STOCHASTIC = {"stochastic_sampling": True}
+COMPATIBLE = sorted({kind.__name__ for kind in DDIMScheduler().compatibles} - {"DPMSolverSDEScheduler"})
+SCHEDULERS = [
+    *(("sd1", name, {}) for name in COMPATIBLE),
+    *(("sd1", name, {}) for name in ("LCMScheduler", "TCDScheduler", "SASolverScheduler")),
+    *(("sd1", f"DPMSolver{kind}Scheduler", SDE) for kind in ("Multistep", "Singlestep")),
+    *((family, "FlowMatchEulerDiscreteScheduler", STOCHASTIC) for family in ("sd3", "flux")),
+    *((family, "FlowMatchLCMScheduler", {}) for family in ("sd3", "flux")),
+    ("sd3", "FlowMatchHeunDiscreteScheduler", {}),
+    *((family, "DPMSolverMultistepScheduler", SDE) for family in ("pixart", "dit", "ddpm")),
+    *((family, "EulerAncestralDiscreteScheduler", {}) for family in ("dit", "ddpm")),
+]
+tiny_of = functools.cache(make_tiny)
+
+
+def drawn(pipe, family, batch_size):
+    """Two images of one prompt, drawn with guidance, and the groups drawn for them."""
+    sizes = {"images_per_prompt": 2, "num_inference_steps": 4, "batch_size": batch_size}
+    sizes |= {"resolution": RESOLUTION.get(family, 0), "guidance_scale": 1.0 if family == "ddpm" else 3.0}
+    prompts = {"ddpm": [], "dit": ["landbird"]}.get(family, ["a photo of a landbird"])
+    edm = "EDM" in type(pipe.scheduler).__name__  # has no noise schedule of training, so it is not guided
+    module = None if edm else make_guidance_module(pipe, num_groups=7)
+    with Drawing(pipe, prompts, module=module, config=GenerateConfig(**sizes)) as drawing:
+        batches = [drawing.batch(places) for places in drawing.batches()]
+    images = np.stack([np.asarray(image, dtype=int) for images, _ in batches for image in images])
+    return images, groups([row for _, rows in batches for row in rows])
+
+
+def check_noise_follows_from_seeds(pipe, family):
+    images, chosen = drawn(pipe, family, 2)
+    again, chosen_again = drawn(pipe, family, 2)
+    alone, chosen_alone = drawn(pipe, family, 1)
+    assert np.array_equal(again, images)
+    assert np.abs(alone - images).max() <= 1
+    assert chosen == chosen_again == chosen_alone
+    assert not {"step", "decode", "encode_prompt"} & {*vars(pipe), *vars(pipe.scheduler), *vars(tiny_of("sd1").vae)}
+
+
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+@pytest.mark.parametrize(("family", "name", "options"), SCHEDULERS)
+def test_all_noise_follows_from_the_seeds(family, name, options, monkeypatch):
+    pipe = tiny_of(family)
+    scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **options)
+    monkeypatch.setattr(pipe, "scheduler", scheduler)
+    check_noise_follows_from_seeds(pipe, family)
+
+
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+@pytest.mark.parametrize("family", ["sd1", "dit"])
+def test_brownian_trees_follow_from_the_seeds(family, monkeypatch):
+    class BrownianInterval:
+        def __init__(self, size, entropy, **options):
+            self.size, self.rng = size, torch.Generator().manual_seed(entropy)
+
+        def __call__(self, start, end):
+            return torch.randn(self.size, generator=self.rng)
+
+    monkeypatch.setitem(sys.modules, "torchsde", SimpleNamespace(BrownianInterval=BrownianInterval))
+    kind = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde").DPMSolverSDEScheduler
+    pipe = tiny_of(family)
+    monkeypatch.setattr(pipe, "scheduler", kind.from_config(pipe.scheduler.config, noise_sampler_seed=5))
+    check_noise_follows_from_seeds(pipe, family)
+    assert pipe.scheduler.noise_sampler_seed == 5
+
+
+class GlobalNoise(DDPMScheduler):
+    def step(self, model_output, timestep, sample, **options):
+        return super().step(model_output + torch.randn_like(sample), timestep, sample, **options)
+
+
+def test_a_scheduler_that_draws_from_the_global_generator_is_refused(tiny_pipe, tmp_path):
+    tiny_pipe.scheduler = GlobalNoise.from_config(tiny_pipe.scheduler.config)
+    with pytest.raises(ModelError, match=r"images' own generators, got GlobalNoise.* Choose another scheduler"):
+        run(tiny_pipe, tmp_path)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def overflow(weight: torch.Tensor) -> None:
+    weight.mul_(1e38)
+
+
+def use_zero_snr(pipe) -> None:
+    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **options)
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (lambda pipe: overflow(pipe.vae.decoder.conv_in.weight), "autoencoder, found .*--dtype.* autoencoder that"),
+        (lambda pipe: overflow(pipe.vae.decoder.conv_out.bias.add_(5)), "autoencoder, found"),  # infinity, no NaN
+        (lambda pipe: overflow(pipe.unet.conv_out.weight.add_(1)), "denoiser, found .*fp32 or bf16"),
+        (lambda pipe: overflow(pipe.text_encoder.get_input_embeddings().weight), "text encoder, found .*fp32 or bf16"),
+        (use_zero_snr, "scheduler DDIMScheduler, found .*v_prediction only"),
+    ],
+)
+@torch.no_grad()
+def test_the_part_that_returns_no_number_is_named_with_prompt_and_seed(tiny_pipe, tmp_path, damage, part):
+    damage(tiny_pipe)
+    with pytest.raises(ModelError, match=f"from the {part}"):
+        run(tiny_pipe, tmp_path)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@torch.no_grad()
+def test_images_before_one_that_is_no_number_are_kept_and_black_ones_are_images(tiny_pipe, tmp_path):
+    (token,) = set(tiny_pipe.tokenizer(CAPTIONS[1]).input_ids) - set(tiny_pipe.tokenizer(CAPTIONS[0]).input_ids)
+    embeddings = tiny_pipe.text_encoder.get_input_embeddings().weight
+    before = embeddings[token].clone()
+    embeddings[token] = torch.nan
+    with pytest.raises(ModelError, match=f"text encoder, found NaN or infinity for prompt '{CAPTIONS[1]}', seed"):
+        run(tiny_pipe, tmp_path / "a", batch_size=5)
+    assert len(pixels(tmp_path / "a")) == 5
+    embeddings[token] = before
+    tiny_pipe.vae.decoder.conv_out.bias.fill_(-1000)
+    run(tiny_pipe, tmp_path / "b")
+    assert not any(image.any() for image in pixels(tmp_path / "b").values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -19,8 +20,9 @@ from .files import fingerprint, read_json, save_image, weights_digest, write_jso
 from .guidance.attach import Attachment, check_fit, mix_for
 from .guidance.environments import EnvironmentMix, Environments
 from .guidance.module import GuidanceModule
-from .models.families import family_of
+from .models.families import family_of, family_that_draws
 from .models.load import check_plain, denoiser_of
+from .models.watch import check_finite, watched
 from .progress import progress_bar
 from .seeds import derived_seed
 from .training.checkpoint import check_same_settings
@@ -47,7 +49,13 @@ class Drawing:
         environments: Environments = "uniform",
     ) -> None:
         check_plain(pipe)
-        self.pipe, self.module, self._family = pipe, module, family_of(pipe)
+        self.pipe, self.module, self._family = pipe, module, family_that_draws(pipe)
+        if needed := [name for name in ("image", "mask_image") if name in inspect.signature(pipe.__call__).parameters]:
+            raise ModelError(
+                f"Expected a pipeline that draws from prompts alone, got a {type(pipe).__name__}, which starts from "
+                f"{' and '.join(needed)}. Load the text-to-image pipeline of the same model: "
+                "AutoPipelineForText2Image.from_pipe(pipe)."
+            )
         self.config = config or GenerateConfig()
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise ConfigError(f"Expected a list of prompts, got {prompts!r}.")
@@ -112,15 +120,19 @@ class Drawing:
         attachment, mix = self._attachment, self.mix
         if attachment is not None and mix is not None and mix.given is not None:
             attachment.mix = EnvironmentMix(mix.given[list(places)], mix.num_groups)
-        output = self._family.draw(
-            self.pipe,
-            [row["prompt"] for row in rows],
-            guidance_scale=self.config.guidance_scale,
-            resolution=self.config.resolution,
-            generator=[torch.Generator().manual_seed(row["seed"]) for row in rows],
-            num_inference_steps=self.config.num_inference_steps,
-            output_type="pil",
-        )
+        generators = [torch.Generator().manual_seed(row["seed"]) for row in rows]
+        names = [f"prompt {row['prompt']!r}, seed {row['seed']}" for row in rows]
+        with watched(self.pipe, generators, names):
+            output = self._family.draw(
+                self.pipe,
+                [row["prompt"] for row in rows],
+                guidance_scale=self.config.guidance_scale,
+                resolution=self.config.resolution,
+                generator=generators,
+                num_inference_steps=self.config.num_inference_steps,
+                output_type="pt",
+            )
+        check_finite(output.images, "pipeline", names)
         if any(getattr(output, "nsfw_content_detected", None) or ()):
             raise ModelError(
                 "Expected images as the model draws them, but the pipeline's safety checker blackened some, "
@@ -130,7 +142,8 @@ class Drawing:
             assert attachment.environments is not None
             groups = attachment.environments[: len(rows)].tolist()  # further rows are those of guidance
             rows = [{**row, "environment": group} for row, group in zip(rows, groups, strict=True)]
-        return output.images, rows
+        pixels = output.images.cpu().permute(0, 2, 3, 1).float().numpy()
+        return self.pipe.numpy_to_pil(pixels), rows
 
 
 def generate(
@@ -167,7 +180,8 @@ def generate(
     Raises:
         ConfigError: Prompts or environments cannot be used, or `output_dir` is no folder or holds images of other
             settings.
-        ModelError: The module was trained for another model, or a safety checker blackens images.
+        ModelError: The module was trained for another model, a safety checker blackens images, images are not
+            finite, or the scheduler draws noise that does not follow from the seeds.
         DataError: The disk is full or the folder cannot be written.
     """
     drawing = Drawing(pipe, prompts, module=module, config=config, environments=environments)

@@ -31,6 +31,7 @@ from ..models.families import Condition
 from ..models.frozen import Denoiser
 from ..models.load import public_name
 from ..models.schedule import per_sample_loss
+from ..models.watch import check_finite
 from ..progress import progress_bar
 from ..seeds import generator
 
@@ -193,6 +194,8 @@ def cached_features(
         with progress_bar("image features", len(rows), enabled=progress) as bar:
             for batch in np.split(rows, range(BATCH_SIZE, len(rows), BATCH_SIZE)):
                 features.append(extract([data.image(int(row)) for row in batch]))
+                names = [f"image {data.names[row]}" for row in batch]
+                check_finite(torch.from_numpy(features[-1]), "vision encoder", names)
                 bar.advance(len(batch))
         write_arrays(path, {"features": np.concatenate(features)})
     return read_arrays(path)["features"]

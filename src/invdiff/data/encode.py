@@ -19,9 +19,10 @@ from safetensors import safe_open
 from ..distributed import is_main, mine, wait
 from ..errors import ConfigError, ModelError
 from ..files import default_cache_dir, fingerprint, read_tensors, weights_digest, write_json, write_tensors
-from ..models.families import Condition, family_of
+from ..models.families import Condition, family_of, family_that_draws
 from ..models.families.base import joined
 from ..models.load import denoiser_of
+from ..models.watch import check_finite
 from ..progress import note, progress_bar
 from .captioned import CaptionedImages, check_readable
 from .images import UnreadableImage, about_unreadable
@@ -114,7 +115,7 @@ def encode(
     Images are cut to a central square of `resolution` pixels, 0 for the model's own; unreadable ones are left out, up
     to the share that `data` allows, and named on the terminal.
     """
-    family, denoiser = family_of(pipe), denoiser_of(pipe)
+    family, denoiser = family_that_draws(pipe), denoiser_of(pipe)
     multiple = family.granularity(denoiser)
     if resolution and (resolution < multiple or resolution % multiple):
         raise ConfigError(f"Expected a resolution that is a multiple of {multiple}, got {resolution}.")
@@ -131,7 +132,7 @@ def encode(
 
     def prompts(path: Path, part: Sequence[str]) -> None:
         if not path.exists():
-            write_tensors(path, joined([family.encode_captions(pipe, some) for some in _batches(part, batch_size)]))
+            write_tensors(path, joined([encode_captions(pipe, some) for some in _batches(part, batch_size)]))
 
     paths = _share(folder, "latents", range(len(data)), images, "encoding images", progress)
     shards, per_shard = zip(*map(_read_latents, paths), strict=True)
@@ -147,7 +148,7 @@ def encode(
         paths = _share(folder, "prompts", captions, prompts, "encoding captions", progress)
         null = folder / "null.safetensors"
         if is_main() and not null.exists():
-            write_tensors(null, family.null_condition(pipe))
+            write_tensors(null, checked(family.null_condition(pipe), ["no caption"]))
         wait()
         conditions = joined([read_tensors(path) for path in (*paths, null)])
     made_of: dict[str, Any] = {"model_fingerprint": model, "data_fingerprint": data.fingerprint}
@@ -189,7 +190,15 @@ def as_encoded(
 @torch.no_grad()
 def encode_captions(pipe: DiffusionPipeline, captions: Sequence[str]) -> Condition:
     """Conditions of a few captions, one row each, on the CPU; nothing is cached."""
-    return {name: value.cpu() for name, value in family_of(pipe).encode_captions(pipe, captions).items()}
+    encoded = family_of(pipe).encode_captions(pipe, captions)
+    return {name: value.cpu() for name, value in checked(encoded, captions).items()}
+
+
+def checked(condition: Condition, captions: Sequence[str]) -> Condition:
+    """`condition` of `captions`, one row each; `ModelError` where it is not finite."""
+    for values in condition.values():
+        check_finite(values, "text encoder", [f"caption {caption!r}" for caption in captions])
+    return condition
 
 
 def model_fingerprint(pipe: DiffusionPipeline) -> str:
@@ -259,6 +268,7 @@ def _write_latents(
             if pixels:
                 read += pixels
                 latents.append(family.encode_images(pipe, torch.stack([*pixels.values()])))
+                check_finite(latents[-1], "autoencoder", [f"image {data.names[row]}" for row in pixels])
     tensors = {"rows": torch.tensor(read, dtype=torch.long)} | ({"latents": torch.cat(latents)} if latents else {})
     listed = json.dumps(list(skipped.items())).encode()  # a tensor too: entries of metadata are in no fixed order
     write_tensors(path, tensors | {"skipped": torch.tensor(list(listed), dtype=torch.uint8)})

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import ModelError
 from ..files import fingerprint, weights_digest
-from .families import Condition, family_of
+from .families import Condition, family_that_draws
 from .families.base import to
 from .load import check_plain, denoiser_of
 from .schedule import NoiseSchedule
@@ -42,18 +42,12 @@ class FrozenDenoiser:
     """A pipeline's denoiser with its middle features; use as a context manager or call `close()`."""
 
     def __init__(self, pipe: Any) -> None:
-        self.family = family_of(pipe)
+        self.family = family_that_draws(pipe)
         self.module = cast(Any, denoiser_of(pipe))
         check_plain(pipe)
         shape = self.family.shape(self.module)
-        given, wanted = shape.latent_channels * self.family.packing**2, self.module.config.in_channels
-        if wanted != given:
-            raise ModelError(
-                f"Expected a denoiser of noisy latents alone ({given} channels), got one of {wanted} channels, which "
-                "expects masks or images beside them. Audit and train on the text-to-image model."
-            )
         self.schedule, self.device = NoiseSchedule(pipe.scheduler), torch.device(pipe._execution_device)
-        self.dtype = next(self.module.parameters()).dtype
+        self.dtype = self.module.dtype  # that it computes in, whatever its weights are stored in
         self._features = FeatureCapture(
             self.module, shape.feature_path, lambda output: self.family.hidden_states(output).clone()
         )

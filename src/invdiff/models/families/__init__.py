@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from diffusers import (
     DiTTransformer2DModel,
@@ -19,7 +19,7 @@ from .base import Condition, DenoiserCall, Family
 from .transformer import DiT, Flux, PixArt, StableDiffusion3
 from .unet import StableDiffusion, StableDiffusionXL, Unconditional
 
-__all__ = ["Condition", "DenoiserCall", "Family", "family_of"]
+__all__ = ["Condition", "DenoiserCall", "Family", "family_of", "family_that_draws"]
 
 _TRANSFORMERS: dict[type, type[Family]] = {
     SD3Transformer2DModel: StableDiffusion3,
@@ -27,6 +27,18 @@ _TRANSFORMERS: dict[type, type[Family]] = {
     PixArtTransformer2DModel: PixArt,
     DiTTransformer2DModel: DiT,
 }
+
+
+def family_that_draws(pipe: Any) -> Family:
+    """The adapter as `family_of` has it; `ModelError` where the denoiser expects more than noise and a condition."""
+    family, denoiser = family_of(pipe), cast(Any, denoiser_of(pipe))
+    given, wanted = family.shape(denoiser).latent_channels * family.packing**2, denoiser.config.in_channels
+    if wanted != given:
+        raise ModelError(
+            f"Expected a denoiser of noisy latents alone ({given} channels), got one of {wanted} channels, which "
+            "expects masks or images beside them. Audit, train and draw with the text-to-image model."
+        )
+    return family
 
 
 def family_of(pipe: Any) -> Family:
@@ -47,7 +59,12 @@ def family_of(pipe: Any) -> Family:
         if not added:
             return StableDiffusion(pipe)
         if added == {"addition_embed_type": "text_time"}:
-            return StableDiffusionXL(pipe)
+            encoder = getattr(pipe, "text_encoder_2", None)
+            pooled = 0 if encoder is None else encoder.config.projection_dim
+            numbers = (config["projection_class_embeddings_input_dim"] - pooled) / config["addition_time_embed_dim"]
+            if encoder is None or numbers == 6:  # the image's size, where it was cut, and the size wanted
+                return StableDiffusionXL(pipe)
+            further["time_ids"] = f"{numbers:g} numbers, an aesthetic score among them (a refiner)"
     if isinstance(network, UNet2DModel) and not further:
         return Unconditional(pipe)
     inputs = "".join(f" with {name} {value!r}" for name, value in further.items())

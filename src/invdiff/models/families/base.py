@@ -136,12 +136,15 @@ class Family(ABC):
         """Encode (batch, 3, height, width) in -1 to 1 to scaled latents, the mode, in float32 on the CPU."""
         vae = pipe.vae
         # Some autoencoders (SDXL's) overflow in fp16; diffusers runs them in 32 bits as well.
-        overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast")
-        if overflows:
-            vae.float()
-        output = vae.encode(pixels.to(pipe._execution_device, vae.dtype))
-        if overflows:
-            vae.half()
+        stored = {weight.dtype for weight in vae.parameters()}  # not of 8 bits, which this would undo
+        overflows = stored == {vae.dtype} == {torch.float16} and vae.config.get("force_upcast")
+        try:
+            if overflows:
+                vae.float()
+            output = vae.encode(pixels.to(pipe._execution_device, vae.dtype))
+        finally:
+            if overflows:
+                vae.half()
         latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latents
         shift = vae.config.get("shift_factor") or 0.0
         return ((latents.float() - shift) * vae.config["scaling_factor"]).cpu()

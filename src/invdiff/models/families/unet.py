@@ -13,7 +13,7 @@ from .base import Condition, DenoiserShape, Family
 
 
 class StableDiffusion(Family):
-    """Stable Diffusion 1.x and 2.x, and what all UNets share: inputs of these names, and a middle block."""
+    """Stable Diffusion 1.x and 2.x, and what all UNets share: features of the middle block, or the last down block."""
 
     title = "Stable Diffusion 1.x/2.x"
     conditions: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
@@ -22,10 +22,13 @@ class StableDiffusion(Family):
         config = denoiser.config
         return DenoiserShape(
             latent_channels=config["out_channels"],
-            feature_path="mid_block",
+            feature_path="mid_block" if denoiser.mid_block else f"down_blocks.{len(denoiser.down_blocks) - 1}",
             feature_channels=config["block_out_channels"][-1],
             prompt_dim=config.get("cross_attention_dim") or 0,
         )
+
+    def hidden_states(self, block_output: Any) -> Tensor:
+        return block_output[0] if isinstance(block_output, tuple) else block_output  # what a down block skips follows
 
     def base_width(self, denoiser: Any) -> int:
         return denoiser.config["block_out_channels"][0] // 2
