@@ -33,4 +33,12 @@ class EvaluationError(InvDiffError):
 
 def first_line(error: Exception) -> str:
     """The first line of another library's error, for our message; the rest is advice on its own use."""
-    return str(error).strip().split("\n")[0]
+    text = f"there is no {error}" if isinstance(error, KeyError) else str(error).strip()
+    return text.split("\n")[0] or type(error).__name__
+
+
+def found_else(expected: str, error: Exception, remedy: str) -> str:
+    """The message for a file that holds something else, as `error` says; one of ours says itself what it expected."""
+    if isinstance(error, InvDiffError):
+        return f"{error} {remedy}"
+    return f"Expected {expected}, found something else ({first_line(error)}). {remedy}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import AuditError, ConfigError, DataError
+from ..errors import AuditError, ConfigError, DataError, found_else
 from ..files import read_json
 from ..options import typed
 from ..text import one_line
@@ -177,10 +177,8 @@ def read_edits(plain: Audit, folder: Path) -> Audit:
                 raise ValueError(f"cuts of prompt {entry['prompt']} twice")
             edits = edits.with_cuts(entry["prompt"], typed(list[float], entry["scores"]))
     except (KeyError, IndexError, TypeError, ValueError, ConfigError, DataError) as error:
-        raise AuditError(
-            f"Expected people's changes to an audit in {path}, found something else ({error!r}). "
-            "Mend it or move it elsewhere, and make the changes again."
-        ) from error
+        remedy = "Mend it or move it elsewhere, and make the changes again."
+        raise AuditError(found_else(f"people's changes to an audit in {path}", error, remedy)) from error
     return apply(plain, edits)
 
 

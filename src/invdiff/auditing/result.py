@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import AuditError, DataError
+from ..errors import AuditError, DataError, found_else
 from ..files import fingerprint, read_arrays, read_json, write_arrays, write_json
 from ..options import typed
 from ..text import one_line
@@ -290,9 +290,7 @@ class Audit:
             if not all(len(array) == len(found.names) and np.isfinite(array).all() for array in arrays.values()):
                 raise ValueError(f"arrays that are not one finite row for each of {len(found.names)} images")
         except (KeyError, IndexError, TypeError, ValueError, DataError) as error:
-            raise AuditError(
-                f"Expected an audit in {folder}, found something else ({error!r}). Run `invdiff audit` again."
-            ) from error
+            raise AuditError(found_else(f"an audit in {folder}", error, "Run `invdiff audit` again.")) from error
         found = replace(found, words=_read_words(folder, found.fingerprint))
         return read_edits(found, folder) if edited else found
 
@@ -307,7 +305,5 @@ def _read_words(folder: Path, audit: str) -> AuditWords | None:
             raise ValueError(f"those of another ({one_line(found.audit, 20)})")
         return replace(found, model=one_line(found.model, 200))
     except (KeyError, TypeError, ValueError, DataError) as error:
-        raise AuditError(
-            f"Expected words for groups of the audit {audit} in {path}, found something else ({error}). "
-            "Delete it, or run `invdiff audit` again with --words-model."
-        ) from error
+        remedy = "Delete it, or run `invdiff audit` again with --words-model."
+        raise AuditError(found_else(f"words for groups of the audit {audit} in {path}", error, remedy)) from error

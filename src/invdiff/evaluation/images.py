@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.tables import caption_of, image_name, read_table
-from ..errors import EvaluationError
+from ..errors import EvaluationError, first_line
 from ..files import visible
 from ..text import label_of
 from .results import UNSTATED, scale_order
@@ -168,5 +168,5 @@ def _row(values: Mapping[str, Any], folder: Path, where: str) -> Row:
     except (AttributeError, TypeError, ValueError) as error:
         raise EvaluationError(
             f"Expected an image's file_name and prompt, and any guidance_scale and scale as numbers, in {where}, "
-            f"found something else ({error!r}). Correct or remove the row, or generate again."
+            f"found something else ({first_line(error)}). Correct or remove the row, or generate again."
         ) from error

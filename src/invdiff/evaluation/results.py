@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from ..errors import EvaluationError
+from ..errors import EvaluationError, first_line
 from ..files import read_json, write_json, write_text
 
 CANNOT_TELL = "cannot tell"
@@ -232,8 +232,8 @@ class Results:
                 _ = (measures.bias, measures.shares, scale_order(scale))
         except (KeyError, StopIteration, TypeError, ValueError, ZeroDivisionError) as error:
             raise EvaluationError(
-                f"{path}: Expected the results of an evaluation, found something else ({error!r}). Give a file that "
-                "`invdiff evaluate` or `invdiff demo` wrote, or evaluate again."
+                f"{path}: Expected the results of an evaluation, found something else ({first_line(error)}). Give a "
+                "file that `invdiff evaluate` or `invdiff demo` wrote, or evaluate again."
             ) from error
         if not any(results.models.values()):
             raise EvaluationError(f"{path}: Expected measures of at least one model, found none. Evaluate again.")

@@ -19,7 +19,7 @@ from jinja2 import UndefinedError
 
 from ..auditing.result import Audit
 from ..config import TrainConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..models.families import family_of
 from ..text import escape, one_line
 
@@ -97,8 +97,8 @@ def with_figures(record: Any, results: Any) -> dict[str, Any]:
         }
     except (AttributeError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"Expected the results of an evaluation, got {type(results).__name__} ({error!r}). Give what `evaluate` "
-            "returned, or Results.load of the file that `invdiff evaluate` wrote."
+            f"Expected the results of an evaluation, got {type(results).__name__} ({first_line(error)}). Give what "
+            "`evaluate` returned, or Results.load of the file that `invdiff evaluate` wrote."
         ) from error
     record = dict(record) if isinstance(record, Mapping) else {}
     before = record.get("figures") if isinstance(record.get("figures"), Mapping) else {}

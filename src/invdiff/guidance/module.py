@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
-from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import ConfigError, ModelError
 from ..files import atomic_folder, write_text
 from ..models.families import Condition, Family, family_of
-from ..models.load import denoiser_of, looks_local, public_name
+from ..models.load import denoiser_of, public_name
+from ..models.loading import load_complete, loading
 from ..models.schedule import NoiseSchedule
 from .card import render_card, with_figures
 
@@ -332,13 +332,8 @@ def weight_signature(denoiser: nn.Module, size: int = 32) -> tuple[float, ...]:
 def load_module(name_or_folder: str | Path) -> GuidanceModule:
     """Load a guidance module from a folder or a hub id, ready to attach; `ModelError` where none can be read."""
     source = str(name_or_folder)
-    try:
+    with loading("a guidance module", source, "Give the folder that `invdiff train` wrote."):
         found: Any = GuidanceModule.load_config(source)
         if found.get("_class_name") != GuidanceModule.__name__:
-            raise ValueError(f"it is a {found.get('_class_name', 'config of something else')}.")
-        return GuidanceModule.from_pretrained(source, low_cpu_mem_usage=False).eval()
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        remedy = "Give the folder that `invdiff train` wrote"
-        if not (Path(source).exists() or looks_local(source)):
-            remedy += ", or the hub id of a module; check the spelling, the network and your login (hf auth login)"
-        raise ModelError(f"Expected a guidance module at {source}, could not load it: {error} {remedy}.") from error
+            raise ValueError(f"it is a {found.get('_class_name', 'config of something else')}")
+        return load_complete(GuidanceModule, source).eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
-from ..errors import ConfigError, DataError, ModelError, first_line
+from ..errors import ConfigError, DataError, ModelError
 from ..files import weights_digest
 from .load import default_device, public_name
+from .loading import check_complete, check_tokenizer, loading
 
 BATCH_SIZE = 32
 
@@ -65,19 +65,16 @@ class ClipEncoder(VisionEncoder):
     @classmethod
     def load(cls, name_or_folder: str | Path) -> ClipEncoder:
         """Load a `CLIPModel` with its tokenizer and image processor, of a folder or a hub id; `ModelError` without."""
-        source, remedy = str(name_or_folder), "Save the model's own beside it."
+        source = str(name_or_folder)
         model = load_pretrained(AutoModel, source, "a CLIP model")
         if not isinstance(model, CLIPModel):
             raise ModelError(
                 f"Expected a CLIP model with both towers at {source}, got a {type(model).__name__}. "
                 "Give a folder or hub id such as openai/clip-vit-base-patch32."
             )
-        tokenizer = _loaded(AutoTokenizer.from_pretrained, source, "a tokenizer", remedy)
-        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers 5 makes up for absent files with this
-            raise ModelError(
-                f"Expected a tokenizer at {source}, found one that knows no word: its files are absent or empty. "
-                f"{remedy}"
-            )
+        with loading("a tokenizer", source, "Save the model's own beside it."):
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        check_tokenizer(tokenizer, source)
         return cls(model_name(source), model, load_image_processor(source), tokenizer)
 
     @property
@@ -116,28 +113,16 @@ def load_pretrained(model_class: Any, name_or_folder: str, kind: str) -> Any:
 
     `ModelError` where there is none, or weights are missing, which `transformers` would draw at random.
     """
-    remedy = "Give a folder or a hub id of such a model."
-    model, report = _loaded(model_class.from_pretrained, name_or_folder, kind, remedy, output_loading_info=True)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"Expected all weights of {kind} at {name_or_folder}, found none of {', '.join(missing[:5])} "
-            f"({len(missing)} in all). Give a model that was trained as such: a classifier often lacks a pooler."
-        )
+    with loading(kind, name_or_folder, "Give a folder or a hub id of such a model."):
+        model, report = model_class.from_pretrained(name_or_folder, output_loading_info=True)
+    check_complete(report["missing_keys"], kind, name_or_folder)
     return model.float().to(default_device()).eval()
 
 
 def load_image_processor(name_or_folder: str) -> Any:
     """Load what turns images into a model's pixels; `ModelError` where there is none."""
-    remedy = "Save the model's own processor beside it."
-    return _loaded(AutoImageProcessor.from_pretrained, name_or_folder, "an image processor", remedy)
-
-
-def _loaded(load: Callable[..., Any], source: str, kind: str, remedy: str, **options: Any) -> Any:
-    try:
-        return load(source, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"Expected {kind} at {source}, could not load it: {first_line(error)} {remedy}") from error
+    with loading("an image processor", name_or_folder, "Save the model's own processor beside it."):
+        return AutoImageProcessor.from_pretrained(name_or_folder)
 
 
 def pixel_batches(images: Iterable[Image.Image], processor: Any, device: torch.device) -> Iterator[torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from diffusers import DiffusionPipeline
 from packaging.version import Version
 
 from ..distributed import num_processes, state
-from ..errors import ModelError, first_line
+from ..errors import ModelError
+from .loading import check_complete, check_tokenizer, complete_text_encoders, loading
 
 _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 
@@ -58,7 +60,7 @@ def load_pipeline(
         source = str(path.resolve())  # so that a relative path is never taken for a hub id
     elif looks_local(source):
         raise ModelError(f"Expected a diffusers pipeline folder at {source}, found nothing there.")
-    try:
+    with loading("a whole diffusers pipeline" if path.is_dir() else "a diffusers pipeline", source):
         with warnings.catch_warnings():  # diffusers passes huggingface_hub an argument it no longer has
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
             index = DiffusionPipeline.load_config(source)
@@ -66,15 +68,26 @@ def load_pipeline(
         options: dict[str, Any] = {name: None for name, value in index.items() if value == [None, None]}
         if "safety_checker" in index:
             options |= {"safety_checker": None, "requires_safety_checker": False}
-        pipe = DiffusionPipeline.from_pretrained(source, **{_DTYPE: dtype or torch.float32}, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        where = "a whole diffusers pipeline" if path.is_dir() else "an existing folder or a reachable hub model"
-        raise ModelError(
-            f"Expected {where} at {source}, could not load it: {first_line(error)} "
-            "Check the spelling, the network and, for a gated model, that you are logged in (hf auth login)."
-        ) from error
+        pipe = _from_pretrained(source, options | {_DTYPE: dtype or torch.float32})
+        for name, part in pipe.components.items():
+            if isinstance(part, torch.nn.Module):
+                check_complete([key for key, weight in part.named_parameters() if weight.is_meta], name, source)
+            elif name.startswith("tokenizer") and part is not None:
+                check_tokenizer(part, source)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or default_device())
+
+
+def _from_pretrained(source: str, options: dict[str, Any]) -> Any:
+    """Load the plain weights, or where files are missing those of a variant."""
+    with complete_text_encoders(source):
+        try:
+            return DiffusionPipeline.from_pretrained(source, **options)
+        except (OSError, ValueError):
+            for variant in ("fp16", "bf16"):
+                with suppress(OSError, ValueError):
+                    return DiffusionPipeline.from_pretrained(source, **options, variant=variant)
+            raise
 
 
 def dtype_named(name: str) -> torch.dtype:

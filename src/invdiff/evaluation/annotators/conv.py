@@ -15,13 +15,13 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
 from torch.nn import functional
 
 from ...data.captioned import CaptionedImages, readable_images
-from ...errors import DataError, ModelError, first_line
+from ...errors import DataError, ModelError
 from ...files import atomic_folder
 from ...models.encoders import model_name
+from ...models.loading import load_complete, loading
 from ...progress import progress_bar
 from ...seeds import generator as derived_generator
 from .annotations import Annotations, class_names
@@ -137,21 +137,17 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> ConvAnnotator:
         """Load from a folder or hub id, ready to `predict`; it is called as the folder is."""
         path = str(pretrained_model_name_or_path)
-        try:
+        remedy = "Give a folder that `save_pretrained` wrote, or train one with `ConvAnnotator.fit`."
+        with loading("an annotator", path, remedy):
             config: Any = cls.load_config(path)
             found = config.get("_class_name") or "something else"
             if found != cls.__name__:
-                raise ValueError(f"found {found}.")
-            model = super().from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False, **kwargs)
+                raise ValueError(f"found {found}")
+            model = load_complete(super(), path, use_safetensors=True, **kwargs)
             folder = Path(path)
             if not folder.is_dir():
                 files = [TENSORS, SUMMARY]
                 folder = Path(snapshot_download(path, revision=kwargs.get("revision"), allow_patterns=files))
-        except (OSError, ValueError, RuntimeError, SafetensorError, TypeError) as error:
-            raise ModelError(
-                f"Expected an annotator in {path}, could not load it: {first_line(error)} "
-                "Give a folder that `save_pretrained` wrote, or train one with `ConvAnnotator.fit`."
-            ) from error
         if (folder / TENSORS).is_file():
             model.use_held_out(HeldOut.load(folder))
         model.name = model.feature_name = model_name(path)
