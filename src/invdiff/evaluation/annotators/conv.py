@@ -18,7 +18,7 @@ from PIL import Image
 from torch.nn import functional
 
 from ...data.captioned import CaptionedImages, readable_images
-from ...errors import DataError, ModelError
+from ...errors import DataError
 from ...files import atomic_folder
 from ...models.encoders import model_name
 from ...models.loading import load_complete, loading
