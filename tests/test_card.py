@@ -320,7 +320,7 @@ def test_a_module_is_loaded_from_the_hub_with_its_card(trained, tmp_path, monkey
     module.save_pretrained(tmp_path / "again")
     for name in FILES:
         assert (tmp_path / "again" / name).read_bytes() == (trained / name).read_bytes()
-    with pytest.raises(ModelError, match=r"at org/absent, could not load.*hub id of a module; check the spelling"):
+    with pytest.raises(ModelError, match=r"at org/absent, could not load.*invdiff train.* Check the spelling"):
         load_module("org/absent")
 
 
