@@ -528,6 +528,7 @@ def _only(name, content):
         (_only("other.txt", b""), "Expected manifest.jsonl in .*, found none"),
         (lambda base: (base / "00000" / "000003.png").unlink(), r"found 1 absent, first .*000003.png"),
         (lambda base: (base / "00000" / "000003.png").write_bytes(b"no"), "not read the image .*000003.png"),
+        (lambda base: change_rows(base, {0: {"file_name": "x" * 10_000}}), "found 1 absent"),
         (lambda base: change_rows(base, {1: {"file_name": "00000/../00000/000000.png"}}), "once.*000000.png again"),
         (lambda base: change_rows(base, [{"prompt": LAND}] * 7), f"found 1 of '{WATER}' at guidance scale 1.0"),
         (lambda base: change_rows(base, {0: {"scale": 0.5}}), r"found \[0.5, 1.0\]. Generate each scale"),
@@ -584,6 +585,7 @@ def test_results_come_back_from_their_file_and_the_table_lies_beside(base, tmp_p
         ("models/base/1.0/attributes/background/overall/bias/high", float("nan"), "high in 'bias' in overall"),
         ("models/base/1.0/attributes/background/counts", {LAND: {"land": 0}}, "ZeroDivisionError"),
         ("module_scales", {"base": "strong"}, "'base' in module_scales"),
+        ("notes", "none", "for notes, got 'none'"),
     ],
 )
 def test_damaged_results_are_refused_with_the_place_of_the_fault(base, tmp_path, path, value, message):
