@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from ..distributed import num_processes, state
 from ..errors import ModelError
-from .loading import check_complete, check_tokenizer, complete_text_encoders, loading
+from .loading import check_complete, check_tokenizer, complete_text_encoders, loading, looks_local
 
 _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 
@@ -93,12 +93,6 @@ def _from_pretrained(source: str, options: dict[str, Any]) -> Any:
 def dtype_named(name: str) -> torch.dtype:
     """The type of weights called "fp32", "fp16" or "bf16"."""
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
-
-
-def looks_local(name_or_folder: str) -> bool:
-    """Whether it can only be meant as a folder: a hub id has one slash at most, between two names."""
-    name = name_or_folder
-    return name.startswith((".", "~", os.sep)) or name.endswith(os.sep) or name.count("/") > 1
 
 
 GUIDED: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()

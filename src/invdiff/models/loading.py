@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,11 +30,17 @@ def loading(kind: str, source: str, remedy: str = "Save it again, or download it
             remedy = "Install that package (pip install), or choose a model that does without."
         elif isinstance(error, AttributeError):
             remedy = "Upgrade diffusers and transformers, which may know it by now, or choose another model."
-        elif folder.exists():
+        elif folder.exists() or looks_local(source):
             reason = _damage(folder) or reason
         else:
             remedy = f"{remedy} Check the spelling, the network and, if it is gated, your login (hf auth login)."
         raise ModelError(f"Expected {kind} at {source}, could not load it: {reason.rstrip('.')}. {remedy}") from error
+
+
+def looks_local(name_or_folder: str) -> bool:
+    """Whether it can only be meant as a folder: a hub id has one slash at most, between two names."""
+    name = name_or_folder
+    return name.startswith((".", "~", os.sep)) or name.endswith(os.sep) or name.count("/") > 1
 
 
 def check_complete(missing: Any, part: str, source: str) -> None:
