@@ -269,7 +269,7 @@ def test_words_change_nothing_else_and_cost_no_new_measurement(tiny_pipe, tiny_p
     assert told.settings["words"] == ["palm tree", "harbour"]
     assert told.words.model == "tiny-clip"
     assert {(entry.prompt, entry.group) for entry in told.words.groups} == {(0, 0), (0, 1)}
-    for text in ("Words that distinguish", "as tiny-clip sees them", f"group 0: {told.words.of(0, 0).line}"):
+    for text in ("Words that separate", "as tiny-clip sees them", f"group 0: {told.words.of(0, 0).line}"):
         assert text in done.output
 
 

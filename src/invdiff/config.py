@@ -165,7 +165,7 @@ class AuditConfig(Config):
     vision_encoder: Annotated[str, Option(metavar="MODEL")] = ""
     """`auto`: a transformers vision model (CLIP, DINOv2), by folder or hub id, whose features are weighed too."""
     words_model: Annotated[str, Option(metavar="MODEL")] = ""
-    """A CLIP model, by folder or hub id, that says in words what distinguishes the groups once they are found."""
+    """A CLIP model, by folder or hub id, that says in words what separates the groups once they are found."""
     words: Annotated[tuple[str, ...], Option(flag="--word")] = ()
     """A word for `words_model` to choose from, beside those of the captions and a list of common ones; repeat for
     more."""

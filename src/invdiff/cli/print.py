@@ -79,7 +79,7 @@ def print_audit(audit: Audit) -> None:
     everywhere = [entry for entry in audit.words.groups if entry.prompt is None]
     where = "over all prompts" if everywhere else "under the prompt"
     model = one_line(audit.words.model, 80)
-    lines = [f"Words that distinguish groups {where}, of {audit.words.vocabulary}, as {model} sees them"]
+    lines = [f"Words that separate groups {where}, of {audit.words.vocabulary}, as {model} sees them"]
     for words in everywhere or audit.words.groups:
         factor = f"factor {words.factor}, " if words.factor else ""
         lines.append(f"  {factor}group {words.group}: {words.line}")

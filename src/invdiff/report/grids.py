@@ -204,7 +204,7 @@ def _text(
 
 
 def _heading(group: Group, split: Split, words: AuditWords | None, width: float, *, name: str) -> list[Row]:
-    """A group's name and share, how many images it has, and the words that distinguish it."""
+    """A group's name and share, how many images it has, and the words that separate it from the others."""
     entry = words.of(split.index, group.index, split.factor_index) if words else None
     label = f"{one_line(name, int(width / 15) - 16)} · {percent(group.share)}"
     _, write = _text(label, width - 170, size=24)
