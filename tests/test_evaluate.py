@@ -583,7 +583,7 @@ def test_results_come_back_from_their_file_and_the_table_lies_beside(base, tmp_p
         ("models/base/1.0/attributes", {}, "StopIteration"),
         ("models/base/1.0/attributes/background/overall/bias/low", "<b>", "low in 'bias' in overall"),
         ("models/base/1.0/attributes/background/overall/bias/high", float("nan"), "high in 'bias' in overall"),
-        ("models/base/1.0/attributes/background/counts", {LAND: {"land": 0}}, "ZeroDivisionError"),
+        ("models/base/1.0/attributes/background/counts", {LAND: {"land": 0}}, "division by zero"),
         ("module_scales", {"base": "strong"}, "'base' in module_scales"),
         ("notes", "none", "for notes, got 'none'"),
     ],
