@@ -316,7 +316,7 @@ def test_words_of_another_audit_are_refused_and_removed(tmp_path):
 )
 def test_other_files_are_refused_and_removed(tmp_path, text):
     (AUDIT.save(tmp_path) / WORDS).write_text(text, encoding="latin-1")
-    with pytest.raises(AuditError, match="Expected (words for groups|JSON)"):
+    with pytest.raises(AuditError, match=r"Expected (words for groups|JSON)"):
         Audit.load(tmp_path)
     AUDIT.save(tmp_path)
     assert not (tmp_path / WORDS).exists()
