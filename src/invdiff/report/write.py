@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..data.images import read_image
 from ..evaluation.images import Folders
 from ..files import is_inside, save_image, write_text
 from ..text import escape, one_line
@@ -167,6 +168,7 @@ def _save_pictures(folder: Path, run: Run, chosen: Comparison | None, audit: Pat
         if run.data is not None:
             save_groups(paths["groups"], run)
         elif own.is_file() and is_inside(own, audit) and not run.audit.edits.changed:  # edits would be newer than it
+            read_image(own)  # what is damaged is an error, no part of a report
             save_image(paths["groups"], lambda path: path.write_bytes(own.read_bytes()))
         else:
             written.remove("groups")
