@@ -20,6 +20,14 @@ def test_a_folder_is_loaded_quiet_without_a_safety_checker_in_the_type_asked_for
     assert pipe.device.type == default_device().type
 
 
+def test_a_safety_checker_that_the_folder_names_is_left_out(tiny_pipe_dir, tmp_path):
+    index = json.loads((tiny_pipe_dir / "model_index.json").read_text())
+    shutil.copytree(tiny_pipe_dir, tmp_path / "model")
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]  # whose weights are not there
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    assert load_pipeline(tmp_path / "model").safety_checker is None
+
+
 def test_what_is_no_pipeline_is_refused(tiny_pipe_dir, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "model_index.json").write_text(

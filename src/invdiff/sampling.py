@@ -222,6 +222,8 @@ def _read_row(output_dir: Path, planned: dict[str, Any]) -> dict[str, Any] | Non
     """The manifest's row of an image that an earlier run drew; None where it is absent or damaged."""
     try:
         with Image.open(output_dir / planned["file_name"]) as image:
+            image.verify()  # checksums, which Pillow skips where it reads the pixels
+        with Image.open(output_dir / planned["file_name"]) as image:
             image.load()
             row = json.loads(image.info[_CHUNK])
     except (OSError, SyntaxError, ValueError, KeyError, TypeError):

@@ -61,6 +61,7 @@ def decode_image(read: Callable[[], bytes], name: str) -> Image.Image:
         data = read()
         if not data:
             raise ValueError("the file is empty")
+        Image.open(io.BytesIO(data)).verify()  # the checksums of a PNG, which Pillow skips where it reads the pixels
         with Image.open(io.BytesIO(data)) as file:
             file.load()
             try:
