@@ -135,7 +135,8 @@ def test_a_finished_run_draws_nothing_and_damaged_images_are_drawn_again(tiny_pi
     images = sorted(tmp_path.rglob("*.png"))
     whole = images[0].read_bytes()
     (tmp_path / "00001/.000003.png.abc.png").write_bytes(b"left by a killed run")
-    spoilt = whole[:-16] + bytes(4) + whole[-12:]  # the checksum of its pixels
+    own = images[5].read_bytes()
+    spoilt = own[:-16] + bytes(4) + own[-12:]  # the checksum of its pixels
     for damage in (b"", b"not a picture", whole, whole[: len(whole) // 2], spoilt):  # one at a time: a batch is whole
         images[5].write_bytes(damage)
         run(tiny_pipe, tmp_path)
