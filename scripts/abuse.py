@@ -142,10 +142,10 @@ def differing(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
 
 def build(work: Path) -> None:
     """Make a tiny model, data and annotator, and run every step undisturbed: before each, a copy in `before-STEP`."""
+    import datasets
     from PIL import Image
 
     from conftest import write_tiny_folder
-    from invdiff.data import encode
     from tiny import make_tiny
 
     scene = work / "scene"
@@ -159,7 +159,6 @@ def build(work: Path) -> None:
     (scene / "photos/metadata.csv").write_text(table.replace("07.png", "07.jpg").replace("11.png", "11.jpg"))
     (scene / "often.yaml").write_text("steps: 30\nbatch_size: 8\ncheckpoint_every: 2\nmixed_precision: 'no'\n")
     (scene / "few.yaml").write_text("images_per_prompt: 6\nnum_inference_steps: 3\nbatch_size: 2\n")
-    assert encode.SHARD_SIZE >= 48
     with contextlib.chdir(scene):
         annotator = ["annotator", "train", "photos", "--output", "annotator", "--attribute", "background"]
         plain = ["generate", "model", *PROMPTS, "--output", "base", "--config", "few.yaml"]
@@ -173,8 +172,6 @@ def build(work: Path) -> None:
             shutil.copy(scene / "base" / row["file_name"], scene / "drawn" / name)
             row |= {"file_name": name, "sex": "fm"[row["seed"] % 2]}
         (scene / "drawn/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        import datasets
-
         images = [{"bytes": (scene / f"photos/{n:02d}.png").read_bytes(), "path": None} for n in (0, 1, 2, 3) * 6]
         datasets.Dataset.from_dict({"image": images, "text": PROMPTS * 12}).to_parquet(scene / "table.parquet")
         for step, arguments in STEPS.items():
@@ -282,7 +279,6 @@ AUDIT = STEPS["audit"]
 PARQUET = ["audit", "model", "table.parquet", *AUDIT[3:]]
 LABELS = ["evaluate", "drawn", "--annotator", "labels", "--attribute", "sex", "--output", "labels.json", "-q"]
 REPORT = ["report", ".", "--output", "report"]
-RESUME = STEPS["generate"]
 DAMAGED: list[
     tuple[str, str, list[str], list[str]]
 ] = [  # where it happens, to which files, what reads them, into what
@@ -298,8 +294,7 @@ DAMAGED: list[
     ("before-train", "audit/*.safetensors", STEPS["train"], ["module"]),
     ("before-train", "often.yaml", STEPS["train"], ["module"]),
     ("before-generate", "module/*", STEPS["generate"], ["guided"]),
-    ("before-evaluate", "guided/*/*.png", RESUME, ["guided"]),
-    ("before-evaluate", "guided/*.json*", RESUME, ["guided"]),
+    *(("before-evaluate", f"guided/{files}", STEPS["generate"], ["guided"]) for files in ("*/*.png", "*.json*")),
     ("before-evaluate", "drawn/metadata.jsonl", LABELS, ["labels.json"]),
     ("before-evaluate", "drawn/*.png", LABELS, ["labels.json"]),
     ("before-evaluate", "annotator/*", STEPS["evaluate"], MADE["evaluate"]),
@@ -349,7 +344,7 @@ def damage(work: Path, numbers: random.Random) -> tuple[str, str]:
         after = contents(folder, made)
         if not differing(PRISTINE[number], after):
             return "right", what
-        if any(word in ended.said for word in ("left out", "could not be read")):
+        if "could not be read" in ended.said:
             return "error", f"{what}: announced"
         loose = b"NaN" in b"".join(after.values()) and not file.name.endswith(".jsonl")
         if file.suffix in CHECKED or loose or after.keys() != PRISTINE[number].keys():

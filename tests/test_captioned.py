@@ -338,7 +338,7 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), d
 )
 def test_damaged_files_are_unreadable(data, reason, tmp_path):
     (tmp_path / "cut.img").write_bytes(data)
-    with pytest.raises(UnreadableImage, match=rf"(?i)cut\.img: .*{reason}"):
+    with pytest.raises(UnreadableImage, match=rf"cut\.img: .*{reason}"):
         read_image(tmp_path / "cut.img")
 
 

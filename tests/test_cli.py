@@ -478,6 +478,8 @@ def test_errors_name_what_is_wrong(tiny_pipe_dir, tiny_folder, tmp_path):
     ):
         assert expected in fail(*words, "--output", tmp_path / "out", "-q"), words
     assert "Expected a .json file" in fail("evaluate", tmp_path, *judge, "--output", tmp_path / "r.csv")
+    for name in ("metadata.json", "manifest.jsonl"):
+        assert "that of a manifest of images" in fail("evaluate", tmp_path, *judge, "--output", tmp_path / name)
     out_of_range = run(*draw, "p", "--images-per-prompt", 0, "--output", tmp_path / "out")
     assert out_of_range.exit_code == 2
     assert "--images-per-prompt" in out_of_range.stderr

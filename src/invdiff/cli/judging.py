@@ -79,20 +79,20 @@ def evaluate(
 ) -> None:
     """Measure Bias, accuracy and quality of generated images, of any tool, at every guidance scale."""
     one_process("evaluate")
-    if output.suffix.lower() == ".csv":
-        raise ConfigError(f"Expected a .json file for --output, got {output}: the table is written beside it as .csv.")
+    from ..evaluation.results import table_path
+
+    table = table_path(output)
     seen = source.load(reference, flag="--reference")
     say_loading("the annotator", quiet=quiet)
     from ..evaluation.annotators.load import load_annotator
     from ..evaluation.evaluate import evaluate as run_evaluate
-    from ..evaluation.results import table_path
 
     judge = load_annotator(annotator, attribute=[*attribute, settings.subject_attribute], classes=classes)
     images = labelled_folders(folders)
     results = run_evaluate(images, judge, attribute, reference=seen, config=settings, progress=not quiet)
     results.save(output)
     print_results(results)
-    finish(f"The results are in {output}, and as a table in {table_path(output)}.")
+    finish(f"The results are in {output}, and as a table in {table}.")
 
 
 @command(app, "invdiff report out/demo --output out/report", panel=WAY)

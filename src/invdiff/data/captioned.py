@@ -20,7 +20,7 @@ from PIL import Image
 from ..errors import ConfigError, DataError, first_line
 from ..files import is_inside, visible
 from .images import UnreadableImage, about_unreadable, decode_image
-from .tables import caption_of, image_name, read_table
+from .tables import METADATA, caption_of, image_name, read_table
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 IMAGE_COLUMNS = ("image", "img")
@@ -265,7 +265,7 @@ def _open(source: Source, image_column: str | None, split: str, limit: int | Non
         return _open_dataset(_load_parquet([path], path, "train"), image_column, limit, path.parent, path.parent)
     if path.is_dir():
         for folder in (path, path / split):
-            found = [folder / name for name in ("metadata.csv", "metadata.jsonl") if (folder / name).is_file()]
+            found = [folder / name for name in METADATA if (folder / name).is_file()]
             if len(found) == 2:
                 raise DataError(f"Expected one metadata file in {folder}, found both .csv and .jsonl. Remove one.")
             if found:

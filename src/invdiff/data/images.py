@@ -61,9 +61,9 @@ def decode_image(read: Callable[[], bytes], name: str) -> Image.Image:
         data = read()
         if not data:
             raise ValueError("the file is empty")
-        Image.open(io.BytesIO(data)).verify()  # the checksums of a PNG, which Pillow skips where it reads the pixels
         with Image.open(io.BytesIO(data)) as file:
             file.load()
+            Image.open(io.BytesIO(data)).verify()  # checksums of a PNG, which Pillow skips where it reads pixels
             try:
                 image = ImageOps.exif_transpose(file)
             except _DECODING_ERRORS:  # only what is said about the pixels is damaged

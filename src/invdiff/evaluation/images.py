@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.tables import caption_of, image_name, read_table
+from ..data.tables import MANIFESTS, caption_of, image_name, read_table
 from ..errors import EvaluationError, first_line
 from ..files import visible
 from ..text import label_of
 from .results import UNSTATED, scale_order
 
-MANIFESTS = ("manifest.jsonl", "metadata.jsonl", "metadata.csv")
-"""Files that may list a folder's images, in order of preference."""
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 
 Folders = str | Path | Sequence[str | Path]

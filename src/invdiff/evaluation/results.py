@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from ..data.tables import MANIFESTS
 from ..errors import EvaluationError, first_line
 from ..files import read_json, write_json, write_text
 
@@ -254,13 +255,23 @@ def scale_order(scale: str) -> float:
 
 
 def table_path(path: str | Path) -> Path:
-    """Place of the table beside results at `path`: results.csv beside results.json; .csv is an `EvaluationError`."""
+    """Place of the table beside results at `path`: results.csv beside results.json.
+
+    Raises:
+        EvaluationError: `path` is a .csv itself, or either file would replace a manifest of images.
+    """
     path = Path(path)
     if path.suffix.lower() == ".csv":
         raise EvaluationError(
             f"Expected a .json file for results, got {path}: the table is written beside it as .csv."
         )
-    return path.with_suffix(".csv") if path.suffix == ".json" else path.with_name(path.name + ".csv")
+    table = path.with_suffix(".csv") if path.suffix == ".json" else path.with_name(path.name + ".csv")
+    if {path.name, table.name} & set(MANIFESTS):
+        raise EvaluationError(
+            f"Expected a name for results such as results.json, got {path}, which is that of a manifest of images or "
+            "has its table beside it. Choose another name."
+        )
+    return table
 
 
 def _figures(measures: Measures) -> Iterator[tuple[str, str | None, str, Mapping[str, Quantity]]]:

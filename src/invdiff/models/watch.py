@@ -25,7 +25,11 @@ def check_finite(values: torch.Tensor, part: str, names: Sequence[str]) -> None:
 
     `names` say for people what the rows are of; where there are more rows than names, they are of these in turn.
     """
-    finite = _finite_rows(values)
+    _check_rows(_finite_rows(values), part, names)
+
+
+def _check_rows(finite: torch.Tensor, part: str, names: Sequence[str]) -> None:
+    """Raise the `ModelError` of `check_finite` unless all rows are `finite`, booleans (rows,)."""
     if not finite.all():
         remedy = "16 bits may overflow: load the model in fp32 or bf16 (--dtype)."
         raise ModelError(
@@ -88,7 +92,7 @@ def watched(pipe: Any, generators: Sequence[torch.Generator], names: Sequence[st
                 stack.enter_context(_replaced(owner, watch))
         yield
     for part, finite in returned:
-        check_finite(torch.where(finite, 0.0, torch.nan)[:, None], part, names)
+        _check_rows(finite, part, names)
 
 
 def _finite_rows(values: torch.Tensor) -> torch.Tensor:

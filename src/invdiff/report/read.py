@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from ..auditing.edits import ladder
 from ..auditing.result import Audit, PromptAudit
+from ..data.tables import MANIFESTS, METADATA
 from ..errors import AuditError, ConfigError
-from ..evaluation.images import MANIFESTS, Folders, Row, read_images, resolve_folders
+from ..evaluation.images import Folders, Row, read_images, resolve_folders
 from ..evaluation.results import Results
 from ..files import fingerprint, read_json, visible
 from .figures import Share, share_of
@@ -157,7 +158,7 @@ def find_parts(run: str | Path, *, results: Path | None = None) -> Parts:
             name = re.sub(r"-cfg-[0-9.]+$", "", name)
         if name:
             images.setdefault(name, []).append(manifest.parent)
-    has_data = any((run / "data" / name).is_file() for name in ("metadata.csv", "metadata.jsonl"))
+    has_data = any((run / "data" / name).is_file() for name in METADATA)
     return Parts(
         audit=audit,
         data=run / "data" if has_data else None,
