@@ -184,7 +184,7 @@ def _render(config: Mapping[str, Any], record: Mapping[str, Any], num_parameters
         number=_number,
         most=MOST_NAMES,
     )
-    return str(card)
+    return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"  # blocks that are left out leave blank lines
 
 
 def _text(value: Any) -> str:
