@@ -1,4 +1,4 @@
-"""Take the README's pictures of the report and the page, in a real browser.
+"""Take the README's pictures: of the report and the page in a real browser, and the demo's own before and after.
 
 After `make demo`: python scripts/take_pictures.py out/demo
 
@@ -27,17 +27,22 @@ WIDTH = 1280
 
 
 def main() -> None:
-    """Take both pictures of a finished demo."""
+    """Take the pictures of a finished demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="what `invdiff demo` wrote")
-    parser.add_argument("--output", type=Path, default=DOCS, help="where report.png and page.png go")
+    parser.add_argument("--output", type=Path, default=DOCS, help="where the pictures go")
     parser.add_argument("--browser", default=shutil.which("chromium"), help="a Chromium")
     arguments = parser.parse_args()
+    before_after = Image.open(arguments.run / "report-before-after.png")
+    save(
+        before_after.resize((1200, round(before_after.height * 1200 / before_after.width))),
+        arguments.output / "before_after.png",
+    )
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=arguments.browser, args=["--no-sandbox", "--disable-gpu"])
         for name, take in (("report.png", picture_of_report), ("page.png", picture_of_page)):
             view = browser.new_page(viewport={"width": WIDTH, "height": 900})
-            save(take(view, arguments.run), arguments.output / name)
+            save(Image.open(io.BytesIO(take(view, arguments.run))), arguments.output / name)
         browser.close()
 
 
@@ -67,10 +72,9 @@ def picture_of_page(view: Any, run: Path) -> bytes:
         server.wait(30)
 
 
-def save(png: bytes, path: Path) -> None:
-    """Write a screenshot as small as its colours allow."""
-    image = Image.open(io.BytesIO(png)).convert("RGB")
-    save_image(path, lambda temporary: image.save(temporary, format="PNG", optimize=True))
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a picture as small as its colours allow."""
+    save_image(path, lambda temporary: picture.convert("RGB").save(temporary, format="PNG", optimize=True))
     print(f"{path}: {path.stat().st_size / 1024:.0f} KiB")
 
 
