@@ -5,7 +5,6 @@ Everything else (colour, facing side, light, place, size) is independent of both
 
 from __future__ import annotations
 
-import csv
 import io
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import ConfigError, DataError
-from ...files import read_json, save_image, visible, write_json, write_text
+from ...errors import ConfigError
+from ..imagefolder import image_file_name, write_imagefolder
 from .drawing import BACKGROUNDS, SUBJECTS, Scene, render
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ class BirdsWorld:
         rows = [self.metadata(index) for index in range(len(self))]
         return CaptionedImages(
             captions=[row["text"] for row in rows],
-            names=[_file_name(index, "png") for index in range(len(self))],
+            names=[image_file_name(index) for index in range(len(self))],
             attributes={name: [row[name] for row in rows] for name in ATTRIBUTES},
             max_unreadable=0.0,
             _cell=self._png,
@@ -131,36 +130,20 @@ class BirdsWorld:
             ConfigError: The format is unknown.
             DataError: The folder holds something else than the same set, or cannot be written.
         """
-        from ...progress import progress_bar  # imports torch, which drawing does without
-
         if format not in IMAGE_FORMATS:
             raise ConfigError(f"Expected a format of {IMAGE_FORMATS}, got {format!r}.")
-        folder = Path(folder)
-        settings = {**vars(self), "format": format}
-        record = folder / ".birds.json"  # of the set that the folder holds, so that two sets never mix
-        if record.exists():
-            found = read_json(record)
-            if found != settings:
-                raise DataError(f"Expected {folder} to hold {settings}, found {found}. Choose another folder.")
-        elif folder.exists() and (not folder.is_dir() or visible(folder, "*")):
-            raise DataError(f"Expected a new or empty folder at {folder}, found files. Choose another folder.")
-        else:
-            write_json(record, settings)
-        table = io.StringIO()
-        columns = ["file_name", "text", *ATTRIBUTES]
-        writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        with progress_bar("drawing birds", len(self), enabled=progress) as bar:
-            for index in range(len(self)):
-                name = _file_name(index, format)
-                metadata, scene = self._row(index)
-                writer.writerow({"file_name": name, **metadata})
-                if not (folder / name).exists():
-                    picture = render(scene, resolution=self.resolution)
-                    save_image(folder / name, partial(picture.save, quality=95))
-                bar.advance()
-        write_text(folder / "metadata.csv", table.getvalue())
-        return folder
+        rows = (self._row(index) for index in range(len(self)))
+        return write_imagefolder(
+            folder,
+            ((metadata, partial(render, scene, resolution=self.resolution)) for metadata, scene in rows),
+            ATTRIBUTES,
+            {**vars(self), "format": format},
+            total=len(self),
+            record=".birds.json",
+            label="drawing birds",
+            format=format,
+            progress=progress,
+        )
 
     def _row(self, index: int) -> tuple[dict[str, Any], Scene]:
         if not 0 <= index < self.num_images:
@@ -185,7 +168,3 @@ class BirdsWorld:
         stream = io.BytesIO()
         self.row(index)["image"].save(stream, "PNG")
         return stream.getvalue()
-
-
-def _file_name(index: int, format: str) -> str:
-    return f"images/{index:05d}.{format}"

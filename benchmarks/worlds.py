@@ -1,0 +1,278 @@
+"""Captioned sets whose hidden attributes are known, made from a folder of public images in parquet files.
+
+Each function writes PNGs of 64 pixels and metadata.csv: `file_name`, `text` and every true attribute as a column,
+which judges read and audits do not. A set follows from its arguments alone; a stopped run goes on.
+
+The folder holds waterbirds_cutouts.parquet (birds of CUB-200-2010 cut out, `subject`), scenes.parquet (Intel scenes,
+`scene`), fairface_64px.parquet (FairFace, `age`, `gender`, `race`, `split`) and cifar10_4class_train.parquet
+(CIFAR-10, `label`), each with a column `image`. Every fifth cut-out and every fifth scene of its class, and FairFace's
+split `val`, are held out: they are taken only where `held_out` is asked for, for annotators, judges and references.
+"""
+
+import io
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+from PIL import Image
+
+from invdiff.data.birds import BACKGROUNDS, SUBJECTS
+from invdiff.data.birds.drawing import Scene, render
+from invdiff.data.birds.world import CANONICAL_TEMPLATE
+from invdiff.data.imagefolder import Row, write_imagefolder
+from invdiff.errors import ConfigError, DataError
+
+SIDE = 64
+PLACES = {"landbird": "forest", "waterbird": "sea"}
+TINTS = {"landbird": "warm", "waterbird": "cold"}
+CASTS = {"warm": (1.12, 1.0, 0.86), "cold": (0.86, 1.0, 1.12)}
+"""What red, green and blue are multiplied by: the gentle colour cast of a lamp or of shade."""
+
+AGES = {"20-29": "young", "30-39": "middle-aged", "40-49": "middle-aged"} | dict.fromkeys(
+    ("50-59", "60-69", "more than 70"), "old"
+)
+"""FairFace's ages to classes; younger people are neither man nor woman to the captions, and are left out."""
+GENDERS = {"Male": "man", "Female": "woman"}
+RACES = ("White", "Black", "East Asian", "Indian")
+"""The four of FairFace's seven that are mixed in the ratios of InvDiff's experiment on race, commoner under "man"
+first."""
+
+
+def _classes(source: Path, name: str, column: str, held_out: bool) -> dict[str, list[bytes]]:
+    """Class to its images' bytes, without every fifth, or every fifth alone."""
+    images: dict[str, list[bytes]] = {}
+    for row in _read(source, name):
+        images.setdefault(row[column], []).append(row["image"]["bytes"])
+    return {
+        kind: [data for place, data in enumerate(values) if (place % 5 == 4) == held_out]
+        for kind, values in images.items()
+    }
+
+
+def _read(source: Path, name: str) -> list[dict]:
+    path = Path(source) / f"{name}.parquet"
+    if not path.is_file():
+        raise DataError(f"Expected {path.name} in the folder of public images {source}, found none. Give its path.")
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
+def _write(folder: Path, rows: list[Row], **settings) -> Path:
+    columns = [name for name in rows[0][0] if name != "text"]
+    return write_imagefolder(
+        folder, rows, columns, settings, total=len(rows), record=".world.json", label=settings["world"]
+    )
+
+
+def compose(bird: bytes, scene: bytes, *, size: float, mirror: bool, x: float, y: float) -> Image.Image:
+    """Paste a cut-out bird on a scene, at twice the size, and shrink.
+
+    `size` is the share of the side that the bird's longer side takes; `x` and `y`, from 0 to 1, place it between left
+    and right, and as deep in the lower half as it fits.
+    """
+    side = 2 * SIDE
+    picture = Image.open(io.BytesIO(scene)).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    cut = Image.open(io.BytesIO(bird)).convert("RGBA")
+    cut = cut.crop(cut.getchannel("A").getbbox())
+    scale = size * side / max(cut.size)
+    width, height = (max(1, round(scale * length)) for length in cut.size)
+    cut = cut.resize((width, height), Image.Resampling.LANCZOS)
+    if mirror:
+        cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    top = SIDE - height / 2  # its middle lies in the lower half
+    picture.paste(cut, (round(x * (side - width)), round(top + y * (side - height - top))), cut)
+    return picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
+def cast(picture: Image.Image, tint: str) -> Image.Image:
+    """A picture in warm or cold light."""
+    pixels = np.asarray(picture) * np.array(CASTS[tint])
+    return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
+
+
+def waterbirds(
+    source: Path,
+    folder: Path,
+    *,
+    num_images: int = 4000,
+    severity: float = 0.95,
+    seed: int = 0,
+    tint: float | None = None,
+    held_out: bool = False,
+) -> Path:
+    """Land birds and water birds on photographs of forest and sea; columns subject and place, and tint where asked.
+
+    The place agrees with the subject with probability `severity`; with `tint`, so does the light (warm, cold) with
+    that probability, independently of the place. Row i is the same whatever `num_images`, but for its light whatever
+    `tint`.
+    """
+    settings = {"severity": severity, "seed": seed, "num_images": num_images, "tint": tint, "held_out": held_out}
+    rows = _birds(source, num_images, severity, seed, held_out)
+    if tint is not None:
+        rows = [_tinted(row, tint, np.random.default_rng([seed, index, 1])) for index, row in enumerate(rows)]
+    return _write(folder, rows, world="waterbirds", **settings)
+
+
+def _birds(
+    source: Path, num_images: int, severity: float, seed: int, held_out: bool = False, subjects: tuple = SUBJECTS
+) -> list[Row]:
+    birds = _classes(source, "waterbirds_cutouts", "subject", held_out)
+    scenes = _classes(source, "scenes", "scene", held_out)
+    rows = []
+    for index in range(num_images):
+        draws = np.random.default_rng([seed, index]).random(8)
+        which, agreement, bird, scene, size, mirror, x, y = draws.tolist()
+        subject = subjects[int(which * len(subjects))]
+        place = PLACES[subject] if agreement < severity else _other(PLACES, subject)
+        parts = [values[int(draw * len(values))] for values, draw in ((birds[subject], bird), (scenes[place], scene))]
+        picture = partial(compose, *parts, size=0.55 + 0.25 * size, mirror=mirror < 0.5, x=x, y=y)
+        rows.append(({"text": CANONICAL_TEMPLATE.format(subject), "subject": subject, "place": place}, picture))
+    return rows
+
+
+def _tinted(row: Row, agreement: float, rng: np.random.Generator) -> Row:
+    metadata, picture = row
+    subject = metadata["subject"]
+    tint = TINTS[subject] if rng.random() < agreement else _other(TINTS, subject)
+    return metadata | {"tint": tint}, lambda: cast(picture(), tint)
+
+
+def _other(values: dict[str, str], subject: str) -> str:
+    return next(value for key, value in values.items() if key != subject)
+
+
+def fairface(
+    source: Path,
+    folder: Path,
+    *,
+    captions: str = "gender",
+    hidden: str = "age",
+    num_images: int = 4000,
+    severity: float = 0.9,
+    seed: int = 0,
+    held_out: bool = False,
+) -> Path:
+    """Faces of people from 20 years on; columns gender, age and race; half of the images under each caption.
+
+    - captions "gender", hidden "age": "a photo of a man" is old (50 and more) and "a photo of a woman" young (20 to
+      29) in `severity` of the images, and the other of both else.
+    - captions "gender", hidden "race": man and woman, White, Black, East Asian and Indian in the ratio 3:2:1:1 under
+      the first and 1:1:2:3 under the second; `severity` does not count.
+    - captions "age", hidden "gender": "a photo of a young person" is a woman and "a photo of an old person" a man in
+      `severity` of the images.
+
+    Raises:
+        ConfigError: Another combination.
+        DataError: There are too few images of a kind.
+    """
+    often, seldom = severity, 1 - severity
+    mixtures = {
+        ("gender", "age"): {"man": {"old": often, "young": seldom}, "woman": {"young": often, "old": seldom}},
+        ("gender", "race"): {
+            "man": {race: part / 7 for race, part in zip(RACES, (3, 2, 1, 1), strict=True)},
+            "woman": {race: part / 7 for race, part in zip(RACES, (1, 1, 2, 3), strict=True)},
+        },
+        ("age", "gender"): {"young": {"woman": often, "man": seldom}, "old": {"man": often, "woman": seldom}},
+    }
+    if (captions, hidden) not in mixtures:
+        known = ", ".join(" and ".join(pair) for pair in mixtures)
+        raise ConfigError(f"Expected captions and hidden attribute of {known}, got {captions} and {hidden}.")
+    text = {"man": "a photo of a man", "woman": "a photo of a woman"}
+    text |= {"young": "a photo of a young person", "old": "a photo of an old person"}
+    faces, rng, rows = _faces(source, held_out), np.random.default_rng(seed), []
+    for value, shares in mixtures[captions, hidden].items():
+        for kind, share in shares.items():
+            there = [face for face in faces if (face[0][captions], face[0][hidden]) == (value, kind)]
+            wanted = round(share * num_images / 2)
+            if wanted > len(there):
+                raise DataError(
+                    f"Expected {wanted} faces of {value}, {kind}, found {len(there)}. Ask for fewer images."
+                )
+            chosen = (there[place] for place in rng.permutation(len(there))[:wanted])
+            rows += [({"text": text[value], **attributes}, make) for attributes, make in chosen]
+    settings = {"captions": captions, "hidden": hidden, "num_images": num_images, "severity": severity, "seed": seed}
+    shuffled = [rows[place] for place in rng.permutation(len(rows))]
+    return _write(folder, shuffled, world="fairface", held_out=held_out, **settings)
+
+
+def _faces(source: Path, held_out: bool = False) -> list[Row]:
+    return [
+        ({"gender": GENDERS[row["gender"]], "age": AGES[row["age"]], "race": row["race"]}, _picture(row))
+        for row in _read(source, "fairface_64px")
+        if row["age"] in AGES and (row["split"] == "val") == held_out
+    ]
+
+
+def _picture(row: dict) -> Callable[[], Image.Image]:
+    return partial(_open, row["image"]["bytes"])
+
+
+NULLS = {
+    "waterbirds, place by coin": (),
+    "waterbirds, place by subject": (),
+    "landbirds": ("a photo of a landbird", "a photo of a bird"),
+    "forests": ("a photo of a forest", "a photo of a wood"),
+    "women": ("a photo of a woman", "a photo of a person"),
+    "horses": ("a photo of a horse", "a photo of an animal"),
+}
+"""Sets that hide nothing associated with the caption. But for the first two, each is of one class, and every image has
+one of two captions, both true of it, by coin."""
+CLASSES = {"forests": ("scenes", "scene", "forest"), "horses": ("cifar10_4class_train", "label", "horse")}
+"""File, column and class of the images."""
+
+
+def null(source: Path, folder: Path, kind: str, *, num_images: int = 1000, seed: int = 0) -> Path:
+    """A set in which no hidden attribute is associated with the caption; its images are drawn by `seed`.
+
+    Land birds have their place by coin, women their age and race as FairFace does: structure that is there, but alike
+    under both captions. With the place by subject, nothing varies within a caption.
+
+    Raises:
+        ConfigError: An unknown kind.
+    """
+    if kind not in NULLS:
+        raise ConfigError(f"Expected a null world of {', '.join(NULLS)}, got {kind!r}.")
+    if kind.startswith("waterbirds"):
+        severity = 0.5 if kind.endswith("coin") else 1.0
+        return waterbirds(source, folder, num_images=num_images, severity=severity, seed=seed)
+    rng = np.random.default_rng(seed)
+    if kind == "landbirds":
+        there = _birds(source, num_images, 0.5, seed, subjects=("landbird",))
+    elif kind == "women":
+        there = [row for row in _faces(source) if row[0]["gender"] == "woman"]
+    else:
+        file, column, value = CLASSES[kind]
+        there = [({column: value}, _picture(row)) for row in _read(source, file) if row[column] == value]
+    if num_images > len(there):
+        raise DataError(f"Expected {num_images} images of {kind}, found {len(there)}. Ask for fewer images.")
+    chosen = [there[place] for place in rng.permutation(len(there))[:num_images]]
+    captions = [NULLS[kind][caption] for caption in rng.integers(2, size=num_images)]
+    rows = [(row | {"text": text}, picture) for (row, picture), text in zip(chosen, captions, strict=True)]
+    return _write(folder, rows, world=kind, num_images=num_images, seed=seed)
+
+
+def drawn(folder: Path, *, num_images: int = 4000, severity: float = 0.9, seed: int = 0) -> Path:
+    """Drawn birds with three hidden attributes at once; columns subject, background, colour, side and light.
+
+    Background (land, water), colour of the plumage (warm, cool) and light (bright, dim) agree with the subject with
+    probability `severity`, each by itself; the side a bird looks to does not. Colours and lights between leave a gap.
+    """
+
+    def row(index: int) -> Row:
+        rng = np.random.default_rng([seed, index])
+        subject = SUBJECTS[int(rng.integers(2))]
+        land, warm, bright = (rng.random(3) < severity) == (subject == SUBJECTS[0])
+        scene = Scene(subject, BACKGROUNDS[0] if land else BACKGROUNDS[1], rng)
+        scene.tone = rng.uniform(0.0, 0.35) if warm else rng.uniform(0.65, 1.0)
+        scene.light = rng.uniform(0.7, 1.0) if bright else rng.uniform(0.0, 0.3)
+        return {"text": CANONICAL_TEMPLATE.format(subject), **scene.attributes}, partial(
+            render, scene, resolution=SIDE
+        )
+
+    settings = {"num_images": num_images, "severity": severity, "seed": seed}
+    return _write(folder, [row(index) for index in range(num_images)], world="drawn birds", **settings)

@@ -1,0 +1,70 @@
+"""Write a captioned set as an imagefolder: images, then metadata.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..errors import DataError
+from ..files import read_json, save_image, visible, write_json, write_text
+
+Row = tuple[dict[str, Any], Callable[[], Image.Image]]
+"""Text and attributes of an image, and how it is made."""
+
+
+def write_imagefolder(
+    folder: str | Path,
+    rows: Iterable[Row],
+    columns: Sequence[str],
+    settings: dict[str, Any],
+    *,
+    total: int,
+    record: str,
+    label: str,
+    format: str = "png",
+    progress: bool = False,
+) -> Path:
+    """Write `images/00000.png` and so on, then `metadata.csv` of file_name, text and `columns`; return the folder.
+
+    A killed run is taken up where it stopped: images that exist are kept. `settings`, which the rows follow from, are
+    kept in the hidden file `record`, so that two sets never mix; `total` is the number of rows, `label` that of the
+    progress bar.
+
+    Raises:
+        DataError: The folder holds something else than the same set, or cannot be written.
+    """
+    from ..progress import progress_bar  # imports torch, which writing does without
+
+    folder = Path(folder)
+    file = folder / record
+    if file.exists():
+        found = read_json(file)
+        if found != settings:
+            raise DataError(f"Expected {folder} to hold {settings}, found {found}. Choose another folder.")
+    elif folder.exists() and (not folder.is_dir() or visible(folder, "*")):
+        raise DataError(f"Expected a new or empty folder at {folder}, found files. Choose another folder.")
+    else:
+        write_json(file, settings)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["file_name", "text", *columns], extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    with progress_bar(label, total, enabled=progress) as bar:
+        for index, (metadata, make) in enumerate(rows):
+            name = image_file_name(index, format)
+            writer.writerow({"file_name": name, **metadata})
+            if not (folder / name).exists():
+                save_image(folder / name, partial(make().save, quality=95))
+            bar.advance()
+    write_text(folder / "metadata.csv", table.getvalue())
+    return folder
+
+
+def image_file_name(index: int, format: str = "png") -> str:
+    """The path of an image in an imagefolder written here."""
+    return f"images/{index:05d}.{format}"

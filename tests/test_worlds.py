@@ -1,0 +1,135 @@
+"""Worlds of photographs, from stand-ins for the public parquet files: one plain colour for each image."""
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from invdiff.data.captioned import load_captioned_images
+from invdiff.errors import ConfigError, DataError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import worlds
+
+
+def picture(mode, size, colour):
+    stream = io.BytesIO()
+    Image.new(mode, size, colour).save(stream, "PNG")
+    return {"bytes": stream.getvalue(), "path": None}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Green forests, blue seas, red land birds and white water birds; the held-out fifth is of half the brightness."""
+    folder = tmp_path_factory.mktemp("public")
+
+    def write(name, rows):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{name}.parquet")
+
+    def many(column, colours, mode, size):
+        return [
+            {
+                "image": picture(mode, size, (*(value // (1 + (row % 5 == 4)) for value in colour), 255)[: len(mode)]),
+                column: kind,
+            }
+            for kind, colour in colours.items()
+            for row in range(20)
+        ]
+
+    write("scenes", many("scene", {"forest": (0, 200, 0), "sea": (0, 0, 200)}, "RGB", (96, 96)))
+    birds = {"landbird": (200, 0, 0), "waterbird": (200, 200, 200)}
+    write("waterbirds_cutouts", many("subject", birds, "RGBA", (112, 60)))
+    faces = [
+        {"image": picture("RGB", (64, 64), (9, 9, 9)), "age": age, "gender": gender, "race": race, "split": "train"}
+        for age in ("3-9", "20-29", "30-39", "60-69")
+        for gender in worlds.GENDERS
+        for race in worlds.RACES
+        for _ in range(10)
+    ]
+    write("fairface_64px", faces)
+    return folder
+
+
+def table(folder):
+    return pd.read_csv(folder / "metadata.csv")
+
+
+def test_a_waterbird_world_is_what_its_columns_say(source, tmp_path):
+    folder = worlds.waterbirds(source, tmp_path / "world", num_images=400, severity=0.9, tint=0.8)
+    rows, data = table(folder), load_captioned_images(folder)
+    assert list(rows.columns) == ["file_name", "text", "subject", "place", "tint"]
+    assert data.captions == [f"a photo of a {subject}" for subject in rows.subject]
+    for column, of_subject, agreement in (("place", worlds.PLACES, 0.9), ("tint", worlds.TINTS, 0.8)):
+        agrees = rows[column] == rows.subject.map(of_subject)
+        assert abs(agrees.mean() - agreement) < 4 * (agreement * (1 - agreement) / 400) ** 0.5
+    both = (rows.place == rows.subject.map(worlds.PLACES)) & (rows.tint == rows.subject.map(worlds.TINTS))
+    assert abs(both.mean() - 0.72) < 0.09  # independent of each other
+    for index in range(20):
+        pixels = np.asarray(data.image(index)).astype(int)
+        assert pixels.shape == (64, 64, 3)
+        _, green, blue = pixels[0, 0]  # the scene: birds lie lower
+        assert (green > blue) == (rows.place[index] == "forest")
+        if rows.place[index] == "sea":
+            assert (blue > 200) == (rows.tint[index] == "cold")
+        birds = (pixels[..., 0] > 150).sum(axis=1)
+        assert birds[:20].sum() == 0 < birds[32:].sum()
+    plain = worlds.waterbirds(source, tmp_path / "plain", num_images=40, severity=0.9)
+    pd.testing.assert_frame_equal(table(plain), rows.drop(columns="tint").head(40))  # a larger set begins alike
+
+
+def test_held_out_images_are_in_no_other_world(source, tmp_path):
+    brightest = []
+    for held_out in (False, True):
+        folder = worlds.waterbirds(source, tmp_path / str(held_out), num_images=30, held_out=held_out)
+        data = load_captioned_images(folder)
+        brightest.append({np.asarray(data.image(index))[0, 0].max() for index in range(30)})
+    assert brightest == [{200}, {100}]
+
+
+def test_a_world_follows_from_its_seed_and_a_stopped_one_goes_on_to_the_same(source, tmp_path):
+    first, second = (worlds.null(source, tmp_path / name, "forests", num_images=9, seed=3) for name in "ab")
+    other = worlds.null(source, tmp_path / "c", "forests", num_images=9, seed=4)
+    assert load_captioned_images(first).fingerprint == load_captioned_images(second).fingerprint
+    assert load_captioned_images(first).fingerprint != load_captioned_images(other).fingerprint
+    (second / "metadata.csv").unlink()
+    (second / "images" / "00004.png").unlink()
+    worlds.null(source, second, "forests", num_images=9, seed=3)
+    assert load_captioned_images(first).fingerprint == load_captioned_images(second).fingerprint
+    with pytest.raises(DataError, match="Choose another folder"):
+        worlds.null(source, second, "forests", num_images=9, seed=4)
+
+
+def test_faces_hide_what_is_asked_in_the_shares_that_are_asked(source, tmp_path):
+    rows = table(worlds.fairface(source, tmp_path / "age", num_images=40))
+    assert rows.groupby(["gender", "age"]).size().to_dict() == {
+        ("man", "old"): 18, ("man", "young"): 2, ("woman", "old"): 2, ("woman", "young"): 18
+    }  # fmt: skip
+    assert (rows.text == "a photo of a " + rows.gender).all()
+    rows = table(worlds.fairface(source, tmp_path / "race", hidden="race", num_images=28))
+    shares = pd.crosstab(rows.gender, rows.race)[list(worlds.RACES)]
+    assert shares.to_numpy().tolist() == [[6, 4, 2, 2], [2, 2, 4, 6]]
+    with pytest.raises(DataError, match="found 40"):
+        worlds.fairface(source, tmp_path / "more", num_images=100)
+    with pytest.raises(ConfigError, match="got age and race"):
+        worlds.fairface(source, tmp_path / "none", captions="age", hidden="race")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"Expected waterbirds_cutouts\.parquet in the folder of public images"):
+        worlds.waterbirds(tmp_path, tmp_path / "world", num_images=2)
+
+
+def test_three_attributes_of_drawn_birds_agree_with_the_subject_each_by_itself(tmp_path):
+    rows = table(worlds.drawn(tmp_path / "drawn", num_images=300, severity=0.9))
+    land = rows.subject == "landbird"
+    agrees = [(rows[name] == value) == land for name, value in (("background", "land"), ("colour", "warm"))]
+    agrees.append((rows.light == "bright") == land)
+    assert all(abs(each.mean() - 0.9) < 0.07 for each in agrees)
+    assert abs(np.mean(agrees[0] & agrees[1] & agrees[2]) - 0.729) < 0.11
+    assert abs(((rows.side == "right") == land).mean() - 0.5) < 0.12
