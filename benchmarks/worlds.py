@@ -27,8 +27,8 @@ from invdiff.errors import ConfigError, DataError
 SIDE = 64
 PLACES = {"landbird": "forest", "waterbird": "sea"}
 TINTS = {"landbird": "warm", "waterbird": "cold"}
-CASTS = {"warm": (1.12, 1.0, 0.86), "cold": (0.86, 1.0, 1.12)}
-"""What red, green and blue are multiplied by: the gentle colour cast of a lamp or of shade."""
+CASTS = {"warm": (1.3, 1.0, 0.7), "cold": (0.7, 1.0, 1.3)}
+"""What red, green and blue are multiplied by: a white balance set for shade, or for a lamp."""
 
 AGES = {"20-29": "young", "30-39": "middle-aged", "40-49": "middle-aged"} | dict.fromkeys(
     ("50-59", "60-69", "more than 70"), "old"

@@ -77,7 +77,7 @@ def test_a_waterbird_world_is_what_its_columns_say(source, tmp_path):
         assert (green > blue) == (rows.place[index] == "forest")
         if rows.place[index] == "sea":
             assert (blue > 200) == (rows.tint[index] == "cold")
-        birds = (pixels[..., 0] > 150).sum(axis=1)
+        birds = (pixels[..., 0] > 100).sum(axis=1)
         assert birds[:20].sum() == 0 < birds[32:].sum()
     plain = worlds.waterbirds(source, tmp_path / "plain", num_images=40, severity=0.9)
     pd.testing.assert_frame_equal(table(plain), rows.drop(columns="tint").head(40))  # a larger set begins alike
