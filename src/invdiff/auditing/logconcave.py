@@ -12,9 +12,9 @@ from scipy.special import gammainc
 
 from ..errors import AuditError
 
-MOST_ROUNDS, MOST_STEPS = 500, 100
-SAME = 1e-10
-"""Standard deviations. Values nearer than that become their mean, which can only raise the maximum (see below)."""
+MOST_ROUNDS, MOST_STEPS = 300, 100
+SAME = 1e-12
+"""Standard deviations. Nearer values are replaced by their mean, which can only raise the bound (Jensen)."""
 
 _Array = NDArray[Any]
 
@@ -30,16 +30,15 @@ def max_log_likelihood(x: _Array, *, tol: float = 1e-3) -> float:
 
     The certificate is the dual: if P_n has a larger or equal mean of max(X - t, 0) and max(t - X, 0) than a density f
     at every t, it has a smaller mean of every concave function, and so for every log-concave g, E_n log g <= E_f log g
-    <= E_f log f. The fit becomes such an f by a contraction towards the mean by 1 - s, which costs -log(1 - s).
+    <= E_f log f. The fit becomes such an f by a contraction by 1 - s towards the mean, which costs -log(1 - s):
+    the mean of max(X - t, 0) on the far side of the mean then shrinks by at least that factor.
 
     Raises:
         AuditError: x is empty or not finite, or no bound within `tol` was found.
     """
     x = np.sort(np.asarray(x, dtype=np.float64))
-    if x.ndim != 1 or not np.isfinite(x).all() or not len(x):
-        raise AuditError(
-            f"Expected finite scores (n,), got an array {x.shape} that is empty or holds NaN or infinity."
-        )
+    if x.ndim != 1 or not len(x) or not np.isfinite(x).all():
+        raise AuditError(f"Expected finite scores (n,), got {x}. Leave out what was not measured.")
     count, extent = len(x), x[-1] - x[0]
     if extent == 0:
         return np.inf
@@ -74,9 +73,9 @@ def _certified_maximum(x: _Array, weights: _Array, tol: float) -> float:
         left = _fitted_excess(np.append(0.0, -x[:below][::-1]), -t[::-1], phi[::-1])
         right = _fitted_excess(np.append(0.0, x[below:]), t, phi)
         excess = np.concatenate([left[:0:-1], right[1:]])
-        relative = np.divide(excess - needed, excess, out=np.zeros(len(x)), where=excess > 0)
-        # The second term makes up for what the fit's mean lacks of the data's.
-        shrink = max(relative.max(), 0.0) + 2 * abs(right[0] - left[0]) / min(right[0], left[0])
+        relative = np.divide(excess - needed, excess, out=np.zeros(len(x)), where=excess > needed)
+        # The second term moves the fit's mean to that of the data: the contraction is towards a point beside both.
+        shrink = relative.max() + 2 * abs(right[0] - left[0]) / min(right[0], left[0])
         bound = float(fitted @ phi - np.log1p(-shrink)) if shrink < 1 else np.inf
         if bound - share @ phi <= tol:
             return bound
@@ -97,7 +96,7 @@ def _climb(t: _Array, share: _Array, phi: _Array, precision: float) -> tuple[_Ar
     It ends where the next step would gain less than `precision`, or at the first knot that ceases to bend downwards.
     Returns normalised phi, the means (k,) of the knots' hat functions under exp(phi), and which knots to keep (k,).
     """
-    gaps, kept = t[1:] - t[:-1], np.full(len(t), True)
+    gaps, kept = np.diff(t), np.full(len(t), True)
     phi, moments = _normalised(gaps, phi)
     for _ in range(MOST_STEPS):
         mass, first, second = moments
@@ -110,8 +109,9 @@ def _climb(t: _Array, share: _Array, phi: _Array, precision: float) -> tuple[_Ar
         rise = float((share - fitted) @ step)
         if failed or not precision < rise < np.inf:
             break
-        bends, turns = _bends(gaps, phi), _bends(gaps, step)
-        reach = np.divide(np.maximum(bends, 0), -turns, out=np.full(len(turns), np.inf), where=turns < 0)
+        # How far the slope falls at the inner knots, and how much of that a whole step takes away.
+        bends, loss = np.maximum(-np.diff(np.diff(phi) / gaps), 0.0), np.diff(np.diff(step) / gaps)
+        reach = np.divide(bends, loss, out=np.full(len(loss), np.inf), where=bends < loss)
         length = longest = reach.min(initial=1.0)
         while True:
             trial = phi + length * step
@@ -125,12 +125,6 @@ def _climb(t: _Array, share: _Array, phi: _Array, precision: float) -> tuple[_Ar
             kept[1:-1] = reach > longest + 1e-9
             break
     return phi, fitted, kept
-
-
-def _bends(gaps: _Array, phi: _Array) -> _Array:
-    """How much the slope of phi (k,) falls at each of the k - 2 inner knots, which are `gaps` (k - 1,) apart."""
-    slopes = (phi[1:] - phi[:-1]) / gaps
-    return slopes[:-1] - slopes[1:]
 
 
 def _normalised(gaps: _Array, phi: _Array) -> tuple[_Array, tuple[_Array, ...]]:
