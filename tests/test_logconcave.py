@@ -65,7 +65,7 @@ def test_it_is_the_maximum_where_that_is_known():
 
 
 def test_it_is_an_upper_bound_within_tol(sample):
-    for n in (2, 5, 40, 700, 2_000):
+    for n in (2, 5, 40, 1_000):
         tight, loose = (max_log_likelihood(sample(n), tol=tol) for tol in (1e-6, 1e-3))
         assert tight - 1e-6 - 1e-9 <= loose <= tight + 1e-3
         assert max_log_likelihood(sample(n), tol=1.0) >= tight - 1e-6 - 1e-9
@@ -82,7 +82,7 @@ def test_it_follows_unit_origin_sign_order_and_copies(sample):
 
 
 def test_no_log_concave_family_does_better(sample):
-    for seed in range(5):
+    for seed in range(3):
         x = sample(100, seed)
         width, above, beside = np.ptp(x), (x - x.min()).mean(), np.abs(x - np.median(x)).mean()
         entropies = {
