@@ -93,7 +93,7 @@ def groups(work: Path) -> dict:
         rows[str(seed)] = asdict(hidden_truth(found, data)) | {
             "biased": found.biased,
             "forwards_per_image": found.forwards_per_image,
-            "evidence": sorted({p.evidence for p in found.prompts if p.found}),
+            "evidence": sorted({split.evidence for factor in found.factors for split in factor.splits}),
         }
     return rows
 
@@ -113,7 +113,7 @@ def one_prompt(work: Path) -> dict:
         found = find(work, work / "base-one-prompt", data)
         rows[str(seed)] = asdict(hidden_truth(found, data)) | {
             "biased": found.biased,
-            "evidence": [p.evidence for p in found.prompts],
+            "evidence": [split.evidence for factor in found.factors for split in factor.splits],
         }
     return rows
 

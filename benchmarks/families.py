@@ -100,13 +100,13 @@ def recovered(found, data, usual: list[str]) -> dict:
     groups = found.group_weights[0].argmax(axis=1)
     rows = {}
     for index, prompt in enumerate(found.prompts):
-        mine = found.prompt_ids == index
+        mine, split = found.prompt_ids == index, found.split(0, index)
         rows[prompt.prompt] = {
-            "found": prompt.found,
+            "found": split is not None,
             "reason": prompt.reason,
-            "shares": prompt.shares,
-            "auroc": roc_auc_score(rare[mine], found.scores[mine]) if prompt.found else None,
-            "adjusted_rand": adjusted_rand_score(rare[mine], groups[mine]) if prompt.found else None,
+            "shares": split.shares if split else [],
+            "auroc": roc_auc_score(rare[mine], found.scores[0, mine]) if split else None,
+            "adjusted_rand": adjusted_rand_score(rare[mine], groups[mine]) if split else None,
         }
     return rows
 

@@ -83,7 +83,7 @@ def guided_row(workshop: Workshop, cell: Cell) -> dict[str, Any]:
             )
         truth = dict(zip(data.names, data.attributes[column], strict=True))
         classes = [str(truth[name]) for name in found.names]
-        quality = group_quality(found.prompt_ids, found.scores, found.group_weights[0].argmax(axis=1), classes)
+        quality = group_quality(found.prompt_ids, found.scores[0], found.group_weights[0].argmax(axis=1), classes)
         row |= {f"group_{name}": value for name, value in quality.items()}
     return row
 

@@ -8,6 +8,8 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import save_file
 
 from invdiff import save_report
-from invdiff.auditing.result import Audit
+from invdiff.auditing.result import Audit, Factor, PromptAudit, PromptSplit
 from invdiff.config import EvaluateConfig
 from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.evaluation.annotators.labels import GivenLabels
@@ -79,11 +80,29 @@ class Page(HTMLParser):
 
 
 def built_audit(weights: Any, prompt_ids: Any, prompts: Any, names: Any = None, scores: Any = None) -> Audit:
-    """An audit made by hand of one W, (N, E)."""
-    count = len(prompt_ids)
-    arrays = [np.asarray(values, np.float32) for values in (weights, np.zeros(count) if scores is None else scores)]
+    """An audit made by hand of one or several W, (N, E), each of which splits the prompts that it is not uniform in.
+
+    Scores are (N,) or (M, N). Where no W splits a prompt that is said to be found, the first one does.
+    """
+    blank = partial(PromptSplit, shares=[], intervals=[], separation=0.8, agreement=0.9, rand_low=0.7, log_e=30.0)
+    several, prompt_ids = isinstance(weights, tuple), np.asarray(prompt_ids)
+    weights = tuple(np.asarray(of, np.float32) for of in (weights if several else (weights,)))
+    count, prompts = len(prompt_ids), list(prompts)
+    scores = np.broadcast_to(np.asarray(0.0 if scores is None else scores, np.float32), (len(weights), count)).copy()
+    own = [[of[prompt_ids == index] for index in range(len(prompts))] for of in weights]
+    order = sorted(range(len(prompts)), key=lambda index: -prompts[index].num_images)
+    splits = [
+        [
+            blank(index, f"contrast, {prompts[index].prompt}").with_shares_of(of[index])
+            for index in order
+            if prompts[index].found and len(of[index]) and (place == 0 or np.ptp(of[index], axis=0).any())
+        ]
+        for place, of in enumerate(own)
+    ]
+    factors = [Factor(f"factor {place}", True, of) for place, of in enumerate(splits, start=1)]
+    factors = factors if any(factor.splits for factor in factors) else []
     names = list(names or map(str, range(count)))
-    return Audit((arrays[0],), arrays[1], np.asarray(prompt_ids), list(prompts), names, 0.0, {})
+    return Audit(weights, scores, prompt_ids, prompts, factors, names, 0.0, {})
 
 
 def make_audit(
@@ -105,28 +124,11 @@ def make_audit(
         Image.new("RGB", (24, 24), ((200, 40, 40), (40, 40, 200))[label]).save(folder / name)
     rng = np.random.default_rng(0)
     weights = np.eye(2, dtype=np.float32)[labels] if found else np.full((len(names), 2), 0.5, np.float32)
-    tensors = {f"group_weights.{factor}": weights for factor in range(factors)}
-    tensors["scores"] = (rng.normal(size=len(names)) + 8 * np.array(labels)).astype(np.float32)
-    tensors["prompt_ids"] = np.array([index for index, _ in places])
-    save_file(tensors, folder / "audit.safetensors")
-    entries = [
-        {
-            "prompt": prompt,
-            "captions": [prompt],
-            "num_images": per_prompt,
-            "found": found,
-            "reason": "split by contrast" if found else f"one hump, not {prompt}",
-            "evidence": f"contrast, {prompt}",
-            "shares": [1 - rare / per_prompt, rare / per_prompt],
-            "stability": 0.9,
-            "separation": 0.8,
-            "candidates": [],
-        }
-        for prompt in prompts
-    ]
-    document = {"num_groups": [2] * factors, "prompts": entries, "names": names}
-    document |= {"forwards_per_image": 6.0, "settings": {}}
-    (folder / "audit.json").write_text(json.dumps(document))
+    scores = rng.normal(size=len(names)) + 8 * np.array(labels)
+    reasons = ["split by contrast" if found else f"one hump, not {prompt}" for prompt in prompts]
+    entries = [PromptAudit(p, [p], per_prompt, found, reason) for p, reason in zip(prompts, reasons, strict=True)]
+    made = built_audit((weights,) * factors, [index for index, _ in places], entries, names, scores)
+    replace(made, forwards_per_image=6.0).save(folder)
     rows = [{"file_name": name, "text": text} for name, text in zip(names, captions, strict=True)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return load_captioned_images(folder)

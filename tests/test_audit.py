@@ -65,9 +65,9 @@ def test_the_rare_group_is_found_by_the_evidence_that_shows_it(kind, rare):
     strengths = {"contrast": 0, "features": 0} | {kind: 8}
     found = inferred(birds(), made_up_evidence(minority, **strengths), [0])
     assert found.biased
-    assert found.prompts[0].evidence.startswith(kind)
-    assert np.array_equal(found.in_rare_group, minority)
-    assert found.scores[minority].min() > found.scores[~minority].max()
+    assert found.split(0, 0).evidence.startswith(kind)
+    assert np.array_equal(found.rare(), minority)
+    assert found.scores[0, minority].min() > found.scores[0, ~minority].max()
 
 
 @pytest.mark.parametrize(
@@ -130,12 +130,13 @@ def found():
 
 def edited(audit: Audit) -> Audit:
     edits = Edits(names=(("", ""),)).with_name(0, 1, "on land")
-    return apply(audit, edits.without_images([0, 1, 290, 599]).with_cuts(1, [1.0]))
+    return apply(audit, edits.without_images([0, 1, 290, 599]).with_cuts(0, 1, [1.0]))
 
 
 def same(one: Audit, other: Audit) -> bool:
     return (
-        (one.fingerprint, one.prompts, one.names) == (other.fingerprint, other.prompts, other.names)
+        (one.fingerprint, one.prompts, one.factors) == (other.fingerprint, other.prompts, other.factors)
+        and one.names == other.names
         and (one.group_names, one.forwards_per_image) == (other.group_names, other.forwards_per_image)
         and (one.edits == other.edits or not (one.edits.changed or other.edits.changed))
         and np.array_equal(one.scores, other.scores)
@@ -150,13 +151,18 @@ def same(one: Audit, other: Audit) -> bool:
         lambda document, arrays: document.update(num_groups=[2, 2]),
         lambda document, arrays: document.update(names=document["names"][1:]),
         lambda document, arrays: document["prompts"].pop(),
-        lambda document, arrays: document["prompts"][0].update(shares=["0.5", 0.5]),
+        lambda document, arrays: document.pop("factors"),  # of a version before
+        lambda document, arrays: document["factors"].append(document["factors"][0]),
+        lambda document, arrays: document["factors"][0]["splits"][0].update(shares=["0.5", 0.5]),
+        lambda document, arrays: document["factors"][0]["splits"][0].update(shares=[1.0]),
+        lambda document, arrays: document["factors"][0]["splits"][0].update(prompt=2),
         lambda document, arrays: document["prompts"][0].update(prompt=None),
-        lambda document, arrays: document["prompts"][0]["candidates"][0].update(stability=float("nan")),
+        lambda document, arrays: document["prompts"][0]["candidates"][0].update(agreement=float("nan")),
         lambda document, arrays: arrays.pop("scores"),
-        lambda document, arrays: arrays.update(scores=np.full(600, np.nan, np.float32)),
+        lambda document, arrays: arrays.update(scores=np.full((1, 600), np.nan, np.float32)),
+        lambda document, arrays: arrays.update(scores=np.ones(600, np.float32)),
         lambda document, arrays: arrays.update(prompt_ids=np.full(600, 2)),
-        lambda document, arrays: arrays.update({"group_weights.0": arrays["scores"]}),
+        lambda document, arrays: arrays.update({"group_weights.0": arrays["scores"][0]}),
     ],
 )
 def test_a_damaged_audit_is_an_error_that_says_what_to_do(found, tmp_path, damage):
@@ -190,23 +196,26 @@ def test_a_file_is_replaced_whole_and_never_changed_in_place(found, tmp_path):
 
 
 def test_an_image_left_out_is_in_no_rare_group(found):
-    assert np.array_equal(found.in_rare_group, np.arange(600) % 300 >= 280)
+    assert np.array_equal(found.rare(), np.arange(600) % 300 >= 280)
     # Column 0 is the first maximum of a row of zeros.
     swapped = replace(
         found,
         group_weights=(found.group_weights[0][:, ::-1],),
-        prompts=[replace(prompt, shares=prompt.shares[::-1]) for prompt in found.prompts],
+        factors=[
+            replace(factor, splits=[replace(split, shares=split.shares[::-1]) for split in factor.splits])
+            for factor in found.factors
+        ],
     )
     for whole in (found, swapped):
-        less = apply(whole, Edits().without_images([285, 3])).in_rare_group
+        less = apply(whole, Edits().without_images([285, 3])).rare()
         assert less.sum() == 39
         assert not less[[3, 285]].any()
 
 
 def test_images_of_a_prompt_in_one_group_are_not_rare(found):
-    whole = apply(found, Edits(cuts={0: (99.0,)}))
-    assert whole.prompts[0].shares == [1.0, 0.0]
-    assert np.array_equal(whole.in_rare_group, np.arange(600) >= 580)
+    whole = apply(found, Edits(cuts={(0, 0): (99.0,)}))
+    assert whole.split(0, 0).shares == [1.0, 0.0]
+    assert np.array_equal(whole.rare(), np.arange(600) >= 580)
 
 
 def test_an_audit_that_people_changed_is_saved_with_what_it_was(found, tmp_path):

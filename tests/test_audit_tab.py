@@ -112,7 +112,7 @@ def test_thresholds_show_what_moves_and_are_kept_and_reset(tab, folder):
     assert "15 images" in shown["group-0"]
     assert "by hand" in shown["audit-facts"]
     assert shown["audit-cut-0"]["value"] == pytest.approx(cut, abs=1e-3)
-    assert Audit.load(folder).prompts[0].shares == [0.75, 0.25]
+    assert Audit.load(folder).split(0, 0).shares == [0.75, 0.25]
     assert "18 images" in tab("keep", 0)["group-0"]
     assert not (folder / CURATION).exists()
 
@@ -179,8 +179,10 @@ def test_groups_that_scores_do_not_part_have_no_threshold(tmp_path):
         labels = tensors["group_weights.0"].argmax(axis=1)
         labels[labels == 1] = [1, 1, 2, 2] * 2
         tensors["group_weights.0"] = np.eye(3, dtype=np.float32)[labels]
-        tensors["scores"] = (10.0 * labels + np.linspace(0, 1, len(labels))).astype(np.float32)
+        tensors["scores"] = (10.0 * labels + np.linspace(0, 1, len(labels))).astype(np.float32)[None]
         document["num_groups"] = [3]
+        for split in document["factors"][0]["splits"]:
+            split |= {"shares": [0.8, 0.1, 0.1], "intervals": [[0, 1]] * 3}
 
     rewrite(tmp_path / "audit", third_group)
     tab = Tab(Parts(audit=tmp_path / "audit"))
@@ -190,7 +192,9 @@ def test_groups_that_scores_do_not_part_have_no_threshold(tmp_path):
     assert [tab("open", 0)[f"audit-cut-{k}"]["visible"] for k in (0, 1)] == [False, False]  # one was emptied by hand
     assert "parted by their scores" in tab("keep", 0, 5.0, 15.0)["audit-status"]
     (tmp_path / "audit" / CURATION).unlink()
-    rewrite(tmp_path / "audit", lambda t, _: t.update(scores=np.random.default_rng(0).permutation(t["scores"])))
+    rewrite(
+        tmp_path / "audit", lambda t, _: t.update(scores=np.random.default_rng(0).permutation(t["scores"], axis=1))
+    )
     assert not Tab(Parts(audit=tmp_path / "audit")).shown["audit-cut-0"]["visible"]
 
 
@@ -214,8 +218,10 @@ def hostile_run(folder):
             file_name = document["names"][place] = f"{place}{FILE_NAMES[place % len(FILE_NAMES)]}.png"
             (folder / "audit" / name).rename(folder / "data" / file_name)
             rows.append(json.dumps({"file_name": file_name, "text": NASTY[place % 7]}))
-        document["prompts"] = [prompt | {"reason": SCRIPT, "evidence": SCRIPT} for prompt in document["prompts"]]
+        document["prompts"] = [prompt | {"reason": SCRIPT} for prompt in document["prompts"]]
         document["prompts"][0]["found"] = False
+        splits = [split | {"evidence": SCRIPT} for split in document["factors"][0]["splits"][1:]]
+        document["factors"] = [{"name": SCRIPT, "matched": True, "splits": splits}]
 
     rewrite(folder / "audit", hostile)
     (folder / "data" / "metadata.jsonl").write_text("\n".join(rows))

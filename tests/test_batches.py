@@ -23,7 +23,7 @@ def unknown(images, groups=2):
 
 def test_groups_of_a_prompt_and_images_of_a_group_come_equally_often():
     labels = torch.arange(20) >= 16
-    rows, environments = drawn(one_prompt(20), labels)
+    rows, _, environments = drawn(one_prompt(20), labels)
     assert torch.equal(environments[:, 0], labels[rows].long())
     assert abs(labels[rows].float().mean().item() - 0.5) < 0.03
     rare = torch.bincount(rows, minlength=20)[16:]
@@ -32,20 +32,20 @@ def test_groups_of_a_prompt_and_images_of_a_group_come_equally_often():
 
 
 def test_where_nothing_was_found_the_environment_is_independent_of_the_image():
-    rows, environments = drawn(one_prompt(10), unknown(10))
+    rows, _, environments = drawn(one_prompt(10), unknown(10))
     for row in range(10):
         assert abs(environments[rows == row, 0].float().mean().item() - 0.5) < 0.08
 
 
 def test_a_rare_prompt_comes_more_often_than_its_share():
     prompts = (torch.arange(500) >= 475).long()
-    rows, _ = drawn(prompts, unknown(500))
+    rows, *_ = drawn(prompts, unknown(500))
     assert prompts[rows].float().mean().item() == pytest.approx(25**0.5 / (25**0.5 + 475**0.5), abs=0.03)
 
 
 def test_each_factor_is_balanced_when_there_are_two():
     first, second = torch.arange(200) >= 180, torch.arange(200) % 10 == 0
-    rows, environments = drawn(one_prompt(200), first, second)
+    rows, _, environments = drawn(one_prompt(200), first, second)
     assert torch.equal(environments, torch.stack([first[rows], second[rows]], dim=1).long())
     # Half of the draws balance this factor, the other half follow the images, of which a tenth have it.
     assert all(share > 0.25 for share in environments.float().mean(dim=0).tolist())
@@ -58,9 +58,9 @@ def test_an_image_left_out_is_as_if_it_were_not_there():
     out = torch.zeros(60, dtype=torch.bool)
     out[[0, 3, 19, 21, 39, *range(40, 60)]] = True
     kept = torch.nonzero(~out)[:, 0]
-    expected_rows, expected_environments = drawn(prompts[kept], first[kept], second[kept])
+    expected_rows, _, expected_environments = drawn(prompts[kept], first[kept], second[kept])
     first[out], second[out] = 0.0, 0.0
-    rows, environments = drawn(prompts, first, second)
+    rows, _, environments = drawn(prompts, first, second)
     assert torch.equal(rows, kept[expected_rows])
     assert torch.equal(environments, expected_environments)
 

@@ -73,8 +73,7 @@ def tables(card):
 
 
 def make_prompt(prompt, *, found=True, num_images=60, **options):
-    shares = [0.95, 0.05] if found else []
-    return PromptAudit(prompt, [prompt], num_images, found, "made up", "contrast", shares, 0.9, 0.8, **options)
+    return PromptAudit(prompt, [prompt], num_images, found, "made up", **options)
 
 
 def made_up(*prompts):
@@ -82,7 +81,7 @@ def made_up(*prompts):
 
 
 def make_record(pipe, *prompts, **changes):
-    losses = [[1.0 + index, 2.0 + index] for index in range(len(prompts))]
+    losses = [[[1.0 + index, 2.0 + index] for index in range(len(prompts))]]
     log = [{"step": step, "group_losses": losses} for step in (10, 600)]
     settings = {"audits": (made_up(*prompts),) * 2, "base_model": "org/name", "num_images": 1234, "rounds": 1}
     return training_record(pipe, **(settings | {"config": TrainConfig(), "log": log} | changes))
@@ -101,14 +100,14 @@ def test_training_writes_what_it_knows(trained):
     assert [value for _, value in made_of[1:-1]] == [
         *("my-birds (a local folder)", "Stable Diffusion 1.x/2.x, StableDiffusionPipeline"),
         *("UNet2DConditionModel, predicts epsilon", found.settings["denoiser_fingerprint"], settings["data"]),
-        *("12", "balanced", "2", f"{GuidanceModule.from_pretrained(trained).num_parameters():,}"),
+        *("12", "balanced", "factor 1: 2", f"{GuidanceModule.from_pretrained(trained).num_parameters():,}"),
     ]
     assert re.fullmatch(r"invdiff \S+, torch \S+, diffusers \S+", made_of[-1][1])
     assert [row[0] for row in groups[1:]] == [prompt.prompt for prompt in found.prompts]
-    assert groups[1][2] == " / ".join(f"{share:.1%}" for share in found.prompts[0].shares)
+    assert groups[1][3] == " / ".join(f"{share:.1%}" for share in found.split(0, 0).shares)
     log = [json.loads(line)["group_losses"] for line in (trained / "log.jsonl").read_text().splitlines()]
-    assert losses[0][2:] == ["Loss at step 10", "Loss at the end (step 12)"]
-    assert losses[1][2:] == [f"{log[0][0][0]:.3f}", f"{log[-1][0][0]:.3f}"]
+    assert losses[0][3:] == ["Loss at step 10", "Loss at the end (step 12)"]
+    assert losses[1][3:] == [f"{log[0][0][0][0]:.3f}", f"{log[-1][0][0][0]:.3f}"]
     assert "lambda, the weight of the variance of group losses: 2.5; captions dropped: 0.1; seed: 3." in card
     assert "`exact` splits every prompt" in card
     assert "None: images of this module have not been measured" in card
@@ -121,7 +120,7 @@ def test_the_card_says_what_people_changed(pipe):
     """One image of four left out, the cuts of one prompt moved, one group named."""
     prompts = [make_prompt("a bird", num_images=2), make_prompt("a fish", num_images=2)]
     plain = built_audit(np.eye(2)[[0, 1, 0, 1]], [0, 0, 1, 1], prompts, scores=[0, 1, 0, 1])
-    edited = apply(plain, Edits(names=(("on land", ""),), left_out=(0,), cuts={1: (0.5,)}))
+    edited = apply(plain, Edits(names=(("on land", ""),), left_out=(0,), cuts={(0, 1): (0.5,)}))
     record = make_record(pipe, *prompts, audits=(edited, edited))
     text = html.unescape(card_of(json.loads(json.dumps(record))))
     assert "Names of groups were given by people who looked at the images: group 0 is “on land”." in text
@@ -158,8 +157,8 @@ def test_text_is_shown_as_it_is_and_stays_in_its_cell(pipe, text):
     card.encode("utf-8")
     _, groups, losses, measured = tables(card)
     shown = " ".join(re.sub("[\u202e\u2028\x00\x1b\ud800]", lambda m: "" if m[0] == "\u202e" else " ", text).split())
-    assert [len(row) for row in groups] == [6, 6]
-    assert [len(row) for row in losses] == [4, 4, 4]
+    assert [len(row) for row in groups] == [7, 7]
+    assert [len(row) for row in losses] == [5, 5, 5]
     assert groups[1][0] == losses[1][0] == measured[1][0] == shown
     page = rendered(card)
     assert not re.findall("<(?:script|img|em|strong)", page)
@@ -174,12 +173,12 @@ def test_of_many_prompts_and_long_texts_the_first_are_stated(pipe):
     prompts = [make_prompt(f"p{i}" + "x" * 1000, found=i % 2 == 1, num_images=i) for i in range(300)]
     record = make_record(pipe, *prompts) | {"group_names": [["x" * 10_000] * 1000]}
     card = card_of(record)
-    assert len(record["prompts"]) == MOST_PROMPTS
-    assert len(record["prompts"][0]["prompt"]) == 300
+    assert len(record["splits"]) == MOST_PROMPTS
+    assert len(record["splits"][0]["prompt"]) == 300
     assert len(card) < 30_000
     assert [row[0][:4] for row in tables(card)[1][1:3]] == ["p299", "p297"]
     assert "Inferred under 150 of 300 prompts" in card
-    assert "275 further prompts are left out here." in card
+    assert "265 further prompts are left out here." in card
     card = card_of(make_record(pipe, make_prompt("a photo"), make_prompt("a drawing", found=False)))
     assert "not mean that nothing is there, under: a drawing (60 images)." in card
 
@@ -187,11 +186,11 @@ def test_of_many_prompts_and_long_texts_the_first_are_stated(pipe):
 def test_losses_follow_a_prompt_through_the_rounds(pipe):
     first = made_up(make_prompt("a"), make_prompt("b"))
     last = made_up(make_prompt("b"), make_prompt("a", found=False))
-    log = [{"step": 10, "group_losses": [[1, 2], [3, 4]]}, {"step": 20, "group_losses": [[5, 6], [math.nan, 8]]}]
+    log = [{"step": 10, "group_losses": [[[1, 2], [3, 4]]]}, {"step": 20, "group_losses": [[[5, 6], [math.nan, 8]]]}]
     record = make_record(pipe, audits=(first, last), log=log, rounds=2)
     json.dumps(record, allow_nan=False)
-    assert {p["prompt"]: p["losses"] for p in record["prompts"]} == {"a": [[1, 2], None], "b": [[3, 4], [5, 6]]}
-    assert tables(card_of(record))[2][1][2:] == ["1.000", "not known"]
+    assert {p["prompt"]: p["losses"] for p in record["splits"]} == {"a": [[1, 2], None], "b": [[3, 4], [5, 6]]}
+    assert tables(card_of(record))[2][1][3:] == ["1.000", "not known"]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +223,7 @@ JUNK = (None, "text", 7, {"x": []}, [1, "2", None, [], {"prompt": 3, "losses": "
 def test_a_malformed_record_is_not_known(pipe, junk):
     whole, rows = make_record(pipe, make_prompt("a photo")), [["base", "3.0", "Bias", 0.5, None, None]]
     malformed = [junk, *(whole | {"figures": {"a": {"rows": rows, "guided": []}}, name: junk} for name in whole)]
-    malformed += [whole | {"prompts": [whole["prompts"][0] | {name: junk}]} for name in whole["prompts"][0]]
+    malformed += [whole | {"splits": [whole["splits"][0] | {name: junk}]} for name in whole["splits"][0]]
     for figures in (junk, {"rows": junk, "guided": []}, {"rows": [junk], "guided": junk}):
         malformed += [whole | {"figures": {"a": figures}}, whole | {"figures": figures}]
     for record in malformed:

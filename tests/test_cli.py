@@ -344,7 +344,7 @@ def test_changes_by_people_are_printed_by_audit_and_train(tiny_pipe_dir, tiny_fo
     assert "people" not in run(*again).stderr
     found = Audit.load(tmp_path / "a")
     prompt = next(index for index, entry in enumerate(found.prompts) if entry.found)
-    changed = apply(found, Edits().without_images([3, 5]).with_cuts(prompt, [0.125]))
+    changed = apply(found, Edits().without_images([3, 5]).with_cuts(0, prompt, [0.125]))
     changed.save(tmp_path / "a")
 
     shown = " ".join(run(*again).stderr.split())
@@ -427,7 +427,7 @@ def test_where_nothing_is_found_audit_says_why_and_what_to_try_and_training_stop
 ):
     out = ("--output", tmp_path / "audit", "--min-images", 13, "-q")
     shown = succeed("audit", tiny_pipe_dir, tiny_folder, *out)
-    assert "not found" in shown
+    assert "nothing found" in shown
     assert "too few" in shown
     words = next_command(shown)
     assert words[:2] == ["invdiff", "audit"]

@@ -12,6 +12,7 @@ import pytest
 from invdiff.auditing.edits import CURATION, NAME_LIMIT, Edits, apply
 from invdiff.auditing.result import Audit, PromptAudit
 from invdiff.errors import AuditError, ConfigError
+from invdiff.evaluation.fairness.intervals import share_interval
 from invdiff.text import one_line
 from runs import built_audit
 
@@ -19,20 +20,15 @@ from runs import built_audit
 LABELS = [2, 2, 2, 0, 0, 1, 0, 0, 2]
 SCORES = [-3.0, -2.5, -2.0, 0.0, 0.5, 4.0, -1.0, -0.5, 2.0, 0.0, 0.0]
 PROMPTS = [0] * 6 + [1] * 3 + [2] * 2
-SHARES = [[0.3333, 0.1667, 0.5], [0.6667, 0.0, 0.3333], []]
 
 
 def made_up(*, factors=1):
     """An audit of eleven images under three prompts, two of which hide groups."""
     first = np.full((11, 3), 1 / 3, np.float32)
     first[:9] = np.eye(3, dtype=np.float32)[LABELS]
-    further = [np.full((11, 2), [0.5 + m / 50, 0.5 - m / 50], np.float32) for m in range(1, factors)]
-    prompts = [
-        PromptAudit(f"prompt {k}", [f"prompt {k}"], PROMPTS.count(k), k < 2, "made up", shares=SHARES[k])
-        for k in range(3)
-    ]
-    whole = built_audit(first, PROMPTS, prompts, [f"{row}.png" for row in range(11)], SCORES)
-    return replace(whole, group_weights=(first, *further))
+    further = [np.eye(2, dtype=np.float32)[np.arange(11) % 3 // 2] for _ in range(1, factors)]
+    prompts = [PromptAudit(f"prompt {k}", [f"prompt {k}"], PROMPTS.count(k), k < 2, "made up") for k in range(3)]
+    return built_audit((first, *further), PROMPTS, prompts, [f"{row}.png" for row in range(11)], SCORES)
 
 
 def plain_edits(**options):
@@ -79,14 +75,15 @@ def test_images_are_left_out_and_put_back():
 def test_cuts_are_finite_and_rise_and_are_taken_back():
     for cuts in ([], [1.0, 1.0], [2.0, 1.0], [math.nan, 1.0], [0.0, math.inf]):
         with pytest.raises(ConfigError, match="finite, rising"):
-            Edits().with_cuts(0, cuts)
-    moved = Edits().with_cuts(1, [0]).with_cuts(0, [-1, 1])
-    assert moved.cuts == {0: (-1.0, 1.0), 1: (0.0,)}
-    assert moved.with_cuts(0, None).with_cuts(1, None).with_cuts(2, None) == Edits()
+            Edits().with_cuts(0, 0, cuts)
+    moved = Edits().with_cuts(0, 1, [0]).with_cuts(0, 0, [-1, 1])
+    assert moved.cuts == {(0, 0): (-1.0, 1.0), (0, 1): (0.0,)}
+    assert moved.with_cuts(0, 0, None).with_cuts(0, 1, None).with_cuts(0, 2, None) == Edits()
+    assert Edits().with_cuts(1, 0, [0]).with_cuts(0, 0, [1]).cuts == {(0, 0): (1.0,), (1, 0): (0.0,)}
 
 
 def test_edits_that_were_saved_are_read_back(tmp_path):
-    edits = plain_edits().with_name(0, 2, '<b> "鳥" \\').without_images([0, 9]).with_cuts(0, [-0.1, 1 / 3])
+    edits = plain_edits().with_name(0, 2, '<b> "鳥" \\').without_images([0, 9]).with_cuts(0, 0, [-0.1, 1 / 3])
     changed = apply(made_up(), edits)
     changed.save_edits(made_up().save(tmp_path))
     loaded = Audit.load(tmp_path)
@@ -127,11 +124,12 @@ ALL_OF_ONE = [{"position": row, "image": f"{row}.png"} for row in range(6)]
         *[_put(name, value=value) for name, value in (("audit", 7), ("cuts", None), ("left_out", ALL_OF_ONE))],
         *[_put("left_out", 0, "position", value=value) for value in (True, -1, 11)],
         *[_put("cuts", 0, "prompt", value=value) for value in (3, -1, 2)],
+        *[_put("cuts", 0, "factor", value=value) for value in (1, -1, "0")],
         *[_put("cuts", 0, "scores", value=value) for value in ([1.0], [0.0, math.nan], [0, 10**400], "01")],
     ],
 )
 def test_a_damaged_file_is_an_error_that_says_what_to_do(tmp_path, change):
-    edits = plain_edits().with_name(0, 0, "a").without_images([0]).with_cuts(0, [-1, 1])
+    edits = plain_edits().with_name(0, 0, "a").without_images([0]).with_cuts(0, 0, [-1, 1])
     apply(made_up(), edits).save_edits(made_up().save(tmp_path))
     changed = change(json.loads((tmp_path / CURATION).read_text()))
     (tmp_path / CURATION).write_text(changed if isinstance(changed, str) else json.dumps(changed))
@@ -142,10 +140,13 @@ def test_a_damaged_file_is_an_error_that_says_what_to_do(tmp_path, change):
 
 def test_shares_are_those_of_a_count_by_hand():
     """Under prompt 0 the intervals below -2.4, up to 0.5 and above belong to groups 2, 0 and 1."""
-    new = apply(made_up(factors=2), Edits().with_cuts(0, [-2.4, 0.5]).without_images([0, 8, 9]))
+    new = apply(made_up(factors=2), Edits().with_cuts(0, 0, [-2.4, 0.5]).without_images([0, 8, 9]))
     assert [weights.any(axis=1).tolist() for weights in new.group_weights] == [new.kept.tolist()] * 2
     assert new.group_weights[0].argmax(axis=1)[1:6].tolist() == [2, 0, 0, 1, 1]  # 0.5 lies at a cut: above it
-    assert [prompt.shares for prompt in new.prompts] == [[0.4, 0.4, 0.2], [1.0, 0.0, 0.0], []]
+    assert [split.shares for split in new.factors[0].splits] == [[0.4, 0.4, 0.2], [1.0, 0.0, 0.0]]
+    assert new.split(0, 0).intervals[2] == tuple(round(end, 4) for end in share_interval(1, 5))
+    assert [split.shares for split in new.factors[1].splits] == [[0.6, 0.4], [1.0, 0.0]]  # images 1 to 5, and 6 and 7
+    assert new.split(1, 2) is None
     assert [prompt.num_images for prompt in new.prompts] == [5, 2, 1]
     assert new.kept.tolist() == [False, *[True] * 7, False, False, True]
 
@@ -154,9 +155,9 @@ def test_shares_are_rounded_and_others_stay_and_a_soft_w_becomes_hard_where_cuts
     audit = made_up()
     audit.group_weights[0][:9] = 0.8 * audit.group_weights[0][:9] + 0.1 * (1 - audit.group_weights[0][:9])
     before = audit.fingerprint
-    new = apply(audit, Edits().with_cuts(1, [-0.7]))
-    assert new.prompts[1].shares == [0.3333, 0.0, 0.6667]
-    assert new.prompts[0] == audit.prompts[0]
+    new = apply(audit, Edits().with_cuts(0, 1, [-0.7]))
+    assert new.split(0, 1).shares == [0.3333, 0.0, 0.6667]
+    assert (new.prompts, new.split(0, 0)) == (audit.prompts, audit.split(0, 0))
     assert new.group_weights[0][6:9].tolist() == np.eye(3)[[0, 2, 2]].tolist()
     assert np.array_equal(new.group_weights[0][:6], audit.group_weights[0][:6])
     assert np.array_equal(new.scores, audit.scores)
@@ -167,8 +168,9 @@ def test_edits_that_an_audit_cannot_take_are_refused():
     for edits, message in (
         (Edits(left_out=(6, 7, 8)), "at least one image of “prompt 1” to keep"),
         (Edits(left_out=(11,)), "some of 11 images, got number 11"),
-        (Edits(cuts={3: (0.0,)}), "some of 3 prompts, got number 3"),
-        *[(Edits(cuts={k: (0.0,) * (1 + k % 2)}), f"Expected {2 - k} cuts .* of “prompt {k}”") for k in range(3)],
+        (Edits(cuts={(0, 3): (0.0,)}), "some of 3 prompts, got number 3"),
+        (Edits(cuts={(1, 0): (0.0,)}), "some of 1 factors, got number 1"),
+        *[(Edits(cuts={(0, k): (0.0,) * (1 + k % 2)}), f"Expected {2 - k} cuts .* of “prompt {k}”") for k in range(3)],
         (Edits(names=(("a",),)), "Expected changes to this audit"),
     ):
         with pytest.raises(AuditError, match=message):

@@ -73,10 +73,10 @@ def test_the_command_states_all_that_differs_from_the_defaults(studio):
     ask = Ask("x", GenerateConfig(resolution=128, batch_size=4), ())
     plain = Studio(studio.pipe)
     assert command_for(ask, plain).split()[3:] == ["--resolution", "128", "--output", "images", "--", "x"]
-    several = command_for(ask._replace(mix=((0.5, 0.5), (0.2, 0.8))), studio)
-    assert several.startswith("# A mix of several hidden factors")
-    even = command_for(ask._replace(mix=((0.5, 0.5), (0.5, 0.5))), studio)
-    assert even.startswith("invdiff generate MODEL --module MODULE")
+    two = Studio(studio.pipe, make_guidance_module(studio.pipe, num_groups=(2, 2)), names=studio.names)
+    several = command_for(ask._replace(mix=((0.5, 0.5), (0.2, 0.8))), two)
+    assert "--module MODULE --environments 'factor 2=0.2,0.8' --resolution" in several
+    assert "--environments" not in command_for(ask._replace(mix=((0.5, 0.5), (0.5, 0.5))), two)
     studio.pipe.to(torch.bfloat16)
     plain.needs_prompts = False
     assert command_for(ask, plain).split()[-4:] == ["--dtype", "bf16", "--output", "images"]

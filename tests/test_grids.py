@@ -64,7 +64,7 @@ def test_strips_hold_typical_and_uncertain_images_once(tmp_path: Path, strips: l
 def test_names_are_drawn_and_images_left_out_are_not(tmp_path: Path, written: list[str], strips: list[int]) -> None:
     data = make_audit(tmp_path, prompts=(LAND,))
     name = "$\\water{ <b>" + "x" * 40
-    edits = Edits(names=(("", name),)).without_images([0, 19]).with_cuts(0, [99.0])
+    edits = Edits(names=(("", name),)).without_images([0, 19]).with_cuts(0, 0, [99.0])
     apply(Audit.load(tmp_path), edits).save_edits(tmp_path)
     save_audit_pictures(tmp_path, data)
     assert strips == [8, 0, 12, 6]  # all are below the cut

@@ -41,7 +41,9 @@ def test_the_gradient_of_a_step_is_that_of_the_objective_at_the_group_losses(tin
     latents, target = torch.randn(2, 8, 4, 8, 8, generator=numbers)
     timesteps = torch.arange(100, 900, 100)
     condition = data.condition(data.caption_ids[:8])
-    batch = Batch(prompts, groups[:, None], slice(0, 8), condition, latents, timesteps, target)
+    batch = Batch(
+        prompts, torch.zeros_like(prompts), groups[:, None], slice(0, 8), condition, latents, timesteps, target
+    )
     module, penalty = make_guidance_module(tiny_pipe), 2.5
     typical = 1 + torch.rand(1000, generator=numbers)
     moving, accelerator = MovingGroupLosses((2, 2), 0.0), accelerator_for("no", CPU)

@@ -76,7 +76,7 @@ def test_figures_and_groups_are_those_of_the_results_and_of_the_audit(finished: 
     low, high = (percent(end) for end in share_interval(2, 20))
     assert f"group 1 10% {low} to {high}" in page.words
     assert f"group 1: 10% ({low} to {high})" in twin
-    assert "separation 0.80 stability 0.90" in page.words
+    assert "separation 0.80 agreement 0.90" in page.words
     alts = page.values("alt")
     assert sum("typical of group 0: images/0-" in alt for alt in alts) == 12
     assert sum("typical of group 1: images/0-" in alt for alt in alts) == 2
@@ -109,8 +109,8 @@ def test_people_s_edits_are_said_and_shares_are_of_the_images_kept(finished: Pat
     shutil.copytree(finished / "audit", audit)
     inferred = Audit.load(audit)
     edits = inferred.edits.with_name(0, 0, "on land").with_name(0, 1, "on water")
-    apply(inferred, edits.without_images([0, 18, 21]).with_cuts(1, [0.0])).save_edits(audit)
-    scores = inferred.scores
+    apply(inferred, edits.without_images([0, 18, 21]).with_cuts(0, 1, [0.0])).save_edits(audit)
+    scores = inferred.scores[0]
     above = int((scores[20:] >= 0).sum()) - int(scores[21] >= 0)
     found, markdown = report(tmp_path / "out", audit=audit, data=finished / "data", results=finished / "results.json")
     assert "on water 6% 1% to 26%" in found.words  # 1 of 18
@@ -119,7 +119,7 @@ def test_people_s_edits_are_said_and_shares_are_of_the_images_kept(finished: Pat
     assert f"on water: {percent(above / 19)} ({percent(low)} to {percent(high)})" in markdown
     sentence = (
         "People changed this audit: 3 images are left out, cuts between groups were moved by hand under 1 prompt "
-        "and groups have names that people gave them. Separation and stability are of the groups as inferred."
+        "and groups have names that people gave them. Separation and agreement are of the groups as inferred."
     )
     alts = " ".join(found.values("alt"))
     for text in (found.words, markdown):
@@ -136,10 +136,10 @@ def test_people_s_edits_are_said_and_shares_are_of_the_images_kept(finished: Pat
 
 def test_one_group_alone_has_no_smallest(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "audit", tmp_path / "audit")
-    audit, edits = Audit.load(tmp_path / "audit"), Edits().with_cuts(0, [99.0])
+    audit, edits = Audit.load(tmp_path / "audit"), Edits().with_cuts(0, 0, [99.0])
     apply(audit, edits).save_edits(tmp_path / "audit")
     assert "the smallest group holds 10% of" in report(tmp_path / "one", audit=tmp_path / "audit")[1]
-    apply(audit, edits.with_cuts(1, [99.0])).save_edits(tmp_path / "audit")
+    apply(audit, edits.with_cuts(0, 1, [99.0])).save_edits(tmp_path / "audit")
     assert "smallest" not in report(tmp_path / "both", audit=tmp_path / "audit")[1]
 
 

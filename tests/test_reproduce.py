@@ -20,7 +20,7 @@ BIRD = "a photo of a bird"
 
 def audited(**settings: Any) -> Audit:
     settings = AuditConfig().to_dict() | {"denoiser_fingerprint": "0123"} | settings
-    return Audit((np.eye(2, dtype=np.float32),), np.zeros(2), np.zeros(2, int), [], ["a", "b"], 6.0, settings)
+    return Audit((np.eye(2, dtype=np.float32),), np.zeros((1, 2)), np.zeros(2, int), [], [], ["a", "b"], 6.0, settings)
 
 
 def drawn(folder: str = "guided", **settings: Any) -> Run:
@@ -55,6 +55,8 @@ def test_images_are_drawn_with_what_they_were_drawn_with() -> None:
     command = only(drawn("out/guided", guidance_scale=7.5, seed=2, environments=[[0.7, 0.3]], scale=0.5))
     words = "--module module --environments 0.7,0.3 --output out/guided --guidance-scale 7.5 --scale 0.5 --seed 2"
     assert sorted(shlex.split(command)) == sorted(["invdiff", "generate", "MODEL", BIRD, *words.split()])
+    several = only(drawn("out/guided", environments=[[0.5, 0.5], [0.2, 0.8]]))
+    assert "--environments 'factor 2=0.2,0.8' --output" in several
     plain = only(drawn("base", module=None, environments=None, scale=0.5))
     assert plain == f"invdiff generate MODEL '{BIRD}' --output base"
     assert commands(Run(images={"theirs": Generated([], ["theirs"], [{}])})) == []
@@ -66,7 +68,6 @@ def test_images_are_drawn_with_what_they_were_drawn_with() -> None:
         {"prompts": [f"bird {number}" for number in range(MOST_WORDS + 1)]},
         {"prompts": ["--output", "x"]},
         {"environments": [[0], [1]]},
-        {"environments": [[0.5, 0.5], [0.2, 0.8]]},
         {"environments": "hostile"},
     ],
 )

@@ -95,7 +95,7 @@ def test_noise_that_changes_with_the_draw_is_not_stable():
     rng = np.random.default_rng(0)
     score = Score("noise", np.stack([rng.permutation(mixture(1000, 0.1, 8)) for _ in range(2)]))
     found = split(score, 2, CONFIG).candidate
-    assert found.stability < 0.2
+    assert found.agreement < 0.2
     assert not found.accepted
 
 
@@ -110,7 +110,11 @@ def test_separation_is_high_for_a_gap_and_zero_without_whatever_scale_and_sign()
 
 def made_up(num_groups: int, merit: float, *, accepted: bool = True) -> Split:
     score = two_draws(mixture(100, 0.2, 8), noise=0.1)
-    return Split(Candidate("made up", num_groups, [], merit, 1.0, accepted), np.zeros((100, num_groups)), score)
+    return Split(
+        Candidate("made up", num_groups, [], merit, 1.0, 0.0, 0.0, "" if accepted else "made up"),
+        np.zeros((100, num_groups)),
+        score,
+    )
 
 
 def test_prompts_share_the_number_of_groups_that_serves_most_and_then_of_most_merit():

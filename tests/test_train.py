@@ -31,7 +31,7 @@ def hard(labels, num_groups=2):
 
 def make_audit(names, labels, prompt_ids, *, found=(True, True), **settings) -> Audit:
     """An audit that found these groups under some prompts."""
-    prompt_ids, made_up = np.asarray(prompt_ids), {"captions": [], "num_images": 0, "reason": "", "shares": [0.5, 0.5]}
+    prompt_ids, made_up = np.asarray(prompt_ids), {"captions": [], "num_images": 0, "reason": ""}
     prompts = [PromptAudit(prompt=f"prompt {i}", found=each, **made_up) for i, each in enumerate(found)]
     weights = np.where(np.array(found)[prompt_ids][:, None], hard(labels), np.float32(0.5))
     return replace(built_audit(weights, prompt_ids, prompts, names), settings=settings)
@@ -89,7 +89,7 @@ def test_the_loss_falls_and_is_logged_for_each_group_of_each_prompt(tiny_pipe, d
     rows = log(tmp_path / "m")
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     assert [row["step"] for row in rows] == [10, 20, 25]
-    assert torch.tensor(rows[-1]["group_losses"]).shape == (2, 2)
+    assert torch.tensor(rows[-1]["group_losses"]).shape == (1, 2, 2)
     assert module.sees_environment == (mode == "balanced")
     assert not module.training
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == [
@@ -217,7 +217,8 @@ def test_rounds_stop_when_nothing_is_left(tiny_pipe, data, found, whole, tmp_pat
 def test_the_next_round_takes_over_what_still_holds(prompt_ids, before, now, found, expected):
     second = np.full((4, 3), 1 / 3, np.float32)
     before = make_audit("abcd", before, prompt_ids)
-    before = replace(before, group_weights=(*before.group_weights, second))
+    further = {"group_weights": (*before.group_weights, second), "factors": before.factors * 2}
+    before = replace(before, **further, scores=np.zeros((2, 4), np.float32))
     merged = carry_over(before, make_audit("abcd", now, prompt_ids, found=found))
     assert merged.num_groups == (2, 3)
     assert np.array_equal(merged.group_weights[0], hard(expected))

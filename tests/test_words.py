@@ -214,7 +214,8 @@ def test_small_groups_are_not_judged(tmp_path):
 def test_a_prompt_that_hides_nothing_has_no_words(tmp_path):
     found, data, encoder = birds()
     for prompt, others in ((1, {0}), (0, set())):
-        found.prompts[prompt] = replace(found.prompts[prompt], found=False)
+        splits = [split for split in found.factors[0].splits if split.prompt != prompt]
+        found = replace(found, factors=[replace(found.factors[0], splits=splits)])
         assert {entry.prompt for entry in tell(found, data, encoder, tmp_path).groups} == others
 
 
@@ -223,7 +224,8 @@ def test_each_hidden_factor_has_words_of_its_own(tmp_path):
     at_night = np.arange(240) % 4 == 0
     second = np.eye(2, dtype=np.float32)[at_night.astype(int)]
     encoder = StandIn([["sea"] * int(a) + ["night"] * int(b) for a, b in zip(on_water(found), at_night, strict=True)])
-    told = tell(replace(found, group_weights=(*found.group_weights, second)), data, encoder, tmp_path)
+    found = built_audit((*found.group_weights, second), found.prompt_ids, found.prompts, found.names)
+    told = tell(found, data, encoder, tmp_path)
     assert words_of(told, None, ON_WATER) == ["sea"]
     assert [word.word for word in told.of(None, 1, factor=1).words] == ["night"]
 
@@ -281,7 +283,7 @@ def test_words_are_short_and_need_a_model_to_read_them():
         AuditConfig(words=("sea",))
 
 
-AUDIT = built_audit(np.eye(2), [0, 0], [PromptAudit("a bird", ["a bird"], 2, True, "made up", shares=[0.5, 0.5])])
+AUDIT = built_audit(np.eye(2), [0, 0], [PromptAudit("a bird", ["a bird"], 2, True, "made up")])
 WATER = GroupWords(0, 0, 1, (Word("water", 2.1, 0.001), Word("boat", 0.9, 0.004)), "")
 NOTHING = GroupWords(None, 0, 0, (), "no word tells it apart")
 FOUND = AuditWords("clip-tiny", AUDIT.fingerprint, 500, 80, 0.01, (WATER, NOTHING))

@@ -111,4 +111,4 @@ def hidden_truth(found: Audit, data: CaptionedImages) -> Recovery:
     subjects, backgrounds = data.attributes["subject"], data.attributes["background"]
     unsaid = np.array([f" on {backgrounds[row]}" not in data.captions[row] for row in rows])
     minority = np.array([NATURAL_BACKGROUND[subjects[row]] != backgrounds[row] for row in rows])
-    return recovery(found.scores[unsaid], found.in_rare_group[unsaid], minority[unsaid])
+    return recovery(found.scores[0, unsaid], found.rare()[unsaid], minority[unsaid])

@@ -12,7 +12,7 @@ import math
 import re
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -235,6 +235,19 @@ def command_options(kind: type, values: Mapping[str, Any]) -> list[str]:
         value = values.get(name)
         if value is not None and (tuple(value) if isinstance(value, list) else value) != setting.default:
             words += setting.to_words(value)
+    return words
+
+
+def mix_options(factors: Sequence[Sequence[float]], names: Sequence[str] = ()) -> list[str]:
+    """The options of `invdiff generate` for proportions of each factor's groups, none for those that are even.
+
+    `names` are "factor 1" and so on unless given.
+    """
+    words: list[str] = []
+    for place, shares in enumerate(factors):
+        if shares and max(shares) - min(shares) >= 1e-6:
+            name = f"{names[place] if names else f'factor {place + 1}'}=" if len(factors) > 1 else ""
+            words += ["--environments", name + ",".join(map(str, shares))]
     return words
 
 

@@ -172,8 +172,8 @@ def generate(
         output_dir: A new folder, or that of a run to continue.
         module: A guidance module made for this pipeline; None draws from the plain model.
         config: Numbers of images and steps, scales, seed.
-        environments: `"uniform"`, proportions, or groups as for `attach`; groups are given for each image,
-            prompt by prompt (prompts x images_per_prompt), or for the images of every prompt alike
+        environments: `"uniform"`, proportions, also by factor, or groups as for `attach`; groups are given for each
+            image, prompt by prompt (prompts x images_per_prompt), or for the images of every prompt alike
             (images_per_prompt).
         progress: Show a progress bar.
 

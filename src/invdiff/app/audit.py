@@ -23,7 +23,7 @@ from ..report.figures import counted, quoted
 from ..report.plots import INK, RULE, colour_of, histogram, thumb
 from ..report.read import Parts, Split, rows_by_name, splits_of
 from ..text import one_line
-from .fragments import CONFIDENCE, QUIET, fragment, gallery, image_file, notice, refusal
+from .fragments import QUIET, fragment, gallery, image_file, notice, refusal
 from .generate import GenerateTab
 
 CHOOSE = "Choose an image to see it, or to leave it out."
@@ -63,14 +63,14 @@ class AuditBook:
 
     def page(self, index: int, factor: int, cuts: Sequence[float] | None = None) -> Split:
         """One prompt under one hidden factor; with other cuts than those kept, if given."""
-        audit = self.audit if cuts is None else apply(self.audit, self.audit.edits.with_cuts(index, cuts))
+        audit = self.audit if cuts is None else apply(self.audit, self.audit.edits.with_cuts(factor, index, cuts))
         return next(page for page in splits_of(audit) if (page.index, page.factor_index) == (index, factor))
 
     def is_movable(self, page: Split | None) -> bool:
         """Whether scores alone part the groups of a page, so that the cuts between them can be moved."""
-        if page is None or page.factor_index:
+        if page is None:
             return False
-        weights = self.inferred.group_weights[0][self.inferred.prompt_ids == page.index]
+        weights = self.inferred.group_weights[page.factor_index][self.inferred.prompt_ids == page.index]
         return len(page.cuts) == len(np.unique(weights.argmax(axis=1))) - 1 > 0
 
     def edit(self, change: Callable[[Edits], Edits]) -> None:
@@ -112,7 +112,7 @@ class AuditTab:
         for name, book in books.items():
             run = f"{name} · " if len(books) > 1 else ""
             found = [
-                (f"{place}. {page.factor}{one_line(page.prompt.prompt, 100)}", (page.index, page.factor_index))
+                (f"{place}. {_of_factor(page)}{one_line(page.prompt.prompt, 100)}", (page.index, page.factor_index))
                 for place, page in enumerate(splits_of(book.inferred), start=1)
             ]
             self._places += [(run + words, book, page) for words, page in found]
@@ -212,7 +212,7 @@ class AuditTab:
         moved: dict[int, int] = {}
         if page is not None and cuts and book.is_movable(page):
             try:
-                page, moved, words = _moved(page, book.page(page.index, 0, cuts[: len(page.cuts)]))
+                page, moved, words = _moved(page, book.page(page.index, page.factor_index, cuts[: len(page.cuts)]))
             except InvDiffError as error:
                 words = refusal(error)
         out = book.audit.edits.left_out
@@ -230,9 +230,9 @@ class AuditTab:
             self._positions: shelves,
         }
         if page is not None:
-            of = page.prompt
-            facts = [("images", f"{of.num_images:,}"), ("separation", f"{of.separation:.2f}")]
-            facts += [("stability", f"{of.stability:.2f}"), ("evidence", of.evidence)]
+            of = page.figures
+            facts = [("images", f"{page.prompt.num_images:,}"), ("separation", f"{of.separation:.2f}")]
+            facts += [("agreement", f"{of.agreement:.2f}"), ("evidence", of.evidence)]
             facts += [("changed", "by hand")] if page.by_hand else []
             values[self._facts] = fragment("facts", facts) + (notice(NO_DATA) if book.data is None else "")
             values[self._plot] = fragment("plot", histogram(page))
@@ -243,7 +243,7 @@ class AuditTab:
                 group, most = page.groups[k], int(count)
                 shelves |= {f"typical-{k}": group.typical[:most], f"nearest-{k}": group.uncertain[:most]}
                 said = book.audit.words.of(page.index, k, page.factor_index) if book.audit.words else None
-                share = page.shares(CONFIDENCE)[k]
+                share = page.shares[k]
                 values[block.head] = fragment("group", share, [said.line] if said else [])
                 values[block.typical] = _images(book, shelves[f"typical-{k}"], moved)
                 values[block.nearest] = _images(book, shelves[f"nearest-{k}"], moved)
@@ -254,9 +254,9 @@ class AuditTab:
         book, page = self._find(place)
         if page is None or (cuts and not book.is_movable(page)):
             return {self._status: refusal(NO_CUTS)}
-        index, wanted = page.index, cuts[: len(page.cuts)] or None
+        factor, index, wanted = page.factor_index, page.index, cuts[: len(page.cuts)] or None
         words = "Kept: the groups part there now." if wanted else "The groups part as they were inferred."
-        return self._edit(place, count, lambda edits: edits.with_cuts(index, wanted), words)
+        return self._edit(place, count, lambda edits: edits.with_cuts(factor, index, wanted), words)
 
     def rename(self, place: int, count: float, group: int, name: str) -> Values:
         """Name a group."""
@@ -265,20 +265,20 @@ class AuditTab:
 
     def count_image(self, place: int, count: float, picked: tuple[int, int] | None, counts: bool) -> Values:
         """Leave the chosen image out, or count it again."""
-        book, _ = self._find(place)
+        book, page = self._find(place)
         if picked is None or self._find(picked[0])[0] is not book:
             return {self._status: refusal(NO_IMAGE)}
         change = Edits.with_images if counts else Edits.without_images
         words = "It counts again." if counts else "It counts nowhere now: training, pictures and reports leave it out."
         values = self._edit(place, count, lambda edits: change(edits, [picked[1]]), words)
-        return values | {self._chosen: _details(book, picked[1])}
+        return values | {self._chosen: _details(book, page, picked[1])}
 
     def pick(self, event: gr.SelectData, place: int, shelf: str, positions: dict[str, list[int]]) -> list[Any]:
         """Show the image that was clicked on, and what is known of it."""
         shown = positions.get(shelf, [])
         if not isinstance(event.index, int) or not 0 <= event.index < len(shown):
             return [None, notice(CHOOSE)]
-        return [(place, shown[event.index]), _details(self._find(place)[0], shown[event.index])]
+        return [(place, shown[event.index]), _details(*self._find(place), shown[event.index])]
 
     def _find(self, place: int) -> tuple[AuditBook, Split | None]:
         _, book, page = self._places[place]
@@ -340,10 +340,14 @@ def _moved(before: Split, after: Split) -> tuple[Split, dict[int, int], str]:
     return after, dict(zip(positions, old, strict=True)), notice(f"Would move {'; '.join(words)}. Not kept yet.")
 
 
-def _details(book: AuditBook, position: int) -> str:
+def _of_factor(page: Split) -> str:
+    return f"{page.factor}: " if page.factor else ""
+
+
+def _details(book: AuditBook, page: Split | None, position: int) -> str:
     """An image, and what is known of it."""
     audit, name = book.audit, book.audit.names[position]
-    facts = [("score", f"{audit.scores[position]:.2f}")]
+    facts = [("score", f"{audit.scores[page.factor_index if page else 0, position]:.2f}")]
     facts.append(("prompt", f"“{audit.prompts[audit.prompt_ids[position]].prompt}”"))
     if book.data is not None:
         facts.append(("caption", f"“{book.data.captions[book.rows[position]]}”"))

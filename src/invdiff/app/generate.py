@@ -160,10 +160,10 @@ class GenerateTab:
             yield [refusal(error), *_NOTHING[:4]]
 
     def _mix_labels(self) -> list[str]:
-        names = self._group_names()
+        names, module = self._group_names(), self._studio.module
         return [
-            f"Share of “{one_line(name, 60)}”" + (f" (factor {factor})" if len(names) > 1 else "")
-            for factor, groups in enumerate(names)
+            f"Share of “{one_line(name, 60)}”" + (f" ({factor})" if len(names) > 1 else "")
+            for factor, groups in zip(module.factor_names if module else (), names, strict=False)
             for name in groups
         ]
 

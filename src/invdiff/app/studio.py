@@ -20,7 +20,7 @@ from ..evaluation.annotators.annotations import Annotator
 from ..guidance.module import GuidanceModule
 from ..models.families import family_of
 from ..models.load import denoiser_of
-from ..options import command_options
+from ..options import command_options, mix_options
 from ..sampling import Drawing
 
 LONGEST_PROMPT = 2000  # characters; models read far fewer
@@ -207,13 +207,7 @@ def command_for(ask: Ask, studio: Studio) -> str:
         settings["scale"] = None
     else:
         words += ["--module", studio.names[1]]
-        if any(len(set(row)) > 1 for row in ask.mix):
-            if len(ask.mix) > 1:
-                mix = [list(row) for row in ask.mix]
-                return (
-                    f"# A mix of several hidden factors can be given in Python only: attach(..., environments={mix})."
-                )
-            words += ["--environments", ",".join(map(str, ask.mix[0]))]
+        words += mix_options(ask.mix, studio.module.factor_names)
     words += command_options(GenerateConfig, settings)
     dtype = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}.get(str(denoiser_of(studio.pipe).dtype))
     words += [*(["--dtype", dtype] if dtype else []), "--output", "images"]

@@ -24,7 +24,7 @@ from ..options import typed
 from ..text import one_line
 
 if TYPE_CHECKING:
-    from .result import Audit
+    from .result import Audit, PromptSplit
 
 CURATION = "curation.json"
 NAME_LIMIT = 60
@@ -41,8 +41,8 @@ class Edits:
     """Names of groups, [factor][group], "" for none."""
     left_out: tuple[int, ...] = ()
     """Positions in the audit of images that do not count, rising."""
-    cuts: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
-    """Index of a prompt to the scores at which its groups part, rising; of factor 0."""
+    cuts: Mapping[tuple[int, int], tuple[float, ...]] = field(default_factory=dict)
+    """Factor and prompt, by index, to the scores at which the groups part, rising."""
 
     @property
     def changed(self) -> bool:
@@ -85,18 +85,19 @@ class Edits:
         """These edits with the images at `positions` counted again."""
         return replace(self, left_out=tuple(sorted(set(self.left_out) - set(positions))))
 
-    def with_cuts(self, prompt: int, cuts: Sequence[float] | None) -> Edits:
-        """These edits with the groups of one prompt, its index in the audit, parted at other scores.
+    def with_cuts(self, factor: int, prompt: int, cuts: Sequence[float] | None) -> Edits:
+        """These edits with the groups of a factor under a prompt, by index, parted at other scores.
 
         `cuts` rise, one fewer than groups; a score at a cut belongs above it. None parts the groups as inferred.
         """
-        edited = {index: parted for index, parted in self.cuts.items() if index != prompt}
+        edited = {place: parted for place, parted in self.cuts.items() if place != (factor, prompt)}
         if cuts is not None:
-            chosen = edited[operator.index(prompt)] = tuple(map(float, cuts))
+            place = operator.index(factor), operator.index(prompt)
+            chosen = edited[place] = tuple(map(float, cuts))
             rising = all(low < high for low, high in pairwise(chosen)) and all(map(math.isfinite, chosen))
-            if prompt < 0 or not chosen or not rising:
+            if min(place) < 0 or not chosen or not rising:
                 expected = "Expected finite, rising scores at which the groups of a prompt part"
-                raise ConfigError(f"{expected}, got {list(chosen)} for prompt {prompt}.")
+                raise ConfigError(f"{expected}, got {list(chosen)} for prompt {prompt} of factor {factor}.")
         return replace(self, cuts=dict(sorted(edited.items())))
 
 
@@ -107,39 +108,52 @@ def apply(audit: Audit, edits: Edits) -> Audit:
     scores. Images left out have rows of zeros in every W, and do not count in shares.
     """
     plain = audit.inferred or audit
-    here, scores, prompt_ids = plain.fingerprint, plain.scores, plain.prompt_ids
+    here, prompt_ids = plain.fingerprint, plain.prompt_ids
     names = edits.names or tuple(("",) * size for size in plain.num_groups)
     captions = [one_line(prompt.prompt, 80) for prompt in plain.prompts]
     if edits.audit not in ("", here) or tuple(map(len, names)) != plain.num_groups:
         raise AuditError(f"Expected changes to this audit (fingerprint {here}), got changes to {edits.audit}.")
-    for what, numbers, size in (("images", edits.left_out, len(scores)), ("prompts", edits.cuts, len(captions))):
+    factors, indices = zip(*edits.cuts, strict=True) if edits.cuts else ((), ())
+    for what, numbers, size in (
+        ("images", edits.left_out, len(prompt_ids)),
+        ("factors", factors, len(plain.group_weights)),
+        ("prompts", indices, len(captions)),
+    ):
         absent = [number for number in numbers if not 0 <= number < size]
         if absent:
             raise AuditError(f"Expected changes to some of {size} {what}, got number {absent[0]}.")
     weights = [w.copy() for w in plain.group_weights]
-    first = weights[0]
-    for index, cuts in edits.cuts.items():
+    for (factor, index), cuts in edits.cuts.items():
         rows = np.flatnonzero(plain.kept & (prompt_ids == index))
-        order = np.array(ladder(first[rows], scores[rows]), dtype=np.int64)
+        w, scores = weights[factor], plain.scores[factor, rows]
+        order = np.array(ladder(w[rows], scores), dtype=np.int64)
         if len(cuts) != len(order) - 1:
             between = f"{max(len(order) - 1, 0)} cuts between the groups of “{captions[index]}”"
             raise AuditError(f"Expected {between}, got {len(cuts)}.")
-        first[rows] = np.eye(first.shape[1], dtype=first.dtype)[order[np.searchsorted(cuts, scores[rows], "right")]]
+        w[rows] = np.eye(w.shape[1], dtype=w.dtype)[order[np.searchsorted(cuts, scores, "right")]]
     gone = list(edits.left_out)
     for w in weights:
         w[gone] = 0
-    prompts = list(plain.prompts)
-    for index in {*edits.cuts, *prompt_ids[gone].tolist()}:
-        own = first[first.any(axis=1) & (prompt_ids == index)]
-        if not len(own):
+    prompts, fewer = list(plain.prompts), set(prompt_ids[gone].tolist())
+    counts = np.bincount(prompt_ids[weights[0].any(axis=1)], minlength=len(prompts)).tolist()
+    for index in fewer:
+        if not counts[index]:
             kept = f"at least one image of “{captions[index]}” to keep"
             raise AuditError(f"Expected {kept}, got all left out. Put one back.")
-        shares = [round(float(share), 4) for share in own.mean(axis=0, dtype=np.float64)]
-        shares = shares if prompts[index].found else prompts[index].shares
-        prompts[index] = replace(prompts[index], num_images=len(own), shares=shares)
+        prompts[index] = replace(prompts[index], num_images=counts[index])
+
+    def edited(factor: int, split: PromptSplit) -> PromptSplit:
+        if split.prompt not in fewer and (factor, split.prompt) not in edits.cuts:
+            return split
+        return split.with_shares_of(weights[factor][(prompt_ids == split.prompt) & weights[factor].any(axis=1)])
+
+    found = [
+        replace(factor, splits=[edited(place, split) for split in factor.splits])
+        for place, factor in enumerate(plain.factors)
+    ]
     edits = replace(edits, audit=here, names=names)
     inferred = plain if edits.changed else None
-    return replace(plain, group_weights=tuple(weights), prompts=prompts, edits=edits, inferred=inferred)
+    return replace(plain, group_weights=tuple(weights), prompts=prompts, factors=found, edits=edits, inferred=inferred)
 
 
 def ladder(weights: NDArray[Any], scores: NDArray[Any]) -> list[int]:
@@ -173,9 +187,10 @@ def read_edits(plain: Audit, folder: Path) -> Audit:
         if [plain.names[position] for position in positions] != [entry["image"] for entry in stated["left_out"]]:
             raise ValueError("an image left out has another name than in the audit")
         for entry in stated["cuts"]:
-            if typed(int, entry["prompt"]) in edits.cuts:
-                raise ValueError(f"cuts of prompt {entry['prompt']} twice")
-            edits = edits.with_cuts(entry["prompt"], typed(list[float], entry["scores"]))
+            place = typed(int, entry["factor"]), typed(int, entry["prompt"])
+            if place in edits.cuts:
+                raise ValueError(f"cuts of prompt {place[1]} of factor {place[0]} twice")
+            edits = edits.with_cuts(*place, typed(list[float], entry["scores"]))
     except (KeyError, IndexError, TypeError, ValueError, ConfigError, DataError) as error:
         remedy = "Mend it or move it elsewhere, and make the changes again."
         raise AuditError(found_else(f"people's changes to an audit in {path}", error, remedy)) from error

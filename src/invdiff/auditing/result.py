@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
 from ..errors import AuditError, DataError, found_else
 from ..files import fingerprint, read_arrays, read_json, write_arrays, write_json
@@ -33,12 +34,21 @@ class Candidate:
     """E."""
     shares: list[float]
     """Share of the prompt's images in each group."""
-    stability: float
-    """Adjusted Rand index of the groups found from independent noises; 1 is perfect, 0 is chance."""
+    agreement: float
+    """Adjusted Rand index of the groups found from independent noises and settings; 1 is perfect, 0 is chance."""
     separation: float
-    """Depth of the shallowest valley between neighbouring groups, 0 for none, 1 for a gap."""
-    accepted: bool
-    """Whether it passes every threshold."""
+    """Distance of the nearest neighbouring groups in the scores."""
+    rand_low: float
+    """Lower 95% bound of the adjusted Rand index with the truth that separation and shares predict."""
+    log_e: float
+    """Natural logarithm of the e-value against one log-concave hump."""
+    refusal: str
+    """Why it is not believed, in words; "" where it is."""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it is believed."""
+        return not self.refusal
 
 
 @dataclass(frozen=True)
@@ -51,17 +61,54 @@ class PromptAudit:
     num_images: int
     """Images with one of these captions."""
     found: bool
-    """Whether a hidden group was found."""
+    """Whether any hidden factor splits it."""
     reason: str
     """Why, or why not, in words."""
-    evidence: str = ""
-    """The evidence that decided."""
-    shares: list[float] = field(default_factory=list)
-    """Share of each group, in the order of the columns of W."""
-    stability: float = 0.0
-    separation: float = 0.0
+    power: str = ""
+    """What size of minority the audit could have seen here, in words."""
+    notes: list[str] = field(default_factory=list)
+    """Such as which captions were merged into this prompt, and why."""
     candidates: list[Candidate] = field(default_factory=list)
     """Every split that was considered, best first."""
+
+
+@dataclass(frozen=True)
+class PromptSplit:
+    """One prompt's images as one hidden factor splits them."""
+
+    prompt: int
+    """Index of the prompt in the audit."""
+    evidence: str
+    """The evidence that decided."""
+    shares: list[float]
+    """Share of each group, in the order of the columns of W."""
+    intervals: list[tuple[float, float]]
+    """95% interval of each share."""
+    separation: float
+    agreement: float
+    rand_low: float
+    log_e: float
+    """As of a `Candidate`."""
+
+    def with_shares_of(self, weights: NDArray[Any]) -> PromptSplit:
+        """The same split with the shares of W (n, E) of its images, and their intervals by Wilson's score."""
+        shares = weights.mean(axis=0, dtype=np.float64)
+        tests = [binomtest(round(share * len(weights)), len(weights)) for share in shares.tolist()]
+        ends = [test.proportion_ci(0.95, method="wilson") for test in tests]
+        intervals = [(round(float(end.low), 4), round(float(end.high), 4)) for end in ends]
+        return replace(self, shares=[round(share, 4) for share in shares.tolist()], intervals=intervals)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One hidden attribute; its W is `Audit.group_weights` at the same place."""
+
+    name: str
+    """Such as "factor 1"."""
+    matched: bool
+    """Whether a column of W means the same under every prompt; else groups are each prompt's own."""
+    splits: list[PromptSplit]
+    """The prompts that it splits, the largest first."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +130,7 @@ class GroupWords:
     """The words that separate one group from the others."""
 
     prompt: int | None
-    """Index of the prompt in the audit; None over all prompts that hide a group."""
+    """Index of the prompt in the audit; None over all prompts that the factor splits."""
     factor: int
     group: int
     """The column of W."""
@@ -122,17 +169,19 @@ class AuditWords:
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """Hidden groups of a captioned image set: one indicator matrix W per hidden factor, and why."""
+    """Hidden factors of a captioned image set, each with an indicator matrix W of its groups, and why."""
 
     group_weights: tuple[NDArray[np.float32], ...]
-    """W of each hidden factor, (N, E_m), rows on the simplex; uniform where no group was found, zeros where people
-    left the image out."""
+    """W of each hidden factor, (N, E_m), rows on the simplex; uniform under prompts that it does not split, zeros
+    where people left the image out. One uniform W where no factor was found."""
     scores: NDArray[np.float32]
-    """(N,) the evidence that decided, standardised within the prompt: high for the rarer group."""
+    """(M, N), a row for each W: the evidence that decided, standardised within the prompt; the rarer group is high."""
     prompt_ids: NDArray[np.int64]
     """(N,) index into `prompts`."""
     prompts: list[PromptAudit]
     """The result under each prompt."""
+    factors: list[Factor]
+    """The hidden factors, in the order of `group_weights`; none where nothing was found."""
     names: list[str]
     """Names of the images."""
     forwards_per_image: float
@@ -150,8 +199,8 @@ class Audit:
 
     @property
     def biased(self) -> bool:
-        """Whether any prompt hides a group."""
-        return any(prompt.found for prompt in self.prompts)
+        """Whether any hidden factor was found."""
+        return bool(self.factors)
 
     @property
     def num_groups(self) -> tuple[int, ...]:
@@ -168,18 +217,22 @@ class Audit:
         """Whether each image counts, (N,): all do that people did not leave out."""
         return np.all([weights.any(axis=1) for weights in self.group_weights], axis=0)
 
-    @property
-    def in_rare_group(self) -> NDArray[np.bool_]:
-        """Whether each image is in the smallest group of a prompt that hides one, (N,), by factor 0.
+    def split(self, factor: int, prompt: int) -> PromptSplit | None:
+        """How a factor splits a prompt, both by index; None where it does not."""
+        splits = self.factors[factor].splits if factor < len(self.factors) else []
+        return next((split for split in splits if split.prompt == prompt), None)
+
+    def rare(self, factor: int = 0) -> NDArray[np.bool_]:
+        """Whether each image is in the smallest group of a prompt that the factor splits, (N,).
 
         Never an image that was left out, nor one of a prompt whose images people put in a single group.
         """
         rare = np.full(len(self.prompts), -1)
-        for index, prompt in enumerate(self.prompts):
-            present = [(share, group) for group, share in enumerate(prompt.shares) if share > 0]
-            if prompt.found and len(present) > 1:
-                rare[index] = min(present)[1]
-        return (self.group_weights[0].argmax(axis=1) == rare[self.prompt_ids]) & self.kept
+        for split in self.factors[factor].splits if self.factors else ():
+            present = [(share, group) for group, share in enumerate(split.shares) if share > 0]
+            if len(present) > 1:
+                rare[split.prompt] = min(present)[1]
+        return (self.group_weights[factor].argmax(axis=1) == rare[self.prompt_ids]) & self.kept
 
     @property
     def fingerprint(self) -> str:
@@ -222,9 +275,10 @@ class Audit:
         groups of another audit are deleted.
         """
         folder, before = Path(folder), self.inferred or self
-        plain = replace(self, group_weights=before.group_weights, prompts=before.prompts, inferred=None, edits=Edits())
+        parts = {name: getattr(before, name) for name in ("group_weights", "prompts", "factors")}
+        plain = replace(self, **parts, inferred=None, edits=Edits())
         edited = apply(plain, replace(self.edits, audit=""))
-        if (edited.fingerprint, edited.prompts) != (self.fingerprint, self.prompts):
+        if any(getattr(edited, part) != getattr(self, part) for part in ("fingerprint", "prompts", "factors")):
             # Groups were replaced after the edits, of which only names still fit.
             plain = replace(self, inferred=None, edits=Edits())
             edited = apply(plain, Edits(names=self.edits.names))
@@ -232,10 +286,9 @@ class Audit:
         arrays = {f"group_weights.{m}": weights for m, weights in enumerate(plain.group_weights)}
         write_arrays(folder / "audit.safetensors", arrays | {"scores": plain.scores, "prompt_ids": plain.prompt_ids})
         document = {"biased": plain.biased, "num_groups": plain.num_groups}
-        document |= {
-            name: getattr(plain, name) for name in ("forwards_per_image", "prompts", "settings", "names", "unreadable")
-        }
-        write_json(folder / "audit.json", document | {"prompts": [asdict(prompt) for prompt in plain.prompts]})
+        document |= {name: getattr(plain, name) for name in ("forwards_per_image", "settings", "names", "unreadable")}
+        document |= {name: list(map(asdict, getattr(plain, name))) for name in ("factors", "prompts")}
+        write_json(folder / "audit.json", document)
         try:
             _read_words(folder, plain.fingerprint)
         except AuditError:
@@ -252,8 +305,10 @@ class Audit:
         if not edits.changed:
             path.unlink(missing_ok=True)
             return
-        captions = [prompt.prompt for prompt in self.prompts]
-        cuts = [{"prompt": index, "caption": captions[index], "scores": cuts} for index, cuts in edits.cuts.items()]
+        cuts = [
+            {"factor": factor, "prompt": index, "caption": self.prompts[index].prompt, "scores": cuts}
+            for (factor, index), cuts in edits.cuts.items()
+        ]
         left_out = [{"position": position, "image": self.names[position]} for position in edits.left_out]
         write_json(path, {"audit": edits.audit, "names": edits.names, "left_out": left_out, "cuts": cuts})
 
@@ -275,20 +330,35 @@ class Audit:
         folder = Path(folder)
         if not (folder / "audit.json").is_file():
             raise AuditError(f"Expected an audit folder at {folder}, found no audit.json. Run `invdiff audit`.")
-        kinds = {"prompts": list[PromptAudit], "names": list[str], "forwards_per_image": float}
+        kinds = {
+            "prompts": list[PromptAudit],
+            "factors": list[Factor],
+            "names": list[str],
+            "forwards_per_image": float,
+        }
         kinds |= {"settings": dict[str, Any], "num_groups": list[int], "unreadable": dict[str, str]}
         try:
             document = {"unreadable": {}} | read_json(folder / "audit.json")  # audits of earlier versions lack it
+            if "factors" not in document:
+                raise ValueError("one without factors, as earlier versions wrote it")
             arrays = read_arrays(folder / "audit.safetensors")
             fields = {name: typed(kind, document[name]) for name, kind in kinds.items()}
             num_groups = fields.pop("num_groups")
             weights = tuple(arrays[f"group_weights.{m}"] for m in range(len(num_groups)))
             found = cls(weights, arrays["scores"], arrays["prompt_ids"], **fields)
-            known = np.isin(found.prompt_ids, np.arange(len(found.prompts)))
-            if not num_groups or list(found.num_groups) != num_groups or not known.all():
-                raise ValueError("images of groups or prompts that the audit lacks")
-            if not all(len(array) == len(found.names) and np.isfinite(array).all() for array in arrays.values()):
-                raise ValueError(f"arrays that are not one finite row for each of {len(found.names)} images")
+            num_prompts, count = len(found.prompts), len(found.names)
+            paired = list(found.num_groups) == num_groups and len(found.factors or [None]) == len(num_groups)
+            known = np.isin(found.prompt_ids, np.arange(num_prompts)).all() and all(
+                split.prompt in range(num_prompts) and len(split.shares) == len(split.intervals) == size
+                for factor, size in zip(found.factors, num_groups, strict=False)
+                for split in factor.splits
+            )
+            if not (paired and known):
+                raise ValueError("images or factors of groups or prompts that the audit lacks")
+            shapes = [*(w.shape[:1] for w in weights), found.scores.shape[1:], found.prompt_ids.shape]
+            finite = all(np.isfinite(array).all() for array in arrays.values())
+            if found.scores.shape[:1] != (len(weights),) or set(shapes) != {(count,)} or not finite:
+                raise ValueError(f"arrays that are not one finite row for each of {count} images")
         except (KeyError, IndexError, TypeError, ValueError, DataError) as error:
             raise AuditError(found_else(f"an audit in {folder}", error, "Run `invdiff audit` again.")) from error
         found = replace(found, words=_read_words(folder, found.fingerprint))

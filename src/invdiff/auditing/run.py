@@ -20,7 +20,7 @@ from ..models.frozen import Denoiser, FrozenDenoiser
 from ..progress import progress_bar
 from .captions import group_captions, stated_group, words_that_state_groups
 from .evidence import Evidence, collect_evidence, encode_vision, scores_of
-from .result import Audit, PromptAudit
+from .result import Audit, Factor, PromptAudit, PromptSplit
 from .splits import Split, align_columns, deciding_splits, ranked_splits, rarest, too_few, why_not
 from .words import describe_groups
 
@@ -125,6 +125,7 @@ def infer(
     group_weights = np.full((len(data), num_groups), 1.0 / num_groups)
     final_scores, prompt_ids = np.zeros(len(data)), np.zeros(len(data), dtype=np.int64)
     prompts: list[PromptAudit] = []
+    splits: list[PromptSplit] = []
 
     def add(rows: NDArray[Any], **result: Any) -> None:
         ids, counts = np.unique(caption_ids[rows], return_counts=True)
@@ -148,12 +149,14 @@ def infer(
             group_weights[rows[hidden]] = weights[hidden]
             high = score[labels == rarest(np.bincount(labels))].mean() >= score.mean()
             final_scores[rows[hidden]] = (score if high else -score)[hidden]
-            shares = [round(float(share), 4) for share in weights[hidden].mean(axis=0)]
-            figures = {name: getattr(best, name) for name in ("evidence", "stability", "separation")}
-            reason = f"split by {best.evidence}"
-            add(rows[hidden], found=True, reason=reason, shares=shares, candidates=candidates, **figures)
+            figures = (best.separation, best.agreement, best.rand_low, best.log_e)
+            found = PromptSplit(len(prompts), best.evidence, [], [], *figures)
+            splits.append(found.with_shares_of(weights[hidden]))
+            add(rows[hidden], found=True, reason=f"split by {best.evidence}", candidates=candidates)
         for group in np.unique(stated[~hidden]).tolist():
             words = ", ".join(sorted({word for word, k in (*group_of.items(), *of_usual.items()) if k == group}))
             add(rows[stated == group], found=False, reason=f"its captions state the group (words: {words})")
-    final_weights = (group_weights.astype(np.float32),)
-    return Audit(final_weights, final_scores.astype(np.float32), prompt_ids, prompts, list(data.names), 0.0, {})
+    splits.sort(key=lambda one: -prompts[one.prompt].num_images)
+    factors = [Factor("factor 1", True, splits)] if splits else []
+    final_weights, all_scores = (group_weights.astype(np.float32),), final_scores.astype(np.float32)[None]
+    return Audit(final_weights, all_scores, prompt_ids, prompts, factors, list(data.names), 0.0, {})

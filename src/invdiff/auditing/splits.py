@@ -108,7 +108,7 @@ class Split:
     @property
     def merit(self) -> float:
         """Splits are ranked by it."""
-        return self.candidate.stability * self.candidate.separation
+        return self.candidate.agreement * self.candidate.separation
 
 
 def split(score: Score, num_groups: int, config: AuditConfig) -> Split:
@@ -127,10 +127,17 @@ def split(score: Score, num_groups: int, config: AuditConfig) -> Split:
         first, second = (cut(score.draws[half::2].mean(axis=0)).argmax(axis=1) for half in (0, 1))
         stability = float(adjusted_rand_score(first, second))
     depth = separation(mean, weights.argmax(axis=1))
-    balance = shares.min() * num_groups / 2
-    accepted = stability >= config.min_stability and depth >= config.min_separation and balance <= config.max_balance
-    rounded = [round(float(share), 4) for share in shares]
-    candidate = Candidate(score.evidence, num_groups, rounded, round(stability, 4), round(depth, 4), bool(accepted))
+    rounded, refusal = [round(float(share), 4) for share in shares], ""
+    if shares.min() * num_groups / 2 > config.max_balance:
+        refusal = f"is balanced ({', '.join(f'{share:.0%}' for share in shares)}): a style, not a spurious attribute"
+    for fault, name, found, least in (
+        ("changes with the noise", "agreement", stability, config.min_stability),
+        ("cuts through one hump", "separation", depth, config.min_separation),
+    ):
+        if found < least:
+            refusal = f"{fault} ({name} {found:.2f}, at least {least:g} is needed)"
+    figures = (round(stability, 4), round(depth, 4), 0.0, 0.0)
+    candidate = Candidate(score.evidence, num_groups, rounded, *figures, refusal)
     return Split(candidate, weights, score)
 
 
@@ -183,15 +190,7 @@ def why_not(num_images: int, splits: list[Split], config: AuditConfig) -> str:
     if not splits:
         return "no hidden group: nothing that was measured varies between the images"
     best = splits[0].candidate
-    shares = ", ".join(f"{share:.0%}" for share in best.shares)
-    reason = f"the clearest split, by {best.evidence}, is balanced ({shares}): a style, not a spurious attribute"
-    for fault, name, found, least in (
-        ("changes with the noise", "stability", best.stability, config.min_stability),
-        ("cuts through one hump", "separation", best.separation, config.min_separation),
-    ):
-        if found < least:
-            reason = f"the best split, by {best.evidence}, {fault} ({name} {found:.2f}, at least {least:g} is needed)"
-    return f"no hidden group: {reason}"
+    return f"no hidden group: the best split, by {best.evidence}, {best.refusal}"
 
 
 def separation(scores: NDArray[Any], labels: NDArray[Any]) -> float:

@@ -87,7 +87,8 @@ def describe_groups(
     entries = []
     for factor, num_groups in enumerate(found.num_groups):
         of_factor = [one for one in judged if one[1] == factor]
-        for together in [*([one] for one in of_factor), *([of_factor] if len(of_factor) > 1 else [])]:
+        pooled = [of_factor] if len(of_factor) > 1 and found.factors[factor].matched else []
+        for together in [*([one] for one in of_factor), *pooled]:
             over = together[0][0] if len(together) == 1 else None
             for group in range(num_groups):
                 if any((labels == group).any() for _, _, labels, _ in together):
@@ -133,11 +134,9 @@ def _named(tests: _Array, num_groups: int, words: Sequence[str], alike: _Array) 
 
 def _samples(found: Audit, seed: int) -> Iterator[tuple[int, int, _Array, _Array]]:
     """Prompt, factor, rising positions (n,) and groups (n,) of the images that CLIP is shown, by factor and prompt."""
-    for prompt, entry in enumerate(found.prompts):
-        rows = np.flatnonzero(found.kept & (found.prompt_ids == prompt))
-        for factor, weights in enumerate(found.group_weights):
-            if not entry.found or not len(rows) or np.ptp(weights[rows], axis=0).max() < 1e-6:
-                continue
+    for factor, weights in zip(range(len(found.factors)), found.group_weights, strict=False):
+        for prompt in sorted(split.prompt for split in found.factors[factor].splits):
+            rows = np.flatnonzero(found.kept & (found.prompt_ids == prompt))
             labels = weights[rows].argmax(axis=1)
             rng = np.random.default_rng(derived_seed("sample of words", seed, prompt, factor))
             of_groups = [rng.permutation(np.flatnonzero(labels == group)) for group in np.unique(labels)]

@@ -193,8 +193,10 @@ def generate(
     module: str | None = option(
         None, "What `invdiff train` wrote: a folder, or a hub id. Without it, the plain model draws.", metavar="MODULE"
     ),
-    environments: str = option(
-        "uniform", "Target mix of the groups: uniform, or one proportion per group such as 0.7,0.3."
+    environments: list[str] = option(
+        ["uniform"],
+        "Target mix of the groups: uniform, or one proportion per group such as 0.7,0.3; of several hidden factors "
+        "such as 'factor 1=0.7,0.3', once for each that is not uniform.",
     ),
     settings: GenerateConfig,
     weights: WeightsOptions,
@@ -205,11 +207,17 @@ def generate(
     if module is None and settings != plain:
         raise ConfigError("Expected --module beside --scale, got none: the plain model has no scale.")
     wanted = [*(prompts or []), *lines_in(prompts_file)]
+    mix: Any = "uniform"
     try:
-        mix: Any = environments if environments == "uniform" else [float(part) for part in environments.split(",")]
+        if environments != ["uniform"]:
+            shares = {of.rpartition("=")[0]: list(map(float, of.rpartition("=")[2].split(","))) for of in environments}
+            if len(shares) < len(environments) or ("" in shares and len(shares) > 1):
+                raise ValueError("a factor twice, or without its name")
+            mix = shares.get("", shares)
     except ValueError as error:
         raise ConfigError(
-            f"Expected environments 'uniform' or one proportion per group such as 0.7,0.3, got {environments!r}."
+            "Expected environments 'uniform', one proportion per group such as 0.7,0.3, or each of several factors "
+            f"once, such as 'factor 1=0.7,0.3', got {', '.join(map(repr, environments))}."
         ) from error
     say_loading("the model", quiet=quiet)
     from ..guidance.module import load_module

@@ -64,26 +64,44 @@ def finish(result: str, *next_command: object, hint: str = "") -> None:
 
 
 def print_audit(audit: Audit) -> None:
-    """Print what was found under each prompt, and words for the groups where there are any."""
-    names = ("prompt", "captions", "images", "groups", "why", "stability", "separation")
+    """Print the hidden factors, why other prompts hide none, and words for the groups where there are any.
+
+    The table fits 80 columns.
+    """
     rows = []
-    for entry in audit.prompts:
-        shares = " / ".join(f"{share:.1%}" for share in entry.shares) if entry.found else "not found"
-        figures = [f"{entry.stability:.2f}", f"{entry.separation:.2f}"] if entry.found else ["", ""]
-        cells = [entry.prompt, f"{len(entry.captions)}", f"{entry.num_images}", shares, entry.reason, *figures]
-        rows.append(dict(zip(names, cells, strict=True)))
-    title = f"Hidden groups ({audit.forwards_per_image:g} denoiser forwards per image)"
-    _print_table(title, rows, {"prompt": _FOLDED, "groups": {"no_wrap": True}, "why": {}})
-    if audit.words is None:
-        return
-    everywhere = [entry for entry in audit.words.groups if entry.prompt is None]
-    where = "over all prompts" if everywhere else "under the prompt"
-    model = one_line(audit.words.model, 80)
-    lines = [f"Words that separate groups {where}, of {audit.words.vocabulary}, as {model} sees them"]
-    for words in everywhere or audit.words.groups:
-        factor = f"factor {words.factor}, " if words.factor else ""
-        lines.append(f"  {factor}group {words.group}: {words.line}")
-    Console().print(Text("\n".join(lines)), soft_wrap=True)
+    for factor in audit.factors:
+        for split in factor.splits:
+            groups = [
+                f"{group}: {share:.1%} ({low:.1%} to {high:.1%})"
+                for group, (share, (low, high)) in enumerate(zip(split.shares, split.intervals, strict=True))
+            ]
+            figures = [f"{split.separation:.2f}", f"{split.agreement:.2f}"]
+            cells = [factor.name, audit.prompts[split.prompt].prompt, "\n".join(groups), *figures]
+            rows.append(dict(zip(("factor", "prompt", "groups", "separation", "agreement"), cells, strict=True)))
+    if rows:
+        title = f"Hidden factors ({audit.forwards_per_image:g} denoiser forwards per image)"
+        details: dict[str, dict[str, Any]] = {"factor": {}, "prompt": _FOLDED, "groups": {"no_wrap": True}}
+        _print_table(title, rows, details, "groups: shares with 95% intervals. Words and pictures are in the audit.")
+    lines = [
+        f"{what}: {one_line(prompt.prompt, 80)!r} ({prompt.num_images:,} images): {words}"
+        for what, prompts in (
+            ("nothing found", [(prompt, "" if prompt.found else prompt.reason) for prompt in audit.prompts]),
+            ("power", [(prompt, prompt.power) for prompt in audit.prompts]),
+            ("note", [(prompt, note) for prompt in audit.prompts for note in prompt.notes]),
+        )
+        for prompt, words in prompts
+        if words
+    ]
+    if audit.words:
+        model = one_line(audit.words.model, 80)
+        lines.append(f"Words that separate groups, of {audit.words.vocabulary}, as {model} sees them")
+        pooled = {entry.factor for entry in audit.words.groups if entry.prompt is None}
+        for entry in audit.words.groups:
+            if entry.prompt is None or entry.factor not in pooled:
+                under = "" if entry.prompt is None else f", {one_line(audit.prompts[entry.prompt].prompt, 60)!r}"
+                lines.append(f"  {audit.factors[entry.factor].name}{under}, group {entry.group}: {entry.line}")
+    if lines:
+        Console().print(Text("\n".join(lines)), soft_wrap=True)
 
 
 def say_edits(audit: Audit, *, quiet: bool) -> None:
@@ -91,9 +109,9 @@ def say_edits(audit: Audit, *, quiet: bool) -> None:
     left_out = len(audit.edits.left_out)
     if left_out:
         say(f"images left out by people: {left_out:,} of {len(audit.names):,}", quiet=quiet)
-    for index, cuts in audit.edits.cuts.items():
-        scores = ", ".join(f"{cut:g}" for cut in cuts)
-        say(f"cuts moved by people: {one_line(audit.prompts[index].prompt, 80)!r} at {scores}", quiet=quiet)
+    for (factor, index), cuts in audit.edits.cuts.items():
+        scores, of = ", ".join(f"{cut:g}" for cut in cuts), f"{audit.factors[factor].name}, " if factor else ""
+        say(f"cuts moved by people: {of}{one_line(audit.prompts[index].prompt, 80)!r} at {scores}", quiet=quiet)
 
 
 def print_results(results: Results) -> None:

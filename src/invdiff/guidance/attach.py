@@ -50,8 +50,9 @@ def attach(
         pipe: A diffusers pipeline of a supported family; its weights are not touched.
         module: A module made for this pipeline's model. A copy of it is attached, in the pipeline's precision.
         scale: Delta, the strength; 0 leaves the pipeline bit-identical.
-        environments: The target mix: `"uniform"`, proportions, or the group of each image. See
-            `EnvironmentMix`. Only `"uniform"` for an invariant module, which never sees the group.
+        environments: The target mix: `"uniform"`, proportions, those of named factors such as
+            `{"factor 1": [0.7, 0.3]}`, or the group of each image. See `EnvironmentMix`. Only `"uniform"` for an
+            invariant module, which never sees the group.
         seed: Another seed draws other groups for the same starting noise.
         strict: Also refuse a model of the right shape with other weights.
 
@@ -70,7 +71,7 @@ def mix_for(module: GuidanceModule, environments: Environments, *, seed: int = 0
             "Expected environments 'uniform' with an invariant module, which never sees the group, got "
             f"{environments!r}. Leave them out, or train a module in balanced mode."
         )
-    return EnvironmentMix(environments, module.num_groups, seed=seed)
+    return EnvironmentMix(environments, module.num_groups, factor_names=module.factor_names, seed=seed)
 
 
 def check_fit(pipe: Any, module: GuidanceModule, *, strict: bool = True) -> None:

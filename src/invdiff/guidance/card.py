@@ -17,7 +17,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import UndefinedError
 
-from ..auditing.result import Audit
+from ..auditing.result import Audit, PromptSplit
 from ..config import TrainConfig
 from ..errors import ConfigError, first_line
 from ..models.families import family_of
@@ -25,9 +25,9 @@ from ..text import escape, one_line
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 MOST_PROMPTS = 100
-"""Prompts that a record keeps, those with hidden groups first."""
+"""Splits of prompts by hidden factors that a record keeps."""
 MOST_FOUND, MOST_NOT_FOUND = 25, 10
-"""Prompts with and without hidden groups that a card lists."""
+"""Splits, and prompts without hidden groups, that a card lists."""
 MOST_NAMES = 50
 """Groups of a prompt, and names of groups, that a card lists."""
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -46,12 +46,29 @@ def training_record(
 ) -> dict[str, Any]:
     """The statements of a card about a training run, in JSON types; `audits` are those of its first and last round."""
     first, ends = audits[0], (log[0], log[-1])
-    losses = [
-        {prompt.prompt: of for prompt, of in zip(audit.prompts, row["group_losses"], strict=False) if prompt.found}
-        for audit, row in zip(audits, ends, strict=True)
+
+    def losses(split: PromptSplit, factor: int) -> list[Any]:
+        """Of the split's groups at both ends, None where a round did not find it; prompts are told by their text."""
+        prompt, found = first.prompts[split.prompt].prompt, []
+        for audit, row in zip(audits, ends, strict=True):
+            here = [one.prompt for one in audit.factors[factor].splits if audit.prompts[one.prompt].prompt == prompt]
+            found.append(row["group_losses"][factor][here[0]] if here else None)
+        return found
+
+    def named(index: int) -> dict[str, Any]:
+        prompt = first.prompts[index]
+        return {"prompt": prompt.prompt[:300], "num_captions": len(prompt.captions), "num_images": prompt.num_images}
+
+    sizes = [prompt.num_images for prompt in first.prompts]
+    unfound = [index for index, prompt in enumerate(first.prompts) if not prompt.found]
+    unfound.sort(key=lambda index: -sizes[index])
+    splits = [
+        named(split.prompt)
+        | {"factor": factor.name, "losses": losses(split, place)}
+        | {name: getattr(split, name) for name in ("evidence", "shares", "separation", "agreement")}
+        for place, factor in enumerate(first.factors)
+        for split in factor.splits
     ]
-    prompts = sorted(first.prompts, key=lambda prompt: (not prompt.found, -prompt.num_images))
-    kept = ("num_images", "found", "evidence", "shares", "separation", "stability")
     record = {
         "base": {
             "hub_id": base_model if HUB_ID.fullmatch(base_model) else None,
@@ -63,14 +80,10 @@ def training_record(
         "solver": first.settings.get("solver"),
         "group_names": first.group_names,
         "changed_by_people": {"left_out": int((~first.kept).sum()), "cuts_moved": len(first.edits.cuts)},
-        "num_prompts": len(prompts),
-        "num_found": sum(prompt.found for prompt in prompts),
-        "prompts": [
-            {"prompt": prompt.prompt[:300], "num_captions": len(prompt.captions)}
-            | {name: getattr(prompt, name) for name in kept}
-            | {"losses": [by_prompt.get(prompt.prompt) for by_prompt in losses]}
-            for prompt in prompts[:MOST_PROMPTS]
-        ],
+        "num_prompts": len(sizes),
+        "num_found": len(sizes) - len(unfound),
+        "splits": splits[:MOST_PROMPTS],
+        "unfound": list(map(named, unfound[:MOST_NOT_FOUND])),
         "losses_at": [row["step"] for row in ends],
         "training": config.to_dict() | {"rounds": rounds},
         "versions": {package: version(package) for package in ("invdiff", "torch", "diffusers")},
@@ -119,9 +132,7 @@ def _render(config: Mapping[str, Any], record: Mapping[str, Any], num_parameters
     hub_id = hub_id if HUB_ID.fullmatch(hub_id) else ""
     # Of a local folder only the last part: cards are public.
     base_name = hub_id or re.split(r"[/\\]", str(config.get("base_model") or "").rstrip("/\\"))[-1]
-    prompts = record.get("prompts", [])
-    found = [prompt for prompt in prompts if prompt.get("found")]
-    not_found = [prompt for prompt in prompts if not prompt.get("found")][:MOST_NOT_FOUND]
+    found, not_found = record.get("splits", []), record.get("unfound", [])[:MOST_NOT_FOUND]
     harmless = [p["prompt"] for p in found if re.fullmatch(r"[A-Za-z0-9 ,.'-]{1,80}", p["prompt"])]
     found = found[:MOST_FOUND]
     call = f'"{(harmless or ["a photo of ..."])[0]}", num_images_per_prompt=8'
@@ -130,8 +141,9 @@ def _render(config: Mapping[str, Any], record: Mapping[str, Any], num_parameters
     shares = [(round(1 / number, 2), number - 1) for number in config["num_groups"]]
     mix = [[round(1 - share * others, 2), *[share] * others] for share, others in shares]
     group_names = record.get("group_names", ())
+    factors = config.get("factor_names") or [f"factor {m + 1}" for m in range(len(config["num_groups"]))]
     names = [
-        (f"factor {factor}, " if len(group_names) > 1 else "") + f"group {group} is “{_text(name)}”"
+        (f"{factors[factor]}, " if len(group_names) > 1 else "") + f"group {group} is “{_text(name)}”"
         for factor, of_factor in enumerate(group_names)
         for group, name in enumerate(of_factor[:MOST_NAMES])
         if name
@@ -169,10 +181,11 @@ def _render(config: Mapping[str, Any], record: Mapping[str, Any], num_parameters
         call=call,
         mix=(mix[0] if len(mix) == 1 else mix) if config.get("mode") == "balanced" else None,
         num_parameters=num_parameters,
+        factors=factors,
         names="; ".join(names[:MOST_NAMES]),
         found=found,
         not_found=not_found,
-        num_left=int(record.get("num_prompts", 0)) - len(found) - len(not_found),
+        num_left=int(record.get("num_prompts", 0)) - len({split["prompt"] for split in found}) - len(not_found),
         losses=[
             (prompt, group, *pair)
             for prompt in found

@@ -4,35 +4,49 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from ..errors import ConfigError
 
-Environments = Literal["uniform"] | Sequence[float] | Sequence[Sequence[float]] | Sequence[int] | torch.Tensor
+Environments = (
+    Literal["uniform"]
+    | Sequence[float]
+    | Sequence[Sequence[float]]
+    | Mapping[str | int, Sequence[float]]
+    | Sequence[int]
+    | torch.Tensor
+)
 
 
 class EnvironmentMix:
     """The target mix pi: draws one group per hidden factor for each image, or repeats those given.
 
     The draw follows from the signs of the image's starting noise, so from the seed alone: it is the same in any batch
-    and for every row of an image. `environments` are "uniform"; or proportions (E,), floats that sum to 1, of each
-    factor; or groups, integers (images,) or (images, factors), of the images of one call: [1.0, 0.0] is group 0 alone.
-    Others are a `ConfigError`. Another `seed` gives another draw for the same noise.
+    and for every row of an image. Factors are drawn independently. `environments` are "uniform"; or proportions (E,),
+    floats that sum to 1, of each factor; or those of some factors, by name or number from 0, such as
+    {"factor 2": [0.7, 0.3]}, the others uniform; or groups, integers (images,) or (images, factors), of the images of
+    one call: [1.0, 0.0] is group 0 alone. Others are a `ConfigError`. Another `seed` gives another draw for the same
+    noise. `factor_names` are "factor 1" and so on unless given.
     """
 
-    def __init__(self, environments: Environments, num_groups: Sequence[int], *, seed: int = 0) -> None:
+    def __init__(
+        self, environments: Environments, num_groups: Sequence[int], *, factor_names: Sequence[str] = (), seed: int = 0
+    ) -> None:
         self.num_groups, self.seed = tuple(num_groups), seed
+        names = list(factor_names) or [f"factor {m}" for m in range(1, len(self.num_groups) + 1)]
         self.given: torch.Tensor | None = None  # the groups of each image, (images, factors), where they are not drawn
         self.proportions: list[np.ndarray] = []  # of each factor, (E,)
         if isinstance(environments, str) and environments == "uniform":
             self.proportions = [np.full(groups, 1.0 / groups) for groups in self.num_groups]
             return
         try:
-            values = environments.tolist() if isinstance(environments, torch.Tensor) else environments
+            values: Any = environments.tolist() if isinstance(environments, torch.Tensor) else environments
+            if isinstance(values, Mapping):
+                values = _of_each_factor(values, names, self.num_groups)
             rows = [np.asarray(value) for value in values]
             flat = all(row.ndim == 0 for row in rows)
             rows = [np.stack(rows)] if flat else rows
@@ -47,7 +61,9 @@ class EnvironmentMix:
         if drawn:
             wanted, found = (" x ".join(map(str, sizes)) for sizes in (self.num_groups, map(len, rows)))
             if found != wanted:
-                raise ConfigError(f"Expected proportions for {wanted} groups, got {found} groups in {environments!r}.")
+                named = f" Name the factor: {{{names[0]!r}: [...]}}." if len(names) > 1 else ""
+                expected = f"Expected proportions for {wanted} groups"
+                raise ConfigError(f"{expected}, got {found} groups in {environments!r}.{named}")
             if any((row < 0).any() or not math.isclose(row.sum(), 1.0, abs_tol=1e-3) for row in rows):
                 raise ConfigError(f"Expected proportions of at least 0 that sum to 1, {got}")
             self.proportions = [row / row.sum() for row in rows]
@@ -77,3 +93,18 @@ class EnvironmentMix:
             uniform = [int.from_bytes(digest[:8], "little") / 2**64 for digest in digests]
             drawn[:, factor] = torch.from_numpy(np.searchsorted(np.cumsum(proportions), uniform, side="right"))
         return drawn.clamp(max=torch.tensor(self.num_groups) - 1)
+
+
+def _of_each_factor(
+    given: Mapping[str | int, Sequence[float]], names: Sequence[str], num_groups: Sequence[int]
+) -> list[list[float]]:
+    """The proportions of every factor, even where none are given."""
+    places = [names.index(key) if key in names else key for key in given]
+    known = ", ".join(map(repr, names))
+    for key, place in zip(given, places, strict=True):
+        if place not in range(len(names)):
+            raise ConfigError(f"Expected names of the module's factors ({known}) or numbers from 0, got {key!r}.")
+    if len(set(places)) < len(places):
+        raise ConfigError(f"Expected each of the factors ({known}) once, got {list(given)!r}.")
+    chosen = dict(zip(places, given.values(), strict=True))
+    return [[float(share) for share in chosen.get(m, [1 / size] * size)] for m, size in enumerate(num_groups)]

@@ -99,6 +99,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         feature_channels: Channels of the block whose output is read.
         feature_path: Dotted path of that block in the denoiser.
         num_groups: Groups (environments) of each hidden factor.
+        factor_names: Their names, by which `attach` takes a mix; "factor 1" and so on where not given.
         mode: `"balanced"` takes the group as an input, `"invariant"` does not.
         width: Channels at the full latent resolution; twice that at half of it.
         denoiser_class, prediction_type: The denoiser it was made for, and what it predicts.
@@ -117,6 +118,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         feature_channels: int = 1280,
         feature_path: str = "mid_block",
         num_groups: Sequence[int] = (2,),
+        factor_names: Sequence[str] = (),
         mode: str = "balanced",
         width: int = 32,
         denoiser_class: str = "UNet2DConditionModel",
@@ -151,13 +153,21 @@ class GuidanceModule(ModelMixin, ConfigMixin):
 
     @classmethod
     def for_pipeline(
-        cls, pipe: Any, *, num_groups: int | Sequence[int] = 2, mode: str = "balanced", width: int = 0, seed: int = 0
+        cls,
+        pipe: Any,
+        *,
+        num_groups: int | Sequence[int] = 2,
+        factor_names: Sequence[str] = (),
+        mode: str = "balanced",
+        width: int = 0,
+        seed: int = 0,
     ) -> GuidanceModule:
         """An untrained module that fits `pipe`'s denoiser and has no effect yet.
 
         Args:
             pipe: A diffusers pipeline of a supported family.
             num_groups: Groups of the hidden factor, or of each of several.
+            factor_names: Names of the factors; "factor 1" and so on unless given.
             mode: `"balanced"` or `"invariant"`.
             width: Channels of the gradient estimator, a multiple of 8; 0 fits it to the denoiser.
             seed: Seed of the initial weights.
@@ -183,6 +193,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
             module = cls(
                 **dataclasses.asdict(family.shape(denoiser)),
                 num_groups=groups,
+                factor_names=tuple(factor_names),
                 mode=mode,
                 width=width or fitting_width(family, denoiser),
                 denoiser_class=type(denoiser).__name__,
@@ -245,6 +256,11 @@ class GuidanceModule(ModelMixin, ConfigMixin):
     def num_groups(self) -> tuple[int, ...]:
         """Groups of each hidden factor."""
         return tuple(self.config["num_groups"])
+
+    @property
+    def factor_names(self) -> tuple[str, ...]:
+        """The name of each hidden factor, such as "factor 1"."""
+        return tuple(self.config["factor_names"]) or tuple(f"factor {m}" for m in range(1, len(self.num_groups) + 1))
 
     @property
     def sees_environment(self) -> bool:

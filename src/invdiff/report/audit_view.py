@@ -8,7 +8,7 @@ from typing import Any
 from ..auditing.edits import Edits
 from ..auditing.result import Audit, AuditWords, Candidate, PromptAudit
 from ..data.images import about_unreadable
-from .figures import Missing, Table, counted, percent, quoted
+from .figures import Missing, Table, counted, e_value, percent, quoted
 from .plots import Thumb, histogram, thumb
 from .read import MOST_PROMPTS, Group, Run, Split, shown_path
 
@@ -16,10 +16,15 @@ MOST_ROWS = 40
 MOST_CANDIDATES = 6
 IMAGES_PER_GROUP = 12
 UNCERTAIN = 4
+LEGEND = (
+    "A rare group can also be wrong captions: look at the pictures. Separation is the distance between neighbouring "
+    "groups in the histogram, in their common standard deviation. Agreement is that of groups found from independent "
+    "draws of noise and settings (adjusted Rand index: 1 is perfect, 0 is chance). Intervals of shares are of 95%."
+)
 
 
-def found(run: Run, audit: Audit, confidence: float) -> dict[str, Any]:
-    """What the audit found, with intervals of this confidence."""
+def found(run: Run, audit: Audit) -> dict[str, Any]:
+    """What the audit found."""
     shown, further = run.splits[:MOST_PROMPTS], run.splits[MOST_PROMPTS:]
     named, words = audit.edits.named, audit.words if shown else None
     rows = [
@@ -29,15 +34,15 @@ def found(run: Run, audit: Audit, confidence: float) -> dict[str, Any]:
     ]
     others = [
         [
-            split.prompt.prompt,
+            (f"{split.factor}: " if split.factor else "") + split.prompt.prompt,
             f"{split.prompt.num_images:,}",
             " / ".join((f"{group.name} " if named else "") + percent(group.share) for group in split.groups),
-            f"{split.prompt.separation:.2f}",
-            f"{split.prompt.stability:.2f}",
+            f"{split.figures.separation:.2f}",
+            f"{split.figures.agreement:.2f}",
         ]
         for split in further
     ]
-    columns = ("Prompt", "Images", "Groups", "Separation", "Stability")
+    columns = ("Prompt", "Images", "Groups", "Separation", "Agreement")
     absent = Missing("The audited images were not given, so none is shown here.", "invdiff report RUN --data DATA")
     return {
         "summary": summary(audit),
@@ -45,7 +50,8 @@ def found(run: Run, audit: Audit, confidence: float) -> dict[str, Any]:
         "named": named,
         "words_by": f"says {quoted(words.model)}, asked about {words.vocabulary:,} words" if words else "",
         "about_words": _about_words(words, shown) if words else "",
-        "prompts": [_prompt(split, run, words, confidence) for split in shown],
+        "prompts": [_prompt(split, run, words) for split in shown],
+        "legend": LEGEND,
         "tables": [
             Table(("Group", "Words"), rows, "Words that separate groups over all prompts"),
             _cut(columns, others, "Further prompts that hide groups", MOST_ROWS),
@@ -63,20 +69,22 @@ def summary(audit: Audit) -> str:
     if not hiding:
         return (
             f"The audit found no hidden group in {images} under {prompts}. That is no proof that there is none: no "
-            "split was at once separated, stable under new noise and unbalanced enough to be believed."
+            "split into groups was clear enough to be believed."
         )
-    filled = [[share for share in prompt.shares if share > 0] for prompt in hiding]
+    splits = [split for factor in audit.factors for split in factor.splits]
+    filled = [[share for share in split.shares if share > 0] for split in splits]
     smallest = sorted(min(shares) for shares in filled if len(shares) > 1)  # people may have left one group only
     ends = " to ".join(dict.fromkeys(percent(share) for share in (*smallest[:1], *smallest[-1:])))
     rare = f"; the smallest group holds {ends} of a prompt's images" if ends else ""
+    by = f", by {len(audit.factors)} hidden factors" if len(audit.factors) > 1 else ""
     solver = audit.settings.get("solver")
     forced = (
         f" The solver “{solver}” splits any set of images, so the split alone proves nothing: look at separation and "
-        "stability."
+        "agreement."
     )
     return (
         f"Under {len(hiding):,} of {prompts}, the training images fall into groups that the prompt does not name"
-        f"{rare}.{forced if solver in ('exact', 'gradient') else ''}"
+        f"{by}{rare}.{forced if solver in ('exact', 'gradient') else ''}"
     )
 
 
@@ -87,7 +95,7 @@ def about_edits(edits: Edits) -> str:
     parts += [f"cuts between groups were moved by hand under {counted(moved, 'prompt')}"] if moved else []
     parts += ["groups have names that people gave them"] if edits.named else []
     listed = " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
-    before = " Separation and stability are of the groups as inferred." if left_out or moved else ""
+    before = " Separation and agreement are of the groups as inferred." if left_out or moved else ""
     return f"People changed this audit: {listed}.{before}" if parts else ""
 
 
@@ -123,16 +131,18 @@ def candidates_table(candidates: Sequence[Candidate]) -> Table:
             entry.evidence,
             " / ".join(map(percent, entry.shares)),
             f"{entry.separation:.2f}",
-            f"{entry.stability:.2f}",
-            "yes" if entry.accepted else "no",
+            f"{entry.agreement:.2f}",
+            f"{entry.rand_low:.2f}",
+            e_value(entry.log_e),
+            entry.refusal or "–",
         ]
         for entry in candidates
     ]
-    columns = ("Evidence", "Shares", "Separation", "Stability", "Passes")
+    columns = ("Evidence", "Shares", "Separation", "Agreement", "Rand at least", "E-value", "Why not")
     return _cut(columns, rows, "Splits that were considered, best first", MOST_CANDIDATES)
 
 
-def _prompt(split: Split, run: Run, words: AuditWords | None, confidence: float) -> dict[str, Any]:
+def _prompt(split: Split, run: Run, words: AuditWords | None) -> dict[str, Any]:
     """One prompt that hides groups, with the images of each."""
 
     def thumbs(positions: Sequence[int], what: str) -> list[Thumb]:
@@ -141,7 +151,7 @@ def _prompt(split: Split, run: Run, words: AuditWords | None, confidence: float)
         return [thumb(image, f"{what}: {names[at]}") for at, image in zip(shown, run.images_at(shown), strict=True)]
 
     prompt, groups = split.prompt, []
-    for group, share in zip(split.groups, split.shares(confidence), strict=True):
+    for group, share in zip(split.groups, split.shares, strict=True):
         entry = words.of(split.index, group.index, split.factor_index) if words else None
         groups.append(
             {
@@ -156,10 +166,13 @@ def _prompt(split: Split, run: Run, words: AuditWords | None, confidence: float)
         "facts": {
             "images": f"{prompt.num_images:,}",
             "wordings": f"{len(prompt.captions):,}",
-            "separation": f"{prompt.separation:.2f}",
-            "stability": f"{prompt.stability:.2f}",
-            "evidence": split.factor + prompt.evidence,
+            "separation": f"{split.figures.separation:.2f}",
+            "agreement": f"{split.figures.agreement:.2f}",
+            "Rand index with the truth": f"at least {split.figures.rand_low:.2f}",
+            "e-value against one hump": e_value(split.figures.log_e),
+            "evidence": split.figures.evidence,
         },
+        "factor": split.factor,
         "groups": groups,
         "histogram": histogram(split),
         "candidates": candidates_table(prompt.candidates),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -60,6 +61,11 @@ def percent(share: float) -> str:
     if 0.995 <= share < 1:
         return ">99%"
     return f"{share:.0%}"
+
+
+def e_value(log_e: float) -> str:
+    """An e-value, such as "38" and "10^12", from its natural logarithm."""
+    return f"{math.exp(log_e):.2g}" if log_e < math.log(100) else f"10^{log_e / math.log(10):.0f}"
 
 
 def bias(value: float) -> str:

@@ -60,7 +60,7 @@ def save_groups(path: Path, run: Run) -> None:
     """Draw the groups of an audit, two prompts side by side; below them, why other prompts hide none."""
     assert run.audit is not None
     splits, words = run.splits[:MOST_PROMPTS], run.audit.words
-    title, subtitle = "No hidden group was found", "No split was at once separated, stable and unbalanced."
+    title, subtitle = "No hidden group was found", "No split into groups was clear enough to be believed."
     if splits:
         title = "Hidden groups"
         subtitle = "Images under the same prompt, split without labels. Each group's most typical images"
@@ -73,7 +73,16 @@ def save_groups(path: Path, run: Run) -> None:
         for split in splits[start : start + across]:
             column = [_text(f"“{split.prompt.prompt}”", width, size=28), _bar([g.share for g in split.groups], width)]
             for group in split.groups:
-                column += [(26, None), *_heading(group, split, words, width, name=split.factor + group.name)]
+                column += [
+                    (26, None),
+                    *_heading(
+                        group,
+                        split,
+                        words,
+                        width,
+                        name=f"{split.factor} · {group.name}" if split.factor else group.name,
+                    ),
+                ]
                 column += _strip(run.images_at(group.typical[:8]), width, columns=8 // across)
             band.append([*column, (48, None)])
         bands.append(band)
@@ -118,10 +127,10 @@ def _save_prompt(path: Path, split: Split, run: Run, words: AuditWords | None) -
     facts = [
         counted(prompt.num_images, "image"),
         " / ".join(percent(group.share) for group in split.groups),
-        f"stability {prompt.stability:.2f}",
-        f"separation {prompt.separation:.2f}",
+        f"separation {split.figures.separation:.2f}",
+        f"agreement {split.figures.agreement:.2f}",
         counted(others, "more wording") if others else "",
-        f"{split.factor}split by {prompt.evidence}",
+        f"split by {split.figures.evidence}",
         f"words by “{one_line(words.model, 40)}”" if words else "",
     ]
     left, groups = 480, []
@@ -146,7 +155,8 @@ def _save_prompt(path: Path, split: Split, run: Run, words: AuditWords | None) -
         own.set_xlabel("score, as inferred" if split.by_hand else "score, high for the rarer group")
         own.set_title("images, log scale" if is_rare(split) else "images", pad=30)
 
-    title = _title(f"“{prompt.prompt}”", " · ".join(filter(None, facts)))
+    heading = f"{split.factor} · “{prompt.prompt}”" if split.factor else f"“{prompt.prompt}”"
+    title = _title(heading, " · ".join(filter(None, facts)))
     _save(path, [[title], [[(height, scores)], groups]], starts=(0, left + GUTTER))
 
 

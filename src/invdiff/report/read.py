@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..auditing.edits import ladder
-from ..auditing.result import Audit, PromptAudit
+from ..auditing.result import Audit, PromptAudit, PromptSplit
 from ..data.tables import MANIFESTS, METADATA
 from ..errors import AuditError, ConfigError
 from ..evaluation.images import Folders, Row, read_images, resolve_folders
 from ..evaluation.results import Results
 from ..files import fingerprint, read_json, visible
-from .figures import Share, share_of
+from .figures import Share
 from .plots import colour_of
 
 if TYPE_CHECKING:
@@ -84,10 +84,12 @@ class Split:
     index: int
     """Of the prompt, in the audit."""
     prompt: PromptAudit
-    factor: str
-    """Empty where the audit has one factor only."""
     factor_index: int
     """Of the hidden factor, from 0."""
+    factor: str
+    """Its name; empty where the audit has one factor only."""
+    figures: PromptSplit
+    """How the audit judges it."""
     rows: _Array
     """(n,) positions in the audit of the prompt's images, without those left out; scores and labels are theirs."""
     scores: _Array
@@ -98,10 +100,14 @@ class Split:
     by_hand: bool
     """Whether people moved the cuts or left out images of this prompt."""
 
-    def shares(self, confidence: float) -> list[Share]:
-        """The share of images in each group."""
-        total = len(self.labels)
-        return [share_of(g.name, g.size, total, confidence=confidence, colour=colour_of(g.index)) for g in self.groups]
+    @property
+    def shares(self) -> list[Share]:
+        """The share of images in each group, with the audit's interval."""
+        ends, total = self.figures.intervals, len(self.labels)
+        return [
+            Share(group.name, group.share, *end, group.size, total, colour_of(group.index))
+            for group, end in zip(self.groups, ends, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ class Run:
 
     audit: Audit | None = None
     splits: Sequence[Split] = ()
-    """The audit's prompts that hide groups, the largest first."""
+    """The audit's splits of prompts, the first factor's first, its largest prompt first."""
     data: CaptionedImages | None = None
     """The images that were audited."""
     rows: Sequence[int] = ()
@@ -232,24 +238,22 @@ def _config(path: Path, what: str, command: str) -> Mapping[str, Any]:
 
 
 def splits_of(audit: Audit) -> list[Split]:
-    """The prompts that hide groups, the largest first, once for each factor that splits them; no image left out."""
-    splits, several = [], len(audit.group_weights) > 1
-    for index, prompt in sorted(enumerate(audit.prompts), key=lambda entry: -entry[1].num_images):
-        own = audit.prompt_ids == index
-        rows = np.flatnonzero(audit.kept & own)
-        scores = audit.scores[rows]
-        for factor, of_all in enumerate(audit.group_weights):
-            weights = of_all[rows]
-            if not prompt.found or len(rows) == 0 or np.ptp(weights) < 1e-6:  # uniform: it does not split the prompt
-                continue
-            labels, moved = weights.argmax(axis=1), audit.edits.cuts.get(index, ()) if factor == 0 else ()
+    """Every split of a prompt by a hidden factor, the first factor's first, its largest prompt first."""
+    splits = []
+    for factor, (entry, of_all) in enumerate(zip(audit.factors, audit.group_weights, strict=False)):
+        for figures in sorted(entry.splits, key=lambda split: -audit.prompts[split.prompt].num_images):
+            own = audit.prompt_ids == figures.prompt
+            rows = np.flatnonzero(audit.kept & own)
+            weights, scores = of_all[rows], audit.scores[factor, rows]
+            labels, moved = weights.argmax(axis=1), audit.edits.cuts.get((factor, figures.prompt), ())
             names = [audit.edits.group_name(group, factor) for group in range(weights.shape[1])]
             splits.append(
                 Split(
-                    index=index,
-                    prompt=prompt,
-                    factor=f"factor {factor} · " if several else "",
+                    index=figures.prompt,
+                    prompt=audit.prompts[figures.prompt],
                     factor_index=factor,
+                    factor=entry.name if len(audit.factors) > 1 else "",
+                    figures=figures,
                     rows=rows,
                     scores=scores,
                     labels=labels,

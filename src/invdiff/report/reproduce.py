@@ -12,7 +12,7 @@ from typing import Any
 from ..auditing.edits import CURATION
 from ..config import AuditConfig, DemoConfig, EvaluateConfig, GenerateConfig, TrainConfig
 from ..evaluation.results import Results
-from ..options import command_options
+from ..options import command_options, mix_options
 from .compare import BASE
 from .figures import Missing, Table, percent, quoted, sentences
 from .read import Run, without_paths
@@ -63,7 +63,7 @@ def commands(run: Run) -> list[tuple[str, str]]:
         values = without_paths(drawn)
         words = ["generate", model, *(prompts if listed else ("--prompts-file", "prompts.txt"))]
         if drawn.get("module"):
-            words += ["--module", module, *(["--environments", mix] if mix else [])]
+            words += ["--module", module, *(mix or [])]
         else:
             values.pop("scale", None)
         found.append((title, [*words, "--output", folder, *command_options(GenerateConfig, values)]))
@@ -120,18 +120,15 @@ def _drawn(run: Run) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
                 yield model, folder, drawn
 
 
-def _said(drawn: Mapping[str, Any]) -> tuple[Sequence[str], bool, str | None]:
-    """Prompts, whether a command can list them, and the target mix as its option takes it, None where it cannot."""
+def _said(drawn: Mapping[str, Any]) -> tuple[Sequence[str], bool, list[str] | None]:
+    """Prompts, whether a command can list them, and the options of the target mix, None where they cannot say it."""
     given = drawn.get("prompts")
     prompts = [str(prompt) for prompt in given] if isinstance(given, list) else []
     listed = len(prompts) <= MOST_WORDS and not any(prompt.startswith("-") for prompt in prompts)
     try:  # proportions of each factor, or whole numbers, the groups of each image
         factors = [list(factor) for factor in (drawn.get("module") and drawn.get("environments")) or ()]
         if all(isinstance(share, float) for factor in factors for share in factor):
-            if all(max(factor) - min(factor) < 1e-6 for factor in factors if factor):
-                return prompts, listed, ""  # even, the default
-            if len(factors) == 1:
-                return prompts, listed, ",".join(f"{share:g}" for share in factors[0])
+            return prompts, listed, mix_options(factors)
     except TypeError:
         pass  # of something else
     return prompts, listed, None

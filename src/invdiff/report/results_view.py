@@ -20,6 +20,7 @@ from .compare import BASE, GUIDED, Comparison, label, modules_by_scale, over_gui
 from .figures import (
     ABSENT,
     Missing,
+    Share,
     Table,
     at_scale,
     bias,
@@ -191,7 +192,8 @@ def training_labels(run: Run) -> dict[str, Counter[str]]:
 
 def _prompt(prompt: str, run: Run, chosen: Comparison, labels: Counter[str] | None) -> dict[str, Any]:
     """One prompt before and after: shares of each class in training data, where known, and in each model's images."""
-    results, models, classes, note, groups = run.results, chosen.measures, [], "", []
+    results, models, classes, note = run.results, chosen.measures, [], ""
+    groups: list[tuple[str, list[Share]]] = []  # of each hidden factor
     confidence = results.confidence if results else 0.95
     counted_by = {
         label(model): {of: n for of, n in measures.first.counts.get(prompt, {}).items() if of != CANNOT_TELL}
@@ -206,8 +208,8 @@ def _prompt(prompt: str, run: Run, chosen: Comparison, labels: Counter[str] | No
         note += "."
         counted_by = {TRAINING_DATA: labels, **counted_by}
     else:
-        split = next((p for p in run.splits if prompt in (p.prompt.prompt, *p.prompt.captions)), None)
-        groups = split.shares(confidence) if split else []
+        splits = [one for one in run.splits if prompt in (one.prompt.prompt, *one.prompt.captions)]
+        groups = [(one.factor, one.shares) for one in splits]
     guided = [label(model) for model in models if model != chosen.before]
     colours = {TRAINING_DATA: DATA_COLOUR, **dict(zip(guided, SERIES_COLOURS, strict=False))}
     first = next(iter(models.values())).shares.get(prompt, {}) if models else {}
@@ -229,7 +231,8 @@ def _shares(prompts: Sequence[Mapping[str, Any]], models: Sequence[str]) -> Tabl
     bars = [*([TRAINING_DATA] if any(prompt["note"] for prompt in prompts) else []), *models]
     rows = []
     for prompt in prompts:
-        groups = "; ".join(f"{share.name}: {share_in_words(share)}" for share in prompt["groups"]) or ABSENT
+        named = [(f"{factor}, " if factor else "", share) for factor, shares in prompt["groups"] for share in shares]
+        groups = "; ".join(f"{factor}{share.name}: {share_in_words(share)}" for factor, share in named) or ABSENT
         for place, of_class in enumerate(prompt["classes"]):
             shares = {bar.name: share_in_words(bar) for bar in of_class["bars"]}
             data = [groups if place == 0 else ""] if grouped else []

@@ -90,7 +90,7 @@ def write_report(output_dir: str | Path, parts: Parts, *, title: str = TITLE) ->
         "version": own,
         "confidence": confidence,
         "glance": glance(run, chosen, confidence),
-        "found": found(run, run.audit, confidence) if run.audit else None,
+        "found": found(run, run.audit) if run.audit else None,
         "changes": changes(run, chosen) if chosen else None,
         "costs": costs(chosen, results) if chosen and results else None,
         "reproduce": reproduce(run, own),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,9 +20,9 @@ class GroupBalancedSampler:
     """Draws images so that the groups of a prompt come equally often, and rare prompts more than rarely.
 
     From `prompt_ids` (N,) and W of each hidden factor (N, E_m): a prompt in proportion to the square root of its
-    number of images, a factor and one of its groups uniformly, then an image in proportion to its W_ie, never one
-    whose rows are zeros. Other factors' groups follow its rows of W; where those are uniform, the module learns to
-    ignore the group.
+    number of images, one of the factors that split it and one of its groups uniformly, then an image in proportion to
+    its W_ie, never one whose rows are zeros. Other factors' groups follow its rows of W; where those are uniform, the
+    module learns to ignore the group.
     """
 
     def __init__(self, prompt_ids: torch.Tensor, group_weights: Sequence[torch.Tensor]) -> None:
@@ -34,11 +35,17 @@ class GroupBalancedSampler:
         self._cumulative = [
             [weights[rows].cumsum(dim=0).T.contiguous() for weights in self.group_weights] for rows in self._rows
         ]
+        every = list(range(len(self.group_weights)))
+        of_prompts = [[weights[rows] for weights in self.group_weights] for rows in self._rows]
+        self._splitting = [[m for m in every if (of[m] != of[m][:1]).any()] or every for of in of_prompts]
 
-    def draw(self, size: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of images (size,) and their environments (size, factors)."""
+    def draw(self, size: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows of images (size,), the factor whose group each is drawn for (size,), environments (size, factors)."""
         prompts = torch.multinomial(self._prompt_shares, size, replacement=True, generator=rng)
-        factors = torch.randint(len(self.group_weights), (size,), generator=rng)
+        # A number that any count of factors divides picks one of those of a prompt evenly.
+        numbers = torch.randint(math.lcm(*range(1, len(self.group_weights) + 1)), (size,), generator=rng).tolist()
+        choices = [self._splitting[prompt] for prompt in prompts.tolist()]
+        factors = torch.tensor([of[number % len(of)] for of, number in zip(choices, numbers, strict=True)])
         uniforms = torch.rand(size, 2, generator=rng, dtype=torch.double)
         rows, chosen = torch.empty(size, dtype=torch.long), torch.empty(size, dtype=torch.long)
         for index, (prompt, factor) in enumerate(zip(prompts.tolist(), factors.tolist(), strict=True)):
@@ -53,7 +60,7 @@ class GroupBalancedSampler:
             [torch.multinomial(weights[rows].float(), 1, generator=rng)[:, 0] for weights in self.group_weights], dim=1
         )
         environments[torch.arange(size), factors] = chosen
-        return rows, environments
+        return rows, factors, environments
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class Batch:
     """The images of one training step. Several processes share a batch; each computes its `part`."""
 
     prompts: torch.Tensor  # (batch,) the prompt of each image of the whole batch, on the CPU
+    factors: torch.Tensor  # (batch,) the factor whose group each image of the whole batch was drawn for, on the CPU
     environments: torch.Tensor  # (batch, factors) the groups of the whole batch, on the CPU
     part: slice  # the rows that this process computes
     condition: Condition  # y, what the denoiser and Phi read, `part` rows, in 32 bits
@@ -79,7 +87,7 @@ def draw_batch(
 ) -> Batch:
     """The images of one step with their groups, captions (some of them null), noise and timesteps."""
     size = config.batch_size
-    rows, environments = sampler.draw(size, rng)
+    rows, factors, environments = sampler.draw(size, rng)
     captions = data.caption_ids[rows].clone()
     captions[torch.rand(size, generator=rng) < config.caption_dropout] = data.null_id
     noise = torch.randn((size, *data.latents.shape[1:]), generator=rng)
@@ -93,6 +101,7 @@ def draw_batch(
     latents, noise, timesteps = data.latents[rows[part]].to(device), noise[part].to(device), timesteps[part].to(device)
     return Batch(
         prompts=sampler.prompt_ids[rows],
+        factors=factors,
         environments=environments,
         part=part,
         condition=to(data.condition(captions[part]), device, torch.float32),

@@ -42,7 +42,9 @@ def step_loss(
     Its gradient is that of `invariant_objective` at the moving group losses, which are updated with this batch.
     `typical` is `typical_losses`, (num_train_timesteps,), on the device.
     """
-    groups = batch.environments[:, 0]
+    # Each image counts in L_e of the factor and group that it was drawn for, under its prompt.
+    cells = batch.factors * (len(moving.totals) // batch.environments.shape[1]) + batch.prompts
+    groups = batch.environments.gather(1, batch.factors[:, None])[:, 0]
     with accelerator.autocast():
         # The frozen prediction f(z_t, t, y).
         model_pred, features = frozen(batch.noisy_latents, batch.timesteps, batch.condition)
@@ -54,9 +56,9 @@ def step_loss(
     losses = per_sample_loss(model_pred + shift, batch.target) / typical[batch.timesteps]
     # L_e, over the images of all processes.
     all_losses = accelerator.gather(losses.detach())
-    moving.update(batch.prompts, groups, all_losses.cpu())
+    moving.update(cells, groups, all_losses.cpu())
     # grad J = mean_i w_e(i) grad l_i, each group drawn equally often, with w_e = E dJ / dL_e.
-    weights = objective_weights(moving.means(), penalty)[batch.prompts, groups]
+    weights = objective_weights(moving.means(), penalty)[cells, groups]
     return (weights[batch.part].to(losses.device) * losses).mean(), all_losses
 
 
@@ -75,7 +77,9 @@ def objective_weights(group_losses: torch.Tensor, penalty: float) -> torch.Tenso
 
 
 class MovingGroupLosses(nn.Module):
-    """L_e as exponential moving means for each group of each prompt, (prompts, E), corrected for their short memory.
+    """L_e as exponential moving means for each group of each cell, (cells, E), corrected for their short memory.
+
+    A cell is a factor under a prompt. Columns that a factor of fewer groups lacks take the mean, and weigh nothing.
 
     Moving, since a small group has few images or none in one batch, and the variance over groups would be noise.
     """
@@ -89,17 +93,17 @@ class MovingGroupLosses(nn.Module):
         self.register_buffer("totals", torch.zeros(shape))
         self.register_buffer("counts", torch.zeros(shape))
 
-    def update(self, prompts: torch.Tensor, groups: torch.Tensor, losses: torch.Tensor) -> None:
-        """Add a batch: prompts and groups, integers (batch,), and losses (batch,), all on the CPU."""
-        cells = prompts, groups
-        sums = torch.zeros_like(self.totals).index_put_(cells, losses.float(), accumulate=True)
-        counts = torch.zeros_like(self.counts).index_put_(cells, torch.ones(len(losses)), accumulate=True)
+    def update(self, cells: torch.Tensor, groups: torch.Tensor, losses: torch.Tensor) -> None:
+        """Add a batch: cells and groups, integers (batch,), and losses (batch,), all on the CPU."""
+        places = cells, groups
+        sums = torch.zeros_like(self.totals).index_put_(places, losses.float(), accumulate=True)
+        counts = torch.zeros_like(self.counts).index_put_(places, torch.ones(len(losses)), accumulate=True)
         seen = counts > 0
         self.totals[seen] = self.momentum * self.totals[seen] + sums[seen]
         self.counts[seen] = self.momentum * self.counts[seen] + counts[seen]
 
     def means(self) -> torch.Tensor:
-        """L_e, (prompts, E); a group not seen yet takes the mean of the seen ones of its prompt."""
+        """L_e, (cells, E); a group not seen yet takes the mean of the seen ones of its cell."""
         means = self.totals / self.counts.clamp_min(1e-12)
         seen = (self.counts > 0).float()
         fallback = (means * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp_min(1)

@@ -25,6 +25,7 @@ from ..guidance.attach import GuidedDenoiser
 from ..guidance.card import training_record
 from ..guidance.module import GuidanceModule, load_module
 from ..models.frozen import FrozenDenoiser, denoiser_fingerprint
+from ..progress import note
 from ..seeds import derived_seed, generator
 from .batches import GroupBalancedSampler, draw_batch
 from .checkpoint import TrainingRun, check_same_settings
@@ -90,8 +91,15 @@ def train(
 
     seed = derived_seed("module", config.seed)
     module = GuidanceModule.for_pipeline(
-        pipe, num_groups=audit.num_groups, mode=config.mode, width=config.width, seed=seed
+        pipe,
+        num_groups=audit.num_groups,
+        factor_names=[factor.name for factor in audit.factors],
+        mode=config.mode,
+        width=config.width,
+        seed=seed,
     )
+    if own := [factor.name for factor in audit.factors if not factor.matched]:
+        note(f"groups of {' and '.join(own)} are each prompt's own: asked for by number, they mean nothing in common")
     log: list[dict[str, Any]] = []
     last = audit
     with FrozenDenoiser(pipe) as frozen:
@@ -135,7 +143,8 @@ def run_round(
     device = frozen.device
     prompt_ids, kept = torch.from_numpy(audit.prompt_ids), torch.from_numpy(np.flatnonzero(audit.kept))
     sampler = GroupBalancedSampler(prompt_ids, [torch.from_numpy(weights) for weights in audit.group_weights])
-    moving = MovingGroupLosses((int(prompt_ids.max()) + 1, audit.num_groups[0]), config.loss_momentum)
+    num_prompts, sizes = int(prompt_ids.max()) + 1, audit.num_groups
+    moving = MovingGroupLosses((len(sizes) * num_prompts, max(sizes)), config.loss_momentum)
     typical = typical_losses(frozen, data, kept, batch_size=config.batch_size, seed=config.seed).to(device)
     module.train()
     settings = settings | {"round": number, "audit": audit.fingerprint}
@@ -146,7 +155,8 @@ def run_round(
         batch = draw_batch(data, sampler, frozen.schedule, rng, config, device)
         loss, losses = step_loss(run.parallel, frozen, batch, typical, moving, config.penalty, run.accelerator)
         if step + 1 == config.steps or (step + 1) % LOG_EVERY == 0:
-            group_losses = [[round(value, 6) for value in row] for row in moving.means().tolist()]
+            cells = zip(moving.means().split(num_prompts), sizes, strict=True)
+            group_losses = [[[round(v, 6) for v in row[:size]] for row in of.tolist()] for of, size in cells]
             row = {"round": number, "step": step + 1, "loss": round(losses.mean().item(), 6)}
             run.log.append(row | {"group_losses": group_losses})
         return loss
@@ -168,11 +178,14 @@ def carry_over(before: Audit, found: Audit) -> Audit:
     """The groups of the next round: W as found now, and as it was where nothing more was found.
 
     Columns of the new W are in the order of the old ones that they overlap most. Images that people left out stay so,
-    and groups keep their names; cuts that people moved hold for the first round only.
+    and groups keep their names; cuts that people moved hold for the first round only. The first factor only: it alone
+    has splits, those found now.
     """
     old, new = before.group_weights[0], found.group_weights[0]
-    hidden = np.array([prompt.found for prompt in found.prompts])[found.prompt_ids]
+    hidden = np.isin(found.prompt_ids, [split.prompt for split in found.factors[0].splits])
     order = linear_sum_assignment(old[hidden].T @ new[hidden], maximize=True)[1]
     merged = np.where(hidden[:, None], new[:, order], old) * before.kept[:, None]
     weights, edits = (merged, *before.group_weights[1:]), Edits(names=before.edits.names)
-    return dataclasses.replace(found, group_weights=weights, settings=before.settings, edits=edits)
+    splits = [found.factors[0].splits, *([] for _ in before.factors[1:])]
+    factors = [dataclasses.replace(one, splits=of) for one, of in zip(before.factors, splits, strict=True)]
+    return dataclasses.replace(found, group_weights=weights, factors=factors, settings=before.settings, edits=edits)
