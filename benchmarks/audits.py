@@ -1,0 +1,344 @@
+"""What the audit finds in worlds whose hidden attributes are known, and what it finds where nothing is hidden.
+
+    python benchmarks/audits.py waterbirds --data SOURCE --base MODEL   # real birds on real places, place hidden
+    python benchmarks/audits.py nulls --data SOURCE --base MODEL        # 100 worlds in which nothing is associated
+    python benchmarks/audits.py faces --data SOURCE --base MODEL        # age, race or gender hidden in faces
+    python benchmarks/audits.py two --data SOURCE --base MODEL          # place and light hidden at once
+    python benchmarks/audits.py drawn                                   # drawn birds, one or three attributes hidden
+    python benchmarks/audits.py table                                   # all figures kept so far, in Markdown
+
+SOURCE is the folder of parquet files that benchmarks/worlds.py describes, MODEL a pipeline such as photo-sd64. `drawn`
+needs the two further bases of scripts/train_benchmark_bases.py in --work.
+
+A part is a list of cells. Each cell's figures are kept in benchmarks/results/audits/ when it ends, and a cell that is
+kept is not run again; --cells takes those whose names match a pattern. The audit is given no attribute: labels judge.
+"""
+
+import argparse
+import fnmatch
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import kept
+import numpy as np
+import torch
+import worlds
+from scipy.optimize import linear_sum_assignment
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import adjusted_rand_score, average_precision_score, roc_auc_score
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from invdiff import Audit, AuditConfig, FinetuneConfig, audit, finetune, load_captioned_images
+from invdiff.assets import BIRDS_MODEL
+from invdiff.auditing.evidence import collect_evidence
+from invdiff.data.birds import BirdsWorld
+from invdiff.data.captioned import CaptionedImages
+from invdiff.data.encode import as_encoded
+from invdiff.errors import ConfigError
+from invdiff.files import read_json
+from invdiff.models.frozen import FrozenDenoiser
+from invdiff.models.load import load_pipeline
+
+SURE = 0.99
+"""A posterior above which an image is certainly of the rare group, if the posteriors are right."""
+COLUMNS = (
+    "world",
+    "attribute",
+    "worlds",
+    "something found",
+    "prompts split",
+    "AUROC",
+    "AP",
+    "supervised AUROC",
+    "ARI",
+)
+COLUMNS += ("calibration error", f"right above {SURE}", "forwards", "seconds")
+FINETUNE = FinetuneConfig(steps=1000, batch_size=64, learning_rate=2e-4)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One audit of one world."""
+
+    name: str
+    """Its figures are kept under it. What stands before "-seed-" names a row of the table."""
+    world: Callable[[Path], Path]
+    """Writes the captioned images."""
+    base: Path
+    """The pipeline."""
+    hidden: tuple[str, ...] = ()
+    """Hidden attributes that the result is judged by; none in a null world."""
+    subject: str = "subject"
+    """The attribute that captions name."""
+    tuned: bool = False
+    """Whether the pipeline is first fine-tuned on the world."""
+    ceiling: bool = False
+    """Whether a supervised probe of each hidden attribute is fitted too."""
+
+    @property
+    def world_name(self) -> str:
+        """The same for cells of one world."""
+        return self.name.removesuffix("-tuned")
+
+
+def waterbirds(source: Path, base: Path, work: Path) -> Iterator[Cell]:
+    for severity in (0.8, 0.9, 0.95, 0.98):
+        for seed in range(3):
+            world = partial(worlds.waterbirds, source, severity=severity, seed=seed)
+            yield from both(f"{severity:g}-seed-{seed}", world, base, hidden=("place",))
+
+
+def both(name: str, world: Callable[[Path], Path], base: Path, **options: Any) -> Iterator[Cell]:
+    """The base as it is, and fine-tuned on the world."""
+    yield Cell(name, world, base, **options)
+    yield Cell(f"{name}-tuned", world, base, tuned=True, **options)
+
+
+def nulls(source: Path, base: Path, work: Path) -> Iterator[Cell]:
+    for seed in range(100):
+        kind = list(worlds.NULLS)[seed % len(worlds.NULLS)]
+        name = kind.replace(",", "").replace(" ", "-")
+        yield Cell(f"{name}-seed-{seed}", partial(worlds.null, source, kind=kind, seed=seed), base)
+
+
+def faces(source: Path, base: Path, work: Path) -> Iterator[Cell]:
+    for captions, hidden in (("gender", "age"), ("gender", "race"), ("age", "gender")):
+        world = partial(worlds.fairface, source, captions=captions, hidden=hidden)
+        yield from both(f"{hidden}-in-{captions}", world, base, hidden=(hidden,), subject=captions, ceiling=True)
+
+
+def two(source: Path, base: Path, work: Path) -> Iterator[Cell]:
+    for seed in range(3):
+        world = partial(worlds.waterbirds, source, severity=0.9, tint=0.9, seed=seed)
+        yield from both(f"place-and-tint-seed-{seed}", world, base, hidden=("place", "tint"))
+
+
+def drawn(source: Path | None, base: Path | None, work: Path) -> Iterator[Cell]:
+    def birds(number: int, **settings: Any) -> Callable[[Path], Path]:
+        return BirdsWorld(number, **settings).write
+
+    for seed in (511, 512, 513):
+        yield Cell(f"two-prompts-seed-{seed}", birds(3000, seed=seed), BIRDS_MODEL, ("background",))
+    for seed in range(700, 710):
+        yield Cell(f"fair-seed-{seed}", birds(3000, seed=seed, severity=0.5), work / "base-fair")
+    for seed in (611, 612, 613):
+        world = birds(3000, seed=seed, severity=0.85, world="one-prompt")
+        yield Cell(f"one-prompt-seed-{seed}", world, work / "base-one-prompt", ("background",))
+    for seed in range(3):
+        three = ("background", "colour", "light")
+        yield Cell(f"three-attributes-seed-{seed}", partial(worlds.drawn, seed=seed), BIRDS_MODEL, three)
+
+
+PARTS: dict[str, Callable[..., Iterator[Cell]]] = {
+    "waterbirds": waterbirds,
+    "nulls": nulls,
+    "faces": faces,
+    "two": two,
+    "drawn": drawn,
+}
+
+
+def run(part: str, cell: Cell, work: Path) -> None:
+    """Audit one world, judge the result and keep the figures, unless they are there."""
+    if (kept.RESULTS / f"audits/{part}-{cell.name}.json").is_file():
+        return
+    if not cell.base.is_dir():
+        raise ConfigError(f"Expected a pipeline in {cell.base}, found none. See the top of benchmarks/audits.py.")
+    place = f"{part}-{cell.world_name}"
+    data = load_captioned_images(cell.world(work / "worlds" / place))
+    unlabelled = replace(data, attributes={})
+    if cell.tuned:
+        pipe = finetune(unlabelled, work / "models" / place, base=cell.base, config=FINETUNE)
+    else:
+        pipe = load_pipeline(cell.base)
+    cache = work / "cells" / f"{part}-{cell.name}"
+    fresh, start = not cache.exists(), time.perf_counter()
+    found = audit(pipe, unlabelled, cache_dir=cache)
+    seconds = time.perf_counter() - start if fresh else None
+    figures = judged(found, data, cell)
+    if cell.ceiling:
+        features = audit_features(pipe, unlabelled, cache)
+        for name, prompts in figures["hidden"].items():
+            rare = minority(data.attributes[name], data.attributes[cell.subject])
+            for index, row in enumerate(prompts):
+                mine = found.prompt_ids == index
+                row["ceiling"] = supervised_auroc(features[mine], rare[mine])
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU core"
+    figures |= {"images": len(data), "seconds": seconds, "device": device}
+    command = f"python benchmarks/audits.py {part}"
+    kept.keep(f"audits/{part}", cell.name, figures, command=command, tuned=FINETUNE.to_dict() if cell.tuned else None)
+    shutil.rmtree(cache)
+
+
+def minority(values: Sequence[str], subjects: Sequence[str]) -> np.ndarray:
+    """Whether each image has a value that is rarer with its subject than with the others; with one subject, than even.
+
+    (N,) bool; the truth that an audit is judged by.
+    """
+    kinds, of = sorted(set(values)), {}
+    for subject in set(subjects):
+        counts = Counter(value for value, other in zip(values, subjects, strict=True) if other == subject)
+        of[subject] = {kind: counts[kind] / counts.total() for kind in kinds}
+
+    def usual(subject: str, kind: str) -> float:
+        others = [shares[kind] for other, shares in of.items() if other != subject]
+        return sum(others) / len(others) if others else 1 / len(kinds)
+
+    return np.array([of[s][value] < usual(s, value) for value, s in zip(values, subjects, strict=True)])
+
+
+def judged(found: Audit, data: CaptionedImages, cell: Cell) -> dict[str, Any]:
+    """What was found, and its agreement with each hidden attribute under each prompt.
+
+    An attribute is judged by the factor whose scores follow it best; no factor is taken for two attributes.
+    """
+    captions = [prompt.prompt for prompt in found.prompts]
+    figures: dict[str, Any] = {
+        "found": found.biased,
+        "factors": [
+            {"matched": factor.matched, "shares": {captions[split.prompt]: split.shares for split in factor.splits}}
+            for factor in found.factors
+        ],
+        "prompts": [
+            {name: getattr(prompt, name) for name in ("prompt", "captions", "num_images", "found", "reason", "power")}
+            for prompt in found.prompts
+        ],
+        "forwards_per_image": found.forwards_per_image,
+    }
+    if not cell.hidden:
+        return figures
+    row_of = {name: row for row, name in enumerate(data.names)}
+    rows = [row_of[name] for name in found.names]
+    judgements = []
+    for name in cell.hidden:
+        rare = minority(data.attributes[name], data.attributes[cell.subject])[rows]
+        judgements.append([agreement(found, factor, rare) for factor in range(len(found.scores))])
+    follows = [[np.mean([row["auroc"] or 0.5 for row in one]) for one in factors] for factors in judgements]
+    factor_of = dict(zip(*linear_sum_assignment(follows, maximize=True), strict=True))
+    missed = [{"prompt": caption, "found": False} for caption in captions]
+    return figures | {
+        "hidden": {
+            name: judgements[index][factor_of[index]] if index in factor_of else missed
+            for index, name in enumerate(cell.hidden)
+        }
+    }
+
+
+def agreement(found: Audit, factor: int, rare: np.ndarray) -> list[dict[str, Any]]:
+    """How scores, groups and posteriors of a factor agree with the true minority (N,) bool, under each prompt."""
+    rows = []
+    for index, prompt in enumerate(found.prompts):
+        mine, split = found.prompt_ids == index, found.split(factor, index)
+        truth, scores, weights = rare[mine], found.scores[factor, mine], found.group_weights[factor][mine]
+        row: dict[str, Any] = {"prompt": prompt.prompt, "images": len(truth), "minority": truth.mean()}
+        row |= {"factor": factor, "found": split is not None, "auroc": None}
+        rows.append(row)
+        if not 0 < truth.mean() < 1:
+            continue
+        if np.ptp(scores) > 0:
+            row["auroc"] = roc_auc_score(truth, scores)
+            row["average_precision"] = average_precision_score(truth, scores)
+        if split is not None:
+            posterior = weights[:, int(np.argmin(split.shares))]
+            sure = posterior > SURE
+            row["adjusted_rand"] = adjusted_rand_score(truth, weights.argmax(axis=1))
+            row["calibration_error"] = calibration_error(posterior, truth)
+            row |= {"sure": int(sure.sum()), "sure_precision": truth[sure].mean() if sure.any() else None}
+            names = ("evidence", "shares", "separation", "agreement", "rand_low", "log_e")
+            row |= {name: getattr(split, name) for name in names}
+    return rows
+
+
+def calibration_error(posterior: np.ndarray, truth: np.ndarray, bins: int = 10) -> float:
+    """Expected calibration error: the mean gap, over images, of share and mean posterior in bins of equal width."""
+    bin_of = np.minimum((posterior * bins).astype(int), bins - 1)
+    gaps = (abs(np.sum(posterior[bin_of == b] - truth[bin_of == b])) for b in range(bins))
+    return float(sum(gaps) / len(truth))
+
+
+def audit_features(pipe: Any, data: CaptionedImages, cache: Path) -> np.ndarray:
+    """The features (N, D) that the audit with this cache has read of the images."""
+    encoded = as_encoded(pipe, data, cache)
+    with FrozenDenoiser(pipe) as frozen:
+        evidence = collect_evidence(frozen, encoded, AuditConfig(), work_dir=cache / "evidence")
+    return evidence.features.reshape(len(encoded), -1)
+
+
+def supervised_auroc(features: np.ndarray, truth: np.ndarray) -> float:
+    """AUROC, out of fold, of a logistic regression of the truth (n,) bool on features (n, D): what they hold of it."""
+    probe = make_pipeline(
+        StandardScaler(),
+        PCA(min(200, features.shape[1], len(truth) // 2), whiten=True, random_state=0),
+        LogisticRegression(C=1e-2, class_weight="balanced", max_iter=1000),
+    )
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    return float(roc_auc_score(truth, cross_val_predict(probe, features, truth, cv=folds, method="decision_function")))
+
+
+def table() -> str:
+    """All figures that are kept, one row for each kind of world: means, and the lowest to the highest."""
+    sections = []
+    for part in PARTS:
+        kinds: dict[str, list[dict]] = {}
+        for path in sorted((kept.RESULTS / "audits").glob(f"{part}-*.json")):
+            name = path.stem.removeprefix(f"{part}-")
+            kind = name.removesuffix("-tuned").partition("-seed-")[0]
+            kinds.setdefault(kind + ", fine-tuned" * name.endswith("-tuned"), []).append(read_json(path)["figures"])
+        if kinds:
+            sections.append("\n".join([f"### {part}", "", *section(kinds)]))
+    return "\n\n".join(sections)
+
+
+def section(kinds: dict[str, list[dict]]) -> Iterator[str]:
+    """Rows of a Markdown table."""
+    yield f"| {' | '.join(COLUMNS)} |"
+    yield "|---" * len(COLUMNS) + "|"
+    for kind, cells in kinds.items():
+        of_cells = [f"{sum(cell['found'] for cell in cells)}"]
+        end = [over(cells, "forwards_per_image", 1), over(cells, "seconds", 0)]
+        for attribute in cells[0].get("hidden", {"": None}):
+            rows = [row for cell in cells for row in cell.get("hidden", {}).get(attribute, ())]
+            splits = f"{sum(row['found'] for row in rows)} of {len(rows)}" if rows else ""
+            figures = ("auroc", "average_precision", "ceiling", "adjusted_rand", "calibration_error", "sure_precision")
+            middle = [splits, *(over(rows, name) for name in figures)]
+            yield "| " + " | ".join([kind, attribute, str(len(cells)), *of_cells, *middle, *end]) + " |"
+
+
+def over(rows: list[dict], name: str, digits: int = 3) -> str:
+    """Mean of a figure, and its range where it varies; empty where no row has it."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    if not values:
+        return ""
+    mean, low, high = (f"{value:.{digits}f}" for value in (np.mean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=(*PARTS, "table"))
+    parser.add_argument("--data", type=Path, help="the folder of public images in parquet files")
+    parser.add_argument("--base", type=Path, help="the pipeline to audit and fine-tune")
+    parser.add_argument("--work", type=Path, default=Path("out/audits"))
+    parser.add_argument("--cells", default="*", help="a pattern of names, such as '0.95-*-tuned'")
+    arguments = parser.parse_args()
+    if arguments.part == "table":
+        print(table())
+        return
+    if arguments.part != "drawn" and not (arguments.data and arguments.base):
+        parser.error(f"part {arguments.part} needs --data and --base")
+    for cell in PARTS[arguments.part](arguments.data, arguments.base, arguments.work):
+        if fnmatch.fnmatch(cell.name, arguments.cells):
+            run(arguments.part, cell, arguments.work)
+
+
+if __name__ == "__main__":
+    main()
