@@ -353,9 +353,8 @@ def test_changes_by_people_are_printed_by_audit_and_train(tiny_pipe_dir, tiny_fo
     recorded("invdiff.training.train", "train")
     words = ("train", tiny_pipe_dir, tiny_folder, tmp_path / "a", "--output", tmp_path / "m")
     shown = run(*words).stderr
-    assert "images left out by people: 2 of 12" in shown
-    assert f"cuts moved by people: {found.prompts[prompt].prompt!r} at 0.125" in shown
-    assert "people" not in run(*words, "--quiet").stderr
+    assert "2 images are left out and cuts between groups were moved by hand under 1 prompt." in shown
+    assert "People" not in run(*words, "--quiet").stderr
     assert recorded.calls["train"].arguments[2].fingerprint == changed.fingerprint
 
     result = run(*again, "--min-images", 13)  # nothing is found any more

@@ -239,10 +239,7 @@ def command_options(kind: type, values: Mapping[str, Any]) -> list[str]:
 
 
 def mix_options(factors: Sequence[Sequence[float]], names: Sequence[str] = ()) -> list[str]:
-    """The options of `invdiff generate` for proportions of each factor's groups, none for those that are even.
-
-    `names` are "factor 1" and so on unless given.
-    """
+    """The options of `invdiff generate` for proportions of each factor's groups, "factor 1" and so on unless named."""
     words: list[str] = []
     for place, shares in enumerate(factors):
         if shares and max(shares) - min(shares) >= 1e-6:

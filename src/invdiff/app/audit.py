@@ -19,14 +19,14 @@ from ..auditing.result import Audit
 from ..data.captioned import CaptionedImages, load_captioned_images
 from ..errors import AuditError, DataError, InvDiffError
 from ..report.audit_view import candidates_table, unfound_table
-from ..report.figures import counted, quoted
+from ..report.figures import LOOK, counted, quoted
 from ..report.plots import INK, RULE, colour_of, histogram, thumb
 from ..report.read import Parts, Split, rows_by_name, splits_of
 from ..text import one_line
 from .fragments import QUIET, fragment, gallery, image_file, notice, refusal
 from .generate import GenerateTab
 
-CHOOSE = "Choose an image to see it, or to leave it out."
+CHOOSE = f"{LOOK} Choose an image to see it, or to leave it out."
 NO_DATA = "The audited images were not given, so none is shown: give them with `invdiff ui --data DATA`."
 NO_CUTS = "Expected a prompt whose groups are parted by their scores, got another. Choose another prompt."
 NO_IMAGE = "Expected an image to be chosen first, got none. Click on one."
@@ -112,7 +112,7 @@ class AuditTab:
         for name, book in books.items():
             run = f"{name} · " if len(books) > 1 else ""
             found = [
-                (f"{place}. {_of_factor(page)}{one_line(page.prompt.prompt, 100)}", (page.index, page.factor_index))
+                (f"{place}. {page.factor}{one_line(page.prompt.prompt, 100)}", (page.index, page.factor_index))
                 for place, page in enumerate(splits_of(book.inferred), start=1)
             ]
             self._places += [(run + words, book, page) for words, page in found]
@@ -233,6 +233,7 @@ class AuditTab:
             of = page.figures
             facts = [("images", f"{page.prompt.num_images:,}"), ("separation", f"{of.separation:.2f}")]
             facts += [("agreement", f"{of.agreement:.2f}"), ("evidence", of.evidence)]
+            facts += [] if book.audit.factors[page.factor_index].matched else [("groups", "this prompt's own")]
             facts += [("changed", "by hand")] if page.by_hand else []
             values[self._facts] = fragment("facts", facts) + (notice(NO_DATA) if book.data is None else "")
             values[self._plot] = fragment("plot", histogram(page))
@@ -338,10 +339,6 @@ def _moved(before: Split, after: Split) -> tuple[Split, dict[int, int], str]:
     ]
     positions = before.rows[changed].tolist()
     return after, dict(zip(positions, old, strict=True)), notice(f"Would move {'; '.join(words)}. Not kept yet.")
-
-
-def _of_factor(page: Split) -> str:
-    return f"{page.factor}: " if page.factor else ""
 
 
 def _details(book: AuditBook, page: Split | None, position: int) -> str:

@@ -113,15 +113,13 @@ def apply(audit: Audit, edits: Edits) -> Audit:
     captions = [one_line(prompt.prompt, 80) for prompt in plain.prompts]
     if edits.audit not in ("", here) or tuple(map(len, names)) != plain.num_groups:
         raise AuditError(f"Expected changes to this audit (fingerprint {here}), got changes to {edits.audit}.")
-    factors, indices = zip(*edits.cuts, strict=True) if edits.cuts else ((), ())
-    for what, numbers, size in (
-        ("images", edits.left_out, len(prompt_ids)),
-        ("factors", factors, len(plain.group_weights)),
-        ("prompts", indices, len(captions)),
-    ):
-        absent = [number for number in numbers if not 0 <= number < size]
-        if absent:
-            raise AuditError(f"Expected changes to some of {size} {what}, got number {absent[0]}.")
+    if absent := [position for position in edits.left_out if not 0 <= position < len(prompt_ids)]:
+        raise AuditError(f"Expected changes to some of {len(prompt_ids)} images, got number {absent[0]}.")
+    if unsplit := [place for place in edits.cuts if plain.split(*place) is None]:
+        factor, index = unsplit[0]
+        raise AuditError(
+            f"Expected cuts of prompts that a factor splits, got one of prompt {index} by factor {factor}."
+        )
     weights = [w.copy() for w in plain.group_weights]
     for (factor, index), cuts in edits.cuts.items():
         rows = np.flatnonzero(plain.kept & (prompt_ids == index))

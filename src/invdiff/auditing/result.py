@@ -92,11 +92,10 @@ class PromptSplit:
 
     def with_shares_of(self, weights: NDArray[Any]) -> PromptSplit:
         """The same split with the shares of W (n, E) of its images, and their intervals by Wilson's score."""
-        shares = weights.mean(axis=0, dtype=np.float64)
-        tests = [binomtest(round(share * len(weights)), len(weights)) for share in shares.tolist()]
-        ends = [test.proportion_ci(0.95, method="wilson") for test in tests]
-        intervals = [(round(float(end.low), 4), round(float(end.high), 4)) for end in ends]
-        return replace(self, shares=[round(share, 4) for share in shares.tolist()], intervals=intervals)
+        count, shares = len(weights), weights.mean(axis=0, dtype=np.float64).tolist()
+        ends = [binomtest(round(share * count), count).proportion_ci(0.95, method="wilson") for share in shares]
+        intervals = [(round(float(low), 4), round(float(high), 4)) for low, high in ends]
+        return replace(self, shares=[round(share, 4) for share in shares], intervals=intervals)
 
 
 @dataclass(frozen=True)
@@ -217,6 +216,15 @@ class Audit:
         """Whether each image counts, (N,): all do that people did not leave out."""
         return np.all([weights.any(axis=1) for weights in self.group_weights], axis=0)
 
+    @property
+    def own_groups(self) -> str:
+        """A sentence on factors whose groups are each prompt's own; "" where columns mean the same everywhere."""
+        own = " and ".join(factor.name for factor in self.factors if not factor.matched)
+        words = (
+            f"Groups of {own} are each prompt's own: group 0 of one prompt need not mean what it means under another."
+        )
+        return words if own else ""
+
     def split(self, factor: int, prompt: int) -> PromptSplit | None:
         """How a factor splits a prompt, both by index; None where it does not."""
         splits = self.factors[factor].splits if factor < len(self.factors) else []
@@ -330,13 +338,13 @@ class Audit:
         folder = Path(folder)
         if not (folder / "audit.json").is_file():
             raise AuditError(f"Expected an audit folder at {folder}, found no audit.json. Run `invdiff audit`.")
-        kinds = {
-            "prompts": list[PromptAudit],
-            "factors": list[Factor],
-            "names": list[str],
+        kinds: dict[str, Any] = {"prompts": list[PromptAudit], "factors": list[Factor], "names": list[str]}
+        kinds |= {
             "forwards_per_image": float,
+            "settings": dict[str, Any],
+            "num_groups": list[int],
+            "unreadable": dict[str, str],
         }
-        kinds |= {"settings": dict[str, Any], "num_groups": list[int], "unreadable": dict[str, str]}
         try:
             document = {"unreadable": {}} | read_json(folder / "audit.json")  # audits of earlier versions lack it
             if "factors" not in document:
@@ -346,18 +354,17 @@ class Audit:
             num_groups = fields.pop("num_groups")
             weights = tuple(arrays[f"group_weights.{m}"] for m in range(len(num_groups)))
             found = cls(weights, arrays["scores"], arrays["prompt_ids"], **fields)
-            num_prompts, count = len(found.prompts), len(found.names)
+            prompts, count = np.arange(len(found.prompts)), len(found.names)
+            splits = [
+                (s, size) for factor, size in zip(found.factors, num_groups, strict=False) for s in factor.splits
+            ]
+            known = all(s.prompt in prompts and len(s.shares) == len(s.intervals) == size for s, size in splits)
             paired = list(found.num_groups) == num_groups and len(found.factors or [None]) == len(num_groups)
-            known = np.isin(found.prompt_ids, np.arange(num_prompts)).all() and all(
-                split.prompt in range(num_prompts) and len(split.shares) == len(split.intervals) == size
-                for factor, size in zip(found.factors, num_groups, strict=False)
-                for split in factor.splits
-            )
-            if not (paired and known):
-                raise ValueError("images or factors of groups or prompts that the audit lacks")
-            shapes = [*(w.shape[:1] for w in weights), found.scores.shape[1:], found.prompt_ids.shape]
+            if not (known and paired and np.isin(found.prompt_ids, prompts).all()):
+                raise ValueError("images or splits of groups or prompts that the audit lacks")
+            whole = all(len(array) == count for array in (*weights, found.prompt_ids, found.scores.T))
             finite = all(np.isfinite(array).all() for array in arrays.values())
-            if found.scores.shape[:1] != (len(weights),) or set(shapes) != {(count,)} or not finite:
+            if found.scores.shape != (len(weights), count) or not (whole and finite):
                 raise ValueError(f"arrays that are not one finite row for each of {count} images")
         except (KeyError, IndexError, TypeError, ValueError, DataError) as error:
             raise AuditError(found_else(f"an audit in {folder}", error, "Run `invdiff audit` again.")) from error

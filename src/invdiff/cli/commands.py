@@ -35,7 +35,6 @@ from .print import (
     print_audit,
     print_results,
     say,
-    say_edits,
     say_loading,
 )
 
@@ -166,7 +165,10 @@ def train(
     from ..training.train import train as run_train
 
     found = Audit.load(audit_dir)
-    say_edits(found, quiet=quiet)
+    if found.edits.changed:
+        from ..report.audit_view import about_edits
+
+        say(about_edits(found.edits), quiet=quiet)
     found.check_found()
     images = source.load(data, output=output)
     pipe = weights.load(model)

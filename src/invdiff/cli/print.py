@@ -81,17 +81,18 @@ def print_audit(audit: Audit) -> None:
     if rows:
         title = f"Hidden factors ({audit.forwards_per_image:g} denoiser forwards per image)"
         details: dict[str, dict[str, Any]] = {"factor": {}, "prompt": _FOLDED, "groups": {"no_wrap": True}}
-        _print_table(title, rows, details, "groups: shares with 95% intervals. Words and pictures are in the audit.")
+        _print_table(title, rows, details, "Groups have 95% intervals. A rare one can also be wrong captions: look.")
     lines = [
-        f"{what}: {one_line(prompt.prompt, 80)!r} ({prompt.num_images:,} images): {words}"
+        f"{what} {one_line(prompt.prompt, 80)!r} ({prompt.num_images:,} images): {words}"
         for what, prompts in (
-            ("nothing found", [(prompt, "" if prompt.found else prompt.reason) for prompt in audit.prompts]),
-            ("power", [(prompt, prompt.power) for prompt in audit.prompts]),
-            ("note", [(prompt, note) for prompt in audit.prompts for note in prompt.notes]),
+            ("nothing found under", [(prompt, "" if prompt.found else prompt.reason) for prompt in audit.prompts]),
+            ("power under", [(prompt, prompt.power) for prompt in audit.prompts]),
+            ("note on", [(prompt, note) for prompt in audit.prompts for note in prompt.notes]),
         )
         for prompt, words in prompts
         if words
     ]
+    lines += filter(None, [audit.own_groups])
     if audit.words:
         model = one_line(audit.words.model, 80)
         lines.append(f"Words that separate groups, of {audit.words.vocabulary}, as {model} sees them")
@@ -102,16 +103,6 @@ def print_audit(audit: Audit) -> None:
                 lines.append(f"  {audit.factors[entry.factor].name}{under}, group {entry.group}: {entry.line}")
     if lines:
         Console().print(Text("\n".join(lines)), soft_wrap=True)
-
-
-def say_edits(audit: Audit, *, quiet: bool) -> None:
-    """Print on standard error what people changed about an audit, where that changes the training."""
-    left_out = len(audit.edits.left_out)
-    if left_out:
-        say(f"images left out by people: {left_out:,} of {len(audit.names):,}", quiet=quiet)
-    for (factor, index), cuts in audit.edits.cuts.items():
-        scores, of = ", ".join(f"{cut:g}" for cut in cuts), f"{audit.factors[factor].name}, " if factor else ""
-        say(f"cuts moved by people: {of}{one_line(audit.prompts[index].prompt, 80)!r} at {scores}", quiet=quiet)
 
 
 def print_results(results: Results) -> None:

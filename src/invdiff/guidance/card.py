@@ -17,7 +17,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import UndefinedError
 
-from ..auditing.result import Audit, PromptSplit
+from ..auditing.result import Audit
 from ..config import TrainConfig
 from ..errors import ConfigError, first_line
 from ..models.families import family_of
@@ -46,14 +46,14 @@ def training_record(
 ) -> dict[str, Any]:
     """The statements of a card about a training run, in JSON types; `audits` are those of its first and last round."""
     first, ends = audits[0], (log[0], log[-1])
-
-    def losses(split: PromptSplit, factor: int) -> list[Any]:
-        """Of the split's groups at both ends, None where a round did not find it; prompts are told by their text."""
-        prompt, found = first.prompts[split.prompt].prompt, []
-        for audit, row in zip(audits, ends, strict=True):
-            here = [one.prompt for one in audit.factors[factor].splits if audit.prompts[one.prompt].prompt == prompt]
-            found.append(row["group_losses"][factor][here[0]] if here else None)
-        return found
+    losses = [
+        {
+            (place, audit.prompts[split.prompt].prompt): row["group_losses"][place][split.prompt]
+            for place, factor in enumerate(audit.factors)
+            for split in factor.splits
+        }
+        for audit, row in zip(audits, ends, strict=True)
+    ]
 
     def named(index: int) -> dict[str, Any]:
         prompt = first.prompts[index]
@@ -64,7 +64,7 @@ def training_record(
     unfound.sort(key=lambda index: -sizes[index])
     splits = [
         named(split.prompt)
-        | {"factor": factor.name, "losses": losses(split, place)}
+        | {"factor": factor.name, "losses": [of.get((place, first.prompts[split.prompt].prompt)) for of in losses]}
         | {name: getattr(split, name) for name in ("evidence", "shares", "separation", "agreement")}
         for place, factor in enumerate(first.factors)
         for split in factor.splits
@@ -82,6 +82,7 @@ def training_record(
         "changed_by_people": {"left_out": int((~first.kept).sum()), "cuts_moved": len(first.edits.cuts)},
         "num_prompts": len(sizes),
         "num_found": len(sizes) - len(unfound),
+        "own_groups": first.own_groups,
         "splits": splits[:MOST_PROMPTS],
         "unfound": list(map(named, unfound[:MOST_NOT_FOUND])),
         "losses_at": [row["step"] for row in ends],

@@ -12,14 +12,8 @@ import torch
 
 from ..errors import ConfigError
 
-Environments = (
-    Literal["uniform"]
-    | Sequence[float]
-    | Sequence[Sequence[float]]
-    | Mapping[str | int, Sequence[float]]
-    | Sequence[int]
-    | torch.Tensor
-)
+Environments = Literal["uniform"] | Sequence[Any] | Mapping[Any, Sequence[float]] | torch.Tensor
+"""See `EnvironmentMix`."""
 
 
 class EnvironmentMix:
@@ -61,9 +55,7 @@ class EnvironmentMix:
         if drawn:
             wanted, found = (" x ".join(map(str, sizes)) for sizes in (self.num_groups, map(len, rows)))
             if found != wanted:
-                named = f" Name the factor: {{{names[0]!r}: [...]}}." if len(names) > 1 else ""
-                expected = f"Expected proportions for {wanted} groups"
-                raise ConfigError(f"{expected}, got {found} groups in {environments!r}.{named}")
+                raise ConfigError(f"Expected proportions for {wanted} groups, got {found} groups in {environments!r}.")
             if any((row < 0).any() or not math.isclose(row.sum(), 1.0, abs_tol=1e-3) for row in rows):
                 raise ConfigError(f"Expected proportions of at least 0 that sum to 1, {got}")
             self.proportions = [row / row.sum() for row in rows]
@@ -95,16 +87,10 @@ class EnvironmentMix:
         return drawn.clamp(max=torch.tensor(self.num_groups) - 1)
 
 
-def _of_each_factor(
-    given: Mapping[str | int, Sequence[float]], names: Sequence[str], num_groups: Sequence[int]
-) -> list[list[float]]:
+def _of_each_factor(given: Mapping[Any, Sequence[float]], names: list[str], sizes: Sequence[int]) -> list[list[float]]:
     """The proportions of every factor, even where none are given."""
-    places = [names.index(key) if key in names else key for key in given]
-    known = ", ".join(map(repr, names))
-    for key, place in zip(given, places, strict=True):
-        if place not in range(len(names)):
-            raise ConfigError(f"Expected names of the module's factors ({known}) or numbers from 0, got {key!r}.")
-    if len(set(places)) < len(places):
-        raise ConfigError(f"Expected each of the factors ({known}) once, got {list(given)!r}.")
-    chosen = dict(zip(places, given.values(), strict=True))
-    return [[float(share) for share in chosen.get(m, [1 / size] * size)] for m, size in enumerate(num_groups)]
+    chosen = {names.index(key) if key in names else key: [float(share) for share in of] for key, of in given.items()}
+    if len(chosen) < len(given) or not chosen.keys() <= set(range(len(names))):
+        known = f"each once, of {', '.join(map(repr, names))} or their numbers from 0"
+        raise ConfigError(f"Expected names of the module's factors, {known}, got {list(given)!r:.200}.")
+    return [chosen.get(place, [1 / size] * size) for place, size in enumerate(sizes)]

@@ -153,21 +153,13 @@ class GuidanceModule(ModelMixin, ConfigMixin):
 
     @classmethod
     def for_pipeline(
-        cls,
-        pipe: Any,
-        *,
-        num_groups: int | Sequence[int] = 2,
-        factor_names: Sequence[str] = (),
-        mode: str = "balanced",
-        width: int = 0,
-        seed: int = 0,
+        cls, pipe: Any, *, num_groups: int | Sequence[int] = 2, mode: str = "balanced", width: int = 0, seed: int = 0
     ) -> GuidanceModule:
         """An untrained module that fits `pipe`'s denoiser and has no effect yet.
 
         Args:
             pipe: A diffusers pipeline of a supported family.
             num_groups: Groups of the hidden factor, or of each of several.
-            factor_names: Names of the factors; "factor 1" and so on unless given.
             mode: `"balanced"` or `"invariant"`.
             width: Channels of the gradient estimator, a multiple of 8; 0 fits it to the denoiser.
             seed: Seed of the initial weights.
@@ -193,7 +185,6 @@ class GuidanceModule(ModelMixin, ConfigMixin):
             module = cls(
                 **dataclasses.asdict(family.shape(denoiser)),
                 num_groups=groups,
-                factor_names=tuple(factor_names),
                 mode=mode,
                 width=width or fitting_width(family, denoiser),
                 denoiser_class=type(denoiser).__name__,

@@ -8,7 +8,7 @@ from typing import Any
 from ..auditing.edits import Edits
 from ..auditing.result import Audit, AuditWords, Candidate, PromptAudit
 from ..data.images import about_unreadable
-from .figures import Missing, Table, counted, e_value, percent, quoted
+from .figures import LOOK, Missing, Table, counted, e_value, percent, quoted, sentences
 from .plots import Thumb, histogram, thumb
 from .read import MOST_PROMPTS, Group, Run, Split, shown_path
 
@@ -17,9 +17,9 @@ MOST_CANDIDATES = 6
 IMAGES_PER_GROUP = 12
 UNCERTAIN = 4
 LEGEND = (
-    "A rare group can also be wrong captions: look at the pictures. Separation is the distance between neighbouring "
-    "groups in the histogram, in their common standard deviation. Agreement is that of groups found from independent "
-    "draws of noise and settings (adjusted Rand index: 1 is perfect, 0 is chance). Intervals of shares are of 95%."
+    "Separation is the distance between neighbouring groups in the histogram, in their common standard deviation. "
+    "Agreement is that of groups found from independent draws of noise and settings (adjusted Rand index: 1 is "
+    "perfect, 0 is chance). Intervals of shares are of 95%."
 )
 
 
@@ -34,7 +34,7 @@ def found(run: Run, audit: Audit) -> dict[str, Any]:
     ]
     others = [
         [
-            (f"{split.factor}: " if split.factor else "") + split.prompt.prompt,
+            split.factor + split.prompt.prompt,
             f"{split.prompt.num_images:,}",
             " / ".join((f"{group.name} " if named else "") + percent(group.share) for group in split.groups),
             f"{split.figures.separation:.2f}",
@@ -46,11 +46,12 @@ def found(run: Run, audit: Audit) -> dict[str, Any]:
     absent = Missing("The audited images were not given, so none is shown here.", "invdiff report RUN --data DATA")
     return {
         "summary": summary(audit),
-        "notes": [note for note in (_unreadable(audit), about_edits(audit.edits), withheld(run)) if note],
+        "notes": list(filter(None, [_unreadable(audit), about_edits(audit.edits), withheld(run), audit.own_groups])),
         "named": named,
         "words_by": f"says {quoted(words.model)}, asked about {words.vocabulary:,} words" if words else "",
         "about_words": _about_words(words, shown) if words else "",
         "prompts": [_prompt(split, run, words) for split in shown],
+        "look": LOOK,
         "legend": LEGEND,
         "tables": [
             Table(("Group", "Words"), rows, "Words that separate groups over all prompts"),
@@ -90,7 +91,7 @@ def summary(audit: Audit) -> str:
 
 def about_edits(edits: Edits) -> str:
     """What people changed about an audit, in a sentence or two; "" where they changed nothing."""
-    left_out, moved = len(edits.left_out), len(edits.cuts)
+    left_out, moved = len(edits.left_out), len({prompt for _, prompt in edits.cuts})
     parts = [f"{counted(left_out, 'image')} {'is' if left_out == 1 else 'are'} left out"] if left_out else []
     parts += [f"cuts between groups were moved by hand under {counted(moved, 'prompt')}"] if moved else []
     parts += ["groups have names that people gave them"] if edits.named else []
@@ -120,8 +121,13 @@ def withheld(run: Run) -> str:
 def unfound_table(prompts: Sequence[PromptAudit]) -> Table:
     """The prompts under which nothing was found, the largest first."""
     ordered = sorted(prompts, key=lambda prompt: -prompt.num_images)
-    rows = [[prompt.prompt, f"{prompt.num_images:,}", prompt.reason] for prompt in ordered]
+    rows = [[prompt.prompt, f"{prompt.num_images:,}", "; ".join(remarks(prompt))] for prompt in ordered]
     return _cut(("Prompt", "Images", "Why not"), rows, "Prompts under which nothing was found, and why", MOST_ROWS)
+
+
+def remarks(prompt: PromptAudit) -> list[str]:
+    """Why a prompt is split or not, what could have been seen under it, and other notes, in words."""
+    return [words for words in (prompt.reason, prompt.power, *prompt.notes) if words]
 
 
 def candidates_table(candidates: Sequence[Candidate]) -> Table:
@@ -175,6 +181,7 @@ def _prompt(split: Split, run: Run, words: AuditWords | None) -> dict[str, Any]:
         "factor": split.factor,
         "groups": groups,
         "histogram": histogram(split),
+        "remarks": sentences(remarks(prompt)),
         "candidates": candidates_table(prompt.candidates),
     }
 

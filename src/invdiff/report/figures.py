@@ -12,6 +12,7 @@ from ..evaluation.results import UNSTATED, Estimate, Quantity
 from ..text import one_line
 
 ABSENT = "–"
+LOOK = "A rare group can also be wrong captions: look at the pictures."
 BETTER = {
     "higher is better": ("subject accuracy", "precision", "recall", "density", "coverage", "CLIP-T"),
     "lower is better": ("Frechet", "FID", "KID", "CMMD"),
@@ -65,7 +66,9 @@ def percent(share: float) -> str:
 
 def e_value(log_e: float) -> str:
     """An e-value, such as "38" and "10^12", from its natural logarithm."""
-    return f"{math.exp(log_e):.2g}" if log_e < math.log(100) else f"10^{log_e / math.log(10):.0f}"
+    if log_e >= math.log(10_000):
+        return f"10^{log_e / math.log(10):.0f}"
+    return f"{math.exp(log_e):.2g}" if log_e < math.log(10) else f"{math.exp(log_e):,.0f}"
 
 
 def bias(value: float) -> str:

@@ -20,7 +20,7 @@ from ..auditing.result import AuditWords
 from ..data.images import read_image
 from ..text import one_line
 from .compare import BASE, GUIDED, Comparison, label
-from .figures import at_scale, counted, percent
+from .figures import LOOK, at_scale, counted, percent
 from .plots import colour_of, draw_histogram, is_rare, save_picture
 from .read import MOST_PROMPTS, Group, Parts, Run, Split, read_run
 
@@ -64,7 +64,7 @@ def save_groups(path: Path, run: Run) -> None:
     if splits:
         title = "Hidden groups"
         subtitle = "Images under the same prompt, split without labels. Each group's most typical images"
-        subtitle += f", and words that “{one_line(words.model, 40)}” chose." if words else "."
+        subtitle += f", and words that “{one_line(words.model, 40)}” chose." if words else f". {LOOK}"
     bands: list[Sequence[Sequence[Row]]] = [[_title(title, subtitle)]]
     across = min(len(splits), 2) or 1
     width = _column(across)
@@ -73,16 +73,7 @@ def save_groups(path: Path, run: Run) -> None:
         for split in splits[start : start + across]:
             column = [_text(f"“{split.prompt.prompt}”", width, size=28), _bar([g.share for g in split.groups], width)]
             for group in split.groups:
-                column += [
-                    (26, None),
-                    *_heading(
-                        group,
-                        split,
-                        words,
-                        width,
-                        name=f"{split.factor} · {group.name}" if split.factor else group.name,
-                    ),
-                ]
+                column += [(26, None), *_heading(group, split, words, width, name=split.factor + group.name)]
                 column += _strip(run.images_at(group.typical[:8]), width, columns=8 // across)
             band.append([*column, (48, None)])
         bands.append(band)
@@ -155,8 +146,7 @@ def _save_prompt(path: Path, split: Split, run: Run, words: AuditWords | None) -
         own.set_xlabel("score, as inferred" if split.by_hand else "score, high for the rarer group")
         own.set_title("images, log scale" if is_rare(split) else "images", pad=30)
 
-    heading = f"{split.factor} · “{prompt.prompt}”" if split.factor else f"“{prompt.prompt}”"
-    title = _title(heading, " · ".join(filter(None, facts)))
+    title = _title(f"{split.factor}“{prompt.prompt}”", " · ".join(filter(None, facts)))
     _save(path, [[title], [[(height, scores)], groups]], starts=(0, left + GUTTER))
 
 
@@ -202,7 +192,7 @@ def _text(
 ) -> tuple[float, Paint]:
     """One line of text, cut to about `width` pixels, and never drawn outside."""
     bold = bold and not soft
-    line = one_line(words, int(width / size / (0.6 if bold else 0.5)))
+    line = one_line(words, int(width / size / (0.6 if bold else 0.54)))
 
     def draw(axes: Axes, x: float, y: float) -> None:
         colour = rcParams["axes.labelcolor" if soft else "text.color"]

@@ -227,8 +227,8 @@ def draw_histogram(axes: Axes, split: Split) -> None:
     low, high = float(split.scores.min()), float(split.scores.max())
     high = high if high > low else low + 1.0
     for group in split.groups:
-        own = split.scores[split.labels == group.index]
-        axes.hist(own, bins=48, range=(low, high), rwidth=0.9, color=colour_of(group.index), alpha=0.9)
+        weights, colour = split.weights[:, group.index], colour_of(group.index)  # the humps of a soft W overlap
+        axes.hist(split.scores, bins=48, range=(low, high), weights=weights, rwidth=0.9, color=colour, alpha=0.8)
     if is_rare(split):
         axes.set_yscale("log")
         axes.set_ylim(bottom=0.7)

@@ -87,12 +87,14 @@ class Split:
     factor_index: int
     """Of the hidden factor, from 0."""
     factor: str
-    """Its name; empty where the audit has one factor only."""
+    """Its name before that of a prompt, such as "factor 1 · "; empty where the audit has one factor only."""
     figures: PromptSplit
     """How the audit judges it."""
     rows: _Array
     """(n,) positions in the audit of the prompt's images, without those left out; scores and labels are theirs."""
     scores: _Array
+    weights: _Array
+    """W of these images, (n, E)."""
     labels: _Array
     groups: list[Group]
     cuts: list[float]
@@ -252,10 +254,11 @@ def splits_of(audit: Audit) -> list[Split]:
                     index=figures.prompt,
                     prompt=audit.prompts[figures.prompt],
                     factor_index=factor,
-                    factor=entry.name if len(audit.factors) > 1 else "",
+                    factor=f"{entry.name} · " if len(audit.factors) > 1 else "",
                     figures=figures,
                     rows=rows,
                     scores=scores,
+                    weights=weights,
                     labels=labels,
                     groups=rank_groups(weights, scores, rows, names),
                     cuts=list(moved) or gaps(scores, labels),

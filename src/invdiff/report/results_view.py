@@ -231,7 +231,7 @@ def _shares(prompts: Sequence[Mapping[str, Any]], models: Sequence[str]) -> Tabl
     bars = [*([TRAINING_DATA] if any(prompt["note"] for prompt in prompts) else []), *models]
     rows = []
     for prompt in prompts:
-        named = [(f"{factor}, " if factor else "", share) for factor, shares in prompt["groups"] for share in shares]
+        named = [(factor, share) for factor, shares in prompt["groups"] for share in shares]
         groups = "; ".join(f"{factor}{share.name}: {share_in_words(share)}" for factor, share in named) or ABSENT
         for place, of_class in enumerate(prompt["classes"]):
             shares = {bar.name: share_in_words(bar) for bar in of_class["bars"]}

@@ -91,15 +91,11 @@ def train(
 
     seed = derived_seed("module", config.seed)
     module = GuidanceModule.for_pipeline(
-        pipe,
-        num_groups=audit.num_groups,
-        factor_names=[factor.name for factor in audit.factors],
-        mode=config.mode,
-        width=config.width,
-        seed=seed,
+        pipe, num_groups=audit.num_groups, mode=config.mode, width=config.width, seed=seed
     )
-    if own := [factor.name for factor in audit.factors if not factor.matched]:
-        note(f"groups of {' and '.join(own)} are each prompt's own: asked for by number, they mean nothing in common")
+    module.register_to_config(factor_names=[factor.name for factor in audit.factors])
+    if audit.own_groups:
+        note(audit.own_groups)
     log: list[dict[str, Any]] = []
     last = audit
     with FrozenDenoiser(pipe) as frozen:
