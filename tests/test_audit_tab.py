@@ -243,7 +243,8 @@ def test_hostile_text_is_text_in_every_value(tmp_path):
 def test_each_factor_is_browsed_and_cut_alone(tmp_path):
     make_audit(tmp_path / "audit", factors=2)
     tab = Tab(Parts(audit=tmp_path / "audit"))
-    assert [choice for choice, _ in tab.tab._prompt.choices][1:3] == [f"2. factor 1 · {WATER}", f"3. factor 2 · {LAND}"]
+    choices = [choice for choice, _ in tab.tab._prompt.choices]
+    assert choices[1:3] == [f"2. factor 1 · {WATER}", f"3. factor 2 · {LAND}"]
     assert "100%" in tab("keep", 2, -99.0)["group-1"]
     assert "90%" in tab("open", 0)["group-0"]
     assert Audit.load(tmp_path / "audit").edits.cuts == {(1, 0): (-99.0,)}
