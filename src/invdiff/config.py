@@ -154,11 +154,11 @@ class AuditConfig(Config):
     same in every schedule; -4.79 is timestep 950 of Stable Diffusion. `exact` and `gradient` take one: the sign of
     the contrast changes with the level."""
     contrast_draws: Count = 2
-    """Independent noises per level; with fewer than two, stability cannot be judged."""
+    """Independent noises per level; with fewer than two, agreement cannot be judged."""
     feature_log_snr: Annotated[tuple[float, ...], RARE] = (2.98, 1.57)
-    """Noise levels at which the denoiser's middle features are read, under the null caption, as log signal-to-noise
-    ratios (timesteps 50 and 150 of Stable Diffusion); at least two, since each is checked against the other. The
-    features also show which groups of different prompts are alike."""
+    """Noise levels at which features of the denoiser's middle and last two blocks are read, under the null caption, as
+    log signal-to-noise ratios (timesteps 50 and 150 of Stable Diffusion); at least two, since each is checked against
+    the other. The features also show which groups of different prompts are alike."""
     other_captions: Annotated[tuple[str, ...], RARE] = ()
     """`auto`: a further caption whose losses are compared with the caption's own, at the same noise; repeat for
     more."""
@@ -174,12 +174,16 @@ class AuditConfig(Config):
     squared error."""
     min_images: Count = 50
     """Prompts with fewer images are left undecided."""
-    min_stability: Annotated[float, RARE] = 0.8
-    """`auto`: least agreement (adjusted Rand index) of the groups found from independent noises."""
-    min_separation: Annotated[float, RARE] = 0.5
-    """`auto`: least depth of the valley between neighbouring groups, in [0, 1]."""
+    level: Annotated[float, Range(above=0, below=1), RARE] = 0.05
+    """`auto`: the false discovery rate of cuts that part two humps, over all that are considered."""
+    min_rand: Annotated[Share, RARE] = 0.5
+    """`auto`: a cut is worth it where the lower bound of its expected agreement with the truth (adjusted Rand index)
+    is at least this."""
+    max_factors: Annotated[Count, RARE] = 4
+    """`auto`: most hidden factors that are looked for."""
     max_balance: Annotated[float, RARE] = 0.35
-    """`auto`: a split whose smaller side has a larger share is taken for style, not for a spurious attribute."""
+    """`auto`, one prompt: a split whose smaller side has a larger share is taken for style, not for a spurious
+    attribute. Under several prompts shares must differ between them."""
     resolution: Size = 0
     """Side of the square that images are cropped to, in pixels, for audit and training; 0 takes the model's own."""
     batch_size: Count = 64

@@ -1,35 +1,31 @@
-"""Evidence of hidden groups: measurements of each image, and scores of one dimension made from them.
+"""Evidence of hidden groups: what the audited model, and perhaps a vision encoder, measure of each image.
 
-A few denoiser forwards per image give paired losses and features. The contrast l(y) - l(null), both at the same noise,
-estimates log p(z_t) - log p(z_t | y): it is large where an image lacks what its caption makes the model expect.
+A few denoiser forwards per image give paired losses and features of its blocks. See scores.py for what is made of them.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from scipy.stats import skew
-from sklearn.decomposition import PCA, FastICA
-from sklearn.exceptions import ConvergenceWarning
 
 from ..config import AuditConfig
 from ..data.captioned import CaptionedImages
 from ..data.encode import EncodedImages
 from ..distributed import mine, wait
 from ..errors import AuditError
-from ..files import fingerprint, read_arrays, write_arrays, write_tensors
+from ..files import fingerprint, map_arrays, read_arrays, write_arrays, write_tensors
 from ..models.encoders import BATCH_SIZE, VisionEncoder
 from ..models.families import Condition
-from ..models.frozen import Denoiser
-from ..models.load import public_name
+from ..models.frozen import Denoiser, FrozenDenoiser
 from ..models.schedule import per_sample_loss
 from ..models.watch import check_finite
 from ..progress import progress_bar
@@ -37,50 +33,50 @@ from ..seeds import generator
 
 SHARD_SIZE = 256
 """Images whose measurements share a file."""
-NUM_COMPONENTS = (4, 8, 12)
-"""Whitened dimensions that components are looked for in."""
-IMAGES_PER_DIMENSION = 40
-"""Images that each of these dimensions takes: of fewer, FastICA finds directions in which mere noise falls apart."""
-SHAPES: dict[str, dict[str, Any]] = {
-    "peaked": {"fun": "logcosh", "algorithm": "parallel"},
-    # x^2 and its mean derivative: FastICA's contrast for skewness (Hyvarinen and Oja 2000).
-    "skewed": {"fun": lambda x: (x**2, (2 * x).mean(axis=-1)), "algorithm": "deflation"},
-}
-"""Kinds of components, and the options with which FastICA looks for them."""
+MOST_MIDDLE, MOST_UPPER = 1536, 1024
+"""Numbers that are kept of the middle block, and of each of the last two, at each noise level; more are projected to
+as many. With two levels an image takes at most 14 KB."""
+GRID = 8
+"""Side to which the grids of the last two blocks are pooled, where they are larger."""
+LARGEST = 6e4
+"""Features are kept in 16 bits, of which this is about the largest."""
 
 _Extract = Callable[[list[Image.Image]], NDArray[np.float32]]
 
 
+class Stack:
+    """Rows of arrays that follow each other, such as of files mapped into memory; `stack[rows]` reads only those."""
+
+    def __init__(self, *parts: NDArray[Any]) -> None:
+        self.parts = parts
+        self._starts = np.cumsum([0, *map(len, parts)])
+        self.shape = (int(self._starts[-1]), *parts[0].shape[1:])
+
+    def __getitem__(self, rows: NDArray[Any]) -> NDArray[np.float32]:
+        """Rows (n,), rising or not, in 32 bits."""
+        part = np.searchsorted(self._starts, rows, "right") - 1
+        taken = np.empty((len(rows), *self.shape[1:]), dtype=np.float32)
+        for index in np.unique(part):
+            own = part == index
+            taken[own] = self.parts[index][rows[own] - self._starts[index]]
+        return taken
+
+
 @dataclass(frozen=True)
 class Evidence:
-    """Measurements of each image. Draws use independent noise, so that stability can be judged."""
+    """Measurements of each image. Draws and levels use independent noise, so that agreement can be judged."""
 
     losses: NDArray[Any]
     """(N, levels, draws, conditions): under the caption, the null caption, then any other captions. Only one, the
     null, for an unconditional model."""
-    features: NDArray[Any]
-    """(N, levels, D): pooled middle features under the null caption at low noise."""
+    features: Stack
+    """(N, levels, D): the middle block's mean and those of its left and right half, under the null caption."""
+    upper: Stack | None = None
+    """(N, levels, 2, G): the grids of the last two blocks in the same forwards; None for a guided denoiser."""
     vision: NDArray[Any] | None = None
     """(N, views, D): features of `config.vision_encoder`, if there is one."""
     contrast_only: bool = False
     """Weigh no features: those of the frozen model do not change with guidance."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """One score per image under two or more independent noises."""
-
-    evidence: str
-    """The measurement that it is made from, for people."""
-    draws: NDArray[Any]
-    """(draws, n)."""
-
-    @property
-    def mean(self) -> NDArray[Any]:
-        """The mean over draws, standardised robustly, (n,)."""
-        mean = self.draws.mean(axis=0)
-        low, middle, high = np.quantile(mean, [0.25, 0.5, 0.75])
-        return (mean - middle) / max(high - low, 1e-12)
 
 
 def collect_evidence(
@@ -122,9 +118,12 @@ def collect_evidence(
                 write_tensors(path, measured)
             bar.advance(len(rows))
     wait()
-    parts = [read_arrays(path) for path in paths]
-    losses, features = (np.concatenate([part[name] for part in parts]) for name in ("losses", "features"))
-    return Evidence(losses, features)
+    losses = np.concatenate([read_arrays(path)["losses"] for path in paths])  # which checks each file
+    mapped = [map_arrays(path) for path in paths]
+    features, upper = (
+        Stack(*(part[name] for part in mapped)) if name in mapped[0] else None for name in ("features", "upper")
+    )
+    return Evidence(losses, features, upper)
 
 
 def _measure(
@@ -136,7 +135,7 @@ def _measure(
     if others is not None:
         conditions += [repeated(others, index, len(rows)) for index in range(len(config.other_captions))]
     rng = generator("audit", config.seed, int(rows[0]))
-    losses, features = [], []
+    losses, features, upper = [], [], []
     for level in config.contrast_log_snr:
         draws = []
         for _ in range(config.contrast_draws):  # the same noise under every condition
@@ -149,8 +148,30 @@ def _measure(
         middle = denoiser(noisy_latents, timesteps, null)[1].float()  # (batch, D, height, width)
         half = max(1, middle.shape[3] // 2)
         parts = (middle, middle[..., :half], middle[..., -half:])  # the whole, and the left and right halves
-        features.append(torch.cat([part.mean(dim=(2, 3)) for part in parts], dim=1).cpu())
-    return {"losses": torch.stack(losses, dim=1), "features": torch.stack(features, dim=1)}
+        features.append(_kept(torch.cat([part.mean(dim=(2, 3)) for part in parts], dim=1), MOST_MIDDLE))
+        if isinstance(denoiser, FrozenDenoiser):
+            blocks = [block.float() for block in denoiser.take_upper(noisy_latents)]
+            sides = [(min(GRID, block.shape[2]), min(GRID, block.shape[3])) for block in blocks]
+            pooled = [F.adaptive_avg_pool2d(block, side) for block, side in zip(blocks, sides, strict=True)]
+            upper.append([_kept(block.flatten(1), MOST_UPPER) for block in pooled])
+    measured = {"losses": torch.stack(losses, dim=1), "features": torch.stack(features, dim=1)}
+    if upper:
+        most = max(block.shape[1] for blocks in upper for block in blocks)
+        padded = [[F.pad(block, (0, most - block.shape[1])) for block in blocks] for blocks in upper]
+        measured["upper"] = torch.stack([torch.stack(blocks, dim=1) for blocks in padded], dim=1)
+    return measured
+
+
+def _kept(values: torch.Tensor, most: int) -> torch.Tensor:
+    """Values (batch, D) as they are kept: at most `most` random projections of them, in 16 bits, on the CPU."""
+    if values.shape[1] > most:
+        values = values @ _projection(values.shape[1], most).to(values.device)
+    return values.where(values.isinf(), values.clamp(-LARGEST, LARGEST)).half().cpu()
+
+
+@lru_cache(maxsize=4)
+def _projection(size: int, to: int) -> torch.Tensor:
+    return torch.randn(size, to, generator=generator("projection", size, to)) / to**0.5
 
 
 def add_noise(
@@ -199,60 +220,3 @@ def cached_features(
                 bar.advance(len(batch))
         write_arrays(path, {"features": np.concatenate(features)})
     return read_arrays(path)["features"]
-
-
-def scores_of(evidence: Evidence, rows: NDArray[Any], config: AuditConfig) -> list[Score]:
-    """Every one-dimensional score of images `rows` that varies: losses for `gradient`, else contrasts and features."""
-    losses = evidence.losses[rows].astype(np.float64)  # (n, levels, draws, conditions)
-    names = ["contrast", *(f"contrast with {caption!r}" for caption in config.other_captions)]
-    scores = [
-        Score(f"{name} at log-SNR {level:g}", (losses[:, index, :, 0] - losses[:, index, :, condition]).T)
-        for condition, name in enumerate(names[: losses.shape[3] - 1], start=1)
-        for index, level in enumerate(config.contrast_log_snr)
-    ]
-    if config.solver == "gradient":
-        scores = [Score(f"loss at log-SNR {config.contrast_log_snr[0]:g}", losses[:, 0, :, 0].T)]
-    if config.solver == "auto" and not evidence.contrast_only:
-        levels = " and ".join(f"{level:g}" for level in config.feature_log_snr)
-        vision = f"features of {public_name(config.vision_encoder)}"
-        for source, values in ((f"features at log-SNR {levels}", evidence.features), (vision, evidence.vision)):
-            if values is not None:
-                scores += component_scores(values[rows].astype(np.float64), source, seed=config.seed)
-    return [score for score in scores if np.ptp(score.mean) > 0]
-
-
-def component_scores(features: NDArray[Any], source: str, *, seed: int) -> list[Score]:
-    """Independent components of features (n, draws, D) from a named source, as scores.
-
-    A hidden factor is close to one direction of the features, but seldom among the largest: FastICA finds it by its
-    shape, peaked or flat (logcosh) or skewed. With too few whitened dimensions it is absent, with too many it falls
-    apart, so several numbers are tried. Fitted on the mean over draws.
-    """
-    n, draws, _ = features.shape
-    sizes = [size for size in NUM_COMPONENTS if size * IMAGES_PER_DIMENSION <= n]
-    centred = features - features.mean(axis=0)
-    scale = centred.std(axis=(0, 1))
-    varies = scale > 1e-9 * max(float(np.abs(features).max()), 1e-12)
-    if draws < 2 or not sizes or not varies.any():
-        return []
-    centred = centred[:, :, varies] / scale[varies]
-    most = min(max(sizes), centred.shape[2])
-    pca = PCA(most, whiten=True, random_state=seed).fit(centred.mean(axis=1))
-    fitted = pca.transform(centred.mean(axis=1))
-    whitened = pca.transform(centred.reshape(n * draws, -1))
-    scores = []
-    for size in sorted({min(size, most) for size in sizes}):
-        for shape, options in SHAPES.items():
-            ica = FastICA(whiten="unit-variance", max_iter=300, tol=1e-3, random_state=seed, **options)
-            with warnings.catch_warnings(), np.errstate(all="ignore"):
-                warnings.simplefilter("ignore", ConvergenceWarning)  # a component that does not settle is not stable
-                warnings.simplefilter("ignore", RuntimeWarning)
-                try:
-                    ica.fit(fitted[:, :size])
-                except ValueError:  # no direction of this shape is left: its update is 0 / 0
-                    continue
-            projected = ica.transform(whitened[:, :size]).reshape(n, draws, -1)
-            for component, values in enumerate(projected.transpose(2, 1, 0), start=1):
-                sign = 1.0 if skew(values.mean(axis=0)) >= 0 else -1.0  # the rarer group scores high
-                scores.append(Score(f"{source}, {shape} component {component} of {size}", sign * values))
-    return scores

@@ -48,7 +48,7 @@ def max_log_likelihood(x: _Array, *, tol: float = 1e-3) -> float:
     starts = np.flatnonzero(np.append(True, np.diff(x) > SAME))
     weights = np.diff(np.append(starts, count)) / count
     x = np.add.reduceat(x, starts) / (weights * count)
-    bound = _certified_maximum(x - weights @ x, weights, tol / count)
+    bound, _, _ = _certified_maximum(x - weights @ x, weights, tol / count)
     if np.isnan(bound):
         raise AuditError(
             f"Expected the best log-concave density of {count} scores within {tol:g} nats, got none in {MOST_ROUNDS} "
@@ -57,8 +57,26 @@ def max_log_likelihood(x: _Array, *, tol: float = 1e-3) -> float:
     return float(count * (bound - np.log(extent) - np.log(spread)))
 
 
-def _certified_maximum(x: _Array, weights: _Array, tol: float) -> float:
-    """The bound of the mean log density of x (m,), rising and of mean 0 under `weights` (m,); NaN if none is found."""
+def fit_log_concave(x: _Array, weights: _Array) -> tuple[_Array, _Array]:
+    """The log-concave density of largest mean log density of x (n,) under weights (n,): knots and log density there.
+
+    Between the knots (k,), which rise, the log density is linear; beyond them the density is zero.
+    """
+    used = weights > 1e-4 * weights.max()
+    values, places = np.unique(x[used], return_inverse=True)
+    mass = np.bincount(places, weights[used])
+    mass = mass / mass.sum()
+    mean = mass @ values
+    spread = np.sqrt(mass @ (values - mean) ** 2)
+    _, knots, phi = _certified_maximum((values - mean) / spread, mass, 1e-4)
+    return knots * spread + mean, phi - np.log(spread)
+
+
+def _certified_maximum(x: _Array, weights: _Array, tol: float) -> tuple[float, _Array, _Array]:
+    """The bound of the mean log density of x (m,), rising and of mean 0 under `weights` (m,); NaN if none is found.
+
+    With the knots (k,) of the fit, and its log density there.
+    """
     below = int(np.searchsorted(x, 0.0))
     needed = np.concatenate([_data_excess(-x[::-1], weights[::-1])[::-1][:below], _data_excess(x, weights)[below:]])
     knots, phi = np.array([0, len(x) - 1]), np.full(2, -np.log(x[-1] - x[0]))
@@ -78,7 +96,7 @@ def _certified_maximum(x: _Array, weights: _Array, tol: float) -> float:
         shrink = relative.max() + 2 * abs(right[0] - left[0]) / min(right[0], left[0])
         bound = float(fitted @ phi - np.log1p(-shrink)) if shrink < 1 else np.inf
         if bound - share @ phi <= tol:
-            return bound
+            return bound, t, phi
         worth = np.where(relative > tol / 2, excess - needed, 0.0)
         worth[knots] = 0.0
         best = [a + int(worth[a:b].argmax()) for a, b in pairwise(knots)]
@@ -87,7 +105,7 @@ def _certified_maximum(x: _Array, weights: _Array, tol: float) -> float:
             precision *= 1e-4
         knots = np.sort(np.append(knots, added).astype(np.int64))
         phi = np.interp(x[knots], t, phi)
-    return np.nan
+    return np.nan, knots, phi
 
 
 def _climb(t: _Array, share: _Array, phi: _Array, precision: float) -> tuple[_Array, _Array, _Array]:

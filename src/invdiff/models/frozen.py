@@ -41,16 +41,16 @@ def denoiser_fingerprint(pipe: Any) -> str:
 class FrozenDenoiser:
     """A pipeline's denoiser with its middle features; use as a context manager or call `close()`."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, *, upper: bool = False) -> None:
+        """Read the middle features of each forward pass; with `upper`, the last two blocks' too: see `take_upper`."""
         self.family = family_that_draws(pipe)
         self.module = cast(Any, denoiser_of(pipe))
         check_plain(pipe)
         shape = self.family.shape(self.module)
         self.schedule, self.device = NoiseSchedule(pipe.scheduler), torch.device(pipe._execution_device)
         self.dtype = self.module.dtype  # that it computes in, whatever its weights are stored in
-        self._features = FeatureCapture(
-            self.module, shape.feature_path, lambda output: self.family.hidden_states(output).clone()
-        )
+        paths = [shape.feature_path, *(self.family.upper_paths(self.module) if upper else ())]
+        self._features, *self._upper = (FeatureCapture(self.module, path, self._read) for path in paths)
         self._was_training = self.module.training
         self.module.eval()
 
@@ -70,9 +70,17 @@ class FrozenDenoiser:
         )
         return model_pred, self.family.on_grid(self._features.take(), noisy_latents)
 
+    def take_upper(self, noisy_latents: torch.Tensor) -> list[torch.Tensor]:
+        """What the last two blocks gave in the forward pass of these latents, (B, channels, height, width) each."""
+        return [self.family.on_grid(block.take(), noisy_latents) for block in self._upper]
+
+    def _read(self, block_output: Any) -> torch.Tensor:
+        return self.family.hidden_states(block_output).clone()
+
     def close(self) -> None:
         """Stop reading features."""
-        self._features.close()
+        for capture in (self._features, *self._upper):
+            capture.close()
         self.module.train(self._was_training)
 
     def __enter__(self) -> FrozenDenoiser:

@@ -75,6 +75,10 @@ class Family(ABC):
         """Sizes and feature block that a guidance module for `denoiser` must fit."""
 
     @abstractmethod
+    def upper_paths(self, denoiser: Any) -> list[str]:
+        """Dotted paths of the last two blocks, whose outputs are nearest to the image."""
+
+    @abstractmethod
     def base_width(self, denoiser: Any) -> int:
         """Channels of a gradient estimator of fitting size, before rounding."""
 

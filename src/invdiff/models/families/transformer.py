@@ -33,6 +33,9 @@ class TransformerFamily(Family):
             prompt_dim=denoiser.config[self.prompt_width] if self.prompt_width else 0,
         )
 
+    def upper_paths(self, denoiser: Any) -> list[str]:
+        return [f"transformer_blocks.{index}" for index in range(len(denoiser.transformer_blocks))][-2:]
+
     def base_width(self, denoiser: Any) -> int:
         return min(256, denoiser.inner_dim // 8)
 

@@ -1,0 +1,295 @@
+"""The decision of the audit: whether a score of one dimension has two humps, and whether the cut between is worth it.
+
+A mixture of Gaussians of one variance is log-concave exactly while its components lie less than two standard
+deviations apart, so what a cut must refute is "one log-concave hump". It is refuted by a split likelihood ratio
+(universal inference; Wasserman, Ramdas and Balakrishnan 2020): score and mixture are learned from one half of the
+images, and on the other half E = exp(sum log mixture - max over log-concave f of sum log f), whose mean is at
+most 1 where there is one hump, for any sample size. All candidates are controlled together (e-BH; Wang and Ramdas 2022).
+
+Labels are never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import logsumexp
+from scipy.stats import norm
+
+from .logconcave import fit_log_concave, max_log_likelihood
+
+ROTATIONS = 10
+"""Random partitions of the images into halves over which an e-value is averaged."""
+RESAMPLES = 60
+"""Bootstrap resamples of a mixture, for intervals of its shares and of what the cut is worth."""
+BINS = 250
+REACH = 12.0
+"""Interquartile ranges from the median at which scores are clipped when a mixture is fitted."""
+MOST_JUDGED = 12_000
+"""Images of a prompt that an e-value is made from, at most."""
+GIVE_UP = 3
+"""Rotations after which an e-value that is small in each is left at that."""
+STEPS = 10
+LEAST_MASS = 4.0
+"""Images that a component must hold."""
+BEYOND = 0.02
+"""Part of the large hump that is wide, so that images outside what was seen are possible."""
+_Array = NDArray[np.float64]
+_Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Gaussians of one standard deviation: means (E,), rising, shares (E,). Batched fits have a leading axis."""
+
+    means: _Array
+    shares: _Array
+    deviation: _Array
+
+    def log_parts(self, scores: NDArray[np.floating]) -> _Array:
+        """Log density of each component, times its share, (..., n, E)."""
+        scale = self.deviation[..., None, None]
+        z = (np.asarray(scores, dtype=float)[..., None] - self.means[..., None, :]) / scale
+        return np.log(np.maximum(self.shares, 1e-300))[..., None, :] - 0.5 * z**2 - np.log(scale * np.sqrt(2 * np.pi))
+
+    def log_density(self, scores: NDArray[np.floating]) -> _Array:
+        """(..., n)."""
+        return logsumexp(self.log_parts(scores), axis=-1)
+
+    def posterior(self, scores: NDArray[np.floating]) -> _Array:
+        """The probability of each component, (..., n, E)."""
+        parts = self.log_parts(scores)
+        parts = np.exp(parts - parts.max(axis=-1, keepdims=True))
+        return parts / parts.sum(axis=-1, keepdims=True)
+
+    @property
+    def separation(self) -> _Array:
+        """Distance of the nearest neighbours among the components, in their standard deviation."""
+        return np.diff(self.means, axis=-1).min(axis=-1) / self.deviation
+
+    def rand_index(self) -> _Array:
+        """The adjusted Rand index with the components that their likeliest cut has among infinitely many scores."""
+        width = self.deviation[..., None]
+        low, high = self.means[..., :1] - 6 * width, self.means[..., -1:] + 6 * width
+        edges = low + (high - low) * np.linspace(0, 1, 1001)
+        z = (edges[..., None] - self.means[..., None, :]) / width[..., None]
+        mass = np.diff(norm.cdf(z), axis=-2) * self.shares[..., None, :]  # (..., bins, E)
+        chosen = np.eye(self.means.shape[-1])[self.posterior((edges[..., :-1] + edges[..., 1:]) / 2).argmax(axis=-1)]
+        table = np.einsum("...bj,...bk->...jk", mass, chosen)
+        both, own, cut = (table**2).sum((-2, -1)), (table.sum(-1) ** 2).sum(-1), (table.sum(-2) ** 2).sum(-1)
+        return (both - own * cut) / np.maximum((own + cut) / 2 - own * cut, 1e-12)
+
+
+def fit_mixture(scores: NDArray[np.floating], num_groups: int, *, quick: bool = False) -> Mixture:
+    """The maximum likelihood mixture of `num_groups` Gaussians of one variance, by EM from several starts."""
+    centres, counts = _binned(scores)
+    total, starts = counts.sum(), []
+    ordered = np.sort(scores)
+    for tail in (0.05, 0.3) if quick else (0.03, 0.1, 0.25, 0.5):
+        for rare_first in (True, False):  # the rare components at either end
+            edges = np.concatenate([[0.0], 1 - tail * np.linspace(1, 0, num_groups)])
+            edges = edges if rare_first else 1 - edges[::-1]
+            middles = (edges[:-1] + edges[1:]) / 2
+            starts.append((ordered[(middles * (len(ordered) - 1)).astype(int)], np.diff(edges)))
+    means, shares = (np.array([start[k] for start in starts]) for k in (0, 1))
+    mean = (counts @ centres) / total
+    spread = np.sqrt(counts @ (centres - mean) ** 2 / total)
+    start = Mixture(np.sort(means, axis=-1), shares, np.full(len(starts), 0.5 * max(spread, 1e-9)))
+    fitted = _em(start, centres, np.broadcast_to(counts, (len(starts), len(centres))), steps=40 if quick else 100)
+    best = int((fitted.log_density(centres) @ counts).argmax())
+    return Mixture(fitted.means[best], fitted.shares[best], fitted.deviation[best])
+
+
+def _binned(scores: NDArray[np.floating]) -> tuple[_Array, _Array]:
+    """Centres and counts of a fine histogram of scores, those far from all others moved nearer."""
+    low, middle, high = np.quantile(scores, [0.25, 0.5, 0.75])
+    reach = REACH * max(high - low, 1e-9)
+    counts, edges = np.histogram(np.clip(scores, middle - reach, middle + reach), bins=BINS)
+    return (edges[:-1] + edges[1:]) / 2, counts.astype(float)
+
+
+def _em(start: Mixture, centres: _Array, counts: _Array, *, steps: int) -> Mixture:
+    """EM on histograms, counts (..., bins), from a batch of mixtures."""
+    total = counts.sum(axis=-1)
+    least = (centres[1] - centres[0]) / 2
+    now = start
+    for _ in range(steps):
+        weights = now.posterior(centres) * counts[..., None]
+        mass = np.maximum(weights.sum(axis=-2), 1e-9)
+        means = np.einsum("...be,b->...e", weights, centres) / mass
+        square = (weights * (centres[:, None] - means[..., None, :]) ** 2).sum(axis=(-2, -1)) / total
+        moved = np.abs(means - now.means).max()
+        now = Mixture(means, mass / mass.sum(axis=-1, keepdims=True), np.maximum(np.sqrt(square), least))
+        if moved < 1e-3 * now.deviation.min():
+            break
+    order = np.argsort(now.means, axis=-1)
+    return Mixture(np.take_along_axis(now.means, order, -1), np.take_along_axis(now.shares, order, -1), now.deviation)
+
+
+@dataclass(frozen=True)
+class Humps:
+    """A mixture whose largest component is any log-concave hump, and whose others are Gaussians, in rising order.
+
+    Of real features the large hump is seldom Gaussian: a skewed one looks like two to a mixture of Gaussians.
+    """
+
+    gaussians: Mixture
+    """With the shares of all components; the largest one's Gaussian has its mean and deviation."""
+    deviations: _Array
+    """Of each component, (E,)."""
+    largest: int
+    knots: _Array
+    """Between which the log density of the largest component is linear, (k,); beyond them it is wide and Gaussian."""
+    heights: _Array
+    """Its log density there, (k,)."""
+
+    def log_parts(self, scores: _Array) -> _Array:
+        """Log density of each component, times its share, (n, E)."""
+        means, shares = self.gaussians.means, self.gaussians.shares
+        parts = norm.logpdf(scores[:, None], means, self.deviations)
+        inside = np.interp(scores, self.knots, self.heights, left=-np.inf, right=-np.inf)
+        beyond = norm.logpdf(scores, means[self.largest], 1.5 * self.deviations[self.largest])
+        parts[:, self.largest] = np.logaddexp(np.log1p(-BEYOND) + inside, np.log(BEYOND) + beyond)
+        return parts + np.log(shares)
+
+    def log_density(self, scores: _Array) -> _Array:
+        """(n,)."""
+        return logsumexp(self.log_parts(scores), axis=1)
+
+    def posterior(self, scores: _Array) -> _Array:
+        """The probability of each component, (n, E); of a higher one it never falls as the score rises."""
+        parts = self.log_parts(scores)
+        order = np.argsort(scores, kind="stable")
+        plain = np.exp(parts - logsumexp(parts, axis=1, keepdims=True))[order]
+        above = np.cumsum(plain[:, ::-1], axis=1)[:, ::-1]  # of this component or a higher one
+        start = int(np.searchsorted(scores[order], self.gaussians.means[self.largest]))
+        above[start:] = np.maximum.accumulate(above[start:], axis=0)
+        above[:start] = np.minimum.accumulate(above[:start][::-1], axis=0)[::-1]
+        posterior = np.empty_like(plain)
+        posterior[order] = np.clip(above - np.append(above[:, 1:], np.zeros((len(above), 1)), axis=1), 0.0, 1.0)
+        return posterior / posterior.sum(axis=1, keepdims=True)
+
+
+def fit_humps(scores: _Array, start: Mixture, *, steps: int = STEPS) -> Humps | None:
+    """The humps of scores (n,), by EM from a mixture of Gaussians; None where a component vanishes."""
+    largest, weights = int(start.shares.argmax()), start.posterior(scores)
+    humps = None
+    for _ in range(steps):
+        mass = weights.sum(axis=0)
+        if mass.min() < LEAST_MASS or mass[largest] < 10 * LEAST_MASS:
+            return None
+        means = weights.T @ scores / mass
+        deviations = np.sqrt((weights * (scores[:, None] - means) ** 2).sum(axis=0) / mass)
+        if not (np.diff(means) > 0).all() or deviations.min() <= 0:
+            return None
+        deviations = np.minimum(deviations, 1.5 * deviations[largest])
+        knots, heights = fit_log_concave(scores, weights[:, largest])
+        pooled = np.sqrt(mass @ deviations**2 / mass.sum())
+        humps = Humps(Mixture(means, mass / mass.sum(), pooled), deviations, largest, knots, heights)
+        parts = humps.log_parts(scores)
+        weights = np.exp(parts - logsumexp(parts, axis=1, keepdims=True))
+    return humps
+
+
+def rand_low(scores: NDArray[np.floating], mixture: Mixture, rng: np.random.Generator) -> float:
+    """Lower 95% bound of the adjusted Rand index with the truth that separation and shares of a mixture predict.
+
+    Over bootstrap resamples of the scores (n,) that it was fitted to.
+    """
+    centres, counts = _binned(scores)
+    resampled = rng.multinomial(int(counts.sum()), counts / counts.sum(), size=RESAMPLES).astype(float)
+    start = Mixture(*(np.repeat(np.asarray(part)[None], RESAMPLES, 0) for part in vars(mixture).values()))
+    return round(float(np.quantile(_em(start, centres, resampled, steps=40).rand_index(), 0.05)), 4)
+
+
+def share_intervals(posterior: _Array, rng: np.random.Generator) -> list[tuple[float, float]]:
+    """95% interval of each component's share, from posteriors (n, E), over bootstrap resamples of the images."""
+    n = len(posterior)
+    resampled = rng.multinomial(n, np.full(n, 1 / n), size=200) / n
+    ends = np.quantile(resampled @ posterior, [0.025, 0.975], axis=0)
+    return [(round(float(low), 4), round(float(high), 4)) for low, high in ends.T]
+
+
+def num_modes(mixture: Mixture) -> int:
+    """How many maxima the density of a mixture has."""
+    grid = np.linspace(mixture.means[0] - mixture.deviation, mixture.means[-1] + mixture.deviation, 2000)
+    rises = np.diff(mixture.log_density(grid)) > 0
+    return int((rises[:-1] & ~rises[1:]).sum())
+
+
+def halves(count: int, rng: np.random.Generator, distinct: NDArray[np.bool_]) -> list[tuple[_Mask, _Mask]]:
+    """For each rotation, which of `count` images are learned from and which are the evidence.
+
+    Of images that are nearly the same only one, those of `distinct` (count,), is in either; at most `MOST_JUDGED` are.
+    """
+    rotations = []
+    for _ in range(ROTATIONS):
+        order = rng.permutation(np.flatnonzero(distinct))[:MOST_JUDGED]
+        known, held_out = np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
+        known[order[::2]] = held_out[order[1::2]] = True
+        rotations.append((known, held_out))
+    return rotations
+
+
+def log_e_value(
+    learn: Callable[[_Mask], Sequence[_Array]],
+    scores: _Array,
+    num_groups: int,
+    rotations: Sequence[tuple[_Mask, _Mask]],
+) -> float:
+    """Natural log of an e-value against "one log-concave hump" of scores (n,).
+
+    `learn` makes scores (n,) from those images alone for which its mask (n,) is true. Where it makes several, the one
+    most like `scores` is taken and the e-value divided by their number, so that the choice costs no validity. Two
+    mixtures are tried against the hump, of Gaussians and of a free large hump, and their e-values averaged. Where the
+    first rotations show nothing the others are not tried and count as 0, which can only lower the e-value.
+    """
+    logs: list[float] = []
+    for known, held_out in rotations:
+        learned = [one for one in learn(known) if np.ptp(one[known]) > 0 and np.ptp(one[held_out]) > 0]
+        if learned:
+            alike = [abs(np.corrcoef(one, scores)[0, 1]) for one in learned]
+            chosen = learned[int(np.argmax(alike))]
+            own, evidence = chosen[known], chosen[held_out]
+            mixture = fit_mixture(own, num_groups, quick=True)
+            likelihoods = [mixture.log_density(evidence).sum()]
+            if (humps := fit_humps(own, mixture, steps=4)) is not None:
+                likelihoods.append(humps.log_density(evidence).sum())
+            gain = logsumexp(likelihoods) - np.log(2) - max_log_likelihood(evidence)
+            logs.append(float(gain) - np.log(len(learned)))
+        if len(logs) >= GIVE_UP and max(logs) < 0:
+            break
+    return float(logsumexp(logs) - np.log(len(rotations))) if logs else -np.inf
+
+
+def e_bh(log_e: Sequence[float], level: float) -> NDArray[np.bool_]:
+    """Which hypotheses are rejected at a false discovery rate of `level`, whatever their dependence (e-BH)."""
+    values = np.asarray(log_e, dtype=float)
+    if not len(values):
+        return np.zeros(0, dtype=bool)
+    ordered = np.sort(values)[::-1]
+    passing = np.flatnonzero(ordered >= np.log(len(values) / (level * np.arange(1, len(values) + 1))))
+    return values >= ordered[passing[-1]] if len(passing) else np.zeros(len(values), dtype=bool)
+
+
+def smallest_share(count: int, candidates: int, level: float, *, separation: float = 4.0) -> float:
+    """The smallest share of a minority `separation` standard deviations away that is expected to be found, or 1.
+
+    Of `count` images and with as many `candidates`: the expected log e-value, with the scores at the quantiles of the
+    mixture, passes the first threshold of e-BH.
+    """
+    n = count // 2
+    for share in (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5):
+        if n * share < 3:
+            continue
+        mixture = Mixture(np.array([0.0, separation]), np.array([1 - share, share]), np.array(1.0))
+        grid = np.linspace(-5, separation + 5, 4000)
+        shared = norm.cdf(grid) * (1 - share) + norm.cdf(grid - separation) * share
+        points = np.interp((np.arange(n) + 0.5) / n, shared, grid)
+        fitted = mixture.log_density(points).sum() - 2  # what is lost by fitting it, half a parameter each
+        if fitted - max_log_likelihood(points) >= np.log(candidates / level) and mixture.rand_index() >= 0.5:
+            return share
+    return 1.0

@@ -1,0 +1,280 @@
+"""Scores of one dimension, made from evidence: where a hidden attribute shows as two humps, if it shows.
+
+- The which-prompt margin: features of the audited model are whitened, and each image is compared with the mean of its
+  own prompt and of another. An image that lacks what usually comes with its prompt looks like one of the other.
+- Components: independent directions of a prompt's features (FastICA).
+- The contrast l(y) - l(null), both at the same noise, which estimates log p(z_t) - log p(z_t | y): it is large where
+  an image lacks what its caption makes the model expect.
+
+Each score can be learned again from some of the images, so that others can be evidence.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import skew
+from sklearn.decomposition import PCA, FastICA
+from sklearn.exceptions import ConvergenceWarning
+
+from ..config import AuditConfig
+from ..models.load import public_name
+from .evidence import Evidence
+
+WHITENED = 100
+"""Dimensions of the features that margins are taken in."""
+IMAGES_PER_WHITENED = 20
+"""Images that each of them takes."""
+FITTED = 8000
+"""Most images that a basis of features is fitted on, evenly chosen; all are projected on it."""
+CONFUSERS = 5
+"""Other prompts that an image of a prompt is compared with: those whose means are nearest."""
+FOLDS = 5
+NUM_COMPONENTS = (4, 8, 12)
+"""Whitened dimensions that components are looked for in."""
+IMAGES_PER_DIMENSION = 40
+"""Images that each of these dimensions takes: of fewer, FastICA finds directions in which mere noise falls apart."""
+SHAPES: dict[str, dict[str, Any]] = {
+    "peaked": {"fun": "logcosh", "algorithm": "parallel"},
+    # x^2 and its mean derivative: FastICA's contrast for skewness (Hyvarinen and Oja 2000).
+    "skewed": {"fun": lambda x: (x**2, (2 * x).mean(axis=-1)), "algorithm": "deflation"},
+}
+"""Kinds of components, and the options with which FastICA looks for them."""
+_Array = NDArray[Any]
+Learn = Callable[[NDArray[np.bool_]], Sequence[_Array]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score of each of a prompt's n images, in several independent versions."""
+
+    evidence: str
+    """The measurement that it is made from, for people."""
+    draws: _Array
+    """(draws, n): under independent noises, or from independent features."""
+    learn: Learn
+    """The score, or several of which one is like it, (n,), from those images alone for which a mask (n,) is true."""
+    of_prompt: bool = False
+    """Whether it is low or high by what comes with the prompt, so that two humps are associated with the prompt."""
+
+    @property
+    def mean(self) -> _Array:
+        """The mean over draws, standardised robustly, (n,)."""
+        return standardised(self.draws.mean(axis=0))
+
+
+def standardised(values: _Array, by: _Array | None = None) -> _Array:
+    """Values (n,) less their median, in their interquartile range; or in the median and range of others."""
+    low, middle, high = np.quantile(values if by is None else by, [0.25, 0.5, 0.75])
+    return (values - middle) / max(high - low, 1e-12)
+
+
+def without(values: _Array, taken: Sequence[_Array], prompt_of: _Array | None = None) -> _Array:
+    """Values (n, D) without the directions in which the groups of factors, W (n, E) each, differ within prompts."""
+    for weights in taken:
+        within, own = values.astype(np.float64), weights.astype(np.float64)
+        for prompt in [None] if prompt_of is None else np.unique(prompt_of):
+            rows = slice(None) if prompt is None else prompt_of == prompt
+            within[rows] -= within[rows].mean(axis=0)
+            own[rows] -= own[rows].mean(axis=0)
+        _, sizes, directions = np.linalg.svd(own.T @ within, full_matrices=False)
+        used = directions[: weights.shape[1] - 1][sizes[: weights.shape[1] - 1] > 1e-9]
+        values = values - (values @ used.T) @ used
+    return values
+
+
+class Margins:
+    """Which-prompt margins of images from several sources of features, such as blocks and noise levels.
+
+    The probe is the strongly regularised limit of logistic regression: in whitened features, and with prompts
+    weighted alike, its direction is the difference of the prompts' means. Weaker regularisation memorises.
+    """
+
+    def __init__(self, sources: Sequence[_Array], prompt_of: _Array) -> None:
+        """`sources` are whitened features, (N, d) each; `prompt_of` (N,)."""
+        self.sources, self.prompt_of = sources, prompt_of
+        prompts = np.unique(prompt_of)
+        self._means = {int(p): [source[prompt_of == p].mean(axis=0) for source in sources] for p in prompts}
+
+    def scores(self, prompt: int, names: dict[int, str]) -> list[Score]:
+        """The margins of a prompt's images against the prompts they are most like, out of fold."""
+        rows, own = np.flatnonzero(self.prompt_of == prompt), self._means[prompt]
+        distance = {
+            other: sum(float(((a - b) ** 2).sum()) for a, b in zip(own, means, strict=True))
+            for other, means in self._means.items()
+            if other != prompt
+        }
+        scores = []
+        for other in sorted(distance, key=lambda one: distance[one])[:CONFUSERS]:
+            learn = partial(self._learn, rows, self._means[other])
+            folds = np.arange(len(rows)) % FOLDS
+            draws = np.array([self._out_of_fold(source[rows], mean, folds) for source, mean in self._with(other)])
+            name = "which-prompt margin" + (f" against {names[other]!r}" if len(distance) > 1 else "")
+            scores.append(Score(name, draws, learn, of_prompt=True))
+        return scores
+
+    def _with(self, other: int) -> list[tuple[_Array, _Array]]:
+        return list(zip(self.sources, self._means[other], strict=True))
+
+    def _out_of_fold(self, own: _Array, other_mean: _Array, folds: _Array) -> _Array:
+        values = np.empty(len(own))
+        for fold in np.unique(folds):
+            inside = folds == fold
+            values[inside] = _margin(own[inside], own[~inside].mean(axis=0), other_mean)
+        return standardised(values)
+
+    def _learn(self, rows: _Array, other_means: list[_Array], known: NDArray[np.bool_]) -> list[_Array]:
+        """The mean margin over sources: out of fold for known images, else by all known ones."""
+        total = np.zeros(len(rows))
+        for source, other_mean in zip(self.sources, other_means, strict=True):
+            own = source[rows]
+            values = _margin(own, own[known].mean(axis=0), other_mean)
+            inside = np.flatnonzero(known)
+            for fold in range(FOLDS):
+                fitted = np.arange(len(inside)) % FOLDS != fold
+                mean = own[inside[fitted]].mean(axis=0)
+                values[inside[~fitted]] = _margin(own[inside[~fitted]], mean, other_mean)
+            total += standardised(values, values[known])
+        return [total / len(self.sources)]
+
+
+def _margin(values: _Array, own: _Array, other: _Array) -> _Array:
+    """How much nearer values (n, d) are to another prompt's mean than to their own, (n,)."""
+    return (values - (own + other) / 2) @ (other - own)
+
+
+def whitened_sources(evidence: Evidence, config: AuditConfig) -> list[_Array]:
+    """Whitened features (N, d) of each block at each noise level, and of each view of a vision encoder."""
+    count, levels = evidence.features.shape[:2]
+    readers: list[Callable[[_Array], _Array]] = []
+    for level in range(levels):
+        readers.append(lambda rows, at=level: evidence.features[rows][:, at])  # type: ignore[misc]
+        if (upper := evidence.upper) is not None:
+            for block in range(upper.shape[2]):
+                readers.append(lambda rows, at=level, of=block: upper[rows][:, at, of])  # type: ignore[misc]
+    if (vision := evidence.vision) is not None:
+        readers += [lambda rows, at=view: vision[rows, at] for view in range(vision.shape[1])]  # type: ignore[misc]
+    return [whitened(read, count, seed=config.seed) for read in readers]
+
+
+def whitened(read: Callable[[_Array], _Array], count: int, *, seed: int) -> _Array:
+    """The leading principal components, each of unit variance, of the features (n, D) that `read` reads of rows (n,)."""
+    fitted_rows = np.linspace(0, count - 1, min(count, FITTED)).astype(int)
+    sample = read(fitted_rows).astype(np.float64)
+    mean, scale = sample.mean(axis=0), sample.std(axis=0)
+    varies = scale > 1e-6 * max(float(np.abs(sample).max()), 1e-12)
+    if not varies.any():
+        return np.zeros((count, 0), dtype=np.float32)
+
+    def standard(values: _Array) -> _Array:
+        return (values[:, varies] - mean[varies]) / scale[varies]
+
+    size = min(WHITENED, max(count // IMAGES_PER_WHITENED, 2), int(varies.sum()), len(sample) - 1)
+    pca = PCA(size, whiten=True, svd_solver="randomized", random_state=seed).fit(standard(sample))
+    batches = np.array_split(np.arange(count), -(-count // FITTED))
+    return np.concatenate([pca.transform(standard(read(rows))).astype(np.float32) for rows in batches])
+
+
+def contrasts(evidence: Evidence, rows: _Array, config: AuditConfig) -> list[Score]:
+    """The contrasts of images `rows`; for the solver `gradient` the losses, as in InvDiff."""
+    losses = evidence.losses[rows].astype(np.float64)  # (n, levels, draws, conditions)
+    names = ["contrast", *(f"contrast with {caption!r}" for caption in config.other_captions)]
+    named = [
+        (f"{name} at log-SNR {level:g}", (losses[:, index, :, 0] - losses[:, index, :, condition]).T)
+        for condition, name in enumerate(names[: losses.shape[3] - 1], start=1)
+        for index, level in enumerate(config.contrast_log_snr)
+    ]
+    if config.solver == "gradient":
+        named = [(f"loss at log-SNR {config.contrast_log_snr[0]:g}", losses[:, 0, :, 0].T)]
+    return [
+        Score(name, draws, partial(_as_it_is, draws.mean(axis=0)), of_prompt=True)
+        for name, draws in named
+        if np.ptp(draws.mean(axis=0)) > 0
+    ]
+
+
+def _as_it_is(values: _Array, known: NDArray[np.bool_]) -> list[_Array]:
+    return [values]
+
+
+def components(
+    features: _Array, source: str, *, seed: int, taken: Sequence[_Array] = (), shapes: Sequence[str] = tuple(SHAPES)
+) -> list[Score]:
+    """Independent components of features (n, draws, D) from a named source, as scores.
+
+    A hidden factor is close to one direction of the features, but seldom among the largest: FastICA finds it by its
+    shape, peaked or flat (logcosh) or skewed. With too few whitened dimensions it is absent, with too many it falls
+    apart, so several numbers are tried. Directions of factors already `taken`, W (n, E) each, are left out.
+    """
+    n, draws, _ = features.shape
+    sizes = [size for size in NUM_COMPONENTS if size * IMAGES_PER_DIMENSION <= n]
+    centred = features - features.mean(axis=0)
+    scale = centred.std(axis=(0, 1))
+    varies = scale > 1e-9 * max(float(np.abs(features).max()), 1e-12)
+    if draws < 2 or not sizes or not varies.any():
+        return []
+    centred = (centred[:, :, varies] / scale[varies]).reshape(n * draws, -1)
+    centred = without(centred, [np.repeat(weights, draws, axis=0) for weights in taken]).reshape(n, draws, -1)
+    most = min(max(sizes), centred.shape[2])
+    used = np.linspace(0, n - 1, min(n, FITTED)).astype(int)
+    pca = PCA(most, whiten=True, random_state=seed).fit(centred[used].mean(axis=1))
+    fitted = pca.transform(centred.mean(axis=1))
+    whitened = pca.transform(centred.reshape(n * draws, -1))
+    scores = []
+    for size in sorted({min(size, most) for size in sizes}):
+        for shape in shapes:
+            fit = partial(_independent, fitted[:, :size], shape, seed)
+            if (ica := fit(np.isin(np.arange(n), used))) is None:
+                continue
+            projected = ica.transform(whitened[:, :size]).reshape(n, draws, -1)
+            learn = _Remembered(fit, fitted[:, :size])
+            for component, values in enumerate(projected.transpose(2, 1, 0), start=1):
+                sign = 1.0 if skew(values.mean(axis=0)) >= 0 else -1.0  # the rarer group scores high
+                name = f"{source}, {shape} component {component} of {size}"
+                scores.append(Score(name, sign * values, learn))
+    return scores
+
+
+def _independent(whitened: _Array, shape: str, seed: int, known: NDArray[np.bool_]) -> FastICA | None:
+    """FastICA of the rows `known` (n,) of whitened features (n, size); None where no direction of the shape is left."""
+    ica = FastICA(whiten="unit-variance", max_iter=300, tol=1e-3, random_state=seed, **SHAPES[shape])
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a component that does not settle refutes nothing
+        warnings.simplefilter("ignore", RuntimeWarning)
+        try:
+            return ica.fit(whitened[known])
+        except ValueError:  # no direction of this shape is left: its update is 0 / 0
+            return None
+
+
+class _Remembered:
+    """The components of one fit, learned once for each set of known images that several scores share."""
+
+    def __init__(self, fit: Callable[[NDArray[np.bool_]], FastICA | None], whitened: _Array) -> None:
+        self._fit, self._whitened = fit, whitened
+        self._known: dict[bytes, list[_Array]] = {}
+
+    def __call__(self, known: NDArray[np.bool_]) -> list[_Array]:
+        key = known.tobytes()
+        if key not in self._known:
+            ica = self._fit(known)
+            self._known[key] = [] if ica is None else list(ica.transform(self._whitened).T)
+        return self._known[key]
+
+
+def component_scores(
+    evidence: Evidence, rows: _Array, config: AuditConfig, taken: Sequence[_Array] = ()
+) -> list[Score]:
+    """The components of the middle features of images `rows`, and of a vision encoder's."""
+    levels = " and ".join(f"{level:g}" for level in config.feature_log_snr)
+    scores = components(evidence.features[rows], f"features at log-SNR {levels}", seed=config.seed, taken=taken)
+    if evidence.vision is not None:
+        source = f"features of {public_name(config.vision_encoder)}"
+        scores += components(evidence.vision[rows].astype(np.float64), source, seed=config.seed, taken=taken)
+    return scores
