@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
-from scipy.stats import false_discovery_control, hypergeom
+from scipy.stats import false_discovery_control, hypergeom, mannwhitneyu, norm
 from sklearn.cluster import MiniBatchKMeans
 
 from ..data.encode import EncodedImages
@@ -28,7 +29,9 @@ PROBES = 16
 LOG_SNR = -4.24
 """Their noise level: the image is not decided yet, so the caption decides."""
 LEVEL = 0.001
-"""False discovery rate of words that state a group."""
+"""False discovery rate of words that state a group, and of captions whose images are told apart."""
+LEAST_IMAGES, MOST_TOLD = 20, 64
+"""Images that a caption needs to be told from another by them, and captions of a prompt that are."""
 
 
 def group_captions(denoiser: Denoiser, data: EncodedImages, threshold: float, seed: int) -> tuple[NDArray[Any], float]:
@@ -65,6 +68,60 @@ def group_captions(denoiser: Denoiser, data: EncodedImages, threshold: float, se
     tree = linkage(squareform(distances / max(error, 1e-12), checks=False), method="average")
     prompts = fcluster(tree, threshold, criterion="distance").astype(np.int64) - 1
     return prompts[stands_for], (len(compared) + 1) * PROBES / len(data)
+
+
+def part_by_images(
+    prompt_of: NDArray[Any], data: EncodedImages, sources: Sequence[NDArray[Any]]
+) -> tuple[NDArray[Any], dict[int, str]]:
+    """Prompts of which captions stay together only where a probe cannot tell their images apart.
+
+    A weak model may predict alike for captions that mean different things. The probe compares the images of two
+    captions by their means in whitened features, `sources` (N, d) each, out of fold; where it ranks them better than
+    chance, they are of two prompts. Captions with few images stay with the most frequent one of their prompt.
+
+    Args:
+        prompt_of: (captions,), as `group_captions` finds it.
+        data: The images and their captions.
+        sources: Whitened features of the images.
+
+    Returns:
+        The prompt of each caption, from 0, and what was merged in each, in words.
+    """
+    caption_ids, parted, notes = data.caption_ids.numpy(), np.full(len(prompt_of), -1), dict[int, str]()
+    counts = np.bincount(caption_ids, minlength=len(prompt_of))
+    for prompt in np.unique(prompt_of):
+        captions = np.flatnonzero(prompt_of == prompt)
+        captions = captions[np.argsort(-counts[captions], kind="stable")]
+        told = [c for c in captions.tolist() if counts[c] >= LEAST_IMAGES][:MOST_TOLD]
+        bound = norm.isf(LEVEL / max(len(told) * (len(told) - 1) / 2, 1))
+        # Each caption joins the most frequent one whose images look alike.
+        heads: list[int] = []
+        for caption in told:
+            rows = np.flatnonzero(caption_ids == caption)
+            near = [h for h in heads if told_apart(sources, np.flatnonzero(caption_ids == h), rows) < bound]
+            heads += [] if near else [caption]
+            parted[caption] = (near or [caption])[0]
+        parted[captions[parted[captions] < 0]] = heads[0] if heads else captions[0]
+    ids, prompts = np.unique(parted, return_inverse=True)
+    for prompt, head in enumerate(ids.tolist()):
+        merged = [data.captions[c] for c in np.flatnonzero(prompts == prompt).tolist() if c != head and counts[c]]
+        if merged:
+            shown = ", ".join(repr(one) for one in merged[:3]) + (", ..." if len(merged) > 3 else "")
+            notes[prompt] = f"{len(merged)} further captions are the same prompt to the model: {shown}"
+    return prompts, notes
+
+
+def told_apart(sources: Sequence[NDArray[Any]], one: NDArray[Any], other: NDArray[Any]) -> float:
+    """How many standard errors above chance a probe ranks images `one` (n,) and `other` (m,), out of fold."""
+    total = np.zeros(len(one) + len(other))
+    for source in sources:
+        for half in (0, 1):
+            means = [source[rows[np.arange(len(rows)) % 2 != half]].mean(axis=0) for rows in (one, other)]
+            for start, rows in ((0, one), (len(one), other)):
+                inside = np.flatnonzero(np.arange(len(rows)) % 2 == half)
+                total[start + inside] += (source[rows[inside]] - (means[0] + means[1]) / 2) @ (means[1] - means[0])
+    above = mannwhitneyu(total[len(one) :], total[: len(one)]).statistic / (len(one) * len(other)) - 0.5
+    return float(above / np.sqrt((len(total) + 1) / (12 * len(one) * len(other))))
 
 
 def words_that_state_groups(

@@ -1,13 +1,13 @@
 """Evidence of hidden groups: what the audited model, and perhaps a vision encoder, measure of each image.
 
-A few denoiser forwards per image give paired losses and features of its blocks. See scores.py for what is made of them.
+A few denoiser forwards per image give paired losses and features of its blocks. scores.py makes scores of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from sklearn.decomposition import PCA
 
 from ..config import AuditConfig
 from ..data.captioned import CaptionedImages
@@ -31,6 +32,12 @@ from ..models.watch import check_finite
 from ..progress import progress_bar
 from ..seeds import generator
 
+WHITENED = 100
+"""Most dimensions of whitened features."""
+IMAGES_PER_WHITENED = 20
+"""Images that each of them takes."""
+FITTED = 8000
+"""Most images that a basis of features is fitted on, evenly chosen; all are projected on it."""
 SHARD_SIZE = 256
 """Images whose measurements share a file."""
 MOST_MIDDLE, MOST_UPPER = 1536, 1024
@@ -41,6 +48,7 @@ GRID = 8
 LARGEST = 6e4
 """Features are kept in 16 bits, of which this is about the largest."""
 
+_Read = Callable[[NDArray[Any]], NDArray[Any]]
 _Extract = Callable[[list[Image.Image]], NDArray[np.float32]]
 
 
@@ -75,8 +83,49 @@ class Evidence:
     """(N, levels, 2, G): the grids of the last two blocks in the same forwards; None for a guided denoiser."""
     vision: NDArray[Any] | None = None
     """(N, views, D): features of `config.vision_encoder`, if there is one."""
+    _whitened: dict[int, list[NDArray[np.float32]]] = field(default_factory=dict, init=False, repr=False)
     contrast_only: bool = False
     """Weigh no features: those of the frozen model do not change with guidance."""
+
+    def whitened(self, seed: int) -> list[NDArray[np.float32]]:
+        """Whitened features (N, d) of each block at each noise level, and of each view of a vision encoder.
+
+        Those of them that vary between the images; made once.
+        """
+        if seed not in self._whitened:
+            count, levels = self.features.shape[:2]
+            readers: list[_Read] = []
+            for level in range(levels):
+                readers.append(partial(_part, self.features, (level,)))
+                if self.upper is not None:
+                    readers += [partial(_part, self.upper, (level, block)) for block in range(self.upper.shape[2])]
+            if self.vision is not None:
+                readers += [partial(_part, self.vision, (view,)) for view in range(self.vision.shape[1])]
+            sources = (whitened(read, count, seed=seed) for read in readers)
+            self._whitened[seed] = [source for source in sources if source.shape[1]]
+        return self._whitened[seed]
+
+
+def _part(values: Stack | NDArray[Any], part: tuple[int, ...], rows: NDArray[Any]) -> NDArray[Any]:
+    return values[rows][(slice(None), *part)]
+
+
+def whitened(read: _Read, count: int, *, seed: int) -> NDArray[np.float32]:
+    """Leading principal components, each of unit variance, of the features (n, D) that `read` reads of rows (n,)."""
+    fitted_rows = np.linspace(0, count - 1, min(count, FITTED)).astype(int)
+    sample = read(fitted_rows).astype(np.float64)
+    mean, scale = sample.mean(axis=0), sample.std(axis=0)
+    varies = scale > 1e-6 * max(float(np.abs(sample).max()), 1e-12)
+    if not varies.any():
+        return np.zeros((count, 0), dtype=np.float32)
+
+    def standard(values: NDArray[Any]) -> NDArray[Any]:
+        return (values[:, varies] - mean[varies]) / scale[varies]
+
+    size = min(WHITENED, max(count // IMAGES_PER_WHITENED, 2), int(varies.sum()), len(sample) - 1)
+    pca = PCA(size, whiten=True, svd_solver="randomized", random_state=seed).fit(standard(sample))
+    batches = np.array_split(np.arange(count), -(-count // FITTED))
+    return np.concatenate([pca.transform(standard(read(rows))).astype(np.float32) for rows in batches])
 
 
 def collect_evidence(
@@ -120,10 +169,8 @@ def collect_evidence(
     wait()
     losses = np.concatenate([read_arrays(path)["losses"] for path in paths])  # which checks each file
     mapped = [map_arrays(path) for path in paths]
-    features, upper = (
-        Stack(*(part[name] for part in mapped)) if name in mapped[0] else None for name in ("features", "upper")
-    )
-    return Evidence(losses, features, upper)
+    upper = Stack(*(part["upper"] for part in mapped)) if "upper" in mapped[0] else None
+    return Evidence(losses, Stack(*(part["features"] for part in mapped)), upper)
 
 
 def _measure(

@@ -7,7 +7,7 @@ other prompts whose features shift alike. Its directions are then taken out of t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -35,11 +35,13 @@ from .decide import (
 )
 from .evidence import Evidence
 from .result import Candidate
-from .scores import Margins, Score, component_scores, contrasts, whitened_sources, without
+from .scores import Margins, Score, component_scores, contrasts, without
 
-MOST_TRIED = 16
+MOST_TESTED = 8
 """Cuts of a prompt that are tested, those likeliest to be right; the others are refused, and count in the control."""
-PERMUTATIONS = 200
+NOT_TESTED = -1e3
+"""The log e-value of a cut that was not tested, and the least that is told."""
+PERMUTATIONS = 100
 """Of images within a prompt, for the bound that the agreement of two prompts' shifts must pass."""
 _Array = NDArray[Any]
 
@@ -49,28 +51,25 @@ class Cut:
     """A candidate and its groups."""
 
     candidate: Candidate
-    weights: _Array
-    """W of the prompt's images, (n, E), columns rising with the score."""
-    intervals: list[tuple[float, float]]
-    """95% interval of each share."""
     score: Score
-
-
-@dataclass(frozen=True)
-class Found:
-    """A hidden factor: its cut of each prompt that it splits, columns in one order."""
-
-    cuts: dict[int, Cut]
+    weights: _Array = field(default_factory=lambda: np.empty((0, 0)))
+    """W of the prompt's images, (n, E), columns rising with the score; empty where the cut was not tested."""
+    intervals: list[tuple[float, float]] = field(default_factory=list)
+    """95% interval of each share."""
 
 
 @dataclass(frozen=True)
 class Search:
     """The factors that were found, and what was weighed under each prompt."""
 
-    factors: list[Found]
+    factors: list[dict[int, Cut]]
+    """Of each hidden factor, its cut of each prompt that it splits, columns in one order."""
     candidates: dict[int, list[Candidate]]
     """Of each prompt, best first."""
     power: dict[int, str]
+    """What size of minority could have been seen under each prompt, in words."""
+    matched: bool = True
+    """Whether columns mean the same under every prompt."""
 
 
 def find_factors(
@@ -93,7 +92,7 @@ def find_factors(
         progress: Show a progress bar.
     """
     judged = {prompt: rows for prompt, rows in members.items() if not too_few(len(rows), config)}
-    sources = [source for source in whitened_sources(evidence, config) if source.shape[1]]
+    sources = evidence.whitened(config.seed)
     prompt_of = np.full(len(distinct), -1)
     for prompt, rows in judged.items():
         prompt_of[rows] = prompt
@@ -126,34 +125,34 @@ def find_factors(
             else:
                 words = f"one hump is not ruled out (log e {cut.candidate.log_e:.1f}; about {needed:.1f} is needed)"
                 _refuse(cuts[prompt], cut, words)
-        shifts = _Shifts(remaining, judged)
+        shifts = Shifts(remaining, judged)
         factor = None
         pairs = [(prompt, cut) for prompt, own in accepted.items() for cut in own]
         for prompt, cut in sorted(pairs, key=lambda pair: -pair[1].candidate.rand_low):
-            gathered = shifts.gather(prompt, cut, accepted, config.seed)
+            gathered, _ = shifts.gather(prompt, cut, accepted, config.seed)
             fault = _not_hidden_bias(prompt, gathered, shifts, judged, needed, config)
             if not fault:
-                factor = Found(gathered)
+                factor = gathered
                 break
             _refuse(cuts[prompt], cut, fault)
-        for prompt, own in cuts.items():
-            if not taken:
-                search.power[prompt] = power(len(judged[prompt]), considered, config)
-            ordered = sorted(own, key=lambda cut: (bool(cut.candidate.refusal), -cut.candidate.log_e))
-            known = {candidate.evidence for candidate in search.candidates[prompt]} if taken else set()
-            search.candidates[prompt] += [c.candidate for c in ordered if c.candidate.evidence not in known]
+        for prompt, weighed in cuts.items() if not taken else ():
+            search.power[prompt] = power(len(judged[prompt]), considered, config)
+            ordered = sorted(weighed, key=lambda cut: (bool(cut.candidate.refusal), -cut.candidate.log_e))
+            search.candidates[prompt] = [cut.candidate for cut in ordered]
         if factor is None:
             break
         search.factors.append(factor)
-        weights = np.full((len(distinct), _size(factor)), 1 / _size(factor))
-        for prompt, cut in factor.cuts.items():
-            weights[judged[prompt]] = cut.weights
-        taken.append(weights)
+        taken.append(spread(factor, judged, len(distinct)))
     return search
 
 
-def _size(factor: Found) -> int:
-    return next(iter(factor.cuts.values())).candidate.num_groups
+def spread(factor: Mapping[int, Cut], members: Mapping[int, _Array], count: int) -> _Array:
+    """W (count, E) of a factor: that of its cuts, uniform for images of prompts that it does not split."""
+    size = next(iter(factor.values())).candidate.num_groups
+    weights = np.full((count, size), 1 / size)
+    for prompt, cut in factor.items():
+        weights[members[prompt]] = cut.weights
+    return weights
 
 
 def _refuse(cuts: list[Cut], cut: Cut, words: str) -> None:
@@ -179,27 +178,53 @@ def weigh(
     scores: Sequence[Score], distinct: NDArray[np.bool_], config: AuditConfig, rng: np.random.Generator
 ) -> list[Cut]:
     """Every cut of one prompt's images by a score, with what it is worth; those worth it with their e-values."""
-    sizes = [config.num_groups] if config.num_groups else range(2, config.max_groups + 1)
     drafts = []
     for score in scores:
         values = score.mean
-        for size in sizes if np.ptp(values) > 0 else ():
+        for size in _sizes(score, config) if np.ptp(values) > 0 else ():
             mixture = fit_mixture(values, size)
             if size == 2 or num_modes(mixture) == size:  # else neighbours only describe the slope of one hump
                 drafts.append((float(mixture.rand_index()), score, values, mixture))
-    drafts.sort(key=lambda draft: -draft[0])
-    rotations, tried, cuts = halves(len(distinct), rng, distinct), 0, []
-    for worth, score, values, mixture in drafts:
-        size = len(mixture.means)
-        cut = Cut(Candidate(score.evidence, size, [], 0.0, 0.0, round(worth, 4), -np.inf, ""), np.empty(0), [], score)
-        if worth < config.min_rand or tried == MOST_TRIED or mixture.shares.min() < config.min_share / 2:
-            humps: Mixture | Humps = mixture
+    rotations, tested, cuts = halves(len(distinct), rng, distinct), 0, []
+    for worth, score, values, mixture in sorted(drafts, key=lambda draft: -draft[0]):
+        size, lowest = len(mixture.means), worth
+        cut = Cut(Candidate(score.evidence, size, _rounded(mixture.shares), 0.0, 0.0, 0.0, NOT_TESTED, ""), score)
+        if mixture.shares.min() < config.min_share:
+            refusal = f"a group of {mixture.shares.min():.1%} is too small (at least {config.min_share:.1%})"
+        elif worth < config.min_rand or (lowest := rand_low(values, mixture, rng)) < config.min_rand:
+            refusal = "the groups overlap too much to part them"
+        elif tested == MOST_TESTED:
+            refusal = f"not among the {MOST_TESTED} clearest"
         else:
-            humps = fit_humps(values, mixture) or mixture
-        posterior = humps.posterior(values)
-        shares, separation = posterior.mean(axis=0), mixture.separation
-        lowest, log_e, refusal, agreement = worth, -np.inf, "", 0.0
-        intervals = share_intervals(posterior, rng)
+            tested += 1
+            humps = fit_humps(values, mixture)
+            posterior = (humps or mixture).posterior(values)
+            intervals = share_intervals(posterior, rng)
+            even = score.of_prompt and min(high for _, high in intervals) >= 0.5
+            refusal = "the groups are even: a style, not a spurious attribute" if even else ""
+            cut = Cut(cut.candidate, score, posterior, intervals)
+            mixture = humps.gaussians if humps else mixture
+            log_e = log_e_value(score.learn, values, size, rotations)
+            agreement, log_e = round(_agreement(score, size), 4), round(max(log_e, NOT_TESTED), 4)
+            shares = _rounded(posterior.mean(axis=0))
+            cut = replace(cut, candidate=replace(cut.candidate, shares=shares, agreement=agreement, log_e=log_e))
+        separation, lowest = round(float(mixture.separation), 4), round(lowest, 4)
+        candidate = replace(cut.candidate, separation=separation, rand_low=lowest, refusal=refusal)
+        cuts.append(replace(cut, candidate=candidate))
+    return cuts
+
+
+def _sizes(score: Score, config: AuditConfig) -> Sequence[int]:
+    """Numbers of groups to try: a margin or contrast has two ends, what usually comes with the prompt and what not."""
+    if config.num_groups:
+        return [config.num_groups]
+    return [2] if score.of_prompt else range(2, config.max_groups + 1)
+
+
+def _rounded(shares: _Array) -> list[float]:
+    return [round(float(share), 4) for share in shares]
+
+
 def _agreement(score: Score, num_groups: int) -> float:
     """The mean adjusted Rand index of the groups that the versions of a score give, each cut on its own."""
     labels = [fit_mixture(draw, num_groups, quick=True).posterior(draw).argmax(axis=1) for draw in score.draws]
@@ -207,16 +232,24 @@ def _agreement(score: Score, num_groups: int) -> float:
     return float(np.mean(pairs)) if pairs else 0.0
 
 
-class _Shifts:
+class Shifts:
     """How the features of groups differ within prompts, to see which cuts of several prompts are one factor."""
 
     def __init__(self, sources: Sequence[_Array], members: Mapping[int, _Array]) -> None:
-        self._sources, self._members = sources, members
+        self._members, self._sources = members, []
+        for source in sources:
+            within = np.concatenate([source[rows] - source[rows].mean(axis=0) for rows in members.values()])
+            # Attributes that come with the prompt are correlated over all images, not within prompts.
+            sizes, directions = np.linalg.eigh(np.cov(within, rowvar=False).reshape(within.shape[1], -1))
+            self._sources.append((source, directions / np.sqrt(sizes.clip(1e-3 * sizes.max()))))
 
     def features(self, prompt: int) -> _Array:
-        """Features of a prompt's images less their mean, (n, d)."""
+        """Features of a prompt's images less their mean, white within prompts, (n, d)."""
         rows = self._members[prompt]
-        return np.concatenate([source[rows] - source[rows].mean(axis=0) for source in self._sources], axis=1)
+        if not self._sources:
+            return np.zeros((len(rows), 1))
+        white = [source[rows] @ directions for source, directions in self._sources]
+        return np.concatenate([values - values.mean(axis=0) for values in white], axis=1)
 
     def of(self, features: _Array, weights: _Array) -> _Array:
         """Unit directions from the mean of all to each group's, (E, d)."""
@@ -224,38 +257,42 @@ class _Shifts:
         offsets = offsets - offsets.mean(axis=0)
         return offsets / np.maximum(np.linalg.norm(offsets, axis=1, keepdims=True), 1e-12)
 
-    def gather(self, prompt: int, cut: Cut, accepted: Mapping[int, Sequence[Cut]], seed: int) -> dict[int, Cut]:
-        """A cut, and for each other prompt the cut whose shifts agree best, its columns in the same order.
+    def gather(
+        self, prompt: int, cut: Cut, others: Mapping[int, Sequence[Cut]], seed: int, *, forced: bool = False
+    ) -> tuple[dict[int, Cut], bool]:
+        """A cut, and for each other prompt the cut whose shifts agree with its own, columns in the same order.
 
-        The columns of the first, largest prompt are ordered by frequency.
+        Agreement is the mean cosine of matched groups' shifts; it must pass that of every shuffling of the images
+        within the prompt. Where `forced`, what does not pass is taken too. The columns of the largest prompt are
+        ordered by frequency.
+
+        Returns:
+            The cuts by prompt, the largest first, and whether all pass.
         """
-        order = np.argsort(-cut.weights.sum(axis=0), kind="stable")
-        gathered = {prompt: _ordered(cut, order)}
-        if not self._sources:
-            return gathered
-        reference = self.of(self.features(prompt), gathered[prompt].weights)
-        for other, cuts in accepted.items():
+        gathered, all_pass = {prompt: cut}, True
+        reference = self.of(self.features(prompt), cut.weights)
+        for other, cuts in others.items():
             alike = [one for one in cuts if one.candidate.num_groups == cut.candidate.num_groups]
             if other == prompt or not alike:
                 continue
-            features, found = self.features(other), []
+            features = self.features(other)
             rng = np.random.default_rng(derived_seed("shifts", seed, prompt, other))
-            for one in alike:
-                agreement, columns = _matched(reference, self.of(features, one.weights))
-                shuffled = [
-                    _matched(reference, self.of(features, rng.permutation(one.weights)))[0]
-                    for _ in range(PERMUTATIONS if agreement > 0.1 else 0)
-                ]
-                if shuffled and agreement > max(shuffled):
-                    found.append((one.candidate.rand_low, agreement, _ordered(one, columns)))
-            if found:
-                gathered[other] = max(found, key=lambda entry: entry[:2])[2]
-        return gathered
+            matches = [(*_matched(reference, self.of(features, one.weights)), one) for one in alike]
+            agreement, columns, best = max(matches, key=lambda match: match[0])
+            shuffled = (self.of(features, rng.permutation(best.weights)) for _ in range(PERMUTATIONS))
+            passes = agreement > max(_matched(reference, shifts)[0] for shifts in shuffled)
+            if passes or forced:
+                gathered[other] = _ordered(best, columns)
+                all_pass &= passes
+        ranked = sorted(gathered, key=lambda one: -len(self._members[one]))
+        order = np.argsort(-gathered[ranked[0]].weights.sum(axis=0), kind="stable")
+        return {one: _ordered(gathered[one], order) for one in ranked}, all_pass
 
-    def share_away(self, prompt: int, cut: Cut, other: int) -> tuple[_Array, _Array]:
-        """Log likelihoods of the share of a two-group cut's second group under another prompt, at shares from 0 to 1.
+    def differs_away(self, prompt: int, cut: Cut, other: int) -> float:
+        """A p-value for two groups having the same shares under another prompt, which is not cut.
 
-        Along the direction of the cut, of two Gaussians as far apart as the cut's, wherever they lie.
+        By a likelihood ratio, along the direction of the cut, of two Gaussians wherever they lie and however near:
+        where the other prompt's images may be one hump of both groups, nothing is known.
         """
         features = self.features(prompt)
         direction = np.diff(self.of(features, cut.weights), axis=0)[0]
@@ -265,11 +302,14 @@ class _Shifts:
         spread = np.sqrt((cut.weights * (own[:, None] - means) ** 2).sum() / mass.sum())
         shares = np.linspace(0.005, 0.995, 100)
         best = np.full(len(shares), -np.inf)
-        for offset in np.linspace(away.min(), away.max(), 60):
-            shifted = Mixture(means - means.mean() + offset, np.full(2, 0.5), np.array(spread))
-            parts = shifted.log_parts(away)[:, None, :] + np.log(np.stack([1 - shares, shares], axis=1) / 0.5)
-            best = np.maximum(best, logsumexp(parts, axis=2).sum(axis=0))
-        return shares, best
+        for nearness in (0.4, 0.6, 0.8, 1.0, 1.2):
+            for offset in np.linspace(away.min(), away.max(), 40):
+                shifted = Mixture((means - means.mean()) * nearness + offset, np.full(2, 0.5), np.array(spread))
+                parts = shifted.log_parts(away)[:, None, :] + np.log(np.stack([1 - shares, shares], axis=1) / 0.5)
+                best = np.maximum(best, logsumexp(parts, axis=2).sum(axis=0))
+        low, high = cut.intervals[1] if cut.intervals else (cut.candidate.shares[1],) * 2
+        alike = best[(shares >= low - 0.01) & (shares <= high + 0.01)].max()
+        return float(chi2.sf(2 * (best.max() - alike), 1))
 
 
 def _matched(reference: _Array, offsets: _Array) -> tuple[float, _Array]:
@@ -282,14 +322,14 @@ def _matched(reference: _Array, offsets: _Array) -> tuple[float, _Array]:
 def _ordered(cut: Cut, order: _Array) -> Cut:
     """A cut with its columns in another order."""
     shares = [cut.candidate.shares[column] for column in order]
-    intervals = [cut.intervals[column] for column in order]
-    return Cut(replace(cut.candidate, shares=shares), cut.weights[:, order], intervals, cut.score)
+    intervals = [cut.intervals[column] for column in order] if cut.intervals else []
+    return Cut(replace(cut.candidate, shares=shares), cut.score, cut.weights[:, order], intervals)
 
 
 def _not_hidden_bias(
     prompt: int,
     gathered: Mapping[int, Cut],
-    shifts: _Shifts,
+    shifts: Shifts,
     judged: Mapping[int, _Array],
     needed: float,
     config: AuditConfig,
@@ -302,25 +342,21 @@ def _not_hidden_bias(
     cut = gathered[prompt]
     if cut.score.of_prompt:
         return ""
-    shares = " / ".join(f"{share:.0%}" for share in cut.candidate.shares)
+    shares, size = " / ".join(f"{share:.0%}" for share in cut.candidate.shares), cut.candidate.num_groups
+    uneven = min(cut.candidate.shares) * size / 2 <= config.max_balance
     if len(judged) == 1:
-        uneven = min(cut.candidate.shares) * len(cut.candidate.shares) / 2 <= config.max_balance
         return "" if uneven else f"the groups are even ({shares}): a style, not a spurious attribute"
     if len(gathered) > 1:
         table = np.array(
             [np.bincount(one.weights.argmax(axis=1), minlength=len(cut.candidate.shares)) for one in gathered.values()]
         )
         p = float(chi2_contingency(table[:, table.any(axis=0)])[1]) if (table.any(axis=0)).sum() > 1 else 1.0
-    elif len(cut.candidate.shares) == 2:
-        ps = []
-        for other in judged:
-            if other != prompt:
-                grid, likelihood = shifts.share_away(prompt, cut, other)
-                here = likelihood[np.abs(grid - cut.candidate.shares[1]).argmin()]
-                ps.append(float(chi2.sf(2 * (likelihood.max() - here), 1)))
-        p = min(1.0, min(ps) * len(ps))
+    elif uneven and size == 2:
+        others = [other for other in judged if other != prompt]
+        p = min(1.0, len(others) * min(shifts.differs_away(prompt, cut, other) for other in others))
     else:
         p = 1.0
     if np.log(0.5) - 0.5 * np.log(max(p, 1e-300)) >= needed:  # the p-value as an e-value (Vovk and Wang 2021)
         return ""
-    return f"uneven ({shares}), but not more under one prompt than another: not associated with the prompt"
+    kind = "uneven" if uneven else "even"
+    return f"{kind} ({shares}), and not seen to differ between prompts: a style, not associated with the prompt"

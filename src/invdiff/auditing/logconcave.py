@@ -68,7 +68,7 @@ def fit_log_concave(x: _Array, weights: _Array) -> tuple[_Array, _Array]:
     mass = mass / mass.sum()
     mean = mass @ values
     spread = np.sqrt(mass @ (values - mean) ** 2)
-    _, knots, phi = _certified_maximum((values - mean) / spread, mass, 1e-4)
+    _, knots, phi = _certified_maximum((values - mean) / spread, mass, 1e-3)
     return knots * spread + mean, phi - np.log(spread)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..config import AuditConfig
@@ -17,12 +19,17 @@ from ..errors import AuditError, ConfigError
 from ..files import default_cache_dir
 from ..models.encoders import ClipEncoder
 from ..models.frozen import Denoiser, FrozenDenoiser
-from ..progress import progress_bar
-from .captions import group_captions, stated_group, words_that_state_groups
-from .evidence import Evidence, collect_evidence, encode_vision, scores_of
+from ..seeds import generator
+from .captions import group_captions, part_by_images, stated_group, words_that_state_groups
+from .evidence import Evidence, collect_evidence, encode_vision
+from .factors import Cut, find_factors, spread
 from .result import Audit, Factor, PromptAudit, PromptSplit
-from .splits import Split, align_columns, deciding_splits, ranked_splits, rarest, too_few, why_not
+from .splits import force_factor, rarest, why_not
 from .words import describe_groups
+
+ALMOST, NEIGHBOURS = 0.05, 8
+"""Latents nearer than this share of their usual size are of nearly the same image; looked for among this many that
+are next on a random line."""
 
 
 def audit(
@@ -36,9 +43,9 @@ def audit(
 ) -> Audit:
     """Infer the group indicator matrix W of captioned images, or say that nothing is hidden.
 
-    Captions that mean the same to the model are one prompt. Each image is measured with a few denoiser
-    forwards; each prompt's images are then split by the evidence that separates them best, if any does.
-    A caption whose own words state the group is set apart: an attribute that it states is not hidden.
+    Captions that mean the same to the model, and whose images look alike to it, are one prompt. Each image is measured
+    with a few denoiser forwards; hidden factors are then sought one after the other: see factors.py. A caption whose
+    own words state the group is set apart: an attribute that it states is not hidden.
 
     Args:
         pipe: The pipeline to audit.
@@ -74,7 +81,7 @@ def audit(
         folder = cache_dir / "vision"
         vision = from_main(lambda: encode_vision(config.vision_encoder, images, rows, folder, progress=progress))
     others = encode_captions(pipe, config.other_captions) if config.other_captions else None
-    with FrozenDenoiser(pipe) as frozen:
+    with FrozenDenoiser(pipe, upper=denoiser is None) as frozen:
         used, folder = denoiser or frozen, cache_dir / "evidence"
         evidence = collect_evidence(used, encoded, config, work_dir=folder, others=others, progress=progress)
         prompt_of, spent = from_main(lambda: group_captions(used, encoded, config.caption_threshold, config.seed))
@@ -88,7 +95,8 @@ def audit(
     }
 
     def conclude() -> Audit:
-        found = infer(encoded, evidence, prompt_of, config, progress=progress)
+        prompts, notes = part_by_images(prompt_of, encoded, evidence.whitened(config.seed))
+        found = infer(encoded, evidence, prompts, config, notes=notes, distinct=distinct(encoded), progress=progress)
         found = replace(found, settings=settings, unreadable=dict(encoded.unreadable))
         found = replace(found, forwards_per_image=round(float(measured + spent), 3))
         if images is None or not config.words_model or not found.biased:
@@ -101,62 +109,117 @@ def audit(
 
 
 def infer(
-    data: EncodedImages, evidence: Evidence, prompt_of: NDArray[Any], config: AuditConfig, *, progress: bool = True
+    data: EncodedImages,
+    evidence: Evidence,
+    prompt_of: NDArray[Any],
+    config: AuditConfig,
+    *,
+    notes: Mapping[int, str] | None = None,
+    distinct: NDArray[np.bool_] | None = None,
+    progress: bool = True,
 ) -> Audit:
-    """The max phase: groups of images from their evidence; `prompt_of` (captions,) is as `group_captions` finds it."""
+    """The max phase: groups of images from their evidence.
+
+    Args:
+        data: N images and their captions.
+        evidence: What was measured of them.
+        prompt_of: The prompt of each caption, (captions,), as `part_by_images` finds it, which `notes` are about.
+        config: Solver, thresholds, seed.
+        notes: What is to be said of a prompt.
+        distinct: (N,), false for images that are nearly the same as another.
+        progress: Show a progress bar.
+    """
     caption_ids = data.caption_ids.numpy()
     members = {prompt: np.flatnonzero(prompt_of[caption_ids] == prompt) for prompt in np.unique(prompt_of).tolist()}
     members = dict(sorted(members.items(), key=lambda item: -len(item[1])))
+    names = {prompt: _captions_of(data, rows)[0] for prompt, rows in members.items()}
+    if config.solver == "auto":
+        distinct = np.ones(len(data), dtype=bool) if distinct is None else distinct
+        search = find_factors(evidence, members, names, distinct, config, progress=progress)
+    else:
+        search = force_factor(evidence, members, config)
 
-    # Which splits of each prompt's images are separated, stable and unbalanced? The best one decides, if any.
-    ranked: dict[int, list[Split]] = {}
-    with progress_bar("weighing evidence", len(members), enabled=progress) as bar:
-        for prompt, rows in members.items():
-            scores = [] if too_few(len(rows), config) else scores_of(evidence, rows, config)
-            ranked[prompt] = ranked_splits(scores, config)
-            bar.advance()
-    num_groups, deciding = deciding_splits(ranked, config)
+    # What captions state is not hidden: of each factor, the group that an image's caption states, or -1.
+    stated = np.full((len(data), len(search.factors)), -1)
+    words: list[dict[str, int]] = []
+    for m, cuts in enumerate(search.factors):
+        group_of, usual = words_that_state_groups(data, {p: (members[p], cut.weights) for p, cut in cuts.items()})
+        words.append(dict(group_of))
+        for prompt, cut in cuts.items():
+            of_usual = dict.fromkeys(usual, int(cut.weights.sum(axis=0).argmax()))
+            by_caption = np.array([stated_group(caption, group_of) for caption in data.captions])
+            by_usual = np.array([stated_group(caption, of_usual) for caption in data.captions])
+            stated[members[prompt], m] = np.where(by_caption < 0, by_usual, by_caption)[caption_ids[members[prompt]]]
+            words[m] |= of_usual
 
-    # Columns of W mean the same under every prompt; what captions state is not hidden.
-    features = evidence.features.reshape(len(data), -1)
-    aligned = align_columns({k: (members[k], split.weights) for k, split in deciding.items()}, num_groups, features)
-    group_of, usual = words_that_state_groups(data, {prompt: (members[prompt], w) for prompt, w in aligned.items()})
-
-    group_weights = np.full((len(data), num_groups), 1.0 / num_groups)
-    final_scores, prompt_ids = np.zeros(len(data)), np.zeros(len(data), dtype=np.int64)
-    prompts: list[PromptAudit] = []
-    splits: list[PromptSplit] = []
-
-    def add(rows: NDArray[Any], **result: Any) -> None:
-        ids, counts = np.unique(caption_ids[rows], return_counts=True)
-        captions = [data.captions[k] for k in ids[np.argsort(-counts, kind="stable")]]
-        prompt_ids[rows] = len(prompts)
-        prompts.append(PromptAudit(prompt=captions[0], captions=captions, num_images=len(rows), **result))
-
+    prompt_ids, prompts = np.zeros(len(data), dtype=np.int64), list[PromptAudit]()
+    weights = [spread(cuts, members, len(data)) for cuts in search.factors] or [np.full((len(data), 2), 0.5)]
+    scores = np.zeros((max(len(search.factors), 1), len(data)))
+    splits: list[list[PromptSplit]] = [[] for _ in search.factors]
     for prompt, rows in members.items():
-        candidates = [split.candidate for split in ranked[prompt]]
-        if prompt not in deciding:
-            add(rows, found=False, reason=why_not(len(rows), ranked[prompt], config), candidates=candidates)
-            continue
-        split, weights = deciding[prompt], aligned[prompt]
-        score, best, labels = split.score.mean, split.candidate, weights.argmax(axis=1)
-        of_usual = dict.fromkeys(usual, int(weights.sum(axis=0).argmax()))
-        by_caption = np.array([stated_group(caption, group_of) for caption in data.captions])
-        by_usual = np.array([stated_group(caption, of_usual) for caption in data.captions])
-        stated = np.where(by_caption < 0, by_usual, by_caption)[caption_ids[rows]]
-        hidden = stated < 0
-        if hidden.any():
-            group_weights[rows[hidden]] = weights[hidden]
-            high = score[labels == rarest(np.bincount(labels))].mean() >= score.mean()
-            final_scores[rows[hidden]] = (score if high else -score)[hidden]
-            figures = (best.separation, best.agreement, best.rand_low, best.log_e)
-            found = PromptSplit(len(prompts), best.evidence, [], [], *figures)
-            splits.append(found.with_shares_of(weights[hidden]))
-            add(rows[hidden], found=True, reason=f"split by {best.evidence}", candidates=candidates)
-        for group in np.unique(stated[~hidden]).tolist():
-            words = ", ".join(sorted({word for word, k in (*group_of.items(), *of_usual.items()) if k == group}))
-            add(rows[stated == group], found=False, reason=f"its captions state the group (words: {words})")
-    splits.sort(key=lambda one: -prompts[one.prompt].num_images)
-    factors = [Factor("factor 1", True, splits)] if splits else []
-    final_weights, all_scores = (group_weights.astype(np.float32),), final_scores.astype(np.float32)[None]
-    return Audit(final_weights, all_scores, prompt_ids, prompts, factors, list(data.names), 0.0, {})
+        for key in sorted({tuple(row) for row in stated[rows].tolist()}):
+            own = rows[(stated[rows] == key).all(axis=1)]
+            prompt_ids[own] = len(prompts)
+            splitting = [m for m, cuts in enumerate(search.factors) if prompt in cuts and key[m] < 0]
+            for m in splitting:
+                splits[m].append(_split(len(prompts), search.factors[m][prompt], np.isin(rows, own)))
+                scores[m, own] = _rare_is_high(search.factors[m][prompt])[np.isin(rows, own)]
+            for m, group in enumerate(key):
+                if group >= 0:
+                    weights[m][own] = 1 / weights[m].shape[1]
+            captions = _captions_of(data, own)
+            candidates = search.candidates[prompt]
+            if splitting:
+                reason = "split by " + " and ".join(search.factors[m][prompt].candidate.evidence for m in splitting)
+            elif max(key, default=-1) >= 0:
+                saying = {word for m, group in enumerate(key) for word, k in words[m].items() if 0 <= group == k}
+                reason, candidates = f"its captions state the group (words: {', '.join(sorted(saying))})", []
+            else:
+                reason = why_not(len(rows), candidates, config)
+            power = search.power.get(prompt, "")
+            found = bool(splitting)
+            said = [notes[prompt]] if notes and prompt in notes else []
+            prompts.append(PromptAudit(captions[0], captions, len(own), found, reason, power, said, candidates))
+    factors = [
+        Factor(f"factor {m + 1}", search.matched, sorted(of, key=lambda one: -prompts[one.prompt].num_images))
+        for m, of in enumerate(splits)
+    ]
+    final = tuple(each.astype(np.float32) for each in weights)
+    return Audit(final, scores.astype(np.float32), prompt_ids, prompts, factors, list(data.names), 0.0, {})
+
+
+def _captions_of(data: EncodedImages, rows: NDArray[Any]) -> list[str]:
+    """The captions of images, the most frequent first."""
+    ids, counts = np.unique(data.caption_ids.numpy()[rows], return_counts=True)
+    return [data.captions[k] for k in ids[np.argsort(-counts, kind="stable")]]
+
+
+def _split(prompt: int, cut: Cut, own: NDArray[np.bool_]) -> PromptSplit:
+    """A cut as a prompt's split, of those of its images that `own` says."""
+    best = cut.candidate
+    figures = (best.separation, best.agreement, best.rand_low, best.log_e)
+    found = PromptSplit(prompt, best.evidence, best.shares, cut.intervals, *figures)
+    return found if own.all() and cut.intervals else found.with_shares_of(cut.weights[own])
+
+
+def _rare_is_high(cut: Cut) -> NDArray[Any]:
+    """A cut's score (n,), turned so that the rarest group has the higher ones."""
+    score, labels = cut.score.mean, cut.weights.argmax(axis=1)
+    rare = labels == rarest(np.bincount(labels, minlength=cut.weights.shape[1]))
+    return score if score[rare].mean() >= score.mean() else -score
+
+
+def distinct(data: EncodedImages) -> NDArray[np.bool_]:
+    """Whether each image is the first of those that are nearly the same, such as copies saved again, (N,)."""
+    count, sketches = len(data), []
+    for rows in torch.arange(count).split(1024):
+        flat = data.latents[rows].float().flatten(1)
+        basis = torch.randn(flat.shape[1], 64, generator=generator("near-duplicates")) / flat.shape[1] ** 0.5
+        sketches.append(flat @ basis)
+    sketch = torch.cat(sketches)
+    order = sketch[:, 0].argsort(stable=True)
+    near, first = ALMOST * (sketch - sketch.mean(dim=0)).norm(dim=1).median(), torch.ones(count, dtype=torch.bool)
+    for step in range(1, min(NEIGHBOURS, count - 1) + 1):
+        same = (sketch[order[step:]] - sketch[order[:-step]]).norm(dim=1) < near
+        first[torch.maximum(order[step:][same], order[:-step][same])] = False
+    return first.numpy()

@@ -25,14 +25,8 @@ from sklearn.exceptions import ConvergenceWarning
 
 from ..config import AuditConfig
 from ..models.load import public_name
-from .evidence import Evidence
+from .evidence import FITTED, Evidence
 
-WHITENED = 100
-"""Dimensions of the features that margins are taken in."""
-IMAGES_PER_WHITENED = 20
-"""Images that each of them takes."""
-FITTED = 8000
-"""Most images that a basis of features is fitted on, evenly chosen; all are projected on it."""
 CONFUSERS = 5
 """Other prompts that an image of a prompt is compared with: those whose means are nearest."""
 FOLDS = 5
@@ -149,38 +143,6 @@ def _margin(values: _Array, own: _Array, other: _Array) -> _Array:
     return (values - (own + other) / 2) @ (other - own)
 
 
-def whitened_sources(evidence: Evidence, config: AuditConfig) -> list[_Array]:
-    """Whitened features (N, d) of each block at each noise level, and of each view of a vision encoder."""
-    count, levels = evidence.features.shape[:2]
-    readers: list[Callable[[_Array], _Array]] = []
-    for level in range(levels):
-        readers.append(lambda rows, at=level: evidence.features[rows][:, at])  # type: ignore[misc]
-        if (upper := evidence.upper) is not None:
-            for block in range(upper.shape[2]):
-                readers.append(lambda rows, at=level, of=block: upper[rows][:, at, of])  # type: ignore[misc]
-    if (vision := evidence.vision) is not None:
-        readers += [lambda rows, at=view: vision[rows, at] for view in range(vision.shape[1])]  # type: ignore[misc]
-    return [whitened(read, count, seed=config.seed) for read in readers]
-
-
-def whitened(read: Callable[[_Array], _Array], count: int, *, seed: int) -> _Array:
-    """The leading principal components, each of unit variance, of the features (n, D) that `read` reads of rows (n,)."""
-    fitted_rows = np.linspace(0, count - 1, min(count, FITTED)).astype(int)
-    sample = read(fitted_rows).astype(np.float64)
-    mean, scale = sample.mean(axis=0), sample.std(axis=0)
-    varies = scale > 1e-6 * max(float(np.abs(sample).max()), 1e-12)
-    if not varies.any():
-        return np.zeros((count, 0), dtype=np.float32)
-
-    def standard(values: _Array) -> _Array:
-        return (values[:, varies] - mean[varies]) / scale[varies]
-
-    size = min(WHITENED, max(count // IMAGES_PER_WHITENED, 2), int(varies.sum()), len(sample) - 1)
-    pca = PCA(size, whiten=True, svd_solver="randomized", random_state=seed).fit(standard(sample))
-    batches = np.array_split(np.arange(count), -(-count // FITTED))
-    return np.concatenate([pca.transform(standard(read(rows))).astype(np.float32) for rows in batches])
-
-
 def contrasts(evidence: Evidence, rows: _Array, config: AuditConfig) -> list[Score]:
     """The contrasts of images `rows`; for the solver `gradient` the losses, as in InvDiff."""
     losses = evidence.losses[rows].astype(np.float64)  # (n, levels, draws, conditions)
@@ -242,7 +204,7 @@ def components(
 
 
 def _independent(whitened: _Array, shape: str, seed: int, known: NDArray[np.bool_]) -> FastICA | None:
-    """FastICA of the rows `known` (n,) of whitened features (n, size); None where no direction of the shape is left."""
+    """FastICA of the rows `known` (n,) of whitened features (n, size); None where no such direction is left."""
     ica = FastICA(whiten="unit-variance", max_iter=300, tol=1e-3, random_state=seed, **SHAPES[shape])
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore", ConvergenceWarning)  # a component that does not settle refutes nothing

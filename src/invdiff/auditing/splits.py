@@ -1,32 +1,30 @@
-"""The max phase of the game: from one score per image to W, and which split of a prompt's images is believed.
+"""The max phase of the game as the paper has it: from one score per image to W, by the dispersion of group losses.
 
 W (N, E) has its rows on the simplex. With the group losses L_e = sum_i W_ie s_i / sum_i W_ie, where s is a per-image
 loss, a contrast of losses, or any other evidence of one dimension, two solvers maximise the dispersion of {L_e}:
 `exact_groups`, by dynamic programming, and `gradient_groups`, as in InvDiff (Hou et al., KDD 2025).
 
-Labels are never read. A split of a prompt's images is believed if it is *separated* (a gap in the scores), *stable*
-(independent noises find the same images) and *unbalanced* (an even split is a style, such as facing left or right);
-the one of the largest stability times separation decides. Where none passes, nothing is found.
+They split any images, whether anything is hidden or not: the solver `auto` decides otherwise, in decide.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
 from ..config import AuditConfig
 from ..errors import AuditError
-from .evidence import Score
+from .decide import fit_mixture
+from .evidence import Evidence
+from .factors import NOT_TESTED, Cut, Search, Shifts, too_few
 from .result import Candidate
+from .scores import Score, contrasts
 
 
 def exact_groups(scores: NDArray[Any], num_groups: int, *, min_share: float = 0.0) -> NDArray[Any]:
@@ -96,163 +94,47 @@ def gradient_groups(
     return final[:, np.argsort(final.T @ scores / final.sum(axis=0), kind="stable")]
 
 
-@dataclass(frozen=True)
-class Split:
-    """A candidate and its groups."""
-
-    candidate: Candidate
-    weights: NDArray[Any]
-    """W of the prompt's images, (n, E), columns rising with the score."""
-    score: Score
-
-    @property
-    def merit(self) -> float:
-        """Splits are ranked by it."""
-        return self.candidate.agreement * self.candidate.separation
-
-
-def split(score: Score, num_groups: int, config: AuditConfig) -> Split:
-    """Cut a score into the groups of largest dispersion, and judge the cut."""
+def forced_split(score: Score, config: AuditConfig) -> Cut:
+    """The groups of largest dispersion of a score, with how well those of its two halves agree; believed as asked."""
+    num_groups = config.num_groups or 2
 
     def cut(values: NDArray[Any]) -> NDArray[Any]:
         if config.solver == "gradient":
             return gradient_groups(values, num_groups, omega=config.omega, seed=config.seed)
         return np.eye(num_groups)[exact_groups(values, num_groups, min_share=config.min_share)]
 
-    mean = score.mean
-    weights = cut(mean)
-    shares = weights.mean(axis=0)
-    stability = 0.0
+    weights, agreement = cut(score.mean), 0.0
     if len(score.draws) >= 2:
         first, second = (cut(score.draws[half::2].mean(axis=0)).argmax(axis=1) for half in (0, 1))
-        stability = float(adjusted_rand_score(first, second))
-    depth = separation(mean, weights.argmax(axis=1))
-    rounded, refusal = [round(float(share), 4) for share in shares], ""
-    if shares.min() * num_groups / 2 > config.max_balance:
-        refusal = f"is balanced ({', '.join(f'{share:.0%}' for share in shares)}): a style, not a spurious attribute"
-    for fault, name, found, least in (
-        ("changes with the noise", "agreement", stability, config.min_stability),
-        ("cuts through one hump", "separation", depth, config.min_separation),
-    ):
-        if found < least:
-            refusal = f"{fault} ({name} {found:.2f}, at least {least:g} is needed)"
-    figures = (round(stability, 4), round(depth, 4), 0.0, 0.0)
-    candidate = Candidate(score.evidence, num_groups, rounded, *figures, refusal)
-    return Split(candidate, weights, score)
+        agreement = float(adjusted_rand_score(first, second))
+    humps = fit_mixture(score.mean, num_groups)
+    shares = [round(float(share), 4) for share in weights.mean(axis=0)]
+    figures = (round(agreement, 4), round(float(humps.separation), 4), round(float(humps.rand_index()), 4), NOT_TESTED)
+    return Cut(Candidate(score.evidence, num_groups, shares, *figures, ""), score, weights)
 
 
-def ranked_splits(scores: list[Score], config: AuditConfig) -> list[Split]:
-    """The splits of one prompt's images by each score, into each number of groups; of solver `auto` best first."""
-    if config.solver != "auto":
-        return [split(score, config.num_groups or 2, config) for score in scores]
-    sizes = [config.num_groups] if config.num_groups else range(2, config.max_groups + 1)
-    splits = [split(score, size, config) for score in scores for size in sizes]
-    return sorted(splits, key=lambda one: (-one.candidate.accepted, -one.merit))
+def force_factor(evidence: Evidence, members: Mapping[int, NDArray[Any]], config: AuditConfig) -> Search:
+    """One factor that splits every prompt with images enough, whether anything is hidden or not."""
+    judged = {prompt: rows for prompt, rows in members.items() if not too_few(len(rows), config)}
+    scored = {prompt: contrasts(evidence, rows, config) for prompt, rows in judged.items()}
+    cuts = {prompt: [forced_split(scores[0], config)] for prompt, scores in scored.items() if scores}
+    candidates = {prompt: [cut.candidate for cut in cuts.get(prompt, [])] for prompt in members}
+    if not cuts:
+        return Search([], candidates, {})
+    sources = evidence.whitened(config.seed)
+    first = next(iter(cuts))
+    factor, matched = Shifts(sources, judged).gather(first, cuts[first][0], cuts, config.seed, forced=True)
+    return Search([factor], candidates, {}, matched)
 
 
-def deciding_splits(ranked: dict[int, list[Split]], config: AuditConfig) -> tuple[int, dict[int, Split]]:
-    """E of the audit, and the split that decides each prompt under which a hidden group is found.
-
-    E is what serves most prompts, of these the one of most merit. A prompt takes its best accepted split into E
-    groups, else into fewer, else that of its best score cut into E. `ranked` holds the result of `ranked_splits` by
-    prompt.
-    """
-    any_split = config.solver != "auto"
-    accepted = {
-        prompt: found
-        for prompt, splits in ranked.items()
-        if (found := [one for one in splits if one.candidate.accepted or any_split])
-    }
-    num_groups = config.num_groups or 2
-    if accepted and not config.num_groups and not any_split:
-        served: dict[int, list[float]] = defaultdict(list)
-        for splits in accepted.values():
-            for size, merit in {one.candidate.num_groups: one.merit for one in reversed(splits)}.items():
-                served[size].append(merit)
-        num_groups = max(served, key=lambda size: (len(served[size]), sum(served[size]), -size))
-    deciding = {}
-    for prompt, splits in accepted.items():
-        fitting = [one for one in splits if one.candidate.num_groups == num_groups]
-        fitting += [one for one in splits if one.candidate.num_groups < num_groups]
-        deciding[prompt] = fitting[0] if fitting else split(splits[0].score, num_groups, config)
-    return num_groups, deciding
-
-
-def too_few(num_images: int, config: AuditConfig) -> bool:
-    """Whether a prompt has too few images to judge any split of them."""
-    return num_images < max(config.min_images, 4)
-
-
-def why_not(num_images: int, splits: list[Split], config: AuditConfig) -> str:
-    """The reason, in words, why no hidden group is found under a prompt: the threshold that its best split misses."""
+def why_not(num_images: int, candidates: Sequence[Candidate], config: AuditConfig) -> str:
+    """The reason, in words, why no hidden group is found under a prompt: what is wrong with its clearest cut."""
     if too_few(num_images, config):
         return f"too few images to judge ({num_images}; at least {config.min_images} are needed)"
-    if not splits:
+    if not candidates:
         return "no hidden group: nothing that was measured varies between the images"
-    best = splits[0].candidate
-    return f"no hidden group: the best split, by {best.evidence}, {best.refusal}"
-
-
-def separation(scores: NDArray[Any], labels: NDArray[Any]) -> float:
-    """How empty the gaps between neighbouring groups are, the smallest over neighbours, in [0, 1].
-
-    The core of a group is the shortest interval that holds half of it. One minus the least density in a window of half
-    the sparser core's width that slides between two cores, relative to that core's density, is the depth of the
-    valley: 0 where one hump was cut. Groups `labels` (n,) rise with `scores` (n,).
-    """
-    if len(np.unique(labels)) <= labels.max():
-        return 0.0  # a group is empty
-    ordered = np.sort(scores)
-    cores = [_core(np.sort(scores[labels == group])) for group in range(labels.max() + 1)]
-    depths = []
-    for low, high in pairwise(cores):
-        start, end, density = min(low, high, key=lambda core: core[2])
-        window = 0.5 * (end - start)
-        room = high[0] - low[1] - window
-        if room <= 0 or window <= 0:
-            return 0.0
-        starts = low[1] + room * np.linspace(0, 1, 200)
-        inside = np.searchsorted(ordered, starts + window, "left") - np.searchsorted(ordered, starts, "right")
-        # Two points more than were seen: in small groups an empty window can be luck.
-        valley = (inside.min() + 2) / window
-        depths.append(max(0.0, 1 - valley / density))
-    return float(min(depths))
-
-
-def _core(ordered: NDArray[Any]) -> tuple[float, float, float]:
-    """Start, end and density (points per unit) of the shortest interval that holds half the points."""
-    half = max(1, len(ordered) // 2)
-    if len(ordered) <= half:
-        return float(ordered[0]), float(ordered[-1]), np.inf
-    start = int((ordered[half:] - ordered[:-half]).argmin())
-    first, last = float(ordered[start]), float(ordered[start + half])
-    return first, last, half / (last - first) if last > first else np.inf
-
-
-def align_columns(
-    groups: dict[int, tuple[NDArray[Any], NDArray[Any]]], num_groups: int, features: NDArray[Any]
-) -> dict[int, NDArray[Any]]:
-    """W (n, E) of each prompt with its columns in such order that a column means the same under every prompt.
-
-    Groups are matched by the offset of their mean features from the prompt's own mean; the first prompt's are ordered
-    by frequency. `groups` holds for each prompt its images (n,), indices into `features` (N, D), and their W.
-    """
-    aligned: dict[int, NDArray[Any]] = {}
-    reference: NDArray[Any] | None = None
-    for prompt, (rows, weights) in groups.items():
-        weights = np.pad(weights, ((0, 0), (0, num_groups - weights.shape[1])))
-        mass, values = weights.sum(axis=0), features[rows].astype(np.float64)
-        means = (weights.T @ values) / np.maximum(mass, 1e-12)[:, None]
-        offsets = np.where(mass[:, None] > 0, means - means[mass > 0].mean(axis=0), 0.0)
-        offsets = offsets / np.maximum(values.std(axis=0), 1e-12)
-        offsets /= np.maximum(np.linalg.norm(offsets, axis=1, keepdims=True), 1e-12)
-        if reference is None:
-            order = np.argsort(-mass, kind="stable")
-            reference = offsets[order]
-        else:
-            order = linear_sum_assignment(-reference @ offsets.T)[1]
-        aligned[prompt] = weights[:, order]
-    return aligned
+    best = candidates[0]
+    return f"no hidden group: by the clearest evidence, {best.evidence}, {best.refusal}"
 
 
 def rarest(mass: NDArray[Any]) -> int:
