@@ -107,7 +107,10 @@ class Evidence:
 
 
 def _part(values: Stack | NDArray[Any], part: tuple[int, ...], rows: NDArray[Any]) -> NDArray[Any]:
-    return values[rows][(slice(None), *part)]
+    taken = values[rows]
+    for index in part:
+        taken = taken[:, index]
+    return taken
 
 
 def whitened(read: _Read, count: int, *, seed: int) -> NDArray[np.float32]:

@@ -98,7 +98,7 @@ def find_factors(
         prompt_of[rows] = prompt
     search = Search([], {prompt: [] for prompt in members}, {})
     taken: list[_Array] = []
-    for number in range(config.max_factors):
+    for number in range(config.max_factors if judged else 0):
         remaining = [without(source, taken, prompt_of) for source in sources]
         margins = Margins(remaining, prompt_of) if len(judged) > 1 and remaining else None
         cuts: dict[int, list[Cut]] = {}
