@@ -8,7 +8,7 @@ from invdiff.training.batches import GroupBalancedSampler, draw_batch
 
 
 def drawn(prompts, *group_weights, size=8000):
-    """Rows and environments of images of these prompts and groups; labels stand for hard groups."""
+    """Rows, factors and environments of images of these prompts and groups; labels stand for hard groups."""
     weights = [torch.eye(2)[w.long()] if w.ndim == 1 else w for w in group_weights]
     return GroupBalancedSampler(prompts, weights).draw(size, torch.Generator().manual_seed(0))
 
@@ -28,13 +28,21 @@ def test_groups_of_a_prompt_and_images_of_a_group_come_equally_often():
     assert abs(labels[rows].float().mean().item() - 0.5) < 0.03
     rare = torch.bincount(rows, minlength=20)[16:]
     assert rare.min() > 0.85 * rare.float().mean()
-    assert drawn(one_prompt(10), one_prompt(10), size=100)[1].sum() == 0  # an empty group is never drawn
+    assert drawn(one_prompt(10), one_prompt(10), size=100)[2].sum() == 0  # an empty group is never drawn
 
 
 def test_where_nothing_was_found_the_environment_is_independent_of_the_image():
     rows, _, environments = drawn(one_prompt(10), unknown(10))
     for row in range(10):
         assert abs(environments[rows == row, 0].float().mean().item() - 0.5) < 0.08
+
+
+def test_a_factor_is_drawn_for_the_prompts_that_it_splits():
+    prompts, labels = (torch.arange(40) >= 20).long(), torch.arange(40) % 2 > 0
+    first = torch.where((prompts == 0)[:, None], torch.eye(2)[labels.long()], torch.tensor(0.5))
+    rows, factors, _ = drawn(prompts, first, labels)
+    assert factors[prompts[rows] == 1].min() == 1
+    assert abs(factors[prompts[rows] == 0].float().mean().item() - 0.5) < 0.03
 
 
 def test_a_rare_prompt_comes_more_often_than_its_share():

@@ -34,25 +34,27 @@ def test_the_objective_is_the_mean_plus_penalty_times_the_variance():
     assert invariant_objective(losses, penalty=0.5).item() == pytest.approx((2.5 + 2.0) / 2)
 
 
-def test_the_gradient_of_a_step_is_that_of_the_objective_at_the_group_losses(tiny_pipe, data):
-    """Two prompts and two groups, equally often in the batch; without memory, moving means are those of the batch."""
+@pytest.mark.parametrize("num_factors", [1, 2])
+def test_the_gradient_of_a_step_is_that_of_the_objective_at_the_group_losses(tiny_pipe, data, num_factors):
+    """Two groups of two prompts, or of two factors, equally often; without memory, moving means are the batch's."""
     numbers = torch.Generator().manual_seed(0)
-    prompts, groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), torch.tensor([0, 0, 1, 1] * 2)
+    cells, groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), torch.tensor([0, 0, 1, 1] * 2)
+    prompts, factors = (cells, 0 * cells) if num_factors == 1 else (0 * cells, cells)
+    drawn = factors[:, None] == torch.arange(num_factors)
+    environments = torch.where(drawn, groups[:, None], 1 - groups[:, None])
     latents, target = torch.randn(2, 8, 4, 8, 8, generator=numbers)
     timesteps = torch.arange(100, 900, 100)
     condition = data.condition(data.caption_ids[:8])
-    batch = Batch(
-        prompts, torch.zeros_like(prompts), groups[:, None], slice(0, 8), condition, latents, timesteps, target
-    )
-    module, penalty = make_guidance_module(tiny_pipe), 2.5
+    batch = Batch(prompts, factors, environments, slice(0, 8), condition, latents, timesteps, target)
+    module, penalty = make_guidance_module(tiny_pipe, num_groups=[2] * num_factors), 2.5
     typical = 1 + torch.rand(1000, generator=numbers)
     moving, accelerator = MovingGroupLosses((2, 2), 0.0), accelerator_for("no", CPU)
     with FrozenDenoiser(tiny_pipe) as frozen:
         loss, losses = step_loss(module, frozen, batch, typical, moving, penalty, accelerator)
         model_pred, features = frozen(latents, timesteps, condition)
-    guided = model_pred + module(latents, timesteps, condition, model_pred, features, groups[:, None])
+    guided = model_pred + module(latents, timesteps, condition, model_pred, features, environments)
     relative = per_sample_loss(guided, target) / typical[timesteps]
-    group_losses = torch.stack([relative[(prompts == p) & (groups == e)].mean() for p in (0, 1) for e in (0, 1)])
+    group_losses = torch.stack([relative[(cells == c) & (groups == e)].mean() for c in (0, 1) for e in (0, 1)])
     expected = invariant_objective(group_losses.view(2, 2), penalty)
 
     assert torch.allclose(losses, relative)
