@@ -30,16 +30,14 @@ import numpy as np
 import torch
 import worlds
 from scipy.optimize import linear_sum_assignment
-from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import adjusted_rand_score, average_precision_score, roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from invdiff import Audit, AuditConfig, FinetuneConfig, audit, finetune, load_captioned_images
 from invdiff.assets import BIRDS_MODEL
 from invdiff.auditing.evidence import collect_evidence
+from invdiff.auditing.scores import Margins
 from invdiff.data.birds import BirdsWorld
 from invdiff.data.captioned import CaptionedImages
 from invdiff.data.encode import as_encoded
@@ -59,6 +57,7 @@ COLUMNS = (
     "AUROC",
     "AP",
     "supervised AUROC",
+    "margin's AUROC",
     "ARI",
 )
 COLUMNS += ("calibration error", f"right above {SURE}", "forwards", "seconds")
@@ -82,7 +81,7 @@ class Cell:
     tuned: bool = False
     """Whether the pipeline is first fine-tuned on the world."""
     ceiling: bool = False
-    """Whether a supervised probe of each hidden attribute is fitted too."""
+    """Whether a supervised probe of each hidden attribute is fitted too, and the margin judged in any case."""
 
     @property
     def world_name(self) -> str:
@@ -166,12 +165,15 @@ def run(part: str, cell: Cell, work: Path) -> None:
     seconds = time.perf_counter() - start if fresh else None
     figures = judged(found, data, cell)
     if cell.ceiling:
-        features = audit_features(pipe, unlabelled, cache)
+        sources = audit_features(pipe, unlabelled, cache)
+        margins = Margins(sources, found.prompt_ids)
         for name, prompts in figures["hidden"].items():
             rare = minority(data.attributes[name], data.attributes[cell.subject])
             for index, row in enumerate(prompts):
                 mine = found.prompt_ids == index
-                row["ceiling"] = supervised_auroc(features[mine], rare[mine])
+                row["ceiling"] = supervised_auroc([source[mine] for source in sources], rare[mine])
+                against = margins.scores(index, {k: found.prompts[k].prompt for k in range(len(found.prompts))})
+                row["margin"] = roc_auc_score(rare[mine], against[0].mean) if against else None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU core"
     figures |= {"images": len(data), "seconds": seconds, "device": device}
     command = f"python benchmarks/audits.py {part}"
@@ -265,23 +267,20 @@ def calibration_error(posterior: np.ndarray, truth: np.ndarray, bins: int = 10) 
     return float(sum(gaps) / len(truth))
 
 
-def audit_features(pipe: Any, data: CaptionedImages, cache: Path) -> np.ndarray:
-    """The features (N, D) that the audit with this cache has read of the images."""
+def audit_features(pipe: Any, data: CaptionedImages, cache: Path) -> list[np.ndarray]:
+    """The whitened features, (N, d) of each block and noise level, that the audit with this cache has read."""
     encoded = as_encoded(pipe, data, cache)
-    with FrozenDenoiser(pipe) as frozen:
+    with FrozenDenoiser(pipe, upper=True) as frozen:
         evidence = collect_evidence(frozen, encoded, AuditConfig(), work_dir=cache / "evidence")
-    return evidence.features.reshape(len(encoded), -1)
+    return evidence.whitened(AuditConfig().seed)
 
 
-def supervised_auroc(features: np.ndarray, truth: np.ndarray) -> float:
-    """AUROC, out of fold, of a logistic regression of the truth (n,) bool on features (n, D): what they hold of it."""
-    probe = make_pipeline(
-        StandardScaler(),
-        PCA(min(200, features.shape[1], len(truth) // 2), whiten=True, random_state=0),
-        LogisticRegression(C=1e-2, class_weight="balanced", max_iter=1000),
-    )
+def supervised_auroc(sources: Sequence[np.ndarray], truth: np.ndarray) -> float:
+    """AUROC, out of fold, of the mean of a logistic regression of the truth (n,) bool on each source (n, d)."""
+    probe = LogisticRegression(C=1e-2, class_weight="balanced", max_iter=1000)
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
-    return float(roc_auc_score(truth, cross_val_predict(probe, features, truth, cv=folds, method="decision_function")))
+    logits = [cross_val_predict(probe, source, truth, cv=folds, method="decision_function") for source in sources]
+    return float(roc_auc_score(truth, np.mean(logits, axis=0)))
 
 
 def table() -> str:
@@ -308,7 +307,15 @@ def section(kinds: dict[str, list[dict]]) -> Iterator[str]:
         for attribute in cells[0].get("hidden", {"": None}):
             rows = [row for cell in cells for row in cell.get("hidden", {}).get(attribute, ())]
             splits = f"{sum(row['found'] for row in rows)} of {len(rows)}" if rows else ""
-            figures = ("auroc", "average_precision", "ceiling", "adjusted_rand", "calibration_error", "sure_precision")
+            figures = (
+                "auroc",
+                "average_precision",
+                "ceiling",
+                "margin",
+                "adjusted_rand",
+                "calibration_error",
+                "sure_precision",
+            )
             middle = [splits, *(over(rows, name) for name in figures)]
             yield "| " + " | ".join([kind, attribute, str(len(cells)), *of_cells, *middle, *end]) + " |"
 
