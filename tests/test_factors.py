@@ -9,6 +9,7 @@ from conftest import make_tiny_pipeline
 from invdiff import attach, generate
 from invdiff.auditing.edits import Edits, apply
 from invdiff.auditing.result import Audit, PromptAudit
+from invdiff.auditing.scores import Margins
 from invdiff.cli.print import print_audit
 from invdiff.config import GenerateConfig, TrainConfig
 from invdiff.data.captioned import load_captioned_images
@@ -89,3 +90,8 @@ def test_people_see_every_factor(made, tmp_path, capsys, monkeypatch):
     for words in ("factor 2 · “a photo of a waterbird”", "by 2 hidden factors", OWN, "wrong captions"):
         assert words in page.words
     assert "| factor 2 · a photo of a waterbird |" in twin
+
+
+def test_images_of_prompts_that_are_not_judged_are_no_confusers():
+    margins = Margins([np.random.default_rng(0).normal(size=(90, 4))], np.repeat([0, 1, -1], 30))
+    assert [score.evidence for score in margins.scores(0, {0: "a", 1: "b"})] == ["which-prompt margin"]

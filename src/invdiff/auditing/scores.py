@@ -91,9 +91,9 @@ class Margins:
     """
 
     def __init__(self, sources: Sequence[_Array], prompt_of: _Array) -> None:
-        """`sources` are whitened features, (N, d) each; `prompt_of` (N,)."""
+        """`sources` are whitened features, (N, d) each; `prompt_of` (N,), -1 for images of no prompt."""
         self.sources, self.prompt_of = sources, prompt_of
-        prompts = np.unique(prompt_of)
+        prompts = np.unique(prompt_of[prompt_of >= 0])
         self._means = {int(p): [source[prompt_of == p].mean(axis=0) for source in sources] for p in prompts}
 
     def scores(self, prompt: int, names: dict[int, str]) -> list[Score]:

@@ -226,12 +226,14 @@ def draw_histogram(axes: Axes, split: Split) -> None:
     """Draw each group's scores in its colour, and where they part."""
     low, high = float(split.scores.min()), float(split.scores.max())
     high = high if high > low else low + 1.0
+    tallest = 1.0
     for group in split.groups:
         weights, colour = split.weights[:, group.index], colour_of(group.index)  # the humps of a soft W overlap
-        axes.hist(split.scores, bins=48, range=(low, high), weights=weights, rwidth=0.9, color=colour, alpha=0.8)
+        drawn = axes.hist(split.scores, 48, range=(low, high), weights=weights, rwidth=0.9, color=colour, alpha=0.8)
+        tallest = max(tallest, float(np.max(drawn[0])))
     if is_rare(split):
         axes.set_yscale("log")
-        axes.set_ylim(bottom=0.7)
+        axes.set_ylim(0.7, 1.4 * tallest)
         axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
