@@ -16,12 +16,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from invdiff import save_report
+from invdiff.auditing.evidence import Evidence
 from invdiff.auditing.result import Audit, Factor, PromptAudit, PromptSplit
-from invdiff.config import EvaluateConfig
+from invdiff.auditing.run import infer
+from invdiff.config import AuditConfig, EvaluateConfig
 from invdiff.data.captioned import CaptionedImages, load_captioned_images
+from invdiff.data.encode import EncodedImages, ShardedTensor
 from invdiff.evaluation.annotators.labels import GivenLabels
 from invdiff.evaluation.evaluate import evaluate
 from invdiff.evaluation.results import Results
@@ -53,6 +57,27 @@ NASTY = (
     *HOSTILE[:-1],
     "x" * 10_000,
 )
+
+
+def made_up_data(captions: list[str], caption_ids: np.ndarray, latents: Any = None) -> EncodedImages:
+    """Images of which nothing else is known; latents are never read unless given."""
+    count = len(caption_ids)
+    return EncodedImages(
+        latents=ShardedTensor([]) if latents is None else latents,
+        captions=captions,
+        caption_ids=torch.as_tensor(caption_ids),
+        conditions={"prompt_embeds": torch.zeros(len(captions) + 1, 1, 1)},
+        names=[f"{i}.png" for i in range(count)],
+        source_index=torch.arange(count),
+        model_fingerprint="model",
+        data_fingerprint="data",
+        resolution=64,
+    )
+
+
+def inferred(data: EncodedImages, evidence: Evidence, prompt_of: list[int], **settings: Any) -> Audit:
+    """The max phase on evidence; the prompt of each caption is given."""
+    return infer(data, evidence, np.array(prompt_of), AuditConfig(**settings), progress=False)
 
 
 class Page(HTMLParser):

@@ -13,29 +13,15 @@ from invdiff.auditing import evidence as evidence_module
 from invdiff.auditing.edits import CURATION, Edits, apply
 from invdiff.auditing.evidence import Evidence
 from invdiff.auditing.result import Audit
-from invdiff.auditing.run import audit, infer
+from invdiff.auditing.run import audit
 from invdiff.config import AuditConfig
 from invdiff.data.captioned import load_captioned_images
-from invdiff.data.encode import EncodedImages, ShardedTensor, as_encoded
+from invdiff.data.encode import EncodedImages, as_encoded
 from invdiff.errors import AuditError, ConfigError, ModelError
 from invdiff.guidance.attach import attach
+from runs import inferred, made_up_data
 
 CONFIG = AuditConfig(solver="exact", batch_size=4, min_images=4, min_share=0.1)
-
-
-def made_up_data(captions: list[str], caption_ids: np.ndarray) -> EncodedImages:
-    count = len(caption_ids)
-    return EncodedImages(
-        latents=ShardedTensor([]),  # never read
-        captions=captions,
-        caption_ids=torch.as_tensor(caption_ids),
-        conditions={"prompt_embeds": torch.zeros(len(captions) + 1, 1, 1)},
-        names=[f"{i}.png" for i in range(count)],
-        source_index=torch.arange(count),
-        model_fingerprint="model",
-        data_fingerprint="data",
-        resolution=64,
-    )
 
 
 def made_up_evidence(minority: np.ndarray, *, contrast: float, features: float, seed: int = 0) -> Evidence:
@@ -49,10 +35,6 @@ def made_up_evidence(minority: np.ndarray, *, contrast: float, features: float, 
     content = style + features * np.outer(minority, rng.normal(size=24))
     views = np.stack([content + rng.normal(0, 0.1, content.shape) for _ in range(2)], axis=1)
     return Evidence(losses, views)
-
-
-def inferred(data: EncodedImages, evidence: Evidence, prompt_of: list[int], **settings) -> Audit:
-    return infer(data, evidence, np.array(prompt_of), AuditConfig(**settings), progress=False)
 
 
 def birds(count: int = 600) -> EncodedImages:
@@ -92,7 +74,8 @@ def test_groups_of_two_prompts_share_their_columns():
     contrast = made_up_evidence(minority, contrast=8, features=0)
     both = Evidence(contrast.losses, evidence.features, contrast_only=True)
     found = inferred(made_up_data(["a landbird", "a waterbird"], caption_ids), both, [0, 1])
-    assert np.array_equal(found.group_weights[0].argmax(axis=1) == 1, on_water)
+    group = found.group_weights[0].argmax(axis=1)
+    assert np.array_equal(group, on_water) or np.array_equal(group, ~on_water)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +94,7 @@ def test_groups_of_two_prompts_share_their_columns():
 def test_captions_that_state_the_group_are_set_apart(captions, sizes, rare, words):
     minority = np.isin(np.arange(sum(sizes)), np.concatenate(rare))
     ids = np.repeat(np.arange(len(sizes)), sizes)
-    evidence = replace(made_up_evidence(minority, contrast=8, features=0), contrast_only=True)
+    evidence = replace(made_up_evidence(minority, contrast=8, features=8), contrast_only=True)
     found = inferred(made_up_data(captions, ids), evidence, [k // 2 for k in range(len(captions))])
     plain = [caption for caption in captions if " on " not in caption]
     assert [prompt.captions for prompt in found.prompts if prompt.found] == [[caption] for caption in plain]
@@ -125,7 +108,7 @@ def found():
     """An audit of two prompts of 300 images each, the last 20 of either in the rare group."""
     minority = np.arange(600) % 300 >= 280
     data = made_up_data(["a bird", "a fish"], np.arange(600) // 300)
-    return inferred(data, made_up_evidence(minority, contrast=8, features=0), [0, 1])
+    return inferred(data, made_up_evidence(minority, contrast=8, features=8), [0, 1])
 
 
 def edited(audit: Audit) -> Audit:

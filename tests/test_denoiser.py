@@ -5,7 +5,10 @@ from peft import LoraConfig
 from conftest import make_guidance_module, make_tiny_pipeline
 from invdiff.errors import ModelError
 from invdiff.guidance.attach import GuidedDenoiser, attach
+from invdiff.models.families import family_of
 from invdiff.models.frozen import FeatureCapture, FrozenDenoiser, denoiser_fingerprint
+from invdiff.models.load import denoiser_of
+from tiny import FAMILIES, make_tiny
 
 
 def inputs(batch=3):
@@ -40,6 +43,28 @@ def test_it_leaves_hooks_and_mode_as_they_were(tiny_pipe, training):
         assert frozen(*inputs())[0].dtype == torch.bfloat16  # inputs take the type of the weights
     assert tiny_pipe.unet.training == training
     assert not tiny_pipe.unet.mid_block._forward_hooks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # of diffusers' schedulers
+def test_the_last_two_blocks_are_read_over_the_image_and_change_nothing_else(family):
+    pipe = make_tiny(family)
+    denoiser, adapter = denoiser_of(pipe), family_of(pipe)
+    condition = adapter.null_condition(pipe)
+    latents = torch.randn(1, adapter.shape(denoiser).latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    with FrozenDenoiser(pipe) as plain:
+        expected = plain(latents, torch.tensor([500]), condition)
+    with FrozenDenoiser(pipe, upper=True) as frozen:
+        hooked = sum(len(block._forward_hooks) for block in denoiser.modules())
+        found, upper = frozen(latents, torch.tensor([500]), condition), frozen.take_upper(latents)
+    assert hooked == 3
+    assert not any(block._forward_hooks for block in denoiser.modules())
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert len(upper) == 2
+    assert not torch.equal(*upper)
+    for block in upper:
+        assert block.shape[0] == 1
+        assert block.shape[2] == block.shape[3] > 1
 
 
 def test_a_guided_denoiser_predicts_what_the_attached_pipeline_predicts(tiny_pipe):

@@ -1,17 +1,19 @@
+import diffusers
 import numpy as np
 import pytest
 import torch
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
-from invdiff.auditing import evidence
-from invdiff.auditing.evidence import component_scores, encode_vision
+from invdiff.auditing import evidence, scores
+from invdiff.auditing.evidence import Stack, collect_evidence, encode_vision
 from invdiff.auditing.run import audit
-from invdiff.auditing.splits import split
 from invdiff.config import AuditConfig
 from invdiff.data.captioned import load_captioned_images
+from invdiff.errors import AuditError
+from invdiff.models.frozen import FrozenDenoiser
+from invdiff.models.schedule import NoiseSchedule
+from runs import made_up_data
 from tiny import SMALL
-
-CONFIG = AuditConfig()
 
 
 @pytest.fixture(scope="module", params=["dinov2", "clip"])
@@ -36,8 +38,8 @@ def test_images_are_seen_as_they_are_and_mirrored_once_and_components_weighed_by
     assert features.shape == (12, 2, 16)
     assert not np.array_equal(features[:, 0], features[:, 1])
     monkeypatch.setattr(evidence, "VisionEncoder", None)  # from now on features are read back
-    monkeypatch.setattr(evidence, "NUM_COMPONENTS", (3,))
-    monkeypatch.setattr(evidence, "IMAGES_PER_DIMENSION", 2)
+    monkeypatch.setattr(scores, "NUM_COMPONENTS", (3,))
+    monkeypatch.setattr(scores, "IMAGES_PER_DIMENSION", 2)
     config = AuditConfig(vision_encoder=str(encoder_dir), min_images=6, min_share=0.2, caption_threshold=100.0)
     found = audit(tiny_pipe, data, config=config, cache_dir=tmp_path, progress=False)
     names = [candidate.evidence for candidate in found.prompts[0].candidates]
@@ -45,44 +47,53 @@ def test_images_are_seen_as_they_are_and_mirrored_once_and_components_weighed_by
     assert not any(str(encoder_dir.parent) in name for name in names)  # the path is private
 
 
-def two_views(content: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
-    return np.stack([content + rng.normal(0, noise, content.shape) for _ in range(2)], axis=1)
+def test_rows_of_several_files_are_read_in_any_order():
+    values = np.arange(60, dtype=np.float16).reshape(10, 3, 2)
+    stack = Stack(values[:4], values[4:5], values[5:])
+    rows = np.array([9, 0, 4, 5, 3, 3])
+    assert stack.shape == (10, 3, 2)
+    assert np.array_equal(stack[rows], values[rows])
+    assert stack[rows].dtype == np.float32
+    assert stack[rows[:0]].shape == (0, 3, 2)
 
 
-@pytest.mark.parametrize(("count", "times"), [(60, 5), (131, 5), (200, 5), (800, 1)])
-def test_nothing_is_found_in_features_that_hide_nothing(count, times):
-    accepted = []
-    for seed in range(times):
-        rng = np.random.default_rng(seed)
-        style = rng.normal(size=(count, 14)) @ rng.normal(size=(14, 60))
-        scores = component_scores(two_views(style, 0.5, rng), "features", seed=0)
-        assert bool(scores) == (count >= 160)
-        splits = [split(score, size, CONFIG) for score in scores for size in (2, 3)]
-        accepted += [one.candidate for one in splits if one.candidate.accepted]
-    assert accepted == []
+class Wide(FrozenDenoiser):
+    """A denoiser of wide blocks, with one number everywhere."""
+
+    schedule, device, fingerprint = NoiseSchedule(diffusers.DDPMScheduler()), torch.device("cpu"), "wide"
+
+    def __init__(self, number):
+        self.number = number
+
+    def __call__(self, noisy_latents, timesteps, condition):
+        return noisy_latents, torch.full((len(noisy_latents), 1280, 8, 8), self.number)
+
+    def take_upper(self, noisy_latents):
+        return [torch.full((len(noisy_latents), channels, 16, 16), self.number) for channels in (640, 320)]
 
 
-def test_a_hidden_direction_of_the_features_is_found_though_it_is_not_the_largest():
-    rng = np.random.default_rng(0)
-    rare = np.arange(800) < 80
-    style = rng.normal(size=(800, 6)) @ rng.normal(size=(6, 40)) * 3
-    content = style + np.outer(rare * 4.0, rng.normal(size=40))
-    scores = component_scores(two_views(content, 0.2, rng), "features", seed=0)
-    best = max((split(score, 2, CONFIG) for score in scores), key=lambda one: (one.candidate.accepted, one.merit))
-    assert best.candidate.accepted
-    assert np.array_equal(best.weights.argmax(axis=1) == 1, rare)
+def measured(folder, number):
+    latents = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    data = made_up_data(["a bird"], np.zeros(6, dtype=int), latents)
+    return collect_evidence(Wide(number), data, AuditConfig(), work_dir=folder, progress=False)
 
 
-def test_a_shape_of_which_no_direction_is_left_is_passed_over(monkeypatch):
-    """Without any skewness FastICA's update is 0 / 0, and it raises a ValueError."""
+def test_an_image_of_a_wide_model_takes_at_most_16_kilobytes(tmp_path):
+    found = measured(tmp_path, 1.0)
+    assert found.features.shape == (6, 2, evidence.MOST_MIDDLE)
+    assert found.upper.shape == (6, 2, 2, evidence.MOST_UPPER)
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")) < 6 * 16_384
 
-    class Failing(evidence.FastICA):
-        def fit(self, values):
-            if callable(self.fun):
-                raise ValueError("A has a NaN entry")
-            return super().fit(values)
 
-    monkeypatch.setattr(evidence, "FastICA", Failing)
-    content = np.random.default_rng(0).normal(size=(800, 20))
-    scores = component_scores(np.stack([content, content], axis=1), "features", seed=0)
-    assert {score.evidence.split(", ")[1].split()[0] for score in scores} == {"peaked"}
+@pytest.mark.parametrize("number", [1e30, -1e30])
+def test_what_16_bits_cannot_hold_is_the_largest_they_can(tmp_path, number):
+    found = measured(tmp_path, number)
+    for values in (found.features, found.upper):
+        assert np.allclose(np.abs(values[np.arange(6)]), evidence.LARGEST, rtol=1e-3)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_images_of_which_no_number_was_measured_are_named(tmp_path, number):
+    with pytest.raises(AuditError, match=r"others for 6 images \(0\.png, .* load the pipeline in float32"):
+        measured(tmp_path, number)
+    assert not list(tmp_path.rglob("*.safetensors"))

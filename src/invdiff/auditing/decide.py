@@ -31,8 +31,8 @@ REACH = 12.0
 """Interquartile ranges from the median at which scores are clipped when a mixture is fitted."""
 MOST_JUDGED = 12_000
 """Images of a prompt that an e-value is made from, at most."""
-GIVE_UP = 3
-"""Rotations after which an e-value that is small in each is left at that."""
+CLEAR, LEAST_ROTATIONS = 30.0, 3
+"""Log e-value that is beyond doubt, and rotations after which one beyond it, or small in each, is left at that."""
 STEPS = 6
 LEAST_MASS = 4.0
 """Images that a component must hold."""
@@ -249,9 +249,10 @@ def log_e_value(
     `learn` makes scores (n,) from those images alone for which its mask (n,) is true. Where it makes several, the one
     most like `scores` is taken and the e-value divided by their number, so that the choice costs no validity. Two
     mixtures are tried against the hump, of Gaussians and of a free large hump, and their e-values averaged. Where the
-    first rotations show nothing the others are not tried and count as 0, which can only lower the e-value.
+    first rotations show nothing, or two humps beyond doubt, the others are not tried and count as 0, which can only
+    lower the e-value.
     """
-    logs: list[float] = []
+    logs, log_e = list[float](), -np.inf
     for known, held_out in rotations:
         learned = [one for one in learn(known) if np.ptp(one[known]) > 0 and np.ptp(one[held_out]) > 0]
         if learned:
@@ -264,9 +265,10 @@ def log_e_value(
                 likelihoods.append(humps.log_density(evidence).sum())
             gain = logsumexp(likelihoods) - np.log(2) - max_log_likelihood(evidence)
             logs.append(float(gain) - np.log(len(learned)))
-        if len(logs) >= GIVE_UP and max(logs) < 0:
+        log_e = float(logsumexp(logs) - np.log(len(rotations))) if logs else -np.inf
+        if len(logs) >= LEAST_ROTATIONS and (max(logs) < 0 or log_e > CLEAR):
             break
-    return float(logsumexp(logs) - np.log(len(rotations))) if logs else -np.inf
+    return log_e
 
 
 def e_bh(log_e: Sequence[float], level: float) -> NDArray[np.bool_]:

@@ -108,7 +108,7 @@ def find_factors(
                 scores = margins.scores(prompt, dict(names)) if margins and not evidence.contrast_only else []
                 if not evidence.contrast_only:
                     scores += component_scores(evidence, rows, config, own)
-                if not taken:
+                if not any(prompt in factor for factor in search.factors):  # a factor cannot be taken out of them
                     scores += contrasts(evidence, rows, config)
                 rng = np.random.default_rng(derived_seed("cuts", config.seed, number, prompt))
                 cuts[prompt] = weigh(scores, distinct[rows], config, rng)
