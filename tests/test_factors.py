@@ -1,15 +1,16 @@
-"""An audit of two hidden factors, from its folder to guided images and to what people see."""
+"""Which hidden factors are found in made-up evidence, and an audit of two of them until people see it."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from sklearn.metrics import adjusted_rand_score
 
 from conftest import make_tiny_pipeline
 from invdiff import attach, generate
 from invdiff.auditing.edits import Edits, apply
+from invdiff.auditing.evidence import Evidence, Stack
 from invdiff.auditing.result import Audit, PromptAudit
-from invdiff.auditing.scores import Margins
 from invdiff.cli.print import print_audit
 from invdiff.config import GenerateConfig, TrainConfig
 from invdiff.data.captioned import load_captioned_images
@@ -18,9 +19,114 @@ from invdiff.errors import ConfigError
 from invdiff.guidance.module import load_module
 from invdiff.models.frozen import denoiser_fingerprint
 from invdiff.training.train import train
-from runs import built_audit, report, undrawn
+from runs import built_audit, inferred, made_up_data, report, undrawn
 
 OWN = "Groups of factor 2 are each prompt's own"
+
+BIRDS = ["a landbird", "a waterbird"]
+PROMPT = np.arange(600) % 2
+"""Of images of two prompts."""
+
+
+def attribute(share, prompt=PROMPT, seed=0):
+    """Whether each image has an attribute, which `share` (prompts,) of each prompt's images have exactly."""
+    rng, has = np.random.default_rng(seed), np.zeros(len(prompt), dtype=bool)
+    for number, part in enumerate(share):
+        rows = rng.permutation(np.flatnonzero(prompt == number))
+        has[rows[: round(part * len(rows))]] = True
+    return has
+
+
+def views(*attributes, strength=8.0, width=30, seed=1):
+    """Features (n, 2, width) of independent styles, the prompt and each attribute, in two noisy views."""
+    rng = np.random.default_rng(seed)
+    content = rng.normal(size=(len(PROMPT), 6)) @ rng.normal(size=(6, width)) + np.outer(
+        PROMPT, 0.1 * rng.normal(size=width)
+    )
+    for own in attributes:
+        content += strength * np.outer(own, rng.normal(size=width))
+    return np.stack([content + rng.normal(0, 0.5, content.shape) for _ in range(2)], axis=1)
+
+
+def evidence(middle, upper=None, vision=None):
+    losses = np.random.default_rng(2).normal(size=(len(PROMPT), 1, 2, 2))
+    stack = None if upper is None else Stack(np.stack([upper, upper[:, ::-1]], axis=1))
+    return Evidence(losses, Stack(middle), stack, vision)
+
+
+def found_in(measured, **settings):
+    return inferred(made_up_data(BIRDS, PROMPT), measured, [0, 1], **settings)
+
+
+def agreements(audit, m, truth):
+    """The adjusted Rand index of a factor's groups with the truth under each prompt."""
+    groups = audit.group_weights[m].argmax(axis=1)
+    return [adjusted_rand_score(truth[prompt == PROMPT], groups[prompt == PROMPT]) for prompt in (0, 1)]
+
+
+def test_a_confounded_place_that_only_the_margin_shows_is_found_in_both_prompts_with_columns_matched():
+    place = attribute([0.1, 0.9])
+    audit = found_in(evidence(views(), upper=views(place)))  # components are looked for in the middle block alone
+    assert [len(factor.splits) for factor in audit.factors] == [2]
+    assert all(split.evidence.startswith("which-prompt margin") for split in audit.factors[0].splits)
+    assert audit.factors[0].matched
+    assert min(agreements(audit, 0, place)) > 0.9
+    assert adjusted_rand_score(place, audit.group_weights[0].argmax(axis=1)) > 0.9
+    for split in audit.factors[0].splits:
+        (low, high), share = split.intervals[int(np.argmin(split.shares))], min(split.shares)
+        assert low < share < high < 0.2
+        assert low < 0.1 < high
+
+
+def test_two_hidden_attributes_are_two_factors_unless_one_is_asked_for():
+    first, second = attribute([0.1, 0.9]), attribute([0.85, 0.15], seed=5)
+    measured = evidence(views(first, second))
+    audit = found_in(measured)
+    assert [len(factor.splits) for factor in audit.factors] == [2, 2]
+    by_factor = [[min(agreements(audit, m, truth)) for truth in (first, second)] for m in (0, 1)]
+    assert max(by_factor, key=lambda pair: pair[0])[0] > 0.9
+    assert max(by_factor, key=lambda pair: pair[1])[1] > 0.9
+    (alone,) = (again := found_in(measured, max_factors=1)).factors
+    assert alone == audit.factors[0]
+    assert again.group_weights[0].tobytes() == audit.group_weights[0].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("shares", "reason"),
+    [([0.5, 0.5], "even (50% / 50%)"), ([0.85, 0.85], "uneven (15% / 85%)"), ([0.0, 1.0], ""), ([0.0, 0.0], "")],
+)
+def test_what_does_not_differ_between_prompts_or_is_the_prompt_is_no_hidden_bias(shares, reason):
+    audit = found_in(evidence(views(attribute(shares))))
+    assert audit.factors == []
+    assert (audit.group_weights[0] == 0.5).all()
+    refusals = [one.refusal for prompt in audit.prompts for one in prompt.candidates]
+    assert all(refusals)
+    assert any("style, not" in refusal for refusal in refusals) == bool(reason)
+    for prompt in audit.prompts:
+        assert prompt.reason.startswith("no hidden group: ")
+        assert prompt.power == "300 images are too few to see a group of any size 4 standard deviations away"
+
+
+def test_an_attribute_of_one_prompt_only_is_a_factor_of_that_prompt():
+    tinted = attribute([0.15, 0.0])
+    audit = found_in(evidence(views(tinted)))
+    assert [[split.prompt for split in factor.splits] for factor in audit.factors] == [[0]]
+    assert agreements(audit, 0, tinted)[0] > 0.9
+    assert (audit.group_weights[0][PROMPT == 1] == 0.5).all()
+    assert [prompt.found for prompt in audit.prompts] == [True, False]
+
+
+def test_a_prompt_alone_is_judged_by_how_uneven_it_is():
+    tinted = attribute([0.15, 0.15])
+    audit = inferred(made_up_data(["a bird"], 0 * PROMPT), evidence(views(tinted)), [0])
+    assert adjusted_rand_score(tinted, audit.group_weights[0].argmax(axis=1)) > 0.9
+
+
+def test_features_of_a_vision_encoder_are_weighed_alike():
+    place = attribute([0.1, 0.9])
+    audit = found_in(evidence(views(), vision=views(place)), vision_encoder="vit")
+    assert min(agreements(audit, 0, place)) > 0.9
+    assert any(one.evidence.startswith("features of vit, ") for one in audit.prompts[0].candidates)
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +196,3 @@ def test_people_see_every_factor(made, tmp_path, capsys, monkeypatch):
     for words in ("factor 2 · “a photo of a waterbird”", "by 2 hidden factors", OWN, "wrong captions"):
         assert words in page.words
     assert "| factor 2 · a photo of a waterbird |" in twin
-
-
-def test_images_of_prompts_that_are_not_judged_are_no_confusers():
-    margins = Margins([np.random.default_rng(0).normal(size=(90, 4))], np.repeat([0, 1, -1], 30))
-    assert [score.evidence for score in margins.scores(0, {0: "a", 1: "b"})] == ["which-prompt margin"]
