@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from invdiff.auditing.captions import stated_group, stating_words
+from invdiff.auditing.captions import part_by_images, stated_group, stating_words
+from runs import made_up_data
 
 BIRDS = {("a bird", 0): 900, ("a bird", 1): 50}
 
@@ -27,3 +28,14 @@ def test_words_that_state_the_group_are_found(counts, expected):
 )
 def test_a_caption_states_a_group_by_whole_words_in_any_case_that_agree(caption, group):
     assert stated_group(caption, {"land": 0, "water": 1}) == group
+
+
+def test_captions_predicted_alike_are_one_prompt_only_where_their_images_look_alike():
+    captions, ids = ["a bird", "one bird", "a fish", "a seldom fish"], np.repeat(np.arange(4), [200, 150, 100, 5])
+    features = np.random.default_rng(0).normal(size=(455, 20))
+    features[ids >= 2, 0] += 2
+    prompts, notes = part_by_images(np.zeros(4, dtype=int), made_up_data(captions, ids), [features])
+    assert prompts.tolist() == [0, 0, 1, 0]  # too few images to tell: with the most frequent
+    assert notes == {0: "2 further captions are the same prompt to the model: 'one bird', 'a seldom fish'"}
+    apart, notes = part_by_images(np.arange(4), made_up_data(captions, ids), [features])
+    assert (apart.tolist(), notes) == ([0, 1, 2, 3], {})
