@@ -30,8 +30,8 @@ LOG_SNR = -4.24
 """Their noise level: the image is not decided yet, so the caption decides."""
 LEVEL = 0.001
 """False discovery rate of words that state a group, and of captions whose images are told apart."""
-LEAST_IMAGES, MOST_TOLD = 20, 64
-"""Images that a caption needs to be told from another by them, and captions of a prompt that are."""
+MOST_TOLD = 64
+"""Captions of a prompt that are told from another by their images, at most."""
 
 
 def group_captions(denoiser: Denoiser, data: EncodedImages, threshold: float, seed: int) -> tuple[NDArray[Any], float]:
@@ -71,7 +71,7 @@ def group_captions(denoiser: Denoiser, data: EncodedImages, threshold: float, se
 
 
 def part_by_images(
-    prompt_of: NDArray[Any], data: EncodedImages, sources: Sequence[NDArray[Any]]
+    prompt_of: NDArray[Any], data: EncodedImages, sources: Sequence[NDArray[Any]], least: int
 ) -> tuple[NDArray[Any], dict[int, str]]:
     """Prompts of which captions stay together only where a probe cannot tell their images apart.
 
@@ -83,6 +83,7 @@ def part_by_images(
         prompt_of: (captions,), as `group_captions` finds it.
         data: The images and their captions.
         sources: Whitened features of the images.
+        least: Images that a caption needs to be told from another.
 
     Returns:
         The prompt of each caption, from 0, and what was merged in each, in words.
@@ -92,7 +93,7 @@ def part_by_images(
     for prompt in np.unique(prompt_of):
         captions = np.flatnonzero(prompt_of == prompt)
         captions = captions[np.argsort(-counts[captions], kind="stable")]
-        told = [c for c in captions.tolist() if counts[c] >= LEAST_IMAGES][:MOST_TOLD]
+        told = [c for c in captions.tolist() if counts[c] >= least][:MOST_TOLD]
         bound = norm.isf(LEVEL / max(len(told) * (len(told) - 1) / 2, 1))
         # Each caption joins the most frequent one whose images look alike.
         heads: list[int] = []

@@ -14,15 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
-from scipy.special import logsumexp
-from scipy.stats import chi2, chi2_contingency
-from sklearn.metrics import adjusted_rand_score
+from scipy.stats import chi2_contingency
+from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
 from ..config import AuditConfig
 from ..progress import progress_bar
 from ..seeds import derived_seed
 from .decide import (
-    Mixture,
     e_bh,
     fit_humps,
     fit_mixture,
@@ -41,6 +39,11 @@ MOST_TESTED = 8
 """Cuts of a prompt that are tested, those likeliest to be right; the others are refused, and count in the control."""
 NOT_TESTED = -1e3
 """The log e-value of a cut that was not tested, and the least that is told."""
+NEARLY = 0.8
+"""Of the largest agreement with a cut: of a prompt's cuts that reach it, the one whose groups are likeliest right."""
+TELLS = 0.8
+LEAST_DIFFERENCE = 0.2
+"""Of a group's share between prompts: a smaller one is not worth correcting, whatever its p-value."""
 PERMUTATIONS = 100
 """Of images within a prompt, for the bound that the agreement of two prompts' shifts must pass."""
 _Array = NDArray[Any]
@@ -130,7 +133,7 @@ def find_factors(
         pairs = [(prompt, cut) for prompt, own in accepted.items() for cut in own]
         for prompt, cut in sorted(pairs, key=lambda pair: -pair[1].candidate.rand_low):
             gathered, _ = shifts.gather(prompt, cut, accepted, config.seed)
-            fault = _not_hidden_bias(prompt, gathered, shifts, judged, needed, config)
+            fault = _no_bias(gathered[prompt], gathered, len(judged), needed, config)
             if not fault:
                 factor = gathered
                 break
@@ -263,8 +266,8 @@ class Shifts:
         """A cut, and for each other prompt the cut whose shifts agree with its own, columns in the same order.
 
         Agreement is the mean cosine of matched groups' shifts; it must pass that of every shuffling of the images
-        within the prompt. Where `forced`, what does not pass is taken too. The columns of the largest prompt are
-        ordered by frequency.
+        within the prompt, and the shifts of either must tell the groups of the other (AUROC of at least `TELLS`).
+        Where `forced`, what does not pass is taken too. The columns of the largest prompt are ordered by frequency.
 
         Returns:
             The cuts by prompt, the largest first, and whether all pass.
@@ -278,9 +281,12 @@ class Shifts:
             features = self.features(other)
             rng = np.random.default_rng(derived_seed("shifts", seed, prompt, other))
             matches = [(*_matched(reference, self.of(features, one.weights)), one) for one in alike]
-            agreement, columns, best = max(matches, key=lambda match: match[0])
+            most = max(agreement for agreement, *_ in matches)
+            near = [match for match in matches if match[0] >= NEARLY * most]
+            agreement, columns, best = max(near, key=lambda match: match[2].candidate.rand_low)
             shuffled = (self.of(features, rng.permutation(best.weights)) for _ in range(PERMUTATIONS))
             passes = agreement > max(_matched(reference, shifts)[0] for shifts in shuffled)
+            passes = passes and self._tells(prompt, gathered[prompt], other, best, columns)
             if passes or forced:
                 gathered[other] = _ordered(best, columns)
                 all_pass &= passes
@@ -288,28 +294,19 @@ class Shifts:
         order = np.argsort(-gathered[ranked[0]].weights.sum(axis=0), kind="stable")
         return {one: _ordered(gathered[one], order) for one in ranked}, all_pass
 
-    def differs_away(self, prompt: int, cut: Cut, other: int) -> float:
-        """A p-value for two groups having the same shares under another prompt, which is not cut.
-
-        By a likelihood ratio, along the direction of the cut, of two Gaussians wherever they lie and however near:
-        where the other prompt's images may be one hump of both groups, nothing is known.
-        """
-        features = self.features(prompt)
-        direction = np.diff(self.of(features, cut.weights), axis=0)[0]
-        own, away = features @ direction, self.features(other) @ direction
-        mass = cut.weights.sum(axis=0)
-        means = cut.weights.T @ own / mass
-        spread = np.sqrt((cut.weights * (own[:, None] - means) ** 2).sum() / mass.sum())
-        shares = np.linspace(0.005, 0.995, 100)
-        best = np.full(len(shares), -np.inf)
-        for nearness in (0.4, 0.6, 0.8, 1.0, 1.2):
-            for offset in np.linspace(away.min(), away.max(), 40):
-                shifted = Mixture((means - means.mean()) * nearness + offset, np.full(2, 0.5), np.array(spread))
-                parts = shifted.log_parts(away)[:, None, :] + np.log(np.stack([1 - shares, shares], axis=1) / 0.5)
-                best = np.maximum(best, logsumexp(parts, axis=2).sum(axis=0))
-        low, high = cut.intervals[1] if cut.intervals else (cut.candidate.shares[1],) * 2
-        alike = best[(shares >= low - 0.01) & (shares <= high + 0.01)].max()
-        return float(chi2.sf(2 * (best.max() - alike), 1))
+    def _tells(self, prompt: int, cut: Cut, other: int, match: Cut, columns: _Array) -> bool:
+        """Whether each group's shift under one prompt ranks the images of that group first under the other."""
+        pairs = (prompt, cut.weights), (other, match.weights[:, columns])
+        (one, two), (first, second) = ([self.features(at) for at, _ in pairs], [weights for _, weights in pairs])
+        return all(
+            roc_auc_score(labels == group, features @ shift) >= TELLS
+            for features, labels, shifts in (
+                (one, first.argmax(axis=1), self.of(two, second)),
+                (two, second.argmax(axis=1), self.of(one, first)),
+            )
+            for group, shift in enumerate(shifts)
+            if 0 < (labels == group).sum() < len(labels)
+        )
 
 
 def _matched(reference: _Array, offsets: _Array) -> tuple[float, _Array]:
@@ -326,37 +323,26 @@ def _ordered(cut: Cut, order: _Array) -> Cut:
     return Cut(replace(cut.candidate, shares=shares), cut.score, cut.weights[:, order], intervals)
 
 
-def _not_hidden_bias(
-    prompt: int,
-    gathered: Mapping[int, Cut],
-    shifts: Shifts,
-    judged: Mapping[int, _Array],
-    needed: float,
-    config: AuditConfig,
-) -> str:
+def _no_bias(cut: Cut, gathered: Mapping[int, Cut], num_judged: int, needed: float, config: AuditConfig) -> str:
     """Why a cut that parts two humps is no bias of its prompt, in words; "" where it is one.
 
-    A margin or contrast is made of what comes with the prompt. Of components the shares must differ between prompts;
-    where there is one prompt only, they must be far from even.
+    A margin or contrast is made of what comes with the prompt. A component must part the images of several prompts, in
+    shares that differ; where there is one prompt only, in shares far from even.
     """
-    cut = gathered[prompt]
     if cut.score.of_prompt:
         return ""
-    shares, size = " / ".join(f"{share:.0%}" for share in cut.candidate.shares), cut.candidate.num_groups
-    uneven = min(cut.candidate.shares) * size / 2 <= config.max_balance
-    if len(judged) == 1:
-        return "" if uneven else f"the groups are even ({shares}): a style, not a spurious attribute"
+    own = cut.candidate.shares
+    uneven = min(own) * len(own) / 2 <= config.max_balance
+    p_value = 1.0
     if len(gathered) > 1:
-        table = np.array(
-            [np.bincount(one.weights.argmax(axis=1), minlength=len(cut.candidate.shares)) for one in gathered.values()]
-        )
-        p = float(chi2_contingency(table[:, table.any(axis=0)])[1]) if (table.any(axis=0)).sum() > 1 else 1.0
-    elif uneven and size == 2:
-        others = [other for other in judged if other != prompt]
-        p = min(1.0, len(others) * min(shifts.differs_away(prompt, cut, other) for other in others))
-    else:
-        p = 1.0
-    if np.log(0.5) - 0.5 * np.log(max(p, 1e-300)) >= needed:  # the p-value as an e-value (Vovk and Wang 2021)
+        table = np.array([np.bincount(one.weights.argmax(axis=1), minlength=len(own)) for one in gathered.values()])
+        shares = table / table.sum(axis=1, keepdims=True)
+        if np.ptp(shares, axis=0).max() >= LEAST_DIFFERENCE:
+            p_value = float(chi2_contingency(table[:, table.any(axis=0)])[1])
+    associated = np.log(0.5) - 0.5 * np.log(max(p_value, 1e-300)) >= needed  # as an e-value (Vovk and Wang 2021)
+    if associated or (uneven and num_judged == 1):
         return ""
-    kind = "uneven" if uneven else "even"
-    return f"{kind} ({shares}), and not seen to differ between prompts: a style, not associated with the prompt"
+    kind, said = "uneven" if uneven else "even", " / ".join(f"{share:.0%}" for share in own)
+    return (
+        f"the groups are {kind} ({said})" + (", and alike under other prompts" if num_judged > 1 else "") + ": a style"
+    )

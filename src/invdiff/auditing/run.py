@@ -95,7 +95,7 @@ def audit(
     }
 
     def conclude() -> Audit:
-        prompts, notes = part_by_images(prompt_of, encoded, evidence.whitened(config.seed))
+        prompts, notes = part_by_images(prompt_of, encoded, evidence.whitened(config.seed), config.min_images)
         found = infer(encoded, evidence, prompts, config, notes=notes, distinct=distinct(encoded), progress=progress)
         found = replace(found, settings=settings, unreadable=dict(encoded.unreadable))
         found = replace(found, forwards_per_image=round(float(measured + spent), 3))
