@@ -178,7 +178,7 @@ def test_the_module_s_audit_names_its_groups_and_states_its_resolution(run, tiny
         assert parts_of(page)["mix-0-1"].label == f"Share of “{name}”"
     three = Studio(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=[3, 2]))
     labels = [part.label for name, part in parts_of(build_page(workspace, three)).items() if name.startswith("mix-")]
-    assert labels[2:4] == ["Share of “group 2” (factor 0)", "Share of “group 0” (factor 1)"]
+    assert labels[2:4] == ["Share of “group 2” (factor 1)", "Share of “group 0” (factor 2)"]
 
 
 def test_prompts_that_hide_groups_are_suggested_first(run, tiny_pipe, tmp_path):
