@@ -19,6 +19,7 @@ from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import EncodedImages, as_encoded
 from invdiff.errors import AuditError, ConfigError, ModelError
 from invdiff.guidance.attach import attach
+from invdiff.models.frozen import FrozenDenoiser
 from runs import inferred, made_up_data
 
 CONFIG = AuditConfig(solver="exact", batch_size=4, min_images=4, min_share=0.1)
@@ -254,6 +255,13 @@ def test_an_audit_of_a_pipeline_counts_its_forwards_those_under_other_captions_t
     assert spent[1] == spent[0] + CONFIG.contrast_draws
     assert found.group_weights[0].shape == (12, 2)
     assert np.allclose(found.group_weights[0].sum(axis=1), 1)
+
+
+def test_a_denoiser_of_which_the_last_blocks_are_not_read_is_audited(tiny_pipe, tiny_folder, tmp_path):
+    data = as_encoded(tiny_pipe, load_captioned_images(tiny_folder), tmp_path, progress=False)
+    with FrozenDenoiser(tiny_pipe) as denoiser:
+        found = audit(tiny_pipe, data, config=CONFIG, cache_dir=tmp_path, denoiser=denoiser, progress=False)
+    assert found.split(0, 0).evidence.startswith("contrast")
 
 
 def test_a_killed_audit_goes_on_to_the_same_result(tiny_pipe, tiny_folder, tmp_path, monkeypatch, kill):

@@ -70,7 +70,7 @@ def test_intervals_hold_the_truth_and_narrow_with_more_images():
         rng = np.random.default_rng(count)
         scores = two_humps(rng, count, 0.2, 5)
         mixture = fit_mixture(scores, 2)
-        low, high = share_intervals(mixture.posterior(scores), rng)[1]
+        low, high = share_intervals(mixture.posterior(scores))[1]
         assert low < 0.2 < high
         wide.append(high - low)
         assert 0.85 < rand_low(scores, mixture, rng) < mixture.rand_index()

@@ -93,27 +93,18 @@ def test_two_hidden_attributes_are_two_factors_unless_one_is_asked_for():
 
 @pytest.mark.parametrize(
     ("shares", "reason"),
-    [([0.5, 0.5], "even (50% / 50%)"), ([0.85, 0.85], "uneven (15% / 85%)"), ([0.0, 1.0], ""), ([0.0, 0.0], "")],
+    [([0.5, 0.5], "even"), ([0.85, 0.85], "uneven"), ([0.15, 0.0], "uneven"), ([0.0, 1.0], "")],
 )
-def test_what_does_not_differ_between_prompts_or_is_the_prompt_is_no_hidden_bias(shares, reason):
+def test_what_is_not_seen_to_differ_between_prompts_or_is_the_prompt_is_no_hidden_bias(shares, reason):
     audit = found_in(evidence(views(attribute(shares))))
     assert audit.factors == []
     assert (audit.group_weights[0] == 0.5).all()
     refusals = [one.refusal for prompt in audit.prompts for one in prompt.candidates]
     assert all(refusals)
-    assert any("style, not" in refusal for refusal in refusals) == bool(reason)
+    assert any(f"the groups are {reason} (" in refusal for refusal in refusals) == bool(reason)
     for prompt in audit.prompts:
         assert prompt.reason.startswith("no hidden group: ")
         assert prompt.power == "300 images are too few to see a group of any size 4 standard deviations away"
-
-
-def test_an_attribute_of_one_prompt_only_is_a_factor_of_that_prompt():
-    tinted = attribute([0.15, 0.0])
-    audit = found_in(evidence(views(tinted)))
-    assert [[split.prompt for split in factor.splits] for factor in audit.factors] == [[0]]
-    assert agreements(audit, 0, tinted)[0] > 0.9
-    assert (audit.group_weights[0][PROMPT == 1] == 0.5).all()
-    assert [prompt.found for prompt in audit.prompts] == [True, False]
 
 
 def test_a_prompt_alone_is_judged_by_how_uneven_it_is():

@@ -80,7 +80,7 @@ class Evidence:
     features: Stack
     """(N, levels, D): the middle block's mean and those of its left and right half, under the null caption."""
     upper: Stack | None = None
-    """(N, levels, 2, G): the grids of the last two blocks in the same forwards; None for a guided denoiser."""
+    """(N, levels, 2, G): the grids of the last two blocks in the same forwards; None where they were not read."""
     vision: NDArray[Any] | None = None
     """(N, views, D): features of `config.vision_encoder`, if there is one."""
     _whitened: dict[int, list[NDArray[np.float32]]] = field(default_factory=dict, init=False, repr=False)
@@ -199,10 +199,9 @@ def _measure(
         half = max(1, middle.shape[3] // 2)
         parts = (middle, middle[..., :half], middle[..., -half:])  # the whole, and the left and right halves
         features.append(_kept(torch.cat([part.mean(dim=(2, 3)) for part in parts], dim=1), MOST_MIDDLE))
-        if isinstance(denoiser, FrozenDenoiser):
-            blocks = [block.float() for block in denoiser.take_upper(noisy_latents)]
+        if isinstance(denoiser, FrozenDenoiser) and (blocks := denoiser.take_upper(noisy_latents)):
             sides = [(min(GRID, block.shape[2]), min(GRID, block.shape[3])) for block in blocks]
-            pooled = [F.adaptive_avg_pool2d(block, side) for block, side in zip(blocks, sides, strict=True)]
+            pooled = [F.adaptive_avg_pool2d(block.float(), side) for block, side in zip(blocks, sides, strict=True)]
             upper.append([_kept(block.flatten(1), MOST_UPPER) for block in pooled])
     measured = {"losses": torch.stack(losses, dim=1), "features": torch.stack(features, dim=1)}
     if upper:

@@ -186,23 +186,26 @@ def weigh(
         values = score.mean
         for size in _sizes(score, config) if np.ptp(values) > 0 else ():
             mixture = fit_mixture(values, size)
-            if size == 2 or num_modes(mixture) == size:  # else neighbours only describe the slope of one hump
+            parted = num_modes(mixture) == size  # else neighbours only describe the slope of one hump
+            if size == 2 or parted:
                 drafts.append((float(mixture.rand_index()), score, values, mixture))
+            if not parted:
+                break
     rotations, tested, cuts = halves(len(distinct), rng, distinct), 0, []
     for worth, score, values, mixture in sorted(drafts, key=lambda draft: -draft[0]):
         size, lowest = len(mixture.means), worth
         cut = Cut(Candidate(score.evidence, size, _rounded(mixture.shares), 0.0, 0.0, 0.0, NOT_TESTED, ""), score)
         if mixture.shares.min() < config.min_share:
             refusal = f"a group of {mixture.shares.min():.1%} is too small (at least {config.min_share:.1%})"
+        elif worth >= config.min_rand and tested == MOST_TESTED:
+            refusal = f"not among the {MOST_TESTED} clearest"
         elif worth < config.min_rand or (lowest := rand_low(values, mixture, rng)) < config.min_rand:
             refusal = "the groups overlap too much to part them"
-        elif tested == MOST_TESTED:
-            refusal = f"not among the {MOST_TESTED} clearest"
         else:
             tested += 1
             humps = fit_humps(values, mixture)
             posterior = (humps or mixture).posterior(values)
-            intervals = share_intervals(posterior, rng)
+            intervals = share_intervals(posterior)
             even = score.of_prompt and min(high for _, high in intervals) >= 0.5
             refusal = "the groups are even: a style, not a spurious attribute" if even else ""
             cut = Cut(cut.candidate, score, posterior, intervals)
@@ -239,26 +242,29 @@ class Shifts:
     """How the features of groups differ within prompts, to see which cuts of several prompts are one factor."""
 
     def __init__(self, sources: Sequence[_Array], members: Mapping[int, _Array]) -> None:
-        self._members, self._sources = members, []
+        self._members, self._sources = members, list[tuple[_Array, _Array]]()
+        self._features: dict[int, _Array] = {}
         for source in sources:
             within = np.concatenate([source[rows] - source[rows].mean(axis=0) for rows in members.values()])
             # Attributes that come with the prompt are correlated over all images, not within prompts.
             sizes, directions = np.linalg.eigh(np.cov(within, rowvar=False).reshape(within.shape[1], -1))
-            self._sources.append((source, directions / np.sqrt(sizes.clip(1e-3 * sizes.max()))))
+            directions = directions / np.sqrt(sizes.clip(1e-3 * sizes.max()))
+            self._sources.append((source, directions.astype(np.float32)))
 
     def features(self, prompt: int) -> _Array:
         """Features of a prompt's images less their mean, white within prompts, (n, d)."""
-        rows = self._members[prompt]
-        if not self._sources:
-            return np.zeros((len(rows), 1))
-        white = [source[rows] @ directions for source, directions in self._sources]
-        return np.concatenate([values - values.mean(axis=0) for values in white], axis=1)
+        if prompt not in self._features:
+            rows = self._members[prompt]
+            white = [source[rows] @ directions for source, directions in self._sources] or [np.zeros((len(rows), 1))]
+            self._features[prompt] = np.concatenate([values - values.mean(axis=0) for values in white], axis=1)
+        return self._features[prompt]
 
     def of(self, features: _Array, weights: _Array) -> _Array:
-        """Unit directions from the mean of all to each group's, (E, d)."""
-        offsets = (weights.T @ features) / np.maximum(weights.sum(axis=0), 1e-9)[:, None]
-        offsets = offsets - offsets.mean(axis=0)
-        return offsets / np.maximum(np.linalg.norm(offsets, axis=1, keepdims=True), 1e-12)
+        """Unit directions from the mean of all to each group's, (..., E, d), of weights (..., n, E)."""
+        sums = np.tensordot(weights.astype(features.dtype), features, axes=(-2, 0))
+        offsets = sums / np.maximum(weights.sum(axis=-2), 1e-9)[..., None]
+        offsets = offsets - offsets.mean(axis=-2, keepdims=True)
+        return offsets / np.maximum(np.linalg.norm(offsets, axis=-1, keepdims=True), 1e-12)
 
     def gather(
         self, prompt: int, cut: Cut, others: Mapping[int, Sequence[Cut]], seed: int, *, forced: bool = False
@@ -284,9 +290,10 @@ class Shifts:
             most = max(agreement for agreement, *_ in matches)
             near = [match for match in matches if match[0] >= NEARLY * most]
             agreement, columns, best = max(near, key=lambda match: match[2].candidate.rand_low)
-            shuffled = (self.of(features, rng.permutation(best.weights)) for _ in range(PERMUTATIONS))
-            passes = agreement > max(_matched(reference, shifts)[0] for shifts in shuffled)
-            passes = passes and self._tells(prompt, gathered[prompt], other, best, columns)
+            passes = self._tells(prompt, gathered[prompt], other, best, columns)
+            if passes:
+                shuffled = np.stack([rng.permutation(best.weights) for _ in range(PERMUTATIONS)])
+                passes = agreement > max(_matched(reference, shifts)[0] for shifts in self.of(features, shuffled))
             if passes or forced:
                 gathered[other] = _ordered(best, columns)
                 all_pass &= passes
@@ -344,5 +351,7 @@ def _no_bias(cut: Cut, gathered: Mapping[int, Cut], num_judged: int, needed: flo
         return ""
     kind, said = "uneven" if uneven else "even", " / ".join(f"{share:.0%}" for share in own)
     return (
-        f"the groups are {kind} ({said})" + (", and alike under other prompts" if num_judged > 1 else "") + ": a style"
+        f"the groups are {kind} ({said})"
+        + (", not seen to differ between prompts" if num_judged > 1 else "")
+        + ": a style"
     )
