@@ -33,7 +33,7 @@ from .decide import (
 )
 from .evidence import Evidence
 from .result import Candidate
-from .scores import Margins, Score, component_scores, contrasts, without
+from .scores import LEAST_PARTED, Margins, Score, axis_of, component_scores, contrasts, parts_of, without
 
 MOST_TESTED = 8
 """Cuts of a prompt that are tested, those likeliest to be right; the others are refused, and count in the control."""
@@ -49,7 +49,7 @@ PERMUTATIONS = 100
 _Array = NDArray[Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cut:
     """A candidate and its groups."""
 
@@ -129,6 +129,16 @@ def find_factors(
                 words = f"one hump is not ruled out (log e {cut.candidate.log_e:.1f}; about {needed:.1f} is needed)"
                 _refuse(cuts[prompt], cut, words)
         shifts = Shifts(remaining, judged)
+        for prompt, passing in accepted.items():
+            rng = np.random.default_rng(derived_seed("parts", config.seed, number, prompt))
+            features, unlike = shifts.features(prompt), distinct[judged[prompt]]
+            for cut in [one for one in cuts[prompt] if one.score.is_margin and one.weights.size]:
+                if is_mixed(cut, features, unlike, np.log(len(judged) / config.level), rng):
+                    passing[:] = [one for one in passing if one is not cut]
+                    _refuse(cuts[prompt], cut, "its rare group is of two kinds: it mixes two attributes")
+                    parts = weigh(parts_of(cut.score, features), unlike, config, rng)
+                    cuts[prompt] += parts
+                    passing += [one for one in parts if not one.candidate.refusal and one.candidate.log_e >= needed]
         factor = None
         pairs = [(prompt, cut) for prompt, own in accepted.items() for cut in own]
         for prompt, cut in sorted(pairs, key=lambda pair: -pair[1].candidate.rand_low):
@@ -162,6 +172,16 @@ def _refuse(cuts: list[Cut], cut: Cut, words: str) -> None:
     """Mark one of a prompt's cuts as refused."""
     place = next(index for index, one in enumerate(cuts) if one is cut)
     cuts[place] = replace(cut, candidate=replace(cut.candidate, refusal=words))
+
+
+def is_mixed(cut: Cut, features: _Array, distinct: NDArray[np.bool_], needed: float, rng: np.random.Generator) -> bool:
+    """Whether the rare group of a margin is itself of two humps, along its first principal axis of features (n, d)."""
+    rare = cut.weights.argmax(axis=1) == int(cut.weights.sum(axis=0).argmin())
+    if (rare & distinct).sum() < 2 * LEAST_PARTED:
+        return False
+    learn = axis_of(features[rare])
+    along = learn(np.ones(int(rare.sum()), dtype=bool))[0]
+    return log_e_value(learn, along, 2, halves(len(along), rng, distinct[rare])) >= needed
 
 
 def too_few(num_images: int, config: AuditConfig) -> bool:

@@ -25,11 +25,14 @@ from sklearn.exceptions import ConvergenceWarning
 
 from ..config import AuditConfig
 from ..models.load import public_name
+from .decide import fit_mixture
 from .evidence import FITTED, Evidence
 
 CONFUSERS = 5
 """Other prompts that an image of a prompt is compared with: those whose means are nearest."""
 FOLDS = 5
+LEAST_PARTED = 40
+"""Images that a margin's rare group must hold to be parted."""
 NUM_COMPONENTS = (4, 8, 12)
 """Whitened dimensions that components are looked for in."""
 IMAGES_PER_DIMENSION = 40
@@ -52,7 +55,7 @@ _Array = NDArray[Any]
 Learn = Callable[[NDArray[np.bool_]], Sequence[_Array]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Score:
     """One score of each of a prompt's n images, in several independent versions."""
 
@@ -64,6 +67,8 @@ class Score:
     """The score, or several of which one is like it, (n,), from those images alone for which a mask (n,) is true."""
     of_prompt: bool = False
     """Whether it is low or high by what comes with the prompt, so that two humps are associated with the prompt."""
+    is_margin: bool = False
+    """Whether it is a which-prompt margin, which may mix several attributes that come with the prompt."""
 
     @property
     def mean(self) -> _Array:
@@ -118,7 +123,7 @@ class Margins:
             folds = np.arange(len(rows)) % FOLDS
             draws = np.array([self._out_of_fold(source[rows], mean, folds) for source, mean in self._with(other)])
             name = "which-prompt margin" + (f" against {names[other]!r}" if len(distance) > 1 else "")
-            scores.append(Score(name, draws, learn, of_prompt=True))
+            scores.append(Score(name, draws, learn, of_prompt=True, is_margin=True))
         return scores
 
     def _with(self, other: int) -> list[tuple[_Array, _Array]]:
@@ -149,6 +154,56 @@ class Margins:
 def _margin(values: _Array, own: _Array, other: _Array) -> _Array:
     """How much nearer values (n, d) are to another prompt's mean than to their own, (n,)."""
     return (values - (own + other) / 2) @ (other - own)
+
+
+def axis_of(features: _Array) -> Learn:
+    """The first principal axis of features (n, d), as learned from some of the images."""
+
+    def learn(known: NDArray[np.bool_]) -> list[_Array]:
+        centred = features[known] - features[known].mean(axis=0)
+        direction = np.linalg.svd(centred, full_matrices=False)[2][0]
+        return [features @ direction]
+
+    return learn
+
+
+def parts_of(score: Score, features: _Array) -> list[Score]:
+    """The two attributes that a margin mixes, each as a score; none where its rare group cannot be parted in two.
+
+    Where two attributes come with the prompt, a margin is low where either is missing. The rare group is parted along
+    its first principal axis of the prompt's features (n, d), white; each image is then placed in the plane of the
+    shifts from the usual images to the two parts, out of fold.
+    """
+    n, whole = len(features), _parts(features, score.mean, np.ones(len(features), dtype=bool))
+    if not whole:
+        return []
+    placed, folds = np.array(whole), np.arange(n) % FOLDS
+    for fold in range(FOLDS):
+        inside = folds == fold
+        if again := _parts(features, score.mean, ~inside):
+            swapped = np.corrcoef(again[0], whole[0])[0, 1] < np.corrcoef(again[1], whole[0])[0, 1]
+            placed[:, inside] = np.array(again[::-1] if swapped else again)[:, inside]
+
+    def learn(known: NDArray[np.bool_]) -> list[_Array]:
+        return _parts(features, score.learn(known)[0], known)
+
+    name = f"part of {score.evidence}"
+    return [Score(name, standardised(values)[None], learn, of_prompt=True) for values in placed]
+
+
+def _parts(features: _Array, margin: _Array, known: NDArray[np.bool_]) -> list[_Array]:
+    posterior = fit_mixture(margin[known], 2).posterior(margin)
+    rare = posterior[:, int(posterior.mean(axis=0).argmin())] > 0.5
+    inside, usual = known & rare, known & ~rare
+    if inside.sum() < LEAST_PARTED or not usual.any():
+        return []
+    along = axis_of(features[inside])(np.ones(int(inside.sum()), dtype=bool))[0]
+    second = fit_mixture(along, 2).posterior(along).argmax(axis=1) == 1
+    if not 0 < second.mean() < 1:
+        return []
+    origin = features[usual].mean(axis=0)
+    shifts = np.stack([features[inside][part].mean(axis=0) - origin for part in (~second, second)])
+    return list(((features - origin) @ np.linalg.pinv(shifts)).T)
 
 
 def contrasts(evidence: Evidence, rows: _Array, config: AuditConfig) -> list[Score]:
