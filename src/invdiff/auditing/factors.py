@@ -33,7 +33,17 @@ from .decide import (
 )
 from .evidence import Evidence
 from .result import Candidate
-from .scores import LEAST_PARTED, Margins, Score, axis_of, component_scores, contrasts, parts_of, without
+from .scores import (
+    LEAST_PARTED,
+    Margins,
+    Score,
+    axis_of,
+    component_scores,
+    contrasts,
+    parts_of,
+    standardised,
+    without,
+)
 
 MOST_TESTED = 8
 """Cuts of a prompt that are tested, those likeliest to be right; the others are refused, and count in the control."""
@@ -142,6 +152,15 @@ def find_factors(
         factor = None
         pairs = [(prompt, cut) for prompt, own in accepted.items() for cut in own]
         for prompt, cut in sorted(pairs, key=lambda pair: -pair[1].candidate.rand_low):
+            gathered, _ = shifts.gather(prompt, cut, accepted, config.seed)
+            for other in judged.keys() - gathered.keys():
+                rng = np.random.default_rng(derived_seed("transfer", config.seed, number, prompt, other))
+                there = weigh([shifts.transferred(prompt, cut, other, names)], distinct[judged[other]], config, rng)
+                accepted[other] += [
+                    one
+                    for one in there
+                    if not one.candidate.refusal and one.candidate.log_e >= np.log(len(judged) / config.level)
+                ]
             gathered, _ = shifts.gather(prompt, cut, accepted, config.seed)
             fault = _no_bias(gathered[prompt], gathered, len(judged), needed, config)
             if not fault:
@@ -320,6 +339,13 @@ class Shifts:
         ranked = sorted(gathered, key=lambda one: -len(self._members[one]))
         order = np.argsort(-gathered[ranked[0]].weights.sum(axis=0), kind="stable")
         return {one: _ordered(gathered[one], order) for one in ranked}, all_pass
+
+    def transferred(self, prompt: int, cut: Cut, other: int, names: Mapping[int, str]) -> Score:
+        """The images of another prompt along the shift of a cut's rarest group: nothing of it is learned from them."""
+        rare = int(cut.weights.sum(axis=0).argmin())
+        values = self.features(other) @ self.of(self.features(prompt), cut.weights)[rare]
+        name = f"shift of {cut.score.evidence} of {names[prompt]!r}"
+        return Score(name, standardised(values)[None], lambda known: [values], of_prompt=cut.score.of_prompt)
 
     def _tells(self, prompt: int, cut: Cut, other: int, match: Cut, columns: _Array) -> bool:
         """Whether each group's shift under one prompt ranks the images of that group first under the other."""
