@@ -141,16 +141,16 @@ def infer(
 
     # What captions state is not hidden: of each factor, the group that an image's caption states, or -1.
     stated = np.full((len(data), len(search.factors)), -1)
-    words: list[dict[str, int]] = []
+    words: list[dict[int, dict[str, int]]] = []
     for m, cuts in enumerate(search.factors):
         group_of, usual = words_that_state_groups(data, {p: (members[p], cut.weights) for p, cut in cuts.items()})
-        words.append(dict(group_of))
+        words.append({})
         for prompt, cut in cuts.items():
             of_usual = dict.fromkeys(usual, int(cut.weights.sum(axis=0).argmax()))
             by_caption = np.array([stated_group(caption, group_of) for caption in data.captions])
             by_usual = np.array([stated_group(caption, of_usual) for caption in data.captions])
             stated[members[prompt], m] = np.where(by_caption < 0, by_usual, by_caption)[caption_ids[members[prompt]]]
-            words[m] |= of_usual
+            words[m][prompt] = of_usual | group_of
 
     prompt_ids, prompts = np.zeros(len(data), dtype=np.int64), list[PromptAudit]()
     weights = [spread(cuts, members, len(data)) for cuts in search.factors] or [np.full((len(data), 2), 0.5)]
@@ -172,7 +172,8 @@ def infer(
             if splitting:
                 reason = "split by " + " and ".join(search.factors[m][prompt].candidate.evidence for m in splitting)
             elif max(key, default=-1) >= 0:
-                saying = {word for m, group in enumerate(key) for word, k in words[m].items() if 0 <= group == k}
+                stating = [(words[m][prompt], group) for m, group in enumerate(key) if group >= 0]
+                saying = {word for of, group in stating for word, k in of.items() if k == group}
                 reason, candidates = f"its captions state the group (words: {', '.join(sorted(saying))})", []
             else:
                 reason = why_not(len(rows), candidates, config)
