@@ -1,23 +1,17 @@
-"""The audit, captions and paraphrases on the bundled world. Each part keeps its figures in benchmarks/results/.
+"""Captions that state the background, and paraphrases. Each part keeps its figures in benchmarks/results/.
 
-    python benchmarks/birds.py groups        # hidden groups found, three seeds of data
-    python benchmarks/birds.py no-bias       # nothing found where nothing is hidden, ten seeds
-    python benchmarks/birds.py one-prompt    # a minority under a single caption
     python benchmarks/birds.py explicit      # captions that state the background keep it
     python benchmarks/birds.py paraphrases   # captions never trained on are balanced too
 
-Bias over guidance scale and Delta is measured by benchmarks/sweeps.py. `no-bias` and `one-prompt` need a base of
-their own: see scripts/train_benchmark_bases.py.
+What the audit finds is measured by benchmarks/audits.py, Bias over guidance scale and Delta by benchmarks/sweeps.py.
 Work is kept in out/benchmark (or --work), so a stopped run goes on.
 """
 
-from dataclasses import asdict
 from pathlib import Path
 
 from kept import run_part
 
 from invdiff import (
-    AuditConfig,
     EvaluateConfig,
     GenerateConfig,
     TrainConfig,
@@ -34,7 +28,6 @@ from invdiff.data.birds import (
     explicit_prompts,
     held_out_prompts,
 )
-from invdiff.demo import hidden_truth
 from invdiff.evaluation.annotate import describe_images
 from invdiff.evaluation.annotators.conv import ConvAnnotator
 from invdiff.models.load import load_pipeline
@@ -43,20 +36,11 @@ GUIDANCE_SCALES = (1.0, 3.0)
 NUM_IMAGES = 3000
 
 
-def world_data(work: Path, seed: int, *, severity: float = 0.95, world: str = "two-prompts"):
-    """Return a captioned set on disk, drawn apart from what the base was trained on unless seed is 0."""
-    folder = work / f"{world}-{severity:g}-seed-{seed}"
-    return load_captioned_images(BirdsWorld(NUM_IMAGES, severity=severity, seed=seed, world=world).write(folder))
-
-
-def find(work: Path, model: Path, data, config: AuditConfig | None = None):
-    return audit(load_pipeline(model), data, cache_dir=work / "cache", config=config)
-
-
 def module(work: Path):
     """Return a module trained on the groups found without labels in the demo's data."""
-    pipe, data = load_pipeline(BIRDS_MODEL), world_data(work, 0)
-    found = find(work, BIRDS_MODEL, data)
+    world = BirdsWorld(NUM_IMAGES, seed=0)
+    pipe, data = load_pipeline(BIRDS_MODEL), load_captioned_images(world.write(work / "two-prompts-0.95-seed-0"))
+    found = audit(pipe, data, cache_dir=work / "cache")
     return pipe, train(pipe, data, found, work / "module", config=TrainConfig(), cache_dir=work / "cache")
 
 
@@ -83,39 +67,6 @@ def draw(work: Path, name: str, pipe, prompts, count: int, *, guide=None):
         folder = work / f"images-{name}-cfg-{guidance_scale:g}"
         folders.append(generate(pipe, prompts, folder, module=guide, config=config))
     return folders
-
-
-def groups(work: Path) -> dict:
-    rows = {}
-    for seed in (511, 512, 513):
-        data = world_data(work, seed)
-        found = find(work, BIRDS_MODEL, data)
-        rows[str(seed)] = asdict(hidden_truth(found, data)) | {
-            "biased": found.biased,
-            "forwards_per_image": found.forwards_per_image,
-            "evidence": sorted({split.evidence for factor in found.factors for split in factor.splits}),
-        }
-    return rows
-
-
-def no_bias(work: Path) -> dict:
-    rows = {}
-    for seed in range(700, 710):
-        found = find(work, work / "base-fair", world_data(work, seed, severity=0.5))
-        rows[str(seed)] = {"biased": found.biased, "reasons": [f"{p.prompt}: {p.reason}" for p in found.prompts]}
-    return {"seeds": rows, "said_no_bias": sum(not row["biased"] for row in rows.values())}
-
-
-def one_prompt(work: Path) -> dict:
-    rows = {}
-    for seed in (611, 612, 613):
-        data = world_data(work, seed, severity=0.85, world="one-prompt")
-        found = find(work, work / "base-one-prompt", data)
-        rows[str(seed)] = asdict(hidden_truth(found, data)) | {
-            "biased": found.biased,
-            "evidence": [split.evidence for factor in found.factors for split in factor.splits],
-        }
-    return rows
 
 
 def explicit(work: Path) -> dict:
@@ -151,9 +102,6 @@ def paraphrases(work: Path) -> dict:
 
 
 PARTS = {
-    "groups": groups,
-    "no-bias": no_bias,
-    "one-prompt": one_prompt,
     "explicit": explicit,
     "paraphrases": paraphrases,
 }

@@ -1,6 +1,6 @@
-"""Train the two further bases of benchmarks/birds.py: a world without bias, and a world of one prompt.
+"""Train the two further bases of benchmarks/audits.py: a world without bias, and a world of one prompt.
 
-    python scripts/train_benchmark_bases.py [--work out/benchmark]
+    python scripts/train_benchmark_bases.py [--work out/audits]
 
 Both keep the bundled autoencoder; vocabulary, text encoder and UNet are trained from nothing, in about 12 and 9
 minutes on one CPU core. Work is kept, so a stopped run goes on.
@@ -25,7 +25,7 @@ BASES = {
 def main() -> None:
     """Train what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("out/benchmark"))
+    parser.add_argument("--work", type=Path, default=Path("out/audits"))
     arguments = parser.parse_args()
     for name, (world, steps) in BASES.items():
         output = arguments.work / name

@@ -193,27 +193,12 @@ def augmentation_table() -> str:
     return "\n".join(table)
 
 
-def groups_table() -> str:
-    """Recovery of the hidden minority on each seed of data."""
-    rows = ["| data seed | AUROC | precision | recall | forwards per image |", "|---|---|---|---|---|"]
-    rows += [
-        f"| {seed} | {m['auroc']:.3f} | {m['precision']:.3f} | {m['recall']:.3f} | {m['forwards_per_image']:.2f} |"
-        for seed, m in figures("groups").items()
-    ]
-    return "\n".join(rows)
+def audits_table() -> str:
+    """What the audit finds, as `python benchmarks/audits.py table` prints it."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from audits import table
 
-
-def one_prompt_table() -> str:
-    """Adjusted Rand index under a single caption."""
-    rows = ["| data seed | adjusted Rand index | AUROC |", "|---|---|---|"]
-    rows += [f"| {seed} | {m['adjusted_rand']:.3f} | {m['auroc']:.3f} |" for seed, m in figures("one-prompt").items()]
-    return "\n".join(rows)
-
-
-def no_bias_line() -> str:
-    """How often an unbiased world is called so."""
-    measured = figures("no-bias")
-    return f"Called unbiased: {measured['said_no_bias']} of {len(measured['seeds'])} seeds of data."
+    return str(table())
 
 
 def explicit_table() -> str:
@@ -326,9 +311,7 @@ def with_quartiles(values: dict[str, float]) -> str:
 
 BLOCKS = {
     "bias": bias_table,
-    "groups": groups_table,
-    "one-prompt": one_prompt_table,
-    "no-bias": no_bias_line,
+    "audits": audits_table,
     "explicit": explicit_table,
     "paraphrases": lambda: models_table("paraphrases"),
     "full-table": full_table,
