@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from PIL import Image
 from invdiff.evaluation.results import AttributeMeasures, Estimate, Measures, Quantity
 from invdiff.guidance.module import GuidanceModule
 from invdiff.models.load import load_pipeline
+from invdiff.training import objective
 from tiny import CAPTIONS, make_stable_diffusion
 
 torch.set_num_threads(1)
@@ -78,6 +80,13 @@ def made_up_measures(
         subject_accuracy=None if accuracy is None else Quantity(accuracy),
         quality={} if frechet is None else {"Frechet distance (made up)": Quantity(frechet)},
     )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_typical_losses() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objective, "IMAGES_PER_LEVEL", 3)  # unlike any batch of the tests
+        yield
 
 
 @pytest.fixture(scope="session")

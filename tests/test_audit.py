@@ -46,7 +46,7 @@ def birds(count: int = 600) -> EncodedImages:
 def test_the_rare_group_is_found_by_the_evidence_that_shows_it(kind, rare):
     minority = np.arange(600) >= 600 - rare
     strengths = {"contrast": 0, "features": 0} | {kind: 8}
-    found = inferred(birds(), made_up_evidence(minority, **strengths), [0])
+    found = inferred(birds(), made_up_evidence(minority, **strengths), [0], max_factors=1)
     assert found.biased
     assert found.split(0, 0).evidence.startswith(kind)
     assert np.array_equal(found.rare(), minority)
@@ -74,7 +74,7 @@ def test_groups_of_two_prompts_share_their_columns():
     evidence = made_up_evidence(on_water, contrast=0, features=6)
     contrast = made_up_evidence(minority, contrast=8, features=0)
     both = Evidence(contrast.losses, evidence.features, contrast_only=True)
-    found = inferred(made_up_data(["a landbird", "a waterbird"], caption_ids), both, [0, 1])
+    found = inferred(made_up_data(["a landbird", "a waterbird"], caption_ids), both, [0, 1], max_factors=1)
     group = found.group_weights[0].argmax(axis=1)
     assert np.array_equal(group, on_water) or np.array_equal(group, ~on_water)
 
@@ -96,7 +96,7 @@ def test_captions_that_state_the_group_are_set_apart(captions, sizes, rare, word
     minority = np.isin(np.arange(sum(sizes)), np.concatenate(rare))
     ids = np.repeat(np.arange(len(sizes)), sizes)
     evidence = replace(made_up_evidence(minority, contrast=8, features=8), contrast_only=True)
-    found = inferred(made_up_data(captions, ids), evidence, [k // 2 for k in range(len(captions))])
+    found = inferred(made_up_data(captions, ids), evidence, [k // 2 for k in range(len(captions))], max_factors=1)
     plain = [caption for caption in captions if " on " not in caption]
     assert [prompt.captions for prompt in found.prompts if prompt.found] == [[caption] for caption in plain]
     stated = [prompt for prompt in found.prompts if not prompt.found]
@@ -109,7 +109,8 @@ def found():
     """An audit of two prompts of 300 images each, the last 20 of either in the rare group."""
     minority = np.arange(600) % 300 >= 280
     data = made_up_data(["a bird", "a fish"], np.arange(600) // 300)
-    return inferred(data, made_up_evidence(minority, contrast=8, features=8), [0, 1])
+    evidence = replace(made_up_evidence(minority, contrast=8, features=8), contrast_only=True)
+    return inferred(data, evidence, [0, 1], max_factors=1)
 
 
 def edited(audit: Audit) -> Audit:

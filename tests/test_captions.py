@@ -34,8 +34,8 @@ def test_captions_predicted_alike_are_one_prompt_only_where_their_images_look_al
     captions, ids = ["a bird", "one bird", "a fish", "a seldom fish"], np.repeat(np.arange(4), [200, 150, 100, 5])
     features = np.random.default_rng(0).normal(size=(455, 20))
     features[ids >= 2, 0] += 2
-    prompts, notes = part_by_images(np.zeros(4, dtype=int), made_up_data(captions, ids), [features])
+    prompts, notes = part_by_images(np.zeros(4, dtype=int), made_up_data(captions, ids), [features], 20)
     assert prompts.tolist() == [0, 0, 1, 0]  # too few images to tell: with the most frequent
     assert notes == {0: "2 further captions are the same prompt to the model: 'one bird', 'a seldom fish'"}
-    apart, notes = part_by_images(np.arange(4), made_up_data(captions, ids), [features])
+    apart, notes = part_by_images(np.arange(4), made_up_data(captions, ids), [features], 20)
     assert (apart.tolist(), notes) == ([0, 1, 2, 3], {})

@@ -66,7 +66,9 @@ def agreements(audit, m, truth):
 
 def test_a_confounded_place_that_only_the_margin_shows_is_found_in_both_prompts_with_columns_matched():
     place = attribute([0.1, 0.9])
-    audit = found_in(evidence(views(), upper=views(place)))  # components are looked for in the middle block alone
+    audit = found_in(
+        evidence(views(), upper=views(place)), max_factors=1
+    )  # components are looked for in the middle block alone
     assert [len(factor.splits) for factor in audit.factors] == [2]
     assert all(split.evidence.startswith("which-prompt margin") for split in audit.factors[0].splits)
     assert audit.factors[0].matched
@@ -81,7 +83,7 @@ def test_a_confounded_place_that_only_the_margin_shows_is_found_in_both_prompts_
 def test_two_hidden_attributes_are_two_factors_unless_one_is_asked_for():
     first, second = attribute([0.1, 0.9]), attribute([0.85, 0.15], seed=5)
     measured = evidence(views(first, second))
-    audit = found_in(measured)
+    audit = found_in(measured, max_factors=2)
     assert [len(factor.splits) for factor in audit.factors] == [2, 2]
     by_factor = [[min(agreements(audit, m, truth)) for truth in (first, second)] for m in (0, 1)]
     assert max(by_factor, key=lambda pair: pair[0])[0] > 0.9
@@ -109,13 +111,13 @@ def test_what_is_not_seen_to_differ_between_prompts_or_is_the_prompt_is_no_hidde
 
 def test_a_prompt_alone_is_judged_by_how_uneven_it_is():
     tinted = attribute([0.15, 0.15])
-    audit = inferred(made_up_data(["a bird"], 0 * PROMPT), evidence(views(tinted)), [0])
+    audit = inferred(made_up_data(["a bird"], 0 * PROMPT), evidence(views(tinted)), [0], max_factors=1)
     assert adjusted_rand_score(tinted, audit.group_weights[0].argmax(axis=1)) > 0.9
 
 
 def test_features_of_a_vision_encoder_are_weighed_alike():
     place = attribute([0.1, 0.9])
-    audit = found_in(evidence(views(), vision=views(place)), vision_encoder="vit")
+    audit = found_in(evidence(views(), vision=views(place)), vision_encoder="vit", max_factors=1)
     assert min(agreements(audit, 0, place)) > 0.9
     assert any(one.evidence.startswith("features of vit, ") for one in audit.prompts[0].candidates)
 

@@ -24,7 +24,6 @@ from invdiff.models.families.transformer import image_ids, packed, unpacked
 from invdiff.models.frozen import FrozenDenoiser
 from invdiff.models.load import denoiser_of, load_pipeline
 from invdiff.sampling import generate
-from invdiff.training import objective
 from invdiff.training.train import train
 from tiny import CAPTIONS, FAMILIES, RESOLUTION, make_tiny, make_unet
 
@@ -77,8 +76,7 @@ def run_audit(pipe, family, data, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_audits_trains_draws_and_is_read_back(family, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(objective, "IMAGES_PER_LEVEL", 4)
+def test_a_family_audits_trains_draws_and_is_read_back(family, data, tmp_path):
     pipe = tiny(family)
     found = run_audit(pipe, family, data, tmp_path)
     assert len(found.prompts) == (1 if family == "ddpm" else len(set(found.prompt_ids.tolist())))

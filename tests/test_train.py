@@ -16,7 +16,6 @@ from invdiff.data.encode import as_encoded
 from invdiff.errors import AuditError, ConfigError
 from invdiff.guidance.module import load_module
 from invdiff.models.frozen import denoiser_fingerprint
-from invdiff.training import objective
 from invdiff.training import train as train_module
 from invdiff.training.train import carry_over, train
 from runs import built_audit
@@ -35,13 +34,6 @@ def make_audit(names, labels, prompt_ids, *, found=(True, True), **settings) -> 
     prompts = [PromptAudit(prompt=f"prompt {i}", found=each, **made_up) for i, each in enumerate(found)]
     weights = np.where(np.array(found)[prompt_ids][:, None], hard(labels), np.float32(0.5))
     return replace(built_audit(weights, prompt_ids, prompts, names), settings=settings)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_typical_losses():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objective, "IMAGES_PER_LEVEL", 3)  # unlike any batch here
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import logsumexp
 from scipy.stats import norm
 
 from .logconcave import fit_log_concave, max_log_likelihood
@@ -30,9 +29,9 @@ BINS = 250
 REACH = 12.0
 """Interquartile ranges from the median at which scores are clipped when a mixture is fitted."""
 MOST_JUDGED = 12_000
-"""Images of a prompt that an e-value is made from, and that free humps are fitted to, at most."""
+"""Images of a prompt that an e-value is made from, that free humps are fitted to and that are shuffled, at most."""
 CLEAR, LEAST_ROTATIONS = 30.0, 3
-"""Log e-value that is beyond doubt, and rotations after which one beyond it, or small in each, is left at that."""
+"""Log e-value that is beyond doubt: no more rotations are tried; nor after so many that all show nothing."""
 STEPS = 6
 LEAST_MASS = 4.0
 """Images that a component must hold."""
@@ -58,7 +57,7 @@ class Mixture:
 
     def log_density(self, scores: NDArray[np.floating]) -> _Array:
         """(..., n)."""
-        return logsumexp(self.log_parts(scores), axis=-1)
+        return np.logaddexp.reduce(self.log_parts(scores), axis=-1)
 
     def posterior(self, scores: NDArray[np.floating]) -> _Array:
         """The probability of each component, (..., n, E)."""
@@ -163,13 +162,13 @@ class Humps:
 
     def log_density(self, scores: _Array) -> _Array:
         """(n,)."""
-        return logsumexp(self.log_parts(scores), axis=1)
+        return np.logaddexp.reduce(self.log_parts(scores), axis=1)
 
     def posterior(self, scores: _Array) -> _Array:
         """The probability of each component, (n, E); of a higher one it never falls as the score rises."""
         parts = self.log_parts(scores)
         order = np.argsort(scores, kind="stable")
-        plain = np.exp(parts - logsumexp(parts, axis=1, keepdims=True))[order]
+        plain = np.exp(parts - np.logaddexp.reduce(parts, axis=1, keepdims=True))[order]
         above = np.cumsum(plain[:, ::-1], axis=1)[:, ::-1]  # of this component or a higher one
         start = int(np.searchsorted(scores[order], self.gaussians.means[self.largest]))
         above[start:] = np.maximum.accumulate(above[start:], axis=0)
@@ -187,7 +186,7 @@ def fit_humps(scores: _Array, start: Mixture, *, steps: int = STEPS) -> Humps | 
     if len(scores) > MOST_JUDGED:
         scores = np.sort(scores)[np.linspace(0, len(scores) - 1, MOST_JUDGED).astype(int)]
     largest, weights = int(start.shares.argmax()), start.posterior(scores)
-    humps = None
+    humps, hull = None, None
     for _ in range(steps):
         mass = weights.sum(axis=0)
         if mass.min() < LEAST_MASS or mass[largest] < 10 * LEAST_MASS:
@@ -197,11 +196,11 @@ def fit_humps(scores: _Array, start: Mixture, *, steps: int = STEPS) -> Humps | 
         if not (np.diff(means) > 0).all() or deviations.min() <= 0:
             return None
         deviations = np.minimum(deviations, 1.5 * deviations[largest])
-        knots, heights = fit_log_concave(scores, weights[:, largest])
+        hull = fit_log_concave(scores, weights[:, largest], hull)
         pooled = np.sqrt(mass @ deviations**2 / mass.sum())
-        humps = Humps(Mixture(means, mass / mass.sum(), pooled), deviations, largest, knots, heights)
+        humps = Humps(Mixture(means, mass / mass.sum(), pooled), deviations, largest, *hull)
         parts = humps.log_parts(scores)
-        weights = np.exp(parts - logsumexp(parts, axis=1, keepdims=True))
+        weights = np.exp(parts - np.logaddexp.reduce(parts, axis=1, keepdims=True))
     return humps
 
 
@@ -269,10 +268,10 @@ def log_e_value(
             likelihoods = [mixture.log_density(evidence).sum()]
             if (humps := fit_humps(own, mixture, steps=3)) is not None:
                 likelihoods.append(humps.log_density(evidence).sum())
-            gain = logsumexp(likelihoods) - np.log(2) - max_log_likelihood(evidence)
+            gain = np.logaddexp.reduce(likelihoods) - np.log(2) - max_log_likelihood(evidence)
             logs.append(float(gain) - np.log(len(learned)))
-        log_e = float(logsumexp(logs) - np.log(len(rotations))) if logs else -np.inf
-        if len(logs) >= LEAST_ROTATIONS and (max(logs) < 0 or log_e > CLEAR):
+        log_e = float(np.logaddexp.reduce(logs) - np.log(len(rotations))) if logs else -np.inf
+        if log_e > CLEAR or (len(logs) >= LEAST_ROTATIONS and max(logs) < 0):
             break
     return log_e
 

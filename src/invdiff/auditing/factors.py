@@ -21,6 +21,7 @@ from ..config import AuditConfig
 from ..progress import progress_bar
 from ..seeds import derived_seed
 from .decide import (
+    MOST_JUDGED,
     e_bh,
     fit_humps,
     fit_mixture,
@@ -310,9 +311,10 @@ class Shifts:
     ) -> tuple[dict[int, Cut], bool]:
         """A cut, and for each other prompt the cut whose shifts agree with its own, columns in the same order.
 
-        Agreement is the mean cosine of matched groups' shifts; it must pass that of every shuffling of the images
-        within the prompt, and the shifts of either must tell the groups of the other (AUROC of at least `TELLS`).
-        Where `forced`, what does not pass is taken too. The columns of the largest prompt are ordered by frequency.
+        Agreement is the mean cosine of matched groups' shifts; it must pass that of every shuffling of the images (at
+        most `MOST_JUDGED`) within the prompt, and the shifts of either must tell the groups of the other (AUROC of at
+        least `TELLS`). Where `forced`, what does not pass is taken too. The columns of the largest prompt are ordered
+        by frequency.
 
         Returns:
             The cuts by prompt, the largest first, and whether all pass.
@@ -331,8 +333,11 @@ class Shifts:
             agreement, columns, best = max(near, key=lambda match: match[2].candidate.rand_low)
             passes = self._tells(prompt, gathered[prompt], other, best, columns)
             if passes:
-                shuffled = np.stack([rng.permutation(best.weights) for _ in range(PERMUTATIONS)])
-                passes = agreement > max(_matched(reference, shifts)[0] for shifts in self.of(features, shuffled))
+                some = np.linspace(0, len(features) - 1, min(len(features), MOST_JUDGED)).astype(int)
+                shuffled = self.of(
+                    features[some], np.stack([rng.permutation(best.weights[some]) for _ in range(PERMUTATIONS)])
+                )
+                passes = agreement > max(_matched(reference, shifts)[0] for shifts in shuffled)
             if passes or forced:
                 gathered[other] = _ordered(best, columns)
                 all_pass &= passes

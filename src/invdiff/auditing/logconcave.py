@@ -57,10 +57,11 @@ def max_log_likelihood(x: _Array, *, tol: float = 1e-3) -> float:
     return float(count * (bound - np.log(extent) - np.log(spread)))
 
 
-def fit_log_concave(x: _Array, weights: _Array) -> tuple[_Array, _Array]:
+def fit_log_concave(x: _Array, weights: _Array, start: tuple[_Array, _Array] | None = None) -> tuple[_Array, _Array]:
     """The log-concave density of largest mean log density of x (n,) under weights (n,): knots and log density there.
 
-    Between the knots (k,), which rise, the log density is linear; beyond them the density is zero.
+    Between the knots (k,), which rise, the log density is linear; beyond them the density is zero. A fit that is near,
+    such as under weights that are alike, may be given as the `start`.
     """
     used = weights > 1e-4 * weights.max()
     values, places = np.unique(x[used], return_inverse=True)
@@ -68,18 +69,24 @@ def fit_log_concave(x: _Array, weights: _Array) -> tuple[_Array, _Array]:
     mass = mass / mass.sum()
     mean = mass @ values
     spread = np.sqrt(mass @ (values - mean) ** 2)
-    _, knots, phi = _certified_maximum((values - mean) / spread, mass, 1e-3)
+    near = None
+    if start is not None:
+        knots = np.unique(np.searchsorted(values, np.append(values[[0, -1]], start[0])).clip(0, len(values) - 1))
+        near = knots, np.interp(values[knots], *start) + np.log(spread)
+    _, knots, phi = _certified_maximum((values - mean) / spread, mass, 1e-3, near)
     return knots * spread + mean, phi - np.log(spread)
 
 
-def _certified_maximum(x: _Array, weights: _Array, tol: float) -> tuple[float, _Array, _Array]:
+def _certified_maximum(
+    x: _Array, weights: _Array, tol: float, start: tuple[_Array, _Array] | None = None
+) -> tuple[float, _Array, _Array]:
     """The bound of the mean log density of x (m,), rising and of mean 0 under `weights` (m,); NaN if none is found.
 
-    With the knots (k,) of the fit, and its log density there.
+    With the knots (k,) of the fit, and its log density there. `start`: knots as indices, and the log density there.
     """
     below = int(np.searchsorted(x, 0.0))
     needed = np.concatenate([_data_excess(-x[::-1], weights[::-1])[::-1][:below], _data_excess(x, weights)[below:]])
-    knots, phi = np.array([0, len(x) - 1]), np.full(2, -np.log(x[-1] - x[0]))
+    knots, phi = start or (np.array([0, len(x) - 1]), np.full(2, -np.log(x[-1] - x[0])))
     precision = max((0.1 * tol) ** 2 * weights.min(), 1e-28)
     for _ in range(MOST_ROUNDS):
         t, share = x[knots], _hat_means(x, weights, knots)
