@@ -4,15 +4,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
 from conftest import make_tiny_pipeline
 from invdiff import attach, generate
 from invdiff.auditing.edits import Edits, apply
 from invdiff.auditing.evidence import Evidence, Stack
+from invdiff.auditing.factors import is_mixed, weigh
 from invdiff.auditing.result import Audit, PromptAudit
+from invdiff.auditing.scores import Score, parts_of
 from invdiff.cli.print import print_audit
-from invdiff.config import GenerateConfig, TrainConfig
+from invdiff.config import AuditConfig, GenerateConfig, TrainConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import as_encoded
 from invdiff.errors import ConfigError
@@ -91,6 +93,25 @@ def test_two_hidden_attributes_are_two_factors_unless_one_is_asked_for():
     (alone,) = (again := found_in(measured, max_factors=1)).factors
     assert alone == audit.factors[0]
     assert again.group_weights[0].tobytes() == audit.group_weights[0].tobytes()
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_margin_that_mixes_two_attributes_is_parted_and_one_of_a_single_attribute_is_not(both):
+    rng = np.random.default_rng(0)
+    place, light = rng.random((2, 1500)) < 0.12
+    light = light & both
+    features = rng.normal(size=(1500, 12))
+    features[:, 0] += 6 * place
+    features[:, 1] += 6 * light
+    margin = features[:, :2].sum(axis=1)
+    score = Score("margin", margin[None], lambda known: [margin], of_prompt=True, is_margin=True)
+    distinct = np.ones(1500, dtype=bool)
+    (cut,) = weigh([score], distinct, AuditConfig(), rng)
+    assert is_mixed(cut, features, distinct, 3.0, rng) == both
+    if both:
+        parts = parts_of(score, features)
+        ranks = np.array([[roc_auc_score(own, part.mean) for part in parts] for own in (place, light)])
+        assert max(ranks[0, 0] + ranks[1, 1], ranks[0, 1] + ranks[1, 0]) > 1.98
 
 
 @pytest.mark.parametrize(

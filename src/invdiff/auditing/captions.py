@@ -71,7 +71,7 @@ def group_captions(denoiser: Denoiser, data: EncodedImages, threshold: float, se
 
 
 def part_by_images(
-    prompt_of: NDArray[Any], data: EncodedImages, sources: Sequence[NDArray[Any]], least: int
+    prompt_of: NDArray[Any], data: EncodedImages, sources: Sequence[NDArray[Any]], least: int = 20
 ) -> tuple[NDArray[Any], dict[int, str]]:
     """Prompts of which captions stay together only where a probe cannot tell their images apart.
 
