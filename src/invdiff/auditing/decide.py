@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
+from ..config import AuditConfig
 from .logconcave import fit_log_concave, max_log_likelihood
 
 ROTATIONS = 10
@@ -304,3 +305,11 @@ def smallest_share(count: int, candidates: int, level: float, *, separation: flo
         if fitted - max_log_likelihood(points) >= np.log(candidates / level) and mixture.rand_index() >= 0.5:
             return share
     return 1.0
+
+
+def power(num_images: int, candidates: int, config: AuditConfig) -> str:
+    """What size of minority could have been seen among a prompt's images, in words."""
+    share = max(smallest_share(num_images, max(candidates, 1), config.level), config.min_share)
+    if share >= 1:
+        return f"{num_images} images are too few to see a group of any size 4 standard deviations away"
+    return f"a group of {share:.1%} or more, 4 standard deviations away, would have been seen in {num_images} images"

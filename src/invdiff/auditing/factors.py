@@ -28,9 +28,9 @@ from .decide import (
     halves,
     log_e_value,
     num_modes,
+    power,
     rand_low,
     share_intervals,
-    smallest_share,
 )
 from .evidence import Evidence
 from .result import Candidate
@@ -131,7 +131,7 @@ def find_factors(
         considered = sum(map(len, cuts.values()))
         log_e = [cut.candidate.log_e for _, cut in tested] + [-np.inf] * (considered - len(tested))
         believed = e_bh(log_e, config.level)[: len(tested)]
-        needed = np.log(max(considered, 1) / config.level)
+        needed, enough = np.log(max(considered, 1) / config.level), np.log(len(judged) / config.level)
         accepted: dict[int, list[Cut]] = {prompt: [] for prompt in judged}
         for (prompt, cut), passes in zip(tested, believed, strict=True):
             if passes:
@@ -144,7 +144,7 @@ def find_factors(
             rng = np.random.default_rng(derived_seed("parts", config.seed, number, prompt))
             features, unlike = shifts.features(prompt), distinct[judged[prompt]]
             for cut in [one for one in cuts[prompt] if one.score.is_margin and one.weights.size]:
-                if is_mixed(cut, features, unlike, np.log(len(judged) / config.level), rng):
+                if is_mixed(cut, features, unlike, enough, rng):
                     passing[:] = [one for one in passing if one is not cut]
                     _refuse(cuts[prompt], cut, "its rare group is of two kinds: it mixes two attributes")
                     parts = weigh(parts_of(cut.score, features), unlike, config, rng)
@@ -154,15 +154,15 @@ def find_factors(
         pairs = [(prompt, cut) for prompt, own in accepted.items() for cut in own]
         for prompt, cut in sorted(pairs, key=lambda pair: -pair[1].candidate.rand_low):
             gathered, _ = shifts.gather(prompt, cut, accepted, config.seed)
-            for other in judged.keys() - gathered.keys():
+            missing = judged.keys() - gathered.keys()
+            for other in missing:
                 rng = np.random.default_rng(derived_seed("transfer", config.seed, number, prompt, other))
                 there = weigh([shifts.transferred(prompt, cut, other, names)], distinct[judged[other]], config, rng)
                 accepted[other] += [
-                    one
-                    for one in there
-                    if not one.candidate.refusal and one.candidate.log_e >= np.log(len(judged) / config.level)
+                    one for one in there if not one.candidate.refusal and one.candidate.log_e >= enough
                 ]
-            gathered, _ = shifts.gather(prompt, cut, accepted, config.seed)
+            if missing:
+                gathered, _ = shifts.gather(prompt, cut, accepted, config.seed)
             fault = _no_bias(gathered[prompt], gathered, len(judged), needed, config)
             if not fault:
                 factor = gathered
@@ -207,14 +207,6 @@ def is_mixed(cut: Cut, features: _Array, distinct: NDArray[np.bool_], needed: fl
 def too_few(num_images: int, config: AuditConfig) -> bool:
     """Whether a prompt has too few images to judge any split of them."""
     return num_images < max(config.min_images, 4)
-
-
-def power(num_images: int, candidates: int, config: AuditConfig) -> str:
-    """What size of minority could have been seen among a prompt's images, in words."""
-    share = max(smallest_share(num_images, max(candidates, 1), config.level), config.min_share)
-    if share >= 1:
-        return f"{num_images} images are too few to see a group of any size 4 standard deviations away"
-    return f"a group of {share:.1%} or more, 4 standard deviations away, would have been seen in {num_images} images"
 
 
 def weigh(
@@ -334,9 +326,8 @@ class Shifts:
             passes = self._tells(prompt, gathered[prompt], other, best, columns)
             if passes:
                 some = np.linspace(0, len(features) - 1, min(len(features), MOST_JUDGED)).astype(int)
-                shuffled = self.of(
-                    features[some], np.stack([rng.permutation(best.weights[some]) for _ in range(PERMUTATIONS)])
-                )
+                orders = [rng.permutation(best.weights[some]) for _ in range(PERMUTATIONS)]
+                shuffled = self.of(features[some], np.stack(orders))
                 passes = agreement > max(_matched(reference, shifts)[0] for shifts in shuffled)
             if passes or forced:
                 gathered[other] = _ordered(best, columns)
