@@ -132,7 +132,12 @@ def test_what_is_not_seen_to_differ_between_prompts_or_is_the_prompt_is_no_hidde
 
 def test_a_prompt_alone_is_judged_by_how_uneven_it_is():
     tinted = attribute([0.15, 0.15])
-    audit = inferred(made_up_data(["a bird"], 0 * PROMPT), evidence(views(tinted)), [0], max_factors=1)
+    audit = inferred(made_up_data(["a bird"], 0 * PROMPT), evidence(views(tinted, attribute([0.2, 0.2], seed=7))), [0])
+    assert len(audit.factors) == 1  # more are styles, unless they are asked for
+    tinted, other = (attribute([share, share], seed=seed) for share, seed in ((0.15, 0), (0.2, 7)))
+    labels = audit.group_weights[0].argmax(axis=1)
+    assert max(adjusted_rand_score(own, labels) for own in (tinted, other)) > 0.9
+    audit = inferred(made_up_data(["a bird"], 0 * PROMPT), evidence(views(tinted)), [0])
     assert adjusted_rand_score(tinted, audit.group_weights[0].argmax(axis=1)) > 0.9
 
 

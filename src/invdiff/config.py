@@ -179,8 +179,9 @@ class AuditConfig(Config):
     min_rand: Annotated[Share, RARE] = 0.5
     """`auto`: a cut is worth it where the lower bound of its expected agreement with the truth (adjusted Rand index)
     is at least this."""
-    max_factors: Annotated[Count, RARE] = 4
-    """`auto`: most hidden factors that are looked for."""
+    max_factors: Annotated[Size, RARE] = 0
+    """`auto`: most hidden factors that are looked for; 0 means 4, but 1 where there is one prompt, of which every
+    uneven style would be another factor."""
     max_balance: Annotated[float, RARE] = 0.35
     """`auto`, one prompt: a split whose smaller side has a larger share is taken for style, not for a spurious
     attribute. Under several prompts shares must differ between them."""

@@ -53,6 +53,7 @@ NOT_TESTED = -1e3
 NEARLY = 0.8
 """Of the largest agreement with a cut: of a prompt's cuts that reach it, the one whose groups are likeliest right."""
 TELLS = 0.8
+"""AUROC of the images of a group along its shift under another prompt, at least, where the two are one factor."""
 LEAST_DIFFERENCE = 0.2
 """Of a group's share between prompts: a smaller one is not worth correcting, whatever its p-value."""
 PERMUTATIONS = 100
@@ -74,7 +75,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Search:
-    """The factors that were found, and what was weighed under each prompt."""
+    """What was found, and what was weighed under each prompt."""
 
     factors: list[dict[int, Cut]]
     """Of each hidden factor, its cut of each prompt that it splits, columns in one order."""
@@ -112,7 +113,8 @@ def find_factors(
         prompt_of[rows] = prompt
     search = Search([], {prompt: [] for prompt in members}, {})
     taken: list[_Array] = []
-    for number in range(config.max_factors if judged else 0):
+    most = config.max_factors or (4 if len(judged) > 1 else 1)
+    for number in range(most if judged else 0):
         remaining = [without(source, taken, prompt_of) for source in sources]
         margins = Margins(remaining, prompt_of) if len(judged) > 1 and remaining else None
         cuts: dict[int, list[Cut]] = {}
@@ -154,8 +156,7 @@ def find_factors(
         pairs = [(prompt, cut) for prompt, own in accepted.items() for cut in own]
         for prompt, cut in sorted(pairs, key=lambda pair: -pair[1].candidate.rand_low):
             gathered, _ = shifts.gather(prompt, cut, accepted, config.seed)
-            missing = judged.keys() - gathered.keys()
-            for other in missing:
+            for other in (missing := sorted(judged.keys() - gathered.keys())):
                 rng = np.random.default_rng(derived_seed("transfer", config.seed, number, prompt, other))
                 there = weigh([shifts.transferred(prompt, cut, other, names)], distinct[judged[other]], config, rng)
                 accepted[other] += [

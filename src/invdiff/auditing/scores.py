@@ -228,9 +228,7 @@ def _as_it_is(values: _Array, known: NDArray[np.bool_]) -> list[_Array]:
     return [values]
 
 
-def components(
-    features: _Array, source: str, *, seed: int, taken: Sequence[_Array] = (), shapes: Sequence[str] = tuple(SHAPES)
-) -> list[Score]:
+def components(features: _Array, source: str, *, seed: int, taken: Sequence[_Array] = ()) -> list[Score]:
     """Independent components of features (n, draws, D) from a named source, as scores.
 
     A hidden factor is close to one direction of the features, but seldom among the largest: FastICA finds it by its
@@ -253,7 +251,7 @@ def components(
     whitened = pca.transform(centred.reshape(n * draws, -1))
     scores = []
     for size in sorted({min(size, most) for size in sizes}):
-        for shape in shapes:
+        for shape in SHAPES:
             fit = partial(_independent, fitted[:, :size], shape, seed)
             if (ica := fit(np.isin(np.arange(n), used))) is None:
                 continue
