@@ -58,8 +58,8 @@ class AuditBook:
     @property
     def group_names(self) -> list[list[str]]:
         """Names of the groups of each factor, a number where people gave none."""
-        edits, sizes = self.audit.edits, enumerate(self.audit.num_groups)
-        return [[edits.group_name(group, factor) for group in range(count)] for factor, count in sizes]
+        sizes = enumerate(self.audit.num_groups)
+        return [[self.audit.group_name(group, factor) for group in range(count)] for factor, count in sizes]
 
     def page(self, index: int, factor: int, cuts: Sequence[float] | None = None) -> Split:
         """One prompt under one hidden factor; with other cuts than those kept, if given."""

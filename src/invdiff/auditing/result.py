@@ -14,6 +14,7 @@ from ..errors import AuditError, DataError, found_else
 from ..files import fingerprint, read_arrays, read_json, write_arrays, write_json
 from ..options import typed
 from ..text import one_line
+from .asked import about_asked
 from .edits import CURATION, Edits, apply, put_aside, read_edits
 
 if TYPE_CHECKING:
@@ -108,6 +109,8 @@ class Factor:
     """Whether a column of W means the same under every prompt; else groups are each prompt's own."""
     splits: list[PromptSplit]
     """The prompts that it splits, the largest first."""
+    values: list[str] = field(default_factory=list)
+    """Names of its groups, where they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -208,8 +211,22 @@ class Audit:
 
     @property
     def group_names(self) -> tuple[tuple[str, ...], ...]:
-        """Names that people gave to groups, [factor][group], "" for none; empty where no group has one."""
-        return self.edits.names if self.edits.named else ()
+        """Names that people gave to groups, or asked for, [factor][group], "" for none; empty where none has one."""
+        names = tuple(
+            tuple("" if (name := self.group_name(e, m)) == f"group {e}" else name for e in range(size))
+            for m, size in enumerate(self.num_groups)
+        )
+        return names if any(map(any, names)) else ()
+
+    def group_name(self, group: int, factor: int = 0) -> str:
+        """What people call a group, else the value that was asked for, else its number, such as "group 0"."""
+        values, name = self.factors[factor].values if self.factors else [], self.edits.group_name(group, factor)
+        return one_line(values[group], WORD_LIMIT) if values and name == f"group {group}" else name
+
+    @property
+    def asked(self) -> str:
+        """How groups were asked for, in sentences; "" where they were sought."""
+        return about_asked(self.settings.get("asked", {}))
 
     @property
     def kept(self) -> NDArray[np.bool_]:
@@ -220,10 +237,8 @@ class Audit:
     def own_groups(self) -> str:
         """A sentence on factors whose groups are each prompt's own; "" where columns mean the same everywhere."""
         own = " and ".join(factor.name for factor in self.factors if not factor.matched)
-        words = (
-            f"Groups of {own} are each prompt's own: group 0 of one prompt need not mean what it means under another."
-        )
-        return words if own else ""
+        meaning = "group 0 of one prompt need not mean what it means under another."
+        return f"Groups of {own} are each prompt's own: {meaning}" if own else ""
 
     def split(self, factor: int, prompt: int) -> PromptSplit | None:
         """How a factor splits a prompt, both by index; None where it does not."""
@@ -339,12 +354,8 @@ class Audit:
         if not (folder / "audit.json").is_file():
             raise AuditError(f"Expected an audit folder at {folder}, found no audit.json. Run `invdiff audit`.")
         kinds: dict[str, Any] = {"prompts": list[PromptAudit], "factors": list[Factor], "names": list[str]}
-        kinds |= {
-            "forwards_per_image": float,
-            "settings": dict[str, Any],
-            "num_groups": list[int],
-            "unreadable": dict[str, str],
-        }
+        kinds |= {"forwards_per_image": float, "settings": dict[str, Any], "num_groups": list[int]}
+        kinds |= {"unreadable": dict[str, str]}
         try:
             document = {"unreadable": {}} | read_json(folder / "audit.json")  # audits of earlier versions lack it
             if "factors" not in document:
@@ -359,6 +370,8 @@ class Audit:
                 (s, size) for factor, size in zip(found.factors, num_groups, strict=False) for s in factor.splits
             ]
             known = all(s.prompt in prompts and len(s.shares) == len(s.intervals) == size for s, size in splits)
+            typed(dict[str, dict[str, Any]], found.settings.get("asked", {}))
+            known &= all(len(of.values) in (0, size) for of, size in zip(found.factors, num_groups, strict=False))
             paired = list(found.num_groups) == num_groups and len(found.factors or [None]) == len(num_groups)
             if not (known and paired and np.isin(found.prompt_ids, prompts).all()):
                 raise ValueError("images or splits of groups or prompts that the audit lacks")

@@ -1,9 +1,10 @@
-"""The audit: evidence, prompts, splits and groups of captioned images, without labels."""
+"""The audit: evidence, prompts, splits and groups of captioned images, without labels unless they are asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from ..files import default_cache_dir
 from ..models.encoders import ClipEncoder
 from ..models.frozen import Denoiser, FrozenDenoiser
 from ..seeds import generator
+from .asked import columns_asked
 from .captions import group_captions, part_by_images, stated_group, words_that_state_groups
 from .evidence import Evidence, collect_evidence, encode_vision
-from .factors import Cut, find_factors, spread
+from .factors import Cut, Search, find_factors, spread
 from .result import Audit, Factor, PromptAudit, PromptSplit
-from .splits import force_factor, rarest, why_not
+from .splits import Given, force_factor, given_factors, rarest, why_not
 from .words import describe_groups
 
 ALMOST, NEIGHBOURS = 0.05, 8
@@ -36,6 +38,7 @@ def audit(
     pipe: Any,
     data: CaptionedImages | EncodedImages,
     *,
+    attribute: str | Sequence[str] = (),
     config: AuditConfig | None = None,
     cache_dir: str | Path | None = None,
     denoiser: Denoiser | None = None,
@@ -50,6 +53,8 @@ def audit(
     Args:
         pipe: The pipeline to audit.
         data: The captioned images, or the result of `encode`.
+        attribute: A column of the data, or several: its values are groups, and no other factor is sought. Without
+            it, no column but the captions is read.
         config: Solver, evidence, thresholds.
         cache_dir: Where latents and measurements are kept; a stopped run goes on from there, and another
             solver reuses them. `default_cache_dir()` unless given.
@@ -59,7 +64,8 @@ def audit(
 
     Raises:
         AuditError: Groups cannot be inferred, for example because losses are not finite.
-        ConfigError: A vision encoder or words are asked for, but only latents are given.
+        ConfigError: A vision encoder, words or an attribute are asked for, but only latents are given.
+        DataError: There is no such attribute.
         ModelError: There is no such vision encoder or CLIP model.
     """
     config = config or AuditConfig()
@@ -71,12 +77,20 @@ def audit(
             "Expected a model that reads captions for solver 'exact' and for other_captions, which compare what it "
             "predicts with and without one, got an unconditional model. Use solver 'auto' or 'gradient'."
         )
-    for asked, what in ((config.words_model, "a CLIP model"), (config.vision_encoder, "a vision encoder")):
+    columns = [attribute] if isinstance(attribute, str) else list(attribute)
+    for asked, what in (
+        (config.words_model, "a CLIP model to look at"),
+        (config.vision_encoder, "a vision encoder to look at"),
+        (columns, "their attributes"),
+    ):
         if asked and images is None:
-            raise ConfigError(f"Expected CaptionedImages for {what} to look at, got only their latents.")
+            raise ConfigError(f"Expected CaptionedImages for {what}, got only their latents.")
+    if columns and config.solver != "auto":
+        raise ConfigError(f"Expected solver 'auto' where groups are asked for, got {config.solver!r}. Leave it out.")
     if config.words_model:
         from_main(lambda: ClipEncoder.load(config.words_model).name)  # an error in its name comes before the work
     rows, vision = encoded.source_index.numpy(), None
+    given = columns_asked(images, rows, columns) if images is not None else []
     if images is not None and config.vision_encoder:
         folder = cache_dir / "vision"
         vision = from_main(lambda: encode_vision(config.vision_encoder, images, rows, folder, progress=progress))
@@ -96,8 +110,10 @@ def audit(
 
     def conclude() -> Audit:
         prompts, notes = part_by_images(prompt_of, encoded, evidence.whitened(config.seed), config.min_images)
-        found = infer(encoded, evidence, prompts, config, notes=notes, distinct=distinct(encoded), progress=progress)
-        found = replace(found, settings=settings, unreadable=dict(encoded.unreadable))
+        asked = partial(given_factors, given, config=config) if given else None
+        options: dict[str, Any] = {"notes": notes, "distinct": distinct(encoded), "progress": progress}
+        found = infer(encoded, evidence, prompts, config, asked=asked, **options)
+        found = replace(found, settings=settings | found.settings, unreadable=dict(encoded.unreadable))
         found = replace(found, forwards_per_image=round(float(measured + spent), 3))
         if images is None or not config.words_model or not found.biased:
             return found
@@ -116,6 +132,7 @@ def infer(
     *,
     notes: Mapping[int, str] | None = None,
     distinct: NDArray[np.bool_] | None = None,
+    asked: Callable[[Mapping[int, NDArray[Any]]], Given] | None = None,
     progress: bool = True,
 ) -> Audit:
     """The max phase: groups of images from their evidence.
@@ -127,13 +144,18 @@ def infer(
         config: Solver, thresholds, seed.
         notes: What is to be said of a prompt.
         distinct: (N,), false for images that are nearly the same as another.
+        asked: Makes the factors that are asked for of the images of each prompt, indices (n,); without it, factors
+            are sought.
         progress: Show a progress bar.
     """
     caption_ids = data.caption_ids.numpy()
     members = {prompt: np.flatnonzero(prompt_of[caption_ids] == prompt) for prompt in np.unique(prompt_of).tolist()}
     members = dict(sorted(members.items(), key=lambda item: -len(item[1])))
     names = {prompt: _captions_of(data, rows)[0] for prompt, rows in members.items()}
-    if config.solver == "auto":
+    given = asked(members) if asked else None
+    if given:
+        search: Search = given
+    elif config.solver == "auto":
         distinct = np.ones(len(data), dtype=bool) if distinct is None else distinct
         search = find_factors(evidence, members, names, distinct, config, progress=progress)
     else:
@@ -175,18 +197,22 @@ def infer(
                 stating = [(words[m][prompt], group) for m, group in enumerate(key) if group >= 0]
                 saying = {word for of, group in stating for word, k in of.items() if k == group}
                 reason, candidates = f"its captions state the group (words: {', '.join(sorted(saying))})", []
+            elif given and candidates:
+                reason = "not split: " + "; ".join(f"by {one.evidence}, {one.refusal}" for one in candidates)
             else:
                 reason = why_not(len(rows), candidates, config)
             power = search.power.get(prompt, "")
             found = bool(splitting)
             said = [notes[prompt]] if notes and prompt in notes else []
             prompts.append(PromptAudit(captions[0], captions, len(own), found, reason, power, said, candidates))
-    factors = [
-        Factor(f"factor {m + 1}", search.matched, sorted(of, key=lambda one: -prompts[one.prompt].num_images))
-        for m, of in enumerate(splits)
-    ]
+    factors = []
+    for m, of in enumerate(splits):
+        name, values = (given.names[m], given.values[m]) if given else (f"factor {m + 1}", [])
+        ordered = sorted(of, key=lambda one: -prompts[one.prompt].num_images)
+        factors.append(Factor(name, search.matched, ordered, values))
+    settings = {"asked": given.record} if given else {}
     final = tuple(each.astype(np.float32) for each in weights)
-    return Audit(final, scores.astype(np.float32), prompt_ids, prompts, factors, list(data.names), 0.0, {})
+    return Audit(final, scores.astype(np.float32), prompt_ids, prompts, factors, list(data.names), 0.0, settings)
 
 
 def _captions_of(data: EncodedImages, rows: NDArray[Any]) -> list[str]:

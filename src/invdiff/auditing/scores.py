@@ -78,8 +78,10 @@ class Score:
 
 def standardised(values: _Array, by: _Array | None = None) -> _Array:
     """Values (n,) less their median, in their interquartile range; or in the median and range of others."""
-    low, middle, high = np.quantile(values if by is None else by, [0.25, 0.5, 0.75])
-    return (values - middle) / max(high - low, 1e-12)
+    by = values if by is None else by
+    low, middle, high = np.quantile(by, [0.25, 0.5, 0.75])
+    width = high - low if high - low > 0.01 * by.std() else by.std()  # of few different values
+    return (values - middle) / max(width, 1e-12)
 
 
 def without(values: _Array, taken: Sequence[_Array], prompt_of: _Array | None = None) -> _Array:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,15 @@ from sklearn.metrics import adjusted_rand_score
 
 from ..config import AuditConfig
 from ..errors import AuditError
+from .asked import Asked
 from .decide import fit_mixture
 from .evidence import Evidence
 from .factors import NOT_TESTED, Cut, Search, Shifts, too_few
 from .result import Candidate
 from .scores import Score, contrasts
+
+LEAST_IMAGES = 4
+"""Images of a prompt that a value must have to be a group there, where it is asked for."""
 
 
 def exact_groups(scores: NDArray[Any], num_groups: int, *, min_share: float = 0.0) -> NDArray[Any]:
@@ -125,6 +130,55 @@ def force_factor(evidence: Evidence, members: Mapping[int, NDArray[Any]], config
     first = next(iter(cuts))
     factor, matched = Shifts(sources, judged).gather(first, cuts[first][0], cuts, config.seed, forced=True)
     return Search([factor], candidates, {}, matched)
+
+
+@dataclass(frozen=True)
+class Given(Search):
+    """Factors that were asked for, not sought."""
+
+    names: list[str] = field(default_factory=list)
+    values: list[list[str]] = field(default_factory=list)
+    """Names of the groups of each."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """What was asked for, as `Audit.settings["asked"]` keeps it."""
+
+
+def given_factors(asked: Sequence[Asked], members: Mapping[int, NDArray[Any]], config: AuditConfig) -> Given:
+    """One factor for each attribute that is asked for, of the prompts under which it has two values or more.
+
+    A value counts under a prompt where it has `min_share` of the images of which it is known, and `LEAST_IMAGES`.
+    Images of other values, or of which nothing is known, may be of any of those that count. Values that count nowhere
+    have no group.
+    """
+    judged = {prompt: rows for prompt, rows in members.items() if not too_few(len(rows), config)}
+    search = Given([], {prompt: [] for prompt in members}, {})
+    for one in asked:
+        mass = {prompt: one.weights[rows].sum(axis=0) for prompt, rows in judged.items()}
+        counts = {p: of >= max(config.min_share * of.sum(), LEAST_IMAGES) for p, of in mass.items()}
+        splits = {p: bool(of.sum() > 1) and not one.refusal for p, of in counts.items()}
+        used = np.any([np.zeros(len(one.values), dtype=bool), *(of for p, of in counts.items() if splits[p])], axis=0)
+        cuts = {}
+        for prompt, rows in judged.items():
+            columns = used if splits[prompt] else np.ones(len(used), dtype=bool)
+            shares = (mass[prompt][columns] / max(mass[prompt][columns].sum(), 1)).round(4).tolist()
+            few = f"fewer than two values have {config.min_share:.1%} of its images, and {LEAST_IMAGES} of them"
+            refusal = "" if splits[prompt] else one.refusal or few
+            candidate = Candidate(one.evidence, len(shares), shares, one.agreement, 0.0, 1.0, NOT_TESTED, refusal)
+            search.candidates[prompt].append(candidate)
+            if splits[prompt]:
+                present = counts[prompt][used]
+                known = one.weights[rows][:, used] * present
+                known = np.where(known.any(axis=1, keepdims=True), known, present)
+                weights = known / known.sum(axis=1, keepdims=True)
+                place = weights @ np.arange(weights.shape[1])
+                cuts[prompt] = Cut(candidate, Score(one.evidence, place[None], lambda known: []), weights)
+        if cuts:
+            search.factors.append(cuts)
+            search.names.append(one.name)
+            search.values.append([value for value, of in zip(one.values, used, strict=True) if of])
+        for kind, entry in one.record.items():
+            search.record[kind] = search.record.get(kind, {}) | entry
+    return search
 
 
 def why_not(num_images: int, candidates: Sequence[Candidate], config: AuditConfig) -> str:

@@ -38,7 +38,7 @@ from .print import (
     say_loading,
 )
 
-WAY, PREPARE = "The way through", "To prepare"
+WAY, PREPARE, ASK = "The way through", "To prepare", "What to group by"
 """Panels of the help."""
 
 
@@ -103,6 +103,9 @@ def audit(
     model: Model,
     data: Data,
     output: Output,
+    attribute: list[str] | None = option(
+        None, "A column of DATA whose values are the groups: no other is looked for. Repeat for more.", panel=ASK
+    ),
     settings: AuditConfig,
     words_file: Path | None = option(
         None, "A text file with further words for the words model, one a line.", "--words", metavar="FILE"
@@ -111,7 +114,7 @@ def audit(
     weights: CacheOptions,
     quiet: Quiet = False,
 ) -> None:
-    """Find hidden groups in the images that a model learnt from, without labels."""
+    """Find hidden groups in the images that a model learnt from, without labels unless they are asked for."""
     weights.check_cache()
     settings = dataclasses.replace(settings, words=(*settings.words, *lines_in(words_file, "word")))
     say_loading("images and model", quiet=quiet)
@@ -120,7 +123,9 @@ def audit(
     from ..report.grids import save_audit_pictures
 
     images = source.load(data, output=output)
-    found = run_audit(weights.load(model), images, config=settings, cache_dir=weights.cache_dir, progress=not quiet)
+    asked: Any = {"attribute": attribute or ()}
+    options: Any = {"config": settings, "cache_dir": weights.cache_dir, "progress": not quiet}
+    found = run_audit(weights.load(model), images, **asked, **options)
     if not is_first_process():
         return
     aside = found.put_aside(output)
@@ -137,7 +142,7 @@ def audit(
         finish(result, "train", model, data, output, "--output", output.parent / "module", *shared)
         return
     result = f"No hidden group was found. {result}"
-    if settings.solver != "auto" or settings.vision_encoder:
+    if settings.solver != "auto" or settings.vision_encoder or any(asked.values()):
         finish(result)
         return
     options = command_options(AuditConfig, vars(settings) | {"vision_encoder": "facebook/dinov2-small"})

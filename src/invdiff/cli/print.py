@@ -69,17 +69,18 @@ def print_audit(audit: Audit) -> None:
     The table fits 80 columns.
     """
     rows = []
-    for factor in audit.factors:
+    for place, factor in enumerate(audit.factors):
         for split in factor.splits:
             groups = [
-                f"{group}: {share:.1%} ({low:.1%} to {high:.1%})"
+                f"{audit.group_name(group, place).removeprefix('group ')}: {share:.1%} ({low:.1%} to {high:.1%})"
                 for group, (share, (low, high)) in enumerate(zip(split.shares, split.intervals, strict=True))
             ]
             figures = [f"{split.separation:.2f}", f"{split.agreement:.2f}"]
             cells = [factor.name, audit.prompts[split.prompt].prompt, "\n".join(groups), *figures]
             rows.append(dict(zip(("factor", "prompt", "groups", "separation", "agreement"), cells, strict=True)))
     if rows:
-        title = f"Hidden factors ({audit.forwards_per_image:g} denoiser forwards per image)"
+        what = "Factors asked for" if audit.asked else "Hidden factors"
+        title = f"{what} ({audit.forwards_per_image:g} denoiser forwards per image)"
         details: dict[str, dict[str, Any]] = {"factor": {}, "prompt": _FOLDED, "groups": {"no_wrap": True}}
         _print_table(title, rows, details, "Groups have 95% intervals. A rare one can also be wrong captions: look.")
     lines = [
@@ -92,7 +93,7 @@ def print_audit(audit: Audit) -> None:
         for prompt, words in prompts
         if words
     ]
-    lines += filter(None, [audit.own_groups])
+    lines += filter(None, [audit.own_groups, audit.asked])
     if audit.words:
         model = one_line(audit.words.model, 80)
         lines.append(f"Words that separate groups, of {audit.words.vocabulary}, as {model} sees them")

@@ -83,6 +83,7 @@ def training_record(
         "num_prompts": len(sizes),
         "num_found": len(sizes) - len(unfound),
         "own_groups": first.own_groups,
+        **({"asked": first.asked} if first.asked else {}),
         "splits": splits[:MOST_PROMPTS],
         "unfound": list(map(named, unfound[:MOST_NOT_FOUND])),
         "losses_at": [row["step"] for row in ends],

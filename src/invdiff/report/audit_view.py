@@ -26,12 +26,8 @@ LEGEND = (
 def found(run: Run, audit: Audit) -> dict[str, Any]:
     """What the audit found."""
     shown, further = run.splits[:MOST_PROMPTS], run.splits[MOST_PROMPTS:]
-    named, words = audit.edits.named, audit.words if shown else None
-    rows = [
-        [audit.edits.group_name(e.group, e.factor), e.line]
-        for e in (words.groups if words else ())
-        if e.prompt is None
-    ]
+    named, words = bool(audit.group_names), audit.words if shown else None
+    rows = [[audit.group_name(e.group, e.factor), e.line] for e in (words.groups if words else ()) if e.prompt is None]
     others = [
         [
             split.factor + split.prompt.prompt,
@@ -68,6 +64,8 @@ def summary(audit: Audit) -> str:
     prompts = counted(len(audit.prompts), "prompt")
     hiding = [prompt for prompt in audit.prompts if prompt.found]
     if not hiding:
+        if audit.asked:
+            return f"No prompt of {images} under {prompts} is split by what was asked for. {audit.asked}"
         return (
             f"The audit found no hidden group in {images} under {prompts}. That is no proof that there is none: no "
             "split into groups was clear enough to be believed."
@@ -83,9 +81,10 @@ def summary(audit: Audit) -> str:
         f" The solver “{solver}” splits any set of images, so the split alone proves nothing: look at separation and "
         "agreement."
     )
+    asked = f" {audit.asked}" if audit.asked else ""
     return (
         f"Under {len(hiding):,} of {prompts}, the training images fall into groups that the prompt does not name"
-        f"{by}{rare}.{forced if solver in ('exact', 'gradient') else ''}"
+        f"{by}{rare}.{forced if solver in ('exact', 'gradient') else ''}{asked}"
     )
 
 

@@ -248,7 +248,7 @@ def splits_of(audit: Audit) -> list[Split]:
             rows = np.flatnonzero(audit.kept & own)
             weights, scores = of_all[rows], audit.scores[factor, rows]
             labels, moved = weights.argmax(axis=1), audit.edits.cuts.get((factor, figures.prompt), ())
-            names = [audit.edits.group_name(group, factor) for group in range(weights.shape[1])]
+            names = [audit.group_name(group, factor) for group in range(weights.shape[1])]
             splits.append(
                 Split(
                     index=figures.prompt,

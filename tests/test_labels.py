@@ -1,0 +1,90 @@
+"""Groups that a user asks for: by a column of the data."""
+
+import csv
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from conftest import write_tiny_folder
+from invdiff import audit, load_captioned_images, train
+from invdiff.auditing.asked import Asked
+from invdiff.auditing.result import Audit
+from invdiff.auditing.splits import given_factors
+from invdiff.cli import app
+from invdiff.config import AuditConfig, TrainConfig
+from invdiff.errors import ConfigError, DataError
+from runs import report
+
+SMALL = AuditConfig(min_images=4)
+VALUES = ["land", "water", "land", "water", "water", "land", "", "water", "land", "land"] * 2
+"""Of 20 images, two of them not labelled."""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """20 images of two captions with a column `place`."""
+    folder = write_tiny_folder(tmp_path / "data", 20)
+    with (folder / "metadata.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=["file_name", "text", "place"])
+        writer.writeheader()
+        for row, value in zip(rows, VALUES, strict=True):
+            writer.writerow({"file_name": row["file_name"], "text": row["text"], "place": value})
+    return folder
+
+
+def test_a_column_that_is_asked_for_is_the_factor_and_trains_as_the_same_groups_do(tiny_pipe, folder, tmp_path):
+    data, options = load_captioned_images(folder), {"cache_dir": tmp_path / "cache", "progress": False}
+    found = audit(tiny_pipe, data, attribute="place", config=SMALL, **options)
+    assert [factor.name for factor in found.factors] == ["place"]
+    assert found.group_names == (("land", "water"),)
+    expected = {"land": [1, 0], "water": [0, 1], "": [0.5, 0.5]}
+    assert found.group_weights[0].tolist() == [expected[value] for value in VALUES]
+    assert "column “place”" in found.asked
+    assert Audit.load(found.save(tmp_path / "audit")).asked == found.asked
+    unnamed = [replace(factor, name="factor 1", values=[]) for factor in found.factors]
+    same = replace(found, factors=unnamed, settings={k: v for k, v in found.settings.items() if k != "asked"})
+    written = []
+    for name, one in (("asked", found), ("found", same)):
+        train(tiny_pipe, data, one, tmp_path / name, config=TrainConfig(steps=2, batch_size=4), **options)
+        written.append((tmp_path / name / "diffusion_pytorch_model.safetensors").read_bytes())
+    assert written[0] == written[1]
+    assert "they are the values of the column" in (tmp_path / "asked" / "README.md").read_text()
+    assert "without labels" in (tmp_path / "found" / "README.md").read_text()
+
+
+def test_a_column_must_be_there_and_be_asked_for_alone(tiny_pipe, folder, tmp_path):
+    data, options = load_captioned_images(folder), {"cache_dir": tmp_path / "cache", "progress": False}
+    with pytest.raises(DataError, match="'gender' in the data, found place"):
+        audit(tiny_pipe, data, attribute="gender", config=SMALL, **options)
+    with pytest.raises(ConfigError, match="solver 'auto'"):
+        audit(tiny_pipe, data, attribute="place", config=AuditConfig(solver="exact"), **options)
+
+
+def test_values_that_are_rare_under_a_prompt_are_no_group_there():
+    labels = np.repeat([0, 1, 2, 3, 0, 1], [50, 46, 4, 0, 99, 1])
+    asked = Asked("age", ["a", "b", "c", "d"], np.eye(4)[labels], "the column 'age'")
+    members = {0: np.arange(100), 1: np.arange(100, 200)}
+    search = given_factors([asked], members, AuditConfig())
+    assert search.values == [["a", "b", "c"]]
+    assert list(search.factors[0]) == [0]
+    assert search.candidates[1][0].refusal == "fewer than two values have 2.0% of its images, and 4 of them"
+    search = given_factors([asked], members, AuditConfig(min_share=0.1))
+    weights = search.factors[0][0].weights
+    assert search.values == [["a", "b"]]
+    assert weights[-4:].tolist() == [[0.5, 0.5]] * 4
+
+
+def test_the_command_and_the_report_say_what_was_asked_for(tiny_pipe_dir, folder, tmp_path):
+    words = ["audit", str(tiny_pipe_dir), str(folder), "--output", str(tmp_path / "audit"), "--attribute", "place"]
+    done = CliRunner().invoke(app, [*words, "--min-images", "4", "--cache-dir", str(tmp_path / "cache"), "-q"])
+    assert done.exit_code == 0, done.output
+    assert "Factors asked for" in done.output
+    assert "water: " in done.output
+    page, text = report(tmp_path / "report", audit=tmp_path / "audit", data=load_captioned_images(folder))
+    for words in (page.words, text):
+        assert "they are the values of the column “place”" in words
+        assert "water" in words
