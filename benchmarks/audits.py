@@ -94,6 +94,9 @@ def waterbirds(source: Path, base: Path, work: Path) -> Iterator[Cell]:
         for seed in range(3):
             world = partial(worlds.waterbirds, source, severity=severity, seed=seed)
             yield from both(f"{severity:g}-seed-{seed}", world, base, hidden=("place",))
+    for seed in range(3):
+        world = partial(worlds.waterbirds, source, severity=0.95, seed=seed, free=True)
+        yield Cell(f"free-captions-seed-{seed}", world, base, hidden=("place",))
 
 
 def both(name: str, world: Callable[[Path], Path], base: Path, **options: Any) -> Iterator[Cell]:

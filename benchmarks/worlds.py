@@ -29,6 +29,21 @@ PLACES = {"landbird": "forest", "waterbird": "sea"}
 TINTS = {"landbird": "warm", "waterbird": "cold"}
 CASTS = {"warm": (1.3, 1.0, 0.7), "cold": (0.7, 1.0, 1.3)}
 """What red, green and blue are multiplied by: a white balance set for shade, or for a lamp."""
+FREE_TEXT = (
+    ("a", "one", "my favourite", "a lovely", "a quiet", "the second", "another", "some"),
+    ("seen", "spotted", "photographed", "noticed", "found", "met", "admired", "pictured"),
+    ("on Monday", "last week", "in 2009", "this morning", "at noon", "in May", "yesterday", "again"),
+    (
+        "",
+        ", from my album",
+        " by a friend",
+        ", cropped",
+        ", no filter",
+        " with luck",
+        ", number one",
+        " with patience",
+    ),
+)
 
 AGES = {"20-29": "young", "30-39": "middle-aged", "40-49": "middle-aged"} | dict.fromkeys(
     ("50-59", "60-69", "more than 70"), "old"
@@ -103,16 +118,22 @@ def waterbirds(
     severity: float = 0.95,
     seed: int = 0,
     tint: float | None = None,
+    free: bool = False,
     held_out: bool = False,
 ) -> Path:
     """Land birds and water birds on photographs of forest and sea; columns subject and place, and tint where asked.
 
     The place agrees with the subject with probability `severity`; with `tint`, so does the light (warm, cold) with
     that probability, independently of the place. Row i is the same whatever `num_images`, but for its light whatever
-    `tint`.
+    `tint`. Captions are `free` text where asked: the bird's kind among words that say nothing of the picture.
     """
     settings = {"severity": severity, "seed": seed, "num_images": num_images, "tint": tint, "held_out": held_out}
+    settings |= {"free": True} if free else {}
     rows = _birds(source, num_images, severity, seed, held_out)
+    if free:
+        rows = [
+            (row | {"text": _free_text(row["subject"], seed, index)}, make) for index, (row, make) in enumerate(rows)
+        ]
     if tint is not None:
         rows = [_tinted(row, tint, np.random.default_rng([seed, index, 1])) for index, row in enumerate(rows)]
     return _write(folder, rows, world="waterbirds", **settings)
@@ -133,6 +154,12 @@ def _birds(
         picture = partial(compose, *parts, size=0.55 + 0.25 * size, mirror=mirror < 0.5, x=x, y=y)
         rows.append(({"text": CANONICAL_TEMPLATE.format(subject), "subject": subject, "place": place}, picture))
     return rows
+
+
+def _free_text(subject: str, seed: int, index: int) -> str:
+    rng = np.random.default_rng([seed, index, 2])
+    opening, manner, time, ending = (parts[rng.integers(len(parts))] for parts in FREE_TEXT)
+    return f"{opening} {subject} {manner} {time}{ending}"
 
 
 def _tinted(row: Row, agreement: float, rng: np.random.Generator) -> Row:

@@ -39,3 +39,19 @@ def test_captions_predicted_alike_are_one_prompt_only_where_their_images_look_al
     assert notes == {0: "2 further captions are the same prompt to the model: 'one bird', 'a seldom fish'"}
     apart, notes = part_by_images(np.arange(4), made_up_data(captions, ids), [features], 20)
     assert (apart.tolist(), notes) == ([0, 1, 2, 3], {})
+
+
+def test_free_captions_are_parted_by_words_whose_images_look_unlike():
+    rng = np.random.default_rng(0)
+    kind = rng.integers(3, size=1200)
+    captions = [f"{rng.choice(['a', 'my'])} {('dog', 'cat', 'white cat')[k]}, no. {i}" for i, k in enumerate(kind)]
+    features = rng.normal(size=(1200, 20))
+    features[kind == 0, 0] += 3
+    features[kind == 2, 1] += 1
+    data = made_up_data(captions, np.arange(1200))
+    prompts, notes = part_by_images(np.zeros(1200, dtype=int), data, [features])
+    assert len(set(zip(kind.tolist(), prompts.tolist(), strict=True))) == len(set(prompts)) == 3
+    assert sum("with 'white'" in note for note in notes.values()) == 1
+    assert sum("without 'white'" in note for note in notes.values()) == 1
+    prompts, _ = part_by_images(np.zeros(1200, dtype=int), data, [rng.normal(size=(1200, 20))])
+    assert not prompts.any()

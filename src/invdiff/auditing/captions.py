@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,12 @@ LEVEL = 0.001
 """False discovery rate of words that state a group, and of captions whose images are told apart."""
 MOST_TOLD = 64
 """Captions of a prompt that are told from another by their images, at most."""
+MOST_COMPARED = 2000
+"""Images of either side that the probe compares at most, evenly chosen."""
+LEAST_WORD = 100
+"""Images with a word in their captions, and without, that it takes to part captions by it."""
+LEAST_WORD_SHARE = 0.02
+"""The same, as a share of all images."""
 
 
 def group_captions(denoiser: Denoiser, data: EncodedImages, threshold: float, seed: int) -> tuple[NDArray[Any], float]:
@@ -77,7 +83,9 @@ def part_by_images(
 
     A weak model may predict alike for captions that mean different things. The probe compares the images of two
     captions by their means in whitened features, `sources` (N, d) each, out of fold; where it ranks them better than
-    chance, they are of two prompts. Captions with few images stay with the most frequent one of their prompt.
+    chance, they are of two prompts. Captions with few images, such as free text, are parted by a word whose images the
+    probe tells from the others', the clearest first; those with it and those without are parted likewise. What no word
+    parts stays with the most frequent caption of the prompt.
 
     Args:
         prompt_of: (captions,), as `group_captions` finds it.
@@ -88,8 +96,15 @@ def part_by_images(
     Returns:
         The prompt of each caption, from 0, and what was merged in each, in words.
     """
-    caption_ids, parted, notes = data.caption_ids.numpy(), np.full(len(prompt_of), -1), dict[int, str]()
+    caption_ids, parted = data.caption_ids.numpy(), np.full(len(prompt_of), -1)
+    by_words, notes = dict[int, str](), dict[int, str]()
     counts = np.bincount(caption_ids, minlength=len(prompt_of))
+    having: dict[str, list[int]] = defaultdict(list)
+    for caption, text in enumerate(data.captions):
+        for word in set(words_in(text)):
+            having[word].append(caption)
+    often = max(LEAST_WORD, LEAST_WORD_SHARE * len(caption_ids))
+    words = {word: np.isin(caption_ids, of) for word, of in sorted(having.items()) if counts[of].sum() >= often}
     for prompt in np.unique(prompt_of):
         captions = np.flatnonzero(prompt_of == prompt)
         captions = captions[np.argsort(-counts[captions], kind="stable")]
@@ -102,18 +117,60 @@ def part_by_images(
             near = [h for h in heads if told_apart(sources, np.flatnonzero(caption_ids == h), rows) < bound]
             heads += [] if near else [caption]
             parted[caption] = (near or [caption])[0]
-        parted[captions[parted[captions] < 0]] = heads[0] if heads else captions[0]
+        rest = np.isin(caption_ids, captions[parted[captions] < 0])
+        for rows, said in _parts_by_words(np.flatnonzero(rest), words, sources):
+            part = captions[np.isin(captions, caption_ids[rows]) & (parted[captions] < 0)]
+            head = part[0] if said or not heads else heads[0]
+            parted[part] = head
+            by_words |= {int(head): said} if said else {}
+        if counts[captions[0]]:
+            parted[captions[counts[captions] == 0]] = parted[captions[0]]
     ids, prompts = np.unique(parted, return_inverse=True)
     for prompt, head in enumerate(ids.tolist()):
         merged = [data.captions[c] for c in np.flatnonzero(prompts == prompt).tolist() if c != head and counts[c]]
         if merged:
             shown = ", ".join(repr(one) for one in merged[:3]) + (", ..." if len(merged) > 3 else "")
-            notes[prompt] = f"{len(merged)} further captions are the same prompt to the model: {shown}"
+            alike = f"captions {by_words[head]}" if head in by_words else "captions are the same prompt to the model"
+            notes[prompt] = f"{len(merged)} further {alike}: {shown}"
     return prompts, notes
+
+
+def _parts_by_words(
+    rows: NDArray[Any], words: Mapping[str, NDArray[np.bool_]], sources: Sequence[NDArray[Any]], said: str = ""
+) -> list[tuple[NDArray[Any], str]]:
+    """Images `rows` in parts, each with the words that its captions have or lack, `said`; one where none parts them.
+
+    `words` (N,) says of every image whether its caption has the word.
+    """
+    least = max(LEAST_WORD, LEAST_WORD_SHARE * len(sources[0])) if sources else np.inf
+    inside = np.array([having[rows] for having in words.values()], dtype=np.float32).reshape(len(words), -1)
+    counts = inside.sum(axis=1)
+    tried = np.flatnonzero((counts >= least) & (len(rows) - counts >= least))
+    if not len(tried):
+        return [(rows, said)]
+    inside, ones = inside[tried], counts[tried, None]
+    distance = np.zeros(len(tried))  # of the means with and without, in standard errors, squared
+    for source in sources:
+        features = source[rows]
+        sums = inside @ features
+        shift = sums / ones - (features.sum(axis=0) - sums) / (len(rows) - ones)
+        distance += (shift**2).sum(axis=1) * (ones * (len(rows) - ones))[:, 0]
+    best = int(distance.argmax())
+    word, with_word = list(words)[tried[best]], inside[best] > 0
+    if told_apart(sources, rows[with_word], rows[~with_word]) < norm.isf(LEVEL / len(tried)):
+        return [(rows, said)]
+    return [
+        part
+        for own, how in ((rows[with_word], "with"), (rows[~with_word], "without"))
+        for part in _parts_by_words(own, words, sources, f"{said} and {how} {word!r}" if said else f"{how} {word!r}")
+    ]
 
 
 def told_apart(sources: Sequence[NDArray[Any]], one: NDArray[Any], other: NDArray[Any]) -> float:
     """How many standard errors above chance a probe ranks images `one` (n,) and `other` (m,), out of fold."""
+    one, other = (
+        rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST_COMPARED)).astype(int)] for rows in (one, other)
+    )
     total = np.zeros(len(one) + len(other))
     for source in sources:
         for half in (0, 1):
