@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -77,9 +76,9 @@ def test_the_command_states_all_that_differs_from_the_defaults(studio):
     several = command_for(ask._replace(mix=((0.5, 0.5), (0.2, 0.8))), two)
     assert "--module MODULE --environments 'factor 2=0.2,0.8' --resolution" in several
     assert "--environments" not in command_for(ask._replace(mix=((0.5, 0.5), (0.5, 0.5))), two)
-    studio.pipe.to(torch.bfloat16)
-    plain.needs_prompts = False
-    assert command_for(ask, plain).split()[-4:] == ["--dtype", "bf16", "--output", "images"]
+    adapted = Studio(studio.pipe, options=["--lora", "style:0.8"])
+    adapted.needs_prompts = False
+    assert command_for(ask, adapted).split()[-4:] == ["--lora", "style:0.8", "--output", "images"]
 
 
 def test_scale_0_is_the_base_model_and_the_mix_decides_the_groups(studio):

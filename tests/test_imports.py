@@ -27,10 +27,10 @@ ORDER = (
     ),
     *(
         "data",
-        "auditing",
         "guidance",
-        "training",
         "sampling",
+        "auditing",
+        "training",
         "evaluation",
         "report",
         "demo",

@@ -36,7 +36,7 @@ def test_what_is_no_pipeline_is_refused(tiny_pipe_dir, tmp_path):
     )
     for source, message in (
         (tiny_pipe_dir / "unet", r"found no model_index\.json there"),
-        (tmp_path / "model.safetensors", "from_single_file"),  # the way to convert it
+        (tmp_path / "model.safetensors", "Expected a whole diffusers pipeline"),
         (tmp_path, "Expected a whole diffusers pipeline"),  # weights are missing
         ("nobody/nothing", "Expected a diffusers pipeline at nobody/nothing.* the network"),
     ):

@@ -163,7 +163,7 @@ def test_an_audit_of_something_else_is_refused(tiny_pipe, data, found, tmp_path)
     with pytest.raises(AuditError, match="nothing to balance"):
         run(tiny_pipe, data, audit_of(data, tiny_pipe, found=(False, False)), tmp_path / "m")
     tiny_pipe.scheduler = type(tiny_pipe.scheduler).from_config(tiny_pipe.scheduler.config, beta_end=0.02)
-    with pytest.raises(AuditError, match="Expected the denoiser that was audited"):
+    with pytest.raises(AuditError, match="Expected the model that was audited"):
         run(tiny_pipe, data, found, tmp_path / "m")
 
 

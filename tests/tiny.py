@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from safetensors.torch import save_file
 
 WORDS = ("a", "photo", "of", "landbird", "waterbird", "on", "land", "water")
 CAPTIONS = ("a photo of a landbird", "a photo of a waterbird")
@@ -200,3 +202,60 @@ def make_tiny(family: str, seed: int = 0) -> Any:
                     parameter.normal_(0, 0.02)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+ORIGINAL_UNET = (
+    (r"^time_embedding\.linear_1", "time_embed.0"),
+    (r"^time_embedding\.linear_2", "time_embed.2"),
+    (r"^conv_in", "input_blocks.0.0"),
+    (r"^conv_norm_out", "out.0"),
+    (r"^conv_out", "out.2"),
+    (r"^mid_block\.resnets\.0", "middle_block.0"),
+    (r"^mid_block\.attentions\.0", "middle_block.1"),
+    (r"^mid_block\.resnets\.1", "middle_block.2"),
+    (r"^down_blocks\.(\d)\.resnets\.0", lambda found: f"input_blocks.{2 * int(found[1]) + 1}.0"),
+    (r"^down_blocks\.(\d)\.attentions\.0", lambda found: f"input_blocks.{2 * int(found[1]) + 1}.1"),
+    (r"^down_blocks\.(\d)\.downsamplers\.0\.conv", lambda found: f"input_blocks.{2 * int(found[1]) + 2}.0.op"),
+    (r"^up_blocks\.(\d)\.resnets\.(\d)", lambda found: f"output_blocks.{2 * int(found[1]) + int(found[2])}.0"),
+    (r"^up_blocks\.(\d)\.attentions\.(\d)", lambda found: f"output_blocks.{2 * int(found[1]) + int(found[2])}.1"),
+    (r"^up_blocks\.(\d)\.upsamplers\.0", lambda found: f"output_blocks.{2 * int(found[1]) + 1}.1"),
+    (r"norm1(?=\.\w+$)(?<!transformer_blocks\.0\.norm1)", "in_layers.0"),
+    (r"conv1", "in_layers.2"),
+    (r"norm2(?=\.\w+$)(?<!transformer_blocks\.0\.norm2)", "out_layers.0"),
+    (r"conv2", "out_layers.3"),
+    (r"time_emb_proj", "emb_layers.1"),
+    (r"conv_shortcut", "skip_connection"),
+)
+"""Names of weights of a UNet with one residual block a level to those of the original Stable Diffusion."""
+ORIGINAL_VAE = (
+    (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
+    (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+    (r"up_blocks\.(\d)\.resnets", lambda found: f"up.{2 - int(found[1])}.block"),
+    (r"up_blocks\.(\d)\.upsamplers\.0", lambda found: f"up.{2 - int(found[1])}.upsample"),
+    (r"mid_block\.resnets\.0", "mid.block_1"),
+    (r"mid_block\.resnets\.1", "mid.block_2"),
+    (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+    (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+    (r"mid_block\.attentions\.0\.to_(\w)", r"mid.attn_1.\1"),
+    (r"conv_shortcut", "nin_shortcut"),
+    (r"conv_norm_out", "norm_out"),
+)
+
+
+def save_single_file(pipe: diffusers.StableDiffusionPipeline, path: Path) -> Path:
+    """Write all weights of a tiny Stable Diffusion to one file, under the names of the original code."""
+    clip = {f"text_model.{name.removeprefix('text_model.')}": v for name, v in pipe.text_encoder.state_dict().items()}
+    weights = {f"cond_stage_model.transformer.{name}": value for name, value in clip.items()}
+    for part, names, prefix in (
+        (pipe.unet, ORIGINAL_UNET, "model.diffusion_model."),
+        (pipe.vae, ORIGINAL_VAE, "first_stage_model."),
+    ):
+        for name, value in part.state_dict().items():
+            original = name
+            for pattern, other in names:
+                original = re.sub(pattern, other, original)
+            weights[prefix + original] = (
+                value[..., None, None] if ".attn_1." in original and value.ndim == 2 else value
+            )
+    save_file({name: value.contiguous() for name, value in weights.items()}, path)
+    return path

@@ -179,13 +179,27 @@ def read_json(path: Path) -> Any:
         raise DataError(f"Expected JSON in {path}, found something else ({error}).") from error
 
 
+def check_same_settings(folder: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise `ConfigError` that names each difference, unless work in `folder` was started with these settings."""
+    changed = [
+        f"{name} was {found.get(name)!r:.80}, now {settings.get(name)!r:.80}"
+        for name in found | settings
+        if found.get(name) != settings.get(name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"Expected the settings that {folder} was started with, got others: {'; '.join(changed)}. Use the same "
+            "settings, or another output folder, or delete this one to start afresh."
+        )
+
+
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors as safetensors, atomically, with a digest that `read_tensors` checks."""
     from safetensors.torch import save_file  # imports torch, which reports do without
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, metadata={_DIGEST: _digest(contiguous)})
+        save_file(contiguous, temporary, metadata={_DIGEST: arrays_digest(contiguous)})
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -194,7 +208,7 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 
     contiguous = {name: array.copy(order="C") for name, array in arrays.items()}  # the file has no strides
     with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, metadata={_DIGEST: _digest(contiguous)})
+        save_file(contiguous, temporary, metadata={_DIGEST: arrays_digest(contiguous)})
 
 
 def read_arrays(path: Path, framework: str = "np") -> dict[str, NDArray[Any]]:
@@ -206,7 +220,7 @@ def read_arrays(path: Path, framework: str = "np") -> dict[str, NDArray[Any]]:
     try:
         with safe_open(path, framework=framework) as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-            if (file.metadata() or {}).get(_DIGEST) not in (None, _digest(arrays)):
+            if (file.metadata() or {}).get(_DIGEST) not in (None, arrays_digest(arrays)):
                 raise SafetensorError("its digest is another")
             return arrays
     except FileNotFoundError as error:
@@ -237,7 +251,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return read_arrays(path, "pt")  # type: ignore[return-value]
 
 
-def _digest(arrays: Mapping[str, Any]) -> str:
+def arrays_digest(arrays: Mapping[str, Any]) -> str:
     """16 hex digits that depend on names, shapes and bytes of arrays, or of tensors on the CPU."""
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):

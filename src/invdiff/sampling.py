@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from .config import GenerateConfig
 from .distributed import is_main, mine, wait
 from .errors import ConfigError, ModelError
-from .files import fingerprint, read_json, save_image, weights_digest, write_json, write_text
+from .files import check_same_settings, fingerprint, read_json, save_image, weights_digest, write_json, write_text
 from .guidance.attach import Attachment, check_fit, mix_for
 from .guidance.environments import EnvironmentMix, Environments
 from .guidance.module import GuidanceModule
@@ -25,7 +25,6 @@ from .models.load import check_plain, denoiser_of
 from .models.watch import check_finite, watched
 from .progress import progress_bar
 from .seeds import derived_seed
-from .training.checkpoint import check_same_settings
 
 MANIFEST = "manifest.jsonl"
 SETTINGS = "generate.json"

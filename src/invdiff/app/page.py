@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.resources import files
@@ -25,7 +25,7 @@ from ..files import atomic_folder, check_writable, default_cache_dir, fingerprin
 from ..guidance.attach import check_fit
 from ..guidance.module import load_module
 from ..models.families import family_of
-from ..models.load import denoiser_of, dtype_named, load_pipeline
+from ..models.load import denoiser_of, load_pipeline
 from ..report.figures import ABSENT, Table, bias, with_interval
 from ..report.plots import DARK, INK, PAPER, RULE, SOFT
 from ..report.read import Parts, find_parts
@@ -127,11 +127,16 @@ def _model_of(module: Path | str) -> str:
 
 
 def open_studio(
-    workspace: Workspace, *, dtype: str = "fp32", attribute: str = "", classes: Path | None = None
+    workspace: Workspace,
+    *,
+    load: Callable[[str], Any] = load_pipeline,
+    options: Sequence[str] = (),
+    attribute: str = "",
+    classes: Path | None = None,
 ) -> Studio | None:
     """Load the model, the module and the annotator of a workspace; None for a workspace without a model.
 
-    `dtype` is fp32, fp16 or bf16; `load_annotator` explains `attribute` and `classes`.
+    `load` loads a pipeline as `options` say on the command line; `load_annotator` explains `attribute` and `classes`.
     """
     if not workspace.model:
         return None
@@ -140,14 +145,14 @@ def open_studio(
             "Expected an annotator that looks at images, got 'labels', which are of images drawn before. Give a "
             "trained one, a CLIP model or a classifier."
         )
-    pipe = load_pipeline(workspace.model, dtype=dtype_named(dtype))
+    pipe = load(workspace.model)
     module = load_module(workspace.module) if workspace.module else None
     if module is not None:
         check_fit(pipe, module)
     judge: Any = workspace.annotator or None
     if judge:
         judge = load_annotator(judge, attribute=attribute, classes=classes)
-    return Studio(pipe, module, judge, names=(workspace.model, str(workspace.module or "")))
+    return Studio(pipe, module, judge, names=(workspace.model, str(workspace.module or "")), options=options)
 
 
 def build_page(workspace: Workspace, studio: Studio | None) -> gr.Blocks:

@@ -70,7 +70,7 @@ class Studio:
     """A pipeline, its guidance module and an annotator, shared by everyone who has the page open.
 
     One thread draws at a time. A session's newer request ends its older one within a step of the sampler. `names` are
-    the model and the module as the command line calls them.
+    the model and the module as the command line calls them, `options` those that the model is loaded with.
     """
 
     def __init__(
@@ -80,8 +80,10 @@ class Studio:
         annotator: Annotator | None = None,
         *,
         names: tuple[str, str] = ("MODEL", "MODULE"),
+        options: Sequence[str] = (),
     ) -> None:
-        self.pipe, self.module, self.annotator, self.names = pipe, module, annotator, names
+        self.pipe, self.module, self.annotator = pipe, module, annotator
+        self.names, self.options = names, options
         self.needs_prompts = family_of(pipe).needs_prompts
         denoiser = denoiser_of(pipe)
         slow = denoiser.device.type == "cpu" and sum(p.numel() for p in denoiser.parameters()) > _LARGE
@@ -209,7 +211,6 @@ def command_for(ask: Ask, studio: Studio) -> str:
         words += ["--module", studio.names[1]]
         words += mix_options(ask.mix, studio.module.factor_names)
     words += command_options(GenerateConfig, settings)
-    dtype = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}.get(str(denoiser_of(studio.pipe).dtype))
-    words += [*(["--dtype", dtype] if dtype else []), "--output", "images"]
+    words += [*studio.options, "--output", "images"]
     # After "--" a prompt is no option, whatever it begins with.
     return shlex.join([*words, *(["--", ask.prompt] if studio.needs_prompts else [])])

@@ -265,11 +265,13 @@ class Audit:
     def check_matches(self, data: EncodedImages, denoiser_fingerprint: str) -> None:
         """Raise `AuditError` unless the audit is of exactly these images and this model."""
         model, images = self.settings["denoiser_fingerprint"], self.settings["data_fingerprint"]
+        encoders = self.settings.get("model_fingerprint", data.model_fingerprint)
         resolution = self.settings.get("resolution", data.resolution)
-        if model != denoiser_fingerprint:
+        adapted = "".join(f" with LoRA {name}" for name in self.settings.get("loras", ()))
+        if model != denoiser_fingerprint or encoders != data.model_fingerprint:
             raise AuditError(
-                f"Expected the denoiser that was audited (fingerprint {model}), got another ({denoiser_fingerprint}): "
-                "other weights, another precision or another noise schedule. Audit this model first."
+                f"Expected the model that was audited (fingerprint {model}{adapted}), got another "
+                f"({denoiser_fingerprint}): other weights, another precision, noise schedule or LoRA. Audit it first."
             )
         if resolution != data.resolution:
             raise AuditError(

@@ -20,6 +20,7 @@ from ..errors import AuditError, ConfigError
 from ..files import default_cache_dir
 from ..models.encoders import ClipEncoder
 from ..models.frozen import Denoiser, FrozenDenoiser
+from ..models.load import loras_of
 from ..seeds import generator
 from .asked import columns_asked
 from .captions import group_captions, part_by_images, stated_group, words_that_state_groups
@@ -107,6 +108,8 @@ def audit(
         "data_fingerprint": encoded.data_fingerprint,
         "resolution": encoded.resolution,
     }
+    if loras := loras_of(pipe):
+        settings["loras"] = [name for name, _ in loras]
 
     def conclude() -> Audit:
         prompts, notes = part_by_images(prompt_of, encoded, evidence.whitened(config.seed), config.min_images)

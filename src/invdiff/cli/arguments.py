@@ -146,7 +146,11 @@ def _classes(module: str) -> dict[str, ast.ClassDef]:
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="The pipeline: a folder that save_pretrained wrote, or a hub id.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="The pipeline: a folder of save_pretrained, a hub id or one .safetensors file.",
+    ),
 ]
 Data = Annotated[
     str,
@@ -233,12 +237,16 @@ class WeightsOptions(Options):
     panel: ClassVar[str] = RUN
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of the model's weights. Large models need 16 bits; audit and train must agree."""
+    loras: Annotated[tuple[str, ...], Option(flag="--lora", metavar="LORA[:WEIGHT]")] = ()
+    """A LoRA to fuse into the model, a file or hub id, such as style.safetensors:0.8; repeat for more."""
+    model_config: Annotated[str, Option(metavar="MODEL")] = ""
+    """A pipeline whose settings and tokenizer a MODEL in a single file has, instead of those that diffusers knows."""
 
     def load(self, model: str) -> Any:
         """Load a pipeline."""
         from ..models.load import dtype_named, load_pipeline
 
-        return load_pipeline(model, dtype=dtype_named(self.dtype))
+        return load_pipeline(model, loras=self.loras, config=self.model_config, dtype=dtype_named(self.dtype))
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def train(
     prompts = [entry.prompt for entry in found.prompts if entry.found and entry.prompt]
     words = ["generate", model, *prompts, "--module", output, "--output", output.parent / "images" / "guided"]
     words += drawing_flags(pipe, found.settings.get("resolution", 0))
-    finish(f"The module is in {output}.", *words, *WeightsOptions(weights.dtype).words())
+    finish(f"The module is in {output}.", *words, *dataclasses.replace(weights, cache_dir=None).words())
 
 
 @command(app, 'invdiff generate out/model "a photo of a doctor" --module out/module --output out/guided', panel=WAY)

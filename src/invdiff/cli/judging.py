@@ -196,7 +196,8 @@ def ui(
         workspace = open_workspace(runs or (), model=model, module=module, annotator=annotator, data=images)
         if workspace.model:
             say("loading the model", quiet=False)
-        studio = open_studio(workspace, dtype=weights.dtype, attribute=attribute or "", classes=classes)
+        loads: Any = {"load": weights.load, "options": weights.words()}
+        studio = open_studio(workspace, **loads, attribute=attribute or "", classes=classes)
         page = build_page(workspace, studio)
         address = launch(page, host=host, port=chosen_port, password=password, browser=browser, public=public)
         finish(f"The page is at {address} until you press Ctrl-C.")

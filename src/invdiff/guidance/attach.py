@@ -18,7 +18,7 @@ from ..files import fingerprint
 from ..models.families import Condition, DenoiserCall, Family, family_of
 from ..models.families.base import to
 from ..models.frozen import FeatureCapture, FrozenDenoiser, Hook, do_nothing
-from ..models.load import GUIDED, denoiser_of
+from ..models.load import GUIDED, denoiser_of, loras_of
 from ..models.schedule import NoiseSchedule
 from .environments import EnvironmentMix, Environments
 from .module import GuidanceModule, weight_signature
@@ -96,7 +96,10 @@ def check_fit(pipe: Any, module: GuidanceModule, *, strict: bool = True) -> None
         expected, actual = np.asarray(wanted["weight_signature"]), np.asarray(weight_signature(denoiser))
         if expected.shape != actual.shape or not same_weights(expected, actual):
             wrong = ["weights: expected those it was trained beside, found others of the same shape"]
-            remedy = " (strict=False attaches it all the same)."
+        ours, theirs = (dict(loras) for loras in (wanted["loras"], loras_of(pipe)))
+        if sorted(ours.values()) != sorted(theirs.values()):
+            wrong.append(f"LoRAs: expected {', '.join(ours) or 'none'}, found {', '.join(theirs) or 'none'}")
+        remedy = " (strict=False attaches it all the same)."
     if wrong:
         raise ModelError(
             f"The guidance module was trained for another model ({wanted['base_model'] or 'unnamed'}): "

@@ -12,16 +12,19 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import UndefinedError
 
-from ..auditing.result import Audit
 from ..config import TrainConfig
 from ..errors import ConfigError, first_line
 from ..models.families import family_of
+from ..models.load import loras_of
 from ..text import escape, one_line
+
+if TYPE_CHECKING:
+    from ..auditing.result import Audit
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 MOST_PROMPTS = 100
@@ -72,6 +75,7 @@ def training_record(
     record = {
         "base": {
             "hub_id": base_model if HUB_ID.fullmatch(base_model) else None,
+            "loras": [name for name, _ in loras_of(pipe)],
             "pipeline": type(pipe).__name__,
             "family": family_of(pipe).title,
             "denoiser_fingerprint": first.settings.get("denoiser_fingerprint"),
@@ -181,6 +185,7 @@ def _render(config: Mapping[str, Any], record: Mapping[str, Any], num_parameters
         base=json.dumps(hub_id or "path/to/the/base/model"),
         source=json.dumps(source),
         call=call,
+        loras=record.get("base", {}).get("loras", ()),
         mix=(mix[0] if len(mix) == 1 else mix) if config.get("mode") == "balanced" else None,
         num_parameters=num_parameters,
         factors=factors,

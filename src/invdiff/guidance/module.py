@@ -26,7 +26,7 @@ from torch import nn
 from ..errors import ConfigError, ModelError
 from ..files import atomic_folder, write_text
 from ..models.families import Condition, Family, family_of
-from ..models.load import denoiser_of, public_name
+from ..models.load import denoiser_of, loras_of, public_name
 from ..models.loading import load_complete, loading
 from ..models.schedule import NoiseSchedule
 from .card import render_card, with_figures
@@ -105,6 +105,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         denoiser_class, prediction_type: The denoiser it was made for, and what it predicts.
         weight_signature: A few of that denoiser's weights, to tell it from others.
         base_model: Hub id of the pipeline, or the last name of its folder, for people.
+        loras: Name and fingerprint of each LoRA that was fused into it.
         record: Further statements of the model card; see `card.training_record`.
     """
 
@@ -125,6 +126,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         prediction_type: str = "epsilon",
         weight_signature: Sequence[float] = (),
         base_model: str = "",
+        loras: Sequence[Sequence[str]] = (),
         record: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -191,6 +193,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
                 prediction_type=NoiseSchedule(pipe.scheduler).prediction_type,
                 weight_signature=signature,
                 base_model=public_name(str(getattr(pipe, "name_or_path", "") or "")),
+                loras=loras_of(pipe),
             )
         return module.eval()
 

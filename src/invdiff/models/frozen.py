@@ -13,7 +13,7 @@ from ..errors import ModelError
 from ..files import fingerprint, weights_digest
 from .families import Condition, family_that_draws
 from .families.base import to
-from .load import check_plain, denoiser_of
+from .load import check_fused, check_plain, denoiser_of
 from .schedule import NoiseSchedule
 
 
@@ -46,6 +46,7 @@ class FrozenDenoiser:
         self.family = family_that_draws(pipe)
         self.module = cast(Any, denoiser_of(pipe))
         check_plain(pipe)
+        check_fused(pipe)
         shape = self.family.shape(self.module)
         self.schedule, self.device = NoiseSchedule(pipe.scheduler), torch.device(pipe._execution_device)
         self.dtype = self.module.dtype  # that it computes in, whatever its weights are stored in

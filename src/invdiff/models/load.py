@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import warnings
 import weakref
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 from packaging.version import Version
 
 from ..distributed import num_processes, state
 from ..errors import ModelError
+from ..files import arrays_digest, fingerprint
 from .loading import check_complete, check_tokenizer, complete_text_encoders, loading, looks_local
 
 _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
@@ -29,52 +34,121 @@ def default_device() -> torch.device:
 
 
 def load_pipeline(
-    name_or_folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    name_or_folder: str | Path,
+    *,
+    loras: Sequence[str] = (),
+    config: str | Path = "",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> DiffusionPipeline:
     """Load a text-to-image pipeline, ready to run: progress bars off, safety checker off.
 
     The safety checker replaces what it refuses by black images, which would pass for images in a comparison.
 
     Args:
-        name_or_folder: A folder that `save_pretrained` wrote, or a hub id such as "org/name".
+        name_or_folder: A folder that `save_pretrained` wrote, a hub id such as "org/name", or a single `.safetensors`
+            file with all weights.
+        loras: LoRAs to fuse into the weights: files, folders or hub ids, with ":0.8" for a weight other than 1.
+        config: For a single file, a pipeline (folder or hub id) that its settings and tokenizer are taken from. Unless
+            given, the one on the hub that diffusers knows for such weights.
         device: Where to put the pipeline; `default_device()` unless given.
         dtype: The type of the weights; float32 unless given.
 
     Raises:
-        ModelError: There is no diffusers pipeline at `name_or_folder`.
+        ModelError: There is no diffusers pipeline at `name_or_folder`, or a LoRA does not fit it.
     """
     source = str(name_or_folder)
     path = Path(source).expanduser()
-    if path.is_file():
+    single = path.is_file()
+    if single and path.suffix != ".safetensors":
+        raise ModelError(f"Expected a .safetensors file, got {source}: other kinds can run code when they are opened.")
+    if config and not single:
+        raise ModelError(f"Expected no config beside {source}, which has its own, got {config}: leave it out.")
+    if path.is_dir() and not (path / "model_index.json").is_file():
         raise ModelError(
-            f"Expected a diffusers pipeline folder or a hub id, got the single file {source}. Convert it: "
-            f"StableDiffusionPipeline.from_single_file({source!r}).save_pretrained('my-model')."
+            f"Expected a diffusers pipeline in {source}, found no model_index.json there. Give the "
+            "folder that pipeline.save_pretrained wrote (not that of one component or of a LoRA)."
         )
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise ModelError(
-                f"Expected a diffusers pipeline in {source}, found no model_index.json there. Give the "
-                "folder that pipeline.save_pretrained wrote (not that of one component or of a LoRA)."
-            )
+    if path.exists():
         source = str(path.resolve())  # so that a relative path is never taken for a hub id
-    elif looks_local(source):
-        raise ModelError(f"Expected a diffusers pipeline folder at {source}, found nothing there.")
-    with loading("a whole diffusers pipeline" if path.is_dir() else "a diffusers pipeline", source):
+    elif looks_local(source) or path.suffix == ".safetensors":
+        raise ModelError(f"Expected a .safetensors file or pipeline folder at {source}, found nothing there.")
+    with loading("a whole diffusers pipeline" if path.exists() else "a diffusers pipeline", source):
+        settings = (str(config) or _settings_of(source)) if single else source
         with warnings.catch_warnings():  # diffusers passes huggingface_hub an argument it no longer has
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
-            index = DiffusionPipeline.load_config(source)
+            with loading(f"settings and tokenizer for {source}", settings, _SETTINGS) if single else nullcontext():
+                index = DiffusionPipeline.load_config(settings)
         # A part saved as None must be passed as None again, or from_pretrained looks for it.
         options: dict[str, Any] = {name: None for name, value in index.items() if value == [None, None]}
         if "safety_checker" in index:
             options |= {"safety_checker": None, "requires_safety_checker": False}
-        pipe = _from_pretrained(source, options | {_DTYPE: dtype or torch.float32})
+        options[_DTYPE] = dtype or torch.float32
+        if single:
+            pipe = getattr(diffusers, index["_class_name"]).from_single_file(source, config=settings, **options)
+            pipe.register_to_config(_name_or_path=source)
+        else:
+            pipe = _from_pretrained(source, options)
         for name, part in pipe.components.items():
             if isinstance(part, torch.nn.Module):
                 check_complete([key for key, weight in part.named_parameters() if weight.is_meta], name, source)
             elif name.startswith("tokenizer") and part is not None:
                 check_tokenizer(part, source)
+    if loras:
+        FUSED[denoiser_of(pipe)] = [_fuse(pipe, lora) for lora in loras]
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or default_device())
+
+
+_SETTINGS = "They are downloaded once. Without network, give a pipeline of the same kind by --model-config (config=)."
+
+
+def _settings_of(file: str) -> str:
+    """The pipeline on the hub that is like the one in a single file, by the names and shapes of its weights."""
+    weights = load_single_file_checkpoint(file)
+    if any("lora" in name for name in weights):
+        raise ModelError(
+            f"Expected all weights of a model in {file}, found a LoRA. Give its model, and --lora {file}."
+        )
+    return fetch_diffusers_config(weights)["pretrained_model_name_or_path"]
+
+
+def _fuse(pipe: Any, lora: str) -> tuple[str, str]:
+    """Add a LoRA, such as "org/name:0.8", to the weights; its name for people and its fingerprint."""
+    source, _, number = lora.rpartition(":")
+    if not source or Path(lora).expanduser().exists():
+        source, number = lora, "1"
+    try:
+        scale = float(number)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise ModelError(f"Expected a LoRA, or one with its weight such as {source}:0.8, got {lora}.")
+    kind, path = type(pipe).__name__, Path(source).expanduser()
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ModelError(f"Expected a pipeline that takes LoRAs, such as {source}, got a {kind}, which takes none.")
+    if not path.exists() and (looks_local(source) or path.suffix == ".safetensors"):
+        raise ModelError(f"Expected a LoRA at {source}, found nothing there.")
+    place, before = str(path.resolve()) if path.exists() else source, logging.root.manager.disable
+    logging.disable(logging.ERROR)  # diffusers would list every weight that does not fit
+    try:
+        with loading(f"a LoRA for a {kind}", source, "Is it of this kind of model, and peft installed?"):
+            found = pipe.lora_state_dict(place, use_safetensors=True)
+            weights = found[0] if isinstance(found, tuple) else found
+            pipe.load_lora_weights(place, adapter_name="lora", use_safetensors=True)
+            parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+            placed = sum(
+                "lora_" in name for part in parts for name, value in part.named_parameters() if value.ndim > 1
+            )
+            given = sum("lora" in name for name, value in weights.items() if value.ndim > 1)
+            if placed < given:  # diffusers leaves out what has no place, and says nothing
+                raise ValueError(f"only {placed} of its {given} matrices have a place in the model")
+            pipe.fuse_lora(components=list(pipe._lora_loadable_modules), lora_scale=scale, safe_fusing=True)
+            pipe.unload_lora_weights()
+    finally:
+        logging.disable(before)
+    name = public_name(source) + (f":{scale:g}" if scale != 1 else "")
+    return name, fingerprint(arrays_digest(weights), str(scale))
 
 
 def _from_pretrained(source: str, options: dict[str, Any]) -> Any:
@@ -96,6 +170,26 @@ def dtype_named(name: str) -> torch.dtype:
 
 GUIDED: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
 """Denoisers that have guidance modules attached, and the hook that adds their shifts."""
+
+
+FUSED: weakref.WeakKeyDictionary[torch.nn.Module, list[tuple[str, str]]] = weakref.WeakKeyDictionary()
+"""Denoisers of pipelines that `load_pipeline` has fused LoRAs into, and each one's name and fingerprint."""
+
+
+def loras_of(pipe: Any) -> list[tuple[str, str]]:
+    """The LoRAs that `load_pipeline` has fused into a pipeline: each one's name for people and its fingerprint."""
+    return FUSED.get(denoiser_of(pipe), [])
+
+
+def check_fused(pipe: Any) -> None:
+    """Raise `ModelError` where a LoRA is at work beside the weights: a module could not tell who attaches without."""
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    layers = [layer for part in parts for layer in part.modules() if hasattr(layer, "base_layer")]
+    if any(layer.active_adapters and not layer.merged and not layer.disable_adapters for layer in layers):
+        raise ModelError(
+            "Expected LoRAs to be fused into the weights before audit and training, found one beside them. Call "
+            "pipe.fuse_lora() and pipe.unload_lora_weights(), or load_pipeline(name, loras=[...])."
+        )
 
 
 def check_plain(pipe: DiffusionPipeline) -> None:

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..config import FinetuneConfig, MixedPrecision, TrainConfig
 from ..distributed import is_main
 from ..errors import ConfigError, DataError, TrainingError
-from ..files import read_tensors, write_tensors
+from ..files import check_same_settings, read_tensors, write_tensors
 from ..progress import progress_bar
 
 CHECK_EVERY = 10
@@ -133,17 +133,3 @@ def learning_rate(peak: float, step: int, steps: int) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
-
-def check_same_settings(folder: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raise `ConfigError` that names each difference, unless work in `folder` was started with these settings."""
-    changed = [
-        f"{name} was {found.get(name)!r:.80}, now {settings.get(name)!r:.80}"
-        for name in found | settings
-        if found.get(name) != settings.get(name)
-    ]
-    if changed:
-        raise ConfigError(
-            f"Expected the settings that {folder} was started with, got others: {'; '.join(changed)}. Use the same "
-            "settings, or another output folder, or delete this one to start afresh."
-        )

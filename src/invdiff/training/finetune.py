@@ -20,7 +20,7 @@ from ..config import ArchitectureConfig, FinetuneConfig
 from ..data.captioned import CaptionedImages, readable_images
 from ..data.encode import EncodedImages, encode, model_fingerprint, pixel_values
 from ..errors import ConfigError, ModelError
-from ..files import atomic_folder, fingerprint, read_json, write_json
+from ..files import atomic_folder, check_same_settings, fingerprint, read_json, write_json
 from ..launched import one_process
 from ..models.families import family_of
 from ..models.families.unet import StableDiffusion
@@ -28,7 +28,7 @@ from ..models.frozen import denoiser_fingerprint
 from ..models.load import default_device, load_pipeline
 from ..models.schedule import NoiseSchedule, per_sample_loss
 from ..seeds import derived_seed, generator
-from .checkpoint import TrainingRun, check_same_settings
+from .checkpoint import TrainingRun
 
 LATENT_NOISE = 0.05
 """Standard deviation of the noise added to an autoencoder's latents, which are of about unit scale."""

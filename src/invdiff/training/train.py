@@ -20,7 +20,7 @@ from ..data.captioned import CaptionedImages
 from ..data.encode import EncodedImages, as_encoded
 from ..distributed import is_main, num_processes, wait
 from ..errors import ConfigError
-from ..files import fingerprint, read_json, write_json, write_text
+from ..files import check_same_settings, fingerprint, read_json, write_json, write_text
 from ..guidance.attach import GuidedDenoiser
 from ..guidance.card import training_record
 from ..guidance.module import GuidanceModule, load_module
@@ -28,7 +28,7 @@ from ..models.frozen import FrozenDenoiser, denoiser_fingerprint
 from ..progress import note
 from ..seeds import derived_seed, generator
 from .batches import GroupBalancedSampler, draw_batch
-from .checkpoint import TrainingRun, check_same_settings
+from .checkpoint import TrainingRun
 from .objective import MovingGroupLosses, step_loss, typical_losses
 
 LOG_EVERY = 10

@@ -1,0 +1,172 @@
+"""Models as people have them: a single file, LoRAs, both; from loading to attaching."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from conftest import make_tiny_pipeline
+from invdiff import audit, cli, load_captioned_images, train
+from invdiff.auditing.result import Audit
+from invdiff.config import AuditConfig, GenerateConfig, TrainConfig
+from invdiff.data.encode import model_fingerprint
+from invdiff.errors import AuditError, ModelError
+from invdiff.guidance.attach import attach
+from invdiff.guidance.module import GuidanceModule
+from invdiff.models.frozen import denoiser_fingerprint
+from invdiff.models.load import load_pipeline
+from invdiff.sampling import generate
+from tiny import make_tiny, save_single_file
+
+AUDIT = AuditConfig(solver="exact", min_images=4, caption_threshold=0.0)
+TRAIN = TrainConfig(steps=2, batch_size=4, mixed_precision="no")
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """A LoRA of random weights for the tiny pipeline's denoiser and text encoder."""
+    pipe, folder = make_tiny_pipeline(), tmp_path_factory.mktemp("lora")
+    numbers = torch.Generator().manual_seed(0)
+    layers = {}
+    for part, targets in (("unet", ["to_q", "to_v"]), ("text_encoder", ["q_proj", "v_proj"])):
+        network = getattr(pipe, part)
+        network.add_adapter(LoraConfig(r=2, target_modules=targets))
+        adapter = get_peft_model_state_dict(network, adapter_name="default")
+        random = {name: 0.3 * torch.randn(value.shape, generator=numbers) for name, value in adapter.items()}
+        layers[f"{part}_lora_layers"] = random
+    pipe.save_lora_weights(folder, weight_name="style.safetensors", **layers)
+    return folder / "style.safetensors"
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    return save_single_file(make_tiny_pipeline(), tmp_path_factory.mktemp("single") / "my-model.safetensors")
+
+
+def prints(pipe):
+    return denoiser_fingerprint(pipe), model_fingerprint(pipe)
+
+
+def test_a_single_file_is_the_model_itself(tiny_pipe, tiny_pipe_dir, single, lora, tmp_path):
+    assert prints(load_pipeline(single, config=tiny_pipe_dir)) == prints(tiny_pipe)
+    pickled = tmp_path / "model.ckpt"
+    pickled.write_bytes(b"")
+    unet = tiny_pipe_dir / "unet" / "diffusion_pytorch_model.safetensors"
+    for source, options, message in (
+        (single, {}, "settings and tokenizer for .* at stable-diffusion-v1-5/.*--model-config"),
+        (lora, {}, "found a LoRA. Give its model, and --lora"),
+        (unet, {"config": tiny_pipe_dir}, "Weights for this component appear to be missing"),
+        (pickled, {}, "can run code"),
+        ("absent.safetensors", {}, "found nothing there"),
+        (tiny_pipe_dir, {"config": tiny_pipe_dir}, "leave it out"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            load_pipeline(source, **options)
+
+
+def test_loras_are_fused_by_their_weights_and_leave_nothing_beside_them(tiny_pipe, tiny_pipe_dir, lora):
+    given = load_file(lora)
+    pipe = load_pipeline(tiny_pipe_dir, loras=[f"{lora}:0.5", str(lora.parent)])
+    encoder = "encoder.layers.0.self_attn.q_proj"
+    for part, layer in (("unet", LAYER), ("text_encoder", encoder)):
+        before, after = (getattr(each, part).get_submodule(layer).weight for each in (tiny_pipe, pipe))
+        up, down = (given[f"{part}.{layer}.lora_{side}.weight"] for side in "BA")
+        assert torch.allclose(after - before, 1.5 * up @ down, atol=1e-5)
+        assert set(getattr(pipe, part).state_dict()) == set(getattr(tiny_pipe, part).state_dict())
+
+
+def changed(lora, path, change):
+    save_file(dict(filter(None, (change(name, value) for name, value in load_file(lora).items()))), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "message"),
+    [
+        ("sd1", "{lora}:strong", "one with its weight such as .*style.safetensors:0.8"),
+        ("sd1", "{lora}:nan", "one with its weight"),
+        ("sd1", "absent.safetensors", "found nothing there"),
+        ("sd1", "nobody/nothing", "a LoRA for a StableDiffusionPipeline at nobody/nothing"),
+        ("sd1", "{folder}/layers.safetensors", "only 32 of its 40 matrices have a place"),
+        ("sd1", "{folder}/shapes.safetensors", "could not load it"),
+        ("sdxl", "{lora}", "a LoRA for a StableDiffusionXLPipeline .*of this kind of model"),
+        ("flux", "{lora}", "only 8 of its 40 matrices have a place"),
+        ("pixart", "{lora}", "a PixArtSigmaPipeline, which takes none"),
+    ],
+)
+def test_a_lora_that_does_not_fit_is_one_clear_error(family, name, message, lora, tmp_path, capfd):
+    changed(lora, tmp_path / "layers.safetensors", lambda key, of: (key.replace("attn2.to_q", "attn2.to_z"), of))
+    changed(lora, tmp_path / "shapes.safetensors", lambda key, of: (key, of.repeat(1, 2)))
+    make_tiny(family).save_pretrained(tmp_path / "model")
+    capfd.readouterr()
+    with pytest.raises(ModelError, match=message) as raised:
+        load_pipeline(tmp_path / "model", loras=[name.format(lora=lora, folder=tmp_path)])
+    assert "\n" not in str(raised.value)
+    assert "size mismatch" not in capfd.readouterr().err
+
+
+def test_from_a_single_file_with_a_lora_to_a_module_that_needs_it(single, lora, tiny_pipe_dir, tiny_folder, tmp_path):
+    data = load_captioned_images(tiny_folder)
+    pipe = load_pipeline(single, config=tiny_pipe_dir, loras=[f"{lora}:0.8"])
+    found = audit(pipe, data, config=AUDIT, cache_dir=tmp_path / "cache", progress=False)
+    found.save(tmp_path / "audit")
+    found = Audit.load(tmp_path / "audit")
+    assert found.settings["loras"] == ["style.safetensors:0.8"]
+    train(pipe, data, found, tmp_path / "module", config=TRAIN, cache_dir=tmp_path / "cache", progress=False)
+    module = GuidanceModule.from_pretrained(tmp_path / "module")
+    attach(load_pipeline(tiny_pipe_dir, loras=[f"{lora}:0.8"]), module).detach()
+    card = (tmp_path / "module" / "README.md").read_text()
+    assert 'load_pipeline("path/to/the/base/model", loras=["style.safetensors:0.8"])' in card
+    assert "| LoRAs fused into it | style.safetensors&#58;0.8 |" in card
+    for loras, what in (((), "found none"), ([f"{lora}:0.81"], "found style.safetensors:0.81")):
+        other = load_pipeline(tiny_pipe_dir, loras=loras)
+        with pytest.raises(ModelError, match=rf"LoRAs: expected style.safetensors:0.8, {what}"):
+            attach(other, module)
+        attach(other, module, strict=False).detach()
+        with pytest.raises(AuditError, match=r"with LoRA style.safetensors:0.8"):
+            train(other, data, found, tmp_path / "other", config=TRAIN, cache_dir=tmp_path / "cache", progress=False)
+
+
+def test_a_lora_of_the_text_encoder_alone_counts_too(lora, tiny_pipe_dir, tiny_folder, tmp_path):
+    alone = changed(lora, tmp_path / "words.safetensors", lambda key, of: key.startswith("text") and (key, of))
+    with_it, without = load_pipeline(tiny_pipe_dir, loras=[str(alone)]), load_pipeline(tiny_pipe_dir)
+    assert denoiser_fingerprint(with_it) == denoiser_fingerprint(without)
+    with pytest.raises(ModelError, match=r"LoRAs: expected words.safetensors, found none"):
+        attach(without, GuidanceModule.for_pipeline(with_it))
+    data = load_captioned_images(tiny_folder)
+    found = audit(with_it, data, config=AUDIT, cache_dir=tmp_path / "cache", progress=False)
+    with pytest.raises(AuditError, match=r"with LoRA words.safetensors"):
+        train(without, data, found, tmp_path / "module", cache_dir=tmp_path / "cache", progress=False)
+
+
+def test_audits_want_a_lora_fused_and_drawing_does_not_mind(tiny_pipe, lora, tiny_folder, tmp_path):
+    tiny_pipe.load_lora_weights(lora)
+    data = load_captioned_images(tiny_folder)
+    with pytest.raises(ModelError, match=r"Expected LoRAs to be fused .* pipe.fuse_lora\(\)"):
+        audit(tiny_pipe, data, config=AUDIT, cache_dir=tmp_path / "cache", progress=False)
+    one = GenerateConfig(images_per_prompt=1, num_inference_steps=1)
+    generate(tiny_pipe, ["a photo"], tmp_path / "images", config=one, progress=False)
+    tiny_pipe.disable_lora()
+    audit(tiny_pipe, data, config=AUDIT, cache_dir=tmp_path / "cache", progress=False)
+    tiny_pipe.enable_lora()
+    tiny_pipe.fuse_lora()
+    tiny_pipe.unload_lora_weights()
+    audit(tiny_pipe, data, config=AUDIT, cache_dir=tmp_path / "cache", progress=False)
+
+
+def test_commands_name_the_lora_in_the_next(single, lora, tiny_pipe_dir, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("INVDIFF_CACHE", str(tmp_path / "cache"))
+    given = ["--lora", f"{lora}:0.8", "--model-config", str(tiny_pipe_dir)]
+    loose = tmp_path / "loose.json"
+    loose.write_text('{"solver": "exact", "min_images": 4, "caption_threshold": 0.0}')
+    settings = ["--config", str(loose), "--quiet"]
+    words = ["audit", str(single), str(tiny_folder), "--output", str(tmp_path / "audit"), *settings, *given]
+    for more in ([], ["--steps", "2", "--batch-size", "4", "--quiet"]):
+        done = CliRunner().invoke(cli.app, [*words, *more])
+        assert done.exit_code == 0, done.output
+        words = done.stdout.splitlines()[-1].split(" Next: invdiff ")[1].replace("'", "").split()
+        assert words[-len(given) :] == given
+    assert words[0] == "generate"
