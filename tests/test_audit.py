@@ -13,7 +13,7 @@ from invdiff.auditing import evidence as evidence_module
 from invdiff.auditing.edits import CURATION, Edits, apply
 from invdiff.auditing.evidence import Evidence
 from invdiff.auditing.result import Audit
-from invdiff.auditing.run import audit
+from invdiff.auditing.run import audit, distinct
 from invdiff.config import AuditConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import EncodedImages, as_encoded
@@ -64,6 +64,25 @@ def test_where_nothing_is_hidden_or_can_be_judged_the_reason_is_given(count, str
     assert re.match(reason, found.prompts[0].reason)
     assert bool(found.prompts[0].candidates) == candidates
     assert (found.group_weights[0] == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "settings", "reason"),
+    [(3, {"min_images": 1}, "(3; at least 4 are needed)"), (200, {"num_groups": 5}, "measured shows 5 humps")],
+)
+def test_the_reason_why_nothing_is_found_is_true(count, settings, reason):
+    found = inferred(birds(count), made_up_evidence(np.zeros(count, bool), contrast=0, features=0), [0], **settings)
+    assert found.prompts[0].reason.endswith(reason)
+
+
+@pytest.mark.parametrize("noise", [0, 1e-3])
+def test_of_many_copies_one_is_distinct_under_each_prompt(noise):
+    rng = np.random.default_rng(0)
+    picture, prompt = rng.integers(0, 3, 400), torch.arange(400) % 2
+    latents = torch.from_numpy(rng.normal(size=(3, 4, 8, 8))[picture] + noise * rng.normal(size=(400, 4, 8, 8)))
+    first = distinct(made_up_data(["a", "b"], prompt.numpy(), latents), prompt)
+    kinds = list(zip(prompt.tolist(), picture.tolist(), strict=True))
+    assert np.flatnonzero(first).tolist() == sorted(kinds.index(kind) for kind in set(kinds))
 
 
 def test_groups_of_two_prompts_share_their_columns():

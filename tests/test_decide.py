@@ -77,6 +77,16 @@ def test_intervals_hold_the_truth_and_narrow_with_more_images():
     assert wide[1] < wide[0] / 2
 
 
+def test_intervals_of_humps_that_overlap_hold_the_truth_about_as_often_as_they_say():
+    held = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        scores = two_humps(rng, 600, rng.binomial(600, 0.1) / 600, 2.8)
+        low, high = share_intervals(fit_mixture(scores, 2).posterior(scores))[1]
+        held.append(low < 0.1 < high)
+    assert np.mean(held) >= 0.85
+
+
 @pytest.mark.parametrize("level", [0.05, 0.3])
 def test_e_bh_rejects_as_a_brute_force_does(level):
     rng = np.random.default_rng(0)
@@ -126,6 +136,8 @@ def test_copies_are_judged_once():
     rng = np.random.default_rng(1)
     scores = np.repeat(rng.normal(size=60), 5) + rng.normal(0, 1e-3, 300)
     assert log_e(scores, rng, np.arange(300) % 5 == 0) < DOUBT
+    for few in range(3):
+        assert log_e(scores, rng, np.arange(300) < few) <= 0
 
 
 def test_a_minority_beside_a_skewed_majority_is_found_that_gaussians_miss():

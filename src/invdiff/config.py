@@ -146,7 +146,7 @@ class AuditConfig(Config):
     max_groups: Annotated[int, Range(min=2), RARE] = 3
     """Most groups that `auto` considers."""
     min_share: Annotated[NotNegative, RARE] = 0.02
-    """Smallest share of a prompt's images that a group may have."""
+    """Smallest share of a prompt's images that a group may have; `gradient` does not read it, but `omega`."""
     omega: Annotated[NotNegative, RARE] = 0.5
     """The dispersion degree of the `gradient` solver: the larger, the more equal the groups."""
     contrast_log_snr: Annotated[tuple[float, ...], RARE] = (-4.79,)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit, logit
 from scipy.stats import norm
 
 from ..config import AuditConfig
@@ -217,9 +218,13 @@ def rand_low(scores: NDArray[np.floating], mixture: Mixture, rng: np.random.Gene
 
 
 def share_intervals(posterior: _Array) -> list[tuple[float, float]]:
-    """95% interval of each component's share, from posteriors (n, E): the normal one of their mean."""
-    shares, half = posterior.mean(axis=0), 1.96 * posterior.std(axis=0) / np.sqrt(len(posterior))
-    ends = np.clip([shares - half, shares + half], 0.0, 1.0)
+    """95% interval of each component's share, from posteriors (n, E): the less sure they are, the wider.
+
+    It is normal on the scale of log odds, by the information about a share where the components are known.
+    """
+    odds = logit(posterior.mean(axis=0).clip(1e-12, 1 - 1e-12))
+    half = 1.96 / np.maximum(posterior.std(axis=0) * np.sqrt(len(posterior)), 1e-12)
+    ends = expit([odds - half, odds + half])
     return [(round(float(low), 4), round(float(high), 4)) for low, high in ends.T]
 
 
@@ -259,7 +264,7 @@ def log_e_value(
     lower the e-value.
     """
     logs, log_e = list[float](), -np.inf
-    for known, held_out in rotations:
+    for known, held_out in rotations if rotations[0][1].sum() > 1 else ():  # else all are nearly the same
         learned = [one for one in learn(known) if np.ptp(one[known]) > 0 and np.ptp(one[held_out]) > 0]
         if learned:
             alike = [abs(np.corrcoef(one, scores)[0, 1]) for one in learned]

@@ -170,7 +170,7 @@ def find_factors(
                 break
             _refuse(cuts[prompt], cut, fault)
         for prompt, weighed in cuts.items() if not taken else ():
-            search.power[prompt] = power(len(judged[prompt]), considered, config)
+            search.power[prompt] = power(int(distinct[judged[prompt]].sum()), considered, config)
             ordered = sorted(weighed, key=lambda cut: (bool(cut.candidate.refusal), -cut.candidate.log_e))
             search.candidates[prompt] = [cut.candidate for cut in ordered]
         if factor is None:

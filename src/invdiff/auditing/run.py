@@ -114,7 +114,8 @@ def audit(
     def conclude() -> Audit:
         prompts, notes = part_by_images(prompt_of, encoded, evidence.whitened(config.seed), config.min_images)
         asked = partial(given_factors, given, config=config) if given else None
-        options: dict[str, Any] = {"notes": notes, "distinct": distinct(encoded), "progress": progress}
+        unlike = distinct(encoded, torch.from_numpy(prompts)[encoded.caption_ids])
+        options: dict[str, Any] = {"notes": notes, "distinct": unlike, "progress": progress}
         found = infer(encoded, evidence, prompts, config, asked=asked, **options)
         found = replace(found, settings=settings | found.settings, unreadable=dict(encoded.unreadable))
         found = replace(found, forwards_per_image=round(float(measured + spent), 3))
@@ -239,17 +240,22 @@ def _rare_is_high(cut: Cut) -> NDArray[Any]:
     return score if score[rare].mean() >= score.mean() else -score
 
 
-def distinct(data: EncodedImages) -> NDArray[np.bool_]:
-    """Whether each image is the first of those that are nearly the same, such as copies saved again, (N,)."""
+def distinct(data: EncodedImages, prompt_of: torch.Tensor) -> NDArray[np.bool_]:
+    """Whether each image is the first of its prompt, `prompt_of` (N,), of those that are nearly the same, (N,)."""
     count, sketches = len(data), []
     for rows in torch.arange(count).split(1024):
         flat = data.latents[rows].float().flatten(1)
         basis = torch.randn(flat.shape[1], 64, generator=generator("near-duplicates")) / flat.shape[1] ** 0.5
         sketches.append(flat @ basis)
     sketch = torch.cat(sketches)
-    order = sketch[:, 0].argsort(stable=True)
     near, first = ALMOST * (sketch - sketch.mean(dim=0)).norm(dim=1).median(), torch.ones(count, dtype=torch.bool)
-    for step in range(1, min(NEIGHBOURS, count - 1) + 1):
-        same = (sketch[order[step:]] - sketch[order[:-step]]).norm(dim=1) < near
-        first[torch.maximum(order[step:][same], order[:-step][same])] = False
+    line = sketch[:, 0].argsort(stable=True)
+    for prompt in prompt_of.unique():
+        order, before = line[prompt_of[line] == prompt], count + 1
+        while len(order) < before:  # of many copies some outlast one pass
+            before = len(order)
+            for step in range(1, min(NEIGHBOURS, before - 1) + 1):
+                same = (sketch[order[step:]] - sketch[order[:-step]]).norm(dim=1) < near
+                first[torch.maximum(order[step:][same], order[:-step][same])] = False
+            order = order[first[order]]
     return first.numpy()

@@ -184,7 +184,9 @@ def given_factors(asked: Sequence[Asked], members: Mapping[int, NDArray[Any]], c
 def why_not(num_images: int, candidates: Sequence[Candidate], config: AuditConfig) -> str:
     """The reason, in words, why no hidden group is found under a prompt: what is wrong with its clearest cut."""
     if too_few(num_images, config):
-        return f"too few images to judge ({num_images}; at least {config.min_images} are needed)"
+        return f"too few images to judge ({num_images}; at least {max(config.min_images, 4)} are needed)"
+    if not candidates and config.num_groups > 2:
+        return f"no hidden group: nothing that was measured shows {config.num_groups} humps"
     if not candidates:
         return "no hidden group: nothing that was measured varies between the images"
     best = candidates[0]
