@@ -201,6 +201,15 @@ def test_a_module_learns_every_factor_and_each_is_asked_for_by_name(made, tmp_pa
             attach(pipe, module, environments=wrong)
 
 
+def test_a_prompt_of_many_lines_and_codes_of_a_terminal_is_a_line_in_the_table(made, capsys):
+    audit = Audit.load(made[0] / "audit")
+    prompts = [replace(prompt, prompt="a bird\n\x1b[31m" + 30 * " by the sea") for prompt in audit.prompts]
+    print_audit(replace(audit, prompts=prompts))
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert shown.count("sea") < 3 * 10 + 3 * 10  # of ninety
+
+
 def test_people_see_every_factor(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     print_audit(Audit.load(made[0] / "audit"))

@@ -76,7 +76,7 @@ def print_audit(audit: Audit) -> None:
                 for group, (share, (low, high)) in enumerate(zip(split.shares, split.intervals, strict=True))
             ]
             figures = [f"{split.separation:.2f}", f"{split.agreement:.2f}"]
-            cells = [factor.name, audit.prompts[split.prompt].prompt, "\n".join(groups), *figures]
+            cells = [factor.name, one_line(audit.prompts[split.prompt].prompt, 80), "\n".join(groups), *figures]
             rows.append(dict(zip(("factor", "prompt", "groups", "separation", "agreement"), cells, strict=True)))
     if rows:
         what = "Factors asked for" if audit.asked else "Hidden factors"
