@@ -50,6 +50,8 @@ NAN, INFINITE = float("nan"), float("inf")
         (AuditConfig, "contrast_log_snr", (), "at least one level"),
         (AuditConfig, "feature_log_snr", (1.0,), "at least two levels"),
         (AuditConfig, "contrast_draws", 1, "at least 2 for solver auto"),
+        (AuditConfig, "caption_threshold", -0.1, "at least 0"),
+        (AuditConfig, "max_balance", 1.5, "at least 0 and at most 1"),
         (GenerateConfig, "guidance_scale", -1, "at least 0"),
         (EvaluateConfig, "confidence", 1.0, "more than 0 and below 1"),
         (EvaluateConfig, "subject_of", {"my dog": "dog"}, "nothing without an attribute"),

@@ -169,7 +169,7 @@ class AuditConfig(Config):
     words: Annotated[tuple[str, ...], Option(flag="--word")] = ()
     """A word for `words_model` to choose from, beside those of the captions and a list of common ones; repeat for
     more."""
-    caption_threshold: Annotated[float, RARE] = 0.05
+    caption_threshold: Annotated[NotNegative, RARE] = 0.05
     """Captions are one prompt where swapping them moves the model's prediction by less than this share of its own
     squared error."""
     min_images: Count = 50
@@ -182,7 +182,7 @@ class AuditConfig(Config):
     max_factors: Annotated[Size, RARE] = 0
     """`auto`: most hidden factors that are looked for; 0 means 4, but 1 where there is one prompt, of which every
     uneven style would be another factor."""
-    max_balance: Annotated[float, RARE] = 0.35
+    max_balance: Annotated[Share, RARE] = 0.35
     """`auto`, one prompt: a split whose smaller side has a larger share is taken for style, not for a spurious
     attribute. Under several prompts shares must differ between them."""
     resolution: Size = 0
