@@ -143,7 +143,7 @@ def _parts_by_words(
     `words` (N,) says of every image whether its caption has the word.
     """
     least = max(LEAST_WORD, LEAST_WORD_SHARE * len(sources[0])) if sources else np.inf
-    inside = np.array([having[rows] for having in words.values()], dtype=np.float32).reshape(len(words), -1)
+    inside = np.array([having[rows] for having in words.values()], dtype=np.float32).reshape(len(words), len(rows))
     counts = inside.sum(axis=1)
     tried = np.flatnonzero((counts >= least) & (len(rows) - counts >= least))
     if not len(tried):
