@@ -1,16 +1,19 @@
-"""Groups that a user asks for: by a column of the data."""
+"""Groups that a user asks for: by a column of the data, or by a few labels."""
 
 import csv
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
 from conftest import write_tiny_folder
 from invdiff import audit, load_captioned_images, train
-from invdiff.auditing.asked import Asked
+from invdiff.auditing.asked import Asked, labels_asked
+from invdiff.auditing.probe import spread_labels
 from invdiff.auditing.result import Audit
+from invdiff.auditing.scores import Margins
 from invdiff.auditing.splits import given_factors
 from invdiff.cli import app
 from invdiff.config import AuditConfig, TrainConfig
@@ -88,3 +91,70 @@ def test_the_command_and_the_report_say_what_was_asked_for(tiny_pipe_dir, folder
     for words in (page.words, text):
         assert "they are the values of the column “place”" in words
         assert "water" in words
+
+
+def labelled(per_cell=10, strength=4.0, seed=0):
+    """Features (1600, 60) of two prompts with an attribute in 10% / 90%, the attribute, and labels drawn evenly."""
+    rng, prompt = np.random.default_rng(seed), np.arange(1600) % 2
+    truth = rng.random(1600) < np.where(prompt == 0, 0.1, 0.9)
+    features = rng.normal(size=(1600, 60))
+    features[:, 0] += strength * truth
+    features[:, 1] += 1.5 * prompt
+    labels = [""] * 1600
+    for cell in range(4):
+        for row in rng.permutation(np.flatnonzero(2 * prompt + truth == cell))[:per_cell]:
+            labels[row] = ["no", "yes"][int(truth[row])]
+    return features / features.std(axis=0), prompt, truth, labels
+
+
+def test_few_labels_spread_to_all_images_at_the_shares_that_images_have():
+    features, prompt, truth, labels = labelled()
+    margins = Margins([features], prompt).of_pairs()
+    asked = spread_labels("wet", labels, [features], margins, prompt)
+    assert asked.values == ["no", "yes"]
+    assert not asked.refusal
+    assert asked.record["labels"]["wet"]["images"] == {"no": 20, "yes": 20}
+    rest = np.array([not label for label in labels])
+    for number, share in enumerate((0.1, 0.9)):
+        own = prompt == number
+        assert abs(asked.weights[own, 1].mean() - share) < 0.2  # and far from even
+        assert roc_auc_score(truth[own & rest], asked.weights[own & rest, 1]) > 0.9
+        alone = spread_labels("wet", labels, [features], margins[:, :0], prompt).weights
+        assert roc_auc_score(truth[own & rest], alone[own & rest, 1]) < 0.85
+    assert asked.weights[~rest, 1].tolist() == truth[~rest].tolist()
+
+
+def test_labels_of_what_features_do_not_show_are_not_spread():
+    features, prompt, _, labels = labelled(strength=0.0)
+    asked = spread_labels("wet", labels, [features], np.zeros((1600, 0)), prompt)
+    assert "no better than by chance" in asked.refusal
+    members = {number: np.flatnonzero(prompt == number) for number in (0, 1)}
+    search = given_factors([asked], members, AuditConfig())
+    assert not search.factors
+    assert search.candidates[0][0].refusal == asked.refusal
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"x.png": "a", **{f"{i}.png": "ab"[i % 2] for i in range(12)}}, r"found 1 of 13 names .* such as 'x.png'"),
+        ({f"{i}.png": "a" for i in range(12)}, r"two values of 'age' or more, .* found a \(12\)"),
+        ({f"{i}.png": "ab"[i > 7] for i in range(12)}, r"5 images each or more, found a \(8\), b \(4\)"),
+    ],
+)
+def test_labels_must_be_of_the_images_and_enough(given, message):
+    with pytest.raises(DataError, match=message):
+        labels_asked({"age": given}, [f"{i}.png" for i in range(12)])
+
+
+def test_a_file_of_labels_is_read_by_the_command(tiny_pipe_dir, folder, tmp_path):
+    rows = [f"{index:02d}.png,{VALUES[index]}" for index in range(14)]
+    (tmp_path / "few.csv").write_text("\n".join(["file_name,scene", *rows]))
+    words = ["audit", str(tiny_pipe_dir), str(folder), "--output", str(tmp_path / "audit"), "--min-images", "4"]
+    words += ["--labels", str(tmp_path / "few.csv"), "--cache-dir", str(tmp_path / "cache"), "-q"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "“scene” was learned from labels of few images" in done.output
+    assert "by 13 labels, labels left out are guessed no better than by chance" in done.output  # pictures are noise
+    found = Audit.load(tmp_path / "audit")
+    assert found.settings["asked"]["labels"]["scene"]["images"] == {"land": 7, "water": 6}

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.tables import labels_in
+from ..data.tables import labels_in, read_table
 from ..errors import DataError
 from ..text import one_line
 
 if TYPE_CHECKING:
     from ..data.captioned import CaptionedImages
+
+LEAST_LABELS = 5
+"""Of each value, where an attribute is learned from a few."""
+Labels: TypeAlias = "str | Path | Mapping[str, Mapping[str, Any]]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +70,54 @@ def _of_values(name: str, labels: Sequence[str], evidence: str) -> Asked:
     return Asked(name, values, weights.astype(float), evidence, {"attribute": {name: known}})
 
 
+def labels_asked(labels: Labels | None, names: Sequence[str], skipped: Iterable[str] = ()) -> dict[str, list[str]]:
+    """The labels of each attribute for images of these names, "" where there is none.
+
+    `labels` is a table with `file_name` and a column for each attribute, or the same as attribute to name to value.
+    Labels of images that are `skipped` do not count.
+
+    Raises:
+        DataError: The table cannot be read, names other images, or has too few labels.
+    """
+    if isinstance(labels, str | Path):
+        table = read_table(Path(labels), required=("file_name",))
+        of = [str(row.get("file_name")).replace("\\", "/") for row in table.rows]
+        if twice := [name for name, count in Counter(of).items() if count > 1]:
+            raise DataError(f"Expected each image once in {labels}, found {twice[0]!r} again. Remove a row.")
+        attributes = [column for column in table.columns if column != "file_name"]
+        labels = {name: dict(zip(of, (row.get(name) for row in table.rows), strict=True)) for name in attributes}
+        if not labels:
+            raise DataError(f"Expected a column beside file_name in {table.path}, named as the attribute, found none.")
+    found = {}
+    for attribute, given in (labels or {}).items():
+        spelled = labels_in(attribute, [(value, name) for name, value in given.items()], DataError)
+        known = dict(zip(given, spelled, strict=True))
+        if absent := sorted(known.keys() - {*names, *skipped}):
+            raise DataError(
+                f"Expected labels of images of the data, found {len(absent)} of {len(known)} names that it has not, "
+                f"such as {', '.join(map(repr, absent[:3]))}. Write them as the data does, such as {names[0]!r}."
+            )
+        found[attribute] = [known.get(name, "") for name in names]
+        counts = Counter(filter(None, found[attribute]))
+        if len(counts) < 2 or min(counts.values()) < LEAST_LABELS:
+            said = ", ".join(f"{value} ({count})" for value, count in sorted(counts.items())) or "none"
+            raise DataError(
+                f"Expected labels of two values of {attribute!r} or more, of {LEAST_LABELS} images each or more, "
+                f"found {said}. Label more images, evenly."
+            )
+    return found
+
+
 def about_asked(asked: Mapping[str, Any]) -> str:
     """How what was asked for was read, in sentences, from `Audit.settings["asked"]`; "" where nothing was."""
-    columns = " and ".join(f"“{one_line(name, 60)}”" for name in asked.get("attribute", ()))
-    return f"Groups were asked for, not sought: they are the values of the column {columns}." if columns else ""
+    said = [f"they are the values of the column “{one_line(name, 60)}”" for name in asked.get("attribute", ())]
+    for name, of in asked.get("labels", {}).items():
+        counts, right = of.get("images", {}), of.get("right", {})
+        shares = ", ".join(
+            f"{one_line(value, 60)} {count} ({right.get(value, 0):.0%})" for value, count in counts.items()
+        )
+        said.append(
+            f"“{one_line(name, 60)}” was learned from labels of few images, and is inferred of the others; "
+            f"labels of each value, and the share of them guessed right when left out: {shares}"
+        )
+    return f"Groups were asked for, not sought: {'; '.join(said)}." if said else ""

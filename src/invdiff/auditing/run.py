@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,13 @@ from ..models.encoders import ClipEncoder
 from ..models.frozen import Denoiser, FrozenDenoiser
 from ..models.load import loras_of
 from ..seeds import generator
-from .asked import columns_asked
+from .asked import Labels, columns_asked, labels_asked
 from .captions import group_captions, part_by_images, stated_group, words_that_state_groups
 from .evidence import Evidence, collect_evidence, encode_vision
 from .factors import Cut, Search, find_factors, spread
+from .probe import spread_labels
 from .result import Audit, Factor, PromptAudit, PromptSplit
+from .scores import Margins
 from .splits import Given, force_factor, given_factors, rarest, why_not
 from .words import describe_groups
 
@@ -40,6 +41,7 @@ def audit(
     data: CaptionedImages | EncodedImages,
     *,
     attribute: str | Sequence[str] = (),
+    labels: Labels | None = None,
     config: AuditConfig | None = None,
     cache_dir: str | Path | None = None,
     denoiser: Denoiser | None = None,
@@ -56,6 +58,8 @@ def audit(
         data: The captioned images, or the result of `encode`.
         attribute: A column of the data, or several: its values are groups, and no other factor is sought. Without
             it, no column but the captions is read.
+        labels: A CSV or JSONL file with `file_name` and the values of an attribute for some images, five or more of
+            each, or the same as attribute to name to value. Groups of the others are inferred: see probe.py.
         config: Solver, evidence, thresholds.
         cache_dir: Where latents and measurements are kept; a stopped run goes on from there, and another
             solver reuses them. `default_cache_dir()` unless given.
@@ -66,7 +70,7 @@ def audit(
     Raises:
         AuditError: Groups cannot be inferred, for example because losses are not finite.
         ConfigError: A vision encoder, words or an attribute are asked for, but only latents are given.
-        DataError: There is no such attribute.
+        DataError: There is no such attribute, or there are too few labels, or labels of other images.
         ModelError: There is no such vision encoder or CLIP model.
     """
     config = config or AuditConfig()
@@ -86,12 +90,13 @@ def audit(
     ):
         if asked and images is None:
             raise ConfigError(f"Expected CaptionedImages for {what}, got only their latents.")
-    if columns and config.solver != "auto":
+    if (columns or labels is not None) and config.solver != "auto":
         raise ConfigError(f"Expected solver 'auto' where groups are asked for, got {config.solver!r}. Leave it out.")
     if config.words_model:
         from_main(lambda: ClipEncoder.load(config.words_model).name)  # an error in its name comes before the work
     rows, vision = encoded.source_index.numpy(), None
     given = columns_asked(images, rows, columns) if images is not None else []
+    few = labels_asked(labels, encoded.names, encoded.unreadable)
     if images is not None and config.vision_encoder:
         folder = cache_dir / "vision"
         vision = from_main(lambda: encode_vision(config.vision_encoder, images, rows, folder, progress=progress))
@@ -113,10 +118,17 @@ def audit(
 
     def conclude() -> Audit:
         prompts, notes = part_by_images(prompt_of, encoded, evidence.whitened(config.seed), config.min_images)
-        asked = partial(given_factors, given, config=config) if given else None
+
+        def asked(members: Mapping[int, NDArray[Any]]) -> Given:
+            prompt_of = prompts[encoded.caption_ids.numpy()]
+            sources = evidence.whitened(config.seed)
+            margins = Margins(sources, prompt_of).of_pairs()
+            learned = [spread_labels(name, of, sources, margins, prompt_of) for name, of in few.items()]
+            return given_factors([*given, *learned], members, config)
+
         unlike = distinct(encoded, torch.from_numpy(prompts)[encoded.caption_ids])
         options: dict[str, Any] = {"notes": notes, "distinct": unlike, "progress": progress}
-        found = infer(encoded, evidence, prompts, config, asked=asked, **options)
+        found = infer(encoded, evidence, prompts, config, asked=asked if given or few else None, **options)
         found = replace(found, settings=settings | found.settings, unreadable=dict(encoded.unreadable))
         found = replace(found, forwards_per_image=round(float(measured + spent), 3))
         if images is None or not config.words_model or not found.biased:

@@ -12,7 +12,7 @@ Each score can be learned again from some of the images, so that others can be e
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -111,22 +111,38 @@ class Margins:
         prompts = np.unique(prompt_of[prompt_of >= 0])
         self._means = {int(p): [source[prompt_of == p].mean(axis=0) for source in sources] for p in prompts}
 
-    def scores(self, prompt: int, names: dict[int, str]) -> list[Score]:
+    def scores(self, prompt: int, names: Mapping[int, str]) -> list[Score]:
         """The margins of a prompt's images against the prompts they are most like, out of fold."""
-        rows, own = np.flatnonzero(self.prompt_of == prompt), self._means[prompt]
+        rows, scores = np.flatnonzero(self.prompt_of == prompt), []
+        for other in self._confusers(prompt):
+            learn = partial(self._learn, rows, self._means[other])
+            folds = np.arange(len(rows)) % FOLDS
+            draws = np.array([self._out_of_fold(source[rows], mean, folds) for source, mean in self._with(other)])
+            name = "which-prompt margin" + (f" against {names.get(other)!r}" if len(self._means) > 2 else "")
+            scores.append(Score(name, draws, learn, of_prompt=True, is_margin=True))
+        return scores
+
+    def of_pairs(self) -> _Array:
+        """Margins of images between each pair of prompts that are compared, (N, pairs); 0 for images of others.
+
+        They rise towards the later prompt, so that a value means the same under both.
+        """
+        pairs: dict[tuple[int, int], _Array] = {}
+        for prompt in self._means:
+            for score, other in zip(self.scores(prompt, {}), self._confusers(prompt), strict=True):
+                values = pairs.setdefault((min(prompt, other), max(prompt, other)), np.zeros(len(self.prompt_of)))
+                values[self.prompt_of == prompt] = score.mean if prompt < other else -score.mean
+        return np.stack(list(pairs.values()), axis=1) if pairs else np.zeros((len(self.prompt_of), 0))
+
+    def _confusers(self, prompt: int) -> list[int]:
+        """The prompts whose means are nearest, the nearest first."""
+        own = self._means[prompt]
         distance = {
             other: sum(float(((a - b) ** 2).sum()) for a, b in zip(own, means, strict=True))
             for other, means in self._means.items()
             if other != prompt
         }
-        scores = []
-        for other in sorted(distance, key=lambda one: distance[one])[:CONFUSERS]:
-            learn = partial(self._learn, rows, self._means[other])
-            folds = np.arange(len(rows)) % FOLDS
-            draws = np.array([self._out_of_fold(source[rows], mean, folds) for source, mean in self._with(other)])
-            name = "which-prompt margin" + (f" against {names[other]!r}" if len(distance) > 1 else "")
-            scores.append(Score(name, draws, learn, of_prompt=True, is_margin=True))
-        return scores
+        return sorted(distance, key=lambda one: distance[one])[:CONFUSERS]
 
     def _with(self, other: int) -> list[tuple[_Array, _Array]]:
         return list(zip(self.sources, self._means[other], strict=True))

@@ -106,6 +106,13 @@ def audit(
     attribute: list[str] | None = option(
         None, "A column of DATA whose values are the groups: no other is looked for. Repeat for more.", panel=ASK
     ),
+    labels: Path | None = option(
+        None,
+        "A CSV or JSONL file with file_name and the values of an attribute for some images of DATA, five or more of "
+        "each: the groups of the others are inferred.",
+        panel=ASK,
+        metavar="FILE",
+    ),
     settings: AuditConfig,
     words_file: Path | None = option(
         None, "A text file with further words for the words model, one a line.", "--words", metavar="FILE"
@@ -123,7 +130,7 @@ def audit(
     from ..report.grids import save_audit_pictures
 
     images = source.load(data, output=output)
-    asked: Any = {"attribute": attribute or ()}
+    asked: Any = {"attribute": attribute or (), "labels": labels}
     options: Any = {"config": settings, "cache_dir": weights.cache_dir, "progress": not quiet}
     found = run_audit(weights.load(model), images, **asked, **options)
     if not is_first_process():

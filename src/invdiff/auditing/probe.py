@@ -1,0 +1,126 @@
+"""A linear probe of features: an attribute of all images from the labels of a few. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import log_softmax
+from scipy.stats import norm
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import adjusted_rand_score
+
+from .asked import Asked
+
+DIMENSIONS = 50
+"""Leading principal components of each source of features that a probe reads."""
+MARGIN_SCALE = 4.0
+"""Of margins beside features: they are trusted more, and so regularised less."""
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
+"""C of the regression, of which cross-validation chooses."""
+CALIBRATION, PROMPT_SCALE = 30.0, 3.0
+"""C of the second regression, which makes probabilities of the first one's logits and the prompt, and its inputs'
+scale."""
+FOLDS = 5
+LEVEL = 0.05
+"""Of the test that labels left out are guessed better than by chance."""
+_Array = NDArray[Any]
+
+
+def spread_labels(
+    name: str, labels: Sequence[str], sources: Sequence[_Array], margins: _Array, prompt_of: _Array
+) -> Asked:
+    """An attribute of N images from the labels of a few, "" for the others.
+
+    A strongly regularised logistic regression finds the direction, a second one on its logits left out and the prompt
+    makes them probabilities. Cells of prompt and label weigh alike, so that the attribute is not read off the prompt.
+    As labels may be drawn otherwise than images, shares under each prompt are estimated again (`with_own_shares`).
+
+    Args:
+        name: Of the attribute.
+        labels: Of each image; two values or more, of five images or more each.
+        sources: Whitened features, (N, d) each.
+        margins: Which-prompt margins, (N, pairs): see `Margins.of_pairs`.
+        prompt_of: The prompt of each image, (N,).
+    """
+    values, known = sorted(set(labels) - {""}), np.array([bool(label) for label in labels])
+    truth, own = np.array([values.index(label) for label in labels if label]), prompt_of[known]
+    features = [source[:, :DIMENSIONS] / len(sources) ** 0.5 for source in sources]
+    inputs = np.concatenate([*features, MARGIN_SCALE * margins], axis=1)
+    prompts = PROMPT_SCALE * (prompt_of[:, None] == np.unique(prompt_of))
+    cells, cell, counts = np.unique([own, truth], axis=1, return_inverse=True, return_counts=True)
+    cell = cell.reshape(-1)
+    folds, order = np.empty(len(truth), dtype=int), np.lexsort((own, truth))
+    folds[order] = np.concatenate([np.arange(count) for count in np.bincount(truth)]) % FOLDS
+
+    def left_out(values: _Array, strength: float) -> _Array:
+        logits = np.empty((len(truth), truth.max() + 1))
+        for fold in range(FOLDS):
+            fitted = folds != fold
+            probe = _fit(values[fitted], truth[fitted], cell[fitted], strength)
+            logits[~fitted] = logits_of(probe, values[~fitted])
+        return logits
+
+    tried = {strength: left_out(inputs[known], strength) for strength in STRENGTHS}
+    second = {c: np.concatenate([z / z.std(), prompts[known]], axis=1) for c, z in tried.items()}
+    judged = {c: log_softmax(left_out(of, CALIBRATION), axis=1) for c, of in second.items()}
+    losses = {c: -_balanced(cell) * of[np.arange(len(truth)), truth] for c, of in judged.items()}
+    best = min(losses.values(), key=lambda of: of.mean())
+    within_error = best.mean() + best.std() / len(best) ** 0.5  # the strongest within a standard error of the best
+    chosen = next(c for c, of in losses.items() if of.mean() <= within_error)
+
+    first = logits_of(_fit(inputs[known], truth, cell, chosen), inputs) / tried[chosen].std()
+    calibrated = _fit(second[chosen], truth, cell, CALIBRATION)
+    posterior = np.exp(log_softmax(logits_of(calibrated, np.concatenate([first, prompts], axis=1)), axis=1))
+    for prompt in np.unique(prompt_of):
+        posterior[prompt_of == prompt] = with_own_shares(posterior[prompt_of == prompt])
+    posterior[known] = np.eye(len(values))[truth]
+
+    guessed = judged[chosen].argmax(axis=1)
+    recall = np.bincount(cell, weights=guessed == truth) / counts
+    several = np.bincount(cells[0])[cells[0]]  # values that a cell's prompt has labels of
+    tested, chance = several > 1, 1 / several
+    error = np.sqrt((chance * (1 - chance) / counts)[tested].sum())
+    above = (recall - chance)[tested].sum() / error if tested.any() else -np.inf
+    accuracy = {value: round(float(recall[cells[1] == e].mean()), 4) for e, value in enumerate(values)}
+    told = ", ".join(f"{value} {share:.0%}" for value, share in accuracy.items())
+    fault = f"labels left out are guessed no better than by chance ({told} right)"
+    return Asked(
+        name,
+        values,
+        posterior,
+        f"{len(truth)} labels",
+        {"labels": {name: {"images": dict(zip(values, np.bincount(truth).tolist(), strict=True)), "right": accuracy}}},
+        "" if norm.sf(above) < LEVEL else fault,
+        round(float(adjusted_rand_score(truth, guessed)), 4),
+    )
+
+
+def with_own_shares(posterior: _Array, steps: int = 200) -> _Array:
+    """Posteriors (n, E) for groups alike frequent, at the shares that these images have: Saerens et al. (2002)."""
+    shares, weights = np.full(posterior.shape[1], 1 / posterior.shape[1]), posterior
+    for _ in range(steps):
+        weights = posterior * shares
+        weights = weights / weights.sum(axis=1, keepdims=True)
+        shares, before = weights.mean(axis=0), shares
+        if np.abs(shares - before).max() < 1e-5:
+            break
+    return weights
+
+
+def _fit(values: _Array, truth: _Array, cell: _Array, strength: float) -> LogisticRegression:
+    return LogisticRegression(C=strength, max_iter=5000).fit(values, truth, _balanced(cell))
+
+
+def _balanced(cell: _Array) -> _Array:
+    """Weights (n,) of mean 1 with which cells count alike."""
+    counts = np.bincount(cell)
+    return len(cell) / (np.count_nonzero(counts) * counts[cell])
+
+
+def logits_of(probe: LogisticRegression, values: _Array) -> _Array:
+    """(n, E)."""
+    found = probe.decision_function(values)
+    return found if found.ndim == 2 else np.stack([-found / 2, found / 2], axis=1)
