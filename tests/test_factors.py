@@ -8,9 +8,9 @@ from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
 from conftest import make_tiny_pipeline
 from invdiff import attach, generate
+from invdiff.auditing.cuts import is_mixed, weigh
 from invdiff.auditing.edits import Edits, apply
 from invdiff.auditing.evidence import Evidence, Stack
-from invdiff.auditing.factors import is_mixed, weigh
 from invdiff.auditing.result import Audit, PromptAudit
 from invdiff.auditing.scores import Score, parts_of
 from invdiff.cli.print import print_audit
@@ -68,9 +68,8 @@ def agreements(audit, m, truth):
 
 def test_a_confounded_place_that_only_the_margin_shows_is_found_in_both_prompts_with_columns_matched():
     place = attribute([0.1, 0.9])
-    audit = found_in(
-        evidence(views(), upper=views(place)), max_factors=1
-    )  # components are looked for in the middle block alone
+    # Components are looked for in the middle block alone.
+    audit = found_in(evidence(views(), upper=views(place)), max_factors=1)
     assert [len(factor.splits) for factor in audit.factors] == [2]
     assert all(split.evidence.startswith("which-prompt margin") for split in audit.factors[0].splits)
     assert audit.factors[0].matched
@@ -90,6 +89,9 @@ def test_two_hidden_attributes_are_two_factors_unless_one_is_asked_for():
     by_factor = [[min(agreements(audit, m, truth)) for truth in (first, second)] for m in (0, 1)]
     assert max(by_factor, key=lambda pair: pair[0])[0] > 0.9
     assert max(by_factor, key=lambda pair: pair[1])[1] > 0.9
+    for split in (split for factor in audit.factors for split in factor.splits):
+        candidates = audit.prompts[split.prompt].candidates
+        assert split.evidence in [one.evidence for one in candidates if one.accepted]
     (alone,) = (again := found_in(measured, max_factors=1)).factors
     assert alone == audit.factors[0]
     assert again.group_weights[0].tobytes() == audit.group_weights[0].tobytes()

@@ -7,38 +7,25 @@ other prompts whose features shift alike. Its directions are then taken out of t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import combinations
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import chi2_contingency
-from sklearn.metrics import adjusted_rand_score, roc_auc_score
+from sklearn.metrics import roc_auc_score
 
 from ..config import AuditConfig
 from ..progress import progress_bar
 from ..seeds import derived_seed
-from .decide import (
-    MOST_JUDGED,
-    e_bh,
-    fit_humps,
-    fit_mixture,
-    halves,
-    log_e_value,
-    num_modes,
-    power,
-    rand_low,
-    share_intervals,
-)
+from .cuts import Cut, is_mixed, too_few, weigh
+from .decide import MOST_JUDGED, e_bh, power
 from .evidence import Evidence
 from .result import Candidate
 from .scores import (
-    LEAST_PARTED,
     Margins,
     Score,
-    axis_of,
     component_scores,
     contrasts,
     parts_of,
@@ -46,10 +33,6 @@ from .scores import (
     without,
 )
 
-MOST_TESTED = 8
-"""Cuts of a prompt that are tested, those likeliest to be right; the others are refused, and count in the control."""
-NOT_TESTED = -1e3
-"""The log e-value of a cut that was not tested, and the least that is told."""
 NEARLY = 0.8
 """Of the largest agreement with a cut: of a prompt's cuts that reach it, the one whose groups are likeliest right."""
 TELLS = 0.8
@@ -59,18 +42,6 @@ LEAST_DIFFERENCE = 0.2
 PERMUTATIONS = 100
 """Of images within a prompt, for the bound that the agreement of two prompts' shifts must pass."""
 _Array = NDArray[Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Cut:
-    """A candidate and its groups."""
-
-    candidate: Candidate
-    score: Score
-    weights: _Array = field(default_factory=lambda: np.empty((0, 0)))
-    """W of the prompt's images, (n, E), columns rising with the score; empty where the cut was not tested."""
-    intervals: list[tuple[float, float]] = field(default_factory=list)
-    """95% interval of each share."""
 
 
 @dataclass(frozen=True)
@@ -169,12 +140,17 @@ def find_factors(
                 factor = gathered
                 break
             _refuse(cuts[prompt], cut, fault)
+            accepted[prompt] = [one for one in accepted[prompt] if one is not cut]
         for prompt, weighed in cuts.items() if not taken else ():
             search.power[prompt] = power(int(distinct[judged[prompt]].sum()), considered, config)
             ordered = sorted(weighed, key=lambda cut: (bool(cut.candidate.refusal), -cut.candidate.log_e))
             search.candidates[prompt] = [cut.candidate for cut in ordered]
         if factor is None:
             break
+        for prompt, cut in factor.items():
+            told = search.candidates[prompt]
+            known = any(one.accepted and one.evidence == cut.candidate.evidence for one in told)
+            told[:0] = [] if known else [cut.candidate]  # of a later round, or sought along another prompt's shift
         search.factors.append(factor)
         taken.append(spread(factor, judged, len(distinct)))
     return search
@@ -193,82 +169,6 @@ def _refuse(cuts: list[Cut], cut: Cut, words: str) -> None:
     """Mark one of a prompt's cuts as refused."""
     place = next(index for index, one in enumerate(cuts) if one is cut)
     cuts[place] = replace(cut, candidate=replace(cut.candidate, refusal=words))
-
-
-def is_mixed(cut: Cut, features: _Array, distinct: NDArray[np.bool_], needed: float, rng: np.random.Generator) -> bool:
-    """Whether the rare group of a margin is itself of two humps, along its first principal axis of features (n, d)."""
-    rare = cut.weights.argmax(axis=1) == int(cut.weights.sum(axis=0).argmin())
-    if (rare & distinct).sum() < 2 * LEAST_PARTED:
-        return False
-    learn = axis_of(features[rare])
-    along = learn(np.ones(int(rare.sum()), dtype=bool))[0]
-    return log_e_value(learn, along, 2, halves(len(along), rng, distinct[rare])) >= needed
-
-
-def too_few(num_images: int, config: AuditConfig) -> bool:
-    """Whether a prompt has too few images to judge any split of them."""
-    return num_images < max(config.min_images, 4)
-
-
-def weigh(
-    scores: Sequence[Score], distinct: NDArray[np.bool_], config: AuditConfig, rng: np.random.Generator
-) -> list[Cut]:
-    """Every cut of one prompt's images by a score, with what it is worth; those worth it with their e-values."""
-    drafts = []
-    for score in scores:
-        values = score.mean
-        for size in _sizes(score, config) if np.ptp(values) > 0 else ():
-            mixture = fit_mixture(values, size)
-            parted = num_modes(mixture) == size  # else neighbours only describe the slope of one hump
-            if size == 2 or parted:
-                drafts.append((float(mixture.rand_index()), score, values, mixture))
-            if not parted:
-                break
-    rotations, tested, cuts = halves(len(distinct), rng, distinct), 0, []
-    for worth, score, values, mixture in sorted(drafts, key=lambda draft: -draft[0]):
-        size, lowest = len(mixture.means), worth
-        cut = Cut(Candidate(score.evidence, size, _rounded(mixture.shares), 0.0, 0.0, 0.0, NOT_TESTED, ""), score)
-        if mixture.shares.min() < config.min_share:
-            refusal = f"a group of {mixture.shares.min():.1%} is too small (at least {config.min_share:.1%})"
-        elif worth >= config.min_rand and tested == MOST_TESTED:
-            refusal = f"not among the {MOST_TESTED} clearest"
-        elif worth < config.min_rand or (lowest := rand_low(values, mixture, rng)) < config.min_rand:
-            refusal = "the groups overlap too much to part them"
-        else:
-            tested += 1
-            humps = fit_humps(values, mixture)
-            posterior = (humps or mixture).posterior(values)
-            intervals = share_intervals(posterior)
-            even = score.of_prompt and min(high for _, high in intervals) >= 0.5
-            refusal = "the groups are even: a style, not a spurious attribute" if even else ""
-            cut = Cut(cut.candidate, score, posterior, intervals)
-            mixture = humps.gaussians if humps else mixture
-            log_e = log_e_value(score.learn, values, size, rotations)
-            agreement, log_e = round(_agreement(score, size), 4), round(max(log_e, NOT_TESTED), 4)
-            shares = _rounded(posterior.mean(axis=0))
-            cut = replace(cut, candidate=replace(cut.candidate, shares=shares, agreement=agreement, log_e=log_e))
-        separation, lowest = round(float(mixture.separation), 4), round(lowest, 4)
-        candidate = replace(cut.candidate, separation=separation, rand_low=lowest, refusal=refusal)
-        cuts.append(replace(cut, candidate=candidate))
-    return cuts
-
-
-def _sizes(score: Score, config: AuditConfig) -> Sequence[int]:
-    """Numbers of groups to try: a margin or contrast has two ends, what usually comes with the prompt and what not."""
-    if config.num_groups:
-        return [config.num_groups]
-    return [2] if score.of_prompt else range(2, config.max_groups + 1)
-
-
-def _rounded(shares: _Array) -> list[float]:
-    return [round(float(share), 4) for share in shares]
-
-
-def _agreement(score: Score, num_groups: int) -> float:
-    """The mean adjusted Rand index of the groups that the versions of a score give, each cut on its own."""
-    labels = [fit_mixture(draw, num_groups, quick=True).posterior(draw).argmax(axis=1) for draw in score.draws]
-    pairs = [adjusted_rand_score(a, b) for a, b in combinations(labels, 2)]
-    return float(np.mean(pairs)) if pairs else 0.0
 
 
 class Shifts:

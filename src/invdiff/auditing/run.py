@@ -23,8 +23,9 @@ from ..models.load import loras_of
 from ..seeds import generator
 from .asked import Labels, columns_asked, labels_asked
 from .captions import group_captions, part_by_images, stated_group, words_that_state_groups
+from .cuts import Cut
 from .evidence import Evidence, collect_evidence, encode_vision
-from .factors import Cut, Search, find_factors, spread
+from .factors import Search, find_factors, spread
 from .probe import spread_labels
 from .result import Audit, Factor, PromptAudit, PromptSplit
 from .scores import Margins

@@ -22,9 +22,10 @@ from sklearn.metrics import adjusted_rand_score
 from ..config import AuditConfig
 from ..errors import AuditError
 from .asked import Asked
+from .cuts import NOT_TESTED, Cut, too_few
 from .decide import fit_mixture
 from .evidence import Evidence
-from .factors import NOT_TESTED, Cut, Search, Shifts, too_few
+from .factors import Search, Shifts
 from .result import Candidate
 from .scores import Score, contrasts
 
