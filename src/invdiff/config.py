@@ -187,6 +187,10 @@ class AuditConfig(Config):
     attribute. Under several prompts shares must differ between them."""
     resolution: Size = 0
     """Side of the square that images are cropped to, in pixels, for audit and training; 0 takes the model's own."""
+    images_per_prompt: Count = 500
+    """Without data: images that the model draws of each prompt, to be audited."""
+    guidance_scale: NotNegative = 1.0
+    """Without data: strength of classifier-free guidance when they are drawn; at 1 and below there is none."""
     batch_size: Count = 64
     """Images per forward."""
     seed: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .config import GenerateConfig
+from .data.captioned import CaptionedImages, load_captioned_images
 from .distributed import is_main, mine, wait
 from .errors import ConfigError, ModelError
 from .files import check_same_settings, fingerprint, read_json, save_image, weights_digest, write_json, write_text
@@ -21,7 +22,7 @@ from .guidance.attach import Attachment, check_fit, mix_for
 from .guidance.environments import EnvironmentMix, Environments
 from .guidance.module import GuidanceModule
 from .models.families import family_of, family_that_draws
-from .models.load import check_plain, denoiser_of
+from .models.load import check_fused, check_plain, denoiser_of
 from .models.watch import check_finite, watched
 from .progress import progress_bar
 from .seeds import derived_seed
@@ -209,6 +210,24 @@ def generate(
     return output_dir
 
 
+def own_images(pipe: Any, audited: Mapping[str, Any], cache_dir: Path, *, progress: bool = True) -> CaptionedImages:
+    """The images that the model itself draws for an audit with these settings, into the cache or read back from it.
+
+    The same model and settings give the same bytes.
+    """
+    check_fused(pipe)
+    prompts, family = audited["own_images_of"], family_of(pipe)
+    settings = {name: audited[name] for name in ("images_per_prompt", "guidance_scale", "seed")}
+    settings["resolution"] = audited["resolution"] or family.resolution(pipe, denoiser_of(pipe))
+    config = GenerateConfig(**settings)
+    made_of = json.dumps(_settings(Drawing(pipe, prompts, config=config)), sort_keys=True)
+    folder = generate(pipe, prompts, cache_dir / "own" / fingerprint(made_of), config=config, progress=progress)
+    if is_main():
+        write_text(folder / "metadata.jsonl", (folder / MANIFEST).read_text("utf-8"))
+    wait()
+    return load_captioned_images(folder, captions=family.needs_prompts)
+
+
 def drawing_flags(pipe: Any, resolution: int) -> list[str]:
     """The options that `invdiff generate` needs to draw as the module was trained: often none."""
     family = family_of(pipe)
@@ -238,21 +257,7 @@ def _open_folder(output_dir: Path, drawing: Drawing) -> None:
         raise ConfigError(
             f"Expected a folder to write images to, got {output_dir} ({error.strerror}). Choose another."
         ) from error
-    pipe, module, mix = drawing.pipe, drawing.module, drawing.mix
-    scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
-    networks: dict[str, Any] = {k: v for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)}
-    weights = fingerprint(*(name + weights_digest(network) for name, network in sorted(networks.items())))
-    schedule = fingerprint(json.dumps(scheduler, sort_keys=True, default=str))
-    targets: Any = mix and (mix.proportions if mix.given is None else mix.given)
-    settings = {
-        "prompts": drawing.prompts,
-        **drawing.config.to_dict(),
-        "module": None if module is None else weights_digest(cast(torch.nn.Module, module)),
-        "environments": None if targets is None else [row.tolist() for row in targets],
-        "model": f"{type(pipe).__name__} {weights}",
-        "scheduler": f"{type(pipe.scheduler).__name__} {schedule}",
-    }
-    path = output_dir / SETTINGS
+    path, settings = output_dir / SETTINGS, _settings(drawing)
     if not path.exists():
         names = (*(row["file_name"] for row in drawing.rows), MANIFEST)
         if unknown := next((name for name in names if (output_dir / name).exists()), None):
@@ -264,3 +269,21 @@ def _open_folder(output_dir: Path, drawing: Drawing) -> None:
     check_same_settings(output_dir, read_json(path), settings)
     for leftover in output_dir.glob("[0-9]*/.*.png"):  # of a run killed while it was writing
         leftover.unlink(missing_ok=True)
+
+
+def _settings(drawing: Drawing) -> dict[str, Any]:
+    """All that images depend on, in JSON types."""
+    pipe, module, mix = drawing.pipe, drawing.module, drawing.mix
+    scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    networks: dict[str, Any] = {k: v for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)}
+    weights = fingerprint(*(name + weights_digest(network) for name, network in sorted(networks.items())))
+    schedule = fingerprint(json.dumps(scheduler, sort_keys=True, default=str))
+    targets: Any = mix and (mix.proportions if mix.given is None else mix.given)
+    return {
+        "prompts": drawing.prompts,
+        **drawing.config.to_dict(),
+        "module": None if module is None else weights_digest(cast(torch.nn.Module, module)),
+        "environments": None if targets is None else [row.tolist() for row in targets],
+        "model": f"{type(pipe).__name__} {weights}",
+        "scheduler": f"{type(pipe.scheduler).__name__} {schedule}",
+    }

@@ -235,10 +235,12 @@ class Audit:
 
     @property
     def own_groups(self) -> str:
-        """A sentence on factors whose groups are each prompt's own; "" where columns mean the same everywhere."""
+        """Sentences on groups that are each prompt's own, and on images that are the model's own; "" without."""
         own = " and ".join(factor.name for factor in self.factors if not factor.matched)
         meaning = "group 0 of one prompt need not mean what it means under another."
-        return f"Groups of {own} are each prompt's own: {meaning}" if own else ""
+        of_groups = f"Groups of {own} are each prompt's own: {meaning}" if own else ""
+        of_images = "The images are the model's own, drawn for the audit." if "own_images_of" in self.settings else ""
+        return " ".join(filter(None, [of_groups, of_images]))
 
     def split(self, factor: int, prompt: int) -> PromptSplit | None:
         """How a factor splits a prompt, both by index; None where it does not."""
@@ -265,19 +267,15 @@ class Audit:
     def check_matches(self, data: EncodedImages, denoiser_fingerprint: str) -> None:
         """Raise `AuditError` unless the audit is of exactly these images and this model."""
         model, images = self.settings["denoiser_fingerprint"], self.settings["data_fingerprint"]
-        encoders = self.settings.get("model_fingerprint", data.model_fingerprint)
-        resolution = self.settings.get("resolution", data.resolution)
         adapted = "".join(f" with LoRA {name}" for name in self.settings.get("loras", ()))
-        if model != denoiser_fingerprint or encoders != data.model_fingerprint:
+        resolution = self.settings.get("resolution", data.resolution)
+        if model != denoiser_fingerprint:
             raise AuditError(
                 f"Expected the model that was audited (fingerprint {model}{adapted}), got another "
                 f"({denoiser_fingerprint}): other weights, another precision, noise schedule or LoRA. Audit it first."
             )
         if resolution != data.resolution:
-            raise AuditError(
-                f"Expected images of {resolution} pixels, as they were audited, got {data.resolution}. "
-                "Encode them so, or audit these."
-            )
+            raise AuditError(f"Expected images of {resolution} pixels, as they were audited, got {data.resolution}.")
         if images != data.data_fingerprint or self.names != data.names:
             raise AuditError(
                 f"Expected the images that were audited ({len(self.names)}, fingerprint {images}), got others "

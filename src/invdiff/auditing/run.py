@@ -20,6 +20,7 @@ from ..files import default_cache_dir
 from ..models.encoders import ClipEncoder
 from ..models.frozen import Denoiser, FrozenDenoiser
 from ..models.load import loras_of
+from ..sampling import own_images
 from ..seeds import generator
 from .asked import Labels, columns_asked, labels_asked
 from .captions import group_captions, part_by_images, stated_group, words_that_state_groups
@@ -39,8 +40,9 @@ are next on a random line."""
 
 def audit(
     pipe: Any,
-    data: CaptionedImages | EncodedImages,
+    data: CaptionedImages | EncodedImages | None = None,
     *,
+    prompts: Sequence[str] = (),
     attribute: str | Sequence[str] = (),
     labels: Labels | None = None,
     config: AuditConfig | None = None,
@@ -56,7 +58,8 @@ def audit(
 
     Args:
         pipe: The pipeline to audit.
-        data: The captioned images, or the result of `encode`.
+        data: The captioned images, or the result of `encode`; without them, the model draws its own of the prompts.
+        prompts: Different prompts, of each of which the model draws `config.images_per_prompt` images.
         attribute: A column of the data, or several: its values are groups, and no other factor is sought. Without
             it, no column but the captions is read.
         labels: A CSV or JSONL file with `file_name` and the values of an attribute for some images, five or more of
@@ -76,6 +79,11 @@ def audit(
     """
     config = config or AuditConfig()
     cache_dir = Path(cache_dir) if cache_dir else default_cache_dir()
+    basis = config.to_dict() | ({"own_images_of": list(prompts)} if data is None else {})
+    if data is None:
+        data = own_images(pipe, basis, cache_dir, progress=progress)
+    elif prompts:
+        raise ConfigError("Expected either data or prompts for the model to draw its own, got both.")
     images = data if isinstance(data, CaptionedImages) else None
     encoded = as_encoded(pipe, data, cache_dir, resolution=config.resolution, progress=progress)
     if not encoded.conditions and (config.solver == "exact" or config.other_captions):
@@ -108,14 +116,14 @@ def audit(
         prompt_of, spent = from_main(lambda: group_captions(used, encoded, config.caption_threshold, config.seed))
     measured = np.prod(evidence.losses.shape[1:]) + evidence.features.shape[1]
     evidence = replace(evidence, vision=vision, contrast_only=denoiser is not None)
-    settings = config.to_dict() | {
+    settings = basis | {
         "model_fingerprint": encoded.model_fingerprint,
         "denoiser_fingerprint": used.fingerprint,
         "data_fingerprint": encoded.data_fingerprint,
         "resolution": encoded.resolution,
     }
     if loras := loras_of(pipe):
-        settings["loras"] = [name for name, _ in loras]
+        settings["loras"] = dict(loras)
 
     def conclude() -> Audit:
         prompts, notes = part_by_images(prompt_of, encoded, evidence.whitened(config.seed), config.min_images)

@@ -11,8 +11,10 @@ from typing import Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from ..assets import PROFESSIONS
 from ..config import ArchitectureConfig, AuditConfig, DemoConfig, FinetuneConfig, GenerateConfig, TrainConfig
 from ..errors import ConfigError
+from ..files import default_cache_dir
 from ..launched import is_first_process, one_process
 from ..options import command_options
 from .arguments import (
@@ -101,8 +103,16 @@ def demo(*, output: Output = Path("out/demo"), settings: DemoConfig, quiet: Quie
 def audit(
     *,
     model: Model,
-    data: Data,
+    data: str | None = typer.Argument(
+        None, metavar="DATA", help="The images, as for `invdiff finetune`. Without them, the model draws its own."
+    ),
     output: Output,
+    prompt: list[str] | None = option(
+        None, "Without DATA: a prompt for the model to draw images of; repeat for more.", panel=DATA
+    ),
+    prompts: str = option(
+        "", "Without DATA: a text file with one prompt a line, or `professions`.", panel=DATA, metavar="FILE"
+    ),
     attribute: list[str] | None = option(
         None, "A column of DATA whose values are the groups: no other is looked for. Repeat for more.", panel=ASK
     ),
@@ -123,16 +133,21 @@ def audit(
 ) -> None:
     """Find hidden groups in the images that a model learnt from, without labels unless they are asked for."""
     weights.check_cache()
+    of_file = PROFESSIONS if prompts == "professions" else Path(prompts) if prompts else None
+    wanted = (*(prompt or ()), *lines_in(of_file))
+    if not (data or wanted):
+        raise ConfigError("Expected DATA, or --prompt once or more for images of the model's own, got neither.")
     settings = dataclasses.replace(settings, words=(*settings.words, *lines_in(words_file, "word")))
     say_loading("images and model", quiet=quiet)
     from ..auditing.edits import CURATION
     from ..auditing.run import audit as run_audit
     from ..report.grids import save_audit_pictures
+    from ..sampling import own_images
 
-    images = source.load(data, output=output)
+    images, pipe = source.load(data, flag="DATA", output=output), weights.load(model)
     asked: Any = {"attribute": attribute or (), "labels": labels}
     options: Any = {"config": settings, "cache_dir": weights.cache_dir, "progress": not quiet}
-    found = run_audit(weights.load(model), images, **asked, **options)
+    found = run_audit(pipe, images, prompts=wanted, **asked, **options)
     if not is_first_process():
         return
     aside = found.put_aside(output)
@@ -141,19 +156,23 @@ def audit(
     elif (output / CURATION).is_file():
         say(f"people's changes in {output / CURATION} are kept; the table shows the audit before them", quiet=quiet)
     found.save(output)
+    if not data:
+        images = own_images(pipe, found.settings, weights.cache_dir or default_cache_dir(), progress=False)
     save_audit_pictures(output, images)
     print_audit(found)
-    result = f"The audit and its pictures are in {output}."
+    result = f"The audit and its pictures are in {output}." + (f" Its images are in {images.folder}." * (not data))
+    audited = [data] if data else []
     shared = [*source.words(), *weights.words()]
     if found.biased:
-        finish(result, "train", model, data, output, "--output", output.parent / "module", *shared)
+        finish(result, "train", model, *audited, output, "--output", output.parent / "module", *shared)
         return
     result = f"No hidden group was found. {result}"
     if settings.solver != "auto" or settings.vision_encoder or any(asked.values()):
         finish(result)
         return
     options = command_options(AuditConfig, vars(settings) | {"vision_encoder": "facebook/dinov2-small"})
-    words = ("audit", model, data, "--output", output, *options, *shared)
+    drawn = [word for text in wanted for word in ("--prompt", text)]
+    words = ("audit", model, *audited, *drawn, "--output", output, *options, *shared)
     finish(result, *words, hint=" (to look with further eyes)")
 
 
@@ -162,7 +181,7 @@ def train(
     *,
     model: Model,
     data: Data,
-    audit_dir: Path = typer.Argument(..., metavar="AUDIT", help="The folder that `invdiff audit` wrote."),
+    audit_dir: Path | None = typer.Argument(None, metavar="AUDIT", help="The folder that `invdiff audit` wrote."),
     output: Output,
     settings: TrainConfig,
     source: CaptionOptions,
@@ -176,13 +195,13 @@ def train(
     from ..sampling import drawing_flags
     from ..training.train import train as run_train
 
-    found = Audit.load(audit_dir)
+    images = source.load(data if audit_dir else None, flag="DATA", output=output)
+    found = Audit.load(audit_dir or data)
     if found.edits.changed:
         from ..report.audit_view import about_edits
 
         say(about_edits(found.edits), quiet=quiet)
     found.check_found()
-    images = source.load(data, output=output)
     pipe = weights.load(model)
     run_train(pipe, images, found, output, config=settings, cache_dir=weights.cache_dir, progress=not quiet)
     prompts = [entry.prompt for entry in found.prompts if entry.found and entry.prompt]

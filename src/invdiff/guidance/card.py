@@ -81,6 +81,7 @@ def training_record(
             "denoiser_fingerprint": first.settings.get("denoiser_fingerprint"),
         },
         "data": {"fingerprint": first.settings.get("data_fingerprint"), "num_images": num_images},
+        "own_images": "own_images_of" in first.settings,
         "solver": first.settings.get("solver"),
         "group_names": first.group_names,
         "changed_by_people": {"left_out": int((~first.kept).sum()), "cuts_moved": len(first.edits.cuts)},

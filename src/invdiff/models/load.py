@@ -94,8 +94,8 @@ def load_pipeline(
                 check_complete([key for key, weight in part.named_parameters() if weight.is_meta], name, source)
             elif name.startswith("tokenizer") and part is not None:
                 check_tokenizer(part, source)
-    if loras:
-        FUSED[denoiser_of(pipe)] = [_fuse(pipe, lora) for lora in loras]
+    denoiser: Any = denoiser_of(pipe)
+    denoiser.fused_loras = [_fuse(pipe, lora) for lora in loras]
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or default_device())
 
@@ -172,13 +172,9 @@ GUIDED: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDiction
 """Denoisers that have guidance modules attached, and the hook that adds their shifts."""
 
 
-FUSED: weakref.WeakKeyDictionary[torch.nn.Module, list[tuple[str, str]]] = weakref.WeakKeyDictionary()
-"""Denoisers of pipelines that `load_pipeline` has fused LoRAs into, and each one's name and fingerprint."""
-
-
 def loras_of(pipe: Any) -> list[tuple[str, str]]:
     """The LoRAs that `load_pipeline` has fused into a pipeline: each one's name for people and its fingerprint."""
-    return FUSED.get(denoiser_of(pipe), [])
+    return getattr(denoiser_of(pipe), "fused_loras", [])
 
 
 def check_fused(pipe: Any) -> None:

@@ -82,8 +82,9 @@ def summary(audit: Audit) -> str:
         "agreement."
     )
     asked = f" {audit.asked}" if audit.asked else ""
+    whose = "the model's own" if "own_images_of" in audit.settings else "the training"
     return (
-        f"Under {len(hiding):,} of {prompts}, the training images fall into groups that the prompt does not name"
+        f"Under {len(hiding):,} of {prompts}, {whose} images fall into groups that the prompt does not name"
         f"{by}{rare}.{forced if solver in ('exact', 'gradient') else ''}{asked}"
     )
 

@@ -48,20 +48,24 @@ def commands(run: Run) -> list[tuple[str, str]]:
     model = str(_record(run, "base").get("hub_id") or re.split(r"[/\\]", base)[-1])
     names = {"audit": ["audit"], "module": ["module"], "data": ["DATA"], **run.names}
     (audit,), (module,), (data, *columns) = names["audit"], names["module"], names["data"]
+    audited = run.audit.settings if run.audit else {}
+    own = [word for prompt in audited.get("own_images_of", ()) for word in ("--prompt", prompt)]
+    adapted = [model, *(word for lora in audited.get("loras", ()) for word in ("--lora", lora))]
     found = []
     if run.audit:
-        options = command_options(AuditConfig, without_paths(run.audit.settings))
-        found.append(("Audit", ["audit", model, data, *columns, "--output", audit, *options]))
+        options = command_options(AuditConfig, without_paths(audited))
+        found.append(("Audit", ["audit", *adapted, *(own or [data, *columns]), "--output", audit, *options]))
     if training := _record(run, "training"):
         options = command_options(TrainConfig, without_paths(training))
-        found.append(("Train", ["train", model, data, audit, "--output", module, *columns, *options]))
+        images = [] if own else [data, *columns]
+        found.append(("Train", ["train", *adapted, *images[:1], audit, "--output", module, *images[1:], *options]))
     for name, folder, drawn in _drawn(run):
         title, prompts, listed, mix = f"Generate: {name}", *_said(drawn)
         if not listed:
             title += f"; prompts.txt has the {len(prompts):,} prompts of its settings below, one a line"
         title += "; its groups, in the settings below, can be given in Python only" if mix is None else ""
         values = without_paths(drawn)
-        words = ["generate", model, *(prompts if listed else ("--prompts-file", "prompts.txt"))]
+        words = ["generate", *adapted, *(prompts if listed else ("--prompts-file", "prompts.txt"))]
         if drawn.get("module"):
             words += ["--module", module, *(mix or [])]
         else:

@@ -19,13 +19,15 @@ from ..config import AuditConfig, TrainConfig
 from ..data.captioned import CaptionedImages
 from ..data.encode import EncodedImages, as_encoded
 from ..distributed import is_main, num_processes, wait
-from ..errors import ConfigError
-from ..files import check_same_settings, fingerprint, read_json, write_json, write_text
+from ..errors import AuditError, ConfigError
+from ..files import check_same_settings, default_cache_dir, fingerprint, read_json, write_json, write_text
 from ..guidance.attach import GuidedDenoiser
 from ..guidance.card import training_record
 from ..guidance.module import GuidanceModule, load_module
 from ..models.frozen import FrozenDenoiser, denoiser_fingerprint
+from ..models.load import loras_of
 from ..progress import note
+from ..sampling import own_images
 from ..seeds import derived_seed, generator
 from .batches import GroupBalancedSampler, draw_batch
 from .checkpoint import TrainingRun
@@ -36,7 +38,7 @@ LOG_EVERY = 10
 
 def train(
     pipe: Any,
-    data: CaptionedImages | EncodedImages,
+    data: CaptionedImages | EncodedImages | None,
     audit: Audit,
     output_dir: str | Path,
     *,
@@ -52,7 +54,7 @@ def train(
 
     Args:
         pipe: The pipeline that was audited.
-        data: The images that were audited, or the result of `encode` on them.
+        data: The images that were audited, or the result of `encode` on them; None for those of the model's own.
         audit: Groups W of each hidden factor.
         output_dir: Where the module is written.
         config: Mode, steps, penalty and so on.
@@ -66,10 +68,20 @@ def train(
     config = config or TrainConfig()
     output_dir = Path(output_dir)
     finished, work = output_dir / "train.json", output_dir / ".work"
+    if data is None:
+        if "own_images_of" not in audit.settings:
+            raise ConfigError("Expected the images that were audited, got none: the model did not draw them itself.")
+        kept = Path(cache_dir) if cache_dir else default_cache_dir()
+        data = own_images(pipe, audit.settings, kept, progress=progress)
     data = as_encoded(pipe, data, cache_dir, resolution=audit.settings.get("resolution", 0), progress=progress)
     model = denoiser_fingerprint(pipe)
     audit.check_matches(data, model)
     audit.check_found()
+    audited, fused = audit.settings.get("loras", {}), dict(loras_of(pipe))
+    if sorted(audited.values()) != sorted(fused.values()):  # those of text encoders do not change the denoiser
+        raise AuditError(
+            f"Expected LoRAs as audited ({', '.join(audited) or 'none'}), got {', '.join(fused) or 'none'}."
+        )
     if config.rounds > 1 and not data.conditions:
         raise ConfigError(
             f"Expected one round for an unconditional model, got rounds={config.rounds}. Later rounds compare "

@@ -1,0 +1,110 @@
+"""No data at all: the model's own images are drawn, audited and trained on."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from conftest import make_tiny_pipeline
+from invdiff import audit, cli, sampling, train
+from invdiff.auditing.result import Audit
+from invdiff.config import AuditConfig, TrainConfig
+from invdiff.data.captioned import load_captioned_images
+from invdiff.errors import ConfigError
+from tiny import CAPTIONS
+
+CONFIG = AuditConfig(solver="exact", min_images=4, caption_threshold=0.0, images_per_prompt=6)
+TRAIN = TrainConfig(steps=2, batch_size=4, mixed_precision="no")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def drawn(cache):
+    (folder,) = (cache / "own").iterdir()
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """An audit of the tiny pipeline's own images, and the cache they are in; read only."""
+    cache = tmp_path_factory.mktemp("own") / "cache"
+    return audit(make_tiny_pipeline(), prompts=CAPTIONS, config=CONFIG, cache_dir=cache, progress=False), cache
+
+
+def test_its_own_images_are_the_data_and_the_audit_says_so(found, tmp_path):
+    result, cache = found
+    assert len(result.names) == 12
+    assert [prompt.prompt for prompt in result.prompts] == list(CAPTIONS)
+    result.save(tmp_path)
+    assert json.loads((tmp_path / "audit.json").read_text())["settings"]["own_images_of"] == list(CAPTIONS)
+    (folder,) = (cache / "own").iterdir()
+    data = load_captioned_images(folder)
+    again = audit(make_tiny_pipeline(), data, config=CONFIG, cache_dir=tmp_path / "cache", progress=False)
+    assert again.fingerprint == result.fingerprint
+    assert "own_images_of" not in again.settings
+
+
+def test_killed_drawing_goes_on_to_the_same_bytes(tiny_pipe, found, tmp_path, kill):
+    options = {"prompts": CAPTIONS, "config": CONFIG, "cache_dir": tmp_path, "progress": False}
+    kill(sampling, "save_image", 5, audit, tiny_pipe, **options)
+    assert audit(tiny_pipe, **options).fingerprint == found[0].fingerprint
+    assert drawn(tmp_path) == drawn(found[1])
+
+
+def test_training_without_data_is_training_on_them_wherever_they_are(tiny_pipe, found, tmp_path):
+    result, cache = found
+    (folder,) = (cache / "own").iterdir()
+    for name, data, used in (
+        ("read back", None, shutil.copytree(cache, tmp_path / "copy")),
+        ("drawn again", None, tmp_path / "empty"),
+        ("given", load_captioned_images(folder), tmp_path / "empty"),
+    ):
+        train(tiny_pipe, data, result, tmp_path / name, config=TRAIN, cache_dir=used, progress=False)
+    weights = [(tmp_path / name / WEIGHTS).read_bytes() for name in ("read back", "drawn again", "given")]
+    assert weights[0] == weights[1] == weights[2]
+    assert ", drawn by the model itself" in (tmp_path / "given" / "README.md").read_text()
+
+
+def test_what_cannot_be_drawn_is_refused(tiny_pipe, tiny_folder, found, tmp_path):
+    data = load_captioned_images(tiny_folder)
+    with pytest.raises(ConfigError, match="either data or prompts"):
+        audit(tiny_pipe, data, prompts=CAPTIONS, cache_dir=tmp_path)
+    with pytest.raises(ConfigError, match="at least one prompt"):
+        audit(tiny_pipe, cache_dir=tmp_path)
+    settings = {name: value for name, value in found[0].settings.items() if name != "own_images_of"}
+    with pytest.raises(ConfigError, match="Expected the images that were audited, got none"):
+        train(tiny_pipe, None, replace(found[0], settings=settings), tmp_path / "module", cache_dir=tmp_path)
+
+
+def test_commands_go_all_the_way_without_data(tiny_pipe_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("INVDIFF_CACHE", str(tmp_path / "cache"))
+    config, prompts = tmp_path / "c.json", tmp_path / "prompts.txt"
+    config.write_text('{"solver": "exact", "min_images": 4, "caption_threshold": 0.0, "images_per_prompt": 6}')
+    prompts.write_text(f"{CAPTIONS[1]}\n")
+    given = ["--prompt", CAPTIONS[0], "--prompts", str(prompts), "--config", str(config), "--quiet"]
+    words = ["audit", str(tiny_pipe_dir), "--output", str(tmp_path / "audit"), *given]
+    done = CliRunner().invoke(cli.app, words)
+    assert done.exit_code == 0, done.output
+    assert "the model's own" in " ".join(done.stdout.split())
+    assert list((tmp_path / "audit").glob("*.png"))
+    assert Audit.load(tmp_path / "audit").settings["own_images_of"] == list(CAPTIONS)
+    words = done.stdout.splitlines()[-1].split(" Next: invdiff ")[1].split()
+    assert words[:4] == ["train", str(tiny_pipe_dir), str(tmp_path / "audit"), "--output"]
+    done = CliRunner().invoke(cli.app, [*words, "--steps", "2", "--batch-size", "4", "--quiet"])
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(cli.app, ["report", "--audit", str(tmp_path / "audit"), "--output", str(tmp_path / "r")])
+    assert done.exit_code == 0, done.output
+    report = (tmp_path / "r" / "report.md").read_text()
+    assert "The images are the model’s own" in report or "The images are the model's own" in report
+    assert f"--prompt '{CAPTIONS[0]}'" in report
+    done = CliRunner().invoke(cli.app, ["audit", str(tiny_pipe_dir), "--output", str(tmp_path / "none")])
+    assert "Expected DATA, or --prompt" in done.stderr
+
+
+def test_the_bundled_prompts_are_forty_professions(tiny_pipe_dir, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("invdiff.auditing.run.audit", lambda *_, prompts, **__: asked.extend(prompts) or exit(0))
+    CliRunner().invoke(cli.app, ["audit", str(tiny_pipe_dir), "--prompts", "professions", "--output", str(tmp_path)])
+    assert len(set(asked)) == 40
+    assert all(prompt.startswith(("a photo of a ", "a photo of an ")) for prompt in asked)
