@@ -79,9 +79,7 @@ def train(
     audit.check_found()
     audited, fused = audit.settings.get("loras", {}), dict(loras_of(pipe))
     if sorted(audited.values()) != sorted(fused.values()):  # those of text encoders do not change the denoiser
-        raise AuditError(
-            f"Expected LoRAs as audited ({', '.join(audited) or 'none'}), got {', '.join(fused) or 'none'}."
-        )
+        raise AuditError(f"Expected the LoRAs that were audited, {[*audited] or 'none'}, got {[*fused] or 'none'}.")
     if config.rounds > 1 and not data.conditions:
         raise ConfigError(
             f"Expected one round for an unconditional model, got rounds={config.rounds}. Later rounds compare "
