@@ -148,6 +148,7 @@ def audit(
     asked: Any = {"attribute": attribute or (), "labels": labels}
     options: Any = {"config": settings, "cache_dir": weights.cache_dir, "progress": not quiet}
     found = run_audit(pipe, images, prompts=wanted, **asked, **options)
+    images = images or own_images(pipe, found.settings, weights.cache_dir or default_cache_dir(), progress=False)
     if not is_first_process():
         return
     aside = found.put_aside(output)
@@ -156,8 +157,6 @@ def audit(
     elif (output / CURATION).is_file():
         say(f"people's changes in {output / CURATION} are kept; the table shows the audit before them", quiet=quiet)
     found.save(output)
-    if not data:
-        images = own_images(pipe, found.settings, weights.cache_dir or default_cache_dir(), progress=False)
     save_audit_pictures(output, images)
     print_audit(found)
     result = f"The audit and its pictures are in {output}." + (f" Its images are in {images.folder}." * (not data))
