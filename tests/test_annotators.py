@@ -16,9 +16,7 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessor,
 )
-from typer.testing import CliRunner
 
-from invdiff import cli
 from invdiff.assets import BIRDS_ANNOTATOR
 from invdiff.data.birds import BirdsWorld
 from invdiff.data.images import UnreadableImage
@@ -29,6 +27,7 @@ from invdiff.evaluation.annotators.conv import ConvAnnotator, stratified_share, 
 from invdiff.evaluation.annotators.heldout import measure_annotator
 from invdiff.evaluation.annotators.labels import GivenLabels, load_labelled_images, read_targets
 from invdiff.evaluation.annotators.load import load_annotator, save_measured
+from test_cli import run, succeed
 from tiny import TOWER, clip_config, make_tokenizer, save_clip
 
 
@@ -265,9 +264,9 @@ def test_a_measurement_is_never_written_into_the_annotator_s_own_folder(annotato
     before = all_bytes()
     with pytest.raises(ConfigError, match="Expected another folder"):
         save_measured(net.parent / output, annotator, annotator.held_out, spec=str(net.parent / spec))
-    words = ["annotator", "measure", str(net.parent / spec), "no/such/images", "--output", str(net.parent / output)]
+    words = ("annotator", "measure", net.parent / spec, "no/such/images", "--output", net.parent / output)
     with pytest.raises(ConfigError, match="Expected another folder"):  # the command, before it measures
-        CliRunner().invoke(cli.app, ["--debug", *words, "--quiet"], catch_exceptions=False)
+        run("--debug", *words, "--quiet")
     assert all_bytes() == before
 
 
@@ -312,28 +311,25 @@ def test_what_is_no_annotator_is_refused(tmp_path):
 
 
 def test_the_commands_train_on_sub_folders_and_measure(tmp_path):
-    photos = str(tmp_path / "photos")
+    photos = tmp_path / "photos"
     for index, image in enumerate(ToyImages(40).images):
-        folder = tmp_path / "photos" / ("cat", "dog")[index % 2]
+        folder = photos / ("cat", "dog")[index % 2]
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{index}.png")
     trained, measured, clip = (str(tmp_path / name) for name in ("trained", "measured", "clip"))
     save_clip(tmp_path / "tiny-clip")
     (tmp_path / "classes.yaml").write_text("label:\n  cat: a photo on land\n  dog: a photo of water\n")
-    small = ["--steps", "1", "--batch-size", "4", "--resolution", "16"]
-    zero_shot = [str(tmp_path / "tiny-clip"), photos, "--classes", str(tmp_path / "classes.yaml")]
-    for words in (
-        ["annotator", "train", photos, *small, "--output", trained, "--quiet"],
-        ["annotator", "measure", trained, photos, "--output", measured, "--quiet"],
-        ["annotator", "measure", *zero_shot, "--output", clip, "--quiet"],
+    for output, *words in (
+        (trained, "train", photos, "--steps", 1, "--batch-size", 4, "--resolution", 16),
+        (measured, "measure", trained, photos),
+        (clip, "measure", tmp_path / "tiny-clip", photos, "--classes", tmp_path / "classes.yaml"),
     ):
-        done = CliRunner().invoke(cli.app, words, catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-        assert f"--annotator {words[-2]} --attribute label" in " ".join(done.output.split())
+        shown = succeed("annotator", *words, "--output", output, "--quiet")
+        assert f"--annotator {output} --attribute label" in " ".join(shown.split())
     for folder in (measured, clip):
         assert load_annotator(folder).confusion("label").sum(axis=1).tolist() == [20, 20]
     with pytest.raises(DataError, match="one sub-folder of images per class"):
-        ConvAnnotator.fit(load_labelled_images(tmp_path / "photos/cat"), progress=False)
+        ConvAnnotator.fit(load_labelled_images(photos / "cat"), progress=False)
 
 
 GENDERS, SMILES = ("woman", "man", "", CANNOT_TELL), (True, False, None, float("nan"))

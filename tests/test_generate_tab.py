@@ -9,13 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 from conftest import CAPTIONS, make_guidance_module
-from invdiff import cli
 from invdiff.config import GenerateConfig
 from invdiff.errors import ConfigError
 from invdiff.evaluation.annotators.annotations import Annotations
+from test_cli import succeed
 
 pytest.importorskip("starlette", reason="needs the ui extra: pip install 'invdiff[ui]'")
 from invdiff.app.serve import own_files
@@ -61,8 +60,7 @@ def test_the_command_draws_the_same_images(tiny_pipe, tiny_pipe_dir, tmp_path, p
     for name, words in (("guided", guided), ("base", base)):
         words[words.index("--output") + 1] = str(tmp_path / name)
         words[words.index("--output") : words.index("--output")] = ["--batch-size", "2", "--quiet"]
-        done = CliRunner().invoke(cli.app, words[1:], catch_exceptions=False)
-        assert done.exit_code == 0, done.output
+        succeed(*words[1:])
         files = [Image.open(tmp_path / name / "00000" / f"{k:06d}.png").tobytes() for k in range(3)]
         assert files == pixels(getattr(shown, name))
     assert pixels(shown.base) != pixels(shown.guided)

@@ -1,12 +1,10 @@
 """Groups that a user asks for: by a column of the data, or by a few labels."""
 
-import csv
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
-from typer.testing import CliRunner
 
 from conftest import write_tiny_folder
 from invdiff import audit, load_captioned_images, train
@@ -15,10 +13,11 @@ from invdiff.auditing.probe import spread_labels
 from invdiff.auditing.result import Audit
 from invdiff.auditing.scores import Margins
 from invdiff.auditing.splits import given_factors
-from invdiff.cli import app
 from invdiff.config import AuditConfig, TrainConfig
 from invdiff.errors import ConfigError, DataError
 from runs import report
+from test_cli import succeed
+from tiny import CAPTIONS
 
 SMALL = AuditConfig(min_images=4)
 VALUES = ["land", "water", "land", "water", "water", "land", "", "water", "land", "land"] * 2
@@ -29,14 +28,14 @@ VALUES = ["land", "water", "land", "water", "water", "land", "", "water", "land"
 def folder(tmp_path):
     """20 images of two captions with a column `place`."""
     folder = write_tiny_folder(tmp_path / "data", 20)
-    with (folder / "metadata.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=["file_name", "text", "place"])
-        writer.writeheader()
-        for row, value in zip(rows, VALUES, strict=True):
-            writer.writerow({"file_name": row["file_name"], "text": row["text"], "place": value})
+    rows = [f"{index:02d}.png,{CAPTIONS[index % 2]},{value}" for index, value in enumerate(VALUES)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,text,place", *rows]))
     return folder
+
+
+def shown_by_audit(model, data, folder, *words):
+    options = ("--output", folder / "audit", "--min-images", 4, "--cache-dir", folder / "cache", "-q")
+    return succeed("audit", model, data, *options, *words)
 
 
 def test_a_column_that_is_asked_for_is_the_factor_and_trains_as_the_same_groups_do(tiny_pipe, folder, tmp_path):
@@ -82,11 +81,9 @@ def test_values_that_are_rare_under_a_prompt_are_no_group_there():
 
 
 def test_the_command_and_the_report_say_what_was_asked_for(tiny_pipe_dir, folder, tmp_path):
-    words = ["audit", str(tiny_pipe_dir), str(folder), "--output", str(tmp_path / "audit"), "--attribute", "place"]
-    done = CliRunner().invoke(app, [*words, "--min-images", "4", "--cache-dir", str(tmp_path / "cache"), "-q"])
-    assert done.exit_code == 0, done.output
-    assert "Factors asked for" in done.output
-    assert "water: " in done.output
+    shown = shown_by_audit(tiny_pipe_dir, folder, tmp_path, "--attribute", "place")
+    assert "Factors asked for" in shown
+    assert "water: " in shown
     page, text = report(tmp_path / "report", audit=tmp_path / "audit", data=load_captioned_images(folder))
     for words in (page.words, text):
         assert "they are the values of the column “place”" in words
@@ -150,11 +147,8 @@ def test_labels_must_be_of_the_images_and_enough(given, message):
 def test_a_file_of_labels_is_read_by_the_command(tiny_pipe_dir, folder, tmp_path):
     rows = [f"{index:02d}.png,{VALUES[index]}" for index in range(14)]
     (tmp_path / "few.csv").write_text("\n".join(["file_name,scene", *rows]))
-    words = ["audit", str(tiny_pipe_dir), str(folder), "--output", str(tmp_path / "audit"), "--min-images", "4"]
-    words += ["--labels", str(tmp_path / "few.csv"), "--cache-dir", str(tmp_path / "cache"), "-q"]
-    done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0, done.output
-    assert "“scene” was learned from labels of few images" in done.output
-    assert "by 13 labels, labels left out are guessed no better than by chance" in done.output  # pictures are noise
+    shown = shown_by_audit(tiny_pipe_dir, folder, tmp_path, "--labels", tmp_path / "few.csv")
+    assert "“scene” was learned from labels of few images" in shown
+    assert "by 13 labels, labels left out are guessed no better than by chance" in shown  # pictures are noise
     found = Audit.load(tmp_path / "audit")
     assert found.settings["asked"]["labels"]["scene"]["images"] == {"land": 7, "water": 6}

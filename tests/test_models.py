@@ -5,10 +5,9 @@ import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from conftest import make_tiny_pipeline
-from invdiff import audit, cli, load_captioned_images, train
+from invdiff import audit, load_captioned_images, train
 from invdiff.auditing.result import Audit
 from invdiff.config import AuditConfig, GenerateConfig, TrainConfig
 from invdiff.data.encode import model_fingerprint
@@ -18,6 +17,7 @@ from invdiff.guidance.module import GuidanceModule
 from invdiff.models.frozen import denoiser_fingerprint
 from invdiff.models.load import load_pipeline
 from invdiff.sampling import generate
+from test_cli import next_command, succeed
 from tiny import make_tiny, save_single_file
 
 AUDIT = AuditConfig(solver="exact", min_images=4, caption_threshold=0.0)
@@ -162,11 +162,8 @@ def test_commands_name_the_lora_in_the_next(single, lora, tiny_pipe_dir, tiny_fo
     given = ["--lora", f"{lora}:0.8", "--model-config", str(tiny_pipe_dir)]
     loose = tmp_path / "loose.json"
     loose.write_text('{"solver": "exact", "min_images": 4, "caption_threshold": 0.0}')
-    settings = ["--config", str(loose), "--quiet"]
-    words = ["audit", str(single), str(tiny_folder), "--output", str(tmp_path / "audit"), *settings, *given]
-    for more in ([], ["--steps", "2", "--batch-size", "4", "--quiet"]):
-        done = CliRunner().invoke(cli.app, [*words, *more])
-        assert done.exit_code == 0, done.output
-        words = done.stdout.splitlines()[-1].split(" Next: invdiff ")[1].replace("'", "").split()
+    words = ("audit", single, tiny_folder, "--output", tmp_path / "audit", "--config", loose, *given)
+    for more in ((), ("--steps", 2, "--batch-size", 4)):
+        words = next_command(succeed(*words, *more, "--quiet"))[1:]
         assert words[-len(given) :] == given
     assert words[0] == "generate"

@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 from conftest import made_up_measures
-from invdiff import cli
 from invdiff.auditing.edits import Edits, apply
 from invdiff.auditing.result import Audit
 from invdiff.errors import DataError
@@ -25,6 +23,7 @@ from invdiff.report.figures import percent
 from invdiff.report.read import Parts, read_run
 from invdiff.report.results_view import training_labels
 from runs import LAND, SCRIPT, WATER, Page, make_audit, report, undrawn
+from test_cli import succeed
 
 
 @pytest.fixture(autouse=True)
@@ -174,8 +173,7 @@ def test_no_path_of_the_machine_is_written(run: Path, tmp_path: Path) -> None:
     (run / "audit" / "audit.json").write_text(json.dumps(audit))
     settings = {"prompts": [LAND], "guidance_scale": 1.0, "seed": 2, "module": None}
     (run / "images" / "base-cfg-1" / "generate.json").write_text(json.dumps(settings))
-    words = ["report", str(run), "--output", str(tmp_path / "out")]
-    assert CliRunner().invoke(cli.app, words, catch_exceptions=False).exit_code == 0
+    succeed("report", run, "--output", tmp_path / "out")
     page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
     assert str(tmp_path) not in everything(tmp_path / "out")
     assert "invdiff audit org/birds data --output audit --max-groups 5 --vision-encoder dino --seed 4" in page.words
@@ -188,8 +186,7 @@ def test_no_path_of_the_machine_is_written(run: Path, tmp_path: Path) -> None:
 def test_data_is_called_as_it_was_typed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run / "data").rename(tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
-    words = ["report", "run", "--data", "photos", "--max-unreadable", "0.5", "--output", "out"]
-    assert CliRunner().invoke(cli.app, words, catch_exceptions=False).exit_code == 0
+    succeed("report", "run", "--data", "photos", "--max-unreadable", 0.5, "--output", "out")
     told = everything(tmp_path / "out")
     assert "invdiff audit org/birds photos --max-unreadable 0.5 --output run/audit" in told
     assert "invdiff train org/birds photos run/audit --output run/module --max-unreadable 0.5 --steps 77" in told

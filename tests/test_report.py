@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
-from typer.testing import CliRunner
 
 from browser import LAYOUT, needs_browser, open_browser
-from invdiff import cli, save_report
+from invdiff import save_report
 from invdiff.auditing.edits import Edits, apply
 from invdiff.auditing.result import Audit
 from invdiff.errors import AuditError, ConfigError, DataError, InvDiffError
@@ -30,15 +29,14 @@ from invdiff.report.read import find_parts
 from invdiff.report.write import write_report
 from invdiff.text import one_line
 from runs import LAND, NASTY, SCRIPT, WATER, Page, make_audit, make_images, measured, report, undrawn
+from test_cli import fail, succeed
 
 
 @pytest.fixture(scope="module")
 def written(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of the whole run with all its pictures, written by the command."""
     folder = tmp_path_factory.mktemp("report")
-    done = CliRunner().invoke(cli.app, ["report", str(finished), "--output", str(folder)], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    assert str(folder / "report.html") in done.output
+    assert str(folder / "report.html") in succeed("report", finished, "--output", folder)
     return folder
 
 
@@ -351,15 +349,13 @@ def test_parts_that_do_not_fit_are_errors_and_nothing_is_written(finished: Path,
 @pytest.mark.parametrize("words", [[], ["absent"], ["."], ["--images", "x"], ["--caption-column", "text"]])
 def test_the_command_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(cli.app, ["report", *words, "--output", "out"])
-    assert (done.exit_code, done.stderr[:15]) == (1, "error: Expected")
+    assert fail("report", *words, "--output", "out").startswith("error: Expected")
 
 
 def test_parts_named_apart_take_the_place_of_the_run_s(finished: Path, tmp_path: Path) -> None:
     make_audit(tmp_path / "audit", prompts=("a photo of a fish",))
-    words = ["report", str(finished), "--audit", str(tmp_path / "audit"), "--data", str(tmp_path / "audit")]
-    done = CliRunner().invoke(cli.app, [*words, "--title", "Shown instead", "--output", str(tmp_path / "out")])
-    assert done.exit_code == 0, done.output
+    parts = ("--audit", tmp_path / "audit", "--data", tmp_path / "audit", "--title", "Shown instead")
+    succeed("report", finished, *parts, "--output", tmp_path / "out")
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "a photo of a fish" in text
     assert "Shown instead" in text

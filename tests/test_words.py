@@ -9,10 +9,9 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 from conftest import write_tiny_folder
-from invdiff import cli, save_report
+from invdiff import save_report
 from invdiff.auditing import words as words_module
 from invdiff.auditing.edits import apply
 from invdiff.auditing.result import WORD_LIMIT, WORDS, Audit, AuditWords, GroupWords, PromptAudit, Word
@@ -31,6 +30,7 @@ from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.errors import AuditError, ConfigError, ModelError
 from invdiff.report.grids import save_audit_pictures
 from runs import LAND, NASTY, built_audit, make_audit, report
+from test_cli import succeed
 from tiny import CAPTIONS, save_clip
 
 ON_LAND, ON_WATER = 0, 1
@@ -262,17 +262,16 @@ def test_words_change_nothing_else_and_cost_no_new_measurement(tiny_pipe, tiny_p
 
     (tmp_path / "words.txt").write_text("palm tree\n\nharbour\n")
     (tmp_path / "settings.json").write_text(json.dumps(exact.to_dict()))
-    arguments = ["audit", tiny_pipe_dir, folder, "--output", tmp_path / "audit", "--cache-dir", cache, "--quiet"]
-    arguments += ["--config", tmp_path / "settings.json", "--words-model", clip_dir, "--words", tmp_path / "words.txt"]
-    done = CliRunner().invoke(cli.app, list(map(str, arguments)), catch_exceptions=False)
-    assert done.exit_code == 0, done.output
+    options = ("--config", tmp_path / "settings.json", "--words-model", clip_dir, "--words", tmp_path / "words.txt")
+    where = ("--output", tmp_path / "audit", "--cache-dir", cache, "--quiet")
+    shown = succeed("audit", tiny_pipe_dir, folder, *where, *options)
     told = Audit.load(tmp_path / "audit")
     assert (told.fingerprint, told.prompts) == (plain.fingerprint, plain.prompts)
     assert told.settings["words"] == ["palm tree", "harbour"]
     assert told.words.model == "tiny-clip"
     assert {(entry.prompt, entry.group) for entry in told.words.groups} == {(0, 0), (0, 1)}
     for text in ("Words that separate", "as tiny-clip sees them", f"group 0: {told.words.of(0, 0).line}"):
-        assert text in done.output
+        assert text in shown
 
 
 def test_words_are_short_and_need_a_model_to_read_them():
