@@ -4,6 +4,7 @@
     python benchmarks/audits.py nulls --data SOURCE --base MODEL        # 100 worlds in which nothing is associated
     python benchmarks/audits.py faces --data SOURCE --base MODEL        # age, race or gender hidden in faces
     python benchmarks/audits.py two --data SOURCE --base MODEL          # place and light hidden at once
+    python benchmarks/audits.py labels --data SOURCE --base MODEL       # an attribute of all images from 40 labels
     python benchmarks/audits.py drawn                                   # drawn birds, one or three attributes hidden
     python benchmarks/audits.py table                                   # all figures kept so far, in Markdown
 
@@ -37,6 +38,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from invdiff import Audit, AuditConfig, FinetuneConfig, audit, finetune, load_captioned_images
 from invdiff.assets import BIRDS_MODEL
 from invdiff.auditing.evidence import collect_evidence
+from invdiff.auditing.probe import DIMENSIONS, logits_of, spread_labels
 from invdiff.auditing.scores import Margins
 from invdiff.data.birds import BirdsWorld
 from invdiff.data.captioned import CaptionedImages
@@ -61,6 +63,7 @@ COLUMNS = (
     "ARI",
 )
 COLUMNS += ("calibration error", f"right above {SURE}", "forwards", "seconds")
+LABEL_DRAWS = 20
 FINETUNE = FinetuneConfig(steps=1000, batch_size=64, learning_rate=2e-4)
 
 
@@ -118,6 +121,14 @@ def faces(source: Path, base: Path, work: Path) -> Iterator[Cell]:
         yield from both(f"{hidden}-in-{captions}", world, base, hidden=(hidden,), subject=captions, ceiling=True)
 
 
+def few_labels(source: Path, base: Path, work: Path) -> Iterator[Cell]:
+    world = partial(worlds.waterbirds, source, severity=0.95, seed=7, num_images=1500)
+    yield Cell("place-seed-7", world, base, ("place",))
+    for captions, hidden in (("gender", "race"), ("age", "gender"), ("gender", "age")):
+        world = partial(worlds.fairface, source, captions=captions, hidden=hidden, seed=7, num_images=1500)
+        yield Cell(f"{hidden}-in-{captions}-seed-7", world, base, (hidden,), captions)
+
+
 def two(source: Path, base: Path, work: Path) -> Iterator[Cell]:
     for seed in range(3):
         world = partial(worlds.waterbirds, source, severity=0.9, tint=0.9, seed=seed)
@@ -145,6 +156,7 @@ PARTS: dict[str, Callable[..., Iterator[Cell]]] = {
     "nulls": nulls,
     "faces": faces,
     "two": two,
+    "labels": few_labels,
     "drawn": drawn,
 }
 
@@ -162,6 +174,10 @@ def run(part: str, cell: Cell, work: Path) -> None:
         pipe = finetune(unlabelled, work / "models" / place, base=cell.base, config=FINETUNE)
     else:
         pipe = load_pipeline(cell.base)
+    if part == "labels":
+        figures = learned(audit_features(pipe, unlabelled, work / "cells" / f"{part}-{cell.name}"), data, cell)
+        kept.keep(f"audits/{part}", cell.name, figures, command=f"python benchmarks/audits.py {part}")
+        return
     cache = work / "cells" / f"{part}-{cell.name}"
     fresh, start = not cache.exists(), time.perf_counter()
     found = audit(pipe, unlabelled, cache_dir=cache)
@@ -286,10 +302,59 @@ def supervised_auroc(sources: Sequence[np.ndarray], truth: np.ndarray) -> float:
     return float(roc_auc_score(truth, np.mean(logits, axis=0)))
 
 
+def learned(sources: Sequence[np.ndarray], data: CaptionedImages, cell: Cell) -> dict[str, Any]:
+    """How well 40 labels, drawn evenly over prompts and values, tell a hidden attribute of the other images.
+
+    AUROC of one value against the others under one prompt, a mean over both; over `LABEL_DRAWS` draws the mean and
+    standard deviation. Beside it, of the same images: the margin alone, turned as the truth would have it; labels
+    alone, by logistic regression of the same features; and the ceiling, a probe of all labels.
+    """
+    (name,) = cell.hidden
+    prompt = np.unique(data.attributes[cell.subject], return_inverse=True)[1]
+    values, truth = np.unique(data.attributes[name], return_inverse=True)
+    margins = Margins(sources, prompt).of_pairs()
+    features = np.concatenate([source[:, :DIMENSIONS] for source in sources], axis=1)
+    cells = [np.flatnonzero((prompt == p) & (truth == e)) for p in (0, 1) for e in range(len(values))]
+
+    def auroc(scores: np.ndarray, rest: np.ndarray) -> float:
+        of = [(rest & (prompt == p), e) for p in (0, 1) for e in range(len(values))]
+        return float(np.mean([roc_auc_score(truth[rows] == e, scores[rows, e]) for rows, e in of]))
+
+    each = [(prompt == p, e) for p in (0, 1) for e in range(len(values))]
+    alone = [roc_auc_score(truth[rows] == e, margins[rows, 0]) for rows, e in each]
+    ceiling = [supervised_auroc([source[rows] for source in sources], truth[rows] == e) for rows, e in each]
+    draws: dict[str, list[float]] = {"both": [], "labels alone": [], "refused": []}
+    shares = []
+    for seed in range(LABEL_DRAWS):
+        rng = np.random.default_rng(seed)
+        chosen = np.concatenate([rng.permutation(rows)[: 40 // len(cells)] for rows in cells])
+        labels = ["" for _ in truth]
+        for row in chosen:
+            labels[row] = values[truth[row]]
+        rest = ~np.isin(np.arange(len(truth)), chosen)
+        asked = spread_labels(name, labels, sources, margins, prompt)
+        probe = LogisticRegression(C=1e-2, class_weight="balanced", max_iter=5000)
+        plain = logits_of(probe.fit(features[chosen], truth[chosen]), features)
+        draws["both"].append(auroc(asked.weights, rest))
+        draws["labels alone"].append(auroc(plain, rest))
+        draws["refused"].append(float(bool(asked.refusal)))
+        shares.append([asked.weights[prompt == p].mean(axis=0) for p in (0, 1)])
+    return {
+        "images": len(truth),
+        "labels": 40 // len(cells) * len(cells),
+        "values": values.tolist(),
+        "margin alone": np.mean([max(one, 1 - one) for one in alone]),
+        "ceiling": np.mean(ceiling),
+        "auroc": {kind: {"mean": np.mean(of), "deviation": np.std(of)} for kind, of in draws.items()},
+        "shares": [[np.mean(truth[prompt == p] == e) for e in range(len(values))] for p in (0, 1)],
+        "estimated shares": {"mean": np.mean(shares, axis=0).tolist(), "deviation": np.std(shares, axis=0).tolist()},
+    }
+
+
 def table() -> str:
     """All figures that are kept, one row for each kind of world: means, and the lowest to the highest."""
     sections = []
-    for part in PARTS:
+    for part in [name for name in PARTS if name != "labels"]:  # whose figures are of another kind
         kinds: dict[str, list[dict]] = {}
         for path in sorted((kept.RESULTS / "audits").glob(f"{part}-*.json")):
             name = path.stem.removeprefix(f"{part}-")
