@@ -10,6 +10,7 @@ from invdiff.auditing.run import audit
 from invdiff.config import AuditConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import AuditError
+from invdiff.models import features
 from invdiff.models.frozen import FrozenDenoiser
 from invdiff.models.schedule import NoiseSchedule
 from runs import made_up_data
@@ -80,8 +81,8 @@ def measured(folder, number):
 
 def test_an_image_of_a_wide_model_takes_at_most_16_kilobytes(tmp_path):
     found = measured(tmp_path, 1.0)
-    assert found.features.shape == (6, 2, evidence.MOST_MIDDLE)
-    assert found.upper.shape == (6, 2, 2, evidence.MOST_UPPER)
+    assert found.features.shape == (6, 2, features.MOST_MIDDLE)
+    assert found.upper.shape == (6, 2, 2, features.MOST_UPPER)
     assert sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")) < 6 * 16_384
 
 
@@ -89,7 +90,7 @@ def test_an_image_of_a_wide_model_takes_at_most_16_kilobytes(tmp_path):
 def test_what_16_bits_cannot_hold_is_the_largest_they_can(tmp_path, number):
     found = measured(tmp_path, number)
     for values in (found.features, found.upper):
-        assert np.allclose(np.abs(values[np.arange(6)]), evidence.LARGEST, rtol=1e-3)
+        assert np.allclose(np.abs(values[np.arange(6)]), features.LARGEST, rtol=1e-3)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

@@ -24,13 +24,17 @@ VALUES = ["land", "water", "land", "water", "water", "land", "", "water", "land"
 """Of 20 images, two of them not labelled."""
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """20 images of two captions with a column `place`."""
-    folder = write_tiny_folder(tmp_path / "data", 20)
+def write_labelled_folder(folder):
+    """Write 20 images of noise of two captions with a column `place`."""
+    write_tiny_folder(folder, 20)
     rows = [f"{index:02d}.png,{CAPTIONS[index % 2]},{value}" for index, value in enumerate(VALUES)]
     (folder / "metadata.csv").write_text("\n".join(["file_name,text,place", *rows]))
     return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_labelled_folder(tmp_path / "data")
 
 
 def shown_by_audit(model, data, folder, *words):

@@ -17,9 +17,10 @@ from sklearn.cluster import MiniBatchKMeans
 
 from ..data.encode import EncodedImages
 from ..models.families import Condition
+from ..models.features import add_noise
 from ..models.frozen import Denoiser
 from ..seeds import generator
-from .evidence import add_noise, repeated
+from .evidence import repeated
 from .splits import rarest
 
 MOST_CAPTIONS = 256

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from sklearn.decomposition import PCA
@@ -26,7 +25,8 @@ from ..errors import AuditError
 from ..files import fingerprint, map_arrays, read_arrays, write_arrays, write_tensors
 from ..models.encoders import BATCH_SIZE, VisionEncoder
 from ..models.families import Condition
-from ..models.frozen import Denoiser, FrozenDenoiser
+from ..models.features import add_noise, read_features
+from ..models.frozen import Denoiser
 from ..models.schedule import per_sample_loss
 from ..models.watch import check_finite
 from ..progress import progress_bar
@@ -40,13 +40,6 @@ FITTED = 8000
 """Most images that a basis of features is fitted on, evenly chosen; all are projected on it."""
 SHARD_SIZE = 256
 """Images whose measurements share a file."""
-MOST_MIDDLE, MOST_UPPER = 1536, 1024
-"""Numbers that are kept of the middle block, and of each of the last two, at each noise level; more are projected to
-as many. With two levels an image takes at most 14 KB."""
-GRID = 8
-"""Side to which the grids of the last two blocks are pooled, where they are larger."""
-LARGEST = 6e4
-"""Features are kept in 16 bits, of which this is about the largest."""
 
 _Read = Callable[[NDArray[Any]], NDArray[Any]]
 _Extract = Callable[[list[Image.Image]], NDArray[np.float32]]
@@ -83,7 +76,7 @@ class Evidence:
     """(N, levels, 2, G): the grids of the last two blocks in the same forwards; None where they were not read."""
     vision: NDArray[Any] | None = None
     """(N, views, D): features of `config.vision_encoder`, if there is one."""
-    _whitened: dict[int, list[NDArray[np.float32]]] = field(default_factory=dict, init=False, repr=False)
+    _whitened: dict[int, list[Whitened]] = field(default_factory=dict, init=False, repr=False)
     contrast_only: bool = False
     """Weigh no features: those of the frozen model do not change with guidance."""
 
@@ -92,6 +85,10 @@ class Evidence:
 
         Those of them that vary between the images; made once.
         """
+        return [source.values for source in self.sources(seed) if source.values.shape[1]]
+
+    def sources(self, seed: int) -> list[Whitened]:
+        """The same, of all, with how they were made: the model's own first, as `read_features` gives them."""
         if seed not in self._whitened:
             count, levels = self.features.shape[:2]
             readers: list[_Read] = []
@@ -101,8 +98,7 @@ class Evidence:
                     readers += [partial(_part, self.upper, (level, block)) for block in range(self.upper.shape[2])]
             if self.vision is not None:
                 readers += [partial(_part, self.vision, (view,)) for view in range(self.vision.shape[1])]
-            sources = (whitened(read, count, seed=seed) for read in readers)
-            self._whitened[seed] = [source for source in sources if source.shape[1]]
+            self._whitened[seed] = [whitened(read, count, seed=seed) for read in readers]
         return self._whitened[seed]
 
 
@@ -113,14 +109,22 @@ def _part(values: Stack | NDArray[Any], part: tuple[int, ...], rows: NDArray[Any
     return taken
 
 
-def whitened(read: _Read, count: int, *, seed: int) -> NDArray[np.float32]:
-    """Leading principal components, each of unit variance, of the features (n, D) that `read` reads of rows (n,)."""
+class Whitened(NamedTuple):
+    """Leading principal components of features, each of unit variance: values = features @ basis + shift."""
+
+    values: NDArray[np.float32]  # (N, d)
+    basis: NDArray[Any]  # (D, d)
+    shift: NDArray[Any]  # (d,)
+
+
+def whitened(read: _Read, count: int, *, seed: int) -> Whitened:
+    """The features (n, D) that `read` reads of rows (n,), whitened."""
     fitted_rows = np.linspace(0, count - 1, min(count, FITTED)).astype(int)
     sample = read(fitted_rows).astype(np.float64)
     mean, scale = sample.mean(axis=0), sample.std(axis=0)
     varies = scale > 1e-6 * max(float(np.abs(sample).max()), 1e-12)
     if not varies.any():
-        return np.zeros((count, 0), dtype=np.float32)
+        return Whitened(np.zeros((count, 0), dtype=np.float32), np.zeros((len(mean), 0)), np.zeros(0))
 
     def standard(values: NDArray[Any]) -> NDArray[Any]:
         return (values[:, varies] - mean[varies]) / scale[varies]
@@ -128,7 +132,10 @@ def whitened(read: _Read, count: int, *, seed: int) -> NDArray[np.float32]:
     size = min(WHITENED, max(count // IMAGES_PER_WHITENED, 2), int(varies.sum()), len(sample) - 1)
     pca = PCA(size, whiten=True, svd_solver="randomized", random_state=seed).fit(standard(sample))
     batches = np.array_split(np.arange(count), -(-count // FITTED))
-    return np.concatenate([pca.transform(standard(read(rows))).astype(np.float32) for rows in batches])
+    values = np.concatenate([pca.transform(standard(read(rows))).astype(np.float32) for rows in batches])
+    basis, components = np.zeros((len(mean), size)), pca.components_.T / np.sqrt(pca.explained_variance_)
+    basis[varies] = components / scale[varies, None]
+    return Whitened(values, basis, -mean @ basis - pca.mean_ @ components)
 
 
 def collect_evidence(
@@ -195,43 +202,14 @@ def _measure(
         losses.append(torch.stack(draws, dim=1))
     for level in config.feature_log_snr:
         noisy_latents, timesteps, _ = add_noise(denoiser, latents, level, rng)
-        middle = denoiser(noisy_latents, timesteps, null)[1].float()  # (batch, D, height, width)
-        half = max(1, middle.shape[3] // 2)
-        parts = (middle, middle[..., :half], middle[..., -half:])  # the whole, and the left and right halves
-        features.append(_kept(torch.cat([part.mean(dim=(2, 3)) for part in parts], dim=1), MOST_MIDDLE))
-        if isinstance(denoiser, FrozenDenoiser) and (blocks := denoiser.take_upper(noisy_latents)):
-            sides = [(min(GRID, block.shape[2]), min(GRID, block.shape[3])) for block in blocks]
-            pooled = [F.adaptive_avg_pool2d(block.float(), side) for block, side in zip(blocks, sides, strict=True)]
-            upper.append([_kept(block.flatten(1), MOST_UPPER) for block in pooled])
+        middle, *blocks = read_features(denoiser, noisy_latents, timesteps, null)
+        features.append(middle)
+        if blocks:
+            upper.append(torch.stack(blocks, dim=1))
     measured = {"losses": torch.stack(losses, dim=1), "features": torch.stack(features, dim=1)}
     if upper:
-        most = max(block.shape[1] for blocks in upper for block in blocks)
-        padded = [[F.pad(block, (0, most - block.shape[1])) for block in blocks] for blocks in upper]
-        measured["upper"] = torch.stack([torch.stack(blocks, dim=1) for blocks in padded], dim=1)
+        measured["upper"] = torch.stack(upper, dim=1)
     return measured
-
-
-def _kept(values: torch.Tensor, most: int) -> torch.Tensor:
-    """Values (batch, D) as they are kept: at most `most` random projections of them, in 16 bits, on the CPU."""
-    if values.shape[1] > most:
-        values = values @ _projection(values.shape[1], most).to(values.device)
-    return values.where(values.isinf(), values.clamp(-LARGEST, LARGEST)).half().cpu()
-
-
-@lru_cache(maxsize=4)
-def _projection(size: int, to: int) -> torch.Tensor:
-    return torch.randn(size, to, generator=generator("projection", size, to)) / to**0.5
-
-
-def add_noise(
-    denoiser: Denoiser, latents: torch.Tensor, log_snr: float, rng: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noisy latents, timesteps (batch,) and the denoiser's target at a log signal-to-noise ratio."""
-    schedule = denoiser.schedule
-    noise = torch.randn(latents.shape, generator=rng).to(denoiser.device)
-    timesteps = torch.full((len(latents),), schedule.timestep_at(log_snr), device=denoiser.device)
-    latents = latents.to(denoiser.device)
-    return schedule.add_noise(latents, noise, timesteps), timesteps, schedule.target(latents, noise, timesteps)
 
 
 def repeated(condition: Condition, row: int, times: int) -> Condition:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import adjusted_rand_score
 
 from .asked import Asked
+
+if TYPE_CHECKING:
+    from .evidence import Whitened
+    from .result import Audit
 
 DIMENSIONS = 50
 """Leading principal components of each source of features that a probe reads."""
@@ -26,6 +30,8 @@ scale."""
 FOLDS = 5
 LEVEL = 0.05
 """Of the test that labels left out are guessed better than by chance."""
+SURE, MOST_JUDGED, JUDGE_STRENGTH = 0.9, 8000, 1e-2
+"""Posterior from which on an image teaches a judge; most such images; C of the judge."""
 _Array = NDArray[Any]
 
 
@@ -52,20 +58,10 @@ def spread_labels(
     prompts = PROMPT_SCALE * (prompt_of[:, None] == np.unique(prompt_of))
     cells, cell, counts = np.unique([own, truth], axis=1, return_inverse=True, return_counts=True)
     cell = cell.reshape(-1)
-    folds, order = np.empty(len(truth), dtype=int), np.lexsort((own, truth))
-    folds[order] = np.concatenate([np.arange(count) for count in np.bincount(truth)]) % FOLDS
-
-    def left_out(values: _Array, strength: float) -> _Array:
-        logits = np.empty((len(truth), truth.max() + 1))
-        for fold in range(FOLDS):
-            fitted = folds != fold
-            probe = _fit(values[fitted], truth[fitted], cell[fitted], strength)
-            logits[~fitted] = logits_of(probe, values[~fitted])
-        return logits
-
-    tried = {strength: left_out(inputs[known], strength) for strength in STRENGTHS}
+    folds = _folds(truth, cell)
+    tried = {strength: _left_out(inputs[known], truth, cell, folds, strength) for strength in STRENGTHS}
     second = {c: np.concatenate([z / z.std(), prompts[known]], axis=1) for c, z in tried.items()}
-    judged = {c: log_softmax(left_out(of, CALIBRATION), axis=1) for c, of in second.items()}
+    judged = {c: log_softmax(_left_out(of, truth, cell, folds, CALIBRATION), axis=1) for c, of in second.items()}
     losses = {c: -_balanced(cell) * of[np.arange(len(truth)), truth] for c, of in judged.items()}
     best = min(losses.values(), key=lambda of: of.mean())
     within_error = best.mean() + best.std() / len(best) ** 0.5  # the strongest within a standard error of the best
@@ -73,7 +69,7 @@ def spread_labels(
 
     first = logits_of(_fit(inputs[known], truth, cell, chosen), inputs) / tried[chosen].std()
     calibrated = _fit(second[chosen], truth, cell, CALIBRATION)
-    posterior = np.exp(log_softmax(logits_of(calibrated, np.concatenate([first, prompts], axis=1)), axis=1))
+    posterior = softmax(logits_of(calibrated, np.concatenate([first, prompts], axis=1)), axis=1)
     for prompt in np.unique(prompt_of):
         posterior[prompt_of == prompt] = with_own_shares(posterior[prompt_of == prompt])
     posterior[known] = np.eye(len(values))[truth]
@@ -98,6 +94,33 @@ def spread_labels(
     )
 
 
+def linear_judges(found: Audit, sources: Sequence[Whitened]) -> dict[str, _Array]:
+    """For each factor m whose columns mean the same everywhere, a linear judge of its groups, and how it errs.
+
+    A logistic regression of the groups of images whose posterior is at least `SURE`; cells of prompt and group weigh
+    alike. Folded with the basis of features: logits = features @ "map.m" + "bias.m", of the features of all `sources`
+    side by side. "probabilities.m" (n, E) are of images left out, "truth.m" (n,) their groups.
+    """
+    judges: dict[str, _Array] = {}
+    values = np.concatenate([source.values for source in sources], axis=1)
+    for m, factor in enumerate(found.factors):
+        split = np.isin(found.prompt_ids, [one.prompt for one in factor.splits])
+        rows = np.flatnonzero(split & (found.group_weights[m].max(axis=1) >= SURE))
+        rows = rows[:: -(-len(rows) // MOST_JUDGED) or 1]
+        truth = found.group_weights[m][rows].argmax(axis=1)
+        cell = np.unique([found.prompt_ids[rows], truth], axis=1, return_inverse=True)[1].reshape(-1)
+        if not factor.matched or np.bincount(truth, minlength=found.num_groups[m]).min() < FOLDS:
+            continue
+        left_out = _left_out(values[rows], truth, cell, _folds(truth, cell), JUDGE_STRENGTH)
+        weights, bias = _linear(_fit(values[rows], truth, cell, JUDGE_STRENGTH))
+        parts = np.split(weights, np.cumsum([source.values.shape[1] for source in sources])[:-1])
+        judges[f"map.{m}"] = np.concatenate([s.basis @ part for s, part in zip(sources, parts, strict=True)])
+        judges[f"bias.{m}"] = bias + sum(s.shift @ part for s, part in zip(sources, parts, strict=True))
+        judges[f"probabilities.{m}"] = softmax(left_out, axis=1).astype(np.float32)
+        judges[f"truth.{m}"] = truth
+    return judges
+
+
 def with_own_shares(posterior: _Array, steps: int = 200) -> _Array:
     """Posteriors (n, E) for groups alike frequent, at the shares that these images have: Saerens et al. (2002)."""
     shares, weights = np.full(posterior.shape[1], 1 / posterior.shape[1]), posterior
@@ -120,7 +143,30 @@ def _balanced(cell: _Array) -> _Array:
     return len(cell) / (np.count_nonzero(counts) * counts[cell])
 
 
+def _folds(truth: _Array, cell: _Array) -> _Array:
+    """The fold of each image, (n,), over which classes and then cells are spread evenly."""
+    folds = np.empty(len(truth), dtype=int)
+    folds[np.lexsort((cell, truth))] = np.concatenate([np.arange(count) for count in np.bincount(truth)]) % FOLDS
+    return folds
+
+
+def _left_out(values: _Array, truth: _Array, cell: _Array, folds: _Array, strength: float) -> _Array:
+    """Logits (n, E) of each image by the probe of the other folds."""
+    logits = np.empty((len(truth), truth.max() + 1))
+    for fold in range(FOLDS):
+        fitted = folds != fold
+        probe = _fit(values[fitted], truth[fitted], cell[fitted], strength)
+        logits[~fitted] = logits_of(probe, values[~fitted])
+    return logits
+
+
 def logits_of(probe: LogisticRegression, values: _Array) -> _Array:
     """(n, E)."""
-    found = probe.decision_function(values)
-    return found if found.ndim == 2 else np.stack([-found / 2, found / 2], axis=1)
+    weights, bias = _linear(probe)
+    return values @ weights + bias
+
+
+def _linear(probe: LogisticRegression) -> tuple[_Array, _Array]:
+    """Weights (D, E) and biases (E,) of the logits, of two classes too."""
+    signs = np.array([[-0.5], [0.5]]) if len(probe.coef_) == 1 else np.eye(len(probe.coef_))
+    return (signs @ probe.coef_).T, signs @ probe.intercept_

@@ -20,7 +20,7 @@ from .edits import CURATION, Edits, apply, put_aside, read_edits
 if TYPE_CHECKING:
     from ..data.encode import EncodedImages
 
-WORDS = "words.json"
+WORDS, JUDGES = "words.json", "judges.safetensors"
 WORD_LIMIT = 60
 """Characters of a word, or of a few words that belong together."""
 
@@ -45,11 +45,6 @@ class Candidate:
     """Natural logarithm of the e-value against one log-concave hump."""
     refusal: str
     """Why it is not believed, in words; "" where it is."""
-
-    @property
-    def accepted(self) -> bool:
-        """Whether it is believed."""
-        return not self.refusal
 
 
 @dataclass(frozen=True)
@@ -196,6 +191,8 @@ class Audit:
     """The audit before people's edits; None where there are none."""
     words: AuditWords | None = None
     """Words that separate its groups, as inferred; None where no CLIP model was asked."""
+    judges: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """Linear judges of its groups, as inferred, for images that the model draws: see `probe.linear_judges`."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Name to reason of the images that could not be read; they are not among `names`."""
 
@@ -308,6 +305,7 @@ class Audit:
         edited.put_aside(folder)
         arrays = {f"group_weights.{m}": weights for m, weights in enumerate(plain.group_weights)}
         write_arrays(folder / "audit.safetensors", arrays | {"scores": plain.scores, "prompt_ids": plain.prompt_ids})
+        write_arrays(folder / JUDGES, plain.judges)
         document = {"biased": plain.biased, "num_groups": plain.num_groups}
         document |= {name: getattr(plain, name) for name in ("forwards_per_image", "settings", "names", "unreadable")}
         document |= {name: list(map(asdict, getattr(plain, name))) for name in ("factors", "prompts")}
@@ -364,6 +362,7 @@ class Audit:
             fields = {name: typed(kind, document[name]) for name, kind in kinds.items()}
             num_groups = fields.pop("num_groups")
             weights = tuple(arrays[f"group_weights.{m}"] for m in range(len(num_groups)))
+            fields["judges"] = read_arrays(folder / JUDGES) if (folder / JUDGES).is_file() else {}
             found = cls(weights, arrays["scores"], arrays["prompt_ids"], **fields)
             prompts, count = np.arange(len(found.prompts)), len(found.names)
             splits = [

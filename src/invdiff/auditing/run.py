@@ -27,7 +27,7 @@ from .captions import group_captions, part_by_images, stated_group, words_that_s
 from .cuts import Cut
 from .evidence import Evidence, collect_evidence, encode_vision
 from .factors import Search, find_factors, spread
-from .probe import spread_labels
+from .probe import linear_judges, spread_labels
 from .result import Audit, Factor, PromptAudit, PromptSplit
 from .scores import Margins
 from .splits import Given, force_factor, given_factors, rarest, why_not
@@ -138,6 +138,10 @@ def audit(
         unlike = distinct(encoded, torch.from_numpy(prompts)[encoded.caption_ids])
         options: dict[str, Any] = {"notes": notes, "distinct": unlike, "progress": progress}
         found = infer(encoded, evidence, prompts, config, asked=asked if given or few else None, **options)
+        if not evidence.contrast_only:
+            own = evidence.sources(config.seed)
+            own = own[: len(own) - (0 if vision is None else vision.shape[1])]  # all but a vision encoder's
+            found = replace(found, judges=linear_judges(found, own))
         found = replace(found, settings=settings | found.settings, unreadable=dict(encoded.unreadable))
         found = replace(found, forwards_per_image=round(float(measured + spent), 3))
         if images is None or not config.words_model or not found.biased:

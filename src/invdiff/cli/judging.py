@@ -60,9 +60,11 @@ def evaluate(
     annotator: str = option(
         ...,
         "What names the classes: a folder that `invdiff annotator train` or `measure` wrote, a CLIP model (with "
-        "--classes), any image classifier of transformers, or `labels` for columns of the manifest.",
+        "--classes), any image classifier of transformers, `labels` for columns of the manifest, or what `invdiff "
+        "audit` wrote (with --annotator-model).",
         metavar="ANNOTATOR",
     ),
+    annotator_model: str | None = option(None, "The audited model, for an audit as annotator.", metavar="MODEL"),
     attribute: list[str] = option(
         ..., "Sensitive attribute, to measure Bias on; repeat for more, and for how they intersect."
     ),
@@ -87,7 +89,8 @@ def evaluate(
     from ..evaluation.annotators.load import load_annotator
     from ..evaluation.evaluate import evaluate as run_evaluate
 
-    judge = load_annotator(annotator, attribute=[*attribute, settings.subject_attribute], classes=classes)
+    asked: Any = {"attribute": [*attribute, settings.subject_attribute], "classes": classes, "model": annotator_model}
+    judge = load_annotator(annotator, **asked)
     images = labelled_folders(folders)
     results = run_evaluate(images, judge, attribute, reference=seen, config=settings, progress=not quiet)
     results.save(output)

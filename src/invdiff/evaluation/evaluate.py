@@ -20,6 +20,7 @@ from ..progress import progress_bar
 from ..text import label_of
 from .annotate import Described, Judge, Question, describe_images
 from .annotators.annotations import check_attribute, class_names
+from .annotators.audited import AuditAnnotator
 from .annotators.labels import GivenLabels
 from .fairness.correction import correct_for_annotator
 from .images import Folders, Row, common_prompts, read_images, resolve_folders, scale_keys
@@ -215,7 +216,7 @@ def _notes(
     results: Results, annotator: Judge, question: Question, prompts: Sequence[str], reference: Described | None
 ) -> list[str]:
     """What a reader should know before trusting the figures."""
-    notes = []
+    notes = [annotator.note] if isinstance(annotator, AuditAnnotator) else []
     for name in question.attributes:
         if results.annotator.confusion[name] is None and not isinstance(annotator, GivenLabels):
             notes.append(
@@ -244,7 +245,7 @@ def _notes(
     for model, key, measures in results.each():
         where = f"{model} at guidance scale {key}"
         notes += [f"{where}: {measures.first.note}"] if measures.first.note else []
-        if results.baseline not in ("", model) and not measures.preservation:
+        if results.baseline and key not in results.models[results.baseline]:
             notes.append(
                 f"{where}: {results.baseline} has no images at this guidance scale to compare with seed by seed"
             )

@@ -10,7 +10,9 @@ from huggingface_hub import hf_hub_download
 
 from ...errors import ConfigError, DataError, ModelError
 from ...files import read_json, write_json
+from ...models.load import load_pipeline
 from .annotations import Annotator
+from .audited import AuditAnnotator
 from .classifier import ClassifierAnnotator
 from .clip import EXAMPLE, ClipAnnotator, class_prompts
 from .conv import ConvAnnotator
@@ -20,20 +22,33 @@ from .labels import FOLDER_ATTRIBUTE, GivenLabels
 LABELS = "labels"
 """In place of an annotator's name: the classes are read from the manifest."""
 KINDS = (
-    f"Give a folder that `invdiff annotator train` or `invdiff annotator measure` wrote, a CLIP model, an image "
-    f"classifier, or {LABELS!r} to read columns of the manifest."
+    f"Give a folder that `invdiff annotator train` or `invdiff annotator measure` wrote, an audit (with its "
+    f"model), a CLIP model, an image classifier, or {LABELS!r} to read columns of the manifest."
 )
 
 
 def load_annotator(
-    spec: str, *, attribute: str | Sequence[str] = "", classes: Mapping[str, Any] | Path | None = None
+    spec: str,
+    *,
+    attribute: str | Sequence[str] = "",
+    classes: Mapping[str, Any] | Path | None = None,
+    model: Any = None,
 ) -> Annotator | GivenLabels:
     """The annotator that `spec` names: a `ConvAnnotator`, a `CLIPModel` or any image classifier of `transformers`.
 
     `spec` is a folder, a hub id, or "labels" for `GivenLabels`. `attribute` is what a classifier's classes are classes
     of ("label" unless given, the first of several), or the columns of labels; `classes` is for a CLIP model only:
-    attribute to class to prompts, or a YAML or JSON file of that.
+    attribute to class to prompts, or a YAML or JSON file of that. `model` is the pipeline, or its folder or hub id,
+    that was audited, where `spec` is the folder of an audit.
     """
+    audited = (Path(spec) / "audit.json").is_file()
+    if audited != (model is not None):
+        raise ConfigError(
+            f"Expected the audited model beside an audit as the annotator, and beside no other, got {spec} and "
+            f"{'no model' if audited else 'a model'}. Give both, or another annotator."
+        )
+    if audited:
+        return AuditAnnotator(spec, load_pipeline(model) if isinstance(model, str | Path) else model)
     attributes = [name for name in ([attribute] if isinstance(attribute, str) else attribute) if name]
     recipe = None if spec == LABELS else _recipe(Path(spec))
     config = {} if spec == LABELS or recipe else _config(spec)

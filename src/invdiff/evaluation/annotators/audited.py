@@ -1,0 +1,93 @@
+"""An audit as an annotator: the groups it found, read off the audited model's own features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.special import softmax
+
+from ...data.encode import model_fingerprint, pixel_values
+from ...errors import DataError, ModelError, found_else
+from ...files import read_arrays, read_json
+from ...models.families import family_that_draws
+from ...models.features import add_noise, read_features
+from ...models.frozen import FrozenDenoiser, denoiser_fingerprint
+from ...models.load import denoiser_of
+from ...seeds import generator
+from .annotations import Annotations, class_names
+from .heldout import HeldOut, Measurable
+
+JUDGES = "judges.safetensors"
+"""Beside audit.json: the linear judge of each hidden factor, and how it errs."""
+BATCH_SIZE = 32
+
+
+class AuditAnnotator(Measurable):
+    """The groups that an audit in `folder` found, of any images, as the pipeline that was audited sees them.
+
+    An image is encoded, noised as in the audit and shown to the denoiser without caption; a linear map of its features
+    decides. `confusion` is of training images that were left out, as the audit grouped them where it was sure. The
+    judge shares its eyes with the audit: what neither sees, it does not count.
+    """
+
+    name, feature_name = "the audit", ""
+    note = (
+        "the annotator is the audit itself: it counts the groups that were found, by the same features, so it shares "
+        "the audit's mistakes, and how it errs is known by the audit's own groups only; an independent annotator is "
+        "the better proof"
+    )
+
+    def __init__(self, folder: str | Path, pipe: Any) -> None:
+        folder = Path(folder)
+        try:
+            document, self._judges = read_json(folder / "audit.json"), read_arrays(folder / JUDGES)
+            settings, classes = document["settings"], {}
+            self._resolution, self._levels = settings["resolution"], settings["feature_log_snr"]
+            self._places = {f["name"]: m for m, f in enumerate(document["factors"]) if f"map.{m}" in self._judges}
+            for name, m in self._places.items():
+                groups = [f"group {group}" for group in range(len(self._judges[f"bias.{m}"]))]
+                classes[name] = document["factors"][m].get("values") or groups
+            self.attributes = class_names(classes)
+            judged = {kind: self._of_factors(kind) for kind in ("probabilities", "truth")}
+            self.use_held_out(HeldOut(self.attributes, judged["probabilities"], truth=judged["truth"]))
+            model = settings["denoiser_fingerprint"], settings["model_fingerprint"]
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, DataError) as error:
+            remedy = "Run `invdiff audit` again; of groups that are each prompt's own there is no judge."
+            raise ModelError(found_else(f"an audit with judges in {folder}", error, remedy)) from error
+        if model != (denoiser_fingerprint(pipe), model_fingerprint(pipe)):
+            raise ModelError(
+                f"Expected the model that was audited in {folder} (fingerprint {model[0]}), got another: other "
+                "weights, another precision or LoRA. Give the model of the audit."
+            )
+        self._pipe, self.network = pipe, denoiser_of(pipe)
+
+    def _of_factors(self, kind: str) -> dict[str, Any]:
+        return {name: self._judges[f"{kind}.{m}"] for name, m in self._places.items()}
+
+    @torch.no_grad()
+    def predict(self, images: Iterable[Image.Image]) -> Annotations:
+        """Annotate `images`, a batch at a time, with the same noises in each call."""
+        family, rng = family_that_draws(self._pipe), generator("judge")
+        null = family.null_condition(self._pipe) if family.needs_prompts else {}
+        maps, biases = self._of_factors("map"), self._of_factors("bias")
+        found = {name: [np.zeros((0, len(classes)), np.float32)] for name, classes in self.attributes.items()}
+        with FrozenDenoiser(self._pipe, upper=True) as frozen:
+            stream = iter(images)
+            while batch := list(islice(stream, BATCH_SIZE)):
+                pixels = torch.stack([pixel_values(image.convert("RGB"), self._resolution) for image in batch])
+                latents = family.encode_images(self._pipe, pixels)
+                condition = {name: values.expand(len(batch), *values.shape[1:]) for name, values in null.items()}
+                parts = []
+                for level in self._levels:
+                    noisy_latents, timesteps, _ = add_noise(frozen, latents, level, rng)
+                    parts += read_features(frozen, noisy_latents, timesteps, condition)
+                features = torch.cat(parts, dim=1).double().numpy()
+                for name, classes in found.items():
+                    classes.append(softmax(features @ maps[name] + biases[name], axis=1).astype(np.float32))
+        return Annotations(self.attributes, {name: np.concatenate(parts) for name, parts in found.items()})

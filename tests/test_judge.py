@@ -1,0 +1,80 @@
+"""An audit as the annotator of what its model draws."""
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from conftest import make_tiny_pipeline
+from invdiff import audit, generate, load_captioned_images
+from invdiff.auditing.evidence import Evidence, Stack
+from invdiff.auditing.probe import linear_judges
+from invdiff.auditing.result import Audit
+from invdiff.cli import app
+from invdiff.config import AuditConfig, GenerateConfig
+from invdiff.errors import ConfigError, ModelError
+from invdiff.evaluation.annotators.load import load_annotator
+from invdiff.evaluation.results import Results
+from runs import LAND, WATER, built_audit, inferred, made_up_data
+from test_factors import PROMPT, attribute, evidence, views
+
+
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory):
+    """The folder of an audit of noise by a column, and of images that its model drew."""
+    from test_labels import write_labelled_folder
+
+    folder, pipe = tmp_path_factory.mktemp("audited"), make_tiny_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder / "model")
+    data = load_captioned_images(write_labelled_folder(folder / "data"))
+    options = {"cache_dir": folder / "cache", "progress": False}
+    audit(pipe, data, attribute="place", config=AuditConfig(min_images=4), **options).save(folder / "audit")
+    settings = GenerateConfig(images_per_prompt=4, num_inference_steps=2)
+    generate(pipe, [LAND, WATER], folder / "images", config=settings, progress=False)
+    return folder
+
+
+def test_a_judge_reads_the_groups_off_plain_features():
+    place = attribute([0.1, 0.9])
+    measured = evidence(views(), upper=views(place))
+    found = inferred(made_up_data(["a landbird", "a waterbird"], PROMPT), measured, [0, 1])
+    judges = linear_judges(found, measured.sources(0))
+    rows = np.arange(len(PROMPT))
+    middle, upper = measured.features[rows], measured.upper[rows]
+    parts = [part for level in (0, 1) for part in (middle[:, level], upper[:, level, 0], upper[:, level, 1])]
+    seen = (np.concatenate(parts, axis=1) @ judges["map.0"] + judges["bias.0"]).argmax(axis=1)
+    assert (seen == found.group_weights[0].argmax(axis=1)).mean() > 0.95
+    left_out = judges["probabilities.0"].argmax(axis=1)
+    assert (left_out == judges["truth.0"]).mean() > 0.95
+    assert sorted(judges) == ["bias.0", "map.0", "probabilities.0", "truth.0"]
+
+
+def test_groups_that_are_each_prompts_own_or_too_small_have_no_judge():
+    features = np.random.default_rng(0).normal(size=(40, 2, 6))
+    measured = Evidence(np.zeros((40, 1, 2, 1)), Stack(features))
+    found = built_audit(np.eye(2)[np.arange(40) // 36], np.zeros(40, dtype=int), [])
+    assert linear_judges(found, measured.sources(0)) == {}
+
+
+def test_images_are_judged_by_the_command(audited, tmp_path):
+    words = ["evaluate", str(audited / "images"), "--annotator", str(audited / "audit"), "--attribute", "place", "-q"]
+    words += ["--annotator-model", str(audited / "model"), "--output", str(tmp_path / "results.json")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    results = Results.load(tmp_path / "results.json")
+    assert results.classes["place"] == ("land", "water")
+    assert "shares the audit's mistakes" in results.notes[0]
+    assert np.sum(results.annotator.confusion["place"]) == 18  # every labelled image was left out once
+
+
+def test_the_judge_needs_the_model_that_was_audited(audited, tmp_path):
+    with pytest.raises(ConfigError, match="the audited model beside an audit"):
+        load_annotator(str(audited / "audit"))
+    with pytest.raises(ModelError, match="Expected the model that was audited"):
+        load_annotator(str(audited / "audit"), model=make_tiny_pipeline(seed=1))
+    found = Audit.load(audited / "audit")
+    judge = load_annotator(str(found.save(tmp_path / "again")), model=str(audited / "model"))
+    assert dict(judge.attributes) == {"place": ("land", "water")}
+    (tmp_path / "again" / "judges.safetensors").unlink()
+    with pytest.raises(ModelError, match="there is no judge"):
+        load_annotator(str(tmp_path / "again"), model=make_tiny_pipeline())
