@@ -91,7 +91,7 @@ def test_two_hidden_attributes_are_two_factors_unless_one_is_asked_for():
     assert max(by_factor, key=lambda pair: pair[1])[1] > 0.9
     for split in (split for factor in audit.factors for split in factor.splits):
         candidates = audit.prompts[split.prompt].candidates
-        assert split.evidence in [one.evidence for one in candidates if one.accepted]
+        assert split.evidence in [one.evidence for one in candidates if not one.refusal]
     (alone,) = (again := found_in(measured, max_factors=1)).factors
     assert alone == audit.factors[0]
     assert again.group_weights[0].tobytes() == audit.group_weights[0].tobytes()

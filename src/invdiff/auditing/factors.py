@@ -149,7 +149,7 @@ def find_factors(
             break
         for prompt, cut in factor.items():
             told = search.candidates[prompt]
-            known = any(one.accepted and one.evidence == cut.candidate.evidence for one in told)
+            known = any(not one.refusal and one.evidence == cut.candidate.evidence for one in told)
             told[:0] = [] if known else [cut.candidate]  # of a later round, or sought along another prompt's shift
         search.factors.append(factor)
         taken.append(spread(factor, judged, len(distinct)))
