@@ -2,19 +2,18 @@
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from conftest import make_tiny_pipeline
 from invdiff import audit, generate, load_captioned_images
 from invdiff.auditing.evidence import Evidence, Stack
 from invdiff.auditing.probe import linear_judges
 from invdiff.auditing.result import Audit
-from invdiff.cli import app
 from invdiff.config import AuditConfig, GenerateConfig
 from invdiff.errors import ConfigError, ModelError
 from invdiff.evaluation.annotators.load import load_annotator
 from invdiff.evaluation.results import Results
 from runs import LAND, WATER, built_audit, inferred, made_up_data
+from test_cli import succeed
 from test_factors import PROMPT, attribute, evidence, views
 
 
@@ -57,10 +56,8 @@ def test_groups_that_are_each_prompts_own_or_too_small_have_no_judge():
 
 
 def test_images_are_judged_by_the_command(audited, tmp_path):
-    words = ["evaluate", str(audited / "images"), "--annotator", str(audited / "audit"), "--attribute", "place", "-q"]
-    words += ["--annotator-model", str(audited / "model"), "--output", str(tmp_path / "results.json")]
-    done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0, done.output
+    words = ["--annotator", audited / "audit", "--annotator-model", audited / "model", "--attribute", "place", "-q"]
+    succeed("evaluate", audited / "images", *words, "--output", tmp_path / "results.json")
     results = Results.load(tmp_path / "results.json")
     assert results.classes["place"] == ("land", "water")
     assert "shares the audit's mistakes" in results.notes[0]
