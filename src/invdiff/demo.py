@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
 from .assets import BIRDS_ANNOTATOR, BIRDS_MODEL
 from .auditing.result import Audit
@@ -20,7 +21,6 @@ from .data.captioned import CaptionedImages, load_captioned_images
 from .evaluation.annotate import describe_images
 from .evaluation.annotators.conv import ConvAnnotator
 from .evaluation.evaluate import evaluate
-from .evaluation.recovery import Recovery, recovery
 from .evaluation.results import Results
 from .models.load import denoiser_of, load_pipeline
 from .report.grids import save_audit_pictures
@@ -76,8 +76,7 @@ def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progre
         reference = describe_images((balanced.row(i)["image"] for i in range(len(balanced))), annotator)
         judging = EvaluateConfig(subject_attribute="subject")
         results = evaluate(folders, annotator, "background", reference=reference, config=judging, progress=progress)
-        truth = asdict(hidden_truth(found, data))
-    truth.pop("adjusted_rand")
+        truth = hidden_truth(found, data)
     parameters = module.num_parameters()
     share = parameters / sum(p.numel() for p in denoiser_of(pipe).parameters())
     facts = {
@@ -101,14 +100,20 @@ def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progre
     return results
 
 
-def hidden_truth(found: Audit, data: CaptionedImages) -> Recovery:
+def hidden_truth(found: Audit, data: CaptionedImages) -> dict[str, float]:
     """Compare an audit with the background that captions leave unsaid: the only place where labels are read.
 
-    An image whose caption states its background is left out: there it is not hidden.
+    AUROC of scores, and precision and recall of the rare group, for the minority whose background does not agree with
+    the bird. An image whose caption states its background is left out: there it is not hidden.
     """
     row_of = {name: row for row, name in enumerate(data.names)}
     rows = [row_of[name] for name in found.names]
     subjects, backgrounds = data.attributes["subject"], data.attributes["background"]
     unsaid = np.array([f" on {backgrounds[row]}" not in data.captions[row] for row in rows])
     minority = np.array([NATURAL_BACKGROUND[subjects[row]] != backgrounds[row] for row in rows])
-    return recovery(found.scores[0, unsaid], found.rare()[unsaid], minority[unsaid])
+    truth, rare = minority[unsaid], found.rare()[unsaid]
+    return {
+        "auroc": float(roc_auc_score(truth, found.scores[0, unsaid])),
+        "precision": float(precision_score(truth, rare, zero_division=0)),
+        "recall": float(recall_score(truth, rare)),
+    }
