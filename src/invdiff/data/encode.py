@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
-from safetensors import safe_open
 
 from ..distributed import is_main, mine, wait
 from ..errors import ConfigError, ModelError
@@ -277,10 +276,7 @@ def _write_latents(
 def _read_latents(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Rows and latents of one file, memory-mapped, and name and reason of the images that could not be read."""
     tensors = read_tensors(path)
-    if "skipped" in tensors:
-        return tensors, dict(json.loads(bytes(tensors.pop("skipped").tolist())))
-    with safe_open(path, "pt") as file:  # caches of earlier versions
-        return tensors, dict(json.loads(file.metadata()["skipped"]))
+    return tensors, dict(json.loads(bytes(tensors.pop("skipped").tolist())))
 
 
 def _batches(items: Sequence[Any], size: int) -> list[Any]:
