@@ -78,7 +78,7 @@ def test_it_is_called_as_the_model_is_and_loaded_with_classes_only(clip_dir, tmp
         ({"gender": ["man", "woman"]}, "two classes or more"),
         ({"gender": {"man": "a man", "woman": []}}, "text for attribute"),
         ({"gender": {"man": "a man", "woman": " "}}, "text for attribute"),
-        ({"smiles": {True: "a smile", False: "no smile"}}, "yes and no in quotes"),
+        ({"smiles": {True: "a smile", False: "no smile"}}, "true and false, and numbers, in quotes"),
         ({"gender": {"man": "a man " * 20, "woman": "a woman"}}, "at most 16 tokens"),
         ({"gender": {"man": "a man", "cannot tell": "a person"}}, "other than 'cannot tell'"),
     ],

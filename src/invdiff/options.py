@@ -65,6 +65,16 @@ _Loader.add_implicit_resolver(
 )
 
 
+def read_yaml(path: str | Path) -> Any:
+    """What a file of YAML or JSON, a subset of it, holds; `ConfigError` where it is absent or holds something else."""
+    try:
+        return yaml.load(Path(path).read_text("utf-8-sig"), Loader=_Loader)  # noqa: S506  # a SafeLoader
+    except OSError as error:
+        raise ConfigError(f"Could not read {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Expected JSON or YAML in {path}, got something else: {error}") from error
+
+
 @dataclass(frozen=True)
 class Config:
     """Base of all settings: checked on construction, read from and written to JSON or YAML."""
@@ -101,16 +111,11 @@ class Config:
     @classmethod
     def from_file(cls: type[ConfigType], path: str | Path) -> ConfigType:
         """Settings from a .json, .yaml or .yml file; `ConfigError` where it is absent or holds something else."""
+        values = read_yaml(path)
         try:
-            # JSON is a subset of YAML.
-            values = yaml.load(Path(path).read_text("utf-8-sig"), Loader=_Loader)  # noqa: S506  # a SafeLoader
             if not isinstance(values, dict):
                 raise ConfigError(f"expected a mapping of settings, got {type(values).__name__}.")
             return cls.from_dict(values)
-        except OSError as error:
-            raise ConfigError(f"Could not read the settings in {path}: {error.strerror}.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"Expected JSON or YAML in {path}, got something else: {error}") from error
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 

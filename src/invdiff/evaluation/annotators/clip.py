@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.special import softmax
 
 from ...errors import ConfigError
 from ...models.encoders import ClipEncoder
+from ...options import read_yaml
 from .annotations import Annotations, class_names
 from .heldout import Measurable
 
@@ -55,12 +55,9 @@ class ClipAnnotator(Measurable):
 def class_prompts(source: Any) -> dict[str, dict[str, list[str]]]:
     """Prompts as lists, of attribute name to class name to a prompt or several, or of a YAML or JSON file of that."""
     if isinstance(source, Path):
+        given = read_yaml(source)
         try:
-            return class_prompts(yaml.safe_load(source.read_text(encoding="utf-8-sig")))  # JSON is a subset of YAML
-        except OSError as error:
-            raise ConfigError(f"Could not read the classes in {source}: {error.strerror}.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"Expected JSON or YAML in {source}, found something else: {error}") from error
+            return class_prompts(given)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from error
     if not isinstance(source, Mapping) or not source:
@@ -79,7 +76,7 @@ def class_prompts(source: Any) -> dict[str, dict[str, list[str]]]:
             if not all(isinstance(word, str) and word.strip() for word in words):
                 raise ConfigError(
                     f"Expected text for attribute, class and prompts, got {attribute!r}, {name!r} and {given!r}. "
-                    "Put words such as yes and no in quotes: YAML reads them as true and false."
+                    "Put the words true and false, and numbers, in quotes: YAML does not read them as text."
                 )
             checked[attribute][name] = list(texts)
     spelled = class_names(checked, ConfigError)
