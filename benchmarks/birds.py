@@ -22,18 +22,31 @@ from invdiff import (
     train,
 )
 from invdiff.assets import BIRDS_ANNOTATOR, BIRDS_MODEL
-from invdiff.data.birds import (
-    BACKGROUNDS,
-    BirdsWorld,
-    explicit_prompts,
-    held_out_prompts,
-)
+from invdiff.data.birds import BACKGROUNDS, SUBJECTS, BirdsWorld, canonical_prompts
 from invdiff.evaluation.annotate import describe_images
 from invdiff.evaluation.annotators.conv import ConvAnnotator
 from invdiff.models.load import load_pipeline
 
 GUIDANCE_SCALES = (1.0, 3.0)
 NUM_IMAGES = 3000
+HELD_OUT_TEMPLATES = (
+    "a nice picture of a {}",
+    "an image of one {}",
+    "a drawing of one nice {}",
+    "a photo of a {} outdoors",
+    "one {} outdoors",
+)
+"""Never used in a caption; each recombines words of the captions."""
+
+
+def explicit_prompts() -> tuple[str, ...]:
+    """The canonical prompts that state a background; subjects vary slowest."""
+    return tuple(f"{prompt} on {background}" for prompt in canonical_prompts() for background in BACKGROUNDS)
+
+
+def held_out_prompts() -> tuple[str, ...]:
+    """Paraphrases that no caption uses; subjects vary slowest."""
+    return tuple(template.format(subject) for subject in SUBJECTS for template in HELD_OUT_TEMPLATES)
 
 
 def module(work: Path):

@@ -1,8 +1,8 @@
 """The benchmark of the audit: truth, judgement, and figures that are kept."""
 
-import sys
 from pathlib import Path
 
+import audits
 import numpy as np
 import pytest
 
@@ -10,9 +10,6 @@ from invdiff.auditing.result import Audit, Factor, PromptAudit, PromptSplit
 from invdiff.data.birds import BirdsWorld
 from invdiff.data.captioned import load_captioned_images
 from invdiff.files import read_json
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import audits
 
 
 def test_the_minority_is_what_is_rarer_with_a_subject_than_with_the_others():

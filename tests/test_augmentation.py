@@ -1,22 +1,18 @@
 """The augmentation test: classifiers trained on generated images, measured group by group on real ones."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from augmentation import AugmentationConfig, augmentation_test, group_accuracy
 from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import recall_score
 
 from invdiff.errors import ConfigError, DataError, EvaluationError, TrainingError
 from invdiff.evaluation.annotators.labels import load_labelled_images
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from augmentation import AugmentationConfig, augmentation_test, group_accuracy
 
 CLASSES, COLOURS = ("cat", "dog"), {"red": (230, 40, 40), "blue": (40, 40, 230)}
 FAST = AugmentationConfig(steps=60, batch_size=32, resolution=16, seeds=(0,))

@@ -7,20 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from birds import explicit_prompts, held_out_prompts
 from PIL import Image
 
 from invdiff.assets import BIRDS_DEMO, BIRDS_MODEL
 from invdiff.auditing.result import Audit
 from invdiff.config import DemoConfig
-from invdiff.data.birds import (
-    BACKGROUNDS,
-    NATURAL_BACKGROUND,
-    SUBJECTS,
-    BirdsWorld,
-    canonical_prompts,
-    explicit_prompts,
-    held_out_prompts,
-)
+from invdiff.data.birds import BACKGROUNDS, NATURAL_BACKGROUND, SUBJECTS, BirdsWorld, canonical_prompts
 from invdiff.data.birds.drawing import BEAK, Scene, render
 from invdiff.data.birds.world import TRAINING_TEMPLATES, WORLDS
 from invdiff.data.captioned import load_captioned_images

@@ -1,16 +1,11 @@
 """The guidance module stays small beside the denoisers that people use, counted on the meta device."""
 
-import sys
-from pathlib import Path
-
+import cost
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
 from invdiff.guidance.module import GuidanceModule
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import cost
 
 
 @pytest.mark.parametrize("name", cost.HELD_TO_REQUIREMENT)

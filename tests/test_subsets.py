@@ -1,14 +1,9 @@
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from subsets import random_subset, with_severity
 
 from invdiff.data.captioned import CaptionedImages
 from invdiff.errors import DataError
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from subsets import random_subset, with_severity
 
 
 def labelled(table):

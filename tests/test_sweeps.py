@@ -2,13 +2,16 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
+import experiment
 import pytest
+import sweep_plots
+import sweeps
 import torch
 import yaml
+from experiment import AXES, NOT_FOUND, Experiment, Workshop, cells
 from PIL import Image
 from sklearn.metrics import adjusted_rand_score, homogeneity_score
 
@@ -16,12 +19,6 @@ from conftest import write_tiny_folder
 from invdiff.errors import AuditError, ConfigError, DataError, EvaluationError, ModelError
 from invdiff.evaluation.annotators.conv import ConvAnnotator
 from tiny import CAPTIONS
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import experiment
-import sweep_plots
-import sweeps
-from experiment import AXES, NOT_FOUND, Experiment, Workshop, cells
 
 
 @pytest.fixture

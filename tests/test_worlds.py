@@ -1,21 +1,17 @@
 """Worlds of photographs, from stand-ins for the public parquet files: one plain colour for each image."""
 
 import io
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
+import worlds
 from PIL import Image
 
 from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ConfigError, DataError
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import worlds
 
 
 def picture(mode, size, colour):

@@ -37,15 +37,6 @@ TRAINING_TEMPLATES = (
     "one {}",
     "one nice {}",
 )
-HELD_OUT_TEMPLATES = (
-    "a nice picture of a {}",
-    "an image of one {}",
-    "a drawing of one nice {}",
-    "a photo of a {} outdoors",
-    "one {} outdoors",
-)
-"""Never used in a caption; each recombines words of the captions."""
-
 PARAPHRASED_SHARE = 0.25
 EXPLICIT_SHARE = 0.10
 """Share of captions that state the background, whichever it is: the same for every kind of image."""
@@ -56,16 +47,6 @@ EXPLICIT_PARAPHRASED_SHARE = 0.30
 def canonical_prompts() -> tuple[str, ...]:
     """The prompts whose hidden imbalance is studied, one per subject."""
     return tuple(CANONICAL_TEMPLATE.format(subject) for subject in SUBJECTS)
-
-
-def explicit_prompts() -> tuple[str, ...]:
-    """The canonical prompts that state a background; subjects vary slowest."""
-    return tuple(f"{prompt} on {background}" for prompt in canonical_prompts() for background in BACKGROUNDS)
-
-
-def held_out_prompts() -> tuple[str, ...]:
-    """Paraphrases that no caption uses; subjects vary slowest."""
-    return tuple(template.format(subject) for subject in SUBJECTS for template in HELD_OUT_TEMPLATES)
 
 
 @dataclass(frozen=True)
