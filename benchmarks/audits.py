@@ -5,6 +5,7 @@
     python benchmarks/audits.py faces --data SOURCE --base MODEL        # age, race or gender hidden in faces
     python benchmarks/audits.py two --data SOURCE --base MODEL          # place and light hidden at once
     python benchmarks/audits.py labels --data SOURCE --base MODEL       # an attribute of all images from 40 labels
+    python benchmarks/audits.py own --data SOURCE --base MODEL          # no data: a biased model's own images
     python benchmarks/audits.py drawn                                   # drawn birds, one or three attributes hidden
     python benchmarks/audits.py table                                   # all figures kept so far, in Markdown
 
@@ -35,18 +36,33 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import adjusted_rand_score, average_precision_score, roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
-from invdiff import Audit, AuditConfig, FinetuneConfig, audit, finetune, load_captioned_images
-from invdiff.assets import BIRDS_MODEL
+from invdiff import (
+    Audit,
+    AuditConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    audit,
+    evaluate,
+    finetune,
+    generate,
+    load_captioned_images,
+    train,
+)
+from invdiff.assets import BIRDS_ANNOTATOR, BIRDS_MODEL
 from invdiff.auditing.evidence import collect_evidence
 from invdiff.auditing.probe import DIMENSIONS, logits_of, spread_labels
 from invdiff.auditing.scores import Margins
-from invdiff.data.birds import BirdsWorld
+from invdiff.data.birds import SUBJECTS, BirdsWorld
 from invdiff.data.captioned import CaptionedImages
 from invdiff.data.encode import as_encoded
 from invdiff.errors import ConfigError
+from invdiff.evaluation.annotate import describe_images
+from invdiff.evaluation.annotators.conv import ConvAnnotator
 from invdiff.files import read_json
 from invdiff.models.frozen import FrozenDenoiser
 from invdiff.models.load import load_pipeline
+from invdiff.sampling import own_images
 
 SURE = 0.99
 """A posterior above which an image is certainly of the rare group, if the posteriors are right."""
@@ -65,6 +81,8 @@ COLUMNS = (
 COLUMNS += ("calibration error", f"right above {SURE}", "forwards", "seconds")
 LABEL_DRAWS = 20
 FINETUNE = FinetuneConfig(steps=1000, batch_size=64, learning_rate=2e-4)
+SHORT = replace(FINETUNE, steps=600, mixed_precision="bf16")
+"""Of a model whose own images are audited: enough to be biased."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,13 @@ class Cell:
     """Whether the pipeline is first fine-tuned on the world."""
     ceiling: bool = False
     """Whether a supervised probe of each hidden attribute is fitted too, and the margin judged in any case."""
+
+    own: int = 0
+    """Images of each caption that the model draws: they are audited instead of the world, if any."""
+    judge: Callable[[Path], ConvAnnotator] | None = None
+    """Names the hidden attributes of the model's own images."""
+    trained: bool = False
+    """Whether a module is trained on what was found, and Bias measured before and after."""
 
     @property
     def world_name(self) -> str:
@@ -135,6 +160,21 @@ def two(source: Path, base: Path, work: Path) -> Iterator[Cell]:
         yield from both(f"place-and-tint-seed-{seed}", world, base, hidden=("place", "tint"))
 
 
+def own(source: Path, base: Path, work: Path) -> Iterator[Cell]:
+    def bundled(folder: Path) -> ConvAnnotator:
+        return ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
+
+    def of_held_out(folder: Path) -> ConvAnnotator:
+        settings = {"num_images": 2000, "severity": 0.5, "seed": 1, "held_out": True}
+        labelled = load_captioned_images(worlds.waterbirds(source, folder, **settings))
+        return ConvAnnotator.fit(labelled, ["place", "subject"])
+
+    birds = BirdsWorld(200, seed=0).write  # for its captions
+    yield Cell("drawn-birds", birds, BIRDS_MODEL, ("background",), own=500, judge=bundled, trained=True)
+    photos = partial(worlds.waterbirds, source, severity=0.95, seed=0)
+    yield Cell("waterbirds", photos, base, ("place",), tuned=True, own=1000, judge=of_held_out)
+
+
 def drawn(source: Path | None, base: Path | None, work: Path) -> Iterator[Cell]:
     def birds(number: int, **settings: Any) -> Callable[[Path], Path]:
         return BirdsWorld(number, **settings).write
@@ -157,6 +197,7 @@ PARTS: dict[str, Callable[..., Iterator[Cell]]] = {
     "faces": faces,
     "two": two,
     "labels": few_labels,
+    "own": own,
     "drawn": drawn,
 }
 
@@ -171,7 +212,7 @@ def run(part: str, cell: Cell, work: Path) -> None:
     data = load_captioned_images(cell.world(work / "worlds" / place))
     unlabelled = replace(data, attributes={})
     if cell.tuned:
-        pipe = finetune(unlabelled, work / "models" / place, base=cell.base, config=FINETUNE)
+        pipe = finetune(unlabelled, work / "models" / place, base=cell.base, config=SHORT if cell.own else FINETUNE)
     else:
         pipe = load_pipeline(cell.base)
     if part == "labels":
@@ -180,9 +221,20 @@ def run(part: str, cell: Cell, work: Path) -> None:
         return
     cache = work / "cells" / f"{part}-{cell.name}"
     fresh, start = not cache.exists(), time.perf_counter()
-    found = audit(pipe, unlabelled, cache_dir=cache)
+    if cell.own:
+        prompts = [f"a photo of a {subject}" for subject in SUBJECTS]
+        found = audit(pipe, prompts=prompts, config=AuditConfig(images_per_prompt=cell.own), cache_dir=cache)
+    else:
+        found = audit(pipe, unlabelled, cache_dir=cache)
     seconds = time.perf_counter() - start if fresh else None
-    figures = judged(found, data, cell)
+    figures = {}
+    if cell.own:
+        judge = cell.judge(work / "worlds" / f"{place}-judge")
+        data = labelled_by(judge, own_images(pipe, found.settings, cache), cell)
+        figures["judge right, held out"] = judge.held_out.summary() if judge.held_out else None
+        if cell.trained and found.biased:
+            figures["bias"] = bias_of(pipe, found, judge, cell, cache)
+    figures |= judged(found, data, cell)
     if cell.ceiling:
         sources = audit_features(pipe, unlabelled, cache)
         margins = Margins(sources, found.prompt_ids)
@@ -196,8 +248,40 @@ def run(part: str, cell: Cell, work: Path) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU core"
     figures |= {"images": len(data), "seconds": seconds, "device": device}
     command = f"python benchmarks/audits.py {part}"
-    kept.keep(f"audits/{part}", cell.name, figures, command=command, tuned=FINETUNE.to_dict() if cell.tuned else None)
+    kept.keep(
+        f"audits/{part}",
+        cell.name,
+        figures,
+        command=command,
+        tuned=(SHORT if cell.own else FINETUNE).to_dict() if cell.tuned else None,
+    )
     shutil.rmtree(cache)
+
+
+def labelled_by(judge: ConvAnnotator, images: CaptionedImages, cell: Cell) -> CaptionedImages:
+    """A model's own images with the hidden attributes that a judge sees, and the subject of their prompts."""
+    seen = describe_images((images.image(row) for row in range(len(images))), judge)
+    labels = {name: [judge.attributes[name][at] for at in seen.classes[name]] for name in cell.hidden}
+    subjects = [caption.split()[-1] for caption in images.captions]
+    return replace(images, attributes=labels | {cell.subject: subjects})
+
+
+def bias_of(pipe: Any, found: Audit, judge: ConvAnnotator, cell: Cell, work: Path) -> dict[str, Any]:
+    """Bias with and without a module trained on an audit, at guidance scales 1 and 3, 256 images of each prompt."""
+    module = train(pipe, None, found, work / "module", cache_dir=work)
+    folders: dict[str, list[Path]] = {"base": [], "guided": []}
+    for scale in (1.0, 3.0):
+        config = GenerateConfig(images_per_prompt=256, guidance_scale=scale)
+        for name, used in (("base", None), ("guided", module)):
+            prompts = found.settings["own_images_of"]
+            folders[name].append(generate(pipe, prompts, work / f"{name}-{scale:g}", module=used, config=config))
+    results = evaluate(folders, judge, cell.hidden[0], config=EvaluateConfig(subject_attribute=cell.subject))
+    return {
+        f"{name}, CFG {scale}": {"bias": bias.value, "low": bias.low, "high": bias.high, "floor": bias.floor}
+        | {"subject accuracy": measures.accuracy}
+        for name, scale, measures in results.each()
+        for bias in [measures.bias_estimate]
+    }
 
 
 def minority(values: Sequence[str], subjects: Sequence[str]) -> np.ndarray:
