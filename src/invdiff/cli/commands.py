@@ -110,8 +110,8 @@ def audit(
     prompt: list[str] | None = option(
         None, "Without DATA: a prompt for the model to draw images of; repeat for more.", panel=DATA
     ),
-    prompts: str = option(
-        "", "Without DATA: a text file with one prompt a line, or `professions`.", panel=DATA, metavar="FILE"
+    prompts: Path | None = option(
+        None, "Without DATA: a text file with one prompt a line, or `professions`.", panel=DATA, metavar="FILE"
     ),
     attribute: list[str] | None = option(
         None, "A column of DATA whose values are the groups: no other is looked for. Repeat for more.", panel=ASK
@@ -133,8 +133,7 @@ def audit(
 ) -> None:
     """Find hidden groups in the images that a model learnt from, without labels unless they are asked for."""
     weights.check_cache()
-    of_file = PROFESSIONS if prompts == "professions" else Path(prompts) if prompts else None
-    wanted = (*(prompt or ()), *lines_in(of_file))
+    wanted = (*(prompt or ()), *lines_in(PROFESSIONS if prompts == Path("professions") else prompts))
     if not (data or wanted):
         raise ConfigError("Expected DATA, or --prompt once or more for images of the model's own, got neither.")
     settings = dataclasses.replace(settings, words=(*settings.words, *lines_in(words_file, "word")))
@@ -180,7 +179,9 @@ def train(
     *,
     model: Model,
     data: Data,
-    audit_dir: Path | None = typer.Argument(None, metavar="AUDIT", help="The folder that `invdiff audit` wrote."),
+    audit_dir: Path | None = typer.Argument(
+        None, metavar="AUDIT", help="What `invdiff audit` wrote; without DATA, if it drew."
+    ),
     output: Output,
     settings: TrainConfig,
     source: CaptionOptions,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -77,7 +76,10 @@ def load_pipeline(
         settings = (str(config) or _settings_of(source)) if single else source
         with warnings.catch_warnings():  # diffusers passes huggingface_hub an argument it no longer has
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
-            with loading(f"settings and tokenizer for {source}", settings, _SETTINGS) if single else nullcontext():
+            remedy = (
+                "They are downloaded once. Without network, give --model-config (config=), a pipeline of this kind."
+            )
+            with loading(f"settings and tokenizer for {source}", settings, remedy) if single else nullcontext():
                 index = DiffusionPipeline.load_config(settings)
         # A part saved as None must be passed as None again, or from_pretrained looks for it.
         options: dict[str, Any] = {name: None for name, value in index.items() if value == [None, None]}
@@ -100,9 +102,6 @@ def load_pipeline(
     return pipe.to(device or default_device())
 
 
-_SETTINGS = "They are downloaded once. Without network, give a pipeline of the same kind by --model-config (config=)."
-
-
 def _settings_of(file: str) -> str:
     """The pipeline on the hub that is like the one in a single file, by the names and shapes of its weights."""
     weights = load_single_file_checkpoint(file)
@@ -118,28 +117,23 @@ def _fuse(pipe: Any, lora: str) -> tuple[str, str]:
     source, _, number = lora.rpartition(":")
     if not source or Path(lora).expanduser().exists():
         source, number = lora, "1"
-    try:
-        scale = float(number)
-    except ValueError:
-        scale = math.nan
-    if not math.isfinite(scale):
+    if not number.removeprefix("-").replace(".", "", 1).isdecimal():
         raise ModelError(f"Expected a LoRA, or one with its weight such as {source}:0.8, got {lora}.")
-    kind, path = type(pipe).__name__, Path(source).expanduser()
-    if not hasattr(pipe, "load_lora_weights"):
-        raise ModelError(f"Expected a pipeline that takes LoRAs, such as {source}, got a {kind}, which takes none.")
+    scale, path = float(number), Path(source).expanduser()
     if not path.exists() and (looks_local(source) or path.suffix == ".safetensors"):
         raise ModelError(f"Expected a LoRA at {source}, found nothing there.")
     place, before = str(path.resolve()) if path.exists() else source, logging.root.manager.disable
     logging.disable(logging.ERROR)  # diffusers would list every weight that does not fit
     try:
-        with loading(f"a LoRA for a {kind}", source, "Is it of this kind of model, and peft installed?"):
+        with loading(
+            f"a LoRA for a {type(pipe).__name__}", source, "Is it of this kind of model, and peft installed?"
+        ):
             found = pipe.lora_state_dict(place, use_safetensors=True)
             weights = found[0] if isinstance(found, tuple) else found
             pipe.load_lora_weights(place, adapter_name="lora", use_safetensors=True)
             parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-            placed = sum(
-                "lora_" in name for part in parts for name, value in part.named_parameters() if value.ndim > 1
-            )
+            matrices = [name for part in parts for name, value in part.named_parameters() if value.ndim > 1]
+            placed = sum("lora_" in name for name in matrices)
             given = sum("lora" in name for name, value in weights.items() if value.ndim > 1)
             if placed < given:  # diffusers leaves out what has no place, and says nothing
                 raise ValueError(f"only {placed} of its {given} matrices have a place in the model")
