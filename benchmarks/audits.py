@@ -267,11 +267,11 @@ def labelled_by(judge: ConvAnnotator, images: CaptionedImages, cell: Cell) -> Ca
 
 
 def bias_of(pipe: Any, found: Audit, judge: ConvAnnotator, cell: Cell, work: Path) -> dict[str, Any]:
-    """Bias with and without a module trained on an audit, at guidance scales 1 and 3, 256 images of each prompt."""
+    """Bias with and without a module trained on an audit, at guidance scales 1 and 3, 96 images of each prompt."""
     module = train(pipe, None, found, work / "module", cache_dir=work)
     folders: dict[str, list[Path]] = {"base": [], "guided": []}
     for scale in (1.0, 3.0):
-        config = GenerateConfig(images_per_prompt=256, guidance_scale=scale)
+        config = GenerateConfig(images_per_prompt=96, guidance_scale=scale)
         for name, used in (("base", None), ("guided", module)):
             prompts = found.settings["own_images_of"]
             folders[name].append(generate(pipe, prompts, work / f"{name}-{scale:g}", module=used, config=config))
