@@ -214,12 +214,6 @@ def test_what_an_encoding_lacks_is_replaced(tmp_path, encoding):
     assert encoding == "ascii" or b"/?. Next" in done.stdout  # click writes UTF-8 where a terminal claims ASCII
 
 
-def test_birds_draws_a_set_that_can_be_opened(tmp_path):
-    out = succeed("birds", "--output", tmp_path / "birds", "--num-images", 3, "--resolution", 16, "--quiet")
-    assert len((tmp_path / "birds" / "metadata.csv").read_text().splitlines()) == 4
-    assert next_command(out)[:3] == ["invdiff", "finetune", str(tmp_path / "birds")]
-
-
 def test_demo_passes_its_settings_on(tmp_path, recorded):
     base, guided = made_up_measures(0.5, **FIGURES), made_up_measures(0.125, **FIGURES)
     recorded("invdiff.demo", "run_demo", Results({"base": {"3.0": base}, "guided": {"3.0": guided}}))

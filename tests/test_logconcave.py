@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq, minimize
 from scipy.special import exprel
-from scipy.stats import norm, skew
 from sklearn.mixture import GaussianMixture
 
 from invdiff.auditing.logconcave import max_log_likelihood
@@ -92,18 +91,6 @@ def test_no_log_concave_family_does_better(sample):
             "Laplace": 1 + np.log(2 * beside),
         }
         assert max_log_likelihood(x) >= -len(x) * min(entropies.values())
-
-
-def test_no_skew_normal_does_better(sample):
-    x = sample(100)
-
-    def cost(parameters):
-        place, log_scale, shape = parameters
-        z = (x - place) / np.exp(log_scale)
-        return (log_scale - norm.logpdf(z) - norm.logcdf(shape * z) - np.log(2)).sum()
-
-    start = [np.median(x), np.log(x.std()), 3 * np.sign(skew(x))]
-    assert max_log_likelihood(x) >= -minimize(cost, start, method="Nelder-Mead", options={"maxiter": 150}).fun
 
 
 def log_e_value(separation, seed, n=300):
