@@ -31,14 +31,7 @@ from .arguments import (
     lines_in,
     option,
 )
-from .print import (
-    finish,
-    plain_errors,
-    print_audit,
-    print_results,
-    say,
-    say_loading,
-)
+from .print import finish, plain_errors, print_audit, print_results, say, say_loading
 
 WAY, PREPARE, ASK = "The way through", "To prepare", "What to group by"
 """Panels of the help."""
