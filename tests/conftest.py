@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import shutil
 from collections.abc import Iterator
@@ -27,6 +26,8 @@ from invdiff.training import objective
 from tiny import CAPTIONS, make_stable_diffusion
 
 torch.set_num_threads(1)
+PROCESSES = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+"""What a launcher tells the second of two processes."""
 
 
 def make_tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
@@ -55,12 +56,14 @@ def write_tiny_folder(folder: Path, num_images: int = 12) -> Path:
         pixels = numbers.integers(0, 256, (36, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index:02d}.png")
         background = ("land", "water")[(index + (index == num_images - 1)) % 2]
-        rows.append({"file_name": f"{index:02d}.png", "text": CAPTIONS[index % 2], "background": background})
-    with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        rows.append(f"{index:02d}.png,{CAPTIONS[index % 2]},{background}\n")
+    (folder / "metadata.csv").write_text("".join(["file_name,text,background\n", *rows]))
     return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of all files in a folder by their paths in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def made_up_measures(

@@ -3,13 +3,13 @@ from __future__ import annotations
 import csv
 import itertools
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 from birds import explicit_prompts, held_out_prompts
 from PIL import Image
 
+from conftest import contents
 from invdiff.assets import BIRDS_DEMO, BIRDS_MODEL
 from invdiff.auditing.result import Audit
 from invdiff.config import DemoConfig
@@ -102,10 +102,6 @@ def test_captions_name_the_subject_and_only_explicit_ones_the_true_background():
     for prompt in held_out_prompts():
         assert not any(caption.startswith(prompt) for caption in used)
         assert set(prompt.split()) <= vocabulary
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_killed_write_is_resumed_to_the_same_bytes_and_two_sets_are_never_mixed(tmp_path):

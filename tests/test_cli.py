@@ -17,7 +17,14 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from conftest import CAPTIONS, made_up_measures, make_guidance_module, make_tiny_pipeline, write_tiny_folder
+from conftest import (
+    CAPTIONS,
+    PROCESSES,
+    made_up_measures,
+    make_guidance_module,
+    make_tiny_pipeline,
+    write_tiny_folder,
+)
 from invdiff import cli
 from invdiff.auditing.edits import Edits, apply
 from invdiff.auditing.result import Audit
@@ -29,6 +36,7 @@ from invdiff.evaluation.annotators.conv import ConvAnnotator
 from invdiff.evaluation.results import Results
 from invdiff.options import command_options, settings_of
 from runs import make_audit
+from test_finetune import SHAPE
 from tiny import make_tiny
 
 COMMANDS = (
@@ -36,14 +44,6 @@ COMMANDS = (
     *("annotator", "annotator train", "annotator measure"),
 )
 FIGURES = {"interval": (0.4, 0.6), "floor": 0.1}
-ARCHITECTURE = {
-    "resolution": 16,
-    "autoencoder_width": 8,
-    "autoencoder_blocks": [1, 1],
-    "denoiser_channels": [8, 16],
-    "text_width": 16,
-    "text_layers": 1,
-}
 
 
 def run(*words, env=None):
@@ -99,7 +99,7 @@ def recorded(monkeypatch):
 
 def test_the_whole_way_each_command_naming_the_next(tmp_path, cache):
     data = write_tiny_folder(tmp_path / "my photos", num_images=24)
-    shape = yaml_file(tmp_path / "shape.yaml", ARCHITECTURE)
+    shape = yaml_file(tmp_path / "shape.yaml", SHAPE.to_dict())
     few = yaml_file(tmp_path / "few.yaml", {"batch_size": 4, "autoencoder_batch_size": 4, "ema_decay": 0.5})
     out = succeed(
         "finetune", data, "--output", tmp_path / "model", "--architecture", shape, "--config", few,
@@ -161,9 +161,6 @@ def test_the_whole_way_without_captions(tmp_path, cache):
     succeed("generate", tmp_path / "model", "--module", tmp_path / "module", "--output", tmp_path / "images", *drawing)
     rows = [json.loads(line) for line in (tmp_path / "images" / "manifest.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["", ""]
-
-
-PROCESSES = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
 def test_of_several_processes_only_the_first_prints(monkeypatch, capsys):
@@ -372,20 +369,8 @@ def test_images_that_could_not_be_read_are_told_by_audit_its_files_the_report_an
     succeed("report", "--audit", found, "--output", output)
     assert told in (output / "report.html").read_text()
     assert "1 of 12 images could not be read" in (output / "report.md").read_text()
-    words = (
-        "train",
-        tiny_pipe_dir,
-        photos,
-        found,
-        "--output",
-        tmp_path / "m",
-        "--steps",
-        1,
-        "--batch-size",
-        2,
-        *fewer,
-    )
-    assert told in " ".join(run(*words).stderr.split())
+    words = ("train", tiny_pipe_dir, photos, found, "--output", tmp_path / "m", "--batch-size", 2, *fewer)
+    assert told in " ".join(run(*words, "--steps", 1).stderr.split())
     words = ("annotator", "train", photos, "--output", tmp_path / "annotator", "--attribute", "background", *fewer)
     assert told in " ".join(run(*words, "--steps", 1, "--resolution", 16).stderr.split())
 
@@ -437,7 +422,7 @@ def test_errors_name_what_is_wrong(tiny_pipe_dir, tiny_folder, tmp_path):
     ConvAnnotator(attributes={"background": ("land", "water")}).save_pretrained(tmp_path / "annotator")
     make_guidance_module(make_tiny_pipeline()).save_pretrained(tmp_path / "module")
     (tmp_path / "p").write_bytes(b"\xff\xfe\x00")
-    unknown, shape = yaml_file(tmp_path / "c.yaml", {"stepz": 3}), yaml_file(tmp_path / "shape.yaml", ARCHITECTURE)
+    unknown, shape = yaml_file(tmp_path / "c.yaml", {"stepz": 3}), yaml_file(tmp_path / "shape.yaml", SHAPE.to_dict())
     audit, draw = ("audit", tiny_pipe_dir), ("generate", tiny_pipe_dir)
     finetune, judge = ("finetune", tiny_folder), ("--annotator", "a", "--attribute", "b")
     mixed = (*draw, "p", "--module", tmp_path / "module", "--environments")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import make_tiny_pipeline
+from conftest import PROCESSES, make_tiny_pipeline
 from invdiff import (
     AuditConfig,
     FinetuneConfig,
@@ -102,8 +102,7 @@ def test_what_processes_cannot_share_is_refused(tiny_folder, tmp_path, monkeypat
     monkeypatch.setattr("invdiff.training.train.num_processes", lambda: 3)
     with pytest.raises(ConfigError, match="a batch_size that 3 processes can share, got 64"):
         train(pipe, data, found, tmp_path / "m", config=TrainConfig(), cache_dir=tmp_path, progress=False)
-    processes = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-    for name, value in processes.items():
+    for name, value in PROCESSES.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="Expected one process for finetune, got 2"):
         finetune(data, tmp_path, config=FinetuneConfig(steps=1), progress=False)
@@ -113,13 +112,7 @@ def test_what_processes_cannot_share_is_refused(tiny_folder, tmp_path, monkeypat
 def test_processes_that_do_not_come_are_waited_for_in_words_and_not_for_long(tiny_pipe_dir, tmp_path, rank):
     code = "from invdiff import cli, distributed as d; d.NOTICE /= 20; d.JOINING /= 100; cli.main()"
     command = [sys.executable, "-c", code, "generate", str(tiny_pipe_dir), "a photo", "--output", str(tmp_path), "-q"]
-    left = {
-        "WORLD_SIZE": "2",
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": free_port(),
-    }
+    left = PROCESSES | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": free_port()}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | left)
     assert done.returncode == 1
     waiting, error = done.stderr.splitlines()

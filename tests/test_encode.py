@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from PIL import Image
 
-from conftest import CAPTIONS, make_tiny_pipeline, write_tiny_folder
+from conftest import CAPTIONS, contents, make_tiny_pipeline, write_tiny_folder
 from invdiff.data import encode as encode_module
 from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import ShardedTensor, encode, model_fingerprint, pixel_values
@@ -28,10 +28,6 @@ def data(tiny_folder):
 
 def run(pipe, data, cache, **options):
     return encode(pipe, data, cache, batch_size=2, progress=False, **options)
-
-
-def contents(cache):
-    return {str(path.relative_to(cache)): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
 
 
 def with_broken(tmp_path, *broken, num_images=12, **options):
@@ -229,10 +225,7 @@ def test_rows_that_do_not_exist_are_refused(wrong):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (
-            lambda pipe: pipe.vae.encoder.conv_in.weight,
-            r"autoencoder, found NaN .* for image .*00\.png.*bf16",
-        ),
+        (lambda pipe: pipe.vae.encoder.conv_in.weight, r"autoencoder, found NaN .* for image .*00\.png.*bf16"),
         (lambda pipe: pipe.text_encoder.get_input_embeddings().weight, f"text encoder, .* caption '{CAPTIONS[0]}'"),
     ],
 )

@@ -260,10 +260,7 @@ def test_a_family_that_is_not_known_is_refused_by_name():
         (Stranger(nn.Linear(1, 1)), "XL or 3, Flux, PixArt, DiT or unconditional DDPM, got a Linear"),
         (Stranger(classes), "UNet2DModel with num_class_embeds 10"),
         (Stranger(make_unet(num_class_embeds=10)), "UNet2DConditionModel with num_class_embeds 10"),
-        (
-            diffusers.LDMPipeline(tiny("sd1").vae, unet, scheduler),
-            "got a UNet2DModel with vqvae 'AutoencoderKL'",
-        ),
+        (diffusers.LDMPipeline(tiny("sd1").vae, unet, scheduler), "got a UNet2DModel with vqvae 'AutoencoderKL'"),
     ):
         with pytest.raises(ModelError, match=message):
             family_of(pipe)

@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from PIL import Image
 
-from conftest import CAPTIONS, make_guidance_module, make_tiny_pipeline
+from conftest import CAPTIONS, contents, make_guidance_module, make_tiny_pipeline
 from invdiff import sampling as generation
 from invdiff.config import GenerateConfig
 from invdiff.errors import ConfigError, ModelError
@@ -31,10 +31,6 @@ def run(pipe, folder, prompts: Any = CAPTIONS, **options) -> list[dict[str, Any]
     values = {"images_per_prompt": 5, "num_inference_steps": 2, "batch_size": 4} | options
     assert generate(pipe, prompts, folder, config=GenerateConfig(**values), progress=False, **beside) == folder
     return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-
-
-def contents(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def pixels(folder) -> dict[str, np.ndarray]:

@@ -12,32 +12,9 @@ import invdiff
 ROOT = Path(invdiff.__file__).parent
 
 ORDER = (
-    *(
-        "errors",
-        "options",
-        "config",
-        "text",
-        "files",
-        "seeds",
-        "launched",
-        "distributed",
-        "progress",
-        "assets",
-        "models",
-    ),
-    *(
-        "data",
-        "guidance",
-        "sampling",
-        "auditing",
-        "training",
-        "evaluation",
-        "report",
-        "demo",
-        "app",
-        "cli",
-        "__main__",
-    ),
+    *("errors", "options", "config", "text", "files", "seeds", "launched", "distributed", "progress", "assets"),
+    *("models", "data", "guidance", "sampling", "auditing", "training", "evaluation", "report", "demo", "app", "cli"),
+    "__main__",
 )
 """Each part imports only those before it."""
 FORBIDDEN = {"evaluation": {"auditing", "guidance", "training"}}

@@ -97,10 +97,7 @@ WEIGHTS = ("text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safet
         (lambda folder: os.truncate(folder / "tokenizer/tokenizer.json", 99), "tokenizer.json is damaged or cut"),
         (lambda folder: (folder / "tokenizer/tokenizer.json").unlink(), "a tokenizer .* knows no word"),
         (lambda folder: os.truncate(folder / "unet/config.json", 9), "unet/config.json is damaged or cut short"),
-        (
-            lambda folder: edit(folder / "model_index.json", _class_name="NewPipeline"),
-            "NewPipeline. Upgrade",
-        ),
+        (lambda folder: edit(folder / "model_index.json", _class_name="NewPipeline"), "NewPipeline. Upgrade"),
         (need_torchsde, "requires the torchsde library .*Install"),
         (lambda folder: edit(folder / "unet/config.json", **QUANTISED), "bitsandbytes. Install that package"),
     ],
