@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from ..distributed import is_main, mine, wait
 from ..errors import ConfigError, ModelError
-from ..files import default_cache_dir, fingerprint, read_tensors, weights_digest, write_json, write_tensors
+from ..files import default_cache_dir, fingerprint, read_tensors, weights_digest, write_tensors
 from ..models.families import Condition, family_of, family_that_draws
 from ..models.families.base import joined
 from ..models.load import denoiser_of
@@ -150,12 +150,6 @@ def encode(
             write_tensors(null, checked(family.null_condition(pipe), ["no caption"]))
         wait()
         conditions = joined([read_tensors(path) for path in (*paths, null)])
-    made_of: dict[str, Any] = {"model_fingerprint": model, "data_fingerprint": data.fingerprint}
-    made_of["resolution"] = resolution
-    if is_main():
-        listed = [{"name": name, "reason": reason} for name, reason in skipped.items()]
-        index = made_of | {"num_images": len(used), "captions": captions, "skipped": listed}
-        write_json(folder / "index.json", index)
     number = {caption: index for index, caption in enumerate(captions)}
     return EncodedImages(
         latents=ShardedTensor([shard["latents"] for shard in shards if "latents" in shard]),
@@ -164,8 +158,10 @@ def encode(
         conditions=conditions,
         names=[data.names[row] for row in source_index.tolist()],
         source_index=source_index,
+        model_fingerprint=model,
+        data_fingerprint=data.fingerprint,
+        resolution=resolution,
         unreadable=skipped,
-        **made_of,
     )
 
 
