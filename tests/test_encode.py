@@ -201,8 +201,6 @@ def test_different_models_and_data_do_not_meet_in_one_cache(tiny_pipe, data, tmp
 
 WHOLE = torch.arange(20.0).reshape(10, 2)
 SHARDED = ShardedTensor(WHOLE.split([4, 1, 5]))
-
-
 ROWS = ([9, 0, 4, 4, 3], [], [-1, -10], slice(None), slice(2, 9, 3), 4, torch.tensor([[5, 1], [0, 9]]), range(3, 6))
 
 

@@ -22,11 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _DIGEST = "digest"  # of the contents, in the metadata of safetensors
-
-
 _LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
-
-
 LOCK = ".lock"
 """A file in an output folder while a run writes to it, empty; the kernel releases the lock of a killed run."""
 
