@@ -6,6 +6,7 @@
     python benchmarks/audits.py two --data SOURCE --base MODEL          # place and light hidden at once
     python benchmarks/audits.py labels --data SOURCE --base MODEL       # an attribute of all images from 40 labels
     python benchmarks/audits.py own --data SOURCE --base MODEL          # no data: a biased model's own images
+    python benchmarks/audits.py words --data SOURCE --base MODEL        # place, gender, age: MODEL reads the words
     python benchmarks/audits.py drawn                                   # drawn birds, one or three attributes hidden
     python benchmarks/audits.py table                                   # all figures kept so far, in Markdown
 
@@ -22,7 +23,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ from invdiff import (
     train,
 )
 from invdiff.assets import BIRDS_ANNOTATOR, BIRDS_MODEL
+from invdiff.auditing.asking import read_by_model
 from invdiff.auditing.evidence import collect_evidence
 from invdiff.auditing.probe import DIMENSIONS, logits_of, spread_labels
 from invdiff.auditing.scores import Margins
@@ -76,6 +78,7 @@ COLUMNS = (
     "AP",
     "supervised AUROC",
     "margin's AUROC",
+    "words' AUROC",
     "ARI",
 )
 COLUMNS += ("calibration error", f"right above {SURE}", "forwards", "seconds")
@@ -101,6 +104,8 @@ class Cell:
     """The attribute that captions name."""
     tuned: bool = False
     """Whether the pipeline is first fine-tuned on the world."""
+    ask: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """The words that hidden attributes are asked for in, by name; others are sought."""
     ceiling: bool = False
     """Whether a supervised probe of each hidden attribute is fitted too, and the margin judged in any case."""
 
@@ -175,6 +180,15 @@ def own(source: Path, base: Path, work: Path) -> Iterator[Cell]:
     yield Cell("waterbirds", photos, base, ("place",), tuned=True, own=1000, judge=of_held_out)
 
 
+def words(source: Path, base: Path, work: Path) -> Iterator[Cell]:
+    """The base is its own reader, of 1,000 images or of 600."""
+    birds = partial(worlds.waterbirds, source, num_images=1000, severity=0.95)
+    yield Cell("place", birds, base, ("place",), ask={"place": ("forest", "sea")}, ceiling=True)
+    for captions, hidden, values in (("age", "gender", ("man", "woman")), ("gender", "age", ("young", "old"))):
+        people = partial(worlds.fairface, source, captions=captions, hidden=hidden, num_images=600)
+        yield Cell(hidden, people, base, (hidden,), captions, ask={hidden: values}, ceiling=True)
+
+
 def drawn(source: Path | None, base: Path | None, work: Path) -> Iterator[Cell]:
     def birds(number: int, **settings: Any) -> Callable[[Path], Path]:
         return BirdsWorld(number, **settings).write
@@ -198,6 +212,7 @@ PARTS: dict[str, Callable[..., Iterator[Cell]]] = {
     "two": two,
     "labels": few_labels,
     "own": own,
+    "words": words,
     "drawn": drawn,
 }
 
@@ -225,7 +240,7 @@ def run(part: str, cell: Cell, work: Path) -> None:
         prompts = [f"a photo of a {subject}" for subject in SUBJECTS]
         found = audit(pipe, prompts=prompts, config=AuditConfig(images_per_prompt=cell.own), cache_dir=cache)
     else:
-        found = audit(pipe, unlabelled, cache_dir=cache)
+        found = audit(pipe, unlabelled, ask=cell.ask, cache_dir=cache)
     seconds = time.perf_counter() - start if fresh else None
     figures = {}
     if cell.own:
@@ -238,12 +253,16 @@ def run(part: str, cell: Cell, work: Path) -> None:
     if cell.ceiling:
         sources = audit_features(pipe, unlabelled, cache)
         margins = Margins(sources, found.prompt_ids)
+        read = words_read(pipe, unlabelled, cell, cache)
         for name, prompts in figures["hidden"].items():
             rare = minority(data.attributes[name], data.attributes[cell.subject])
             for index, row in enumerate(prompts):
                 mine = found.prompt_ids == index
                 row["ceiling"] = supervised_auroc([source[mine] for source in sources], rare[mine])
                 against = margins.scores(index, {k: found.prompts[k].prompt for k in range(len(found.prompts))})
+                if name in cell.ask:
+                    last = np.array(data.attributes[name])[mine] == cell.ask[name][-1]
+                    row["reading"] = roc_auc_score(last, read[name][mine])
                 row["margin"] = roc_auc_score(rare[mine], against[0].mean) if against else None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU core"
     figures |= {"images": len(data), "seconds": seconds, "device": device}
@@ -378,6 +397,15 @@ def audit_features(pipe: Any, data: CaptionedImages, cache: Path) -> list[np.nda
     return evidence.whitened(AuditConfig().seed)
 
 
+def words_read(pipe: Any, data: CaptionedImages, cell: Cell, cache: Path) -> dict[str, np.ndarray]:
+    """How much more images look like the last value than like others, (N,), as the audit with this cache read it."""
+    encoded, config = as_encoded(pipe, data, cache), AuditConfig()
+    with FrozenDenoiser(pipe) as frozen:
+        prompts = np.zeros(len(encoded.captions), dtype=int)
+        read, _ = read_by_model(pipe, frozen, encoded, prompts, cell.ask, config, work_dir=cache / "asked")
+    return {reading.name: reading.scores.mean(axis=0)[:, -1] for reading in read}
+
+
 def supervised_auroc(sources: Sequence[np.ndarray], truth: np.ndarray) -> float:
     """AUROC, out of fold, of the mean of a logistic regression of the truth (n,) bool on each source (n, d)."""
     probe = LogisticRegression(C=1e-2, class_weight="balanced", max_iter=1000)
@@ -464,6 +492,7 @@ def section(kinds: dict[str, list[dict]]) -> Iterator[str]:
                 "average_precision",
                 "ceiling",
                 "margin",
+                "reading",
                 "adjusted_rand",
                 "calibration_error",
                 "sure_precision",

@@ -240,8 +240,7 @@ def test_help_has_an_example_that_can_be_parsed(monkeypatch):
 
 SETTINGS = {
     "audit": AuditConfig(
-        num_groups=2, min_share=0.1, contrast_log_snr=(-5.0, 2.5), other_captions=("a dog, wet", "--cat"),
-        words_model="clip", words=("sea", "two words"),
+        num_groups=2, min_share=0.1, contrast_log_snr=(-5.0, 2.5), words_model="clip", words=("a sea, wet", "--cat"),
     ),
     "demo": DemoConfig(severity=1, guidance_scales=(0.0, 1.5), seed=-3),
     "evaluate": EvaluateConfig(

@@ -29,7 +29,7 @@ NAN, INFINITE = float("nan"), float("inf")
         (FinetuneConfig, "fresh_denoiser", 1, "true or false"),
         (AuditConfig, "vision_encoder", 3, "text"),
         (AuditConfig, "contrast_log_snr", -4.0, "a list"),
-        (AuditConfig, "other_captions", (1,), "a list, each item text"),
+        (AuditConfig, "words", (1,), "a list, each item text"),
         (EvaluateConfig, "target", {"a": "1"}, "a mapping, each value a finite number"),
         (EvaluateConfig, "subject_of", "dog", "a mapping"),
         (ArchitectureConfig, "resolution", 20, "a multiple of 16"),

@@ -159,9 +159,6 @@ class AuditConfig(Config):
     """Noise levels at which features of the denoiser's middle and last two blocks are read, under the null caption, as
     log signal-to-noise ratios (timesteps 50 and 150 of Stable Diffusion); at least two, since each is checked against
     the other. The features also show which groups of different prompts are alike."""
-    other_captions: Annotated[tuple[str, ...], RARE] = ()
-    """`auto`: a further caption whose losses are compared with the caption's own, at the same noise; repeat for
-    more."""
     vision_encoder: Annotated[str, Option(metavar="MODEL")] = ""
     """`auto`: a transformers vision model (CLIP, DINOv2), by folder or hub id, whose features are weighed too."""
     words_model: Annotated[str, Option(metavar="MODEL")] = ""
@@ -212,7 +209,6 @@ class AuditConfig(Config):
             self.require("contrast_draws", self.contrast_draws >= 2, "at least 2 for solver auto")
         else:
             expected = f"nothing with solver {self.solver!r}, which does not read it"
-            self.require("other_captions", not self.other_captions, expected)
             self.require("vision_encoder", not self.vision_encoder, expected)
             self.require("contrast_log_snr", len(self.contrast_log_snr) == 1, f"one level for solver {self.solver!r}")
 

@@ -1,4 +1,4 @@
-"""The bundled biased model, the annotator that judges it (`scripts/rebuild_assets.py` makes both), and a word list."""
+"""The bundled biased model, the annotator that judges it (`scripts/rebuild_assets.py` makes both), and word lists."""
 
 from pathlib import Path
 
@@ -12,3 +12,5 @@ COMMON_WORDS = Path(__file__).parent / "words.txt"
 """Common words for scenes, things, people and styles, one a line, to say what tells hidden groups apart."""
 PROFESSIONS = Path(__file__).parent / "professions.txt"
 """Prompts for 40 professions, one a line."""
+COMMON_QUESTIONS = Path(__file__).parent / "questions.txt"
+"""Everyday attributes and their values, one attribute a line, such as "weather: sunny, cloudy"."""

@@ -120,4 +120,9 @@ def about_asked(asked: Mapping[str, Any]) -> str:
             f"“{one_line(name, 60)}” was learned from labels of few images, and is inferred of the others; "
             f"labels of each value, and the share of them guessed right when left out: {shares}"
         )
+    readers: dict[str, list[str]] = {}
+    for name, entry in asked.get("ask", {}).items():
+        words = f"{one_line(name, 60)} ({', '.join(one_line(value, 60) for value in entry['values'])})"
+        readers.setdefault(one_line(entry["reader"], 80), []).append(words)
+    said += [f"{reader} read the images for {', '.join(words)}" for reader, words in readers.items()]
     return f"Groups were asked for, not sought: {'; '.join(said)}." if said else ""

@@ -5,7 +5,7 @@ A few denoiser forwards per image give paired losses and features of its blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -68,8 +68,8 @@ class Evidence:
     """Measurements of each image. Draws and levels use independent noise, so that agreement can be judged."""
 
     losses: NDArray[Any]
-    """(N, levels, draws, conditions): under the caption, the null caption, then any other captions. Only one, the
-    null, for an unconditional model."""
+    """(N, levels, draws, conditions): under the caption and the null caption. Only one, the null, for an unconditional
+    model."""
     features: Stack
     """(N, levels, D): the middle block's mean and those of its left and right half, under the null caption."""
     upper: Stack | None = None
@@ -144,28 +144,50 @@ def collect_evidence(
     config: AuditConfig,
     *,
     work_dir: Path,
-    others: Condition | None = None,
     progress: bool = True,
 ) -> Evidence:
-    """Measure every image, in shards in `work_dir` that a stopped run keeps and several processes share.
-
-    `others` are conditions of `config.other_captions`.
-    """
+    """Measure every image, in shards in `work_dir` that a stopped run keeps and several processes share."""
     key = fingerprint(
         data.model_fingerprint,
         data.data_fingerprint,
         str(data.resolution),
         denoiser.fingerprint,
         repr((config.contrast_log_snr, config.contrast_draws, config.feature_log_snr)),
-        repr((config.other_captions, config.batch_size, config.seed)),
+        repr((config.batch_size, config.seed)),
     )
-    shards = torch.arange(len(data)).split(SHARD_SIZE)
-    paths = [work_dir / key / f"evidence-{number:05d}.safetensors" for number in range(len(shards))]
+
+    def measure(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        return _measure(denoiser, data, batch, config)
+
+    every = torch.arange(len(data))
+    paths = in_shards(work_dir / key, "measuring", measure, data, every, config, progress=progress)
+    losses = np.concatenate([read_arrays(path)["losses"] for path in paths])  # which checks each file
+    mapped = [map_arrays(path) for path in paths]
+    upper = Stack(*(part["upper"] for part in mapped)) if "upper" in mapped[0] else None
+    return Evidence(losses, Stack(*(part["features"] for part in mapped)), upper)
+
+
+def in_shards(
+    folder: Path,
+    label: str,
+    measure: Callable[[torch.Tensor], dict[str, torch.Tensor]],
+    data: EncodedImages,
+    rows: torch.Tensor,
+    config: AuditConfig,
+    *,
+    progress: bool = True,
+) -> list[Path]:
+    """Files of what `measure` says of images `rows` (n,), a batch at a time; those that lie in `folder` are kept.
+
+    Several processes share the work. `AuditError` where a measurement is not finite.
+    """
+    shards = rows.split(SHARD_SIZE)
+    paths = [folder / f"evidence-{number:05d}.safetensors" for number in range(len(shards))]
     share = mine(list(zip(paths, shards, strict=True)))
-    with progress_bar("measuring", sum(len(rows) for _, rows in share), enabled=progress) as bar:
+    with progress_bar(label, sum(len(rows) for _, rows in share), enabled=progress) as bar:
         for path, rows in share:
             if not path.exists():
-                batches = [_measure(denoiser, data, batch, config, others) for batch in rows.split(config.batch_size)]
+                batches = [measure(batch) for batch in rows.split(config.batch_size)]
                 measured = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
                 finite = torch.cat([values.flatten(1) for values in measured.values()], dim=1).isfinite().all(dim=1)
                 if bad := [data.names[row] for row in rows[~finite]]:
@@ -177,39 +199,49 @@ def collect_evidence(
                 write_tensors(path, measured)
             bar.advance(len(rows))
     wait()
-    losses = np.concatenate([read_arrays(path)["losses"] for path in paths])  # which checks each file
-    mapped = [map_arrays(path) for path in paths]
-    upper = Stack(*(part["upper"] for part in mapped)) if "upper" in mapped[0] else None
-    return Evidence(losses, Stack(*(part["features"] for part in mapped)), upper)
+    return paths
 
 
 def _measure(
-    denoiser: Denoiser, data: EncodedImages, rows: torch.Tensor, config: AuditConfig, others: Condition | None
+    denoiser: Denoiser, data: EncodedImages, rows: torch.Tensor, config: AuditConfig
 ) -> dict[str, torch.Tensor]:
     latents = data.latents[rows]
     null = data.condition(torch.full((len(rows),), data.null_id))
     conditions = [data.condition(data.caption_ids[rows]), null] if data.conditions else [null]
-    if others is not None:
-        conditions += [repeated(others, index, len(rows)) for index in range(len(config.other_captions))]
     rng = generator("audit", config.seed, int(rows[0]))
-    losses, features, upper = [], [], []
-    for level in config.contrast_log_snr:
-        draws = []
-        for _ in range(config.contrast_draws):  # the same noise under every condition
-            noisy_latents, timesteps, target = add_noise(denoiser, latents, level, rng)
-            predictions = (denoiser(noisy_latents, timesteps, condition)[0] for condition in conditions)
-            draws.append(torch.stack([per_sample_loss(each, target).cpu() for each in predictions], dim=1))
-        losses.append(torch.stack(draws, dim=1))
+    losses = paired_losses(denoiser, latents, conditions, config.contrast_log_snr, config.contrast_draws, rng)
+    features, upper = [], []
     for level in config.feature_log_snr:
         noisy_latents, timesteps, _ = add_noise(denoiser, latents, level, rng)
         middle, *blocks = read_features(denoiser, noisy_latents, timesteps, null)
         features.append(middle)
         if blocks:
             upper.append(torch.stack(blocks, dim=1))
-    measured = {"losses": torch.stack(losses, dim=1), "features": torch.stack(features, dim=1)}
+    measured = {"losses": losses, "features": torch.stack(features, dim=1)}
     if upper:
         measured["upper"] = torch.stack(upper, dim=1)
     return measured
+
+
+def paired_losses(
+    denoiser: Denoiser,
+    latents: torch.Tensor,
+    conditions: Sequence[Condition],
+    levels: Sequence[float],
+    draws: int,
+    rng: torch.Generator,
+) -> torch.Tensor:
+    """Losses of latents (batch, C, H, W) at log signal-to-noise ratios, (batch, levels, draws, conditions).
+
+    The noise of a draw is the same under every condition.
+    """
+    losses = []
+    for level in levels:
+        for _ in range(draws):
+            noisy_latents, timesteps, target = add_noise(denoiser, latents, level, rng)
+            predictions = (denoiser(noisy_latents, timesteps, condition)[0] for condition in conditions)
+            losses.append(torch.stack([per_sample_loss(each, target).cpu() for each in predictions], dim=1))
+    return torch.stack(losses, dim=1).unflatten(1, (len(levels), draws))
 
 
 def repeated(condition: Condition, row: int, times: int) -> Condition:

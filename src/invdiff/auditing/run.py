@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..config import AuditConfig
 from ..data.captioned import CaptionedImages
-from ..data.encode import EncodedImages, as_encoded, encode_captions
+from ..data.encode import EncodedImages, as_encoded
 from ..distributed import from_main
 from ..errors import AuditError, ConfigError
 from ..files import default_cache_dir
@@ -23,6 +23,7 @@ from ..models.load import loras_of
 from ..sampling import own_images
 from ..seeds import generator
 from .asked import Labels, columns_asked, labels_asked
+from .asking import Reading, asked_factors, questions, read_by_clip, read_by_model
 from .captions import group_captions, part_by_images, stated_group, words_that_state_groups
 from .cuts import Cut
 from .evidence import Evidence, collect_evidence, encode_vision
@@ -45,6 +46,7 @@ def audit(
     prompts: Sequence[str] = (),
     attribute: str | Sequence[str] = (),
     labels: Labels | None = None,
+    ask: Mapping[str, Sequence[str]] | Sequence[str] = (),
     config: AuditConfig | None = None,
     cache_dir: str | Path | None = None,
     denoiser: Denoiser | None = None,
@@ -64,6 +66,8 @@ def audit(
             it, no column but the captions is read.
         labels: A CSV or JSONL file with `file_name` and the values of an attribute for some images, five or more of
             each, or the same as attribute to name to value. Groups of the others are inferred: see probe.py.
+        ask: Attributes and values to look for, {"place": ("forest", "sea")} or lines such as "place: forest, sea", of
+            which "common" is a bundled list, and no others. Read by `config.words_model`, or the audited model itself.
         config: Solver, evidence, thresholds.
         cache_dir: Where latents and measurements are kept; a stopped run goes on from there, and another
             solver reuses them. `default_cache_dir()` unless given.
@@ -77,7 +81,8 @@ def audit(
         DataError: There is no such attribute, or there are too few labels, or labels of other images.
         ModelError: There is no such vision encoder or CLIP model.
     """
-    config = config or AuditConfig()
+    config, wanted = config or AuditConfig(), questions(ask)
+    columns = [attribute] if isinstance(attribute, str) else list(attribute)
     cache_dir = Path(cache_dir) if cache_dir else default_cache_dir()
     basis = config.to_dict() | ({"own_images_of": list(prompts)} if data is None else {})
     if data is None:
@@ -86,12 +91,16 @@ def audit(
         raise ConfigError("Expected either data or prompts for the model to draw its own, got both.")
     images = data if isinstance(data, CaptionedImages) else None
     encoded = as_encoded(pipe, data, cache_dir, resolution=config.resolution, progress=progress)
-    if not encoded.conditions and (config.solver == "exact" or config.other_captions):
+    if not encoded.conditions and config.solver == "exact":
         raise AuditError(
-            "Expected a model that reads captions for solver 'exact' and for other_captions, which compare what it "
-            "predicts with and without one, got an unconditional model. Use solver 'auto' or 'gradient'."
+            "Expected a model that reads captions for solver 'exact', which compares what it predicts with and "
+            "without one, got an unconditional model. Use solver 'auto' or 'gradient'."
         )
-    columns = [attribute] if isinstance(attribute, str) else list(attribute)
+    if wanted and "prompt_embeds" not in encoded.conditions and not config.words_model:
+        raise AuditError(
+            "Expected a model that reads captions, to read the words that are asked for, got one of none or of class "
+            "labels. Give a CLIP model that reads them instead: words_model."
+        )
     for asked, what in (
         (config.words_model, "a CLIP model to look at"),
         (config.vision_encoder, "a vision encoder to look at"),
@@ -99,21 +108,24 @@ def audit(
     ):
         if asked and images is None:
             raise ConfigError(f"Expected CaptionedImages for {what}, got only their latents.")
-    if (columns or labels is not None) and config.solver != "auto":
+    if (columns or wanted or labels is not None) and config.solver != "auto":
         raise ConfigError(f"Expected solver 'auto' where groups are asked for, got {config.solver!r}. Leave it out.")
+    rows, vision, readings = encoded.source_index.numpy(), None, list[Reading]()
     if config.words_model:
         from_main(lambda: ClipEncoder.load(config.words_model).name)  # an error in its name comes before the work
-    rows, vision = encoded.source_index.numpy(), None
     given = columns_asked(images, rows, columns) if images is not None else []
     few = labels_asked(labels, encoded.names, encoded.unreadable)
     if images is not None and config.vision_encoder:
         folder = cache_dir / "vision"
         vision = from_main(lambda: encode_vision(config.vision_encoder, images, rows, folder, progress=progress))
-    others = encode_captions(pipe, config.other_captions) if config.other_captions else None
     with FrozenDenoiser(pipe, upper=denoiser is None) as frozen:
         used, folder = denoiser or frozen, cache_dir / "evidence"
-        evidence = collect_evidence(used, encoded, config, work_dir=folder, others=others, progress=progress)
+        evidence = collect_evidence(used, encoded, config, work_dir=folder, progress=progress)
         prompt_of, spent = from_main(lambda: group_captions(used, encoded, config.caption_threshold, config.seed))
+        if wanted and not config.words_model:
+            options: dict[str, Any] = {"work_dir": cache_dir / "asked", "progress": progress}
+            readings, read = read_by_model(pipe, used, encoded, prompt_of, wanted, config, **options)
+            spent += read
     measured = np.prod(evidence.losses.shape[1:]) + evidence.features.shape[1]
     evidence = replace(evidence, vision=vision, contrast_only=denoiser is not None)
     settings = basis | {
@@ -127,17 +139,21 @@ def audit(
 
     def conclude() -> Audit:
         prompts, notes = part_by_images(prompt_of, encoded, evidence.whitened(config.seed), config.min_images)
+        look: dict[str, Any] = {"cache_dir": cache_dir / "words", "progress": progress}
+        by_words, unlike = readings, distinct(encoded, torch.from_numpy(prompts)[encoded.caption_ids])
+        if wanted and images is not None and config.words_model:
+            by_words = read_by_clip(ClipEncoder.load(config.words_model), images, rows, wanted, **look)
 
         def asked(members: Mapping[int, NDArray[Any]]) -> Given:
             prompt_of = prompts[encoded.caption_ids.numpy()]
             sources = evidence.whitened(config.seed)
-            margins = Margins(sources, prompt_of).of_pairs()
+            margins = Margins(sources, prompt_of).of_pairs() if few else np.zeros((len(prompt_of), 0))
             learned = [spread_labels(name, of, sources, margins, prompt_of) for name, of in few.items()]
-            return given_factors([*given, *learned], members, config)
+            search = given_factors([*given, *learned], members, config)
+            return asked_factors(search, by_words, encoded, unlike, config, members)
 
-        unlike = distinct(encoded, torch.from_numpy(prompts)[encoded.caption_ids])
-        options: dict[str, Any] = {"notes": notes, "distinct": unlike, "progress": progress}
-        found = infer(encoded, evidence, prompts, config, asked=asked if given or few else None, **options)
+        ways: dict[str, Any] = {"asked": asked if given or few or by_words else None, "progress": progress}
+        found = infer(encoded, evidence, prompts, config, notes=notes, distinct=unlike, **ways)
         if not evidence.contrast_only:
             own = evidence.sources(config.seed)
             own = own[: len(own) - (0 if vision is None else vision.shape[1])]  # all but a vision encoder's
@@ -146,8 +162,7 @@ def audit(
         found = replace(found, forwards_per_image=round(float(measured + spent), 3))
         if images is None or not config.words_model or not found.biased:
             return found
-        encoder, folder = ClipEncoder.load(config.words_model), cache_dir / "words"
-        words = describe_groups(found, images, rows, encoder, config, cache_dir=folder, progress=progress)
+        words = describe_groups(found, images, rows, ClipEncoder.load(config.words_model), config, **look)
         return replace(found, words=words)
 
     return from_main(conclude)
@@ -195,6 +210,7 @@ def infer(
     words: list[dict[int, dict[str, int]]] = []
     for m, cuts in enumerate(search.factors):
         group_of, usual = words_that_state_groups(data, {p: (members[p], cut.weights) for p, cut in cuts.items()})
+        group_of |= given.words.get(m, {}) if given else {}
         words.append({})
         for prompt, cut in cuts.items():
             of_usual = dict.fromkeys(usual, int(cut.weights.sum(axis=0).argmax()))
@@ -227,7 +243,10 @@ def infer(
                 saying = {word for of, group in stating for word, k in of.items() if k == group}
                 reason, candidates = f"its captions state the group (words: {', '.join(sorted(saying))})", []
             elif given and candidates:
-                reason = "not split: " + "; ".join(f"by {one.evidence}, {one.refusal}" for one in candidates)
+                why: dict[str, list[str]] = {}
+                for one in candidates:
+                    why.setdefault(one.refusal, []).append(one.evidence)
+                reason = "not split: " + "; ".join(f"by {', '.join(of)}, {said}" for said, of in why.items())
             else:
                 reason = why_not(len(rows), candidates, config)
             power = search.power.get(prompt, "")

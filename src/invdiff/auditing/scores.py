@@ -227,22 +227,21 @@ def _parts(features: _Array, margin: _Array, known: NDArray[np.bool_]) -> list[_
 def contrasts(evidence: Evidence, rows: _Array, config: AuditConfig) -> list[Score]:
     """The contrasts of images `rows`; for the solver `gradient` the losses, as in InvDiff."""
     losses = evidence.losses[rows].astype(np.float64)  # (n, levels, draws, conditions)
-    names = ["contrast", *(f"contrast with {caption!r}" for caption in config.other_captions)]
     named = [
-        (f"{name} at log-SNR {level:g}", (losses[:, index, :, 0] - losses[:, index, :, condition]).T)
-        for condition, name in enumerate(names[: losses.shape[3] - 1], start=1)
-        for index, level in enumerate(config.contrast_log_snr)
+        (f"contrast at log-SNR {level:g}", (losses[:, index, :, 0] - losses[:, index, :, 1]).T)
+        for index, level in enumerate(config.contrast_log_snr if losses.shape[3] > 1 else ())
     ]
     if config.solver == "gradient":
         named = [(f"loss at log-SNR {config.contrast_log_snr[0]:g}", losses[:, 0, :, 0].T)]
     return [
-        Score(name, draws, partial(_as_it_is, draws.mean(axis=0)), of_prompt=True)
+        Score(name, draws, partial(as_it_is, draws.mean(axis=0)), of_prompt=True)
         for name, draws in named
         if np.ptp(draws.mean(axis=0)) > 0
     ]
 
 
-def _as_it_is(values: _Array, known: NDArray[np.bool_]) -> list[_Array]:
+def as_it_is(values: _Array, known: NDArray[np.bool_]) -> list[_Array]:
+    """A score that is not learned."""
     return [values]
 
 

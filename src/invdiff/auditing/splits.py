@@ -142,6 +142,8 @@ class Given(Search):
     """Names of the groups of each."""
     record: dict[str, Any] = field(default_factory=dict)
     """What was asked for, as `Audit.settings["asked"]` keeps it."""
+    words: dict[int, dict[str, int]] = field(default_factory=dict)
+    """By factor, the words of captions that state a group, beside those that are found to."""
 
 
 def given_factors(asked: Sequence[Asked], members: Mapping[int, NDArray[Any]], config: AuditConfig) -> Given:

@@ -67,8 +67,7 @@ def describe_groups(
     indices into `data`.
     """
     words = vocabulary(data.captions, config.words)
-    texts = encoder.text_features([template.format(word) for word in words for template in TEMPLATES]).astype(float)
-    texts = normalize(normalize(texts).reshape(len(words), len(TEMPLATES), -1).mean(axis=1))
+    texts = embedded(encoder, words)
     texts = texts - texts.mean(axis=0)
     samples = list(_samples(found, config.seed))
     if not samples:
@@ -97,6 +96,12 @@ def describe_groups(
                     note = "" if named else NO_WORD if own[:, 0].any() else TOO_FEW
                     entries.append(GroupWords(over, factor, group, tuple(named), note))
     return AuditWords(encoder.name, found.fingerprint, len(words), len(shown), LEVEL, tuple(entries))
+
+
+def embedded(encoder: ClipEncoder, words: Sequence[str]) -> _Array:
+    """Unit embeddings of words, (V, D), each the mean over `TEMPLATES`."""
+    texts = encoder.text_features([template.format(word) for word in words for template in TEMPLATES]).astype(float)
+    return normalize(normalize(texts).reshape(len(words), len(TEMPLATES), -1).mean(axis=1))
 
 
 def _test(scores: _Array, own: _Array, said: _Array) -> tuple[_Array, _Array, _Array]:

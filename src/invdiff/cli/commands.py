@@ -116,6 +116,13 @@ def audit(
         panel=ASK,
         metavar="FILE",
     ),
+    ask: list[str] | None = option(
+        None,
+        "An attribute and its values in words, such as 'place: forest, sea': groups are what --words-model, or MODEL "
+        "itself, sees of them. Repeat for more; common asks for a bundled list.",
+        panel=ASK,
+        metavar="QUESTION",
+    ),
     settings: AuditConfig,
     words_file: Path | None = option(
         None, "A text file with further words for the words model, one a line.", "--words", metavar="FILE"
@@ -137,7 +144,7 @@ def audit(
     from ..sampling import own_images
 
     images, pipe = source.load(data, flag="DATA", output=output), weights.load(model)
-    asked: Any = {"attribute": attribute or (), "labels": labels}
+    asked: Any = {"attribute": attribute or (), "labels": labels, "ask": ask or ()}
     options: Any = {"config": settings, "cache_dir": weights.cache_dir, "progress": not quiet}
     found = run_audit(pipe, images, prompts=wanted, **asked, **options)
     images = images or own_images(pipe, found.settings, weights.cache_dir or default_cache_dir(), progress=False)

@@ -54,6 +54,8 @@ def commands(run: Run) -> list[tuple[str, str]]:
     found = []
     if run.audit:
         options = command_options(AuditConfig, without_paths(audited))
+        for name, of in audited.get("asked", {}).get("ask", {}).items():
+            options += ["--ask", f"{name}: {', '.join(of['values'])}"]
         found.append(("Audit", ["audit", *adapted, *(own or [data, *columns]), "--output", audit, *options]))
     if training := _record(run, "training"):
         options = command_options(TrainConfig, without_paths(training))

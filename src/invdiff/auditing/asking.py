@@ -1,0 +1,268 @@
+"""Attributes that a user asks for in words: how much each image looks like each of a few values, and the groups.
+
+A CLIP model reads a value by the cosine of image and words. Without one the audited model is its own reader, as a
+classifier (Li et al., ICCV 2023): by its denoising loss under the caption with the value put in, at the same noise for
+all values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.preprocessing import normalize
+
+from ..assets import COMMON_QUESTIONS
+from ..config import AuditConfig
+from ..data.captioned import CaptionedImages
+from ..data.encode import EncodedImages, encode_captions
+from ..errors import ConfigError
+from ..files import fingerprint, read_arrays
+from ..models.encoders import ClipEncoder
+from ..models.frozen import Denoiser
+from ..models.load import public_name
+from ..progress import note
+from ..seeds import derived_seed, generator
+from .captions import stated_group
+from .cuts import NOT_TESTED, Cut, too_few, weigh
+from .decide import e_bh, share_intervals
+from .evidence import cached_features, in_shards, paired_losses
+from .result import WORD_LIMIT, Candidate
+from .scores import Score, as_it_is
+from .splits import Given
+from .words import embedded
+
+TEMPLATE = "{}, {}"
+"""How a value is put into a caption."""
+LEVELS, DRAWS = (1.0, -0.5, -2.0, -3.5, -5.0), 2
+"""Log signal-to-noise ratios at which the audited model reads, and noises at each."""
+MOST_AT_ONCE, FIRST = 8, 300
+"""More attributes than these are first read in so many images of each prompt, and in all only where uneven."""
+REST = "other"
+"""The group of images that show none of the values that are told apart."""
+_Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """How much N images look like each value of one attribute, in a reader's opinion."""
+
+    name: str
+    values: tuple[str, ...]
+    scores: _Array
+    """(draws, N, V): by independent noises, less the mean of all values; no draws where few images were read."""
+
+
+def questions(asked: Mapping[str, Sequence[str]] | Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Attributes and their values, of a mapping or of lines such as "place: forest, sea"; "common" is a bundled list.
+
+    Raises:
+        ConfigError: A line is no question, or an attribute is asked for twice.
+    """
+    common = [line for line in COMMON_QUESTIONS.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+    lines = [f"{name}: {', '.join(of)}" for name, of in asked.items()] if isinstance(asked, Mapping) else asked
+    found: dict[str, tuple[str, ...]] = {}
+    for line in chain.from_iterable(common if line.strip() == "common" else [line] for line in lines):
+        name, _, rest = (part.strip() for part in line.partition(":"))
+        values = [value.strip() for value in rest.split(",")]
+        fit = name not in found and len(set(values)) == len(values) > 1
+        if not fit or not all(0 < len(one) <= WORD_LIMIT for one in (name, *values)):
+            raise ConfigError(
+                "Expected attributes to ask for such as 'place: forest, sea, city', each once, with at least two "
+                f"different values of 1 to {WORD_LIMIT} characters, got {line!r}."
+            )
+        found[name] = tuple(values)
+    return found
+
+
+def read_by_clip(
+    encoder: ClipEncoder,
+    data: CaptionedImages,
+    rows: _Array,
+    asked: Mapping[str, tuple[str, ...]],
+    *,
+    cache_dir: Path,
+    progress: bool = True,
+) -> list[Reading]:
+    """A CLIP model's reading of images `rows` (N,) of `data`, from features that are kept in `cache_dir`."""
+    digest = encoder.weights_digest()
+    features = cached_features(cache_dir, digest, data, rows, lambda: encoder.extract, progress)
+    cosines = [normalize(features.astype(np.float64)) @ embedded(encoder, values).T for values in asked.values()]
+    scores = [(own - own.mean(axis=1, keepdims=True))[None] for own in cosines]
+    return [Reading(*question, own) for question, own in zip(asked.items(), scores, strict=True)]
+
+
+def read_by_model(
+    pipe: Any,
+    denoiser: Denoiser,
+    data: EncodedImages,
+    prompt_of: _Array,
+    asked: Mapping[str, tuple[str, ...]],
+    config: AuditConfig,
+    *,
+    work_dir: Path,
+    progress: bool = True,
+) -> tuple[list[Reading], float]:
+    """The audited model's own reading, kept in shards in `work_dir`, and the forwards that it took per image.
+
+    Of more than `MOST_AT_ONCE` attributes, the first `FIRST` images of each prompt are read first; the others only
+    where under some prompt at most `config.max_balance` of these, for two values, look most like one of the values.
+    `prompt_of` (captions,) is the prompt of each caption.
+    """
+    prompts, every = prompt_of[data.caption_ids.numpy()], np.arange(len(data))
+    some = np.sort(np.concatenate([np.flatnonzero(prompts == prompt)[:FIRST] for prompt in np.unique(prompts)]))
+    stages = [some, every] if len(asked) > MOST_AT_ONCE and len(some) < len(every) else [every]
+    each, images = len(LEVELS) * DRAWS * sum(map(len, asked.values())), len(stages[0])
+    more = f"; {len(every):,} images where they look uneven" if len(stages) > 1 else ""
+    note(
+        f"Reading {len(asked)} in words takes {each * images:,} forwards, {each} for each of {images:,} images{more}."
+    )
+
+    def measure(values: Sequence[str], batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        captions = [data.captions[caption] for caption in data.caption_ids[batch].tolist()]
+        different = list(dict.fromkeys(captions))
+        place = torch.tensor([different.index(caption) for caption in captions])
+        texts = ([TEMPLATE.format(caption, value) for caption in different] for value in values)
+        conditions = [{key: of[place] for key, of in encode_captions(pipe, own).items()} for own in texts]
+        rng = generator("ask", config.seed, int(batch[0]))
+        return {"losses": paired_losses(denoiser, data.latents[batch], conditions, LEVELS, DRAWS, rng)}
+
+    made_of = (data.model_fingerprint, data.data_fingerprint, str(data.resolution), denoiser.fingerprint)
+    readings, spent = list[Reading](), 0
+    for name, values in asked.items():
+        for rows in stages:
+            settings = repr((TEMPLATE, values, LEVELS, DRAWS, config.batch_size, config.seed))
+            folder, read = work_dir / fingerprint(*made_of, settings, rows.tobytes()), partial(measure, values)
+            paths = in_shards(folder, f"reading {name}", read, data, torch.from_numpy(rows), config, progress=progress)
+            scores = _likelier(np.concatenate([read_arrays(path)["losses"] for path in paths]).astype(np.float64))
+            spent += len(rows) * len(LEVELS) * DRAWS * len(values)
+            if len(rows) < len(data):
+                most = np.eye(len(values))[scores.mean(axis=0).argmax(axis=1)]
+                shares = [most[prompts[rows] == prompt].mean(axis=0) for prompt in np.unique(prompts)]
+                if np.min(shares) * len(values) / 2 > config.max_balance:
+                    scores = scores[:0]
+                    break
+        readings.append(Reading(name, values, scores))
+    return readings, spent / len(data)
+
+
+def _likelier(losses: _Array) -> _Array:
+    """Scores (draws, n, V) of losses (n, levels, draws, V).
+
+    Levels are one signal under different noise: each counts by its signal over the variance of its noise, as the
+    correlation of its draws tells them.
+    """
+    less = losses.mean(axis=3, keepdims=True) - losses
+    centred = less - less.mean(axis=(0, 2), keepdims=True)
+    size = np.maximum(centred.std(axis=(0, 2, 3)), 1e-12)
+    pairs = (centred.sum(axis=2) ** 2).mean(axis=(0, 2)) / (DRAWS * size**2) - 1
+    agreement = (pairs / (DRAWS - 1)).clip(0.01, 0.99)
+    return np.einsum("nldv,l->dnv", less, np.sqrt(agreement) / (1 - agreement) / size)
+
+
+def asked_factors(
+    search: Given,
+    readings: Sequence[Reading],
+    data: EncodedImages,
+    distinct: NDArray[np.bool_],
+    config: AuditConfig,
+    members: Mapping[int, _Array],
+) -> Given:
+    """A search with a factor for each attribute of which a value is told apart under a prompt.
+
+    Of two values there is one score; of more, one for each against the mean of all. A score is cut between two humps
+    as other evidence is (see decide.py), at the false discovery rate `config.level` over all attributes. What no value
+    claims is `REST`. Images whose captions state a value are set apart, and groups that are even under every prompt
+    are refused.
+
+    Args:
+        search: Factors that were asked for otherwise.
+        readings: What was read in N images.
+        data: The images and their captions.
+        distinct: (N,), false for images that are nearly the same as another.
+        config: Thresholds and the seed.
+        members: The images of each prompt, (n,).
+    """
+    judged = {prompt: rows for prompt, rows in members.items() if not too_few(len(rows), config)}
+    reader, two = public_name(config.words_model) or "the audited model", replace(config, num_groups=2)
+    for reading in readings:
+        values, weighed = reading.values, dict[tuple[int, int], Cut]()  # by prompt and value
+        search.record.setdefault("ask", {})[reading.name] = {"values": list(values), "reader": reader}
+        both = " and ".join(map(repr, values))
+        evidence = [both] * 2 if len(values) == 2 else list(map(repr, values))
+        words = {value.lower(): place for place, value in enumerate(values)}
+        stated = np.array([stated_group(caption, words) for caption in data.captions])[data.caption_ids]
+        for prompt, rows in judged.items() if len(reading.scores) else ():
+            silent = rows[stated[rows] < 0]
+            for value in () if too_few(len(silent), config) else range(len(values) == 2, len(evidence)):
+                draws = reading.scores[:, silent, value]
+                score = Score(evidence[value], draws, partial(as_it_is, draws.mean(axis=0)))
+                rng = np.random.default_rng(derived_seed("asked", config.seed, reading.name, value, prompt))
+                for cut in weigh([score], distinct[silent], two, rng):
+                    weighed[prompt, value] = cut
+        log_e = [-np.inf if cut.candidate.refusal else cut.candidate.log_e for cut in weighed.values()]
+        passing = zip(weighed.items(), e_bh(log_e, config.level / len(readings)), strict=True)
+        told: dict[int, dict[int, Cut]] = {}
+        for ((prompt, value), cut), passes in passing:
+            if passes:
+                told.setdefault(prompt, {})[value] = cut
+        columns = sorted({value for of in told.values() for value in of}) if len(values) > 2 else [0, 1]
+        names = [*(values[column] for column in columns), *[REST] * (len(columns) < len(values))]
+        factor = {prompt: next(iter(of.values())) for prompt, of in told.items()}
+        if len(values) > 2:
+            factor = {prompt: _joined(of, columns, len(names)) for prompt, of in told.items()}
+        uneven = any(min(c.candidate.shares) * len(names) / 2 <= config.max_balance for c in factor.values())
+        for prompt, rows in judged.items():
+            own = [cut.candidate for (at, _), cut in weighed.items() if at == prompt]
+            if prompt in factor:
+                best = replace(factor[prompt].candidate, refusal="" if uneven else "the groups are even")
+            elif own:
+                best = max(own, key=lambda one: one.log_e)
+                refusal = best.refusal or f"one hump is not ruled out (log e {best.log_e:.1f})"
+                look = np.bincount(reading.scores.mean(axis=0)[rows].argmax(axis=1)) / len(rows)
+                usual = f"nearly all look more like {values[look.argmax()]!r}"
+                best = replace(best, refusal=usual if look.max() > 1 - config.min_share else refusal)
+            else:
+                few = "of which its captions state one, or too few do not"
+                refusal = few if len(reading.scores) else f"which look even in the first {FIRST} images"
+                best = Candidate(both, len(values), [], 0.0, 0.0, 0.0, NOT_TESTED, refusal)
+            search.candidates[prompt].append(best)
+        if uneven:
+            column_of = np.array([columns.index(v) if v in columns else len(columns) for v in range(len(values))])
+            search.words[len(search.factors)] = {word: int(column_of[place]) for word, place in words.items()}
+            groups = np.where(stated < 0, -1, column_of[stated])
+            search.factors.append({prompt: _whole(cut, groups[judged[prompt]]) for prompt, cut in factor.items()})
+            search.names.append(reading.name)
+            search.values.append(names)
+    return search
+
+
+def _joined(told: Mapping[int, Cut], columns: Sequence[int], size: int) -> Cut:
+    """The groups of one prompt: those of the values that are told apart there, in `size` columns, and of the rest."""
+    weakest = min(told.values(), key=lambda cut: cut.candidate.rand_low)
+    weights = np.full((len(weakest.weights), size), 1e-9)
+    for value, cut in told.items():
+        weights[:, columns.index(value)] += cut.weights[:, 1]
+    free = [-1] if size > len(columns) else [k for k, value in enumerate(columns) if value not in told]
+    weights[:, free] += (1 - weights.sum(axis=1, keepdims=True)).clip(0) / max(len(free), 1)
+    weights /= weights.sum(axis=1, keepdims=True)
+    evidence, shares = " and ".join(cut.candidate.evidence for cut in told.values()), weights.mean(axis=0).round(4)
+    candidate = replace(weakest.candidate, evidence=evidence, num_groups=size, shares=shares.tolist())
+    place = weights @ np.arange(size)
+    score = Score(evidence, place[None], partial(as_it_is, place))
+    return Cut(candidate, score, weights, share_intervals(weights))
+
+
+def _whole(cut: Cut, stated: _Array) -> Cut:
+    """A cut of those of a prompt's images of which no group is stated, of all: `stated` (n,) is the group, or -1."""
+    own, weights = stated < 0, np.eye(cut.weights.shape[1])[stated.clip(0)]
+    draws = np.repeat(np.median(cut.score.draws, axis=1, keepdims=True), len(own), axis=1)
+    weights[own], draws[:, own] = cut.weights, cut.score.draws
+    return replace(cut, score=replace(cut.score, draws=draws), weights=weights)

@@ -1,0 +1,175 @@
+"""Attributes asked for in words: how images are read, which groups are believed, and what is said."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from conftest import make_tiny_pipeline
+from invdiff.auditing import asking
+from invdiff.auditing.asking import DRAWS, LEVELS, REST, Reading, asked_factors, questions, read_by_clip
+from invdiff.auditing.result import Audit
+from invdiff.auditing.run import audit
+from invdiff.auditing.splits import Given
+from invdiff.config import AuditConfig
+from invdiff.data.captioned import load_captioned_images
+from invdiff.errors import AuditError, ConfigError
+from runs import made_up_data
+from test_words import birds, on_water
+from tiny import make_ddpm, save_clip
+
+PLACE = {"place": ("land", "water")}
+CONFIG = AuditConfig(min_images=4, batch_size=4)
+FORWARDS = len(LEVELS) * DRAWS
+
+
+def test_questions_are_lines_or_a_mapping_and_common_is_a_list_of_about_thirty():
+    assert questions(["place: forest, sea,city", "a b:x y, z"]) == {
+        "place": ("forest", "sea", "city"),
+        "a b": ("x y", "z"),
+    }
+    assert questions(PLACE) == PLACE
+    common = questions(["mine: a, b", "common"])
+    assert 25 <= len(common) <= 35
+    assert common["mine"] == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    "line", ["place", "place, sea: land", "place: sea", "place: sea, sea", ": a, b", "a: b, " + "c" * 61]
+)
+def test_what_is_no_question_is_refused(line):
+    with pytest.raises(ConfigError, match="place: forest, sea, city"):
+        questions([line])
+    with pytest.raises(ConfigError, match="each once"):
+        questions(["a: b, c", "a: d, e"])
+
+
+def factors(values, shown, noise=0.5, captions=("a dog", "a cat"), caption_ids=None, **settings) -> Given:
+    """What is made of readings of images of which `shown` (N,) is the true value, half of them of each prompt."""
+    rng = np.random.default_rng(0)
+    scores = 3.0 * np.eye(len(values))[shown] + noise * rng.normal(size=(2, len(shown), len(values)))
+    scores -= scores.mean(axis=2, keepdims=True)
+    half = len(shown) // 2
+    ids = np.repeat([0, 1], half) if caption_ids is None else caption_ids
+    data, members = made_up_data(list(captions), ids), {0: np.arange(half), 1: np.arange(half, 2 * half)}
+    search, config = Given([], {0: [], 1: []}, {}), AuditConfig(**settings)
+    return asked_factors(
+        search, [Reading("what", values, scores)], data, np.ones(len(shown), dtype=bool), config, members
+    )
+
+
+def shown(*shares, count=600):
+    """The value of each image, of prompts with these shares of values."""
+    return np.concatenate(
+        [np.repeat(np.arange(len(own)), np.round(np.array(own) * count).astype(int)) for own in shares]
+    )
+
+
+def test_two_values_are_two_named_groups_under_each_prompt():
+    truth = shown((0.9, 0.1), (0.1, 0.9))
+    search = factors(("land", "water"), truth)
+    assert (search.names, search.values) == (["what"], [["land", "water"]])
+    for prompt, rows in ((0, slice(600)), (1, slice(600, None))):
+        found = search.factors[0][prompt].weights.argmax(axis=1)
+        assert (found == truth[rows]).mean() > 0.99
+        assert search.candidates[prompt][0].refusal == ""
+
+
+def test_of_more_values_those_that_are_told_apart_have_groups_and_the_rest_another():
+    truth = shown((0.6, 0.1, 0.3, 0), (0.2, 0.7, 0.1, 0))
+    search = factors(("forest", "sea", "city", "moon"), truth)
+    assert search.values == [["forest", "sea", "city", REST]]
+    weights = np.concatenate([search.factors[0][prompt].weights for prompt in (0, 1)])
+    assert (weights.argmax(axis=1) == truth).mean() > 0.97
+    assert np.allclose(weights.sum(axis=1), 1)
+
+
+@pytest.mark.parametrize(
+    ("truth", "noise", "refusal"),
+    [
+        (shown((0.5, 0.5), (0.5, 0.5)), 0.5, "the groups are even"),
+        (shown((0.9, 0.1), (0.1, 0.9)), 4.0, "the groups overlap too much to part them"),
+        (shown((1.0, 0.0), (1.0, 0.0)), 0.5, "nearly all look more like 'land'"),
+    ],
+)
+def test_what_is_not_found_has_its_reason(truth, noise, refusal):
+    search = factors(("land", "water"), truth, noise)
+    assert search.factors == []
+    assert [candidate.refusal for of in search.candidates.values() for candidate in of] == [refusal] * 2
+
+
+def test_images_whose_captions_state_a_value_have_that_group_and_are_not_judged():
+    truth = shown((0.9, 0.1), (0.1, 0.9))
+    ids = np.repeat([0, 1], 600)
+    ids[:100], truth[:100] = 2, 1  # they look like water and say so
+    search = factors(("land", "water"), truth, captions=("a dog", "a cat", "a dog on water"), caption_ids=ids)
+    assert search.words == {0: {"land": 0, "water": 1}}
+    assert (search.factors[0][0].weights[:100] == [0, 1]).all()
+    assert search.candidates[0][0].shares[1] == pytest.approx(60 / 500, abs=0.01)
+    stated = factors(("dog", "cat"), truth)
+    assert stated.factors == []
+    assert "captions state" in stated.candidates[0][0].refusal
+
+
+def run(pipe, folder, cache, ask=PLACE, **options) -> Audit:
+    return audit(
+        pipe, load_captioned_images(folder), ask=ask, config=CONFIG, cache_dir=cache, progress=False, **options
+    )
+
+
+def test_the_audited_model_reads_each_image_for_each_value_once_and_the_audit_says_so(
+    tiny_pipe, tiny_folder, tmp_path
+):
+    calls = []
+    tiny_pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    spent, audits = [], []
+    for ask in ((), (), PLACE, PLACE):
+        audits.append(run(tiny_pipe, tiny_folder, tmp_path / "cache", ask=ask))
+        spent.append(sum(calls))
+        calls.clear()
+    _, plain, found, again = audits
+    assert spent[2:] == [spent[1] + 2 * FORWARDS * 12, spent[1]]  # what was read is kept
+    assert found.forwards_per_image == plain.forwards_per_image + 2 * FORWARDS
+    assert again.fingerprint == found.fingerprint
+    assert found.settings["asked"] == {"ask": {"place": {"values": ["land", "water"], "reader": "the audited model"}}}
+    assert found.asked == (
+        "Groups were asked for, not sought: the audited model read the images for place (land, water)."
+    )
+    assert "asked" not in plain.settings
+    assert json.loads((found.save(tmp_path / "audit") / "audit.json").read_text())["settings"]["asked"]
+
+
+def test_many_attributes_are_first_read_in_some_images(tiny_pipe, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(asking, "FIRST", 2)
+    monkeypatch.setattr(
+        asking, "_likelier", lambda losses: np.tile([[[0.0, 1.0], [1.0, 0.0]]], (1, len(losses) // 2, 1))
+    )
+    many = {f"attribute {number}": ("a", "b") for number in range(9)}
+    plain = run(tiny_pipe, tiny_folder, tmp_path, ask=())
+    found = run(tiny_pipe, tiny_folder, tmp_path, ask=many)
+    assert found.forwards_per_image - plain.forwards_per_image == pytest.approx(9 * 2 * FORWARDS * 2 / 12)
+    assert not found.biased
+    assert "which look even in the first 2 images" in found.prompts[0].reason
+
+
+def test_a_clip_model_reads_by_cosine_with_no_forwards(tiny_pipe, tiny_folder, tmp_path):
+    shown, pictures, encoder = birds(("sea",), ("forest",))
+    rows = np.arange(len(pictures.names))
+    (read,) = read_by_clip(encoder, pictures, rows, {"place": ("forest", "sea")}, cache_dir=tmp_path, progress=False)
+    assert (read.scores[0].argmax(axis=1) == on_water(shown)).mean() > 0.95
+    data = load_captioned_images(tiny_folder)
+    config = replace(CONFIG, words_model=str(save_clip(tmp_path / "clip")))
+    found = audit(tiny_pipe, data, ask=PLACE, config=config, cache_dir=tmp_path, progress=False)
+    assert found.settings["asked"]["ask"]["place"]["reader"] == "clip"
+    assert found.forwards_per_image < 2 * FORWARDS
+
+
+def test_a_model_that_reads_no_captions_cannot_be_asked(tiny_folder, tmp_path):
+    with pytest.raises(AuditError, match="words_model"):
+        run(make_ddpm(), tiny_folder, tmp_path)
+    with pytest.raises(ConfigError, match="solver"):
+        audit(
+            make_tiny_pipeline(), load_captioned_images(tiny_folder), ask=PLACE,
+            config=AuditConfig(solver="exact"), cache_dir=tmp_path, progress=False,
+        )  # fmt: skip
