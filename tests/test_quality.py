@@ -94,8 +94,8 @@ def test_interval_of_the_kernel_distance_holds_the_truth_as_often_as_it_says():
     covered = 0
     for seed in range(300):
         first, second = normal(2 * seed, (60, 4)), normal(2 * seed + 1, (80, 4), shift=0.8)
-        _, low, high = kernel_distance(first, second, degree=1)
-        covered += low < 0.8**2 < high
+        found = kernel_distance(first, second, degree=1)
+        covered += found.low < 0.8**2 < found.high
     assert 0.91 < covered / 300 < 0.98
 
 

@@ -14,6 +14,7 @@ from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.utils import check_array, gen_batches
 
 from ...errors import EvaluationError, first_line
+from ..results import Quantity
 
 FloatArray = NDArray[np.float64]
 
@@ -37,22 +38,14 @@ def frechet_distance(features: ArrayLike, reference: ArrayLike) -> float:
     return max(float(shift @ shift + traces - 2 * np.linalg.norm(roots[0] @ roots[1].T, "nuc")), 0.0)
 
 
-class KernelDistance(NamedTuple):
-    """A squared MMD with its confidence interval, both of which may lie below 0."""
-
-    value: float
-    low: float
-    high: float
-
-
 def kernel_distance(
     features: ArrayLike, reference: ArrayLike, *, degree: int = 3, confidence: float = 0.95
-) -> KernelDistance:
+) -> Quantity:
     """Squared MMD of features, (N, D), and a reference's, (M, D), under the kernel (x.y / D + 1)^degree (KID).
 
     Bińkowski et al., "Demystifying MMD GANs" (ICLR 2018): the unbiased estimate, whose expectation does not depend on
-    N and M; papers often give a thousandfold. The interval is the jackknife's (Arvesen, "Jackknifing U-statistics",
-    1969).
+    N and M, so that it may lie below 0; papers often give a thousandfold. The interval is the jackknife's (Arvesen,
+    "Jackknifing U-statistics", 1969).
     """
     first, second = checked_pair(features, reference, minimum=3)
     # A product is several times faster than a power.
@@ -68,7 +61,7 @@ def kernel_distance(
         across_without = (across.sum() - across) / ((size - 1) * size_of_others)
         variance += (size - 1) * np.var(within_without - 2 * across_without)
     half = norm.ppf((1 + confidence) / 2) * np.sqrt(variance)
-    return KernelDistance(float(value), float(value - half), float(value + half))
+    return Quantity(float(value), float(value - half), float(value + half))
 
 
 def cmmd(features: ArrayLike, reference: ArrayLike, *, sigma: float = 10.0, scale: float = 1000.0) -> float:

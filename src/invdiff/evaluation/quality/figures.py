@@ -155,7 +155,7 @@ def _distances(
     if kernels and min(n, m) < MIN_KERNEL:
         figures |= _too_few([kid], features, reference, MIN_KERNEL)
     elif kernels:
-        figures[kid] = Quantity(*kernel_distance(features, reference, confidence=confidence), note=sizes)
+        figures[kid] = replace(kernel_distance(features, reference, confidence=confidence), note=sizes)
     if kernels:
         figures[f"CMMD ({name})"] = _where_defined(lambda: Quantity(cmmd(features, reference), note=falling))
     # The images that each is a share of; density is no share and has no interval.
