@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 
 DIMENSIONS = 50
 """Leading principal components of each source of features that a probe reads."""
-MARGIN_SCALE = 4.0
-"""Of margins beside features: they are trusted more, and so regularised less."""
+MARGIN_SCALE = 8.0
+"""Of margins beside features, divided by the number of values: they are trusted more, and so regularised less, but of
+many values each comes with the prompt less clearly."""
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 """C of the regression, of which cross-validation chooses."""
-CALIBRATION, PROMPT_SCALE = 30.0, 3.0
-"""C of the second regression, which makes probabilities of the first one's logits and the prompt, and its inputs'
-scale."""
+SLOPE_PENALTY, OFFSET_PENALTY, LEAST_SCALE = 0.03, 0.004, 0.1
+"""Ridge penalties of what makes probabilities of logits: their scale, never turned; and offsets of each prompt
+and class."""
 FOLDS = 5
 LEVEL = 0.05
 """Of the test that labels left out are guessed better than by chance."""
@@ -40,9 +42,10 @@ def spread_labels(
 ) -> Asked:
     """An attribute of N images from the labels of a few, "" for the others.
 
-    A strongly regularised logistic regression finds the direction, a second one on its logits left out and the prompt
-    makes them probabilities. Cells of prompt and label weigh alike, so that the attribute is not read off the prompt.
-    As labels may be drawn otherwise than images, shares under each prompt are estimated again (`with_own_shares`).
+    A strongly regularised logistic regression finds the direction; scale and offsets by prompt, fitted to its logits
+    of labels left out, make them probabilities. Cells of prompt and label weigh alike, so that the attribute is not
+    read off the prompt. As labels may be drawn otherwise than images, shares under each prompt are estimated again
+    (`with_own_shares`).
 
     Args:
         name: Of the attribute.
@@ -54,22 +57,26 @@ def spread_labels(
     values, known = sorted(set(labels) - {""}), np.array([bool(label) for label in labels])
     truth, own = np.array([values.index(label) for label in labels if label]), prompt_of[known]
     features = [source[:, :DIMENSIONS] / len(sources) ** 0.5 for source in sources]
-    inputs = np.concatenate([*features, MARGIN_SCALE * margins], axis=1)
-    prompts = PROMPT_SCALE * (prompt_of[:, None] == np.unique(prompt_of))
+    inputs = np.concatenate([*features, MARGIN_SCALE / len(values) * margins], axis=1)
+    prompts = (prompt_of[:, None] == np.unique(prompt_of)).astype(float)
     cells, cell, counts = np.unique([own, truth], axis=1, return_inverse=True, return_counts=True)
     cell = cell.reshape(-1)
     folds = _folds(truth, cell)
     tried = {strength: _left_out(inputs[known], truth, cell, folds, strength) for strength in STRENGTHS}
-    second = {c: np.concatenate([z / z.std(), prompts[known]], axis=1) for c, z in tried.items()}
-    judged = {c: log_softmax(_left_out(of, truth, cell, folds, CALIBRATION), axis=1) for c, of in second.items()}
+    judged = {strength: np.empty_like(of) for strength, of in tried.items()}
+    for fold in range(FOLDS):
+        fitted = folds != fold
+        for strength, of in tried.items():
+            scale, offsets = _calibration(of[fitted], truth[fitted], cell[fitted], prompts[known][fitted])
+            judged[strength][~fitted] = log_softmax(scale * of[~fitted] + prompts[known][~fitted] @ offsets, axis=1)
     losses = {c: -_balanced(cell) * of[np.arange(len(truth)), truth] for c, of in judged.items()}
     best = min(losses.values(), key=lambda of: of.mean())
     within_error = best.mean() + best.std() / len(best) ** 0.5  # the strongest within a standard error of the best
     chosen = next(c for c, of in losses.items() if of.mean() <= within_error)
 
-    first = logits_of(_fit(inputs[known], truth, cell, chosen), inputs) / tried[chosen].std()
-    calibrated = _fit(second[chosen], truth, cell, CALIBRATION)
-    posterior = softmax(logits_of(calibrated, np.concatenate([first, prompts], axis=1)), axis=1)
+    scale, offsets = _calibration(tried[chosen], truth, cell, prompts[known])
+    logits = logits_of(_fit(inputs[known], truth, cell, chosen), inputs)
+    posterior = softmax(scale * logits + prompts @ offsets, axis=1)
     for prompt in np.unique(prompt_of):
         posterior[prompt_of == prompt] = with_own_shares(posterior[prompt_of == prompt])
     posterior[known] = np.eye(len(values))[truth]
@@ -141,6 +148,25 @@ def _balanced(cell: _Array) -> _Array:
     """Weights (n,) of mean 1 with which cells count alike."""
     counts = np.bincount(cell)
     return len(cell) / (np.count_nonzero(counts) * counts[cell])
+
+
+def _calibration(logits: _Array, truth: _Array, cell: _Array, prompts: _Array) -> tuple[float, _Array]:
+    """The scale of logits (n, E), above 0, and offsets (P, E) of `prompts` (n, P), of least cross-entropy."""
+    unit, weights, targets = logits.std(), _balanced(cell)[:, None], np.eye(logits.shape[1])[truth]
+
+    def loss(x: _Array) -> tuple[float, _Array]:
+        offsets = x[1:].reshape(prompts.shape[1], -1)
+        found = log_softmax(x[0] * logits / unit + prompts @ offsets, axis=1)
+        slope = weights * (np.exp(found) - targets)
+        penalties = np.append(SLOPE_PENALTY, np.full(offsets.size, OFFSET_PENALTY))
+        of_offsets = prompts.T @ slope
+        gradient = np.append((slope * logits / unit).sum(), of_offsets) + penalties * x
+        return float(-(weights * targets * found).sum() + (penalties * x**2).sum() / 2), gradient
+
+    size = prompts.shape[1] * logits.shape[1]
+    bounds = [(LEAST_SCALE, None), *[(None, None)] * size]
+    found = minimize(loss, np.append(1.0, np.zeros(size)), jac=True, bounds=bounds, method="L-BFGS-B").x
+    return float(found[0] / unit), found[1:].reshape(prompts.shape[1], -1)
 
 
 def _folds(truth: _Array, cell: _Array) -> _Array:
