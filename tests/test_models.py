@@ -92,7 +92,7 @@ def changed(lora, path, change):
         ("sd1", "nobody/nothing", "a LoRA for a StableDiffusionPipeline at nobody/nothing"),
         ("sd1", "{folder}/layers.safetensors", "only 32 of its 40 matrices have a place"),
         ("sd1", "{folder}/shapes.safetensors", "could not load it"),
-        ("sdxl", "{lora}", "a LoRA for a StableDiffusionXLPipeline .*of this kind of model"),
+        ("sdxl", "{lora}", "a LoRA for a StableDiffusionXLPipeline .*of this kind"),
         ("flux", "{lora}", "only 8 of its 40 matrices have a place"),
         ("pixart", "{lora}", "a LoRA for a PixArtSigmaPipeline .*no attribute"),
     ],

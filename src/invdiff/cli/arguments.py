@@ -244,9 +244,12 @@ class WeightsOptions(Options):
 
     def load(self, model: str) -> Any:
         """Load a pipeline."""
-        from ..models.load import dtype_named, load_pipeline
+        import torch
 
-        return load_pipeline(model, loras=self.loras, config=self.model_config, dtype=dtype_named(self.dtype))
+        from ..models.load import load_pipeline
+
+        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.dtype]
+        return load_pipeline(model, loras=self.loras, config=self.model_config, dtype=dtype)
 
 
 @dataclass(frozen=True)

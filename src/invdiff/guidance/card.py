@@ -186,7 +186,6 @@ def _render(config: Mapping[str, Any], record: Mapping[str, Any], num_parameters
         base=json.dumps(hub_id or "path/to/the/base/model"),
         source=json.dumps(source),
         call=call,
-        loras=record.get("base", {}).get("loras", ()),
         mix=(mix[0] if len(mix) == 1 else mix) if config.get("mode") == "balanced" else None,
         num_parameters=num_parameters,
         factors=factors,

@@ -106,9 +106,7 @@ def _settings_of(file: str) -> str:
     """The pipeline on the hub that is like the one in a single file, by the names and shapes of its weights."""
     weights = load_single_file_checkpoint(file)
     if any("lora" in name for name in weights):
-        raise ModelError(
-            f"Expected all weights of a model in {file}, found a LoRA. Give its model, and --lora {file}."
-        )
+        raise ModelError(f"Expected all of a model in {file}, found a LoRA. Give its model, and --lora {file}.")
     return fetch_diffusers_config(weights)["pretrained_model_name_or_path"]
 
 
@@ -125,9 +123,7 @@ def _fuse(pipe: Any, lora: str) -> tuple[str, str]:
     place, before = str(path.resolve()) if path.exists() else source, logging.root.manager.disable
     logging.disable(logging.ERROR)  # diffusers would list every weight that does not fit
     try:
-        with loading(
-            f"a LoRA for a {type(pipe).__name__}", source, "Is it of this kind of model, and peft installed?"
-        ):
+        with loading(f"a LoRA for a {type(pipe).__name__}", source, "Is it of this kind, and peft installed?"):
             found = pipe.lora_state_dict(place, use_safetensors=True)
             weights = found[0] if isinstance(found, tuple) else found
             pipe.load_lora_weights(place, adapter_name="lora", use_safetensors=True)
@@ -155,11 +151,6 @@ def _from_pretrained(source: str, options: dict[str, Any]) -> Any:
                 with suppress(OSError, ValueError):
                     return DiffusionPipeline.from_pretrained(source, **options, variant=variant)
             raise
-
-
-def dtype_named(name: str) -> torch.dtype:
-    """The type of weights called "fp32", "fp16" or "bf16"."""
-    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
 
 
 GUIDED: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
