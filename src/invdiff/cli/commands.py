@@ -180,7 +180,7 @@ def train(
     model: Model,
     data: Data,
     audit_dir: Path | None = typer.Argument(
-        None, metavar="AUDIT", help="What `invdiff audit` wrote; without DATA, if it drew."
+        None, metavar="AUDIT", help="What `invdiff audit` wrote; alone where it drew images."
     ),
     output: Output,
     settings: TrainConfig,
