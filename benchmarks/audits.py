@@ -181,11 +181,11 @@ def own(source: Path, base: Path, work: Path) -> Iterator[Cell]:
 
 
 def words(source: Path, base: Path, work: Path) -> Iterator[Cell]:
-    """The base is its own reader, of 1,000 images or of 600."""
+    """The base is its own reader, of 1,000 images or of 400."""
     birds = partial(worlds.waterbirds, source, num_images=1000, severity=0.95)
     yield Cell("place", birds, base, ("place",), ask={"place": ("forest", "sea")}, ceiling=True)
     for captions, hidden, values in (("age", "gender", ("man", "woman")), ("gender", "age", ("young", "old"))):
-        people = partial(worlds.fairface, source, captions=captions, hidden=hidden, num_images=600)
+        people = partial(worlds.fairface, source, captions=captions, hidden=hidden, num_images=400)
         yield Cell(hidden, people, base, (hidden,), captions, ask={hidden: values}, ceiling=True)
 
 
