@@ -87,7 +87,7 @@ def spread_labels(
     tested, chance = several > 1, 1 / several
     error = np.sqrt((chance * (1 - chance) / counts)[tested].sum())
     above = (recall - chance)[tested].sum() / error if tested.any() else -np.inf
-    accuracy = {value: round(float(recall[cells[1] == e].mean()), 4) for e, value in enumerate(values)}
+    accuracy = {value: round(float((guessed == truth)[truth == e].mean()), 4) for e, value in enumerate(values)}
     told = ", ".join(f"{value} {share:.0%}" for value, share in accuracy.items())
     fault = f"labels left out are guessed no better than by chance ({told} right)"
     return Asked(
