@@ -231,8 +231,8 @@ class Audit:
         return np.all([weights.any(axis=1) for weights in self.group_weights], axis=0)
 
     @property
-    def own_groups(self) -> str:
-        """Sentences on groups that are each prompt's own, and on images that are the model's own; "" without."""
+    def caveats(self) -> str:
+        """Sentences on groups that are each prompt's own, and on images that the model drew itself; "" without."""
         own = " and ".join(factor.name for factor in self.factors if not factor.matched)
         meaning = "group 0 of one prompt need not mean what it means under another."
         of_groups = f"Groups of {own} are each prompt's own: {meaning}" if own else ""

@@ -93,7 +93,7 @@ def print_audit(audit: Audit) -> None:
         for prompt, words in prompts
         if words
     ]
-    lines += filter(None, [audit.own_groups, audit.asked])
+    lines += filter(None, [audit.caveats, audit.asked])
     if audit.words:
         model = one_line(audit.words.model, 80)
         lines.append(f"Words that separate groups, of {audit.words.vocabulary}, as {model} sees them")

@@ -87,7 +87,7 @@ def training_record(
         "changed_by_people": {"left_out": int((~first.kept).sum()), "cuts_moved": len(first.edits.cuts)},
         "num_prompts": len(sizes),
         "num_found": len(sizes) - len(unfound),
-        "own_groups": first.own_groups,
+        "caveats": first.caveats,
         **({"asked": first.asked} if first.asked else {}),
         "splits": splits[:MOST_PROMPTS],
         "unfound": list(map(named, unfound[:MOST_NOT_FOUND])),
@@ -207,8 +207,8 @@ def _render(config: Mapping[str, Any], record: Mapping[str, Any], num_parameters
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"  # blocks that are left out leave blank lines
 
 
-def _text(value: Any) -> str:
-    return (isinstance(value, str) and escape(value)) or "not known"
+def _text(value: Any, limit: int = 120) -> str:
+    return (isinstance(value, str) and escape(value, limit)) or "not known"
 
 
 def _number(value: Any, form: str) -> str:

@@ -123,7 +123,7 @@ def _fuse(pipe: Any, lora: str) -> tuple[str, str]:
     place, before = str(path.resolve()) if path.exists() else source, logging.root.manager.disable
     logging.disable(logging.ERROR)  # diffusers would list every weight that does not fit
     try:
-        with loading(f"a LoRA for a {type(pipe).__name__}", source, "Is it of this kind, and peft installed?"):
+        with loading(f"a LoRA for a {type(pipe).__name__}", source, "Is it of this kind?"):
             found = pipe.lora_state_dict(place, use_safetensors=True)
             weights = found[0] if isinstance(found, tuple) else found
             pipe.load_lora_weights(place, adapter_name="lora", use_safetensors=True)

@@ -42,7 +42,7 @@ def found(run: Run, audit: Audit) -> dict[str, Any]:
     absent = Missing("The audited images were not given, so none is shown here.", "invdiff report RUN --data DATA")
     return {
         "summary": summary(audit),
-        "notes": list(filter(None, [_unreadable(audit), about_edits(audit.edits), withheld(run), audit.own_groups])),
+        "notes": list(filter(None, [_unreadable(audit), about_edits(audit.edits), withheld(run), audit.caveats])),
         "named": named,
         "words_by": f"says {quoted(words.model)}, asked about {words.vocabulary:,} words" if words else "",
         "about_words": _about_words(words, shown) if words else "",

@@ -104,8 +104,8 @@ def train(
         pipe, num_groups=audit.num_groups, mode=config.mode, width=config.width, seed=seed
     )
     module.register_to_config(factor_names=[factor.name for factor in audit.factors])
-    if audit.own_groups:
-        note(audit.own_groups)
+    if audit.caveats:
+        note(audit.caveats)
     log: list[dict[str, Any]] = []
     last = audit
     with FrozenDenoiser(pipe) as frozen:
