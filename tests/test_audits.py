@@ -66,7 +66,8 @@ def test_a_cell_is_audited_once_without_attributes_and_stands_in_the_table(
 ):
     seen = []
 
-    def audit(pipe, data, *, cache_dir):
+    def audit(pipe, data, *, ask, cache_dir):
+        assert not ask
         cache_dir.mkdir(parents=True)
         seen.append(data)
         return audit_of(birds, "background")
