@@ -30,13 +30,15 @@ def test_questions_are_lines_or_a_mapping_and_common_is_a_list_of_about_thirty()
         "a b": ("x y", "z"),
     }
     assert questions(PLACE) == PLACE
+    assert questions("place: land, water") == questions({"place": "land, water"}) == PLACE
+    assert questions({"a: b": ("x, y", "z")}) == {"a: b": ("x, y", "z")}
     common = questions(["mine: a, b", "common"])
     assert 25 <= len(common) <= 35
     assert common["mine"] == ("a", "b")
 
 
 @pytest.mark.parametrize(
-    "line", ["place", "place, sea: land", "place: sea", "place: sea, sea", ": a, b", "a: b, " + "c" * 61]
+    "line", ["place", "place, sea: land", "place: sea", "place: sea, Sea", ": a, b", "a: b, " + "c" * 61]
 )
 def test_what_is_no_question_is_refused(line):
     with pytest.raises(ConfigError, match="place: forest, sea, city"):
@@ -83,6 +85,8 @@ def test_of_more_values_those_that_are_told_apart_have_groups_and_the_rest_anoth
     weights = np.concatenate([search.factors[0][prompt].weights for prompt in (0, 1)])
     assert (weights.argmax(axis=1) == truth).mean() > 0.97
     assert np.allclose(weights.sum(axis=1), 1)
+    groups = factors(("forest", "sea", "other", "moon"), truth).values[0]
+    assert len(set(groups)) == len(groups) == 4
 
 
 @pytest.mark.parametrize(

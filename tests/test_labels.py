@@ -68,6 +68,9 @@ def test_a_column_must_be_there_and_be_asked_for_alone(tiny_pipe, folder, tmp_pa
         audit(tiny_pipe, data, attribute="gender", config=SMALL, **options)
     with pytest.raises(ConfigError, match="solver 'auto'"):
         audit(tiny_pipe, data, attribute="place", config=AuditConfig(solver="exact"), **options)
+    for twice in ({"attribute": ["place", "place"]}, {"attribute": "place", "ask": "place: land, water"}):
+        with pytest.raises(ConfigError, match="in one way, once, got 'place' again"):
+            audit(tiny_pipe, data, config=SMALL, **twice, **options)
 
 
 def test_values_that_are_rare_under_a_prompt_are_no_group_there():

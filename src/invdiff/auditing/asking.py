@@ -61,22 +61,24 @@ class Reading:
 
 
 def questions(asked: Mapping[str, Sequence[str]] | Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Attributes and their values, of a mapping or of lines such as "place: forest, sea"; "common" is a bundled list.
+    """Attributes and values, of a mapping or a line or lines like "place: forest, sea"; "common" is a bundled list.
 
     Raises:
         ConfigError: A line is no question, or an attribute is asked for twice.
     """
     common = [line for line in COMMON_QUESTIONS.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
-    lines = [f"{name}: {', '.join(of)}" for name, of in asked.items()] if isinstance(asked, Mapping) else asked
+    lines = chain.from_iterable(
+        common if line.strip() == "common" else [line] for line in ([asked] if isinstance(asked, str) else asked)
+    )
+    pairs = asked.items() if isinstance(asked, Mapping) else [line.partition(":")[::2] for line in lines]
     found: dict[str, tuple[str, ...]] = {}
-    for line in chain.from_iterable(common if line.strip() == "common" else [line] for line in lines):
-        name, _, rest = (part.strip() for part in line.partition(":"))
-        values = [value.strip() for value in rest.split(",")]
-        fit = name not in found and len(set(values)) == len(values) > 1
+    for name, of in ((name.strip(), of) for name, of in pairs):
+        values = [str(value).strip() for value in (of.split(",") if isinstance(of, str) else of)]
+        fit = name not in found and len({value.lower() for value in values}) == len(values) > 1
         if not fit or not all(0 < len(one) <= WORD_LIMIT for one in (name, *values)):
             raise ConfigError(
                 "Expected attributes to ask for such as 'place: forest, sea, city', each once, with at least two "
-                f"different values of 1 to {WORD_LIMIT} characters, got {line!r}."
+                f"different values of 1 to {WORD_LIMIT} characters, got {name!r} with {of!r}."
             )
         found[name] = tuple(values)
     return found
@@ -214,7 +216,8 @@ def asked_factors(
             if passes:
                 told.setdefault(prompt, {})[value] = cut
         columns = sorted({value for of in told.values() for value in of}) if len(values) > 2 else [0, 1]
-        names = [*(values[column] for column in columns), *[REST] * (len(columns) < len(values))]
+        rest = REST if REST not in words else f"{REST} than these"
+        names = [*(values[column] for column in columns), *[rest] * (len(columns) < len(values))]
         factor = {prompt: next(iter(of.values())) for prompt, of in told.items()}
         if len(values) > 2:
             factor = {prompt: _joined(of, columns, len(names)) for prompt, of in told.items()}

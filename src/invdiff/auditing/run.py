@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -115,6 +116,8 @@ def audit(
         from_main(lambda: ClipEncoder.load(config.words_model).name)  # an error in its name comes before the work
     given = columns_asked(images, rows, columns) if images is not None else []
     few = labels_asked(labels, encoded.names, encoded.unreadable)
+    if twice := [name for name, times in Counter([*columns, *few, *wanted]).items() if times > 1]:
+        raise ConfigError(f"Expected each attribute to be asked for in one way, once, got {twice[0]!r} again.")
     if images is not None and config.vision_encoder:
         folder = cache_dir / "vision"
         vision = from_main(lambda: encode_vision(config.vision_encoder, images, rows, folder, progress=progress))
