@@ -95,6 +95,7 @@ def test_the_command_and_the_report_say_what_was_asked_for(tiny_pipe_dir, folder
     for words in (page.words, text):
         assert "they are the values of the column “place”" in words
         assert "water" in words
+        assert "--attribute place" in words
 
 
 def labelled(per_cell=10, strength=4.0, seed=0):
@@ -149,13 +150,27 @@ def test_labels_of_what_features_do_not_show_are_not_spread():
 def test_labels_must_be_of_the_images_and_enough(given, message):
     with pytest.raises(DataError, match=message):
         labels_asked({"age": given}, [f"{i}.png" for i in range(12)])
+    with pytest.raises(DataError, match="attribute to name of an image to value"):
+        labels_asked({"0.png": "a", "1.png": "b"}, ["0.png", "1.png"])
 
 
 def test_a_file_of_labels_is_read_by_the_command(tiny_pipe_dir, folder, tmp_path):
     rows = [f"{index:02d}.png,{VALUES[index]}" for index in range(14)]
-    (tmp_path / "few.csv").write_text("\n".join(["file_name,scene", *rows]))
-    shown = shown_by_audit(tiny_pipe_dir, folder, tmp_path, "--labels", tmp_path / "few.csv")
+    (tmp_path / "few.CSV").write_text("\n".join(["file_name,scene", *rows]))
+    shown = shown_by_audit(tiny_pipe_dir, folder, tmp_path, "--labels", tmp_path / "few.CSV")
     assert "“scene” was learned from labels of few images" in shown
     assert "by 13 labels, labels left out are guessed no better than by chance" in shown  # pictures are noise
     found = Audit.load(tmp_path / "audit")
     assert found.settings["asked"]["labels"]["scene"]["images"] == {"land": 7, "water": 6}
+
+
+def test_an_attribute_that_is_not_found_beside_one_that_is_has_its_reason(tiny_pipe, folder, tmp_path):
+    data, options = load_captioned_images(folder), {"cache_dir": tmp_path / "cache", "progress": False}
+    labels = {"scene": dict(zip(data.names[:14], VALUES, strict=False))}
+    found = audit(tiny_pipe, data, attribute="place", labels=labels, config=SMALL, **options)
+    assert [factor.name for factor in found.factors] == ["place"]
+    for prompt in found.prompts:
+        assert prompt.found
+        assert any("not split: by 13 labels, labels left out are guessed" in note for note in prompt.notes)
+    _, text = report(tmp_path / "report", audit=found.save(tmp_path / "audit"))
+    assert "--labels labels.csv" in text

@@ -90,6 +90,10 @@ def labels_asked(labels: Labels | None, names: Sequence[str], skipped: Iterable[
             raise DataError(f"Expected a column beside file_name in {table.path}, named as the attribute, found none.")
     found = {}
     for attribute, given in (labels or {}).items():
+        if not isinstance(given, Mapping):
+            raise DataError(
+                f"Expected labels as attribute to name of an image to value, got {given!r} as {attribute!r}."
+            )
         spelled = labels_in(attribute, [(value, name) for name, value in given.items()], DataError)
         known = dict(zip(given, spelled, strict=True))
         if absent := sorted(known.keys() - {*names, *skipped}):

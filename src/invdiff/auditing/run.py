@@ -238,23 +238,25 @@ def infer(
                 if group >= 0:
                     weights[m][own] = 1 / weights[m].shape[1]
             captions = _captions_of(data, own)
-            candidates = search.candidates[prompt]
+            candidates, why = search.candidates[prompt], dict[str, list[str]]()
+            for one in candidates if given else ():
+                why.setdefault(one.refusal, []).append(one.evidence)
+            refused = [f"by {', '.join(of)}, {refusal}" for refusal, of in why.items() if refusal]
+            unsplit = f"not split: {'; '.join(refused)}"
             if splitting:
                 reason = "split by " + " and ".join(search.factors[m][prompt].candidate.evidence for m in splitting)
             elif max(key, default=-1) >= 0:
                 stating = [(words[m][prompt], group) for m, group in enumerate(key) if group >= 0]
                 saying = {word for of, group in stating for word, k in of.items() if k == group}
                 reason, candidates = f"its captions state the group (words: {', '.join(sorted(saying))})", []
-            elif given and candidates:
-                why: dict[str, list[str]] = {}
-                for one in candidates:
-                    why.setdefault(one.refusal, []).append(one.evidence)
-                reason = "not split: " + "; ".join(f"by {', '.join(of)}, {said}" for said, of in why.items())
+            elif why:
+                reason = unsplit
             else:
                 reason = why_not(len(rows), candidates, config)
             power = search.power.get(prompt, "")
             found = bool(splitting)
             said = [notes[prompt]] if notes and prompt in notes else []
+            said += [unsplit] * bool(found and refused)
             prompts.append(PromptAudit(captions[0], captions, len(own), found, reason, power, said, candidates))
     factors = []
     for m, of in enumerate(splits):

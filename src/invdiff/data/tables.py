@@ -67,7 +67,7 @@ def read_table(
                 f"Expected text in line {line} of {path}, found a NUL byte: the file is damaged, or not UTF-8. "
                 "Write it again, or save it as UTF-8."
             )
-        rows = (_csv_rows if path.suffix == ".csv" else _jsonl_rows)(text, path, required)
+        rows = (_csv_rows if path.suffix.lower() == ".csv" else _jsonl_rows)(text, path, required)
         numbered = list(islice(rows, limit))
     except OSError as fault:
         raise error(f"Could not read {path}: {fault.strerror}.") from fault

@@ -54,9 +54,14 @@ def commands(run: Run) -> list[tuple[str, str]]:
     found = []
     if run.audit:
         options = command_options(AuditConfig, without_paths(audited))
-        for name, of in audited.get("asked", {}).get("ask", {}).items():
+        asked, title = audited.get("asked", {}), "Audit"
+        for name in asked.get("attribute", {}):
+            options += ["--attribute", name]
+        for name, of in asked.get("ask", {}).items():
             options += ["--ask", f"{name}: {', '.join(of['values'])}"]
-        found.append(("Audit", ["audit", *adapted, *(own or [data, *columns]), "--output", audit, *options]))
+        if asked.get("labels"):
+            options, title = [*options, "--labels", "labels.csv"], "Audit; labels.csv has the labels that were given"
+        found.append((title, ["audit", *adapted, *(own or [data, *columns]), "--output", audit, *options]))
     if training := _record(run, "training"):
         options = command_options(TrainConfig, without_paths(training))
         images = [] if own else [data, *columns]
