@@ -136,6 +136,9 @@ def test_a_lora_of_the_text_encoder_alone_counts_too(lora, tiny_pipe_dir, tiny_f
     assert denoiser_fingerprint(with_it) == denoiser_fingerprint(without)
     with pytest.raises(ModelError, match=r"LoRAs: expected words.safetensors, found none"):
         attach(without, GuidanceModule.for_pipeline(with_it))
+    twice = load_pipeline(tiny_pipe_dir, loras=[str(alone)] * 2)
+    with pytest.raises(ModelError, match=r"LoRAs: expected words.safetensors, words.safetensors, found words"):
+        attach(with_it, GuidanceModule.for_pipeline(twice))
     data = load_captioned_images(tiny_folder)
     found = audit(with_it, data, config=AUDIT, cache_dir=tmp_path / "cache", progress=False)
     with pytest.raises(AuditError, match=r"the LoRAs that were audited, .*words.safetensors.*, got none"):

@@ -96,9 +96,10 @@ def check_fit(pipe: Any, module: GuidanceModule, *, strict: bool = True) -> None
         expected, actual = np.asarray(wanted["weight_signature"]), np.asarray(weight_signature(denoiser))
         if expected.shape != actual.shape or not same_weights(expected, actual):
             wrong = ["weights: expected those it was trained beside, found others of the same shape"]
-        ours, theirs = (dict(loras) for loras in (wanted["loras"], loras_of(pipe)))
-        if sorted(ours.values()) != sorted(theirs.values()):
-            wrong.append(f"LoRAs: expected {', '.join(ours) or 'none'}, found {', '.join(theirs) or 'none'}")
+        ours, theirs = wanted["loras"], loras_of(pipe)  # several may have one name
+        if sorted(of for _, of in ours) != sorted(of for _, of in theirs):
+            names = tuple(", ".join(name for name, _ in loras) or "none" for loras in (ours, theirs))
+            wrong.append(f"LoRAs: expected {names[0]}, found {names[1]}")
         remedy = " (strict=False attaches it all the same)."
     if wrong:
         raise ModelError(
