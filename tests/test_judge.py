@@ -65,7 +65,7 @@ def test_images_are_judged_by_the_command(audited, tmp_path):
 
 
 def test_the_judge_needs_the_model_that_was_audited(audited, tmp_path):
-    with pytest.raises(ConfigError, match="the audited model beside an audit"):
+    with pytest.raises(ConfigError, match=r"the audited model \(--annotator-model\) beside"):
         load_annotator(str(audited / "audit"))
     with pytest.raises(ModelError, match="Expected the model that was audited"):
         load_annotator(str(audited / "audit"), model=make_tiny_pipeline(seed=1))

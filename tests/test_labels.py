@@ -174,3 +174,11 @@ def test_an_attribute_that_is_not_found_beside_one_that_is_has_its_reason(tiny_p
         assert any("not split: by 13 labels, labels left out are guessed" in note for note in prompt.notes)
     _, text = report(tmp_path / "report", audit=found.save(tmp_path / "audit"))
     assert "--labels labels.csv" in text
+
+
+def test_the_only_image_of_a_prompt_has_no_margin():
+    prompt = np.array([0] * 20 + [1] * 20 + [2])
+    features = np.random.default_rng(0).normal(size=(41, 5)) + prompt[:, None]
+    margins = Margins([features], prompt).of_pairs()
+    assert np.isfinite(margins).all()
+    assert not margins[-1].any()

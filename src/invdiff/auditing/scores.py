@@ -148,8 +148,8 @@ class Margins:
         return list(zip(self.sources, self._means[other], strict=True))
 
     def _out_of_fold(self, own: _Array, other_mean: _Array, folds: _Array) -> _Array:
-        values = np.empty(len(own))
-        for fold in np.unique(folds):
+        values = np.zeros(len(own))
+        for fold in np.unique(folds) if len(own) > 1 else ():  # a single image has no other to stand for its prompt
             inside = folds == fold
             values[inside] = _margin(own[inside], own[~inside].mean(axis=0), other_mean)
         return standardised(values)

@@ -87,7 +87,7 @@ def print_audit(audit: Audit) -> None:
         f"{what} {one_line(prompt.prompt, 80)!r} ({prompt.num_images:,} images): {words}"
         for what, prompts in (
             ("nothing found under", [(prompt, "" if prompt.found else prompt.reason) for prompt in audit.prompts]),
-            ("power under", [(prompt, prompt.power) for prompt in audit.prompts]),
+            ("power under", [(prompt, "" if prompt.found else prompt.power) for prompt in audit.prompts]),
             ("note on", [(prompt, note) for prompt in audit.prompts for note in prompt.notes]),
         )
         for prompt, words in prompts

@@ -44,8 +44,8 @@ def load_annotator(
     audited = (Path(spec) / "audit.json").is_file()
     if audited != (model is not None):
         raise ConfigError(
-            f"Expected the audited model beside an audit as the annotator, and beside no other, got {spec} and "
-            f"{'no model' if audited else 'a model'}. Give both, or another annotator."
+            "Expected the audited model (--annotator-model) beside an audit as the annotator, and beside no other, "
+            f"got {spec} and {'no model' if audited else 'a model'}. Give both, or another annotator."
         )
     if audited:
         return AuditAnnotator(spec, load_pipeline(model) if isinstance(model, str | Path) else model)
