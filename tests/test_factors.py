@@ -116,6 +116,15 @@ def test_a_margin_that_mixes_two_attributes_is_parted_and_one_of_a_single_attrib
         assert max(ranks[0, 0] + ranks[1, 1], ranks[0, 1] + ranks[1, 0]) > 1.98
 
 
+@pytest.mark.parametrize(("share", "even"), [(0.46, True), (0.3, False)])
+def test_a_margin_that_parts_nearly_even_groups_is_no_bias(share, even):
+    rng = np.random.default_rng(0)
+    margin = rng.normal(size=1500) + 6 * (np.arange(1500) < share * 1500)
+    score = Score("margin", margin[None], lambda known: [margin], of_prompt=True, is_margin=True)
+    (cut,) = weigh([score], np.ones(1500, dtype=bool), AuditConfig(), rng)
+    assert cut.candidate.refusal.startswith("the groups are even") == even
+
+
 @pytest.mark.parametrize(
     ("shares", "reason"),
     [([0.5, 0.5], "even"), ([0.85, 0.85], "uneven"), ([0.15, 0.0], "uneven"), ([0.0, 1.0], "")],
@@ -219,8 +228,11 @@ def test_people_see_every_factor(made, tmp_path, capsys, monkeypatch):
     table = [line for line in lines if line[:1] in "┏┃┡│└"]
     assert {len(line) for line in table} == {80}
     assert [sum(f"│ factor {m} │" in line for line in table) for m in (1, 2)] == [2, 1]
-    assert any("a third" in line for line in lines)
     assert any(line.startswith(OWN) for line in lines)
+    assert "a third" not in " ".join(lines)  # the power, which is told where nothing was found
+    missed = [replace(prompt, found=False) for prompt in Audit.load(made[0] / "audit").prompts]
+    print_audit(replace(Audit.load(made[0] / "audit"), prompts=missed))
+    assert "a third" in capsys.readouterr().out
     with undrawn():
         page, twin = report(tmp_path, audit=made[0] / "audit", data=made[1])
     for words in ("factor 2 · “a photo of a waterbird”", "by 2 hidden factors", OWN, "wrong captions"):

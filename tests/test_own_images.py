@@ -72,6 +72,8 @@ def test_what_cannot_be_drawn_is_refused(tiny_pipe, tiny_folder, found, tmp_path
         audit(tiny_pipe, data, prompts=CAPTIONS, cache_dir=tmp_path)
     with pytest.raises(ConfigError, match="at least one prompt"):
         audit(tiny_pipe, cache_dir=tmp_path)
+    with pytest.raises(ConfigError, match="got an empty one"):
+        audit(tiny_pipe, prompts=["a dog", " "], cache_dir=tmp_path)
     settings = {name: value for name, value in found[0].settings.items() if name != "own_images_of"}
     with pytest.raises(ConfigError, match="Expected the images that were audited, got none"):
         train(tiny_pipe, None, replace(found[0], settings=settings), tmp_path / "module", cache_dir=tmp_path)
@@ -100,6 +102,8 @@ def test_commands_go_all_the_way_without_data(tiny_pipe_dir, tmp_path, monkeypat
     assert f"--prompt '{CAPTIONS[0]}'" in report
     done = CliRunner().invoke(cli.app, ["audit", str(tiny_pipe_dir), "--output", str(tmp_path / "none")])
     assert "Expected DATA, or --prompt" in done.stderr
+    words = ["audit", str(tiny_pipe_dir), "DATA", "--images-per-prompt", "5", "--output", str(tmp_path / "none")]
+    assert "Expected --images-per-prompt for images of the model's own" in CliRunner().invoke(cli.app, words).stderr
 
 
 def test_the_bundled_prompts_are_forty_professions(tiny_pipe_dir, tmp_path, monkeypatch):

@@ -217,6 +217,8 @@ def own_images(pipe: Any, audited: Mapping[str, Any], cache_dir: Path, *, progre
     """
     check_fused(pipe)
     prompts, family = audited["own_images_of"], family_of(pipe)
+    if family.needs_prompts and not all(prompt.strip() for prompt in prompts):
+        raise ConfigError("Expected prompts with words in them, got an empty one. Leave it out.")
     settings = {name: audited[name] for name in ("images_per_prompt", "guidance_scale", "seed")}
     settings["resolution"] = audited["resolution"] or family.resolution(pipe, denoiser_of(pipe))
     config = GenerateConfig(**settings)

@@ -20,6 +20,9 @@ MOST_TESTED = 8
 """Cuts of a prompt that are tested, those likeliest to be right; the others are refused, and count in the control."""
 NOT_TESTED = -1e3
 """The log e-value of a cut that was not tested, and the least that is told."""
+LEAST_DIFFERENCE = 0.2
+"""Of a group's share between prompts, or of shares within one: a smaller one is not worth correcting, whatever its
+p-value."""
 _Array = NDArray[Any]
 
 
@@ -79,7 +82,8 @@ def weigh(
             humps = fit_humps(values, mixture)
             posterior = (humps or mixture).posterior(values)
             intervals = share_intervals(posterior)
-            even = score.of_prompt and min(high for _, high in intervals) >= 0.5
+            nearly = np.ptp(posterior.mean(axis=0)) < LEAST_DIFFERENCE
+            even = score.of_prompt and (nearly or min(high for _, high in intervals) >= 0.5)
             refusal = "the groups are even: a style, not a spurious attribute" if even else ""
             cut = Cut(cut.candidate, score, posterior, intervals)
             mixture = humps.gaussians if humps else mixture

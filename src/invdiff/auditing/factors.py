@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 from ..config import AuditConfig
 from ..progress import progress_bar
 from ..seeds import derived_seed
-from .cuts import Cut, is_mixed, too_few, weigh
+from .cuts import LEAST_DIFFERENCE, Cut, is_mixed, too_few, weigh
 from .decide import MOST_JUDGED, e_bh, power
 from .evidence import Evidence
 from .result import Candidate
@@ -37,8 +37,6 @@ NEARLY = 0.8
 """Of the largest agreement with a cut: of a prompt's cuts that reach it, the one whose groups are likeliest right."""
 TELLS = 0.8
 """AUROC of the images of a group along its shift under another prompt, at least, where the two are one factor."""
-LEAST_DIFFERENCE = 0.2
-"""Of a group's share between prompts: a smaller one is not worth correcting, whatever its p-value."""
 PERMUTATIONS = 100
 """Of images within a prompt, for the bound that the agreement of two prompts' shifts must pass."""
 _Array = NDArray[Any]

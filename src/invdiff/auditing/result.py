@@ -284,7 +284,8 @@ class Audit:
         if not self.biased:
             raise AuditError(
                 "Expected an audit that found a hidden group, got one that found none: there is nothing to "
-                "balance. See the reasons in its audit.json; solver 'exact' would split the images regardless."
+                "balance. See the reasons in its audit.json"
+                + ("." if self.asked else "; `audit --solver exact` would split the images regardless.")
             )
 
     def save(self, folder: str | Path) -> Path:

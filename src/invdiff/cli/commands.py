@@ -136,6 +136,9 @@ def audit(
     wanted = (*(prompt or ()), *lines_in(PROFESSIONS if prompts == Path("professions") else prompts))
     if not (data or wanted):
         raise ConfigError("Expected DATA, or --prompt once or more for images of the model's own, got neither.")
+    drawing = {name: getattr(settings, name) for name in ("images_per_prompt", "guidance_scale")}
+    if data and (useless := command_options(AuditConfig, drawing)):
+        raise ConfigError(f"Expected {useless[0]} for images of the model's own, got DATA beside it. Leave one out.")
     settings = dataclasses.replace(settings, words=(*settings.words, *lines_in(words_file, "word")))
     say_loading("images and model", quiet=quiet)
     from ..auditing.edits import CURATION
