@@ -1,8 +1,7 @@
 """The benchmark of the audit: truth, judgement, and figures that are kept."""
 
-from pathlib import Path
-
 import audits
+import judging
 import numpy as np
 import pytest
 
@@ -15,15 +14,15 @@ from invdiff.files import read_json
 def test_the_minority_is_what_is_rarer_with_a_subject_than_with_the_others():
     values = ["land"] * 9 + ["water"] + ["water"] * 4 + ["land"]
     subjects = ["landbird"] * 10 + ["waterbird"] * 5
-    assert np.flatnonzero(audits.minority(values, subjects)).tolist() == [9, 14]
-    assert np.flatnonzero(audits.minority(values[:10], subjects[:10])).tolist() == [9]  # one subject: rarer than even
+    assert np.flatnonzero(judging.minority(values, subjects)).tolist() == [9, 14]
+    assert np.flatnonzero(judging.minority(values[:10], subjects[:10])).tolist() == [9]  # one subject: rarer than even
     races = list("WWWBBEI" + "WBEEIII")
-    assert np.flatnonzero(audits.minority(races, ["man"] * 7 + ["woman"] * 7)).tolist() == [5, 6, 7, 8]
+    assert np.flatnonzero(judging.minority(races, ["man"] * 7 + ["woman"] * 7)).tolist() == [5, 6, 7, 8]
 
 
 def test_calibration_error_is_the_mean_gap_of_posterior_and_share():
     posterior, truth = np.array([0.05] * 20 + [0.95] * 20), np.array([0] * 19 + [1] + [1] * 16 + [0] * 4)
-    assert audits.calibration_error(posterior, truth) == pytest.approx((0 + 0.15) / 2)
+    assert judging.calibration_error(posterior, truth) == pytest.approx((0 + 0.15) / 2)
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def audit_of(data, *attributes):
     prompts = [PromptAudit(name, [name], subjects.count(name), True, "split") for name in ("landbird", "waterbird")]
     prompt_ids = np.array([name == "waterbird" for name in subjects]).astype(int)
     for number, attribute in enumerate(attributes):
-        rare = audits.minority(data.attributes[attribute], subjects).astype(np.float32)
+        rare = judging.minority(data.attributes[attribute], subjects).astype(np.float32)
         shares = [rare[prompt_ids == prompt].mean() for prompt in (0, 1)]
         splits = [PromptSplit(k, "", [1 - s, s], [(0, 1)] * 2, 4.0, 1.0, 0.9, 9.0) for k, s in enumerate(shares)]
         factors.append(Factor(f"factor {number + 1}", True, splits))
@@ -49,14 +48,13 @@ def audit_of(data, *attributes):
 
 def test_each_attribute_is_judged_by_the_factor_that_follows_it(birds):
     names = ("background", "light")
-    cell = audits.Cell("birds", Path, Path(), names)
-    hidden = audits.judged(audit_of(birds, "light", "background"), birds, cell)["hidden"]
+    hidden = judging.judged(audit_of(birds, "light", "background"), birds, names, "subject")["hidden"]
     for name, factor in zip(names, (1, 0), strict=True):
         assert [row["factor"] for row in hidden[name]] == [factor, factor]
         for figure in ("auroc", "adjusted_rand", "sure_precision", "average_precision"):
             assert [row[figure] for row in hidden[name]] == [1.0, 1.0]
         assert [row["calibration_error"] for row in hidden[name]] == [0.0, 0.0]
-    hidden = audits.judged(audit_of(birds, "light"), birds, cell)["hidden"]
+    hidden = judging.judged(audit_of(birds, "light"), birds, names, "subject")["hidden"]
     assert [row["found"] for row in hidden["background"]] == [False, False]
     assert [row["adjusted_rand"] for row in hidden["light"]] == [1.0, 1.0]
 

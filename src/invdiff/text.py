@@ -28,6 +28,11 @@ def escape(text: str, limit: int = 120) -> str:
     return one_line(text, limit).translate(_SPECIAL)
 
 
+def or_dash(value: float) -> str:
+    """A figure with two decimals; a dash for exactly 0, which stands for what could not be measured."""
+    return f"{value:.2f}" if value else "–"
+
+
 def label_of(value: Any) -> str:
     """A class name, of one spelling: 0, 0.0 and "0.0" are "0", true and "TRUE" are "True"; "" for None, NaN and none.
 

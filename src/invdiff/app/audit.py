@@ -22,7 +22,7 @@ from ..report.audit_view import candidates_table, unfound_table
 from ..report.figures import LOOK, counted, quoted
 from ..report.plots import INK, RULE, colour_of, histogram, thumb
 from ..report.read import Parts, Split, rows_by_name, splits_of
-from ..text import one_line
+from ..text import one_line, or_dash
 from .fragments import QUIET, fragment, gallery, image_file, notice, refusal
 from .generate import GenerateTab
 
@@ -231,8 +231,8 @@ class AuditTab:
         }
         if page is not None:
             of = page.figures
-            facts = [("images", f"{page.prompt.num_images:,}"), ("separation", f"{of.separation:.2f}")]
-            facts += [("agreement", f"{of.agreement:.2f}"), ("evidence", of.evidence)]
+            facts = [("images", f"{page.prompt.num_images:,}"), ("separation", or_dash(of.separation))]
+            facts += [("agreement", or_dash(of.agreement)), ("evidence", of.evidence)]
             facts += [] if book.audit.factors[page.factor_index].matched else [("groups", "this prompt's own")]
             facts += [("changed", "by hand")] if page.by_hand else []
             values[self._facts] = fragment("facts", facts) + (notice(NO_DATA) if book.data is None else "")

@@ -23,15 +23,7 @@ from .cuts import LEAST_DIFFERENCE, Cut, is_mixed, too_few, weigh
 from .decide import MOST_JUDGED, e_bh, power
 from .evidence import Evidence
 from .result import Candidate
-from .scores import (
-    Margins,
-    Score,
-    component_scores,
-    contrasts,
-    parts_of,
-    standardised,
-    without,
-)
+from .scores import Margins, Score, component_scores, contrasts, parts_of, without
 
 NEARLY = 0.8
 """Of the largest agreement with a cut: of a prompt's cuts that reach it, the one whose groups are likeliest right."""
@@ -238,9 +230,13 @@ class Shifts:
     def transferred(self, prompt: int, cut: Cut, other: int, names: Mapping[int, str]) -> Score:
         """The images of another prompt along the shift of a cut's rarest group: nothing of it is learned from them."""
         rare = int(cut.weights.sum(axis=0).argmin())
-        values = self.features(other) @ self.of(self.features(prompt), cut.weights)[rare]
+        shift = self.of(self.features(prompt), cut.weights)[rare]
+        ends = np.cumsum([directions.shape[1] for _, directions in self._sources])[:-1]
+        parts = zip(np.split(self.features(other), ends, axis=1), np.split(shift, ends), strict=True)
+        draws = np.stack([features @ part for features, part in parts])  # along each source's part of the shift
+        values = draws.sum(axis=0)
         name = f"shift of {cut.score.evidence} of {names[prompt]!r}"
-        return Score(name, standardised(values)[None], lambda known: [values], of_prompt=cut.score.of_prompt)
+        return Score(name, draws, lambda known: [values], of_prompt=cut.score.of_prompt)
 
     def _tells(self, prompt: int, cut: Cut, other: int, match: Cut, columns: _Array) -> bool:
         """Whether each group's shift under one prompt ranks the images of that group first under the other."""

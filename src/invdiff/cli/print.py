@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..errors import InvDiffError
 from ..launched import is_first_process
-from ..text import one_line
+from ..text import one_line, or_dash
 
 if TYPE_CHECKING:
     from ..auditing.result import Audit
@@ -75,7 +75,7 @@ def print_audit(audit: Audit) -> None:
                 f"{audit.group_name(group, place).removeprefix('group ')}: {share:.1%} ({low:.1%} to {high:.1%})"
                 for group, (share, (low, high)) in enumerate(zip(split.shares, split.intervals, strict=True))
             ]
-            figures = [f"{split.separation:.2f}", f"{split.agreement:.2f}"]
+            figures = [or_dash(split.separation), or_dash(split.agreement)]
             cells = [factor.name, one_line(audit.prompts[split.prompt].prompt, 80), "\n".join(groups), *figures]
             rows.append(dict(zip(("factor", "prompt", "groups", "separation", "agreement"), cells, strict=True)))
     if rows:

@@ -8,6 +8,7 @@ from typing import Any
 from ..auditing.edits import Edits
 from ..auditing.result import Audit, AuditWords, Candidate, PromptAudit
 from ..data.images import about_unreadable
+from ..text import or_dash
 from .figures import LOOK, Missing, Table, counted, e_value, percent, quoted, sentences
 from .plots import Thumb, histogram, thumb
 from .read import MOST_PROMPTS, Group, Run, Split, shown_path
@@ -33,8 +34,8 @@ def found(run: Run, audit: Audit) -> dict[str, Any]:
             split.factor + split.prompt.prompt,
             f"{split.prompt.num_images:,}",
             " / ".join((f"{group.name} " if named else "") + percent(group.share) for group in split.groups),
-            f"{split.figures.separation:.2f}",
-            f"{split.figures.agreement:.2f}",
+            or_dash(split.figures.separation),
+            or_dash(split.figures.agreement),
         ]
         for split in further
     ]
@@ -136,8 +137,8 @@ def candidates_table(candidates: Sequence[Candidate]) -> Table:
         [
             entry.evidence,
             " / ".join(map(percent, entry.shares)),
-            f"{entry.separation:.2f}",
-            f"{entry.agreement:.2f}",
+            or_dash(entry.separation),
+            or_dash(entry.agreement),
             f"{entry.rand_low:.2f}",
             e_value(entry.log_e),
             entry.refusal or "–",
@@ -172,8 +173,8 @@ def _prompt(split: Split, run: Run, words: AuditWords | None) -> dict[str, Any]:
         "facts": {
             "images": f"{prompt.num_images:,}",
             "wordings": f"{len(prompt.captions):,}",
-            "separation": f"{split.figures.separation:.2f}",
-            "agreement": f"{split.figures.agreement:.2f}",
+            "separation": or_dash(split.figures.separation),
+            "agreement": or_dash(split.figures.agreement),
             "Rand index with the truth": f"at least {split.figures.rand_low:.2f}",
             "e-value against one hump": e_value(split.figures.log_e),
             "evidence": split.figures.evidence,

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from ..auditing.result import AuditWords
 from ..data.images import read_image
-from ..text import one_line
+from ..text import one_line, or_dash
 from .compare import BASE, GUIDED, Comparison, label
 from .figures import LOOK, at_scale, counted, percent
 from .plots import colour_of, draw_histogram, is_rare, save_picture
@@ -118,8 +118,8 @@ def _save_prompt(path: Path, split: Split, run: Run, words: AuditWords | None) -
     facts = [
         counted(prompt.num_images, "image"),
         " / ".join(percent(group.share) for group in split.groups),
-        f"separation {split.figures.separation:.2f}",
-        f"agreement {split.figures.agreement:.2f}",
+        f"separation {or_dash(split.figures.separation)}",
+        f"agreement {or_dash(split.figures.agreement)}",
         counted(others, "more wording") if others else "",
         f"split by {split.figures.evidence}",
         f"words by “{one_line(words.model, 40)}”" if words else "",
