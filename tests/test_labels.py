@@ -96,6 +96,7 @@ def test_the_command_and_the_report_say_what_was_asked_for(tiny_pipe_dir, folder
         assert "they are the values of the column “place”" in words
         assert "water" in words
         assert "--attribute place" in words
+        assert "0.00" not in words  # nothing is measured of groups that are given
 
 
 def labelled(per_cell=10, strength=4.0, seed=0):
@@ -174,6 +175,14 @@ def test_an_attribute_that_is_not_found_beside_one_that_is_has_its_reason(tiny_p
         assert any("not split: by 13 labels, labels left out are guessed" in note for note in prompt.notes)
     _, text = report(tmp_path / "report", audit=found.save(tmp_path / "audit"))
     assert "--labels labels.csv" in text
+
+
+def test_labels_drawn_evenly_do_not_make_even_shares():
+    features, prompt, _, labels = labelled(strength=2.0)
+    asked = spread_labels("wet", labels, [features], Margins([features], prompt).of_pairs(), prompt)
+    low, high = (asked.weights[prompt == number, 1].mean() for number in (0, 1))
+    assert low < 0.35  # 0.39 and 0.64 as the labels alone would have it; in truth 0.10 and 0.90
+    assert high > 0.69
 
 
 def test_the_only_image_of_a_prompt_has_no_margin():
