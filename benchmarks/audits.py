@@ -77,8 +77,6 @@ COLUMNS = (
 )
 COLUMNS += ("calibration error", f"right above {SURE}", "forwards", "seconds")
 FINETUNE = FinetuneConfig(steps=1000, batch_size=64, learning_rate=2e-4)
-SHORT = replace(FINETUNE, steps=600, mixed_precision="bf16")
-"""Of a model whose own images are audited: enough to be biased."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +218,7 @@ def run(part: str, cell: Cell, work: Path) -> None:
     data = load_captioned_images(cell.world(work / "worlds" / place))
     unlabelled = replace(data, attributes={})
     if cell.tuned:
-        pipe = finetune(unlabelled, work / "models" / place, base=cell.base, config=SHORT if cell.own else FINETUNE)
+        pipe = finetune(unlabelled, work / "models" / place, base=cell.base, config=FINETUNE)
     else:
         pipe = load_pipeline(cell.base)
     if part == "labels":
@@ -266,7 +264,7 @@ def run(part: str, cell: Cell, work: Path) -> None:
         cell.name,
         figures,
         command=command,
-        tuned=(SHORT if cell.own else FINETUNE).to_dict() if cell.tuned else None,
+        tuned=FINETUNE.to_dict() if cell.tuned else None,
     )
     shutil.rmtree(cache)
 
