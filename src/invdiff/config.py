@@ -120,6 +120,9 @@ class TrainConfig(Config):
     """Decay of the moving average of weights that is kept."""
     loss_momentum: Annotated[Decay, RARE] = 0.95
     """Decay of the moving means of group losses that the penalty is taken on."""
+    purity: Annotated[Share, RARE] = 0.99
+    """Images that are less likely to be in a prompt's rare group than this are not drawn for it; 0 draws every image
+    in proportion. What is wrong in one prompt's group all the same is matched in the other prompts'."""
     max_gradient_norm: Annotated[Positive, RARE] = 1.0
     """Gradients are clipped to this norm."""
     checkpoint_every: Annotated[Count, RARE] = 100

@@ -14,6 +14,7 @@ from ..distributed import num_processes, state
 from ..models.families import Condition
 from ..models.families.base import to
 from ..models.schedule import NoiseSchedule
+from .purity import purified
 
 
 class GroupBalancedSampler:
@@ -21,20 +22,19 @@ class GroupBalancedSampler:
 
     From `prompt_ids` (N,) and W of each hidden factor (N, E_m): a prompt in proportion to the square root of its
     number of images, one of the factors that split it and one of its groups uniformly, then an image in proportion to
-    its W_ie, never one whose rows are zeros. Other factors' groups follow its rows of W; where those are uniform, the
-    module learns to ignore the group.
+    its W_ie, `purified`, never one whose rows are zeros. Other factors' groups follow its rows of W; where those are
+    uniform, the module learns to ignore the group.
     """
 
-    def __init__(self, prompt_ids: torch.Tensor, group_weights: Sequence[torch.Tensor]) -> None:
+    def __init__(self, prompt_ids: torch.Tensor, group_weights: Sequence[torch.Tensor], purity: float = 0.0) -> None:
         self.prompt_ids = prompt_ids
         self.group_weights = [weights.double() for weights in group_weights]
         kept = torch.stack([weights.any(dim=1) for weights in self.group_weights]).all(dim=0)
         self._rows = [torch.nonzero(kept & (prompt_ids == p))[:, 0] for p in range(int(prompt_ids.max()) + 1)]
         self._prompt_shares = torch.tensor([float(len(rows)) for rows in self._rows]).sqrt()
         # Cumulative W of each prompt, factor and group: inverse-CDF sampling of its images.
-        self._cumulative = [
-            [weights[rows].cumsum(dim=0).T.contiguous() for weights in self.group_weights] for rows in self._rows
-        ]
+        drawn = [purified(weights, prompt_ids, purity) for weights in self.group_weights]
+        self._cumulative = [[weights[rows].cumsum(dim=0).T.contiguous() for weights in drawn] for rows in self._rows]
         every = list(range(len(self.group_weights)))
         of_prompts = [[weights[rows] for weights in self.group_weights] for rows in self._rows]
         self._splitting = [[m for m in every if (of[m] != of[m][:1]).any()] or every for of in of_prompts]

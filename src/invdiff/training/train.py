@@ -148,7 +148,7 @@ def run_round(
     """Minimise the objective with W fixed; the log of losses, every `LOG_EVERY` steps and at the end."""
     device = frozen.device
     prompt_ids, kept = torch.from_numpy(audit.prompt_ids), torch.from_numpy(np.flatnonzero(audit.kept))
-    sampler = GroupBalancedSampler(prompt_ids, [torch.from_numpy(weights) for weights in audit.group_weights])
+    sampler = GroupBalancedSampler(prompt_ids, list(map(torch.from_numpy, audit.group_weights)), config.purity)
     num_prompts, sizes = int(prompt_ids.max()) + 1, audit.num_groups
     moving = MovingGroupLosses((len(sizes) * num_prompts, max(sizes)), config.loss_momentum)
     typical = typical_losses(frozen, data, kept, batch_size=config.batch_size, seed=config.seed).to(device)

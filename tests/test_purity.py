@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from invdiff.training.batches import GroupBalancedSampler
+from invdiff.training.purity import purified
+
+
+def posteriors(*counts, groups=2):
+    """Rows of W of two or more groups: (how many, probability of each group but the last)."""
+    rows = [[*first, 1 - sum(first)] for number, *first in counts for _ in range(number)]
+    return torch.tensor(rows, dtype=torch.double)
+
+
+def shares(drawn, weights, rows):
+    """Estimated shares of every group in each cell of the prompt that has these rows, (E, E)."""
+    return drawn[rows].T @ weights[rows] / drawn[rows].sum(dim=0)[:, None]
+
+
+def test_hard_labels_uniform_rows_and_images_left_out_pass_unchanged():
+    weights = torch.cat([posteriors((90, 1), (10, 0)), torch.full((49, 2), 0.5), posteriors((4, 0), (46, 1))])
+    weights[[3, 60, 150]] = 0
+    prompts = torch.tensor([0] * 100 + [1] * 49 + [2] * 50)
+    assert torch.equal(purified(weights, prompts, 0.99), weights)
+
+
+def test_unsure_images_leave_the_rare_cell_alone():
+    weights = posteriors((100, 0.95), (30, 0.005), (10, 0.2))
+    drawn = purified(weights, torch.zeros(140, dtype=torch.long), 0.99)
+    assert torch.equal(drawn[:, 0], weights[:, 0])
+    assert torch.equal(drawn[:, 1] > 0, weights[:, 1] >= 0.99)
+    assert torch.equal(purified(weights, torch.zeros(140, dtype=torch.long), 0.0), weights)
+
+
+@pytest.mark.parametrize(
+    ("sure", "unsure", "kept"),
+    [(15, 30, 20), (15, 3, 18), (0, 0, 0)],  # the surest twenty; those over one half
+)
+def test_a_rare_cell_keeps_its_surest_images(sure, unsure, kept):
+    falling = [(1, 0.1 + 0.01 * number) for number in range(unsure)]
+    weights = posteriors((50, 0.9), (50, 0.8), (sure, 0.0), *falling)
+    drawn = purified(weights, torch.zeros(len(weights), dtype=torch.long), 0.99)[:, 1]
+    assert torch.equal(drawn.nonzero()[:, 0], weights[:, 1].topk(kept).indices.sort().values)
+
+
+def test_what_is_wrong_in_one_prompts_cell_is_matched_in_the_others():
+    """Prompt 0: 900 sure of group 0, 20 of .8 for group 1. Prompt 1: 500 sure of either. Group 1 is a fifth wrong."""
+    weights = posteriors((900, 1), (20, 0.2), (500, 1), (500, 0))
+    prompts = (torch.arange(1920) >= 920).long()
+    drawn = purified(weights, prompts, 0.99)
+    common = (20 * 0.2 * 0.8) / (900 + 20 * 0.2)  # what is wrong in the common cell of prompt 0
+    expected = torch.tensor([[1 - common, common], [0.2, 0.8]], dtype=torch.double)
+    for prompt in (0, 1):
+        assert torch.allclose(shares(drawn, weights, prompts == prompt), expected)
+    assert torch.equal(drawn[:920, 1], weights[:920, 1])  # the cell that is worst already stays as it is
+    assert torch.allclose(drawn[1420:, 1] * 0.25, drawn[920:1420, 1])
+
+    rows, _, environments = GroupBalancedSampler(prompts, [weights], 0.99).draw(
+        40_000, torch.Generator().manual_seed(0)
+    )
+    wrong = [weights[rows[(environments[:, 0] == 1) & (prompts[rows] == p)], 0].mean().item() for p in (0, 1)]
+    assert wrong == pytest.approx([0.2, 0.2], abs=0.01)
+
+
+def test_three_groups_are_matched_and_one_that_a_prompt_lacks_stays_empty():
+    pure, mixed = torch.eye(3, dtype=torch.double), posteriors((60, 0.9, 0.06), (30, 0.02, 0.9), (30, 0.05, 0.05))
+    weights = torch.cat([mixed, pure.repeat_interleave(50, dim=0), pure[:2].repeat_interleave(50, dim=0)])
+    prompts = torch.tensor([0] * 120 + [1] * 150 + [2] * 100)
+    drawn = purified(weights, prompts, 0.0)
+    first, second = (shares(drawn, weights, prompts == prompt) for prompt in (0, 1))
+    assert torch.allclose(first, second)
+    assert first.diagonal().max() < 0.95
+    assert drawn[prompts == 2][:, 2].sum() == 0
