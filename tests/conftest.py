@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 
 from invdiff.evaluation.results import AttributeMeasures, Estimate, Measures, Quantity
@@ -134,18 +132,22 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every line of text that any picture carries, its titles excepted."""
-    lines: list[str] = []
-    for kind in (Figure, Axes):
-        original = kind.text
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every line of text in pictures of images, and how many images each strip holds, in order."""
+    from invdiff.report import grids
 
-        def text(self: Any, x: float, y: float, s: str, *args: Any, _text: Any = original, **kwargs: Any) -> Any:
-            lines.append(s)
-            return _text(self, x, y, s, *args, **kwargs)
+    parts: list[Any] = []
 
-        monkeypatch.setattr(kind, "text", text)
-    return lines
+    def recorded(original: Any) -> Any:
+        def part(first: Any, *args: Any, **options: Any) -> Any:
+            parts.append(first if isinstance(first, str) else len(first))
+            return original(first, *args, **options)
+
+        return part
+
+    for name in ("text", "strip"):
+        monkeypatch.setattr(grids, name, recorded(getattr(grids, name)))
+    return parts
 
 
 @pytest.fixture(scope="session")

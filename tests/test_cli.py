@@ -304,7 +304,7 @@ def test_the_type_of_weights_reaches_the_model_and_the_next_command(
 ):
     found = SimpleNamespace(biased=True, save=lambda folder: None, put_aside=lambda folder: None)
     recorded("invdiff.auditing.run", "audit", found)
-    recorded("invdiff.report.grids", "save_audit_pictures")
+    recorded("invdiff.report.grids", "save_audit_picture")
     monkeypatch.setattr(cli.commands, "print_audit", lambda found: None)
     shown = succeed("audit", tiny_pipe_dir, tiny_folder, "--output", tmp_path / "a", "--dtype", "bf16", "-q")
     assert recorded.calls["audit"].arguments[0].unet.dtype == torch.bfloat16

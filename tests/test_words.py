@@ -28,7 +28,7 @@ from invdiff.auditing.words import (
 from invdiff.config import AuditConfig
 from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.errors import AuditError, ConfigError, ModelError
-from invdiff.report.grids import save_audit_pictures
+from invdiff.report.grids import save_audit_picture
 from runs import LAND, NASTY, built_audit, make_audit, report
 from test_cli import succeed
 from tiny import CAPTIONS, save_clip
@@ -372,15 +372,12 @@ def test_hostile_words_are_text_in_reports_and_in_pictures(tmp_path):
         assert words[0] in twin
     assert tags[0] == tags[1]
     assert "<script" not in (tmp_path / "nasty" / "report" / "report.md").read_text(encoding="utf-8")
-    save_audit_pictures(tmp_path / "nasty", data)
+    save_audit_picture(tmp_path / "nasty", data)
 
 
-def test_pictures_show_as_many_words_as_there_is_room_for(tmp_path, written):
+def test_pictures_show_as_many_words_as_there_is_room_for(tmp_path, drawn):
     told = ["water", "boat", "a very long description of what can be seen", "of the sea", "x" * 60, "y" * 60, "z" * 60]
-    save_audit_pictures(tmp_path, with_words(tmp_path, told=told))
-    lines = [line for line in written if line.startswith("water, boat")]
-    assert len(lines) == 2  # in the overview and on the prompt's own sheet
-    assert all(", ".join(told).startswith(line.removesuffix("…")) for line in lines)
-    assert all(2 < line.count(", ") + 1 < len(told) for line in lines)
-    assert any("words that “clip-tiny” chose" in line for line in written)
-    assert not any("no word tells" in line for line in written)
+    save_audit_picture(tmp_path, with_words(tmp_path, told=told))
+    assert drawn.count(", ".join(told)) == 1
+    assert any("words by “clip-tiny”" in str(part) for part in drawn)
+    assert not any("no word tells" in str(part) for part in drawn)

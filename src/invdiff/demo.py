@@ -23,7 +23,7 @@ from .evaluation.annotators.conv import ConvAnnotator
 from .evaluation.evaluate import evaluate
 from .evaluation.results import Results
 from .models.load import denoiser_of, load_pipeline
-from .report.grids import save_audit_pictures
+from .report.grids import save_audit_picture
 from .report.write import save_report
 from .sampling import generate
 from .seeds import derived_seed
@@ -85,7 +85,7 @@ def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progre
         "seconds": seconds | {"total": round(sum(seconds.values()), 1)},
         "settings": config.to_dict(),
     }
-    save_audit_pictures(output_dir / "audit", data)
+    save_audit_picture(output_dir / "audit", data)
     results = replace(results, run=facts)
     results.save(output_dir / "results.json")
     save_report(

@@ -143,7 +143,7 @@ def audit(
     say_loading("images and model", quiet=quiet)
     from ..auditing.edits import CURATION
     from ..auditing.run import audit as run_audit
-    from ..report.grids import save_audit_pictures
+    from ..report.grids import save_audit_picture
     from ..sampling import own_images
 
     images, pipe = source.load(data, flag="DATA", output=output), weights.load(model)
@@ -159,9 +159,9 @@ def audit(
     elif (output / CURATION).is_file():
         say(f"people's changes in {output / CURATION} are kept; the table shows the audit before them", quiet=quiet)
     found.save(output)
-    save_audit_pictures(output, images)
+    save_audit_picture(output, images)
     print_audit(found)
-    result = f"The audit and its pictures are in {output}." + (f" Its images are in {images.folder}." * (not data))
+    result = f"The audit and its picture are in {output}." + (f" Its images are in {images.folder}." * (not data))
     audited = [data] if data else []
     shared = [*source.words(), *weights.words()]
     if found.biased:

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
-from ..files import atomic_path
+from ..files import save_image
 from ..text import one_line
 
 if TYPE_CHECKING:
@@ -130,13 +130,6 @@ def render(
     return stream.getvalue()
 
 
-def save_picture(path: Path, draw: Callable[[Figure], object], width: float, height: float) -> None:
-    """Write what `render` draws on light paper, atomically."""
-    png = render(draw, width, height)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(png)
-
-
 def draw_chart(axes: Axes, chart: Chart) -> None:
     """Draw a chart: lines stand side by side, so that no interval covers another, and are named at their ends."""
     xs = sorted({x for line in chart.lines for x, *_ in line.points})
@@ -197,7 +190,7 @@ def save_charts(path: Path, charts: Sequence[Chart], *, title: str) -> None:
             draw_chart(axes, chart)
             axes.set_xlabel(chart.x_name if chart is charts[-1] else "")
 
-    save_picture(path, draw, 1400, height)
+    save_image(path, lambda place: place.write_bytes(render(draw, 1400, height)))
 
 
 def _plot(draw: Callable[[Axes], object], alt: str, caption: str) -> Plot:
