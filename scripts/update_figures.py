@@ -7,6 +7,7 @@ python scripts/update_figures.py --check  # exit 1 if anything would change
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,28 @@ def requirements_table(part: str, shape: str) -> str:
     return "\n".join(rows)
 
 
+def theory_table(part: str) -> str:
+    """One of the tables of benchmarks/theory.py: a row for each entry, a column for each figure of it."""
+    measured = figures("mixtures", "theory")
+    if part == "penalties":
+        head = ["groups", *(f"{loss}, {of}" for loss in measured[part]["equal"] for of in ("biased", "balanced"))]
+        entries = {
+            name: [value for pair in losses.values() for value in pair] for name, losses in measured[part].items()
+        }
+    elif part == "scores":
+        head = ["W", *next(iter(measured[part].values()))]
+        entries = {name: list(row.values()) for name, row in measured[part].items()}
+    elif part == "cfg":
+        head = ["null row", "by", *(f"CFG {scale:g}" for scale in measured["scales"])]
+        entries = {f"{null} | {by}": row for null, rows in measured[part].items() for by, row in rows.items()}
+    else:
+        head = ["share of the common group", *(f"Delta {delta:g}" for delta in measured[part]["deltas"])]
+        entries = {by: measured[part][by] for by in ("formula", "drawn")}
+    digits = 4 if part == "penalties" else 3
+    rows = [f"| {name} | {' | '.join(f'{value:.{digits}f}' for value in row)} |" for name, row in entries.items()]
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
+
+
 def with_quartiles(values: dict[str, float]) -> str:
     """Return a median with its quartiles."""
     return f"{values['median']:.2f} ({values['lower_quartile']:.2f} to {values['upper_quartile']:.2f})"
@@ -326,6 +349,7 @@ BLOCKS = {
     "cost-count": cost_count_table,
     "cost-sampling": cost_sampling_table,
     "cost-training": cost_training_table,
+    **{f"theory-{part}": partial(theory_table, part) for part in ("scores", "penalties", "cfg", "delta")},
 }
 
 
