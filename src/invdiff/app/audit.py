@@ -42,7 +42,7 @@ class AuditBook:
 
     def __init__(self, parts: Parts) -> None:
         assert parts.audit is not None
-        self.folder = Path(parts.audit)
+        self.parts, self.folder = parts, Path(parts.audit)
         self.audit = Audit.load(self.folder)
         data = parts.data
         self.data: CaptionedImages | None = load_captioned_images(data) if isinstance(data, str | Path) else data
@@ -105,29 +105,41 @@ class AuditBook:
 
 
 class AuditTab:
-    """The tab of one or several audits by name, built inside a `gr.Blocks`; `drawn` has sliders named after groups."""
+    """The tab of one or several audits by name, built inside a `gr.Blocks`; `drawn` has sliders named after groups.
 
-    def __init__(self, books: Mapping[str, AuditBook], drawn: GenerateTab | None = None) -> None:
-        self._places: list[tuple[str, AuditBook, tuple[int, int] | None]] = []
-        for name, book in books.items():
-            run = f"{name} · " if len(books) > 1 else ""
+    There is room for audits of up to `most_groups` groups that join `books` while the page is open: see `turn_to`.
+    """
+
+    def __init__(self, books: dict[str, AuditBook], drawn: GenerateTab | None = None, most_groups: int = 0) -> None:
+        self.books = books
+        self._places = self._listed()
+        self._build(max(most_groups, *(groups for book in books.values() for groups in book.audit.num_groups)))
+        blocks = [part for b in self._blocks for part in (b.column, b.head, b.name, b.typical, b.nearest)]
+        whole = [self._facts, self._plot, self._moved, self._chosen, self._status, self._out_note, self._out]
+        self.loads = [*whole, self._prompt, self._tables, self.at, self._positions, self._picked, *self._cuts, *blocks]
+        self._connect(drawn)
+
+    def _listed(self) -> list[tuple[str, AuditBook, tuple[int, int] | None]]:
+        """What can be chosen: in words, its audit, and the prompt and factor."""
+        listed: list[tuple[str, AuditBook, tuple[int, int] | None]] = []
+        for name, book in self.books.items():
+            run = f"{name} · " if len(self.books) > 1 else ""
             found = [
                 (f"{place}. {page.factor}{one_line(page.prompt.prompt, 100)}", (page.index, page.factor_index))
                 for place, page in enumerate(splits_of(book.inferred), start=1)
             ]
-            self._places += [(run + words, book, page) for words, page in found]
+            listed += [(run + words, book, page) for words, page in found]
             if not found:
-                self._places.append((f"{run}No hidden group was found", book, None))
-        self._build(max(groups for book in books.values() for groups in book.audit.num_groups))
-        blocks = [part for b in self._blocks for part in (b.column, b.head, b.name, b.typical, b.nearest)]
-        whole = [self._facts, self._plot, self._moved, self._chosen, self._status, self._out_note, self._out]
-        self.loads = [*whole, self._tables, self._at, self._positions, self._picked, *self._cuts, *blocks]
-        self._connect(drawn)
+                listed.append((f"{run}No hidden group was found", book, None))
+        return listed
+
+    @property
+    def _choices(self) -> list[tuple[str, int]]:
+        return [(words, place) for place, (words, _, _) in enumerate(self._places)]
 
     def _build(self, groups: int) -> None:
         with gr.Row():
-            choices = [(words, place) for place, (words, _, _) in enumerate(self._places)]
-            self._prompt = gr.Dropdown(choices, value=0, label="Prompt", scale=3, elem_id="audit-prompt")
+            self._prompt = gr.Dropdown(self._choices, value=0, label="Prompt", scale=3, elem_id="audit-prompt")
             label = "Images in a row of a group"
             self._count = gr.Slider(4, MOST_PER_GROUP, PER_GROUP, step=4, label=label, elem_id="audit-count")
         self._facts = gr.HTML(elem_id="audit-facts")
@@ -152,7 +164,7 @@ class AuditTab:
         with gr.Accordion("Splits that were considered, and prompts that hide nothing", open=False):
             self._tables = gr.HTML(elem_id="audit-tables")
         # The prompt that the browser shows, which may be other than the one that was chosen a moment ago.
-        self._at = gr.Number(0, precision=0, visible="hidden", elem_id="audit-at")
+        self.at = gr.Number(0, precision=0, visible="hidden", elem_id="audit-at")
         self._positions, self._picked = gr.State({}), gr.State(None)
 
     def _block(self, group: int) -> SimpleNamespace:
@@ -177,7 +189,7 @@ class AuditTab:
     def _connect(self, drawn: GenerateTab | None) -> None:
         live: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
         each: dict[str, Any] = {**QUIET, "trigger_mode": "multiple"}  # none is lost while another is saved
-        at = [self._at, self._count]
+        at = [self.at, self._count]
         cuts = [*at, *self._cuts]
         self._prompt.change(self.open, [self._prompt, self._count], self.loads, **live)
         # Not `change`, which values that are only shown would cause.
@@ -194,15 +206,26 @@ class AuditTab:
                 saved.then(drawn.first, drawn.mix, drawn.loads, **QUIET)
             galleries |= {f"typical-{group}": block.typical, f"nearest-{group}": block.nearest}
         for name, shelf in galleries.items():
-            inputs = [self._at, gr.State(name), self._positions]
+            inputs = [self.at, gr.State(name), self._positions]
             shelf.select(self.pick, inputs, [self._picked, self._chosen], **QUIET)
+
+    def turn_to(self, name: str = "") -> Values:
+        """Show the first prompt of an audit, which may have joined meanwhile; without a name, of all."""
+        self._places = self._listed()
+        own = [place for place, (_, book, _) in enumerate(self._places) if book is self.books.get(name)]
+        place = [*own, 0][0]
+        return self.open(place) | {self._prompt: gr.update(choices=self._choices, value=place)}
+
+    def book(self, place: int) -> AuditBook:
+        """The audit of a prompt."""
+        return self._find(place)[0]
 
     def open(self, place: int = 0, count: float = PER_GROUP) -> Values:
         """A prompt that was just chosen: names and sliders as saved, no image chosen."""
         book, page = self._find(place)
         names = book.audit.edits.names[page.factor_index if page else 0]
         values = {block.name: name for block, name in zip(self._blocks, names, strict=False)}
-        blank = {block.name: "" for block in self._blocks} | {self._status: "", self._at: place}
+        blank = {block.name: "" for block in self._blocks} | {self._status: "", self.at: place}
         return self._saved(place, count) | blank | values | {self._picked: None, self._chosen: notice(CHOOSE)}
 
     def show(self, place: int, count: float, *cuts: float) -> Values:
@@ -282,16 +305,16 @@ class AuditTab:
         return [(place, shown[event.index]), _details(*self._find(place), shown[event.index])]
 
     def _find(self, place: int) -> tuple[AuditBook, Split | None]:
-        _, book, page = self._places[place]
+        _, book, page = self._places[min(place, len(self._places) - 1)]
         return book, None if page is None else book.page(*page)
 
     def _edit(self, place: int, count: float, change: Callable[[Edits], Edits], words: str) -> Values:
         """Save a change and show it, or why it cannot be made. Text fields stay: somebody may be typing a name."""
         try:
-            self._places[place][1].edit(change)
+            self.book(place).edit(change)
         except InvDiffError as error:
             return {self._status: refusal(error)}
-        return self._saved(place, count) | {self._status: notice(words), self._at: place}
+        return self._saved(place, count) | {self._status: notice(words), self.at: place}
 
     def _saved(self, place: int, count: float) -> Values:
         """A prompt as saved, with the sliders of its cuts."""

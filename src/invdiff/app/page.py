@@ -32,6 +32,7 @@ from ..report.read import Parts, find_parts
 from ..report.write import write_report
 from ..text import one_line
 from .audit import AuditBook, AuditTab
+from .clicks import MOST_VALUES, ClicksPanel, with_labels
 from .fragments import QUIET, fragment, notice, refusal
 from .generate import GenerateTab
 from .studio import Studio
@@ -54,6 +55,7 @@ class Workspace:
     module: Path | str | None  # folder or hub id of the guidance module
     annotator: str  # folder or hub id; "" for none
     runs: Mapping[str, Parts]  # name to the parts of a folder, as a report would read it; names differ
+    cache_dir: Path | None = None  # where measurements of audits are kept, None for the usual place
 
     @property
     def audits(self) -> dict[str, Parts]:
@@ -68,6 +70,7 @@ def open_workspace(
     module: str | None = None,
     annotator: str | None = None,
     data: CaptionedImages | str | Path | None = None,
+    cache_dir: Path | None = None,
 ) -> Workspace:
     """Find the parts that a page is to show: of runs such as `invdiff demo` writes, or the bundled demo.
 
@@ -93,12 +96,13 @@ def open_workspace(
         alike = [other.name for other in resolved].count(folder.name) > 1
         name = f"{place + 1}: {one_line(str(runs[place]), 120)}" if alike else one_line(folder.name, 60) or "/"
         found[name] = parts if data is None or parts.data is not None else replace(parts, data=data)
+    found |= {made: parts for name in list(found) for made, parts in with_labels(name, found[name]).items()}
     chosen: Path | str | None = module or next((parts.module for parts in found.values() if parts.module), None)
     if model is None and chosen is not None:
         model = _model_of(chosen)
     if annotator is None and model == str(BIRDS_MODEL):
         annotator = str(BIRDS_ANNOTATOR)
-    return Workspace(model or "", chosen, annotator or "", found)
+    return Workspace(model or "", chosen, annotator or "", found, cache_dir)
 
 
 def _bundled_run() -> Parts:
@@ -169,14 +173,16 @@ def build_page(workspace: Workspace, studio: Studio | None) -> gr.Blocks:
                 page.load(generate.first, None, generate.loads, **QUIET)
         with gr.Tab("Audit", id="audit"):
             if books:
-                audit = AuditTab(books, generate)
-                page.load(audit.open, None, audit.loads, **QUIET)
+                audit = AuditTab(books, generate, MOST_VALUES)
+                page.load(audit.turn_to, None, audit.loads, **QUIET)
+                if studio is not None:
+                    ClicksPanel(audit, studio, workspace.cache_dir)
             else:
                 gr.HTML(notice("No audit was given. `invdiff ui RUN` opens the one in RUN/audit."))
         with gr.Tab("Compare", id="compare"):
             results = {name: parts for name, parts in workspace.runs.items() if parts.results is not None}
             if results:
-                _build_compare(results)
+                _build_compare(results, books)
             else:
                 gr.HTML(notice("No results were given. `invdiff ui RUN` opens RUN/results.json."))
         words = f"invdiff {version('invdiff')} · computed on the machine that serves this page"
@@ -199,8 +205,8 @@ def _build_generate(workspace: Workspace, studio: Studio, books: Mapping[str, Au
     return GenerateTab(studio, suggestions, names, resolution=0 if is_own else trained)
 
 
-def _build_compare(runs: Mapping[str, Parts]) -> None:
-    """Build tab Compare: one table of the figures of all runs, and their reports."""
+def _build_compare(runs: Mapping[str, Parts], books: Mapping[str, AuditBook]) -> None:
+    """Build tab Compare: one table of the figures of all runs, and their reports, with the latest audit of each."""
     gr.HTML(compare(runs), elem_id="compare")
     write = gr.Button("Write the report", size="sm", elem_id="compare-report")
     status = gr.HTML(elem_id="compare-status")
@@ -208,7 +214,9 @@ def _build_compare(runs: Mapping[str, Parts]) -> None:
 
     def write_reports() -> list[Any]:
         try:
-            paths = [write_report(Path(str(parts.results)).parent, parts) for parts in runs.values()]
+            latest = {book.parts.run: book.folder for book in books.values()}
+            given = [replace(parts, audit=latest.get(parts.run)) for parts in runs.values()]
+            paths = [write_report(Path(str(parts.results)).parent, parts) for parts in given]
         except InvDiffError as error:
             return [refusal(error), gr.skip()]
         served = [save_file_to_cache(path, os.environ["GRADIO_TEMP_DIR"]) for path in paths]

@@ -121,7 +121,7 @@ class Studio:
         shown = Shown(list(known or ()))
         prompts = [ask.prompt] if self.needs_prompts else []
         try:
-            with self._alone(turn):
+            with self.alone(turn):
                 plain = guided = Drawing(self.pipe, prompts, config=ask.config)
                 if self.module is not None:
                     guided = Drawing(self.pipe, prompts, module=self.module, config=ask.config, environments=mix)
@@ -141,7 +141,7 @@ class Studio:
                 yield shown
 
     def _batch(self, drawing: Drawing, places: Sequence[int], turn: Turn) -> list[Shot]:
-        with self._alone(turn), drawing:  # the module is on the pipeline under the lock only
+        with self.alone(turn), drawing:  # the module is on the pipeline under the lock only
             images, rows = drawing.batch(places)
         seen = self.annotator.predict(images) if self.annotator is not None else None
         classes = {attribute: seen.labels(attribute) for attribute in seen.attributes} if seen is not None else {}
@@ -151,7 +151,7 @@ class Studio:
         ]
 
     @contextlib.contextmanager
-    def _alone(self, turn: Turn) -> Iterator[None]:
+    def alone(self, turn: Turn) -> Iterator[None]:
         """Have the pipeline alone; `_OverError` comes before the denoiser's next step once the turn is over."""
 
         def check(*_: Any) -> None:

@@ -16,13 +16,13 @@ from ..launched import one_process
 from .arguments import (
     DATA,
     RUN,
+    CacheOptions,
     CaptionOptions,
     Classes,
     DataOptions,
     LabelledData,
     Output,
     Quiet,
-    WeightsOptions,
     command,
     labelled_folders,
     option,
@@ -169,7 +169,7 @@ def ui(
         None, "The images that were audited, where a run does not hold them.", "--data", panel=DATA, metavar="DATA"
     ),
     source: CaptionOptions,
-    weights: WeightsOptions,
+    weights: CacheOptions,
     host: str = option("127.0.0.1", "Address to listen on. Any but this machine's own needs --public.", panel=RUN),
     port: int | None = option(
         None, "Port to listen on." + shown_default("the first free one from 7860"), panel=RUN, min=0, max=65535
@@ -196,10 +196,11 @@ def ui(
         say_loading("the page", quiet=False)
         from ..app.page import build_page, open_studio, open_workspace
 
-        workspace = open_workspace(runs or (), model=model, module=module, annotator=annotator, data=images)
+        kept: Any = {"cache_dir": weights.cache_dir}
+        workspace = open_workspace(runs or (), model=model, module=module, annotator=annotator, data=images, **kept)
         if workspace.model:
             say("loading the model", quiet=False)
-        loads: Any = {"load": weights.load, "options": weights.words()}
+        loads: Any = {"load": weights.load, "options": dataclasses.replace(weights, cache_dir=None).words()}
         studio = open_studio(workspace, **loads, attribute=attribute or "", classes=classes)
         page = build_page(workspace, studio)
         address = launch(page, host=host, port=chosen_port, password=password, browser=browser, public=public)

@@ -42,7 +42,7 @@ def reproduce(run: Run, version: str) -> dict[str, Any]:
 def commands(run: Run) -> list[tuple[str, str]]:
     """What each command does, and the command for a shell, in order, as far as the parts tell their settings."""
     demo = run.results.run.get("settings") if run.results else None
-    if demo:
+    if demo and not (run.audit and run.audit.asked):
         return [("All of it, one command", shlex.join(["invdiff", "demo", *command_options(DemoConfig, demo)]))]
     base = str(run.module.get("base_model") or "MODEL").rstrip("/\\")
     model = str(_record(run, "base").get("hub_id") or re.split(r"[/\\]", base)[-1])

@@ -1,0 +1,106 @@
+"""An attribute named by clicks: which images are asked about, what is kept, and what is inferred of it."""
+
+import numpy as np
+import pytest
+
+from invdiff import audit, load_captioned_images
+from invdiff.auditing.asked import labels_asked
+from invdiff.auditing.clicks import next_to_label, random_order, random_sample, read_clicks, still_needed
+from invdiff.auditing.result import Audit
+from test_labels import SMALL, VALUES, write_labelled_folder
+
+pytest.importorskip("starlette", reason="needs the ui extra: pip install 'invdiff[ui]'")
+from invdiff.app.serve import own_files
+
+with own_files():
+    gr = pytest.importorskip("gradio", reason="needs the ui extra: pip install 'invdiff[ui]'")
+    from invdiff.app.audit import AuditBook, AuditTab
+    from invdiff.app.clicks import ClicksPanel
+    from invdiff.app.page import open_workspace
+    from invdiff.app.studio import Studio
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of gradio's own imports
+
+
+def test_half_are_least_certain_from_each_cell_in_turn_and_half_the_next_in_random_order():
+    prompt_ids, asked = np.repeat([0, 1], 50), np.zeros(100, dtype=bool)
+    sure = 0.504 + 0.004 * np.arange(100)  # of group 0 where even, of group 1 where odd
+    sure[1] = 0.5  # nothing is known of it
+    weights = np.where(np.arange(100)[:, None] % 2 == [0, 1], sure[:, None], 1 - sure[:, None])
+    order = random_order(prompt_ids, seed=3)
+    ten = next_to_label(weights, prompt_ids, asked, seed=3)
+    assert ten.tolist() == sorted(order[:10].tolist())
+    assert np.bincount(prompt_ids[ten]).tolist() == [5, 5]
+    asked[0] = True
+    least_certain = [2, 3, 50, 51, 4]
+    drawn = [at for at in order if at not in (0, *least_certain)][:5]
+    assert next_to_label(weights, prompt_ids, asked, seed=3).tolist() == sorted([*least_certain, *drawn])
+    asked[:97] = True
+    assert next_to_label(weights, prompt_ids, asked).tolist() == [97, 98, 99]
+
+
+def test_any_beginning_of_the_random_order_is_a_random_sample():
+    prompt_ids, asked = np.repeat([0, 1], [90, 10]), np.zeros(100, dtype=bool)
+    first = [random_order(prompt_ids, seed)[:20] for seed in range(400)]
+    assert {int((prompt_ids[own] == 1).sum()) for own in first} <= {1, 2, 3}
+    counts = np.bincount(np.concatenate(first), minlength=100) / 400
+    assert abs(counts - 0.2).max() < 0.09  # four standard errors
+    order = random_order(prompt_ids)
+    asked[order[[0, 1, 2, 4]]] = True
+    assert random_sample(prompt_ids, asked).tolist() == order[:3].tolist()
+    assert len(random_sample(prompt_ids, ~np.zeros(100, dtype=bool))) == 100
+
+
+def test_what_an_audit_lacks_is_said_in_words():
+    seen = dict(zip(map(str, range(8)), ["sea"] * 5 + ["forest"] * 2 + [""], strict=True))
+    assert still_needed(seen, ("forest", "sea")) == "3 more of “forest”"
+    assert still_needed({}, ("forest", "sea")) == "5 more of “forest”, 5 more of “sea”"
+    seen |= {f"f{k}": "forest" for k in range(3)}
+    assert still_needed(seen, ("forest", "sea", "city")) == ""
+
+
+class Page:
+    """The panel outside a browser; values by the component that they go to."""
+
+    def __init__(self, run, pipe, cache):
+        self.books = {"run": AuditBook(open_workspace([run], model="x").runs["run"])}
+        with gr.Blocks():
+            self.tab = AuditTab(self.books, None, 6)
+            self.panel = ClicksPanel(self.tab, Studio(pipe), cache)
+        self.show(self.panel.begin(0, "place: land, water"))
+
+    def show(self, values):
+        self.shown = {part.elem_id: value for part, value in values.items() if part.elem_id}
+        self.ask = values.get(self.panel._ask)
+
+    def click(self, slots):
+        for slot in slots:
+            value = VALUES[self.ask.positions[slot]] or "cannot tell"
+            said = self.panel.answer(self.ask, slot, value)
+        return said
+
+    def infer(self):
+        for values in self.panel.infer(self.ask):
+            self.show(values)
+
+
+def test_clicks_are_kept_and_spread_to_an_audit_that_the_page_goes_on_with(tiny_pipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "shown"))
+    run, options = tmp_path / "run", {"config": SMALL, "cache_dir": tmp_path / "cache", "progress": False}
+    data = load_captioned_images(write_labelled_folder(run / "data"))
+    audit(tiny_pipe, data, **options).save(run / "audit")
+    page = Page(run, tiny_pipe, tmp_path / "cache")
+    assert "7 of these 10 left" in page.click(range(3))
+    page = Page(run, tiny_pipe, tmp_path / "cache")  # the first was killed: none is asked about again
+    page.infer()
+    assert "are needed" in page.shown["ask-status"]
+    assert not (run / "audit-place").exists()
+    page.click(range(len(page.ask.positions)))
+    kept = read_clicks(run / "labels-place.csv", "place")
+    assert kept == {name: VALUES[data.names.index(name)] for name in kept}
+    page.infer()
+    assert "labels" in page.shown["ask-figures"]
+    found = Audit.load(run / "audit-place")
+    given = labels_asked(run / "labels-place.csv", data.names)
+    assert found.settings["asked"]["labels"]["place"]["images"]["land"] == given["place"].count("land")
+    assert list(page.books) == list(open_workspace([run], model="x").audits) == ["run", "run, audit-place"]
