@@ -122,50 +122,45 @@ class Config:
 
 _WORDS: dict[Any, str] = {
     **{int: "a whole number", float: "a finite number", bool: "true or false", str: "text"},
-    **{tuple: "a list", list: "a list", dict: "a mapping"},
+    **{tuple: "a list", list: "a list", dict: "a mapping", Mapping: "a mapping"},
 }
 
 
-def typed(hint: Any, value: Any) -> Any:
-    """A value as its type hint has it, else a `TypeError`: a list as a tuple, 3 as 3.0, a mapping as a dataclass."""
-    try:
-        return _fitted(hint, value)
-    except TypeError as error:
-        raise TypeError(f"expected {error}, got {repr(value)[:200]}") from None
+def typed(hint: Any, value: Any, place: str = "") -> Any:
+    """A value as its type hint has it: a list as a tuple, 3 as 3.0, a mapping as a dataclass, without unknown names.
 
-
-def _fitted(hint: Any, value: Any) -> Any:
-    """As `typed`, where the error says what fits."""
+    A `TypeError` says what was expected, and where in the value.
+    """
     origin, arguments = get_origin(hint), get_args(hint)
+    expected = _WORDS.get(origin or hint) or f"the settings of {getattr(hint, '__name__', hint)}"
     if origin is Annotated:
-        value = _fitted(arguments[0], value)
-        for limits in hint.__metadata__:
-            if isinstance(limits, Range) and value not in limits:
-                raise TypeError(str(limits))
+        value = typed(arguments[0], value, place)
+        limits = [limit for limit in hint.__metadata__ if isinstance(limit, Range) and value not in limit]
+        if not limits:
+            return value
+        expected = str(limits[0])
+    elif origin in (Union, types.UnionType):
+        return None if value is None else typed(arguments[0], value, place)
+    elif origin is Literal:
+        if value in arguments:
+            return value
+        expected = "one of " + ", ".join(map(repr, arguments))
+    elif hint is Any:
         return value
-    if origin in (Union, types.UnionType):
-        return None if value is None else _fitted(arguments[0], value)
-    if origin is Literal and value not in arguments:
-        raise TypeError("one of " + ", ".join(map(repr, arguments)))
-    if hint is Any or origin is Literal:
-        return value
-    try:
-        if origin is dict and isinstance(value, dict):
-            return {name: _fitted(arguments[1], item) for name, item in value.items()}
-        if origin in (tuple, list) and isinstance(value, tuple | list):
-            return origin(_fitted(arguments[0], item) for item in value)
-    except TypeError as error:
-        raise TypeError(f"{_WORDS[origin]}, each {'value' if origin is dict else 'item'} {error}") from None
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        hints = get_type_hints(hint, include_extras=True)
-        return hint(**{name: _fitted(hints.get(name, Any), item) for name, item in value.items()})  # type: ignore
-    if hint in (int, float):
+    elif origin in (dict, Mapping) and isinstance(value, dict):
+        return {name: typed(arguments[1], item, f" in {name!r}{place}") for name, item in value.items()}
+    elif origin in (tuple, list) and isinstance(value, tuple | list):
+        return origin(typed(arguments[0], item, f" in item {k}{place}") for k, item in enumerate(value, start=1))
+    elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        hints: Any = {name: of for name, of in _hints(hint).items() if name in value}  # type: ignore[arg-type]
+        return hint(**{name: typed(of, value[name], f" in {name!r}{place}") for name, of in hints.items()})  # type: ignore
+    elif hint in (int, float):
         numbers = int if hint is int else int | float
         if isinstance(value, numbers) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
             return hint(value)
     elif not origin and isinstance(value, hint):
         return value
-    raise TypeError(_WORDS.get(origin or hint) or f"the settings of {hint.__name__}")
+    raise TypeError(f"expected {expected}{place}, got {repr(value)[:200]}")
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ import csv
 import io
 import json
 import math
-import types
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from ..data.tables import MANIFESTS
 from ..errors import EvaluationError, first_line
 from ..files import read_json, write_json, write_text
+from ..options import typed
 
 CANNOT_TELL = "cannot tell"
 """The label of an image that an annotator is not confident about."""
@@ -228,7 +228,7 @@ class Results:
     def load(cls, path: str | Path) -> Results:
         """Results from the JSON that `save` wrote; `EvaluationError` or `DataError` where the file holds none."""
         try:
-            results: Results = _read(cls, read_json(Path(path)), "")
+            results: Results = typed(cls, read_json(Path(path)))
             for _, scale, measures in results.each():
                 _ = (measures.bias, measures.shares, scale_order(scale))
         except (KeyError, StopIteration, TypeError, ValueError, ZeroDivisionError) as error:
@@ -296,24 +296,3 @@ def _figures(measures: Measures) -> Iterator[tuple[str, str | None, str, Mapping
     for group, figures in measures.by_group.items():
         yield "group", None, f"group: {group}", figures
     yield "preservation", None, "pairs of the same seed", measures.preservation
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """JSON as the type it should have; faults are named by their place, and what no field is for is left out."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    within = f" in {where}" if where else ""
-    if origin is types.UnionType:
-        return None if value is None else _read(arguments[0], value, where)
-    if isinstance(value, dict) and is_dataclass(kind):
-        hints = {name: hint for name, hint in get_type_hints(kind).items() if name in value}
-        return kind(**{name: _read(hint, value[name], name + within) for name, hint in hints.items()})  # type: ignore
-    if isinstance(value, dict) and origin is Mapping:
-        return {name: _read(arguments[1], item, f"{name!r}{within}") for name, item in value.items()}
-    if isinstance(value, list) and origin in (list, tuple):
-        return origin(_read(arguments[0], item, where) for item in value)
-    if kind is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    if kind is Any or (kind is not float and type(value) is kind):
-        return value
-    name = "a finite number" if kind is float else getattr(kind, "__name__", str(kind))
-    raise TypeError(f"expected {name} for {where or 'the document'}, got {value!r:.40}")
