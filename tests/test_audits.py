@@ -20,11 +20,6 @@ def test_the_minority_is_what_is_rarer_with_a_subject_than_with_the_others():
     assert np.flatnonzero(judging.minority(races, ["man"] * 7 + ["woman"] * 7)).tolist() == [5, 6, 7, 8]
 
 
-def test_calibration_error_is_the_mean_gap_of_posterior_and_share():
-    posterior, truth = np.array([0.05] * 20 + [0.95] * 20), np.array([0] * 19 + [1] + [1] * 16 + [0] * 4)
-    assert judging.calibration_error(posterior, truth) == pytest.approx((0 + 0.15) / 2)
-
-
 @pytest.fixture
 def birds(tmp_path):
     """A drawn world of 200 images."""
@@ -44,19 +39,6 @@ def audit_of(data, *attributes):
         weights.append(np.stack([1 - rare, rare], axis=1))
         scores.append(rare)
     return Audit(tuple(weights), np.stack(scores), prompt_ids, prompts, factors, data.names, 6.0, {})
-
-
-def test_each_attribute_is_judged_by_the_factor_that_follows_it(birds):
-    names = ("background", "light")
-    hidden = judging.judged(audit_of(birds, "light", "background"), birds, names, "subject")["hidden"]
-    for name, factor in zip(names, (1, 0), strict=True):
-        assert [row["factor"] for row in hidden[name]] == [factor, factor]
-        for figure in ("auroc", "adjusted_rand", "sure_precision", "average_precision"):
-            assert [row[figure] for row in hidden[name]] == [1.0, 1.0]
-        assert [row["calibration_error"] for row in hidden[name]] == [0.0, 0.0]
-    hidden = judging.judged(audit_of(birds, "light"), birds, names, "subject")["hidden"]
-    assert [row["found"] for row in hidden["background"]] == [False, False]
-    assert [row["adjusted_rand"] for row in hidden["light"]] == [1.0, 1.0]
 
 
 def test_a_cell_is_audited_once_without_attributes_and_stands_in_the_table(

@@ -1,17 +1,14 @@
 """The augmentation test: classifiers trained on generated images, measured group by group on real ones."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from augmentation import AugmentationConfig, augmentation_test, group_accuracy
 from PIL import Image
-from scipy.stats import binomtest
 from sklearn.metrics import recall_score
 
-from invdiff.errors import ConfigError, DataError, EvaluationError, TrainingError
+from invdiff.errors import DataError, EvaluationError
 from invdiff.evaluation.annotators.labels import load_labelled_images
 
 CLASSES, COLOURS = ("cat", "dog"), {"red": (230, 40, 40), "blue": (40, 40, 230)}
@@ -73,43 +70,14 @@ def balanced(tmp_path_factory):
     return write_test(tmp_path_factory.mktemp("test") / "balanced", grid(30))
 
 
-@pytest.fixture(scope="module")
-def results(models, balanced):
-    return run(models, balanced, config=replace(FAST, seeds=(0, 1)))["models"]
-
-
-def test_the_worst_group_contradicts_the_spurious_attribute_of_the_images(results):
-    base, guided = results["base"], results["guided"]
+def test_the_worst_group_contradicts_the_spurious_attribute_of_the_images(models, balanced):
+    found = run(models, balanced)
+    base, guided = found["models"]["base"], found["models"]["guided"]
+    assert base["train_images"] == {"cat": 100, "dog": 100}
+    assert found["test_images"] == {f"{subject} x {colour}": 30 for subject, colour in grid(30)}
     assert base["worst_accuracy"]["mean"] < guided["worst_accuracy"]["mean"] - 0.3
     assert guided["worst_accuracy"]["mean"] > 0.8
     assert base["worst_group"] in ("cat x blue", "dog x red")
-
-
-def test_every_model_trains_on_the_smallest_number_that_any_model_has_of_any_subject(tmp_path, balanced):
-    sizes = {"base": (20, 14), "guided": (12, 30)}
-    folders = {name: write_model(tmp_path / name, per_subject=size) for name, size in sizes.items()}
-    found = run(folders, balanced, config=INSTANT)
-    assert [model["train_images"] for model in found["models"].values()] == [{"cat": 12, "dog": 12}] * 2
-    folder = write_model(tmp_path / "named", per_subject=10, prompt="{}ty")
-    found = run(folder, balanced, config=INSTANT, subject_of={"catty": "dog", "dogty": "cat"})
-    assert found["models"]["named"]["train_images"] == {"cat": 10, "dog": 10}
-
-
-def test_the_tests_attribute_decides_on_groups_and_on_nothing_else(results, models, tmp_path):
-    shuffled = write_test(tmp_path / "test", grid(30))
-    np.random.default_rng(0).shuffle(shuffled.attributes["colour"])
-    changed = run({"base": models["base"]}, shuffled)["models"]["base"]["by_seed"]["0"]
-    before = results["base"]["by_seed"]["0"]
-    assert changed["accuracy"] == before["accuracy"]
-    assert changed["groups"] != before["groups"]
-
-
-def test_a_seed_gives_the_same_whatever_else_is_trained_and_leaves_the_global_generator(results, models, balanced):
-    state = torch.random.get_rng_state()
-    again = run({"guided": models["guided"]}, balanced, config=replace(FAST, seeds=(1,)))["models"]["guided"]
-    assert again["by_seed"]["1"] == results["guided"]["by_seed"]["1"]
-    assert again["accuracy"]["sd"] is None
-    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_group_figures_are_recalls():
@@ -121,50 +89,6 @@ def test_group_figures_are_recalls():
     assert list(measured["groups"].values()) == pytest.approx(recalls.tolist())
     assert measured["worst_accuracy"] == pytest.approx(recalls.min())
     assert measured["group_mean"] == pytest.approx(recalls.mean())
-
-
-def test_figures_over_seeds_and_the_interval_are_those_of_numpy_and_scipy(results):
-    base = results["base"]
-    for name in ("accuracy", "group_mean", "worst_accuracy"):
-        values = [fit[name] for fit in base["by_seed"].values()]
-        expected = {"mean": np.mean(values), "sd": np.std(values, ddof=1)}
-        assert base[name] == pytest.approx(expected)
-    mean = min(spread["mean"] for spread in base["groups"].values())
-    assert base["groups"][base["worst_group"]]["mean"] == mean
-    expected = binomtest(round(30 * mean), 30).proportion_ci(method="wilson")
-    assert base["worst_interval"] == pytest.approx((expected.low, expected.high))
-
-
-def test_real_images_train_a_classifier_alone_and_beside_each_models(models, balanced, tmp_path):
-    train = write_test(tmp_path / "real", {("cat", "red"): 70, ("dog", "blue"): 60})
-    found = run(models, balanced, train=train)["models"]
-    own, both = {"cat": 100, "dog": 100}, {"cat": 170, "dog": 160}
-    expected = {"real": {"cat": 70, "dog": 60}, "base": own, "real + base": both, "guided": own, "real + guided": both}
-    assert {name: model["train_images"] for name, model in found.items()} == expected
-    worst = {name: model["worst_accuracy"]["mean"] for name, model in found.items()}
-    assert worst["real + guided"] > max(worst["real"], worst["real + base"])
-    train.attributes["subject"][0] = "horse"
-    with pytest.raises(EvaluationError, match="got cat, dog, horse"):
-        run(models, balanced, train=train)
-    with pytest.raises(EvaluationError, match="other names than 'real'"):
-        run({"real": models["base"]}, balanced, train=balanced)
-
-
-def test_left_out_images_and_groups_are_named(models, tmp_path):
-    extra = write_model(tmp_path / "extra", per_subject=10, prompt="a photo of a pet")
-    write_test(tmp_path / "test", grid(12) | {("dog", "red"): 9})
-    (tmp_path / "test" / "cat-red-0.png").write_bytes(b"no image")
-    data = load_labelled_images(tmp_path / "test", max_unreadable=0.1)
-    found = run({"base": [models["base"], extra]}, data, config=INSTANT)
-    assert found["models"]["base"]["train_images"] == {"cat": 100, "dog": 100}
-    assert found["test_images"] == {"cat x red": 11, "cat x blue": 12, "dog x blue": 12}
-    assert found["notes"] == [
-        "1 of 3 prompts name no subject: 20 images out",
-        "1 of 45 test images cannot be read and are left out",
-        "groups left out, with fewer than 10 test images: 9 of dog x red",
-    ]
-    with pytest.raises(DataError, match="images to be unreadable"):
-        run(models, load_labelled_images(tmp_path / "test"), config=INSTANT)
 
 
 def test_models_that_cannot_be_compared_are_refused(models, balanced, tmp_path):
@@ -182,17 +106,3 @@ def test_models_that_cannot_be_compared_are_refused(models, balanced, tmp_path):
     (high / "dog-3.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"dog-3\.png"):
         run(high, balanced)
-
-
-def test_test_images_and_settings_that_do_not_do_are_refused(models, balanced, tmp_path):
-    with pytest.raises(EvaluationError, match="got 0 of cat x blue, 0 of dog x red"):
-        run(models, write_test(tmp_path / "biased", {("cat", "red"): 20, ("dog", "blue"): 20}))
-    with pytest.raises(DataError, match="Expected attribute 'age'"):
-        augmentation_test(models, balanced, subject_attribute="subject", attribute="age")
-    with pytest.raises(EvaluationError, match="Expected two attributes"):
-        augmentation_test(models, balanced, subject_attribute="subject", attribute="subject")
-    with pytest.raises(TrainingError, match="Lower learning_rate"):
-        run(models, balanced, config=replace(INSTANT, steps=5, batch_size=8, learning_rate=1e30))
-    for wrong in ({"steps": 0}, {"resolution": 7}, {"learning_rate": 0.0}, {"seeds": (1, 1)}, {"seeds": ()}):
-        with pytest.raises(ConfigError, match=next(iter(wrong))):
-            AugmentationConfig(**wrong)

@@ -39,13 +39,3 @@ def test_severity_is_the_share_of_each_captions_usual_class_of_as_many_images_as
     assert kept.names == with_severity(data, "place", severity, seed=0).names
     if severity == 0.9:
         assert kept.names != with_severity(data, "place", severity, seed=1).names
-
-
-def test_settings_that_cannot_be_met_are_refused():
-    data = labelled({"a": {"land": 90}})
-    with pytest.raises(DataError, match=r"share of 0.9 'land' .place., found 90 and 0 others"):
-        with_severity(data, "place", 0.9)
-    with pytest.raises(DataError, match=r"attribute 'age' in the data, found place"):
-        with_severity(data, "age", 0.9)
-    with pytest.raises(DataError, match="above 0, up to 1, got 0"):
-        with_severity(data, "place", 0.0)

@@ -79,15 +79,6 @@ def test_a_waterbird_world_is_what_its_columns_say(source, tmp_path):
     pd.testing.assert_frame_equal(table(plain), rows.drop(columns="tint").head(40))  # a larger set begins alike
 
 
-def test_held_out_images_are_in_no_other_world(source, tmp_path):
-    brightest = []
-    for held_out in (False, True):
-        folder = worlds.waterbirds(source, tmp_path / str(held_out), num_images=30, held_out=held_out)
-        data = load_captioned_images(folder)
-        brightest.append({np.asarray(data.image(index))[0, 0].max() for index in range(30)})
-    assert brightest == [{200}, {100}]
-
-
 def test_a_world_follows_from_its_seed_and_a_stopped_one_goes_on_to_the_same(source, tmp_path):
     first, second = (worlds.null(source, tmp_path / name, "forests", num_images=9, seed=3) for name in "ab")
     other = worlds.null(source, tmp_path / "c", "forests", num_images=9, seed=4)
@@ -114,18 +105,3 @@ def test_faces_hide_what_is_asked_in_the_shares_that_are_asked(source, tmp_path)
         worlds.fairface(source, tmp_path / "more", num_images=100)
     with pytest.raises(ConfigError, match="got age and race"):
         worlds.fairface(source, tmp_path / "none", captions="age", hidden="race")
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"Expected waterbirds_cutouts\.parquet in the folder of public images"):
-        worlds.waterbirds(tmp_path, tmp_path / "world", num_images=2)
-
-
-def test_three_attributes_of_drawn_birds_agree_with_the_subject_each_by_itself(tmp_path):
-    rows = table(worlds.drawn(tmp_path / "drawn", num_images=300, severity=0.9))
-    land = rows.subject == "landbird"
-    agrees = [(rows[name] == value) == land for name, value in (("background", "land"), ("colour", "warm"))]
-    agrees.append((rows.light == "bright") == land)
-    assert all(abs(each.mean() - 0.9) < 0.07 for each in agrees)
-    assert abs(np.mean(agrees[0] & agrees[1] & agrees[2]) - 0.729) < 0.11
-    assert abs(((rows.side == "right") == land).mean() - 0.5) < 0.12
