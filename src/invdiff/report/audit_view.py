@@ -9,7 +9,7 @@ from ..auditing.edits import Edits
 from ..auditing.result import Audit, AuditWords, Candidate, PromptAudit
 from ..data.images import about_unreadable
 from ..text import or_dash
-from .figures import LOOK, Missing, Table, counted, e_value, percent, quoted, sentences
+from .figures import LOOK, Table, counted, e_value, percent, sentences
 from .plots import Thumb, histogram, thumb
 from .read import MOST_PROMPTS, Group, Run, Split, shown_path
 
@@ -17,11 +17,6 @@ MOST_ROWS = 40
 MOST_CANDIDATES = 6
 IMAGES_PER_GROUP = 12
 UNCERTAIN = 4
-LEGEND = (
-    "Separation is the distance between neighbouring groups in the histogram, in their common standard deviation. "
-    "Agreement is that of groups found from independent draws of noise and settings (adjusted Rand index: 1 is "
-    "perfect, 0 is chance). Intervals of shares are of 95%."
-)
 
 
 def found(run: Run, audit: Audit) -> dict[str, Any]:
@@ -40,22 +35,19 @@ def found(run: Run, audit: Audit) -> dict[str, Any]:
         for split in further
     ]
     columns = ("Prompt", "Images", "Groups", "Separation", "Agreement")
-    absent = Missing("The audited images were not given, so none is shown here.", "invdiff report RUN --data DATA")
     return {
         "summary": summary(audit),
         "notes": list(filter(None, [_unreadable(audit), about_edits(audit.edits), withheld(run), audit.caveats])),
         "named": named,
-        "words_by": f"says {quoted(words.model)}, asked about {words.vocabulary:,} words" if words else "",
-        "about_words": _about_words(words, shown) if words else "",
+        "words": words,
+        "by_hand": any(split.by_hand for split in shown),
         "prompts": [_prompt(split, run, words) for split in shown],
         "look": LOOK,
-        "legend": LEGEND,
         "tables": [
             Table(("Group", "Words"), rows, "Words that separate groups over all prompts"),
             _cut(columns, others, "Further prompts that hide groups", MOST_ROWS),
             unfound_table([prompt for prompt in audit.prompts if not prompt.found]),
         ],
-        "missing": [absent] if shown and run.data is None else [],
     }
 
 
@@ -189,16 +181,6 @@ def _prompt(split: Split, run: Run, words: AuditWords | None) -> dict[str, Any]:
 
 def _uncertain(group: Group) -> list[int]:
     return [at for at in group.uncertain if at not in group.typical[:IMAGES_PER_GROUP]][:UNCERTAIN]
-
-
-def _about_words(words: AuditWords, splits: Sequence[Split]) -> str:
-    before = " They are of the groups as inferred, before people's changes." if any(p.by_hand for p in splits) else ""
-    return (
-        f"Words are the opinion of a CLIP model, {quoted(words.model)}, and no proof: of {words.vocabulary:,} words, "
-        "those that it finds clearly nearer to a group's images than to the other images of the prompt (a rank test, "
-        "corrected for all words; where groups look alike to it, any passes with a chance of at most "
-        f"{words.level:.0%}).{before}"
-    )
 
 
 def _cut(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str, most: int) -> Table:

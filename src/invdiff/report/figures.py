@@ -43,13 +43,6 @@ class Table(NamedTuple):
     notes: Sequence[str] = ()
 
 
-class Missing(NamedTuple):
-    """A part that was not given, and the command that makes it."""
-
-    what: str
-    command: str = ""
-
-
 def share_of(name: str, count: int, total: int, *, confidence: float, colour: str) -> Share:
     """A share of counted images."""
     return Share(name, count / total, *share_interval(count, total, confidence=confidence), count, total, colour)

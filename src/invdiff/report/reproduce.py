@@ -1,4 +1,4 @@
-"""The sections of a report on how to make its figures again, and on what they do not prove."""
+"""The section of a report on how to make its figures again."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from ..auditing.edits import CURATION
 from ..config import AuditConfig, DemoConfig, EvaluateConfig, GenerateConfig, TrainConfig
 from ..evaluation.results import Results
 from ..options import command_options, mix_options
 from .compare import BASE
-from .figures import Missing, Table, percent, quoted, sentences
+from .figures import Table, quoted
 from .read import Run, without_paths
 
 MOST_WORDS = 24
@@ -23,19 +22,11 @@ MOST_WORDS = 24
 
 def reproduce(run: Run, version: str) -> dict[str, Any]:
     """Commands with their titles, fingerprints, versions and seeds, and settings of steps as JSON."""
-    missing = []
-    if not run.module:
-        what = "No module was given, so how it was trained and with which versions is not known here."
-        missing.append(Missing(what, "invdiff report RUN --module module"))
-    if run.audit and run.audit.edits.changed:
-        words = f"People changed this audit: put its {CURATION} beside the one that these commands make"
-        missing.append(Missing(f"{words}, before you train."))
     settings = {step: without_paths(values) for step, values in _settings(run).items() if values}
     return {
         "commands": commands(run),
         "facts": _facts(run, version),
         "settings": [(step, json.dumps(values, indent=2, sort_keys=True)) for step, values in settings.items()],
-        "missing": missing,
     }
 
 
@@ -81,39 +72,6 @@ def commands(run: Run) -> list[tuple[str, str]]:
     if run.results:
         found.append(("Evaluate", _evaluate(run, run.results)))
     return [(title, shlex.join(["invdiff", *words])) for title, words in found]
-
-
-def limits(run: Run) -> list[str]:
-    """What the figures do not prove, in plain words."""
-    words, results = [], run.results
-    if run.audit:
-        names = "Groups have numbers because nobody named them: look at their images before you call them anything."
-        if run.audit.edits.named:
-            names = "Names of groups are people's words for what they saw in the images."
-        words.append(
-            "Hidden groups were inferred without labels. A group may mix several attributes, or follow one that does "
-            f"not matter, and others may have gone unfound. {names}"
-        )
-    if results:
-        name, accuracy = results.annotator.name, results.annotator.accuracy.get(results.attribute)
-        how = "How often it errs is not known."
-        if accuracy is not None:
-            how = f"On held-out images it is right about {quoted(results.attribute)} in {percent(accuracy)}."
-        who = f"An annotator{f' ({quoted(name)})' if name else ''}"
-        words += [
-            f"{who} named the classes, and its mistakes enter every figure. {how} Its classes are appearances.",
-            "The figures hold for the prompts, guidance scales and numbers of images measured here. Other prompts, "
-            "another fine-tune, adapters or samplers need figures of their own.",
-            f"Intervals ({results.confidence:.0%}) are of drawing images from these models. They say nothing about "
-            "training: a module trained again with another seed gives other figures.",
-            "Shares of training data are counts of groups that the audit inferred, or of labels that somebody wrote "
-            "down; those of generated images are an annotator's classes. Whether the two mean the same is for your "
-            "eyes to judge.",
-            "Bias is measured on the attribute that was asked for. Images can still differ between groups in quality "
-            "and stereotype, and in attributes that nobody measured. Even shares do not make a model fair.",
-        ]
-    words.append("Which mix is right depends on the use. It is your choice; no figure here makes it.")
-    return [*words, *sentences(results.notes if results else ())]
 
 
 def _record(run: Run, part: str) -> Mapping[str, Any]:

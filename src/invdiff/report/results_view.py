@@ -19,7 +19,6 @@ from .audit_view import summary
 from .compare import BASE, GUIDED, Comparison, label, modules_by_scale, over_guidance, over_module
 from .figures import (
     ABSENT,
-    Missing,
     Share,
     Table,
     at_scale,
@@ -42,7 +41,6 @@ PAIRS = 8
 TRAINING_DATA = "Training data"
 DATA_COLOUR = "#a9793f"
 """Of no group, class or model."""
-EVALUATE = "invdiff evaluate base=DIR guided=DIR --annotator ANNOTATOR --attribute ATTRIBUTE"
 HEADLINES = ("Bias", "Floor", "Subject right", "Fréchet distance", "Images a prompt")
 
 
@@ -95,12 +93,6 @@ def changes(run: Run, chosen: Comparison) -> dict[str, Any]:
     known = training_labels(run)
     prompts = [_prompt(name, run, chosen, known.get(name)) for name in names[:MOST_PROMPTS]]
     notes = [f"{len(names) - MOST_PROMPTS} more prompts are in the results."] if len(names) > MOST_PROMPTS else []
-    if results and any(prompt["note"] for prompt in prompts):
-        notes.append(
-            f"Shares of training data are counts of the data's own column {quoted(results.attribute)}, which was read "
-            "for this report only, never by audit or training. Counted are the images whose captions mean the prompt "
-            "to the model; captions that say more, such as the class itself, are prompts of their own."
-        )
     attributes = dict.fromkeys(name for measures in models.values() for name in measures.attributes)
     return {
         "where": where(chosen),
@@ -108,25 +100,17 @@ def changes(run: Run, chosen: Comparison) -> dict[str, Any]:
         "prompts": prompts,
         "shares": _shares(prompts, list(map(label, models))),
         "notes": notes,
+        "labels_read": results is not None and any(prompt["note"] for prompt in prompts),
         "fairness": [
             _fairness(name, {label(model): m.attributes[name] for model, m in models.items() if name in m.attributes})
             for name in attributes
         ],
-        "missing": _missing(run, chosen),
     }
 
 
 def costs(chosen: Comparison, results: Results) -> dict[str, Any]:
     """Quality with intervals, group by group, at every guidance scale and scale of the module."""
     modules, by_group = modules_by_scale(results, chosen), _by_group(chosen, results)
-    again = "Run the evaluation below again with --reference."
-    missing = []
-    if not any(measures.quality for measures in chosen.measures.values()):
-        words = "Quality was measured without reference images, so no distance to real ones is known."
-        missing.append(Missing(f"{words} {again}"))
-    if not by_group.rows:
-        words = "These results hold no figures group by group: whether the minority is drawn as well as the majority"
-        missing.append(Missing(f"{words} is not known. {again}"))
     rows = [
         [label(model), key.removesuffix(".0"), *_headlines(measures)]
         for model in dict.fromkeys([chosen.before, chosen.after, *results.models])
@@ -147,7 +131,8 @@ def costs(chosen: Comparison, results: Results) -> dict[str, Any]:
             Table(("Model", "Guidance scale", *HEADLINES), [] if scales_say_it else rows, "Every guidance scale"),
             Table(("Module", "Scale", *HEADLINES), over_scale, f"Every scale of the module, {at}", notes),
         ],
-        "missing": missing,
+        "with_quality": any(measures.quality for measures in chosen.measures.values()),
+        "by_group": bool(by_group.rows),
     }
 
 
@@ -260,23 +245,6 @@ def _fairness(attribute: str, models: Mapping[str, AttributeMeasures]) -> Table:
     notes = [measures.note for measures in models.values() if measures.note]
     columns = ("Mean over prompts", *models, "A fair sampler shows")
     return Table(columns, rows, f"How evenly the classes of {quoted(attribute)} are drawn", sentences(notes))
-
-
-def _missing(run: Run, chosen: Comparison) -> list[Missing]:
-    missing = []
-    if run.results is None:
-        missing.append(Missing("These images were not measured, so no share is known.", EVALUATE))
-    elif chosen.before == chosen.after:
-        only = f"Only {quoted(label(chosen.before))} was measured here: nothing is compared."
-        missing.append(Missing(only, EVALUATE))
-    if not chosen.pairs and chosen.before != chosen.after:
-        words = "No generated images were given, so none is shown."
-        command = "invdiff report RUN --images base=DIR --images guided=DIR"
-        if {chosen.before, chosen.after} <= run.images.keys():
-            words = f"The images given share no seed of a prompt {at_scale(chosen.key)}, so no pair is shown."
-            command = "invdiff generate MODEL PROMPT --module module --output guided"
-        missing.append(Missing(words, command))
-    return missing
 
 
 def _quality(chosen: Comparison, results: Results) -> Table:

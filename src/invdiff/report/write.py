@@ -17,13 +17,13 @@ from ..evaluation.images import Folders
 from ..files import is_inside, save_image, write_text
 from ..text import escape, one_line
 from .audit_view import found, withheld
-from .compare import Comparison, compare, over_guidance, over_module
-from .figures import Missing, bias, percent, share_in_words
+from .compare import Comparison, compare, label, over_guidance, over_module
+from .figures import at_scale, bias, percent, quoted, sentences, share_in_words
 from .grids import OVERVIEW, save_before_after, save_groups
 from .plots import DARK, INK, PAPER, RULE, SOFT, save_charts
 from .read import Parts, Run, read_run
-from .reproduce import limits, reproduce
-from .results_view import EVALUATE, changes, costs, glance
+from .reproduce import reproduce
+from .results_view import changes, costs, glance
 
 if TYPE_CHECKING:
     from ..data.captioned import CaptionedImages
@@ -94,11 +94,8 @@ def write_report(output_dir: str | Path, parts: Parts, *, title: str = TITLE) ->
         "changes": changes(run, chosen) if chosen else None,
         "costs": costs(chosen, results) if chosen and results else None,
         "reproduce": reproduce(run, own),
-        "limits": limits(run),
-        "no_audit": Missing(
-            "No audit was given, so no hidden group is shown.", "invdiff audit MODEL DATA --output audit"
-        ),
-        "no_results": Missing("No results were given, so nothing was measured here.", EVALUATE),
+        "run": run,
+        "chosen": chosen,
     }
     pictures = _save_pictures(output_dir, run, chosen, parts.audit)
     filters: dict[str, Callable[[Any], Any]] = {
@@ -119,7 +116,7 @@ def write_report(output_dir: str | Path, parts: Parts, *, title: str = TITLE) ->
 def html_templates(package: str) -> Environment:
     """The templates of a package; no text that others wrote is taken for markup."""
     cut, brief = (lambda text: one_line(text, MOST_CHARACTERS)), (lambda text: one_line(text, 60))
-    return _environment(package, _shown, cut=cut, brief=brief, percent=percent, bias=bias)
+    return _environment(package, _shown, cut=cut, brief=brief)
 
 
 def _environment(package: str, finalize: Callable[[Any], Any], **filters: Callable[[Any], Any]) -> Environment:
@@ -127,7 +124,8 @@ def _environment(package: str, finalize: Callable[[Any], Any], **filters: Callab
         loader=PackageLoader(package), autoescape=True, undefined=StrictUndefined, finalize=finalize
     )
     environment.trim_blocks = environment.lstrip_blocks = True
-    environment.filters.update(filters)
+    common = {"percent": percent, "bias": bias, "quoted": quoted, "sentences": sentences}
+    environment.filters.update(filters, at_scale=at_scale, label=label, **common)
     return environment
 
 
