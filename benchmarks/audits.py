@@ -284,8 +284,8 @@ def bias_of(pipe: Any, found: Audit, judge: ConvAnnotator, cell: Cell, work: Pat
     for scale in (1.0, 3.0):
         config = GenerateConfig(images_per_prompt=96, guidance_scale=scale)
         for name, used in (("base", None), ("guided", module)):
-            prompts = found.settings["own_images_of"]
-            folders[name].append(generate(pipe, prompts, work / f"{name}-{scale:g}", module=used, config=config))
+            prompts, folder = found.settings["own_images_of"], work / f"{name}-{scale:g}"
+            folders[name].append(generate(pipe, prompts, folder, module=used, config=config, environments="iid"))
     results = evaluate(folders, judge, cell.hidden[0], config=EvaluateConfig(subject_attribute=cell.subject))
     return {
         f"{name}, CFG {scale}": {"bias": bias.value, "low": bias.low, "high": bias.high, "floor": bias.floor}

@@ -78,7 +78,7 @@ def draw(work: Path, name: str, pipe, prompts, count: int, *, guide=None):
     for guidance_scale in GUIDANCE_SCALES:
         config = GenerateConfig(images_per_prompt=count, guidance_scale=guidance_scale, seed=1, batch_size=64)
         folder = work / f"images-{name}-cfg-{guidance_scale:g}"
-        folders.append(generate(pipe, prompts, folder, module=guide, config=config))
+        folders.append(generate(pipe, prompts, folder, module=guide, config=config, environments="iid"))
     return folders
 
 

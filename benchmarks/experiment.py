@@ -331,6 +331,7 @@ class Workshop:
             self.folder / "images" / cell.images_name(guided=guided),
             module=self.module(cell) if guided else None,
             config=cell.drawing(guided=guided),
+            environments="iid",  # as floors and intervals of Bias assume
             progress=self.progress,
         )
 

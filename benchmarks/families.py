@@ -130,7 +130,8 @@ def before_and_after(work: Path, pipe, data, prompts, *, scales, usual, steps: i
             batch_size=64,
         )
         for name, guide in (("base", None), ("balanced", module)):
-            folders[name].append(generate(pipe, prompts, work / f"{name}-cfg-{scale:g}", module=guide, config=config))
+            folder = work / f"{name}-cfg-{scale:g}"
+            folders[name].append(generate(pipe, prompts, folder, module=guide, config=config, environments="iid"))
     annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
     judged = evaluate(folders, annotator, "background", config=EvaluateConfig(subject_attribute="subject"))
     headline = ("bias", "bias_floor", "bias_ci", "accuracy", "frechet", "images_per_prompt", "shares")

@@ -106,9 +106,9 @@ def test_a_half_precision_pipeline_stays_so_and_the_module_as_it_was(tiny_pipe):
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_an_image_keeps_the_group_that_its_noise_draws_in_all_rows_and_steps(tiny_pipe, scheduler):
+def test_an_image_keeps_its_group_in_all_rows_and_steps(tiny_pipe, scheduler):
     use_scheduler(tiny_pipe, scheduler, timestep_spacing="trailing")  # KDPM2's timesteps then also rise
-    attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=(5, 5)))
+    attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=(5, 5)), environments="iid")
     noise = [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1, 2)]
     expected = attachment.mix.rows(torch.stack(noise))
     assert len(expected.unique(dim=0)) == 3

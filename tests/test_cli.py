@@ -297,6 +297,8 @@ def test_generate_passes_module_mix_and_settings_on(tiny_pipe_dir, tmp_path, rec
     assert call.environments == [0.7, 0.3]
     assert call.module.num_groups == (2,)
     assert not call.progress
+    succeed("generate", tiny_pipe_dir, "first", "--environments", "iid", "--output", tmp_path / "o", "-q")
+    assert recorded.calls["generate"].environments == "iid"
 
 
 def test_the_type_of_weights_reaches_the_model_and_the_next_command(

@@ -305,7 +305,7 @@ def test_images_of_a_batch_are_guided_as_when_drawn_alone_and_prompt_embeddings_
     pipe = make_tiny(family)
     with torch.no_grad():
         condition = family_of(pipe).encode_captions(pipe, CAPTIONS)
-    attach(pipe, make_guidance_module(pipe, num_groups=5))
+    attach(pipe, make_guidance_module(pipe, num_groups=5), environments="iid")
     together = draw(pipe, 0, 1)
     torch.testing.assert_close([*together], [draw(pipe, seed)[0] for seed in (0, 1)], rtol=1e-3, atol=1e-3)
     assert torch.equal(draw(pipe, 0, 1, prompt=None, **condition), together)

@@ -1,40 +1,56 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from invdiff.errors import ConfigError
-from invdiff.guidance.environments import EnvironmentMix
+from invdiff.guidance.environments import EnvironmentMix, strata
 
 
 def noise(images: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(images, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def shares(groups: torch.Tensor, count: int) -> list[float]:
-    return (torch.bincount(groups, minlength=count) / len(groups)).tolist()
+@pytest.mark.parametrize("sizes", [(3,), (2, 2), (4, 2, 3), (6, 4)])
+def test_strata_lie_evenly_over_each_factor_and_over_all_combinations(sizes: tuple[int, ...]):
+    cells = np.floor(strata(3 * math.prod(sizes), "key", sizes) * sizes).astype(int)
+    for block in np.split(cells, 3):
+        assert len(np.unique(block, axis=0)) == math.prod(sizes)
+    for factor, size in enumerate(sizes):
+        assert (np.sort(cells[:, factor].reshape(-1, size)) == np.arange(size)).all()
+        fine = np.floor(strata(size**3, "key", sizes)[:, factor] * size**3)
+        assert np.array_equal(np.sort(fine), np.arange(size**3))
 
 
-@pytest.mark.parametrize(
-    ("environments", "expected"),
-    [("uniform", [1 / 3, 1 / 3, 1 / 3]), ([0.1, 0.2, 0.7], [0.1, 0.2, 0.7]), ([0.0, 1.0, 0.0], [0, 1, 0])],
-)
-def test_groups_are_drawn_in_the_proportions_asked_for(environments: object, expected: list[float]):
-    drawn = EnvironmentMix(environments, (3,)).rows(noise(600))
-    assert shares(drawn[:, 0], 3) == pytest.approx(expected, abs=0.06)  # three standard errors
+def test_each_number_is_uniform_and_factors_are_independent_over_keys():
+    numbers = np.stack([strata(5, f"{key}", (2, 3)) for key in range(1500)])
+    for image in np.moveaxis(numbers, 1, 0):
+        cells = np.histogram2d(*image.T, bins=(4, 3), range=[(0, 1), (0, 1)])[0] / 1500
+        assert np.abs(cells - 1 / 12).max() < 0.028  # four standard errors
 
 
-def test_factors_are_drawn_independently():
-    drawn = EnvironmentMix([[0.5, 0.5], [0.25, 0.75]], (2, 2)).rows(noise(800))
-    joint = shares(drawn[:, 0] * 2 + drawn[:, 1], 4)
-    assert joint == pytest.approx([0.125, 0.375, 0.125, 0.375], abs=0.055)
+@pytest.mark.parametrize("proportions", [[0.1, 0.2, 0.7], [0.0, 1.0, 0.0]])
+def test_groups_meet_the_proportions_asked_for_whatever_the_number_of_images(proportions: list[float]):
+    drawn = EnvironmentMix(proportions, (3,)).draw([str(image) for image in range(81)])[:, 0]
+    assert np.abs(np.bincount(drawn, minlength=3) - 81 * np.array(proportions)).max() <= 1
+    assert torch.equal(EnvironmentMix(proportions, (3,)).draw(["0", "1", "2", "3", "4"])[:, 0], drawn[:5])
 
 
-def test_an_image_has_one_group_whatever_its_batch_its_rows_and_the_scale_of_its_noise():
-    mix, batch = EnvironmentMix("uniform", (5,)), noise(12)
+def test_the_images_of_a_call_show_all_groups_alike_in_all_rows_at_any_scale_of_noise():
+    batch = noise(12)
+    together = EnvironmentMix("uniform", (4,)).rows(batch)
+    assert torch.bincount(together[:, 0]).tolist() == [3, 3, 3, 3]
+    assert torch.equal(EnvironmentMix("uniform", (4,)).rows(batch.repeat(2, 1, 1, 1) * 14.6), together.repeat(2, 1))
+    assert not torch.equal(EnvironmentMix("uniform", (4,), seed=1).rows(batch), together)
+
+
+def test_an_independent_draw_follows_from_the_image_alone():
+    mix, batch = EnvironmentMix("iid", (2, 2)), noise(800)
     together = mix.rows(batch)
-    assert torch.equal(torch.cat([mix.rows(image[None]) for image in batch.flip(0)]).flip(0), together)
-    assert torch.equal(mix.rows(batch.repeat(2, 1, 1, 1)), together.repeat(2, 1))
-    assert torch.equal(mix.rows(batch * 14.6), together)  # schedulers scale it differently
+    assert torch.equal(torch.cat([mix.rows(image[None]) for image in batch[:9].flip(0)]).flip(0), together[:9])
+    joint = torch.bincount(together[:, 0] * 2 + together[:, 1]) / 800
+    assert joint.tolist() == pytest.approx([0.25] * 4, abs=0.062)  # four standard errors
 
 
 @pytest.mark.parametrize("given", [[1, 0, 2], torch.tensor([1, 0, 2]), np.array([1, 0, 2])])

@@ -154,6 +154,7 @@ def test_images_do_not_depend_on_batch_size_or_the_order_of_prompts(tiny_pipe, t
     tiny_pipe.scheduler = DDPMScheduler.from_config(tiny_pipe.scheduler.config)
     module = make_guidance_module(tiny_pipe, num_groups=5)
     rows = run(tiny_pipe, tmp_path / "a", module=module)
+    assert [sorted(groups(rows)[of]) for of in (slice(5), slice(5, 10))] == [[[e] for e in range(5)]] * 2
     turned = run(tiny_pipe, tmp_path / "b", CAPTIONS[::-1], module=module, batch_size=3)
     assert groups(rows) == groups(turned[5:] + turned[:5])
     before, after = pixels(tmp_path / "a"), pixels(tmp_path / "b")
@@ -162,10 +163,15 @@ def test_images_do_not_depend_on_batch_size_or_the_order_of_prompts(tiny_pipe, t
         assert np.abs(image.astype(int) - after[turned_name]).max() <= 1
 
 
-def test_groups_are_recorded_as_drawn_for_each_factor(guided):
-    rows = [json.loads(line) for line in (guided / "manifest.jsonl").read_text().splitlines()]
-    assert all(0 <= first < 2 and 0 <= second < 3 for first, second in groups(rows))
-    assert len({tuple(pair) for pair in groups(rows)}) > 2
+def test_images_are_drawn_with_the_groups_recorded(tiny_pipe):
+    module = make_guidance_module(tiny_pipe, num_groups=(2, 3))
+    with Drawing(tiny_pipe, CAPTIONS, module=module, config=GenerateConfig(images_per_prompt=6)) as drawing:
+        seen = []
+        for places in ([3, 0, 8], [1]):
+            drawing.batch(places)
+            seen += drawing._attachment.environments[: len(places)].tolist()
+    assert seen == [drawing.rows[place]["environment"] for place in (3, 0, 8, 1)]
+    assert len({tuple(row["environment"]) for row in drawing.rows[:6]}) == 6
 
 
 @pytest.mark.parametrize("given", [[0, 1, 1, 0, 1], [0, 1, 1, 0, 1, 1, 1, 0, 0, 0]], ids=["alike", "each"])
@@ -216,6 +222,7 @@ def test_another_run_is_not_mixed_in(tiny_pipe, tmp_path):
     refused("seed was 0, now 1", seed=1)
     refused("batch_size was 4, now 3", batch_size=3)
     refused("environments was .*0.5.*, now .*0.8", environments=[0.2, 0.8])
+    refused("draws was 'stratified', now 'iid'", environments="iid")
     refused("prompts was", prompts=[*CAPTIONS, "another"])
     refused("module was '[0-9a-f]{16}', now None; environments was", module=None)
     tiny_pipe.scheduler = DDPMScheduler.from_config(tiny_pipe.scheduler.config)
@@ -282,25 +289,21 @@ tiny_of = functools.cache(make_tiny)
 
 
 def drawn(pipe, family, batch_size):
-    """Two images of one prompt, drawn with guidance, and the groups drawn for them."""
+    """Two images of one prompt, drawn with guidance."""
     sizes = {"images_per_prompt": 2, "num_inference_steps": 4, "batch_size": batch_size}
     sizes |= {"resolution": RESOLUTION.get(family, 0), "guidance_scale": 1.0 if family == "ddpm" else 3.0}
     prompts = {"ddpm": [], "dit": ["landbird"]}.get(family, ["a photo of a landbird"])
     edm = "EDM" in type(pipe.scheduler).__name__  # has no noise schedule of training, so it is not guided
     module = None if edm else make_guidance_module(pipe, num_groups=7)
     with Drawing(pipe, prompts, module=module, config=GenerateConfig(**sizes)) as drawing:
-        batches = [drawing.batch(places) for places in drawing.batches()]
-    images = np.stack([np.asarray(image, dtype=int) for images, _ in batches for image in images])
-    return images, groups([row for _, rows in batches for row in rows])
+        images = [np.asarray(image, int) for places in drawing.batches() for image in drawing.batch(places)]
+    return np.stack(images)
 
 
 def check_noise_follows_from_seeds(pipe, family):
-    images, chosen = drawn(pipe, family, 2)
-    again, chosen_again = drawn(pipe, family, 2)
-    alone, chosen_alone = drawn(pipe, family, 1)
-    assert np.array_equal(again, images)
-    assert np.abs(alone - images).max() <= 1
-    assert chosen == chosen_again == chosen_alone
+    images = drawn(pipe, family, 2)
+    assert np.array_equal(drawn(pipe, family, 2), images)
+    assert np.abs(drawn(pipe, family, 1) - images).max() <= 1
     assert not {"step", "decode", "encode_prompt"} & {*vars(pipe), *vars(pipe.scheduler), *vars(tiny_of("sd1").vae)}
 
 

@@ -57,6 +57,7 @@ def test_images_are_drawn_with_what_they_were_drawn_with() -> None:
     assert sorted(shlex.split(command)) == sorted(["invdiff", "generate", "MODEL", BIRD, *words.split()])
     several = only(drawn("out/guided", environments=[[0.5, 0.5], [0.2, 0.8]]))
     assert "--environments 'factor 2=0.2,0.8' --output" in several
+    assert "--environments iid --output" in only(drawn("out/guided", draws="iid"))
     plain = only(drawn("base", module=None, environments=None, scale=0.5))
     assert plain == f"invdiff generate MODEL '{BIRD}' --output base"
     assert commands(Run(images={"theirs": Generated([], ["theirs"], [{}])})) == []

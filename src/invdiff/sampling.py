@@ -19,7 +19,7 @@ from .distributed import is_main, mine, wait
 from .errors import ConfigError, ModelError
 from .files import check_same_settings, fingerprint, read_json, save_image, weights_digest, write_json, write_text
 from .guidance.attach import Attachment, check_fit, mix_for
-from .guidance.environments import EnvironmentMix, Environments
+from .guidance.environments import WORDS, EnvironmentMix, Environments
 from .guidance.module import GuidanceModule
 from .models.families import family_of, family_that_draws
 from .models.load import check_fused, check_plain, denoiser_of
@@ -70,17 +70,10 @@ class Drawing:
         if module is not None:
             check_fit(pipe, module)
             self._mix = mix_for(module, environments)
-        elif not (isinstance(environments, str) and environments == "uniform"):
+        elif not (isinstance(environments, str) and environments in WORDS):
             raise ConfigError(f"Expected a module beside environments, got {environments!r} and no module.")
         self.mix = self._mix if module is not None and module.sees_environment else None  # where groups have an effect
         each, total = self.config.images_per_prompt, len(self.prompts) * self.config.images_per_prompt
-        if self.mix is not None and self.mix.given is not None:
-            if len(self.mix.given) not in (each, total):
-                raise ConfigError(
-                    f"Expected groups for {each} images (of every prompt alike) or for all {total}, got "
-                    f"{len(self.mix.given)}."
-                )
-            self.mix.given = self.mix.given.repeat(total // len(self.mix.given), 1)
         self.rows: list[dict[str, Any]] = [
             {
                 "file_name": f"{index:05d}/{image:06d}.png",
@@ -94,6 +87,17 @@ class Drawing:
             for index, prompt in enumerate(self.prompts)
             for image in range(each)
         ]
+        if self.mix is None:
+            return
+        if (groups := self.mix.given) is None:
+            seeds = [str(row["seed"]) for row in self.rows]
+            groups = torch.cat([self.mix.draw(seeds[start : start + each]) for start in range(0, total, each)])
+        elif len(groups) not in (each, total):
+            raise ConfigError(
+                f"Expected groups for {each} images (of every prompt alike) or for all {total}, got {len(groups)}."
+            )
+        for row, group in zip(self.rows, groups.repeat(total // len(groups), 1).tolist(), strict=True):
+            row["environment"] = group
 
     def __enter__(self) -> Drawing:
         self._attachment: Attachment | None = None
@@ -114,12 +118,11 @@ class Drawing:
         return [places[start : start + size] for start in places[::size]]
 
     @torch.no_grad()
-    def batch(self, places: Sequence[int]) -> tuple[list[Image.Image], list[dict[str, Any]]]:
-        """Draw one batch: its images, and their rows with the groups drawn."""
+    def batch(self, places: Sequence[int]) -> list[Image.Image]:
+        """Draw one batch: the images of these places in `rows`."""
         rows = [self.rows[place] for place in places]
-        attachment, mix = self._attachment, self.mix
-        if attachment is not None and mix is not None and mix.given is not None:
-            attachment.mix = EnvironmentMix(mix.given[list(places)], mix.num_groups)
+        if self._attachment is not None and self.mix is not None:
+            self._attachment.mix = EnvironmentMix([row["environment"] for row in rows], self.mix.num_groups)
         generators = [torch.Generator().manual_seed(row["seed"]) for row in rows]
         names = [f"prompt {row['prompt']!r}, seed {row['seed']}" for row in rows]
         with watched(self.pipe, generators, names):
@@ -138,12 +141,8 @@ class Drawing:
                 "Expected images as the model draws them, but the pipeline's safety checker blackened some, "
                 "which would count as images in a comparison. Load the pipeline with safety_checker=None."
             )
-        if attachment is not None and mix is not None:
-            assert attachment.environments is not None
-            groups = attachment.environments[: len(rows)].tolist()  # further rows are those of guidance
-            rows = [{**row, "environment": group} for row, group in zip(rows, groups, strict=True)]
         pixels = output.images.cpu().permute(0, 2, 3, 1).float().numpy()
-        return self.pipe.numpy_to_pil(pixels), rows
+        return self.pipe.numpy_to_pil(pixels)
 
 
 def generate(
@@ -163,8 +162,9 @@ def generate(
     interrupted run continues where it stopped, to the same bytes; several processes share it by batches.
 
     The starting noise of image k of a prompt depends on the prompt, k and `config.seed` only, so images with
-    and without a module can be compared one to one. "environment" is the group of each factor, or null where
-    it has no effect: without a module, or with an invariant one. "scale" is 0 without a module.
+    and without a module can be compared one to one. So does "environment", its group of each factor: the target mix is
+    spread over a prompt's images in order. It is null where it has no effect: without a module, or with an invariant
+    one. "scale" is 0 without a module.
 
     Args:
         pipe: A diffusers pipeline that draws images of prompts, class names or nothing; it is left as it was.
@@ -172,8 +172,8 @@ def generate(
         output_dir: A new folder, or that of a run to continue.
         module: A guidance module made for this pipeline; None draws from the plain model.
         config: Numbers of images and steps, scales, seed.
-        environments: `"uniform"`, proportions, also by factor, or groups as for `attach`; groups are given for each
-            image, prompt by prompt (prompts x images_per_prompt), or for the images of every prompt alike
+        environments: `"uniform"`, proportions, also by factor, `"iid"`, or groups as for `attach`; groups are given
+            for each image, prompt by prompt (prompts x images_per_prompt), or for the images of every prompt alike
             (images_per_prompt).
         progress: Show a progress bar.
 
@@ -189,23 +189,20 @@ def generate(
     if is_main():
         _open_folder(output_dir, drawing)
     wait()
-    done = [_read_row(output_dir, row) for row in rows]
+    done = [_is_drawn(output_dir, row) for row in rows]
     # A batch is drawn whole or not at all.
-    missing = [batch for batch in mine(drawing.batches()) if any(done[place] is None for place in batch)]
+    missing = [batch for batch in mine(drawing.batches()) if not all(done[place] for place in batch)]
     start = len(rows) - sum(map(len, missing))
     with drawing, progress_bar("generating", len(rows), start=start, enabled=progress) as bar:
         for batch in missing:
-            images, drawn = drawing.batch(batch)
-            for place, image, row in zip(batch, images, drawn, strict=True):
+            for place, image in zip(batch, drawing.batch(batch), strict=True):
                 chunk = PngInfo()
-                chunk.add_text(_CHUNK, json.dumps(row))
-                save_image(output_dir / row["file_name"], partial(image.save, format="PNG", pnginfo=chunk))
-                done[place] = row
+                chunk.add_text(_CHUNK, json.dumps(rows[place]))
+                save_image(output_dir / rows[place]["file_name"], partial(image.save, format="PNG", pnginfo=chunk))
             bar.advance(len(batch))
     wait()
     if is_main():
-        done = [row or _read_row(output_dir, planned) for row, planned in zip(done, rows, strict=True)]
-        write_text(output_dir / MANIFEST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done))
+        write_text(output_dir / MANIFEST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     wait()
     return output_dir
 
@@ -238,17 +235,16 @@ def drawing_flags(pipe: Any, resolution: int) -> list[str]:
     return unguided + (["--resolution", str(resolution)] if resolution not in (0, own) else [])
 
 
-def _read_row(output_dir: Path, planned: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest's row of an image that an earlier run drew; None where it is absent or damaged."""
+def _is_drawn(output_dir: Path, row: dict[str, Any]) -> bool:
+    """Whether an earlier run drew the image of this row of the manifest, and it is whole."""
     try:
-        with Image.open(output_dir / planned["file_name"]) as image:
+        with Image.open(output_dir / row["file_name"]) as image:
             image.verify()  # checksums, which Pillow skips where it reads the pixels
-        with Image.open(output_dir / planned["file_name"]) as image:
+        with Image.open(output_dir / row["file_name"]) as image:
             image.load()
-            row = json.loads(image.info[_CHUNK])
+            return bool(json.loads(image.info[_CHUNK]) == row)
     except (OSError, SyntaxError, ValueError, KeyError, TypeError):
-        return None
-    return row if {**row, "environment": None} == planned else None
+        return False
 
 
 def _open_folder(output_dir: Path, drawing: Drawing) -> None:
@@ -280,12 +276,13 @@ def _settings(drawing: Drawing) -> dict[str, Any]:
     networks: dict[str, Any] = {k: v for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)}
     weights = fingerprint(*(name + weights_digest(network) for name, network in sorted(networks.items())))
     schedule = fingerprint(json.dumps(scheduler, sort_keys=True, default=str))
-    targets: Any = mix and (mix.proportions if mix.given is None else mix.given)
+    targets = mix and ([shares.tolist() for shares in mix.proportions] or [row["environment"] for row in drawing.rows])
     return {
         "prompts": drawing.prompts,
         **drawing.config.to_dict(),
         "module": None if module is None else weights_digest(cast(torch.nn.Module, module)),
-        "environments": None if targets is None else [row.tolist() for row in targets],
+        "environments": targets,
+        "draws": None if mix is None or mix.given is not None else "iid" if mix.iid else "stratified",
         "model": f"{type(pipe).__name__} {weights}",
         "scheduler": f"{type(pipe.scheduler).__name__} {schedule}",
     }

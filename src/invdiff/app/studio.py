@@ -142,12 +142,12 @@ class Studio:
 
     def _batch(self, drawing: Drawing, places: Sequence[int], turn: Turn) -> list[Shot]:
         with self.alone(turn), drawing:  # the module is on the pipeline under the lock only
-            images, rows = drawing.batch(places)
+            images = drawing.batch(places)
         seen = self.annotator.predict(images) if self.annotator is not None else None
         classes = {attribute: seen.labels(attribute) for attribute in seen.attributes} if seen is not None else {}
         return [
-            Shot(image, row["seed"], {attribute: of[place] for attribute, of in classes.items()})
-            for place, (image, row) in enumerate(zip(images, rows, strict=True))
+            Shot(image, drawing.rows[place]["seed"], {attribute: of[number] for attribute, of in classes.items()})
+            for number, (place, image) in enumerate(zip(places, images, strict=True))
         ]
 
     @contextlib.contextmanager

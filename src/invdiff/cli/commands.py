@@ -232,7 +232,8 @@ def generate(
     environments: list[str] = option(
         ["uniform"],
         "Target mix of the groups: uniform, or one proportion per group such as 0.7,0.3; of several hidden factors "
-        "such as 'factor 1=0.7,0.3', once for each that is not uniform.",
+        "such as 'factor 1=0.7,0.3', once for each that is not uniform. Images are spread evenly over the mix; with "
+        "iid, uniform and each drawn independently, as Bias floors assume.",
     ),
     settings: GenerateConfig,
     weights: WeightsOptions,
@@ -243,17 +244,17 @@ def generate(
     if module is None and settings != plain:
         raise ConfigError("Expected --module beside --scale, got none: the plain model has no scale.")
     wanted = [*(prompts or []), *lines_in(prompts_file)]
-    mix: Any = "uniform"
+    mix: Any = environments[0]
     try:
-        if environments != ["uniform"]:
+        if environments not in (["uniform"], ["iid"]):
             shares = {of.rpartition("=")[0]: list(map(float, of.rpartition("=")[2].split(","))) for of in environments}
             if len(shares) < len(environments) or ("" in shares and len(shares) > 1):
                 raise ValueError("a factor twice, or without its name")
             mix = shares.get("", shares)
     except ValueError as error:
         raise ConfigError(
-            "Expected environments 'uniform', one proportion per group such as 0.7,0.3, or each of several factors "
-            f"once, such as 'factor 1=0.7,0.3', got {', '.join(map(repr, environments))}."
+            "Expected environments 'uniform', 'iid', one proportion per group such as 0.7,0.3, or each of several "
+            f"factors once, such as 'factor 1=0.7,0.3', got {', '.join(map(repr, environments))}."
         ) from error
     say_loading("the model", quiet=quiet)
     from ..guidance.module import load_module

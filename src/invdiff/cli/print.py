@@ -115,7 +115,7 @@ def print_results(results: Results) -> None:
     known = [(bias.corrected, bias.value) for bias in biases if bias.corrected is not None]
     matters = any(abs(corrected - plain) >= 0.0005 for corrected, plain in known)
     counts = {measures.images_per_prompt for _, _, measures in results.each()}
-    caption = "floor: Bias expected of a perfectly fair model with as many images"
+    caption = "floor: Bias expected of a fair model with as many independent images"
     if matters:
         caption += "\ncorrected: for the annotator's errors on held-out images; its interval is in the results"
     elif known:

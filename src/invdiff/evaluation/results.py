@@ -121,7 +121,7 @@ class Measures:
 
     @property
     def bias_floor(self) -> float:
-        """Bias expected of a perfectly fair sampler with as many images."""
+        """Bias expected of a perfectly fair sampler with as many images, each drawn independently."""
         return self.bias_estimate.floor
 
     @property

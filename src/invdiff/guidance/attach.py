@@ -50,9 +50,9 @@ def attach(
         pipe: A diffusers pipeline of a supported family; its weights are not touched.
         module: A module made for this pipeline's model. A copy of it is attached, in the pipeline's precision.
         scale: Delta, the strength; 0 leaves the pipeline bit-identical.
-        environments: The target mix: `"uniform"`, proportions, those of named factors such as
-            `{"factor 1": [0.7, 0.3]}`, or the group of each image. See `EnvironmentMix`. Only `"uniform"` for an
-            invariant module, which never sees the group.
+        environments: The target mix, spread over the images of a call: `"uniform"`, proportions, those of named
+            factors such as `{"factor 1": [0.7, 0.3]}`, `"iid"` (uniform, each image by its own noise), or the group of
+            each image. See `EnvironmentMix`. An invariant module never sees the group and takes the two words only.
         seed: Another seed draws other groups for the same starting noise.
         strict: Also refuse a model of the right shape with other weights.
 
@@ -65,8 +65,8 @@ def attach(
 
 
 def mix_for(module: GuidanceModule, environments: Environments, *, seed: int = 0) -> EnvironmentMix:
-    """The target mix of a module's groups; of an invariant module any but `"uniform"` is a `ConfigError`."""
-    if not module.sees_environment and not (isinstance(environments, str) and environments == "uniform"):
+    """The target mix of a module's groups; of an invariant module proportions or groups are a `ConfigError`."""
+    if not module.sees_environment and not isinstance(environments, str):
         raise ConfigError(
             "Expected environments 'uniform' with an invariant module, which never sees the group, got "
             f"{environments!r}. Leave them out, or train a module in balanced mode."
@@ -293,12 +293,12 @@ class _CallWatch(Hook):
 
 
 class GuidedDenoiser:
-    """f~ = f + g_psi, with environments drawn uniformly: the denoiser that later rounds of the game audit."""
+    """f~ = f + g_psi, environments drawn by each row's noise: the denoiser that later rounds of the game audit."""
 
     def __init__(self, frozen: FrozenDenoiser, module: GuidanceModule) -> None:
         self.schedule, self.device = frozen.schedule, frozen.device
         self._frozen, self._module = frozen, module.to(frozen.device)
-        self._mix = EnvironmentMix("uniform", module.num_groups)
+        self._mix = EnvironmentMix("iid", module.num_groups)
         weights = (value.cpu().contiguous().numpy().tobytes() for value in module.state_dict().values())
         self.fingerprint = fingerprint(frozen.fingerprint, *weights)
 

@@ -1,8 +1,7 @@
-"""The group that each image of a batch is drawn from, a function of the image's own starting noise."""
+"""The group that each image is drawn from: spread evenly over the images of a call or a prompt, or independent."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -11,20 +10,26 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError
+from ..files import fingerprint
 
-Environments = Literal["uniform"] | Sequence[Any] | Mapping[Any, Sequence[float]] | torch.Tensor
+Environments = Literal["uniform", "iid"] | Sequence[Any] | Mapping[Any, Sequence[float]] | torch.Tensor
 """See `EnvironmentMix`."""
+
+WORDS = ("uniform", "iid")
+
+LEVELS = 16
+"""Digits of the numbers of `strata`: proportions are met to 2^-16 and finer."""
 
 
 class EnvironmentMix:
     """The target mix pi: draws one group per hidden factor for each image, or repeats those given.
 
-    The draw follows from the signs of the image's starting noise, so from the seed alone: it is the same in any batch
-    and for every row of an image. Factors are drawn independently. `environments` are "uniform"; or proportions (E,),
-    floats that sum to 1, of each factor; or those of some factors, by name or number from 0, such as
-    {"factor 2": [0.7, 0.3]}, the others uniform; or groups, integers (images,) or (images, factors), of the images of
-    one call: [1.0, 0.0] is group 0 alone. Others are a `ConfigError`. Another `seed` gives another draw for the same
-    noise. `factor_names` are "factor 1" and so on unless given.
+    Groups are spread over the images drawn together, in order, so that few images show all of them (`strata`).
+    `environments` are "uniform"; or proportions (E,), floats that sum to 1, of each factor; or those of some factors,
+    by name or number from 0, such as {"factor 2": [0.7, 0.3]}, the others uniform; or "iid": uniform, and each image
+    independent of all others, as floors and intervals of Bias assume; or groups, integers (images,) or
+    (images, factors), of the images of one call: [1.0, 0.0] is group 0 alone. Others are a `ConfigError`. Another
+    `seed` gives another draw for the same images. `factor_names` are "factor 1" and so on unless given.
     """
 
     def __init__(
@@ -34,7 +39,8 @@ class EnvironmentMix:
         names = list(factor_names) or [f"factor {m}" for m in range(1, len(self.num_groups) + 1)]
         self.given: torch.Tensor | None = None  # the groups of each image, (images, factors), where they are not drawn
         self.proportions: list[np.ndarray] = []  # of each factor, (E,)
-        if isinstance(environments, str) and environments == "uniform":
+        self.iid = isinstance(environments, str) and environments == "iid"
+        if isinstance(environments, str) and environments in WORDS:
             self.proportions = [np.full(groups, 1.0 / groups) for groups in self.num_groups]
             return
         try:
@@ -51,7 +57,7 @@ class EnvironmentMix:
             known = False
         got = f"got {environments!r:.200}."
         if not known:
-            raise ConfigError(f"Expected environments 'uniform', proportions or one group per image, {got}")
+            raise ConfigError(f"Expected environments 'uniform', 'iid', proportions or one group per image, {got}")
         if drawn:
             wanted, found = (" x ".join(map(str, sizes)) for sizes in (self.num_groups, map(len, rows)))
             if found != wanted:
@@ -67,9 +73,11 @@ class EnvironmentMix:
         self.given = torch.from_numpy(given.astype(np.int64))
 
     def rows(self, noisy_latents: torch.Tensor) -> torch.Tensor:
-        """The groups (rows, factors), on the CPU, of noise (rows, channels, height, width), often rows of one image.
+        """The groups (rows, factors), on the CPU, of the starting noise (rows, channels, height, width) of one call.
 
-        Groups given for a number of images that does not divide the number of rows are a `ConfigError`.
+        Rows whose noise has the same signs, as those of classifier-free guidance, are one image. The draw follows from
+        the noise of the call, so from its seeds; of "iid", from each image's own noise, whatever its call. Groups
+        given for a number of images that does not divide the number of rows are a `ConfigError`.
         """
         if self.given is not None:
             if len(noisy_latents) % len(self.given):
@@ -79,12 +87,45 @@ class EnvironmentMix:
                 )
             return self.given.repeat(len(noisy_latents) // len(self.given), 1)
         signs = np.packbits((noisy_latents.flatten(1)[:, :256] > 0).cpu().numpy(), axis=1)
-        drawn = torch.empty(len(signs), len(self.num_groups), dtype=torch.long)
-        for factor, proportions in enumerate(self.proportions):
-            digests = [hashlib.sha256(row.tobytes() + f"/{factor}/{self.seed}".encode()).digest() for row in signs]
-            uniform = [int.from_bytes(digest[:8], "little") / 2**64 for digest in digests]
-            drawn[:, factor] = torch.from_numpy(np.searchsorted(np.cumsum(proportions), uniform, side="right"))
-        return drawn.clamp(max=torch.tensor(self.num_groups) - 1)
+        names = [row.tobytes().hex() for row in signs]
+        places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+        return self.draw(list(places))[[places[name] for name in names]]
+
+    def draw(self, images: Sequence[str]) -> torch.Tensor:
+        """The groups (images, factors), on the CPU, of images with these names that are drawn together.
+
+        That of image k follows from k and the first one's name, whatever their number; of "iid", from its own name.
+        """
+        if self.iid:
+            parts = [f"{factor}/{self.seed}" for factor in range(len(self.num_groups))]
+            uniform = np.array([[int(fingerprint(name, part), 16) / 2**64 for part in parts] for name in images])
+        else:
+            uniform = strata(len(images), f"{images[0]}/{self.seed}", self.num_groups)
+        bounds = map(np.cumsum, self.proportions)
+        found = [np.searchsorted(of, u, side="right") for of, u in zip(bounds, uniform.T, strict=True)]
+        return torch.from_numpy(np.stack(found, axis=1)).clamp(max=torch.tensor(self.num_groups) - 1)
+
+
+def strata(count: int, key: str, sizes: Sequence[int]) -> np.ndarray:
+    """Numbers in (0, 1), (count, factors), each uniform over keys, that lie evenly within a key.
+
+    Of a factor with E = sizes[factor] groups, any E in a row from a multiple of E lie one in each E-th of (0, 1), any
+    E^2 one in each E^2-th, and so on; of all factors, any prod(sizes) show every combination of E-ths once. It is the
+    radical inverse (van der Corput) in base E, with digits permuted at random by blocks of prod(sizes).
+    """
+    uniform = np.zeros((count, len(sizes)))
+    for factor, size in enumerate(sizes):
+        rest, width, period = np.arange(count), 1.0, math.prod(sizes[: factor + 1])
+        for level in range(LEVELS):
+            width /= size
+            blocks, of_image = np.unique(rest // math.prod(sizes), return_inverse=True)
+            names = [[f"{factor}/{level}/{block}/{digit}" for digit in range(size)] for block in blocks]
+            order = np.argsort([[fingerprint(key, name) for name in of_block] for of_block in names], axis=1)
+            shift = rest % period // math.lcm(period // size, size)  # keeps it from going in step with earlier factors
+            uniform[:, factor] += width * order[of_image, (rest + shift) % size]
+            rest = rest // size
+        uniform[:, factor] += width / 2
+    return uniform
 
 
 def _of_each_factor(given: Mapping[Any, Sequence[float]], names: list[str], sizes: Sequence[int]) -> list[list[float]]:

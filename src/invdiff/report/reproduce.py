@@ -94,6 +94,8 @@ def _said(drawn: Mapping[str, Any]) -> tuple[Sequence[str], bool, list[str] | No
     given = drawn.get("prompts")
     prompts = [str(prompt) for prompt in given] if isinstance(given, list) else []
     listed = len(prompts) <= MOST_WORDS and not any(prompt.startswith("-") for prompt in prompts)
+    if drawn.get("draws") == "iid":
+        return prompts, listed, ["--environments", "iid"]
     try:  # proportions of each factor, or whole numbers, the groups of each image
         factors = [list(factor) for factor in (drawn.get("module") and drawn.get("environments")) or ()]
         if all(isinstance(share, float) for factor in factors for share in factor):
