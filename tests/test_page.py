@@ -6,7 +6,6 @@ import time
 import pytest
 
 from browser import LAYOUT, needs_browser, open_browser
-from invdiff.auditing.edits import CURATION
 from test_audit_tab import FILE_NAMES, hostile_run
 from test_serve import served
 
@@ -141,7 +140,7 @@ def test_guided_images_stand_beside_base_images_and_sliders_draw_them_again(visi
     assert len(visit.images("guided")) < 64
 
 
-def test_groups_are_browsed_parted_named_and_images_left_out(visit, home):
+def test_groups_are_browsed_parted_and_named(visit, home):
     view = visit.view
     visit.tab("Audit", "#typical-0 img")
     for prompt, shown in (("landbird", ":not(:has-text('76 images'))"), ("waterbird", ":has-text('76 images')")):
@@ -150,42 +149,34 @@ def test_groups_are_browsed_parted_named_and_images_left_out(visit, home):
         view.wait_for_selector(f"#group-0{shown}")
     visit.key("audit-cut-0", "PageUp", "PageUp", "PageUp")
     visit.says("audit-moved", "Would move")
-    view.click("#audit-keep")
-    visit.says("audit-status", "Kept")
-    assert "76 images" not in view.inner_text("#group-0")
-    view.click("#audit-reset")
-    visit.says("group-0", "76 images")
-
     # Names persist, here and in the mix sliders, and after the page is opened anew.
     visit.type("group-name-0", "on land")
     view.click("#group-save-0")
     visit.says("group-0", "on land")
-    visit.type("group-name-1", "on water")
-    view.keyboard.press("Enter")
-    visit.says("group-1", "on water")
     view.reload()
     view.wait_for_selector("#mix-0-0")
-    visit.says("mix-0-0", "on land")
-    visit.says("mix", "on land 50% on water 50%")
+    visit.says("mix", "on land 50% group 1 50%")
     visit.tab("Audit", "#typical-0 img")
     visit.says("group-0", "on land")
-    assert view.locator("#group-name-0 input, #group-name-0 textarea").input_value() == "on land"
-    (saved,) = home.glob(f"birds-demo-*/audit/{CURATION}")
-    assert json.loads(saved.read_text())["names"] == [["on land", "on water"]]
-
-    # An image is chosen by a click, left out, and put back.
     view.locator("#typical-0 button").first.click()
     visit.says("audit-chosen", "images/")
-    view.click("#audit-leave")
-    visit.says("group-0", "75 images")
-    view.click("#audit-back")
-    visit.says("group-0", "76 images")
-    for group in (0, 1):
-        visit.type(f"group-name-{group}", "")
-        view.click(f"#group-save-{group}")
-        visit.says(f"group-{group}", f"group {group}")
-    view.wait_for_timeout(300)
-    assert not saved.exists()
+    visit.type("group-name-0", "")
+    view.click("#group-save-0")
+    visit.says("group-0", "group 0")
+
+
+def test_an_attribute_is_named_by_clicks(visit, home):
+    visit.tab("Audit", "#typical-0 img")
+    visit.view.get_by_role("button", name="Name an attribute by clicks").click()
+    visit.type("ask", "place: land, water")
+    visit.view.click("#ask-begin")
+    for slot in (0, 1):
+        visit.view.locator(f"#ask-{slot} label").nth(slot).click()
+        visit.says("ask-status", f"{9 - slot} of these 10 left")
+    (saved,) = home.glob("birds-demo-*/labels-place.csv")
+    assert [line.rpartition(",")[2] for line in saved.read_text().splitlines()] == ["place", "land", "water"]
+    visit.view.click("#ask-more")
+    visit.says("ask-status", "4 more of land, 4 more of water are needed")
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -112,34 +112,29 @@ class AuditTab:
 
     def __init__(self, books: dict[str, AuditBook], drawn: GenerateTab | None = None, most_groups: int = 0) -> None:
         self.books = books
-        self._places = self._listed()
         self._build(max(most_groups, *(groups for book in books.values() for groups in book.audit.num_groups)))
         blocks = [part for b in self._blocks for part in (b.column, b.head, b.name, b.typical, b.nearest)]
         whole = [self._facts, self._plot, self._moved, self._chosen, self._status, self._out_note, self._out]
         self.loads = [*whole, self._prompt, self._tables, self.at, self._positions, self._picked, *self._cuts, *blocks]
         self._connect(drawn)
 
-    def _listed(self) -> list[tuple[str, AuditBook, tuple[int, int] | None]]:
-        """What can be chosen: in words, its audit, and the prompt and factor."""
-        listed: list[tuple[str, AuditBook, tuple[int, int] | None]] = []
+    def _list(self) -> list[tuple[str, int]]:
+        """Take stock of what can be chosen, in words: a prompt and factor of an audit."""
+        self._places: list[tuple[str, AuditBook, tuple[int, int] | None]] = []
         for name, book in self.books.items():
             run = f"{name} · " if len(self.books) > 1 else ""
             found = [
                 (f"{place}. {page.factor}{one_line(page.prompt.prompt, 100)}", (page.index, page.factor_index))
                 for place, page in enumerate(splits_of(book.inferred), start=1)
             ]
-            listed += [(run + words, book, page) for words, page in found]
+            self._places += [(run + words, book, page) for words, page in found]
             if not found:
-                listed.append((f"{run}No hidden group was found", book, None))
-        return listed
-
-    @property
-    def _choices(self) -> list[tuple[str, int]]:
+                self._places.append((f"{run}No hidden group was found", book, None))
         return [(words, place) for place, (words, _, _) in enumerate(self._places)]
 
     def _build(self, groups: int) -> None:
         with gr.Row():
-            self._prompt = gr.Dropdown(self._choices, value=0, label="Prompt", scale=3, elem_id="audit-prompt")
+            self._prompt = gr.Dropdown(self._list(), value=0, label="Prompt", scale=3, elem_id="audit-prompt")
             label = "Images in a row of a group"
             self._count = gr.Slider(4, MOST_PER_GROUP, PER_GROUP, step=4, label=label, elem_id="audit-count")
         self._facts = gr.HTML(elem_id="audit-facts")
@@ -211,10 +206,10 @@ class AuditTab:
 
     def turn_to(self, name: str = "") -> Values:
         """Show the first prompt of an audit, which may have joined meanwhile; without a name, of all."""
-        self._places = self._listed()
+        choices = self._list()
         own = [place for place, (_, book, _) in enumerate(self._places) if book is self.books.get(name)]
         place = [*own, 0][0]
-        return self.open(place) | {self._prompt: gr.update(choices=self._choices, value=place)}
+        return self.open(place) | {self._prompt: gr.update(choices=choices, value=place)}
 
     def book(self, place: int) -> AuditBook:
         """The audit of a prompt."""

@@ -20,15 +20,16 @@ from ..data.birds import BirdsWorld
 from ..data.captioned import CaptionedImages
 from ..errors import ConfigError, InvDiffError
 from ..evaluation.annotators.load import LABELS, load_annotator
-from ..evaluation.results import Quantity, Results
+from ..evaluation.results import Results
 from ..files import atomic_folder, check_writable, default_cache_dir, fingerprint
 from ..guidance.attach import check_fit
 from ..guidance.module import load_module
 from ..models.families import family_of
 from ..models.load import denoiser_of, load_pipeline
-from ..report.figures import ABSENT, Table, bias, with_interval
+from ..report.figures import Table
 from ..report.plots import DARK, INK, PAPER, RULE, SOFT
 from ..report.read import Parts, find_parts
+from ..report.results_view import HEADLINES, headlines
 from ..report.write import write_report
 from ..text import one_line
 from .audit import AuditBook, AuditTab
@@ -40,7 +41,6 @@ from .studio import Studio
 TITLE = "invdiff"
 BUNDLED = "bundled demo"
 CACHE_SECONDS = (600, 3600)  # how often gradio looks for old files of images, and the age at which it deletes them
-FIGURES = ("Model", "Guidance scale", "Bias", "By chance", "Subject accuracy", "Fréchet distance", "Images per prompt")
 _ACCENTS = (
     *("button_primary_background_fill", "button_primary_background_fill_dark"),
     *("link_text_color", "color_accent", "slider_color"),
@@ -228,29 +228,15 @@ def _build_compare(runs: Mapping[str, Parts], books: Mapping[str, AuditBook]) ->
 
 def compare(runs: Mapping[str, Parts]) -> str:
     """The main figures of all results as an HTML table, with their notes."""
-
-    def figure(of: Quantity | None) -> str:
-        return ABSENT if of is None or of.value is None else with_interval(bias, of.value, of.low, of.high)
-
     shown: list[str] = []
     for name, parts in runs.items():
         assert parts.results is not None
         results = Results.load(parts.results)
-        rows = [
-            [
-                model,
-                scale.removesuffix(".0"),
-                figure(measures.bias_estimate),
-                bias(measures.bias_floor),
-                figure(measures.subject_accuracy),
-                figure(Quantity(measures.frechet)),
-                f"{measures.images_per_prompt:,}",
-            ]
-            for model, scale, measures in results.each()
-        ]
+        rows = [[model, scale.removesuffix(".0"), *headlines(measures)] for model, scale, measures in results.each()]
         run = f"{name}: Bias" if len(runs) > 1 else "Bias"
         caption = f"{run} of “{one_line(results.attribute, 60)}”, with {results.confidence:.0%} intervals"
-        shown.append(fragment("table", Table(FIGURES, rows, caption, [f"{note}." for note in results.notes])))
+        columns, notes = ("Model", "Guidance scale", *HEADLINES), [f"{note}." for note in results.notes]
+        shown.append(fragment("table", Table(columns, rows, caption, notes)))
     return "".join(shown)
 
 

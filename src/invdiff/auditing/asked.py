@@ -105,9 +105,12 @@ def labels_asked(labels: Labels | None, names: Sequence[str], skipped: Iterable[
         counts = Counter(filter(None, found[attribute]))
         if len(counts) < 2 or min(counts.values()) < LEAST_LABELS:
             said = ", ".join(f"{value} ({count})" for value, count in sorted(counts.items())) or "none"
+            lacks = {value: LEAST_LABELS - count for value, count in sorted(counts.items()) if count < LEAST_LABELS}
+            needed = [f"{lack} more of {value}" for value, lack in lacks.items()]
+            needed += [f"{LEAST_LABELS} of another value"] * (2 - len(counts))
             raise DataError(
                 f"Expected labels of two values of {attribute!r} or more, of {LEAST_LABELS} images each or more, "
-                f"found {said}. Label more images, evenly."
+                f"found {said}: {', '.join(needed)} are needed."
             )
     return found
 

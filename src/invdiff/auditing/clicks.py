@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from ..data.tables import read_table
 from ..files import write_text
-from .asked import LEAST_LABELS
 
 _Array = NDArray[Any]
 
@@ -60,18 +59,6 @@ def random_sample(prompt_ids: _Array, asked: _Array, seed: int = 0) -> _Array:
     """Positions of the images that were asked about as a random draw would have it: a beginning of `random_order`."""
     order = random_order(prompt_ids, seed)
     return order[: np.argmin(asked[order])] if not asked.all() else order
-
-
-def still_needed(labels: Mapping[str, str], values: Sequence[str]) -> str:
-    """How many labels of which values an audit lacks, in words; "" where there are enough.
-
-    An audit takes any two values or more; one that was never seen does not hold it up.
-    """
-    counts = {value: list(labels.values()).count(value) for value in values}
-    enough = sum(count >= LEAST_LABELS for count in counts.values())
-    lacking = {value: LEAST_LABELS - count for value, count in counts.items() if count < LEAST_LABELS}
-    lacking = {value: lack for value, lack in lacking.items() if counts[value] or enough < 2}
-    return ", ".join(f"{lack} more of “{value}”" for value, lack in lacking.items())
 
 
 def read_clicks(path: Path, name: str) -> dict[str, str]:

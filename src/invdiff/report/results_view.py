@@ -112,12 +112,12 @@ def costs(chosen: Comparison, results: Results) -> dict[str, Any]:
     """Quality with intervals, group by group, at every guidance scale and scale of the module."""
     modules, by_group = modules_by_scale(results, chosen), _by_group(chosen, results)
     rows = [
-        [label(model), key.removesuffix(".0"), *_headlines(measures)]
+        [label(model), key.removesuffix(".0"), *headlines(measures)]
         for model in dict.fromkeys([chosen.before, chosen.after, *results.models])
         for key, measures in results.models[model].items()
     ]
     scales_say_it = len(rows) <= 2 or (modules and len(chosen.keys) == 1)
-    over_scale = [[name, f"{scale:g}", *_headlines(m)] for name, line in modules.items() for scale, m in line.items()]
+    over_scale = [[name, f"{scale:g}", *headlines(m)] for name, line in modules.items() for scale, m in line.items()]
     plain = any(0 in line for line in modules.values())
     notes = ["Scale 0 is the base model: there the module does nothing."] if plain else []
     at = at_scale(chosen.key)
@@ -273,7 +273,8 @@ def _by_group(chosen: Comparison, results: Results) -> Table:
     return Table(("Model", "Class", *map(shown_name, names)), rows if names else [], caption, sentences(notes)[:4])
 
 
-def _headlines(measures: Measures) -> list[str]:
+def headlines(measures: Measures) -> list[str]:
+    """The figures of `HEADLINES`, in words."""
     return [
         estimate(measures.bias_estimate),
         bias(measures.bias_floor),
