@@ -18,6 +18,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from invdiff.evaluation.results import AttributeMeasures, Estimate, Measures, Quantity
+from invdiff.guidance.lora import GuidanceLoRA
 from invdiff.guidance.module import GuidanceModule
 from invdiff.models.load import load_pipeline
 from invdiff.training import objective
@@ -43,6 +44,16 @@ def make_guidance_module(pipe: StableDiffusionPipeline, **options: object) -> Gu
         for parameter in module.conv_out.parameters():
             parameter.copy_(0.05 * torch.randn(parameter.shape, generator=numbers))
     return module
+
+
+def make_guidance_lora(pipe: StableDiffusionPipeline, **options: object) -> GuidanceLoRA:
+    """Adapters for `pipe` that look trained: their effect is not zero."""
+    guidance = GuidanceLoRA.for_pipeline(pipe, **{"null_adapter": "on", "rank": 2, **options})
+    numbers = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for adapter in guidance.adapters.values():
+            adapter.up.copy_(0.2 * torch.randn(adapter.up.shape, generator=numbers))
+    return guidance
 
 
 def write_tiny_folder(folder: Path, num_images: int = 12) -> Path:

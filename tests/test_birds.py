@@ -20,7 +20,7 @@ from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ConfigError, DataError
 from invdiff.files import read_json
 from invdiff.guidance.attach import check_fit
-from invdiff.guidance.module import load_module
+from invdiff.guidance.backends import load_guidance
 from invdiff.models.load import load_pipeline
 
 ROWS = [BirdsWorld(4000, seed=1).metadata(index) for index in range(4000)]
@@ -157,7 +157,7 @@ def test_captioned_images_are_those_that_would_be_read_back(tmp_path, capsys):
 
 
 def test_the_bundled_demo_is_of_the_bundled_model_and_the_default_world():
-    check_fit(load_pipeline(BIRDS_MODEL), load_module(BIRDS_DEMO / "module"))
+    check_fit(load_pipeline(BIRDS_MODEL), load_guidance(BIRDS_DEMO / "module"))
     found = Audit.load(BIRDS_DEMO / "audit")
     defaults = DemoConfig()
     world = BirdsWorld(defaults.num_images, severity=defaults.severity, seed=defaults.seed)

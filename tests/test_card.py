@@ -23,8 +23,9 @@ from invdiff.errors import ConfigError, ModelError
 from invdiff.evaluation.results import AnnotatorRecord, Results
 from invdiff.files import weights_digest
 from invdiff.guidance.attach import mix_for
+from invdiff.guidance.backends import load_guidance
 from invdiff.guidance.card import MOST_PROMPTS, render_card, training_record
-from invdiff.guidance.module import GuidanceModule, load_module
+from invdiff.guidance.module import GuidanceModule
 from invdiff.models.load import load_pipeline
 from invdiff.training.train import train
 from runs import built_audit
@@ -210,7 +211,7 @@ def test_the_example_is_python_that_fits(family, call):
 
 def test_an_invariant_module_without_a_record_has_a_card_that_says_so(pipe, tmp_path):
     make_guidance_module(pipe, mode="invariant").save_pretrained(tmp_path)
-    card = load_module(tmp_path).model_card()
+    card = load_guidance(tmp_path).model_card()
     assert "target mix" not in card
     assert card.count("saved without a record of") == 2  # the groups, and its training
     assert dict(tables(card)[0])["Training images"] == "not known"
@@ -314,20 +315,20 @@ def test_a_module_is_loaded_from_the_hub_with_its_card(trained, tmp_path, monkey
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    module = load_module("org/birds-guidance")
+    module = load_guidance("org/birds-guidance")
     assert not module.training
     module.save_pretrained(tmp_path / "again")
     for name in FILES:
         assert (tmp_path / "again" / name).read_bytes() == (trained / name).read_bytes()
     with pytest.raises(ModelError, match=r"at org/absent, could not load.*invdiff train.* Check the spelling"):
-        load_module("org/absent")
+        load_guidance("org/absent")
 
 
 def test_a_pickle_is_never_loaded_and_an_absent_folder_is_no_question_of_the_network(trained, tmp_path):
     shutil.copy(trained / "config.json", tmp_path)
     torch.save({}, tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(ModelError, match="safetensors"):
-        load_module(tmp_path)
+        load_guidance(tmp_path)
     for name in ("./absent", "a/b/c"):
         with pytest.raises(ModelError, match=r"Give the folder that `invdiff train` wrote\.$"):
-            load_module(name)
+            load_guidance(name)

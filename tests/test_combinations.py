@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from conftest import make_guidance_module
+from conftest import make_guidance_lora, make_guidance_module
 from invdiff.errors import ModelError
 from invdiff.guidance.attach import attach
 from invdiff.guidance.module import GuidanceModule
@@ -255,10 +255,12 @@ def offload(pipe, kind):
 
 @pytest.mark.parametrize("attach_first", [True, False])
 @pytest.mark.parametrize("kind", ["model", "sequential", "group"])
-@pytest.mark.parametrize("family", ["sd1", "flux"])
-def test_image_after_image_is_guided_whatever_is_offloaded(family, kind, attach_first):
+@pytest.mark.parametrize(
+    ("family", "make"), [("sd1", make_guidance_module), ("sd1", make_guidance_lora), ("flux", make_guidance_module)]
+)
+def test_image_after_image_is_guided_whatever_is_offloaded(family, make, kind, attach_first):
     pipe = make_tiny(family)
-    module = make_guidance_module(pipe)
+    module = make(pipe)
     with attach(pipe, module):
         expected = [draw(pipe, seed) for seed in (0, 1)]
     steps = [lambda: attach(pipe, module), lambda: offload(pipe, kind)]
@@ -279,10 +281,11 @@ def replace_denoiser(pipe, denoiser):
     setattr(pipe, "unet" if hasattr(pipe, "unet") else "transformer", denoiser)
 
 
+@pytest.mark.parametrize("make", [make_guidance_module, make_guidance_lora])
 @pytest.mark.parametrize(("family", "how", "backend"), [("sd1", "in place", "eager"), ("sd3", "wrapped", "aot_eager")])
-def test_a_compiled_denoiser_is_guided_as_before_and_at_scale_0_bit_identical(family, how, backend):
+def test_a_compiled_denoiser_is_guided_as_before_and_at_scale_0_bit_identical(make, family, how, backend):
     pipe = make_tiny(family)
-    plain, attachment = draw(pipe, 0), attach(pipe, make_guidance_module(pipe))
+    plain, attachment = draw(pipe, 0), attach(pipe, make(pipe))
     expected = draw(pipe, 0)
     compile_denoiser(pipe, how, backend)
     torch.testing.assert_close(draw(pipe, 0), expected, rtol=1e-3, atol=1e-3)

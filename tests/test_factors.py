@@ -18,7 +18,7 @@ from invdiff.config import AuditConfig, GenerateConfig, TrainConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import as_encoded
 from invdiff.errors import ConfigError
-from invdiff.guidance.module import load_module
+from invdiff.guidance.backends import load_guidance
 from invdiff.models.frozen import denoiser_fingerprint
 from invdiff.training.train import train
 from runs import built_audit, inferred, made_up_data, report, undrawn
@@ -192,7 +192,7 @@ def test_a_module_learns_every_factor_and_each_is_asked_for_by_name(made, tmp_pa
     pipe, audit = make_tiny_pipeline(), Audit.load(made[0] / "audit")
     config = TrainConfig(steps=3, batch_size=4, mixed_precision="no")
     train(pipe, made[1], audit, tmp_path / "m", config=config, cache_dir=made[0] / "cache", progress=False)
-    module = load_module(tmp_path / "m")
+    module = load_guidance(tmp_path / "m")
     assert (module.num_groups, module.factor_names) == ((2, 3), ("factor 1", "factor 2"))
     assert OWN in capsys.readouterr().err
     card = (tmp_path / "m" / "README.md").read_text()

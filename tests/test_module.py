@@ -6,7 +6,8 @@ import torch
 
 from conftest import make_guidance_module, make_tiny_pipeline
 from invdiff.errors import ConfigError, ModelError
-from invdiff.guidance.module import GuidanceModule, weight_signature
+from invdiff.guidance.base import weight_signature
+from invdiff.guidance.module import GuidanceModule
 
 
 def inputs(height: int = 8, width: int = 8) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ import torch
 from conftest import make_guidance_module
 from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import as_encoded
+from invdiff.guidance.base import Guided, Rows
 from invdiff.models.frozen import FrozenDenoiser
 from invdiff.models.schedule import per_sample_loss
 from invdiff.training import objective
@@ -45,12 +46,14 @@ def test_the_gradient_of_a_step_is_that_of_the_objective_at_the_group_losses(tin
     latents, target = torch.randn(2, 8, 4, 8, 8, generator=numbers)
     timesteps = torch.arange(100, 900, 100)
     condition = data.condition(data.caption_ids[:8])
-    batch = Batch(prompts, factors, environments, slice(0, 8), condition, latents, timesteps, target)
+    batch = Batch(
+        prompts, factors, environments, slice(0, 8), Rows(environments), condition, latents, timesteps, target
+    )
     module, penalty = make_guidance_module(tiny_pipe, num_groups=[2] * num_factors), 2.5
     typical = 1 + torch.rand(1000, generator=numbers)
     moving, accelerator = MovingGroupLosses((2, 2), 0.0), accelerator_for("no", CPU)
     with FrozenDenoiser(tiny_pipe) as frozen:
-        loss, losses = step_loss(module, frozen, batch, typical, moving, penalty, accelerator)
+        loss, losses = step_loss(Guided(frozen, module), batch, typical, moving, penalty, accelerator)
         model_pred, features = frozen(latents, timesteps, condition)
     guided = model_pred + module(latents, timesteps, condition, model_pred, features, environments)
     relative = per_sample_loss(guided, target) / typical[timesteps]

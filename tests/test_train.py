@@ -14,7 +14,7 @@ from invdiff.config import AuditConfig, TrainConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import as_encoded
 from invdiff.errors import AuditError, ConfigError
-from invdiff.guidance.module import load_module
+from invdiff.guidance.backends import load_guidance
 from invdiff.models.frozen import denoiser_fingerprint
 from invdiff.training import train as train_module
 from invdiff.training.train import carry_over, train
@@ -146,7 +146,7 @@ def test_a_finished_run_is_read_back_and_other_settings_are_refused_by_name(tiny
     tiny_pipe.unet.register_forward_pre_hook(lambda module, args: pytest.fail("trained again"))
     named = apply(found, Edits(names=(("", ""),)).with_name(0, 0, "land"))  # names change nothing that is trained
     again = run(tiny_pipe, data, named, folder).state_dict()
-    assert all(torch.equal(again[name], value) for name, value in load_module(whole).state_dict().items())
+    assert all(torch.equal(again[name], value) for name, value in load_guidance(whole).state_dict().items())
     assert not (folder / ".work").exists()
     with pytest.raises(ConfigError, match=r"got others: penalty was 1\.0, now 2\.0\. Use the same"):
         run(tiny_pipe, data, found, folder, penalty=2.0)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import evaluate as evaluate
     from .evaluation.results import Results as Results
     from .guidance.attach import attach as attach
+    from .guidance.lora import GuidanceLoRA as GuidanceLoRA
     from .guidance.module import GuidanceModule as GuidanceModule
     from .report.write import save_report as save_report
     from .sampling import generate as generate
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Audit": "auditing.result",
+    "GuidanceLoRA": "guidance.lora",
     "GuidanceModule": "guidance.module",
     "Results": "evaluation.results",
     "attach": "guidance.attach",

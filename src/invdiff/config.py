@@ -95,8 +95,11 @@ class FinetuneConfig(Config):
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
-    """How the guidance module is trained beside the frozen model (the min phase of the game)."""
+    """How guidance is trained beside the frozen model (the min phase of the game)."""
 
+    backend: Literal["module", "lora"] = "module"
+    """`module`: the paper's encoder and gradient estimator, which add to the prediction. `lora`: a low-rank adapter a
+    group in the model's own layers, stronger on photographs."""
     mode: Literal["balanced", "invariant"] = "balanced"
     """`balanced`: the module is given the group, which is drawn at random when sampling.
     `invariant`: the paper's; the module never sees the group."""
@@ -115,7 +118,12 @@ class TrainConfig(Config):
     rounds: Count = 1
     """Rounds of the max-min game. After each but the last, groups are inferred again with the guided model."""
     width: Size = 0
-    """Channels of the gradient estimator, a multiple of 8; 0 fits it to the denoiser."""
+    """`module`: channels of the gradient estimator, a multiple of 8; 0 fits it to the denoiser."""
+    rank: Count = 8
+    """`lora`: rank of each group's adapter."""
+    null_adapter: Literal["auto", "on", "off"] = "auto"
+    """Whether the null row of classifier-free guidance runs under the group's guidance; `auto` is `on` for `module`,
+    `off` for `lora`."""
     ema_decay: Annotated[Decay, RARE] = 0.99
     """Decay of the moving average of weights that is kept."""
     loss_momentum: Annotated[Decay, RARE] = 0.95
@@ -135,6 +143,10 @@ class TrainConfig(Config):
     def check(self) -> None:
         """Check what ranges do not say."""
         self.require("width", self.width % 8 == 0, "0 or a multiple of 8")
+        for name, backend in (("width", "module"), ("rank", "lora")):
+            default = type(self).__dataclass_fields__[name].default
+            unread = f"nothing with backend {self.backend!r}, which does not read it"
+            self.require(name, backend == self.backend or getattr(self, name) == default, unread)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from .distributed import is_main, mine, wait
 from .errors import ConfigError, ModelError
 from .files import check_same_settings, fingerprint, read_json, save_image, weights_digest, write_json, write_text
 from .guidance.attach import Attachment, check_fit, mix_for
+from .guidance.base import Guidance
 from .guidance.environments import WORDS, EnvironmentMix, Environments
-from .guidance.module import GuidanceModule
 from .models.families import family_of, family_that_draws
 from .models.load import check_fused, check_plain, denoiser_of
 from .models.watch import check_finite, watched
@@ -44,7 +44,7 @@ class Drawing:
         pipe: Any,
         prompts: Sequence[str],
         *,
-        module: GuidanceModule | None = None,
+        module: Guidance | None = None,
         config: GenerateConfig | None = None,
         environments: Environments = "uniform",
     ) -> None:
@@ -150,7 +150,7 @@ def generate(
     prompts: Sequence[str],
     output_dir: str | Path,
     *,
-    module: GuidanceModule | None = None,
+    module: Guidance | None = None,
     config: GenerateConfig | None = None,
     environments: Environments = "uniform",
     progress: bool = True,

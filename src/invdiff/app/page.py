@@ -23,7 +23,7 @@ from ..evaluation.annotators.load import LABELS, load_annotator
 from ..evaluation.results import Results
 from ..files import atomic_folder, check_writable, default_cache_dir, fingerprint
 from ..guidance.attach import check_fit
-from ..guidance.module import load_module
+from ..guidance.backends import load_guidance
 from ..models.families import family_of
 from ..models.load import denoiser_of, load_pipeline
 from ..report.figures import Table
@@ -120,7 +120,7 @@ def _bundled_run() -> Parts:
 
 def _model_of(module: Path | str) -> str:
     """The pipeline that a module was trained beside."""
-    config = load_module(module).config
+    config = load_guidance(module).config
     hub_id = ((config.get("record") or {}).get("base") or {}).get("hub_id")
     if hub_id or config["base_model"] == BIRDS_MODEL.name:
         return str(hub_id or BIRDS_MODEL)
@@ -150,7 +150,7 @@ def open_studio(
             "trained one, a CLIP model or a classifier."
         )
     pipe = load(workspace.model)
-    module = load_module(workspace.module) if workspace.module else None
+    module = load_guidance(workspace.module) if workspace.module else None
     if module is not None:
         check_fit(pipe, module)
     judge: Any = workspace.annotator or None

@@ -17,7 +17,7 @@ from PIL import Image
 from ..config import GenerateConfig
 from ..errors import ConfigError
 from ..evaluation.annotators.annotations import Annotator
-from ..guidance.module import GuidanceModule
+from ..guidance.base import Guidance
 from ..models.families import family_of
 from ..models.load import denoiser_of
 from ..options import command_options, mix_options
@@ -76,7 +76,7 @@ class Studio:
     def __init__(
         self,
         pipe: Any,
-        module: GuidanceModule | None = None,
+        module: Guidance | None = None,
         annotator: Annotator | None = None,
         *,
         names: tuple[str, str] = ("MODEL", "MODULE"),

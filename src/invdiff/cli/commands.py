@@ -257,14 +257,14 @@ def generate(
             f"factors once, such as 'factor 1=0.7,0.3', got {', '.join(map(repr, environments))}."
         ) from error
     say_loading("the model", quiet=quiet)
-    from ..guidance.module import load_module
+    from ..guidance.backends import load_guidance
     from ..sampling import generate as run_generate
 
     run_generate(
         weights.load(model),
         wanted,
         output,
-        module=load_module(module) if module else None,
+        module=load_guidance(module) if module else None,
         config=settings,
         environments=mix,
         progress=not quiet,

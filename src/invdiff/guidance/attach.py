@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 import warnings
 import weakref
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,11 @@ import torch
 from ..errors import ConfigError, ModelError
 from ..files import fingerprint
 from ..models.families import Condition, DenoiserCall, Family, family_of
-from ..models.families.base import to
-from ..models.frozen import FeatureCapture, FrozenDenoiser, Hook, do_nothing
+from ..models.frozen import FrozenDenoiser, Hook, do_nothing
 from ..models.load import GUIDED, denoiser_of, loras_of
 from ..models.schedule import NoiseSchedule
+from .base import Guidance, Rows, weight_signature
 from .environments import EnvironmentMix, Environments
-from .module import GuidanceModule, weight_signature
 
 END_OF_CALL = "maybe_free_model_hooks"
 """The method with which every diffusers pipeline ends a call."""
@@ -29,26 +27,27 @@ END_OF_CALL = "maybe_free_model_hooks"
 
 def attach(
     pipe: Any,
-    module: GuidanceModule,
+    module: Guidance,
     scale: float = 1.0,
     environments: Environments = "uniform",
     *,
     seed: int = 0,
     strict: bool = True,
 ) -> Attachment:
-    """Guide every image that `pipe` draws from now on: f~ = f + Delta * g_psi.
+    """Guide every image that `pipe` draws from now on, at strength Delta.
 
     Use it as a context manager, or call `detach()` on the returned attachment::
 
         with attach(pipe, module, scale=1.0):
             images = pipe("a photo of a waterbird", num_images_per_prompt=8).images
 
-    Several modules may be attached at once: each reads the frozen prediction, so their shifts add. Other pipelines
-    that share the denoiser (image-to-image, inpainting, ControlNet) are guided too.
+    Several of one backend may be attached at once, and their effects add. Other pipelines that share the denoiser
+    (image-to-image, inpainting, ControlNet) are guided too. Where guidance is off in the null row, that is the row of
+    the null caption, or of the negative prompt in its place.
 
     Args:
         pipe: A diffusers pipeline of a supported family; its weights are not touched.
-        module: A module made for this pipeline's model. A copy of it is attached, in the pipeline's precision.
+        module: A guidance made for this pipeline's model. A copy of it is attached, in the pipeline's precision.
         scale: Delta, the strength; 0 leaves the pipeline bit-identical.
         environments: The target mix, spread over the images of a call: `"uniform"`, proportions, those of named
             factors such as `{"factor 1": [0.7, 0.3]}`, `"iid"` (uniform, each image by its own noise), or the group of
@@ -57,14 +56,15 @@ def attach(
         strict: Also refuse a model of the right shape with other weights.
 
     Raises:
-        ModelError: The module was trained for another model, or the denoiser is compiled already.
+        ModelError: The module was trained for another model, one of another backend is attached, or the denoiser is
+            compiled already.
         ConfigError: `environments` do not fit the module's groups.
     """
     check_fit(pipe, module, strict=strict)
     return Attachment(pipe, module, scale, mix_for(module, environments, seed=seed))
 
 
-def mix_for(module: GuidanceModule, environments: Environments, *, seed: int = 0) -> EnvironmentMix:
+def mix_for(module: Guidance, environments: Environments, *, seed: int = 0) -> EnvironmentMix:
     """The target mix of a module's groups; of an invariant module proportions or groups are a `ConfigError`."""
     if not module.sees_environment and not isinstance(environments, str):
         raise ConfigError(
@@ -74,11 +74,12 @@ def mix_for(module: GuidanceModule, environments: Environments, *, seed: int = 0
     return EnvironmentMix(environments, module.num_groups, factor_names=module.factor_names, seed=seed)
 
 
-def check_fit(pipe: Any, module: GuidanceModule, *, strict: bool = True) -> None:
+def check_fit(pipe: Any, module: Guidance, *, strict: bool = True) -> None:
     """Raise `ModelError` that names every difference, unless `module` fits `pipe`'s denoiser, not compiled yet."""
     denoiser, wanted = denoiser_of(pipe), module.config
     kind, parts = type(denoiser).__name__, dict(denoiser.named_modules())
-    for path in ("", *accumulate(wanted["feature_path"].split("."), "{}.{}".format)):
+    around = (accumulate(path.split("."), "{}.{}".format) for path in ("", *module.hooked))
+    for path in dict.fromkeys(chain.from_iterable(around)):
         part = parts.get(path)
         if getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod"):
             raise ModelError(
@@ -87,9 +88,11 @@ def check_fit(pipe: Any, module: GuidanceModule, *, strict: bool = True) -> None
             )
     found: dict[str, Any] = {"denoiser_class": kind, "prediction_type": NoiseSchedule(pipe.scheduler).prediction_type}
     if wanted["denoiser_class"] == kind:
-        found |= dataclasses.asdict(family_of(pipe).shape(denoiser))
+        found |= module.sizes(family_of(pipe), denoiser)
     wrong = [
-        f"{name}: expected {wanted[name]}, found {value}" for name, value in found.items() if wanted[name] != value
+        f"{name}: expected {_short(wanted[name])}, found {_short(value)}"
+        for name, value in found.items()
+        if wanted[name] != value
     ]
     remedy = "."
     if not wrong and strict:
@@ -106,6 +109,10 @@ def check_fit(pipe: Any, module: GuidanceModule, *, strict: bool = True) -> None
             f"The guidance module was trained for another model ({wanted['base_model'] or 'unnamed'}): "
             f"{'; '.join(wrong)}. Load the pipeline it was trained for, or train a module for this one{remedy}"
         )
+
+
+def _short(value: Any) -> Any:
+    return f"{len(value)} of certain shapes" if isinstance(value, dict) else value
 
 
 def same_weights(expected: np.ndarray, actual: np.ndarray) -> bool:
@@ -131,21 +138,27 @@ class Attachment:
         calls: How often the denoiser has run since the module was attached.
     """
 
-    def __init__(self, pipe: Any, module: GuidanceModule, scale: float, mix: EnvironmentMix) -> None:
+    def __init__(self, pipe: Any, module: Guidance, scale: float, mix: EnvironmentMix) -> None:
         self.scale, self.mix, self.calls = float(scale), mix, 0
         self.environments: torch.Tensor | None = None
-        denoiser, self._family = denoiser_of(pipe), family_of(pipe)
-        self._module = copy.deepcopy(module).eval().requires_grad_(False)
+        denoiser, family = denoiser_of(pipe), family_of(pipe)
+        self.guidance = copy.deepcopy(module).eval().requires_grad_(False)
         # Of the newest images: the scheduler's timesteps, first and last timestep, first latents.
         self._timesteps: torch.Tensor | None = None
         self._start, self._last, self._first = np.inf, np.inf, torch.empty(0)
-        # Phi(y), the condition that it encodes (kept, so that no other tensor takes its place), and how to know it.
-        self._phi: torch.Tensor | None = None
-        self._encoded: Condition = {}
-        self._seen: dict[str, tuple[int, object]] | None = None
         self._pipe, self._denoiser = weakref.ref(pipe), weakref.ref(denoiser)
-        self._features = FeatureCapture(denoiser, module.config["feature_path"], self._read_features)
-        self._output = GUIDED[denoiser] = GUIDED.get(denoiser) or _GuidedOutput(denoiser, self._family)
+        self._null: Condition = {}
+        if module.config["null_adapter"] == "off" and getattr(pipe, "text_encoder", self) is not None:
+            self._null = family.null_condition(pipe)
+        self._output = GUIDED.get(denoiser) or _GuidedCalls(denoiser, family)
+        others = {type(each.guidance).backend for each in self._output.attachments} - {module.backend}
+        if others:
+            raise ModelError(
+                f"Expected guidance of one backend on a model, found {others.pop()!r} attached and got "
+                f"{module.backend!r}. Detach the other first."
+            )
+        self._uninstall = self.guidance.install(denoiser, family)
+        GUIDED[denoiser] = self._output
         self._output.attachments.append(self)
         if not isinstance(vars(pipe).get(END_OF_CALL), _CallWatch):
             setattr(pipe, END_OF_CALL, _CallWatch(pipe))
@@ -154,11 +167,11 @@ class Attachment:
     def detach(self) -> None:
         """Restore the plain model. Calling it twice does no harm."""
         denoiser, pipe = self._denoiser(), self._pipe()
-        self._features.close()
+        self._uninstall()
         if denoiser is not None and self in self._output.attachments:
             self._output.attachments.remove(self)
             if not self._output.attachments:
-                self._output.handle.remove()
+                self._output.close()
                 del GUIDED[denoiser]
         watch = None if pipe is None else vars(pipe).get(END_OF_CALL)
         if isinstance(watch, _CallWatch):
@@ -178,44 +191,26 @@ class Attachment:
                 stacklevel=2,
             )
 
-    @torch.no_grad()
-    def _read_features(self, block_output: Any) -> torch.Tensor:
-        """Project the block's output at once, since it is many times larger than its projection."""
-        hidden_states = self._family.hidden_states(block_output)
-        if self.scale == 0:
-            return hidden_states[:, :0]
-        self._follow_placement(hidden_states)
-        return self._module.project(hidden_states)
-
-    @torch.no_grad()
-    def shift(self, call: DenoiserCall, model_pred: torch.Tensor) -> torch.Tensor | None:
-        """Delta * g_psi beside the frozen prediction, both (rows, channels, height, width); None at scale 0."""
+    def begin(self, call: DenoiserCall) -> Rows | None:
+        """What guides the rows of a call; None at scale 0."""
         self.calls += 1
-        features = self._features.take()
         environments = self._follow_images(call.noisy_latents, float(call.timesteps[0]))
-        if self.scale == 0:
+        return Rows(environments, self.scale, self._null_rows(call.condition)) if self.scale else None
+
+    def _null_rows(self, condition: Condition) -> torch.Tensor | None:
+        """The rows that run without guidance, (rows,) of bool; None where all run with it."""
+        if self.guidance.config["null_adapter"] == "on" or not condition:
             return None
-        self._follow_placement(model_pred)
-        latents, features = call.noisy_latents.to(model_pred.dtype), self._family.on_grid(features, call.noisy_latents)
-        environments, code = environments.to(model_pred.device), self._code(call.condition, model_pred)
-        read = (latents, call.timesteps, call.condition, model_pred, features, environments)
-        return self.scale * self._module(*read, projected=True, code=code)
-
-    def _follow_placement(self, tensor: torch.Tensor) -> None:
-        weight = self._module.conv_in.weight  # a module's own `device` and `dtype` look through all its weights
-        if weight.device != tensor.device or weight.dtype != tensor.dtype:
-            # As any module: diffusers' own `to` warns of layers to be kept in 32 bits, of which there are none.
-            torch.nn.Module.to(self._module, tensor.device, tensor.dtype)
-            self._seen = None
-
-    def _code(self, condition: Condition, like: torch.Tensor) -> torch.Tensor | None:
-        """Phi(y), computed anew only where the pipeline passes other tensors than at the step before."""
-        # Tensors of inference mode have no version: they never count as seen.
-        seen = {name: (id(t), object() if t.is_inference() else t._version) for name, t in condition.items()}
-        if seen != self._seen:
-            self._seen, self._encoded = seen, dict(condition)
-            self._phi = self._module.encode(to(condition, like.device, like.dtype))
-        return self._phi
+        rows = len(next(iter(condition.values())))
+        null = torch.zeros(rows, dtype=torch.bool)
+        for name in ("prompt_embeds", "class_labels"):
+            if name in condition and name in self._null and condition[name].shape[1:] == self._null[name].shape[1:]:
+                expected = self._null[name].to(condition[name])
+                same = torch.isclose(condition[name], expected, rtol=0.02, atol=1e-3)
+                null = same.reshape(rows, -1).all(dim=1).cpu()
+        if not null.any() and rows % 2 == 0 and getattr(self._pipe(), "do_classifier_free_guidance", False):
+            null[: rows // 2] = True  # of a negative prompt
+        return null
 
     def _follow_images(self, noisy_latents: torch.Tensor, timestep: float) -> torch.Tensor:
         """The groups of each row, (rows, factors); where new images begin, they are drawn from their noise.
@@ -245,22 +240,41 @@ def _hardly_moved(before: torch.Tensor, after: torch.Tensor) -> bool:
     return alike and ((before[:rows] > 0) == (after[:rows] > 0)).float().mean().item() > 0.75
 
 
-class _GuidedOutput:
-    """The one forward hook of a guided denoiser: f~ = f + the sum of Delta * g_psi, each beside the frozen f."""
+class _GuidedCalls:
+    """The hooks of a guided denoiser, before and after its forward pass."""
 
     def __init__(self, denoiser: torch.nn.Module, family: Family) -> None:
         self.attachments: list[Attachment] = []
         self._family, self._channels = family, family.shape(denoiser).latent_channels
         # The signature of the class, since offloading replaces the forward of the instance.
         self._signature = inspect.signature(type(denoiser).forward)
-        # A plain forward hook survives CPU offload; one of diffusers' own hook registry does not.
-        self.handle = denoiser.register_forward_hook(Hook(self._guide), with_kwargs=True)
+        self._call: DenoiserCall | None = None
+        # Plain forward hooks survive CPU offload; those of diffusers' own hook registry do not.
+        self._handles = (
+            denoiser.register_forward_pre_hook(Hook(self._begin), with_kwargs=True),
+            denoiser.register_forward_hook(Hook(self._end)),
+        )
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
 
     @torch.compiler.disable
-    def _guide(self, denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        call = self._family.read(denoiser, self._signature.bind(denoiser, *args, **kwargs).arguments)
+    def _begin(self, denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = self._signature.bind(denoiser, *args, **kwargs)
+        self._call = self._family.read(denoiser, bound.arguments)
+        for each in self.attachments:
+            bound.arguments.update(each.guidance.before(bound.arguments, each.begin(self._call)))
+        return bound.args[1:], bound.kwargs
+
+    @torch.compiler.disable
+    def _end(self, denoiser: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        call, self._call = self._call, None
+        if call is None:
+            return None
         model_pred = self._family.prediction(output[0], call, self._channels)
-        shifts = [found for each in self.attachments if (found := each.shift(call, model_pred)) is not None]
+        shifts = [found for each in self.attachments if (found := each.guidance.after(call, model_pred)) is not None]
         if not shifts:
             return None
         guided = self._family.shifted(output[0], sum(shifts[1:], start=shifts[0]))
@@ -293,9 +307,9 @@ class _CallWatch(Hook):
 
 
 class GuidedDenoiser:
-    """f~ = f + g_psi, environments drawn by each row's noise: the denoiser that later rounds of the game audit."""
+    """f~, environments drawn by each row's noise: the denoiser that later rounds of the game audit."""
 
-    def __init__(self, frozen: FrozenDenoiser, module: GuidanceModule) -> None:
+    def __init__(self, frozen: FrozenDenoiser, module: Guidance) -> None:
         self.schedule, self.device = frozen.schedule, frozen.device
         self._frozen, self._module = frozen, module.to(frozen.device)
         self._mix = EnvironmentMix("iid", module.num_groups)
@@ -306,10 +320,6 @@ class GuidedDenoiser:
     def __call__(
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Guided prediction (B, C, H, W) and the frozen middle features (B, D, H', W')."""
-        model_pred, features = self._frozen(noisy_latents, timesteps, condition)
-        environments = self._mix.rows(noisy_latents).to(self.device)
-        noisy_latents, timesteps = noisy_latents.to(self.device), timesteps.to(self.device)
-        condition = to(condition, self.device, torch.float32)
-        shift = self._module(noisy_latents, timesteps, condition, model_pred.float(), features.float(), environments)
-        return model_pred + shift.to(model_pred.dtype), features
+        """Guided prediction (B, C, H, W) and middle features (B, D, H', W')."""
+        rows = Rows(self._mix.rows(noisy_latents))
+        return self._module.guided(self._frozen, noisy_latents, timesteps, condition, rows)

@@ -8,28 +8,20 @@ computed, its prediction and its middle features, instead of a second copy of th
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import os
-import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
 from ..errors import ConfigError, ModelError
-from ..files import atomic_folder, write_text
-from ..models.families import Condition, Family, family_of
-from ..models.load import denoiser_of, loras_of, public_name
-from ..models.loading import load_complete, loading
-from ..models.schedule import NoiseSchedule
-from .card import render_card, with_figures
+from ..models.families import Condition, DenoiserCall, Family
+from ..models.families.base import to
+from ..models.frozen import FeatureCapture, FrozenDenoiser
+from .base import Guidance, Rows
 
 
 class InvariantEncoder(nn.Module):
@@ -85,12 +77,10 @@ class ModulatedBlock(nn.Module):
         return hidden_states + self.conv2(F.silu(hidden))
 
 
-class GuidanceModule(ModelMixin, ConfigMixin):
-    """Phi and G_psi, trained beside a frozen denoiser and saved like any diffusers model.
+class GuidanceModule(Guidance):
+    """Phi and G_psi, trained beside a frozen denoiser: what they add to its prediction is `scale` times the shift.
 
-    Make one that fits a pipeline by `GuidanceModule.for_pipeline`. The output layer starts at zero, so an untrained
-    module leaves images bit-identical. `save_pretrained(folder)` and `push_to_hub("org/name")` write a model card,
-    README.md, beside the weights, from the module's config; it quotes captions of the training images.
+    The output layer starts at zero, so an untrained module has no effect.
 
     Args:
         latent_channels: Channels of the denoiser's prediction.
@@ -98,16 +88,14 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         num_classes: Class labels, the null class included; 0 where the denoiser reads none.
         feature_channels: Channels of the block whose output is read.
         feature_path: Dotted path of that block in the denoiser.
-        num_groups: Groups (environments) of each hidden factor.
-        factor_names: Their names, by which `attach` takes a mix; "factor 1" and so on where not given.
-        mode: `"balanced"` takes the group as an input, `"invariant"` does not.
         width: Channels at the full latent resolution; twice that at half of it.
-        denoiser_class, prediction_type: The denoiser it was made for, and what it predicts.
-        weight_signature: A few of that denoiser's weights, to tell it from others.
-        base_model: Hub id of the pipeline, or the last name of its folder, for people.
-        loras: Name and fingerprint of each LoRA that was fused into it.
-        record: Further statements of the model card; see `card.training_record`.
+        num_groups, factor_names, mode, null_adapter, denoiser_class, prediction_type, weight_signature, base_model,
+            loras, record: See `Guidance`.
     """
+
+    backend: ClassVar[str] = "module"
+    options: ClassVar[tuple[str, ...]] = ("width",)
+    auto_null: ClassVar[str] = "on"
 
     @register_to_config
     def __init__(
@@ -121,6 +109,7 @@ class GuidanceModule(ModelMixin, ConfigMixin):
         num_groups: Sequence[int] = (2,),
         factor_names: Sequence[str] = (),
         mode: str = "balanced",
+        null_adapter: str = "on",
         width: int = 32,
         denoiser_class: str = "UNet2DConditionModel",
         prediction_type: str = "epsilon",
@@ -154,112 +143,88 @@ class GuidanceModule(ModelMixin, ConfigMixin):
             nn.init.zeros_(parameter)
 
     @classmethod
-    def for_pipeline(
-        cls, pipe: Any, *, num_groups: int | Sequence[int] = 2, mode: str = "balanced", width: int = 0, seed: int = 0
-    ) -> GuidanceModule:
-        """An untrained module that fits `pipe`'s denoiser and has no effect yet.
-
-        Args:
-            pipe: A diffusers pipeline of a supported family.
-            num_groups: Groups of the hidden factor, or of each of several.
-            mode: `"balanced"` or `"invariant"`.
-            width: Channels of the gradient estimator, a multiple of 8; 0 fits it to the denoiser.
-            seed: Seed of the initial weights.
-
-        Raises:
-            ModelError: The denoiser is of a family that is not supported.
-            ConfigError: `num_groups`, `mode` or `width` is out of range.
-        """
-        groups = (num_groups,) if isinstance(num_groups, int) else tuple(num_groups)
-        for fits, expected, found in (
-            (groups and min(groups) >= 2, "num_groups of at least 2 for at least one factor", num_groups),
-            (mode in ("balanced", "invariant"), "mode 'balanced' or 'invariant'", mode),
-            (width >= 0 and width % 8 == 0, "width 0 or a multiple of 8", width),
-        ):
-            if not fits:
-                raise ConfigError(f"Expected {expected}, got {found!r}.")
-        denoiser, family = denoiser_of(pipe), family_of(pipe)
-        signature = weight_signature(denoiser)
-        if any(map(math.isnan, signature)):
-            raise ModelError("Expected the denoiser's weights in memory, found them offloaded. Offload later.")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            module = cls(
-                **dataclasses.asdict(family.shape(denoiser)),
-                num_groups=groups,
-                mode=mode,
-                width=width or fitting_width(family, denoiser),
-                denoiser_class=type(denoiser).__name__,
-                prediction_type=NoiseSchedule(pipe.scheduler).prediction_type,
-                weight_signature=signature,
-                base_model=public_name(str(getattr(pipe, "name_or_path", "") or "")),
-                loras=loras_of(pipe),
-            )
-        return module.eval()
-
-    def model_card(self, source: str = "path/to/this/folder") -> str:
-        """The model card; `source` is the hub id or folder that its example loads the module from."""
-        return render_card(self.config, num_parameters=self.num_parameters(), source=source)
-
-    def add_figures(self, results: Any) -> None:
-        """Let the model card state the figures of generated images; save or push the module afterwards.
-
-        `results` are what `evaluate` returned, or `Results.load` of the file that `invdiff evaluate` wrote, else a
-        `ConfigError` is raised. Figures of other attributes are kept, those of the same attribute replaced.
-        """
-        self.register_to_config(record=with_figures(self.config["record"], results))
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any
-    ) -> None:
-        """Save weights, config and model card, as `ModelMixin.save_pretrained` does weights and config."""
-        options["is_main_process"] = is_main_process
-        if not is_main_process:
-            return
-        with atomic_folder(Path(save_directory)) as folder:
-            super().save_pretrained(str(folder), **options)  # type: ignore[misc]  # diffusers' stand-in without torch
-            write_text(folder / "README.md", self.model_card())
-
-    def _upload_folder(self, working_dir: str | os.PathLike[str], repo_id: str, **options: Any) -> Any:
-        # Every way to the hub ends here, after diffusers has put a generic card, or the hub's, into the folder.
-        write_text(Path(working_dir) / "README.md", self.model_card(repo_id))
-        return super()._upload_folder(working_dir, repo_id, **options)  # type: ignore[misc]  # as above
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, **options: Any
-    ) -> GuidanceModule:
-        """Load from a folder or a hub id, as `ModelMixin.from_pretrained` does, but never from a pickle."""
-        options.setdefault("use_safetensors", True)
-        return super().from_pretrained(pretrained_model_name_or_path, **options)
-
-    @classmethod
-    def load_config(cls, *arguments: Any, **options: Any) -> Any:
-        """Read the config in a folder or at a hub id."""
-        with warnings.catch_warnings():  # diffusers passes huggingface_hub an argument it no longer has
-            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
-            return super().load_config(*arguments, **options)
-
-    def to_json_string(self) -> str:
-        """The config as JSON, without the place that this module was itself loaded from."""
-        config = json.loads(super().to_json_string())
-        config.pop("_name_or_path", None)
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+    def fitting(cls, family: Family, denoiser: Any, *, width: int = 0) -> dict[str, Any]:  # type: ignore[override]
+        """Sizes that fit a denoiser; `width`, the estimator's channels, is a multiple of 8, or 0 to fit it too."""
+        if width < 0 or width % 8:
+            raise ConfigError(f"Expected width 0 or a multiple of 8, got {width}.")
+        return dataclasses.asdict(family.shape(denoiser)) | {"width": width or fitting_width(family, denoiser)}
 
     @property
-    def num_groups(self) -> tuple[int, ...]:
-        """Groups of each hidden factor."""
-        return tuple(self.config["num_groups"])
+    def hooked(self) -> Sequence[str]:
+        """The block whose features are read."""
+        return (self.config["feature_path"],)
 
-    @property
-    def factor_names(self) -> tuple[str, ...]:
-        """The name of each hidden factor, such as "factor 1"."""
-        return tuple(self.config["factor_names"]) or tuple(f"factor {m}" for m in range(1, len(self.num_groups) + 1))
+    def sizes(self, family: Family, denoiser: Any) -> dict[str, Any]:
+        """What `Family.shape` says."""
+        return dataclasses.asdict(family.shape(denoiser))
 
-    @property
-    def sees_environment(self) -> bool:
-        """Whether the group is an input (`balanced`) or not (`invariant`)."""
-        return len(self.environments) > 0
+    def guided(
+        self,
+        frozen: FrozenDenoiser,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        condition: Condition,
+        rows: Rows,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """f~ = f + Delta g_psi(z_t, t, Phi(y), e), (B, C, H, W), and the frozen middle features; see `Guidance`."""
+        model_pred, features = frozen(noisy_latents, timesteps, condition)
+        model_pred, features = model_pred.float(), features.float()
+        latents, timesteps = noisy_latents.to(frozen.device), timesteps.to(frozen.device)
+        condition = to(condition, frozen.device, torch.float32)
+        shift = self.forward(latents, timesteps, condition, model_pred, features, rows.environments.to(frozen.device))
+        return model_pred + rows.strength(shift) * shift, features
+
+    def install(self, denoiser: nn.Module, family: Family) -> Callable[[], None]:
+        """Read the features of each call; see `Guidance`."""
+        self._family = family
+        self._rows: Rows | None = None
+        # Phi(y), the condition that it encodes (kept, so that no other tensor takes its place), and how to know it.
+        self._phi: torch.Tensor | None = None
+        self._encoded: Condition = {}
+        self._seen: dict[str, tuple[int, object]] | None = None
+        self._features = FeatureCapture(denoiser, self.config["feature_path"], self._read_features)
+        return self._features.close
+
+    def before(self, arguments: dict[str, Any], rows: Rows | None) -> dict[str, Any]:
+        """Note what guides the call; it is changed at its end."""
+        self._rows = rows
+        return {}
+
+    @torch.no_grad()
+    def _read_features(self, block_output: Any) -> torch.Tensor:
+        """Project the block's output at once, since it is many times larger than its projection."""
+        hidden_states = self._family.hidden_states(block_output)
+        if self._rows is None:
+            return hidden_states[:, :0]
+        self._follow_placement(hidden_states)
+        return self.project(hidden_states)
+
+    @torch.no_grad()
+    def after(self, call: DenoiserCall, model_pred: torch.Tensor) -> torch.Tensor | None:
+        """Delta * g_psi beside the frozen prediction, both (rows, channels, height, width)."""
+        features, rows = self._features.take(), self._rows
+        if rows is None:
+            return None
+        self._follow_placement(model_pred)
+        latents, features = call.noisy_latents.to(model_pred.dtype), self._family.on_grid(features, call.noisy_latents)
+        environments, code = rows.environments.to(model_pred.device), self._code(call.condition, model_pred)
+        read = (latents, call.timesteps, call.condition, model_pred, features, environments)
+        return rows.strength(model_pred) * self.forward(*read, projected=True, code=code)
+
+    def _follow_placement(self, tensor: torch.Tensor) -> None:
+        weight = self.conv_in.weight  # a module's own `device` and `dtype` look through all its weights
+        if weight.device != tensor.device or weight.dtype != tensor.dtype:
+            self.follow(tensor.device, tensor.dtype)
+            self._seen = None
+
+    def _code(self, condition: Condition, like: torch.Tensor) -> torch.Tensor | None:
+        """Phi(y), computed anew only where the pipeline passes other tensors than at the step before."""
+        # Tensors of inference mode have no version: they never count as seen.
+        seen = {name: (id(t), object() if t.is_inference() else t._version) for name, t in condition.items()}
+        if seen != self._seen:
+            self._seen, self._encoded = seen, dict(condition)
+            self._phi = self.encode(to(condition, like.device, like.dtype))
+        return self._phi
 
     def forward(
         self,
@@ -319,31 +284,3 @@ def _coordinates(like: torch.Tensor) -> torch.Tensor:
     """Vertical and horizontal position from -1 to 1, (batch, 2, height, width): spurious attributes have a layout."""
     axes = [torch.linspace(-1, 1, side, device=like.device, dtype=like.dtype) for side in like.shape[2:]]
     return torch.stack(torch.meshgrid(axes, indexing="ij")).expand(len(like), -1, -1, -1)
-
-
-_ADDED_WEIGHTS = ("lora_", ".processor.", "encoder_hid_proj.", "image_proj.", "to_qkv.", "to_kv.", "to_added_qkv.")
-"""Parts of the names of weights that LoRAs, IP-Adapters and fused projections add to a denoiser's own."""
-
-
-def weight_signature(denoiser: nn.Module, size: int = 32) -> tuple[float, ...]:
-    """A few weights of a denoiser, whatever its precision and adapters; NaN where sequential offload took them."""
-    weights = {
-        name.replace(".base_layer", ""): value
-        for name, value in denoiser.named_parameters()
-        if value.ndim > 1 and not any(added in name for added in _ADDED_WEIGHTS)
-    }
-    names = sorted(weights)
-    chosen = [weights[names[i * len(names) // size]] for i in range(size)] if names else []
-    return tuple(
-        math.nan if value.is_meta else value.detach().flatten()[value.numel() // 2].float().item() for value in chosen
-    )
-
-
-def load_module(name_or_folder: str | Path) -> GuidanceModule:
-    """Load a guidance module from a folder or a hub id, ready to attach; `ModelError` where none can be read."""
-    source = str(name_or_folder)
-    with loading("a guidance module", source, "Give the folder that `invdiff train` wrote."):
-        found: Any = GuidanceModule.load_config(source)
-        if found.get("_class_name") != GuidanceModule.__name__:
-            raise ValueError(f"it is a {found.get('_class_name', 'config of something else')}")
-        return load_complete(GuidanceModule, source).eval()

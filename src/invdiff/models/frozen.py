@@ -54,6 +54,8 @@ class FrozenDenoiser:
         self._features, *self._upper = (FeatureCapture(self.module, path, self._read) for path in paths)
         self._was_training = self.module.training
         self.module.eval()
+        self._weights = [weight for weight in self.module.parameters() if weight.requires_grad]
+        self.module.requires_grad_(False)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -65,6 +67,12 @@ class FrozenDenoiser:
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prediction (B, C, H, W) and middle features (B, D, H', W'), without gradient."""
+        return self.predict(noisy_latents, timesteps, condition)
+
+    def predict(
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same with the gradient of what hooks add; the denoiser's own weights have none."""
         noisy_latents = noisy_latents.to(self.device, self.dtype)
         model_pred = self.family.predict(
             self.module, noisy_latents, timesteps.to(self.device), to(condition, self.device, self.dtype)
@@ -83,6 +91,8 @@ class FrozenDenoiser:
         for capture in (self._features, *self._upper):
             capture.close()
         self.module.train(self._was_training)
+        for weight in self._weights:
+            weight.requires_grad_(True)
 
     def __enter__(self) -> FrozenDenoiser:
         return self

@@ -11,6 +11,7 @@ import torch
 from ..config import TrainConfig
 from ..data.encode import EncodedImages
 from ..distributed import num_processes, state
+from ..guidance.base import Rows
 from ..models.families import Condition
 from ..models.families.base import to
 from ..models.schedule import NoiseSchedule
@@ -71,6 +72,7 @@ class Batch:
     factors: torch.Tensor  # (batch,) the factor whose group each image of the whole batch was drawn for, on the CPU
     environments: torch.Tensor  # (batch, factors) the groups of the whole batch, on the CPU
     part: slice  # the rows that this process computes
+    rows: Rows  # what guides them
     condition: Condition  # y, what the denoiser and Phi read, `part` rows, in 32 bits
     noisy_latents: torch.Tensor  # z_t, (part, channels, height, width)
     timesteps: torch.Tensor  # t, (part,)
@@ -84,12 +86,18 @@ def draw_batch(
     rng: torch.Generator,
     config: TrainConfig,
     device: torch.device,
+    *,
+    guide_null: bool = True,
 ) -> Batch:
-    """The images of one step with their groups, captions (some of them null), noise and timesteps."""
+    """The images of one step with their groups, captions, noise and timesteps.
+
+    Some captions are null, unless the null row is not guided (`guide_null`): then there is nothing to learn there.
+    """
     size = config.batch_size
     rows, factors, environments = sampler.draw(size, rng)
     captions = data.caption_ids[rows].clone()
-    captions[torch.rand(size, generator=rng) < config.caption_dropout] = data.null_id
+    dropped = torch.rand(size, generator=rng) < config.caption_dropout
+    captions[dropped & guide_null] = data.null_id
     noise = torch.randn((size, *data.latents.shape[1:]), generator=rng)
     # Content is decided at high noise: a noise level in (0, 1) is drawn in proportion to its height.
     levels = torch.rand(size, generator=rng).sqrt()
@@ -104,6 +112,7 @@ def draw_batch(
         factors=factors,
         environments=environments,
         part=part,
+        rows=Rows(environments[part].to(device)),
         condition=to(data.condition(captions[part]), device, torch.float32),
         noisy_latents=schedule.add_noise(latents, noise, timesteps),
         timesteps=timesteps,

@@ -48,15 +48,16 @@ class TrainingRun:
         folder: Path,
         settings: dict[str, Any],
         *,
+        whole: nn.Module | None = None,  # what the forward pass is of, where that is more than the model
         running: nn.Module | None = None,  # holds buffers that change while training and are no part of the model
     ) -> None:
         self.config, self.file, self.settings = config, folder / "checkpoint.safetensors", settings
         device = next(model.parameters()).device
-        self.model = self.parallel = model  # `parallel` is for the forward pass: processes average its gradients
+        self.model, self.parallel = model, whole or model  # `parallel` is called: processes average its gradients
         self.accelerator = accelerator_for(config.mixed_precision, device)
         if self.accelerator.num_processes > 1:
             devices = None if device.type == "cpu" else [self.accelerator.device]
-            self.parallel = nn.parallel.DistributedDataParallel(model, device_ids=devices)
+            self.parallel = nn.parallel.DistributedDataParallel(self.parallel, device_ids=devices)
         self.optimizer = self.accelerator.prepare_optimizer(
             torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         )

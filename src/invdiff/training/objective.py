@@ -30,7 +30,6 @@ IMAGES_PER_LEVEL = 64
 
 def step_loss(
     guidance: nn.Module,
-    frozen: Denoiser,
     batch: Batch,
     typical: torch.Tensor,
     moving: MovingGroupLosses,
@@ -39,21 +38,17 @@ def step_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of one step, a scalar, and l_i of every image of the whole batch, (batch,), without gradient.
 
-    Its gradient is that of `invariant_objective` at the moving group losses, which are updated with this batch.
-    `typical` is `typical_losses`, (num_train_timesteps,), on the device.
+    `guidance` is called as a `Guided`. The gradient is that of `invariant_objective` at the moving group losses, which
+    are updated with this batch. `typical` is `typical_losses`, (num_train_timesteps,), on the device.
     """
     # Each image counts in L_e of the factor and group that it was drawn for, under its prompt.
     cells = batch.factors * (len(moving.totals) // batch.environments.shape[1]) + batch.prompts
     groups = batch.environments.gather(1, batch.factors[:, None])[:, 0]
     with accelerator.autocast():
-        # The frozen prediction f(z_t, t, y).
-        model_pred, features = frozen(batch.noisy_latents, batch.timesteps, batch.condition)
-        model_pred, features = model_pred.float(), features.float()
-        # Invariant guidance: f~ = f + Delta g_psi(z_t, t, Phi(y), e); training is at full strength, Delta = 1.
-        environments = batch.environments[batch.part].to(model_pred.device)
-        shift = guidance(batch.noisy_latents, batch.timesteps, batch.condition, model_pred, features, environments)
+        # f~(z_t, t, y, e); training is at full strength, Delta = 1.
+        model_pred = guidance(batch.noisy_latents, batch.timesteps, batch.condition, batch.rows)
     # l_i = mean of (target - f~)^2, relative to the typical loss at its timestep.
-    losses = per_sample_loss(model_pred + shift, batch.target) / typical[batch.timesteps]
+    losses = per_sample_loss(model_pred.float(), batch.target) / typical[batch.timesteps]
     # L_e, over the images of all processes.
     all_losses = accelerator.gather(losses.detach())
     moving.update(cells, groups, all_losses.cpu())

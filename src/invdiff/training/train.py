@@ -22,8 +22,9 @@ from ..distributed import is_main, num_processes, wait
 from ..errors import AuditError, ConfigError
 from ..files import check_same_settings, default_cache_dir, fingerprint, read_json, write_json, write_text
 from ..guidance.attach import GuidedDenoiser
+from ..guidance.backends import BACKENDS, load_guidance
+from ..guidance.base import Guidance, Guided
 from ..guidance.card import training_record
-from ..guidance.module import GuidanceModule, load_module
 from ..models.frozen import FrozenDenoiser, denoiser_fingerprint
 from ..models.load import loras_of
 from ..progress import note
@@ -45,8 +46,8 @@ def train(
     config: TrainConfig | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = True,
-) -> GuidanceModule:
-    """Train a `GuidanceModule` that balances the groups an audit found, and save it to `output_dir`.
+) -> Guidance:
+    """Train a guidance that balances the groups an audit found, and save it to `output_dir`.
 
     The pipeline stays frozen; no gradient flows through it. Several processes each take a share of every batch.
     Work in progress is kept in `output_dir/.work`: an interrupted run continues from its last checkpoint to the same
@@ -97,12 +98,12 @@ def train(
         wait()
         if is_main():
             shutil.rmtree(work, ignore_errors=True)
-        return load_module(output_dir)
+        return load_guidance(output_dir)
 
     seed = derived_seed("module", config.seed)
-    module = GuidanceModule.for_pipeline(
-        pipe, num_groups=audit.num_groups, mode=config.mode, width=config.width, seed=seed
-    )
+    backend, names = BACKENDS[config.backend], ("mode", "null_adapter", *BACKENDS[config.backend].options)
+    options = {name: getattr(config, name) for name in names}
+    module = backend.for_pipeline(pipe, num_groups=audit.num_groups, seed=seed, **options)
     module.register_to_config(factor_names=[factor.name for factor in audit.factors])
     if audit.caveats:
         note(audit.caveats)
@@ -154,12 +155,14 @@ def run_round(
     typical = typical_losses(frozen, data, kept, batch_size=config.batch_size, seed=config.seed).to(device)
     module.train()
     settings = settings | {"round": number, "audit": audit.fingerprint}
-    run = TrainingRun(module, config, work / f"round-{number}", settings, running=moving)
+    whole = Guided(frozen, module)
+    run = TrainingRun(module, config, work / f"round-{number}", settings, whole=whole, running=moving)
 
     def loss_at(step: int) -> torch.Tensor:
         rng = generator("train", config.seed, number, step)
-        batch = draw_batch(data, sampler, frozen.schedule, rng, config, device)
-        loss, losses = step_loss(run.parallel, frozen, batch, typical, moving, config.penalty, run.accelerator)
+        guided = module.config["null_adapter"] == "on"
+        batch = draw_batch(data, sampler, frozen.schedule, rng, config, device, guide_null=guided)
+        loss, losses = step_loss(run.parallel, batch, typical, moving, config.penalty, run.accelerator)
         if step + 1 == config.steps or (step + 1) % LOG_EVERY == 0:
             cells = zip(moving.means().split(num_prompts), sizes, strict=True)
             group_losses = [[[round(v, 6) for v in row[:size]] for row in of.tolist()] for of, size in cells]

@@ -59,6 +59,8 @@ class Family(ABC):
     """Whether images are drawn from prompts (or class names)."""
     packing: ClassVar[int] = 1
     """Side of the square of latents that is one input of the denoiser."""
+    adapted: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
+    """Last names of the layers that take low-rank adapters."""
     conditions: ClassVar[tuple[str, ...]] = ()
     """The conditions that the pipeline's `encode_prompt` returns first, in its order; "" where one is not read."""
 

@@ -22,6 +22,7 @@ NO_GUIDANCE = 1.0
 class TransformerFamily(Family):
     """What transformers share: features are the tokens of the block in the middle."""
 
+    adapted = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     prompt_width: ClassVar[str]
     """The denoiser's setting that has the width of prompt embeddings; "" where it reads none."""
 

@@ -1,0 +1,187 @@
+"""The LoRA backend: one low-rank adapter for each group of each hidden factor, in the frozen denoiser's own layers.
+
+LoRA (Hu et al., ICLR 2022, arXiv 2106.09685) adds B A x to what a layer makes of x. The adapters of all groups are one
+A and one B here, and each row of a batch uses the ranks of its own groups: B (m(e) * A x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from ..errors import ConfigError, ModelError
+from ..models.families import Condition, DenoiserCall, Family
+from ..models.frozen import FrozenDenoiser, Hook
+from .base import Guidance, Rows
+
+
+class LowRank(nn.Module):
+    """A and B of all groups for one linear or convolutional layer; B starts at zero."""
+
+    def __init__(self, ranks: int, shape: Sequence[int]) -> None:
+        """Of so many `ranks` in all; `shape` is (in, out), or (in, out, kernel, stride, padding) of a convolution."""
+        super().__init__()
+        inputs, outputs, *conv = shape
+        self.stride, self.padding = conv[1:] or (1, 0)
+        side = conv[:1] * 2
+        self.down = nn.Parameter(torch.empty(ranks, inputs, *side))
+        self.up = nn.Parameter(torch.zeros(outputs, ranks))
+        nn.init.kaiming_uniform_(self.down, a=5**0.5)
+
+    def forward(self, inputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """B (m * A x) of a layer's inputs, (rows, ..., in) or (rows, in, height, width), and a mask (rows, ranks)."""
+        inputs = inputs.to(self.down.dtype)
+        if self.down.ndim == 4:
+            hidden = F.conv2d(inputs, self.down, stride=self.stride, padding=self.padding)
+            return F.conv2d(hidden * mask[:, :, None, None], self.up[:, :, None, None])
+        mask = mask.reshape(len(mask), *[1] * (inputs.ndim - 2), -1)
+        return F.linear(F.linear(inputs, self.down) * mask, self.up)
+
+
+class GuidanceLoRA(Guidance):
+    """A low-rank adapter a group, which makes the frozen model draw the group itself; those of several factors add.
+
+    B starts at zero, so untrained adapters have no effect. In `invariant` mode one adapter serves all groups.
+
+    Args:
+        rank: Rank of each adapter.
+        layers: Shape of each layer that is adapted, by its dotted path; see `LowRank`.
+        num_groups, factor_names, mode, null_adapter, denoiser_class, prediction_type, weight_signature, base_model,
+            loras, record: See `Guidance`.
+    """
+
+    backend: ClassVar[str] = "lora"
+    options: ClassVar[tuple[str, ...]] = ("rank",)
+    auto_null: ClassVar[str] = "off"
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        rank: int = 8,
+        layers: Mapping[str, Sequence[int]] | None = None,
+        num_groups: Sequence[int] = (2,),
+        factor_names: Sequence[str] = (),
+        mode: str = "balanced",
+        null_adapter: str = "off",
+        denoiser_class: str = "UNet2DConditionModel",
+        prediction_type: str = "epsilon",
+        weight_signature: Sequence[float] = (),
+        base_model: str = "",
+        loras: Sequence[Sequence[str]] = (),
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        number = sum(num_groups) if mode == "balanced" else 1
+        # A dot may not stand in the name of a module.
+        self.adapters = nn.ModuleDict(
+            {path.replace(".", "/"): LowRank(rank * number, shape) for path, shape in (layers or {}).items()}
+        )
+        self._mask: torch.Tensor | None = None
+        self._ran = 0
+
+    @classmethod
+    def fitting(cls, family: Family, denoiser: Any, *, rank: int = 8) -> dict[str, Any]:  # type: ignore[override]
+        """The layers of attention, and of a UNet the convolutions of its blocks; `rank` at least 1."""
+        if rank < 1:
+            raise ConfigError(f"Expected a rank of at least 1, got {rank}.")
+        layers: dict[str, list[int]] = {}
+        for path, layer in denoiser.named_modules():
+            if not path.endswith(tuple(f".{name}" for name in family.adapted)):
+                continue
+            layer = getattr(layer, "base_layer", layer)  # of a LoRA that a user has loaded
+            if isinstance(layer, nn.Linear):
+                layers[path] = [layer.in_features, layer.out_features]
+            elif isinstance(layer, nn.Conv2d):
+                sizes = (layer.kernel_size[0], layer.stride[0], int(layer.padding[0]))
+                layers[path] = [layer.in_channels, layer.out_channels, *sizes]
+        if not layers:
+            names = ", ".join(family.adapted)
+            raise ModelError(f"Expected layers named {names} in {type(denoiser).__name__}, found none.")
+        return {"rank": rank, "layers": layers}
+
+    @property
+    def hooked(self) -> Sequence[str]:
+        """The layers that are adapted."""
+        return tuple(self.config["layers"])
+
+    def sizes(self, family: Family, denoiser: Any) -> dict[str, Any]:
+        """The layers and their shapes."""
+        return {"layers": self.fitting(family, denoiser)["layers"]}
+
+    def guided(
+        self,
+        frozen: FrozenDenoiser,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        condition: Condition,
+        rows: Rows,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prediction and the middle features under the adapters; see `Guidance`."""
+        close = self.install(frozen.module, frozen.family)
+        try:
+            self.before({}, rows)
+            return frozen.predict(noisy_latents, timesteps, condition)
+        finally:
+            close()
+
+    def install(self, denoiser: nn.Module, family: Family) -> Callable[[], None]:
+        """Add to what each adapted layer returns; see `Guidance`."""
+        handles = [
+            denoiser.get_submodule(path).register_forward_hook(
+                Hook(self._adding(self.adapters[path.replace(".", "/")]))
+            )
+            for path in self.config["layers"]
+        ]
+
+        def close() -> None:
+            self._mask = None
+            for handle in handles:
+                handle.remove()
+
+        return close
+
+    def _adding(self, adapter: Any) -> Callable[..., Any]:
+        @torch.compiler.disable
+        def add(layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+            self._ran += 1
+            if self._mask is None:
+                return None
+            weight = adapter.up
+            if weight.device != output.device:
+                self.follow(output.device)
+            if len(self._mask) != len(output):
+                raise ModelError(f"Expected {len(self._mask)} rows in each layer, found {len(output)}.")
+            self._mask = self._mask.to(weight)
+            return output + adapter(inputs[0], self._mask).to(output.dtype)
+
+        return add
+
+    def before(self, arguments: dict[str, Any], rows: Rows | None) -> dict[str, Any]:
+        """Choose the ranks of each row's groups."""
+        self._ran, self._mask = 0, None
+        if rows is not None:
+            self._mask = self._ranks(rows.environments)
+            self._mask = self._mask * rows.strength(self._mask)
+        return {}
+
+    def after(self, call: DenoiserCall, model_pred: torch.Tensor) -> None:
+        """Check that every adapter took part."""
+        if self._ran < len(self.adapters):
+            raise ModelError(
+                f"Expected {len(self.adapters)} adapted layers to run, {self._ran} did. A wrapper that skips or fuses "
+                "layers (caching, fused projections) bypasses them: disable it while guidance is attached."
+            )
+
+    def _ranks(self, environments: torch.Tensor) -> torch.Tensor:
+        """m(e): 1 for the ranks of each row's groups, (rows, ranks)."""
+        rank, sizes = self.config["rank"], self.config["num_groups"]
+        if not self.sees_environment:
+            return torch.ones(len(environments), rank)
+        chosen = [F.one_hot(environments[:, m].cpu(), size) for m, size in enumerate(sizes)]
+        return torch.cat(chosen, dim=1).float().repeat_interleave(rank, dim=1)
