@@ -91,7 +91,8 @@ def test_clicks_are_kept_and_spread_to_an_audit_that_the_page_goes_on_with(tiny_
     kept = read_clicks(run / "labels-place.csv", "place")
     assert kept == {name: VALUES[data.names.index(name)] for name in kept}
     page.infer()
-    assert "labels" in page.shown["ask-figures"]
+    assert "Of those drawn at random" in page.shown["ask-figures"]
+    assert len(list((tmp_path / "cache" / "evidence").iterdir())) == 1  # measured once
     found = Audit.load(run / "audit-place")
     given = labels_asked(run / "labels-place.csv", data.names)
     assert found.settings["asked"]["labels"]["place"]["images"]["land"] == given["place"].count("land")

@@ -120,6 +120,8 @@ def test_few_labels_spread_to_all_images_at_the_shares_that_images_have():
     assert asked.values == ["no", "yes"]
     assert not asked.refusal
     assert asked.record["labels"]["wet"]["images"] == {"no": 20, "yes": 20}
+    checked = asked.record["labels"]["wet"]
+    assert sorted(checked["hits"] + checked["misses"]) == [row for row, label in enumerate(labels) if label]
     rest = np.array([not label for label in labels])
     for number, share in enumerate((0.1, 0.9)):
         own = prompt == number

@@ -18,7 +18,7 @@ from ..auditing.clicks import next_to_label, random_sample, read_clicks, write_c
 from ..auditing.result import Audit
 from ..auditing.run import audit
 from ..config import AuditConfig
-from ..errors import ConfigError, InvDiffError
+from ..errors import ConfigError, DataError, InvDiffError
 from ..evaluation.results import CANNOT_TELL
 from ..files import visible
 from ..report.audit_view import unfound_table
@@ -44,17 +44,8 @@ class Asking(NamedTuple):
     name: str
     values: tuple[str, ...]
     folder: Path  # of the audit with these labels, beside that one
+    labels: Path  # their file
     positions: tuple[int, ...] = ()  # of the images, in that audit
-
-    @property
-    def made(self) -> str:
-        """The name of the audit with these labels."""
-        return f"{self.run}, {self.folder.name}"
-
-    @property
-    def labels(self) -> Path:
-        """The file of the labels."""
-        return labels_of(self.folder)
 
 
 def labels_of(folder: Path) -> Path:
@@ -107,7 +98,8 @@ class ClicksPanel:
             ((name, values),) = asked.items()
             run = next(name for name, book in self._tab.books.items() if book.parts.run == parts.run)
             home, word = parts.run or Path(str(parts.audit)).parent, re.sub(r"\W+", "-", name)
-            return self._ten(Asking(run, name, values, home / f"audit-{word}"))
+            folder = home / f"audit-{word}"
+            return self._ten(Asking(run, name, values, folder, labels_of(folder)))
         except InvDiffError as error:
             return {self._status: refusal(error)}
 
@@ -126,39 +118,40 @@ class ClicksPanel:
 
     def infer(self, ask: Asking) -> Iterator[Values]:
         """Audit all images with the labels so far, show what was found, and ask about ten more."""
-        book = self._tab.books[ask.run]
-        settings = book.audit.settings
+        book, made = self._tab.books[ask.run], f"{ask.run}, {ask.folder.name}"
+        settings, names = book.audit.settings, book.audit.names
         config = {name: value for name, value in settings.items() if name in AuditConfig.__dataclass_fields__}
-        own, labels = settings.get("own_images_of", ()), {ask.name: read_clicks(ask.labels, ask.name)}
-        options: Any = {"prompts": own, "cache_dir": self._cache_dir, "progress": False, "labels": labels}
+        own = settings.get("own_images_of", ())
         try:
-            labels_asked(labels, book.audit.names)
-        except InvDiffError as error:  # too few yet
-            yield self._ten(ask, f"{error} Here are the next.")
-            return
-        yield {self._status: notice(f"Inferring the groups of {len(book.audit.names):,} images …")}
-        try:
+            labels = {ask.name: read_clicks(ask.labels, ask.name)}
+            try:
+                labels_asked(labels, names)
+            except DataError as error:  # too few yet
+                yield self._ten(ask, f"{error} Here are the next.")
+                return
+            yield {self._status: notice(f"Inferring the groups of {len(names):,} images …")}
+            options: Any = {"prompts": own, "labels": labels, "cache_dir": self._cache_dir, "progress": False}
+            options["config"] = AuditConfig.from_dict(config | {"solver": "auto"})
             with self._studio.alone(Turn()):
-                options["config"] = AuditConfig.from_dict(config | {"solver": "auto"})
                 audit(self._studio.pipe, None if own else book.data, **options).save(ask.folder)
-            parts = replace(book.parts, audit=ask.folder, results=None, module=None)
-            self._tab.books[ask.made] = AuditBook(parts)
+            parts = replace(book.parts, audit=ask.folder, data=book.data, results=None, module=None)
+            self._tab.books[made] = AuditBook(parts)
             words = "The tab above shows the audit with these labels, reports written on this page use it, and "
             words += f"`invdiff train MODEL DATA {ask.folder}` balances its groups."
-            yield self._ten(ask, words) | self._tab.turn_to(ask.made)
+            yield self._ten(ask, words) | self._tab.turn_to(made)
         except InvDiffError as error:
             yield {self._status: refusal(error)}
 
     def _ten(self, ask: Asking, words: str = "") -> Values:
         """The next images, and the figures so far."""
         book, known = self._tab.books[ask.run], read_clicks(ask.labels, ask.name)
-        first, found = book.audit, self._tab.books.get(ask.made, book).audit
+        first, found = book.audit, self._tab.books.get(f"{ask.run}, {ask.folder.name}", book).audit
         found = found if found.names == first.names else first
         asked = np.array([name in known for name in first.names]) | ~first.kept
         weights = (found if found.biased else first).group_weights[0]  # until labels part groups, those that there are
         # By the prompts of the first audit, as they may change with labels, and the random order must not.
         positions = next_to_label(weights, first.prompt_ids, asked, count=AT_ONCE).tolist()
-        drawn = [at for at in random_sample(first.prompt_ids, asked).tolist() if known.get(first.names[at])]
+        drawn = random_sample(first.prompt_ids, asked).tolist()
         values: Values = {self._ask: ask._replace(positions=tuple(positions)), self._more: gr.update(visible=True)}
         values |= {self._status: notice(words or f"Labels are kept in {ask.labels}.")}
         values |= {self._figures: figures(found, ask.name, drawn)}
@@ -174,7 +167,7 @@ class ClicksPanel:
 def figures(found: Audit, name: str, drawn: Sequence[int]) -> str:
     """What an audit with labels of `name` found, and how many of them it guesses right, those `drawn` apart, as HTML.
 
-    `drawn` are positions of labelled images that are a random sample.
+    `drawn` are positions of images that are a random sample.
     """
     record = found.settings.get("asked", {}).get("labels", {}).get(name)
     if record is None:
@@ -184,8 +177,9 @@ def figures(found: Audit, name: str, drawn: Sequence[int]) -> str:
         for page in splits_of(found)
     ]
     values, words = found.factors[0].values if split else [], [found.asked]
-    if drawn:
-        right = share_of("", len({*drawn} - {*record["missed"]}), len(drawn), confidence=CONFIDENCE, colour="")
+    hits, misses = ({*drawn} & {*record.get(part, ())} for part in ("hits", "misses"))
+    if hits or misses:
+        right = share_of("", len(hits), len(hits) + len(misses), confidence=CONFIDENCE, colour="")
         told = f"{right.count} of {right.total}, {share_in_words(right)}"
         words.append(f"Of those drawn at random, which alone stand for all images, were guessed right: {told}.")
     table = Table(("Prompt", "Images", *values), split, f"Groups by {quoted(name)}")

@@ -89,8 +89,9 @@ def spread_labels(
     above = (recall - chance)[tested].sum() / error if tested.any() else -np.inf
     accuracy = {value: round(float((guessed == truth)[truth == e].mean()), 4) for e, value in enumerate(values)}
     told = ", ".join(f"{value} {share:.0%}" for value, share in accuracy.items())
-    record = {"images": dict(zip(values, np.bincount(truth).tolist(), strict=True)), "right": accuracy}
-    record["missed"] = np.flatnonzero(known)[guessed != truth].tolist()  # positions of labels left out, guessed wrong
+    record: dict[str, Any] = {"images": dict(zip(values, np.bincount(truth).tolist(), strict=True)), "right": accuracy}
+    at = np.flatnonzero(known)  # positions of those that are guessed right when left out, and of the others
+    record |= {"hits": at[guessed == truth].tolist(), "misses": at[guessed != truth].tolist()}
     fault = f"labels left out are guessed no better than by chance ({told} right)"
     fault = fault if tested.any() else "no prompt has labels of two values, to tell the attribute from the prompt"
     return Asked(
