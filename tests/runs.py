@@ -75,6 +75,11 @@ def made_up_data(captions: list[str], caption_ids: np.ndarray, latents: Any = No
     )
 
 
+def sharded(values: np.ndarray) -> ShardedTensor:
+    """All rows of an array in one part."""
+    return ShardedTensor([torch.from_numpy(values)])
+
+
 def inferred(data: EncodedImages, evidence: Evidence, prompt_of: list[int], **settings: Any) -> Audit:
     """The max phase on evidence; the prompt of each caption is given."""
     return infer(data, evidence, np.array(prompt_of), AuditConfig(**settings), progress=False)

@@ -20,7 +20,7 @@ from invdiff.data.encode import EncodedImages, as_encoded
 from invdiff.errors import AuditError, ConfigError, ModelError
 from invdiff.guidance.attach import attach
 from invdiff.models.frozen import FrozenDenoiser
-from runs import inferred, made_up_data
+from runs import inferred, made_up_data, sharded
 
 CONFIG = AuditConfig(solver="exact", batch_size=4, min_images=4, min_share=0.1)
 
@@ -35,7 +35,7 @@ def made_up_evidence(minority: np.ndarray, *, contrast: float, features: float, 
     style = rng.normal(size=(count, 5)) @ rng.normal(size=(5, 24))
     content = style + features * np.outer(minority, rng.normal(size=24))
     views = np.stack([content + rng.normal(0, 0.1, content.shape) for _ in range(2)], axis=1)
-    return Evidence(losses, views)
+    return Evidence(losses, sharded(views))
 
 
 def birds(count: int = 600) -> EncodedImages:

@@ -10,7 +10,7 @@ from conftest import make_tiny_pipeline
 from invdiff import attach, generate
 from invdiff.auditing.cuts import is_mixed, weigh
 from invdiff.auditing.edits import Edits, apply
-from invdiff.auditing.evidence import Evidence, Stack
+from invdiff.auditing.evidence import Evidence
 from invdiff.auditing.result import Audit, PromptAudit
 from invdiff.auditing.scores import Score, parts_of
 from invdiff.cli.print import print_audit
@@ -21,7 +21,7 @@ from invdiff.errors import ConfigError
 from invdiff.guidance.backends import load_guidance
 from invdiff.models.frozen import denoiser_fingerprint
 from invdiff.training.train import train
-from runs import built_audit, inferred, made_up_data, report, undrawn
+from runs import built_audit, inferred, made_up_data, report, sharded, undrawn
 
 OWN = "Groups of factor 2 are each prompt's own"
 
@@ -52,8 +52,8 @@ def views(*attributes, strength=8.0, width=30, seed=1):
 
 def evidence(middle, upper=None, vision=None):
     losses = np.random.default_rng(2).normal(size=(len(PROMPT), 1, 2, 2))
-    stack = None if upper is None else Stack(np.stack([upper, upper[:, ::-1]], axis=1))
-    return Evidence(losses, Stack(middle), stack, vision)
+    stack = None if upper is None else sharded(np.stack([upper, upper[:, ::-1]], axis=1))
+    return Evidence(losses, sharded(middle), stack, vision)
 
 
 def found_in(measured, **settings):

@@ -5,14 +5,14 @@ import pytest
 
 from conftest import make_tiny_pipeline
 from invdiff import audit, generate, load_captioned_images
-from invdiff.auditing.evidence import Evidence, Stack
+from invdiff.auditing.evidence import Evidence
 from invdiff.auditing.probe import linear_judges
 from invdiff.auditing.result import Audit
 from invdiff.config import AuditConfig, GenerateConfig
 from invdiff.errors import ConfigError, ModelError
 from invdiff.evaluation.annotators.load import load_annotator
 from invdiff.evaluation.results import Results
-from runs import LAND, WATER, built_audit, inferred, made_up_data
+from runs import LAND, WATER, built_audit, inferred, made_up_data, sharded
 from test_cli import succeed
 from test_factors import PROMPT, attribute, evidence, views
 
@@ -39,7 +39,7 @@ def test_a_judge_reads_the_groups_off_plain_features():
     found = inferred(made_up_data(["a landbird", "a waterbird"], PROMPT), measured, [0, 1])
     judges = linear_judges(found, measured.sources(0))
     rows = np.arange(len(PROMPT))
-    middle, upper = measured.features[rows], measured.upper[rows]
+    middle, upper = measured.features.numpy(rows), measured.upper.numpy(rows)
     parts = [part for level in (0, 1) for part in (middle[:, level], upper[:, level, 0], upper[:, level, 1])]
     seen = (np.concatenate(parts, axis=1) @ judges["map.0"] + judges["bias.0"]).argmax(axis=1)
     assert (seen == found.group_weights[0].argmax(axis=1)).mean() > 0.95
@@ -50,7 +50,7 @@ def test_a_judge_reads_the_groups_off_plain_features():
 
 def test_groups_that_are_each_prompts_own_or_too_small_have_no_judge():
     features = np.random.default_rng(0).normal(size=(40, 2, 6))
-    measured = Evidence(np.zeros((40, 1, 2, 1)), Stack(features))
+    measured = Evidence(np.zeros((40, 1, 2, 1)), sharded(features))
     found = built_audit(np.eye(2)[np.arange(40) // 36], np.zeros(40, dtype=int), [])
     assert linear_judges(found, measured.sources(0)) == {}
 

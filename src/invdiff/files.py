@@ -227,23 +227,8 @@ def read_arrays(path: Path, framework: str = "np") -> dict[str, NDArray[Any]]:
         ) from error
 
 
-def map_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Map the arrays of a safetensors file of ours into memory: rows are read when they are asked for, unchecked."""
-    import numpy as np
-
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    kinds = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
-    return {
-        name: np.memmap(path, kinds[of["dtype"]], "r", 8 + size + of["data_offsets"][0], tuple(of["shape"]))
-        for name, of in header.items()
-        if name != "__metadata__"
-    }
-
-
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file onto the CPU; raises as `read_arrays` does."""
+    """Map the tensors of a safetensors file into memory, on the CPU, checked; raises as `read_arrays` does."""
     return read_arrays(path, "pt")  # type: ignore[return-value]
 
 

@@ -19,10 +19,10 @@ from sklearn.decomposition import PCA
 
 from ..config import AuditConfig
 from ..data.captioned import CaptionedImages
-from ..data.encode import EncodedImages
+from ..data.encode import EncodedImages, ShardedTensor
 from ..distributed import mine, wait
 from ..errors import AuditError
-from ..files import fingerprint, map_arrays, read_arrays, write_arrays, write_tensors
+from ..files import fingerprint, read_arrays, read_tensors, write_arrays, write_tensors
 from ..models.encoders import BATCH_SIZE, VisionEncoder
 from ..models.families import Condition
 from ..models.features import add_noise, read_features
@@ -45,24 +45,6 @@ _Read = Callable[[NDArray[Any]], NDArray[Any]]
 _Extract = Callable[[list[Image.Image]], NDArray[np.float32]]
 
 
-class Stack:
-    """Rows of arrays that follow each other, such as of files mapped into memory; `stack[rows]` reads only those."""
-
-    def __init__(self, *parts: NDArray[Any]) -> None:
-        self.parts = parts
-        self._starts = np.cumsum([0, *map(len, parts)])
-        self.shape = (int(self._starts[-1]), *parts[0].shape[1:])
-
-    def __getitem__(self, rows: NDArray[Any]) -> NDArray[np.float32]:
-        """Rows (n,), rising or not, in 32 bits."""
-        part = np.searchsorted(self._starts, rows, "right") - 1
-        taken = np.empty((len(rows), *self.shape[1:]), dtype=np.float32)
-        for index in np.unique(part):
-            own = part == index
-            taken[own] = self.parts[index][rows[own] - self._starts[index]]
-        return taken
-
-
 @dataclass(frozen=True)
 class Evidence:
     """Measurements of each image. Draws and levels use independent noise, so that agreement can be judged."""
@@ -70,9 +52,9 @@ class Evidence:
     losses: NDArray[Any]
     """(N, levels, draws, conditions): under the caption and the null caption. Only one, the null, for an unconditional
     model."""
-    features: Stack
+    features: ShardedTensor
     """(N, levels, D): the middle block's mean and those of its left and right half, under the null caption."""
-    upper: Stack | None = None
+    upper: ShardedTensor | None = None
     """(N, levels, 2, G): the grids of the last two blocks in the same forwards; None where they were not read."""
     vision: NDArray[Any] | None = None
     """(N, views, D): features of `config.vision_encoder`, if there is one."""
@@ -102,8 +84,8 @@ class Evidence:
         return self._whitened[seed]
 
 
-def _part(values: Stack | NDArray[Any], part: tuple[int, ...], rows: NDArray[Any]) -> NDArray[Any]:
-    taken = values[rows]
+def _part(values: ShardedTensor | NDArray[Any], part: tuple[int, ...], rows: NDArray[Any]) -> NDArray[Any]:
+    taken = values.numpy(rows) if isinstance(values, ShardedTensor) else values[rows]
     for index in part:
         taken = taken[:, index]
     return taken
@@ -161,10 +143,10 @@ def collect_evidence(
 
     every = torch.arange(len(data))
     paths = in_shards(work_dir / key, "measuring", measure, data, every, config, progress=progress)
-    losses = np.concatenate([read_arrays(path)["losses"] for path in paths])  # which checks each file
-    mapped = [map_arrays(path) for path in paths]
-    upper = Stack(*(part["upper"] for part in mapped)) if "upper" in mapped[0] else None
-    return Evidence(losses, Stack(*(part["features"] for part in mapped)), upper)
+    parts = [read_tensors(path) for path in paths]
+    losses = torch.cat([part["losses"] for part in parts]).numpy()
+    upper = ShardedTensor([part["upper"] for part in parts]) if "upper" in parts[0] else None
+    return Evidence(losses, ShardedTensor([part["features"] for part in parts]), upper)
 
 
 def in_shards(

@@ -313,7 +313,7 @@ def component_scores(
 ) -> list[Score]:
     """The components of the middle features of images `rows`, and of a vision encoder's."""
     levels = " and ".join(f"{level:g}" for level in config.feature_log_snr)
-    scores = components(evidence.features[rows], f"features at log-SNR {levels}", seed=config.seed, taken=taken)
+    scores = components(evidence.features.numpy(rows), f"features at log-SNR {levels}", seed=config.seed, taken=taken)
     if evidence.vision is not None:
         source = f"features of {public_name(config.vision_encoder)}"
         scores += components(evidence.vision[rows].astype(np.float64), source, seed=config.seed, taken=taken)

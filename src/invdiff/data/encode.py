@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from ..distributed import is_main, mine, wait
@@ -59,6 +60,10 @@ class ShardedTensor:
             here = shard_of == number
             result[here] = self._shards[number][flat[here] - self._ends[number]]  # counted from the shard's end
         return result.reshape(*rows.shape, *result.shape[1:])
+
+    def numpy(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows (n,), in any order, in 32 bits."""
+        return self[torch.from_numpy(rows)].float().numpy()
 
 
 @dataclass(frozen=True, eq=False)
