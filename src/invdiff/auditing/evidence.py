@@ -19,8 +19,7 @@ from sklearn.decomposition import PCA
 
 from ..config import AuditConfig
 from ..data.captioned import CaptionedImages
-from ..data.encode import EncodedImages, ShardedTensor
-from ..distributed import mine, wait
+from ..data.encode import EncodedImages, ShardedTensor, in_files
 from ..errors import AuditError
 from ..files import fingerprint, read_arrays, read_tensors, write_arrays, write_tensors
 from ..models.encoders import BATCH_SIZE, VisionEncoder
@@ -163,25 +162,21 @@ def in_shards(
 
     Several processes share the work. `AuditError` where a measurement is not finite.
     """
-    shards = rows.split(SHARD_SIZE)
-    paths = [folder / f"evidence-{number:05d}.safetensors" for number in range(len(shards))]
-    share = mine(list(zip(paths, shards, strict=True)))
-    with progress_bar(label, sum(len(rows) for _, rows in share), enabled=progress) as bar:
-        for path, rows in share:
-            if not path.exists():
-                batches = [measure(batch) for batch in rows.split(config.batch_size)]
-                measured = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-                finite = torch.cat([values.flatten(1) for values in measured.values()], dim=1).isfinite().all(dim=1)
-                if bad := [data.names[row] for row in rows[~finite]]:
-                    raise AuditError(
-                        f"Expected finite losses and features, got others for {len(bad)} images "
-                        f"({', '.join(bad[:5])}). A denoiser in 16 bits may overflow: load the pipeline in float32. "
-                        "Nothing of these images was kept."
-                    )
-                write_tensors(path, measured)
-            bar.advance(len(rows))
-    wait()
-    return paths
+
+    def make(path: Path, rows: torch.Tensor) -> None:
+        if path.exists():
+            return
+        batches = [measure(batch) for batch in rows.split(config.batch_size)]
+        measured = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        finite = torch.cat([values.flatten(1) for values in measured.values()], dim=1).isfinite().all(dim=1)
+        if bad := [data.names[row] for row in rows[~finite]]:
+            raise AuditError(
+                f"Expected finite losses and features, got others for {len(bad)} images ({', '.join(bad[:5])}). A "
+                "denoiser in 16 bits may overflow: load the pipeline in float32. Nothing of these images was kept."
+            )
+        write_tensors(path, measured)
+
+    return in_files(folder / "evidence", rows, make, label, progress=progress, size=SHARD_SIZE)
 
 
 def _measure(

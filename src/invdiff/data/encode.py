@@ -138,7 +138,7 @@ def encode(
         if not path.exists():
             write_tensors(path, joined([encode_captions(pipe, some) for some in _batches(part, batch_size)]))
 
-    paths = _share(folder, "latents", range(len(data)), images, "encoding images", progress)
+    paths = in_files(folder / "latents", range(len(data)), images, "encoding images", progress=progress)
     shards, per_shard = zip(*map(_read_latents, paths), strict=True)
     skipped = {name: reason for some in per_shard for name, reason in some.items()}
     check_readable(data, skipped)
@@ -149,7 +149,7 @@ def encode(
     captions = list(dict.fromkeys(used))
     conditions: Condition = {}
     if family.needs_prompts:
-        paths = _share(folder, "prompts", captions, prompts, "encoding captions", progress)
+        paths = in_files(folder / "prompts", captions, prompts, "encoding captions", progress=progress)
         null = folder / "null.safetensors"
         if is_main() and not null.exists():
             write_tensors(null, checked(family.null_condition(pipe), ["no caption"]))
@@ -230,12 +230,12 @@ def pixel_values(image: Image.Image, resolution: int) -> torch.Tensor:
     return pixels / 127.5 - 1
 
 
-def _share(
-    folder: Path, stem: str, items: Sequence[Any], work: Callable[[Path, Any], None], label: str, progress: bool
+def in_files(
+    place: Path, items: Any, work: Callable[[Path, Any], None], label: str, *, progress: bool, size: int = 0
 ) -> list[Path]:
-    """Files of `SHARD_SIZE` items each, all made: `work` makes one where it is absent, and processes share them."""
-    parts = _batches(items, SHARD_SIZE)
-    paths = [folder / f"{stem}-{number:05d}.safetensors" for number in range(len(parts))]
+    """Files of `size` items each, such as `place-00000.safetensors`, that `work` makes and processes share."""
+    parts = _batches(items, size or SHARD_SIZE)
+    paths = [place.with_name(f"{place.name}-{number:05d}.safetensors") for number in range(len(parts))]
     share = mine(list(zip(paths, parts, strict=True)))
     with progress_bar(label, sum(len(part) for _, part in share), enabled=progress) as bar:
         for path, part in share:
@@ -280,5 +280,5 @@ def _read_latents(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return tensors, dict(json.loads(bytes(tensors.pop("skipped").tolist())))
 
 
-def _batches(items: Sequence[Any], size: int) -> list[Any]:
+def _batches(items: Any, size: int) -> list[Any]:
     return [items[start : start + size] for start in range(0, len(items), size)]
