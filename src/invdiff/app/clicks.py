@@ -129,13 +129,17 @@ class ClicksPanel:
             except DataError as error:  # too few yet
                 yield self._ten(ask, f"{error} Here are the next.")
                 return
-            yield {self._status: notice(f"Inferring the groups of {len(names):,} images …")}
-            options: Any = {"prompts": own, "labels": labels, "cache_dir": self._cache_dir, "progress": False}
+            terminal = "If they were not measured before, that takes a while: its progress is in the terminal."
+            yield {self._status: notice(f"Inferring the groups of {len(names):,} images … {terminal}")}
+            options: Any = {"prompts": own, "labels": labels, "cache_dir": self._cache_dir}
             options["config"] = AuditConfig.from_dict(config | {"solver": "auto"})
             with self._studio.alone(Turn()):
                 audit(self._studio.pipe, None if own else book.data, **options).save(ask.folder)
             parts = replace(book.parts, audit=ask.folder, data=book.data, results=None, module=None)
             self._tab.books[made] = AuditBook(parts)
+            if not self._tab.books[made].audit.biased:
+                yield self._ten(ask, "These labels split no prompt yet: see below why. Here are the next.")
+                return
             words = "The tab above shows the audit with these labels, reports written on this page use it, and "
             words += f"`invdiff train MODEL DATA {ask.folder}` balances its groups."
             yield self._ten(ask, words) | self._tab.turn_to(made)

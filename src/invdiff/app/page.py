@@ -214,8 +214,8 @@ def _build_compare(runs: Mapping[str, Parts], books: Mapping[str, AuditBook]) ->
 
     def write_reports() -> list[Any]:
         try:
-            latest = {book.parts.run: book.folder for book in books.values()}
-            given = [replace(parts, audit=latest.get(parts.run)) for parts in runs.values()]
+            latest = {book.parts.run: book.folder for book in books.values() if book.audit.biased}
+            given = [replace(parts, audit=latest.get(parts.run, parts.audit)) for parts in runs.values()]
             paths = [write_report(Path(str(parts.results)).parent, parts) for parts in given]
         except InvDiffError as error:
             return [refusal(error), gr.skip()]
