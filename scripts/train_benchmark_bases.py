@@ -14,7 +14,7 @@ from invdiff.assets import BIRDS_MODEL
 from invdiff.data.birds import BirdsWorld
 from invdiff.data.encode import encode
 from invdiff.models.load import default_device, load_pipeline
-from invdiff.training.finetune import build_pipeline, save, train_denoiser
+from invdiff.training.finetune import SCRATCH_RATE, build_pipeline, save, train_denoiser
 
 BASES = {
     "base-fair": (BirdsWorld(8000, severity=0.5, seed=50), 2000),
@@ -36,7 +36,7 @@ def main() -> None:
         pipe.register_modules(vae=load_pipeline(BIRDS_MODEL).vae)
         pipe.to(default_device())
         encoded = encode(pipe, data, arguments.work / "cache" / "latents")
-        config = FinetuneConfig(steps=steps, ema_decay=0.995, half_precision_weights=True)
+        config = FinetuneConfig(steps=steps, learning_rate=SCRATCH_RATE, ema_decay=0.995, half_precision_weights=True)
         train_denoiser(
             pipe,
             encoded,

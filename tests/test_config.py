@@ -41,7 +41,7 @@ NAN, INFINITE = float("nan"), float("inf")
         (ArchitectureConfig, "text_width", 40, "a multiple of 16"),
         (ArchitectureConfig, "vocabulary_size", 100, "at least 514"),
         (FinetuneConfig, "steps", 0, "at least 1"),
-        (FinetuneConfig, "learning_rate", 0, "more than 0"),
+        (FinetuneConfig, "learning_rate", -1, "at least 0"),
         (FinetuneConfig, "weight_decay", -1e-3, "at least 0"),
         (FinetuneConfig, "ema_decay", 1, "at least 0 and below 1"),
         (TrainConfig, "width", 12, "0 or a multiple of 8"),

@@ -13,7 +13,7 @@ from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ConfigError, ModelError
 from invdiff.models.load import load_pipeline
 from invdiff.training import finetune as finetune_module
-from invdiff.training.finetune import finetune, learn_vocabulary
+from invdiff.training.finetune import finetune, fitting_rate, learn_vocabulary
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHAPE = ArchitectureConfig(
@@ -149,6 +149,7 @@ def test_a_base_keeps_all_but_its_denoiser_and_is_resumed_to_the_same_bytes(
     record = json.loads((tmp_path / "cut" / "finetune.json").read_text())
     assert (record["base"], record["images"]) == (str(tiny_pipe_dir), 12)
     assert record["settings"]["data"] == data.fingerprint
+    assert record["settings"]["learning_rate"] == (1.5e-3 if fresh else 3e-4)
     with pytest.raises(ConfigError, match="got others: base was"):
         run(data, tmp_path / "cut", whole[0], fresh_denoiser=fresh)
 
@@ -163,6 +164,16 @@ def test_a_fresh_denoiser_starts_from_new_weights_of_its_seed(data, tiny_pipe_di
     assert torch.equal(kept, base)
     assert one.shape == base.shape
     assert not any(torch.equal(one, weight) for weight in (base, other))
+
+
+def test_the_learning_rate_fits_unless_it_is_given(data, tiny_pipe_dir, tmp_path, capsys):
+    assert fitting_rate(16_000_000) == pytest.approx(2e-4, rel=0.02)
+    assert (fitting_rate(10**6), fitting_rate(2 * 10**9)) == (3e-4, 1e-5)
+    for given, taken in ((0.0, 3e-4), (1e-6, 1e-6)):
+        run(data, tmp_path / str(given), tiny_pipe_dir, steps=1, learning_rate=given)
+        record = json.loads((tmp_path / str(given) / "finetune.json").read_text())
+        assert record["settings"]["learning_rate"] == taken
+        assert ("learning rate is 0.0003" in capsys.readouterr().err) == (not given)
 
 
 def test_a_base_without_a_unet_is_refused(data, tiny_pipe, tmp_path, monkeypatch):

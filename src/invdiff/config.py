@@ -62,8 +62,9 @@ class FinetuneConfig(Config):
     """Optimiser steps of the denoiser."""
     batch_size: Count = 64
     """Images per optimiser step."""
-    learning_rate: Positive = 1.5e-3
-    """Peak learning rate of AdamW; it warms up over 2% of the steps and falls to zero on a cosine."""
+    learning_rate: NotNegative = 0.0
+    """Peak learning rate of AdamW; it warms up over 2% of the steps and falls to zero on a cosine. 0 takes what fits:
+    1.5e-3 for a new denoiser, and for that of a base 3e-4 (at most 2 million weights) to 1e-5 (a billion or more)."""
     weight_decay: Annotated[NotNegative, RARE] = 1e-2
     """Weight decay of AdamW."""
     caption_power: Annotated[Share, RARE] = 1.0

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
@@ -27,9 +28,12 @@ from ..models.families.unet import StableDiffusion
 from ..models.frozen import denoiser_fingerprint
 from ..models.load import default_device, load_pipeline
 from ..models.schedule import NoiseSchedule, per_sample_loss
+from ..progress import note
 from ..seeds import derived_seed, generator
 from .checkpoint import TrainingRun
 
+SCRATCH_RATE = 1.5e-3
+"""Peak learning rate of a denoiser that starts from new weights."""
 LATENT_NOISE = 0.05
 """Standard deviation of the noise added to an autoencoder's latents, which are of about unit scale."""
 LATENT_PULL = 1e-3
@@ -65,7 +69,7 @@ def finetune(
         raise ConfigError("Expected either a base or an architecture, got both: a base has its own shape.")
     if base is None and config.fresh_denoiser:
         raise ConfigError("Expected a base for fresh_denoiser=True, got none: without one, all weights are new.")
-    settings: dict[str, Any] = config.to_dict() | {"data": data.fingerprint}
+    settings: dict[str, Any] = {"data": data.fingerprint}
     if base is None:
         architecture = architecture or ArchitectureConfig()
         settings |= {f"architecture.{name}": value for name, value in architecture.to_dict().items()}
@@ -81,11 +85,19 @@ def finetune(
             )
         # The weights, since another base may lie in the same place, and the same base in another.
         settings["base"] = fingerprint(model_fingerprint(pipe), denoiser_fingerprint(pipe))
+    fits, rate = not config.learning_rate, SCRATCH_RATE
+    if fits:
+        if base is not None and not config.fresh_denoiser:
+            rate = fitting_rate(pipe.unet.num_parameters())
+        config = dataclasses.replace(config, learning_rate=rate)
+    settings |= config.to_dict()
     if finished.is_file():
         check_same_settings(output_dir, read_json(finished)["settings"], settings)
         shutil.rmtree(work, ignore_errors=True)
         return load_pipeline(output_dir, device=pipe.device)
 
+    if fits:
+        note(f"The learning rate is {rate:.2g}, which fits; set learning_rate for another.")
     if architecture is not None:
         train_autoencoder(pipe.vae, data, architecture, config, work / "autoencoder", settings, progress=progress)
     elif config.fresh_denoiser:
@@ -100,6 +112,14 @@ def finetune(
     write_json(finished, {"base": None if base is None else str(base), "images": len(encoded), "settings": settings})
     shutil.rmtree(work)
     return pipe
+
+
+def fitting_rate(num_weights: int) -> float:
+    """The peak learning rate that suits a trained denoiser, linear in the logarithm of its size.
+
+    3e-4 up to 2 million weights, 2e-4 at 16 million, 1e-5 from a billion on.
+    """
+    return float(np.interp(np.log(num_weights), np.log([2e6, 1e9]), [3e-4, 1e-5]))
 
 
 def train_denoiser(
