@@ -145,12 +145,24 @@ def test_training_sees_what_sampling_sees_and_features_lie_where_the_image_is(fa
         moved = (frozen(changed, timesteps, told)[1] - features).abs().mean(dim=(0, 1))
     assert set(condition) == set(told) - {"pooled_prompt_embeds"}
     assert all(torch.allclose(condition[name].float(), told[name].float(), atol=1e-5) for name in condition)
-    if family != "flux":  # whose sampling is told another guidance than training: see NO_GUIDANCE
-        assert torch.allclose(same_pred, model_pred, atol=1e-4)
+    assert torch.allclose(same_pred, model_pred, atol=1e-4)
     height, width = moved.shape
     row, column = divmod(int(moved.argmax()), width)  # features of the changed corner change most
     assert row < height / 2
     assert column >= width / 2
+
+
+def test_a_distilled_model_is_told_the_guidance_of_its_use_in_training_alone(data, tmp_path):
+    pipe, seen = make_tiny("flux"), []
+
+    def tell(denoiser, args, kwargs):
+        seen.extend({*kwargs["guidance"].tolist()} - {*seen[-1:]})
+
+    pipe.transformer.register_forward_pre_hook(tell, with_kwargs=True)
+    found = run_audit(pipe, "flux", data, tmp_path)
+    config = TrainConfig(steps=1, batch_size=8, rounds=2, distilled_guidance=4.5, mixed_precision="no")
+    train(pipe, data, found, tmp_path / "module", config=config, cache_dir=tmp_path / "cache", progress=False)
+    assert seen[:3] == [1.0, 4.5, 1.0]  # the first audit, the first round, the audit of the second
 
 
 def test_packing_is_that_of_flux_and_undone_by_unpacking():

@@ -125,6 +125,9 @@ class TrainConfig(Config):
     null_adapter: Literal["auto", "on", "off"] = "auto"
     """Whether the null row of classifier-free guidance runs under the group's guidance; `auto` is `on` for `module`,
     `off` for `lora`."""
+    distilled_guidance: Annotated[NotNegative, RARE] = 3.5
+    """The guidance input of a guidance-distilled model (Flux.1 dev) in training: what images will be drawn at. Others
+    do not read it; the audit is at 1."""
     ema_decay: Annotated[Decay, RARE] = 0.99
     """Decay of the moving average of weights that is kept."""
     loss_momentum: Annotated[Decay, RARE] = 0.95

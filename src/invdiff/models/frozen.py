@@ -41,9 +41,10 @@ def denoiser_fingerprint(pipe: Any) -> str:
 class FrozenDenoiser:
     """A pipeline's denoiser with its middle features; use as a context manager or call `close()`."""
 
-    def __init__(self, pipe: Any, *, upper: bool = False) -> None:
+    def __init__(self, pipe: Any, *, upper: bool = False, distilled_guidance: float = 1.0) -> None:
         """Read the middle features of each forward pass; with `upper`, the last two blocks' too: see `take_upper`."""
         self.family = family_that_draws(pipe)
+        self.family.distilled_guidance = distilled_guidance
         self.module = cast(Any, denoiser_of(pipe))
         check_plain(pipe)
         check_fused(pipe)

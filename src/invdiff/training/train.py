@@ -109,13 +109,15 @@ def train(
         note(audit.caveats)
     log: list[dict[str, Any]] = []
     last = audit
-    with FrozenDenoiser(pipe) as frozen:
+    with FrozenDenoiser(pipe, distilled_guidance=config.distilled_guidance) as frozen:
         module.to(frozen.device)
         for number in range(config.rounds):
             if number > 0:
                 # The max phase again, against the guided model: what does it still treat unequally?
-                again, guided = next_audit_config(audit), GuidedDenoiser(frozen, module)
-                found = infer_groups(pipe, data, config=again, cache_dir=cache_dir, denoiser=guided, progress=progress)
+                again, options = next_audit_config(audit), {"cache_dir": cache_dir, "progress": progress}
+                with FrozenDenoiser(pipe) as plain:
+                    guided = GuidedDenoiser(plain, module)
+                    found = infer_groups(pipe, data, config=again, denoiser=guided, **options)
                 if not found.biased:
                     break
                 last = carry_over(last, found)

@@ -15,9 +15,6 @@ from ...errors import DataError, ModelError
 from ...text import label_of
 from .base import Condition, DenoiserCall, DenoiserShape, Family
 
-NO_GUIDANCE = 1.0
-"""The guidance scale given to a guidance-distilled model in audit and training: its plain conditional prediction."""
-
 
 class TransformerFamily(Family):
     """What transformers share: features are the tokens of the block in the middle."""
@@ -85,7 +82,7 @@ class Flux(TransformerFamily):
     def predict(self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         rows, _, height, width = noisy_latents.shape
         embeds = condition["prompt_embeds"]
-        guidance = torch.full((rows,), NO_GUIDANCE, dtype=embeds.dtype, device=embeds.device)
+        guidance = torch.full((rows,), self.distilled_guidance, dtype=embeds.dtype, device=embeds.device)
         output = denoiser(
             hidden_states=packed(noisy_latents),
             timestep=timesteps.to(embeds.dtype) / 1000,
