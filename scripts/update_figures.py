@@ -128,10 +128,10 @@ def penalty_table() -> str:
     """Bias and Fréchet distance over lambda."""
     rows = [row for row in sweep("penalty") if row["penalty"] is not None]
     frechet = frechet_of(rows[0])
-    table = ["| lambda | Bias | bird right | Fréchet |", "|---|---|---|---|"]
-    for (penalty,), found in grouped(rows, "penalty").items():
+    table = ["| model | lambda | Bias | bird right | Fréchet |", "|---|---|---|---|---|"]
+    for (mode, penalty), found in grouped(rows, "mode", "penalty").items():
         cells = (over_seeds(found, "bias"), over_seeds(found, "subject_accuracy", 3), over_seeds(found, frechet))
-        table.append(f"| {penalty:g} | {' | '.join(cells)} |")
+        table.append(f"| {mode} | {penalty:g} | {' | '.join(cells)} |")
     return "\n".join(table)
 
 

@@ -222,7 +222,7 @@ def test_an_unconditional_model_ignores_captions_and_has_no_contrast_and_one_rou
     with pytest.raises(AuditError, match="a model that reads captions for solver 'exact'"):
         audit(pipe, data, config=AuditConfig(solver="exact"), cache_dir=tmp_path, progress=False)
     options = {"config": TrainConfig(steps=1, rounds=2), "cache_dir": tmp_path / "cache", "progress": False}
-    with pytest.raises(ConfigError, match="Expected one round for an unconditional model, got rounds=2"):
+    with pytest.raises(ConfigError, match="Expected one round and no penalty for an unconditional model"):
         train(pipe, data, found, tmp_path / "m", **options)
 
 

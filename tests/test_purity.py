@@ -23,23 +23,16 @@ def test_hard_labels_uniform_rows_and_images_left_out_pass_unchanged():
     assert torch.equal(purified(weights, prompts, 0.99), weights)
 
 
-def test_unsure_images_leave_the_rare_cell_alone():
-    weights = posteriors((100, 0.95), (30, 0.005), (10, 0.2))
-    drawn = purified(weights, torch.zeros(140, dtype=torch.long), 0.99)
-    assert torch.equal(drawn[:, 0], weights[:, 0])
-    assert torch.equal(drawn[:, 1] > 0, weights[:, 1] >= 0.99)
-    assert torch.equal(purified(weights, torch.zeros(140, dtype=torch.long), 0.0), weights)
-
-
 @pytest.mark.parametrize(
     ("sure", "unsure", "kept"),
-    [(15, 30, 20), (15, 3, 18), (0, 0, 0)],  # the surest twenty; those over one half
+    [(30, 9, 30), (15, 30, 20), (15, 3, 18), (0, 0, 0)],  # all sure ones; the surest twenty; those over one half
 )
-def test_a_rare_cell_keeps_its_surest_images(sure, unsure, kept):
+def test_a_rare_cell_keeps_its_surest_images_and_the_common_one_all(sure, unsure, kept):
     falling = [(1, 0.1 + 0.01 * number) for number in range(unsure)]
     weights = posteriors((50, 0.9), (50, 0.8), (sure, 0.0), *falling)
-    drawn = purified(weights, torch.zeros(len(weights), dtype=torch.long), 0.99)[:, 1]
-    assert torch.equal(drawn.nonzero()[:, 0], weights[:, 1].topk(kept).indices.sort().values)
+    drawn = purified(weights, torch.zeros(len(weights), dtype=torch.long), 0.99)
+    assert torch.equal(drawn[:, 0], weights[:, 0])
+    assert torch.equal(drawn[:, 1].nonzero()[:, 0], weights[:, 1].topk(kept).indices.sort().values)
 
 
 def test_what_is_wrong_in_one_prompts_cell_is_matched_in_the_others():

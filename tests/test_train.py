@@ -17,7 +17,7 @@ from invdiff.errors import AuditError, ConfigError
 from invdiff.guidance.backends import load_guidance
 from invdiff.models.frozen import denoiser_fingerprint
 from invdiff.training import train as train_module
-from invdiff.training.train import carry_over, train
+from invdiff.training.train import DIAGNOSTIC_BATCHES, carry_over, train
 from runs import built_audit
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -82,6 +82,9 @@ def test_the_loss_falls_and_is_logged_for_each_group_of_each_prompt(tiny_pipe, d
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     assert [row["step"] for row in rows] == [10, 20, 25]
     assert torch.tensor(rows[-1]["group_losses"]).shape == (1, 2, 2)
+    excess = json.loads((tmp_path / "m" / "train.json").read_text())["excess_losses"]
+    assert torch.tensor(excess).shape == (1, 2, 2)
+    assert rows[-1]["excess_losses"] == excess
     assert module.sees_environment == (mode == "balanced")
     assert not module.training
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == [
@@ -119,7 +122,7 @@ def test_other_settings_give_other_weights(tiny_pipe, data, found, whole, tmp_pa
         ("step_loss", 1, {}, 4),
         ("step_loss", 4, {}, 2),
         ("write_json", 1, {}, 0),  # the last file of all
-        ("step_loss", 8, {"rounds": 2}, 2),
+        ("step_loss", 8 + DIAGNOSTIC_BATCHES, {"rounds": 2}, 2),
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_result(
@@ -131,12 +134,12 @@ def test_a_killed_run_goes_on_to_the_same_result(
     kill(train_module, name, call, run, tiny_pipe, data, found, tmp_path / "cut", **changes)
     assert not (tmp_path / "cut" / "train.json").exists()
     if name == "step_loss" and left < 4:
-        with pytest.raises(ConfigError, match=r"got others: penalty was 1\.0, now 2\.0\. Use the same"):
+        with pytest.raises(ConfigError, match=r"got others: penalty was 0\.0, now 2\.0\. Use the same"):
             run(tiny_pipe, data, found, tmp_path / "cut", **changes, penalty=2.0)
     forwards = []
     tiny_pipe.unet.register_forward_hook(lambda module, args, output: forwards.append(len(args[0])))
     run(tiny_pipe, data, found, tmp_path / "cut", **changes)
-    assert forwards.count(CONFIG.batch_size) == left
+    assert forwards.count(CONFIG.batch_size) == left + 2 * DIAGNOSTIC_BATCHES * changes.get("rounds", 1)
     assert result(tmp_path / "cut") == result(whole)
 
 
@@ -148,7 +151,7 @@ def test_a_finished_run_is_read_back_and_other_settings_are_refused_by_name(tiny
     again = run(tiny_pipe, data, named, folder).state_dict()
     assert all(torch.equal(again[name], value) for name, value in load_guidance(whole).state_dict().items())
     assert not (folder / ".work").exists()
-    with pytest.raises(ConfigError, match=r"got others: penalty was 1\.0, now 2\.0\. Use the same"):
+    with pytest.raises(ConfigError, match=r"got others: penalty was 0\.0, now 2\.0\. Use the same"):
         run(tiny_pipe, data, found, folder, penalty=2.0)
     other = make_tiny_pipeline(seed=1)
     with pytest.raises(ConfigError, match="got others: model was"):

@@ -112,8 +112,9 @@ class TrainConfig(Config):
     """Peak learning rate of AdamW."""
     weight_decay: Annotated[NotNegative, RARE] = 1e-2
     """Weight decay of AdamW."""
-    penalty: NotNegative = 1.0
-    """lambda, the weight of the invariance penalty: the variance of the group losses."""
+    penalty: NotNegative = 0.0
+    """lambda, the weight of the invariance penalty: the variance over groups of what the caption contributes to their
+    loss. The paper's is 1. Above 0 a step costs a second forward pass."""
     caption_dropout: Annotated[Decay, RARE] = 0.1
     """Share of captions replaced by the null caption, so that guidance works under classifier-free guidance."""
     rounds: Count = 1

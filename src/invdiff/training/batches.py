@@ -74,6 +74,8 @@ class Batch:
     part: slice  # the rows that this process computes
     rows: Rows  # what guides them
     condition: Condition  # y, what the denoiser and Phi read, `part` rows, in 32 bits
+    captioned: torch.Tensor  # (batch,) whether the caption of each image of the whole batch is its own, on the CPU
+    null_condition: Condition  # the null caption, `part` rows; empty where there is no penalty
     noisy_latents: torch.Tensor  # z_t, (part, channels, height, width)
     timesteps: torch.Tensor  # t, (part,)
     target: torch.Tensor  # what the denoiser should predict, (part, channels, height, width)
@@ -96,14 +98,15 @@ def draw_batch(
     size = config.batch_size
     rows, factors, environments = sampler.draw(size, rng)
     captions = data.caption_ids[rows].clone()
-    dropped = torch.rand(size, generator=rng) < config.caption_dropout
-    captions[dropped & guide_null] = data.null_id
+    dropped = (torch.rand(size, generator=rng) < config.caption_dropout) & guide_null
+    captions[dropped] = data.null_id
     noise = torch.randn((size, *data.latents.shape[1:]), generator=rng)
     # Content is decided at high noise: a noise level in (0, 1) is drawn in proportion to its height.
     levels = torch.rand(size, generator=rng).sqrt()
     # A square root may round up to 1, which is not a timestep.
     timesteps = (levels * schedule.num_train_timesteps).long().clamp(max=schedule.num_train_timesteps - 1)
 
+    nulls = torch.full_like(captions, data.null_id)
     share, rank = size // num_processes(), state().process_index
     part = slice(rank * share, (rank + 1) * share)
     latents, noise, timesteps = data.latents[rows[part]].to(device), noise[part].to(device), timesteps[part].to(device)
@@ -114,6 +117,8 @@ def draw_batch(
         part=part,
         rows=Rows(environments[part].to(device)),
         condition=to(data.condition(captions[part]), device, torch.float32),
+        captioned=captions != data.null_id,
+        null_condition=to(data.condition(nulls[part]), device, torch.float32) if config.penalty else {},
         noisy_latents=schedule.add_noise(latents, noise, timesteps),
         timesteps=timesteps,
         target=schedule.target(latents, noise, timesteps),

@@ -35,6 +35,8 @@ from .checkpoint import TrainingRun
 from .objective import MovingGroupLosses, step_loss, typical_losses
 
 LOG_EVERY = 10
+DIAGNOSTIC_BATCHES = 8
+"""Batches at the end of a round on which excess losses are measured."""
 
 
 def train(
@@ -81,10 +83,10 @@ def train(
     audited, fused = audit.settings.get("loras", {}), dict(loras_of(pipe))
     if sorted(audited.values()) != sorted(fused.values()):  # those of text encoders do not change the denoiser
         raise AuditError(f"Expected the LoRAs that were audited, {[*audited] or 'none'}, got {[*fused] or 'none'}.")
-    if config.rounds > 1 and not data.conditions:
+    if (config.rounds > 1 or config.penalty > 0) and not data.conditions:
         raise ConfigError(
-            f"Expected one round for an unconditional model, got rounds={config.rounds}. Later rounds compare "
-            "predictions with and without a caption, and this model reads none."
+            f"Expected one round and no penalty for an unconditional model, got rounds={config.rounds} and "
+            f"penalty={config.penalty}. Both compare predictions with and without a caption; this model reads none."
         )
     if config.batch_size % num_processes():
         raise ConfigError(
@@ -130,7 +132,8 @@ def train(
         module.register_to_config(record=record)
         module.save_pretrained(output_dir)
         write_text(output_dir / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
-        write_json(finished, {"settings": settings, "parameters": module.num_parameters(), "rounds": rounds})
+        figures = {"parameters": module.num_parameters(), "rounds": rounds}
+        write_json(finished, {"settings": settings} | figures | {"excess_losses": log[-1].get("excess_losses")})
         shutil.rmtree(work)
     wait()
     return module
@@ -153,7 +156,8 @@ def run_round(
     prompt_ids, kept = torch.from_numpy(audit.prompt_ids), torch.from_numpy(np.flatnonzero(audit.kept))
     sampler = GroupBalancedSampler(prompt_ids, list(map(torch.from_numpy, audit.group_weights)), config.purity)
     num_prompts, sizes = int(prompt_ids.max()) + 1, audit.num_groups
-    moving = MovingGroupLosses((len(sizes) * num_prompts, max(sizes)), config.loss_momentum)
+    shape = len(sizes) * num_prompts, max(sizes)
+    moving = MovingGroupLosses(shape, config.loss_momentum)
     typical = typical_losses(frozen, data, kept, batch_size=config.batch_size, seed=config.seed).to(device)
     module.train()
     settings = settings | {"round": number, "audit": audit.fingerprint}
@@ -162,18 +166,30 @@ def run_round(
 
     def loss_at(step: int) -> torch.Tensor:
         rng = generator("train", config.seed, number, step)
-        guided = module.config["null_adapter"] == "on"
+        # The penalty compares with the null caption under guidance, which is then trained too.
+        guided = module.config["null_adapter"] == "on" or config.penalty > 0
         batch = draw_batch(data, sampler, frozen.schedule, rng, config, device, guide_null=guided)
         loss, losses = step_loss(run.parallel, batch, typical, moving, config.penalty, run.accelerator)
         if step + 1 == config.steps or (step + 1) % LOG_EVERY == 0:
-            cells = zip(moving.means().split(num_prompts), sizes, strict=True)
-            group_losses = [[[round(v, 6) for v in row[:size]] for row in of.tolist()] for of, size in cells]
             row = {"round": number, "step": step + 1, "loss": round(losses.mean().item(), 6)}
-            run.log.append(row | {"group_losses": group_losses})
+            run.log.append(row | {"group_losses": by_group(moving.means()[..., 0])})
         return loss
+
+    def by_group(means: torch.Tensor) -> list[list[list[float]]]:
+        cells = zip(means.split(num_prompts), sizes, strict=True)
+        return [[[round(v, 6) for v in row[:size]] for row in of.tolist()] for of, size in cells]
 
     run.minimise(loss_at, f"round {number + 1}", progress=progress)
     module.eval()
+    if data.conditions:
+        # R_e of the guidance that is kept: what its captions contribute to each group.
+        compared, plain = dataclasses.replace(config, caption_dropout=0.0, penalty=1.0), MovingGroupLosses(shape, 1.0)
+        for index in range(DIAGNOSTIC_BATCHES):
+            rng = generator("excess losses", config.seed, number, index)
+            batch = draw_batch(data, sampler, frozen.schedule, rng, compared, device)
+            with torch.no_grad():
+                step_loss(run.parallel, batch, typical, plain, 1.0, run.accelerator)
+        run.log[-1]["excess_losses"] = by_group(plain.means()[..., 1])
     return run.log
 
 
