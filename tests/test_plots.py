@@ -16,6 +16,7 @@ from PIL import Image
 
 from invdiff.auditing.result import Audit
 from invdiff.report import plots
+from invdiff.report.grids import save_charts
 from invdiff.report.plots import BASE_COLOUR, DARK, PAPER, SERIES_COLOURS, Chart, Line
 from invdiff.report.read import splits_of
 from runs import HOSTILE, make_audit
@@ -93,10 +94,10 @@ def test_hostile_names_are_drawn_as_text_and_the_same_chart_is_the_same_file(tmp
     chart = Chart(HOSTILE[1], HOSTILE[0], [line(k, [0.5, 0.2], name=name) for k, name in enumerate(names)])
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     for path in paths:
-        plots.save_charts(path, [chart] * count, title=HOSTILE[0])
+        save_charts(path, [chart] * count, title=HOSTILE[0])
     assert paths[0].read_bytes() == paths[1].read_bytes()
     with Image.open(paths[0]) as image:
-        assert image.width == 1400
+        assert image.width == 1600
         assert (np.asarray(image.convert("RGB"))[:, -20:] == 255).all()
 
 

@@ -1,4 +1,4 @@
-"""Pictures of images in rows: the groups that an audit found, and what guidance changed.
+"""Pictures beside audits and Markdown: the groups that were found, what guidance changed, and its figures.
 
 A picture is made of parts, each an image of its own: lines of text, strips of images, a histogram. Lengths are pixels.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..auditing.result import AuditWords
@@ -21,7 +22,7 @@ from ..files import save_image
 from ..text import one_line, or_dash
 from .compare import BASE, GUIDED, Comparison, label
 from .figures import LOOK, at_scale, counted, percent
-from .plots import INK, PAPER, SOFT, colour_of, draw_histogram, is_rare, render
+from .plots import INK, PAPER, SOFT, Chart, colour_of, draw_chart, draw_histogram, is_rare, render
 from .read import MOST_PROMPTS, Parts, Run, Split, read_run
 
 if TYPE_CHECKING:
@@ -79,6 +80,11 @@ def save_before_after(path: Path, chosen: Comparison) -> None:
     _save(path, parts)
 
 
+def save_charts(path: Path, charts: Sequence[Chart], *, title: str) -> None:
+    """Draw charts below each other."""
+    _save(path, [*_title(title), *(_plotted(partial(draw_chart, chart=chart), FULL, 400) for chart in charts)])
+
+
 def _of_split(split: Split, run: Run, words: AuditWords | None) -> list[Image.Image]:
     """One prompt: its scores on the left, its groups on the right."""
     prompt, others = split.prompt, len(split.prompt.captions) - 1
@@ -104,13 +110,12 @@ def _of_split(split: Split, run: Run, words: AuditWords | None) -> list[Image.Im
         groups.append(_space(24))
     beside = _below(groups)
 
-    def scores(figure: Figure) -> None:
-        axes = figure.add_subplot()
+    def scores(axes: Axes) -> None:
         draw_histogram(axes, split)
         axes.set_xlabel("score, as inferred" if split.by_hand else "score, high for the rarer group")
         axes.set_title("images, log scale" if is_rare(split) else "images", pad=30)
 
-    histogram = Image.open(io.BytesIO(render(scores, SCORES, max(min(beside.height, 600), 360))))
+    histogram = _plotted(scores, SCORES, max(min(beside.height, 600), 360))
     both = Image.new("RGB", (FULL, max(beside.height, histogram.height)), PAPER)
     both.paste(histogram)
     both.paste(beside, (SCORES + GUTTER, 0))
@@ -147,8 +152,14 @@ def strip(images: Sequence[Image.Image], width: int = FULL) -> Image.Image:
     return row
 
 
-def _title(title: str, subtitle: str) -> list[Image.Image]:
-    return [text(title, 40, bold=True), text(subtitle, 22, soft=True), _space(30)]
+def _title(title: str, subtitle: str = "") -> list[Image.Image]:
+    below = [text(subtitle, 22, soft=True)] if subtitle else []
+    return [text(title, 40, bold=True), *below, _space(30)]
+
+
+def _plotted(draw: Callable[[Axes], object], width: int, height: int) -> Image.Image:
+    """What `draw` puts on axes of matplotlib."""
+    return Image.open(io.BytesIO(render(lambda figure: draw(figure.add_subplot()), width, height)))
 
 
 def _space(height: int) -> Image.Image:

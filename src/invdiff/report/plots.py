@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
-from ..files import save_image
 from ..text import one_line
 
 if TYPE_CHECKING:
@@ -177,20 +176,6 @@ def plot_chart(chart: Chart, over: str, about: str = "") -> Plot:
     alt = f"{chart.title.partition(':')[0]} {over}. {' '.join(lines)}"
     fair = "Dotted: what a fair sampler shows by chance." if chart.floors else ""
     return _plot(lambda axes: draw_chart(axes, chart), alt, f"{fair} {about}".strip())
-
-
-def save_charts(path: Path, charts: Sequence[Chart], *, title: str) -> None:
-    """Draw charts of the same lines below each other over one x axis, 1400 pixels wide."""
-    height = 160 + (560 if len(charts) == 1 else 280 * len(charts))
-
-    def draw(figure: Figure) -> None:
-        figure.set_layout_engine("constrained", rect=(0.035, 40 / height, 0.93, 1 - 160 / height))
-        figure.suptitle(one_line(title, 70), x=0.045, y=1 - 50 / height, ha="left", va="top")
-        for axes, chart in zip(figure.subplots(len(charts), sharex=True, squeeze=False)[:, 0], charts, strict=True):
-            draw_chart(axes, chart)
-            axes.set_xlabel(chart.x_name if chart is charts[-1] else "")
-
-    save_image(path, lambda place: place.write_bytes(render(draw, 1400, height)))
 
 
 def _plot(draw: Callable[[Axes], object], alt: str, caption: str) -> Plot:

@@ -19,8 +19,8 @@ from ..text import escape, one_line
 from .audit_view import found, withheld
 from .compare import Comparison, compare, label, over_guidance, over_module
 from .figures import at_scale, bias, percent, quoted, sentences, share_in_words
-from .grids import OVERVIEW, save_before_after, save_groups
-from .plots import DARK, INK, PAPER, RULE, SOFT, save_charts
+from .grids import OVERVIEW, save_before_after, save_charts, save_groups
+from .plots import DARK, INK, PAPER, RULE, SOFT
 from .read import Parts, Run, read_run
 from .reproduce import reproduce
 from .results_view import changes, costs, glance
