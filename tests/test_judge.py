@@ -1,5 +1,7 @@
 """An audit as the annotator of what its model draws."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -11,9 +13,10 @@ from invdiff.auditing.result import Audit
 from invdiff.config import AuditConfig, GenerateConfig
 from invdiff.errors import ConfigError, ModelError
 from invdiff.evaluation.annotators.load import load_annotator
+from invdiff.evaluation.calibrate import nearest_mix
 from invdiff.evaluation.results import Results
 from runs import LAND, WATER, built_audit, inferred, made_up_data, sharded
-from test_cli import succeed
+from test_cli import fail, succeed
 from test_factors import PROMPT, attribute, evidence, views
 
 
@@ -75,3 +78,41 @@ def test_the_judge_needs_the_model_that_was_audited(audited, tmp_path):
     (tmp_path / "again" / "judges.safetensors").unlink()
     with pytest.raises(ModelError, match="there is no judge"):
         load_annotator(str(tmp_path / "again"), model=make_tiny_pipeline())
+
+
+def test_the_nearest_mix_makes_images_even_or_says_how_near_they_come():
+    half = np.array([0.5, 0.5])
+    mix, reached = nearest_mix(np.array([[0.9, 0.1], [0.3, 0.7]]), half)
+    assert mix == pytest.approx([1 / 3, 2 / 3], abs=1e-3)
+    assert reached == pytest.approx(half, abs=1e-3)
+    mix, reached = nearest_mix(np.array([[0.95, 0.05], [0.6, 0.4]]), half)  # no group shows the second half the time
+    assert mix == pytest.approx([0, 1], abs=1e-3)
+    assert reached == pytest.approx([0.6, 0.4], abs=1e-3)
+    thirds = np.full(3, 1 / 3)
+    assert nearest_mix(np.full((3, 3), 1 / 3), thirds)[0] == pytest.approx(thirds, abs=1e-3)
+
+
+def test_training_calibrates_the_mix_that_images_are_then_drawn_by(audited, tmp_path):
+    words = [audited / "model", audited / "data", audited / "audit", "--output", tmp_path / "m", "--cache-dir"]
+    words += [audited / "cache", "--backend", "lora", "--steps", 1, "--batch-size", 4, "--calibrate", 3, "-q"]
+    succeed("train", *words)
+    mixes = json.loads((tmp_path / "m" / "config.json").read_text())["mixes"]
+    assert set(mixes["3"]) == {LAND}  # the prompt whose shares are uneven
+    assert all(sum(mix) == pytest.approx(1) for (mix,) in mixes["3"].values())
+    assert not (tmp_path / "m" / ".calibration").exists()
+    drawing = [
+        "--module",
+        tmp_path / "m",
+        "--environments",
+        "calibrated",
+        "--steps",
+        1,
+        "--images-per-prompt",
+        32,
+        "-q",
+    ]
+    succeed("generate", audited / "model", LAND, *drawing, "--output", tmp_path / "images")
+    rows = [json.loads(line) for line in (tmp_path / "images" / "manifest.jsonl").read_text().splitlines()]
+    assert sum(row["environment"] == [1] for row in rows) / 32 == pytest.approx(mixes["3"][LAND][0][1], abs=1 / 32)
+    error = fail("generate", audited / "model", LAND, *drawing, "--guidance-scale", 5, "--output", tmp_path / "no")
+    assert "calibrated for 'a photo of a landbird' at guidance scale 5, found 3:" in error

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .auditing.result import Audit as Audit
     from .auditing.run import audit as audit
     from .data.captioned import load_captioned_images as load_captioned_images
+    from .evaluation.calibrate import calibrate as calibrate
     from .evaluation.evaluate import evaluate as evaluate
     from .evaluation.results import Results as Results
     from .guidance.attach import attach as attach
@@ -40,6 +41,7 @@ _HOME = {
     "Results": "evaluation.results",
     "attach": "guidance.attach",
     "audit": "auditing.run",
+    "calibrate": "evaluation.calibrate",
     "evaluate": "evaluation.evaluate",
     "finetune": "training.finetune",
     "generate": "sampling",

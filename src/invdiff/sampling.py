@@ -67,11 +67,13 @@ class Drawing:
                 f"Expected different prompts, got {twice[0]!r} again, which would give the same images. For more "
                 "images of a prompt raise images_per_prompt."
             )
+        calibrated = isinstance(environments, str) and environments == "calibrated"
         if module is not None:
             check_fit(pipe, module)
-            self._mix = mix_for(module, environments)
+            self._mix = mix_for(module, "uniform" if calibrated else environments)
         elif not (isinstance(environments, str) and environments in WORDS):
             raise ConfigError(f"Expected a module beside environments, got {environments!r} and no module.")
+        self.calibrated: list[list[list[float]]] = []  # of each prompt and factor, where each prompt has its own mix
         self.mix = self._mix if module is not None and module.sees_environment else None  # where groups have an effect
         each, total = self.config.images_per_prompt, len(self.prompts) * self.config.images_per_prompt
         self.rows: list[dict[str, Any]] = [
@@ -91,7 +93,10 @@ class Drawing:
             return
         if (groups := self.mix.given) is None:
             seeds = [str(row["seed"]) for row in self.rows]
-            groups = torch.cat([self.mix.draw(seeds[start : start + each]) for start in range(0, total, each)])
+            if calibrated and module is not None:
+                self.calibrated = [module.calibrated(prompt, self.config.guidance_scale) for prompt in self.prompts]
+            mixes = [EnvironmentMix(of, self.mix.num_groups) for of in self.calibrated] or [self.mix] * total
+            groups = torch.cat([mixes[k // each].draw(seeds[k : k + each]) for k in range(0, total, each)])
         elif len(groups) not in (each, total):
             raise ConfigError(
                 f"Expected groups for {each} images (of every prompt alike) or for all {total}, got {len(groups)}."
@@ -172,9 +177,9 @@ def generate(
         output_dir: A new folder, or that of a run to continue.
         module: A guidance module made for this pipeline; None draws from the plain model.
         config: Numbers of images and steps, scales, seed.
-        environments: `"uniform"`, proportions, also by factor, `"iid"`, or groups as for `attach`; groups are given
-            for each image, prompt by prompt (prompts x images_per_prompt), or for the images of every prompt alike
-            (images_per_prompt).
+        environments: `"uniform"`, `"calibrated"` (see `calibrate`), `"iid"`, proportions, also by factor, or groups as
+            for `attach`; groups are given for each image, prompt by prompt (prompts x images_per_prompt), or for the
+            images of every prompt alike (images_per_prompt).
         progress: Show a progress bar.
 
     Raises:
@@ -276,7 +281,8 @@ def _settings(drawing: Drawing) -> dict[str, Any]:
     networks: dict[str, Any] = {k: v for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)}
     weights = fingerprint(*(name + weights_digest(network) for name, network in sorted(networks.items())))
     schedule = fingerprint(json.dumps(scheduler, sort_keys=True, default=str))
-    targets = mix and ([shares.tolist() for shares in mix.proportions] or [row["environment"] for row in drawing.rows])
+    targets: Any = mix and (drawing.calibrated or [shares.tolist() for shares in mix.proportions])
+    targets = targets or (mix and [row["environment"] for row in drawing.rows])
     return {
         "prompts": drawing.prompts,
         **drawing.config.to_dict(),

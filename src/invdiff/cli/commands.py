@@ -186,6 +186,12 @@ def train(
         None, metavar="AUDIT", help="What `invdiff audit` wrote; alone where it drew images."
     ),
     output: Output,
+    calibrate: list[float] = option(
+        [],
+        "A guidance scale that images will be drawn at: the mix of groups that makes them even there is solved for, "
+        "for `generate --environments calibrated`; repeat for more.",
+        metavar="CFG",
+    ),
     settings: TrainConfig,
     source: CaptionOptions,
     weights: CacheOptions,
@@ -206,7 +212,11 @@ def train(
         say(about_edits(found.edits), quiet=quiet)
     found.check_found()
     pipe = weights.load(model)
-    run_train(pipe, images, found, output, config=settings, cache_dir=weights.cache_dir, progress=not quiet)
+    module = run_train(pipe, images, found, output, config=settings, cache_dir=weights.cache_dir, progress=not quiet)
+    if calibrate:
+        from ..evaluation.calibrate import calibrate as solve
+
+        solve(pipe, module, audit_dir or data, output, guidance_scales=calibrate, progress=not quiet)
     prompts = [entry.prompt for entry in found.prompts if entry.found and entry.prompt]
     words = ["generate", model, *prompts, "--module", output, "--output", output.parent / "images" / "guided"]
     words += drawing_flags(pipe, found.settings.get("resolution", 0))
@@ -231,9 +241,9 @@ def generate(
     ),
     environments: list[str] = option(
         ["uniform"],
-        "Target mix of the groups: uniform, or one proportion per group such as 0.7,0.3; of several hidden factors "
-        "such as 'factor 1=0.7,0.3', once for each that is not uniform. Images are spread evenly over the mix; with "
-        "iid, uniform and each drawn independently, as Bias floors assume.",
+        "Target mix of the groups: uniform; calibrated (see `train --calibrate`); or one proportion per group such as "
+        "0.7,0.3, of several hidden factors such as 'factor 1=0.7,0.3', once for each that is not uniform. Images are "
+        "spread evenly over the mix; with iid, uniform and each drawn independently, as Bias floors assume.",
     ),
     settings: GenerateConfig,
     weights: WeightsOptions,
@@ -246,15 +256,15 @@ def generate(
     wanted = [*(prompts or []), *lines_in(prompts_file)]
     mix: Any = environments[0]
     try:
-        if environments not in (["uniform"], ["iid"]):
+        if environments not in (["uniform"], ["iid"], ["calibrated"]):
             shares = {of.rpartition("=")[0]: list(map(float, of.rpartition("=")[2].split(","))) for of in environments}
             if len(shares) < len(environments) or ("" in shares and len(shares) > 1):
                 raise ValueError("a factor twice, or without its name")
             mix = shares.get("", shares)
     except ValueError as error:
         raise ConfigError(
-            "Expected environments 'uniform', 'iid', one proportion per group such as 0.7,0.3, or each of several "
-            f"factors once, such as 'factor 1=0.7,0.3', got {', '.join(map(repr, environments))}."
+            "Expected environments 'uniform', 'calibrated', 'iid', one proportion per group such as 0.7,0.3, or each "
+            f"of several factors once, such as 'factor 1=0.7,0.3', got {', '.join(map(repr, environments))}."
         ) from error
     say_loading("the model", quiet=quiet)
     from ..guidance.backends import load_guidance

@@ -60,6 +60,7 @@ class Guidance(ModelMixin, ConfigMixin):
         weight_signature: A few of that denoiser's weights, to tell it from others.
         base_model: Hub id of the pipeline, or the last name of its folder, for people.
         loras: Name and fingerprint of each LoRA that was fused into it.
+        mixes: By guidance scale and prompt, the mix of each factor's groups that `calibrate` found.
         record: Further statements of the model card; see `card.training_record`.
     """
 
@@ -221,6 +222,18 @@ class Guidance(ModelMixin, ConfigMixin):
     def factor_names(self) -> tuple[str, ...]:
         """The name of each hidden factor, such as "factor 1"."""
         return tuple(self.config["factor_names"]) or tuple(f"factor {m}" for m in range(1, len(self.num_groups) + 1))
+
+    def calibrated(self, prompt: str, guidance_scale: float) -> list[list[float]]:
+        """The mix of each factor's groups that `calibrate` found for a prompt; `ConfigError` where it did not."""
+        known = self.config["mixes"] or {}
+        try:
+            return known[f"{guidance_scale:g}"][prompt]
+        except KeyError as error:
+            measured = "; ".join(f"{scale}: {', '.join(of)}" for scale, of in known.items()) or "none"
+            raise ConfigError(
+                f"Expected guidance calibrated for {prompt!r} at guidance scale {guidance_scale:g}, found {measured}. "
+                "Calibrate it for them (--calibrate), or draw with another mix."
+            ) from error
 
     @property
     def sees_environment(self) -> bool:

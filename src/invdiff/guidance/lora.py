@@ -52,7 +52,7 @@ class GuidanceLoRA(Guidance):
         rank: Rank of each adapter.
         layers: Shape of each layer that is adapted, by its dotted path; see `LowRank`.
         num_groups, factor_names, mode, null_adapter, denoiser_class, prediction_type, weight_signature, base_model,
-            loras, record: See `Guidance`.
+            loras, mixes, record: See `Guidance`.
     """
 
     backend: ClassVar[str] = "lora"
@@ -74,6 +74,7 @@ class GuidanceLoRA(Guidance):
         weight_signature: Sequence[float] = (),
         base_model: str = "",
         loras: Sequence[Sequence[str]] = (),
+        mixes: Mapping[str, Any] | None = None,
         record: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()

@@ -90,7 +90,7 @@ class GuidanceModule(Guidance):
         feature_path: Dotted path of that block in the denoiser.
         width: Channels at the full latent resolution; twice that at half of it.
         num_groups, factor_names, mode, null_adapter, denoiser_class, prediction_type, weight_signature, base_model,
-            loras, record: See `Guidance`.
+            loras, mixes, record: See `Guidance`.
     """
 
     backend: ClassVar[str] = "module"
@@ -116,6 +116,7 @@ class GuidanceModule(Guidance):
         weight_signature: Sequence[float] = (),
         base_model: str = "",
         loras: Sequence[Sequence[str]] = (),
+        mixes: Mapping[str, Any] | None = None,
         record: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()

@@ -48,6 +48,7 @@ class AuditAnnotator(Measurable):
         try:
             document, self._judges = read_json(folder / "audit.json"), read_arrays(folder / JUDGES)
             settings, classes = document["settings"], {}
+            self.prompts = [each["prompt"] for each in document["prompts"] if each["found"]]
             self._resolution, self._levels = settings["resolution"], settings["feature_log_snr"]
             self._places = {f["name"]: m for m, f in enumerate(document["factors"]) if f"map.{m}" in self._judges}
             for name, m in self._places.items():
