@@ -1,5 +1,9 @@
 """An attribute named by clicks: which images are asked about, what is kept, and what is inferred of it."""
 
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -16,7 +20,7 @@ with own_files():
     gr = pytest.importorskip("gradio", reason="needs the ui extra: pip install 'invdiff[ui]'")
     from invdiff.app.audit import AuditBook, AuditTab
     from invdiff.app.clicks import ClicksPanel
-    from invdiff.app.page import open_workspace
+    from invdiff.app.page import audit_for, open_workspace
     from invdiff.app.studio import Studio
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of gradio's own imports
@@ -97,3 +101,14 @@ def test_clicks_are_kept_and_spread_to_an_audit_that_the_page_goes_on_with(tiny_
     given = labels_asked(run / "labels-place.csv", data.names)
     assert found.settings["asked"]["labels"]["place"]["images"]["land"] == given["place"].count("land")
     assert list(page.books) == list(open_workspace([run], model="x").audits) == ["run", "run, audit-place"]
+
+
+def test_a_report_shows_the_audit_that_its_module_was_trained_with(run):
+    parts = open_workspace([run], model="x").runs["run"]
+    books = {"run": AuditBook(parts)}
+    asked = SimpleNamespace(biased=True, asked="“place” was learned; from 20")
+    books["made"] = SimpleNamespace(parts=parts, folder=run / "audit-place", audit=asked)
+    assert audit_for(replace(parts, module=None), books) == run / "audit-place"
+    for record, folder in (({}, "audit"), ({"asked": "“place” was learned; from 10"}, "audit-place")):
+        (run / "module" / "config.json").write_text(json.dumps({"record": record}))
+        assert audit_for(parts, books) == run / folder

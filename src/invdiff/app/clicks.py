@@ -140,8 +140,8 @@ class ClicksPanel:
             if not self._tab.books[made].audit.biased:
                 yield self._ten(ask, "These labels split no prompt yet: see below why. Here are the next.")
                 return
-            words = "The tab above shows the audit with these labels, reports written on this page use it, and "
-            words += f"`invdiff train MODEL DATA {ask.folder}` balances its groups."
+            words = "The tab above shows the audit with these labels. To balance its groups: invdiff train MODEL DATA "
+            words += f"{ask.folder}; reports of that module, and of none, show this audit."
             yield self._ten(ask, words) | self._tab.turn_to(made)
         except InvDiffError as error:
             yield {self._status: refusal(error)}

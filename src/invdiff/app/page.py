@@ -21,7 +21,7 @@ from ..data.captioned import CaptionedImages
 from ..errors import ConfigError, InvDiffError
 from ..evaluation.annotators.load import LABELS, load_annotator
 from ..evaluation.results import Results
-from ..files import atomic_folder, check_writable, default_cache_dir, fingerprint
+from ..files import atomic_folder, check_writable, default_cache_dir, fingerprint, read_json
 from ..guidance.attach import check_fit
 from ..guidance.backends import load_guidance
 from ..models.families import family_of
@@ -206,7 +206,7 @@ def _build_generate(workspace: Workspace, studio: Studio, books: Mapping[str, Au
 
 
 def _build_compare(runs: Mapping[str, Parts], books: Mapping[str, AuditBook]) -> None:
-    """Build tab Compare: one table of the figures of all runs, and their reports, with the latest audit of each."""
+    """Build tab Compare: one table of the figures of all runs, and their reports."""
     gr.HTML(compare(runs), elem_id="compare")
     write = gr.Button("Write the report", size="sm", elem_id="compare-report")
     status = gr.HTML(elem_id="compare-status")
@@ -214,8 +214,7 @@ def _build_compare(runs: Mapping[str, Parts], books: Mapping[str, AuditBook]) ->
 
     def write_reports() -> list[Any]:
         try:
-            latest = {book.parts.run: book.folder for book in books.values() if book.audit.biased}
-            given = [replace(parts, audit=latest.get(parts.run, parts.audit)) for parts in runs.values()]
+            given = [replace(parts, audit=audit_for(parts, books)) for parts in runs.values()]
             paths = [write_report(Path(str(parts.results)).parent, parts) for parts in given]
         except InvDiffError as error:
             return [refusal(error), gr.skip()]
@@ -224,6 +223,16 @@ def _build_compare(runs: Mapping[str, Parts], books: Mapping[str, AuditBook]) ->
         return [notice(words), gr.update(value=served, visible=True)]
 
     write.click(write_reports, None, [status, reports], **QUIET)
+
+
+def audit_for(parts: Parts, books: Mapping[str, AuditBook]) -> Path | None:
+    """The audit that a run's report shows: the latest, of those that its module may have been trained with."""
+    record = (read_json(parts.module / "config.json").get("record") or {}) if parts.module else None
+    own = [book for book in books.values() if book.parts.run == parts.run and book.audit.biased]
+    for book in reversed(own):
+        if record is None or record.get("asked", "").partition(";")[0] == book.audit.asked.partition(";")[0]:
+            return book.folder
+    return parts.audit
 
 
 def compare(runs: Mapping[str, Parts]) -> str:
