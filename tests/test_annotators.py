@@ -111,12 +111,6 @@ def test_unreadable_images_are_left_out_up_to_the_share_allowed():
         ConvAnnotator.fit(data, **LEAST)
 
 
-def test_pixels_are_the_centre_square():
-    image = Image.new("RGB", (30, 10), "black")
-    image.paste("white", (10, 0, 20, 10))
-    assert torch.equal(to_pixels(image, 8), torch.full((3, 8, 8), 255, dtype=torch.uint8))
-
-
 @pytest.mark.parametrize(
     ("attributes", "asked", "message"),
     [
@@ -352,14 +346,6 @@ def test_labels_become_probabilities_of_one_and_images_without_have_no_class_at_
     for confidence in (0.0, 1.0):
         smiles = given("smiles").annotate(ROWS).labels("smiles", confidence)
         assert smiles == ["True", "False", *[CANNOT_TELL] * 3]
-
-
-@pytest.mark.parametrize("spellings", [[0, 1], [0.0, 1.0], ["0", "1"], ["0.0", "1.0"], ["0.", " 1 "], [-0.0, 1]])
-def test_numbers_are_classes_of_one_spelling(spellings):
-    rows = [{"label": value} for value in (*spellings, 0, "1", float("nan"), "nan", None, "")]
-    seen = given("label", rows=rows).annotate(rows)
-    assert seen.attributes == {"label": ("0", "1")}
-    assert seen.labels("label") == ["0", "1", "0", "1", *[CANNOT_TELL] * 4]
 
 
 def test_truth_values_are_classes_of_one_spelling_and_other_text_stays_as_it_is():

@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
-from subsets import random_subset, with_severity
+from subsets import with_severity
 
 from invdiff.data.captioned import CaptionedImages
-from invdiff.errors import DataError
 
 
 def labelled(table):
@@ -17,17 +16,6 @@ def labelled(table):
 def shares(data, caption):
     mine = [place for text, place in zip(data.captions, data.attributes["place"], strict=True) if text == caption]
     return {name: mine.count(name) for name in sorted(set(mine))}
-
-
-def test_a_smaller_subset_is_part_of_a_larger_one_in_the_same_order():
-    data = labelled({"a": {"land": 50}})
-    small, large = random_subset(data, 10, seed=3), random_subset(data, 30, seed=3)
-    assert set(small.names) < set(large.names)
-    assert [data.names.index(name) for name in large.names] == sorted(data.names.index(name) for name in large.names)
-    assert random_subset(data, 10, seed=4).names != small.names
-    for number in (0, 51):
-        with pytest.raises(DataError, match=f"1 to the 50 there are, got {number}"):
-            random_subset(data, number)
 
 
 @pytest.mark.parametrize(("severity", "land", "water"), [(0.9, 90, 10), (0.5, 40, 40), (1.0, 90, 0), (0.75, 90, 30)])
