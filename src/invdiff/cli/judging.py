@@ -235,7 +235,7 @@ def annotator_train(
     trained = ConvAnnotator.fit(images, attribute or None, **sizes, seed=seed, progress=not quiet)
     trained.save_pretrained(output)
     assert trained.held_out is not None  # `fit` measures
-    print_annotator(trained.held_out.summary(), before=trained.config["holdout_calibration_error"])
+    print_annotator(trained.held_out.summary())
     words = ("evaluate", output.parent / "images", "--annotator", output)
     finish(f"The annotator is in {output}.", *words, "--attribute", next(iter(trained.attributes)))
 

@@ -141,21 +141,17 @@ def print_results(results: Results) -> None:
         Console().print(Text(f"Note: {note}."), soft_wrap=True)
 
 
-def print_annotator(summary: Mapping[str, Mapping[str, Any]], *, before: Mapping[str, Any] | None = None) -> None:
-    """Print how well held-out images were annotated, from `HeldOut.summary()`.
-
-    `before` has each attribute's calibration error without its temperature, under "uncalibrated".
-    """
+def print_annotator(summary: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print how well held-out images were annotated, from `HeldOut.summary()`."""
     rows = []
     for attribute, figures in summary.items():
-        was = f" (was {before[attribute]['uncalibrated']:.3f})" if before is not None else ""
         cells = {
             "attribute": attribute,
             "classes": ", ".join(figures["classes"]),
             "images": f"{figures['images']}",
             "all": f"{figures['accuracy']:.1%}",
             "worst combination": _or_dash(figures["worst_combination"], ".1%"),
-            "calibration error": f"{figures['calibration_error']:.3f}{was}",
+            "calibration error": f"{figures['calibration_error']:.3f}",
         }
         rows.append(cells)
     caption = "calibration error: mean distance of stated confidence to accuracy (ECE, 15 bins)"

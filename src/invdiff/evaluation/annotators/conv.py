@@ -51,7 +51,6 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         attributes: Mapping[str, Sequence[str]],
         resolution: int = 64,
         temperatures: Mapping[str, float] | None = None,
-        holdout_calibration_error: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         classes = class_names(attributes)
         super().__init__()
@@ -112,16 +111,10 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
             fitted = fitted[:0]
         else:
             temperatures = {name: fit_temperature(values[fitted], truth[fitted]) for name, values, truth in named}
+        self.register_to_config(temperatures=temperatures)
         judged = np.setdiff1d(np.arange(len(targets)), fitted)
-        errors: dict[str, dict[str, float]] = {name: {} for name in self.attributes}
-        for kind, chosen in (("uncalibrated", None), ("calibrated", temperatures)):
-            self.register_to_config(temperatures=chosen)
-            probabilities = {name: self._calibrated(name, values[judged]).numpy() for name, values, _ in named}
-            truths = {name: truth[judged] for name, _, truth in named}
-            self.held_out = HeldOut(self.attributes, probabilities, truth=truths)
-            for name, figures in self.held_out.summary().items():
-                errors[name][kind] = figures["calibration_error"]
-        self.register_to_config(holdout_calibration_error=errors)
+        probabilities = {name: self._calibrated(name, values[judged]).numpy() for name, values, _ in named}
+        self.held_out = HeldOut(self.attributes, probabilities, truth={n: truth[judged] for n, _, truth in named})
 
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Write weights, config and what was measured on held-out images into a folder."""
