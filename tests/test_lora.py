@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from conftest import CAPTIONS, make_guidance_lora, make_guidance_module, make_tiny_pipeline
+from invdiff.cli import app
 from invdiff.errors import ConfigError, ModelError
 from invdiff.guidance.attach import attach
+from invdiff.models.load import denoiser_of
+from tiny import make_tiny
 
 
 def denoise(pipe, embeds=None):
@@ -89,3 +95,69 @@ def test_guidance_of_another_backend_or_model_is_refused(tiny_pipe):
         denoise(tiny_pipe)
     with pytest.raises(ModelError, match="weights: expected those it was trained beside"):
         attach(make_tiny_pipeline(seed=1), make_guidance_lora(tiny_pipe))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3"])
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # of diffusers' schedulers
+def test_an_exported_file_alone_draws_its_group(family, tmp_path):
+    """As `attach` does with every image in it; a UNet's file for ComfyUI too; fused weights leave nothing to run."""
+
+    def draw(pipe):
+        options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
+        return pipe(["a bird"] * 2, generator=torch.Generator().manual_seed(0), **options).images
+
+    pipe = make_tiny(family)
+    guidance = make_guidance_lora(pipe)
+    files = [path for path in guidance.export(tmp_path) if "group-1" in path.name]
+    assert len(files) == (1 if family == "sd3" else 2)
+    with attach(pipe, guidance, environments=[1, 1]):
+        expected = draw(pipe)
+    assert not torch.allclose(draw(pipe), expected, atol=1e-2)
+    for file in files:
+        alone = make_tiny(family)
+        alone.load_lora_weights(file)
+        assert torch.allclose(draw(alone), expected, atol=1e-4)
+        alone.fuse_lora()
+        alone.unload_lora_weights()
+        assert not [layer for layer in denoiser_of(alone).modules() if hasattr(layer, "base_layer")]
+        assert torch.allclose(draw(alone), expected, atol=1e-4)
+
+
+def test_exported_files_are_named_by_people_s_names_and_follow_both_formats(tiny_pipe, tmp_path):
+    """A down projection keeps a convolution's kernel, an up projection is 1x1, alpha is the rank."""
+    guidance = make_guidance_lora(tiny_pipe, num_groups=(2, 2))
+    names = [["land/../", ""], ["Wasser: tief", "wasser? tief"]]
+    guidance.register_to_config(factor_names=["place", "depth"], record={"group_names": names})
+    stems = ["0-place-land", "1-place-group-1", "2-depth-Wasser-tief", "3-depth-wasser-tief"]
+    files = guidance.export(tmp_path)
+    assert [path.name for path in files[::2]] == [f"{stem}.safetensors" for stem in stems]
+    assert [path.name for path in files[1::2]] == [f"{stem}-kohya.safetensors" for stem in stems]
+    with safe_open(files[4], "pt") as file:
+        about = {"factor": "depth", "group": "Wasser: tief", "null_adapter": "on"}
+        assert about.items() <= file.metadata().items()
+    first, second = map(load_file, files[4:6])
+    for path, (inputs, outputs, *conv) in guidance.config["layers"].items():
+        name, kernel, point = f"lora_unet_{path.replace('.', '_')}", conv[:1] * 2, [1, 1] if conv else []
+        assert first[f"unet.{path}.lora_A.weight"].shape == (2, inputs, *kernel)
+        assert second.pop(f"{name}.lora_down.weight").shape == (2, inputs, *kernel)
+        assert second.pop(f"{name}.lora_up.weight").shape == (outputs, 2, *point)
+        assert second.pop(f"{name}.alpha") == 2
+    assert second == {}
+
+
+def test_what_no_lora_file_can_hold_is_not_exported(tiny_pipe, tmp_path):
+    make_guidance_module(tiny_pipe).save_pretrained(tmp_path / "module")
+    shown = CliRunner().invoke(app, ["export", str(tmp_path / "module"), "--output", str(tmp_path / "lora")])
+    assert shown.exit_code == 1
+    assert "backend 'lora' to export, got 'module', which no LoRA file can hold" in shown.output
+    with pytest.raises(ModelError, match="diffusers loads LoRAs into, got PixArtTransformer2DModel"):
+        make_guidance_lora(make_tiny("pixart")).export(tmp_path)
+
+
+def test_the_command_writes_files_and_says_how_to_load_one(tiny_pipe, tmp_path):
+    make_guidance_lora(tiny_pipe, mode="invariant", null_adapter="off").save_pretrained(tmp_path / "guidance")
+    shown = CliRunner().invoke(app, ["export", str(tmp_path / "guidance"), "--output", str(tmp_path / "lora")])
+    assert "a LoRA acts on the null row too" in shown.stderr
+    file = tmp_path / "lora" / "invariant.safetensors"
+    assert shown.stdout.split("\n")[-2].endswith(f"pipe.load_lora_weights({str(file)!r}).")
+    tiny_pipe.load_lora_weights(file)

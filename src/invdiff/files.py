@@ -189,13 +189,15 @@ def check_same_settings(folder: Path, found: dict[str, Any], settings: dict[str,
         )
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors, atomically, with a digest that `read_tensors` checks."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, atomically, with a digest that `read_tensors` checks, and further metadata."""
     from safetensors.torch import save_file  # imports torch, which reports do without
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, metadata={_DIGEST: arrays_digest(contiguous)})
+        save_file(contiguous, temporary, metadata={**(metadata or {}), _DIGEST: arrays_digest(contiguous)})
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:

@@ -289,6 +289,20 @@ def generate(
     finish(result, *words, hint=" (the same images without the module)")
 
 
+@command(app, "invdiff export out/module --output out/lora", panel=WAY)
+def export(
+    *,
+    guidance: str = typer.Argument(metavar="GUIDANCE", help="What `invdiff train --backend lora` wrote, or a hub id."),
+    output: Output,
+) -> None:
+    """Write a LoRA of each group, which diffusers, ComfyUI and WebUI load without this package."""
+    one_process("export")
+    from ..guidance.backends import load_guidance
+
+    files = load_guidance(guidance).export(output)
+    finish(f"{len(files)} files are in {output}. To load one: pipe.load_lora_weights({str(files[0])!r}).")
+
+
 @command(app, "invdiff birds --output out/birds --severity 0.95", panel=PREPARE)
 def birds(
     *,

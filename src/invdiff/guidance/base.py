@@ -110,6 +110,13 @@ class Guidance(ModelMixin, ConfigMixin):
         """What is added to the prediction of the call that ends, (rows, channels, height, width)."""
         return None
 
+    def export(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write files that load without this package; `ModelError` unless what was learnt are weights of the model."""
+        raise ModelError(
+            f"Expected guidance of backend 'lora' to export, got {self.backend!r}, which no LoRA file can hold: it is "
+            "no change of the model's weights. Use `attach`, or train with --backend lora."
+        )
+
     @classmethod
     def for_pipeline(
         cls,

@@ -6,17 +6,24 @@ A and one B here, and each row of a batch uses the ranks of its own groups: B (m
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from torch import nn
 
 from ..errors import ConfigError, ModelError
+from ..files import write_tensors
 from ..models.families import Condition, DenoiserCall, Family
 from ..models.frozen import FrozenDenoiser, Hook
+from ..progress import note
 from .base import Guidance, Rows
 
 
@@ -186,3 +193,52 @@ class GuidanceLoRA(Guidance):
             return torch.ones(len(environments), rank)
         chosen = [F.one_hot(environments[:, m].cpu(), size) for m, size in enumerate(sizes)]
         return torch.cat(chosen, dim=1).float().repeat_interleave(rank, dim=1)
+
+    def export(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write the adapter of each factor and group as a LoRA that `pipe.load_lora_weights` takes; return the files.
+
+        Of a UNet a second file each, `-kohya`, has the names of keys that ComfyUI and WebUI read. A LoRA acts on all
+        rows, so `null_adapter` is lost; those of several factors add. One adapter, `invariant`, is for all groups.
+
+        Raises:
+            ModelError: diffusers loads no LoRA into this kind of denoiser.
+            DataError: The folder cannot be written.
+        """
+        kind, rank = self.config["denoiser_class"], self.config["rank"]
+        if not hasattr(getattr(diffusers, kind, None), "load_lora_adapter"):
+            raise ModelError(f"Expected a denoiser that diffusers loads LoRAs into, got {kind}. Use `attach` instead.")
+        if self.config["null_adapter"] == "off":
+            note("a LoRA acts on the null row too, where this guidance is off: images differ from those of `attach`")
+        part = "unet" if kind.startswith("UNet") else "transformer"
+        files = []
+        for number, (stem, about) in enumerate(self._exports().items()):
+            ranks, weights = slice(number * rank, (number + 1) * rank), {}
+            for path in self.config["layers"]:
+                adapter: Any = self.adapters[path.replace(".", "/")]
+                up = adapter.up[:, ranks]
+                weights[f"{part}.{path}.lora_A.weight"] = adapter.down[ranks]
+                weights[f"{part}.{path}.lora_B.weight"] = up[..., None, None] if adapter.down.ndim == 4 else up
+            files.append(Path(folder) / f"{stem}.safetensors")
+            write_tensors(files[-1], weights, metadata=about)
+            if part == "unet":
+                files.append(Path(folder) / f"{stem}-kohya.safetensors")
+                write_tensors(files[-1], convert_state_dict_to_kohya(weights), metadata=about)
+        return files
+
+    def _exports(self) -> dict[str, dict[str, str]]:
+        """The name of each adapter's file and its metadata, in the order of ranks."""
+        about = {"base_model": self.config["base_model"], "null_adapter": self.config["null_adapter"]}
+        if not self.sees_environment:
+            return {"invariant": about}
+        names = (self.config["record"] or {}).get("group_names")
+        found = [
+            about | {"factor": factor, "group": (names and names[m][group]) or f"group {group}"}
+            for m, factor in enumerate(self.factor_names)
+            for group in range(self.num_groups[m])
+        ]
+        # Short, and safe for any file system.
+        safe = [[re.sub(r"[^\w.]+", "-", each[of]).strip("-.")[:24] for of in ("factor", "group")] for each in found]
+        stems = list(map("-".join, safe))
+        if len({stem.casefold() for stem in stems}) < len(stems):
+            stems = [f"{number}-{stem}" for number, stem in enumerate(stems)]
+        return dict(zip(stems, found, strict=True))
