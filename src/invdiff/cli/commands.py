@@ -313,7 +313,6 @@ def birds(
         "two-prompts", "Land and water birds, or land birds captioned as birds."
     ),
     resolution: int = option(64, "Pixels a side.", min=16),
-    image_format: Literal["png", "jpg"] = option("png", "Format of the files.", "--format"),
     seed: int = option(0, "Another seed, another set.", min=0),
     quiet: Quiet = False,
 ) -> None:
@@ -322,7 +321,7 @@ def birds(
     from ..data.birds import BirdsWorld
 
     drawn = BirdsWorld(num_images, severity=severity, seed=seed, resolution=resolution, world=world)
-    drawn.write(output, progress=not quiet, format=image_format)
+    drawn.write(output, progress=not quiet)
     result = f"{num_images} captioned images are in {output}."
     finish(result, "finetune", output, "--output", output.parent / "model")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ def write_imagefolder(
     total: int,
     record: str,
     label: str,
-    format: str = "png",
     progress: bool = False,
 ) -> Path:
     """Write `images/00000.png` and so on, then `metadata.csv` of file_name, text and `columns`; return the folder.
@@ -56,15 +54,15 @@ def write_imagefolder(
     writer.writeheader()
     with progress_bar(label, total, enabled=progress) as bar:
         for index, (metadata, make) in enumerate(rows):
-            name = image_file_name(index, format)
+            name = image_file_name(index)
             writer.writerow({"file_name": name, **metadata})
             if not (folder / name).exists():
-                save_image(folder / name, partial(make().save, quality=95))
+                save_image(folder / name, make().save)
             bar.advance()
     write_text(folder / "metadata.csv", table.getvalue())
     return folder
 
 
-def image_file_name(index: int, format: str = "png") -> str:
+def image_file_name(index: int) -> str:
     """The path of an image in an imagefolder written here."""
-    return f"images/{index:05d}.{format}"
+    return f"images/{index:05d}.png"

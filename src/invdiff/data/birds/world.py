@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 WORLDS = ("two-prompts", "one-prompt")
 ATTRIBUTES = ("subject", "background", "colour", "side", "light")
 NATURAL_BACKGROUND = dict(zip(SUBJECTS, BACKGROUNDS, strict=True))
-IMAGE_FORMATS = ("png", "jpg")
 
 ONE_PROMPT = "a photo of a bird"
 CANONICAL_TEMPLATE = "a photo of a {}"
@@ -101,28 +100,23 @@ class BirdsWorld:
             _cell=self._png,
         )
 
-    def write(self, folder: str | Path, *, progress: bool = False, format: str = "png") -> Path:
+    def write(self, folder: str | Path, *, progress: bool = False) -> Path:
         """Write an imagefolder, `images/00000.png` and so on, then `metadata.csv`, and return it.
 
         A killed run is taken up where it stopped: images that exist are kept, and `metadata.csv` comes last.
-        `format` is "png", or "jpg" for smaller files.
 
         Raises:
-            ConfigError: The format is unknown.
             DataError: The folder holds something else than the same set, or cannot be written.
         """
-        if format not in IMAGE_FORMATS:
-            raise ConfigError(f"Expected a format of {IMAGE_FORMATS}, got {format!r}.")
         rows = (self._row(index) for index in range(len(self)))
         return write_imagefolder(
             folder,
             ((metadata, partial(render, scene, resolution=self.resolution)) for metadata, scene in rows),
             ATTRIBUTES,
-            {**vars(self), "format": format},
+            {**vars(self), "format": "png"},
             total=len(self),
             record=".birds.json",
             label="drawing birds",
-            format=format,
             progress=progress,
         )
 
