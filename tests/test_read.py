@@ -16,7 +16,6 @@ from PIL import Image
 from conftest import made_up_measures
 from invdiff.auditing.edits import Edits, apply
 from invdiff.auditing.result import Audit
-from invdiff.errors import DataError
 from invdiff.evaluation.fairness.intervals import share_interval
 from invdiff.evaluation.results import Results
 from invdiff.report.figures import percent
@@ -141,23 +140,6 @@ def test_audited_images_outside_the_data_are_not_shown(finished: Path, tmp_path:
     for text in (page.words, twin):
         assert "1 of 36 images is not shown here: its file lies outside the data's folder" in text
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.md"]
-
-
-def test_the_audit_s_own_picture_is_whole_and_no_link_to_another_file(tmp_path: Path) -> None:
-    make_audit(tmp_path / "audit")
-    picture = tmp_path / "audit" / "groups.png"
-    Image.effect_noise((64, 64), 9).save(picture)
-    report(tmp_path / "own", audit=tmp_path / "audit")
-    whole = picture.read_bytes()
-    assert (tmp_path / "own" / "report-groups.png").read_bytes() == whole
-    picture.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"Could not read the image .*groups\.png"):
-        report(tmp_path / "cut", audit=tmp_path / "audit")
-    picture.rename(tmp_path / "private")
-    picture.symlink_to(tmp_path / "private")
-    _, twin = report(tmp_path / "link", audit=tmp_path / "audit")
-    assert "report-groups.png" not in twin
-    assert not (tmp_path / "link" / "report-groups.png").exists()
 
 
 # Paths.

@@ -28,7 +28,6 @@ from .read import MOST_PROMPTS, Parts, Run, Split, read_run
 if TYPE_CHECKING:
     from ..data.captioned import CaptionedImages
 
-OVERVIEW = "groups.png"
 MOST_REASONS = 12
 FULL, MARGIN, GAP = 1472, 64, 8
 SCORES, GUTTER = 480, 72
@@ -39,7 +38,7 @@ FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
 
 def save_audit_picture(audit_folder: str | Path, data: CaptionedImages) -> Path:
     """Draw an audit into its own folder as `groups.png`, and return its path; images are found by name."""
-    path = Path(audit_folder) / OVERVIEW
+    path = Path(audit_folder) / "groups.png"
     save_groups(path, read_run(Parts(audit=path.parent, data=data)))
     return path
 

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..data.images import read_image
 from ..evaluation.images import Folders
-from ..files import is_inside, save_image, write_text
+from ..files import write_text
 from ..text import escape, one_line
 from .audit_view import found, withheld
 from .compare import Comparison, compare, label, over_guidance, over_module
 from .figures import at_scale, bias, percent, quoted, sentences, share_in_words
-from .grids import OVERVIEW, save_before_after, save_charts, save_groups
+from .grids import save_before_after, save_charts, save_groups
 from .plots import DARK, INK, PAPER, RULE, SOFT
 from .read import Parts, Run, read_run
 from .reproduce import reproduce
@@ -97,7 +96,7 @@ def write_report(output_dir: str | Path, parts: Parts, *, title: str = TITLE) ->
         "run": run,
         "chosen": chosen,
     }
-    pictures = _save_pictures(output_dir, run, chosen, parts.audit)
+    pictures = _save_pictures(output_dir, run, chosen)
     filters: dict[str, Callable[[Any], Any]] = {
         "cell": lambda text: _escaped(text, MOST_CHARACTERS),
         "code": _code,
@@ -148,7 +147,7 @@ def _code(text: str) -> Markup:
     return Markup(f"{fence}bash\n{one_line(text)}\n{fence}")  # noqa: S704
 
 
-def _save_pictures(folder: Path, run: Run, chosen: Comparison | None, audit: Path | None) -> dict[str, Any]:
+def _save_pictures(folder: Path, run: Run, chosen: Comparison | None) -> dict[str, Any]:
     """Write the pictures that the parts suffice for and return their part of `PICTURES`; remove earlier ones."""
     paths = {name: folder / file_name for name, (file_name, _) in PICTURES.items()}
     written = set()
@@ -160,16 +159,9 @@ def _save_pictures(folder: Path, run: Run, chosen: Comparison | None, audit: Pat
     if chosen and chosen.pairs:
         save_before_after(paths["before_after"], chosen)
         written.add("before_after")
-    if run.audit and audit and not withheld(run):
-        own = audit / OVERVIEW
+    if run.audit and run.data is not None and not withheld(run):
+        save_groups(paths["groups"], run)
         written.add("groups")
-        if run.data is not None:
-            save_groups(paths["groups"], run)
-        elif own.is_file() and is_inside(own, audit) and not run.audit.edits.changed:  # edits would be newer than it
-            read_image(own)  # what is damaged is an error, no part of a report
-            save_image(paths["groups"], lambda path: path.write_bytes(own.read_bytes()))
-        else:
-            written.remove("groups")
     for name in PICTURES.keys() - written:
         paths[name].unlink(missing_ok=True)
     return {name: picture for name, picture in PICTURES.items() if name in written}
