@@ -40,6 +40,7 @@ from invdiff import (
     EvaluateConfig,
     FinetuneConfig,
     GenerateConfig,
+    TrainConfig,
     audit,
     evaluate,
     finetune,
@@ -77,6 +78,8 @@ COLUMNS = (
 )
 COLUMNS += ("calibration error", f"right above {SURE}", "forwards", "seconds")
 FINETUNE = FinetuneConfig(steps=1000, batch_size=64, learning_rate=2e-4)
+LORA = TrainConfig(backend="lora", steps=400, batch_size=32, penalty=0.0)
+"""Guidance for photographs."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,8 @@ class Cell:
     """Images of each caption that the model draws: they are audited instead of the world, if any."""
     judge: Callable[[Path], ConvAnnotator] | None = None
     """Names the hidden attributes of the model's own images."""
-    trained: bool = False
-    """Whether a module is trained on what was found, and Bias measured before and after."""
+    trained: TrainConfig | None = None
+    """How guidance is trained on what was found, if at all; then Bias is measured before and after."""
 
     @property
     def world_name(self) -> str:
@@ -166,9 +169,9 @@ def own(source: Path, base: Path, work: Path) -> Iterator[Cell]:
         return ConvAnnotator.fit(labelled, ["place", "subject"])
 
     birds = BirdsWorld(200, seed=0).write  # for its captions
-    yield Cell("drawn-birds", birds, BIRDS_MODEL, ("background",), own=500, judge=bundled, trained=True)
+    yield Cell("drawn-birds", birds, BIRDS_MODEL, ("background",), own=500, judge=bundled, trained=TrainConfig())
     photos = partial(worlds.waterbirds, source, severity=0.95, seed=0)
-    yield Cell("waterbirds", photos, base, ("place",), tuned=True, own=1000, judge=of_held_out)
+    yield Cell("waterbirds", photos, base, ("place",), tuned=True, own=1000, judge=of_held_out, trained=LORA)
 
 
 def words(source: Path, base: Path, work: Path) -> Iterator[Cell]:
@@ -279,7 +282,7 @@ def labelled_by(judge: ConvAnnotator, images: CaptionedImages, cell: Cell) -> Ca
 
 def bias_of(pipe: Any, found: Audit, judge: ConvAnnotator, cell: Cell, work: Path) -> dict[str, Any]:
     """Bias with and without a module trained on an audit, at guidance scales 1 and 3, 96 images of each prompt."""
-    module = train(pipe, None, found, work / "module", cache_dir=work)
+    module = train(pipe, None, found, work / "module", config=cell.trained, cache_dir=work)
     folders: dict[str, list[Path]] = {"base": [], "guided": []}
     for scale in (1.0, 3.0):
         config = GenerateConfig(images_per_prompt=96, guidance_scale=scale)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import worlds
-from audits import FINETUNE
+from audits import FINETUNE, LORA
 from kept import RESULTS, keep
 
 from invdiff import EvaluateConfig, GenerateConfig, TrainConfig, audit, evaluate, finetune, generate, train
@@ -34,7 +34,6 @@ PROMPTS = [f"a photo of a {subject}" for subject in SUBJECTS]
 SCALES = (1.0, 3.0, 7.5)
 IMAGES = 256
 """Of each prompt and guidance scale."""
-LORA = TrainConfig(backend="lora", steps=400, batch_size=32, penalty=0.0)
 
 
 @dataclass(frozen=True)
