@@ -84,7 +84,7 @@ def made_up(*prompts):
 def make_record(pipe, *prompts, **changes):
     losses = [[[1.0 + index, 2.0 + index] for index in range(len(prompts))]]
     log = [{"step": step, "group_losses": losses} for step in (10, 600)]
-    settings = {"audits": (made_up(*prompts),) * 2, "base_model": "org/name", "num_images": 1234, "rounds": 1}
+    settings = {"audit": made_up(*prompts), "base_model": "org/name", "num_images": 1234, "rounds": 1}
     return training_record(pipe, **(settings | {"config": TrainConfig(), "log": log} | changes))
 
 
@@ -122,7 +122,7 @@ def test_the_card_says_what_people_changed(pipe):
     prompts = [make_prompt("a bird", num_images=2), make_prompt("a fish", num_images=2)]
     plain = built_audit(np.eye(2)[[0, 1, 0, 1]], [0, 0, 1, 1], prompts, scores=[0, 1, 0, 1])
     edited = apply(plain, Edits(names=(("on land", ""),), left_out=(0,), cuts={(0, 1): (0.5,)}))
-    record = make_record(pipe, *prompts, audits=(edited, edited))
+    record = make_record(pipe, *prompts, audit=edited)
     text = html.unescape(card_of(json.loads(json.dumps(record))))
     assert "Names of groups were given by people who looked at the images: group 0 is “on land”." in text
     assert "images left out: 1, prompts whose cuts between groups were moved by hand: 1." in text
@@ -184,14 +184,13 @@ def test_of_many_prompts_and_long_texts_the_first_are_stated(pipe):
     assert "not mean that nothing is there, under: a drawing (60 images)." in card
 
 
-def test_losses_follow_a_prompt_through_the_rounds(pipe):
-    first = made_up(make_prompt("a"), make_prompt("b"))
-    last = made_up(make_prompt("b"), make_prompt("a", found=False))
-    log = [{"step": 10, "group_losses": [[[1, 2], [3, 4]]]}, {"step": 20, "group_losses": [[[5, 6], [math.nan, 8]]]}]
-    record = make_record(pipe, audits=(first, last), log=log, rounds=2)
+def test_losses_are_those_of_the_last_round(pipe):
+    groups = {"group_losses": [[[1, 2], [3, 4]]]}, {"group_losses": [[[5, 6], [math.nan, 8]]]}
+    log = [{"round": 0, "step": 10, **groups[1]}, *({"round": 1, "step": 10 * n, **of} for n, of in enumerate(groups))]
+    record = make_record(pipe, make_prompt("a"), make_prompt("b"), log=log, rounds=2)
     json.dumps(record, allow_nan=False)
-    assert {p["prompt"]: p["losses"] for p in record["splits"]} == {"a": [[1, 2], None], "b": [[3, 4], [5, 6]]}
-    assert tables(card_of(record))[2][1][3:] == ["1.000", "not known"]
+    assert {p["prompt"]: p["losses"] for p in record["splits"]} == {"a": [[1, 2], [5, 6]], "b": [[3, 4], [None, 8]]}
+    assert tables(card_of(record))[2][3][3:] == ["3.000", "not known"]
 
 
 @pytest.mark.parametrize(

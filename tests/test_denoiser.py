@@ -67,19 +67,21 @@ def test_the_last_two_blocks_are_read_over_the_image_and_change_nothing_else(fam
         assert block.shape[2] == block.shape[3] > 1
 
 
-def test_a_guided_denoiser_predicts_what_the_attached_pipeline_predicts(tiny_pipe):
+def test_a_guided_denoiser_predicts_the_mean_over_groups_of_what_the_attached_pipeline_predicts(tiny_pipe):
     module = make_guidance_module(tiny_pipe)
     with FrozenDenoiser(tiny_pipe) as frozen:
-        guided = GuidedDenoiser(frozen, module)(*inputs())[0]
-    with attach(tiny_pipe, module):
-        attached = unet_output(tiny_pipe)
-    assert torch.allclose(guided, attached, atol=1e-6)
+        guided = GuidedDenoiser(frozen, module, {})(*inputs())[0]
+    attached = []
+    for group in (0, 1):
+        with attach(tiny_pipe, module, environments=[group]):
+            attached.append(unet_output(tiny_pipe))
+    assert torch.allclose(guided, (attached[0] + attached[1]) / 2, atol=1e-6)
 
 
 def test_fingerprints_name_weights_and_modules(tiny_pipe):
     with FrozenDenoiser(tiny_pipe) as frozen:
-        one = GuidedDenoiser(frozen, make_guidance_module(tiny_pipe))
-        other = GuidedDenoiser(frozen, make_guidance_module(tiny_pipe, mode="invariant"))
+        one = GuidedDenoiser(frozen, make_guidance_module(tiny_pipe), {})
+        other = GuidedDenoiser(frozen, make_guidance_module(tiny_pipe, mode="invariant"), {})
         assert len({frozen.fingerprint, one.fingerprint, other.fingerprint}) == 3
         assert frozen.fingerprint == denoiser_fingerprint(make_tiny_pipeline())
     with torch.no_grad():

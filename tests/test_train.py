@@ -17,7 +17,7 @@ from invdiff.errors import AuditError, ConfigError
 from invdiff.guidance.backends import load_guidance
 from invdiff.models.frozen import denoiser_fingerprint
 from invdiff.training import train as train_module
-from invdiff.training.train import DIAGNOSTIC_BATCHES, carry_over, train
+from invdiff.training.train import DIAGNOSTIC_BATCHES, train, with_new_factors
 from runs import built_audit
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -128,7 +128,8 @@ def test_other_settings_give_other_weights(tiny_pipe, data, found, whole, tmp_pa
 def test_a_killed_run_goes_on_to_the_same_result(
     tiny_pipe, data, found, whole, tmp_path, monkeypatch, kill, name, call, changes, left
 ):
-    monkeypatch.setattr(train_module, "infer_groups", Mock(return_value=found))
+    another = make_audit(data.names, [0, 1] * 6, data.caption_ids)
+    monkeypatch.setattr(train_module, "infer_groups", Mock(return_value=another))
     if changes:
         run(tiny_pipe, data, found, whole := tmp_path / "whole", **changes)
     kill(train_module, name, call, run, tiny_pipe, data, found, tmp_path / "cut", **changes)
@@ -202,31 +203,26 @@ def test_rounds_stop_when_nothing_is_left(tiny_pipe, data, found, whole, tmp_pat
     assert (tmp_path / "three" / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("prompt_ids", "before", "now", "found", "expected"),
-    [
-        ([0, 0, 0, 0], [0, 0, 1, 1], [1, 1, 0, 1], (True, True), [0, 0, 1, 0]),  # environments keep their meaning
-        ([0, 0, 1, 1], [0, 1, 0, 1], [0, 1, 0, 0], (False, True), [0, 1, 0, 0]),  # a balanced prompt its groups
-    ],
-)
-def test_the_next_round_takes_over_what_still_holds(prompt_ids, before, now, found, expected):
-    second = np.full((4, 3), 1 / 3, np.float32)
-    before = make_audit("abcd", before, prompt_ids)
-    further = {"group_weights": (*before.group_weights, second), "factors": before.factors * 2}
-    before = replace(before, **further, scores=np.zeros((2, 4), np.float32))
-    merged = carry_over(before, make_audit("abcd", now, prompt_ids, found=found))
-    assert merged.num_groups == (2, 3)
-    assert np.array_equal(merged.group_weights[0], hard(expected))
-    assert np.array_equal(merged.group_weights[1], second)
-
-
-def test_images_left_out_and_names_last_through_the_rounds():
-    before = apply(make_audit("abcd", [0, 0, 1, 1], [0, 0, 1, 1]), Edits().without_images([1, 2]))
+def test_a_round_adds_the_factors_that_are_new_and_leaves_the_others():
+    prompts, one, other = [0] * 4 + [1] * 4, [0, 0, 1, 1] * 2, [0, 1, 0, 1] * 2
+    before = apply(make_audit("abcdefgh", one, prompts), Edits().without_images([1]))
     before = replace(before, edits=replace(before.edits, names=(("land", "water"),)))
-    merged = carry_over(before, make_audit("abcd", [1, 1, 0, 0], [0, 0, 1, 1], found=(True, False)))
-    assert merged.kept.tolist() == [True, False, False, True]
-    assert np.array_equal(merged.group_weights[0][[0, 3]], hard([0, 1]))
-    assert merged.group_names == (("land", "water"),)
+    assert with_new_factors(before, make_audit("abcdefgh", [1 - group for group in one], prompts)) is before
+    added = with_new_factors(before, make_audit("abcdefgh", other, prompts, found=(False, True)))
+    assert [factor.name for factor in added.factors] == ["factor 1", "factor 2"]
+    assert np.array_equal(added.group_weights[0], before.group_weights[0])
+    assert np.array_equal(added.group_weights[1][4:], hard(other[4:]))
+    assert added.kept.tolist() == [True, False] + [True] * 6
+    assert added.group_names[0] == ("land", "water")
+
+
+def test_a_second_round_trains_anew_on_all_factors(tiny_pipe, data, found, tmp_path, monkeypatch):
+    other = make_audit(data.names, [0, 1] * 6, data.caption_ids)
+    monkeypatch.setattr(train_module, "infer_groups", Mock(return_value=other))
+    module = run(tiny_pipe, data, found, tmp_path / "m", rounds=2)
+    assert module.num_groups == (2, 2)
+    assert module.factor_names == ("factor 1", "factor 2")
+    assert torch.tensor(log(tmp_path / "m")[-1]["group_losses"]).shape == (2, 2, 2)
 
 
 def test_an_image_left_out_is_never_read(tiny_pipe, data, found, tmp_path, monkeypatch):

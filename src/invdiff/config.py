@@ -118,7 +118,8 @@ class TrainConfig(Config):
     caption_dropout: Annotated[Decay, RARE] = 0.1
     """Share of captions replaced by the null caption, so that guidance works under classifier-free guidance."""
     rounds: Count = 1
-    """Rounds of the max-min game. After each but the last, groups are inferred again with the guided model."""
+    """Rounds of the max-min game. After each but the last the guided model is audited; factors that are new are added,
+    and guidance is trained anew on all."""
     width: Size = 0
     """`module`: channels of the gradient estimator, a multiple of 8; 0 fits it to the denoiser."""
     rank: Count = 8

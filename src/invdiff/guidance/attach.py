@@ -6,7 +6,7 @@ import copy
 import inspect
 import warnings
 import weakref
-from itertools import accumulate, chain
+from itertools import accumulate, chain, product
 from typing import Any
 
 import numpy as np
@@ -201,13 +201,8 @@ class Attachment:
         """The rows that run without guidance, (rows,) of bool; None where all run with it."""
         if self.guidance.config["null_adapter"] == "on" or not condition:
             return None
-        rows = len(next(iter(condition.values())))
-        null = torch.zeros(rows, dtype=torch.bool)
-        for name in ("prompt_embeds", "class_labels"):
-            if name in condition and name in self._null and condition[name].shape[1:] == self._null[name].shape[1:]:
-                expected = self._null[name].to(condition[name])
-                same = torch.isclose(condition[name], expected, rtol=0.02, atol=1e-3)
-                null = same.reshape(rows, -1).all(dim=1).cpu()
+        null = rows_alike(condition, self._null)
+        rows = len(null)
         if not null.any() and rows % 2 == 0 and getattr(self._pipe(), "do_classifier_free_guidance", False):
             null[: rows // 2] = True  # of a negative prompt
         return null
@@ -231,6 +226,16 @@ class Attachment:
         else:  # the same images, in more or fewer rows where classifier-free guidance was switched on the way
             self.environments = self.environments.repeat(-(-rows // len(self.environments)), 1)[:rows]
         return self.environments
+
+
+def rows_alike(condition: Condition, one: Condition) -> torch.Tensor:
+    """The rows of a condition that are those of `one`, of a single row, up to 16 bits: (rows,) of bool, on the CPU."""
+    alike = torch.zeros(len(next(iter(condition.values()))), dtype=torch.bool)
+    for name in ("prompt_embeds", "class_labels"):
+        if name in condition and name in one and condition[name].shape[1:] == one[name].shape[1:]:
+            same = torch.isclose(condition[name], one[name].to(condition[name]), rtol=0.02, atol=1e-3)
+            alike = same.reshape(len(alike), -1).all(dim=1).cpu()
+    return alike
 
 
 def _hardly_moved(before: torch.Tensor, after: torch.Tensor) -> bool:
@@ -307,12 +312,15 @@ class _CallWatch(Hook):
 
 
 class GuidedDenoiser:
-    """f~, environments drawn by each row's noise: the denoiser that later rounds of the game audit."""
+    """f~ averaged over all groups, as often as each other: the denoiser that later rounds of the game audit."""
 
-    def __init__(self, frozen: FrozenDenoiser, module: Guidance) -> None:
+    def __init__(self, frozen: FrozenDenoiser, module: Guidance, null: Condition) -> None:
+        """`null` is the condition of the null caption, one row."""
         self.schedule, self.device = frozen.schedule, frozen.device
+        self._null = null if module.config["null_adapter"] == "off" else {}
         self._frozen, self._module = frozen, module.to(frozen.device)
-        self._mix = EnvironmentMix("iid", module.num_groups)
+        groups = [range(size) for size in module.num_groups] if module.sees_environment else [range(1)]
+        self._combinations = [torch.tensor([of]) for of in product(*groups)]
         weights = (value.cpu().contiguous().numpy().tobytes() for value in module.state_dict().values())
         self.fingerprint = fingerprint(frozen.fingerprint, *weights)
 
@@ -321,5 +329,16 @@ class GuidedDenoiser:
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Guided prediction (B, C, H, W) and middle features (B, D, H', W')."""
-        rows = Rows(self._mix.rows(noisy_latents))
-        return self._module.guided(self._frozen, noisy_latents, timesteps, condition, rows)
+        unguided = rows_alike(condition, self._null) if condition else None
+        found = [
+            self._module.guided(
+                self._frozen,
+                noisy_latents,
+                timesteps,
+                condition,
+                Rows(of.repeat(len(noisy_latents), 1), null=unguided),
+            )
+            for of in self._combinations
+        ]
+        model_pred, features = (torch.stack(values).mean(dim=0) for values in zip(*found, strict=True))
+        return model_pred, features

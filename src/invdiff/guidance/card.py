@@ -39,7 +39,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 def training_record(
     pipe: Any,
-    audits: tuple[Audit, Audit],
+    audit: Audit,
     *,
     base_model: str,
     num_images: int,
@@ -47,29 +47,22 @@ def training_record(
     rounds: int,
     log: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The statements of a card about a training run, in JSON types; `audits` are those of its first and last round."""
-    first, ends = audits[0], (log[0], log[-1])
-    losses = [
-        {
-            (place, audit.prompts[split.prompt].prompt): row["group_losses"][place][split.prompt]
-            for place, factor in enumerate(audit.factors)
-            for split in factor.splits
-        }
-        for audit, row in zip(audits, ends, strict=True)
-    ]
+    """The statements of a card about a training run, in JSON types; the losses are those of its last round."""
+    last = [row for row in log if row.get("round") == log[-1].get("round")]
+    ends = last[0], last[-1]
 
     def named(index: int) -> dict[str, Any]:
-        prompt = first.prompts[index]
+        prompt = audit.prompts[index]
         return {"prompt": prompt.prompt[:300], "num_captions": len(prompt.captions), "num_images": prompt.num_images}
 
-    sizes = [prompt.num_images for prompt in first.prompts]
-    unfound = [index for index, prompt in enumerate(first.prompts) if not prompt.found]
+    sizes = [prompt.num_images for prompt in audit.prompts]
+    unfound = [index for index, prompt in enumerate(audit.prompts) if not prompt.found]
     unfound.sort(key=lambda index: -sizes[index])
     splits = [
         named(split.prompt)
-        | {"factor": factor.name, "losses": [of.get((place, first.prompts[split.prompt].prompt)) for of in losses]}
+        | {"factor": factor.name, "losses": [row["group_losses"][place][split.prompt] for row in ends]}
         | {name: getattr(split, name) for name in ("evidence", "shares", "separation", "agreement")}
-        for place, factor in enumerate(first.factors)
+        for place, factor in enumerate(audit.factors)
         for split in factor.splits
     ]
     record = {
@@ -78,17 +71,17 @@ def training_record(
             "loras": [name for name, _ in loras_of(pipe)],
             "pipeline": type(pipe).__name__,
             "family": family_of(pipe).title,
-            "denoiser_fingerprint": first.settings.get("denoiser_fingerprint"),
+            "denoiser_fingerprint": audit.settings.get("denoiser_fingerprint"),
         },
-        "data": {"fingerprint": first.settings.get("data_fingerprint"), "num_images": num_images},
-        "own_images": "own_images_of" in first.settings,
-        "solver": first.settings.get("solver"),
-        "group_names": first.group_names,
-        "changed_by_people": {"left_out": int((~first.kept).sum()), "cuts_moved": len(first.edits.cuts)},
+        "data": {"fingerprint": audit.settings.get("data_fingerprint"), "num_images": num_images},
+        "own_images": "own_images_of" in audit.settings,
+        "solver": audit.settings.get("solver"),
+        "group_names": audit.group_names,
+        "changed_by_people": {"left_out": int((~audit.kept).sum()), "cuts_moved": len(audit.edits.cuts)},
         "num_prompts": len(sizes),
         "num_found": len(sizes) - len(unfound),
-        "caveats": first.caveats,
-        **({"asked": first.asked} if first.asked else {}),
+        "caveats": audit.caveats,
+        **({"asked": audit.asked} if audit.asked else {}),
         "splits": splits[:MOST_PROMPTS],
         "unfound": list(map(named, unfound[:MOST_NOT_FOUND])),
         "losses_at": [row["step"] for row in ends],

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score
 
 from ..auditing.edits import Edits
 from ..auditing.result import Audit
@@ -35,6 +35,8 @@ from .checkpoint import TrainingRun
 from .objective import MovingGroupLosses, step_loss, typical_losses
 
 LOG_EVERY = 10
+SAME = 0.5
+"""Agreement above which the groups of two factors count as one attribute."""
 DIAGNOSTIC_BATCHES = 8
 """Batches at the end of a round on which excess losses are measured."""
 
@@ -102,34 +104,35 @@ def train(
             shutil.rmtree(work, ignore_errors=True)
         return load_guidance(output_dir)
 
-    seed = derived_seed("module", config.seed)
     backend, names = BACKENDS[config.backend], ("mode", "null_adapter", *BACKENDS[config.backend].options)
-    options = {name: getattr(config, name) for name in names}
-    module = backend.for_pipeline(pipe, num_groups=audit.num_groups, seed=seed, **options)
-    module.register_to_config(factor_names=[factor.name for factor in audit.factors])
+    options = {name: getattr(config, name) for name in names} | {"seed": derived_seed("module", config.seed)}
+    module = backend.for_pipeline(pipe, num_groups=audit.num_groups, **options)
     if audit.caveats:
         note(audit.caveats)
     log: list[dict[str, Any]] = []
     last = audit
     with FrozenDenoiser(pipe, distilled_guidance=config.distilled_guidance) as frozen:
-        module.to(frozen.device)
         for number in range(config.rounds):
             if number > 0:
                 # The max phase again, against the guided model: what does it still treat unequally?
-                again, options = next_audit_config(audit), {"cache_dir": cache_dir, "progress": progress}
+                again = next_audit_config(audit)
                 with FrozenDenoiser(pipe) as plain:
-                    guided = GuidedDenoiser(plain, module)
-                    found = infer_groups(pipe, data, config=again, denoiser=guided, **options)
-                if not found.biased:
+                    guided = GuidedDenoiser(plain, module, data.condition(torch.tensor([data.null_id])))
+                    found = infer_groups(
+                        pipe, data, config=again, denoiser=guided, cache_dir=cache_dir, progress=progress
+                    )
+                known, last = last, with_new_factors(last, found)
+                if last is known:
                     break
-                last = carry_over(last, found)
+                module = backend.for_pipeline(pipe, num_groups=last.num_groups, **options)
+            module.to(frozen.device)
             log += run_round(module, frozen, data, last, config, number, work, settings, progress=progress)
     if is_main():
         rounds, base_model = log[-1]["round"] + 1, module.config["base_model"]
         record = training_record(
-            pipe, (audit, last), base_model=base_model, num_images=len(data), config=config, rounds=rounds, log=log
+            pipe, last, base_model=base_model, num_images=len(data), config=config, rounds=rounds, log=log
         )
-        module.register_to_config(record=record)
+        module.register_to_config(record=record, factor_names=[factor.name for factor in last.factors])
         module.save_pretrained(output_dir)
         write_text(output_dir / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
         figures = {"parameters": module.num_parameters(), "rounds": rounds}
@@ -201,18 +204,31 @@ def next_audit_config(audit: Audit) -> AuditConfig:
     return AuditConfig.from_dict(settings | blank | {"num_groups": audit.num_groups[0]})
 
 
-def carry_over(before: Audit, found: Audit) -> Audit:
-    """The groups of the next round: W as found now, and as it was where nothing more was found.
+def with_new_factors(before: Audit, found: Audit) -> Audit:
+    """`before` and those factors of another audit of the same images that are none of its own; itself without any.
 
-    Columns of the new W are in the order of the old ones that they overlap most. Images that people left out stay so,
-    and groups keep their names; cuts that people moved hold for the first round only. The first factor only: it alone
-    has splits, those found now.
+    A factor is known where its groups agree with those of one before under any prompt (adjusted Rand index).
     """
-    old, new = before.group_weights[0], found.group_weights[0]
-    hidden = np.isin(found.prompt_ids, [split.prompt for split in found.factors[0].splits])
-    order = linear_sum_assignment(old[hidden].T @ new[hidden], maximize=True)[1]
-    merged = np.where(hidden[:, None], new[:, order], old) * before.kept[:, None]
-    weights, edits = (merged, *before.group_weights[1:]), Edits(names=before.edits.names)
-    splits = [found.factors[0].splits, *([] for _ in before.factors[1:])]
-    factors = [dataclasses.replace(one, splits=of) for one, of in zip(before.factors, splits, strict=True)]
-    return dataclasses.replace(found, group_weights=weights, factors=factors, settings=before.settings, edits=edits)
+    prompts, groups = before.prompt_ids, [weights.argmax(axis=1) for weights in before.group_weights]
+
+    def known(m: int) -> bool:
+        now = found.group_weights[m].argmax(axis=1)
+        of_prompts = [(prompts == split.prompt) & before.kept for split in found.factors[m].splits]
+        return any(adjusted_rand_score(old[rows], now[rows]) > SAME for old in groups for rows in of_prompts)
+
+    new = [m for m in range(len(found.factors)) if not known(m)]
+    if not new:
+        return before
+    count = len(before.factors)
+    weights = [found.group_weights[m] * before.kept[:, None] for m in new]
+    factors = [dataclasses.replace(found.factors[m], name=f"factor {count + n}") for n, m in enumerate(new, 1)]
+    split = {of.prompt for factor in factors for of in factor.splits}
+    return dataclasses.replace(
+        before,
+        group_weights=(*before.group_weights, *weights),
+        scores=np.concatenate([before.scores, found.scores[new]]),
+        factors=[*before.factors, *factors],
+        prompts=[dataclasses.replace(of, found=of.found or k in split) for k, of in enumerate(before.prompts)],
+        edits=Edits(names=before.edits.names),  # cuts that people moved are in W already
+        inferred=None,
+    )
