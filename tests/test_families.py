@@ -80,6 +80,10 @@ def run_audit(pipe, family, data, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_audits_trains_draws_and_is_read_back(family, backend, data, tmp_path):
     pipe = tiny(family)
+    if backend == "tokens" and family in ("dit", "ddpm"):
+        with pytest.raises(ModelError, match=r"reads prompt embeddings, to append tokens to, got .* reads none"):
+            BACKENDS[backend].for_pipeline(pipe)
+        return
     found = run_audit(pipe, family, data, tmp_path)
     assert len(found.prompts) == (1 if family == "ddpm" else len(set(found.prompt_ids.tolist())))
     config = TrainConfig(backend=backend, steps=30, batch_size=8, learning_rate=3e-3, mixed_precision="no")
@@ -90,7 +94,8 @@ def test_a_family_audits_trains_draws_and_is_read_back(family, backend, data, tm
         assert torch.equal(draw(pipe, family), before)
     module = train(pipe, of_family(data, family), found, tmp_path / "module", **options)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "module" / "log.jsonl").read_text().splitlines()]
-    assert losses[-1] < {"module": 0.8}.get(backend, 0.97) * losses[0]
+    if backend != "tokens":  # which cannot make a model of random weights draw anything
+        assert losses[-1] < {"module": 0.8, "lora": 0.97}[backend] * losses[0]
 
     loaded = load_guidance(tmp_path / "module")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), module.parameters(), strict=True))

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .guidance.attach import attach as attach
     from .guidance.lora import GuidanceLoRA as GuidanceLoRA
     from .guidance.module import GuidanceModule as GuidanceModule
+    from .guidance.tokens import GuidanceTokens as GuidanceTokens
     from .report.write import save_report as save_report
     from .sampling import generate as generate
     from .training.finetune import finetune as finetune
@@ -38,6 +39,7 @@ _HOME = {
     "Audit": "auditing.result",
     "GuidanceLoRA": "guidance.lora",
     "GuidanceModule": "guidance.module",
+    "GuidanceTokens": "guidance.tokens",
     "Results": "evaluation.results",
     "attach": "guidance.attach",
     "audit": "auditing.run",

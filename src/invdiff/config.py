@@ -98,9 +98,10 @@ class FinetuneConfig(Config):
 class TrainConfig(Config):
     """How guidance is trained beside the frozen model (the min phase of the game)."""
 
-    backend: Literal["module", "lora"] = "module"
-    """`module`: the paper's encoder and gradient estimator, which add to the prediction. `lora`: a low-rank adapter a
-    group in the model's own layers, stronger on photographs."""
+    backend: Literal["module", "tokens", "lora"] = "module"
+    """`module`: the paper's encoder and gradient estimator, which add to the prediction. `tokens`: vectors a group
+    behind the prompt embedding, a few thousand weights. `lora`: a low-rank adapter a group in the model's own layers,
+    stronger on photographs."""
     mode: Literal["balanced", "invariant"] = "balanced"
     """`balanced`: the module is given the group, which is drawn at random when sampling.
     `invariant`: the paper's; the module never sees the group."""
@@ -122,11 +123,13 @@ class TrainConfig(Config):
     and guidance is trained anew on all."""
     width: Size = 0
     """`module`: channels of the gradient estimator, a multiple of 8; 0 fits it to the denoiser."""
+    tokens: Count = 4
+    """`tokens`: vectors of each group."""
     rank: Count = 8
     """`lora`: rank of each group's adapter."""
     null_adapter: Literal["auto", "on", "off"] = "auto"
-    """Whether the null row of classifier-free guidance runs under the group's guidance; `auto` is `on` for `module`,
-    `off` for `lora`."""
+    """Whether the null row of classifier-free guidance runs under the group's guidance; `auto` is `off` for
+    `lora` and `on` for the others; `tokens` takes no `off`."""
     distilled_guidance: Annotated[NotNegative, RARE] = 3.5
     """The guidance input of a guidance-distilled model (Flux.1 dev) in training: what images will be drawn at. Others
     do not read it; the audit is at 1."""
@@ -149,7 +152,7 @@ class TrainConfig(Config):
     def check(self) -> None:
         """Check what ranges do not say."""
         self.require("width", self.width % 8 == 0, "0 or a multiple of 8")
-        for name, backend in (("width", "module"), ("rank", "lora")):
+        for name, backend in (("width", "module"), ("tokens", "tokens"), ("rank", "lora")):
             default = type(self).__dataclass_fields__[name].default
             unread = f"nothing with backend {self.backend!r}, which does not read it"
             self.require(name, backend == self.backend or getattr(self, name) == default, unread)

@@ -70,6 +70,7 @@ class Drawing:
         calibrated = isinstance(environments, str) and environments == "calibrated"
         if module is not None:
             check_fit(pipe, module)
+            module.check_scale(self.config.scale)
             self._mix = mix_for(module, "uniform" if calibrated else environments)
         elif not (isinstance(environments, str) and environments in WORDS):
             raise ConfigError(f"Expected a module beside environments, got {environments!r} and no module.")

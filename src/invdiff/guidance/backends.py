@@ -9,8 +9,9 @@ from ..models.loading import load_complete, loading
 from .base import Guidance
 from .lora import GuidanceLoRA
 from .module import GuidanceModule
+from .tokens import GuidanceTokens
 
-BACKENDS: dict[str, type[Guidance]] = {each.backend: each for each in (GuidanceModule, GuidanceLoRA)}
+BACKENDS: dict[str, type[Guidance]] = {each.backend: each for each in (GuidanceModule, GuidanceTokens, GuidanceLoRA)}
 
 
 def load_guidance(name_or_folder: str | Path) -> Any:

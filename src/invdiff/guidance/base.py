@@ -102,6 +102,9 @@ class Guidance(ModelMixin, ConfigMixin):
     def install(self, denoiser: nn.Module, family: Family) -> Callable[[], None]:
         """Put hooks on a denoiser; what is returned takes them off. One installation at a time."""
 
+    def check_scale(self, scale: float) -> None:
+        """Raise `ConfigError` where the strength of guidance, Delta, cannot be this."""
+
     def before(self, arguments: dict[str, Any], rows: Rows | None) -> dict[str, Any]:
         """Changes to the arguments of a call of the denoiser that begins, guided by `rows` if at all."""
         return {}
@@ -140,7 +143,7 @@ class Guidance(ModelMixin, ConfigMixin):
 
         Raises:
             ModelError: The denoiser is of a family that is not supported.
-            ConfigError: `num_groups`, `mode` or an option is out of range.
+            ConfigError: `num_groups`, `mode` or an option is out of range, or not for this backend.
         """
         groups = (num_groups,) if isinstance(num_groups, int) else tuple(num_groups)
         for fits, expected, found in (

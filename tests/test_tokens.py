@@ -1,0 +1,94 @@
+"""Tokens are appended as in training where any are learned, each row its own groups', and never in part."""
+
+import pytest
+import torch
+
+from invdiff.config import GenerateConfig
+from invdiff.errors import ConfigError
+from invdiff.guidance.attach import attach
+from invdiff.guidance.base import Rows
+from invdiff.guidance.tokens import GuidanceTokens
+from invdiff.models.families import family_of
+from invdiff.models.frozen import FrozenDenoiser
+from invdiff.models.load import denoiser_of
+from invdiff.sampling import generate
+from tiny import CAPTIONS, make_tiny
+
+
+def make_guidance_tokens(pipe, **options):
+    """Tokens for `pipe` that look trained."""
+    guidance = GuidanceTokens.for_pipeline(pipe, **options)
+    numbers = torch.Generator().manual_seed(1)
+    for vectors in guidance.vectors:
+        vectors.data.copy_(0.1 * torch.randn(vectors.shape, generator=numbers))
+    return guidance
+
+
+def call(pipe):
+    """Two rows of latents, timesteps and condition."""
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return latents, torch.tensor([500, 500]), family_of(pipe).encode_captions(pipe, CAPTIONS)
+
+
+@torch.no_grad()
+def predicted(pipe):
+    return family_of(pipe).predict(denoiser_of(pipe), *call(pipe))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux", "pixart"])
+def test_sampling_appends_what_training_appends_and_tokens_learn_apart(family):
+    pipe = make_tiny(family)
+    guidance, plain = make_guidance_tokens(pipe), predicted(pipe)
+    with attach(pipe, guidance, environments=[0, 1]):
+        sampled = predicted(pipe)
+    with FrozenDenoiser(pipe) as frozen:
+        trained, _ = guidance.guided(frozen, *call(pipe), Rows(torch.tensor([[0], [1]])))
+    assert torch.allclose(trained, sampled, atol=1e-5)
+    assert not torch.allclose(sampled, plain, atol=1e-4)
+    trained.square().sum().backward()
+    first, *others = guidance.vectors[0].grad[0]
+    assert first.any()
+    assert not any(torch.allclose(first, other) for other in others)
+    assert torch.equal(predicted(pipe), plain)
+
+
+def test_the_tokens_of_each_rows_own_groups_follow_its_prompt_factor_by_factor(tiny_pipe):
+    guidance, prompts = make_guidance_tokens(tiny_pipe, num_groups=(2, 3), tokens=2), torch.randn(2, 5, 16)
+    guidance.install(tiny_pipe.unet, family_of(tiny_pipe))
+
+    def parts(*groups):
+        """Prompt, tokens of factor 1 and of factor 2; the second row is of groups 0 and 0."""
+        rows = Rows(torch.tensor([groups, [0, 0]]))
+        return guidance.before({"encoder_hidden_states": prompts}, rows)["encoder_hidden_states"].split([5, 2, 2], 1)
+
+    first, second, third = parts(0, 2), parts(1, 2), parts(1, 0)
+    assert torch.equal(first[0], prompts)
+    assert [torch.equal(*pair) for pair in zip(first, second, strict=True)] == [True, False, True]
+    assert [torch.equal(*pair) for pair in zip(second, third, strict=True)] == [True, True, False]
+    assert torch.equal(third[2][0], third[2][1])
+
+
+def test_nothing_learned_and_scale_0_append_nothing_and_other_scales_are_refused(tiny_pipe, tmp_path):
+    plain, guidance = predicted(tiny_pipe), make_guidance_tokens(tiny_pipe)
+    with attach(tiny_pipe, GuidanceTokens.for_pipeline(tiny_pipe)):
+        assert torch.equal(predicted(tiny_pipe), plain)
+    with attach(tiny_pipe, guidance, scale=0) as attachment:
+        assert torch.equal(predicted(tiny_pipe), plain)
+        attachment.scale = 1
+        assert not torch.equal(predicted(tiny_pipe), plain)
+        with pytest.raises(ConfigError, match=r"scale 0 or 1 with tokens, got 0\.5: a token is there or not"):
+            attachment.scale = 0.5
+    with pytest.raises(ConfigError, match="got 2"):
+        generate(
+            tiny_pipe, CAPTIONS, tmp_path / "out", module=guidance, config=GenerateConfig(scale=2), progress=False
+        )
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_tokens_cannot_do_is_refused(tiny_pipe):
+    for options, message in (
+        ({"null_adapter": "off"}, "Expected null_adapter 'on' or 'auto' with tokens"),
+        ({"tokens": 0}, "at least one token"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            GuidanceTokens.for_pipeline(tiny_pipe, **options)
