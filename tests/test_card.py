@@ -203,7 +203,7 @@ def test_the_example_is_python_that_fits(family, call):
         card = module.model_card("org/module")
         code = re.search("```python\n(.*?)```", card, flags=re.DOTALL)[1]
         ast.parse(code)
-        assert 'GuidanceModule.from_pretrained("org/module")' in code
+        assert 'load_guidance("org/module")' in code
         assert f"pipe({call}" in code
         mix_for(module, ast.literal_eval(re.search(r"environments=(.*?)\)`", card)[1]))
 
@@ -302,7 +302,7 @@ def test_our_card_is_what_is_pushed_where_the_hub_has_another(trained, module, t
     assert sorted(path.name for path in uploaded.iterdir()) == FILES
     card = (uploaded / "README.md").read_text(encoding="utf-8")
     assert card == module.model_card("org/birds-guidance")
-    assert 'GuidanceModule.from_pretrained("org/birds-guidance")' in card
+    assert 'load_guidance("org/birds-guidance")' in card
     assert (uploaded / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
 
 

@@ -58,7 +58,7 @@ def attach(
     Raises:
         ModelError: The module was trained for another model, one of another backend is attached, or the denoiser is
             compiled already.
-        ConfigError: `environments` do not fit the module's groups, or `scale` its backend.
+        ConfigError: `environments` do not fit the module's groups.
     """
     check_fit(pipe, module, strict=strict)
     return Attachment(pipe, module, scale, mix_for(module, environments, seed=seed))
@@ -139,11 +139,10 @@ class Attachment:
     """
 
     def __init__(self, pipe: Any, module: Guidance, scale: float, mix: EnvironmentMix) -> None:
-        self.mix, self.calls = mix, 0
+        self.scale, self.mix, self.calls = float(scale), mix, 0
         self.environments: torch.Tensor | None = None
         denoiser, family = denoiser_of(pipe), family_of(pipe)
         self.guidance = copy.deepcopy(module).eval().requires_grad_(False)
-        self.scale = scale
         # Of the newest images: the scheduler's timesteps, first and last timestep, first latents.
         self._timesteps: torch.Tensor | None = None
         self._start, self._last, self._first = np.inf, np.inf, torch.empty(0)
@@ -164,16 +163,6 @@ class Attachment:
         if not isinstance(vars(pipe).get(END_OF_CALL), _CallWatch):
             setattr(pipe, END_OF_CALL, _CallWatch(pipe))
         vars(pipe)[END_OF_CALL].calls[self] = 0
-
-    @property
-    def scale(self) -> float:
-        """Delta, the strength of guidance."""
-        return self._scale
-
-    @scale.setter
-    def scale(self, scale: float) -> None:
-        self.guidance.check_scale(scale)
-        self._scale = float(scale)
 
     def detach(self) -> None:
         """Restore the plain model. Calling it twice does no harm."""

@@ -136,8 +136,8 @@ def _render(config: Mapping[str, Any], record: Mapping[str, Any], num_parameters
     harmless = [p["prompt"] for p in found if re.fullmatch(r"[A-Za-z0-9 ,.'-]{1,80}", p["prompt"])]
     found = found[:MOST_FOUND]
     call = f'"{(harmless or ["a photo of ..."])[0]}", num_images_per_prompt=8'
-    if not config.get("prompt_dim"):
-        call = "class_labels=[0] * 8" if config.get("num_classes") else "batch_size=8"
+    others = {"DiTTransformer2DModel": "class_labels=[0] * 8", "UNet2DModel": "batch_size=8"}
+    call = others.get(str(config.get("denoiser_class")), call)
     shares = [(round(1 / number, 2), number - 1) for number in config["num_groups"]]
     mix = [[round(1 - share * others, 2), *[share] * others] for share, others in shares]
     group_names = record.get("group_names", ())

@@ -6,7 +6,8 @@ Like textual inversion (Gal et al., ICLR 2023, arXiv 2208.01618), but of groups,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from itertools import accumulate
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,10 @@ from torch import nn
 
 from ..errors import ConfigError, ModelError
 from ..models.families import Condition, Family, family_of
-from ..models.families.base import to
 from ..models.frozen import FrozenDenoiser, do_nothing
 from .base import Guidance, Rows
 
-SPEED = 10.0
+SPEED = 20.0
 """How much further a vector moves than what is learned, so that the learning rate of the other backends fits."""
 
 
@@ -41,6 +41,8 @@ class GuidanceTokens(Guidance):
     backend: ClassVar[str] = "tokens"
     options: ClassVar[tuple[str, ...]] = ("tokens",)
     auto_null: ClassVar[str] = "on"
+    hooked = ()
+    start: torch.Tensor
 
     @register_to_config
     def __init__(
@@ -68,10 +70,9 @@ class GuidanceTokens(Guidance):
                 "as many tokens, and not every model reads a mask. Take the lora backend to leave the null row alone."
             )
         sizes = num_groups if mode == "balanced" else (1,)
-        self.vectors = nn.ParameterList(torch.zeros(size, tokens, prompt_dim) for size in sizes)
+        self.vectors = nn.Parameter(torch.zeros(sum(sizes), tokens, prompt_dim))
         # Equal tokens would have equal gradients, and stay equal.
         self.register_buffer("start", torch.randn(len(sizes), tokens, prompt_dim))
-        self._append = False
 
     @classmethod
     def fitting(cls, family: Family, denoiser: Any, *, tokens: int = 4) -> dict[str, Any]:  # type: ignore[override]
@@ -97,11 +98,6 @@ class GuidanceTokens(Guidance):
         guidance.register_to_config(unit=sizes[sizes > 0].median().item())
         return guidance
 
-    @property
-    def hooked(self) -> Sequence[str]:
-        """No block."""
-        return ()
-
     def sizes(self, family: Family, denoiser: Any) -> dict[str, Any]:
         """The width of the prompt embeddings."""
         return {"prompt_dim": family.shape(denoiser).prompt_dim}
@@ -115,26 +111,25 @@ class GuidanceTokens(Guidance):
         rows: Rows,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The prediction and the middle features with the tokens appended, learned or not; see `Guidance`."""
-        embeds = self._appended(to(condition, frozen.device)["prompt_embeds"], rows)
-        condition = condition | {"prompt_embeds": embeds}
+        condition = condition | {"prompt_embeds": self._appended(condition["prompt_embeds"].to(frozen.device), rows)}
         if "prompt_attention_mask" in condition:
             condition["prompt_attention_mask"] = self._masked(condition["prompt_attention_mask"])
         return frozen.predict(noisy_latents, timesteps, condition)
 
     def install(self, denoiser: nn.Module, family: Family) -> Callable[[], None]:
-        """Append the tokens to the arguments of each call from now on, where any are learned; see `Guidance`."""
-        self._append = any(bool(vectors.any()) for vectors in self.vectors)
+        """No hook: `before` does all; see `Guidance`."""
         return do_nothing
 
     def before(self, arguments: dict[str, Any], rows: Rows | None) -> dict[str, Any]:
         """The prompt embeddings with the tokens behind them, and what is of their length."""
-        if rows is None or not self._append:
+        if rows is None or not self.vectors.any():
             return {}
+        self.check_scale(rows.scale)
         changed = {"encoder_hidden_states": self._appended(arguments["encoder_hidden_states"], rows)}
         if arguments.get("encoder_attention_mask") is not None:
             changed["encoder_attention_mask"] = self._masked(arguments["encoder_attention_mask"])
         if arguments.get("txt_ids") is not None:  # of Flux: text has no place
-            changed["txt_ids"] = F.pad(arguments["txt_ids"], (0, 0, 0, self._number))
+            changed["txt_ids"] = F.pad(arguments["txt_ids"], (0, 0, 0, self.start[..., 0].numel()))
         return changed
 
     def check_scale(self, scale: float) -> None:
@@ -145,21 +140,13 @@ class GuidanceTokens(Guidance):
                 "hardly less weight in attention. Take the lora or module backend for strengths between."
             )
 
-    @property
-    def _number(self) -> int:
-        return len(self.vectors) * int(self.config["tokens"])
-
     def _appended(self, embeds: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Prompt embeddings (rows, length, width) with the vectors of each row's groups behind them."""
-        groups = rows.environments.to(embeds.device)
-        groups = groups if self.sees_environment else torch.zeros_like(groups[:, :1])
-        start = cast(torch.Tensor, self.start)
-        added = [
-            self.config["unit"] * (start[m].to(embeds.device) + SPEED * vectors.to(embeds.device)[groups[:, m]])
-            for m, vectors in enumerate(self.vectors)
-        ]
-        return torch.cat([embeds, *(vectors.to(embeds.dtype) for vectors in added)], dim=1)
+        before = torch.tensor([0, *accumulate(self.num_groups)][:-1])  # groups of the factors before each
+        places = rows.environments.cpu() + before if self.sees_environment else torch.zeros(len(embeds), 1).long()
+        vectors = self.config["unit"] * (self.start + SPEED * self.vectors[places])  # (rows, factors, tokens, width)
+        return torch.cat([embeds, vectors.flatten(1, 2).to(embeds)], dim=1)
 
     def _masked(self, mask: torch.Tensor) -> torch.Tensor:
         """A mask (rows, length), or a bias of attention (rows, 1, length), that lets our tokens be read."""
-        return F.pad(mask, (0, self._number), value=1 if mask.ndim == 2 else 0)
+        return F.pad(mask, (0, self.start[..., 0].numel()), value=1 if mask.ndim == 2 else 0)
