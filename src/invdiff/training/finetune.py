@@ -85,19 +85,15 @@ def finetune(
             )
         # The weights, since another base may lie in the same place, and the same base in another.
         settings["base"] = fingerprint(model_fingerprint(pipe), denoiser_fingerprint(pipe))
-    fits, rate = not config.learning_rate, SCRATCH_RATE
-    if fits:
-        if base is not None and not config.fresh_denoiser:
-            rate = fitting_rate(pipe.unet.num_parameters())
-        config = dataclasses.replace(config, learning_rate=rate)
+    fitting = SCRATCH_RATE if base is None or config.fresh_denoiser else fitting_rate(pipe.unet.num_parameters())
+    config = dataclasses.replace(config, learning_rate=config.learning_rate or fitting)
     settings |= config.to_dict()
     if finished.is_file():
         check_same_settings(output_dir, read_json(finished)["settings"], settings)
         shutil.rmtree(work, ignore_errors=True)
         return load_pipeline(output_dir, device=pipe.device)
 
-    if fits:
-        note(f"The learning rate is {rate:.2g}, which fits; set learning_rate for another.")
+    note(f"The peak learning rate is {config.learning_rate:.2g}.")
     if architecture is not None:
         train_autoencoder(pipe.vae, data, architecture, config, work / "autoencoder", settings, progress=progress)
     elif config.fresh_denoiser:
