@@ -109,7 +109,7 @@ def test_training_writes_what_it_knows(trained):
     log = [json.loads(line)["group_losses"] for line in (trained / "log.jsonl").read_text().splitlines()]
     assert losses[0][3:] == ["Loss at step 10", "Loss at the end (step 12)"]
     assert losses[1][3:] == [f"{log[0][0][0][0]:.3f}", f"{log[-1][0][0][0]:.3f}"]
-    assert "lambda, the weight of the variance of group losses: 2.5; captions dropped: 0.1; seed: 3." in card
+    assert "of what captions contribute: 2.5; captions dropped: 0.1; seed: 3." in card
     assert "`exact` splits every prompt" in card
     assert "None: images of this module have not been measured" in card
     assert str(trained.parent) not in card

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import evaluate as evaluate
     from .evaluation.results import Results as Results
     from .guidance.attach import attach as attach
+    from .guidance.backends import load_guidance as load_guidance
     from .guidance.lora import GuidanceLoRA as GuidanceLoRA
     from .guidance.module import GuidanceModule as GuidanceModule
     from .guidance.tokens import GuidanceTokens as GuidanceTokens
@@ -47,6 +48,7 @@ _HOME = {
     "evaluate": "evaluation.evaluate",
     "finetune": "training.finetune",
     "generate": "sampling",
+    "load_guidance": "guidance.backends",
     "load_captioned_images": "data.captioned",
     "save_report": "report.write",
     "train": "training.train",
