@@ -73,19 +73,28 @@ def test_an_image_left_out_is_as_if_it_were_not_there():
     assert torch.equal(environments, expected_environments)
 
 
-def draw():
-    """A batch of 4,000 images whose latents are zeros; the null caption is the last of three."""
+def draw(preserve=0.0):
+    """A batch of 4,000 images, all zeros, of captions 0 and 1, each its own prompt, of which one is audited.
+
+    The null caption is 2, unrelated ones are 3 and 4. A frozen denoiser predicts noisy latents, caption and timestep.
+    """
+
+    def frozen(noisy_latents, timesteps, condition):
+        return noisy_latents + condition["prompt_embeds"][..., None] + timesteps[:, None, None, None], None
+
     data = SimpleNamespace(
         caption_ids=torch.arange(10) % 2,
         null_id=2,
         latents=torch.zeros(10, 1, 1, 1),
         condition=lambda captions: {"prompt_embeds": captions[:, None, None].double()},
+        unrelated={"prompt_embeds": torch.tensor([3.0, 4.0]).double()[:, None, None]},
     )
     noise_only = {name: lambda latents, noise, timesteps: noise for name in ("add_noise", "target")}
-    schedule = SimpleNamespace(num_train_timesteps=1000, **noise_only)
-    sampler = GroupBalancedSampler(one_prompt(10), [unknown(10)])
-    config = TrainConfig(batch_size=4000, caption_dropout=0.25)
-    return draw_batch(data, sampler, schedule, torch.Generator().manual_seed(0), config, torch.device("cpu"))
+    frozen.schedule, frozen.device = SimpleNamespace(num_train_timesteps=1000, **noise_only), torch.device("cpu")
+    weights = torch.where((data.caption_ids == 0)[:, None], torch.eye(2)[torch.arange(10) // 5], torch.tensor(0.5))
+    sampler = GroupBalancedSampler(data.caption_ids, [weights])
+    config = TrainConfig(batch_size=4000, caption_dropout=0.25, preserve=preserve)
+    return draw_batch(data, sampler, frozen, torch.Generator().manual_seed(0), config)
 
 
 def test_captions_are_dropped_and_high_noise_is_preferred_by_the_generator_alone():
@@ -97,6 +106,19 @@ def test_captions_are_dropped_and_high_noise_is_preferred_by_the_generator_alone
         assert (batch.timesteps < bound).float().mean().item() == pytest.approx(share, abs=0.03)
     assert torch.equal(batch.noisy_latents, other.noisy_latents)
     assert torch.equal(batch.environments, other.environments)
+
+
+def test_unrelated_captions_and_prompts_that_nobody_audited_are_held_to_the_frozen_prediction():
+    batch, without = draw(preserve=0.3), draw()
+    captions = batch.condition["prompt_embeds"][:, 0, 0]
+    assert (captions == 3).float().mean().item() == pytest.approx(0.15, abs=0.02)
+    assert (captions == 4).float().mean().item() == pytest.approx(0.15, abs=0.02)
+    assert torch.equal(captions[captions < 3], without.condition["prompt_embeds"][captions < 3, 0, 0])
+    assert torch.equal(batch.preserved, (captions > 2) | (batch.prompts == 1))
+    predicted = batch.noisy_latents[:, 0, 0, 0] + captions + batch.timesteps
+    expected = torch.where(batch.preserved, predicted, batch.noisy_latents[:, 0, 0, 0])  # else the noise
+    assert torch.allclose(batch.target[:, 0, 0, 0], expected)
+    assert not (batch.captioned & batch.preserved).any()
 
 
 def test_a_noise_level_that_rounds_up_to_the_end_is_a_timestep_all_the_same(monkeypatch):

@@ -49,7 +49,7 @@ def test_the_gradient_of_a_step_is_that_of_the_objective_at_the_means_before_it(
     captions[0] = data.null_id
     condition, null_condition = data.condition(captions), data.condition(null)
     captioned, rows = captions != data.null_id, Rows(environments)
-    conditions = condition, captioned, null_condition
+    conditions = condition, captioned, torch.zeros(8, dtype=torch.bool), null_condition
     batch = Batch(prompts, factors, environments, slice(0, 8), rows, *conditions, latents, timesteps, target)
     module, penalty = make_guidance_module(tiny_pipe, num_groups=[2] * num_factors), 2.5
     with torch.no_grad():

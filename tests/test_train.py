@@ -12,10 +12,11 @@ from invdiff.auditing.edits import Edits, apply
 from invdiff.auditing.result import Audit, PromptAudit
 from invdiff.config import AuditConfig, TrainConfig
 from invdiff.data.captioned import load_captioned_images
-from invdiff.data.encode import as_encoded
+from invdiff.data.encode import as_encoded, encode_captions
 from invdiff.errors import AuditError, ConfigError
 from invdiff.guidance.backends import load_guidance
-from invdiff.models.frozen import denoiser_fingerprint
+from invdiff.guidance.base import Rows
+from invdiff.models.frozen import FrozenDenoiser, denoiser_fingerprint
 from invdiff.training import train as train_module
 from invdiff.training.train import DIAGNOSTIC_BATCHES, train, with_new_factors
 from runs import built_audit
@@ -233,3 +234,17 @@ def test_an_image_left_out_is_never_read(tiny_pipe, data, found, tmp_path, monke
     less = apply(found, Edits().without_images([0, 11]))
     run(tiny_pipe, data, less, tmp_path / "m", rounds=2, steps=10, batch_size=16)
     assert set(torch.cat(asked).tolist()) == set(range(12)) - {0, 11}
+
+
+def test_preservation_keeps_unrelated_captions_as_the_frozen_model_draws_them(tiny_pipe, data, found, tmp_path):
+    numbers, moved = torch.Generator().manual_seed(0), []
+    latents, timesteps = torch.randn(16, 4, 8, 8, generator=numbers), torch.linspace(100, 950, 16).long()
+    condition = encode_captions(tiny_pipe, ["a photo of a spoon", "a photo of a hill"] * 8)
+    rows = Rows(torch.arange(16)[:, None] // 2 % 2)
+    for preserve in (0.0, 0.5):
+        changes = {"preserve": preserve, "steps": 40, "batch_size": 16, "learning_rate": 6e-3}
+        module = run(tiny_pipe, data, found, tmp_path / str(preserve), **changes)
+        with FrozenDenoiser(tiny_pipe) as frozen, torch.no_grad():
+            guided, _ = module.guided(frozen, latents, timesteps, condition, rows)
+            moved.append((guided - frozen(latents, timesteps, condition)[0]).square().mean().item())
+    assert moved[1] < 0.6 * moved[0]

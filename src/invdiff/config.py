@@ -118,6 +118,9 @@ class TrainConfig(Config):
     loss. The paper's is 1. Above 0 a step costs a second forward pass."""
     caption_dropout: Annotated[Decay, RARE] = 0.1
     """Share of captions replaced by the null caption, so that guidance works under classifier-free guidance."""
+    preserve: Annotated[Decay, RARE] = 0.1
+    """Share of images that are given a caption of everyday things, and no target but the frozen model's prediction, so
+    that guidance leaves captions alone that nobody audited."""
     rounds: Count = 1
     """Rounds of the max-min game. After each but the last the guided model is audited; factors that are new are added,
     and guidance is trained anew on all."""

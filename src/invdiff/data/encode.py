@@ -89,6 +89,8 @@ class EncodedImages:
     """Side of the squares that the images were cut to, in pixels."""
     unreadable: Mapping[str, str] = field(default_factory=dict)
     """Name to reason of the images that could not be read and were left out."""
+    unrelated: Condition = field(default_factory=dict)
+    """The condition of captions that have nothing to do with the images, on the CPU; empty where none is given."""
 
     def __len__(self) -> int:
         return len(self.names)

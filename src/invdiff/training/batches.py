@@ -14,7 +14,7 @@ from ..distributed import num_processes, state
 from ..guidance.base import Rows
 from ..models.families import Condition
 from ..models.families.base import to
-from ..models.schedule import NoiseSchedule
+from ..models.frozen import Denoiser
 from .purity import purified
 
 
@@ -38,6 +38,8 @@ class GroupBalancedSampler:
         self._cumulative = [[weights[rows].cumsum(dim=0).T.contiguous() for weights in drawn] for rows in self._rows]
         every = list(range(len(self.group_weights)))
         of_prompts = [[weights[rows] for weights in self.group_weights] for rows in self._rows]
+        self.audited = torch.tensor([any(bool((w != w[:1, :1]).any()) for w in of) for of in of_prompts])
+        """(prompts,) Whether any factor says something of a prompt's images."""
         self._splitting = [[m for m in every if (of[m] != of[m][:1]).any()] or every for of in of_prompts]
 
     def draw(self, size: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -74,7 +76,8 @@ class Batch:
     part: slice  # the rows that this process computes
     rows: Rows  # what guides them
     condition: Condition  # y, what the denoiser and Phi read, `part` rows, in 32 bits
-    captioned: torch.Tensor  # (batch,) whether the caption of each image of the whole batch is its own, on the CPU
+    captioned: torch.Tensor  # (batch,) whether the penalty reads each image of the whole batch, on the CPU
+    preserved: torch.Tensor  # (batch,) whether each image of the whole batch is held to the frozen model, on the CPU
     null_condition: Condition  # the null caption, `part` rows; empty where there is no penalty
     noisy_latents: torch.Tensor  # z_t, (part, channels, height, width)
     timesteps: torch.Tensor  # t, (part,)
@@ -84,18 +87,19 @@ class Batch:
 def draw_batch(
     data: EncodedImages,
     sampler: GroupBalancedSampler,
-    schedule: NoiseSchedule,
+    frozen: Denoiser,
     rng: torch.Generator,
     config: TrainConfig,
-    device: torch.device,
     *,
     guide_null: bool = True,
 ) -> Batch:
     """The images of one step with their groups, captions, noise and timesteps.
 
     Some captions are null, unless the null row is not guided (`guide_null`): then there is nothing to learn there.
+    Others are of `data.unrelated`; these, and those of prompts that no factor says anything of, are to stay as the
+    frozen model draws them, whatever the group: their target is its prediction of the same noisy latents.
     """
-    size = config.batch_size
+    size, schedule, device = config.batch_size, frozen.schedule, frozen.device
     rows, factors, environments = sampler.draw(size, rng)
     captions = data.caption_ids[rows].clone()
     dropped = (torch.rand(size, generator=rng) < config.caption_dropout) & guide_null
@@ -106,20 +110,33 @@ def draw_batch(
     # A square root may round up to 1, which is not a timestep.
     timesteps = (levels * schedule.num_train_timesteps).long().clamp(max=schedule.num_train_timesteps - 1)
 
+    unrelated = torch.randint(max(map(len, data.unrelated.values()), default=1), (size,), generator=rng)
+    replaced = (torch.rand(size, generator=rng) < config.preserve) & bool(data.unrelated)
+    preserved = replaced | ~sampler.audited[sampler.prompt_ids[rows]]
+
     nulls = torch.full_like(captions, data.null_id)
     share, rank = size // num_processes(), state().process_index
     part = slice(rank * share, (rank + 1) * share)
     latents, noise, timesteps = data.latents[rows[part]].to(device), noise[part].to(device), timesteps[part].to(device)
+    noisy_latents, target = schedule.add_noise(latents, noise, timesteps), schedule.target(latents, noise, timesteps)
+    own, others = data.condition(captions[part]), {name: of[unrelated[part]] for name, of in data.unrelated.items()}
+    for name, values in others.items():
+        own[name][replaced[part]] = values[replaced[part]]
+    condition, held = to(own, device, torch.float32), preserved[part].to(device)
+    if held.any():
+        some = {name: values[held] for name, values in condition.items()}
+        target = target.index_put((held,), frozen(noisy_latents[held], timesteps[held], some)[0].to(target))
     return Batch(
         prompts=sampler.prompt_ids[rows],
         factors=factors,
         environments=environments,
         part=part,
         rows=Rows(environments[part].to(device)),
-        condition=to(data.condition(captions[part]), device, torch.float32),
-        captioned=captions != data.null_id,
+        condition=condition,
+        captioned=(captions != data.null_id) & ~preserved,
+        preserved=preserved,
         null_condition=to(data.condition(nulls[part]), device, torch.float32) if config.penalty else {},
-        noisy_latents=schedule.add_noise(latents, noise, timesteps),
+        noisy_latents=noisy_latents,
         timesteps=timesteps,
-        target=schedule.target(latents, noise, timesteps),
+        target=target,
     )

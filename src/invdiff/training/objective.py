@@ -65,9 +65,11 @@ def step_loss(
             excess = losses.detach() - losses_under(batch.null_condition)
     # Those of all processes.
     found = accelerator.gather(torch.stack([losses.detach(), excess], dim=1)).cpu()
-    # grad J = mean_i w_e(i) grad l_i, each group drawn equally often; where the caption is null, R_i = 0.
+    # grad J = mean_i w_e(i) grad l_i, each group drawn equally often; where the caption is null, R_i = 0. What is held
+    # to the frozen model has weight 1, and counts in no L_e.
     weights = objective_weights(moving.means()[..., 1], penalty)[cells, groups].where(batch.captioned, 1.0)
-    moving.update(cells, groups, found)
+    counted = ~batch.preserved
+    moving.update(cells[counted], groups[counted], found[counted])
     return (weights[batch.part].to(losses.device) * losses).mean(), found[:, 0]
 
 

@@ -33,6 +33,7 @@ from ..seeds import derived_seed, generator
 from .batches import GroupBalancedSampler, draw_batch
 from .checkpoint import TrainingRun
 from .objective import MovingGroupLosses, step_loss, typical_losses
+from .preservation import unrelated_condition
 
 LOG_EVERY = 10
 SAME = 0.5
@@ -109,6 +110,8 @@ def train(
     module = backend.for_pipeline(pipe, num_groups=audit.num_groups, **options)
     if audit.caveats:
         note(audit.caveats)
+    if config.preserve:
+        data = dataclasses.replace(data, unrelated=unrelated_condition(pipe, data))
     log: list[dict[str, Any]] = []
     last = audit
     with FrozenDenoiser(pipe, distilled_guidance=config.distilled_guidance) as frozen:
@@ -171,7 +174,7 @@ def run_round(
         rng = generator("train", config.seed, number, step)
         # The penalty compares with the null caption under guidance, which is then trained too.
         guided = module.config["null_adapter"] == "on" or config.penalty > 0
-        batch = draw_batch(data, sampler, frozen.schedule, rng, config, device, guide_null=guided)
+        batch = draw_batch(data, sampler, frozen, rng, config, guide_null=guided)
         loss, losses = step_loss(run.parallel, batch, typical, moving, config.penalty, run.accelerator)
         if step + 1 == config.steps or (step + 1) % LOG_EVERY == 0:
             row = {"round": number, "step": step + 1, "loss": round(losses.mean().item(), 6)}
@@ -186,10 +189,11 @@ def run_round(
     module.eval()
     if data.conditions:
         # R_e of the guidance that is kept: what its captions contribute to each group.
-        compared, plain = dataclasses.replace(config, caption_dropout=0.0, penalty=1.0), MovingGroupLosses(shape, 1.0)
+        plain = MovingGroupLosses(shape, 1.0)
+        compared = dataclasses.replace(config, caption_dropout=0.0, preserve=0.0, penalty=1.0)
         for index in range(DIAGNOSTIC_BATCHES):
             rng = generator("excess losses", config.seed, number, index)
-            batch = draw_batch(data, sampler, frozen.schedule, rng, compared, device)
+            batch = draw_batch(data, sampler, frozen, rng, compared)
             with torch.no_grad():
                 step_loss(run.parallel, batch, typical, plain, 1.0, run.accelerator)
         run.log[-1]["excess_losses"] = by_group(plain.means()[..., 1])

@@ -1,0 +1,46 @@
+"""Captions that have nothing to do with the images: guidance learns to leave the model as it is under them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..assets import EVERYDAY_CAPTIONS
+from ..data.encode import EncodedImages, encode_captions
+from ..models.families import Condition
+from ..models.families.base import joined
+from ..progress import note
+
+AT_ONCE = 16
+"""Captions that are encoded together."""
+
+
+def unrelated_captions(captions: Sequence[str]) -> list[str]:
+    """The bundled captions of everyday things without the last word of any of `captions`, mostly what it is of."""
+
+    def words(caption: str) -> list[str]:
+        return re.findall(r"\w+", caption.casefold())
+
+    subjects = {word for caption in captions for word in words(caption)[-1:]}
+    return [each for each in EVERYDAY_CAPTIONS.read_text("utf-8").splitlines() if not subjects & {*words(each)}]
+
+
+def unrelated_condition(pipe: Any, data: EncodedImages) -> Condition:
+    """The condition of each of `unrelated_captions`, or of the classes that no image has; on the CPU.
+
+    Empty for an unconditional model, and where the pipeline's text encoder was dropped.
+    """
+    if "class_labels" in data.conditions:
+        *used, null = data.conditions["class_labels"].tolist()
+        others = sorted({*range(null)} - {*used})
+        return {"class_labels": torch.tensor(others)} if others else {}
+    if not data.conditions:
+        return {}
+    if getattr(pipe, "text_encoder", pipe) is None:
+        note("captions that nobody audited are not held to the frozen model: the pipeline has no text encoder")
+        return {}
+    captions = unrelated_captions(data.captions)
+    return joined([encode_captions(pipe, captions[i : i + AT_ONCE]) for i in range(0, len(captions), AT_ONCE)])
