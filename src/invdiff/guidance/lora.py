@@ -111,7 +111,7 @@ class GuidanceLoRA(Guidance):
         if not layers:
             names = ", ".join(family.adapted)
             raise ModelError(f"Expected layers named {names} in {type(denoiser).__name__}, found none.")
-        return {"rank": rank, "layers": layers}
+        return {"rank": rank, "layers": dict(sorted(layers.items()))}  # as JSON keeps them
 
     @property
     def hooked(self) -> Sequence[str]:

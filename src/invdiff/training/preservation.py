@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..assets import EVERYDAY_CAPTIONS
+from ..auditing.captions import PROBES, group_captions
+from ..config import AuditConfig
 from ..data.encode import EncodedImages, encode_captions
 from ..models.families import Condition
 from ..models.families.base import joined
+from ..models.frozen import Denoiser
 from ..progress import note
 
 AT_ONCE = 16
@@ -28,10 +33,14 @@ def unrelated_captions(captions: Sequence[str]) -> list[str]:
     return [each for each in EVERYDAY_CAPTIONS.read_text("utf-8").splitlines() if not subjects & {*words(each)}]
 
 
-def unrelated_condition(pipe: Any, data: EncodedImages) -> Condition:
+def unrelated_condition(
+    pipe: Any, denoiser: Denoiser, data: EncodedImages, images: torch.Tensor, seed: int
+) -> Condition:
     """The condition of each of `unrelated_captions`, or of the classes that no image has; on the CPU.
 
-    Empty for an unconditional model, and where the pipeline's text encoder was dropped.
+    Those that the model takes for a caption of the images are left out, as for a small model that was fitted to those
+    alone; it is tried on a few of `images`, (n,) rows of `data`. Empty for an unconditional model, and where the
+    pipeline's text encoder was dropped.
     """
     if "class_labels" in data.conditions:
         *used, null = data.conditions["class_labels"].tolist()
@@ -42,5 +51,12 @@ def unrelated_condition(pipe: Any, data: EncodedImages) -> Condition:
     if getattr(pipe, "text_encoder", pipe) is None:
         note("captions that nobody audited are not held to the frozen model: the pipeline has no text encoder")
         return {}
-    captions = unrelated_captions(data.captions)
-    return joined([encode_captions(pipe, captions[i : i + AT_ONCE]) for i in range(0, len(captions), AT_ONCE)])
+    captions, count = unrelated_captions(data.captions), len(data.captions)
+    found = joined([encode_captions(pipe, captions[i : i + AT_ONCE]) for i in range(0, len(captions), AT_ONCE)])
+    every = {name: torch.cat([of[:-1], found[name], of[-1:]]) for name, of in data.conditions.items() if found}
+    tried = images[:PROBES]
+    of_images: Any = {"latents": data.latents[tried], "caption_ids": data.caption_ids[tried], "names": tried.tolist()}
+    both = dataclasses.replace(data, captions=[*data.captions, *captions], conditions=every, **of_images)
+    prompts, _ = group_captions(denoiser, both, AuditConfig.caption_threshold, seed)
+    told = torch.from_numpy(~np.isin(prompts[count:], prompts[:count]))
+    return {name: of[told] for name, of in found.items()} if told.any() else {}

@@ -110,11 +110,12 @@ def train(
     module = backend.for_pipeline(pipe, num_groups=audit.num_groups, **options)
     if audit.caveats:
         note(audit.caveats)
-    if config.preserve:
-        data = dataclasses.replace(data, unrelated=unrelated_condition(pipe, data))
     log: list[dict[str, Any]] = []
     last = audit
     with FrozenDenoiser(pipe, distilled_guidance=config.distilled_guidance) as frozen:
+        if config.preserve:
+            tried = torch.from_numpy(np.flatnonzero(audit.kept))
+            data = dataclasses.replace(data, unrelated=unrelated_condition(pipe, frozen, data, tried, config.seed))
         for number in range(config.rounds):
             if number > 0:
                 # The max phase again, against the guided model: what does it still treat unequally?
@@ -177,7 +178,8 @@ def run_round(
         batch = draw_batch(data, sampler, frozen, rng, config, guide_null=guided)
         loss, losses = step_loss(run.parallel, batch, typical, moving, config.penalty, run.accelerator)
         if step + 1 == config.steps or (step + 1) % LOG_EVERY == 0:
-            row = {"round": number, "step": step + 1, "loss": round(losses.mean().item(), 6)}
+            counted = losses[~batch.preserved] if not batch.preserved.all() else losses
+            row = {"round": number, "step": step + 1, "loss": round(counted.mean().item(), 6)}
             run.log.append(row | {"group_losses": by_group(moving.means()[..., 0])})
         return loss
 
