@@ -94,8 +94,8 @@ def test_a_family_audits_trains_draws_and_is_read_back(family, backend, data, tm
         assert torch.equal(draw(pipe, family), before)
     module = train(pipe, of_family(data, family), found, tmp_path / "module", **options)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "module" / "log.jsonl").read_text().splitlines()]
-    if backend != "tokens":  # which cannot make a model of random weights draw anything
-        assert losses[-1] < {"module": 0.8, "lora": 0.97}[backend] * losses[0]
+    if backend == "module":  # others can hardly make a model of random weights draw anything
+        assert losses[-1] < 0.8 * losses[0]
 
     loaded = load_guidance(tmp_path / "module")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), module.parameters(), strict=True))
