@@ -43,7 +43,7 @@ def whole_job(folder: Path, out: Path) -> None:
     if is_main():
         found.save(out / "audit")
         (out / "processes").write_text(str(num_processes()))
-    training = TrainConfig(steps=20, batch_size=8, mixed_precision="no", checkpoint_every=10)
+    training = TrainConfig(steps=20, batch_size=8, preserve=0, mixed_precision="no", checkpoint_every=10)
     module = train(pipe, data, found, out / "module", config=training, **options)
     drawing = GenerateConfig(images_per_prompt=3, num_inference_steps=2, batch_size=2)
     generate(pipe, list(CAPTIONS), out / "guided", module=module, config=drawing, progress=False)

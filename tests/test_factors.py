@@ -190,7 +190,7 @@ def test_each_factor_has_its_own_splits_scores_and_cuts(made, tmp_path):
 
 def test_a_module_learns_every_factor_and_each_is_asked_for_by_name(made, tmp_path, capsys):
     pipe, audit = make_tiny_pipeline(), Audit.load(made[0] / "audit")
-    config = TrainConfig(steps=3, batch_size=4, mixed_precision="no")
+    config = TrainConfig(steps=3, batch_size=4, preserve=0, mixed_precision="no")
     train(pipe, made[1], audit, tmp_path / "m", config=config, cache_dir=made[0] / "cache", progress=False)
     module = load_guidance(tmp_path / "m")
     assert (module.num_groups, module.factor_names) == ((2, 3), ("factor 1", "factor 2"))

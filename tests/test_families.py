@@ -86,7 +86,7 @@ def test_a_family_audits_trains_draws_and_is_read_back(family, backend, data, tm
         return
     found = run_audit(pipe, family, data, tmp_path)
     assert len(found.prompts) == (1 if family == "ddpm" else len(set(found.prompt_ids.tolist())))
-    config = TrainConfig(backend=backend, steps=30, batch_size=8, learning_rate=3e-3, mixed_precision="no")
+    config = TrainConfig(backend=backend, steps=30, batch_size=8, learning_rate=3e-3, preserve=0, mixed_precision="no")
     options = {"config": config, "cache_dir": tmp_path / "cache", "progress": False}
     before = draw(pipe, family)
     untrained = BACKENDS[backend].for_pipeline(pipe)
@@ -165,7 +165,7 @@ def test_a_distilled_model_is_told_the_guidance_of_its_use_in_training_alone(dat
 
     pipe.transformer.register_forward_pre_hook(tell, with_kwargs=True)
     found = run_audit(pipe, "flux", data, tmp_path)
-    config = TrainConfig(steps=1, batch_size=8, rounds=2, distilled_guidance=4.5, mixed_precision="no")
+    config = TrainConfig(steps=1, batch_size=8, rounds=2, preserve=0, distilled_guidance=4.5, mixed_precision="no")
     train(pipe, data, found, tmp_path / "module", config=config, cache_dir=tmp_path / "cache", progress=False)
     assert seen[:3] == [1.0, 4.5, 1.0]  # the first audit, the first round, the audit of the second
 
@@ -316,7 +316,7 @@ def test_a_unet_without_a_middle_block_is_audited_trained_and_guided(data, tmp_p
     pipe.unet = make_unet(mid_block_type=None)
     assert family_of(pipe).shape(pipe.unet).feature_path == "down_blocks.1"
     found = run_audit(pipe, "sd1", data, tmp_path)
-    config = TrainConfig(steps=2, batch_size=8, mixed_precision="no")
+    config = TrainConfig(steps=2, batch_size=8, preserve=0, mixed_precision="no")
     module = train(pipe, data, found, tmp_path / "module", config=config, cache_dir=tmp_path / "cache", progress=False)
     sizes = {"images_per_prompt": 1, "num_inference_steps": 1}
     generate(pipe, ["a"], tmp_path / "out", module=module, config=GenerateConfig(**sizes), progress=False)
@@ -365,7 +365,7 @@ def test_layerwise_casting_leaves_a_model_the_same_to_modules_and_to_itself(stor
         part.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
     before = model_fingerprint(pipe), weights_digest(pipe.unet)
     found = run_audit(pipe, "sd1", data, tmp_path)
-    options = {"config": TrainConfig(steps=2, batch_size=8, mixed_precision="no"), "progress": False}
+    options = {"config": TrainConfig(steps=2, batch_size=8, preserve=0, mixed_precision="no"), "progress": False}
     module = train(pipe, data, found, tmp_path / "module", cache_dir=tmp_path / "cache", **options)
     assert (model_fingerprint(pipe), weights_digest(pipe.unet)) == before
     for of, other in ((trained_before, pipe), (module, pipe), (module, make_tiny("sd1"))):

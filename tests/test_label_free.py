@@ -16,7 +16,7 @@ def audit_and_module(pipe, folder, table, output) -> dict[str, bytes]:
     data, options = load_captioned_images(folder), {"cache_dir": output / "cache", "progress": False}
     found = audit(pipe, data, config=AUDIT, **options)
     found.save(output / "audit")
-    train(pipe, data, found, output / "module", config=TrainConfig(steps=2, batch_size=4), **options)
+    train(pipe, data, found, output / "module", config=TrainConfig(steps=2, batch_size=4, preserve=0), **options)
     return {name: data for name, data in contents(output).items() if not name.startswith("cache")}
 
 

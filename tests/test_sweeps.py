@@ -26,7 +26,7 @@ def fixed(tiny_pipe_dir, tmp_path):
     return settings | {
         "hidden_attribute": "background",
         "audit": {"solver": "exact", "min_images": 2, "caption_threshold": 0.0},
-        "train": {"steps": 2, "batch_size": 4},
+        "train": {"steps": 2, "batch_size": 4, "preserve": 0},
         "generate": {"images_per_prompt": 2, "num_inference_steps": 1},
     }
 

@@ -22,7 +22,7 @@ from invdiff.training.train import DIAGNOSTIC_BATCHES, train, with_new_factors
 from runs import built_audit
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-CONFIG = TrainConfig(steps=4, batch_size=4, checkpoint_every=2, mixed_precision="no")
+CONFIG = TrainConfig(steps=4, batch_size=4, preserve=0, checkpoint_every=2, mixed_precision="no")
 
 
 def hard(labels, num_groups=2):
