@@ -136,16 +136,14 @@ def worst_cell(folder: Path, judge: ConvAnnotator) -> float:
 
 def table() -> str:
     """Rows of a Markdown table."""
-    names = ("Bias", "subject right", "worst cell", "Frechet distance")
+    names = ("bias", "bias by the audit", "subject right", "worst cell", "Frechet distance (judge)")
     lines = ["| guidance | parameters | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
     for cell in CELLS:
         path = RESULTS / f"guidance/waterbirds-{cell.name}.json"
         if not path.is_file():
             continue
         kept = read_json(path)["figures"]
-        scales = [kept[f"CFG {scale:g}"] for scale in SCALES if f"CFG {scale:g}" in kept]
-        cells = [" / ".join(f"{row[k]:.2f}" for row in scales) for k in ("bias", "subject right", "worst cell")]
-        cells.append(" / ".join(f"{row.get('frechet_distance', np.nan):.0f}" for row in scales))
+        cells = [" / ".join(f"{kept[f'CFG {scale}'][name]:.2f}" for scale in SCALES) for name in names]
         lines.append(f"| {cell.name} | {kept.get('trained parameters', 0):,} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
