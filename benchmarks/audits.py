@@ -17,7 +17,6 @@ A part is a list of cells. Each cell's figures are kept in benchmarks/results/au
 kept is not run again; --cells takes those whose names match a pattern. The audit is given no attribute: labels judge.
 """
 
-import argparse
 import fnmatch
 import shutil
 import time
@@ -363,18 +362,10 @@ def over(rows: list[dict], name: str, digits: int = 3) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=(*PARTS, "table"))
-    parser.add_argument("--data", type=Path, help="the folder of public images in parquet files")
-    parser.add_argument("--base", type=Path, help="the pipeline to audit and fine-tune")
-    parser.add_argument("--work", type=Path, default=Path("out/audits"))
-    parser.add_argument("--cells", default="*", help="a pattern of names, such as '0.95-*-tuned'")
-    arguments = parser.parse_args()
+    arguments = kept.cell_arguments(__doc__ or "", PARTS, work="out/audits")
     if arguments.part == "table":
         print(table())
         return
-    if arguments.part != "drawn" and not (arguments.data and arguments.base):
-        parser.error(f"part {arguments.part} needs --data and --base")
     for cell in PARTS[arguments.part](arguments.data, arguments.base, arguments.work):
         if fnmatch.fnmatch(cell.name, arguments.cells):
             run(arguments.part, cell, arguments.work)

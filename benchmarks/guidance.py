@@ -8,7 +8,6 @@ finds in its training images, or the true ones, and a classifier fitted on held-
 Every image draws its group independently. Settings were chosen on other seeds of the world and judged by the audit.
 """
 
-import argparse
 import fnmatch
 import time
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import worlds
 from audits import FINETUNE, LORA
-from kept import RESULTS, keep
+from kept import RESULTS, cell_arguments, keep
 
 from invdiff import EvaluateConfig, GenerateConfig, TrainConfig, audit, evaluate, finetune, generate, train
 from invdiff import load_captioned_images as load
@@ -149,18 +148,10 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("waterbirds", "table"))
-    parser.add_argument("--data", type=Path, help="the folder of public images in parquet files")
-    parser.add_argument("--base", type=Path, help="the pipeline to fine-tune")
-    parser.add_argument("--work", type=Path, default=Path("out/guidance"))
-    parser.add_argument("--cells", default="*", help="a pattern of names, such as 'lora-*'")
-    arguments = parser.parse_args()
+    arguments = cell_arguments(__doc__ or "", ["waterbirds"], work="out/guidance")
     if arguments.part == "table":
         print(table())
         return
-    if not (arguments.data and arguments.base):
-        parser.error("part waterbirds needs --data and --base")
     for cell in CELLS:
         if fnmatch.fnmatch(cell.name, arguments.cells):
             run(cell, arguments.data, arguments.base, arguments.work)

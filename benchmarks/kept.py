@@ -2,7 +2,7 @@
 
 import argparse
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,20 @@ def keep(benchmark: str, part: str, figures: Any, *, script: str = "", **about: 
     }
     write_json(path, document | about | {"figures": rounded(figures)})
     print(path)
+
+
+def cell_arguments(description: str, parts: Iterable[str], *, work: str) -> argparse.Namespace:
+    """The arguments of a benchmark of cells: a part, or `table`; --data and --base, --work, and --cells."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=(*parts, "table"))
+    parser.add_argument("--data", type=Path, help="the folder of public images in parquet files")
+    parser.add_argument("--base", type=Path, help="the pipeline to audit and fine-tune")
+    parser.add_argument("--work", type=Path, default=Path(work))
+    parser.add_argument("--cells", default="*", help="a pattern of names, such as '0.95-*-tuned'")
+    arguments = parser.parse_args()
+    if arguments.part not in ("drawn", "table") and not (arguments.data and arguments.base):
+        parser.error(f"part {arguments.part} needs --data and --base")
+    return arguments
 
 
 def run_part(benchmark: str, description: str, parts: Mapping[str, Callable[[Path], Any]], *, work: str) -> None:

@@ -10,6 +10,9 @@ from conftest import CAPTIONS, make_guidance_lora, make_guidance_module, make_ti
 from invdiff.cli import app
 from invdiff.errors import ConfigError, ModelError
 from invdiff.guidance.attach import attach
+from invdiff.guidance.base import Rows
+from invdiff.models.families import DenoiserCall
+from invdiff.models.frozen import FrozenDenoiser
 from invdiff.models.load import denoiser_of
 from tiny import make_tiny
 
@@ -86,6 +89,16 @@ def test_layers_that_do_not_run_are_noticed(tiny_pipe):
         tiny_pipe.unet.unfuse_qkv_projections()
         denoise(tiny_pipe)
         assert attachment.calls == 2
+
+
+def test_training_notices_layers_that_do_not_run(tiny_pipe):
+    guidance, rows = make_guidance_lora(tiny_pipe), Rows(torch.zeros(1, 1, dtype=torch.long))
+    call = DenoiserCall(torch.zeros(1, 4, 8, 8), torch.tensor([500]), {"prompt_embeds": torch.zeros(1, 16, 16)})
+    with FrozenDenoiser(tiny_pipe) as frozen:
+        guidance.guided(frozen, call, rows)
+        tiny_pipe.unet.fuse_qkv_projections()
+        with pytest.raises(ModelError, match="adapted layers to run"):
+            guidance.guided(frozen, call, rows)
 
 
 def test_guidance_of_another_backend_or_model_is_refused(tiny_pipe):

@@ -8,7 +8,7 @@ from invdiff.errors import ConfigError
 from invdiff.guidance.attach import attach
 from invdiff.guidance.base import Rows
 from invdiff.guidance.tokens import GuidanceTokens
-from invdiff.models.families import family_of
+from invdiff.models.families import DenoiserCall, family_of
 from invdiff.models.frozen import FrozenDenoiser
 from invdiff.models.load import denoiser_of
 from invdiff.sampling import generate
@@ -40,7 +40,7 @@ def test_sampling_appends_what_training_appends_and_tokens_learn_apart(family):
     with attach(pipe, guidance, environments=[0, 1]):
         sampled = predicted(pipe)
     with FrozenDenoiser(pipe) as frozen:
-        trained, _ = guidance.guided(frozen, *call(pipe), Rows(torch.tensor([[0], [1]])))
+        trained, _ = guidance.guided(frozen, DenoiserCall(*call(pipe)), Rows(torch.tensor([[0], [1]])))
     assert torch.allclose(trained, sampled, atol=1e-5)
     assert not torch.allclose(sampled, plain, atol=1e-4)
     trained.square().sum().backward()

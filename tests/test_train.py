@@ -16,6 +16,7 @@ from invdiff.data.encode import as_encoded, encode_captions
 from invdiff.errors import AuditError, ConfigError
 from invdiff.guidance.backends import load_guidance
 from invdiff.guidance.base import Rows
+from invdiff.models.families import DenoiserCall
 from invdiff.models.frozen import FrozenDenoiser, denoiser_fingerprint
 from invdiff.training import train as train_module
 from invdiff.training.train import DIAGNOSTIC_BATCHES, train, with_new_factors
@@ -248,6 +249,6 @@ def test_preservation_keeps_unrelated_captions_as_the_frozen_model_draws_them(
         changes = {"preserve": preserve, "steps": 40, "batch_size": 16, "learning_rate": 6e-3}
         module = run(tiny_pipe, data, found, tmp_path / str(preserve), **changes)
         with FrozenDenoiser(tiny_pipe) as frozen, torch.no_grad():
-            guided, _ = module.guided(frozen, latents, timesteps, condition, rows)
+            guided, _ = module.guided(frozen, DenoiserCall(latents, timesteps, condition), rows)
             moved.append((guided - frozen(latents, timesteps, condition)[0]).square().mean().item())
     assert moved[1] < 0.6 * moved[0]

@@ -63,7 +63,7 @@ def calibrate(
     prompts, held_out = judge.prompts, cast(HeldOut, judge.held_out)
     confusions = {name: held_out.confusion(name) for name in judge.attributes}
     for scale in guidance_scales:
-        sizes = {"images_per_prompt": images * max(module.num_groups), "seed": seed}
+        sizes = {"images_per_prompt": images * max(module.num_groups), "seed": seed, "resolution": judge.resolution}
         config = GenerateConfig(**sizes, guidance_scale=scale)
         folder = output_dir / ".calibration" / f"{scale:g}"
         generate(pipe, prompts, folder, module=module, config=config, progress=progress)

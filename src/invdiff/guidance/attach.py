@@ -150,15 +150,15 @@ class Attachment:
         self._null: Condition = {}
         if module.config["null_adapter"] == "off" and getattr(pipe, "text_encoder", self) is not None:
             self._null = family.null_condition(pipe)
-        self._output = GUIDED.get(denoiser) or _GuidedCalls(denoiser, family)
-        others = {type(each.guidance).backend for each in self._output.attachments} - {module.backend}
+        attached = GUIDED[denoiser].attachments if denoiser in GUIDED else []
+        others = {type(each.guidance).backend for each in attached} - {module.backend}
         if others:
             raise ModelError(
                 f"Expected guidance of one backend on a model, found {others.pop()!r} attached and got "
                 f"{module.backend!r}. Detach the other first."
             )
         self._uninstall = self.guidance.install(denoiser, family)
-        GUIDED[denoiser] = self._output
+        self._output = GUIDED[denoiser] = GUIDED.get(denoiser) or _GuidedCalls(denoiser, family)
         self._output.attachments.append(self)
         if not isinstance(vars(pipe).get(END_OF_CALL), _CallWatch):
             setattr(pipe, END_OF_CALL, _CallWatch(pipe))
@@ -330,15 +330,8 @@ class GuidedDenoiser:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Guided prediction (B, C, H, W) and middle features (B, D, H', W')."""
         unguided = rows_alike(condition, self._null) if condition else None
-        found = [
-            self._module.guided(
-                self._frozen,
-                noisy_latents,
-                timesteps,
-                condition,
-                Rows(of.repeat(len(noisy_latents), 1), null=unguided),
-            )
-            for of in self._combinations
-        ]
+        call, count = DenoiserCall(noisy_latents, timesteps, condition), len(noisy_latents)
+        each = [Rows(groups.repeat(count, 1), null=unguided) for groups in self._combinations]
+        found = [self._module.guided(self._frozen, call, rows) for rows in each]
         model_pred, features = (torch.stack(values).mean(dim=0) for values in zip(*found, strict=True))
         return model_pred, features

@@ -88,14 +88,7 @@ class Guidance(ModelMixin, ConfigMixin):
         """The entries of the config that must be as here for a denoiser."""
 
     @abstractmethod
-    def guided(
-        self,
-        frozen: FrozenDenoiser,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        condition: Condition,
-        rows: Rows,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def guided(self, frozen: FrozenDenoiser, call: DenoiserCall, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """f~, (B, C, H, W), and middle features, (B, D, H', W'); gradients reach the weights of the guidance alone."""
 
     @abstractmethod
@@ -262,7 +255,7 @@ class Guided(nn.Module):
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition, rows: Rows
     ) -> torch.Tensor:
         """f~, (B, C, H, W), with gradient."""
-        return self.guidance.guided(self._frozen, noisy_latents, timesteps, condition, rows)[0]
+        return self.guidance.guided(self._frozen, DenoiserCall(noisy_latents, timesteps, condition), rows)[0]
 
 
 _ADDED_WEIGHTS = ("lora_", ".processor.", "encoder_hid_proj.", "image_proj.", "to_qkv.", "to_kv.", "to_added_qkv.")

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..errors import ConfigError, ModelError
 from ..files import write_tensors
-from ..models.families import Condition, DenoiserCall, Family
+from ..models.families import DenoiserCall, Family
 from ..models.frozen import FrozenDenoiser, Hook
 from ..progress import note
 from .base import Guidance, Rows
@@ -122,19 +122,14 @@ class GuidanceLoRA(Guidance):
         """The layers and their shapes."""
         return {"layers": self.fitting(family, denoiser)["layers"]}
 
-    def guided(
-        self,
-        frozen: FrozenDenoiser,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        condition: Condition,
-        rows: Rows,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def guided(self, frozen: FrozenDenoiser, call: DenoiserCall, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """The prediction and the middle features under the adapters; see `Guidance`."""
         close = self.install(frozen.module, frozen.family)
         try:
             self.before({}, rows)
-            return frozen.predict(noisy_latents, timesteps, condition)
+            found = frozen.predict(call.noisy_latents, call.timesteps, call.condition)
+            self.after(call, found[0])
+            return found
         finally:
             close()
 

@@ -159,20 +159,15 @@ class GuidanceModule(Guidance):
         """What `Family.shape` says."""
         return dataclasses.asdict(family.shape(denoiser))
 
-    def guided(
-        self,
-        frozen: FrozenDenoiser,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        condition: Condition,
-        rows: Rows,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def guided(self, frozen: FrozenDenoiser, call: DenoiserCall, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """f~ = f + Delta g_psi(z_t, t, Phi(y), e), (B, C, H, W), and the frozen middle features; see `Guidance`."""
-        model_pred, features = frozen(noisy_latents, timesteps, condition)
-        model_pred, features = model_pred.float(), features.float()
-        latents, timesteps = noisy_latents.to(frozen.device), timesteps.to(frozen.device)
-        condition = to(condition, frozen.device, torch.float32)
-        shift = self.forward(latents, timesteps, condition, model_pred, features, rows.environments.to(frozen.device))
+        found = frozen(call.noisy_latents, call.timesteps, call.condition)
+        model_pred, features = (values.float() for values in found)
+        latents, timesteps, groups = (
+            values.to(frozen.device) for values in (call.noisy_latents, call.timesteps, rows.environments)
+        )
+        condition = to(call.condition, frozen.device, torch.float32)
+        shift = self.forward(latents, timesteps, condition, model_pred, features, groups)
         return model_pred + rows.strength(shift) * shift, features
 
     def install(self, denoiser: nn.Module, family: Family) -> Callable[[], None]:

@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from ..errors import ConfigError, ModelError
-from ..models.families import Condition, Family, family_of
+from ..models.families import DenoiserCall, Family, family_of
 from ..models.frozen import FrozenDenoiser, do_nothing
 from .base import Guidance, Rows
 
@@ -102,19 +102,13 @@ class GuidanceTokens(Guidance):
         """The width of the prompt embeddings."""
         return {"prompt_dim": family.shape(denoiser).prompt_dim}
 
-    def guided(
-        self,
-        frozen: FrozenDenoiser,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        condition: Condition,
-        rows: Rows,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def guided(self, frozen: FrozenDenoiser, call: DenoiserCall, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """The prediction and the middle features with the tokens appended, learned or not; see `Guidance`."""
-        condition = condition | {"prompt_embeds": self._appended(condition["prompt_embeds"].to(frozen.device), rows)}
+        embeds = self._appended(call.condition["prompt_embeds"].to(frozen.device), rows)
+        condition = call.condition | {"prompt_embeds": embeds}
         if "prompt_attention_mask" in condition:
             condition["prompt_attention_mask"] = self._masked(condition["prompt_attention_mask"])
-        return frozen.predict(noisy_latents, timesteps, condition)
+        return frozen.predict(call.noisy_latents, call.timesteps, condition)
 
     def install(self, denoiser: nn.Module, family: Family) -> Callable[[], None]:
         """No hook: `before` does all; see `Guidance`."""

@@ -49,7 +49,7 @@ class AuditAnnotator(Measurable):
             document, self._judges = read_json(folder / "audit.json"), read_arrays(folder / JUDGES)
             settings, classes = document["settings"], {}
             self.prompts = [each["prompt"] for each in document["prompts"] if each["found"]]
-            self._resolution, self._levels = settings["resolution"], settings["feature_log_snr"]
+            self.resolution, self._levels = settings["resolution"], settings["feature_log_snr"]
             self._places = {f["name"]: m for m, f in enumerate(document["factors"]) if f"map.{m}" in self._judges}
             for name, m in self._places.items():
                 groups = [f"group {group}" for group in range(len(self._judges[f"bias.{m}"]))]
@@ -81,7 +81,7 @@ class AuditAnnotator(Measurable):
         with FrozenDenoiser(self._pipe, upper=True) as frozen:
             stream = iter(images)
             while batch := list(islice(stream, BATCH_SIZE)):
-                pixels = torch.stack([pixel_values(image.convert("RGB"), self._resolution) for image in batch])
+                pixels = torch.stack([pixel_values(image.convert("RGB"), self.resolution) for image in batch])
                 latents = family.encode_images(self._pipe, pixels)
                 condition = {name: values.expand(len(batch), *values.shape[1:]) for name, values in null.items()}
                 parts = []
