@@ -80,16 +80,23 @@ def test_the_judge_needs_the_model_that_was_audited(audited, tmp_path):
         load_annotator(str(tmp_path / "again"), model=make_tiny_pipeline())
 
 
-def test_the_nearest_mix_makes_images_even_or_says_how_near_they_come():
-    half = np.array([0.5, 0.5])
-    mix, reached = nearest_mix(np.array([[0.9, 0.1], [0.3, 0.7]]), half)
+@pytest.mark.parametrize("right", [1.0, 0.9])
+def test_the_nearest_mix_makes_images_even_or_says_how_near_they_come(right):
+    judge, half = np.array([[right, 1 - right], [1 - right, right]]), np.array([0.5, 0.5])
+
+    def nearest(shares, confusion, target):  # from what the judge makes of images with these shares
+        counts, held_out = (np.pad((300 * of).round(), ((0, 0), (0, 1))) for of in (shares @ confusion, confusion))
+        return nearest_mix(counts, held_out, target)
+
+    mix, reached = nearest(np.array([[0.9, 0.1], [0.3, 0.7]]), judge, half)
     assert mix == pytest.approx([1 / 3, 2 / 3], abs=1e-3)
     assert reached == pytest.approx(half, abs=1e-3)
-    mix, reached = nearest_mix(np.array([[0.95, 0.05], [0.6, 0.4]]), half)  # no group shows the second half the time
+    # No group shows the second half the time.
+    mix, reached = nearest(np.array([[0.95, 0.05], [0.6, 0.4]]), judge, half)
     assert mix == pytest.approx([0, 1], abs=1e-3)
     assert reached == pytest.approx([0.6, 0.4], abs=1e-3)
     thirds = np.full(3, 1 / 3)
-    assert nearest_mix(np.full((3, 3), 1 / 3), thirds)[0] == pytest.approx(thirds, abs=1e-3)
+    assert nearest(np.full((3, 3), 1 / 3), np.eye(3), thirds)[0] == pytest.approx(thirds, abs=1e-3)
 
 
 def test_training_calibrates_the_mix_that_images_are_then_drawn_by(audited, tmp_path):

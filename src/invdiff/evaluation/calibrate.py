@@ -80,8 +80,7 @@ def calibrate(
                 rows = of_prompt == index
                 counts = np.zeros((size, size + 1))
                 np.add.at(counts, (drawn[rows, factor], seen.classes[name][rows]), 1)
-                shares = correct_for_annotator(counts, confusions[name]) / counts.sum(axis=1, keepdims=True)
-                mix, reached = nearest_mix(shares, np.full(size, 1 / size))
+                mix, reached = nearest_mix(counts, confusions[name], np.full(size, 1 / size))
                 mixes[f"{scale:g}"][prompt][factor] = mix.round(4).tolist()
                 if np.abs(reached - 1 / size).max() > NEAR:
                     found = " / ".join(f"{share:.0%}" for share in reached)
@@ -92,12 +91,13 @@ def calibrate(
     return module
 
 
-def nearest_mix(shares: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def nearest_mix(counts: np.ndarray, confusion: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mix pi (E,) whose images have shares pi S nearest to the target (E,), and those shares.
 
-    S, (E, E), holds in row e the shares of the groups that images drawn for group e show.
+    S, (E, E), holds in row e the shares of the groups that images drawn for group e show: the judge's `counts` of
+    them, (E, E + 1), corrected for its held-out `confusion`, (E, E + 1).
     """
-    count = len(target)
+    count, shares = len(target), correct_for_annotator(counts, confusion) / counts.sum(axis=1, keepdims=True)
     # A little of the even mix, so that there is one answer where several reach the target.
     even = np.full(count, 1 / count)
     found = minimize(
