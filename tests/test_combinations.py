@@ -281,8 +281,14 @@ def replace_denoiser(pipe, denoiser):
     setattr(pipe, "unet" if hasattr(pipe, "unet") else "transformer", denoiser)
 
 
-@pytest.mark.parametrize("make", [make_guidance_module, make_guidance_lora])
-@pytest.mark.parametrize(("family", "how", "backend"), [("sd1", "in place", "eager"), ("sd3", "wrapped", "aot_eager")])
+@pytest.mark.parametrize(
+    ("make", "family", "how", "backend"),
+    [
+        (make_guidance_module, "sd1", "in place", "eager"),
+        (make_guidance_module, "sd3", "wrapped", "aot_eager"),
+        (make_guidance_lora, "sd3", "wrapped", "aot_eager"),
+    ],
+)
 def test_a_compiled_denoiser_is_guided_as_before_and_at_scale_0_bit_identical(make, family, how, backend):
     pipe = make_tiny(family)
     plain, attachment = draw(pipe, 0), attach(pipe, make(pipe))

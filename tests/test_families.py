@@ -86,7 +86,8 @@ def test_a_family_audits_trains_draws_and_is_read_back(family, backend, data, tm
         return
     found = run_audit(pipe, family, data, tmp_path)
     assert len(found.prompts) == (1 if family == "ddpm" else len(set(found.prompt_ids.tolist())))
-    config = TrainConfig(backend=backend, steps=30, batch_size=8, learning_rate=3e-3, preserve=0, mixed_precision="no")
+    rest = {"batch_size": 8, "learning_rate": 3e-3, "preserve": 0, "mixed_precision": "no"}
+    config = TrainConfig(backend=backend, steps=30 if backend == "module" else 10, **rest)
     options = {"config": config, "cache_dir": tmp_path / "cache", "progress": False}
     before = draw(pipe, family)
     untrained = BACKENDS[backend].for_pipeline(pipe)

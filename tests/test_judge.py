@@ -101,8 +101,20 @@ def test_the_nearest_mix_makes_images_even_or_says_how_near_they_come(right):
 
 def test_training_calibrates_the_mix_that_images_are_then_drawn_by(audited, tmp_path):
     words = [audited / "model", audited / "data", audited / "audit", "--output", tmp_path / "m", "--cache-dir"]
-    words += [audited / "cache", "--backend", "lora", "--steps", 1, "--batch-size", 4, "--calibrate", 3, "-q"]
-    succeed("train", *words)
+    words += [
+        audited / "cache",
+        "--backend",
+        "lora",
+        "--steps",
+        1,
+        "--batch-size",
+        4,
+        "--calibrate",
+        3,
+        "--preserve",
+        0,
+    ]
+    succeed("train", *words, "-q")
     mixes = json.loads((tmp_path / "m" / "config.json").read_text())["mixes"]
     assert set(mixes["3"]) == {LAND}  # the prompt whose shares are uneven
     assert all(sum(mix) == pytest.approx(1) for (mix,) in mixes["3"].values())

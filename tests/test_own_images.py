@@ -93,7 +93,7 @@ def test_commands_go_all_the_way_without_data(tiny_pipe_dir, tmp_path, monkeypat
     assert Audit.load(tmp_path / "audit").settings["own_images_of"] == list(CAPTIONS)
     words = done.stdout.splitlines()[-1].split(" Next: invdiff ")[1].split()
     assert words[:4] == ["train", str(tiny_pipe_dir), str(tmp_path / "audit"), "--output"]
-    done = CliRunner().invoke(cli.app, [*words, "--steps", "2", "--batch-size", "4", "--quiet"])
+    done = CliRunner().invoke(cli.app, [*words, "--steps", "2", "--batch-size", "4", "--preserve", "0", "-q"])
     assert done.exit_code == 0, done.output
     done = CliRunner().invoke(cli.app, ["report", "--audit", str(tmp_path / "audit"), "--output", str(tmp_path / "r")])
     assert done.exit_code == 0, done.output
