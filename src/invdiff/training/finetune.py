@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +126,13 @@ def train_denoiser(
     settings: dict[str, Any],
     *,
     train_text_encoder: bool,
+    aim: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
     progress: bool = True,
 ) -> None:
-    """Minimise the denoising loss over images, timesteps and noise, with caption dropout; `pipe` is changed."""
+    """Minimise the denoising loss over images, timesteps and noise, with caption dropout; `pipe` is changed.
+
+    `aim(noisy_latents, timesteps, captions, target)` may give another target and each image's weight, (batch,).
+    """
     device, schedule = pipe.unet.device, NoiseSchedule(pipe.scheduler)
     trained = nn.ModuleDict({"unet": pipe.unet})
     if train_text_encoder:
@@ -151,14 +155,16 @@ def train_denoiser(
         captions[torch.rand(len(rows), generator=rng) < config.caption_dropout] = encoded.null_id
 
         latents, noise, timesteps = latents.to(device), noise.to(device), timesteps.to(device)
+        noisy_latents, target = (of(latents, noise, timesteps) for of in (schedule.add_noise, schedule.target))
+        target, weights = aim(noisy_latents, timesteps, captions, target) if aim else (target, 1.0)
         with run.accelerator.autocast():
             if train_text_encoder:
                 needed, inverse = captions.unique(return_inverse=True)
                 prompt_embeds = pipe.text_encoder(tokens[needed.to(device)])[0][inverse.to(device)]
             else:
                 prompt_embeds = embeds[captions.to(device)]
-            model_pred = pipe.unet(schedule.add_noise(latents, noise, timesteps), timesteps, prompt_embeds).sample
-        return per_sample_loss(model_pred, schedule.target(latents, noise, timesteps)).mean()
+            model_pred = pipe.unet(noisy_latents, timesteps, prompt_embeds).sample
+        return (weights * per_sample_loss(model_pred, target)).mean()
 
     run.minimise(loss_at, "denoiser", progress=progress)
     trained.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]

@@ -1,0 +1,116 @@
+"""Rivals that train: what their papers promise, in small worlds."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from methods import World
+from rivals.tiw import TIW, Discriminator, corrected, ratio_loss
+from torch import nn
+
+from invdiff import FinetuneConfig, load_captioned_images
+from invdiff.errors import ConfigError, DataError
+from invdiff.models.schedule import NoiseSchedule, per_sample_loss
+
+SHORT = FinetuneConfig(steps=2, batch_size=4, mixed_precision="no")
+STEPS = 500
+"""Of small networks in the plane."""
+
+
+@pytest.fixture
+def world(tiny_folder: Path, tiny_pipe_dir: Path, tmp_path: Path) -> World:
+    images = load_captioned_images(tiny_folder)
+    prompts = {caption: caption.split()[-1] for caption in images.captions}
+    words = {"land": "on land", "water": "on water"}
+    parts = (images, images, "background", "subject", prompts, words, tiny_pipe_dir, tmp_path / "world")
+    return World(*parts, finetuning=SHORT)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_score_correction_turns_one_gaussian_s_posterior_mean_into_another_s(kind):
+    schedule = NoiseSchedule(DDPMScheduler(prediction_type=kind))
+    timesteps = torch.tensor([20, 300, 700])
+    z = torch.randn(3, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    ones, zeros = torch.ones_like(z), torch.zeros_like(z)
+    alpha, sigma = schedule.add_noise(ones, zeros, timesteps), schedule.add_noise(zeros, ones, timesteps)
+
+    def log_density(z, mean, deviation):
+        variance = (alpha * deviation) ** 2 + sigma**2
+        return -((z - alpha * mean) ** 2) / (2 * variance) - variance.log() / 2
+
+    def best_target(mean, deviation):
+        variance = (alpha * deviation) ** 2 + sigma**2
+        latents = mean + alpha * deviation**2 / variance * (z - alpha * mean)
+        return schedule.target(latents, (z - alpha * latents) / sigma, timesteps)
+
+    def log_ratio(z, timesteps, condition):
+        return (log_density(z, -1.0, 0.5) - log_density(z, 1.0, 0.8)).flatten()
+
+    target, log_weights = corrected(log_ratio, schedule, z, timesteps, best_target(1.0, 0.8), {})
+    torch.testing.assert_close(target, best_target(-1.0, 0.5))
+    assert torch.equal(log_weights, log_ratio(z, timesteps, {}))
+
+
+def test_tiw_learns_the_balanced_mixture_where_plain_training_learns_the_biased_one():
+    schedule, rng = NoiseSchedule(DDPMScheduler(prediction_type="v_prediction")), torch.Generator().manual_seed(0)
+
+    def points(size, minority):
+        rare = torch.rand(size, generator=rng) < minority
+        place = torch.stack([torch.ones(size), torch.where(rare, -1.5, 1.5)], dim=1)
+        return (place + 0.3 * torch.randn(size, 2, generator=rng))[:, :, None, None]
+
+    def features(z, timesteps, condition):
+        time = timesteps[:, None] / 1000
+        return torch.cat([z.flatten(1), time, time**2], dim=1)
+
+    def trained(model, loss):
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for step in range(STEPS):
+            optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / STEPS)
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+        return model.requires_grad_(False)
+
+    reference = points(1000, 0.5)
+
+    def paired(model):
+        pairs = points(192, 0.1), reference[torch.randint(1000, (192,), generator=rng)]
+        return ratio_loss(model, schedule, pairs, {}, rng)
+
+    discriminator = trained(Discriminator(features, 4, schedule, width=64), paired)
+    torch.manual_seed(0)
+
+    def mean_of_what_is_learned(log_ratio):
+        def matching(model):
+            latents, timesteps = points(192, 0.1), torch.randint(1000, (192,), generator=rng)
+            noise = torch.randn(latents.shape, generator=rng)
+            z, target = schedule.add_noise(latents, noise, timesteps), schedule.target(latents, noise, timesteps)
+            target, log_weights = corrected(log_ratio, schedule, z, timesteps, target, {})
+            losses = per_sample_loss(model(features(z, timesteps, {}))[:, :, None, None], target)
+            return (log_weights.exp().clamp_max(10) * losses).mean()
+
+        layers = (nn.Linear(4, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+        model = trained(nn.Sequential(*layers), matching)
+        z = torch.randn(2000, 2, 1, 1, generator=rng)
+        return -model(features(z, torch.full((2000,), 999), {})).mean(dim=0).numpy()  # v of noise is minus the latents
+
+    assert mean_of_what_is_learned(lambda z, *_: 0 * z[:, 1, 0, 0]) == pytest.approx([1.0, 1.2], abs=0.1)
+    assert mean_of_what_is_learned(discriminator) == pytest.approx([1.0, 0.0], abs=0.35)
+
+
+def test_tiw_is_fitted_on_a_pipeline_and_read_back(world, tmp_path):
+    method = TIW(reference=0.5, discriminator_steps=2)
+    first = method.fit(world, tmp_path / "tiw")
+    again = method.fit(world, tmp_path / "tiw")
+    assert again.about == first.about
+    assert first.about["reference"] == 6
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.pipe.unet.parameters(), again.pipe.unet.parameters(), strict=True)
+    )
+    with pytest.raises(ConfigError, match=r"reference was 0\.5, now 0\.25"):
+        replace(method, reference=0.25).fit(world, tmp_path / "tiw")
+    with pytest.raises(DataError, match="a balanced image of every caption"):
+        replace(method, reference=0.01).fit(world, tmp_path / "other")
