@@ -3,10 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from methods import World
+from rivals.invdiff_released import InvDiff, Second, batch_objective, mixed, released_groups
 from rivals.tiw import TIW, Discriminator, corrected, ratio_loss
 from torch import nn
 
@@ -114,3 +116,51 @@ def test_tiw_is_fitted_on_a_pipeline_and_read_back(world, tmp_path):
         replace(method, reference=0.25).fit(world, tmp_path / "tiw")
     with pytest.raises(DataError, match="a balanced image of every caption"):
         replace(method, reference=0.01).fit(world, tmp_path / "other")
+
+
+def test_the_second_network_starts_as_the_first_in_the_paper_and_at_nothing_in_the_released_code(tiny_pipe):
+    unet = tiny_pipe.unet
+    rng = torch.Generator().manual_seed(0)
+    batch = torch.randn(2, 4, 8, 8, generator=rng), torch.tensor([3, 700]), torch.randn(2, 16, 16, generator=rng)
+    with torch.no_grad():
+        alone = unet(*batch).sample
+        for released, share in ((False, 1.0), (True, 0.2)):
+            second = Second(unet, released=released)
+            with mixed(unet, second, 0.8):
+                torch.testing.assert_close(unet(*batch).sample, share * alone)
+                torch.testing.assert_close(unet(*batch, return_dict=False)[0][1:], share * alone[1:])
+        assert torch.equal(unet(*batch).sample, alone)
+
+
+def test_the_released_objective_and_groups():
+    losses, weights = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0, 1.0, 0]])
+    first, second = (1 + 1.5) / 1.5, (1.5 + 5) / 1.5  # the third group is empty and left out
+    expected = (first + second) / 2 + 0.1 * (first - second) ** 2 / 2
+    assert batch_objective(losses, weights, 0.1).item() == pytest.approx(expected)
+    hard = np.repeat([0.1, 1.0], 20)
+    found = released_groups(hard, 2, 0.0, seed=0)
+    assert np.allclose(found.sum(axis=1), 1)
+    assert (found.argmax(axis=1) == found[0].argmax()).tolist() == (hard < 0.5).tolist()
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_invdiff_is_fitted_beside_the_biased_model_and_read_back(variant, world, tmp_path):
+    method = InvDiff(variant=variant, forwards=12 + 2 * 4 * 4, batch_size=4, num_groups=2, learning_rate=1e-3)
+    fitted = method.fit(world, tmp_path / "invdiff")
+    assert fitted.about["steps"] == 2
+    assert fitted.forwards == method.forwards
+    again, files = (
+        method.fit(world, tmp_path / "invdiff"),
+        sorted(path.name for path in (tmp_path / "invdiff").iterdir()),
+    )
+    assert files == ["fitted.json", "second.safetensors"]
+
+    def images(of):
+        with of.hooked(0):
+            options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "np"}
+            return of.pipe("a photo of a landbird", num_images_per_prompt=2, **options).images
+
+    assert np.array_equal(images(fitted), images(again))
+    assert not np.array_equal(images(again), images(replace(again, hooked=type(again)(None).hooked)))
+    with pytest.raises(ConfigError, match=r"penalty was 1\.0, now 0\.0"):
+        replace(method, penalty=0.0).fit(world, tmp_path / "invdiff")
