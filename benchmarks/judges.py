@@ -36,7 +36,7 @@ STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e-1)
 """Inverse strengths of regularisation to choose from."""
 SEED = 4242
 """Of the judge's images; benchmarks take small ones."""
-NUM_IMAGES = {"place": (8000, 2000), "age": (4600, 740), "gender": (4600, 740), "race": (7800, 1560)}
+NUM_IMAGES = {"place": (4000, 2000), "age": (4000, 740), "gender": (4000, 740), "race": (4000, 1560)}
 """Hidden attribute to images to fit on, and held out; of FairFace, as many as the rarest group allows."""
 WEIGHTS, ABOUT = "judge.safetensors", "judge.json"
 
