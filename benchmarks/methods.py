@@ -133,7 +133,7 @@ class Balanced:
 
 @dataclass(frozen=True)
 class Guided:
-    """Our guidance. `config` holds entries of `TrainConfig`, `groups` is "audit" or "true"."""
+    """Our guidance. `config` holds entries of `TrainConfig`, `groups` is a name of rivals/groups.py."""
 
     config: Mapping[str, Any] = field(default_factory=dict)
     groups: str = "audit"
@@ -143,12 +143,14 @@ class Guided:
     @property
     def supervision(self) -> str:
         """None, unless groups are the true ones."""
-        return "none" if self.groups == "audit" else "labels"
+        return "labels" if self.groups == "true" else "none"
 
     def fit(self, world: World, folder: Path) -> Fitted:
         """Train it beside the frozen model."""
+        from rivals.groups import groups_of  # which imports this module
+
         pipe = world.biased()
-        found = world.true if self.groups == "true" else world.found
+        found = groups_of(world, self.groups)
         config = TrainConfig(**{"penalty": 0.0, "seed": world.seed} | dict(self.config))
         guidance = train(pipe, world.data, found, folder, config=config, cache_dir=world.cache)
         if self.calibrated and not guidance.config["mixes"]:

@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from methods import World
+from methods import Guided, World
+from rivals import groups
+from rivals.groups import GroupBalanced, caption_odds, eiil, groups_of, jtt, kmeans
 from rivals.invdiff_released import InvDiff, Second, batch_objective, mixed, released_groups
 from rivals.tiw import TIW, Discriminator, corrected, ratio_loss
+from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
+from conftest import write_tiny_folder
 from invdiff import FinetuneConfig, load_captioned_images
 from invdiff.errors import ConfigError, DataError
 from invdiff.models.schedule import NoiseSchedule, per_sample_loss
@@ -164,3 +168,67 @@ def test_invdiff_is_fitted_beside_the_biased_model_and_read_back(variant, world,
     assert not np.array_equal(images(again), images(replace(again, hooked=type(again)(None).hooked)))
     with pytest.raises(ConfigError, match=r"penalty was 1\.0, now 0\.0"):
         replace(method, penalty=0.0).fit(world, tmp_path / "invdiff")
+
+
+def hidden_groups():
+    """Features, captions and a hidden attribute that agrees with the caption in 90%."""
+    rng = np.random.default_rng(0)
+    captions = np.repeat([0, 1], 300)
+    attribute = np.where(rng.random(600) < 0.1, 1 - captions, captions)
+    features = rng.normal(size=(600, 6))
+    features[:, 0] += 6 * attribute
+    features[:, 1] += captions
+    return features, captions, attribute
+
+
+def test_classifiers_and_clusters_find_an_attribute_that_predicts_the_caption():
+    features, captions, attribute = hidden_groups()
+    minority = attribute != captions
+    assert (jtt(features, captions) == minority).mean() > 0.95
+    assert np.array_equal(eiil(features, captions), jtt(features, captions))  # of two captions
+    clusters = kmeans(features[:, :2], captions)
+    for caption in (0, 1):
+        own = captions == caption
+        assert adjusted_rand_score(attribute[own], clusters[own]) > 0.8
+
+
+def test_eiil_s_environments_maximise_the_penalty():
+    features, captions, _ = hidden_groups()
+    captions = captions + (np.arange(600) % 3 == 0)
+    logits = caption_odds(features, captions)
+    scale = torch.ones((), requires_grad=True)
+    losses = torch.nn.functional.cross_entropy(
+        scale * torch.from_numpy(logits), torch.tensor(captions), reduction="none"
+    )
+    slopes = torch.stack([torch.autograd.grad(loss, scale, retain_graph=True)[0] for loss in losses]).numpy()
+
+    def penalty(q):
+        return (q @ slopes) ** 2 + ((1 - q) @ slopes) ** 2
+
+    found = eiil(features, captions)
+    rng = np.random.default_rng(0)
+    flipped = [np.where(np.arange(600) == k, 1 - found, found) for k in range(0, 600, 50)]
+    assert penalty(found) > max(penalty(q) for q in [*flipped, *rng.random((50, 600)), jtt(features, captions)])
+
+
+def test_fine_tuning_and_guidance_take_given_and_inferred_groups(tiny_pipe_dir, tmp_path, monkeypatch):
+    images = load_captioned_images(write_tiny_folder(tmp_path / "images", 120))
+    rare = np.arange(120) < 12
+    images = replace(images, attributes={"background": np.where(rare, "water", "land").tolist()})
+    prompts = {caption: caption.split()[-1] for caption in images.captions}
+    world = World(images, images, "background", "subject", prompts, {}, tiny_pipe_dir, tmp_path, finetuning=SHORT)
+    drawn = []
+    monkeypatch.setattr(groups, "finetune", lambda data, *rest, **options: drawn.append(data) or world.biased())
+    fitted = GroupBalanced("true").fit(world, tmp_path / "true-groups")
+    of_rare = [name in images.names[:12] for name in drawn[0].names]
+    assert np.mean(of_rare) == pytest.approx(0.5, abs=0.15)
+    assert fitted.about["most often"] >= 3
+    assert len(drawn[0]) == 120
+    monkeypatch.setattr(groups, "INFERRED", {"jtt": lambda features, captions, seed: rare.astype(int)})
+    assert np.array_equal(groups_of(world, "jtt").rare(), rare)
+    with pytest.raises(ConfigError, match="Expected groups of audit, true, jtt, got 'george'"):
+        groups_of(world, "george")
+    short = {"backend": "lora", "steps": 1, "batch_size": 4, "preserve": 0.0, "mixed_precision": "no"}
+    guided = Guided(config=short, groups="jtt")
+    assert guided.supervision == "none"
+    assert guided.fit(world, tmp_path / "guided").guidance.num_groups == (2,)

@@ -1,0 +1,126 @@
+"""Groups by other audits than ours, and fine-tuning that draws all groups of a caption equally often.
+
+All read what our audit reads: whitened features of the audited model's own blocks. With c the caption of an image:
+
+* "kmeans", after George (Sohoni et al., NeurIPS 2020): clusters of each caption's images, as many as have the largest
+  silhouette. George clusters what a network that classifies c has learned, reduced by UMAP; here it is the leading
+  components of what the audited model has learned.
+* "jtt" (Liu et al., ICML 2021): what a regularised classifier of c errs on. Its weight is tuned on group labels there;
+  here errors and the rest count equally.
+* "eiil" (Creager et al., ICML 2021): the two environments q that maximise the IRM penalty of that classifier,
+  sum_e (sum_i q_ie g_i)^2 with g_i the derivative of image i's cross-entropy in a factor of its logits. It is convex
+  in sum_i q_i g_i, hence largest where q parts the images by the sign of g_i. Of two captions g_i > 0 just where the
+  classifier errs: there EIIL and JTT find the same groups.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from audits import audit_features
+from methods import Fitted, World
+from sklearn.cluster import KMeans
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import silhouette_score
+
+from invdiff import Audit, TrainConfig, audit, finetune
+from invdiff.errors import ConfigError
+from invdiff.seeds import derived_seed, generator
+from invdiff.training.batches import GroupBalancedSampler
+
+STRENGTH = 1e-3
+"""C of the classifier of captions: without a strong penalty it remembers the images, and errs on none."""
+MOST_CLUSTERS, LEADING = 5, 10
+"""Clusters of a caption, and components of each block that they are sought in."""
+
+
+def kmeans(features: np.ndarray, captions: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Cluster of each image, (N,) from 0 under each caption; of features (N, d) and captions (N,)."""
+    groups = np.zeros(len(captions), dtype=int)
+    for caption in np.unique(captions):
+        own = features[captions == caption]
+        numbers = range(2, min(MOST_CLUSTERS, len(own) - 1) + 1)
+        fits = [KMeans(k, n_init=10, random_state=seed).fit(own) for k in numbers]
+        groups[captions == caption] = max(fits, key=lambda fit: silhouette_score(own, fit.labels_)).labels_
+    return groups
+
+
+def jtt(features: np.ndarray, captions: np.ndarray, seed: int = 0) -> np.ndarray:
+    """1 for images whose caption the classifier errs on, else 0, (N,)."""
+    return (np.unique(captions)[caption_odds(features, captions).argmax(axis=1)] != captions).astype(int)
+
+
+def eiil(features: np.ndarray, captions: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Environment of each image, (N,): 1 where its loss rises with the classifier's logits."""
+    logs = caption_odds(features, captions)
+    own = np.unique(captions) == captions[:, None]
+    return (((np.exp(logs) - own) * logs).sum(axis=1) > 0).astype(int)
+
+
+def caption_odds(features: np.ndarray, captions: np.ndarray) -> np.ndarray:
+    """Log probability of every caption, (N, captions), by logistic regression on all images."""
+    if len(np.unique(captions)) < 2:
+        raise ConfigError("Expected two captions or more, whose classifier's errors are groups, got one. Take kmeans.")
+    return LogisticRegression(C=STRENGTH, max_iter=1000).fit(features, captions).predict_log_proba(features)
+
+
+INFERRED: dict[str, Callable[..., np.ndarray]] = {"kmeans": kmeans, "jtt": jtt, "eiil": eiil}
+
+
+def groups_of(world: World, groups: str) -> Audit:
+    """Groups by name: "audit", "true", or one of `INFERRED`, which are kept in the world's folder.
+
+    Values of a caption that few images have are no groups, as where the attribute is given: see `given_factors`.
+    """
+    if groups in ("audit", "true"):
+        return world.found if groups == "audit" else world.true
+    if groups not in INFERRED:
+        raise ConfigError(f"Expected groups of audit, true, {', '.join(INFERRED)}, got {groups!r}.")
+    folder = world.work / groups
+    if not (folder / "audit.json").is_file():
+        pipe: Any = world.biased()
+        sources = audit_features(pipe, world.data, world.cache)
+        features = np.concatenate([of[:, :LEADING] if groups == "kmeans" else of for of in sources], axis=1)
+        captions = np.array([world.prompts.get(caption, caption) for caption in world.data.captions])
+        seed = derived_seed(groups, world.seed) % 2**32
+        labels = [f"{groups} {group}" for group in INFERRED[groups](features, captions, seed)]
+        named = replace(world.data, attributes={groups: labels})
+        audit(pipe, named, attribute=groups, cache_dir=world.cache).save(folder)
+    return Audit.load(folder)
+
+
+@dataclass(frozen=True)
+class GroupBalanced:
+    """The base fine-tuned as the biased model was, on as many images drawn so that groups come equally often."""
+
+    groups: str = "audit"
+    """As of `groups_of`."""
+    purity: float = TrainConfig().purity
+    """Images less likely to be in a rare group than this are not drawn for it."""
+
+    @property
+    def supervision(self) -> str:
+        """None, unless groups are the true ones."""
+        return "labels" if self.groups == "true" else "none"
+
+    def fit(self, world: World, folder: Path) -> Fitted:
+        """Draw images, some of them often, and fine-tune."""
+        found = groups_of(world, self.groups)
+        found.check_found()
+        weights = [torch.from_numpy(of) for of in found.group_weights]
+        sampler = GroupBalancedSampler(torch.from_numpy(found.prompt_ids), weights, self.purity)
+        rows, _, _ = sampler.draw(len(world.data), generator("group-balanced", world.seed))
+        place = {name: row for row, name in enumerate(world.data.names)}
+        data = world.data.select(sorted(place[found.names[row]] for row in rows.tolist()))
+        config = replace(world.finetuning, seed=world.seed)
+        pipe: Any = finetune(data, folder, base=world.base, config=config)
+        size = sum(weight.numel() for weight in pipe.unet.parameters())
+        times = Counter(data.names)
+        about = {"different images": len(times), "most often": max(times.values())}
+        return Fitted(pipe, parameters=size, forwards=3.0 * config.steps * config.batch_size, about=about)
