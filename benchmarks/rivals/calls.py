@@ -41,10 +41,6 @@ class Call:
         """(images, channels, height, width)."""
         return self.arguments["sample"][-self.images :]
 
-    def encode(self, captions: list[str]) -> torch.Tensor:
-        """Embeddings (captions, tokens, width) as the UNet expects them."""
-        return encode(self.pipe, captions).to(self.arguments["encoder_hidden_states"])
-
     def predict(self, embeddings: torch.Tensor, latents: torch.Tensor | None = None) -> torch.Tensor:
         """The plain prediction for the images (or other latents) with other embeddings, (images, C, H, W)."""
         unet, latents = self.pipe.unet, self.latents if latents is None else latents
@@ -82,8 +78,8 @@ class _Calls:
         self.call.arguments = bound.arguments
         self.call.step += 1
         if self.before is not None:
-            rows = bound.arguments["encoder_hidden_states"][:-images]
-            bound.arguments["encoder_hidden_states"] = torch.cat([rows, self.before(self.call)])
+            rows = bound.arguments["encoder_hidden_states"]
+            bound.arguments["encoder_hidden_states"] = torch.cat([rows[:-images], self.before(self.call).to(rows)])
         return bound.args[1:], bound.kwargs
 
     def end(self, unet: Any, args: tuple[Any, ...], output: Any) -> Any:

@@ -23,7 +23,7 @@ class FairDiffusion:
 
     supervision = "words"
 
-    edit_guidance_scale: float = 4.0
+    edit_guidance_scale: float = 2.0
     """s_e."""
     warmup_steps: int = 2
     """delta."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from methods import Fitted, World
 
-from rivals.calls import Call, hooked
+from rivals.calls import Call, encode, hooked
 
 DIVERSE = ", please generate diverse outputs"
 
@@ -30,6 +30,6 @@ class Prompted:
 
         def worded(call: Call) -> torch.Tensor:
             captions = [prompt + endings[group] for prompt, group in zip(call.prompts, call.groups, strict=True)]
-            return call.encode(captions)
+            return encode(pipe, captions)
 
         return Fitted(pipe, hooked=partial(hooked, pipe, len(endings), before=worded))
