@@ -10,7 +10,7 @@ split `val`, are held out: they are taken only where `held_out` is asked for, fo
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,20 +78,47 @@ def _open(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
-def _write(folder: Path, rows: list[Row], **settings) -> Path:
+def write(folder: Path, rows: list[Row], *, progress: bool = False, **settings) -> Path:
     columns = [name for name in rows[0][0] if name != "text"]
+    label = settings["world"]
     return write_imagefolder(
-        folder, rows, columns, settings, total=len(rows), record=".world.json", label=settings["world"]
+        folder, rows, columns, settings, total=len(rows), record=".world.json", label=label, progress=progress
     )
 
 
-def compose(bird: bytes, scene: bytes, *, size: float, mirror: bool, x: float, y: float) -> Image.Image:
-    """Paste a cut-out bird on a scene, at twice the size, and shrink.
+def mix(
+    cells: Mapping[tuple, list[Row]],
+    shares: Mapping[tuple, float],
+    num_images: int | None,
+    rng: np.random.Generator,
+) -> list[Row]:
+    """Different rows at random, shuffled: `shares` of `num_images` of each cell; None takes as many as there are.
+
+    Raises:
+        DataError: There are too few rows of a cell.
+    """
+    most = int(min(len(cells.get(cell, ())) / share for cell, share in shares.items() if share) + 1e-9)
+    rows = []
+    for cell, share in shares.items():
+        there, wanted = cells.get(cell, []), round(share * (most if num_images is None else num_images))
+        if wanted > len(there):
+            raise DataError(
+                f"Expected {wanted} images of {', '.join(map(str, cell))}, found {len(there)}. Ask for fewer images: "
+                f"in these shares there are at most {most} in all."
+            )
+        rows += [there[place] for place in rng.permutation(len(there))[:wanted]]
+    return [rows[place] for place in rng.permutation(len(rows))]
+
+
+def compose(
+    bird: bytes, scene: bytes, *, size: float, mirror: bool, x: float, y: float, pixels: int = SIDE
+) -> Image.Image:
+    """Paste a cut-out bird on a scene, at twice the size, and shrink to a side of `pixels`.
 
     `size` is the share of the side that the bird's longer side takes; `x` and `y`, from 0 to 1, place it between left
     and right, and as deep in the lower half as it fits.
     """
-    side = 2 * SIDE
+    side = 2 * pixels
     picture = Image.open(io.BytesIO(scene)).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
     cut = Image.open(io.BytesIO(bird)).convert("RGBA")
     cut = cut.crop(cut.getchannel("A").getbbox())
@@ -100,9 +127,9 @@ def compose(bird: bytes, scene: bytes, *, size: float, mirror: bool, x: float, y
     cut = cut.resize((width, height), Image.Resampling.LANCZOS)
     if mirror:
         cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    top = SIDE - height / 2  # its middle lies in the lower half
+    top = pixels - height / 2  # its middle lies in the lower half
     picture.paste(cut, (round(x * (side - width)), round(top + y * (side - height - top))), cut)
-    return picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return picture.resize((pixels, pixels), Image.Resampling.LANCZOS)
 
 
 def cast(picture: Image.Image, tint: str) -> Image.Image:
@@ -130,20 +157,26 @@ def waterbirds(
     """
     settings = {"severity": severity, "seed": seed, "num_images": num_images, "tint": tint, "held_out": held_out}
     settings |= {"free": True} if free else {}
-    rows = _birds(source, num_images, severity, seed, held_out)
+    rows = birds(source, num_images, severity, seed, held_out)
     if free:
         rows = [
             (row | {"text": _free_text(row["subject"], seed, index)}, make) for index, (row, make) in enumerate(rows)
         ]
     if tint is not None:
         rows = [_tinted(row, tint, np.random.default_rng([seed, index, 1])) for index, row in enumerate(rows)]
-    return _write(folder, rows, world="waterbirds", **settings)
+    return write(folder, rows, world="waterbirds", **settings)
 
 
-def _birds(
-    source: Path, num_images: int, severity: float, seed: int, held_out: bool = False, subjects: tuple = SUBJECTS
+def birds(
+    source: Path,
+    num_images: int,
+    severity: float,
+    seed: int,
+    held_out: bool = False,
+    subjects: tuple = SUBJECTS,
+    pixels: int = SIDE,
 ) -> list[Row]:
-    birds = _classes(source, "waterbirds_cutouts", "subject", held_out)
+    cut_outs = _classes(source, "waterbirds_cutouts", "subject", held_out)
     scenes = _classes(source, "scenes", "scene", held_out)
     rows = []
     for index in range(num_images):
@@ -151,8 +184,11 @@ def _birds(
         which, agreement, bird, scene, size, mirror, x, y = draws.tolist()
         subject = subjects[int(which * len(subjects))]
         place = PLACES[subject] if agreement < severity else _other(PLACES, subject)
-        parts = [values[int(draw * len(values))] for values, draw in ((birds[subject], bird), (scenes[place], scene))]
-        picture = partial(compose, *parts, size=0.55 + 0.25 * size, mirror=mirror < 0.5, x=x, y=y)
+        parts = [
+            values[int(draw * len(values))] for values, draw in ((cut_outs[subject], bird), (scenes[place], scene))
+        ]
+        placed = {"size": 0.55 + 0.25 * size, "mirror": mirror < 0.5, "x": x, "y": y}
+        picture = partial(compose, *parts, **placed, pixels=pixels)
         rows.append(({"text": CANONICAL_TEMPLATE.format(subject), "subject": subject, "place": place}, picture))
     return rows
 
@@ -215,22 +251,19 @@ def fairface(
         raise ConfigError(f"Expected captions and hidden attribute of {known}, got {captions} and {hidden}.")
     text = {"man": "a photo of a man", "woman": "a photo of a woman"}
     text |= {"young": "a photo of a young person", "old": "a photo of an old person"}
-    faces, rng, rows = _faces(source, held_out), np.random.default_rng(seed), []
-    for value, shares in mixtures[captions, hidden].items():
-        for kind, biased in shares.items():
-            share = 1 / len(shares) if even else biased
-            there = [face for face in faces if (face[0][captions], face[0][hidden]) == (value, kind)]
-            wanted = round(share * num_images / 2)
-            if wanted > len(there):
-                raise DataError(
-                    f"Expected {wanted} faces of {value}, {kind}, found {len(there)}. Ask for fewer images."
-                )
-            chosen = (there[place] for place in rng.permutation(len(there))[:wanted])
-            rows += [({"text": text[value], **attributes}, make) for attributes, make in chosen]
+    cells: dict[tuple, list[Row]] = {}
+    for attributes, make in _faces(source, held_out):
+        row = {"text": text.get(attributes[captions], ""), **attributes}
+        cells.setdefault((attributes[captions], attributes[hidden]), []).append((row, make))
+    shares = {
+        (value, kind): (1 / len(parts) if even else share) / 2
+        for value, parts in mixtures[captions, hidden].items()
+        for kind, share in parts.items()
+    }
+    rows = mix(cells, shares, num_images, np.random.default_rng(seed))
     settings = {"captions": captions, "hidden": hidden, "num_images": num_images, "severity": severity, "seed": seed}
     settings |= {"even": True} if even else {}
-    shuffled = [rows[place] for place in rng.permutation(len(rows))]
-    return _write(folder, shuffled, world="fairface", held_out=held_out, **settings)
+    return write(folder, rows, world="fairface", held_out=held_out, **settings)
 
 
 def _faces(source: Path, held_out: bool = False) -> list[Row]:
@@ -277,7 +310,7 @@ def null(source: Path, folder: Path, kind: str, *, num_images: int = 1000, seed:
         return waterbirds(source, folder, num_images=num_images, severity=severity, seed=seed)
     rng = np.random.default_rng(seed)
     if kind == "landbirds":
-        there = _birds(source, num_images, 0.5, seed, subjects=("landbird",))
+        there = birds(source, num_images, 0.5, seed, subjects=("landbird",))
     elif kind == "women":
         there = [row for row in _faces(source) if row[0]["gender"] == "woman"]
     else:
@@ -288,7 +321,7 @@ def null(source: Path, folder: Path, kind: str, *, num_images: int = 1000, seed:
     chosen = [there[place] for place in rng.permutation(len(there))[:num_images]]
     captions = [NULLS[kind][caption] for caption in rng.integers(2, size=num_images)]
     rows = [(row | {"text": text}, picture) for (row, picture), text in zip(chosen, captions, strict=True)]
-    return _write(folder, rows, world=kind, num_images=num_images, seed=seed)
+    return write(folder, rows, world=kind, num_images=num_images, seed=seed)
 
 
 def drawn(folder: Path, *, num_images: int = 4000, severity: float = 0.9, seed: int = 0) -> Path:
@@ -310,4 +343,4 @@ def drawn(folder: Path, *, num_images: int = 4000, severity: float = 0.9, seed: 
         )
 
     settings = {"num_images": num_images, "severity": severity, "seed": seed}
-    return _write(folder, [row(index) for index in range(num_images)], world="drawn birds", **settings)
+    return write(folder, [row(index) for index in range(num_images)], world="drawn birds", **settings)

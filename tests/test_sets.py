@@ -1,0 +1,230 @@
+"""Published sets, from stand-ins in their layouts: one plain colour an image, bright where it is not for training."""
+
+import argparse
+import io
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pyarrow
+import pyarrow.parquet
+import pytest
+import sets
+import worlds
+from PIL import Image
+
+from invdiff.data.captioned import load_captioned_images
+from invdiff.errors import ConfigError, DataError
+
+DARK, BRIGHT = (40, 0, 0), (240, 0, 0)
+
+
+def picture(path, held_out, size=(8, 8)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, BRIGHT if held_out else DARK).save(path)
+
+
+def stored(held_out):
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), BRIGHT if held_out else DARK).save(stream, "PNG")
+    return {"bytes": stream.getvalue(), "path": None}
+
+
+def prepare(name, source, out, *options):
+    """Run the command; return the tables of both parts, whose pictures are of the right split and size."""
+    parser = argparse.ArgumentParser()
+    sets.add_prepare(parser.add_subparsers())
+    sets.prepare(parser.parse_args(["prepare", name, str(source), str(out), "--size", "6", *options]))
+    tables = []
+    for part, bright in (("train", False), ("held-out", True)):
+        data = load_captioned_images(out / part)
+        pixels = np.asarray(data.image(0))
+        assert pixels.shape == (6, 6, 3)
+        assert name == "waterbirds" or all(
+            (np.asarray(data.image(i))[0, 0, 0] > 99) == bright for i in range(len(data))
+        )
+        tables.append(pd.read_csv(out / part / "metadata.csv"))
+    return tables
+
+
+def counts(table, *columns):
+    return table.groupby(list(columns)).size().to_dict()
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    """FairFace's files: two training images and one other of each gender, race and age."""
+    folder = tmp_path_factory.mktemp("fairface")
+    for part, times in (("train", 2), ("val", 1)):
+        rows = (
+            list(product(("Male", "Female"), (*worlds.RACES, "Latino_Hispanic"), ("03-Sep", "20-29", "60-69"))) * times
+        )
+        lines = ["file,age,gender,race,service_test"]
+        for number, (gender, race, age) in enumerate(rows):
+            picture(folder / "fairface-img-margin025-trainval" / part / f"{number}.jpg", part == "val")
+            lines.append(f"{part}/{number}.jpg,{age},{gender},{race},True")
+        (folder / f"fairface_label_{part}.csv").write_text("\n".join(lines))
+    return folder
+
+
+def test_fairface_has_the_papers_ratio_of_races_and_an_even_held_out_part(faces, tmp_path):
+    train, held_out = prepare("fairface", faces, tmp_path / "race", "--images", "14")
+    assert list(train.columns) == ["file_name", "text", "gender", "race", "age", "years", "subject"]
+    shares = pd.crosstab(train.text, train.race)[list(worlds.RACES)]
+    assert shares.to_numpy().tolist() == [[3, 2, 1, 1], [1, 1, 2, 3]]
+    assert list(shares.index) == ["a photo of a man", "a photo of a woman"]
+    assert set(counts(held_out, "text", "race").values()) == {2}
+    assert set(train.age) <= {"young", "old"}  # nobody under 20
+
+
+def test_fairface_by_other_captions_attributes_and_ratios(faces, tmp_path):
+    train, held_out = prepare(
+        "fairface", faces, tmp_path / "by-age", "--captions", "age", "--hidden", "gender", "--severity", ".75"
+    )
+    assert counts(train, "text", "gender") == {
+        ("a photo of a young person", "woman"): 10, ("a photo of a young person", "man"): 3,
+        ("a photo of an old person", "woman"): 3, ("a photo of an old person", "man"): 10,
+    }  # fmt: skip
+    one = [
+        "--captions",
+        "one",
+        "--hidden",
+        "gender x race",
+        "--groups",
+        "woman x White",
+        "man x Black",
+        "--ratio",
+        "2:1",
+    ]
+    train, held_out = prepare("fairface", faces, tmp_path / "one", *one, "--all-ages", "--images", "9")
+    assert set(train.text) == {"a photo of a person"}
+    assert counts(train, "gender", "race") == {("woman", "White"): 6, ("man", "Black"): 3}
+    assert "child" in set(train.age) | set(held_out.age)
+    train, _ = prepare("fairface", faces, tmp_path / "all", "--groups", "all", "--hidden", "race")
+    assert set(train.race) == {*worlds.RACES, "Latino_Hispanic"}
+
+
+def test_ages_that_a_spreadsheet_turned_into_dates_are_repaired():
+    dates = {"3-9": ("3-9", "03-Sep", "9-Mar", "Mar-09", "2019-03-09", "09.03.2019"), "20-29": ("20-29",)}
+    dates["10-19"] = ("Oct-19", "19-Oct", "2019-10-01", "10/1/2019")
+    for age, spellings in dates.items():
+        assert {sets.repaired_age(text) for text in spellings} == {age}
+    with pytest.raises(DataError, match="got '04-Sep'"):
+        sets.repaired_age("04-Sep")
+
+
+def test_what_is_missing_unknown_or_too_much_is_said_and_nothing_is_written(faces, tmp_path):
+    with pytest.raises(
+        DataError, match=r"Expected 30 images of a photo of a man, White, found 4\..* at most 18 in all"
+    ):
+        prepare("fairface", faces, tmp_path / "out", "--images", "140")
+    with pytest.raises(ConfigError, match=r"--hidden of age, gender, race, years, got beard"):
+        prepare("fairface", faces, tmp_path / "out", "--hidden", "beard")
+    with pytest.raises(ConfigError, match=r"--captions of .*, got tall"):
+        prepare("fairface", faces, tmp_path / "out", "--captions", "a [tall] person=tall")
+    with pytest.raises(ConfigError, match=r"4 groups \(White, Black, East Asian, Indian\) for each of 2 captions"):
+        prepare("fairface", faces, tmp_path / "out", "--severity", ".9")
+    with pytest.raises(DataError, match=r"list_attr_celeba.txt .*Nothing is downloaded: get it from https://mmlab"):
+        prepare("celeba", faces, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+NAMES = ("Black_Hair", "Blond_Hair", "Brown_Hair", "Male", "Smiling")
+PEOPLE = [
+    dict(zip(NAMES, values, strict=True))
+    for hair in ((1, -1, -1), (-1, 1, -1), (-1, -1, 1), (-1, 1, 1), (-1, -1, -1))
+    for values in product(*((value,) for value in hair), (1, -1), (1, -1))
+] * 2  # the last two kinds of hair are both and neither
+
+
+@pytest.mark.parametrize("layout", ["txt", "csv", "parquet"])
+def test_celeba_is_read_from_lists_and_from_parquet(layout, tmp_path):
+    source, places = tmp_path / "celeba", ("Anno/", "Eval/") if layout == "txt" else ("", "")
+    if layout == "parquet":
+        for part in ("train", "valid", "test"):
+            rows = [
+                {"image": stored(part != "train"), "celeb_id": 7} | {name: value > 0 for name, value in row.items()}
+                for row in PEOPLE
+            ]
+            (source / "data").mkdir(parents=True, exist_ok=True)
+            table = pyarrow.Table.from_pylist(rows)
+            pyarrow.parquet.write_table(table, source / "data" / f"{part}-00000-of-00001.parquet")
+    else:
+        comma = "," if layout == "csv" else "  "
+        parts = [part for part in range(3) for _ in PEOPLE]
+        files = [f"{number:06}.jpg" for number in range(len(parts))]
+        for file, part in zip(files, parts, strict=True):
+            picture(source / "img_align_celeba" / file, part != 0, size=(8, 10))
+        lists = {
+            f"{places[0]}list_attr_celeba": [comma.join((["image_id"] if layout == "csv" else []) + list(NAMES))]
+            + [comma.join([file, *map(str, row.values())]) for file, row in zip(files, PEOPLE * 3, strict=True)],
+            f"{places[1]}list_eval_partition": (["image_id,partition"] if layout == "csv" else [])
+            + [comma.join([file, str(part)]) for file, part in zip(files, parts, strict=True)],
+        }
+        if layout == "txt":
+            lists["Anno/list_attr_celeba"].insert(0, str(len(files)))
+        for name, lines in lists.items():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / f"{name}.{layout}").write_text("\n".join(lines))
+    train, held_out = prepare("celeba", source, tmp_path / "natural")
+    blond, dark = (f"a photo of a person with {hair} hair" for hair in ("blond", "dark"))
+    assert counts(train, "text", "gender") == {
+        (blond, "female"): 4, (blond, "male"): 4, (dark, "female"): 8, (dark, "male"): 8
+    }  # fmt: skip
+    assert counts(held_out, "subject", "gender") == dict.fromkeys(product(("blond", "dark"), ("female", "male")), 8)
+    texts = ["a [smiling] person=Smiling", "a [serious] person=not Smiling"]
+    hidden = ["--hidden", "Blond_Hair", "--severity", ".75", "--images", "16"]
+    train, _ = prepare("celeba", source, tmp_path / "smiling", "--captions", *texts, *hidden)
+    assert counts(train, "subject", "Blond_Hair") == {
+        ("smiling", "Blond_Hair"): 6, ("smiling", "not Blond_Hair"): 2,
+        ("serious", "Blond_Hair"): 2, ("serious", "not Blond_Hair"): 6,
+    }  # fmt: skip
+
+
+def test_waterbirds_as_released_and_with_another_severity(tmp_path):
+    source = tmp_path / "waterbird_complete95_forest2water2"
+    lines = ["img_id,img_filename,y,split,place,place_filename"]
+    for y, place, split in [
+        *product((0, 1), (0, 1), (1, 2)),
+        *((y, y, 0) for y in (0, 0, 0, 1, 1, 1)),
+        (0, 1, 0),
+        (1, 0, 0),
+    ]:
+        picture(source / f"{len(lines)}.jpg", split != 0, size=(12, 8))
+        lines.append(f"{len(lines)},{len(lines)}.jpg,{y},{split},{place},x.jpg")
+    (source / "metadata.csv").write_text("\n".join(lines))
+    train, held_out = prepare("waterbirds", tmp_path, tmp_path / "released")
+    assert counts(train, "subject", "place") == {
+        ("landbird", "land"): 3, ("landbird", "water"): 1, ("waterbird", "land"): 1, ("waterbird", "water"): 3
+    }  # fmt: skip
+    assert set(train.text) == {"a photo of a landbird", "a photo of a waterbird"}
+    assert set(counts(held_out, "subject", "place").values()) == {2}
+    train, _ = prepare("waterbirds", source, tmp_path / "more", "--severity", ".6667", "--images", "6")
+    assert sorted(counts(train, "subject", "place").values()) == [1, 1, 2, 2]
+    (source / "metadata.csv").write_text("\n".join(lines).replace("place", "where"))
+    with pytest.raises(DataError, match="column place"):
+        prepare("waterbirds", source, tmp_path / "out")
+
+
+def test_waterbirds_are_composed_and_a_stopped_run_goes_on_to_the_same(tmp_path):
+    def write(name, column, kinds):
+        rows = [{"image": stored(row % 5 == 4), column: kind} for kind in kinds for row in range(10)]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+
+    write("waterbirds_cutouts", "subject", worlds.PLACES)
+    write("scenes", "scene", worlds.PLACES.values())
+    options = ["--severity", ".9", "--images", "40", "--held-out", "12"]
+    train, held_out = prepare("waterbirds", tmp_path, tmp_path / "out", *options)
+    assert counts(train, "subject", "place") == {
+        ("landbird", "forest"): 18, ("landbird", "sea"): 2, ("waterbird", "forest"): 2, ("waterbird", "sea"): 18
+    }  # fmt: skip
+    assert set(counts(held_out, "subject", "place").values()) == {3}
+    for part, colour in (("train", DARK), ("held-out", BRIGHT)):
+        assert np.allclose(np.asarray(load_captioned_images(tmp_path / "out" / part).image(0))[0, 0], colour, atol=2)
+    before = load_captioned_images(tmp_path / "out" / "train").fingerprint
+    (tmp_path / "out" / "train" / "metadata.csv").unlink()
+    (tmp_path / "out" / "train" / "images" / "00004.png").unlink()
+    prepare("waterbirds", tmp_path, tmp_path / "out", *options)
+    assert load_captioned_images(tmp_path / "out" / "train").fingerprint == before
+    with pytest.raises(DataError, match="Choose another folder"):
+        prepare("waterbirds", tmp_path, tmp_path / "out", *options, "--seed", "1")
