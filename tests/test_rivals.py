@@ -14,6 +14,7 @@ from rivals.prompts import DIVERSE, Prompted
 from rivals.self_debias import SelfDebias
 from rivals.uce import UCE
 
+from invdiff import FinetuneConfig
 from tiny import CAPTIONS, make_tiny
 
 CLUSTERS = SelfDebias(images=4, inference_steps=3)
@@ -28,7 +29,8 @@ def name(method):
 @pytest.fixture(params=["sd1", "sd2-v"])
 def world(request):
     prompts = dict(zip(CAPTIONS, WORDS, strict=True))
-    return SimpleNamespace(biased=lambda: make_tiny(request.param), words=WORDS, prompts=prompts, seed=0)
+    parts = {"data": SimpleNamespace(fingerprint="birds"), "finetuning": FinetuneConfig(), "seed": 0}
+    return SimpleNamespace(biased=lambda: make_tiny(request.param), words=WORDS, prompts=prompts, **parts)
 
 
 def draw(fitted, seed=None, guidance_scale=3.0, prompts=CAPTIONS):

@@ -14,16 +14,16 @@ from invdiff.guidance.environments import EnvironmentMix
 
 @dataclass(eq=False)
 class Call:
-    """One call of the UNet, of `images` images at once."""
+    """The newest call of the UNet, of `images` images at once."""
 
     pipe: Any
-    arguments: dict[str, Any]
-    """By name. Rows of the null caption, where there is classifier-free guidance, come before those of captions."""
-    prompts: list[str]
+    prompts: list[str] = field(default_factory=list)
     """Of each image."""
-    groups: list[int]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """By name. Rows of the null caption, where there is classifier-free guidance, come before those of captions."""
+    groups: list[int] = field(default_factory=list)
     """A class drawn for each image, uniformly and independently, by the seed and the image's own starting noise."""
-    step: int
+    step: int = 0
     """Calls before this one for the same images."""
 
     @property
@@ -54,42 +54,6 @@ def encode(pipe: Any, captions: list[str]) -> torch.Tensor:
         return type(pipe).encode_prompt(pipe, captions, pipe._execution_device, 1, False)[0]
 
 
-@dataclass(eq=False)
-class _Calls:
-    """Hooks before and after the UNet's forward pass."""
-
-    pipe: Any
-    mix: EnvironmentMix
-    before: Callable[[Call], torch.Tensor] | None
-    after: Callable[[Call, torch.Tensor], torch.Tensor | None] | None
-    prompts: list[str] = field(default_factory=list)
-    timesteps: Any = None
-    call: Any = None
-
-    def begin(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bound = inspect.signature(type(unet).forward).bind(unet, *args, **kwargs)
-        images = len(bound.arguments["sample"]) // (2 if self.pipe.do_classifier_free_guidance else 1)
-        latents = bound.arguments["sample"][-images:]
-        if self.pipe.scheduler.timesteps is not self.timesteps:  # which each call of the pipeline makes anew
-            self.timesteps = self.pipe.scheduler.timesteps
-            prompts = [self.prompts[image * len(self.prompts) // images] for image in range(images)]
-            groups = self.mix.rows(latents)[:, 0].tolist()
-            self.call = Call(self.pipe, bound.arguments, prompts, groups, step=-1)
-        self.call.arguments = bound.arguments
-        self.call.step += 1
-        if self.before is not None:
-            rows = bound.arguments["encoder_hidden_states"]
-            bound.arguments["encoder_hidden_states"] = torch.cat([rows[:-images], self.before(self.call).to(rows)])
-        return bound.args[1:], bound.kwargs
-
-    def end(self, unet: Any, args: tuple[Any, ...], output: Any) -> Any:
-        shift = self.after(self.call, output[0]) if self.after is not None else None
-        if shift is None:
-            return None
-        shifted = output[0] + shift.to(output[0].dtype).repeat(len(output[0]) // len(shift), 1, 1, 1)
-        return (shifted, *output[1:]) if isinstance(output, tuple) else type(output)(sample=shifted)
-
-
 @contextmanager
 def hooked(
     pipe: Any,
@@ -105,18 +69,40 @@ def hooked(
     all rows and returns a shift (images, C, H, W) that is added to all rows of an image, or None: classifier-free
     guidance u + w (c - u) then adds it once, whatever w is.
     """
-    calls = _Calls(pipe, EnvironmentMix("iid", [num_groups], seed=seed), before, after)
-    original = pipe.encode_prompt
+    call, mix, timesteps, original = (
+        Call(pipe),
+        EnvironmentMix("iid", [num_groups], seed=seed),
+        None,
+        pipe.encode_prompt,
+    )
 
     @wraps(original)
     def remember(prompt: Any, *args: Any, **options: Any) -> Any:
-        calls.prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        call.prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         return original(prompt, *args, **options)
 
-    handles = [
-        pipe.unet.register_forward_pre_hook(calls.begin, with_kwargs=True),
-        pipe.unet.register_forward_hook(calls.end),
-    ]
+    def begin(unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal timesteps
+        bound = inspect.signature(type(unet).forward).bind(unet, *args, **kwargs)
+        call.arguments, call.step = bound.arguments, call.step + 1
+        if pipe.scheduler.timesteps is not timesteps:  # which each call of the pipeline makes anew
+            timesteps, call.step = pipe.scheduler.timesteps, 0
+            images = len(call.arguments["sample"]) // (2 if pipe.do_classifier_free_guidance else 1)
+            call.groups = mix.rows(call.arguments["sample"][-images:])[:, 0].tolist()
+            call.prompts = [call.prompts[image * len(call.prompts) // images] for image in range(images)]
+        if before is not None:
+            rows = call.arguments["encoder_hidden_states"]
+            call.arguments["encoder_hidden_states"] = torch.cat([rows[: -call.images], before(call).to(rows)])
+        return bound.args[1:], bound.kwargs
+
+    def end(unet: Any, args: tuple[Any, ...], output: Any) -> Any:
+        shift = after(call, output[0]) if after is not None else None
+        if shift is None:
+            return None
+        shifted = output[0] + shift.to(output[0].dtype).repeat(len(output[0]) // len(shift), 1, 1, 1)
+        return (shifted, *output[1:]) if isinstance(output, tuple) else type(output)(sample=shifted)
+
+    handles = [pipe.unet.register_forward_pre_hook(begin, with_kwargs=True), pipe.unet.register_forward_hook(end)]
     pipe.encode_prompt = remember
     try:
         yield

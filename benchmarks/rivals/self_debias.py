@@ -3,7 +3,7 @@
 Without any word or label, plainly drawn images of each prompt are put into clusters by what the UNet's middle block
 shows at all steps (k-means); a cluster's centre at a step is the mean of its images' features there. Then each image
 is given a cluster, uniformly and independently, and its prediction is moved against
-    (1 - p) grad_z (log p - mean log p),  p = softmax_k(-|h(z) - centre_k|^2 / 2),
+    (1 - p) grad_z (log p - mean log p),  p = softmax_k(-|h(z) - centre_k|^2 / 2 sqrt(D)),
 at each step, the gradient scaled to `strength` times the prediction's own size. Features are means over the grid,
 over their standard deviation within clusters. Both epsilon and v point away from the image, so that both are moved
 against the gradient.
@@ -11,7 +11,7 @@ against the gradient.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ import torch
 from methods import Fitted, World
 from sklearn.cluster import KMeans
 
+from invdiff.errors import ConfigError, ModelError
 from invdiff.files import read_tensors, write_tensors
 from invdiff.seeds import derived_seed, generator
 from rivals.calls import Call, hooked
+from rivals.keeping import finish, finished, settings_of
 
 
 @dataclass(frozen=True)
@@ -42,24 +44,28 @@ class SelfDebias:
         """Draw images of each prompt and cluster them, or read the centres back."""
         pipe, path, prompts = world.biased(), folder / "self_debias.safetensors", list(world.prompts)
         if pipe.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(f"Expected epsilon or v_prediction, got {pipe.scheduler.config.prediction_type}.")
-        if not path.is_file():
-            found = [self._cluster(pipe, prompt, world.seed) for prompt in prompts]
-            write_tensors(path, {name: torch.stack([of[name] for of in found]) for name in found[0]})
+            raise ModelError(f"Expected epsilon or v_prediction, got {pipe.scheduler.config.prediction_type}.")
+        settings = settings_of(replace(self, strength=0.0), world, pipe)  # clusters are those of any strength
+        figures = finished(folder, settings)
+        if figures is None:
+            each = [self._cluster(pipe, prompt, world.seed) for prompt in prompts]
+            shares = [of.pop("shares").tolist() for of in each]
+            write_tensors(path, {name: torch.stack([of[name] for of in each]) for name in each[0]})
+            forwards = 1.0 * len(prompts) * self.images * self.inference_steps
+            figures = finish(folder, settings, {"shares": shares, "forwards": forwards})
         found = read_tensors(path)
-        places = {prompt: place for place, prompt in enumerate(prompts)}
 
         def push(call: Call, prediction: torch.Tensor) -> torch.Tensor:
-            unknown = {*call.prompts} - {*places}
-            if unknown:
-                raise ValueError(f"Expected the prompts that were clustered, got {sorted(unknown)[0]!r}.")
-            rows = [places[prompt] for prompt in call.prompts]
+            if unknown := {*call.prompts} - {*prompts}:
+                raise ConfigError(f"Expected a prompt that clusters were made of, got {min(unknown)!r}. Fit it too.")
+            rows = [prompts.index(prompt) for prompt in call.prompts]
             return self._push(call, prediction, {name: of[rows] for name, of in found.items()})
 
-        forwards = 1.0 * len(prompts) * self.images * self.inference_steps
-        about = {"shares": found["shares"].tolist()}
         return Fitted(
-            pipe, hooked=lambda seed: hooked(pipe, self.clusters, seed, after=push), forwards=forwards, about=about
+            pipe,
+            hooked=lambda seed: hooked(pipe, self.clusters, seed, after=push),
+            forwards=figures["forwards"],
+            about={"shares": figures["shares"]},
         )
 
     @torch.no_grad()
@@ -89,7 +95,7 @@ class SelfDebias:
             features = seen[0].float()
             centres, scales = (of[name][:, step].to(features) for name in ("centres", "scales"))
             distances = ((features[:, None] - centres) / scales[:, None]).square().sum(dim=2)
-            log_p = (-distances / 2).log_softmax(dim=1)
+            log_p = (-distances / (2 * features.shape[1] ** 0.5)).log_softmax(dim=1)
             rows = torch.arange(call.images, device=features.device)
             own = log_p[rows, torch.tensor(call.groups, device=features.device)]
             (gradient,) = torch.autograd.grad((own - log_p.mean(dim=1)).sum(), latents)

@@ -23,6 +23,7 @@ from invdiff.models.schedule import NoiseSchedule, per_sample_loss
 from invdiff.seeds import generator
 from invdiff.training.preservation import unrelated_captions
 from rivals.calls import encode
+from rivals.keeping import finish, finished, settings_of
 
 LOG_SNRS = (-2.0, -1.0, 0.0, 1.0)
 """Of the noise that images are told apart by."""
@@ -41,9 +42,7 @@ class UCE:
     images: int = 32
     """Of each prompt and iteration."""
     guidance_scale: float = 3.0
-    """Of these images."""
     inference_steps: int = 20
-    """Of these images."""
     tolerance: float = 0.05
     ridge: float = 0.5
     """lambda."""
@@ -55,24 +54,25 @@ class UCE:
         pipe, path = world.biased(), folder / "uce.safetensors"
         layers = [layer for name, layer in pipe.unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
         weights = [layer.weight.detach().clone() for layer in layers]
-        if not path.is_file():
-            write_tensors(path, self._solve(pipe, world, layers, weights))
-        found = read_tensors(path)
-        _edit(layers, weights, found["D"])
-        size = sum(weight.numel() for weight in weights)
-        about = {"shares": found["shares"].tolist(), "alpha": found["alpha"].tolist()}
-        return Fitted(pipe, parameters=size, forwards=found["forwards"].item(), about=about)
+        settings = settings_of(self, world, pipe)
+        figures = finished(folder, settings)
+        if figures is None:
+            found = self._solve(pipe, world, layers, weights)
+            write_tensors(path, {"D": found.pop("D")})
+            figures = finish(folder, settings, found)
+        _edit(layers, weights, read_tensors(path)["D"])
+        size, forwards = sum(weight.numel() for weight in weights), figures.pop("forwards")
+        return Fitted(pipe, parameters=size, forwards=forwards, about=figures)
 
     @torch.no_grad()
-    def _solve(
-        self, pipe: Any, world: World, layers: list[Any], weights: list[torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def _solve(self, pipe: Any, world: World, layers: list[Any], weights: list[torch.Tensor]) -> dict[str, Any]:
+        """D (width, width), alpha and the last shares (prompts, classes), and what it took."""
         prompts, words = list(world.prompts), list(world.words.values())
         edited, classes = _last_tokens(pipe, prompts), _last_tokens(pipe, words)
         kept = _last_tokens(pipe, unrelated_captions(prompts) + words)
         gram = self.ridge * torch.eye(edited[0].shape[1]) + sum(c.T @ c for c in edited)
         gram += self.preserve_scale * sum(c.T @ c for c in kept)
-        alpha, D, forwards = torch.zeros(len(prompts), len(words)), torch.zeros_like(gram), 0
+        alpha, D = torch.zeros(len(prompts), len(words)), torch.zeros_like(gram)
         steps, before = torch.full((len(prompts), 1), self.step), torch.zeros_like(alpha)
         passes = self.inference_steps * (2 if self.guidance_scale > 1 else 1) + len(words) * len(LOG_SNRS)
         for iteration in range(self.iterations + 1):
@@ -84,19 +84,15 @@ class UCE:
                 for of, prompt in zip(latents, prompts, strict=True)
             ]
             shares = torch.stack(seen) / self.images
-            forwards += passes * len(prompts) * self.images
             missing = 1 / len(words) - shares
             if iteration == self.iterations or missing.abs().max() <= self.tolerance:
                 break
             steps = torch.where((missing * before).sum(dim=1, keepdim=True) < 0, steps / 2, steps)
             alpha, before = alpha + steps * missing.where(missing.abs() > self.tolerance, 0.0), missing
-            D = torch.zeros_like(gram)
-            for c, of in zip(edited, alpha, strict=True):
-                for a, weight in zip(classes, of, strict=True):
-                    shared = min(len(c), len(a))
-                    D += weight * a[:shared].T @ c[:shared]
-            D = D @ gram.inverse()
-        return {"D": D, "alpha": alpha, "shares": shares, "forwards": torch.tensor(forwards)}
+            pairs = ((i, p, min(len(c), len(a))) for i, c in enumerate(edited) for p, a in enumerate(classes))
+            D = sum(alpha[i, p] * classes[p][:n].T @ edited[i][:n] for i, p, n in pairs) @ gram.inverse()
+        forwards = 1.0 * (iteration + 1) * passes * len(prompts) * self.images
+        return {"D": D, "alpha": alpha.tolist(), "shares": shares.tolist(), "forwards": forwards}
 
     def _draw(self, pipe: Any, prompt: str, seed: int) -> torch.Tensor:
         """Latents (images, C, H, W) of the model as it is."""
