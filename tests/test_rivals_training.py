@@ -10,10 +10,11 @@ from diffusers import DDPMScheduler
 from methods import Guided, World
 from rivals import groups
 from rivals.groups import GroupBalanced, caption_odds, eiil, groups_of, jtt, kmeans
-from rivals.invdiff_released import InvDiff, Second, batch_objective, mixed, released_groups
-from rivals.tiw import TIW, Discriminator, corrected, ratio_loss
+from rivals.invdiff_released import InvDiff, Second, mixed, released_groups
+from rivals.tiw import TIW, alpha_sigma, corrected, ratio_loss
 from sklearn.metrics import adjusted_rand_score
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from conftest import write_tiny_folder
 from invdiff import FinetuneConfig, load_captioned_images
@@ -82,12 +83,15 @@ def test_tiw_learns_the_balanced_mixture_where_plain_training_learns_the_biased_
 
     reference = points(1000, 0.5)
 
+    def log_ratio_of(model):
+        return lambda z, t, condition: alpha_sigma(schedule, t)[0].flatten() * model(features(z, t, condition))[:, 0]
+
     def paired(model):
         pairs = points(192, 0.1), reference[torch.randint(1000, (192,), generator=rng)]
-        return ratio_loss(model, schedule, pairs, {}, rng)
+        return ratio_loss(log_ratio_of(model), schedule, pairs, {}, rng)
 
-    discriminator = trained(Discriminator(features, 4, schedule, width=64), paired)
     torch.manual_seed(0)
+    discriminator = trained(nn.Sequential(nn.Linear(4, 64), nn.SiLU(), nn.Linear(64, 1)), paired)
 
     def mean_of_what_is_learned(log_ratio):
         def matching(model):
@@ -104,7 +108,7 @@ def test_tiw_learns_the_balanced_mixture_where_plain_training_learns_the_biased_
         return -model(features(z, torch.full((2000,), 999), {})).mean(dim=0).numpy()  # v of noise is minus the latents
 
     assert mean_of_what_is_learned(lambda z, *_: 0 * z[:, 1, 0, 0]) == pytest.approx([1.0, 1.2], abs=0.1)
-    assert mean_of_what_is_learned(discriminator) == pytest.approx([1.0, 0.0], abs=0.35)
+    assert mean_of_what_is_learned(log_ratio_of(discriminator)) == pytest.approx([1.0, 0.0], abs=0.35)
 
 
 def test_tiw_is_fitted_on_a_pipeline_and_read_back(world, tmp_path):
@@ -136,11 +140,7 @@ def test_the_second_network_starts_as_the_first_in_the_paper_and_at_nothing_in_t
         assert torch.equal(unet(*batch).sample, alone)
 
 
-def test_the_released_objective_and_groups():
-    losses, weights = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0, 1.0, 0]])
-    first, second = (1 + 1.5) / 1.5, (1.5 + 5) / 1.5  # the third group is empty and left out
-    expected = (first + second) / 2 + 0.1 * (first - second) ** 2 / 2
-    assert batch_objective(losses, weights, 0.1).item() == pytest.approx(expected)
+def test_the_released_code_parts_images_by_loss():
     hard = np.repeat([0.1, 1.0], 20)
     found = released_groups(hard, 2, 0.0, seed=0)
     assert np.allclose(found.sum(axis=1), 1)
@@ -192,23 +192,15 @@ def test_classifiers_and_clusters_find_an_attribute_that_predicts_the_caption():
         assert adjusted_rand_score(attribute[own], clusters[own]) > 0.8
 
 
-def test_eiil_s_environments_maximise_the_penalty():
+def test_eiil_s_environments_maximise_the_penalty_of_a_classifier_of_three_captions():
     features, captions, _ = hidden_groups()
     captions = captions + (np.arange(600) % 3 == 0)
-    logits = caption_odds(features, captions)
-    scale = torch.ones((), requires_grad=True)
-    losses = torch.nn.functional.cross_entropy(
-        scale * torch.from_numpy(logits), torch.tensor(captions), reduction="none"
-    )
+    logits, scale = torch.from_numpy(caption_odds(features, captions)), torch.ones((), requires_grad=True)
+    losses = cross_entropy(scale * logits, torch.tensor(captions), reduction="none")
     slopes = torch.stack([torch.autograd.grad(loss, scale, retain_graph=True)[0] for loss in losses]).numpy()
-
-    def penalty(q):
-        return (q @ slopes) ** 2 + ((1 - q) @ slopes) ** 2
-
-    found = eiil(features, captions)
-    rng = np.random.default_rng(0)
-    flipped = [np.where(np.arange(600) == k, 1 - found, found) for k in range(0, 600, 50)]
-    assert penalty(found) > max(penalty(q) for q in [*flipped, *rng.random((50, 600)), jtt(features, captions)])
+    found, others = eiil(features, captions), np.random.default_rng(0).random((50, 600))
+    penalties = [(q @ slopes) ** 2 + ((1 - q) @ slopes) ** 2 for q in (found, jtt(features, captions), *others)]
+    assert penalties[0] > max(penalties[1:])
 
 
 def test_fine_tuning_and_guidance_take_given_and_inferred_groups(tiny_pipe_dir, tmp_path, monkeypatch):

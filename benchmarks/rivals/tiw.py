@@ -9,14 +9,16 @@ with a corrected score,
 whose minimiser is the score of the balanced distribution: weighting alone cannot move it, since w^t depends on z_t
 only. The released code subtracts the correction, takes the gradient of d in place of log w^t, and multiplies losses
 (B, C, H, W) by weights (B, 1, 1, 1, 1, 1, 1), so that every image is weighted by the batch's mean weight. Here all
-three follow the paper. As there, the discriminator is a small head on frozen features of a pretrained network: those
-of the base's middle block, which have seen z_t, t and y. It is trained on pairs of one caption, so that w^t is
-conditional on it; a tenth of them show no caption. The released code fits the denoiser to both sets, with weights
-2 d = p_balanced / ((p_biased + p_balanced) / 2); here the reference teaches the discriminator only.
+three follow the paper. Its code fits the denoiser to both sets, with weights 2 d, the ratio to their mixture; here the
+reference teaches the discriminator only, by pairs of one caption, so that w^t is conditional on it; as often as the
+denoiser, it sees none. The paper's discriminator is a head on frozen features of a pretrained classifier. On those of
+our base's middle block a head parts nothing within 150 steps, and its gradient, 1.7 times as large as the target, is
+noise; a small convolutional network on z_t is used in their place.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +34,6 @@ from invdiff.data.captioned import CaptionedImages
 from invdiff.data.encode import EncodedImages, as_encoded
 from invdiff.errors import DataError
 from invdiff.models.families.base import Condition, to
-from invdiff.models.frozen import FrozenDenoiser
 from invdiff.models.load import load_pipeline
 from invdiff.models.schedule import NoiseSchedule
 from invdiff.seeds import generator
@@ -90,23 +91,36 @@ def ratio_loss(
 
 
 class Discriminator(nn.Module):
-    """log w^t = alpha_t h(features), (B,), with h a head of two layers, the logit of d.
+    """log w^t = alpha_t h(z_t, t, y), (B,): three convolutions, modulated by the timestep and the caption.
 
-    `features` are (B, size). The latents' correction is sigma^2 / alpha grad log w^t, 15 times grad h at the noisiest
-    timestep of Stable Diffusion but for the factor alpha, with which the true log w^t vanishes there as well.
+    The latents' correction is sigma^2 / alpha grad log w^t, 15 times grad h at the noisiest timestep of Stable
+    Diffusion but for the factor alpha, with which the true log w^t vanishes there as well.
     """
 
-    def __init__(self, features: Reader, size: int, schedule: NoiseSchedule, width: int = 256) -> None:
+    def __init__(
+        self, channels: int, prompt_dim: int, schedule: NoiseSchedule, *, width: int = 24, dropout: float = 0.5
+    ) -> None:
         super().__init__()
-        self._features, self._schedule = features, schedule
+        self._schedule = schedule
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.head = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, 1))
+            self.first = nn.Conv2d(channels, width, 3, padding=1)
+            self.second = nn.Conv2d(width, width, 3, padding=1, stride=2)
+            self.third = nn.Conv2d(width, width, 3, padding=1)
+            self.modulation = nn.Linear(prompt_dim + 8, 2 * width)
+            self.out, self.dropout = nn.Linear(width, 1), nn.Dropout(dropout)
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """Logits of d, (B,)."""
-        logits = self.head(self._features(noisy_latents, timesteps, condition))[:, 0]
-        return alpha_sigma(self._schedule, timesteps)[0].flatten() * logits
+        angles = math.pi * timesteps[:, None] / self._schedule.num_train_timesteps * timesteps.new_tensor([1, 2, 4, 8])
+        known = [angles.sin(), angles.cos()]
+        if "prompt_embeds" in condition:
+            embeds = condition["prompt_embeds"].mean(dim=1)
+            known.append(F.layer_norm(embeds, embeds.shape[1:]))
+        gain, shift = self.modulation(torch.cat(known, dim=1))[:, :, None, None].chunk(2, dim=1)
+        hidden = F.silu(self.second(F.silu(self.first(noisy_latents))) * (1 + gain) + shift)
+        hidden = F.silu(self.third(self.dropout(hidden))).mean(dim=(2, 3))
+        return alpha_sigma(self._schedule, timesteps)[0].flatten() * self.out(self.dropout(hidden))[:, 0]
 
 
 @dataclass(frozen=True)
@@ -115,10 +129,11 @@ class TIW:
 
     reference: float = 0.05
     """Size of the balanced reference set, as a share of the training images."""
-    discriminator_steps: int = 1000
-    """Steps of the discriminator, of batches of the same size."""
-    learning_rate: float = 1e-3
-    """The discriminator's."""
+    discriminator_steps: int = 400
+    """Steps of the discriminator, of as many pairs as the denoiser's batch has images."""
+    learning_rate: float = 3e-3
+    weight_decay: float = 3.0
+    """The discriminator's: with less, or after more steps, it remembers 150 images, and w^t of others is 0."""
     largest_weight: float = 10.0
     """w^t is clipped to it, which changes no minimiser: any positive function of z_t has the same."""
 
@@ -137,8 +152,8 @@ class TIW:
         else:
             figures = finish(folder, settings, self._train(pipe, world, folder, settings))
         steps, size = world.finetuning.steps, world.finetuning.batch_size
-        passes = 6.0 * steps + 2.0 * self.discriminator_steps  # the gradient of log w^t costs as much as a step
-        return Fitted(pipe, parameters=int(figures["parameters"]), forwards=passes * size, about=figures)
+        # The discriminator costs next to nothing: 0.02 million weights.
+        return Fitted(pipe, parameters=int(figures["parameters"]), forwards=3.0 * steps * size, about=figures)
 
     def reference_set(self, world: World) -> CaptionedImages:
         """The balanced images that it is given, without labels."""
@@ -152,48 +167,37 @@ class TIW:
         schedule, device, size = NoiseSchedule(pipe.scheduler), pipe.unet.device, world.finetuning.batch_size
         conditions = to(biased.conditions, device)
         paired = Pairs(biased, reference)
-        config = replace(world.finetuning, seed=world.seed)
-        rate = config.learning_rate or fitting_rate(pipe.unet.num_parameters())
-        config = replace(config, learning_rate=rate)
+        rate = world.finetuning.learning_rate or fitting_rate(pipe.unet.num_parameters())
+        config = replace(world.finetuning, seed=world.seed, learning_rate=rate)
         means: list[Tensor] = []
+        sizes = pipe.unet.config.in_channels, pipe.unet.config.cross_attention_dim
+        discriminator = Discriminator(*sizes, schedule).to(device)
 
-        with FrozenDenoiser(load_pipeline(world.base, dtype=torch.float32)) as frozen:
-            channels = frozen.family.shape(frozen.module).feature_channels
+        def condition_of(captions: Tensor) -> Condition:
+            return {name: values[captions.to(device)] for name, values in conditions.items()}
 
-            def middle(noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-                _, features = frozen.predict(noisy_latents, timesteps, condition)
-                return F.layer_norm(features.mean(dim=(2, 3)), (channels,))
+        def ratio_loss_at(step: int) -> Tensor:
+            rng = generator("discriminator", world.seed, step)
+            latents, captions = paired.draw(size, rng)
+            captions[torch.rand(size, generator=rng) < config.caption_dropout] = biased.null_id
+            pairs = latents[0].to(device), latents[1].to(device)
+            return ratio_loss(discriminator, schedule, pairs, condition_of(captions), rng)
 
-            discriminator = Discriminator(middle, channels, schedule).to(device)
+        def aim(noisy_latents: Tensor, timesteps: Tensor, captions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+            batch = noisy_latents, timesteps, target, condition_of(captions)
+            target, log_weights = corrected(discriminator, schedule, *batch)
+            means.append(log_weights.exp().mean())
+            return target, log_weights.exp().clamp_max(self.largest_weight)
 
-            def ratio_loss_at(step: int) -> Tensor:
-                rng = generator("discriminator", world.seed, step)
-                latents, captions = paired.draw(size, rng)
-                captions[torch.rand(size, generator=rng) < config.caption_dropout] = biased.null_id
-                condition = {name: values[captions.to(device)] for name, values in conditions.items()}
-                pairs = latents[0].to(device), latents[1].to(device)
-                return ratio_loss(discriminator, schedule, pairs, condition, rng)
-
-            def aim(noisy_latents: Tensor, timesteps: Tensor, captions: Tensor, target: Tensor) -> tuple[Any, Any]:
-                condition = {name: values[captions.to(device)] for name, values in conditions.items()}
-                batch = noisy_latents, timesteps, target, condition
-                target, log_weights = corrected(discriminator, schedule, *batch)
-                weights = log_weights.exp()
-                means.append(weights.mean())
-                return target, weights.clamp_max(self.largest_weight)
-
-            of_head = FinetuneConfig(
-                steps=self.discriminator_steps, learning_rate=self.learning_rate, ema_decay=0.99, mixed_precision="no"
-            )
-            TrainingRun(discriminator.head, of_head, folder / WORK / "discriminator", settings).minimise(
-                ratio_loss_at, "discriminator"
-            )
-            discriminator.requires_grad_(False)
-            train_denoiser(
-                pipe, biased, config, folder / WORK / "denoiser", settings, train_text_encoder=False, aim=aim
-            )
+        options: dict[str, Any] = {"weight_decay": self.weight_decay, "ema_decay": 0.9, "mixed_precision": "no"}
+        of_ratio = FinetuneConfig(steps=self.discriminator_steps, learning_rate=self.learning_rate, **options)
+        run = TrainingRun(discriminator, of_ratio, folder / WORK / "discriminator", settings)
+        run.minimise(ratio_loss_at, "discriminator")
+        discriminator.eval().requires_grad_(False)
+        work = folder / WORK / "denoiser"
+        train_denoiser(pipe, biased, config, work, settings, train_text_encoder=False, aim=aim)
         save(pipe, folder, half_precision=False)
-        trained = [*pipe.unet.parameters(), *discriminator.head.parameters()]
+        trained = [*pipe.unet.parameters(), *discriminator.parameters()]
         # Under the biased distribution the mean of a density ratio is 1.
         mean = torch.stack(means).mean().item() if means else None
         return {
@@ -208,22 +212,20 @@ class Pairs:
 
     def __init__(self, biased: EncodedImages, reference: EncodedImages) -> None:
         self._biased, self._reference = biased, reference
-        captions = [reference.captions[caption] for caption in reference.caption_ids.tolist()]
-        self._rows = [
-            torch.tensor([row for row, caption in enumerate(captions) if caption == wanted])
-            for wanted in biased.captions
-        ]
-        missing = [caption for caption, rows in zip(biased.captions, self._rows, strict=True) if not len(rows)]
-        if missing:
-            raise DataError(
-                f"Expected a balanced image of every caption, found none of {missing[0]!r} among {len(captions)}. "
-                "Raise `reference`."
-            )
+        rows: dict[str, list[int]] = {caption: [] for caption in biased.captions}
+        for row, caption in enumerate(reference.caption_ids.tolist()):
+            rows.get(reference.captions[caption], []).append(row)
+        for caption, of in rows.items():
+            if not of:
+                raise DataError(
+                    f"Expected a balanced image of every caption, found none of {caption!r}. Raise `reference`."
+                )
+        self._rows = list(rows.values())
 
     def draw(self, size: int, rng: torch.Generator) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Biased and balanced latents, (size, C, H, W) each, and the captions' numbers, (size,)."""
         rows = torch.randint(len(self._biased), (size,), generator=rng)
         captions, uniforms = self._biased.caption_ids[rows].clone(), torch.rand(size, generator=rng)
-        of = zip(captions.tolist(), uniforms.tolist(), strict=True)
-        others = torch.stack([self._rows[caption][int(uniform * len(self._rows[caption]))] for caption, uniform in of])
+        pairs = zip((self._rows[caption] for caption in captions.tolist()), uniforms.tolist(), strict=True)
+        others = [of[int(uniform * len(of))] for of, uniform in pairs]
         return (self._biased.latents[rows], self._reference.latents[others]), captions
