@@ -129,7 +129,7 @@ def built_audit(weights: Any, prompt_ids: Any, prompts: Any, names: Any = None, 
         ]
         for place, of in enumerate(own)
     ]
-    factors = [Factor(f"factor {place}", True, of) for place, of in enumerate(splits, start=1)]
+    factors = [Factor(f"factor {place}", of) for place, of in enumerate(splits, start=1)]
     factors = factors if any(factor.splits for factor in factors) else []
     names = list(names or map(str, range(count)))
     return Audit(weights, scores, prompt_ids, prompts, factors, names, 0.0, {})

@@ -221,7 +221,7 @@ def hostile_run(folder):
         document["prompts"] = [prompt | {"reason": SCRIPT} for prompt in document["prompts"]]
         document["prompts"][0]["found"] = False
         splits = [split | {"evidence": SCRIPT} for split in document["factors"][0]["splits"][1:]]
-        document["factors"] = [{"name": SCRIPT, "matched": True, "splits": splits}]
+        document["factors"] = [{"name": SCRIPT, "splits": splits}]
 
     rewrite(folder / "audit", hostile)
     (folder / "data" / "metadata.jsonl").write_text("\n".join(rows))

@@ -23,7 +23,7 @@ from invdiff.models.frozen import denoiser_fingerprint
 from invdiff.training.train import train
 from runs import built_audit, inferred, made_up_data, report, sharded, undrawn
 
-OWN = "Groups of factor 2 are each prompt's own"
+OWN = "Groups of factor 2 match none of some prompts"
 
 BIRDS = ["a landbird", "a waterbird"]
 PROMPT = np.arange(600) % 2
@@ -72,7 +72,6 @@ def test_a_confounded_place_that_only_the_margin_shows_is_found_in_both_prompts_
     audit = found_in(evidence(views(), upper=views(place)), max_factors=1)
     assert [len(factor.splits) for factor in audit.factors] == [2]
     assert all(split.evidence.startswith("which-prompt margin") for split in audit.factors[0].splits)
-    assert audit.factors[0].matched
     assert min(agreements(audit, 0, place)) > 0.9
     assert adjusted_rand_score(place, audit.group_weights[0].argmax(axis=1)) > 0.9
     for split in audit.factors[0].splits:
@@ -152,6 +151,22 @@ def test_a_prompt_alone_is_judged_by_how_uneven_it_is():
     assert adjusted_rand_score(tinted, audit.group_weights[0].argmax(axis=1)) > 0.9
 
 
+@pytest.mark.parametrize("alike", [False, True])
+def test_prompts_that_hide_different_attributes_have_a_factor_each_and_its_groups_mean_nothing_elsewhere(alike):
+    hidden = [attribute([0.1, 0.0]), attribute([0.0, 0.1], seed=1)]
+    measured = evidence(views(hidden[0] | hidden[1]) if alike else views(*hidden))
+    measured.losses[..., 0] += 20 * (hidden[0] | hidden[1])[:, None, None]  # the contrast shows both
+    audit = found_in(measured, solver="exact")
+    assert [[split.prompt for split in factor.splits] for factor in audit.factors] == ([[0, 1]] if alike else [[0], [1]])
+    assert ("factor 1, factor 2 match none" in audit.caveats) is not alike
+    for m, factor in enumerate(audit.factors):
+        for split in factor.splits:
+            assert agreements(audit, m, hidden[split.prompt])[split.prompt] == 1
+    if not alike:  # guidance learns to ignore what it is given of the other prompt
+        assert (audit.group_weights[0][PROMPT == 1] == 0.5).all()
+        assert (audit.group_weights[1][PROMPT == 0] == 0.5).all()
+
+
 def test_features_of_a_vision_encoder_are_weighed_alike():
     place = attribute([0.1, 0.9])
     audit = found_in(evidence(views(), vision=views(place)), vision_encoder="vit", max_factors=1)
@@ -168,9 +183,8 @@ def made(tiny_folder, tmp_path_factory):
     soft = np.where(ids[:, None] == 1, np.where(odd[:, None], [0.1, 0.1, 0.8], [0.7, 0.2, 0.1]), 1 / 3)
     prompts = [PromptAudit(text, [text], 6, True, "made up", power="a third") for text in data.captions]
     plain = built_audit((np.eye(2)[last.astype(int)], soft), ids, prompts, data.names, [last, soft[:, 2]])
-    factors = [plain.factors[0], replace(plain.factors[1], matched=False)]
     settings = {"data_fingerprint": data.data_fingerprint, "denoiser_fingerprint": denoiser_fingerprint(pipe)}
-    replace(plain, factors=factors, settings=settings).save(folder / "audit")
+    replace(plain, settings=settings).save(folder / "audit")
     return folder, images
 
 

@@ -251,7 +251,6 @@ class AuditTab:
             of = page.figures
             facts = [("images", f"{page.prompt.num_images:,}"), ("separation", or_dash(of.separation))]
             facts += [("agreement", or_dash(of.agreement)), ("evidence", of.evidence)]
-            facts += [] if book.audit.factors[page.factor_index].matched else [("groups", "this prompt's own")]
             facts += [("changed", "by hand")] if page.by_hand else []
             values[self._facts] = fragment("facts", facts) + (notice(NO_DATA) if book.data is None else "")
             values[self._plot] = fragment("plot", histogram(page))

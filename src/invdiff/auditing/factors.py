@@ -44,8 +44,6 @@ class Search:
     """Of each prompt, best first."""
     power: dict[int, str]
     """What size of minority could have been seen under each prompt, in words."""
-    matched: bool = True
-    """Whether columns mean the same under every prompt."""
 
 
 def find_factors(
@@ -116,7 +114,7 @@ def find_factors(
         factor = None
         pairs = [(prompt, cut) for prompt, own in accepted.items() for cut in own]
         for prompt, cut in sorted(pairs, key=lambda pair: -pair[1].candidate.rand_low):
-            gathered, _ = shifts.gather(prompt, cut, accepted, config.seed)
+            gathered = shifts.gather(prompt, cut, accepted, config.seed)
             for other in (missing := sorted(judged.keys() - gathered.keys())):
                 rng = np.random.default_rng(derived_seed("transfer", config.seed, number, prompt, other))
                 there = weigh([shifts.transferred(prompt, cut, other, names)], distinct[judged[other]], config, rng)
@@ -124,7 +122,7 @@ def find_factors(
                     one for one in there if not one.candidate.refusal and one.candidate.log_e >= enough
                 ]
             if missing:
-                gathered, _ = shifts.gather(prompt, cut, accepted, config.seed)
+                gathered = shifts.gather(prompt, cut, accepted, config.seed)
             fault = _no_bias(gathered[prompt], gathered, len(judged), needed, config)
             if not fault:
                 factor = gathered
@@ -189,20 +187,18 @@ class Shifts:
         offsets = offsets - offsets.mean(axis=-2, keepdims=True)
         return offsets / np.maximum(np.linalg.norm(offsets, axis=-1, keepdims=True), 1e-12)
 
-    def gather(
-        self, prompt: int, cut: Cut, others: Mapping[int, Sequence[Cut]], seed: int, *, forced: bool = False
-    ) -> tuple[dict[int, Cut], bool]:
+    def gather(self, prompt: int, cut: Cut, others: Mapping[int, Sequence[Cut]], seed: int) -> dict[int, Cut]:
         """A cut, and for each other prompt the cut whose shifts agree with its own, columns in the same order.
 
         Agreement is the mean cosine of matched groups' shifts; it must pass that of every shuffling of the images (at
         most `MOST_JUDGED`) within the prompt, and the shifts of either must tell the groups of the other (AUROC of at
-        least `TELLS`). Where `forced`, what does not pass is taken too. The columns of the largest prompt are ordered
-        by frequency.
+        least `TELLS`); a prompt whose cuts do not pass is left out. The columns of the largest prompt are ordered by
+        frequency.
 
         Returns:
-            The cuts by prompt, the largest first, and whether all pass.
+            The cuts by prompt, the largest first.
         """
-        gathered, all_pass = {prompt: cut}, True
+        gathered = {prompt: cut}
         reference = self.of(self.features(prompt), cut.weights)
         for other, cuts in others.items():
             alike = [one for one in cuts if one.candidate.num_groups == cut.candidate.num_groups]
@@ -220,12 +216,11 @@ class Shifts:
                 orders = [rng.permutation(best.weights[some]) for _ in range(PERMUTATIONS)]
                 shuffled = self.of(features[some], np.stack(orders))
                 passes = agreement > max(_matched(reference, shifts)[0] for shifts in shuffled)
-            if passes or forced:
+            if passes:
                 gathered[other] = _ordered(best, columns)
-                all_pass &= passes
         ranked = sorted(gathered, key=lambda one: -len(self._members[one]))
         order = np.argsort(-gathered[ranked[0]].weights.sum(axis=0), kind="stable")
-        return {one: _ordered(gathered[one], order) for one in ranked}, all_pass
+        return {one: _ordered(gathered[one], order) for one in ranked}
 
     def transferred(self, prompt: int, cut: Cut, other: int, names: Mapping[int, str]) -> Score:
         """The images of another prompt along the shift of a cut's rarest group: nothing of it is learned from them."""

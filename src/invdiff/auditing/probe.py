@@ -106,7 +106,7 @@ def spread_labels(
 
 
 def linear_judges(found: Audit, sources: Sequence[Whitened]) -> dict[str, _Array]:
-    """For each factor m whose columns mean the same everywhere, a linear judge of its groups, and how it errs.
+    """For each factor m, a linear judge of its groups, and how it errs.
 
     A logistic regression of the groups of images whose posterior is at least `SURE`; cells of prompt and group weigh
     alike. Folded with the basis of features: logits = features @ "map.m" + "bias.m", of the features of all `sources`
@@ -120,7 +120,7 @@ def linear_judges(found: Audit, sources: Sequence[Whitened]) -> dict[str, _Array
         rows = rows[:: -(-len(rows) // MOST_JUDGED) or 1]
         truth = found.group_weights[m][rows].argmax(axis=1)
         cell = np.unique([found.prompt_ids[rows], truth], axis=1, return_inverse=True)[1].reshape(-1)
-        if not factor.matched or np.bincount(truth, minlength=found.num_groups[m]).min() < FOLDS:
+        if np.bincount(truth, minlength=found.num_groups[m]).min() < FOLDS:
             continue
         left_out = _left_out(values[rows], truth, cell, _folds(truth, cell), JUDGE_STRENGTH)
         weights, bias = _linear(_fit(values[rows], truth, cell, JUDGE_STRENGTH))

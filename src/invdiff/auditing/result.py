@@ -96,12 +96,13 @@ class PromptSplit:
 
 @dataclass(frozen=True)
 class Factor:
-    """One hidden attribute; its W is `Audit.group_weights` at the same place."""
+    """One hidden attribute; its W is `Audit.group_weights` at the same place.
+
+    A column of W means the same under every prompt that it splits, and nothing under the others.
+    """
 
     name: str
     """Such as "factor 1"."""
-    matched: bool
-    """Whether a column of W means the same under every prompt; else groups are each prompt's own."""
     splits: list[PromptSplit]
     """The prompts that it splits, the largest first."""
     values: list[str] = field(default_factory=list)
@@ -232,10 +233,12 @@ class Audit:
 
     @property
     def caveats(self) -> str:
-        """Sentences on groups that are each prompt's own, and on images that the model drew itself; "" without."""
-        own = " and ".join(factor.name for factor in self.factors if not factor.matched)
-        meaning = "group 0 of one prompt need not mean what it means under another."
-        of_groups = f"Groups of {own} are each prompt's own: {meaning}" if own else ""
+        """Sentences on factors of some prompts alone, and on images that the model drew itself; "" without."""
+        found = sum(prompt.found for prompt in self.prompts)
+        own = ", ".join(factor.name for factor in self.factors if len(factor.splits) < found)
+        of_groups = (
+            f"Groups of {own} match none of some prompts, under which they mean nothing." if own else ""
+        )
         of_images = "The images are the model's own, drawn for the audit." if "own_images_of" in self.settings else ""
         return " ".join(filter(None, [of_groups, of_images]))
 
@@ -371,6 +374,8 @@ class Audit:
             ]
             known = all(s.prompt in prompts and len(s.shares) == len(s.intervals) == size for s, size in splits)
             typed(dict[str, dict[str, Any]], found.settings.get("asked", {}))
+            if not all(each.get("matched", True) for each in document["factors"]):
+                raise ValueError("one factor of groups that match in no two prompts, as earlier versions wrote it")
             known &= all(len(of.values) in (0, size) for of, size in zip(found.factors, num_groups, strict=False))
             paired = list(found.num_groups) == num_groups and len(found.factors or [None]) == len(num_groups)
             if not (known and paired and np.isin(found.prompt_ids, prompts).all()):

@@ -32,7 +32,7 @@ from .factors import Search, find_factors, spread
 from .probe import linear_judges, spread_labels
 from .result import Audit, Factor, PromptAudit, PromptSplit
 from .scores import Margins
-from .splits import Given, force_factor, given_factors, rarest, why_not
+from .splits import Given, force_factors, given_factors, rarest, why_not
 from .words import describe_groups
 
 ALMOST, NEIGHBOURS = 0.05, 8
@@ -206,7 +206,7 @@ def infer(
         distinct = np.ones(len(data), dtype=bool) if distinct is None else distinct
         search = find_factors(evidence, members, names, distinct, config, progress=progress)
     else:
-        search = force_factor(evidence, members, config)
+        search = force_factors(evidence, members, config)
 
     # What captions state is not hidden: of each factor, the group that an image's caption states, or -1.
     stated = np.full((len(data), len(search.factors)), -1)
@@ -262,7 +262,7 @@ def infer(
     for m, of in enumerate(splits):
         name, values = (given.names[m], given.values[m]) if given else (f"factor {m + 1}", [])
         ordered = sorted(of, key=lambda one: -prompts[one.prompt].num_images)
-        factors.append(Factor(name, search.matched, ordered, values))
+        factors.append(Factor(name, ordered, values))
     settings = {"asked": given.record} if given else {}
     final = tuple(each.astype(np.float32) for each in weights)
     return Audit(final, scores.astype(np.float32), prompt_ids, prompts, factors, list(data.names), 0.0, settings)

@@ -119,18 +119,18 @@ def forced_split(score: Score, config: AuditConfig) -> Cut:
     return Cut(Candidate(score.evidence, num_groups, shares, *figures, ""), score, weights)
 
 
-def force_factor(evidence: Evidence, members: Mapping[int, NDArray[Any]], config: AuditConfig) -> Search:
-    """One factor that splits every prompt with images enough, whether anything is hidden or not."""
+def force_factors(evidence: Evidence, members: Mapping[int, NDArray[Any]], config: AuditConfig) -> Search:
+    """A split of every prompt with images enough, whether anything is hidden or not: a factor of those that match."""
     judged = {prompt: rows for prompt, rows in members.items() if not too_few(len(rows), config)}
     scored = {prompt: contrasts(evidence, rows, config) for prompt, rows in judged.items()}
     cuts = {prompt: [forced_split(scores[0], config)] for prompt, scores in scored.items() if scores}
     candidates = {prompt: [cut.candidate for cut in cuts.get(prompt, [])] for prompt in members}
-    if not cuts:
-        return Search([], candidates, {})
-    sources = evidence.whitened(config.seed)
-    first = next(iter(cuts))
-    factor, matched = Shifts(sources, judged).gather(first, cuts[first][0], cuts, config.seed, forced=True)
-    return Search([factor], candidates, {}, matched)
+    factors, shifts = list[dict[int, Cut]](), Shifts(evidence.whitened(config.seed), judged)
+    while cuts:
+        first = next(iter(cuts))
+        factors.append(shifts.gather(first, cuts[first][0], cuts, config.seed))
+        cuts = {prompt: own for prompt, own in cuts.items() if prompt not in factors[-1]}
+    return Search(factors, candidates, {})
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def describe_groups(
     entries = []
     for factor, num_groups in enumerate(found.num_groups):
         of_factor = [one for one in judged if one[1] == factor]
-        pooled = [of_factor] if len(of_factor) > 1 and found.factors[factor].matched else []
+        pooled = [of_factor] if len(of_factor) > 1 else []
         for together in [*([one] for one in of_factor), *pooled]:
             over = together[0][0] if len(together) == 1 else None
             for group in range(num_groups):

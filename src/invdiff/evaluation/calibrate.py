@@ -73,10 +73,10 @@ def calibrate(
         of_prompt = np.arange(len(drawn)) // sizes["images_per_prompt"]
         mixes[f"{scale:g}"] = {prompt: [[1 / size] * size for size in module.num_groups] for prompt in prompts}
         for factor, name in enumerate(module.factor_names):
-            if name not in judge.attributes:  # its groups are each prompt's own: there is no judge
-                continue
             size = module.num_groups[factor]
             for index, prompt in enumerate(prompts):
+                if prompt not in judge.splits.get(name, ()):  # there is no judge, or the factor says nothing of it
+                    continue
                 rows = of_prompt == index
                 counts = np.zeros((size, size + 1))
                 np.add.at(counts, (drawn[rows, factor], seen.classes[name][rows]), 1)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import warnings
 import weakref
-from itertools import accumulate, chain, product
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from ..models.frozen import FrozenDenoiser, Hook, do_nothing
 from ..models.load import GUIDED, denoiser_of, loras_of
 from ..models.schedule import NoiseSchedule
 from .base import Guidance, Rows, weight_signature
-from .environments import EnvironmentMix, Environments
+from .environments import EnvironmentMix, Environments, strata
 
+MOST_COMBINATIONS = 16
+"""Of groups of several factors, that a later round averages over."""
 END_OF_CALL = "maybe_free_model_hooks"
 """The method with which every diffusers pipeline ends a call."""
 
@@ -319,8 +322,10 @@ class GuidedDenoiser:
         self.schedule, self.device = frozen.schedule, frozen.device
         self._null = null if module.config["null_adapter"] == "off" else {}
         self._frozen, self._module = frozen, module.to(frozen.device)
-        groups = [range(size) for size in module.num_groups] if module.sees_environment else [range(1)]
-        self._combinations = [torch.tensor([of]) for of in product(*groups)]
+        sizes = module.num_groups if module.sees_environment else (1,)
+        # Of many factors, as of prompts with groups of their own, not every combination.
+        spread = strata(min(math.prod(sizes), MOST_COMBINATIONS), "combinations", sizes) * sizes
+        self._combinations = torch.from_numpy(spread).long().split(1)
         weights = (value.cpu().contiguous().numpy().tobytes() for value in module.state_dict().values())
         self.fingerprint = fingerprint(frozen.fingerprint, *weights)
 

@@ -17,6 +17,8 @@ Environments = Literal["uniform", "iid"] | Sequence[Any] | Mapping[Any, Sequence
 
 WORDS = ("uniform", "iid")
 
+MOST = 2**62
+"""Images after which combinations of groups need not come back."""
 LEVELS = 16
 """Digits of the numbers of `strata`: proportions are met to 2^-16 and finer."""
 
@@ -114,11 +116,12 @@ def strata(count: int, key: str, sizes: Sequence[int]) -> np.ndarray:
     radical inverse (van der Corput) in base E, with digits permuted at random by blocks of prod(sizes).
     """
     uniform = np.zeros((count, len(sizes)))
+    every = min(math.prod(sizes), MOST)
     for factor, size in enumerate(sizes):
-        rest, width, period = np.arange(count), 1.0, math.prod(sizes[: factor + 1])
+        rest, width, period = np.arange(count), 1.0, min(math.prod(sizes[: factor + 1]), MOST)
         for level in range(LEVELS):
             width /= size
-            blocks, of_image = np.unique(rest // math.prod(sizes), return_inverse=True)
+            blocks, of_image = np.unique(rest // every, return_inverse=True)
             names = [[f"{factor}/{level}/{block}/{digit}" for digit in range(size)] for block in blocks]
             order = np.argsort([[fingerprint(key, name) for name in of_block] for of_block in names], axis=1)
             shift = rest % period // math.lcm(period // size, size)  # keeps it from going in step with earlier factors

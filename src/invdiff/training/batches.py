@@ -46,7 +46,7 @@ class GroupBalancedSampler:
         """Rows of images (size,), the factor whose group each is drawn for (size,), environments (size, factors)."""
         prompts = torch.multinomial(self._prompt_shares, size, replacement=True, generator=rng)
         # A number that any count of factors divides picks one of those of a prompt evenly.
-        numbers = torch.randint(math.lcm(*range(1, len(self.group_weights) + 1)), (size,), generator=rng).tolist()
+        numbers = torch.randint(math.lcm(*map(len, self._splitting)), (size,), generator=rng).tolist()
         choices = [self._splitting[prompt] for prompt in prompts.tolist()]
         factors = torch.tensor([of[number % len(of)] for of, number in zip(choices, numbers, strict=True)])
         uniforms = torch.rand(size, 2, generator=rng, dtype=torch.double)

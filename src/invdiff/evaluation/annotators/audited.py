@@ -55,17 +55,24 @@ class AuditAnnotator(Measurable):
                 groups = [f"group {group}" for group in range(len(self._judges[f"bias.{m}"]))]
                 classes[name] = document["factors"][m].get("values") or groups
             self.attributes = class_names(classes)
+            self.splits = {
+                name: [document["prompts"][each["prompt"]]["prompt"] for each in document["factors"][m]["splits"]]
+                for name, m in self._places.items()
+            }
             judged = {kind: self._of_factors(kind) for kind in ("probabilities", "truth")}
             self.use_held_out(HeldOut(self.attributes, judged["probabilities"], truth=judged["truth"]))
             model = settings["denoiser_fingerprint"], settings["model_fingerprint"]
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, DataError) as error:
-            remedy = "Run `invdiff audit` again; of groups that are each prompt's own there is no judge."
+            remedy = "Run `invdiff audit` again; of a factor with few images in a group there is no judge."
             raise ModelError(found_else(f"an audit with judges in {folder}", error, remedy)) from error
         if model != (denoiser_fingerprint(pipe), model_fingerprint(pipe)):
             raise ModelError(
                 f"Expected the model that was audited in {folder} (fingerprint {model[0]}), got another: other "
                 "weights, another precision or LoRA. Give the model of the audit."
             )
+        for name, own in self.splits.items():
+            if len(own) < len(self.prompts):
+                self.note += f"; {name} splits {', '.join(map(repr, own))} alone, and says nothing of other prompts"
         self._pipe, self.network = pipe, denoiser_of(pipe)
 
     def _of_factors(self, kind: str) -> dict[str, Any]:
