@@ -71,14 +71,18 @@ def test_the_null_row_runs_without_the_adapter_unless_it_is_on(tiny_pipe):
         assert same_rows(output, plain) == untouched
 
 
-def test_a_negative_prompt_takes_the_place_of_the_null_caption(tiny_pipe):
-    seen, options = [], {"num_inference_steps": 1, "output_type": "latent", "guidance_scale": 3.0}
-    with attach(tiny_pipe, make_guidance_lora(tiny_pipe, null_adapter="off")) as attachment:
+@pytest.mark.parametrize("family", ["sd1", "pixart"])
+def test_a_negative_prompt_takes_the_place_of_the_null_caption(family):
+    pipe, seen = make_tiny(family), []
+    options = {"num_inference_steps": 1, "output_type": "latent"}
+    options |= {"clean_caption": False, "use_resolution_binning": False} if family == "pixart" else {}
+    with attach(pipe, make_guidance_lora(pipe, null_adapter="off")) as attachment:
         original = attachment.begin
         attachment.begin = lambda call: seen.append(original(call)) or seen[-1]
-        for negative in (None, "a bird"):
-            tiny_pipe(list(CAPTIONS), negative_prompt=[negative] * 2 if negative else None, **options)
-    assert [rows.null.tolist() for rows in seen] == [[True, True, False, False]] * 2
+        for negative, scale in ((None, 3.0), ("a bird", 3.0), ("a bird", 1.0)):
+            negatives = [negative] * 2 if negative else None
+            pipe(list(CAPTIONS), negative_prompt=negatives, guidance_scale=scale, **options)
+    assert [rows.null.tolist() for rows in seen] == [[True, True, False, False]] * 2 + [[False, False]]
 
 
 def test_layers_that_do_not_run_are_noticed(tiny_pipe):

@@ -198,16 +198,18 @@ class Attachment:
         """What guides the rows of a call; None at scale 0."""
         self.calls += 1
         environments = self._follow_images(call.noisy_latents, float(call.timesteps[0]))
-        return Rows(environments, self.scale, self._null_rows(call.condition)) if self.scale else None
+        return Rows(environments, self.scale, self._null_rows(call)) if self.scale else None
 
-    def _null_rows(self, condition: Condition) -> torch.Tensor | None:
+    def _null_rows(self, call: DenoiserCall) -> torch.Tensor | None:
         """The rows that run without guidance, (rows,) of bool; None where all run with it."""
-        if self.guidance.config["null_adapter"] == "on" or not condition:
+        if self.guidance.config["null_adapter"] == "on" or not call.condition:
             return None
-        null = rows_alike(condition, self._null)
-        rows = len(null)
-        if not null.any() and rows % 2 == 0 and getattr(self._pipe(), "do_classifier_free_guidance", False):
-            null[: rows // 2] = True  # of a negative prompt
+        null = rows_alike(call.condition, self._null)
+        if not null.any() and len(null) % 2 == 0:
+            # A pipeline that does not say whether it doubles its rows, as PixArt's, is told by images that come twice.
+            doubled = torch.equal(*call.noisy_latents.chunk(2))
+            if getattr(self._pipe(), "do_classifier_free_guidance", doubled):
+                null[: len(null) // 2] = True  # of a negative prompt
         return null
 
     def _follow_images(self, noisy_latents: torch.Tensor, timestep: float) -> torch.Tensor:
