@@ -55,7 +55,7 @@ CELLS = (
     Cell("lora-audit", LORA),
     Cell("lora-true", LORA, groups="true"),
     Cell("lora-audit-null-on", replace(LORA, null_adapter="on")),
-    Cell("module-audit", TrainConfig(steps=600, batch_size=32, penalty=0.0)),
+    Cell("module-audit", TrainConfig(backend="module", steps=600, batch_size=32, penalty=0.0)),
     Cell("ceiling", balanced=True),
     Cell("lora-audit-no-purity", replace(LORA, purity=0.0)),
     Cell("lora-audit-1000", replace(LORA, steps=1000, learning_rate=1e-3)),

@@ -155,12 +155,13 @@ class Guided:
         guidance = train(pipe, world.data, found, folder, config=config, cache_dir=world.cache)
         if self.calibrated and not guidance.config["mixes"]:
             calibrate(pipe, guidance, world.work / "audit", folder, guidance_scales=self.calibrated)
+        trained = guidance.config["record"]["training"]  # as `auto` was settled
         passes = 3.0 * (2 if config.penalty else 1)
         about = {"null adapter": guidance.config["null_adapter"], "mixes": dict(guidance.config["mixes"] or {})}
         return Fitted(
             pipe,
             guidance,
             parameters=guidance.num_parameters(),
-            forwards=passes * config.steps * config.batch_size,
+            forwards=passes * trained["steps"] * trained["batch_size"],
             about=about,
         )

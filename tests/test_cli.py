@@ -249,7 +249,7 @@ SETTINGS = {
     ),
     "finetune": FinetuneConfig(learning_rate=1e-5, fresh_denoiser=True, mixed_precision="no"),
     "generate": GenerateConfig(num_inference_steps=3, scale=0.1 + 0.2),
-    "train": TrainConfig(mode="invariant", penalty=0, width=16),
+    "train": TrainConfig(backend="module", mode="invariant", penalty=0, width=16),
 }  # fmt: skip
 
 

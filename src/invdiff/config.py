@@ -98,17 +98,17 @@ class FinetuneConfig(Config):
 class TrainConfig(Config):
     """How guidance is trained beside the frozen model (the min phase of the game)."""
 
-    backend: Literal["module", "tokens", "lora"] = "module"
+    backend: Literal["auto", "module", "tokens", "lora"] = "auto"
     """`module`: the paper's encoder and gradient estimator, which add to the prediction. `tokens`: vectors a group
     behind the prompt embedding, a few thousand weights. `lora`: a low-rank adapter a group in the model's own layers,
-    stronger on photographs."""
+    stronger on photographs. `auto`: `lora` for a denoiser of 5 million weights or more, else `module`."""
     mode: Literal["balanced", "invariant"] = "balanced"
     """`balanced`: the module is given the group, which is drawn at random when sampling.
     `invariant`: the paper's; the module never sees the group."""
-    steps: Count = 600
-    """Optimiser steps per round."""
-    batch_size: Count = 64
-    """Images per optimiser step."""
+    steps: Size = 0
+    """Optimiser steps per round; 0 takes 400 for `lora`, 600 for the others."""
+    batch_size: Size = 0
+    """Images per optimiser step; 0 takes 32 for `lora`, 64 for the others."""
     learning_rate: Positive = 2e-3
     """Peak learning rate of AdamW."""
     weight_decay: Annotated[NotNegative, RARE] = 1e-2

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..config import TrainConfig
+from ..models.load import denoiser_of
 from ..models.loading import load_complete, loading
+from ..progress import note
 from .base import Guidance
 from .lora import GuidanceLoRA
 from .module import GuidanceModule
 from .tokens import GuidanceTokens
 
 BACKENDS: dict[str, type[Guidance]] = {each.backend: each for each in (GuidanceModule, GuidanceTokens, GuidanceLoRA)}
+
+
+LARGE = 5_000_000
+"""Weights of a denoiser from which on `auto` takes `lora`: see docs/backends.md."""
+
+
+def settled(config: TrainConfig, pipe: Any) -> TrainConfig:
+    """The settings with what is left open, backend, steps and batch size, as suits a pipeline; says what it took."""
+    weights = sum(each.numel() for each in denoiser_of(pipe).parameters())
+    backend = config.backend if config.backend != "auto" else "lora" if weights >= LARGE else "module"
+    steps, batch_size = BACKENDS[backend].recipe
+    found = replace(
+        config, backend=backend, steps=config.steps or steps, batch_size=config.batch_size or batch_size
+    )
+    if config.backend == "auto":
+        size = f"{weights / 1e6:.1f} million weights, {'at least' if weights >= LARGE else 'less than'} {LARGE // 10**6}"
+        note(f"backend {backend}: the denoiser has {size}; {found.steps} steps of {found.batch_size} images")
+    return found
 
 
 def load_guidance(name_or_folder: str | Path) -> Any:

@@ -70,6 +70,8 @@ class Guidance(ModelMixin, ConfigMixin):
     """Entries of `TrainConfig` that only it reads, and `fitting` takes."""
     auto_null: ClassVar[str]
     """The `null_adapter` that `"auto"` means for it."""
+    recipe: ClassVar[tuple[int, int]] = (600, 64)
+    """Steps and batch size where `TrainConfig` leaves them open."""
 
     # What a backend does.
 

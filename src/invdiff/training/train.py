@@ -22,7 +22,7 @@ from ..distributed import is_main, num_processes, wait
 from ..errors import AuditError, ConfigError
 from ..files import check_same_settings, default_cache_dir, fingerprint, read_json, write_json, write_text
 from ..guidance.attach import GuidedDenoiser
-from ..guidance.backends import BACKENDS, load_guidance
+from ..guidance.backends import BACKENDS, load_guidance, settled
 from ..guidance.base import Guidance, Guided
 from ..guidance.card import training_record
 from ..models.frozen import FrozenDenoiser, denoiser_fingerprint
@@ -71,7 +71,7 @@ def train(
         AuditError: The audit is of other images or of another model, or found nothing to balance.
         ConfigError: `output_dir` holds a run with other settings, data or model.
     """
-    config = config or TrainConfig()
+    config = settled(config or TrainConfig(), pipe)
     output_dir = Path(output_dir)
     finished, work = output_dir / "train.json", output_dir / ".work"
     if data is None:
