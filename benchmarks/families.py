@@ -118,7 +118,9 @@ def before_and_after(work: Path, pipe, data, prompts, *, scales, usual, steps: i
     figures = {"audit": recovered(found, data, usual), "forwards_per_image": found.forwards_per_image}
     if not found.biased:
         return figures | {"note": "nothing found, so nothing was trained"}
-    module = train(pipe, data, found, work / "module", config=TrainConfig(backend="module", steps=steps), cache_dir=work / "cache")
+    module = train(
+        pipe, data, found, work / "module", config=TrainConfig(backend="module", steps=steps), cache_dir=work / "cache"
+    )
     figures["parameters"] = [module.num_parameters(), sum(p.numel() for p in denoiser_of(pipe).parameters())]
     figures["audit_and_train_seconds"] = round(time.perf_counter() - start, 1)
     folders: dict[str, list[Path]] = {"base": [], "balanced": []}

@@ -157,7 +157,9 @@ def test_prompts_that_hide_different_attributes_have_a_factor_each_and_its_group
     measured = evidence(views(hidden[0] | hidden[1]) if alike else views(*hidden))
     measured.losses[..., 0] += 20 * (hidden[0] | hidden[1])[:, None, None]  # the contrast shows both
     audit = found_in(measured, solver="exact")
-    assert [[split.prompt for split in factor.splits] for factor in audit.factors] == ([[0, 1]] if alike else [[0], [1]])
+    assert [[split.prompt for split in factor.splits] for factor in audit.factors] == (
+        [[0, 1]] if alike else [[0], [1]]
+    )
     assert ("factor 1, factor 2 match none" in audit.caveats) is not alike
     for m, factor in enumerate(audit.factors):
         for split in factor.splits:

@@ -1,11 +1,13 @@
 """An audit as the annotator of what its model draws."""
 
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from conftest import make_tiny_pipeline
+from conftest import make_guidance_lora, make_tiny_pipeline
 from invdiff import audit, generate, load_captioned_images
 from invdiff.auditing.evidence import Evidence
 from invdiff.auditing.probe import linear_judges
@@ -13,8 +15,10 @@ from invdiff.auditing.result import Audit
 from invdiff.config import AuditConfig, GenerateConfig
 from invdiff.errors import ConfigError, ModelError
 from invdiff.evaluation.annotators.load import load_annotator
-from invdiff.evaluation.calibrate import nearest_mix
+from invdiff.evaluation.calibrate import calibrate, nearest_mix, shares_of
 from invdiff.evaluation.results import Results
+from invdiff.guidance.backends import load_guidance
+from invdiff.models.load import load_pipeline
 from runs import LAND, WATER, built_audit, inferred, made_up_data, sharded
 from test_cli import fail, succeed
 from test_factors import PROMPT, attribute, evidence, views
@@ -86,7 +90,7 @@ def test_the_nearest_mix_makes_images_even_or_says_how_near_they_come(right):
 
     def nearest(shares, confusion, target):  # from what the judge makes of images with these shares
         counts, held_out = (np.pad((300 * of).round(), ((0, 0), (0, 1))) for of in (shares @ confusion, confusion))
-        return nearest_mix(counts, held_out, target)
+        return nearest_mix(shares_of(counts, held_out), target)
 
     mix, reached = nearest(np.array([[0.9, 0.1], [0.3, 0.7]]), judge, half)
     assert mix == pytest.approx([1 / 3, 2 / 3], abs=1e-3)
@@ -109,6 +113,8 @@ def test_training_calibrates_the_mix_that_images_are_then_drawn_by(audited, tmp_
         1,
         "--batch-size",
         4,
+        "--null-adapter",
+        "off",
         "--calibrate",
         3,
         "--preserve",
@@ -135,3 +141,29 @@ def test_training_calibrates_the_mix_that_images_are_then_drawn_by(audited, tmp_
     assert sum(row["environment"] == [1] for row in rows) / 32 == pytest.approx(mixes["3"][LAND][0][1], abs=1 / 32)
     error = fail("generate", audited / "model", LAND, *drawing, "--guidance-scale", 5, "--output", tmp_path / "no")
     assert "calibrated for 'a photo of a landbird' at guidance scale 5, found 3:" in error
+
+
+def test_calibration_keeps_the_better_null_row_and_draws_nothing_twice(audited, tmp_path, capsys, monkeypatch):
+    drawn, places = [], (audited / "audit", tmp_path / "m")
+
+    def counted(*arguments, module, config, **options):
+        drawn.append((module.config["null_adapter"], config.guidance_scale))
+        few = replace(config, num_inference_steps=2)
+        return generate(*arguments, module=module, config=few, **options)
+
+    monkeypatch.setattr("invdiff.evaluation.calibrate.generate", counted)
+    pipe, options = (
+        load_pipeline(audited / "model", device="cpu"),
+        {"images": 8, "choose_null": True, "progress": False},
+    )
+    pipe.set_progress_bar_config(disable=True)
+    guidance = make_guidance_lora(pipe, null_adapter="off")
+    guidance.register_to_config(factor_names=["place"])
+    kept = calibrate(pipe, guidance, *places, guidance_scales=(1.0, 3.0), **options).config["null_adapter"]
+    shown = re.findall(r"(\d+)% with null_adapter (on|off)", capsys.readouterr().err)
+    assert max(int(share) for share, _ in shown) == int({null: share for share, null in shown}[kept])
+    assert drawn == [("off", 3.0), ("on", 3.0), (kept, 1.0)]
+    # Another scale later is drawn with what was kept, and those that are known are not drawn again.
+    again = calibrate(pipe, load_guidance(places[1]), *places, guidance_scales=(3.0, 5.0), **options)
+    assert drawn[3:] == [(kept, 5.0)]
+    assert (again.config["null_adapter"], set(again.config["mixes"])) == (kept, {"1", "3", "5"})

@@ -236,9 +236,7 @@ class Audit:
         """Sentences on factors of some prompts alone, and on images that the model drew itself; "" without."""
         found = sum(prompt.found for prompt in self.prompts)
         own = ", ".join(factor.name for factor in self.factors if len(factor.splits) < found)
-        of_groups = (
-            f"Groups of {own} match none of some prompts, under which they mean nothing." if own else ""
-        )
+        of_groups = f"Groups of {own} match none of some prompts, under which they mean nothing." if own else ""
         of_images = "The images are the model's own, drawn for the audit." if "own_images_of" in self.settings else ""
         return " ".join(filter(None, [of_groups, of_images]))
 

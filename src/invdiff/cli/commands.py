@@ -216,7 +216,8 @@ def train(
     if calibrate:
         from ..evaluation.calibrate import calibrate as solve
 
-        solve(pipe, module, audit_dir or data, output, guidance_scales=calibrate, progress=not quiet)
+        options: Any = {"choose_null": settings.null_adapter == "auto", "progress": not quiet}
+        solve(pipe, module, audit_dir or data, output, guidance_scales=calibrate, **options)
     prompts = [entry.prompt for entry in found.prompts if entry.found and entry.prompt]
     words = ["generate", model, *prompts, "--module", output, "--output", output.parent / "images" / "guided"]
     words += drawing_flags(pipe, found.settings.get("resolution", 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ def calibrate(
     *,
     guidance_scales: Sequence[float] = (3.0, 7.5),
     images: int = 64,
+    choose_null: bool = False,
     seed: int = 1,
     progress: bool = True,
 ) -> Any:
@@ -41,7 +43,7 @@ def calibrate(
     At each guidance scale, `images` are drawn of each audited prompt and group, the audit itself judges them (never
     an annotator that proves the result), and its counts are corrected for how it errs. Where no mix gives even
     shares, the nearest is taken and said. `generate(..., environments="calibrated")` draws by it. An interrupted run
-    goes on.
+    goes on, and scales that the guidance has mixes for are not drawn again.
 
     Args:
         pipe: The pipeline that was audited.
@@ -50,6 +52,8 @@ def calibrate(
         output_dir: The folder of the guidance, written anew.
         guidance_scales: Strengths of classifier-free guidance that images will be drawn at.
         images: Images of each prompt and group.
+        choose_null: Of `null_adapter` on and off, keep the one under which more images, of the first scale above 1,
+            show the group that they were drawn for; not where there are mixes already, or for `tokens`.
         seed: Seed of the images. It should not be that of the images which prove the result.
         progress: Show progress bars.
 
@@ -59,45 +63,68 @@ def calibrate(
     """
     if not module.sees_environment:
         raise ConfigError("Expected guidance in balanced mode, got an invariant one, which takes no mix of groups.")
-    judge, output_dir, mixes = AuditAnnotator(audit_dir, pipe), Path(output_dir), dict(module.config["mixes"] or {})
-    prompts, held_out = judge.prompts, cast(HeldOut, judge.held_out)
-    confusions = {name: held_out.confusion(name) for name in judge.attributes}
-    for scale in guidance_scales:
-        sizes = {"images_per_prompt": images * max(module.num_groups), "seed": seed, "resolution": judge.resolution}
-        config = GenerateConfig(**sizes, guidance_scale=scale)
-        folder = output_dir / ".calibration" / f"{scale:g}"
-        generate(pipe, prompts, folder, module=module, config=config, progress=progress)
-        lines = (folder / MANIFEST).read_text("utf-8").splitlines()
-        drawn = np.array([json.loads(line)["environment"] for line in lines])
-        seen = describe_images(read_images(folder), judge, progress=progress)
-        of_prompt = np.arange(len(drawn)) // sizes["images_per_prompt"]
-        mixes[f"{scale:g}"] = {prompt: [[1 / size] * size for size in module.num_groups] for prompt in prompts}
+    mixes, work = dict(module.config["mixes"] or {}), Path(output_dir) / ".calibration"
+    wanted = [scale for scale in dict.fromkeys(guidance_scales) if f"{scale:g}" not in mixes]
+    if not wanted:
+        return module
+    judge = AuditAnnotator(audit_dir, pipe)
+    confusions = {name: cast(HeldOut, judge.held_out).confusion(name) for name in judge.attributes}
+    sizes = {"images_per_prompt": images * max(module.num_groups), "seed": seed, "resolution": judge.resolution}
+
+    @cache
+    def shares(null_adapter: str, scale: float) -> dict[tuple[str, int], np.ndarray]:
+        """S of each prompt and each factor that splits it: see `nearest_mix`."""
+        module.register_to_config(null_adapter=null_adapter)
+        config, folder = GenerateConfig(**sizes, guidance_scale=scale), work / f"{scale:g}-{null_adapter}"
+        generate(pipe, judge.prompts, folder, module=module, config=config, progress=progress)
+        rows = [json.loads(line) for line in (folder / MANIFEST).read_text("utf-8").splitlines()]
+        drawn, of_prompt = np.array([row["environment"] for row in rows]), np.array([row["prompt"] for row in rows])
+        seen, found = describe_images(read_images(folder), judge, progress=progress), {}
         for factor, name in enumerate(module.factor_names):
-            size = module.num_groups[factor]
-            for index, prompt in enumerate(prompts):
-                if prompt not in judge.splits.get(name, ()):  # there is no judge, or the factor says nothing of it
-                    continue
-                rows = of_prompt == index
+            for prompt in judge.splits.get(name, ()):  # none where there is no judge
+                chosen, size = of_prompt == prompt, module.num_groups[factor]
                 counts = np.zeros((size, size + 1))
-                np.add.at(counts, (drawn[rows, factor], seen.classes[name][rows]), 1)
-                mix, reached = nearest_mix(counts, confusions[name], np.full(size, 1 / size))
-                mixes[f"{scale:g}"][prompt][factor] = mix.round(4).tolist()
-                if np.abs(reached - 1 / size).max() > NEAR:
-                    found = " / ".join(f"{share:.0%}" for share in reached)
-                    note(f"At guidance scale {scale:g} no mix of {name} evens {prompt!r}: the nearest is {found}.")
-    module.register_to_config(mixes=mixes)
+                np.add.at(counts, (drawn[chosen, factor], seen.classes[name][chosen]), 1)
+                found[prompt, factor] = shares_of(counts, confusions[name])
+        return found
+
+    null, guided = module.config["null_adapter"], [scale for scale in wanted if scale > 1]  # else there is no null row
+    if choose_null and guided and not mixes and module.backend != "tokens":
+        scores = {
+            each: np.mean([np.diag(of).mean() for of in shares(each, guided[0]).values()])
+            for each in (null, "on" if null == "off" else "off")
+        }
+        null = max(scores, key=lambda each: scores[each])
+        told = " and ".join(f"{score:.0%} with null_adapter {each}" for each, score in scores.items())
+        note(f"At guidance scale {guided[0]:g} images show the group drawn in {told}: {null!r} is kept.")
+    for scale in wanted:
+        of_scale = {prompt: [[1 / size] * size for size in module.num_groups] for prompt in judge.prompts}
+        for (prompt, factor), found in shares(null, scale).items():
+            even = np.full(len(found), 1 / len(found))
+            mix, reached = nearest_mix(found, even)
+            of_scale[prompt][factor] = mix.round(4).tolist()
+            if np.abs(reached - even).max() > NEAR:
+                told = " / ".join(f"{share:.0%}" for share in reached)
+                name = module.factor_names[factor]
+                note(f"At guidance scale {scale:g} no mix of {name} evens {prompt!r}: the nearest is {told}.")
+        mixes[f"{scale:g}"] = of_scale
+    module.register_to_config(mixes=mixes, null_adapter=null)
     module.save_pretrained(output_dir)
-    shutil.rmtree(output_dir / ".calibration", ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
     return module
 
 
-def nearest_mix(counts: np.ndarray, confusion: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mix pi (E,) whose images have shares pi S nearest to the target (E,), and those shares.
+def shares_of(counts: np.ndarray, confusion: np.ndarray) -> np.ndarray:
+    """S (E, E): in row e the shares of the groups that images drawn for group e show.
 
-    S, (E, E), holds in row e the shares of the groups that images drawn for group e show: the judge's `counts` of
-    them, (E, E + 1), corrected for its held-out `confusion`, (E, E + 1).
+    It is the judge's `counts` of them, (E, E + 1), corrected for its held-out `confusion`, (E, E + 1).
     """
-    count, shares = len(target), correct_for_annotator(counts, confusion) / counts.sum(axis=1, keepdims=True)
+    return correct_for_annotator(counts, confusion) / counts.sum(axis=1, keepdims=True)
+
+
+def nearest_mix(shares: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mix pi (E,) whose images have shares pi S nearest to the target (E,), and those shares; S is `shares_of`."""
+    count = len(target)
     # A little of the even mix, so that there is one answer where several reach the target.
     even = np.full(count, 1 / count)
     found = minimize(

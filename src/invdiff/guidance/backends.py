@@ -27,11 +27,11 @@ def settled(config: TrainConfig, pipe: Any) -> TrainConfig:
     weights = sum(each.numel() for each in denoiser_of(pipe).parameters())
     backend = config.backend if config.backend != "auto" else "lora" if weights >= LARGE else "module"
     steps, batch_size = BACKENDS[backend].recipe
-    found = replace(
-        config, backend=backend, steps=config.steps or steps, batch_size=config.batch_size or batch_size
-    )
+    found = replace(config, backend=backend, steps=config.steps or steps, batch_size=config.batch_size or batch_size)
     if config.backend == "auto":
-        size = f"{weights / 1e6:.1f} million weights, {'at least' if weights >= LARGE else 'less than'} {LARGE // 10**6}"
+        size = (
+            f"{weights / 1e6:.1f} million weights, {'at least' if weights >= LARGE else 'less than'} {LARGE // 10**6}"
+        )
         note(f"backend {backend}: the denoiser has {size}; {found.steps} steps of {found.batch_size} images")
     return found
 
