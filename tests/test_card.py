@@ -20,7 +20,7 @@ from invdiff.auditing.run import audit
 from invdiff.config import AuditConfig, TrainConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ConfigError, ModelError
-from invdiff.evaluation.results import AnnotatorRecord, Results
+from invdiff.evaluation.results import AnnotatorRecord, Quantity, Results
 from invdiff.files import weights_digest
 from invdiff.guidance.attach import mix_for
 from invdiff.guidance.backends import load_guidance
@@ -101,7 +101,12 @@ def test_training_writes_what_it_knows(trained):
     assert [value for _, value in made_of[1:-1]] == [
         *("my-birds (a local folder)", "Stable Diffusion 1.x/2.x, StableDiffusionPipeline"),
         *("UNet2DConditionModel, predicts epsilon", found.settings["denoiser_fingerprint"], settings["data"]),
-        *("12", "balanced", "factor 1: 2", f"{GuidanceModule.from_pretrained(trained).num_parameters():,}"),
+        *(
+            "12",
+            "balanced",
+            "factor 1: 2, factor 2: 2",
+            f"{GuidanceModule.from_pretrained(trained).num_parameters():,}",
+        ),
     ]
     assert re.fullmatch(r"invdiff \S+, torch \S+, diffusers \S+", made_of[-1][1])
     assert [row[0] for row in groups[1:]] == [prompt.prompt for prompt in found.prompts]
@@ -271,12 +276,16 @@ def test_figures_are_stated_and_kept_and_are_no_part_of_the_weights(trained, mod
 def test_figures_of_an_attribute_replace_only_its_own_and_other_things_are_refused(module):
     for attribute, bias in (("background", 0.1), ("gender", 0.2), ("background", 0.3)):
         measures = made_up_measures(bias, interval=(0.0, 1.0), floor=0.1)
-        named = dataclasses.replace(measures, attributes={attribute: measures.first})
+        moved = {"feature shift (x), 'a bicycle'": Quantity(0.125), "feature shift (y)": Quantity(None)}
+        named = dataclasses.replace(measures, attributes={attribute: measures.first}, preservation=moved)
         module.add_figures(Results({"guided": {"3.0": named}}, attribute=attribute))
     for wrong in ({"base": 3}, 7, "results.json", None):
         with pytest.raises(ConfigError, match="Expected the results of an evaluation, got"):
             module.add_figures(wrong)
-    assert [rows[1][3] for rows in tables(module.model_card())[3:]] == ["0.3", "0.2"]
+    figures = tables(module.model_card())[3:]
+    assert [rows[1][3] for rows in figures] == ["0.3", "0.2"]
+    assert ["guided", "3.0", "feature shift (x), 'a bicycle'", "0.125", "-"] in figures[0]
+    assert not any("feature shift (y)" in row for row in figures[0])
 
 
 @pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])

@@ -280,9 +280,14 @@ def test_the_baseline_is_compared_with_seed_by_seed(base, tmp_path):
     results = measure(tmp_path, subject_attribute="subject")
     kept = results.models["guided"]["1.0"].preservation
     assert kept["subject unchanged"].value == 1.0
-    features = ([[10 * i, COLOURS[row[2]], 9] for i, row in enumerate(rows)] for rows in (ROWS, turned))
+    features = [[[10 * i, COLOURS[row[2]], 9] for i, row in enumerate(rows)] for rows in (ROWS, turned)]
     apart = np.diag(cdist(*features, "cosine")).mean()
     assert kept["feature shift (pixels)"].value == pytest.approx(apart, rel=1e-4)
+    each = np.diag(cdist(*features, "cosine"))
+    for prompt in dict.fromkeys(row[0] for row in ROWS):
+        of_prompt = each[[row[0] == prompt for row in ROWS]].mean()
+        shift = kept[f"feature shift (pixels), {prompt!r}"]
+        assert shift.value == pytest.approx(of_prompt, rel=1e-4)
     assert results.models["base"]["1.0"].preservation == {}
     assert results.baseline == "base"
 

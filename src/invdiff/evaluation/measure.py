@@ -75,7 +75,8 @@ def preserve(
 ) -> dict[str, Quantity]:
     """How far images moved from those that the baseline draws from the same prompts and seeds.
 
-    By features, beside unrelated images of the baseline, and by the share of pairs that keep their class.
+    By features, beside unrelated images of the baseline, also prompt by prompt, since prompts that nobody audited are
+    to stay; and by the share of pairs that keep their class.
     """
     places = []
     for side in (rows, base_rows):
@@ -89,16 +90,19 @@ def preserve(
     ours, theirs = (np.array(side) for side in zip(*pairs, strict=True))
     number, confidence = f"{len(pairs)} pairs", question.config.confidence
     figures: dict[str, Quantity] = {}
-    for name, features in seen.features.items():
-        before, after = base.features[name][theirs], features[ours]
+    prompts = np.array([rows[place].prompt for place in ours])
+    several = [prompt for prompt, count in Counter(prompts.tolist()).items() if 1 < count < len(prompts)]
+    for name, prompt in product(seen.features, ("", *several)):
+        own = (prompts == prompt) if prompt else np.ones(len(pairs), dtype=bool)
+        figure = f"feature shift ({name})" + f", {prompt!r}" * bool(prompt)
+        before, after = base.features[name][theirs[own]], seen.features[name][ours[own]]
         try:
             moved, unrelated = 1 - paired_cosines(before, after), mean_cosine_distance(before)
         except EvaluationError as error:
-            figures[f"feature shift ({name})"] = Quantity(None, note=f"not defined: {error}")
+            figures[figure] = Quantity(None, note=f"not defined: {error}")
             continue
-        note = f"cosine distance, {number}; the baseline's own images are {unrelated:.3g} apart"
-        ends = mean_interval(moved, confidence=confidence)
-        figures[f"feature shift ({name})"] = Quantity(float(moved.mean()), *ends, note=note)
+        note = f"cosine distance, {own.sum()} pairs; the baseline's own images are {unrelated:.3g} apart"
+        figures[figure] = Quantity(float(moved.mean()), *mean_interval(moved, confidence=confidence), note=note)
     for attribute in [name for name in seen.classes if name not in question.attributes]:
         mine, before = seen.classes[attribute][ours], base.classes[attribute][theirs]
         known = np.maximum(mine, before) < len(question.classes[attribute])

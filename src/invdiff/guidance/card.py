@@ -97,8 +97,13 @@ def with_figures(record: Any, results: Any) -> dict[str, Any]:
     try:
         for model, scale, measures in results.each():
             bias = measures.attributes[results.attribute].overall["bias"]
-            stated = {"Bias": bias, "subject accuracy": measures.subject_accuracy, **measures.quality}
-            of_model = [[name, each.value, each.low, each.high] for name, each in stated.items() if each is not None]
+            stated = {"Bias": bias, "subject accuracy": measures.subject_accuracy}
+            stated |= {**measures.quality, **measures.preservation}
+            of_model = [
+                [name, each.value, each.low, each.high]
+                for name, each in stated.items()
+                if each and each.value is not None
+            ]
             of_model.insert(1, ["floor of Bias", bias.floor, None, None])
             of_model.append(["images a prompt", measures.images_per_prompt, None, None])
             rows += [[model, scale, *row] for row in of_model]

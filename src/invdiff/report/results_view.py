@@ -38,6 +38,7 @@ from .plots import BASE_COLOUR, SERIES_COLOURS, Thumb, plot_chart, thumb
 from .read import MOST_PROMPTS, Run
 
 PAIRS = 8
+MOST_FIGURES = 40
 TRAINING_DATA = "Training data"
 DATA_COLOUR = "#a9793f"
 """Of no group, class or model."""
@@ -259,7 +260,8 @@ def _quality(chosen: Comparison, results: Results) -> Table:
     notes = [f"{shown_name(name)}: {q.note}" for entry in figures.values() for name, q in entry.items() if q.note]
     reference = f", against {results.reference_images:,} real images" if results.reference_images else ""
     caption = f"Quality {at_scale(chosen.key)}{reference}"
-    return Table(("Figure", *figures), rows, caption, sentences(notes)[:8])
+    more = [f"{len(rows) - MOST_FIGURES} more figures are in the results"] if len(rows) > MOST_FIGURES else []
+    return Table(("Figure", *figures), rows[:MOST_FIGURES], caption, sentences([*more, *notes])[:8])
 
 
 def _by_group(chosen: Comparison, results: Results) -> Table:
