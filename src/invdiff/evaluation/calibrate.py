@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
@@ -18,7 +18,6 @@ from ..progress import note
 from ..sampling import MANIFEST, generate
 from .annotate import describe_images
 from .annotators.audited import AuditAnnotator
-from .annotators.heldout import HeldOut
 from .fairness.correction import correct_for_annotator
 from .images import read_images
 
@@ -68,7 +67,7 @@ def calibrate(
     if not wanted:
         return module
     judge = AuditAnnotator(audit_dir, pipe)
-    confusions = {name: cast(HeldOut, judge.held_out).confusion(name) for name in judge.attributes}
+    confusions: Any = {name: judge.confusion(name) for name in judge.attributes}
     sizes = {"images_per_prompt": images * max(module.num_groups), "seed": seed, "resolution": judge.resolution}
 
     @cache
@@ -104,8 +103,7 @@ def calibrate(
             mix, reached = nearest_mix(found, even)
             of_scale[prompt][factor] = mix.round(4).tolist()
             if np.abs(reached - even).max() > NEAR:
-                told = " / ".join(f"{share:.0%}" for share in reached)
-                name = module.factor_names[factor]
+                name, told = module.factor_names[factor], " / ".join(f"{share:.0%}" for share in reached)
                 note(f"At guidance scale {scale:g} no mix of {name} evens {prompt!r}: the nearest is {told}.")
         mixes[f"{scale:g}"] = of_scale
     module.register_to_config(mixes=mixes, null_adapter=null)

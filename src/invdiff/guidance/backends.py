@@ -29,9 +29,7 @@ def settled(config: TrainConfig, pipe: Any) -> TrainConfig:
     steps, batch_size = BACKENDS[backend].recipe
     found = replace(config, backend=backend, steps=config.steps or steps, batch_size=config.batch_size or batch_size)
     if config.backend == "auto":
-        size = (
-            f"{weights / 1e6:.1f} million weights, {'at least' if weights >= LARGE else 'less than'} {LARGE // 10**6}"
-        )
+        size = f"{weights / 1e6:.1f} million weights ({LARGE // 10**6} or more: lora, else module)"
         note(f"backend {backend}: the denoiser has {size}; {found.steps} steps of {found.batch_size} images")
     return found
 
