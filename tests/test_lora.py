@@ -71,6 +71,7 @@ def test_the_null_row_runs_without_the_adapter_unless_it_is_on(tiny_pipe):
         assert same_rows(output, plain) == untouched
 
 
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # of diffusers' schedulers
 @pytest.mark.parametrize("family", ["sd1", "pixart"])
 def test_a_negative_prompt_takes_the_place_of_the_null_caption(family):
     pipe, seen = make_tiny(family), []
