@@ -32,11 +32,6 @@ class Call:
         return len(self.groups)
 
     @property
-    def guided(self) -> bool:
-        """Whether there are rows of the null caption."""
-        return len(self.arguments["sample"]) > self.images
-
-    @property
     def latents(self) -> torch.Tensor:
         """(images, channels, height, width)."""
         return self.arguments["sample"][-self.images :]

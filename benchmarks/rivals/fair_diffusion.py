@@ -52,7 +52,7 @@ class _Edit:
 
     def __call__(self, call: Call, prediction: torch.Tensor) -> torch.Tensor | None:
         null, *words = (concept.expand(call.images, -1, -1) for concept in self.concepts.to(call.latents))
-        unconditional = prediction[: call.images] if call.guided else call.predict(null)
+        unconditional = prediction[: call.images] if len(prediction) > call.images else call.predict(null)
         drawn = torch.tensor(call.groups, device=prediction.device)
         gamma = torch.zeros_like(unconditional, dtype=torch.float32)
         for group, embeddings in enumerate(words):

@@ -32,7 +32,7 @@ class SelfDebias:
 
     supervision = "none"
 
-    strength: float = 0.3
+    strength: float = 4.0
     """Size of the push, relative to the prediction's."""
     clusters: int = 2
     images: int = 64

@@ -75,9 +75,13 @@ class UCE:
         alpha, D = torch.zeros(len(prompts), len(words)), torch.zeros_like(gram)
         steps, before = torch.full((len(prompts), 1), self.step), torch.zeros_like(alpha)
         passes = self.inference_steps * (2 if self.guidance_scale > 1 else 1) + len(words) * len(LOG_SNRS)
+        options = {"guidance_scale": self.guidance_scale, "num_inference_steps": self.inference_steps}
         for iteration in range(self.iterations + 1):
             _edit(layers, weights, D)
-            latents = [self._draw(pipe, prompt, world.seed) for prompt in prompts]
+            latents = []
+            for prompt in prompts:
+                noise = [generator("uce", world.seed, prompt, image) for image in range(self.images)]
+                latents.append(pipe([prompt] * self.images, generator=noise, output_type="latent", **options).images)
             _edit(layers, weights, torch.zeros_like(D))
             seen = [
                 told_by_words(pipe, of, prompt, world.words, world.seed).bincount(minlength=len(words))
@@ -93,12 +97,6 @@ class UCE:
             D = sum(alpha[i, p] * classes[p][:n].T @ edited[i][:n] for i, p, n in pairs) @ gram.inverse()
         forwards = 1.0 * (iteration + 1) * passes * len(prompts) * self.images
         return {"D": D, "alpha": alpha.tolist(), "shares": shares.tolist(), "forwards": forwards}
-
-    def _draw(self, pipe: Any, prompt: str, seed: int) -> torch.Tensor:
-        """Latents (images, C, H, W) of the model as it is."""
-        noise = [generator("uce", seed, prompt, image) for image in range(self.images)]
-        options = {"guidance_scale": self.guidance_scale, "num_inference_steps": self.inference_steps}
-        return pipe([prompt] * self.images, generator=noise, output_type="latent", **options).images
 
 
 @torch.no_grad()
