@@ -59,10 +59,15 @@ class World:
         finetune(self.data, folder, base=self.base, config=replace(self.finetuning, seed=self.seed))
         return load_pipeline(folder)
 
+    @property
+    def found_in(self) -> Path:
+        """The folder of `found`."""
+        return self.work / "audit"
+
     @cached_property
     def found(self) -> Audit:
         """What `invdiff audit` finds, without labels."""
-        return self._audit("audit")
+        return self._audit(self.found_in.name)
 
     @cached_property
     def true(self) -> Audit:
@@ -154,7 +159,7 @@ class Guided:
         config = TrainConfig(**{"penalty": 0.0, "seed": world.seed} | dict(self.config))
         guidance = train(pipe, world.data, found, folder, config=config, cache_dir=world.cache)
         if self.calibrated and not guidance.config["mixes"]:
-            calibrate(pipe, guidance, world.work / "audit", folder, guidance_scales=self.calibrated)
+            calibrate(pipe, guidance, world.found_in, folder, guidance_scales=self.calibrated)
         trained = guidance.config["record"]["training"]  # as `auto` was settled
         passes = 3.0 * (2 if config.penalty else 1)
         about = {"null adapter": guidance.config["null_adapter"], "mixes": dict(guidance.config["mixes"] or {})}

@@ -1,0 +1,255 @@
+"""Runs a benchmark: every method of a YAML file on its world, cell by cell, under one ruler.
+
+A cell is one method with one seed. Its figures are kept in results/BENCHMARK/ when it ends, and a cell that is kept is
+not run again; what it trained and drew stays in --work, so a stopped run goes on. The seed is that of the training
+images, of fine-tuning, of the method and of the starting noise: an interval over seeds holds all of them.
+
+Every image draws its group, direction or wording independently of the others, as the floor of Bias assumes; guidance
+that can spread groups evenly is drawn that way too, as "stratified".
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import judges
+import numpy as np
+import torch
+import worlds
+from kept import rounded
+from methods import Method, World
+from PIL import Image
+
+from invdiff import EvaluateConfig, FinetuneConfig, GenerateConfig, evaluate, generate, load_captioned_images
+from invdiff.data.captioned import CaptionedImages
+from invdiff.errors import ConfigError
+from invdiff.evaluation.annotate import Described, describe_images
+from invdiff.evaluation.annotators.annotations import Annotator
+from invdiff.evaluation.annotators.audited import AuditAnnotator
+from invdiff.evaluation.images import read_images
+from invdiff.evaluation.results import Measures
+from invdiff.files import read_json, write_json
+from invdiff.options import Config, read_yaml
+
+HERE = Path(__file__).parent
+METHODS = {
+    "biased": "methods.Biased",
+    "balanced": "methods.Balanced",
+    "guided": "methods.Guided",
+}
+"""Name to where its class is."""
+EVEN: dict[str, dict[str, Any]] = {"waterbirds": {"severity": 0.5}, "fairface": {"even": True}}
+"""What makes the hidden attribute of a world independent of its captions."""
+BATCH_SIZE = 128 if torch.cuda.is_available() else 32
+
+
+@dataclass(frozen=True)
+class Cells(Config):
+    """A method with its settings, for several seeds."""
+
+    method: str
+    """A name of `METHODS`."""
+    settings: dict = field(default_factory=dict)
+    """Fields of the method."""
+    seeds: tuple[int, ...] = (0,)
+    images: int = 256
+    """Of each prompt, at each guidance scale."""
+    scales: tuple[float, ...] = (3.0,)
+    """Classifier-free guidance scales."""
+    delta: float = 1.0
+    """Strength of guidance; methods that are no guidance of ours do not read it."""
+    environments: str = "iid"
+    """How groups are drawn for the headline; "calibrated" where the mix is solved for."""
+    stratified: bool = False
+    """Draw images with groups spread evenly too."""
+    audited: bool = False
+    """Let the audit judge the images too: what settings are chosen by."""
+
+
+@dataclass(frozen=True)
+class Suite(Config):
+    """One benchmark: a world and the methods compared on it."""
+
+    world: dict
+    """`kind`, a function of worlds.py, and its settings, but for the seed."""
+    attribute: str
+    """The hidden attribute."""
+    subject: str
+    """The attribute that captions name."""
+    words: dict
+    """Class of the hidden attribute to the words that prompts are given for it, for rivals that need words."""
+    cells: dict
+    """Name to `Cells`."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """How the base is fitted to the biased images."""
+
+    @classmethod
+    def named(cls, name: str) -> Suite:
+        """The benchmark of suites/NAME.yaml."""
+        path = HERE / "suites" / f"{name}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
+            raise ConfigError(f"Expected a benchmark of {known}, got {name!r}.")
+        return cls.from_dict(read_yaml(path))
+
+    def each(self) -> dict[str, Cells]:
+        """The cells by name."""
+        return {name: Cells.from_dict(entries) for name, entries in self.cells.items()}
+
+    def opened(self, source: Path, base: Path, work: Path, seed: int) -> World:
+        """The world of one seed, its images written to `work`."""
+        settings = dict(self.world)
+        kind, folder = settings.pop("kind"), work / f"seed-{seed}"
+        make = getattr(worlds, kind)
+        labelled = load_captioned_images(make(source, folder / "images", seed=seed, **settings))
+        even = load_captioned_images(make(source, folder / "balanced", seed=seed, **settings | EVEN[kind]))
+        prompts = dict(sorted(zip(labelled.captions, labelled.attributes[self.subject], strict=True)))
+        common = {"base": base, "work": folder, "seed": seed, "finetuning": self.finetune}
+        return World(labelled, even, self.attribute, self.subject, prompts, self.words, **common)
+
+
+class Runner:
+    """Runs cells of a benchmark."""
+
+    def __init__(self, name: str, source: Path, base: Path, work: Path, results: Path) -> None:
+        self.name, self.suite = name, Suite.named(name)
+        self.source, self.base, self.work, self.folder = source, base, work / name, results / name
+        self._judge: tuple[Annotator, CaptionedImages, Described] | None = None
+
+    def place(self, cell: str, seed: int) -> Path:
+        """The file of a cell's figures."""
+        return self.folder / f"{cell}-seed-{seed}.json"
+
+    @property
+    def judge(self) -> tuple[Annotator, Described]:
+        """Who names the classes, and real balanced images, described."""
+        if self._judge is None:
+            annotator, real = judges.judge_of(self.suite.world["kind"], self.source, self.work.parent / "judges")
+            self._judge = annotator, real, describe_images(real, annotator, progress=False)
+        return self._judge[0], self._judge[2]
+
+    def run(self, name: str, seed: int) -> None:
+        """Fit, draw, judge, and keep the figures, unless they are there."""
+        path, cells = self.place(name, seed), self.suite.each()[name]
+        if path.is_file():
+            return
+        module, _, kind = METHODS[cells.method].rpartition(".")
+        method: Method = getattr(importlib.import_module(module), kind)(**cells.settings)
+        world = self.suite.opened(self.source, self.base, self.work, seed)
+        work, start = world.work / name, time.perf_counter()
+        fitted = method.fit(world, work / "fitted")
+        seconds = time.perf_counter() - start
+        draws = {"": cells.environments} | ({"stratified ": "uniform"} if cells.stratified else {})
+        figures: dict[str, Any] = {}
+        for prefix, environments in draws.items():
+            for scale in cells.scales:
+                folder = work / f"{prefix.strip() or 'drawn'}-{scale:g}"
+                config = GenerateConfig(
+                    images_per_prompt=cells.images,
+                    guidance_scale=scale,
+                    scale=cells.delta,
+                    seed=1000 + seed,
+                    batch_size=BATCH_SIZE,
+                )
+                options = {"module": fitted.guidance, "config": config, "progress": False}
+                if fitted.guidance is not None:
+                    options["environments"] = environments
+                start = time.perf_counter()
+                with fitted.hooked(config.seed):
+                    generate(fitted.pipe, list(world.prompts), folder, **options)
+                cost = (time.perf_counter() - start) / (cells.images * len(world.prompts))
+                figures[f"{prefix}CFG {scale:g}"] = self.measured(folder, world) | {"seconds an image": cost}
+                if cells.audited:
+                    eyes = AuditAnnotator(world.found_in, fitted.pipe)
+                    seen = evaluate(folder, eyes, next(iter(eyes.attributes)), progress=False)
+                    ((_, _, measures),) = seen.each()
+                    figures[f"{prefix}CFG {scale:g}"]["bias by the audit"] = measures.bias
+        document = {
+            "command": f"python -m benchmarks run {self.name} --cells {name} --seeds {seed}",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU core",
+            "settings": cells.to_dict() | {"finetune": self.suite.finetune.to_dict(), "world": self.suite.world},
+            "supervision": method.supervision,
+            "parameters": fitted.parameters,
+            "forwards": fitted.forwards,
+            "seconds of fitting": round(seconds, 1),
+            "about": rounded(dict(fitted.about)),
+            "figures": rounded(figures),
+        }
+        write_json(path, document)
+        print(path, *(f"{key}: Bias {of['bias']:.2f}" for key, of in figures.items()), flush=True)
+
+    def measured(self, folder: Path, world: World) -> dict[str, Any]:
+        """Every figure of one folder of images."""
+        judge, real = self.judge
+        config = EvaluateConfig(subject_attribute=self.suite.subject, subject_of=dict(world.prompts))
+        results = evaluate(folder, judge, self.suite.attribute, reference=real, config=config, progress=False)
+        ((_, _, measures),) = results.each()
+        contact_sheet(folder)
+        return figures_of(measures) | {"worst cell": worst_cell(folder, judge, world)}
+
+
+def figures_of(measures: Measures) -> dict[str, Any]:
+    """The figures that tables show, by name."""
+    bias, discrepancy = measures.bias_estimate, measures.first.overall["fairness_discrepancy"]
+    named = {name.partition(" (")[0]: value.value for name, value in measures.quality.items()}
+    by_group = {
+        group: {name.partition(" (")[0]: value.value for name, value in of.items()}
+        for group, of in measures.by_group.items()
+    }
+    return {
+        "bias": bias.value,
+        "low": bias.low,
+        "high": bias.high,
+        "floor": bias.floor,
+        "corrected": bias.corrected,
+        "squared discrepancy": discrepancy.unbiased_square,
+        "discrepancy": discrepancy.value,
+        "shares": measures.shares,
+        "subject right": measures.accuracy,
+        **named,
+        "by group": by_group,
+    }
+
+
+def worst_cell(folder: Path, judge: Annotator, world: World) -> float:
+    """The least, over prompts and groups, of P(subject right and attribute = group), times the number of groups.
+
+    1 where every prompt's images show its subject, each group as often; 0 where one group is never shown with one.
+    """
+    rows = read_images(folder)
+    seen = describe_images(rows, judge, progress=False)
+    named = {name: np.array([*judge.attributes[name], ""])[of] for name, of in seen.classes.items()}
+    groups, prompts = sorted(set(world.labelled.attributes[world.attribute])), np.array([row.prompt for row in rows])
+    return min(
+        len(groups) * ((named[world.subject] == subject) & (named[world.attribute] == group))[prompts == prompt].mean()
+        for prompt, subject in world.prompts.items()
+        for group in groups
+    )
+
+
+def contact_sheet(folder: Path, columns: int = 12) -> None:
+    """Write sheet.png: the first images of each prompt, a row each."""
+    strips = [sorted(prompt.glob("*.png"))[:columns] for prompt in sorted(folder.glob("[0-9]*"))]
+    tiles = [[Image.open(path).convert("RGB") for path in strip] for strip in strips]
+    width, height = tiles[0][0].size
+    sheet = Image.new("RGB", (columns * width, len(tiles) * height), "white")
+    for row, strip in enumerate(tiles):
+        for column, tile in enumerate(strip):
+            sheet.paste(tile, (column * width, row * height))
+    sheet.save(folder / "sheet.png")
+
+
+def kept(folder: Path) -> dict[str, dict[int, Mapping[str, Any]]]:
+    """Cell to seed to what was kept."""
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for path in sorted(folder.glob("*-seed-*.json")):
+        cell, _, seed = path.stem.rpartition("-seed-")
+        found.setdefault(cell, {})[int(seed)] = read_json(path)
+    return found
