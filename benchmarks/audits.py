@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import judges
 import kept
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ from invdiff.data.captioned import CaptionedImages
 from invdiff.data.encode import as_encoded
 from invdiff.errors import ConfigError
 from invdiff.evaluation.annotate import describe_images
+from invdiff.evaluation.annotators.annotations import Annotator
 from invdiff.evaluation.annotators.conv import ConvAnnotator
 from invdiff.files import read_json
 from invdiff.models.frozen import FrozenDenoiser
@@ -104,7 +106,7 @@ class Cell:
 
     own: int = 0
     """Images of each caption that the model draws: they are audited instead of the world, if any."""
-    judge: Callable[[Path], ConvAnnotator] | None = None
+    judge: Callable[[Path], Annotator] | None = None
     """Names the hidden attributes of the model's own images."""
     trained: TrainConfig | None = None
     """How guidance is trained on what was found, if at all; then Bias is measured before and after."""
@@ -162,15 +164,17 @@ def own(source: Path, base: Path, work: Path) -> Iterator[Cell]:
     def bundled(folder: Path) -> ConvAnnotator:
         return ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
 
-    def of_held_out(folder: Path) -> ConvAnnotator:
-        settings = {"num_images": 2000, "severity": 0.5, "seed": 1, "held_out": True}
-        labelled = load_captioned_images(worlds.waterbirds(source, folder, **settings))
-        return ConvAnnotator.fit(labelled, ["place", "subject"])
+    def of_photographs(folder: Path) -> Annotator:
+        return judges.judge_of({"kind": "waterbirds"}, ["subject", "place"], source, work / "judges")[0]
 
     birds = BirdsWorld(200, seed=0).write  # for its captions
     yield Cell("drawn-birds", birds, BIRDS_MODEL, ("background",), own=500, judge=bundled, trained=TrainConfig())
     photos = partial(worlds.waterbirds, source, severity=0.95, seed=0)
-    yield Cell("waterbirds", photos, base, ("place",), tuned=True, own=1000, judge=of_held_out, trained=LORA)
+    options = {"tuned": True, "own": 3000, "judge": of_photographs, "trained": LORA}
+    yield Cell("waterbirds", photos, base, ("place",), **options)
+    yield Cell(
+        "waterbirds-asked", photos, base, ("place",), ask={"place": ("forest", "sea")}, **options | {"own": 1000}
+    )
 
 
 def words(source: Path, base: Path, work: Path) -> Iterator[Cell]:
@@ -232,7 +236,9 @@ def run(part: str, cell: Cell, work: Path) -> None:
     fresh, start = not cache.exists(), time.perf_counter()
     if cell.own:
         prompts = [f"a photo of a {subject}" for subject in SUBJECTS]
-        found = audit(pipe, prompts=prompts, config=AuditConfig(images_per_prompt=cell.own), cache_dir=cache)
+        found = audit(
+            pipe, prompts=prompts, config=AuditConfig(images_per_prompt=cell.own), ask=cell.ask, cache_dir=cache
+        )
     else:
         found = audit(pipe, unlabelled, ask=cell.ask, cache_dir=cache)
     seconds = time.perf_counter() - start if fresh else None
@@ -271,7 +277,7 @@ def run(part: str, cell: Cell, work: Path) -> None:
     shutil.rmtree(cache)
 
 
-def labelled_by(judge: ConvAnnotator, images: CaptionedImages, cell: Cell) -> CaptionedImages:
+def labelled_by(judge: Annotator, images: CaptionedImages, cell: Cell) -> CaptionedImages:
     """A model's own images with the hidden attributes that a judge sees, and the subject of their prompts."""
     seen = describe_images((images.image(row) for row in range(len(images))), judge)
     labels = {name: [judge.attributes[name][at] for at in seen.classes[name]] for name in cell.hidden}
@@ -279,12 +285,12 @@ def labelled_by(judge: ConvAnnotator, images: CaptionedImages, cell: Cell) -> Ca
     return replace(images, attributes=labels | {cell.subject: subjects})
 
 
-def bias_of(pipe: Any, found: Audit, judge: ConvAnnotator, cell: Cell, work: Path) -> dict[str, Any]:
-    """Bias with and without a module trained on an audit, at guidance scales 1 and 3, 96 images of each prompt."""
+def bias_of(pipe: Any, found: Audit, judge: Annotator, cell: Cell, work: Path) -> dict[str, Any]:
+    """Bias with and without a module trained on an audit, at CFG 1, 3 and 7.5, 256 images of each prompt."""
     module = train(pipe, None, found, work / "module", config=cell.trained, cache_dir=work)
     folders: dict[str, list[Path]] = {"base": [], "guided": []}
-    for scale in (1.0, 3.0):
-        config = GenerateConfig(images_per_prompt=96, guidance_scale=scale)
+    for scale in (1.0, 3.0, 7.5):
+        config = GenerateConfig(images_per_prompt=256, guidance_scale=scale)
         for name, used in (("base", None), ("guided", module)):
             prompts, folder = found.settings["own_images_of"], work / f"{name}-{scale:g}"
             folders[name].append(generate(pipe, prompts, folder, module=used, config=config, environments="iid"))

@@ -42,10 +42,10 @@ METHODS = {
     "biased": "methods.Biased",
     "balanced": "methods.Balanced",
     "guided": "methods.Guided",
+    "prompted": "rivals.prompts.Prompted",
+    "fair-diffusion": "rivals.fair_diffusion.FairDiffusion",
 }
 """Name to where its class is."""
-EVEN: dict[str, dict[str, Any]] = {"waterbirds": {"severity": 0.5}, "fairface": {"even": True}}
-"""What makes the hidden attribute of a world independent of its captions."""
 BATCH_SIZE = 128 if torch.cuda.is_available() else 32
 
 
@@ -108,7 +108,7 @@ class Suite(Config):
         kind, folder = settings.pop("kind"), work / f"seed-{seed}"
         make = getattr(worlds, kind)
         labelled = load_captioned_images(make(source, folder / "images", seed=seed, **settings))
-        even = load_captioned_images(make(source, folder / "balanced", seed=seed, **settings | EVEN[kind]))
+        even = load_captioned_images(make(source, folder / "balanced", seed=seed, **settings | worlds.EVEN[kind]))
         prompts = dict(sorted(zip(labelled.captions, labelled.attributes[self.subject], strict=True)))
         common = {"base": base, "work": folder, "seed": seed, "finetuning": self.finetune}
         return World(labelled, even, self.attribute, self.subject, prompts, self.words, **common)
@@ -130,7 +130,8 @@ class Runner:
     def judge(self) -> tuple[Annotator, Described]:
         """Who names the classes, and real balanced images, described."""
         if self._judge is None:
-            annotator, real = judges.judge_of(self.suite.world["kind"], self.source, self.work.parent / "judges")
+            attributes = [self.suite.subject, self.suite.attribute]
+            annotator, real = judges.judge_of(self.suite.world, attributes, self.source, self.work.parent / "judges")
             self._judge = annotator, real, describe_images(real, annotator, progress=False)
         return self._judge[0], self._judge[2]
 
