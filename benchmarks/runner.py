@@ -44,6 +44,11 @@ METHODS = {
     "guided": "methods.Guided",
     "prompted": "rivals.prompts.Prompted",
     "fair-diffusion": "rivals.fair_diffusion.FairDiffusion",
+    "uce": "rivals.uce.UCE",
+    "self-debias": "rivals.self_debias.SelfDebias",
+    "tiw": "rivals.tiw.TIW",
+    "invdiff": "rivals.invdiff_released.InvDiff",
+    "group-balanced": "rivals.groups.GroupBalanced",
 }
 """Name to where its class is."""
 BATCH_SIZE = 128 if torch.cuda.is_available() else 32
