@@ -71,7 +71,6 @@ def augmentation_test(
     *,
     subject_attribute: str,
     attribute: str,
-    subject_of: Mapping[str, str] | None = None,
     train: CaptionedImages | None = None,
     config: AugmentationConfig | None = None,
     progress: bool = True,
@@ -87,7 +86,6 @@ def augmentation_test(
         test: Real images with both attributes, balanced or not. Groups are the combinations of the two.
         subject_attribute: What classifiers tell apart: a column of `test` whose classes the prompts name.
         attribute: The spurious attribute: another column of `test`.
-        subject_of: Prompt to subject, where prompts do not name it. Images of prompts without one are left out.
         train: Real training images with the subject in a column. A classifier is then trained on these alone
             ("real"), and, for each model, on these and its images ("real + base").
         config: How classifiers are trained.
@@ -109,7 +107,7 @@ def augmentation_test(
     names, targets = read_targets(test, [subject_attribute, attribute])
     subjects = names[subject_attribute]
     columns = {name: targets[:, place] for place, name in enumerate(names)}
-    rows_by_model, labels, notes = _generated(folders, subjects, subject_of)
+    rows_by_model, labels, notes = _generated(folders, subjects)
     pixels, readable = read_pixels(test, config.resolution, progress=progress)
     if len(readable) < len(test):
         notes.append(f"{len(test) - len(readable)} of {len(test)} test images cannot be read and are left out")
@@ -157,7 +155,7 @@ def augmentation_test(
 
 
 def _generated(
-    folders: Mapping[str, Folders] | str | Path, classes: Sequence[str], subject_of: Mapping[str, str] | None
+    folders: Mapping[str, Folders] | str | Path, classes: Sequence[str]
 ) -> tuple[dict[str, list[Row]], dict[str, int], list[str]]:
     """Model to the images whose prompt names a subject, prompt to its class index, and notes."""
     all_rows = {
@@ -172,7 +170,7 @@ def _generated(
     if len({keys[0] for keys in scales.values()}) > 1:
         notes.append(f"models differ in guidance scale: {', '.join(f'{m} {keys[0]}' for m, keys in scales.items())}")
     prompts = list(dict.fromkeys(row.prompt for rows in all_rows.values() for row in rows))
-    named = named_subjects(prompts, classes, subject_of)
+    named = named_subjects(prompts, classes)
     labels = {prompt: classes.index(named[prompt]) for prompt in prompts if prompt in named}
     chosen = {model: [row for row in rows if row.prompt in labels] for model, rows in all_rows.items()}
     for model, rows in chosen.items():
@@ -181,7 +179,7 @@ def _generated(
             if counts[index] < MIN_IMAGES:
                 raise EvaluationError(
                     f"Expected at least {MIN_IMAGES} images of {model} from prompts that name {name!r}, got "
-                    f"{counts[index]}. Generate more, or say what prompts show with subject_of."
+                    f"{counts[index]}. Generate more."
                 )
     common_prompts(chosen)
     left_out = sum(map(len, all_rows.values())) - sum(map(len, chosen.values()))

@@ -55,7 +55,7 @@ def picture_of_report(view: Any, run: Path) -> bytes:
 
 def picture_of_page(view: Any, run: Path) -> bytes:
     """Return the page's first tab after a drawing."""
-    command = [sys.executable, "-m", "invdiff", "ui", str(run), "--no-browser", "--port", "0"]
+    command = [sys.executable, "-m", "invdiff", "ui", str(run), "--no-browser"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # noqa: S603
     try:
         assert server.stdout is not None

@@ -4,7 +4,6 @@ from scipy.optimize import minimize
 
 from invdiff.errors import EvaluationError
 from invdiff.evaluation.fairness.correction import correct_for_annotator, corrected_interval, project_to_simplex
-from invdiff.evaluation.fairness.intervals import interval
 from invdiff.evaluation.fairness.metrics import METRICS, per_prompt
 
 SYMMETRIC = np.array([[0.9, 0.1], [0.1, 0.9]])
@@ -92,13 +91,6 @@ def test_more_prompts_do_not_hide_what_few_held_out_images_leave_open():
     assert few > 3 * many
 
 
-def test_rates_leave_only_the_sampling_of_images():
-    counts = [[700, 300]]
-    exact = np.ptp(corrected_interval("bias", counts, SYMMETRIC))
-    assert exact == pytest.approx(np.ptp(interval("bias", counts)) / 0.8, rel=0.1)
-    assert exact < np.ptp(corrected_interval("bias", counts, SYMMETRIC * 100))
-
-
 def test_corrected_interval_repeats_with_its_seed_and_takes_a_target():
     arguments = ("parity_gap", [[70, 30]], SYMMETRIC * 100)
     assert corrected_interval(*arguments, seed=1) == corrected_interval(*arguments, seed=1)
@@ -113,11 +105,10 @@ def test_corrected_interval_repeats_with_its_seed_and_takes_a_target():
         ([[9, 1], [0, 0]], "none of class 1"),
         ([[9, 1], [9, 1]], "tells class 0 from class 1"),
         ([[0.9, 0.05, 0.05], [0.02, 0.5, 0.48], [0.02, 0.48, 0.5]], "class 1 from class 2"),
-        ([[9, -1], [1, 9]], "got -1.0 for true class 0 annotated as 1"),
-        ([[9, 1], [np.nan, 9]], "got nan for true class 1 annotated as 0"),
+        ([[9, -1], [1, 9]], "zero or more, got .*-1.0"),
+        ([[9, 1], [np.nan, 9]], "zero or more, got .*nan"),
         ([[9, 1]], r"got \(1, 2\)"),
         ([9, 1], r"got \(2,\)"),
-        ([[0.5, 0.1], [0.1, 0.9]], "rows sum to 1"),
     ],
 )
 @pytest.mark.parametrize("correct", [correct_for_annotator, lambda *given: corrected_interval("bias", *given)])

@@ -98,6 +98,10 @@ def change_rows(folder, changes):
     return folder
 
 
+def folders_in(folder):
+    return {name: folder / name for name in ("base", "guided")}
+
+
 def measure(images, annotator=None, *, attribute="background", reference=None, extractors=(), **settings):
     config = EvaluateConfig(**{"num_resamples": 50} | settings)
     options = {"reference": reference, "extractors": extractors, "config": config, "progress": False}
@@ -140,14 +144,12 @@ def test_figures_are_those_worked_out_by_hand_and_the_file_has_the_promised_keys
     assert json.loads(json.dumps(document)) == document
 
 
-def test_intervals_hold_the_confidence_asked_for_and_are_repeatable(base):
-    narrow, wide, again = (of_base(base, confidence=level).bias_ci for level in (0.6, 0.99, 0.6))
-    assert wide[0] <= narrow[0] < narrow[1] < wide[1]
-    assert again == narrow
-    assert of_base(base, confidence=0.6, seed=1).bias_ci != narrow
+def test_intervals_are_repeatable(base):
+    ends, again, other = (of_base(base, seed=seed).bias_ci for seed in (0, 0, 1))
+    assert ends == again != other
 
 
-def test_accuracy_counts_the_subject_that_the_prompt_names_or_the_mapping_gives(base):
+def test_accuracy_counts_the_subject_that_the_prompt_names(base):
     measures = of_base(base, subject_attribute="subject")
     assert measures.accuracy == pytest.approx(7 / 8)
     # Under "landbird" the one image on water shows a waterbird.
@@ -155,7 +157,6 @@ def test_accuracy_counts_the_subject_that_the_prompt_names_or_the_mapping_gives(
     assert measures.first.overall["bias"].value == pytest.approx((0.5 + 0.0) / 2)
     assert measures.by_group["land"]["subject accuracy"].value == 1.0
     assert measures.by_group["water"]["subject accuracy"].value == pytest.approx(2 / 3)
-    assert of_base(base, subject_attribute="subject", subject_of={LAND: "waterbird"}).accuracy == pytest.approx(1 / 4)
 
 
 def test_the_subject_is_the_longest_class_name_that_is_a_word_of_the_prompt_if_any(tmp_path):
@@ -277,7 +278,7 @@ def test_images_of_no_label_are_outside_the_softmax_form_and_given_labels_open_n
 def test_the_baseline_is_compared_with_seed_by_seed(base, tmp_path):
     turned = [(prompt, cfg, "water", subject) for prompt, cfg, _, subject in ROWS]
     write(tmp_path / "guided", turned)
-    results = measure(tmp_path, subject_attribute="subject")
+    results = measure(folders_in(tmp_path), subject_attribute="subject")
     kept = results.models["guided"]["1.0"].preservation
     assert kept["subject unchanged"].value == 1.0
     features = [[[10 * i, COLOURS[row[2]], 9] for i, row in enumerate(rows)] for rows in (ROWS, turned)]
@@ -299,7 +300,7 @@ def test_the_yardstick_of_preservation_is_of_the_baseline_alone(tmp_path):
 
     for name, background in (("base", "land"), ("guided", "water")):
         write(tmp_path / name, [(LAND, 1, background, "landbird")] * 6)
-    results = measure(tmp_path, ReadsPixels(change=turn))
+    results = measure(folders_in(tmp_path), ReadsPixels(change=turn))
     shift = results.models["guided"]["1.0"].preservation["feature shift (pixels)"]
     assert shift.value == pytest.approx(1.0)
     assert "the baseline's own images are 0 apart" in shift.note
@@ -309,23 +310,23 @@ def test_pairs_are_of_seeds_that_both_have_once_in_a_prompt_and_none_is_stated(b
     other = write(tmp_path / "guided", ROWS)
     for folder in (base, other):
         change_rows(folder, [{"seed": 0}] * 3)
-    shift = measure(tmp_path).models["guided"]["1.0"].preservation["feature shift (pixels)"]
+    shift = measure(folders_in(tmp_path)).models["guided"]["1.0"].preservation["feature shift (pixels)"]
     assert shift.value == pytest.approx(0.0, abs=1e-6)
     assert "5 pairs" in shift.note
     change_rows(other, [{"seed": 1000 + number} for number in range(8)])
-    none = measure(tmp_path).models["guided"]["1.0"].preservation["feature shift"]
+    none = measure(folders_in(tmp_path)).models["guided"]["1.0"].preservation["feature shift"]
     assert none.value is None
     assert "share no two seeds" in none.note
     change_rows(other, [{"guidance_scale": 3}] * 8)
     note = "guided at guidance scale 3.0: base has no images at this guidance scale to compare with seed by seed"
-    assert note in measure(tmp_path).notes
+    assert note in measure(folders_in(tmp_path)).notes
 
 
 def test_an_attribute_is_unchanged_among_pairs_with_classes_only(tmp_path):
     for name, labels in (("base", "ab------"), ("guided", "ac------")):
         rows = [{"who": "xy"[i % 2], "age": label.strip("-")} for i, label in enumerate(labels)]
         change_rows(write(tmp_path / name, ROWS), rows)
-    results = measure(tmp_path, GivenLabels(["who", "age"]), attribute="who", subject_attribute="")
+    results = measure(folders_in(tmp_path), GivenLabels(["who", "age"]), attribute="who", subject_attribute="")
     kept = results.models["guided"]["1.0"].preservation["age unchanged"]
     assert (kept.value, kept.note) == (0.5, "2 of 8 pairs")
 
@@ -336,7 +337,7 @@ def test_groups_of_all_models_are_compared_at_one_number_of_images(tmp_path, mon
     monkeypatch.setattr("invdiff.evaluation.quality.figures.frechet_distance", distance)
     write(tmp_path / "base", [(LAND, 1, "land", "landbird")] * 90 + [(LAND, 1, "water", "landbird")] * 55)
     write(tmp_path / "guided", [(LAND, 1, "land", "landbird")] * 70 + [(LAND, 1, "water", "landbird")] * 75)
-    measured = measure(tmp_path, reference=reference_of(400)).at("1.0")
+    measured = measure(folders_in(tmp_path), reference=reference_of(400)).at("1.0")
     assert sizes == [(145, 400), (55, 55), (55, 55)] * 2
     groups = measured["base"].by_group
     assert {name: figures["images"].value for name, figures in groups.items()} == {"land": 90, "water": 55}
@@ -394,9 +395,8 @@ def test_a_reference_may_be_captioned_images_of_which_as_many_are_unreadable_as_
 
 def test_a_reference_that_does_not_fit_is_refused(base):
     for reference, message in (
-        (Described({}, {}, {"pixels": np.zeros((20, 7), np.float32)}), r"of shape \(M, 3\), got \(20, 7\)"),
+        (Described({}, {}, {"pixels": np.zeros((20, 7), np.float32)}), "features of one width, got 3 and 7"),
         (Described({}, {}, {"others": np.zeros((20, 3), np.float32)}), "of the images .pixels., got others"),
-        (Described({"background": np.zeros(2)}, {}, {}, 0.5), "images' min_confidence, 0, got one at 0.5"),
     ):
         with pytest.raises(EvaluationError, match=message):
             measure({"base": base}, reference=reference)
@@ -417,12 +417,10 @@ def test_features_that_are_not_finite_are_refused_by_the_image(base):
     ("settings", "message"),
     [
         ({"subject_attribute": "age"}, "background, subject, got 'age'"),
-        ({"subject_attribute": "subject", "subject_of": {LAND: "cat"}}, "got 'cat'"),
-        ({"subject_attribute": "subject", "subject_of": {"a cat": "bird"}}, "prompts of the images in subject_of"),
         ({"target": {"land": 1.0}}, "share for each class of background .land, water., got land"),
         ({"baseline": "plain"}, "baseline among base, got 'plain'"),
         *[({"attribute": names}, "Expected different attributes, one or more") for names in ([], ["background"] * 2)],
-        ({"subject_attribute": "background"}, "another as subject_attribute"),
+        ({"subject_attribute": "background"}, "another subject_attribute"),
         ({"extractors": [Scores("twin", [1.0]), Scores("twin", [1.0])]}, "of different names, got twin, twin"),
     ],
 )
@@ -445,12 +443,6 @@ def test_one_label_and_one_prompt_in_several_spellings_are_one(tmp_path):
     places = ".*".join(("True in line 5 of", "text", "0 in line 1 of", "base"))
     with pytest.raises(EvaluationError, match=places):
         measure(folders, GivenLabels(["male"]), attribute="male")
-
-
-def test_what_systems_leave_beside_folders_of_images_is_none_of_them(tmp_path):
-    write(tmp_path / "base", ROWS)
-    write(tmp_path / ".ipynb_checkpoints", ROWS)
-    assert list(measure(tmp_path).models) == ["base"]
 
 
 def test_a_prompt_may_hold_any_line_break_and_is_one_cell_of_the_table(tmp_path):
@@ -520,12 +512,9 @@ def test_damaged_folders_are_refused_with_the_place_of_the_fault(base, damage, m
 
 def test_models_that_do_not_fit_together_are_refused(base, tmp_path):
     other = write(tmp_path / "guided", LAND_ROWS, scale=0.5)
-    write(tmp_path / "more" / "a", ROWS).joinpath("manifest.jsonl").unlink()
-    write(tmp_path / "more" / "b", ROWS)
     for images, message in (
         ({}, "at least one folder"),
         ({"base": []}, "at least one folder"),
-        (tmp_path / "more", r"found none in .*a"),
         ({"base": base, "guided": other}, f"none of '{WATER}' in guided"),
         ({"base": [base, base]}, "each image once in .* and "),
         ({"base": [base, other]}, r"one module scale in .* and .*, found \[0.5, 1.0\]"),

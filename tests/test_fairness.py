@@ -53,12 +53,12 @@ def test_the_documented_table_of_metrics_is_the_table_of_metrics():
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ([[1, -1]], "zero or more.*prompt 0"),
-        ([[1, 1], [float("nan"), 1]], "prompt 1"),
-        ([[1, 2], [0, 0]], "prompt 1"),
-        ([[1], [2]], r"at least two groups, got \(2, 1\)"),
+        ([[1, -1]], "zero or more.*row 0"),
+        ([[1, 1], [float("nan"), 1]], "row 1"),
+        ([[1, 2], [0, 0]], "row 1"),
+        ([[1], [2]], r"got \(2, 1\)"),
         ([1, 2], r"got \(2,\)"),
-        (np.zeros((0, 2)), "at least one prompt"),
+        (np.zeros((0, 2)), r"got \(0, 2\)"),
     ],
 )
 def test_impossible_counts_are_refused(counts, message):
@@ -75,7 +75,7 @@ def test_impossible_counts_are_refused(counts, message):
         ("fairness_discrepancy", [0.5, 0.6, -0.1], "3 target shares"),
         ("fairness_discrepancy", [0.2, 0.2, 0.2], "3 target shares"),
         ("fairness_discrepancy", [np.nan, 0.5, 0.5], "3 target shares"),
-        ("parity_gap", TARGET, "no target for parity_gap.*fairness_discrepancy or kl_to_target"),
+        ("parity_gap", TARGET, "no target for parity_gap"),
     ],
 )
 def test_metrics_and_targets_that_do_not_fit_are_refused(metric, target, message):

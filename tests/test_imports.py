@@ -77,8 +77,8 @@ def test_what_needs_no_torch_does_not_import_it(statement, forbidden):
 def test_writing_a_report_loads_neither_torch_nor_pyplot(finished, tmp_path):
     statement = f"""
 from invdiff.report.read import find_parts
-from invdiff.report.write import write_report
-write_report({str(tmp_path / "report")!r}, find_parts({str(finished)!r}))
+from invdiff.report.write import save_report
+save_report({str(tmp_path / "report")!r}, **vars(find_parts({str(finished)!r})))
 import sys
 assert "matplotlib.pyplot" not in sys.modules"""
     assert "torch" not in loaded_by(statement)

@@ -95,7 +95,7 @@ def test_commands_go_all_the_way_without_data(tiny_pipe_dir, tmp_path, monkeypat
     assert words[:4] == ["train", str(tiny_pipe_dir), str(tmp_path / "audit"), "--output"]
     done = CliRunner().invoke(cli.app, [*words, "--steps", "2", "--batch-size", "4", "--preserve", "0", "-q"])
     assert done.exit_code == 0, done.output
-    done = CliRunner().invoke(cli.app, ["report", "--audit", str(tmp_path / "audit"), "--output", str(tmp_path / "r")])
+    done = CliRunner().invoke(cli.app, ["report", str(tmp_path / "audit"), "--output", str(tmp_path / "r")])
     assert done.exit_code == 0, done.output
     report = (tmp_path / "r" / "report.md").read_text()
     assert "The images are the model’s own" in report or "The images are the model's own" in report

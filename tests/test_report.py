@@ -26,7 +26,6 @@ from invdiff.evaluation.fairness.intervals import share_interval
 from invdiff.evaluation.results import Results
 from invdiff.report.figures import percent
 from invdiff.report.read import find_parts
-from invdiff.report.write import write_report
 from invdiff.text import one_line
 from runs import LAND, NASTY, SCRIPT, WATER, Page, make_audit, make_images, measured, report, undrawn
 from test_cli import fail, succeed
@@ -198,7 +197,7 @@ def test_pictures_of_the_markdown_lie_beside_it_and_earlier_ones_are_removed(
 
 def test_the_same_parts_give_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        write_report(tmp_path / name, find_parts(finished))
+        save_report(tmp_path / name, **vars(find_parts(finished)))
     first, second = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab")
     assert first == second
 
@@ -334,7 +333,7 @@ def test_parts_that_do_not_fit_are_errors_and_nothing_is_written(finished: Path,
     (tmp_path / "results.json").write_text("{")
     other = make_audit(tmp_path / "other", per_prompt=4)
     wrong: list[tuple[dict[str, Any], type[InvDiffError], str]] = [
-        ({}, ConfigError, "Expected an audit or results"),
+        ({}, ConfigError, "Expected audit/ or results.json in what is given"),
         ({"audit": finished / "audit", "data": other}, AuditError, "Give the data that the audit was made on"),
         ({"audit": finished / "audit", "images": images}, DataError, r"Could not read the image .*guided/0-0\.png"),
         ({"audit": finished / "audit", "module": tmp_path}, ConfigError, "Expected a module"),
@@ -346,19 +345,10 @@ def test_parts_that_do_not_fit_are_errors_and_nothing_is_written(finished: Path,
     assert not list(tmp_path.glob("out/*.html"))
 
 
-@pytest.mark.parametrize("words", [[], ["absent"], ["."], ["--images", "x"], ["--caption-column", "text"]])
+@pytest.mark.parametrize("words", [["absent"], ["."], [".", "--caption-column", "text"]])
 def test_the_command_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     monkeypatch.chdir(tmp_path)
     assert fail("report", *words, "--output", "out").startswith("error: Expected")
-
-
-def test_parts_named_apart_take_the_place_of_the_run_s(finished: Path, tmp_path: Path) -> None:
-    make_audit(tmp_path / "audit", prompts=("a photo of a fish",))
-    parts = ("--audit", tmp_path / "audit", "--data", tmp_path / "audit", "--title", "Shown instead")
-    succeed("report", finished, *parts, "--output", tmp_path / "out")
-    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "a photo of a fish" in text
-    assert "Shown instead" in text
 
 
 # In a browser.

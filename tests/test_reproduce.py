@@ -89,11 +89,10 @@ def test_evaluation_names_the_models_that_figures_name() -> None:
         baseline="theirs",
         target={"land": 0.3, "water": 0.7},
         reference_images=9,
-        confidence=0.9,
     )
     assert only(run) == (
         "invdiff evaluate base=base --annotator net --attribute background --target land=0.3,water=0.7 "
-        "--baseline theirs --min-confidence 0.6 --confidence 0.9 --features inception --features 'odd (name)' "
+        "--baseline theirs --min-confidence 0.6 --features inception --features 'odd (name)' "
         "--clip clip --lpips --reference REFERENCE"
     )
 

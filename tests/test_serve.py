@@ -14,7 +14,7 @@ from invdiff.errors import ConfigError
 from runs import make_audit
 
 pytest.importorskip("starlette", reason="needs the ui extra: pip install 'invdiff[ui]'")
-from invdiff.app.serve import check_address, free_port, own_files
+from invdiff.app.serve import check_address, own_files
 
 with own_files():
     pytest.importorskip("gradio", reason="needs the ui extra: pip install 'invdiff[ui]'")
@@ -50,7 +50,7 @@ def served(*runs, host="127.0.0.1", **options):
         workspace = open_workspace(runs)
         page = build_page(workspace, open_studio(workspace))
         try:
-            yield launch(page, host=host, port=free_port(0), browser=False, **{"password": None, **options}), files
+            yield launch(page, host=host, port=None, browser=False, **{"password": None, **options}), files
         finally:
             page.close(verbose=False)
 
@@ -116,15 +116,12 @@ def test_the_network_needs_a_wish_and_a_long_password(host, monkeypatch):
 
 
 def test_what_cannot_be_listened_on_is_an_error(folder):
-    with pytest.raises(ConfigError, match="Expected a name or an address of this machine"):
+    with pytest.raises(ConfigError, match="Expected an address of this machine"):
         check_address("", public=False, password=None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"port {port}: .*--port"):
-            free_port(port)
-        assert free_port(0) not in (0, port)
         page, options = build_page(open_workspace([folder]), None), {"password": None, "browser": False}
-        with own_files(), pytest.raises(ConfigError, match=f"port {port} of 127.0.0.1"):
+        with own_files(), pytest.raises(ConfigError, match=f"127.0.0.1, .*{port}.* with --port"):
             launch(page, host="127.0.0.1", port=port, **options)
 
 

@@ -267,16 +267,12 @@ class EvaluateConfig(Config):
 
     subject_attribute: str = ""
     """Attribute that prompts name, to measure accuracy on."""
-    subject_of: Annotated[dict[str, str], Option(metavar="PROMPT=CLASS")] = field(default_factory=dict)
-    """What a prompt shows, where prompts do not name it; accuracy is of these alone. Repeat for more."""
     target: Annotated[dict[str, Positive], Option(metavar="CLASS=SHARE,...")] = field(default_factory=dict)
     """Desired mix of the first attribute, such as land=0.3,water=0.7. Without it, uniform."""
     baseline: str = ""
     """Model that others are compared with, seed by seed. Without it, `base` if there is one."""
     min_confidence: Decay = 0.0
     """Images whose likeliest class is less probable are counted as `cannot tell`."""
-    confidence: Annotated[float, Range(above=0, below=1)] = 0.95
-    """Coverage of the intervals."""
     features: Annotated[tuple[str, ...], Option(metavar="MODEL")] = ()
     """Further features to measure quality on: `inception` (extra `metrics`), or a vision model such as DINOv2, by
     folder or hub id; repeat for more."""
@@ -293,7 +289,6 @@ class EvaluateConfig(Config):
 
     def check(self) -> None:
         """Check what ranges do not say."""
-        self.require("subject_of", bool(self.subject_attribute or not self.subject_of), "nothing without an attribute")
         mix = not self.target or abs(sum(self.target.values()) - 1) <= 1e-6
         self.require("target", mix, "shares that sum to 1")
 

@@ -18,7 +18,6 @@ from .auditing.run import audit
 from .config import DemoConfig, EvaluateConfig, GenerateConfig, TrainConfig
 from .data.birds import NATURAL_BACKGROUND, BirdsWorld, canonical_prompts
 from .data.captioned import CaptionedImages, load_captioned_images
-from .evaluation.annotate import describe_images
 from .evaluation.annotators.conv import ConvAnnotator
 from .evaluation.evaluate import evaluate
 from .evaluation.results import Results
@@ -73,9 +72,8 @@ def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progre
         annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
         seed = derived_seed("reference", config.seed) % 2**31
         balanced = BirdsWorld(config.reference_images, severity=0.5, seed=seed)
-        reference = describe_images((balanced.row(i)["image"] for i in range(len(balanced))), annotator)
-        judging = EvaluateConfig(subject_attribute="subject")
-        results = evaluate(folders, annotator, "background", reference=reference, config=judging, progress=progress)
+        options: Any = {"reference": balanced.captioned(), "config": EvaluateConfig(subject_attribute="subject")}
+        results = evaluate(folders, annotator, "background", **options, progress=progress)
         truth = hidden_truth(found, data)
     parameters = module.num_parameters()
     share = parameters / sum(p.numel() for p in denoiser_of(pipe).parameters())

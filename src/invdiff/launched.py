@@ -45,6 +45,5 @@ def one_process(what: str) -> None:
     """Raise `ConfigError` where a step that runs as one process is started as several."""
     if (count := launched()[1]) > 1:
         raise ConfigError(
-            f"Expected one process for {what}, got {count}. Run it without torchrun or accelerate launch. "
-            f"{HOW_TO_RUN_ALONE}."
+            f"Expected one process for {what}, got {count}. Run it without torchrun. {HOW_TO_RUN_ALONE}."
         )

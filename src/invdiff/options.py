@@ -205,8 +205,8 @@ class Setting:
             if get_origin(self.type) is tuple:
                 return tuple(self.item(part) for part in parts)
             pairs = [part.rpartition("=")[::2] for part in parts]
-            mapping = {name if self.item is str else name.strip(): self.item(value) for name, value in pairs}
-            if len(mapping) == len(parts) and all(name and value != "" for name, value in mapping.items()):
+            mapping = {name.strip(): self.item(value) for name, value in pairs}
+            if len(mapping) == len(parts) and all(mapping):
                 return mapping
         except ValueError:
             pass

@@ -16,12 +16,11 @@ from PIL import Image, ImageDraw, ImageOps
 
 from ..auditing.edits import NAME_LIMIT, Edits, apply
 from ..auditing.result import Audit
-from ..data.captioned import CaptionedImages, load_captioned_images
 from ..errors import AuditError, DataError, InvDiffError
 from ..report.audit_view import candidates_table, unfound_table
 from ..report.figures import LOOK, counted, quoted
 from ..report.plots import INK, RULE, colour_of, histogram, thumb
-from ..report.read import Parts, Split, rows_by_name, splits_of
+from ..report.read import Parts, Split, read_run, splits_of
 from ..text import one_line, or_dash
 from .fragments import QUIET, fragment, gallery, image_file, notice, refusal
 from .generate import GenerateTab
@@ -43,10 +42,8 @@ class AuditBook:
     def __init__(self, parts: Parts) -> None:
         assert parts.audit is not None
         self.parts, self.folder = parts, Path(parts.audit)
-        self.audit = Audit.load(self.folder)
-        data = parts.data
-        self.data: CaptionedImages | None = load_captioned_images(data) if isinstance(data, str | Path) else data
-        self.rows = rows_by_name(self.audit.names, list(self.data.names)) if self.data is not None else []
+        self.run = read_run(Parts(audit=parts.audit, data=parts.data))
+        self.audit, self.data = Audit.load(self.folder), self.run.data
         self.image = lru_cache(maxsize=MOST_KEPT)(self._image)
         self._lock = threading.Lock()
 
@@ -79,21 +76,16 @@ class AuditBook:
             found, opened = Audit.load(self.folder), self.inferred
             plain = found.inferred or found
             if any(getattr(plain, part) != getattr(opened, part) for part in ("fingerprint", "names", "prompts")):
-                raise AuditError(
-                    f"Expected the audit that was opened in {self.folder}, found another: it was made anew meanwhile. "
-                    "Start the page again."
-                )
+                raise AuditError(f"Expected the audit that was opened in {self.folder}, found another. Start again.")
             edited = apply(found, change(found.edits))
             edited.save_edits(self.folder)
             self.audit = edited
 
     def _image(self, position: int) -> Image.Image:
         """An image small enough for a gallery; a crossed-out tile where it is damaged or lies outside its data set."""
-        assert self.data is not None
-        row = self.rows[position]
         try:
-            if self.data.is_own(row):
-                image = self.data.image(row)
+            if self.run.may_show(position):
+                (image,) = self.run.images_at([position])
                 image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
                 return image
         except DataError:
@@ -364,7 +356,7 @@ def _details(book: AuditBook, page: Split | None, position: int) -> str:
     facts = [("score", f"{audit.scores[page.factor_index if page else 0, position]:.2f}")]
     facts.append(("prompt", f"“{audit.prompts[audit.prompt_ids[position]].prompt}”"))
     if book.data is not None:
-        facts.append(("caption", f"“{book.data.captions[book.rows[position]]}”"))
+        facts.append(("caption", f"“{book.data.captions[book.run.rows[position]]}”"))
     if position in audit.edits.left_out:
         facts.append(("counts", "no: it was left out"))
     picture = thumb(book.image(position), f"Image {name}") if book.data is not None else None

@@ -30,7 +30,7 @@ from ..report.figures import Table
 from ..report.plots import DARK, INK, PAPER, RULE, SOFT
 from ..report.read import Parts, find_parts
 from ..report.results_view import HEADLINES, headlines
-from ..report.write import write_report
+from ..report.write import save_report
 from ..text import one_line
 from .audit import AuditBook, AuditTab
 from .clicks import MOST_VALUES, ClicksPanel, with_labels
@@ -89,10 +89,7 @@ def open_workspace(
     for place, folder in enumerate(resolved):
         parts = find_parts(runs[place])
         if parts.audit is None and parts.results is None and parts.module is None:
-            raise ConfigError(
-                f"Expected audit/, module/ or results.json in {runs[place]}, found none of them. Give a folder that "
-                "`invdiff demo` wrote, or one with the folders that audit, train and evaluate wrote."
-            )
+            raise ConfigError(f"Expected audit/, module/ or results.json in {runs[place]}, found none of them.")
         alike = [other.name for other in resolved].count(folder.name) > 1
         name = f"{place + 1}: {one_line(str(runs[place]), 120)}" if alike else one_line(folder.name, 60) or "/"
         found[name] = parts if data is None or parts.data is not None else replace(parts, data=data)
@@ -146,8 +143,7 @@ def open_studio(
         return None
     if workspace.annotator == LABELS:
         raise ConfigError(
-            "Expected an annotator that looks at images, got 'labels', which are of images drawn before. Give a "
-            "trained one, a CLIP model or a classifier."
+            "Expected an annotator that looks at images, got 'labels', which are of images drawn before."
         )
     pipe = load(workspace.model)
     module = load_guidance(workspace.module) if workspace.module else None
@@ -215,7 +211,7 @@ def _build_compare(runs: Mapping[str, Parts], books: Mapping[str, AuditBook]) ->
     def write_reports() -> list[Any]:
         try:
             given = [replace(parts, audit=audit_for(parts, books)) for parts in runs.values()]
-            paths = [write_report(Path(str(parts.results)).parent, parts) for parts in given]
+            paths = [save_report(Path(str(parts.results)).parent, **vars(parts)) for parts in given]
         except InvDiffError as error:
             return [refusal(error), gr.skip()]
         served = [save_file_to_cache(path, os.environ["GRADIO_TEMP_DIR"]) for path in paths]

@@ -8,7 +8,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,9 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 
 LOOPBACK = "127.0.0.1"
-PORT = 7860
 SHORTEST_PASSWORD = 8
 USER = "invdiff"
 # Routes of gradio below `/gradio_api/` that take files in or fetch web addresses, which the page never asks for.
@@ -34,34 +33,22 @@ def check_address(host: str, *, public: bool, password: str | None) -> None:
     proxy in front of the page: that takes both an explicit `public` and a password.
     """
     if password is not None and len(password) < SHORTEST_PASSWORD:
-        raise ConfigError(
-            f"Expected a password of at least {SHORTEST_PASSWORD} characters, got {len(password)}. Take a longer one."
-        )
+        raise ConfigError(f"Expected a password of at least {SHORTEST_PASSWORD} characters, got {len(password)}.")
     try:
         found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
     except (OSError, UnicodeError) as error:
         raise ConfigError(
-            f"Expected a name or an address of this machine, such as {LOOPBACK}, got {host!r} ({error})."
+            f"Expected an address of this machine, such as {LOOPBACK}, got {host!r}: {error}."
         ) from error
     if not public and not all(ipaddress.ip_address(address).is_loopback for address in found):
         raise ConfigError(
-            f"Expected an address of this machine alone, such as {LOOPBACK}, got {host}, which the network can reach. "
-            "Whoever opens the page sees the data and uses the model; if you want that, add --public and a password."
+            f"Expected an address of this machine alone, such as {LOOPBACK}, got {host}: whoever opens the page sees "
+            "the data and uses the model. If you want that, add --public and a password."
         )
     if public and password is None:
         raise ConfigError(
-            "Expected a password beside --public, got none: whoever reaches the page could use it. Set "
-            "INVDIFF_UI_PASSWORD, which no list of processes shows."
+            "Expected a password beside --public, got none. Set INVDIFF_UI_PASSWORD, which no list of processes shows."
         )
-
-
-def free_port(port: int | None) -> int:
-    """`port` if it is free, any free one for 0, and for None the first free one from `PORT` on."""
-    for number in [port] if port is not None else range(PORT, PORT + 100):
-        with suppress(OSError), socket.create_server((LOOPBACK, number)) as trial:  # gradio tries this address too
-            return int(trial.getsockname()[1])
-    asked = f"port {port}" if port is not None else f"a port from {PORT} to {PORT + 99}"
-    raise ConfigError(f"Could not listen on {asked}: it is taken or not allowed. Choose another with --port.")
 
 
 @contextmanager
@@ -128,11 +115,13 @@ def _is_own_site(headers: Headers) -> bool:
     return link or headers.get("sec-fetch-site", "none") in ("same-origin", "none")
 
 
-def launch(page: Any, *, host: str, port: int, password: str | None, browser: bool, public: bool = False) -> str:
+def launch(
+    page: Any, *, host: str, port: int | None, password: str | None, browser: bool, public: bool = False
+) -> str:
     """Serve the `gr.Blocks` of `build_page` in the background, within `own_files`, and return its address.
 
-    Visitors log in as "invdiff" with `password`, if there is one. `public` answers to any host name, not only to those
-    of this machine; `check_address` says whether that may be.
+    Visitors log in as "invdiff" with `password`, if there is one. Without a port, it is the first free one from 7860.
+    `public` answers to any host name, not only to those of this machine; `check_address` says whether that may be.
     """
     from .page import looks
 
@@ -163,5 +152,5 @@ def launch(page: Any, *, host: str, port: int, password: str | None, browser: bo
             **looks(),
         )
     except OSError as error:
-        raise ConfigError(f"Could not listen on port {port} of {host}. Choose another with --port.") from error
+        raise ConfigError(f"Could not listen on {host}, {first_line(error)} Choose a port with --port.") from error
     return str(address).replace("[::]", "[::1]")  # no browser opens all addresses

@@ -175,10 +175,7 @@ def read_ask(values: Sequence[Any], studio: Studio, *, resolution: int = 0) -> A
     prompt, *numbers = values
     known = isinstance(prompt, str) and all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
     if not known or len(prompt) > LONGEST_PROMPT or prompt != prompt.encode("utf-8", "replace").decode():
-        raise ConfigError(
-            f"Expected a prompt of at most {LONGEST_PROMPT} whole characters and a finite number in every field, got "
-            "something else. Fill them in."
-        )
+        raise ConfigError(f"Expected a prompt of at most {LONGEST_PROMPT} characters and a number in every field.")
     seed, images, guidance_scale, steps, scale, *proportions = numbers
     mix = by_factor(proportions, studio.num_groups)
     if any(sum(row) <= 0 for row in mix):

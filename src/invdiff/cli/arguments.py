@@ -264,23 +264,16 @@ class CacheOptions(WeightsOptions):
         check_writable(self.cache_dir or default_cache_dir(), "--cache-dir or INVDIFF_CACHE")
 
 
-def labelled_folders(arguments: Sequence[str]) -> dict[str, list[Path]] | Path:
-    """Model name to folders, from words such as `out/base` or, several for one model, `base=out/run-3`.
-
-    A single folder without a name is returned as it is: it may hold one sub-folder per model.
-    """
+def labelled_folders(arguments: Sequence[str]) -> dict[str, list[Path]]:
+    """Model name to folders, from words such as `out/base` or, several for one model, `base=out/run-3`."""
     folders: dict[str, list[Path]] = {}
     for argument in arguments:
         name, equals, folder = argument.partition("=")
         if not equals or Path(argument).exists():
-            if len(arguments) == 1:
-                return Path(argument)
             name, folder = Path(argument).resolve().name, argument
             if name in folders:
-                raise ConfigError(
-                    f"Expected a name of its own for each model, got {name!r} for {folders[name][0]} and {folder}. "
-                    f"Write NAME={folder}."
-                )
+                both = f"{folders[name][0]} and {folder}"
+                raise ConfigError(f"Expected a name for each model, got {name!r} for {both}. Write NAME={folder}.")
         folders.setdefault(name, []).append(Path(folder))
     return folders
 

@@ -101,45 +101,27 @@ def evaluate(
 @command(app, "invdiff report out/demo --output out/report", panel=WAY)
 def report(
     *,
-    run: Path | None = typer.Argument(
-        None,
+    run: Path = typer.Argument(
+        ...,
         metavar="RUN",
         help="A folder with audit/, module/, data/, results.json and folders of images named after their models, "
-        "such as `invdiff demo` writes. Any part may be absent, or named apart.",
+        "such as `invdiff demo` writes. Any part may be absent.",
     ),
     output: Output,
-    audit: Path | None = option(None, "What `invdiff audit` wrote.", metavar="DIR"),
-    results: Path | None = option(
-        None, "What `invdiff evaluate` or `invdiff demo` wrote: results.json.", metavar="FILE"
+    data: str | None = option(
+        None, "The images that were audited, where RUN does not hold them.", "--data", panel=DATA, metavar="DATA"
     ),
-    images: list[str] | None = option(
-        None, "NAME=DIR: generated images of a model, named as in the results; repeat for more.", metavar="NAME=DIR"
-    ),
-    module: Path | None = option(None, "What `invdiff train` wrote.", metavar="DIR"),
-    data: str | None = option(None, "The images that were audited.", "--data", panel=DATA, metavar="DATA"),
-    title: str | None = option(None, "The heading."),
     source: CaptionOptions,
 ) -> None:
     """Write what was found, changed and measured as one HTML file to read and forward, and as Markdown."""
     one_process("report")
-    from ..evaluation.images import resolve_folders
-    from ..report.read import Parts, find_parts
-    from ..report.write import TITLE, write_report
+    from ..report.read import find_parts
+    from ..report.write import save_report
 
-    if run is None and audit is None and results is None:
-        raise ConfigError("Expected a RUN folder, --audit or --results to report on, got none.")
-    audited = source.load(data, flag="--data", output=output)
-    parts = find_parts(run, results=results) if run is not None else Parts()
-    named = resolve_folders(labelled_folders(images)) if images else {}
-    given: dict[str, Any] = {"audit": audit, "results": results, "images": named, "module": module}
-    given |= {"data": audited, "data_words": [data, *source.words()] if data else []}
-    parts = dataclasses.replace(parts, **{name: part for name, part in given.items() if part})
-    if parts.audit is None and parts.results is None:
-        raise ConfigError(
-            f"Expected audit/ or results.json in {run}, found neither. Give a folder that `invdiff demo` wrote, or "
-            "name the parts with --audit and --results."
-        )
-    written = write_report(output, parts, title=title or TITLE)
+    audited, parts = source.load(data, flag="--data", output=output), find_parts(run)
+    if data:
+        parts = dataclasses.replace(parts, data=audited, data_words=[data, *source.words()])
+    written = save_report(output, **vars(parts))
     finish(f"The report is {written}, and as Markdown {written.with_suffix('.md')}.")
 
 
@@ -172,7 +154,7 @@ def ui(
     weights: CacheOptions,
     host: str = option("127.0.0.1", "Address to listen on. Any but this machine's own needs --public.", panel=RUN),
     port: int | None = option(
-        None, "Port to listen on." + shown_default("the first free one from 7860"), panel=RUN, min=0, max=65535
+        None, "Port to listen on." + shown_default("the first free one from 7860"), panel=RUN, min=1, max=65535
     ),
     public: bool = option(
         False, f"Let others on the network in, who are asked for the password in ${PASSWORD}.", "--public", panel=RUN
@@ -186,12 +168,11 @@ def ui(
     one_process("ui")
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("Expected gradio for the page, found none. Install it: pip install 'invdiff[ui]'.")
-    from ..app.serve import check_address, ended_by_signals, free_port, launch, own_files
+    from ..app.serve import check_address, ended_by_signals, launch, own_files
 
     password = os.environ.get(PASSWORD) or None
     check_address(host, public=public, password=password)
     images = source.load(data, flag="--data")
-    chosen_port = free_port(port)
     with ended_by_signals(), own_files():
         say_loading("the page", quiet=False)
         from ..app.page import build_page, open_studio, open_workspace
@@ -203,7 +184,7 @@ def ui(
         loads: Any = {"load": weights.load, "options": dataclasses.replace(weights, cache_dir=None).words()}
         studio = open_studio(workspace, **loads, attribute=attribute or "", classes=classes)
         page = build_page(workspace, studio)
-        address = launch(page, host=host, port=chosen_port, password=password, browser=browser, public=public)
+        address = launch(page, host=host, port=port, password=password, browser=browser, public=public)
         finish(f"The page is at {address} until you press Ctrl-C.")
         for name, parts in workspace.audits.items():
             say(f"names and changes to the audit of “{name}” are kept in {parts.audit}", quiet=False)
@@ -269,9 +250,9 @@ def annotator_measure(
     one_process("annotator measure")
     say_loading("images", quiet=quiet)
     from ..evaluation.annotators.heldout import Measurable, measure_annotator
-    from ..evaluation.annotators.load import load_annotator, refuse_own_folder, save_measured
+    from ..evaluation.annotators.load import check_measurable, load_annotator, save_measured
 
-    refuse_own_folder(output, annotator)
+    check_measurable(annotator, output)
     images = source.load(data, labelled=True, output=output)
     judge = load_annotator(annotator, attribute=attribute or "", classes=classes)
     if not isinstance(judge, Measurable):

@@ -53,8 +53,6 @@ class Described:
     """Attribute to class probabilities, (N, classes)."""
     features: Mapping[str, NDArray[np.float32]]
     """Name of the features to features, (N, D)."""
-    min_confidence: float = 0.0
-    """Below it, an image's class was taken for unknown."""
     unreadable: Mapping[str, str] = field(default_factory=dict)
     """Name to reason of the images that could not be read and are not among the N."""
 
@@ -65,8 +63,7 @@ class Described:
     def take(self, rows: Sequence[int]) -> Described:
         """The description of some of the images."""
         kinds: Any = (self.classes, self.probabilities, self.features)
-        taken: Any = [{name: values[rows] for name, values in kind.items()} for kind in kinds]
-        return Described(taken[0], taken[1], taken[2], self.min_confidence)
+        return Described(*({name: values[rows] for name, values in kind.items()} for kind in kinds))
 
 
 def describe_images(
@@ -86,10 +83,7 @@ def describe_images(
     """
     given = [extractor.name for extractor in extractors]
     if len(set(given)) < len(given):
-        raise EvaluationError(
-            f"Expected extractors of different names, got {', '.join(given)}: their features could not be told "
-            "apart. Name each model once, and models of one name by folders of different names."
-        )
+        raise EvaluationError(f"Expected extractors of different names, got {', '.join(given)}. Name each once.")
     unreadable: dict[str, str] = {}
     if isinstance(images, CaptionedImages):
         readable = readable_images(images, "reference", progress=progress, unreadable=unreadable)
@@ -117,15 +111,12 @@ def describe_images(
             array = np.asarray(values, dtype=np.float32)
             bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
             if len(bad):
-                raise EvaluationError(
-                    f"Expected finite features of every image from {name}, got NaN or infinity for "
-                    f"{rows[bad[0]].path if rows else f'image {start + bad[0]}'}. Look at that image, and at the "
-                    "extractor's weights."
-                )
+                image = rows[bad[0]].path if rows else f"image {start + bad[0]}"
+                raise EvaluationError(f"Expected finite features from {name}, got NaN or infinity for {image}.")
             features[name].append(array)
         start += len(batch)
         if bar is not None:
             bar.advance(len(batch))
     kinds: Any = (classes, probabilities, features)
     joined: Any = [{name: np.concatenate(parts) for name, parts in kind.items()} for kind in kinds]
-    return Described(joined[0], joined[1], joined[2], min_confidence, unreadable)
+    return Described(joined[0], joined[1], joined[2], unreadable)

@@ -48,30 +48,27 @@ def evaluate(
 
     Args:
         images: Model name to its folder of images with a manifest, or to several, one for each guidance scale; or
-            one such folder; or a folder with such subfolders, each named after its model.
+            one such folder.
         annotator: The source of classes: an annotator, or `GivenLabels` for columns of the manifest.
         attribute: The sensitive attribute, or several: the first gives the headline figures, and of several the
             intersection is measured too.
-        reference: Real images, or their descriptions by `annotate.describe_images`, for distances, also class by
-            class.
-        extractors: Further features for distances, diversity and preservation, beside `config.features`. One that has
-            `text_features` measures how well images show their prompts too (CLIP-T), as the model `config.clip` does.
+        reference: Real images, or their descriptions by `annotate.describe_images`, for distances.
+        extractors: Further features, beside `config.features`. One that has `text_features` measures CLIP-T too, as
+            the model `config.clip` does.
         config: The settings.
         progress: Show progress bars.
 
     Raises:
-        ConfigError: A setting is out of range.
         DataError: An image is damaged.
-        EvaluationError: A folder, manifest or image is absent or damaged, a manifest mixes module scales, a prompt
-            has fewer than two images or is not everywhere, an attribute, class or model is unknown, or features are
-            not finite or of another size than the reference's.
+        EvaluationError: Folders, manifests or images are absent, damaged or do not fit together, an attribute, class
+            or model is unknown, or features are not finite or do not fit the reference's.
     """
     config = config or EvaluateConfig()
     attributes = (attribute,) if isinstance(attribute, str) else tuple(attribute)
     asked = [*attributes, *filter(None, [config.subject_attribute])]
     if not attributes or len(set(asked)) < len(asked):
         raise EvaluationError(
-            f"Expected different attributes, one or more sensitive ones and another as subject_attribute, got {asked}."
+            f"Expected different attributes, one or more, and another subject_attribute, got {asked}."
         )
     rows_by_model = {model: read_images(*folders) for model, folders in resolve_folders(images).items()}
     if isinstance(annotator, GivenLabels):
@@ -86,16 +83,8 @@ def evaluate(
     classes = class_names(annotator.attributes, EvaluationError)
     target, of_first = {label_of(name): share for name, share in config.target.items()}, classes[attributes[0]]
     if target and set(target) != set(of_first):
-        raise EvaluationError(
-            f"Expected a target share for each class of {attributes[0]} ({', '.join(of_first)}), got "
-            f"{', '.join(target)}."
-        )
-    unknown = [prompt for prompt in config.subject_of if prompt not in prompts]
-    if unknown:
-        raise EvaluationError(
-            f"Expected prompts of the images in subject_of, got {unknown[0]!r}; there are "
-            f"{', '.join(map(repr, prompts))}."
-        )
+        wanted = f"each class of {attributes[0]} ({', '.join(of_first)})"
+        raise EvaluationError(f"Expected a target share for {wanted}, got {', '.join(target)}.")
     subject = config.subject_attribute
     confusion = {name: annotator.confusion(name, config.min_confidence) for name in asked}
     corrections, warnings = _corrections(confusion, annotator.name)
@@ -103,7 +92,7 @@ def evaluate(
         attributes=attributes,
         classes=classes,
         confusion=corrections,
-        subject_of=named_subjects(prompts, classes[subject], config.subject_of) if subject else {},
+        subject_of=named_subjects(prompts, classes[subject]) if subject else {},
         target=tuple(target[name] for name in of_first) if target else None,
         config=config,
     )
@@ -119,8 +108,9 @@ def evaluate(
     with progress_bar("annotating", sum(map(len, rows_by_model.values())), enabled=progress) as bar:
         for model, rows in rows_by_model.items():
             seen = describe_images(rows, annotator, bar=bar, **settings)
-            if reference is not None:
-                _check_reference(reference, seen)
+            if reference is not None and not reference.features.keys() & seen.features.keys():
+                ours, theirs = (", ".join(of.features) or "none" for of in (seen, reference))
+                raise EvaluationError(f"Expected reference features of the images ({ours}), got {theirs}. Name some.")
             for key in scale_keys(rows):
                 places = [place for place, row in enumerate(rows) if row.scale_key == key]
                 parts[model, key] = [rows[place] for place in places], seen.take(places)
@@ -148,52 +138,24 @@ def evaluate(
         ),
         target=target,
         baseline=baseline,
-        confidence=config.confidence,
         reference_images=0 if reference is None else len(reference),
         module_scales={model: scale for model, (scale, *others) in scales.items() if scale is not None and not others},
     )
     return replace(results, notes=(*warnings, *_notes(results, annotator, question, prompts, reference)))
 
 
-def named_subjects(
-    prompts: Sequence[str], classes: Sequence[str], subject_of: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """Prompt to the class of its subject: as `subject_of` has it, or the longest class name in the prompt as a word.
+def named_subjects(prompts: Sequence[str], classes: Sequence[str]) -> dict[str, str]:
+    """Prompt to the class of its subject: the longest class name in the prompt as a word.
 
     An underscore of a class name stands for a space; prompts that name no class are left out.
     """
-    found = {prompt: label_of(name) for prompt, name in (subject_of or {}).items()}
-    for prompt, name in found.items():
-        if name not in classes:
-            raise EvaluationError(
-                f"Expected one of {', '.join(classes)} as the subject of {prompt!r}, got {name!r}. Correct it."
-            )
+    found = {}
     patterns = {name: rf"(?<!\w){re.escape(name.replace('_', ' '))}(?!\w)" for name in classes}
-    for prompt in () if found else prompts:
+    for prompt in prompts:
         named = [name for name in classes if re.search(patterns[name], prompt, flags=re.IGNORECASE)]
         if named:
             found[prompt] = max(named, key=len)
     return found
-
-
-def _check_reference(reference: Described, seen: Described) -> None:
-    if reference.classes and reference.min_confidence != seen.min_confidence:
-        raise EvaluationError(
-            f"Expected a reference described at the images' min_confidence, {seen.min_confidence:g}, got one at "
-            f"{reference.min_confidence:g}. Describe it again."
-        )
-    shared = reference.features.keys() & seen.features.keys()
-    if not shared:
-        raise EvaluationError(
-            f"Expected reference features among those of the images ({', '.join(seen.features) or 'none'}), got "
-            f"{', '.join(reference.features) or 'none'}. Name an extractor of features, or leave the reference out."
-        )
-    for name in shared:
-        ours, theirs = seen.features[name].shape, reference.features[name].shape
-        if len(theirs) != 2 or theirs[1] != ours[1]:
-            raise EvaluationError(
-                f"Expected reference features of {name} of shape (M, {ours[1]}), got {theirs}. Use one extractor."
-            )
 
 
 def _corrections(

@@ -12,7 +12,6 @@ from typing import Any
 
 from ..data.tables import MANIFESTS, caption_of, image_name, read_table
 from ..errors import EvaluationError, first_line
-from ..files import visible
 from ..text import label_of
 from .results import UNSTATED, scale_order
 
@@ -46,26 +45,16 @@ class Row:
 
 
 def resolve_folders(folders: Mapping[str, Folders] | str | Path) -> dict[str, list[Path]]:
-    """Model name to folders, from a mapping, one folder of images, or a folder of such folders."""
-    if isinstance(folders, Mapping):
-        several = {
-            model: [Path(folder) for folder in ([given] if isinstance(given, str | Path) else given)]
-            for model, given in folders.items()
-        }
-        if not several or not all(several.values()):
-            raise EvaluationError("Expected at least one folder of images of each model, got none.")
-        return several
-    folder = Path(folders)
-    inside = {child: _manifest_in(child) for child in visible(folder, "*") if child.is_dir()}
-    if _manifest_in(folder) is not None or not any(inside.values()):
-        return {folder.resolve().name: [folder]}
-    for child, manifest in inside.items():
-        if manifest is None and visible(child, "**/*.png"):
-            raise EvaluationError(
-                f"Expected a manifest in every folder of images inside {folder}, found none in {child}. Write "
-                "one, or name the folders to evaluate one by one."
-            )
-    return {child.name: [child] for child, manifest in inside.items() if manifest}
+    """Model name to folders, from a mapping or from one folder of images, named after it."""
+    if not isinstance(folders, Mapping):
+        folders = {Path(folders).resolve().name: folders}
+    several = {
+        model: [Path(folder) for folder in ([given] if isinstance(given, str | Path) else given)]
+        for model, given in folders.items()
+    }
+    if not several or not all(several.values()):
+        raise EvaluationError("Expected at least one folder of images of each model, got none.")
+    return several
 
 
 def read_images(*folders: Path) -> list[Row]:
@@ -85,10 +74,8 @@ def read_images(*folders: Path) -> list[Row]:
         seen.add(path)
     scales = sorted({row.scale for row in rows if row.scale is not None})
     if len(scales) > 1:
-        raise EvaluationError(
-            f"Expected images of one module scale in {where}, found {scales}. Generate each scale into a "
-            "folder of its own and give each a name: {name: folder}, or NAME=FOLDER."
-        )
+        remedy = "Generate each scale into a folder of its own and name each: NAME=FOLDER."
+        raise EvaluationError(f"Expected images of one module scale in {where}, found {scales}. {remedy}")
     return rows
 
 
@@ -101,9 +88,8 @@ def common_prompts(rows_by_model: Mapping[str, Sequence[Row]]) -> list[str]:
             absent = [prompt for prompt in prompts if prompt not in present]
             if absent:
                 raise EvaluationError(
-                    f"Expected images of the same prompts everywhere, found none of {absent[0]!r} in {model} "
-                    f"at guidance scale {key}. Generate them, or evaluate the folders apart: "
-                    "averages over different prompts cannot be compared."
+                    f"Expected images of the same prompts everywhere, found none of {absent[0]!r} in {model} at "
+                    f"guidance scale {key}. Generate them, or evaluate the folders apart."
                 )
     return prompts
 
@@ -113,16 +99,12 @@ def scale_keys(rows: Sequence[Row]) -> list[str]:
     return sorted({row.scale_key for row in rows}, key=scale_order)
 
 
-def _manifest_in(folder: Path) -> Path | None:
-    return next((folder / name for name in MANIFESTS if (folder / name).is_file()), None)
-
-
 def _read_folder(folder: Path) -> list[Row]:
-    manifest = _manifest_in(folder)
+    manifest = next((folder / name for name in MANIFESTS if (folder / name).is_file()), None)
     if manifest is None:
         raise EvaluationError(
-            f"Expected {MANIFESTS[0]} in {folder}, found none. Give a folder that `invdiff generate` wrote, or list "
-            "the images of another tool in a manifest.jsonl or metadata.csv with file_name and prompt."
+            f"Expected {MANIFESTS[0]} in {folder}, found none. `invdiff generate` writes one; list the images of "
+            "another tool in a manifest.jsonl or metadata.csv with file_name and prompt."
         )
     table = read_table(manifest, required=("file_name", PROMPT_COLUMNS), error=EvaluationError)
     rows = [_row(values, folder, table.place(number)) for number, values in enumerate(table.rows)]
@@ -135,10 +117,8 @@ def _read_folder(folder: Path) -> list[Row]:
     for key in scale_keys(rows):
         prompt, fewest = Counter(row.prompt for row in rows if row.scale_key == key).most_common()[-1]
         if fewest < 2:
-            raise EvaluationError(
-                f"Expected at least 2 images per prompt in {folder}, found {fewest} of {prompt!r} at "
-                f"guidance scale {key}. Generate more."
-            )
+            found = f"{fewest} of {prompt!r} at guidance scale {key}"
+            raise EvaluationError(f"Expected at least 2 images per prompt in {folder}, found {found}.")
     return rows
 
 

@@ -64,7 +64,7 @@ def measure(
     return Measures(
         images_per_prompt=min(Counter(prompts).values()),
         attributes=attributes,
-        subject_accuracy=share(known, question.config.confidence) if len(known) else None,
+        subject_accuracy=share(known) if len(known) else None,
         quality=quality_figures(rows, seen, reference, clip, lpips, question),
         by_group=group_figures(seen, reference, right, question, group_size),
     )
@@ -88,7 +88,7 @@ def preserve(
         why = "not defined: the manifests share no two seeds of a prompt with the baseline, each given once"
         return {"feature shift": Quantity(None, note=why)}
     ours, theirs = (np.array(side) for side in zip(*pairs, strict=True))
-    number, confidence = f"{len(pairs)} pairs", question.config.confidence
+    number = f"{len(pairs)} pairs"
     figures: dict[str, Quantity] = {}
     prompts = np.array([rows[place].prompt for place in ours])
     several = [prompt for prompt, count in Counter(prompts.tolist()).items() if 1 < count < len(prompts)]
@@ -102,13 +102,13 @@ def preserve(
             figures[figure] = Quantity(None, note=f"not defined: {error}")
             continue
         note = f"cosine distance, {own.sum()} pairs; the baseline's own images are {unrelated:.3g} apart"
-        figures[figure] = Quantity(float(moved.mean()), *mean_interval(moved, confidence=confidence), note=note)
+        figures[figure] = Quantity(float(moved.mean()), *mean_interval(moved), note=note)
     for attribute in [name for name in seen.classes if name not in question.attributes]:
         mine, before = seen.classes[attribute][ours], base.classes[attribute][theirs]
         known = np.maximum(mine, before) < len(question.classes[attribute])
         kept = Quantity(None, note="not defined: no pair has a class on both sides")
         if known.any():
-            kept = replace(share((mine == before)[known], confidence), note=f"{known.sum()} of {number}")
+            kept = replace(share((mine == before)[known]), note=f"{known.sum()} of {number}")
         figures[f"{attribute} unchanged"] = kept
     return figures
 
@@ -120,7 +120,6 @@ def estimate(
     *,
     target: ArrayLike | None = None,
     confusion: ArrayLike | None = None,
-    confidence: float = 0.95,
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
@@ -129,7 +128,7 @@ def estimate(
     Images without a class, (prompts,), enter the corrected figures only.
     """
     values, notes = per_prompt(metric, counts, target=target), []
-    settings: Any = {"target": target, "confidence": confidence, "num_resamples": num_resamples, "seed": seed}
+    settings: Any = {"target": target, "num_resamples": num_resamples, "seed": seed}
     low, high = interval(metric, counts, **settings)
     totals, square = counts.sum(axis=1), None
     if metric == "fairness_discrepancy":
@@ -140,10 +139,8 @@ def estimate(
     if len(values) == 1:
         notes.append("sd_over_prompts: not defined for one prompt")
     corrected = corrected_low = corrected_high = None
-    if confusion is not None and unsure.any() and np.shape(confusion)[1] == counts.shape[1]:
-        notes.append("corrected: not defined, as the confusion matrix has no column for images without a class")
-    elif confusion is not None:
-        annotated = np.column_stack([counts, unsure])[:, : np.shape(confusion)[1]]
+    if confusion is not None:
+        annotated = np.column_stack([counts, unsure])
         corrected = float(per_prompt(metric, correct_for_annotator(annotated, confusion), target=target).mean())
         corrected_low, corrected_high = corrected_interval(metric, annotated, confusion, **settings)
     return Estimate(
@@ -188,7 +185,6 @@ def _spread(
                 counts[:, -1],
                 target=target if METRICS[metric].takes_target else None,
                 confusion=question.confusion.get(name),
-                confidence=config.confidence,
                 num_resamples=num_resamples,
                 seed=derived_seed("interval", config.seed, name, metric) % 2**31,
             )
@@ -200,8 +196,7 @@ def _spread(
         if not counts[number, :-1].any():
             raise EvaluationError(
                 f"Expected an image of {prompt!r} with a class of {name}, found none at a confidence of "
-                f"{config.min_confidence:g} or more. Ask for less confidence, use a better annotator, or leave the "
-                "prompt out."
+                f"{config.min_confidence:g}. Ask for less, use a better annotator, or leave the prompt out."
             )
     shown, note = {}, ""
     if (right >= 0).any():
@@ -244,8 +239,8 @@ def _softmax(
     if not totals.all():
         return Quantity(None, note="not defined: a prompt has no image with a probability")
     metric, config = "fairness_discrepancy", question.config
-    settings: Any = {"confidence": config.confidence, "num_resamples": config.num_resamples}
-    ends = interval(metric, sums, target=target, seed=derived_seed("softmax", config.seed) % 2**31, **settings)
+    seed = derived_seed("softmax", config.seed) % 2**31
+    ends = interval(metric, sums, target=target, num_resamples=config.num_resamples, seed=seed)
     floor = metric_floor(metric, np.rint(totals), sums.shape[1], target=target)
     note = "of mean probabilities, which spread less than labels: "
     note += f"interval and floor ({floor:.3g}) are those of labels"

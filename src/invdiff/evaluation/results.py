@@ -232,10 +232,8 @@ class Results:
             for _, scale, measures in results.each():
                 _ = (measures.bias, measures.shares, scale_order(scale))
         except (KeyError, StopIteration, TypeError, ValueError, ZeroDivisionError) as error:
-            raise EvaluationError(
-                f"{path}: Expected the results of an evaluation, found something else ({first_line(error)}). Give a "
-                "file that `invdiff evaluate` or `invdiff demo` wrote, or evaluate again."
-            ) from error
+            found = f"found something else ({first_line(error)}). Evaluate again."
+            raise EvaluationError(f"{path}: Expected the results of an evaluation, {found}") from error
         if not any(results.models.values()):
             raise EvaluationError(f"{path}: Expected measures of at least one model, found none. Evaluate again.")
         return results
@@ -262,15 +260,10 @@ def table_path(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.suffix.lower() == ".csv":
-        raise EvaluationError(
-            f"Expected a .json file for results, got {path}: the table is written beside it as .csv."
-        )
+        raise EvaluationError(f"Expected a .json file for results, got {path}: the .csv is written beside it.")
     table = path.with_suffix(".csv") if path.suffix == ".json" else path.with_name(path.name + ".csv")
     if {path.name, table.name} & set(MANIFESTS):
-        raise EvaluationError(
-            f"Expected a name for results such as results.json, got {path}, which is that of a manifest of images or "
-            "has its table beside it. Choose another name."
-        )
+        raise EvaluationError(f"Expected a name such as results.json, got {path}, that of a manifest of images.")
     return table
 
 

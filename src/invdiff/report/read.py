@@ -142,7 +142,7 @@ class Run:
         return [self.data.image(self.rows[position]) for position in positions] if self.data is not None else []
 
 
-def find_parts(run: str | Path, *, results: Path | None = None) -> Parts:
+def find_parts(run: str | Path) -> Parts:
     """The parts in a folder such as `invdiff demo` writes: `audit/`, `module/`, `data/`, `results.json`, and images.
 
     Folders of images lie in `images/` or beside them, named after their models in the results: `base` or `base-cfg-3`.
@@ -151,8 +151,7 @@ def find_parts(run: str | Path, *, results: Path | None = None) -> Parts:
     if not run.is_dir():
         raise ConfigError(f"Expected a folder with audit/ or results.json at {run}, found none.")
     audit = next((folder for folder in (run / "audit", run) if (folder / "audit.json").is_file()), None)
-    if results is None and (run / "results.json").is_file():
-        results = run / "results.json"
+    results = run / "results.json" if (run / "results.json").is_file() else None
     models = list(Results.load(results).models) if results else []
     images: dict[str, list[Path]] = {}
     manifests = [*visible(run, f"*/{GENERATED}"), *visible(run, f"images/*/{GENERATED}")]
@@ -180,7 +179,7 @@ def find_parts(run: str | Path, *, results: Path | None = None) -> Parts:
 def read_run(parts: Parts) -> Run:
     """Read the parts of a report."""
     if parts.audit is None and parts.results is None:
-        raise ConfigError("Expected an audit or results to report on, got neither.")
+        raise ConfigError(f"Expected audit/ or results.json in {parts.run or 'what is given'}, found neither.")
     audit = None if parts.audit is None else Audit.load(parts.audit)
     data = parts.data if audit else None
     if isinstance(data, str | Path):
@@ -230,9 +229,7 @@ def without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _config(path: Path, what: str, command: str) -> Mapping[str, Any]:
     if not path.is_file():
-        raise ConfigError(
-            f"Expected {what} in {path.parent}, found no {path.name}. Give a folder that {command} wrote."
-        )
+        raise ConfigError(f"Expected {what} in {path.parent}, found no {path.name}. {command} writes one.")
     config = read_json(path)
     if not isinstance(config, Mapping):
         raise ConfigError(f"Expected {what} in {path}, found something else. Run {command} again.")
@@ -305,8 +302,8 @@ def rows_by_name(names: Sequence[str], available: Sequence[str]) -> list[int]:
         places[available[row]].append(row)
     absent = [name for name in names if name not in places]
     if absent:
+        lacks = f"data without {len(absent)} of {len(names)}, first {absent[0]}"
         raise AuditError(
-            f"Expected the images that were audited, got data without {len(absent)} of {len(names)}, first "
-            f"{absent[0]}. Give the data that the audit was made on."
+            f"Expected the images that were audited, got {lacks}. Give the data that the audit was made on."
         )
     return [places[name].pop() if len(places[name]) > 1 else places[name][0] for name in names]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,7 @@ def save_report(
     images: Mapping[str, Folders] | None = None,
     module: str | Path | None = None,
     run: str | Path | None = None,
+    data_words: Sequence[str] = (),
     title: str = TITLE,
 ) -> Path:
     """Write `report.html` and `report.md` to `output_dir` and return the former.
@@ -59,44 +60,37 @@ def save_report(
 
     Args:
         output_dir: Where to write.
-        audit: A folder that `Audit.save` or `invdiff audit` wrote.
-        data: The images that were audited, to show those most typical of each group, and, where a column is named as
-            the attribute measured, to count its classes beside those of generated images.
+        audit: A folder that `invdiff audit` wrote.
+        data: The images that were audited; a column named as the attribute measured is counted beside images.
         results: A results.json of `invdiff evaluate` or `invdiff demo`.
         images: Model name, as in the results, to its folder or folders of generated images, to show pairs.
         module: A folder that `invdiff train` wrote, to say how it was made.
-        run: The folder that these lie in: commands name them from there. Without it, a part whose path is not
-            relative is called by the last part of it.
+        run: The folder that these lie in: commands name them from there, else by the last part of a path.
+        data_words: The data on the command line, and the options to read it with; empty for where it lies.
         title: The heading.
 
     Raises:
-        ConfigError: There is neither an audit nor results.
-        InvDiffError: A part is absent or damaged, or the data is not what was audited.
+        InvDiffError: There is neither an audit nor results, a part is damaged, or the data is not what was audited.
     """
-    audit, results, module, run = (None if part is None else Path(part) for part in (audit, results, module, run))
-    parts = Parts(audit=audit, data=data, results=results, images=images or {}, module=module, run=run)
-    return write_report(output_dir, parts, title=title)
-
-
-def write_report(output_dir: str | Path, parts: Parts, *, title: str = TITLE) -> Path:
-    """Do the same as `save_report`, with parts such as `find_parts` returns."""
     output_dir = Path(output_dir)
-    run = read_run(parts)
-    results, chosen, own = run.results, compare(run), version("invdiff")
-    confidence = results.confidence if results else 0.95
+    audit, results, module, folder = (None if of is None else Path(of) for of in (audit, results, module, run))
+    parts = Parts(audit, data, results, images or {}, module, folder, data_words)
+    read = read_run(parts)
+    chosen, own = compare(read), version("invdiff")
+    confidence = read.results.confidence if read.results else 0.95
     view = {
         "title": title,
         "version": own,
         "confidence": confidence,
-        "glance": glance(run, chosen, confidence),
-        "found": found(run, run.audit) if run.audit else None,
-        "changes": changes(run, chosen) if chosen else None,
-        "costs": costs(chosen, results) if chosen and results else None,
-        "reproduce": reproduce(run, own),
-        "run": run,
+        "glance": glance(read, chosen, confidence),
+        "found": found(read, read.audit) if read.audit else None,
+        "changes": changes(read, chosen) if chosen else None,
+        "costs": costs(chosen, read.results) if chosen and read.results else None,
+        "reproduce": reproduce(read, own),
+        "run": read,
         "chosen": chosen,
     }
-    pictures = _save_pictures(output_dir, run, chosen)
+    pictures = _save_pictures(output_dir, read, chosen)
     filters: dict[str, Callable[[Any], Any]] = {
         "cell": lambda text: _escaped(text, MOST_CHARACTERS),
         "code": _code,

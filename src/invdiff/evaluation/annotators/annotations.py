@@ -34,24 +34,17 @@ class Annotations:
             lengths.add(len(values))
             if values.shape[1:] != (len(classes),) or not np.all((values >= 0) & (values <= 1 + 1e-4)):
                 raise EvaluationError(
-                    f"Expected probabilities in [0, 1] of {len(classes)} classes of {name!r} for each image, got "
-                    f"shape {values.shape} and values from {values.min(initial=1):g} to {values.max(initial=0):g}. "
-                    "Check what the annotator returns."
+                    f"Expected probabilities in [0, 1] of {len(classes)} classes of {name!r} from the annotator, got "
+                    f"shape {values.shape} and values from {values.min(initial=1):g} to {values.max(initial=0):g}."
                 )
         if len(lengths) > 1:
-            raise EvaluationError(
-                f"Expected as many rows for every attribute and for features, got {sorted(lengths)}. "
-                "Check what the annotator returns."
-            )
+            raise EvaluationError(f"Expected as many rows of every attribute and of features, got {sorted(lengths)}.")
 
     def classes(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64]:
         """Most probable class of each image, (N,); K for "cannot tell", below `min_confidence` or if unknown."""
         check_attribute(attribute, self.attributes)
         if not 0 <= min_confidence <= 1:
-            raise EvaluationError(
-                f"Expected a confidence from 0 to 1, got {min_confidence!r}. "
-                "Give 0 to take every image's likeliest class."
-            )
+            raise EvaluationError(f"Expected a confidence from 0 to 1, got {min_confidence!r}.")
         values = np.asarray(self.probabilities[attribute])
         top = values.max(axis=1)
         # float(): beside a NumPy scalar, float32 probabilities of 0.9 would count as below 0.9
@@ -89,10 +82,7 @@ class Annotator(Protocol):
 def check_attribute(attribute: str, known: Iterable[str]) -> None:
     """Raise `EvaluationError` for an attribute that is not among those known."""
     if attribute not in known:
-        raise EvaluationError(
-            f"Expected one of the annotator's attributes {', '.join(known) or '(none)'}, got {attribute!r}. "
-            "Choose one of these, or another annotator."
-        )
+        raise EvaluationError(f"Expected one of the annotator's attributes {', '.join(known)}, got {attribute!r}.")
 
 
 def class_names(
@@ -102,10 +92,7 @@ def class_names(
     spelled = {name: tuple(map(label_of, classes)) for name, classes in attributes.items()}
     for name, classes in spelled.items():
         if CANNOT_TELL in classes:
-            raise error(
-                f"Expected classes of {name!r} other than {CANNOT_TELL!r}, which stands for images that an annotator "
-                "is not confident about, got it among them. Rename that class, or leave its images out."
-            )
+            raise error(f"Expected classes of {name!r} other than {CANNOT_TELL!r}, which is no class. Rename it.")
         if len(set(classes)) < len(classes):
             raise error(f"Expected classes of {name!r} named apart, got {', '.join(classes)}. Rename or join them.")
     return spelled

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from scipy.special import softmax
 
 from ...errors import ConfigError
 from ...models.encoders import ClipEncoder
-from ...options import read_yaml
+from ...options import read_yaml, typed
 from .annotations import Annotations, class_names
 from .heldout import Measurable
 
@@ -52,35 +52,26 @@ class ClipAnnotator(Measurable):
         return Annotations(self.attributes, probabilities, features)
 
 
-def class_prompts(source: Any) -> dict[str, dict[str, list[str]]]:
-    """Prompts as lists, of attribute name to class name to a prompt or several, or of a YAML or JSON file of that."""
-    if isinstance(source, Path):
-        given = read_yaml(source)
-        try:
-            return class_prompts(given)
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from error
-    if not isinstance(source, Mapping) or not source:
-        raise ConfigError(f"Expected prompts by class by attribute, such as {EXAMPLE}, got {source!r}.")
-    checked: dict[str, dict[str, list[str]]] = {}
-    for attribute, classes in source.items():
-        if not isinstance(classes, Mapping) or len(classes) < 2:
-            raise ConfigError(
-                f"Expected two classes or more of attribute {attribute!r} with their prompts, such as {EXAMPLE}, "
-                f"got {classes!r}."
-            )
-        checked[attribute] = {}
-        for name, given in classes.items():
-            texts = [given] if isinstance(given, str) else given
-            words = [attribute, name, *texts] if isinstance(texts, Sequence) and texts else [None]
-            if not all(isinstance(word, str) and word.strip() for word in words):
-                raise ConfigError(
-                    f"Expected text for attribute, class and prompts, got {attribute!r}, {name!r} and {given!r}. "
-                    "Put the words true and false, and numbers, in quotes: YAML does not read them as text."
-                )
-            checked[attribute][name] = list(texts)
-    spelled = class_names(checked, ConfigError)
-    return {name: dict(zip(spelled[name], of.values(), strict=True)) for name, of in checked.items()}
+def class_prompts(source: Any) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Prompts of attribute name to class name to a prompt or several, or of a YAML or JSON file of that."""
+    where, given = (f"{source}: ", read_yaml(source)) if isinstance(source, Path) else ("", source)
+    try:
+        if not isinstance(given, Mapping) or not all(isinstance(of, Mapping) and len(of) > 1 for of in given.values()):
+            raise TypeError(f"expected two classes or more of each attribute, got {given!r}")
+        several = {
+            attribute: {name: [texts] if isinstance(texts, str) else texts for name, texts in classes.items()}
+            for attribute, classes in given.items()
+        }
+        prompts: dict[str, dict[str, tuple[str, ...]]] = typed(dict[str, dict[str, tuple[str, ...]]], several)
+        names = [*prompts, *(name for of in prompts.values() for name in of)]
+        if not prompts or not all(isinstance(name, str) for name in names):
+            raise TypeError("expected text for attributes and classes; put true, false and numbers in quotes")
+        if not all(texts and all(map(str.strip, texts)) for of in prompts.values() for texts in of.values()):
+            raise TypeError("expected a prompt of each class, got none")
+    except TypeError as error:
+        raise ConfigError(f"{where}Expected prompts by class by attribute, such as {EXAMPLE}: {error}.") from None
+    spelled = class_names(prompts, ConfigError)
+    return {name: dict(zip(spelled[name], of.values(), strict=True)) for name, of in prompts.items()}
 
 
 def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

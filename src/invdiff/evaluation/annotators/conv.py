@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional
@@ -114,7 +113,7 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         self.register_to_config(temperatures=temperatures)
         judged = np.setdiff1d(np.arange(len(targets)), fitted)
         probabilities = {name: self._calibrated(name, values[judged]).numpy() for name, values, _ in named}
-        self.held_out = HeldOut(self.attributes, probabilities, truth={n: truth[judged] for n, _, truth in named})
+        self.use_held_out(HeldOut(self.attributes, probabilities, truth={n: t[judged] for n, _, t in named}))
 
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Write weights, config and what was measured on held-out images into a folder."""
@@ -128,7 +127,7 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> ConvAnnotator:
-        """Load from a folder or hub id, ready to `predict`; it is called as the folder is."""
+        """Load from a folder, ready to `predict`; it is called as the folder is."""
         path = str(pretrained_model_name_or_path)
         remedy = "Give a folder that `save_pretrained` wrote, or train one with `ConvAnnotator.fit`."
         with loading("an annotator", path, remedy):
@@ -137,12 +136,8 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
             if found != cls.__name__:
                 raise ValueError(f"found {found}")
             model = load_complete(super(), path, use_safetensors=True, **kwargs)
-            folder = Path(path)
-            if not folder.is_dir():
-                files = [TENSORS, SUMMARY]
-                folder = Path(snapshot_download(path, revision=kwargs.get("revision"), allow_patterns=files))
-        if (folder / TENSORS).is_file():
-            model.use_held_out(HeldOut.load(folder))
+        if (Path(path) / TENSORS).is_file():
+            model.use_held_out(HeldOut.load(Path(path)))
         model.name = model.feature_name = model_name(path)
         return model
 
@@ -167,10 +162,7 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         memory at `resolution`: 12 KB each at 64 pixels. The global generator is left alone.
         """
         if steps < 1 or batch_size < 1 or not 0 < holdout < 1:
-            raise DataError(
-                "Expected steps and batch_size of at least 1 and a holdout between 0 and 1, "
-                f"got {steps}, {batch_size} and {holdout}."
-            )
+            raise DataError("Expected steps and batch_size of at least 1 and a holdout between 0 and 1.")
         classes, targets = read_targets(data, attributes)
         class_names(classes, DataError)
         pixels, readable = read_pixels(data, resolution, progress=progress)
@@ -179,10 +171,7 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         cells = combinations(targets)
         held_out = stratified_share(cells, holdout, generator)
         if len(held_out) == 0:
-            raise DataError(
-                "Expected two images or more with the same attributes, found none, so no image can be held out. "
-                "Give more images or fewer attributes."
-            )
+            raise DataError("Expected two images or more with the same attributes, to hold one out, found none.")
         rows = np.setdiff1d(np.arange(len(pixels)), held_out)
         counts = np.bincount(cells[rows])  # each cell is drawn equally often, within a limit
         weights = np.minimum(len(rows) / (len(counts) * counts), MAX_OVERSAMPLING)[cells[rows]]

@@ -38,17 +38,6 @@ class HeldOut(Annotations):
     truth: Mapping[str, NDArray[np.int64]] = field(kw_only=True)
     """Attribute name to true class indices, (N,); `UNLABELLED` where it is unknown."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, classes in self.attributes.items():
-            truth, rows = self.truth[name], len(self.probabilities[name])
-            labelled = truth[truth != UNLABELLED]
-            if len(truth) != rows or not len(labelled) or not np.isin(labelled, range(len(classes))).all():
-                raise EvaluationError(
-                    f"Expected true classes of {name!r}, below {len(classes)}, of {rows} held-out images, got "
-                    f"{len(labelled)} labels of {len(truth)}. Measure again."
-                )
-
     def confusion(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64]:
         """Counts, (true class K, annotated class K + 1); the last column is "cannot tell"."""
         annotated, truth = self.classes(attribute, min_confidence), self.truth[attribute]
@@ -79,21 +68,6 @@ class HeldOut(Annotations):
             }
         return figures
 
-    def updated(self, newer: HeldOut) -> HeldOut:
-        """`newer` with those of these attributes that it lacks, each still measured on its own images, unmatched."""
-        kept = [name for name in self.attributes if name not in newer.attributes]
-        if not kept:
-            return newer
-        rows = np.any([self.truth[name] != UNLABELLED for name in kept], axis=0)
-        before, after = int(rows.sum()), len(next(iter(newer.truth.values())))
-        probabilities = {name: np.pad(self.probabilities[name][rows], ((0, after), (0, 0))) for name in kept}
-        truth = {name: np.pad(self.truth[name][rows], (0, after), constant_values=UNLABELLED) for name in kept}
-        for name in newer.attributes:
-            probabilities[name] = np.pad(newer.probabilities[name], ((before, 0), (0, 0)))
-            truth[name] = np.pad(newer.truth[name], (before, 0), constant_values=UNLABELLED)
-        attributes = {name: self.attributes[name] for name in kept} | dict(newer.attributes)
-        return HeldOut(attributes, probabilities, truth=truth)
-
     def save(self, folder: Path) -> None:
         """Write `heldout.safetensors` and, for people, `confusion.json` into `folder`."""
         tensors = {}
@@ -115,8 +89,7 @@ class HeldOut(Annotations):
             )
         except (AttributeError, KeyError, TypeError, DataError, EvaluationError) as error:
             raise ModelError(
-                f"Expected {TENSORS} and {SUMMARY} of one annotator in {folder}, found that they are damaged or "
-                f"disagree ({error}). Measure the annotator again."
+                f"Expected {TENSORS} and {SUMMARY} of an annotator in {folder}, which disagree: {error}. Measure anew."
             ) from error
 
 
@@ -127,6 +100,9 @@ class Measurable:
     network: Any = None
     """The network that annotates; None where the annotator is a network itself."""
     held_out: HeldOut | None = None
+    """The images of the latest measurement."""
+    _measured: Mapping[str, HeldOut] = {}
+    """Attribute to the held-out images that it was measured on last."""
 
     def weights_digest(self) -> str:
         """16 hex digits that name its weights: what was measured with other ones is not true of it."""
@@ -136,19 +112,18 @@ class Measurable:
     def confusion(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64] | None:
         """Counts, (true class K, annotated class K + 1), or None where it was not measured on this attribute."""
         check_attribute(attribute, self.attributes)
-        if self.held_out is None or attribute not in self.held_out.attributes:
-            return None
-        return self.held_out.confusion(attribute, min_confidence)
+        held_out = self._measured.get(attribute)
+        return None if held_out is None else held_out.confusion(attribute, min_confidence)
 
     def use_held_out(self, held_out: HeldOut) -> None:
         """Take `confusion` of its attributes from `held_out`, which must be of the same classes; others' stays."""
-        for name, classes in held_out.attributes.items():
-            if self.attributes.get(name) != classes:
-                raise ModelError(
-                    f"Expected held-out images of the annotator's classes {dict(self.attributes)}, got {name!r} with "
-                    f"{classes}. Measure this annotator again."
-                )
-        self.held_out = held_out if self.held_out is None else self.held_out.updated(held_out)
+        if not held_out.attributes.items() <= self.attributes.items():
+            raise ModelError(
+                f"Expected held-out images of the annotator's classes {dict(self.attributes)}, got "
+                f"{dict(held_out.attributes)}. Measure this annotator again."
+            )
+        self.held_out = held_out
+        self._measured = {**self._measured, **dict.fromkeys(held_out.attributes, held_out)}
 
 
 def measure_annotator(
@@ -163,8 +138,7 @@ def measure_annotator(
     if not chosen or not set(chosen) <= set(common):
         raise DataError(
             f"Expected attributes that both have, got {', '.join(chosen) or 'none'}: the annotator knows "
-            f"{', '.join(annotator.attributes)}, the data {known_columns(data)}. "
-            "Rename the column or choose others."
+            f"{', '.join(annotator.attributes)}, the data {known_columns(data)}."
         )
     classes = {name: annotator.attributes[name] for name in chosen}
     labels: dict[str, list[str]] = {}
@@ -173,10 +147,8 @@ def measure_annotator(
         values = labels[name] = labels_in(name, zip(data.attributes[name], data.names, strict=True), DataError, known)
         unknown = sorted(set(values) - {"", *classes[name]})
         if unknown or not any(values):
-            raise DataError(
-                f"Expected labels of {name!r} among the annotator's classes {', '.join(classes[name])}, found "
-                f"{', '.join(unknown[:5]) or 'none at all'}. Rename them as the annotator does, or leave them empty."
-            )
+            found = ", ".join(unknown[:5]) or "none at all"
+            raise DataError(f"Expected labels of {name!r} among {', '.join(classes[name])}, found {found}.")
     rows: list[int] = []
 
     def images() -> Iterable[Image.Image]:

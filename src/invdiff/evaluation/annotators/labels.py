@@ -42,10 +42,7 @@ def read_targets(
     known = known_columns(data)
     names = sorted(set(data.attributes if attributes is None else attributes))
     if not names:
-        raise DataError(
-            f"Expected at least one attribute to learn, got none; the data has {known}. "
-            "Give images with columns of classes, or one sub-folder of images per class."
-        )
+        raise DataError(f"Expected columns of classes, or one sub-folder of images per class, found {known}.")
     classes: dict[str, tuple[str, ...]] = {}
     columns = []
     for name in names:
@@ -53,16 +50,11 @@ def read_targets(
             raise DataError(f"Expected attribute {name!r} in the data, found {known}. Choose one of these.")
         values = labels_in(name, zip(data.attributes[name], data.names, strict=True), DataError)
         if "" in values:
-            raise DataError(
-                f"Expected a value of attribute {name!r} for every image, found none for {values.count('')} of "
-                f"{len(values)}. Fill them in or leave those images out."
-            )
+            absent = f"{values.count('')} of {len(values)}"
+            raise DataError(f"Expected a value of attribute {name!r} for every image, found none for {absent}.")
         found, column = np.unique(values, return_inverse=True)
         if not 2 <= len(found) <= MAX_CLASSES:
-            raise DataError(
-                f"Expected attribute {name!r} to have 2 to {MAX_CLASSES} classes, "
-                f"found {len(found)}. Choose other attributes, or put numbers into a few bins first."
-            )
+            raise DataError(f"Expected 2 to {MAX_CLASSES} classes of attribute {name!r}, found {len(found)}.")
         classes[name] = tuple(found.tolist())
         columns.append(column)
     return classes, np.stack(columns, axis=1).astype(np.int64)
@@ -88,18 +80,12 @@ class GivenLabels:
         columns = dict.fromkeys(name for row in rows for name in row)
         places = places or [f"row {number}" for number in range(len(rows))]
         for name, known in self._places.items():
-            labels_in(
-                name, ((row.get(name), place) for row, place in zip(rows, places, strict=True)), EvaluationError, known
-            )
-            if len(self._classes(name)) > MAX_CLASSES:
-                raise EvaluationError(
-                    f"Expected at most {MAX_CLASSES} classes of {name!r}, found more. Choose a column of labels."
-                )
             if columns and name not in columns:
-                raise EvaluationError(
-                    f"Expected a column {name!r} of labels, found {', '.join(columns)}. "
-                    "Write it into the manifest or choose one of these."
-                )
+                raise EvaluationError(f"Expected a column {name!r} of labels, found {', '.join(columns)}. Choose one.")
+            cells = ((row.get(name), place) for row, place in zip(rows, places, strict=True))
+            labels_in(name, cells, EvaluationError, known)
+            if len(self._classes(name)) > MAX_CLASSES:
+                raise EvaluationError(f"Expected at most {MAX_CLASSES} classes of {name!r}, found more.")
         return self
 
     @property
@@ -108,10 +94,8 @@ class GivenLabels:
         attributes = {name: self._classes(name) for name in self._places}
         for name, classes in attributes.items():
             if len(classes) < 2:
-                raise EvaluationError(
-                    f"Expected two classes or more in the column {name!r}, found {', '.join(classes) or 'none'}. "
-                    "Label the images, or discover the classes in all rows first."
-                )
+                found = ", ".join(classes) or "none"
+                raise EvaluationError(f"Expected two classes or more in the column {name!r}, found {found}.")
         return attributes
 
     def _classes(self, name: str) -> tuple[str, ...]:
@@ -121,15 +105,8 @@ class GivenLabels:
         """Labels of N rows as probabilities of 0 and 1; all 0 where nothing is known."""
         attributes, probabilities = self.attributes, {}
         for name, classes in attributes.items():
-            labels = [label_of(row.get(name)) for row in rows]
-            unknown = set(labels) - {"", CANNOT_TELL, *classes}
-            if unknown:
-                raise EvaluationError(
-                    f"Expected a label of {name!r} among {', '.join(classes)}, got {min(unknown)!r}. "
-                    "Discover the classes in all rows first."
-                )
-            known = np.array(labels, dtype=object)[:, None] == np.array(classes, dtype=object)
-            probabilities[name] = known.astype(np.float32)
+            labels = np.array([label_of(row.get(name)) for row in rows], dtype=object)
+            probabilities[name] = (labels[:, None] == np.array(classes, dtype=object)).astype(np.float32)
         return Annotations(attributes, probabilities)
 
     def confusion(self, attribute: str, min_confidence: float = 0.0) -> None:

@@ -43,10 +43,8 @@ def load_annotator(
     """
     audited = (Path(spec) / "audit.json").is_file()
     if audited != (model is not None):
-        raise ConfigError(
-            "Expected the audited model (--annotator-model) beside an audit as the annotator, and beside no other, "
-            f"got {spec} and {'no model' if audited else 'a model'}. Give both, or another annotator."
-        )
+        given = f"{spec} and {'no model' if audited else 'a model'}"
+        raise ConfigError(f"Expected the audited model (--annotator-model) beside an audit and no other, got {given}.")
     if audited:
         return AuditAnnotator(spec, load_pipeline(model) if isinstance(model, str | Path) else model)
     attributes = [name for name in ([attribute] if isinstance(attribute, str) else attribute) if name]
@@ -55,10 +53,7 @@ def load_annotator(
     architecture = next(iter(config.get("architectures") or ()), "")
     if config.get("model_type") == "clip" and architecture in ("", "CLIPModel"):
         if classes is None:
-            raise ConfigError(
-                f"Expected classes beside the CLIP model {spec}, got none. Give a YAML file of attribute, classes and "
-                f"prompts, such as {EXAMPLE}."
-            )
+            raise ConfigError(f"Expected classes beside the CLIP model {spec}, a YAML file such as {EXAMPLE}.")
         return ClipAnnotator(spec, classes)
     if classes is not None:
         raise ConfigError(f"Expected no classes beside {spec}, got some. Only CLIP models take them.")
@@ -76,13 +71,12 @@ def load_annotator(
     raise ModelError(f"Expected an annotator in {spec}, found {found}. {KINDS}")
 
 
-def refuse_own_folder(folder: Path, spec: str) -> None:
-    """Raise `ConfigError` where `folder` is that of the annotator `spec`, or of the one that `spec` measures."""
-    own = [spec, (_recipe(Path(spec)) or {}).get("annotator", spec)]
-    if folder.resolve() in [Path(place).resolve() for place in own]:
+def check_measurable(spec: str, folder: Path) -> None:
+    """Raise `ConfigError` where `spec` is a measurement itself, or its folder the one to write to."""
+    if _recipe(Path(spec)) or folder.resolve() == Path(spec).resolve():
         raise ConfigError(
-            f"Expected another folder to write to than that of the annotator itself, got {folder}. "
-            "Choose a new one: it will stand for the measured annotator."
+            f"Expected an annotator and another folder to write its measurement to, got {spec} and {folder}. Name the "
+            "annotator itself and a new folder, which will stand for the measured annotator."
         )
 
 
@@ -97,30 +91,22 @@ def save_measured(
 ) -> None:
     """Write how an annotator errs on labelled images; `load_annotator(folder)` gives that annotator with it.
 
-    `spec`, `attribute` and `classes` are what `load_annotator` was given, whose own folder is refused.
+    `spec`, `attribute` and `classes` are what `load_annotator` was given; see `check_measurable`.
     """
-    refuse_own_folder(folder, spec)
+    check_measurable(spec, folder)
     where = str(Path(spec).resolve()) if Path(spec).is_dir() else spec
     prompts = None if classes is None else class_prompts(classes)
-    given = {"annotator": where, "attribute": attribute, "classes": prompts}
-    recipe = _recipe(Path(spec)) or given  # the annotator itself: its earlier measurement may be removed
-    known = held_out if annotator.held_out is None else annotator.held_out.updated(held_out)
-    known.save(folder)
-    write_json(folder / MEASURED, {**recipe, "weights": annotator.weights_digest()})
+    recipe = {"annotator": where, "attribute": attribute, "classes": prompts, "weights": annotator.weights_digest()}
+    held_out.save(folder)
+    write_json(folder / MEASURED, recipe)
 
 
 def _load_measured(folder: Path, annotator: str, attribute: str, classes: Any, weights: str) -> Annotator:
-    if annotator == LABELS or (Path(annotator) / MEASURED).is_file():  # the latter may stand for `folder` in turn
-        raise ModelError(
-            f"Expected the annotator itself at {annotator}, which {folder / MEASURED} names, found a measurement or "
-            f"labels. Delete {Path(annotator) / MEASURED}, or measure again."
-        )
+    if annotator == LABELS or _recipe(Path(annotator)):  # the latter may stand for `folder` in turn
+        raise ModelError(f"Expected the annotator itself in {folder / MEASURED}, found {annotator}. Measure again.")
     loaded: Any = load_annotator(annotator, attribute=attribute, classes=classes)
     if weights != loaded.weights_digest():
-        raise ModelError(
-            f"Expected the annotator that {folder} was measured with at {annotator}, found one of other weights. "
-            "Measure again."
-        )
+        raise ModelError(f"Expected {annotator} as {folder} measured it, found one of other weights. Measure again.")
     loaded.use_held_out(HeldOut.load(folder))
     return loaded
 
@@ -132,9 +118,7 @@ def _recipe(folder: Path) -> dict[str, Any] | None:
     recipe = read_json(folder / MEASURED)
     expected = {"annotator", "attribute", "classes", "weights"}
     if not isinstance(recipe, dict) or set(recipe) != expected or not isinstance(recipe["annotator"], str):
-        raise ModelError(
-            f"Expected a measured annotator in {folder}, found {MEASURED} of something else. Measure again."
-        )
+        raise ModelError(f"Expected a measured annotator in {folder / MEASURED}, found something else. Measure again.")
     return recipe
 
 

@@ -24,9 +24,9 @@ def correct_for_annotator(counts: ArrayLike, confusion: ArrayLike) -> FloatArray
     """Counts, (prompts, J), corrected for the annotator's errors: fractional, with each prompt's sum, (prompts, K).
 
     By inverse rates, projected onto the simplex; the last of J = K + 1 columns is of images without a class.
-    `confusion` are held-out counts, (true class, annotated class), (K, J); rows that all sum to 1 are taken as rates.
+    `confusion` are held-out counts, (true class, annotated class), (K, J).
     """
-    table, held_out, _ = _checked(counts, confusion)
+    table, held_out = _checked(counts, confusion)
     totals = table.sum(axis=1, keepdims=True)
     return totals * project_to_simplex(table / totals @ _inverse(_shares(held_out)))
 
@@ -43,20 +43,18 @@ def corrected_interval(
 ) -> tuple[float, float]:
     """Bias-aware interval of a metric of corrected counts, as `intervals.interval` does of raw ones.
 
-    Held-out images are sampled too: rates are drawn from Dirichlet distributions, the same for all prompts. A
-    confusion matrix of rates is taken as exact. Simulated coverage with annotators wrong in 10% is at least 93%.
+    Held-out images are sampled too: rates are drawn from Dirichlet distributions, the same for all prompts. Simulated
+    coverage with annotators wrong in 10% is at least 93%.
     """
-    table, held_out, exact = _checked(counts, confusion)
+    table, held_out = _checked(counts, confusion)
     numbers = whole_totals(table)
     corrected = correct_for_annotator(table, held_out)
     values, chosen = per_prompt(metric, corrected, target=target), METRICS[metric]
     t = chosen.target(target, len(held_out))
     resamples = resamples_for(num_resamples, len(table))
     generator = np.random.default_rng(seed)
-    rates, drawn = held_out, held_out[None]
-    if not exact:
-        rates = _shares(held_out + PRIOR)
-        drawn = np.stack([generator.dirichlet(row + PRIOR, size=resamples) for row in held_out], axis=1)
+    rates = _shares(held_out + PRIOR)
+    drawn = np.stack([generator.dirichlet(row + PRIOR, size=resamples) for row in held_out], axis=1)
     inverse, inverses = _inverse(rates), _inverse(drawn)
 
     def draw(p: FloatArray) -> FloatArray:
@@ -72,7 +70,7 @@ def corrected_interval(
     p = _shares(corrected)
     steady = (numbers[:, None] * p + 1) / (numbers[:, None] + p.shape[1])
     sampling = spread(steady @ rates) / numbers
-    from_held_out = np.zeros(len(p)) if exact else steady**2 @ (spread(rates) / held_out.sum(axis=1))
+    from_held_out = steady**2 @ (spread(rates) / held_out.sum(axis=1))
     plausible = plausible_shares(
         chosen,
         p,
@@ -82,7 +80,7 @@ def corrected_interval(
         worth=np.minimum((1 - (steady**2).sum(axis=1)) / (sampling + from_held_out), numbers),
         confidence=confidence,
     )
-    degrees = int((numbers - 1).sum() if exact else min((numbers - 1).sum(), (held_out.sum(axis=1) - 1).sum()))
+    degrees = int(min((numbers - 1).sum(), (held_out.sum(axis=1) - 1).sum()))
     return bias_aware(chosen, values, plausible, draw, target=t, confidence=confidence, degrees=degrees)
 
 
@@ -109,38 +107,20 @@ def _shares(x: FloatArray) -> FloatArray:
     return x / x.sum(axis=-1, keepdims=True)
 
 
-def _checked(counts: ArrayLike, confusion: ArrayLike) -> tuple[FloatArray, FloatArray, bool]:
-    """Counts (prompts, J), a usable confusion matrix (K, J), and whether that is of rates that sum to 1."""
+def _checked(counts: ArrayLike, confusion: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """Counts (prompts, J) and a usable confusion matrix (K, J)."""
     held_out = np.asarray(confusion, dtype=np.float64)
     table = checked_counts(counts)
     if held_out.ndim != 2 or len(held_out) < 2 or held_out.shape[1] - len(held_out) not in (0, 1):
-        raise EvaluationError(
-            f"Expected a confusion matrix of shape (K, K) or (K, K + 1) with at least two classes, got "
-            f"{held_out.shape}. Give one row for each true class."
-        )
+        raise EvaluationError(f"Expected a confusion matrix of shape (K, K) or (K, K + 1), got {held_out.shape}.")
     if held_out.shape[1] != table.shape[1]:
-        raise EvaluationError(
-            f"Expected counts and confusion matrix of as many annotated classes, got {table.shape[1]} and "
-            f"{held_out.shape[1]}. Count images the annotator could not tell in a last column of both."
-        )
-    bad = np.argwhere(~np.isfinite(held_out) | (held_out < 0))
-    if len(bad):
-        raise EvaluationError(
-            f"Expected held-out counts of zero or more, got {held_out[tuple(bad[0])]} for true class {bad[0][0]} "
-            f"annotated as {bad[0][1]}. Count the held-out images again."
-        )
+        widths = f"{table.shape[1]} and {held_out.shape[1]}"
+        raise EvaluationError(f"Expected counts and confusion matrix of as many annotated classes, got {widths}.")
+    if not np.all(np.isfinite(held_out) & (held_out >= 0)):
+        raise EvaluationError(f"Expected held-out counts of zero or more, got {held_out.tolist()}. Count them again.")
     sums = held_out.sum(axis=1)
     if not sums.all():
-        raise EvaluationError(
-            f"Expected held-out images of every class, got none of class {sums.argmin()}. Hold some out, or give the "
-            "annotator's rates."
-        )
-    exact = bool(np.all(np.abs(sums - 1) < 1e-3))
-    if not exact and np.any(held_out != np.floor(held_out)):
-        raise EvaluationError(
-            "Expected whole numbers of held-out images, or rates whose rows sum to 1, got fractions with row sums "
-            f"{sums.tolist()}. Give counts or rates."
-        )
+        raise EvaluationError(f"Expected held-out images of every class, got none of class {sums.argmin()}.")
     mixing, sizes, _ = np.linalg.svd(_shares(held_out))
     if sizes[-1] * MAX_CONDITION < sizes[0]:
         # The mixture of true classes that hardly changes what is annotated.
@@ -149,4 +129,4 @@ def _checked(counts: ArrayLike, confusion: ArrayLike) -> tuple[FloatArray, Float
             f"Expected an annotator that tells the classes apart, got one that hardly tells class {first} from class "
             f"{second} (condition number above {MAX_CONDITION:.0f}). Merge these classes or train a better annotator."
         )
-    return table, _shares(held_out) if exact else held_out, exact
+    return table, held_out

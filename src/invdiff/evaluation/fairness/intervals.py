@@ -173,10 +173,7 @@ def whole_totals(table: FloatArray) -> NDArray[np.int64]:
     fractional = np.any(table != np.floor(table), axis=1)
     bad = np.flatnonzero((np.abs(totals - np.rint(totals)) > 1e-3) | (fractional & (totals < 1.5)))
     if len(bad):
-        raise EvaluationError(
-            f"Expected counts that sum to a whole number of images, got {totals[bad[0]]:.6g} for prompt {bad[0]}. "
-            "Pass counts, not shares."
-        )
+        raise EvaluationError(f"Expected counts of whole numbers of images, not shares, got {totals[bad[0]]:.6g}.")
     return np.rint(totals).astype(np.int64)
 
 

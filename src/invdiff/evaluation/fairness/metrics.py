@@ -99,15 +99,11 @@ class Metric:
             return np.full(num_groups, 1 / num_groups)
         if not self.takes_target:
             raise EvaluationError(
-                f"Expected no target for {self.name}, which compares groups with each other, got one. "
-                f"Use {' or '.join(name for name, metric in METRICS.items() if metric.takes_target)}."
+                f"Expected no target for {self.name}, which compares groups with each other, got one."
             )
         array = np.asarray(target, dtype=np.float64)
         if array.shape != (num_groups,) or not np.all(array > 0) or abs(array.sum() - 1) > 1e-6:
-            raise EvaluationError(
-                f"Expected {num_groups} target shares above zero that sum to 1, got {target!r}. "
-                "Give one share for each group."
-            )
+            raise EvaluationError(f"Expected {num_groups} target shares above zero that sum to 1, got {target!r}.")
         return array / array.sum()
 
 
@@ -147,16 +143,10 @@ def checked_counts(counts: ArrayLike) -> FloatArray:
     """Counts as float64, (prompts, groups); what is no table of images of each prompt is an `EvaluationError`."""
     array = np.asarray(counts, dtype=np.float64)
     if array.ndim != 2 or array.shape[0] < 1 or array.shape[1] < 2:
-        raise EvaluationError(
-            f"Expected counts of shape (prompts, groups) with at least one prompt and at least two groups, got "
-            f"{array.shape}: fairness compares groups. Pass one row for each prompt."
-        )
+        raise EvaluationError(f"Expected counts of shape (prompts, groups), at least (1, 2), got {array.shape}.")
     bad = np.flatnonzero(~(np.isfinite(array) & (array >= 0)).all(axis=1) | (array.sum(axis=1) == 0))
     if len(bad):
-        raise EvaluationError(
-            f"Expected counts of zero or more, not all zero, got {array[bad[0]]} for prompt {bad[0]}. "
-            "Generate its images or leave the prompt out."
-        )
+        raise EvaluationError(f"Expected counts of zero or more, not all zero, got {array[bad[0]]}, row {bad[0]}.")
     return array
 
 

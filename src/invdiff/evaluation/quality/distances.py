@@ -123,10 +123,8 @@ def checked(features: ArrayLike, *, name: str = "features", minimum: int = 2) ->
     try:
         return check_array(features, dtype=np.float64, ensure_min_samples=minimum, input_name=name)
     except (TypeError, ValueError) as error:
-        raise EvaluationError(
-            f"Expected finite {name} of shape (N, D), N at least {minimum}, got something else: {first_line(error)} "
-            "Pass one row per image, all of one extractor or annotator."
-        ) from error
+        expected = f"Expected finite {name} of shape (N, D), N at least {minimum}"
+        raise EvaluationError(f"{expected}, got something else: {first_line(error)}") from error
 
 
 def checked_pair(features: ArrayLike, reference: ArrayLike, *, minimum: int = 2) -> tuple[FloatArray, FloatArray]:
@@ -134,10 +132,8 @@ def checked_pair(features: ArrayLike, reference: ArrayLike, *, minimum: int = 2)
     first = checked(features, minimum=minimum)
     second = checked(reference, name="reference features", minimum=minimum)
     if first.shape[1] != second.shape[1]:
-        raise EvaluationError(
-            f"Expected features of one width, got {first.shape[1]} and {second.shape[1]} (reference). "
-            "Compute both with the same extractor or annotator."
-        )
+        widths = f"{first.shape[1]} and {second.shape[1]} (reference)"
+        raise EvaluationError(f"Expected features of one width, got {widths}. Use one extractor for both.")
     return first, second
 
 
@@ -146,10 +142,7 @@ def unit_rows(array: FloatArray) -> FloatArray:
     lengths = np.linalg.norm(array, axis=1, keepdims=True)
     zero = np.flatnonzero(lengths == 0)
     if len(zero):
-        raise EvaluationError(
-            f"Expected features with a direction, got {len(zero)} of {len(array)} rows of zeros, first row {zero[0]}. "
-            "Look at that image: its cosines are not defined."
-        )
+        raise EvaluationError(f"Expected features with a direction, got zeros in row {zero[0]}. Look at that image.")
     return array / lengths
 
 

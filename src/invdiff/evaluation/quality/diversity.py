@@ -27,10 +27,7 @@ def paired_cosines(features: ArrayLike, others: ArrayLike) -> FloatArray:
     """
     first, second = checked(features, minimum=1), checked(others, name="paired features", minimum=1)
     if first.shape != second.shape:
-        raise EvaluationError(
-            f"Expected paired features of one shape, row beside row, got {first.shape} and {second.shape}. "
-            "Repeat or order the rows so that each stands beside its own, and use one extractor."
-        )
+        raise EvaluationError(f"Expected paired features of one shape, got {first.shape} and {second.shape}.")
     return np.asarray(np.einsum("nd,nd->n", unit_rows(first), unit_rows(second)))
 
 
@@ -63,8 +60,7 @@ def lpips_diversity(images: Sequence[Image.Image], distance: LPIPS) -> float:
     sizes = {image.size for image in images}
     if len(images) < 2 or len(sizes) != 1:
         raise EvaluationError(
-            f"Expected at least two images, all of one size, got {len(images)} of {len(sizes)} sizes. Give the "
-            "images of one prompt."
+            f"Expected at least two images, all of one size, got {len(images)} of {len(sizes)} sizes."
         )
     pixels = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images])
     pairs = torch.tensor(list(combinations(range(len(images)), 2)))

@@ -94,7 +94,5 @@ def _with_metrics(load: Callable[[], Any], use: str, weights: str, part: str) ->
             "pip install 'invdiff[metrics]'."
         ) from error
     except OSError as error:
-        raise EvaluationError(
-            f"Expected {weights}'s weights for {use}, could not fetch them ({error}). Connect to the network once: "
-            "they are kept in torch.hub's folder."
-        ) from error
+        remedy = "Connect to the network once: they are kept in torch.hub's folder."
+        raise EvaluationError(f"Expected {weights}'s weights for {use}, found none ({error}). {remedy}") from error

@@ -49,12 +49,12 @@ def quality_figures(
 
     def agreement(images: NDArray[Any], texts: NDArray[Any]) -> Quantity:
         cosines = paired_cosines(images, texts)
-        return Quantity(float(cosines.mean()), *mean_interval(cosines, confidence=question.config.confidence))
+        return Quantity(float(cosines.mean()), *mean_interval(cosines))
 
     figures: dict[str, Quantity] = {}
     for name, features in seen.features.items():
         if reference is not None and name in reference.features:
-            figures |= _distances(features, reference.features[name], name, question.config.confidence)
+            figures |= _distances(features, reference.features[name], name)
         figures[f"Vendi score ({name})"] = _where_defined(diversity, features)
     if clip is not None:
         texts = clip.text_features([row.prompt for row in rows])
@@ -88,7 +88,7 @@ def group_figures(
         figures = groups[group] = {"images": Quantity(float(len(mine)))}
         known = right[mine][right[mine] >= 0]
         if len(known):
-            figures["subject accuracy"] = share(known, question.config.confidence)
+            figures["subject accuracy"] = share(known)
         elif (right >= 0).any():
             figures["subject accuracy"] = Quantity(None, note="not defined: no image of this class")
         for name, real in reference.features.items() if reference is not None else ():
@@ -97,7 +97,7 @@ def group_figures(
                 figures |= _too_few([frechet_name(name)], mine, theirs, MIN_GROUP)
             elif name in seen.features:
                 pair = seen.features[name][mine[:even]], real[theirs[:even]]
-                apart = _distances(*pair, name, question.config.confidence, kernels=False)
+                apart = _distances(*pair, name, kernels=False)
                 note = f"{even} images of each group against as many"
                 figures |= {label: replace(figure, note=note) for label, figure in apart.items()}
     return groups
@@ -124,10 +124,10 @@ def frechet_name(features: str) -> str:
     return f"FID ({features})" if features == "inception" else f"Frechet distance ({features})"
 
 
-def share(successes: NDArray[Any], confidence: float) -> Quantity:
+def share(successes: NDArray[Any]) -> Quantity:
     """Share of images that have a property, given as (N,), with its interval."""
     total, count = len(successes), int(np.sum(successes))
-    return Quantity(count / total, *share_interval(count, total, confidence=confidence))
+    return Quantity(count / total, *share_interval(count, total))
 
 
 def _where_defined(figure: Callable[..., Quantity], *arguments: Any) -> Quantity:
@@ -145,7 +145,7 @@ def _too_few(labels: Iterable[str], ours: NDArray[Any], theirs: NDArray[Any], ne
 
 
 def _distances(
-    features: NDArray[Any], reference: NDArray[Any], name: str, confidence: float, *, kernels: bool = True
+    features: NDArray[Any], reference: NDArray[Any], name: str, *, kernels: bool = True
 ) -> dict[str, Quantity]:
     """Every distance of features, (N, D), to a reference's, (M, D), with or without those of kernels."""
     n, m = len(features), len(reference)
@@ -155,7 +155,7 @@ def _distances(
     if kernels and min(n, m) < MIN_KERNEL:
         figures |= _too_few([kid], features, reference, MIN_KERNEL)
     elif kernels:
-        figures[kid] = replace(kernel_distance(features, reference, confidence=confidence), note=sizes)
+        figures[kid] = replace(kernel_distance(features, reference), note=sizes)
     if kernels:
         figures[f"CMMD ({name})"] = _where_defined(lambda: Quantity(cmmd(features, reference), note=falling))
     # The images that each is a share of; density is no share and has no interval.
@@ -164,6 +164,6 @@ def _distances(
         return figures | _too_few(totals, features, reference, NEIGHBOURS + 1)
     found = precision_recall_density_coverage(features, reference, k=NEIGHBOURS)
     for (label, total), value in zip(totals.items(), found, strict=True):
-        ends = share_interval(round(value * total), total, confidence=confidence) if total else ()
+        ends = share_interval(round(value * total), total) if total else ()
         figures[label] = Quantity(value, *ends)
     return figures
