@@ -176,10 +176,10 @@ def test_of_several_processes_only_the_first_prints(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("left", "message"),
     [
-        ({"WORLD_SIZE": "auto"}, "a whole number in the environment's WORLD_SIZE, found 'auto'"),
-        ({"RANK": ""}, "a whole number in the environment's RANK, found ''"),
-        ({"RANK": "2"}, "a number below WORLD_SIZE=2 in the environment's RANK, found '2'"),
-        ({"MASTER_ADDR": ""}, "the address of the first process in the environment's MASTER_ADDR, found ''"),
+        ({"WORLD_SIZE": "auto"}, "WORLD_SIZE='auto'"),
+        ({"RANK": ""}, "RANK='', LOCAL_RANK"),
+        ({"RANK": "2"}, "WORLD_SIZE='2', RANK='2'"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR=''"),
     ],
 )
 def test_variables_left_over_by_a_cluster_are_named(tmp_path, left, message):

@@ -65,18 +65,16 @@ def test_unusable_features_are_refused(compare, features, message):
             compare(normal(0, (4, 2)), features)
 
 
-def kid_by_pairs(x, y, degree=3):
+def kid_by_pairs(x, y):
     """The mean over pairs of different images, one pair at a time."""
     pairs = (combinations(x, 2), combinations(y, 2), product(x, y))
-    xx, yy, xy = (np.mean([(a @ b / len(a) + 1) ** degree for a, b in of]) for of in pairs)
+    xx, yy, xy = (np.mean([(a @ b / len(a) + 1) ** 3 for a, b in of]) for of in pairs)
     return xx + yy - 2 * xy
 
 
-@pytest.mark.parametrize("degree", [1, 3])
-def test_kernel_distance_agrees_with_a_loop_over_pairs(degree, block_entries):
+def test_kernel_distance_agrees_with_a_loop_over_pairs(block_entries):
     x, y = normal(0, (44, 3)), normal(1, (35, 3), 2.0)
-    expected = kid_by_pairs(x, y, degree)
-    assert kernel_distance(x, y, degree=degree).value == pytest.approx(expected, rel=1e-11)
+    assert kernel_distance(x, y).value == pytest.approx(kid_by_pairs(x, y), rel=1e-11)
 
 
 def test_interval_of_the_kernel_distance_is_the_jackknifes():
@@ -87,16 +85,6 @@ def test_interval_of_the_kernel_distance_is_the_jackknifes():
     assert found.high - found.value == pytest.approx(found.value - found.low)
     half = 1.6448536 * np.sqrt(10 * np.var(left_out) + 13 * np.var(right_out))
     assert (found.high - found.low) / 2 == pytest.approx(half, rel=1e-6)
-
-
-def test_interval_of_the_kernel_distance_holds_the_truth_as_often_as_it_says():
-    # Under the linear kernel x.y / D + 1 the squared MMD is |difference of means|^2 / D.
-    covered = 0
-    for seed in range(300):
-        first, second = normal(2 * seed, (60, 4)), normal(2 * seed + 1, (80, 4), shift=0.8)
-        found = kernel_distance(first, second, degree=1)
-        covered += found.low < 0.8**2 < found.high
-    assert 0.91 < covered / 300 < 0.98
 
 
 @pytest.mark.parametrize("options", [{}, {"sigma": 0.5, "scale": 1.0}], ids=str)
@@ -187,8 +175,6 @@ def test_mean_interval_is_students():
     values = normal(0, 25, 2.0, 1.0)
     expected = student.interval(0.9, 24, loc=values.mean(), scale=values.std(ddof=1) / 5)
     assert mean_interval(values, confidence=0.9) == pytest.approx(expected)
-    with pytest.raises(EvaluationError, match="at least two values"):
-        mean_interval([1.0])
 
 
 @pytest.mark.parametrize(("successes", "total"), [(0, 1), (0, 10), (10, 10), (3, 10), (420, 1000)])

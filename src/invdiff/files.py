@@ -108,10 +108,8 @@ def check_writable(folder: Path, option: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(
-            f"Expected a folder that can be written at {folder}, found none: {error.strerror or error}. "
-            f"Choose another with {option}."
-        ) from error
+        found = f"found none: {error.strerror or error}. Choose another with {option}."
+        raise ConfigError(f"Expected a folder that can be written at {folder}, {found}") from error
 
 
 @contextlib.contextmanager
@@ -135,10 +133,8 @@ def owned(output: Path, *, is_file: bool = False) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise ConfigError(
-            f"Expected to be the only run that writes to {output}, found another at work there. Wait until it has "
-            "ended, or choose another place with --output."
-        ) from None
+        remedy = "Wait until it has ended, or choose another place with --output."
+        raise ConfigError(f"Expected to be the only run that writes to {output}, found another. {remedy}") from None
     try:
         yield
     finally:
@@ -183,9 +179,9 @@ def check_same_settings(folder: Path, found: dict[str, Any], settings: dict[str,
         if found.get(name) != settings.get(name)
     ]
     if changed:
+        remedy = "Use the same, or another output folder, or delete this one to start afresh."
         raise ConfigError(
-            f"Expected the settings that {folder} was started with, got others: {'; '.join(changed)}. Use the same "
-            "settings, or another output folder, or delete this one to start afresh."
+            f"Expected the settings {folder} was started with, got others: {'; '.join(changed)}. {remedy}"
         )
 
 

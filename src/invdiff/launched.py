@@ -19,20 +19,13 @@ def launched() -> tuple[int, int]:
     given = {name: os.environ.get(name, "").strip() for name in VARIABLES}
     if given["WORLD_SIZE"] in ("", "1"):
         return 0, 1
-
-    def require(name: str, expected: str, right: bool) -> None:
-        if not right:
-            raise ConfigError(
-                f"Expected {expected} in the environment's {name}, found {given[name]!r}, as if several processes "
-                f"were started by torchrun. {HOW_TO_RUN_ALONE}."
-            )
-
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
-        require(name, "a whole number", given[name].isdecimal())
-    rank, count = int(given["RANK"]), int(given["WORLD_SIZE"])
-    require("WORLD_SIZE", "at least 1", count > 0)
-    require("RANK", f"a number below WORLD_SIZE={count}", rank < count)
-    require("MASTER_ADDR", "the address of the first process", bool(given["MASTER_ADDR"]))
+    numbers = {name: int(text) if text.isdecimal() else -1 for name, text in given.items() if name != "MASTER_ADDR"}
+    rank, count = numbers["RANK"], numbers["WORLD_SIZE"]
+    if min(numbers.values()) < 0 or not rank < count or not given["MASTER_ADDR"]:
+        found = ", ".join(f"{name}={text!r}" for name, text in given.items())
+        raise ConfigError(
+            f"Expected the environment of several processes as torchrun sets it, found {found}. {HOW_TO_RUN_ALONE}."
+        )
     return rank, count
 
 

@@ -23,7 +23,7 @@ import typer
 
 from ..errors import ConfigError
 from ..files import check_writable, default_cache_dir, owned
-from ..launched import is_first_process
+from ..launched import is_first_process, one_process
 from ..options import Config, Option, Range, Setting, as_text, command_options, settings_of
 from ..text import is_unicode
 
@@ -47,22 +47,23 @@ CONFIG = option(..., "JSON or YAML with any settings of this step. Options overr
 
 
 def command(
-    app: typer.Typer, example: str, *, panel: str = "", name: str = "", writes_file: bool = False
+    app: typer.Typer, example: str, *, panel: str = "", name: str = "", writes_file: bool = False, shared: bool = False
 ) -> Callable[[Command], Command]:
     """Register a function as a command of `app`, whose help ends with an example.
 
-    Its `output`, a folder unless it `writes_file`, is checked before any work and kept from other runs.
+    Its `output`, a folder unless it `writes_file`, is checked before any work and kept from other runs. Several
+    processes may run it together where it is `shared`.
     """
 
     def register(function: Command) -> Command:
-        made = _with_options(function, writes_file)
+        made = _with_options(function, writes_file, shared)
         app.command(name or None, rich_help_panel=panel or None, epilog=f"Example: {example}")(made)
         return function
 
     return register
 
 
-def _with_options(function: Command, writes_file: bool) -> Command:
+def _with_options(function: Command, writes_file: bool, shared: bool) -> Command:
     """`function` with an option for each field of its dataclass parameters; rare ones come last in the help."""
     parameters: list[inspect.Parameter] = []
     rare: list[inspect.Parameter] = []
@@ -83,6 +84,8 @@ def _with_options(function: Command, writes_file: bool) -> Command:
             (rare if setting.option.panel else parameters).append(parameter)
 
     def run(config: Path | None = None, **given: Any) -> None:
+        if not shared:
+            one_process(function.__name__.replace("_", " "))
         for name, kind in kinds.items():
             start = kind.from_file(config) if config and issubclass(kind, Config) else kind()
             words = {field: given.pop(field) for field in settings_of(kind)}

@@ -15,7 +15,7 @@ from ..assets import PROFESSIONS
 from ..config import ArchitectureConfig, AuditConfig, DemoConfig, FinetuneConfig, GenerateConfig, TrainConfig
 from ..errors import ConfigError
 from ..files import default_cache_dir
-from ..launched import is_first_process, one_process
+from ..launched import is_first_process
 from ..options import command_options
 from .arguments import (
     DATA,
@@ -79,7 +79,6 @@ def invdiff(
 @command(app, "invdiff demo --output out/demo --images-per-prompt 24", panel=WAY)
 def demo(*, output: Output = Path("out/demo"), settings: DemoConfig, quiet: Quiet = False) -> None:
     """Go all the way on a small bundled model: a hidden bias is found, removed and measured."""
-    one_process("demo")
     say_loading("the bundled model", quiet=quiet)
     from ..demo import run_demo
 
@@ -92,7 +91,7 @@ def demo(*, output: Output = Path("out/demo"), settings: DemoConfig, quiet: Quie
     )
 
 
-@command(app, "invdiff audit out/model photos --output out/audit", panel=WAY)
+@command(app, "invdiff audit out/model photos --output out/audit", panel=WAY, shared=True)
 def audit(
     *,
     model: Model,
@@ -177,7 +176,7 @@ def audit(
     finish(result, *words, hint=" (to look with further eyes)")
 
 
-@command(app, "invdiff train out/model photos out/audit --output out/module --steps 800", panel=WAY)
+@command(app, "invdiff train out/model photos out/audit --output out/module --steps 800", panel=WAY, shared=True)
 def train(
     *,
     model: Model,
@@ -224,7 +223,12 @@ def train(
     finish(f"The module is in {output}.", *words, *dataclasses.replace(weights, cache_dir=None).words())
 
 
-@command(app, 'invdiff generate out/model "a photo of a doctor" --module out/module --output out/guided', panel=WAY)
+@command(
+    app,
+    'invdiff generate out/model "a photo of a doctor" --module out/module --output out/guided',
+    panel=WAY,
+    shared=True,
+)
 def generate(
     *,
     model: Model,
@@ -297,7 +301,6 @@ def export(
     output: Output,
 ) -> None:
     """Write a LoRA of each group, which diffusers, ComfyUI and WebUI load without this package."""
-    one_process("export")
     from ..guidance.backends import load_guidance
 
     files = load_guidance(guidance).export(output)
@@ -318,7 +321,6 @@ def birds(
     quiet: Quiet = False,
 ) -> None:
     """Draw the bundled world: captioned birds whose background agrees with the bird, in most images."""
-    one_process("birds")
     from ..data.birds import BirdsWorld
 
     drawn = BirdsWorld(num_images, severity=severity, seed=seed, resolution=resolution, world=world)
@@ -343,7 +345,6 @@ def finetune(
     quiet: Quiet = False,
 ) -> None:
     """Fit a diffusion model to captioned images: it learns their spurious attributes with their subjects."""
-    one_process("finetune")
     if base is not None and settings.autoencoder_steps != FinetuneConfig.autoencoder_steps:
         raise ConfigError("Expected --autoencoder-steps without --base: a base keeps its own autoencoder.")
     shape = ArchitectureConfig.from_file(architecture) if architecture else None

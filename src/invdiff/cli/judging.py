@@ -12,7 +12,6 @@ import typer
 
 from ..config import EvaluateConfig
 from ..errors import ConfigError
-from ..launched import one_process
 from .arguments import (
     DATA,
     RUN,
@@ -80,7 +79,6 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure Bias, accuracy and quality of generated images, of any tool, at every guidance scale."""
-    one_process("evaluate")
     from ..evaluation.results import table_path
 
     table = table_path(output)
@@ -114,7 +112,6 @@ def report(
     source: CaptionOptions,
 ) -> None:
     """Write what was found, changed and measured as one HTML file to read and forward, and as Markdown."""
-    one_process("report")
     from ..report.read import find_parts
     from ..report.write import save_report
 
@@ -165,7 +162,6 @@ def ui(
 
     Nothing leaves this machine. Names given to groups and images left out are saved beside the audit.
     """
-    one_process("ui")
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("Expected gradio for the page, found none. Install it: pip install 'invdiff[ui]'.")
     from ..app.serve import check_address, ended_by_signals, launch, own_files
@@ -207,7 +203,6 @@ def annotator_train(
     quiet: Quiet = False,
 ) -> None:
     """Train a small network to name attributes of images, from a labelled set. For evaluation only."""
-    one_process("annotator train")
     say_loading("images", quiet=quiet)
     from ..evaluation.annotators.conv import ConvAnnotator
 
@@ -247,7 +242,6 @@ def annotator_measure(
 
     The images must be others than it was trained on. OUTPUT stands for the annotator from then on.
     """
-    one_process("annotator measure")
     say_loading("images", quiet=quiet)
     from ..evaluation.annotators.heldout import Measurable, measure_annotator
     from ..evaluation.annotators.load import check_measurable, load_annotator, save_measured

@@ -102,18 +102,14 @@ def scale_keys(rows: Sequence[Row]) -> list[str]:
 def _read_folder(folder: Path) -> list[Row]:
     manifest = next((folder / name for name in MANIFESTS if (folder / name).is_file()), None)
     if manifest is None:
-        raise EvaluationError(
-            f"Expected {MANIFESTS[0]} in {folder}, found none. `invdiff generate` writes one; list the images of "
-            "another tool in a manifest.jsonl or metadata.csv with file_name and prompt."
-        )
+        remedy = "Of another tool's images, list file_name and prompt in a manifest.jsonl or metadata.csv."
+        raise EvaluationError(f"Expected {MANIFESTS[0]} in {folder}, found none. {remedy}")
     table = read_table(manifest, required=("file_name", PROMPT_COLUMNS), error=EvaluationError)
     rows = [_row(values, folder, table.place(number)) for number, values in enumerate(table.rows)]
     absent = [row.path for row in rows if not os.path.isfile(row.path)]  # unlike a Path's, of names too long too
     if absent:
-        raise EvaluationError(
-            f"Expected the {len(rows)} images that {manifest} names, found {len(absent)} absent, first "
-            f"{absent[0]}. Draw them (the same `invdiff generate` again makes what is missing), or remove their rows."
-        )
+        found = f"{len(absent)} absent, first {absent[0]}. Draw them by the same command, or remove their rows."
+        raise EvaluationError(f"Expected the {len(rows)} images that {manifest} names, found {found}")
     for key in scale_keys(rows):
         prompt, fewest = Counter(row.prompt for row in rows if row.scale_key == key).most_common()[-1]
         if fewest < 2:
@@ -144,7 +140,5 @@ def _row(values: Mapping[str, Any], folder: Path, where: str) -> Row:
             where,
         )
     except (AttributeError, TypeError, ValueError) as error:
-        raise EvaluationError(
-            f"Expected an image's file_name and prompt, and any guidance_scale and scale as numbers, in {where}, "
-            f"found something else ({first_line(error)}). Correct or remove the row, or generate again."
-        ) from error
+        expected = f"Expected an image's file_name and prompt, and any guidance_scale and scale as numbers, in {where}"
+        raise EvaluationError(f"{expected}, found something else ({first_line(error)}). Correct the row.") from error

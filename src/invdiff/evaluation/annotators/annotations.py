@@ -42,9 +42,6 @@ class Annotations:
 
     def classes(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64]:
         """Most probable class of each image, (N,); K for "cannot tell", below `min_confidence` or if unknown."""
-        check_attribute(attribute, self.attributes)
-        if not 0 <= min_confidence <= 1:
-            raise EvaluationError(f"Expected a confidence from 0 to 1, got {min_confidence!r}.")
         values = np.asarray(self.probabilities[attribute])
         top = values.max(axis=1)
         # float(): beside a NumPy scalar, float32 probabilities of 0.9 would count as below 0.9

@@ -161,8 +161,6 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         are drawn evenly over their combinations (none more than 20 times as often as it occurs). Images are held in
         memory at `resolution`: 12 KB each at 64 pixels. The global generator is left alone.
         """
-        if steps < 1 or batch_size < 1 or not 0 < holdout < 1:
-            raise DataError("Expected steps and batch_size of at least 1 and a holdout between 0 and 1.")
         classes, targets = read_targets(data, attributes)
         class_names(classes, DataError)
         pixels, readable = read_pixels(data, resolution, progress=progress)

@@ -19,7 +19,7 @@ from ...data.captioned import CaptionedImages, known_columns, readable_images
 from ...data.tables import labels_in
 from ...errors import DataError, EvaluationError, ModelError
 from ...files import read_json, read_tensors, weights_digest, write_json, write_tensors
-from .annotations import Annotations, Annotator, check_attribute, class_names
+from .annotations import Annotations, Annotator, class_names
 
 TENSORS, SUMMARY = "heldout.safetensors", "confusion.json"
 MEASURED = "annotator.json"
@@ -111,7 +111,6 @@ class Measurable:
 
     def confusion(self, attribute: str, min_confidence: float = 0.0) -> NDArray[np.int64] | None:
         """Counts, (true class K, annotated class K + 1), or None where it was not measured on this attribute."""
-        check_attribute(attribute, self.attributes)
         held_out = self._measured.get(attribute)
         return None if held_out is None else held_out.confusion(attribute, min_confidence)
 

@@ -71,8 +71,6 @@ class GivenLabels:
     feature_name = ""
 
     def __init__(self, names: Sequence[str]) -> None:
-        if isinstance(names, str) or not names or not all(names):
-            raise EvaluationError(f"Expected columns to read labels from, got {names!r}. Name the attributes.")
         self._places: dict[str, dict[str, str]] = {name: {} for name in names}
 
     def discover(self, rows: Sequence[Mapping[str, Any]], places: Sequence[str] = ()) -> GivenLabels:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ...errors import EvaluationError
-from .intervals import bias_aware, plausible_shares, resamples_for, whole_totals
-from .metrics import METRICS, FloatArray, checked_counts, per_prompt
+from .intervals import bias_aware, plausible_shares, resamples_for
+from .metrics import METRICS, FloatArray, checked_counts, per_prompt, target_shares
 
 MAX_CONDITION = 20.0
 """Condition number of the rates above which noise in the counts is amplified too much to correct them."""
@@ -47,10 +47,10 @@ def corrected_interval(
     coverage with annotators wrong in 10% is at least 93%.
     """
     table, held_out = _checked(counts, confusion)
-    numbers = whole_totals(table)
+    numbers = np.rint(table.sum(axis=1)).astype(np.int64)
     corrected = correct_for_annotator(table, held_out)
     values, chosen = per_prompt(metric, corrected, target=target), METRICS[metric]
-    t = chosen.target(target, len(held_out))
+    t = target_shares(target, len(held_out))
     resamples = resamples_for(num_resamples, len(table))
     generator = np.random.default_rng(seed)
     rates = _shares(held_out + PRIOR)

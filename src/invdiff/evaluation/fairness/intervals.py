@@ -1,9 +1,7 @@
 """Confidence intervals of means and shares of images, and of fairness metrics, that hold at the fair point too.
 
-Metrics of counts are biased upwards where they have a kink or a flat bottom: at the fair point a metric's plug-in is
-near its floor whatever the number of prompts, so a plain bootstrap of many prompts never covers 0. No honest
-interval for such functionals of many means is narrower than about that bias (Cai & Low, "Testing composite
-hypotheses, Hermite polynomials and optimal estimation of a nonsmooth functional", Annals of Statistics 2011). So the
+Metrics of counts are biased upwards where they have a kink or a flat bottom, so a plain bootstrap of many prompts
+never covers 0, and no honest interval is narrower than about that bias (Cai & Low, Annals of Statistics 2011). So the
 intervals here are bias-aware: value - B - S to value + B' + S', where, at shares that each prompt's counts do not
 reject (`plausible_shares`), B and B' are the largest mean bias of the plug-in upwards and downwards and S and S' its
 largest spread, both by Monte Carlo, and the ends are clipped to what the metric can be. B' is there because Jensen's
@@ -18,12 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.special import chdtri, ndtri, stdtrit
 from scipy.stats import binomtest
 
-from ...errors import EvaluationError
-from .metrics import METRICS, FloatArray, Metric, per_prompt
+from .metrics import METRICS, FloatArray, Metric, per_prompt, target_shares
 
 ENOUGH_RESAMPLES = 200
 MAX_DRAWS = 10_000
@@ -34,8 +31,6 @@ BISECTIONS = 15
 def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> tuple[float, float]:
     """Student's t interval of the mean of (N,) values, such as CLIP-T."""
     array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or len(array) < 2:
-        raise EvaluationError(f"Expected at least two values, one for each image, got shape {array.shape}.")
     half = float(stdtrit(len(array) - 1, (1 + confidence) / 2) * array.std(ddof=1) / np.sqrt(len(array)))
     return float(array.mean()) - half, float(array.mean()) + half
 
@@ -66,8 +61,8 @@ def interval(
     """
     values, chosen = per_prompt(metric, counts, target=target), METRICS[metric]
     table = np.asarray(counts, dtype=np.float64)
-    numbers = whole_totals(table)
-    t = chosen.target(target, table.shape[1])
+    numbers = np.rint(table.sum(axis=1)).astype(np.int64)
+    t = target_shares(target, table.shape[1])
     resamples = resamples_for(num_resamples, len(table))
     generator = np.random.default_rng(seed)
 
@@ -165,16 +160,6 @@ def bias_aware(
     ends = (value - upward - spread(below, 1), value + downward + spread(above, -1))
     low, high = np.clip(ends, *metric.limits(target))
     return float(low), float(high)
-
-
-def whole_totals(table: FloatArray) -> NDArray[np.int64]:
-    """Each prompt's number of images, (prompts,), of counts or sums of probabilities that are no shares."""
-    totals = table.sum(axis=1)
-    fractional = np.any(table != np.floor(table), axis=1)
-    bad = np.flatnonzero((np.abs(totals - np.rint(totals)) > 1e-3) | (fractional & (totals < 1.5)))
-    if len(bad):
-        raise EvaluationError(f"Expected counts of whole numbers of images, not shares, got {totals[bad[0]]:.6g}.")
-    return np.rint(totals).astype(np.int64)
 
 
 def resamples_for(num_resamples: int, num_prompts: int) -> int:

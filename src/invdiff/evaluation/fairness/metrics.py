@@ -93,36 +93,31 @@ class Metric:
         ends = np.append(self.formula(np.eye(len(target)), target), float(self.fair_value))
         return float(ends.min()), float(ends.max())
 
-    def target(self, target: ArrayLike | None, num_groups: int) -> FloatArray:
-        """Target shares, (groups,), even when None; refused where the metric takes none or they do not fit."""
-        if target is None:
-            return np.full(num_groups, 1 / num_groups)
-        if not self.takes_target:
-            raise EvaluationError(
-                f"Expected no target for {self.name}, which compares groups with each other, got one."
-            )
-        array = np.asarray(target, dtype=np.float64)
-        if array.shape != (num_groups,) or not np.all(array > 0) or abs(array.sum() - 1) > 1e-6:
-            raise EvaluationError(f"Expected {num_groups} target shares above zero that sum to 1, got {target!r}.")
-        return array / array.sum()
+
+METRICS: Mapping[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(bias, 0, False, "Bias: 0 is even, 1 is always one class"),
+        Metric(fairness_discrepancy, 0, True, "distance of the shares to the target: 0 is on target"),
+        Metric(parity_gap, 0, False, "largest share less the smallest: 0 is even"),
+        Metric(kl_to_target, 0, True, "divergence from the target, nats: 0 is on target"),
+        Metric(normalised_entropy, 1, False, "entropy over its maximum: 1 is even"),
+        Metric(worst_group_ratio, 1, False, "smallest share over the largest: 1 is even"),
+    )
+}
 
 
-_METRICS = (
-    Metric(bias, 0, False, "Bias: 0 is even, 1 is always one class"),
-    Metric(fairness_discrepancy, 0, True, "distance of the shares to the target: 0 is on target"),
-    Metric(parity_gap, 0, False, "largest share less the smallest: 0 is even"),
-    Metric(kl_to_target, 0, True, "divergence from the target, nats: 0 is on target"),
-    Metric(normalised_entropy, 1, False, "entropy over its maximum: 1 is even"),
-    Metric(worst_group_ratio, 1, False, "smallest share over the largest: 1 is even"),
-)
-METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _METRICS}
+def target_shares(target: ArrayLike | None, num_groups: int) -> FloatArray:
+    """Target shares, (groups,), that sum to 1; even when None."""
+    shares = np.ones(num_groups) if target is None else np.asarray(target, dtype=np.float64)
+    return shares / shares.sum()
 
 
 def per_prompt(metric: str, counts: ArrayLike, *, target: ArrayLike | None = None) -> FloatArray:
     """A metric's value for each prompt, (prompts,), of counts, (prompts, groups), and a target, (groups,), or even."""
-    table, chosen = checked_counts(counts), METRICS[metric]
+    table = checked_counts(counts)
     p = table / table.sum(axis=1, keepdims=True)
-    return chosen.formula(p, chosen.target(target, p.shape[1]))
+    return METRICS[metric].formula(p, target_shares(target, p.shape[1]))
 
 
 def squared_discrepancy_unbiased(counts: ArrayLike, target: ArrayLike | None = None) -> float:
@@ -133,7 +128,7 @@ def squared_discrepancy_unbiased(counts: ArrayLike, target: ArrayLike | None = N
     well be negative.
     """
     table = checked_counts(counts)
-    t = METRICS["fairness_discrepancy"].target(target, table.shape[1])
+    t = target_shares(target, table.shape[1])
     numbers = table.sum(axis=1, keepdims=True)
     squares = table * (table - 1) / (numbers * (numbers - 1))
     return float((squares - 2 * t * table / numbers + t**2).sum(axis=1).mean())
@@ -155,12 +150,11 @@ def metric_floor(
 ) -> float:
     """Expected value of a metric for a sampler that draws the groups from the target, (groups,), even when None.
 
-    Exact for bias, for KL and entropy (a sum over groups of binomial expectations), for two groups (a binomial
-    sum) and where at most 20,000 tables of counts are possible. Else a Monte Carlo mean whose standard error is
-    below 0.5% of it or below 1e-4. It is the multinomial floor: softmax sums spread less, so theirs is lower
-    (for a metric that is 1 when fair: nearer 1). `num_images` is one number for all prompts, or (prompts,).
+    Exact for bias, for two groups (a binomial sum) and where at most 20,000 tables of counts are possible. Else a
+    Monte Carlo mean whose standard error is below 0.5% of it or below 1e-4. It is the multinomial floor: softmax sums
+    spread less, so theirs is nearer to the fair value. `num_images` is one number for all prompts, or (prompts,).
     """
-    t = tuple(METRICS[metric].target(target, num_groups).tolist())
+    t = tuple(target_shares(target, num_groups).tolist())
     distinct, prompts = np.unique(np.asarray(num_images).astype(np.int64), return_counts=True)
     floors = [_expected_value(metric, int(number), t, seed) for number in distinct]
     return float(np.average(floors, weights=prompts))
@@ -179,12 +173,6 @@ def _expected_value(name: str, num_images: int, shares_drawn: tuple[float, ...],
         log_choose = gammaln(2 * half + 1) - 2 * gammaln(half + 1)
         distance = 2 * half * np.exp(log_choose - half * np.log(4.0))
         return float(binom.pmf(counts, num_images, 2 / num_groups) @ distance) / num_images
-    if name in ("kl_to_target", "normalised_entropy"):
-        # Sums over groups, and each group's count is Binomial(N, t_k).
-        p, kl = counts / num_images, name == "kl_to_target"
-        distinct, groups = np.unique(target, return_counts=True)
-        terms = [binom.pmf(counts, num_images, t) @ (rel_entr(p, t) if kl else entr(p)) for t in distinct]
-        return float(np.dot(terms, groups)) / (1.0 if kl else float(np.log(num_groups)))
     if comb(num_images + num_groups - 1, num_groups - 1) <= MAX_ENUMERATED or num_groups == 2:
         # All tables of counts, (tables, groups), by stars and bars.
         end = num_images + num_groups - 1

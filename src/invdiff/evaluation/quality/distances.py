@@ -38,10 +38,8 @@ def frechet_distance(features: ArrayLike, reference: ArrayLike) -> float:
     return max(float(shift @ shift + traces - 2 * np.linalg.norm(roots[0] @ roots[1].T, "nuc")), 0.0)
 
 
-def kernel_distance(
-    features: ArrayLike, reference: ArrayLike, *, degree: int = 3, confidence: float = 0.95
-) -> Quantity:
-    """Squared MMD of features, (N, D), and a reference's, (M, D), under the kernel (x.y / D + 1)^degree (KID).
+def kernel_distance(features: ArrayLike, reference: ArrayLike, *, confidence: float = 0.95) -> Quantity:
+    """Squared MMD of features, (N, D), and a reference's, (M, D), under the kernel (x.y / D + 1)^3 (KID).
 
     Bińkowski et al., "Demystifying MMD GANs" (ICLR 2018): the unbiased estimate, whose expectation does not depend on
     N and M, so that it may lie below 0; papers often give a thousandfold. The interval is the jackknife's (Arvesen,
@@ -50,7 +48,7 @@ def kernel_distance(
     first, second = checked_pair(features, reference, minimum=3)
     # A product is several times faster than a power.
     sums, itself = _kernel_sums(
-        first, second, lambda x, y: reduce(np.multiply, [polynomial_kernel(x, y, degree=1)] * degree)
+        first, second, lambda x, y: reduce(np.multiply, [polynomial_kernel(x, y, degree=1)] * 3)
     )
     value, variance = 0.0, 0.0
     for side, others in ((0, 1), (1, 0)):
