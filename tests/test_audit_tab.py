@@ -142,7 +142,7 @@ def test_changes_of_others_are_kept_and_an_audit_made_anew_is_not_changed(tab, f
     assert Audit.load(folder).group_names == (("theirs", "ours"),)
     (folder / CURATION).unlink()
     rewrite(folder, lambda tensors, _: tensors.update({"group_weights.0": 1 - tensors["group_weights.0"]}))
-    assert "made anew meanwhile" in tab("rename", 0, 1, "ours")["audit-status"]
+    assert "the audit that was opened" in tab("rename", 0, 1, "ours")["audit-status"]
     assert not (folder / CURATION).exists()
 
 

@@ -136,7 +136,7 @@ def test_the_whole_way_each_command_naming_the_next(tmp_path, cache):
         "--resolution", 16, "--output", tmp_path / "annotator", "--quiet",
     )  # fmt: skip
     words = next_command(out)
-    assert words[:3] == ["invdiff", "evaluate", str(images)]
+    assert words[:4] == ["invdiff", "evaluate", str(images / "base"), str(images / "guided")]
     out = succeed(*words[1:], "--reference", data, "--output", tmp_path / "results.json", "--quiet")
     where, table = tmp_path / "results.json", tmp_path / "results.csv"
     assert out.rstrip().endswith(f"The results are in {where}, and as a table in {table}.")

@@ -212,7 +212,8 @@ def annotator_train(
     trained.save_pretrained(output)
     assert trained.held_out is not None  # `fit` measures
     print_annotator(trained.held_out.summary())
-    words = ("evaluate", output.parent / "images", "--annotator", output)
+    drawn = (output.parent / "images" / name for name in ("base", "guided"))
+    words = ("evaluate", *drawn, "--annotator", output)
     finish(f"The annotator is in {output}.", *words, "--attribute", next(iter(trained.attributes)))
 
 
@@ -254,5 +255,6 @@ def annotator_measure(
     held_out = measure_annotator(judge, images, attribute or None, progress=not quiet)
     save_measured(output, judge, held_out, spec=annotator, attribute=(attribute or [""])[0], classes=classes)
     print_annotator(held_out.summary())
-    words = ("evaluate", output.parent / "images", "--annotator", output)
+    drawn = (output.parent / "images" / name for name in ("base", "guided"))
+    words = ("evaluate", *drawn, "--annotator", output)
     finish(f"The measured annotator is in {output}.", *words, "--attribute", next(iter(held_out.attributes)))
