@@ -48,7 +48,6 @@ def test_the_guided_model_is_compared_at_the_middle_guidance_scale() -> None:
             {"m": {0.0: 0.9, 1.0: 0.1, 2.0: 0.2}},
         ),
         ({"m-0.5": (0.4, 0.5), "m": (0.1, 1)}, {"m": {0.5: 0.4, 1.0: 0.1}}),
-        ({"m_scale_0.5": (0.4, 0.5), "m delta=1.0": (0.1, 1)}, {"m": {0.5: 0.4, 1.0: 0.1}}),
         ({"run-1": (0.4, 0.5), "run-2": (0.1, 1)}, {}),  # numbers that are not the strengths
         ({"0.5": (0.4, 0.5), "1": (0.1, 1)}, {}),
     ],

@@ -67,13 +67,6 @@ def test_impossible_counts_are_refused(counts, message):
             take(counts)
 
 
-def test_unbiased_square_equals_the_mean_over_pairs_of_images():
-    row = [4, 2, 1]
-    images = np.repeat(np.eye(3), row, axis=0) - TARGET
-    pairs = [images[i] @ images[j] for i, j in combinations(range(7), 2)]
-    assert squared_discrepancy_unbiased([row], TARGET) == pytest.approx(np.mean(pairs))
-
-
 @pytest.mark.parametrize("p", [EVEN, np.array([0.7, 0.2, 0.1])])
 def test_unbiased_square_averages_to_the_truth_over_all_samples(p):
     tables = {}

@@ -19,7 +19,7 @@ from PIL import Image
 
 from browser import LAYOUT, needs_browser, open_browser
 from invdiff import save_report
-from invdiff.auditing.edits import Edits, apply
+from invdiff.auditing.edits import apply
 from invdiff.auditing.result import Audit
 from invdiff.errors import AuditError, ConfigError, DataError, InvDiffError
 from invdiff.evaluation.fairness.intervals import share_interval
@@ -129,15 +129,6 @@ def test_people_s_edits_are_said_and_shares_are_of_the_images_kept(finished: Pat
     assert not {"0-0.png", "0-18.png", "1-1.png"} & set(re.findall(r"\d-\d+\.png", alts))
     assert "on land from " in alts
     assert (tmp_path / "out" / "report-groups.png").is_file()
-
-
-def test_one_group_alone_has_no_smallest(finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished / "audit", tmp_path / "audit")
-    audit, edits = Audit.load(tmp_path / "audit"), Edits().with_cuts(0, 0, [99.0])
-    apply(audit, edits).save_edits(tmp_path / "audit")
-    assert "the smallest group holds 10% of" in report(tmp_path / "one", audit=tmp_path / "audit")[1]
-    apply(audit, edits.with_cuts(0, 1, [99.0])).save_edits(tmp_path / "audit")
-    assert "smallest" not in report(tmp_path / "both", audit=tmp_path / "audit")[1]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -104,8 +103,7 @@ def modules_by_scale(results: Results, chosen: Comparison) -> dict[str, dict[flo
     lines: dict[str, list[tuple[float, Measures]]] = {}
     for model, measures in at_key.items():
         if scale := scales.get(model):
-            ending = re.search(r"[-_ =]*(?:scale|delta)?[-_ =]*([0-9]+(?:[.][0-9]+)?)$", model[-40:], re.IGNORECASE)
-            stem = model[: -len(ending[0])] if ending and float(ending[1]) == scale else ""
+            stem = model.removesuffix(f"{scale:g}").rstrip("-_ ")
             lines.setdefault(label(stem or model), []).append((scale, measures))
     return {
         name: dict(sorted((*start, *line), key=lambda point: point[0]))
