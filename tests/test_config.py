@@ -102,7 +102,7 @@ def test_quoted_numbers_are_text_no_is_a_word_and_a_byte_order_mark_does_not_mat
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("steps: 0", "TrainConfig.steps: expected at least 1, got 0"),
+        ("steps: -1", "TrainConfig.steps: expected at least 0, got -1"),
         ("stepz: 1\n3: 1", "TrainConfig: unknown setting 3, stepz; known are backend, mode,"),
         ("- steps", "expected a mapping of settings"),
         ("", "got NoneType"),
