@@ -125,6 +125,8 @@ def force_factors(evidence: Evidence, members: Mapping[int, NDArray[Any]], confi
     scored = {prompt: contrasts(evidence, rows, config) for prompt, rows in judged.items()}
     cuts = {prompt: [forced_split(scores[0], config)] for prompt, scores in scored.items() if scores}
     candidates = {prompt: [cut.candidate for cut in cuts.get(prompt, [])] for prompt in members}
+    if not cuts:
+        return Search([], candidates, {})
     factors, shifts = list[dict[int, Cut]](), Shifts(evidence.whitened(config.seed), judged)
     while cuts:
         first = next(iter(cuts))
