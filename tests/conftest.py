@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # two threads on a busy machine are slower than one
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import jinja2
 import numpy as np
 import pytest
 import torch
@@ -22,9 +25,11 @@ from invdiff.guidance.lora import GuidanceLoRA
 from invdiff.guidance.module import GuidanceModule
 from invdiff.models.load import load_pipeline
 from invdiff.training import objective
+from invdiff.training import train as train_module
 from tiny import CAPTIONS, make_stable_diffusion
 
 torch.set_num_threads(1)
+DIAGNOSTIC_BATCHES = 2
 PROCESSES = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 """What a launcher tells the second of two processes."""
 
@@ -95,9 +100,13 @@ def made_up_measures(
 
 
 @pytest.fixture(autouse=True, scope="session")
-def few_typical_losses() -> Iterator[None]:
+def little_beside_training() -> Iterator[None]:
+    """What training measures before and after its steps is of few images, and the card is compiled once."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objective, "LEVELS", 6)
         patch.setattr(objective, "IMAGES_PER_LEVEL", 3)  # unlike any batch of the tests
+        patch.setattr(train_module, "DIAGNOSTIC_BATCHES", DIAGNOSTIC_BATCHES)
+        patch.setattr(jinja2, "Template", functools.cache(jinja2.Template))
         yield
 
 
@@ -109,10 +118,16 @@ def tiny_pipe_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def tiny_pipe(tiny_pipe_dir: Path) -> StableDiffusionPipeline:
-    """The tiny pipeline, freshly loaded, on the CPU."""
+@pytest.fixture(scope="session")
+def loaded_pipe(tiny_pipe_dir: Path) -> StableDiffusionPipeline:
+    """The tiny pipeline as it was loaded; never change it."""
     return load_pipeline(tiny_pipe_dir, device="cpu")
+
+
+@pytest.fixture
+def tiny_pipe(loaded_pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """The tiny pipeline, loaded on the CPU, of the test's own."""
+    return copy.deepcopy(loaded_pipe)
 
 
 @pytest.fixture(scope="session")

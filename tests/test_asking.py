@@ -9,7 +9,6 @@ import pytest
 from conftest import make_tiny_pipeline
 from invdiff.auditing import asking
 from invdiff.auditing.asking import DRAWS, LEVELS, REST, Reading, asked_factors, questions, read_by_clip
-from invdiff.auditing.result import Audit
 from invdiff.auditing.run import audit
 from invdiff.auditing.splits import Given
 from invdiff.config import AuditConfig
@@ -47,7 +46,7 @@ def test_what_is_no_question_is_refused(line):
         questions(["a: b, c", "a: d, e"])
 
 
-def factors(values, shown, noise=0.5, captions=("a dog", "a cat"), caption_ids=None, **settings) -> Given:
+def factors(values, shown, noise=0.5, captions=("a dog", "a cat"), caption_ids=None, **settings):
     """What is made of readings of images of which `shown` (N,) is the true value, half of them of each prompt."""
     rng = np.random.default_rng(0)
     scores = 3.0 * np.eye(len(values))[shown] + noise * rng.normal(size=(2, len(shown), len(values)))
@@ -116,7 +115,7 @@ def test_images_whose_captions_state_a_value_have_that_group_and_are_not_judged(
     assert "captions state" in stated.candidates[0][0].refusal
 
 
-def run(pipe, folder, cache, ask=PLACE, **options) -> Audit:
+def run(pipe, folder, cache, ask=PLACE, **options):
     return audit(
         pipe, load_captioned_images(folder), ask=ask, config=CONFIG, cache_dir=cache, progress=False, **options
     )

@@ -16,7 +16,7 @@ from invdiff.auditing.result import Audit
 from invdiff.auditing.run import audit, distinct
 from invdiff.config import AuditConfig
 from invdiff.data.captioned import load_captioned_images
-from invdiff.data.encode import EncodedImages, as_encoded
+from invdiff.data.encode import as_encoded
 from invdiff.errors import AuditError, ConfigError, ModelError
 from invdiff.guidance.attach import attach
 from invdiff.models.frozen import FrozenDenoiser
@@ -25,7 +25,7 @@ from runs import inferred, made_up_data, sharded
 CONFIG = AuditConfig(solver="exact", batch_size=4, min_images=4, min_share=0.1)
 
 
-def made_up_evidence(minority: np.ndarray, *, contrast: float, features: float, seed: int = 0) -> Evidence:
+def made_up_evidence(minority, *, contrast, features, seed=0):
     """Evidence in which the minority stands apart by so many standard deviations."""
     rng = np.random.default_rng(seed)
     count = len(minority)
@@ -38,7 +38,7 @@ def made_up_evidence(minority: np.ndarray, *, contrast: float, features: float, 
     return Evidence(losses, sharded(views))
 
 
-def birds(count: int = 600) -> EncodedImages:
+def birds(count=600):
     return made_up_data(["a bird"], np.zeros(count, dtype=int))
 
 
@@ -132,12 +132,12 @@ def found():
     return inferred(data, evidence, [0, 1], max_factors=1)
 
 
-def edited(audit: Audit) -> Audit:
+def edited(audit):
     edits = Edits(names=(("", ""),)).with_name(0, 1, "on land")
     return apply(audit, edits.without_images([0, 1, 290, 599]).with_cuts(0, 1, [1.0]))
 
 
-def same(one: Audit, other: Audit) -> bool:
+def same(one, other):
     return (
         (one.fingerprint, one.prompts, one.factors) == (other.fingerprint, other.prompts, other.factors)
         and one.names == other.names
@@ -258,7 +258,7 @@ def test_groups_replaced_after_people_s_changes_are_saved_as_they_are(found, tmp
     assert loaded.group_names == (("", "on land"),)
 
 
-def run(pipe, folder, cache, **changes) -> Audit:
+def run(pipe, folder, cache, **changes):
     config = replace(CONFIG, **changes)
     return audit(pipe, load_captioned_images(folder), config=config, cache_dir=cache, progress=False)
 

@@ -221,7 +221,7 @@ def test_an_invariant_module_without_a_record_has_a_card_that_says_so(pipe, tmp_
     assert dict(tables(card)[0])["Training images"] == "not known"
 
 
-JUNK = (None, "text", 7, {"x": []}, [1, "2", None, [], {"prompt": 3, "losses": "ab", "found": 1}], 10**400)
+JUNK = (None, "text", {"x": []}, [1, "2", None, [], {"prompt": 3, "losses": "ab", "found": 1}], 10**400)
 
 
 @pytest.mark.parametrize("junk", JUNK, ids=lambda junk: type(junk).__name__)

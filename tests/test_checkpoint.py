@@ -10,7 +10,7 @@ from invdiff.training.checkpoint import TrainingRun, accelerator_for, learning_r
 CONFIG = TrainConfig(steps=8, checkpoint_every=2, ema_decay=0.9, mixed_precision="no")
 
 
-def make_run(folder, *, seed=0, inputs=3, settings=None, running=None) -> TrainingRun:
+def make_run(folder, *, seed=0, inputs=3, settings=None, running=None):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = nn.Linear(inputs, 2)

@@ -17,7 +17,7 @@ from invdiff.guidance.module import GuidanceModule
 from invdiff.models.families import family_of
 from invdiff.models.load import denoiser_of
 from test_attach import SCHEDULERS as ALL_STEPS
-from tiny import CAPTIONS, RESOLUTION, make_tiny, make_unet
+from tiny import CAPTIONS, RESOLUTION, TRANSFORMER, make_tiny, make_unet
 
 pytestmark = [
     # Several of diffusers' schedulers pass tensors to numpy in a way that numpy 2 deprecates.
@@ -119,9 +119,9 @@ def controlnet(family, folder):
     return pipe, partial(draw, other, 0, **{control: picture()})
 
 
-def ip_adapter(family, folder):
+def ip_adapter(folder):
     """An IP-Adapter of random weights in the layout in which they are published."""
-    pipe, embed_dim, tokens = make_tiny(family), 8, 4
+    pipe, embed_dim, tokens = make_tiny("sd1"), 8, 4
     random = partial(torch.randn, generator=torch.Generator().manual_seed(0))
     dim = pipe.unet.config.cross_attention_dim
     blocks = [name.removesuffix(".processor") for name in pipe.unet.attn_processors if "attn2" in name]
@@ -163,12 +163,9 @@ ADAPTERS = (
         f"{family}-lora": changed(family, lambda pipe, folder: pipe.load_lora_weights(save_lora(pipe, folder)))
         for family in FAMILIES
     }
-    | {f"{family}-controlnet": partial(controlnet, family) for family in ("sd1", "sdxl", "flux")}
-    | {f"{family}-ip_adapter": partial(ip_adapter, family) for family in ("sd1", "sdxl")}
-    | {
-        f"{family}-freeu": changed(family, lambda pipe, _: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4))
-        for family in ("sd1", "sdxl")
-    }
+    | {f"{family}-controlnet": partial(controlnet, family) for family in ("sd1", "flux")}
+    | {"sd1-freeu": changed("sd1", lambda pipe, _: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4))}
+    | {"sd1-ip_adapter": ip_adapter}
 )
 PIPELINES = {
     f"{name}{kind}": partial(image_pipeline, family, f"{name}{kind}Pipeline")
@@ -181,10 +178,9 @@ STEPS = {
         *(*ALL_STEPS, "DEISMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler"),
         *("KDPM2DiscreteScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler", "TCDScheduler"),
     ),
-    "sd2-v": ("DDIMScheduler", "HeunDiscreteScheduler"),
-    "sdxl": ("EulerAncestralDiscreteScheduler", "LCMScheduler"),
-    "pixart": ("EulerDiscreteScheduler", "UniPCMultistepScheduler"),
-    "dit": ("DDPMScheduler", "HeunDiscreteScheduler"),
+    "sd2-v": ("HeunDiscreteScheduler",),
+    "pixart": ("UniPCMultistepScheduler",),
+    "dit": ("DDPMScheduler",),
     "ddpm": ("DDPMScheduler",),
 }
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
@@ -229,7 +225,7 @@ def test_no_effect_leaves_images_bit_identical_and_a_trained_module_changes_them
             assert not torch.allclose(guided, draw(without, 0), rtol=0.01)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["sd1", "flux"])
 def test_a_lora_may_be_loaded_and_unloaded_while_attached(family, tmp_path):
     before, after = make_tiny(family), make_tiny(family)
     module = make_guidance_module(before)
@@ -255,9 +251,7 @@ def offload(pipe, kind):
 
 @pytest.mark.parametrize("attach_first", [True, False])
 @pytest.mark.parametrize("kind", ["model", "sequential", "group"])
-@pytest.mark.parametrize(
-    ("family", "make"), [("sd1", make_guidance_module), ("sd1", make_guidance_lora), ("flux", make_guidance_module)]
-)
+@pytest.mark.parametrize(("family", "make"), [("sd1", make_guidance_lora), ("flux", make_guidance_module)])
 def test_image_after_image_is_guided_whatever_is_offloaded(family, make, kind, attach_first):
     pipe = make_tiny(family)
     module = make(pipe)
@@ -283,13 +277,10 @@ def replace_denoiser(pipe, denoiser):
 
 @pytest.mark.parametrize(
     ("make", "family", "how", "backend"),
-    [
-        (make_guidance_module, "sd1", "in place", "eager"),
-        (make_guidance_module, "sd3", "wrapped", "aot_eager"),
-        (make_guidance_lora, "sd3", "wrapped", "aot_eager"),
-    ],
+    [(make_guidance_module, "sd1", "in place", "eager"), (make_guidance_lora, "sd3", "wrapped", "aot_eager")],
 )
-def test_a_compiled_denoiser_is_guided_as_before_and_at_scale_0_bit_identical(make, family, how, backend):
+def test_a_compiled_denoiser_is_guided_as_before_and_at_scale_0_bit_identical(make, family, how, backend, monkeypatch):
+    monkeypatch.setitem(TRANSFORMER, "num_layers", 1)  # to compile takes seconds a layer
     pipe = make_tiny(family)
     plain, attachment = draw(pipe, 0), attach(pipe, make(pipe))
     expected = draw(pipe, 0)

@@ -1,28 +1,24 @@
 """The models that a report compares, and their lines over the guidance scale and over the module's."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 
 from conftest import made_up_measures
-from invdiff.evaluation.results import Measures, Results
+from invdiff.evaluation.results import Results
 from invdiff.report.compare import Comparison, charts_of, compare, modules_by_scale, over_guidance
 from invdiff.report.read import Generated, Run
 
 
-def measures(bias: float, **more: float) -> Measures:
+def measures(bias, **more):
     return made_up_measures(bias, interval=(bias - 0.1, bias + 0.1), floor=0.05, **more)
 
 
-def compared(measured: Results) -> tuple[Any, ...]:
+def compared(measured):
     chosen = compare(Run(results=measured))
     assert chosen is not None
     return chosen.before, chosen.after, chosen.key, chosen.keys, list(chosen.measures)
 
 
-def test_the_guided_model_is_compared_at_the_middle_guidance_scale() -> None:
+def test_the_guided_model_is_compared_at_the_middle_guidance_scale():
     by_scale = {key: measures(0.5) for key in ("1.0", "10.0", "3.0", "unstated")}
     models = {"other": by_scale, "guided": by_scale, "base": by_scale}
     found = compared(Results(models))
@@ -52,9 +48,7 @@ def test_the_guided_model_is_compared_at_the_middle_guidance_scale() -> None:
         ({"0.5": (0.4, 0.5), "1": (0.1, 1)}, {}),
     ],
 )
-def test_modules_at_two_strengths_are_lines(
-    models: dict[str, tuple[float, float | None]], expected: dict[str, dict[float, float]]
-) -> None:
+def test_modules_at_two_strengths_are_lines(models, expected):
     scales = {name: scale for name, (_, scale) in models.items() if scale is not None}
     found = Results({name: {"3.0": measures(bias)} for name, (bias, _) in models.items()}, module_scales=scales)
     chosen = compare(Run(results=found))
@@ -63,7 +57,7 @@ def test_modules_at_two_strengths_are_lines(
     assert {name: {scale: entry.bias for scale, entry in line.items()} for name, line in lines.items()} == expected
 
 
-def test_every_figure_has_its_chart_with_gaps_where_it_is_missing() -> None:
+def test_every_figure_has_its_chart_with_gaps_where_it_is_missing():
     line = {0.0: measures(0.9, accuracy=0.9), 0.5: measures(0.4, frechet=3.0), 1.0: measures(0.1, accuracy=0.8)}
     charts = charts_of({"ours": line}, "scale of the module")
     assert [chart.title.partition(":")[0] for chart in charts] == ["Bias", "Subject right", "Fréchet distance"]
@@ -76,7 +70,7 @@ def test_every_figure_has_its_chart_with_gaps_where_it_is_missing() -> None:
     assert charts[0].lines[0].points[0][2:] == (pytest.approx(0.8), 1.0)
 
 
-def test_every_model_has_its_line_over_the_guidance_scale() -> None:
+def test_every_model_has_its_line_over_the_guidance_scale():
     models = {
         "guided": {"1.0": measures(0.1), "3.0": measures(0.2), "unstated": measures(0.9)},
         "base": {"1.0": measures(0.7), "3.0": measures(0.9)},

@@ -1,7 +1,6 @@
 """Two processes do what one does: the same groups, the same images, losses equal but for the order of sums."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from invdiff import (
     GenerateConfig,
     TrainConfig,
     audit,
+    distributed,
     finetune,
     generate,
     load_captioned_images,
@@ -28,22 +28,29 @@ from invdiff.data import encode
 from invdiff.distributed import is_main, num_processes
 from invdiff.errors import ConfigError
 from invdiff.training import objective
+from invdiff.training import train as train_module
+from test_cli import run
 from tiny import CAPTIONS
 
+SMALL = {
+    (encode, "SHARD_SIZE"): 4,  # so that there is something to share
+    (evidence, "SHARD_SIZE"): 4,
+    (objective, "LEVELS"): 4,
+    (objective, "IMAGES_PER_LEVEL"): 4,
+    (train_module, "DIAGNOSTIC_BATCHES"): 2,
+}
 FINDING = AuditConfig(solver="exact", min_images=4, min_share=0.1, batch_size=4)
 
 
 def whole_job(folder: Path, out: Path) -> None:
     """Audit, train and generate, as each process does it."""
-    # Small shards, so that there is something to share.
-    encode.SHARD_SIZE, evidence.SHARD_SIZE, objective.IMAGES_PER_LEVEL = 4, 4, 4
     pipe, data = make_tiny_pipeline(), load_captioned_images(folder)
     options = {"cache_dir": out / "cache", "progress": False}
     found = audit(pipe, data, config=FINDING, **options)
     if is_main():
         found.save(out / "audit")
         (out / "processes").write_text(str(num_processes()))
-    training = TrainConfig(steps=20, batch_size=8, preserve=0, mixed_precision="no", checkpoint_every=10)
+    training = TrainConfig(steps=12, batch_size=8, preserve=0, mixed_precision="no", checkpoint_every=10)
     module = train(pipe, data, found, out / "module", config=training, **options)
     drawing = GenerateConfig(images_per_prompt=3, num_inference_steps=2, batch_size=2)
     generate(pipe, list(CAPTIONS), out / "guided", module=module, config=drawing, progress=False)
@@ -58,14 +65,16 @@ def free_port() -> str:
 
 @pytest.fixture(scope="module")
 def jobs(tiny_folder, tmp_path_factory):
-    """The folders of the same job done by one process and by two that find each other on this machine."""
+    """The folders of the same job done by this process and by two that find each other on this machine."""
     folders = [tmp_path_factory.mktemp(f"processes-{count}") for count in (1, 2)]
-    port = free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for (module, name), value in SMALL.items():
+            patch.setattr(module, name, value)
+        whole_job(tiny_folder, folders[0])
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port"]
-    for launcher, folder in zip(([], [*torchrun, port]), folders, strict=True):
-        command = [sys.executable, *launcher, __file__, str(tiny_folder), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stdout + done.stderr
+    command = [sys.executable, *torchrun, free_port(), __file__, str(tiny_folder), str(folders[1])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert [(folder / "processes").read_text() for folder in folders] == ["1", "2"]
     return folders
 
@@ -80,7 +89,7 @@ def test_two_processes_find_the_same_groups(jobs):
 def test_training_losses_agree(jobs):
     logs = [(folder / "module" / "log.jsonl").read_text().splitlines() for folder in jobs]
     one, two = ([json.loads(line) for line in lines] for lines in logs)
-    assert [row["step"] for row in one] == [row["step"] for row in two] == [10, 20]
+    assert [row["step"] for row in one] == [row["step"] for row in two] == [10, 12]
     for row, other in zip(one, two, strict=True):
         assert other["loss"] == pytest.approx(row["loss"], rel=1e-4)
         assert torch.allclose(*(torch.tensor(each["group_losses"]) for each in (row, other)), rtol=1e-4)
@@ -109,12 +118,15 @@ def test_what_processes_cannot_share_is_refused(tiny_folder, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_processes_that_do_not_come_are_waited_for_in_words_and_not_for_long(tiny_pipe_dir, tmp_path, rank):
-    code = "from invdiff import cli, distributed as d; d.NOTICE /= 20; d.JOINING /= 100; cli.main()"
-    command = [sys.executable, "-c", code, "generate", str(tiny_pipe_dir), "a photo", "--output", str(tmp_path), "-q"]
+def test_processes_that_do_not_come_are_waited_for_in_words_and_not_for_long(
+    tiny_pipe_dir, tmp_path, monkeypatch, rank
+):
+    monkeypatch.setattr(distributed, "NOTICE", distributed.NOTICE / 20)
+    monkeypatch.setattr(distributed, "JOINING", distributed.JOINING / 150)
+    monkeypatch.setattr(distributed.PartialState, "_shared_state", {})  # no group was joined yet
     left = PROCESSES | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": free_port()}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | left)
-    assert done.returncode == 1
+    done = run("generate", tiny_pipe_dir, "a photo", "--output", tmp_path, "-q", env=left)
+    assert done.exit_code == 1
     waiting, error = done.stderr.splitlines()
     assert waiting.startswith(f"waiting for 2 processes, of which this is number {int(rank) + 1}. To run alone: unset")
     assert error.startswith("error: Expected 2 processes to come together at localhost")
@@ -122,4 +134,6 @@ def test_processes_that_do_not_come_are_waited_for_in_words_and_not_for_long(tin
 
 
 if __name__ == "__main__":
+    for (module, name), value in SMALL.items():
+        setattr(module, name, value)
     whole_job(*map(Path, sys.argv[1:]))

@@ -8,12 +8,12 @@ from invdiff.errors import ConfigError
 from invdiff.guidance.environments import EnvironmentMix, strata
 
 
-def noise(images: int, seed: int = 0) -> torch.Tensor:
+def noise(images, seed=0):
     return torch.randn(images, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("sizes", [(3,), (2, 2), (4, 2, 3), (6, 4)])
-def test_strata_lie_evenly_over_each_factor_and_over_all_combinations(sizes: tuple[int, ...]):
+def test_strata_lie_evenly_over_each_factor_and_over_all_combinations(sizes):
     cells = np.floor(strata(3 * math.prod(sizes), "key", sizes) * sizes).astype(int)
     for block in np.split(cells, 3):
         assert len(np.unique(block, axis=0)) == math.prod(sizes)
@@ -31,7 +31,7 @@ def test_each_number_is_uniform_and_factors_are_independent_over_keys():
 
 
 @pytest.mark.parametrize("proportions", [[0.1, 0.2, 0.7], [0.0, 1.0, 0.0]])
-def test_groups_meet_the_proportions_asked_for_whatever_the_number_of_images(proportions: list[float]):
+def test_groups_meet_the_proportions_asked_for_whatever_the_number_of_images(proportions):
     drawn = EnvironmentMix(proportions, (3,)).draw([str(image) for image in range(81)])[:, 0]
     assert np.abs(np.bincount(drawn, minlength=3) - 81 * np.array(proportions)).max() <= 1
     assert torch.equal(EnvironmentMix(proportions, (3,)).draw(["0", "1", "2", "3", "4"])[:, 0], drawn[:5])
@@ -54,7 +54,7 @@ def test_an_independent_draw_follows_from_the_image_alone():
 
 
 @pytest.mark.parametrize("given", [[1, 0, 2], torch.tensor([1, 0, 2]), np.array([1, 0, 2])])
-def test_given_groups_are_repeated_for_further_rows(given: object):
+def test_given_groups_are_repeated_for_further_rows(given):
     rows = EnvironmentMix(given, (3,)).rows(noise(6))
     assert rows.tolist() == [[1], [0], [2], [1], [0], [2]]
 
@@ -84,6 +84,6 @@ def test_given_groups_are_those_of_each_image_and_must_fit_the_batch():
         ([0, 1], (2, 2), r"2 factor\(s\)"),
     ],
 )
-def test_what_fits_no_module_is_refused(environments: object, num_groups: tuple[int, ...], message: str):
+def test_what_fits_no_module_is_refused(environments, num_groups, message):
     with pytest.raises(ConfigError, match=message):
         EnvironmentMix(environments, num_groups)

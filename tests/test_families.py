@@ -42,7 +42,7 @@ def prompts_of(family):
     return {"ddpm": [], "dit": ["landbird", "waterbird"]}.get(family, list(CAPTIONS))
 
 
-def draw(pipe, family, *, guidance_scale=4.0, steps=3):
+def draw(pipe, family, *, guidance_scale=4.0, steps=2):
     """Images of two prompts, (2, 3, height, width)."""
     output = family_of(pipe).draw(
         pipe,
@@ -67,6 +67,15 @@ def of_family(data, family):
     return data
 
 
+@cache
+def start(family, folder):
+    """What all backends of a family begin with: an audit, its cache, images, and the pipeline saved and loaded."""
+    pipe, place = tiny(family), folder.with_name(f"start-{family}")
+    found = run_audit(pipe, family, load_captioned_images(folder), place)
+    pipe.save_pretrained(place / "pipe")
+    return found, place / "cache", draw(pipe, family), load_pipeline(place / "pipe", device="cpu")
+
+
 def run_audit(pipe, family, data, tmp_path):
     settings = {"solver": "gradient" if family == "ddpm" else "exact", "min_images": 4, "min_share": 0.1}
     config = AuditConfig(**settings, resolution=RESOLUTION.get(family, 0))
@@ -78,21 +87,19 @@ def run_audit(pipe, family, data, tmp_path):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_audits_trains_draws_and_is_read_back(family, backend, data, tmp_path):
+def test_a_family_audits_trains_draws_and_is_read_back(family, backend, data, tiny_folder, tmp_path):
     pipe = tiny(family)
     if backend == "tokens" and family in ("dit", "ddpm"):
         with pytest.raises(ModelError, match=r"reads prompt embeddings, to append tokens to, got .* reads none"):
             BACKENDS[backend].for_pipeline(pipe)
         return
-    found = run_audit(pipe, family, data, tmp_path)
+    found, cache_dir, before, saved = start(family, tiny_folder)
     assert len(found.prompts) == (1 if family == "ddpm" else len(set(found.prompt_ids.tolist())))
     rest = {"batch_size": 8, "learning_rate": 3e-3, "preserve": 0, "mixed_precision": "no"}
     config = TrainConfig(backend=backend, steps=30 if backend == "module" else 10, **rest)
-    options = {"config": config, "cache_dir": tmp_path / "cache", "progress": False}
-    before = draw(pipe, family)
-    untrained = BACKENDS[backend].for_pipeline(pipe)
-    with attach(pipe, untrained):
+    with attach(pipe, BACKENDS[backend].for_pipeline(pipe)):
         assert torch.equal(draw(pipe, family), before)
+    options = {"config": config, "cache_dir": cache_dir, "progress": False}
     module = train(pipe, of_family(data, family), found, tmp_path / "module", **options)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "module" / "log.jsonl").read_text().splitlines()]
     if backend == "module":  # others can hardly make a model of random weights draw anything
@@ -100,7 +107,7 @@ def test_a_family_audits_trains_draws_and_is_read_back(family, backend, data, tm
 
     loaded = load_guidance(tmp_path / "module")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), module.parameters(), strict=True))
-    sizes = {"images_per_prompt": 2, "num_inference_steps": 2, "resolution": RESOLUTION.get(family, 0)}
+    sizes = {"images_per_prompt": 2, "num_inference_steps": 1, "resolution": RESOLUTION.get(family, 0)}
     images = GenerateConfig(**sizes, guidance_scale=1.0 if family == "ddpm" else 3.0)
     drawn = generate(pipe, prompts_of(family), tmp_path / "out", module=loaded, config=images, progress=False)
     rows = [json.loads(line) for line in (drawn / "manifest.jsonl").read_text().splitlines()]
@@ -112,9 +119,6 @@ def test_a_family_audits_trains_draws_and_is_read_back(family, backend, data, tm
         assert not torch.allclose(expected, before, atol=1e-3)
         attachment.scale = 0
         assert torch.equal(draw(pipe, family), before)
-    assert torch.equal(draw(pipe, family), before)
-    pipe.save_pretrained(tmp_path / "pipe")
-    saved = load_pipeline(tmp_path / "pipe", device="cpu")
     with attach(saved, loaded):
         assert torch.allclose(draw(saved, family), expected, atol=1e-5)
 
@@ -358,7 +362,7 @@ def test_what_starts_from_images_is_refused_before_any_work(make, message, data,
 # storage in other types than the compute type
 
 
-@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16])
 def test_layerwise_casting_leaves_a_model_the_same_to_modules_and_to_itself(storage, data, tmp_path):
     pipe = make_tiny("sd1")
     trained_before = make_guidance_module(pipe)

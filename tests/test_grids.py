@@ -1,10 +1,5 @@
 """Pictures of audits and of comparisons."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,13 +15,13 @@ from runs import HOSTILE, LAND, WATER, make_audit
 RED, BLUE = (200, 40, 40), (40, 40, 200)
 
 
-def pixels(path: Path) -> np.ndarray:
+def pixels(path):
     with Image.open(path) as image:
         assert (image.format, image.width) == ("PNG", 1600)
         return np.asarray(image.convert("RGB"))
 
 
-def test_an_audit_is_drawn_with_its_images_by_name(tmp_path: Path, drawn: list[Any]) -> None:
+def test_an_audit_is_drawn_with_its_images_by_name(tmp_path, drawn):
     data = make_audit(tmp_path, per_prompt=40, rare=5)
     path = save_audit_picture(tmp_path, data)
     assert path == tmp_path / "groups.png"
@@ -41,7 +36,7 @@ def test_an_audit_is_drawn_with_its_images_by_name(tmp_path: Path, drawn: list[A
     assert save_audit_picture(tmp_path, shuffled).read_bytes() == first
 
 
-def test_names_are_drawn_and_images_left_out_are_not(tmp_path: Path, drawn: list[Any]) -> None:
+def test_names_are_drawn_and_images_left_out_are_not(tmp_path, drawn):
     data = make_audit(tmp_path, prompts=(LAND,))
     edits = Edits(names=(("", "$\\water{ <b>" + "x" * 40),)).without_images([0, 19]).with_cuts(0, 0, [99.0])
     apply(Audit.load(tmp_path), edits).save_edits(tmp_path)
@@ -52,7 +47,7 @@ def test_names_are_drawn_and_images_left_out_are_not(tmp_path: Path, drawn: list
 
 
 @pytest.mark.parametrize("found", [True, False])
-def test_hostile_prompts_are_drawn_inside_the_margins(tmp_path: Path, drawn: list[Any], found: bool) -> None:
+def test_hostile_prompts_are_drawn_inside_the_margins(tmp_path, drawn, found):
     prompts = tuple(text.replace("\ud800", "") for text in (*HOSTILE[:9], "W" * 500))
     path = save_audit_picture(tmp_path, make_audit(tmp_path, prompts=prompts, per_prompt=3, rare=1, found=found))
     assert (pixels(path)[:, -60:] == 255).all()
@@ -61,7 +56,7 @@ def test_hostile_prompts_are_drawn_inside_the_margins(tmp_path: Path, drawn: lis
     assert any(str(part).startswith("one hump, not WWW") for part in drawn) == (not found)
 
 
-def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_drawn_is_refused(tmp_path):
     data = make_audit(tmp_path)
     with pytest.raises(AuditError, match=r"without 1 of 40, first images/0-0\.png"):
         save_audit_picture(tmp_path, data.select(range(1, 40)))
@@ -71,7 +66,7 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_before_and_after_stand_above_each_other(finished: Path, tmp_path: Path, drawn: list[Any]) -> None:
+def test_before_and_after_stand_above_each_other(finished, tmp_path, drawn):
     chosen = compare(read_run(find_parts(finished)))
     assert chosen is not None
     save_before_after(tmp_path / "a.png", chosen)

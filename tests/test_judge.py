@@ -103,43 +103,21 @@ def test_the_nearest_mix_makes_images_even_or_says_how_near_they_come(right):
     assert nearest(np.full((3, 3), 1 / 3), np.eye(3), thirds)[0] == pytest.approx(thirds, abs=1e-3)
 
 
-def test_training_calibrates_the_mix_that_images_are_then_drawn_by(audited, tmp_path):
-    words = [audited / "model", audited / "data", audited / "audit", "--output", tmp_path / "m", "--cache-dir"]
-    words += [
-        audited / "cache",
-        "--backend",
-        "lora",
-        "--steps",
-        1,
-        "--batch-size",
-        4,
-        "--null-adapter",
-        "off",
-        "--calibrate",
-        3,
-        "--preserve",
-        0,
-    ]
-    succeed("train", *words, "-q")
+def test_training_calibrates_the_mix_that_images_are_then_drawn_by(audited, tmp_path, monkeypatch):
+    monkeypatch.setitem(calibrate.__kwdefaults__, "images", 8)
+    words = [audited / "model", audited / "data", audited / "audit", "--output", tmp_path / "m", "--preserve", 0, "-q"]
+    words += ["--cache-dir", audited / "cache", "--backend", "lora", "--null-adapter", "off", "--calibrate", 3]
+    words += ["--steps", 1, "--batch-size", 4]
+    succeed("train", *words)
     mixes = json.loads((tmp_path / "m" / "config.json").read_text())["mixes"]
     assert set(mixes["3"]) == {LAND}  # the prompt whose shares are uneven
     assert all(sum(mix) == pytest.approx(1) for (mix,) in mixes["3"].values())
     assert not (tmp_path / "m" / ".calibration").exists()
-    drawing = [
-        "--module",
-        tmp_path / "m",
-        "--environments",
-        "calibrated",
-        "--steps",
-        1,
-        "--images-per-prompt",
-        32,
-        "-q",
-    ]
-    succeed("generate", audited / "model", LAND, *drawing, "--output", tmp_path / "images")
+    drawing = ["--module", tmp_path / "m", "--environments", "calibrated", "--steps", 1, "--images-per-prompt", 32]
+    succeed("generate", audited / "model", LAND, *drawing, "--output", tmp_path / "images", "-q")
     rows = [json.loads(line) for line in (tmp_path / "images" / "manifest.jsonl").read_text().splitlines()]
     assert sum(row["environment"] == [1] for row in rows) / 32 == pytest.approx(mixes["3"][LAND][0][1], abs=1 / 32)
-    error = fail("generate", audited / "model", LAND, *drawing, "--guidance-scale", 5, "--output", tmp_path / "no")
+    error = fail("generate", audited / "model", LAND, *drawing, "--guidance-scale", 5, "--output", tmp_path, "-q")
     assert "calibrated for 'a photo of a landbird' at guidance scale 5, found 3:" in error
 
 
@@ -152,10 +130,8 @@ def test_calibration_keeps_the_better_null_row_and_draws_nothing_twice(audited, 
         return generate(*arguments, module=module, config=few, **options)
 
     monkeypatch.setattr("invdiff.evaluation.calibrate.generate", counted)
-    pipe, options = (
-        load_pipeline(audited / "model", device="cpu"),
-        {"images": 8, "choose_null": True, "progress": False},
-    )
+    pipe = load_pipeline(audited / "model", device="cpu")
+    options = {"images": 8, "choose_null": True, "progress": False}
     pipe.set_progress_bar_config(disable=True)
     guidance = make_guidance_lora(pipe, null_adapter="off")
     guidance.register_to_config(factor_names=["place"])

@@ -11,7 +11,7 @@ from invdiff.training.train import train
 AUDIT = AuditConfig(solver="exact", min_images=4, min_share=0.1)
 
 
-def audit_and_module(pipe, folder, table, output) -> dict[str, bytes]:
+def audit_and_module(pipe, folder, table, output):
     (folder / "metadata.csv").write_text("\n".join(map(",".join, table)))
     data, options = load_captioned_images(folder), {"cache_dir": output / "cache", "progress": False}
     found = audit(pipe, data, config=AUDIT, **options)

@@ -1,5 +1,3 @@
-from typing import Any
-
 import accelerate
 import pytest
 import torch
@@ -10,7 +8,7 @@ from invdiff.guidance.base import weight_signature
 from invdiff.guidance.module import GuidanceModule
 
 
-def inputs(height: int = 8, width: int = 8) -> tuple[Any, ...]:
+def inputs(height=8, width=8):
     """Noisy latents, timesteps, condition, prediction and middle features of three rows."""
     numbers = torch.Generator().manual_seed(0)
     shapes = [(3, 4, height, width), (3, 16, 16), (3, 4, height, width), (3, 32, 4, 4)]
@@ -18,12 +16,12 @@ def inputs(height: int = 8, width: int = 8) -> tuple[Any, ...]:
     return latents, torch.tensor([10, 500, 900]), {"prompt_embeds": embeds}, model_pred, features
 
 
-def environments(*groups: int) -> torch.Tensor:
+def environments(*groups):
     return torch.tensor(groups)[:, None]
 
 
 @pytest.mark.parametrize("side", [(7, 5), (1, 1), (9, 16)])
-def test_the_shift_has_the_shape_of_any_latents(tiny_pipe, side: tuple[int, int]):
+def test_the_shift_has_the_shape_of_any_latents(tiny_pipe, side):
     shift = make_guidance_module(tiny_pipe)(*inputs(*side), environments(0, 1, 1))
     assert shift.shape == (3, 4, *side)
 
@@ -73,7 +71,7 @@ def test_initial_weights_follow_from_the_seed_alone(tiny_pipe):
 @pytest.mark.parametrize(
     "options", [{"num_groups": 1}, {"num_groups": ()}, {"mode": "balancd"}, {"width": 20}, {"width": -8}]
 )
-def test_settings_out_of_range_are_refused(tiny_pipe, options: dict[str, object]):
+def test_settings_out_of_range_are_refused(tiny_pipe, options):
     with pytest.raises(ConfigError, match=r"Expected .* got"):
         GuidanceModule.for_pipeline(tiny_pipe, **options)
 

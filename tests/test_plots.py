@@ -1,12 +1,8 @@
 """Charts: the figures that are drawn, gaps, names beside lines, light and dark paper, and hostile text."""
 
-from __future__ import annotations
-
 import base64
 import io
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -22,12 +18,12 @@ from invdiff.report.read import splits_of
 from runs import HOSTILE, make_audit
 
 
-def line(place: int | None, y: list[float | None], *, bar: float = np.nan, name: str = "") -> Line:
+def line(place, y, *, bar=np.nan, name=""):
     points = [(float(x), v, *((None, None) if v is None else (v - bar, v + bar))) for x, v in enumerate(y, start=1)]
     return Line(name or f"line {place}", points, place)
 
 
-def drawn(lines: list[Line], **chart: Any) -> Any:
+def drawn(lines, **chart):
     """The axes of a chart."""
     with matplotlib.rc_context(plots.style()):
         axes = Figure(layout="constrained").add_subplot()
@@ -36,15 +32,15 @@ def drawn(lines: list[Line], **chart: Any) -> Any:
     return axes
 
 
-def image_of(uri: str) -> Image.Image:
+def image_of(uri):
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
 
-def colour_at_corner(uri: str) -> str:
+def colour_at_corner(uri):
     return f"#{bytes(image_of(uri).convert('RGB').getpixel((0, 0))).hex()}"  # type: ignore[arg-type]
 
 
-def test_lines_go_through_their_figures_with_gaps_and_stand_side_by_side() -> None:
+def test_lines_go_through_their_figures_with_gaps_and_stand_side_by_side():
     axes = drawn([line(None, [0.1, 0.2, None, 0.4]), line(0, [0.5, 0.6, 0.7, 0.8])])
     base, other = (
         next(one for one in axes.lines if one.get_color() == colour and len(one.get_xdata()) > 1)
@@ -56,7 +52,7 @@ def test_lines_go_through_their_figures_with_gaps_and_stand_side_by_side() -> No
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "3", "4"]
 
 
-def test_intervals_and_floors_are_within_the_axes_and_lines_differ_in_colour_and_in_marker() -> None:
+def test_intervals_and_floors_are_within_the_axes_and_lines_differ_in_colour_and_in_marker():
     axes = drawn([line(k, [-0.2, None, 1.3], bar=0.2) for k in range(8)], floors=[[(1.0, 1.9), (3.0, 1.9)]] * 2, top=1)
     bars = [bar for bars in axes.collections for bar in bars.get_segments() if len(bar)]
     assert [bar[:, 1].tolist() for bar in bars[:2]] == [[-0.4, 0.0], pytest.approx([1.1, 1.5])]
@@ -70,14 +66,14 @@ def test_intervals_and_floors_are_within_the_axes_and_lines_differ_in_colour_and
 
 
 @pytest.mark.parametrize("values", [[0.0] * 8, [1.0] * 8, [0.0, 0.01, 0.5, 0.51, 0.52, 0.99, 1.0, 1.0]])
-def test_names_stand_apart_beside_the_axes(values: list[float]) -> None:
+def test_names_stand_apart_beside_the_axes(values):
     axes = drawn([line(k, [0.5, value]) for k, value in enumerate(values)], top=1)
     heights = [text.get_position()[1] for text in axes.texts]
     assert np.diff(heights).min() > 0.08
     assert max(heights) <= axes.get_ylim()[1]
 
 
-def test_charts_are_drawn_on_light_and_on_dark_paper_and_the_settings_of_matplotlib_stay() -> None:
+def test_charts_are_drawn_on_light_and_on_dark_paper_and_the_settings_of_matplotlib_stay():
     before = dict(matplotlib.rcParams)
     found = plots.plot_chart(Chart("y", "x", [line(0, [0.5, 0.5])]), "over x")
     assert dict(matplotlib.rcParams) == before
@@ -89,7 +85,7 @@ def test_charts_are_drawn_on_light_and_on_dark_paper_and_the_settings_of_matplot
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_hostile_names_are_drawn_as_text_and_the_same_chart_is_the_same_file(tmp_path: Path, count: int) -> None:
+def test_hostile_names_are_drawn_as_text_and_the_same_chart_is_the_same_file(tmp_path, count):
     names = [*HOSTILE, "_hidden", "x" * 10_000]
     chart = Chart(HOSTILE[1], HOSTILE[0], [line(k, [0.5, 0.2], name=name) for k, name in enumerate(names)])
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
@@ -101,7 +97,7 @@ def test_hostile_names_are_drawn_as_text_and_the_same_chart_is_the_same_file(tmp
         assert (np.asarray(image.convert("RGB"))[:, -20:] == 255).all()
 
 
-def test_a_histogram_shows_cuts_and_names_each_group_s_reach(tmp_path: Path) -> None:
+def test_a_histogram_shows_cuts_and_names_each_group_s_reach(tmp_path):
     make_audit(tmp_path)
     split = splits_of(Audit.load(tmp_path))[0]
     found = plots.histogram(split)
@@ -114,7 +110,7 @@ def test_a_histogram_shows_cuts_and_names_each_group_s_reach(tmp_path: Path) -> 
     assert sum(patch.get_height() for patch in axes.patches) == 20
 
 
-def test_small_images_are_kept_exactly_and_large_ones_are_made_small() -> None:
+def test_small_images_are_kept_exactly_and_large_ones_are_made_small():
     small, large = (plots.thumb(Image.new("RGB", (side, side), (200, 40, 40)), "alt") for side in (96, 640))
     assert colour_at_corner(small.uri) == "#c82828"
     assert large.uri.startswith("data:image/jpeg")

@@ -7,6 +7,7 @@ import torch
 from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import as_encoded
 from invdiff.models.frozen import FrozenDenoiser
+from invdiff.training import preservation
 from invdiff.training.preservation import unrelated_captions, unrelated_condition
 
 
@@ -17,6 +18,8 @@ def test_captions_with_the_last_word_of_one_of_the_images_are_left_out():
 
 def test_what_the_model_takes_for_a_caption_of_the_images_is_left_out(tiny_pipe, tiny_folder, tmp_path, monkeypatch):
     data = as_encoded(tiny_pipe, load_captioned_images(tiny_folder), tmp_path, progress=False)
+    everyday = unrelated_captions([])[::16]
+    monkeypatch.setattr(preservation, "unrelated_captions", lambda captions: everyday)
     with FrozenDenoiser(tiny_pipe) as frozen:
         for threshold, empty in ((0.0, False), (10.0, True)):
             monkeypatch.setattr("invdiff.config.AuditConfig.caption_threshold", threshold)

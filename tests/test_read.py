@@ -1,14 +1,9 @@
 """The parts of a report, and what stays where it is: labels, private files, paths of the machine."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -26,20 +21,20 @@ from test_cli import succeed
 
 
 @pytest.fixture(autouse=True)
-def plain() -> Iterator[None]:
+def plain():
     """No picture is drawn."""
     with undrawn():
         yield
 
 
-def label(folder: Path, values: Sequence[Any], column: str = "background") -> None:
+def label(folder, values, column="background"):
     """Give the images of a folder a column of labels, and list them in another order."""
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     rows = [row | {column: value} for row, value in zip(rows, values, strict=True)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
 
 
-def labelled(run: Path, folder: Path, values: Sequence[Any], column: str = "background") -> tuple[Page, str]:
+def labelled(run, folder, values, column="background"):
     """The report of a run with a column of 40 labels in its data."""
     shutil.copytree(run / "data", folder / "data")
     label(folder / "data", values, column)
@@ -66,9 +61,7 @@ def labelled(run: Path, folder: Path, values: Sequence[Any], column: str = "back
         (["Land", "land "] * 20, "background", Edits(), None, None),
     ],
 )
-def test_labels_are_counted_under_all_captions_of_a_prompt(
-    tmp_path: Path, values: Sequence[Any], column: str, edits: Edits, land: Any, water: Any
-) -> None:
+def test_labels_are_counted_under_all_captions_of_a_prompt(tmp_path, values, column, edits, land, water):
     make_audit(tmp_path)
     label(tmp_path, values, column)
     audit = json.loads((tmp_path / "audit.json").read_text())
@@ -83,7 +76,7 @@ def test_labels_are_counted_under_all_captions_of_a_prompt(
     assert found == ({LAND: land, "a nice landbird": land, WATER: water} if land else {})
 
 
-def test_labels_stand_for_the_data_where_there_are_any(finished: Path, tmp_path: Path) -> None:
+def test_labels_stand_for_the_data_where_there_are_any(finished, tmp_path):
     page, twin = labelled(finished, tmp_path, ["land"] * 17 + ["water"] * 23)
     assert "| Prompt | Class | Training data | Base model | With guidance | Target |" in twin
     for text in (page.words, twin):
@@ -95,7 +88,7 @@ def test_labels_stand_for_the_data_where_there_are_any(finished: Path, tmp_path:
     assert f"| {LAND} | land | 85% ({low} to {high}) | 90% (" in twin
 
 
-def test_the_audit_s_groups_stand_for_the_data_where_there_are_no_labels(finished: Path, tmp_path: Path) -> None:
+def test_the_audit_s_groups_stand_for_the_data_where_there_are_no_labels(finished, tmp_path):
     page, twin = labelled(finished, tmp_path, ["land"] * 40, "colour")
     assert "| Prompt | Data (the audit's groups) | Class | Base model | With guidance | Target |" in twin
     for text in (page.words, twin):
@@ -103,9 +96,7 @@ def test_the_audit_s_groups_stand_for_the_data_where_there_are_no_labels(finishe
         assert "Training data" not in text
 
 
-def test_hostile_labels_are_text_and_a_prompt_without_labels_keeps_the_audit_s_groups(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_hostile_labels_are_text_and_a_prompt_without_labels_keeps_the_audit_s_groups(finished, tmp_path):
     hostile = SCRIPT + "|`\n\n# \u202ex" + "y" * 10_000
     expected, markdown = labelled(finished, tmp_path / "a", ["land"] * 19 + ["else"] + [""] * 20)
     page, twin = labelled(finished, tmp_path / "b", ["land"] * 19 + [hostile] + [""] * 20)
@@ -124,14 +115,14 @@ def test_hostile_labels_are_text_and_a_prompt_without_labels_keeps_the_audit_s_g
 # Private files.
 
 
-def hide(secret: Path, link: Path) -> None:
+def hide(secret, link):
     """Put a link to a private picture in the place of an image."""
     Image.new("RGB", (12, 12), (1, 2, 3)).save(secret)
     link.unlink()
     link.symlink_to(secret)
 
 
-def test_audited_images_outside_the_data_are_not_shown(finished: Path, tmp_path: Path) -> None:
+def test_audited_images_outside_the_data_are_not_shown(finished, tmp_path):
     shutil.copytree(finished / "data", tmp_path / "data")
     hide(tmp_path / "private.png", tmp_path / "data" / "images" / "0-19.png")
     page, twin = report(tmp_path / "out", audit=finished / "audit", data=tmp_path / "data")
@@ -145,11 +136,11 @@ def test_audited_images_outside_the_data_are_not_shown(finished: Path, tmp_path:
 # Paths.
 
 
-def everything(folder: Path) -> str:
+def everything(folder):
     return "".join((folder / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
 
 
-def test_no_path_of_the_machine_is_written(run: Path, tmp_path: Path) -> None:
+def test_no_path_of_the_machine_is_written(run, tmp_path):
     audit = json.loads((run / "audit" / "audit.json").read_text())
     audit["settings"] = {"vision_encoder": str(tmp_path / "encoders" / "dino"), "seed": 4, "max_groups": 5}
     (run / "audit" / "audit.json").write_text(json.dumps(audit))
@@ -165,7 +156,7 @@ def test_no_path_of_the_machine_is_written(run: Path, tmp_path: Path) -> None:
     assert not re.search("DATA|SETTINGS", page.words)
 
 
-def test_data_is_called_as_it_was_typed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_is_called_as_it_was_typed(run, tmp_path, monkeypatch):
     (run / "data").rename(tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
     succeed("report", "run", "--data", "photos", "--max-unreadable", 0.5, "--output", "out")

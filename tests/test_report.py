@@ -1,17 +1,12 @@
 """A report says what the audit and the results say, shows hostile text as text, and asks no server for anything."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
@@ -21,7 +16,7 @@ from browser import LAYOUT, needs_browser, open_browser
 from invdiff import save_report
 from invdiff.auditing.edits import apply
 from invdiff.auditing.result import Audit
-from invdiff.errors import AuditError, ConfigError, DataError, InvDiffError
+from invdiff.errors import AuditError, ConfigError, DataError
 from invdiff.evaluation.fairness.intervals import share_interval
 from invdiff.evaluation.results import Results
 from invdiff.report.figures import percent
@@ -32,7 +27,7 @@ from test_cli import fail, succeed
 
 
 @pytest.fixture(scope="module")
-def written(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(finished, tmp_path_factory):
     """The report of the whole run with all its pictures, written by the command."""
     folder = tmp_path_factory.mktemp("report")
     assert str(folder / "report.html") in succeed("report", finished, "--output", folder)
@@ -40,19 +35,19 @@ def written(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def plain() -> Iterator[None]:
+def plain():
     """Pictures of all other reports are not drawn."""
     with undrawn():
         yield
 
 
 @pytest.fixture(scope="module")
-def page(written: Path) -> Page:
+def page(written):
     return Page((written / "report.html").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def twin(written: Path) -> str:
+def twin(written):
     """The Markdown, as text."""
     return html.unescape((written / "report.md").read_text(encoding="utf-8"))
 
@@ -60,7 +55,7 @@ def twin(written: Path) -> str:
 # What it says.
 
 
-def test_figures_and_groups_are_those_of_the_results_and_of_the_audit(finished: Path, page: Page, twin: str) -> None:
+def test_figures_and_groups_are_those_of_the_results_and_of_the_audit(finished, page, twin):
     results = Results.load(finished / "results.json")
     for model, count in (("base", 18), ("guided", 11)):
         bias = results.models[model]["1.0"].first.overall["bias"]
@@ -83,7 +78,7 @@ def test_figures_and_groups_are_those_of_the_results_and_of_the_audit(finished: 
     assert pairs[:2] == [f"Base model: {LAND}, seed 0", f"With guidance: {LAND}, seed 0"]
 
 
-def test_it_says_how_to_reproduce_it_and_what_it_does_not_prove(page: Page, twin: str) -> None:
+def test_it_says_how_to_reproduce_it_and_what_it_does_not_prove(page, twin):
     folders = [f"{name}=images/{name}-cfg-{scale}" for name in ("base", "guided") for scale in (1, 3)]
     for text in (page.words, " ".join(twin.split())):
         for words in (
@@ -101,7 +96,7 @@ def test_it_says_how_to_reproduce_it_and_what_it_does_not_prove(page: Page, twin
         assert "eople changed" not in text
 
 
-def test_people_s_edits_are_said_and_shares_are_of_the_images_kept(finished: Path, tmp_path: Path) -> None:
+def test_people_s_edits_are_said_and_shares_are_of_the_images_kept(finished, tmp_path):
     audit = tmp_path / "audit"
     shutil.copytree(finished / "audit", audit)
     inferred = Audit.load(audit)
@@ -140,9 +135,7 @@ def test_people_s_edits_are_said_and_shares_are_of_the_images_kept(finished: Pat
         ((0.99, 1.0), "guidance did harm"),
     ],
 )
-def test_the_verdict_claims_no_more_than_the_intervals(
-    finished: Path, tmp_path: Path, interval: tuple[float, float], verdict: str
-) -> None:
+def test_the_verdict_claims_no_more_than_the_intervals(finished, tmp_path, interval, verdict):
     document = json.loads((finished / "results.json").read_text())
     for model, ends in (("base", (0.7, 0.98)), ("guided", interval)):
         bias = document["models"][model]["1.0"]["attributes"]["background"]["overall"]["bias"]
@@ -156,7 +149,7 @@ def test_the_verdict_claims_no_more_than_the_intervals(
 # Nothing leaves the page.
 
 
-def test_every_image_is_a_data_uri_and_nothing_is_fetched(written: Path, page: Page) -> None:
+def test_every_image_is_a_data_uri_and_nothing_is_fetched(written, page):
     uris = [*page.values("src"), *page.values("srcset")]
     assert len(uris) > 60
     for uri in uris:
@@ -174,9 +167,7 @@ def test_every_image_is_a_data_uri_and_nothing_is_fetched(written: Path, page: P
     assert all(after - before <= 1 for before, after in pairwise(levels))
 
 
-def test_pictures_of_the_markdown_lie_beside_it_and_earlier_ones_are_removed(
-    finished: Path, tmp_path: Path, written: Path, twin: str
-) -> None:
+def test_pictures_of_the_markdown_lie_beside_it_and_earlier_ones_are_removed(finished, tmp_path, written, twin):
     names = re.findall(r"!\[[^]]*\]\(([^)]*)\)", twin)
     assert names == ["report-before-after.png", "report-groups.png", "report-bias.png"]
     for name in names:
@@ -186,7 +177,7 @@ def test_pictures_of_the_markdown_lie_beside_it_and_earlier_ones_are_removed(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md"]
 
 
-def test_the_same_parts_give_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+def test_the_same_parts_give_the_same_bytes(finished, tmp_path):
     for name in ("a", "b"):
         save_report(tmp_path / name, **vars(find_parts(finished)))
     first, second = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab")
@@ -197,7 +188,7 @@ def test_the_same_parts_give_the_same_bytes(finished: Path, tmp_path: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def hostile_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hostile_folder(tmp_path_factory):
     """A report in which every name and caption is hostile."""
     folder = tmp_path_factory.mktemp("hostile")
     prompts = tuple(text for text in NASTY if text.strip())
@@ -227,7 +218,7 @@ def hostile_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def test_hostile_text_is_shown_makes_no_element_and_is_cut_but_for_commands(page: Page, hostile_folder: Path) -> None:
+def test_hostile_text_is_shown_makes_no_element_and_is_cut_but_for_commands(page, hostile_folder):
     source, markdown = ((hostile_folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
     found = Page(source)
     assert {tag for tag, _ in found.elements} <= {tag for tag, _ in page.elements} | {"summary", "details"}
@@ -244,7 +235,7 @@ def test_hostile_text_is_shown_makes_no_element_and_is_cut_but_for_commands(page
     assert "x" * 301 not in outside
 
 
-def test_hostile_text_is_text_in_markdown_too(hostile_folder: Path) -> None:
+def test_hostile_text_is_text_in_markdown_too(hostile_folder):
     markdown = (hostile_folder / "report.md").read_text(encoding="utf-8")
     tokens = MarkdownIt("commonmark").enable("table").parse(markdown)
     flat = [*tokens, *(child for token in tokens for child in token.children or [])]
@@ -274,9 +265,7 @@ def test_hostile_text_is_text_in_markdown_too(hostile_folder: Path) -> None:
         (["audit", "images"], ["These images were not measured"], f"Base model: {LAND}, seed 7"),
     ],
 )
-def test_absent_parts_are_said(
-    finished: Path, tmp_path: Path, given: list[str], both: list[str], page_only: str
-) -> None:
+def test_absent_parts_are_said(finished, tmp_path, given, both, page_only):
     images = {name: finished / "images" / f"{name}-cfg-1" for name in ("base", "guided")}
     parts = {"audit": finished / "audit", "results": finished / "results.json", "images": images}
     page, twin = report(tmp_path, **{name: parts[name] for name in given})
@@ -286,7 +275,7 @@ def test_absent_parts_are_said(
     assert "typical of" not in alts
 
 
-def test_nothing_found_and_one_model_alone_are_said_plainly(tmp_path: Path) -> None:
+def test_nothing_found_and_one_model_alone_are_said_plainly(tmp_path):
     make_audit(tmp_path / "audit", found=False)
     folder = make_images(tmp_path / "base", {LAND: 18})
     measured({"base": folder}).save(tmp_path / "results.json")
@@ -299,7 +288,7 @@ def test_nothing_found_and_one_model_alone_are_said_plainly(tmp_path: Path) -> N
         assert "nothing is compared" in text
 
 
-def test_scales_of_one_module_make_a_curve(tmp_path: Path) -> None:
+def test_scales_of_one_module_make_a_curve(tmp_path):
     folders = {
         f"m-{scale:g}": make_images(tmp_path / f"{scale:g}", {LAND: 20 - int(8 * scale)}, scale=scale)
         for scale in (0.5, 1.0, 1.25)
@@ -318,12 +307,12 @@ def test_scales_of_one_module_make_a_curve(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "report-bias.png").exists()
 
 
-def test_parts_that_do_not_fit_are_errors_and_nothing_is_written(finished: Path, tmp_path: Path) -> None:
+def test_parts_that_do_not_fit_are_errors_and_nothing_is_written(finished, tmp_path):
     images = {name: make_images(tmp_path / name, {LAND: 18, WATER: 2}) for name in ("base", "guided")}
     (images["guided"] / "0-0.png").write_text("no image")
     (tmp_path / "results.json").write_text("{")
     other = make_audit(tmp_path / "other", per_prompt=4)
-    wrong: list[tuple[dict[str, Any], type[InvDiffError], str]] = [
+    wrong = [
         ({}, ConfigError, "Expected audit/ or results.json in what is given"),
         ({"audit": finished / "audit", "data": other}, AuditError, "Give the data that the audit was made on"),
         ({"audit": finished / "audit", "images": images}, DataError, r"Could not read the image .*guided/0-0\.png"),
@@ -337,7 +326,7 @@ def test_parts_that_do_not_fit_are_errors_and_nothing_is_written(finished: Path,
 
 
 @pytest.mark.parametrize("words", [["absent"], ["."], [".", "--caption-column", "text"]])
-def test_the_command_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+def test_the_command_says_what_it_lacks(tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
     assert fail("report", *words, "--output", "out").startswith("error: Expected")
 
@@ -348,11 +337,11 @@ def test_the_command_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.Monk
 @needs_browser
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("which", ["written", "hostile_folder"])
-def test_a_browser_shows_it_whole_and_asks_for_nothing(request: pytest.FixtureRequest, which: str, width: int) -> None:
+def test_a_browser_shows_it_whole_and_asks_for_nothing(request, which, width):
     address = (request.getfixturevalue(which) / "report.html").as_uri()
     with open_browser() as browser:
         view = browser.new_page(viewport={"width": width, "height": 900})
-        asked: list[str] = []
+        asked = []
         view.on("request", lambda sent: asked.append(sent.url))
         view.goto(address)
         view.evaluate("Promise.all([...document.images].map(image => image.decode()))")

@@ -1,10 +1,7 @@
 """The commands of a report are the real ones, quoted for a shell, and name no path of the machine."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,29 +15,29 @@ from invdiff.report.reproduce import MOST_WORDS, commands, reproduce
 BIRD = "a photo of a bird"
 
 
-def audited(**settings: Any) -> Audit:
+def audited(**settings):
     settings = AuditConfig().to_dict() | {"denoiser_fingerprint": "0123"} | settings
     return Audit((np.eye(2, dtype=np.float32),), np.zeros((1, 2)), np.zeros(2, int), [], [], ["a", "b"], 6.0, settings)
 
 
-def drawn(folder: str = "guided", **settings: Any) -> Run:
+def drawn(folder="guided", **settings):
     known = {"prompts": [BIRD], **GenerateConfig().to_dict(), "module": "digest", "environments": [[0.5, 0.5]]}
     return Run(images={"guided": Generated([], [folder], [known | settings])})
 
 
-def evaluated(quality: tuple[str, ...] = (), **stated: Any) -> Run:
+def evaluated(quality=(), **stated):
     bias = Estimate(value=0.5, low=0.4, high=0.6, floor=0.1)
     spread = AttributeMeasures({BIRD: {"land": 10, "water": 0}}, {"bias": bias})
     measures = Measures(10, {"background": spread}, quality=dict.fromkeys(quality, Quantity(1.0)))
     return Run(results=Results({"base": {"3.0": measures}}, attribute="background", **stated))
 
 
-def only(run: Run) -> str:
+def only(run):
     ((_, command),) = commands(run)
     return command
 
 
-def test_only_settings_that_differ_from_the_defaults_are_written_and_parts_have_their_own_names() -> None:
+def test_only_settings_that_differ_from_the_defaults_are_written_and_parts_have_their_own_names():
     assert only(Run(audit=audited())) == "invdiff audit MODEL DATA --output audit"
     names = {"audit": ["out/a b"], "module": ["out/module"], "data": ["photos", "--split", "test"]}
     module = {"base_model": "/x/birds", "record": {"training": TrainConfig(steps=7).to_dict()}}
@@ -51,7 +48,7 @@ def test_only_settings_that_differ_from_the_defaults_are_written_and_parts_have_
     ]
 
 
-def test_images_are_drawn_with_what_they_were_drawn_with() -> None:
+def test_images_are_drawn_with_what_they_were_drawn_with():
     command = only(drawn("out/guided", guidance_scale=7.5, seed=2, environments=[[0.7, 0.3]], scale=0.5))
     words = "--module module --environments 0.7,0.3 --output out/guided --guidance-scale 7.5 --scale 0.5 --seed 2"
     assert sorted(shlex.split(command)) == sorted(["invdiff", "generate", "MODEL", BIRD, *words.split()])
@@ -72,7 +69,7 @@ def test_images_are_drawn_with_what_they_were_drawn_with() -> None:
         {"environments": "hostile"},
     ],
 )
-def test_what_a_command_cannot_say_is_said_beside_it(settings: dict[str, Any]) -> None:
+def test_what_a_command_cannot_say_is_said_beside_it(settings):
     found = reproduce(drawn(**settings), "1.0")
     ((title, command),) = found["commands"]
     assert "settings below" in title
@@ -81,7 +78,7 @@ def test_what_a_command_cannot_say_is_said_beside_it(settings: dict[str, Any]) -
     assert [step for step, _ in found["settings"]] == ["Generate: guided, guided"]
 
 
-def test_evaluation_names_the_models_that_figures_name() -> None:
+def test_evaluation_names_the_models_that_figures_name():
     quality = ("Frechet distance (net)", "FID (inception)", "KID (inception)", "CLIP-T (clip)", "CMMD (clip)")
     run = evaluated(
         (*quality, "LPIPS diversity (alexnet)", "Vendi score (odd (name))"),
@@ -97,14 +94,14 @@ def test_evaluation_names_the_models_that_figures_name() -> None:
     )
 
 
-def test_the_demo_is_one_command() -> None:
+def test_the_demo_is_one_command():
     run = evaluated(run={"settings": DemoConfig(seed=3, num_inference_steps=5).to_dict()})
     assert only(run) == "invdiff demo --num-inference-steps 5 --seed 3"
     assert ("demo", "3") in next(table for table in reproduce(run, "1.0")["facts"] if table.caption == "Seeds").rows
 
 
 @pytest.mark.parametrize("value", ["$(touch x)", "'; touch x; '", "`touch x`", "a\nb"])
-def test_hostile_settings_are_one_word(value: str) -> None:
+def test_hostile_settings_are_one_word(value):
     words = shlex.split(only(drawn(prompts=[value], seed=value)))
     assert words[3] == value
     assert words[-1] == value
@@ -119,13 +116,13 @@ def test_hostile_settings_are_one_word(value: str) -> None:
         (".", ["/"]),
     ],
 )
-def test_no_path_of_the_machine_is_shown(shown: str, paths: list[str | Path]) -> None:
+def test_no_path_of_the_machine_is_shown(shown, paths):
     assert [shown_path(path) for path in paths] == [shown] * len(paths)
     settings = {"vision_encoder": paths[-1], "prompts": ["/imagine a bird"], "seed": 3, "audit": None}
     assert without_paths(settings) == settings | {"vision_encoder": shown}
 
 
-def test_inside_the_run_a_path_is_shown_from_there(tmp_path: Path) -> None:
+def test_inside_the_run_a_path_is_shown_from_there(tmp_path):
     assert shown_path(tmp_path / "run" / "images" / "base", tmp_path / "run") == "images/base"
     assert shown_path(tmp_path / "run", tmp_path / "run") == "."
     assert shown_path(tmp_path / "elsewhere" / "base", tmp_path / "run") == "base"

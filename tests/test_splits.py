@@ -9,7 +9,7 @@ from invdiff.config import AuditConfig
 from invdiff.errors import AuditError
 
 
-def dispersion(parts: list[np.ndarray]) -> float:
+def dispersion(parts):
     """The between-group variance of scores."""
     scores = np.concatenate(parts)
     return sum(len(part) * (part.mean() - scores.mean()) ** 2 for part in parts) / len(scores)
@@ -43,7 +43,7 @@ def test_gradient_groups_find_a_far_minority_and_a_larger_omega_makes_them_more_
     assert (np.diff(three.T @ scores / three.sum(axis=0)) > 0).all()
 
 
-def mixture(count: int, minority: float, distance: float, seed: int = 0) -> np.ndarray:
+def mixture(count, minority, distance, seed=0):
     rng = np.random.default_rng(seed)
     rare = int(count * minority)
     return np.concatenate([rng.normal(size=count - rare), rng.normal(distance, 1, rare)])

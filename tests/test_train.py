@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import make_tiny_pipeline
+from conftest import DIAGNOSTIC_BATCHES, make_tiny_pipeline
 from invdiff.auditing.edits import Edits, apply
-from invdiff.auditing.result import Audit, PromptAudit
+from invdiff.auditing.result import PromptAudit
 from invdiff.config import AuditConfig, TrainConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import as_encoded, encode_captions
@@ -18,8 +18,9 @@ from invdiff.guidance.backends import load_guidance
 from invdiff.guidance.base import Rows
 from invdiff.models.families import DenoiserCall
 from invdiff.models.frozen import FrozenDenoiser, denoiser_fingerprint
+from invdiff.training import preservation
 from invdiff.training import train as train_module
-from invdiff.training.train import DIAGNOSTIC_BATCHES, train, with_new_factors
+from invdiff.training.train import train, with_new_factors
 from runs import built_audit
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -30,7 +31,7 @@ def hard(labels, num_groups=2):
     return np.eye(num_groups, dtype=np.float32)[np.asarray(labels)]
 
 
-def make_audit(names, labels, prompt_ids, *, found=(True, True), **settings) -> Audit:
+def make_audit(names, labels, prompt_ids, *, found=(True, True), **settings):
     """An audit that found these groups under some prompts."""
     prompt_ids, made_up = np.asarray(prompt_ids), {"captions": [], "num_images": 0, "reason": ""}
     prompts = [PromptAudit(prompt=f"prompt {i}", found=each, **made_up) for i, each in enumerate(found)]
@@ -241,13 +242,15 @@ def test_preservation_keeps_unrelated_captions_as_the_frozen_model_draws_them(
     tiny_pipe, data, found, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(AuditConfig, "caption_threshold", 0.0)  # random weights hardly read captions
+    everyday = preservation.unrelated_captions([])[::4]
+    monkeypatch.setattr(preservation, "unrelated_captions", lambda captions: everyday)
     numbers, moved = torch.Generator().manual_seed(0), []
     latents, timesteps = torch.randn(16, 4, 8, 8, generator=numbers), torch.linspace(100, 950, 16).long()
     condition = encode_captions(tiny_pipe, ["a photo of a spoon", "a photo of a hill"] * 8)
     rows = Rows(torch.arange(16)[:, None] // 2 % 2)
-    for preserve in (0.0, 0.5):
-        changes = {"preserve": preserve, "steps": 40, "batch_size": 16, "learning_rate": 6e-3}
-        module = run(tiny_pipe, data, found, tmp_path / str(preserve), **changes)
+    for share in (0.0, 0.5):
+        changes = {"preserve": share, "steps": 25, "batch_size": 12, "learning_rate": 6e-3}
+        module = run(tiny_pipe, data, found, tmp_path / str(share), **changes)
         with FrozenDenoiser(tiny_pipe) as frozen, torch.no_grad():
             guided, _ = module.guided(frozen, DenoiserCall(latents, timesteps, condition), rows)
             moved.append((guided - frozen(latents, timesteps, condition)[0]).square().mean().item())
