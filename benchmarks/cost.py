@@ -143,7 +143,7 @@ def size(name: str) -> dict[str, Any]:
             for key, shape in condition_shapes.items()
         }
     family = family_of(holder(denoiser))
-    capture = FeatureCapture(denoiser, family.shape(denoiser).feature_path, family.hidden_states)
+    capture = FeatureCapture(denoiser, family, family.shape(denoiser).feature_path)
     with FlopCounterMode(display=False) as frozen:
         model_pred = family.predict(denoiser, latents, timesteps, condition)
     features = family.on_grid(capture.take(), latents)

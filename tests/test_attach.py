@@ -12,6 +12,7 @@ from conftest import CAPTIONS, make_guidance_module, make_tiny_pipeline
 from invdiff.errors import ConfigError, ModelError
 from invdiff.guidance.attach import attach
 from invdiff.guidance.module import GuidanceModule
+from invdiff.models.families import family_of
 from invdiff.models.frozen import FeatureCapture
 
 # Several of diffusers' schedulers pass tensors to numpy in a way that numpy 2 deprecates.
@@ -65,7 +66,7 @@ def record_environments(pipe, attachment):
 
 def test_the_output_is_the_frozen_prediction_plus_scale_times_the_shift(tiny_pipe):
     module = make_guidance_module(tiny_pipe)
-    capture = FeatureCapture(tiny_pipe.unet, "mid_block")
+    capture = FeatureCapture(tiny_pipe.unet, family_of(tiny_pipe), "mid_block")
     model_pred, features = denoise(tiny_pipe).sample, capture.take()
     (latents, embeds), groups = inputs(), torch.tensor([[1], [0], [1]])
     with torch.no_grad():

@@ -282,10 +282,10 @@ def test_a_denoiser_of_which_the_last_blocks_are_not_read_is_audited(tiny_pipe, 
 def test_a_killed_audit_goes_on_to_the_same_result(tiny_pipe, tiny_folder, tmp_path, monkeypatch, kill):
     monkeypatch.setattr(evidence_module, "SHARD_SIZE", 4)
     run(tiny_pipe, tiny_folder, tmp_path / "whole").save(tmp_path / "a")
-    kill(evidence_module, "_measure", 3, run, tiny_pipe, tiny_folder, tmp_path / "cut")
-    monkeypatch.setattr(evidence_module, "_measure", measure := Mock(wraps=evidence_module._measure))
+    kill(evidence_module, "paired_losses", 3, run, tiny_pipe, tiny_folder, tmp_path / "cut")
+    monkeypatch.setattr(evidence_module, "paired_losses", measure := Mock(wraps=evidence_module.paired_losses))
     run(tiny_pipe, tiny_folder, tmp_path / "cut").save(tmp_path / "b")
-    assert [call.args[2].tolist() for call in measure.call_args_list] == [[8, 9, 10, 11]]
+    assert [len(call.args[1]) for call in measure.call_args_list] == [4]
     for name in ("audit.safetensors", "audit.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 

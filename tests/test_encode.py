@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from conftest import CAPTIONS, contents, make_tiny_pipeline, write_tiny_folder
@@ -48,20 +48,6 @@ def test_latents_are_the_scaled_mode_of_each_image(tiny_pipe, data, tmp_path):
     torch.testing.assert_close(encoded.latents[[7]], mode * tiny_pipe.vae.config.scaling_factor)
     tiny_pipe.vae.register_to_config(shift_factor=0.5, scaling_factor=2.0)
     torch.testing.assert_close(run(tiny_pipe, data, tmp_path).latents[[7]], (mode - 0.5) * 2.0)
-
-
-def test_a_tiny_autoencoder_works_too(data, tmp_path):
-    pipe = make_tiny_pipeline()
-    pipe.vae = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8),
-        num_encoder_blocks=(1, 1, 1),
-        num_decoder_blocks=(1, 1, 1),
-    )
-    encoded = run(pipe, data, tmp_path)
-    with torch.no_grad():
-        expected = pipe.vae.encode(pixel_values(data.image(3), 32)[None]).latents
-    torch.testing.assert_close(encoded.latents[[3]], expected)
 
 
 def test_each_caption_is_encoded_once_in_order_and_the_empty_one_beside(tiny_pipe, tmp_path):

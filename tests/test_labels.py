@@ -153,7 +153,7 @@ def test_labels_of_what_features_do_not_show_are_not_spread():
 def test_labels_must_be_of_the_images_and_enough(given, message):
     with pytest.raises(DataError, match=message):
         labels_asked({"age": given}, [f"{i}.png" for i in range(12)])
-    with pytest.raises(DataError, match="attribute to name of an image to value"):
+    with pytest.raises(DataError, match="attribute to image to value"):
         labels_asked({"0.png": "a", "1.png": "b"}, ["0.png", "1.png"])
 
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq, minimize
 from scipy.special import exprel
-from sklearn.mixture import GaussianMixture
 
 from invdiff.auditing.logconcave import max_log_likelihood
 from invdiff.errors import AuditError
@@ -93,20 +92,6 @@ def test_no_log_concave_family_does_better(sample):
         assert max_log_likelihood(x) >= -len(x) * min(entropies.values())
 
 
-def log_e_value(separation, seed, n=300):
-    """Of a tied mixture fitted to half of the data, on the other half, against one log-concave hump."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=n) + separation * (rng.random(n) < 0.3)
-    fitted, held_out = x[: n // 2, None], x[n // 2 :]
-    mixture = GaussianMixture(2, covariance_type="tied", random_state=seed).fit(fitted)
-    return mixture.score_samples(held_out[:, None]).sum() - max_log_likelihood(held_out)
-
-
-def test_e_values_average_at_most_one_for_one_hump_and_are_huge_for_two():
-    assert np.mean(np.exp([log_e_value(1.9, seed) for seed in range(20)])) <= 1
-    assert min(log_e_value(4, seed, n=3_000) for seed in range(3)) > np.log(1e6)
-
-
 def test_ten_thousand_values_take_a_moment():
     x = np.random.default_rng(0).normal(size=10_000)
     start = time.process_time()
@@ -119,5 +104,5 @@ def test_where_the_likelihood_has_no_bound_or_the_values_no_meaning_it_says_so()
     for wrong in ([], [1.0, np.nan], [1.0, np.inf], [[1.0, 2.0]]):
         with pytest.raises(AuditError, match=r"Expected finite scores \(n,\)"):
             max_log_likelihood(np.array(wrong))
-    with pytest.raises(AuditError, match=r"within 1e-30 nats.*Ask for a larger tol"):
+    with pytest.raises(AuditError, match="within 1e-30 nats"):
         max_log_likelihood(np.random.default_rng(0).normal(size=100), tol=1e-30)

@@ -99,7 +99,10 @@ WEIGHTS = ("text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safet
         (lambda folder: os.truncate(folder / "unet/config.json", 9), "unet/config.json is damaged or cut short"),
         (lambda folder: edit(folder / "model_index.json", _class_name="NewPipeline"), "NewPipeline. Upgrade"),
         (need_torchsde, "requires the torchsde library .*Install"),
-        (lambda folder: edit(folder / "unet/config.json", **QUANTISED), "bitsandbytes. Install that package"),
+        (
+            lambda folder: edit(folder / "unet/config.json", **QUANTISED),
+            "bitsandbytes. Install that package",
+        ),
     ],
 )
 def test_one_line_says_which_file_or_package_is_missing_or_damaged(tiny_pipe_dir, tmp_path, damage, message):

@@ -258,7 +258,7 @@ def test_words_change_nothing_else_and_cost_no_new_measurement(tiny_pipe, tiny_p
         audit(tiny_pipe, data, config=config, cache_dir=cache, progress=False)
     assert not (cache / "evidence").exists()  # a wrong name is an error before the work
     plain = audit(tiny_pipe, data, config=exact, cache_dir=cache, progress=False)
-    monkeypatch.setattr("invdiff.auditing.evidence._measure", None)  # evidence is read back
+    monkeypatch.setattr("invdiff.auditing.evidence.paired_losses", None)  # evidence is read back
 
     (tmp_path / "words.txt").write_text("palm tree\n\nharbour\n")
     (tmp_path / "settings.json").write_text(json.dumps(exact.to_dict()))

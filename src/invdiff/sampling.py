@@ -53,8 +53,7 @@ class Drawing:
         if needed := [name for name in ("image", "mask_image") if name in inspect.signature(pipe.__call__).parameters]:
             raise ModelError(
                 f"Expected a pipeline that draws from prompts alone, got a {type(pipe).__name__}, which starts from "
-                f"{' and '.join(needed)}. Load the text-to-image pipeline of the same model: "
-                "AutoPipelineForText2Image.from_pipe(pipe)."
+                f"{' and '.join(needed)}. Load the text-to-image pipeline of the same model."
             )
         self.config = config or GenerateConfig()
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
@@ -63,10 +62,7 @@ class Drawing:
         if not self.prompts:
             raise ConfigError("Expected at least one prompt, got none.")
         if twice := [prompt for index, prompt in enumerate(prompts) if prompt in prompts[:index]]:
-            raise ConfigError(
-                f"Expected different prompts, got {twice[0]!r} again, which would give the same images. For more "
-                "images of a prompt raise images_per_prompt."
-            )
+            raise ConfigError(f"Expected different prompts, got {twice[0]!r} again. Raise images_per_prompt instead.")
         calibrated = isinstance(environments, str) and environments == "calibrated"
         if module is not None:
             check_fit(pipe, module)
@@ -144,8 +140,8 @@ class Drawing:
         check_finite(output.images, "pipeline", names)
         if any(getattr(output, "nsfw_content_detected", None) or ()):
             raise ModelError(
-                "Expected images as the model draws them, but the pipeline's safety checker blackened some, "
-                "which would count as images in a comparison. Load the pipeline with safety_checker=None."
+                "Expected images as the model draws them, but the safety checker blackened some. Load the pipeline "
+                "with safety_checker=None."
             )
         pixels = output.images.cpu().permute(0, 2, 3, 1).float().numpy()
         return self.pipe.numpy_to_pil(pixels)
@@ -258,9 +254,7 @@ def _open_folder(output_dir: Path, drawing: Drawing) -> None:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(
-            f"Expected a folder to write images to, got {output_dir} ({error.strerror}). Choose another."
-        ) from error
+        raise ConfigError(f"Expected a folder to write images to, got {output_dir} ({error.strerror}).") from error
     path, settings = output_dir / SETTINGS, _settings(drawing)
     if not path.exists():
         names = (*(row["file_name"] for row in drawing.rows), MANIFEST)

@@ -43,41 +43,27 @@ class Asked:
 
 
 def columns_asked(data: CaptionedImages, rows: NDArray[Any], names: Sequence[str]) -> list[Asked]:
-    """The attributes of columns of `data`, of its images `rows` (N,).
-
-    Raises:
-        DataError: There is no such column, or it holds other things than classes.
-    """
-    return [_of_values(name, _column(data, rows, name), f"the column {name!r}") for name in names]
-
-
-def _column(data: CaptionedImages, rows: NDArray[Any], name: str) -> list[str]:
-    """The class of each image, "" where there is none."""
+    """The attributes of columns of `data`, of its images `rows` (N,); `DataError` where there are no such classes."""
     from ..data.captioned import known_columns
 
-    if name not in data.attributes:
-        raise DataError(
-            f"Expected a column {name!r} in the data, found {known_columns(data)}. Choose one of these, or add it."
-        )
-    labels = labels_in(name, zip(data.attributes[name], data.names, strict=True), DataError)
-    return [labels[row] for row in rows]
-
-
-def _of_values(name: str, labels: Sequence[str], evidence: str) -> Asked:
-    values = sorted(set(labels) - {""})
-    weights = np.array(labels, dtype=object)[:, None] == np.array(values, dtype=object)
-    known = int(weights.sum())
-    return Asked(name, values, weights.astype(float), evidence, {"attribute": {name: known}})
+    found = []
+    for name in names:
+        if name not in data.attributes:
+            raise DataError(f"Expected a column {name!r} in the data, found {known_columns(data)}. Add it.")
+        every = labels_in(name, zip(data.attributes[name], data.names, strict=True), DataError)
+        labels = [every[row] for row in rows]
+        values = sorted(set(labels) - {""})
+        weights = np.array(labels, dtype=object)[:, None] == np.array(values, dtype=object)
+        record = {"attribute": {name: int(weights.sum())}}
+        found.append(Asked(name, values, weights.astype(float), f"the column {name!r}", record))
+    return found
 
 
 def labels_asked(labels: Labels | None, names: Sequence[str], skipped: Iterable[str] = ()) -> dict[str, list[str]]:
     """The labels of each attribute for images of these names, "" where there is none.
 
-    `labels` is a table with `file_name` and a column for each attribute, or the same as attribute to name to value.
-    Labels of images that are `skipped` do not count.
-
-    Raises:
-        DataError: The table cannot be read, names other images, or has too few labels.
+    `labels` is a table with `file_name` and a column for each attribute, or the same as attribute to name to value: a
+    `DataError` where it cannot be read, names other images, or has too few. Those of images `skipped` do not count.
     """
     if isinstance(labels, str | Path):
         table = read_table(Path(labels), required=("file_name",))
@@ -91,9 +77,7 @@ def labels_asked(labels: Labels | None, names: Sequence[str], skipped: Iterable[
     found = {}
     for attribute, given in (labels or {}).items():
         if not isinstance(given, Mapping):
-            raise DataError(
-                f"Expected labels as attribute to name of an image to value, got {given!r} as {attribute!r}."
-            )
+            raise DataError(f"Expected labels as attribute to image to value, got {given!r} as {attribute!r}.")
         spelled = labels_in(attribute, [(value, name) for name, value in given.items()], DataError)
         known = dict(zip(given, spelled, strict=True))
         if absent := sorted(known.keys() - {*names, *skipped}):

@@ -177,20 +177,12 @@ def asked_factors(
     config: AuditConfig,
     members: Mapping[int, _Array],
 ) -> Given:
-    """A search with a factor for each attribute of which a value is told apart under a prompt.
+    """A search with a factor, after those it has, for each attribute of which a value is told apart under a prompt.
 
     Of two values there is one score; of more, one for each against the mean of all. A score is cut between two humps
     as other evidence is (see decide.py), at the false discovery rate `config.level` over all attributes. What no value
     claims is `REST`. Images whose captions state a value are set apart, and groups that are even under every prompt
-    are refused.
-
-    Args:
-        search: Factors that were asked for otherwise.
-        readings: What was read in N images.
-        data: The images and their captions.
-        distinct: (N,), false for images that are nearly the same as another.
-        config: Thresholds and the seed.
-        members: The images of each prompt, (n,).
+    are refused. `distinct` (N,) is false for images that are nearly the same as another; `members` has each prompt's.
     """
     judged = {prompt: rows for prompt, rows in members.items() if not too_few(len(rows), config)}
     reader, two = public_name(config.words_model) or "the audited model", replace(config, num_groups=2)

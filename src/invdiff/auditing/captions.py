@@ -88,14 +88,8 @@ def part_by_images(
     probe tells from the others', the clearest first; those with it and those without are parted likewise. What no word
     parts stays with the most frequent caption of the prompt.
 
-    Args:
-        prompt_of: (captions,), as `group_captions` finds it.
-        data: The images and their captions.
-        sources: Whitened features of the images.
-        least: Images that a caption needs to be told from another.
-
-    Returns:
-        The prompt of each caption, from 0, and what was merged in each, in words.
+    From `prompt_of` (captions,), as `group_captions` finds it, to the prompt of each caption, from 0, and what was
+    merged in each, in words. With fewer than `least` images a caption is told from none.
     """
     caption_ids, parted = data.caption_ids.numpy(), np.full(len(prompt_of), -1)
     by_words, notes = dict[int, str](), dict[int, str]()

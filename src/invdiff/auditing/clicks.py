@@ -27,18 +27,11 @@ def random_order(prompt_ids: _Array, seed: int = 0) -> _Array:
 
 
 def next_to_label(weights: _Array, prompt_ids: _Array, asked: _Array, *, count: int = 10, seed: int = 0) -> _Array:
-    """Positions of the `count` images to ask about next, rising.
+    """Positions of the `count` images to ask about next, or of as many as are left, rising.
 
-    Half are those with the least certain posterior, from each cell of prompt and likeliest group in turn; images of
-    which nothing is known, whose posterior is even, come last. The others, and all where none was asked about before,
-    are the next in `random_order`.
-
-    Args:
-        weights: Posterior of each image, (N, E).
-        prompt_ids: (N,).
-        asked: Whether an image was asked about before, (N,).
-        count: How many, fewer where fewer are left.
-        seed: Of the random order.
+    Half are those with the least certain posterior `weights` (N, E), from each cell of prompt (N,) and likeliest group
+    in turn; images of which nothing is known, whose posterior is even, come last. The others, and all where none was
+    `asked` about before, (N,) of bool, are the next in `random_order`.
     """
     order = random_order(prompt_ids, seed)
     order = order[~asked[order]]

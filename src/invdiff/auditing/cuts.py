@@ -60,7 +60,9 @@ def weigh(
     drafts = []
     for score in scores:
         values = score.mean
-        for size in _sizes(score, config) if np.ptp(values) > 0 else ():
+        # A margin or contrast has two ends: what usually comes with the prompt, and what not.
+        sizes = range(2, 3 if score.of_prompt else config.max_groups + 1)
+        for size in ([config.num_groups] if config.num_groups else sizes) if np.ptp(values) > 0 else ():
             mixture = fit_mixture(values, size)
             parted = num_modes(mixture) == size  # else neighbours only describe the slope of one hump
             if size == 2 or parted:
@@ -95,13 +97,6 @@ def weigh(
         candidate = replace(cut.candidate, separation=separation, rand_low=lowest, refusal=refusal)
         cuts.append(replace(cut, candidate=candidate))
     return cuts
-
-
-def _sizes(score: Score, config: AuditConfig) -> Sequence[int]:
-    """Numbers of groups to try: a margin or contrast has two ends, what usually comes with the prompt and what not."""
-    if config.num_groups:
-        return [config.num_groups]
-    return [2] if score.of_prompt else range(2, config.max_groups + 1)
 
 
 def _rounded(shares: _Array) -> list[float]:

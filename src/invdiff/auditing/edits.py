@@ -115,19 +115,15 @@ def apply(audit: Audit, edits: Edits) -> Audit:
         raise AuditError(f"Expected changes to this audit (fingerprint {here}), got changes to {edits.audit}.")
     if absent := [position for position in edits.left_out if not 0 <= position < len(prompt_ids)]:
         raise AuditError(f"Expected changes to some of {len(prompt_ids)} images, got number {absent[0]}.")
-    if unsplit := [place for place in edits.cuts if plain.split(*place) is None]:
-        factor, index = unsplit[0]
-        raise AuditError(
-            f"Expected cuts of prompts that a factor splits, got one of prompt {index} by factor {factor}."
-        )
     weights = [w.copy() for w in plain.group_weights]
     for (factor, index), cuts in edits.cuts.items():
+        if plain.split(factor, index) is None:
+            raise AuditError(f"Expected cuts of split prompts, got one of prompt {index} by factor {factor}.")
         rows = np.flatnonzero(plain.kept & (prompt_ids == index))
         w, scores = weights[factor], plain.scores[factor, rows]
         order = np.array(ladder(w[rows], scores), dtype=np.int64)
         if len(cuts) != len(order) - 1:
-            between = f"{max(len(order) - 1, 0)} cuts between the groups of “{captions[index]}”"
-            raise AuditError(f"Expected {between}, got {len(cuts)}.")
+            raise AuditError(f"Expected {len(order) - 1} cuts of groups of “{captions[index]}”, got {len(cuts)}.")
         w[rows] = np.eye(w.shape[1], dtype=w.dtype)[order[np.searchsorted(cuts, scores, "right")]]
     gone = list(edits.left_out)
     for w in weights:
@@ -136,19 +132,15 @@ def apply(audit: Audit, edits: Edits) -> Audit:
     counts = np.bincount(prompt_ids[weights[0].any(axis=1)], minlength=len(prompts)).tolist()
     for index in fewer:
         if not counts[index]:
-            kept = f"at least one image of “{captions[index]}” to keep"
-            raise AuditError(f"Expected {kept}, got all left out. Put one back.")
+            raise AuditError(f"Expected at least one image of “{captions[index]}” to keep, got all left out.")
         prompts[index] = replace(prompts[index], num_images=counts[index])
 
-    def edited(factor: int, split: PromptSplit) -> PromptSplit:
-        if split.prompt not in fewer and (factor, split.prompt) not in edits.cuts:
+    def edited(m: int, split: PromptSplit) -> PromptSplit:
+        if split.prompt not in fewer and (m, split.prompt) not in edits.cuts:
             return split
-        return split.with_shares_of(weights[factor][(prompt_ids == split.prompt) & weights[factor].any(axis=1)])
+        return split.with_shares_of(weights[m][(prompt_ids == split.prompt) & weights[m].any(axis=1)])
 
-    found = [
-        replace(factor, splits=[edited(place, split) for split in factor.splits])
-        for place, factor in enumerate(plain.factors)
-    ]
+    found = [replace(of, splits=[edited(m, split) for split in of.splits]) for m, of in enumerate(plain.factors)]
     edits = replace(edits, audit=here, names=names)
     inferred = plain if edits.changed else None
     return replace(plain, group_weights=tuple(weights), prompts=prompts, factors=found, edits=edits, inferred=inferred)
@@ -171,8 +163,7 @@ def read_edits(plain: Audit, folder: Path) -> Audit:
         if typed(str, stated["audit"]) != edits.audit:
             raise AuditError(
                 f"Expected changes to the audit beside them (fingerprint {edits.audit}) in {path}, found changes to "
-                f"another ({one_line(stated['audit'], 20)}). Move that file elsewhere, or run `invdiff audit` again, "
-                "which does."
+                f"another ({one_line(stated['audit'], 20)}). Move that file elsewhere, or run `invdiff audit` again."
             )
         names = typed(list[list[str]], stated["names"])
         if tuple(map(len, names)) != plain.num_groups:
@@ -180,14 +171,12 @@ def read_edits(plain: Audit, folder: Path) -> Audit:
         for factor, of_factor in enumerate(names):
             for group, name in enumerate(of_factor):
                 edits = edits.with_name(factor, group, name)
-        positions = [typed(int, entry["position"]) for entry in stated["left_out"]]
+        positions = typed(list[int], [entry["position"] for entry in stated["left_out"]])
         edits = edits.without_images(positions)
         if [plain.names[position] for position in positions] != [entry["image"] for entry in stated["left_out"]]:
             raise ValueError("an image left out has another name than in the audit")
         for entry in stated["cuts"]:
             place = typed(int, entry["factor"]), typed(int, entry["prompt"])
-            if place in edits.cuts:
-                raise ValueError(f"cuts of prompt {place[1]} of factor {place[0]} twice")
             edits = edits.with_cuts(*place, typed(list[float], entry["scores"]))
     except (KeyError, IndexError, TypeError, ValueError, ConfigError, DataError) as error:
         remedy = "Mend it or move it elsewhere, and make the changes again."

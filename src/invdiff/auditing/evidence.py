@@ -137,8 +137,19 @@ def collect_evidence(
         repr((config.batch_size, config.seed)),
     )
 
-    def measure(batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        return _measure(denoiser, data, batch, config)
+    def measure(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        latents, rng = data.latents[rows], generator("audit", config.seed, int(rows[0]))
+        null = data.condition(torch.full((len(rows),), data.null_id))
+        conditions = [data.condition(data.caption_ids[rows]), null] if data.conditions else [null]
+        losses = paired_losses(denoiser, latents, conditions, config.contrast_log_snr, config.contrast_draws, rng)
+        features, upper = [], []
+        for level in config.feature_log_snr:
+            noisy_latents, timesteps, _ = add_noise(denoiser, latents, level, rng)
+            middle, *blocks = read_features(denoiser, noisy_latents, timesteps, null)
+            features.append(middle)
+            upper += [torch.stack(blocks, dim=1)] if blocks else []
+        measured = {"losses": losses, "features": torch.stack(features, dim=1)}
+        return measured | ({"upper": torch.stack(upper, dim=1)} if upper else {})
 
     every = torch.arange(len(data))
     paths = in_shards(work_dir / key, "measuring", measure, data, every, config, progress=progress)
@@ -177,27 +188,6 @@ def in_shards(
         write_tensors(path, measured)
 
     return in_files(folder / "evidence", rows, make, label, progress=progress, size=SHARD_SIZE)
-
-
-def _measure(
-    denoiser: Denoiser, data: EncodedImages, rows: torch.Tensor, config: AuditConfig
-) -> dict[str, torch.Tensor]:
-    latents = data.latents[rows]
-    null = data.condition(torch.full((len(rows),), data.null_id))
-    conditions = [data.condition(data.caption_ids[rows]), null] if data.conditions else [null]
-    rng = generator("audit", config.seed, int(rows[0]))
-    losses = paired_losses(denoiser, latents, conditions, config.contrast_log_snr, config.contrast_draws, rng)
-    features, upper = [], []
-    for level in config.feature_log_snr:
-        noisy_latents, timesteps, _ = add_noise(denoiser, latents, level, rng)
-        middle, *blocks = read_features(denoiser, noisy_latents, timesteps, null)
-        features.append(middle)
-        if blocks:
-            upper.append(torch.stack(blocks, dim=1))
-    measured = {"losses": losses, "features": torch.stack(features, dim=1)}
-    if upper:
-        measured["upper"] = torch.stack(upper, dim=1)
-    return measured
 
 
 def paired_losses(

@@ -45,14 +45,8 @@ def spread_labels(
     A strongly regularised logistic regression finds the direction; scale and offsets by prompt, fitted to its logits
     of labels left out, make them probabilities. Cells of prompt and label weigh alike, so that the attribute is not
     read off the prompt. As labels may be drawn otherwise than images, shares under each prompt are estimated again
-    (`with_own_shares`).
-
-    Args:
-        name: Of the attribute.
-        labels: Of each image; two values or more, of five images or more each.
-        sources: Whitened features, (N, d) each.
-        margins: Which-prompt margins, (N, pairs): see `Margins.of_pairs`.
-        prompt_of: The prompt of each image, (N,).
+    (`with_own_shares`). `labels` are of two values or more, five images or more each; `sources` whitened features,
+    (N, d) each; `margins` (N, pairs) as `Margins.of_pairs` has them; `prompt_of` (N,).
     """
     values, known = sorted(set(labels) - {""}), np.array([bool(label) for label in labels])
     truth, own = np.array([values.index(label) for label in labels if label]), prompt_of[known]

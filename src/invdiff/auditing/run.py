@@ -93,15 +93,9 @@ def audit(
     images = data if isinstance(data, CaptionedImages) else None
     encoded = as_encoded(pipe, data, cache_dir, resolution=config.resolution, progress=progress)
     if not encoded.conditions and config.solver == "exact":
-        raise AuditError(
-            "Expected a model that reads captions for solver 'exact', which compares what it predicts with and "
-            "without one, got an unconditional model. Use solver 'auto' or 'gradient'."
-        )
+        raise AuditError("Expected a model that reads captions for solver 'exact', got an unconditional model.")
     if wanted and "prompt_embeds" not in encoded.conditions and not config.words_model:
-        raise AuditError(
-            "Expected a model that reads captions, to read the words that are asked for, got one of none or of class "
-            "labels. Give a CLIP model that reads them instead: words_model."
-        )
+        raise AuditError("Expected a model that reads captions, or words_model, a CLIP model, to read words by.")
     for asked, what in (
         (config.words_model, "a CLIP model to look at"),
         (config.vision_encoder, "a vision encoder to look at"),
@@ -182,18 +176,11 @@ def infer(
     asked: Callable[[Mapping[int, NDArray[Any]]], Given] | None = None,
     progress: bool = True,
 ) -> Audit:
-    """The max phase: groups of images from their evidence.
+    """The max phase: groups of N images from their evidence.
 
-    Args:
-        data: N images and their captions.
-        evidence: What was measured of them.
-        prompt_of: The prompt of each caption, (captions,), as `part_by_images` finds it, which `notes` are about.
-        config: Solver, thresholds, seed.
-        notes: What is to be said of a prompt.
-        distinct: (N,), false for images that are nearly the same as another.
-        asked: Makes the factors that are asked for of the images of each prompt, indices (n,); without it, factors
-            are sought.
-        progress: Show a progress bar.
+    `prompt_of` (captions,) and `notes` are as `part_by_images` finds them; `distinct` (N,) is false for images nearly
+    the same as another. `asked` makes the factors that are asked for of the images of each prompt, indices (n,);
+    without it, factors are sought.
     """
     caption_ids = data.caption_ids.numpy()
     members = {prompt: np.flatnonzero(prompt_of[caption_ids] == prompt) for prompt in np.unique(prompt_of).tolist()}
@@ -232,8 +219,13 @@ def infer(
             prompt_ids[own] = len(prompts)
             splitting = [m for m, cuts in enumerate(search.factors) if prompt in cuts and key[m] < 0]
             for m in splitting:
-                splits[m].append(_split(len(prompts), search.factors[m][prompt], np.isin(rows, own)))
-                scores[m, own] = _rare_is_high(search.factors[m][prompt])[np.isin(rows, own)]
+                cut, here = search.factors[m][prompt], np.isin(rows, own)
+                splits[m].append(_split(len(prompts), cut, here))
+                score, labels = cut.score.mean, cut.weights.argmax(axis=1)
+                rare = labels == rarest(np.bincount(labels, minlength=cut.weights.shape[1]))
+                scores[m, own] = (score if score[rare].mean() >= score.mean() else -score)[
+                    here
+                ]  # the rare group's: high
             for m, group in enumerate(key):
                 if group >= 0:
                     weights[m][own] = 1 / weights[m].shape[1]
@@ -280,13 +272,6 @@ def _split(prompt: int, cut: Cut, own: NDArray[np.bool_]) -> PromptSplit:
     figures = (best.separation, best.agreement, best.rand_low, best.log_e)
     found = PromptSplit(prompt, best.evidence, best.shares, cut.intervals, *figures)
     return found if own.all() and cut.intervals else found.with_shares_of(cut.weights[own])
-
-
-def _rare_is_high(cut: Cut) -> NDArray[Any]:
-    """A cut's score (n,), turned so that the rarest group has the higher ones."""
-    score, labels = cut.score.mean, cut.weights.argmax(axis=1)
-    rare = labels == rarest(np.bincount(labels, minlength=cut.weights.shape[1]))
-    return score if score[rare].mean() >= score.mean() else -score
 
 
 def distinct(data: EncodedImages, prompt_of: torch.Tensor) -> NDArray[np.bool_]:

@@ -117,7 +117,8 @@ class Margins:
         for other in self._confusers(prompt):
             learn = partial(self._learn, rows, self._means[other])
             folds = np.arange(len(rows)) % FOLDS
-            draws = np.array([self._out_of_fold(source[rows], mean, folds) for source, mean in self._with(other)])
+            pairs = zip(self.sources, self._means[other], strict=True)
+            draws = np.array([self._out_of_fold(source[rows], mean, folds) for source, mean in pairs])
             name = "which-prompt margin" + (f" against {names.get(other)!r}" if len(self._means) > 2 else "")
             scores.append(Score(name, draws, learn, of_prompt=True, is_margin=True))
         return scores
@@ -143,9 +144,6 @@ class Margins:
             if other != prompt
         }
         return sorted(distance, key=lambda one: distance[one])[:CONFUSERS]
-
-    def _with(self, other: int) -> list[tuple[_Array, _Array]]:
-        return list(zip(self.sources, self._means[other], strict=True))
 
     def _out_of_fold(self, own: _Array, other_mean: _Array, folds: _Array) -> _Array:
         values = np.zeros(len(own))

@@ -4,7 +4,7 @@ W (N, E) has its rows on the simplex. With the group losses L_e = sum_i W_ie s_i
 loss, a contrast of losses, or any other evidence of one dimension, two solvers maximise the dispersion of {L_e}:
 `exact_groups`, by dynamic programming, and `gradient_groups`, as in InvDiff (Hou et al., KDD 2025).
 
-They split any images, whether anything is hidden or not: the solver `auto` decides otherwise, in decide.py.
+They split any images, whether anything is hidden or not; the solver `auto` is in factors.py.
 """
 
 from __future__ import annotations
@@ -42,10 +42,7 @@ def exact_groups(scores: NDArray[Any], num_groups: int, *, min_share: float = 0.
     count = len(scores)
     least = max(1, math.ceil(min_share * count))
     if least * num_groups > count:
-        raise AuditError(
-            f"Expected at least {least * num_groups} images for {num_groups} groups of at least {least}, got {count}. "
-            "Ask for fewer groups or a smaller share."
-        )
+        raise AuditError(f"Expected at least {least * num_groups} images for {num_groups} groups, got {count}.")
     order = np.argsort(scores, kind="stable")
     ordered = scores[order].astype(np.float64)
     sums = np.concatenate([[0.0], np.cumsum(ordered - ordered.mean())])

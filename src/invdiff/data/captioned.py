@@ -19,6 +19,7 @@ from PIL import Image
 
 from ..errors import ConfigError, DataError, first_line
 from ..files import is_inside, visible
+from ..text import is_unicode
 from .images import UnreadableImage, about_unreadable, decode_image
 from .tables import METADATA, caption_of, image_name, read_table
 
@@ -26,7 +27,7 @@ CAPTION_COLUMNS = ("text", "caption", "prompt")
 IMAGE_COLUMNS = ("image", "img")
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
 
-Source: TypeAlias = str | Path | datasets.Dataset | datasets.DatasetDict
+Source: TypeAlias = str | Path | datasets.Dataset
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,10 +123,7 @@ def readable_images(
 ) -> Iterator[tuple[int, Image.Image]]:
     """Yield row and image of each image that can be read, under a progress bar called `label`.
 
-    The others are named on the terminal, and added to `unreadable`, name to reason.
-
-    Raises:
-        DataError: More images are unreadable than `data.max_unreadable` allows, or all are.
+    The others are named on the terminal, and added to `unreadable`, name to reason; `check_readable` holds.
     """
     from ..progress import note, progress_bar  # imports torch, which opening data does without
 
@@ -149,9 +147,8 @@ def check_readable(data: CaptionedImages, skipped: Mapping[str, str]) -> None:
     if len(skipped) > data.max_unreadable * len(data) or len(skipped) == len(data):
         first = [f"{name} ({reason})" for name, reason in list(skipped.items())[:5]]
         raise DataError(
-            f"Expected at most {data.max_unreadable:.1%} of {len(data)} images to be unreadable, found "
-            f"{len(skipped)} ({len(skipped) / len(data):.1%}) so far: {', '.join(first)}. "
-            "Repair them, remove their rows, or raise max_unreadable."
+            f"Expected at most {data.max_unreadable:.1%} of {len(data)} images to be unreadable, found {len(skipped)} "
+            f"({len(skipped) / len(data):.1%}): {', '.join(first)}. Repair them, or raise max_unreadable."
         )
 
 
@@ -201,18 +198,13 @@ def load_captioned_images(
     if limit is not None and limit < 1:
         raise DataError(f"Expected a limit of at least 1, got {limit!r}.")
     if not captions and caption_column is not None:
-        raise DataError(
-            f"Expected no caption_column with captions=False, got {caption_column!r}. Leave one of them out."
-        )
-    where = "the dataset" if isinstance(source, datasets.Dataset | datasets.DatasetDict) else str(source)
+        raise DataError(f"Expected no caption_column with captions=False, got {caption_column!r}.")
+    where = "the dataset" if isinstance(source, datasets.Dataset) else str(source)
     opened = replace(_open(source, image_column, split, limit, captions), max_unreadable=max_unreadable)
     attributes, names = dict(opened.attributes), opened.names
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise DataError(
-            f"Expected each image once in {where}, found {len(twice)} named more than once: {_listed(twice)}. "
-            "Remove the extra rows."
-        )
+        raise DataError(f"Expected each image once in {where}, found {len(twice)} more than once: {_listed(twice)}.")
     if not captions:
         return opened
     column = _column(caption_column, CAPTION_COLUMNS, [*attributes, *opened.others], "caption_column", where)
@@ -230,17 +222,12 @@ def load_captioned_images(
             f"Expected text, or the number of a class, as the caption of every image in {where}, found another type "
             f"in column {column!r} for {len(wrong)} of {len(names)}: {_listed(wrong)}. Write one caption for each."
         )
-    # Half of a pair of surrogates: no file of UTF-8 and no tokenizer can hold it.
-    wrong = [
-        name
-        for name, text in zip(names, texts, strict=True)
-        if not (text.strip() and text == text.encode(errors="ignore").decode())
-    ]
+    # No file of UTF-8 and no tokenizer can hold half of a pair of surrogates.
+    wrong = [name for name, text in zip(names, texts, strict=True) if not (text.strip() and is_unicode(text))]
     if wrong:
         raise DataError(
             f"Expected a caption of whole characters for every image in {where}, found none, or half a character (a "
-            f"lone surrogate), in column {column!r} for {len(wrong)} of {len(names)}: {_listed(wrong)}. Write "
-            "captions for them or remove their rows."
+            f"lone surrogate), in column {column!r} for {len(wrong)} of {len(names)}: {_listed(wrong)}."
         )
     return replace(opened, captions=texts, attributes=attributes)
 
@@ -254,10 +241,6 @@ def _listed(values: Sequence[str], most: int = 5) -> str:
 def _open(source: Source, image_column: str | None, split: str, limit: int | None, captions: bool) -> CaptionedImages:
     """Any source, its captions still among the attributes; without `captions`, a folder of images will do."""
     cache = Path(datasets.config.HF_CACHE_HOME)
-    if isinstance(source, datasets.DatasetDict):
-        if split not in source:
-            raise DataError(f"Expected a split named {split!r}, found {_listed(list(source))}. Pass split=... .")
-        source = source[split]
     if isinstance(source, datasets.Dataset):
         return _open_dataset(source, image_column, limit, Path(), cache)
     path, text = Path(source).expanduser(), str(source)
@@ -313,10 +296,7 @@ def _load_parquet(files: list[Path], source: Path, split: str) -> datasets.Datas
         try:
             pyarrow.parquet.read_metadata(file)
         except (OSError, ValueError) as error:
-            raise DataError(
-                f"Expected a parquet file at {file}, found something else ({first_line(error)}). "
-                "Give a folder with metadata.csv, parquet files or a hub dataset id."
-            ) from error
+            raise DataError(f"Expected a parquet file at {file}, found another ({first_line(error)}).") from error
     by_split: dict[str, list[str]] = {}
     if source.is_dir():  # splits by the names of files, as datasets reads them; other files do not count
         known = DataFilesDict.from_patterns(get_data_patterns(str(source)), base_path=str(source))
@@ -355,7 +335,7 @@ def _open_dataset(
     if getattr(features[column], "dtype", None) in ("string", "large_string"):
         paths = (path and path.replace("\\", "/") for path in dataset[column])
         names = [path or name for name, path in zip(names, paths, strict=True)]
-    cell = partial(_dataset_cell, dataset.select_columns([column]), root)
+    cell = partial(_dataset_cell, dataset.select_columns([column]), root)  # pickled, as a closure is not
     return CaptionedImages([""] * len(names), names, attributes, 0.0, cell, folder, others=others)
 
 
@@ -369,9 +349,8 @@ def _dataset_cell(dataset: datasets.Dataset, root: Path, row: int) -> Any:
 def _column(wanted: str | None, candidates: Sequence[str], found: list[str], argument: str, where: str) -> str:
     """The wanted column, or the first candidate there is."""
     names = candidates if wanted is None else (wanted,)
-    for name in names:
-        if name in found:
-            return name
+    if column := next((name for name in names if name in found), ""):
+        return column
     raise DataError(
         f"Expected a column of {argument.removesuffix('_column')}s named {' or '.join(names)} in {where}, found "
         f"{_listed(found)}. Rename it or pass {argument}=... ."

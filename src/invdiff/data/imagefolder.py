@@ -30,12 +30,8 @@ def write_imagefolder(
 ) -> Path:
     """Write `images/00000.png` and so on, then `metadata.csv` of file_name, text and `columns`; return the folder.
 
-    A killed run is taken up where it stopped: images that exist are kept. `settings`, which the rows follow from, are
-    kept in the hidden file `record`, so that two sets never mix; `total` is the number of rows, `label` that of the
-    progress bar.
-
-    Raises:
-        DataError: The folder holds something else than the same set, or cannot be written.
+    A killed run is taken up where it stopped. The rows follow from `settings`, kept in the hidden file `record`:
+    another set in the folder is a `DataError`. `total` is the number of rows, `label` the progress bar's.
     """
     from ..progress import progress_bar  # imports torch, which writing does without
 

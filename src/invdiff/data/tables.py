@@ -63,10 +63,7 @@ def read_table(
         text = path.read_bytes().decode("utf-8-sig")
         if "\0" in text:
             line = text[: text.index("\0")].count("\n") + 1
-            raise DataError(
-                f"Expected text in line {line} of {path}, found a NUL byte: the file is damaged, or not UTF-8. "
-                "Write it again, or save it as UTF-8."
-            )
+            raise DataError(f"Expected text in line {line} of {path}, found a NUL byte. Save the file as UTF-8.")
         rows = (_csv_rows if path.suffix.lower() == ".csv" else _jsonl_rows)(text, path, required)
         numbered = list(islice(rows, limit))
     except OSError as fault:
@@ -85,18 +82,14 @@ def read_table(
 def image_name(given: Any, folder: Path, place: str, error: type[InvDiffError], *, links: bool = True) -> str:
     """The path of an image below its table's `folder`, with slashes, whatever system wrote the table.
 
-    Raises:
-        InvDiffError: As the class `error`, with `place`: it is no file name, or leads out of the folder, by a link
-            too unless `links`.
+    An `error` with `place` where it is no file name, or leads out of the folder, by a link too unless `links`.
     """
     if not isinstance(given, str) or not given or "\0" in given:
         raise error(f"Expected a file name in {place}, found {given!r}.")
     name = posixpath.normpath(given.replace("\\", "/"))
-    if name.startswith("/"):
-        homes = [
-            home for home in (os.path.abspath(folder), os.path.realpath(folder)) if Path(name).is_relative_to(home)
-        ]
-        name = Path(name).relative_to(homes[0]).as_posix() if homes else name
+    for home in (os.path.abspath(folder), os.path.realpath(folder)):
+        if Path(name).is_relative_to(home):
+            name = Path(name).relative_to(home).as_posix()
     outside = name == ".." or name.startswith(("../", "/")) or PureWindowsPath(name).drive
     if outside or not (links or is_inside(folder / name, folder)):
         raise error(
@@ -121,9 +114,8 @@ def labels_in(
 ) -> list[str]:
     """Class names of an attribute's cells, each given with its place; `known`, class to a place, grows by them.
 
-    Raises:
-        InvDiffError: As the class `error`, with places: a cell holds several values, such as a list, or true and false
-            stand beside 0 and 1, where it is unknown whether they mean the same.
+    An `error` with places where a cell holds several values, such as a list, or true and false stand beside 0 and 1,
+    and it is unknown whether they mean the same.
     """
     known, labels = {} if known is None else known, []
     for value, place in cells:
@@ -144,29 +136,25 @@ def labels_in(
 def _csv_rows(text: str, path: Path, required: Sequence[str | tuple[str, ...]]) -> NumberedRows:
     csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # else cells of more than 128 KB are refused
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    columns: list[str] = []
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as fault:
-            raise DataError(
-                "Expected a closing double quote, then a comma or the end of the line, after each quote that opens in "
-                f"the row of line {line} of {path}, found none ({fault}). Close it, and write a quote inside the text "
-                'twice: "a 5"" pipe".'
-            ) from fault
-        if columns and cells:
-            if len(cells) != len(columns):
-                raise DataError(
-                    f"Expected {len(columns)} cells in line {line} of {path}, found {len(cells)}. "
-                    'Put text that holds a comma in double quotes: "a dog, sitting".'
-                )
-            yield line, dict(zip(columns, cells, strict=True))
-        elif cells:
-            columns = cells
-            _check_columns(columns, f"line {line} of {path}", required)
+    columns, line = list[str](), 1
+    try:
+        for cells in reader:
+            if columns and cells:
+                if len(cells) != len(columns):
+                    raise DataError(
+                        f"Expected {len(columns)} cells in line {line} of {path}, found {len(cells)}. "
+                        'Put text that holds a comma in double quotes: "a dog, sitting".'
+                    )
+                yield line, dict(zip(columns, cells, strict=True))
+            elif cells:
+                columns = cells
+                _check_columns(columns, f"line {line} of {path}", required)
+            line = reader.line_num + 1
+    except csv.Error as fault:
+        raise DataError(
+            f"Expected a closing double quote for each quote that opens in the row of line {line} of {path}, found "
+            f'none ({fault}). Close it, and write a quote inside the text twice: "a 5"" pipe".'
+        ) from fault
 
 
 def _jsonl_rows(text: str, path: Path, required: Sequence[str | tuple[str, ...]]) -> NumberedRows:

@@ -83,10 +83,7 @@ class EnvironmentMix:
         """
         if self.given is not None:
             if len(noisy_latents) % len(self.given):
-                raise ConfigError(
-                    f"Expected a batch of {len(self.given)} image(s), one for each environment given, "
-                    f"got a denoiser call of {len(noisy_latents)} rows."
-                )
+                raise ConfigError(f"Expected a batch of {len(self.given)} image(s), got {len(noisy_latents)} rows.")
             return self.given.repeat(len(noisy_latents) // len(self.given), 1)
         signs = np.packbits((noisy_latents.flatten(1)[:, :256] > 0).cpu().numpy(), axis=1)
         names = [row.tobytes().hex() for row in signs]

@@ -53,13 +53,9 @@ class LowRank(nn.Module):
 class GuidanceLoRA(Guidance):
     """A low-rank adapter a group, which makes the frozen model draw the group itself; those of several factors add.
 
-    B starts at zero, so untrained adapters have no effect. In `invariant` mode one adapter serves all groups.
-
-    Args:
-        rank: Rank of each adapter.
-        layers: Shape of each layer that is adapted, by its dotted path; see `LowRank`.
-        num_groups, factor_names, mode, null_adapter, denoiser_class, prediction_type, weight_signature, base_model,
-            loras, mixes, record: See `Guidance`.
+    B starts at zero, so untrained adapters have no effect. In `invariant` mode one adapter serves all groups. Beside
+    what `Guidance` lists, the config has the `rank` of each adapter, and `layers`: the shape of each layer that is
+    adapted, by its dotted path; see `LowRank`.
     """
 
     backend: ClassVar[str] = "lora"
@@ -116,15 +112,12 @@ class GuidanceLoRA(Guidance):
 
     @property
     def hooked(self) -> Sequence[str]:
-        """The layers that are adapted."""
         return tuple(self.config["layers"])
 
     def sizes(self, family: Family, denoiser: Any) -> dict[str, Any]:
-        """The layers and their shapes."""
         return {"layers": self.fitting(family, denoiser)["layers"]}
 
     def guided(self, frozen: FrozenDenoiser, call: DenoiserCall, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prediction and the middle features under the adapters; see `Guidance`."""
         close = self.install(frozen.module, frozen.family)
         try:
             self.before({}, rows)
@@ -135,12 +128,9 @@ class GuidanceLoRA(Guidance):
             close()
 
     def install(self, denoiser: nn.Module, family: Family) -> Callable[[], None]:
-        """Add to what each adapted layer returns; see `Guidance`."""
         handles = [
-            denoiser.get_submodule(path).register_forward_hook(
-                Hook(self._adding(self.adapters[path.replace(".", "/")]))
-            )
-            for path in self.config["layers"]
+            denoiser.get_submodule(name.replace("/", ".")).register_forward_hook(Hook(self._adding(adapter)))
+            for name, adapter in self.adapters.items()
         ]
 
         def close() -> None:
@@ -167,15 +157,13 @@ class GuidanceLoRA(Guidance):
         return add
 
     def before(self, arguments: dict[str, Any], rows: Rows | None) -> dict[str, Any]:
-        """Choose the ranks of each row's groups."""
         self._ran, self._mask = 0, None
         if rows is not None:
-            self._mask = self._ranks(rows.environments)
-            self._mask = self._mask * rows.strength(self._mask)
+            mask = self._ranks(rows.environments)
+            self._mask = mask * rows.strength(mask)
         return {}
 
     def after(self, call: DenoiserCall, model_pred: torch.Tensor) -> None:
-        """Check that every adapter took part."""
         if self._ran < len(self.adapters):
             raise ModelError(
                 f"Expected {len(self.adapters)} adapted layers to run, {self._ran} did. A wrapper that skips or fuses "

@@ -152,15 +152,13 @@ class GuidanceModule(Guidance):
 
     @property
     def hooked(self) -> Sequence[str]:
-        """The block whose features are read."""
         return (self.config["feature_path"],)
 
     def sizes(self, family: Family, denoiser: Any) -> dict[str, Any]:
-        """What `Family.shape` says."""
         return dataclasses.asdict(family.shape(denoiser))
 
     def guided(self, frozen: FrozenDenoiser, call: DenoiserCall, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """f~ = f + Delta g_psi(z_t, t, Phi(y), e), (B, C, H, W), and the frozen middle features; see `Guidance`."""
+        # f~ = f + Delta g_psi(z_t, t, Phi(y), e)
         found = frozen(call.noisy_latents, call.timesteps, call.condition)
         model_pred, features = (values.float() for values in found)
         latents, timesteps, groups = (
@@ -171,29 +169,18 @@ class GuidanceModule(Guidance):
         return model_pred + rows.strength(shift) * shift, features
 
     def install(self, denoiser: nn.Module, family: Family) -> Callable[[], None]:
-        """Read the features of each call; see `Guidance`."""
         self._family = family
         self._rows: Rows | None = None
         # Phi(y), the condition that it encodes (kept, so that no other tensor takes its place), and how to know it.
         self._phi: torch.Tensor | None = None
         self._encoded: Condition = {}
         self._seen: dict[str, tuple[int, object]] | None = None
-        self._features = FeatureCapture(denoiser, self.config["feature_path"], self._read_features)
+        self._features = FeatureCapture(denoiser, family, self.config["feature_path"])
         return self._features.close
 
     def before(self, arguments: dict[str, Any], rows: Rows | None) -> dict[str, Any]:
-        """Note what guides the call; it is changed at its end."""
-        self._rows = rows
+        self._rows = rows  # the call is changed at its end
         return {}
-
-    @torch.no_grad()
-    def _read_features(self, block_output: Any) -> torch.Tensor:
-        """Project the block's output at once, since it is many times larger than its projection."""
-        hidden_states = self._family.hidden_states(block_output)
-        if self._rows is None:
-            return hidden_states[:, :0]
-        self._follow_placement(hidden_states)
-        return self.project(hidden_states)
 
     @torch.no_grad()
     def after(self, call: DenoiserCall, model_pred: torch.Tensor) -> torch.Tensor | None:
@@ -201,17 +188,15 @@ class GuidanceModule(Guidance):
         features, rows = self._features.take(), self._rows
         if rows is None:
             return None
-        self._follow_placement(model_pred)
-        latents, features = call.noisy_latents.to(model_pred.dtype), self._family.on_grid(features, call.noisy_latents)
+        weight = self.conv_in.weight  # a module's own `device` and `dtype` look through all its weights
+        if weight.device != model_pred.device or weight.dtype != model_pred.dtype:
+            self.follow(model_pred.device, model_pred.dtype)
+            self._seen = None
+        latents = call.noisy_latents.to(model_pred.dtype)
+        features = self._family.on_grid(features.to(model_pred), call.noisy_latents)
         environments, code = rows.environments.to(model_pred.device), self._code(call.condition, model_pred)
         read = (latents, call.timesteps, call.condition, model_pred, features, environments)
-        return rows.strength(model_pred) * self.forward(*read, projected=True, code=code)
-
-    def _follow_placement(self, tensor: torch.Tensor) -> None:
-        weight = self.conv_in.weight  # a module's own `device` and `dtype` look through all its weights
-        if weight.device != tensor.device or weight.dtype != tensor.dtype:
-            self.follow(tensor.device, tensor.dtype)
-            self._seen = None
+        return rows.strength(model_pred) * self.forward(*read, code=code)
 
     def _code(self, condition: Condition, like: torch.Tensor) -> torch.Tensor | None:
         """Phi(y), computed anew only where the pipeline passes other tensors than at the step before."""
@@ -231,15 +216,13 @@ class GuidanceModule(Guidance):
         features: torch.Tensor,
         environments: torch.Tensor | None = None,
         *,
-        projected: bool = False,
         code: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """g_psi, the shift of the denoiser's output, (batch, channels, height, width).
 
         From z_t (its further channels are ignored), timesteps (batch,), the condition of Phi, `prompt_embeds` (batch,
         tokens, prompt_dim) or `class_labels` (batch,), the frozen output f(z_t, t, y), features (batch,
-        feature_channels, height', width') that are `projected` or not, and in `balanced` mode groups (batch, factors).
-        `code` is Phi(y), where known.
+        feature_channels, height', width'), and in `balanced` mode groups (batch, factors). `code` is Phi(y), if known.
         """
         width, channels = self.config["width"], self.config["latent_channels"]
         conditions = self.time(get_timestep_embedding(timesteps, 2 * width).to(model_pred.dtype))
@@ -256,7 +239,8 @@ class GuidanceModule(Guidance):
         inputs = [noisy_latents[:, :channels], model_pred, _coordinates(model_pred)]
         full = self.block_in(self.conv_in(torch.cat(inputs, dim=1)), conditions)
         low = self.down(F.silu(full))
-        features = features if projected else self.project(features)
+        # On a CPU, torch 2.13 crashes in the backward pass of a GroupNorm of channels-last input without gradient.
+        features = self.features(features.contiguous())
         low = self.block_low(low + F.interpolate(features, size=low.shape[-2:], mode="nearest"), conditions)
         full = full + F.interpolate(self.up(low), size=full.shape[-2:], mode="nearest")
         return self.conv_out(F.silu(self.block_out(full, conditions)))
@@ -264,11 +248,6 @@ class GuidanceModule(Guidance):
     def encode(self, condition: Condition) -> torch.Tensor | None:
         """Phi(y), (batch, 4 * width), the same at every step; None for an unconditional model."""
         return None if self.encoder is None else self.encoder(condition)
-
-    def project(self, features: torch.Tensor) -> torch.Tensor:
-        """Map features (batch, feature_channels, height, width) to the few channels that the estimator reads."""
-        # On a CPU, torch 2.13 crashes in the backward pass of a GroupNorm of channels-last input without gradient.
-        return self.features(features.contiguous())
 
 
 def fitting_width(family: Family, denoiser: Any) -> int:

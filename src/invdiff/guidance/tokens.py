@@ -28,14 +28,9 @@ class GuidanceTokens(Guidance):
 
     A vector is `unit` times the sum of a random start, the same for all groups, and what is learned, which starts at
     zero. A token that is there has weight in attention, whatever it holds: while nothing is learned, and at scale 0,
-    none is appended. In `invariant` mode the same vectors serve all groups.
-
-    Args:
-        tokens: Vectors of each group.
-        prompt_dim: Width of the prompt embeddings.
-        unit: Size of an element of a prompt embedding, so that one learning rate fits every text encoder.
-        num_groups, factor_names, mode, null_adapter, denoiser_class, prediction_type, weight_signature, base_model,
-            loras, mixes, record: See `Guidance`; the null row has the tokens too.
+    none is appended. In `invariant` mode the same vectors serve all groups. Beside what `Guidance` lists, the config
+    has `tokens`, vectors of each group, `prompt_dim`, their width, and `unit`: the size of an element of a prompt
+    embedding, so that one learning rate fits every text encoder.
     """
 
     backend: ClassVar[str] = "tokens"
@@ -81,10 +76,7 @@ class GuidanceTokens(Guidance):
             raise ConfigError(f"Expected at least one token, got tokens={tokens}.")
         width = family.shape(denoiser).prompt_dim
         if not width:
-            raise ModelError(
-                f"Expected a model that reads prompt embeddings, to append tokens to, got {family.title}, which reads "
-                "none. Take the module or lora backend."
-            )
+            raise ModelError(f"Expected a model that reads prompt embeddings, got {family.title}, which reads none.")
         return {"tokens": tokens, "prompt_dim": width}
 
     @classmethod
@@ -111,11 +103,10 @@ class GuidanceTokens(Guidance):
         return frozen.predict(call.noisy_latents, call.timesteps, condition)
 
     def install(self, denoiser: nn.Module, family: Family) -> Callable[[], None]:
-        """No hook: `before` does all; see `Guidance`."""
-        return do_nothing
+        return do_nothing  # `before` does all
 
     def before(self, arguments: dict[str, Any], rows: Rows | None) -> dict[str, Any]:
-        """The prompt embeddings with the tokens behind them, and what is of their length."""
+        # The prompt embeddings with the tokens behind them, and what is of their length.
         if rows is None or not self.vectors.any():
             return {}
         self.check_scale(rows.scale)
@@ -127,7 +118,6 @@ class GuidanceTokens(Guidance):
         return changed
 
     def check_scale(self, scale: float) -> None:
-        """Refuse all but 0 and 1."""
         if scale not in (0, 1):
             raise ConfigError(
                 f"Expected scale 0 or 1 with tokens, got {scale:g}: a token is there or not, and a shorter one has "

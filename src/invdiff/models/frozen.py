@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import ModelError
 from ..files import fingerprint, weights_digest
-from .families import Condition, family_that_draws
+from .families import Condition, Family, family_that_draws
 from .families.base import to
 from .load import check_fused, check_plain, denoiser_of
 from .schedule import NoiseSchedule
@@ -52,7 +52,7 @@ class FrozenDenoiser:
         self.schedule, self.device = NoiseSchedule(pipe.scheduler), torch.device(pipe._execution_device)
         self.dtype = self.module.dtype  # that it computes in, whatever its weights are stored in
         paths = [shape.feature_path, *(self.family.upper_paths(self.module) if upper else ())]
-        self._features, *self._upper = (FeatureCapture(self.module, path, self._read) for path in paths)
+        self._features, *self._upper = (FeatureCapture(self.module, self.family, path) for path in paths)
         self._was_training = self.module.training
         self.module.eval()
         self._weights = [weight for weight in self.module.parameters() if weight.requires_grad]
@@ -83,9 +83,6 @@ class FrozenDenoiser:
     def take_upper(self, noisy_latents: torch.Tensor) -> list[torch.Tensor]:
         """What the last two blocks gave in the forward pass of these latents, (B, channels, height, width) each."""
         return [self.family.on_grid(block.take(), noisy_latents) for block in self._upper]
-
-    def _read(self, block_output: Any) -> torch.Tensor:
-        return self.family.hidden_states(block_output).clone()
 
     def close(self) -> None:
         """Stop reading features."""
@@ -121,14 +118,11 @@ def do_nothing(*arguments: Any, **keywords: Any) -> None:
 
 
 class FeatureCapture:
-    """Record the output of one block of a denoiser, at a dotted path such as "down_blocks.1", at each forward pass.
+    """Record the output of one block of a denoiser, at a dotted path such as "down_blocks.1", at each forward pass."""
 
-    `read` makes the tensor that is kept of the block's output, and must copy: later parts may overwrite it in place.
-    """
-
-    def __init__(self, denoiser: nn.Module, path: str, read: Callable[[Any], torch.Tensor] = torch.clone) -> None:
+    def __init__(self, denoiser: nn.Module, family: Family, path: str) -> None:
         self._value: torch.Tensor | None = None
-        self._read, self._path = read, path
+        self._family, self._path = family, path
         try:
             block = denoiser.get_submodule(path)
         except AttributeError as error:
@@ -139,7 +133,7 @@ class FeatureCapture:
         self._handle = block.register_forward_hook(Hook(self._record))
 
     def _record(self, block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        self._value = self._read(output)
+        self._value = self._family.hidden_states(output).clone()  # later parts may overwrite it in place
 
     def take(self) -> torch.Tensor:
         """The activations of the last forward pass, once; `ModelError` where the block did not run since."""

@@ -65,20 +65,25 @@ def load_pipeline(
         raise ModelError(f"Expected no config beside {source}, which has its own, got {config}: leave it out.")
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise ModelError(
-            f"Expected a diffusers pipeline in {source}, found no model_index.json there. Give the "
-            "folder that pipeline.save_pretrained wrote (not that of one component or of a LoRA)."
+            f"Expected a diffusers pipeline in {source}, found no model_index.json there. Give the folder that "
+            "pipeline.save_pretrained wrote (not that of one component or of a LoRA)."
         )
     if path.exists():
         source = str(path.resolve())  # so that a relative path is never taken for a hub id
     elif looks_local(source) or path.suffix == ".safetensors":
         raise ModelError(f"Expected a .safetensors file or pipeline folder at {source}, found nothing there.")
     with loading("a whole diffusers pipeline" if path.exists() else "a diffusers pipeline", source):
-        settings = (str(config) or _settings_of(source)) if single else source
+        settings = str(config) or source
+        if single and not config:  # as the pipeline on the hub, by the names and shapes of the weights
+            weights = load_single_file_checkpoint(source)
+            if any("lora" in name for name in weights):
+                raise ModelError(
+                    f"Expected all of a model in {source}, found a LoRA. Give its model, and --lora FILE."
+                )
+            settings = fetch_diffusers_config(weights)["pretrained_model_name_or_path"]
         with warnings.catch_warnings():  # diffusers passes huggingface_hub an argument it no longer has
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
-            remedy = (
-                "They are downloaded once. Without network, give --model-config (config=), a pipeline of this kind."
-            )
+            remedy = "Without network, give --model-config (config=), a pipeline of this kind."
             with loading(f"settings and tokenizer for {source}", settings, remedy) if single else nullcontext():
                 index = DiffusionPipeline.load_config(settings)
         # A part saved as None must be passed as None again, or from_pretrained looks for it.
@@ -100,14 +105,6 @@ def load_pipeline(
     denoiser.fused_loras = [_fuse(pipe, lora) for lora in loras]
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or default_device())
-
-
-def _settings_of(file: str) -> str:
-    """The pipeline on the hub that is like the one in a single file, by the names and shapes of its weights."""
-    weights = load_single_file_checkpoint(file)
-    if any("lora" in name for name in weights):
-        raise ModelError(f"Expected all of a model in {file}, found a LoRA. Give its model, and --lora {file}.")
-    return fetch_diffusers_config(weights)["pretrained_model_name_or_path"]
 
 
 def _fuse(pipe: Any, lora: str) -> tuple[str, str]:
@@ -177,10 +174,7 @@ def check_plain(pipe: DiffusionPipeline) -> None:
     """Raise `ModelError` where a guidance module is attached to a model that is to be measured or drawn from."""
     denoiser = denoiser_of(pipe)
     if getattr(denoiser, "_orig_mod", denoiser) in GUIDED:  # torch.compile wraps what was guided before
-        raise ModelError(
-            "Expected the plain model, found a guidance module attached to it, which would take part. Call detach() "
-            "on what attach returned."
-        )
+        raise ModelError("Expected the plain model, found a guidance module attached. Call detach() on it.")
 
 
 def public_name(name_or_folder: str) -> str:
@@ -195,7 +189,4 @@ def denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:
     for denoiser in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None)):
         if denoiser is not None:
             return denoiser
-    raise ModelError(
-        f"Expected a pipeline with a unet or a transformer, got a {type(pipe).__name__} with neither. "
-        "Use a text-to-image diffusion pipeline."
-    )
+    raise ModelError(f"Expected a pipeline with a unet or a transformer, got a {type(pipe).__name__}.")

@@ -62,10 +62,7 @@ def load_complete(model: Any, source: str, **options: Any) -> Any:
 def check_tokenizer(tokenizer: Any, source: str) -> None:
     """Raise `ModelError` where a tokenizer knows no word: transformers 5 makes up for absent files with this."""
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise ModelError(
-            f"Expected a tokenizer at {source}, found one that knows no word: its files are absent or empty. "
-            "Save the model's own beside it."
-        )
+        raise ModelError(f"Expected a tokenizer at {source}, found one that knows no word: its files are absent.")
 
 
 @contextmanager

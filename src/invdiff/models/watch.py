@@ -42,11 +42,8 @@ def _check_rows(finite: torch.Tensor, part: str, names: Sequence[str]) -> None:
 def watched(pipe: Any, generators: Sequence[torch.Generator], names: Sequence[str]) -> Iterator[None]:
     """Let a call of `pipe` inside the block take all noise from `generators`, one of each image, or fail.
 
-    Pipelines such as Stable Diffusion 3's pass their scheduler no generator; it then draws from the global one.
-
-    Raises:
-        ModelError: The scheduler still draws from the global generator, or a part returns what is not finite; the
-            first such part is named, with the first such image by `names`.
+    Pipelines such as Stable Diffusion 3's pass their scheduler no generator. It is a `ModelError` where it still draws
+    from the global one, or a part returns what is not finite: the first, with the first such image by `names`.
     """
     scheduler, returned = pipe.scheduler, []
     title = f"scheduler {type(scheduler).__name__}"

@@ -16,12 +16,7 @@ def purified(weights: torch.Tensor, prompt_ids: torch.Tensor, purity: float) -> 
     where those of group e' are estimated to be a share r of one prompt's cell of group e, the largest of all prompts,
     every prompt's cell is given images of its own group e' until theirs is r too: they blunt what a group means, and
     say nothing about the prompt. Hard labels pass unchanged, and so do prompts that W does not split, whose rows are
-    all alike.
-
-    Args:
-        weights: (N, E), rows on the simplex, or zeros where an image was left out.
-        prompt_ids: (N,).
-        purity: From 0, where no image is left out, to 1.
+    all alike. Rows of W are zeros where an image was left out; at a `purity` of 0 none is.
     """
     drawn = weights.double().clone()
     prompts = [torch.nonzero(weights.any(dim=1) & (prompt_ids == p))[:, 0] for p in prompt_ids.unique()]

@@ -101,13 +101,7 @@ class BirdsWorld:
         )
 
     def write(self, folder: str | Path, *, progress: bool = False) -> Path:
-        """Write an imagefolder, `images/00000.png` and so on, then `metadata.csv`, and return it.
-
-        A killed run is taken up where it stopped: images that exist are kept, and `metadata.csv` comes last.
-
-        Raises:
-            DataError: The folder holds something else than the same set, or cannot be written.
-        """
+        """Write an imagefolder and return it, as `write_imagefolder` does; a killed run is taken up again."""
         rows = (self._row(index) for index in range(len(self)))
         return write_imagefolder(
             folder,

@@ -99,10 +99,7 @@ class Flux(TransformerFamily):
         tokens, ids = call["hidden_states"], call["img_ids"]
         height, width = (int(side) + 1 for side in ids.reshape(-1, 3)[:, 1:].amax(dim=0))
         if height * width != tokens.shape[1]:
-            raise ModelError(
-                f"Expected one token for each of {height}x{width} places, found {tokens.shape[1]} tokens. Pipelines "
-                "that send further images along (Kontext) are not supported."
-            )
+            raise ModelError(f"Expected {height}x{width} tokens, found {tokens.shape[1]}: Kontext is not supported.")
         noisy_latents = unpacked(tokens[..., : denoiser.out_channels], height, width)
         return super().read(denoiser, call | {"hidden_states": noisy_latents, "timestep": call["timestep"] * 1000})
 
@@ -201,7 +198,4 @@ def class_label(pipe: Any, name: str) -> int:
     if number.isdecimal() and int(number) < count:
         return int(number)
     examples = f" such as {', '.join(list(known)[:3])}" if known else ""
-    raise DataError(
-        f"Expected the name of a class{examples}, or a number from 0 to {count - 1}, got {name!r}. "
-        "A class-conditional model draws no free text."
-    )
+    raise DataError(f"Expected the name of a class{examples}, or a number from 0 to {count - 1}, got {name!r}.")

@@ -84,9 +84,6 @@ class Unconditional(StableDiffusion):
         if prompt is not None:
             raise ConfigError(f"Expected no prompt for an unconditional model, got {prompt!r}. Leave it out.")
         if guidance_scale != 1:
-            raise ConfigError(
-                "Expected guidance_scale 1 for an unconditional model, which has no condition to be guided by, got "
-                f"{guidance_scale:g}. Set it to 1."
-            )
+            raise ConfigError(f"Expected guidance_scale 1 for an unconditional model, got {guidance_scale:g}.")
         self.check_own_resolution(pipe, resolution)
         return pipe(batch_size=len(prompts), **options)
