@@ -47,8 +47,7 @@ def judged(found: Audit, data: CaptionedImages, hidden: Sequence[str], subject: 
     figures: dict[str, Any] = {
         "found": found.biased,
         "factors": [
-            {"matched": factor.matched, "shares": {captions[split.prompt]: split.shares for split in factor.splits}}
-            for factor in found.factors
+            {"shares": {captions[split.prompt]: split.shares for split in factor.splits}} for factor in found.factors
         ],
         "prompts": [
             {name: getattr(prompt, name) for name in ("prompt", "captions", "num_images", "found", "reason", "power")}

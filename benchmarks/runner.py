@@ -194,7 +194,7 @@ class Runner:
     def measured(self, folder: Path, world: World) -> dict[str, Any]:
         """Every figure of one folder of images."""
         judge, real = self.judge
-        config = EvaluateConfig(subject_attribute=self.suite.subject, subject_of=dict(world.prompts))
+        config = EvaluateConfig(subject_attribute=self.suite.subject)
         results = evaluate(folder, judge, self.suite.attribute, reference=real, config=config, progress=False)
         ((_, _, measures),) = results.each()
         contact_sheet(folder)
