@@ -3,6 +3,7 @@
 python -m benchmarks prepare SET SOURCE OUT                        captioned folders of an official data set
 python -m benchmarks run BENCHMARK --data SOURCE --base MODEL      every cell of suites/BENCHMARK.yaml without figures
 python -m benchmarks table BENCHMARK                               its table, in Markdown, and results/BENCHMARK.csv
+python -m benchmarks picture BENCHMARK METHOD ... --output FILE    images of methods at the same seeds, a row each
 """
 
 import argparse
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # these modules import each othe
 import sets
 from kept import RESULTS
 from runner import Runner
-from tables import markdown, write_csv
+from tables import markdown, sheets_picture, write_csv
 
 from invdiff.errors import InvDiffError
 
@@ -38,9 +39,17 @@ def main() -> None:
     table = commands.add_parser("table", help="print the table of a benchmark")
     table.add_argument("benchmark")
     table.add_argument("--results", type=Path, default=RESULTS)
+    picture = commands.add_parser("picture", help="draw a picture of what methods drew")
+    picture.add_argument("benchmark")
+    picture.add_argument("methods", nargs="+")
+    picture.add_argument("--work", type=Path, default=Path("out/benchmarks"))
+    picture.add_argument("--seed", type=int, default=0)
+    picture.add_argument("--scale", default="3", help="of classifier-free guidance")
+    picture.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
+    commands_by_name = {"prepare": sets.prepare, "run": run_cells, "table": print_table, "picture": draw_picture}
     try:
-        {"prepare": sets.prepare, "run": run_cells, "table": print_table}[arguments.command](arguments)
+        commands_by_name[arguments.command](arguments)
     except InvDiffError as error:
         sys.exit(f"Error: {error}")
 
@@ -59,6 +68,13 @@ def print_table(arguments: argparse.Namespace) -> None:
     """Print one benchmark's table, and write it as CSV."""
     write_csv(arguments.benchmark, arguments.results)
     print(markdown(arguments.benchmark, arguments.results))
+
+
+def draw_picture(arguments: argparse.Namespace) -> None:
+    """Draw rows of images, of one seed and guidance scale."""
+    place = arguments.work / arguments.benchmark / f"seed-{arguments.seed}"
+    sheets = {name: place / name / f"drawn-{arguments.scale}" / "sheet.png" for name in arguments.methods}
+    sheets_picture(sheets, arguments.output)
 
 
 if __name__ == "__main__":

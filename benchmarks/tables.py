@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 from runner import Suite, kept
 
@@ -15,6 +16,7 @@ from invdiff.files import write_text
 
 COLUMNS = {
     "Bias": "bias",
+    "Bias by the audit": "bias by the audit",
     "floor": "floor",
     "subject right": "subject right",
     "worst cell": "worst cell",
@@ -46,26 +48,49 @@ def rows(benchmark: str, results: Path) -> Iterator[dict[str, Any]]:
 
 
 def markdown(benchmark: str, results: Path) -> str:
-    """Two tables: images that draw groups independently, and those with groups spread evenly."""
-    every = list(rows(benchmark, results))
-    parts = []
-    for draws in dict.fromkeys(row["draws"] for row in every):
-        of_draws = [row for row in every if row["draws"] == draws]
-        scales = list(dict.fromkeys(row["CFG"] for row in of_draws))
-        head = ["method", "given", "seeds x images", *(f"Bias at CFG {scale}" for scale in scales)]
-        head += [name for name in COLUMNS if name not in ("Bias", "floor")] + ["parameters", "forwards"]
-        lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        for method in dict.fromkeys(row["method"] for row in of_draws):
-            own = {row["CFG"]: row for row in of_draws if row["method"] == method}
+    """A table of each way of drawing and number of images: Frechet distances compare at equal numbers only."""
+    every, parts = list(rows(benchmark, results)), []
+    for kind in dict.fromkeys((row["draws"], row["images"]) for row in every):
+        of_kind = [row for row in every if (row["draws"], row["images"]) == kind]
+        scales = list(dict.fromkeys(row["CFG"] for row in of_kind))
+        shown = [name for name in COLUMNS if name not in ("Bias", "floor")]
+        shown = [name for name in shown if any(row[name] is not None for row in of_kind)]
+        head = ["method", "given", "seeds", *(f"Bias, CFG {scale}" for scale in scales), *shown]
+        lines = [line_of([*head, "parameters", "forwards"]), "|---" * (len(head) + 2) + "|"]
+        for method in dict.fromkeys(row["method"] for row in of_kind):
+            own = {row["CFG"]: row for row in of_kind if row["method"] == method}
             first = next(iter(own.values()))
-            line = [method, first["supervision"], f"{first['seeds']} x {first['images']}"]
-            line += [spread(own.get(scale), "Bias", with_range=True) for scale in scales]
-            shown = [name for name in COLUMNS if name not in ("Bias", "floor")]
-            line += [" / ".join(spread(own[scale], name) for scale in scales if scale in own) for name in shown]
-            line += [f"{first['parameters']:,}", f"{first['forwards']:,.0f}"]
-            lines.append("| " + " | ".join(line) + " |")
-        parts.append(f"Groups drawn {draws}\n\n" + "\n".join(lines))
+            cells = [method, first["supervision"], str(first["seeds"])]
+            cells += [spread(own.get(scale), "Bias", with_range=True) for scale in scales]
+            cells += [" / ".join(spread(own[scale], name) for scale in scales if scale in own) for name in shown]
+            lines.append(line_of([*cells, f"{first['parameters']:,}", f"{first['forwards']:,.0f}"]))
+        floor = f"{of_kind[0]['floor']:.3f}"
+        about = f"{kind[1]} images of each prompt, groups drawn {kind[0]}; a fair model would show a Bias of {floor}."
+        parts.append(f"{about}\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
+
+
+def headline(benchmark: str, results: Path) -> str:
+    """The methods with several seeds: Bias at each guidance scale, the rest at the one in the middle."""
+    every = [row for row in rows(benchmark, results) if row["seeds"] > 1 and row["draws"] == "i.i.d."]
+    scales = list(dict.fromkeys(row["CFG"] for row in every))
+    middle, shown = scales[len(scales) // 2], ("subject right", "worst cell", "Frechet")
+    head = ["", "given", *(f"Bias, CFG {scale}" for scale in scales), *(f"{name}, CFG {middle}" for name in shown)]
+    lines = [line_of(head), "|---" * len(head) + "|"]
+    for method in dict.fromkeys(row["method"] for row in every):
+        own = {row["CFG"]: row for row in every if row["method"] == method}
+        cells = [
+            method,
+            own[middle]["supervision"],
+            *(spread(own[scale], "Bias", with_range=True) for scale in scales),
+        ]
+        lines.append(line_of([*cells, *(spread(own[middle], name) for name in shown)]))
+    return "\n".join(lines)
+
+
+def line_of(cells: list[str]) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
 
 
 def spread(row: Mapping[str, Any] | None, name: str, *, with_range: bool = False) -> str:
@@ -86,3 +111,15 @@ def write_csv(benchmark: str, results: Path) -> None:
     writer.writeheader()
     writer.writerows(every)
     write_text(results / f"{benchmark}.csv", stream.getvalue())
+
+
+def sheets_picture(sheets: Mapping[str, Path], output: Path) -> None:
+    """Write the contact sheets of methods below each other, each with its name."""
+    figure, axes = plt.subplots(len(sheets), figsize=(10, 1.5 * len(sheets)), layout="constrained")
+    for axis, (name, path) in zip(np.atleast_1d(axes), sheets.items(), strict=True):
+        axis.imshow(plt.imread(path), interpolation="nearest")
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    figure.savefig(output, dpi=100)
+    plt.close(figure)

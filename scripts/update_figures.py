@@ -4,6 +4,7 @@ python scripts/update_figures.py          # rewrite what stands between the mark
 python scripts/update_figures.py --check  # exit 1 if anything would change
 """
 
+import importlib
 import json
 import re
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
 def figures(part: str, benchmark: str = "birds") -> Any:
@@ -332,7 +334,16 @@ def with_quartiles(values: dict[str, float]) -> str:
     return f"{values['median']:.2f} ({values['lower_quartile']:.2f} to {values['upper_quartile']:.2f})"
 
 
+def methods_table(benchmark: str, *, headline: bool = False) -> str:
+    """The table of a benchmark of methods, as `python -m benchmarks table` prints it, or its shorter form."""
+    tables = importlib.import_module("tables")
+    return str((tables.headline if headline else tables.markdown)(benchmark, RESULTS))
+
+
 BLOCKS = {
+    "waterbirds": partial(methods_table, "waterbirds"),
+    "waterbirds-headline": partial(methods_table, "waterbirds", headline=True),
+    "tuning": partial(methods_table, "tuning"),
     "bias": bias_table,
     "audits": audits_table,
     "explicit": explicit_table,

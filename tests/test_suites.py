@@ -1,0 +1,43 @@
+"""Benchmarks of methods: every suite names methods with settings that they take, and tables follow from kept cells."""
+
+import importlib
+import json
+
+import pytest
+import tables
+from runner import HERE, METHODS, Runner, Suite
+
+from invdiff import TrainConfig
+from invdiff.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((HERE / "suites").glob("*.yaml"))])
+def test_every_cell_can_be_fitted(name):
+    for cells in Suite.named(name).each().values():
+        module, _, kind = METHODS[cells.method].rpartition(".")
+        method = getattr(importlib.import_module(module), kind)(**cells.settings)
+        assert method.supervision
+        TrainConfig(**dict(getattr(method, "config", None) or {}) if cells.method == "guided" else {})
+
+
+def test_an_unknown_benchmark_names_those_that_there_are():
+    with pytest.raises(ConfigError, match="waterbirds"):
+        Suite.named("landbirds")
+
+
+def test_a_kept_cell_is_not_run_again_and_tables_give_mean_and_range_over_seeds(tmp_path):
+    folder = tmp_path / "results" / "tuning"
+    folder.mkdir(parents=True)
+    for seed, bias in ((100, 0.1), (101, 0.3)):
+        figures = {"bias": bias, "low": 0.0, "high": 1.0, "floor": 0.05, "worst cell": 0.5, "subject right": 1.0}
+        document = {"supervision": "none", "parameters": 8, "forwards": 9, "device": "", "seconds of fitting": 1}
+        kept = document | {"settings": {"images": 4}, "figures": {"CFG 3": figures, "stratified CFG 3": figures}}
+        (folder / f"steps-400-seed-{seed}.json").write_text(json.dumps(kept))
+    runner = Runner("tuning", tmp_path / "absent", tmp_path / "absent", tmp_path / "work", tmp_path / "results")
+    runner.run("steps-400", 100)
+    assert not (tmp_path / "work").exists()
+    text = tables.markdown("tuning", tmp_path / "results")
+    assert text.count("0.20 (0.10 to 0.30)") == 2
+    assert "drawn stratified" in text
+    tables.write_csv("tuning", tmp_path / "results")
+    assert len((tmp_path / "results" / "tuning.csv").read_text().splitlines()) == 3
