@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import worlds
 from kept import rounded
-from methods import Method, World
+from methods import Fitted, Method, World
 from PIL import Image
 
 from invdiff import EvaluateConfig, FinetuneConfig, GenerateConfig, evaluate, generate, load_captioned_images
@@ -93,6 +93,8 @@ class Suite(Config):
     """Name to `Cells`."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """How the base is fitted to the biased images."""
+    unrelated: tuple[str, ...] = ()
+    """Prompts that nobody audited: how far their images move, at the same seeds, is measured too."""
 
     @classmethod
     def named(cls, name: str) -> Suite:
@@ -176,6 +178,8 @@ class Runner:
                     seen = evaluate(folder, eyes, next(iter(eyes.attributes)), progress=False)
                     ((_, _, measures),) = seen.each()
                     figures[f"{prefix}CFG {scale:g}"]["bias by the audit"] = measures.bias
+        for scale in cells.scales if self.suite.unrelated else ():
+            figures[f"unrelated prompts, CFG {scale:g}"] = self.moved(fitted, world, work, scale, cells.images)
         document = {
             "command": f"python -m benchmarks run {self.name} --cells {name} --seeds {seed}",
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -189,7 +193,21 @@ class Runner:
             "figures": rounded(figures),
         }
         write_json(path, document)
-        print(path, *(f"{key}: Bias {of['bias']:.2f}" for key, of in figures.items()), flush=True)
+        print(path, *(f"{key}: Bias {of['bias']:.2f}" for key, of in figures.items() if "bias" in of), flush=True)
+
+    def moved(self, fitted: Fitted, world: World, work: Path, scale: float, images: int) -> dict[str, float | None]:
+        """How far images of unrelated prompts are from the biased model's of the same seeds: cosine distance."""
+        config = GenerateConfig(
+            images_per_prompt=images, guidance_scale=scale, seed=1000 + world.seed, batch_size=BATCH_SIZE
+        )
+        folders = {"base": world.work / f"unrelated-{scale:g}", "guided": work / f"unrelated-{scale:g}"}
+        generate(world.biased(), self.suite.unrelated, folders["base"], config=config, progress=False)
+        with fitted.hooked(config.seed):
+            options = {"module": fitted.guidance, "config": config, "progress": False}
+            generate(fitted.pipe, self.suite.unrelated, folders["guided"], **options)
+        results = evaluate(folders, self.judge[0], self.suite.attribute, progress=False)
+        measures = results.at(str(float(scale)))["guided"]
+        return {name: of.value for name, of in measures.preservation.items() if name.startswith("feature shift")}
 
     def measured(self, folder: Path, world: World) -> dict[str, Any]:
         """Every figure of one folder of images."""

@@ -32,7 +32,7 @@ def rows(benchmark: str, results: Path) -> Iterator[dict[str, Any]]:
     for cell in Suite.named(benchmark).each():
         by_seed = found.get(cell, {})
         first: Mapping[str, Any] = next(iter(by_seed.values()), {})
-        for key in first.get("figures", {}):
+        for key in (key for key, of in first.get("figures", {}).items() if "bias" in of):
             drawn, _, scale = key.rpartition("CFG ")
             row = {"method": cell, "supervision": first["supervision"], "draws": drawn.strip() or "i.i.d."}
             row |= {"CFG": scale, "seeds": len(by_seed), "images": first["settings"]["images"]}
