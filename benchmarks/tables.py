@@ -12,10 +12,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from runner import Suite, kept
 
-from invdiff.files import write_text
+from invdiff.evaluation.fairness.correction import correct_for_annotator
+from invdiff.evaluation.fairness.metrics import bias
+from invdiff.files import read_json, write_text
 
 COLUMNS = {
     "Bias": "bias",
+    "Bias corrected": "bias corrected",
     "Bias by the audit": "bias by the audit",
     "floor": "floor",
     "subject right": "subject right",
@@ -28,7 +31,9 @@ COLUMNS = {
 
 def rows(benchmark: str, results: Path) -> Iterator[dict[str, Any]]:
     """One row a cell, way of drawing and guidance scale, with mean and range over seeds, in the order of the YAML."""
-    found = kept(results / benchmark)
+    found, labels = kept(results / benchmark), results / f"{benchmark}-labels.json"
+    if labels.is_file():
+        correct(found, read_json(labels))
     for cell in Suite.named(benchmark).each():
         by_seed = found.get(cell, {})
         first: Mapping[str, Any] = next(iter(by_seed.values()), {})
@@ -45,6 +50,16 @@ def rows(benchmark: str, results: Path) -> Iterator[dict[str, Any]]:
                 row["Bias low"], row["Bias high"] = (first["figures"][key][end] for end in ("low", "high"))
             row |= {"parameters": first["parameters"], "forwards": first["forwards"], "device": first["device"]}
             yield row | {"seconds of fitting": first["seconds of fitting"]}
+
+
+def correct(found: Mapping[str, Mapping[int, Any]], labels: Mapping[str, Any]) -> None:
+    """Add Bias corrected for what the judge says of generated images that people labelled, at their guidance scale."""
+    for document in (document for by_seed in found.values() for document in by_seed.values()):
+        for key, figures in document["figures"].items():
+            if key.rpartition("CFG ")[2] == labels["guidance scale"] and "shares" in figures:
+                counts = [[of[name] for name in labels["classes"]] + [0.0] for of in figures["shares"].values()]
+                shares = correct_for_annotator(counts, labels["confusion"])
+                figures["bias corrected"] = float(np.mean(bias(shares, np.full(shares.shape[1], 1 / shares.shape[1]))))
 
 
 def markdown(benchmark: str, results: Path) -> str:
