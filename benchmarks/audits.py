@@ -108,8 +108,10 @@ class Cell:
     """Images of each caption that the model draws: they are audited instead of the world, if any."""
     judge: Callable[[Path], Annotator] | None = None
     """Names the hidden attributes of the model's own images."""
-    trained: TrainConfig | None = None
-    """How guidance is trained on what was found, if at all; then Bias is measured before and after."""
+    trained: dict[str, TrainConfig] = field(default_factory=dict)
+    """How guidance is trained on what was found, by name; then Bias is measured without and with each."""
+    scales: tuple[float, ...] = (1.0, 3.0, 7.5)
+    """At which guidance scales."""
 
     @property
     def world_name(self) -> str:
@@ -168,9 +170,10 @@ def own(source: Path, base: Path, work: Path) -> Iterator[Cell]:
         return judges.judge_of({"kind": "waterbirds"}, ["subject", "place"], source, work / "judges")[0]
 
     birds = BirdsWorld(200, seed=0).write  # for its captions
-    yield Cell("drawn-birds", birds, BIRDS_MODEL, ("background",), own=500, judge=bundled, trained=TrainConfig())
+    options = {"own": 500, "judge": bundled, "trained": {"guided": TrainConfig()}}
+    yield Cell("drawn-birds", birds, BIRDS_MODEL, ("background",), **options)
     photos = partial(worlds.waterbirds, source, severity=0.95, seed=0)
-    options = {"tuned": True, "own": 3000, "judge": of_photographs, "trained": LORA}
+    options = {"tuned": True, "own": 3000, "judge": of_photographs, "trained": {"guided": LORA}}
     yield Cell("waterbirds", photos, base, ("place",), **options)
     yield Cell(
         "waterbirds-asked", photos, base, ("place",), ask={"place": ("forest", "sea")}, **options | {"own": 1000}
@@ -200,6 +203,13 @@ def drawn(source: Path | None, base: Path | None, work: Path) -> Iterator[Cell]:
     for seed in range(3):
         three = ("background", "colour", "light")
         yield Cell(f"three-attributes-seed-{seed}", partial(worlds.drawn, seed=seed), BIRDS_MODEL, three)
+
+    def of_drawn(folder: Path) -> ConvAnnotator:
+        even = worlds.drawn(folder, severity=0.5, seed=90)
+        return ConvAnnotator.fit(load_captioned_images(even), [*three, "subject"])
+
+    options = {"tuned": True, "judge": of_drawn, "trained": {"module": TrainConfig(backend="module"), "lora": LORA}}
+    yield Cell("guided-three-attributes", worlds.drawn, BIRDS_MODEL, three, scales=(3.0,), **options)
 
 
 PARTS: dict[str, Callable[..., Iterator[Cell]]] = {
@@ -243,12 +253,14 @@ def run(part: str, cell: Cell, work: Path) -> None:
         found = audit(pipe, unlabelled, ask=cell.ask, cache_dir=cache)
     seconds = time.perf_counter() - start if fresh else None
     figures = {}
-    if cell.own:
-        judge = cell.judge(work / "worlds" / f"{place}-judge")
-        data = labelled_by(judge, own_images(pipe, found.settings, cache), cell)
+    if cell.judge:
+        judge, audited = cell.judge(work / "worlds" / f"{place}-judge"), unlabelled
+        if cell.own:
+            audited = own_images(pipe, found.settings, cache)
+            data = labelled_by(judge, audited, cell)
         figures["judge right, held out"] = judge.held_out.summary() if judge.held_out else None
         if cell.trained and found.biased:
-            figures["bias"] = bias_of(pipe, found, judge, cell, cache)
+            figures["bias"] = bias_of(pipe, audited, found, judge, cell, cache)
     figures |= judged(found, data, cell.hidden, cell.subject)
     if cell.ceiling:
         sources = audit_features(pipe, unlabelled, cache)
@@ -285,22 +297,28 @@ def labelled_by(judge: Annotator, images: CaptionedImages, cell: Cell) -> Captio
     return replace(images, attributes=labels | {cell.subject: subjects})
 
 
-def bias_of(pipe: Any, found: Audit, judge: Annotator, cell: Cell, work: Path) -> dict[str, Any]:
-    """Bias with and without a module trained on an audit, at CFG 1, 3 and 7.5, 256 images of each prompt."""
-    module = train(pipe, None, found, work / "module", config=cell.trained, cache_dir=work)
-    folders: dict[str, list[Path]] = {"base": [], "guided": []}
-    for scale in (1.0, 3.0, 7.5):
+def bias_of(
+    pipe: Any, data: CaptionedImages, found: Audit, judge: Annotator, cell: Cell, work: Path
+) -> dict[str, Any]:
+    """Bias with and without guidance trained on an audit, 256 images of each prompt and guidance scale."""
+    each = cell.trained.items()
+    modules = {name: train(pipe, data, found, work / name, config=config, cache_dir=work) for name, config in each}
+    folders: dict[str, list[Path]] = {name: [] for name in ("base", *modules)}
+    prompts = [prompt.prompt for prompt in found.prompts]
+    for scale in cell.scales:
         config = GenerateConfig(images_per_prompt=256, guidance_scale=scale)
-        for name, used in (("base", None), ("guided", module)):
-            prompts, folder = found.settings["own_images_of"], work / f"{name}-{scale:g}"
-            folders[name].append(generate(pipe, prompts, folder, module=used, config=config, environments="iid"))
-    results = evaluate(folders, judge, cell.hidden[0], config=EvaluateConfig(subject_attribute=cell.subject))
-    return {
-        f"{name}, CFG {scale}": {"bias": bias.value, "low": bias.low, "high": bias.high, "floor": bias.floor}
-        | {"subject accuracy": measures.accuracy}
-        for name, scale, measures in results.each()
-        for bias in [measures.bias_estimate]
-    }
+        for name, of in folders.items():
+            options = {"module": modules.get(name), "config": config, "environments": "iid"}
+            of.append(generate(pipe, prompts, work / f"{name}-{scale:g}", **options))
+    figures = {}
+    for hidden in cell.hidden:
+        results = evaluate(folders, judge, hidden, config=EvaluateConfig(subject_attribute=cell.subject))
+        for name, scale, measures in results.each():
+            bias = measures.bias_estimate
+            key = f"{name}, CFG {scale}" if len(cell.hidden) == 1 else f"{hidden}: {name}, CFG {scale}"
+            figures[key] = {"bias": bias.value, "low": bias.low, "high": bias.high, "floor": bias.floor}
+            figures[key]["subject accuracy"] = measures.accuracy
+    return figures
 
 
 def audit_features(pipe: Any, data: CaptionedImages, cache: Path) -> list[np.ndarray]:

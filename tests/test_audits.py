@@ -35,7 +35,7 @@ def audit_of(data, *attributes):
         rare = judging.minority(data.attributes[attribute], subjects).astype(np.float32)
         shares = [rare[prompt_ids == prompt].mean() for prompt in (0, 1)]
         splits = [PromptSplit(k, "", [1 - s, s], [(0, 1)] * 2, 4.0, 1.0, 0.9, 9.0) for k, s in enumerate(shares)]
-        factors.append(Factor(f"factor {number + 1}", True, splits))
+        factors.append(Factor(f"factor {number + 1}", splits))
         weights.append(np.stack([1 - rare, rare], axis=1))
         scores.append(rare)
     return Audit(tuple(weights), np.stack(scores), prompt_ids, prompts, factors, data.names, 6.0, {})

@@ -88,7 +88,7 @@ class GuidanceLoRA(Guidance):
             {path.replace(".", "/"): LowRank(rank * number, shape) for path, shape in (layers or {}).items()}
         )
         self._mask: torch.Tensor | None = None
-        self._ran = 0
+        self._first = self._ran = 0
 
     @classmethod
     def fitting(cls, family: Family, denoiser: Any, *, rank: int = 8) -> dict[str, Any]:  # type: ignore[override]
@@ -142,17 +142,16 @@ class GuidanceLoRA(Guidance):
 
     def _adding(self, adapter: Any) -> Callable[..., Any]:
         @torch.compiler.disable
-        def add(layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+        def add(layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
             self._ran += 1
             if self._mask is None:
-                return None
-            weight = adapter.up
-            if weight.device != output.device:
+                return
+            if adapter.up.device != output.device:
                 self.follow(output.device)
             if len(self._mask) != len(output):
                 raise ModelError(f"Expected {len(self._mask)} rows in each layer, found {len(output)}.")
-            self._mask = self._mask.to(weight)
-            return output + adapter(inputs[0], self._mask).to(output.dtype)
+            self._mask, guided = self._mask.to(adapter.up), slice(self._first, None)
+            output[guided] += adapter(inputs[0][guided], self._mask[guided]).to(output.dtype)
 
         return add
 
@@ -161,6 +160,7 @@ class GuidanceLoRA(Guidance):
         if rows is not None:
             mask = self._ranks(rows.environments)
             self._mask = mask * rows.strength(mask)
+            self._first = int(self._mask.any(dim=1).int().argmax())  # null rows come first, and cost nothing
         return {}
 
     def after(self, call: DenoiserCall, model_pred: torch.Tensor) -> None:
