@@ -3,6 +3,7 @@
     python benchmarks/cost.py count      # parameters and FLOPs a denoiser call, on the meta device
     python benchmarks/cost.py sampling   # with and without guidance: bundled model, Stable Diffusion 1.5 shape
     python benchmarks/cost.py training   # one step of ours and of the reference recipe, Stable Diffusion 1.5 shape
+    python benchmarks/cost.py backends --base MODEL    # each backend on a pipeline, such as photo-sd64
 
 Each part keeps its figures in benchmarks/results/cost-PART.json and exits with 1 where a requirement is missed.
 Weights of the large shapes are random, which costs as much as trained ones; nothing is downloaded. `training`
@@ -16,10 +17,12 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from itertools import chain
+from operator import methodcaller
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +47,8 @@ from invdiff import GuidanceModule, attach
 from invdiff.assets import BIRDS_MODEL
 from invdiff.data.birds import canonical_prompts
 from invdiff.files import write_json
+from invdiff.guidance.backends import BACKENDS
+from invdiff.guidance.base import Guidance
 from invdiff.guidance.module import fitting_width
 from invdiff.models.families import Condition, family_of
 from invdiff.models.frozen import FeatureCapture
@@ -55,6 +60,7 @@ GIB = 2**30
 MAX_PARAMETERS, MAX_FLOPS = 0.02, 0.05
 MAX_RATIO_BUNDLED, MAX_RATIO_GPU = 1.25, 1.10
 MIN_SPEEDUP, MAX_MEMORY = 3.0, 1 / 3
+MAX_RATIOS = {"module": 1.1, "tokens": 1.05, "lora": 1.1, "lora, merged": 1.05}  # 1.05: 1.0 to the digits given
 HELD_TO_REQUIREMENT = ("SD 1.5", "SDXL")
 NEEDED_GIB = {"ours": 6, "reference": 20}
 
@@ -173,34 +179,38 @@ def count(_: argparse.Namespace) -> dict[str, Any]:
 # Sampling, with and without guidance.
 
 
-def compare(pipe: Any, run: Callable[[], object], repeats: int) -> dict[str, Any]:
-    """Time `run` plain and guided in turn, each pair in the other order, so that drift of the machine cancels.
+def compare(run: Callable[[Any], object], pipe: Any, guided: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Time `run(pipe)` plain and in each way that it is guided, in turn, so that drift of the machine cancels.
 
-    CPU seconds are kept beside the wall clock: on a busy machine they tell more, if there is one thread.
+    A way is what is attached, or another pipeline. CPU seconds are kept beside the wall clock: on a busy machine they
+    tell more, if there is one thread.
     """
-    module = GuidanceModule.for_pipeline(pipe)
+    ways = {"plain": pipe, **guided}
 
-    def seconds(*, guided: bool) -> tuple[float, float]:
-        with attach(pipe, module) if guided else nullcontext():
+    def seconds(way: str) -> tuple[float, float]:
+        module = isinstance(ways[way], Guidance)
+        with attach(pipe, ways[way]) if module else nullcontext():
             wall, cpu = synchronised_clock(), time.process_time()
-            run()
+            run(pipe if module else ways[way])
             return synchronised_clock() - wall, time.process_time() - cpu
 
-    for guided in (False, True):
-        seconds(guided=guided)  # the first run of each kind pays for caches
-    times: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    for way in ways:
+        seconds(way)  # the first run of each kind pays for caches
+    times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     for repeat in range(repeats):
-        for guided in (False, True) if repeat % 2 else (True, False):
-            times[guided].append(seconds(guided=guided))
-    plain, guided_times = (np.array(times[guided]) for guided in (False, True))
-    return {
-        "plain_seconds": spread(plain[:, 0]),
-        "guided_seconds": spread(guided_times[:, 0]),
-        "ratio": spread(guided_times[:, 0] / plain[:, 0]),
-        "cpu_ratio": spread(guided_times[:, 1] / plain[:, 1]),
-        "repeats": repeats,
-        "load_average": os.getloadavg()[0],
-    }
+        for way in reversed(ways) if repeat % 2 else ways:
+            times[way].append(seconds(way))
+    taken = {way: np.array(of) for way, of in times.items()}
+    figures: dict[str, Any] = {"plain_seconds": spread(taken["plain"][:, 0])}
+    for way in guided:
+        ratio, cpu_ratio = map(spread, (taken[way] / taken["plain"]).T)
+        figures[way] = {"guided_seconds": spread(taken[way][:, 0]), "ratio": ratio, "cpu_ratio": cpu_ratio}
+    return figures | {"repeats": repeats, "load_average": os.getloadavg()[0]}
+
+
+def guided(pipe: Any, run: Callable[[Any], object], repeats: int) -> dict[str, Any]:
+    figures = compare(run, pipe, {"module": GuidanceModule.for_pipeline(pipe)}, repeats)
+    return figures | figures.pop("module")
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -210,7 +220,7 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     pipe = load_pipeline(BIRDS_MODEL, device="cpu")
     for images in (1, 8, 32):
         prompts = list(canonical_prompts() * images)[:images]
-        measured = compare(pipe, partial(pipe, prompt=prompts, **settings), arguments.repeats)
+        measured = guided(pipe, methodcaller("__call__", prompt=prompts, **settings), arguments.repeats)
         figures["bundled"][str(images)] = measured
         requirements[f"bundled model, CPU, batch {images}"] = at_most(MAX_RATIO_BUNDLED, measured["ratio"]["median"])
     few = max(5, arguments.repeats // 4)
@@ -220,7 +230,7 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
         for images in (1, 4):
             embeds = torch.randn(images, 77, 768, dtype=torch.bfloat16, device=pipe.device)
             given = {"prompt_embeds": embeds, "negative_prompt_embeds": torch.zeros_like(embeds)}
-            measured = compare(pipe, partial(pipe, **given, **settings, output_type="pt"), few)
+            measured = guided(pipe, methodcaller("__call__", **given, **settings, output_type="pt"), few)
             figures["sd15"]["batches"][str(images)] = measured
             requirements[f"SD 1.5, GPU, batch {images}"] = at_most(MAX_RATIO_GPU, measured["ratio"]["median"])
     else:
@@ -228,12 +238,20 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
         pipe = sd15_pipeline()
         pipe.unet.requires_grad_(False)
         latents, embeds = torch.randn(1, 4, 64, 64), torch.randn(1, 77, 768)
-        measured = compare(pipe, partial(pipe.unet, latents, 500, encoder_hidden_states=embeds), few)
+        measured = guided(pipe, lambda pipe: pipe.unet(latents, 500, encoder_hidden_states=embeds), few)
         figures["sd15"] = {"what": "one forward of the UNet, float32, one row", "batches": {"1": measured}}
     return figures | {"requirements": requirements}
 
 
 # One training step, ours and the reference recipe.
+
+
+def steps_of(recipe: str, **options: Any) -> dict[str, Any]:
+    """Run a recipe of benchmarks/recipes.py in a process of its own."""
+    load, script = os.getloadavg()[0], str(Path(__file__).with_name("recipes.py"))
+    command = [sys.executable, script, recipe, *(f"--{name}={value}" for name, value in options.items())]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(finished.stdout.splitlines()[-1]) | {"load_average_before": load}
 
 
 def training(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -243,11 +261,7 @@ def training(arguments: argparse.Namespace) -> dict[str, Any]:
         needed, free = NEEDED_GIB[recipe], psutil.virtual_memory().available / GIB
         if not torch.cuda.is_available() and free < needed:
             sys.exit(f"Expected {needed} GiB of free memory for the {recipe} recipe, found {free:.1f}. Free some.")
-        load = os.getloadavg()[0]
-        command = [sys.executable, str(Path(__file__).with_name("recipes.py")), recipe]
-        command += [f"--{name}={value}" for name, value in options.items()]
-        finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        measured[recipe] = json.loads(finished.stdout.splitlines()[-1]) | {"load_average_before": load}
+        measured[recipe] = steps_of(recipe, **options)
     ours, reference = measured["ours"], measured["reference"]
     speedup = reference["step_seconds"]["median"] / ours["step_seconds"]["median"]
     return {
@@ -260,6 +274,43 @@ def training(arguments: argparse.Namespace) -> dict[str, Any]:
             "share of peak memory": at_most(MAX_MEMORY, ours["peak_bytes"] / reference["peak_bytes"]),
         },
     }
+
+
+# Training and drawing by each backend, on a pipeline.
+
+
+def backends(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Steps of batch 32, and drawing of images at once, with weights that are random: what they hold costs nothing."""
+    trained: dict[str, list[dict[str, Any]]] = {name: [] for name in BACKENDS}
+    for _ in range(3):  # in turn, and before this process grows, since a child's peak of memory begins at its parent's
+        for name, of in trained.items():
+            of.append(
+                steps_of("ours", backend=name, base=arguments.base, steps=arguments.repeats, **{"batch-size": 32})
+            )
+    pipe, merged = load_pipeline(arguments.base), load_pipeline(arguments.base)
+    ways = {name: backend.for_pipeline(pipe) for name, backend in BACKENDS.items()}
+    for weights in chain.from_iterable(guidance.parameters() for guidance in ways.values()):
+        nn.init.normal_(weights, std=0.01)
+    with tempfile.TemporaryDirectory() as folder:
+        merged.load_lora_weights(ways["lora"].export(folder)[0])
+    merged.fuse_lora()
+    merged.unload_lora_weights()
+    ways["lora, merged"] = merged
+    settings, drawing = {"guidance_scale": 3.0, "num_inference_steps": 20}, {}
+    for images in (1, 8):
+        prompts = list(canonical_prompts() * images)[:images]
+        run = methodcaller("__call__", prompt=prompts, **settings)
+        drawing[str(images)] = compare(run, pipe, ways, arguments.repeats)
+    training = {}
+    for name, of in trained.items():
+        seconds = {key: np.median([each["step_seconds"][key] for each in of]) for key in of[0]["step_seconds"]}
+        training[name] = of[0] | {"step_seconds": seconds, "peak_bytes": max(each["peak_bytes"] for each in of)}
+    requirements = {
+        f"{way}, {images} at once": at_most(limit, of[way]["ratio"]["median"])
+        for images, of in drawing.items()
+        for way, limit in MAX_RATIOS.items()
+    }
+    return {"model": Path(arguments.base).name, "training": training, "drawing": drawing, "requirements": requirements}
 
 
 # What every part shares.
@@ -290,22 +341,23 @@ def machine() -> dict[str, Any]:
     }
 
 
-PARTS = {"count": count, "sampling": sampling, "training": training}
+PARTS = {"count": count, "sampling": sampling, "training": training, "backends": backends}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument(
-        "--repeats", type=int, default=0, help="pairs of samplings (12 unless given) or training steps (4)"
-    )
+    parser.add_argument("--repeats", type=int, default=0, help="samplings of each (12 unless given) or steps (4)")
     parser.add_argument("--batch-size", type=int, default=1, help="of training")
     parser.add_argument("--resolution", type=int, default=512, help="of training, in pixels")
+    parser.add_argument("--base", help="of backends: a pipeline")
     arguments = parser.parse_args()
     arguments.repeats = arguments.repeats or (4 if arguments.part == "training" else 12)
+    if arguments.part == "backends" and not arguments.base:
+        parser.error("part backends needs --base")
     figures = PARTS[arguments.part](arguments)
     document = {
-        "command": " ".join(["python", "benchmarks/cost.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/cost.py", *(Path(word).name for word in sys.argv[1:])]),
         "device": machine(),
         "versions": {
             "python": platform.python_version(),

@@ -24,11 +24,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from invdiff import GuidanceModule, TrainConfig
+from invdiff import TrainConfig
 from invdiff.auditing.result import Audit
 from invdiff.data.encode import EncodedImages
+from invdiff.guidance.backends import BACKENDS
+from invdiff.models.families import family_of
 from invdiff.models.frozen import FrozenDenoiser
-from invdiff.models.load import default_device
+from invdiff.models.load import default_device, load_pipeline
 from invdiff.models.schedule import NoiseSchedule, per_sample_loss
 from invdiff.training import checkpoint, train
 
@@ -77,19 +79,22 @@ def measured_steps(ends: list[float], before: int, trained: int) -> dict[str, An
     }
 
 
-def our_recipe(steps: int, batch_size: int, resolution: int) -> dict[str, Any]:
+def our_recipe(steps: int, batch_size: int, resolution: int, backend: str, base: str) -> dict[str, Any]:
     """Run `run_round` itself, on cached latents and prompt embeddings that are random numbers.
 
-    Left out is what is done once before the steps: encoding, and the typical loss of each timestep.
+    Left out is what is done once before the steps: encoding, and the typical loss of each timestep. With `base`, a
+    pipeline's folder, images are of its size, and memory is counted above the loaded pipeline.
     """
+    loaded = load_pipeline(base) if base else None
     before = psutil.Process().memory_info().rss
-    pipe = sd15_pipeline()
-    side, images = resolution // 8, 8
+    pipe = loaded or sd15_pipeline()
+    side = pipe.unet.config["sample_size"] if base else resolution // 8
+    images, prompt = 8, family_of(pipe).null_condition(pipe)["prompt_embeds"] if base else torch.empty(1, 77, 768)
     data = EncodedImages(
-        latents=torch.randn(images, 4, side, side),  # type: ignore[arg-type]
+        latents=torch.randn(images, pipe.unet.config["in_channels"], side, side),  # type: ignore[arg-type]
         captions=["a caption"],
         caption_ids=torch.zeros(images, dtype=torch.long),
-        conditions={"prompt_embeds": torch.randn(2, 77, 768)},
+        conditions={"prompt_embeds": torch.randn(2, *prompt.shape[1:])},
         names=[f"{image}.png" for image in range(images)],
         source_index=torch.arange(images),
         model_fingerprint="",
@@ -97,16 +102,17 @@ def our_recipe(steps: int, batch_size: int, resolution: int) -> dict[str, Any]:
         resolution=resolution,
     )
     groups = np.eye(2, dtype=np.float32)[np.arange(images) % 2]
-    found = Audit((groups,), np.zeros(images, np.float32), np.zeros(images, np.int64), [], data.names, 0.0, {})
+    scores, prompts = np.zeros((1, images), np.float32), np.zeros(images, np.int64)
+    found = Audit((groups,), scores, prompts, [], [], data.names, 0.0, {})
     # The first step is warm-up; the last, left out as well, writes a checkpoint.
-    config = TrainConfig(steps=steps + 2, batch_size=batch_size)
+    config = TrainConfig(backend=backend, steps=steps + 2, batch_size=batch_size)  # type: ignore[arg-type]
     ends: list[float] = []
 
     class Stopwatch:
         def advance(self, **_: object) -> None:
             ends.append(synchronised_clock())
 
-    module = GuidanceModule.for_pipeline(pipe)
+    module = BACKENDS[backend].for_pipeline(pipe)
     with (
         tempfile.TemporaryDirectory() as folder,
         FrozenDenoiser(pipe) as frozen,
@@ -185,8 +191,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps to time, after one to warm up")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--resolution", type=int, default=512, help="pixels")
+    parser.add_argument("--backend", choices=BACKENDS, default="module", help="of ours")
+    parser.add_argument("--base", default="", help="of ours: a pipeline in place of Stable Diffusion 1.5's shape")
     arguments = parser.parse_args()
-    print(json.dumps(RECIPES[arguments.recipe](arguments.steps, arguments.batch_size, arguments.resolution)))
+    own = {"backend": arguments.backend, "base": arguments.base} if arguments.recipe == "ours" else {}
+    print(json.dumps(RECIPES[arguments.recipe](arguments.steps, arguments.batch_size, arguments.resolution, **own)))
 
 
 if __name__ == "__main__":

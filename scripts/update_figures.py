@@ -295,6 +295,30 @@ def cost_training_table() -> str:
     return note + "\n\n" + "\n".join(rows) + "\n\n" + requirements_table("training", ".2f")
 
 
+def cost_backends_table() -> str:
+    """Parameters, a step, memory, and drawing relative to plain, of each backend."""
+    measured = figures("backends", "cost")
+    counts = list(measured["drawing"])
+    head = ["", "trained", "a step, s", "memory of training, MiB"]
+    head += [f"drawing {'one image' if images == '1' else f'{images} images'}" for images in counts]
+    rows = ["| " + " | ".join([*head, "CPU time alone"]) + " |", "|---" * (len(head) + 1) + "|"]
+    for way in next(iter(measured["drawing"].values())):
+        if way in ("plain_seconds", "repeats", "load_average"):
+            continue
+        cells = ["", "", ""]
+        if m := measured["training"].get(way):
+            cells = [
+                f"{m['trained_parameters']:,}",
+                with_quartiles(m["step_seconds"]),
+                f"{m['peak_bytes'] / 2**20:.0f}",
+            ]
+        ratios = [measured["drawing"][images][way] for images in counts]
+        cells += [with_quartiles(ratio["ratio"]) for ratio in ratios]
+        cells.append(" / ".join(f"{ratio['cpu_ratio']['median']:.2f}" for ratio in ratios))
+        rows.append(f"| {way} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n\n" + requirements_table("backends", ".2f")
+
+
 def requirements_table(part: str, shape: str) -> str:
     """One row per requirement of benchmarks/cost.py: the limit, the figure, whether it is met."""
     rows = ["| requirement | limit | measured | |", "|---|---|---|---|"]
@@ -360,6 +384,7 @@ BLOCKS = {
     "cost-count": cost_count_table,
     "cost-sampling": cost_sampling_table,
     "cost-training": cost_training_table,
+    "cost-backends": cost_backends_table,
     **{f"theory-{part}": partial(theory_table, part) for part in ("scores", "penalties", "cfg", "delta")},
 }
 
