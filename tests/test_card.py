@@ -103,6 +103,7 @@ def test_training_writes_what_it_knows(trained):
         *("UNet2DConditionModel, predicts epsilon", found.settings["denoiser_fingerprint"], settings["data"]),
         *(
             "12",
+            "module; in the null row of classifier-free guidance it is on",
             "balanced",
             "factor 1: 2, factor 2: 2",
             f"{GuidanceModule.from_pretrained(trained).num_parameters():,}",
@@ -114,7 +115,7 @@ def test_training_writes_what_it_knows(trained):
     log = [json.loads(line)["group_losses"] for line in (trained / "log.jsonl").read_text().splitlines()]
     assert losses[0][3:] == ["Loss at step 10", "Loss at the end (step 12)"]
     assert losses[1][3:] == [f"{log[0][0][0][0]:.3f}", f"{log[-1][0][0][0]:.3f}"]
-    assert "of what captions contribute: 2.5; captions dropped: 0.1; seed: 3." in card
+    assert "of what captions contribute: 2.5; captions dropped, where the null row is trained: 0.1; seed: 3." in card
     assert "`exact` splits every prompt" in card
     assert "None: images of this module have not been measured" in card
     assert str(trained.parent) not in card

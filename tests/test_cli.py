@@ -420,6 +420,8 @@ def test_errors_name_what_is_wrong(tiny_pipe_dir, tiny_folder, tmp_path):
         ("title", *audit, tiny_folder, "--caption-column", "title"),
         ("model_index.json", "audit", tiny_folder, tiny_folder),
         ("audit.json", "train", tiny_pipe_dir, tiny_folder, tmp_path),
+        ("at least 0, got -1.0", "train", tiny_pipe_dir, tiny_folder, tmp_path, "--calibrate", -1),
+        ("balanced beside", "train", tiny_pipe_dir, tiny_folder, tmp_path, "--mode", "invariant", "--calibrate", 3),
         ("at least one prompt", *draw),
         ("manifest.jsonl", "evaluate", tmp_path, "--annotator", tmp_path / "annotator", "--attribute", "background"),
         ("unknown setting stepz", *finetune, "--config", unknown),

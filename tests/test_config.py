@@ -45,6 +45,7 @@ NAN, INFINITE = float("nan"), float("inf")
         (FinetuneConfig, "weight_decay", -1e-3, "at least 0"),
         (FinetuneConfig, "ema_decay", 1, "at least 0 and below 1"),
         (TrainConfig, "width", 12, "0 or a multiple of 8"),
+        (TrainConfig, "rank", 4, "nothing with backend 'auto', but with 'lora' alone, which reads it"),
         (AuditConfig, "num_groups", 1, "0 or at least 2"),
         (AuditConfig, "min_share", 0.5, "at least 0 and at most 1 / 3 groups"),
         (AuditConfig, "contrast_log_snr", (), "at least one level"),

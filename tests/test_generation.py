@@ -215,6 +215,9 @@ def test_another_run_is_not_mixed_in(tiny_pipe, tmp_path):
     refused("draws was 'stratified', now 'iid'", environments="iid")
     refused("prompts was", prompts=[*CAPTIONS, "another"])
     refused("module was '[0-9a-f]{16}', now None; environments was", module=None)
+    options["module"].register_to_config(null_adapter="off")
+    refused("null_adapter was None, now 'off'")
+    options["module"].register_to_config(null_adapter="on")
     tiny_pipe.scheduler = DDPMScheduler.from_config(tiny_pipe.scheduler.config)
     refused("scheduler was 'DDIMScheduler .* now 'DDPMScheduler")
     with torch.no_grad():
@@ -243,6 +246,8 @@ def test_where_something_else_lies_nothing_is_written(tiny_pipe, tmp_path):
         ({"mode": "balanced", "environments": [0, 1, 0, 1]}, r"for 5 images .* or for all 10, got 4"),
         ({"environments": [0.5, 0.5]}, "a module beside environments"),
         ({"mode": "balanced", "of": 1}, "trained for another model"),
+        ({"mode": "invariant", "environments": "calibrated"}, "a balanced module at scale 1"),
+        ({"mode": "balanced", "environments": "calibrated", "scale": 0.5}, "a balanced module at scale 1"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_no_folder_behind(tiny_pipe, tmp_path, options, message):

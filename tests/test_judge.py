@@ -113,6 +113,9 @@ def test_training_calibrates_the_mix_that_images_are_then_drawn_by(audited, tmp_
     assert set(mixes["3"]) == {LAND}  # the prompt whose shares are uneven
     assert all(sum(mix) == pytest.approx(1) for (mix,) in mixes["3"].values())
     assert not (tmp_path / "m" / ".calibration").exists()
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "| lora; in the null row of classifier-free guidance it is off |" in card
+    assert "| Mix calibrated at guidance scale | 3 |" in card
     drawing = ["--module", tmp_path / "m", "--environments", "calibrated", "--steps", 1, "--images-per-prompt", 32]
     succeed("generate", audited / "model", LAND, *drawing, "--output", tmp_path / "images", "-q")
     rows = [json.loads(line) for line in (tmp_path / "images" / "manifest.jsonl").read_text().splitlines()]

@@ -81,8 +81,17 @@ def test_a_negative_prompt_takes_the_place_of_the_null_caption(family):
         original = attachment.begin
         attachment.begin = lambda call: seen.append(original(call)) or seen[-1]
         for negative, scale in (("", 3.0), ("a bird", 3.0), ("a bird", 1.0)):
-            pipe(list(CAPTIONS), negative_prompt=[negative] * 2, guidance_scale=scale, **options)
+            pipe(list(CAPTIONS), negative_prompt=["", negative], guidance_scale=scale, **options)
     assert [rows.null.tolist() for rows in seen] == [[True, True, False, False]] * 2 + [[False, False]]
+
+
+def test_another_pipeline_of_the_denoiser_without_guidance_has_no_null_row(tiny_pipe):
+    guidance = make_guidance_lora(tiny_pipe, null_adapter="off")
+    with attach(tiny_pipe, guidance, environments=[0, 1]):
+        tiny_pipe(list(CAPTIONS), guidance_scale=3.0, num_inference_steps=1, output_type="latent")
+        latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        seen = tiny_pipe.unet(latents, 500, torch.ones(2, 16, 16)).sample
+    assert same_rows(seen, tiny_pipe.unet(latents, 500, torch.ones(2, 16, 16)).sample) == [False, False]
 
 
 def test_layers_that_do_not_run_are_noticed(tiny_pipe):

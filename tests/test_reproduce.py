@@ -55,6 +55,10 @@ def test_images_are_drawn_with_what_they_were_drawn_with():
     several = only(drawn("out/guided", environments=[[0.5, 0.5], [0.2, 0.8]]))
     assert "--environments 'factor 2=0.2,0.8' --output" in several
     assert "--environments iid --output" in only(drawn("out/guided", draws="iid"))
+    mixes = {"3": {BIRD: [[0.7, 0.3]]}}
+    assert "--environments calibrated --output" in only(drawn("out/guided", environments=[*mixes["3"].values()]))
+    trained = Run(module={"mixes": mixes, "record": {"training": {"rank": 4}}})
+    assert only(trained).endswith("--rank 4 --calibrate 3")
     plain = only(drawn("base", module=None, environments=None, scale=0.5))
     assert plain == f"invdiff generate MODEL '{BIRD}' --output base"
     assert commands(Run(images={"theirs": Generated([], ["theirs"], [{}])})) == []

@@ -157,7 +157,7 @@ class TrainConfig(Config):
         self.require("width", self.width % 8 == 0, "0 or a multiple of 8")
         for name, backend in (("width", "module"), ("tokens", "tokens"), ("rank", "lora")):
             default = type(self).__dataclass_fields__[name].default
-            unread = f"nothing with backend {self.backend!r}, which does not read it"
+            unread = f"nothing with backend {self.backend!r}, but with {backend!r} alone, which reads it"
             self.require(name, backend == self.backend or getattr(self, name) == default, unread)
 
 

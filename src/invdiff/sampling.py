@@ -67,6 +67,8 @@ class Drawing:
         if module is not None:
             check_fit(pipe, module)
             module.check_scale(self.config.scale)
+            if calibrated and not (module.sees_environment and self.config.scale == 1):
+                raise ConfigError("Expected a balanced module at scale 1 for environments 'calibrated', got another.")
             self._mix = mix_for(module, "uniform" if calibrated else environments)
         elif not (isinstance(environments, str) and environments in WORDS):
             raise ConfigError(f"Expected a module beside environments, got {environments!r} and no module.")
@@ -282,6 +284,9 @@ def _settings(drawing: Drawing) -> dict[str, Any]:
         "prompts": drawing.prompts,
         **drawing.config.to_dict(),
         "module": None if module is None else weights_digest(cast(torch.nn.Module, module)),
+        "null_adapter": None
+        if module is None or module.config["null_adapter"] == module.auto_null
+        else module.config["null_adapter"],
         "environments": targets,
         "draws": None if mix is None or mix.given is not None else "iid" if mix.iid else "stratified",
         "model": f"{type(pipe).__name__} {weights}",

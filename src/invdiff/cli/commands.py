@@ -198,6 +198,9 @@ def train(
 ) -> None:
     """Train a small module beside the frozen model that balances the groups an audit found."""
     weights.check_cache()
+    for scale in calibrate:
+        GenerateConfig(guidance_scale=scale)  # before training, not after it
+        settings.require("mode", settings.mode == "balanced", "balanced beside --calibrate, which solves for a mix")
     say_loading("audit, images and model", quiet=quiet)
     from ..auditing.result import Audit
     from ..sampling import drawing_flags

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from ..config import GenerateConfig
+from ..distributed import is_main, wait
 from ..errors import ConfigError
 from ..progress import note
 from ..sampling import MANIFEST, generate
@@ -67,6 +68,8 @@ def calibrate(
     if not wanted:
         return module
     judge = AuditAnnotator(audit_dir, pipe)
+    if unjudged := [name for name in module.factor_names if name not in judge.splits]:
+        note(f"The audit has no judge of {', '.join(unjudged)}: the mix of its groups stays even.")
     confusions: Any = {name: judge.confusion(name) for name in judge.attributes}
     sizes = {"images_per_prompt": images * max(module.num_groups), "seed": seed, "resolution": judge.resolution}
 
@@ -107,8 +110,11 @@ def calibrate(
                 note(f"At guidance scale {scale:g} no mix of {name} evens {prompt!r}: the nearest is {told}.")
         mixes[f"{scale:g}"] = of_scale
     module.register_to_config(mixes=mixes, null_adapter=null)
-    module.save_pretrained(output_dir)
-    shutil.rmtree(work, ignore_errors=True)
+    wait()  # others may still read the images
+    if is_main():
+        module.save_pretrained(output_dir)
+        shutil.rmtree(work, ignore_errors=True)
+    wait()
     return module
 
 

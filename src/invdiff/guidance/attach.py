@@ -61,9 +61,10 @@ def attach(
     Raises:
         ModelError: The module was trained for another model, one of another backend is attached, or the denoiser is
             compiled already.
-        ConfigError: `environments` do not fit the module's groups.
+        ConfigError: `environments` do not fit the module's groups, or `scale` its backend.
     """
     check_fit(pipe, module, strict=strict)
+    module.check_scale(scale)
     return Attachment(pipe, module, scale, mix_for(module, environments, seed=seed))
 
 
@@ -205,11 +206,11 @@ class Attachment:
         if self.guidance.config["null_adapter"] == "on" or not call.condition:
             return None
         null = rows_alike(call.condition, self._null)
-        if not null.any() and len(null) % 2 == 0:
-            # A pipeline that does not say whether it doubles its rows, as PixArt's, is told by images that come twice.
+        if len(null) % 2 == 0 and "class_labels" not in call.condition:
+            # Of negative prompts, some of which may be empty. The pipeline may not say whether it doubles its rows, as
+            # PixArt's, or be another than the one that runs; then images come twice.
             doubled = torch.equal(*call.noisy_latents.chunk(2))
-            if getattr(self._pipe(), "do_classifier_free_guidance", doubled):
-                null[: len(null) // 2] = True  # of a negative prompt
+            null[: len(null) // 2] |= doubled and getattr(self._pipe(), "do_classifier_free_guidance", True)
         return null
 
     def _follow_images(self, noisy_latents: torch.Tensor, timestep: float) -> torch.Tensor:

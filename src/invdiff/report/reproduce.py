@@ -55,6 +55,10 @@ def commands(run: Run) -> list[tuple[str, str]]:
         found.append((title, ["audit", *adapted, *(own or [data, *columns]), "--output", audit, *options]))
     if training := _record(run, "training"):
         options = command_options(TrainConfig, without_paths(training))
+        mixes = run.module.get("mixes")
+        options += [
+            word for scale in (mixes if isinstance(mixes, dict) else ()) for word in ("--calibrate", str(scale))
+        ]
         images = [] if own else [data, *columns]
         found.append(("Train", ["train", *adapted, *images[:1], audit, "--output", module, *images[1:], *options]))
     for name, folder, drawn in _drawn(run):
@@ -100,6 +104,8 @@ def _said(drawn: Mapping[str, Any]) -> tuple[Sequence[str], bool, list[str] | No
         factors = [list(factor) for factor in (drawn.get("module") and drawn.get("environments")) or ()]
         if all(isinstance(share, float) for factor in factors for share in factor):
             return prompts, listed, mix_options(factors)
+        if all(isinstance(shares, list) for factor in factors for shares in factor):
+            return prompts, listed, ["--environments", "calibrated"]
     except TypeError:
         pass  # of something else
     return prompts, listed, None
