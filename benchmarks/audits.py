@@ -173,11 +173,10 @@ def own(source: Path, base: Path, work: Path) -> Iterator[Cell]:
     options = {"own": 500, "judge": bundled, "trained": {"guided": TrainConfig()}}
     yield Cell("drawn-birds", birds, BIRDS_MODEL, ("background",), **options)
     photos = partial(worlds.waterbirds, source, severity=0.95, seed=0)
-    options = {"tuned": True, "own": 3000, "judge": of_photographs, "trained": {"guided": LORA}}
+    options = {"tuned": True, "own": 1000, "judge": of_photographs, "trained": {"guided": LORA}}
     yield Cell("waterbirds", photos, base, ("place",), **options)
-    yield Cell(
-        "waterbirds-asked", photos, base, ("place",), ask={"place": ("forest", "sea")}, **options | {"own": 1000}
-    )
+    yield Cell("waterbirds-3000", photos, base, ("place",), **options | {"own": 3000})
+    yield Cell("waterbirds-asked", photos, base, ("place",), ask={"place": ("forest", "sea")}, **options)
 
 
 def words(source: Path, base: Path, work: Path) -> Iterator[Cell]:
