@@ -69,8 +69,12 @@ def test_the_tokens_of_each_rows_own_groups_follow_its_prompt_factor_by_factor(t
 
 def test_what_tokens_cannot_do_is_refused(tiny_pipe, tmp_path):
     guidance, expected = make_guidance_tokens(tiny_pipe), r"scale 0 or 1 with tokens, got .*: a token is there or not"
-    with attach(tiny_pipe, guidance, scale=0.5), pytest.raises(ConfigError, match=expected):
-        predicted(tiny_pipe)
+    with pytest.raises(ConfigError, match=expected):
+        attach(tiny_pipe, guidance, scale=0.5)
+    with attach(tiny_pipe, guidance) as attachment:
+        attachment.scale = 0.5
+        with pytest.raises(ConfigError, match=expected):
+            predicted(tiny_pipe)
     options = {"module": guidance, "config": GenerateConfig(scale=2), "progress": False}
     with pytest.raises(ConfigError, match=expected):
         generate(tiny_pipe, CAPTIONS, tmp_path / "out", **options)
