@@ -142,16 +142,17 @@ class GuidanceLoRA(Guidance):
 
     def _adding(self, adapter: Any) -> Callable[..., Any]:
         @torch.compiler.disable
-        def add(layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        def add(layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
             self._ran += 1
             if self._mask is None:
-                return
+                return None
             if adapter.up.device != output.device:
                 self.follow(output.device)
             if len(self._mask) != len(output):
                 raise ModelError(f"Expected {len(self._mask)} rows in each layer, found {len(output)}.")
             self._mask, guided = self._mask.to(adapter.up), slice(self._first, None)
-            output[guided] += adapter(inputs[0][guided], self._mask[guided]).to(output.dtype)
+            changed = output[guided] + adapter(inputs[0][guided], self._mask[guided]).to(output.dtype)
+            return torch.cat([output[: self._first], changed]) if self._first else changed
 
         return add
 
