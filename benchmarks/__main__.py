@@ -1,24 +1,30 @@
 """The benchmarks of photographs: data sets, methods, tables.
 
-python -m benchmarks prepare SET SOURCE OUT                        captioned folders of an official data set
-python -m benchmarks run BENCHMARK --data SOURCE --base MODEL      every cell of suites/BENCHMARK.yaml without figures
-python -m benchmarks table BENCHMARK                               its table, in Markdown, and results/BENCHMARK.csv
-python -m benchmarks picture BENCHMARK METHOD ... --output FILE    images of methods at the same seeds, a row each
+  prepare SET SOURCE OUT                      captioned folders of a published set
+  run BENCHMARK --data SOURCE --base MODEL    every cell that has no figures yet
+  table BENCHMARK                             its table, in Markdown and CSV
+  picture BENCHMARK METHOD ... --output FILE  images of the same seeds
+
+BENCHMARK is a file of benchmarks/suites, such as waterbirds: a data set and the
+methods compared on it. A cell is one method with one seed; its figures are kept
+in benchmarks/results. To add a method, see docs/benchmarks.md.
 """
 
 import argparse
 import fnmatch
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # these modules import each other by name, as when run alone
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import: no notices of what is not installed
 
 import sets
 from kept import RESULTS
-from runner import Runner
+from runner import Runner, Suite
 from tables import markdown, sheets_picture, write_csv
 
-from invdiff.errors import InvDiffError
+from invdiff.errors import ConfigError, InvDiffError
 
 
 def main() -> None:
@@ -28,24 +34,26 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     sets.add_prepare(commands)
+    of_suites = f"one of {', '.join(Suite.names())}"
     run = commands.add_parser("run", help="run the cells of a benchmark that have no figures yet")
-    run.add_argument("benchmark")
-    run.add_argument("--data", type=Path, required=True, help="the folder of public images in parquet files")
+    run.add_argument("benchmark", help=of_suites)
+    images = "the folder of public images in parquet files that worlds.py names"
+    run.add_argument("--data", type=Path, required=True, help=images)
     run.add_argument("--base", type=Path, required=True, help="the pipeline that is fine-tuned on biased images")
-    run.add_argument("--work", type=Path, default=Path("out/benchmarks"), help="models, images and caches")
-    run.add_argument("--results", type=Path, default=RESULTS, help="where figures are kept")
-    run.add_argument("--cells", default="*", help="a pattern of names, such as 'ours*'")
-    run.add_argument("--seeds", default="", help="only these, such as 0,1")
+    run.add_argument("--work", type=Path, default=Path("out/benchmarks"), help="models, images, caches (%(default)s)")
+    run.add_argument("--results", type=Path, default=RESULTS, help="where figures are kept (benchmarks/results)")
+    run.add_argument("--cells", default="*", help="a pattern of names in the YAML, such as 'ours*' (all)")
+    run.add_argument("--seeds", default="", help="only these of the YAML's, such as 0,1 (all)")
     table = commands.add_parser("table", help="print the table of a benchmark")
-    table.add_argument("benchmark")
-    table.add_argument("--results", type=Path, default=RESULTS)
+    table.add_argument("benchmark", help=of_suites)
+    table.add_argument("--results", type=Path, default=RESULTS, help="where figures are kept (benchmarks/results)")
     picture = commands.add_parser("picture", help="draw a picture of what methods drew")
-    picture.add_argument("benchmark")
-    picture.add_argument("methods", nargs="+")
-    picture.add_argument("--work", type=Path, default=Path("out/benchmarks"))
-    picture.add_argument("--seed", type=int, default=0)
-    picture.add_argument("--scale", default="3", help="of classifier-free guidance")
-    picture.add_argument("--output", type=Path, required=True)
+    picture.add_argument("benchmark", help=of_suites)
+    picture.add_argument("methods", nargs="+", help="cells that were run, a row each")
+    picture.add_argument("--work", type=Path, default=Path("out/benchmarks"), help="that of `run` (%(default)s)")
+    picture.add_argument("--seed", type=int, default=0, help="one of the YAML's (%(default)s)")
+    picture.add_argument("--scale", default="3", help="of classifier-free guidance (%(default)s)")
+    picture.add_argument("--output", type=Path, required=True, help="the picture to write")
     arguments = parser.parse_args()
     commands_by_name = {"prepare": sets.prepare, "run": run_cells, "table": print_table, "picture": draw_picture}
     try:
@@ -58,16 +66,22 @@ def run_cells(arguments: argparse.Namespace) -> None:
     """Run the cells that are asked for."""
     runner = Runner(arguments.benchmark, arguments.data, arguments.base, arguments.work, arguments.results)
     only = {int(seed) for seed in arguments.seeds.split(",") if seed}
-    for name, cells in runner.suite.each().items():
-        for seed in cells.seeds:
-            if fnmatch.fnmatch(name, arguments.cells) and (not only or seed in only):
-                runner.run(name, seed)
+    asked = [
+        (name, seed)
+        for name, cells in runner.suite.each().items()
+        for seed in cells.seeds
+        if fnmatch.fnmatch(name, arguments.cells) and (not only or seed in only)
+    ]
+    if not asked:
+        raise ConfigError(f"Expected cells of {', '.join(runner.suite.cells)} with seeds that they have, found none.")
+    for name, seed in asked:
+        runner.run(name, seed)
 
 
 def print_table(arguments: argparse.Namespace) -> None:
     """Print one benchmark's table, and write it as CSV."""
     write_csv(arguments.benchmark, arguments.results)
-    print(markdown(arguments.benchmark, arguments.results))
+    print(markdown(arguments.benchmark, arguments.results) or "No figures are kept yet: `run` makes them.")
 
 
 def draw_picture(arguments: argparse.Namespace) -> None:

@@ -76,6 +76,14 @@ class Cells(Config):
     audited: bool = False
     """Let the audit judge the images too: what settings are chosen by."""
 
+    def fitted_by(self) -> Method:
+        """The method with its settings."""
+        if self.method not in METHODS:
+            raise ConfigError(f"Expected a method of {', '.join(METHODS)}, got {self.method!r}.")
+        module, _, kind = METHODS[self.method].rpartition(".")
+        method: Method = getattr(importlib.import_module(module), kind)(**self.settings)
+        return method
+
 
 @dataclass(frozen=True)
 class Suite(Config):
@@ -101,9 +109,13 @@ class Suite(Config):
         """The benchmark of suites/NAME.yaml."""
         path = HERE / "suites" / f"{name}.yaml"
         if not path.is_file():
-            known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
-            raise ConfigError(f"Expected a benchmark of {known}, got {name!r}.")
+            raise ConfigError(f"Expected a benchmark of {', '.join(cls.names())}, got {name!r}.")
         return cls.from_dict(read_yaml(path))
+
+    @staticmethod
+    def names() -> list[str]:
+        """Every benchmark that there is."""
+        return sorted(file.stem for file in (HERE / "suites").glob("*.yaml"))
 
     def each(self) -> dict[str, Cells]:
         """The cells by name."""
@@ -147,8 +159,8 @@ class Runner:
         path, cells = self.place(name, seed), self.suite.each()[name]
         if path.is_file():
             return
-        module, _, kind = METHODS[cells.method].rpartition(".")
-        method: Method = getattr(importlib.import_module(module), kind)(**cells.settings)
+        method = cells.fitted_by()
+        _ = self.judge  # its encoder may not be installed: that is said before hours of work
         world = self.suite.opened(self.source, self.base, self.work, seed)
         work, start = world.work / name, time.perf_counter()
         fitted = method.fit(world, work / "fitted")

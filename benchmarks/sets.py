@@ -286,19 +286,20 @@ def add_prepare(commands: Any) -> None:
     about = ["What each set is read from, where it comes from, its terms:"]
     for name, published in SETS.items():
         captions, hidden = (", ".join(published[option]) for option in ("captions", "hidden"))
-        about.append("\n" + textwrap.fill(f"{name}: {published['files']}.", 100))
-        about.append(f"  {published['page']}\n  Terms: {published['terms']}.")
+        about.append("\n" + textwrap.fill(f"{name}: {published['files']}.", 80))
+        about.append(f"  {published['page']}")
+        about.append(textwrap.fill(f"Terms: {published['terms']}.", 80, initial_indent="  ", subsequent_indent="  "))
         about.append(f"  --captions {captions}; --hidden {hidden}, or any other column")
     parser = commands.add_parser(
         "prepare",
         help="write a published set as captioned folders",
-        description=__doc__,
+        description="\n\n".join(textwrap.fill(part, 80) for part in str(__doc__).split("\n\n")),
         epilog="\n".join(about),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=SETS)
+    parser.add_argument("name", choices=SETS, help="the set")
     parser.add_argument("source", type=Path, help="the folder of the set as published, or a parquet file")
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, help="where train/ and held-out/ are written")
     parser.add_argument("--images", type=int, help="number of training images (all; 4000 of composed birds)")
     parser.add_argument("--held-out", type=int, help="number of held-out images (all; 1000 of composed birds)")
     parser.add_argument("--size", type=int, default=worlds.SIDE, help="side in pixels (%(default)s)")

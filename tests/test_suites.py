@@ -1,21 +1,19 @@
 """Benchmarks of methods: every suite names methods with settings that they take, and tables follow from kept cells."""
 
-import importlib
 import json
 
 import pytest
 import tables
-from runner import HERE, METHODS, Runner, Suite
+from runner import Cells, Runner, Suite
 
 from invdiff import TrainConfig
 from invdiff.errors import ConfigError
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted((HERE / "suites").glob("*.yaml"))])
+@pytest.mark.parametrize("name", Suite.names())
 def test_every_cell_can_be_fitted(name):
     for cells in Suite.named(name).each().values():
-        module, _, kind = METHODS[cells.method].rpartition(".")
-        method = getattr(importlib.import_module(module), kind)(**cells.settings)
+        method = cells.fitted_by()
         assert method.supervision
         TrainConfig(**dict(getattr(method, "config", None) or {}) if cells.method == "guided" else {})
 
@@ -23,6 +21,8 @@ def test_every_cell_can_be_fitted(name):
 def test_an_unknown_benchmark_names_those_that_there_are():
     with pytest.raises(ConfigError, match="waterbirds"):
         Suite.named("landbirds")
+    with pytest.raises(ConfigError, match="got 'fair'"):
+        Cells(method="fair").fitted_by()
 
 
 def test_a_kept_cell_is_not_run_again_and_tables_give_mean_and_range_over_seeds(tmp_path):

@@ -241,7 +241,7 @@ class WeightsOptions(Options):
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of the model's weights. Large models need 16 bits; audit and train must agree."""
     loras: Annotated[tuple[str, ...], Option(flag="--lora", metavar="LORA[:WEIGHT]")] = ()
-    """A LoRA to fuse into the model, a file or hub id, such as style.safetensors:0.8; repeat for more."""
+    """A LoRA to fuse into the model, a file or hub id, such as ink.safetensors:0.8; repeat for more."""
     model_config: Annotated[str, Option(metavar="MODEL")] = ""
     """A pipeline whose settings and tokenizer a MODEL in a single file has, instead of those that diffusers knows."""
 

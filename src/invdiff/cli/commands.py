@@ -152,8 +152,7 @@ def audit(
     images = images or own_images(pipe, found.settings, weights.cache_dir or default_cache_dir(), progress=False)
     if not is_first_process():
         return
-    aside = found.put_aside(output)
-    if aside:
+    if aside := found.put_aside(output):
         say(f"people's changes to another audit were put aside, in {aside}", quiet=quiet)
     elif (output / CURATION).is_file():
         say(f"people's changes in {output / CURATION} are kept; the table shows the audit before them", quiet=quiet)
@@ -182,7 +181,7 @@ def train(
     model: Model,
     data: Data,
     audit_dir: Path | None = typer.Argument(
-        None, metavar="AUDIT", help="What `invdiff audit` wrote; alone where it drew images."
+        None, metavar="AUDIT", help="What `invdiff audit` wrote; in the place of DATA where it drew its own images."
     ),
     output: Output,
     calibrate: list[float] = option(
@@ -196,7 +195,7 @@ def train(
     weights: CacheOptions,
     quiet: Quiet = False,
 ) -> None:
-    """Train a small module beside the frozen model that balances the groups an audit found."""
+    """Train guidance of the frozen model that balances the groups an audit found."""
     weights.check_cache()
     for scale in calibrate:
         GenerateConfig(guidance_scale=scale)  # before training, not after it
