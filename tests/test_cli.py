@@ -132,7 +132,8 @@ def test_the_whole_way_each_command_naming_the_next(tmp_path, cache):
     assert words[:4] == ["invdiff", "evaluate", str(images / "base"), str(images / "guided")]
     out = succeed(*words[1:], "--reference", data, "--output", tmp_path / "results.json", "--quiet")
     where, table = tmp_path / "results.json", tmp_path / "results.csv"
-    assert out.rstrip().endswith(f"The results are in {where}, and as a table in {table}.")
+    assert f"The results are in {where}, and as a table in {table}." in out
+    assert next_command(out)[1:] == ["report", str(tmp_path), "--output", str(tmp_path / "report")]
     assert table.read_text().startswith("model,guidance_scale,")
     results = json.loads(where.read_text())["models"]
     assert set(results) == {"base", "guided"}

@@ -327,8 +327,7 @@ def birds(
 
     drawn = BirdsWorld(num_images, severity=severity, seed=seed, resolution=resolution, world=world)
     drawn.write(output, progress=not quiet)
-    result = f"{num_images} captioned images are in {output}."
-    finish(result, "finetune", output, "--output", output.parent / "model")
+    finish(f"{num_images} captioned images are in {output}.", "finetune", output, "--output", output.parent / "model")
 
 
 @command(app, "invdiff finetune photos --base org/small-sd --output out/model --steps 2000", panel=PREPARE)

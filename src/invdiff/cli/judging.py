@@ -93,7 +93,8 @@ def evaluate(
     results = run_evaluate(images, judge, attribute, reference=seen, config=settings, progress=not quiet)
     results.save(output)
     print_results(results)
-    finish(f"The results are in {output}, and as a table in {table}.")
+    words = ["report", output.parent, "--output", output.parent / "report"] if output.name == "results.json" else []
+    finish(f"The results are in {output}, and as a table in {table}.", *words)
 
 
 @command(app, "invdiff report out/demo --output out/report", panel=WAY)

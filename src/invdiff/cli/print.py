@@ -79,12 +79,13 @@ def print_audit(audit: Audit) -> None:
             cells = [factor.name, one_line(audit.prompts[split.prompt].prompt, 80), "\n".join(groups), *figures]
             rows.append(dict(zip(("factor", "prompt", "groups", "separation", "agreement"), cells, strict=True)))
     if rows:
+        rows = [{name: cell for name, cell in row.items() if any(of[name] != "–" for of in rows)} for row in rows]
         what = "Factors asked for" if audit.asked else "Hidden factors"
         title = f"{what} ({audit.forwards_per_image:g} denoiser forwards per image)"
-        details: dict[str, dict[str, Any]] = {"factor": {}, "prompt": _FOLDED, "groups": {"no_wrap": True}}
+        details: dict[str, dict[str, Any]] = {"factor": _FOLDED, "prompt": _FOLDED, "groups": {"no_wrap": True}}
         _print_table(title, rows, details, "Groups have 95% intervals. A rare one can also be wrong captions: look.")
     lines = [
-        f"{what} {one_line(prompt.prompt, 80)!r} ({prompt.num_images:,} images): {words}"
+        f"{what} {one_line(prompt.prompt, 80)!r} ({prompt.num_images:,} image{'s' * (prompt.num_images > 1)}): {words}"
         for what, prompts in (
             ("nothing found under", [(prompt, "" if prompt.found else prompt.reason) for prompt in audit.prompts]),
             ("power under", [(prompt, "" if prompt.found else prompt.power) for prompt in audit.prompts]),
