@@ -21,6 +21,7 @@ from invdiff.assets import BIRDS_ANNOTATOR
 from invdiff.data.birds import BirdsWorld
 from invdiff.data.images import UnreadableImage
 from invdiff.errors import ConfigError, DataError, EvaluationError, ModelError
+from invdiff.evaluation.annotators import conv
 from invdiff.evaluation.annotators.annotations import CANNOT_TELL, Annotations
 from invdiff.evaluation.annotators.classifier import ClassifierAnnotator
 from invdiff.evaluation.annotators.conv import ConvAnnotator, stratified_share, to_pixels
@@ -127,6 +128,17 @@ def test_attributes_that_cannot_be_learnt_are_refused(attributes, asked, message
     data.attributes = attributes
     with pytest.raises(DataError, match=message):
         ConvAnnotator.fit(data, asked, **LEAST)
+
+
+def test_an_annotator_of_the_hub_comes_with_its_held_out_images(annotator, tmp_path, monkeypatch):
+    annotator.save_pretrained(tmp_path)
+    there, load_config = ConvAnnotator.from_pretrained(tmp_path), ConvAnnotator.load_config
+    there.held_out, there._measured = None, {}
+    monkeypatch.setattr(conv, "load_complete", lambda *_, **__: there)  # what diffusers fetches: no other files
+    monkeypatch.setattr(ConvAnnotator, "load_config", lambda path: load_config(tmp_path))
+    monkeypatch.setattr(conv, "snapshot_download", lambda name, **options: {"org/judge": tmp_path}[name])
+    loaded = ConvAnnotator.from_pretrained("org/judge")
+    assert np.array_equal(loaded.confusion("side"), annotator.confusion("side"))
 
 
 def test_a_saved_annotator_comes_back_bit_for_bit_with_its_held_out_images(annotator, fresh, tmp_path):

@@ -115,6 +115,9 @@ def test_reads_datasets_in_memory(kind, tiny_folder):
 
 def test_splits_and_columns_can_be_named_and_default_in_order(tiny_folder, monkeypatch):
     table = images_in_memory("feature", tiny_folder)
+    splits = datasets.DatasetDict({"test": table})
+    assert len(load_captioned_images(splits, split="test")) == 2
+    assert "split named 'train', found test" in refusal(splits)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, *, split: {("org/birds", "test"): table}[name, split])
     assert len(load_captioned_images("org/birds", split="test")) == 2
 

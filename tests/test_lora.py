@@ -7,9 +7,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from conftest import CAPTIONS, make_guidance_lora, make_guidance_module, make_tiny_pipeline
+from invdiff import TrainConfig
 from invdiff.cli import app
 from invdiff.errors import ConfigError, ModelError
+from invdiff.guidance import backends
 from invdiff.guidance.attach import attach
+from invdiff.guidance.backends import settled
 from invdiff.guidance.base import Rows
 from invdiff.models.families import DenoiserCall
 from invdiff.models.frozen import FrozenDenoiser
@@ -53,6 +56,17 @@ def test_an_adapter_is_low_rank_weights_added_to_the_layer(tiny_pipe):
             layer.weight.add_(0.5 * delta)
     output = guided(tiny_pipe, guidance, 0.5, [[0, 1]] * 3)
     assert torch.allclose(output, denoise(expected), atol=1e-5)
+
+
+def test_auto_takes_adapters_for_a_large_denoiser_with_their_own_steps_and_batches(tiny_pipe, monkeypatch, capsys):
+    assert settled(TrainConfig(), tiny_pipe) == TrainConfig(backend="module", steps=600, batch_size=64)
+    monkeypatch.setattr(backends, "LARGE", 1000)
+    assert settled(TrainConfig(steps=5), tiny_pipe) == TrainConfig(backend="lora", steps=5, batch_size=32)
+    said = capsys.readouterr().err
+    assert "backend module" in said
+    assert "backend lora" in said
+    assert settled(TrainConfig(backend="tokens"), tiny_pipe).steps == 600
+    assert capsys.readouterr().err == ""  # nothing was chosen
 
 
 def test_an_invariant_adapter_never_sees_the_group(tiny_pipe):

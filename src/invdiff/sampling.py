@@ -68,7 +68,9 @@ class Drawing:
             check_fit(pipe, module)
             module.check_scale(self.config.scale)
             if calibrated and not (module.sees_environment and self.config.scale == 1):
-                raise ConfigError("Expected a balanced module at scale 1 for environments 'calibrated', got another.")
+                raise ConfigError(
+                    "Expected a balanced module at scale 1 for 'calibrated', got another. Take 'uniform'."
+                )
             self._mix = mix_for(module, "uniform" if calibrated else environments)
         elif not (isinstance(environments, str) and environments in WORDS):
             raise ConfigError(f"Expected a module beside environments, got {environments!r} and no module.")
@@ -256,7 +258,9 @@ def _open_folder(output_dir: Path, drawing: Drawing) -> None:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"Expected a folder to write images to, got {output_dir} ({error.strerror}).") from error
+        raise ConfigError(
+            f"Expected a folder to write images to, got {output_dir} ({error.strerror}). Choose another."
+        ) from error
     path, settings = output_dir / SETTINGS, _settings(drawing)
     if not path.exists():
         names = (*(row["file_name"] for row in drawing.rows), MANIFEST)

@@ -89,7 +89,10 @@ def open_workspace(
     for place, folder in enumerate(resolved):
         parts = find_parts(runs[place])
         if parts.audit is None and parts.results is None and parts.module is None:
-            raise ConfigError(f"Expected audit/, module/ or results.json in {runs[place]}, found none of them.")
+            raise ConfigError(
+                f"Expected audit/, module/ or results.json in {runs[place]}, found none. Give a folder that "
+                "`invdiff demo` wrote, or that holds what audit, train and evaluate wrote."
+            )
         alike = [other.name for other in resolved].count(folder.name) > 1
         name = f"{place + 1}: {one_line(str(runs[place]), 120)}" if alike else one_line(folder.name, 60) or "/"
         found[name] = parts if data is None or parts.data is not None else replace(parts, data=data)
@@ -143,7 +146,7 @@ def open_studio(
         return None
     if workspace.annotator == LABELS:
         raise ConfigError(
-            "Expected an annotator that looks at images, got 'labels', which are of images drawn before."
+            "Expected an annotator that looks at images, got 'labels', which are of images drawn before. Give another."
         )
     pipe = load(workspace.model)
     module = load_guidance(workspace.module) if workspace.module else None

@@ -33,7 +33,9 @@ def check_address(host: str, *, public: bool, password: str | None) -> None:
     proxy in front of the page: that takes both an explicit `public` and a password.
     """
     if password is not None and len(password) < SHORTEST_PASSWORD:
-        raise ConfigError(f"Expected a password of at least {SHORTEST_PASSWORD} characters, got {len(password)}.")
+        raise ConfigError(
+            f"Expected a password of at least {SHORTEST_PASSWORD} characters, got {len(password)}. Take a longer one."
+        )
     try:
         found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
     except (OSError, UnicodeError) as error:

@@ -175,7 +175,9 @@ def read_ask(values: Sequence[Any], studio: Studio, *, resolution: int = 0) -> A
     prompt, *numbers = values
     known = isinstance(prompt, str) and all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
     if not known or len(prompt) > LONGEST_PROMPT or prompt != prompt.encode("utf-8", "replace").decode():
-        raise ConfigError(f"Expected a prompt of at most {LONGEST_PROMPT} characters and a number in every field.")
+        raise ConfigError(
+            f"Expected a prompt of at most {LONGEST_PROMPT} characters and a number in every field. Fill them in."
+        )
     seed, images, guidance_scale, steps, scale, *proportions = numbers
     mix = by_factor(proportions, studio.num_groups)
     if any(sum(row) <= 0 for row in mix):

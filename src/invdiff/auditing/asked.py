@@ -77,7 +77,9 @@ def labels_asked(labels: Labels | None, names: Sequence[str], skipped: Iterable[
     found = {}
     for attribute, given in (labels or {}).items():
         if not isinstance(given, Mapping):
-            raise DataError(f"Expected labels as attribute to image to value, got {given!r} as {attribute!r}.")
+            raise DataError(
+                f"Expected labels as attribute to image to value, got {given!r} as {attribute!r}. Write it so."
+            )
         spelled = labels_in(attribute, [(value, name) for name, value in given.items()], DataError)
         known = dict(zip(given, spelled, strict=True))
         if absent := sorted(known.keys() - {*names, *skipped}):

@@ -132,7 +132,7 @@ def apply(audit: Audit, edits: Edits) -> Audit:
     counts = np.bincount(prompt_ids[weights[0].any(axis=1)], minlength=len(prompts)).tolist()
     for index in fewer:
         if not counts[index]:
-            raise AuditError(f"Expected at least one image of “{captions[index]}” to keep, got all left out.")
+            raise AuditError(f"Expected at least one image of “{captions[index]}” to keep, got none. Put one back.")
         prompts[index] = replace(prompts[index], num_images=counts[index])
 
     def edited(m: int, split: PromptSplit) -> PromptSplit:

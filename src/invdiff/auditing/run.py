@@ -93,7 +93,9 @@ def audit(
     images = data if isinstance(data, CaptionedImages) else None
     encoded = as_encoded(pipe, data, cache_dir, resolution=config.resolution, progress=progress)
     if not encoded.conditions and config.solver == "exact":
-        raise AuditError("Expected a model that reads captions for solver 'exact', got an unconditional model.")
+        raise AuditError(
+            "Expected a model that reads captions for solver 'exact', got one of none. Use 'auto' or 'gradient'."
+        )
     if wanted and "prompt_embeds" not in encoded.conditions and not config.words_model:
         raise AuditError("Expected a model that reads captions, or words_model, a CLIP model, to read words by.")
     for asked, what in (
@@ -223,9 +225,8 @@ def infer(
                 splits[m].append(_split(len(prompts), cut, here))
                 score, labels = cut.score.mean, cut.weights.argmax(axis=1)
                 rare = labels == rarest(np.bincount(labels, minlength=cut.weights.shape[1]))
-                scores[m, own] = (score if score[rare].mean() >= score.mean() else -score)[
-                    here
-                ]  # the rare group's: high
+                sign = 1 if score[rare].mean() >= score.mean() else -1  # the rare group's are high
+                scores[m, own] = sign * score[here]
             for m, group in enumerate(key):
                 if group >= 0:
                     weights[m][own] = 1 / weights[m].shape[1]

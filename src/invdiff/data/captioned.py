@@ -27,7 +27,7 @@ CAPTION_COLUMNS = ("text", "caption", "prompt")
 IMAGE_COLUMNS = ("image", "img")
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
 
-Source: TypeAlias = str | Path | datasets.Dataset
+Source: TypeAlias = str | Path | datasets.Dataset | datasets.DatasetDict
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,13 +198,15 @@ def load_captioned_images(
     if limit is not None and limit < 1:
         raise DataError(f"Expected a limit of at least 1, got {limit!r}.")
     if not captions and caption_column is not None:
-        raise DataError(f"Expected no caption_column with captions=False, got {caption_column!r}.")
-    where = "the dataset" if isinstance(source, datasets.Dataset) else str(source)
+        raise DataError(f"Expected no caption_column with captions=False, got {caption_column!r}. Leave one out.")
+    where = "the dataset" if isinstance(source, datasets.Dataset | datasets.DatasetDict) else str(source)
     opened = replace(_open(source, image_column, split, limit, captions), max_unreadable=max_unreadable)
     attributes, names = dict(opened.attributes), opened.names
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise DataError(f"Expected each image once in {where}, found {len(twice)} more than once: {_listed(twice)}.")
+        raise DataError(
+            f"Expected each image once in {where}, found {len(twice)} more than once: {_listed(twice)}. Remove rows."
+        )
     if not captions:
         return opened
     column = _column(caption_column, CAPTION_COLUMNS, [*attributes, *opened.others], "caption_column", where)
@@ -227,7 +229,8 @@ def load_captioned_images(
     if wrong:
         raise DataError(
             f"Expected a caption of whole characters for every image in {where}, found none, or half a character (a "
-            f"lone surrogate), in column {column!r} for {len(wrong)} of {len(names)}: {_listed(wrong)}."
+            f"lone surrogate), in column {column!r} for {len(wrong)} of {len(names)}: {_listed(wrong)}. Write "
+            "captions for them or remove their rows."
         )
     return replace(opened, captions=texts, attributes=attributes)
 
@@ -241,6 +244,10 @@ def _listed(values: Sequence[str], most: int = 5) -> str:
 def _open(source: Source, image_column: str | None, split: str, limit: int | None, captions: bool) -> CaptionedImages:
     """Any source, its captions still among the attributes; without `captions`, a folder of images will do."""
     cache = Path(datasets.config.HF_CACHE_HOME)
+    if isinstance(source, datasets.DatasetDict):
+        if split not in source:
+            raise DataError(f"Expected a split named {split!r}, found {_listed(list(source))}. Pass split=... .")
+        source = source[split]
     if isinstance(source, datasets.Dataset):
         return _open_dataset(source, image_column, limit, Path(), cache)
     path, text = Path(source).expanduser(), str(source)
@@ -296,7 +303,9 @@ def _load_parquet(files: list[Path], source: Path, split: str) -> datasets.Datas
         try:
             pyarrow.parquet.read_metadata(file)
         except (OSError, ValueError) as error:
-            raise DataError(f"Expected a parquet file at {file}, found another ({first_line(error)}).") from error
+            raise DataError(
+                f"Expected a parquet file at {file}, found another ({first_line(error)}). Write it again."
+            ) from error
     by_split: dict[str, list[str]] = {}
     if source.is_dir():  # splits by the names of files, as datasets reads them; other files do not count
         known = DataFilesDict.from_patterns(get_data_patterns(str(source)), base_path=str(source))

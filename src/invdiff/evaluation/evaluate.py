@@ -84,7 +84,7 @@ def evaluate(
     target, of_first = {label_of(name): share for name, share in config.target.items()}, classes[attributes[0]]
     if target and set(target) != set(of_first):
         wanted = f"each class of {attributes[0]} ({', '.join(of_first)})"
-        raise EvaluationError(f"Expected a target share for {wanted}, got {', '.join(target)}.")
+        raise EvaluationError(f"Expected a target share for {wanted}, got {', '.join(target)}. Give one for each.")
     subject = config.subject_attribute
     confusion = {name: annotator.confusion(name, config.min_confidence) for name in asked}
     corrections, warnings = _corrections(confusion, annotator.name)

@@ -53,7 +53,7 @@ def resolve_folders(folders: Mapping[str, Folders] | str | Path) -> dict[str, li
         for model, given in folders.items()
     }
     if not several or not all(several.values()):
-        raise EvaluationError("Expected at least one folder of images of each model, got none.")
+        raise EvaluationError("Expected at least one folder of images of each model, got none. Name them.")
     return several
 
 
@@ -114,7 +114,7 @@ def _read_folder(folder: Path) -> list[Row]:
         prompt, fewest = Counter(row.prompt for row in rows if row.scale_key == key).most_common()[-1]
         if fewest < 2:
             found = f"{fewest} of {prompt!r} at guidance scale {key}"
-            raise EvaluationError(f"Expected at least 2 images per prompt in {folder}, found {found}.")
+            raise EvaluationError(f"Expected at least 2 images per prompt in {folder}, found {found}. Draw more.")
     return rows
 
 

@@ -100,7 +100,7 @@ class Guidance(ModelMixin, ConfigMixin):
     def check_scale(self, scale: float) -> None:
         """Raise `ConfigError` where the strength of guidance, Delta, cannot be this."""
         if not math.isfinite(scale):
-            raise ConfigError(f"Expected a finite scale, got {scale}.")
+            raise ConfigError(f"Expected a finite scale, such as 1, got {scale}.")
 
     def before(self, arguments: dict[str, Any], rows: Rows | None) -> dict[str, Any]:
         """Changes to the arguments of a call of the denoiser that begins, guided by `rows` if at all."""

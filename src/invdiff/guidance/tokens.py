@@ -76,7 +76,9 @@ class GuidanceTokens(Guidance):
             raise ConfigError(f"Expected at least one token, got tokens={tokens}.")
         width = family.shape(denoiser).prompt_dim
         if not width:
-            raise ModelError(f"Expected a model that reads prompt embeddings, got {family.title}, which reads none.")
+            raise ModelError(
+                f"Expected a model that reads prompt embeddings, got {family.title}, which reads none. Take another."
+            )
         return {"tokens": tokens, "prompt_dim": width}
 
     @classmethod

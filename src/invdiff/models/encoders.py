@@ -68,7 +68,9 @@ class ClipEncoder(VisionEncoder):
         source = str(name_or_folder)
         model = load_pretrained(AutoModel, source, "a CLIP model")
         if not isinstance(model, CLIPModel):
-            raise ModelError(f"Expected a CLIP model with both towers at {source}, got a {type(model).__name__}.")
+            raise ModelError(
+                f"Expected a CLIP model with both towers at {source}, got a {type(model).__name__}. Give one."
+            )
         with loading("a tokenizer", source, "Save the model's own beside it."):
             tokenizer = AutoTokenizer.from_pretrained(source)
         check_tokenizer(tokenizer, source)
@@ -96,7 +98,9 @@ class ClipEncoder(VisionEncoder):
             tokens = self.tokenizer(batch, padding=True, return_tensors="pt", **cut).to(self.model.device)
             found = tokens.input_ids.shape[1]
             if found > longest:
-                raise ConfigError(f"Expected prompts of at most {longest} tokens, got {found} in one of {batch}.")
+                raise ConfigError(
+                    f"Expected prompts of at most {longest} tokens, got {found} in one of {batch}. Shorten it."
+                )
             output = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
             features += [*_pooled(output)]
         by_text = dict(zip(distinct, features, strict=True))

@@ -179,7 +179,9 @@ def find_parts(run: str | Path) -> Parts:
 def read_run(parts: Parts) -> Run:
     """Read the parts of a report."""
     if parts.audit is None and parts.results is None:
-        raise ConfigError(f"Expected audit/ or results.json in {parts.run or 'what is given'}, found neither.")
+        raise ConfigError(
+            f"Expected audit/ or results.json in {parts.run or 'what is given'}, found neither. Run `invdiff audit`."
+        )
     audit = None if parts.audit is None else Audit.load(parts.audit)
     data = parts.data if audit else None
     if isinstance(data, str | Path):

@@ -79,7 +79,9 @@ class Annotator(Protocol):
 def check_attribute(attribute: str, known: Iterable[str]) -> None:
     """Raise `EvaluationError` for an attribute that is not among those known."""
     if attribute not in known:
-        raise EvaluationError(f"Expected one of the annotator's attributes {', '.join(known)}, got {attribute!r}.")
+        raise EvaluationError(
+            f"Expected one of the annotator's attributes {', '.join(known)}, got {attribute!r}. Choose one."
+        )
 
 
 def class_names(

@@ -66,7 +66,9 @@ class AuditAnnotator(Measurable):
             remedy = "Run `invdiff audit` again; of a factor with few images in a group there is no judge."
             raise ModelError(found_else(f"an audit with judges in {folder}", error, remedy)) from error
         if model != (denoiser_fingerprint(pipe), model_fingerprint(pipe)):
-            raise ModelError(f"Expected the model that was audited in {folder}, its precision and LoRAs, got another.")
+            raise ModelError(
+                f"Expected the model that was audited in {folder}, its precision and LoRAs, got another. Give it."
+            )
         for name, own in self.splits.items():
             if len(own) < len(self.prompts):
                 self.note += f"; {name} splits {', '.join(map(repr, own))} alone, and says nothing of other prompts"

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional
@@ -127,7 +128,7 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> ConvAnnotator:
-        """Load from a folder, ready to `predict`; it is called as the folder is."""
+        """Load from a folder or hub id, ready to `predict`; it is called as the folder is."""
         path = str(pretrained_model_name_or_path)
         remedy = "Give a folder that `save_pretrained` wrote, or train one with `ConvAnnotator.fit`."
         with loading("an annotator", path, remedy):
@@ -136,8 +137,12 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
             if found != cls.__name__:
                 raise ValueError(f"found {found}")
             model = load_complete(super(), path, use_safetensors=True, **kwargs)
-        if (Path(path) / TENSORS).is_file():
-            model.use_held_out(HeldOut.load(Path(path)))
+            folder = Path(path)
+            if not folder.is_dir():
+                files = [TENSORS, SUMMARY]
+                folder = Path(snapshot_download(path, revision=kwargs.get("revision"), allow_patterns=files))
+        if (folder / TENSORS).is_file():
+            model.use_held_out(HeldOut.load(folder))
         model.name = model.feature_name = model_name(path)
         return model
 
@@ -169,7 +174,9 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         cells = combinations(targets)
         held_out = stratified_share(cells, holdout, generator)
         if len(held_out) == 0:
-            raise DataError("Expected two images or more with the same attributes, to hold one out, found none.")
+            raise DataError(
+                "Expected two images or more with the same attributes, to hold one out, found none. Give more."
+            )
         rows = np.setdiff1d(np.arange(len(pixels)), held_out)
         counts = np.bincount(cells[rows])  # each cell is drawn equally often, within a limit
         weights = np.minimum(len(rows) / (len(counts) * counts), MAX_OVERSAMPLING)[cells[rows]]

@@ -51,10 +51,14 @@ def read_targets(
         values = labels_in(name, zip(data.attributes[name], data.names, strict=True), DataError)
         if "" in values:
             absent = f"{values.count('')} of {len(values)}"
-            raise DataError(f"Expected a value of attribute {name!r} for every image, found none for {absent}.")
+            raise DataError(
+                f"Expected a value of attribute {name!r} for every image, found none for {absent}. Add them."
+            )
         found, column = np.unique(values, return_inverse=True)
         if not 2 <= len(found) <= MAX_CLASSES:
-            raise DataError(f"Expected 2 to {MAX_CLASSES} classes of attribute {name!r}, found {len(found)}.")
+            raise DataError(
+                f"Expected 2 to {MAX_CLASSES} classes of attribute {name!r}, found {len(found)}. Bin numbers."
+            )
         classes[name] = tuple(found.tolist())
         columns.append(column)
     return classes, np.stack(columns, axis=1).astype(np.int64)
@@ -83,7 +87,9 @@ class GivenLabels:
             cells = ((row.get(name), place) for row, place in zip(rows, places, strict=True))
             labels_in(name, cells, EvaluationError, known)
             if len(self._classes(name)) > MAX_CLASSES:
-                raise EvaluationError(f"Expected at most {MAX_CLASSES} classes of {name!r}, found more.")
+                raise EvaluationError(
+                    f"Expected at most {MAX_CLASSES} classes of {name!r}, found more. Choose a column of labels."
+                )
         return self
 
     @property
@@ -93,7 +99,9 @@ class GivenLabels:
         for name, classes in attributes.items():
             if len(classes) < 2:
                 found = ", ".join(classes) or "none"
-                raise EvaluationError(f"Expected two classes or more in the column {name!r}, found {found}.")
+                raise EvaluationError(
+                    f"Expected two classes or more in the column {name!r}, found {found}. Label more."
+                )
         return attributes
 
     def _classes(self, name: str) -> tuple[str, ...]:
