@@ -166,7 +166,7 @@ def test_an_invariant_module_is_guided_without_groups_and_a_balanced_one_with_it
         attach(tiny_pipe, module, environments=[0.2, 0.8])
     with pytest.raises(ConfigError, match="for 2 groups, got 3 groups"):
         attach(tiny_pipe, make_guidance_module(tiny_pipe), environments=[0.2, 0.3, 0.5])
-    with pytest.raises(ConfigError, match="a finite scale, got nan"):
+    with pytest.raises(ConfigError, match="a finite scale, such as 1, got nan"):
         attach(tiny_pipe, module, float("nan"))
 
 

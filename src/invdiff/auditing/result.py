@@ -358,8 +358,6 @@ class Audit:
         kinds |= {"unreadable": dict[str, str]}
         try:
             document = {"unreadable": {}} | read_json(folder / "audit.json")  # audits of earlier versions lack it
-            if "factors" not in document:
-                raise ValueError("one without factors, as earlier versions wrote it")
             arrays = read_arrays(folder / "audit.safetensors")
             fields = {name: typed(kind, document[name]) for name, kind in kinds.items()}
             num_groups = fields.pop("num_groups")
@@ -367,14 +365,13 @@ class Audit:
             fields["judges"] = read_arrays(folder / JUDGES) if (folder / JUDGES).is_file() else {}
             found = cls(weights, arrays["scores"], arrays["prompt_ids"], **fields)
             prompts, count = np.arange(len(found.prompts)), len(found.names)
-            splits = [
-                (s, size) for factor, size in zip(found.factors, num_groups, strict=False) for s in factor.splits
-            ]
+            sized = list(zip(found.factors, num_groups, strict=False))
+            splits = [(s, size) for factor, size in sized for s in factor.splits]
             known = all(s.prompt in prompts and len(s.shares) == len(s.intervals) == size for s, size in splits)
             typed(dict[str, dict[str, Any]], found.settings.get("asked", {}))
             if not all(each.get("matched", True) for each in document["factors"]):
                 raise ValueError("one factor of groups that match in no two prompts, as earlier versions wrote it")
-            known &= all(len(of.values) in (0, size) for of, size in zip(found.factors, num_groups, strict=False))
+            known &= all(len(of.values) in (0, size) for of, size in sized)
             paired = list(found.num_groups) == num_groups and len(found.factors or [None]) == len(num_groups)
             if not (known and paired and np.isin(found.prompt_ids, prompts).all()):
                 raise ValueError("images or splits of groups or prompts that the audit lacks")
