@@ -80,7 +80,7 @@ def test_runs_are_told_apart_by_their_paths_where_names_are_alike(tmp_path):
 def test_what_cannot_be_opened_is_an_error(tmp_path):
     for runs, given, message in (
         ([tmp_path / "nowhere"], {}, "found none"),
-        ([tmp_path], {}, "found none\. Give"),
+        ([tmp_path], {}, r"found none\. Give"),
         ([], {"module": "somewhere"}, "a model or a run beside a module"),
         ([], {"data": tmp_path}, "a model or a run beside data"),
     ):

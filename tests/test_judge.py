@@ -1,8 +1,8 @@
 """An audit as the annotator of what its model draws."""
 
 import json
-import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,25 +124,32 @@ def test_training_calibrates_the_mix_that_images_are_then_drawn_by(audited, tmp_
     assert "calibrated for 'a photo of a landbird' at guidance scale 5, found 3:" in error
 
 
-def test_calibration_keeps_the_better_null_row_and_draws_nothing_twice(audited, tmp_path, capsys, monkeypatch):
-    drawn, places = [], (audited / "audit", tmp_path / "m")
+@pytest.mark.parametrize("better", ["on", "off"])
+def test_calibration_keeps_the_better_null_row_and_draws_nothing_twice(better, audited, tmp_path, capsys, monkeypatch):
+    drawn, places, manifest = [], (audited / "audit", tmp_path / "m"), []
 
     def counted(*arguments, module, config, **options):
         drawn.append((module.config["null_adapter"], config.guidance_scale))
-        few = replace(config, num_inference_steps=2)
-        return generate(*arguments, module=module, config=few, **options)
+        folder = generate(*arguments, module=module, config=replace(config, num_inference_steps=1), **options)
+        manifest[:] = map(json.loads, (folder / "manifest.jsonl").read_text().splitlines())
+        return folder
+
+    def judged(*_, **__):  # images show the group that they were drawn for where the null row is the better one
+        shown = np.array([row["environment"][0] for row in manifest])
+        return SimpleNamespace(classes={"place": shown * (drawn[-1][0] == better)})
 
     monkeypatch.setattr("invdiff.evaluation.calibrate.generate", counted)
+    monkeypatch.setattr("invdiff.evaluation.calibrate.describe_images", judged)
     pipe = load_pipeline(audited / "model", device="cpu")
-    options = {"images": 8, "choose_null": True, "progress": False}
+    options = {"images": 4, "choose_null": True, "progress": False}
     pipe.set_progress_bar_config(disable=True)
     guidance = make_guidance_lora(pipe, null_adapter="off")
     guidance.register_to_config(factor_names=["place"])
     kept = calibrate(pipe, guidance, *places, guidance_scales=(1.0, 3.0), **options).config["null_adapter"]
-    shown = re.findall(r"(\d+)% with null_adapter (on|off)", capsys.readouterr().err)
-    assert max(int(share) for share, _ in shown) == int({null: share for share, null in shown}[kept])
-    assert drawn == [("off", 3.0), ("on", 3.0), (kept, 1.0)]
+    assert kept == better
+    assert f"{better!r} is kept" in capsys.readouterr().err
+    assert drawn == [("off", 3.0), ("on", 3.0), (better, 1.0)]
     # Another scale later is drawn with what was kept, and those that are known are not drawn again.
     again = calibrate(pipe, load_guidance(places[1]), *places, guidance_scales=(3.0, 5.0), **options)
-    assert drawn[3:] == [(kept, 5.0)]
-    assert (again.config["null_adapter"], set(again.config["mixes"])) == (kept, {"1", "3", "5"})
+    assert drawn[3:] == [(better, 5.0)]
+    assert (again.config["null_adapter"], set(again.config["mixes"])) == (better, {"1", "3", "5"})

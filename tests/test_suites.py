@@ -1,13 +1,16 @@
 """Benchmarks of methods: every suite names methods with settings that they take, and tables follow from kept cells."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import tables
-from runner import Cells, Runner, Suite
+from PIL import Image
+from runner import Cells, Runner, Suite, worst_cell
 
 from invdiff import TrainConfig
 from invdiff.errors import ConfigError
+from invdiff.evaluation.annotators.labels import GivenLabels
 
 
 @pytest.mark.parametrize("name", Suite.names())
@@ -41,3 +44,19 @@ def test_a_kept_cell_is_not_run_again_and_tables_give_mean_and_range_over_seeds(
     assert "drawn stratified" in text
     tables.write_csv("tuning", tmp_path / "results")
     assert len((tmp_path / "results" / "tuning.csv").read_text().splitlines()) == 3
+
+
+def test_the_worst_cell_is_the_least_share_of_bird_and_place_times_the_places(tmp_path):
+    rows = [("landbird", place) for place in ("forest", "forest", "forest", "sea")]
+    rows += [("waterbird", "sea"), ("waterbird", "sea"), ("waterbird", "forest"), ("landbird", "forest")]
+    lines = []
+    for index, (subject, place) in enumerate(rows):
+        Image.new("RGB", (2, 2)).save(tmp_path / f"{index}.png")
+        prompt = f"a {('landbird', 'waterbird')[index >= 4]}"
+        lines.append({"file_name": f"{index}.png", "prompt": prompt, "subject": subject, "place": place})
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    judge = GivenLabels(["subject", "place"]).discover(lines)
+    labelled = SimpleNamespace(attributes={"place": ["forest", "sea"]})
+    prompts = {"a landbird": "landbird", "a waterbird": "waterbird"}
+    world = SimpleNamespace(labelled=labelled, subject="subject", attribute="place", prompts=prompts)
+    assert worst_cell(tmp_path, judge, world) == 0.5  # a waterbird in the forest, and a landbird at sea: 1 of 4
