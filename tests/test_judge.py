@@ -140,6 +140,7 @@ def test_calibration_keeps_the_better_null_row_and_draws_nothing_twice(better, a
 
     monkeypatch.setattr("invdiff.evaluation.calibrate.generate", counted)
     monkeypatch.setattr("invdiff.evaluation.calibrate.describe_images", judged)
+    monkeypatch.setattr("invdiff.evaluation.calibrate.correct_for_annotator", lambda counts, _: counts[:, :-1])
     pipe = load_pipeline(audited / "model", device="cpu")
     options = {"images": 4, "choose_null": True, "progress": False}
     pipe.set_progress_bar_config(disable=True)
