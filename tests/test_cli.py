@@ -291,7 +291,9 @@ def test_generate_passes_module_mix_and_settings_on(tiny_pipe_dir, tmp_path, rec
     assert call.environments == [0.7, 0.3]
     assert call.module.num_groups == (2,)
     assert not call.progress
-    succeed("generate", tiny_pipe_dir, "first", "--environments", "iid", "--output", tmp_path / "o", "-q")
+    words = ["generate", tiny_pipe_dir, "first", "--environments", "iid", "--output", tmp_path / "o", "-q"]
+    assert "Expected --module beside --scale and --environments" in fail(*words)
+    succeed(*words, "--module", tmp_path / "module")
     assert recorded.calls["generate"].environments == "iid"
 
 

@@ -217,6 +217,9 @@ def test_another_run_is_not_mixed_in(tiny_pipe, tmp_path):
     refused("module was '[0-9a-f]{16}', now None; environments was", module=None)
     options["module"].register_to_config(null_adapter="off")
     refused("null_adapter was None, now 'off'")
+    (tmp_path / "generate.json").write_bytes(before["generate.json"].replace(b'  "null_adapter": null,\n', b""))
+    assert run(tiny_pipe, tmp_path, **options)  # a folder from before it was recorded goes on
+    (tmp_path / "generate.json").write_bytes(before["generate.json"])
     options["module"].register_to_config(null_adapter="on")
     tiny_pipe.scheduler = DDPMScheduler.from_config(tiny_pipe.scheduler.config)
     refused("scheduler was 'DDIMScheduler .* now 'DDPMScheduler")

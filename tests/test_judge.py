@@ -64,8 +64,11 @@ def test_groups_that_are_each_prompts_own_or_too_small_have_no_judge():
 
 def test_images_are_judged_by_the_command(audited, tmp_path):
     words = ["--annotator", audited / "audit", "--annotator-model", audited / "model", "--attribute", "place", "-q"]
-    succeed("evaluate", audited / "images", *words, "--output", tmp_path / "results.json")
+    printed = succeed("evaluate", audited / "images", *words, "--output", tmp_path / "results.json")
     results = Results.load(tmp_path / "results.json")
+    told = f"agree on place in {results.annotator.accuracy['place']:.1%} of the training images left out"
+    assert told in printed
+    assert "share their eyes" in printed
     assert results.classes["place"] == ("land", "water")
     assert "shares the audit's mistakes" in results.notes[0]
     assert np.sum(results.annotator.confusion["place"]) == 18  # every labelled image was left out once
@@ -108,7 +111,7 @@ def test_training_calibrates_the_mix_that_images_are_then_drawn_by(audited, tmp_
     words = [audited / "model", audited / "data", audited / "audit", "--output", tmp_path / "m", "--preserve", 0, "-q"]
     words += ["--cache-dir", audited / "cache", "--backend", "lora", "--null-adapter", "off", "--calibrate", 3]
     words += ["--steps", 1, "--batch-size", 4]
-    succeed("train", *words)
+    assert f"{tmp_path / 'images' / 'guided'} --environments calibrated" in succeed("train", *words)
     mixes = json.loads((tmp_path / "m" / "config.json").read_text())["mixes"]
     assert set(mixes["3"]) == {LAND}  # the prompt whose shares are uneven
     assert all(sum(mix) == pytest.approx(1) for (mix,) in mixes["3"].values())

@@ -52,8 +52,10 @@ def test_images_are_drawn_with_what_they_were_drawn_with():
     command = only(drawn("out/guided", guidance_scale=7.5, seed=2, environments=[[0.7, 0.3]], scale=0.5))
     words = "--module module --environments 0.7,0.3 --output out/guided --guidance-scale 7.5 --scale 0.5 --seed 2"
     assert sorted(shlex.split(command)) == sorted(["invdiff", "generate", "MODEL", BIRD, *words.split()])
-    several = only(drawn("out/guided", environments=[[0.5, 0.5], [0.2, 0.8]]))
-    assert "--environments 'factor 2=0.2,0.8' --output" in several
+    several = drawn("out/guided", environments=[[0.5, 0.5], [0.2, 0.8]])
+    assert "--environments 'factor 2=0.2,0.8' --output" in only(several)
+    named = Run(images=several.images, module={"factor_names": ["age", "place"]})
+    assert "--environments place=0.2,0.8 --output" in only(named)
     assert "--environments iid --output" in only(drawn("out/guided", draws="iid"))
     mixes = {"3": {BIRD: [[0.7, 0.3]]}}
     assert "--environments calibrated --output" in only(drawn("out/guided", environments=[*mixes["3"].values()]))

@@ -270,7 +270,8 @@ def _open_folder(output_dir: Path, drawing: Drawing) -> None:
                 "Choose another folder, or empty this one."
             )
         write_json(path, settings)
-    check_same_settings(output_dir, read_json(path), settings)
+    unstated = {"null_adapter": settings["null_adapter"]}  # in folders from before it was recorded
+    check_same_settings(output_dir, unstated | read_json(path), settings)
     for leftover in output_dir.glob("[0-9]*/.*.png"):  # of a run killed while it was writing
         leftover.unlink(missing_ok=True)
 

@@ -222,6 +222,10 @@ def train(
     prompts = [entry.prompt for entry in found.prompts if entry.found and entry.prompt]
     words = ["generate", model, *prompts, "--module", output, "--output", output.parent / "images" / "guided"]
     words += drawing_flags(pipe, found.settings.get("resolution", 0))
+    if calibrate:
+        words += ["--environments", "calibrated"]
+        scale = GenerateConfig.guidance_scale if GenerateConfig.guidance_scale in calibrate else calibrate[0]
+        words += command_options(GenerateConfig, {"guidance_scale": scale}) if scale != 1 else []
     finish(f"The module is in {output}.", *words, *dataclasses.replace(weights, cache_dir=None).words())
 
 
@@ -258,8 +262,10 @@ def generate(
 ) -> None:
     """Draw images of prompts, with or without a module, from the same starting noise."""
     plain = dataclasses.replace(settings, scale=GenerateConfig.scale)
-    if module is None and settings != plain:
-        raise ConfigError("Expected --module beside --scale, got none: the plain model has no scale.")
+    if module is None and (settings, environments) != (plain, ["uniform"]):
+        raise ConfigError(
+            "Expected --module beside --scale and --environments, got none: the plain model has neither."
+        )
     wanted = [*(prompts or []), *lines_in(prompts_file)]
     mix: Any = environments[0]
     try:

@@ -180,6 +180,8 @@ def _notes(
     """What a reader should know before trusting the figures."""
     notes = [annotator.note] if isinstance(annotator, AuditAnnotator) else []
     for name in question.attributes:
+        if (agreement := results.annotator.accuracy[name]) is not None and isinstance(annotator, AuditAnnotator):
+            notes.append(f"judge and audit agree on {name} in {agreement:.1%} of the training images left out")
         if results.annotator.confusion[name] is None and not isinstance(annotator, GivenLabels):
             notes.append(
                 f"how {annotator.name} errs on {name} is not known, so no figure is corrected for it: measure it on "

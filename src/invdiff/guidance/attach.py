@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 
 from ..errors import ConfigError, ModelError
 from ..files import fingerprint
@@ -150,6 +151,7 @@ class Attachment:
         # Of the newest images: the scheduler's timesteps, first and last timestep, first latents.
         self._timesteps: torch.Tensor | None = None
         self._start, self._last, self._first = np.inf, np.inf, torch.empty(0)
+        self._before: torch.Tensor | None = None  # the latents of the call before, of the same images
         self._pipe, self._denoiser = weakref.ref(pipe), weakref.ref(denoiser)
         self._null: Condition = {}
         if module.config["null_adapter"] == "off" and getattr(pipe, "text_encoder", self) is not None:
@@ -198,40 +200,60 @@ class Attachment:
     def begin(self, call: DenoiserCall) -> Rows | None:
         """What guides the rows of a call; None at scale 0."""
         self.calls += 1
-        environments = self._follow_images(call.noisy_latents, float(call.timesteps[0]))
-        return Rows(environments, self.scale, self._null_rows(call)) if self.scale else None
+        pipe, last = _running_pipeline(), self._last
+        environments = self._follow_images(call.noisy_latents, float(call.timesteps[0]), pipe or self._pipe())
+        again = pipe is not None and self._last == last and self._before is not None
+        null = self._null_rows(call, pipe, self._before if again else None)
+        self._before = call.noisy_latents
+        return Rows(environments, self.scale, null) if self.scale else None
 
-    def _null_rows(self, call: DenoiserCall) -> torch.Tensor | None:
-        """The rows that run without guidance, (rows,) of bool; None where all run with it."""
+    def _null_rows(self, call: DenoiserCall, pipe: Any, before: torch.Tensor | None) -> torch.Tensor | None:
+        """The rows that run without guidance, (rows,) of bool; None where all run with it.
+
+        `before` are the latents of the running pipeline's call before, where that was of the same images and timestep.
+        """
         if self.guidance.config["null_adapter"] == "on" or not call.condition:
             return None
         null = rows_alike(call.condition, self._null)
-        if len(null) % 2 == 0 and "class_labels" not in call.condition:
-            # Of negative prompts, some of which may be empty. The pipeline may not say whether it doubles its rows, as
-            # PixArt's, or be another than the one that runs; then images come twice.
+        if before is not None and torch.equal(before, call.noisy_latents):
+            null[:] = True  # Flux's negative prompts come in a call of their own, after that of the prompts
+        elif len(null) % 2 == 0 and "class_labels" not in call.condition:
+            # Of negative prompts, some of which may be empty. Not every pipeline says whether it doubles its rows, as
+            # PixArt's, nor does a loop of one's own; then images come twice.
             doubled = torch.equal(*call.noisy_latents.chunk(2))
-            null[: len(null) // 2] |= doubled and getattr(self._pipe(), "do_classifier_free_guidance", True)
+            null[: len(null) // 2] |= doubled and getattr(pipe, "do_classifier_free_guidance", True)
         return null
 
-    def _follow_images(self, noisy_latents: torch.Tensor, timestep: float) -> torch.Tensor:
+    def _follow_images(self, noisy_latents: torch.Tensor, timestep: float, pipe: Any) -> torch.Tensor:
         """The groups of each row, (rows, factors); where new images begin, they are drawn from their noise.
 
         New images are noticed by the scheduler's new timesteps, or by a timestep that comes back to the highest or
         rises (KDPM2's rises within an image too, but by less than 1). In 16 bits the first few can be the same number;
         then the latents decide, which have hardly moved.
         """
-        timesteps, rows = getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None), len(noisy_latents)
+        timesteps, rows = getattr(getattr(pipe, "scheduler", None), "timesteps", None), len(noisy_latents)
         lingers = timestep == self._start == self._last and _hardly_moved(self._first, noisy_latents)
         comes_back = (timestep >= self._start and not lingers) or timestep > self._last + 1
         self._last = timestep
         if self.environments is None or timesteps is not self._timesteps or comes_back:
             self._timesteps, self._start, self._first = timesteps, timestep, noisy_latents.detach()
+            self._before = None
             self.environments = self.mix.rows(noisy_latents)
         elif len(self.environments) % rows and rows % len(self.environments):
             self.environments = self.mix.rows(noisy_latents)
         else:  # the same images, in more or fewer rows where classifier-free guidance was switched on the way
             self.environments = self.environments.repeat(-(-rows // len(self.environments)), 1)[:rows]
         return self.environments
+
+
+def _running_pipeline() -> DiffusionPipeline | None:
+    """The pipeline that calls the denoiser, not always the one attached to; None in a loop of one's own."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and isinstance(found := frame.f_locals.get("self"), DiffusionPipeline):
+            return found
+        frame = frame.f_back
+    return None
 
 
 def rows_alike(condition: Condition, one: Condition) -> torch.Tensor:

@@ -62,7 +62,7 @@ def commands(run: Run) -> list[tuple[str, str]]:
         images = [] if own else [data, *columns]
         found.append(("Train", ["train", *adapted, *images[:1], audit, "--output", module, *images[1:], *options]))
     for name, folder, drawn in _drawn(run):
-        title, prompts, listed, mix = f"Generate: {name}", *_said(drawn)
+        title, prompts, listed, mix = f"Generate: {name}", *_said(run, drawn)
         if not listed:
             title += f"; prompts.txt has the {len(prompts):,} prompts of its settings below, one a line"
         title += "; its groups, in the settings below, can be given in Python only" if mix is None else ""
@@ -93,17 +93,19 @@ def _drawn(run: Run) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
                 yield model, folder, drawn
 
 
-def _said(drawn: Mapping[str, Any]) -> tuple[Sequence[str], bool, list[str] | None]:
+def _said(run: Run, drawn: Mapping[str, Any]) -> tuple[Sequence[str], bool, list[str] | None]:
     """Prompts, whether a command can list them, and the options of the target mix, None where they cannot say it."""
     given = drawn.get("prompts")
     prompts = [str(prompt) for prompt in given] if isinstance(given, list) else []
     listed = len(prompts) <= MOST_WORDS and not any(prompt.startswith("-") for prompt in prompts)
     if drawn.get("draws") == "iid":
         return prompts, listed, ["--environments", "iid"]
+    names: Any = run.module.get("factor_names")
     try:  # proportions of each factor, or whole numbers, the groups of each image
         factors = [list(factor) for factor in (drawn.get("module") and drawn.get("environments")) or ()]
         if all(isinstance(share, float) for factor in factors for share in factor):
-            return prompts, listed, mix_options(factors)
+            known = isinstance(names, list) and len(names) == len(factors)
+            return prompts, listed, mix_options(factors, names if known else ())
         if all(isinstance(shares, list) for factor in factors for shares in factor):
             return prompts, listed, ["--environments", "calibrated"]
     except TypeError:
@@ -144,7 +146,7 @@ def _settings(run: Run) -> dict[str, Mapping[str, Any]]:
         "Train": _record(run, "training"),
     }
     for model, folder, drawn in _drawn(run):
-        _, listed, mix = _said(drawn)
+        _, listed, mix = _said(run, drawn)
         if not listed or mix is None:
             settings[f"Generate: {model}, {folder}"] = drawn
     return settings

@@ -38,9 +38,9 @@ class AuditAnnotator(Measurable):
 
     name, feature_name = "the audit", ""
     note = (
-        "the annotator is the audit itself: it counts the groups that were found, by the same features, so it shares "
-        "the audit's mistakes, and how it errs is known by the audit's own groups only; an independent annotator is "
-        "the better proof"
+        "the annotator is the audit itself, and they share their eyes: it counts the groups that were found, by the "
+        "same features, so it shares the audit's mistakes, and its errors are known by the audit's own groups only; "
+        "an independent annotator is the better proof"
     )
 
     def __init__(self, folder: str | Path, pipe: Any) -> None:
