@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +51,8 @@ def calibrate(
         output_dir: The folder of the guidance, written anew.
         guidance_scales: Strengths of classifier-free guidance that images will be drawn at.
         images: Images of each prompt and group.
-        choose_null: Of `null_adapter` on and off, keep the one under which more images, of the first scale above 1,
-            show the group that they were drawn for; not where there are mixes already, or for `tokens`.
+        choose_null: Of `null_adapter` on and off, keep for each group the one under which more of its images, of the
+            first scale above 1, show it; not where there are mixes already, or for `tokens`.
         seed: Seed of the images. It should not be that of the images which prove the result.
         progress: Show progress bars.
 
@@ -73,11 +72,11 @@ def calibrate(
     confusions: Any = {name: judge.confusion(name) for name in judge.attributes}
     sizes = {"images_per_prompt": images * max(module.num_groups), "seed": seed, "resolution": judge.resolution}
 
-    @cache
-    def shares(null_adapter: str, scale: float) -> dict[tuple[str, int], np.ndarray]:
+    def shares(null_adapter: Any, scale: float) -> dict[tuple[str, int], np.ndarray]:
         """S of each prompt and each factor that splits it: see `nearest_mix`."""
         module.register_to_config(null_adapter=null_adapter)
-        config, folder = GenerateConfig(**sizes, guidance_scale=scale), work / f"{scale:g}-{null_adapter}"
+        name = null_adapter if isinstance(null_adapter, str) else "chosen"
+        config, folder = GenerateConfig(**sizes, guidance_scale=scale), work / f"{scale:g}-{name}"
         generate(pipe, judge.prompts, folder, module=module, config=config, progress=progress)
         rows = [json.loads(line) for line in (folder / MANIFEST).read_text("utf-8").splitlines()]
         drawn, of_prompt = np.array([row["environment"] for row in rows]), np.array([row["prompt"] for row in rows])
@@ -90,18 +89,28 @@ def calibrate(
                 found[prompt, factor] = shares_of(counts, confusions[name])
         return found
 
-    null, guided = module.config["null_adapter"], [scale for scale in wanted if scale > 1]  # else there is no null row
+    null: Any = module.config["null_adapter"]
+    guided = [scale for scale in wanted if scale > 1]  # else there is no null row
+    known: dict[float, dict[tuple[str, int], np.ndarray]] = {}
     if choose_null and guided and not mixes and module.backend != "tokens":
-        scores = {
-            each: np.mean([np.diag(of).mean() for of in shares(each, guided[0]).values()])
-            for each in (null, "on" if null == "off" else "off")
+        both = {each: shares(each, guided[0]) for each in (null, "on" if null == "off" else "off")}
+        null = [[null] * size for size in module.num_groups]
+        for factor, name in enumerate(module.factor_names):
+            for group in range(module.num_groups[factor]):
+                own = {w: [of[group, group] for (_, m), of in s.items() if m == factor] for w, s in both.items()}
+                if own[null[factor][group]]:  # else nothing judges the factor
+                    null[factor][group] = kept = max(own, key=lambda each: np.mean(own[each]))
+                    told = " and ".join(f"{np.mean(of):.0%} with null_adapter {each}" for each, of in own.items())
+                    note(f"At guidance scale {guided[0]:g} {name}, group {group}, shows in {told}: {kept!r} is kept.")
+        known[guided[0]] = {
+            (prompt, m): np.stack([both[word][prompt, m][group] for group, word in enumerate(null[m])])
+            for prompt, m in both["on"]
         }
-        null = max(scores, key=lambda each: scores[each])
-        told = " and ".join(f"{score:.0%} with null_adapter {each}" for each, score in scores.items())
-        note(f"At guidance scale {guided[0]:g} images show the group drawn in {told}: {null!r} is kept.")
+        words = {word for of in null for word in of}
+        null = words.pop() if len(words) == 1 else null
     for scale in wanted:
         of_scale = {prompt: [[1 / size] * size for size in module.num_groups] for prompt in judge.prompts}
-        for (prompt, factor), found in shares(null, scale).items():
+        for (prompt, factor), found in (known.get(scale) or shares(null, scale)).items():
             even = np.full(len(found), 1 / len(found))
             mix, reached = nearest_mix(found, even)
             of_scale[prompt][factor] = mix.round(4).tolist()

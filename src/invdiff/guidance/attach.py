@@ -154,7 +154,7 @@ class Attachment:
         self._before: torch.Tensor | None = None  # the latents of the call before, of the same images
         self._pipe, self._denoiser = weakref.ref(pipe), weakref.ref(denoiser)
         self._null: Condition = {}
-        if module.config["null_adapter"] == "off" and getattr(pipe, "text_encoder", self) is not None:
+        if module.config["null_adapter"] != "on" and getattr(pipe, "text_encoder", self) is not None:
             self._null = family.null_condition(pipe)
         attached = GUIDED[denoiser].attachments if denoiser in GUIDED else []
         others = {type(each.guidance).backend for each in attached} - {module.backend}
@@ -205,10 +205,11 @@ class Attachment:
         again = pipe is not None and self._last == last and self._before is not None
         null = self._null_rows(call, pipe, self._before if again else None)
         self._before = call.noisy_latents
+        null = None if null is None else null & ~self.guidance.guides_null(environments)
         return Rows(environments, self.scale, null) if self.scale else None
 
     def _null_rows(self, call: DenoiserCall, pipe: Any, before: torch.Tensor | None) -> torch.Tensor | None:
-        """The rows that run without guidance, (rows,) of bool; None where all run with it.
+        """The rows of the null caption, (rows,) of bool; None where all run under guidance.
 
         `before` are the latents of the running pipeline's call before, where that was of the same images and timestep.
         """
@@ -345,7 +346,7 @@ class GuidedDenoiser:
     def __init__(self, frozen: FrozenDenoiser, module: Guidance, null: Condition) -> None:
         """`null` is the condition of the null caption, one row."""
         self.schedule, self.device = frozen.schedule, frozen.device
-        self._null = null if module.config["null_adapter"] == "off" else {}
+        self._null = null if module.config["null_adapter"] != "on" else {}
         self._frozen, self._module = frozen, module.to(frozen.device)
         sizes = module.num_groups if module.sees_environment else (1,)
         # Of many factors, as of prompts with groups of their own, not every combination.

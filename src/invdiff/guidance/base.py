@@ -55,7 +55,8 @@ class Guidance(ModelMixin, ConfigMixin):
         num_groups: Groups (environments) of each hidden factor.
         factor_names: Their names, by which `attach` takes a mix; "factor 1" and so on where not given.
         mode: `"balanced"` takes the group as an input, `"invariant"` does not.
-        null_adapter: Whether the rows of the null caption run under guidance, `"on"` or `"off"`.
+        null_adapter: Whether the rows of the null caption run under guidance, `"on"` or `"off"`, or one of them for
+            each factor's groups, of which all must be on.
         denoiser_class, prediction_type: The denoiser it was made for, and what it predicts.
         weight_signature: A few of that denoiser's weights, to tell it from others.
         base_model: Hub id of the pipeline, or the last name of its folder, for people.
@@ -241,6 +242,13 @@ class Guidance(ModelMixin, ConfigMixin):
                 f"Expected guidance calibrated for {prompt!r} at guidance scale {guidance_scale:g}, found {measured}. "
                 "Calibrate it for them (--calibrate), or draw with another mix."
             ) from error
+
+    def guides_null(self, environments: torch.Tensor) -> torch.Tensor:
+        """Whether a row of the null caption in these groups, (rows, factors), runs under guidance: (rows,) of bool."""
+        of = self.config["null_adapter"]
+        of = [[of] * size for size in self.num_groups] if isinstance(of, str) else of
+        rows = environments.tolist()
+        return torch.tensor([all(of[m][group] == "on" for m, group in enumerate(row)) for row in rows])
 
     @property
     def sees_environment(self) -> bool:

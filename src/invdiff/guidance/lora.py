@@ -192,7 +192,7 @@ class GuidanceLoRA(Guidance):
         kind, rank = self.config["denoiser_class"], self.config["rank"]
         if not hasattr(getattr(diffusers, kind, None), "load_lora_adapter"):
             raise ModelError(f"Expected a denoiser that diffusers loads LoRAs into, got {kind}. Use `attach` instead.")
-        if self.config["null_adapter"] == "off":
+        if self.config["null_adapter"] != "on":
             note("a LoRA acts on the null row too, where this guidance is off: images differ from those of `attach`")
         part = "unet" if kind.startswith("UNet") else "transformer"
         files = []
@@ -212,12 +212,14 @@ class GuidanceLoRA(Guidance):
 
     def _exports(self) -> dict[str, dict[str, str]]:
         """The name of each adapter's file and its metadata, in the order of ranks."""
-        about = {"base_model": self.config["base_model"], "null_adapter": self.config["null_adapter"]}
+        about, null = {"base_model": self.config["base_model"]}, self.config["null_adapter"]
         if not self.sees_environment:
-            return {"invariant": about}
+            return {"invariant": about | {"null_adapter": null}}
         names = (self.config["record"] or {}).get("group_names")
         found = [
-            about | {"factor": factor, "group": (names and names[m][group]) or f"group {group}"}
+            about
+            | {"factor": factor, "group": (names and names[m][group]) or f"group {group}"}
+            | {"null_adapter": null if isinstance(null, str) else null[m][group]}
             for m, factor in enumerate(self.factor_names)
             for group in range(self.num_groups[m])
         ]
