@@ -1,333 +1,316 @@
-"""The augmentation test: what a classifier learns from generated images, measured on real ones.
+"""The augmentation test: does a classifier trained on biased photographs get fairer by images that we draw?
 
-    python benchmarks/augmentation.py base=out/base guided=out/guided --test photos --subject bird --attribute place
+    python benchmarks/augmentation.py --data SOURCE --base MODEL --work FOLDER --seeds 0,1,2
 
-A classifier trained on images with a spurious attribute relies on it, and fails on the group that contradicts it. So
-the accuracy of the worst group of real test images tells how far a model's images are free of the spurious attribute,
-with no annotator in between (Sagawa et al., "Distributionally robust neural networks", ICLR 2020, for worst-group
-accuracy; Hou et al., "InvDiff", KDD 2025, for the test). The mean over groups belongs beside it: images can also be
-too poor, or too much alike, to learn the subject from.
+Birds of photographs are classified by a logistic regression on features of a pretrained encoder. The place agrees with
+the bird in 95% of the training images, so a classifier that relies on it fails on birds elsewhere: the accuracy of the
+worst group of subject and place, in held-out images of every combination, tells how far it does (Sagawa et al., ICLR
+2020; Hou et al., "InvDiff", KDD 2025, for the test). Every way to train differs in the images and their weights alone;
+its settings are those whose worst group of validation images is best, where groups are found by our audit, or true, or
+all images are one. World, biased model and guidance are those of `python -m benchmarks run waterbirds` in --work.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import worlds
+from judges import EfficientNetLite
+from kept import RESULTS, rounded
+from methods import Biased, Fitted
 from numpy.typing import NDArray
+from PIL import Image
+from runner import BATCH_SIZE, Suite, kept
+from sklearn.linear_model import LogisticRegression
+from tables import line_of
 
+from invdiff import GenerateConfig, generate, load_captioned_images
 from invdiff.data.captioned import CaptionedImages
 from invdiff.data.images import read_image
-from invdiff.errors import EvaluationError, TrainingError
-from invdiff.evaluation.annotators.conv import ConvAnnotator, normalise, read_pixels, to_pixels, train_network
-from invdiff.evaluation.annotators.labels import load_labelled_images, read_targets
-from invdiff.evaluation.evaluate import named_subjects
-from invdiff.evaluation.fairness.intervals import share_interval
-from invdiff.evaluation.images import Folders, Row, common_prompts, read_images, resolve_folders, scale_keys
-from invdiff.files import write_json
-from invdiff.options import Config
-from invdiff.progress import progress_bar
-from invdiff.seeds import derived_seed, generator
+from invdiff.evaluation.annotators.audited import AuditAnnotator
+from invdiff.evaluation.images import read_images
+from invdiff.files import read_arrays, write_arrays, write_json
 
-REAL = "real"
-"""The row of a classifier trained on real images alone."""
-MIN_IMAGES = 10
-"""Generated images of a subject, and test images of a group, below which there is nothing to learn or to judge."""
-
-
-@dataclass(frozen=True)
-class AugmentationConfig(Config):
-    """How classifiers are trained: the annotators' small conv net, on subjects alone, all images drawn alike."""
-
-    steps: int = 400
-    """Optimiser steps, the same for every classifier."""
-    batch_size: int = 64
-    """Images per step."""
-    learning_rate: float = 3e-3
-    """Peak of the one-cycle schedule."""
-    resolution: int = 64
-    """Side in pixels that images are resized to."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """One classifier for each: seeds of drawn images, weights and batches."""
-
-    def check(self) -> None:
-        """Check ranges."""
-        for name, least in (("steps", 1), ("batch_size", 1), ("resolution", 8)):
-            self.require(name, getattr(self, name) >= least, f"at least {least}")
-        self.require("learning_rate", self.learning_rate > 0, "more than 0")
-        self.require("seeds", 0 < len(self.seeds) == len(set(self.seeds)), "different seeds, at least one")
+BENCHMARK, FOLDER = "waterbirds", "augmentation"
+SCALES = (1.0, 3.0)
+"""Classifier-free guidance scales of the images that are drawn."""
+NUM_VALIDATION, VALIDATION_SEED, NUM_TEST, TEST_SEED = 4000, 77, 2000, 78
+"""Held-out images: biased as the training images are, to choose settings on, and balanced ones that measure."""
+PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+"""lambda of mean loss + lambda / 2 |w|^2, to choose from."""
+FACTORS, FIRST_PENALTIES = (5.0, 20.0, 100.0), (3.0, 0.3, 0.03)
+"""Of JTT: weights of errors, and penalties of the classifier that makes them."""
+ROUNDS, RATE = 30, 1.0
+"""Of GroupDRO: steps of the weights of groups, and their size."""
+Array = NDArray[Any]
+Candidates = Iterator[tuple[str, LogisticRegression]]
 
 
-def augmentation_test(
-    folders: Mapping[str, Folders] | str | Path,
-    test: CaptionedImages,
-    *,
-    subject_attribute: str,
-    attribute: str,
-    train: CaptionedImages | None = None,
-    config: AugmentationConfig | None = None,
-    progress: bool = True,
+@dataclass(frozen=True, eq=False)
+class Images:
+    """What a classifier is trained on."""
+
+    features: Array
+    """(N, D), standardised."""
+    subjects: Array
+    """Index of the class, 0 or 1, (N,)."""
+    weights: Array
+    """(N,)."""
+
+    def __add__(self, other: Images) -> Images:
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Images(*(np.concatenate(pair) for pair in pairs))
+
+
+def fit(images: Images, penalty: float, weights: Array | None = None) -> LogisticRegression:
+    """The classifier with the least weighted mean loss + penalty / 2 |w|^2."""
+    weights = images.weights if weights is None else weights
+    model = LogisticRegression(C=1 / penalty, max_iter=1000, warm_start=True)
+    return model.fit(images.features, images.subjects, weights / weights.sum())
+
+
+def erm(images: Images) -> Candidates:
+    """Empirical risk minimisation."""
+    for penalty in PENALTIES:
+        yield f"penalty {penalty:g}", fit(images, penalty)
+
+
+def group_dro(images: Images, groups: Array, penalty: float) -> LogisticRegression:
+    """The classifier with the least loss of the worst group (Sagawa et al., ICLR 2020, algorithm 1).
+
+    Weights of `groups`, (N,), rise with exp(RATE times their loss). The classifier is fitted anew after each such step
+    where they take one gradient: linear, it has one optimum.
+    """
+    _, groups, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    shares = np.full(len(counts), 1 / len(counts))
+    model = fit(images, penalty, (shares / counts)[groups])
+    for _ in range(ROUNDS):
+        log_odds = model.decision_function(images.features)
+        losses = np.logaddexp(0, np.where(images.subjects == 1, -log_odds, log_odds))
+        shares *= np.exp(RATE * np.bincount(groups, losses) / counts)
+        shares /= shares.sum()
+        model.fit(images.features, images.subjects, (shares / counts)[groups])
+    return model
+
+
+def group_dros(images: Images, groups: Array) -> Candidates:
+    """`group_dro` at every penalty."""
+    for penalty in PENALTIES:
+        yield f"penalty {penalty:g}", group_dro(images, groups, penalty)
+
+
+def jtt_weights(images: Images, penalty: float, factor: float) -> Array:
+    """`factor` for images that a classifier with this penalty errs on, 1 for others, (N,) (Liu et al., ICML 2021)."""
+    return np.where(fit(images, penalty).predict(images.features) == images.subjects, 1.0, factor)
+
+
+def jtt(images: Images) -> Candidates:
+    """Just train twice, at every combination of settings."""
+    for first in FIRST_PENALTIES:
+        for factor in FACTORS:
+            weights = jtt_weights(images, first, factor)
+            for penalty in PENALTIES:
+                yield f"first {first:g}, factor {factor:g}, penalty {penalty:g}", fit(images, penalty, weights)
+
+
+def even(subjects: Array, posterior: Array) -> Array:
+    """Weights (N,) with a sum of N for which all groups of a subject weigh alike; `posterior` of groups is (N, E)."""
+    weights = np.zeros(len(subjects))
+    for subject in np.unique(subjects):
+        own = posterior[subjects == subject]
+        weights[subjects == subject] = (own / own.sum(axis=0)).sum(axis=1)
+    return weights / weights.mean()
+
+
+def group_figures(right: Array, groups: Array) -> dict[str, Any]:
+    """Accuracy, that of the worst of `groups` (N,), and its 95% interval over images resampled within groups."""
+    names, groups, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    shares = np.bincount(groups, right) / counts
+    resampled = np.random.default_rng(0).binomial(counts, shares, (2000, len(counts))) / counts
+    low, high = np.quantile(resampled.min(axis=1), (0.025, 0.975))
+    named = dict(zip(names.tolist(), shares.tolist(), strict=True))
+    return {"accuracy": float(right.mean()), "worst": float(shares.min()), "low": low, "high": high, "groups": named}
+
+
+def chosen(
+    candidates: Candidates,
+    validation: tuple[Array, Array],
+    groupings: Mapping[str, Array],
+    test: tuple[Array, Array],
+    groups: Array,
 ) -> dict[str, Any]:
-    """Train classifiers on each model's images and measure them on real images, group by group.
-
-    A generated image's label is the subject that its prompt names. Every model gives as many images of each subject,
-    the fewest that any of them has, and the same steps and seeds, so that only the images differ. Classifiers see
-    subjects alone: nothing in training reads the attribute.
-
-    Args:
-        folders: Models and their images at one guidance scale, as for `evaluate`.
-        test: Real images with both attributes, balanced or not. Groups are the combinations of the two.
-        subject_attribute: What classifiers tell apart: a column of `test` whose classes the prompts name.
-        attribute: The spurious attribute: another column of `test`.
-        train: Real training images with the subject in a column. A classifier is then trained on these alone
-            ("real"), and, for each model, on these and its images ("real + base").
-        config: How classifiers are trained.
-        progress: Show a progress bar.
-
-    Returns:
-        {"models": {model: {"train_images", "accuracy", "group_mean", "worst_accuracy", "groups", "worst_group",
-        "worst_interval", "by_seed"}}, "test_images": {group: images}, "notes": [...], ...}: figures over seeds are
-        {"mean", "sd"}; the interval is Wilson's, of the worst group on average, of chance in the test images alone.
-
-    Raises:
-        EvaluationError: Images, prompts, columns or groups do not allow the test.
-        DataError: More real images are unreadable than their data allows.
-        TrainingError: A classifier diverged.
-    """
-    config = config or AugmentationConfig()
-    if subject_attribute == attribute:
-        raise EvaluationError(f"Expected two attributes, got {attribute!r} for both. Give the spurious one.")
-    names, targets = read_targets(test, [subject_attribute, attribute])
-    subjects = names[subject_attribute]
-    columns = {name: targets[:, place] for place, name in enumerate(names)}
-    rows_by_model, labels, notes = _generated(folders, subjects)
-    pixels, readable = read_pixels(test, config.resolution, progress=progress)
-    if len(readable) < len(test):
-        notes.append(f"{len(test) - len(readable)} of {len(test)} test images cannot be read and are left out")
-    truth = columns[subject_attribute][readable]
-    spurious = columns[attribute][readable]
-    groups = [f"{subjects[s]} x {names[attribute][a]}" for s, a in zip(truth, spurious, strict=True)]
-    all_groups = {name: [f"{name} x {other}" for other in names[attribute]] for name in subjects}
-    sizes = _judged_groups(groups, all_groups, notes)
-    real = _read_real(train, subject_attribute, subjects, config, notes, progress) if train is not None else None
-    if real is not None and REAL in {model.split(" + ")[0] for model in rows_by_model}:
-        raise EvaluationError(f"Expected models of other names than {REAL!r} beside train. Rename that model.")
-
-    per_class = min(
-        count for rows in rows_by_model.values() for count in Counter(labels[row.prompt] for row in rows).values()
-    )
-    sources: dict[str, tuple[torch.Tensor, NDArray[np.int64], int]] = {} if real is None else {REAL: (*real, 0)}
-    for model, rows in rows_by_model.items():
-        images = torch.stack([to_pixels(read_image(row.path), config.resolution) for row in rows])
-        own = np.array([labels[row.prompt] for row in rows], dtype=np.int64)
-        sources[model] = images, own, per_class
-        if real is not None:
-            joined = torch.cat([real[0], images]), np.concatenate([real[1], own])
-            sources[f"{REAL} + {model}"] = *joined, per_class
-    models = {}
-    with progress_bar("classifiers", len(sources) * len(config.seeds), enabled=progress) as bar:
-        for source, (images, own, drawn) in sources.items():
-            kept = len(real[1]) if real is not None and source.startswith(REAL) else 0
-            by_seed = {}
-            for seed in config.seeds:
-                rows = np.append(np.arange(kept), kept + _draw(own[kept:], drawn, seed)).astype(np.int64)
-                right = _predict(_fit(images, own, rows, subjects, config, seed), pixels) == truth
-                by_seed[str(seed)] = group_accuracy(right, groups, sizes)
-                bar.advance()
-            counts = np.bincount(own[rows], minlength=len(subjects)).tolist()
-            models[source] = {"train_images": dict(zip(subjects, counts, strict=True))} | _over_seeds(by_seed, sizes)
+    """Figures on the test images of the candidate that is best on the worst validation group, by grouping."""
+    best: dict[str, tuple[float, str, LogisticRegression]] = {}
+    for settings, model in candidates:
+        right = model.predict(validation[0]) == validation[1]
+        for name, grouping in groupings.items():
+            worst = group_figures(right, grouping)["worst"]
+            if name not in best or worst > best[name][0]:
+                best[name] = worst, settings, model
     return {
-        "models": models,
-        "subject_attribute": subject_attribute,
-        "attribute": attribute,
-        "classes": list(subjects),
-        "test_images": sizes,
-        "config": config.to_dict(),
-        "notes": notes,
+        name: {"settings": settings, **group_figures(model.predict(test[0]) == test[1], groups)}
+        for name, (_, settings, model) in best.items()
     }
 
 
-def _generated(
-    folders: Mapping[str, Folders] | str | Path, classes: Sequence[str]
-) -> tuple[dict[str, list[Row]], dict[str, int], list[str]]:
-    """Model to the images whose prompt names a subject, prompt to its class index, and notes."""
-    all_rows = {
-        model: [row for folder in several for row in read_images(folder)]
-        for model, several in resolve_folders(folders).items()
-    }
-    scales = {model: scale_keys(rows) for model, rows in all_rows.items()}
-    for model, keys in scales.items():
-        if len(keys) > 1:
-            raise EvaluationError(f"Expected images of {model} at one guidance scale, got {', '.join(keys)}.")
-    notes = []
-    if len({keys[0] for keys in scales.values()}) > 1:
-        notes.append(f"models differ in guidance scale: {', '.join(f'{m} {keys[0]}' for m, keys in scales.items())}")
-    prompts = list(dict.fromkeys(row.prompt for rows in all_rows.values() for row in rows))
-    named = named_subjects(prompts, classes)
-    labels = {prompt: classes.index(named[prompt]) for prompt in prompts if prompt in named}
-    chosen = {model: [row for row in rows if row.prompt in labels] for model, rows in all_rows.items()}
-    for model, rows in chosen.items():
-        counts = Counter(labels[row.prompt] for row in rows)
-        for index, name in enumerate(classes):
-            if counts[index] < MIN_IMAGES:
-                raise EvaluationError(
-                    f"Expected at least {MIN_IMAGES} images of {model} from prompts that name {name!r}, got "
-                    f"{counts[index]}. Generate more."
-                )
-    common_prompts(chosen)
-    left_out = sum(map(len, all_rows.values())) - sum(map(len, chosen.values()))
-    if left_out:
-        notes.append(f"{len(prompts) - len(labels)} of {len(prompts)} prompts name no subject: {left_out} images out")
-    return chosen, labels, notes
+class Study:
+    """The test with one seed: of the training images, the models and the drawn images."""
 
-
-def _judged_groups(groups: Sequence[str], of_subject: Mapping[str, Sequence[str]], notes: list[str]) -> dict[str, int]:
-    """The size of each group with enough test images; notes name the others."""
-    found = Counter(groups)
-    judged = [[name for name in names if found[name] >= MIN_IMAGES] for names in of_subject.values()]
-    short = [f"{found[n]} of {n}" for names in of_subject.values() for n in names if found[n] < MIN_IMAGES]
-    if not all(judged) or max(map(len, judged)) < 2:
-        raise EvaluationError(
-            f"Expected at least {MIN_IMAGES} test images of each subject, and of one subject in two groups, got "
-            f"{', '.join(short)}. Give more test images of these."
+    def __init__(self, source: Path, base: Path, work: Path, seed: int, per_prompt: int) -> None:
+        self.suite, self.per_prompt, self.seed = Suite.named(BENCHMARK), per_prompt, seed
+        self.world = self.suite.opened(source, base, work / BENCHMARK, seed)
+        self.encoder, self.folder = EfficientNetLite(), self.world.work / FOLDER
+        make = partial(worlds.waterbirds, source, held_out=True)
+        severity, common = self.suite.world["severity"], work / BENCHMARK / FOLDER
+        self.validation = load_captioned_images(
+            make(common / "validation", num_images=NUM_VALIDATION, seed=VALIDATION_SEED, severity=severity)
         )
-    if short:
-        notes.append(f"groups left out, with fewer than {MIN_IMAGES} test images: {', '.join(short)}")
-    return {name: found[name] for names in judged for name in names}
+        self.test = load_captioned_images(make(common / "test", num_images=NUM_TEST, seed=TEST_SEED, severity=0.5))
+        self.classes = sorted(set(self.world.prompts.values()))
 
+    def described(self, name: str, images: Iterable[Image.Image]) -> Array:
+        """Features of images, kept under a name."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.is_file():
+            write_arrays(path, {"features": self.encoder.extract(images)})
+        return read_arrays(path)["features"]
 
-def _read_real(
-    train: CaptionedImages,
-    subject: str,
-    classes: Sequence[str],
-    config: AugmentationConfig,
-    notes: list[str],
-    progress: bool,
-) -> tuple[torch.Tensor, NDArray[np.int64]]:
-    names, targets = read_targets(train, [subject])
-    if names[subject] != classes:
-        raise EvaluationError(
-            f"Expected training images of the subjects {', '.join(classes)} as in the test images, got "
-            f"{', '.join(names[subject])}. Use the same names, and leave the others out."
+    def subjects_of(self, named: Sequence[str]) -> Array:
+        """Indices of classes."""
+        return np.array([self.classes.index(name) for name in named])
+
+    def drawn(self, name: str, fitted: Fitted, scale: float) -> tuple[Array, Array, Array]:
+        """Features, classes and places within their prompt of images of every prompt, groups spread evenly."""
+        config = GenerateConfig(
+            images_per_prompt=self.per_prompt, guidance_scale=scale, seed=2000 + self.seed, batch_size=BATCH_SIZE
         )
-    pixels, readable = read_pixels(train, config.resolution, progress=progress)
-    if len(readable) < len(train):
-        notes.append(f"{len(train) - len(readable)} of {len(train)} training images cannot be read and are left out")
-    return pixels, targets[readable, 0]
+        folder = self.folder / f"{name}-{scale:g}"
+        generate(fitted.pipe, list(self.world.prompts), folder, module=fitted.guidance, config=config, progress=False)
+        rows = read_images(folder)
+        features = self.described(folder.name, (read_image(row.path) for row in rows))
+        places = np.arange(len(rows)) % self.per_prompt
+        return features, self.subjects_of([self.world.prompts[row.prompt] for row in rows]), places
+
+    def audited(self) -> tuple[Array, Array]:
+        """Probabilities of the audit's groups, (N, E): of the training images, and of the validation images."""
+        path, world = self.folder / "audit.safetensors", self.world
+        if not path.is_file():
+            world.found.check_found()
+            place = {name: row for row, name in enumerate(world.found.names)}
+            training = world.found.group_weights[0][[place[name] for name in world.labelled.names]]
+            eyes = AuditAnnotator(world.found_in, world.biased())
+            seen = eyes.predict(map(self.validation.image, range(len(self.validation))))
+            write_arrays(path, {"training": training, "validation": seen.probabilities[next(iter(eyes.attributes))]})
+        found = read_arrays(path)
+        return found["training"], found["validation"]
+
+    def figures(self) -> dict[str, Any]:
+        """Row to what it was given, and its figures by the way its settings were chosen."""
+        world, real = self.world, {}
+        sets = {"biased": world.labelled, "balanced": world.balanced, "validation": self.validation, "test": self.test}
+        for name, data in sets.items():
+            subjects = self.subjects_of(data.attributes[world.subject])
+            real[name] = self.described(name, map(data.image, range(len(data)))), subjects
+        mean, scale = real["biased"][0].mean(axis=0), real["biased"][0].std(axis=0) + 1e-6
+
+        def images(features: Array, subjects: Array) -> Images:
+            return Images((features - mean) / scale, subjects, np.ones(len(subjects)))
+
+        biased, balanced, validation, test = (images(*of) for of in real.values())
+        posterior, posterior_of_validation = self.audited()
+        true, groups, seen = (self.groups(data) for data in (world.labelled, self.validation, self.test))
+        found = posterior.argmax(axis=1) + 10 * biased.subjects
+        reweighted = Images(biased.features, biased.subjects, even(biased.subjects, posterior))
+        rows: dict[str, tuple[str, Callable[[], Candidates]]] = {
+            "biased images": ("none", partial(erm, biased)),
+            "JTT": ("none", partial(jtt, biased)),
+            "reweighted by the audit's groups": ("none", partial(erm, reweighted)),
+            "GroupDRO, the audit's groups": ("none", partial(group_dros, biased, found)),
+            "GroupDRO, true groups": ("labels", partial(group_dros, biased, true)),
+            "balanced images": ("labels", partial(erm, balanced)),
+        }
+        ours = self.suite.each()["ours"].fitted_by()
+        for name, owner, method in (("ours", "ours", ours), ("plain", "the biased model's", Biased())):
+            fitted = method.fit(world, world.work / name / "fitted")
+            for guidance in SCALES:
+                features, subjects, places = self.drawn(name, fitted, guidance)
+                for count in (self.per_prompt // 2, self.per_prompt):
+                    own = images(features[places < count], subjects[places < count])
+                    label = f"{len(own.subjects)} of {owner}, CFG {guidance:g}"
+                    rows[f"biased images and {label}"] = "none", partial(erm, biased + own)
+                if name == "ours":
+                    rows[f"reweighted, and {label}"] = "none", partial(erm, reweighted + own)
+                    rows[f"{label}, alone"] = "none", partial(erm, own)
+        groupings = {
+            "audit": posterior_of_validation.argmax(axis=1) + 10 * validation.subjects,
+            "true": groups,
+            "average": np.zeros(len(self.validation)),
+        }
+        held_out = (validation.features, validation.subjects), groupings, (test.features, test.subjects), seen
+        figures = {}
+        for label, (given, candidates) in rows.items():
+            figures[label] = {"given": given, "chosen by": chosen(candidates(), *held_out)}
+            print(
+                label, *(f"{name} {of['worst']:.3f}" for name, of in figures[label]["chosen by"].items()), flush=True
+            )
+        return figures
+
+    def groups(self, data: CaptionedImages) -> Array:
+        """The true group of each image, such as "landbird x sea"."""
+        columns = (data.attributes[name] for name in (self.world.subject, self.world.attribute))
+        return np.array([" x ".join(values) for values in zip(*columns, strict=True)])
 
 
-def _draw(labels: NDArray[np.int64], per_class: int, seed: int) -> NDArray[np.int64]:
-    """Rows of `per_class` different images of each class, class by class."""
-    numbers = generator("augmentation images", seed)
-    own = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    drawn = [rows[torch.randperm(len(rows), generator=numbers).numpy()[:per_class]] for rows in own]
-    return np.concatenate([np.empty(0, dtype=np.int64), *drawn])
+def table(results: Path = RESULTS) -> str:
+    """The figures that are kept, means over seeds with the lowest and the highest."""
+    documents = list(kept(results / FOLDER).get(BENCHMARK, {}).values())
+    if not documents:
+        return "No figures are kept yet."
 
+    def spread(row: str, by: str, name: str) -> str:
+        values = [document["figures"][row]["chosen by"][by][name] for document in documents]
+        ends = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+        return f"{np.mean(values):.3f}{ends}"
 
-def _fit(
-    images: torch.Tensor,
-    labels: NDArray[np.int64],
-    rows: NDArray[np.int64],
-    classes: Sequence[str],
-    config: AugmentationConfig,
-    seed: int,
-) -> ConvAnnotator:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derived_seed("augmentation weights", seed))
-        classifier = ConvAnnotator(attributes={"subject": classes}, resolution=config.resolution)
-    train_network(
-        classifier,
-        images,
-        torch.from_numpy(labels)[:, None],
-        rows=rows,
-        weights=torch.ones(len(rows)),
-        steps=config.steps,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        generator=generator("augmentation batches", seed),
-        progress=False,
-    )
-    return classifier.eval()
-
-
-@torch.no_grad()
-def _predict(classifier: ConvAnnotator, pixels: torch.Tensor) -> NDArray[np.int64]:
-    """Each image's most probable class, (N,)."""
-    logits = torch.cat([classifier.forward(normalise(batch))[1][0] for batch in pixels.split(64)])
-    if not logits.isfinite().all():
-        raise TrainingError("Expected finite logits of the classifier, got NaN or infinity. Lower learning_rate.")
-    return logits.argmax(dim=1).numpy()
-
-
-def group_accuracy(right: NDArray[np.bool_], groups: Sequence[str], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Accuracy over all images, on average over groups, of each group and of the worst.
-
-    Args:
-        right: Whether each image's subject was recognised, (N,).
-        groups: Each image's group, (N,).
-        sizes: Number of images of the groups that are judged.
-    """
-    members = np.asarray(groups)
-    accuracies = {name: float(right[members == name].mean()) for name in sizes}
-    worst = min(accuracies, key=lambda name: accuracies[name])
-    return {
-        "accuracy": float(right.mean()),
-        "group_mean": float(np.mean(list(accuracies.values()))),
-        "groups": accuracies,
-        "worst_group": worst,
-        "worst_accuracy": accuracies[worst],
-    }
-
-
-def _over_seeds(by_seed: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int]) -> dict[str, Any]:
-    def spread(values: Sequence[float]) -> dict[str, float | None]:
-        return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
-
-    fits = list(by_seed.values())
-    groups = {name: spread([fit["groups"][name] for fit in fits]) for name in sizes}
-    worst = min(groups, key=lambda name: groups[name]["mean"] or 0.0)
-    return {
-        **{name: spread([fit[name] for fit in fits]) for name in ("accuracy", "group_mean", "worst_accuracy")},
-        "groups": groups,
-        "worst_group": worst,
-        "worst_interval": share_interval(round((groups[worst]["mean"] or 0.0) * sizes[worst]), sizes[worst]),
-        "by_seed": dict(by_seed),
-    }
+    columns = [("audit", "accuracy"), ("audit", "worst"), ("true", "worst"), ("average", "worst")]
+    head = ["trained on", "given", "accuracy", "worst group", "worst, chosen by true groups", "by average"]
+    lines = [line_of(head), "|---" * len(head) + "|"]
+    for row, of in documents[0]["figures"].items():
+        lines.append(line_of([row, of["given"], *(spread(row, *column) for column in columns)]))
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Test the folders that the command line names."""
+    """Run the seeds that the command line names, unless their figures are kept, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", metavar="NAME=FOLDER", help="generated images of one model")
-    parser.add_argument("--test", required=True, help="real images with both attributes in columns")
-    parser.add_argument("--train", help="real training images with the subject in a column")
-    parser.add_argument("--subject", required=True, help="the attribute that prompts name")
-    parser.add_argument("--attribute", required=True, help="the spurious attribute")
-    parser.add_argument("--config", type=Path, help="YAML or JSON of AugmentationConfig")
-    parser.add_argument("--output", type=Path, default=Path("out/augmentation.json"))
+    parser.add_argument("--data", type=Path, required=True, help="the folder of public images in parquet files")
+    parser.add_argument("--base", type=Path, required=True, help="the pipeline that is fine-tuned on biased images")
+    parser.add_argument("--work", type=Path, default=Path("out/benchmarks"), help="of the benchmark (%(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where figures are kept (benchmarks/results)")
+    parser.add_argument("--seeds", default="0,1,2", help="(%(default)s)")
+    parser.add_argument("--per-prompt", type=int, default=2000, help="images to draw of each prompt (%(default)s)")
     arguments = parser.parse_args()
-    folders: dict[str, list[Path]] = {}
-    for word in arguments.images:
-        name, _, folder = word.rpartition("=")
-        folders.setdefault(name or Path(folder).name, []).append(Path(folder))
-    found = augmentation_test(
-        folders,
-        load_labelled_images(arguments.test),
-        subject_attribute=arguments.subject,
-        attribute=arguments.attribute,
-        train=load_labelled_images(arguments.train) if arguments.train else None,
-        config=AugmentationConfig.from_file(arguments.config) if arguments.config else None,
-    )
-    write_json(arguments.output, found)
-    print(json.dumps({model: row["worst_accuracy"] for model, row in found["models"].items()}, indent=2))
-    print(f"Everything is in {arguments.output}.")
+    for seed in map(int, arguments.seeds.split(",")):
+        path = arguments.results / FOLDER / f"{BENCHMARK}-seed-{seed}.json"
+        if path.is_file():
+            continue
+        study = Study(arguments.data, arguments.base, arguments.work, seed, arguments.per_prompt)
+        document = {
+            "command": f"python benchmarks/augmentation.py --seeds {seed} --per-prompt {arguments.per_prompt}",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU core",
+        }
+        write_json(path, document | {"figures": rounded(study.figures())})
+        print(path)
+    print(table(arguments.results))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""The evaluation itself: what it costs, whether its intervals hold, and what a classifier learns from each model.
+"""The evaluation itself: what it costs, and whether its intervals hold.
 
-    python benchmarks/evaluation.py speed          # 10,000 images of 64 pixels: seconds and peak memory
-    python benchmarks/evaluation.py coverage       # 2,000 simulated evaluations each: how often 95% intervals cover
-    python benchmarks/evaluation.py augmentation   # classifiers trained on base and guided images, tested on real ones
+    python benchmarks/evaluation.py speed      # 10,000 images of 64 pixels: seconds and peak memory
+    python benchmarks/evaluation.py coverage   # 2,000 simulated evaluations each: how often 95% intervals cover
 
-`augmentation` reads the images of `benchmarks/sweeps.py guidance-scale` in out/sweeps (or --work).
+Images are kept in out/evaluation (or --work).
 """
 
 import json
@@ -15,8 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from augmentation import augmentation_test
-from experiment import Experiment, cells
 from kept import run_part
 
 from invdiff import EvaluateConfig, evaluate, load_captioned_images
@@ -95,21 +92,8 @@ def coverage(work: Path) -> dict:
     return {"simulations": SIMULATIONS, "truths": figures}
 
 
-def augmentation(work: Path) -> dict:
-    """Train on each model's images at CFG 3, of training seed 0, and test on 2,000 balanced birds."""
-    config = Experiment.from_file(Path(__file__).parent / "sweeps" / "guidance-scale.yaml")
-    images = work / "work" / "images"
-    folders = {}
-    for cell in cells(config):
-        if cell.axes["seed"] == 0 and cell.axes["guidance_scale"] == 3:
-            folders["base"] = images / cell.images_name(guided=False)
-            folders[cell.axes["mode"]] = images / cell.images_name(guided=True)
-    test = load_captioned_images(BirdsWorld(2000, severity=0.5, seed=31337).write(work / "augmentation-test"))
-    return augmentation_test(folders, test, subject_attribute="subject", attribute="background")
-
-
-PARTS = {"speed": speed, "coverage": coverage, "augmentation": augmentation}
+PARTS = {"speed": speed, "coverage": coverage}
 
 
 if __name__ == "__main__":
-    run_part("evaluation", __doc__, PARTS, work="out/sweeps")
+    run_part("evaluation", __doc__, PARTS, work="out/evaluation")

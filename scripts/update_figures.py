@@ -184,16 +184,8 @@ def speed_line() -> str:
 
 
 def augmentation_table() -> str:
-    """What classifiers learn from each model's images."""
-    table = ["| trained on | images | mean of groups | worst group | which |", "|---|---|---|---|---|"]
-    for model, learnt in figures("augmentation", "evaluation")["models"].items():
-        cells = [
-            " ± ".join(f"{learnt[name][part]:.3f}" for part in ("mean", "sd"))
-            for name in ("group_mean", "worst_accuracy")
-        ]
-        count = sum(learnt["train_images"].values())
-        table.append(f"| {model} | {count} | {' | '.join(cells)} | {learnt['worst_group']} |")
-    return "\n".join(table)
+    """What classifiers learn from biased photographs and images that are drawn."""
+    return str(importlib.import_module("augmentation").table(RESULTS))
 
 
 def audits_table() -> str:
