@@ -147,7 +147,7 @@ def chosen(
     test: tuple[Array, Array],
     groups: Array,
 ) -> dict[str, Any]:
-    """Figures on the test images of the candidate that is best on the worst validation group, then on all, by grouping."""
+    """Figures on the test images of the candidate with the best worst validation group, then accuracy, by grouping."""
     best: dict[str, tuple[tuple[float, float], str, LogisticRegression]] = {}
     for settings, model in candidates:
         right = model.predict(validation[0]) == validation[1]

@@ -77,7 +77,7 @@ def test_settings_are_chosen_by_the_worst_validation_group_and_tables_give_means
     assert found["average"]["accuracy"] >= found["true"]["accuracy"]
     (tmp_path / "augmentation").mkdir()
     for seed, value in ((0, 0.5), (1, 0.7)):
-        ways = dict.fromkeys(("audit", "true", "average"), {"accuracy": value, "worst": value / 2})
+        ways = {key: {"accuracy": value, "worst": value / 2} for key in ("audit", "true", "average")}
         figures = {"figures": {"biased images": {"given": "none", "chosen by": ways}}}
         (tmp_path / "augmentation" / f"waterbirds-seed-{seed}.json").write_text(json.dumps(figures))
     assert "| biased images | none | 0.600 (0.500 to 0.700) | 0.300 (0.250 to 0.350) |" in augmentation.table(tmp_path)
