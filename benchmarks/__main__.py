@@ -24,6 +24,7 @@ from kept import RESULTS
 from runner import Runner, Suite
 from tables import markdown, sheets_picture, write_csv
 
+from invdiff.assets import BIRDS_MODEL
 from invdiff.errors import ConfigError, InvDiffError
 
 
@@ -38,8 +39,8 @@ def main() -> None:
     run = commands.add_parser("run", help="run the cells of a benchmark that have no figures yet")
     run.add_argument("benchmark", help=of_suites)
     images = "the folder of public images in parquet files that worlds.py names"
-    run.add_argument("--data", type=Path, required=True, help=images)
-    run.add_argument("--base", type=Path, required=True, help="the pipeline that is fine-tuned on biased images")
+    run.add_argument("--data", type=Path, help=f"{images}; drawn birds need none")
+    run.add_argument("--base", type=Path, help="the pipeline that is fine-tuned on biased images; as --data")
     run.add_argument("--work", type=Path, default=Path("out/benchmarks"), help="models, images, caches (%(default)s)")
     run.add_argument("--results", type=Path, default=RESULTS, help="where figures are kept (benchmarks/results)")
     run.add_argument("--cells", default="*", help="a pattern of names in the YAML, such as 'ours*' (all)")
@@ -64,6 +65,10 @@ def main() -> None:
 
 def run_cells(arguments: argparse.Namespace) -> None:
     """Run the cells that are asked for."""
+    if Suite.named(arguments.benchmark).world["kind"] == "bundled":
+        arguments.base = arguments.base or BIRDS_MODEL
+    elif not (arguments.data and arguments.base):
+        raise ConfigError(f"Expected --data and --base, which {arguments.benchmark} needs. Drawn birds need neither.")
     runner = Runner(arguments.benchmark, arguments.data, arguments.base, arguments.work, arguments.results)
     only = {int(seed) for seed in arguments.seeds.split(",") if seed}
     asked = [

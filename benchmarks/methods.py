@@ -6,8 +6,9 @@ are in rivals/, a file each. Labels, words or reference images that a method is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any, Protocol
 
 from invdiff import Audit, FinetuneConfig, TrainConfig, audit, finetune, train
 from invdiff.data.captioned import CaptionedImages
+from invdiff.errors import ConfigError
 from invdiff.evaluation.calibrate import calibrate
+from invdiff.files import read_json, write_json
 from invdiff.guidance.base import Guidance
 from invdiff.models.load import load_pipeline
 
@@ -37,11 +40,12 @@ class World:
     words: Mapping[str, str]
     """Class of the hidden attribute to the words that a prompt is given for it, such as "in a forest"."""
     base: Path
-    """The unbiased pipeline that is fine-tuned."""
+    """The unbiased pipeline that is fine-tuned, or the biased one."""
     work: Path
     """Where models and caches of this world are kept, and made again if absent."""
     seed: int = 0
-    finetuning: FinetuneConfig = field(default_factory=FinetuneConfig)
+    finetuning: FinetuneConfig | None = field(default_factory=FinetuneConfig)
+    """None where `base` is biased as it is."""
 
     @property
     def data(self) -> CaptionedImages:
@@ -54,7 +58,9 @@ class World:
         return self.work / "cache"
 
     def biased(self) -> Any:
-        """The fine-tuned pipeline, loaded anew: a method may change its weights or hook it."""
+        """The biased pipeline, loaded anew: a method may change its weights or hook it."""
+        if self.finetuning is None:
+            return load_pipeline(self.base)
         folder = self.work / "biased"
         finetune(self.data, folder, base=self.base, config=replace(self.finetuning, seed=self.seed))
         return load_pipeline(folder)
@@ -67,21 +73,19 @@ class World:
     @cached_property
     def found(self) -> Audit:
         """What `invdiff audit` finds, without labels."""
-        return self._audit(self.found_in.name)
+        return self.audited("audit", self.data)
 
     @cached_property
     def true(self) -> Audit:
         """The same of true groups."""
-        return self._audit("true", attribute=self.attribute)
+        return self.audited("true", self.labelled, attribute=self.attribute)
 
-    def _audit(self, name: str, **options: Any) -> Audit:
+    def audited(self, name: str, data: CaptionedImages, **options: Any) -> Audit:
+        """The audit of `data`, kept in the folder `name`; `options` as of `invdiff.audit`."""
         folder = self.work / name
-        if (folder / "audit.json").is_file():
-            return Audit.load(folder)
-        data = self.labelled if options else self.data
-        found = audit(self.biased(), data, cache_dir=self.cache, **options)
-        found.save(folder)
-        return found
+        if not (folder / "audit.json").is_file():
+            audit(self.biased(), data, cache_dir=self.cache, **options).save(folder)
+        return Audit.load(folder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +101,8 @@ class Fitted:
     """Trained parameters."""
     forwards: float = 0.0
     """Cost of training in forward passes of one image through the denoiser; a backward pass counts as two."""
+    sampling: float = 1.0
+    """Forward passes of a sample, relative to the plain model's under classifier-free guidance."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """Further figures of the fitting."""
 
@@ -130,10 +136,32 @@ class Balanced:
 
     def fit(self, world: World, folder: Path) -> Fitted:
         """Fine-tune as the biased model was."""
-        data, config = replace(world.balanced, attributes={}), replace(world.finetuning, seed=world.seed)
+        data, config = replace(world.balanced, attributes={}), tuning_of(world)
         pipe = finetune(data, folder, base=world.base, config=config)
         size = sum(weight.numel() for weight in pipe.unet.parameters())
         return Fitted(pipe, parameters=size, forwards=3.0 * config.steps * config.batch_size)
+
+
+def tuning_of(world: World) -> FinetuneConfig:
+    """How a method that fine-tunes does so: as the biased model was, with the world's seed.
+
+    Raises:
+        ConfigError: The biased model was given as it is.
+    """
+    if world.finetuning is None:
+        raise ConfigError("Expected a benchmark with `finetune`, got one whose model is biased as it is.")
+    return replace(world.finetuning, seed=world.seed)
+
+
+@contextmanager
+def stopwatch(path: Path) -> Iterator[Callable[[], float | None]]:
+    """How long the block took, also when asked later; none where it was stopped and went on another time."""
+    start, fresh = time.perf_counter(), not path.exists()
+    if fresh:
+        write_json(path, {"seconds": None})
+    yield lambda: read_json(path)["seconds"]
+    if fresh:
+        write_json(path, {"seconds": round(time.perf_counter() - start, 1)})
 
 
 @dataclass(frozen=True)
@@ -142,31 +170,36 @@ class Guided:
 
     config: Mapping[str, Any] = field(default_factory=dict)
     groups: str = "audit"
+    audit: Mapping[str, Any] = field(default_factory=dict)
+    """Entries of `AuditConfig` for the groups that are sought."""
     calibrated: tuple[float, ...] = ()
     """Guidance scales for which the mix of groups is solved for, if any."""
 
     @property
     def supervision(self) -> str:
-        """None, unless groups are the true ones."""
-        return "labels" if self.groups == "true" else "none"
+        """None, unless groups are the true ones, or are told of in words or by a few labels."""
+        return {"true": "labels", "words": "words", "few-labels": "40 labels"}.get(self.groups, "none")
 
     def fit(self, world: World, folder: Path) -> Fitted:
-        """Train it beside the frozen model."""
+        """Train it beside the frozen model, which stays as it is where the audit finds no groups."""
         from rivals.groups import groups_of  # which imports this module
 
         pipe = world.biased()
-        found = groups_of(world, self.groups)
+        found = groups_of(world, self.groups, self.audit)
+        if not found.biased:
+            return Fitted(pipe, forwards=found.forwards_per_image * len(world.data), about={"groups found": 0})
         config = TrainConfig(**{"penalty": 0.0, "seed": world.seed} | dict(self.config))
         guidance = train(pipe, world.data, found, folder, config=config, cache_dir=world.cache)
         if self.calibrated and not guidance.config["mixes"]:
             calibrate(pipe, guidance, world.found_in, folder, guidance_scales=self.calibrated)
         trained = guidance.config["record"]["training"]  # as `auto` was settled
         passes = 3.0 * (2 if config.penalty else 1)
+        search = found.forwards_per_image * len(world.data) if self.groups != "true" else 0.0
         about = {"null adapter": guidance.config["null_adapter"], "mixes": dict(guidance.config["mixes"] or {})}
         return Fitted(
             pipe,
             guidance,
             parameters=guidance.num_parameters(),
-            forwards=passes * trained["steps"] * trained["batch_size"],
+            forwards=search + passes * trained["steps"] * trained["batch_size"],
             about=about,
         )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 import platform
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +22,9 @@ import numpy as np
 import torch
 import worlds
 from kept import rounded
-from methods import Fitted, Method, World
+from methods import Fitted, Guided, Method, World, stopwatch
 from PIL import Image
+from rivals.groups import groups_of
 
 from invdiff import EvaluateConfig, FinetuneConfig, GenerateConfig, evaluate, generate, load_captioned_images
 from invdiff.data.captioned import CaptionedImages
@@ -51,7 +51,7 @@ METHODS = {
     "group-balanced": "rivals.groups.GroupBalanced",
 }
 """Name to where its class is."""
-BATCH_SIZE = 128 if torch.cuda.is_available() else 32
+BATCH_SIZE = 256 if torch.cuda.is_available() else 32
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class Cells(Config):
     """Of each prompt, at each guidance scale."""
     scales: tuple[float, ...] = (3.0,)
     """Classifier-free guidance scales."""
+    further_scales: tuple[float, ...] = ()
+    """Those at which only the first seed is drawn."""
     delta: float = 1.0
     """Strength of guidance; methods that are no guidance of ours do not read it."""
     environments: str = "iid"
@@ -75,6 +77,17 @@ class Cells(Config):
     """Draw images with groups spread evenly too."""
     audited: bool = False
     """Let the audit judge the images too: what settings are chosen by."""
+    world: dict = field(default_factory=dict)
+    """Entries of the suite's world that differ, such as its severity."""
+    fitted: str = ""
+    """The cell of the same method that is drawn, where it is another: with a different `delta` or `prompts`."""
+    prompts: dict = field(default_factory=dict)
+    """Prompt to the subject that it names, to draw in place of the captions."""
+
+    def drawing(self, scale: float, seed: int) -> GenerateConfig:
+        """How images are drawn at a guidance scale."""
+        options = {"guidance_scale": scale, "scale": self.delta, "seed": 1000 + seed, "batch_size": BATCH_SIZE}
+        return GenerateConfig(images_per_prompt=self.images, **options)
 
     def fitted_by(self) -> Method:
         """The method with its settings."""
@@ -99,8 +112,10 @@ class Suite(Config):
     """Class of the hidden attribute to the words that prompts are given for it, for rivals that need words."""
     cells: dict
     """Name to `Cells`."""
-    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    """How the base is fitted to the biased images."""
+    finetune: FinetuneConfig | None = None
+    """How the base is fitted to the biased images; without it, the base is biased as it is."""
+    shares: str = ""
+    """Another suite of the same world whose models, audits and fitted cells this one uses."""
     unrelated: tuple[str, ...] = ()
     """Prompts that nobody audited: how far their images move, at the same seeds, is measured too."""
 
@@ -110,7 +125,9 @@ class Suite(Config):
         path = HERE / "suites" / f"{name}.yaml"
         if not path.is_file():
             raise ConfigError(f"Expected a benchmark of {', '.join(cls.names())}, got {name!r}.")
-        return cls.from_dict(read_yaml(path))
+        entries = read_yaml(path)
+        tune = entries.get("finetune")
+        return cls.from_dict(entries | ({"finetune": FinetuneConfig.from_dict(tune)} if tune else {}))
 
     @staticmethod
     def names() -> list[str]:
@@ -121,14 +138,18 @@ class Suite(Config):
         """The cells by name."""
         return {name: Cells.from_dict(entries) for name, entries in self.cells.items()}
 
-    def opened(self, source: Path, base: Path, work: Path, seed: int) -> World:
-        """The world of one seed, its images written to `work`."""
-        settings = dict(self.world)
-        kind, folder = settings.pop("kind"), work / f"seed-{seed}"
+    def opened(
+        self, source: Path | None, base: Path, work: Path, seed: int, changes: Mapping[str, Any] | None = None
+    ) -> World:
+        """The world of one seed, with other settings where `changes` names them, its images written to `work`."""
+        settings, changes = dict(self.world) | dict(changes or {}), changes or {}
+        kind = settings.pop("kind")
+        folder = work / "-".join([*(f"{name}-{value}" for name, value in changes.items()), f"seed-{seed}"])
         make = getattr(worlds, kind)
         labelled = load_captioned_images(make(source, folder / "images", seed=seed, **settings))
         even = load_captioned_images(make(source, folder / "balanced", seed=seed, **settings | worlds.EVEN[kind]))
-        prompts = dict(sorted(zip(labelled.captions, labelled.attributes[self.subject], strict=True)))
+        named = dict(sorted(zip(labelled.captions, labelled.attributes[self.subject], strict=True)))
+        prompts = {prompt: named[prompt] for prompt in worlds.PROMPTS.get(kind, named)}
         common = {"base": base, "work": folder, "seed": seed, "finetuning": self.finetune}
         return World(labelled, even, self.attribute, self.subject, prompts, self.words, **common)
 
@@ -136,9 +157,10 @@ class Suite(Config):
 class Runner:
     """Runs cells of a benchmark."""
 
-    def __init__(self, name: str, source: Path, base: Path, work: Path, results: Path) -> None:
+    def __init__(self, name: str, source: Path | None, base: Path, work: Path, results: Path) -> None:
         self.name, self.suite = name, Suite.named(name)
-        self.source, self.base, self.work, self.folder = source, base, work / name, results / name
+        self.source, self.base, self.folder = source, base, results / name
+        self.work = work / (self.suite.shares or name)
         self._judge: tuple[Annotator, CaptionedImages, Described] | None = None
 
     def place(self, cell: str, seed: int) -> Path:
@@ -161,74 +183,70 @@ class Runner:
             return
         method = cells.fitted_by()
         _ = self.judge  # its encoder may not be installed: that is said before hours of work
-        world = self.suite.opened(self.source, self.base, self.work, seed)
-        work, start = world.work / name, time.perf_counter()
-        fitted = method.fit(world, work / "fitted")
-        seconds = time.perf_counter() - start
+        world = self.suite.opened(self.source, self.base, self.work, seed, cells.world)
+        work, prompts = world.work / name, cells.prompts or world.prompts
+        world.biased()
+        if isinstance(method, Guided):
+            groups_of(world, method.groups, method.audit)
+        fitted_in = world.work / (cells.fitted or name) / "fitted"
+        with stopwatch(fitted_in.with_name("fitted.seconds.json")) as took:
+            fitted = method.fit(world, fitted_in)
+        scales = sorted({*cells.scales, *(cells.further_scales if seed == cells.seeds[0] else ())})
         draws = {"": cells.environments} | ({"stratified ": "uniform"} if cells.stratified else {})
         figures: dict[str, Any] = {}
         for prefix, environments in draws.items():
-            for scale in cells.scales:
+            for scale in scales:
                 folder = work / f"{prefix.strip() or 'drawn'}-{scale:g}"
-                config = GenerateConfig(
-                    images_per_prompt=cells.images,
-                    guidance_scale=scale,
-                    scale=cells.delta,
-                    seed=1000 + seed,
-                    batch_size=BATCH_SIZE,
-                )
-                options = {"module": fitted.guidance, "config": config, "progress": False}
+                options = {"module": fitted.guidance, "config": cells.drawing(scale, seed), "progress": False}
                 if fitted.guidance is not None:
                     options["environments"] = environments
-                start = time.perf_counter()
-                with fitted.hooked(config.seed):
-                    generate(fitted.pipe, list(world.prompts), folder, **options)
-                cost = (time.perf_counter() - start) / (cells.images * len(world.prompts))
-                figures[f"{prefix}CFG {scale:g}"] = self.measured(folder, world) | {"seconds an image": cost}
+                with fitted.hooked(1000 + seed):
+                    generate(fitted.pipe, list(prompts), folder, **options)
+                figures[f"{prefix}CFG {scale:g}"] = self.measured(folder, world, prompts)
                 if cells.audited:
                     eyes = AuditAnnotator(world.found_in, fitted.pipe)
                     seen = evaluate(folder, eyes, next(iter(eyes.attributes)), progress=False)
                     ((_, _, measures),) = seen.each()
                     figures[f"{prefix}CFG {scale:g}"]["bias by the audit"] = measures.bias
-        for scale in cells.scales if self.suite.unrelated else ():
-            figures[f"unrelated prompts, CFG {scale:g}"] = self.moved(fitted, world, work, scale, cells.images)
+        for scale in scales if self.suite.unrelated else ():
+            figures[f"unrelated prompts, CFG {scale:g}"] = self.moved(fitted, world, work, cells.drawing(scale, seed))
+        budget = self.suite.finetune and self.suite.finetune.to_dict()
         document = {
             "command": f"python -m benchmarks run {self.name} --cells {name} --seeds {seed}",
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU core",
-            "settings": cells.to_dict() | {"finetune": self.suite.finetune.to_dict(), "world": self.suite.world},
+            "settings": cells.to_dict() | {"finetune": budget, "world": self.suite.world | cells.world},
             "supervision": method.supervision,
             "parameters": fitted.parameters,
             "forwards": fitted.forwards,
-            "seconds of fitting": round(seconds, 1),
+            "sampling": fitted.sampling,
+            "seconds of fitting": took(),
             "about": rounded(dict(fitted.about)),
             "figures": rounded(figures),
         }
         write_json(path, document)
         print(path, *(f"{key}: Bias {of['bias']:.2f}" for key, of in figures.items() if "bias" in of), flush=True)
 
-    def moved(self, fitted: Fitted, world: World, work: Path, scale: float, images: int) -> dict[str, float | None]:
+    def moved(self, fitted: Fitted, world: World, work: Path, config: GenerateConfig) -> dict[str, float | None]:
         """How far images of unrelated prompts are from the biased model's of the same seeds: cosine distance."""
-        config = GenerateConfig(
-            images_per_prompt=images, guidance_scale=scale, seed=1000 + world.seed, batch_size=BATCH_SIZE
-        )
-        folders = {"base": world.work / f"unrelated-{scale:g}", "guided": work / f"unrelated-{scale:g}"}
+        name = f"unrelated-{config.guidance_scale:g}"
+        folders = {"base": world.work / name, "guided": work / name}
         generate(world.biased(), self.suite.unrelated, folders["base"], config=config, progress=False)
         with fitted.hooked(config.seed):
             options = {"module": fitted.guidance, "config": config, "progress": False}
             generate(fitted.pipe, self.suite.unrelated, folders["guided"], **options)
         results = evaluate(folders, self.judge[0], self.suite.attribute, progress=False)
-        measures = results.at(str(float(scale)))["guided"]
+        measures = results.at(str(config.guidance_scale))["guided"]
         return {name: of.value for name, of in measures.preservation.items() if name.startswith("feature shift")}
 
-    def measured(self, folder: Path, world: World) -> dict[str, Any]:
+    def measured(self, folder: Path, world: World, prompts: Mapping[str, str]) -> dict[str, Any]:
         """Every figure of one folder of images."""
         judge, real = self.judge
         config = EvaluateConfig(subject_attribute=self.suite.subject)
         results = evaluate(folder, judge, self.suite.attribute, reference=real, config=config, progress=False)
         ((_, _, measures),) = results.each()
         contact_sheet(folder)
-        return figures_of(measures) | {"worst cell": worst_cell(folder, judge, world)}
+        return figures_of(measures) | {"worst cell": worst_cell(folder, judge, world, prompts)}
 
 
 def figures_of(measures: Measures) -> dict[str, Any]:
@@ -254,7 +272,7 @@ def figures_of(measures: Measures) -> dict[str, Any]:
     }
 
 
-def worst_cell(folder: Path, judge: Annotator, world: World) -> float:
+def worst_cell(folder: Path, judge: Annotator, world: World, prompts: Mapping[str, str]) -> float:
     """The least, over prompts and groups, of P(subject right and attribute = group), times the number of groups.
 
     1 where every prompt's images show its subject, each group as often; 0 where one group is never shown with one.
@@ -262,10 +280,10 @@ def worst_cell(folder: Path, judge: Annotator, world: World) -> float:
     rows = read_images(folder)
     seen = describe_images(rows, judge, progress=False)
     named = {name: np.array([*judge.attributes[name], ""])[of] for name, of in seen.classes.items()}
-    groups, prompts = sorted(set(world.labelled.attributes[world.attribute])), np.array([row.prompt for row in rows])
+    groups, drawn = sorted(set(world.labelled.attributes[world.attribute])), np.array([row.prompt for row in rows])
     return min(
-        len(groups) * ((named[world.subject] == subject) & (named[world.attribute] == group))[prompts == prompt].mean()
-        for prompt, subject in world.prompts.items()
+        len(groups) * ((named[world.subject] == subject) & (named[world.attribute] == group))[drawn == prompt].mean()
+        for prompt, subject in prompts.items()
         for group in groups
     )
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet
 from PIL import Image
 
-from invdiff.data.birds import BACKGROUNDS, SUBJECTS
+from invdiff.data.birds import BACKGROUNDS, SUBJECTS, BirdsWorld, canonical_prompts
 from invdiff.data.birds.drawing import Scene, render
 from invdiff.data.birds.world import CANONICAL_TEMPLATE
 from invdiff.data.imagefolder import Row, write_imagefolder
@@ -266,6 +266,12 @@ def fairface(
     return write(folder, rows, world="fairface", held_out=held_out, **settings)
 
 
+def people(source: Path, folder: Path) -> Path:
+    """Every face of a person from 20 years on that is not held out, of all seven races; columns as of `fairface`."""
+    rows = [({"text": "a photo of a person", **attributes}, make) for attributes, make in _faces(source)]
+    return write(folder, rows, world="people")
+
+
 def _faces(source: Path, held_out: bool = False) -> list[Row]:
     return [
         ({"gender": GENDERS[row["gender"]], "age": AGES[row["age"]], "race": row["race"]}, _picture(row))
@@ -278,8 +284,19 @@ def _picture(row: dict) -> Callable[[], Image.Image]:
     return partial(_open, row["image"]["bytes"])
 
 
-EVEN: dict[str, dict[str, Any]] = {"waterbirds": {"severity": 0.5}, "fairface": {"even": True}}
+def bundled(source: Path | None, folder: Path, *, held_out: bool = False, **settings: Any) -> Path:
+    """The world of drawn birds that the bundled model is biased by; `settings` as of `BirdsWorld`."""
+    return BirdsWorld(settings.pop("num_images", 3000), **settings).write(folder)
+
+
+EVEN: dict[str, dict[str, Any]] = {
+    "waterbirds": {"severity": 0.5},
+    "bundled": {"severity": 0.5},
+    "fairface": {"even": True},
+}
 """What makes the hidden attribute of a world independent of its captions."""
+PROMPTS = {"bundled": canonical_prompts()}
+"""The captions that are drawn, where a world has others too."""
 NULLS = {
     "waterbirds, place by coin": (),
     "waterbirds, place by subject": (),

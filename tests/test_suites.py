@@ -4,11 +4,13 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import runner
 import tables
 from PIL import Image
 from runner import Cells, Runner, Suite, worst_cell
 
 from invdiff import TrainConfig
+from invdiff.assets import BIRDS_MODEL
 from invdiff.errors import ConfigError
 from invdiff.evaluation.annotators.labels import GivenLabels
 
@@ -58,5 +60,37 @@ def test_the_worst_cell_is_the_least_share_of_bird_and_place_times_the_places(tm
     judge = GivenLabels(["subject", "place"]).discover(lines)
     labelled = SimpleNamespace(attributes={"place": ["forest", "sea"]})
     prompts = {"a landbird": "landbird", "a waterbird": "waterbird"}
-    world = SimpleNamespace(labelled=labelled, subject="subject", attribute="place", prompts=prompts)
-    assert worst_cell(tmp_path, judge, world) == 0.5  # a waterbird in the forest, and a landbird at sea: 1 of 4
+    world = SimpleNamespace(labelled=labelled, subject="subject", attribute="place")
+    assert (
+        worst_cell(tmp_path, judge, world, prompts) == 0.5
+    )  # a waterbird in the forest, and a landbird at sea: 1 of 4
+
+
+SUITE = """
+world: {kind: bundled, num_images: 200}
+attribute: background
+subject: subject
+words: {land: on land, water: on water}
+cells:
+  biased: {method: biased, images: 4, scales: [1], world: {severity: 0.9}}
+  given: &given {method: guided, settings: {config: {steps: 2}, groups: "true"}, images: 4, scales: [1]}
+  stronger: {<<: *given, fitted: given, delta: 2.0, prompts: {a nice landbird: landbird}}
+  words: {<<: *given, fitted: given, further_scales: [2], prompts: {a nice waterbird: waterbird}, seeds: [1]}
+"""
+
+
+def test_cells_share_what_is_fitted_and_change_worlds_prompts_and_strength(tmp_path, monkeypatch):
+    (tmp_path / "suites").mkdir()
+    (tmp_path / "suites" / "small.yaml").write_text(SUITE)
+    monkeypatch.setattr(runner, "HERE", tmp_path)
+    small = Runner("small", None, BIRDS_MODEL, tmp_path / "work", tmp_path / "results")
+    for cell in ("biased", "given", "stronger"):
+        small.run(cell, 0)
+    small.run("words", 1)
+    kept = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results" / "small").iterdir()}
+    given, stronger = kept["given-seed-0"], kept["stronger-seed-0"]
+    assert given["seconds of fitting"] == stronger["seconds of fitting"] > 0
+    assert not (tmp_path / "work" / "small" / "seed-0" / "stronger" / "fitted").exists()
+    assert kept["biased-seed-0"]["settings"]["world"] == {"kind": "bundled", "num_images": 200, "severity": 0.9}
+    assert [*stronger["figures"]["CFG 1"]["shares"]] == ["a nice landbird"]
+    assert [*kept["words-seed-1"]["figures"]] == ["CFG 1", "CFG 2"]

@@ -38,7 +38,11 @@ class FairDiffusion:
         """Nothing is trained. Each further concept costs a forward pass a step."""
         pipe = world.biased()
         concepts = encode(pipe, ["", *world.words.values()])
-        return Fitted(pipe, hooked=lambda seed: hooked(pipe, len(world.words), seed, after=_Edit(self, concepts)))
+        return Fitted(
+            pipe,
+            hooked=lambda seed: hooked(pipe, len(world.words), seed, after=_Edit(self, concepts)),
+            sampling=1 + len(world.words) / 2,
+        )
 
 
 @dataclass(eq=False)

@@ -16,7 +16,7 @@ All read what our audit reads: whitened features of the audited model's own bloc
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,19 @@ from typing import Any
 import numpy as np
 import torch
 from audits import audit_features
-from methods import Fitted, World
+from methods import Fitted, World, tuning_of
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import silhouette_score
 
-from invdiff import Audit, TrainConfig, audit, finetune
+from invdiff import Audit, AuditConfig, TrainConfig, finetune
 from invdiff.errors import ConfigError
 from invdiff.seeds import derived_seed, generator
 from invdiff.training.batches import GroupBalancedSampler
 
 STRENGTH = 1e-3
 """C of the classifier of captions: without a strong penalty it remembers the images, and errs on none."""
+FEW_LABELS = 40
 MOST_CLUSTERS, LEADING = 5, 10
 """Clusters of a caption, and components of each block that they are sought in."""
 
@@ -73,26 +74,51 @@ def caption_odds(features: np.ndarray, captions: np.ndarray) -> np.ndarray:
 INFERRED: dict[str, Callable[..., np.ndarray]] = {"kmeans": kmeans, "jtt": jtt, "eiil": eiil}
 
 
-def groups_of(world: World, groups: str) -> Audit:
-    """Groups by name: "audit", "true", or one of `INFERRED`, which are kept in the world's folder.
+def groups_of(world: World, groups: str, settings: Mapping[str, Any] | None = None) -> Audit:
+    """Groups by name, kept in the world's folder.
 
-    Values of a caption that few images have are no groups, as where the attribute is given: see `given_factors`.
+    "audit" seeks them, with `settings` of `AuditConfig`; "true" reads them; "words" asks the model for the classes of
+    the hidden attribute; "few-labels" spreads 40 true labels, as many of each subject and class; "random" throws a
+    coin; the others are `INFERRED`. Values of a caption that few images have are no groups, as where the attribute is
+    given: see `given_factors`.
     """
+    config = AuditConfig(**dict(settings or {}))
     if groups in ("audit", "true"):
-        return world.found if groups == "audit" else world.true
-    if groups not in INFERRED:
-        raise ConfigError(f"Expected groups of audit, true, {', '.join(INFERRED)}, got {groups!r}.")
-    folder = world.work / groups
-    if not (folder / "audit.json").is_file():
-        pipe: Any = world.biased()
-        sources = audit_features(pipe, world.data, world.cache)
+        name = "-".join(["audit", *(f"{key}-{value}" for key, value in (settings or {}).items())])
+        return world.true if groups == "true" else world.audited(name, world.data, config=config)
+    if groups == "words":
+        return world.audited(groups, world.data, ask={world.attribute: tuple(world.words)})
+    if groups == "few-labels":
+        return world.audited(groups, world.data, labels={world.attribute: few_labels(world)})
+    if groups not in ("random", *INFERRED):
+        known = ("audit", "true", "words", "few-labels", "random", *INFERRED)
+        raise ConfigError(f"Expected groups of {', '.join(known)}, got {groups!r}.")
+    if (world.work / groups / "audit.json").is_file():
+        return Audit.load(world.work / groups)
+    seed = derived_seed(groups, world.seed) % 2**32
+    if groups == "random":
+        inferred = np.random.default_rng(seed).integers(2, size=len(world.data))
+    else:
+        sources = audit_features(world.biased(), world.data, world.cache)
         features = np.concatenate([of[:, :LEADING] if groups == "kmeans" else of for of in sources], axis=1)
         captions = np.array([world.prompts.get(caption, caption) for caption in world.data.captions])
-        seed = derived_seed(groups, world.seed) % 2**32
-        labels = [f"{groups} {group}" for group in INFERRED[groups](features, captions, seed)]
-        named = replace(world.data, attributes={groups: labels})
-        audit(pipe, named, attribute=groups, cache_dir=world.cache).save(folder)
-    return Audit.load(folder)
+        inferred = INFERRED[groups](features, captions, seed)
+    named = replace(world.data, attributes={groups: [f"{groups} {group}" for group in inferred]})
+    return world.audited(groups, named, attribute=groups)
+
+
+def few_labels(world: World) -> dict[str, str]:
+    """Name of an image to its class of the hidden attribute, of 40 images: as many of each subject and class."""
+    truth = list(
+        zip(world.labelled.attributes[world.subject], world.labelled.attributes[world.attribute], strict=True)
+    )
+    each, rng = FEW_LABELS // len(set(truth)), np.random.default_rng(derived_seed("few-labels", world.seed))
+    rows = [
+        row
+        for cell in sorted(set(truth))
+        for row in rng.permutation(np.flatnonzero([kind == cell for kind in truth]))[:each]
+    ]
+    return {world.data.names[row]: truth[row][1] for row in rows}
 
 
 @dataclass(frozen=True)
@@ -118,7 +144,7 @@ class GroupBalanced:
         rows, _, _ = sampler.draw(len(world.data), generator("group-balanced", world.seed))
         place = {name: row for row, name in enumerate(world.data.names)}
         data = world.data.select(sorted(place[found.names[row]] for row in rows.tolist()))
-        config = replace(world.finetuning, seed=world.seed)
+        config = tuning_of(world)
         pipe: Any = finetune(data, folder, base=world.base, config=config)
         size = sum(weight.numel() for weight in pipe.unet.parameters())
         times = Counter(data.names)

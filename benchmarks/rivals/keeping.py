@@ -19,7 +19,8 @@ WORK = ".work"
 
 def settings_of(method: Any, world: World, pipe: Any) -> dict[str, Any]:
     """All that a fit depends on: the method's fields, the world's images and budget, and the model it starts from."""
-    of_world = {"data": world.data.fingerprint, "seed": world.seed, "finetuning": world.finetuning.to_dict()}
+    budget = world.finetuning and world.finetuning.to_dict()
+    of_world = {"data": world.data.fingerprint, "seed": world.seed, "finetuning": budget}
     return asdict(method) | of_world | {"model": fingerprint(denoiser_fingerprint(pipe))}
 
 

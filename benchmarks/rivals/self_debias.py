@@ -65,6 +65,7 @@ class SelfDebias:
             pipe,
             hooked=lambda seed: hooked(pipe, self.clusters, seed, after=push),
             forwards=figures["forwards"],
+            sampling=2.5,  # a pass of the captioned row, forwards and backwards
             about={"shares": figures["shares"]},
         )
 

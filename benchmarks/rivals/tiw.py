@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from methods import Fitted, World
+from methods import Fitted, World, tuning_of
 from torch import Tensor, nn
 
 from invdiff import FinetuneConfig
@@ -151,9 +151,9 @@ class TIW:
             pipe = load_pipeline(folder)
         else:
             figures = finish(folder, settings, self._train(pipe, world, folder, settings))
-        steps, size = world.finetuning.steps, world.finetuning.batch_size
+        images = tuning_of(world).steps * tuning_of(world).batch_size
         # The discriminator costs next to nothing: 0.02 million weights.
-        return Fitted(pipe, parameters=int(figures["parameters"]), forwards=3.0 * steps * size, about=figures)
+        return Fitted(pipe, parameters=int(figures["parameters"]), forwards=3.0 * images, about=figures)
 
     def reference_set(self, world: World) -> CaptionedImages:
         """The balanced images that it is given, without labels."""
@@ -164,11 +164,11 @@ class TIW:
     def _train(self, pipe: Any, world: World, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         biased = as_encoded(pipe, world.data, world.cache)
         reference = as_encoded(pipe, self.reference_set(world), world.cache)
-        schedule, device, size = NoiseSchedule(pipe.scheduler), pipe.unet.device, world.finetuning.batch_size
+        tuning, schedule, device = tuning_of(world), NoiseSchedule(pipe.scheduler), pipe.unet.device
         conditions = to(biased.conditions, device)
         paired = Pairs(biased, reference)
-        rate = world.finetuning.learning_rate or fitting_rate(pipe.unet.num_parameters())
-        config = replace(world.finetuning, seed=world.seed, learning_rate=rate)
+        rate = tuning.learning_rate or fitting_rate(pipe.unet.num_parameters())
+        config = replace(tuning, learning_rate=rate)
         means: list[Tensor] = []
         sizes = pipe.unet.config.in_channels, pipe.unet.config.cross_attention_dim
         discriminator = Discriminator(*sizes, schedule).to(device)
@@ -178,8 +178,8 @@ class TIW:
 
         def ratio_loss_at(step: int) -> Tensor:
             rng = generator("discriminator", world.seed, step)
-            latents, captions = paired.draw(size, rng)
-            captions[torch.rand(size, generator=rng) < config.caption_dropout] = biased.null_id
+            latents, captions = paired.draw(config.batch_size, rng)
+            captions[torch.rand(len(captions), generator=rng) < config.caption_dropout] = biased.null_id
             pairs = latents[0].to(device), latents[1].to(device)
             return ratio_loss(discriminator, schedule, pairs, condition_of(captions), rng)
 
