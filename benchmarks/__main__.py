@@ -4,6 +4,7 @@
   run BENCHMARK --data SOURCE --base MODEL    every cell that has no figures yet
   table BENCHMARK                             its table, in Markdown and CSV
   picture BENCHMARK METHOD ... --output FILE  images of the same seeds
+  picture studies --output FILE               Bias over each setting that varies
 
 BENCHMARK is a file of benchmarks/suites, such as waterbirds: a data set and the
 methods compared on it. A cell is one method with one seed; its figures are kept
@@ -22,7 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import: no n
 import sets
 from kept import RESULTS
 from runner import Runner, Suite
-from tables import markdown, sheets_picture, write_csv
+from tables import markdown, sheets_picture, studies_picture, write_csv
 
 from invdiff.assets import BIRDS_MODEL
 from invdiff.errors import ConfigError, InvDiffError
@@ -50,10 +51,13 @@ def main() -> None:
     table.add_argument("--results", type=Path, default=RESULTS, help="where figures are kept (benchmarks/results)")
     picture = commands.add_parser("picture", help="draw a picture of what methods drew")
     picture.add_argument("benchmark", help=of_suites)
-    picture.add_argument("methods", nargs="+", help="cells that were run, a row each")
+    picture.add_argument(
+        "methods", nargs="*", help="cells that were run, a row each; none draws figures over settings"
+    )
     picture.add_argument("--work", type=Path, default=Path("out/benchmarks"), help="that of `run` (%(default)s)")
     picture.add_argument("--seed", type=int, default=0, help="one of the YAML's (%(default)s)")
     picture.add_argument("--scale", default="3", help="of classifier-free guidance (%(default)s)")
+    picture.add_argument("--results", type=Path, default=RESULTS, help="where figures are kept (benchmarks/results)")
     picture.add_argument("--output", type=Path, required=True, help="the picture to write")
     arguments = parser.parse_args()
     commands_by_name = {"prepare": sets.prepare, "run": run_cells, "table": print_table, "picture": draw_picture}
@@ -90,7 +94,10 @@ def print_table(arguments: argparse.Namespace) -> None:
 
 
 def draw_picture(arguments: argparse.Namespace) -> None:
-    """Draw rows of images, of one seed and guidance scale."""
+    """Draw rows of images, of one seed and guidance scale, or figures over the settings that cells are named by."""
+    if not arguments.methods:
+        studies_picture(arguments.benchmark, arguments.results, arguments.output)
+        return
     place = arguments.work / arguments.benchmark / f"seed-{arguments.seed}"
     sheets = {name: place / name / f"drawn-{arguments.scale}" / "sheet.png" for name in arguments.methods}
     sheets_picture(sheets, arguments.output)

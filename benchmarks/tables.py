@@ -48,7 +48,7 @@ def rows(benchmark: str, results: Path) -> Iterator[dict[str, Any]]:
                 row[f"{label} low"], row[f"{label} high"] = (min(values), max(values)) if values else (None, None)
             if len(by_seed) == 1:  # of images, where it is not over seeds
                 row["Bias low"], row["Bias high"] = (first["figures"][key][end] for end in ("low", "high"))
-            row |= {"parameters": first["parameters"], "forwards": first["forwards"], "device": first["device"]}
+            row |= {name: first.get(name) for name in ("parameters", "forwards", "sampling", "device")}
             yield row | {"seconds of fitting": first["seconds of fitting"]}
 
 
@@ -71,14 +71,15 @@ def markdown(benchmark: str, results: Path) -> str:
         shown = [name for name in COLUMNS if name not in ("Bias", "floor")]
         shown = [name for name in shown if any(row[name] is not None for row in of_kind)]
         head = ["method", "given", "seeds", *(f"Bias, CFG {scale}" for scale in scales), *shown]
-        lines = [line_of([*head, "parameters", "forwards"]), "|---" * (len(head) + 2) + "|"]
+        lines = [line_of([*head, "parameters", "forwards", "a sample"]), "|---" * (len(head) + 3) + "|"]
         for method in dict.fromkeys(row["method"] for row in of_kind):
             own = {row["CFG"]: row for row in of_kind if row["method"] == method}
             first = next(iter(own.values()))
             cells = [method, first["supervision"], str(first["seeds"])]
             cells += [spread(own.get(scale), "Bias", with_range=True) for scale in scales]
             cells += [" / ".join(spread(own[scale], name) for scale in scales if scale in own) for name in shown]
-            lines.append(line_of([*cells, f"{first['parameters']:,}", f"{first['forwards']:,.0f}"]))
+            cost = f"{first['sampling']:.1f}" if first["sampling"] else "-"
+            lines.append(line_of([*cells, f"{first['parameters']:,}", f"{first['forwards']:,.0f}", cost]))
         floor = f"{of_kind[0]['floor']:.3f}"
         about = f"{kind[1]} images of each prompt, groups drawn {kind[0]}; a fair model would show a Bias of {floor}."
         parts.append(f"{about}\n\n" + "\n".join(lines))
@@ -126,6 +127,35 @@ def write_csv(benchmark: str, results: Path) -> None:
     writer.writeheader()
     writer.writerows(every)
     write_text(results / f"{benchmark}.csv", stream.getvalue())
+
+
+def studies_picture(benchmark: str, results: Path, output: Path) -> None:
+    """Write a panel a study, which is a group of cells whose names end in a number: Bias and worst cell over it."""
+    lines: dict[str, dict[str, list[tuple[float, Mapping[str, Any]]]]] = {}
+    for cell, by_seed in kept(results / benchmark).items():
+        name, _, value = cell.rpartition("-")
+        if name and value.replace(".", "", 1).isdigit():
+            study, _, variant = name.partition("-")
+            for document in by_seed.values():
+                lines.setdefault(study, {}).setdefault(variant, []).append(
+                    (float(value), document["figures"]["CFG 3"])
+                )
+    figure, axes = plt.subplots(2, -(-len(lines) // 2), figsize=(11, 6), layout="constrained", squeeze=False)
+    for axis, (study, variants) in zip(axes.flat, lines.items(), strict=False):
+        for variant, points in variants.items():
+            values, figures = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+            bias = [of["bias"] for of in figures]
+            ends = np.abs([[of[end] for of in figures] for end in ("low", "high")] - np.array(bias))
+            axis.errorbar(range(len(values)), bias, ends, marker="o", capsize=2, label=f"Bias, {variant or 'ours'}")
+            worst = [of["worst cell"] for of in figures]
+            axis.plot(range(len(values)), worst, "s--", alpha=0.6, label=f"worst cell, {variant or 'ours'}")
+            axis.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+        axis.set(title=study, ylim=(-0.02, 1.02))
+        axis.legend(fontsize=7)
+    for axis in axes.flat[len(lines) :]:
+        axis.axis("off")
+    figure.savefig(output, dpi=100)
+    plt.close(figure)
 
 
 def sheets_picture(sheets: Mapping[str, Path], output: Path) -> None:
