@@ -1,7 +1,5 @@
 """A real browser for tests: Debian's chromium, driven by playwright; where either is absent, tests skip and say so."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Tiny pipelines and data sets, built from configs: no test needs the network."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import os

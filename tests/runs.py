@@ -1,7 +1,5 @@
 """Audits, images and whole runs written in a moment, and hostile text, for tests of reports and of the page."""
 
-from __future__ import annotations
-
 import contextlib
 import html
 import io

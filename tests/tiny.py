@@ -1,7 +1,5 @@
 """Tiny pipelines of every family that invdiff supports, with random weights, built from configs."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Every setting of every step, declared here and nowhere else: the defaults, the ranges, the help of its option."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 

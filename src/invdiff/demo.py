@@ -1,7 +1,5 @@
 """The whole story on the bundled model: a hidden bias is found, removed and measured."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

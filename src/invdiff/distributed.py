@@ -4,8 +4,6 @@ Processes share work through the file system (a process writes whole files, all 
 machines need a common one. A single process takes every share and never waits.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import sys

@@ -1,7 +1,5 @@
 """The errors a user can meet. Each message says what was expected, what was found and what to do."""
 
-from __future__ import annotations
-
 
 class InvDiffError(Exception):
     """Base of every error that invdiff raises on purpose."""

@@ -1,7 +1,5 @@
 """How many processes were started and which one this is, as torchrun and accelerate launch say. No torch here."""
 
-from __future__ import annotations
-
 import os
 
 from .errors import ConfigError

@@ -3,8 +3,6 @@
 A field's type and `Range` are what the check accepts and the command line shows; its docstring is the option's help.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

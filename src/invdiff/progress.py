@@ -1,7 +1,5 @@
 """Progress on the terminal: one bar per step, with the figures that matter beside it."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Random numbers that depend only on what they are for, so that any run resumes and repeats exactly."""
 
-from __future__ import annotations
-
 import torch
 
 from .files import fingerprint

@@ -1,7 +1,5 @@
 """Text from outside, such as captions, class names and file names, spelled in one way and made safe to show."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from typing import Any

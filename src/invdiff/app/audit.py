@@ -1,7 +1,5 @@
 """Tab Audit: browse hidden groups, move the score at which they part, name them, leave images out."""
 
-from __future__ import annotations
-
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

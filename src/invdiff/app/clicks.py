@@ -1,7 +1,5 @@
 """Below tab Audit: an attribute is named by clicks on images, ten at a time, and inferred of all others."""
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """HTML fragments, image files and galleries that the tabs share; text of others is never taken for markup."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from functools import partial

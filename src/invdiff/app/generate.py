@@ -1,7 +1,5 @@
 """Tab Generate: the same seeds with and without guidance, side by side, and the classes that an annotator counts."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any

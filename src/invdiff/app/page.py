@@ -1,7 +1,5 @@
 """The page: what it opens, its tabs, its looks, and the figures of tab Compare."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Address, security and start of the page: on this machine alone unless the user asks for more, with a password."""
 
-from __future__ import annotations
-
 import ipaddress
 import os
 import signal

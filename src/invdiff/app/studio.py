@@ -1,7 +1,5 @@
 """Draw the same seeds with and without guidance, a few images at a time, so that a page can show and stop them."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import shlex

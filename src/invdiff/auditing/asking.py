@@ -5,8 +5,6 @@ classifier (Li et al., ICCV 2023): by its denoising loss under the caption with 
 all values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial

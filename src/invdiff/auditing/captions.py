@@ -1,7 +1,5 @@
 """Captions that are one prompt, and captions that state the attribute they would otherwise hide."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

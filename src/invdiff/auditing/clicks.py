@@ -1,7 +1,5 @@
 """Labels that are given by clicks: which images to ask about, and the file that keeps the answers. No torch here."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Cuts of one prompt's images by a score: which are worth making, and the evidence for each. No torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations

@@ -10,8 +10,6 @@ most 1 where there is one hump, for any sample size. All candidates are controll
 Labels are never read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ One factor is found at a time: of all cuts that are believed the one whose group
 other prompts whose features shift alike. Its directions are then taken out of the features, and the next is sought.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

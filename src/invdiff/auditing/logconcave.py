@@ -1,7 +1,5 @@
 """The log-concave maximum likelihood estimator in one dimension, with a certificate: the null model of one hump."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any
 

@@ -9,8 +9,6 @@
 Each score can be learned again from some of the images, so that others can be evidence.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

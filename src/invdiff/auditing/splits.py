@@ -7,8 +7,6 @@ loss, a contrast of losses, or any other evidence of one dimension, two solvers 
 They split any images, whether anything is hidden or not; the solver `auto` is in factors.py.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Words that separate hidden groups, as a CLIP model sees them: a hint for the eye, not a finding."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path

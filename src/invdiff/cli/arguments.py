@@ -4,8 +4,6 @@
 and `DataOptions`, with type, range, default and help from there, and `--config FILE` for the settings.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """The way through from images to images: demo, audit, train, generate; and birds and finetune, to prepare it."""
 
-from __future__ import annotations
-
 import dataclasses
 import shlex
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """To judge what was drawn: annotators, evaluate, report and the page."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import os

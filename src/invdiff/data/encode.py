@@ -1,7 +1,5 @@
 """Turn captioned images into latents and prompt embeddings, once, and keep them on disk."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Write a captioned set as an imagefolder: images, then metadata.csv."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Callable, Iterable, Sequence

@@ -1,7 +1,5 @@
 """Decode an image file to upright RGB, or say in one line why it cannot be read."""
 
-from __future__ import annotations
-
 import io
 import struct
 import zlib

@@ -3,8 +3,6 @@
 Every fault is an error that names the file and the line. Cells have one spelling, whatever tool wrote them.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

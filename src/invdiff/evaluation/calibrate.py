@@ -1,7 +1,5 @@
 """The closed loop: the mix of groups at which the images themselves reach the target, for each guidance scale."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Evaluate folders of generated images alike: fairness, quality, and what guidance left as it was."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Folders of generated images and their manifests: ours, or any other tool's."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections import Counter

@@ -1,7 +1,5 @@
 """Turn the descriptions of one model's images into figures: how evenly classes are drawn, quality, preservation."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The backends of guidance by name, and one of any backend from a folder or the hub."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

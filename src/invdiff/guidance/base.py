@@ -1,7 +1,5 @@
 """What every guidance is: a small model saved in diffusers' format beside the frozen one that it was trained with."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

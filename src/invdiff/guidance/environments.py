@@ -1,7 +1,5 @@
 """The group that each image is drawn from: spread evenly over the images of a call or a prompt, or independent."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal

@@ -4,8 +4,6 @@ LoRA (Hu et al., ICLR 2022, arXiv 2106.09685) adds B A x to what a layer makes o
 A and one B here, and each row of a batch uses the ranks of its own groups: B (m(e) * A x).
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,6 @@ frozen denoiser's output. Here it is a small convolutional network that reads wh
 computed, its prediction and its middle features, instead of a second copy of the denoiser.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar

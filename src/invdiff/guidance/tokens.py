@@ -3,8 +3,6 @@
 Like textual inversion (Gal et al., ICLR 2023, arXiv 2208.01618), but of groups, and beside the prompt's own tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Features of a denoiser's blocks, as the audit keeps them and its judge reads them."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

@@ -1,7 +1,5 @@
 """Load a diffusers pipeline and find the parts that invdiff works with."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 import weakref

@@ -1,7 +1,5 @@
 """One error for whatever goes wrong while another library loads weights: which file or package, and what to do."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The forward process of a pipeline's scheduler: noisy latents, training targets, per-sample losses."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Watch the parts of a pipeline: noise comes from the images' own generators, and what is not finite is named."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """The section of a report about its audit: groups under each prompt, the evidence, and their most typical images."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

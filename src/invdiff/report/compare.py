@@ -1,7 +1,5 @@
 """The models and the guidance scale that a report compares, their images of the same seeds, and their curves."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Figures in words and in tables, alike in every part of a report."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The section of a report on how to make its figures again."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

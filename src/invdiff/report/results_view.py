@@ -1,7 +1,5 @@
 """The sections of a report about generated images: the glance, what changed prompt by prompt, and what it cost."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest

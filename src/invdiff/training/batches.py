@@ -1,7 +1,5 @@
 """The batch of one training step: images of every group equally often, their captions, noise and timesteps."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Batches, noise and timesteps are derived from (seed, step), so a checkpoint needs no random state.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterable

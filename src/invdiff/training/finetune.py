@@ -1,7 +1,5 @@
 """Fit a diffusion model to captioned images: the paper's first step, and how the bundled model is made."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

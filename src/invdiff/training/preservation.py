@@ -1,7 +1,5 @@
 """Captions that have nothing to do with the images: guidance learns to leave the model as it is under them."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Sequence

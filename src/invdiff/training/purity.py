@@ -1,7 +1,5 @@
 """W made pure before images are drawn by it: what is wrong in a group's images must not predict the prompt."""
 
-from __future__ import annotations
-
 import torch
 
 FEWEST = 20

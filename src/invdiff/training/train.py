@@ -1,7 +1,5 @@
 """Train a guidance module beside the frozen model: the min phase, and the rounds of the max-min game."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

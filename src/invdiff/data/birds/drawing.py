@@ -4,8 +4,6 @@
 background, so one random state gives a matched pair that differs in that attribute alone.
 """
 
-from __future__ import annotations
-
 import colorsys
 from collections.abc import Sequence
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """What an annotator sees in images, and what `evaluate` asks of an annotator."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol

@@ -1,7 +1,5 @@
 """An audit as an annotator: the groups it found, read off the audited model's own features."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Any image classifier from `transformers` as an annotator of one attribute."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """An annotator without training: CLIP compares images with prompts that describe the classes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The one way to get an annotator, of any kind, and to keep what was measured of it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ method" (Buonaccorsi, "Measurement Error", 2010; Forman, "Quantifying counts and
 rests on the rates being the same in generated as in held-out images, which nothing here can check.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import ArrayLike
 

@@ -11,8 +11,6 @@ Measured coverage of nominal 95% intervals is at least 0.955 (docs/evaluation.md
 covers 0.91, and so do farthest shares on the line through the target, which stops at the first group without images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -5,8 +5,6 @@ probabilities (the softmax form, fractional). With finitely many images a metric
 value: read it beside `metric_floor` and `intervals.interval`. None of the metrics here has an unbiased estimate.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Distances between two sets of features: Fréchet (FID), kernel (KID, CMMD) and neighbourhoods."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """How different images are, and how well they show their prompts: cosines, the Vendi score and LPIPS."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import combinations
 

@@ -1,7 +1,5 @@
 """How good a model's images are, how different, and how they compare with reference images, group by group too."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any

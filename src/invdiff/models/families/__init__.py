@@ -1,7 +1,5 @@
 """The families of denoisers that invdiff guides, each with one small adapter, in `unet` or `transformer`."""
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 from diffusers import (

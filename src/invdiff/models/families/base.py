@@ -1,7 +1,5 @@
 """The interface of a family of denoisers: its inputs, latents, features and conditions."""
 
-from __future__ import annotations
-
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Transformers over patches: Stable Diffusion 3, Flux, PixArt and DiT."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """UNets: Stable Diffusion 1.x, 2.x and XL, which attend to the prompt's tokens, and unconditional DDPM."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
