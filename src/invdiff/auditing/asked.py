@@ -18,8 +18,7 @@ from ..text import one_line
 if TYPE_CHECKING:
     from ..data.captioned import CaptionedImages
 
-LEAST_LABELS = 5
-"""Of each value, where an attribute is learned from a few."""
+LEAST_LABELS = 5  # of each value, where an attribute is learned from a few
 Labels: TypeAlias = "str | Path | Mapping[str, Mapping[str, Any]]"
 
 
@@ -28,18 +27,12 @@ class Asked:
     """One attribute that is asked for, and what is known of it of N images."""
 
     name: str
-    values: list[str]
-    """Names of the groups, sorted."""
-    weights: NDArray[Any]
-    """(N, E): the probability of each value, rows of zeros where nothing is known."""
-    evidence: str
-    """Where that comes from, for people."""
-    record: dict[str, Any] = field(default_factory=dict)
-    """The same as `Audit.settings["asked"]` keeps it."""
-    refusal: str = ""
-    """Why no image can be grouped by it, in words; "" where they can."""
-    agreement: float = 1.0
-    """Adjusted Rand index of given values and those that were inferred without them."""
+    values: list[str]  # names of the groups, sorted
+    weights: NDArray[Any]  # (N, E): the probability of each value, rows of zeros where nothing is known
+    evidence: str  # where that comes from, for people
+    record: dict[str, Any] = field(default_factory=dict)  # the same as `Audit.settings["asked"]` keeps it
+    refusal: str = ""  # why no image can be grouped by it, in words; "" where they can
+    agreement: float = 1.0  # adjusted Rand index of given values and those that were inferred without them
 
 
 def columns_asked(data: CaptionedImages, rows: NDArray[Any], names: Sequence[str]) -> list[Asked]:

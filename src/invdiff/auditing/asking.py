@@ -37,14 +37,12 @@ from .scores import Score, as_it_is
 from .splits import Given
 from .words import embedded
 
-TEMPLATE = "{}, {}"
-"""How a value is put into a caption."""
+TEMPLATE = "{}, {}"  # how a value is put into a caption
 LEVELS, DRAWS = (1.0, -0.5, -2.0, -3.5, -5.0), 2
 """Log signal-to-noise ratios at which the audited model reads, and noises at each."""
 MOST_AT_ONCE, FIRST = 8, 300
 """More attributes than these are first read in so many images of each prompt, and in all only where uneven."""
-REST = "other"
-"""The group of images that show none of the values that are told apart."""
+REST = "other"  # the group of images that show none of the values that are told apart
 _Array = NDArray[Any]
 
 

@@ -23,20 +23,13 @@ from .splits import rarest
 
 MOST_CAPTIONS = 256
 """With more different captions than this, that many of them stand for the others with similar embeddings."""
-PROBES = 16
-"""Noisy images that every caption is tried on."""
-LOG_SNR = -4.24
-"""Their noise level: the image is not decided yet, so the caption decides."""
-LEVEL = 0.001
-"""False discovery rate of words that state a group, and of captions whose images are told apart."""
-MOST_TOLD = 64
-"""Captions of a prompt that are told from another by their images, at most."""
-MOST_COMPARED = 2000
-"""Images of either side that the probe compares at most, evenly chosen."""
-LEAST_WORD = 100
-"""Images with a word in their captions, and without, that it takes to part captions by it."""
-LEAST_WORD_SHARE = 0.02
-"""The same, as a share of all images."""
+PROBES = 16  # noisy images that every caption is tried on
+LOG_SNR = -4.24  # their noise level: the image is not decided yet, so the caption decides
+LEVEL = 0.001  # false discovery rate of words that state a group, and of captions whose images are told apart
+MOST_TOLD = 64  # captions of a prompt that are told from another by their images, at most
+MOST_COMPARED = 2000  # images of either side that the probe compares at most, evenly chosen
+LEAST_WORD = 100  # images with a word in their captions, and without, that it takes to part captions by it
+LEAST_WORD_SHARE = 0.02  # the same, as a share of all images
 
 
 def group_captions(denoiser: Denoiser, data: EncodedImages, threshold: float, seed: int) -> tuple[NDArray[Any], float]:

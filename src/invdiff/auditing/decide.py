@@ -21,22 +21,17 @@ from scipy.stats import norm
 from ..config import AuditConfig
 from .logconcave import fit_log_concave, max_log_likelihood
 
-ROTATIONS = 10
-"""Random partitions of the images into halves over which an e-value is averaged."""
-RESAMPLES = 50
-"""Bootstrap resamples of a mixture, for the bound of what the cut is worth."""
+ROTATIONS = 10  # random partitions of the images into halves over which an e-value is averaged
+RESAMPLES = 50  # bootstrap resamples of a mixture, for the bound of what the cut is worth
 BINS = 250
-REACH = 12.0
-"""Interquartile ranges from the median at which scores are clipped when a mixture is fitted."""
+REACH = 12.0  # interquartile ranges from the median at which scores are clipped when a mixture is fitted
 MOST_JUDGED = 12_000
 """Images of a prompt that an e-value is made from, that free humps are fitted to and that are shuffled, at most."""
 CLEAR, LEAST_ROTATIONS = 30.0, 3
 """Log e-value that is beyond doubt: no more rotations are tried; nor after so many that all show nothing."""
 STEPS = 6
-LEAST_MASS = 4.0
-"""Images that a component must hold."""
-BEYOND = 0.02
-"""Part of the large hump that is wide, so that images outside what was seen are possible."""
+LEAST_MASS = 4.0  # images that a component must hold
+BEYOND = 0.02  # part of the large hump that is wide, so that images outside what was seen are possible
 _Array = NDArray[np.float64]
 _Mask = NDArray[np.bool_]
 

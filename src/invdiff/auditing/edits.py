@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from .result import Audit, PromptSplit
 
 CURATION = "curation.json"
-NAME_LIMIT = 60
-"""Characters of a group's name."""
+NAME_LIMIT = 60  # characters of a group's name
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,10 @@ from ..models.watch import check_finite
 from ..progress import progress_bar
 from ..seeds import generator
 
-WHITENED = 100
-"""Most dimensions of whitened features."""
-IMAGES_PER_WHITENED = 20
-"""Images that each of them takes."""
-FITTED = 8000
-"""Most images that a basis of features is fitted on, evenly chosen; all are projected on it."""
-SHARD_SIZE = 256
-"""Images whose measurements share a file."""
+WHITENED = 100  # most dimensions of whitened features
+IMAGES_PER_WHITENED = 20  # images that each of them takes
+FITTED = 8000  # most images that a basis of features is fitted on, evenly chosen; all are projected on it
+SHARD_SIZE = 256  # images whose measurements share a file
 
 _Read = Callable[[NDArray[Any]], NDArray[Any]]
 _Extract = Callable[[list[Image.Image]], NDArray[np.float32]]

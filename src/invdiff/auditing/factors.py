@@ -27,8 +27,7 @@ NEARLY = 0.8
 """Of the largest agreement with a cut: of a prompt's cuts that reach it, the one whose groups are likeliest right."""
 TELLS = 0.8
 """AUROC of the images of a group along its shift under another prompt, at least, where the two are one factor."""
-PERMUTATIONS = 100
-"""Of images within a prompt, for the bound that the agreement of two prompts' shifts must pass."""
+PERMUTATIONS = 100  # of images within a prompt, for the bound that the agreement of two prompts' shifts must pass
 _Array = NDArray[Any]
 
 
@@ -36,12 +35,9 @@ _Array = NDArray[Any]
 class Search:
     """What was found, and what was weighed under each prompt."""
 
-    factors: list[dict[int, Cut]]
-    """Of each hidden factor, its cut of each prompt that it splits, columns in one order."""
-    candidates: dict[int, list[Candidate]]
-    """Of each prompt, best first."""
-    power: dict[int, str]
-    """What size of minority could have been seen under each prompt, in words."""
+    factors: list[dict[int, Cut]]  # of each hidden factor, its cut of each prompt that it splits, columns in one order
+    candidates: dict[int, list[Candidate]]  # of each prompt, best first
+    power: dict[int, str]  # what size of minority could have been seen under each prompt, in words
 
 
 def find_factors(

@@ -11,8 +11,7 @@ from scipy.special import gammainc
 from ..errors import AuditError
 
 MOST_ROUNDS, MOST_STEPS = 300, 100
-SAME = 1e-12
-"""Standard deviations. Nearer values are replaced by their mean, which can only raise the bound (Jensen)."""
+SAME = 1e-12  # standard deviations. Nearer values are replaced by their mean, which can only raise the bound (Jensen).
 
 _Array = NDArray[Any]
 

@@ -19,19 +19,16 @@ if TYPE_CHECKING:
     from .evidence import Whitened
     from .result import Audit
 
-DIMENSIONS = 50
-"""Leading principal components of each source of features that a probe reads."""
+DIMENSIONS = 50  # leading principal components of each source of features that a probe reads
 MARGIN_SCALE = 8.0
 """Of margins beside features, divided by the number of values: they are trusted more, and so regularised less, but of
 many values each comes with the prompt less clearly."""
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
-"""C of the regression, of which cross-validation chooses."""
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # C of the regression, of which cross-validation chooses
 SLOPE_PENALTY, OFFSET_PENALTY, LEAST_SCALE = 0.03, 0.004, 0.1
 """Ridge penalties of what makes probabilities of logits: their scale, never turned; and offsets of each prompt
 and class."""
 FOLDS = 5
-LEVEL = 0.05
-"""Of the test that labels left out are guessed better than by chance."""
+LEVEL = 0.05  # of the test that labels left out are guessed better than by chance
 SURE, MOST_JUDGED, JUDGE_STRENGTH = 0.9, 8000, 1e-2
 """Posterior from which on an image teaches a judge; most such images; C of the judge."""
 _Array = NDArray[Any]

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from ..data.encode import EncodedImages
 
 WORDS, JUDGES = "words.json", "judges.safetensors"
-WORD_LIMIT = 60
-"""Characters of a word, or of a few words that belong together."""
+WORD_LIMIT = 60  # characters of a word, or of a few words that belong together
 
 
 @dataclass(frozen=True)
@@ -51,40 +50,28 @@ class Candidate:
 class PromptAudit:
     """The result under one prompt: captions that mean the same to the model."""
 
-    prompt: str
-    """The most frequent of the captions."""
+    prompt: str  # the most frequent of the captions
     captions: list[str]
-    num_images: int
-    """Images with one of these captions."""
-    found: bool
-    """Whether any hidden factor splits it."""
-    reason: str
-    """Why, or why not, in words."""
-    power: str = ""
-    """What size of minority the audit could have seen here, in words."""
-    notes: list[str] = field(default_factory=list)
-    """Such as which captions were merged into this prompt, and why."""
-    candidates: list[Candidate] = field(default_factory=list)
-    """Every split that was considered, best first."""
+    num_images: int  # images with one of these captions
+    found: bool  # whether any hidden factor splits it
+    reason: str  # why, or why not, in words
+    power: str = ""  # what size of minority the audit could have seen here, in words
+    notes: list[str] = field(default_factory=list)  # such as which captions were merged into this prompt, and why
+    candidates: list[Candidate] = field(default_factory=list)  # every split that was considered, best first
 
 
 @dataclass(frozen=True)
 class PromptSplit:
     """One prompt's images as one hidden factor splits them."""
 
-    prompt: int
-    """Index of the prompt in the audit."""
-    evidence: str
-    """The evidence that decided."""
-    shares: list[float]
-    """Share of each group, in the order of the columns of W."""
-    intervals: list[tuple[float, float]]
-    """95% interval of each share."""
+    prompt: int  # index of the prompt in the audit
+    evidence: str  # the evidence that decided
+    shares: list[float]  # share of each group, in the order of the columns of W
+    intervals: list[tuple[float, float]]  # 95% interval of each share
     separation: float
     agreement: float
     rand_low: float
-    log_e: float
-    """As of a `Candidate`."""
+    log_e: float  # as of a `Candidate`
 
     def with_shares_of(self, weights: NDArray[Any]) -> PromptSplit:
         """The same split with the shares of W (n, E) of its images, and their intervals by Wilson's score."""
@@ -101,12 +88,9 @@ class Factor:
     A column of W means the same under every prompt that it splits, and nothing under the others.
     """
 
-    name: str
-    """Such as "factor 1"."""
-    splits: list[PromptSplit]
-    """The prompts that it splits, the largest first."""
-    values: list[str] = field(default_factory=list)
-    """Names of its groups, where they were asked for."""
+    name: str  # such as "factor 1"
+    splits: list[PromptSplit]  # the prompts that it splits, the largest first
+    values: list[str] = field(default_factory=list)  # names of its groups, where they were asked for
 
 
 @dataclass(frozen=True)
@@ -114,10 +98,8 @@ class Word:
     """One word that separates a group from the others, in a CLIP model's opinion."""
 
     word: str
-    effect: float
-    """How much nearer the group's images are to it than the others', in standard deviations (Cohen's d)."""
-    p_value: float
-    """Corrected for the number of words and groups that were tried."""
+    effect: float  # how much nearer the group's images are to it than the others', in standard deviations (Cohen's d)
+    p_value: float  # corrected for the number of words and groups that were tried
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "word", one_line(self.word, WORD_LIMIT))
@@ -127,15 +109,11 @@ class Word:
 class GroupWords:
     """The words that separate one group from the others."""
 
-    prompt: int | None
-    """Index of the prompt in the audit; None over all prompts that the factor splits."""
+    prompt: int | None  # index of the prompt in the audit; None over all prompts that the factor splits
     factor: int
-    group: int
-    """The column of W."""
-    words: tuple[Word, ...]
-    """Best first; none where no word passes the test."""
-    note: str
-    """Why there is none, in words; else ""."""
+    group: int  # the column of W
+    words: tuple[Word, ...]  # best first; none where no word passes the test
+    note: str  # why there is none, in words; else ""
 
     @property
     def line(self) -> str:
@@ -147,16 +125,11 @@ class GroupWords:
 class AuditWords:
     """Words for every group of an audit: opinions of one CLIP model, tested but not proven."""
 
-    model: str
-    """The last part of the CLIP model's hub id or folder."""
-    audit: str
-    """Fingerprint of the audit, as inferred."""
-    vocabulary: int
-    """How many words it chose from."""
-    images: int
-    """How many images it was shown."""
-    level: float
-    """Chance, for one prompt, that any word passes where groups look alike to the model."""
+    model: str  # the last part of the CLIP model's hub id or folder
+    audit: str  # fingerprint of the audit, as inferred
+    vocabulary: int  # how many words it chose from
+    images: int  # how many images it was shown
+    level: float  # chance, for one prompt, that any word passes where groups look alike to the model
     groups: tuple[GroupWords, ...]
 
     def of(self, prompt: int | None, group: int, factor: int = 0) -> GroupWords | None:

@@ -26,13 +26,10 @@ from ..models.load import public_name
 from .decide import fit_mixture
 from .evidence import FITTED, Evidence
 
-CONFUSERS = 5
-"""Other prompts that an image of a prompt is compared with: those whose means are nearest."""
+CONFUSERS = 5  # other prompts that an image of a prompt is compared with: those whose means are nearest
 FOLDS = 5
-LEAST_PARTED = 40
-"""Images that a margin's rare group must hold to be parted."""
-NUM_COMPONENTS = (4, 8, 12)
-"""Whitened dimensions that components are looked for in."""
+LEAST_PARTED = 40  # images that a margin's rare group must hold to be parted
+NUM_COMPONENTS = (4, 8, 12)  # whitened dimensions that components are looked for in
 IMAGES_PER_DIMENSION = 40
 """Images that each of these dimensions takes: of fewer, FastICA finds directions in which mere noise falls apart."""
 

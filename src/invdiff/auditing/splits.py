@@ -27,8 +27,7 @@ from .factors import Search, Shifts
 from .result import Candidate
 from .scores import Score, contrasts
 
-LEAST_IMAGES = 4
-"""Images of a prompt that a value must have to be a group there, where it is asked for."""
+LEAST_IMAGES = 4  # images of a prompt that a value must have to be a group there, where it is asked for
 
 
 def exact_groups(scores: NDArray[Any], num_groups: int, *, min_share: float = 0.0) -> NDArray[Any]:

@@ -23,21 +23,16 @@ from .result import WORD_LIMIT, Audit, AuditWords, GroupWords, Word
 
 TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "a photo with {} in it")
 """A word is the mean of these texts' unit embeddings (prompt ensembling; Radford et al., ICML 2021, 3.1.4)."""
-IMAGES_PER_GROUP = 200
-"""Most images of each group, under each prompt, that CLIP is shown."""
-LEAST_IMAGES = 10
-"""Smaller groups, and groups beside fewer other images, are not judged."""
+IMAGES_PER_GROUP = 200  # most images of each group, under each prompt, that CLIP is shown
+LEAST_IMAGES = 10  # smaller groups, and groups beside fewer other images, are not judged
 LEVEL = 0.01
-LEAST_EFFECT = 0.5
-"""Standard deviations. With many images a difference that nobody could see would pass the test."""
+LEAST_EFFECT = 0.5  # standard deviations. With many images a difference that nobody could see would pass the test.
 LEAST_OF_BEST = 0.5
 """Of the group's largest effect. A group that shows the sea is a little nearer to all words that lie near "sea"."""
-SYNONYMS = 0.7
-"""Words are near-synonyms where their embeddings, less the mean of all words', have a larger cosine."""
+SYNONYMS = 0.7  # words are near-synonyms where their embeddings, less the mean of all words', have a larger cosine
 MOST_WORDS = 6
 MOST_CAPTION_WORDS = 300
-LEAST_CAPTIONS = 3
-"""Images whose captions must hold a word."""
+LEAST_CAPTIONS = 3  # images whose captions must hold a word
 _OF_PICTURES = "background foreground image images photo photograph photos picture pictures shot shown view your"
 STOP_WORDS = sorted(ENGLISH_STOP_WORDS.union(_OF_PICTURES.split()))
 """Words in captions that say nothing of what an image shows."""

@@ -25,8 +25,7 @@ from ..launched import is_first_process, one_process
 from ..options import Config, Option, Range, Setting, as_text, command_options, settings_of
 from ..text import is_unicode
 
-SETTINGS, DATA, RUN = "Settings", "Data", "Run"
-"""Panels of the help."""
+SETTINGS, DATA, RUN = "Settings", "Data", "Run"  # panels of the help
 Command = Callable[..., None]
 _METAVARS: dict[Any, str] = {int: "INT", float: "FLOAT", str: "TEXT"}
 

@@ -31,8 +31,7 @@ from .arguments import (
 )
 from .print import finish, plain_errors, print_audit, print_results, say, say_loading
 
-WAY, PREPARE, ASK = "The way through", "To prepare", "What to group by"
-"""Panels of the help."""
+WAY, PREPARE, ASK = "The way through", "To prepare", "What to group by"  # panels of the help
 
 
 class Commands(TyperGroup):

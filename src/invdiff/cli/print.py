@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from ..auditing.result import Audit
     from ..evaluation.results import Results
 
-INTERRUPTED = 130
-"""The shell's exit code for a program stopped by Ctrl-C."""
+INTERRUPTED = 130  # the shell's exit code for a program stopped by Ctrl-C
 
 
 @contextlib.contextmanager

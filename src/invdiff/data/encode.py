@@ -25,8 +25,7 @@ from ..progress import note, progress_bar
 from .captioned import CaptionedImages, check_readable
 from .images import UnreadableImage, about_unreadable
 
-SHARD_SIZE = 512
-"""Rows (images, or captions) in one file of the cache; a killed run loses at most one such file."""
+SHARD_SIZE = 512  # rows (images, or captions) in one file of the cache; a killed run loses at most one such file
 _FORMAT = "3"
 _DECODERS = min(8, os.cpu_count() or 1)
 

@@ -11,8 +11,7 @@ from PIL import Image
 from ..errors import DataError
 from ..files import read_json, save_image, visible, write_json, write_text
 
-Row = tuple[dict[str, Any], Callable[[], Image.Image]]
-"""Text and attributes of an image, and how it is made."""
+Row = tuple[dict[str, Any], Callable[[], Image.Image]]  # text and attributes of an image, and how it is made
 
 
 def write_imagefolder(

@@ -20,10 +20,8 @@ from ..errors import DataError, InvDiffError
 from ..files import is_inside
 from ..text import label_of
 
-METADATA = ("metadata.csv", "metadata.jsonl")
-"""Names of the table that stands beside the images of a data set."""
-MANIFESTS = ("manifest.jsonl", *METADATA[::-1])
-"""Names of the table beside generated images, in order of preference."""
+METADATA = ("metadata.csv", "metadata.jsonl")  # names of the table that stands beside the images of a data set
+MANIFESTS = ("manifest.jsonl", *METADATA[::-1])  # names of the table beside generated images, in order of preference
 
 NumberedRows: TypeAlias = "Iterator[tuple[int, dict[str, Any]]]"
 

@@ -22,24 +22,18 @@ from .annotators.labels import GivenLabels
 from .images import Row
 from .quality.extractors import FeatureExtractor
 
-Judge = Annotator | GivenLabels
-"""The source of classes: an annotator of images, or columns of the manifest."""
+Judge = Annotator | GivenLabels  # the source of classes: an annotator of images, or columns of the manifest
 
 
 @dataclass(frozen=True)
 class Question:
     """The measures asked for of every model's images."""
 
-    attributes: tuple[str, ...]
-    """Sensitive attributes; the first gives the headline figures."""
-    classes: Mapping[str, tuple[str, ...]]
-    """Attribute to class names."""
-    confusion: Mapping[str, NDArray[Any] | None]
-    """Attribute to held-out counts, (K, K + 1); None where there are none."""
-    subject_of: Mapping[str, str]
-    """Prompt to its class of the subject attribute."""
-    target: tuple[float, ...] | None
-    """Shares of the first attribute's classes to measure against; None is uniform."""
+    attributes: tuple[str, ...]  # sensitive attributes; the first gives the headline figures
+    classes: Mapping[str, tuple[str, ...]]  # attribute to class names
+    confusion: Mapping[str, NDArray[Any] | None]  # attribute to held-out counts, (K, K + 1); None where there are none
+    subject_of: Mapping[str, str]  # prompt to its class of the subject attribute
+    target: tuple[float, ...] | None  # shares of the first attribute's classes to measure against; None is uniform
     config: EvaluateConfig
 
 

@@ -19,8 +19,7 @@ from .annotators.audited import AuditAnnotator
 from .fairness.correction import correct_for_annotator
 from .images import read_images
 
-NEAR = 0.05
-"""A share this far from the target counts as reached."""
+NEAR = 0.05  # a share this far from the target counts as reached
 
 
 def calibrate(

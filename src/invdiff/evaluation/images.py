@@ -15,8 +15,7 @@ from .results import UNSTATED, scale_order
 
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 
-Folders = str | Path | Sequence[str | Path]
-"""The folder or folders of a model's images."""
+Folders = str | Path | Sequence[str | Path]  # the folder or folders of a model's images
 
 
 @dataclass(frozen=True)
@@ -25,16 +24,11 @@ class Row:
 
     path: Path
     prompt: str
-    guidance_scale: float | None
-    """Strength of classifier-free guidance; None where the manifest does not say."""
-    scale: float | None
-    """Strength of the guidance module; None where the manifest does not say."""
-    seed: str | None
-    """Seed of its starting noise; None where the manifest does not say."""
-    values: Mapping[str, Any]
-    """All columns of the manifest."""
-    place: str
-    """The line and the file that it was read from, for messages."""
+    guidance_scale: float | None  # strength of classifier-free guidance; None where the manifest does not say
+    scale: float | None  # strength of the guidance module; None where the manifest does not say
+    seed: str | None  # seed of its starting noise; None where the manifest does not say
+    values: Mapping[str, Any]  # all columns of the manifest
+    place: str  # the line and the file that it was read from, for messages
 
     @property
     def scale_key(self) -> str:

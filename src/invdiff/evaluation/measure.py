@@ -21,8 +21,7 @@ from .quality.diversity import LPIPS, mean_cosine_distance, paired_cosines
 from .quality.figures import group_figures, quality_figures, share
 from .results import CANNOT_TELL, AttributeMeasures, Estimate, Measures, Quantity
 
-PROMPT_RESAMPLES = 200
-"""Resamples of the intervals of single prompts, which are many."""
+PROMPT_RESAMPLES = 200  # resamples of the intervals of single prompts, which are many
 
 
 def measure(

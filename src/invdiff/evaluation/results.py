@@ -16,10 +16,8 @@ from ..errors import EvaluationError, first_line
 from ..files import read_json, write_json, write_text
 from ..options import typed
 
-CANNOT_TELL = "cannot tell"
-"""The label of an image that an annotator is not confident about."""
-UNSTATED = "unstated"
-"""The guidance scale of images whose manifest names none."""
+CANNOT_TELL = "cannot tell"  # the label of an image that an annotator is not confident about
+UNSTATED = "unstated"  # the guidance scale of images whose manifest names none
 HEADLINE = ("bias", "bias_floor", "bias_ci", "accuracy", "frechet", "images_per_prompt", "shares")
 """Properties of `Measures` that its JSON form opens with; for readers of the file, not read back."""
 TABLE_COLUMNS = (
@@ -34,10 +32,8 @@ class Quantity:
     """One figure; None where it is not defined, and then `note` says why."""
 
     value: float | None
-    low: float | None = None
-    """Lower end of its interval; None where it has none."""
-    high: float | None = None
-    """Upper end."""
+    low: float | None = None  # lower end of its interval; None where it has none
+    high: float | None = None  # upper end
     note: str = ""
 
 

@@ -23,10 +23,8 @@ from ..models.schedule import NoiseSchedule
 from .base import Guidance, Rows, weight_signature
 from .environments import EnvironmentMix, Environments, strata
 
-MOST_COMBINATIONS = 16
-"""Of groups of several factors, that a later round averages over."""
-END_OF_CALL = "maybe_free_model_hooks"
-"""The method with which every diffusers pipeline ends a call."""
+MOST_COMBINATIONS = 16  # of groups of several factors, that a later round averages over
+END_OF_CALL = "maybe_free_model_hooks"  # the method with which every diffusers pipeline ends a call
 
 
 def attach(

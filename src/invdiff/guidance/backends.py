@@ -16,8 +16,7 @@ from .tokens import GuidanceTokens
 BACKENDS: dict[str, type[Guidance]] = {each.backend: each for each in (GuidanceModule, GuidanceTokens, GuidanceLoRA)}
 
 
-LARGE = 5_000_000
-"""Weights of a denoiser from which on `auto` takes `lora`: see docs/backends.md."""
+LARGE = 5_000_000  # weights of a denoiser from which on `auto` takes `lora`: see docs/backends.md
 
 
 def settled(config: TrainConfig, pipe: Any) -> TrainConfig:

@@ -27,14 +27,10 @@ if TYPE_CHECKING:
     from ..auditing.result import Audit
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-MOST_PROMPTS = 100
-"""Splits of prompts by hidden factors that a record keeps."""
-MOST_FOUND, MOST_NOT_FOUND = 25, 10
-"""Splits, and prompts without hidden groups, that a card lists."""
-MOST_NAMES = 50
-"""Groups of a prompt, and names of groups, that a card lists."""
-HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
-"""The name of a model on the hub."""
+MOST_PROMPTS = 100  # splits of prompts by hidden factors that a record keeps
+MOST_FOUND, MOST_NOT_FOUND = 25, 10  # splits, and prompts without hidden groups, that a card lists
+MOST_NAMES = 50  # groups of a prompt, and names of groups, that a card lists
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")  # the name of a model on the hub
 
 
 def training_record(

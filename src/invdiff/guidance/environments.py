@@ -15,10 +15,8 @@ Environments = Literal["uniform", "iid"] | Sequence[Any] | Mapping[Any, Sequence
 
 WORDS = ("uniform", "iid")
 
-MOST = 2**62
-"""Images after which combinations of groups need not come back."""
-LEVELS = 16
-"""Digits of the numbers of `strata`: proportions are met to 2^-16 and finer."""
+MOST = 2**62  # images after which combinations of groups need not come back
+LEVELS = 16  # digits of the numbers of `strata`: proportions are met to 2^-16 and finer
 
 
 class EnvironmentMix:

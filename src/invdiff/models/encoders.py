@@ -26,8 +26,7 @@ BATCH_SIZE = 32
 class VisionEncoder:
     """A frozen model that turns an image into one vector: the joint embedding of CLIP, the pooled output of others."""
 
-    name: str
-    """The last part of its hub id or folder, such as "clip-vit-base-patch32"."""
+    name: str  # the last part of its hub id or folder, such as "clip-vit-base-patch32"
     model: Any
     processor: Any
 

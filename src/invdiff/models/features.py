@@ -12,10 +12,8 @@ from .frozen import Denoiser, FrozenDenoiser
 MOST_MIDDLE, MOST_UPPER = 1536, 1024
 """Numbers that are kept of the middle block, and of each of the last two, at each noise level; more are projected to
 as many. With two levels an image takes at most 14 KB."""
-GRID = 8
-"""Side to which the grids of the last two blocks are pooled, where they are larger."""
-LARGEST = 6e4
-"""Features are kept in 16 bits, of which this is about the largest."""
+GRID = 8  # side to which the grids of the last two blocks are pooled, where they are larger
+LARGEST = 6e4  # features are kept in 16 bits, of which this is about the largest
 
 
 def read_features(

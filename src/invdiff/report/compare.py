@@ -10,8 +10,7 @@ from .read import Run
 
 BASE, GUIDED = "base", "guided"
 LABELS = {BASE: "Base model", GUIDED: "With guidance"}
-MOST_MODELS = 8
-"""Models shown beside each other."""
+MOST_MODELS = 8  # models shown beside each other
 CHARTS: Mapping[str, Callable[[Measures], Quantity | None]] = {
     "Bias: 0 is even, 1 is always the same class": lambda m: m.bias_estimate,
     "Subject right: share of images with the prompt's subject": lambda m: m.subject_accuracy,

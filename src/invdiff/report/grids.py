@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
 MOST_REASONS = 12
 FULL, MARGIN, GAP = 1472, 64, 8
-SCORES, GUTTER = 480, 72
-"""Width of a histogram, and what parts it from the groups beside it."""
+SCORES, GUTTER = 480, 72  # width of a histogram, and what parts it from the groups beside it
 COLUMNS = 8
 FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
 

@@ -40,17 +40,12 @@ PALETTE = ("#e69a1f", "#1f6fb5", "#1f9b78", "#b8528c", "#5ab4e0", "#c8501e", "#8
 """Groups and classes, in order: after Okabe and Ito, distinguishable with any colour vision."""
 BASE_COLOUR = "#6f7b8a"
 """The model that others are compared with."""
-SERIES_COLOURS = tuple(PALETTE[place] for place in (1, 2, 3, 5, 0, 6, 7, 4))
-"""All other models, in order."""
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
-"""One for each colour: series differ without colours too."""
+SERIES_COLOURS = tuple(PALETTE[place] for place in (1, 2, 3, 5, 0, 6, 7, 4))  # all other models, in order
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")  # one for each colour: series differ without colours too
 
-THUMB_SIDE = 192
-"""The most pixels of a small image."""
-CRISP_SIDE = 96
-"""Images this small are kept exactly, as PNG."""
-RARE = 0.15
-"""Below this share a group is hard to see unless counts are on a log scale."""
+THUMB_SIDE = 192  # the most pixels of a small image
+CRISP_SIDE = 96  # images this small are kept exactly, as PNG
+RARE = 0.15  # below this share a group is hard to see unless counts are on a log scale
 _LOCK = RLock()  # matplotlib's settings are global
 
 
@@ -86,14 +81,11 @@ class Line:
 class Chart:
     """Lines over one x axis."""
 
-    title: str
-    """What the y axis shows."""
+    title: str  # what the y axis shows
     x_name: str
     lines: Sequence[Line]
-    top: float | None = None
-    """Where the y axis ends at least; it begins at 0 or below."""
-    floors: Sequence[Sequence[tuple[float, float]]] = ()
-    """Dotted lines as (x, y): what a fair sampler shows by chance."""
+    top: float | None = None  # where the y axis ends at least; it begins at 0 or below
+    floors: Sequence[Sequence[tuple[float, float]]] = ()  # dotted lines as (x, y): what a fair sampler shows by chance
 
 
 def colour_of(index: int) -> str:

@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from ..data.captioned import CaptionedImages
 
 GENERATED = MANIFESTS[0]
-MOST_PROMPTS = 8
-"""Prompts that pictures and reports show in detail."""
+MOST_PROMPTS = 8  # prompts that pictures and reports show in detail
 _Array = NDArray[Any]
 
 
@@ -55,26 +54,20 @@ class Generated:
     """The images of one model."""
 
     rows: Sequence[Row]
-    folders: Sequence[str]
-    """Where they lie, as commands name it."""
-    settings: Sequence[Mapping[str, Any]]
-    """`generate.json` of each of these folders, empty where there is none."""
+    folders: Sequence[str]  # where they lie, as commands name it
+    settings: Sequence[Mapping[str, Any]]  # `generate.json` of each of these folders, empty where there is none
 
 
 @dataclass(frozen=True)
 class Group:
     """One group of one prompt's images, as positions in the audit."""
 
-    index: int
-    """The column of W."""
-    name: str
-    """The name that people gave it, or its number in words."""
+    index: int  # the column of W
+    name: str  # the name that people gave it, or its number in words
     share: float
     size: int
-    typical: list[int]
-    """Highest weight first, then the most extreme score on the group's side."""
-    uncertain: list[int]
-    """Lowest weight first, then closest to another group's scores."""
+    typical: list[int]  # highest weight first, then the most extreme score on the group's side
+    uncertain: list[int]  # lowest weight first, then closest to another group's scores
 
 
 @dataclass(frozen=True)

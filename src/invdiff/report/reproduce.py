@@ -14,8 +14,7 @@ from .compare import BASE
 from .figures import Table, quoted
 from .read import Run, without_paths
 
-MOST_WORDS = 24
-"""Prompts that a command lists; more are in a file."""
+MOST_WORDS = 24  # prompts that a command lists; more are in a file
 
 
 def reproduce(run: Run, version: str) -> dict[str, Any]:

@@ -36,8 +36,7 @@ PICTURES = {
     "scale": ("report-module-scale.png", "Bias and quality at every scale of the module"),
 }
 """File name and title of what lies beside the Markdown."""
-MOST_CHARACTERS = 300
-"""Of a caption or a name; a longer one is cut and ends in an ellipsis."""
+MOST_CHARACTERS = 300  # of a caption or a name; a longer one is cut and ends in an ellipsis
 
 
 def save_report(

@@ -21,8 +21,7 @@ from ..errors import ConfigError, DataError, TrainingError
 from ..files import check_same_settings, read_tensors, write_tensors
 from ..progress import progress_bar
 
-CHECK_EVERY = 10
-"""Steps between checks that the loss is finite: each check waits for the device."""
+CHECK_EVERY = 10  # steps between checks that the loss is finite: each check waits for the device
 
 
 def accelerator_for(mixed_precision: MixedPrecision, device: torch.device) -> Accelerator:

@@ -30,12 +30,9 @@ from ..progress import note
 from ..seeds import derived_seed, generator
 from .checkpoint import TrainingRun
 
-SCRATCH_RATE = 1.5e-3
-"""Peak learning rate of a denoiser that starts from new weights."""
-LATENT_NOISE = 0.05
-"""Standard deviation of the noise added to an autoencoder's latents, which are of about unit scale."""
-LATENT_PULL = 1e-3
-"""Weight of the latents' mean square in an autoencoder's loss."""
+SCRATCH_RATE = 1.5e-3  # peak learning rate of a denoiser that starts from new weights
+LATENT_NOISE = 0.05  # standard deviation of the noise added to an autoencoder's latents, which are of about unit scale
+LATENT_PULL = 1e-3  # weight of the latents' mean square in an autoencoder's loss
 
 
 def finetune(

@@ -28,8 +28,7 @@ from ..models.schedule import per_sample_loss
 from ..seeds import generator
 from .batches import Batch
 
-LEVELS = 16
-"""Timesteps at which the typical loss is measured."""
+LEVELS = 16  # timesteps at which the typical loss is measured
 IMAGES_PER_LEVEL = 64
 
 

@@ -17,8 +17,7 @@ from ..models.families.base import joined
 from ..models.frozen import Denoiser
 from ..progress import note
 
-AT_ONCE = 16
-"""Captions that are encoded together."""
+AT_ONCE = 16  # captions that are encoded together
 
 
 def unrelated_captions(captions: Sequence[str]) -> list[str]:

@@ -2,8 +2,7 @@
 
 import torch
 
-FEWEST = 20
-"""Images that a rare cell keeps, where as many are more likely in its group than not."""
+FEWEST = 20  # images that a rare cell keeps, where as many are more likely in its group than not
 
 
 def purified(weights: torch.Tensor, prompt_ids: torch.Tensor, purity: float) -> torch.Tensor:

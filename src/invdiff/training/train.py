@@ -34,10 +34,8 @@ from .objective import MovingGroupLosses, step_loss, typical_losses
 from .preservation import unrelated_condition
 
 LOG_EVERY = 10
-SAME = 0.5
-"""Agreement above which the groups of two factors count as one attribute."""
-DIAGNOSTIC_BATCHES = 8
-"""Batches at the end of a round on which excess losses are measured."""
+SAME = 0.5  # agreement above which the groups of two factors count as one attribute
+DIAGNOSTIC_BATCHES = 8  # batches at the end of a round on which excess losses are measured
 
 
 def train(

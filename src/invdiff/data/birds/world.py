@@ -37,10 +37,8 @@ TRAINING_TEMPLATES = (
     "one nice {}",
 )
 PARAPHRASED_SHARE = 0.25
-EXPLICIT_SHARE = 0.10
-"""Share of captions that state the background, whichever it is: the same for every kind of image."""
-EXPLICIT_PARAPHRASED_SHARE = 0.30
-"""Share of those that use a training template instead of the canonical one."""
+EXPLICIT_SHARE = 0.10  # share of captions that state the background, whichever it is: the same for every kind of image
+EXPLICIT_PARAPHRASED_SHARE = 0.30  # share of those that use a training template instead of the canonical one
 
 
 def canonical_prompts() -> tuple[str, ...]:

@@ -21,8 +21,7 @@ from ...seeds import generator
 from .annotations import Annotations, class_names
 from .heldout import HeldOut, Measurable
 
-JUDGES = "judges.safetensors"
-"""Beside audit.json: the linear judge of each hidden factor, and how it errs."""
+JUDGES = "judges.safetensors"  # beside audit.json: the linear judge of each hidden factor, and how it errs
 BATCH_SIZE = 32
 
 

@@ -29,10 +29,8 @@ from .heldout import MEASURED, SUMMARY, TENSORS, HeldOut, Measurable, combinatio
 from .labels import read_targets
 
 NUM_FEATURES = 64
-MIN_CALIBRATION = 20
-"""Held-out images below which a temperature is mostly noise: all of them are measured instead."""
-MAX_OVERSAMPLING = 20.0
-"""How much oftener than evenly an image of a rare combination of attributes may be drawn."""
+MIN_CALIBRATION = 20  # held-out images below which a temperature is mostly noise: all of them are measured instead
+MAX_OVERSAMPLING = 20.0  # how much oftener than evenly an image of a rare combination of attributes may be drawn
 
 
 class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):

@@ -22,12 +22,9 @@ from ...files import read_json, read_tensors, weights_digest, write_json, write_
 from .annotations import Annotations, Annotator, class_names
 
 TENSORS, SUMMARY = "heldout.safetensors", "confusion.json"
-MEASURED = "annotator.json"
-"""Beside these two: which annotator, in another place, they are of."""
-UNLABELLED = -1
-"""True class of an image whose label is missing."""
-MIN_CELL = 10
-"""Images below which the accuracy of one combination of attributes is chance."""
+MEASURED = "annotator.json"  # beside these two: which annotator, in another place, they are of
+UNLABELLED = -1  # true class of an image whose label is missing
+MIN_CELL = 10  # images below which the accuracy of one combination of attributes is chance
 MAX_TEMPERATURE = 100.0
 
 
@@ -97,12 +94,9 @@ class Measurable:
     """An annotator of images, whose `confusion` comes from held-out images that it was measured on."""
 
     attributes: Mapping[str, tuple[str, ...]]
-    network: Any = None
-    """The network that annotates; None where the annotator is a network itself."""
-    held_out: HeldOut | None = None
-    """The images of the latest measurement."""
-    _measured: Mapping[str, HeldOut] = {}
-    """Attribute to the held-out images that it was measured on last."""
+    network: Any = None  # the network that annotates; None where the annotator is a network itself
+    held_out: HeldOut | None = None  # the images of the latest measurement
+    _measured: Mapping[str, HeldOut] = {}  # attribute to the held-out images that it was measured on last
 
     def weights_digest(self) -> str:
         """16 hex digits that name its weights: what was measured with other ones is not true of it."""

@@ -17,8 +17,7 @@ from ...text import label_of
 from .annotations import CANNOT_TELL, Annotations
 
 MAX_CLASSES = 50
-FOLDER_ATTRIBUTE = "label"
-"""The attribute that names of sub-folders are values of."""
+FOLDER_ATTRIBUTE = "label"  # the attribute that names of sub-folders are values of
 
 
 def load_labelled_images(source: Source, *, caption_column: str | None = None, **options: Any) -> CaptionedImages:

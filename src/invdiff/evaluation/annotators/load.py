@@ -17,8 +17,7 @@ from .conv import ConvAnnotator
 from .heldout import MEASURED, HeldOut, Measurable
 from .labels import FOLDER_ATTRIBUTE, GivenLabels
 
-LABELS = "labels"
-"""In place of an annotator's name: the classes are read from the manifest."""
+LABELS = "labels"  # in place of an annotator's name: the classes are read from the manifest
 KINDS = (
     f"Give a folder that `invdiff annotator train` or `invdiff annotator measure` wrote, an audit (with its "
     f"model), a CLIP model, an image classifier, or {LABELS!r} to read columns of the manifest."

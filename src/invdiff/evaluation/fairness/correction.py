@@ -14,8 +14,7 @@ from .metrics import METRICS, FloatArray, checked_counts, per_prompt, target_sha
 
 MAX_CONDITION = 20.0
 """Condition number of the rates above which noise in the counts is amplified too much to correct them."""
-PRIOR = 0.5
-"""Held-out images added to each cell when rates are drawn (Jeffreys), so that an empty cell is not certain."""
+PRIOR = 0.5  # held-out images added to each cell when rates are drawn (Jeffreys), so that an empty cell is not certain
 
 
 def correct_for_annotator(counts: ArrayLike, confusion: ArrayLike) -> FloatArray:

@@ -20,12 +20,10 @@ from ...errors import EvaluationError
 
 FloatArray = NDArray[np.float64]
 
-MAX_ENUMERATED = 20_000
-"""Tables of counts up to which `metric_floor` sums over all of them."""
+MAX_ENUMERATED = 20_000  # tables of counts up to which `metric_floor` sums over all of them
 BATCH = 20_000
 RELATIVE_ERROR = 0.005
-ABSOLUTE_ERROR = 1e-4
-"""`metric_floor` draws batches until its standard error is below either."""
+ABSOLUTE_ERROR = 1e-4  # `metric_floor` draws batches until its standard error is below either
 
 
 def bias(p: FloatArray, target: FloatArray) -> FloatArray:

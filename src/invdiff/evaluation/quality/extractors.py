@@ -39,8 +39,7 @@ def load_extractor(spec: str) -> FeatureExtractor:
 class InceptionFeatures:
     """The 2048 features of Inception-v3 that FID and KID are defined on."""
 
-    network: torch.nn.Module
-    """From bytes, (batch, 3, height, width) uint8 of any size, to features, (batch, D)."""
+    network: torch.nn.Module  # from bytes, (batch, 3, height, width) uint8 of any size, to features, (batch, D)
     device: torch.device
     name: str = "inception"
 

@@ -18,14 +18,10 @@ from ..results import Quantity
 from .distances import cmmd, frechet_distance, kernel_distance, precision_recall_density_coverage
 from .diversity import LPIPS, lpips_diversity, paired_cosines, vendi_score
 
-NEIGHBOURS = 5
-"""k of precision, recall, density and coverage."""
-MIN_KERNEL = 3
-"""Images of each side that the kernel distance's interval needs."""
-LPIPS_IMAGES = 20
-"""Images of each prompt that LPIPS compares in pairs."""
-MIN_GROUP = 50
-"""Images of a group below which distances to a reference are mostly error."""
+NEIGHBOURS = 5  # k of precision, recall, density and coverage
+MIN_KERNEL = 3  # images of each side that the kernel distance's interval needs
+LPIPS_IMAGES = 20  # images of each prompt that LPIPS compares in pairs
+MIN_GROUP = 50  # images of a group below which distances to a reference are mostly error
 
 
 def quality_figures(

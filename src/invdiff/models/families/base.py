@@ -21,16 +21,11 @@ Condition: TypeAlias = dict[str, Tensor]
 class DenoiserShape:
     """The sizes that a guidance module must fit."""
 
-    latent_channels: int
-    """Channels of latents and prediction, unpacked."""
-    feature_path: str
-    """Dotted path of the block whose output is read."""
-    feature_channels: int
-    """Channels of that output."""
-    prompt_dim: int = 0
-    """Width of the prompt embeddings; 0 where the denoiser reads none."""
-    num_classes: int = 0
-    """Class labels, the null class included; 0 where the denoiser reads none."""
+    latent_channels: int  # channels of latents and prediction, unpacked
+    feature_path: str  # dotted path of the block whose output is read
+    feature_channels: int  # channels of that output
+    prompt_dim: int = 0  # width of the prompt embeddings; 0 where the denoiser reads none
+    num_classes: int = 0  # class labels, the null class included; 0 where the denoiser reads none
 
 
 @dataclass(frozen=True)
