@@ -52,8 +52,7 @@ class Reading:
 
     name: str
     values: tuple[str, ...]
-    scores: _Array
-    """(draws, N, V): by independent noises, less the mean of all values; no draws where few images were read."""
+    scores: _Array  # (draws, N, V): by independent noises, less the mean of all values; none of a few images
 
 
 def questions(asked: Mapping[str, Sequence[str]] | Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -136,15 +136,11 @@ class Humps:
     Of real features the large hump is seldom Gaussian: a skewed one looks like two to a mixture of Gaussians.
     """
 
-    gaussians: Mixture
-    """With the shares of all components; the largest one's Gaussian has its mean and deviation."""
-    deviations: _Array
-    """Of each component, (E,)."""
+    gaussians: Mixture  # with the shares of all components; the largest one's Gaussian has its mean and deviation
+    deviations: _Array  # of each component, (E,)
     largest: int
-    knots: _Array
-    """Between which the log density of the largest component is linear, (k,); beyond them it is wide and Gaussian."""
-    heights: _Array
-    """Its log density there, (k,)."""
+    knots: _Array  # between them the log density of the largest is linear, (k,); beyond it is wide and Gaussian
+    heights: _Array  # its log density there, (k,)
 
     def log_parts(self, scores: _Array) -> _Array:
         """Log density of each component, times its share, (n, E)."""

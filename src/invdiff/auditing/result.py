@@ -28,22 +28,14 @@ WORD_LIMIT = 60  # characters of a word, or of a few words that belong together
 class Candidate:
     """One way to split a prompt's images, with the figures it is judged by."""
 
-    evidence: str
-    """The source of the scores, such as "contrast at log-SNR -4.79"."""
-    num_groups: int
-    """E."""
-    shares: list[float]
-    """Share of the prompt's images in each group."""
-    agreement: float
-    """Adjusted Rand index of the groups found from independent noises and settings; 1 is perfect, 0 is chance."""
-    separation: float
-    """Distance of the nearest neighbouring groups in the scores."""
-    rand_low: float
-    """Lower 95% bound of the adjusted Rand index with the truth that separation and shares predict."""
-    log_e: float
-    """Natural logarithm of the e-value against one log-concave hump."""
-    refusal: str
-    """Why it is not believed, in words; "" where it is."""
+    evidence: str  # the source of the scores, such as "contrast at log-SNR -4.79"
+    num_groups: int  # E
+    shares: list[float]  # share of the prompt's images in each group
+    agreement: float  # adjusted Rand index of the groups of independent noises and settings; 1 is perfect, 0 chance
+    separation: float  # distance of the nearest neighbouring groups in the scores
+    rand_low: float  # lower 95% bound of the adjusted Rand index with the truth that separation and shares predict
+    log_e: float  # natural logarithm of the e-value against one log-concave hump
+    refusal: str  # why it is not believed, in words; "" where it is
 
 
 @dataclass(frozen=True)

@@ -54,16 +54,11 @@ Learn = Callable[[NDArray[np.bool_]], Sequence[_Array]]
 class Score:
     """One score of each of a prompt's n images, in several independent versions."""
 
-    evidence: str
-    """The measurement that it is made from, for people."""
-    draws: _Array
-    """(draws, n): under independent noises, or from independent features."""
-    learn: Learn
-    """The score, or several of which one is like it, (n,), from those images alone for which a mask (n,) is true."""
-    of_prompt: bool = False
-    """Whether it is low or high by what comes with the prompt, so that two humps are associated with the prompt."""
-    is_margin: bool = False
-    """Whether it is a which-prompt margin, which may mix several attributes that come with the prompt."""
+    evidence: str  # the measurement that it is made from, for people
+    draws: _Array  # (draws, n): under independent noises, or from independent features
+    learn: Learn  # the score, or several of which one is like it, (n,), from the images of a mask (n,) alone
+    of_prompt: bool = False  # whether it follows what comes with the prompt, so that two humps do too
+    is_margin: bool = False  # whether it is a which-prompt margin, which may mix several such attributes
 
     @property
     def mean(self) -> _Array:

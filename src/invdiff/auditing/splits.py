@@ -136,12 +136,9 @@ class Given(Search):
     """Factors that were asked for, not sought."""
 
     names: list[str] = field(default_factory=list)
-    values: list[list[str]] = field(default_factory=list)
-    """Names of the groups of each."""
-    record: dict[str, Any] = field(default_factory=dict)
-    """What was asked for, as `Audit.settings["asked"]` keeps it."""
-    words: dict[int, dict[str, int]] = field(default_factory=dict)
-    """By factor, the words of captions that state a group, beside those that are found to."""
+    values: list[list[str]] = field(default_factory=list)  # names of the groups of each
+    record: dict[str, Any] = field(default_factory=dict)  # what was asked for, as `Audit.settings["asked"]` keeps it
+    words: dict[int, dict[str, int]] = field(default_factory=dict)  # words of captions that state a group
 
 
 def given_factors(asked: Sequence[Asked], members: Mapping[int, NDArray[Any]], config: AuditConfig) -> Given:

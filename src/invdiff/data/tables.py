@@ -31,12 +31,9 @@ class Table:
     """The rows of a file, each with the line it begins at."""
 
     path: Path
-    columns: list[str]
-    """All columns, in order of first appearance."""
-    rows: list[dict[str, Any]]
-    """Column to value: text in CSV, "" where a cell is empty; any JSON value in JSONL, where rows may lack columns."""
-    lines: list[int]
-    """The line of each row, from 1."""
+    columns: list[str]  # all columns, in order of first appearance
+    rows: list[dict[str, Any]]  # column to value: text in CSV, any JSON value in JSONL, where rows may lack columns
+    lines: list[int]  # the line of each row, from 1
 
     def place(self, row: int) -> str:
         """The place of a row for messages, such as "line 3 of metadata.csv"."""

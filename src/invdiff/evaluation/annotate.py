@@ -41,14 +41,10 @@ class Question:
 class Described:
     """Classes, probabilities and features of N images."""
 
-    classes: Mapping[str, NDArray[np.int64]]
-    """Attribute to class index (N,); the number of classes where the annotator cannot tell."""
-    probabilities: Mapping[str, NDArray[np.float32]]
-    """Attribute to class probabilities, (N, classes)."""
-    features: Mapping[str, NDArray[np.float32]]
-    """Name of the features to features, (N, D)."""
-    unreadable: Mapping[str, str] = field(default_factory=dict)
-    """Name to reason of the images that could not be read and are not among the N."""
+    classes: Mapping[str, NDArray[np.int64]]  # attribute to class index (N,); the number of classes for "cannot tell"
+    probabilities: Mapping[str, NDArray[np.float32]]  # attribute to class probabilities, (N, classes)
+    features: Mapping[str, NDArray[np.float32]]  # name of the features to features, (N, D)
+    unreadable: Mapping[str, str] = field(default_factory=dict)  # name to reason of images left out of the N
 
     def __len__(self) -> int:
         described: list[Any] = [*self.classes.values(), *self.features.values()]

@@ -43,16 +43,11 @@ class Estimate(Quantity):
 
     value: float
     low: float
-    high: float
-    """Interval of the mean over these prompts; it says nothing about other prompts."""
-    floor: float
-    """Expected value for a sampler that draws from the target, with as many images."""
-    sd_over_prompts: float | None = None
-    """Standard deviation of the prompts' values; None for one prompt."""
-    unbiased_square: float | None = None
-    """Unbiased estimate of the SQUARED discrepancy, of fairness_discrepancy only: no other metric has one."""
-    corrected: float | None = None
-    """The value corrected for the annotator's errors; None without a usable confusion matrix."""
+    high: float  # interval of the mean over these prompts; it says nothing about other prompts
+    floor: float  # expected value for a sampler that draws from the target, with as many images
+    sd_over_prompts: float | None = None  # standard deviation of the prompts' values; None for one prompt
+    unbiased_square: float | None = None  # unbiased estimate of the SQUARED fairness_discrepancy alone
+    corrected: float | None = None  # the value corrected for the annotator's errors, where they are known well enough
     corrected_low: float | None = None
     corrected_high: float | None = None
 

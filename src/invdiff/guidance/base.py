@@ -28,12 +28,9 @@ from .card import render_card, with_figures
 class Rows:
     """What guides the rows of one call of the denoiser."""
 
-    environments: torch.Tensor
-    """The group of each hidden factor, (rows, factors)."""
-    scale: float = 1.0
-    """Delta, the strength; never 0."""
-    null: torch.Tensor | None = None
-    """Rows that run without guidance, (rows,) of bool: those of the null caption, where the adapter is off there."""
+    environments: torch.Tensor  # the group of each hidden factor, (rows, factors)
+    scale: float = 1.0  # Delta, the strength; never 0
+    null: torch.Tensor | None = None  # (rows,) of bool: run without guidance, as rows of the null caption may
 
     def strength(self, like: torch.Tensor) -> float | torch.Tensor:
         """Delta of each row, to multiply a tensor `like` (rows, ...) by."""

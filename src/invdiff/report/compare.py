@@ -29,8 +29,7 @@ class Comparison:
     """The guidance scale as results name it."""
     keys: list[str]
     """All guidance scales that both have, ascending."""
-    measures: Mapping[str, Measures] = field(default_factory=dict)
-    """Of the models that were measured at this scale, the two compared first."""
+    measures: Mapping[str, Measures] = field(default_factory=dict)  # of models at this scale, the two first
     pairs: Mapping[str, list[tuple[Row, Row]]] = field(default_factory=dict)
     """Prompt to what both models drew from the same seeds, in the order of the first one's manifest."""
 

@@ -38,15 +38,12 @@ class Parts:
     """Where the parts of a report lie."""
 
     audit: Path | None = None
-    data: Any = None
-    """A folder or `CaptionedImages`."""
+    data: Any = None  # a folder or `CaptionedImages`
     results: Path | None = None
     images: Mapping[str, Folders] = field(default_factory=dict)
     module: Path | None = None
-    run: Path | None = None
-    """The folder they lie in, where they lie in one."""
-    data_words: Sequence[str] = ()
-    """The name of the data on the command line, and the options to read it with; empty for where it lies."""
+    run: Path | None = None  # the folder they lie in, where they lie in one
+    data_words: Sequence[str] = ()  # the data on the command line, and the options to read it with
 
 
 @dataclass(frozen=True)
@@ -74,26 +71,18 @@ class Group:
 class Split:
     """One prompt's images, split into groups by one hidden factor."""
 
-    index: int
-    """Of the prompt, in the audit."""
+    index: int  # of the prompt, in the audit
     prompt: PromptAudit
-    factor_index: int
-    """Of the hidden factor, from 0."""
-    factor: str
-    """Its name before that of a prompt, such as "factor 1 · "; empty where the audit has one factor only."""
-    figures: PromptSplit
-    """How the audit judges it."""
-    rows: _Array
-    """(n,) positions in the audit of the prompt's images, without those left out; scores and labels are theirs."""
+    factor_index: int  # of the hidden factor, from 0
+    factor: str  # its name before that of a prompt, such as "factor 1 · "; empty where the audit has one factor only
+    figures: PromptSplit  # how the audit judges it
+    rows: _Array  # (n,) positions in the audit of the prompt's images, without those left out; others are theirs
     scores: _Array
-    weights: _Array
-    """W of these images, (n, E)."""
+    weights: _Array  # W of these images, (n, E)
     labels: _Array
     groups: list[Group]
-    cuts: list[float]
-    """Scores at which the groups part, rising: those that people set, or the midpoints of the gaps between groups."""
-    by_hand: bool
-    """Whether people moved the cuts or left out images of this prompt."""
+    cuts: list[float]  # scores at which the groups part, rising: people's, or the midpoints between groups
+    by_hand: bool  # whether people moved the cuts or left out images of this prompt
 
     @property
     def shares(self) -> list[Share]:
@@ -121,8 +110,7 @@ class Run:
     """A digest of the results' file."""
     images: Mapping[str, Generated] = field(default_factory=dict)
     """By model."""
-    module: Mapping[str, Any] = field(default_factory=dict)
-    """A module's config, its record included; empty without a module."""
+    module: Mapping[str, Any] = field(default_factory=dict)  # a module's config, with its record; or empty
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """How commands name "audit", "module", "results" and "data", the latter with the options to read it with."""
 

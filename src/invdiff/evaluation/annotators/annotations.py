@@ -17,12 +17,9 @@ from ..results import CANNOT_TELL as CANNOT_TELL
 class Annotations:
     """Classes and features that an annotator saw in N images."""
 
-    attributes: Mapping[str, tuple[str, ...]]
-    """Attribute name to class names."""
-    probabilities: Mapping[str, NDArray[np.float32]]
-    """Attribute name to class probabilities, (N, classes). A row of zeros: nothing is known of that image."""
-    features: NDArray[np.float32] | None = None
-    """Features for distances between sets of images, (N, D); None where the annotator gives none."""
+    attributes: Mapping[str, tuple[str, ...]]  # attribute name to class names
+    probabilities: Mapping[str, NDArray[np.float32]]  # attribute to (N, classes); zeros: not known
+    features: NDArray[np.float32] | None = None  # (N, D), for distances between sets of images
 
     def __post_init__(self) -> None:
         lengths = set() if self.features is None else {len(self.features)}

@@ -76,14 +76,10 @@ def cmmd(features: ArrayLike, reference: ArrayLike, *, sigma: float = 10.0, scal
 class Neighbourhoods(NamedTuple):
     """How much of one set of features lies near the other; all but `density` are shares of images."""
 
-    precision: float
-    """Images that lie in the ball of some reference image: fidelity."""
-    recall: float
-    """Reference images that lie in the ball of some image: variety."""
-    density: float
-    """Balls of reference images that an image lies in, as a mean, in units of k; above 1 where images crowd."""
-    coverage: float
-    """Reference images whose ball holds some image."""
+    precision: float  # images that lie in the ball of some reference image: fidelity
+    recall: float  # reference images that lie in the ball of some image: variety
+    density: float  # balls of reference images that an image lies in, as a mean, in units of k; above 1 in crowds
+    coverage: float  # reference images whose ball holds some image
 
 
 def precision_recall_density_coverage(features: ArrayLike, reference: ArrayLike, *, k: int = 5) -> Neighbourhoods:

@@ -32,12 +32,9 @@ class DenoiserShape:
 class DenoiserCall:
     """One call of a denoiser, in the layout that is the same for all families."""
 
-    noisy_latents: Tensor
-    """z_t, (rows, channels, height, width), unpacked; further channels (inpainting) may follow the latents'."""
-    timesteps: Tensor
-    """(rows,) on the scale of the training schedule, 0 to `num_train_timesteps`; integer or fractional."""
-    condition: Condition
-    """Phi's input."""
+    noisy_latents: Tensor  # z_t, (rows, channels, height, width), unpacked; more channels (inpainting) may follow
+    timesteps: Tensor  # (rows,) on the scale of the training schedule, 0 to `num_train_timesteps`; also fractional
+    condition: Condition  # phi's input
 
 
 class Family(ABC):

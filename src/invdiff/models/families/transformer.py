@@ -18,8 +18,7 @@ class TransformerFamily(Family):
     """What transformers share: features are the tokens of the block in the middle."""
 
     adapted = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
-    prompt_width: ClassVar[str]
-    """The denoiser's setting that has the width of prompt embeddings; "" where it reads none."""
+    prompt_width: ClassVar[str]  # the denoiser's setting with the width of prompt embeddings; "" where it reads none
 
     def shape(self, denoiser: Any) -> DenoiserShape:
         return DenoiserShape(  # output channels beyond the latents' are a learnt variance
