@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 import worlds
 from judges import EfficientNetLite
 from kept import RESULTS, rounded
-from methods import Biased, Fitted
+from methods import Biased
 from numpy.typing import NDArray
 from PIL import Image
 from runner import BATCH_SIZE, Suite, kept
@@ -44,9 +44,9 @@ SCALES = (1.0, 3.0)
 """Classifier-free guidance scales of the images that are drawn."""
 NUM_VALIDATION, VALIDATION_SEED, NUM_TEST, TEST_SEED = 4000, 77, 2000, 78
 """Held-out images: biased as the training images are, to choose settings on, and balanced ones that measure."""
-PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+PENALTIES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3e-4, 1e-4)
 """lambda of mean loss + lambda / 2 |w|^2, to choose from."""
-FACTORS, FIRST_PENALTIES = (5.0, 20.0, 100.0), (3.0, 0.3, 0.03)
+FACTORS, FIRST_PENALTIES = (5.0, 20.0, 100.0), (30.0, 3.0, 0.3, 0.03)
 """Of JTT: weights of errors, and penalties of the classifier that makes them."""
 ROUNDS, RATE = 30, 1.0
 """Of GroupDRO: steps of the weights of groups, and their size."""
@@ -166,7 +166,7 @@ class Study:
     """The test with one seed: of the training images, the models and the drawn images."""
 
     def __init__(self, source: Path, base: Path, work: Path, seed: int, per_prompt: int) -> None:
-        self.suite, self.per_prompt, self.seed = Suite.named(BENCHMARK), per_prompt, seed
+        self.suite, self.per_prompt = Suite.named(BENCHMARK), per_prompt
         self.world = self.suite.opened(source, base, work / BENCHMARK, seed)
         self.encoder, self.folder = EfficientNetLite(), self.world.work / FOLDER
         make = partial(worlds.waterbirds, source, held_out=True)
@@ -184,21 +184,42 @@ class Study:
             write_arrays(path, {"features": self.encoder.extract(images)})
         return read_arrays(path)["features"]
 
-    def subjects_of(self, named: Sequence[str]) -> Array:
-        """Indices of classes."""
-        return np.array([self.classes.index(name) for name in named])
+    def real(self) -> dict[str, Images]:
+        """The training images, as many balanced ones, validation and test images."""
+        sets = {"biased": self.world.labelled, "balanced": self.world.balanced}
+        sets |= {"validation": self.validation, "test": self.test}
+        found = {name: self.described(name, map(data.image, range(len(data)))) for name, data in sets.items()}
+        self.mean, self.scale = found["biased"].mean(axis=0), found["biased"].std(axis=0) + 1e-6
+        return {name: self.images(found[name], of.attributes[self.world.subject]) for name, of in sets.items()}
 
-    def drawn(self, name: str, fitted: Fitted, scale: float) -> tuple[Array, Array, Array]:
-        """Features, classes and places within their prompt of images of every prompt, groups spread evenly."""
-        config = GenerateConfig(
-            images_per_prompt=self.per_prompt, guidance_scale=scale, seed=2000 + self.seed, batch_size=BATCH_SIZE
-        )
-        folder = self.folder / f"{name}-{scale:g}"
-        generate(fitted.pipe, list(self.world.prompts), folder, module=fitted.guidance, config=config, progress=False)
-        rows = read_images(folder)
-        features = self.described(folder.name, (read_image(row.path) for row in rows))
-        places = np.arange(len(rows)) % self.per_prompt
-        return features, self.subjects_of([self.world.prompts[row.prompt] for row in rows]), places
+    def images(self, features: Array, subjects: Sequence[str]) -> Images:
+        """Images of weight 1, standardised as the training images are."""
+        indices = np.array([self.classes.index(name) for name in subjects])
+        return Images((features - self.mean) / self.scale, indices, np.ones(len(indices)))
+
+    def drawn(self) -> Iterator[tuple[str, Images]]:
+        """Images of every prompt by our guidance, groups spread evenly, and by the biased model: half, then all."""
+        world, ours = self.world, self.suite.each()["ours"].fitted_by()
+        for name, owner, method in (("ours", "ours", ours), ("plain", "the biased model's", Biased())):
+            fitted = method.fit(world, world.work / name / "fitted")
+            for scale in SCALES:
+                config = GenerateConfig(
+                    images_per_prompt=self.per_prompt,
+                    guidance_scale=scale,
+                    seed=2000 + world.seed,
+                    batch_size=BATCH_SIZE,
+                )
+                folder = self.folder / f"{name}-{scale:g}"
+                generate(
+                    fitted.pipe, list(world.prompts), folder, module=fitted.guidance, config=config, progress=False
+                )
+                rows = read_images(folder)
+                features = self.described(folder.name, (read_image(row.path) for row in rows))
+                subjects = [world.prompts[row.prompt] for row in rows]
+                for count in (self.per_prompt // 2, self.per_prompt):
+                    own = [place for place in range(len(rows)) if place % self.per_prompt < count]
+                    images = self.images(features[own], [subjects[place] for place in own])
+                    yield f"{len(own)} of {owner}, CFG {scale:g}", images
 
     def audited(self) -> tuple[Array, Array]:
         """Probabilities of the audit's groups, (N, E): of the training images, and of the validation images."""
@@ -215,53 +236,34 @@ class Study:
 
     def figures(self) -> dict[str, Any]:
         """Row to what it was given, and its figures by the way its settings were chosen."""
-        world, real = self.world, {}
-        sets = {"biased": world.labelled, "balanced": world.balanced, "validation": self.validation, "test": self.test}
-        for name, data in sets.items():
-            subjects = self.subjects_of(data.attributes[world.subject])
-            real[name] = self.described(name, map(data.image, range(len(data)))), subjects
-        mean, scale = real["biased"][0].mean(axis=0), real["biased"][0].std(axis=0) + 1e-6
-
-        def images(features: Array, subjects: Array) -> Images:
-            return Images((features - mean) / scale, subjects, np.ones(len(subjects)))
-
-        biased, balanced, validation, test = (images(*of) for of in real.values())
-        posterior, posterior_of_validation = self.audited()
+        world, (biased, balanced, validation, test) = self.world, self.real().values()
+        posterior, of_validation = self.audited()
         true, groups, seen = (self.groups(data) for data in (world.labelled, self.validation, self.test))
         found = posterior.argmax(axis=1) + 10 * biased.subjects
-        reweighted = Images(biased.features, biased.subjects, even(biased.subjects, posterior))
+        reweighted = replace(biased, weights=even(biased.subjects, posterior))
+        names, places = np.unique(world.labelled.attributes[world.attribute], return_inverse=True)
+        truly = replace(biased, weights=even(biased.subjects, np.eye(len(names))[places]))
         rows: dict[str, tuple[str, Callable[[], Candidates]]] = {
             "biased images": ("none", partial(erm, biased)),
             "JTT": ("none", partial(jtt, biased)),
             "reweighted by the audit's groups": ("none", partial(erm, reweighted)),
             "GroupDRO, the audit's groups": ("none", partial(group_dros, biased, found)),
+            "reweighted by true groups": ("labels", partial(erm, truly)),
             "GroupDRO, true groups": ("labels", partial(group_dros, biased, true)),
             "balanced images": ("labels", partial(erm, balanced)),
         }
-        ours = self.suite.each()["ours"].fitted_by()
-        for name, owner, method in (("ours", "ours", ours), ("plain", "the biased model's", Biased())):
-            fitted = method.fit(world, world.work / name / "fitted")
-            for guidance in SCALES:
-                features, subjects, places = self.drawn(name, fitted, guidance)
-                for count in (self.per_prompt // 2, self.per_prompt):
-                    own = images(features[places < count], subjects[places < count])
-                    label = f"{len(own.subjects)} of {owner}, CFG {guidance:g}"
-                    rows[f"biased images and {label}"] = "none", partial(erm, biased + own)
-                if name == "ours":
-                    rows[f"reweighted, and {label}"] = "none", partial(erm, reweighted + own)
-                    rows[f"{label}, alone"] = "none", partial(erm, own)
-        groupings = {
-            "audit": posterior_of_validation.argmax(axis=1) + 10 * validation.subjects,
-            "true": groups,
-            "average": np.zeros(len(self.validation)),
-        }
+        for label, images in self.drawn():
+            rows[f"biased images and {label}"] = "none", partial(erm, biased + images)
+            if "ours" in label:
+                rows[f"reweighted, and {label}"] = "none", partial(erm, reweighted + images)
+                rows[f"{label}, alone"] = "none", partial(erm, images)
+        groupings = {"audit": of_validation.argmax(axis=1) + 10 * validation.subjects, "true": groups}
+        groupings["average"] = np.zeros(len(groups))
         held_out = (validation.features, validation.subjects), groupings, (test.features, test.subjects), seen
         figures = {}
         for label, (given, candidates) in rows.items():
             figures[label] = {"given": given, "chosen by": chosen(candidates(), *held_out)}
-            print(
-                label, *(f"{name} {of['worst']:.3f}" for name, of in figures[label]["chosen by"].items()), flush=True
-            )
+            print(label, {name: round(of["worst"], 3) for name, of in figures[label]["chosen by"].items()}, flush=True)
         return figures
 
     def groups(self, data: CaptionedImages) -> Array:
