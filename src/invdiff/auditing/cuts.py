@@ -87,7 +87,10 @@ def weigh(
             cut = Cut(cut.candidate, score, posterior, intervals)
             mixture = humps.gaussians if humps else mixture
             log_e = log_e_value(score.learn, values, size, rotations)
-            agreement, log_e = round(_agreement(score, size), 4), round(max(log_e, NOT_TESTED), 4)
+            # Of the groups that the versions of a score give, each cut on its own.
+            labels = [fit_mixture(draw, size, quick=True).posterior(draw).argmax(axis=1) for draw in score.draws]
+            pairs = [adjusted_rand_score(a, b) for a, b in combinations(labels, 2)]
+            agreement, log_e = round(float(np.mean(pairs or [0.0])), 4), round(max(log_e, NOT_TESTED), 4)
             shares = _rounded(posterior.mean(axis=0))
             cut = replace(cut, candidate=replace(cut.candidate, shares=shares, agreement=agreement, log_e=log_e))
         separation, lowest = round(float(mixture.separation), 4), round(lowest, 4)
@@ -98,10 +101,3 @@ def weigh(
 
 def _rounded(shares: _Array) -> list[float]:
     return [round(float(share), 4) for share in shares]
-
-
-def _agreement(score: Score, num_groups: int) -> float:
-    """The mean adjusted Rand index of the groups that the versions of a score give, each cut on its own."""
-    labels = [fit_mixture(draw, num_groups, quick=True).posterior(draw).argmax(axis=1) for draw in score.draws]
-    pairs = [adjusted_rand_score(a, b) for a, b in combinations(labels, 2)]
-    return float(np.mean(pairs)) if pairs else 0.0

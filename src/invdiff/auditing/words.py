@@ -71,7 +71,8 @@ def describe_groups(
     images, judged = normalize(features.astype(float)), []
     for prompt, factor, positions, labels in samples:
         scores = images[np.searchsorted(shown, positions)] @ texts.T
-        said = named_in(found.prompts[prompt].prompt, words)
+        asked = {stem(word) for word in words_in(found.prompts[prompt].prompt)}  # what is asked for is not hidden
+        said = np.array([{stem(part) for part in words_in(word) or [""]} <= asked for word in words], dtype=bool)
         tests = [_test(scores, labels == group, said) for group in range(found.num_groups[factor])]
         judged.append((prompt, factor, labels, tests))
     stems = np.array([stem(word) for word in words])
@@ -154,12 +155,6 @@ def vocabulary(captions: Sequence[str], further: Sequence[str] = ()) -> list[str
     for word in filter(None, words):
         distinct.setdefault(word.casefold(), word)
     return list(distinct.values())
-
-
-def named_in(prompt: str, words: Sequence[str]) -> _Array:
-    """Which words a prompt already says, (len(words),): an attribute that is asked for is not hidden."""
-    said = {stem(word) for word in words_in(prompt)}
-    return np.array([{stem(part) for part in words_in(word) or [""]} <= said for word in words], dtype=bool)
 
 
 def stem(word: str) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..config import EvaluateConfig
 from ..data.captioned import CaptionedImages
@@ -85,7 +84,15 @@ def evaluate(
         raise EvaluationError(f"Expected a target share for {wanted}, got {', '.join(target)}. Give one for each.")
     subject = config.subject_attribute
     confusion = {name: annotator.confusion(name, config.min_confidence) for name in asked}
-    corrections, warnings = _corrections(confusion, annotator.name)
+    corrections, warnings = dict(confusion), []
+    for name, matrix in confusion.items():
+        try:
+            if matrix is not None:
+                correct_for_annotator(np.ones((1, matrix.shape[1])), matrix)
+        except EvaluationError as error:
+            corrections[name] = None
+            told = f"no figure of {name} is corrected for the errors of {annotator.name}: {error}"
+            warnings.append(told.rstrip("."))
     question = Question(
         attributes=attributes,
         classes=classes,
@@ -154,22 +161,6 @@ def named_subjects(prompts: Sequence[str], classes: Sequence[str]) -> dict[str, 
         if named:
             found[prompt] = max(named, key=len)
     return found
-
-
-def _corrections(
-    confusion: Mapping[str, NDArray[Any] | None], annotator: str
-) -> tuple[dict[str, NDArray[Any] | None], list[str]]:
-    """The confusion matrices that figures can be corrected by, and why the others cannot."""
-    usable = dict(confusion)
-    warnings = []
-    for name, matrix in confusion.items():
-        if matrix is not None:
-            try:
-                correct_for_annotator(np.ones((1, matrix.shape[1])), matrix)
-            except EvaluationError as error:
-                usable[name] = None
-                warnings.append(f"no figure of {name} is corrected for the errors of {annotator}: {error}".rstrip("."))
-    return usable, warnings
 
 
 def _notes(

@@ -33,9 +33,11 @@ def found(run: Run, audit: Audit) -> dict[str, Any]:
         for split in further
     ]
     columns = ("Prompt", "Images", "Groups", "Separation", "Agreement")
+    lost = {shown_path(name): reason for name, reason in audit.unreadable.items()}
+    unread = about_unreadable(lost, len(audit.names) + len(lost)) if lost else ""
     return {
         "summary": summary(audit),
-        "notes": list(filter(None, [_unreadable(audit), about_edits(audit.edits), withheld(run), audit.caveats])),
+        "notes": list(filter(None, [unread, about_edits(audit.edits), withheld(run), audit.caveats])),
         "named": named,
         "words": words,
         "by_hand": any(split.by_hand for split in shown),
@@ -89,11 +91,6 @@ def about_edits(edits: Edits) -> str:
     listed = " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
     before = " Separation and agreement are of the groups as inferred." if left_out or moved else ""
     return f"People changed this audit: {listed}.{before}" if parts else ""
-
-
-def _unreadable(audit: Audit) -> str:
-    named = {shown_path(name): reason for name, reason in audit.unreadable.items()}
-    return about_unreadable(named, len(audit.names) + len(named)) if named else ""
 
 
 def withheld(run: Run) -> str:

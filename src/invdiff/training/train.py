@@ -115,7 +115,10 @@ def train(
         for number in range(config.rounds):
             if number > 0:
                 # The max phase again, against the guided model: what does it still treat unequally?
-                again = next_audit_config(audit)
+                # A vision encoder sees the images, which guidance does not change; words are for people.
+                asked = {name: of for name, of in audit.settings.items() if name in AuditConfig.__dataclass_fields__}
+                asked |= {"vision_encoder": "", "words_model": "", "words": (), "num_groups": audit.num_groups[0]}
+                again = AuditConfig.from_dict(asked)
                 with FrozenDenoiser(pipe) as plain:
                     guided = GuidedDenoiser(plain, module, data.condition(torch.tensor([data.null_id])))
                     found = infer_groups(
@@ -196,14 +199,6 @@ def run_round(
                 step_loss(run.parallel, batch, typical, plain, 1.0, run.accelerator)
         run.log[-1]["excess_losses"] = by_group(plain.means()[..., 1])
     return run.log
-
-
-def next_audit_config(audit: Audit) -> AuditConfig:
-    """The settings of `audit` for the audit of the next round, with the same number of groups."""
-    settings = {name: value for name, value in audit.settings.items() if name in AuditConfig.__dataclass_fields__}
-    # A vision encoder sees the images, which guidance does not change; words are for people.
-    blank = {"vision_encoder": "", "words_model": "", "words": ()}
-    return AuditConfig.from_dict(settings | blank | {"num_groups": audit.num_groups[0]})
 
 
 def with_new_factors(before: Audit, found: Audit) -> Audit:

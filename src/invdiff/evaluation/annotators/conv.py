@@ -166,8 +166,9 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         """
         classes, targets = read_targets(data, attributes)
         class_names(classes, DataError)
-        pixels, readable = read_pixels(data, resolution, progress=progress)
-        targets = targets[readable]
+        images = readable_images(data, "reading images", progress=progress)
+        readable, read = zip(*((row, to_pixels(image, resolution)) for row, image in images), strict=True)
+        pixels, targets = torch.stack(read), targets[list(readable)]
         generator = torch.Generator().manual_seed(seed)
         cells = combinations(targets)
         held_out = stratified_share(cells, holdout, generator)
@@ -182,18 +183,21 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
             torch.default_generator.manual_seed(seed)
             model = cls(attributes=classes, resolution=resolution)
         model.train()
-        train_network(
-            model,
-            pixels,
-            torch.from_numpy(targets),
-            rows=rows,
-            weights=torch.from_numpy(weights),
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            generator=generator,
-            progress=progress,
-        )
+        truth, chances = torch.from_numpy(targets), torch.from_numpy(weights)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1)
+        with progress_bar("annotator", steps, enabled=progress) as bar:
+            for _ in range(steps):
+                drawn = torch.multinomial(chances, batch_size, replacement=True, generator=generator).numpy()
+                batch = torch.from_numpy(rows[drawn])
+                _, logits = model(augment(normalise(pixels[batch]), generator))
+                losses = [functional.cross_entropy(part, truth[batch, column]) for column, part in enumerate(logits)]
+                loss = torch.stack(losses).sum()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                bar.advance(loss=loss)
         model.calibrate(pixels[held_out], targets[held_out], seed=seed)
         return model
 
@@ -217,13 +221,6 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def read_pixels(data: CaptionedImages, resolution: int, *, progress: bool) -> tuple[torch.Tensor, list[int]]:
-    """The readable images as uint8, (N, 3, resolution, resolution), and their rows."""
-    images = readable_images(data, "reading images", progress=progress)
-    rows, pixels = zip(*((row, to_pixels(image, resolution)) for row, image in images), strict=True)
-    return torch.stack(pixels), list(rows)
-
-
 def stratified_share(cells: NDArray[np.int64], share: float, generator: torch.Generator) -> NDArray[np.int64]:
     """Sorted rows that hold a `share` of each of `cells`, (N,): at least one where a cell has two, never all."""
     chosen = []
@@ -232,39 +229,6 @@ def stratified_share(cells: NDArray[np.int64], share: float, generator: torch.Ge
         count = min(max(round(share * len(rows)), 1), len(rows) - 1)
         chosen.append(rows[torch.randperm(len(rows), generator=generator).numpy()[:count]])
     return np.sort(np.concatenate(chosen))
-
-
-def train_network(
-    network: torch.nn.Module,
-    pixels: torch.Tensor,
-    targets: torch.Tensor,
-    *,
-    rows: NDArray[np.int64],
-    weights: torch.Tensor,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    generator: torch.Generator,
-    progress: bool,
-) -> None:
-    """Minimise the sum of the attributes' cross-entropies by AdamW on a one-cycle schedule, on varied images.
-
-    Of uint8 pixels, (N, 3, height, width), and classes, (N, attributes), `rows`, (M,), are drawn by weight, (M,).
-    """
-    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-2)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1)
-    with progress_bar("annotator", steps, enabled=progress) as bar:
-        for _ in range(steps):
-            drawn = torch.multinomial(weights, batch_size, replacement=True, generator=generator).numpy()
-            batch = torch.from_numpy(rows[drawn])
-            _, logits = network(augment(normalise(pixels[batch]), generator))
-            losses = [functional.cross_entropy(part, targets[batch, column]) for column, part in enumerate(logits)]
-            loss = torch.stack(losses).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            bar.advance(loss=loss)
 
 
 def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
