@@ -318,7 +318,7 @@ def test_pairs_are_of_seeds_that_both_have_once_in_a_prompt_and_none_is_stated(b
     assert none.value is None
     assert "share no two seeds" in none.note
     change_rows(other, [{"guidance_scale": 3}] * 8)
-    note = "guided at guidance scale 3.0: base has no images at this guidance scale to compare with seed by seed"
+    note = "guided at guidance scale 3.0: base has no images at this guidance scale to compare seed by seed"
     assert note in measure(folders_in(tmp_path)).notes
 
 

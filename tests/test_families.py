@@ -229,7 +229,7 @@ def test_an_unconditional_model_ignores_captions_and_has_no_contrast_and_one_rou
     found = run_audit(pipe, "ddpm", data, tmp_path)
     assert [prompt.captions for prompt in found.prompts] == [[""]]
     assert found.forwards_per_image == 2 + 2  # draws at one level, features at two
-    with pytest.raises(AuditError, match="a model that reads captions for solver 'exact'"):
+    with pytest.raises(AuditError, match="a model of captions for solver 'exact'"):
         audit(pipe, data, config=AuditConfig(solver="exact"), cache_dir=tmp_path, progress=False)
     options = {"config": TrainConfig(steps=1, rounds=2), "cache_dir": tmp_path / "cache", "progress": False}
     with pytest.raises(ConfigError, match="Expected one round and no penalty for an unconditional model"):

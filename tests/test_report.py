@@ -314,7 +314,7 @@ def test_parts_that_do_not_fit_are_errors_and_nothing_is_written(finished, tmp_p
     other = make_audit(tmp_path / "other", per_prompt=4)
     wrong = [
         ({}, ConfigError, "Expected audit/ or results.json in what is given"),
-        ({"audit": finished / "audit", "data": other}, AuditError, "Give the data that the audit was made on"),
+        ({"audit": finished / "audit", "data": other}, AuditError, "Give the data of the audit"),
         ({"audit": finished / "audit", "images": images}, DataError, r"Could not read the image .*guided/0-0\.png"),
         ({"audit": finished / "audit", "module": tmp_path}, ConfigError, "Expected a module"),
         ({"results": tmp_path / "results.json"}, DataError, "Expected JSON"),

@@ -180,9 +180,7 @@ def check_same_settings(folder: Path, found: dict[str, Any], settings: dict[str,
     ]
     if changed:
         remedy = "Use the same, or another output folder, or delete this one to start afresh."
-        raise ConfigError(
-            f"Expected the settings {folder} was started with, got others: {'; '.join(changed)}. {remedy}"
-        )
+        raise ConfigError(f"Expected the settings {folder} began with, got others: {'; '.join(changed)}. {remedy}")
 
 
 def write_tensors(

@@ -35,6 +35,4 @@ def is_first_process() -> bool:
 def one_process(what: str) -> None:
     """Raise `ConfigError` where a step that runs as one process is started as several."""
     if (count := launched()[1]) > 1:
-        raise ConfigError(
-            f"Expected one process for {what}, got {count}. Run it without torchrun. {HOW_TO_RUN_ALONE}."
-        )
+        raise ConfigError(f"Expected one process for {what}, got {count}. Run without torchrun. {HOW_TO_RUN_ALONE}.")

@@ -68,9 +68,7 @@ class Drawing:
             check_fit(pipe, module)
             module.check_scale(self.config.scale)
             if calibrated and not (module.sees_environment and self.config.scale == 1):
-                raise ConfigError(
-                    "Expected a balanced module at scale 1 for 'calibrated', got another. Take 'uniform'."
-                )
+                raise ConfigError("Expected a balanced module at scale 1 for 'calibrated', got another. Leave it out.")
             self._mix = mix_for(module, "uniform" if calibrated else environments)
         elif not (isinstance(environments, str) and environments in WORDS):
             raise ConfigError(f"Expected a module beside environments, got {environments!r} and no module.")

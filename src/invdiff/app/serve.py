@@ -37,9 +37,7 @@ def check_address(host: str, *, public: bool, password: str | None) -> None:
     try:
         found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
     except (OSError, UnicodeError) as error:
-        raise ConfigError(
-            f"Expected an address of this machine, such as {LOOPBACK}, got {host!r}: {error}."
-        ) from error
+        raise ConfigError(f"Expected an address of this machine like {LOOPBACK}, got {host!r}: {error}.") from error
     if not public and not all(ipaddress.ip_address(address).is_loopback for address in found):
         raise ConfigError(
             f"Expected an address of this machine alone, such as {LOOPBACK}, got {host}: whoever opens the page sees "

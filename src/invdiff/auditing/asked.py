@@ -70,9 +70,7 @@ def labels_asked(labels: Labels | None, names: Sequence[str], skipped: Iterable[
     found = {}
     for attribute, given in (labels or {}).items():
         if not isinstance(given, Mapping):
-            raise DataError(
-                f"Expected labels as attribute to image to value, got {given!r} as {attribute!r}. Write it so."
-            )
+            raise DataError(f"Expected labels as attribute to image to value, got {given!r} as {attribute!r}. Fix it.")
         spelled = labels_in(attribute, [(value, name) for name, value in given.items()], DataError)
         known = dict(zip(given, spelled, strict=True))
         if absent := sorted(known.keys() - {*names, *skipped}):
@@ -99,9 +97,7 @@ def about_asked(asked: Mapping[str, Any]) -> str:
     said = [f"they are the values of the column “{one_line(name, 60)}”" for name in asked.get("attribute", ())]
     for name, of in asked.get("labels", {}).items():
         counts, right = of.get("images", {}), of.get("right", {})
-        shares = ", ".join(
-            f"{one_line(value, 60)} {count} ({right.get(value, 0):.0%})" for value, count in counts.items()
-        )
+        shares = ", ".join(f"{one_line(key, 60)} {count} ({right.get(key, 0):.0%})" for key, count in counts.items())
         said.append(
             f"“{one_line(name, 60)}” was learned from labels of few images, and is inferred of the others; "
             f"labels of each value, and the share of them guessed right when left out: {shares}"

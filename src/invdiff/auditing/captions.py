@@ -154,9 +154,7 @@ def _parts_by_words(
 
 def told_apart(sources: Sequence[NDArray[Any]], one: NDArray[Any], other: NDArray[Any]) -> float:
     """How many standard errors above chance a probe ranks images `one` (n,) and `other` (m,), out of fold."""
-    one, other = (
-        rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST_COMPARED)).astype(int)] for rows in (one, other)
-    )
+    one, other = (of[np.linspace(0, len(of) - 1, min(len(of), MOST_COMPARED)).astype(int)] for of in (one, other))
     total = np.zeros(len(one) + len(other))
     for source in sources:
         for half in (0, 1):

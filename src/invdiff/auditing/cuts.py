@@ -50,9 +50,7 @@ def too_few(num_images: int, config: AuditConfig) -> bool:
     return num_images < max(config.min_images, 4)
 
 
-def weigh(
-    scores: Sequence[Score], distinct: NDArray[np.bool_], config: AuditConfig, rng: np.random.Generator
-) -> list[Cut]:
+def weigh(scores: Sequence[Score], distinct: _Array, config: AuditConfig, rng: np.random.Generator) -> list[Cut]:
     """Every cut of one prompt's images by a score, with what it is worth; those worth it with their e-values."""
     drafts = []
     for score in scores:

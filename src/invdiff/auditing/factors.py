@@ -111,10 +111,8 @@ def find_factors(
             gathered = shifts.gather(prompt, cut, accepted, config.seed)
             for other in (missing := sorted(judged.keys() - gathered.keys())):
                 rng = np.random.default_rng(derived_seed("transfer", config.seed, number, prompt, other))
-                there = weigh([shifts.transferred(prompt, cut, other, names)], distinct[judged[other]], config, rng)
-                accepted[other] += [
-                    one for one in there if not one.candidate.refusal and one.candidate.log_e >= enough
-                ]
+                new = weigh([shifts.transferred(prompt, cut, other, names)], distinct[judged[other]], config, rng)
+                accepted[other] += [one for one in new if not one.candidate.refusal and one.candidate.log_e >= enough]
             if missing:
                 gathered = shifts.gather(prompt, cut, accepted, config.seed)
             fault = _no_bias(gathered[prompt], gathered, len(judged), needed, config)

@@ -93,9 +93,7 @@ def audit(
     images = data if isinstance(data, CaptionedImages) else None
     encoded = as_encoded(pipe, data, cache_dir, resolution=config.resolution, progress=progress)
     if not encoded.conditions and config.solver == "exact":
-        raise AuditError(
-            "Expected a model that reads captions for solver 'exact', got one of none. Use 'auto' or 'gradient'."
-        )
+        raise AuditError("Expected a model of captions for solver 'exact', got one of none. Use 'auto' or 'gradient'.")
     if wanted and "prompt_embeds" not in encoded.conditions and not config.words_model:
         raise AuditError("Expected a model that reads captions, or words_model, a CLIP model, to read words by.")
     for asked, what in (

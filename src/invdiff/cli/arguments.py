@@ -90,9 +90,7 @@ def _with_options(function: Command, writes_file: bool, shared: bool) -> Command
             given[name] = dataclasses.replace(start, **chosen)
         texts = [text for value in given.values() for text in (value if isinstance(value, list) else [value])]
         if wrong := next((text for text in texts if isinstance(text, str) and not is_unicode(text)), None):
-            raise ConfigError(
-                f"Expected UTF-8, found other bytes in {wrong!a}. Set LC_ALL=C.UTF-8, or write it to a file."
-            )
+            raise ConfigError(f"Expected UTF-8, found other bytes in {wrong!a}. Set LC_ALL=C.UTF-8, or use a file.")
         output = given.get("output") if is_first_process() else None  # processes of one job are one run
         with owned(output, is_file=writes_file) if output else contextlib.nullcontext():
             function(**given)

@@ -241,9 +241,7 @@ def generate(
         help="What to draw: prompts, or names of classes for a class-conditional model; none for one of neither.",
     ),
     output: Output,
-    prompts_file: Path | None = option(
-        None, "A text file with one further prompt per line.", panel=DATA, metavar="FILE"
-    ),
+    prompts_file: Path | None = option(None, "A file with one further prompt per line.", panel=DATA, metavar="FILE"),
     module: str | None = option(
         None, "What `invdiff train` wrote: a folder, or a hub id. Without it, the plain model draws.", metavar="MODULE"
     ),
@@ -260,9 +258,7 @@ def generate(
     """Draw images of prompts, with or without a module, from the same starting noise."""
     plain = dataclasses.replace(settings, scale=GenerateConfig.scale)
     if module is None and (settings, environments) != (plain, ["uniform"]):
-        raise ConfigError(
-            "Expected --module beside --scale and --environments, got none: the plain model has neither."
-        )
+        raise ConfigError("Expected --module beside --scale and --environments, got none: the plain model has none.")
     wanted = [*(prompts or []), *lines_in(prompts_file)]
     mix: Any = environments[0]
     try:

@@ -62,14 +62,10 @@ def evaluate(
         metavar="ANNOTATOR",
     ),
     annotator_model: str | None = option(None, "The audited model, for an audit as annotator.", metavar="MODEL"),
-    attribute: list[str] = option(
-        ..., "Sensitive attribute, to measure Bias on; repeat for more, and for how they intersect."
-    ),
+    attribute: list[str] = option(..., "Attribute to measure Bias on; repeat for more, and for how they intersect."),
     classes: Classes = None,
     settings: EvaluateConfig,
-    reference: str | None = option(
-        None, "Captioned images that quality is measured against.", panel=DATA, metavar="DATA"
-    ),
+    reference: str | None = option(None, "Captioned images to measure quality against.", panel=DATA, metavar="DATA"),
     source: DataOptions,
     output: Path = option(
         Path("results.json"), "JSON file to write; every figure is also a row of a CSV file beside it.", panel=RUN
@@ -191,9 +187,7 @@ def annotator_train(
     *,
     data: LabelledData,
     output: Output,
-    attribute: list[str] | None = option(
-        None, "Column to learn; repeat for more. Without it, all columns but captions."
-    ),
+    attribute: list[str] | None = option(None, "Column to learn; repeat for more. Unless given, all but captions."),
     steps: int = option(400, "Optimiser steps.", min=1),
     batch_size: int = option(64, "Images per step.", min=1),
     resolution: int = option(64, "Pixels a side that images are resized to.", min=16),

@@ -189,9 +189,7 @@ def _notes(
             f"({', '.join(question.classes[subject])}) and are left out of accuracy, first {unnamed[0]!r}"
         )
     if reference is not None and question.attributes[0] not in reference.classes:
-        notes.append(
-            f"the reference's {question.attributes[0]} is not known, so groups are not compared with its groups"
-        )
+        notes.append(f"the reference's {question.attributes[0]} is not known, so groups are not compared with its own")
     if reference is not None and reference.unreadable:
         total = len(reference) + len(reference.unreadable)
         notes.append("of the reference, " + about_unreadable(reference.unreadable, total).rstrip("."))
@@ -199,7 +197,5 @@ def _notes(
         where = f"{model} at guidance scale {key}"
         notes += [f"{where}: {measures.first.note}"] if measures.first.note else []
         if results.baseline and key not in results.models[results.baseline]:
-            notes.append(
-                f"{where}: {results.baseline} has no images at this guidance scale to compare with seed by seed"
-            )
+            notes.append(f"{where}: {results.baseline} has no images at this guidance scale to compare seed by seed")
     return notes

@@ -278,6 +278,4 @@ def weight_signature(denoiser: nn.Module, size: int = 32) -> tuple[float, ...]:
     }
     names = sorted(weights)
     chosen = [weights[names[i * len(names) // size]] for i in range(size)] if names else []
-    return tuple(
-        math.nan if value.is_meta else value.detach().flatten()[value.numel() // 2].float().item() for value in chosen
-    )
+    return tuple(math.nan if of.is_meta else of.detach().flatten()[of.numel() // 2].float().item() for of in chosen)

@@ -97,9 +97,7 @@ class ClipEncoder(VisionEncoder):
             tokens = self.tokenizer(batch, padding=True, return_tensors="pt", **cut).to(self.model.device)
             found = tokens.input_ids.shape[1]
             if found > longest:
-                raise ConfigError(
-                    f"Expected prompts of at most {longest} tokens, got {found} in one of {batch}. Shorten it."
-                )
+                raise ConfigError(f"Expected prompts of at most {longest} tokens, got {found} in {batch}. Shorten it.")
             output = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
             features += [*_pooled(output)]
         by_text = dict(zip(distinct, features, strict=True))

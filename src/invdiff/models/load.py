@@ -75,9 +75,7 @@ def load_pipeline(
         if single and not config:  # as the pipeline on the hub, by the names and shapes of the weights
             weights = load_single_file_checkpoint(source)
             if any("lora" in name for name in weights):
-                raise ModelError(
-                    f"Expected all of a model in {source}, found a LoRA. Give its model, and --lora FILE."
-                )
+                raise ModelError(f"Expected all of a model in {source}, found a LoRA. Give its model and --lora FILE.")
             settings = fetch_diffusers_config(weights)["pretrained_model_name_or_path"]
         with warnings.catch_warnings():  # diffusers passes huggingface_hub an argument it no longer has
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")

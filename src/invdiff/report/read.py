@@ -286,7 +286,5 @@ def rows_by_name(names: Sequence[str], available: Sequence[str]) -> list[int]:
     absent = [name for name in names if name not in places]
     if absent:
         lacks = f"data without {len(absent)} of {len(names)}, first {absent[0]}"
-        raise AuditError(
-            f"Expected the images that were audited, got {lacks}. Give the data that the audit was made on."
-        )
+        raise AuditError(f"Expected the images that were audited, got {lacks}. Give the data of the audit.")
     return [places[name].pop() if len(places[name]) > 1 else places[name][0] for name in names]

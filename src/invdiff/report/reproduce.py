@@ -53,9 +53,7 @@ def commands(run: Run) -> list[tuple[str, str]]:
     if training := _record(run, "training"):
         options = command_options(TrainConfig, without_paths(training))
         mixes = run.module.get("mixes")
-        options += [
-            word for scale in (mixes if isinstance(mixes, dict) else ()) for word in ("--calibrate", str(scale))
-        ]
+        options += [word for cfg in (mixes if isinstance(mixes, dict) else ()) for word in ("--calibrate", str(cfg))]
         images = [] if own else [data, *columns]
         found.append(("Train", ["train", *adapted, *images[:1], audit, "--output", module, *images[1:], *options]))
     for name, folder, drawn in _drawn(run):

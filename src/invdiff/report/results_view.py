@@ -263,9 +263,7 @@ def _quality(chosen: Comparison, results: Results) -> Table:
 
 
 def _by_group(chosen: Comparison, results: Results) -> Table:
-    groups = [
-        (label(m), group, of) for m, measures in chosen.measures.items() for group, of in measures.by_group.items()
-    ]
+    groups = [(label(m), group, of) for m, each in chosen.measures.items() for group, of in each.by_group.items()]
     names = list(dict.fromkeys(name for _, _, figures in groups for name in figures))
     rows = [[model, group, *(quantity(name, figures.get(name)) for name in names)] for model, group, figures in groups]
     notes = [figure.note for _, _, figures in groups for figure in figures.values() if figure.note]

@@ -112,13 +112,11 @@ def html_templates(package: str) -> Environment:
 
 
 def _environment(package: str, finalize: Callable[[Any], Any], **filters: Callable[[Any], Any]) -> Environment:
-    environment = Environment(
-        loader=PackageLoader(package), autoescape=True, undefined=StrictUndefined, finalize=finalize
-    )
-    environment.trim_blocks = environment.lstrip_blocks = True
+    made = Environment(loader=PackageLoader(package), autoescape=True, undefined=StrictUndefined, finalize=finalize)
+    made.trim_blocks = made.lstrip_blocks = True
     common = {"percent": percent, "bias": bias, "quoted": quoted, "sentences": sentences}
-    environment.filters.update(filters, at_scale=at_scale, label=label, **common)
-    return environment
+    made.filters.update(filters, at_scale=at_scale, label=label, **common)
+    return made
 
 
 def _shown(value: object) -> object:

@@ -173,9 +173,7 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         cells = combinations(targets)
         held_out = stratified_share(cells, holdout, generator)
         if len(held_out) == 0:
-            raise DataError(
-                "Expected two images or more with the same attributes, to hold one out, found none. Give more."
-            )
+            raise DataError("Expected two images of the same attributes, to hold one out, found none. Give more.")
         rows = np.setdiff1d(np.arange(len(pixels)), held_out)
         counts = np.bincount(cells[rows])  # each cell is drawn equally often, within a limit
         weights = np.minimum(len(rows) / (len(counts) * counts), MAX_OVERSAMPLING)[cells[rows]]

@@ -141,9 +141,7 @@ def measure_annotator(
         unknown = sorted(set(values) - {"", *classes[name]})
         if unknown or not any(values):
             found = ", ".join(unknown[:5]) or "none at all"
-            raise DataError(
-                f"Expected labels of {name!r} among {', '.join(classes[name])}, found {found}. Rename them."
-            )
+            raise DataError(f"Expected labels of {name!r} among {', '.join(classes[name])}, found {found}. Rename.")
     rows: list[int] = []
 
     def images() -> Iterable[Image.Image]:

@@ -50,14 +50,10 @@ def read_targets(
         values = labels_in(name, zip(data.attributes[name], data.names, strict=True), DataError)
         if "" in values:
             absent = f"{values.count('')} of {len(values)}"
-            raise DataError(
-                f"Expected a value of attribute {name!r} for every image, found none for {absent}. Add them."
-            )
+            raise DataError(f"Expected a value of {name!r} for every image, found none for {absent}. Add them.")
         found, column = np.unique(values, return_inverse=True)
         if not 2 <= len(found) <= MAX_CLASSES:
-            raise DataError(
-                f"Expected 2 to {MAX_CLASSES} classes of attribute {name!r}, found {len(found)}. Bin numbers."
-            )
+            raise DataError(f"Expected 2 to {MAX_CLASSES} classes of {name!r}, found {len(found)}. Bin numbers.")
         classes[name] = tuple(found.tolist())
         columns.append(column)
     return classes, np.stack(columns, axis=1).astype(np.int64)
@@ -98,9 +94,7 @@ class GivenLabels:
         for name, classes in attributes.items():
             if len(classes) < 2:
                 found = ", ".join(classes) or "none"
-                raise EvaluationError(
-                    f"Expected two classes or more in the column {name!r}, found {found}. Label more."
-                )
+                raise EvaluationError(f"Expected two classes or more in column {name!r}, found {found}. Label more.")
         return attributes
 
     def _classes(self, name: str) -> tuple[str, ...]:

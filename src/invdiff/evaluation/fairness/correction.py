@@ -117,9 +117,7 @@ def _checked(counts: ArrayLike, confusion: ArrayLike) -> tuple[FloatArray, Float
         raise EvaluationError(f"Expected held-out counts of zero or more, got {held_out.tolist()}. Count them again.")
     sums = held_out.sum(axis=1)
     if not sums.all():
-        raise EvaluationError(
-            f"Expected held-out images of every class, got none of class {sums.argmin()}. Label some."
-        )
+        raise EvaluationError(f"Expected held-out images of every class, got none of class {sums.argmin()}. Add some.")
     mixing, sizes, _ = np.linalg.svd(_shares(held_out))
     if sizes[-1] * MAX_CONDITION < sizes[0]:
         # The mixture of true classes that hardly changes what is annotated.

@@ -57,9 +57,7 @@ def lpips_diversity(images: Sequence[Image.Image], distance: LPIPS) -> float:
     """
     sizes = {image.size for image in images}
     if len(images) < 2 or len(sizes) != 1:
-        raise EvaluationError(
-            f"Expected at least two images, all of one size, got {len(images)} of {len(sizes)} sizes."
-        )
+        raise EvaluationError(f"Expected two images or more of one size, got {len(images)} of {len(sizes)} sizes.")
     pixels = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images])
     pairs = torch.tensor(list(combinations(range(len(images)), 2)))
     total = 0.0
