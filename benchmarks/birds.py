@@ -3,7 +3,7 @@
     python benchmarks/birds.py explicit      # captions that state the background keep it
     python benchmarks/birds.py paraphrases   # captions never trained on are balanced too
 
-What the audit finds is measured by benchmarks/audits.py, Bias over guidance scale and Delta by benchmarks/sweeps.py.
+What the audit finds is measured by benchmarks/audits.py, Bias by `python -m benchmarks run birds`.
 Work is kept in out/benchmark (or --work), so a stopped run goes on.
 """
 

@@ -38,16 +38,17 @@ def rows(benchmark: str, results: Path) -> Iterator[dict[str, Any]]:
         by_seed = found.get(cell, {})
         first: Mapping[str, Any] = next(iter(by_seed.values()), {})
         for key in (key for key, of in first.get("figures", {}).items() if "bias" in of):
+            each = [of["figures"][key] for of in by_seed.values() if key in of["figures"]]
             drawn, _, scale = key.rpartition("CFG ")
             row = {"method": cell, "supervision": first["supervision"], "draws": drawn.strip() or "i.i.d."}
-            row |= {"CFG": scale, "seeds": len(by_seed), "images": first["settings"]["images"]}
+            row |= {"CFG": scale, "seeds": len(each), "images": first["settings"]["images"]}
             for label, name in COLUMNS.items():
-                values = [of["figures"][key].get(name) for of in by_seed.values() if key in of["figures"]]
+                values = [of.get(name) for of in each]
                 values = [value for value in values if value is not None]
                 row[label] = float(np.mean(values)) if values else None
                 row[f"{label} low"], row[f"{label} high"] = (min(values), max(values)) if values else (None, None)
-            if len(by_seed) == 1:  # of images, where it is not over seeds
-                row["Bias low"], row["Bias high"] = (first["figures"][key][end] for end in ("low", "high"))
+            if len(each) == 1:  # of images, where it is not over seeds
+                row["Bias low"], row["Bias high"] = each[0]["low"], each[0]["high"]
             row |= {name: first.get(name) for name in ("parameters", "forwards", "sampling", "device")}
             yield row | {"seconds of fitting": first["seconds of fitting"]}
 
@@ -75,7 +76,7 @@ def markdown(benchmark: str, results: Path) -> str:
         for method in dict.fromkeys(row["method"] for row in of_kind):
             own = {row["CFG"]: row for row in of_kind if row["method"] == method}
             first = next(iter(own.values()))
-            cells = [method, first["supervision"], str(first["seeds"])]
+            cells = [method, first["supervision"], str(max(row["seeds"] for row in own.values()))]
             cells += [spread(own.get(scale), "Bias", with_range=True) for scale in scales]
             cells += [" / ".join(spread(own[scale], name) for scale in scales if scale in own) for name in shown]
             cost = f"{first['sampling']:.1f}" if first["sampling"] else "-"
@@ -88,7 +89,9 @@ def markdown(benchmark: str, results: Path) -> str:
 
 def headline(benchmark: str, results: Path) -> str:
     """The methods with several seeds: Bias at each guidance scale, the rest at the one in the middle."""
-    every = [row for row in rows(benchmark, results) if row["seeds"] > 1 and row["draws"] == "i.i.d."]
+    every = [row for row in rows(benchmark, results) if row["draws"] == "i.i.d."]
+    several = {row["method"] for row in every if row["seeds"] > 1}
+    every = [row for row in every if row["method"] in several]
     scales = list(dict.fromkeys(row["CFG"] for row in every))
     middle, shown = scales[len(scales) // 2], ("subject right", "worst cell", "Frechet")
     head = ["", "given", *(f"Bias, CFG {scale}" for scale in scales), *(f"{name}, CFG {middle}" for name in shown)]

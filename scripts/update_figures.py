@@ -22,140 +22,6 @@ def figures(part: str, benchmark: str = "birds") -> Any:
     return json.loads((RESULTS / f"{benchmark}-{part}.json").read_text(encoding="utf-8"))["figures"]
 
 
-def sweep(name: str) -> list[dict[str, Any]]:
-    """Return the rows of one of benchmarks/sweeps/."""
-    rows: list[dict[str, Any]] = figures(name, "sweep")["rows"]
-    return rows
-
-
-def name_of(row: dict[str, Any]) -> str:
-    """Return what tables call the model of a row."""
-    return row["mode"] or "base"
-
-
-def over_seeds(rows: list[dict[str, Any]], figure: str, digits: int = 2) -> str:
-    """Return the mean over training seeds of a figure, with the lowest and the highest where there are several."""
-    values = [row[figure] for row in rows]
-    mean = f"{sum(values) / len(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
-def grouped(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    """Return rows by the values of some columns, in order of appearance."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    return groups
-
-
-def frechet_of(row: dict[str, Any]) -> str:
-    """Return the name of a row's Fréchet distance."""
-    return next(name for name in row if name.startswith("Frechet distance"))
-
-
-def bias_table() -> str:
-    """One row per model, one column per guidance scale: Bias, mean and range over training seeds."""
-    rows = sweep("guidance-scale")
-    frechet = frechet_of(rows[0])
-    scales = sorted({row["guidance_scale"] for row in rows})
-    head = "| | " + " | ".join(f"CFG {scale:g}" for scale in scales) + " | bird right | Fréchet, CFG 3 |"
-    table = [head, "|---" * (len(scales) + 3) + "|"]
-    for (mode,), of_mode in grouped(rows, "mode").items():
-        at = {scale: found for (scale,), found in grouped(of_mode, "guidance_scale").items()}
-        cells = [over_seeds(at[scale], "bias") for scale in scales]
-        worst = min(row["subject_accuracy"] for row in of_mode)
-        table.append(f"| {mode or 'base'} | {' | '.join(cells)} | {worst:.3f} | {over_seeds(at[3], frechet)} |")
-    seeds = len({row["seed"] for row in rows if row["seed"] is not None})
-    note = (
-        f"Bias of the background at each guidance scale (CFG): 0 is balanced, 1 is always the same. Mean of {seeds} "
-        f"training seeds (lowest to highest), {rows[0]['images_per_prompt']} images per prompt each; a perfectly "
-        f"fair model would show {rows[0]['bias_floor']:.3f}. Bird right: the lowest share of images that show the "
-        "bird asked for. Fréchet distance to a balanced set, on the annotator's features."
-    )
-    return note + "\n\n" + "\n".join(table)
-
-
-def full_table() -> str:
-    """One row per model, training seed and guidance scale, with 95% intervals."""
-    rows = sweep("guidance-scale")
-    features = frechet_of(rows[0]).removeprefix("Frechet distance ")
-    names = {
-        f"Frechet distance {features}": "Fréchet",
-        **{f"{figure} {features}": figure for figure in ("KID", "precision", "recall", "coverage")},
-    }
-    head = ["model", "seed", "CFG", "Bias (95% interval)", "corrected", "bird right", *names.values()]
-    table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for row in sorted(rows, key=lambda row: (name_of(row) != "base", name_of(row), row["seed"] or 0)):
-        cells = [
-            name_of(row),
-            "-" if row["seed"] is None else str(row["seed"]),
-            f"{row['guidance_scale']:g}",
-            f"{row['bias']:.3f} ({row['bias_low']:.3f} to {row['bias_high']:.3f})",
-            f"{row['bias_corrected']:.3f} ({row['bias_corrected_low']:.3f} to {row['bias_corrected_high']:.3f})",
-            f"{row['subject_accuracy']:.3f}",
-            *(f"{row[name]:.2f}" for name in names),
-        ]
-        table.append(f"| {' | '.join(cells)} |")
-    return "\n".join(table)
-
-
-def flatness_line() -> str:
-    """How far Bias of each mode varies over guidance scales."""
-    words = []
-    for (mode,), rows in grouped([row for row in sweep("guidance-scale") if row["mode"]], "mode").items():
-        means = [sum(row["bias"] for row in at) / len(at) for at in grouped(rows, "guidance_scale").values()]
-        by_seed = [
-            max(row["bias"] for row in of_seed) - min(row["bias"] for row in of_seed)
-            for of_seed in grouped(rows, "seed").values()
-        ]
-        words.append(
-            f"{mode}: {max(means) - min(means):.3f} between the means over seeds, "
-            f"{', '.join(f'{spread:.3f}' for spread in by_seed)} within each seed"
-        )
-    return f"Highest less lowest Bias over guidance scales. {'. '.join(words)}."
-
-
-def scale_table() -> str:
-    """Bias and Fréchet distance over Delta."""
-    rows = sweep("scale")
-    frechet = frechet_of(rows[0])
-    table = ["| Delta | model | Bias | bird right | Fréchet |", "|---|---|---|---|---|"]
-    for (scale, mode), found in sorted(grouped(rows, "scale", "mode").items(), key=lambda item: item[0][0] or 0):
-        cells = (over_seeds(found, "bias"), over_seeds(found, "subject_accuracy", 3), over_seeds(found, frechet))
-        table.append(f"| {scale or 0:g} | {mode or 'base'} | {' | '.join(cells)} |")
-    return "\n".join(table)
-
-
-def penalty_table() -> str:
-    """Bias and Fréchet distance over lambda."""
-    rows = [row for row in sweep("penalty") if row["penalty"] is not None]
-    frechet = frechet_of(rows[0])
-    table = ["| model | lambda | Bias | bird right | Fréchet |", "|---|---|---|---|---|"]
-    for (mode, penalty), found in grouped(rows, "mode", "penalty").items():
-        cells = (over_seeds(found, "bias"), over_seeds(found, "subject_accuracy", 3), over_seeds(found, frechet))
-        table.append(f"| {mode} | {penalty:g} | {' | '.join(cells)} |")
-    return "\n".join(table)
-
-
-def num_groups_table() -> str:
-    """Quality of W, Bias and cost over E, for both solvers that always split."""
-    head = "| solver | E | AUROC | adjusted Rand | homogeneity | audit, s | training, s | Bias | bird right |"
-    table = [head, "|---" * 9 + "|"]
-    for solver, name in (("exact", "num-groups"), ("gradient", "num-groups-gradient")):
-        rows = [row for row in sweep(name) if row["num_groups"] is not None]
-        for (groups,), found in grouped(rows, "num_groups").items():
-            first = found[0]
-            cells = [
-                *(f"{first[f'group_{figure}']:.3f}" for figure in ("auroc", "adjusted_rand", "homogeneity")),
-                f"{first['audit_seconds']:.0f}",
-                over_seeds(found, "train_seconds", 0),
-                over_seeds(found, "bias"),
-                over_seeds(found, "subject_accuracy", 3),
-            ]
-            table.append(f"| {solver} | {groups} | {' | '.join(cells)} |")
-    return "\n".join(table)
-
-
 def coverage_table() -> str:
     """How often intervals cover, for each truth: Bias, and the metric that is covered least often."""
     measured = figures("coverage", "evaluation")
@@ -356,19 +222,13 @@ def methods_table(benchmark: str, *, headline: bool = False) -> str:
     return str((tables.headline if headline else tables.markdown)(benchmark, RESULTS))
 
 
+SUITES = ("waterbirds", "fairface-age", "fairface-race", "studies", "preservation", "birds")
 BLOCKS = {
-    "waterbirds": partial(methods_table, "waterbirds"),
-    "waterbirds-headline": partial(methods_table, "waterbirds", headline=True),
-    "tuning": partial(methods_table, "tuning"),
-    "bias": bias_table,
+    **{name: partial(methods_table, name) for name in (*SUITES, "tuning")},
+    **{f"{name}-headline": partial(methods_table, name, headline=True) for name in SUITES},
     "audits": audits_table,
     "explicit": explicit_table,
     "paraphrases": lambda: models_table("paraphrases"),
-    "full-table": full_table,
-    "flatness": flatness_line,
-    "sweep-scale": scale_table,
-    "sweep-penalty": penalty_table,
-    "sweep-num-groups": num_groups_table,
     "augmentation": augmentation_table,
     "coverage": coverage_table,
     "speed": speed_line,
