@@ -222,10 +222,23 @@ def methods_table(benchmark: str, *, headline: bool = False) -> str:
     return str((tables.headline if headline else tables.markdown)(benchmark, RESULTS))
 
 
-SUITES = ("waterbirds", "fairface-age", "fairface-race", "studies", "preservation", "birds")
+def preservation_table() -> str:
+    """How far images of captions that nobody audited move, with and without preservation."""
+    cells = {
+        path.stem.rpartition("-seed-")[0]: json.loads(path.read_text(encoding="utf-8"))["figures"]
+        for path in sorted((RESULTS / "preservation").glob("*.json"), reverse=True)
+    }
+    shifts = {name: of["unrelated prompts, CFG 3"] for name, of in cells.items()}
+    prompts = {key: key.partition(", ")[2].strip("'") or "mean" for key in next(iter(shifts.values()))}
+    rows = [f"| {name} | {' | '.join(f'{of[key]:.3f}' for of in shifts.values())} |" for key, name in prompts.items()]
+    return "\n".join([f"| | {' | '.join(shifts)} |", "|---" * (len(shifts) + 1) + "|", *rows])
+
+
+SUITES = ("waterbirds", "tuning", "fairface-age", "fairface-race", "studies", "birds")
 BLOCKS = {
-    **{name: partial(methods_table, name) for name in (*SUITES, "tuning")},
-    **{f"{name}-headline": partial(methods_table, name, headline=True) for name in SUITES},
+    **{name: partial(methods_table, name) for name in SUITES},
+    "waterbirds-headline": partial(methods_table, "waterbirds", headline=True),
+    "preservation": preservation_table,
     "audits": audits_table,
     "explicit": explicit_table,
     "paraphrases": lambda: models_table("paraphrases"),
