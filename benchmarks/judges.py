@@ -52,7 +52,13 @@ SEED = 4242
 """Of the judge's images; benchmarks take small ones."""
 TUNING = {"side": 128, "steps": 500, "batch_size": 96, "learning_rate": 1e-3, "weight_decay": 1e-2}
 """How the encoder is tuned to faces; three quarters of an hour on one CPU core."""
-NUM_IMAGES = {"place": (4000, 2000), "age": (4000, 740), "gender": (4000, 740), "race": (4000, 1560)}
+NUM_IMAGES = {
+    "place": (4000, 2000),
+    "age": (4000, 740),
+    "gender": (4000, 740),
+    "race": (4000, 1560),
+    "background": (0, 2000),
+}
 """Hidden attribute to images to fit on, and held out; of FairFace, as many as the rarest group allows."""
 WEIGHTS, ABOUT = "judge.safetensors", "judge.json"
 
@@ -232,7 +238,9 @@ def judge_of(
     make, settings = getattr(worlds, world["kind"]), {**world, **worlds.EVEN[world["kind"]], "seed": SEED}
     del settings["kind"]
     if world["kind"] == "bundled":
-        real = load_captioned_images(make(source, work / "bundled", **settings | {"num_images": 2000}))
+        real = load_captioned_images(
+            make(source, work / "bundled", **settings | {"num_images": NUM_IMAGES[attributes[-1]][1]})
+        )
         return ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR).to(default_device()), real
     folder, (fitted, measured) = work / "-".join((world["kind"], *attributes)), NUM_IMAGES[attributes[-1]]
     real = load_captioned_images(

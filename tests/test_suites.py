@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import judges
 import pytest
 import runner
 import tables
@@ -67,15 +68,19 @@ def test_the_worst_cell_is_the_least_share_of_bird_and_place_times_the_places(tm
 
 
 SUITE = """
-world: {kind: bundled, num_images: 200}
+world: {kind: bundled, num_images: 120}
 attribute: background
 subject: subject
 words: {land: on land, water: on water}
 cells:
   biased: {method: biased, images: 4, scales: [1], world: {severity: 0.9}}
-  given: &given {method: guided, settings: {config: {steps: 2}, groups: "true"}, images: 4, scales: [1]}
-  stronger: {<<: *given, fitted: given, delta: 2.0, prompts: {a nice landbird: landbird}}
-  words: {<<: *given, fitted: given, further_scales: [2], prompts: {a nice waterbird: waterbird}, seeds: [1]}
+  given: &given
+    method: guided
+    settings: {config: {steps: 2, batch_size: 8, preserve: 0.0}, groups: "true"}
+    images: 4
+    scales: [1]
+    further_scales: [2]
+  stronger: {<<: *given, fitted: given, delta: 2.0, prompts: {a nice landbird: landbird}, seeds: [1, 0]}
 """
 
 
@@ -83,14 +88,15 @@ def test_cells_share_what_is_fitted_and_change_worlds_prompts_and_strength(tmp_p
     (tmp_path / "suites").mkdir()
     (tmp_path / "suites" / "small.yaml").write_text(SUITE)
     monkeypatch.setattr(runner, "HERE", tmp_path)
+    monkeypatch.setitem(judges.NUM_IMAGES, "background", (0, 40))
     small = Runner("small", None, BIRDS_MODEL, tmp_path / "work", tmp_path / "results")
     for cell in ("biased", "given", "stronger"):
         small.run(cell, 0)
-    small.run("words", 1)
     kept = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results" / "small").iterdir()}
     given, stronger = kept["given-seed-0"], kept["stronger-seed-0"]
     assert given["seconds of fitting"] == stronger["seconds of fitting"] > 0
     assert not (tmp_path / "work" / "small" / "seed-0" / "stronger" / "fitted").exists()
-    assert kept["biased-seed-0"]["settings"]["world"] == {"kind": "bundled", "num_images": 200, "severity": 0.9}
+    assert kept["biased-seed-0"]["settings"]["world"] == {"kind": "bundled", "num_images": 120, "severity": 0.9}
+    assert [*given["figures"]] == ["CFG 1", "CFG 2"]
+    assert [*stronger["figures"]] == ["CFG 1"]  # seed 0 is not its first
     assert [*stronger["figures"]["CFG 1"]["shares"]] == ["a nice landbird"]
-    assert [*kept["words-seed-1"]["figures"]] == ["CFG 1", "CFG 2"]
