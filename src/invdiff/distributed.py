@@ -22,10 +22,8 @@ from .launched import HOW_TO_RUN_ALONE, VARIABLES, launched
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=12)
-"""The longest that processes wait for each other: one may weigh the evidence of many images meanwhile."""
-JOINING, NOTICE = timedelta(minutes=5), timedelta(seconds=10)
-"""The longest that they wait for all to start, and when they say so."""
+PATIENCE = timedelta(hours=12)  # the longest wait for each other: one may weigh evidence for hours
+JOINING, NOTICE = timedelta(minutes=5), timedelta(seconds=10)  # the longest wait to start, and when they say so
 
 
 def state() -> PartialState:

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 _DIGEST = "digest"  # of the contents, in the metadata of safetensors
 _LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
-LOCK = ".lock"
-"""A file in an output folder while a run writes to it, empty; the kernel releases the lock of a killed run."""
+LOCK = ".lock"  # in an output folder while a run writes to it, empty; the kernel releases that of a killed run
 
 
 @contextlib.contextmanager

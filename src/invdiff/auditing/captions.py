@@ -21,8 +21,7 @@ from ..seeds import generator
 from .evidence import repeated
 from .splits import rarest
 
-MOST_CAPTIONS = 256
-"""With more different captions than this, that many of them stand for the others with similar embeddings."""
+MOST_CAPTIONS = 256  # of more captions than this, as many stand for others with similar embeddings
 PROBES = 16  # noisy images that every caption is tried on
 LOG_SNR = -4.24  # their noise level: the image is not decided yet, so the caption decides
 LEVEL = 0.001  # false discovery rate of words that state a group, and of captions whose images are told apart

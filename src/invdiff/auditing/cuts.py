@@ -14,12 +14,9 @@ from .decide import fit_humps, fit_mixture, halves, log_e_value, num_modes, rand
 from .result import Candidate
 from .scores import LEAST_PARTED, Score, axis_of
 
-MOST_TESTED = 8
-"""Cuts of a prompt that are tested, those likeliest to be right; the others are refused, and count in the control."""
+MOST_TESTED = 8  # cuts of a prompt that are tested, the likeliest; others are refused, and count in the control
 NOT_TESTED = -1e3  # the log e-value of a cut that was not tested, and the least that is told
-LEAST_DIFFERENCE = 0.2
-"""Of a group's share between prompts, or of shares within one: a smaller one is not worth correcting, whatever its
-p-value."""
+LEAST_DIFFERENCE = 0.2  # of shares between prompts, or within one: less is not worth correcting, whatever its p-value
 _Array = NDArray[Any]
 
 

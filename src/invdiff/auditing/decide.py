@@ -25,8 +25,7 @@ ROTATIONS = 10  # random partitions of the images into halves over which an e-va
 RESAMPLES = 50  # bootstrap resamples of a mixture, for the bound of what the cut is worth
 BINS = 250
 REACH = 12.0  # interquartile ranges from the median at which scores are clipped when a mixture is fitted
-MOST_JUDGED = 12_000
-"""Images of a prompt that an e-value is made from, that free humps are fitted to and that are shuffled, at most."""
+MOST_JUDGED = 12_000  # images of a prompt that an e-value or free humps are made from, or shuffled, at most
 CLEAR, LEAST_ROTATIONS = 30.0, 3
 """Log e-value that is beyond doubt: no more rotations are tried; nor after so many that all show nothing."""
 STEPS = 6

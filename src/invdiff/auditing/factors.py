@@ -23,10 +23,8 @@ from .evidence import Evidence
 from .result import Candidate
 from .scores import Margins, Score, component_scores, contrasts, parts_of, without
 
-NEARLY = 0.8
-"""Of the largest agreement with a cut: of a prompt's cuts that reach it, the one whose groups are likeliest right."""
-TELLS = 0.8
-"""AUROC of the images of a group along its shift under another prompt, at least, where the two are one factor."""
+NEARLY = 0.8  # of the largest agreement with a cut: of those that reach it the likeliest right is taken
+TELLS = 0.8  # least AUROC of a group's images along its shift under another prompt, where the two are one factor
 PERMUTATIONS = 100  # of images within a prompt, for the bound that the agreement of two prompts' shifts must pass
 _Array = NDArray[Any]
 

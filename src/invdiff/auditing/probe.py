@@ -29,8 +29,7 @@ SLOPE_PENALTY, OFFSET_PENALTY, LEAST_SCALE = 0.03, 0.004, 0.1
 and class."""
 FOLDS = 5
 LEVEL = 0.05  # of the test that labels left out are guessed better than by chance
-SURE, MOST_JUDGED, JUDGE_STRENGTH = 0.9, 8000, 1e-2
-"""Posterior from which on an image teaches a judge; most such images; C of the judge."""
+SURE, MOST_JUDGED, JUDGE_STRENGTH = 0.9, 8000, 1e-2  # posterior that teaches a judge; most images; C of the judge
 _Array = NDArray[Any]
 
 

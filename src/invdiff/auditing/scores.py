@@ -30,8 +30,7 @@ CONFUSERS = 5  # other prompts that an image of a prompt is compared with: those
 FOLDS = 5
 LEAST_PARTED = 40  # images that a margin's rare group must hold to be parted
 NUM_COMPONENTS = (4, 8, 12)  # whitened dimensions that components are looked for in
-IMAGES_PER_DIMENSION = 40
-"""Images that each of these dimensions takes: of fewer, FastICA finds directions in which mere noise falls apart."""
+IMAGES_PER_DIMENSION = 40  # images for each: of fewer, FastICA finds directions in which mere noise falls apart
 
 
 def _tanh(x: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

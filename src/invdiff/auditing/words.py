@@ -27,15 +27,13 @@ IMAGES_PER_GROUP = 200  # most images of each group, under each prompt, that CLI
 LEAST_IMAGES = 10  # smaller groups, and groups beside fewer other images, are not judged
 LEVEL = 0.01
 LEAST_EFFECT = 0.5  # standard deviations. With many images a difference that nobody could see would pass the test.
-LEAST_OF_BEST = 0.5
-"""Of the group's largest effect. A group that shows the sea is a little nearer to all words that lie near "sea"."""
+LEAST_OF_BEST = 0.5  # of the group's largest effect: one that shows the sea is nearer to all words near "sea" too
 SYNONYMS = 0.7  # words are near-synonyms where their embeddings, less the mean of all words', have a larger cosine
 MOST_WORDS = 6
 MOST_CAPTION_WORDS = 300
 LEAST_CAPTIONS = 3  # images whose captions must hold a word
 _OF_PICTURES = "background foreground image images photo photograph photos picture pictures shot shown view your"
-STOP_WORDS = sorted(ENGLISH_STOP_WORDS.union(_OF_PICTURES.split()))
-"""Words in captions that say nothing of what an image shows."""
+STOP_WORDS = sorted(ENGLISH_STOP_WORDS.union(_OF_PICTURES.split()))  # words that say nothing of what is shown
 NO_WORD = "no word tells it apart"
 TOO_FEW = f"too few images to tell (at least {LEAST_IMAGES} of the group and of others are needed)"
 

@@ -17,8 +17,7 @@ from ..models.families import DenoiserCall, Family, family_of
 from ..models.frozen import FrozenDenoiser, do_nothing
 from .base import Guidance, Rows
 
-SPEED = 20.0
-"""How much further a vector moves than what is learned, so that the learning rate of the other backends fits."""
+SPEED = 20.0  # how much faster a vector moves than what is learned, so that other backends' learning rate fits
 
 
 class GuidanceTokens(Guidance):

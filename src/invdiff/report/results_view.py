@@ -38,8 +38,7 @@ from .read import MOST_PROMPTS, Run
 PAIRS = 8
 MOST_FIGURES = 40
 TRAINING_DATA = "Training data"
-DATA_COLOUR = "#a9793f"
-"""Of no group, class or model."""
+DATA_COLOUR = "#a9793f"  # of no group, class or model
 HEADLINES = ("Bias", "Floor", "Subject right", "Fréchet distance", "Images a prompt")
 
 

@@ -12,8 +12,7 @@ from ...errors import EvaluationError
 from .intervals import bias_aware, plausible_shares, resamples_for
 from .metrics import METRICS, FloatArray, checked_counts, per_prompt, target_shares
 
-MAX_CONDITION = 20.0
-"""Condition number of the rates above which noise in the counts is amplified too much to correct them."""
+MAX_CONDITION = 20.0  # condition number of the rates above which noise in counts is amplified too much to correct
 PRIOR = 0.5  # held-out images added to each cell when rates are drawn (Jeffreys), so that an empty cell is not certain
 
 

@@ -21,8 +21,7 @@ from scipy.stats import binomtest
 from .metrics import METRICS, FloatArray, Metric, per_prompt, target_shares
 
 ENOUGH_RESAMPLES = 200
-MAX_DRAWS = 10_000
-"""Prompts times resamples beyond which prompts get fewer resamples each, down to 200: their means average out."""
+MAX_DRAWS = 10_000  # prompts times resamples beyond which prompts get fewer each, down to 200: means average out
 BISECTIONS = 15
 
 

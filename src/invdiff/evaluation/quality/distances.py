@@ -17,8 +17,7 @@ from ..results import Quantity
 FloatArray = NDArray[np.float64]
 
 BLOCK_ENTRIES = 2**22  # pairs of images in memory at a time: 32 MiB for each array of them
-ROUNDING = 1e-12
-"""Of squared distances, relative to the largest squared length: what lies on the edge of a ball lies in it."""
+ROUNDING = 1e-12  # of squared distances, relative to the largest squared length: an edge of a ball lies in it
 
 
 def frechet_distance(features: ArrayLike, reference: ArrayLike) -> float:
