@@ -27,11 +27,7 @@ JOINING, NOTICE = timedelta(minutes=5), timedelta(seconds=10)  # the longest wai
 
 
 def state() -> PartialState:
-    """The processes as accelerate sees them; the first call joins them.
-
-    Raises:
-        ConfigError: Other processes that the environment speaks of do not come.
-    """
+    """The processes as accelerate sees them; the first call joins them, a `ConfigError` where some do not come."""
     if PartialState._shared_state:
         return PartialState()
     rank, count = launched()

@@ -30,8 +30,7 @@ LOCK = ".lock"  # in an output folder while a run writes to it, empty; the kerne
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` that replaces it on success and vanishes on any failure.
 
-    Raises:
-        DataError: The disk is full or the folder cannot be written; what stood at `path` is untouched.
+    `DataError` where the disk is full or the folder cannot be written; what stood at `path` is untouched.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
     with _writing(path):
@@ -52,10 +51,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder for libraries to write to; it becomes `folder` on success and vanishes on any failure.
 
     Where `folder` exists, the new files join it or replace their namesakes, one by one. Where another process has made
-    it meanwhile, that one stays.
-
-    Raises:
-        DataError: The disk is full or the place cannot be written.
+    it meanwhile, that one stays. `DataError` where the disk is full or the place cannot be written.
     """
     with _writing(folder):
         home = folder if folder.is_dir() else folder.parent
@@ -115,10 +111,8 @@ def check_writable(folder: Path, option: str) -> None:
 def owned(output: Path, *, is_file: bool = False) -> Iterator[None]:
     """Keep other runs out of an output folder, or off an output file, while the block runs.
 
-    A folder that is still empty afterwards is removed if it was made here.
-
-    Raises:
-        ConfigError: The place cannot be written, or another run is at work there.
+    `ConfigError` where another run is at work there, or the place cannot be written. A folder made here that is still
+    empty afterwards is removed.
     """
     from filelock import FileLock, Timeout  # takes a fifth of a second
 
@@ -157,11 +151,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        DataError: The file is absent or is not JSON.
-    """
+    """What a JSON file holds; `DataError` where it is absent or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -203,11 +193,7 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 
 def read_arrays(path: Path, framework: str = "np") -> dict[str, NDArray[Any]]:
-    """Read a safetensors file as numpy arrays.
-
-    Raises:
-        DataError: The file is absent or damaged: its contents are no longer those that were written.
-    """
+    """The arrays of a safetensors file; `DataError` where it is absent, or its contents are not those written."""
     try:
         with safe_open(path, framework=framework) as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping

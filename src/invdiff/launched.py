@@ -11,8 +11,7 @@ HOW_TO_RUN_ALONE = f"To run alone: unset {' '.join(VARIABLES)}"
 def launched() -> tuple[int, int]:
     """This process's number and how many there are: (0, 1) alone, where `WORLD_SIZE` is absent, empty or 1.
 
-    Raises:
-        ConfigError: The variables do not describe processes: they may be left over from a cluster or a notebook.
+    `ConfigError` where the variables describe no processes: they may be left over from a cluster or a notebook.
     """
     given = {name: os.environ.get(name, "").strip() for name in VARIABLES}
     if given["WORLD_SIZE"] in ("", "1"):

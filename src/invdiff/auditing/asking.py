@@ -58,8 +58,7 @@ class Reading:
 def questions(asked: Mapping[str, Sequence[str]] | Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Attributes and values, of a mapping or a line or lines like "place: forest, sea"; "common" is a bundled list.
 
-    Raises:
-        ConfigError: A line is no question, or an attribute is asked for twice.
+    `ConfigError` where a line is no question, or an attribute is asked for twice.
     """
     common = [line for line in COMMON_QUESTIONS.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
     lines = chain.from_iterable(

@@ -30,8 +30,7 @@ def max_log_likelihood(x: _Array, *, tol: float = 1e-3) -> float:
     <= E_f log f. The fit becomes such an f by a contraction by 1 - s towards the mean, which costs -log(1 - s):
     the mean of max(X - t, 0) on the far side of the mean then shrinks by at least that factor.
 
-    Raises:
-        AuditError: x is empty or not finite, or no bound within `tol` was found.
+    `AuditError` where x is empty or not finite, or no bound within `tol` was found.
     """
     x = np.sort(np.asarray(x, dtype=np.float64))
     if x.ndim != 1 or not len(x) or not np.isfinite(x).all():

@@ -62,11 +62,7 @@ class CaptionedImages:
         return len(self.captions)
 
     def image(self, index: int) -> Image.Image:
-        """Decode an image as upright RGB, transparency on white.
-
-        Raises:
-            UnreadableImage: The image is missing, empty, cut short or in no known format.
-        """
+        """Decode an image as upright RGB, transparency on white; `UnreadableImage` where it cannot be."""
         return decode_image(lambda: self._bytes(index), self.names[index])
 
     def is_own(self, index: int) -> bool:

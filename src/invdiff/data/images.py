@@ -52,8 +52,7 @@ def read_image(path: Path) -> Image.Image:
 def decode_image(read: Callable[[], bytes], name: str) -> Image.Image:
     """Decode the bytes that `read` gives to upright RGB, transparency on white, 16 bits scaled to 8.
 
-    Raises:
-        UnreadableImage: `read` raises an `OSError`, or the bytes are no whole image; `name` is that of the image.
+    `UnreadableImage` with `name` where `read` raises an `OSError`, or the bytes are no whole image.
     """
     try:
         data = read()

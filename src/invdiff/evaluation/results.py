@@ -246,8 +246,7 @@ def scale_order(scale: str) -> float:
 def table_path(path: str | Path) -> Path:
     """Place of the table beside results at `path`: results.csv beside results.json.
 
-    Raises:
-        EvaluationError: `path` is a .csv itself, or either file would replace a manifest of images.
+    `EvaluationError` where `path` is a .csv itself, or either file would replace a manifest of images.
     """
     path = Path(path)
     if path.suffix.lower() == ".csv":
