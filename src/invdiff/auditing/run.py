@@ -26,7 +26,6 @@ from ..seeds import generator
 from .asked import Labels, columns_asked, labels_asked
 from .asking import Reading, asked_factors, questions, read_by_clip, read_by_model
 from .captions import group_captions, part_by_images, stated_group, words_that_state_groups
-from .cuts import Cut
 from .evidence import Evidence, collect_evidence, encode_vision
 from .factors import Search, find_factors, spread
 from .probe import linear_judges, spread_labels
@@ -220,7 +219,11 @@ def infer(
             splitting = [m for m, cuts in enumerate(search.factors) if prompt in cuts and key[m] < 0]
             for m in splitting:
                 cut, here = search.factors[m][prompt], np.isin(rows, own)
-                splits[m].append(_split(len(prompts), cut, here))
+                best = cut.candidate
+                figures = (best.separation, best.agreement, best.rand_low, best.log_e)
+                split = PromptSplit(len(prompts), best.evidence, best.shares, cut.intervals, *figures)
+                whole = here.all() and cut.intervals
+                splits[m].append(split if whole else split.with_shares_of(cut.weights[here]))
                 score, labels = cut.score.mean, cut.weights.argmax(axis=1)
                 rare = labels == rarest(np.bincount(labels, minlength=cut.weights.shape[1]))
                 sign = 1 if score[rare].mean() >= score.mean() else -1  # the rare group's are high
@@ -263,14 +266,6 @@ def _captions_of(data: EncodedImages, rows: NDArray[Any]) -> list[str]:
     """The captions of images, the most frequent first."""
     ids, counts = np.unique(data.caption_ids.numpy()[rows], return_counts=True)
     return [data.captions[k] for k in ids[np.argsort(-counts, kind="stable")]]
-
-
-def _split(prompt: int, cut: Cut, own: NDArray[np.bool_]) -> PromptSplit:
-    """A cut as a prompt's split, of those of its images that `own` says."""
-    best = cut.candidate
-    figures = (best.separation, best.agreement, best.rand_low, best.log_e)
-    found = PromptSplit(prompt, best.evidence, best.shares, cut.intervals, *figures)
-    return found if own.all() and cut.intervals else found.with_shares_of(cut.weights[own])
 
 
 def distinct(data: EncodedImages, prompt_of: torch.Tensor) -> NDArray[np.bool_]:

@@ -255,7 +255,14 @@ def _open(source: Source, image_column: str | None, split: str, limit: int | Non
             if len(found) == 2:
                 raise DataError(f"Expected one metadata file in {folder}, found both .csv and .jsonl. Remove one.")
             if found:
-                return _open_table(found[0], image_column or "file_name", limit, path)
+                column = image_column or "file_name"
+                table = read_table(found[0], required=(column,), limit=limit)
+                given = [(row[column], table.place(number)) for number, row in enumerate(table.rows)]
+                names = [image_name(name, folder, place, DataError) for name, place in given]
+                others = {each: [row.get(each) for row in table.rows] for each in table.columns if each != column}
+                places = [folder / name for name in names]
+                homes = frozenset(place.parent for place in places)
+                return CaptionedImages([""] * len(names), names, others, 0.0, places.__getitem__, path, homes)
         files = visible(path, "**/*.parquet")
         if files:
             opened = _open_dataset(_load_parquet(files, path, split), image_column, limit, path, path)
@@ -282,16 +289,6 @@ def _open(source: Source, image_column: str | None, split: str, limit: int | Non
             f"{first_line(error)} Check the spelling, the network and, for a private set, `hf auth login`."
         ) from error
     return _open_dataset(dataset, image_column, limit, Path(), cache)
-
-
-def _open_table(file: Path, name_column: str, limit: int | None, folder: Path) -> CaptionedImages:
-    table = read_table(file, required=(name_column,), limit=limit)
-    given = [row[name_column] for row in table.rows]
-    names = [image_name(name, file.parent, table.place(row), DataError) for row, name in enumerate(given)]
-    attributes = {column: [row.get(column) for row in table.rows] for column in table.columns if column != name_column}
-    paths = [file.parent / name for name in names]
-    homes = frozenset(path.parent for path in paths)
-    return CaptionedImages([""] * len(names), names, attributes, 0.0, paths.__getitem__, folder, homes)
 
 
 def _load_parquet(files: list[Path], source: Path, split: str) -> datasets.Dataset:

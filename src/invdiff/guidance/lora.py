@@ -157,7 +157,13 @@ class GuidanceLoRA(Guidance):
     def before(self, arguments: dict[str, Any], rows: Rows | None) -> dict[str, Any]:
         self._ran, self._mask = 0, None
         if rows is not None:
-            mask = self._ranks(rows.environments)
+            mask = torch.ones(
+                len(rows.environments), self.config["rank"]
+            )  # m(e): 1 for the ranks of each row's groups
+            if self.sees_environment:
+                groups = zip(rows.environments.cpu().T, self.num_groups, strict=True)
+                chosen = torch.cat([F.one_hot(of, size) for of, size in groups], dim=1)
+                mask = chosen.float().repeat_interleave(self.config["rank"], dim=1)
             self._mask = mask * rows.strength(mask)
             self._first = int(self._mask.any(dim=1).int().argmax())  # null rows come first, and cost nothing
         return {}
@@ -168,14 +174,6 @@ class GuidanceLoRA(Guidance):
                 f"Expected {len(self.adapters)} adapted layers to run, {self._ran} did. A wrapper that skips or fuses "
                 "layers (caching, fused projections) bypasses them: disable it while guidance is attached."
             )
-
-    def _ranks(self, environments: torch.Tensor) -> torch.Tensor:
-        """m(e): 1 for the ranks of each row's groups, (rows, ranks)."""
-        rank, sizes = self.config["rank"], self.config["num_groups"]
-        if not self.sees_environment:
-            return torch.ones(len(environments), rank)
-        chosen = [F.one_hot(environments[:, m].cpu(), size) for m, size in enumerate(sizes)]
-        return torch.cat(chosen, dim=1).float().repeat_interleave(rank, dim=1)
 
     def export(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write the adapter of each factor and group as a LoRA that `pipe.load_lora_weights` takes; return the files.
