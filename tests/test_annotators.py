@@ -363,9 +363,7 @@ def test_truth_values_are_classes_of_one_spelling_and_other_text_stays_as_it_is(
 
 def test_true_beside_one_is_refused_wherever_labels_are_read():
     labels = GivenLabels(["male"]).discover([{"male": True}], ["line 1 of a"])
-    with pytest.raises(
-        EvaluationError, match="'male' in one spelling, found True in line 1 of a and 0 in line 2 of b"
-    ):
+    with pytest.raises(EvaluationError, match="in one spelling, found True in line 1 of a and 0 in line 2 of b"):
         labels.discover([{"male": 2}, {"male": "0.0"}], ["line 1 of b", "line 2 of b"])
     table = {"image": ["a.png", "b.png"], "male": ["1", "false"]}
     data = load_labelled_images(datasets.Dataset.from_dict(table))

@@ -268,9 +268,7 @@ def test_figures_are_stated_and_kept_and_are_no_part_of_the_weights(trained, mod
     assert "The annotator errs" in card
     assert GuidanceModule.from_pretrained(tmp_path / "m").model_card() == card
     stated = ModelCard(card).data.eval_results
-    assert {figure.dataset_name for figure in stated} == {
-        "guided images at guidance scale 3.0, annotated for background"
-    }
+    assert {one.dataset_name for one in stated} == {"guided images at guidance scale 3.0, annotated for background"}
     assert [figure.metric_value for figure in stated if figure.metric_type == "Bias"] == [0.04]
 
 

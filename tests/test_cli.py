@@ -190,9 +190,7 @@ def test_variables_of_one_process_do_not_matter(tmp_path, alone):
 
 
 def test_prompts_that_are_no_text_are_refused(tmp_path):
-    assert "Expected UTF-8, found other bytes in 'a \\udce9'" in fail(
-        "generate", "m", "a \udce9", "--output", tmp_path
-    )
+    assert "found other bytes in 'a \\udce9'" in fail("generate", "m", "a \udce9", "--output", tmp_path)
 
 
 @pytest.mark.parametrize("encoding", ["latin-1:strict", "ascii"])
@@ -297,9 +295,7 @@ def test_generate_passes_module_mix_and_settings_on(tiny_pipe_dir, tmp_path, rec
     assert recorded.calls["generate"].environments == "iid"
 
 
-def test_the_type_of_weights_reaches_the_model_and_the_next_command(
-    tiny_pipe_dir, tiny_folder, tmp_path, recorded, monkeypatch
-):
+def test_the_type_of_weights_reaches_the_next_command(tiny_pipe_dir, tiny_folder, tmp_path, recorded, monkeypatch):
     found = SimpleNamespace(biased=True, save=lambda folder: None, put_aside=lambda folder: None)
     recorded("invdiff.auditing.run", "audit", found)
     recorded("invdiff.report.grids", "save_audit_picture")

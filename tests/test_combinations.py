@@ -198,9 +198,7 @@ CALLS = {
         "several_per_prompt": changed(family, seeds=(0, 1, 2, 3), prompt=list(CAPTIONS), num_images_per_prompt=2),
         "negative": changed(family, seeds=(0, 1), negative_prompt=["land", "a photo of water"], **options),
         "guidance_scale_1": changed(family, seeds=(0, 1), guidance_scale=1.0),
-        "callback": changed(
-            family, seeds=(0, 1), callback_on_step_end=lambda *given: {"latents": 0.9 * given[-1]["latents"]}
-        ),
+        "callback": changed(family, seeds=(0, 1), callback_on_step_end=lambda *g: {"latents": 0.9 * g[-1]["latents"]}),
         "fused": changed(family, lambda pipe, _: denoiser_of(pipe).fuse_qkv_projections()),
     }.items()
 } | {"sd1-slicing": changed("sd1", lambda pipe, _: pipe.enable_attention_slicing())}

@@ -40,9 +40,7 @@ def log_e(scores, rng, distinct=None):
 @pytest.mark.parametrize("centres", [(0.0, 5.0), (0.0, 4.0, 9.0)])
 def test_a_mixture_is_that_of_scikit_learn(centres):
     rng = np.random.default_rng(0)
-    scores = np.concatenate(
-        [rng.normal(centre, 1, count) for centre, count in zip(centres, (1000, 150, 80), strict=False)]
-    )
+    scores = np.concatenate([rng.normal(at, 1, count) for at, count in zip(centres, (1000, 150, 80), strict=False)])
     theirs = GaussianMixture(len(centres), covariance_type="tied", n_init=3, random_state=0).fit(scores[:, None])
     order = theirs.means_[:, 0].argsort()
     for quick in (False, True):

@@ -118,9 +118,7 @@ def test_what_processes_cannot_share_is_refused(tiny_folder, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_processes_that_do_not_come_are_waited_for_in_words_and_not_for_long(
-    tiny_pipe_dir, tmp_path, monkeypatch, rank
-):
+def test_processes_that_do_not_come_are_waited_for_and_not_for_long(tiny_pipe_dir, tmp_path, monkeypatch, rank):
     monkeypatch.setattr(distributed, "NOTICE", distributed.NOTICE / 20)
     monkeypatch.setattr(distributed, "JOINING", distributed.JOINING / 150)
     monkeypatch.setattr(distributed.PartialState, "_shared_state", {})  # no group was joined yet

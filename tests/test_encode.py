@@ -210,9 +210,7 @@ def test_rows_that_do_not_exist_are_refused(wrong):
         (lambda pipe: pipe.text_encoder.get_input_embeddings().weight, f"text encoder, .* caption '{CAPTIONS[0]}'"),
     ],
 )
-def test_the_part_that_returns_no_number_is_named_and_nothing_of_it_is_kept(
-    tiny_pipe, tiny_folder, tmp_path, damage, message
-):
+def test_the_part_that_returns_no_number_is_named_and_nothing_kept(tiny_pipe, tiny_folder, tmp_path, damage, message):
     with torch.no_grad():
         damage(tiny_pipe).fill_(torch.nan)
     for _ in range(2):

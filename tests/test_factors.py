@@ -26,8 +26,7 @@ from runs import built_audit, inferred, made_up_data, report, sharded, undrawn
 OWN = "Groups of factor 2 match none of some prompts"
 
 BIRDS = ["a landbird", "a waterbird"]
-PROMPT = np.arange(600) % 2
-"""Of images of two prompts."""
+PROMPT = np.arange(600) % 2  # of images of two prompts
 
 
 def attribute(share, prompt=PROMPT, seed=0):

@@ -133,7 +133,7 @@ def test_hostile_captions_make_a_vocabulary(tmp_path):
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_a_base_keeps_all_but_its_denoiser_and_is_resumed_to_the_same_bytes(
+def test_a_base_keeps_all_but_its_denoiser_and_resumes_to_same_bytes(
     data, tiny_pipe_dir, whole, tmp_path, kill, fresh
 ):
     state = torch.random.get_rng_state()

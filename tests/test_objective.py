@@ -76,9 +76,7 @@ def test_the_gradient_of_a_step_is_that_of_the_objective_at_the_means_before_it(
     assert first.item() == pytest.approx(own.mean().item())  # no means yet, so no penalty
     assert torch.allclose(moving.means(), torch.stack(of_groups, dim=2))
     parameters = list(module.parameters())
-    pairs = zip(
-        *(torch.autograd.grad(each, parameters, materialize_grads=True) for each in (loss, expected)), strict=True
-    )
+    pairs = zip(*(torch.autograd.grad(of, parameters, materialize_grads=True) for of in (loss, expected)), strict=True)
     assert all(torch.allclose(found, gradient, rtol=1e-4, atol=1e-6) for found, gradient in pairs)
 
 

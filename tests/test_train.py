@@ -238,9 +238,7 @@ def test_an_image_left_out_is_never_read(tiny_pipe, data, found, tmp_path, monke
     assert set(torch.cat(asked).tolist()) == set(range(12)) - {0, 11}
 
 
-def test_preservation_keeps_unrelated_captions_as_the_frozen_model_draws_them(
-    tiny_pipe, data, found, tmp_path, monkeypatch
-):
+def test_preservation_keeps_unrelated_captions_as_they_were(tiny_pipe, data, found, tmp_path, monkeypatch):
     monkeypatch.setattr(AuditConfig, "caption_threshold", 0.0)  # random weights hardly read captions
     everyday = preservation.unrelated_captions([])[::4]
     monkeypatch.setattr(preservation, "unrelated_captions", lambda captions: everyday)

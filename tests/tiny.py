@@ -16,12 +16,10 @@ CAPTIONS = ("a photo of a landbird", "a photo of a waterbird")
 CLASSES = {0: "landbird, bird of the land", 1: "waterbird"}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LINEAR = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
-WIDTH = 16
-"""Of text encoders and prompt embeddings."""
+WIDTH = 16  # of text encoders and prompt embeddings
 TEXT = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-TOWER = SMALL | {"intermediate_size": 32}
-"""Of a vision transformer."""
+TOWER = SMALL | {"intermediate_size": 32}  # of a vision transformer
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "pad_token_id": 0}
 TRANSFORMER = {"sample_size": 8, "patch_size": 2, "num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 4}
 """Of a denoiser."""
@@ -184,8 +182,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "ddpm": make_ddpm,
 }
 """How to make a tiny pipeline of each family, by its short name."""
-RESOLUTION = {"flux": 32}
-"""Where a pipeline does not know its own size."""
+RESOLUTION = {"flux": 32}  # where a pipeline does not know its own size
 
 
 def make_tiny(family: str, seed: int = 0) -> Any:
