@@ -57,7 +57,7 @@ def test_a_single_file_is_the_model_itself(tiny_pipe, tiny_pipe_dir, single, lor
     unet = tiny_pipe_dir / "unet" / "diffusion_pytorch_model.safetensors"
     for source, options, message in (
         (single, {}, "settings and tokenizer for .* at stable-diffusion-v1-5/.*--model-config"),
-        (lora, {}, "found a LoRA. Give its model, and --lora"),
+        (lora, {}, "found a LoRA. Give its model and --lora"),
         (unet, {"config": tiny_pipe_dir}, "Weights for this component appear to be missing"),
         (pickled, {}, "can run code"),
         ("absent.safetensors", {}, "found nothing there"),
