@@ -289,6 +289,44 @@ def bundled(source: Path | None, folder: Path, *, held_out: bool = False, **sett
     return BirdsWorld(settings.pop("num_images", 3000), **settings).write(folder)
 
 
+def everything(source: Path, folder: Path, *, num_birds: int = 14_000, seed: int = 0) -> Path:
+    """Faces, scenes and birds on balanced scenes, for a base that knows them; each image has one of several wordings.
+
+    None of these images is held out. Which wording an image has is drawn by `seed` and says nothing of the picture but
+    what is there.
+    """
+    rng, rows = np.random.default_rng(seed), list[Row]()
+
+    def add(make: Callable[[], Image.Image], *wordings: str) -> None:
+        rows.append(({"text": f"a photo of {wordings[rng.integers(len(wordings))]}"}, make))
+
+    for who, make in _faces(source):
+        race, gender, age = who["race"].replace("_", " "), who["gender"], who["age"]
+        add(
+            make,
+            f"a {gender}",
+            f"a {race} {gender}",
+            f"{_an(age)} {gender}",
+            f"{_an(age)} {race} {gender}",
+            "a person",
+        )
+    for scene, images in _classes(source, "scenes", "scene", held_out=False).items():
+        name = {"forest": "a forest", "glacier": "a glacier", "mountain": "a mountain", "street": "a street"}.get(
+            scene
+        )
+        for image in images:
+            add(partial(_open, image), name or {"sea": "the sea"}.get(scene, scene))
+    where = {"forest": "in a forest", "sea": "on the sea"}
+    for bird, make in birds(source, num_birds, 0.5, seed):
+        subject, place = bird["subject"], where[bird["place"]]
+        add(make, f"a {subject}", f"a {subject} {place}", f"a bird {place}", "a bird")
+    return write(folder, rows, world="everything", num_birds=num_birds, seed=seed)
+
+
+def _an(word: str) -> str:
+    return f"an {word}" if word[0] in "AEIOUaeiou" else f"a {word}"
+
+
 EVEN: dict[str, dict[str, Any]] = {
     "waterbirds": {"severity": 0.5},
     "bundled": {"severity": 0.5},

@@ -105,3 +105,14 @@ def test_faces_hide_what_is_asked_in_the_shares_that_are_asked(source, tmp_path)
         worlds.fairface(source, tmp_path / "more", num_images=100)
     with pytest.raises(ConfigError, match="got age and race"):
         worlds.fairface(source, tmp_path / "none", captions="age", hidden="race")
+
+
+def test_a_base_learns_from_all_that_is_not_held_out_under_several_wordings(source, tmp_path):
+    rows = table(worlds.everything(source, tmp_path / "all", num_birds=200))
+    faces = 3 * 2 * 4 * 10  # three ages of 20 and more
+    assert len(rows) == faces + 2 * 16 + 200
+    assert {"a photo of the sea", "a photo of a forest", "a photo of an old woman", "a photo of an Indian man"} <= {
+        *rows["text"]
+    }
+    places = rows["text"][rows["text"].str.contains("a landbird in a forest|a waterbird in a forest")]
+    assert places.nunique() == 2
