@@ -42,9 +42,6 @@ def captioned(*texts):
     return [{"file_name": f"{row}.png", "text": text} for row, text in enumerate(texts)]
 
 
-# sources
-
-
 def test_reads_a_folder_with_csv_and_its_first_rows(tiny_folder):
     data = load_captioned_images(tiny_folder)
     assert len(data) == len(load_captioned_images(tiny_folder, limit=99)) == 12
@@ -179,9 +176,6 @@ def test_names_written_on_windows_are_read(tmp_path):
     assert data.image(0).size == (4, 4)
 
 
-# the lazy view
-
-
 def test_select_keeps_everything_in_step_and_passes_between_processes(tiny_folder):
     data = load_captioned_images(tiny_folder)
     some = pickle.loads(pickle.dumps(data.select([11, 2]).select([1, 0])))
@@ -247,9 +241,6 @@ def test_images_are_own_where_they_truly_lie_in_the_folder_of_the_data(tmp_path)
     assert not load_captioned_images(paths.select([2])).is_own(0)  # in memory: no folder to lie in
     held = datasets.Dataset.from_dict({"image": [{"bytes": b"", "path": None}], "text": ["a bird"]})
     assert load_captioned_images(held.cast_column("image", datasets.Image())).is_own(0)
-
-
-# decoding
 
 
 def encoded(image, kind="PNG", **options):
@@ -350,9 +341,6 @@ def test_opening_reads_no_image_and_a_row_without_one_is_unreadable(tmp_path):
     table = datasets.Dataset.from_dict({"image": ["00.png", None], "text": ["a", "b"]})
     with pytest.raises(UnreadableImage, match="row 1: the row holds no image"):
         load_captioned_images(table.cast_column("image", datasets.Image())).image(1)
-
-
-# messages
 
 
 def refusal(source, **options):

@@ -4,7 +4,7 @@ import pytest
 
 from conftest import made_up_measures
 from invdiff.evaluation.results import Results
-from invdiff.report.compare import Comparison, charts_of, compare, modules_by_scale, over_guidance
+from invdiff.report.compare import charts_of, compare, modules_by_scale
 from invdiff.report.read import Generated, Run
 
 
@@ -68,18 +68,3 @@ def test_every_figure_has_its_chart_with_gaps_where_it_is_missing():
     ]
     assert [len(chart.floors) for chart in charts] == [1, 0, 0]
     assert charts[0].lines[0].points[0][2:] == (pytest.approx(0.8), 1.0)
-
-
-def test_every_model_has_its_line_over_the_guidance_scale():
-    models = {
-        "guided": {"1.0": measures(0.1), "3.0": measures(0.2), "unstated": measures(0.9)},
-        "base": {"1.0": measures(0.7), "3.0": measures(0.9)},
-    }
-    chosen = Comparison("base", "guided", "1.0", ["1.0", "3.0"])
-    (chart,) = over_guidance(Results(models), chosen)
-    assert [(line.name, line.place, [point[:2] for point in line.points]) for line in chart.lines] == [
-        ("Base model", None, [(1, 0.7), (3, 0.9)]),
-        ("With guidance", 0, [(1, 0.1), (3, 0.2)]),
-    ]
-    single = Results({"base": {"3.0": measures(0.7)}, "guided": {"3.0": measures(0.1)}})
-    assert over_guidance(single, chosen) == []

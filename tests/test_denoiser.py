@@ -26,15 +26,6 @@ def unet_output(pipe):
         return pipe.unet(latents, timesteps, condition["prompt_embeds"]).sample
 
 
-def test_it_predicts_what_the_unet_predicts_and_leaves_no_graph(tiny_pipe):
-    with FrozenDenoiser(tiny_pipe) as frozen:
-        prediction, features = frozen(*inputs())
-    assert torch.equal(prediction, unet_output(tiny_pipe))
-    assert features.shape == (3, 32, 4, 4)
-    assert not prediction.requires_grad
-    assert not features.requires_grad
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_it_leaves_hooks_and_mode_as_they_were(tiny_pipe, training):
     tiny_pipe.to(torch.bfloat16).unet.train(training)

@@ -36,9 +36,6 @@ def with_broken(tmp_path, *broken, num_images=12, **options):
     return load_captioned_images(folder, **options)
 
 
-# what is encoded
-
-
 def test_latents_are_the_scaled_mode_of_each_image(tiny_pipe, data, tmp_path):
     encoded = run(tiny_pipe, data, tmp_path)
     assert len(encoded) == 12
@@ -90,9 +87,6 @@ def test_resolution_is_the_models_own_or_the_one_given(tiny_pipe, data, tmp_path
         run(object(), data, tmp_path)
 
 
-# the cache
-
-
 @pytest.mark.parametrize("num_written", [0, 2, 3])
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tiny_pipe, tmp_path, monkeypatch, kill, num_written):
     data, killed = with_broken(tmp_path, 6, max_unreadable=0.5), tmp_path / "killed"
@@ -129,9 +123,6 @@ def test_a_full_disk_keeps_the_finished_shards(tiny_pipe, data, tmp_path, monkey
         run(tiny_pipe, data, tmp_path)
 
 
-# images that cannot be read
-
-
 def test_unreadable_images_are_skipped_and_listed(tiny_pipe, tmp_path):
     data = with_broken(tmp_path, 0, 1, 2, 3, 4, 6, max_unreadable=0.5)  # the first five are a whole shard
     encoded = run(tiny_pipe, data, tmp_path / "cache")
@@ -142,9 +133,6 @@ def test_unreadable_images_are_skipped_and_listed(tiny_pipe, tmp_path):
     assert encoded.unreadable == dict.fromkeys([f"{row:02d}.png" for row in (0, 1, 2, 3, 4, 6)], "the file is empty")
     good = run(tiny_pipe, data.select(rows), tmp_path / "good")
     torch.testing.assert_close(encoded.latents[:], good.latents[:])
-
-
-# fingerprints
 
 
 def test_models_that_encode_differently_have_different_fingerprints(tiny_pipe, tiny_pipe_dir, tmp_path):
@@ -182,8 +170,6 @@ def test_different_models_and_data_do_not_meet_in_one_cache(tiny_pipe, data, tmp
     assert not torch.equal(one.latents[:], other.latents[:])
     torch.testing.assert_close(part.latents[:], one.latents[[3, 4]])
 
-
-# ShardedTensor
 
 WHOLE = torch.arange(20.0).reshape(10, 2)
 SHARDED = ShardedTensor(WHOLE.split([4, 1, 5]))

@@ -82,9 +82,6 @@ def run_audit(pipe, family, data, tmp_path):
     return audit(pipe, of_family(data, family), config=config, cache_dir=tmp_path / "cache", progress=False)
 
 
-# the main job
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_audits_trains_draws_and_is_read_back(family, backend, data, tiny_folder, tmp_path):
@@ -121,9 +118,6 @@ def test_a_family_audits_trains_draws_and_is_read_back(family, backend, data, ti
         assert torch.equal(draw(pipe, family), before)
     with attach(saved, loaded):
         assert torch.allclose(draw(saved, family), expected, atol=1e-5)
-
-
-# what the adapters know
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -221,9 +215,6 @@ def test_classes_are_named_or_numbered_and_names_of_one_class_are_one_prompt(dat
     assert [sorted(prompt.captions) for prompt in found.prompts] == [["bird of the land", "landbird"]]
 
 
-# what an unconditional model cannot do
-
-
 def test_an_unconditional_model_ignores_captions_and_has_no_contrast_and_one_round(data, tmp_path):
     pipe = tiny("ddpm")
     found = run_audit(pipe, "ddpm", data, tmp_path)
@@ -276,9 +267,6 @@ def test_groups_stay_where_the_first_timesteps_are_the_same_number_in_16_bits():
     assert seen[0][:2] != seen[4]
 
 
-# mismatches
-
-
 class Stranger(DiffusionPipeline):
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -311,9 +299,6 @@ def test_tokens_that_were_dropped_are_noticed():
     features = family.hidden_states((None, torch.zeros(1, 9, 32)))
     with pytest.raises(ModelError, match="one token for each patch of 8x8 latents, found 9 tokens"):
         family.on_grid(features, torch.zeros(1, 4, 8, 8))
-
-
-# what the config tells, not the class
 
 
 def test_a_unet_without_a_middle_block_is_audited_trained_and_guided(data, tmp_path):
@@ -357,9 +342,6 @@ def test_what_starts_from_images_is_refused_before_any_work(make, message, data,
         with pytest.raises(ModelError, match=message):
             run_audit(pipe, "sd1", data, tmp_path)
     assert not any(tmp_path.iterdir())
-
-
-# storage in other types than the compute type
 
 
 @pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16])

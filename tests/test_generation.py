@@ -137,9 +137,6 @@ def test_a_finished_run_draws_nothing_and_damaged_images_are_drawn_again(tiny_pi
         assert contents(tmp_path) == before
 
 
-# Starting noise and groups
-
-
 def test_images_do_not_depend_on_batch_size_or_the_order_of_prompts(tiny_pipe, tmp_path):
     tiny_pipe.scheduler = DDPMScheduler.from_config(tiny_pipe.scheduler.config)
     module = make_guidance_module(tiny_pipe, num_groups=5)
@@ -151,17 +148,6 @@ def test_images_do_not_depend_on_batch_size_or_the_order_of_prompts(tiny_pipe, t
     for name, image in before.items():
         turned_name = name.replace("00000/", "x/").replace("00001/", "00000/").replace("x/", "00001/")
         assert np.abs(image.astype(int) - after[turned_name]).max() <= 1
-
-
-def test_images_are_drawn_with_the_groups_recorded(tiny_pipe):
-    module = make_guidance_module(tiny_pipe, num_groups=(2, 3))
-    with Drawing(tiny_pipe, CAPTIONS, module=module, config=GenerateConfig(images_per_prompt=6)) as drawing:
-        seen = []
-        for places in ([3, 0, 8], [1]):
-            drawing.batch(places)
-            seen += drawing._attachment.environments[: len(places)].tolist()
-    assert seen == [drawing.rows[place]["environment"] for place in (3, 0, 8, 1)]
-    assert len({tuple(row["environment"]) for row in drawing.rows[:6]}) == 6
 
 
 @pytest.mark.parametrize("given", [[0, 1, 1, 0, 1], [0, 1, 1, 0, 1, 1, 1, 0, 0, 0]], ids=["alike", "each"])
@@ -181,9 +167,6 @@ def test_an_invariant_module_records_no_groups(tiny_pipe, tmp_path):
     assert rows[0]["scale"] == 0.5
 
 
-# The pipeline is left as it was
-
-
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_pipeline_is_left_as_it_was(tiny_pipe, tmp_path, monkeypatch, capfd, fails):
     tiny_pipe.set_progress_bar_config(desc="mine", disable=False)
@@ -195,9 +178,6 @@ def test_the_pipeline_is_left_as_it_was(tiny_pipe, tmp_path, monkeypatch, capfd,
     assert capfd.readouterr() == ("", "")  # the pipeline's own bar is silent
     assert tiny_pipe._progress_bar_config == {"desc": "mine", "disable": False}
     assert not any(network._forward_hooks for network in tiny_pipe.unet.modules())
-
-
-# What cannot be used
 
 
 def test_another_run_is_not_mixed_in(tiny_pipe, tmp_path):
@@ -267,8 +247,6 @@ def test_a_safety_checker_that_blackens_images_is_noticed(tiny_pipe, tmp_path, m
     with pytest.raises(ModelError, match="safety_checker=None"):
         run(tiny_pipe, tmp_path)
 
-
-# Noise of the scheduler, and parts that return what is not finite
 
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 STOCHASTIC = {"stochastic_sampling": True}

@@ -3,10 +3,7 @@
 import numpy as np
 import pytest
 
-from invdiff.auditing.edits import Edits, apply
-from invdiff.auditing.result import Audit
-from invdiff.report.read import gaps, rank_groups, splits_of
-from runs import make_audit
+from invdiff.report.read import gaps, rank_groups
 
 
 @pytest.mark.parametrize(
@@ -33,27 +30,3 @@ def test_weights_come_before_scores():
 def test_gaps_are_parted_in_the_middle():
     assert gaps(np.array([0.0, 1, 3, 8, 9]), np.array([1, 1, 1, 0, 0])) == [5.5]
     assert gaps(np.array([0.0, 9, 3, 8]), np.array([1, 1, 0, 0])) == []
-
-
-def test_splits_are_of_the_images_kept_under_the_names_that_people_gave(tmp_path):
-    make_audit(tmp_path, factors=2)
-    audit = Audit.load(tmp_path)
-    edits = Edits(names=(("", ""), ("", "on water"))).without_images([18, 20, 39])
-    land, water, land_again, _ = splits_of(apply(audit, edits))
-    assert [land.index, land_again.index, water.index] == [0, 0, 1]
-    assert [group.name for group in land.groups] == ["group 0", "group 1"]
-    assert [group.name for group in land_again.groups] == ["group 0", "on water"]
-    assert land.rows.tolist() == [*range(18), 19]
-    assert water.rows.tolist() == [*range(21, 39)]
-    assert [group.size for group in water.groups] == [17, 1]
-    assert np.array_equal(water.scores, audit.scores[0, 21:39])
-    assert sorted(at for group in water.groups for at in group.typical) == water.rows.tolist()
-
-
-def test_a_split_has_the_cuts_that_people_set(tmp_path):
-    make_audit(tmp_path)
-    land, water = splits_of(apply(Audit.load(tmp_path), Edits().with_cuts(0, 1, [0.25])))
-    assert (land.by_hand, water.by_hand) == (False, True)
-    assert water.cuts == [0.25]
-    assert land.cuts == gaps(land.scores, land.labels)
-    assert np.array_equal(water.labels, water.scores >= 0.25)

@@ -5,11 +5,9 @@ import torch
 from diffusers import AutoPipelineForImage2Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from conftest import CAPTIONS, make_guidance_lora, make_guidance_module, make_tiny_pipeline
 from invdiff import TrainConfig
-from invdiff.cli import app
 from invdiff.errors import ConfigError, ModelError
 from invdiff.guidance import backends
 from invdiff.guidance.attach import attach
@@ -18,6 +16,7 @@ from invdiff.guidance.base import Rows
 from invdiff.models.families import DenoiserCall
 from invdiff.models.frozen import FrozenDenoiser
 from invdiff.models.load import denoiser_of
+from test_cli import fail, run
 from tiny import make_tiny
 
 
@@ -112,11 +111,8 @@ def test_another_pipeline_of_the_denoiser_without_guidance_has_no_null_row(tiny_
 @pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore:`FluxPosEmbed`:FutureWarning")
 @pytest.mark.parametrize(("family", "expected"), [("sd1", [[True, False]]), ("flux", [[False], [True]])])
 def test_the_pipeline_that_runs_tells_which_rows_are_of_the_negative_prompt(family, expected):
-    pipe, seen = make_tiny(family), []
-    other, scale = (
-        AutoPipelineForImage2Image.from_pipe(pipe),
-        {"sd1": "guidance_scale", "flux": "true_cfg_scale"}[family],
-    )
+    pipe, seen, scale = make_tiny(family), [], {"sd1": "guidance_scale", "flux": "true_cfg_scale"}[family]
+    other = AutoPipelineForImage2Image.from_pipe(pipe)
     options = {"num_inference_steps": 1, "output_type": "latent"}
     options |= {"height": 32, "width": 32} if family == "flux" else {}
     with attach(pipe, make_guidance_lora(pipe, null_adapter="off")) as attachment:
@@ -128,18 +124,15 @@ def test_the_pipeline_that_runs_tells_which_rows_are_of_the_negative_prompt(fami
     assert [rows.null.tolist() for rows in seen] == [[False], *expected]
 
 
-def test_layers_that_do_not_run_are_noticed(tiny_pipe):
-    with attach(tiny_pipe, make_guidance_lora(tiny_pipe)) as attachment:
+def test_layers_that_do_not_run_are_noticed_in_sampling_and_in_training(tiny_pipe):
+    guidance, rows = make_guidance_lora(tiny_pipe), Rows(torch.zeros(1, 1, dtype=torch.long))
+    with attach(tiny_pipe, guidance) as attachment:
         tiny_pipe.unet.fuse_qkv_projections()
         with pytest.raises(ModelError, match="adapted layers to run"):
             denoise(tiny_pipe)
         tiny_pipe.unet.unfuse_qkv_projections()
         denoise(tiny_pipe)
         assert attachment.calls == 2
-
-
-def test_training_notices_layers_that_do_not_run(tiny_pipe):
-    guidance, rows = make_guidance_lora(tiny_pipe), Rows(torch.zeros(1, 1, dtype=torch.long))
     call = DenoiserCall(torch.zeros(1, 4, 8, 8), torch.tensor([500]), {"prompt_embeds": torch.zeros(1, 16, 16)})
     with FrozenDenoiser(tiny_pipe) as frozen:
         guidance.guided(frozen, call, rows)
@@ -207,16 +200,15 @@ def test_exported_files_are_named_by_people_s_names_and_follow_both_formats(tiny
 
 def test_what_no_lora_file_can_hold_is_not_exported(tiny_pipe, tmp_path):
     make_guidance_module(tiny_pipe).save_pretrained(tmp_path / "module")
-    shown = CliRunner().invoke(app, ["export", str(tmp_path / "module"), "--output", str(tmp_path / "lora")])
-    assert shown.exit_code == 1
-    assert "backend 'lora' to export, got 'module', which no LoRA file can hold" in shown.output
+    message = fail("export", tmp_path / "module", "--output", tmp_path / "lora")
+    assert "backend 'lora' to export, got 'module', which no LoRA file can hold" in message
     with pytest.raises(ModelError, match="diffusers loads LoRAs into, got PixArtTransformer2DModel"):
         make_guidance_lora(make_tiny("pixart")).export(tmp_path)
 
 
 def test_the_command_writes_files_and_says_how_to_load_one(tiny_pipe, tmp_path):
     make_guidance_lora(tiny_pipe, mode="invariant", null_adapter="off").save_pretrained(tmp_path / "guidance")
-    shown = CliRunner().invoke(app, ["export", str(tmp_path / "guidance"), "--output", str(tmp_path / "lora")])
+    shown = run("export", tmp_path / "guidance", "--output", tmp_path / "lora")
     assert "a LoRA acts on the null row too" in shown.stderr
     file = tmp_path / "lora" / "invariant.safetensors"
     assert shown.stdout.split("\n")[-2].endswith(f"pipe.load_lora_weights({str(file)!r}).")

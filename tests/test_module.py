@@ -2,9 +2,8 @@ import accelerate
 import pytest
 import torch
 
-from conftest import make_guidance_module, make_tiny_pipeline
+from conftest import make_guidance_module
 from invdiff.errors import ConfigError, ModelError
-from invdiff.guidance.base import weight_signature
 from invdiff.guidance.module import GuidanceModule
 
 
@@ -24,12 +23,6 @@ def environments(*groups):
 def test_the_shift_has_the_shape_of_any_latents(tiny_pipe, side):
     shift = make_guidance_module(tiny_pipe)(*inputs(*side), environments(0, 1, 1))
     assert shift.shape == (3, 4, *side)
-
-
-def test_a_row_depends_on_its_own_group_only(tiny_pipe):
-    module = make_guidance_module(tiny_pipe)
-    first, second = (module(*inputs(), environments(0, group, 1)) for group in (0, 1))
-    assert [torch.equal(a, b) for a, b in zip(first, second, strict=True)] == [True, False, True]
 
 
 def test_each_factor_has_its_own_groups(tiny_pipe):
@@ -83,10 +76,3 @@ def test_a_denoiser_of_another_kind_or_whose_weights_are_offloaded_is_refused(ti
     tiny_pipe.unet = tiny_pipe.vae
     with pytest.raises(ModelError, match="got a AutoencoderKL, whose inputs"):
         GuidanceModule.for_pipeline(tiny_pipe)
-
-
-def test_the_weight_signature_tells_models_apart_whatever_their_precision():
-    unet, other = make_tiny_pipeline(seed=0).unet, make_tiny_pipeline(seed=1).unet
-    signature = weight_signature(unet)
-    assert weight_signature(other) != pytest.approx(signature, rel=0.02, abs=1e-3)
-    assert weight_signature(unet.bfloat16()) == pytest.approx(signature, rel=0.02, abs=1e-3)

@@ -5,24 +5,19 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from typer.testing import CliRunner
 
-from conftest import make_tiny_pipeline
-from invdiff import audit, cli, sampling, train
+from conftest import contents, make_tiny_pipeline
+from invdiff import audit, sampling, train
 from invdiff.auditing.result import Audit
 from invdiff.config import AuditConfig, TrainConfig
 from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ConfigError
+from test_cli import fail, next_command, succeed
 from tiny import CAPTIONS
 
 CONFIG = AuditConfig(solver="exact", min_images=4, caption_threshold=0.0, images_per_prompt=6)
 TRAIN = TrainConfig(steps=2, batch_size=4, preserve=0, mixed_precision="no")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def drawn(cache):
-    (folder,) = (cache / "own").iterdir()
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +44,7 @@ def test_killed_drawing_goes_on_to_the_same_bytes(tiny_pipe, found, tmp_path, ki
     options = {"prompts": CAPTIONS, "config": CONFIG, "cache_dir": tmp_path, "progress": False}
     kill(sampling, "save_image", 5, audit, tiny_pipe, **options)
     assert audit(tiny_pipe, **options).fingerprint == found[0].fingerprint
-    assert drawn(tmp_path) == drawn(found[1])
+    assert contents(tmp_path / "own") == contents(found[1] / "own")
 
 
 def test_training_without_data_is_training_on_them_wherever_they_are(tiny_pipe, found, tmp_path):
@@ -86,29 +81,26 @@ def test_commands_go_all_the_way_without_data(tiny_pipe_dir, tmp_path, monkeypat
     prompts.write_text(f"{CAPTIONS[1]}\n")
     given = ["--prompt", CAPTIONS[0], "--prompts", str(prompts), "--config", str(config), "--quiet"]
     words = ["audit", str(tiny_pipe_dir), "--output", str(tmp_path / "audit"), *given]
-    done = CliRunner().invoke(cli.app, words)
-    assert done.exit_code == 0, done.output
-    assert "the model's own" in " ".join(done.stdout.split())
+    shown = succeed(*words)
+    assert "the model's own" in " ".join(shown.split())
     assert list((tmp_path / "audit").glob("*.png"))
     assert Audit.load(tmp_path / "audit").settings["own_images_of"] == list(CAPTIONS)
-    words = done.stdout.splitlines()[-1].split(" Next: invdiff ")[1].split()
+    words = next_command(shown)[1:]
     assert words[:4] == ["train", str(tiny_pipe_dir), str(tmp_path / "audit"), "--output"]
-    done = CliRunner().invoke(cli.app, [*words, "--steps", "2", "--batch-size", "4", "--preserve", "0", "-q"])
-    assert done.exit_code == 0, done.output
-    done = CliRunner().invoke(cli.app, ["report", str(tmp_path / "audit"), "--output", str(tmp_path / "r")])
-    assert done.exit_code == 0, done.output
+    succeed(*words, "--steps", 2, "--batch-size", 4, "--preserve", 0, "-q")
+    succeed("report", tmp_path / "audit", "--output", tmp_path / "r")
     report = (tmp_path / "r" / "report.md").read_text()
     assert "The images are the model’s own" in report or "The images are the model's own" in report
     assert f"--prompt '{CAPTIONS[0]}'" in report
-    done = CliRunner().invoke(cli.app, ["audit", str(tiny_pipe_dir), "--output", str(tmp_path / "none")])
-    assert "Expected DATA, or --prompt" in done.stderr
-    words = ["audit", str(tiny_pipe_dir), "DATA", "--images-per-prompt", "5", "--output", str(tmp_path / "none")]
-    assert "Expected --images-per-prompt for images of the model's own" in CliRunner().invoke(cli.app, words).stderr
+    none = ("--output", tmp_path / "none")
+    assert "Expected DATA, or --prompt" in fail("audit", tiny_pipe_dir, *none)
+    words = ("audit", tiny_pipe_dir, "DATA", "--images-per-prompt", 5, *none)
+    assert "Expected --images-per-prompt for images of the model's own" in fail(*words)
 
 
 def test_the_bundled_prompts_are_forty_professions(tiny_pipe_dir, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("invdiff.auditing.run.audit", lambda *_, prompts, **__: asked.extend(prompts) or exit(0))
-    CliRunner().invoke(cli.app, ["audit", str(tiny_pipe_dir), "--prompts", "professions", "--output", str(tmp_path)])
+    succeed("audit", tiny_pipe_dir, "--prompts", "professions", "--output", tmp_path)
     assert len(set(asked)) == 40
     assert all(prompt.startswith(("a photo of a ", "a photo of an ")) for prompt in asked)

@@ -62,8 +62,6 @@ def test_of_a_local_folder_only_its_last_name_is_public(tiny_pipe_dir, monkeypat
     assert public_name(pipe.name_or_path) == tiny_pipe_dir.name
 
 
-# Models that cannot load
-
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 492265168\n"
 
 
@@ -99,10 +97,7 @@ WEIGHTS = ("text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safet
         (lambda folder: os.truncate(folder / "unet/config.json", 9), "unet/config.json is damaged or cut short"),
         (lambda folder: edit(folder / "model_index.json", _class_name="NewPipeline"), "NewPipeline. Upgrade"),
         (need_torchsde, "requires the torchsde library .*Install"),
-        (
-            lambda folder: edit(folder / "unet/config.json", **QUANTISED),
-            "bitsandbytes. Install that package",
-        ),
+        (lambda folder: edit(folder / "unet/config.json", **QUANTISED), "bitsandbytes. Install that package"),
     ],
 )
 def test_one_line_says_which_file_or_package_is_missing_or_damaged(tiny_pipe_dir, tmp_path, damage, message):

@@ -43,9 +43,6 @@ def labelled(run, folder, values, column="background"):
     return report(folder / "out", **parts, images=images)
 
 
-# Labels of the data.
-
-
 @pytest.mark.parametrize(
     ("values", "column", "edits", "land", "water"),
     [
@@ -112,9 +109,6 @@ def test_hostile_labels_are_text_and_a_prompt_without_labels_keeps_the_audit_s_g
     assert " | – | " in row
 
 
-# Private files.
-
-
 def hide(secret, link):
     """Put a link to a private picture in the place of an image."""
     Image.new("RGB", (12, 12), (1, 2, 3)).save(secret)
@@ -131,9 +125,6 @@ def test_audited_images_outside_the_data_are_not_shown(finished, tmp_path):
     for text in (page.words, twin):
         assert "1 of 36 images is not shown here: its file lies outside the data's folder" in text
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.md"]
-
-
-# Paths.
 
 
 def everything(folder):

@@ -52,9 +52,6 @@ def twin(written):
     return html.unescape((written / "report.md").read_text(encoding="utf-8"))
 
 
-# What it says.
-
-
 def test_figures_and_groups_are_those_of_the_results_and_of_the_audit(finished, page, twin):
     results = Results.load(finished / "results.json")
     for model, count in (("base", 18), ("guided", 11)):
@@ -146,9 +143,6 @@ def test_the_verdict_claims_no_more_than_the_intervals(finished, tmp_path, inter
     assert verdict in twin
 
 
-# Nothing leaves the page.
-
-
 def test_every_image_is_a_data_uri_and_nothing_is_fetched(written, page):
     uris = [*page.values("src"), *page.values("srcset")]
     assert len(uris) > 60
@@ -182,9 +176,6 @@ def test_the_same_parts_give_the_same_bytes(finished, tmp_path):
         save_report(tmp_path / name, **vars(find_parts(finished)))
     first, second = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab")
     assert first == second
-
-
-# What others wrote is text.
 
 
 @pytest.fixture(scope="module")
@@ -244,9 +235,6 @@ def test_hostile_text_is_text_in_markdown_too(hostile_folder):
     assert all(re.fullmatch(r"report-[a-z-]+\.png", str(source)) for source in pictures)
     assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1"] + ["h2"] * 6
     assert SCRIPT in "".join(token.content for token in flat if token.type == "text")
-
-
-# What is absent or damaged.
 
 
 @pytest.mark.parametrize(
@@ -329,9 +317,6 @@ def test_parts_that_do_not_fit_are_errors_and_nothing_is_written(finished, tmp_p
 def test_the_command_says_what_it_lacks(tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
     assert fail("report", *words, "--output", "out").startswith("error: Expected")
-
-
-# In a browser.
 
 
 @needs_browser

@@ -134,7 +134,8 @@ def test_a_killed_run_goes_on_to_the_same_result(
     another = make_audit(data.names, [0, 1] * 6, data.caption_ids)
     monkeypatch.setattr(train_module, "infer_groups", Mock(return_value=another))
     if changes:
-        run(tiny_pipe, data, found, whole := tmp_path / "whole", **changes)
+        module = run(tiny_pipe, data, found, whole := tmp_path / "whole", **changes)
+        assert (module.num_groups, module.factor_names) == ((2, 2), ("factor 1", "factor 2"))
     kill(train_module, name, call, run, tiny_pipe, data, found, tmp_path / "cut", **changes)
     assert not (tmp_path / "cut" / "train.json").exists()
     if name == "step_loss" and left < 4:
@@ -217,15 +218,6 @@ def test_a_round_adds_the_factors_that_are_new_and_leaves_the_others():
     assert np.array_equal(added.group_weights[1][4:], hard(other[4:]))
     assert added.kept.tolist() == [True, False] + [True] * 6
     assert added.group_names[0] == ("land", "water")
-
-
-def test_a_second_round_trains_anew_on_all_factors(tiny_pipe, data, found, tmp_path, monkeypatch):
-    other = make_audit(data.names, [0, 1] * 6, data.caption_ids)
-    monkeypatch.setattr(train_module, "infer_groups", Mock(return_value=other))
-    module = run(tiny_pipe, data, found, tmp_path / "m", rounds=2)
-    assert module.num_groups == (2, 2)
-    assert module.factor_names == ("factor 1", "factor 2")
-    assert torch.tensor(log(tmp_path / "m")[-1]["group_losses"]).shape == (2, 2, 2)
 
 
 def test_an_image_left_out_is_never_read(tiny_pipe, data, found, tmp_path, monkeypatch):
