@@ -305,7 +305,7 @@ def everything(source: Path, folder: Path, *, num_birds: int = 14_000, seed: int
         add(
             make,
             f"a {gender}",
-            f"a {race} {gender}",
+            f"{_an(race)} {gender}",
             f"{_an(age)} {gender}",
             f"{_an(age)} {race} {gender}",
             "a person",
