@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # these modules import each other by name, as when run alone
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import: no notices of what is not installed
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # nor of long captions of the bundled world that are cut
 
 import sets
 from kept import RESULTS

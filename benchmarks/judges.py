@@ -102,7 +102,15 @@ class EfficientNetLite:
         """Train it and a linear head of each attribute, combinations of attributes drawn alike; kept in `path`."""
         if path.is_file():
             return cls(path)
-        encoder, (classes, targets), rng = cls(), read_targets(data, attributes), generator("tune", seed)
+        with torch.random.fork_rng():  # dropout and new layers draw from the global generator
+            torch.manual_seed(seed)
+            encoder = cls._tuned(data, attributes, generator("tune", seed))
+        write_tensors(path, encoder.network.state_dict())
+        return cls(path)
+
+    @classmethod
+    def _tuned(cls, data: CaptionedImages, attributes: Sequence[str], rng: torch.Generator) -> EfficientNetLite:
+        encoder, (classes, targets) = cls(), read_targets(data, attributes)
         side, steps, batch_size = (int(TUNING[name]) for name in ("side", "steps", "batch_size"))
         images = torch.stack([to_pixels(image, SMALL) for _, image in readable_images(data, "tune", progress=False)])
         truth, cells = torch.from_numpy(targets), combinations(targets)
@@ -124,8 +132,7 @@ class EfficientNetLite:
             loss.backward()
             optimizer.step()
             schedule.step()
-        write_tensors(path, encoder.network.state_dict())
-        return cls(path)
+        return encoder
 
 
 class Judge(Measurable):

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from invdiff import Audit, FinetuneConfig, TrainConfig, audit, finetune, train
+from invdiff import Audit, AuditConfig, FinetuneConfig, TrainConfig, audit, finetune, train
 from invdiff.data.captioned import CaptionedImages
 from invdiff.errors import ConfigError
 from invdiff.evaluation.calibrate import calibrate
@@ -154,14 +154,19 @@ def tuning_of(world: World) -> FinetuneConfig:
 
 
 @contextmanager
-def stopwatch(path: Path) -> Iterator[Callable[[], float | None]]:
-    """How long the block took, also when asked later; none where it was stopped and went on another time."""
-    start, fresh = time.perf_counter(), not path.exists()
-    if fresh:
+def stopwatch(folder: Path) -> Iterator[Callable[[], float | None]]:
+    """How long the block took to make `folder`, also when asked later; none where another run had begun it."""
+    path = folder.with_name(f"{folder.name}.seconds.json")
+    start, fresh = time.perf_counter(), not (path.exists() or folder.exists())
+    if not path.exists():
         write_json(path, {"seconds": None})
     yield lambda: read_json(path)["seconds"]
     if fresh:
         write_json(path, {"seconds": round(time.perf_counter() - start, 1)})
+
+
+GIVEN = {"true": "labels", "words": "words", "few-labels": "40 labels"}
+"""Groups to what a method is given with them; the others need nothing."""
 
 
 @dataclass(frozen=True)
@@ -175,10 +180,20 @@ class Guided:
     calibrated: tuple[float, ...] = ()
     """Guidance scales for which the mix of groups is solved for, if any."""
 
+    def __post_init__(self) -> None:
+        if self.groups != "audit" and (self.audit or self.calibrated):
+            raise ConfigError(f"Expected `audit` and `calibrated` with groups 'audit' alone, got {self.groups!r}.")
+        AuditConfig.from_dict(dict(self.audit))  # wrong settings are said before hours of work
+        self.training()
+
+    def training(self, seed: int = 0) -> TrainConfig:
+        """How it is trained."""
+        return TrainConfig.from_dict({"penalty": 0.0, "seed": seed} | dict(self.config))
+
     @property
     def supervision(self) -> str:
-        """None, unless groups are the true ones, or are told of in words or by a few labels."""
-        return {"true": "labels", "words": "words", "few-labels": "40 labels"}.get(self.groups, "none")
+        """None, unless groups are told of."""
+        return GIVEN.get(self.groups, "none")
 
     def fit(self, world: World, folder: Path) -> Fitted:
         """Train it beside the frozen model, which stays as it is where the audit finds no groups."""
@@ -188,7 +203,7 @@ class Guided:
         found = groups_of(world, self.groups, self.audit)
         if not found.biased:
             return Fitted(pipe, forwards=found.forwards_per_image * len(world.data), about={"groups found": 0})
-        config = TrainConfig(**{"penalty": 0.0, "seed": world.seed} | dict(self.config))
+        config = self.training(world.seed)
         guidance = train(pipe, world.data, found, folder, config=config, cache_dir=world.cache)
         if self.calibrated and not guidance.config["mixes"]:
             calibrate(pipe, guidance, world.found_in, folder, guidance_scales=self.calibrated)

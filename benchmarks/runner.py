@@ -11,11 +11,12 @@ that can spread groups evenly is drawn that way too, as "stratified".
 from __future__ import annotations
 
 import importlib
+import inspect
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import judges
 import numpy as np
@@ -27,6 +28,7 @@ from PIL import Image
 from rivals.groups import groups_of
 
 from invdiff import EvaluateConfig, FinetuneConfig, GenerateConfig, evaluate, generate, load_captioned_images
+from invdiff.data.birds import BirdsWorld
 from invdiff.data.captioned import CaptionedImages
 from invdiff.errors import ConfigError
 from invdiff.evaluation.annotate import Described, describe_images
@@ -34,8 +36,8 @@ from invdiff.evaluation.annotators.annotations import Annotator
 from invdiff.evaluation.annotators.audited import AuditAnnotator
 from invdiff.evaluation.images import read_images
 from invdiff.evaluation.results import Measures
-from invdiff.files import read_json, write_json
-from invdiff.options import Config, read_yaml
+from invdiff.files import check_same_settings, read_json, write_json
+from invdiff.options import Config
 
 HERE = Path(__file__).parent
 METHODS = {
@@ -71,7 +73,7 @@ class Cells(Config):
     """Those at which only the first seed is drawn."""
     delta: float = 1.0
     """Strength of guidance; methods that are no guidance of ours do not read it."""
-    environments: str = "iid"
+    environments: Literal["iid", "calibrated"] = "iid"
     """How groups are drawn for the headline; "calibrated" where the mix is solved for."""
     stratified: bool = False
     """Draw images with groups spread evenly too."""
@@ -91,10 +93,11 @@ class Cells(Config):
 
     def fitted_by(self) -> Method:
         """The method with its settings."""
-        if self.method not in METHODS:
-            raise ConfigError(f"Expected a method of {', '.join(METHODS)}, got {self.method!r}.")
-        module, _, kind = METHODS[self.method].rpartition(".")
-        method: Method = getattr(importlib.import_module(module), kind)(**self.settings)
+        check_known("a method", [self.method], METHODS)
+        module, _, name = METHODS[self.method].rpartition(".")
+        kind = getattr(importlib.import_module(module), name)
+        check_known(f"settings of {self.method}", self.settings, [field.name for field in fields(kind)])
+        method: Method = kind(**self.settings)
         return method
 
 
@@ -125,9 +128,25 @@ class Suite(Config):
         path = HERE / "suites" / f"{name}.yaml"
         if not path.is_file():
             raise ConfigError(f"Expected a benchmark of {', '.join(cls.names())}, got {name!r}.")
-        entries = read_yaml(path)
-        tune = entries.get("finetune")
-        return cls.from_dict(entries | ({"finetune": FinetuneConfig.from_dict(tune)} if tune else {}))
+        return cls.from_file(path)
+
+    def check(self) -> None:
+        """Every name in it is one that there is."""
+        check_known("an attribute", [self.attribute], judges.NUM_IMAGES)
+        each, others = self.each(), Suite.named(self.shares).each() if self.shares else {}
+        for cell, cells in each.items():
+            for scale in (*cells.scales, *cells.further_scales):
+                cells.drawing(scale, 0)
+            world = self.world | cells.world
+            kind = world.pop("kind", None)
+            check_known("a world's kind", [kind], worlds.EVEN)
+            make = BirdsWorld if kind == "bundled" else getattr(worlds, kind)
+            check_known(f"settings of {kind}", world, inspect.signature(make).parameters)
+            method, fitted = cells.fitted_by(), (others | each).get(cells.fitted or cell)
+            if fitted is None or fitted.fitted_by() != method:
+                raise ConfigError(
+                    f"Expected a cell that is fitted as {cell} is as its `fitted`, got {cells.fitted!r}."
+                )
 
     @staticmethod
     def names() -> list[str]:
@@ -137,6 +156,21 @@ class Suite(Config):
     def each(self) -> dict[str, Cells]:
         """The cells by name."""
         return {name: Cells.from_dict(entries) for name, entries in self.cells.items()}
+
+    def settings(self, cells: Cells) -> dict[str, Any]:
+        """All that the figures of a cell depend on."""
+        shared = {name: value for name, value in self.to_dict().items() if name not in ("cells", "shares")}
+        return shared | cells.to_dict() | {"world": self.world | cells.world}
+
+    def check_kept(self, cells: Cells, path: Path) -> None:
+        """Raise `ConfigError` that names each difference, unless figures were kept with these settings.
+
+        Another number of seeds is no difference, nor is what was not recorded then.
+        """
+        now = self.settings(cells)
+        then = now | Cells(cells.method).to_dict() | read_json(path)["settings"] | {"seeds": now["seeds"]}
+        remedy = "Undo that, give the cell another name, or delete this file and what --work has of it to run it anew."
+        check_same_settings(path, flat(then), flat(now), remedy)
 
     def opened(
         self, source: Path | None, base: Path, work: Path, seed: int, changes: Mapping[str, Any] | None = None
@@ -180,6 +214,7 @@ class Runner:
         """Fit, draw, judge, and keep the figures, unless they are there."""
         path, cells = self.place(name, seed), self.suite.each()[name]
         if path.is_file():
+            self.suite.check_kept(cells, path)
             return
         method = cells.fitted_by()
         _ = self.judge  # its encoder may not be installed: that is said before hours of work
@@ -189,7 +224,7 @@ class Runner:
         if isinstance(method, Guided):
             groups_of(world, method.groups, method.audit)
         fitted_in = world.work / (cells.fitted or name) / "fitted"
-        with stopwatch(fitted_in.with_name("fitted.seconds.json")) as took:
+        with stopwatch(fitted_in) as took:
             fitted = method.fit(world, fitted_in)
         scales = sorted({*cells.scales, *(cells.further_scales if seed == cells.seeds[0] else ())})
         draws = {"": cells.environments} | ({"stratified ": "uniform"} if cells.stratified else {})
@@ -203,19 +238,18 @@ class Runner:
                 with fitted.hooked(1000 + seed):
                     generate(fitted.pipe, list(prompts), folder, **options)
                 figures[f"{prefix}CFG {scale:g}"] = self.measured(folder, world, prompts)
-                if cells.audited:
+                if cells.audited and world.found.biased:
                     eyes = AuditAnnotator(world.found_in, fitted.pipe)
                     seen = evaluate(folder, eyes, next(iter(eyes.attributes)), progress=False)
                     ((_, _, measures),) = seen.each()
                     figures[f"{prefix}CFG {scale:g}"]["bias by the audit"] = measures.bias
         for scale in scales if self.suite.unrelated else ():
             figures[f"unrelated prompts, CFG {scale:g}"] = self.moved(fitted, world, work, cells.drawing(scale, seed))
-        budget = self.suite.finetune and self.suite.finetune.to_dict()
         document = {
             "command": f"python -m benchmarks run {self.name} --cells {name} --seeds {seed}",
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU core",
-            "settings": cells.to_dict() | {"finetune": budget, "world": self.suite.world | cells.world},
+            "settings": self.suite.settings(cells),
             "supervision": method.supervision,
             "parameters": fitted.parameters,
             "forwards": fitted.forwards,
@@ -298,6 +332,20 @@ def contact_sheet(folder: Path, columns: int = 12) -> None:
         for column, tile in enumerate(strip):
             sheet.paste(tile, (column * width, row * height))
     sheet.save(folder / "sheet.png")
+
+
+def check_known(what: str, given: Iterable[Any], known: Collection[str]) -> None:
+    """Raise `ConfigError` that says what is `given` but not `known`."""
+    if unknown := [each for each in given if each not in known]:
+        raise ConfigError(f"Expected {what} of {', '.join(known) or 'none'}, got {', '.join(map(repr, unknown))}.")
+
+
+def flat(values: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """Settings within settings by their full names, such as "settings.config.steps"."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{within}{name}.") if isinstance(value, Mapping) else {f"{within}{name}": value}
+    return found
 
 
 def kept(folder: Path) -> dict[str, dict[int, Mapping[str, Any]]]:

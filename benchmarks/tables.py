@@ -34,8 +34,11 @@ def rows(benchmark: str, results: Path) -> Iterator[dict[str, Any]]:
     found, labels = kept(results / benchmark), results / f"{benchmark}-labels.json"
     if labels.is_file():
         correct(found, read_json(labels))
-    for cell in Suite.named(benchmark).each():
+    suite = Suite.named(benchmark)
+    for cell, cells in suite.each().items():
         by_seed = found.get(cell, {})
+        for seed in by_seed:
+            suite.check_kept(cells, results / benchmark / f"{cell}-seed-{seed}.json")
         first: Mapping[str, Any] = next(iter(by_seed.values()), {})
         for key in (key for key, of in first.get("figures", {}).items() if "bias" in of):
             each = [of["figures"][key] for of in by_seed.values() if key in of["figures"]]

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from audits import audit_features
-from methods import Fitted, World, tuning_of
+from methods import GIVEN, Fitted, World, tuning_of
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import silhouette_score
@@ -82,7 +82,7 @@ def groups_of(world: World, groups: str, settings: Mapping[str, Any] | None = No
     coin; the others are `INFERRED`. Values of a caption that few images have are no groups, as where the attribute is
     given: see `given_factors`.
     """
-    config = AuditConfig(**dict(settings or {}))
+    config = AuditConfig.from_dict(dict(settings or {}))
     if groups in ("audit", "true"):
         name = "-".join(["audit", *(f"{key}-{value}" for key, value in (settings or {}).items())])
         return world.true if groups == "true" else world.audited(name, world.data, config=config)
@@ -132,8 +132,8 @@ class GroupBalanced:
 
     @property
     def supervision(self) -> str:
-        """None, unless groups are the true ones."""
-        return "labels" if self.groups == "true" else "none"
+        """None, unless groups are told of."""
+        return GIVEN.get(self.groups, "none")
 
     def fit(self, world: World, folder: Path) -> Fitted:
         """Draw images, some of them often, and fine-tune."""

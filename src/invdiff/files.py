@@ -160,7 +160,12 @@ def read_json(path: Path) -> Any:
         raise DataError(f"Expected JSON in {path}, found something else ({error}).") from error
 
 
-def check_same_settings(folder: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
+def check_same_settings(
+    folder: Path,
+    found: dict[str, Any],
+    settings: dict[str, Any],
+    remedy: str = "Use the same, or another output folder, or delete this one to start afresh.",
+) -> None:
     """Raise `ConfigError` that names each difference, unless work in `folder` was started with these settings."""
     changed = [
         f"{name} was {found.get(name)!r:.80}, now {settings.get(name)!r:.80}"
@@ -168,7 +173,6 @@ def check_same_settings(folder: Path, found: dict[str, Any], settings: dict[str,
         if found.get(name) != settings.get(name)
     ]
     if changed:
-        remedy = "Use the same, or another output folder, or delete this one to start afresh."
         raise ConfigError(f"Expected the settings {folder} began with, got others: {'; '.join(changed)}. {remedy}")
 
 

@@ -99,8 +99,14 @@ class Config:
 
     @classmethod
     def from_dict(cls: type[ConfigType], values: dict[str, Any]) -> ConfigType:
-        """Settings from a mapping; `ConfigError` where a name is unknown, or a value has the wrong type or range."""
-        names = [field.name for field in dataclasses.fields(cls)]
+        """Settings from a mapping; `ConfigError` where a name is unknown or absent, or a value not of its type."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"{cls.__name__}: expected a mapping of settings, got {type(values).__name__}.")
+        fields = dataclasses.fields(cls)
+        names = [field.name for field in fields]
+        required = [field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING]
+        if absent := [name for name in required if name not in values]:
+            raise ConfigError(f"{cls.__name__}: expected a setting {', '.join(absent)}, found none.")
         unknown = sorted(str(name) for name in set(values) - set(names))
         if unknown:
             raise ConfigError(f"{cls.__name__}: unknown setting {', '.join(unknown)}; known are {', '.join(names)}.")
@@ -111,8 +117,6 @@ class Config:
         """Settings from a .json, .yaml or .yml file; `ConfigError` where it is absent or holds something else."""
         values = read_yaml(path)
         try:
-            if not isinstance(values, dict):
-                raise ConfigError(f"expected a mapping of settings, got {type(values).__name__}.")
             return cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
@@ -149,6 +153,8 @@ def typed(hint: Any, value: Any, place: str = "") -> Any:
         return {name: typed(arguments[1], item, f" in {name!r}{place}") for name, item in value.items()}
     elif origin in (tuple, list) and isinstance(value, tuple | list):
         return origin(typed(arguments[0], item, f" in item {k}{place}") for k, item in enumerate(value, start=1))
+    elif isinstance(hint, type) and issubclass(hint, Config) and isinstance(value, dict):
+        return hint.from_dict(value)
     elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
         hints: Any = {name: of for name, of in _hints(hint).items() if name in value}  # type: ignore[arg-type]
         return hint(**{name: typed(of, value[name], f" in {name!r}{place}") for name, of in hints.items()})  # type: ignore
