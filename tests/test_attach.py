@@ -15,9 +15,6 @@ from invdiff.guidance.module import GuidanceModule
 from invdiff.models.families import family_of
 from invdiff.models.frozen import FeatureCapture
 
-# Several of diffusers' schedulers pass tensors to numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
-
 SCHEDULERS = (
     "DDIMScheduler",
     "DDPMScheduler",

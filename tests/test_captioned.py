@@ -1,4 +1,3 @@
-import io
 import json
 import pickle
 from pathlib import Path
@@ -7,11 +6,10 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from conftest import write_tiny_folder
 from invdiff.data.captioned import load_captioned_images, readable_images
-from invdiff.data.images import UnreadableImage, read_image
+from invdiff.data.images import UnreadableImage
 from invdiff.errors import DataError
 
 RED = (255, 0, 0)
@@ -241,96 +239,6 @@ def test_images_are_own_where_they_truly_lie_in_the_folder_of_the_data(tmp_path)
     assert not load_captioned_images(paths.select([2])).is_own(0)  # in memory: no folder to lie in
     held = datasets.Dataset.from_dict({"image": [{"bytes": b"", "path": None}], "text": ["a bird"]})
     assert load_captioned_images(held.cast_column("image", datasets.Image())).is_own(0)
-
-
-def encoded(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def palette(**options):
-    image = Image.new("P", (2, 2), 1)
-    image.putpalette([0, 0, 0, *RED])
-    return encoded(image, **options)
-
-
-def photograph_on_its_side():
-    image = Image.new("RGB", (16, 8))
-    image.paste(RED, (0, 0, 8, 8))  # left half, which EXIF 6 turns to the top
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return encoded(image, exif=exif)
-
-
-SIXTEEN_BITS = Image.fromarray(np.array([[32896, 0, 257, 65535]], dtype=np.uint16))
-
-
-@pytest.mark.parametrize(
-    ("data", "first", "last"),
-    [
-        (encoded(Image.new("L", (2, 2), 77)), (77, 77, 77), None),
-        (encoded(Image.new("1", (2, 2), 1)), (255, 255, 255), None),
-        (encoded(Image.new("RGBA", (2, 2), (255, 0, 0, 0))), (255, 255, 255), None),
-        (encoded(Image.new("RGBA", (2, 2), (0, 0, 0, 127))), (128, 128, 128), None),
-        (encoded(Image.new("LA", (2, 2), (0, 0))), (255, 255, 255), None),
-        (encoded(Image.new("RGB", (2, 2), RED), transparency=RED), (255, 255, 255), None),
-        (palette(), RED, None),
-        (palette(transparency=1), (255, 255, 255), None),
-        (palette(transparency=bytes([255, 127])), (255, 128, 128), None),
-        (encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100), RED, None),
-        (encoded(SIXTEEN_BITS), (128, 128, 128), (255, 255, 255)),  # scaled, not clipped
-        (encoded(SIXTEEN_BITS, "TIFF"), (128, 128, 128), (255, 255, 255)),
-        (photograph_on_its_side(), RED, (0, 0, 0)),
-    ],
-    ids=str,
-)
-def test_every_mode_becomes_upright_rgb_on_white(data, first, last, tmp_path):
-    (tmp_path / "image").write_bytes(data)
-    image = read_image(tmp_path / "image")
-    assert image.mode == "RGB"
-    assert np.abs(np.subtract(image.getpixel((0, 0)), first)).max() < 5
-    assert image.getpixel((image.width - 1, image.height - 1)) == (last or image.getpixel((0, 0)))
-
-
-def described(**options):
-    info = PngInfo()
-    for number in range(3):
-        info.add_text(f"workflow {number}", "x" * 2_000_000, zip=True)
-    return encoded(Image.new("RGB", (4, 4), RED), pnginfo=info, **options)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        described(),
-        described(icc_profile=b"\0" * 3_000_000),
-        encoded(Image.new("RGB", (4, 4), RED), exif=b"Exif\0\0garbage"),
-    ],
-    ids=["texts", "colour profile", "damaged orientation"],
-)
-def test_what_is_said_about_the_pixels_does_not_make_an_image_unreadable(data, tmp_path):
-    (tmp_path / "image.png").write_bytes(data)
-    assert read_image(tmp_path / "image.png").getpixel((0, 0)) == RED
-
-
-NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (encoded(NOISE)[:6000], "truncated"),
-        (encoded(NOISE, "JPEG")[:2000], "truncated"),
-        (b"", "the file is empty"),
-        (b"hello", "not an image in a known format"),
-        (encoded(Image.new("F", (2, 2), 0.5), "TIFF"), "no known range"),
-    ],
-)
-def test_damaged_files_are_unreadable(data, reason, tmp_path):
-    (tmp_path / "cut.img").write_bytes(data)
-    with pytest.raises(UnreadableImage, match=rf"cut\.img: .*{reason}"):
-        read_image(tmp_path / "cut.img")
 
 
 def test_opening_reads_no_image_and_a_row_without_one_is_unreadable(tmp_path):

@@ -1,40 +1,28 @@
 """The command line, in process, on tiny models: the whole way, errors, and that each flag has its effect."""
 
-import dataclasses
 import importlib
 import json
-import os
-import re
 import shlex
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-import typer
 import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from conftest import CAPTIONS, PROCESSES, made_up_measures, make_guidance_module, make_tiny_pipeline, write_tiny_folder
+from conftest import CAPTIONS, made_up_measures, make_guidance_module, make_tiny_pipeline, write_tiny_folder
 from invdiff import cli
 from invdiff.auditing.edits import Edits, apply
 from invdiff.auditing.result import Audit
-from invdiff.cli.arguments import command, field_docs, labelled_folders
-from invdiff.cli.print import finish, say
-from invdiff.config import AuditConfig, DemoConfig, EvaluateConfig, FinetuneConfig, GenerateConfig, TrainConfig
+from invdiff.cli.arguments import labelled_folders
+from invdiff.config import FinetuneConfig, GenerateConfig
 from invdiff.errors import ConfigError, DataError
 from invdiff.evaluation.results import Results
-from invdiff.options import command_options, settings_of
 from runs import make_audit
 from test_finetune import SHAPE
 from tiny import make_tiny
 
-COMMANDS = (
-    *("demo", "birds", "finetune", "audit", "train", "generate", "evaluate", "report", "ui"),
-    *("annotator", "annotator train", "annotator measure"),
-)
 FIGURES = {"interval": (0.4, 0.6), "floor": 0.1}
 
 
@@ -156,52 +144,6 @@ def test_the_whole_way_without_captions(tmp_path, cache):
     assert [row["prompt"] for row in rows] == ["", ""]
 
 
-def test_of_several_processes_only_the_first_prints(monkeypatch, capsys):
-    for name, value in PROCESSES.items():
-        monkeypatch.setenv(name, value)
-    say("loading", quiet=False)
-    finish("The module is in out.", "generate")
-    printed = capsys.readouterr()
-    assert printed.out + printed.err == ""
-    assert "Expected one process" in fail("demo")
-
-
-@pytest.mark.parametrize(
-    ("left", "message"),
-    [
-        ({"WORLD_SIZE": "auto"}, "WORLD_SIZE='auto'"),
-        ({"RANK": ""}, "RANK='', LOCAL_RANK"),
-        ({"RANK": "2"}, "WORLD_SIZE='2', RANK='2'"),
-        ({"MASTER_ADDR": ""}, "MASTER_ADDR=''"),
-    ],
-)
-def test_variables_left_over_by_a_cluster_are_named(tmp_path, left, message):
-    said = fail("birds", "--output", tmp_path, env=PROCESSES | left)
-    assert message in said
-    assert "To run alone: unset WORLD_SIZE RANK" in said
-
-
-@pytest.mark.parametrize("alone", ["", "1", " "])
-def test_variables_of_one_process_do_not_matter(tmp_path, alone):
-    left = {"WORLD_SIZE": alone, "RANK": "3", "LOCAL_RANK": "", "MASTER_ADDR": ""}
-    arguments = ("birds", "--output", tmp_path, "--num-images", 1, "--resolution", 16)
-    assert "1 captioned images" in run(*arguments, env=left).stdout
-
-
-def test_prompts_that_are_no_text_are_refused(tmp_path):
-    assert "found other bytes in 'a \\udce9'" in fail("generate", "m", "a \udce9", "--output", tmp_path)
-
-
-@pytest.mark.parametrize("encoding", ["latin-1:strict", "ascii"])
-def test_what_an_encoding_lacks_is_replaced(tmp_path, encoding):
-    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
-    command = [sys.executable, "-m", "invdiff", "birds", "--num-images", "1", "--resolution", "16", "--output"]
-    done = subprocess.run([*command, str(tmp_path / "鳥")], capture_output=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert b"Next: invdiff finetune" in done.stdout
-    assert encoding == "ascii" or b"/?. Next" in done.stdout  # click writes UTF-8 where a terminal claims ASCII
-
-
 def test_demo_passes_its_settings_on(tmp_path, recorded):
     base, guided = made_up_measures(0.5, **FIGURES), made_up_measures(0.125, **FIGURES)
     recorded("invdiff.demo", "run_demo", Results({"base": {"3.0": base}, "guided": {"3.0": guided}}))
@@ -214,62 +156,6 @@ def test_demo_passes_its_settings_on(tmp_path, recorded):
         ["guided", "3", "0.125", "0.400 to 0.600"],
     ]
     assert all(len(line) <= 80 for line in out.splitlines() if "│" in line)
-
-
-def test_help_has_an_example_that_can_be_parsed(monkeypatch):
-    assert "audit" in run().output
-    # An example that names an option the command does not have would stop with exit code 2.
-    called = []
-    monkeypatch.setattr("typer.core.TyperCommand.invoke", lambda self, ctx: called.append(self.name))
-    for name in ("", *COMMANDS):
-        shown = " ".join(succeed(*name.split(), "--help").split())
-        example = shlex.split(shown.rpartition("Example: invdiff ")[2])
-        assert example[: len(name.split())] == name.split()
-        assert run(*example).exit_code == 0, name
-    assert called == ["demo", *(name.split()[-1] if name != "annotator" else "train" for name in COMMANDS)]
-
-
-SETTINGS = {
-    "audit": AuditConfig(
-        num_groups=2, min_share=0.1, contrast_log_snr=(-5.0, 2.5), words_model="clip", words=("a sea, wet", "--cat"),
-    ),
-    "demo": DemoConfig(severity=1, guidance_scales=(0.0, 1.5), seed=-3),
-    "evaluate": EvaluateConfig(
-        subject_attribute="pet", target={"a=b": 0.25, "c": 0.75},
-        min_confidence=0.7, baseline="base", features=("inception", "x"), lpips=True, num_resamples=20,
-    ),
-    "finetune": FinetuneConfig(learning_rate=1e-5, fresh_denoiser=True, mixed_precision="no"),
-    "generate": GenerateConfig(num_inference_steps=3, scale=0.1 + 0.2),
-    "train": TrainConfig(backend="module", mode="invariant", penalty=0, width=16),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_every_setting_is_an_option_with_its_docstring_and_default_whole_at_80_columns(name, monkeypatch):
-    kind = type(SETTINGS[name])
-    assert list(field_docs(kind)) == list(settings_of(kind))
-    monkeypatch.setenv("COLUMNS", "80")
-    shown = succeed(name, "--help")
-    text = " ".join(shown.replace("│", " ").split())
-    for setting in settings_of(kind).values():
-        assert re.search(rf"│ +{setting.flag} ", shown), setting.flag
-        assert field_docs(kind)[setting.name] in text
-    assert f"[default: {kind.seed}]" in text
-
-
-@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
-def test_settings_written_as_options_are_read_as_they_were(config, tmp_path):
-    read, app = [], typer.Typer()
-
-    @command(app, "probe")
-    def probe(*, settings: type(config)):
-        read.append(settings)
-
-    options = command_options(type(config), vars(config))
-    CliRunner().invoke(app, options, catch_exceptions=False)
-    file = yaml_file(tmp_path / "c.yaml", config.to_dict())
-    CliRunner().invoke(app, ["--config", str(file), "--seed", "9"], catch_exceptions=False)
-    assert read == [config, dataclasses.replace(config, seed=9)]
 
 
 def test_generate_passes_module_mix_and_settings_on(tiny_pipe_dir, tmp_path, recorded):
@@ -467,16 +353,6 @@ def test_folders_are_named_after_themselves_or_by_the_user(tmp_path):
     assert labelled_folders([str(tmp_path / "x=y"), str(one)])["x=y"] == [tmp_path / "x=y"]
     with pytest.raises(ConfigError, match="NAME="):
         labelled_folders(["runs/1/base", "runs/2/base"])
-
-
-def test_main_sets_the_environment_before_anything_is_imported(monkeypatch):
-    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is restored
-    monkeypatch.delenv("OMP_WAIT_POLICY")
-    monkeypatch.setattr(sys, "argv", ["invdiff", "--version"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 0
-    assert cli.os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 def test_images_of_other_tools_are_evaluated_by_their_labels(tmp_path):

@@ -19,13 +19,6 @@ from invdiff.models.load import denoiser_of
 from test_attach import SCHEDULERS as ALL_STEPS
 from tiny import CAPTIONS, RESOLUTION, TRANSFORMER, make_tiny, make_unet
 
-pytestmark = [
-    # Several of diffusers' schedulers pass tensors to numpy in a way that numpy 2 deprecates.
-    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
-    # diffusers' own ControlNet for Flux imports a class from where it no longer lives.
-    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
-]
-
 CLASSES = {"sd1": "StableDiffusion", "sdxl": "StableDiffusionXL", "sd3": "StableDiffusion3", "flux": "Flux"}
 FAMILIES = tuple(CLASSES)
 OPTIONS = {

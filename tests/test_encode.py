@@ -183,12 +183,6 @@ def test_a_sharded_tensor_indexes_like_a_tensor(indices):
     assert len(SHARDED) == len(WHOLE)
 
 
-@pytest.mark.parametrize("wrong", [[0, 10], [-11], 10])
-def test_rows_that_do_not_exist_are_refused(wrong):
-    with pytest.raises(IndexError, match="out of bounds"):
-        SHARDED[wrong]
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

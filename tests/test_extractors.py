@@ -10,7 +10,7 @@ from transformers import CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Mode
 from invdiff.errors import DataError, EvaluationError, ModelError
 from invdiff.evaluation.quality.extractors import FeatureExtractor, InceptionFeatures, load_extractor, lpips_network
 from invdiff.models.encoders import ClipEncoder
-from tiny import TOWER, save_clip
+from tiny import SMALL, TOWER, save_clip
 
 
 def images(count, size=(40, 36)):
@@ -32,10 +32,9 @@ def clip_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dinov2_dir(tmp_path_factory):
-    config = {name: value for name, value in TOWER.items() if name != "intermediate_size"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return save(Dinov2Model(Dinov2Config(mlp_ratio=2, **config)), tmp_path_factory.mktemp("tiny") / "dinov2-tiny")
+        return save(Dinov2Model(Dinov2Config(mlp_ratio=2, **SMALL)), tmp_path_factory.mktemp("tiny") / "dinov2-tiny")
 
 
 @pytest.fixture(scope="module")

@@ -86,12 +86,8 @@ def test_floor_equals_the_mean_over_all_sequences_of_images(name, num_images, nu
     assert metric_floor(name, num_images, num_groups) == pytest.approx(expected, abs=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("name", "num_images", "num_groups", "expected"),
-    [("bias", 60, 2, 0.1026), ("bias", 512, 2, 0.03525), ("bias", 1_000_000, 2, np.sqrt(2 / np.pi / 1e6))],
-)
-def test_floors_are_the_known_ones_and_finite_for_many_images(name, num_images, num_groups, expected):
-    assert metric_floor(name, num_images, num_groups) == pytest.approx(expected, rel=1e-3)
+def test_the_floor_of_many_images_is_that_of_a_normal_distribution():
+    assert metric_floor("bias", 1_000_000, 2) == pytest.approx(np.sqrt(2 / np.pi / 1e6), rel=1e-3)
 
 
 @pytest.mark.parametrize(

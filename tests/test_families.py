@@ -28,9 +28,6 @@ from invdiff.sampling import generate
 from invdiff.training.train import train
 from tiny import CAPTIONS, FAMILIES, RESOLUTION, make_tiny, make_unet
 
-# Several of diffusers' schedulers pass tensors to numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
-
 
 @cache
 def tiny(family):
@@ -253,16 +250,10 @@ def test_groups_stay_where_the_first_timesteps_are_the_same_number_in_16_bits():
 
     with attach(pipe, make_guidance_module(pipe, num_groups=97)) as attachment:
         for seed, images in ((0, 8), (1, 1)):  # of so many, some have a latent that changes its sign meanwhile
-            pipe(
-                list(CAPTIONS),
-                height=32,
-                width=32,
-                num_inference_steps=900,
-                num_images_per_prompt=images,
-                generator=torch.Generator().manual_seed(seed),
-                output_type="latent",
-                callback_on_step_end=interrupt_after_four,
-            )
+            numbers = torch.Generator().manual_seed(seed)
+            options = {"num_images_per_prompt": images, "generator": numbers, "output_type": "latent"}
+            options |= {"height": 32, "width": 32, "callback_on_step_end": interrupt_after_four}
+            pipe(list(CAPTIONS), num_inference_steps=900, **options)
     assert seen == [seen[0]] * 4 + [seen[4]] * 4
     assert seen[0][:2] != seen[4]
 

@@ -281,7 +281,6 @@ def check_noise_follows_from_seeds(pipe, family):
     assert not {"step", "decode", "encode_prompt"} & {*vars(pipe), *vars(pipe.scheduler), *vars(tiny_of("sd1").vae)}
 
 
-@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 @pytest.mark.parametrize(("family", "name", "options"), SCHEDULERS)
 def test_all_noise_follows_from_the_seeds(family, name, options, monkeypatch):
     pipe = tiny_of(family)
@@ -290,7 +289,6 @@ def test_all_noise_follows_from_the_seeds(family, name, options, monkeypatch):
     check_noise_follows_from_seeds(pipe, family)
 
 
-@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 @pytest.mark.parametrize("family", ["sd1", "dit"])
 def test_brownian_trees_follow_from_the_seeds(family, monkeypatch):
     class BrownianInterval:

@@ -85,7 +85,6 @@ def test_the_null_row_runs_without_the_adapter_unless_it_is_on(tiny_pipe):
         assert same_rows(output, plain) == untouched
 
 
-@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # of diffusers' schedulers
 @pytest.mark.parametrize("family", ["sd1", "pixart"])
 def test_a_negative_prompt_takes_the_place_of_the_null_caption(family):
     pipe, seen = make_tiny(family), []
@@ -108,7 +107,6 @@ def test_another_pipeline_of_the_denoiser_without_guidance_has_no_null_row(tiny_
     assert same_rows(seen, tiny_pipe.unet(latents, 500, torch.ones(2, 16, 16)).sample) == [False, False]
 
 
-@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore:`FluxPosEmbed`:FutureWarning")
 @pytest.mark.parametrize(("family", "expected"), [("sd1", [[True, False]]), ("flux", [[False], [True]])])
 def test_the_pipeline_that_runs_tells_which_rows_are_of_the_negative_prompt(family, expected):
     pipe, seen, scale = make_tiny(family), [], {"sd1": "guidance_scale", "flux": "true_cfg_scale"}[family]
@@ -151,7 +149,6 @@ def test_guidance_of_another_backend_or_model_is_refused(tiny_pipe):
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3"])
-@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # of diffusers' schedulers
 def test_an_exported_file_alone_draws_its_group(family, tmp_path):
     """As `attach` does with every image in it; a UNet's file for ComfyUI too; fused weights leave nothing to run."""
 

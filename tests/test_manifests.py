@@ -1,0 +1,179 @@
+"""Folders of images that are evaluated, and files of results: what is read, and what is refused."""
+
+import csv
+import functools
+import json
+import operator
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import write_tiny_folder
+from invdiff.data.captioned import load_captioned_images
+from invdiff.errors import DataError, EvaluationError, InvDiffError
+from invdiff.evaluation.annotate import describe_images
+from invdiff.evaluation.annotators.labels import GivenLabels
+from invdiff.evaluation.results import Results
+from runs import LAND, WATER
+from test_evaluate import LAND_ROWS, ROWS, ReadsPixels, change_rows, measure, of_base, write
+
+
+@pytest.fixture
+def base(tmp_path):
+    return write(tmp_path / "base", ROWS)
+
+
+def test_one_label_and_one_prompt_in_several_spellings_are_one(tmp_path):
+    for name, spelled in (("base", [0, 1]), ("guided", [0.0, 1.0]), ("text", ["0.0", "1"])):
+        write(tmp_path / name, ROWS)
+        labels = {i: {"male": spelled[i % 2], "prompt": (3, "3")[i % 2], "seed": float(i)} for i in range(8)}
+        change_rows(tmp_path / name, labels)
+    folders = {name: tmp_path / name for name in ("base", "guided", "text")}
+    found = measure(folders, GivenLabels(["male"]), attribute="male", target={"0.0": 0.5, "1": 0.5})
+    for measures in found.at("1.0").values():
+        assert measures.first.counts == {"3": {"0": 4, "1": 4}}
+        assert measures.bias == 0
+
+
+def test_a_prompt_may_hold_any_line_break_and_is_one_cell_of_the_table(tmp_path):
+    prompt = 'a "bird"\r, or\n<two>\u2028on land'
+    folder = write(tmp_path / "base", [(prompt, 1, "land", "landbird")] * 2)
+    manifest = folder / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace("\\u2028", "\u2028"), encoding="utf-8")
+    results = measure(folder)
+    assert list(results.models["base"]["1.0"].shares) == [prompt]
+    results.save(tmp_path / "r.json")
+    with (tmp_path / "r.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["of"] for row in rows if row["kind"] == "count"} == {f"prompt: {prompt}"}
+    assert all(None not in row for row in rows)
+
+
+def test_links_inside_the_folder_or_into_the_hub_s_cache_are_read(base, tmp_path):
+    (base / "again.png").symlink_to(base / "00000" / "000002.png")
+    change_rows(base, {2: {"file_name": "again.png"}, 3: {"file_name": str(base / "00000" / "000003.png")}})
+    expected = measure({"base": base}).to_dict()
+    snapshot, blobs = tmp_path / "birds" / "snapshots" / "digest", tmp_path / "birds" / "blobs"
+    shutil.copytree(base, blobs)
+    write(snapshot, ROWS)
+    for path in (blobs / "00000").iterdir():
+        (snapshot / "00000" / path.name).unlink()
+        (snapshot / "00000" / path.name).symlink_to(path)
+    (tmp_path / "link").symlink_to(snapshot)
+    assert measure({"base": snapshot}).to_dict() == measure({"base": tmp_path / "link"}).to_dict() == expected
+
+
+@pytest.mark.parametrize("name", ["{outside}/private.png", "link.png"])
+def test_an_image_outside_its_folder_is_refused(base, name):
+    # Else another person's manifest brings a private picture into figures and reports.
+    Image.new("RGB", (4, 4)).save(base.parent / "private.png")
+    (base / "link.png").symlink_to(base.parent / "private.png")
+    change_rows(base, {2: {"file_name": name.format(outside=base.parent)}})
+    with pytest.raises(EvaluationError, match=r"inside .*base, found .*line 3 of .*which lies outside"):
+        measure({"base": base})
+
+
+BAD_PROMPTS = ("null", "[3]", '"\\ud800"', '"x", "scale": "strong"', '"x", "guidance_scale": NaN')
+
+
+def _append(line):
+    return lambda base: (base / "manifest.jsonl").write_text((base / "manifest.jsonl").read_text() + line)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        *((_append(line), "line 9 of") for line in ('{"prompt": "x"}', '{"file_name": "a.png"}')),
+        *((_append(f'{{"file_name": "x", "prompt": {text}}}'), "line 9 of") for text in BAD_PROMPTS),
+        (lambda base: (base / "manifest.jsonl").unlink(), "Expected manifest.jsonl in .*, found none"),
+        (lambda base: (base / "00000" / "000003.png").unlink(), r"found 1 absent, first .*000003.png"),
+        (lambda base: (base / "00000" / "000003.png").write_bytes(b"no"), "not read the image .*000003.png"),
+        (lambda base: change_rows(base, {0: {"file_name": "x" * 10_000}}), "found 1 absent"),
+        (lambda base: change_rows(base, {1: {"file_name": "00000/../00000/000000.png"}}), "once.*000000.png again"),
+        (lambda base: change_rows(base, [{"prompt": LAND}] * 7), f"found 1 of '{WATER}' at guidance scale 1.0"),
+        (lambda base: change_rows(base, {0: {"scale": 0.5}}), r"found \[0.5, 1.0\]. Generate each scale"),
+    ],
+)
+def test_damaged_folders_are_refused_with_the_place_of_the_fault(base, damage, message):
+    damage(base)
+    with pytest.raises(InvDiffError, match=message):
+        measure({"base": base})
+
+
+def test_models_that_do_not_fit_together_are_refused(base, tmp_path):
+    other = write(tmp_path / "guided", LAND_ROWS, scale=0.5)
+    for images, message in (
+        ({}, "at least one folder"),
+        ({"base": []}, "at least one folder"),
+        ({"base": base, "guided": other}, f"none of '{WATER}' in guided"),
+        ({"base": [base, base]}, "each image once in .* and "),
+        ({"base": [base, other]}, r"one module scale in .* and .*, found \[0.5, 1.0\]"),
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            measure(images)
+
+
+def test_results_come_back_from_their_file_and_the_table_lies_beside(base, tmp_path):
+    theirs = write(tmp_path / "theirs", ROWS, scale=None)
+    settings = {"subject_attribute": "subject", "target": {"land": 0.3, "water": 0.7}}
+    results = measure({"base": base, "theirs": theirs}, **settings)
+    assert results.module_scales == {"base": 1.0}
+    results.save(tmp_path / "v1.5")
+    assert Results.load(tmp_path / "v1.5") == results
+    with (tmp_path / "v1.5.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    bias = next(row for row in rows if row["figure"] == "bias" and row["of"] == "all images")
+    assert (bias["model"], bias["guidance_scale"], float(bias["value"])) == ("base", "1.0", 0.25)
+    assert {row["kind"] for row in rows} == {"count", "fairness", "quality", "group", "preservation"}
+    assert {"subject right", f"prompt: {LAND}", "group: water"} <= {row["of"] for row in rows}
+    with pytest.raises(EvaluationError, match=r"Expected a .json file"):
+        results.save(tmp_path / "results.csv")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("models", [], "expected a mapping in 'models', got []"),
+        ("models", {}, "at least one model, found none"),
+        ("models/base/1.0", {"bias": 1.0}, "images_per_prompt"),
+        ("models/base", {"x": "1.0"}, "'x' in 'base' in 'models'"),
+        ("models/base/1.0/attributes", {}, "StopIteration"),
+        ("models/base/1.0/attributes/background/overall/bias/low", "<b>", "'low' in 'bias' in 'overall'"),
+        ("models/base/1.0/attributes/background/overall/bias/high", float("nan"), "'high' in 'bias' in 'overall'"),
+        ("models/base/1.0/attributes/background/counts", {LAND: {"land": 0}}, "division by zero"),
+        ("module_scales", {"base": "strong"}, "'base' in 'module_scales'"),
+        ("notes", "none", "in 'notes', got 'none'"),
+    ],
+)
+def test_damaged_results_are_refused_with_the_place_of_the_fault(base, tmp_path, path, value, message):
+    document = measure({"base": base}).to_dict()
+    *parents, last = path.split("/")
+    functools.reduce(operator.getitem, parents, document)[last] = value
+    (tmp_path / "results.json").write_text(json.dumps(document))
+    with pytest.raises(EvaluationError, match=r"results.json: Expected .*(?i:evaluate again)") as raised:
+        Results.load(tmp_path / "results.json")
+    assert message in str(raised.value)
+
+
+def test_a_reference_may_be_captioned_images_of_which_as_many_are_unreadable_as_it_allows(base, tmp_path):
+    folder = write_tiny_folder(tmp_path / "photos")
+    (folder / "03.png").write_bytes(b"not a picture")
+    results = measure({"base": base}, reference=load_captioned_images(folder, max_unreadable=0.1))
+    assert results.reference_images == 11
+    assert any("1 of 12 images could not be read and is left out: 03.png (not an" in note for note in results.notes)
+    assert results.models["base"]["1.0"].frechet > 0
+    with pytest.raises(DataError, match=r"03.png"):
+        measure({"base": base}, reference=load_captioned_images(folder))
+
+
+def test_features_that_are_not_finite_are_refused_by_the_image(base):
+    def spoil(seen):
+        seen.features[:] = np.where(seen.features[:, :1] == 20 / 255, np.nan, seen.features)
+
+    with pytest.raises(EvaluationError, match=r"from pixels, got NaN or infinity for .*000002.png"):
+        of_base(base, ReadsPixels(change=spoil))
+    images = [Image.new("RGB", (4, 4), (0, 0, 20 * (i == 70))) for i in range(80)]
+    with pytest.raises(EvaluationError, match="for image 70"):
+        describe_images(images, ReadsPixels(change=spoil))
