@@ -86,14 +86,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def made_up_measures(
-    bias: float,
-    *,
-    interval: tuple[float, float],
-    floor: float,
-    accuracy: float | None = None,
-    frechet: float | None = None,
-) -> Measures:
+def made_up_measures(bias, *, interval, floor, accuracy=None, frechet=None):
     """Measures of 512 images of one prompt that say what a test wants them to."""
     estimate = Estimate(value=bias, low=interval[0], high=interval[1], floor=floor)
     attribute = AttributeMeasures({"a photo": {"land": 461, "water": 51}}, {"bias": estimate})

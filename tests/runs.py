@@ -22,7 +22,7 @@ from invdiff.auditing.evidence import Evidence
 from invdiff.auditing.result import Audit, Factor, PromptAudit, PromptSplit
 from invdiff.auditing.run import infer
 from invdiff.config import AuditConfig, EvaluateConfig
-from invdiff.data.captioned import CaptionedImages, load_captioned_images
+from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import EncodedImages, ShardedTensor
 from invdiff.evaluation.annotators.labels import GivenLabels
 from invdiff.evaluation.evaluate import evaluate
@@ -133,15 +133,7 @@ def built_audit(weights: Any, prompt_ids: Any, prompts: Any, names: Any = None, 
     return Audit(weights, scores, prompt_ids, prompts, factors, names, 0.0, {})
 
 
-def make_audit(
-    folder: Path,
-    *,
-    prompts: tuple[str, ...] = (LAND, WATER),
-    found: bool = True,
-    rare: int = 2,
-    per_prompt: int = 20,
-    factors: int = 1,
-) -> CaptionedImages:
+def make_audit(folder, *, prompts=(LAND, WATER), found=True, rare=2, per_prompt=20, factors=1):
     """Write an audit whose last `rare` images of each prompt are group 1, and the images: group 0 is red."""
     (folder / "images").mkdir(parents=True)
     places = [(index, place) for index in range(len(prompts)) for place in range(per_prompt)]
@@ -162,15 +154,7 @@ def make_audit(
     return load_captioned_images(folder)
 
 
-def make_images(
-    folder: Path,
-    shares: dict[str, int],
-    *,
-    count: int = 20,
-    classes: tuple[str, str] = ("land", "water"),
-    guidance_scale: float = 3.0,
-    scale: float = 0.0,
-) -> Path:
+def make_images(folder, shares, *, count=20, classes=("land", "water"), guidance_scale=3.0, scale=0.0):
     """Write `count` images of each prompt, the first ones of the first class, with their class in the manifest."""
     folder.mkdir(parents=True)
     rows = []

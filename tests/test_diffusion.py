@@ -5,8 +5,8 @@ import torch
 from invdiff.config import AuditConfig
 from invdiff.errors import ModelError
 from invdiff.models.schedule import NoiseSchedule, per_sample_loss
+from tiny import BETAS
 
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SAMPLERS = ("DDIM", "DPMSolverMultistep", "EulerDiscrete", "HeunDiscrete", "LMSDiscrete", "PNDM", "UniPCMultistep")
 
 

@@ -65,9 +65,8 @@ def test_the_worst_cell_is_the_least_share_of_bird_and_place_times_the_places(tm
     labelled = SimpleNamespace(attributes={"place": ["forest", "sea"]})
     prompts = {"a landbird": "landbird", "a waterbird": "waterbird"}
     world = SimpleNamespace(labelled=labelled, subject="subject", attribute="place")
-    assert (
-        worst_cell(tmp_path, judge, world, prompts) == 0.5
-    )  # a waterbird in the forest, and a landbird at sea: 1 of 4
+    # Waterbirds in the forest, and landbirds at sea, are 1 of 4.
+    assert worst_cell(tmp_path, judge, world, prompts) == 0.5
 
 
 SUITE = """

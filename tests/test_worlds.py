@@ -29,14 +29,12 @@ def source(tmp_path_factory):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{name}.parquet")
 
     def many(column, colours, mode, size):
-        return [
-            {
-                "image": picture(mode, size, (*(value // (1 + (row % 5 == 4)) for value in colour), 255)[: len(mode)]),
-                column: kind,
-            }
-            for kind, colour in colours.items()
-            for row in range(20)
-        ]
+        rows = []
+        for kind, colour in colours.items():
+            for row in range(20):
+                shade = (*(value // (1 + (row % 5 == 4)) for value in colour), 255)
+                rows.append({"image": picture(mode, size, shade[: len(mode)]), column: kind})
+        return rows
 
     write("scenes", many("scene", {"forest": (0, 200, 0), "sea": (0, 0, 200)}, "RGB", (96, 96)))
     birds = {"landbird": (200, 0, 0), "waterbird": (200, 200, 200)}

@@ -200,8 +200,7 @@ def make_tiny(family: str, seed: int = 0) -> Any:
 
 
 ORIGINAL_UNET = (
-    (r"^time_embedding\.linear_1", "time_embed.0"),
-    (r"^time_embedding\.linear_2", "time_embed.2"),
+    (r"^time_embedding\.linear_(\d)", lambda found: f"time_embed.{2 * int(found[1]) - 2}"),
     (r"^conv_in", "input_blocks.0.0"),
     (r"^conv_norm_out", "out.0"),
     (r"^conv_out", "out.2"),
@@ -227,8 +226,7 @@ ORIGINAL_VAE = (
     (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
     (r"up_blocks\.(\d)\.resnets", lambda found: f"up.{2 - int(found[1])}.block"),
     (r"up_blocks\.(\d)\.upsamplers\.0", lambda found: f"up.{2 - int(found[1])}.upsample"),
-    (r"mid_block\.resnets\.0", "mid.block_1"),
-    (r"mid_block\.resnets\.1", "mid.block_2"),
+    (r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}"),
     (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
     (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
     (r"mid_block\.attentions\.0\.to_(\w)", r"mid.attn_1.\1"),
