@@ -4,7 +4,7 @@ import pytest
 
 from conftest import made_up_measures
 from invdiff.evaluation.results import Results
-from invdiff.report.compare import charts_of, compare, modules_by_scale
+from invdiff.report.compare import Comparison, charts_of, compare, modules_by_scale, over_guidance
 from invdiff.report.read import Generated, Run
 
 
@@ -68,3 +68,9 @@ def test_every_figure_has_its_chart_with_gaps_where_it_is_missing():
     ]
     assert [len(chart.floors) for chart in charts] == [1, 0, 0]
     assert charts[0].lines[0].points[0][2:] == (pytest.approx(0.8), 1.0)
+
+
+def test_a_guidance_scale_that_is_not_stated_has_no_place_on_a_line():
+    models = {"base": {"3.0": measures(0.9), "1.0": measures(0.7), "unstated": measures(0.1)}}
+    (chart,) = over_guidance(Results(models), Comparison("base", "base", "1.0", ["1.0", "3.0"]))
+    assert [point[:2] for point in chart.lines[0].points] == [(1, 0.7), (3, 0.9)]
