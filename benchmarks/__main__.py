@@ -23,7 +23,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # nor of long captions of
 
 import sets
 from kept import RESULTS
-from runner import Runner, Suite
+from runner import Runner, Suite, check_known
 from tables import markdown, sheets_picture, studies_picture, write_csv
 
 from invdiff.assets import BIRDS_MODEL
@@ -57,7 +57,7 @@ def main() -> None:
     )
     picture.add_argument("--work", type=Path, default=Path("out/benchmarks"), help="that of `run` (%(default)s)")
     picture.add_argument("--seed", type=int, default=0, help="one of the YAML's (%(default)s)")
-    picture.add_argument("--scale", default="3", help="of classifier-free guidance (%(default)s)")
+    picture.add_argument("--scale", type=float, default=3.0, help="of classifier-free guidance (%(default)s)")
     picture.add_argument("--results", type=Path, default=RESULTS, help="where figures are kept (benchmarks/results)")
     picture.add_argument("--output", type=Path, required=True, help="the picture to write")
     arguments = parser.parse_args()
@@ -75,12 +75,12 @@ def run_cells(arguments: argparse.Namespace) -> None:
     elif not (arguments.data and arguments.base):
         raise ConfigError(f"Expected --data and --base, which {arguments.benchmark} needs. Drawn birds need neither.")
     runner = Runner(arguments.benchmark, arguments.data, arguments.base, arguments.work, arguments.results)
-    only = {int(seed) for seed in arguments.seeds.split(",") if seed}
+    only = arguments.seeds.split(",") if arguments.seeds else []
     asked = [
         (name, seed)
         for name, cells in runner.suite.each().items()
         for seed in cells.seeds
-        if fnmatch.fnmatch(name, arguments.cells) and (not only or seed in only)
+        if fnmatch.fnmatch(name, arguments.cells) and (not only or str(seed) in only)
     ]
     if not asked:
         raise ConfigError(f"Expected cells of {', '.join(runner.suite.cells)} with seeds that they have, found none.")
@@ -99,8 +99,11 @@ def draw_picture(arguments: argparse.Namespace) -> None:
     if not arguments.methods:
         studies_picture(arguments.benchmark, arguments.results, arguments.output)
         return
-    place = arguments.work / arguments.benchmark / f"seed-{arguments.seed}"
-    sheets = {name: place / name / f"drawn-{arguments.scale}" / "sheet.png" for name in arguments.methods}
+    suite = Suite.named(arguments.benchmark)
+    check_known("cells", arguments.methods, suite.cells)
+    place, sheet = arguments.work / (suite.shares or arguments.benchmark), f"drawn-{arguments.scale:g}/sheet.png"
+    folders = {name: suite.folder_of(arguments.seed, cells.world) for name, cells in suite.each().items()}
+    sheets = {name: place / folders[name] / name / sheet for name in arguments.methods}
     sheets_picture(sheets, arguments.output)
 
 

@@ -201,15 +201,15 @@ class Guided:
 
         pipe = world.biased()
         found = groups_of(world, self.groups, self.audit)
+        search = found.forwards_per_image * len(world.data) if self.groups != "true" else 0.0
         if not found.biased:
-            return Fitted(pipe, forwards=found.forwards_per_image * len(world.data), about={"groups found": 0})
+            return Fitted(pipe, forwards=search, about={"groups found": 0})
         config = self.training(world.seed)
         guidance = train(pipe, world.data, found, folder, config=config, cache_dir=world.cache)
         if self.calibrated and not guidance.config["mixes"]:
             calibrate(pipe, guidance, world.found_in, folder, guidance_scales=self.calibrated)
         trained = guidance.config["record"]["training"]  # as `auto` was settled
         passes = 3.0 * (2 if config.penalty else 1)
-        search = found.forwards_per_image * len(world.data) if self.groups != "true" else 0.0
         about = {"null adapter": guidance.config["null_adapter"], "mixes": dict(guidance.config["mixes"] or {})}
         return Fitted(
             pipe,

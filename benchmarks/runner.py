@@ -157,6 +157,11 @@ class Suite(Config):
         """The cells by name."""
         return {name: Cells.from_dict(entries) for name, entries in self.cells.items()}
 
+    @staticmethod
+    def folder_of(seed: int, changes: Mapping[str, Any]) -> str:
+        """The name of a world's folder."""
+        return "-".join([*(f"{name}-{value}" for name, value in changes.items()), f"seed-{seed}"])
+
     def settings(self, cells: Cells) -> dict[str, Any]:
         """All that the figures of a cell depend on."""
         shared = {name: value for name, value in self.to_dict().items() if name not in ("cells", "shares")}
@@ -178,7 +183,7 @@ class Suite(Config):
         """The world of one seed, with other settings where `changes` names them, its images written to `work`."""
         settings, changes = dict(self.world) | dict(changes or {}), changes or {}
         kind = settings.pop("kind")
-        folder = work / "-".join([*(f"{name}-{value}" for name, value in changes.items()), f"seed-{seed}"])
+        folder = work / self.folder_of(seed, changes)
         make = getattr(worlds, kind)
         labelled = load_captioned_images(make(source, folder / "images", seed=seed, **settings))
         even = load_captioned_images(make(source, folder / "balanced", seed=seed, **settings | worlds.EVEN[kind]))

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from runner import Suite, kept
 
+from invdiff.errors import ConfigError
 from invdiff.evaluation.fairness.correction import correct_for_annotator
 from invdiff.evaluation.fairness.metrics import bias
 from invdiff.files import read_json, write_text
@@ -71,7 +72,7 @@ def markdown(benchmark: str, results: Path) -> str:
     every, parts = list(rows(benchmark, results)), []
     for kind in dict.fromkeys((row["draws"], row["images"]) for row in every):
         of_kind = [row for row in every if (row["draws"], row["images"]) == kind]
-        scales = list(dict.fromkeys(row["CFG"] for row in of_kind))
+        scales = sorted({row["CFG"] for row in of_kind}, key=float)
         shown = [name for name in COLUMNS if name not in ("Bias", "floor")]
         shown = [name for name in shown if any(row[name] is not None for row in of_kind)]
         head = ["method", "given", "seeds", *(f"Bias, CFG {scale}" for scale in scales), *shown]
@@ -95,7 +96,7 @@ def headline(benchmark: str, results: Path) -> str:
     every = [row for row in rows(benchmark, results) if row["draws"] == "i.i.d."]
     several = {row["method"] for row in every if row["seeds"] > 1}
     every = [row for row in every if row["method"] in several]
-    scales = list(dict.fromkeys(row["CFG"] for row in every))
+    scales = sorted({row["CFG"] for row in every}, key=float)
     middle, shown = scales[len(scales) // 2], ("subject right", "worst cell", "Frechet")
     head = ["", "given", *(f"Bias, CFG {scale}" for scale in scales), *(f"{name}, CFG {middle}" for name in shown)]
     lines = [line_of(head), "|---" * len(head) + "|"]
@@ -146,6 +147,9 @@ def studies_picture(benchmark: str, results: Path, output: Path) -> None:
                 lines.setdefault(study, {}).setdefault(variant, []).append(
                     (float(value), document["figures"]["CFG 3"])
                 )
+    if not lines:
+        remedy = "Name methods to draw their images."
+        raise ConfigError(f"Expected figures of {benchmark} in cells named such as delta-0.5, found none. {remedy}")
     figure, axes = plt.subplots(2, -(-len(lines) // 2), figsize=(11, 6), layout="constrained", squeeze=False)
     for axis, (study, variants) in zip(axes.flat, lines.items(), strict=False):
         for variant, points in variants.items():
@@ -166,6 +170,9 @@ def studies_picture(benchmark: str, results: Path, output: Path) -> None:
 
 def sheets_picture(sheets: Mapping[str, Path], output: Path) -> None:
     """Write the contact sheets of methods below each other, each with its name."""
+    if absent := [name for name, path in sheets.items() if not path.is_file()]:
+        remedy = "`run` draws them: give its --work, and a --seed and --scale of these cells."
+        raise ConfigError(f"Expected images of {', '.join(absent)} at {sheets[absent[0]]}, found none. {remedy}")
     figure, axes = plt.subplots(len(sheets), figsize=(10, 1.5 * len(sheets)), layout="constrained")
     for axis, (name, path) in zip(np.atleast_1d(axes), sheets.items(), strict=True):
         axis.imshow(plt.imread(path), interpolation="nearest")

@@ -138,7 +138,9 @@ class GroupBalanced:
     def fit(self, world: World, folder: Path) -> Fitted:
         """Draw images, some of them often, and fine-tune."""
         found = groups_of(world, self.groups)
-        found.check_found()
+        search = found.forwards_per_image * len(world.data) if self.groups != "true" else 0.0
+        if not found.biased:
+            return Fitted(world.biased(), forwards=search, about={"groups found": 0})
         weights = [torch.from_numpy(of) for of in found.group_weights]
         sampler = GroupBalancedSampler(torch.from_numpy(found.prompt_ids), weights, self.purity)
         rows, _, _ = sampler.draw(len(world.data), generator("group-balanced", world.seed))
@@ -149,4 +151,4 @@ class GroupBalanced:
         size = sum(weight.numel() for weight in pipe.unet.parameters())
         times = Counter(data.names)
         about = {"different images": len(times), "most often": max(times.values())}
-        return Fitted(pipe, parameters=size, forwards=3.0 * config.steps * config.batch_size, about=about)
+        return Fitted(pipe, parameters=size, forwards=search + 3.0 * config.steps * config.batch_size, about=about)
