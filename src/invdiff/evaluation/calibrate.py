@@ -71,10 +71,14 @@ def calibrate(
 
     def shares(null_adapter: Any, scale: float) -> dict[tuple[str, int], np.ndarray]:
         """S of each prompt and each factor that splits it: see `nearest_mix`."""
-        module.register_to_config(null_adapter=null_adapter)
         name = null_adapter if isinstance(null_adapter, str) else "chosen"
         config, folder = GenerateConfig(**sizes, guidance_scale=scale), work / f"{scale:g}-{name}"
-        generate(pipe, judge.prompts, folder, module=module, config=config, progress=progress)
+        before = module.config["null_adapter"]
+        module.register_to_config(null_adapter=null_adapter)
+        try:
+            generate(pipe, judge.prompts, folder, module=module, config=config, progress=progress)
+        finally:  # a module that is not calibrated in the end stays as it was
+            module.register_to_config(null_adapter=before)
         rows = [json.loads(line) for line in (folder / MANIFEST).read_text("utf-8").splitlines()]
         drawn, of_prompt = np.array([row["environment"] for row in rows]), np.array([row["prompt"] for row in rows])
         seen, found = describe_images(read_images(folder), judge, progress=progress), {}

@@ -40,4 +40,8 @@ def load_guidance(name_or_folder: str | Path) -> Any:
         kind = found.get("_class_name")
         if kind not in classes:
             raise ValueError(f"it is a {kind or 'config of something else'}")
+        sizes, null = found.get("num_groups", ()), found.get("null_adapter", "on")
+        null = [[null] * size for size in sizes] if isinstance(null, str) else null
+        if [*map(len, null)] != [*sizes] or not {word for of in null for word in of} <= {"on", "off"}:
+            raise ValueError(f"its null_adapter is {found['null_adapter']!r}, for groups {sizes}")
         return load_complete(classes[kind], source).eval()
