@@ -215,7 +215,7 @@ def test_fine_tuning_and_guidance_take_given_and_inferred_groups(tiny_pipe_dir, 
     assert len(drawn[0]) == 120
     monkeypatch.setattr(groups, "INFERRED", {"jtt": lambda features, captions, seed: rare.astype(int)})
     assert np.array_equal(groups_of(world, "jtt").rare(), rare)
-    with pytest.raises(ConfigError, match="Expected groups of audit, true, .*jtt, got 'george'"):
+    with pytest.raises(ConfigError, match=r"Expected groups of audit, true, .*jtt, got 'george'"):
         groups_of(world, "george")
     short = {"backend": "lora", "steps": 1, "batch_size": 4, "preserve": 0.0, "mixed_precision": "no"}
     guided = Guided(config=short, groups="jtt")
