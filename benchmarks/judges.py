@@ -32,6 +32,7 @@ from invdiff.evaluation.annotators.labels import read_targets
 from invdiff.evaluation.quality.extractors import FeatureExtractor
 from invdiff.files import (
     arrays_digest,
+    fingerprint,
     read_arrays,
     read_json,
     read_tensors,
@@ -255,7 +256,9 @@ def judge_of(
     )
     if world["kind"] == "fairface":
         people = load_captioned_images(worlds.people(source, work / "people"))
-        encoder = EfficientNetLite.tuned_to(people, ("gender", "age", "race"), work / "people.safetensors")
+        encoder = EfficientNetLite.tuned_to(
+            people, ("gender", "age", "race"), work / f"people-{fingerprint(repr(TUNING))}.safetensors"
+        )
     else:
         encoder = EfficientNetLite()
     if not (folder / ABOUT).is_file():

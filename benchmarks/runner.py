@@ -25,7 +25,7 @@ import worlds
 from kept import rounded
 from methods import Fitted, Guided, Method, World, stopwatch
 from PIL import Image
-from rivals.groups import groups_of
+from rivals.groups import GroupBalanced, groups_of
 
 from invdiff import EvaluateConfig, FinetuneConfig, GenerateConfig, evaluate, generate, load_captioned_images
 from invdiff.data.birds import BirdsWorld
@@ -37,7 +37,7 @@ from invdiff.evaluation.annotators.audited import AuditAnnotator
 from invdiff.evaluation.images import read_images
 from invdiff.evaluation.results import Measures
 from invdiff.files import check_same_settings, read_json, write_json
-from invdiff.options import Config
+from invdiff.options import Config, read_yaml
 
 HERE = Path(__file__).parent
 METHODS = {
@@ -125,16 +125,19 @@ class Suite(Config):
     @classmethod
     def named(cls, name: str) -> Suite:
         """The benchmark of suites/NAME.yaml."""
-        path = HERE / "suites" / f"{name}.yaml"
-        if not path.is_file():
-            raise ConfigError(f"Expected a benchmark of {', '.join(cls.names())}, got {name!r}.")
-        return cls.from_file(path)
+        return cls.from_file(cls.path(name))
+
+    @classmethod
+    def path(cls, name: str) -> Path:
+        """That file."""
+        check_known("a benchmark", [name], cls.names())
+        return HERE / "suites" / f"{name}.yaml"
 
     def check(self) -> None:
         """Every name in it is one that there is."""
         check_known("an attribute", [self.attribute], judges.NUM_IMAGES)
-        each, others = self.each(), Suite.named(self.shares).each() if self.shares else {}
-        for cell, cells in each.items():
+        others = read_yaml(self.path(self.shares))["cells"] if self.shares else {}
+        for cell, cells in self.each().items():
             for scale in (*cells.scales, *cells.further_scales):
                 cells.drawing(scale, 0)
             world = self.world | cells.world
@@ -142,8 +145,10 @@ class Suite(Config):
             check_known("a world's kind", [kind], worlds.EVEN)
             make = BirdsWorld if kind == "bundled" else getattr(worlds, kind)
             check_known(f"settings of {kind}", world, inspect.signature(make).parameters)
-            method, fitted = cells.fitted_by(), (others | each).get(cells.fitted or cell)
-            if fitted is None or fitted.fitted_by() != method:
+            if cells.stratified and cells.method != "guided":
+                raise ConfigError(f"Expected `stratified` of guided cells alone, which have groups, got it of {cell}.")
+            method, fitted = cells.fitted_by(), (others | self.cells).get(cells.fitted or cell)
+            if fitted is None or Cells.from_dict(fitted).fitted_by() != method:
                 raise ConfigError(
                     f"Expected a cell that is fitted as {cell} is as its `fitted`, got {cells.fitted!r}."
                 )
@@ -226,8 +231,8 @@ class Runner:
         world = self.suite.opened(self.source, self.base, self.work, seed, cells.world)
         work, prompts = world.work / name, cells.prompts or world.prompts
         world.biased()
-        if isinstance(method, Guided):
-            groups_of(world, method.groups, method.audit)
+        if isinstance(method, Guided | GroupBalanced):  # whose time is no time of fitting
+            groups_of(world, method.groups, getattr(method, "audit", {}))
         fitted_in = world.work / (cells.fitted or name) / "fitted"
         with stopwatch(fitted_in) as took:
             fitted = method.fit(world, fitted_in)

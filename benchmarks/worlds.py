@@ -301,21 +301,12 @@ def everything(source: Path, folder: Path, *, num_birds: int = 14_000, seed: int
         rows.append(({"text": f"a photo of {wordings[rng.integers(len(wordings))]}"}, make))
 
     for who, make in _faces(source):
-        race, gender, age = who["race"].replace("_", " "), who["gender"], who["age"]
-        add(
-            make,
-            f"a {gender}",
-            f"{_an(race)} {gender}",
-            f"{_an(age)} {gender}",
-            f"{_an(age)} {race} {gender}",
-            "a person",
-        )
+        race, age, gender = _an(who["race"].replace("_", " ")), _an(who["age"]), who["gender"]
+        both = f"{age} {race.partition(' ')[2]}"
+        add(make, f"a {gender}", *(f"{kind} {gender}" for kind in (race, age, both)), "a person")
     for scene, images in _classes(source, "scenes", "scene", held_out=False).items():
-        name = {"forest": "a forest", "glacier": "a glacier", "mountain": "a mountain", "street": "a street"}.get(
-            scene
-        )
         for image in images:
-            add(partial(_open, image), name or {"sea": "the sea"}.get(scene, scene))
+            add(partial(_open, image), {"sea": "the sea", "buildings": "buildings"}.get(scene, f"a {scene}"))
     where = {"forest": "in a forest", "sea": "on the sea"}
     for bird, make in birds(source, num_birds, 0.5, seed):
         subject, place = bird["subject"], where[bird["place"]]

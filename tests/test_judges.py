@@ -2,6 +2,7 @@
 
 import judges
 import numpy as np
+import torch
 import worlds
 
 from invdiff.data.captioned import load_captioned_images
@@ -39,3 +40,22 @@ def test_a_judge_is_measured_on_images_held_out_and_is_kept(tmp_path):
     assert seen.features.shape == (100, 12)
     bright = np.array(held_out.attributes["light"])[::2]
     assert (np.array(seen.labels("light")) == bright).mean() > 0.9
+
+
+def test_an_encoder_is_tuned_once_and_follows_from_its_seed(tmp_path, monkeypatch):
+    class Small(judges.EfficientNetLite):
+        def __init__(self, tuned=None):
+            self.network, self.side = torch.nn.Conv2d(3, 1280, 3, stride=8), 16
+            self.network.extract_features = self.network.forward
+            if tuned:
+                self.network.load_state_dict(judges.read_tensors(tuned))
+
+    monkeypatch.setattr(judges, "TUNING", judges.TUNING | {"side": 16, "steps": 3, "batch_size": 4})
+    data = load_captioned_images(worlds.drawn(tmp_path / "data", num_images=40, seed=0))
+    first, again, other = (
+        Small.tuned_to(data, ["light", "colour"], tmp_path / name, seed).network.weight
+        for name, seed in (("first", 0), ("again", 0), ("other", 1))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(Small.tuned_to(data, ["light"], tmp_path / "first", 1).network.weight, first)  # read back
