@@ -73,6 +73,18 @@ def test_an_image_left_out_is_as_if_it_were_not_there():
     assert torch.equal(environments, expected_environments)
 
 
+def test_the_chance_of_each_image_is_how_often_it_is_drawn():
+    """Soft and hard groups, images left out, a factor that says nothing of one prompt, prompts of unequal size."""
+    prompts = (torch.arange(40) >= 28).long()
+    first = torch.rand(40, 2, generator=torch.Generator().manual_seed(1)).softmax(dim=1)
+    second = torch.where((prompts == 0)[:, None], torch.eye(2)[(torch.arange(40) % 7 == 0).long()], torch.tensor(0.5))
+    first[[3, 30]], second[[3, 30]] = 0.0, 0.0
+    sampler = GroupBalancedSampler(prompts, [first, second])
+    rows, *_ = sampler.draw(60_000, torch.Generator().manual_seed(0))
+    assert sampler.chances().sum().item() == pytest.approx(1)
+    assert torch.allclose(torch.bincount(rows, minlength=40) / len(rows), sampler.chances().float(), atol=0.004)
+
+
 def draw(preserve=0.0):
     """A batch of 4,000 images, all zeros, of captions 0 and 1, each its own prompt, of which one is audited.
 

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from datasets import Dataset
 from PIL import Image
 
+from invdiff.auditing.result import PromptAudit
 from invdiff.config import ArchitectureConfig, FinetuneConfig
 from invdiff.data.captioned import load_captioned_images
-from invdiff.errors import ConfigError, ModelError
+from invdiff.errors import AuditError, ConfigError, ModelError
 from invdiff.models.load import load_pipeline
 from invdiff.training import finetune as finetune_module
 from invdiff.training.finetune import finetune, fitting_rate, learn_vocabulary
+from runs import built_audit
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHAPE = ArchitectureConfig(
@@ -48,10 +50,9 @@ def whole(data, tmp_path_factory):
     return folder, run(data, folder)
 
 
-def run(data, folder, base=None, shape=SHAPE, **changes):
-    architecture = shape if base is None else None
-    options = {"base": base, "architecture": architecture, "config": replace(CONFIG, **changes), "progress": False}
-    return finetune(data, folder, **options)
+def run(data, folder, base=None, shape=SHAPE, audit=None, **changes):
+    shapes = {"base": base, "architecture": shape if base is None else None}
+    return finetune(data, folder, **shapes, audit=audit, config=replace(CONFIG, **changes), progress=False)
 
 
 def weights(folder):
@@ -186,3 +187,37 @@ def test_a_lower_caption_power_draws_rare_captions_more(data, tiny_pipe_dir, tmp
     run(data, tmp_path, tiny_pipe_dir, caption_power=power, steps=1)
     chances = multinomial.call_args.args[0]
     assert (chances[9:].sum() / chances.sum()).item() == pytest.approx(rare)
+
+
+def audited(data, rare, fingerprint=None):
+    """An audit of the images that calls these rows of the first caption's rare group, which the second lacks."""
+    captions = sorted(set(data.captions))
+    prompts = [captions.index(caption) for caption in data.captions]
+    found = [
+        PromptAudit(caption, [caption], prompts.count(k), k == 0 and bool(rare), "")
+        for k, caption in enumerate(captions)
+    ]
+    weights = [[float(row not in rare), float(row in rare)] if k == 0 else [0.5, 0.5] for row, k in enumerate(prompts)]
+    made = built_audit(weights, prompts, found, data.names)
+    return replace(made, settings={"data_fingerprint": fingerprint or data.fingerprint})
+
+
+def test_the_groups_of_an_audit_are_drawn_equally_often(data, tiny_pipe_dir, tmp_path, monkeypatch):
+    multinomial = Mock(wraps=torch.multinomial)
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    first = [row for row, caption in enumerate(data.captions) if caption == min(data.captions)]
+    run(data, tmp_path, tiny_pipe_dir, audit=audited(data, first[:1]))
+    chances = multinomial.call_args.args[0]
+    assert chances[first[0]].item() == pytest.approx(chances[first[1:]].sum().item())
+    with pytest.raises(ConfigError, match="got others: audit was"):
+        run(data, tmp_path, tiny_pipe_dir)
+
+
+def test_an_audit_that_cannot_be_drawn_by_is_refused_before_any_work(data, tmp_path):
+    with pytest.raises(AuditError, match="got others"):
+        run(data, tmp_path, audit=audited(data, [0], fingerprint="other"))
+    with pytest.raises(AuditError, match="found none"):
+        run(data, tmp_path, audit=audited(data, []))
+    with pytest.raises(ConfigError, match="no caption_power with an audit"):
+        run(data, tmp_path, audit=audited(data, [0]), caption_power=0.5)
+    assert not any(tmp_path.iterdir())

@@ -15,24 +15,21 @@ All read what our audit reads: whitened features of the audited model's own bloc
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from audits import audit_features
 from methods import GIVEN, Fitted, World, tuning_of
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import silhouette_score
 
-from invdiff import Audit, AuditConfig, TrainConfig, finetune
+from invdiff import Audit, AuditConfig, finetune
 from invdiff.errors import ConfigError
-from invdiff.seeds import derived_seed, generator
-from invdiff.training.batches import GroupBalancedSampler
+from invdiff.seeds import derived_seed
 
 STRENGTH = 1e-3
 """C of the classifier of captions: without a strong penalty it remembers the images, and errs on none."""
@@ -123,12 +120,10 @@ def few_labels(world: World) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class GroupBalanced:
-    """The base fine-tuned as the biased model was, on as many images drawn so that groups come equally often."""
+    """The base fine-tuned as the biased model was, with groups drawn equally often: `invdiff finetune --audit`."""
 
     groups: str = "audit"
     """As of `groups_of`."""
-    purity: float = TrainConfig().purity
-    """Images less likely to be in a rare group than this are not drawn for it."""
 
     @property
     def supervision(self) -> str:
@@ -136,19 +131,12 @@ class GroupBalanced:
         return GIVEN.get(self.groups, "none")
 
     def fit(self, world: World, folder: Path) -> Fitted:
-        """Draw images, some of them often, and fine-tune."""
+        """Fine-tune."""
         found = groups_of(world, self.groups)
         search = found.forwards_per_image * len(world.data) if self.groups != "true" else 0.0
         if not found.biased:
             return Fitted(world.biased(), forwards=search, about={"groups found": 0})
-        weights = [torch.from_numpy(of) for of in found.group_weights]
-        sampler = GroupBalancedSampler(torch.from_numpy(found.prompt_ids), weights, self.purity)
-        rows, _, _ = sampler.draw(len(world.data), generator("group-balanced", world.seed))
-        place = {name: row for row, name in enumerate(world.data.names)}
-        data = world.data.select(sorted(place[found.names[row]] for row in rows.tolist()))
         config = tuning_of(world)
-        pipe: Any = finetune(data, folder, base=world.base, config=config)
+        pipe: Any = finetune(world.data, folder, base=world.base, audit=found, config=config)
         size = sum(weight.numel() for weight in pipe.unet.parameters())
-        times = Counter(data.names)
-        about = {"different images": len(times), "most often": max(times.values())}
-        return Fitted(pipe, parameters=size, forwards=search + 3.0 * config.steps * config.batch_size, about=about)
+        return Fitted(pipe, parameters=size, forwards=search + 3.0 * config.steps * config.batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -229,7 +230,7 @@ class Audit:
 
     def check_matches(self, data: EncodedImages, denoiser_fingerprint: str) -> None:
         """Raise `AuditError` unless the audit is of exactly these images and this model."""
-        model, images = self.settings["denoiser_fingerprint"], self.settings["data_fingerprint"]
+        model = self.settings["denoiser_fingerprint"]
         adapted = "".join(f" with LoRA {name}" for name in self.settings.get("loras", ()))
         resolution = self.settings.get("resolution", data.resolution)
         if model != denoiser_fingerprint:
@@ -239,10 +240,15 @@ class Audit:
             )
         if resolution != data.resolution:
             raise AuditError(f"Expected images of {resolution} pixels, as they were audited, got {data.resolution}.")
-        if images != data.data_fingerprint or self.names != data.names:
+        self.check_images(data.data_fingerprint, data.names)
+
+    def check_images(self, fingerprint: str, names: Sequence[str]) -> None:
+        """Raise `AuditError` unless the audit is of the images of this fingerprint, and has none that is not named."""
+        images = self.settings["data_fingerprint"]
+        if images != fingerprint or not set(self.names) <= set(names):
             raise AuditError(
                 f"Expected the images that were audited ({len(self.names)}, fingerprint {images}), got others "
-                f"({len(data)}, {data.data_fingerprint}). Audit these first, or give those that were audited."
+                f"({len(names)}, {fingerprint}). Audit these first, or give those that were audited."
             )
 
     def check_found(self) -> None:

@@ -340,6 +340,12 @@ def finetune(
     architecture: Path | None = option(
         None, "JSON or YAML with the shape of a model trained from scratch (ArchitectureConfig).", metavar="FILE"
     ),
+    audit: Path | None = option(
+        None,
+        "Draw the hidden groups that an audit of these images found equally often: a model without their bias. Start "
+        "from the model from before it was biased, if there is one.",
+        metavar="AUDIT",
+    ),
     settings: FinetuneConfig,
     source: DataOptions,
     quiet: Quiet = False,
@@ -349,10 +355,14 @@ def finetune(
         raise ConfigError("Expected --autoencoder-steps without --base: a base keeps its own autoencoder.")
     shape = ArchitectureConfig.from_file(architecture) if architecture else None
     say_loading("images", quiet=quiet)
+    from ..auditing.result import Audit
     from ..training.finetune import finetune as run_finetune
 
-    run_finetune(
-        source.load(data, output=output), output, base=base, architecture=shape, config=settings, progress=not quiet
-    )
-    words = ("audit", output, data, "--output", output.parent / "audit", *source.words())
+    found = Audit.load(audit) if audit else None
+    options: Any = {"base": base, "architecture": shape, "audit": found, "config": settings, "progress": not quiet}
+    run_finetune(source.load(data, output=output), output, **options)
+    words: tuple[Any, ...] = ("audit", output, data, "--output", output.parent / "audit", *source.words())
+    if found:
+        prompts = [entry.prompt for entry in found.prompts if entry.found and entry.prompt]
+        words = ("generate", output, *prompts, "--output", output.parent / "images")
     finish(f"The model is in {output}.", *words)

@@ -40,6 +40,17 @@ class GroupBalancedSampler:
         """(prompts,) Whether any factor says something of a prompt's images."""
         self._splitting = [[m for m in every if (of[m] != of[m][:1]).any()] or every for of in of_prompts]
 
+    def chances(self) -> torch.Tensor:
+        """How often `draw` takes each image, (N,), in sum 1."""
+        found = torch.zeros(len(self.prompt_ids), dtype=torch.double)
+        shares = self._prompt_shares.double() / self._prompt_shares.sum()
+        for rows, of, splitting, share in zip(self._rows, self._cumulative, self._splitting, shares, strict=True):
+            for factor in splitting:
+                present = of[factor][of[factor][:, -1] > 0]
+                each = (present / present[:, -1:]).diff(dim=1, prepend=torch.zeros(len(present), 1)).mean(dim=0)
+                found[rows] += share / len(splitting) * each
+        return found
+
     def draw(self, size: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows of images (size,), the factor whose group each is drawn for (size,), environments (size, factors)."""
         prompts = torch.multinomial(self._prompt_shares, size, replacement=True, generator=rng)

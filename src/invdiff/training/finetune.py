@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..config import ArchitectureConfig, FinetuneConfig
+from ..auditing.result import Audit
+from ..config import ArchitectureConfig, FinetuneConfig, TrainConfig
 from ..data.captioned import CaptionedImages, readable_images
 from ..data.encode import EncodedImages, encode, model_fingerprint, pixel_values
 from ..errors import ConfigError, ModelError
@@ -28,6 +29,7 @@ from ..models.load import default_device, load_pipeline
 from ..models.schedule import NoiseSchedule, per_sample_loss
 from ..progress import note
 from ..seeds import derived_seed, generator
+from .batches import GroupBalancedSampler
 from .checkpoint import TrainingRun
 
 SCRATCH_RATE = 1.5e-3  # peak learning rate of a denoiser that starts from new weights
@@ -41,6 +43,7 @@ def finetune(
     *,
     base: str | Path | None = None,
     architecture: ArchitectureConfig | None = None,
+    audit: Audit | None = None,
     config: FinetuneConfig | None = None,
     progress: bool = True,
 ) -> DiffusionPipeline:
@@ -48,11 +51,13 @@ def finetune(
 
     With a `base`, its denoiser is trained and everything else stays frozen, as in the paper. Without one,
     a small Stable Diffusion model is trained from nothing: its vocabulary, autoencoder, text encoder and UNet.
-    Work in progress is kept in `output_dir/.work`; an interrupted run continues from its last checkpoint to the same
-    result, and a finished one is read back.
+    With an `audit` of these images, by any model, the hidden groups that it found are drawn equally often, and prompts
+    in proportion to the square root of their number of images. Work in progress is kept in `output_dir/.work`; an
+    interrupted run continues from its last checkpoint to the same result, and a finished one is read back.
 
     Raises:
         DataError: The images cannot be used.
+        AuditError: `audit` is of other images, or found nothing to balance.
         ModelError: `base` is not a pipeline that can be trained.
         ConfigError: `output_dir` holds a run with other settings, data or base; or settings contradict.
     """
@@ -65,6 +70,15 @@ def finetune(
     if base is None and config.fresh_denoiser:
         raise ConfigError("Expected a base for fresh_denoiser=True, got none: without one, all weights are new.")
     settings: dict[str, Any] = {"data": data.fingerprint}
+    if audit is not None:
+        audit.check_images(data.fingerprint, data.names)
+        audit.check_found()
+        if config.caption_power != FinetuneConfig.caption_power:
+            raise ConfigError(
+                f"Expected no caption_power with an audit, which says how often images are drawn, got "
+                f"{config.caption_power:g}. Leave one of them out."
+            )
+        settings["audit"] = audit.fingerprint
     if base is None:
         architecture = architecture or ArchitectureConfig()
         settings |= {f"architecture.{name}": value for name, value in architecture.to_dict().items()}
@@ -88,6 +102,8 @@ def finetune(
         shutil.rmtree(work, ignore_errors=True)
         return load_pipeline(output_dir, device=pipe.device)
 
+    if audit is not None and audit.caveats:
+        note(audit.caveats)
     note(f"The peak learning rate is {config.learning_rate:.2g}.")
     if architecture is not None:
         train_autoencoder(pipe.vae, data, architecture, config, work / "autoencoder", settings, progress=progress)
@@ -96,9 +112,12 @@ def finetune(
             torch.manual_seed(derived_seed("fresh denoiser", config.seed))
             pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config).to(pipe.unet.device)
     encoded = encode(pipe, data, work / "latents", progress=progress)
-    train_denoiser(
-        pipe, encoded, config, work / "denoiser", settings, train_text_encoder=base is None, progress=progress
-    )
+    chances = None
+    if audit is not None:
+        weights = list(map(torch.from_numpy, audit.group_weights))
+        chances = GroupBalancedSampler(torch.from_numpy(audit.prompt_ids), weights, TrainConfig.purity).chances()
+    options: Any = {"train_text_encoder": base is None, "chances": chances, "progress": progress}
+    train_denoiser(pipe, encoded, config, work / "denoiser", settings, **options)
     save(pipe, output_dir, half_precision=config.half_precision_weights)
     write_json(finished, {"base": None if base is None else str(base), "images": len(encoded), "settings": settings})
     shutil.rmtree(work)
@@ -121,12 +140,14 @@ def train_denoiser(
     settings: dict[str, Any],
     *,
     train_text_encoder: bool,
+    chances: torch.Tensor | None = None,
     aim: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
     progress: bool = True,
 ) -> None:
     """Minimise the denoising loss over images, timesteps and noise, with caption dropout; `pipe` is changed.
 
-    `aim(noisy_latents, timesteps, captions, target)` may give another target and each image's weight, (batch,).
+    Images are drawn in proportion to `chances`, (N,), where given. `aim(noisy_latents, timesteps, captions, target)`
+    may give another target and each image's weight, (batch,).
     """
     device, schedule = pipe.unet.device, NoiseSchedule(pipe.scheduler)
     trained = nn.ModuleDict({"unet": pipe.unet})
@@ -137,8 +158,8 @@ def train_denoiser(
     read: Any = {"padding": "max_length", "max_length": pipe.tokenizer.model_max_length, "truncation": True}
     tokens = pipe.tokenizer([*encoded.captions, ""], return_tensors="pt", **read).input_ids.to(device)
     embeds = encoded.conditions["prompt_embeds"].to(device)
-    images_of = torch.bincount(encoded.caption_ids).double()
-    chances = images_of[encoded.caption_ids] ** (config.caption_power - 1)
+    if chances is None:
+        chances = torch.bincount(encoded.caption_ids).double()[encoded.caption_ids] ** (config.caption_power - 1)
 
     def loss_at(step: int) -> torch.Tensor:
         rng = generator("finetune", config.seed, step)
