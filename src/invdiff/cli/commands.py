@@ -342,8 +342,8 @@ def finetune(
     ),
     audit: Path | None = option(
         None,
-        "Draw the hidden groups that an audit of these images found equally often: a model without their bias. Start "
-        "from the model from before it was biased, if there is one.",
+        "Let the hidden groups that this audit of the same images found come equally often, so that the model does "
+        "not learn their bias. Best with the --base from before it was biased.",
         metavar="AUDIT",
     ),
     settings: FinetuneConfig,
