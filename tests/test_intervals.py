@@ -64,19 +64,19 @@ def test_interval_of_a_target_covers_zero_for_a_sampler_that_draws_from_it():
     assert np.mean(covered) >= 0.93
 
 
-def shares_worth_a_look(counts, confidence):
+def shares_worth_a_look(counts):
     """Plausible shares of one prompt's counts, (4, groups)."""
     t, total = np.full(len(counts), 1 / len(counts)), np.array([sum(counts)])
-    settings = {"target": t, "rates": np.eye(len(t)), "numbers": total, "worth": total, "confidence": confidence}
-    return plausible_shares(METRICS["bias"], np.array([counts]) / total, **settings)[:, 0]
+    settings = {"target": t, "rates": np.eye(len(t)), "numbers": total, "worth": total}
+    return plausible_shares(np.array([counts]) / total, **settings)[:, 0]
 
 
 def test_plausible_shares_are_where_chi_square_rejects_and_tie_groups_that_differ_insignificantly():
-    near, far, _, _ = shares_worth_a_look([60, 30, 10], 0.9)
+    near, far, _, _ = shares_worth_a_look([60, 30, 10])
     for shares in (near, far):
-        assert chisquare([60, 30, 10], shares * 100).pvalue == pytest.approx(0.1, abs=1e-3)
+        assert chisquare([60, 30, 10], shares * 100).pvalue == pytest.approx(0.05, abs=1e-3)
     assert near.max() < 0.6 < far.max()
-    np.testing.assert_allclose(shares_worth_a_look([410, 60, 400, 130], 0.95)[2], [0.405, 0.06, 0.405, 0.13])
+    np.testing.assert_allclose(shares_worth_a_look([410, 60, 400, 130])[2], [0.405, 0.06, 0.405, 0.13])
 
 
 def test_estimate_agrees_with_its_parts():

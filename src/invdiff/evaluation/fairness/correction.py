@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from ...errors import EvaluationError
 from .intervals import bias_aware, plausible_shares, resamples_for
-from .metrics import METRICS, FloatArray, checked_counts, per_prompt, target_shares
+from .metrics import METRICS, FloatArray, checked_counts, target_shares
 
 MAX_CONDITION = 20.0  # condition number of the rates above which noise in counts is amplified too much to correct
 PRIOR = 0.5  # held-out images added to each cell when rates are drawn (Jeffreys), so that an empty cell is not certain
@@ -33,19 +33,16 @@ def corrected_interval(
     confusion: ArrayLike,
     *,
     target: ArrayLike | None = None,
-    confidence: float = 0.95,
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Bias-aware interval of a metric of corrected counts, as `intervals.interval` does of raw ones.
+    """Bias-aware 95% interval of a metric of corrected counts, as `intervals.interval` does of raw ones.
 
     Held-out images are sampled too: rates are drawn from Dirichlet distributions, the same for all prompts. Simulated
     coverage with annotators wrong in 10% is at least 93%.
     """
     table, held_out = _checked(counts, confusion)
     numbers = np.rint(table.sum(axis=1)).astype(np.int64)
-    corrected = correct_for_annotator(table, held_out)
-    values, chosen = per_prompt(metric, corrected, target=target), METRICS[metric]
     t = target_shares(target, len(held_out))
     resamples = resamples_for(num_resamples, len(table))
     generator = np.random.default_rng(seed)
@@ -63,21 +60,19 @@ def corrected_interval(
 
     # The summed variance of corrected shares from the images and from the held-out images, at shares with one image
     # more of each class, so that none is zero.
-    p = _shares(corrected)
+    p = _shares(correct_for_annotator(table, held_out))
     steady = (numbers[:, None] * p + 1) / (numbers[:, None] + p.shape[1])
     sampling = spread(steady @ rates) / numbers
     from_held_out = steady**2 @ (spread(rates) / held_out.sum(axis=1))
     plausible = plausible_shares(
-        chosen,
         p,
         target=t,
         rates=rates,
         numbers=numbers * sampling / (sampling + from_held_out),
         worth=np.minimum((1 - (steady**2).sum(axis=1)) / (sampling + from_held_out), numbers),
-        confidence=confidence,
     )
     degrees = int(min((numbers - 1).sum(), (held_out.sum(axis=1) - 1).sum()))
-    return bias_aware(chosen, values, plausible, draw, target=t, confidence=confidence, degrees=degrees)
+    return bias_aware(METRICS[metric], p, plausible, draw, target=t, degrees=degrees)
 
 
 def project_to_simplex(x: FloatArray) -> FloatArray:

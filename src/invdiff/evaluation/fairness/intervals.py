@@ -18,8 +18,9 @@ from numpy.typing import ArrayLike
 from scipy.special import chdtri, ndtri, stdtrit
 from scipy.stats import binomtest
 
-from .metrics import METRICS, FloatArray, Metric, per_prompt, target_shares
+from .metrics import METRICS, FloatArray, Metric, checked_counts, target_shares
 
+CONFIDENCE = 0.95
 ENOUGH_RESAMPLES = 200
 MAX_DRAWS = 10_000  # prompts times resamples beyond which prompts get fewer each, down to 200: means average out
 BISECTIONS = 15
@@ -47,17 +48,15 @@ def interval(
     counts: ArrayLike,
     *,
     target: ArrayLike | None = None,
-    confidence: float = 0.95,
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Bias-aware interval, lower and upper end, for a metric's mean over prompts of counts, (prompts, groups).
+    """Bias-aware 95% interval, lower and upper end, for a metric's mean over prompts of counts, (prompts, groups).
 
     Sums of class probabilities are taken for counts: they spread less than counts do, so the interval is wide. More
     than ten prompts take fewer than `num_resamples` draws each, down to 200. The target, (groups,), is even when None.
     """
-    values, chosen = per_prompt(metric, counts, target=target), METRICS[metric]
-    table = np.asarray(counts, dtype=np.float64)
+    table = checked_counts(counts)
     numbers = np.rint(table.sum(axis=1)).astype(np.int64)
     t = target_shares(target, table.shape[1])
     resamples = resamples_for(num_resamples, len(table))
@@ -67,22 +66,12 @@ def interval(
         return generator.multinomial(numbers, p, size=(resamples, len(p))) / numbers[:, None]
 
     p = table / table.sum(axis=1, keepdims=True)
-    plausible = plausible_shares(
-        chosen, p, target=t, rates=np.eye(len(t)), numbers=numbers, worth=numbers, confidence=confidence
-    )
-    degrees = int((numbers - 1).sum())
-    return bias_aware(chosen, values, plausible, draw, target=t, confidence=confidence, degrees=degrees)
+    plausible = plausible_shares(p, target=t, rates=np.eye(len(t)), numbers=numbers, worth=numbers)
+    return bias_aware(METRICS[metric], p, plausible, draw, target=t, degrees=int((numbers - 1).sum()))
 
 
 def plausible_shares(
-    metric: Metric,
-    p: FloatArray,
-    *,
-    target: FloatArray,
-    rates: FloatArray,
-    numbers: ArrayLike,
-    worth: ArrayLike,
-    confidence: float,
+    p: FloatArray, *, target: FloatArray, rates: FloatArray, numbers: ArrayLike, worth: ArrayLike
 ) -> FloatArray:
     """Four shares for each prompt, (4, prompts, groups), that its counts do not reject and the plug-in is worst at.
 
@@ -95,8 +84,8 @@ def plausible_shares(
     precisely.
     """
     n, known = (np.asarray(x, dtype=np.float64)[:, None] for x in (numbers, worth))
-    z = float(ndtri((1 + confidence) / 2))
-    critical = float(chdtri(p.shape[1] - 1, 1 - confidence))
+    z = float(ndtri((1 + CONFIDENCE) / 2))
+    critical = float(chdtri(p.shape[1] - 1, 1 - CONFIDENCE))
     smooth = (known * p + z**2 / len(target)) / (known + z**2)
     largest = np.eye(len(target))[(p - target).argmax(axis=1)]
     seen = p @ rates
@@ -120,15 +109,14 @@ def plausible_shares(
 
 def bias_aware(
     metric: Metric,
-    values: FloatArray,
+    p: FloatArray,
     candidates: FloatArray,
     draw: Callable[[FloatArray], FloatArray],
     *,
     target: FloatArray,
-    confidence: float,
     degrees: int,
 ) -> tuple[float, float]:
-    """Interval of the mean of `values`, (prompts,), by the largest bias and spread at any of the candidates.
+    """Interval of the metric's mean over shares `p` by the largest bias and spread at any of the candidates.
 
     Those are `plausible_shares`; `draw` simulates estimates, (resamples, prompts, groups), of true shares.
     """
@@ -137,7 +125,7 @@ def bias_aware(
     deviation = simulated - mean[:, None]
     bias = mean - metric.formula(candidates, target)
     upward, downward = np.maximum(bias.max(axis=0), 0).mean(), np.maximum(-bias.min(axis=0), 0).mean()
-    tail = (1 - confidence) / 2
+    tail = (1 - CONFIDENCE) / 2
     multiplier = float(stdtrit(max(degrees, 1), 1 - tail))
 
     def spread(kinds: list[int], sign: int) -> float:
@@ -153,7 +141,7 @@ def bias_aware(
     # end that of shares farther from it, and at both that of the smoothed ones.
     nearer, farther = [0, 3], [1, 3]
     below, above = (nearer, farther) if metric.fair_value == 0 else (farther, nearer)
-    value = values.mean()
+    value = metric.formula(p, target).mean()
     ends = (value - upward - spread(below, 1), value + downward + spread(above, -1))
     low, high = np.clip(ends, *metric.limits(target))
     return float(low), float(high)
