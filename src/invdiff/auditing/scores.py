@@ -12,7 +12,7 @@ Each score can be learned again from some of the images, so that others can be e
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -104,10 +104,8 @@ class Margins:
         """The margins of a prompt's images against the prompts they are most like, out of fold."""
         rows, scores = np.flatnonzero(self.prompt_of == prompt), []
         for other in self._confusers(prompt):
+            draws = self._margins(rows, self._means[other], np.ones(len(rows), dtype=bool))
             learn = partial(self._learn, rows, self._means[other])
-            folds = np.arange(len(rows)) % FOLDS
-            pairs = zip(self.sources, self._means[other], strict=True)
-            draws = np.array([self._out_of_fold(source[rows], mean, folds) for source, mean in pairs])
             name = "which-prompt margin" + (f" against {names.get(other)!r}" if len(self._means) > 2 else "")
             scores.append(Score(name, draws, learn, of_prompt=True, is_margin=True))
         return scores
@@ -134,26 +132,21 @@ class Margins:
         }
         return sorted(distance, key=lambda one: distance[one])[:CONFUSERS]
 
-    def _out_of_fold(self, own: _Array, other_mean: _Array, folds: _Array) -> _Array:
-        values = np.zeros(len(own))
-        for fold in np.unique(folds) if len(own) > 1 else ():  # a single image has no other to stand for its prompt
-            inside = folds == fold
-            values[inside] = _margin(own[inside], own[~inside].mean(axis=0), other_mean)
-        return standardised(values)
-
     def _learn(self, rows: _Array, other_means: list[_Array], known: NDArray[np.bool_]) -> list[_Array]:
-        """The mean margin over sources: out of fold for known images, else by all known ones."""
-        total = np.zeros(len(rows))
+        return [self._margins(rows, other_means, known).mean(axis=0)]
+
+    def _margins(self, rows: _Array, other_means: list[_Array], known: NDArray[np.bool_]) -> _Array:
+        """The margin by each source, (sources, n): out of fold for known images, else by all known ones."""
+        margins = []
         for source, other_mean in zip(self.sources, other_means, strict=True):
-            own = source[rows]
-            values = _margin(own, own[known].mean(axis=0), other_mean)
-            inside = np.flatnonzero(known)
-            for fold in range(FOLDS):
-                fitted = np.arange(len(inside)) % FOLDS != fold
-                mean = own[inside[fitted]].mean(axis=0)
-                values[inside[~fitted]] = _margin(own[inside[~fitted]], mean, other_mean)
-            total += standardised(values, values[known])
-        return [total / len(self.sources)]
+            own, inside = source[rows], np.flatnonzero(known)
+            values = _margin(own, own[known].mean(axis=0), other_mean).astype(np.float64)
+            for fold in range(min(FOLDS, len(inside))) if len(inside) > 1 else ():
+                left_out = np.arange(len(inside)) % FOLDS == fold
+                mean = own[inside[~left_out]].mean(axis=0)
+                values[inside[left_out]] = _margin(own[inside[left_out]], mean, other_mean)
+            margins.append(standardised(values, values[known]))
+        return np.array(margins)
 
 
 def _margin(values: _Array, own: _Array, other: _Array) -> _Array:
@@ -260,7 +253,7 @@ def components(features: _Array, source: str, *, seed: int, taken: Sequence[_Arr
             if (ica := fit(np.isin(np.arange(n), used))) is None:
                 continue
             projected = ica.transform(whitened[:, :size]).reshape(n, draws, -1)
-            learn = _Remembered(fit, fitted[:, :size])
+            learn = _remembered(fit, fitted[:, :size])
             for component, values in enumerate(projected.transpose(2, 1, 0), start=1):
                 sign = 1.0 if skew(values.mean(axis=0)) >= 0 else -1.0  # the rarer group scores high
                 name = f"{source}, {shape} component {component} of {size}"
@@ -280,19 +273,15 @@ def _independent(whitened: _Array, shape: str, seed: int, known: NDArray[np.bool
             return None
 
 
-class _Remembered:
-    """The components of one fit, learned once for each set of known images that several scores share."""
+def _remembered(fit: Callable[[NDArray[np.bool_]], FastICA | None], whitened: _Array) -> Learn:
+    """The components of whitened features, fitted once for each set of known images that several scores share."""
 
-    def __init__(self, fit: Callable[[NDArray[np.bool_]], FastICA | None], whitened: _Array) -> None:
-        self._fit, self._whitened = fit, whitened
-        self._known: dict[bytes, list[_Array]] = {}
+    @cache
+    def learned(known: bytes) -> list[_Array]:
+        ica = fit(np.frombuffer(known, dtype=bool))
+        return [] if ica is None else list(ica.transform(whitened).T)
 
-    def __call__(self, known: NDArray[np.bool_]) -> list[_Array]:
-        key = known.tobytes()
-        if key not in self._known:
-            ica = self._fit(known)
-            self._known[key] = [] if ica is None else list(ica.transform(self._whitened).T)
-        return self._known[key]
+    return lambda known: learned(known.tobytes())
 
 
 def component_scores(
