@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit, logit
+from scipy.special import expit, logit, softmax
 from scipy.stats import norm
 
 from ..config import AuditConfig
@@ -55,9 +55,7 @@ class Mixture:
 
     def posterior(self, scores: NDArray[np.floating]) -> _Array:
         """The probability of each component, (..., n, E)."""
-        parts = self.log_parts(scores)
-        parts = np.exp(parts - parts.max(axis=-1, keepdims=True))
-        return parts / parts.sum(axis=-1, keepdims=True)
+        return softmax(self.log_parts(scores), axis=-1)
 
     @property
     def separation(self) -> _Array:
@@ -156,9 +154,8 @@ class Humps:
 
     def posterior(self, scores: _Array) -> _Array:
         """The probability of each component, (n, E); of a higher one it never falls as the score rises."""
-        parts = self.log_parts(scores)
         order = np.argsort(scores, kind="stable")
-        plain = np.exp(parts - np.logaddexp.reduce(parts, axis=1, keepdims=True))[order]
+        plain = softmax(self.log_parts(scores), axis=1)[order]
         above = np.cumsum(plain[:, ::-1], axis=1)[:, ::-1]  # of this component or a higher one
         start = int(np.searchsorted(scores[order], self.gaussians.means[self.largest]))
         above[start:] = np.maximum.accumulate(above[start:], axis=0)
@@ -189,8 +186,7 @@ def fit_humps(scores: _Array, start: Mixture, *, steps: int = STEPS) -> Humps | 
         hull = fit_log_concave(scores, weights[:, largest], hull)
         pooled = np.sqrt(mass @ deviations**2 / mass.sum())
         humps = Humps(Mixture(means, mass / mass.sum(), pooled), deviations, largest, *hull)
-        parts = humps.log_parts(scores)
-        weights = np.exp(parts - np.logaddexp.reduce(parts, axis=1, keepdims=True))
+        weights = softmax(humps.log_parts(scores), axis=1)
     return humps
 
 

@@ -12,6 +12,7 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import adjusted_rand_score
+from sklearn.utils.class_weight import compute_sample_weight
 
 from .asked import Asked
 
@@ -59,7 +60,8 @@ def spread_labels(
         for strength, of in tried.items():
             scale, offsets = _calibration(of[fitted], truth[fitted], cell[fitted], prompts[known][fitted])
             judged[strength][~fitted] = log_softmax(scale * of[~fitted] + prompts[known][~fitted] @ offsets, axis=1)
-    losses = {c: -_balanced(cell) * of[np.arange(len(truth)), truth] for c, of in judged.items()}
+    alike = compute_sample_weight("balanced", cell)
+    losses = {c: -alike * of[np.arange(len(truth)), truth] for c, of in judged.items()}
     best = min(losses.values(), key=lambda of: of.mean())
     within_error = best.mean() + best.std() / len(best) ** 0.5  # the strongest within a standard error of the best
     chosen = next(c for c, of in losses.items() if of.mean() <= within_error)
@@ -135,18 +137,13 @@ def with_own_shares(posterior: _Array, steps: int = 200) -> _Array:
 
 
 def _fit(values: _Array, truth: _Array, cell: _Array, strength: float) -> LogisticRegression:
-    return LogisticRegression(C=strength, max_iter=5000).fit(values, truth, _balanced(cell))
-
-
-def _balanced(cell: _Array) -> _Array:
-    """Weights (n,) of mean 1 with which cells count alike."""
-    counts = np.bincount(cell)
-    return len(cell) / (np.count_nonzero(counts) * counts[cell])
+    return LogisticRegression(C=strength, max_iter=5000).fit(values, truth, compute_sample_weight("balanced", cell))
 
 
 def _calibration(logits: _Array, truth: _Array, cell: _Array, prompts: _Array) -> tuple[float, _Array]:
     """The scale of logits (n, E), above 0, and offsets (P, E) of `prompts` (n, P), of least cross-entropy."""
-    unit, weights, targets = logits.std(), _balanced(cell)[:, None], np.eye(logits.shape[1])[truth]
+    weights = compute_sample_weight("balanced", cell)[:, None]
+    unit, targets = logits.std(), np.eye(logits.shape[1])[truth]
 
     def loss(x: _Array) -> tuple[float, _Array]:
         offsets = x[1:].reshape(prompts.shape[1], -1)

@@ -129,7 +129,6 @@ def evaluate(
             models[model][key] = measures
             bar.advance()
     scales = {model: {row.scale for row in rows} for model, rows in rows_by_model.items()}
-    tables = {name: None if matrix is None else np.asarray(matrix) for name, matrix in confusion.items()}
     results = Results(
         models=models,
         attribute=attributes[0],
@@ -138,8 +137,8 @@ def evaluate(
         annotator=AnnotatorRecord(
             annotator.name,
             config.min_confidence,
-            {name: None if table is None else float(np.trace(table) / table.sum()) for name, table in tables.items()},
-            {name: None if table is None else table.tolist() for name, table in tables.items()},
+            {name: None if of is None else float(np.trace(of) / np.sum(of)) for name, of in confusion.items()},
+            {name: None if of is None else np.asarray(of).tolist() for name, of in confusion.items()},
         ),
         target=target,
         baseline=baseline,

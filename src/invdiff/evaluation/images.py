@@ -58,12 +58,9 @@ def read_images(*folders: Path) -> list[Row]:
     """
     rows = [row for folder in folders for row in _read_folder(folder)]
     where = " and ".join(map(str, folders))
-    seen: set[Path] = set()
-    for row in rows:
-        path = row.path.resolve()
-        if path in seen:
-            raise EvaluationError(f"Expected each image once in {where}, found {row.path} again. Remove it.")
-        seen.add(path)
+    ((path, times),) = Counter(row.path.resolve() for row in rows).most_common(1)
+    if times > 1:
+        raise EvaluationError(f"Expected each image once in {where}, found {path} again. Remove it.")
     scales = sorted({row.scale for row in rows if row.scale is not None})
     if len(scales) > 1:
         remedy = "Generate each scale into a folder of its own and name each: NAME=FOLDER."

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from scipy.special import softmax
+from sklearn.preprocessing import normalize
 
 from ...errors import ConfigError
 from ...models.encoders import ClipEncoder
@@ -34,15 +34,15 @@ class ClipAnnotator(Measurable):
         self.attributes = {name: tuple(classes) for name, classes in prompts.items()}
         self._embeddings = {}
         for attribute, classes in prompts.items():
-            texts = [_unit(self._encoder.text_features(of, truncate=False)) for of in classes.values()]
-            self._embeddings[attribute] = np.stack([_unit(embedded.mean(axis=0)) for embedded in texts])
+            texts = [normalize(self._encoder.text_features(of, truncate=False)) for of in classes.values()]
+            self._embeddings[attribute] = normalize([embedded.mean(axis=0) for embedded in texts])
 
     def predict(self, images: Iterable[Image.Image]) -> Annotations:
         """Annotate `images`, a batch at a time; an iterator is never held in memory as a whole."""
         stream = iter(images)
         features = np.zeros((0, self.network.config.projection_dim), np.float32)
         if (first := next(stream, None)) is not None:
-            features = _unit(self._encoder.extract(chain([first], stream)))
+            features = normalize(self._encoder.extract(chain([first], stream)))
         probabilities = {
             name: softmax(self._encoder.logit_scale * features @ classes.T, axis=1).astype(np.float32)
             for name, classes in self._embeddings.items()
@@ -70,7 +70,3 @@ def class_prompts(source: Any) -> dict[str, dict[str, tuple[str, ...]]]:
         raise ConfigError(f"{where}Expected prompts by class by attribute, such as {EXAMPLE}: {error}.") from None
     spelled = class_names(prompts, ConfigError)
     return {name: dict(zip(spelled[name], of.values(), strict=True)) for name, of in prompts.items()}
-
-
-def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
