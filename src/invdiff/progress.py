@@ -23,15 +23,14 @@ class Bar:
     """A running bar."""
 
     def __init__(self, progress: Progress) -> None:
-        self._progress, self._count = progress, 0
+        self._progress = progress
 
     def advance(self, amount: int = 1, loss: torch.Tensor | None = None) -> None:
         """Move on by `amount`, and show every tenth loss: reading a tensor waits for the device."""
         task = self._progress.tasks[0]
-        if loss is not None and self._count % 10 == 0:
+        if loss is not None and task.completed % 10 == 0:
             task.fields["figures"] = f"loss {loss.item():.4g}"
         self._progress.advance(task.id, amount)
-        self._count += 1
 
 
 @contextlib.contextmanager

@@ -145,8 +145,7 @@ class Drawing:
                 "Expected images as the model draws them, but the safety checker blackened some. Load the pipeline "
                 "with safety_checker=None."
             )
-        pixels = output.images.cpu().permute(0, 2, 3, 1).float().numpy()
-        return self.pipe.numpy_to_pil(pixels)
+        return self.pipe.numpy_to_pil(output.images.cpu().permute(0, 2, 3, 1).float().numpy())
 
 
 def generate(

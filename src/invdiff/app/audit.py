@@ -251,8 +251,7 @@ class AuditTab:
                 group, most = page.groups[k], int(count)
                 shelves |= {f"typical-{k}": group.typical[:most], f"nearest-{k}": group.uncertain[:most]}
                 said = book.audit.words.of(page.index, k, page.factor_index) if book.audit.words else None
-                share = page.shares[k]
-                values[block.head] = fragment("group", share, [said.line] if said else [])
+                values[block.head] = fragment("group", page.shares[k], [said.line] if said else [])
                 values[block.typical] = _images(book, shelves[f"typical-{k}"], moved)
                 values[block.nearest] = _images(book, shelves[f"nearest-{k}"], moved)
         return values

@@ -56,8 +56,7 @@ def read_clicks(path: Path, name: str) -> dict[str, str]:
     """Image to value of the attribute `name`, "" where nobody could tell; none where there is no file."""
     if not path.exists():
         return {}
-    table = read_table(path, required=("file_name", name))
-    return {row["file_name"]: row[name] for row in table.rows}
+    return {row["file_name"]: row[name] for row in read_table(path, required=("file_name", name)).rows}
 
 
 def write_clicks(path: Path, name: str, labels: Mapping[str, str]) -> None:

@@ -70,20 +70,18 @@ class Evidence:
             count, levels = self.features.shape[:2]
             readers: list[_Read] = []
             for level in range(levels):
-                readers.append(partial(_part, self.features, (level,)))
+                readers.append(partial(_part, self.features, np.s_[:, level]))
                 if self.upper is not None:
-                    readers += [partial(_part, self.upper, (level, block)) for block in range(self.upper.shape[2])]
+                    blocks = (np.s_[:, level, block] for block in range(self.upper.shape[2]))
+                    readers += [partial(_part, self.upper, block) for block in blocks]
             if self.vision is not None:
-                readers += [partial(_part, self.vision, (view,)) for view in range(self.vision.shape[1])]
+                readers += [partial(_part, self.vision, np.s_[:, view]) for view in range(self.vision.shape[1])]
             self._whitened[seed] = [whitened(read, count, seed=seed) for read in readers]
         return self._whitened[seed]
 
 
-def _part(values: ShardedTensor | NDArray[Any], part: tuple[int, ...], rows: NDArray[Any]) -> NDArray[Any]:
-    taken = values.numpy(rows) if isinstance(values, ShardedTensor) else values[rows]
-    for index in part:
-        taken = taken[:, index]
-    return taken
+def _part(values: ShardedTensor | NDArray[Any], part: Any, rows: NDArray[Any]) -> NDArray[Any]:
+    return (values.numpy(rows) if isinstance(values, ShardedTensor) else values[rows])[part]
 
 
 class Whitened(NamedTuple):
@@ -147,8 +145,8 @@ def collect_evidence(
         measured = {"losses": losses, "features": torch.stack(features, dim=1)}
         return measured | ({"upper": torch.stack(upper, dim=1)} if upper else {})
 
-    every = torch.arange(len(data))
-    paths = in_shards(work_dir / key, "measuring", measure, data, every, config, progress=progress)
+    rows = torch.arange(len(data))
+    paths = in_shards(work_dir / key, "measuring", measure, data, rows, config, progress=progress)
     parts = [read_tensors(path) for path in paths]
     losses = torch.cat([part["losses"] for part in parts]).numpy()
     upper = ShardedTensor([part["upper"] for part in parts]) if "upper" in parts[0] else None

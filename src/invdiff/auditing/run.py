@@ -255,8 +255,7 @@ def infer(
     factors = []
     for m, of in enumerate(splits):
         name, values = (given.names[m], given.values[m]) if given else (f"factor {m + 1}", [])
-        ordered = sorted(of, key=lambda one: -prompts[one.prompt].num_images)
-        factors.append(Factor(name, ordered, values))
+        factors.append(Factor(name, sorted(of, key=lambda one: -prompts[one.prompt].num_images), values))
     settings = {"asked": given.record} if given else {}
     final = tuple(each.astype(np.float32) for each in weights)
     return Audit(final, scores.astype(np.float32), prompt_ids, prompts, factors, list(data.names), 0.0, settings)

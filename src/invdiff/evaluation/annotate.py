@@ -76,8 +76,7 @@ def describe_images(
         raise EvaluationError(f"Expected extractors of different names, got {', '.join(given)}. Name each once.")
     unreadable: dict[str, str] = {}
     if isinstance(images, CaptionedImages):
-        readable = readable_images(images, "reference", progress=progress, unreadable=unreadable)
-        images = (image for _, image in readable)
+        images = (image for _, image in readable_images(images, "reference", progress=progress, unreadable=unreadable))
     stream, start = iter(images), 0
     classes, probabilities, features = (defaultdict[str, list[NDArray[Any]]](list) for _ in range(3))
     while batch := list(islice(stream, batch_size)):

@@ -1,6 +1,5 @@
 """The closed loop: the mix of groups at which the images themselves reach the target, for each guidance scale."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from ..config import GenerateConfig
 from ..distributed import is_main, wait
 from ..errors import ConfigError
 from ..progress import note
-from ..sampling import MANIFEST, generate
+from ..sampling import generate
 from .annotate import describe_images
 from .annotators.audited import AuditAnnotator
 from .fairness.correction import correct_for_annotator
@@ -79,9 +78,10 @@ def calibrate(
             generate(pipe, judge.prompts, folder, module=module, config=config, progress=progress)
         finally:  # a module that is not calibrated in the end stays as it was
             module.register_to_config(null_adapter=before)
-        rows = [json.loads(line) for line in (folder / MANIFEST).read_text("utf-8").splitlines()]
-        drawn, of_prompt = np.array([row["environment"] for row in rows]), np.array([row["prompt"] for row in rows])
-        seen, found = describe_images(read_images(folder), judge, progress=progress), {}
+        rows, found = read_images(folder), {}
+        drawn = np.array([row.values["environment"] for row in rows])
+        of_prompt = np.array([row.prompt for row in rows])
+        seen = describe_images(rows, judge, progress=progress)
         for factor, name in enumerate(module.factor_names):
             for prompt in judge.splits.get(name, ()):  # none where there is no judge
                 chosen, size = of_prompt == prompt, module.num_groups[factor]

@@ -271,8 +271,7 @@ def _figures(measures: Measures) -> Iterator[tuple[str, str | None, str, Mapping
         yield "fairness", attribute, "subject right", right
         for prompt, estimates in entry.by_prompt.items():
             yield "fairness", attribute, f"prompt: {prompt}", estimates
-        softmax = {"fairness_discrepancy (softmax)": entry.softmax_discrepancy}
-        yield "fairness", attribute, "all images", softmax
+        yield "fairness", attribute, "all images", {"fairness_discrepancy (softmax)": entry.softmax_discrepancy}
     if measures.subject_accuracy is not None:
         yield "quality", None, "all images", {"subject accuracy": measures.subject_accuracy}
     yield "quality", None, "all images", measures.quality

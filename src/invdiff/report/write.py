@@ -73,8 +73,7 @@ def save_report(
     """
     output_dir = Path(output_dir)
     audit, results, module, folder = (None if of is None else Path(of) for of in (audit, results, module, run))
-    parts = Parts(audit, data, results, images or {}, module, folder, data_words)
-    read = read_run(parts)
+    read = read_run(Parts(audit, data, results, images or {}, module, folder, data_words))
     chosen, own = compare(read), version("invdiff")
     confidence = read.results.confidence if read.results else 0.95
     view = {

@@ -174,8 +174,7 @@ def _expected_value(name: str, num_images: int, shares_drawn: tuple[float, ...],
         end = num_images + num_groups - 1
         bars = np.array(list(combinations(range(end), num_groups - 1)))
         tables = np.diff(np.pad(bars, ((0, 0), (1, 1)), constant_values=((0, 0), (-1, end))), axis=1) - 1
-        weights = multinomial.pmf(tables, num_images, target)
-        return float(weights @ metric.formula(tables / num_images, target))
+        return float(multinomial.pmf(tables, num_images, target) @ metric.formula(tables / num_images, target))
     generator = np.random.default_rng(seed)
     draws, total, squares = 0, 0.0, 0.0
     while True:
