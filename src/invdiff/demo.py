@@ -21,6 +21,7 @@ from .evaluation.evaluate import evaluate
 from .evaluation.results import Results
 from .models.load import denoiser_of, load_pipeline
 from .report.grids import save_audit_picture
+from .report.read import rows_by_name
 from .report.write import save_report
 from .sampling import generate
 from .seeds import derived_seed
@@ -102,8 +103,7 @@ def hidden_truth(found: Audit, data: CaptionedImages) -> dict[str, float]:
     AUROC of scores, and precision and recall of the rare group, for the minority whose background does not agree with
     the bird. An image whose caption states its background is left out: there it is not hidden.
     """
-    row_of = {name: row for row, name in enumerate(data.names)}
-    rows = [row_of[name] for name in found.names]
+    rows = rows_by_name(found.names, data.names)
     subjects, backgrounds = data.attributes["subject"], data.attributes["background"]
     unsaid = np.array([f" on {backgrounds[row]}" not in data.captions[row] for row in rows])
     minority = np.array([NATURAL_BACKGROUND[subjects[row]] != backgrounds[row] for row in rows])

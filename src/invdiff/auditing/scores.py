@@ -124,13 +124,8 @@ class Margins:
 
     def _confusers(self, prompt: int) -> list[int]:
         """The prompts whose means are nearest, the nearest first."""
-        own = self._means[prompt]
-        distance = {
-            other: sum(float(((a - b) ** 2).sum()) for a, b in zip(own, means, strict=True))
-            for other, means in self._means.items()
-            if other != prompt
-        }
-        return sorted(distance, key=lambda one: distance[one])[:CONFUSERS]
+        own, others = np.concatenate(self._means[prompt]), [other for other in self._means if other != prompt]
+        return sorted(others, key=lambda one: np.linalg.norm(np.concatenate(self._means[one]) - own))[:CONFUSERS]
 
     def _learn(self, rows: _Array, other_means: list[_Array], known: NDArray[np.bool_]) -> list[_Array]:
         return [self._margins(rows, other_means, known).mean(axis=0)]

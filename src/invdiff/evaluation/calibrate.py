@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
+from scipy.optimize import nnls
 
 from ..config import GenerateConfig
 from ..distributed import is_main, wait
@@ -138,16 +138,9 @@ def shares_of(counts: np.ndarray, confusion: np.ndarray) -> np.ndarray:
 
 def nearest_mix(shares: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mix pi (E,) whose images have shares pi S nearest to the target (E,), and those shares; S is `shares_of`."""
-    count = len(target)
-    # A little of the even mix, so that there is one answer where several reach the target.
-    even = np.full(count, 1 / count)
-    found = minimize(
-        lambda mix: ((mix @ shares - target) ** 2).sum() + 1e-6 * ((mix - even) ** 2).sum(),
-        even,
-        bounds=[(0, 1)] * count,
-        constraints={"type": "eq", "fun": lambda mix: mix.sum() - 1},
-        method="SLSQP",
-        options={"ftol": 1e-12},
-    )
-    mix = np.clip(found.x, 0, 1) / np.clip(found.x, 0, 1).sum()
+    even = np.full(len(target), 1 / len(target))
+    # A little of the even mix, so that there is one answer where several reach the target; the last row is the sum.
+    system = np.vstack([shares.T, 1e-3 * np.eye(len(target)), np.full(len(target), 1e3)])
+    mix, _ = nnls(system, np.concatenate([target, 1e-3 * even, [1e3]]))
+    mix = mix / mix.sum()
     return mix, mix @ shares

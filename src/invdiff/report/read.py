@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -279,12 +278,9 @@ def gaps(scores: _Array, labels: _Array) -> list[float]:
 
 
 def rows_by_name(names: Sequence[str], available: Sequence[str]) -> list[int]:
-    """Where each audited image stands in the data; a name's second use is its second image."""
-    places: dict[str, list[int]] = defaultdict(list)
-    for row in reversed(range(len(available))):
-        places[available[row]].append(row)
-    absent = [name for name in names if name not in places]
-    if absent:
+    """Where each audited image stands in the data, whose names are unlike."""
+    row_of = {name: row for row, name in enumerate(available)}
+    if absent := [name for name in names if name not in row_of]:
         lacks = f"data without {len(absent)} of {len(names)}, first {absent[0]}"
         raise AuditError(f"Expected the images that were audited, got {lacks}. Give the data of the audit.")
-    return [places[name].pop() if len(places[name]) > 1 else places[name][0] for name in names]
+    return [row_of[name] for name in names]
