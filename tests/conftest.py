@@ -18,9 +18,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from invdiff import GuidanceLoRA, GuidanceModule
+from invdiff.data.captioned import CaptionedImages, load_captioned_images
+from invdiff.data.encode import EncodedImages, as_encoded
 from invdiff.evaluation.results import AttributeMeasures, Estimate, Measures, Quantity
-from invdiff.guidance.lora import GuidanceLoRA
-from invdiff.guidance.module import GuidanceModule
 from invdiff.models.load import load_pipeline
 from invdiff.training import objective
 from invdiff.training import train as train_module
@@ -173,6 +174,27 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     for name in ("text", "strip"):
         monkeypatch.setattr(grids, name, recorded(getattr(grids, name)))
     return parts
+
+
+@pytest.fixture
+def plain() -> Iterator[None]:
+    """Charts and pictures of reports are not drawn."""
+    from runs import undrawn
+
+    with undrawn():
+        yield
+
+
+@pytest.fixture(scope="session")
+def data(tiny_folder: Path) -> CaptionedImages:
+    """The images of the tiny folder; never change them."""
+    return load_captioned_images(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def encoded(loaded_pipe: StableDiffusionPipeline, data: CaptionedImages, tmp_path_factory: Any) -> EncodedImages:
+    """The same, encoded by the tiny pipeline; never change them."""
+    return as_encoded(loaded_pipe, data, tmp_path_factory.mktemp("encoded"), progress=False)
 
 
 @pytest.fixture(scope="session")

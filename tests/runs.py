@@ -17,16 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-from invdiff import save_report
+from invdiff import AuditConfig, EvaluateConfig, Results, evaluate, load_captioned_images, save_report
 from invdiff.auditing.evidence import Evidence
 from invdiff.auditing.result import Audit, Factor, PromptAudit, PromptSplit
 from invdiff.auditing.run import infer
-from invdiff.config import AuditConfig, EvaluateConfig
-from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import EncodedImages, ShardedTensor
 from invdiff.evaluation.annotators.labels import GivenLabels
-from invdiff.evaluation.evaluate import evaluate
-from invdiff.evaluation.results import Results
 from invdiff.report import plots
 
 LAND, WATER = "a photo of a landbird", "a photo of a waterbird"

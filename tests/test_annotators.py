@@ -4,15 +4,8 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image, ImageDraw
-from transformers import (
-    CLIPTextModel,
-    Dinov2Config,
-    Dinov2Model,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessor,
-)
 
 from invdiff.assets import BIRDS_ANNOTATOR
 from invdiff.data.birds import BirdsWorld
@@ -21,7 +14,7 @@ from invdiff.errors import ConfigError, DataError, EvaluationError, ModelError
 from invdiff.evaluation.annotators import conv
 from invdiff.evaluation.annotators.annotations import CANNOT_TELL, Annotations
 from invdiff.evaluation.annotators.classifier import ClassifierAnnotator
-from invdiff.evaluation.annotators.conv import ConvAnnotator, stratified_share, to_pixels
+from invdiff.evaluation.annotators.conv import ConvAnnotator, to_pixels
 from invdiff.evaluation.annotators.labels import load_labelled_images
 from invdiff.evaluation.annotators.load import load_annotator, save_measured
 from test_cli import run, succeed
@@ -207,13 +200,6 @@ def test_the_bundled_annotator_is_right_on_birds_it_has_not_seen():
     assert (BIRDS_ANNOTATOR / "heldout.safetensors").stat().st_size < 100_000
 
 
-def test_stratified_shares_hold_each_cell_s_share():
-    cells = np.repeat([0, 1, 2, 3], [100, 10, 2, 1])
-    rows = stratified_share(cells, 0.2, torch.Generator().manual_seed(0))
-    assert np.bincount(cells[rows], minlength=4).tolist() == [20, 2, 1, 0]
-    assert np.array_equal(rows, np.unique(rows))
-
-
 def seen_by(probabilities, classes=("left", "right"), features=None):
     return Annotations({"side": classes}, {"side": probabilities}, features)
 
@@ -294,7 +280,7 @@ def test_labels_and_classifiers_have_the_attributes_asked_for_and_take_no_classe
 
 
 def test_what_is_no_annotator_is_refused(tmp_path):
-    CLIPTextModel(clip_config(make_tokenizer())).save_pretrained(tmp_path / "text")
+    transformers.CLIPTextModel(clip_config(make_tokenizer())).save_pretrained(tmp_path / "text")
     kinds = {tmp_path / "text": "found CLIPTextModel"}
     for config, found in (({"_class_name": "UNet2DModel"}, "found UNet2DModel"), ([1], "found something else")):
         (tmp_path / found).mkdir()
@@ -333,10 +319,10 @@ CLASS_NAMES = {0: "land", 1: "water", 2: "air"}
 def save_classifier(folder, id2label=CLASS_NAMES, **settings):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = ViTForImageClassification(ViTConfig(id2label=id2label, **TOWER, **settings))
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(id2label=id2label, **TOWER, **settings))
         torch.nn.init.normal_(model.classifier.weight)  # apart enough for classes to differ between images
         model.save_pretrained(folder)
-    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
     return folder
 
 
@@ -348,8 +334,8 @@ def classifier_dir(tmp_path_factory):
 def test_probabilities_are_the_softmax_of_the_classifier_s_logits(classifier_dir):
     numbers = np.random.default_rng(0)
     images = [Image.fromarray(numbers.integers(0, 256, (36, 40, 3), dtype=np.uint8)) for _ in range(5)]
-    model = ViTForImageClassification.from_pretrained(classifier_dir).eval()
-    processor = ViTImageProcessor.from_pretrained(classifier_dir)
+    model = transformers.ViTForImageClassification.from_pretrained(classifier_dir).eval()
+    processor = transformers.ViTImageProcessor.from_pretrained(classifier_dir)
     images[0] = images[0].convert("L")
     shown = processor([image.convert("RGB") for image in images], return_tensors="pt")
     annotator = ClassifierAnnotator(classifier_dir)
@@ -374,8 +360,8 @@ def test_classifiers_that_choose_no_class_are_refused(tmp_path):
 
 
 def test_a_model_without_a_head_or_an_image_processor_is_refused(classifier_dir, tmp_path):
-    Dinov2Model(Dinov2Config(mlp_ratio=2, **SMALL)).save_pretrained(tmp_path / "headless")
-    ViTForImageClassification.from_pretrained(classifier_dir).save_pretrained(tmp_path / "blind")
+    transformers.Dinov2Model(transformers.Dinov2Config(mlp_ratio=2, **SMALL)).save_pretrained(tmp_path / "headless")
+    transformers.ViTForImageClassification.from_pretrained(classifier_dir).save_pretrained(tmp_path / "blind")
     for name, message in (("headless", "found none of classifier"), ("blind", "an image processor")):
         with pytest.raises(ModelError, match=message):
             ClassifierAnnotator(tmp_path / name)

@@ -12,23 +12,19 @@ import pytest
 from typer.testing import CliRunner
 
 from conftest import make_guidance_module
+from extras import gr
 from invdiff import cli
+from invdiff.app.audit import AuditBook
+from invdiff.app.page import BUNDLED, build_page, looks, open_workspace
+from invdiff.app.serve import ended_by_signals
+from invdiff.app.studio import Studio
 from invdiff.assets import BIRDS_MODEL
 from invdiff.cli.print import INTERRUPTED
 from invdiff.errors import ConfigError
 from invdiff.files import atomic_folder
 from invdiff.report.read import find_parts
 from runs import LAND, WATER, make_audit, make_run
-
-pytest.importorskip("starlette", reason="needs the ui extra: pip install 'invdiff[ui]'")
-from invdiff.app.serve import ended_by_signals, own_files
-
-with own_files():
-    gr = pytest.importorskip("gradio", reason="needs the ui extra: pip install 'invdiff[ui]'")
-    from invdiff.app.audit import AuditBook
-    from invdiff.app.page import BUNDLED, build_page, looks, open_workspace
-    from invdiff.app.studio import Studio
-    from test_serve import status
+from test_serve import status
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of gradio's own imports and servers
 SERVE = ("ui", "--no-browser")

@@ -6,13 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from conftest import make_tiny_pipeline
+from invdiff import AuditConfig, audit, load_captioned_images
 from invdiff.auditing import asking
 from invdiff.auditing.asking import DRAWS, LEVELS, REST, Reading, asked_factors, questions, read_by_clip
-from invdiff.auditing.run import audit
 from invdiff.auditing.splits import Given
-from invdiff.config import AuditConfig
-from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import AuditError, ConfigError
 from runs import made_up_data
 from test_words import birds, on_water
@@ -150,23 +147,19 @@ def test_many_attributes_are_first_read_in_some_images(tiny_pipe, tiny_folder, t
     assert "which look even in the first 2 images" in found.prompts[0].reason
 
 
-def test_a_clip_model_reads_by_cosine_with_no_forwards(tiny_pipe, tiny_folder, tmp_path):
+def test_a_clip_model_reads_by_cosine_with_no_forwards(tiny_pipe, data, tmp_path):
     shown, pictures, encoder = birds(("sea",), ("forest",))
     rows = np.arange(len(pictures.names))
     (read,) = read_by_clip(encoder, pictures, rows, {"place": ("forest", "sea")}, cache_dir=tmp_path, progress=False)
     assert (read.scores[0].argmax(axis=1) == on_water(shown)).mean() > 0.95
-    data = load_captioned_images(tiny_folder)
     config = replace(CONFIG, words_model=str(save_clip(tmp_path / "clip")))
     found = audit(tiny_pipe, data, ask=PLACE, config=config, cache_dir=tmp_path, progress=False)
     assert found.settings["asked"]["ask"]["place"]["reader"] == "clip"
     assert found.forwards_per_image < 2 * FORWARDS
 
 
-def test_a_model_that_reads_no_captions_cannot_be_asked(tiny_folder, tmp_path):
+def test_a_model_that_reads_no_captions_cannot_be_asked(tiny_pipe, tiny_folder, data, tmp_path):
     with pytest.raises(AuditError, match="words_model"):
         run(make_ddpm(), tiny_folder, tmp_path)
     with pytest.raises(ConfigError, match="solver"):
-        audit(
-            make_tiny_pipeline(), load_captioned_images(tiny_folder), ask=PLACE,
-            config=AuditConfig(solver="exact"), cache_dir=tmp_path, progress=False,
-        )  # fmt: skip
+        audit(tiny_pipe, data, ask=PLACE, config=AuditConfig(solver="exact"), cache_dir=tmp_path, progress=False)

@@ -8,17 +8,13 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from conftest import make_guidance_module
+from invdiff import Audit, AuditConfig, attach, load_captioned_images
 from invdiff.auditing import evidence as evidence_module
 from invdiff.auditing.edits import CURATION, Edits, apply
 from invdiff.auditing.evidence import Evidence
-from invdiff.auditing.result import Audit
 from invdiff.auditing.run import audit, distinct
-from invdiff.config import AuditConfig
-from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import as_encoded
 from invdiff.errors import AuditError, ConfigError, ModelError
-from invdiff.guidance.attach import attach
-from invdiff.models.frozen import FrozenDenoiser
 from runs import inferred, made_up_data, sharded
 
 CONFIG = AuditConfig(solver="exact", batch_size=4, min_images=4, min_share=0.1)
@@ -80,17 +76,15 @@ def test_of_many_copies_one_is_distinct_under_each_prompt(noise):
     assert np.flatnonzero(first).tolist() == sorted(kinds.index(kind) for kind in set(kinds))
 
 
+STATING = ["a landbird", "a landbird on land", "a waterbird", "a waterbird on water"]
+
+
 @pytest.mark.parametrize(
     ("captions", "sizes", "rare", "words"),
     [
         (["a bird on land", "a bird"], [150, 850], [range(940, 1000)], "land, on"),
         # Under neither prompt does the rare group come with "on"; both prompts together show that it is no luck.
-        (
-            ["a landbird", "a landbird on land", "a waterbird", "a waterbird on water"],
-            [500, 90, 500, 90],
-            [range(30), range(590, 620)],
-            "on",
-        ),
+        (STATING, [500, 90, 500, 90], [range(30), range(590, 620)], "on"),
     ],
 )
 def test_captions_that_state_the_group_are_set_apart(captions, sizes, rare, words):
@@ -183,15 +177,10 @@ def test_a_file_is_replaced_whole_and_never_changed_in_place(found, tmp_path):
 
 def test_an_image_left_out_is_in_no_rare_group(found):
     assert np.array_equal(found.rare(), np.arange(600) % 300 >= 280)
+    splits = [replace(split, shares=split.shares[::-1]) for split in found.factors[0].splits]
     # Column 0 is the first maximum of a row of zeros.
-    swapped = replace(
-        found,
-        group_weights=(found.group_weights[0][:, ::-1],),
-        factors=[
-            replace(factor, splits=[replace(split, shares=split.shares[::-1]) for split in factor.splits])
-            for factor in found.factors
-        ],
-    )
+    weights, factors = found.group_weights[0][:, ::-1], [replace(found.factors[0], splits=splits)]
+    swapped = replace(found, group_weights=(weights,), factors=factors)
     for whole in (found, swapped):
         less = apply(whole, Edits().without_images([285, 3])).rare()
         assert less.sum() == 39
@@ -254,13 +243,6 @@ def test_an_audit_of_a_pipeline_counts_its_forwards(tiny_pipe, tiny_folder, tmp_
     assert np.allclose(found.group_weights[0].sum(axis=1), 1)
 
 
-def test_a_denoiser_of_which_the_last_blocks_are_not_read_is_audited(tiny_pipe, tiny_folder, tmp_path):
-    data = as_encoded(tiny_pipe, load_captioned_images(tiny_folder), tmp_path, progress=False)
-    with FrozenDenoiser(tiny_pipe) as denoiser:
-        found = audit(tiny_pipe, data, config=CONFIG, cache_dir=tmp_path, denoiser=denoiser, progress=False)
-    assert found.split(0, 0).evidence.startswith("contrast")
-
-
 def test_a_killed_audit_goes_on_to_the_same_result(tiny_pipe, tiny_folder, tmp_path, monkeypatch, kill):
     monkeypatch.setattr(evidence_module, "SHARD_SIZE", 4)
     run(tiny_pipe, tiny_folder, tmp_path / "whole").save(tmp_path / "a")
@@ -273,19 +255,17 @@ def test_a_killed_audit_goes_on_to_the_same_result(tiny_pipe, tiny_folder, tmp_p
 
 
 @pytest.mark.parametrize(("name", "model"), [("vision_encoder", "a vision encoder"), ("words_model", "a CLIP model")])
-def test_models_that_look_at_images_need_images(tiny_pipe, tiny_folder, tmp_path, name, model):
-    data = as_encoded(tiny_pipe, load_captioned_images(tiny_folder), tmp_path, progress=False)
+def test_models_that_look_at_images_need_images(tiny_pipe, encoded, tmp_path, name, model):
     with pytest.raises(ConfigError, match=f"for {model} to look at"):
-        audit(tiny_pipe, data, config=AuditConfig(**{name: "any"}), cache_dir=tmp_path, progress=False)
+        audit(tiny_pipe, encoded, config=AuditConfig(**{name: "any"}), cache_dir=tmp_path, progress=False)
 
 
-def test_images_of_another_resolution_are_measured_afresh(tiny_pipe, tiny_folder, tmp_path):
+def test_images_of_another_resolution_are_measured_afresh(tiny_pipe, tiny_folder, encoded, tmp_path):
     small, large = (run(tiny_pipe, tiny_folder, tmp_path, resolution=side) for side in (16, 32))
     alone = run(tiny_pipe, tiny_folder, tmp_path / "other")
     assert np.array_equal(large.scores, alone.scores)
     assert not np.array_equal(small.scores, large.scores)
     assert (small.settings["resolution"], alone.settings["resolution"]) == (16, 32)
-    encoded = as_encoded(tiny_pipe, load_captioned_images(tiny_folder), tmp_path, progress=False)
     fingerprint = small.settings["denoiser_fingerprint"]
     large.check_matches(encoded, fingerprint)
     with pytest.raises(AuditError, match="Expected images of 16 pixels, as they were audited, got 32"):

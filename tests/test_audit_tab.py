@@ -8,17 +8,12 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from extras import gr
+from invdiff.app.audit import AuditBook, AuditTab
 from invdiff.auditing.edits import CURATION
 from invdiff.auditing.result import Audit
 from invdiff.report.read import Parts, find_parts
 from runs import LAND, NASTY, SCRIPT, WATER, make_audit
-
-pytest.importorskip("starlette", reason="needs the ui extra: pip install 'invdiff[ui]'")
-from invdiff.app.serve import own_files
-
-with own_files():
-    gr = pytest.importorskip("gradio", reason="needs the ui extra: pip install 'invdiff[ui]'")
-    from invdiff.app.audit import AuditBook, AuditTab
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of gradio's own imports
 

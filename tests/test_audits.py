@@ -5,10 +5,11 @@ import judging
 import numpy as np
 import pytest
 
-from invdiff.auditing.result import Audit, Factor, PromptAudit, PromptSplit
+from invdiff.auditing.result import PromptAudit
 from invdiff.data.birds import BirdsWorld
 from invdiff.data.captioned import load_captioned_images
 from invdiff.files import read_json
+from runs import built_audit
 
 
 def test_the_minority_is_what_is_rarer_with_a_subject_than_with_the_others():
@@ -28,22 +29,14 @@ def birds(tmp_path):
 
 def audit_of(data, *attributes):
     """An audit that has found these attributes, each as a factor, and is sure."""
-    subjects, factors, weights, scores = data.attributes["subject"], [], [], []
+    subjects = data.attributes["subject"]
     prompts = [PromptAudit(name, [name], subjects.count(name), True, "split") for name in ("landbird", "waterbird")]
-    prompt_ids = np.array([name == "waterbird" for name in subjects]).astype(int)
-    for number, attribute in enumerate(attributes):
-        rare = judging.minority(data.attributes[attribute], subjects).astype(np.float32)
-        shares = [rare[prompt_ids == prompt].mean() for prompt in (0, 1)]
-        splits = [PromptSplit(k, "", [1 - s, s], [(0, 1)] * 2, 4.0, 1.0, 0.9, 9.0) for k, s in enumerate(shares)]
-        factors.append(Factor(f"factor {number + 1}", splits))
-        weights.append(np.stack([1 - rare, rare], axis=1))
-        scores.append(rare)
-    return Audit(tuple(weights), np.stack(scores), prompt_ids, prompts, factors, data.names, 6.0, {})
+    prompt_ids = [int(name == "waterbird") for name in subjects]
+    rare = [judging.minority(data.attributes[attribute], subjects) for attribute in attributes]
+    return built_audit(tuple(np.eye(2)[own.astype(int)] for own in rare), prompt_ids, prompts, data.names, rare)
 
 
-def test_a_cell_is_audited_once_without_attributes_and_stands_in_the_table(
-    birds, tmp_path, monkeypatch, tiny_pipe_dir
-):
+def test_a_cell_is_audited_once_without_attributes_and_tabled(birds, tmp_path, monkeypatch, tiny_pipe_dir):
     seen = []
 
     def audit(pipe, data, *, ask, cache_dir):

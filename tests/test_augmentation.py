@@ -50,11 +50,6 @@ def test_jtt_weighs_what_a_classifier_errs_on(biased):
     assert worst(augmentation.fit(images, 0.01, weights)) > worst(augmentation.fit(images, 0.01)) + 0.1
 
 
-def test_even_weights_of_certain_groups_are_one_over_their_number():
-    weights = augmentation.even(np.array([0, 0, 0, 1]), np.array([[1, 0], [1, 0], [0, 1], [0.5, 0.5]]))
-    assert weights.tolist() == pytest.approx([0.5, 0.5, 1, 2])
-
-
 def test_group_figures_are_recalls_and_those_of_a_perfect_classifier_are_one():
     numbers = np.random.default_rng(3)
     groups, right = numbers.choice(["a", "b", "c"], 400), numbers.random(400) < 0.7

@@ -7,21 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from invdiff import audit, load_captioned_images
+from extras import gr
+from invdiff import Audit, audit, load_captioned_images
+from invdiff.app.audit import AuditBook, AuditTab
+from invdiff.app.clicks import ClicksPanel
+from invdiff.app.page import audit_for, open_workspace
+from invdiff.app.studio import Studio
 from invdiff.auditing.asked import labels_asked
 from invdiff.auditing.clicks import next_to_label, random_order, random_sample, read_clicks
-from invdiff.auditing.result import Audit
 from test_labels import SMALL, VALUES, write_labelled_folder
-
-pytest.importorskip("starlette", reason="needs the ui extra: pip install 'invdiff[ui]'")
-from invdiff.app.serve import own_files
-
-with own_files():
-    gr = pytest.importorskip("gradio", reason="needs the ui extra: pip install 'invdiff[ui]'")
-    from invdiff.app.audit import AuditBook, AuditTab
-    from invdiff.app.clicks import ClicksPanel
-    from invdiff.app.page import audit_for, open_workspace
-    from invdiff.app.studio import Studio
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of gradio's own imports
 

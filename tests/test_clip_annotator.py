@@ -8,7 +8,6 @@ from PIL import Image
 from scipy.special import softmax
 from transformers import CLIPImageProcessor, CLIPModel
 
-from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ConfigError, ModelError
 from invdiff.evaluation.annotators.clip import ClipAnnotator, class_prompts
 from invdiff.evaluation.annotators.heldout import HeldOut, measure_annotator
@@ -100,36 +99,21 @@ def test_classes_are_read_from_yaml_and_files_without_any_are_refused(tmp_path, 
             class_prompts(tmp_path / "classes.yaml")
 
 
-def test_a_measurement_comes_back_unless_it_is_of_a_model_that_was_replaced(clip_dir, tiny_folder, tmp_path):
+def test_a_measurement_comes_back_unless_it_is_of_a_model_that_was_replaced(clip_dir, data, tmp_path):
     shutil.copytree(clip_dir, tmp_path / "clip")
     annotator = ClipAnnotator(tmp_path / "clip", PROMPTS)
-    held_out = measure_annotator(annotator, load_captioned_images(tiny_folder), progress=False)
+    held_out = measure_annotator(annotator, data, progress=False)
     save_measured(tmp_path / "measured", annotator, held_out, spec=str(tmp_path / "clip"), classes=PROMPTS)
     loaded = load_annotator(str(tmp_path / "measured"))
     assert loaded.name == "clip"
     assert loaded.confusion("background", 0.6).sum() == 12
     assert np.array_equal(loaded.confusion("background", 0.6), held_out.confusion("background", 0.6))
     assert loaded.confusion("subject") is None  # the images say nothing of it
+    subjects, sure = PROMPTS["subject"], np.eye(3, dtype=np.float32)
+    loaded.use_held_out(HeldOut({"subject": tuple(subjects)}, {"subject": sure}, truth={"subject": np.arange(3)}))
+    assert [loaded.confusion(name).sum() for name in PROMPTS] == [12, 3]  # what was measured before stays
     model = CLIPModel.from_pretrained(clip_dir)
     model.text_projection.weight.data += 1
     model.save_pretrained(tmp_path / "clip")
     with pytest.raises(ModelError, match="found one of other weights"):
         load_annotator(str(tmp_path / "measured"))
-
-
-def measured(name, classes, truth):
-    probabilities = np.full((len(truth), len(classes)), 0.3, np.float32)
-    return HeldOut({name: classes}, {name: probabilities}, truth={name: np.array(truth)})
-
-
-def test_a_measurement_of_another_attribute_keeps_the_first(annotator, clip_dir, tmp_path):
-    first, other = tmp_path / "first", tmp_path / "other"
-    of_background = measured("background", ("land", "water"), [0, 1, 1])
-    save_measured(first, annotator, of_background, spec=str(clip_dir), classes=PROMPTS)
-    loaded = load_annotator(str(first))
-    loaded.use_held_out(measured("subject", ("bird", "landbird", "waterbird"), [0, 1, 2]))
-    assert loaded.confusion("background").sum(axis=1).tolist() == [1, 2]
-    assert loaded.confusion("subject").sum(axis=1).tolist() == [1, 1, 1]
-    save_measured(other, annotator, measured("age", ("old", "young"), [0, 1]), spec=str(clip_dir), classes=PROMPTS)
-    with pytest.raises(ModelError, match="Measure this annotator again"):  # it knows no such classes
-        load_annotator(str(other))

@@ -7,43 +7,18 @@ import accelerate
 import diffusers
 import pytest
 import torch
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 
 from conftest import make_guidance_lora, make_guidance_module
+from invdiff import GuidanceModule, attach
 from invdiff.errors import ModelError
-from invdiff.guidance.attach import attach
-from invdiff.guidance.module import GuidanceModule
 from invdiff.models.families import family_of
 from invdiff.models.load import denoiser_of
 from test_attach import SCHEDULERS as ALL_STEPS
-from tiny import CAPTIONS, RESOLUTION, TRANSFORMER, make_tiny, make_unet
+from tiny import CAPTIONS, TRANSFORMER, draw, make_tiny, make_unet
 
 CLASSES = {"sd1": "StableDiffusion", "sdxl": "StableDiffusionXL", "sd3": "StableDiffusion3", "flux": "Flux"}
 FAMILIES = tuple(CLASSES)
-OPTIONS = {
-    "Flux": {"height": RESOLUTION["flux"], "width": RESOLUTION["flux"]},
-    "PixArt": {"clean_caption": False, "use_resolution_binning": False},
-    "DiT": {"prompt": None, "class_labels": [0], "output_type": "np"},
-    "DD": {"prompt": None, "guidance_scale": None, "batch_size": 1, "output_type": "np"},
-}
-"""What pipelines must be asked, by how their class's name begins."""
-
-
-def draw(pipe, *seeds, **options):
-    """Latents of one image per seed; an option that is None is left out."""
-    asked = {
-        "prompt": [CAPTIONS[seed % 2] for seed in seeds],
-        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-        "num_inference_steps": 2,
-        "guidance_scale": 5.0,
-        "output_type": "latent",
-    }
-    asked |= next((more for start, more in OPTIONS.items() if type(pipe).__name__.startswith(start)), {})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # pipelines hand some schedulers no generator
-        images = pipe(**{name: value for name, value in (asked | options).items() if value is not None}).images
-    return torch.as_tensor(images)
 
 
 def picture():

@@ -3,61 +3,53 @@ import json
 import pytest
 import yaml
 
-from invdiff.config import (
-    ArchitectureConfig,
-    AuditConfig,
-    DemoConfig,
-    EvaluateConfig,
-    FinetuneConfig,
-    GenerateConfig,
-    TrainConfig,
-)
+from invdiff import config
 from invdiff.errors import ConfigError
 from invdiff.options import Config
 
-ALL = [ArchitectureConfig, AuditConfig, DemoConfig, EvaluateConfig, FinetuneConfig, GenerateConfig, TrainConfig]
+ALL = Config.__subclasses__()
 NAN, INFINITE = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
     ("config_class", "name", "value", "expected"),
     [
-        (TrainConfig, "steps", 1.5, "a whole number"),
-        (TrainConfig, "steps", True, "a whole number"),
-        *((TrainConfig, "penalty", value, "a finite number") for value in ("1", False, NAN, INFINITE, 10**400)),
-        (TrainConfig, "mode", "fair", "one of 'balanced', 'invariant'"),
-        (FinetuneConfig, "fresh_denoiser", 1, "true or false"),
-        (AuditConfig, "vision_encoder", 3, "text"),
-        (AuditConfig, "contrast_log_snr", -4.0, "a list"),
-        (AuditConfig, "words", (1,), "text in item 1"),
-        (EvaluateConfig, "target", {"a": "1"}, "a finite number in 'a'"),
-        (EvaluateConfig, "target", "dog", "a mapping"),
-        (ArchitectureConfig, "resolution", 20, "a multiple of 16"),
-        (ArchitectureConfig, "resolution", 0, "at least 1"),
-        (ArchitectureConfig, "denoiser_channels", (64,), "at least two levels"),
-        (ArchitectureConfig, "denoiser_channels", (64, 100), "multiples of 8"),
-        (ArchitectureConfig, "autoencoder_blocks", (), "at least one level"),
-        (ArchitectureConfig, "autoencoder_blocks", (1, -1), "at least 0 in item 2"),
-        (ArchitectureConfig, "text_width", 40, "a multiple of 16"),
-        (ArchitectureConfig, "vocabulary_size", 100, "at least 514"),
-        (FinetuneConfig, "steps", 0, "at least 1"),
-        (FinetuneConfig, "learning_rate", -1, "at least 0"),
-        (FinetuneConfig, "weight_decay", -1e-3, "at least 0"),
-        (FinetuneConfig, "ema_decay", 1, "at least 0 and below 1"),
-        (TrainConfig, "width", 12, "0 or a multiple of 8"),
-        (TrainConfig, "rank", 4, "nothing with backend 'auto', but with 'lora' alone, which reads it"),
-        (AuditConfig, "num_groups", 1, "0 or at least 2"),
-        (AuditConfig, "min_share", 0.5, "at least 0 and at most 1 / 3 groups"),
-        (AuditConfig, "contrast_log_snr", (), "at least one level"),
-        (AuditConfig, "feature_log_snr", (1.0,), "at least two levels"),
-        (AuditConfig, "contrast_draws", 1, "at least 2 for solver auto"),
-        (AuditConfig, "caption_threshold", -0.1, "at least 0"),
-        (AuditConfig, "max_balance", 1.5, "at least 0 and at most 1"),
-        (GenerateConfig, "guidance_scale", -1, "at least 0"),
-        (AuditConfig, "level", 1.0, "more than 0 and below 1"),
-        (EvaluateConfig, "target", {"land": 0.5, "water": 0.6}, "shares that sum to 1"),
-        (EvaluateConfig, "target", {"land": 0.0, "water": 1.0}, "more than 0 in 'land'"),
-        (DemoConfig, "severity", 1.1, "at least 0 and at most 1"),
+        (config.TrainConfig, "steps", 1.5, "a whole number"),
+        (config.TrainConfig, "steps", True, "a whole number"),
+        *((config.TrainConfig, "penalty", value, "a finite number") for value in ("1", False, NAN, INFINITE, 10**400)),
+        (config.TrainConfig, "mode", "fair", "one of 'balanced', 'invariant'"),
+        (config.FinetuneConfig, "fresh_denoiser", 1, "true or false"),
+        (config.AuditConfig, "vision_encoder", 3, "text"),
+        (config.AuditConfig, "contrast_log_snr", -4.0, "a list"),
+        (config.AuditConfig, "words", (1,), "text in item 1"),
+        (config.EvaluateConfig, "target", {"a": "1"}, "a finite number in 'a'"),
+        (config.EvaluateConfig, "target", "dog", "a mapping"),
+        (config.ArchitectureConfig, "resolution", 20, "a multiple of 16"),
+        (config.ArchitectureConfig, "resolution", 0, "at least 1"),
+        (config.ArchitectureConfig, "denoiser_channels", (64,), "at least two levels"),
+        (config.ArchitectureConfig, "denoiser_channels", (64, 100), "multiples of 8"),
+        (config.ArchitectureConfig, "autoencoder_blocks", (), "at least one level"),
+        (config.ArchitectureConfig, "autoencoder_blocks", (1, -1), "at least 0 in item 2"),
+        (config.ArchitectureConfig, "text_width", 40, "a multiple of 16"),
+        (config.ArchitectureConfig, "vocabulary_size", 100, "at least 514"),
+        (config.FinetuneConfig, "steps", 0, "at least 1"),
+        (config.FinetuneConfig, "learning_rate", -1, "at least 0"),
+        (config.FinetuneConfig, "weight_decay", -1e-3, "at least 0"),
+        (config.FinetuneConfig, "ema_decay", 1, "at least 0 and below 1"),
+        (config.TrainConfig, "width", 12, "0 or a multiple of 8"),
+        (config.TrainConfig, "rank", 4, "nothing with backend 'auto', but with 'lora' alone, which reads it"),
+        (config.AuditConfig, "num_groups", 1, "0 or at least 2"),
+        (config.AuditConfig, "min_share", 0.5, "at least 0 and at most 1 / 3 groups"),
+        (config.AuditConfig, "contrast_log_snr", (), "at least one level"),
+        (config.AuditConfig, "feature_log_snr", (1.0,), "at least two levels"),
+        (config.AuditConfig, "contrast_draws", 1, "at least 2 for solver auto"),
+        (config.AuditConfig, "caption_threshold", -0.1, "at least 0"),
+        (config.AuditConfig, "max_balance", 1.5, "at least 0 and at most 1"),
+        (config.GenerateConfig, "guidance_scale", -1, "at least 0"),
+        (config.AuditConfig, "level", 1.0, "more than 0 and below 1"),
+        (config.EvaluateConfig, "target", {"land": 0.5, "water": 0.6}, "shares that sum to 1"),
+        (config.EvaluateConfig, "target", {"land": 0.0, "water": 1.0}, "more than 0 in 'land'"),
+        (config.DemoConfig, "severity", 1.1, "at least 0 and at most 1"),
     ],
 )
 def test_a_wrong_value_is_refused_with_what_was_expected(config_class, name, value, expected):
@@ -68,8 +60,8 @@ def test_a_wrong_value_is_refused_with_what_was_expected(config_class, name, val
 
 
 def test_a_whole_number_does_where_any_number_is_meant():
-    assert repr(GenerateConfig(guidance_scale=3)) == repr(GenerateConfig(guidance_scale=3.0))
-    assert repr(DemoConfig(guidance_scales=[1, 3])) == repr(DemoConfig(guidance_scales=(1.0, 3.0)))
+    assert repr(config.GenerateConfig(guidance_scale=3)) == repr(config.GenerateConfig(guidance_scale=3.0))
+    assert repr(config.DemoConfig(guidance_scales=[1, 3])) == repr(config.DemoConfig(guidance_scales=(1.0, 3.0)))
 
 
 @pytest.mark.parametrize("config_class", ALL)
@@ -80,7 +72,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path, config_class, form):
     assert config_class.from_file(tmp_path / f"c.{form}") == config_class()
 
 
-def read(path, text, config_class: type[Config] = TrainConfig):
+def read(path, text, config_class: type[Config] = config.TrainConfig):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return config_class.from_file(path)
 
@@ -90,14 +82,16 @@ def read(path, text, config_class: type[Config] = TrainConfig):
 )
 def test_yaml_numbers_may_have_an_exponent(tmp_path, text, rate):
     assert read(tmp_path / "c.yaml", f"learning_rate: {text}").learning_rate == rate
-    assert read(tmp_path / "c.yaml", f"feature_log_snr: [{text}, 2]", AuditConfig).feature_log_snr == (rate, 2)
+    assert read(tmp_path / "c.yaml", f"feature_log_snr: [{text}, 2]", config.AuditConfig).feature_log_snr == (rate, 2)
 
 
 def test_quoted_numbers_are_text_no_is_a_word_and_a_byte_order_mark_does_not_matter(tmp_path):
     with pytest.raises(ConfigError, match="expected a finite number, got '1e-3'"):
         read(tmp_path / "c.yaml", "learning_rate: '1e-3'")
-    config = read(tmp_path / "c.yaml", "\ufeffmixed_precision: no\nhalf_precision_weights: true", FinetuneConfig)
-    assert (config.mixed_precision, config.half_precision_weights) == ("no", True)
+    read_as = read(
+        tmp_path / "c.yaml", "\ufeffmixed_precision: no\nhalf_precision_weights: true", config.FinetuneConfig
+    )
+    assert (read_as.mixed_precision, read_as.half_precision_weights) == ("no", True)
 
 
 @pytest.mark.parametrize(

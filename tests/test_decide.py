@@ -4,17 +4,7 @@ from scipy.stats import skewnorm
 from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import GaussianMixture
 
-from invdiff.auditing.decide import (
-    Mixture,
-    e_bh,
-    fit_humps,
-    fit_mixture,
-    halves,
-    log_e_value,
-    rand_low,
-    share_intervals,
-    smallest_share,
-)
+from invdiff.auditing import decide
 
 DOUBT = np.log(20)
 HUMPS = {
@@ -33,7 +23,7 @@ def two_humps(rng, count, share, distance, majority="normal"):
 
 def log_e(scores, rng, distinct=None):
     distinct = np.ones(len(scores), dtype=bool) if distinct is None else distinct
-    return log_e_value(lambda known: [scores], scores, 2, halves(len(scores), rng, distinct))
+    return decide.log_e_value(lambda known: [scores], scores, 2, decide.halves(len(scores), rng, distinct))
 
 
 @pytest.mark.parametrize("centres", [(0.0, 5.0), (0.0, 4.0, 9.0)])
@@ -43,7 +33,7 @@ def test_a_mixture_is_that_of_scikit_learn(centres):
     theirs = GaussianMixture(len(centres), covariance_type="tied", n_init=3, random_state=0).fit(scores[:, None])
     order = theirs.means_[:, 0].argsort()
     for quick in (False, True):
-        ours = fit_mixture(scores, len(centres), quick=quick)
+        ours = decide.fit_mixture(scores, len(centres), quick=quick)
         assert ours.means == pytest.approx(theirs.means_[order, 0], abs=0.05)
         assert ours.shares == pytest.approx(theirs.weights_[order], abs=0.005)
         assert ours.deviation == pytest.approx(np.sqrt(theirs.covariances_[0, 0]), rel=0.02)
@@ -54,7 +44,7 @@ def test_a_mixture_is_that_of_scikit_learn(centres):
     ("means", "shares"), [([0, 3], [0.9, 0.1]), ([0, 2], [0.5, 0.5]), ([0, 3, 7], [0.2, 0.7, 0.1])]
 )
 def test_the_rand_index_of_a_cut_is_that_of_a_simulation(means, shares):
-    mixture = Mixture(np.array(means, float), np.array(shares), np.array(1.5))
+    mixture = decide.Mixture(np.array(means, float), np.array(shares), np.array(1.5))
     rng = np.random.default_rng(0)
     truth = rng.choice(len(shares), 100_000, p=shares)
     cut = mixture.posterior(rng.normal(mixture.means[truth], 1.5)).argmax(axis=1)
@@ -66,11 +56,11 @@ def test_intervals_hold_the_truth_and_narrow_with_more_images():
     for count in (300, 3000):
         rng = np.random.default_rng(count)
         scores = two_humps(rng, count, 0.2, 5)
-        mixture = fit_mixture(scores, 2)
-        low, high = share_intervals(mixture.posterior(scores))[1]
+        mixture = decide.fit_mixture(scores, 2)
+        low, high = decide.share_intervals(mixture.posterior(scores))[1]
         assert low < 0.2 < high
         wide.append(high - low)
-        assert 0.85 < rand_low(scores, mixture, rng) < mixture.rand_index()
+        assert 0.85 < decide.rand_low(scores, mixture, rng) < mixture.rand_index()
     assert wide[1] < wide[0] / 2
 
 
@@ -79,7 +69,7 @@ def test_intervals_of_humps_that_overlap_hold_the_truth_about_as_often_as_they_s
     for seed in range(60):
         rng = np.random.default_rng(seed)
         scores = two_humps(rng, 600, rng.binomial(600, 0.1) / 600, 2.8)
-        low, high = share_intervals(fit_mixture(scores, 2).posterior(scores))[1]
+        low, high = decide.share_intervals(decide.fit_mixture(scores, 2).posterior(scores))[1]
         held.append(low < 0.1 < high)
     assert np.mean(held) >= 0.85
 
@@ -91,9 +81,9 @@ def test_e_bh_rejects_as_a_brute_force_does(level):
         values = rng.normal(3, 3, count)
         enough = [k for k in range(1, count + 1) if (values >= np.log(count / (level * k))).sum() >= k]
         expected = values >= np.sort(values)[::-1][max(enough) - 1] if enough else np.zeros(count, dtype=bool)
-        assert np.array_equal(e_bh(values, level), expected)
-    assert e_bh([], level).tolist() == []
-    assert e_bh([-np.inf, 50.0], level).tolist() == [False, True]
+        assert np.array_equal(decide.e_bh(values, level), expected)
+    assert decide.e_bh([], level).tolist() == []
+    assert decide.e_bh([-np.inf, 50.0], level).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("shape", HUMPS)
@@ -112,7 +102,7 @@ def test_a_far_second_hump_is_found_beside_any(shape):
 def test_scores_are_learned_from_one_half_and_judged_on_the_other_and_a_choice_is_paid_for():
     rng = np.random.default_rng(0)
     scores, asked = two_humps(rng, 400, 0.2, 8), []
-    rotations = halves(400, rng, np.arange(400) >= 100)
+    rotations = decide.halves(400, rng, np.arange(400) >= 100)
     for known, held_out in rotations:
         assert not (known & held_out).any()
         assert (known | held_out).sum() == 300
@@ -122,10 +112,10 @@ def test_scores_are_learned_from_one_half_and_judged_on_the_other_and_a_choice_i
         asked.append(known)
         return [rng.normal(size=400), -scores, rng.normal(size=400)]
 
-    alone, chosen = (log_e_value(one, scores, 2, rotations) for one in (lambda known: [-scores], learn))
+    alone, chosen = (decide.log_e_value(one, scores, 2, rotations) for one in (lambda known: [-scores], learn))
     assert chosen == pytest.approx(alone - np.log(3))
     assert all(np.array_equal(one, known) for one, (known, _) in zip(asked, rotations, strict=False))
-    assert log_e_value(lambda known: [], scores, 2, rotations) == -np.inf
+    assert decide.log_e_value(lambda known: [], scores, 2, rotations) == -np.inf
 
 
 def test_copies_are_judged_once():
@@ -140,17 +130,17 @@ def test_copies_are_judged_once():
 def test_the_posterior_of_free_humps_rises_with_the_score_and_parts_them():
     rng = np.random.default_rng(0)
     scores = rng.permutation(two_humps(rng, 1000, 0.1, 8, "exponential"))
-    humps = fit_humps(scores, fit_mixture(scores, 2))
+    humps = decide.fit_humps(scores, decide.fit_mixture(scores, 2))
     posterior = humps.posterior(scores)
     assert (np.diff(posterior[np.argsort(scores), 1]) >= 0).all()
     assert np.allclose(posterior.sum(axis=1), 1)
     assert posterior[:, 1].mean() == pytest.approx(0.1, abs=0.02)
-    assert fit_humps(scores[:30], fit_mixture(scores[:30], 2)) is None  # too few to tell
+    assert decide.fit_humps(scores[:30], decide.fit_mixture(scores[:30], 2)) is None  # too few to tell
 
 
 def test_more_images_show_smaller_minorities():
-    shares = [smallest_share(count, 50, 0.05) for count in (10, 500, 1000, 4000, 20_000)]
+    shares = [decide.smallest_share(count, 50, 0.05) for count in (10, 500, 1000, 4000, 20_000)]
     assert shares[0] == 1.0
     assert (np.diff(shares) <= 0).all()
     assert shares[-1] < shares[2] < shares[1] <= 0.5
-    assert smallest_share(1000, 5000, 0.05) > smallest_share(1000, 5, 0.05)
+    assert decide.smallest_share(1000, 5000, 0.05) > decide.smallest_share(1000, 5, 0.05)

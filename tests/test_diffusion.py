@@ -43,12 +43,6 @@ def test_targets_have_their_closed_form(prediction_type):
     assert torch.allclose(schedule.target(latents, noise, timesteps), expected[prediction_type], atol=1e-5)
 
 
-def test_the_number_of_timesteps_is_that_of_the_betas():
-    schedule = NoiseSchedule(diffusers.DDPMScheduler(num_train_timesteps=3, trained_betas=[0.1, 0.2, 0.3]))
-    assert schedule.num_train_timesteps == 3
-    assert NoiseSchedule(diffusers.DDIMScheduler(num_train_timesteps=50)).num_train_timesteps == 50
-
-
 FLOWS = [
     diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     diffusers.FlowMatchHeunDiscreteScheduler(),

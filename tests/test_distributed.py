@@ -9,19 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import invdiff.distributed
 from conftest import PROCESSES, make_tiny_pipeline
-from invdiff import (
-    AuditConfig,
-    FinetuneConfig,
-    GenerateConfig,
-    TrainConfig,
-    audit,
-    distributed,
-    finetune,
-    generate,
-    load_captioned_images,
-    train,
-)
 from invdiff.auditing import evidence
 from invdiff.auditing.result import Audit
 from invdiff.data import encode
@@ -39,22 +28,22 @@ SMALL = {
     (objective, "IMAGES_PER_LEVEL"): 4,
     (train_module, "DIAGNOSTIC_BATCHES"): 2,
 }
-FINDING = AuditConfig(solver="exact", min_images=4, min_share=0.1, batch_size=4)
+FINDING = invdiff.AuditConfig(solver="exact", min_images=4, min_share=0.1, batch_size=4)
 
 
 def whole_job(folder: Path, out: Path) -> None:
     """Audit, train and generate, as each process does it."""
-    pipe, data = make_tiny_pipeline(), load_captioned_images(folder)
+    pipe, data = make_tiny_pipeline(), invdiff.load_captioned_images(folder)
     options = {"cache_dir": out / "cache", "progress": False}
-    found = audit(pipe, data, config=FINDING, **options)
+    found = invdiff.audit(pipe, data, config=FINDING, **options)
     if is_main():
         found.save(out / "audit")
         (out / "processes").write_text(str(num_processes()))
-    training = TrainConfig(steps=12, batch_size=8, preserve=0, mixed_precision="no", checkpoint_every=10)
-    module = train(pipe, data, found, out / "module", config=training, **options)
-    drawing = GenerateConfig(images_per_prompt=3, num_inference_steps=2, batch_size=2)
-    generate(pipe, list(CAPTIONS), out / "guided", module=module, config=drawing, progress=False)
-    generate(pipe, list(CAPTIONS), out / "base", config=drawing, progress=False)
+    training = invdiff.TrainConfig(steps=12, batch_size=8, preserve=0, mixed_precision="no", checkpoint_every=10)
+    module = invdiff.train(pipe, data, found, out / "module", config=training, **options)
+    drawing = invdiff.GenerateConfig(images_per_prompt=3, num_inference_steps=2, batch_size=2)
+    invdiff.generate(pipe, list(CAPTIONS), out / "guided", module=module, config=drawing, progress=False)
+    invdiff.generate(pipe, list(CAPTIONS), out / "base", config=drawing, progress=False)
 
 
 def free_port() -> str:
@@ -106,22 +95,22 @@ def test_two_processes_draw_the_same_images_of_the_same_groups(jobs):
 
 
 def test_what_processes_cannot_share_is_refused(tiny_folder, tmp_path, monkeypatch):
-    pipe, data = make_tiny_pipeline(), load_captioned_images(tiny_folder)
-    found = audit(pipe, data, config=FINDING, cache_dir=tmp_path, progress=False)
+    pipe, data = make_tiny_pipeline(), invdiff.load_captioned_images(tiny_folder)
+    found = invdiff.audit(pipe, data, config=FINDING, cache_dir=tmp_path, progress=False)
     monkeypatch.setattr("invdiff.training.train.num_processes", lambda: 3)
     with pytest.raises(ConfigError, match="a batch_size that 3 processes can share, got 64"):
-        train(pipe, data, found, tmp_path / "m", config=TrainConfig(), cache_dir=tmp_path, progress=False)
+        invdiff.train(pipe, data, found, tmp_path / "m", cache_dir=tmp_path, progress=False)
     for name, value in PROCESSES.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="Expected one process for finetune, got 2"):
-        finetune(data, tmp_path, config=FinetuneConfig(steps=1), progress=False)
+        invdiff.finetune(data, tmp_path, config=invdiff.FinetuneConfig(steps=1), progress=False)
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_processes_that_do_not_come_are_waited_for_and_not_for_long(tiny_pipe_dir, tmp_path, monkeypatch, rank):
-    monkeypatch.setattr(distributed, "NOTICE", distributed.NOTICE / 20)
-    monkeypatch.setattr(distributed, "JOINING", distributed.JOINING / 150)
-    monkeypatch.setattr(distributed.PartialState, "_shared_state", {})  # no group was joined yet
+    monkeypatch.setattr(invdiff.distributed, "NOTICE", invdiff.distributed.NOTICE / 20)
+    monkeypatch.setattr(invdiff.distributed, "JOINING", invdiff.distributed.JOINING / 150)
+    monkeypatch.setattr(invdiff.distributed.PartialState, "_shared_state", {})  # no group was joined yet
     left = PROCESSES | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": free_port()}
     done = run("generate", tiny_pipe_dir, "a photo", "--output", tmp_path, "-q", env=left)
     assert done.exit_code == 1

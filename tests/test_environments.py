@@ -53,13 +53,9 @@ def test_an_independent_draw_follows_from_the_image_alone():
     assert joint.tolist() == pytest.approx([0.25] * 4, abs=0.062)  # four standard errors
 
 
-@pytest.mark.parametrize("given", [[1, 0, 2], torch.tensor([1, 0, 2]), np.array([1, 0, 2])])
-def test_given_groups_are_repeated_for_further_rows(given):
-    rows = EnvironmentMix(given, (3,)).rows(noise(6))
-    assert rows.tolist() == [[1], [0], [2], [1], [0], [2]]
-
-
-def test_given_groups_are_those_of_each_image_and_must_fit_the_batch():
+def test_given_groups_are_those_of_each_image_repeated_for_further_rows_and_must_fit_the_batch():
+    for given in ([1, 0, 2], torch.tensor([1, 0, 2]), np.array([1, 0, 2])):
+        assert EnvironmentMix(given, (3,)).rows(noise(6)).tolist() == [[1], [0], [2], [1], [0], [2]]
     assert EnvironmentMix([[1, 0], [0, 2]], (2, 3)).rows(noise(2)).tolist() == [[1, 0], [0, 2]]
     with pytest.raises(ConfigError, match=r"batch of 3 image\(s\).*4 rows"):
         EnvironmentMix([0, 1, 1], (2,)).rows(noise(4))

@@ -2,41 +2,26 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
+from invdiff import AuditConfig, audit
 from invdiff.auditing import evidence, scores
 from invdiff.auditing.evidence import collect_evidence, encode_vision
-from invdiff.auditing.run import audit
-from invdiff.config import AuditConfig
-from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import AuditError
 from invdiff.models import features
 from invdiff.models.frozen import FrozenDenoiser
 from invdiff.models.schedule import NoiseSchedule
 from runs import made_up_data
-from tiny import SMALL
+from tiny import save_clip, save_dinov2
 
 
-@pytest.fixture(scope="module", params=["dinov2", "clip"])
+@pytest.fixture(scope="module", params=[save_dinov2, save_clip])
 def encoder_dir(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if request.param == "dinov2":
-            model = Dinov2Model(Dinov2Config(mlp_ratio=2, **SMALL))
-        else:
-            model = CLIPVisionModel(CLIPVisionConfig(intermediate_size=32, **SMALL))
-    model.save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
-    return folder
+    return request.param(tmp_path_factory.mktemp("encoder"))
 
 
-def test_images_are_seen_as_they_are_and_mirrored_once_and_components_weighed_by_the_audit(
-    encoder_dir, tiny_pipe, tiny_folder, tmp_path, monkeypatch
-):
-    data, rows = load_captioned_images(tiny_folder), np.arange(12)
-    features = encode_vision(str(encoder_dir), data, rows, tmp_path / "vision", progress=False)
-    assert features.shape == (12, 2, 16)
+def test_images_are_seen_as_they_are_and_mirrored_once(encoder_dir, tiny_pipe, data, tmp_path, monkeypatch):
+    features = encode_vision(str(encoder_dir), data, np.arange(12), tmp_path / "vision", progress=False)
+    assert features.shape[:2] == (12, 2)
     assert not np.array_equal(features[:, 0], features[:, 1])
     monkeypatch.setattr(evidence, "VisionEncoder", None)  # from now on features are read back
     monkeypatch.setattr(scores, "NUM_COMPONENTS", (3,))

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification
+from transformers import CLIPImageProcessor, CLIPModel, Dinov2Model, ViTConfig, ViTForImageClassification
 
 from invdiff.errors import DataError, EvaluationError, ModelError
 from invdiff.evaluation.quality.extractors import FeatureExtractor, InceptionFeatures, load_extractor, lpips_network
 from invdiff.models.encoders import ClipEncoder
-from tiny import SMALL, TOWER, save_clip
+from tiny import CROP, TOWER, save_clip, save_dinov2
 
 
 def images(count, size=(40, 36)):
@@ -20,8 +20,7 @@ def images(count, size=(40, 36)):
 
 def save(model, folder):
     model.save_pretrained(folder)
-    size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-    CLIPImageProcessor(**size, do_convert_rgb=False).save_pretrained(folder)  # not all processors convert
+    CLIPImageProcessor(**CROP).save_pretrained(folder)
     return str(folder)
 
 
@@ -32,9 +31,7 @@ def clip_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dinov2_dir(tmp_path_factory):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return save(Dinov2Model(Dinov2Config(mlp_ratio=2, **SMALL)), tmp_path_factory.mktemp("tiny") / "dinov2-tiny")
+    return str(save_dinov2(tmp_path_factory.mktemp("tiny") / "dinov2-tiny"))  # not all processors convert colours
 
 
 @pytest.fixture(scope="module")

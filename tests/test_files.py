@@ -54,11 +54,6 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
     succeed("birds", "--num-images", 1, "--resolution", 16, "--output", tmp_path)
 
 
-def test_a_run_that_fails_leaves_no_empty_folder(tmp_path):
-    fail("generate", tmp_path / "absent", "a photo", "--output", tmp_path / "new" / "images", "-q")
-    assert not any(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
 def test_all_files_have_the_mode_of_the_umask(tmp_path, tiny_pipe, mask, mode):
     before = os.umask(mask)

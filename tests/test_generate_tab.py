@@ -11,18 +11,13 @@ import pytest
 from PIL import Image
 
 from conftest import CAPTIONS, make_guidance_module
+from extras import gr
+from invdiff.app.generate import GenerateTab, shares_seen
+from invdiff.app.studio import Ask, Studio, command_for, read_ask
 from invdiff.config import GenerateConfig
 from invdiff.errors import ConfigError
 from invdiff.evaluation.annotators.annotations import Annotations
 from test_cli import succeed
-
-pytest.importorskip("starlette", reason="needs the ui extra: pip install 'invdiff[ui]'")
-from invdiff.app.serve import own_files
-
-with own_files():
-    gr = pytest.importorskip("gradio", reason="needs the ui extra: pip install 'invdiff[ui]'")
-    from invdiff.app.generate import GenerateTab, shares_seen
-    from invdiff.app.studio import Ask, Studio, command_for, read_ask
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of gradio's own imports
 
@@ -77,14 +72,6 @@ def test_the_command_states_all_that_differs_from_the_defaults(studio):
     adapted = Studio(studio.pipe, options=["--lora", "style:0.8"])
     adapted.needs_prompts = False
     assert command_for(ask, adapted).split()[-4:] == ["--lora", "style:0.8", "--output", "images"]
-
-
-def test_scale_0_is_the_base_model_and_the_mix_decides_the_groups(studio):
-    shown = drawn(studio, asked(scale=0.0))
-    assert len(shown.base) == 3
-    assert pixels(shown.base) == pixels(shown.guided)
-    sets = [pixels(drawn(studio, asked(mix=(mix,))).guided) for mix in ((1.0, 0.0), (0.0, 1.0))]
-    assert all(one != other for one, other in zip(*sets, strict=True))
 
 
 def test_each_batch_is_shown_and_base_images_are_drawn_once(studio, monkeypatch):

@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from invdiff.auditing.edits import Edits, apply
-from invdiff.auditing.result import Audit
 from invdiff.errors import AuditError, DataError
 from invdiff.report.compare import compare
 from invdiff.report.grids import save_audit_picture, save_before_after
@@ -34,16 +32,6 @@ def test_an_audit_is_drawn_with_its_images_by_name(tmp_path, drawn):
     first = path.read_bytes()
     shuffled = data.select(np.random.default_rng(0).permutation(len(data)))
     assert save_audit_picture(tmp_path, shuffled).read_bytes() == first
-
-
-def test_names_are_drawn_and_images_left_out_are_not(tmp_path, drawn):
-    data = make_audit(tmp_path, prompts=(LAND,))
-    edits = Edits(names=(("", "$\\water{ <b>" + "x" * 40),)).without_images([0, 19]).with_cuts(0, 0, [99.0])
-    apply(Audit.load(tmp_path), edits).save_edits(tmp_path)
-    save_audit_picture(tmp_path, data)
-    assert [part for part in drawn if isinstance(part, int)] == [8, 8]  # all are below the cut
-    assert "group 0 · 100% · 18 images" in drawn
-    assert any(str(part).startswith("$\\water{ <b>xx") and part.endswith(" · 0% · 0 images") for part in drawn)
 
 
 @pytest.mark.parametrize("found", [True, False])

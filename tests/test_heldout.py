@@ -7,15 +7,8 @@ from scipy.special import softmax
 from sklearn.metrics import accuracy_score, confusion_matrix
 
 from invdiff.errors import DataError, ModelError
+from invdiff.evaluation.annotators import heldout
 from invdiff.evaluation.annotators.annotations import Annotations
-from invdiff.evaluation.annotators.heldout import (
-    UNLABELLED,
-    HeldOut,
-    Measurable,
-    expected_calibration_error,
-    fit_temperature,
-    measure_annotator,
-)
 
 
 def drawn_from(logits, temperature, seed=0):
@@ -39,7 +32,7 @@ def test_the_temperature_is_that_of_a_general_optimiser_on_smoothed_targets(temp
         return -(targets * np.log(softmax(logits / np.exp(log_temperature), axis=1))).sum(axis=1).mean()
 
     expected = np.exp(minimize(loss, 0.0, method="Nelder-Mead", options={"xatol": 1e-8, "fatol": 1e-12}).x[0])
-    assert fit_temperature(logits, truth) == pytest.approx(expected, rel=1e-4)
+    assert heldout.fit_temperature(logits, truth) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("num_bins", [1, 4, 10])
@@ -50,7 +43,7 @@ def test_calibration_error_is_that_of_brute_force(num_bins):
     for index in range(num_bins):
         inside = (index / num_bins < top) & (top <= (index + 1) / num_bins)
         total += abs(top[inside].sum() - right[inside].sum()) / len(truth)
-    assert expected_calibration_error(probabilities, truth, num_bins=num_bins) == pytest.approx(total)
+    assert heldout.expected_calibration_error(probabilities, truth, num_bins=num_bins) == pytest.approx(total)
 
 
 CLASSES = {"side": ("left", "middle", "right"), "tone": ("cold", "warm")}
@@ -60,9 +53,9 @@ CLASSES = {"side": ("left", "middle", "right"), "tone": ("cold", "warm")}
 def held_out():
     sides, tones = random_logits(200, 3), random_logits(200, 2, seed=4)
     truth = {"side": drawn_from(sides, 1.5), "tone": drawn_from(tones, 1.0, seed=2)}
-    truth["tone"][:7] = UNLABELLED
+    truth["tone"][:7] = heldout.UNLABELLED
     probabilities = {"side": softmax(sides, axis=1), "tone": softmax(tones, axis=1)}
-    return HeldOut(CLASSES, {name: p.astype(np.float32) for name, p in probabilities.items()}, truth=truth)
+    return heldout.HeldOut(CLASSES, {name: p.astype(np.float32) for name, p in probabilities.items()}, truth=truth)
 
 
 @pytest.mark.parametrize("confidence", [0.0, 0.6, 0.95])
@@ -73,7 +66,7 @@ def test_confusion_has_a_class_for_images_that_cannot_be_told(held_out, confiden
 
 
 def test_figures_are_of_labelled_images_alone_and_the_worst_combination_is_that_of_brute_force(held_out):
-    labelled = held_out.truth["tone"] != UNLABELLED
+    labelled = held_out.truth["tone"] != heldout.UNLABELLED
     probabilities, truth = held_out.probabilities["tone"][labelled], held_out.truth["tone"][labelled]
     correct = held_out.probabilities["side"].argmax(axis=1) == held_out.truth["side"]
     combinations = 10 * held_out.truth["side"] + held_out.truth["tone"]
@@ -86,13 +79,13 @@ def test_figures_are_of_labelled_images_alone_and_the_worst_combination_is_that_
         "matrix": confusion_matrix(truth, probabilities.argmax(axis=1)).tolist(),
         "accuracy": pytest.approx(accuracy_score(truth, probabilities.argmax(axis=1))),
         "worst_combination": found["tone"]["worst_combination"],
-        "calibration_error": pytest.approx(expected_calibration_error(probabilities, truth)),
+        "calibration_error": pytest.approx(heldout.expected_calibration_error(probabilities, truth)),
     }
 
 
 def test_held_out_images_come_back_as_saved_and_files_of_two_annotators_are_refused(held_out, tmp_path):
     held_out.save(tmp_path)
-    loaded = HeldOut.load(tmp_path)
+    loaded = heldout.HeldOut.load(tmp_path)
     assert loaded.attributes == held_out.attributes
     figures = json.loads((tmp_path / "confusion.json").read_text())
     assert loaded.summary() == held_out.summary() == figures
@@ -100,10 +93,10 @@ def test_held_out_images_come_back_as_saved_and_files_of_two_annotators_are_refu
     figures["side"]["classes"].append("top")
     (tmp_path / "confusion.json").write_text(json.dumps(figures))
     with pytest.raises(ModelError, match="which disagree"):
-        HeldOut.load(tmp_path)
+        heldout.HeldOut.load(tmp_path)
 
 
-class ReadsBrightness(Measurable):
+class ReadsBrightness(heldout.Measurable):
     """Bright images are warm; it is as sure as they are bright."""
 
     attributes = {"tone": CLASSES["tone"]}  # noqa: RUF012
@@ -127,7 +120,7 @@ def test_measuring_counts_what_is_seen_beside_what_is_there():
     data = labelled(0.1, 0.9, 0.8, 0.7, 0.4, tone=["cold", "warm", "cold", "", "warm"], other=list("abcde"))
     annotator = ReadsBrightness()
     assert annotator.confusion("tone") is None
-    annotator.use_held_out(measure_annotator(annotator, data, progress=False))
+    annotator.use_held_out(heldout.measure_annotator(annotator, data, progress=False))
     assert annotator.confusion("tone").tolist() == [[1, 1, 0], [1, 1, 0]]
     assert annotator.confusion("tone", 0.75).tolist() == [[1, 1, 0], [0, 1, 1]]
 
@@ -140,4 +133,4 @@ def test_data_that_an_annotator_cannot_be_measured_on_is_refused():
         ({"tone": ["", None, float("nan")]}, None, "none at all"),
     ):
         with pytest.raises(DataError, match=message):
-            measure_annotator(ReadsBrightness(), labelled(0.1, 0.2, 0.3, **attributes), asked, progress=False)
+            heldout.measure_annotator(ReadsBrightness(), labelled(0.1, 0.2, 0.3, **attributes), asked, progress=False)

@@ -2,8 +2,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, PngImagePlugin
 
 from invdiff.data.images import UnreadableImage, read_image
 
@@ -61,7 +60,7 @@ def test_every_mode_becomes_upright_rgb_on_white(data, first, last, tmp_path):
 
 
 def described(**options):
-    info = PngInfo()
+    info = PngImagePlugin.PngInfo()
     for number in range(3):
         info.add_text(f"workflow {number}", "x" * 2_000_000, zip=True)
     return encoded(Image.new("RGB", (4, 4), RED), pnginfo=info, **options)

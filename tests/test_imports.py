@@ -63,8 +63,12 @@ REPORT = ", ".join(f"invdiff.report.{path.stem}" for path in sorted((ROOT / "rep
 
 @pytest.mark.parametrize(
     ("statement", "forbidden"),
-    [("import invdiff", HEAVY), ("from invdiff import cli", {*HEAVY, "numpy", "scipy", "matplotlib"})],
-    ids=("invdiff", "help"),
+    [
+        ("import invdiff", HEAVY),
+        ("import invdiff.data.tables", {*HEAVY, "numpy", "pandas", "PIL"}),
+        ("from invdiff import cli", {*HEAVY, "numpy", "scipy", "matplotlib"}),
+    ],
+    ids=("invdiff", "tables", "help"),
 )
 def test_what_needs_no_torch_does_not_import_it(statement, forbidden):
     assert not loaded_by(statement) & forbidden

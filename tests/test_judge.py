@@ -9,16 +9,12 @@ import pytest
 import torch
 
 from conftest import make_guidance_lora, make_tiny_pipeline
-from invdiff import audit, generate, load_captioned_images
+from invdiff import Audit, AuditConfig, GenerateConfig, Results, audit, generate, load_captioned_images, load_guidance
 from invdiff.auditing.evidence import Evidence
 from invdiff.auditing.probe import linear_judges
-from invdiff.auditing.result import Audit
-from invdiff.config import AuditConfig, GenerateConfig
 from invdiff.errors import ConfigError, ModelError
 from invdiff.evaluation.annotators.load import load_annotator
 from invdiff.evaluation.calibrate import calibrate, nearest_mix, shares_of
-from invdiff.evaluation.results import Results
-from invdiff.guidance.backends import load_guidance
 from invdiff.models.load import load_pipeline
 from runs import LAND, WATER, built_audit, inferred, made_up_data, sharded
 from test_cli import fail, succeed

@@ -20,10 +20,8 @@ class Colours:
 
 
 def test_a_judge_is_measured_on_images_held_out_and_is_kept(tmp_path):
-    data, held_out = (
-        load_captioned_images(worlds.drawn(tmp_path / str(seed), num_images=200, severity=0.5, seed=seed))
-        for seed in (0, 1)
-    )
+    drawn = [worlds.drawn(tmp_path / str(seed), num_images=200, severity=0.5, seed=seed) for seed in (0, 1)]
+    data, held_out = map(load_captioned_images, drawn)
     attributes = ["light", "colour"]
     judge = judges.Judge.fit(data, attributes, held_out=held_out, encoder=Colours())
     confusion = judge.confusion("light")

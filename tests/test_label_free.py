@@ -3,10 +3,7 @@
 import random
 
 from conftest import contents, write_tiny_folder
-from invdiff.auditing.run import audit
-from invdiff.config import AuditConfig, TrainConfig
-from invdiff.data.captioned import load_captioned_images
-from invdiff.training.train import train
+from invdiff import AuditConfig, TrainConfig, audit, load_captioned_images, train
 
 AUDIT = AuditConfig(solver="exact", min_images=4, min_share=0.1)
 
@@ -27,9 +24,7 @@ def test_attributes_change_no_byte(tiny_pipe, tmp_path):
     random.Random(0).shuffle(backgrounds)
     permuted = [whole[0], *([*row[:2], value] for row, value in zip(whole[1:], backgrounds, strict=True))]
     assert permuted != whole
-    before, *others = (
-        audit_and_module(tiny_pipe, folder, table, tmp_path / str(number))
-        for number, table in enumerate((whole, permuted, [row[:2] for row in whole]))
-    )
+    tables = {"whole": whole, "permuted": permuted, "none": [row[:2] for row in whole]}
+    before, *others = (audit_and_module(tiny_pipe, folder, of, tmp_path / name) for name, of in tables.items())
     assert {"audit/audit.json", "module/diffusion_pytorch_model.safetensors"} <= before.keys()
     assert others == [before, before]

@@ -7,17 +7,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from conftest import CAPTIONS, make_guidance_lora, make_guidance_module, make_tiny_pipeline
-from invdiff import TrainConfig
-from invdiff.errors import ConfigError, ModelError
+from invdiff import TrainConfig, attach
+from invdiff.errors import ModelError
 from invdiff.guidance import backends
-from invdiff.guidance.attach import attach
 from invdiff.guidance.backends import settled
 from invdiff.guidance.base import Rows
 from invdiff.models.families import DenoiserCall
 from invdiff.models.frozen import FrozenDenoiser
 from invdiff.models.load import denoiser_of
 from test_cli import fail, run
-from tiny import make_tiny
+from tiny import draw, make_tiny
 
 
 def denoise(pipe, embeds=None):
@@ -69,13 +68,6 @@ def test_auto_takes_adapters_for_a_large_denoiser_with_their_own_steps_and_batch
     assert capsys.readouterr().err == ""  # nothing was chosen
 
 
-def test_an_invariant_adapter_never_sees_the_group(tiny_pipe):
-    guidance = make_guidance_lora(tiny_pipe, mode="invariant")
-    assert len({len(adapter.down) for adapter in guidance.adapters.values()} - {2}) == 0
-    with pytest.raises(ConfigError, match="invariant module"):
-        attach(tiny_pipe, guidance, environments=[0, 1, 0])
-
-
 def test_the_null_row_runs_without_the_adapter_unless_it_is_on(tiny_pipe):
     embeds, negative = tiny_pipe.encode_prompt(CAPTIONS[0], "cpu", 1, True)
     rows = torch.cat([negative, embeds, embeds])
@@ -88,20 +80,18 @@ def test_the_null_row_runs_without_the_adapter_unless_it_is_on(tiny_pipe):
 @pytest.mark.parametrize("family", ["sd1", "pixart"])
 def test_a_negative_prompt_takes_the_place_of_the_null_caption(family):
     pipe, seen = make_tiny(family), []
-    options = {"num_inference_steps": 1, "output_type": "latent"}
-    options |= {"clean_caption": False, "use_resolution_binning": False} if family == "pixart" else {}
     with attach(pipe, make_guidance_lora(pipe, null_adapter="off")) as attachment:
         original = attachment.begin
         attachment.begin = lambda call: seen.append(original(call)) or seen[-1]
         for negative, scale in (("", 3.0), ("a bird", 3.0), ("a bird", 1.0)):
-            pipe(list(CAPTIONS), negative_prompt=["", negative], guidance_scale=scale, **options)
+            draw(pipe, 0, 1, negative_prompt=["", negative], guidance_scale=scale, num_inference_steps=1)
     assert [rows.null.tolist() for rows in seen] == [[True, True, False, False]] * 2 + [[False, False]]
 
 
 def test_another_pipeline_of_the_denoiser_without_guidance_has_no_null_row(tiny_pipe):
     guidance = make_guidance_lora(tiny_pipe, null_adapter="off")
     with attach(tiny_pipe, guidance, environments=[0, 1]):
-        tiny_pipe(list(CAPTIONS), guidance_scale=3.0, num_inference_steps=1, output_type="latent")
+        draw(tiny_pipe, 0, 1, num_inference_steps=1)
         latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         seen = tiny_pipe.unet(latents, 500, torch.ones(2, 16, 16)).sample
     assert same_rows(seen, tiny_pipe.unet(latents, 500, torch.ones(2, 16, 16)).sample) == [False, False]
@@ -111,14 +101,12 @@ def test_another_pipeline_of_the_denoiser_without_guidance_has_no_null_row(tiny_
 def test_the_pipeline_that_runs_tells_which_rows_are_of_the_negative_prompt(family, expected):
     pipe, seen, scale = make_tiny(family), [], {"sd1": "guidance_scale", "flux": "true_cfg_scale"}[family]
     other = AutoPipelineForImage2Image.from_pipe(pipe)
-    options = {"num_inference_steps": 1, "output_type": "latent"}
-    options |= {"height": 32, "width": 32} if family == "flux" else {}
     with attach(pipe, make_guidance_lora(pipe, null_adapter="off")) as attachment:
         original = attachment.begin
         attachment.begin = lambda call: seen.append(original(call)) or seen[-1]
-        pipe(CAPTIONS[0], **options, **{scale: 1.0})
-        asked = {"image": torch.rand(1, 3, 32, 32), "negative_prompt": "a bird", "strength": 1.0, scale: 3.0}
-        other(CAPTIONS[0], **options, **asked)
+        draw(pipe, 0, num_inference_steps=1, **{scale: 1.0})
+        asked = {"image": torch.rand(1, 3, 32, 32), "negative_prompt": ["a bird"], "strength": 1.0, scale: 3.0}
+        draw(other, 0, num_inference_steps=1, **asked)
     assert [rows.null.tolist() for rows in seen] == [[False], *expected]
 
 
@@ -151,26 +139,21 @@ def test_guidance_of_another_backend_or_model_is_refused(tiny_pipe):
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3"])
 def test_an_exported_file_alone_draws_its_group(family, tmp_path):
     """As `attach` does with every image in it; a UNet's file for ComfyUI too; fused weights leave nothing to run."""
-
-    def draw(pipe):
-        options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
-        return pipe(["a bird"] * 2, generator=torch.Generator().manual_seed(0), **options).images
-
     pipe = make_tiny(family)
     guidance = make_guidance_lora(pipe)
     files = [path for path in guidance.export(tmp_path) if "group-1" in path.name]
     assert len(files) == (1 if family == "sd3" else 2)
     with attach(pipe, guidance, environments=[1, 1]):
-        expected = draw(pipe)
-    assert not torch.allclose(draw(pipe), expected, atol=1e-2)
+        expected = draw(pipe, 0, 1)
+    assert not torch.allclose(draw(pipe, 0, 1), expected, atol=1e-2)
     for file in files:
         alone = make_tiny(family)
         alone.load_lora_weights(file)
-        assert torch.allclose(draw(alone), expected, atol=1e-4)
+        assert torch.allclose(draw(alone, 0, 1), expected, atol=1e-4)
         alone.fuse_lora()
         alone.unload_lora_weights()
         assert not [layer for layer in denoiser_of(alone).modules() if hasattr(layer, "base_layer")]
-        assert torch.allclose(draw(alone), expected, atol=1e-4)
+        assert torch.allclose(draw(alone, 0, 1), expected, atol=1e-4)
 
 
 def test_exported_files_are_named_by_people_s_names_and_follow_both_formats(tiny_pipe, tmp_path):

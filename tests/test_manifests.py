@@ -11,11 +11,10 @@ import pytest
 from PIL import Image
 
 from conftest import write_tiny_folder
-from invdiff.data.captioned import load_captioned_images
+from invdiff import Results, load_captioned_images
 from invdiff.errors import DataError, EvaluationError, InvDiffError
 from invdiff.evaluation.annotate import describe_images
 from invdiff.evaluation.annotators.labels import GivenLabels
-from invdiff.evaluation.results import Results
 from runs import LAND, WATER
 from test_evaluate import LAND_ROWS, ROWS, ReadsPixels, change_rows, measure, of_base, write
 

@@ -2,21 +2,15 @@
 
 import pytest
 import torch
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from conftest import make_tiny_pipeline
-from invdiff import audit, load_captioned_images, train
-from invdiff.auditing.result import Audit
-from invdiff.config import AuditConfig, GenerateConfig, TrainConfig
+from invdiff import Audit, AuditConfig, GenerateConfig, GuidanceModule, TrainConfig, attach, audit, generate, train
 from invdiff.data.encode import model_fingerprint
 from invdiff.errors import AuditError, ModelError
-from invdiff.guidance.attach import attach
-from invdiff.guidance.module import GuidanceModule
 from invdiff.models.frozen import denoiser_fingerprint
 from invdiff.models.load import load_pipeline
-from invdiff.sampling import generate
 from test_cli import next_command, succeed
 from tiny import make_tiny, save_single_file
 
@@ -108,8 +102,7 @@ def test_a_lora_that_does_not_fit_is_one_clear_error(family, name, message, lora
     assert "size mismatch" not in capfd.readouterr().err
 
 
-def test_from_a_single_file_with_a_lora_to_a_module_that_needs_it(single, lora, tiny_pipe_dir, tiny_folder, tmp_path):
-    data = load_captioned_images(tiny_folder)
+def test_from_a_single_file_with_a_lora_to_a_module_that_needs_it(single, lora, tiny_pipe_dir, data, tmp_path):
     pipe = load_pipeline(single, config=tiny_pipe_dir, loras=[f"{lora}:0.8"])
     found = audit(pipe, data, config=AUDIT, cache_dir=tmp_path / "cache", progress=False)
     found.save(tmp_path / "audit")
@@ -130,7 +123,7 @@ def test_from_a_single_file_with_a_lora_to_a_module_that_needs_it(single, lora, 
             train(other, data, found, tmp_path / "other", config=TRAIN, cache_dir=tmp_path / "cache", progress=False)
 
 
-def test_a_lora_of_the_text_encoder_alone_counts_too(lora, tiny_pipe_dir, tiny_folder, tmp_path):
+def test_a_lora_of_the_text_encoder_alone_counts_too(lora, tiny_pipe_dir, data, tmp_path):
     alone = changed(lora, tmp_path / "words.safetensors", lambda key, of: key.startswith("text") and (key, of))
     with_it, without = load_pipeline(tiny_pipe_dir, loras=[str(alone)]), load_pipeline(tiny_pipe_dir)
     assert denoiser_fingerprint(with_it) == denoiser_fingerprint(without)
@@ -139,15 +132,13 @@ def test_a_lora_of_the_text_encoder_alone_counts_too(lora, tiny_pipe_dir, tiny_f
     twice = load_pipeline(tiny_pipe_dir, loras=[str(alone)] * 2)
     with pytest.raises(ModelError, match=r"LoRAs: expected words.safetensors, words.safetensors, found words"):
         attach(with_it, GuidanceModule.for_pipeline(twice))
-    data = load_captioned_images(tiny_folder)
     found = audit(with_it, data, config=AUDIT, cache_dir=tmp_path / "cache", progress=False)
     with pytest.raises(AuditError, match=r"the LoRAs that were audited, .*words.safetensors.*, got none"):
         train(without, data, found, tmp_path / "module", cache_dir=tmp_path / "cache", progress=False)
 
 
-def test_audits_want_a_lora_fused_and_drawing_does_not_mind(tiny_pipe, lora, tiny_folder, tmp_path):
+def test_audits_want_a_lora_fused_and_drawing_does_not_mind(tiny_pipe, lora, data, tmp_path):
     tiny_pipe.load_lora_weights(lora)
-    data = load_captioned_images(tiny_folder)
     with pytest.raises(ModelError, match=r"Expected LoRAs to be fused .* pipe.fuse_lora\(\)"):
         audit(tiny_pipe, data, config=AUDIT, cache_dir=tmp_path / "cache", progress=False)
     one = GenerateConfig(images_per_prompt=1, num_inference_steps=1)
@@ -160,9 +151,9 @@ def test_audits_want_a_lora_fused_and_drawing_does_not_mind(tiny_pipe, lora, tin
     audit(tiny_pipe, data, config=AUDIT, cache_dir=tmp_path / "cache", progress=False)
 
 
-def test_commands_name_the_lora_in_the_next(single, lora, tiny_pipe_dir, tiny_folder, tmp_path, monkeypatch):
+def test_commands_name_lora_and_type_in_the_next(single, lora, tiny_pipe_dir, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("INVDIFF_CACHE", str(tmp_path / "cache"))
-    given = ["--lora", f"{lora}:0.8", "--model-config", str(tiny_pipe_dir)]
+    given = ["--dtype", "bf16", "--lora", f"{lora}:0.8", "--model-config", str(tiny_pipe_dir)]
     loose = tmp_path / "loose.json"
     loose.write_text('{"solver": "exact", "min_images": 4, "caption_threshold": 0.0}')
     words = ("audit", single, tiny_folder, "--output", tmp_path / "audit", "--config", loose, *given)

@@ -5,38 +5,24 @@ import pytest
 import torch
 
 from conftest import make_guidance_module
-from invdiff.data.captioned import load_captioned_images
-from invdiff.data.encode import as_encoded
 from invdiff.guidance.base import Guided, Rows
 from invdiff.models.frozen import FrozenDenoiser
 from invdiff.models.schedule import per_sample_loss
 from invdiff.training import objective
 from invdiff.training.batches import Batch
 from invdiff.training.checkpoint import accelerator_for
-from invdiff.training.objective import (
-    MovingGroupLosses,
-    invariant_objective,
-    objective_weights,
-    step_loss,
-    typical_losses,
-)
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def data(tiny_pipe, tiny_folder, tmp_path):
-    return as_encoded(tiny_pipe, load_captioned_images(tiny_folder), tmp_path, progress=False)
-
-
 def test_the_objective_is_the_mean_loss_plus_penalty_times_the_variance_of_excess_losses():
     losses, excess = torch.tensor([[1.0, 5.0], [2.0, 2.0]]), torch.tensor([[0.0, 2.0], [1.0, 1.0]])
-    assert invariant_objective(losses[0], excess[0], penalty=0.5).item() == pytest.approx(3.0 + 0.5 * 1.0)
-    assert invariant_objective(losses, excess, penalty=0.5).item() == pytest.approx((3.5 + 2.0) / 2)
+    assert objective.invariant_objective(losses[0], excess[0], penalty=0.5).item() == pytest.approx(3.0 + 0.5 * 1.0)
+    assert objective.invariant_objective(losses, excess, penalty=0.5).item() == pytest.approx((3.5 + 2.0) / 2)
 
 
 @pytest.mark.parametrize("num_factors", [1, 2])
-def test_the_gradient_of_a_step_is_that_of_the_objective_at_the_means_before_it(tiny_pipe, data, num_factors):
+def test_the_gradient_of_a_step_is_that_of_the_objective_at_the_means_before_it(tiny_pipe, encoded, num_factors):
     """Two groups of two prompts, or of two factors, equally often; one caption is null. The batch comes twice."""
     numbers = torch.Generator().manual_seed(0)
     cells, groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), torch.tensor([0, 0, 1, 1] * 2)
@@ -45,17 +31,17 @@ def test_the_gradient_of_a_step_is_that_of_the_objective_at_the_means_before_it(
     environments = torch.where(drawn, groups[:, None], 1 - groups[:, None])
     latents, target = torch.randn(2, 8, 4, 8, 8, generator=numbers)
     timesteps = torch.arange(100, 900, 100)
-    captions, null = data.caption_ids[:8].clone(), torch.full((8,), data.null_id)
-    captions[0] = data.null_id
-    condition, null_condition = data.condition(captions), data.condition(null)
-    captioned, rows = captions != data.null_id, Rows(environments)
+    captions, null = encoded.caption_ids[:8].clone(), torch.full((8,), encoded.null_id)
+    captions[0] = encoded.null_id
+    condition, null_condition = encoded.condition(captions), encoded.condition(null)
+    captioned, rows = captions != encoded.null_id, Rows(environments)
     conditions = condition, captioned, torch.zeros(8, dtype=torch.bool), null_condition
     batch = Batch(prompts, factors, environments, slice(0, 8), rows, *conditions, latents, timesteps, target)
     module, penalty = make_guidance_module(tiny_pipe, num_groups=[2] * num_factors), 2.5
     with torch.no_grad():
         module.conv_out.weight.normal_(std=0.02, generator=numbers)
     typical = 1 + torch.rand(1000, generator=numbers)
-    moving, accelerator = MovingGroupLosses((2, 2), 0.0), accelerator_for("no", CPU)
+    moving, accelerator = objective.MovingGroupLosses((2, 2), 0.0), accelerator_for("no", CPU)
 
     def relative(condition):
         model_pred, features = frozen(latents, timesteps, condition)
@@ -63,14 +49,14 @@ def test_the_gradient_of_a_step_is_that_of_the_objective_at_the_means_before_it(
         return per_sample_loss(guided, target) / typical[timesteps]
 
     with FrozenDenoiser(tiny_pipe) as frozen:
-        first, losses = step_loss(Guided(frozen, module), batch, typical, moving, penalty, accelerator)
-        loss, _ = step_loss(Guided(frozen, module), batch, typical, moving, penalty, accelerator)
+        first, losses = objective.step_loss(Guided(frozen, module), batch, typical, moving, penalty, accelerator)
+        loss, _ = objective.step_loss(Guided(frozen, module), batch, typical, moving, penalty, accelerator)
         own, excess = relative(condition), relative(condition) - relative(null_condition).detach()
     of_groups = [
         torch.stack([of[(cells == c) & (groups == e)].mean() for c in (0, 1) for e in (0, 1)]).view(2, 2)
         for of in (own, excess * captioned)
     ]
-    expected = invariant_objective(*of_groups, penalty)
+    expected = objective.invariant_objective(*of_groups, penalty)
     assert excess[0] == 0
     assert torch.allclose(losses, own)
     assert first.item() == pytest.approx(own.mean().item())  # no means yet, so no penalty
@@ -88,10 +74,10 @@ def test_means_of_other_images_give_the_gradient_of_the_variance_without_bias():
     numbers, count, penalty = torch.Generator().manual_seed(0), 20_000, 0.2
     cells, groups = torch.arange(count).repeat_interleave(8), torch.arange(8 * count) % 2
     before, now = torch.tensor([0.9, 1.1])[groups] + 0.3 * torch.randn(2, 8 * count, generator=numbers)
-    moving, errors = MovingGroupLosses((count, 2), 0.0), []
+    moving, errors = objective.MovingGroupLosses((count, 2), 0.0), []
     for images in (before, now):
         moving.update(cells, groups, images[:, None].expand(-1, 2))
-        weights = objective_weights(moving.means()[..., 1], penalty)[cells, groups]
+        weights = objective.objective_weights(moving.means()[..., 1], penalty)[cells, groups]
         gradients = ((weights - 1) * now / penalty).view(count, 8).mean(dim=1)
         errors.append((gradients.mean() - 0.02).item() / (gradients.std().item() / count**0.5))
     assert abs(errors[0]) < 3  # standard errors
@@ -99,11 +85,11 @@ def test_means_of_other_images_give_the_gradient_of_the_variance_without_bias():
 
 
 def test_weights_never_turn_negative():
-    assert objective_weights(torch.tensor([0.0, 10.0]), penalty=5.0).min() == 0
+    assert objective.objective_weights(torch.tensor([0.0, 10.0]), penalty=5.0).min() == 0
 
 
 def test_moving_means_are_kept_per_prompt_and_group():
-    moving = MovingGroupLosses((2, 2), momentum=0.5)
+    moving = objective.MovingGroupLosses((2, 2), momentum=0.5)
     twice = torch.tensor([[2.0, 1.0], [4.0, 2.0], [7.0, 3.0], [9.0, 0.0]])
     moving.update(torch.tensor([0, 0, 1]), torch.tensor([1, 1, 0]), twice[:3])
     moving.update(torch.tensor([0]), torch.tensor([1]), twice[3:])
@@ -112,7 +98,7 @@ def test_moving_means_are_kept_per_prompt_and_group():
     assert means[1].tolist() == [[7.0, 3.0]] * 2  # a group not seen yet takes its prompt's mean
 
 
-def test_typical_losses_are_interpolated_in_the_logarithm(data):
+def test_typical_losses_are_interpolated_in_the_logarithm(encoded):
     """Of a denoiser that predicts nothing, on a schedule whose target grows with the timestep."""
     schedule = SimpleNamespace(
         num_train_timesteps=1000,
@@ -120,15 +106,5 @@ def test_typical_losses_are_interpolated_in_the_logarithm(data):
         target=lambda latents, noise, timesteps: torch.exp(timesteps / 400)[:, None, None, None].expand_as(latents),
     )
     flat = Mock(side_effect=lambda latents, *_: (torch.zeros_like(latents), latents), schedule=schedule, device=CPU)
-    typical = typical_losses(flat, data, torch.arange(12), batch_size=64, seed=0)
+    typical = objective.typical_losses(flat, encoded, torch.arange(12), batch_size=64, seed=0)
     assert torch.allclose(typical, torch.exp(torch.arange(1000) / 200), rtol=1e-3)
-
-
-def test_typical_losses_repeat_whatever_the_batch(tiny_pipe, data, monkeypatch):
-    monkeypatch.setattr(objective, "IMAGES_PER_LEVEL", 10)
-    with FrozenDenoiser(tiny_pipe) as frozen:
-        options = [{"batch_size": size, "seed": seed} for size, seed in ((10, 0), (10, 0), (7, 0), (10, 1))]
-        first, second, parts, other = (typical_losses(frozen, data, torch.arange(12), **each) for each in options)
-    assert torch.equal(first, second)
-    assert torch.allclose(first, parts, rtol=1e-5)
-    assert not torch.equal(first, other)

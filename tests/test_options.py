@@ -56,10 +56,6 @@ def test_variables_of_one_process_do_not_matter(tmp_path, alone):
     assert "1 captioned images" in run(*arguments, env=left).stdout
 
 
-def test_prompts_that_are_no_text_are_refused(tmp_path):
-    assert "found other bytes in 'a \\udce9'" in fail("generate", "m", "a \udce9", "--output", tmp_path)
-
-
 @pytest.mark.parametrize("encoding", ["latin-1:strict", "ascii"])
 def test_what_an_encoding_lacks_is_replaced(tmp_path, encoding):
     environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}

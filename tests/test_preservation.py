@@ -4,8 +4,6 @@ from types import SimpleNamespace
 
 import torch
 
-from invdiff.data.captioned import load_captioned_images
-from invdiff.data.encode import as_encoded
 from invdiff.models.frozen import FrozenDenoiser
 from invdiff.training import preservation
 from invdiff.training.preservation import unrelated_captions, unrelated_condition
@@ -16,14 +14,13 @@ def test_captions_with_the_last_word_of_one_of_the_images_are_left_out():
     assert {*every} - {*some} == {"a photo of a dog", "a photo of the moon"}
 
 
-def test_what_the_model_takes_for_a_caption_of_the_images_is_left_out(tiny_pipe, tiny_folder, tmp_path, monkeypatch):
-    data = as_encoded(tiny_pipe, load_captioned_images(tiny_folder), tmp_path, progress=False)
+def test_what_the_model_takes_for_a_caption_of_the_images_is_left_out(tiny_pipe, encoded, monkeypatch):
     everyday = unrelated_captions([])[::16]
     monkeypatch.setattr(preservation, "unrelated_captions", lambda captions: everyday)
     with FrozenDenoiser(tiny_pipe) as frozen:
         for threshold, empty in ((0.0, False), (10.0, True)):
             monkeypatch.setattr("invdiff.config.AuditConfig.caption_threshold", threshold)
-            found = unrelated_condition(tiny_pipe, frozen, data, torch.arange(12), seed=0)
+            found = unrelated_condition(tiny_pipe, frozen, encoded, torch.arange(12), seed=0)
             assert (not found) == empty
 
 

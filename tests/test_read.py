@@ -1,30 +1,25 @@
-"""The parts of a report, and what stays where it is: labels, private files, paths of the machine."""
+"""The parts of a report, typical images of groups, and what stays where it is: labels, private files, paths."""
 
 import json
 import re
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from conftest import made_up_measures
+from invdiff import Audit, Results
 from invdiff.auditing.edits import Edits, apply
-from invdiff.auditing.result import Audit
 from invdiff.evaluation.fairness.intervals import share_interval
-from invdiff.evaluation.results import Results
 from invdiff.report.figures import percent
-from invdiff.report.read import Parts, read_run
+from invdiff.report.read import Parts, rank_groups, read_run
 from invdiff.report.results_view import training_labels
-from runs import LAND, SCRIPT, WATER, Page, make_audit, report, undrawn
+from runs import LAND, SCRIPT, WATER, Page, make_audit, report
 from test_cli import succeed
 
-
-@pytest.fixture(autouse=True)
-def plain():
-    """No picture is drawn."""
-    with undrawn():
-        yield
+pytestmark = pytest.mark.usefixtures("plain")
 
 
 def label(folder, values, column="background"):
@@ -43,16 +38,13 @@ def labelled(run, folder, values, column="background"):
     return report(folder / "out", **parts, images=images)
 
 
+IN_PART = ["land"] * 10 + ["sea"] * 6 + ["", None, "cannot tell", float("nan")] + ["water"] * 20
+
+
 @pytest.mark.parametrize(
     ("values", "column", "edits", "land", "water"),
     [
-        (
-            ["land"] * 10 + ["sea"] * 6 + ["", None, "cannot tell", float("nan")] + ["water"] * 20,
-            "background",
-            Edits(),
-            {"land": 10, "sea": 6},
-            {"water": 20},
-        ),
+        (IN_PART, "background", Edits(), {"land": 10, "sea": 6}, {"water": 20}),
         (["land"] * 20 + ["water"] * 20, "background", Edits(left_out=(0, 3, 25)), {"land": 18}, {"water": 19}),
         (["land"] * 40, "colour", Edits(), None, None),
         (["Land", "land "] * 20, "background", Edits(), None, None),
@@ -83,14 +75,6 @@ def test_labels_stand_for_the_data_where_there_are_any(finished, tmp_path):
     low, high = (percent(end) for end in share_interval(17, 20))
     assert f"land target 50% Training data 85% {low} to {high} Base model 90%" in page.words
     assert f"| {LAND} | land | 85% ({low} to {high}) | 90% (" in twin
-
-
-def test_the_audit_s_groups_stand_for_the_data_where_there_are_no_labels(finished, tmp_path):
-    page, twin = labelled(finished, tmp_path, ["land"] * 40, "colour")
-    assert "| Prompt | Data (the audit's groups) | Class | Base model | With guidance | Target |" in twin
-    for text in (page.words, twin):
-        assert "the audit's groups" in text
-        assert "Training data" not in text
 
 
 def test_hostile_labels_are_text_and_a_prompt_without_labels_keeps_the_audit_s_groups(finished, tmp_path):
@@ -154,3 +138,24 @@ def test_data_is_called_as_it_was_typed(run, tmp_path, monkeypatch):
     told = everything(tmp_path / "out")
     assert "invdiff audit org/birds photos --max-unreadable 0.5 --output run/audit" in told
     assert "invdiff train org/birds photos run/audit --output run/module --max-unreadable 0.5 --steps 77" in told
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores", "typical", "uncertain"),
+    [
+        ([0, 0, 0, 1, 1, 1], [-3, -1, 0, 4, 5, 9], [[0, 1, 2], [5, 4, 3]], [[2, 1, 0], [3, 4, 5]]),
+        ([0, 0, 1, 1], [9, 5, -3, -1], [[0, 1], [2, 3]], [[1, 0], [3, 2]]),  # sides follow scores, not numbers
+        ([0, 1, 1, 1, 2], [0, 10, 11, 13, 20], [[0], [2, 1, 3], [4]], [[0], [3, 2, 1], [4]]),  # the middle one first
+    ],
+)
+def test_images_are_ranked_from_their_group_s_side(labels, scores, typical, uncertain):
+    weights = np.eye(max(labels) + 1)[labels]
+    groups = rank_groups(weights, np.array(scores, float), np.arange(len(labels)) + 10, "abc"[: weights.shape[1]])
+    assert [[place - 10 for place in group.typical] for group in groups] == typical
+    assert [[place - 10 for place in group.uncertain] for group in groups] == uncertain
+
+
+def test_weights_come_before_scores():
+    weights = np.array([[0.9, 0.1], [0.6, 0.4], [0.1, 0.9]])
+    group = rank_groups(weights, np.array([1.0, -5, 7]), np.arange(3), "ab")[0]
+    assert (group.typical, group.uncertain) == ([0, 1], [1, 0])

@@ -13,17 +13,17 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from browser import LAYOUT, needs_browser, open_browser
-from invdiff import save_report
+from invdiff import Audit, Results, save_report
 from invdiff.auditing.edits import apply
-from invdiff.auditing.result import Audit
 from invdiff.errors import AuditError, ConfigError, DataError
 from invdiff.evaluation.fairness.intervals import share_interval
-from invdiff.evaluation.results import Results
 from invdiff.report.figures import percent
 from invdiff.report.read import find_parts
 from invdiff.text import one_line
 from runs import LAND, NASTY, SCRIPT, WATER, Page, make_audit, make_images, measured, report, undrawn
 from test_cli import fail, succeed
+
+pytestmark = pytest.mark.usefixtures("plain")
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +32,6 @@ def written(finished, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     assert str(folder / "report.html") in succeed("report", finished, "--output", folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def plain():
-    """Pictures of all other reports are not drawn."""
-    with undrawn():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from invdiff.auditing.result import Audit
-from invdiff.config import AuditConfig, DemoConfig, GenerateConfig, TrainConfig
+from invdiff import Audit, AuditConfig, DemoConfig, GenerateConfig, TrainConfig
 from invdiff.evaluation.results import AnnotatorRecord, AttributeMeasures, Estimate, Measures, Quantity, Results
 from invdiff.report.read import Generated, Run, shown_path, without_paths
 from invdiff.report.reproduce import MOST_WORDS, commands, reproduce
@@ -126,9 +125,3 @@ def test_no_path_of_the_machine_is_shown(shown, paths):
     assert [shown_path(path) for path in paths] == [shown] * len(paths)
     settings = {"vision_encoder": paths[-1], "prompts": ["/imagine a bird"], "seed": 3, "audit": None}
     assert without_paths(settings) == settings | {"vision_encoder": shown}
-
-
-def test_inside_the_run_a_path_is_shown_from_there(tmp_path):
-    assert shown_path(tmp_path / "run" / "images" / "base", tmp_path / "run") == "images/base"
-    assert shown_path(tmp_path / "run", tmp_path / "run") == "."
-    assert shown_path(tmp_path / "elsewhere" / "base", tmp_path / "run") == "base"

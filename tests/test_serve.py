@@ -10,16 +10,11 @@ import urllib.request
 
 import pytest
 
+from extras import own_files
+from invdiff.app.page import build_page, open_studio, open_workspace
+from invdiff.app.serve import check_address, launch
 from invdiff.errors import ConfigError
 from runs import make_audit
-
-pytest.importorskip("starlette", reason="needs the ui extra: pip install 'invdiff[ui]'")
-from invdiff.app.serve import check_address, own_files
-
-with own_files():
-    pytest.importorskip("gradio", reason="needs the ui extra: pip install 'invdiff[ui]'")
-    from invdiff.app.page import build_page, open_studio, open_workspace
-    from invdiff.app.serve import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of gradio's own imports and servers
 

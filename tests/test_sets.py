@@ -1,12 +1,10 @@
 """Published sets, from stand-ins in their layouts: one plain colour an image, bright where it is not for training."""
 
 import argparse
-import io
 from itertools import product
 
 import numpy as np
 import pandas as pd
-import pyarrow
 import pyarrow.parquet
 import pytest
 import sets
@@ -15,6 +13,7 @@ from PIL import Image
 
 from invdiff.data.captioned import load_captioned_images
 from invdiff.errors import ConfigError, DataError
+from test_worlds import picture as in_parquet
 
 DARK, BRIGHT = (40, 0, 0), (240, 0, 0)
 
@@ -25,9 +24,7 @@ def picture(path, held_out, size=(8, 8)):
 
 
 def stored(held_out):
-    stream = io.BytesIO()
-    Image.new("RGB", (8, 8), BRIGHT if held_out else DARK).save(stream, "PNG")
-    return {"bytes": stream.getvalue(), "path": None}
+    return in_parquet("RGB", (8, 8), BRIGHT if held_out else DARK)
 
 
 def prepare(name, source, out, *options):
@@ -38,11 +35,9 @@ def prepare(name, source, out, *options):
     tables = []
     for part, bright in (("train", False), ("held-out", True)):
         data = load_captioned_images(out / part)
-        pixels = np.asarray(data.image(0))
-        assert pixels.shape == (6, 6, 3)
-        assert name == "waterbirds" or all(
-            (np.asarray(data.image(i))[0, 0, 0] > 99) == bright for i in range(len(data))
-        )
+        pixels = [np.asarray(data.image(row)) for row in range(len(data))]
+        assert pixels[0].shape == (6, 6, 3)
+        assert name == "waterbirds" or all((of[0, 0, 0] > 99) == bright for of in pixels)
         tables.append(pd.read_csv(out / part / "metadata.csv"))
     return tables
 
@@ -56,9 +51,8 @@ def faces(tmp_path_factory):
     """FairFace's files: two training images and one other of each gender, race and age."""
     folder = tmp_path_factory.mktemp("fairface")
     for part, times in (("train", 2), ("val", 1)):
-        rows = (
-            list(product(("Male", "Female"), (*worlds.RACES, "Latino_Hispanic"), ("03-Sep", "20-29", "60-69"))) * times
-        )
+        ages, races = ("03-Sep", "20-29", "60-69"), (*worlds.RACES, "Latino_Hispanic")
+        rows = list(product(("Male", "Female"), races, ages)) * times
         lines = ["file,age,gender,race,service_test"]
         for number, (gender, race, age) in enumerate(rows):
             picture(folder / "fairface-img-margin025-trainval" / part / f"{number}.jpg", part == "val")
@@ -85,18 +79,9 @@ def test_fairface_by_other_captions_attributes_and_ratios(faces, tmp_path):
         ("a photo of a young person", "woman"): 10, ("a photo of a young person", "man"): 3,
         ("a photo of an old person", "woman"): 3, ("a photo of an old person", "man"): 10,
     }  # fmt: skip
-    one = [
-        "--captions",
-        "one",
-        "--hidden",
-        "gender x race",
-        "--groups",
-        "woman x White",
-        "man x Black",
-        "--ratio",
-        "2:1",
-    ]
-    train, held_out = prepare("fairface", faces, tmp_path / "one", *one, "--all-ages", "--images", "9")
+    one = ["--captions", "one", "--hidden", "gender x race", "--groups", "woman x White", "man x Black"]
+    more = ["--ratio", "2:1", "--all-ages", "--images", "9"]
+    train, held_out = prepare("fairface", faces, tmp_path / "one", *one, *more)
     assert set(train.text) == {"a photo of a person"}
     assert counts(train, "gender", "race") == {("woman", "White"): 6, ("man", "Black"): 3}
     assert "child" in set(train.age) | set(held_out.age)
@@ -114,9 +99,7 @@ def test_ages_that_a_spreadsheet_turned_into_dates_are_repaired():
 
 
 def test_what_is_missing_unknown_or_too_much_is_said_and_nothing_is_written(faces, tmp_path):
-    with pytest.raises(
-        DataError, match=r"Expected 30 images of a photo of a man, White, found 4\..* at most 18 in all"
-    ):
+    with pytest.raises(DataError, match=r"30 images of a photo of a man, White, found 4\..* at most 18 in all"):
         prepare("fairface", faces, tmp_path / "out", "--images", "140")
     with pytest.raises(ConfigError, match=r"--hidden of age, gender, race, years, got beard"):
         prepare("fairface", faces, tmp_path / "out", "--hidden", "beard")
@@ -139,7 +122,7 @@ PEOPLE = [
 
 @pytest.mark.parametrize("layout", ["txt", "csv", "parquet"])
 def test_celeba_is_read_from_lists_and_from_parquet(layout, tmp_path):
-    source, places = tmp_path / "celeba", ("Anno/", "Eval/") if layout == "txt" else ("", "")
+    source = tmp_path / "celeba"
     if layout == "parquet":
         for part in ("train", "valid", "test"):
             rows = [
@@ -150,22 +133,20 @@ def test_celeba_is_read_from_lists_and_from_parquet(layout, tmp_path):
             table = pyarrow.Table.from_pylist(rows)
             pyarrow.parquet.write_table(table, source / "data" / f"{part}-00000-of-00001.parquet")
     else:
-        comma = "," if layout == "csv" else "  "
-        parts = [part for part in range(3) for _ in PEOPLE]
-        files = [f"{number:06}.jpg" for number in range(len(parts))]
+        parts = np.repeat(range(3), len(PEOPLE))
+        files = pd.Index([f"{number:06}.jpg" for number in range(len(parts))], name="image_id")
         for file, part in zip(files, parts, strict=True):
             picture(source / "img_align_celeba" / file, part != 0, size=(8, 10))
-        lists = {
-            f"{places[0]}list_attr_celeba": [comma.join((["image_id"] if layout == "csv" else []) + list(NAMES))]
-            + [comma.join([file, *map(str, row.values())]) for file, row in zip(files, PEOPLE * 3, strict=True)],
-            f"{places[1]}list_eval_partition": (["image_id,partition"] if layout == "csv" else [])
-            + [comma.join([file, str(part)]) for file, part in zip(files, parts, strict=True)],
-        }
-        if layout == "txt":
-            lists["Anno/list_attr_celeba"].insert(0, str(len(files)))
-        for name, lines in lists.items():
+        attributes, partition = pd.DataFrame(PEOPLE * 3, files), pd.DataFrame({"partition": parts}, files)
+        if layout == "csv":
+            lists = {"list_attr_celeba": attributes.to_csv(), "list_eval_partition": partition.to_csv()}
+        else:
+            text = attributes.to_csv(sep=" ", index_label=False).replace(" ", "  ")
+            lists = {"Anno/list_attr_celeba": f"{len(files)}\n{text}"}
+            lists["Eval/list_eval_partition"] = partition.to_csv(sep=" ", header=False)
+        for name, text in lists.items():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / f"{name}.{layout}").write_text("\n".join(lines))
+            (source / f"{name}.{layout}").write_text(text)
     train, held_out = prepare("celeba", source, tmp_path / "natural")
     blond, dark = (f"a photo of a person with {hair} hair" for hair in ("blond", "dark"))
     assert counts(train, "text", "gender") == {

@@ -8,7 +8,7 @@ import pytest
 import runner
 import tables
 from PIL import Image
-from runner import Cells, Runner, Suite, worst_cell
+from runner import Runner, Suite, worst_cell
 
 from invdiff.assets import BIRDS_MODEL
 from invdiff.errors import ConfigError
@@ -24,8 +24,6 @@ def test_every_cell_can_be_fitted(name):
 def test_an_unknown_benchmark_names_those_that_there_are():
     with pytest.raises(ConfigError, match="waterbirds"):
         Suite.named("landbirds")
-    with pytest.raises(ConfigError, match="got 'fair'"):
-        Cells(method="fair").fitted_by()
 
 
 def test_a_kept_cell_is_not_run_again_and_tables_give_mean_and_range_over_seeds(tmp_path):

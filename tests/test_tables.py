@@ -1,8 +1,6 @@
 import csv
 import io
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -84,8 +82,3 @@ def test_faults_are_named_with_file_and_line(tmp_path, kind, content, message):
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(DataError, match=r"Could not read .*absent\.csv: No such file"):
         read_table(tmp_path / "absent.csv")
-
-
-def test_reading_a_table_loads_no_library():
-    code = "import sys, invdiff.data.tables; print({'torch', 'datasets', 'pandas', 'numpy', 'PIL'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -3,15 +3,12 @@
 import pytest
 import torch
 
-from invdiff.config import GenerateConfig
+from invdiff import GenerateConfig, GuidanceTokens, attach, generate
 from invdiff.errors import ConfigError
-from invdiff.guidance.attach import attach
 from invdiff.guidance.base import Rows
-from invdiff.guidance.tokens import GuidanceTokens
 from invdiff.models.families import DenoiserCall, family_of
 from invdiff.models.frozen import FrozenDenoiser
 from invdiff.models.load import denoiser_of
-from invdiff.sampling import generate
 from tiny import CAPTIONS, make_tiny
 
 

@@ -11,21 +11,10 @@ import pytest
 from PIL import Image
 
 from conftest import write_tiny_folder
-from invdiff import save_report
+from invdiff import AuditConfig, audit, save_report
 from invdiff.auditing import words as words_module
 from invdiff.auditing.edits import apply
 from invdiff.auditing.result import WORD_LIMIT, WORDS, Audit, AuditWords, GroupWords, PromptAudit, Word
-from invdiff.auditing.run import audit
-from invdiff.auditing.words import (
-    IMAGES_PER_GROUP,
-    LEAST_IMAGES,
-    MOST_WORDS,
-    NO_WORD,
-    TEMPLATES,
-    describe_groups,
-    vocabulary,
-)
-from invdiff.config import AuditConfig
 from invdiff.data.captioned import CaptionedImages, load_captioned_images
 from invdiff.errors import AuditError, ConfigError, ModelError
 from invdiff.report.grids import save_audit_picture
@@ -72,7 +61,7 @@ class StandIn:
         return np.stack([self.embed(text) for text in texts]).astype(np.float32)
 
     def embed(self, text):
-        for template in TEMPLATES[::-1]:  # the bare word, which fits every text, comes last
+        for template in words_module.TEMPLATES[::-1]:  # the bare word, which fits every text, comes last
             before, after = template.split("{}")
             if text.startswith(before) and text.endswith(after):
                 word = text[len(before) : len(text) - len(after)]
@@ -105,7 +94,7 @@ def birds(on_water=("sea",), on_land=(), *, rare=30, labels=None, captions=None,
 def tell(found, data, encoder, tmp_path, rows=None, words=()):
     rows = np.arange(len(found.names)) if rows is None else rows
     config = AuditConfig(words_model="stand-in", words=tuple(words))
-    return describe_groups(found, data, rows, encoder, config, cache_dir=tmp_path, progress=False)
+    return words_module.describe_groups(found, data, rows, encoder, config, cache_dir=tmp_path, progress=False)
 
 
 def on_water(found):
@@ -132,12 +121,12 @@ def test_where_groups_look_alike_hardly_ever_is_a_word_named(tmp_path):
     """The whole way, 50 times: small groups drawn at random from images that differ in much else."""
     numbers = np.random.default_rng(3)
     encoder = StandIn([(scene,) for scene in numbers.choice(["sea", "forest", "city", "snow"], 60)])
-    labels, wrong = np.arange(60) < LEAST_IMAGES, 0
+    labels, wrong = np.arange(60) < words_module.LEAST_IMAGES, 0
     for _ in range(50):
         found, data, _ = birds(labels=numbers.permutation(labels).astype(int))
         told = tell(found, data, encoder, tmp_path)
         wrong += any(entry.words for entry in told.groups)
-        assert {entry.line for entry in told.groups if not entry.words} <= {NO_WORD}
+        assert {entry.line for entry in told.groups if not entry.words} <= {words_module.NO_WORD}
     assert wrong <= 2  # 0.5 at most are expected
 
 
@@ -172,14 +161,14 @@ def test_the_best_words_come_first_and_are_few(tmp_path):
     words = ["sea", "boat", "waves", "pond", "lake", "island", "harbour", "fish"]
     found, data, encoder = birds(words)
     encoder.features[on_water(found)] += 0.15 * direction("pond")
-    told = words_of(tell(found, data, encoder, tmp_path), 0, ON_WATER)
-    assert (told[0], len(set(told) & set(words)), len(told)) == ("pond", MOST_WORDS, MOST_WORDS)
+    told, most = words_of(tell(found, data, encoder, tmp_path), 0, ON_WATER), words_module.MOST_WORDS
+    assert (told[0], len(set(told) & set(words)), len(told)) == ("pond", most, most)
 
 
 def test_at_most_so_many_images_of_each_group_are_shown_once(tmp_path):
     found, data, encoder = birds(labels=np.repeat([ON_LAND, ON_WATER], [700, 30]))
     told = tell(found, data, encoder, tmp_path)
-    assert told.images == len(set(encoder.images)) == len(encoder.images) == IMAGES_PER_GROUP + 30
+    assert told.images == len(set(encoder.images)) == len(encoder.images) == words_module.IMAGES_PER_GROUP + 30
     assert told.of(None, ON_WATER) is None  # with one prompt, all are one
     again = StandIn([()] * 730)
     assert tell(found, data, again, tmp_path) == told
@@ -205,7 +194,7 @@ def test_only_the_images_that_count_are_shown_from_where_the_data_has_them(tmp_p
 
 
 def test_small_groups_are_not_judged(tmp_path):
-    told = tell(*birds(on_land=("forest",), rare=LEAST_IMAGES - 4), tmp_path)
+    told = tell(*birds(on_land=("forest",), rare=words_module.LEAST_IMAGES - 4), tmp_path)
     assert "too few images" in told.of(0, ON_WATER).note
     assert "too few images" in told.of(0, ON_LAND).note  # there is nothing to compare it with
     assert told.of(None, ON_WATER).words == ()
@@ -240,13 +229,13 @@ def test_hostile_captions_are_harmless(hostile, tmp_path):
 
 def test_the_vocabulary_holds_each_word_once_the_user_s_first():
     captions = ["A heron, 3 photos of THE heron_2 by a pond"] * 3 + ["a stork"] * 2
-    words = vocabulary(captions, ["Old\nHarbour", "POND", "x" * 100, " "])
+    words = words_module.vocabulary(captions, ["Old\nHarbour", "POND", "x" * 100, " "])
     assert words[:2] == ["Old Harbour", "POND"]
     assert len(words[2]) == WORD_LIMIT
     assert "heron" in words
     assert not {"pond", "photos", "the", "stork", "heron_2", "3", "by"} & set(words)
     assert len(words) > 400
-    assert vocabulary([]) == vocabulary(["the photo"] * 5)
+    assert words_module.vocabulary([]) == words_module.vocabulary(["the photo"] * 5)
 
 
 def test_words_change_nothing_else_and_cost_no_new_measurement(tiny_pipe, tiny_pipe_dir, tmp_path, monkeypatch):
@@ -337,7 +326,7 @@ def with_words(folder, *, told=("water", "boat"), model="clip-tiny", factors=1):
     return data
 
 
-def test_a_report_shows_words_under_their_group_and_who_chose_them(tmp_path):
+def test_a_report_shows_words_under_their_group_and_who_chose_them(tmp_path, plain):
     page, twin = report(tmp_path / "report", audit=tmp_path, data=with_words(tmp_path))
     assert "Most typical of group 0 Words: no word tells it apart says “clip-tiny”, asked about 512" in page.words
     assert "Most typical of group 1 Words: water, boat says “clip-tiny”" in page.words
@@ -351,7 +340,7 @@ def test_a_report_shows_words_under_their_group_and_who_chose_them(tmp_path):
     assert not any(word in page.words for word in ("Words", "CLIP"))
 
 
-def test_words_stand_beside_the_factor_they_are_of_and_are_older_than_people_s_changes(tmp_path):
+def test_words_stand_beside_the_factor_they_are_of_and_are_older_than_people_s_changes(tmp_path, plain):
     data = with_words(tmp_path, factors=2)
     audit = Audit.load(tmp_path)
     apply(audit, audit.edits.without_images([0]).with_name(0, 1, "at sea")).save_edits(tmp_path)
@@ -362,7 +351,7 @@ def test_words_stand_beside_the_factor_they_are_of_and_are_older_than_people_s_c
         assert "before people's changes" in text
 
 
-def test_hostile_words_are_text_in_reports_and_in_pictures(tmp_path):
+def test_hostile_words_are_text_in_reports_and_in_pictures(tmp_path, plain):
     tags = []
     for name, words in (("plain", ["water"] * len(NASTY)), ("nasty", NASTY)):
         data = with_words(tmp_path / name, told=words, model=words[0])

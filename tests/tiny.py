@@ -20,6 +20,7 @@ WIDTH = 16  # of text encoders and prompt embeddings
 TEXT = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 TOWER = SMALL | {"intermediate_size": 32}  # of a vision transformer
+CROP = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}  # of image processors
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "pad_token_id": 0}
 TRANSFORMER = {"sample_size": 8, "patch_size": 2, "num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 4}
 """Of a denoiser."""
@@ -43,12 +44,6 @@ def make_tokenizer() -> transformers.CLIPTokenizer:
     return transformers.CLIPTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)), model_max_length=16)
 
 
-def make_t5_tokenizer() -> transformers.T5TokenizerFast:
-    """A T5 tokenizer of a few whole words; others are unknown."""
-    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"\u2581{word}", -1.0) for word in WORDS)]
-    return transformers.T5TokenizerFast(vocab=words, extra_ids=0, model_max_length=16)
-
-
 def clip_config(tokenizer: transformers.CLIPTokenizer) -> transformers.CLIPTextConfig:
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "projection_dim": WIDTH}
@@ -64,15 +59,25 @@ def save_clip(folder: Path) -> Path:
         config = transformers.CLIPConfig(text_config=text, vision_config=TOWER, projection_dim=8)
         transformers.CLIPModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    sizes = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-    transformers.CLIPImageProcessor(**sizes).save_pretrained(folder)
+    transformers.CLIPImageProcessor(**CROP).save_pretrained(folder)
+    return folder
+
+
+def save_dinov2(folder: Path) -> Path:
+    """Write a DINOv2 with random weights and an image processor that converts no colours; return the folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.Dinov2Model(transformers.Dinov2Config(mlp_ratio=2, **SMALL)).save_pretrained(folder)
+    transformers.CLIPImageProcessor(**CROP, do_convert_rgb=False).save_pretrained(folder)
     return folder
 
 
 def text_encoders(*kinds: str) -> dict[str, Any]:
     """Text encoders of kinds "clip", "projected" (CLIP's pooled output as well) and "t5", with their tokenizers."""
     parts: dict[str, Any] = {}
-    clip_tokenizer, t5_tokenizer = make_tokenizer(), make_t5_tokenizer()
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"\u2581{word}", -1.0) for word in WORDS)]
+    t5_tokenizer = transformers.T5TokenizerFast(vocab=words, extra_ids=0, model_max_length=16)
+    clip_tokenizer = make_tokenizer()
     for kind, end in zip(kinds, ("", "_2"), strict=False):
         if kind == "t5":
             encoder = transformers.T5EncoderModel(transformers.T5Config(**T5, vocab_size=len(t5_tokenizer)))
@@ -197,6 +202,27 @@ def make_tiny(family: str, seed: int = 0) -> Any:
                     parameter.normal_(0, 0.02)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def draw(pipe: Any, *seeds: int, **options: Any) -> torch.Tensor:
+    """Latents of one image per seed, or pixels of pipelines without; an option that is None is left out."""
+    asked: dict[str, Any] = {
+        "prompt": [CAPTIONS[seed % 2] for seed in seeds],
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+        "num_inference_steps": 2,
+        "guidance_scale": 5.0,
+        "output_type": "latent",
+    }
+    must: dict[str, dict[str, Any]] = {
+        "Flux": {"height": RESOLUTION["flux"], "width": RESOLUTION["flux"]},
+        "PixArt": {"clean_caption": False, "use_resolution_binning": False},
+        "DiT": {"prompt": None, "class_labels": [seed % 2 for seed in seeds], "output_type": "np"},
+        "DD": {"prompt": None, "guidance_scale": None, "batch_size": len(seeds), "output_type": "np"},
+    }
+    asked |= options | next((of for start, of in must.items() if type(pipe).__name__.startswith(start)), {})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # pipelines hand some schedulers no generator
+        return torch.as_tensor(pipe(**{name: value for name, value in asked.items() if value is not None}).images)
 
 
 ORIGINAL_UNET = (
