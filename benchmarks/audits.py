@@ -81,6 +81,8 @@ COLUMNS += ("calibration error", f"right above {SURE}", "forwards", "seconds")
 FINETUNE = FinetuneConfig(steps=1000, batch_size=64, learning_rate=2e-4)
 LORA = TrainConfig(backend="lora", steps=400, batch_size=32, penalty=0.0)
 """Guidance for photographs."""
+MODULE = TrainConfig(backend="module")
+"""Guidance for drawn birds."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def own(source: Path, base: Path, work: Path) -> Iterator[Cell]:
         return judges.judge_of({"kind": "waterbirds"}, ["subject", "place"], source, work / "judges")[0]
 
     birds = BirdsWorld(200, seed=0).write  # for its captions
-    options = {"own": 500, "judge": bundled, "trained": {"guided": TrainConfig()}}
+    options = {"own": 500, "judge": bundled, "trained": {"guided": MODULE}}
     yield Cell("drawn-birds", birds, BIRDS_MODEL, ("background",), **options)
     photos = partial(worlds.waterbirds, source, severity=0.95, seed=0)
     options = {"tuned": True, "own": 1000, "judge": of_photographs, "trained": {"guided": LORA}}
@@ -207,7 +209,7 @@ def drawn(source: Path | None, base: Path | None, work: Path) -> Iterator[Cell]:
         even = worlds.drawn(folder, severity=0.5, seed=90)
         return ConvAnnotator.fit(load_captioned_images(even), [*three, "subject"])
 
-    options = {"tuned": True, "judge": of_drawn, "trained": {"module": TrainConfig(backend="module"), "lora": LORA}}
+    options = {"tuned": True, "judge": of_drawn, "trained": {"module": MODULE, "lora": LORA}}
     yield Cell("guided-three-attributes", worlds.drawn, BIRDS_MODEL, three, scales=(3.0,), **options)
 
 

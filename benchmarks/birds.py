@@ -54,7 +54,9 @@ def module(work: Path):
     world = BirdsWorld(NUM_IMAGES, seed=0)
     pipe, data = load_pipeline(BIRDS_MODEL), load_captioned_images(world.write(work / "two-prompts-0.95-seed-0"))
     found = audit(pipe, data, cache_dir=work / "cache")
-    return pipe, train(pipe, data, found, work / "module", config=TrainConfig(), cache_dir=work / "cache")
+    return pipe, train(
+        pipe, data, found, work / "module", config=TrainConfig(backend="module"), cache_dir=work / "cache"
+    )
 
 
 def judge(folders: dict) -> dict:

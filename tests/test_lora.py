@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from conftest import CAPTIONS, make_guidance_lora, make_guidance_module, make_tiny_pipeline
 from invdiff import TrainConfig, attach
 from invdiff.errors import ModelError
-from invdiff.guidance import backends
 from invdiff.guidance.backends import settled
 from invdiff.guidance.base import Rows
 from invdiff.models.families import DenoiserCall
@@ -57,14 +56,10 @@ def test_an_adapter_is_low_rank_weights_added_to_the_layer(tiny_pipe):
     assert torch.allclose(output, denoise(expected), atol=1e-5)
 
 
-def test_auto_takes_adapters_for_a_large_denoiser_with_their_own_steps_and_batches(tiny_pipe, monkeypatch, capsys):
-    assert settled(TrainConfig(), tiny_pipe) == TrainConfig(backend="module", steps=600, batch_size=64)
-    monkeypatch.setattr(backends, "LARGE", 1000)
-    assert settled(TrainConfig(steps=5), tiny_pipe) == TrainConfig(backend="lora", steps=5, batch_size=32)
-    said = capsys.readouterr().err
-    assert "backend module" in said
-    assert "backend lora" in said
-    assert settled(TrainConfig(backend="tokens"), tiny_pipe).steps == 600
+def test_auto_takes_adapters_and_says_so_with_their_own_steps_and_batches(capsys):
+    assert settled(TrainConfig(steps=5)) == TrainConfig(backend="lora", steps=5, batch_size=32)
+    assert "backend lora: 5 steps of 32 images" in capsys.readouterr().err
+    assert settled(TrainConfig(backend="tokens")).steps == 600
     assert capsys.readouterr().err == ""  # nothing was chosen
 
 

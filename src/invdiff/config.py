@@ -98,8 +98,8 @@ class TrainConfig(Config):
 
     backend: Literal["auto", "module", "tokens", "lora"] = "auto"
     """`module`: the paper's encoder and gradient estimator, which add to the prediction. `tokens`: vectors a group
-    behind the prompt embedding, a few thousand weights. `lora`: a low-rank adapter a group in the model's own layers,
-    stronger on photographs. `auto`: `lora` for a denoiser of 5 million weights or more, else `module`."""
+    behind the prompt embedding, a few thousand weights. `lora`: a low-rank adapter a group in the model's own layers.
+    `auto`: what docs/backends.md shows to be best, `lora`."""
     mode: Literal["balanced", "invariant"] = "balanced"
     """`balanced`: the module is given the group, which is drawn at random when sampling.
     `invariant`: the paper's; the module never sees the group."""
@@ -299,8 +299,8 @@ class DemoConfig(Config):
     """Captioned images to audit and train on."""
     severity: Share = 0.95
     """Share of images whose background agrees with the bird."""
-    steps: Count = 600
-    """Training steps of the guidance module."""
+    steps: Count = 400
+    """Training steps of guidance."""
     images_per_prompt: Annotated[int, Range(min=2)] = 48
     """Images of each prompt, for each model and guidance scale."""
     guidance_scales: tuple[float, ...] = (1.0, 3.0, 7.5)

@@ -52,7 +52,7 @@ def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progre
         found = audit(pipe, data, **kept)
         found.save(output_dir / "audit")
     with timed("train"):
-        training = TrainConfig(backend="module", steps=config.steps, seed=config.seed)
+        training = TrainConfig(steps=config.steps, seed=config.seed)
         module = train(pipe, data, found, output_dir / "module", config=training, **kept)
     folders: dict[str, list[Path]] = {"base": [], "guided": []}
     with timed("generate"):

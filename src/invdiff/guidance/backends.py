@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig
-from ..models.load import denoiser_of
 from ..models.loading import load_complete, loading
 from ..progress import note
 from .base import Guidance
@@ -16,18 +15,13 @@ from .tokens import GuidanceTokens
 BACKENDS: dict[str, type[Guidance]] = {each.backend: each for each in (GuidanceModule, GuidanceTokens, GuidanceLoRA)}
 
 
-LARGE = 5_000_000  # weights of a denoiser from which on `auto` takes `lora`: see docs/backends.md
-
-
-def settled(config: TrainConfig, pipe: Any) -> TrainConfig:
-    """The settings with what is left open, backend, steps and batch size, as suits a pipeline; says what it took."""
-    weights = sum(each.numel() for each in denoiser_of(pipe).parameters())
-    backend = config.backend if config.backend != "auto" else "lora" if weights >= LARGE else "module"
+def settled(config: TrainConfig) -> TrainConfig:
+    """The settings with what is left open, backend, steps and batch size; says what it took."""
+    backend = "lora" if config.backend == "auto" else config.backend  # the best of docs/backends.md, of every family
     steps, batch_size = BACKENDS[backend].recipe
     found = replace(config, backend=backend, steps=config.steps or steps, batch_size=config.batch_size or batch_size)
     if config.backend == "auto":
-        size = f"{weights / 1e6:.1f} million weights ({LARGE // 10**6} or more: lora, else module)"
-        note(f"backend {backend}: the denoiser has {size}; {found.steps} steps of {found.batch_size} images")
+        note(f"backend {backend}: {found.steps} steps of {found.batch_size} images")
     return found
 
 

@@ -67,7 +67,7 @@ def train(
         AuditError: The audit is of other images or of another model, or found nothing to balance.
         ConfigError: `output_dir` holds a run with other settings, data or model.
     """
-    config = settled(config or TrainConfig(), pipe)
+    config = settled(config or TrainConfig())
     output_dir = Path(output_dir)
     finished, work = output_dir / "train.json", output_dir / ".work"
     if data is None:
