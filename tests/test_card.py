@@ -39,7 +39,9 @@ def trained(tmp_path_factory, tiny_folder):
     data, options = load_captioned_images(tiny_folder), {"cache_dir": folder / "cache", "progress": False}
     settings = {"min_images": 4, "min_share": 0.1, "contrast_log_snr": (-4.2,), "caption_threshold": 0.0}
     found = audit(pipe, data, config=AuditConfig(solver="exact", batch_size=12, **settings), **options)
-    config = TrainConfig(steps=12, batch_size=4, preserve=0, mixed_precision="no", penalty=2.5, seed=3)
+    config = TrainConfig(
+        backend="module", steps=12, batch_size=4, preserve=0, mixed_precision="no", penalty=2.5, seed=3
+    )
     train(pipe, data, found, folder / "module", config=config, **options)
     found.save(folder / "audit")
     return folder / "module"

@@ -15,7 +15,7 @@ from test_cli import next_command, succeed
 from tiny import make_tiny, save_single_file
 
 AUDIT = AuditConfig(solver="exact", min_images=4, caption_threshold=0.0)
-TRAIN = TrainConfig(steps=2, batch_size=4, preserve=0, mixed_precision="no")
+TRAIN = TrainConfig(backend="module", steps=2, batch_size=4, preserve=0, mixed_precision="no")
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 

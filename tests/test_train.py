@@ -22,7 +22,7 @@ from invdiff.training.train import train, with_new_factors
 from runs import built_audit
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-CONFIG = TrainConfig(steps=4, batch_size=4, preserve=0, checkpoint_every=2, mixed_precision="no")
+CONFIG = TrainConfig(backend="module", steps=4, batch_size=4, preserve=0, checkpoint_every=2, mixed_precision="no")
 
 
 def hard(labels, num_groups=2):
@@ -78,9 +78,7 @@ def log(folder):
 
 @pytest.mark.parametrize("mode", ["balanced", "invariant"])
 def test_the_loss_falls_and_is_logged_for_each_group_of_each_prompt(tiny_pipe, data, found, tmp_path, mode):
-    module = run(
-        tiny_pipe, data, found, tmp_path / "m", mode=mode, backend="module", steps=25, batch_size=8, learning_rate=6e-3
-    )
+    module = run(tiny_pipe, data, found, tmp_path / "m", mode=mode, steps=25, batch_size=8, learning_rate=6e-3)
     rows = log(tmp_path / "m")
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     assert [row["step"] for row in rows] == [10, 20, 25]
