@@ -98,7 +98,7 @@ def test_what_processes_cannot_share_is_refused(tiny_folder, tmp_path, monkeypat
     pipe, data = make_tiny_pipeline(), invdiff.load_captioned_images(tiny_folder)
     found = invdiff.audit(pipe, data, config=FINDING, cache_dir=tmp_path, progress=False)
     monkeypatch.setattr("invdiff.training.train.num_processes", lambda: 3)
-    with pytest.raises(ConfigError, match="a batch_size that 3 processes can share, got 64"):
+    with pytest.raises(ConfigError, match="a batch_size that 3 processes can share, got 32"):
         invdiff.train(pipe, data, found, tmp_path / "m", cache_dir=tmp_path, progress=False)
     for name, value in PROCESSES.items():
         monkeypatch.setenv(name, value)
