@@ -310,9 +310,12 @@ def test_layerwise_casting_leaves_a_model_the_same_to_modules_and_to_itself(stor
         part.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
     before = model_fingerprint(pipe), weights_digest(pipe.unet)
     found = run_audit(pipe, "sd1", data, tmp_path)
-    options = {"config": TrainConfig(steps=2, batch_size=8, preserve=0, mixed_precision="no"), "progress": False}
-    module = train(pipe, data, found, tmp_path / "module", cache_dir=tmp_path / "cache", **options)
+    config = TrainConfig(backend="module", steps=2, batch_size=8, preserve=0, mixed_precision="no")
+    options = {"cache_dir": tmp_path / "cache", "progress": False}
+    module = train(pipe, data, found, tmp_path / "module", config=config, **options)
     assert (model_fingerprint(pipe), weights_digest(pipe.unet)) == before
+    with pytest.raises(ModelError, match="Expected a model without layerwise casting to train adapters"):
+        train(pipe, data, found, tmp_path / "lora", config=replace(config, backend="lora"), **options)
     for of, other in ((trained_before, pipe), (module, pipe), (module, make_tiny("sd1"))):
         with attach(other, of):
             draw(other, 0, num_inference_steps=1)

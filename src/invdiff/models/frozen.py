@@ -73,7 +73,15 @@ class FrozenDenoiser:
     def predict(
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: Condition
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same with the gradient of what hooks add; the denoiser's own weights have none."""
+        """The same with the gradient of what hooks add; the denoiser's own weights have none.
+
+        `ModelError` where layerwise casting would take away the weights that the backward pass needs.
+        """
+        if torch.is_grad_enabled() and any(map(_is_cast, self.module.modules())):
+            raise ModelError(
+                "Expected a model without layerwise casting to train adapters or tokens in: gradients go through "
+                "it. Found it cast layer by layer; load it without, or train with backend 'module'."
+            )
         noisy_latents = noisy_latents.to(self.device, self.dtype)
         model_pred = self.family.predict(
             self.module, noisy_latents, timesteps.to(self.device), to(condition, self.device, self.dtype)
@@ -97,6 +105,11 @@ class FrozenDenoiser:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _is_cast(part: nn.Module) -> bool:
+    registry = getattr(part, "_diffusers_hook", None)
+    return registry is not None and registry.get_hook("layerwise_casting") is not None
 
 
 class Hook:
