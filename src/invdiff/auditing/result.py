@@ -242,13 +242,14 @@ class Audit:
             raise AuditError(f"Expected images of {resolution} pixels, as they were audited, got {data.resolution}.")
         self.check_images(data.data_fingerprint, data.names)
 
-    def check_images(self, fingerprint: str, names: Sequence[str]) -> None:
-        """Raise `AuditError` unless the audit is of the images of this fingerprint, and has none that is not named."""
+    def check_images(self, fingerprint: str, names: Sequence[str] | None = None) -> None:
+        """Raise `AuditError` unless it is of the images of this fingerprint and, where given, of these names."""
         images = self.settings["data_fingerprint"]
-        if images != fingerprint or not set(self.names) <= set(names):
+        if images != fingerprint or names not in (None, self.names):
+            others = fingerprint if names is None else f"{len(names)}, fingerprint {fingerprint}"
             raise AuditError(
                 f"Expected the images that were audited ({len(self.names)}, fingerprint {images}), got others "
-                f"({len(names)}, {fingerprint}). Audit these first, or give those that were audited."
+                f"({others}). Audit these first, or give those that were audited."
             )
 
     def check_found(self) -> None:

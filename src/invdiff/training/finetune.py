@@ -51,9 +51,11 @@ def finetune(
 
     With a `base`, its denoiser is trained and everything else stays frozen, as in the paper. Without one,
     a small Stable Diffusion model is trained from nothing: its vocabulary, autoencoder, text encoder and UNet.
-    With an `audit` of these images, by any model, the hidden groups that it found are drawn equally often, and prompts
-    in proportion to the square root of their number of images. Work in progress is kept in `output_dir/.work`; an
-    interrupted run continues from its last checkpoint to the same result, and a finished one is read back.
+    With an `audit` of these images, by any model, the hidden groups that it found are drawn equally often, as by
+    `train`, and prompts in proportion to the square root of their number of images.
+
+    Work in progress is kept in `output_dir/.work`; an interrupted run continues from its last checkpoint to the same
+    result, and a finished one is read back.
 
     Raises:
         DataError: The images cannot be used.
@@ -71,7 +73,7 @@ def finetune(
         raise ConfigError("Expected a base for fresh_denoiser=True, got none: without one, all weights are new.")
     settings: dict[str, Any] = {"data": data.fingerprint}
     if audit is not None:
-        audit.check_images(data.fingerprint, data.names)
+        audit.check_images(data.fingerprint)  # before hours of work; those that can be read are known later
         audit.check_found()
         if config.caption_power != FinetuneConfig.caption_power:
             raise ConfigError(
@@ -114,6 +116,7 @@ def finetune(
     encoded = encode(pipe, data, work / "latents", progress=progress)
     chances = None
     if audit is not None:
+        audit.check_images(encoded.data_fingerprint, encoded.names)
         weights = list(map(torch.from_numpy, audit.group_weights))
         chances = GroupBalancedSampler(torch.from_numpy(audit.prompt_ids), weights, TrainConfig.purity).chances()
     options: Any = {"train_text_encoder": base is None, "chances": chances, "progress": progress}
