@@ -53,8 +53,10 @@ def rows(benchmark: str, results: Path) -> Iterator[dict[str, Any]]:
                 row[f"{label} low"], row[f"{label} high"] = (min(values), max(values)) if values else (None, None)
             if len(each) == 1:  # of images, where it is not over seeds
                 row["Bias low"], row["Bias high"] = each[0]["low"], each[0]["high"]
-            row |= {name: first.get(name) for name in ("parameters", "forwards", "sampling", "device")}
-            yield row | {"seconds of fitting": first["seconds of fitting"]}
+            row |= {name: first.get(name) for name in ("forwards", "sampling", "device")}
+            row["parameters"] = max(of["parameters"] for of in by_seed.values())  # more where more factors are found
+            seconds = [of["seconds of fitting"] for of in by_seed.values() if of["seconds of fitting"] is not None]
+            yield row | {"seconds of fitting": round(float(np.mean(seconds)), 1) if seconds else None}
 
 
 def correct(found: Mapping[str, Mapping[int, Any]], labels: Mapping[str, Any]) -> None:

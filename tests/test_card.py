@@ -304,6 +304,17 @@ def test_our_card_is_what_is_pushed_where_the_hub_has_another(trained, module, t
     assert (uploaded / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
 
 
+def test_a_module_is_loaded_from_the_hub_with_its_card(trained, tmp_path, monkeypatch):
+    """From the cache of huggingface_hub as it is after org/birds-guidance was downloaded."""
+    commit, repository = "0123456789abcdef0123456789abcdef01234567", tmp_path / "models--org--birds-guidance"
+    shutil.copytree(trained, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    load_guidance("org/birds-guidance").save_pretrained(tmp_path / "again")
+    assert all((tmp_path / "again" / name).read_bytes() == (trained / name).read_bytes() for name in FILES)
+
+
 def test_a_pickle_is_never_loaded_and_an_absent_folder_is_no_question_of_the_network(trained, tmp_path):
     shutil.copy(trained / "config.json", tmp_path)
     torch.save({}, tmp_path / "diffusion_pytorch_model.bin")

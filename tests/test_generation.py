@@ -89,6 +89,12 @@ def guided(tmp_path_factory):
     return folder
 
 
+def test_no_two_images_start_from_one_seed(tiny_pipe):
+    configs = [GenerateConfig(images_per_prompt=200, seed=seed) for seed in (0, 1, 2)]
+    seeds = [row["seed"] for config in configs for row in Drawing(tiny_pipe, CAPTIONS, config=config).rows]
+    assert len(set(seeds)) == len(seeds) == 1200
+
+
 @pytest.mark.parametrize("images", [0, 4, 7])
 def test_a_stopped_run_goes_on_to_the_same_bytes(tiny_pipe, tmp_path, guided, monkeypatch, images):
     module = make_guidance_module(tiny_pipe, num_groups=(2, 3))

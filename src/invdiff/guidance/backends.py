@@ -17,7 +17,7 @@ BACKENDS: dict[str, type[Guidance]] = {each.backend: each for each in (GuidanceM
 
 def settled(config: TrainConfig) -> TrainConfig:
     """The settings with what is left open, backend, steps and batch size; says what it took."""
-    backend = "lora" if config.backend == "auto" else config.backend  # the best of docs/backends.md, of every family
+    backend = "lora" if config.backend == "auto" else config.backend  # the best in docs/backends.md
     steps, batch_size = BACKENDS[backend].recipe
     found = replace(config, backend=backend, steps=config.steps or steps, batch_size=config.batch_size or batch_size)
     if config.backend == "auto":

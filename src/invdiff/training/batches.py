@@ -45,7 +45,7 @@ class GroupBalancedSampler:
         found = torch.zeros(len(self.prompt_ids), dtype=torch.double)
         shares = self._prompt_shares.double() / self._prompt_shares.sum()
         for rows, of, splitting, share in zip(self._rows, self._cumulative, self._splitting, shares, strict=True):
-            for factor in splitting:
+            for factor in splitting if len(rows) else ():
                 present = of[factor][of[factor][:, -1] > 0]
                 each = (present / present[:, -1:]).diff(dim=1, prepend=torch.zeros(len(present), 1)).mean(dim=0)
                 found[rows] += share / len(splitting) * each
