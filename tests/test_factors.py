@@ -8,9 +8,10 @@ from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
 from conftest import make_tiny_pipeline
 from invdiff import attach, generate, load_captioned_images, load_guidance, train
-from invdiff.auditing.cuts import is_mixed, weigh
+from invdiff.auditing.cuts import Cut, is_mixed, weigh
 from invdiff.auditing.evidence import Evidence
-from invdiff.auditing.result import Audit, PromptAudit
+from invdiff.auditing.factors import Shifts
+from invdiff.auditing.result import Audit, Candidate, PromptAudit
 from invdiff.auditing.scores import Score, parts_of
 from invdiff.cli.print import print_audit
 from invdiff.config import AuditConfig, GenerateConfig, TrainConfig
@@ -123,6 +124,24 @@ def test_what_is_not_seen_to_differ_between_prompts_or_is_the_prompt_is_no_hidde
     for prompt in audit.prompts:
         assert prompt.reason.startswith("no hidden group: ")
         assert prompt.power == "300 images are too few to see a group of any size 4 standard deviations away"
+
+
+def test_a_cut_of_half_of_a_style_is_not_one_with_the_style_under_another_prompt():
+    features = np.random.default_rng(0).normal(size=(4000, 6))
+    side = features[:, 0] > 0
+    features[:, 0] = 2.0 * side - 1 + 0.3 * features[:, 2]
+    half, members = side & (features[:, 1] > 0), {0: np.arange(2000), 1: np.arange(2000, 4000)}
+
+    def cut(groups):
+        candidate = Candidate("style", 2, [1 - groups.mean(), groups.mean()], 1.0, 6.0, 1.0, 50.0, "")
+        score = Score("style", groups[None].astype(float), lambda known: [])
+        return Cut(candidate, score, np.eye(2)[groups.astype(int)])
+
+    own, other = [cut(half[:2000]), cut(side[:2000])], {1: [cut(side[2000:])]}
+    shifts = Shifts([features], members)
+    assert list(shifts.gather(0, own[1], own, other, 0)) == [0, 1]
+    assert list(shifts.gather(0, own[0], own, other, 0)) == [0]
+    assert list(shifts.gather(0, own[0], own[:1], other, 0)) == [0, 1]  # without the style beside it they are alike
 
 
 def test_a_prompt_alone_is_judged_by_how_uneven_it_is():

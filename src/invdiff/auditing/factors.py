@@ -23,7 +23,7 @@ from .evidence import Evidence
 from .result import Candidate
 from .scores import Margins, Score, component_scores, contrasts, parts_of, without
 
-NEARLY = 0.8  # of the largest agreement with a cut: of those that reach it the likeliest right is taken
+NEARLY = 0.8  # of the largest agreement of two prompts' shifts: cuts that reach it may be of one attribute
 TELLS = 0.8  # least AUROC of a group's images along its shift under another prompt, where the two are one factor
 PERMUTATIONS = 100  # of images within a prompt, for the bound that the agreement of two prompts' shifts must pass
 _Array = NDArray[Any]
@@ -103,16 +103,16 @@ def find_factors(
                     parts = weigh(parts_of(cut.score, features), unlike, config, rng)
                     cuts[prompt] += parts
                     passing += [one for one in parts if not one.candidate.refusal and one.candidate.log_e >= needed]
-        factor = None
+        factor, rivals = None, {prompt: list(own) for prompt, own in accepted.items()}
         pairs = [(prompt, cut) for prompt, own in accepted.items() for cut in own]
-        for prompt, cut in sorted(pairs, key=lambda pair: -pair[1].candidate.rand_low):
-            gathered = shifts.gather(prompt, cut, accepted, config.seed)
+        for prompt, cut in sorted(pairs, key=lambda pair: _clarity(pair[1]), reverse=True):
+            gathered = shifts.gather(prompt, cut, rivals[prompt], accepted, config.seed)
             for other in (missing := sorted(judged.keys() - gathered.keys())):
                 rng = np.random.default_rng(derived_seed("transfer", config.seed, number, prompt, other))
                 new = weigh([shifts.transferred(prompt, cut, other, names)], distinct[judged[other]], config, rng)
                 accepted[other] += [one for one in new if not one.candidate.refusal and one.candidate.log_e >= enough]
             if missing:
-                gathered = shifts.gather(prompt, cut, accepted, config.seed)
+                gathered = shifts.gather(prompt, cut, rivals[prompt], accepted, config.seed)
             fault = _no_bias(gathered[prompt], gathered, len(judged), needed, config)
             if not fault:
                 factor = gathered
@@ -141,6 +141,11 @@ def spread(factor: Mapping[int, Cut], members: Mapping[int, _Array], count: int)
     for prompt, cut in factor.items():
         weights[members[prompt]] = cut.weights
     return weights
+
+
+def _clarity(cut: Cut) -> tuple[float, float]:
+    """The order in which cuts are tried: the likeliest right, and of those alike in that the clearest of two humps."""
+    return round(cut.candidate.rand_low, 1), cut.candidate.log_e
 
 
 def _refuse(cuts: list[Cut], cut: Cut, words: str) -> None:
@@ -177,13 +182,16 @@ class Shifts:
         offsets = offsets - offsets.mean(axis=-2, keepdims=True)
         return offsets / np.maximum(np.linalg.norm(offsets, axis=-1, keepdims=True), 1e-12)
 
-    def gather(self, prompt: int, cut: Cut, others: Mapping[int, Sequence[Cut]], seed: int) -> dict[int, Cut]:
+    def gather(
+        self, prompt: int, cut: Cut, rivals: Sequence[Cut], others: Mapping[int, Sequence[Cut]], seed: int
+    ) -> dict[int, Cut]:
         """A cut, and for each other prompt the cut whose shifts agree with its own, columns in the same order.
 
         Agreement is the mean cosine of matched groups' shifts; it must pass that of every shuffling of the images (at
         most `MOST_JUDGED`) within the prompt, and the shifts of either must tell the groups of the other (AUROC of at
-        least `TELLS`); a prompt whose cuts do not pass is left out. The columns of the largest prompt are ordered by
-        frequency.
+        least `TELLS`). It must nearly be the largest that the other's cut has with any of the prompt's, `rivals`: a
+        cut of half of the images that look left would else be one with the cut of those that look left. A prompt whose
+        cuts do not pass is left out. The columns of the largest prompt are ordered by frequency.
 
         Returns:
             The cuts by prompt, the largest first.
@@ -199,8 +207,11 @@ class Shifts:
             matches = [(*_matched(reference, self.of(features, one.weights)), one) for one in alike]
             most = max(agreement for agreement, *_ in matches)
             near = [match for match in matches if match[0] >= NEARLY * most]
-            agreement, columns, best = max(near, key=lambda match: match[2].candidate.rand_low)
-            passes = self._tells(prompt, gathered[prompt], other, best, columns)
+            agreement, columns, best = max(near, key=lambda match: _clarity(match[2]))
+            back = self.of(features, best.weights)
+            like = [self.of(self.features(prompt), one.weights) for one in rivals if one.weights.shape[1] == len(back)]
+            mutual = agreement >= NEARLY * max((_matched(one, back)[0] for one in like), default=0.0)
+            passes = mutual and self._tells(prompt, gathered[prompt], other, best, columns)
             if passes:
                 some = np.linspace(0, len(features) - 1, min(len(features), MOST_JUDGED)).astype(int)
                 orders = [rng.permutation(best.weights[some]) for _ in range(PERMUTATIONS)]

@@ -126,7 +126,7 @@ def force_factors(evidence: Evidence, members: Mapping[int, NDArray[Any]], confi
     factors, shifts = list[dict[int, Cut]](), Shifts(evidence.whitened(config.seed), judged)
     while cuts:
         first = next(iter(cuts))
-        factors.append(shifts.gather(first, cuts[first][0], cuts, config.seed))
+        factors.append(shifts.gather(first, cuts[first][0], cuts[first], cuts, config.seed))
         cuts = {prompt: own for prompt, own in cuts.items() if prompt not in factors[-1]}
     return Search(factors, candidates, {})
 
