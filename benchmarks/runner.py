@@ -37,6 +37,7 @@ from invdiff.evaluation.annotators.audited import AuditAnnotator
 from invdiff.evaluation.images import read_images
 from invdiff.evaluation.results import Measures
 from invdiff.files import check_same_settings, read_json, write_json
+from invdiff.guidance.backends import settled
 from invdiff.options import Config, read_yaml
 
 HERE = Path(__file__).parent
@@ -170,6 +171,9 @@ class Suite(Config):
     def settings(self, cells: Cells) -> dict[str, Any]:
         """All that the figures of a cell depend on."""
         shared = {name: value for name, value in self.to_dict().items() if name not in ("cells", "shares")}
+        method = cells.fitted_by()
+        if isinstance(method, Guided):  # with its defaults, which may change
+            shared["training"] = settled(method.training()).to_dict()
         return shared | cells.to_dict() | {"world": self.world | cells.world}
 
     def check_kept(self, cells: Cells, path: Path) -> None:

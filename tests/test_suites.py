@@ -46,8 +46,22 @@ def test_a_kept_cell_is_not_run_again_and_tables_give_mean_and_range_over_seeds(
     path = folder / "steps-400-seed-101.json"
     path.write_text(path.read_text().replace('"steps": 400', '"steps": 500'))
     for again in (lambda: runner.run("steps-400", 101), lambda: tables.markdown("tuning", tmp_path / "results")):
-        with pytest.raises(ConfigError, match=r"steps-400-seed-101.json .*: settings.config.steps was 500, now 400\."):
+        with pytest.raises(ConfigError, match=r"steps-400-seed-101.json .*: settings.config.steps was 500, now 400"):
             again()
+
+
+def test_figures_kept_under_another_default_are_refused(tmp_path):
+    suite, path = Suite.named("birds"), tmp_path / "ours-seed-0.json"
+    cells = suite.each()["ours"]
+    path.write_text(json.dumps({"settings": (settings := suite.settings(cells))}))
+    suite.check_kept(cells, path)
+    settings["training"]["backend"] = "module"
+    path.write_text(json.dumps({"settings": settings}))
+    with pytest.raises(ConfigError, match=r"training.backend was 'module', now 'lora'"):
+        suite.check_kept(cells, path)
+    del settings["training"]  # as it was not recorded once
+    path.write_text(json.dumps({"settings": settings}))
+    suite.check_kept(cells, path)
 
 
 def test_the_worst_cell_is_the_least_share_of_bird_and_place_times_the_places(tmp_path):

@@ -163,6 +163,12 @@ def test_a_finished_run_is_read_back_and_other_settings_are_refused_by_name(tiny
         run(tiny_pipe, data, apply(found, Edits().without_images([0])), folder)
 
 
+def test_auto_trains_adapters_and_says_so(tiny_pipe, data, found, tmp_path, capsys):
+    guidance = run(tiny_pipe, data, found, tmp_path / "m", backend="auto", steps=1)
+    assert guidance.backend == "lora"
+    assert "backend lora: 1 steps of 4 images" in capsys.readouterr().err
+
+
 def test_an_audit_of_something_else_is_refused(tiny_pipe, data, found, tmp_path):
     with pytest.raises(AuditError, match="Expected the images that were audited"):
         run(tiny_pipe, data, audit_of(data, tiny_pipe, data_fingerprint="other"), tmp_path / "m")

@@ -6,7 +6,6 @@ from typing import Any
 
 from ..config import TrainConfig
 from ..models.loading import load_complete, loading
-from ..progress import note
 from .base import Guidance
 from .lora import GuidanceLoRA
 from .module import GuidanceModule
@@ -16,13 +15,10 @@ BACKENDS: dict[str, type[Guidance]] = {each.backend: each for each in (GuidanceM
 
 
 def settled(config: TrainConfig) -> TrainConfig:
-    """The settings with what is left open, backend, steps and batch size; says what it took."""
+    """The settings with what is left open: backend, steps and batch size."""
     backend = "lora" if config.backend == "auto" else config.backend  # the best in docs/backends.md
     steps, batch_size = BACKENDS[backend].recipe
-    found = replace(config, backend=backend, steps=config.steps or steps, batch_size=config.batch_size or batch_size)
-    if config.backend == "auto":
-        note(f"backend {backend}: {found.steps} steps of {found.batch_size} images")
-    return found
+    return replace(config, backend=backend, steps=config.steps or steps, batch_size=config.batch_size or batch_size)
 
 
 def load_guidance(name_or_folder: str | Path) -> Any:

@@ -67,7 +67,10 @@ def train(
         AuditError: The audit is of other images or of another model, or found nothing to balance.
         ConfigError: `output_dir` holds a run with other settings, data or model.
     """
-    config = settled(config or TrainConfig())
+    asked = config or TrainConfig()
+    config = settled(asked)
+    if asked.backend == "auto":
+        note(f"backend {config.backend}: {config.steps} steps of {config.batch_size} images")
     output_dir = Path(output_dir)
     finished, work = output_dir / "train.json", output_dir / ".work"
     if data is None:
