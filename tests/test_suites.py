@@ -46,7 +46,7 @@ def test_a_kept_cell_is_not_run_again_and_tables_give_mean_and_range_over_seeds(
     path = folder / "steps-400-seed-101.json"
     path.write_text(path.read_text().replace('"steps": 400', '"steps": 500'))
     for again in (lambda: runner.run("steps-400", 101), lambda: tables.markdown("tuning", tmp_path / "results")):
-        with pytest.raises(ConfigError, match=r"steps-400-seed-101.json .*: settings.config.steps was 500, now 400"):
+        with pytest.raises(ConfigError, match=r"steps-400-seed-101.json .* settings.config.steps was 500, now 400\."):
             again()
 
 
