@@ -46,6 +46,7 @@ def main() -> None:
     run.add_argument("--work", type=Path, default=Path("out/benchmarks"), help="models, images, caches (%(default)s)")
     run.add_argument("--results", type=Path, default=RESULTS, help="where figures are kept (benchmarks/results)")
     run.add_argument("--cells", default="*", help="a pattern of names in the YAML, such as 'ours*' (all)")
+    run.add_argument("--clip", default="", help="a CLIP model, by folder or hub id, to measure CLIP-T with (none)")
     run.add_argument("--seeds", default="", help="only these of the YAML's, such as 0,1 (all)")
     table = commands.add_parser("table", help="print the table of a benchmark")
     table.add_argument("benchmark", help=of_suites)
@@ -74,7 +75,8 @@ def run_cells(arguments: argparse.Namespace) -> None:
         arguments.base = arguments.base or BIRDS_MODEL
     elif not (arguments.data and arguments.base):
         raise ConfigError(f"Expected --data and --base, which {arguments.benchmark} needs. Drawn birds need neither.")
-    runner = Runner(arguments.benchmark, arguments.data, arguments.base, arguments.work, arguments.results)
+    places = arguments.data, arguments.base, arguments.work, arguments.results
+    runner = Runner(arguments.benchmark, *places, clip=arguments.clip)
     only = arguments.seeds.split(",") if arguments.seeds else []
     asked = [
         (name, seed)

@@ -38,6 +38,7 @@ from invdiff.evaluation.images import read_images
 from invdiff.evaluation.results import Measures
 from invdiff.files import check_same_settings, read_json, write_json
 from invdiff.guidance.backends import settled
+from invdiff.models.load import public_name
 from invdiff.options import Config, read_yaml
 
 HERE = Path(__file__).parent
@@ -205,8 +206,10 @@ class Suite(Config):
 class Runner:
     """Runs cells of a benchmark."""
 
-    def __init__(self, name: str, source: Path | None, base: Path, work: Path, results: Path) -> None:
-        self.name, self.suite = name, Suite.named(name)
+    def __init__(
+        self, name: str, source: Path | None, base: Path, work: Path, results: Path, *, clip: str = ""
+    ) -> None:
+        self.name, self.suite, self.clip = name, Suite.named(name), clip
         self.source, self.base, self.folder = source, base, results / name
         self.work = work / (self.suite.shares or name)
         self._judge: tuple[Annotator, CaptionedImages, Described] | None = None
@@ -263,6 +266,7 @@ class Runner:
             "command": f"python -m benchmarks run {self.name} --cells {name} --seeds {seed}",
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU core",
+            **({"clip": public_name(self.clip)} if self.clip else {}),
             "settings": self.suite.settings(cells),
             "supervision": method.supervision,
             "parameters": fitted.parameters,
@@ -290,7 +294,7 @@ class Runner:
     def measured(self, folder: Path, world: World, prompts: Mapping[str, str]) -> dict[str, Any]:
         """Every figure of one folder of images."""
         judge, real = self.judge
-        config = EvaluateConfig(subject_attribute=self.suite.subject)
+        config = EvaluateConfig(subject_attribute=self.suite.subject, clip=self.clip)
         results = evaluate(folder, judge, self.suite.attribute, reference=real, config=config, progress=False)
         ((_, _, measures),) = results.each()
         contact_sheet(folder)

@@ -24,6 +24,7 @@ COLUMNS = {
     "floor": "floor",
     "subject right": "subject right",
     "worst cell": "worst cell",
+    "CLIP-T": "CLIP-T",
     "Frechet": "Frechet distance",
     "precision": "precision",
     "recall": "recall",

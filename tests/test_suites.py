@@ -13,6 +13,7 @@ from runner import Runner, Suite, worst_cell
 from invdiff.assets import BIRDS_MODEL
 from invdiff.errors import ConfigError
 from invdiff.evaluation.annotators.labels import GivenLabels
+from tiny import save_clip
 
 
 @pytest.mark.parametrize("name", Suite.names())
@@ -125,7 +126,8 @@ def test_cells_share_what_is_fitted_and_change_worlds_prompts_and_strength(tmp_p
     (tmp_path / "suites" / "small.yaml").write_text(SUITE)
     monkeypatch.setattr(runner, "HERE", tmp_path)
     monkeypatch.setitem(judges.NUM_IMAGES, "background", (0, 40))
-    small = Runner("small", None, BIRDS_MODEL, tmp_path / "work", tmp_path / "results")
+    clip = str(save_clip(tmp_path / "clip"))
+    small = Runner("small", None, BIRDS_MODEL, tmp_path / "work", tmp_path / "results", clip=clip)
     for cell in ("biased", "given", "stronger"):
         small.run(cell, 0)
     kept = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results" / "small").iterdir()}
@@ -134,5 +136,8 @@ def test_cells_share_what_is_fitted_and_change_worlds_prompts_and_strength(tmp_p
     assert not (tmp_path / "work" / "small" / "seed-0" / "stronger" / "fitted").exists()
     assert kept["biased-seed-0"]["settings"]["world"] == {"kind": "bundled", "num_images": 120, "severity": 0.9}
     assert [*given["figures"]] == ["CFG 1", "CFG 2"]
+    assert given["clip"] == "clip"
+    assert -1 <= given["figures"]["CFG 1"]["CLIP-T"] <= 1
+    assert "| CLIP-T |" in tables.markdown("small", tmp_path / "results")
     assert [*stronger["figures"]] == ["CFG 1"]  # seed 0 is not its first
     assert [*stronger["figures"]["CFG 1"]["shares"]] == ["a nice landbird"]
