@@ -46,6 +46,7 @@ METHODS = {
     "biased": "methods.Biased",
     "balanced": "methods.Balanced",
     "guided": "methods.Guided",
+    "guided-inside": "rivals.inner.GuidedInside",
     "prompted": "rivals.prompts.Prompted",
     "fair-diffusion": "rivals.fair_diffusion.FairDiffusion",
     "uce": "rivals.uce.UCE",

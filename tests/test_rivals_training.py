@@ -8,15 +8,17 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from methods import Guided, World
+from PIL import Image
 from rivals import groups
 from rivals.groups import GroupBalanced, caption_odds, eiil, groups_of, jtt, kmeans
+from rivals.inner import GuidedInside, InnerModule
 from rivals.invdiff_released import InvDiff, Second, mixed, released_groups
 from rivals.tiw import TIW, alpha_sigma, corrected, ratio_loss
 from sklearn.metrics import adjusted_rand_score
 from torch.nn.functional import cross_entropy
 
 from conftest import write_tiny_folder
-from invdiff import FinetuneConfig, load_captioned_images
+from invdiff import FinetuneConfig, GenerateConfig, generate, load_captioned_images
 from invdiff.errors import ConfigError, DataError
 from invdiff.files import read_json
 from invdiff.models.schedule import NoiseSchedule
@@ -185,3 +187,23 @@ def test_fine_tuning_and_guidance_take_given_and_inferred_groups(tiny_pipe_dir, 
     guided = Guided(config=short, groups="jtt")
     assert guided.supervision == "none"
     assert guided.fit(world, tmp_path / "guided").guidance.num_groups == (2,)
+    inside = GuidedInside(config=short | {"backend": "module"}, groups="jtt")
+    fitted = inside.fit(world, tmp_path / "inside")
+    assert any(shift.up.weight.any() for shift in fitted.guidance.shifts)
+    again = inside.fit(world, tmp_path / "inside").guidance  # read back
+    assert all(map(torch.equal, again.state_dict().values(), fitted.guidance.state_dict().values()))
+
+
+def test_shifts_inside_the_denoiser_are_zero_at_first_and_steer_a_pipeline_once_learned(tiny_pipe, tmp_path):
+    prompts, config = ["a photo of a landbird"], GenerateConfig(images_per_prompt=2, num_inference_steps=2)
+    module = InnerModule.for_pipeline(tiny_pipe, num_groups=(2,))
+    drawn = {}
+    for name, guidance in (("plain", None), ("untrained", module), ("learned", module)):
+        if name == "learned":
+            for shift in module.shifts:
+                torch.nn.init.normal_(shift.up.weight)
+        folder = generate(tiny_pipe, prompts, tmp_path / name, module=guidance, config=config, progress=False)
+        drawn[name] = [np.asarray(Image.open(path)).tolist() for path in sorted(folder.rglob("00*.png"))]
+    assert len(drawn["plain"]) == 2
+    assert drawn["plain"] == drawn["untrained"]
+    assert drawn["plain"] != drawn["learned"]

@@ -67,9 +67,8 @@ def train(
         AuditError: The audit is of other images or of another model, or found nothing to balance.
         ConfigError: `output_dir` holds a run with other settings, data or model.
     """
-    asked = config or TrainConfig()
-    config = settled(asked)
-    if asked.backend == "auto":
+    left_open, config = config is None or config.backend == "auto", settled(config or TrainConfig())
+    if left_open:
         note(f"backend {config.backend}: {config.steps} steps of {config.batch_size} images")
     output_dir = Path(output_dir)
     finished, work = output_dir / "train.json", output_dir / ".work"
