@@ -176,6 +176,7 @@ class Suite(Config):
         method = cells.fitted_by()
         if isinstance(method, Guided):  # with its defaults, which may change
             shared["training"] = settled(method.training()).to_dict()
+            del shared["training"]["seed"]
         return shared | cells.to_dict() | {"world": self.world | cells.world}
 
     def check_kept(self, cells: Cells, path: Path) -> None:
@@ -183,8 +184,10 @@ class Suite(Config):
 
         Another number of seeds is no difference, nor is what was not recorded then.
         """
-        now = self.settings(cells)
-        then = now | Cells(cells.method).to_dict() | read_json(path)["settings"] | {"seeds": now["seeds"]}
+        now, recorded = self.settings(cells), read_json(path)["settings"]
+        if "training" in recorded:  # options that were new since are no difference
+            recorded["training"] = now.get("training", {}) | recorded["training"]
+        then = now | Cells(cells.method).to_dict() | recorded | {"seeds": now["seeds"]}
         remedy = "Undo that, give the cell another name, or delete this file and what --work has of it to run it anew."
         check_same_settings(path, flat(then), flat(now), remedy)
 
@@ -233,6 +236,9 @@ class Runner:
         path, cells = self.place(name, seed), self.suite.each()[name]
         if path.is_file():
             self.suite.check_kept(cells, path)
+            if (by := public_name(self.clip) if self.clip else "") and (of := read_json(path).get("clip")) != by:
+                remedy = "Leave --clip out, or delete this file to measure anew the images that --work has."
+                raise ConfigError(f"Expected figures by the CLIP {by}, found {path} by {of or 'none'}. {remedy}")
             return
         method = cells.fitted_by()
         _ = self.judge  # its encoder may not be installed: that is said before hours of work

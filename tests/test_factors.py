@@ -127,7 +127,7 @@ def test_what_is_not_seen_to_differ_between_prompts_or_is_the_prompt_is_no_hidde
 
 
 def test_a_cut_of_half_of_a_style_is_not_one_with_the_style_under_another_prompt():
-    features = np.random.default_rng(0).normal(size=(4000, 6))
+    features = np.random.default_rng(0).normal(size=(4000, 40))
     side = features[:, 0] > 0
     features[:, 0] = 2.0 * side - 1 + 0.3 * features[:, 2]
     half, members = side & (features[:, 1] > 0), {0: np.arange(2000), 1: np.arange(2000, 4000)}

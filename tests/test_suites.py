@@ -60,6 +60,9 @@ def test_figures_kept_under_another_default_are_refused(tmp_path):
     path.write_text(json.dumps({"settings": settings}))
     with pytest.raises(ConfigError, match=r"training.backend was 'module', now 'lora'"):
         suite.check_kept(cells, path)
+    del settings["training"]["backend"]  # as options were not, that were new since
+    path.write_text(json.dumps({"settings": settings}))
+    suite.check_kept(cells, path)
     del settings["training"]  # as it was not recorded once
     path.write_text(json.dumps({"settings": settings}))
     suite.check_kept(cells, path)
@@ -137,6 +140,9 @@ def test_cells_share_what_is_fitted_and_change_worlds_prompts_and_strength(tmp_p
     assert kept["biased-seed-0"]["settings"]["world"] == {"kind": "bundled", "num_images": 120, "severity": 0.9}
     assert [*given["figures"]] == ["CFG 1", "CFG 2"]
     assert given["clip"] == "clip"
+    small.clip = "another"
+    with pytest.raises(ConfigError, match=r"by the CLIP another, found .*given-seed-0.json by clip"):
+        small.run("given", 0)
     assert -1 <= given["figures"]["CFG 1"]["CLIP-T"] <= 1
     assert "| CLIP-T |" in tables.markdown("small", tmp_path / "results")
     assert [*stronger["figures"]] == ["CFG 1"]  # seed 0 is not its first

@@ -18,7 +18,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from methods import Fitted, Guided, World
 from torch import nn
 
-from invdiff.errors import ModelError
+from invdiff.errors import ConfigError, ModelError
 from invdiff.guidance.backends import BACKENDS
 from invdiff.guidance.base import Rows
 from invdiff.guidance.module import GuidanceModule
@@ -44,7 +44,7 @@ class InnerShift(nn.Module):
     def forward(self, features: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """The shift, as large as the features."""
         scale, shift = self.modulation(condition)[:, :, None, None].chunk(2, dim=1)
-        hidden = self.down(self.norm(features.float())) * (1 + scale) + shift
+        hidden = self.down(self.norm(features.to(condition.dtype))) * (1 + scale) + shift
         return self.up(F.silu(self.mix(F.silu(hidden)))).to(features.dtype)
 
 
@@ -82,9 +82,8 @@ class InnerModule(GuidanceModule):
             value.to(frozen.device) for value in (call.noisy_latents, call.timesteps, rows.environments)
         )
         condition, close = to(call.condition, frozen.device, torch.float32), self._shifting(frozen.module)
-        self._condition = self._conditions(timesteps, condition, groups)
-        self._strength = rows.strength(latents)
         try:
+            self._condition, self._strength = self._conditions(timesteps, condition, groups), rows.strength(latents)
             found = frozen.predict(call.noisy_latents, call.timesteps, call.condition)
         finally:
             close()
@@ -105,7 +104,7 @@ class InnerModule(GuidanceModule):
         if rows is not None:
             call = self._family.read(self._denoiser[0], dict(arguments))
             self.follow(call.noisy_latents.device)
-            condition = to(call.condition, call.noisy_latents.device, torch.float32)
+            condition = to(call.condition, call.noisy_latents.device, self.conv_in.weight.dtype)
             with torch.no_grad():
                 groups = rows.environments.to(call.noisy_latents.device)
                 self._condition = self._conditions(call.timesteps, condition, groups)
@@ -113,7 +112,9 @@ class InnerModule(GuidanceModule):
         return {}
 
     def _conditions(self, timesteps: torch.Tensor, condition: Any, groups: torch.Tensor) -> torch.Tensor:
-        summed = self.time(get_timestep_embedding(timesteps, 2 * self.config["width"])) + self.encode(condition)
+        waves = get_timestep_embedding(timesteps, 2 * self.config["width"]).to(self.conv_in.weight.dtype)
+        summed, code = self.time(waves), self.encode(condition)
+        summed = summed if code is None else summed + code
         for factor, embedding in enumerate(self.environments):
             summed = summed + embedding(groups[:, factor])
         return self.condition(summed)
@@ -143,6 +144,11 @@ class InnerModule(GuidanceModule):
 @dataclass(frozen=True)
 class GuidedInside(Guided):
     """Our guidance with `InnerModule` in place of the backend `module`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.config.get("backend") != "module":
+            raise ConfigError(f"Expected backend 'module', got {self.config.get('backend', 'auto')!r}.")
 
     def fit(self, world: World, folder: Path) -> Fitted:
         """Train it, or read it where it was trained."""

@@ -1,7 +1,8 @@
 """The search for hidden factors: which cuts are believed, which of several prompts are one factor, and what remains.
 
-One factor is found at a time: of all cuts that are believed the one whose groups are likeliest right, with the cuts of
-other prompts whose features shift alike. Its directions are then taken out of the features, and the next is sought.
+One factor is found at a time: of all cuts that are believed the one whose groups are likeliest right, of those as
+likely the clearest, with the cuts of other prompts whose features shift alike. Its directions are then taken out of
+the features, and the next is sought.
 """
 
 from collections.abc import Mapping, Sequence
@@ -103,7 +104,7 @@ def find_factors(
                     parts = weigh(parts_of(cut.score, features), unlike, config, rng)
                     cuts[prompt] += parts
                     passing += [one for one in parts if not one.candidate.refusal and one.candidate.log_e >= needed]
-        factor, rivals = None, {prompt: list(own) for prompt, own in accepted.items()}
+        factor, rivals = None, {prompt: [one for one in own if one.weights.size] for prompt, own in cuts.items()}
         pairs = [(prompt, cut) for prompt, own in accepted.items() for cut in own]
         for prompt, cut in sorted(pairs, key=lambda pair: _clarity(pair[1]), reverse=True):
             gathered = shifts.gather(prompt, cut, rivals[prompt], accepted, config.seed)
@@ -111,6 +112,7 @@ def find_factors(
                 rng = np.random.default_rng(derived_seed("transfer", config.seed, number, prompt, other))
                 new = weigh([shifts.transferred(prompt, cut, other, names)], distinct[judged[other]], config, rng)
                 accepted[other] += [one for one in new if not one.candidate.refusal and one.candidate.log_e >= enough]
+                rivals[other] += [one for one in new if one.weights.size]
             if missing:
                 gathered = shifts.gather(prompt, cut, rivals[prompt], accepted, config.seed)
             fault = _no_bias(gathered[prompt], gathered, len(judged), needed, config)
@@ -196,29 +198,33 @@ class Shifts:
         Returns:
             The cuts by prompt, the largest first.
         """
-        gathered = {prompt: cut}
-        reference = self.of(self.features(prompt), cut.weights)
+        gathered, own = {prompt: cut}, self.features(prompt)
+        reference, shifts = self.of(own, cut.weights), [self.of(own, one.weights) for one in rivals]
+
+        def is_one(other: int, agreement: float, columns: _Array, match: Cut) -> bool:
+            features = self.features(other)
+            back = self.of(features, match.weights)
+            most = max((_matched(one, back)[0] for one in shifts if len(one) == len(back)), default=0.0)
+            if agreement < NEARLY * most or not self._tells(prompt, cut, other, match, columns):
+                return False
+            rng = np.random.default_rng(derived_seed("shifts", seed, prompt, other))
+            some = np.linspace(0, len(features) - 1, min(len(features), MOST_JUDGED)).astype(int)
+            orders = [rng.permutation(match.weights[some]) for _ in range(PERMUTATIONS)]
+            shuffled = self.of(features[some], np.stack(orders))
+            return agreement > max(_matched(reference, one)[0] for one in shuffled)
+
         for other, cuts in others.items():
             alike = [one for one in cuts if one.candidate.num_groups == cut.candidate.num_groups]
             if other == prompt or not alike:
                 continue
-            features = self.features(other)
-            rng = np.random.default_rng(derived_seed("shifts", seed, prompt, other))
-            matches = [(*_matched(reference, self.of(features, one.weights)), one) for one in alike]
+            matches = [(*_matched(reference, self.of(self.features(other), one.weights)), one) for one in alike]
             most = max(agreement for agreement, *_ in matches)
-            near = [match for match in matches if match[0] >= NEARLY * most]
-            agreement, columns, best = max(near, key=lambda match: _clarity(match[2]))
-            back = self.of(features, best.weights)
-            like = [self.of(self.features(prompt), one.weights) for one in rivals if one.weights.shape[1] == len(back)]
-            mutual = agreement >= NEARLY * max((_matched(one, back)[0] for one in like), default=0.0)
-            passes = mutual and self._tells(prompt, gathered[prompt], other, best, columns)
-            if passes:
-                some = np.linspace(0, len(features) - 1, min(len(features), MOST_JUDGED)).astype(int)
-                orders = [rng.permutation(best.weights[some]) for _ in range(PERMUTATIONS)]
-                shuffled = self.of(features[some], np.stack(orders))
-                passes = agreement > max(_matched(reference, shifts)[0] for shifts in shuffled)
-            if passes:
-                gathered[other] = _ordered(best, columns)
+            near = sorted(
+                (of for of in matches if of[0] >= NEARLY * most), key=lambda of: _clarity(of[2]), reverse=True
+            )
+            found = next((of for of in near if is_one(other, *of)), None)
+            if found is not None:
+                gathered[other] = _ordered(found[2], found[1])
         ranked = sorted(gathered, key=lambda one: -len(self._members[one]))
         order = np.argsort(-gathered[ranked[0]].weights.sum(axis=0), kind="stable")
         return {one: _ordered(gathered[one], order) for one in ranked}
