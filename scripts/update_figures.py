@@ -234,7 +234,16 @@ def preservation_table() -> str:
     return "\n".join([f"| | {' | '.join(shifts)} |", "|---" * (len(shifts) + 1) + "|", *rows])
 
 
-SUITES = ("waterbirds", "tuning", "fairface-age", "fairface-race", "fairface-gender", "studies", "birds", "birds-studies")
+SUITES = (
+    "waterbirds",
+    "tuning",
+    "fairface-age",
+    "fairface-race",
+    "fairface-gender",
+    "studies",
+    "birds",
+    "birds-studies",
+)
 BLOCKS = {
     **{name: partial(methods_table, name) for name in SUITES},
     "waterbirds-headline": partial(methods_table, "waterbirds", headline=True),
