@@ -14,7 +14,6 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import get_timestep_embedding
 from methods import Fitted, Guided, World
 from torch import nn
 
@@ -83,7 +82,8 @@ class InnerModule(GuidanceModule):
         )
         condition, close = to(call.condition, frozen.device, torch.float32), self._shifting(frozen.module)
         try:
-            self._condition, self._strength = self._conditions(timesteps, condition, groups), rows.strength(latents)
+            self._condition = self.conditions(timesteps, self.encode(condition), groups)
+            self._strength = rows.strength(latents)
             found = frozen.predict(call.noisy_latents, call.timesteps, call.condition)
         finally:
             close()
@@ -107,17 +107,9 @@ class InnerModule(GuidanceModule):
             condition = to(call.condition, call.noisy_latents.device, self.conv_in.weight.dtype)
             with torch.no_grad():
                 groups = rows.environments.to(call.noisy_latents.device)
-                self._condition = self._conditions(call.timesteps, condition, groups)
+                self._condition = self.conditions(call.timesteps, self.encode(condition), groups)
             self._strength = rows.strength(call.noisy_latents)
         return {}
-
-    def _conditions(self, timesteps: torch.Tensor, condition: Any, groups: torch.Tensor) -> torch.Tensor:
-        waves = get_timestep_embedding(timesteps, 2 * self.config["width"]).to(self.conv_in.weight.dtype)
-        summed, code = self.time(waves), self.encode(condition)
-        summed = summed if code is None else summed + code
-        for factor, embedding in enumerate(self.environments):
-            summed = summed + embedding(groups[:, factor])
-        return self.condition(summed)
 
     def _shifting(self, denoiser: nn.Module) -> Callable[[], None]:
         def hook(shift: InnerShift) -> Hook:

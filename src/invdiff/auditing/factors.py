@@ -219,10 +219,9 @@ class Shifts:
                 continue
             matches = [(*_matched(reference, self.of(self.features(other), one.weights)), one) for one in alike]
             most = max(agreement for agreement, *_ in matches)
-            near = sorted(
-                (of for of in matches if of[0] >= NEARLY * most), key=lambda of: _clarity(of[2]), reverse=True
-            )
-            found = next((of for of in near if is_one(other, *of)), None)
+            near = [match for match in matches if match[0] >= NEARLY * most]
+            clearest = sorted(near, key=lambda match: _clarity(match[2]), reverse=True)
+            found = next((match for match in clearest if is_one(other, *match)), None)
             if found is not None:
                 gathered[other] = _ordered(found[2], found[1])
         ranked = sorted(gathered, key=lambda one: -len(self._members[one]))

@@ -222,18 +222,10 @@ class GuidanceModule(Guidance):
         tokens, prompt_dim) or `class_labels` (batch,), the frozen output f(z_t, t, y), features (batch,
         feature_channels, height', width'), and in `balanced` mode groups (batch, factors). `code` is Phi(y), if known.
         """
-        width, channels = self.config["width"], self.config["latent_channels"]
-        conditions = self.time(get_timestep_embedding(timesteps, 2 * width).to(model_pred.dtype))
+        channels = self.config["latent_channels"]
         if code is None:
             code = self.encode(condition)
-        conditions = conditions if code is None else conditions + code
-        if self.sees_environment:
-            if environments is None:
-                raise ModelError("Expected the environments of each image in balanced mode, got none.")
-            for factor, embedding in enumerate(self.environments):
-                conditions = conditions + embedding(environments[:, factor])
-        conditions = self.condition(conditions)
-
+        conditions = self.conditions(timesteps, code, environments)
         inputs = [noisy_latents[:, :channels], model_pred, _coordinates(model_pred)]
         full = self.block_in(self.conv_in(torch.cat(inputs, dim=1)), conditions)
         low = self.down(F.silu(full))
@@ -242,6 +234,20 @@ class GuidanceModule(Guidance):
         low = self.block_low(low + F.interpolate(features, size=low.shape[-2:], mode="nearest"), conditions)
         full = full + F.interpolate(self.up(low), size=full.shape[-2:], mode="nearest")
         return self.conv_out(F.silu(self.block_out(full, conditions)))
+
+    def conditions(
+        self, timesteps: torch.Tensor, code: torch.Tensor | None, environments: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What blocks are scaled and shifted by, (batch, 4 * width): of time, Phi(y) and groups; see `forward`."""
+        waves = get_timestep_embedding(timesteps, 2 * self.config["width"])
+        conditions = self.time(waves.to(self.conv_in.weight.dtype))
+        conditions = conditions if code is None else conditions + code
+        if self.sees_environment:
+            if environments is None:
+                raise ModelError("Expected the environments of each image in balanced mode, got none.")
+            for factor, embedding in enumerate(self.environments):
+                conditions = conditions + embedding(environments[:, factor])
+        return self.condition(conditions)
 
     def encode(self, condition: Condition) -> torch.Tensor | None:
         """Phi(y), (batch, 4 * width), the same at every step; None for an unconditional model."""
