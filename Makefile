@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/invdiff demo --output $(OUT)
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

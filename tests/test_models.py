@@ -157,7 +157,7 @@ def test_commands_name_lora_and_type_in_the_next(single, lora, tiny_pipe_dir, ti
     loose = tmp_path / "loose.json"
     loose.write_text('{"solver": "exact", "min_images": 4, "caption_threshold": 0.0}')
     words = ("audit", single, tiny_folder, "--output", tmp_path / "audit", "--config", loose, *given)
-    for more in ((), ("--steps", 2, "--batch-size", 4)):
+    for more in ((), ("--steps", 2, "--batch-size", 4, "--preserve", 0)):
         words = next_command(succeed(*words, *more, "--quiet"))[1:]
         assert words[-len(given) :] == given
     assert words[0] == "generate"

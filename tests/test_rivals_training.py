@@ -26,12 +26,12 @@ from invdiff.models.schedule import NoiseSchedule
 SHORT = FinetuneConfig(steps=2, batch_size=4, mixed_precision="no")
 
 
-@pytest.fixture
-def world(tiny_folder: Path, tiny_pipe_dir: Path, tmp_path: Path) -> World:
+@pytest.fixture(scope="module")
+def world(tiny_folder: Path, tiny_pipe_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     images = load_captioned_images(tiny_folder)
     prompts = {caption: caption.split()[-1] for caption in images.captions}
     words = {"land": "on land", "water": "on water"}
-    parts = (images, images, "background", "subject", prompts, words, tiny_pipe_dir, tmp_path / "world")
+    parts = (images, images, "background", "subject", prompts, words, tiny_pipe_dir, tmp_path_factory.mktemp("world"))
     return World(*parts, finetuning=SHORT)
 
 
@@ -170,8 +170,8 @@ def test_eiil_s_environments_maximise_the_penalty_of_a_classifier_of_three_capti
 
 
 def test_fine_tuning_and_guidance_take_given_and_inferred_groups(tiny_pipe_dir, tmp_path, monkeypatch):
-    images = load_captioned_images(write_tiny_folder(tmp_path / "images", 120))
-    rare = np.arange(120) < 12
+    images = load_captioned_images(write_tiny_folder(tmp_path / "images", 60))
+    rare = np.arange(60) < 6
     images = replace(images, attributes={"background": np.where(rare, "water", "land").tolist()})
     prompts = {caption: caption.split()[-1] for caption in images.captions}
     world = World(images, images, "background", "subject", prompts, {}, tiny_pipe_dir, tmp_path, finetuning=SHORT)

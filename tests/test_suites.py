@@ -10,7 +10,6 @@ import tables
 from PIL import Image
 from runner import Runner, Suite, worst_cell
 
-from invdiff.assets import BIRDS_MODEL
 from invdiff.errors import ConfigError
 from invdiff.evaluation.annotators.labels import GivenLabels
 from tiny import save_clip
@@ -86,7 +85,7 @@ def test_the_worst_cell_is_the_least_share_of_bird_and_place_times_the_places(tm
 
 
 SUITE = """
-world: {kind: bundled, num_images: 120}
+world: {kind: bundled, num_images: 60}
 attribute: background
 subject: subject
 words: {land: on land, water: on water}
@@ -124,20 +123,20 @@ def test_wrong_names_in_a_suite_are_said_before_any_work(tmp_path, monkeypatch, 
         Suite.named("small")
 
 
-def test_cells_share_what_is_fitted_and_change_worlds_prompts_and_strength(tmp_path, monkeypatch):
+def test_cells_share_what_is_fitted_and_change_worlds_prompts_and_strength(tiny_pipe_dir, tmp_path, monkeypatch):
     (tmp_path / "suites").mkdir()
     (tmp_path / "suites" / "small.yaml").write_text(SUITE)
     monkeypatch.setattr(runner, "HERE", tmp_path)
     monkeypatch.setitem(judges.NUM_IMAGES, "background", (0, 40))
     clip = str(save_clip(tmp_path / "clip"))
-    small = Runner("small", None, BIRDS_MODEL, tmp_path / "work", tmp_path / "results", clip=clip)
+    small = Runner("small", None, tiny_pipe_dir, tmp_path / "work", tmp_path / "results", clip=clip)
     for cell in ("biased", "given", "stronger"):
         small.run(cell, 0)
     kept = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results" / "small").iterdir()}
     given, stronger = kept["given-seed-0"], kept["stronger-seed-0"]
     assert given["seconds of fitting"] == stronger["seconds of fitting"] > 0
     assert not (tmp_path / "work" / "small" / "seed-0" / "stronger" / "fitted").exists()
-    assert kept["biased-seed-0"]["settings"]["world"] == {"kind": "bundled", "num_images": 120, "severity": 0.9}
+    assert kept["biased-seed-0"]["settings"]["world"] == {"kind": "bundled", "num_images": 60, "severity": 0.9}
     assert [*given["figures"]] == ["CFG 1", "CFG 2"]
     assert given["clip"] == "clip"
     small.clip = "another"
