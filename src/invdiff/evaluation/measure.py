@@ -17,7 +17,8 @@ from .fairness.correction import correct_for_annotator, corrected_interval
 from .fairness.intervals import interval, mean_interval
 from .fairness.metrics import METRICS, metric_floor, per_prompt, squared_discrepancy_unbiased
 from .images import Row
-from .quality.diversity import LPIPS, mean_cosine_distance, paired_cosines
+from .quality.distances import mean_cosine_distance, paired_cosines
+from .quality.extractors import LPIPS
 from .quality.figures import group_figures, quality_figures, share
 from .results import CANNOT_TELL, AttributeMeasures, Estimate, Measures, Quantity
 
@@ -62,7 +63,7 @@ def measure(
         images_per_prompt=min(Counter(prompts).values()),
         attributes=attributes,
         subject_accuracy=share(known) if len(known) else None,
-        quality=quality_figures(rows, seen, reference, clip, lpips, question),
+        quality=quality_figures(rows, seen, reference, clip, lpips),
         by_group=group_figures(seen, reference, right, question, group_size),
     )
 
