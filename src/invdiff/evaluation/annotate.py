@@ -107,4 +107,5 @@ def describe_images(
         if bar is not None:
             bar.advance(len(batch))
     kinds: Any = (classes, probabilities, features)
-    return Described(*({name: np.concatenate(parts) for name, parts in kind.items()} for kind in kinds), unreadable)
+    joined: Any = [{name: np.concatenate(parts) for name, parts in kind.items()} for kind in kinds]
+    return Described(joined[0], joined[1], joined[2], unreadable)
