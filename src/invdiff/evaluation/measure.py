@@ -52,10 +52,9 @@ def measure(
     }
     if len(kinds) > 1:
         # The confusion matrix of an intersection would need held-out images of every combination: none is corrected.
-        columns, sizes = np.stack([seen.classes[name] for name in question.attributes]), [*map(len, kinds)]
-        limits = np.array(sizes)[:, None]
-        joint = np.ravel_multi_index(tuple(np.minimum(columns, limits - 1)), tuple(sizes))
-        joint = np.where((columns < limits).all(axis=0), joint, np.prod(sizes))
+        columns, sizes = [seen.classes[name] for name in question.attributes], tuple(map(len, kinds))
+        certain = np.all([of < size for of, size in zip(columns, sizes, strict=True)], axis=0)
+        joint = np.where(certain, np.ravel_multi_index(tuple(columns), sizes, mode="clip"), np.prod(sizes))
         name, names = " x ".join(question.attributes), tuple(map(" x ".join, product(*kinds)))
         attributes[name] = _spread(name, names, prompts, joint, None, right, question)
     known = right[right >= 0]
