@@ -13,10 +13,10 @@ from invdiff.data.images import UnreadableImage
 from invdiff.errors import ConfigError, DataError, EvaluationError, ModelError
 from invdiff.evaluation.annotators import conv
 from invdiff.evaluation.annotators.annotations import CANNOT_TELL, Annotations
-from invdiff.evaluation.annotators.classifier import ClassifierAnnotator
 from invdiff.evaluation.annotators.conv import ConvAnnotator, to_pixels
 from invdiff.evaluation.annotators.labels import load_labelled_images
 from invdiff.evaluation.annotators.load import load_annotator, save_measured
+from invdiff.evaluation.annotators.pretrained import ClassifierAnnotator
 from test_cli import run, succeed
 from tiny import SMALL, TOWER, clip_config, make_tokenizer, save_clip
 

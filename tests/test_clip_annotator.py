@@ -9,9 +9,9 @@ from scipy.special import softmax
 from transformers import CLIPImageProcessor, CLIPModel
 
 from invdiff.errors import ConfigError, ModelError
-from invdiff.evaluation.annotators.clip import ClipAnnotator, class_prompts
 from invdiff.evaluation.annotators.heldout import HeldOut, measure_annotator
 from invdiff.evaluation.annotators.load import load_annotator, save_measured
+from invdiff.evaluation.annotators.pretrained import ClipAnnotator, class_prompts
 from tiny import make_tokenizer, save_clip
 
 PROMPTS = {

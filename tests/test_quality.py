@@ -13,9 +13,16 @@ from sklearn.metrics.pairwise import rbf_kernel
 from invdiff.errors import EvaluationError
 from invdiff.evaluation.fairness.intervals import mean_interval, share_interval
 from invdiff.evaluation.quality import distances
-from invdiff.evaluation.quality.distances import cmmd, frechet_distance, kernel_distance
+from invdiff.evaluation.quality.distances import (
+    cmmd,
+    frechet_distance,
+    kernel_distance,
+    mean_cosine_distance,
+    paired_cosines,
+    vendi_score,
+)
 from invdiff.evaluation.quality.distances import precision_recall_density_coverage as neighbourhoods
-from invdiff.evaluation.quality.diversity import lpips_diversity, mean_cosine_distance, paired_cosines, vendi_score
+from invdiff.evaluation.quality.extractors import lpips_diversity
 
 COMPARISONS = (frechet_distance, kernel_distance, cmmd, functools.partial(neighbourhoods, k=1))
 

@@ -1,6 +1,7 @@
 """The commands of a report are the real ones, quoted for a shell, and name no path of the machine."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,16 @@ def test_evaluation_names_the_models_that_figures_name():
         "--baseline theirs --min-confidence 0.6 --features inception --features 'odd (name)' "
         "--clip clip --lpips --reference REFERENCE"
     )
+
+
+@pytest.mark.parametrize("names", [["size x colour"], ["a x b", "c"]])
+def test_evaluation_names_each_attribute_and_not_how_they_intersect(names):
+    run = evaluated()
+    (spread,) = run.results.models["base"]["3.0"].attributes.values()
+    measured = dict.fromkeys([*names, " x ".join(names)], spread)
+    models = {"base": {"3.0": replace(run.results.models["base"]["3.0"], attributes=measured)}}
+    words = shlex.split(only(replace(run, results=replace(run.results, models=models))))
+    assert [words[place + 1] for place, word in enumerate(words) if word == "--attribute"] == names
 
 
 def test_the_demo_is_one_command():

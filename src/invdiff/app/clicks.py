@@ -24,7 +24,7 @@ from ..report.figures import Table, quoted, share_in_words, share_of
 from ..report.plots import thumb
 from ..report.read import Parts, splits_of
 from .audit import AuditBook, AuditTab, Values
-from .fragments import CONFIDENCE, QUIET, fragment, notice, refusal
+from .fragments import QUIET, fragment, notice, refusal
 from .studio import Studio, Turn
 
 AT_ONCE = 10
@@ -181,7 +181,7 @@ def figures(found: Audit, name: str, drawn: Sequence[int]) -> str:
     values, words = found.factors[0].values if split else [], [found.asked]
     hits, misses = ({*drawn} & {*record.get(part, ())} for part in ("hits", "misses"))
     if hits or misses:
-        right = share_of("", len(hits), len(hits) + len(misses), confidence=CONFIDENCE, colour="")
+        right = share_of("", len(hits), len(hits) + len(misses), colour="")
         told = f"{right.count} of {right.total}, {share_in_words(right)}"
         words.append(f"Of those drawn at random, which alone stand for all images, were guessed right: {told}.")
     table = Table(("Prompt", "Images", *values), split, f"Groups by {quoted(name)}")

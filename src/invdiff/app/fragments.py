@@ -13,7 +13,6 @@ from ..files import save_image
 from ..report.write import html_templates
 
 _FRAGMENTS: Any = html_templates("invdiff.app").get_template("fragments.html.j2").module
-CONFIDENCE = 0.95  # coverage of the intervals of counts
 # Options of every event: without gradio's own progress, and without a name to be called by.
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 

@@ -8,10 +8,11 @@ import gradio as gr
 
 from ..errors import InvDiffError
 from ..evaluation.annotators.annotations import CANNOT_TELL, Annotator
+from ..evaluation.fairness.intervals import CONFIDENCE
 from ..report.figures import counted, share_of
 from ..report.plots import BASE_COLOUR, SERIES_COLOURS, colour_of
 from ..text import one_line
-from .fragments import CONFIDENCE, QUIET, fragment, gallery, image_file, notice, refusal
+from .fragments import QUIET, fragment, gallery, image_file, notice, refusal
 from .studio import LONGEST_PROMPT, Shown, Studio, Turn, by_factor, command_for, read_ask
 
 _NOTHING: list[Any] = [gr.skip()] * 5  # values that leave all outputs as they are
@@ -27,7 +28,7 @@ def shares_seen(shown: Shown, annotator: Annotator | None) -> str:
         for side, shots, colour in sides:
             known = [shot.classes[attribute] for shot in shots if shot.classes[attribute] != CANNOT_TELL]
             if known:
-                yield share_of(side, known.count(name), len(known), confidence=CONFIDENCE, colour=colour)
+                yield share_of(side, known.count(name), len(known), colour=colour)
 
     attributes = [
         (attribute, [(name, list(bars(attribute, name))) for name in classes])

@@ -150,9 +150,8 @@ def open_studio(
     module = load_guidance(workspace.module) if workspace.module else None
     if module is not None:
         check_fit(pipe, module)
-    judge: Any = workspace.annotator or None
-    if judge:
-        judge = load_annotator(judge, attribute=attribute, classes=classes)
+    named = workspace.annotator
+    judge: Any = load_annotator(named, attribute=attribute, classes=classes) if named else None
     return Studio(pipe, module, judge, names=(workspace.model, str(workspace.module or "")), options=options)
 
 

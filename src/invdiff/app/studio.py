@@ -20,6 +20,7 @@ from ..models.families import family_of
 from ..models.load import denoiser_of
 from ..options import command_options, mix_options
 from ..sampling import Drawing
+from ..text import is_unicode
 
 LONGEST_PROMPT = 2000  # characters; models read far fewer
 MOST_KEPT = 256  # images of the base model that are not drawn again
@@ -172,7 +173,7 @@ def read_ask(values: Sequence[Any], studio: Studio, *, resolution: int = 0) -> A
     """
     prompt, *numbers = values
     known = isinstance(prompt, str) and all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
-    if not known or len(prompt) > LONGEST_PROMPT or prompt != prompt.encode("utf-8", "replace").decode():
+    if not known or len(prompt) > LONGEST_PROMPT or not is_unicode(prompt):
         raise ConfigError(
             f"Expected a prompt of at most {LONGEST_PROMPT} characters and a number in every field. Fill them in."
         )

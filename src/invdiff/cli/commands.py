@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import typer
+from rich.console import Console
+from rich.text import Text
 from typer.core import TyperGroup
 
 from ..assets import PROFESSIONS
 from ..config import ArchitectureConfig, AuditConfig, DemoConfig, FinetuneConfig, GenerateConfig, TrainConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, InvDiffError
 from ..files import default_cache_dir
 from ..launched import is_first_process
 from ..options import command_options
@@ -29,7 +31,7 @@ from .arguments import (
     lines_in,
     option,
 )
-from .print import finish, plain_errors, print_audit, print_results, say, say_loading
+from .print import INTERRUPTED, finish, print_audit, print_results, say, say_loading
 
 WAY, PREPARE, ASK = "The way through", "To prepare", "What to group by"  # panels of the help
 
@@ -39,8 +41,16 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
-        with plain_errors(debug=bool(ctx.params.get("debug"))):
+        try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("stopped; run the same command again to go on", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except (InvDiffError, OSError) as error:
+            if ctx.params.get("debug") or isinstance(error, BrokenPipeError):  # the reader of a pipe has had enough
+                raise
+            Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
+            raise typer.Exit(1) from None
 
 
 app = typer.Typer(

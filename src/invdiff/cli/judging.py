@@ -26,7 +26,7 @@ from .arguments import (
     shown_default,
 )
 from .commands import PREPARE, WAY, app
-from .print import finish, print_annotator, print_results, say, say_loading
+from .print import finish, finish_annotator, print_results, say, say_loading
 
 PASSWORD = "INVDIFF_UI_PASSWORD"  # noqa: S105  # the variable's name
 
@@ -204,10 +204,7 @@ def annotator_train(
     trained = ConvAnnotator.fit(images, attribute or None, **sizes, seed=seed, progress=not quiet)
     trained.save_pretrained(output)
     assert trained.held_out is not None  # `fit` measures
-    print_annotator(trained.held_out.summary())
-    drawn = (output.parent / "images" / name for name in ("base", "guided"))
-    words = ("evaluate", *drawn, "--annotator", output)
-    finish(f"The annotator is in {output}.", *words, "--attribute", next(iter(trained.attributes)))
+    finish_annotator("annotator", output, trained.held_out.summary())
 
 
 @command(
@@ -247,7 +244,4 @@ def annotator_measure(
         raise ConfigError(f"Expected an annotator of images, got {annotator!r}: given labels are taken as true.")
     held_out = measure_annotator(judge, images, attribute or None, progress=not quiet)
     save_measured(output, judge, held_out, spec=annotator, attribute=(attribute or [""])[0], classes=classes)
-    print_annotator(held_out.summary())
-    drawn = (output.parent / "images" / name for name in ("base", "guided"))
-    words = ("evaluate", *drawn, "--annotator", output)
-    finish(f"The measured annotator is in {output}.", *words, "--attribute", next(iter(held_out.attributes)))
+    finish_annotator("measured annotator", output, held_out.summary())

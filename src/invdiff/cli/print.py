@@ -1,10 +1,10 @@
-"""What commands print: progress, tables, errors, and the command to run next."""
+"""What commands print: progress, tables, and the command to run next."""
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import InvDiffError
 from ..launched import is_first_process
 from ..text import one_line, or_dash
 
@@ -21,21 +20,6 @@ if TYPE_CHECKING:
     from ..evaluation.results import Results
 
 INTERRUPTED = 130  # the shell's exit code for a program stopped by Ctrl-C
-
-
-@contextlib.contextmanager
-def plain_errors(*, debug: bool) -> Iterator[None]:
-    """Turn errors that a user can mend into one line on standard error; `debug` keeps their traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo("stopped; run the same command again to go on", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except (InvDiffError, OSError) as error:
-        if debug or isinstance(error, BrokenPipeError):  # the reader of a pipe has had enough
-            raise
-        Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
-        raise typer.Exit(1) from None
 
 
 def say(text: str, *, quiet: bool) -> None:
@@ -141,11 +125,10 @@ def print_results(results: Results) -> None:
         Console().print(Text(f"Note: {note}."), soft_wrap=True)
 
 
-def print_annotator(summary: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print how well held-out images were annotated, from `HeldOut.summary()`."""
-    rows = []
-    for attribute, figures in summary.items():
-        cells = {
+def finish_annotator(what: str, output: Path, summary: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print how well held-out images were annotated, from `HeldOut.summary()`, and end the command."""
+    rows = [
+        {
             "attribute": attribute,
             "classes": ", ".join(figures["classes"]),
             "images": f"{figures['images']}",
@@ -153,9 +136,13 @@ def print_annotator(summary: Mapping[str, Mapping[str, Any]]) -> None:
             "worst combination": _or_dash(figures["worst_combination"], ".1%"),
             "calibration error": f"{figures['calibration_error']:.3f}",
         }
-        rows.append(cells)
+        for attribute, figures in summary.items()
+    ]
     caption = "calibration error: mean distance of stated confidence to accuracy (ECE, 15 bins)"
     _print_table("Accuracy on held-out images", rows, {"attribute": _FOLDED, "classes": _FOLDED}, caption)
+    drawn = (output.parent / "images" / name for name in ("base", "guided"))
+    words = ("evaluate", *drawn, "--annotator", output, "--attribute", next(iter(summary)))
+    finish(f"The {what} is in {output}.", *words)
 
 
 _NUMBER: dict[str, Any] = {"justify": "right"}

@@ -16,7 +16,7 @@ from ..models.encoders import ClipEncoder
 from ..progress import progress_bar
 from ..text import label_of
 from .annotate import Described, Judge, Question, describe_images
-from .annotators.annotations import check_attribute, class_names
+from .annotators.annotations import class_names
 from .annotators.audited import AuditAnnotator
 from .annotators.labels import GivenLabels
 from .fairness.correction import correct_for_annotator
@@ -72,7 +72,9 @@ def evaluate(
         all_rows = [row for rows in rows_by_model.values() for row in rows]
         annotator.discover([row.values for row in all_rows], [row.place for row in all_rows])
     for name in asked:
-        check_attribute(name, annotator.attributes)
+        if name not in annotator.attributes:
+            known = ", ".join(annotator.attributes)
+            raise EvaluationError(f"Expected one of the annotator's attributes {known}, got {name!r}. Choose one.")
     prompts = common_prompts(rows_by_model)
     baseline = config.baseline or ("base" if "base" in rows_by_model else "")
     if baseline and baseline not in rows_by_model:

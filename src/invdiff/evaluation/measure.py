@@ -17,7 +17,8 @@ from .fairness.correction import correct_for_annotator, corrected_interval
 from .fairness.intervals import interval, mean_interval
 from .fairness.metrics import METRICS, metric_floor, per_prompt, squared_discrepancy_unbiased
 from .images import Row
-from .quality.diversity import LPIPS, mean_cosine_distance, paired_cosines
+from .quality.distances import mean_cosine_distance, paired_cosines
+from .quality.extractors import LPIPS
 from .quality.figures import group_figures, quality_figures, share
 from .results import CANNOT_TELL, AttributeMeasures, Estimate, Measures, Quantity
 
@@ -51,10 +52,9 @@ def measure(
     }
     if len(kinds) > 1:
         # The confusion matrix of an intersection would need held-out images of every combination: none is corrected.
-        columns, sizes = np.stack([seen.classes[name] for name in question.attributes]), [*map(len, kinds)]
-        limits = np.array(sizes)[:, None]
-        joint = np.ravel_multi_index(tuple(np.minimum(columns, limits - 1)), tuple(sizes))
-        joint = np.where((columns < limits).all(axis=0), joint, np.prod(sizes))
+        columns, sizes = [seen.classes[name] for name in question.attributes], tuple(map(len, kinds))
+        certain = np.all([of < size for of, size in zip(columns, sizes, strict=True)], axis=0)
+        joint = np.where(certain, np.ravel_multi_index(tuple(columns), sizes, mode="clip"), np.prod(sizes))
         name, names = " x ".join(question.attributes), tuple(map(" x ".join, product(*kinds)))
         attributes[name] = _spread(name, names, prompts, joint, None, right, question)
     known = right[right >= 0]
@@ -62,7 +62,7 @@ def measure(
         images_per_prompt=min(Counter(prompts).values()),
         attributes=attributes,
         subject_accuracy=share(known) if len(known) else None,
-        quality=quality_figures(rows, seen, reference, clip, lpips, question),
+        quality=quality_figures(rows, seen, reference, clip, lpips),
         by_group=group_figures(seen, reference, right, question, group_size),
     )
 

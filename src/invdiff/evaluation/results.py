@@ -193,16 +193,11 @@ class Results:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: {"attribute": ..., "models": {"base": {"3.0": {"bias": ...}}}}."""
-        document = asdict(replace(self, models={}))
-        document.pop("models")
-        document["models"] = {
-            model: {
-                scale: {name: getattr(measures, name) for name in HEADLINE} | asdict(measures)
-                for scale, measures in by_scale.items()
-            }
-            for model, by_scale in self.models.items()
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(document))
+        document = asdict(self)
+        models = document.pop("models")
+        for model, scale, measures in self.each():
+            models[model][scale] = {name: getattr(measures, name) for name in HEADLINE} | models[model][scale]
+        plain: dict[str, Any] = json.loads(json.dumps(document | {"models": models}))
         return plain
 
     def save(self, path: str | Path) -> None:

@@ -41,9 +41,9 @@ class Table(NamedTuple):
     notes: Sequence[str] = ()
 
 
-def share_of(name: str, count: int, total: int, *, confidence: float, colour: str) -> Share:
+def share_of(name: str, count: int, total: int, *, colour: str) -> Share:
     """A share of counted images."""
-    return Share(name, count / total, *share_interval(count, total, confidence=confidence), count, total, colour)
+    return Share(name, count / total, *share_interval(count, total), count, total, colour)
 
 
 def percent(share: float) -> str:

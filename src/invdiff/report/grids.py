@@ -156,8 +156,7 @@ def _title(title: str, subtitle: str = "") -> list[Image.Image]:
 
 
 def _plotted(draw: Callable[[Axes], object], width: int, height: int) -> Image.Image:
-    """What `draw` puts on axes of matplotlib."""
-    return Image.open(io.BytesIO(render(lambda figure: draw(figure.add_subplot()), width, height)))
+    return Image.open(io.BytesIO(render(draw, width, height)))
 
 
 def _space(height: int) -> Image.Image:

@@ -101,9 +101,9 @@ def style(*, dark: bool = False) -> Any:
 
 
 def render(
-    draw: Callable[[Figure], object], width: float, height: float, *, dark: bool = False, density: float = 1
+    draw: Callable[[Axes], object], width: float, height: float, *, dark: bool = False, density: float = 1
 ) -> bytes:
-    """What `draw` puts on a figure of `width` x `height` units, with `density` pixels for each, as a PNG.
+    """What `draw` puts on axes of a figure of `width` x `height` units, with `density` pixels for each, as a PNG.
 
     The same figure gives the same bytes. One unit is 1/100 inch, and the layout is constrained.
     """
@@ -111,7 +111,7 @@ def render(
     with _LOCK, matplotlib.rc_context(style(dark=dark)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn in its place
         figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
-        draw(figure)
+        draw(figure.add_subplot())
         figure.savefig(stream, format="png", dpi=100 * density, metadata={"Software": None})
     return stream.getvalue()
 
@@ -167,10 +167,7 @@ def plot_chart(chart: Chart, over: str, about: str = "") -> Plot:
 
 def _plot(draw: Callable[[Axes], object], alt: str, caption: str) -> Plot:
     """What `draw` puts on axes of 640 x 400 CSS pixels, twice as sharp."""
-    light, dark = (
-        _uri("png", render(lambda figure: draw(figure.add_subplot()), 640, 400, dark=dark, density=2))
-        for dark in (False, True)
-    )
+    light, dark = (_uri("png", render(draw, 640, 400, dark=dark, density=2)) for dark in (False, True))
     return Plot(light, dark, alt, caption)
 
 

@@ -113,8 +113,9 @@ def _evaluate(run: Run, results: Results) -> list[str]:
     words = ["evaluate", *(f"{model}={folder}" for model, of_model in folders.items() for folder in of_model)]
     words += ["--annotator", results.annotator.name or "ANNOTATOR"]
     first = next(measures for _, _, measures in results.each())
-    for attribute in first.attributes:
-        words += ["--attribute", attribute] if " x " not in attribute else []
+    measured = list(first.attributes)
+    for attribute in measured[:-1] or measured:  # of several, the last is how they intersect
+        words += ["--attribute", attribute]
     named = [name.removesuffix(")").partition(" (")[::2] for name in first.quality if name.endswith(")")]
     clip = next((of for figure, of in named if figure == "CLIP-T"), "")
     lpips = {of for figure, of in named if figure.startswith("LPIPS")}

@@ -10,6 +10,7 @@ import numpy as np
 from ..data.images import read_image
 from ..data.tables import labels_in
 from ..errors import DataError
+from ..evaluation.fairness.intervals import CONFIDENCE
 from ..evaluation.fairness.metrics import METRICS
 from ..evaluation.images import Row
 from ..evaluation.results import CANNOT_TELL, AttributeMeasures, Measures, Quantity, Results
@@ -42,7 +43,7 @@ DATA_COLOUR = "#a9793f"  # of no group, class or model
 HEADLINES = ("Bias", "Floor", "Subject right", "Fréchet distance", "Images a prompt")
 
 
-def glance(run: Run, chosen: Comparison | None, confidence: float) -> dict[str, Any]:
+def glance(run: Run, chosen: Comparison | None) -> dict[str, Any]:
     """The report in a few lines: a verdict, the Bias of the two models compared, and pairs of images."""
     lines = [summary(run.audit)] if run.audit else []
     if chosen and run.results:
@@ -51,6 +52,7 @@ def glance(run: Run, chosen: Comparison | None, confidence: float) -> dict[str, 
     found = {m: of.bias_estimate for m, of in chosen.measures.items() if m in both} if chosen else {}
     headlines = [{"label": label(m), "bias": of, "corrected": corrected(of)} for m, of in found.items()]
     rows = [[label(m), estimate(of), bias(of.floor), corrected(of) or ABSENT] for m, of in found.items()]
+    confidence = run.results.confidence if run.results else CONFIDENCE
     columns = ("", f"Bias ({confidence:.0%} interval)", "A fair sampler shows", "Corrected for the annotator")
     turns = [pair for turn in zip_longest(*chosen.pairs.values()) for pair in turn if pair] if chosen else []
     return {
@@ -177,7 +179,6 @@ def _prompt(prompt: str, run: Run, chosen: Comparison, labels: Counter[str] | No
     """One prompt before and after: shares of each class in training data, where known, and in each model's images."""
     results, models, classes, note = run.results, chosen.measures, [], ""
     groups: list[tuple[str, list[Share]]] = []  # of each hidden factor
-    confidence = results.confidence if results else 0.95
     counted_by = {
         label(model): {of: n for of, n in measures.first.counts.get(prompt, {}).items() if of != CANNOT_TELL}
         for model, measures in models.items()
@@ -198,7 +199,7 @@ def _prompt(prompt: str, run: Run, chosen: Comparison, labels: Counter[str] | No
     first = next(iter(models.values())).shares.get(prompt, {}) if models else {}
     for name in first:
         bars = [
-            share_of(of, n[name], sum(n.values()), confidence=confidence, colour=colours.get(of, BASE_COLOUR))
+            share_of(of, n[name], sum(n.values()), colour=colours.get(of, BASE_COLOUR))
             for of, n in counted_by.items()
             if name in n or of == TRAINING_DATA
         ]

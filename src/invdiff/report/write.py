@@ -75,12 +75,10 @@ def save_report(
     audit, results, module, folder = (None if of is None else Path(of) for of in (audit, results, module, run))
     read = read_run(Parts(audit, data, results, images or {}, module, folder, data_words))
     chosen, own = compare(read), version("invdiff")
-    confidence = read.results.confidence if read.results else 0.95
     view = {
         "title": title,
         "version": own,
-        "confidence": confidence,
-        "glance": glance(read, chosen, confidence),
+        "glance": glance(read, chosen),
         "found": found(read, read.audit) if read.audit else None,
         "changes": changes(read, chosen) if chosen else None,
         "costs": costs(chosen, read.results) if chosen and read.results else None,

@@ -71,14 +71,6 @@ class Annotator(Protocol):
         """Counts of held-out images, (true class K, annotated class K + 1), the last for "cannot tell", or None."""
 
 
-def check_attribute(attribute: str, known: Iterable[str]) -> None:
-    """Raise `EvaluationError` for an attribute that is not among those known."""
-    if attribute not in known:
-        raise EvaluationError(
-            f"Expected one of the annotator's attributes {', '.join(known)}, got {attribute!r}. Choose one."
-        )
-
-
 def class_names(
     attributes: Mapping[str, Iterable[str]], error: type[InvDiffError] = ModelError
 ) -> dict[str, tuple[str, ...]]:

@@ -40,8 +40,6 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
     one linear head per attribute, whose logits are divided by the temperature that `calibrate` sets.
     """
 
-    _supports_gradient_checkpointing = False
-
     @register_to_config
     def __init__(
         self,

@@ -11,11 +11,10 @@ from ...files import read_json, write_json
 from ...models.load import load_pipeline
 from .annotations import Annotator
 from .audited import AuditAnnotator
-from .classifier import ClassifierAnnotator
-from .clip import EXAMPLE, ClipAnnotator, class_prompts
 from .conv import ConvAnnotator
 from .heldout import MEASURED, HeldOut, Measurable
 from .labels import FOLDER_ATTRIBUTE, GivenLabels
+from .pretrained import EXAMPLE, ClassifierAnnotator, ClipAnnotator, class_prompts
 
 LABELS = "labels"  # in place of an annotator's name: the classes are read from the manifest
 KINDS = (

@@ -20,26 +20,26 @@ from scipy.stats import binomtest
 
 from .metrics import METRICS, FloatArray, Metric, checked_counts, target_shares
 
-CONFIDENCE = 0.95
+CONFIDENCE = 0.95  # nominal coverage of every interval
 ENOUGH_RESAMPLES = 200
 MAX_DRAWS = 10_000  # prompts times resamples beyond which prompts get fewer each, down to 200: means average out
 BISECTIONS = 15
 
 
-def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> tuple[float, float]:
+def mean_interval(values: ArrayLike, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Student's t interval of the mean of (N,) values, such as CLIP-T."""
     array = np.asarray(values, dtype=np.float64)
     half = float(stdtrit(len(array) - 1, (1 + confidence) / 2) * array.std(ddof=1) / np.sqrt(len(array)))
     return float(array.mean()) - half, float(array.mean()) + half
 
 
-def share_interval(successes: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
+def share_interval(successes: int, total: int) -> tuple[float, float]:
     """Wilson's (1927) score interval of a share, `successes` of `total` images, such as accuracy.
 
     It stays within [0, 1] and has width even where all images agree. For precision, recall and coverage it holds the
     balls of the other set fixed, so it is too narrow where that set is small.
     """
-    low, high = binomtest(successes, total).proportion_ci(confidence, method="wilson")
+    low, high = binomtest(successes, total).proportion_ci(CONFIDENCE, method="wilson")
     return float(low), float(high)
 
 

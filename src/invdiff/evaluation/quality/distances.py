@@ -1,11 +1,12 @@
-"""Distances between two sets of features: Fréchet (FID), kernel (KID, CMMD) and neighbourhoods."""
+"""Figures of features: distances between two sets (FID, KID, CMMD, neighbourhoods), cosines of pairs, diversity."""
 
 from collections.abc import Callable, Iterator
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import entr
 from scipy.stats import norm
 from sklearn.metrics import pairwise_distances_chunked
 from sklearn.metrics.pairwise import polynomial_kernel
@@ -72,18 +73,14 @@ def cmmd(features: ArrayLike, reference: ArrayLike, *, sigma: float = 10.0, scal
     return scale * max(float(estimate), 0.0)
 
 
-class Neighbourhoods(NamedTuple):
-    """How much of one set of features lies near the other; all but `density` are shares of images."""
-
-    precision: float  # images that lie in the ball of some reference image: fidelity
-    recall: float  # reference images that lie in the ball of some image: variety
-    density: float  # balls of reference images that an image lies in, as a mean, in units of k; above 1 in crowds
-    coverage: float  # reference images whose ball holds some image
-
-
-def precision_recall_density_coverage(features: ArrayLike, reference: ArrayLike, *, k: int = 5) -> Neighbourhoods:
+def precision_recall_density_coverage(
+    features: ArrayLike, reference: ArrayLike, *, k: int = 5
+) -> tuple[float, float, float, float]:
     """Fidelity and variety of features, (N, D), beside a reference's, (M, D), each in two ways.
 
+    Precision is the share of images that lie in the ball of some reference image, recall that of reference images in
+    the ball of some image. Density is how many balls of reference images an image lies in, as a mean, in units of k
+    (above 1 in crowds); coverage is the share of reference images whose ball holds some image.
     Kynkäänniemi et al., "Improved precision and recall metric for assessing generative models" (NeurIPS 2019), and
     Naeem et al., "Reliable fidelity and diversity metrics for generative models" (ICML 2020). An image's ball reaches
     to the k-th nearest other image of its own set, its edge included. All depend on N, M and k: compare only sets of
@@ -105,7 +102,39 @@ def precision_recall_density_coverage(features: ArrayLike, reference: ArrayLike,
         start += len(block)
     held = np.concatenate(balls)
     shares = [float(np.mean(values)) for values in (held > 0, recalled, held, nearest <= reference_reach)]
-    return Neighbourhoods(shares[0], shares[1], shares[2] / k, shares[3])
+    return shares[0], shares[1], shares[2] / k, shares[3]
+
+
+def paired_cosines(features: ArrayLike, others: ArrayLike) -> FloatArray:
+    """Cosine of each row of (N, D) with the row beside it, of the image's prompt or the image of the same seed, (N,).
+
+    The mean of those of images with their prompts is CLIP-T (Ruiz et al., "DreamBooth", CVPR 2023); CLIPScore (Hessel
+    et al., 2021) is 2.5 times the same, without what is below 0.
+    """
+    first, second = checked(features, minimum=1), checked(others, name="paired features", minimum=1)
+    if first.shape != second.shape:
+        raise EvaluationError(f"Expected paired features of one shape, got {first.shape} and {second.shape}.")
+    return np.asarray(np.einsum("nd,nd->n", unit_rows(first), unit_rows(second)))
+
+
+def mean_cosine_distance(features: ArrayLike) -> float:
+    """Mean cosine distance over all pairs of different rows of (N, D), in [0, 2]."""
+    rows = unit_rows(checked(features))
+    total = rows.sum(axis=0)  # its square is the sum of all N^2 cosines
+    return float(1 - (total @ total - len(rows)) / (len(rows) * (len(rows) - 1)))
+
+
+def vendi_score(features: ArrayLike) -> float:
+    """How many different images a set of features, (N, D), amounts to, from 1 (all alike) to N (no two alike).
+
+    Friedman and Dieng, "The Vendi score" (TMLR 2023): exp of the entropy of the eigenvalues of K / N, where K holds
+    the cosines of all pairs, (N, N). The inner products of the columns, (D, D), have the same eigenvalues other than
+    0 and are used where they are fewer. The score grows with N: compare only sets of equal size.
+    """
+    rows = unit_rows(checked(features))
+    similarities = rows.T @ rows if len(rows) > rows.shape[1] else rows @ rows.T
+    eigenvalues = np.linalg.eigvalsh(similarities / len(rows))
+    return float(np.exp(entr(np.maximum(eigenvalues, 0)).sum()))
 
 
 def checked(features: ArrayLike, *, name: str = "features", minimum: int = 2) -> FloatArray:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any, Protocol, runtime_checkable
+from itertools import combinations, groupby
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,7 +16,10 @@ from PIL import Image
 from ...errors import EvaluationError
 from ...models.encoders import BATCH_SIZE, VisionEncoder
 from ...models.load import default_device
-from .diversity import LPIPS
+
+LPIPS = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From two batches of images in [-1, 1], each (batch, 3, height, width), to the mean distance of their pairs."""
+PAIRS_PER_BATCH = 16
 
 
 @runtime_checkable
@@ -49,14 +53,12 @@ class InceptionFeatures:
 
         Images are scaled without antialiasing, as the original did, so that figures compare with published ones.
         """
-
-        def network() -> torch.nn.Module:
+        use = "Inception features (or name a CLIP or DINOv2 model instead)"
+        with _metrics(use, "Inception", "torch-fidelity"):
             from torchmetrics.image.fid import NoTrainInceptionV3
 
-            return NoTrainInceptionV3("inception-v3-compat", features_list=["2048"], antialias=False)
-
-        use = "Inception features (or name a CLIP or DINOv2 model instead)"
-        return cls(_with_metrics(network, use, "Inception", "torch-fidelity"), default_device())
+            network = NoTrainInceptionV3("inception-v3-compat", features_list=["2048"], antialias=False)
+            return cls(network.to(default_device()), default_device())
 
     @torch.no_grad()
     def extract(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
@@ -73,20 +75,38 @@ class InceptionFeatures:
 
 def lpips_network() -> LPIPS:
     """LPIPS with AlexNet, on `default_device()`: load it once for many prompts."""
-
-    def load() -> torch.nn.Module:
+    with _metrics("LPIPS", "AlexNet", "torchvision"):
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-        return LearnedPerceptualImagePatchSimilarity(net_type="alex")
-
-    network: Any = _with_metrics(load, "LPIPS", "AlexNet", "torchvision")
-    return lambda first, second: network(first.to(network.device), second.to(network.device))
+        network = LearnedPerceptualImagePatchSimilarity(net_type="alex").to(default_device())
+        return lambda first, second: network(first.to(network.device), second.to(network.device))
 
 
-def _with_metrics(load: Callable[[], Any], use: str, weights: str, part: str) -> Any:
-    """A network of torchmetrics, which needs `part`, on `default_device()`, or what to do to have it."""
+@torch.no_grad()
+def lpips_diversity(images: Sequence[Image.Image], distance: LPIPS) -> float:
+    """How different images of one prompt are: the mean of `distance`, as of `lpips_network`, over all their pairs.
+
+    Zhang et al., "The unreasonable effectiveness of deep features as a perceptual metric" (CVPR 2018), with AlexNet.
+    """
+    sizes = {image.size for image in images}
+    if len(images) < 2 or len(sizes) != 1:
+        raise EvaluationError(f"Expected two images or more of one size, got {len(images)} of {len(sizes)} sizes.")
+    pixels = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images])
+    pairs = torch.tensor(list(combinations(range(len(images)), 2)))
+    total = 0.0
+    for batch in pairs.split(PAIRS_PER_BATCH):
+        first, second = (pixels[batch[:, side]].float() / 127.5 - 1 for side in (0, 1))
+        total += float(distance(first, second)) * len(batch)
+    if not np.isfinite(total):
+        raise EvaluationError(f"Expected finite LPIPS distances, got a sum of {total}. Look at the images.")
+    return total / len(pairs)
+
+
+@contextmanager
+def _metrics(use: str, weights: str, part: str) -> Iterator[None]:
+    """Say what to do where a network of torchmetrics, which needs `part`, cannot be loaded in the block."""
     try:
-        return load().to(default_device())
+        yield
     except ModuleNotFoundError as error:
         raise EvaluationError(
             f"Expected torchmetrics and {part} for {use}, found no {error.name or part}. Install them: "

@@ -15,8 +15,15 @@ from ..annotate import Described, Question
 from ..fairness.intervals import mean_interval, share_interval
 from ..images import Row
 from ..results import Quantity
-from .distances import cmmd, frechet_distance, kernel_distance, precision_recall_density_coverage
-from .diversity import LPIPS, lpips_diversity, paired_cosines, vendi_score
+from .distances import (
+    cmmd,
+    frechet_distance,
+    kernel_distance,
+    paired_cosines,
+    precision_recall_density_coverage,
+    vendi_score,
+)
+from .extractors import LPIPS, lpips_diversity
 
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
 MIN_KERNEL = 3  # images of each side that the kernel distance's interval needs
@@ -30,7 +37,6 @@ def quality_figures(
     reference: Described | None,
     clip: ClipEncoder | None,
     lpips: LPIPS | None,
-    question: Question,
 ) -> dict[str, Quantity]:
     """Distances to the reference, diversity within prompts and, with `clip`, how well images show their prompts."""
     by_prompt: dict[str, list[int]] = {}

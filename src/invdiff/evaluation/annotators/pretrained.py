@@ -1,4 +1,4 @@
-"""An annotator without training: CLIP compares images with prompts that describe the classes."""
+"""Annotators made of networks from `transformers`: CLIP with prompts that name the classes, and image classifiers."""
 
 from collections.abc import Iterable, Mapping
 from itertools import chain
@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from scipy.special import softmax
 from sklearn.preprocessing import normalize
+from transformers import AutoModelForImageClassification
 
-from ...errors import ConfigError
-from ...models.encoders import ClipEncoder
+from ...errors import ConfigError, ModelError
+from ...models.encoders import ClipEncoder, load_image_processor, load_pretrained, model_name, pixel_batches
 from ...options import read_yaml, typed
 from .annotations import Annotations, class_names
 from .heldout import Measurable
@@ -48,6 +50,38 @@ class ClipAnnotator(Measurable):
             for name, classes in self._embeddings.items()
         }
         return Annotations(self.attributes, probabilities, features)
+
+
+class ClassifierAnnotator(Measurable):
+    """The classes of `attribute` by one classifier, a folder or hub id, named by its `id2label`; without features."""
+
+    feature_name = ""
+
+    def __init__(self, name_or_folder: str | Path, *, attribute: str = "label") -> None:
+        source = str(name_or_folder)
+        self.network = load_pretrained(AutoModelForImageClassification, source, "an image classifier")
+        self._processor = load_image_processor(source)
+        config = self.network.config
+        classes = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+        if len(classes) < 2 or len(set(classes)) < len(classes):
+            raise ModelError(f"Expected a classifier of two classes or more, each named apart, found {classes[:5]}.")
+        if config.problem_type not in (None, "single_label_classification"):
+            raise ModelError(
+                f"Expected a classifier of one class for an image, found {config.problem_type} at {source}. "
+                "Choose another model."
+            )
+        self.name = model_name(source)
+        self.attributes = class_names({attribute: classes})
+
+    @torch.no_grad()
+    def predict(self, images: Iterable[Image.Image]) -> Annotations:
+        """Annotate `images`, a batch at a time; an iterator is never held in memory as a whole."""
+        ((attribute, classes),) = self.attributes.items()
+        probabilities = [np.zeros((0, len(classes)), np.float32)]
+        for pixels in pixel_batches(images, self._processor, self.network.device):
+            logits = self.network(pixel_values=pixels).logits
+            probabilities.append(logits.float().softmax(dim=1).cpu().numpy().copy())  # as in ConvAnnotator.predict
+        return Annotations(self.attributes, {attribute: np.concatenate(probabilities)})
 
 
 def class_prompts(source: Any) -> dict[str, dict[str, tuple[str, ...]]]:
