@@ -172,8 +172,10 @@ def test_generate_passes_module_mix_and_settings_on(tiny_pipe_dir, tmp_path, rec
     assert not call.progress
     words = ["generate", tiny_pipe_dir, "first", "--environments", "iid", "--output", tmp_path / "o", "-q"]
     assert "Expected --module beside --scale and --environments" in fail(*words)
-    succeed(*words, "--module", tmp_path / "module")
+    out = succeed(*words, "--module", tmp_path / "module", "--", "-odd prompt")
     assert recorded.calls["generate"].environments == "iid"
+    succeed(*next_command(out)[1:])
+    assert recorded.calls["generate"].arguments[1] == ["first", "-odd prompt"]
 
 
 def test_finetune_passes_its_arguments_on_and_the_data_s_to_the_next_command(tiny_folder, tmp_path, recorded):
@@ -336,8 +338,9 @@ def test_folders_are_named_after_themselves_or_by_the_user(tmp_path):
     assert labelled_folders([f"a={one}"]) == {"a": [one]}
     (tmp_path / "x=y").mkdir()
     assert labelled_folders([str(tmp_path / "x=y"), str(one)])["x=y"] == [tmp_path / "x=y"]
-    with pytest.raises(ConfigError, match="NAME="):
-        labelled_folders(["runs/1/base", "runs/2/base"])
+    for twice in (["runs/1/base", "runs/2/base"], [str(one), f"one={two}"], [f"one={two}", str(one)]):
+        with pytest.raises(ConfigError, match="NAME="):
+            labelled_folders(twice)
 
 
 def test_images_of_other_tools_are_evaluated_by_their_labels(tmp_path):

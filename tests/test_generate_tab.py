@@ -64,7 +64,7 @@ def test_the_command_draws_the_same_images(tiny_pipe, tiny_pipe_dir, tmp_path, p
 def test_the_command_states_all_that_differs_from_the_defaults(studio):
     ask = Ask("x", GenerateConfig(resolution=128, batch_size=4), ())
     plain = Studio(studio.pipe)
-    assert command_for(ask, plain).split()[3:] == ["--resolution", "128", "--output", "images", "--", "x"]
+    assert command_for(ask, plain).split()[3:] == ["x", "--resolution", "128", "--output", "images"]
     two = Studio(studio.pipe, make_guidance_module(studio.pipe, num_groups=(2, 2)), names=studio.names)
     several = command_for(ask._replace(mix=((0.5, 0.5), (0.2, 0.8))), two)
     assert "--module MODULE --environments 'factor 2=0.2,0.8' --resolution" in several
@@ -204,8 +204,8 @@ def test_images_come_batch_by_batch_and_the_command_first(tab):
     first, *rest = events(tab, *ASKED)
     assert "Waiting for the model" in first[0]
     assert first[4] == (
-        "invdiff generate MODEL --module MODULE --environments 0.25,0.75 --images-per-prompt 6 --guidance-scale 4.5 "
-        f"--scale 0.5 --steps 2 --seed 3 --output images -- '{CAPTIONS[0]}'"
+        f"invdiff generate MODEL '{CAPTIONS[0]}' --module MODULE --environments 0.25,0.75 --images-per-prompt 6 "
+        "--guidance-scale 4.5 --scale 0.5 --steps 2 --seed 3 --output images"
     )
     assert [(len(base), len(guided)) for _, base, guided, *_ in rest] == [(4, 4), (6, 6)]
     assert ["4 of 6 images in" in rest[0][0], "6 of 6 images in" in rest[1][0]] == [True, True]

@@ -161,3 +161,4 @@ def test_commands_name_lora_and_type_in_the_next(single, lora, tiny_pipe_dir, ti
         words = next_command(succeed(*words, *more, "--quiet"))[1:]
         assert words[-len(given) :] == given
     assert words[0] == "generate"
+    assert Audit.load(tmp_path / "audit").settings["dtype"] == "bf16"

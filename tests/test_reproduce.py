@@ -70,7 +70,6 @@ def test_images_are_drawn_with_what_they_were_drawn_with():
     "settings",
     [
         {"prompts": [f"bird {number}" for number in range(MOST_WORDS + 1)]},
-        {"prompts": ["--output", "x"]},
         {"environments": [[0], [1]]},
         {"environments": "hostile"},
     ],
@@ -82,6 +81,14 @@ def test_what_a_command_cannot_say_is_said_beside_it(settings):
     assert "--environments" not in command
     assert command.count("--output") == 1
     assert [step for step, _ in found["settings"]] == ["Generate: guided, guided"]
+
+
+def test_a_prompt_that_looks_like_an_option_is_none_and_weights_of_16_bits_are_said():
+    audit = audited(dtype="bf16")
+    command = commands(Run(audit=audit, images=drawn(prompts=["--output", "x"]).images))[-1][1]
+    assert shlex.split(command)[-3:] == ["--", "--output", "x"]
+    assert command.startswith("invdiff generate MODEL --dtype bf16 --module")
+    assert only(Run(audit=audit)) == "invdiff audit MODEL --dtype bf16 DATA --output audit"
 
 
 def test_evaluation_names_the_models_that_figures_name():

@@ -252,6 +252,13 @@ def mix_options(factors: Sequence[Sequence[float]], names: Sequence[str] = ()) -
     return words
 
 
+def with_prompts(command: Sequence[Any], prompts: Sequence[str], options: Sequence[Any]) -> list[Any]:
+    """The words of a command; after "--" a prompt is no option, whatever it begins with."""
+    if any(prompt.startswith("-") for prompt in prompts):
+        return [*command, *options, "--", *prompts]
+    return [*command, *prompts, *options]
+
+
 def as_text(value: Any) -> str:
     """A value as a command line takes it and its help shows it."""
     if isinstance(value, tuple):

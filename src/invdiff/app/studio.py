@@ -18,7 +18,7 @@ from ..evaluation.annotators.annotations import Annotator
 from ..guidance.base import Guidance
 from ..models.families import family_of
 from ..models.load import denoiser_of
-from ..options import command_options, mix_options
+from ..options import command_options, mix_options, with_prompts
 from ..sampling import Drawing
 from ..text import is_unicode
 
@@ -202,7 +202,7 @@ def by_factor(values: Sequence[float], num_groups: Sequence[int]) -> list[list[f
 def command_for(ask: Ask, studio: Studio) -> str:
     """The command that draws these images, guided where there is a module."""
     settings = vars(ask.config) | {"batch_size": None}
-    words = ["invdiff", "generate", studio.names[0]]
+    words: list[str] = []
     if studio.module is None:
         settings["scale"] = None
     else:
@@ -210,5 +210,5 @@ def command_for(ask: Ask, studio: Studio) -> str:
         words += mix_options(ask.mix, studio.module.factor_names)
     words += command_options(GenerateConfig, settings)
     words += [*studio.options, "--output", "images"]
-    # After "--" a prompt is no option, whatever it begins with.
-    return shlex.join([*words, *(["--", ask.prompt] if studio.needs_prompts else [])])
+    prompts = [ask.prompt] if studio.needs_prompts else []
+    return shlex.join(with_prompts(["invdiff", "generate", studio.names[0]], prompts, words))

@@ -20,7 +20,7 @@ from ..errors import AuditError, ConfigError
 from ..files import default_cache_dir
 from ..models.encoders import ClipEncoder
 from ..models.frozen import Denoiser, FrozenDenoiser
-from ..models.load import loras_of
+from ..models.load import DTYPES, denoiser_of, loras_of
 from ..sampling import own_images
 from ..seeds import generator
 from .asked import Labels, columns_asked, labels_asked
@@ -132,6 +132,8 @@ def audit(
     }
     if loras := loras_of(pipe):
         settings["loras"] = dict(loras)
+    if half := [name for name, of in DTYPES.items() if name != "fp32" and of == denoiser_of(pipe).dtype]:
+        settings["dtype"] = half[0]
 
     def conclude() -> Audit:
         prompts, notes = part_by_images(prompt_of, encoded, evidence.whitened(config.seed), config.min_images)

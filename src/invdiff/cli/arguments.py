@@ -242,12 +242,9 @@ class WeightsOptions(Options):
 
     def load(self, model: str) -> Any:
         """Load a pipeline."""
-        import torch
+        from ..models.load import DTYPES, load_pipeline
 
-        from ..models.load import load_pipeline
-
-        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.dtype]
-        return load_pipeline(model, loras=self.loras, config=self.model_config, dtype=dtype)
+        return load_pipeline(model, loras=self.loras, config=self.model_config, dtype=DTYPES[self.dtype])
 
 
 @dataclass(frozen=True)
@@ -265,13 +262,15 @@ class CacheOptions(WeightsOptions):
 def labelled_folders(arguments: Sequence[str]) -> dict[str, list[Path]]:
     """Model name to folders, from words such as `out/base` or, several for one model, `base=out/run-3`."""
     folders: dict[str, list[Path]] = {}
+    unnamed = set()
     for argument in arguments:
         name, equals, folder = argument.partition("=")
         if not equals or Path(argument).exists():
             name, folder = Path(argument).resolve().name, argument
-            if name in folders:
-                both = f"{folders[name][0]} and {folder}"
-                raise ConfigError(f"Expected a name for each model, got {name!r} for {both}. Write NAME={folder}.")
+            unnamed.add(name)
+        if name in folders and name in unnamed:
+            both = f"{folders[name][0]} and {folder}"
+            raise ConfigError(f"Expected a name for each model, got {name!r} for {both}. Write NAME={folder}.")
         folders.setdefault(name, []).append(Path(folder))
     return folders
 

@@ -16,7 +16,7 @@ from ..config import ArchitectureConfig, AuditConfig, DemoConfig, FinetuneConfig
 from ..errors import ConfigError, InvDiffError
 from ..files import default_cache_dir
 from ..launched import is_first_process
-from ..options import command_options
+from ..options import command_options, with_prompts
 from .arguments import (
     DATA,
     CacheOptions,
@@ -227,13 +227,14 @@ def train(
         options: Any = {"choose_null": settings.null_adapter == "auto", "progress": not quiet}
         solve(pipe, module, audit_dir or data, output, guidance_scales=calibrate, **options)
     prompts = [entry.prompt for entry in found.prompts if entry.found and entry.prompt]
-    words = ["generate", model, *prompts, "--module", output, "--output", output.parent / "images" / "guided"]
+    words = ["--module", output, "--output", output.parent / "images" / "guided"]
     words += drawing_flags(pipe, found.settings.get("resolution", 0))
     if calibrate:
         words += ["--environments", "calibrated"]
         scale = GenerateConfig.guidance_scale if GenerateConfig.guidance_scale in calibrate else calibrate[0]
         words += command_options(GenerateConfig, {"guidance_scale": scale}) if scale != 1 else []
-    finish(f"The module is in {output}.", *words, *dataclasses.replace(weights, cache_dir=None).words())
+    words += dataclasses.replace(weights, cache_dir=None).words()
+    finish(f"The module is in {output}.", *with_prompts(["generate", model], prompts, words))
 
 
 @command(
@@ -299,9 +300,10 @@ def generate(
     if module is None:
         finish(result, "evaluate", output, "--annotator", "ANNOTATOR", "--attribute", "ATTRIBUTE")
         return
-    words = ["generate", model, *(prompts or []), "--output", output.parent / "base"]
+    words = ["--output", output.parent / "base"]
     words += ["--prompts-file", prompts_file] if prompts_file else []
     words += [*command_options(GenerateConfig, vars(plain)), *weights.words()]
+    words = with_prompts(["generate", model], prompts or [], words)
     finish(result, *words, hint=" (the same images without the module)")
 
 
@@ -371,8 +373,8 @@ def finetune(
     found = Audit.load(audit) if audit else None
     options: Any = {"base": base, "architecture": shape, "audit": found, "config": settings, "progress": not quiet}
     run_finetune(source.load(data, output=output), output, **options)
-    words: tuple[Any, ...] = ("audit", output, data, "--output", output.parent / "audit", *source.words())
+    words = ["audit", output, data, "--output", output.parent / "audit", *source.words()]
     if found:
         prompts = [entry.prompt for entry in found.prompts if entry.found and entry.prompt]
-        words = ("generate", output, *prompts, "--output", output.parent / "images")
+        words = with_prompts(["generate", output], prompts, ["--output", output.parent / "images"])
     finish(f"The model is in {output}.", *words)

@@ -19,6 +19,8 @@ from ..errors import ModelError
 from ..files import arrays_digest, fingerprint
 from .loading import check_complete, check_tokenizer, complete_text_encoders, loading, looks_local
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Types of a model's weights by the names of `--dtype`."""
 _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import AuditConfig, DemoConfig, EvaluateConfig, GenerateConfig, TrainConfig
 from ..evaluation.results import Results
-from ..options import command_options, mix_options
+from ..options import command_options, mix_options, with_prompts
 from .compare import BASE
 from .figures import Table, quoted
 from .read import Run, without_paths
@@ -39,6 +39,7 @@ def commands(run: Run) -> list[tuple[str, str]]:
     audited = run.audit.settings if run.audit else {}
     own = [word for prompt in audited.get("own_images_of", ()) for word in ("--prompt", prompt)]
     adapted = [model, *(word for lora in audited.get("loras", ()) for word in ("--lora", lora))]
+    adapted += ["--dtype", str(audited["dtype"])] if "dtype" in audited else []
     found = []
     if run.audit:
         options = command_options(AuditConfig, without_paths(audited))
@@ -62,12 +63,13 @@ def commands(run: Run) -> list[tuple[str, str]]:
             title += f"; prompts.txt has the {len(prompts):,} prompts of its settings below, one a line"
         title += "; its groups, in the settings below, can be given in Python only" if mix is None else ""
         values = without_paths(drawn)
-        words = ["generate", *adapted, *(prompts if listed else ("--prompts-file", "prompts.txt"))]
+        words = [] if listed else ["--prompts-file", "prompts.txt"]
         if drawn.get("module"):
             words += ["--module", module, *(mix or [])]
         else:
             values.pop("scale", None)
-        found.append((title, [*words, "--output", folder, *command_options(GenerateConfig, values)]))
+        words += ["--output", folder, *command_options(GenerateConfig, values)]
+        found.append((title, with_prompts(["generate", *adapted], prompts if listed else (), words)))
     if run.results:
         found.append(("Evaluate", _evaluate(run, run.results)))
     return [(title, shlex.join(["invdiff", *words])) for title, words in found]
@@ -92,7 +94,7 @@ def _said(run: Run, drawn: Mapping[str, Any]) -> tuple[Sequence[str], bool, list
     """Prompts, whether a command can list them, and the options of the target mix, None where they cannot say it."""
     given = drawn.get("prompts")
     prompts = [str(prompt) for prompt in given] if isinstance(given, list) else []
-    listed = len(prompts) <= MOST_WORDS and not any(prompt.startswith("-") for prompt in prompts)
+    listed = len(prompts) <= MOST_WORDS
     if drawn.get("draws") == "iid":
         return prompts, listed, ["--environments", "iid"]
     names: Any = run.module.get("factor_names")
