@@ -6,7 +6,7 @@ the features, and the next is sought.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,15 @@ _Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Search:
-    """What was found, and what was weighed under each prompt."""
+    """What was found, and what was weighed under each prompt; and of factors that were asked for, what was asked."""
 
     factors: list[dict[int, Cut]]  # of each hidden factor, its cut of each prompt that it splits, columns in one order
     candidates: dict[int, list[Candidate]]  # of each prompt, best first
-    power: dict[int, str]  # what size of minority could have been seen under each prompt, in words
+    power: dict[int, str] = field(default_factory=dict)  # the minority that each prompt could have shown, in words
+    names: list[str] = field(default_factory=list)  # of the factors that were asked for; none where they were sought
+    values: list[list[str]] = field(default_factory=list)  # names of the groups of each
+    record: dict[str, Any] = field(default_factory=dict)  # what was asked for, as `Audit.settings["asked"]` keeps it
+    words: dict[int, dict[str, int]] = field(default_factory=dict)  # of captions, that state a group of a factor
 
 
 def find_factors(
@@ -63,7 +67,7 @@ def find_factors(
     prompt_of = np.full(len(distinct), -1)
     for prompt, rows in judged.items():
         prompt_of[rows] = prompt
-    search = Search([], {prompt: [] for prompt in members}, {})
+    search = Search([], {prompt: [] for prompt in members})
     taken: list[_Array] = []
     most = config.max_factors or (4 if len(judged) > 1 else 1)
     for number in range(most if judged else 0):

@@ -31,7 +31,7 @@ from .factors import Search, find_factors, spread
 from .probe import linear_judges, spread_labels
 from .result import Audit, Factor, PromptAudit, PromptSplit
 from .scores import Margins
-from .splits import Given, force_factors, given_factors, rarest, why_not
+from .splits import force_factors, given_factors, rarest, why_not
 from .words import describe_groups
 
 ALMOST, NEIGHBOURS = 0.05, 8
@@ -140,7 +140,7 @@ def audit(
         if wanted and images is not None and config.words_model:
             by_words = read_by_clip(ClipEncoder.load(config.words_model), images, rows, wanted, **look)
 
-        def asked(members: Mapping[int, NDArray[Any]]) -> Given:
+        def asked(members: Mapping[int, NDArray[Any]]) -> Search:
             prompt_of = prompts[encoded.caption_ids.numpy()]
             sources = evidence.whitened(config.seed)
             margins = Margins(sources, prompt_of).of_pairs() if few else np.zeros((len(prompt_of), 0))
@@ -172,7 +172,7 @@ def infer(
     *,
     notes: Mapping[int, str] | None = None,
     distinct: NDArray[np.bool_] | None = None,
-    asked: Callable[[Mapping[int, NDArray[Any]]], Given] | None = None,
+    asked: Callable[[Mapping[int, NDArray[Any]]], Search] | None = None,
     progress: bool = True,
 ) -> Audit:
     """The max phase: groups of N images from their evidence.
@@ -185,9 +185,8 @@ def infer(
     members = {prompt: np.flatnonzero(prompt_of[caption_ids] == prompt) for prompt in np.unique(prompt_of).tolist()}
     members = dict(sorted(members.items(), key=lambda item: -len(item[1])))
     names = {prompt: _captions_of(data, rows)[0] for prompt, rows in members.items()}
-    given = asked(members) if asked else None
-    if given:
-        search: Search = given
+    if asked:
+        search = asked(members)
     elif config.solver == "auto":
         distinct = np.ones(len(data), dtype=bool) if distinct is None else distinct
         search = find_factors(evidence, members, names, distinct, config, progress=progress)
@@ -199,7 +198,7 @@ def infer(
     words: list[dict[int, dict[str, int]]] = []
     for m, cuts in enumerate(search.factors):
         group_of, usual = words_that_state_groups(data, {p: (members[p], cut.weights) for p, cut in cuts.items()})
-        group_of |= given.words.get(m, {}) if given else {}
+        group_of |= search.words.get(m, {})
         words.append({})
         for prompt, cut in cuts.items():
             of_usual = dict.fromkeys(usual, int(cut.weights.sum(axis=0).argmax()))
@@ -233,7 +232,7 @@ def infer(
                     weights[m][own] = 1 / weights[m].shape[1]
             captions = _captions_of(data, own)
             candidates, why = search.candidates[prompt], dict[str, list[str]]()
-            for one in candidates if given else ():
+            for one in candidates if asked else ():
                 why.setdefault(one.refusal, []).append(one.evidence)
             refused = [f"by {', '.join(of)}, {refusal}" for refusal, of in why.items() if refusal]
             unsplit = f"not split: {'; '.join(refused)}"
@@ -254,9 +253,9 @@ def infer(
             prompts.append(PromptAudit(captions[0], captions, len(own), found, reason, power, said, candidates))
     factors = []
     for m, of in enumerate(splits):
-        name, values = (given.names[m], given.values[m]) if given else (f"factor {m + 1}", [])
+        name, values = (search.names[m], search.values[m]) if asked else (f"factor {m + 1}", [])
         factors.append(Factor(name, sorted(of, key=lambda one: -prompts[one.prompt].num_images), values))
-    settings = {"asked": given.record} if given else {}
+    settings = {"asked": search.record} if asked else {}
     final = tuple(each.astype(np.float32) for each in weights)
     return Audit(final, scores.astype(np.float32), prompt_ids, prompts, factors, list(data.names), 0.0, settings)
 
