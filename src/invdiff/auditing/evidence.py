@@ -205,11 +205,6 @@ def paired_losses(
     return torch.stack(losses, dim=1).unflatten(1, (len(levels), draws))
 
 
-def repeated(condition: Condition, row: int, times: int) -> Condition:
-    """One row of a condition, `times` times."""
-    return {name: values[row].expand(times, *values.shape[1:]) for name, values in condition.items()}
-
-
 def encode_vision(
     name_or_folder: str, data: CaptionedImages, rows: NDArray[Any], cache_dir: Path, *, progress: bool = True
 ) -> NDArray[np.float32]:
