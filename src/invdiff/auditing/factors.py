@@ -245,16 +245,13 @@ class Shifts:
 
     def _tells(self, prompt: int, cut: Cut, other: int, match: Cut, columns: _Array) -> bool:
         """Whether each group's shift under one prompt ranks the images of that group first under the other."""
-        pairs = (prompt, cut.weights), (other, match.weights[:, columns])
-        (one, two), (first, second) = ([self.features(at) for at, _ in pairs], [weights for _, weights in pairs])
+        one = self.features(prompt), cut.weights
+        two = self.features(other), match.weights[:, columns]
         return all(
-            roc_auc_score(labels == group, features @ shift) >= TELLS
-            for features, labels, shifts in (
-                (one, first.argmax(axis=1), self.of(two, second)),
-                (two, second.argmax(axis=1), self.of(one, first)),
-            )
+            roc_auc_score(weights.argmax(axis=1) == group, features @ shift) >= TELLS
+            for (features, weights), shifts in ((one, self.of(*two)), (two, self.of(*one)))
             for group, shift in enumerate(shifts)
-            if 0 < (labels == group).sum() < len(labels)
+            if 0 < (weights.argmax(axis=1) == group).sum() < len(weights)
         )
 
 
