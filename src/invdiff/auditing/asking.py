@@ -168,16 +168,15 @@ def asked_factors(
     data: EncodedImages,
     distinct: NDArray[np.bool_],
     config: AuditConfig,
-    members: Mapping[int, _Array],
+    judged: Mapping[int, _Array],
 ) -> Search:
     """A search with a factor, after those it has, for each attribute of which a value is told apart under a prompt.
 
     Of two values there is one score; of more, one for each against the mean of all. A score is cut between two humps
     as other evidence is (see decide.py), at the false discovery rate `config.level` over all attributes. What no value
     claims is `REST`. Images whose captions state a value are set apart, and groups that are even under every prompt
-    are refused. `distinct` (N,) is false for images that are nearly the same as another; `members` has each prompt's.
+    are refused. `distinct` (N,) is false for images that are nearly the same as another; `judged` has each prompt's.
     """
-    judged = {prompt: rows for prompt, rows in members.items() if not too_few(len(rows), config)}
     reader, two = public_name(config.words_model) or "the audited model", replace(config, num_groups=2)
     for reading in readings:
         values, weighed = reading.values, dict[tuple[int, int], Cut]()  # by prompt and value

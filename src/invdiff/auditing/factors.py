@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 from ..config import AuditConfig
 from ..progress import progress_bar
 from ..seeds import derived_seed
-from .cuts import LEAST_DIFFERENCE, Cut, is_mixed, too_few, weigh
+from .cuts import LEAST_DIFFERENCE, Cut, is_mixed, weigh
 from .decide import MOST_JUDGED, e_bh, power
 from .evidence import Evidence
 from .result import Candidate
@@ -45,7 +45,7 @@ class Search:
 
 def find_factors(
     evidence: Evidence,
-    members: Mapping[int, _Array],
+    judged: Mapping[int, _Array],
     names: Mapping[int, str],
     distinct: NDArray[np.bool_],
     config: AuditConfig,
@@ -56,18 +56,17 @@ def find_factors(
 
     Args:
         evidence: Measurements of N images.
-        members: For each prompt its images, indices into them, (n,).
+        judged: For each prompt with images enough its images, indices into them, (n,).
         names: Of the prompts, for people.
         distinct: (N,), false for images that are nearly the same as another.
         config: Limits and the seed.
         progress: Show a progress bar.
     """
-    judged = {prompt: rows for prompt, rows in members.items() if not too_few(len(rows), config)}
     sources = evidence.whitened(config.seed)
     prompt_of = np.full(len(distinct), -1)
     for prompt, rows in judged.items():
         prompt_of[rows] = prompt
-    search = Search([], {prompt: [] for prompt in members})
+    search = Search([], {})
     taken: list[_Array] = []
     most = config.max_factors or (4 if len(judged) > 1 else 1)
     for number in range(most if judged else 0):

@@ -26,6 +26,7 @@ from ..seeds import generator
 from .asked import Labels, columns_asked, labels_asked
 from .asking import Reading, asked_factors, questions, read_by_clip, read_by_model
 from .captions import group_captions, part_by_images, stated_group, words_that_state_groups
+from .cuts import too_few
 from .evidence import Evidence, collect_evidence, encode_vision
 from .factors import Search, find_factors, spread
 from .probe import linear_judges, spread_labels
@@ -140,13 +141,13 @@ def audit(
         if wanted and images is not None and config.words_model:
             by_words = read_by_clip(ClipEncoder.load(config.words_model), images, rows, wanted, **look)
 
-        def asked(members: Mapping[int, NDArray[Any]]) -> Search:
+        def asked(judged: Mapping[int, NDArray[Any]]) -> Search:
             prompt_of = prompts[encoded.caption_ids.numpy()]
             sources = evidence.whitened(config.seed)
             margins = Margins(sources, prompt_of).of_pairs() if few else np.zeros((len(prompt_of), 0))
             learned = [spread_labels(name, of, sources, margins, prompt_of) for name, of in few.items()]
-            search = given_factors([*given, *learned], members, config)
-            return asked_factors(search, by_words, encoded, unlike, config, members)
+            search = given_factors([*given, *learned], judged, config)
+            return asked_factors(search, by_words, encoded, unlike, config, judged)
 
         ways: dict[str, Any] = {"asked": asked if given or few or by_words else None, "progress": progress}
         found = infer(encoded, evidence, prompts, config, notes=notes, distinct=unlike, **ways)
@@ -185,13 +186,14 @@ def infer(
     members = {prompt: np.flatnonzero(prompt_of[caption_ids] == prompt) for prompt in np.unique(prompt_of).tolist()}
     members = dict(sorted(members.items(), key=lambda item: -len(item[1])))
     names = {prompt: _captions_of(data, rows)[0] for prompt, rows in members.items()}
+    judged = {prompt: rows for prompt, rows in members.items() if not too_few(len(rows), config)}
     if asked:
-        search = asked(members)
+        search = asked(judged)
     elif config.solver == "auto":
         distinct = np.ones(len(data), dtype=bool) if distinct is None else distinct
-        search = find_factors(evidence, members, names, distinct, config, progress=progress)
+        search = find_factors(evidence, judged, names, distinct, config, progress=progress)
     else:
-        search = force_factors(evidence, members, config)
+        search = force_factors(evidence, judged, config)
 
     # What captions state is not hidden: of each factor, the group that an image's caption states, or -1.
     stated = np.full((len(data), len(search.factors)), -1)
@@ -231,7 +233,7 @@ def infer(
                 if group >= 0:
                     weights[m][own] = 1 / weights[m].shape[1]
             captions = _captions_of(data, own)
-            candidates, why = search.candidates[prompt], dict[str, list[str]]()
+            candidates, why = search.candidates.get(prompt, []), dict[str, list[str]]()
             for one in candidates if asked else ():
                 why.setdefault(one.refusal, []).append(one.evidence)
             refused = [f"by {', '.join(of)}, {refusal}" for refusal, of in why.items() if refusal]
