@@ -76,7 +76,7 @@ def find_factors(
         with progress_bar(f"weighing evidence of factor {number + 1}", len(judged), enabled=progress) as bar:
             for prompt, rows in judged.items():
                 own = [weights[rows] for weights in taken]
-                scores = margins.scores(prompt, dict(names)) if margins and not evidence.contrast_only else []
+                scores = margins.scores(prompt, names) if margins and not evidence.contrast_only else []
                 if not evidence.contrast_only:
                     scores += component_scores(evidence, rows, config, own)
                 if not any(prompt in factor for factor in search.factors):  # a factor cannot be taken out of them
@@ -84,16 +84,14 @@ def find_factors(
                 rng = np.random.default_rng(derived_seed("cuts", config.seed, number, prompt))
                 cuts[prompt] = weigh(scores, distinct[rows], config, rng)
                 bar.advance()
-        tested = [(prompt, cut) for prompt, own in cuts.items() for cut in own if not cut.candidate.refusal]
-        considered = sum(map(len, cuts.values()))
-        log_e = [cut.candidate.log_e for _, cut in tested] + [-np.inf] * (considered - len(tested))
-        believed = e_bh(log_e, config.level)[: len(tested)]
-        needed, enough = np.log(max(considered, 1) / config.level), np.log(len(judged) / config.level)
+        considered = [(prompt, cut) for prompt, own in cuts.items() for cut in own]
+        log_e = [-np.inf if cut.candidate.refusal else cut.candidate.log_e for _, cut in considered]
+        needed, enough = np.log(max(len(considered), 1) / config.level), np.log(len(judged) / config.level)
         accepted: dict[int, list[Cut]] = {prompt: [] for prompt in judged}
-        for (prompt, cut), passes in zip(tested, believed, strict=True):
+        for (prompt, cut), passes in zip(considered, e_bh(log_e, config.level), strict=True):
             if passes:
                 accepted[prompt].append(cut)
-            else:
+            elif not cut.candidate.refusal:
                 words = f"one hump is not ruled out (log e {cut.candidate.log_e:.1f}; about {needed:.1f} is needed)"
                 _refuse(cuts[prompt], cut, words)
         shifts = Shifts(remaining, judged)
@@ -125,7 +123,7 @@ def find_factors(
             _refuse(cuts[prompt], cut, fault)
             accepted[prompt] = [one for one in accepted[prompt] if one is not cut]
         for prompt, weighed in cuts.items() if not taken else ():
-            search.power[prompt] = power(int(distinct[judged[prompt]].sum()), considered, config)
+            search.power[prompt] = power(int(distinct[judged[prompt]].sum()), len(considered), config)
             ordered = sorted(weighed, key=lambda cut: (bool(cut.candidate.refusal), -cut.candidate.log_e))
             search.candidates[prompt] = [cut.candidate for cut in ordered]
         if factor is None:
@@ -288,8 +286,5 @@ def _no_bias(cut: Cut, gathered: Mapping[int, Cut], num_judged: int, needed: flo
     if associated or (uneven and num_judged == 1):
         return ""
     kind, said = "uneven" if uneven else "even", " / ".join(f"{share:.0%}" for share in own)
-    return (
-        f"the groups are {kind} ({said})"
-        + (", not seen to differ between prompts" if num_judged > 1 else "")
-        + ": a style"
-    )
+    unseen = ", not seen to differ between prompts" if num_judged > 1 else ""
+    return f"the groups are {kind} ({said}){unseen}: a style"
