@@ -217,7 +217,9 @@ def encode_vision(
         extract = VisionEncoder.load(name_or_folder).extract
         return lambda images: np.stack([extract(images), extract(map(ImageOps.mirror, images))], axis=1)
 
-    return cached_features(cache_dir, name_or_folder, data, rows, load, progress)
+    files = sorted(Path(name_or_folder).expanduser().glob("*"))  # of a folder, which may come to hold another model
+    stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return cached_features(cache_dir, fingerprint(name_or_folder, *stamps), data, rows, load, progress)
 
 
 def cached_features(
