@@ -51,7 +51,9 @@ class FrozenDenoiser:
         shape = self.family.shape(self.module)
         self.schedule, self.device = NoiseSchedule(pipe.scheduler), torch.device(pipe._execution_device)
         self.dtype = self.module.dtype  # that it computes in, whatever its weights are stored in
-        paths = [shape.feature_path, *(self.family.upper_paths(self.module) if upper else ())]
+        blocks = self.family.upper_blocks
+        last = [f"{blocks}.{index}" for index in range(len(getattr(self.module, blocks)))][-2:] if upper else []
+        paths = (shape.feature_path, *last)
         self._features, *self._upper = (FeatureCapture(self.module, self.family, path) for path in paths)
         self._was_training = self.module.training
         self.module.eval()
