@@ -9,7 +9,7 @@ import pytest
 from invdiff import AuditConfig, audit, load_captioned_images
 from invdiff.auditing import asking
 from invdiff.auditing.asking import DRAWS, LEVELS, REST, Reading, asked_factors, questions, read_by_clip
-from invdiff.auditing.splits import Given
+from invdiff.auditing.factors import Search
 from invdiff.errors import AuditError, ConfigError
 from runs import made_up_data
 from test_words import birds, on_water
@@ -49,7 +49,7 @@ def factors(values, shown, noise=0.5, captions=("a dog", "a cat"), caption_ids=N
     half = len(shown) // 2
     ids = np.repeat([0, 1], half) if caption_ids is None else caption_ids
     data, members = made_up_data(list(captions), ids), {0: np.arange(half), 1: np.arange(half, 2 * half)}
-    search, config = Given([], {0: [], 1: []}, {}), AuditConfig(**settings)
+    search, config = Search([], {0: [], 1: []}), AuditConfig(**settings)
     return asked_factors(search, [Reading("what", values, scores)], data, np.ones(len(shown), bool), config, members)
 
 

@@ -33,6 +33,16 @@ def test_images_are_seen_as_they_are_and_mirrored_once(encoder_dir, tiny_pipe, d
     assert not any(str(encoder_dir.parent) in name for name in names)  # the path is private
 
 
+def test_features_of_an_encoder_that_was_replaced_in_its_folder_are_made_again(data, tmp_path):
+    def features():
+        return encode_vision(str(tmp_path / "encoder"), data, np.arange(3), tmp_path / "vision", progress=False)
+
+    save_dinov2(tmp_path / "encoder")
+    before = features()
+    save_clip(tmp_path / "encoder")
+    assert not np.array_equal(features(), before)
+
+
 class Wide(FrozenDenoiser):
     """A denoiser of wide blocks, with one number everywhere."""
 

@@ -32,9 +32,9 @@ from .captions import stated_group
 from .cuts import NOT_TESTED, Cut, too_few, weigh
 from .decide import e_bh, share_intervals
 from .evidence import cached_features, in_shards, paired_losses
+from .factors import Search
 from .result import WORD_LIMIT, Candidate
 from .scores import Score, as_it_is
-from .splits import Given
 from .words import embedded
 
 TEMPLATE = "{}, {}"  # how a value is put into a caption
@@ -163,21 +163,20 @@ def _likelier(losses: _Array) -> _Array:
 
 
 def asked_factors(
-    search: Given,
+    search: Search,
     readings: Sequence[Reading],
     data: EncodedImages,
     distinct: NDArray[np.bool_],
     config: AuditConfig,
-    members: Mapping[int, _Array],
-) -> Given:
+    judged: Mapping[int, _Array],
+) -> Search:
     """A search with a factor, after those it has, for each attribute of which a value is told apart under a prompt.
 
     Of two values there is one score; of more, one for each against the mean of all. A score is cut between two humps
     as other evidence is (see decide.py), at the false discovery rate `config.level` over all attributes. What no value
     claims is `REST`. Images whose captions state a value are set apart, and groups that are even under every prompt
-    are refused. `distinct` (N,) is false for images that are nearly the same as another; `members` has each prompt's.
+    are refused. `distinct` (N,) is false for images that are nearly the same as another; `judged` has each prompt's.
     """
-    judged = {prompt: rows for prompt, rows in members.items() if not too_few(len(rows), config)}
     reader, two = public_name(config.words_model) or "the audited model", replace(config, num_groups=2)
     for reading in readings:
         values, weighed = reading.values, dict[tuple[int, int], Cut]()  # by prompt and value

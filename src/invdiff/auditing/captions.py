@@ -18,7 +18,6 @@ from ..models.families import Condition
 from ..models.features import add_noise
 from ..models.frozen import Denoiser
 from ..seeds import generator
-from .evidence import repeated
 from .splits import rarest
 
 MOST_CAPTIONS = 256  # of more captions than this, as many stand for others with similar embeddings
@@ -58,8 +57,8 @@ def group_captions(denoiser: Denoiser, data: EncodedImages, threshold: float, se
         return denoiser(noisy_latents, timesteps, condition)[0].float()
 
     error = (predict(data.condition(data.caption_ids[rows])) - target).square().mean().item()
-    each = [predict(repeated(data.conditions, int(caption), PROBES)).flatten().cpu() for caption in compared]
-    predictions = torch.stack(each)
+    conditions = (data.condition(torch.full((PROBES,), int(caption))) for caption in compared)
+    predictions = torch.stack([predict(condition).flatten().cpu() for condition in conditions])
     distances = torch.cdist(predictions, predictions).square().double().numpy() / predictions.shape[1]
     np.fill_diagonal(distances, 0.0)
     tree = linkage(squareform(distances / max(error, 1e-12), checks=False), method="average")

@@ -1,7 +1,7 @@
 """Cuts of one prompt's images by a score: which are worth making, and the evidence for each. No torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -26,7 +26,7 @@ class Cut:
 
     candidate: Candidate
     score: Score
-    weights: _Array = field(default_factory=lambda: np.empty((0, 0)))
+    weights: _Array
     """W of the prompt's images, (n, E), columns rising with the score; empty where the cut was not tested."""
     intervals: list[tuple[float, float]] = field(default_factory=list)
     """95% interval of each share."""
@@ -63,8 +63,8 @@ def weigh(scores: Sequence[Score], distinct: _Array, config: AuditConfig, rng: n
                 break
     rotations, tested, cuts = halves(len(distinct), rng, distinct), 0, []
     for worth, score, values, mixture in sorted(drafts, key=lambda draft: -draft[0]):
-        size, lowest = len(mixture.means), worth
-        cut = Cut(Candidate(score.evidence, size, _rounded(mixture.shares), 0.0, 0.0, 0.0, NOT_TESTED, ""), score)
+        size, lowest, refusal, shares = len(mixture.means), worth, "", mixture.shares
+        weights, intervals, agreement, log_e = np.empty((0, 0)), list[tuple[float, float]](), 0.0, NOT_TESTED
         if mixture.shares.min() < config.min_share:
             refusal = f"a group of {mixture.shares.min():.1%} is too small (at least {config.min_share:.1%})"
         elif worth >= config.min_rand and tested == MOST_TESTED:
@@ -74,25 +74,18 @@ def weigh(scores: Sequence[Score], distinct: _Array, config: AuditConfig, rng: n
         else:
             tested += 1
             humps = fit_humps(values, mixture)
-            posterior = (humps or mixture).posterior(values)
-            intervals = share_intervals(posterior)
-            nearly = np.ptp(posterior.mean(axis=0)) < LEAST_DIFFERENCE
-            even = score.of_prompt and (nearly or min(high for _, high in intervals) >= 0.5)
-            refusal = "the groups are even: a style, not a spurious attribute" if even else ""
-            cut = Cut(cut.candidate, score, posterior, intervals)
+            weights = (humps or mixture).posterior(values)
+            shares, intervals = weights.mean(axis=0), share_intervals(weights)
+            nearly = np.ptp(shares) < LEAST_DIFFERENCE
+            if score.of_prompt and (nearly or min(high for _, high in intervals) >= 0.5):
+                refusal = "the groups are even: a style, not a spurious attribute"
             mixture = humps.gaussians if humps else mixture
-            log_e = log_e_value(score.learn, values, size, rotations)
+            log_e = max(log_e_value(score.learn, values, size, rotations), NOT_TESTED)
             # Of the groups that the versions of a score give, each cut on its own.
             labels = [fit_mixture(draw, size, quick=True).posterior(draw).argmax(axis=1) for draw in score.draws]
             pairs = [adjusted_rand_score(a, b) for a, b in combinations(labels, 2)]
-            agreement, log_e = round(float(np.mean(pairs or [0.0])), 4), round(max(log_e, NOT_TESTED), 4)
-            shares = _rounded(posterior.mean(axis=0))
-            cut = replace(cut, candidate=replace(cut.candidate, shares=shares, agreement=agreement, log_e=log_e))
-        separation, lowest = round(float(mixture.separation), 4), round(lowest, 4)
-        candidate = replace(cut.candidate, separation=separation, rand_low=lowest, refusal=refusal)
-        cuts.append(replace(cut, candidate=candidate))
+            agreement = float(np.mean(pairs or [0.0]))
+        figures = (round(agreement, 4), round(float(mixture.separation), 4), round(lowest, 4), round(log_e, 4))
+        candidate = Candidate(score.evidence, size, [round(float(share), 4) for share in shares], *figures, refusal)
+        cuts.append(Cut(candidate, score, weights, intervals))
     return cuts
-
-
-def _rounded(shares: _Array) -> list[float]:
-    return [round(float(share), 4) for share in shares]

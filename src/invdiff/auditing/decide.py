@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logit, softmax
-from scipy.stats import norm
+from scipy.stats import false_discovery_control, norm
 
 from ..config import AuditConfig
 from .logconcave import fit_log_concave, max_log_likelihood
@@ -268,12 +268,8 @@ def log_e_value(
 
 def e_bh(log_e: Sequence[float], level: float) -> NDArray[np.bool_]:
     """Which hypotheses are rejected at a false discovery rate of `level`, whatever their dependence (e-BH)."""
-    values = np.asarray(log_e, dtype=float)
-    if not len(values):
-        return np.zeros(0, dtype=bool)
-    ordered = np.sort(values)[::-1]
-    passing = np.flatnonzero(ordered >= np.log(len(values) / (level * np.arange(1, len(values) + 1))))
-    return values >= ordered[passing[-1]] if len(passing) else np.zeros(len(values), dtype=bool)
+    p_values = np.exp(-np.maximum(np.asarray(log_e, dtype=float), 0.0))  # 1 / E, by Benjamini and Hochberg's rule
+    return false_discovery_control(p_values) <= level
 
 
 def smallest_share(count: int, candidates: int, level: float, *, separation: float = 4.0) -> float:

@@ -205,11 +205,6 @@ def paired_losses(
     return torch.stack(losses, dim=1).unflatten(1, (len(levels), draws))
 
 
-def repeated(condition: Condition, row: int, times: int) -> Condition:
-    """One row of a condition, `times` times."""
-    return {name: values[row].expand(times, *values.shape[1:]) for name, values in condition.items()}
-
-
 def encode_vision(
     name_or_folder: str, data: CaptionedImages, rows: NDArray[Any], cache_dir: Path, *, progress: bool = True
 ) -> NDArray[np.float32]:
@@ -222,7 +217,9 @@ def encode_vision(
         extract = VisionEncoder.load(name_or_folder).extract
         return lambda images: np.stack([extract(images), extract(map(ImageOps.mirror, images))], axis=1)
 
-    return cached_features(cache_dir, name_or_folder, data, rows, load, progress)
+    files = sorted(Path(name_or_folder).expanduser().glob("*"))  # of a folder, which may come to hold another model
+    stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return cached_features(cache_dir, fingerprint(name_or_folder, *stamps), data, rows, load, progress)
 
 
 def cached_features(

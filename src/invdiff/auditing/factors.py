@@ -6,7 +6,7 @@ the features, and the next is sought.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 from ..config import AuditConfig
 from ..progress import progress_bar
 from ..seeds import derived_seed
-from .cuts import LEAST_DIFFERENCE, Cut, is_mixed, too_few, weigh
+from .cuts import LEAST_DIFFERENCE, Cut, is_mixed, weigh
 from .decide import MOST_JUDGED, e_bh, power
 from .evidence import Evidence
 from .result import Candidate
@@ -32,16 +32,20 @@ _Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Search:
-    """What was found, and what was weighed under each prompt."""
+    """What was found, and what was weighed under each prompt; and of factors that were asked for, what was asked."""
 
     factors: list[dict[int, Cut]]  # of each hidden factor, its cut of each prompt that it splits, columns in one order
     candidates: dict[int, list[Candidate]]  # of each prompt, best first
-    power: dict[int, str]  # what size of minority could have been seen under each prompt, in words
+    power: dict[int, str] = field(default_factory=dict)  # the minority that each prompt could have shown, in words
+    names: list[str] = field(default_factory=list)  # of the factors that were asked for; none where they were sought
+    values: list[list[str]] = field(default_factory=list)  # names of the groups of each
+    record: dict[str, Any] = field(default_factory=dict)  # what was asked for, as `Audit.settings["asked"]` keeps it
+    words: dict[int, dict[str, int]] = field(default_factory=dict)  # of captions, that state a group of a factor
 
 
 def find_factors(
     evidence: Evidence,
-    members: Mapping[int, _Array],
+    judged: Mapping[int, _Array],
     names: Mapping[int, str],
     distinct: NDArray[np.bool_],
     config: AuditConfig,
@@ -52,18 +56,17 @@ def find_factors(
 
     Args:
         evidence: Measurements of N images.
-        members: For each prompt its images, indices into them, (n,).
+        judged: For each prompt with images enough its images, indices into them, (n,).
         names: Of the prompts, for people.
         distinct: (N,), false for images that are nearly the same as another.
         config: Limits and the seed.
         progress: Show a progress bar.
     """
-    judged = {prompt: rows for prompt, rows in members.items() if not too_few(len(rows), config)}
     sources = evidence.whitened(config.seed)
     prompt_of = np.full(len(distinct), -1)
     for prompt, rows in judged.items():
         prompt_of[rows] = prompt
-    search = Search([], {prompt: [] for prompt in members}, {})
+    search = Search([], {})
     taken: list[_Array] = []
     most = config.max_factors or (4 if len(judged) > 1 else 1)
     for number in range(most if judged else 0):
@@ -73,7 +76,7 @@ def find_factors(
         with progress_bar(f"weighing evidence of factor {number + 1}", len(judged), enabled=progress) as bar:
             for prompt, rows in judged.items():
                 own = [weights[rows] for weights in taken]
-                scores = margins.scores(prompt, dict(names)) if margins and not evidence.contrast_only else []
+                scores = margins.scores(prompt, names) if margins and not evidence.contrast_only else []
                 if not evidence.contrast_only:
                     scores += component_scores(evidence, rows, config, own)
                 if not any(prompt in factor for factor in search.factors):  # a factor cannot be taken out of them
@@ -81,16 +84,14 @@ def find_factors(
                 rng = np.random.default_rng(derived_seed("cuts", config.seed, number, prompt))
                 cuts[prompt] = weigh(scores, distinct[rows], config, rng)
                 bar.advance()
-        tested = [(prompt, cut) for prompt, own in cuts.items() for cut in own if not cut.candidate.refusal]
-        considered = sum(map(len, cuts.values()))
-        log_e = [cut.candidate.log_e for _, cut in tested] + [-np.inf] * (considered - len(tested))
-        believed = e_bh(log_e, config.level)[: len(tested)]
-        needed, enough = np.log(max(considered, 1) / config.level), np.log(len(judged) / config.level)
+        considered = [(prompt, cut) for prompt, own in cuts.items() for cut in own]
+        log_e = [-np.inf if cut.candidate.refusal else cut.candidate.log_e for _, cut in considered]
+        needed, enough = np.log(max(len(considered), 1) / config.level), np.log(len(judged) / config.level)
         accepted: dict[int, list[Cut]] = {prompt: [] for prompt in judged}
-        for (prompt, cut), passes in zip(tested, believed, strict=True):
+        for (prompt, cut), passes in zip(considered, e_bh(log_e, config.level), strict=True):
             if passes:
                 accepted[prompt].append(cut)
-            else:
+            elif not cut.candidate.refusal:
                 words = f"one hump is not ruled out (log e {cut.candidate.log_e:.1f}; about {needed:.1f} is needed)"
                 _refuse(cuts[prompt], cut, words)
         shifts = Shifts(remaining, judged)
@@ -122,7 +123,7 @@ def find_factors(
             _refuse(cuts[prompt], cut, fault)
             accepted[prompt] = [one for one in accepted[prompt] if one is not cut]
         for prompt, weighed in cuts.items() if not taken else ():
-            search.power[prompt] = power(int(distinct[judged[prompt]].sum()), considered, config)
+            search.power[prompt] = power(int(distinct[judged[prompt]].sum()), len(considered), config)
             ordered = sorted(weighed, key=lambda cut: (bool(cut.candidate.refusal), -cut.candidate.log_e))
             search.candidates[prompt] = [cut.candidate for cut in ordered]
         if factor is None:
@@ -241,16 +242,13 @@ class Shifts:
 
     def _tells(self, prompt: int, cut: Cut, other: int, match: Cut, columns: _Array) -> bool:
         """Whether each group's shift under one prompt ranks the images of that group first under the other."""
-        pairs = (prompt, cut.weights), (other, match.weights[:, columns])
-        (one, two), (first, second) = ([self.features(at) for at, _ in pairs], [weights for _, weights in pairs])
+        one = self.features(prompt), cut.weights
+        two = self.features(other), match.weights[:, columns]
         return all(
-            roc_auc_score(labels == group, features @ shift) >= TELLS
-            for features, labels, shifts in (
-                (one, first.argmax(axis=1), self.of(two, second)),
-                (two, second.argmax(axis=1), self.of(one, first)),
-            )
+            roc_auc_score(weights.argmax(axis=1) == group, features @ shift) >= TELLS
+            for (features, weights), shifts in ((one, self.of(*two)), (two, self.of(*one)))
             for group, shift in enumerate(shifts)
-            if 0 < (labels == group).sum() < len(labels)
+            if 0 < (weights.argmax(axis=1) == group).sum() < len(weights)
         )
 
 
@@ -288,8 +286,5 @@ def _no_bias(cut: Cut, gathered: Mapping[int, Cut], num_judged: int, needed: flo
     if associated or (uneven and num_judged == 1):
         return ""
     kind, said = "uneven" if uneven else "even", " / ".join(f"{share:.0%}" for share in own)
-    return (
-        f"the groups are {kind} ({said})"
-        + (", not seen to differ between prompts" if num_judged > 1 else "")
-        + ": a style"
-    )
+    unseen = ", not seen to differ between prompts" if num_judged > 1 else ""
+    return f"the groups are {kind} ({said}){unseen}: a style"

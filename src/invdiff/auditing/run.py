@@ -26,12 +26,13 @@ from ..seeds import generator
 from .asked import Labels, columns_asked, labels_asked
 from .asking import Reading, asked_factors, questions, read_by_clip, read_by_model
 from .captions import group_captions, part_by_images, stated_group, words_that_state_groups
+from .cuts import too_few
 from .evidence import Evidence, collect_evidence, encode_vision
 from .factors import Search, find_factors, spread
 from .probe import linear_judges, spread_labels
 from .result import Audit, Factor, PromptAudit, PromptSplit
 from .scores import Margins
-from .splits import Given, force_factors, given_factors, rarest, why_not
+from .splits import force_factors, given_factors, rarest, why_not
 from .words import describe_groups
 
 ALMOST, NEIGHBOURS = 0.05, 8
@@ -142,13 +143,13 @@ def audit(
         if wanted and images is not None and config.words_model:
             by_words = read_by_clip(ClipEncoder.load(config.words_model), images, rows, wanted, **look)
 
-        def asked(members: Mapping[int, NDArray[Any]]) -> Given:
+        def asked(judged: Mapping[int, NDArray[Any]]) -> Search:
             prompt_of = prompts[encoded.caption_ids.numpy()]
             sources = evidence.whitened(config.seed)
             margins = Margins(sources, prompt_of).of_pairs() if few else np.zeros((len(prompt_of), 0))
             learned = [spread_labels(name, of, sources, margins, prompt_of) for name, of in few.items()]
-            search = given_factors([*given, *learned], members, config)
-            return asked_factors(search, by_words, encoded, unlike, config, members)
+            search = given_factors([*given, *learned], judged, config)
+            return asked_factors(search, by_words, encoded, unlike, config, judged)
 
         ways: dict[str, Any] = {"asked": asked if given or few or by_words else None, "progress": progress}
         found = infer(encoded, evidence, prompts, config, notes=notes, distinct=unlike, **ways)
@@ -174,7 +175,7 @@ def infer(
     *,
     notes: Mapping[int, str] | None = None,
     distinct: NDArray[np.bool_] | None = None,
-    asked: Callable[[Mapping[int, NDArray[Any]]], Given] | None = None,
+    asked: Callable[[Mapping[int, NDArray[Any]]], Search] | None = None,
     progress: bool = True,
 ) -> Audit:
     """The max phase: groups of N images from their evidence.
@@ -187,21 +188,21 @@ def infer(
     members = {prompt: np.flatnonzero(prompt_of[caption_ids] == prompt) for prompt in np.unique(prompt_of).tolist()}
     members = dict(sorted(members.items(), key=lambda item: -len(item[1])))
     names = {prompt: _captions_of(data, rows)[0] for prompt, rows in members.items()}
-    given = asked(members) if asked else None
-    if given:
-        search: Search = given
+    judged = {prompt: rows for prompt, rows in members.items() if not too_few(len(rows), config)}
+    if asked:
+        search = asked(judged)
     elif config.solver == "auto":
         distinct = np.ones(len(data), dtype=bool) if distinct is None else distinct
-        search = find_factors(evidence, members, names, distinct, config, progress=progress)
+        search = find_factors(evidence, judged, names, distinct, config, progress=progress)
     else:
-        search = force_factors(evidence, members, config)
+        search = force_factors(evidence, judged, config)
 
     # What captions state is not hidden: of each factor, the group that an image's caption states, or -1.
     stated = np.full((len(data), len(search.factors)), -1)
     words: list[dict[int, dict[str, int]]] = []
     for m, cuts in enumerate(search.factors):
         group_of, usual = words_that_state_groups(data, {p: (members[p], cut.weights) for p, cut in cuts.items()})
-        group_of |= given.words.get(m, {}) if given else {}
+        group_of |= search.words.get(m, {})
         words.append({})
         for prompt, cut in cuts.items():
             of_usual = dict.fromkeys(usual, int(cut.weights.sum(axis=0).argmax()))
@@ -234,8 +235,8 @@ def infer(
                 if group >= 0:
                     weights[m][own] = 1 / weights[m].shape[1]
             captions = _captions_of(data, own)
-            candidates, why = search.candidates[prompt], dict[str, list[str]]()
-            for one in candidates if given else ():
+            candidates, why = search.candidates.get(prompt, []), dict[str, list[str]]()
+            for one in candidates if asked else ():
                 why.setdefault(one.refusal, []).append(one.evidence)
             refused = [f"by {', '.join(of)}, {refusal}" for refusal, of in why.items() if refusal]
             unsplit = f"not split: {'; '.join(refused)}"
@@ -256,9 +257,9 @@ def infer(
             prompts.append(PromptAudit(captions[0], captions, len(own), found, reason, power, said, candidates))
     factors = []
     for m, of in enumerate(splits):
-        name, values = (given.names[m], given.values[m]) if given else (f"factor {m + 1}", [])
+        name, values = (search.names[m], search.values[m]) if asked else (f"factor {m + 1}", [])
         factors.append(Factor(name, sorted(of, key=lambda one: -prompts[one.prompt].num_images), values))
-    settings = {"asked": given.record} if given else {}
+    settings = {"asked": search.record} if asked else {}
     final = tuple(each.astype(np.float32) for each in weights)
     return Audit(final, scores.astype(np.float32), prompt_ids, prompts, factors, list(data.names), 0.0, settings)
 

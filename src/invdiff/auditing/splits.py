@@ -9,7 +9,6 @@ They split any images, whether anything is hidden or not; the solver `auto` is i
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -115,41 +114,29 @@ def forced_split(score: Score, config: AuditConfig) -> Cut:
     return Cut(Candidate(score.evidence, num_groups, shares, *figures, ""), score, weights)
 
 
-def force_factors(evidence: Evidence, members: Mapping[int, NDArray[Any]], config: AuditConfig) -> Search:
-    """A split of every prompt with images enough, whether anything is hidden or not: a factor of those that match."""
-    judged = {prompt: rows for prompt, rows in members.items() if not too_few(len(rows), config)}
+def force_factors(evidence: Evidence, judged: Mapping[int, NDArray[Any]], config: AuditConfig) -> Search:
+    """A split of every prompt, of images `judged` (n,), whether anything is hidden or not: a factor of those alike."""
     scored = {prompt: contrasts(evidence, rows, config) for prompt, rows in judged.items()}
     cuts = {prompt: [forced_split(scores[0], config)] for prompt, scores in scored.items() if scores}
-    candidates = {prompt: [cut.candidate for cut in cuts.get(prompt, [])] for prompt in members}
+    candidates = {prompt: [cut.candidate for cut in own] for prompt, own in cuts.items()}
     if not cuts:
-        return Search([], candidates, {})
+        return Search([], candidates)
     factors, shifts = list[dict[int, Cut]](), Shifts(evidence.whitened(config.seed), judged)
     while cuts:
         first = next(iter(cuts))
         factors.append(shifts.gather(first, cuts[first][0], cuts[first], cuts, config.seed))
         cuts = {prompt: own for prompt, own in cuts.items() if prompt not in factors[-1]}
-    return Search(factors, candidates, {})
+    return Search(factors, candidates)
 
 
-@dataclass(frozen=True)
-class Given(Search):
-    """Factors that were asked for, not sought."""
-
-    names: list[str] = field(default_factory=list)
-    values: list[list[str]] = field(default_factory=list)  # names of the groups of each
-    record: dict[str, Any] = field(default_factory=dict)  # what was asked for, as `Audit.settings["asked"]` keeps it
-    words: dict[int, dict[str, int]] = field(default_factory=dict)  # words of captions that state a group
-
-
-def given_factors(asked: Sequence[Asked], members: Mapping[int, NDArray[Any]], config: AuditConfig) -> Given:
+def given_factors(asked: Sequence[Asked], judged: Mapping[int, NDArray[Any]], config: AuditConfig) -> Search:
     """One factor for each attribute that is asked for, of the prompts under which it has two values or more.
 
     A value counts under a prompt where it has `min_share` of the images of which it is known, and `LEAST_IMAGES`.
     Images of other values, or of which nothing is known, may be of any of those that count. Values that count nowhere
     have no group.
     """
-    judged = {prompt: rows for prompt, rows in members.items() if not too_few(len(rows), config)}
-    search = Given([], {prompt: [] for prompt in members}, {})
+    search = Search([], {prompt: [] for prompt in judged})
     for one in asked:
         mass = {prompt: one.weights[rows].sum(axis=0) for prompt, rows in judged.items()}
         counts = {p: of >= max(config.min_share * of.sum(), LEAST_IMAGES) for p, of in mass.items()}

@@ -51,7 +51,9 @@ class FrozenDenoiser:
         shape = self.family.shape(self.module)
         self.schedule, self.device = NoiseSchedule(pipe.scheduler), torch.device(pipe._execution_device)
         self.dtype = self.module.dtype  # that it computes in, whatever its weights are stored in
-        paths = [shape.feature_path, *(self.family.upper_paths(self.module) if upper else ())]
+        blocks = self.family.upper_blocks
+        last = [f"{blocks}.{index}" for index in range(len(getattr(self.module, blocks)))][-2:] if upper else []
+        paths = (shape.feature_path, *last)
         self._features, *self._upper = (FeatureCapture(self.module, self.family, path) for path in paths)
         self._was_training = self.module.training
         self.module.eval()
@@ -77,7 +79,8 @@ class FrozenDenoiser:
 
         `ModelError` where layerwise casting would take away the weights that the backward pass needs.
         """
-        if torch.is_grad_enabled() and any(map(_is_cast, self.module.modules())):
+        hooks = (getattr(part, "_diffusers_hook", None) for part in self.module.modules())
+        if torch.is_grad_enabled() and any(of and of.get_hook("layerwise_casting") for of in hooks):
             raise ModelError(
                 "Expected a model without layerwise casting to train adapters or tokens in: gradients go through "
                 "it. Found it cast layer by layer; load it without, or train with backend 'module'."
@@ -107,11 +110,6 @@ class FrozenDenoiser:
         self.close()
 
 
-def _is_cast(part: nn.Module) -> bool:
-    registry = getattr(part, "_diffusers_hook", None)
-    return registry is not None and registry.get_hook("layerwise_casting") is not None
-
-
 class Hook:
     """A forward hook that stays with the module it was registered on: copies and pickles of the module have none."""
 
@@ -136,14 +134,7 @@ class FeatureCapture:
     def __init__(self, denoiser: nn.Module, family: Family, path: str) -> None:
         self._value: torch.Tensor | None = None
         self._family, self._path = family, path
-        try:
-            block = denoiser.get_submodule(path)
-        except AttributeError as error:
-            raise ModelError(
-                f"Expected {type(denoiser).__name__} to have a block named {path!r}, found none; "
-                f"its blocks are {', '.join(name for name, _ in denoiser.named_children())}."
-            ) from error
-        self._handle = block.register_forward_hook(Hook(self._record))
+        self._handle = denoiser.get_submodule(path).register_forward_hook(Hook(self._record))
 
     def _record(self, block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._value = self._family.hidden_states(output).clone()  # later parts may overwrite it in place

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
+from scipy.special import logit
 
 from ..errors import ModelError
 
@@ -30,7 +31,7 @@ class NoiseSchedule:
             self.prediction_type = FLOW
             self.num_train_timesteps: int = config["num_train_timesteps"]
             self.key = json.dumps({"flow": True, "num_train_timesteps": self.num_train_timesteps})
-            self.log_snr = log_snr(1 - np.arange(self.num_train_timesteps) / self.num_train_timesteps, squared=False)
+            self.log_snr = 2 * logit(1 - np.arange(self.num_train_timesteps) / self.num_train_timesteps)
             return
         if not hasattr(scheduler, "alphas_cumprod"):
             raise ModelError(
@@ -51,7 +52,7 @@ class NoiseSchedule:
         self.num_train_timesteps = self._process.config["num_train_timesteps"]
         self.key = json.dumps(options, sort_keys=True, default=repr)
         # Now, since diffusers moves the betas to the device of the latents that noise is added to.
-        self.log_snr = log_snr(self._process.alphas_cumprod.double().numpy(), squared=True)
+        self.log_snr = logit(self._process.alphas_cumprod.double().numpy())  # alpha_bar is the signal's share, squared
 
     def timestep_at(self, log_snr: float) -> int:
         """The timestep of the nearest log signal-to-noise ratio, in every schedule the same noise: Kingma 2021."""
@@ -73,12 +74,6 @@ class NoiseSchedule:
         if self.prediction_type == FLOW:
             return noise - latents
         return self._process.get_velocity(latents, noise, timesteps)
-
-
-def log_snr(signal: np.ndarray, *, squared: bool) -> np.ndarray:
-    """log(signal^2 / noise^2), elementwise, where signal and noise, or their squares, sum to 1."""
-    with np.errstate(divide="ignore"):
-        return (1 if squared else 2) * (np.log(signal) - np.log1p(-signal))
 
 
 def per_sample_loss(model_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """Captions that have nothing to do with the images: guidance learns to leave the model as it is under them."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 
 from ..assets import EVERYDAY_CAPTIONS
-from ..auditing.captions import PROBES, group_captions
+from ..auditing.captions import PROBES, group_captions, words_in
 from ..config import AuditConfig
 from ..data.encode import EncodedImages, encode_captions
 from ..models.families import Condition
@@ -22,12 +21,8 @@ AT_ONCE = 16  # captions that are encoded together
 
 def unrelated_captions(captions: Sequence[str]) -> list[str]:
     """The bundled captions of everyday things without the last word of any of `captions`, mostly what it is of."""
-
-    def words(caption: str) -> list[str]:
-        return re.findall(r"\w+", caption.casefold())
-
-    subjects = {word for caption in captions for word in words(caption)[-1:]}
-    return [each for each in EVERYDAY_CAPTIONS.read_text("utf-8").splitlines() if not subjects & {*words(each)}]
+    subjects = {word for caption in captions for word in words_in(caption)[-1:]}
+    return [each for each in EVERYDAY_CAPTIONS.read_text("utf-8").splitlines() if not subjects & {*words_in(each)}]
 
 
 def unrelated_condition(

@@ -49,6 +49,8 @@ class Family(ABC):
     """Whether images are drawn from prompts (or class names)."""
     packing: ClassVar[int] = 1
     """Side of the square of latents that is one input of the denoiser."""
+    upper_blocks: ClassVar[str] = "up_blocks"
+    """The denoiser's list of blocks that ends nearest to the image."""
     adapted: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
     """Last names of the layers that take low-rank adapters."""
     distilled_guidance: float = 1.0
@@ -67,10 +69,6 @@ class Family(ABC):
     @abstractmethod
     def shape(self, denoiser: Any) -> DenoiserShape:
         """Sizes and feature block that a guidance module for `denoiser` must fit."""
-
-    @abstractmethod
-    def upper_paths(self, denoiser: Any) -> list[str]:
-        """Dotted paths of the last two blocks, whose outputs are nearest to the image."""
 
     @abstractmethod
     def base_width(self, denoiser: Any) -> int:

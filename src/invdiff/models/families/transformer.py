@@ -17,6 +17,7 @@ from .base import Condition, DenoiserCall, DenoiserShape, Family
 class TransformerFamily(Family):
     """What transformers share: features are the tokens of the block in the middle."""
 
+    upper_blocks = "transformer_blocks"
     adapted = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     prompt_width: ClassVar[str]  # the denoiser's setting with the width of prompt embeddings; "" where it reads none
 
@@ -27,9 +28,6 @@ class TransformerFamily(Family):
             feature_channels=denoiser.inner_dim,
             prompt_dim=denoiser.config[self.prompt_width] if self.prompt_width else 0,
         )
-
-    def upper_paths(self, denoiser: Any) -> list[str]:
-        return [f"transformer_blocks.{index}" for index in range(len(denoiser.transformer_blocks))][-2:]
 
     def base_width(self, denoiser: Any) -> int:
         return min(256, denoiser.inner_dim // 8)

@@ -25,9 +25,6 @@ class StableDiffusion(Family):
             prompt_dim=config.get("cross_attention_dim") or 0,
         )
 
-    def upper_paths(self, denoiser: Any) -> list[str]:
-        return [f"up_blocks.{index}" for index in range(len(denoiser.up_blocks))][-2:]
-
     def hidden_states(self, block_output: Any) -> Tensor:
         return block_output[0] if isinstance(block_output, tuple) else block_output  # what a down block skips follows
 
