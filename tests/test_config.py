@@ -37,7 +37,7 @@ NAN, INFINITE = float("nan"), float("inf")
         (config.FinetuneConfig, "weight_decay", -1e-3, "at least 0"),
         (config.FinetuneConfig, "ema_decay", 1, "at least 0 and below 1"),
         (config.TrainConfig, "width", 12, "0 or a multiple of 8"),
-        (config.TrainConfig, "rank", 4, "nothing with backend 'auto', but with 'lora' alone, which reads it"),
+        (config.TrainConfig, "width", 16, "nothing with backend 'auto', but with 'module' alone, which reads it"),
         (config.AuditConfig, "num_groups", 1, "0 or at least 2"),
         (config.AuditConfig, "min_share", 0.5, "at least 0 and at most 1 / 3 groups"),
         (config.AuditConfig, "contrast_log_snr", (), "at least one level"),

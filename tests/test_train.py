@@ -164,8 +164,8 @@ def test_a_finished_run_is_read_back_and_other_settings_are_refused_by_name(tiny
 
 
 def test_auto_trains_adapters_and_says_so(tiny_pipe, data, found, tmp_path, capsys):
-    guidance = run(tiny_pipe, data, found, tmp_path / "m", backend="auto", steps=1)
-    assert guidance.backend == "lora"
+    guidance = run(tiny_pipe, data, found, tmp_path / "m", backend="auto", steps=1, rank=2)
+    assert (guidance.backend, guidance.config["rank"]) == ("lora", 2)
     assert "backend lora: 1 steps of 4 images" in capsys.readouterr().err
 
 

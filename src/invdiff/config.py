@@ -156,7 +156,12 @@ class TrainConfig(Config):
         for name, backend in (("width", "module"), ("tokens", "tokens"), ("rank", "lora")):
             default = type(self).__dataclass_fields__[name].default
             unread = f"nothing with backend {self.backend!r}, but with {backend!r} alone, which reads it"
-            self.require(name, backend == self.backend or getattr(self, name) == default, unread)
+            self.require(name, backend == self.chosen_backend or getattr(self, name) == default, unread)
+
+    @property
+    def chosen_backend(self) -> str:
+        """The backend, where `auto` is the best in docs/backends.md."""
+        return "lora" if self.backend == "auto" else self.backend
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ BACKENDS: dict[str, type[Guidance]] = {each.backend: each for each in (GuidanceM
 
 def settled(config: TrainConfig) -> TrainConfig:
     """The settings with what is left open: backend, steps and batch size."""
-    backend = "lora" if config.backend == "auto" else config.backend  # the best in docs/backends.md
+    backend: Any = config.chosen_backend
     steps, batch_size = BACKENDS[backend].recipe
     return replace(config, backend=backend, steps=config.steps or steps, batch_size=config.batch_size or batch_size)
 
