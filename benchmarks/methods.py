@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from invdiff import Audit, AuditConfig, FinetuneConfig, TrainConfig, audit, finetune, train
+from invdiff import Audit, AuditConfig, FinetuneConfig, GenerateConfig, TrainConfig, audit, finetune, train
 from invdiff.data.captioned import CaptionedImages
 from invdiff.errors import ConfigError
 from invdiff.evaluation.calibrate import calibrate
@@ -165,6 +165,8 @@ def stopwatch(folder: Path) -> Iterator[Callable[[], float | None]]:
         write_json(path, {"seconds": round(time.perf_counter() - start, 1)})
 
 
+CALIBRATED = 64
+"""Images of each prompt and group that the closed loop draws at each guidance scale."""
 GIVEN = {"true": "labels", "words": "words", "few-labels": "40 labels"}
 """Groups to what a method is given with them; the others need nothing."""
 
@@ -207,14 +209,20 @@ class Guided:
         config = self.training(world.seed)
         guidance = train(pipe, world.data, found, folder, config=config, cache_dir=world.cache)
         if self.calibrated and not guidance.config["mixes"]:
-            calibrate(pipe, guidance, world.found_in, folder, guidance_scales=self.calibrated)
+            calibrate(pipe, guidance, world.found_in, folder, guidance_scales=self.calibrated, images=CALIBRATED)
         trained = guidance.config["record"]["training"]  # as `auto` was settled
-        passes = 3.0 * (2 if config.penalty else 1)
+        passes = (3.0 if self.through_the_model(config) else 1.0) + (1.0 if config.penalty else 0.0)
+        drawn = CALIBRATED * max(found.num_groups) * sum(of.found for of in found.prompts)
+        drawn *= GenerateConfig.num_inference_steps * sum(2 if scale > 1 else 1 for scale in self.calibrated)
         about = {"null adapter": guidance.config["null_adapter"], "mixes": dict(guidance.config["mixes"] or {})}
         return Fitted(
             pipe,
             guidance,
             parameters=guidance.num_parameters(),
-            forwards=search + passes * trained["steps"] * trained["batch_size"],
+            forwards=search + passes * trained["steps"] * trained["batch_size"] + drawn,
             about=about,
         )
+
+    def through_the_model(self, config: TrainConfig) -> bool:
+        """Whether gradients go through the frozen model, not only through what stands beside it."""
+        return config.chosen_backend != "module"

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from methods import Fitted, Guided, World
 from torch import nn
 
+from invdiff import TrainConfig
 from invdiff.errors import ConfigError, ModelError
 from invdiff.guidance.backends import BACKENDS
 from invdiff.guidance.base import Rows
@@ -141,6 +142,10 @@ class GuidedInside(Guided):
         super().__post_init__()
         if self.config.get("backend") != "module":
             raise ConfigError(f"Expected backend 'module', got {self.config.get('backend', 'auto')!r}.")
+
+    def through_the_model(self, config: TrainConfig) -> bool:
+        """As far as the shifts are deep, which is counted as the whole."""
+        return True
 
     def fit(self, world: World, folder: Path) -> Fitted:
         """Train it, or read it where it was trained."""
