@@ -151,10 +151,23 @@ def test_accuracy_counts_the_subject_that_the_prompt_names(base):
     assert measures.by_group["water"]["subject accuracy"].value == pytest.approx(2 / 3)
 
 
-def test_the_subject_is_the_longest_class_name_that_is_a_word_of_the_prompt_if_any(tmp_path):
+def test_an_image_whose_subject_is_not_told_is_no_wrong_one(base):
+    def unsure(seen):
+        seen.probabilities["subject"][:5] = [0.2, 0.4, 0.4]
+
+    results = measure({"base": base}, ReadsPixels(change=unsure), subject_attribute="subject", min_confidence=0.6)
+    assert results.models["base"]["1.0"].accuracy == 1.0  # of the other three
+    assert any("5 images whose subject is not told are left out of accuracy" in note for note in results.notes)
+
+
+def test_the_subject_is_the_one_class_that_words_of_the_prompt_name_if_any(tmp_path):
     annotator = ReadsPixels()
     annotator.attributes = annotator.attributes | {"subject": ("bird", "landbird", "water_bird")}
-    for name, prompt, accuracy in (("a", "A Water Bird, no mere bird", 1.0), ("b", "seabirds and birdhouses", None)):
+    for name, prompt, accuracy in (
+        ("a", "A Water Bird, no mere bird", 1.0),
+        ("b", "seabirds and birdhouses", None),
+        ("c", "a landbird beside a water bird", None),
+    ):
         folder = write(tmp_path / name, [(prompt, 1, "water", "waterbird")] * 2)
         results = measure({"base": folder}, annotator, subject_attribute="subject")
         assert results.models["base"]["1.0"].accuracy == accuracy

@@ -6,6 +6,7 @@ import torch
 from invdiff import AuditConfig, audit
 from invdiff.auditing import evidence, scores
 from invdiff.auditing.evidence import collect_evidence, encode_vision
+from invdiff.data.encode import as_encoded
 from invdiff.errors import AuditError
 from invdiff.models import features
 from invdiff.models.frozen import FrozenDenoiser
@@ -43,13 +44,29 @@ def test_features_of_an_encoder_that_was_replaced_in_its_folder_are_made_again(d
     assert not np.array_equal(features(), before)
 
 
+def test_evidence_without_upper_blocks_is_not_taken_for_that_with_them(tiny_pipe, data, tmp_path):
+    encoded, found = as_encoded(tiny_pipe, data, tmp_path, progress=False), []
+    for upper in (False, True):
+        with FrozenDenoiser(tiny_pipe, upper=upper) as denoiser:
+            found.append(collect_evidence(denoiser, encoded, AuditConfig(), work_dir=tmp_path, progress=False))
+    assert [evidence.upper is None for evidence in found] == [True, False]
+
+
+def test_features_are_whitened_alike_in_whatever_order_captions_come(monkeypatch):
+    monkeypatch.setattr(evidence, "FITTED", 100)
+    caption = np.arange(200) % 2
+    values = np.stack([4.0 * caption, np.random.default_rng(0).normal(size=200)], axis=1)
+    mixed = evidence.whitened(lambda rows: values[rows], 200, seed=0).values
+    assert np.allclose(mixed.std(axis=0), 1, atol=0.2)  # of one caption alone the first would not vary
+
+
 class Wide(FrozenDenoiser):
     """A denoiser of wide blocks, with one number everywhere."""
 
     schedule, device, fingerprint = NoiseSchedule(diffusers.DDPMScheduler()), torch.device("cpu"), "wide"
 
     def __init__(self, number):
-        self.number = number
+        self.number, self.upper = number, True
 
     def __call__(self, noisy_latents, timesteps, condition):
         return noisy_latents, torch.full((len(noisy_latents), 1280, 8, 8), self.number)

@@ -7,11 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from conftest import make_guidance_lora, make_tiny_pipeline
 from invdiff import Audit, AuditConfig, GenerateConfig, Results, audit, generate, load_captioned_images, load_guidance
+from invdiff.auditing import probe
+from invdiff.auditing.edits import apply
 from invdiff.auditing.evidence import Evidence
 from invdiff.auditing.probe import linear_judges
+from invdiff.auditing.result import PromptAudit
 from invdiff.errors import ConfigError, ModelError
 from invdiff.evaluation.annotators.load import load_annotator
 from invdiff.evaluation.calibrate import calibrate, nearest_mix, shares_of
@@ -50,6 +54,34 @@ def test_a_judge_reads_the_groups_off_plain_features():
     left_out = judges["probabilities.0"].argmax(axis=1)
     assert (left_out == judges["truth.0"]).mean() > 0.95
     assert sorted(judges) == ["bias.0", "map.0", "probabilities.0", "truth.0"]
+
+
+def test_a_judge_of_many_images_is_fitted_on_every_prompt_in_whatever_order_they_come(monkeypatch):
+    monkeypatch.setattr(probe, "MOST_JUDGED", 100)
+    prompts, groups = np.arange(400) % 2, np.arange(400) // 2 % 2
+    features = np.random.default_rng(0).normal(size=(400, 2, 6))
+    features[np.arange(400), :, prompts] += 6.0 * groups[:, None]  # on another axis under each prompt
+    measured = Evidence(np.zeros((400, 1, 2, 1)), sharded(features))
+    found = built_audit(
+        np.eye(2)[groups], prompts, [PromptAudit(each, [each], 200, True, "") for each in (LAND, WATER)]
+    )
+    judges = linear_judges(found, measured.sources(0))
+    seen = (np.concatenate([features[:, 0], features[:, 1]], axis=1) @ judges["map.0"] + judges["bias.0"]).argmax(
+        axis=1
+    )
+    assert all((seen == groups)[prompts == prompt].mean() > 0.9 for prompt in (0, 1))
+
+
+def test_what_an_image_shows_does_not_hang_on_those_beside_it_and_people_s_changes_are_told(audited, tmp_path):
+    found = Audit.load(audited / "audit")
+    folder = found.save(tmp_path / "audit")
+    judge = load_annotator(str(folder), model=str(audited / "model"))
+    images = [Image.open(path) for path in sorted((audited / "images").rglob("0*.png"))]
+    together = judge.predict(images).probabilities["place"]
+    assert np.allclose(together, np.concatenate([judge.predict([each]).probabilities["place"] for each in images]))
+    assert "curation.json" not in judge.note
+    apply(found, found.edits.without_images([0])).save_edits(folder)
+    assert "without the changes of people in curation.json" in load_annotator(str(folder), model=judge._pipe).note
 
 
 def test_groups_that_are_each_prompts_own_or_too_small_have_no_judge():

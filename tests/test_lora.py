@@ -1,5 +1,6 @@
 """Adapters act on rows of their groups, add over factors, stay out of the null row and notice what skips them."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image
@@ -88,6 +89,14 @@ def test_another_pipeline_of_the_denoiser_without_guidance_has_no_null_row(tiny_
         latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         seen = tiny_pipe.unet(latents, 500, torch.ones(2, 16, 16)).sample
     assert same_rows(seen, tiny_pipe.unet(latents, 500, torch.ones(2, 16, 16)).sample) == [False, False]
+
+
+def test_classes_with_a_number_near_that_of_the_null_class_are_guided():
+    pipe = make_tiny("dit")
+    options = {"class_labels": [999], "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "np"}
+    plain = pipe(**options, generator=torch.manual_seed(0)).images
+    with attach(pipe, make_guidance_lora(pipe, null_adapter="off")):
+        assert not np.array_equal(pipe(**options, generator=torch.manual_seed(0)).images, plain)
 
 
 @pytest.mark.parametrize(("family", "expected"), [("sd1", [[True, False]]), ("flux", [[False], [True]])])

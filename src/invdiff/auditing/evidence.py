@@ -25,7 +25,7 @@ from ..files import fingerprint, read_arrays, read_tensors, write_arrays, write_
 from ..models.encoders import BATCH_SIZE, VisionEncoder
 from ..models.families import Condition
 from ..models.features import add_noise, read_features
-from ..models.frozen import Denoiser
+from ..models.frozen import Denoiser, FrozenDenoiser
 from ..models.schedule import per_sample_loss
 from ..models.watch import check_finite
 from ..progress import progress_bar
@@ -94,7 +94,7 @@ class Whitened(NamedTuple):
 
 def whitened(read: _Read, count: int, *, seed: int) -> Whitened:
     """The features (n, D) that `read` reads of rows (n,), whitened."""
-    fitted_rows = np.linspace(0, count - 1, min(count, FITTED)).astype(int)
+    fitted_rows = np.sort(np.random.default_rng(seed).permutation(count)[:FITTED])  # in whatever order prompts come
     sample = read(fitted_rows).astype(np.float64)
     mean, scale = sample.mean(axis=0), sample.std(axis=0)
     varies = scale > 1e-6 * max(float(np.abs(sample).max()), 1e-12)
@@ -129,6 +129,7 @@ def collect_evidence(
         denoiser.fingerprint,
         repr((config.contrast_log_snr, config.contrast_draws, config.feature_log_snr)),
         repr((config.batch_size, config.seed)),
+        *(("no upper blocks",) if isinstance(denoiser, FrozenDenoiser) and not denoiser.upper else ()),
     )
 
     def measure(rows: torch.Tensor) -> dict[str, torch.Tensor]:

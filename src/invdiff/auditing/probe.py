@@ -109,7 +109,7 @@ def linear_judges(found: Audit, sources: Sequence[Whitened]) -> dict[str, _Array
     for m, factor in enumerate(found.factors):
         split = np.isin(found.prompt_ids, [one.prompt for one in factor.splits])
         rows = np.flatnonzero(split & (found.group_weights[m].max(axis=1) >= SURE))
-        rows = rows[:: -(-len(rows) // MOST_JUDGED) or 1]
+        rows = np.sort(np.random.default_rng(0).permutation(rows)[:MOST_JUDGED])  # in whatever order prompts come
         truth = found.group_weights[m][rows].argmax(axis=1)
         cell = np.unique([found.prompt_ids[rows], truth], axis=1, return_inverse=True)[1].reshape(-1)
         if np.bincount(truth, minlength=found.num_groups[m]).min() < FOLDS:

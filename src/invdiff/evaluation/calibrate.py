@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..progress import note
 from ..sampling import generate
 from .annotate import describe_images
-from .annotators.audited import AuditAnnotator
+from .annotators.audited import CURATION, AuditAnnotator
 from .fairness.correction import correct_for_annotator
 from .images import read_images
 
@@ -63,6 +63,8 @@ def calibrate(
     if not wanted:
         return module
     judge = AuditAnnotator(audit_dir, pipe)
+    if (Path(audit_dir) / CURATION).is_file():
+        note(f"The mix is solved for groups as they were inferred: its judge does not know the changes in {CURATION}.")
     if unjudged := [name for name in module.factor_names if name not in judge.splits]:
         note(f"The audit has no judge of {', '.join(unjudged)}: the mix of its groups stays even.")
     confusions: Any = {name: judge.confusion(name) for name in judge.attributes}

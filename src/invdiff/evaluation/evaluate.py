@@ -153,14 +153,16 @@ def evaluate(
 def named_subjects(prompts: Sequence[str], classes: Sequence[str]) -> dict[str, str]:
     """Prompt to the class of its subject: the longest class name in the prompt as a word.
 
-    An underscore of a class name stands for a space; prompts that name no class are left out.
+    An underscore of a class name stands for a space; prompts that name no class, or several, are left out. A class in
+    the name of another ("bird" in "water bird") is not named beside it.
     """
     found = {}
     patterns = {name: rf"(?<!\w){re.escape(name.replace('_', ' '))}(?!\w)" for name in classes}
     for prompt in prompts:
         named = [name for name in classes if re.search(patterns[name], prompt, flags=re.IGNORECASE)]
-        if named:
-            found[prompt] = max(named, key=len)
+        longest = max(named, key=len, default="")
+        if named and all(re.search(patterns[name], longest.replace("_", " "), re.IGNORECASE) for name in named):
+            found[prompt] = longest
     return found
 
 
@@ -186,7 +188,7 @@ def _notes(
     unnamed = [prompt for prompt in prompts if prompt not in question.subject_of]
     if (subject := results.subject_attribute) and unnamed:
         notes.append(
-            f"{len(unnamed)} of {len(prompts)} prompts name no class of {subject} "
+            f"{len(unnamed)} of {len(prompts)} prompts name no class of {subject}, or several, "
             f"({', '.join(question.classes[subject])}) and are left out of accuracy, first {unnamed[0]!r}"
         )
     if reference is not None and question.attributes[0] not in reference.classes:
@@ -196,7 +198,8 @@ def _notes(
         notes.append("of the reference, " + about_unreadable(reference.unreadable, total).rstrip("."))
     for model, key, measures in results.each():
         where = f"{model} at guidance scale {key}"
-        notes += [f"{where}: {measures.first.note}"] if measures.first.note else []
+        said = measures.first.note, measures.subject_accuracy.note if measures.subject_accuracy else ""
+        notes += [f"{where}: {note}" for note in said if note]
         if results.baseline and key not in results.models[results.baseline]:
             notes.append(f"{where}: {results.baseline} has no images at this guidance scale to compare seed by seed")
     return notes

@@ -40,11 +40,12 @@ def measure(
     Distances by group are of `group_size` images each. The image features of `clip`, for CLIP-T, are among those seen.
     """
     prompts = [row.prompt for row in rows]
-    right = np.full(len(rows), -1)  # 1 where an image shows its prompt's subject, 0 where not, -1 for no subject
+    right = np.full(len(rows), -1)  # 1 where an image shows its prompt's subject, 0 where not, -1 where not known
     if subject := question.config.subject_attribute:
         place = {name: index for index, name in enumerate(question.classes[subject])}
         named = np.array([place[question.subject_of[p]] if p in question.subject_of else -1 for p in prompts])
-        right = np.where(named < 0, -1, seen.classes[subject] == named)
+        unclear = (named >= 0) & (seen.classes[subject] == len(place))
+        right = np.where(unclear | (named < 0), -1, seen.classes[subject] == named)
     kinds = [question.classes[name] for name in question.attributes]
     attributes = {
         name: _spread(name, names, prompts, seen.classes[name], seen.probabilities[name], right, question)
@@ -57,11 +58,16 @@ def measure(
         joint = np.where(certain, np.ravel_multi_index(tuple(columns), sizes, mode="clip"), np.prod(sizes))
         name, names = " x ".join(question.attributes), tuple(map(" x ".join, product(*kinds)))
         attributes[name] = _spread(name, names, prompts, joint, None, right, question)
-    known = right[right >= 0]
+    known, accuracy = right[right >= 0], None
+    if len(known):
+        untold = (
+            f"{unclear.sum()} images whose {subject} is not told are left out of accuracy" if unclear.any() else ""
+        )
+        accuracy = replace(share(known), note=untold)
     return Measures(
         images_per_prompt=min(Counter(prompts).values()),
         attributes=attributes,
-        subject_accuracy=share(known) if len(known) else None,
+        subject_accuracy=accuracy,
         quality=quality_figures(rows, seen, reference, clip, lpips),
         by_group=group_figures(seen, reference, right, question, group_size),
     )

@@ -256,11 +256,15 @@ def _running_pipeline() -> DiffusionPipeline | None:
 
 
 def rows_alike(condition: Condition, one: Condition) -> torch.Tensor:
-    """The rows of a condition that are those of `one`, of a single row, up to 16 bits: (rows,) of bool, on the CPU."""
+    """The rows of a condition that are those of `one`, of a single row: (rows,) of bool, on the CPU.
+
+    Embeddings may differ as far as 16 bits make them, labels of classes may not.
+    """
     alike = torch.zeros(len(next(iter(condition.values()))), dtype=torch.bool)
     for name in ("prompt_embeds", "class_labels"):
         if name in condition and name in one and condition[name].shape[1:] == one[name].shape[1:]:
-            same = torch.isclose(condition[name], one[name].to(condition[name]), rtol=0.02, atol=1e-3)
+            rtol, atol = (0.02, 1e-3) if condition[name].is_floating_point() else (0.0, 0.0)
+            same = torch.isclose(condition[name], one[name].to(condition[name]), rtol=rtol, atol=atol)
             alike = same.reshape(len(alike), -1).all(dim=1).cpu()
     return alike
 

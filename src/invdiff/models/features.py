@@ -4,6 +4,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
 
 from ..seeds import generator
 from .families import Condition
@@ -49,11 +50,14 @@ def _projection(size: int, to: int) -> torch.Tensor:
 
 
 def add_noise(
-    denoiser: Denoiser, latents: torch.Tensor, log_snr: float, rng: torch.Generator
+    denoiser: Denoiser, latents: torch.Tensor, log_snr: float, rng: torch.Generator | list[torch.Generator]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noisy latents, timesteps (batch,) and the denoiser's target at a log signal-to-noise ratio."""
+    """Noisy latents, timesteps (batch,) and the denoiser's target at a log signal-to-noise ratio.
+
+    Noise is that of one generator, or of one for each image.
+    """
     schedule = denoiser.schedule
-    noise = torch.randn(latents.shape, generator=rng).to(denoiser.device)
+    noise = randn_tensor(latents.shape, generator=rng).to(denoiser.device)
     timesteps = torch.full((len(latents),), schedule.timestep_at(log_snr), device=denoiser.device)
     latents = latents.to(denoiser.device)
     return schedule.add_noise(latents, noise, timesteps), timesteps, schedule.target(latents, noise, timesteps)

@@ -43,7 +43,7 @@ class FrozenDenoiser:
 
     def __init__(self, pipe: Any, *, upper: bool = False, distilled_guidance: float = 1.0) -> None:
         """Read the middle features of each forward pass; with `upper`, the last two blocks' too: see `take_upper`."""
-        self.family = family_that_draws(pipe)
+        self.family, self.upper = family_that_draws(pipe), upper
         self.family.distilled_guidance = distilled_guidance
         self.module = cast(Any, denoiser_of(pipe))
         check_plain(pipe)

@@ -12,7 +12,7 @@ from scipy.special import softmax
 
 from ...data.encode import model_fingerprint, pixel_values
 from ...errors import DataError, ModelError, found_else
-from ...files import read_arrays, read_json
+from ...files import fingerprint, read_arrays, read_json
 from ...models.families import family_that_draws
 from ...models.features import add_noise, read_features
 from ...models.frozen import FrozenDenoiser, denoiser_fingerprint
@@ -22,6 +22,7 @@ from .annotations import Annotations, class_names
 from .heldout import HeldOut, Measurable
 
 JUDGES = "judges.safetensors"  # beside audit.json: the linear judge of each hidden factor, and how it errs
+CURATION = "curation.json"  # beside them: what people changed
 BATCH_SIZE = 32
 
 
@@ -69,6 +70,8 @@ class AuditAnnotator(Measurable):
         for name, own in self.splits.items():
             if len(own) < len(self.prompts):
                 self.note += f"; {name} splits {', '.join(map(repr, own))} alone, and says nothing of other prompts"
+        if (folder / CURATION).is_file():
+            self.note += f"; it counts groups as they were inferred, without the changes of people in {CURATION}"
         self._pipe, self.network = pipe, denoiser_of(pipe)
 
     def _of_factors(self, kind: str) -> dict[str, Any]:
@@ -76,8 +79,8 @@ class AuditAnnotator(Measurable):
 
     @torch.no_grad()
     def predict(self, images: Iterable[Image.Image]) -> Annotations:
-        """Annotate `images`, a batch at a time, with the same noises in each call."""
-        family, rng = family_that_draws(self._pipe), generator("judge")
+        """Annotate `images`, a batch at a time; an image's noises follow from its pixels, whatever is beside it."""
+        family = family_that_draws(self._pipe)
         null = family.null_condition(self._pipe) if family.needs_prompts else {}
         maps, biases = self._of_factors("map"), self._of_factors("bias")
         found = {name: [np.zeros((0, len(classes)), np.float32)] for name, classes in self.attributes.items()}
@@ -86,10 +89,11 @@ class AuditAnnotator(Measurable):
             while batch := list(islice(stream, BATCH_SIZE)):
                 pixels = torch.stack([pixel_values(image.convert("RGB"), self.resolution) for image in batch])
                 latents = family.encode_images(self._pipe, pixels)
+                rngs = [generator("judge", fingerprint(each.numpy().tobytes())) for each in pixels]
                 condition = {name: values.expand(len(batch), *values.shape[1:]) for name, values in null.items()}
                 parts = []
                 for level in self._levels:
-                    noisy_latents, timesteps, _ = add_noise(frozen, latents, level, rng)
+                    noisy_latents, timesteps, _ = add_noise(frozen, latents, level, rngs)
                     parts += read_features(frozen, noisy_latents, timesteps, condition)
                 features = torch.cat(parts, dim=1).double().numpy()
                 for name, classes in found.items():
