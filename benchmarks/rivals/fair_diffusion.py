@@ -5,8 +5,8 @@ Semantic guidance (SEGA, Brack et al. 2023) adds to the prediction e, at each st
     gamma = sum of g mu psi + s_m nu;    nu <- b nu + (1 - b) gamma;    gamma is added from warm-up step delta on.
 The paper's equations are of epsilon. A v-prediction's differences are epsilon's over the signal's amplitude, one
 number a step: the same elements pass the threshold and the edit is the same, but momentum weighs earlier steps a
-little otherwise. The released quantile is of each channel, here of the whole latent; its authors draw at s_e 4, 5 warm-up steps
-of 50 and CFG 7.
+little otherwise. The released quantile is of each channel, here of the whole latent; its authors draw at s_e 4, 5
+warm-up steps of 50 and CFG 7.
 """
 
 from dataclasses import dataclass

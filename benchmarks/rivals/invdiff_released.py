@@ -15,8 +15,10 @@ mean_e L_e + lambda Var_e(L_e). Variant "released" has the faults of the code, w
 
 Variant "paper": the model's own target; W of each caption maximises dispersion with degree omega; Phi is a layer over
 the text embeddings that starts as the identity, d a copy of f; training at the Delta of sampling, captions dropped,
-each group as often, and L_e moving means. The paper speaks of a light module; ours of it is the backend `module`. In the
-released code W is mixed up on Waterbirds only, and omega is 0 in its README; here its default, 3. Both: learning rate 1e-4, batches of 64; no half precision, no mirroring.
+each group as often, and L_e moving means. The paper speaks of a light module; ours of it is the backend `module`.
+
+Both: learning rate 1e-4, batches of 64; no half precision, no mirroring. The released code mixes up W on Waterbirds
+only; its README sets omega to 0, here it is the code's default, 3.
 """
 
 from __future__ import annotations
