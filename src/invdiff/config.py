@@ -104,7 +104,7 @@ class TrainConfig(Config):
     """`balanced`: the module is given the group, which is drawn at random when sampling.
     `invariant`: the paper's; the module never sees the group."""
     steps: Size = 0
-    """Optimiser steps per round; 0 takes 400 for `lora`, 600 for the others."""
+    """Optimiser steps per round; 0 takes 800 for `lora`, 600 for the others."""
     batch_size: Size = 0
     """Images per optimiser step; 0 takes 32 for `lora`, 64 for the others."""
     learning_rate: Positive = 2e-3

@@ -59,7 +59,7 @@ class GuidanceLoRA(Guidance):
     backend: ClassVar[str] = "lora"
     options: ClassVar[tuple[str, ...]] = ("rank",)
     auto_null: ClassVar[str] = "off"
-    recipe: ClassVar[tuple[int, int]] = (400, 32)
+    recipe: ClassVar[tuple[int, int]] = (800, 32)
 
     @register_to_config
     def __init__(
