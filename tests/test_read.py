@@ -14,9 +14,9 @@ from invdiff import Audit, Results
 from invdiff.auditing.edits import Edits, apply
 from invdiff.evaluation.fairness.intervals import share_interval
 from invdiff.report.figures import percent
-from invdiff.report.read import Parts, rank_groups, read_run
+from invdiff.report.read import Parts, find_parts, rank_groups, read_run
 from invdiff.report.results_view import training_labels
-from runs import LAND, SCRIPT, WATER, Page, make_audit, report
+from runs import LAND, SCRIPT, WATER, Page, make_audit, make_images, measured, report
 from test_cli import succeed
 
 pytestmark = pytest.mark.usefixtures("plain")
@@ -138,6 +138,17 @@ def test_data_is_called_as_it_was_typed(run, tmp_path, monkeypatch):
     told = everything(tmp_path / "out")
     assert "invdiff audit org/birds photos --max-unreadable 0.5 --output run/audit" in told
     assert "invdiff train org/birds photos run/audit --output run/module --max-unreadable 0.5 --steps 77" in told
+
+
+def test_only_folders_that_the_results_can_be_of_are_shown(tmp_path):
+    scales = {"base": 0, "guided": 0.5, "guided-cfg-3": 0.5, "guided-cfg-7.5": 1, "guided-0.5": 0.5, "guided-1": 1}
+    made = {name: make_images(tmp_path / name, {LAND: 9}, scale=scale) for name, scale in scales.items()}
+    shown = {"guided": ["guided-cfg-3", "guided"], "guided-1": ["guided-1"], "mine": []}
+    for name, folders in shown.items():
+        measured({"base": made["base"], name: made.get(name, made["guided-0.5"])}).save(tmp_path / "results.json")
+        found = read_run(find_parts(tmp_path)).images
+        assert found.keys() == ({"base", name} if folders else {"base"})
+        assert not folders or found[name].folders == folders
 
 
 @pytest.mark.parametrize(
