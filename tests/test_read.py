@@ -12,6 +12,7 @@ from PIL import Image
 from conftest import made_up_measures
 from invdiff import Audit, Results
 from invdiff.auditing.edits import Edits, apply
+from invdiff.errors import AuditError
 from invdiff.evaluation.fairness.intervals import share_interval
 from invdiff.report.figures import percent
 from invdiff.report.read import Parts, find_parts, rank_groups, read_run
@@ -91,6 +92,24 @@ def test_hostile_labels_are_text_and_a_prompt_without_labels_keeps_the_audit_s_g
     assert page.text.count("In the training images: the audit's groups") == 1
     (row,) = (line for line in twin.splitlines() if line.startswith(f"| {WATER} | group"))
     assert " | – | " in row
+
+
+def test_other_images_or_captions_under_the_same_names_are_not_what_was_audited(tmp_path):
+    data = make_audit(tmp_path)
+    data = replace(data.select([*range(40), 0]), names=[f"row {row}" for row in range(41)])
+    made = replace(Audit.load(tmp_path), names=data.names[:40])
+    for count, unreadable in ((40, {}), (41, {"row 40": "damaged"})):
+        settings = {"data_fingerprint": data.select(range(count)).fingerprint}
+        replace(made, settings=settings, unreadable=unreadable).save(tmp_path)
+        assert read_run(Parts(audit=tmp_path, data=data)).rows == list(range(40))
+        for others in (
+            replace(data, captions=[*data.captions[:39], LAND, LAND]),
+            replace(data.select([*range(39), 0, 40]), captions=data.captions, names=data.names),
+        ):
+            with pytest.raises(AuditError, match="Expected the images that were audited"):
+                read_run(Parts(audit=tmp_path, data=others))
+    replace(made, settings={"data_fingerprint": data.select(range(40)).fingerprint}).save(tmp_path)
+    assert read_run(Parts(audit=tmp_path, data=data.select(reversed(range(41))))).rows == list(range(40, 0, -1))
 
 
 def hide(secret, link):

@@ -153,7 +153,7 @@ def find_parts(run: str | Path) -> Parts:
 
 
 def read_run(parts: Parts) -> Run:
-    """Read the parts of a report."""
+    """Read the parts of a report; `AuditError` where the data is not what was audited."""
     if parts.audit is None and parts.results is None:
         raise ConfigError(
             f"Expected audit/ or results.json in {parts.run or 'what is given'}, found neither. Run `invdiff audit`."
@@ -164,6 +164,7 @@ def read_run(parts: Parts) -> Run:
         from ..data.captioned import load_captioned_images
 
         data = load_captioned_images(data)
+    rows = rows_of(audit, data) if audit and data is not None else ()
     module = {} if parts.module is None else _config(parts.module / "config.json", "a module", "`invdiff train`")
     names = {name: getattr(parts, name) for name in ("audit", "module", "results", "data")}
     results = None if parts.results is None else Results.load(parts.results)
@@ -182,7 +183,7 @@ def read_run(parts: Parts) -> Run:
         audit=audit,
         splits=splits_of(audit) if audit else (),
         data=data,
-        rows=rows_by_name(audit.names, list(data.names)) if audit and data is not None else (),
+        rows=rows,
         results=results,
         results_digest="" if parts.results is None else fingerprint(parts.results.read_bytes()),
         images=images,
@@ -277,6 +278,20 @@ def gaps(scores: _Array, labels: _Array) -> list[float]:
     """The midpoints of the gaps between neighbouring groups that the scores separate."""
     parts = sorted((scores[labels == label] for label in np.unique(labels)), key=lambda part: float(part.mean()))
     return [float(lower.max() + upper.min()) / 2 for lower, upper in pairwise(parts) if lower.max() <= upper.min()]
+
+
+def rows_of(audit: Audit, data: CaptionedImages) -> list[int]:
+    """Where each audited image stands in the data, which may hold others too, in any order; reads their files once.
+
+    `AuditError` where captions or images are others under the same names, as "row 0" of any table is.
+    """
+    rows = rows_by_name(audit.names, data.names)
+    if data.folder is not None and "data_fingerprint" in audit.settings:  # the demo's world is drawn, not read
+        read = rows
+        if audit.unreadable:  # they count in the fingerprint, at places that only the data knows
+            read = sorted(rows_by_name([*audit.names, *audit.unreadable], data.names))
+        audit.check_images((data if read == list(range(len(data))) else data.select(read)).fingerprint)
+    return rows
 
 
 def rows_by_name(names: Sequence[str], available: Sequence[str]) -> list[int]:
