@@ -165,8 +165,8 @@ def make_images(folder, shares, *, count=20, classes=("land", "water"), guidance
     return folder
 
 
-def measured(folders: Any) -> Results:
-    config = EvaluateConfig(num_resamples=20)
+def measured(folders: Any, **settings: Any) -> Results:
+    config = EvaluateConfig(num_resamples=20, **settings)
     return evaluate(folders, GivenLabels(["background"]), "background", config=config, progress=False)
 
 

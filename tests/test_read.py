@@ -12,11 +12,12 @@ from PIL import Image
 from conftest import made_up_measures
 from invdiff import Audit, Results
 from invdiff.auditing.edits import Edits, apply
+from invdiff.errors import AuditError
 from invdiff.evaluation.fairness.intervals import share_interval
 from invdiff.report.figures import percent
-from invdiff.report.read import Parts, rank_groups, read_run
+from invdiff.report.read import Parts, find_parts, rank_groups, read_run
 from invdiff.report.results_view import training_labels
-from runs import LAND, SCRIPT, WATER, Page, make_audit, report
+from runs import LAND, SCRIPT, WATER, Page, make_audit, make_images, measured, report
 from test_cli import succeed
 
 pytestmark = pytest.mark.usefixtures("plain")
@@ -93,6 +94,24 @@ def test_hostile_labels_are_text_and_a_prompt_without_labels_keeps_the_audit_s_g
     assert " | – | " in row
 
 
+def test_other_images_or_captions_under_the_same_names_are_not_what_was_audited(tmp_path):
+    data = make_audit(tmp_path)
+    data = replace(data.select([*range(40), 0]), names=[f"row {row}" for row in range(41)])
+    made = replace(Audit.load(tmp_path), names=data.names[:40])
+    for count, unreadable in ((40, {}), (41, {"row 40": "damaged"})):
+        settings = {"data_fingerprint": data.select(range(count)).fingerprint}
+        replace(made, settings=settings, unreadable=unreadable).save(tmp_path)
+        assert read_run(Parts(audit=tmp_path, data=data)).rows == list(range(40))
+        for others in (
+            replace(data, captions=[*data.captions[:39], LAND, LAND]),
+            replace(data.select([*range(39), 0, 40]), captions=data.captions, names=data.names),
+        ):
+            with pytest.raises(AuditError, match="Expected the images that were audited"):
+                read_run(Parts(audit=tmp_path, data=others))
+    replace(made, settings={"data_fingerprint": data.select(range(40)).fingerprint}).save(tmp_path)
+    assert read_run(Parts(audit=tmp_path, data=data.select(reversed(range(41))))).rows == list(range(40, 0, -1))
+
+
 def hide(secret, link):
     """Put a link to a private picture in the place of an image."""
     Image.new("RGB", (12, 12), (1, 2, 3)).save(secret)
@@ -138,6 +157,17 @@ def test_data_is_called_as_it_was_typed(run, tmp_path, monkeypatch):
     told = everything(tmp_path / "out")
     assert "invdiff audit org/birds photos --max-unreadable 0.5 --output run/audit" in told
     assert "invdiff train org/birds photos run/audit --output run/module --max-unreadable 0.5 --steps 77" in told
+
+
+def test_only_folders_that_the_results_can_be_of_are_shown(tmp_path):
+    scales = {"base": 0, "guided": 0.5, "guided-cfg-3": 0.5, "guided-cfg-7.5": 1, "guided-0.5": 0.5, "guided-1": 1}
+    made = {name: make_images(tmp_path / name, {LAND: 9}, scale=scale) for name, scale in scales.items()}
+    shown = {"guided": ["guided-cfg-3", "guided"], "guided-1": ["guided-1"], "mine": []}
+    for name, folders in shown.items():
+        measured({"base": made["base"], name: made.get(name, made["guided-0.5"])}).save(tmp_path / "results.json")
+        found = read_run(find_parts(tmp_path)).images
+        assert found.keys() == ({"base", name} if folders else {"base"})
+        assert not folders or found[name].folders == folders
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,27 @@ def test_nothing_found_and_one_model_alone_are_said_plainly(tmp_path):
         assert "nothing is compared" in text
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (10, 4, "is 0.42; with guidance it is 0.00. That cannot be distinguished from a sampler on target"),
+        (4, 20, "is 0.00; with guidance it is 1.13. It is more: on these images guidance did harm."),
+    ],
+)
+def test_with_a_target_the_verdict_is_by_the_distance_to_it(tmp_path, before, after, words):
+    folders = {name: make_images(tmp_path / name, {LAND: n}) for name, n in (("base", before), ("guided", after))}
+    results = measured(folders, target={"land": 0.2, "water": 0.8})
+    results.save(tmp_path / "results.json")
+    page, twin = report(tmp_path / "out", results=tmp_path / "results.json")
+    lead = "The distance of “background” to its target in images of the base model "
+    assert all(lead + words in " ".join(text.split()) for text in (page.words, twin))
+    assert "Distance to the target at guidance scale 3" in page.words
+    glance = twin.partition("What did the audit find?")[0]
+    assert "| Distance to the target (95% interval) | A sampler on target shows |" in glance
+    assert "0 is on target, 1.13 the farthest." in glance
+    assert "Bias (" not in glance
+
+
 def test_scales_of_one_module_make_a_curve(tmp_path):
     folders = {
         f"m-{scale:g}": make_images(tmp_path / f"{scale:g}", {LAND: 20 - int(8 * scale)}, scale=scale)

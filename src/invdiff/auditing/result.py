@@ -249,7 +249,8 @@ class Audit:
             others = fingerprint if names is None else f"{len(names)}, fingerprint {fingerprint}"
             raise AuditError(
                 f"Expected the images that were audited ({len(self.names)}, fingerprint {images}), got others "
-                f"({others}). Audit these first, or give those that were audited."
+                f"({others}). Audit these first, or give those that were audited, with the same captions and options, "
+                "such as --split."
             )
 
     def check_found(self) -> None:

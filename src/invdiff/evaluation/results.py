@@ -187,6 +187,10 @@ class Results:
             for scale, measures in by_scale.items():
                 yield model, scale, measures
 
+    def judged(self, measures: Measures) -> Estimate:
+        """What the first attribute's mix is judged by: its distance to the target where one was given, else Bias."""
+        return measures.first.overall["fairness_discrepancy"] if self.target else measures.bias_estimate
+
     def at(self, scale: str) -> dict[str, Measures]:
         """Model to measures of those that were measured at one guidance scale."""
         return {model: by_scale[scale] for model, by_scale in self.models.items() if scale in by_scale}
@@ -216,7 +220,7 @@ class Results:
         try:
             results: Results = typed(cls, read_json(Path(path)))
             for _, scale, measures in results.each():
-                _ = (measures.bias, measures.shares, scale_order(scale))
+                _ = (measures.bias, results.judged(measures), measures.shares, scale_order(scale))
         except (KeyError, StopIteration, TypeError, ValueError, ZeroDivisionError) as error:
             found = f"found something else ({first_line(error)}). Evaluate again."
             raise EvaluationError(f"{path}: Expected the results of an evaluation, {found}") from error

@@ -125,7 +125,8 @@ class Run:
 def find_parts(run: str | Path) -> Parts:
     """The parts in a folder such as `invdiff demo` writes: `audit/`, `module/`, `data/`, `results.json`, and images.
 
-    Folders of images lie in `images/` or beside them, named after their models in the results: `base` or `base-cfg-3`.
+    Folders of images lie in `images/` or beside them, named after their models in the results: `base` or `base-cfg-3`,
+    never `base-3`, which may be of anything.
     """
     run = Path(run)
     if not run.is_dir():
@@ -137,13 +138,8 @@ def find_parts(run: str | Path) -> Parts:
     manifests = [*visible(run, f"*/{GENERATED}"), *visible(run, f"images/*/{GENERATED}")]
     numbers = {path: re.split(r"([0-9]+(?:\.[0-9]+)?)", str(path)) for path in manifests}  # to sort cfg-10 after cfg-3
     for manifest in sorted(numbers, key=lambda path: [float(p) if k % 2 else p for k, p in enumerate(numbers[path])]):
-        name = manifest.parent.name
-        if models:
-            fitting = [model for model in models if name == model or name.startswith(f"{model}-")]
-            name = max(fitting, key=len, default="")
-        else:
-            name = re.sub(r"-cfg-[0-9.]+$", "", name)
-        if name:
+        named = (manifest.parent.name, re.sub(r"-cfg-[0-9.]+$", "", manifest.parent.name))
+        if name := next((name for name in named if name in models), "") if models else named[1]:
             images.setdefault(name, []).append(manifest.parent)
     has_data = any((run / "data" / name).is_file() for name in METADATA)
     return Parts(
@@ -157,7 +153,7 @@ def find_parts(run: str | Path) -> Parts:
 
 
 def read_run(parts: Parts) -> Run:
-    """Read the parts of a report."""
+    """Read the parts of a report; `AuditError` where the data is not what was audited."""
     if parts.audit is None and parts.results is None:
         raise ConfigError(
             f"Expected audit/ or results.json in {parts.run or 'what is given'}, found neither. Run `invdiff audit`."
@@ -168,20 +164,27 @@ def read_run(parts: Parts) -> Run:
         from ..data.captioned import load_captioned_images
 
         data = load_captioned_images(data)
+    rows = rows_of(audit, data) if audit and data is not None else ()
     module = {} if parts.module is None else _config(parts.module / "config.json", "a module", "`invdiff train`")
     names = {name: getattr(parts, name) for name in ("audit", "module", "results", "data")}
+    results = None if parts.results is None else Results.load(parts.results)
     images = {}
     for model, folders in resolve_folders(parts.images).items() if parts.images else ():
-        files = [folder / "generate.json" for folder in folders]
+        rows_in = {folder: read_images(folder) for folder in folders}
+        if results and model in results.module_scales:  # images at another strength are not those measured
+            fitting = (None, results.module_scales[model])
+            rows_in = {folder: rows for folder, rows in rows_in.items() if all(row.scale in fitting for row in rows)}
+        files = [folder / "generate.json" for folder in rows_in]
         settings = [_config(file, "settings", "`invdiff generate`") if file.is_file() else {} for file in files]
-        rows = [row for folder in folders for row in read_images(folder)]
-        images[model] = Generated(rows, [shown_path(folder, parts.run) for folder in folders], settings)
+        if rows_in:
+            shown = [shown_path(folder, parts.run) for folder in rows_in]
+            images[model] = Generated([row for rows in rows_in.values() for row in rows], shown, settings)
     return Run(
         audit=audit,
         splits=splits_of(audit) if audit else (),
         data=data,
-        rows=rows_by_name(audit.names, list(data.names)) if audit and data is not None else (),
-        results=None if parts.results is None else Results.load(parts.results),
+        rows=rows,
+        results=results,
         results_digest="" if parts.results is None else fingerprint(parts.results.read_bytes()),
         images=images,
         module=module,
@@ -275,6 +278,20 @@ def gaps(scores: _Array, labels: _Array) -> list[float]:
     """The midpoints of the gaps between neighbouring groups that the scores separate."""
     parts = sorted((scores[labels == label] for label in np.unique(labels)), key=lambda part: float(part.mean()))
     return [float(lower.max() + upper.min()) / 2 for lower, upper in pairwise(parts) if lower.max() <= upper.min()]
+
+
+def rows_of(audit: Audit, data: CaptionedImages) -> list[int]:
+    """Where each audited image stands in the data, which may hold others too, in any order; reads their files once.
+
+    `AuditError` where captions or images are others under the same names, as "row 0" of any table is.
+    """
+    rows = rows_by_name(audit.names, data.names)
+    if data.folder is not None and "data_fingerprint" in audit.settings:  # the demo's world is drawn, not read
+        read = rows
+        if audit.unreadable:  # they count in the fingerprint, at places that only the data knows
+            read = sorted(rows_by_name([*audit.names, *audit.unreadable], data.names))
+        audit.check_images((data if read == list(range(len(data))) else data.select(read)).fingerprint)
+    return rows
 
 
 def rows_by_name(names: Sequence[str], available: Sequence[str]) -> list[int]:

@@ -11,7 +11,7 @@ from ..data.images import read_image
 from ..data.tables import labels_in
 from ..errors import DataError
 from ..evaluation.fairness.intervals import CONFIDENCE
-from ..evaluation.fairness.metrics import METRICS
+from ..evaluation.fairness.metrics import METRICS, target_shares
 from ..evaluation.images import Row
 from ..evaluation.results import CANNOT_TELL, AttributeMeasures, Measures, Quantity, Results
 from .audit_view import summary
@@ -44,20 +44,25 @@ HEADLINES = ("Bias", "Floor", "Subject right", "Fréchet distance", "Images a pr
 
 
 def glance(run: Run, chosen: Comparison | None) -> dict[str, Any]:
-    """The report in a few lines: a verdict, the Bias of the two models compared, and pairs of images."""
+    """The report in a few lines: a verdict, the figure of the two models that it is by, and pairs of images."""
     lines = [summary(run.audit)] if run.audit else []
     if chosen and run.results:
         lines.append(_verdict(run.results, chosen))
     both = (chosen.before, chosen.after) if chosen else ("", "")
-    found = {m: of.bias_estimate for m, of in chosen.measures.items() if m in both} if chosen else {}
-    headlines = [{"label": label(m), "bias": of, "corrected": corrected(of)} for m, of in found.items()]
+    results, target = run.results, list(run.results.target.values()) if run.results else []
+    found = {m: results.judged(chosen.measures[m]) for m in dict.fromkeys(both)} if chosen and results else {}
+    headlines = [{"label": label(m), "figure": of, "corrected": corrected(of)} for m, of in found.items()]
     rows = [[label(m), estimate(of), bias(of.floor), corrected(of) or ABSENT] for m, of in found.items()]
-    confidence = run.results.confidence if run.results else CONFIDENCE
-    columns = ("", f"Bias ({confidence:.0%} interval)", "A fair sampler shows", "Corrected for the annotator")
+    confidence = results.confidence if results else CONFIDENCE
+    metric, sampler = ("Distance to the target", "sampler on target") if target else ("Bias", "fair sampler")
+    columns = ("", f"{metric} ({confidence:.0%} interval)", f"A {sampler} shows", "Corrected for the annotator")
+    farthest = METRICS["fairness_discrepancy"].limits(target_shares(target, len(target)))[1] if target else 1.0
     turns = [pair for turn in zip_longest(*chosen.pairs.values()) for pair in turn if pair] if chosen else []
     return {
         "sentences": lines,
         "headlines": headlines,
+        "metric": metric,
+        "most": farthest,  # the metric's greatest value
         "table": Table(columns, rows),
         "where": where(chosen) if chosen else "",
         "names": [label(model) for model in both],
@@ -67,20 +72,23 @@ def glance(run: Run, chosen: Comparison | None) -> dict[str, Any]:
 
 def _verdict(results: Results, chosen: Comparison) -> str:
     """What the two figures say, and no more than their intervals allow."""
-    before, after = (chosen.measures[model].bias_estimate for model in (chosen.before, chosen.after))
-    of = "the base model" if chosen.before == BASE else quoted(chosen.before)
-    words = f"Bias of {quoted(results.attribute)} in images of {of} is {bias(before.value)}"
+    before, after = (results.judged(chosen.measures[model]) for model in (chosen.before, chosen.after))
+    of, attribute = "the base model" if chosen.before == BASE else quoted(chosen.before), quoted(results.attribute)
+    metric, sampler = f"Bias of {attribute}", "fair sampler"
+    if results.target:
+        metric, sampler = f"The distance of {attribute} to its target", "sampler on target"
+    words = f"{metric} in images of {of} is {bias(before.value)}"
     fair = f"about {bias(after.floor)} by chance alone"
     if chosen.before == chosen.after:
-        return f"{words}. A fair sampler would show {fair}. No guided model was measured beside it."
+        return f"{words}. A {sampler} would show {fair}. No guided model was measured beside it."
     of = "with guidance" if chosen.after == GUIDED else f"of {quoted(chosen.after)}"
     words += f"; {of} it is {bias(after.value)}."
     fair_as_well, apart = after.low <= after.floor, after.high < before.low
     if fair_as_well:
-        words += f" That cannot be distinguished from a fair sampler, which would show {fair}; "
+        words += f" That cannot be distinguished from a {sampler}, which would show {fair}; "
         words += f"as much as {bias(after.high)} is possible too."
     elif apart:
-        words += f" It is less, but more than the {bias(after.floor)} that a fair sampler would show by chance."
+        words += f" It is less, but more than the {bias(after.floor)} that a {sampler} would show by chance."
     elif after.low > before.high:
         return f"{words} It is more: on these images guidance did harm."
     return words if apart else f"{words} But the two intervals overlap: these images do not prove a change."

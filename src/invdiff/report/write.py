@@ -62,7 +62,8 @@ def save_report(
         audit: A folder that `invdiff audit` wrote.
         data: The images that were audited; a column named as the attribute measured is counted beside images.
         results: A results.json of `invdiff evaluate` or `invdiff demo`.
-        images: Model name, as in the results, to its folder or folders of generated images, to show pairs.
+        images: Model name, as in the results, to its folder or folders of generated images, to show pairs. Folders at
+            another scale of the module than was measured are left out.
         module: A folder that `invdiff train` wrote, to say how it was made.
         run: The folder that these lie in: commands name them from there, else by the last part of a path.
         data_words: The data on the command line, and the options to read it with; empty for where it lies.
