@@ -73,7 +73,7 @@ def open_workspace(
     """Find the parts that a page is to show: of runs such as `invdiff demo` writes, or the bundled demo.
 
     The model is the one that the module was trained for unless given, and the module the first run's. `data` are the
-    images that were audited, where a run does not hold them.
+    images that were audited, in place of those of a single run; of several, where a run does not hold them.
     """
     found: dict[str, Parts] = {}
     if not runs and model is None:
@@ -93,7 +93,8 @@ def open_workspace(
             )
         alike = [other.name for other in resolved].count(folder.name) > 1
         name = f"{place + 1}: {one_line(str(runs[place]), 120)}" if alike else one_line(folder.name, 60) or "/"
-        found[name] = parts if data is None or parts.data is not None else replace(parts, data=data)
+        own = data is None or (parts.data is not None and len(resolved) > 1)
+        found[name] = parts if own else replace(parts, data=data)
     found |= {made: parts for name in list(found) for made, parts in with_labels(name, found[name]).items()}
     chosen: Path | str | None = module or next((parts.module for parts in found.values() if parts.module), None)
     if model is None and chosen is not None:
