@@ -9,11 +9,16 @@ from sklearn.metrics import roc_auc_score
 from conftest import write_tiny_folder
 from invdiff import Audit, AuditConfig, TrainConfig, audit, load_captioned_images, train
 from invdiff.auditing.asked import Asked, labels_asked
+from invdiff.auditing.edits import Edits, apply
+from invdiff.auditing.evidence import Evidence
 from invdiff.auditing.probe import spread_labels
+from invdiff.auditing.run import infer
 from invdiff.auditing.scores import Margins
 from invdiff.auditing.splits import given_factors
-from invdiff.errors import ConfigError, DataError
-from runs import report
+from invdiff.errors import AuditError, ConfigError, DataError
+from invdiff.evaluation.fairness.intervals import share_interval
+from invdiff.report.read import splits_of
+from runs import made_up_data, report, sharded
 from test_cli import succeed
 from tiny import CAPTIONS
 
@@ -83,6 +88,43 @@ def test_values_that_are_rare_under_a_prompt_are_no_group_there():
     weights = search.factors[0][0].weights
     assert search.values == [["a", "b"]]
     assert weights[-4:].tolist() == [[0.5, 0.5]] * 4
+
+
+def partly_labelled(*sizes, captions=CAPTIONS, prompt_of=(0, 1)):
+    """An audit of a column; each caption has images of these numbers on land, on water, and without a label."""
+    labels, ids = (
+        np.repeat([0, 1, 2] * len(sizes), np.concatenate(sizes)),
+        np.repeat(range(len(sizes)), np.sum(sizes, 1)),
+    )
+    asked = Asked("place", ["land", "water"], np.eye(3)[labels, :2], "the column 'place'")
+    evidence = Evidence(np.zeros((len(ids), 1, 2, 2)), sharded(np.zeros((len(ids), 2, 1))))
+    ways = {"asked": lambda judged: given_factors([asked], judged, AuditConfig()), "progress": False}
+    return infer(made_up_data(list(captions), ids), evidence, np.array(prompt_of), AuditConfig(), **ways)
+
+
+def test_images_without_a_label_count_in_no_share_and_no_group():
+    found = partly_labelled((72, 8, 120), (100, 100, 0))
+    assert found.split(0, 0).shares == [0.9, 0.1]
+    assert found.split(0, 0).intervals[1] == tuple(round(end, 4) for end in share_interval(8, 80))
+    assert "is known of 120 of 200 images" in " ".join(found.prompts[0].notes)
+    assert not found.prompts[1].notes
+    assert np.flatnonzero(found.rare()[:200]).tolist() == list(range(72, 80))
+    assert [group.size for page in splits_of(found) for group in page.groups] == [72, 8, 100, 100]
+    edited = apply(found, Edits().with_cuts(0, 0, [0.5]).without_images([0, 1, 199]))
+    assert edited.split(0, 0).shares == [round(70 / 78, 4), round(8 / 78, 4)]
+    assert (edited.group_weights[0][80:199] == 0.5).all()
+    with pytest.raises(AuditError, match="with a known group"):
+        apply(found, Edits().without_images(range(80)))
+
+
+def test_images_without_a_label_are_stated_by_no_caption():
+    found = partly_labelled((36, 4, 60), (4, 36, 60))
+    assert [split.shares for split in found.factors[0].splits] == [[0.9, 0.1], [0.1, 0.9]]
+    stating = ["a bird on land", "a bird on water", "a bird", "one duck"]
+    found = partly_labelled((50, 0, 0), (0, 50, 0), (0, 0, 90), (40, 40, 0), captions=stating, prompt_of=(0, 0, 0, 1))
+    assert [found.prompts[split.prompt].prompt for split in found.factors[0].splits] == ["one duck"]
+    silent = next(prompt for prompt in found.prompts if prompt.prompt == "a bird")
+    assert silent.reason == "not split: nothing is known of its images"
 
 
 def test_the_command_and_the_report_say_what_was_asked_for(tiny_pipe_dir, folder, tmp_path):

@@ -54,6 +54,19 @@ def test_what_is_wrong_in_one_prompts_cell_is_matched_in_the_others():
     assert wrong == pytest.approx([0.2, 0.2], abs=0.01)
 
 
+def test_images_of_which_nothing_is_known_are_neither_drawn_nor_wrong_where_a_prompt_is_split():
+    known = torch.cat([posteriors((72, 1), (8, 0)), posteriors((100, 1), (100, 0)), torch.full((9, 2), 0.5)])
+    weights = torch.cat([known, torch.full((120, 2), 0.5)])
+    prompts = torch.tensor([0] * 80 + [1] * 200 + [2] * 9 + [0] * 120)
+    drawn = purified(weights, prompts, 0.99)
+    assert torch.equal(drawn[:289], known)
+    assert not drawn[289:].any()
+    chances = GroupBalancedSampler(prompts, [weights], 0.99).chances()
+    assert chances[prompts == 0].sum() > 2 * chances[:72].sum() * 0.99
+    assert not chances[289:].any()
+    assert chances[280:289].min() > 0
+
+
 def test_three_groups_are_matched_and_one_that_a_prompt_lacks_stays_empty():
     pure, mixed = torch.eye(3, dtype=torch.double), posteriors((60, 0.9, 0.06), (30, 0.02, 0.9), (30, 0.05, 0.05))
     weights = torch.cat([mixed, pure.repeat_interleave(50, dim=0), pure[:2].repeat_interleave(50, dim=0)])

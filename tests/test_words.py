@@ -178,10 +178,11 @@ def test_at_most_so_many_images_of_each_group_are_shown_once(tmp_path):
     assert len(again.images) == told.images  # but not those of other weights
 
 
-def test_only_the_images_that_count_are_shown_from_where_the_data_has_them(tmp_path):
+@pytest.mark.parametrize("weight", [0, 0.5])  # people left images out, or nothing is known of them
+def test_only_the_images_that_count_are_shown_from_where_the_data_has_them(weight, tmp_path):
     found, _, _ = birds()
     labels = on_water(found)
-    found.group_weights[0][:40] = 0  # people left these out
+    found.group_weights[0][:40] = weight
     count = len(labels) + 5
     rows = np.random.default_rng(0).permutation(count)[:-5]
     shown = [()] * count

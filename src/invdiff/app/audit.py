@@ -12,6 +12,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+from ..auditing.asked import known_rows
 from ..auditing.edits import NAME_LIMIT, Edits, apply
 from ..auditing.result import Audit
 from ..errors import AuditError, DataError, InvDiffError
@@ -66,7 +67,7 @@ class AuditBook:
         if page is None:
             return False
         weights = self.inferred.group_weights[page.factor_index][self.inferred.prompt_ids == page.index]
-        return len(page.cuts) == len(np.unique(weights.argmax(axis=1))) - 1 > 0
+        return len(page.cuts) == len(np.unique(weights[known_rows(weights)].argmax(axis=1))) - 1 > 0
 
     def edit(self, change: Callable[[Edits], Edits]) -> None:
         """Change people's edits, those that others made meanwhile included, and save them."""

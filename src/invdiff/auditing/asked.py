@@ -92,6 +92,16 @@ def labels_asked(labels: Labels | None, names: Sequence[str], skipped: Iterable[
     return found
 
 
+def known_rows(weights: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether each row of W (n, E) says anything of its image, (n,).
+
+    A row that is even over the groups that it allows is no measurement: nothing is known of the image, or its value is
+    no group under its prompt. Nor is a row of zeros, of an image that people left out.
+    """
+    least = np.where(weights > 0, weights, np.inf).min(axis=1)
+    return ((weights > 0).sum(axis=1) == 1) | (least < weights.max(axis=1))
+
+
 def about_asked(asked: Mapping[str, Any]) -> str:
     """How what was asked for was read, in sentences, from `Audit.settings["asked"]`; "" where nothing was."""
     said = [f"they are the values of the column “{one_line(name, 60)}”" for name in asked.get("attribute", ())]

@@ -18,6 +18,7 @@ from ..models.families import Condition
 from ..models.features import add_noise
 from ..models.frozen import Denoiser
 from ..seeds import generator
+from .asked import known_rows
 from .splits import rarest
 
 MOST_CAPTIONS = 256  # of more captions than this, as many stand for others with similar embeddings
@@ -170,12 +171,14 @@ def words_that_state_groups(
     """The words of captions that state a group, such as "water", and words that only come with the usual one.
 
     A word found under one prompt holds for all, as columns do. `groups` holds each prompt's images (n,), and their W
-    (n, E), columns aligned.
+    (n, E), columns aligned; images of which nothing is known state nothing.
     """
     caption_ids = data.caption_ids.numpy()
     stated: dict[str, set[int]] = defaultdict(set)
     rare, used = [np.empty(0, dtype=int)], [np.empty(0, dtype=int)]
-    for rows, weights in groups.values():
+    for members, every in groups.values():
+        told = known_rows(every)
+        rows, weights = members[told], every[told]
         labels = weights.argmax(axis=1)
         for word, group in stating_words(data.captions, caption_ids[rows], labels).items():
             stated[word].add(group)

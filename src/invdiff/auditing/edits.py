@@ -22,6 +22,7 @@ from ..errors import AuditError, ConfigError, DataError, found_else
 from ..files import read_json
 from ..options import typed
 from ..text import one_line
+from .asked import known_rows
 
 if TYPE_CHECKING:
     from .result import Audit, PromptSplit
@@ -104,7 +105,8 @@ def apply(audit: Audit, edits: Edits) -> Audit:
     """An audit with people's edits, applied to it as inferred; `AuditError` where it cannot take them.
 
     Between moved cuts, W is one-hot: the intervals belong, from low to high, to the groups in the order of their mean
-    scores. Images left out have rows of zeros in every W, and do not count in shares.
+    scores. Images left out have rows of zeros in every W; neither they nor those of which nothing is known, whose rows
+    stay, count in shares.
     """
     plain = audit.inferred or audit
     here, prompt_ids = plain.fingerprint, plain.prompt_ids
@@ -118,8 +120,9 @@ def apply(audit: Audit, edits: Edits) -> Audit:
     for (factor, index), cuts in edits.cuts.items():
         if plain.split(factor, index) is None:
             raise AuditError(f"Expected cuts of split prompts, got one of prompt {index} by factor {factor}.")
-        rows = np.flatnonzero(plain.kept & (prompt_ids == index))
-        w, scores = weights[factor], plain.scores[factor, rows]
+        w = weights[factor]
+        rows = np.flatnonzero(plain.kept & (prompt_ids == index) & known_rows(w))
+        scores = plain.scores[factor, rows]
         order = np.array(ladder(w[rows], scores), dtype=np.int64)
         if len(cuts) != len(order) - 1:
             raise AuditError(f"Expected {len(order) - 1} cuts of groups of “{captions[index]}”, got {len(cuts)}.")
@@ -137,7 +140,12 @@ def apply(audit: Audit, edits: Edits) -> Audit:
     def edited(m: int, split: PromptSplit) -> PromptSplit:
         if split.prompt not in fewer and (m, split.prompt) not in edits.cuts:
             return split
-        return split.with_shares_of(weights[m][(prompt_ids == split.prompt) & weights[m].any(axis=1)])
+        own = weights[m][prompt_ids == split.prompt]
+        if not known_rows(own).any():
+            raise AuditError(
+                f"Expected an image of “{captions[split.prompt]}” with a known group, got none. Put one back."
+            )
+        return split.with_shares_of(own)
 
     found = [replace(of, splits=[edited(m, split) for split in of.splits]) for m, of in enumerate(plain.factors)]
     edits = replace(edits, audit=here, names=names)

@@ -15,7 +15,7 @@ from ..errors import AuditError, DataError, found_else
 from ..files import fingerprint, read_arrays, read_json, write_arrays, write_json
 from ..options import typed
 from ..text import one_line
-from .asked import about_asked
+from .asked import about_asked, known_rows
 from .edits import CURATION, Edits, apply, put_aside, read_edits
 
 if TYPE_CHECKING:
@@ -67,7 +67,11 @@ class PromptSplit:
     log_e: float  # as of a `Candidate`
 
     def with_shares_of(self, weights: NDArray[Any]) -> PromptSplit:
-        """The same split with the shares of W (n, E) of its images, and their intervals by Wilson's score."""
+        """The same split with the shares of W (n, E) of its images, and their intervals by Wilson's score.
+
+        Images of which nothing is known do not count; of one at least something is.
+        """
+        weights = weights[known_rows(weights)]
         count, shares = len(weights), weights.mean(axis=0, dtype=np.float64).tolist()
         ends = [binomtest(round(share * count), count).proportion_ci(0.95, method="wilson") for share in shares]
         intervals = [(round(float(low), 4), round(float(high), 4)) for low, high in ends]
@@ -136,8 +140,9 @@ class Audit:
     """Hidden factors of a captioned image set, each with an indicator matrix W of its groups, and why."""
 
     group_weights: tuple[NDArray[np.float32], ...]
-    """W of each hidden factor, (N, E_m), rows on the simplex; uniform under prompts that it does not split, zeros
-    where people left the image out. One uniform W where no factor was found."""
+    """W of each hidden factor, (N, E_m), rows on the simplex; uniform under prompts that it does not split and,
+    over the groups there, for images of which nothing is known (see `known_rows`), zeros where people left the image
+    out. One uniform W where no factor was found."""
     scores: NDArray[np.float32]
     """(M, N), a row for each W: the evidence that decided, standardised within the prompt; the rarer group is high."""
     prompt_ids: NDArray[np.int64]
@@ -214,14 +219,16 @@ class Audit:
     def rare(self, factor: int = 0) -> NDArray[np.bool_]:
         """Whether each image is in the smallest group of a prompt that the factor splits, (N,).
 
-        Never an image that was left out, nor one of a prompt whose images people put in a single group.
+        Never an image that was left out or of which nothing is known, nor one of a prompt whose images people put in a
+        single group.
         """
         rare = np.full(len(self.prompts), -1)
         for split in self.factors[factor].splits if self.factors else ():
             present = [(share, group) for group, share in enumerate(split.shares) if share > 0]
             if len(present) > 1:
                 rare[split.prompt] = min(present)[1]
-        return (self.group_weights[factor].argmax(axis=1) == rare[self.prompt_ids]) & self.kept
+        weights = self.group_weights[factor]
+        return (weights.argmax(axis=1) == rare[self.prompt_ids]) & self.kept & known_rows(weights)
 
     @property
     def fingerprint(self) -> str:

@@ -23,7 +23,7 @@ from ..models.frozen import Denoiser, FrozenDenoiser
 from ..models.load import DTYPES, denoiser_of, loras_of
 from ..sampling import own_images
 from ..seeds import generator
-from .asked import Labels, columns_asked, labels_asked
+from .asked import Labels, columns_asked, known_rows, labels_asked
 from .asking import Reading, asked_factors, questions, read_by_clip, read_by_model
 from .captions import group_captions, part_by_images, stated_group, words_that_state_groups
 from .cuts import too_few
@@ -216,30 +216,33 @@ def infer(
     scores = np.zeros((max(len(search.factors), 1), len(data)))
     splits: list[list[PromptSplit]] = [[] for _ in search.factors]
     for prompt, rows in members.items():
+        told = {m: known_rows(cuts[prompt].weights) for m, cuts in enumerate(search.factors) if prompt in cuts}
         for key in sorted({tuple(row) for row in stated[rows].tolist()}):
             own = rows[(stated[rows] == key).all(axis=1)]
             prompt_ids[own] = len(prompts)
-            splitting = [m for m, cuts in enumerate(search.factors) if prompt in cuts and key[m] < 0]
+            here = np.isin(rows, own)
+            known = {m: of[here] for m, of in told.items() if key[m] < 0}
+            splitting = [m for m in known if known[m].any()]
             for m in splitting:
-                cut, here = search.factors[m][prompt], np.isin(rows, own)
+                cut = search.factors[m][prompt]
                 best = cut.candidate
                 figures = (best.separation, best.agreement, best.rand_low, best.log_e)
                 split = PromptSplit(len(prompts), best.evidence, best.shares, cut.intervals, *figures)
                 whole = here.all() and cut.intervals
                 splits[m].append(split if whole else split.with_shares_of(cut.weights[here]))
-                score, labels = cut.score.mean, cut.weights.argmax(axis=1)
+                score, labels = cut.score.mean, cut.weights[told[m]].argmax(axis=1)
                 rare = labels == rarest(np.bincount(labels, minlength=cut.weights.shape[1]))
-                sign = 1 if score[rare].mean() >= score.mean() else -1  # the rare group's are high
+                sign = 1 if score[told[m]][rare].mean() >= score[told[m]].mean() else -1  # the rare group's are high
                 scores[m, own] = sign * score[here]
-            for m, group in enumerate(key):
-                if group >= 0:
+            for m in range(len(key)):
+                if m not in splitting:
                     weights[m][own] = 1 / weights[m].shape[1]
             captions = _captions_of(data, own)
             candidates, why = search.candidates.get(prompt, []), dict[str, list[str]]()
             for one in candidates if asked else ():
                 why.setdefault(one.refusal, []).append(one.evidence)
             refused = [f"by {', '.join(of)}, {refusal}" for refusal, of in why.items() if refusal]
-            unsplit = f"not split: {'; '.join(refused)}"
+            unsplit = f"not split: {'; '.join(refused) or 'nothing is known of its images'}"
             if splitting:
                 reason = "split by " + " and ".join(search.factors[m][prompt].candidate.evidence for m in splitting)
             elif max(key, default=-1) >= 0:
@@ -254,6 +257,10 @@ def infer(
             found = bool(splitting)
             said = [notes[prompt]] if notes and prompt in notes else []
             said += [unsplit] * bool(found and refused)
+            for m in known if asked else ():
+                if few := np.count_nonzero(~known[m]):
+                    lacking = f"{few:,} of {len(own):,} images, which count in no share"
+                    said.append(f"no group of {search.names[m]!r} is known of {lacking}")
             prompts.append(PromptAudit(captions[0], captions, len(own), found, reason, power, said, candidates))
     factors = []
     for m, of in enumerate(splits):

@@ -17,6 +17,7 @@ from ..data.captioned import CaptionedImages
 from ..models.encoders import ClipEncoder
 from ..seeds import derived_seed
 from ..text import one_line
+from .asked import known_rows
 from .captions import words_in
 from .evidence import cached_features
 from .result import WORD_LIMIT, Audit, AuditWords, GroupWords, Word
@@ -133,7 +134,7 @@ def _samples(found: Audit, seed: int) -> Iterator[tuple[int, int, _Array, _Array
     """Prompt, factor, rising positions (n,) and groups (n,) of the images that CLIP is shown, by factor and prompt."""
     for factor, weights in zip(range(len(found.factors)), found.group_weights, strict=False):
         for prompt in sorted(split.prompt for split in found.factors[factor].splits):
-            rows = np.flatnonzero(found.kept & (found.prompt_ids == prompt))
+            rows = np.flatnonzero(found.kept & (found.prompt_ids == prompt) & known_rows(weights))
             labels = weights[rows].argmax(axis=1)
             rng = np.random.default_rng(derived_seed("sample of words", seed, prompt, factor))
             of_groups = [rng.permutation(np.flatnonzero(labels == group)) for group in np.unique(labels)]

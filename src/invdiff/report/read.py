@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..auditing.asked import known_rows
 from ..auditing.edits import ladder
 from ..auditing.result import Audit, PromptAudit, PromptSplit
 from ..data.tables import MANIFESTS, METADATA
@@ -75,7 +76,7 @@ class Split:
     factor_index: int  # of the hidden factor, from 0
     factor: str  # its name before that of a prompt, such as "factor 1 · "; empty where the audit has one factor only
     figures: PromptSplit  # how the audit judges it
-    rows: _Array  # (n,) positions in the audit of the prompt's images, without those left out; others are theirs
+    rows: _Array  # (n,) positions in the audit of the prompt's images of known groups; the other arrays are theirs
     scores: _Array
     weights: _Array  # W of these images, (n, E)
     labels: _Array
@@ -227,7 +228,7 @@ def splits_of(audit: Audit) -> list[Split]:
     for factor, (entry, of_all) in enumerate(zip(audit.factors, audit.group_weights, strict=False)):
         for figures in sorted(entry.splits, key=lambda split: -audit.prompts[split.prompt].num_images):
             own = audit.prompt_ids == figures.prompt
-            rows = np.flatnonzero(audit.kept & own)
+            rows = np.flatnonzero(audit.kept & own & known_rows(of_all))
             weights, scores = of_all[rows], audit.scores[factor, rows]
             labels, moved = weights.argmax(axis=1), audit.edits.cuts.get((factor, figures.prompt), ())
             names = [audit.group_name(group, factor) for group in range(weights.shape[1])]
@@ -244,7 +245,7 @@ def splits_of(audit: Audit) -> list[Split]:
                     labels=labels,
                     groups=rank_groups(weights, scores, rows, names),
                     cuts=list(moved) or gaps(scores, labels),
-                    by_hand=bool(moved or len(rows) < own.sum()),
+                    by_hand=bool(moved or not audit.kept[own].all()),
                 )
             )
     return splits

@@ -2,6 +2,8 @@
 
 import torch
 
+from ..auditing.asked import known_rows
+
 FEWEST = 20  # images that a rare cell keeps, where as many are more likely in its group than not
 
 
@@ -13,10 +15,13 @@ def purified(weights: torch.Tensor, prompt_ids: torch.Tensor, purity: float) -> 
     where those of group e' are estimated to be a share r of one prompt's cell of group e, the largest of all prompts,
     every prompt's cell is given images of its own group e' until theirs is r too: they blunt what a group means, and
     say nothing about the prompt. Hard labels pass unchanged, and so do prompts that W does not split, whose rows are
-    all alike. Rows of W are zeros where an image was left out; at a `purity` of 0 none is.
+    all alike. Under the others, images of which nothing is known (`known_rows`) are neither drawn nor wrong. Rows of W
+    are zeros where an image was left out; at a `purity` of 0 none is.
     """
     drawn = weights.double().clone()
-    prompts = [torch.nonzero(weights.any(dim=1) & (prompt_ids == p))[:, 0] for p in prompt_ids.unique()]
+    told = torch.from_numpy(known_rows(weights.numpy()))
+    drawn[~told & torch.isin(prompt_ids, prompt_ids[told])] = 0
+    prompts = [torch.nonzero(told & (prompt_ids == p))[:, 0] for p in prompt_ids[told].unique()]
     prompts = [rows for rows in prompts if (weights[rows] != weights[rows[:1]]).any()]
     for rows in prompts:
         drawn[rows] = torch.stack([_sure(column, purity, weights.shape[1]) for column in drawn[rows].T], dim=1)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from sklearn.metrics import adjusted_rand_score
 
+from ..auditing.asked import known_rows
 from ..auditing.edits import Edits
 from ..auditing.result import Audit
 from ..auditing.run import audit as infer_groups
@@ -208,12 +209,13 @@ def with_new_factors(before: Audit, found: Audit) -> Audit:
 
     A factor is known where its groups agree with those of one before under any prompt (adjusted Rand index).
     """
-    prompts, groups = before.prompt_ids, [weights.argmax(axis=1) for weights in before.group_weights]
+    prompts, groups = before.prompt_ids, [(known_rows(of), of.argmax(axis=1)) for of in before.group_weights]
 
     def known(m: int) -> bool:
         now = found.group_weights[m].argmax(axis=1)
         of_prompts = [(prompts == split.prompt) & before.kept for split in found.factors[m].splits]
-        return any(adjusted_rand_score(old[rows], now[rows]) > SAME for old in groups for rows in of_prompts)
+        shared = [(old[told & rows], now[told & rows]) for told, old in groups for rows in of_prompts]
+        return any(len(old) and adjusted_rand_score(old, new) > SAME for old, new in shared)
 
     new = [m for m in range(len(found.factors)) if not known(m)]
     if not new:
