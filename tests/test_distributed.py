@@ -1,7 +1,6 @@
 """Two processes do what one does: the same groups, the same images, losses equal but for the order of sums."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -61,7 +60,8 @@ def jobs(tiny_folder, tmp_path_factory):
         for (module, name), value in SMALL.items():
             patch.setattr(module, name, value)
         whole_job(tiny_folder, folders[0])
-    command = [sys.executable, __file__, str(tiny_folder), str(folders[1])]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port"]
+    command = [sys.executable, *torchrun, free_port(), __file__, str(tiny_folder), str(folders[1])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [(folder / "processes").read_text() for folder in folders] == ["1", "2"]
@@ -120,14 +120,7 @@ def test_processes_that_do_not_come_are_waited_for_and_not_for_long(tiny_pipe_di
     assert "To run alone: unset WORLD_SIZE" in error
 
 
-def launched_job(rank: int, port: str, *folders: str) -> None:
-    """The job as a launcher starts it."""
-    os.environ |= PROCESSES | {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
-    whole_job(*map(Path, folders))
-
-
 if __name__ == "__main__":
     for (module, name), value in SMALL.items():
         setattr(module, name, value)
-    # Forked, so that what takes seconds to import is imported once.
-    torch.multiprocessing.start_processes(launched_job, (free_port(), *sys.argv[1:]), nprocs=2, start_method="fork")
+    whole_job(*map(Path, sys.argv[1:]))

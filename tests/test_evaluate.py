@@ -157,7 +157,7 @@ def test_an_image_whose_subject_is_not_told_is_no_wrong_one(base):
 
     results = measure({"base": base}, ReadsPixels(change=unsure), subject_attribute="subject", min_confidence=0.6)
     assert results.models["base"]["1.0"].accuracy == 1.0  # of the other three
-    assert any("5 images whose subject is not told are left out of accuracy" in note for note in results.notes)
+    assert any("accuracy leaves out 5 of 8 images, whose subject is not told" in note for note in results.notes)
 
 
 def test_the_subject_is_the_one_class_that_words_of_the_prompt_name_if_any(tmp_path):

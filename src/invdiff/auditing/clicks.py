@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..data.tables import read_table
 from ..files import write_text
+from .asked import known_rows
 
 _Array = NDArray[Any]
 
@@ -35,7 +36,7 @@ def next_to_label(weights: _Array, prompt_ids: _Array, asked: _Array, *, count: 
     order = order[~asked[order]]
     chosen = order[:0]
     if asked.any():
-        certainty = np.where(np.ptp(weights, axis=1) > 1e-6, weights.max(axis=1), np.inf)
+        certainty = np.where(known_rows(weights), weights.max(axis=1), np.inf)
         doubtful = order[np.argsort(certainty[order], kind="stable")]
         turn = np.empty(len(doubtful), dtype=int)
         cells = np.unique([prompt_ids, weights.argmax(axis=1)], axis=1, return_inverse=True)[1].reshape(-1)[doubtful]

@@ -143,7 +143,8 @@ def apply(audit: Audit, edits: Edits) -> Audit:
         own = weights[m][prompt_ids == split.prompt]
         if not known_rows(own).any():
             raise AuditError(
-                f"Expected an image of “{captions[split.prompt]}” with a known group, got none. Put one back."
+                f"Expected an image of “{captions[split.prompt]}” of which {plain.factors[m].name} is known, got "
+                "none. Put one back."
             )
         return split.with_shares_of(own)
 

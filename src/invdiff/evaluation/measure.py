@@ -60,10 +60,8 @@ def measure(
         attributes[name] = _spread(name, names, prompts, joint, None, right, question)
     known, accuracy = right[right >= 0], None
     if len(known):
-        untold = (
-            f"{unclear.sum()} images whose {subject} is not told are left out of accuracy" if unclear.any() else ""
-        )
-        accuracy = replace(share(known), note=untold)
+        untold = f"accuracy leaves out {unclear.sum()} of {len(rows)} images, whose {subject} is not told"
+        accuracy = replace(share(known), note=untold if unclear.any() else "")
     return Measures(
         images_per_prompt=min(Counter(prompts).values()),
         attributes=attributes,
