@@ -113,7 +113,7 @@ def test_images_without_a_label_count_in_no_share_and_no_group():
     edited = apply(found, Edits().with_cuts(0, 0, [0.5]).without_images([0, 1, 199]))
     assert edited.split(0, 0).shares == [round(70 / 78, 4), round(8 / 78, 4)]
     assert (edited.group_weights[0][80:199] == 0.5).all()
-    with pytest.raises(AuditError, match="with a known group"):
+    with pytest.raises(AuditError, match="of which place is known"):
         apply(found, Edits().without_images(range(80)))
 
 
