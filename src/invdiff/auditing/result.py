@@ -69,9 +69,10 @@ class PromptSplit:
     def with_shares_of(self, weights: NDArray[Any]) -> PromptSplit:
         """The same split with the shares of W (n, E) of its images, and their intervals by Wilson's score.
 
-        Images of which nothing is known do not count; of one at least something is.
+        Images of which nothing is known do not count, but where that is all of them.
         """
-        weights = weights[known_rows(weights)]
+        known = known_rows(weights)
+        weights = weights[known] if known.any() else weights
         count, shares = len(weights), weights.mean(axis=0, dtype=np.float64).tolist()
         ends = [binomtest(round(share * count), count).proportion_ci(0.95, method="wilson") for share in shares]
         intervals = [(round(float(low), 4), round(float(high), 4)) for low, high in ends]
