@@ -10,11 +10,12 @@ from safetensors.numpy import load_file, save_file
 from conftest import make_guidance_module
 from invdiff import Audit, AuditConfig, attach, load_captioned_images
 from invdiff.auditing import evidence as evidence_module
-from invdiff.auditing.edits import CURATION, Edits, apply
+from invdiff.auditing.edits import Edits, apply
 from invdiff.auditing.evidence import Evidence
 from invdiff.auditing.run import audit, distinct
 from invdiff.data.encode import as_encoded
 from invdiff.errors import AuditError, ConfigError, ModelError
+from invdiff.files import CURATION
 from runs import inferred, made_up_data, sharded
 
 CONFIG = AuditConfig(solver="exact", batch_size=4, min_images=4, min_share=0.1)

@@ -9,10 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from invdiff.auditing.edits import CURATION, NAME_LIMIT, Edits, apply
+from invdiff.auditing.edits import NAME_LIMIT, Edits, apply
 from invdiff.auditing.result import Audit, PromptAudit
 from invdiff.errors import AuditError, ConfigError
 from invdiff.evaluation.fairness.intervals import share_interval
+from invdiff.files import CURATION
 from invdiff.text import one_line
 from runs import built_audit
 

@@ -163,12 +163,9 @@ def test_an_image_whose_subject_is_not_told_is_no_wrong_one(base):
 def test_the_subject_is_the_one_class_that_words_of_the_prompt_name_if_any(tmp_path):
     annotator = ReadsPixels()
     annotator.attributes = annotator.attributes | {"subject": ("bird", "landbird", "water_bird")}
-    for name, prompt, accuracy in (
-        ("a", "A Water Bird, no mere bird", 1.0),
-        ("b", "seabirds and birdhouses", None),
-        ("c", "a landbird beside a water bird", None),
-    ):
-        folder = write(tmp_path / name, [(prompt, 1, "water", "waterbird")] * 2)
+    prompts = {"A Water Bird, no mere bird": 1.0, "seabirds, birdhouses": None, "a landbird beside a bird": None}
+    for prompt, accuracy in prompts.items():
+        folder = write(tmp_path / prompt, [(prompt, 1, "water", "waterbird")] * 2)
         results = measure({"base": folder}, annotator, subject_attribute="subject")
         assert results.models["base"]["1.0"].accuracy == accuracy
         assert any(note.startswith("1 of 1 prompts name no class") for note in results.notes) == (accuracy is None)

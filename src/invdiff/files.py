@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _DIGEST = "digest"  # of the contents, in the metadata of safetensors
 _LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
+JUDGES, CURATION = "judges.safetensors", "curation.json"
+"""Beside audit.json: the linear judge of each hidden factor with how it errs, and what people changed."""
 LOCK = ".lock"  # in an output folder while a run writes to it, empty; the kernel releases that of a killed run
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import AuditError, ConfigError, DataError, found_else
-from ..files import read_json
+from ..files import CURATION, read_json
 from ..options import typed
 from ..text import one_line
 from .asked import known_rows
@@ -27,7 +27,6 @@ from .asked import known_rows
 if TYPE_CHECKING:
     from .result import Audit, PromptSplit
 
-CURATION = "curation.json"
 NAME_LIMIT = 60  # characters of a group's name
 
 

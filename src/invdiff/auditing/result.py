@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from ..errors import AuditError, DataError, found_else
-from ..files import fingerprint, read_arrays, read_json, write_arrays, write_json
+from ..files import CURATION, JUDGES, fingerprint, read_arrays, read_json, write_arrays, write_json
 from ..options import typed
 from ..text import one_line
 from .asked import about_asked, known_rows
-from .edits import CURATION, Edits, apply, put_aside, read_edits
+from .edits import Edits, apply, put_aside, read_edits
 
 if TYPE_CHECKING:
     from ..data.encode import EncodedImages
 
-WORDS, JUDGES = "words.json", "judges.safetensors"
+WORDS = "words.json"
 WORD_LIMIT = 60  # characters of a word, or of a few words that belong together
 
 

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from ..assets import PROFESSIONS
 from ..config import ArchitectureConfig, AuditConfig, DemoConfig, FinetuneConfig, GenerateConfig, TrainConfig
 from ..errors import ConfigError, InvDiffError
-from ..files import default_cache_dir
+from ..files import CURATION, default_cache_dir
 from ..launched import is_first_process
 from ..options import command_options, with_prompts
 from .arguments import (
@@ -147,7 +147,6 @@ def audit(
         raise ConfigError(f"Expected {useless[0]} for images of the model's own, got DATA beside it. Leave one out.")
     settings = dataclasses.replace(settings, words=(*settings.words, *lines_in(words_file, "word")))
     say_loading("images and model", quiet=quiet)
-    from ..auditing.edits import CURATION
     from ..auditing.run import audit as run_audit
     from ..report.grids import save_audit_picture
     from ..sampling import own_images

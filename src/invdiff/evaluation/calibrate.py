@@ -11,10 +11,11 @@ from scipy.optimize import nnls
 from ..config import GenerateConfig
 from ..distributed import is_main, wait
 from ..errors import ConfigError
+from ..files import CURATION
 from ..progress import note
 from ..sampling import generate
 from .annotate import describe_images
-from .annotators.audited import CURATION, AuditAnnotator
+from .annotators.audited import AuditAnnotator
 from .fairness.correction import correct_for_annotator
 from .images import read_images
 

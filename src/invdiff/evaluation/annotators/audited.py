@@ -12,7 +12,7 @@ from scipy.special import softmax
 
 from ...data.encode import model_fingerprint, pixel_values
 from ...errors import DataError, ModelError, found_else
-from ...files import fingerprint, read_arrays, read_json
+from ...files import CURATION, JUDGES, fingerprint, read_arrays, read_json
 from ...models.families import family_that_draws
 from ...models.features import add_noise, read_features
 from ...models.frozen import FrozenDenoiser, denoiser_fingerprint
@@ -21,8 +21,6 @@ from ...seeds import generator
 from .annotations import Annotations, class_names
 from .heldout import HeldOut, Measurable
 
-JUDGES = "judges.safetensors"  # beside audit.json: the linear judge of each hidden factor, and how it errs
-CURATION = "curation.json"  # beside them: what people changed
 BATCH_SIZE = 32
 
 
