@@ -57,7 +57,8 @@ def test_features_are_whitened_alike_in_whatever_order_captions_come(monkeypatch
     caption = np.arange(200) % 2
     values = np.stack([4.0 * caption, np.random.default_rng(0).normal(size=200)], axis=1)
     mixed = evidence.whitened(lambda rows: values[rows], 200, seed=0).values
-    assert np.allclose(mixed.std(axis=0), 1, atol=0.2)  # of one caption alone the first would not vary
+    assert mixed.shape == (200, 2)  # of one caption alone the first would not vary
+    assert np.allclose(mixed.std(axis=0), 1, atol=0.2)
 
 
 class Wide(FrozenDenoiser):

@@ -186,7 +186,10 @@ def test_fine_tuning_and_guidance_take_given_and_inferred_groups(tiny_pipe_dir, 
     short = {"backend": "lora", "steps": 1, "batch_size": 4, "preserve": 0.0, "mixed_precision": "no"}
     guided = Guided(config=short, groups="jtt")
     assert guided.supervision == "none"
-    assert guided.fit(world, tmp_path / "guided").guidance.num_groups == (2,)
+    fitted = guided.fit(world, tmp_path / "guided")
+    assert fitted.guidance.num_groups == (2,)
+    beside = Guided(config=short | {"backend": "module"}, groups="jtt").fit(world, tmp_path / "beside")
+    assert fitted.forwards - beside.forwards == (3 - 1) * 4  # no gradient goes through the frozen model
     inside = GuidedInside(config=short | {"backend": "module"}, groups="jtt")
     fitted = inside.fit(world, tmp_path / "inside")
     assert any(shift.up.weight.any() for shift in fitted.guidance.shifts)
