@@ -55,7 +55,6 @@ from invdiff.auditing.scores import Margins
 from invdiff.data.birds import SUBJECTS, BirdsWorld
 from invdiff.data.captioned import CaptionedImages
 from invdiff.data.encode import as_encoded
-from invdiff.errors import ConfigError
 from invdiff.evaluation.annotate import describe_images
 from invdiff.evaluation.annotators.annotations import Annotator
 from invdiff.evaluation.annotators.conv import ConvAnnotator
@@ -93,7 +92,7 @@ class Cell:
     """Its figures are kept under it. What stands before "-seed-" names a row of the table."""
     world: Callable[[Path], Path]
     """Writes the captioned images."""
-    base: Path
+    base: Path | None
     """The pipeline."""
     hidden: tuple[str, ...] = ()
     """Hidden attributes that the result is judged by; none in a null world."""
@@ -164,7 +163,7 @@ def two(source: Path, base: Path, work: Path) -> Iterator[Cell]:
         yield from both(f"place-and-tint-seed-{seed}", world, base, hidden=("place", "tint"))
 
 
-def own(source: Path, base: Path, work: Path) -> Iterator[Cell]:
+def own(source: Path, base: Path | None, work: Path) -> Iterator[Cell]:
     def bundled(folder: Path) -> ConvAnnotator:
         return ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
 
@@ -213,6 +212,8 @@ def drawn(source: Path | None, base: Path | None, work: Path) -> Iterator[Cell]:
     yield Cell("guided-three-attributes", worlds.drawn, BIRDS_MODEL, three, scales=(3.0,), **options)
 
 
+RANKS = "auroc", "average_precision", "ceiling", "margin", "reading"
+FIGURES = *RANKS, "adjusted_rand", "calibration_error", "sure_precision"
 PARTS: dict[str, Callable[..., Iterator[Cell]]] = {
     "waterbirds": waterbirds,
     "nulls": nulls,
@@ -227,10 +228,11 @@ PARTS: dict[str, Callable[..., Iterator[Cell]]] = {
 
 def run(part: str, cell: Cell, work: Path) -> None:
     """Audit one world, judge the result and keep the figures, unless they are there."""
-    if (kept.RESULTS / f"audits/{part}-{cell.name}.json").is_file():
+    if (path := kept.RESULTS / f"audits/{part}-{cell.name}.json").is_file():
+        print(f"kept already, delete it to run anew: {path}")
         return
-    if not cell.base.is_dir():
-        raise ConfigError(f"Expected a pipeline in {cell.base}, found none. See the top of benchmarks/audits.py.")
+    if cell.base is None or not cell.base.is_dir():
+        raise SystemExit(f"Expected --data and --base, a pipeline, for {part} {cell.name}, got {cell.base}.")
     place = f"{part}-{cell.world_name}"
     data = load_captioned_images(cell.world(work / "worlds" / place))
     unlabelled = replace(data, attributes={})
@@ -363,17 +365,7 @@ def section(kinds: dict[str, list[dict]]) -> Iterator[str]:
         for attribute in cells[0].get("hidden", {"": None}):
             rows = [row for cell in cells for row in cell.get("hidden", {}).get(attribute, ())]
             splits = f"{sum(row['found'] for row in rows)} of {len(rows)}" if rows else ""
-            figures = (
-                "auroc",
-                "average_precision",
-                "ceiling",
-                "margin",
-                "reading",
-                "adjusted_rand",
-                "calibration_error",
-                "sure_precision",
-            )
-            middle = [splits, *(over(rows, name) for name in figures)]
+            middle = [splits, *(over(rows, name) for name in FIGURES)]
             yield "| " + " | ".join([kind, attribute, str(len(cells)), *of_cells, *middle, *end]) + " |"
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -39,6 +40,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:__array_:DeprecationWarning")
     # Its ControlNet for Flux imports a class from where it no longer lives.
     config.addinivalue_line("filterwarnings", "ignore:`FluxPosEmbed` is deprecated:FutureWarning")
+
+
+def pytest_collection_finish() -> None:
+    """Search for garbage seldom, and not among what the libraries made while they were imported."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def make_tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:

@@ -51,9 +51,10 @@ def train(
 ) -> Guidance:
     """Train a guidance that balances the groups an audit found, and save it to `output_dir`.
 
-    The pipeline stays frozen; no gradient flows through it. Several processes each take a share of every batch.
-    Work in progress is kept in `output_dir/.work`: an interrupted run continues from its last checkpoint to the same
-    result, and a finished one is read back. The losses of each group are logged in `output_dir/log.jsonl`.
+    The pipeline's weights stay frozen; `lora` and `tokens` send gradients through it, `module` none. Several processes
+    each take a share of every batch. Work in progress is kept in `output_dir/.work`: an interrupted run continues from
+    its last checkpoint to the same result, and a finished one is read back. The losses of each group are logged in
+    `output_dir/log.jsonl`.
 
     Args:
         pipe: The pipeline that was audited.
