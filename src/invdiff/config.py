@@ -82,7 +82,7 @@ class FinetuneConfig(Config):
     """Peak learning rate of the autoencoder; from scratch only."""
     checkpoint_every: Annotated[Count, RARE] = 250
     """Steps between checkpoints."""
-    mixed_precision: Annotated[MixedPrecision, Option(metavar="no|fp16|bf16", panel=RARE.panel)] = "auto"
+    mixed_precision: Annotated[MixedPrecision, Option(metavar="auto|no|fp16|bf16", panel=RARE.panel)] = "auto"
     """`auto` takes bf16 on a GPU that has it and full precision elsewhere."""
     half_precision_weights: Annotated[bool, RARE] = False
     """Save the denoiser and the autoencoder in 16 bits. diffusers reads them back in 32."""
@@ -117,8 +117,8 @@ class TrainConfig(Config):
     caption_dropout: Annotated[Decay, RARE] = 0.1
     """Share of captions replaced by the null caption, so that guidance works under classifier-free guidance."""
     preserve: Annotated[Decay, RARE] = 0.1
-    """Share of images that are given a caption of everyday things, and no target but the frozen model's prediction, so
-    that guidance leaves captions alone that nobody audited."""
+    """Share of images that are given an unrelated caption and trained to the frozen model's own prediction, so that
+    captions that nobody audited stay as they are."""
     rounds: Count = 1
     """Rounds of the max-min game. After each but the last the guided model is audited; factors that are new are added,
     and guidance is trained anew on all."""
@@ -129,8 +129,8 @@ class TrainConfig(Config):
     rank: Count = 8
     """`lora`: rank of each group's adapter."""
     null_adapter: Literal["auto", "on", "off"] = "auto"
-    """Whether the null row of classifier-free guidance runs under the group's guidance; `auto` is `off` for
-    `lora` and `on` for the others; `tokens` takes no `off`."""
+    """Whether the null row of classifier-free guidance, the one without a caption, runs under the group's guidance;
+    `auto` is `off` for `lora`, unless --calibrate finds `on` better, and `on` for others; `tokens` takes no `off`."""
     distilled_guidance: Annotated[NotNegative, RARE] = 3.5
     """The guidance input of a guidance-distilled model (Flux.1 dev) in training: what images will be drawn at. Others
     do not read it; the audit is at 1."""
@@ -140,12 +140,13 @@ class TrainConfig(Config):
     """Decay of the moving means of group losses that the penalty is taken on."""
     purity: Annotated[Share, RARE] = 0.99
     """Images that are less likely to be in a prompt's rare group than this are not drawn for it; 0 draws every image
-    in proportion. What is wrong in one prompt's group all the same is matched in the other prompts'."""
+    in proportion. Errors that remain are copied in the same proportion into the other prompts' groups, so that
+    guidance does not learn them."""
     max_gradient_norm: Annotated[Positive, RARE] = 1.0
     """Gradients are clipped to this norm."""
     checkpoint_every: Annotated[Count, RARE] = 100
     """Steps between checkpoints."""
-    mixed_precision: Annotated[MixedPrecision, Option(metavar="no|fp16|bf16", panel=RARE.panel)] = "auto"
+    mixed_precision: Annotated[MixedPrecision, Option(metavar="auto|no|fp16|bf16", panel=RARE.panel)] = "auto"
     """`auto` takes bf16 on a GPU that has it and full precision elsewhere."""
     seed: int = 0
     """Seed of weights, batches and noise."""
@@ -153,6 +154,8 @@ class TrainConfig(Config):
     def check(self) -> None:
         """Check what ranges do not say."""
         self.require("width", self.width % 8 == 0, "0 or a multiple of 8")
+        fits = self.backend != "tokens" or self.null_adapter != "off"
+        self.require("null_adapter", fits, "'on' or 'auto' with backend 'tokens', whose rows all have as many tokens")
         for name, backend in (("width", "module"), ("tokens", "tokens"), ("rank", "lora")):
             default = type(self).__dataclass_fields__[name].default
             unread = f"nothing with backend {self.backend!r}, but with {backend!r} alone, which reads it"
@@ -195,7 +198,7 @@ class AuditConfig(Config):
     """A CLIP model, by folder or hub id, that says in words what separates the groups once they are found."""
     words: Annotated[tuple[str, ...], Option(flag="--word")] = ()
     """A word for `words_model` to choose from, beside those of the captions and a list of common ones; repeat for
-    more."""
+    more, or give a file to --words."""
     caption_threshold: Annotated[NotNegative, RARE] = 0.05
     """Captions are one prompt where swapping them moves the model's prediction by less than this share of its own
     squared error."""

@@ -42,7 +42,9 @@ def columns_asked(data: CaptionedImages, rows: NDArray[Any], names: Sequence[str
     found = []
     for name in names:
         if name not in data.attributes:
-            raise DataError(f"Expected a column {name!r} in the data, found {known_columns(data)}. Add it.")
+            raise DataError(
+                f"Expected a column {name!r} in the data, found {known_columns(data)}. Check the spelling, or add it."
+            )
         every = labels_in(name, zip(data.attributes[name], data.names, strict=True), DataError)
         labels = [every[row] for row in rows]
         values = sorted(set(labels) - {""})

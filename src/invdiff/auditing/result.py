@@ -333,7 +333,9 @@ class Audit:
         """
         folder = Path(folder)
         if not (folder / "audit.json").is_file():
-            raise AuditError(f"Expected an audit folder at {folder}, found no audit.json. Run `invdiff audit`.")
+            raise AuditError(
+                f"Expected what `invdiff audit` wrote at {folder}, found no audit.json. Give it after DATA."
+            )
         kinds: dict[str, Any] = {"prompts": list[PromptAudit], "factors": list[Factor], "names": list[str]}
         kinds |= {"forwards_per_image": float, "settings": dict[str, Any], "num_groups": list[int]}
         kinds |= {"unreadable": dict[str, str]}

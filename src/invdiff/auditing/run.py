@@ -91,6 +91,9 @@ def audit(
     elif prompts:
         raise ConfigError("Expected either data or prompts for the model to draw its own, got both.")
     images = data if isinstance(data, CaptionedImages) else None
+    if images is not None:  # an error in what is asked for comes before the work
+        columns_asked(images, np.arange(len(images)), columns)
+        labels_asked(labels, images.names)
     encoded = as_encoded(pipe, data, cache_dir, resolution=config.resolution, progress=progress)
     if not encoded.conditions and config.solver == "exact":
         raise AuditError("Expected a model of captions for solver 'exact', got one of none. Use 'auto' or 'gradient'.")

@@ -12,7 +12,7 @@ import inspect
 import itertools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -80,6 +80,7 @@ def _with_options(function: Command, writes_file: bool, shared: bool) -> Command
             parameter = inspect.Parameter(setting.name, own.KEYWORD_ONLY, default=None, annotation=annotation)
             (rare if setting.option.panel else parameters).append(parameter)
 
+    @_flags_in_errors(kinds.values())
     def run(config: Path | None = None, **given: Any) -> None:
         if not shared:
             one_process(function.__name__.replace("_", " "))
@@ -100,10 +101,25 @@ def _with_options(function: Command, writes_file: bool, shared: bool) -> Command
     return run
 
 
+@contextlib.contextmanager
+def _flags_in_errors(kinds: Iterable[Any]) -> Iterator[None]:
+    """Let an error in a field of one of `kinds` name the option, as people typed it."""
+    try:
+        yield
+    except ConfigError as error:
+        fields = {f"{kind.__name__}.{name}": of.flag for kind in kinds for name, of in settings_of(kind).items()}
+        place, colon, rest = str(error).partition(": ")
+        raise ConfigError(fields.get(place, place) + colon + rest) from error
+
+
 def _annotation(setting: Setting, doc: str, panel: str) -> Any:
     """A setting's type as typer reads it, with its option."""
     hint, metavar = setting.type, setting.option.metavar or _METAVARS.get(setting.type)
     limits = {end: limit for end in ("min", "max") if math.isfinite(limit := getattr(setting.range, end))}
+    if math.isfinite(setting.range.above):  # typer knows no open ends
+        metavar, limits = f"{metavar} [x>{setting.range.above:g}]", {}
+    elif math.isfinite(setting.range.below):
+        metavar, limits = f"{metavar} [{setting.range.min:g}<=x<{setting.range.below:g}]", {}
     if setting.item in (int, float):
         hint, metavar, limits = str, metavar or "NUMBER,...", {}
     elif setting.item:

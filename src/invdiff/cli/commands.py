@@ -78,8 +78,7 @@ def invdiff(
 ) -> None:
     """Find, remove and measure hidden biases in text-to-image diffusion models, without labels.
 
-    Audit, train, generate, evaluate: each command ends by naming the next. `demo` goes all the way on a small
-    bundled model.
+    Audit, train, generate, evaluate: each names the next. `demo` goes all the way on a small bundled model.
     """
 
 
@@ -103,17 +102,23 @@ def audit(
     *,
     model: Model,
     data: str | None = typer.Argument(
-        None, metavar="DATA", help="The images, as for `invdiff finetune`. Without them, the model draws its own."
+        None,
+        metavar="DATA",
+        help="Captioned images: a folder with metadata.csv or .jsonl (file_name, text), a parquet file or a folder of "
+        "them, or a hub dataset id. Without them, the model draws its own.",
     ),
     output: Output,
     prompt: list[str] | None = option(
-        None, "Without DATA: a prompt for the model to draw images of; repeat for more.", panel=DATA
+        None, "Without DATA: a prompt for the model to draw images of; repeat for more.", panel=DATA, metavar="TEXT"
     ),
     prompts: Path | None = option(
         None, "Without DATA: a text file with one prompt a line, or `professions`.", panel=DATA, metavar="FILE"
     ),
     attribute: list[str] | None = option(
-        None, "A column of DATA whose values are the groups: no other is looked for. Repeat for more.", panel=ASK
+        None,
+        "A column of DATA whose values are the groups: no other is looked for. Repeat for more.",
+        panel=ASK,
+        metavar="COLUMN",
     ),
     labels: Path | None = option(
         None,
@@ -181,7 +186,7 @@ def audit(
     finish(result, *words, hint=" (to look with further eyes)")
 
 
-@command(app, "invdiff train out/model photos out/audit --output out/module --steps 800", panel=WAY, shared=True)
+@command(app, "invdiff train out/model photos out/audit --output out/module", panel=WAY, shared=True)
 def train(
     *,
     model: Model,
@@ -259,7 +264,8 @@ def generate(
         ["uniform"],
         "Target mix of the groups: uniform; calibrated (see `train --calibrate`); or one proportion per group such as "
         "0.7,0.3, of several hidden factors such as 'factor 1=0.7,0.3', once for each that is not uniform. Images are "
-        "spread evenly over the mix; with iid, uniform and each drawn independently, as Bias floors assume.",
+        "spread evenly over the mix; iid draws each one's group by itself from an even mix, as Bias floors assume.",
+        metavar="MIX",
     ),
     settings: GenerateConfig,
     weights: WeightsOptions,
@@ -268,7 +274,9 @@ def generate(
     """Draw images of prompts, with or without a module, from the same starting noise."""
     plain = dataclasses.replace(settings, scale=GenerateConfig.scale)
     if module is None and (settings, environments) != (plain, ["uniform"]):
-        raise ConfigError("Expected --module beside --scale and --environments, got none: the plain model has none.")
+        raise ConfigError(
+            "Expected --module beside --scale and --environments, which change guidance alone, got none."
+        )
     wanted = [*(prompts or []), *lines_in(prompts_file)]
     mix: Any = environments[0]
     try:
@@ -323,13 +331,15 @@ def export(
 def birds(
     *,
     output: Output,
-    num_images: int = option(6000, "How many images.", min=1),
-    severity: float = option(0.95, "Share of images whose background agrees with the bird.", min=0, max=1),
+    num_images: int = option(6000, "How many images.", min=1, metavar="INT"),
+    severity: float = option(
+        0.95, "Share of images whose background agrees with the bird.", min=0, max=1, metavar="FLOAT"
+    ),
     world: Literal["two-prompts", "one-prompt"] = option(
         "two-prompts", "Land and water birds, or land birds captioned as birds."
     ),
-    resolution: int = option(64, "Pixels a side.", min=16),
-    seed: int = option(0, "Another seed, another set.", min=0),
+    resolution: int = option(64, "Pixels a side.", min=16, metavar="INT"),
+    seed: int = option(0, "Another seed, another set.", min=0, metavar="INT"),
     quiet: Quiet = False,
 ) -> None:
     """Draw the bundled world: captioned birds whose background agrees with the bird, in most images."""

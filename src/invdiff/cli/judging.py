@@ -62,13 +62,18 @@ def evaluate(
         metavar="ANNOTATOR",
     ),
     annotator_model: str | None = option(None, "The audited model, for an audit as annotator.", metavar="MODEL"),
-    attribute: list[str] = option(..., "Attribute to measure Bias on; repeat for more, and for how they intersect."),
+    attribute: list[str] = option(
+        ..., "Attribute to measure Bias on; repeat for more, and for how they intersect.", metavar="NAME"
+    ),
     classes: Classes = None,
     settings: EvaluateConfig,
     reference: str | None = option(None, "Captioned images to measure quality against.", panel=DATA, metavar="DATA"),
     source: DataOptions,
     output: Path = option(
-        Path("results.json"), "JSON file to write; every figure is also a row of a CSV file beside it.", panel=RUN
+        Path("results.json"),
+        "JSON file to write; every figure is also a row of a CSV file beside it.",
+        panel=RUN,
+        metavar="FILE",
     ),
     quiet: Quiet = False,
 ) -> None:
@@ -144,9 +149,16 @@ def ui(
     ),
     source: CaptionOptions,
     weights: CacheOptions,
-    host: str = option("127.0.0.1", "Address to listen on. Any but this machine's own needs --public.", panel=RUN),
+    host: str = option(
+        "127.0.0.1", "Address to listen on. Any but this machine's own needs --public.", panel=RUN, metavar="HOST"
+    ),
     port: int | None = option(
-        None, "Port to listen on." + shown_default("the first free one from 7860"), panel=RUN, min=1, max=65535
+        None,
+        "Port to listen on." + shown_default("the first free one from 7860"),
+        panel=RUN,
+        min=1,
+        max=65535,
+        metavar="PORT",
     ),
     public: bool = option(
         False, f"Let others on the network in, who are asked for the password in ${PASSWORD}.", "--public", panel=RUN
@@ -187,11 +199,13 @@ def annotator_train(
     *,
     data: LabelledData,
     output: Output,
-    attribute: list[str] | None = option(None, "Column to learn; repeat for more. Unless given, all but captions."),
-    steps: int = option(400, "Optimiser steps.", min=1),
-    batch_size: int = option(64, "Images per step.", min=1),
-    resolution: int = option(64, "Pixels a side that images are resized to.", min=16),
-    seed: int = option(0, "Seed of split, weights and batches."),
+    attribute: list[str] | None = option(
+        None, "Column to learn; repeat for more. Unless given, all but captions.", metavar="COLUMN"
+    ),
+    steps: int = option(400, "Optimiser steps.", min=1, metavar="INT"),
+    batch_size: int = option(64, "Images per step.", min=1, metavar="INT"),
+    resolution: int = option(64, "Pixels a side that images are resized to.", min=16, metavar="INT"),
+    seed: int = option(0, "Seed of split, weights and batches.", metavar="INT"),
     source: DataOptions,
     quiet: Quiet = False,
 ) -> None:
@@ -223,7 +237,9 @@ def annotator_measure(
     data: LabelledData,
     output: Output,
     attribute: list[str] | None = option(
-        None, "Column to measure on; repeat for more. Without it, all that annotator and images share."
+        None,
+        "Column to measure on; repeat for more. Without it, all that annotator and images share.",
+        metavar="COLUMN",
     ),
     classes: Classes = None,
     source: DataOptions,

@@ -286,7 +286,7 @@ def _open(source: Source, image_column: str | None, split: str, limit: int | Non
     except _LOADING_ERRORS as error:
         raise DataError(
             f"{source} is neither an existing local path nor a reachable hub dataset with a split {split!r}: "
-            f"{first_line(error)} Check the spelling, the network and, for a private set, `hf auth login`."
+            f"{first_line(error).rstrip('.')}. Check the spelling, the network and, if private, `hf auth login`."
         ) from error
     return _open_dataset(dataset, image_column, limit, Path(), cache)
 

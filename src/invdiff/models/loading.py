@@ -16,7 +16,7 @@ _POINTER = b"version https://git-lfs"
 
 
 @contextmanager
-def loading(kind: str, source: str, remedy: str = "Save it again, or download it again.") -> Iterator[None]:
+def loading(kind: str, source: str, remedy: str = "") -> Iterator[None]:
     """Raise `ModelError` where `kind` cannot be loaded in the block from `source`, a folder or a hub id."""
     try:
         yield
@@ -29,9 +29,12 @@ def loading(kind: str, source: str, remedy: str = "Save it again, or download it
         elif isinstance(error, AttributeError):
             remedy = "Upgrade diffusers and transformers, which may know it by now, or choose another model."
         elif folder.exists() or looks_local(source):
-            reason = _damage(folder) or reason
+            reason, remedy = _damage(folder) or reason, remedy or "Save it again, or download it again."
         else:
-            remedy = f"{remedy} Check the spelling, the network and, if it is gated, your login (hf auth login)."
+            taken = (
+                f"There is no {source} in this folder, so it was taken for a hub id: check the spelling, the network"
+            )
+            remedy = f"{remedy} {taken} and, if it is gated, your login (hf auth login).".lstrip()
         raise ModelError(f"Expected {kind} at {source}, could not load it: {reason.rstrip('.')}. {remedy}") from error
 
 

@@ -76,7 +76,9 @@ def train(
     finished, work = output_dir / "train.json", output_dir / ".work"
     if data is None:
         if "own_images_of" not in audit.settings:
-            raise ConfigError("Expected the images that were audited, got none: the model did not draw them itself.")
+            raise ConfigError(
+                "Expected the images that were audited, which the model did not draw itself, got none. Give DATA."
+            )
         kept = Path(cache_dir) if cache_dir else default_cache_dir()
         data = own_images(pipe, audit.settings, kept, progress=progress)
     data = as_encoded(pipe, data, cache_dir, resolution=audit.settings.get("resolution", 0), progress=progress)
