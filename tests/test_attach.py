@@ -112,6 +112,24 @@ def test_images_keep_their_groups_when_guidance_is_switched_off_on_the_way(tiny_
     assert torch.equal(seen[-1], seen[0][:2])
 
 
+def test_groups_given_are_counted_by_images_and_those_of_one_noise_are_spread(tiny_pipe):
+    module = make_guidance_module(tiny_pipe, num_groups=3)
+    with attach(tiny_pipe, module, environments=[0, 0, 1, 1]), pytest.raises(ConfigError, match="batch of 4 image"):
+        draw(tiny_pipe, 0, 1)
+    attachment = attach(tiny_pipe, module)
+    seen = record_environments(tiny_pipe, attachment)
+    draw(tiny_pipe, 0, 1, 2, latents=inputs()[0][:1].repeat(3, 1, 1, 1))
+    assert sorted(seen[0][:3].flatten().tolist()) == [0, 1, 2]
+    assert all(torch.equal(groups, seen[0][:3].repeat(2, 1)) for groups in seen)
+
+
+def test_a_module_attached_twice_is_told(tiny_pipe):
+    module = make_guidance_module(tiny_pipe)
+    attach(tiny_pipe, module)
+    with pytest.warns(UserWarning, match="attached to this model already"):
+        attach(tiny_pipe, module)
+
+
 def test_a_loop_that_sets_timesteps_once_draws_anew_for_each_batch(tiny_pipe):
     attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=97))
     drawn = []

@@ -323,5 +323,7 @@ def test_a_pickle_is_never_loaded_and_an_absent_folder_is_no_question_of_the_net
     for name in ("./absent", "a/b/c"):
         with pytest.raises(ModelError, match=r"Give the folder that `invdiff train` wrote\.$"):
             load_guidance(name)
-    with pytest.raises(ModelError, match=r"at org/absent, could not load.*invdiff train.* Check the spelling"):
+    with pytest.raises(
+        ModelError, match=r"at org/absent, could not load.*invdiff train.*no org/absent.* check the spelling"
+    ):
         load_guidance("org/absent")

@@ -2,19 +2,22 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from conftest import make_tiny_pipeline
 from extras import gr
 from invdiff import Audit, audit, load_captioned_images
 from invdiff.app.audit import AuditBook, AuditTab
 from invdiff.app.clicks import ClicksPanel
-from invdiff.app.page import audit_for, open_workspace
+from invdiff.app.page import open_workspace
 from invdiff.app.studio import Studio
 from invdiff.auditing.asked import labels_asked
-from invdiff.auditing.clicks import next_to_label, random_order, random_sample, read_clicks
+from invdiff.auditing.clicks import next_to_label, random_order, random_sample, read_clicks, write_clicks
+from invdiff.errors import DataError
+from invdiff.report.audit_view import another
+from invdiff.report.read import find_parts, read_run
 from test_labels import SMALL, VALUES, write_labelled_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of gradio's own imports
@@ -98,11 +101,34 @@ def test_clicks_are_kept_and_spread_to_an_audit_that_the_page_goes_on_with(tiny_
 
 
 def test_a_report_shows_the_audit_that_its_module_was_trained_with(run):
-    parts = open_workspace([run], model="x").runs["run"]
-    books = {"run": AuditBook(parts)}
-    asked = SimpleNamespace(biased=True, asked="“place” was learned; from 20")
-    books["made"] = SimpleNamespace(parts=parts, folder=run / "audit-place", audit=asked)
-    assert audit_for(replace(parts, module=None), books) == run / "audit-place"
-    for record, folder in (({}, "audit"), ({"asked": "“place” was learned; from 10"}, "audit-place")):
-        (run / "module" / "config.json").write_text(json.dumps({"record": record}))
-        assert audit_for(parts, books) == run / folder
+    first = Audit.load(run / "audit")
+    made = replace(first, group_weights=[weights[:, ::-1] for weights in first.group_weights])
+    made.save(run / "audit-place")
+    (run / "labels-place.csv").write_text("file_name,place\n")
+    for of, folder in ((first, "audit"), (made, "audit-place")):
+        (run / "module" / "config.json").write_text(json.dumps({"record": {"audit": of.fingerprint}}))
+        parts = find_parts(run)
+        assert parts.audit == run / folder
+        assert another(read_run(parts)) == ""
+    assert "trained with another audit" in another(read_run(replace(parts, audit=run / "audit")))
+    (run / "module" / "config.json").unlink()
+    assert find_parts(run).audit == run / "audit-place"
+
+
+def test_labels_with_further_columns_are_not_written_anew(run):
+    (run / "labels-place.csv").write_text("file_name,place,note\na.png,sea,dull\n")
+    with pytest.raises(DataError, match="found also note"):
+        read_clicks(run / "labels-place.csv", "place")
+
+
+def test_clicks_go_on_with_the_model_of_the_audit_alone(tiny_pipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "shown"))
+    run, options = tmp_path / "run", {"config": SMALL, "cache_dir": tmp_path / "cache", "progress": False}
+    data = load_captioned_images(write_labelled_folder(run / "data"))
+    audit(tiny_pipe, data, **options).save(run / "audit")
+    write_clicks(
+        run / "labels-place.csv", "place", {name: of for name, of in zip(data.names, VALUES, strict=True) if of}
+    )
+    page = Page(run, make_tiny_pipeline(seed=1), tmp_path / "cache")
+    page.infer()
+    assert "Expected the model of the audit of run, got another" in page.shown["ask-status"]

@@ -57,8 +57,23 @@ def test_given_groups_are_those_of_each_image_repeated_for_further_rows_and_must
     for given in ([1, 0, 2], torch.tensor([1, 0, 2]), np.array([1, 0, 2])):
         assert EnvironmentMix(given, (3,)).rows(noise(6)).tolist() == [[1], [0], [2], [1], [0], [2]]
     assert EnvironmentMix([[1, 0], [0, 2]], (2, 3)).rows(noise(2)).tolist() == [[1, 0], [0, 2]]
-    with pytest.raises(ConfigError, match=r"batch of 3 image\(s\).*4 rows"):
+    with pytest.raises(ConfigError, match=r"batch of 3 image\(s\), got 4"):
         EnvironmentMix([0, 1, 1], (2,)).rows(noise(4))
+    twice = noise(2).repeat(2, 1, 1, 1)  # two images, or four of which two and two have one noise
+    assert EnvironmentMix([0, 1], (2,)).rows(twice).tolist() == [[0], [1], [0], [1]]
+    assert EnvironmentMix([0, 0, 1, 1], (2,)).rows(twice).tolist() == [[0], [0], [1], [1]]
+    with pytest.raises(ConfigError, match=r"batch of 4 image\(s\), got 2"):
+        EnvironmentMix([0, 0, 1, 1], (2,)).rows(twice, copies=2)
+
+
+def test_images_of_one_noise_are_spread_and_those_of_a_picture_alike_in_part_are_told_apart():
+    same = noise(1).repeat(8, 1, 1, 1)
+    assert EnvironmentMix("uniform", (4,)).rows(same, copies=2).flatten().tolist()[:4] != [0] * 4
+    assert len(EnvironmentMix("uniform", (4,)).rows(same, copies=2)[:4].unique()) == 4
+    assert len(EnvironmentMix("uniform", (8,)).rows(same, copies=1).unique()) == 8
+    plain = noise(40)
+    plain.flatten(1)[:, :254] = 1.0
+    assert len(EnvironmentMix("iid", (2,)).rows(plain, copies=1).unique()) == 2
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,13 @@ def test_truth_values_are_classes_of_one_spelling_and_other_text_stays_as_it_is(
     assert given("label", rows=rows).attributes == {"label": known}
 
 
+def test_spaces_around_a_label_and_how_its_accents_are_encoded_do_not_count():
+    rows = [{"label": value} for value in ("land", "land ", "\tland", "caf\u00e9", "cafe\u0301", " ", "nan ")]
+    labels = given("label", rows=rows)
+    assert labels.attributes == {"label": ("caf\u00e9", "land")}
+    assert labels.annotate(rows).labels("label")[:5] == ["land"] * 3 + ["caf\u00e9"] * 2
+
+
 def test_true_beside_one_is_refused_wherever_labels_are_read():
     labels = GivenLabels(["male"]).discover([{"male": True}], ["line 1 of a"])
     with pytest.raises(EvaluationError, match="in one spelling, found True in line 1 of a and 0 in line 2 of b"):

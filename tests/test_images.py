@@ -59,6 +59,12 @@ def test_every_mode_becomes_upright_rgb_on_white(data, first, last, tmp_path):
     assert image.getpixel((image.width - 1, image.height - 1)) == (last or image.getpixel((0, 0)))
 
 
+def test_pixels_of_32_bits_have_no_known_range(tmp_path):
+    (tmp_path / "image.tif").write_bytes(encoded(Image.fromarray(np.full((2, 2), 200, dtype=np.int32)), "TIFF"))
+    with pytest.raises(UnreadableImage, match="no known range"):
+        read_image(tmp_path / "image.tif")
+
+
 def described(**options):
     info = PngImagePlugin.PngInfo()
     for number in range(3):

@@ -1,5 +1,6 @@
 """Adapters act on rows of their groups, add over factors, stay out of the null row and notice what skips them."""
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -99,11 +100,19 @@ def test_classes_with_a_number_near_that_of_the_null_class_are_guided():
         assert not np.array_equal(pipe(**options, generator=torch.manual_seed(0)).images, plain)
 
 
-@pytest.mark.parametrize(("family", "expected"), [("sd1", [[True, False]]), ("flux", [[False], [True]])])
-def test_the_pipeline_that_runs_tells_which_rows_are_of_the_negative_prompt(family, expected):
+@pytest.mark.parametrize(
+    ("family", "kind", "expected"),
+    [
+        ("sd1", None, [[True, False]]),
+        ("sd1", diffusers.StableDiffusionPAGImg2ImgPipeline, [[True, False, False]]),
+        ("flux", None, [[False], [True]]),
+    ],
+)
+def test_the_pipeline_that_runs_tells_which_rows_are_of_the_negative_prompt(family, kind, expected):
     pipe, seen, scale = make_tiny(family), [], {"sd1": "guidance_scale", "flux": "true_cfg_scale"}[family]
-    other = AutoPipelineForImage2Image.from_pipe(pipe)
-    with attach(pipe, make_guidance_lora(pipe, null_adapter="off")) as attachment:
+    other = (kind or AutoPipelineForImage2Image).from_pipe(pipe)
+    make = make_guidance_module if kind else make_guidance_lora  # whose layers would see fewer rows
+    with attach(pipe, make(pipe, null_adapter="off")) as attachment:
         original = attachment.begin
         attachment.begin = lambda call: seen.append(original(call)) or seen[-1]
         draw(pipe, 0, num_inference_steps=1, **{scale: 1.0})
@@ -134,8 +143,13 @@ def test_guidance_of_another_backend_or_model_is_refused(tiny_pipe):
         with pytest.raises(ModelError, match="one backend on a model, found 'module'"):
             attach(tiny_pipe, make_guidance_lora(tiny_pipe))
         denoise(tiny_pipe)
-    with pytest.raises(ModelError, match="weights: expected those it was trained beside"):
-        attach(make_tiny_pipeline(seed=1), make_guidance_lora(tiny_pipe))
+    guidance, numbers = make_guidance_lora(tiny_pipe), torch.Generator().manual_seed(0)
+    with torch.no_grad():  # as by a short fine-tuning
+        for weight in tiny_pipe.unet.parameters():
+            weight += 3e-4 * torch.randn(weight.shape, generator=numbers)
+    for other in (make_tiny_pipeline(seed=1), tiny_pipe):
+        with pytest.raises(ModelError, match="weights: expected those it was trained beside"):
+            attach(other, guidance)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3"])

@@ -129,6 +129,9 @@ def test_results_come_back_from_their_file_and_the_table_lies_beside(base, tmp_p
     assert {"subject right", f"prompt: {LAND}", "group: water"} <= {row["of"] for row in rows}
     with pytest.raises(EvaluationError, match=r"Expected a .json file"):
         results.save(tmp_path / "results.csv")
+    (tmp_path / "mine.csv").write_text("my,table\n")
+    with pytest.raises(EvaluationError, match=r"mine\.csv to be of earlier results, found another table"):
+        results.save(tmp_path / "mine.json")
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ IN_PART = ["land"] * 10 + ["sea"] * 6 + ["", None, "cannot tell", float("nan")] 
         (IN_PART, "background", Edits(), {"land": 10, "sea": 6}, {"water": 20}),
         (["land"] * 20 + ["water"] * 20, "background", Edits(left_out=(0, 3, 25)), {"land": 18}, {"water": 19}),
         (["land"] * 40, "colour", Edits(), None, None),
-        (["Land", "land "] * 20, "background", Edits(), None, None),
+        (["Land", "LAND"] * 20, "background", Edits(), None, None),
     ],
 )
 def test_labels_are_counted_under_all_captions_of_a_prompt(tmp_path, values, column, edits, land, water):
@@ -168,6 +168,15 @@ def test_only_folders_that_the_results_can_be_of_are_shown(tmp_path):
         found = read_run(find_parts(tmp_path)).images
         assert found.keys() == ({"base", name} if folders else {"base"})
         assert not folders or found[name].folders == folders
+
+
+def test_images_drawn_anew_since_they_were_measured_are_left_out_and_it_is_said(run, tmp_path):
+    shutil.rmtree(run / "images" / "guided-cfg-3")
+    make_images(run / "images" / "guided-cfg-3", {LAND: 7, "a photo of a doctor": 7}, scale=1)
+    found = read_run(find_parts(run))
+    assert {name: of.folders for name, of in found.images.items()}["guided"] == ["images/guided-cfg-1"]
+    page, _ = report(tmp_path / "out", **vars(find_parts(run)))
+    assert "Images of images/guided-cfg-3 are not shown: they are not those that were measured." in page.words
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,13 @@ def test_evaluation_names_the_models_that_figures_name():
     )
 
 
+def test_evaluation_by_an_audit_names_its_folder_and_the_model():
+    run = replace(evaluated(annotator=AnnotatorRecord("the audit")), names={"audit": ["runs/audit"]})
+    assert only(run) == (
+        "invdiff evaluate base=base --annotator runs/audit --annotator-model MODEL --attribute background"
+    )
+
+
 @pytest.mark.parametrize("names", [["size x colour"], ["a x b", "c"]])
 def test_evaluation_names_each_attribute_and_not_how_they_intersect(names):
     run = evaluated()

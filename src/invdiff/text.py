@@ -34,16 +34,20 @@ def or_dash(value: float) -> str:
 def label_of(value: Any) -> str:
     """A class name, of one spelling: 0, 0.0 and "0.0" are "0", true and "TRUE" are "True"; "" for None, NaN and none.
 
+    Spaces around it do not count, nor how accents are encoded.
     `TypeError` for what holds several values, such as a list.
     """
     if not isinstance(value, str) and hasattr(value, "__iter__"):
         raise TypeError(f"{type(value).__name__}: {str(value)[:60]}")
-    if value is None or value != value or value in ("nan", "NaN"):  # NaN differs from itself
+    if value is None or value != value:  # NaN differs from itself
         return ""
     text = f"{value + 0:.0f}" if isinstance(value, float) and value.is_integer() else str(value)
-    if text.strip().lower() in ("true", "false"):
-        return text.strip().capitalize()
-    return re.sub(r"^\s*(-?(?:0|[1-9]\d*))(\.0*)?\s*$", r"\1", text)
+    text = unicodedata.normalize("NFC", text).strip()
+    if text in ("nan", "NaN"):
+        return ""
+    if text.lower() in ("true", "false"):
+        return text.capitalize()
+    return re.sub(r"^(-?(?:0|[1-9]\d*))(\.0*)?$", r"\1", text)
 
 
 def is_unicode(text: str) -> bool:

@@ -3,6 +3,7 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +104,7 @@ class AuditTab:
 
     def __init__(self, books: dict[str, AuditBook], drawn: GenerateTab | None = None, most_groups: int = 0) -> None:
         self.books = books
+        self._places = list[tuple[str, tuple[int, int] | None]]()  # browsers know them by number: none ever moves
         self._build(max(most_groups, *(groups for book in books.values() for groups in book.audit.num_groups)))
         blocks = [part for b in self._blocks for part in (b.column, b.head, b.name, b.typical, b.nearest)]
         whole = [self._facts, self._plot, self._moved, self._chosen, self._status, self._out_note, self._out]
@@ -110,18 +112,19 @@ class AuditTab:
         self._connect(drawn)
 
     def _list(self) -> list[tuple[str, int]]:
-        """Take stock of what can be chosen, in words: a prompt and factor of an audit."""
-        self._places: list[tuple[str, AuditBook, tuple[int, int] | None]] = []
+        """What can be chosen, in words, and its place: a prompt and factor of an audit."""
+        listed = []
         for name, book in self.books.items():
             run = f"{name} · " if len(self.books) > 1 else ""
-            found = [
+            found: list[tuple[str, tuple[int, int] | None]] = [
                 (f"{place}. {page.factor}{one_line(page.prompt.prompt, 100)}", (page.index, page.factor_index))
                 for place, page in enumerate(splits_of(book.inferred), start=1)
             ]
-            self._places += [(run + words, book, page) for words, page in found]
-            if not found:
-                self._places.append((f"{run}No hidden group was found", book, None))
-        return [(words, place) for place, (words, _, _) in enumerate(self._places)]
+            for words, page in found or [("No hidden group was found", None)]:
+                if (name, page) not in self._places:
+                    self._places.append((name, page))
+                listed.append((run + words, self._places.index((name, page))))
+        return listed
 
     def _build(self, groups: int) -> None:
         with gr.Row():
@@ -198,8 +201,8 @@ class AuditTab:
     def turn_to(self, name: str = "") -> Values:
         """Show the first prompt of an audit, which may have joined meanwhile; without a name, of all."""
         choices = self._list()
-        own = [place for place, (_, book, _) in enumerate(self._places) if book is self.books.get(name)]
-        place = [*own, 0][0]
+        own = [place for _, place in choices if self._places[place][0] == name]
+        place = [*own, choices[0][1]][0]
         return self.open(place) | {self._prompt: gr.update(choices=choices, value=place)}
 
     def book(self, place: int) -> AuditBook:
@@ -289,8 +292,11 @@ class AuditTab:
         return [(place, shown[event.index]), _details(*self._find(place), shown[event.index])]
 
     def _find(self, place: int) -> tuple[AuditBook, Split | None]:
-        _, book, page = self._places[min(place, len(self._places) - 1)]
-        return book, None if page is None else book.page(*page)
+        name, page = self._places[min(place, len(self._places) - 1)]
+        book, found = self.books[name], None
+        with suppress(StopIteration):  # an audit by clicks that was made anew may lack it
+            found = None if page is None else book.page(*page)
+        return book, found
 
     def _edit(self, place: int, count: float, change: Callable[[Edits], Edits], words: str) -> Values:
         """Save a change and show it, or why it cannot be made. Text fields stay: somebody may be typing a name."""

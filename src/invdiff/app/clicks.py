@@ -12,17 +12,17 @@ import numpy as np
 
 from ..auditing.asked import labels_asked
 from ..auditing.asking import questions
-from ..auditing.clicks import next_to_label, random_sample, read_clicks, write_clicks
+from ..auditing.clicks import labels_of, next_to_label, random_sample, read_clicks, write_clicks
 from ..auditing.result import Audit
 from ..auditing.run import audit
 from ..config import AuditConfig
 from ..errors import ConfigError, DataError, InvDiffError
 from ..evaluation.results import CANNOT_TELL
-from ..files import visible
+from ..models.frozen import denoiser_fingerprint
 from ..report.audit_view import unfound_table
 from ..report.figures import Table, quoted, share_in_words, share_of
 from ..report.plots import thumb
-from ..report.read import Parts, splits_of
+from ..report.read import Parts, audits_in, splits_of
 from .audit import AuditBook, AuditTab, Values
 from .fragments import QUIET, fragment, notice, refusal
 from .studio import Studio, Turn
@@ -46,15 +46,9 @@ class Asking(NamedTuple):
     positions: tuple[int, ...] = ()  # of the images, in that audit
 
 
-def labels_of(folder: Path) -> Path:
-    """The file of the labels by which an audit in `folder` is made."""
-    return folder.with_name(f"{folder.name.replace('audit', 'labels', 1)}.csv")
-
-
 def with_labels(run: str, parts: Parts) -> dict[str, Parts]:
     """The audits that were made with labels by clicks beside that of a run, by name, the latest last."""
-    made = sorted(visible(parts.run or Path(), "audit-*/audit.json"), key=lambda path: path.stat().st_mtime)
-    folders = [path.parent for path in made if labels_of(path.parent).is_file()]
+    folders = [folder for folder in audits_in(parts.run or Path())[1:] if labels_of(folder).is_file()]
     return {f"{run}, {folder.name}": replace(parts, audit=folder, results=None, module=None) for folder in folders}
 
 
@@ -132,6 +126,10 @@ class ClicksPanel:
             options: Any = {"prompts": own, "labels": labels, "cache_dir": self._cache_dir}
             options["config"] = AuditConfig.from_dict(config | {"solver": "auto"})
             with self._studio.alone(Turn()):
+                if settings["denoiser_fingerprint"] != denoiser_fingerprint(self._studio.pipe):
+                    raise ConfigError(
+                        f"Expected the model of the audit of {ask.run}, got another. Open the page with it."
+                    )
                 audit(self._studio.pipe, None if own else book.data, **options).save(ask.folder)
             parts = replace(book.parts, audit=ask.folder, data=book.data, results=None, module=None)
             self._tab.books[made] = AuditBook(parts)

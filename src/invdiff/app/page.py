@@ -19,14 +19,14 @@ from ..data.captioned import CaptionedImages
 from ..errors import ConfigError, InvDiffError
 from ..evaluation.annotators.load import LABELS, load_annotator
 from ..evaluation.results import Results
-from ..files import atomic_folder, check_writable, default_cache_dir, fingerprint, read_json
+from ..files import atomic_folder, check_writable, default_cache_dir, fingerprint
 from ..guidance.attach import check_fit
 from ..guidance.backends import load_guidance
 from ..models.families import family_of
 from ..models.load import denoiser_of, load_pipeline
 from ..report.figures import Table
 from ..report.plots import DARK, INK, PAPER, RULE, SOFT
-from ..report.read import Parts, find_parts
+from ..report.read import Parts, audit_of, find_parts, trained_with
 from ..report.results_view import HEADLINES, headlines
 from ..report.write import save_report
 from ..text import one_line
@@ -179,7 +179,7 @@ def build_page(workspace: Workspace, studio: Studio | None) -> gr.Blocks:
         with gr.Tab("Compare", id="compare"):
             results = {name: parts for name, parts in workspace.runs.items() if parts.results is not None}
             if results:
-                _build_compare(results, books)
+                _build_compare(results)
             else:
                 gr.HTML(notice("No results were given. `invdiff ui RUN` opens RUN/results.json."))
         words = f"invdiff {version('invdiff')} · computed on the machine that serves this page"
@@ -188,11 +188,16 @@ def build_page(workspace: Workspace, studio: Studio | None) -> gr.Blocks:
 
 
 def _build_generate(workspace: Workspace, studio: Studio, books: Mapping[str, AuditBook]) -> GenerateTab:
-    """Build tab Generate; its groups are those of the audit in the module's run, or else of one with as many."""
-    own = [name for name, parts in workspace.audits.items() if parts.module == workspace.module]
-    fitting = [books[name] for name in (*own, *books) if books[name].audit.num_groups == studio.num_groups]
+    """Build tab Generate; its groups are those of the audit that the module was trained with, or of its record."""
+    record = (studio.module.config["record"] if studio.module is not None else None) or {}
+    fitting = [book for book in books.values() if trained_with(book.audit, record)]
+    if not fitting and "audit" not in record:  # of an earlier version
+        place = Path(workspace.module or "").resolve()
+        own = [name for name, parts in workspace.audits.items() if parts.module and parts.module.resolve() == place]
+        fitting = [books[name] for name in own if books[name].audit.num_groups == studio.num_groups]
     numbers = [[f"group {group}" for group in range(count)] for count in studio.num_groups]
-    trained = fitting[0].audit.settings.get("resolution", 0) if fitting else 0
+    numbers = [list(names) for names in record.get("group_names", numbers)]
+    trained = fitting[0].audit.settings.get("resolution", 0) if fitting else record.get("resolution", 0)
     prompts = [prompt for book in books.values() for prompt in book.inferred.prompts if prompt.prompt.strip()]
     prompts = [prompt for prompt in prompts if prompt.found] or prompts
     prompts.sort(key=lambda prompt: -prompt.num_images)
@@ -202,7 +207,7 @@ def _build_generate(workspace: Workspace, studio: Studio, books: Mapping[str, Au
     return GenerateTab(studio, suggestions, names, resolution=0 if is_own else trained)
 
 
-def _build_compare(runs: Mapping[str, Parts], books: Mapping[str, AuditBook]) -> None:
+def _build_compare(runs: Mapping[str, Parts]) -> None:
     """Build tab Compare: one table of the figures of all runs, and their reports."""
     gr.HTML(compare(runs), elem_id="compare")
     write = gr.Button("Write the report", size="sm", elem_id="compare-report")
@@ -211,7 +216,7 @@ def _build_compare(runs: Mapping[str, Parts], books: Mapping[str, AuditBook]) ->
 
     def write_reports() -> list[Any]:
         try:
-            given = [replace(parts, audit=audit_for(parts, books)) for parts in runs.values()]
+            given = [replace(parts, audit=audit_of(parts.run, parts.module)) for parts in runs.values() if parts.run]
             paths = [save_report(Path(str(parts.results)).parent, **vars(parts)) for parts in given]
         except InvDiffError as error:
             return [refusal(error), gr.skip()]
@@ -220,16 +225,6 @@ def _build_compare(runs: Mapping[str, Parts], books: Mapping[str, AuditBook]) ->
         return [notice(words), gr.update(value=served, visible=True)]
 
     write.click(write_reports, None, [status, reports], **QUIET)
-
-
-def audit_for(parts: Parts, books: Mapping[str, AuditBook]) -> Path | None:
-    """The audit that a run's report shows: the latest, of those that its module may have been trained with."""
-    record = (read_json(parts.module / "config.json").get("record") or {}) if parts.module else None
-    own = [book for book in books.values() if book.parts.run == parts.run and book.audit.biased]
-    for book in reversed(own):
-        if record is None or record.get("asked", "").partition(";")[0] == book.audit.asked.partition(";")[0]:
-            return book.folder
-    return parts.audit
 
 
 def compare(runs: Mapping[str, Parts]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.tables import read_table
+from ..errors import DataError
 from ..files import write_text
 from .asked import known_rows
 
@@ -53,11 +54,22 @@ def random_sample(prompt_ids: _Array, asked: _Array, seed: int = 0) -> _Array:
     return order[: np.argmin(asked[order])] if not asked.all() else order
 
 
+def labels_of(folder: Path) -> Path:
+    """The file of the labels by which an audit in `folder` is made."""
+    return folder.with_name(f"{folder.name.replace('audit', 'labels', 1)}.csv")
+
+
 def read_clicks(path: Path, name: str) -> dict[str, str]:
     """Image to value of the attribute `name`, "" where nobody could tell; none where there is no file."""
     if not path.exists():
         return {}
-    return {row["file_name"]: row[name] for row in read_table(path, required=("file_name", name)).rows}
+    table = read_table(path, required=("file_name", name))
+    if others := [column for column in table.columns if column not in ("file_name", name)]:
+        raise DataError(
+            f"Expected columns file_name and {name} alone in {path}, which clicks write anew, found also "
+            f"{', '.join(others)}. Rename the file, and give it to `invdiff audit --labels`."
+        )
+    return {row["file_name"]: row[name] for row in table.rows}
 
 
 def write_clicks(path: Path, name: str, labels: Mapping[str, str]) -> None:

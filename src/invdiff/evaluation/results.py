@@ -17,6 +17,7 @@ from ..files import read_json, write_json, write_text
 from ..options import typed
 
 CANNOT_TELL = "cannot tell"  # the label of an image that an annotator is not confident about
+AUDIT = "the audit"  # the name of an audit as annotator
 UNSTATED = "unstated"  # the guidance scale of images whose manifest names none
 HEADLINE = ("bias", "bias_floor", "bias_ci", "accuracy", "frechet", "images_per_prompt", "shares")
 """Properties of `Measures` that its JSON form opens with; for readers of the file, not read back."""
@@ -245,7 +246,7 @@ def scale_order(scale: str) -> float:
 def table_path(path: str | Path) -> Path:
     """Place of the table beside results at `path`: results.csv beside results.json.
 
-    `EvaluationError` where `path` is a .csv itself, or either file would replace a manifest of images.
+    `EvaluationError` where `path` is a .csv itself, or a manifest of images or another table would be replaced.
     """
     path = Path(path)
     if path.suffix.lower() == ".csv":
@@ -253,6 +254,8 @@ def table_path(path: str | Path) -> Path:
     table = path.with_suffix(".csv") if path.suffix == ".json" else path.with_name(path.name + ".csv")
     if {path.name, table.name} & set(MANIFESTS):
         raise EvaluationError(f"Expected a name such as results.json, got {path}, that of a manifest of images.")
+    if table.is_file() and not table.read_bytes().startswith(b"model,guidance_scale,"):
+        raise EvaluationError(f"Expected {table} to be of earlier results, found another table. Name other results.")
     return table
 
 

@@ -123,11 +123,12 @@ def same_weights(expected: np.ndarray, actual: np.ndarray) -> bool:
 
     Weights may be stored in 16 bits on either side, or in 8 (layerwise casting), which keep 2 or 3 bits of a number.
     """
-    tolerance = np.full(expected.shape, 0.02)
+    tolerance, least = np.full(expected.shape, 1 / 256), np.full(expected.shape, 1e-7)
     for dtype, rounding in ((torch.float8_e4m3fn, 1 / 16), (torch.float8_e5m2, 1 / 8)):
         for values in map(torch.from_numpy, (expected, actual)):
-            tolerance[(values.to(dtype).to(values.dtype) == values).numpy()] = rounding
-    far = np.abs(expected - actual) > 1e-3 + tolerance * np.maximum(np.abs(expected), np.abs(actual))
+            eighth = (values.to(dtype).to(values.dtype) == values).numpy()
+            tolerance[eighth], least[eighth] = rounding, 1e-3
+    far = np.abs(expected - actual) > least + tolerance * np.maximum(np.abs(expected), np.abs(actual))
     return not far.any()
 
 
@@ -152,6 +153,7 @@ class Attachment:
         self._before: torch.Tensor | None = None  # the latents of the call before, of the same images
         self._pipe, self._denoiser = weakref.ref(pipe), weakref.ref(denoiser)
         self._null: Condition = {}
+        self._doubles_rows = family.doubles_rows
         if module.config["null_adapter"] != "on" and getattr(pipe, "text_encoder", self) is not None:
             self._null = family.null_condition(pipe)
         attached = GUIDED[denoiser].attachments if denoiser in GUIDED else []
@@ -161,6 +163,12 @@ class Attachment:
                 f"Expected guidance of one backend on a model, found {others.pop()!r} attached and got "
                 f"{module.backend!r}. Detach the other first."
             )
+        if any(each._module() is module and each.mix.seed == mix.seed for each in attached):
+            warnings.warn(
+                "The same guidance is attached to this model already, and both effects add up. Detach the first.",
+                stacklevel=3,
+            )
+        self._module = weakref.ref(module)
         self._uninstall = self.guidance.install(denoiser, family)
         self._output = GUIDED[denoiser] = GUIDED.get(denoiser) or _GuidedCalls(denoiser, family)
         self._output.attachments.append(self)
@@ -216,12 +224,23 @@ class Attachment:
         null = rows_alike(call.condition, self._null)
         if before is not None and torch.equal(before, call.noisy_latents):
             null[:] = True  # Flux's negative prompts come in a call of their own, after that of the prompts
-        elif len(null) % 2 == 0 and "class_labels" not in call.condition:
-            # Of negative prompts, some of which may be empty. Not every pipeline says whether it doubles its rows, as
-            # PixArt's, nor does a loop of one's own; then images come twice.
-            doubled = torch.equal(*call.noisy_latents.chunk(2))
-            null[: len(null) // 2] |= doubled and getattr(pipe, "do_classifier_free_guidance", True)
+        elif "class_labels" not in call.condition and getattr(pipe, "do_classifier_free_guidance", True):
+            # Of negative prompts, some of which may be empty.
+            first, *others = call.noisy_latents.chunk(self._copies(pipe) or 2)
+            repeated = len(others) > 0 and all(torch.equal(other, first) for other in others)
+            null[: len(first)] |= repeated
         return null
+
+    def _copies(self, pipe: Any) -> int | None:
+        """How often each image comes in a call of the running pipeline; None where that does not say it.
+
+        PixArt's and DiT's do not, nor does a loop of one's own.
+        """
+        if not self._doubles_rows:
+            return 1
+        doubled = getattr(pipe, "do_classifier_free_guidance", None)
+        perturbed = getattr(pipe, "do_perturbed_attention_guidance", False)
+        return None if doubled is None else 1 + bool(doubled) + bool(perturbed)
 
     def _follow_images(self, noisy_latents: torch.Tensor, timestep: float, pipe: Any) -> torch.Tensor:
         """The groups of each row, (rows, factors); where new images begin, they are drawn from their noise.
@@ -237,9 +256,9 @@ class Attachment:
         if self.environments is None or timesteps is not self._timesteps or comes_back:
             self._timesteps, self._start, self._first = timesteps, timestep, noisy_latents.detach()
             self._before = None
-            self.environments = self.mix.rows(noisy_latents)
+            self.environments = self.mix.rows(noisy_latents, self._copies(_running_pipeline()))
         elif len(self.environments) % rows and rows % len(self.environments):
-            self.environments = self.mix.rows(noisy_latents)
+            self.environments = self.mix.rows(noisy_latents, self._copies(_running_pipeline()))
         else:  # the same images, in more or fewer rows where classifier-free guidance was switched on the way
             self.environments = self.environments.repeat(-(-rows // len(self.environments)), 1)[:rows]
         return self.environments

@@ -72,6 +72,7 @@ def training_record(
         "data": {"fingerprint": audit.settings.get("data_fingerprint"), "num_images": num_images},
         "own_images": "own_images_of" in audit.settings,
         "solver": audit.settings.get("solver"),
+        "resolution": audit.settings.get("resolution", 0),
         "group_names": audit.group_names,
         "changed_by_people": {"left_out": int((~audit.kept).sum()), "cuts_moved": len(audit.edits.cuts)},
         "num_prompts": len(sizes),

@@ -70,21 +70,22 @@ class EnvironmentMix:
             raise ConfigError(f"Expected groups from 0 to {[groups - 1 for groups in self.num_groups]}, {got}")
         self.given = torch.from_numpy(given.astype(np.int64))
 
-    def rows(self, noisy_latents: torch.Tensor) -> torch.Tensor:
+    def rows(self, noisy_latents: torch.Tensor, copies: int | None = None) -> torch.Tensor:
         """The groups (rows, factors), on the CPU, of the starting noise (rows, channels, height, width) of one call.
 
-        Rows whose noise has the same signs, as those of classifier-free guidance, are one image. The draw follows from
-        the noise of the call, so from its seeds; of "iid", from each image's own noise, whatever its call. Groups
-        given for a number of images that does not divide the number of rows are a `ConfigError`.
+        `copies` are the rows of each image, where it is known: 2 under classifier-free guidance (see `images_of`). The
+        draw follows from the noise of the call, so from its seeds; of "iid", from each image's own noise, whatever its
+        call. Groups given for a number of images that does not divide that of the call are a `ConfigError`.
         """
-        if self.given is not None:
-            if len(noisy_latents) % len(self.given):
-                raise ConfigError(f"Expected a batch of {len(self.given)} image(s), got {len(noisy_latents)} rows.")
-            return self.given.repeat(len(noisy_latents) // len(self.given), 1)
-        signs = np.packbits((noisy_latents.flatten(1)[:, :256] > 0).cpu().numpy(), axis=1)
-        names = [row.tobytes().hex() for row in signs]
-        places = {name: place for place, name in enumerate(dict.fromkeys(names))}
-        return self.draw(list(places))[[places[name] for name in names]]
+        names = [fingerprint(row.tobytes()) for row in (noisy_latents.flatten(1) > 0).cpu().numpy()]
+        images = images_of(noisy_latents, names, copies)
+        if self.given is None:
+            return self.draw([names[images.index(image)] for image in range(max(images) + 1)])[images]
+        if copies is None and (max(images) + 1) % len(self.given):
+            images = list(range(len(names)))  # of one noise, it may be, and none of them twice
+        if (max(images) + 1) % len(self.given):
+            raise ConfigError(f"Expected a batch of {len(self.given)} image(s), got {max(images) + 1}.")
+        return self.given[[image % len(self.given) for image in images]]
 
     def draw(self, images: Sequence[str]) -> torch.Tensor:
         """The groups (images, factors), on the CPU, of images with these names that are drawn together.
@@ -99,6 +100,19 @@ class EnvironmentMix:
         bounds = map(np.cumsum, self.proportions)
         found = [np.searchsorted(of, u, side="right") for of, u in zip(bounds, uniform.T, strict=True)]
         return torch.from_numpy(np.stack(found, axis=1)).clamp(max=torch.tensor(self.num_groups) - 1)
+
+
+def images_of(noisy_latents: torch.Tensor, names: Sequence[str], copies: int | None = None) -> list[int]:
+    """The number of the image that each row of a call is of: a call repeats its images for the rows of guidance.
+
+    Where rows do not repeat as often as `copies` says, 2 unless known, those with the same name are one image.
+    """
+    count, times = len(noisy_latents), copies or 2
+    first, *others = noisy_latents.chunk(times)
+    if count % times == 0 and all(torch.equal(other, first) for other in others):
+        return [row % len(first) for row in range(count)]
+    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    return [places[name] for name in names]
 
 
 def strata(count: int, key: str, sizes: Sequence[int]) -> np.ndarray:

@@ -147,7 +147,10 @@ class GuidanceLoRA(Guidance):
             if adapter.up.device != output.device:
                 self.follow(output.device)
             if len(self._mask) != len(output):
-                raise ModelError(f"Expected {len(self._mask)} rows in each layer, found {len(output)}.")
+                raise ModelError(
+                    f"Expected {len(self._mask)} rows in each layer, found {len(output)}. Pipelines that split "
+                    "them, those of perturbed-attention guidance (PAG), take guidance of backend 'module'."
+                )
             self._mask, guided = self._mask.to(adapter.up), slice(self._first, None)
             changed = output[guided] + adapter(inputs[0][guided], self._mask[guided]).to(output.dtype)
             return torch.cat([output[: self._first], changed]) if self._first else changed

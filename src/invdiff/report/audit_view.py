@@ -9,7 +9,7 @@ from ..data.images import about_unreadable
 from ..text import or_dash
 from .figures import LOOK, Table, counted, e_value, percent, sentences
 from .plots import Thumb, histogram, thumb
-from .read import MOST_PROMPTS, Group, Run, Split, shown_path
+from .read import MOST_PROMPTS, Group, Run, Split, shown_path, trained_with
 
 MOST_ROWS = 40
 MOST_CANDIDATES = 6
@@ -37,7 +37,7 @@ def found(run: Run, audit: Audit) -> dict[str, Any]:
     unread = about_unreadable(lost, len(audit.names) + len(lost)) if lost else ""
     return {
         "summary": summary(audit),
-        "notes": list(filter(None, [unread, about_edits(audit.edits), withheld(run), audit.caveats])),
+        "notes": list(filter(None, [unread, about_edits(audit.edits), another(run), withheld(run), audit.caveats])),
         "named": named,
         "words": words,
         "by_hand": any(split.by_hand for split in shown),
@@ -91,6 +91,13 @@ def about_edits(edits: Edits) -> str:
     listed = " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
     before = " Separation and agreement are of the groups as inferred." if left_out or moved else ""
     return f"People changed this audit: {listed}.{before}" if parts else ""
+
+
+def another(run: Run) -> str:
+    """That guidance was trained with another audit than this; "" where it was not, or its record does not say it."""
+    record = run.module.get("record") or {}
+    same = run.audit is None or "audit" not in record or trained_with(run.audit, record)
+    return "" if same else "The guidance was trained with another audit, or with this one before it was changed."
 
 
 def withheld(run: Run) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..auditing.asked import known_rows
+from ..auditing.clicks import labels_of
 from ..auditing.edits import ladder
 from ..auditing.result import Audit, PromptAudit, PromptSplit
 from ..data.tables import MANIFESTS, METADATA
@@ -110,6 +112,8 @@ class Run:
     """A digest of the results' file."""
     images: Mapping[str, Generated] = field(default_factory=dict)
     """By model."""
+    unmeasured: Sequence[str] = ()
+    """Folders of images that are not those of the results, and are left out."""
     module: Mapping[str, Any] = field(default_factory=dict)  # a module's config, with its record; or empty
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """How commands name "audit", "module", "results" and "data", the latter with the options to read it with."""
@@ -132,7 +136,7 @@ def find_parts(run: str | Path) -> Parts:
     run = Path(run)
     if not run.is_dir():
         raise ConfigError(f"Expected a folder with audit/ or results.json at {run}, found none.")
-    audit = next((folder for folder in (run / "audit", run) if (folder / "audit.json").is_file()), None)
+    module = run / "module" if (run / "module" / "config.json").is_file() else None
     results = run / "results.json" if (run / "results.json").is_file() else None
     models = list(Results.load(results).models) if results else []
     images: dict[str, list[Path]] = {}
@@ -144,13 +148,45 @@ def find_parts(run: str | Path) -> Parts:
             images.setdefault(name, []).append(manifest.parent)
     has_data = any((run / "data" / name).is_file() for name in METADATA)
     return Parts(
-        audit=audit,
+        audit=audit_of(run, module),
         data=run / "data" if has_data else None,
         results=results,
         images=images,
-        module=run / "module" if (run / "module" / "config.json").is_file() else None,
+        module=module,
         run=run,
     )
+
+
+def audits_in(run: Path) -> list[Path]:
+    """The folders of audits in a run: `audit`, or the run itself, and `audit-...`, the latest last."""
+    first = [folder for folder in (run / "audit", run) if (folder / "audit.json").is_file()][:1]
+    others = sorted(visible(run, "audit-*/audit.json"), key=lambda path: path.stat().st_mtime)
+    return first + [path.parent for path in others]
+
+
+def audit_of(run: Path, module: Path | None) -> Path | None:
+    """The audit in a run that its module was trained with; without a module the latest by clicks that found a group.
+
+    Where none is exactly that of the module's record, it is the latest that was asked for alike.
+    """
+    folders = audits_in(run)
+    if len(folders) < 2:
+        return next(iter(folders), None)
+    record = None if module is None else read_json(module / "config.json").get("record") or {}
+    by_clicks = [folder for folder in reversed(folders[1:]) if labels_of(folder).is_file()]
+    audits = {folder: Audit.load(folder) for folder in (*by_clicks, *folders)}
+    if exact := next((folder for folder, of in audits.items() if record and trained_with(of, record)), None):
+        return exact
+    for folder in (*by_clicks, folders[0]):
+        words = audits[folder].asked.partition(";")[0]
+        if audits[folder].biased and (record is None or record.get("asked", "").partition(";")[0] == words):
+            return folder
+    return folders[0]
+
+
+def trained_with(audit: Audit, record: Mapping[str, Any]) -> bool:
+    """Whether guidance of this record was trained with an audit, as it is or as it was inferred."""
+    return record.get("audit") in (audit.fingerprint, (audit.inferred or audit).fingerprint)
 
 
 def read_run(parts: Parts) -> Run:
@@ -169,12 +205,16 @@ def read_run(parts: Parts) -> Run:
     module = {} if parts.module is None else _config(parts.module / "config.json", "a module", "`invdiff train`")
     names = {name: getattr(parts, name) for name in ("audit", "module", "results", "data")}
     results = None if parts.results is None else Results.load(parts.results)
-    images = {}
+    images, unmeasured = {}, []
     for model, folders in resolve_folders(parts.images).items() if parts.images else ():
         rows_in = {folder: read_images(folder) for folder in folders}
         if results and model in results.module_scales:  # images at another strength are not those measured
             fitting = (None, results.module_scales[model])
             rows_in = {folder: rows for folder, rows in rows_in.items() if all(row.scale in fitting for row in rows)}
+        if results and not measured(results, model, [row for rows in rows_in.values() for row in rows]):
+            others = [folder for folder, rows in rows_in.items() if not measured(results, model, rows)]
+            unmeasured += [shown_path(folder, parts.run) for folder in others]
+            rows_in = {folder: rows for folder, rows in rows_in.items() if folder not in others}
         files = [folder / "generate.json" for folder in rows_in]
         settings = [_config(file, "settings", "`invdiff generate`") if file.is_file() else {} for file in files]
         if rows_in:
@@ -188,10 +228,21 @@ def read_run(parts: Parts) -> Run:
         results=results,
         results_digest="" if parts.results is None else fingerprint(parts.results.read_bytes()),
         images=images,
+        unmeasured=unmeasured,
         module=module,
         names={name: [shown_path(path, parts.run)] for name, path in names.items() if isinstance(path, str | Path)}
         | ({"data": [shown_path(parts.data_words[0]), *parts.data_words[1:]]} if parts.data_words else {}),
     )
+
+
+def measured(results: Results, model: str, rows: Sequence[Row]) -> bool:
+    """Whether images may be those of a model's results: as many, of the same prompts, at each scale that both have."""
+    for scale, measures in results.models.get(model, {}).items():
+        counts = Counter(row.prompt for row in rows if row.scale_key == scale)
+        same = counts.keys() == measures.first.counts.keys() and min(counts.values()) == measures.images_per_prompt
+        if counts and not same:
+            return False
+    return True
 
 
 def shown_path(path: str | Path, run: Path | None = None) -> str:

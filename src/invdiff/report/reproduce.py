@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..config import AuditConfig, DemoConfig, EvaluateConfig, GenerateConfig, TrainConfig
-from ..evaluation.results import Results
+from ..evaluation.results import AUDIT, Results
 from ..options import command_options, mix_options, with_prompts
 from .compare import BASE
 from .figures import Table, quoted
@@ -71,7 +71,10 @@ def commands(run: Run) -> list[tuple[str, str]]:
         words += ["--output", folder, *command_options(GenerateConfig, values)]
         found.append((title, with_prompts(["generate", *adapted], prompts if listed else (), words)))
     if run.results:
-        found.append(("Evaluate", _evaluate(run, run.results)))
+        judge = [run.results.annotator.name or "ANNOTATOR"]
+        if judge == [AUDIT]:
+            judge = [audit, "--annotator-model", model]
+        found.append(("Evaluate", _evaluate(run, run.results, judge)))
     return [(title, shlex.join(["invdiff", *words])) for title, words in found]
 
 
@@ -110,10 +113,10 @@ def _said(run: Run, drawn: Mapping[str, Any]) -> tuple[Sequence[str], bool, list
     return prompts, listed, None
 
 
-def _evaluate(run: Run, results: Results) -> list[str]:
+def _evaluate(run: Run, results: Results, judge: Sequence[str]) -> list[str]:
     folders = {model: run.images[model].folders if model in run.images else [model] for model in results.models}
     words = ["evaluate", *(f"{model}={folder}" for model, of_model in folders.items() for folder in of_model)]
-    words += ["--annotator", results.annotator.name or "ANNOTATOR"]
+    words += ["--annotator", *judge]
     first = next(measures for _, _, measures in results.each())
     measured = list(first.attributes)
     for attribute in measured[:-1] or measured:  # of several, the last is how they intersect

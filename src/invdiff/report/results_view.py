@@ -101,6 +101,8 @@ def changes(run: Run, chosen: Comparison) -> dict[str, Any]:
     known = training_labels(run)
     prompts = [_prompt(name, run, chosen, known.get(name)) for name in names[:MOST_PROMPTS]]
     notes = [f"{len(names) - MOST_PROMPTS} more prompts are in the results."] if len(names) > MOST_PROMPTS else []
+    lost = ", ".join(run.unmeasured)
+    notes += [f"Images of {lost} are not shown: they are not those that were measured."] if lost else []
     attributes = dict.fromkeys(name for measures in models.values() for name in measures.attributes)
     return {
         "where": where(chosen),

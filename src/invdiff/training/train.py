@@ -141,6 +141,7 @@ def train(
         record = training_record(
             pipe, last, base_model=base_model, num_images=len(data), config=config, rounds=rounds, log=log
         )
+        record["audit"] = audit.fingerprint
         module.register_to_config(record=record, factor_names=[factor.name for factor in last.factors])
         module.save_pretrained(output_dir)
         write_text(output_dir / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))

@@ -18,6 +18,7 @@ from ...models.features import add_noise, read_features
 from ...models.frozen import FrozenDenoiser, denoiser_fingerprint
 from ...models.load import denoiser_of
 from ...seeds import generator
+from ..results import AUDIT
 from .annotations import Annotations, class_names
 from .heldout import HeldOut, Measurable
 
@@ -32,7 +33,7 @@ class AuditAnnotator(Measurable):
     judge shares its eyes with the audit: what neither sees, it does not count.
     """
 
-    name, feature_name = "the audit", ""
+    name, feature_name = AUDIT, ""
     note = (
         "the annotator is the audit itself, and they share their eyes: it counts the groups that were found, by the "
         "same features, so it shares the audit's mistakes, and its errors are known by the audit's own groups only; "

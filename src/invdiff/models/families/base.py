@@ -47,6 +47,8 @@ class Family(ABC):
     """For people, such as "Stable Diffusion XL"."""
     needs_prompts: ClassVar[bool] = True
     """Whether images are drawn from prompts (or class names)."""
+    doubles_rows: ClassVar[bool] = True
+    """Whether pipelines send the rows of classifier-free guidance in one call."""
     packing: ClassVar[int] = 1
     """Side of the square of latents that is one input of the denoiser."""
     upper_blocks: ClassVar[str] = "up_blocks"

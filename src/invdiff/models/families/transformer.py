@@ -65,6 +65,7 @@ class Flux(TransformerFamily):
     """Flux.1: 2x2 latents are one token, and timesteps run from 0 to 1."""
 
     title = "Flux"
+    doubles_rows = False
     packing = 2
     conditions = ("prompt_embeds", "pooled_prompt_embeds")
     prompt_width = "joint_attention_dim"

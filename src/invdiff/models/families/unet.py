@@ -62,6 +62,7 @@ class Unconditional(StableDiffusion):
 
     title = "unconditional DDPM"
     needs_prompts = False
+    doubles_rows = False
 
     def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
         return {}
