@@ -172,7 +172,7 @@ def test_only_folders_that_the_results_can_be_of_are_shown(tmp_path):
 
 def test_images_drawn_anew_since_they_were_measured_are_left_out_and_it_is_said(run, tmp_path):
     shutil.rmtree(run / "images" / "guided-cfg-3")
-    make_images(run / "images" / "guided-cfg-3", {LAND: 7, "a photo of a doctor": 7}, scale=1)
+    make_images(run / "images" / "guided-cfg-3", {LAND: 7, "a photo of a doctor": 7}, count=7)
     found = read_run(find_parts(run))
     assert {name: of.folders for name, of in found.images.items()}["guided"] == ["images/guided-cfg-1"]
     page, _ = report(tmp_path / "out", **vars(find_parts(run)))
