@@ -232,7 +232,10 @@ def run(part: str, cell: Cell, work: Path) -> None:
         print(f"kept already, delete it to run anew: {path}")
         return
     if cell.base is None or not cell.base.is_dir():
-        raise SystemExit(f"Expected --data and --base, a pipeline, for {part} {cell.name}, got {cell.base}.")
+        script = "scripts/train_benchmark_bases.py writes that of drawn birds"
+        raise SystemExit(
+            f"Expected a pipeline for {part} {cell.name}, got {cell.base}. Give --data and --base; {script}."
+        )
     place = f"{part}-{cell.world_name}"
     data = load_captioned_images(cell.world(work / "worlds" / place))
     unlabelled = replace(data, attributes={})
@@ -380,6 +383,8 @@ def over(rows: list[dict], name: str, digits: int = 3) -> str:
 
 def main() -> None:
     arguments = kept.cell_arguments(__doc__ or "", PARTS, work="out/audits")
+    if arguments.base and not arguments.data:
+        raise SystemExit("Expected --data beside --base, got none.")
     if arguments.part == "table":
         print(table())
         return

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from conftest import make_guidance_module
 from extras import gr
-from invdiff import cli
+from invdiff import Audit, cli
 from invdiff.app.audit import AuditBook
 from invdiff.app.page import BUNDLED, build_page, looks, open_workspace
 from invdiff.app.serve import ended_by_signals
@@ -169,9 +169,18 @@ def test_the_module_s_audit_names_its_groups_and_states_its_resolution(run, tiny
         book = AuditBook(find_parts(folder))
         book.edit(lambda edits, name=name: edits.with_name(0, 1, name))
     studio = Studio(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=[2]))
-    for module, name in ((run / "module", "<b>ours"), ("elsewhere", "theirs")):
+    for module, name in ((run / "module", "<b>ours"), ("elsewhere", "group 1")):
         page = build_page(replace(workspace, module=module), studio)
         assert parts_of(page)["mix-0-1"].label == f"Share of “{name}”"
+    found = Audit.load(tmp_path / "other" / "audit")
+    for names in ([["a", "theirs"]], [["a", "b"], ["c", "d"]]):  # as many as were audited, and more of a later round
+        guidance = make_guidance_module(tiny_pipe, num_groups=[2] * len(names))
+        guidance.register_to_config(record={"audit": found.fingerprint, "group_names": names})
+        page = build_page(replace(workspace, module="elsewhere"), Studio(tiny_pipe, guidance))
+        assert parts_of(page)["mix-0-1"].label.startswith("Share of “theirs”" if len(names) == 1 else "Share of “b”")
+    invariant = make_guidance_module(tiny_pipe, mode="invariant")
+    invariant.register_to_config(record={"audit": found.fingerprint, "group_names": [["a", "b"]]})
+    assert "mix-0-0" not in parts_of(build_page(workspace, Studio(tiny_pipe, invariant)))
     three = Studio(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=[3, 2]))
     labels = [part.label for name, part in parts_of(build_page(workspace, three)).items() if name.startswith("mix-")]
     assert labels[2:4] == ["Share of “group 2” (factor 1)", "Share of “group 0” (factor 2)"]

@@ -89,7 +89,7 @@ def test_an_image_keeps_its_group_in_all_rows_and_steps(tiny_pipe, scheduler):
 @pytest.mark.parametrize("num_inference_steps", [1, 3])
 def test_each_call_draws_anew_and_each_seed_others(tiny_pipe, num_inference_steps):
     module = make_guidance_module(tiny_pipe, num_groups=97)
-    attachments, drawn = [attach(tiny_pipe, module, seed=seed) for seed in (0, 1)], []
+    attachments, drawn = [attach(tiny_pipe, copy.deepcopy(module), seed=seed) for seed in (0, 1)], []
     for seed in (0, 1, 0):
         draw(tiny_pipe, seed, num_inference_steps=num_inference_steps)
         drawn.append([attachment.environments[0].item() for attachment in attachments])

@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import datasets
@@ -71,6 +72,10 @@ def test_reads_parquet_and_names_images_by_row(tiny_folder, tmp_path):
         assert data.attributes == {"background": in_folder.attributes["background"][:11]}
         assert data.fingerprint == in_folder.select(range(11)).fingerprint
     assert "split 'test'" in refusal(tmp_path, split="test")
+    assert "got 'test'" in refusal(tmp_path / "images.parquet", split="test")
+    shutil.copy(tmp_path / "images.parquet", tmp_path / "train-more.parquet")
+    assert "found some (train), and none in images.parquet" in refusal(tmp_path)
+    (tmp_path / "train-more.parquet").unlink()
     for content in (b"not parquet at all", b""):
         (tmp_path / "images.parquet").write_bytes(content)
         assert f"Expected a parquet file at {tmp_path}" in refusal(tmp_path)
@@ -131,9 +136,14 @@ def test_without_captions_a_folder_of_images_will_do(tmp_path):
     assert (data.names, data.captions) == (["a.PNG", "b.png", "more/c.jpg"], ["", "", ""])
     assert data.image(2).size == (4, 4)
     assert len(load_captioned_images(tmp_path, captions=False, limit=2)) == 2
+    assert load_captioned_images(tmp_path, captions=False, split="more").names == ["c.jpg"]
+    assert "Expected no split of" in refusal(tmp_path, captions=False, split="tset")
+    write_images(tmp_path / "split", "train/a.png", "test/b.png")
+    assert load_captioned_images(tmp_path / "split", captions=False).names == ["a.png"]
     write_folder(tmp_path, [{"file_name": "b.png", "background": "land"}])
     data = load_captioned_images(tmp_path, captions=False)
     assert (data.names, data.captions, data.attributes) == (["b.png"], [""], {"background": ["land"]})
+    assert "is of all its images, got 'test'" in refusal(tmp_path, captions=False, split="test")
 
 
 @pytest.mark.parametrize("clutter", ["._a.png", ".ipynb_checkpoints/a.png", "__MACOSX/x/._a.png", ".trash/more/a.png"])

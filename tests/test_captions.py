@@ -7,6 +7,9 @@ from runs import made_up_data
 BIRDS = {("a bird", 0): 900, ("a bird", 1): 50}
 
 
+LAND = {"on": 0, "land": 0}
+
+
 @pytest.mark.parametrize(
     ("counts", "expected"),
     [
@@ -14,6 +17,9 @@ BIRDS = {("a bird", 0): 900, ("a bird", 1): 50}
         ({**BIRDS, ("a nice bird", 0): 90, ("a nice bird", 1): 10}, {}),  # it comes with either group
         ({("a bird", 0): 95, ("a bird", 1): 5, ("a nice bird", 0): 6}, {}),  # a few images are no evidence
         (BIRDS, {}),  # one caption
+        # Of a world that is 95% one way a word may come with 97.5% of it.
+        ({("a bird", 0): 950, ("a bird", 1): 50, ("a shy bird", 0): 1950, ("a shy bird", 1): 50}, {}),
+        ({("a bird", 0): 950, ("a bird", 1): 50, ("a bird on land", 0): 1990, ("a bird on land", 1): 10}, LAND),
     ],
 )
 def test_words_that_state_the_group_are_found(counts, expected):

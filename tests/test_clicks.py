@@ -97,7 +97,9 @@ def test_clicks_are_kept_and_spread_to_an_audit_that_the_page_goes_on_with(tiny_
     found = Audit.load(run / "audit-place")
     given = labels_asked(run / "labels-place.csv", data.names)
     assert found.settings["asked"]["labels"]["place"]["images"]["land"] == given["place"].count("land")
-    assert list(page.books) == list(open_workspace([run], model="x").audits) == ["run", "run, audit-place"]
+    reopened = {name: parts.audit for name, parts in open_workspace([run], model="x").audits.items()}
+    assert reopened == {"run": run / "audit", "run, audit-place": run / "audit-place"}
+    assert list(page.books) == list(reopened)
 
 
 def test_a_report_shows_the_audit_that_its_module_was_trained_with(run):
@@ -111,6 +113,9 @@ def test_a_report_shows_the_audit_that_its_module_was_trained_with(run):
         assert parts.audit == run / folder
         assert another(read_run(parts)) == ""
     assert "trained with another audit" in another(read_run(replace(parts, audit=run / "audit")))
+    (run / "audit-old").mkdir()
+    (run / "audit-old" / "audit.json").write_text("{}")
+    assert find_parts(run).audit == run / "audit-place"  # whatever lies beside them
     (run / "module" / "config.json").unlink()
     assert find_parts(run).audit == run / "audit-place"
 
@@ -131,4 +136,4 @@ def test_clicks_go_on_with_the_model_of_the_audit_alone(tiny_pipe, tmp_path, mon
     )
     page = Page(run, make_tiny_pipeline(seed=1), tmp_path / "cache")
     page.infer()
-    assert "Expected the model of the audit of run, got another" in page.shown["ask-status"]
+    assert "Expected the model of the audit of run, got other weights" in page.shown["ask-status"]

@@ -1,5 +1,6 @@
 import errno
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,6 +129,10 @@ def test_unreadable_images_are_skipped_and_listed(tiny_pipe, tmp_path):
     assert encoded.names == [f"{row:02d}.png" for row in rows]
     assert [encoded.captions[i] for i in encoded.caption_ids] == [data.captions[row] for row in rows]
     assert encoded.unreadable == dict.fromkeys([f"{row:02d}.png" for row in (0, 1, 2, 3, 4, 6)], "the file is empty")
+    renamed = replace(data, names=[f"{name} copy" for name in data.names])
+    assert run(tiny_pipe, renamed, tmp_path / "cache").unreadable == {
+        f"{n} copy": of for n, of in encoded.unreadable.items()
+    }
     good = run(tiny_pipe, data.select(rows), tmp_path / "good")
     torch.testing.assert_close(encoded.latents[:], good.latents[:])
 

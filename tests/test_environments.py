@@ -68,12 +68,12 @@ def test_given_groups_are_those_of_each_image_repeated_for_further_rows_and_must
 
 def test_images_of_one_noise_are_spread_and_those_of_a_picture_alike_in_part_are_told_apart():
     same = noise(1).repeat(8, 1, 1, 1)
-    assert EnvironmentMix("uniform", (4,)).rows(same, copies=2).flatten().tolist()[:4] != [0] * 4
     assert len(EnvironmentMix("uniform", (4,)).rows(same, copies=2)[:4].unique()) == 4
     assert len(EnvironmentMix("uniform", (8,)).rows(same, copies=1).unique()) == 8
-    plain = noise(40)
-    plain.flatten(1)[:, :254] = 1.0
-    assert len(EnvironmentMix("iid", (2,)).rows(plain, copies=1).unique()) == 2
+    assert len(EnvironmentMix("uniform", (8,)).rows(same).unique()) == 1  # one image, for all that is known
+    plain = torch.randn(20, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    plain.flatten(1)[:, :1000] = 1.0
+    assert len(EnvironmentMix("iid", (1000,)).rows(plain, copies=1).unique()) > 10
 
 
 @pytest.mark.parametrize(

@@ -284,15 +284,22 @@ def make_inpainting(channels):
     return diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
 
 
+def make_consistency():
+    pipe = make_tiny("sd1")
+    pipe.unet = make_unet(time_cond_proj_dim=8)
+    return pipe
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (make_consistency, "time_cond_proj_dim 8, whose inputs invdiff does not know"),
         (make_refiner, "time_ids '5 numbers, an aesthetic score among them"),
         (partial(make_inpainting, 9), r"noisy latents alone \(4 channels\), got one of 9 channels"),
         (partial(make_inpainting, 4), "prompts alone, got a StableDiffusionInpaintPipeline.* image and mask_image"),
     ],
 )
-def test_what_starts_from_images_is_refused_before_any_work(make, message, data, tmp_path):
+def test_what_reads_further_inputs_is_refused_before_any_work(make, message, data, tmp_path):
     pipe = make()
     with pytest.raises(ModelError, match=message):
         generate(pipe, list(CAPTIONS), tmp_path / "out", progress=False)

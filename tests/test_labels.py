@@ -127,6 +127,18 @@ def test_images_without_a_label_are_stated_by_no_caption():
     assert silent.reason == "not split: nothing is known of its images"
 
 
+def test_what_every_caption_states_is_no_factor():
+    found = partly_labelled((50, 0, 0), (0, 50, 0), captions=["a bird on land", "a bird on water"], prompt_of=(0, 0))
+    assert [prompt.reason for prompt in found.prompts] == [
+        "its captions state the group (words: land)",
+        "its captions state the group (words: water)",
+    ]
+    assert (found.factors, found.biased) == ([], False)
+    assert (found.group_weights[0] == 0.5).all()
+    with pytest.raises(AuditError, match="found none"):
+        found.check_found()
+
+
 def test_the_command_and_the_report_say_what_was_asked_for(tiny_pipe_dir, folder, tmp_path):
     shown = shown_by_audit(tiny_pipe_dir, folder, tmp_path, "--attribute", "place")
     assert "Factors asked for" in shown

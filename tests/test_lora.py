@@ -143,6 +143,12 @@ def test_guidance_of_another_backend_or_model_is_refused(tiny_pipe):
         with pytest.raises(ModelError, match="one backend on a model, found 'module'"):
             attach(tiny_pipe, make_guidance_lora(tiny_pipe))
         denoise(tiny_pipe)
+    for seed in range(5):  # however the same weights were rounded to 16 bits
+        pipe = make_tiny_pipeline(seed)
+        guidance = make_guidance_lora(pipe.to(dtype=torch.bfloat16))
+        pipe = make_tiny_pipeline(seed)
+        pipe.unet.half().bfloat16()
+        attach(pipe, guidance).detach()
     guidance, numbers = make_guidance_lora(tiny_pipe), torch.Generator().manual_seed(0)
     with torch.no_grad():  # as by a short fine-tuning
         for weight in tiny_pipe.unet.parameters():

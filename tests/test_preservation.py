@@ -12,6 +12,7 @@ from invdiff.training.preservation import unrelated_captions, unrelated_conditio
 def test_captions_with_the_last_word_of_one_of_the_images_are_left_out():
     every, some = unrelated_captions([]), unrelated_captions(["my dog", "A photo of the MOON!"])
     assert {*every} - {*some} == {"a photo of a dog", "a photo of the moon"}
+    assert {*every} - {*unrelated_captions(["a dog lying in the snow"])} >= {"a photo of a dog"}
 
 
 def test_what_the_model_takes_for_a_caption_of_the_images_is_left_out(tiny_pipe, encoded, monkeypatch):

@@ -48,7 +48,7 @@ class StandIn:
             noise + direction("an image") + [0.6 * sum(map(direction, names), np.zeros(WIDTH)) for names in shown]
         )
 
-    def weights_digest(self):
+    def features_digest(self):
         return "0" * 16
 
     def extract(self, images):
@@ -173,7 +173,7 @@ def test_at_most_so_many_images_of_each_group_are_shown_once(tmp_path):
     again = StandIn([()] * 730)
     assert tell(found, data, again, tmp_path) == told
     assert again.images == []  # embeddings were kept
-    again.weights_digest = lambda: "1" * 16
+    again.features_digest = lambda: "1" * 16
     tell(found, data, again, tmp_path)
     assert len(again.images) == told.images  # but not those of other weights
 

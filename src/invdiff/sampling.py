@@ -24,6 +24,7 @@ from .guidance.environments import WORDS, EnvironmentMix, Environments
 from .models.families import family_of, family_that_draws
 from .models.load import check_fused, check_plain, denoiser_of
 from .models.watch import check_finite, watched
+from .options import command_options
 from .progress import progress_bar
 from .seeds import derived_seed
 
@@ -230,12 +231,16 @@ def own_images(pipe: Any, audited: Mapping[str, Any], cache_dir: Path, *, progre
     return load_captioned_images(folder, captions=family.needs_prompts)
 
 
-def drawing_flags(pipe: Any, resolution: int) -> list[str]:
+def drawing_flags(pipe: Any, resolution: int, distilled_guidance: float = 0.0) -> list[str]:
     """The options that `invdiff generate` needs to draw as the module was trained: often none."""
-    family = family_of(pipe)
-    own = family.resolution(pipe, denoiser_of(pipe))
-    unguided = [] if family.needs_prompts else ["--guidance-scale", "1"]
-    return unguided + (["--resolution", str(resolution)] if resolution not in (0, own) else [])
+    family, denoiser = family_of(pipe), cast(Any, denoiser_of(pipe))
+    scale = GenerateConfig.guidance_scale if family.needs_prompts else 1.0
+    if distilled_guidance and denoiser.config.get("guidance_embeds"):
+        scale = distilled_guidance
+    flags = command_options(GenerateConfig, {"guidance_scale": scale})
+    return flags + (
+        ["--resolution", str(resolution)] if resolution not in (0, family.resolution(pipe, denoiser)) else []
+    )
 
 
 def _is_drawn(output_dir: Path, row: dict[str, Any]) -> bool:

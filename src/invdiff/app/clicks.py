@@ -48,7 +48,8 @@ class Asking(NamedTuple):
 
 def with_labels(run: str, parts: Parts) -> dict[str, Parts]:
     """The audits that were made with labels by clicks beside that of a run, by name, the latest last."""
-    folders = [folder for folder in audits_in(parts.run or Path())[1:] if labels_of(folder).is_file()]
+    others = [folder for folder in audits_in(parts.run or Path()) if folder != parts.audit]
+    folders = [folder for folder in others if labels_of(folder).is_file()]
     return {f"{run}, {folder.name}": replace(parts, audit=folder, results=None, module=None) for folder in folders}
 
 
@@ -128,7 +129,8 @@ class ClicksPanel:
             with self._studio.alone(Turn()):
                 if settings["denoiser_fingerprint"] != denoiser_fingerprint(self._studio.pipe):
                     raise ConfigError(
-                        f"Expected the model of the audit of {ask.run}, got another. Open the page with it."
+                        f"Expected the model of the audit of {ask.run}, got other weights, precision or LoRAs. "
+                        "Open the page with the same --model, --dtype and --lora."
                     )
                 audit(self._studio.pipe, None if own else book.data, **options).save(ask.folder)
             parts = replace(book.parts, audit=ask.folder, data=book.data, results=None, module=None)

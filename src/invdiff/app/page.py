@@ -26,7 +26,7 @@ from ..models.families import family_of
 from ..models.load import denoiser_of, load_pipeline
 from ..report.figures import Table
 from ..report.plots import DARK, INK, PAPER, RULE, SOFT
-from ..report.read import Parts, audit_of, find_parts, trained_with
+from ..report.read import Parts, audit_of, audits_in, find_parts, trained_with
 from ..report.results_view import HEADLINES, headlines
 from ..report.write import save_report
 from ..text import one_line
@@ -85,7 +85,7 @@ def open_workspace(
     if len(set(resolved)) < len(resolved):
         raise ConfigError(f"Expected different folders, got one of {', '.join(map(str, runs))} twice. Name it once.")
     for place, folder in enumerate(resolved):
-        parts = find_parts(runs[place])
+        parts = replace(find_parts(runs[place]), audit=next(iter(audits_in(runs[place])), None))
         if parts.audit is None and parts.results is None and parts.module is None:
             raise ConfigError(
                 f"Expected audit/, module/ or results.json in {runs[place]}, found none. Give a folder that "
@@ -190,13 +190,14 @@ def build_page(workspace: Workspace, studio: Studio | None) -> gr.Blocks:
 def _build_generate(workspace: Workspace, studio: Studio, books: Mapping[str, AuditBook]) -> GenerateTab:
     """Build tab Generate; its groups are those of the audit that the module was trained with, or of its record."""
     record = (studio.module.config["record"] if studio.module is not None else None) or {}
-    fitting = [book for book in books.values() if trained_with(book.audit, record)]
+    as_many = [name for name, book in books.items() if book.audit.num_groups == studio.num_groups]
+    fitting = [books[name] for name in as_many if trained_with(books[name].audit, record)]
     if not fitting and "audit" not in record:  # of an earlier version
-        place = Path(workspace.module or "").resolve()
-        own = [name for name, parts in workspace.audits.items() if parts.module and parts.module.resolve() == place]
-        fitting = [books[name] for name in own if books[name].audit.num_groups == studio.num_groups]
+        place, modules = Path(workspace.module or "").resolve(), {n: p.module for n, p in workspace.audits.items()}
+        fitting = [books[name] for name in as_many if (own := modules[name]) and own.resolve() == place]
     numbers = [[f"group {group}" for group in range(count)] for count in studio.num_groups]
-    numbers = [list(names) for names in record.get("group_names", numbers)]
+    recorded = [list(names) for names in record.get("group_names", ())]
+    numbers = recorded if list(map(len, recorded)) == list(studio.num_groups) else numbers
     trained = fitting[0].audit.settings.get("resolution", 0) if fitting else record.get("resolution", 0)
     prompts = [prompt for book in books.values() for prompt in book.inferred.prompts if prompt.prompt.strip()]
     prompts = [prompt for prompt in prompts if prompt.found] or prompts
@@ -216,7 +217,7 @@ def _build_compare(runs: Mapping[str, Parts]) -> None:
 
     def write_reports() -> list[Any]:
         try:
-            given = [replace(parts, audit=audit_of(parts.run, parts.module)) for parts in runs.values() if parts.run]
+            given = [replace(parts, audit=audit_of(Path(str(parts.run)), parts.module)) for parts in runs.values()]
             paths = [save_report(Path(str(parts.results)).parent, **vars(parts)) for parts in given]
         except InvDiffError as error:
             return [refusal(error), gr.skip()]

@@ -89,7 +89,7 @@ def read_by_clip(
     progress: bool = True,
 ) -> list[Reading]:
     """A CLIP model's reading of images `rows` (N,) of `data`, from features that are kept in `cache_dir`."""
-    features = cached_features(cache_dir, encoder.weights_digest(), data, rows, lambda: encoder.extract, progress)
+    features = cached_features(cache_dir, encoder.features_digest(), data, rows, lambda: encoder.extract, progress)
     cosines = [normalize(features.astype(np.float64)) @ embedded(encoder, values).T for values in asked.values()]
     scores = [(own - own.mean(axis=1, keepdims=True))[None] for own in cosines]
     return [Reading(*question, own) for question, own in zip(asked.items(), scores, strict=True)]

@@ -293,8 +293,10 @@ def smallest_share(count: int, candidates: int, level: float, *, separation: flo
 
 
 def power(num_images: int, candidates: int, config: AuditConfig) -> str:
-    """What size of minority could have been seen among a prompt's images, in words."""
-    share = max(smallest_share(num_images, max(candidates, 1), config.level), config.min_share)
+    """What size of minority could have been seen among a prompt's images, in words; see docs/auditing.md."""
+    # A share just above the least that a group may have is found below it as often as not.
+    share = max(smallest_share(num_images, max(candidates, 1), config.level), 1.5 * config.min_share)
     if share >= 1:
         return f"{num_images} images are too few to see a group of any size 4 standard deviations away"
-    return f"a group of {share:.1%} or more, 4 standard deviations away, would have been seen in {num_images} images"
+    seen = f"would probably have been seen in {num_images} images"
+    return f"a group of {share:.1%} or more, 4 standard deviations away, {seen}"

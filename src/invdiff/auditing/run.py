@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ..sampling import own_images
 from ..seeds import generator
 from .asked import Labels, columns_asked, known_rows, labels_asked
 from .asking import Reading, asked_factors, questions, read_by_clip, read_by_model
-from .captions import group_captions, part_by_images, stated_group, words_that_state_groups
+from .captions import group_captions, part_by_images, stated_group, words_in, words_that_state_groups
 from .cuts import too_few
 from .evidence import Evidence, collect_evidence, encode_vision
 from .factors import Search, find_factors, spread
@@ -86,12 +87,15 @@ def audit(
     columns = [attribute] if isinstance(attribute, str) else list(attribute)
     cache_dir = Path(cache_dir) if cache_dir else default_cache_dir()
     basis = config.to_dict() | ({"own_images_of": list(prompts)} if data is None else {})
+    # Errors in what is asked for come before the work.
+    if (columns or wanted or labels is not None) and config.solver != "auto":
+        raise ConfigError(f"Expected solver 'auto' where groups are asked for, got {config.solver!r}. Leave it out.")
     if data is None:
         data = own_images(pipe, basis, cache_dir, progress=progress)
     elif prompts:
         raise ConfigError("Expected either data or prompts for the model to draw its own, got both.")
     images = data if isinstance(data, CaptionedImages) else None
-    if images is not None:  # an error in what is asked for comes before the work
+    if images is not None:
         columns_asked(images, np.arange(len(images)), columns)
         labels_asked(labels, images.names)
     encoded = as_encoded(pipe, data, cache_dir, resolution=config.resolution, progress=progress)
@@ -106,8 +110,6 @@ def audit(
     ):
         if asked and images is None:
             raise ConfigError(f"Expected CaptionedImages for {what}, got only their latents.")
-    if (columns or wanted or labels is not None) and config.solver != "auto":
-        raise ConfigError(f"Expected solver 'auto' where groups are asked for, got {config.solver!r}. Leave it out.")
     rows, vision, readings = encoded.source_index.numpy(), None, list[Reading]()
     if config.words_model:
         from_main(lambda: ClipEncoder.load(config.words_model).name)  # an error in its name comes before the work
@@ -250,7 +252,8 @@ def infer(
                 reason = "split by " + " and ".join(search.factors[m][prompt].candidate.evidence for m in splitting)
             elif max(key, default=-1) >= 0:
                 stating = [(words[m][prompt], group) for m, group in enumerate(key) if group >= 0]
-                saying = {word for of, group in stating for word, k in of.items() if k == group}
+                here_said = set(chain.from_iterable(map(words_in, _captions_of(data, own))))
+                saying = {word for of, group in stating for word, k in of.items() if k == group and word in here_said}
                 reason, candidates = f"its captions state the group (words: {', '.join(sorted(saying))})", []
             elif why:
                 reason = unsplit
@@ -265,13 +268,15 @@ def infer(
                     lacking = f"{few:,} of {len(own):,} images, which count in no share"
                     said.append(f"no group of {search.names[m]!r} is known of {lacking}")
             prompts.append(PromptAudit(captions[0], captions, len(own), found, reason, power, said, candidates))
-    factors = []
-    for m, of in enumerate(splits):
-        name, values = (search.names[m], search.values[m]) if asked else (f"factor {m + 1}", [])
-        factors.append(Factor(name, sorted(of, key=lambda one: -prompts[one.prompt].num_images), values))
+    factors: list[Factor] = []
+    used = [m for m, of in enumerate(splits) if of]  # what captions state under every prompt is not hidden
+    for m in used:
+        name, values = (search.names[m], search.values[m]) if asked else (f"factor {len(factors) + 1}", [])
+        factors.append(Factor(name, sorted(splits[m], key=lambda one: -prompts[one.prompt].num_images), values))
     settings = {"asked": search.record} if asked else {}
-    final = tuple(each.astype(np.float32) for each in weights)
-    return Audit(final, scores.astype(np.float32), prompt_ids, prompts, factors, list(data.names), 0.0, settings)
+    final = tuple(weights[m].astype(np.float32) for m in used or [0])
+    of_used = scores[used or [0]].astype(np.float32)
+    return Audit(final, of_used, prompt_ids, prompts, factors, list(data.names), 0.0, settings)
 
 
 def _captions_of(data: EncodedImages, rows: NDArray[Any]) -> list[str]:

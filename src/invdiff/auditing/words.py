@@ -65,7 +65,7 @@ def describe_groups(
     if not samples:
         return AuditWords(encoder.name, found.fingerprint, len(words), 0, LEVEL, ())
     shown = np.unique(np.concatenate([positions for *_, positions, _ in samples]))
-    digest = encoder.weights_digest()
+    digest = encoder.features_digest()
     features = cached_features(cache_dir, digest, data, rows[shown], lambda: encoder.extract, progress)
     images, judged = normalize(features.astype(float)), []
     for prompt, factor, positions, labels in samples:

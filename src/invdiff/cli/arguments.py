@@ -116,14 +116,14 @@ def _annotation(setting: Setting, doc: str, panel: str) -> Any:
     """A setting's type as typer reads it, with its option."""
     hint, metavar = setting.type, setting.option.metavar or _METAVARS.get(setting.type)
     limits = {end: limit for end in ("min", "max") if math.isfinite(limit := getattr(setting.range, end))}
-    if math.isfinite(setting.range.above):  # typer knows no open ends
-        metavar, limits = f"{metavar} [x>{setting.range.above:g}]", {}
-    elif math.isfinite(setting.range.below):
-        metavar, limits = f"{metavar} [{setting.range.min:g}<=x<{setting.range.below:g}]", {}
     if setting.item in (int, float):
         hint, metavar, limits = str, metavar or "NUMBER,...", {}
     elif setting.item:
         hint, metavar, limits = list[str], metavar or "TEXT", {}
+    elif math.isfinite(setting.range.above) or math.isfinite(setting.range.below):  # typer knows no open ends
+        of = setting.range
+        low = f"{of.above:g}<x" if math.isfinite(of.above) else f"{of.min:g}<=x" if math.isfinite(of.min) else "x"
+        metavar, limits = f"{metavar} [{low}{f'<{of.below:g}' if math.isfinite(of.below) else ''}]", {}
     silent = setting.default is None or setting.default is False or setting.default in ("", (), {})
     default = setting.option.default or ("" if silent else as_text(setting.default))
     return Annotated[
@@ -208,7 +208,7 @@ class DataOptions(Options):
     image_column: Annotated[str | None, Option(default="file_name in a folder, image or img elsewhere")] = None
     """Column of images."""
     split: str = "train"
-    """Split of a hub dataset or of parquet files."""
+    """Split of a hub dataset or of parquet files, or the folder that holds it."""
     limit: Annotated[int | None, Range(min=1)] = None
     """Take the first rows only."""
     max_unreadable: Annotated[float, Range(min=0, max=1)] = 0.01

@@ -217,6 +217,11 @@ def train(
     from ..training.train import train as run_train
 
     images = source.load(data if audit_dir else None, flag="DATA", output=output)
+    if not (Path(audit_dir or data) / "audit.json").is_file():
+        raise ConfigError(
+            f"Expected MODEL, DATA and what `invdiff audit` wrote, in this order; the last, {audit_dir or data}, has "
+            "no audit.json."
+        )
     found = Audit.load(audit_dir or data)
     if found.edits.changed:
         from ..report.audit_view import about_edits
@@ -232,7 +237,7 @@ def train(
         solve(pipe, module, audit_dir or data, output, guidance_scales=calibrate, **options)
     prompts = [entry.prompt for entry in found.prompts if entry.found and entry.prompt]
     words = ["--module", output, "--output", output.parent / "images" / "guided"]
-    words += drawing_flags(pipe, found.settings.get("resolution", 0))
+    words += drawing_flags(pipe, found.settings.get("resolution", 0), 0 if calibrate else settings.distilled_guidance)
     if calibrate:
         words += ["--environments", "calibrated"]
         scale = GenerateConfig.guidance_scale if GenerateConfig.guidance_scale in calibrate else calibrate[0]

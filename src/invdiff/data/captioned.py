@@ -25,6 +25,7 @@ from .tables import METADATA, caption_of, image_name, read_table
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 IMAGE_COLUMNS = ("image", "img")
+SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
 
 Source: TypeAlias = str | Path | datasets.Dataset | datasets.DatasetDict
@@ -248,13 +249,16 @@ def _open(source: Source, image_column: str | None, split: str, limit: int | Non
         return _open_dataset(source, image_column, limit, Path(), cache)
     path, text = Path(source).expanduser(), str(source)
     if path.is_file():
-        return _open_dataset(_load_parquet([path], path, "train"), image_column, limit, path.parent, path.parent)
+        _refuse_split(split, f"one file, {source}")
+        return _open_dataset(_load_parquet([path], path, split), image_column, limit, path.parent, path.parent)
     if path.is_dir():
         for folder in (path, path / split):
             found = [folder / name for name in METADATA if (folder / name).is_file()]
             if len(found) == 2:
                 raise DataError(f"Expected one metadata file in {folder}, found both .csv and .jsonl. Remove one.")
             if found:
+                if folder == path:
+                    _refuse_split(split, f"{source}, whose {found[0].name} is of all its images")
                 column = image_column or "file_name"
                 table = read_table(found[0], required=(column,), limit=limit)
                 given = [(row[column], table.place(number)) for number, row in enumerate(table.rows)]
@@ -273,7 +277,12 @@ def _open(source: Source, image_column: str | None, split: str, limit: int | Non
                 "for example a metadata.csv of\n  file_name,text\n  0001.png,a photo of a waterbird"
             )
         known = set(Image.registered_extensions())
-        files = [file for file in visible(path, "**/*") if file.suffix.lower() in known and file.is_file()][:limit]
+        files = [file for file in visible(path, "**/*") if file.suffix.lower() in known and file.is_file()]
+        folders = {file.relative_to(path).parts[0] if file.parent != path else "" for file in files}
+        if split in folders and (split != "train" or folders <= SPLITS):  # else it may be a class
+            return _open(path / split, image_column, "train", limit, captions)
+        _refuse_split(split, f"{source}, which has no folder of this name")
+        files = files[:limit]
         if not files:
             raise DataError(f"Expected images in {path}, found none. Give a folder of image files, or parquet files.")
         names = [file.relative_to(path).as_posix() for file in files]
@@ -291,6 +300,12 @@ def _open(source: Source, image_column: str | None, split: str, limit: int | Non
     return _open_dataset(dataset, image_column, limit, Path(), cache)
 
 
+def _refuse_split(split: str, what: str) -> None:
+    """Raise `DataError` where a split is asked for of what has none."""
+    if split != "train":
+        raise DataError(f"Expected no split of {what}, got {split!r}. Leave it out, or give the folder of that split.")
+
+
 def _load_parquet(files: list[Path], source: Path, split: str) -> datasets.Dataset:
     for file in files:
         try:
@@ -300,9 +315,16 @@ def _load_parquet(files: list[Path], source: Path, split: str) -> datasets.Datas
                 f"Expected a parquet file at {file}, found another ({first_line(error)}). Write it again."
             ) from error
     by_split: dict[str, list[str]] = {}
-    if source.is_dir():  # splits by the names of files, as datasets reads them; other files do not count
+    if source.is_dir():  # splits by the names of files, as datasets reads them
         known = DataFilesDict.from_patterns(get_data_patterns(str(source)), base_path=str(source))
         by_split = {str(name): list(paths) for name, paths in known.filter(extensions=[".parquet"]).items() if paths}
+        used = {Path(path).resolve() for paths in by_split.values() for path in paths}
+        if by_split and (left := [file for file in files if file.resolve() not in used]):
+            raise DataError(
+                f"Expected a split in the names of all parquet files of {source}, or of none, found some "
+                f"({', '.join(by_split)}), and none in {_listed([file.name for file in left])}. "
+                "Rename these, or move them away."
+            )
     try:
         return datasets.load_dataset("parquet", split=split, data_files=by_split or {"train": list(map(str, files))})
     except _LOADING_ERRORS as error:

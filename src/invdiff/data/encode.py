@@ -26,7 +26,7 @@ from .captioned import CaptionedImages, check_readable
 from .images import UnreadableImage, about_unreadable
 
 SHARD_SIZE = 512  # rows (images, or captions) in one file of the cache; a killed run loses at most one such file
-_FORMAT = "3"
+_FORMAT = "4"
 _DECODERS = min(8, os.cpu_count() or 1)
 
 
@@ -130,7 +130,7 @@ def encode(
     def images(path: Path, rows: Sequence[int]) -> None:
         if not path.exists():
             _write_latents(path, pipe, data, rows, resolution, batch_size)
-        skipped.update(_read_latents(path)[1])
+        skipped.update(_read_latents(path, data)[1])
         check_readable(data, skipped)
 
     def prompts(path: Path, part: Sequence[str]) -> None:
@@ -138,7 +138,7 @@ def encode(
             write_tensors(path, joined([encode_captions(pipe, some) for some in _batches(part, batch_size)]))
 
     paths = in_files(folder / "latents", range(len(data)), images, "encoding images", progress=progress)
-    shards, per_shard = zip(*map(_read_latents, paths), strict=True)
+    shards, per_shard = zip(*(_read_latents(path, data) for path in paths), strict=True)
     skipped = {name: reason for some in per_shard for name, reason in some.items()}
     check_readable(data, skipped)
     if skipped:
@@ -247,7 +247,7 @@ def in_files(
 def _write_latents(
     path: Path, pipe: Any, data: CaptionedImages, rows: Sequence[int], resolution: int, batch_size: int
 ) -> None:
-    """Write the latents of the images that can be read, their rows, and name and reason of the others."""
+    """Write the latents of the images that can be read, their rows, and row and reason of the others."""
 
     def load(row: int) -> tuple[int, torch.Tensor | UnreadableImage]:
         try:
@@ -258,11 +258,11 @@ def _write_latents(
     family = family_of(pipe)
     latents: list[torch.Tensor] = []
     read: list[int] = []
-    skipped: dict[str, str] = {}
+    skipped: dict[int, str] = {}
     with ThreadPoolExecutor(_DECODERS) as pool:
         for batch in _batches(rows, batch_size):
             loaded = dict(pool.map(load, batch))
-            skipped |= {item.name: item.reason for item in loaded.values() if isinstance(item, UnreadableImage)}
+            skipped |= {row: item.reason for row, item in loaded.items() if isinstance(item, UnreadableImage)}
             pixels = {row: item for row, item in loaded.items() if isinstance(item, torch.Tensor)}
             if pixels:
                 read += pixels
@@ -273,10 +273,11 @@ def _write_latents(
     write_tensors(path, tensors | {"skipped": torch.tensor(list(listed), dtype=torch.uint8)})
 
 
-def _read_latents(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _read_latents(path: Path, data: CaptionedImages) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Rows and latents of one file, memory-mapped, and name and reason of the images that could not be read."""
     tensors = read_tensors(path)
-    return tensors, dict(json.loads(bytes(tensors.pop("skipped").tolist())))
+    skipped = json.loads(bytes(tensors.pop("skipped").tolist()))
+    return tensors, {data.names[row]: reason for row, reason in skipped}
 
 
 def _batches(items: Any, size: int) -> list[Any]:

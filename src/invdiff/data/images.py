@@ -66,7 +66,7 @@ def decode_image(read: Callable[[], bytes], name: str) -> Image.Image:
             except _DECODING_ERRORS:  # only what is said about the pixels is damaged
                 image = file
             if image.mode == "F" or (image.mode == "I" and file.format == "TIFF"):
-                raise ValueError("pixels of 32 bits have no known range")
+                raise ValueError("pixels that are floating point or have a sign have no known range")
             if image.mode.startswith("I"):  # Pillow's convert("RGB") would clip 16 bits to white
                 scaled = np.asarray(image).clip(0, 65535).astype(np.float64) / 257
                 return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")

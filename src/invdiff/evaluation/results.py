@@ -254,7 +254,7 @@ def table_path(path: str | Path) -> Path:
     table = path.with_suffix(".csv") if path.suffix == ".json" else path.with_name(path.name + ".csv")
     if {path.name, table.name} & set(MANIFESTS):
         raise EvaluationError(f"Expected a name such as results.json, got {path}, that of a manifest of images.")
-    if table.is_file() and not table.read_bytes().startswith(b"model,guidance_scale,"):
+    if table.is_file() and table.read_bytes()[:21] not in (b"", b"model,guidance_scale,"):
         raise EvaluationError(f"Expected {table} to be of earlier results, found another table. Name other results.")
     return table
 

@@ -82,7 +82,7 @@ class EnvironmentMix:
         if self.given is None:
             return self.draw([names[images.index(image)] for image in range(max(images) + 1)])[images]
         if copies is None and (max(images) + 1) % len(self.given):
-            images = list(range(len(names)))  # of one noise, it may be, and none of them twice
+            images = list(range(len(names)))  # images of one noise, perhaps, each in one row
         if (max(images) + 1) % len(self.given):
             raise ConfigError(f"Expected a batch of {len(self.given)} image(s), got {max(images) + 1}.")
         return self.given[[image % len(self.given) for image in images]]
@@ -105,12 +105,11 @@ class EnvironmentMix:
 def images_of(noisy_latents: torch.Tensor, names: Sequence[str], copies: int | None = None) -> list[int]:
     """The number of the image that each row of a call is of: a call repeats its images for the rows of guidance.
 
-    Where rows do not repeat as often as `copies` says, 2 unless known, those with the same name are one image.
+    Where it is not known how often, or rows do not repeat, those with the same name are one image.
     """
-    count, times = len(noisy_latents), copies or 2
-    first, *others = noisy_latents.chunk(times)
-    if count % times == 0 and all(torch.equal(other, first) for other in others):
-        return [row % len(first) for row in range(count)]
+    first, *others = noisy_latents.chunk(copies or 1)
+    if copies and len(names) % copies == 0 and all(torch.equal(other, first) for other in others):
+        return [row % len(first) for row in range(len(names))]
     places = {name: place for place, name in enumerate(dict.fromkeys(names))}
     return [places[name] for name in names]
 

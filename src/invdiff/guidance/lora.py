@@ -149,7 +149,7 @@ class GuidanceLoRA(Guidance):
             if len(self._mask) != len(output):
                 raise ModelError(
                     f"Expected {len(self._mask)} rows in each layer, found {len(output)}. Pipelines that split "
-                    "them, those of perturbed-attention guidance (PAG), take guidance of backend 'module'."
+                    "them, those of perturbed-attention guidance (PAG), take backend 'module' or 'tokens'."
                 )
             self._mask, guided = self._mask.to(adapter.up), slice(self._first, None)
             changed = output[guided] + adapter(inputs[0][guided], self._mask[guided]).to(output.dtype)

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
 from ..errors import ConfigError, DataError, ModelError
-from ..files import weights_digest
+from ..files import fingerprint, weights_digest
 from .load import default_device, public_name
 from .loading import check_complete, check_tokenizer, loading
 
@@ -50,9 +50,9 @@ class VisionEncoder:
             raise DataError("Expected at least one image to encode, got none. Check what selects the images.")
         return np.concatenate(features)
 
-    def weights_digest(self) -> str:
-        """16 hex digits that name the model's weights."""
-        return weights_digest(self.model)
+    def features_digest(self) -> str:
+        """16 hex digits that name all that features depend on: weights, and how images are made ready."""
+        return fingerprint(weights_digest(self.model), self.processor.to_json_string())
 
 
 @dataclass(frozen=True)

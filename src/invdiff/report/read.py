@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path, PureWindowsPath
@@ -18,7 +19,7 @@ from ..auditing.clicks import labels_of
 from ..auditing.edits import ladder
 from ..auditing.result import Audit, PromptAudit, PromptSplit
 from ..data.tables import MANIFESTS, METADATA
-from ..errors import AuditError, ConfigError
+from ..errors import AuditError, ConfigError, InvDiffError
 from ..evaluation.images import Folders, Row, read_images, resolve_folders
 from ..evaluation.results import Results
 from ..files import fingerprint, read_json, visible
@@ -172,14 +173,18 @@ def audit_of(run: Path, module: Path | None) -> Path | None:
     folders = audits_in(run)
     if len(folders) < 2:
         return next(iter(folders), None)
-    record = None if module is None else read_json(module / "config.json").get("record") or {}
-    by_clicks = [folder for folder in reversed(folders[1:]) if labels_of(folder).is_file()]
-    audits = {folder: Audit.load(folder) for folder in (*by_clicks, *folders)}
+    record = None if module is None else _config(module / "config.json", "a module", "`invdiff train`").get("record")
+    record = record if module is None or isinstance(record, Mapping) else {}
+    by_clicks = [folder for folder in reversed(folders) if labels_of(folder).is_file()]
+    audits: dict[Path, Audit] = {}
+    for folder in (*by_clicks, *folders):
+        with suppress(InvDiffError):  # of other folders than that of the report, errors are no matter
+            audits[folder] = Audit.load(folder)
     if exact := next((folder for folder, of in audits.items() if record and trained_with(of, record)), None):
         return exact
-    for folder in (*by_clicks, folders[0]):
+    for folder in (folder for folder in (*by_clicks, folders[0]) if folder in audits):
         words = audits[folder].asked.partition(";")[0]
-        if audits[folder].biased and (record is None or record.get("asked", "").partition(";")[0] == words):
+        if audits[folder].biased and (record is None or str(record.get("asked", "")).partition(";")[0] == words):
             return folder
     return folders[0]
 
@@ -236,11 +241,12 @@ def read_run(parts: Parts) -> Run:
 
 
 def measured(results: Results, model: str, rows: Sequence[Row]) -> bool:
-    """Whether images may be those of a model's results: as many, of the same prompts, at each scale that both have."""
+    """Whether images may be of a model's results: of the same prompts and no more, at each scale that both have."""
     for scale, measures in results.models.get(model, {}).items():
         counts = Counter(row.prompt for row in rows if row.scale_key == scale)
-        same = counts.keys() == measures.first.counts.keys() and min(counts.values()) == measures.images_per_prompt
-        if counts and not same:
+        if counts and counts.keys() != measures.first.counts.keys():
+            return False
+        if counts and min(counts.values()) > measures.images_per_prompt:
             return False
     return True
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,14 @@ AT_ONCE = 16  # captions that are encoded together
 
 
 def unrelated_captions(captions: Sequence[str]) -> list[str]:
-    """The bundled captions of everyday things without the last word of any of `captions`, mostly what it is of."""
+    """The bundled captions of everyday things without the last word of any of `captions`, mostly what it is of.
+
+    Nor is their own last word one of `captions`.
+    """
     subjects = {word for caption in captions for word in words_in(caption)[-1:]}
-    return [each for each in EVERYDAY_CAPTIONS.read_text("utf-8").splitlines() if not subjects & {*words_in(each)}]
+    words = set(chain.from_iterable(map(words_in, captions)))
+    everyday = [(each, words_in(each)) for each in EVERYDAY_CAPTIONS.read_text("utf-8").splitlines()]
+    return [each for each, own in everyday if not subjects & {*own} and own[-1] not in words]
 
 
 def unrelated_condition(
@@ -44,6 +50,8 @@ def unrelated_condition(
         note("captions that nobody audited are not held to the frozen model: the pipeline has no text encoder")
         return {}
     captions, count = unrelated_captions(data.captions), len(data.captions)
+    if not captions:
+        return {}
     found = joined([encode_captions(pipe, captions[i : i + AT_ONCE]) for i in range(0, len(captions), AT_ONCE)])
     every = {name: torch.cat([of[:-1], found[name], of[-1:]]) for name, of in data.conditions.items() if found}
     tried = images[:PROBES]

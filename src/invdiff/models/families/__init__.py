@@ -47,7 +47,13 @@ def family_of(pipe: Any) -> Family:
         if isinstance(network, network_class):
             return family(pipe)
     config = getattr(network, "config", {})
-    names = ("addition_embed_type", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds")
+    names = (
+        "addition_embed_type",
+        "encoder_hid_dim_type",
+        "class_embed_type",
+        "num_class_embeds",
+        "time_cond_proj_dim",
+    )
     further = {name: config.get(name) for name in names if config.get(name) is not None}
     if isinstance(network, UNet2DModel):  # of pixels only
         parts = {name: getattr(pipe, name, None) for name in ("vae", "vqvae")}
