@@ -252,7 +252,7 @@ def _open(source: Source, image_column: str | None, split: str, limit: int | Non
         _refuse_split(split, f"one file, {source}")
         return _open_dataset(_load_parquet([path], path, split), image_column, limit, path.parent, path.parent)
     if path.is_dir():
-        for folder in (path, path / split):
+        for folder in (path, path / split) if split == "train" else (path / split, path):
             found = [folder / name for name in METADATA if (folder / name).is_file()]
             if len(found) == 2:
                 raise DataError(f"Expected one metadata file in {folder}, found both .csv and .jsonl. Remove one.")
