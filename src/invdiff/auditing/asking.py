@@ -72,8 +72,7 @@ def questions(asked: Mapping[str, Sequence[str]] | Sequence[str]) -> dict[str, t
         if not fit or not all(0 < len(one) <= WORD_LIMIT for one in (name, *values)):
             raise ConfigError(
                 "Expected attributes to ask for such as 'place: forest, sea, city', each once, with at least two "
-                f"different values of 1 to {WORD_LIMIT} characters, "
-                f"got {name!r} with {of!r}."
+                f"different values of 1 to {WORD_LIMIT} characters, got {name!r} with {of!r}."
             )
         found[name] = tuple(values)
     return found

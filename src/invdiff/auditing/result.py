@@ -333,9 +333,7 @@ class Audit:
         """
         folder = Path(folder)
         if not (folder / "audit.json").is_file():
-            raise AuditError(
-                f"Expected what `invdiff audit` wrote at {folder}, found no audit.json. Give it after DATA."
-            )
+            raise AuditError(f"Expected an audit folder at {folder}, found no audit.json. Run `invdiff audit`.")
         kinds: dict[str, Any] = {"prompts": list[PromptAudit], "factors": list[Factor], "names": list[str]}
         kinds |= {"forwards_per_image": float, "settings": dict[str, Any], "num_groups": list[int]}
         kinds |= {"unreadable": dict[str, str]}
