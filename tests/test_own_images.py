@@ -56,7 +56,9 @@ def test_what_cannot_be_drawn_is_refused(tiny_pipe, data, found, tmp_path):
     with pytest.raises(ConfigError, match="got an empty one"):
         audit(tiny_pipe, prompts=["a dog", " "], cache_dir=tmp_path)
     settings = {name: value for name, value in found[0].settings.items() if name != "own_images_of"}
-    with pytest.raises(ConfigError, match="Expected the images that were audited, got none"):
+    with pytest.raises(
+        ConfigError, match="Expected the images that were audited, which the model did not draw itself"
+    ):
         train(tiny_pipe, None, replace(found[0], settings=settings), tmp_path / "module", cache_dir=tmp_path)
 
 
