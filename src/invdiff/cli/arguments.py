@@ -40,7 +40,12 @@ def shown_default(words: object) -> str:
     return f" [dim]\\[default: {words}][/dim]"
 
 
-CONFIG = option(..., "JSON or YAML with any settings of this step. Options override it.", "--config", metavar="FILE")
+CONFIG = option(
+    ...,
+    "JSON or YAML with settings of this step, by their names in `invdiff.config`. Options override it.",
+    "--config",
+    metavar="FILE",
+)
 
 
 def command(
