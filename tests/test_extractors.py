@@ -39,6 +39,13 @@ def clip(clip_dir):
     return ClipEncoder.load(clip_dir)
 
 
+def test_features_are_of_the_weights_and_of_how_images_are_made_ready(clip_dir):
+    first, other = ClipEncoder.load(clip_dir), ClipEncoder.load(clip_dir)
+    assert first.features_digest() == other.features_digest()
+    other.processor.image_mean = [0.0, 0.0, 0.0]
+    assert first.features_digest() != other.features_digest()
+
+
 class Means(torch.nn.Module):
     """Stands in for Inception: the mean of each channel and the number of pixels."""
 

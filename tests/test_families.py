@@ -20,6 +20,7 @@ from invdiff.models.families import family_of
 from invdiff.models.families.transformer import image_ids, packed, unpacked
 from invdiff.models.frozen import FrozenDenoiser
 from invdiff.models.load import denoiser_of, load_pipeline
+from invdiff.sampling import drawing_flags
 from tiny import CAPTIONS, FAMILIES, RESOLUTION, draw, make_tiny, make_unet
 
 
@@ -139,6 +140,8 @@ def test_a_distilled_model_is_told_the_guidance_of_its_use_in_training_alone(dat
     config = TrainConfig(steps=1, batch_size=8, rounds=2, preserve=0, distilled_guidance=4.5, mixed_precision="no")
     train(pipe, data, found, tmp_path / "module", config=config, cache_dir=tmp_path / "cache", progress=False)
     assert seen[:3] == [1.0, 4.5, 1.0]  # the first audit, the first round, the audit of the second
+    assert drawing_flags(pipe, 0, 4.5) == ["--guidance-scale", "4.5"]
+    assert drawing_flags(make_tiny("sd1"), 0, 4.5) == []
 
 
 def test_packing_is_that_of_flux_and_undone_by_unpacking():

@@ -76,6 +76,14 @@ def test_a_column_must_be_there_and_be_asked_for_alone(tiny_pipe, folder, tmp_pa
             audit(tiny_pipe, data, config=SMALL, **twice, **options)
 
 
+def test_what_is_asked_for_wrongly_is_told_before_the_work(tiny_pipe, folder, tmp_path):
+    data, options = load_captioned_images(folder), {"cache_dir": tmp_path / "cache", "progress": False}
+    for asked in ({"attribute": "gender"}, {"labels": {"place": {data.names[0]: "land"}}}):
+        with pytest.raises(DataError):
+            audit(tiny_pipe, data, config=SMALL, **asked, **options)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_values_that_are_rare_under_a_prompt_are_no_group_there():
     labels = np.repeat([0, 1, 2, 3, 0, 1], [50, 46, 4, 0, 99, 1])
     asked = Asked("age", ["a", "b", "c", "d"], np.eye(4)[labels], "the column 'age'")

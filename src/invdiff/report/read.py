@@ -178,7 +178,7 @@ def audit_of(run: Path, module: Path | None) -> Path | None:
     by_clicks = [folder for folder in reversed(folders) if labels_of(folder).is_file()]
     audits: dict[Path, Audit] = {}
     for folder in (*by_clicks, *folders):
-        with suppress(InvDiffError):  # of other folders than that of the report, errors are no matter
+        with suppress(InvDiffError):  # a damaged folder beside the audit is no error of its report
             audits[folder] = Audit.load(folder)
     if exact := next((folder for folder, of in audits.items() if record and trained_with(of, record)), None):
         return exact
