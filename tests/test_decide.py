@@ -4,6 +4,7 @@ from scipy.stats import skewnorm
 from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import GaussianMixture
 
+from invdiff import AuditConfig
 from invdiff.auditing import decide
 
 DOUBT = np.log(20)
@@ -144,3 +145,7 @@ def test_more_images_show_smaller_minorities():
     assert (np.diff(shares) <= 0).all()
     assert shares[-1] < shares[2] < shares[1] <= 0.5
     assert decide.smallest_share(1000, 5000, 0.05) > decide.smallest_share(1000, 5, 0.05)
+
+
+def test_power_is_never_promised_at_the_least_share_itself():
+    assert decide.power(20_000, 5, AuditConfig(min_share=0.1)).startswith("a group of 15.0% or more")

@@ -76,6 +76,7 @@ def test_a_family_audits_trains_draws_and_is_read_back(family, backend, data, ti
         assert losses[-1] < 0.8 * losses[0]
 
     loaded = load_guidance(tmp_path / "module")
+    assert loaded.config["record"]["audit"] == found.fingerprint
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), module.parameters(), strict=True))
     sizes = {"images_per_prompt": 2, "num_inference_steps": 1, "resolution": RESOLUTION.get(family, 0)}
     images = GenerateConfig(**sizes, guidance_scale=1.0 if family == "ddpm" else 3.0)
