@@ -199,8 +199,8 @@ class Study:
 
     def drawn(self) -> Iterator[tuple[str, Images]]:
         """Images of every prompt by our guidance, groups spread evenly, and by the biased model: half, then all."""
-        world, ours = self.world, self.suite.each()["ours"].fitted_by()
-        for name, owner, method in (("ours", "ours", ours), ("plain", "the biased model's", Biased())):
+        world, ours = self.world, self.suite.each()["steps-400"].fitted_by()
+        for name, owner, method in (("steps-400", "ours", ours), ("plain", "the biased model's", Biased())):
             fitted = method.fit(world, world.work / name / "fitted")
             for scale in SCALES:
                 config = GenerateConfig(

@@ -1,13 +1,14 @@
 """Two processes do what one does: the same groups, the same images, losses equal but for the order of sums."""
 
 import json
+import multiprocessing
+import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing import start_processes
 
 import invdiff.distributed
 from conftest import PROCESSES, make_tiny_pipeline
@@ -31,8 +32,16 @@ SMALL = {
 FINDING = invdiff.AuditConfig(solver="exact", min_images=4, min_share=0.1, batch_size=4)
 
 
+def one_of_two(rank: int, port: str, folder: Path, out: Path) -> None:
+    """The job as a process that a launcher started does it."""
+    os.environ |= PROCESSES | {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    whole_job(folder, out)
+
+
 def whole_job(folder: Path, out: Path) -> None:
-    """Audit, train and generate, as each process does it."""
+    """Audit, train and generate."""
+    for (module, name), value in SMALL.items():
+        setattr(module, name, value)
     pipe, data = make_tiny_pipeline(), invdiff.load_captioned_images(folder)
     options = {"cache_dir": out / "cache", "progress": False}
     found = invdiff.audit(pipe, data, config=FINDING, **options)
@@ -57,13 +66,12 @@ def jobs(tiny_folder, tmp_path_factory):
     """The folders of the same job done by this process and by two that find each other on this machine."""
     folders = [tmp_path_factory.mktemp(f"processes-{count}") for count in (1, 2)]
     with pytest.MonkeyPatch.context() as patch:
-        for (module, name), value in SMALL.items():
-            patch.setattr(module, name, value)
+        for module, name in SMALL:
+            patch.setattr(module, name, getattr(module, name))  # put back after the job
         whole_job(tiny_folder, folders[0])
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port"]
-    command = [sys.executable, *torchrun, free_port(), __file__, str(tiny_folder), str(folders[1])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    multiprocessing.set_forkserver_preload([__name__])  # imported once for both
+    arguments = free_port(), tiny_folder, folders[1]
+    start_processes(one_of_two, arguments, nprocs=2, start_method="forkserver")
     assert [(folder / "processes").read_text() for folder in folders] == ["1", "2"]
     return folders
 
@@ -118,9 +126,3 @@ def test_processes_that_do_not_come_are_waited_for_and_not_for_long(tiny_pipe_di
     assert waiting.startswith(f"waiting for 2 processes, of which this is number {int(rank) + 1}. To run alone: unset")
     assert error.startswith("error: Expected 2 processes to come together at localhost")
     assert "To run alone: unset WORLD_SIZE" in error
-
-
-if __name__ == "__main__":
-    for (module, name), value in SMALL.items():
-        setattr(module, name, value)
-    whole_job(*map(Path, sys.argv[1:]))
