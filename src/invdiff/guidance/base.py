@@ -185,7 +185,6 @@ class Guidance(ModelMixin, ConfigMixin):
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any
     ) -> None:
         """Save weights, config and model card, as `ModelMixin.save_pretrained` does weights and config."""
-        options["is_main_process"] = is_main_process
         if not is_main_process:
             return
         with atomic_folder(Path(save_directory)) as folder:

@@ -160,9 +160,8 @@ class GuidanceLoRA(Guidance):
     def before(self, arguments: dict[str, Any], rows: Rows | None) -> dict[str, Any]:
         self._ran, self._mask = 0, None
         if rows is not None:
-            mask = torch.ones(
-                len(rows.environments), self.config["rank"]
-            )  # m(e): 1 for the ranks of each row's groups
+            # m(e): 1 for the ranks of each row's groups.
+            mask = torch.ones(len(rows.environments), self.config["rank"])
             if self.sees_environment:
                 groups = zip(rows.environments.cpu().T, self.num_groups, strict=True)
                 chosen = torch.cat([F.one_hot(of, size) for of, size in groups], dim=1)

@@ -90,7 +90,6 @@ class GuidanceTokens(Guidance):
         return guidance
 
     def sizes(self, family: Family, denoiser: Any) -> dict[str, Any]:
-        """The width of the prompt embeddings."""
         return {"prompt_dim": family.shape(denoiser).prompt_dim}
 
     def guided(self, frozen: FrozenDenoiser, call: DenoiserCall, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
