@@ -113,9 +113,6 @@ class GuidanceLoRA(Guidance):
     def hooked(self) -> Sequence[str]:
         return tuple(self.config["layers"])
 
-    def sizes(self, family: Family, denoiser: Any) -> dict[str, Any]:
-        return {"layers": self.fitting(family, denoiser)["layers"]}
-
     def guided(self, frozen: FrozenDenoiser, call: DenoiserCall, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         close = self.install(frozen.module, frozen.family)
         try:

@@ -85,7 +85,6 @@ class GuidanceModule(Guidance):
 
     backend: ClassVar[str] = "module"
     options: ClassVar[tuple[str, ...]] = ("width",)
-    auto_null: ClassVar[str] = "on"
 
     @register_to_config
     def __init__(
@@ -143,9 +142,6 @@ class GuidanceModule(Guidance):
     @property
     def hooked(self) -> Sequence[str]:
         return (self.config["feature_path"],)
-
-    def sizes(self, family: Family, denoiser: Any) -> dict[str, Any]:
-        return dataclasses.asdict(family.shape(denoiser))
 
     def guided(self, frozen: FrozenDenoiser, call: DenoiserCall, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         # f~ = f + Delta g_psi(z_t, t, Phi(y), e)
