@@ -9,13 +9,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 
 from .errors import ConfigError, first_line
 from .launched import HOW_TO_RUN_ALONE, VARIABLES, launched
@@ -106,8 +106,3 @@ def from_main(make: Callable[[], T]) -> T:
     made: list[T | None] = [make() if is_main() else None]
     broadcast_object_list(made)
     return made[0]  # type: ignore[return-value]
-
-
-def gather(items: Iterable[T]) -> list[T]:
-    """The items of all processes, process by process."""
-    return gather_object(list(items))

@@ -237,10 +237,8 @@ def drawing_flags(pipe: Any, resolution: int, distilled_guidance: float = 0.0) -
     scale = GenerateConfig.guidance_scale if family.needs_prompts else 1.0
     if distilled_guidance and denoiser.config.get("guidance_embeds"):
         scale = distilled_guidance
-    flags = command_options(GenerateConfig, {"guidance_scale": scale})
-    return flags + (
-        ["--resolution", str(resolution)] if resolution not in (0, family.resolution(pipe, denoiser)) else []
-    )
+    other = 0 if resolution == family.resolution(pipe, denoiser) else resolution
+    return command_options(GenerateConfig, {"guidance_scale": scale, "resolution": other})
 
 
 def _is_drawn(output_dir: Path, row: dict[str, Any]) -> bool:
@@ -287,13 +285,12 @@ def _settings(drawing: Drawing) -> dict[str, Any]:
     schedule = fingerprint(json.dumps(scheduler, sort_keys=True, default=str))
     targets: Any = mix and (drawing.calibrated or [shares.tolist() for shares in mix.proportions])
     targets = targets or (mix and [row["environment"] for row in drawing.rows])
+    null = None if module is None else module.config["null_adapter"]
     return {
         "prompts": drawing.prompts,
         **drawing.config.to_dict(),
         "module": None if module is None else weights_digest(cast(torch.nn.Module, module)),
-        "null_adapter": None
-        if module is None or module.config["null_adapter"] == module.auto_null
-        else module.config["null_adapter"],
+        "null_adapter": None if module is None or null == module.auto_null else null,
         "environments": targets,
         "draws": None if mix is None or mix.given is not None else "iid" if mix.iid else "stratified",
         "model": f"{type(pipe).__name__} {weights}",

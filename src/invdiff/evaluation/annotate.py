@@ -17,7 +17,7 @@ from ..data.captioned import CaptionedImages, readable_images
 from ..data.images import read_image
 from ..errors import EvaluationError
 from ..progress import Bar
-from .annotators.annotations import Annotator
+from .annotators.annotations import Annotations, Annotator
 from .annotators.labels import GivenLabels
 from .images import Row
 from .quality.extractors import FeatureExtractor
@@ -86,16 +86,15 @@ def describe_images(
             pixels = [read_image(row.path) for row in rows]
         found: list[tuple[str, Any]] = [(extractor.name, extractor.extract(pixels)) for extractor in extractors]
         if isinstance(judge, GivenLabels):
-            seen = judge.annotate([row.values for row in rows]) if rows else None
+            seen = judge.annotate([row.values for row in rows]) if rows else Annotations({}, {})
         else:
             seen = judge.predict(pixels)
-        if seen is not None:
-            for attribute, values in seen.probabilities.items():
-                probabilities[attribute].append(values)
-                classes[attribute].append(seen.classes(attribute, min_confidence))
-            # Of one name, as of one CLIP model that annotates and scores, those of the extractor are kept.
-            if seen.features is not None and judge.feature_name not in given:
-                found.append((judge.feature_name, seen.features))
+        for attribute, values in seen.probabilities.items():
+            probabilities[attribute].append(values)
+            classes[attribute].append(seen.classes(attribute, min_confidence))
+        # Of one name, as of one CLIP model that annotates and scores, those of the extractor are kept.
+        if seen.features is not None and judge.feature_name not in given:
+            found.append((judge.feature_name, seen.features))
         for name, values in found:
             array = np.asarray(values, dtype=np.float32)
             bad = np.flatnonzero(~np.isfinite(array).all(axis=1))

@@ -19,7 +19,7 @@ from .fairness.metrics import METRICS, metric_floor, per_prompt, squared_discrep
 from .images import Row
 from .quality.distances import mean_cosine_distance, paired_cosines
 from .quality.extractors import LPIPS
-from .quality.figures import group_figures, quality_figures, share
+from .quality.figures import group_figures, quality_figures, share, where_defined
 from .results import CANNOT_TELL, AttributeMeasures, Estimate, Measures, Quantity
 
 PROMPT_RESAMPLES = 200  # resamples of the intervals of single prompts, which are many
@@ -79,17 +79,22 @@ def preserve(
     By features, beside unrelated images of the baseline, also prompt by prompt, since prompts that nobody audited are
     to stay; and by the share of pairs that keep their class.
     """
+
+    def shift(before: NDArray[Any], after: NDArray[Any]) -> Quantity:
+        moved, unrelated = 1 - paired_cosines(before, after), mean_cosine_distance(before)
+        note = f"cosine distance, {len(moved)} pairs; the baseline's own images are {unrelated:.3g} apart"
+        return Quantity(float(moved.mean()), *mean_interval(moved), note=note)
+
     places = []
     for side in (rows, base_rows):
-        keys = Counter((row.prompt, row.seed) for row in side)  # a seed that repeats within a prompt is ambiguous
-        once = {key for key, count in keys.items() if count == 1 and key[1] is not None}
-        places.append({(r.prompt, r.seed): place for place, r in enumerate(side) if (r.prompt, r.seed) in once})
+        keys = [(row.prompt, row.seed) for row in side]
+        times = Counter(keys)  # a seed that repeats within a prompt is ambiguous
+        places.append({key: k for k, key in enumerate(keys) if times[key] == 1 and key[1] is not None})
     pairs = [(place, places[1][key]) for key, place in places[0].items() if key in places[1]]
     if len(pairs) < 2:
         why = "not defined: the manifests share no two seeds of a prompt with the baseline, each given once"
         return {"feature shift": Quantity(None, note=why)}
     ours, theirs = (np.array(side) for side in zip(*pairs, strict=True))
-    number = f"{len(pairs)} pairs"
     figures: dict[str, Quantity] = {}
     prompts = np.array([rows[place].prompt for place in ours])
     several = [prompt for prompt, count in Counter(prompts.tolist()).items() if 1 < count < len(prompts)]
@@ -97,19 +102,13 @@ def preserve(
         own = (prompts == prompt) if prompt else np.ones(len(pairs), dtype=bool)
         figure = f"feature shift ({name})" + f", {prompt!r}" * bool(prompt)
         before, after = base.features[name][theirs[own]], seen.features[name][ours[own]]
-        try:
-            moved, unrelated = 1 - paired_cosines(before, after), mean_cosine_distance(before)
-        except EvaluationError as error:
-            figures[figure] = Quantity(None, note=f"not defined: {error}")
-            continue
-        note = f"cosine distance, {own.sum()} pairs; the baseline's own images are {unrelated:.3g} apart"
-        figures[figure] = Quantity(float(moved.mean()), *mean_interval(moved), note=note)
+        figures[figure] = where_defined(shift, before, after)
     for attribute in [name for name in seen.classes if name not in question.attributes]:
         mine, before = seen.classes[attribute][ours], base.classes[attribute][theirs]
         known = np.maximum(mine, before) < len(question.classes[attribute])
         kept = Quantity(None, note="not defined: no pair has a class on both sides")
         if known.any():
-            kept = replace(share((mine == before)[known]), note=f"{known.sum()} of {number}")
+            kept = replace(share((mine == before)[known]), note=f"{known.sum()} of {len(pairs)} pairs")
         figures[f"{attribute} unchanged"] = kept
     return figures
 

@@ -202,8 +202,7 @@ class Results:
         models = document.pop("models")
         for model, scale, measures in self.each():
             models[model][scale] = {name: getattr(measures, name) for name in HEADLINE} | models[model][scale]
-        plain: dict[str, Any] = json.loads(json.dumps(document | {"models": models}))
-        return plain
+        return json.loads(json.dumps(document | {"models": models}))
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON, and every figure as a row of `table_path(path)` beside it; `path` is no .csv."""

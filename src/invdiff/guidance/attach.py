@@ -7,7 +7,6 @@ import inspect
 import math
 import warnings
 import weakref
-from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -80,11 +79,10 @@ def mix_for(module: Guidance, environments: Environments, *, seed: int = 0) -> E
 def check_fit(pipe: Any, module: Guidance, *, strict: bool = True) -> None:
     """Raise `ModelError` that names every difference, unless `module` fits `pipe`'s denoiser, not compiled yet."""
     denoiser, wanted = denoiser_of(pipe), module.config
-    kind, parts = type(denoiser).__name__, dict(denoiser.named_modules())
-    around = (accumulate(path.split("."), "{}.{}".format) for path in ("", *module.hooked))
-    for path in dict.fromkeys(chain.from_iterable(around)):
-        part = parts.get(path)
-        if getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod"):
+    kind = type(denoiser).__name__
+    for path, part in denoiser.named_modules():
+        compiled = getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod")
+        if compiled and (not path or any(f"{hooked}.".startswith(f"{path}.") for hooked in module.hooked)):
             raise ModelError(
                 f"Expected {kind}{path and '.' + path} not to be compiled yet, since compiled code ignores new hooks, "
                 "found it compiled. Attach first, then compile."

@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import ConfigError, ModelError
 from ..files import atomic_folder, write_text
 from ..models.families import Condition, DenoiserCall, Family, family_of
-from ..models.frozen import FrozenDenoiser
+from ..models.frozen import FrozenDenoiser, do_nothing
 from ..models.load import denoiser_of, loras_of, public_name
 from ..models.schedule import NoiseSchedule
 from .card import render_card, with_figures
@@ -64,7 +64,7 @@ class Guidance(ModelMixin, ConfigMixin):
     """Its name in `TrainConfig`."""
     options: ClassVar[tuple[str, ...]]
     """Entries of `TrainConfig` that only it reads, and `fitting` takes."""
-    auto_null: ClassVar[str]
+    auto_null: ClassVar[str] = "on"
     """The `null_adapter` that `"auto"` means for it."""
     recipe: ClassVar[tuple[int, int]] = (600, 64)
     """Steps and batch size where `TrainConfig` leaves them open."""
@@ -77,21 +77,22 @@ class Guidance(ModelMixin, ConfigMixin):
         """The entries of the config that fit a denoiser, from the backend's own options of `TrainConfig`."""
 
     @property
-    @abstractmethod
     def hooked(self) -> Sequence[str]:
         """Dotted paths of the blocks of a denoiser that `install` hooks."""
+        return ()
 
-    @abstractmethod
     def sizes(self, family: Family, denoiser: Any) -> dict[str, Any]:
-        """The entries of the config that must be as here for a denoiser."""
+        """The entries of the config that must be as here for a denoiser: what fits it and is no option."""
+        fitting = self.fitting(family, denoiser)
+        return {name: value for name, value in fitting.items() if name not in self.options}
 
     @abstractmethod
     def guided(self, frozen: FrozenDenoiser, call: DenoiserCall, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """f~, (B, C, H, W), and middle features, (B, D, H', W'); gradients reach the weights of the guidance alone."""
 
-    @abstractmethod
     def install(self, denoiser: nn.Module, family: Family) -> Callable[[], None]:
         """Put hooks on a denoiser; what is returned takes them off. One installation at a time."""
+        return do_nothing
 
     def check_scale(self, scale: float) -> None:
         """Raise `ConfigError` where the strength of guidance, Delta, cannot be this."""
@@ -185,7 +186,6 @@ class Guidance(ModelMixin, ConfigMixin):
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any
     ) -> None:
         """Save weights, config and model card, as `ModelMixin.save_pretrained` does weights and config."""
-        options["is_main_process"] = is_main_process
         if not is_main_process:
             return
         with atomic_folder(Path(save_directory)) as folder:

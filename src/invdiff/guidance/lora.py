@@ -7,6 +7,7 @@ A and one B here, and each row of a batch uses the ranks of its own groups: B (m
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -112,9 +113,6 @@ class GuidanceLoRA(Guidance):
     def hooked(self) -> Sequence[str]:
         return tuple(self.config["layers"])
 
-    def sizes(self, family: Family, denoiser: Any) -> dict[str, Any]:
-        return {"layers": self.fitting(family, denoiser)["layers"]}
-
     def guided(self, frozen: FrozenDenoiser, call: DenoiserCall, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         close = self.install(frozen.module, frozen.family)
         try:
@@ -127,7 +125,7 @@ class GuidanceLoRA(Guidance):
 
     def install(self, denoiser: nn.Module, family: Family) -> Callable[[], None]:
         handles = [
-            denoiser.get_submodule(name.replace("/", ".")).register_forward_hook(Hook(self._adding(adapter)))
+            denoiser.get_submodule(name.replace("/", ".")).register_forward_hook(Hook(partial(self._add, adapter)))
             for name, adapter in self.adapters.items()
         ]
 
@@ -138,31 +136,28 @@ class GuidanceLoRA(Guidance):
 
         return close
 
-    def _adding(self, adapter: Any) -> Callable[..., Any]:
-        @torch.compiler.disable
-        def add(layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-            self._ran += 1
-            if self._mask is None:
-                return None
-            if adapter.up.device != output.device:
-                self.follow(output.device)
-            if len(self._mask) != len(output):
-                raise ModelError(
-                    f"Expected {len(self._mask)} rows in each layer, found {len(output)}. Pipelines that split "
-                    "them, those of perturbed-attention guidance (PAG), take backend 'module' or 'tokens'."
-                )
-            self._mask, guided = self._mask.to(adapter.up), slice(self._first, None)
-            changed = output[guided] + adapter(inputs[0][guided], self._mask[guided]).to(output.dtype)
-            return torch.cat([output[: self._first], changed]) if self._first else changed
-
-        return add
+    @torch.compiler.disable
+    def _add(self, adapter: Any, layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> Any:
+        """A layer's output with what `adapter` adds to it; None, which leaves it as it is, without guidance."""
+        self._ran += 1
+        if self._mask is None:
+            return None
+        if adapter.up.device != output.device:
+            self.follow(output.device)
+        if len(self._mask) != len(output):
+            raise ModelError(
+                f"Expected {len(self._mask)} rows in each layer, found {len(output)}. Pipelines that split them, "
+                "those of perturbed-attention guidance (PAG), take backend 'module' or 'tokens'."
+            )
+        self._mask, guided = self._mask.to(adapter.up), slice(self._first, None)
+        changed = output[guided] + adapter(inputs[0][guided], self._mask[guided]).to(output.dtype)
+        return torch.cat([output[: self._first], changed]) if self._first else changed
 
     def before(self, arguments: dict[str, Any], rows: Rows | None) -> dict[str, Any]:
         self._ran, self._mask = 0, None
         if rows is not None:
-            mask = torch.ones(
-                len(rows.environments), self.config["rank"]
-            )  # m(e): 1 for the ranks of each row's groups
+            # m(e): 1 for the ranks of each row's groups.
+            mask = torch.ones(len(rows.environments), self.config["rank"])
             if self.sees_environment:
                 groups = zip(rows.environments.cpu().T, self.num_groups, strict=True)
                 chosen = torch.cat([F.one_hot(of, size) for of, size in groups], dim=1)

@@ -78,22 +78,13 @@ class ModulatedBlock(nn.Module):
 class GuidanceModule(Guidance):
     """Phi and G_psi, trained beside a frozen denoiser: what they add to its prediction is `scale` times the shift.
 
-    The output layer starts at zero, so an untrained module has no effect.
-
-    Args:
-        latent_channels: Channels of the denoiser's prediction.
-        prompt_dim: Width of the prompt embeddings; 0 where the denoiser reads none.
-        num_classes: Class labels, the null class included; 0 where the denoiser reads none.
-        feature_channels: Channels of the block whose output is read.
-        feature_path: Dotted path of that block in the denoiser.
-        width: Channels at the full latent resolution; twice that at half of it.
-        num_groups, factor_names, mode, null_adapter, denoiser_class, prediction_type, weight_signature, base_model,
-            loras, mixes, record: See `Guidance`.
+    The output layer starts at zero, so an untrained module has no effect. Beside what `Guidance` lists, the config has
+    the sizes of the denoiser's `DenoiserShape`, and `width`: channels at the full latent resolution, twice that at
+    half of it.
     """
 
     backend: ClassVar[str] = "module"
     options: ClassVar[tuple[str, ...]] = ("width",)
-    auto_null: ClassVar[str] = "on"
 
     @register_to_config
     def __init__(
@@ -151,9 +142,6 @@ class GuidanceModule(Guidance):
     @property
     def hooked(self) -> Sequence[str]:
         return (self.config["feature_path"],)
-
-    def sizes(self, family: Family, denoiser: Any) -> dict[str, Any]:
-        return dataclasses.asdict(family.shape(denoiser))
 
     def guided(self, frozen: FrozenDenoiser, call: DenoiserCall, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         # f~ = f + Delta g_psi(z_t, t, Phi(y), e)

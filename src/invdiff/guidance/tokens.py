@@ -3,7 +3,7 @@
 Like textual inversion (Gal et al., ICLR 2023, arXiv 2208.01618), but of groups, and beside the prompt's own tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import ConfigError, ModelError
 from ..models.families import DenoiserCall, Family, family_of
-from ..models.frozen import FrozenDenoiser, do_nothing
+from ..models.frozen import FrozenDenoiser
 from .base import Guidance, Rows
 
 SPEED = 20.0  # how much faster a vector moves than what is learned, so that other backends' learning rate fits
@@ -32,8 +32,6 @@ class GuidanceTokens(Guidance):
 
     backend: ClassVar[str] = "tokens"
     options: ClassVar[tuple[str, ...]] = ("tokens",)
-    auto_null: ClassVar[str] = "on"
-    hooked = ()
     start: torch.Tensor
 
     @register_to_config
@@ -89,10 +87,6 @@ class GuidanceTokens(Guidance):
         guidance.register_to_config(unit=sizes[sizes > 0].median().item())
         return guidance
 
-    def sizes(self, family: Family, denoiser: Any) -> dict[str, Any]:
-        """The width of the prompt embeddings."""
-        return {"prompt_dim": family.shape(denoiser).prompt_dim}
-
     def guided(self, frozen: FrozenDenoiser, call: DenoiserCall, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """The prediction and the middle features with the tokens appended, learned or not; see `Guidance`."""
         embeds = self._appended(call.condition["prompt_embeds"].to(frozen.device), rows)
@@ -100,9 +94,6 @@ class GuidanceTokens(Guidance):
         if "prompt_attention_mask" in condition:
             condition["prompt_attention_mask"] = self._masked(condition["prompt_attention_mask"])
         return frozen.predict(call.noisy_latents, call.timesteps, condition)
-
-    def install(self, denoiser: nn.Module, family: Family) -> Callable[[], None]:
-        return do_nothing  # `before` does all
 
     def before(self, arguments: dict[str, Any], rows: Rows | None) -> dict[str, Any]:
         # The prompt embeddings with the tokens behind them, and what is of their length.

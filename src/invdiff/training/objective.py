@@ -18,10 +18,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from ..data.encode import EncodedImages
-from ..distributed import gather, mine
+from ..distributed import mine
 from ..models.families import Condition
 from ..models.frozen import Denoiser
 from ..models.schedule import per_sample_loss
@@ -143,6 +144,6 @@ def typical_losses(
 
     timesteps = schedule.num_train_timesteps
     known = np.linspace(0, timesteps - 1, LEVELS).round().astype(int).tolist()
-    means = dict(gather((timestep, mean_loss(timestep)) for timestep in mine(known)))
+    means = dict(gather_object([(timestep, mean_loss(timestep)) for timestep in mine(known)]))
     logs = np.interp(np.arange(timesteps), known, np.log(np.maximum([means[timestep] for timestep in known], 1e-12)))
     return torch.from_numpy(np.exp(logs)).float()

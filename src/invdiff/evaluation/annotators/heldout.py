@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from scipy.optimize import minimize_scalar
@@ -18,7 +17,7 @@ from sklearn.metrics import confusion_matrix
 from ...data.captioned import CaptionedImages, known_columns, readable_images
 from ...data.tables import labels_in
 from ...errors import DataError, EvaluationError, ModelError
-from ...files import read_json, read_tensors, weights_digest, write_json, write_tensors
+from ...files import read_arrays, read_json, weights_digest, write_arrays, write_json
 from .annotations import Annotations, Annotator, class_names
 
 TENSORS, SUMMARY = "heldout.safetensors", "confusion.json"
@@ -67,22 +66,20 @@ class HeldOut(Annotations):
 
     def save(self, folder: Path) -> None:
         """Write `heldout.safetensors` and, for people, `confusion.json` into `folder`."""
-        tensors = {}
-        for name in self.attributes:
-            tensors[f"probabilities.{name}"] = torch.from_numpy(self.probabilities[name])
-            tensors[f"truth.{name}"] = torch.from_numpy(self.truth[name].astype(np.int16))
-        write_tensors(folder / TENSORS, tensors)
+        arrays = {f"probabilities.{name}": self.probabilities[name] for name in self.attributes}
+        arrays |= {f"truth.{name}": self.truth[name].astype(np.int16) for name in self.attributes}
+        write_arrays(folder / TENSORS, arrays)
         write_json(folder / SUMMARY, self.summary())
 
     @classmethod
     def load(cls, folder: Path) -> HeldOut:
         """Read what `save` wrote; a file that is absent, damaged or not of one annotator is a `ModelError`."""
         try:
-            summary, tensors = read_json(folder / SUMMARY), read_tensors(folder / TENSORS)
+            summary, arrays = read_json(folder / SUMMARY), read_arrays(folder / TENSORS)
             return cls(
                 class_names({name: figures["classes"] for name, figures in summary.items()}),
-                {name: tensors[f"probabilities.{name}"].numpy() for name in summary},
-                truth={name: tensors[f"truth.{name}"].numpy().astype(np.int64) for name in summary},
+                {name: arrays[f"probabilities.{name}"] for name in summary},
+                truth={name: arrays[f"truth.{name}"].astype(np.int64) for name in summary},
             )
         except (AttributeError, KeyError, TypeError, DataError, EvaluationError) as error:
             raise ModelError(

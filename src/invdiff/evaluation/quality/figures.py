@@ -55,10 +55,10 @@ def quality_figures(
     for name, features in seen.features.items():
         if reference is not None and name in reference.features:
             figures |= _distances(features, reference.features[name], name)
-        figures[f"Vendi score ({name})"] = _where_defined(diversity, features)
+        figures[f"Vendi score ({name})"] = where_defined(diversity, features)
     if clip is not None:
         texts = clip.text_features([row.prompt for row in rows])
-        figures[f"CLIP-T ({clip.name})"] = _where_defined(agreement, seen.features[clip.name], texts)
+        figures[f"CLIP-T ({clip.name})"] = where_defined(agreement, seen.features[clip.name], texts)
     if lpips is not None:  # pixels of one prompt are held at a time
         scores = [
             lpips_diversity([read_image(rows[place].path) for place in places[:LPIPS_IMAGES]], lpips)
@@ -130,7 +130,7 @@ def share(successes: NDArray[Any]) -> Quantity:
     return Quantity(count / total, *share_interval(count, total))
 
 
-def _where_defined(figure: Callable[..., Quantity], *arguments: Any) -> Quantity:
+def where_defined(figure: Callable[..., Quantity], *arguments: Any) -> Quantity:
     """The figure, or why it is not defined: a row of zeros, say, has no direction."""
     try:
         return figure(*arguments)
@@ -157,7 +157,7 @@ def _distances(
     elif kernels:
         figures[kid] = replace(kernel_distance(features, reference), note=sizes)
     if kernels:
-        figures[f"CMMD ({name})"] = _where_defined(lambda: Quantity(cmmd(features, reference), note=falling))
+        figures[f"CMMD ({name})"] = where_defined(lambda: Quantity(cmmd(features, reference), note=falling))
     # The images that each is a share of; density is no share and has no interval.
     totals = {f"precision ({name})": n, f"recall ({name})": m, f"density ({name})": 0, f"coverage ({name})": m}
     if min(n, m) <= NEIGHBOURS:
