@@ -63,10 +63,8 @@ class AuditBook:
         audit = self.audit if cuts is None else apply(self.audit, self.audit.edits.with_cuts(factor, index, cuts))
         return next(page for page in splits_of(audit) if (page.index, page.factor_index) == (index, factor))
 
-    def is_movable(self, page: Split | None) -> bool:
+    def is_movable(self, page: Split) -> bool:
         """Whether scores alone part the groups of a page, so that the cuts between them can be moved."""
-        if page is None:
-            return False
         weights = self.inferred.group_weights[page.factor_index][self.inferred.prompt_ids == page.index]
         return len(page.cuts) == len(np.unique(weights[known_rows(weights)].argmax(axis=1))) - 1 > 0
 
@@ -231,14 +229,14 @@ class AuditTab:
         shelves: dict[str, list[int]] = {"left-out": list(out[:MOST_PER_GROUP])}
         rest = f", of which {MOST_PER_GROUP} are shown" if len(out) > MOST_PER_GROUP else ""
         tables = [candidates_table(page.prompt.candidates)] if page is not None else []
-        tables.append(unfound_table([prompt for prompt in book.inferred.prompts if not prompt.found]))
+        tables.append(unfound_table(book.inferred.prompts))
         values: Values = {
             self._facts: notice("No hidden group was found: see below why not."),
             self._plot: "",
             self._moved: words,
             self._out_note: notice(f"{counted(len(out), 'image')} left out{rest}."),
             self._out: _images(book, shelves["left-out"], {}),
-            self._tables: "".join(fragment("table", table) for table in tables if table.rows),
+            self._tables: "".join(fragment("table", table) for table in tables),
             self._positions: shelves,
         }
         if page is not None:

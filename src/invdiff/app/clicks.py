@@ -161,7 +161,7 @@ class ClicksPanel:
             values[card] = gr.update(visible=slot < len(positions))
             if slot < len(positions):
                 at = positions[slot]
-                values[image] = fragment("ask", thumb(book.image(at), f"Image {first.names[at]}"))
+                values[image] = fragment("thumb", thumb(book.image(at), f"Image {first.names[at]}"))
                 values[value] = gr.update(choices=[*ask.values, CANNOT_TELL], value=None)
         return values
 

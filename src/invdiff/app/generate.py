@@ -174,7 +174,8 @@ class GenerateTab:
                 bars.append(refusal("Give at least one group a share above 0."))
                 continue
             shares = [
-                (name, value / sum(row), colour_of(k)) for k, (name, value) in enumerate(zip(names, row, strict=True))
+                {"name": name, "share": value / sum(row), "colour": colour_of(k)}
+                for k, (name, value) in enumerate(zip(names, row, strict=True))
             ]
-            bars.append(fragment("mix", shares))
+            bars.append(fragment("stacked", shares))
         return "".join(bars)

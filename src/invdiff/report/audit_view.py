@@ -46,7 +46,7 @@ def found(run: Run, audit: Audit) -> dict[str, Any]:
         "tables": [
             Table(("Group", "Words"), rows, "Words that separate groups over all prompts"),
             _cut(columns, others, "Further prompts that hide groups", MOST_ROWS),
-            unfound_table([prompt for prompt in audit.prompts if not prompt.found]),
+            unfound_table(audit.prompts),
         ],
     }
 
@@ -114,9 +114,9 @@ def withheld(run: Run) -> str:
 
 
 def unfound_table(prompts: Sequence[PromptAudit]) -> Table:
-    """The prompts under which nothing was found, the largest first."""
-    ordered = sorted(prompts, key=lambda prompt: -prompt.num_images)
-    rows = [[prompt.prompt, f"{prompt.num_images:,}", "; ".join(remarks(prompt))] for prompt in ordered]
+    """Those of the prompts under which nothing was found, the largest first."""
+    unfound = sorted((prompt for prompt in prompts if not prompt.found), key=lambda prompt: -prompt.num_images)
+    rows = [[prompt.prompt, f"{prompt.num_images:,}", "; ".join(remarks(prompt))] for prompt in unfound]
     return _cut(("Prompt", "Images", "Why not"), rows, "Prompts under which nothing was found, and why", MOST_ROWS)
 
 

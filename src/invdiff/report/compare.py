@@ -25,10 +25,8 @@ class Comparison:
 
     before: str
     after: str
-    key: str
-    """The guidance scale as results name it."""
-    keys: list[str]
-    """All guidance scales that both have, ascending."""
+    key: str  # the guidance scale as results name it
+    keys: list[str]  # all guidance scales that both have, ascending
     measures: Mapping[str, Measures] = field(default_factory=dict)  # of models at this scale, the two first
     pairs: Mapping[str, list[tuple[Row, Row]]] = field(default_factory=dict)
     """Prompt to what both models drew from the same seeds, in the order of the first one's manifest."""

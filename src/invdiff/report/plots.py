@@ -91,9 +91,8 @@ def colour_of(index: int) -> str:
 def style(*, dark: bool = False) -> Any:
     """Settings for `matplotlib.rc_context` or `pyplot.style.use`: `house.mplstyle` in our colours."""
     ink, soft, rule, paper = (DARK[colour] if dark else colour for colour in (INK, SOFT, RULE, PAPER))
-    settings: Any = matplotlib.rc_params_from_file(
-        Path(__file__).with_name("house.mplstyle"), use_default_template=False
-    )
+    house = Path(__file__).with_name("house.mplstyle")
+    settings: Any = matplotlib.rc_params_from_file(house, use_default_template=False)
     softer = ("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     colours = {"text.color": ink, **dict.fromkeys(softer, soft), "grid.color": rule}
     colours |= {"figure.facecolor": paper, "lines.markeredgecolor": paper}

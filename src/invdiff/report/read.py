@@ -102,19 +102,13 @@ class Run:
     """The parts of a report; a report without one of them says so."""
 
     audit: Audit | None = None
-    splits: Sequence[Split] = ()
-    """The audit's splits of prompts, the first factor's first, its largest prompt first."""
-    data: CaptionedImages | None = None
-    """The images that were audited."""
-    rows: Sequence[int] = ()
-    """Where each audited image stands in the data; empty without data."""
+    splits: Sequence[Split] = ()  # as `splits_of` has them
+    data: CaptionedImages | None = None  # the images that were audited
+    rows: Sequence[int] = ()  # where each audited image stands in the data; empty without data
     results: Results | None = None
-    results_digest: str = ""
-    """A digest of the results' file."""
-    images: Mapping[str, Generated] = field(default_factory=dict)
-    """By model."""
-    unmeasured: Sequence[str] = ()
-    """Folders of images that are not those of the results, and are left out."""
+    results_digest: str = ""  # of their file
+    images: Mapping[str, Generated] = field(default_factory=dict)  # by model
+    unmeasured: Sequence[str] = ()  # folders of images that are not those of the results, and are left out
     module: Mapping[str, Any] = field(default_factory=dict)  # a module's config, with its record; or empty
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """How commands name "audit", "module", "results" and "data", the latter with the options to read it with."""

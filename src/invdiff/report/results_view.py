@@ -10,7 +10,6 @@ import numpy as np
 from ..data.images import read_image
 from ..data.tables import labels_in
 from ..errors import DataError
-from ..evaluation.fairness.intervals import CONFIDENCE
 from ..evaluation.fairness.metrics import METRICS, target_shares
 from ..evaluation.images import Row
 from ..evaluation.results import CANNOT_TELL, AttributeMeasures, Measures, Quantity, Results
@@ -45,28 +44,30 @@ HEADLINES = ("Bias", "Floor", "Subject right", "Fréchet distance", "Images a pr
 
 def glance(run: Run, chosen: Comparison | None) -> dict[str, Any]:
     """The report in a few lines: a verdict, the figure of the two models that it is by, and pairs of images."""
-    lines = [summary(run.audit)] if run.audit else []
-    if chosen and run.results:
-        lines.append(_verdict(run.results, chosen))
-    both = (chosen.before, chosen.after) if chosen else ("", "")
-    results, target = run.results, list(run.results.target.values()) if run.results else []
-    found = {m: results.judged(chosen.measures[m]) for m in dict.fromkeys(both)} if chosen and results else {}
-    headlines = [{"label": label(m), "figure": of, "corrected": corrected(of)} for m, of in found.items()]
-    rows = [[label(m), estimate(of), bias(of.floor), corrected(of) or ABSENT] for m, of in found.items()]
-    confidence = results.confidence if results else CONFIDENCE
-    metric, sampler = ("Distance to the target", "sampler on target") if target else ("Bias", "fair sampler")
-    columns = ("", f"{metric} ({confidence:.0%} interval)", f"A {sampler} shows", "Corrected for the annotator")
-    farthest = METRICS["fairness_discrepancy"].limits(target_shares(target, len(target)))[1] if target else 1.0
-    turns = [pair for turn in zip_longest(*chosen.pairs.values()) for pair in turn if pair] if chosen else []
-    return {
-        "sentences": lines,
-        "headlines": headlines,
+    view: dict[str, Any] = {"sentences": [summary(run.audit)] if run.audit else [], "headlines": [], "pairs": []}
+    if chosen is None:
+        return view
+    both = (chosen.before, chosen.after)
+    turns = [pair for turn in zip_longest(*chosen.pairs.values()) for pair in turn if pair]
+    view |= {"names": [label(model) for model in both], "pairs": [pair_of(pair, chosen) for pair in turns[:PAIRS]]}
+    results = run.results
+    if results is None:
+        return view
+    metric, sampler, farthest = "Bias", "fair sampler", 1.0
+    if target := list(results.target.values()):
+        metric, sampler = "Distance to the target", "sampler on target"
+        farthest = METRICS["fairness_discrepancy"].limits(target_shares(target, len(target)))[1]
+    measured = f"{metric} ({results.confidence:.0%} interval)"
+    columns = ("", measured, f"A {sampler} shows", "Corrected for the annotator")
+    found = [(label(model), results.judged(chosen.measures[model])) for model in dict.fromkeys(both)]
+    rows = [[name, estimate(of), bias(of.floor), corrected(of) or ABSENT] for name, of in found]
+    view["sentences"].append(_verdict(results, chosen))
+    return view | {
+        "headlines": [{"label": name, "figure": of, "corrected": corrected(of)} for name, of in found],
         "metric": metric,
         "most": farthest,  # the metric's greatest value
         "table": Table(columns, rows),
-        "where": where(chosen) if chosen else "",
-        "names": [label(model) for model in both],
-        "pairs": [pair_of(pair, chosen) for pair in turns[:PAIRS]] if chosen else [],
+        "where": where(chosen),
     }
 
 

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..evaluation.images import Folders
@@ -88,12 +88,8 @@ def save_report(
         "chosen": chosen,
     }
     pictures = _save_pictures(output_dir, read, chosen)
-    filters: dict[str, Callable[[Any], Any]] = {
-        "cell": lambda text: _escaped(text, MOST_CHARACTERS),
-        "code": _code,
-        "share": share_in_words,
-    }
-    markdown = _environment("invdiff.report", lambda value: _escaped(value, 1000), **filters)
+    markdown = _environment("invdiff.report", lambda value: _escaped(value, 1000))
+    markdown.filters.update(cell=lambda text: _escaped(text, MOST_CHARACTERS), code=_code, share=share_in_words)
     page = markdown.get_template("report.md.j2").render(view=view, pictures=pictures)
     write_text(output_dir / MARKDOWN, re.sub(r"\n{3,}", "\n\n", page).strip() + "\n")
     light = {"ink": INK, "soft": SOFT, "rule": RULE, "paper": PAPER}
@@ -104,16 +100,17 @@ def save_report(
 
 
 def html_templates(package: str) -> Environment:
-    """The templates of a package; no text that others wrote is taken for markup."""
-    cut, brief = (lambda text: one_line(text, MOST_CHARACTERS)), (lambda text: one_line(text, 60))
-    return _environment(package, _shown, cut=cut, brief=brief)
+    """The templates of a package, and those of reports; no text that others wrote is taken for markup."""
+    html = _environment(package, _shown)
+    html.filters.update(cut=lambda text: one_line(text, MOST_CHARACTERS), brief=lambda text: one_line(text, 60))
+    return html
 
 
-def _environment(package: str, finalize: Callable[[Any], Any], **filters: Callable[[Any], Any]) -> Environment:
-    made = Environment(loader=PackageLoader(package), autoescape=True, undefined=StrictUndefined, finalize=finalize)
+def _environment(package: str, finalize: Callable[[Any], Any]) -> Environment:
+    loader = ChoiceLoader([PackageLoader(package), PackageLoader("invdiff.report")])
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, finalize=finalize)
     made.trim_blocks = made.lstrip_blocks = True
-    common = {"percent": percent, "bias": bias, "quoted": quoted, "sentences": sentences}
-    made.filters.update(filters, at_scale=at_scale, label=label, **common)
+    made.filters.update(percent=percent, bias=bias, quoted=quoted, sentences=sentences, at_scale=at_scale, label=label)
     return made
 
 
