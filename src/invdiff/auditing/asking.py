@@ -34,7 +34,7 @@ from .decide import e_bh, share_intervals
 from .evidence import cached_features, in_shards, paired_losses
 from .factors import Search
 from .result import WORD_LIMIT, Candidate
-from .scores import Score, as_it_is
+from .scores import not_learned
 from .words import embedded
 
 TEMPLATE = "{}, {}"  # how a value is put into a caption
@@ -188,8 +188,7 @@ def asked_factors(
         for prompt, rows in judged.items() if len(reading.scores) else ():
             silent = rows[stated[rows] < 0]
             for value in () if too_few(len(silent), config) else range(len(values) == 2, len(evidence)):
-                draws = reading.scores[:, silent, value]
-                score = Score(evidence[value], draws, partial(as_it_is, draws.mean(axis=0)))
+                score = not_learned(evidence[value], reading.scores[:, silent, value])
                 rng = np.random.default_rng(derived_seed("asked", config.seed, reading.name, value, prompt))
                 for cut in weigh([score], distinct[silent], two, rng):
                     weighed[prompt, value] = cut
@@ -242,8 +241,7 @@ def _joined(told: Mapping[int, Cut], columns: Sequence[int], size: int) -> Cut:
     weights /= weights.sum(axis=1, keepdims=True)
     evidence, shares = " and ".join(cut.candidate.evidence for cut in told.values()), weights.mean(axis=0).round(4)
     candidate = replace(weakest.candidate, evidence=evidence, num_groups=size, shares=shares.tolist())
-    place = weights @ np.arange(size)
-    score = Score(evidence, place[None], partial(as_it_is, place))
+    score = not_learned(evidence, (weights @ np.arange(size))[None])
     return Cut(candidate, score, weights, share_intervals(weights))
 
 
