@@ -90,11 +90,11 @@ def fit_mixture(scores: NDArray[np.floating], num_groups: int, *, quick: bool = 
     mean = (counts @ centres) / total
     spread = np.sqrt(counts @ (centres - mean) ** 2 / total)
     fitted = Mixture(np.sort(means, axis=-1), shares, np.full(len(starts), 0.5 * max(spread, 1e-9)))
-    for steps, kept in ((15, 2), (25 if quick else 85, 1)):  # the likeliest after a few steps go on
+    for steps, kept in ((15, slice(2)), (25 if quick else 85, 0)):  # the likeliest two after a few steps go on
         fitted = _em(fitted, centres, np.broadcast_to(counts, (len(fitted.means), len(centres))), steps=steps)
-        best = np.argsort(-(fitted.log_density(centres) @ counts), kind="stable")[:kept]
+        best = np.argsort(-(fitted.log_density(centres) @ counts), kind="stable")[kept]
         fitted = Mixture(fitted.means[best], fitted.shares[best], fitted.deviation[best])
-    return Mixture(fitted.means[0], fitted.shares[0], fitted.deviation[0])
+    return fitted
 
 
 def _binned(scores: NDArray[np.floating]) -> tuple[_Array, _Array]:
