@@ -8,7 +8,7 @@ all values.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -193,11 +193,9 @@ def asked_factors(
                 for cut in weigh([score], distinct[silent], two, rng):
                     weighed[prompt, value] = cut
         log_e = [-np.inf if cut.candidate.refusal else cut.candidate.log_e for cut in weighed.values()]
-        passing = zip(weighed.items(), e_bh(log_e, config.level / len(readings)), strict=True)
         told: dict[int, dict[int, Cut]] = {}
-        for ((prompt, value), cut), passes in passing:
-            if passes:
-                told.setdefault(prompt, {})[value] = cut
+        for (prompt, value), cut in compress(weighed.items(), e_bh(log_e, config.level / len(readings))):
+            told.setdefault(prompt, {})[value] = cut
         columns = sorted({value for of in told.values() for value in of}) if len(values) > 2 else [0, 1]
         rest = REST if REST not in words else f"{REST} than these"
         names = [*(values[column] for column in columns), *[rest] * (len(columns) < len(values))]
