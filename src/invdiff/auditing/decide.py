@@ -81,9 +81,8 @@ def fit_mixture(scores: NDArray[np.floating], num_groups: int, *, quick: bool = 
     total, starts = counts.sum(), []
     ordered = np.sort(scores)
     for tail in (0.05, 0.3) if quick else (0.03, 0.1, 0.25, 0.5):
-        for rare_first in (True, False):  # the rare components at either end
-            edges = np.concatenate([[0.0], 1 - tail * np.linspace(1, 0, num_groups)])
-            edges = edges if rare_first else 1 - edges[::-1]
+        rare_last = np.concatenate([[0.0], 1 - tail * np.linspace(1, 0, num_groups)])
+        for edges in (rare_last, 1 - rare_last[::-1]):  # the rare components at either end
             middles = (edges[:-1] + edges[1:]) / 2
             starts.append((ordered[(middles * (len(ordered) - 1)).astype(int)], np.diff(edges)))
     means, shares = (np.array([start[k] for start in starts]) for k in (0, 1))
