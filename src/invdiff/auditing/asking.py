@@ -61,9 +61,8 @@ def questions(asked: Mapping[str, Sequence[str]] | Sequence[str]) -> dict[str, t
     `ConfigError` where a line is no question, or an attribute is asked for twice.
     """
     common = [line for line in COMMON_QUESTIONS.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
-    lines = chain.from_iterable(
-        common if line.strip() == "common" else [line] for line in ([asked] if isinstance(asked, str) else asked)
-    )
+    asked = [asked] if isinstance(asked, str) else asked
+    lines = chain.from_iterable(common if line.strip() == "common" else [line] for line in asked)
     pairs = asked.items() if isinstance(asked, Mapping) else [line.partition(":")[::2] for line in lines]
     found: dict[str, tuple[str, ...]] = {}
     for name, of in ((name.strip(), of) for name, of in pairs):
@@ -116,9 +115,8 @@ def read_by_model(
     stages = [some, every] if len(asked) > MOST_AT_ONCE and len(some) < len(every) else [every]
     each, images = len(LEVELS) * DRAWS * sum(map(len, asked.values())), len(stages[0])
     more = f"; {len(every):,} images where they look uneven" if len(stages) > 1 else ""
-    note(
-        f"Reading {len(asked)} in words takes {each * images:,} forwards, {each} for each of {images:,} images{more}."
-    )
+    forwards = f"{each * images:,} forwards, {each} for each of {images:,} images{more}"
+    note(f"Reading {len(asked)} in words takes {forwards}.")
 
     def measure(values: Sequence[str], batch: torch.Tensor) -> dict[str, torch.Tensor]:
         captions = [data.captions[caption] for caption in data.caption_ids[batch].tolist()]

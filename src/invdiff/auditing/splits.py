@@ -37,10 +37,8 @@ def exact_groups(scores: NDArray[Any], num_groups: int, *, min_share: float = 0.
     """
     count = len(scores)
     least = max(1, math.ceil(min_share * count))
-    if least * num_groups > count:
-        raise AuditError(
-            f"Expected at least {least * num_groups} images for {num_groups} groups, got {count}. Ask for fewer."
-        )
+    if (needed := least * num_groups) > count:
+        raise AuditError(f"Expected at least {needed} images for {num_groups} groups, got {count}. Ask for fewer.")
     order = np.argsort(scores, kind="stable")
     ordered = scores[order].astype(np.float64)
     sums = np.concatenate([[0.0], np.cumsum(ordered - ordered.mean())])

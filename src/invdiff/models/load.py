@@ -213,10 +213,9 @@ def loading(kind: str, source: str, remedy: str = "") -> Iterator[None]:
         elif folder.exists() or looks_local(source):
             reason, remedy = _damage(folder) or reason, remedy or "Save it again, or download it again."
         else:
-            taken = (
-                f"There is no {source} in this folder, so it was taken for a hub id: check the spelling, the network"
-            )
-            remedy = f"{remedy} {taken} and, if it is gated, your login (hf auth login).".lstrip()
+            taken = f"There is no {source} in this folder, so it was taken for a hub id"
+            checks = "check the spelling, the network and, if it is gated, your login (hf auth login)."
+            remedy = f"{remedy} {taken}: {checks}".lstrip()
         raise ModelError(f"Expected {kind} at {source}, could not load it: {reason.rstrip('.')}. {remedy}") from error
 
 
