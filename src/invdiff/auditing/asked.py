@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..data.captioned import CaptionedImages
 
 LEAST_LABELS = 5  # of each value, where an attribute is learned from a few
-Labels: TypeAlias = "str | Path | Mapping[str, Mapping[str, Any]]"
+Labels: TypeAlias = str | Path | Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +46,9 @@ def columns_asked(data: CaptionedImages, rows: NDArray[Any], names: Sequence[str
                 f"Expected a column {name!r} in the data, found {known_columns(data)}. Check the spelling, or add it."
             )
         every = labels_in(name, zip(data.attributes[name], data.names, strict=True), DataError)
-        labels = [every[row] for row in rows]
+        labels = np.array(every, dtype=object)[rows]
         values = sorted(set(labels) - {""})
-        weights = np.array(labels, dtype=object)[:, None] == np.array(values, dtype=object)
+        weights = labels[:, None] == np.array(values, dtype=object)
         record = {"attribute": {name: int(weights.sum())}}
         found.append(Asked(name, values, weights.astype(float), f"the column {name!r}", record))
     return found
@@ -81,12 +81,11 @@ def labels_asked(labels: Labels | None, names: Sequence[str], skipped: Iterable[
                 f"such as {', '.join(map(repr, absent[:3]))}. Write them as the data does, such as {names[0]!r}."
             )
         found[attribute] = [known.get(name, "") for name in names]
-        counts = Counter(filter(None, found[attribute]))
-        if len(counts) < 2 or min(counts.values()) < LEAST_LABELS:
-            said = ", ".join(f"{value} ({count})" for value, count in sorted(counts.items())) or "none"
-            lacks = {value: LEAST_LABELS - count for value, count in sorted(counts.items()) if count < LEAST_LABELS}
-            needed = [f"{lack} more of {value}" for value, lack in lacks.items()]
-            needed += [f"{LEAST_LABELS} of another value"] * (2 - len(counts))
+        counts = sorted(Counter(filter(None, found[attribute])).items())
+        needed = [f"{LEAST_LABELS - count} more of {value}" for value, count in counts if count < LEAST_LABELS]
+        needed += [f"{LEAST_LABELS} of another value"] * (2 - len(counts))
+        if needed:
+            said = ", ".join(f"{value} ({count})" for value, count in counts) or "none"
             raise DataError(
                 f"Expected labels of two values of {attribute!r} or more, of {LEAST_LABELS} images each or more, "
                 f"found {said}: {', '.join(needed)} are needed."

@@ -8,7 +8,7 @@ all values.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from .decide import e_bh, share_intervals
 from .evidence import cached_features, in_shards, paired_losses
 from .factors import Search
 from .result import WORD_LIMIT, Candidate
-from .scores import Score, as_it_is
+from .scores import not_learned
 from .words import embedded
 
 TEMPLATE = "{}, {}"  # how a value is put into a caption
@@ -61,9 +61,8 @@ def questions(asked: Mapping[str, Sequence[str]] | Sequence[str]) -> dict[str, t
     `ConfigError` where a line is no question, or an attribute is asked for twice.
     """
     common = [line for line in COMMON_QUESTIONS.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
-    lines = chain.from_iterable(
-        common if line.strip() == "common" else [line] for line in ([asked] if isinstance(asked, str) else asked)
-    )
+    asked = [asked] if isinstance(asked, str) else asked
+    lines = chain.from_iterable(common if line.strip() == "common" else [line] for line in asked)
     pairs = asked.items() if isinstance(asked, Mapping) else [line.partition(":")[::2] for line in lines]
     found: dict[str, tuple[str, ...]] = {}
     for name, of in ((name.strip(), of) for name, of in pairs):
@@ -116,9 +115,8 @@ def read_by_model(
     stages = [some, every] if len(asked) > MOST_AT_ONCE and len(some) < len(every) else [every]
     each, images = len(LEVELS) * DRAWS * sum(map(len, asked.values())), len(stages[0])
     more = f"; {len(every):,} images where they look uneven" if len(stages) > 1 else ""
-    note(
-        f"Reading {len(asked)} in words takes {each * images:,} forwards, {each} for each of {images:,} images{more}."
-    )
+    forwards = f"{each * images:,} forwards, {each} for each of {images:,} images{more}"
+    note(f"Reading {len(asked)} in words takes {forwards}.")
 
     def measure(values: Sequence[str], batch: torch.Tensor) -> dict[str, torch.Tensor]:
         captions = [data.captions[caption] for caption in data.caption_ids[batch].tolist()]
@@ -188,17 +186,14 @@ def asked_factors(
         for prompt, rows in judged.items() if len(reading.scores) else ():
             silent = rows[stated[rows] < 0]
             for value in () if too_few(len(silent), config) else range(len(values) == 2, len(evidence)):
-                draws = reading.scores[:, silent, value]
-                score = Score(evidence[value], draws, partial(as_it_is, draws.mean(axis=0)))
+                score = not_learned(evidence[value], reading.scores[:, silent, value])
                 rng = np.random.default_rng(derived_seed("asked", config.seed, reading.name, value, prompt))
                 for cut in weigh([score], distinct[silent], two, rng):
                     weighed[prompt, value] = cut
         log_e = [-np.inf if cut.candidate.refusal else cut.candidate.log_e for cut in weighed.values()]
-        passing = zip(weighed.items(), e_bh(log_e, config.level / len(readings)), strict=True)
         told: dict[int, dict[int, Cut]] = {}
-        for ((prompt, value), cut), passes in passing:
-            if passes:
-                told.setdefault(prompt, {})[value] = cut
+        for (prompt, value), cut in compress(weighed.items(), e_bh(log_e, config.level / len(readings))):
+            told.setdefault(prompt, {})[value] = cut
         columns = sorted({value for of in told.values() for value in of}) if len(values) > 2 else [0, 1]
         rest = REST if REST not in words else f"{REST} than these"
         names = [*(values[column] for column in columns), *[rest] * (len(columns) < len(values))]
@@ -242,8 +237,7 @@ def _joined(told: Mapping[int, Cut], columns: Sequence[int], size: int) -> Cut:
     weights /= weights.sum(axis=1, keepdims=True)
     evidence, shares = " and ".join(cut.candidate.evidence for cut in told.values()), weights.mean(axis=0).round(4)
     candidate = replace(weakest.candidate, evidence=evidence, num_groups=size, shares=shares.tolist())
-    place = weights @ np.arange(size)
-    score = Score(evidence, place[None], partial(as_it_is, place))
+    score = not_learned(evidence, (weights @ np.arange(size))[None])
     return Cut(candidate, score, weights, share_intervals(weights))
 
 

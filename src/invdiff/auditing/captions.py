@@ -155,15 +155,15 @@ def _parts_by_words(
 def told_apart(sources: Sequence[NDArray[Any]], one: NDArray[Any], other: NDArray[Any]) -> float:
     """How many standard errors above chance a probe ranks images `one` (n,) and `other` (m,), out of fold."""
     one, other = (of[np.linspace(0, len(of) - 1, min(len(of), MOST_COMPARED)).astype(int)] for of in (one, other))
-    total = np.zeros(len(one) + len(other))
+    margins = np.zeros(len(one)), np.zeros(len(other))
     for source in sources:
         for half in (0, 1):
-            means = [source[rows[np.arange(len(rows)) % 2 != half]].mean(axis=0) for rows in (one, other)]
-            for start, rows in ((0, one), (len(one), other)):
-                inside = np.flatnonzero(np.arange(len(rows)) % 2 == half)
-                total[start + inside] += (source[rows[inside]] - (means[0] + means[1]) / 2) @ (means[1] - means[0])
-    above = mannwhitneyu(total[len(one) :], total[: len(one)]).statistic / (len(one) * len(other)) - 0.5
-    return float(above / np.sqrt((len(total) + 1) / (12 * len(one) * len(other))))
+            means = [source[rows[1 - half :: 2]].mean(axis=0) for rows in (one, other)]
+            for margin, rows in zip(margins, (one, other), strict=True):
+                margin[half::2] += (source[rows[half::2]] - (means[0] + means[1]) / 2) @ (means[1] - means[0])
+    pairs = len(one) * len(other)
+    above = mannwhitneyu(margins[1], margins[0]).statistic / pairs - 0.5
+    return float(above / np.sqrt((len(one) + len(other) + 1) / (12 * pairs)))
 
 
 def words_that_state_groups(

@@ -12,7 +12,7 @@ from sklearn.metrics import adjusted_rand_score
 from ..config import AuditConfig
 from .decide import fit_humps, fit_mixture, halves, log_e_value, num_modes, rand_low, share_intervals
 from .result import Candidate
-from .scores import LEAST_PARTED, Score, axis_of
+from .scores import LEAST_PARTED, Score, first_axis
 
 MOST_TESTED = 8  # cuts of a prompt that are tested, the likeliest; others are refused, and count in the control
 NOT_TESTED = -1e3  # the log e-value of a cut that was not tested, and the least that is told
@@ -37,9 +37,9 @@ def is_mixed(cut: Cut, features: _Array, distinct: NDArray[np.bool_], needed: fl
     rare = cut.weights.argmax(axis=1) == int(cut.weights.sum(axis=0).argmin())
     if (rare & distinct).sum() < 2 * LEAST_PARTED:
         return False
-    learn = axis_of(features[rare])
-    along = learn(np.ones(int(rare.sum()), dtype=bool))[0]
-    return log_e_value(learn, along, 2, halves(len(along), rng, distinct[rare])) >= needed
+    own = features[rare]
+    rotations = halves(len(own), rng, distinct[rare])
+    return log_e_value(lambda known: [own @ first_axis(own[known])], own @ first_axis(own), 2, rotations) >= needed
 
 
 def too_few(num_images: int, config: AuditConfig) -> bool:

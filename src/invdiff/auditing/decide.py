@@ -81,20 +81,19 @@ def fit_mixture(scores: NDArray[np.floating], num_groups: int, *, quick: bool = 
     total, starts = counts.sum(), []
     ordered = np.sort(scores)
     for tail in (0.05, 0.3) if quick else (0.03, 0.1, 0.25, 0.5):
-        for rare_first in (True, False):  # the rare components at either end
-            edges = np.concatenate([[0.0], 1 - tail * np.linspace(1, 0, num_groups)])
-            edges = edges if rare_first else 1 - edges[::-1]
+        rare_last = np.concatenate([[0.0], 1 - tail * np.linspace(1, 0, num_groups)])
+        for edges in (rare_last, 1 - rare_last[::-1]):  # the rare components at either end
             middles = (edges[:-1] + edges[1:]) / 2
             starts.append((ordered[(middles * (len(ordered) - 1)).astype(int)], np.diff(edges)))
     means, shares = (np.array([start[k] for start in starts]) for k in (0, 1))
     mean = (counts @ centres) / total
     spread = np.sqrt(counts @ (centres - mean) ** 2 / total)
     fitted = Mixture(np.sort(means, axis=-1), shares, np.full(len(starts), 0.5 * max(spread, 1e-9)))
-    for steps, kept in ((15, 2), (25 if quick else 85, 1)):  # the likeliest after a few steps go on
+    for steps, kept in ((15, slice(2)), (25 if quick else 85, 0)):  # the likeliest two after a few steps go on
         fitted = _em(fitted, centres, np.broadcast_to(counts, (len(fitted.means), len(centres))), steps=steps)
-        best = np.argsort(-(fitted.log_density(centres) @ counts), kind="stable")[:kept]
+        best = np.argsort(-(fitted.log_density(centres) @ counts), kind="stable")[kept]
         fitted = Mixture(fitted.means[best], fitted.shares[best], fitted.deviation[best])
-    return Mixture(fitted.means[0], fitted.shares[0], fitted.deviation[0])
+    return fitted
 
 
 def _binned(scores: NDArray[np.floating]) -> tuple[_Array, _Array]:

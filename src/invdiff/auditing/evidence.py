@@ -3,8 +3,6 @@
 A few denoiser forwards per image give paired losses and features of its blocks. scores.py makes scores of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,8 +34,15 @@ IMAGES_PER_WHITENED = 20  # images that each of them takes
 FITTED = 8000  # most images that a basis of features is fitted on, evenly chosen; all are projected on it
 SHARD_SIZE = 256  # images whose measurements share a file
 
-_Read = Callable[[NDArray[Any]], NDArray[Any]]
 _Extract = Callable[[list[Image.Image]], NDArray[np.float32]]
+
+
+class Whitened(NamedTuple):
+    """Leading principal components of features, each of unit variance: values = features @ basis + shift."""
+
+    values: NDArray[np.float32]  # (N, d)
+    basis: NDArray[Any]  # (D, d)
+    shift: NDArray[Any]  # (d,)
 
 
 @dataclass(frozen=True)
@@ -67,16 +72,14 @@ class Evidence:
     def sources(self, seed: int) -> list[Whitened]:
         """The same, of all, with how they were made: the model's own first, as `read_features` gives them."""
         if seed not in self._whitened:
-            count, levels = self.features.shape[:2]
-            readers: list[_Read] = []
-            for level in range(levels):
-                readers.append(partial(_part, self.features, np.s_[:, level]))
+            parts: list[tuple[ShardedTensor | NDArray[Any], Any]] = []
+            for level in range(self.features.shape[1]):
+                parts.append((self.features, np.s_[:, level]))
                 if self.upper is not None:
-                    blocks = (np.s_[:, level, block] for block in range(self.upper.shape[2]))
-                    readers += [partial(_part, self.upper, block) for block in blocks]
+                    parts += [(self.upper, np.s_[:, level, block]) for block in range(self.upper.shape[2])]
             if self.vision is not None:
-                readers += [partial(_part, self.vision, np.s_[:, view]) for view in range(self.vision.shape[1])]
-            self._whitened[seed] = [whitened(read, count, seed=seed) for read in readers]
+                parts += [(self.vision, np.s_[:, view]) for view in range(self.vision.shape[1])]
+            self._whitened[seed] = [whitened(partial(_part, *of), len(self.features), seed=seed) for of in parts]
         return self._whitened[seed]
 
 
@@ -84,15 +87,7 @@ def _part(values: ShardedTensor | NDArray[Any], part: Any, rows: NDArray[Any]) -
     return (values.numpy(rows) if isinstance(values, ShardedTensor) else values[rows])[part]
 
 
-class Whitened(NamedTuple):
-    """Leading principal components of features, each of unit variance: values = features @ basis + shift."""
-
-    values: NDArray[np.float32]  # (N, d)
-    basis: NDArray[Any]  # (D, d)
-    shift: NDArray[Any]  # (d,)
-
-
-def whitened(read: _Read, count: int, *, seed: int) -> Whitened:
+def whitened(read: Callable[[NDArray[Any]], NDArray[Any]], count: int, *, seed: int) -> Whitened:
     """The features (n, D) that `read` reads of rows (n,), whitened."""
     fitted_rows = np.sort(np.random.default_rng(seed).permutation(count)[:FITTED])  # in whatever order prompts come
     sample = read(fitted_rows).astype(np.float64)

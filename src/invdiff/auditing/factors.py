@@ -52,15 +52,10 @@ def find_factors(
     *,
     progress: bool = True,
 ) -> Search:
-    """The hidden factors of images, from what was measured of them.
+    """The hidden factors of N images, from what was measured of them.
 
-    Args:
-        evidence: Measurements of N images.
-        judged: For each prompt with images enough its images, indices into them, (n,).
-        names: Of the prompts, for people.
-        distinct: (N,), false for images that are nearly the same as another.
-        config: Limits and the seed.
-        progress: Show a progress bar.
+    `judged` has the images of each prompt that has enough, indices (n,); `names` are the prompts' for people;
+    `distinct` (N,) is false for images that are nearly the same as another.
     """
     sources = evidence.whitened(config.seed)
     prompt_of = np.full(len(distinct), -1)
@@ -121,7 +116,7 @@ def find_factors(
                 factor = gathered
                 break
             _refuse(cuts[prompt], cut, fault)
-            accepted[prompt] = [one for one in accepted[prompt] if one is not cut]
+            accepted[prompt].remove(cut)
         for prompt, weighed in cuts.items() if not taken else ():
             search.power[prompt] = power(int(distinct[judged[prompt]].sum()), len(considered), config)
             ordered = sorted(weighed, key=lambda cut: (bool(cut.candidate.refusal), -cut.candidate.log_e))
@@ -153,8 +148,7 @@ def _clarity(cut: Cut) -> tuple[float, float]:
 
 def _refuse(cuts: list[Cut], cut: Cut, words: str) -> None:
     """Mark one of a prompt's cuts as refused."""
-    place = next(index for index, one in enumerate(cuts) if one is cut)
-    cuts[place] = replace(cut, candidate=replace(cut.candidate, refusal=words))
+    cuts[cuts.index(cut)] = replace(cut, candidate=replace(cut.candidate, refusal=words))
 
 
 class Shifts:
@@ -194,10 +188,7 @@ class Shifts:
         most `MOST_JUDGED`) within the prompt, and the shifts of either must tell the groups of the other (AUROC of at
         least `TELLS`). It must nearly be the largest that the other's cut has with any of the prompt's, `rivals`: a
         cut of half of the images that look left would else be one with the cut of those that look left. A prompt whose
-        cuts do not pass is left out. The columns of the largest prompt are ordered by frequency.
-
-        Returns:
-            The cuts by prompt, the largest first.
+        cuts do not pass is left out. The largest prompt comes first, its columns ordered by frequency.
         """
         gathered, own = {prompt: cut}, self.features(prompt)
         reference, shifts = self.of(own, cut.weights), [self.of(own, one.weights) for one in rivals]

@@ -1,11 +1,8 @@
 """The audit: evidence, prompts, splits and groups of captioned images, without labels unless they are asked for."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -223,9 +220,9 @@ def infer(
     for prompt, rows in members.items():
         told = {m: known_rows(cuts[prompt].weights) for m, cuts in enumerate(search.factors) if prompt in cuts}
         for key in sorted({tuple(row) for row in stated[rows].tolist()}):
-            own = rows[(stated[rows] == key).all(axis=1)]
+            here = (stated[rows] == key).all(axis=1)
+            own = rows[here]
             prompt_ids[own] = len(prompts)
-            here = np.isin(rows, own)
             known = {m: of[here] for m, of in told.items() if key[m] < 0}
             splitting = [m for m in known if known[m].any()]
             for m in splitting:
@@ -252,7 +249,7 @@ def infer(
                 reason = "split by " + " and ".join(search.factors[m][prompt].candidate.evidence for m in splitting)
             elif max(key, default=-1) >= 0:
                 stating = [(words[m][prompt], group) for m, group in enumerate(key) if group >= 0]
-                here_said = set(chain.from_iterable(map(words_in, _captions_of(data, own))))
+                here_said = set(words_in(" ".join(captions)))
                 saying = {word for of, group in stating for word, k in of.items() if k == group and word in here_said}
                 reason, candidates = f"its captions state the group (words: {', '.join(sorted(saying))})", []
             elif why:
@@ -287,12 +284,9 @@ def _captions_of(data: EncodedImages, rows: NDArray[Any]) -> list[str]:
 
 def distinct(data: EncodedImages, prompt_of: torch.Tensor) -> NDArray[np.bool_]:
     """Whether each image is the first of its prompt, `prompt_of` (N,), of those that are nearly the same, (N,)."""
-    count, sketches = len(data), []
-    for rows in torch.arange(count).split(1024):
-        flat = data.latents[rows].float().flatten(1)
-        basis = torch.randn(flat.shape[1], 64, generator=generator("near-duplicates")) / flat.shape[1] ** 0.5
-        sketches.append(flat @ basis)
-    sketch = torch.cat(sketches)
+    count, size = len(data), data.latents.shape[1:].numel()
+    basis = torch.randn(size, 64, generator=generator("near-duplicates")) / size**0.5
+    sketch = torch.cat([data.latents[rows].float().flatten(1) @ basis for rows in torch.arange(count).split(1024)])
     near, first = ALMOST * (sketch - sketch.mean(dim=0)).norm(dim=1).median(), torch.ones(count, dtype=torch.bool)
     line = sketch[:, 0].argsort(stable=True)
     for prompt in prompt_of.unique():

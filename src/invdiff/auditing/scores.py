@@ -149,15 +149,9 @@ def _margin(values: _Array, own: _Array, other: _Array) -> _Array:
     return (values - (own + other) / 2) @ (other - own)
 
 
-def axis_of(features: _Array) -> Learn:
-    """The first principal axis of features (n, d), as learned from some of the images."""
-
-    def learn(known: NDArray[np.bool_]) -> list[_Array]:
-        centred = features[known] - features[known].mean(axis=0)
-        direction = np.linalg.svd(centred, full_matrices=False)[2][0]
-        return [features @ direction]
-
-    return learn
+def first_axis(features: _Array) -> _Array:
+    """The first principal axis of features (n, d), a unit vector (d,)."""
+    return np.linalg.svd(features - features.mean(axis=0), full_matrices=False)[2][0]
 
 
 def parts_of(score: Score, features: _Array) -> list[Score]:
@@ -190,7 +184,7 @@ def _parts(features: _Array, margin: _Array, known: NDArray[np.bool_]) -> list[_
     inside, usual = known & rare, known & ~rare
     if inside.sum() < LEAST_PARTED or not usual.any():
         return []
-    along = axis_of(features[inside])(np.ones(int(inside.sum()), dtype=bool))[0]
+    along = features[inside] @ first_axis(features[inside])
     second = fit_mixture(along, 2).posterior(along).argmax(axis=1) == 1
     if not 0 < second.mean() < 1:
         return []
@@ -208,16 +202,13 @@ def contrasts(evidence: Evidence, rows: _Array, config: AuditConfig) -> list[Sco
     ]
     if config.solver == "gradient":
         named = [(f"loss at log-SNR {config.contrast_log_snr[0]:g}", losses[:, 0, :, 0].T)]
-    return [
-        Score(name, draws, partial(as_it_is, draws.mean(axis=0)), of_prompt=True)
-        for name, draws in named
-        if np.ptp(draws.mean(axis=0)) > 0
-    ]
+    return [not_learned(name, draws, of_prompt=True) for name, draws in named if np.ptp(draws.mean(axis=0)) > 0]
 
 
-def as_it_is(values: _Array, known: NDArray[np.bool_]) -> list[_Array]:
-    """A score that is not learned."""
-    return [values]
+def not_learned(evidence: str, draws: _Array, *, of_prompt: bool = False) -> Score:
+    """A score that is the mean of its draws, whatever the images that are known."""
+    mean = draws.mean(axis=0)
+    return Score(evidence, draws, lambda known: [mean], of_prompt)
 
 
 def components(features: _Array, source: str, *, seed: int, taken: Sequence[_Array] = ()) -> list[Score]:

@@ -24,7 +24,7 @@ from .decide import fit_mixture
 from .evidence import Evidence
 from .factors import Search, Shifts
 from .result import Candidate
-from .scores import Score, contrasts
+from .scores import Score, contrasts, not_learned
 
 LEAST_IMAGES = 4  # images of a prompt that a value must have to be a group there, where it is asked for
 
@@ -37,10 +37,8 @@ def exact_groups(scores: NDArray[Any], num_groups: int, *, min_share: float = 0.
     """
     count = len(scores)
     least = max(1, math.ceil(min_share * count))
-    if least * num_groups > count:
-        raise AuditError(
-            f"Expected at least {least * num_groups} images for {num_groups} groups, got {count}. Ask for fewer."
-        )
+    if (needed := least * num_groups) > count:
+        raise AuditError(f"Expected at least {needed} images for {num_groups} groups, got {count}. Ask for fewer.")
     order = np.argsort(scores, kind="stable")
     ordered = scores[order].astype(np.float64)
     sums = np.concatenate([[0.0], np.cumsum(ordered - ordered.mean())])
@@ -155,8 +153,8 @@ def given_factors(asked: Sequence[Asked], judged: Mapping[int, NDArray[Any]], co
                 known = one.weights[rows][:, used] * present
                 known = np.where(known.any(axis=1, keepdims=True), known, present)
                 weights = known / known.sum(axis=1, keepdims=True)
-                place = weights @ np.arange(weights.shape[1])
-                cuts[prompt] = Cut(candidate, Score(one.evidence, place[None], lambda known: []), weights)
+                score = not_learned(one.evidence, (weights @ np.arange(weights.shape[1]))[None])
+                cuts[prompt] = Cut(candidate, score, weights)
         if cuts:
             search.factors.append(cuts)
             search.names.append(one.name)

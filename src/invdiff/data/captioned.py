@@ -199,8 +199,7 @@ def load_captioned_images(
     where = "the dataset" if isinstance(source, datasets.Dataset | datasets.DatasetDict) else str(source)
     opened = replace(_open(source, image_column, split, limit, captions), max_unreadable=max_unreadable)
     attributes, names = dict(opened.attributes), opened.names
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise DataError(
             f"Expected each image once in {where}, found {len(twice)} more than once: {_listed(twice)}. Remove rows."
         )
@@ -222,8 +221,7 @@ def load_captioned_images(
             f"in column {column!r} for {len(wrong)} of {len(names)}: {_listed(wrong)}. Write one caption for each."
         )
     # No file of UTF-8 and no tokenizer can hold half of a pair of surrogates.
-    wrong = [name for name, text in zip(names, texts, strict=True) if not (text.strip() and is_unicode(text))]
-    if wrong:
+    if wrong := [name for name, text in zip(names, texts, strict=True) if not (text.strip() and is_unicode(text))]:
         raise DataError(
             f"Expected a caption of whole characters for every image in {where}, found none, or half a character (a "
             f"lone surrogate), in column {column!r} for {len(wrong)} of {len(names)}: {_listed(wrong)}. Write "
@@ -267,8 +265,7 @@ def _open(source: Source, image_column: str | None, split: str, limit: int | Non
                 places = [folder / name for name in names]
                 homes = frozenset(place.parent for place in places)
                 return CaptionedImages([""] * len(names), names, others, 0.0, places.__getitem__, path, homes)
-        files = visible(path, "**/*.parquet")
-        if files:
+        if files := visible(path, "**/*.parquet"):
             opened = _open_dataset(_load_parquet(files, path, split), image_column, limit, path, path)
             return replace(opened, homes=frozenset([path]), takes_all=True)
         if captions:

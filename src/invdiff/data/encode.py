@@ -200,16 +200,15 @@ def checked(condition: Condition, captions: Sequence[str]) -> Condition:
     return condition
 
 
-def model_fingerprint(pipe: DiffusionPipeline) -> str:
+def model_fingerprint(pipe: Any) -> str:
     """16 hex digits of the weights of a pipeline's autoencoder and text encoders, not of its denoiser or scheduler.
 
     `ModelError` where they are not in memory (sequential offload).
     """
-    components: dict[str, Any] = pipe.components  # type: ignore[attr-defined]
     family = family_of(pipe)
     parts: list[str] = [type(family).__name__, *family.encoding_key(pipe)]
     where_it_came_from = ("transformers_version", "dtype", "torch_dtype")
-    for name, component in sorted(components.items()):
+    for name, component in sorted(pipe.components.items()):
         if name.startswith("tokenizer") and component is not None:
             parts += [name, json.dumps(component.get_vocab(), sort_keys=True), str(component.model_max_length)]
         elif isinstance(component, torch.nn.Module) and name.startswith(("vae", "text_encoder")):

@@ -171,8 +171,7 @@ def _jsonl_rows(text: str, path: Path, required: Sequence[str | tuple[str, ...]]
 
 def _check_columns(columns: Iterable[str], where: str, required: Sequence[str | tuple[str, ...]] = ()) -> None:
     found = list(columns)
-    twice = [name for name, count in Counter(found).items() if count > 1]
-    if twice:
+    if twice := [name for name, count in Counter(found).items() if count > 1]:
         raise DataError(f"Expected each column once in {where}, found {', '.join(twice)} more than once. Rename one.")
     for names in ((entry,) if isinstance(entry, str) else entry for entry in required):
         if not set(names) & set(found):

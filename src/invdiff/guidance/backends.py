@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig
-from ..models.loading import load_complete, loading
+from ..models.load import load_complete, loading
 from .base import Guidance
 from .lora import GuidanceLoRA
 from .module import GuidanceModule

@@ -16,8 +16,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
 from ..errors import ConfigError, DataError, ModelError
 from ..files import fingerprint, weights_digest
-from .load import default_device, public_name
-from .loading import check_complete, check_tokenizer, loading
+from .load import check_complete, check_tokenizer, default_device, loading, public_name
 
 BATCH_SIZE = 32
 
@@ -91,7 +90,7 @@ class ClipEncoder(VisionEncoder):
         longest = self.model.config.text_config.max_position_embeddings
         cut = {"truncation": True, "max_length": longest} if truncate else {}
         distinct = list(dict.fromkeys(texts))
-        features: list[NDArray[np.float32]] = []
+        by_text: dict[str, NDArray[np.float32]] = {}
         for start in range(0, len(distinct), BATCH_SIZE):
             batch = distinct[start : start + BATCH_SIZE]
             tokens = self.tokenizer(batch, padding=True, return_tensors="pt", **cut).to(self.model.device)
@@ -99,8 +98,7 @@ class ClipEncoder(VisionEncoder):
             if found > longest:
                 raise ConfigError(f"Expected prompts of at most {longest} tokens, got {found} in {batch}. Shorten it.")
             output = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-            features += [*_pooled(output)]
-        by_text = dict(zip(distinct, features, strict=True))
+            by_text.update(zip(batch, _pooled(output), strict=True))
         return np.stack([by_text[text] for text in texts])
 
 

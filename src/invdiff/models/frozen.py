@@ -85,10 +85,8 @@ class FrozenDenoiser:
                 "Expected a model without layerwise casting to train adapters or tokens in: gradients go through "
                 "it. Found it cast layer by layer; load it without, or train with backend 'module'."
             )
-        noisy_latents = noisy_latents.to(self.device, self.dtype)
-        model_pred = self.family.predict(
-            self.module, noisy_latents, timesteps.to(self.device), to(condition, self.device, self.dtype)
-        )
+        noisy_latents, condition = noisy_latents.to(self.device, self.dtype), to(condition, self.device, self.dtype)
+        model_pred = self.family.predict(self.module, noisy_latents, timesteps.to(self.device), condition)
         return model_pred, self.family.on_grid(self._features.take(), noisy_latents)
 
     def take_upper(self, noisy_latents: torch.Tensor) -> list[torch.Tensor]:

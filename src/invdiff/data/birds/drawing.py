@@ -39,7 +39,9 @@ class Scene:
         self.depth = rng.uniform(-1, 1)  # brightness of the plumage
         self.horizon = rng.uniform(0.42, 0.58)
         self.hue = rng.uniform(-1, 1)  # shift of the hue of grass and water
-        self.details = rng.random(40)  # of waves, tufts, trees and clouds
+        self.details = rng.random(40)  # of sun, waves, tufts, trees and clouds
+        self.sun = 0.1 + 0.8 * self.details[0], 0.1 + 0.16 * self.details[1] + 0.1 * (1 - self.light)
+        self.sunlight = _mix((1.0, 0.86, 0.66), (1.0, 0.98, 0.86), self.light)
 
     @property
     def attributes(self) -> dict[str, str]:
@@ -163,14 +165,6 @@ def _hsv(hue: float, saturation: float, value: float) -> Array:
     return np.array(colorsys.hsv_to_rgb(hue / 360 % 1, saturation, value))
 
 
-def _sun(scene: Scene) -> tuple[float, float]:
-    return 0.1 + 0.8 * scene.details[0], 0.1 + 0.16 * scene.details[1] + 0.1 * (1 - scene.light)
-
-
-def _sunlight(scene: Scene) -> Array:
-    return _mix((1.0, 0.86, 0.66), (1.0, 0.98, 0.86), scene.light)
-
-
 # --- backgrounds
 
 
@@ -181,17 +175,17 @@ def _sky(scene: Scene) -> Image.Image:
     y, x = np.mgrid[0:SKY_ROWS, 0:SKY_ROWS] / (SKY_ROWS - 1)
     height = np.clip(y / scene.horizon, 0, 1)[..., None]
     sky = (1 - height) * top + height * bottom
-    sun_x, sun_y = _sun(scene)
+    sun_x, sun_y = scene.sun
     distance = np.sqrt((x - sun_x) ** 2 + (y - sun_y) ** 2)[..., None]
     glow = 0.6 * np.exp(-((distance / 0.22) ** 2))
-    sky = sky + glow * (_sunlight(scene) - sky)
+    sky = sky + glow * (scene.sunlight - sky)
     return Image.fromarray((np.clip(sky, 0, 1) * 255).astype(np.uint8))
 
 
 def _distance(brush: Brush, scene: Scene) -> None:
     """The sun, clouds and a far blue ridge, shared by both backgrounds."""
     d = scene.details
-    brush.disc(_sun(scene), (0.06, 0.06), _sunlight(scene) / brush.tint, 0.9)
+    brush.disc(scene.sun, (0.06, 0.06), scene.sunlight / brush.tint, 0.9)
     for x, y, width in ((d[2], 0.08 + 0.14 * d[3], d[4]), (d[5], 0.14 + 0.16 * d[6], d[7])):
         width = 0.10 + 0.08 * width
         brush.fill(_curve(CLOUD) * width + (x, y), (1.0, 1.0, 1.0), 0.55)
@@ -240,7 +234,7 @@ def _water(brush: Brush, scene: Scene) -> None:
     glitter = _mix((1.0, 0.86, 0.68), (1.0, 1.0, 0.94), scene.light)
     for k in range(6):
         width = (0.04 + 0.02 * k) * (0.6 + 0.8 * d[15 + k])
-        centre = _sun(scene)[0] + 0.05 * (d[21 + k] - 0.5), horizon + 0.02 + 0.075 * k
+        centre = scene.sun[0] + 0.05 * (d[21 + k] - 0.5), horizon + 0.02 + 0.075 * k
         brush.disc(centre, (width, 0.006 + 0.001 * k), glitter / brush.tint, 0.45)
     for k in range(8):
         y = horizon + 0.07 + (0.95 - horizon) * (k + 0.8 * d[27 + k]) / 8

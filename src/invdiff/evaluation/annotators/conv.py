@@ -21,7 +21,7 @@ from ...data.captioned import CaptionedImages, readable_images
 from ...errors import DataError
 from ...files import atomic_folder
 from ...models.encoders import model_name
-from ...models.loading import load_complete, loading
+from ...models.load import load_complete, loading
 from ...progress import progress_bar
 from ...seeds import generator as derived_generator
 from .annotations import Annotations, class_names
