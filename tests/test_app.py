@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,10 @@ from invdiff.report.read import find_parts
 from runs import LAND, WATER, make_audit, make_run
 from test_serve import status
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of gradio's own imports and servers
+pytestmark = [
+    pytest.mark.usefixtures("plain"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of gradio's own imports and servers
+]
 SERVE = ("ui", "--no-browser")
 
 
@@ -168,15 +170,16 @@ def test_the_module_s_audit_names_its_groups_and_states_its_resolution(run, tiny
     for folder, name in ((tmp_path / "other", "theirs"), (run, "<b>ours")):
         book = AuditBook(find_parts(folder))
         book.edit(lambda edits, name=name: edits.with_name(0, 1, name))
-    studio = Studio(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=[2]))
-    for module, name in ((run / "module", "<b>ours"), ("elsewhere", "group 1")):
-        page = build_page(replace(workspace, module=module), studio)
-        assert parts_of(page)["mix-0-1"].label == f"Share of “{name}”"
+    guidance = make_guidance_module(tiny_pipe, num_groups=[2])
+    assert parts_of(build_page(workspace, Studio(tiny_pipe, guidance)))["mix-0-1"].label == "Share of “group 1”"
+    guidance.register_to_config(record={"audit": Audit.load(run / "audit").fingerprint})
+    page = build_page(open_workspace([run], model="unused"), Studio(tiny_pipe, guidance))
+    assert parts_of(page)["mix-0-1"].label == "Share of “<b>ours”"
     found = Audit.load(tmp_path / "other" / "audit")
     for names in ([["a", "theirs"]], [["a", "b"], ["c", "d"]]):  # as many as were audited, and more of a later round
         guidance = make_guidance_module(tiny_pipe, num_groups=[2] * len(names))
         guidance.register_to_config(record={"audit": found.fingerprint, "group_names": names})
-        page = build_page(replace(workspace, module="elsewhere"), Studio(tiny_pipe, guidance))
+        page = build_page(workspace, Studio(tiny_pipe, guidance))
         assert parts_of(page)["mix-0-1"].label.startswith("Share of “theirs”" if len(names) == 1 else "Share of “b”")
     invariant = make_guidance_module(tiny_pipe, mode="invariant")
     invariant.register_to_config(record={"audit": found.fingerprint, "group_names": [["a", "b"]]})

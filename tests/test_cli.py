@@ -219,7 +219,9 @@ def test_changes_by_people_are_printed_by_audit_and_train(tiny_pipe_dir, tiny_fo
     assert (tmp_path / "a" / f"curation-{found.fingerprint}.json").is_file()
 
 
-def test_images_that_could_not_be_read_are_told_by_audit_its_files_and_the_report(tiny_pipe_dir, tmp_path, cache):
+def test_images_that_could_not_be_read_are_told_by_audit_its_files_and_the_report(
+    tiny_pipe_dir, tmp_path, cache, plain
+):
     photos, found, output = write_tiny_folder(tmp_path / "photos"), tmp_path / "audit", tmp_path / "report"
     (photos / "07.png").write_bytes((photos / "07.png").read_bytes()[:500])
     told = "1 of 12 images could not be read and is left out: 07.png (image file is truncated"

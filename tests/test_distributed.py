@@ -34,7 +34,8 @@ FINDING = invdiff.AuditConfig(solver="exact", min_images=4, min_share=0.1, batch
 
 def one_of_two(rank: int, port: str, folder: Path, out: Path) -> None:
     """The job as a process that a launcher started does it."""
-    os.environ |= PROCESSES | {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= PROCESSES | own
     whole_job(folder, out)
 
 

@@ -65,8 +65,8 @@ def test_a_family_audits_trains_draws_and_is_read_back(family, backend, data, ti
         return
     found, cache_dir, before, saved = start(family, tiny_folder)
     assert len(found.prompts) == (1 if family == "ddpm" else len(set(found.prompt_ids.tolist())))
-    rest = {"batch_size": 8, "learning_rate": 1e-2, "preserve": 0, "mixed_precision": "no"}
-    config = TrainConfig(backend=backend, steps=10 if backend == "module" else 2, **rest)
+    rest = {"batch_size": 8, "learning_rate": 3e-3, "preserve": 0, "mixed_precision": "no"}
+    config = TrainConfig(backend=backend, steps=30 if backend == "module" else 2, **rest)
     with attach(pipe, BACKENDS[backend].for_pipeline(pipe)):
         assert torch.equal(draw(pipe, 0, 1), before)
     options = {"config": config, "cache_dir": cache_dir, "progress": False}

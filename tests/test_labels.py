@@ -22,6 +22,8 @@ from runs import made_up_data, report, sharded
 from test_cli import succeed
 from tiny import CAPTIONS
 
+pytestmark = pytest.mark.usefixtures("plain")
+
 SMALL = AuditConfig(min_images=4)
 VALUES = ["land", "water", "land", "water", "water", "land", "", "water", "land", "land"] * 2
 """Of 20 images, two of them not labelled."""

@@ -56,14 +56,12 @@ def test_variables_of_one_process_do_not_matter(tmp_path, alone):
     assert "1 captioned images" in run(*arguments, env=left).stdout
 
 
-@pytest.mark.parametrize("encoding", ["latin-1:strict", "ascii"])
-def test_what_an_encoding_lacks_is_replaced(tmp_path, encoding):
-    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+def test_what_an_encoding_lacks_is_replaced(tmp_path):
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1:strict", "PYTHONUTF8": "0"}
     command = [sys.executable, "-m", "invdiff", "birds", "--num-images", "1", "--resolution", "16", "--output"]
     done = subprocess.run([*command, str(tmp_path / "鳥")], capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert b"Next: invdiff finetune" in done.stdout
-    assert encoding == "ascii" or b"/?. Next" in done.stdout  # click writes UTF-8 where a terminal claims ASCII
+    assert b"/?. Next: invdiff finetune" in done.stdout
 
 
 def test_help_has_an_example_that_can_be_parsed(monkeypatch):

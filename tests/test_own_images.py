@@ -11,6 +11,8 @@ from invdiff.errors import ConfigError
 from test_cli import fail, next_command, succeed
 from tiny import CAPTIONS
 
+pytestmark = pytest.mark.usefixtures("plain")
+
 CONFIG = AuditConfig(solver="exact", min_images=4, caption_threshold=0.0, images_per_prompt=6)
 TRAIN = TrainConfig(steps=2, batch_size=4, preserve=0, mixed_precision="no")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -22,6 +22,8 @@ from runs import LAND, NASTY, built_audit, make_audit, report
 from test_cli import succeed
 from tiny import CAPTIONS, save_clip
 
+pytestmark = pytest.mark.usefixtures("plain")
+
 ON_LAND, ON_WATER = 0, 1
 WIDTH = 256
 

@@ -166,7 +166,7 @@ def build_page(workspace: Workspace, studio: Studio | None) -> gr.Blocks:
             if studio is None:
                 gr.HTML(notice("No model was given. `invdiff ui --model MODEL --module MODULE` opens one."))
             else:
-                generate = _build_generate(workspace, studio, books)
+                generate = _build_generate(studio, books)
                 page.load(generate.first, None, generate.loads, **QUIET)
         with gr.Tab("Audit", id="audit"):
             if books:
@@ -187,14 +187,11 @@ def build_page(workspace: Workspace, studio: Studio | None) -> gr.Blocks:
     return page
 
 
-def _build_generate(workspace: Workspace, studio: Studio, books: Mapping[str, AuditBook]) -> GenerateTab:
+def _build_generate(studio: Studio, books: Mapping[str, AuditBook]) -> GenerateTab:
     """Build tab Generate; its groups are those of the audit that the module was trained with, or of its record."""
     record = (studio.module.config["record"] if studio.module is not None else None) or {}
-    as_many = [name for name, book in books.items() if book.audit.num_groups == studio.num_groups]
-    fitting = [books[name] for name in as_many if trained_with(books[name].audit, record)]
-    if not fitting and "audit" not in record:  # of an earlier version
-        place, modules = Path(workspace.module or "").resolve(), {n: p.module for n, p in workspace.audits.items()}
-        fitting = [books[name] for name in as_many if (own := modules[name]) and own.resolve() == place]
+    as_many = [book for book in books.values() if book.audit.num_groups == studio.num_groups]
+    fitting = [book for book in as_many if trained_with(book.audit, record)]
     numbers = [[f"group {group}" for group in range(count)] for count in studio.num_groups]
     recorded = [list(names) for names in record.get("group_names", ())]
     numbers = recorded if list(map(len, recorded)) == list(studio.num_groups) else numbers

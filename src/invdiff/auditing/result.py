@@ -336,9 +336,9 @@ class Audit:
             raise AuditError(f"Expected an audit folder at {folder}, found no audit.json. Run `invdiff audit`.")
         kinds: dict[str, Any] = {"prompts": list[PromptAudit], "factors": list[Factor], "names": list[str]}
         kinds |= {"forwards_per_image": float, "settings": dict[str, Any], "num_groups": list[int]}
-        kinds |= {"unreadable": dict[str, str]}
+        kinds["unreadable"] = dict[str, str]
         try:
-            document = {"unreadable": {}} | read_json(folder / "audit.json")  # audits of earlier versions lack it
+            document = read_json(folder / "audit.json")
             arrays = read_arrays(folder / "audit.safetensors")
             fields = {name: typed(kind, document[name]) for name, kind in kinds.items()}
             num_groups = fields.pop("num_groups")
@@ -350,8 +350,6 @@ class Audit:
             splits = [(s, size) for factor, size in sized for s in factor.splits]
             known = all(s.prompt in prompts and len(s.shares) == len(s.intervals) == size for s, size in splits)
             typed(dict[str, dict[str, Any]], found.settings.get("asked", {}))
-            if not all(each.get("matched", True) for each in document["factors"]):
-                raise ValueError("one factor of groups that match in no two prompts, as earlier versions wrote it")
             known &= all(len(of.values) in (0, size) for of, size in sized)
             paired = list(found.num_groups) == num_groups and len(found.factors or [None]) == len(num_groups)
             if not (known and paired and np.isin(found.prompt_ids, prompts).all()):
