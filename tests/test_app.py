@@ -3,8 +3,7 @@
 import importlib.util
 import os
 import signal
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -199,18 +198,17 @@ def test_prompts_that_hide_groups_are_suggested_first(run, tiny_pipe, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without asking it")
-def test_a_page_that_is_told_to_end_leaves_nothing_behind(folder, tmp_path):
-    words = [sys.executable, "-m", "invdiff", *SERVE, str(folder)]
-    room = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=room, text=True) as running:
-        try:
-            assert "The page is at" in running.stdout.readline()
-            assert list(tmp_path.glob("invdiff-ui-*"))
-            running.terminate()
-            assert running.wait(30) in (0, INTERRUPTED)
-        finally:
-            running.kill()
-    assert list(tmp_path.glob("invdiff-ui-*")) == []
+def test_a_page_that_is_told_to_end_leaves_nothing_behind(folder, tmp_path, monkeypatch):
+    def told_to_end(page):
+        page.close(verbose=False)
+        assert list(tmp_path.glob("temporary/invdiff-ui-*"))
+        signal.raise_signal(signal.SIGTERM)
+
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(gr.Blocks, "block_thread", told_to_end)
+    assert CliRunner().invoke(cli.app, [*SERVE, str(folder)]).exit_code in (0, INTERRUPTED)
+    assert list(tmp_path.glob("temporary/*")) == []
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no terminals that hang up")

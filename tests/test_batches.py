@@ -80,9 +80,9 @@ def test_the_chance_of_each_image_is_how_often_it_is_drawn():
     second = torch.where((prompts == 0)[:, None], torch.eye(2)[(torch.arange(40) % 7 == 0).long()], torch.tensor(0.5))
     first[[3, 30]], second[[3, 30]] = 0.0, 0.0
     sampler = GroupBalancedSampler(prompts, [first, second])
-    rows, *_ = sampler.draw(60_000, torch.Generator().manual_seed(0))
+    rows, *_ = sampler.draw(20_000, torch.Generator().manual_seed(0))
     assert sampler.chances().sum().item() == pytest.approx(1)
-    assert torch.allclose(torch.bincount(rows, minlength=40) / len(rows), sampler.chances().float(), atol=0.004)
+    assert torch.allclose(torch.bincount(rows, minlength=40) / len(rows), sampler.chances().float(), atol=0.006)
 
 
 def draw(preserve=0.0):
