@@ -72,7 +72,9 @@ def main() -> None:
 def run_cells(arguments: argparse.Namespace) -> None:
     """Run the cells that are asked for."""
     if Suite.named(arguments.benchmark).world["kind"] == "bundled":
-        arguments.base = arguments.base or BIRDS_MODEL
+        if arguments.data or arguments.base:
+            raise ConfigError(f"Expected no --data and no --base for {arguments.benchmark}, whose birds are bundled.")
+        arguments.base = BIRDS_MODEL
     elif not (arguments.data and arguments.base):
         raise ConfigError(f"Expected --data and --base, which {arguments.benchmark} needs. Drawn birds need neither.")
     places = arguments.data, arguments.base, arguments.work, arguments.results

@@ -215,6 +215,11 @@ class Runner:
     ) -> None:
         self.name, self.suite, self.clip = name, Suite.named(name), clip
         self.source, self.base, self.folder = source, base, results / name
+        self.base_name = public_name(str(base))
+        bases = {of.get("base", self.base_name) for seeds in kept(self.folder).values() for of in seeds.values()}
+        if others := bases - {self.base_name}:
+            remedy = "Give that one, or --results for a table of its own."
+            raise ConfigError(f"Expected the base of the figures in {self.folder}, {', '.join(others)}. {remedy}")
         self.work = work / (self.suite.shares or name)
         self._judge: tuple[Annotator, CaptionedImages, Described] | None = None
 
@@ -273,6 +278,7 @@ class Runner:
             "command": f"python -m benchmarks run {self.name} --cells {name} --seeds {seed}",
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU core",
+            "base": self.base_name,
             **({"clip": public_name(self.clip)} if self.clip else {}),
             "settings": self.suite.settings(cells),
             "supervision": method.supervision,

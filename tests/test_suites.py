@@ -142,6 +142,8 @@ def test_cells_share_what_is_fitted_and_change_worlds_prompts_and_strength(tiny_
     small.clip = "another"
     with pytest.raises(ConfigError, match=r"by the CLIP another, found .*given-seed-0.json by clip"):
         small.run("given", 0)
+    with pytest.raises(ConfigError, match=f"Expected the base of the figures in .*small, {tiny_pipe_dir.name}. Give"):
+        Runner("small", None, tmp_path / "another", tmp_path / "work", tmp_path / "results")
     assert -1 <= given["figures"]["CFG 1"]["CLIP-T"] <= 1
     assert "| CLIP-T |" in tables.markdown("small", tmp_path / "results")
     assert [*stronger["figures"]] == ["CFG 1"]  # seed 0 is not its first
