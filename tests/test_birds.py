@@ -8,11 +8,13 @@ from conftest import contents
 from invdiff import Audit, DemoConfig, load_captioned_images, load_guidance
 from invdiff.assets import BIRDS_DEMO, BIRDS_MODEL
 from invdiff.data.birds import BACKGROUNDS, NATURAL_BACKGROUND, SUBJECTS, BirdsWorld, canonical_prompts
+from invdiff.data.birds.drawing import Scene
 from invdiff.data.birds.world import TRAINING_TEMPLATES, WORLDS
 from invdiff.errors import ConfigError, DataError
 from invdiff.files import read_json
 from invdiff.guidance.attach import check_fit
 from invdiff.models.load import load_pipeline
+from invdiff.report.read import trained_with
 
 ROWS = [BirdsWorld(4000, seed=1).metadata(index) for index in range(4000)]
 
@@ -97,6 +99,14 @@ def test_settings_out_of_range_are_refused(settings):
         BirdsWorld(**{"num_images": 2, **settings})
 
 
+def test_the_sun_follows_the_light_that_a_scene_is_given():
+    scene = Scene("landbird", "land", np.random.default_rng(0))
+    suns = []
+    for scene.light in (0.0, 1.0):
+        suns.append((scene.sun[1], *scene.sunlight))
+    assert (np.diff(suns, axis=0) != 0).tolist() == [[True, False, True, True]]
+
+
 def test_captioned_images_are_those_that_would_be_read_back(tmp_path):
     world = BirdsWorld(7, seed=3)
     drawn, read = world.captioned(), load_captioned_images(world.write(tmp_path))
@@ -107,6 +117,7 @@ def test_captioned_images_are_those_that_would_be_read_back(tmp_path):
 def test_the_bundled_demo_is_of_the_bundled_model_and_the_default_world():
     check_fit(load_pipeline(BIRDS_MODEL), load_guidance(BIRDS_DEMO / "module"))
     found = Audit.load(BIRDS_DEMO / "audit")
+    assert trained_with(found, load_guidance(BIRDS_DEMO / "module").config["record"])
     defaults = DemoConfig()
     world = BirdsWorld(defaults.num_images, severity=defaults.severity, seed=defaults.seed)
     assert found.names == world.captioned().names

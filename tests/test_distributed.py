@@ -72,7 +72,8 @@ def jobs(tiny_folder, tmp_path_factory):
         whole_job(tiny_folder, folders[0])
     multiprocessing.set_forkserver_preload([__name__])  # imported once for both
     arguments = free_port(), tiny_folder, folders[1]
-    start_processes(one_of_two, arguments, nprocs=2, start_method="forkserver")
+    running = start_processes(one_of_two, arguments, nprocs=2, join=False, start_method="forkserver")
+    assert any(running.join(timeout=120) for _ in range(2))  # False for the first of the two that ends
     assert [(folder / "processes").read_text() for folder in folders] == ["1", "2"]
     return folders
 

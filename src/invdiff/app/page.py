@@ -106,7 +106,8 @@ def open_workspace(
 
 def _bundled_run() -> Parts:
     """The bundled demo, copied to the cache, where edits to its audit can be saved. Its images are drawn on demand."""
-    digest = fingerprint(*((BIRDS_DEMO / name).read_bytes() for name in ("audit/audit.json", "results.json")))
+    files = ("audit/audit.json", "module/config.json", "results.json")
+    digest = fingerprint(*((BIRDS_DEMO / name).read_bytes() for name in files))
     folder = default_cache_dir() / f"birds-demo-{digest}"
     if not folder.is_dir():
         check_writable(folder.parent, "INVDIFF_CACHE")

@@ -40,8 +40,16 @@ class Scene:
         self.horizon = rng.uniform(0.42, 0.58)
         self.hue = rng.uniform(-1, 1)  # shift of the hue of grass and water
         self.details = rng.random(40)  # of sun, waves, tufts, trees and clouds
-        self.sun = 0.1 + 0.8 * self.details[0], 0.1 + 0.16 * self.details[1] + 0.1 * (1 - self.light)
-        self.sunlight = _mix((1.0, 0.86, 0.66), (1.0, 0.98, 0.86), self.light)
+
+    @property
+    def sun(self) -> tuple[float, float]:
+        """Where it stands, higher in more light."""
+        return 0.1 + 0.8 * self.details[0], 0.1 + 0.16 * self.details[1] + 0.1 * (1 - self.light)
+
+    @property
+    def sunlight(self) -> Array:
+        """Its colour."""
+        return _mix((1.0, 0.86, 0.66), (1.0, 0.98, 0.86), self.light)
 
     @property
     def attributes(self) -> dict[str, str]:
