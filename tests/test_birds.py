@@ -14,7 +14,6 @@ from invdiff.errors import ConfigError, DataError
 from invdiff.files import read_json
 from invdiff.guidance.attach import check_fit
 from invdiff.models.load import load_pipeline
-from invdiff.report.read import trained_with
 
 ROWS = [BirdsWorld(4000, seed=1).metadata(index) for index in range(4000)]
 
@@ -117,7 +116,7 @@ def test_captioned_images_are_those_that_would_be_read_back(tmp_path):
 def test_the_bundled_demo_is_of_the_bundled_model_and_the_default_world():
     check_fit(load_pipeline(BIRDS_MODEL), load_guidance(BIRDS_DEMO / "module"))
     found = Audit.load(BIRDS_DEMO / "audit")
-    assert trained_with(found, load_guidance(BIRDS_DEMO / "module").config["record"])
+    assert found.has_trained(load_guidance(BIRDS_DEMO / "module").config["record"])
     defaults = DemoConfig()
     world = BirdsWorld(defaults.num_images, severity=defaults.severity, seed=defaults.seed)
     assert found.names == world.captioned().names

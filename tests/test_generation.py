@@ -139,6 +139,27 @@ def test_images_do_not_depend_on_batch_size_or_the_order_of_prompts(tiny_pipe, t
         assert np.abs(image.astype(int) - after[turned_name]).max() <= 1
 
 
+@pytest.mark.parametrize("draws", ["iid", "uniform"])
+def test_a_run_asked_for_more_images_draws_those_that_are_missing(tiny_pipe, tmp_path, monkeypatch, draws):
+    options = {"module": make_guidance_module(tiny_pipe, num_groups=3), "environments": draws}
+    run(tiny_pipe, tmp_path / "grown", images_per_prompt=4, **options)
+    few = contents(tmp_path / "grown")
+    more = options | {"images_per_prompt": 8}
+    stop_after(monkeypatch, 0)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_pipe, tmp_path / "grown", **more)
+    monkeypatch.undo()
+    assert not (tmp_path / "grown/manifest.jsonl").exists()  # evaluate reads no folder that is half old, half new
+    calls = count_calls(tiny_pipe)
+    rows = run(tiny_pipe, tmp_path / "grown", **more)
+    if draws == "iid":
+        assert len(calls) == 2 * 2  # two batches of new images, two steps each
+        drawn = {name: of for name, of in few.items() if name.endswith(".png")}
+        assert drawn.items() <= contents(tmp_path / "grown").items()
+    assert rows == run(tiny_pipe, tmp_path / "afresh", **more)
+    assert contents(tmp_path / "grown") == contents(tmp_path / "afresh")
+
+
 @pytest.mark.parametrize("given", [[0, 1, 1, 0, 1], [0, 1, 1, 0, 1, 1, 1, 0, 0, 0]], ids=["alike", "each"])
 def test_groups_can_be_given_for_each_image(tiny_pipe, tmp_path, given):
     module = make_guidance_module(tiny_pipe)
@@ -180,15 +201,14 @@ def test_another_run_is_not_mixed_in(tiny_pipe, tmp_path):
 
     refused("seed was 0, now 1", seed=1)
     refused("batch_size was 4, now 3", batch_size=3)
+    refused("images_per_prompt was 5, now 4", images_per_prompt=4)
+    refused("seed was 0, now 1", seed=1, images_per_prompt=6)
     refused("environments was .*0.5.*, now .*0.8", environments=[0.2, 0.8])
     refused("draws was 'stratified', now 'iid'", environments="iid")
     refused("prompts was", prompts=[*CAPTIONS, "another"])
     refused("module was '[0-9a-f]{16}', now None; environments was", module=None)
     options["module"].register_to_config(null_adapter="off")
     refused("null_adapter was None, now 'off'")
-    (tmp_path / "generate.json").write_bytes(before["generate.json"].replace(b'  "null_adapter": null,\n', b""))
-    assert run(tiny_pipe, tmp_path, **options)  # a folder from before it was recorded goes on
-    (tmp_path / "generate.json").write_bytes(before["generate.json"])
     options["module"].register_to_config(null_adapter="on")
     tiny_pipe.scheduler = diffusers.DDPMScheduler.from_config(tiny_pipe.scheduler.config)
     refused("scheduler was 'DDIMScheduler .* now 'DDPMScheduler")

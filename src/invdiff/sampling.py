@@ -163,7 +163,8 @@ def generate(
 
     Writes `<prompt index>/<image index>.png`, `manifest.jsonl` with one row per image ("file_name", "prompt", "seed",
     "environment", "scale", "guidance_scale", "num_inference_steps"), and `generate.json` with the settings. An
-    interrupted run continues where it stopped, to the same bytes; several processes share it by batches.
+    interrupted run continues where it stopped, to the same bytes; asked for more images of each prompt, a finished one
+    draws those that are missing. Several processes share it by batches.
 
     The starting noise of image k of a prompt depends on the prompt, k and `config.seed` only, so images with
     and without a module can be compared one to one. So does "environment", its group of each factor: the target mix is
@@ -270,8 +271,12 @@ def _open_folder(output_dir: Path, drawing: Drawing) -> None:
                 "Choose another folder, or empty this one."
             )
         write_json(path, settings)
-    unstated = {"null_adapter": settings["null_adapter"]}  # in folders from before it was recorded
-    check_same_settings(output_dir, unstated | read_json(path), settings)
+    earlier, more = read_json(path), {"images_per_prompt": drawing.config.images_per_prompt}
+    if earlier | more == settings and earlier["images_per_prompt"] < drawing.config.images_per_prompt:
+        (output_dir / MANIFEST).unlink(missing_ok=True)  # a group that is spread over more images may be another
+        write_json(path, settings)
+    else:
+        check_same_settings(output_dir, earlier, settings)
     for leftover in output_dir.glob("[0-9]*/.*.png"):  # of a run killed while it was writing
         leftover.unlink(missing_ok=True)
 

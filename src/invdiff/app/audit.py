@@ -43,7 +43,8 @@ class AuditBook:
         assert parts.audit is not None
         self.parts, self.folder = parts, Path(parts.audit)
         self.run = read_run(Parts(audit=parts.audit, data=parts.data))
-        self.audit, self.data = Audit.load(self.folder), self.run.data
+        assert self.run.audit is not None
+        self.audit, self.data = self.run.audit, self.run.data
         self.image = lru_cache(maxsize=MOST_KEPT)(self._image)
         self._lock = threading.Lock()
 

@@ -26,7 +26,7 @@ from ..models.families import family_of
 from ..models.load import denoiser_of, load_pipeline
 from ..report.figures import Table
 from ..report.plots import DARK, INK, PAPER, RULE, SOFT
-from ..report.read import Parts, audit_of, audits_in, find_parts, trained_with
+from ..report.read import Parts, audit_of, audits_in, find_parts
 from ..report.results_view import HEADLINES, headlines
 from ..report.write import save_report
 from ..text import one_line
@@ -192,7 +192,7 @@ def _build_generate(studio: Studio, books: Mapping[str, AuditBook]) -> GenerateT
     """Build tab Generate; its groups are those of the audit that the module was trained with, or of its record."""
     record = (studio.module.config["record"] if studio.module is not None else None) or {}
     as_many = [book for book in books.values() if book.audit.num_groups == studio.num_groups]
-    fitting = [book for book in as_many if trained_with(book.audit, record)]
+    fitting = [book for book in as_many if book.audit.has_trained(record)]
     numbers = [[f"group {group}" for group in range(count)] for count in studio.num_groups]
     recorded = [list(names) for names in record.get("group_names", ())]
     numbers = recorded if list(map(len, recorded)) == list(studio.num_groups) else numbers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,6 +235,10 @@ class Audit:
     def fingerprint(self) -> str:
         """A digest of groups and prompts, people's edits to them included; names do not count."""
         return fingerprint(*(weights.tobytes() for weights in self.group_weights), self.prompt_ids.tobytes())
+
+    def has_trained(self, record: Mapping[str, Any]) -> bool:
+        """Whether guidance of this record was trained with this audit, as it is or as it was inferred."""
+        return record.get("audit") in (self.fingerprint, (self.inferred or self).fingerprint)
 
     def check_matches(self, data: EncodedImages, denoiser_fingerprint: str) -> None:
         """Raise `AuditError` unless the audit is of exactly these images and this model."""

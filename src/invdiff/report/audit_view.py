@@ -9,7 +9,7 @@ from ..data.images import about_unreadable
 from ..text import or_dash
 from .figures import LOOK, Table, counted, e_value, percent, sentences
 from .plots import Thumb, histogram, thumb
-from .read import MOST_PROMPTS, Group, Run, Split, shown_path, trained_with
+from .read import MOST_PROMPTS, Group, Run, Split, shown_path
 
 MOST_ROWS = 40
 MOST_CANDIDATES = 6
@@ -96,7 +96,7 @@ def about_edits(edits: Edits) -> str:
 def another(run: Run) -> str:
     """That guidance was trained with another audit than this; "" where it was not, or its record does not say it."""
     record = run.module.get("record") or {}
-    same = run.audit is None or "audit" not in record or trained_with(run.audit, record)
+    same = run.audit is None or "audit" not in record or run.audit.has_trained(record)
     return "" if same else "The guidance was trained with another audit, or with this one before it was changed."
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -83,9 +84,14 @@ class Split:
     scores: _Array
     weights: _Array  # W of these images, (n, E)
     labels: _Array
-    groups: list[Group]
+    names: list[str]  # of its groups
     cuts: list[float]  # scores at which the groups part, rising: people's, or the midpoints between groups
     by_hand: bool  # whether people moved the cuts or left out images of this prompt
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The groups, their images ranked."""
+        return rank_groups(self.weights, self.scores, self.rows, self.names)
 
     @property
     def shares(self) -> list[Share]:
@@ -174,18 +180,13 @@ def audit_of(run: Path, module: Path | None) -> Path | None:
     for folder in (*by_clicks, *folders):
         with suppress(InvDiffError):  # a damaged folder beside the audit is no error of its report
             audits[folder] = Audit.load(folder)
-    if exact := next((folder for folder, of in audits.items() if record and trained_with(of, record)), None):
+    if exact := next((folder for folder, of in audits.items() if record and of.has_trained(record)), None):
         return exact
     for folder in (folder for folder in (*by_clicks, folders[0]) if folder in audits):
         words = audits[folder].asked.partition(";")[0]
         if audits[folder].biased and (record is None or str(record.get("asked", "")).partition(";")[0] == words):
             return folder
     return folders[0]
-
-
-def trained_with(audit: Audit, record: Mapping[str, Any]) -> bool:
-    """Whether guidance of this record was trained with an audit, as it is or as it was inferred."""
-    return record.get("audit") in (audit.fingerprint, (audit.inferred or audit).fingerprint)
 
 
 def read_run(parts: Parts) -> Run:
@@ -282,7 +283,6 @@ def splits_of(audit: Audit) -> list[Split]:
             rows = np.flatnonzero(audit.kept & own & known_rows(of_all))
             weights, scores = of_all[rows], audit.scores[factor, rows]
             labels, moved = weights.argmax(axis=1), audit.edits.cuts.get((factor, figures.prompt), ())
-            names = [audit.group_name(group, factor) for group in range(weights.shape[1])]
             splits.append(
                 Split(
                     index=figures.prompt,
@@ -294,7 +294,7 @@ def splits_of(audit: Audit) -> list[Split]:
                     scores=scores,
                     weights=weights,
                     labels=labels,
-                    groups=rank_groups(weights, scores, rows, names),
+                    names=[audit.group_name(group, factor) for group in range(weights.shape[1])],
                     cuts=list(moved) or gaps(scores, labels),
                     by_hand=bool(moved or not audit.kept[own].all()),
                 )
