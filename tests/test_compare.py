@@ -1,8 +1,12 @@
 """The models that a report compares, and their lines over the guidance scale and over the module's."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from conftest import made_up_measures
+from invdiff.evaluation.images import Row, pairs_of
 from invdiff.evaluation.results import Results
 from invdiff.report.compare import Comparison, charts_of, compare, modules_by_scale, over_guidance
 from invdiff.report.read import Generated, Run
@@ -59,7 +63,8 @@ def test_modules_at_two_strengths_are_lines(models, expected):
 
 def test_every_figure_has_its_chart_with_gaps_where_it_is_missing():
     line = {0.0: measures(0.9, accuracy=0.9), 0.5: measures(0.4, frechet=3.0), 1.0: measures(0.1, accuracy=0.8)}
-    charts = charts_of({"ours": line}, "scale of the module")
+    results = Results({"ours": {f"{x}": of for x, of in line.items()}})
+    charts = charts_of(results, {"ours": line}, "scale of the module")
     assert [chart.title.partition(":")[0] for chart in charts] == ["Bias", "Subject right", "Fréchet distance"]
     assert [[point[:2] for point in chart.lines[0].points] for chart in charts] == [
         [(0.0, 0.9), (0.5, 0.4), (1.0, 0.1)],
@@ -74,3 +79,28 @@ def test_a_guidance_scale_that_is_not_stated_has_no_place_on_a_line():
     models = {"base": {"3.0": measures(0.9), "1.0": measures(0.7), "unstated": measures(0.1)}}
     (chart,) = over_guidance(Results(models), Comparison("base", "base", "1.0", ["1.0", "3.0"]))
     assert [point[:2] for point in chart.lines[0].points] == [(1, 0.7), (3, 0.9)]
+
+
+def test_curves_are_of_the_distance_to_a_target_and_end_at_what_one_class_alone_has():
+    figure = made_up_measures(0.4, interval=(0.3, 0.5), floor=0.05)
+    first = replace(
+        figure.first, overall=figure.first.overall | {"fairness_discrepancy": replace(figure.bias_estimate, value=0.0)}
+    )
+    figure = replace(figure, attributes={"background": first})
+    models = {"base": {"1.0": figure, "3.0": figure}}
+    alone = Comparison("base", "base", "1.0", ["1.0", "3.0"])
+    (chart,) = over_guidance(Results(models, target={"land": 0.1, "water": 0.9}), alone)
+    assert chart.title == "Distance to the target: 0 is on target, 1.3 is farthest"
+    assert [point[1] for point in chart.lines[0].points] == [0, 0]
+    three = replace(first, counts={"a photo": {"a": 1, "b": 2, "c": 0}})
+    models = {"base": dict.fromkeys(("1.0", "3.0"), replace(figure, attributes={"kind": three}))}
+    (chart,) = over_guidance(Results(models), alone)
+    assert (chart.title, chart.top) == ("Bias: 0 is even, 0.67 is always the same class", pytest.approx(2 / 3))
+
+
+def test_a_seed_that_a_tool_notes_twice_pairs_no_images():
+    def rows(*seeds):
+        return [Row(Path(f"{k}.png"), "a bird", 3.0, None, seed, {}, "") for k, seed in enumerate(seeds)]
+
+    assert pairs_of(rows("1", "1", "2", None), rows("2", "1", None, "2", "3")) == []
+    assert pairs_of(rows("1", "2"), rows("2", "1")) == [(0, 1), (1, 0)]

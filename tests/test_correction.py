@@ -54,14 +54,14 @@ def test_projection_is_the_nearest_point_of_the_simplex(num_groups):
         np.testing.assert_allclose(moved[nearest > 0], moved.max())
 
 
-def coverage(metric, rates, p, num_images, num_prompts, *, evaluations):
+def coverage(metric, rates, p, num_images, num_prompts, *, evaluations, held=(400, 400, 400), resamples=100):
     generator = np.random.default_rng(3)
     truth = float(per_prompt(metric, [p * 1e9])[0])
     covered = 0
     for _ in range(evaluations):
         counts = generator.multinomial(num_images, p @ rates, size=num_prompts)
-        held_out = np.array([generator.multinomial(400, row) for row in rates])
-        low, high = corrected_interval(metric, counts, held_out, num_resamples=100)
+        held_out = np.array([generator.multinomial(n, row) for n, row in zip(held, rates, strict=False)])
+        low, high = corrected_interval(metric, counts, held_out, num_resamples=resamples)
         covered += low - 1e-9 <= truth <= high + 1e-9
     return covered / evaluations
 
@@ -71,6 +71,12 @@ def coverage(metric, rates, p, num_images, num_prompts, *, evaluations):
 def test_corrected_interval_covers(rates, evaluations, share, prompts):
     evaluations = 200 if prompts > 1 else evaluations
     assert coverage("bias", rates, np.array([share, 1 - share]), 200, prompts, evaluations=evaluations) >= 0.93
+
+
+def test_few_held_out_images_of_the_common_class_are_counted():
+    wrong = np.array([[0.9, 0.1], [0.1, 0.9]])
+    options = {"evaluations": 60, "held": (300, 15), "resamples": 1000}
+    assert coverage("bias", wrong, np.array([0.05, 0.95]), 500, 2, **options) >= 0.93
 
 
 @pytest.mark.parametrize("metric", METRICS)

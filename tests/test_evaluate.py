@@ -392,9 +392,38 @@ def test_lpips_is_the_mean_over_prompts_of_their_first_twenty_images(tmp_path, m
         ({"subject_attribute": "background"}, "another subject_attribute"),
         ({"extractors": [Scores("twin", [1.0]), Scores("twin", [1.0])]}, "of different names, got twin, twin"),
         ({"reference": Described({}, {}, {"pixels": np.zeros((20, 7))})}, "features of one width, got 3 and 7"),
-        ({"reference": Described({}, {}, {"others": np.zeros((20, 3))})}, "of the images .pixels., got others"),
+        (
+            {"reference": Described({}, {}, {"others": np.zeros((20, 3))})},
+            "images and reference share, got pixels and others",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(base, settings, message):
     with pytest.raises(EvaluationError, match=message):
         measure({"base": base}, **settings)
+
+
+def test_images_without_a_class_are_counted_in_a_note_and_a_prompt_of_them_alone_is_left_out(tmp_path):
+    folder = write(tmp_path / "base", ROWS)
+    rows = [{"background": background} for _, _, background, _ in ROWS]
+    change_rows(folder, [{"background": ""} if number in (0, 4, 5, 6, 7) else row for number, row in enumerate(rows)])
+    results = measure({"base": folder}, GivenLabels(["background"]))
+    first = results.models["base"]["1.0"].first
+    assert list(first.counts) == [LAND]
+    assert first.overall["bias"].value == pytest.approx(1 / 3)
+    assert any("outside its figures: 1 of 4 of base at guidance scale 1.0" in note for note in results.notes)
+    assert any(
+        f"leave out 1 of 2 prompts that have no image with a class of it, first {WATER!r}" in note
+        for note in results.notes
+    )
+
+
+def test_numbers_of_images_that_differ_are_noted(tmp_path, base):
+    assert not any("number" in note for note in measure({"base": base}).notes)
+    more = write(tmp_path / "more", ROWS * 2)
+    assert any("images of a prompt number 4 to 8" in note for note in measure({"base": base, "more": more}).notes)
+
+
+def test_accuracy_of_an_annotator_is_of_the_images_that_it_names(base):
+    annotator = ReadsPixels(np.array([[70, 0, 30], [0, 70, 30]]))
+    assert measure({"base": base}, annotator).annotator.accuracy["background"] == 1.0

@@ -10,7 +10,17 @@ import torch
 from PIL import Image
 
 from conftest import make_guidance_lora, make_tiny_pipeline
-from invdiff import Audit, AuditConfig, GenerateConfig, Results, audit, generate, load_captioned_images, load_guidance
+from invdiff import (
+    Audit,
+    AuditConfig,
+    GenerateConfig,
+    Results,
+    audit,
+    evaluate,
+    generate,
+    load_captioned_images,
+    load_guidance,
+)
 from invdiff.auditing import probe
 from invdiff.auditing.edits import apply
 from invdiff.auditing.evidence import Evidence
@@ -101,6 +111,16 @@ def test_images_are_judged_by_the_command(audited, tmp_path):
     assert results.classes["place"] == ("land", "water")
     assert "shares the audit's mistakes" in results.notes[0]
     assert np.sum(results.annotator.confusion["place"]) == 18  # every labelled image was left out once
+
+
+def test_prompts_that_a_factor_does_not_split_have_no_figures_of_it(audited, tmp_path):
+    found = Audit.load(audited / "audit")
+    (prompt,) = found.prompts
+    prompts = [replace(prompt, captions=[LAND]), replace(prompt, prompt=WATER, captions=[WATER], found=False)]
+    folder = replace(found, prompts=prompts).save(tmp_path / "audit")
+    judge = load_annotator(str(folder), model=str(audited / "model"))
+    results = evaluate(audited / "images", judge, "place", progress=False)
+    assert [list(measures.first.counts) for *_, measures in results.each()] == [[LAND]]
 
 
 def test_the_judge_needs_the_model_that_was_audited(audited, tmp_path):

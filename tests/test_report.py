@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -51,7 +52,7 @@ def test_figures_and_groups_are_those_of_the_results_and_of_the_audit(finished, 
         bias = results.models[model]["1.0"].first.overall["bias"]
         assert f"{bias.value:.2f} {bias.low:.2f} to {bias.high:.2f}" in page.words
         assert f"{bias.value:.2f} ({bias.low:.2f} to {bias.high:.2f})" in twin
-        assert f"the {bias.floor:.2f} that a perfectly fair sampler" in page.words
+        assert f"the {bias.floor:.2f} that a fair sampler" in page.words
         low, high = (percent(end) for end in share_interval(count, 20))
         assert f"{percent(count / 20)} {low} to {high}" in page.words
         assert f"{percent(count / 20)} ({low} to {high})" in twin
@@ -265,8 +266,22 @@ def test_nothing_found_and_one_model_alone_are_said_plainly(tmp_path):
     for text in (page.words, " ".join(twin.split())):
         assert "The audit found no hidden group in 40 images under 2 prompts." in text
         assert f"one hump, not {LAND}" in text
-        assert "No guided model was measured beside it" in text
+        assert "No other model was measured beside it" in text
         assert "nothing is compared" in text
+
+
+def test_the_verdict_counts_the_errors_of_the_annotator(tmp_path):
+    folders = {name: make_images(tmp_path / name, {LAND: n}) for name, n in (("base", 18), ("guided", 10))}
+    results = measured(folders)
+    first = results.models["guided"]["3.0"].first
+    errs = replace(first.overall["bias"], corrected=0.8, corrected_low=0.5, corrected_high=1.0)
+    guided = replace(first, overall=first.overall | {"bias": errs})
+    measures = replace(results.models["guided"]["3.0"], attributes={"background": guided})
+    replace(results, models=results.models | {"guided": {"3.0": measures}}).save(tmp_path / "results.json")
+    _, twin = report(tmp_path / "out", results=tmp_path / "results.json")
+    assert "with guidance it is 0.00, or 0.80 (0.50 to 1.00) corrected for the annotator's errors." in twin
+    assert "these images do not prove a change" in twin
+    assert "cannot be distinguished" not in twin
 
 
 @pytest.mark.parametrize(
@@ -281,12 +296,12 @@ def test_with_a_target_the_verdict_is_by_the_distance_to_it(tmp_path, before, af
     results = measured(folders, target={"land": 0.2, "water": 0.8})
     results.save(tmp_path / "results.json")
     page, twin = report(tmp_path / "out", results=tmp_path / "results.json")
-    lead = "The distance of “background” to its target in images of the base model "
+    lead = "Distance to the target of “background” in images of the base model "
     assert all(lead + words in " ".join(text.split()) for text in (page.words, twin))
     assert "Distance to the target at guidance scale 3" in page.words
     glance = twin.partition("What did the audit find?")[0]
     assert "| Distance to the target (95% interval) | A sampler on target shows |" in glance
-    assert "0 is on target, 1.13 the farthest." in glance
+    assert "0 is on target, 1.1 is farthest." in glance
     assert "Bias (" not in glance
 
 

@@ -24,10 +24,9 @@ from ..guidance.attach import check_fit
 from ..guidance.backends import load_guidance
 from ..models.families import family_of
 from ..models.load import denoiser_of, load_pipeline
-from ..report.figures import Table
 from ..report.plots import DARK, INK, PAPER, RULE, SOFT
 from ..report.read import Parts, audit_of, audits_in, find_parts
-from ..report.results_view import HEADLINES, headlines
+from ..report.results_view import headlines
 from ..report.write import save_report
 from ..text import one_line
 from .audit import AuditBook, AuditTab
@@ -232,11 +231,10 @@ def compare(runs: Mapping[str, Parts]) -> str:
     for name, parts in runs.items():
         assert parts.results is not None
         results = Results.load(parts.results)
-        rows = [[model, scale.removesuffix(".0"), *headlines(measures)] for model, scale, measures in results.each()]
-        run = f"{name}: Bias" if len(runs) > 1 else "Bias"
-        caption = f"{run} of “{one_line(results.attribute, 60)}”, with {results.confidence:.0%} intervals"
-        columns, notes = ("Model", "Guidance scale", *HEADLINES), [f"{note}." for note in results.notes]
-        shown.append(fragment("table", Table(columns, rows, caption, notes)))
+        run = f"{name}: " if len(runs) > 1 else ""
+        of = f"{results.criterion.name} of “{one_line(results.attribute, 60)}”"
+        caption, notes = f"{run}{of}, with {results.confidence:.0%} intervals", [f"{note}." for note in results.notes]
+        shown.append(fragment("table", headlines(results, results.each(), caption, notes)))
     return "".join(shown)
 
 

@@ -95,31 +95,33 @@ def print_results(results: Results) -> None:
 
     The table fits 80 columns: figures corrected for the annotator's errors are shown where they differ.
     """
-    biases = [measures.bias_estimate for _, _, measures in results.each()]
-    known = [(bias.corrected, bias.value) for bias in biases if bias.corrected is not None]
-    matters = any(abs(corrected - plain) >= 0.0005 for corrected, plain in known)
+    from ..report.figures import corrected  # not needed by other commands
+
+    figures, by = [results.judged(measures) for _, _, measures in results.each()], results.criterion
+    matters = any(map(corrected, figures))
     counts = {measures.images_per_prompt for _, _, measures in results.each()}
-    caption = "floor: Bias expected of a fair model with as many independent images"
+    caption = f"floor: {by.name} expected of a {by.sampler} with as many independent images"
     if matters:
         caption += "\ncorrected: for the annotator's errors on held-out images; its interval is in the results"
-    elif known:
-        caption += "\nCorrecting for the annotator's errors on held-out images moves no Bias shown."
+    elif any(figure.corrected is not None for figure in figures):
+        caption += f"\nCorrecting for the annotator's errors on held-out images moves no {by.name.split()[0]} shown."
     rows = []
-    for (model, scale, measures), bias in zip(results.each(), biases, strict=True):
+    for (model, scale, measures), figure in zip(results.each(), figures, strict=True):
         cells = {
             "model": model,
             "CFG": scale.removesuffix(".0"),
             "images": f"{measures.images_per_prompt}" if len(counts) > 1 else None,
-            "Bias": f"{bias.value:.3f}",
-            f"{results.confidence:.0%} interval": f"{bias.low:.3f} to {bias.high:.3f}",
-            "floor": f"{bias.floor:.3f}",
-            "corrected": _or_dash(bias.corrected, ".3f") if matters else None,
+            by.name.split()[0]: f"{figure.value:.3f}",
+            f"{results.confidence:.0%} interval": f"{figure.low:.3f} to {figure.high:.3f}",
+            "floor": f"{figure.floor:.3f}",
+            "corrected": _or_dash(figure.corrected, ".3f") if matters else None,
             "subject": _or_dash(measures.accuracy, ".1%"),
             "Fréchet": _or_dash(measures.frechet, ".3g"),
         }
         rows.append({name: cell for name, cell in cells.items() if cell is not None})
     details = dict.fromkeys(rows[0], _NUMBER | {"no_wrap": True}) | {"model": _FOLDED | {"min_width": 6}}
-    title = f"Bias of {results.attribute}" + (f", {min(counts)} images of each prompt" if len(counts) == 1 else "")
+    each = f", {min(counts)} images of each prompt" if len(counts) == 1 else ""
+    title = f"{by.name} of {results.attribute}{each}"
     _print_table(title, rows, details, caption)
     for note in results.notes:
         Console().print(Text(f"Note: {note}."), soft_wrap=True)

@@ -24,7 +24,7 @@ from .images import Folders, Row, common_prompts, read_images, resolve_folders, 
 from .measure import measure, preserve
 from .quality.extractors import FeatureExtractor, load_extractor, lpips_network
 from .quality.figures import common_group_size
-from .results import AnnotatorRecord, Measures, Results
+from .results import CANNOT_TELL, AnnotatorRecord, Measures, Results
 
 
 def evaluate(
@@ -101,6 +101,7 @@ def evaluate(
         confusion=corrections,
         subject_of=named_subjects(prompts, classes[subject]) if subject else {},
         target=tuple(target[name] for name in of_first) if target else None,
+        apart=annotator.unsplit if isinstance(annotator, AuditAnnotator) else {},
         config=config,
     )
     network = lpips_network() if config.lpips else None
@@ -109,15 +110,18 @@ def evaluate(
     clip: Any = next((extractor for extractor in extractors if hasattr(extractor, "text_features")), None)
     settings: Any = {"min_confidence": config.min_confidence, "batch_size": config.batch_size}
     settings |= {"extractors": extractors, "progress": progress}
+    if reference is not None:
+        ours = [*filter(None, [annotator.feature_name]), *(extractor.name for extractor in extractors)]
+        theirs = ours if isinstance(reference, CaptionedImages) else list(reference.features)
+        if not set(ours) & set(theirs):
+            told = " and ".join(", ".join(names) or "none" for names in (ours, theirs))
+            raise EvaluationError(f"Expected features that images and reference share, got {told}. Name some.")
     if isinstance(reference, CaptionedImages):
         reference = describe_images(reference, annotator, **settings)
     parts: dict[tuple[str, str], tuple[list[Row], Described]] = {}
     with progress_bar("annotating", sum(map(len, rows_by_model.values())), enabled=progress) as bar:
         for model, rows in rows_by_model.items():
             seen = describe_images(rows, annotator, bar=bar, **settings)
-            if reference is not None and not reference.features.keys() & seen.features.keys():
-                ours, theirs = (", ".join(of.features) or "none" for of in (seen, reference))
-                raise EvaluationError(f"Expected reference features of the images ({ours}), got {theirs}. Name some.")
             for key in scale_keys(rows):
                 places = [place for place, row in enumerate(rows) if row.scale_key == key]
                 parts[model, key] = [rows[place] for place in places], seen.take(places)
@@ -125,7 +129,10 @@ def evaluate(
     models: dict[str, dict[str, Measures]] = {model: {} for model in rows_by_model}
     with progress_bar("measuring", len(parts), enabled=progress) as bar:
         for (model, key), part in parts.items():
-            measures = measure(*part, question, reference=reference, group_size=size, clip=clip, lpips=network)
+            try:
+                measures = measure(*part, question, reference=reference, group_size=size, clip=clip, lpips=network)
+            except EvaluationError as error:
+                raise EvaluationError(f"{model} at guidance scale {key}: {error}") from error
             if model != baseline and (baseline, key) in parts:
                 measures = replace(measures, preservation=preserve(*part, *parts[baseline, key], question))
             models[model][key] = measures
@@ -139,7 +146,7 @@ def evaluate(
         annotator=AnnotatorRecord(
             annotator.name,
             config.min_confidence,
-            {name: None if of is None else float(np.trace(of) / np.sum(of)) for name, of in confusion.items()},
+            {name: None if of is None else _accuracy(of) for name, of in confusion.items()},
             {name: None if of is None else np.asarray(of).tolist() for name, of in confusion.items()},
         ),
         target=target,
@@ -148,6 +155,12 @@ def evaluate(
         module_scales={model: scale for model, (scale, *others) in scales.items() if scale is not None and not others},
     )
     return replace(results, notes=(*warnings, *_notes(results, annotator, question, prompts, reference)))
+
+
+def _accuracy(confusion: np.ndarray) -> float | None:
+    """The share of held-out images with the right class, of those that have any; (true class, class or none)."""
+    known = confusion[:, : len(confusion)]
+    return float(np.trace(known) / known.sum()) if known.any() else None
 
 
 def named_subjects(prompts: Sequence[str], classes: Sequence[str]) -> dict[str, str]:
@@ -179,6 +192,16 @@ def _notes(
                 f"how {annotator.name} errs on {name} is not known, so no figure is corrected for it: measure it on "
                 "labelled images"
             )
+        if isinstance(annotator, GivenLabels):
+            notes.append(f"classes of {name} are those that labels name: {', '.join(question.classes[name])}")
+        unsure = []
+        for model, key, measures in results.each():
+            rows = measures.attributes[name].counts.values()
+            if none := sum(row.get(CANNOT_TELL, 0) for row in rows):
+                total = sum(sum(row.values()) for row in rows)
+                unsure.append(f"{none:,} of {total:,} of {model} at guidance scale {key}")
+        if unsure:
+            notes.append(f"images without a class of {name} are outside its figures: {'; '.join(unsure)}")
         for group in question.classes[name]:
             counts = [row.get(group, 0) for *_, m in results.each() for row in m.attributes[name].counts.values()]
             if not sum(counts):
@@ -196,10 +219,17 @@ def _notes(
     if reference is not None and reference.unreadable:
         total = len(reference) + len(reference.unreadable)
         notes.append("of the reference, " + about_unreadable(reference.unreadable, total).rstrip("."))
+    numbers = sorted({sum(row.values()) for *_, of in results.each() for row in of.first.counts.values()})
+    if len(numbers) > 1:
+        notes.append(
+            f"images of a prompt number {numbers[0]:,} to {numbers[-1]:,}: accuracy and CLIP-T weigh a prompt by its "
+            "images, and distances such as Fréchet's are larger of fewer images"
+        )
     for model, key, measures in results.each():
         where = f"{model} at guidance scale {key}"
-        said = measures.first.note, measures.subject_accuracy.note if measures.subject_accuracy else ""
-        notes += [f"{where}: {note}" for note in said if note]
+        said = [of.note for of in measures.attributes.values()]
+        said += [measures.subject_accuracy.note] if measures.subject_accuracy else []
+        notes += [f"{where}: {note}" for note in dict.fromkeys(said) if note]
         if results.baseline and key not in results.models[results.baseline]:
             notes.append(f"{where}: {results.baseline} has no images at this guidance scale to compare seed by seed")
     return notes

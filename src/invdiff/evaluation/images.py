@@ -83,6 +83,19 @@ def common_prompts(rows_by_model: Mapping[str, Sequence[Row]]) -> list[str]:
     return prompts
 
 
+def pairs_of(rows: Sequence[Row], others: Sequence[Row]) -> list[tuple[int, int]]:
+    """Places of what both drew of one prompt, guidance scale and seed, in the order of `rows`.
+
+    A seed that is given twice is ambiguous, as where a tool notes that of a batch, and pairs nothing.
+    """
+    places = []
+    for side in (rows, others):
+        keys = [(row.prompt, row.scale_key, row.seed) for row in side]
+        times = Counter(keys)
+        places.append({key: k for k, key in enumerate(keys) if times[key] == 1 and key[2] is not None})
+    return [(place, places[1][key]) for key, place in places[0].items() if key in places[1]]
+
+
 def scale_keys(rows: Sequence[Row]) -> list[str]:
     """The guidance scales present, ascending, "unstated" last."""
     return sorted({row.scale_key for row in rows}, key=scale_order)

@@ -16,7 +16,7 @@ from .annotate import Described, Question
 from .fairness.correction import correct_for_annotator, corrected_interval
 from .fairness.intervals import interval, mean_interval
 from .fairness.metrics import METRICS, metric_floor, per_prompt, squared_discrepancy_unbiased
-from .images import Row
+from .images import Row, pairs_of
 from .quality.distances import mean_cosine_distance, paired_cosines
 from .quality.extractors import LPIPS
 from .quality.figures import group_figures, quality_figures, share, where_defined
@@ -48,7 +48,16 @@ def measure(
         right = np.where(unclear | (named < 0), -1, seen.classes[subject] == named)
     kinds = [question.classes[name] for name in question.attributes]
     attributes = {
-        name: _spread(name, names, prompts, seen.classes[name], seen.probabilities[name], right, question)
+        name: _spread(
+            name,
+            names,
+            prompts,
+            seen.classes[name],
+            seen.probabilities[name],
+            right,
+            question,
+            question.apart.get(name, set()),
+        )
         for name, names in zip(question.attributes, kinds, strict=True)
     }
     if len(kinds) > 1:
@@ -57,7 +66,8 @@ def measure(
         certain = np.all([of < size for of, size in zip(columns, sizes, strict=True)], axis=0)
         joint = np.where(certain, np.ravel_multi_index(tuple(columns), sizes, mode="clip"), np.prod(sizes))
         name, names = " x ".join(question.attributes), tuple(map(" x ".join, product(*kinds)))
-        attributes[name] = _spread(name, names, prompts, joint, None, right, question)
+        apart = set[str]().union(*(question.apart.get(part, ()) for part in question.attributes))
+        attributes[name] = _spread(name, names, prompts, joint, None, right, question, apart)
     known, accuracy = right[right >= 0], None
     if len(known):
         untold = f"accuracy leaves out {unclear.sum()} of {len(rows)} images, whose {subject} is not told"
@@ -85,12 +95,7 @@ def preserve(
         note = f"cosine distance, {len(moved)} pairs; the baseline's own images are {unrelated:.3g} apart"
         return Quantity(float(moved.mean()), *mean_interval(moved), note=note)
 
-    places = []
-    for side in (rows, base_rows):
-        keys = [(row.prompt, row.seed) for row in side]
-        times = Counter(keys)  # a seed that repeats within a prompt is ambiguous
-        places.append({key: k for k, key in enumerate(keys) if times[key] == 1 and key[1] is not None})
-    pairs = [(place, places[1][key]) for key, place in places[0].items() if key in places[1]]
+    pairs = pairs_of(rows, base_rows)
     if len(pairs) < 2:
         why = "not defined: the manifests share no two seeds of a prompt with the baseline, each given once"
         return {"feature shift": Quantity(None, note=why)}
@@ -165,10 +170,28 @@ def _spread(
     probabilities: NDArray[np.float32] | None,
     right: NDArray[np.int64],
     question: Question,
+    apart: set[str],
 ) -> AttributeMeasures:
-    """How one attribute's classes (N,), called `names`, are spread over the images of each prompt."""
-    place = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    index = np.array([place[prompt] for prompt in prompts])
+    """How one attribute's classes (N,), called `names`, are spread over the images of each prompt.
+
+    Prompts that lie `apart`, or none of whose images has a class, are left out.
+    """
+    told = {prompt for prompt, of in zip(prompts, classes, strict=True) if of < len(names)}
+    place = {prompt: number for number, prompt in enumerate(p for p in dict.fromkeys(prompts) if p in told - apart)}
+    if not place:
+        raise EvaluationError(
+            f"Expected an image with a class of {name}, found none at a confidence of "
+            f"{question.config.min_confidence:g}. Ask for less, or use a better annotator."
+        )
+    unclear, notes = [prompt for prompt in dict.fromkeys(prompts) if prompt not in told | apart], []
+    if unclear:
+        notes.append(
+            f"figures of {name} leave out {len(unclear)} of {len(set(prompts))} prompts that have no image with a "
+            f"class of it, first {unclear[0]!r}"
+        )
+    chosen = [k for k, prompt in enumerate(prompts) if prompt in place]
+    index, classes, right = np.array([place[prompts[k]] for k in chosen]), classes[chosen], right[chosen]
+    probabilities = None if probabilities is None else probabilities[chosen]
     target, config = question.target if name == question.attributes[0] else None, question.config
 
     def count(chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -191,21 +214,14 @@ def _spread(
             for metric in METRICS
         }
 
-    counts = count(np.ones(len(prompts), dtype=bool))
-    for prompt, number in place.items():
-        if not counts[number, :-1].any():
-            raise EvaluationError(
-                f"Expected an image of {prompt!r} with a class of {name}, found none at a confidence of "
-                f"{config.min_confidence:g}. Ask for less, use a better annotator, or leave the prompt out."
-            )
-    shown, note = {}, ""
+    counts, shown = count(np.ones(len(index), dtype=bool)), {}
     if (right >= 0).any():
         table = count(right == 1)
         kept = table[:, :-1].sum(axis=1) > 0
         shown = estimates(table[kept]) if kept.any() else {}
         left_out = [prompt for prompt, number in place.items() if not kept[number]]
         if left_out:
-            note = (
+            notes.append(
                 f"figures of images whose subject is right leave out {len(left_out)} of {len(place)} prompts that "
                 f"have none, first {left_out[0]!r}"
             )
@@ -217,7 +233,7 @@ def _spread(
         subject_right=shown,
         by_prompt={prompt: estimates(counts[[number]], few) for prompt, number in place.items() if len(place) > 1},
         softmax_discrepancy=_softmax(index, probabilities, target, question),
-        note=note,
+        note="; ".join(notes),
     )
 
 

@@ -15,6 +15,7 @@ from ..data.tables import MANIFESTS
 from ..errors import EvaluationError, first_line
 from ..files import read_json, write_json, write_text
 from ..options import typed
+from .fairness.metrics import METRICS, target_shares
 
 CANNOT_TELL = "cannot tell"  # the label of an image that an annotator is not confident about
 AUDIT = "the audit"  # the name of an audit as annotator
@@ -152,6 +153,18 @@ class AnnotatorRecord:
 
 
 @dataclass(frozen=True)
+class Criterion:
+    """The metric that the mix of the first attribute is judged by."""
+
+    metric: str  # its name in `METRICS`
+    name: str  # for people
+    sampler: str  # who would show the floor by chance
+    fair: str  # what 0 means
+    unfair: str  # what its greatest value means
+    greatest: float
+
+
+@dataclass(frozen=True)
 class Results:
     """Measures by model and guidance scale, and how they were made."""
 
@@ -188,9 +201,19 @@ class Results:
             for scale, measures in by_scale.items():
                 yield model, scale, measures
 
-    def judged(self, measures: Measures) -> Estimate:
+    @property
+    def criterion(self) -> Criterion:
         """What the first attribute's mix is judged by: its distance to the target where one was given, else Bias."""
-        return measures.first.overall["fairness_discrepancy"] if self.target else measures.bias_estimate
+        words = ("bias", "Bias", "fair sampler", "even", "always the same class")
+        if self.target:
+            words = ("fairness_discrepancy", "Distance to the target", "sampler on target", "on target", "farthest")
+        classes = next(iter(next(self.each())[2].shares.values()))
+        target = target_shares(list(self.target.values()) or None, len(classes))
+        return Criterion(*words, METRICS[words[0]].limits(target)[1])
+
+    def judged(self, measures: Measures) -> Estimate:
+        """The figure of the criterion."""
+        return measures.first.overall[self.criterion.metric]
 
     def at(self, scale: str) -> dict[str, Measures]:
         """Model to measures of those that were measured at one guidance scale."""

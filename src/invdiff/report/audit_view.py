@@ -9,12 +9,10 @@ from ..data.images import about_unreadable
 from ..text import or_dash
 from .figures import LOOK, Table, counted, e_value, percent, sentences
 from .plots import Thumb, histogram, thumb
-from .read import MOST_PROMPTS, Group, Run, Split, shown_path
+from .read import MOST_PROMPTS, Run, Split, shown_path
 
 MOST_ROWS = 40
 MOST_CANDIDATES = 6
-IMAGES_PER_GROUP = 12
-UNCERTAIN = 4
 
 
 def found(run: Run, audit: Audit) -> dict[str, Any]:
@@ -103,7 +101,7 @@ def another(run: Run) -> str:
 def withheld(run: Run) -> str:
     """Which images of the section are not shown, and why; "" where all are, or none is given."""
     groups = [group for split in run.splits[:MOST_PROMPTS] for group in split.groups] if run.data is not None else []
-    chosen = {at for group in groups for at in (*group.typical[:IMAGES_PER_GROUP], *_uncertain(group))}
+    chosen = {at for group in groups for positions in group.shown for at in positions}
     outside = sum(not run.may_show(at) for at in chosen)
     verb, whose = ("is", "its file lies") if outside == 1 else ("are", "their files lie")
     words = (
@@ -158,8 +156,8 @@ def _prompt(split: Split, run: Run, words: AuditWords | None) -> dict[str, Any]:
             {
                 "share": share,
                 "words": entry.line if entry else "",
-                "typical": thumbs(group.typical[:IMAGES_PER_GROUP], f"typical of {group.name}"),
-                "uncertain": thumbs(_uncertain(group), f"{group.name}, uncertain"),
+                "typical": thumbs(group.shown[0], f"typical of {group.name}"),
+                "uncertain": thumbs(group.shown[1], f"{group.name}, uncertain"),
             }
         )
     return {
@@ -179,10 +177,6 @@ def _prompt(split: Split, run: Run, words: AuditWords | None) -> dict[str, Any]:
         "remarks": sentences(remarks(prompt)),
         "candidates": candidates_table(prompt.candidates),
     }
-
-
-def _uncertain(group: Group) -> list[int]:
-    return [at for at in group.uncertain if at not in group.typical[:IMAGES_PER_GROUP]][:UNCERTAIN]
 
 
 def _cut(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str, most: int) -> Table:

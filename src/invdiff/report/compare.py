@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from ..evaluation.images import Row, scale_keys
+from ..evaluation.images import Row, pairs_of, scale_keys
 from ..evaluation.results import UNSTATED, Measures, Quantity, Results, scale_order
 from .plots import Chart, Line
 from .read import Run
@@ -11,12 +11,6 @@ from .read import Run
 BASE, GUIDED = "base", "guided"
 LABELS = {BASE: "Base model", GUIDED: "With guidance"}
 MOST_MODELS = 8  # models shown beside each other
-CHARTS: Mapping[str, Callable[[Measures], Quantity | None]] = {
-    "Bias: 0 is even, 1 is always the same class": lambda m: m.bias_estimate,
-    "Subject right: share of images with the prompt's subject": lambda m: m.subject_accuracy,
-    "Fréchet distance: lower is closer to real images": lambda m: Quantity(m.frechet),
-}
-"""Title of a chart to its figure."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +57,10 @@ def compare(run: Run) -> Comparison | None:
     shown = [model for model in _in_order(results, before, after) if model in at_key] if results else []
     pairs: dict[str, list[tuple[Row, Row]]] = {}
     if before != after and {before, after} <= images.keys():
-        theirs = {(row.prompt, row.seed): row for row in images[after].rows if row.scale_key == key}
-        for row in images[before].rows:
-            other = theirs.get((row.prompt, row.seed))
-            if row.scale_key == key and row.seed is not None and other is not None:
-                pairs.setdefault(row.prompt, []).append((row, other))
+        mine, theirs = images[before].rows, images[after].rows
+        for place, other in pairs_of(mine, theirs):
+            if mine[place].scale_key == key:
+                pairs.setdefault(mine[place].prompt, []).append((mine[place], theirs[other]))
     return Comparison(before, after, key, keys, {model: at_key[model] for model in shown}, pairs)
 
 
@@ -83,7 +76,7 @@ def over_guidance(results: Results, chosen: Comparison) -> list[Chart]:
         lines[label(model)] = dict(sorted(by_scale.items()))
     if len({scale for line in lines.values() for scale in line}) < 2:
         return []
-    return charts_of(lines, "guidance scale", base=label(chosen.before) if len(lines) > 1 else "")
+    return charts_of(results, lines, "guidance scale", base=label(chosen.before) if len(lines) > 1 else "")
 
 
 def modules_by_scale(results: Results, chosen: Comparison) -> dict[str, dict[float, Measures]]:
@@ -108,21 +101,28 @@ def modules_by_scale(results: Results, chosen: Comparison) -> dict[str, dict[flo
 
 def over_module(results: Results, chosen: Comparison) -> list[Chart]:
     """Every figure over the strength of the module, one line for each module; none of fewer than two strengths."""
-    return charts_of(modules_by_scale(results, chosen), "scale of the module")
+    return charts_of(results, modules_by_scale(results, chosen), "scale of the module")
 
 
-def charts_of(lines: Mapping[str, Mapping[float, Measures]], x_name: str, *, base: str = "") -> list[Chart]:
+def charts_of(
+    results: Results, lines: Mapping[str, Mapping[float, Measures]], x_name: str, *, base: str = ""
+) -> list[Chart]:
     """Every figure of these lines over one x axis, that of `base` in grey."""
+    by = results.criterion
+    titles: dict[str, tuple[Callable[[Measures], Quantity | None], float | None]] = {  # figure, and end of the y axis
+        f"{by.name}: 0 is {by.fair}, {by.greatest:.2g} is {by.unfair}": (results.judged, by.greatest),
+        "Subject right: share of images with the prompt's subject": (lambda m: m.subject_accuracy, 1.0),
+        "Fréchet distance: lower is closer to real images": (lambda m: Quantity(m.frechet), None),
+    }
     places = {name: place for place, name in enumerate(name for name in lines if name != base)}
-    floors = [[(x, m.bias_floor) for x, m in line.items()] for line in lines.values() if line]
-    charts = []
-    for title, figure in CHARTS.items():
+    floors = [[(x, results.judged(m).floor) for x, m in line.items()] for line in lines.values() if line]
+    charts: list[Chart] = []
+    for title, (figure, top) in titles.items():
         drawn = []
         for name, line in lines.items():
             found = [(x, figure(measures) or Quantity(None)) for x, measures in line.items()]
             if any(q.value is not None for _, q in found):
                 drawn.append(Line(name, [(x, q.value, q.low, q.high) for x, q in found], places.get(name)))
         if drawn:
-            top = None if title.startswith("Fréchet") else 1.0
-            charts.append(Chart(title, x_name, drawn, top, floors if title.startswith("Bias") else ()))
+            charts.append(Chart(title, x_name, drawn, top, () if charts else floors))
     return charts

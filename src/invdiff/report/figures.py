@@ -84,9 +84,10 @@ def estimate(entry: Estimate | None) -> str:
 
 def corrected(entry: Estimate | None) -> str:
     """The same corrected for the annotator's errors; "" where that is not known or changes no digit."""
-    if entry is None or entry.corrected is None or abs(entry.corrected - entry.value) < 0.0005:
+    if entry is None or entry.corrected is None:
         return ""
-    return with_interval(bias, entry.corrected, entry.corrected_low, entry.corrected_high)
+    words = with_interval(bias, entry.corrected, entry.corrected_low, entry.corrected_high)
+    return "" if words == estimate(entry) else words
 
 
 def quantity(name: str, figure: Quantity | None) -> str:

@@ -100,11 +100,9 @@ def _of_split(split: Split, run: Run, words: AuditWords | None) -> list[Image.Im
         heading = f"{one_line(group.name, 30)} · {percent(group.share)} · {counted(group.size, 'image')}"
         groups.append(text(heading, 24, width, bold=True, dot=colour_of(group.index)))
         groups += [text(entry.line, 20, width, soft=True)] if entry and entry.words else []
-        typical = group.typical[:COLUMNS]
-        uncertain = [position for position in group.uncertain if position not in typical][:COLUMNS]
-        for note, positions in (("most typical", typical), ("least certain", uncertain)):
+        for note, positions in zip(("most typical", "least certain"), group.shown, strict=True):
             if positions:
-                groups += [text(note, 18, width, soft=True), strip(run.images_at(positions), width)]
+                groups += [text(note, 18, width, soft=True), strip(run.images_at(positions[:COLUMNS]), width)]
         groups.append(_space(24))
     beside = _below(groups)
 

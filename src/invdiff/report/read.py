@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 GENERATED = MANIFESTS[0]
 MOST_PROMPTS = 8  # prompts that pictures and reports show in detail
+TYPICAL, UNCERTAIN = 12, 8  # images of a group that they show at most
 _Array = NDArray[Any]
 
 
@@ -69,6 +70,12 @@ class Group:
     size: int
     typical: list[int]  # highest weight first, then the most extreme score on the group's side
     uncertain: list[int]  # lowest weight first, then closest to another group's scores
+
+    @property
+    def shown(self) -> tuple[list[int], list[int]]:
+        """Images that reports and their pictures show: the most typical, and the least certain of the others."""
+        typical = self.typical[:TYPICAL]
+        return typical, [at for at in self.uncertain if at not in typical][:UNCERTAIN]
 
 
 @dataclass(frozen=True)
@@ -213,6 +220,7 @@ def read_run(parts: Parts) -> Run:
             rows_in = {folder: rows for folder, rows in rows_in.items() if all(row.scale in fitting for row in rows)}
         if results and not measured(results, model, [row for rows in rows_in.values() for row in rows]):
             others = [folder for folder, rows in rows_in.items() if not measured(results, model, rows)]
+            others = others or list(rows_in)  # each fits alone, and nothing says which of them was measured
             unmeasured += [shown_path(folder, parts.run) for folder in others]
             rows_in = {folder: rows for folder, rows in rows_in.items() if folder not in others}
         files = [folder / "generate.json" for folder in rows_in]

@@ -1,7 +1,7 @@
 """The sections of a report about generated images: the glance, what changed prompt by prompt, and what it cost."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -10,9 +10,9 @@ import numpy as np
 from ..data.images import read_image
 from ..data.tables import labels_in
 from ..errors import DataError
-from ..evaluation.fairness.metrics import METRICS, target_shares
+from ..evaluation.fairness.metrics import METRICS
 from ..evaluation.images import Row
-from ..evaluation.results import CANNOT_TELL, AttributeMeasures, Measures, Quantity, Results
+from ..evaluation.results import CANNOT_TELL, AttributeMeasures, Estimate, Measures, Quantity, Results
 from .audit_view import summary
 from .compare import BASE, GUIDED, Comparison, label, modules_by_scale, over_guidance, over_module
 from .figures import (
@@ -38,8 +38,8 @@ from .read import MOST_PROMPTS, Run
 PAIRS = 8
 MOST_FIGURES = 40
 TRAINING_DATA = "Training data"
+CORRECTED = "Corrected for the annotator"
 DATA_COLOUR = "#a9793f"  # of no group, class or model
-HEADLINES = ("Bias", "Floor", "Subject right", "Fréchet distance", "Images a prompt")
 
 
 def glance(run: Run, chosen: Comparison | None) -> dict[str, Any]:
@@ -53,19 +53,15 @@ def glance(run: Run, chosen: Comparison | None) -> dict[str, Any]:
     results = run.results
     if results is None:
         return view
-    metric, sampler, farthest = "Bias", "fair sampler", 1.0
-    if target := list(results.target.values()):
-        metric, sampler = "Distance to the target", "sampler on target"
-        farthest = METRICS["fairness_discrepancy"].limits(target_shares(target, len(target)))[1]
-    measured = f"{metric} ({results.confidence:.0%} interval)"
-    columns = ("", measured, f"A {sampler} shows", "Corrected for the annotator")
+    by = results.criterion
+    columns = ("", f"{by.name} ({results.confidence:.0%} interval)", f"A {by.sampler} shows", CORRECTED)
     found = [(label(model), results.judged(chosen.measures[model])) for model in dict.fromkeys(both)]
     rows = [[name, estimate(of), bias(of.floor), corrected(of) or ABSENT] for name, of in found]
     view["sentences"].append(_verdict(results, chosen))
     return view | {
         "headlines": [{"label": name, "figure": of, "corrected": corrected(of)} for name, of in found],
-        "metric": metric,
-        "most": farthest,  # the metric's greatest value
+        "by": by,
+        "floors": " and ".join(dict.fromkeys(bias(of.floor) for _, of in found)),
         "table": Table(columns, rows),
         "where": where(chosen),
     }
@@ -74,25 +70,37 @@ def glance(run: Run, chosen: Comparison | None) -> dict[str, Any]:
 def _verdict(results: Results, chosen: Comparison) -> str:
     """What the two figures say, and no more than their intervals allow."""
     before, after = (results.judged(chosen.measures[model]) for model in (chosen.before, chosen.after))
-    of, attribute = "the base model" if chosen.before == BASE else quoted(chosen.before), quoted(results.attribute)
-    metric, sampler = f"Bias of {attribute}", "fair sampler"
-    if results.target:
-        metric, sampler = f"The distance of {attribute} to its target", "sampler on target"
-    words = f"{metric} in images of {of} is {bias(before.value)}"
+    of, sampler = "the base model" if chosen.before == BASE else quoted(chosen.before), results.criterion.sampler
+    words = f"{results.criterion.name} of {quoted(results.attribute)} in images of {of} is {_told(before)}"
     fair = f"about {bias(after.floor)} by chance alone"
     if chosen.before == chosen.after:
-        return f"{words}. A {sampler} would show {fair}. No guided model was measured beside it."
-    of = "with guidance" if chosen.after == GUIDED else f"of {quoted(chosen.after)}"
-    words += f"; {of} it is {bias(after.value)}."
-    fair_as_well, apart = after.low <= after.floor, after.high < before.low
+        words += f". A {sampler} would show {fair}. No other model was measured"
+        return words + (f" {at_scale(chosen.key)}." if len(results.models) > 1 else " beside it.")
+    words += f"; {'with guidance' if chosen.after == GUIDED else f'of {quoted(chosen.after)}'} it is {_told(after)}."
+    (least_before, most_before), (least, most) = _ends(before), _ends(after)
+    apart, fair_as_well = most < least_before, least <= after.floor
     if fair_as_well:
         words += f" That cannot be distinguished from a {sampler}, which would show {fair}; "
-        words += f"as much as {bias(after.high)} is possible too."
+        words += f"as much as {bias(most)} is possible too."
     elif apart:
         words += f" It is less, but more than the {bias(after.floor)} that a {sampler} would show by chance."
-    elif after.low > before.high:
-        return f"{words} It is more: on these images guidance did harm."
+    if least > most_before:
+        guided = chosen.after == GUIDED or results.module_scales.get(chosen.after)
+        return f"{words} It is more{': on these images guidance did harm' if guided and not fair_as_well else ''}."
     return words if apart else f"{words} But the two intervals overlap: these images do not prove a change."
+
+
+def _told(figure: Estimate) -> str:
+    """A figure in a sentence, and what it is once the annotator's errors are counted, where that is another."""
+    known = corrected(figure)
+    return bias(figure.value) + (f", or {known} corrected for the annotator's errors" if known else "")
+
+
+def _ends(figure: Estimate) -> tuple[float, float]:
+    """The interval of a figure, which is corrected for the annotator's errors where they are known."""
+    if figure.corrected_low is None or figure.corrected_high is None:
+        return figure.low, figure.high
+    return figure.corrected_low, figure.corrected_high
 
 
 def changes(run: Run, chosen: Comparison) -> dict[str, Any]:
@@ -122,13 +130,13 @@ def changes(run: Run, chosen: Comparison) -> dict[str, Any]:
 def costs(chosen: Comparison, results: Results) -> dict[str, Any]:
     """Quality with intervals, group by group, at every guidance scale and scale of the module."""
     modules, by_group = modules_by_scale(results, chosen), _by_group(chosen, results)
-    rows = [
-        [label(model), key.removesuffix(".0"), *headlines(measures)]
+    every = [
+        (label(model), key, measures)
         for model in dict.fromkeys([chosen.before, chosen.after, *results.models])
         for key, measures in results.models[model].items()
     ]
-    scales_say_it = len(rows) <= 2 or (modules and len(chosen.keys) == 1)
-    over_scale = [[name, f"{scale:g}", *headlines(m)] for name, line in modules.items() for scale, m in line.items()]
+    scales_say_it = len(every) <= 2 or (modules and len(chosen.keys) == 1)
+    over_scale = [(name, f"{scale:g}", measures) for name, line in modules.items() for scale, measures in line.items()]
     plain = any(0 in line for line in modules.values())
     notes = ["Scale 0 is the base model: there the module does nothing."] if plain else []
     at = at_scale(chosen.key)
@@ -139,8 +147,8 @@ def costs(chosen: Comparison, results: Results) -> dict[str, Any]:
         "tables": [
             _quality(chosen, results),
             by_group,
-            Table(("Model", "Guidance scale", *HEADLINES), [] if scales_say_it else rows, "Every guidance scale"),
-            Table(("Module", "Scale", *HEADLINES), over_scale, f"Every scale of the module, {at}", notes),
+            headlines(results, () if scales_say_it else every, "Every guidance scale"),
+            headlines(results, over_scale, f"Every scale of the module, {at}", notes, of=("Module", "Scale")),
         ],
         "with_quality": any(measures.quality for measures in chosen.measures.values()),
         "by_group": bool(by_group.rows),
@@ -149,10 +157,12 @@ def costs(chosen: Comparison, results: Results) -> dict[str, Any]:
 
 def where(chosen: Comparison) -> str:
     """At which guidance scale, and on how many images, in words."""
-    words, counts = at_scale(chosen.key), [of.images_per_prompt for of in chosen.measures.values()]
+    words = at_scale(chosen.key)
+    counts = sorted({sum(n.values()) for of in chosen.measures.values() for n in of.first.counts.values()})
     if len(chosen.keys) > 1:
         words += f", the middle one of {len(chosen.keys)} measured" if counts else f", one of {len(chosen.keys)}"
-    return words + (f"; {counted(min(counts), 'image')} of each prompt and model" if counts else "")
+    least = f"{counts[0]:,} to " if len(counts) > 1 else ""
+    return words + (f"; {least}{counted(counts[-1], 'image')} of each prompt and model" if counts else "")
 
 
 def pair_of(rows: tuple[Row, Row], chosen: Comparison) -> list[Thumb]:
@@ -242,7 +252,7 @@ def _fairness(attribute: str, models: Mapping[str, AttributeMeasures]) -> Table:
     rows = []
     for metric in dict.fromkeys(name for measures in models.values() for name in measures.overall):
         entries = [measures.overall.get(metric) for measures in models.values()]
-        floors = sorted({f"{entry.floor:.3f}" for entry in entries if entry is not None})
+        floors = dict.fromkeys(f"{entry.floor:.3f}" for entry in entries if entry is not None)
         name = METRICS[metric].label if metric in METRICS else metric
         rows.append([name, *map(estimate, entries), " / ".join(floors)])
         right = [measures.subject_right.get(metric) for measures in models.values()]
@@ -282,12 +292,20 @@ def _by_group(chosen: Comparison, results: Results) -> Table:
     return Table(("Model", "Class", *map(shown_name, names)), rows if names else [], caption, sentences(notes)[:4])
 
 
-def headlines(measures: Measures) -> list[str]:
-    """The figures of `HEADLINES`, in words."""
-    return [
-        estimate(measures.bias_estimate),
-        bias(measures.bias_floor),
-        quantity("subject accuracy", measures.subject_accuracy),
-        ABSENT if measures.frechet is None else f"{measures.frechet:.2f}",
-        f"{measures.images_per_prompt:,}",
-    ]
+def headlines(
+    results: Results,
+    measured: Iterable[tuple[str, str, Measures]],
+    caption: str,
+    notes: Sequence[str] = (),
+    *,
+    of: tuple[str, str] = ("Model", "Guidance scale"),
+) -> Table:
+    """The main figures of models at scales."""
+    rows = []
+    for name, scale, measures in measured:
+        judged, frechet = results.judged(measures), measures.frechet
+        quality = [quantity("subject accuracy", measures.subject_accuracy), quantity("", Quantity(frechet))]
+        figures = [estimate(judged), bias(judged.floor), *quality, f"{measures.images_per_prompt:,}"]
+        rows.append([name, scale.removesuffix(".0"), *figures])
+    main = (results.criterion.name, "Floor", "Subject right", "Fréchet distance", "Images a prompt")
+    return Table((*of, *main), rows, caption, notes)

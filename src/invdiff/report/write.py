@@ -32,8 +32,8 @@ HTML, MARKDOWN = "report.html", "report.md"
 PICTURES = {
     "before_after": ("report-before-after.png", "The same prompts and seeds before and after"),
     "groups": ("report-groups.png", "The images most typical of each hidden group"),
-    "bias": ("report-bias.png", "Bias at every guidance scale"),
-    "scale": ("report-module-scale.png", "Bias and quality at every scale of the module"),
+    "bias": ("report-bias.png", "The mix at every guidance scale"),
+    "scale": ("report-module-scale.png", "The mix and quality at every scale of the module"),
 }
 """File name and title of what lies beside the Markdown."""
 MOST_CHARACTERS = 300  # of a caption or a name; a longer one is cut and ends in an ellipsis

@@ -52,10 +52,13 @@ class AuditAnnotator(Measurable):
                 groups = [f"group {group}" for group in range(len(self._judges[f"bias.{m}"]))]
                 classes[name] = document["factors"][m].get("values") or groups
             self.attributes = class_names(classes)
-            self.splits = {
-                name: [document["prompts"][each["prompt"]]["prompt"] for each in document["factors"][m]["splits"]]
-                for name, m in self._places.items()
-            }
+            self.splits: dict[str, list[str]] = {}
+            self.unsplit: dict[str, set[str]] = {}  # factor to wordings of audited prompts that it does not split
+            for name, m in self._places.items():
+                split = [each["prompt"] for each in document["factors"][m]["splits"]]
+                self.splits[name] = [document["prompts"][place]["prompt"] for place in split]
+                others = [prompt for place, prompt in enumerate(document["prompts"]) if place not in split]
+                self.unsplit[name] = {words for each in others for words in (each["prompt"], *each["captions"])}
             judged = {kind: self._of_factors(kind) for kind in ("probabilities", "truth")}
             self.use_held_out(HeldOut(self.attributes, judged["probabilities"], truth=judged["truth"]))
             model = settings["denoiser_fingerprint"], settings["model_fingerprint"]
@@ -68,7 +71,9 @@ class AuditAnnotator(Measurable):
             )
         for name, own in self.splits.items():
             if len(own) < len(self.prompts):
-                self.note += f"; {name} splits {', '.join(map(repr, own))} alone, and says nothing of other prompts"
+                self.note += (
+                    f"; {name} splits {', '.join(map(repr, own))} alone: other audited prompts have no figures"
+                )
         if (folder / CURATION).is_file():
             self.note += f"; it counts groups as they were inferred, without the changes of people in {CURATION}"
         self._pipe, self.network = pipe, denoiser_of(pipe)

@@ -93,7 +93,7 @@ class Metric:
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric(bias, 0, False, "Bias: 0 is even, 1 is always one class"),
+        Metric(bias, 0, False, "Bias: 0 is even, 2/K is always one of K classes"),
         Metric(fairness_discrepancy, 0, True, "distance of the shares to the target: 0 is on target"),
         Metric(parity_gap, 0, False, "largest share less the smallest: 0 is even"),
         Metric(kl_to_target, 0, True, "divergence from the target, nats: 0 is on target"),

@@ -60,12 +60,16 @@ def quality_figures(
         texts = clip.text_features([row.prompt for row in rows])
         figures[f"CLIP-T ({clip.name})"] = where_defined(agreement, seen.features[clip.name], texts)
     if lpips is not None:  # pixels of one prompt are held at a time
-        scores = [
-            lpips_diversity([read_image(rows[place].path) for place in places[:LPIPS_IMAGES]], lpips)
-            for places in by_prompt.values()
-        ]
-        note = f"mean over prompts, of all pairs of the first {LPIPS_IMAGES} images at most"
-        figures["LPIPS diversity (alexnet)"] = Quantity(float(np.mean(scores)), note=note)
+
+        def spread(network: LPIPS) -> Quantity:
+            scores = [
+                lpips_diversity([read_image(rows[place].path) for place in places[:LPIPS_IMAGES]], network)
+                for places in by_prompt.values()
+            ]
+            note = f"mean over prompts, of all pairs of the first {LPIPS_IMAGES} images at most"
+            return Quantity(float(np.mean(scores)), note=note)
+
+        figures["LPIPS diversity (alexnet)"] = where_defined(spread, lpips)
     return figures
 
 
