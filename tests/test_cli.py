@@ -6,6 +6,7 @@ import shlex
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from typer.testing import CliRunner
@@ -348,10 +349,11 @@ def test_other_errors_keep_their_traceback_and_stopping_says_how_to_go_on(tiny_f
     def broken(*arguments, **keywords):
         raise errors.pop()
 
-    errors = [ZeroDivisionError, KeyboardInterrupt]
+    errors = [ZeroDivisionError, torch.OutOfMemoryError, KeyboardInterrupt]
     monkeypatch.setattr("invdiff.training.finetune.finetune", broken)
     result = run("finetune", tiny_folder, "--output", tmp_path, "-q")
     assert (result.exit_code, result.stderr) == (130, "stopped; run the same command again to go on\n")
+    assert "found it full; finished work is kept" in fail("finetune", tiny_folder, "--output", tmp_path, "-q")
     with pytest.raises(ZeroDivisionError):
         run("finetune", tiny_folder, "--output", tmp_path, "-q")
 

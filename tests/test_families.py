@@ -341,3 +341,14 @@ def test_an_autoencoder_of_16_bits_stays_in_its_storage_type():
     before = model_fingerprint(pipe)
     family_of(pipe).encode_images(pipe, torch.zeros(1, 3, 32, 32))
     assert model_fingerprint(pipe) == before
+
+
+def test_a_flux_that_reads_no_guidance_takes_scale_1_alone(tmp_path):
+    pipe = make_tiny("flux")
+    pipe.transformer.register_to_config(guidance_embeds=False)
+    pipe.transformer.time_text_embed = diffusers.models.embeddings.CombinedTimestepTextProjEmbeddings(32, 16)
+    settings = GenerateConfig(images_per_prompt=1, num_inference_steps=1, resolution=32)
+    with pytest.raises(ConfigError, match="Expected guidance_scale 1, as this Flux reads none, got 3"):
+        generate(pipe, ["a bird"], tmp_path / "three", config=settings, progress=False)
+    generate(pipe, ["a bird"], tmp_path / "one", config=replace(settings, guidance_scale=1.0), progress=False)
+    assert drawing_flags(pipe, 32)[:2] == ["--guidance-scale", "1"]

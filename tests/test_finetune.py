@@ -179,6 +179,11 @@ def test_a_base_without_a_unet_is_refused(data, tiny_pipe, tmp_path, monkeypatch
         run(data, tmp_path, "some/base")
 
 
+def test_a_base_is_never_written_over(data, tiny_pipe_dir):
+    with pytest.raises(ConfigError, match="another folder than that of the base, which would be lost"):
+        run(data, tiny_pipe_dir, tiny_pipe_dir)
+
+
 @pytest.mark.parametrize(("power", "rare"), [(1.0, 0.25), (0.0, 0.5)])
 def test_a_lower_caption_power_draws_rare_captions_more(data, tiny_pipe_dir, tmp_path, monkeypatch, power, rare):
     multinomial = Mock(wraps=torch.multinomial)

@@ -198,10 +198,7 @@ def test_calibration_keeps_the_better_null_row_and_draws_nothing_twice(better, a
     options = {"images": 4, "choose_null": True, "progress": False}
     pipe.set_progress_bar_config(disable=True)
     guidance = make_guidance_lora(pipe, null_adapter="off")
-    guidance.register_to_config(factor_names=["place"], record={"audit": "another"})
-    with pytest.raises(ConfigError, match="Expected the audit that the guidance was trained with, got"):
-        calibrate(pipe, guidance, *places, **options)
-    guidance.register_to_config(record={"audit": Audit.load(audited / "audit").fingerprint})
+    guidance.register_to_config(factor_names=["place"])
     kept = calibrate(pipe, guidance, *places, guidance_scales=(1.0, 3.0), **options).config["null_adapter"]
     assert kept == better
     assert capsys.readouterr().err.count("is kept") == 2

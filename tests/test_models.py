@@ -1,15 +1,18 @@
 """Models as people have them: a single file, LoRAs, both; from loading to attaching."""
 
+import accelerate
 import pytest
 import torch
+from diffusers.models import embeddings
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from conftest import make_tiny_pipeline
+from conftest import make_guidance_lora, make_guidance_module, make_tiny_pipeline
 from invdiff import Audit, AuditConfig, GenerateConfig, GuidanceModule, TrainConfig, attach, audit, generate, train
 from invdiff.data.encode import model_fingerprint
 from invdiff.errors import AuditError, ModelError
-from invdiff.models.frozen import denoiser_fingerprint
+from invdiff.files import weights_digest
+from invdiff.models.frozen import FrozenDenoiser, denoiser_fingerprint
 from invdiff.models.load import load_pipeline
 from test_cli import next_command, succeed
 from tiny import make_tiny, save_single_file
@@ -162,3 +165,48 @@ def test_commands_name_lora_and_type_in_the_next(single, lora, tiny_pipe_dir, ti
         assert words[-len(given) :] == given
     assert words[0] == "generate"
     assert Audit.load(tmp_path / "audit").settings["dtype"] == "bf16"
+
+
+def test_a_single_file_says_itself_that_it_predicts_v(tiny_pipe_dir, tmp_path, monkeypatch):
+    path = save_single_file(make_tiny("sd2-v"), tmp_path / "model.safetensors")
+    save_file(load_file(path) | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, path)
+    settings = {"pretrained_model_name_or_path": str(tiny_pipe_dir)}
+    monkeypatch.setattr("invdiff.models.load.fetch_diffusers_config", lambda weights: settings)  # the hub's
+    scheduler = load_pipeline(path).scheduler.config
+    assert (scheduler.prediction_type, scheduler.rescale_betas_zero_snr) == ("v_prediction", True)
+
+
+def test_a_model_with_an_ip_adapter_is_guided_but_not_audited_or_drawn_from(tiny_pipe, tmp_path):
+    guidance = [make_guidance_module(tiny_pipe), make_guidance_lora(tiny_pipe)]
+    sizes = {"embed_dims": 16, "output_dims": 16, "hidden_dims": 16, "depth": 1, "dim_head": 8, "heads": 2}
+    plus = embeddings.IPAdapterPlusImageProjection(**sizes, num_queries=4)
+    tiny_pipe.unet.encoder_hid_proj = embeddings.MultiIPAdapterImageProjection([plus])
+    tiny_pipe.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    for each in guidance:
+        attach(tiny_pipe, each).detach()
+    with pytest.raises(ModelError, match=r"unload_ip_adapter\(\) first"):
+        generate(tiny_pipe, ["a bird"], tmp_path, progress=False)
+
+
+def test_weights_that_sequential_offload_keeps_elsewhere_are_compared(tiny_pipe):
+    module, digest = make_guidance_module(tiny_pipe), weights_digest(tiny_pipe.unet)
+    other = make_tiny_pipeline(seed=1)
+    for pipe in (tiny_pipe, other):
+        accelerate.cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+    attach(tiny_pipe, module).detach()
+    assert weights_digest(tiny_pipe.unet) == digest != weights_digest(other.unet)
+    with pytest.raises(ModelError, match="trained for another model"):
+        attach(other, module)
+
+
+def test_texts_that_the_model_does_not_read_to_their_end_are_named(tiny_pipe, tmp_path, capsys):
+    settings = GenerateConfig(images_per_prompt=1, num_inference_steps=1)
+    generate(tiny_pipe, ["a bird", "a bird " * 40], tmp_path, config=settings, progress=False)
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"1 of 2 texts are longer than the {tiny_pipe.tokenizer.model_max_length} tokens" in told
+
+
+def test_adapters_are_not_trained_under_gradient_checkpointing(tiny_pipe):
+    tiny_pipe.unet.enable_gradient_checkpointing()
+    with FrozenDenoiser(tiny_pipe) as frozen, pytest.raises(ModelError, match=r"disable_gradient_checkpointing\(\)"):
+        make_guidance_lora(tiny_pipe).guided(frozen, None, None)

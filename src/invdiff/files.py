@@ -275,8 +275,7 @@ def fingerprint(*parts: str | bytes) -> str:
 def weights_digest(module: torch.nn.Module) -> str:
     """16 hex digits that identify all weights of a module, their names, types and shapes.
 
-    Adapters (LoRAs) count with their weights, their strengths and whether they are on, and so does FreeU. Weights that
-    are offloaded to nowhere (sequential offload) count by name and shape only.
+    Adapters (LoRAs) count with their weights, their strengths and whether they are on, and so does FreeU.
     """
     import torch
 
@@ -289,10 +288,21 @@ def weights_digest(module: torch.nn.Module) -> str:
             parts.append(f"{name} {kept!r}")
     for name, tensor in sorted(module.state_dict().items()):
         parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
+        tensor = fetched(module, name, tensor)
         if not tensor.is_meta:
-            raw = tensor.detach().cpu().contiguous().flatten()
+            raw: Any = tensor.detach().cpu().contiguous().flatten()
             parts.append(hashlib.sha256(raw.view(torch.uint8).numpy()).hexdigest())
     return fingerprint(*parts)
+
+
+def fetched(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A weight of a module, from where accelerate keeps it while sequential offload leaves none in its place."""
+    owner, _, leaf = name.rpartition(".")
+    hook: Any = getattr(module.get_submodule(owner), "_hf_hook", None) if tensor.is_meta else None
+    for each in getattr(hook, "hooks", [hook]):
+        if (weights := getattr(each, "weights_map", None)) is not None:
+            return weights[leaf]
+    return tensor
 
 
 def default_cache_dir() -> Path:

@@ -22,7 +22,7 @@ from .guidance.attach import Attachment, check_fit, mix_for
 from .guidance.base import Guidance
 from .guidance.environments import WORDS, EnvironmentMix, Environments
 from .models.families import family_of, family_that_draws
-from .models.load import check_fused, check_plain, denoiser_of
+from .models.load import check_fused, check_plain, denoiser_of, note_cut
 from .models.watch import check_finite, watched
 from .options import command_options
 from .progress import progress_bar
@@ -190,6 +190,7 @@ def generate(
         DataError: The disk is full or the folder cannot be written.
     """
     drawing = Drawing(pipe, prompts, module=module, config=config, environments=environments)
+    note_cut(pipe, drawing.prompts)
     rows, output_dir = drawing.rows, Path(output_dir)
     if is_main():
         _open_folder(output_dir, drawing)
@@ -235,7 +236,8 @@ def own_images(pipe: Any, audited: Mapping[str, Any], cache_dir: Path, *, progre
 def drawing_flags(pipe: Any, resolution: int, distilled_guidance: float = 0.0) -> list[str]:
     """The options that `invdiff generate` needs to draw as the module was trained: often none."""
     family, denoiser = family_of(pipe), cast(Any, denoiser_of(pipe))
-    scale = GenerateConfig.guidance_scale if family.needs_prompts else 1.0
+    takes_scale = family.needs_prompts and denoiser.config.get("guidance_embeds", True)
+    scale = GenerateConfig.guidance_scale if takes_scale else 1.0
     if distilled_guidance and denoiser.config.get("guidance_embeds"):
         scale = distilled_guidance
     other = 0 if resolution == family.resolution(pipe, denoiser) else resolution

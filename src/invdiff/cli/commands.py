@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -49,8 +49,20 @@ class Commands(TyperGroup):
         except (InvDiffError, OSError) as error:
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):  # the reader of a pipe has had enough
                 raise
-            Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
-            raise typer.Exit(1) from None
+            fail(str(error))
+        except RuntimeError as error:
+            if ctx.params.get("debug") or type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported
+                raise
+            fail(
+                "Expected enough memory on the device, found it full; finished work is kept. Lower --batch-size or "
+                "--resolution, or give --dtype bf16; train takes the least with --backend module."
+            )
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with an error in one line."""
+    Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
+    raise typer.Exit(1) from None
 
 
 app = typer.Typer(

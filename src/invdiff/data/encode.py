@@ -19,7 +19,7 @@ from ..errors import ConfigError, ModelError
 from ..files import default_cache_dir, fingerprint, read_tensors, weights_digest, write_tensors
 from ..models.families import Condition, family_of, family_that_draws
 from ..models.families.base import joined
-from ..models.load import denoiser_of
+from ..models.load import denoiser_of, note_cut
 from ..models.watch import check_finite
 from ..progress import note, progress_bar
 from .captioned import CaptionedImages, check_readable
@@ -148,6 +148,7 @@ def encode(
     captions = list(dict.fromkeys(used))
     conditions: Condition = {}
     if family.needs_prompts:
+        note_cut(pipe, captions)
         paths = in_files(folder / "prompts", captions, prompts, "encoding captions", progress=progress)
         null = folder / "null.safetensors"
         if is_main() and not null.exists():

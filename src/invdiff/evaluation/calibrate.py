@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from ..auditing.result import Audit
 from ..config import GenerateConfig
 from ..distributed import is_main, wait
 from ..errors import ConfigError
@@ -55,7 +54,7 @@ def calibrate(
         progress: Show progress bars.
 
     Raises:
-        ConfigError: The guidance is invariant and takes no mix, or was trained with another audit.
+        ConfigError: The guidance is invariant and takes no mix.
         ModelError: The audit has no judge of its groups, or is of another model.
     """
     if not module.sees_environment:
@@ -64,9 +63,6 @@ def calibrate(
     wanted = [scale for scale in dict.fromkeys(guidance_scales) if f"{scale:g}" not in mixes]
     if not wanted:
         return module
-    record = module.config["record"] or {}
-    if "audit" in record and not Audit.load(audit_dir).has_trained(record):
-        raise ConfigError(f"Expected the audit that the guidance was trained with, got {audit_dir}, another. Give it.")
     judge = AuditAnnotator(audit_dir, pipe)
     if (Path(audit_dir) / CURATION).is_file():
         note(f"The mix is solved for groups as they were inferred: its judge does not know the changes in {CURATION}.")

@@ -204,15 +204,17 @@ class Attachment:
     def begin(self, call: DenoiserCall) -> Rows | None:
         """What guides the rows of a call; None at scale 0."""
         self.calls += 1
-        pipe, last = _running_pipeline(), self._last
-        environments = self._follow_images(call.noisy_latents, float(call.timesteps[0]), pipe)
+        (pipe, doubled), last = _running_pipeline(), self._last
+        environments = self._follow_images(call.noisy_latents, float(call.timesteps[0]), pipe, doubled)
         again = pipe is not None and self._last == last and self._before is not None
-        null = self._null_rows(call, pipe, self._before if again else None)
+        null = self._null_rows(call, pipe, doubled, self._before if again else None)
         self._before = call.noisy_latents
         null = None if null is None else null & ~self.guidance.guides_null(environments)
         return Rows(environments, self.scale, null) if self.scale else None
 
-    def _null_rows(self, call: DenoiserCall, pipe: Any, before: torch.Tensor | None) -> torch.Tensor | None:
+    def _null_rows(
+        self, call: DenoiserCall, pipe: Any, doubled: bool | None, before: torch.Tensor | None
+    ) -> torch.Tensor | None:
         """The rows of the null caption, (rows,) of bool; None where all run under guidance.
 
         `before` are the latents of the running pipeline's call before, where that was of the same images and timestep.
@@ -222,28 +224,26 @@ class Attachment:
         null = rows_alike(call.condition, self._null)
         if before is not None and torch.equal(before, call.noisy_latents):
             null[:] = True  # Flux's negative prompts come in a call of their own, after that of the prompts
-        elif "class_labels" not in call.condition and getattr(pipe, "do_classifier_free_guidance", True):
-            # Of negative prompts, some of which may be empty.
-            first, *others = call.noisy_latents.chunk(self._copies(pipe) or 2)
+        elif "class_labels" not in call.condition and doubled is not False:
+            # Of negative prompts, some of which may be empty; not where null rows come last, as in some loops.
+            first, *others = call.noisy_latents.chunk(self._copies(pipe, doubled) or 2)
             repeated = len(others) > 0 and all(torch.equal(other, first) for other in others)
-            null[: len(first)] |= repeated
+            null[: len(first)] |= repeated and not bool(null[len(first) :].all())
         return null
 
-    def _copies(self, pipe: Any) -> int | None:
-        """How often each image comes in a call of the running pipeline; None where that does not say it.
-
-        PixArt's and DiT's do not, nor does a loop of one's own.
-        """
+    def _copies(self, pipe: Any, doubled: bool | None) -> int | None:
+        """How often each image comes in a call of the running pipeline; None where nothing says it."""
         if pipe is not None and not self._doubles_rows:
             return 1
-        doubled = getattr(pipe, "do_classifier_free_guidance", None)
         perturbed = getattr(pipe, "do_perturbed_attention_guidance", False)
         return None if doubled is None else 1 + bool(doubled) + bool(perturbed)
 
-    def _follow_images(self, noisy_latents: torch.Tensor, timestep: float, pipe: Any) -> torch.Tensor:
+    def _follow_images(
+        self, noisy_latents: torch.Tensor, timestep: float, pipe: Any, doubled: bool | None
+    ) -> torch.Tensor:
         """The groups of each row, (rows, factors); where new images begin, they are drawn from their noise.
 
-        `pipe` is the pipeline that runs, None in a loop of one's own.
+        `pipe` and `doubled` are those of `_running_pipeline`.
 
         New images are noticed by the scheduler's new timesteps, or by a timestep that comes back to the highest or
         rises (KDPM2's rises within an image too, but by less than 1). In 16 bits the first few can be the same number;
@@ -257,22 +257,26 @@ class Attachment:
         if self.environments is None or timesteps is not self._timesteps or comes_back:
             self._timesteps, self._start, self._first = timesteps, timestep, noisy_latents.detach()
             self._before = None
-            self.environments = self.mix.rows(noisy_latents, self._copies(pipe))
+            self.environments = self.mix.rows(noisy_latents, self._copies(pipe, doubled))
         elif len(self.environments) % rows and rows % len(self.environments):
-            self.environments = self.mix.rows(noisy_latents, self._copies(pipe))
+            self.environments = self.mix.rows(noisy_latents, self._copies(pipe, doubled))
         else:  # the same images, in more or fewer rows where classifier-free guidance was switched on the way
             self.environments = self.environments.repeat(-(-rows // len(self.environments)), 1)[:rows]
         return self.environments
 
 
-def _running_pipeline() -> DiffusionPipeline | None:
-    """The pipeline that calls the denoiser, not always the one attached to; None in a loop of one's own."""
-    frame = inspect.currentframe()
+def _running_pipeline() -> tuple[DiffusionPipeline | None, bool | None]:
+    """The pipeline that calls the denoiser, not always the one attached to; None in a loop of one's own.
+
+    And whether it doubles rows for classifier-free guidance: None where it says so neither by property nor, as
+    PixArt's, by a variable. DiT's do not.
+    """
+    frame, name = inspect.currentframe(), "do_classifier_free_guidance"
     while frame is not None:
         if frame.f_code.co_name == "__call__" and isinstance(found := frame.f_locals.get("self"), DiffusionPipeline):
-            return found
+            return found, getattr(found, name, frame.f_locals.get(name))
         frame = frame.f_back
-    return None
+    return None, None
 
 
 def rows_alike(condition: Condition, one: Condition) -> torch.Tensor:

@@ -16,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
 from ..errors import ConfigError, ModelError
-from ..files import atomic_folder, write_text
+from ..files import atomic_folder, fetched, write_text
 from ..models.families import Condition, DenoiserCall, Family, family_of
 from ..models.frozen import FrozenDenoiser, do_nothing
 from ..models.load import denoiser_of, loras_of, public_name
@@ -265,16 +265,16 @@ class Guided(nn.Module):
         return self.guidance.guided(self._frozen, DenoiserCall(noisy_latents, timesteps, condition), rows)[0]
 
 
-_ADDED_WEIGHTS = ("lora_", ".processor.", "encoder_hid_proj.", "image_proj.", "to_qkv.", "to_kv.", "to_added_qkv.")
+ADDED_WEIGHTS = ("lora_", ".processor.", "encoder_hid_proj.", "image_proj.", "to_qkv.", "to_kv.", "to_added_qkv.")
 """Parts of the names of weights that LoRAs, IP-Adapters and fused projections add to a denoiser's own."""
 
 
 def weight_signature(denoiser: nn.Module, size: int = 32) -> tuple[float, ...]:
-    """A few weights of a denoiser, whatever its precision and adapters; NaN where sequential offload took them."""
+    """A few weights of a denoiser, whatever its precision, adapters and place; NaN where there are none."""
     weights = {
-        name.replace(".base_layer", ""): value
+        name.replace(".base_layer", ""): fetched(denoiser, name, value)
         for name, value in denoiser.named_parameters()
-        if value.ndim > 1 and not any(added in name for added in _ADDED_WEIGHTS)
+        if value.ndim > 1 and not any(added in name for added in ADDED_WEIGHTS)
     }
     names = sorted(weights)
     chosen = [weights[names[i * len(names) // size]] for i in range(size)] if names else []

@@ -23,7 +23,7 @@ from ..files import write_tensors
 from ..models.families import DenoiserCall, Family
 from ..models.frozen import FrozenDenoiser, Hook
 from ..progress import note
-from .base import Guidance, Rows
+from .base import ADDED_WEIGHTS, Guidance, Rows
 
 
 class LowRank(nn.Module):
@@ -98,6 +98,8 @@ class GuidanceLoRA(Guidance):
         for path, layer in denoiser.named_modules():
             if not path.endswith(tuple(f".{name}" for name in family.adapted)):
                 continue
+            if any(added in f"{path}." for added in ADDED_WEIGHTS):  # of an IP-Adapter's own attention
+                continue
             layer = getattr(layer, "base_layer", layer)  # of a LoRA that a user has loaded
             if isinstance(layer, nn.Linear):
                 layers[path] = [layer.in_features, layer.out_features]
@@ -114,6 +116,11 @@ class GuidanceLoRA(Guidance):
         return tuple(self.config["layers"])
 
     def guided(self, frozen: FrozenDenoiser, call: DenoiserCall, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.is_grad_enabled() and getattr(frozen.module, "is_gradient_checkpointing", False):
+            raise ModelError(
+                "Expected a denoiser without gradient checkpointing, which runs layers again without their adapters. "
+                "Call disable_gradient_checkpointing() on it, and take a smaller batch or backend 'module'."
+            )
         close = self.install(frozen.module, frozen.family)
         try:
             self.before({}, rows)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from ..distributed import num_processes, state
 from ..errors import InvDiffError, ModelError, first_line
 from ..files import arrays_digest, fingerprint
+from ..progress import note
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Types of a model's weights by the names of `--dtype`."""
@@ -79,6 +80,7 @@ def load_pipeline(
         source = str(path.resolve())  # so that a relative path is never taken for a hub id
     elif looks_local(source) or path.suffix == ".safetensors":
         raise ModelError(f"Expected a .safetensors file or pipeline folder at {source}, found nothing there.")
+    marks: set[str] = set()
     with loading("a whole diffusers pipeline" if path.exists() else "a diffusers pipeline", source):
         settings = str(config) or source
         if single and not config:  # as the pipeline on the hub, by the names and shapes of the weights
@@ -86,6 +88,11 @@ def load_pipeline(
             if any("lora" in name for name in weights):
                 raise ModelError(f"Expected all of a model in {source}, found a LoRA. Give its model and --lora FILE.")
             settings = fetch_diffusers_config(weights)["pretrained_model_name_or_path"]
+            marks = {"v_pred", "ztsnr"} & weights.keys()  # names without weight, by which files say what they predict
+            if settings.endswith("/stable-diffusion-2-1"):
+                note(
+                    f"{path.name} is read as Stable Diffusion 2.1, which predicts v; of a -base, give --model-config."
+                )
         with warnings.catch_warnings():  # diffusers passes huggingface_hub an argument it no longer has
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
             remedy = "Without network, give --model-config (config=), a pipeline of this kind."
@@ -99,6 +106,9 @@ def load_pipeline(
         if single:
             pipe = getattr(diffusers, index["_class_name"]).from_single_file(source, config=settings, **options)
             pipe.register_to_config(_name_or_path=source)
+            if "v_pred" in marks:
+                predicts = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in marks}
+                pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **predicts)
         else:
             pipe = _from_pretrained(source, options)
         for name, part in pipe.components.items():
@@ -187,6 +197,19 @@ def public_name(name_or_folder: str) -> str:
     if name_or_folder and (looks_local(name_or_folder) or Path(name_or_folder).exists()):
         return Path(name_or_folder).expanduser().resolve().name
     return name_or_folder
+
+
+def note_cut(pipe: Any, captions: Sequence[str]) -> None:
+    """Say which captions are longer than any text encoder of the pipeline reads: diffusers cuts them."""
+    tokenizers = [each for name, each in pipe.components.items() if name.startswith("tokenizer") and each is not None]
+    if not tokenizers or not captions:
+        return
+    tokenizer: Any = max(tokenizers, key=lambda each: each.model_max_length)
+    most, lengths = tokenizer.model_max_length, map(len, tokenizer(list(captions), verbose=False).input_ids)
+    cut = [caption for caption, length in zip(captions, lengths, strict=True) if length > most]
+    if cut:
+        of = f"{len(cut):,} of {len(captions):,} texts are"
+        note(f"{of} longer than the {most} tokens that the model reads, and cut: {cut[0]!r:.120}")
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:

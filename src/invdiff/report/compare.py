@@ -1,5 +1,6 @@
 """The models and the guidance scale that a report compares, their images of the same seeds, and their curves."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -90,8 +91,9 @@ def modules_by_scale(results: Results, chosen: Comparison) -> dict[str, dict[flo
     lines: dict[str, list[tuple[float, Measures]]] = {}
     for model, measures in at_key.items():
         if scale := scales.get(model):
-            stem = model.removesuffix(f"{scale:g}").rstrip("-_ ")
-            lines.setdefault(label(stem or model), []).append((scale, measures))
+            named = re.fullmatch(r"(.+?)[-_ ]*(\d+(?:\.\d+)?)", model)
+            stem = named[1] if named and float(named[2]) == scale else model
+            lines.setdefault(label(stem), []).append((scale, measures))
     return {
         name: dict(sorted((*start, *line), key=lambda point: point[0]))
         for name, line in lines.items()

@@ -69,6 +69,8 @@ def finetune(
     finished, work = output_dir / "finetune.json", output_dir / ".work"
     if base is not None and architecture is not None:
         raise ConfigError("Expected either a base or an architecture, got both: a base has its own shape.")
+    if base is not None and Path(base).is_dir() and Path(base).resolve() == output_dir.resolve():
+        raise ConfigError(f"Expected another folder than that of the base, which would be lost, got {output_dir}.")
     if base is None and config.fresh_denoiser:
         raise ConfigError("Expected a base for fresh_denoiser=True, got none: without one, all weights are new.")
     settings: dict[str, Any] = {"data": data.fingerprint}

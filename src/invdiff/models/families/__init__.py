@@ -36,6 +36,11 @@ def family_that_draws(pipe: Any) -> Family:
             f"Expected a denoiser of noisy latents alone ({given} channels), got one of {wanted} channels, which "
             "expects masks or images beside them. Audit, train and draw with the text-to-image model."
         )
+    if any(getattr(denoiser, name, None) is not None for name in ("encoder_hid_proj", "image_proj")):
+        raise ModelError(
+            "Expected a denoiser of prompts alone, found one with an IP-Adapter, which expects images beside them. "
+            "Call pipe.unload_ip_adapter() first; load it again beside attached guidance."
+        )
     return family
 
 
