@@ -44,7 +44,8 @@ def test_what_is_no_question_is_refused(line):
 def factors(values, shown, noise=0.5, captions=("a dog", "a cat"), caption_ids=None, **settings):
     """What is made of readings of images of which `shown` (N,) is the true value, half of them of each prompt."""
     rng = np.random.default_rng(0)
-    scores = 3.0 * np.eye(len(values))[shown] + noise * rng.normal(size=(2, len(shown), len(values)))
+    look = np.vstack([np.eye(len(values)), np.zeros(len(values))])  # the last shows none of them
+    scores = 3.0 * look[shown] + noise * rng.normal(size=(2, len(shown), len(values)))
     scores -= scores.mean(axis=2, keepdims=True)
     half = len(shown) // 2
     ids = np.repeat([0, 1], half) if caption_ids is None else caption_ids
@@ -71,14 +72,22 @@ def test_two_values_are_two_named_groups_under_each_prompt():
 
 
 def test_of_more_values_those_that_are_told_apart_have_groups_and_the_rest_another():
-    truth = shown((0.6, 0.1, 0.3, 0), (0.2, 0.7, 0.1, 0))
-    search = factors(("forest", "sea", "city", "moon"), truth)
+    truth = shown((0.5, 0.1, 0.2, 0.2), (0.1, 0.6, 0.2, 0.1))
+    search = factors(("forest", "sea", "city"), truth)
     assert search.values == [["forest", "sea", "city", REST]]
     weights = np.concatenate([search.factors[0][prompt].weights for prompt in (0, 1)])
     assert (weights.argmax(axis=1) == truth).mean() > 0.97
     assert np.allclose(weights.sum(axis=1), 1)
-    groups = factors(("forest", "sea", "other", "moon"), truth).values[0]
+    groups = factors(("forest", "sea", "other"), truth).values[0]
     assert len(set(groups)) == len(groups) == 4
+
+
+def test_a_value_that_no_image_shows_makes_no_group():
+    names = ("man", "woman", "child")
+    assert factors(names, shown((0.8, 0.2, 0), (0.2, 0.8, 0)), noise=0.8).values == [["man", "woman"]]
+    even = factors(names, shown((0.5, 0.5, 0), (0.5, 0.5, 0)))
+    assert even.factors == []
+    assert [candidate.refusal for of in even.candidates.values() for candidate in of] == ["the groups are even"] * 2
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,14 @@ def test_of_many_copies_one_is_distinct_under_each_prompt(noise):
     assert np.flatnonzero(first).tolist() == sorted(kinds.index(kind) for kind in set(kinds))
 
 
+def test_near_duplicates_are_found_among_many_images():
+    latents = np.random.default_rng(0).normal(size=(6000, 4, 8, 8))
+    latents[5000:] = latents[:1000] + 0.01 * np.random.default_rng(1).normal(size=(1000, 4, 8, 8))
+    first = distinct(made_up_data(["a"], np.zeros(6000, int), torch.from_numpy(latents)), torch.zeros(6000))
+    assert first[:5000].all()
+    assert not first[5000:].any()
+
+
 STATING = ["a landbird", "a landbird on land", "a waterbird", "a waterbird on water"]
 
 

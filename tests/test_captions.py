@@ -61,3 +61,14 @@ def test_free_captions_are_parted_by_words_whose_images_look_unlike():
     assert sum("without 'white'" in note for note in notes.values()) == 1
     prompts, _ = part_by_images(np.zeros(1200, dtype=int), data, [rng.normal(size=(1200, 20))])
     assert not prompts.any()
+
+
+def test_copies_of_images_tell_no_captions_apart_and_a_caption_joins_the_nearest():
+    rng = np.random.default_rng(0)
+    features, ids = np.repeat(rng.normal(size=(150, 20)), 2, axis=0), np.repeat([0, 1], 150)
+    data, once = made_up_data(["a dog", "a hound"], ids), np.arange(300) % 2 == 0
+    assert part_by_images(np.zeros(2, dtype=int), data, [features], 20, once)[0].tolist() == [0, 0]
+    kinds = np.repeat([0, 1, 1], [200, 150, 40])
+    apart = rng.normal(size=(390, 20)) + 0.8 * kinds[:, None] * (np.arange(20) < 2)
+    three = made_up_data(["a landbird", "a waterbird", "a waterbrid"], np.repeat([0, 1, 2], [200, 150, 40]))
+    assert part_by_images(np.zeros(3, dtype=int), three, [apart], 20)[0].tolist() == [0, 1, 1]

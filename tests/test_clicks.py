@@ -1,6 +1,7 @@
 """An attribute named by clicks: which images are asked about, what is kept, and what is inferred of it."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from invdiff.app.page import open_workspace
 from invdiff.app.studio import Studio
 from invdiff.auditing.asked import labels_asked
 from invdiff.auditing.clicks import next_to_label, random_order, random_sample, read_clicks, write_clicks
+from invdiff.auditing.edits import apply
 from invdiff.errors import DataError
 from invdiff.report.audit_view import another
 from invdiff.report.read import find_parts, read_run
@@ -100,6 +102,17 @@ def test_clicks_are_kept_and_spread_to_an_audit_that_the_page_goes_on_with(tiny_
     found = Audit.load(run / "audit-place")
     given = labels_asked(run / "labels-place.csv", data.names)
     assert found.settings["asked"]["labels"]["place"]["images"]["land"] == given["place"].count("land")
+    # Images that were left out of either audit stay out, and an audit made otherwise stays.
+    for folder, position in (("audit", 3), ("audit-place", 5)):
+        made = Audit.load(run / folder)
+        apply(made, made.edits.without_images([position])).save_edits(run / folder)
+    page = Page(run, tiny_pipe, tmp_path / "cache")
+    page.infer()
+    assert Audit.load(run / "audit-place").edits.left_out == (3, 5)
+    shutil.copytree(run / "audit", run / "audit-kind")
+    page.show(page.panel.begin(0, "kind: a, b"))
+    assert "found another audit there" in page.shown["ask-status"]
+    shutil.rmtree(run / "audit-kind")
     reopened = {name: parts.audit for name, parts in open_workspace([run], model="x").audits.items()}
     assert reopened == {"run": run / "audit", "run, audit-place": run / "audit-place"}
     assert list(page.books) == list(reopened)

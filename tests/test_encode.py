@@ -121,6 +121,15 @@ def test_a_full_disk_keeps_the_finished_shards(tiny_pipe, data, tmp_path, monkey
         run(tiny_pipe, data, tmp_path)
 
 
+def test_images_that_were_in_no_known_format_are_tried_again(tiny_pipe, tmp_path, monkeypatch):
+    data = with_broken(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "ID", [])
+        with pytest.raises(DataError, match="not an image in a known format"):
+            run(tiny_pipe, data, tmp_path / "cache")
+    assert len(run(tiny_pipe, data, tmp_path / "cache")) == len(data)
+
+
 def test_unreadable_images_are_skipped_and_listed(tiny_pipe, tmp_path):
     data = with_broken(tmp_path, 0, 1, 2, 3, 4, 6, max_unreadable=0.5)  # the first five are a whole shard
     encoded = run(tiny_pipe, data, tmp_path / "cache")

@@ -204,6 +204,20 @@ def test_labels_of_what_features_do_not_show_are_not_spread():
     assert search.candidates[0][0].refusal == asked.refusal
 
 
+def test_copies_of_labelled_images_prove_nothing():
+    rng = np.random.default_rng(0)
+    features, prompt = np.repeat(rng.normal(size=(400, 60)), 2, axis=0), np.repeat([0, 1], 400)
+    labels = [""] * 800
+    for row in (*range(0, 40, 2), *range(400, 440, 2)):
+        labels[row] = labels[row + 1] = ["no", "yes"][int(rng.random() < 0.5)]
+    margins = np.zeros((800, 0))
+    assert not spread_labels("wet", labels, [features], margins, prompt).refusal
+    asked = spread_labels("wet", labels, [features], margins, prompt, np.arange(800) % 2 == 0)
+    assert "no better than by chance" in asked.refusal
+    given = np.array([bool(label) for label in labels])
+    assert (asked.weights[given].max(axis=1) == 1).all()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

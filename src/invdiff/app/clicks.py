@@ -13,6 +13,7 @@ import numpy as np
 from ..auditing.asked import labels_asked
 from ..auditing.asking import questions
 from ..auditing.clicks import labels_of, next_to_label, random_sample, read_clicks, write_clicks
+from ..auditing.edits import apply
 from ..auditing.result import Audit
 from ..auditing.run import audit
 from ..config import AuditConfig
@@ -92,6 +93,9 @@ class ClicksPanel:
             run = next(name for name, book in self._tab.books.items() if book.parts.run == parts.run)
             home, word = parts.run or Path(str(parts.audit)).parent, re.sub(r"\W+", "-", name)
             folder = home / f"audit-{word}"
+            here = Audit.load(folder).settings if (folder / "audit.json").is_file() else {"asked": "labels"}
+            if "labels" not in here.get("asked", ""):
+                raise ConfigError(f"Expected {folder} for clicks on {name}, found another audit there. Rename it.")
             return self._ten(Asking(run, name, values, folder, labels_of(folder)))
         except InvDiffError as error:
             return {self._status: refusal(error)}
@@ -132,7 +136,13 @@ class ClicksPanel:
                         f"Expected the model of the audit of {ask.run}, got other weights, precision or LoRAs. "
                         "Open the page with the same --model, --dtype and --lora."
                     )
-                audit(self._studio.pipe, None if own else book.data, **options).save(ask.folder)
+                earlier = Audit.load(ask.folder) if (ask.folder / "audit.json").is_file() else book.audit
+                found = audit(self._studio.pipe, None if own else book.data, **options)
+                found.save(ask.folder)
+            # Images that people left out of either audit stay out.
+            left = {of.names[at] for of in (book.audit, earlier) for at in of.edits.left_out}
+            if out := [position for position, image in enumerate(found.names) if image in left]:
+                apply(found, found.edits.without_images(out)).save_edits(ask.folder)
             parts = replace(book.parts, audit=ask.folder, data=book.data, results=None, module=None)
             self._tab.books[made] = AuditBook(parts)
             if not self._tab.books[made].audit.biased:

@@ -127,7 +127,13 @@ def read_by_model(
         rng = generator("ask", config.seed, int(batch[0]))
         return {"losses": paired_losses(denoiser, data.latents[batch], conditions, LEVELS, DRAWS, rng)}
 
-    made_of = (data.model_fingerprint, data.data_fingerprint, str(data.resolution), denoiser.fingerprint)
+    made_of = (
+        data.model_fingerprint,
+        data.data_fingerprint,
+        str(data.resolution),
+        denoiser.fingerprint,
+        *data.unreadable,
+    )
     readings, spent = list[Reading](), 0
     for name, values in asked.items():
         for rows in stages:
@@ -194,13 +200,19 @@ def asked_factors(
         told: dict[int, dict[int, Cut]] = {}
         for (prompt, value), cut in compress(weighed.items(), e_bh(log_e, config.level / len(readings))):
             told.setdefault(prompt, {})[value] = cut
-        columns = sorted({value for of in told.values() for value in of}) if len(values) > 2 else [0, 1]
-        rest = REST if REST not in words else f"{REST} than these"
-        names = [*(values[column] for column in columns), *[rest] * (len(columns) < len(values))]
+        columns, names = [0, 1], list(values)
         factor = {prompt: next(iter(of.values())) for prompt, of in told.items()}
         if len(values) > 2:
-            factor = {prompt: _joined(of, columns, len(names)) for prompt, of in told.items()}
-        uneven = any(min(c.candidate.shares) * len(names) / 2 <= config.max_balance for c in factor.values())
+            columns = sorted({value for of in told.values() for value in of})
+            weights = {prompt: _joined(of, columns, config.min_share) for prompt, of in told.items()}
+            names = [values[column] for column in columns]
+            if any(of[:, -1].any() for of in weights.values()):  # else no image is left over
+                names.append(REST if REST not in words else f"{REST} than these")
+            factor = {prompt: _cut(told[prompt], of[:, : len(names)]) for prompt, of in weights.items()}
+        uneven = False
+        for cut in factor.values():
+            shares = [of for k, of in enumerate(cut.candidate.shares) if of or k < len(columns)]
+            uneven |= min(shares) * len(shares) / 2 <= config.max_balance
         for prompt, rows in judged.items():
             own = [cut.candidate for (at, _), cut in weighed.items() if at == prompt]
             if prompt in factor:
@@ -217,7 +229,7 @@ def asked_factors(
                 best = Candidate(both, len(values), [], 0.0, 0.0, 0.0, NOT_TESTED, refusal)
             search.candidates[prompt].append(best)
         if uneven:
-            column_of = np.array([columns.index(v) if v in columns else len(columns) for v in range(len(values))])
+            column_of = np.array([columns.index(v) if v in columns else len(names) - 1 for v in range(len(values))])
             search.words[len(search.factors)] = {word: int(column_of[place]) for word, place in words.items()}
             groups = np.where(stated < 0, -1, column_of[stated])
             search.factors.append({prompt: _whole(cut, groups[judged[prompt]]) for prompt, cut in factor.items()})
@@ -226,18 +238,27 @@ def asked_factors(
     return search
 
 
-def _joined(told: Mapping[int, Cut], columns: Sequence[int], size: int) -> Cut:
-    """The groups of one prompt: those of the values that are told apart there, in `size` columns, and of the rest."""
-    weakest = min(told.values(), key=lambda cut: cut.candidate.rand_low)
-    weights = np.full((len(weakest.weights), size), 1e-9)
+def _joined(told: Mapping[int, Cut], columns: Sequence[int], least: float) -> _Array:
+    """W (n, columns and the rest) of one prompt: of the values that are told apart there, and of what none claims.
+
+    A rest of less than a share `least` is none.
+    """
+    weights = np.zeros((len(next(iter(told.values())).weights), len(columns) + 1))
     for value, cut in told.items():
         weights[:, columns.index(value)] += cut.weights[:, 1]
-    free = [-1] if size > len(columns) else [k for k, value in enumerate(columns) if value not in told]
-    weights[:, free] += (1 - weights.sum(axis=1, keepdims=True)).clip(0) / max(len(free), 1)
-    weights /= weights.sum(axis=1, keepdims=True)
+    weights[:, -1] = (1 - weights.sum(axis=1)).clip(0)
+    if (weights / weights.sum(axis=1, keepdims=True))[:, -1].mean() < least:
+        weights[:, -1] = 0
+        weights[:, [columns.index(value) for value in told]] += 1e-9  # of an image that none claims, any
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+def _cut(told: Mapping[int, Cut], weights: _Array) -> Cut:
+    """The groups of one prompt by several values, from the cut by each."""
+    weakest = min(told.values(), key=lambda cut: cut.candidate.rand_low)
     evidence, shares = " and ".join(cut.candidate.evidence for cut in told.values()), weights.mean(axis=0).round(4)
-    candidate = replace(weakest.candidate, evidence=evidence, num_groups=size, shares=shares.tolist())
-    score = not_learned(evidence, (weights @ np.arange(size))[None])
+    candidate = replace(weakest.candidate, evidence=evidence, num_groups=len(shares), shares=shares.tolist())
+    score = not_learned(evidence, (weights @ np.arange(len(shares)))[None])
     return Cut(candidate, score, weights, share_intervals(weights))
 
 

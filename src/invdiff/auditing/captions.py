@@ -69,7 +69,11 @@ def group_captions(denoiser: Denoiser, data: EncodedImages, threshold: float, se
 
 
 def part_by_images(
-    prompt_of: NDArray[Any], data: EncodedImages, sources: Sequence[NDArray[Any]], least: int = 20
+    prompt_of: NDArray[Any],
+    data: EncodedImages,
+    sources: Sequence[NDArray[Any]],
+    least: int = 20,
+    distinct: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[Any], dict[int, str]]:
     """Prompts of which captions stay together only where a probe cannot tell their images apart.
 
@@ -80,9 +84,11 @@ def part_by_images(
     parts stays with the most frequent caption of the prompt.
 
     From `prompt_of` (captions,), as `group_captions` finds it, to the prompt of each caption, from 0, and what was
-    merged in each, in words. With fewer than `least` images a caption is told from none.
+    merged in each, in words. With fewer than `least` images a caption is told from none. Images that are not
+    `distinct` (N,), copies of others of their caption, tell nothing.
     """
     caption_ids, parted = data.caption_ids.numpy(), np.full(len(prompt_of), -1)
+    distinct = np.ones(len(caption_ids), dtype=bool) if distinct is None else distinct
     by_words, notes = dict[int, str](), dict[int, str]()
     counts = np.bincount(caption_ids, minlength=len(prompt_of))
     having: dict[str, list[int]] = defaultdict(list)
@@ -96,14 +102,15 @@ def part_by_images(
         captions = captions[np.argsort(-counts[captions], kind="stable")]
         told = [c for c in captions.tolist() if counts[c] >= least][:MOST_TOLD]
         bound = norm.isf(LEVEL / max(len(told) * (len(told) - 1) / 2, 1))
-        # Each caption joins the most frequent one whose images look alike.
+        # Each caption joins the one whose images look most alike, unless they are told from all.
         heads: list[int] = []
         for caption in told:
-            rows = np.flatnonzero(caption_ids == caption)
-            near = [h for h in heads if told_apart(sources, np.flatnonzero(caption_ids == h), rows) < bound]
-            heads += [] if near else [caption]
-            parted[caption] = (near or [caption])[0]
-        rest = np.isin(caption_ids, captions[parted[captions] < 0])
+            rows = np.flatnonzero(distinct & (caption_ids == caption))
+            apart = {h: told_apart(sources, np.flatnonzero(distinct & (caption_ids == h)), rows) for h in heads}
+            nearest = min(apart, key=lambda head: apart[head], default=caption)
+            parted[caption] = nearest if apart.get(nearest, bound) < bound else caption
+            heads += [caption] if parted[caption] == caption else []
+        rest = distinct & np.isin(caption_ids, captions[parted[captions] < 0])
         for rows, said in _parts_by_words(np.flatnonzero(rest), words, sources):
             part = captions[np.isin(captions, caption_ids[rows]) & (parted[captions] < 0)]
             head = part[0] if said or not heads else heads[0]

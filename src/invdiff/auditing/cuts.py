@@ -51,11 +51,11 @@ def weigh(scores: Sequence[Score], distinct: _Array, config: AuditConfig, rng: n
     """Every cut of one prompt's images by a score, with what it is worth; those worth it with their e-values."""
     drafts = []
     for score in scores:
-        values = score.mean
+        values, once = score.mean, score.mean[distinct]  # of copies one decides where to cut
         # A margin or contrast has two ends: what usually comes with the prompt, and what not.
         sizes = range(2, 3 if score.of_prompt else config.max_groups + 1)
-        for size in ([config.num_groups] if config.num_groups else sizes) if np.ptp(values) > 0 else ():
-            mixture = fit_mixture(values, size)
+        for size in ([config.num_groups] if config.num_groups else sizes) if np.ptp(once) > 0 else ():
+            mixture = fit_mixture(once, size)
             parted = num_modes(mixture) == size  # else neighbours only describe the slope of one hump
             if size == 2 or parted:
                 drafts.append((float(mixture.rand_index()), score, values, mixture))
@@ -69,11 +69,11 @@ def weigh(scores: Sequence[Score], distinct: _Array, config: AuditConfig, rng: n
             refusal = f"a group of {mixture.shares.min():.1%} is too small (at least {config.min_share:.1%})"
         elif worth >= config.min_rand and tested == MOST_TESTED:
             refusal = f"not among the {MOST_TESTED} clearest"
-        elif worth < config.min_rand or (lowest := rand_low(values, mixture, rng)) < config.min_rand:
+        elif worth < config.min_rand or (lowest := rand_low(values[distinct], mixture, rng)) < config.min_rand:
             refusal = "the groups overlap too much to part them"
         else:
             tested += 1
-            humps = fit_humps(values, mixture)
+            humps = fit_humps(values[distinct], mixture)
             weights = (humps or mixture).posterior(values)
             shares, intervals = weights.mean(axis=0), share_intervals(weights)
             nearly = np.ptp(shares) < LEAST_DIFFERENCE
@@ -82,7 +82,8 @@ def weigh(scores: Sequence[Score], distinct: _Array, config: AuditConfig, rng: n
             mixture = humps.gaussians if humps else mixture
             log_e = max(log_e_value(score.learn, values, size, rotations), NOT_TESTED)
             # Of the groups that the versions of a score give, each cut on its own.
-            labels = [fit_mixture(draw, size, quick=True).posterior(draw).argmax(axis=1) for draw in score.draws]
+            draws = score.draws[:, distinct]
+            labels = [fit_mixture(draw, size, quick=True).posterior(draw).argmax(axis=1) for draw in draws]
             pairs = [adjusted_rand_score(a, b) for a, b in combinations(labels, 2)]
             agreement = float(np.mean(pairs or [0.0]))
         figures = (round(agreement, 4), round(float(mixture.separation), 4), round(lowest, 4), round(log_e, 4))

@@ -120,6 +120,7 @@ def collect_evidence(
     key = fingerprint(
         data.model_fingerprint,
         data.data_fingerprint,
+        *sorted(data.unreadable),
         str(data.resolution),
         denoiser.fingerprint,
         repr((config.contrast_log_snr, config.contrast_draws, config.feature_log_snr)),

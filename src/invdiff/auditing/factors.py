@@ -111,7 +111,8 @@ def find_factors(
                 rivals[other] += [one for one in new if one.weights.size]
             if missing:
                 gathered = shifts.gather(prompt, cut, rivals[prompt], accepted, config.seed)
-            fault = _no_bias(gathered[prompt], gathered, len(judged), needed, config)
+            counted = {p: distinct[judged[p]] for p in gathered}
+            fault = _no_bias(gathered[prompt], gathered, counted, len(judged), needed, config)
             if not fault:
                 factor = gathered
                 break
@@ -257,7 +258,14 @@ def _ordered(cut: Cut, order: _Array) -> Cut:
     return Cut(replace(cut.candidate, shares=shares), cut.score, cut.weights[:, order], intervals)
 
 
-def _no_bias(cut: Cut, gathered: Mapping[int, Cut], num_judged: int, needed: float, config: AuditConfig) -> str:
+def _no_bias(
+    cut: Cut,
+    gathered: Mapping[int, Cut],
+    counted: Mapping[int, NDArray[np.bool_]],
+    num_judged: int,
+    needed: float,
+    config: AuditConfig,
+) -> str:
     """Why a cut that parts two humps is no bias of its prompt, in words; "" where it is one.
 
     A margin or contrast is made of what comes with the prompt. A component must part the images of several prompts, in
@@ -269,7 +277,8 @@ def _no_bias(cut: Cut, gathered: Mapping[int, Cut], num_judged: int, needed: flo
     uneven = min(own) * len(own) / 2 <= config.max_balance
     p_value = 1.0
     if len(gathered) > 1:
-        table = np.array([np.bincount(one.weights.argmax(axis=1), minlength=len(own)) for one in gathered.values()])
+        groups = [one.weights[counted[prompt]].argmax(axis=1) for prompt, one in gathered.items()]
+        table = np.array([np.bincount(of_prompt, minlength=len(own)) for of_prompt in groups])
         shares = table / table.sum(axis=1, keepdims=True)
         if np.ptp(shares, axis=0).max() >= LEAST_DIFFERENCE:
             p_value = float(chi2_contingency(table[:, table.any(axis=0)])[1])

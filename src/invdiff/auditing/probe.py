@@ -35,7 +35,12 @@ _Array = NDArray[Any]
 
 
 def spread_labels(
-    name: str, labels: Sequence[str], sources: Sequence[_Array], margins: _Array, prompt_of: _Array
+    name: str,
+    labels: Sequence[str],
+    sources: Sequence[_Array],
+    margins: _Array,
+    prompt_of: _Array,
+    distinct: NDArray[np.bool_] | None = None,
 ) -> Asked:
     """An attribute of N images from the labels of a few, "" for the others.
 
@@ -43,10 +48,13 @@ def spread_labels(
     of labels left out, make them probabilities. Cells of prompt and label weigh alike, so that the attribute is not
     read off the prompt. As labels may be drawn otherwise than images, shares under each prompt are estimated again
     (`with_own_shares`). `labels` are of two values or more, five images or more each; `sources` whitened features,
-    (N, d) each; `margins` (N, pairs) as `Margins.of_pairs` has them; `prompt_of` (N,).
+    (N, d) each; `margins` (N, pairs) as `Margins.of_pairs` has them; `prompt_of` (N,). Labelled images that are not
+    `distinct` (N,), copies of other labelled ones, keep their labels and teach and prove nothing.
     """
-    values, known = sorted(set(labels) - {""}), np.array([bool(label) for label in labels])
-    truth, own = np.array([values.index(label) for label in labels if label]), prompt_of[known]
+    values, labelled = sorted(set(labels) - {""}), np.array([bool(label) for label in labels])
+    known = labelled if distinct is None else labelled & distinct
+    group = np.array([values.index(label) if label else -1 for label in labels])
+    truth, own = group[known], prompt_of[known]
     features = [source[:, :DIMENSIONS] / len(sources) ** 0.5 for source in sources]
     inputs = np.concatenate([*features, MARGIN_SCALE / len(values) * margins], axis=1)
     prompts = (prompt_of[:, None] == np.unique(prompt_of)).astype(float)
@@ -71,7 +79,7 @@ def spread_labels(
     posterior = softmax(scale * logits + prompts @ offsets, axis=1)
     for prompt in np.unique(prompt_of):
         posterior[prompt_of == prompt] = with_own_shares(posterior[prompt_of == prompt])
-    posterior[known] = np.eye(len(values))[truth]
+    posterior[labelled] = np.eye(len(values))[group[labelled]]
 
     guessed = judged[chosen].argmax(axis=1)
     recall = np.bincount(cell, weights=guessed == truth) / counts

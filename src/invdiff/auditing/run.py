@@ -33,7 +33,7 @@ from .scores import Margins
 from .splits import force_factors, given_factors, rarest, why_not
 from .words import describe_groups
 
-ALMOST, NEIGHBOURS = 0.05, 8
+ALMOST, AT_ONCE = 0.05, 1024
 """Latents nearer than this share of their usual size are of nearly the same image; looked for among this many that
 are next on a random line."""
 
@@ -139,7 +139,8 @@ def audit(
         settings["dtype"] = half[0]
 
     def conclude() -> Audit:
-        prompts, notes = part_by_images(prompt_of, encoded, evidence.whitened(config.seed), config.min_images)
+        once = distinct(encoded, encoded.caption_ids)
+        prompts, notes = part_by_images(prompt_of, encoded, evidence.whitened(config.seed), config.min_images, once)
         look: dict[str, Any] = {"cache_dir": cache_dir / "words", "progress": progress}
         by_words, unlike = readings, distinct(encoded, torch.from_numpy(prompts)[encoded.caption_ids])
         if wanted and images is not None and config.words_model:
@@ -149,7 +150,10 @@ def audit(
             prompt_of = prompts[encoded.caption_ids.numpy()]
             sources = evidence.whitened(config.seed)
             margins = Margins(sources, prompt_of).of_pairs() if few else np.zeros((len(prompt_of), 0))
-            learned = [spread_labels(name, of, sources, margins, prompt_of) for name, of in few.items()]
+            learned = []
+            for name, of in few.items():
+                apart = torch.from_numpy(np.where([bool(label) for label in of], prompt_of, -1))
+                learned.append(spread_labels(name, of, sources, margins, prompt_of, distinct(encoded, apart)))
             search = given_factors([*given, *learned], judged, config)
             return asked_factors(search, by_words, encoded, unlike, config, judged)
 
@@ -207,7 +211,8 @@ def infer(
         group_of |= search.words.get(m, {})
         words.append({})
         for prompt, cut in cuts.items():
-            of_usual = dict.fromkeys(usual, int(cut.weights.sum(axis=0).argmax()))
+            named = set.intersection(*(set(words_in(text)) for text in _captions_of(data, members[prompt])))
+            of_usual = dict.fromkeys(usual - named, int(cut.weights.sum(axis=0).argmax()))  # not the prompt's own name
             by_caption = np.array([stated_group(caption, group_of) for caption in data.captions])
             by_usual = np.array([stated_group(caption, of_usual) for caption in data.captions])
             stated[members[prompt], m] = np.where(by_caption < 0, by_usual, by_caption)[caption_ids[members[prompt]]]
@@ -286,15 +291,11 @@ def distinct(data: EncodedImages, prompt_of: torch.Tensor) -> NDArray[np.bool_]:
     """Whether each image is the first of its prompt, `prompt_of` (N,), of those that are nearly the same, (N,)."""
     count, size = len(data), data.latents.shape[1:].numel()
     basis = torch.randn(size, 64, generator=generator("near-duplicates")) / size**0.5
-    sketch = torch.cat([data.latents[rows].float().flatten(1) @ basis for rows in torch.arange(count).split(1024)])
+    sketch = torch.cat([data.latents[rows].float().flatten(1) @ basis for rows in torch.arange(count).split(AT_ONCE)])
     near, first = ALMOST * (sketch - sketch.mean(dim=0)).norm(dim=1).median(), torch.ones(count, dtype=torch.bool)
-    line = sketch[:, 0].argsort(stable=True)
     for prompt in prompt_of.unique():
-        order, before = line[prompt_of[line] == prompt], count + 1
-        while len(order) < before:  # of many copies some outlast one pass
-            before = len(order)
-            for step in range(1, min(NEIGHBOURS, before - 1) + 1):
-                same = (sketch[order[step:]] - sketch[order[:-step]]).norm(dim=1) < near
-                first[torch.maximum(order[step:][same], order[:-step][same])] = False
-            order = order[first[order]]
+        own = torch.nonzero(prompt_of == prompt)[:, 0]
+        for rows in torch.arange(len(own)).split(AT_ONCE):
+            same = torch.cdist(sketch[own[rows]], sketch[own[: rows[-1]]]) < near
+            first[own[rows]] = ~same.tril(int(rows[0]) - 1).any(dim=1)  # of images before it
     return first.numpy()

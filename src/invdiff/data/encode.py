@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from ..distributed import is_main, mine, wait
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, DataError, ModelError
 from ..files import default_cache_dir, fingerprint, read_tensors, weights_digest, write_tensors
 from ..models.families import Condition, family_of, family_that_draws
 from ..models.families.base import joined
@@ -126,12 +126,20 @@ def encode(
     model = model_fingerprint(pipe)
     folder = Path(cache_dir) / fingerprint(_FORMAT, model, data.fingerprint, str(resolution))
     skipped: dict[str, str] = {}
+    incomplete: list[Path] = []
 
     def images(path: Path, rows: Sequence[int]) -> None:
         if not path.exists():
             _write_latents(path, pipe, data, rows, resolution, batch_size)
-        skipped.update(_read_latents(path, data)[1])
-        check_readable(data, skipped)
+        if lost := _read_latents(path, data)[1]:
+            skipped.update(lost)
+            incomplete.append(path)
+        try:
+            check_readable(data, skipped)
+        except DataError:
+            for each in incomplete:  # their images are tried again, as where a plug-in for them is installed
+                each.unlink(missing_ok=True)
+            raise
 
     def prompts(path: Path, part: Sequence[str]) -> None:
         if not path.exists():
