@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -16,7 +17,7 @@ from invdiff.auditing.run import audit, distinct
 from invdiff.data.encode import as_encoded
 from invdiff.errors import AuditError, ConfigError, ModelError
 from invdiff.files import CURATION
-from runs import inferred, made_up_data, sharded
+from runs import inferred, made_up_data, make_audit, sharded
 
 CONFIG = AuditConfig(solver="exact", batch_size=4, min_images=4, min_share=0.1)
 
@@ -300,3 +301,11 @@ def test_another_model_is_measured_afresh_but_not_for_another_solver(tiny_pipe, 
     second = run(tiny_pipe, tiny_folder, tmp_path)
     assert first.settings["denoiser_fingerprint"] != second.settings["denoiser_fingerprint"]
     assert not np.array_equal(first.scores, second.scores)
+
+
+def test_files_of_two_audits_are_no_audit(tmp_path):
+    for name, rare in (("one", 2), ("two", 3)):
+        make_audit(tmp_path / name, rare=rare)
+    shutil.copy(tmp_path / "one" / "audit.safetensors", tmp_path / "two" / "audit.safetensors")
+    with pytest.raises(AuditError, match="of two audits"):
+        Audit.load(tmp_path / "two")

@@ -13,6 +13,7 @@ from extras import gr
 from invdiff.app.audit import AuditBook, AuditTab
 from invdiff.auditing.edits import CURATION
 from invdiff.auditing.result import Audit
+from invdiff.files import fingerprint
 from invdiff.report.read import Parts, find_parts
 from runs import LAND, NASTY, SCRIPT, WATER, make_audit
 
@@ -54,6 +55,8 @@ class Tab:
 def rewrite(folder, change):
     tensors, document = load_file(folder / "audit.safetensors"), json.loads((folder / "audit.json").read_text())
     change(tensors, document)
+    weights = [tensors[name].tobytes() for name in sorted(tensors) if name.startswith("group_weights")]
+    document["fingerprint"] = fingerprint(*weights, tensors["prompt_ids"].tobytes())
     save_file(tensors, folder / "audit.safetensors")
     (folder / "audit.json").write_text(json.dumps(document))
 

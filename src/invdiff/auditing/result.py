@@ -293,7 +293,7 @@ class Audit:
         arrays = {f"group_weights.{m}": weights for m, weights in enumerate(plain.group_weights)}
         write_arrays(folder / "audit.safetensors", arrays | {"scores": plain.scores, "prompt_ids": plain.prompt_ids})
         write_arrays(folder / JUDGES, plain.judges)
-        document = {"biased": plain.biased, "num_groups": plain.num_groups}
+        document = {"fingerprint": plain.fingerprint, "biased": plain.biased, "num_groups": plain.num_groups}
         document |= {name: getattr(plain, name) for name in ("forwards_per_image", "settings", "names", "unreadable")}
         document |= {name: list(map(asdict, getattr(plain, name))) for name in ("factors", "prompts")}
         write_json(folder / "audit.json", document)
@@ -362,6 +362,8 @@ class Audit:
             finite = all(np.isfinite(array).all() for array in arrays.values())
             if found.scores.shape != (len(weights), count) or not (whole and finite):
                 raise ValueError(f"arrays that are not one finite row for each of {count} images")
+            if document["fingerprint"] != found.fingerprint:  # a run was stopped between the two
+                raise ValueError("audit.json and audit.safetensors of two audits")
         except (KeyError, IndexError, TypeError, ValueError, DataError) as error:
             raise AuditError(found_else(f"an audit in {folder}", error, "Run `invdiff audit` again.")) from error
         found = replace(found, words=_read_words(folder, found.fingerprint))
