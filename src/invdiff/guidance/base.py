@@ -148,8 +148,7 @@ class Guidance(ModelMixin, ConfigMixin):
             if not fits:
                 raise ConfigError(f"Expected {expected}, got {found!r}.")
         denoiser, family = denoiser_of(pipe), family_of(pipe)
-        signature = weight_signature(denoiser)
-        if any(map(math.isnan, signature)):
+        if any(weight.is_meta for weight in denoiser.parameters()):
             raise ModelError("Expected the denoiser's weights in memory, found them offloaded. Offload later.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -160,7 +159,7 @@ class Guidance(ModelMixin, ConfigMixin):
                 null_adapter=cls.auto_null if null_adapter == "auto" else null_adapter,
                 denoiser_class=type(denoiser).__name__,
                 prediction_type=NoiseSchedule(pipe.scheduler).prediction_type,
-                weight_signature=signature,
+                weight_signature=weight_signature(denoiser),
                 base_model=public_name(str(getattr(pipe, "name_or_path", "") or "")),
                 loras=loras_of(pipe),
             )
