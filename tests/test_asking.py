@@ -85,6 +85,13 @@ def test_of_more_values_those_that_are_told_apart_have_groups_and_the_rest_anoth
 def test_a_value_that_no_image_shows_makes_no_group():
     names = ("man", "woman", "child")
     assert factors(names, shown((0.8, 0.2, 0), (0.2, 0.8, 0)), noise=0.8).values == [["man", "woman"]]
+    # A value that captions state alone is of the rest, never of another value.
+    truth, ids = shown((0.8, 0.2, 0), (0.2, 0.8, 0)), np.repeat([0, 1], 600)
+    ids[:100] = 2
+    captions = {"captions": ("a person", "someone", "a person, child"), "caption_ids": ids}
+    search = factors(names, truth, **captions)
+    assert search.values == [["man", "woman", REST]]
+    assert (search.factors[0][0].weights[:100].argmax(axis=1) == 2).all()
     even = factors(names, shown((0.5, 0.5, 0), (0.5, 0.5, 0)))
     assert even.factors == []
     assert [candidate.refusal for of in even.candidates.values() for candidate in of] == ["the groups are even"] * 2

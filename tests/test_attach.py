@@ -256,6 +256,10 @@ def test_null_rows_behind_captions_and_pixart_without_null_rows(tiny_pipe):
             found = tiny_pipe.unet(noise, 500, torch.cat(embeds[:2])).sample
     assert not torch.equal(found[0], plain[0])
     assert torch.equal(found[1], plain[1])
+    empty = {"prompt": ["", ""], "negative_prompt": ["land", "water"]}
+    plain = draw(tiny_pipe, 0, 1, **empty)
+    with attach(tiny_pipe, guidance, environments=[0, 0]):
+        assert torch.equal(draw(tiny_pipe, 0, 1, **empty), plain)  # the rows of negative prompts are null rows too
     pixart = make_tiny("pixart")
     options = {"latents": noise, "guidance_scale": 1.0, "num_inference_steps": 1}
     plain = draw(pixart, 0, 1, **options)

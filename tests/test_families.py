@@ -207,7 +207,7 @@ def test_an_unconditional_model_ignores_captions_and_has_no_contrast_and_one_rou
     ("prompts", "guidance_scale", "resolution", "message"),
     [
         (["a bird"], 1.0, 0, "Expected no prompt for an unconditional model, got 'a bird'"),
-        ([], 3.0, 0, "Expected guidance_scale 1 for an unconditional model"),
+        ([], 3.0, 0, "Expected guidance_scale 1, as this model .unconditional DDPM. reads none"),
         ([], 1.0, 64, "Expected resolution 16, the only one"),
     ],
 )
@@ -348,7 +348,7 @@ def test_a_flux_that_reads_no_guidance_takes_scale_1_alone(tmp_path):
     pipe.transformer.register_to_config(guidance_embeds=False)
     pipe.transformer.time_text_embed = diffusers.models.embeddings.CombinedTimestepTextProjEmbeddings(32, 16)
     settings = GenerateConfig(images_per_prompt=1, num_inference_steps=1, resolution=32)
-    with pytest.raises(ConfigError, match="Expected guidance_scale 1, as this Flux reads none, got 3"):
-        generate(pipe, ["a bird"], tmp_path / "three", config=settings, progress=False)
+    with pytest.raises(ConfigError, match=r"Expected guidance_scale 1, as this model \(Flux\) reads none, got 3"):
+        generate(pipe, ["a bird"], tmp_path / "one", config=settings, progress=False)
     generate(pipe, ["a bird"], tmp_path / "one", config=replace(settings, guidance_scale=1.0), progress=False)
     assert drawing_flags(pipe, 32)[:2] == ["--guidance-scale", "1"]

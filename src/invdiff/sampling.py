@@ -57,6 +57,9 @@ class Drawing:
                 f"{' and '.join(needed)}. Load the text-to-image pipeline of the same model."
             )
         self.config = config or GenerateConfig()
+        if self.config.guidance_scale != 1 and not self._family.reads_guidance(denoiser_of(pipe)):
+            of, scale = self._family.title, f"{self.config.guidance_scale:g}"
+            raise ConfigError(f"Expected guidance_scale 1, as this model ({of}) reads none, got {scale}. Take 1.")
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise ConfigError(f"Expected a list of prompts, got {prompts!r}.")
         self.prompts = list(prompts) if prompts or self._family.needs_prompts else [""]
@@ -236,8 +239,7 @@ def own_images(pipe: Any, audited: Mapping[str, Any], cache_dir: Path, *, progre
 def drawing_flags(pipe: Any, resolution: int, distilled_guidance: float = 0.0) -> list[str]:
     """The options that `invdiff generate` needs to draw as the module was trained: often none."""
     family, denoiser = family_of(pipe), cast(Any, denoiser_of(pipe))
-    takes_scale = family.needs_prompts and denoiser.config.get("guidance_embeds", True)
-    scale = GenerateConfig.guidance_scale if takes_scale else 1.0
+    scale = GenerateConfig.guidance_scale if family.reads_guidance(denoiser) else 1.0
     if distilled_guidance and denoiser.config.get("guidance_embeds"):
         scale = distilled_guidance
     other = 0 if resolution == family.resolution(pipe, denoiser) else resolution

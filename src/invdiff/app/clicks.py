@@ -142,6 +142,7 @@ class ClicksPanel:
             # Images that people left out of either audit stay out.
             left = {of.names[at] for of in (book.audit, earlier) for at in of.edits.left_out}
             if out := [position for position, image in enumerate(found.names) if image in left]:
+                found = Audit.load(ask.folder)  # with edits to the same groups that lie there
                 apply(found, found.edits.without_images(out)).save_edits(ask.folder)
             parts = replace(book.parts, audit=ask.folder, data=book.data, results=None, module=None)
             self._tab.books[made] = AuditBook(parts)

@@ -206,7 +206,8 @@ def asked_factors(
             columns = sorted({value for of in told.values() for value in of})
             weights = {prompt: _joined(of, columns, config.min_share) for prompt, of in told.items()}
             names = [values[column] for column in columns]
-            if any(of[:, -1].any() for of in weights.values()):  # else no image is left over
+            # Images are left over, or captions state a value that is told apart nowhere.
+            if any(of[:, -1].any() for of in weights.values()) or not set(stated) <= {-1, *columns}:
                 names.append(REST if REST not in words else f"{REST} than these")
             factor = {prompt: _cut(told[prompt], of[:, : len(names)]) for prompt, of in weights.items()}
         uneven = False

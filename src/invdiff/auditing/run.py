@@ -34,8 +34,7 @@ from .splits import force_factors, given_factors, rarest, why_not
 from .words import describe_groups
 
 ALMOST, AT_ONCE = 0.05, 1024
-"""Latents nearer than this share of their usual size are of nearly the same image; looked for among this many that
-are next on a random line."""
+"""Latents nearer than this share of their usual size are of nearly the same image; rows that are compared at once."""
 
 
 def audit(

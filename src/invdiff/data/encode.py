@@ -125,21 +125,23 @@ def encode(
     resolution = resolution or family.resolution(pipe, denoiser)
     model = model_fingerprint(pipe)
     folder = Path(cache_dir) / fingerprint(_FORMAT, model, data.fingerprint, str(resolution))
-    skipped: dict[str, str] = {}
-    incomplete: list[Path] = []
+    lost: dict[Path, dict[str, str]] = {}  # name and reason of the images that cannot be read, by file
+
+    def check() -> dict[str, str]:
+        skipped = {name: reason for some in lost.values() for name, reason in some.items()}
+        try:
+            check_readable(data, skipped)
+        except DataError:
+            for path in (path for path, some in lost.items() if some):
+                path.unlink(missing_ok=True)  # to be tried again, as where a plug-in for a format is installed
+            raise
+        return skipped
 
     def images(path: Path, rows: Sequence[int]) -> None:
         if not path.exists():
             _write_latents(path, pipe, data, rows, resolution, batch_size)
-        if lost := _read_latents(path, data)[1]:
-            skipped.update(lost)
-            incomplete.append(path)
-        try:
-            check_readable(data, skipped)
-        except DataError:
-            for each in incomplete:  # their images are tried again, as where a plug-in for them is installed
-                each.unlink(missing_ok=True)
-            raise
+        lost[path] = _read_latents(path, data)[1]
+        check()
 
     def prompts(path: Path, part: Sequence[str]) -> None:
         if not path.exists():
@@ -147,9 +149,8 @@ def encode(
 
     paths = in_files(folder / "latents", range(len(data)), images, "encoding images", progress=progress)
     shards, per_shard = zip(*(_read_latents(path, data) for path in paths), strict=True)
-    skipped = {name: reason for some in per_shard for name, reason in some.items()}
-    check_readable(data, skipped)
-    if skipped:
+    lost = dict(zip(paths, per_shard, strict=True))
+    if skipped := check():
         note(about_unreadable(skipped, len(data)))
     source_index = torch.cat([shard["rows"] for shard in shards])
     used = [data.captions[row] if family.needs_prompts else "" for row in source_index.tolist()]

@@ -34,7 +34,7 @@ class Question:
     confusion: Mapping[str, NDArray[Any] | None]  # attribute to held-out counts, (K, K + 1); None where there are none
     subject_of: Mapping[str, str]  # prompt to its class of the subject attribute
     target: tuple[float, ...] | None  # shares of the first attribute's classes to measure against; None is uniform
-    apart: Mapping[str, set[str]]  # attribute to prompts of whose images the judge says nothing
+    apart: Mapping[str, set[str]]  # attribute to prompts without figures: of some model's images nothing is told
     config: EvaluateConfig
 
 

@@ -101,7 +101,9 @@ def evaluate(
         confusion=corrections,
         subject_of=named_subjects(prompts, classes[subject]) if subject else {},
         target=tuple(target[name] for name in of_first) if target else None,
-        apart=annotator.unsplit if isinstance(annotator, AuditAnnotator) else {},
+        apart={name: set(prompts) & annotator.unsplit[name] for name in attributes}
+        if isinstance(annotator, AuditAnnotator)
+        else {name: set[str]() for name in attributes},
         config=config,
     )
     network = lpips_network() if config.lpips else None
@@ -125,14 +127,20 @@ def evaluate(
             for key in scale_keys(rows):
                 places = [place for place, row in enumerate(rows) if row.scale_key == key]
                 parts[model, key] = [rows[place] for place in places], seen.take(places)
+    for name in attributes:  # of models that are compared, figures are of the same prompts
+        for own, found in parts.values():
+            named = {row.prompt for row, of in zip(own, found.classes[name], strict=True) if of < len(classes[name])}
+            question.apart[name].update(set(prompts) - named)
+        if question.apart[name] >= set(prompts):
+            raise EvaluationError(
+                f"Expected a prompt whose images have classes of {name} in every model, found none: at a confidence "
+                f"of {config.min_confidence:g} the annotator names none, or the audit splits no such prompt by it."
+            )
     size = common_group_size([known for _, known in parts.values()], reference, question)
     models: dict[str, dict[str, Measures]] = {model: {} for model in rows_by_model}
     with progress_bar("measuring", len(parts), enabled=progress) as bar:
         for (model, key), part in parts.items():
-            try:
-                measures = measure(*part, question, reference=reference, group_size=size, clip=clip, lpips=network)
-            except EvaluationError as error:
-                raise EvaluationError(f"{model} at guidance scale {key}: {error}") from error
+            measures = measure(*part, question, reference=reference, group_size=size, clip=clip, lpips=network)
             if model != baseline and (baseline, key) in parts:
                 measures = replace(measures, preservation=preserve(*part, *parts[baseline, key], question))
             models[model][key] = measures
@@ -194,6 +202,11 @@ def _notes(
             )
         if isinstance(annotator, GivenLabels):
             notes.append(f"classes of {name} are those that labels name: {', '.join(question.classes[name])}")
+        if left := [prompt for prompt in prompts if prompt in question.apart[name]]:
+            notes.append(
+                f"figures of {name} leave out {len(left)} of {len(prompts)} prompts, of which nothing is told in some "
+                f"model's images, first {left[0]!r}"
+            )
         unsure = []
         for model, key, measures in results.each():
             rows = measures.attributes[name].counts.values()

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import EvaluationError
 from ..models.encoders import ClipEncoder
 from ..seeds import derived_seed
 from .annotate import Described, Question
@@ -56,7 +55,7 @@ def measure(
             seen.probabilities[name],
             right,
             question,
-            question.apart.get(name, set()),
+            question.apart[name],
         )
         for name, names in zip(question.attributes, kinds, strict=True)
     }
@@ -66,8 +65,10 @@ def measure(
         certain = np.all([of < size for of, size in zip(columns, sizes, strict=True)], axis=0)
         joint = np.where(certain, np.ravel_multi_index(tuple(columns), sizes, mode="clip"), np.prod(sizes))
         name, names = " x ".join(question.attributes), tuple(map(" x ".join, product(*kinds)))
-        apart = set[str]().union(*(question.apart.get(part, ()) for part in question.attributes))
-        attributes[name] = _spread(name, names, prompts, joint, None, right, question, apart)
+        told = {prompt for prompt, each in zip(prompts, certain, strict=True) if each}
+        apart = set(prompts) - told.difference(*question.apart.values())
+        if apart < set(prompts):
+            attributes[name] = _spread(name, names, prompts, joint, None, right, question, apart)
     known, accuracy = right[right >= 0], None
     if len(known):
         untold = f"accuracy leaves out {unclear.sum()} of {len(rows)} images, whose {subject} is not told"
@@ -172,23 +173,8 @@ def _spread(
     question: Question,
     apart: set[str],
 ) -> AttributeMeasures:
-    """How one attribute's classes (N,), called `names`, are spread over the images of each prompt.
-
-    Prompts that lie `apart`, or none of whose images has a class, are left out.
-    """
-    told = {prompt for prompt, of in zip(prompts, classes, strict=True) if of < len(names)}
-    place = {prompt: number for number, prompt in enumerate(p for p in dict.fromkeys(prompts) if p in told - apart)}
-    if not place:
-        raise EvaluationError(
-            f"Expected an image with a class of {name}, found none at a confidence of "
-            f"{question.config.min_confidence:g}. Ask for less, or use a better annotator."
-        )
-    unclear, notes = [prompt for prompt in dict.fromkeys(prompts) if prompt not in told | apart], []
-    if unclear:
-        notes.append(
-            f"figures of {name} leave out {len(unclear)} of {len(set(prompts))} prompts that have no image with a "
-            f"class of it, first {unclear[0]!r}"
-        )
+    """How one attribute's classes (N,), called `names`, are spread over the images of prompts that lie not `apart`."""
+    place = {prompt: number for number, prompt in enumerate(p for p in dict.fromkeys(prompts) if p not in apart)}
     chosen = [k for k, prompt in enumerate(prompts) if prompt in place]
     index, classes, right = np.array([place[prompts[k]] for k in chosen]), classes[chosen], right[chosen]
     probabilities = None if probabilities is None else probabilities[chosen]
@@ -214,14 +200,14 @@ def _spread(
             for metric in METRICS
         }
 
-    counts, shown = count(np.ones(len(index), dtype=bool)), {}
+    counts, shown, note = count(np.ones(len(index), dtype=bool)), {}, ""
     if (right >= 0).any():
         table = count(right == 1)
         kept = table[:, :-1].sum(axis=1) > 0
         shown = estimates(table[kept]) if kept.any() else {}
         left_out = [prompt for prompt, number in place.items() if not kept[number]]
         if left_out:
-            notes.append(
+            note = (
                 f"figures of images whose subject is right leave out {len(left_out)} of {len(place)} prompts that "
                 f"have none, first {left_out[0]!r}"
             )
@@ -233,7 +219,7 @@ def _spread(
         subject_right=shown,
         by_prompt={prompt: estimates(counts[[number]], few) for prompt, number in place.items() if len(place) > 1},
         softmax_discrepancy=_softmax(index, probabilities, target, question),
-        note="; ".join(notes),
+        note=note,
     )
 
 

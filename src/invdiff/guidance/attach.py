@@ -225,10 +225,10 @@ class Attachment:
         if before is not None and torch.equal(before, call.noisy_latents):
             null[:] = True  # Flux's negative prompts come in a call of their own, after that of the prompts
         elif "class_labels" not in call.condition and doubled is not False:
-            # Of negative prompts, some of which may be empty; not where null rows come last, as in some loops.
+            # Of negative prompts, some of which may be empty; not where null rows come last, in a loop of one's own.
             first, *others = call.noisy_latents.chunk(self._copies(pipe, doubled) or 2)
             repeated = len(others) > 0 and all(torch.equal(other, first) for other in others)
-            null[: len(first)] |= repeated and not bool(null[len(first) :].all())
+            null[: len(first)] |= repeated and (pipe is not None or not bool(null[len(first) :].all()))
         return null
 
     def _copies(self, pipe: Any, doubled: bool | None) -> int | None:

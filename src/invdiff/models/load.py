@@ -3,6 +3,7 @@
 Whatever goes wrong while another library loads weights is one error: which file or package, and what to do.
 """
 
+import inspect
 import json
 import logging
 import os
@@ -83,12 +84,14 @@ def load_pipeline(
     marks: set[str] = set()
     with loading("a whole diffusers pipeline" if path.exists() else "a diffusers pipeline", source):
         settings = str(config) or source
+        if single:
+            with safe_open(path, "pt") as file:
+                marks = {"v_pred", "ztsnr"} & set(file.keys())  # names without weight that say what it predicts
         if single and not config:  # as the pipeline on the hub, by the names and shapes of the weights
             weights = load_single_file_checkpoint(source)
             if any("lora" in name for name in weights):
                 raise ModelError(f"Expected all of a model in {source}, found a LoRA. Give its model and --lora FILE.")
             settings = fetch_diffusers_config(weights)["pretrained_model_name_or_path"]
-            marks = {"v_pred", "ztsnr"} & weights.keys()  # names without weight, by which files say what they predict
             if settings.endswith("/stable-diffusion-2-1"):
                 note(
                     f"{path.name} is read as Stable Diffusion 2.1, which predicts v; of a -base, give --model-config."
@@ -205,7 +208,9 @@ def note_cut(pipe: Any, captions: Sequence[str]) -> None:
     if not tokenizers or not captions:
         return
     tokenizer: Any = max(tokenizers, key=lambda each: each.model_max_length)
-    most, lengths = tokenizer.model_max_length, map(len, tokenizer(list(captions), verbose=False).input_ids)
+    reads = inspect.signature(pipe.encode_prompt).parameters.get("max_sequence_length")  # of T5, fewer by default
+    most = min([tokenizer.model_max_length, *([reads.default] if reads else [])])
+    lengths = map(len, tokenizer(list(captions), verbose=False).input_ids)
     cut = [caption for caption, length in zip(captions, lengths, strict=True) if length > most]
     if cut:
         of = f"{len(cut):,} of {len(captions):,} texts are"

@@ -106,7 +106,7 @@ def _ends(figure: Estimate) -> tuple[float, float]:
 def changes(run: Run, chosen: Comparison) -> dict[str, Any]:
     """What guidance changed, prompt by prompt."""
     results, models = run.results, chosen.measures
-    names = list(next(iter(models.values())).shares) if models else list(chosen.pairs)
+    names = list(dict.fromkeys(prompt for of in models.values() for prompt in of.shares)) or list(chosen.pairs)
     known = training_labels(run)
     prompts = [_prompt(name, run, chosen, known.get(name)) for name in names[:MOST_PROMPTS]]
     notes = [f"{len(names) - MOST_PROMPTS} more prompts are in the results."] if len(names) > MOST_PROMPTS else []

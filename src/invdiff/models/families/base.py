@@ -170,6 +170,10 @@ class Family(ABC):
         size = {"height": resolution, "width": resolution} if resolution else {}
         return pipe(prompt=prompts, guidance_scale=guidance_scale, **size, **options)
 
+    def reads_guidance(self, denoiser: Any) -> bool:
+        """Whether a guidance scale other than 1 changes what is drawn."""
+        return self.needs_prompts
+
     def check_own_resolution(self, pipe: Any, resolution: int) -> None:
         """Raise `ConfigError` where a pipeline that draws one size only is asked for another."""
         own = self.resolution(pipe, denoiser_of(pipe))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...errors import ConfigError, DataError, ModelError
+from ...errors import DataError, ModelError
 from ...text import label_of
 from .base import Condition, DenoiserCall, DenoiserShape, Family
 
@@ -106,10 +106,8 @@ class Flux(TransformerFamily):
     def shifted(self, output: Tensor, shift: Tensor) -> Tensor:
         return output + packed(shift)
 
-    def draw(self, pipe: Any, prompts: list[str], *, guidance_scale: float, resolution: int, **options: Any) -> Any:
-        if guidance_scale != 1 and not pipe.transformer.config["guidance_embeds"]:
-            raise ConfigError(f"Expected guidance_scale 1, as this Flux reads none, got {guidance_scale:g}. Take 1.")
-        return super().draw(pipe, prompts, guidance_scale=guidance_scale, resolution=resolution, **options)
+    def reads_guidance(self, denoiser: Any) -> bool:
+        return bool(denoiser.config["guidance_embeds"])
 
 
 def packed(latents: Tensor) -> Tensor:

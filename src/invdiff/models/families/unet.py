@@ -79,7 +79,5 @@ class Unconditional(StableDiffusion):
         prompt = next(filter(None, prompts), None)
         if prompt is not None:
             raise ConfigError(f"Expected no prompt for an unconditional model, got {prompt!r}. Leave it out.")
-        if guidance_scale != 1:
-            raise ConfigError(f"Expected guidance_scale 1 for an unconditional model, got {guidance_scale:g}. Take 1.")
         self.check_own_resolution(pipe, resolution)
         return pipe(batch_size=len(prompts), **options)
