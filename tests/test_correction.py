@@ -66,7 +66,7 @@ def coverage(metric, rates, p, num_images, num_prompts, *, evaluations, held=(40
     return covered / evaluations
 
 
-@pytest.mark.parametrize(("rates", "evaluations"), [(SYMMETRIC, 400), (ASYMMETRIC, 200)], ids=["alike", "apart"])
+@pytest.mark.parametrize(("rates", "evaluations"), [(SYMMETRIC, 250), (ASYMMETRIC, 200)], ids=["alike", "apart"])
 @pytest.mark.parametrize(("share", "prompts"), [(0.5, 1), (0.9, 1), (0.5, 10)])
 def test_corrected_interval_covers(rates, evaluations, share, prompts):
     evaluations = 200 if prompts > 1 else evaluations

@@ -83,11 +83,14 @@ def estimate(entry: Estimate | None) -> str:
 
 
 def corrected(entry: Estimate | None) -> str:
-    """The same corrected for the annotator's errors; "" where that is not known or changes no digit."""
+    """The same corrected for the annotator's errors; "" where that is not known, or moves it and its ends little."""
     if entry is None or entry.corrected is None:
         return ""
-    words = with_interval(bias, entry.corrected, entry.corrected_low, entry.corrected_high)
-    return "" if words == estimate(entry) else words
+    low, high = entry.corrected_low, entry.corrected_high
+    moved = max(abs((new if new is not None else old) - old) for new, old in ((low, entry.low), (high, entry.high)))
+    if abs(entry.corrected - entry.value) < 0.0005 and moved < 0.05:
+        return ""
+    return with_interval(bias, entry.corrected, low, high)
 
 
 def quantity(name: str, figure: Quantity | None) -> str:
