@@ -11,11 +11,8 @@ from invdiff.errors import EvaluationError
 from invdiff.evaluation.annotate import Described, describe_images
 from invdiff.evaluation.annotators.annotations import Annotations
 from invdiff.evaluation.annotators.labels import GivenLabels
-from invdiff.evaluation.fairness.correction import correct_for_annotator
 from invdiff.evaluation.fairness.metrics import metric_floor, per_prompt
-from invdiff.evaluation.images import read_images
 from invdiff.evaluation.quality.distances import frechet_distance
-from invdiff.report.read import measured
 from runs import LAND, WATER
 
 COLOURS = {"land": 0, "water": 255, "landbird": 0, "waterbird": 255}
@@ -222,31 +219,6 @@ def test_a_prompt_without_a_right_image_is_left_out_and_named(tmp_path):
     assert {first.note in row["note"] for row in results.table() if row["of"] == "subject right"} == {True}
 
 
-def test_images_below_the_confidence_are_a_class_of_their_own(base):
-    assert of_base(base, min_confidence=0.5).first.counts[LAND] == {"land": 3, "water": 1, "cannot tell": 0}
-    wavering = of_base(base, ReadsPixels(change=waver), min_confidence=0.6).first
-    assert wavering.counts[LAND] == {"land": 2, "water": 1, "cannot tell": 1}
-    assert wavering.shares[LAND] == pytest.approx({"land": 2 / 3, "water": 1 / 3})
-    with pytest.raises(EvaluationError, match="have classes of background in every model, found none"):
-        of_base(base, ReadsPixels(certainty=0.9), min_confidence=0.95)
-
-
-def test_figures_are_corrected_where_the_annotators_errors_are_known(base, tmp_path):
-    confusion = np.array([[90, 10, 0], [10, 90, 0]])
-    results = measure({"base": base}, ReadsPixels(confusion))
-    estimate = results.models["base"]["1.0"].bias_estimate
-    corrected = correct_for_annotator([[3, 1], [2, 2]], confusion[:, :2])
-    assert estimate.corrected == pytest.approx(np.mean(np.abs(corrected[:, 0] - corrected[:, 1]) / 4))
-    assert estimate.corrected_low <= estimate.corrected <= estimate.corrected_high
-    assert results.annotator.accuracy == {"background": 0.9}
-    assert not any("errs" in note for note in results.notes)
-    confusion = np.array([[80, 10, 10], [5, 90, 5]])  # images without a class count too
-    folder = write(tmp_path / "unsure", LAND_ROWS)
-    measures = of_base(folder, ReadsPixels(confusion, change=waver), min_confidence=0.6)
-    corrected = correct_for_annotator([[2, 1, 1]], confusion)[0]
-    assert measures.bias_estimate.corrected == pytest.approx(abs(corrected[0] - corrected[1]) / corrected.sum())
-
-
 def test_errors_that_cannot_be_corrected_are_stated(base):
     for confusion, accuracy, note in (
         (np.array([[50, 50, 0], [50, 50, 0]]), 0.5, "no figure of background is corrected for the errors of"),
@@ -405,30 +377,7 @@ def test_settings_that_do_not_fit_are_refused(base, settings, message):
         measure({"base": base}, **settings)
 
 
-def test_images_without_a_class_are_counted_in_a_note_and_a_prompt_of_them_alone_is_left_out(tmp_path):
-    folder = write(tmp_path / "base", ROWS)
-    rows = [{"background": background} for _, _, background, _ in ROWS]
-    change_rows(folder, [{"background": ""} if number in (0, 4, 5, 6, 7) else row for number, row in enumerate(rows)])
-    results = measure({"base": folder}, GivenLabels(["background"]))
-    first = results.models["base"]["1.0"].first
-    assert list(first.counts) == [LAND]
-    assert first.overall["bias"].value == pytest.approx(1 / 3)
-    assert any("outside its figures: 1 of 4 of base at guidance scale 1.0" in note for note in results.notes)
-    told = "leave out 1 of 2 prompts, of which nothing is told in some model's images, first "
-    assert any(told + repr(WATER) in note for note in results.notes)
-    # Models are compared on the same prompts, and what was measured is known as such.
-    whole = change_rows(write(tmp_path / "guided", ROWS), rows)
-    both = measure({"base": folder, "guided": whole}, GivenLabels(["background"]))
-    assert [list(measures.first.counts) for *_, measures in both.each()] == [[LAND], [LAND]]
-    assert measured(both, "base", read_images(folder))
-
-
 def test_numbers_of_images_that_differ_are_noted(tmp_path, base):
     assert not any("number" in note for note in measure({"base": base}).notes)
     more = write(tmp_path / "more", ROWS * 2)
     assert any("images of a prompt number 4 to 8" in note for note in measure({"base": base, "more": more}).notes)
-
-
-def test_accuracy_of_an_annotator_is_of_the_images_that_it_names(base):
-    annotator = ReadsPixels(np.array([[70, 0, 30], [0, 70, 30]]))
-    assert measure({"base": base}, annotator).annotator.accuracy["background"] == 1.0

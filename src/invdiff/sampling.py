@@ -276,7 +276,7 @@ def _open_folder(output_dir: Path, drawing: Drawing) -> None:
             )
         write_json(path, settings)
     earlier, more = read_json(path), {"images_per_prompt": drawing.config.images_per_prompt}
-    if earlier | more == settings and earlier["images_per_prompt"] < drawing.config.images_per_prompt:
+    if earlier | more == settings and earlier.get("images_per_prompt", 0) < drawing.config.images_per_prompt:
         (output_dir / MANIFEST).unlink(missing_ok=True)  # a group that is spread over more images may be another
         write_json(path, settings)
     else:

@@ -106,10 +106,8 @@ class GenerateTab:
             self._target = gr.HTML(bar, padding=True, visible=bool(self.mix), elem_id="mix")
             self.loads = [*self.mix, self._target]
         with gr.Group():
-            label = "Guidance scale (CFG)"
-            cfg = gr.Slider(
-                1, 15, 3 if self._studio.reads_guidance else 1, step=0.5, label=label, interactive=reads, elem_id="cfg"
-            )
+            label, scaled = "Guidance scale (CFG)", self._studio.reads_guidance
+            cfg = gr.Slider(1, 15, 3 if scaled else 1, step=0.5, label=label, interactive=scaled, elem_id="cfg")
         with gr.Accordion("Images, seed and steps", open=False, elem_id="more"):
             images = gr.Slider(1, 64, 12, step=1, label="Images", elem_id="images")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1, elem_id="seed")

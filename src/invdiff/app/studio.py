@@ -83,9 +83,8 @@ class Studio:
     ) -> None:
         self.pipe, self.module, self.annotator = pipe, module, annotator
         self.names, self.options = names, options
-        family = family_of(pipe)
-        self.needs_prompts, self.reads_guidance = family.needs_prompts, family.reads_guidance(denoiser_of(pipe))
-        denoiser = denoiser_of(pipe)
+        denoiser, family = denoiser_of(pipe), family_of(pipe)
+        self.needs_prompts, self.reads_guidance = family.needs_prompts, family.reads_guidance(denoiser)
         slow = denoiser.device.type == "cpu" and sum(p.numel() for p in denoiser.parameters()) > _LARGE
         self.batch_size = 1 if slow else 4
         self._lock = threading.Lock()

@@ -362,9 +362,8 @@ class Audit:
             finite = all(np.isfinite(array).all() for array in arrays.values())
             if found.scores.shape != (len(weights), count) or not (whole and finite):
                 raise ValueError(f"arrays that are not one finite row for each of {count} images")
-            if (
-                document.get("fingerprint", found.fingerprint) != found.fingerprint
-            ):  # a run was stopped between the two
+            # A run that was stopped between the two files; none was written before the fingerprint was.
+            if document.get("fingerprint", found.fingerprint) != found.fingerprint:
                 raise ValueError("audit.json and audit.safetensors of two audits")
         except (KeyError, IndexError, TypeError, ValueError, DataError) as error:
             raise AuditError(found_else(f"an audit in {folder}", error, "Run `invdiff audit` again.")) from error

@@ -4,11 +4,9 @@ import dataclasses
 import shlex
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import typer
-from rich.console import Console
-from rich.text import Text
 from typer.core import TyperGroup
 
 from ..assets import PROFESSIONS
@@ -31,7 +29,7 @@ from .arguments import (
     lines_in,
     option,
 )
-from .print import INTERRUPTED, finish, print_audit, print_results, say, say_loading
+from .print import INTERRUPTED, fail, finish, print_audit, print_results, say, say_loading
 
 WAY, PREPARE, ASK = "The way through", "To prepare", "What to group by"  # panels of the help
 
@@ -57,12 +55,6 @@ class Commands(TyperGroup):
                 "Expected enough memory on the device, found it full; finished work is kept. Lower --batch-size or "
                 "--resolution, or give --dtype bf16; train takes the least with --backend module."
             )
-
-
-def fail(message: str) -> NoReturn:
-    """End the program with an error in one line."""
-    Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
-    raise typer.Exit(1) from None
 
 
 app = typer.Typer(

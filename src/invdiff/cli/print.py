@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from ..evaluation.results import Results
 
 INTERRUPTED = 130  # the shell's exit code for a program stopped by Ctrl-C
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with an error in one line."""
+    Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
+    raise typer.Exit(1) from None
 
 
 def say(text: str, *, quiet: bool) -> None:

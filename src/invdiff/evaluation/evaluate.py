@@ -95,15 +95,14 @@ def evaluate(
             corrections[name] = None
             told = f"no figure of {name} is corrected for the errors of {annotator.name}: {error}"
             warnings.append(told.rstrip("."))
+    unsplit = annotator.unsplit if isinstance(annotator, AuditAnnotator) else {}
     question = Question(
         attributes=attributes,
         classes=classes,
         confusion=corrections,
         subject_of=named_subjects(prompts, classes[subject]) if subject else {},
         target=tuple(target[name] for name in of_first) if target else None,
-        apart={name: set(prompts) & annotator.unsplit[name] for name in attributes}
-        if isinstance(annotator, AuditAnnotator)
-        else {name: set[str]() for name in attributes},
+        apart={name: set(prompts) & unsplit.get(name, set()) for name in attributes},
         config=config,
     )
     network = lpips_network() if config.lpips else None
@@ -242,6 +241,10 @@ def _notes(
         where = f"{model} at guidance scale {key}"
         said = [of.note for of in measures.attributes.values()]
         said += [measures.subject_accuracy.note] if measures.subject_accuracy else []
+        if len(question.attributes) > 1:
+            joint = measures.attributes.get(" x ".join(question.attributes))
+            if missing := len(prompts) - len(joint.counts if joint else ()):
+                said.append(f"figures of the intersection leave out {missing} of {len(prompts)} prompts")
         notes += [f"{where}: {note}" for note in dict.fromkeys(said) if note]
         if results.baseline and key not in results.models[results.baseline]:
             notes.append(f"{where}: {results.baseline} has no images at this guidance scale to compare seed by seed")
