@@ -11,9 +11,11 @@ from safetensors.numpy import load_file, save_file
 from conftest import make_guidance_module
 from invdiff import Audit, AuditConfig, attach, load_captioned_images
 from invdiff.auditing import evidence as evidence_module
+from invdiff.auditing.asked import Asked
 from invdiff.auditing.edits import Edits, apply
 from invdiff.auditing.evidence import Evidence
-from invdiff.auditing.run import audit, distinct
+from invdiff.auditing.run import audit, distinct, infer
+from invdiff.auditing.splits import given_factors
 from invdiff.data.encode import as_encoded
 from invdiff.errors import AuditError, ConfigError, ModelError
 from invdiff.files import CURATION
@@ -309,3 +311,14 @@ def test_files_of_two_audits_are_no_audit(tmp_path):
     shutil.copy(tmp_path / "one" / "audit.safetensors", tmp_path / "two" / "audit.safetensors")
     with pytest.raises(AuditError, match="of two audits"):
         Audit.load(tmp_path / "two")
+
+
+def test_a_prompt_is_not_split_away_by_its_own_name():
+    truth = np.zeros(4000, int)
+    truth[:200] = truth[2000:2016] = 1  # of 10% and .8%
+    captions, ids = ["a photo of a landbird", "a photo of a waterbird"], np.repeat([0, 1], 2000)
+    asked, settings = Asked("place", ["a", "b"], np.eye(2)[truth], "a column", {}), AuditConfig(min_share=0.005)
+    measured = Evidence(np.zeros((4000, 1, 1, 2)), sharded(np.zeros((4000, 2, 4), np.float32)))
+    ways = {"asked": lambda judged: given_factors([asked], judged, settings), "progress": False}
+    found = infer(made_up_data(captions, ids), measured, np.array([0, 1]), settings, **ways)
+    assert [(prompt.prompt, prompt.found) for prompt in found.prompts] == [(caption, True) for caption in captions]

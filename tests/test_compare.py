@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from conftest import made_up_measures
+from invdiff.cli.print import print_results
 from invdiff.evaluation.images import Row, pairs_of
 from invdiff.evaluation.results import Results
 from invdiff.report.compare import Comparison, charts_of, compare, modules_by_scale, over_guidance
@@ -82,7 +83,7 @@ def test_a_guidance_scale_that_is_not_stated_has_no_place_on_a_line():
     assert [point[:2] for point in chart.lines[0].points] == [(1, 0.7), (3, 0.9)]
 
 
-def test_curves_are_of_the_distance_to_a_target_and_end_at_what_one_class_alone_has():
+def test_curves_are_of_the_distance_to_a_target_and_end_at_what_one_class_alone_has(capsys):
     figure = made_up_measures(0.4, interval=(0.3, 0.5), floor=0.05)
     first = replace(
         figure.first, overall=figure.first.overall | {"fairness_discrepancy": replace(figure.bias_estimate, value=0.0)}
@@ -92,6 +93,9 @@ def test_curves_are_of_the_distance_to_a_target_and_end_at_what_one_class_alone_
     alone = Comparison("base", "base", "1.0", ["1.0", "3.0"])
     (chart,) = over_guidance(Results(models, target={"land": 0.1, "water": 0.9}), alone)
     assert chart.title == "Distance to the target: 0 is on target, 1.3 is farthest"
+    print_results(Results(models, target={"land": 0.1, "water": 0.9}))
+    assert "0.000" in (printed := capsys.readouterr().out)
+    assert "0.400" not in printed  # Bias
     assert [point[1] for point in chart.lines[0].points] == [0, 0]
     three = replace(first, counts={"a photo": {"a": 1, "b": 2, "c": 0}})
     models = {"base": dict.fromkeys(("1.0", "3.0"), replace(figure, attributes={"kind": three}))}

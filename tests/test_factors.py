@@ -10,9 +10,9 @@ from conftest import make_tiny_pipeline
 from invdiff import attach, generate, load_captioned_images, load_guidance, train
 from invdiff.auditing.cuts import Cut, is_mixed, weigh
 from invdiff.auditing.evidence import Evidence
-from invdiff.auditing.factors import Shifts
+from invdiff.auditing.factors import Shifts, no_bias
 from invdiff.auditing.result import Audit, Candidate, PromptAudit
-from invdiff.auditing.scores import Score, parts_of
+from invdiff.auditing.scores import Score, not_learned, parts_of
 from invdiff.cli.print import print_audit
 from invdiff.config import AuditConfig, GenerateConfig, TrainConfig
 from invdiff.data.encode import as_encoded
@@ -234,3 +234,29 @@ def test_people_see_every_factor(made, tmp_path, capsys, monkeypatch):
     for words in ("factor 2 · “a photo of a waterbird”", "by 2 hidden factors", OWN, "wrong captions"):
         assert words in page.words
     assert "| factor 2 · a photo of a waterbird |" in twin
+
+
+@pytest.mark.parametrize(("copies", "at"), [(40, 14.0), (150, 3.0)])
+def test_copies_of_one_image_decide_no_cut(copies, at):
+    rng = np.random.default_rng(1)
+    values = np.concatenate([rng.normal(0, 1, 540), rng.normal(5, 1, 60), np.full(copies, at)])
+    scores, once = [not_learned("margin", np.stack([values, values]))], np.arange(len(values)) <= 600
+    cut = next(cut for cut in weigh(scores, once, AuditConfig(), rng) if cut.candidate.num_groups == 2)
+    groups = cut.weights.argmax(axis=1)
+    assert (groups[540:600] == 1).mean() > 0.9
+    assert (groups[:540] == 0).mean() > 0.98
+
+
+def test_copies_make_no_association_of_prompts_and_groups():
+    groups = {0: np.repeat([1, 0], [12, 48]), 1: np.repeat([1, 0], [27, 33])}
+
+    def said(copies):
+        cuts, counted = {}, {}
+        for prompt, of in groups.items():
+            every, shares = np.tile(of, copies), (np.bincount(of) / len(of)).tolist()
+            told = Candidate("component", 2, shares, 1.0, 4.0, 0.9, 30.0, "")
+            cuts[prompt] = Cut(told, not_learned("component", every[None].astype(float)), np.eye(2)[every])
+            counted[prompt] = np.arange(len(every)) < len(of)
+        return no_bias(cuts[0], cuts, counted, 2, np.log(100 / 0.05), AuditConfig())
+
+    assert said(1) == said(5) != ""

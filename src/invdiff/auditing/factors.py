@@ -112,7 +112,7 @@ def find_factors(
             if missing:
                 gathered = shifts.gather(prompt, cut, rivals[prompt], accepted, config.seed)
             counted = {p: distinct[judged[p]] for p in gathered}
-            fault = _no_bias(gathered[prompt], gathered, counted, len(judged), needed, config)
+            fault = no_bias(gathered[prompt], gathered, counted, len(judged), needed, config)
             if not fault:
                 factor = gathered
                 break
@@ -258,7 +258,7 @@ def _ordered(cut: Cut, order: _Array) -> Cut:
     return Cut(replace(cut.candidate, shares=shares), cut.score, cut.weights[:, order], intervals)
 
 
-def _no_bias(
+def no_bias(
     cut: Cut,
     gathered: Mapping[int, Cut],
     counted: Mapping[int, NDArray[np.bool_]],
