@@ -14,7 +14,7 @@ import importlib
 import inspect
 import platform
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -173,11 +173,11 @@ class Suite(Config):
     def settings(self, cells: Cells) -> dict[str, Any]:
         """All that the figures of a cell depend on."""
         shared = {name: value for name, value in self.to_dict().items() if name not in ("cells", "shares")}
-        method = cells.fitted_by()
-        if isinstance(method, Guided):  # with its defaults, which may change
+        method = cells.fitted_by()  # with its defaults, which may change
+        if isinstance(method, Guided):
             shared["training"] = settled(method.training()).to_dict()
             del shared["training"]["seed"]
-        return shared | cells.to_dict() | {"world": self.world | cells.world}
+        return shared | cells.to_dict() | {"settings": asdict(method), "world": self.world | cells.world}
 
     def check_kept(self, cells: Cells, path: Path) -> None:
         """Raise `ConfigError` that names each difference, unless figures were kept with these settings.
@@ -187,6 +187,7 @@ class Suite(Config):
         now, recorded = self.settings(cells), read_json(path)["settings"]
         if "training" in recorded:  # options that were new since are no difference
             recorded["training"] = now.get("training", {}) | recorded["training"]
+        recorded["settings"] = asdict(Cells(recorded["method"], recorded["settings"]).fitted_by())
         then = now | Cells(cells.method).to_dict() | recorded | {"seeds": now["seeds"]}
         remedy = "Undo that, give the cell another name, or delete this file and what --work has of it to run it anew."
         check_same_settings(path, flat(then), flat(now), remedy)
@@ -216,7 +217,7 @@ class Runner:
         self.name, self.suite, self.clip = name, Suite.named(name), clip
         self.source, self.base, self.folder = source, base, results / name
         self.base_name = public_name(str(base))
-        bases = {of.get("base", self.base_name) for seeds in kept(self.folder).values() for of in seeds.values()}
+        bases = {of["base"] for seeds in kept(self.folder).values() for of in seeds.values()}
         if others := bases - {self.base_name}:
             remedy = "Give that one, or --results for a table of its own."
             raise ConfigError(f"Expected the base of the figures in {self.folder}, {', '.join(others)}. {remedy}")
@@ -246,9 +247,13 @@ class Runner:
                 raise ConfigError(f"Expected figures by the CLIP {by}, found {path} by {of or 'none'}. {remedy}")
             return
         method = cells.fitted_by()
-        _ = self.judge  # its encoder may not be installed: that is said before hours of work
+        judge = self.judge[0]  # its encoder may not be installed: that is said before hours of work
         world = self.suite.opened(self.source, self.base, self.work, seed, cells.world)
         work, prompts = world.work / name, cells.prompts or world.prompts
+        begun = work / "settings.json"
+        if begun.is_file():
+            self.suite.check_kept(cells, begun)  # images that are there go on as they began
+        write_json(begun, {"settings": self.suite.settings(cells)})
         world.biased()
         if isinstance(method, Guided | GroupBalanced):  # whose time is no time of fitting
             groups_of(world, method.groups, getattr(method, "audit", {}))
@@ -281,6 +286,7 @@ class Runner:
             "base": self.base_name,
             **({"clip": public_name(self.clip)} if self.clip else {}),
             "settings": self.suite.settings(cells),
+            "judge": {name: np.asarray(judge.confusion(name)).tolist() for name in judge.attributes},
             "supervision": method.supervision,
             "parameters": fitted.parameters,
             "forwards": fitted.forwards,

@@ -29,13 +29,14 @@ COLUMNS = {
     "precision": "precision",
     "recall": "recall",
 }
+DIFFERS = 0.03
+"""By which a figure corrected for the judge's errors differs where it is shown."""
 
 
 def rows(benchmark: str, results: Path) -> Iterator[dict[str, Any]]:
     """One row a cell, way of drawing and guidance scale, with mean and range over seeds, in the order of the YAML."""
     found, labels = kept(results / benchmark), results / f"{benchmark}-labels.json"
-    if labels.is_file():
-        correct(found, read_json(labels))
+    correct(found, read_json(labels) if labels.is_file() else None)
     suite = Suite.named(benchmark)
     for cell, cells in suite.each().items():
         by_seed = found.get(cell, {})
@@ -60,11 +61,16 @@ def rows(benchmark: str, results: Path) -> Iterator[dict[str, Any]]:
             yield row | {"seconds of fitting": round(float(np.mean(seconds)), 1) if seconds else None}
 
 
-def correct(found: Mapping[str, Mapping[int, Any]], labels: Mapping[str, Any]) -> None:
-    """Add Bias corrected for what the judge says of generated images that people labelled, at their guidance scale."""
+def correct(found: Mapping[str, Mapping[int, Any]], labels: Mapping[str, Any] | None) -> None:
+    """Add Bias corrected for what the judge says of generated images that people labelled, at their guidance scale.
+
+    Without labels it is corrected for the judge's errors on real images held out, at every scale.
+    """
     for document in (document for by_seed in found.values() for document in by_seed.values()):
         for key, figures in document["figures"].items():
-            if key.rpartition("CFG ")[2] == labels["guidance scale"] and "shares" in figures:
+            if labels is None:
+                figures["bias corrected"] = figures.get("corrected")
+            elif key.rpartition("CFG ")[2] == labels["guidance scale"] and "shares" in figures:
                 counts = [[of[name] for name in labels["classes"]] + [0.0] for of in figures["shares"].values()]
                 shares = correct_for_annotator(counts, labels["confusion"])
                 figures["bias corrected"] = float(np.mean(bias(shares, np.full(shares.shape[1], 1 / shares.shape[1]))))
@@ -78,6 +84,8 @@ def markdown(benchmark: str, results: Path) -> str:
         scales = sorted({row["CFG"] for row in of_kind}, key=float)
         shown = [name for name in COLUMNS if name not in ("Bias", "floor")]
         shown = [name for name in shown if any(row[name] is not None for row in of_kind)]
+        if not any(abs((row["Bias corrected"] or row["Bias"]) - row["Bias"]) > DIFFERS for row in of_kind):
+            shown.remove("Bias corrected")
         head = ["method", "given", "seeds", *(f"Bias, CFG {scale}" for scale in scales), *shown]
         lines = [line_of([*head, "parameters", "forwards", "a sample"]), "|---" * (len(head) + 3) + "|"]
         for method in dict.fromkeys(row["method"] for row in of_kind):
@@ -95,8 +103,9 @@ def markdown(benchmark: str, results: Path) -> str:
 
 
 def headline(benchmark: str, results: Path) -> str:
-    """The methods with several seeds: Bias at each guidance scale, the rest at the one in the middle."""
+    """The methods with several seeds and most images: Bias at each scale, the rest at the one in the middle."""
     every = [row for row in rows(benchmark, results) if row["draws"] == "i.i.d."]
+    every = [row for row in every if row["images"] == max(row["images"] for row in every)]
     several = {row["method"] for row in every if row["seeds"] > 1}
     every = [row for row in every if row["method"] in several]
     scales = sorted({row["CFG"] for row in every}, key=float)

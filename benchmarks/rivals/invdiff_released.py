@@ -130,8 +130,13 @@ class InvDiff:
     delta: float = 0.8
     caption_dropout: float = 0.1
     """Not of the released code."""
+    true_groups: bool = False
+    """Take the classes of the hidden attribute, of each caption, for W: the method without its inference."""
 
-    supervision = "none"
+    @property
+    def supervision(self) -> str:
+        """None, unless groups are told of."""
+        return "labels" if self.true_groups else "none"
 
     def fit(self, world: World, folder: Path) -> Fitted:
         """Infer W, then train d."""
@@ -141,9 +146,15 @@ class InvDiff:
         settings = settings_of(self, world, pipe)
         figures, second = finished(folder, settings), Second(pipe.unet, released=self.variant == "released")
         encoded = as_encoded(pipe, world.data, world.cache)
-        steps = self.steps or max(1, round((self.forwards - len(encoded)) / (4 * self.batch_size)))
+        searched = 0 if self.true_groups else len(encoded)
+        steps = self.steps or max(1, round((self.forwards - searched) / (4 * self.batch_size)))
         if figures is None:
-            weights = self.groups(pipe, encoded, world.seed)
+            if self.true_groups:
+                classes = zip(world.data.captions, world.labelled.attributes[world.attribute], strict=True)
+                of_class = np.unique([" ".join(each) for each in classes], return_inverse=True)[1]
+                weights = np.eye(of_class.max() + 1, dtype=np.float32)[of_class]
+            else:
+                weights = self.groups(pipe, encoded, world.seed)
             self._train(pipe, second, encoded, weights, steps, folder, settings)
             write_tensors(folder / WEIGHTS, second.state_dict())
             figures = {"steps": steps, "shares of groups": weights.mean(axis=0).round(4).tolist()}
@@ -154,7 +165,7 @@ class InvDiff:
             pipe,
             hooked=lambda seed: mixed(pipe.unet, second, self.delta),
             parameters=sum(weight.numel() for weight in second.parameters()),
-            forwards=float(len(encoded) + 4 * steps * self.batch_size),
+            forwards=float(searched + 4 * steps * self.batch_size),
             sampling=2.0,
             about=figures,
         )
@@ -194,7 +205,8 @@ class InvDiff:
     ) -> None:
         schedule, device, released = NoiseSchedule(pipe.scheduler), pipe.unet.device, self.variant == "released"
         embeds, of_image = encoded.conditions["prompt_embeds"].to(device), torch.from_numpy(weights)
-        moving, seed = MovingGroupLosses((1, self.num_groups), 0.95), settings["seed"]
+        num_groups = weights.shape[1]
+        moving, seed = MovingGroupLosses((1, num_groups), 0.95), settings["seed"]
         config = FinetuneConfig(steps=steps, learning_rate=self.learning_rate, ema_decay=0.0, mixed_precision="no")
         run = TrainingRun(second, config, folder / WORK, settings, running=moving)
         pipe.unet.requires_grad_(False).eval()
@@ -202,7 +214,7 @@ class InvDiff:
 
         def loss_at(step: int) -> Tensor:
             rng = generator("invdiff", seed, step)
-            groups = torch.arange(self.batch_size) % self.num_groups
+            groups = torch.arange(self.batch_size) % num_groups
             if released:
                 rows = torch.randint(len(encoded), (self.batch_size,), generator=rng)
             else:
