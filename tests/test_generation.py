@@ -1,4 +1,3 @@
-import contextlib
 import functools
 import importlib
 import json
@@ -12,8 +11,7 @@ import torch
 from PIL import Image
 
 from conftest import CAPTIONS, contents, make_guidance_module, make_tiny_pipeline
-from invdiff import GenerateConfig, attach
-from invdiff import sampling as generation
+from invdiff import GenerateConfig, attach, sampling
 from invdiff.errors import ConfigError, ModelError
 from invdiff.sampling import Drawing, generate
 from invdiff.seeds import derived_seed
@@ -48,23 +46,10 @@ def count_calls(pipe):
     return calls
 
 
-def stop_after(monkeypatch, images):
-    """Let the run be interrupted when it is about to write image number `images`, counted from 0."""
-    written, save_image = [], generation.save_image
-
-    def save(*arguments):
-        if len(written) == images:
-            raise KeyboardInterrupt
-        written.append(arguments)
-        save_image(*arguments)
-
-    monkeypatch.setattr(generation, "save_image", save)
-
-
 def test_images_are_not_drawn_from_a_model_that_is_guided_already(tiny_pipe, tmp_path):
     attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe))
-    for pipe_of in (lambda: tiny_pipe.unet, lambda: torch.compile(tiny_pipe.unet, backend="eager")):
-        tiny_pipe.unet = pipe_of()
+    for unet in (tiny_pipe.unet, torch.compile(tiny_pipe.unet, backend="eager")):
+        tiny_pipe.unet = unet
         with pytest.raises(ModelError, match="found a guidance module attached"):
             generate(tiny_pipe, list(CAPTIONS), tmp_path, progress=False)
     attachment.detach()
@@ -81,33 +66,22 @@ def test_the_manifest_names_every_image_by_prompt_and_number(tiny_pipe, tmp_path
     assert {name: image.shape for name, image in images.items()} == {row["file_name"]: (32, 32, 3) for row in rows}
 
 
-@pytest.fixture(scope="module")
-def guided(tmp_path_factory):
-    """The folder of a guided run."""
-    pipe, folder = make_tiny_pipeline(), tmp_path_factory.mktemp("guided")
-    run(pipe, folder, module=make_guidance_module(pipe, num_groups=(2, 3)))
-    return folder
-
-
 def test_no_two_images_start_from_one_seed(tiny_pipe):
     configs = [GenerateConfig(images_per_prompt=200, seed=seed) for seed in (0, 1, 2)]
     seeds = [row["seed"] for config in configs for row in Drawing(tiny_pipe, CAPTIONS, config=config).rows]
     assert len(set(seeds)) == len(seeds) == 1200
 
 
-@pytest.mark.parametrize("images", [0, 4, 7])
-def test_a_stopped_run_goes_on_to_the_same_bytes(tiny_pipe, tmp_path, guided, monkeypatch, images):
+def test_a_killed_run_goes_on_to_the_same_bytes(tiny_pipe, tmp_path, kill):
+    pipe = make_tiny_pipeline()
+    run(pipe, tmp_path / "whole", module=make_guidance_module(pipe, num_groups=(2, 3)))
     module = make_guidance_module(tiny_pipe, num_groups=(2, 3))
-    stop_after(monkeypatch, images)
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny_pipe, tmp_path, module=module)
-    monkeypatch.undo()
-    assert len(list(tmp_path.rglob("*.png"))) == images
+    kill(sampling, "save_image", 8, functools.partial(run, module=module), tiny_pipe, tmp_path / "cut")
+    assert len(list((tmp_path / "cut").rglob("*.png"))) == 7
     calls = count_calls(tiny_pipe)
-    run(tiny_pipe, tmp_path, module=module)
-    assert contents(tmp_path) == contents(guided)
-    finished = images // 4  # batches of 4, 4 and 2 images, 2 steps each, 2 rows per image
-    assert calls == [8, 8, 8, 8, 4, 4][2 * finished :]
+    run(tiny_pipe, tmp_path / "cut", module=module)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert calls == [8, 8, 4, 4]  # the second batch of 4 images and one of 2, 2 steps each, 2 rows per image
 
 
 def test_a_finished_run_draws_nothing_and_damaged_images_are_drawn_again(tiny_pipe, tmp_path):
@@ -140,15 +114,12 @@ def test_images_do_not_depend_on_batch_size_or_the_order_of_prompts(tiny_pipe, t
 
 
 @pytest.mark.parametrize("draws", ["iid", "uniform"])
-def test_a_run_asked_for_more_images_draws_those_that_are_missing(tiny_pipe, tmp_path, monkeypatch, draws):
+def test_a_run_asked_for_more_images_draws_those_that_are_missing(tiny_pipe, tmp_path, kill, draws):
     options = {"module": make_guidance_module(tiny_pipe, num_groups=3), "environments": draws}
     run(tiny_pipe, tmp_path / "grown", images_per_prompt=4, **options)
     few = contents(tmp_path / "grown")
     more = options | {"images_per_prompt": 8}
-    stop_after(monkeypatch, 0)
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny_pipe, tmp_path / "grown", **more)
-    monkeypatch.undo()
+    kill(sampling, "save_image", 1, functools.partial(run, **more), tiny_pipe, tmp_path / "grown")
     assert not (tmp_path / "grown/manifest.jsonl").exists()  # evaluate reads no folder that is half old, half new
     calls = count_calls(tiny_pipe)
     rows = run(tiny_pipe, tmp_path / "grown", **more)
@@ -178,13 +149,14 @@ def test_an_invariant_module_records_no_groups(tiny_pipe, tmp_path):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_pipeline_is_left_as_it_was(tiny_pipe, tmp_path, monkeypatch, capfd, fails):
+def test_the_pipeline_is_left_as_it_was(tiny_pipe, tmp_path, kill, capfd, fails):
     tiny_pipe.set_progress_bar_config(desc="mine", disable=False)
-    if fails:
-        stop_after(monkeypatch, 2)
+    guided = functools.partial(run, module=make_guidance_module(tiny_pipe))
     capfd.readouterr()
-    with contextlib.suppress(KeyboardInterrupt):
-        run(tiny_pipe, tmp_path, module=make_guidance_module(tiny_pipe))
+    if fails:
+        kill(sampling, "save_image", 3, guided, tiny_pipe, tmp_path)
+    else:
+        guided(tiny_pipe, tmp_path)
     assert capfd.readouterr() == ("", "")  # the pipeline's own bar is silent
     assert tiny_pipe._progress_bar_config == {"desc": "mine", "disable": False}
     assert not any(network._forward_hooks for network in tiny_pipe.unet.modules())

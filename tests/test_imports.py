@@ -64,11 +64,10 @@ REPORT = ", ".join(f"invdiff.report.{path.stem}" for path in sorted((ROOT / "rep
 @pytest.mark.parametrize(
     ("statement", "forbidden"),
     [
-        ("import invdiff", HEAVY),
         ("import invdiff.data.tables", {*HEAVY, "numpy", "pandas", "PIL"}),
         ("from invdiff import cli", {*HEAVY, "numpy", "scipy", "matplotlib"}),
     ],
-    ids=("invdiff", "tables", "help"),
+    ids=("tables", "help"),
 )
 def test_what_needs_no_torch_does_not_import_it(statement, forbidden):
     assert not loaded_by(statement) & forbidden

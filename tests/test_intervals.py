@@ -25,7 +25,7 @@ TRUTHS = {
 def test_interval_covers_the_truth_in_simulated_evaluations(metric, truth):
     p = TRUTHS[truth]
     # Nearly every evaluation of many prompts has counts of its own, so there are fewer of them.
-    evaluations, num_resamples = (1000, 100) if len(p) <= 2 else (250, 40)
+    evaluations, num_resamples = (1000, 100) if len(p) <= 2 else (150, 40)
     value = per_prompt(metric, p * 1e9).mean()
     simulated = np.random.default_rng(0).multinomial(20, p, size=(evaluations, len(p)))
     covered = 0

@@ -84,13 +84,12 @@ def test_charts_are_drawn_on_light_and_on_dark_paper_and_the_settings_of_matplot
     assert (np.abs(pixels - wanted).max(axis=2) < 2).any()
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_hostile_names_are_drawn_as_text_and_the_same_chart_is_the_same_file(tmp_path, count):
+def test_hostile_names_are_drawn_as_text_and_the_same_chart_is_the_same_file(tmp_path):
     names = [*HOSTILE, "_hidden", "x" * 10_000]
     chart = Chart(HOSTILE[1], HOSTILE[0], [line(k, [0.5, 0.2], name=name) for k, name in enumerate(names)])
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     for path in paths:
-        save_charts(path, [chart] * count, title=HOSTILE[0])
+        save_charts(path, [chart] * 2, title=HOSTILE[0])
     assert paths[0].read_bytes() == paths[1].read_bytes()
     with Image.open(paths[0]) as image:
         assert image.width == 1600

@@ -34,9 +34,7 @@ def labelled(run, folder, values, column="background"):
     """The report of a run with a column of 40 labels in its data."""
     shutil.copytree(run / "data", folder / "data")
     label(folder / "data", values, column)
-    images = {name: [run / "images" / f"{name}-cfg-{scale}" for scale in (1, 3)] for name in ("base", "guided")}
-    parts = {"audit": run / "audit", "data": folder / "data", "results": run / "results.json"}
-    return report(folder / "out", **parts, images=images)
+    return report(folder / "out", audit=run / "audit", data=folder / "data", results=run / "results.json")
 
 
 IN_PART = ["land"] * 10 + ["sea"] * 6 + ["", None, "cannot tell", float("nan")] + ["water"] * 20
@@ -112,16 +110,11 @@ def test_other_images_or_captions_under_the_same_names_are_not_what_was_audited(
     assert read_run(Parts(audit=tmp_path, data=data.select(range(40)))).rows == list(range(40))
 
 
-def hide(secret, link):
-    """Put a link to a private picture in the place of an image."""
-    Image.new("RGB", (12, 12), (1, 2, 3)).save(secret)
-    link.unlink()
-    link.symlink_to(secret)
-
-
 def test_audited_images_outside_the_data_are_not_shown(finished, tmp_path):
     shutil.copytree(finished / "data", tmp_path / "data")
-    hide(tmp_path / "private.png", tmp_path / "data" / "images" / "0-19.png")
+    Image.new("RGB", (12, 12), (1, 2, 3)).save(tmp_path / "private.png")
+    (link := tmp_path / "data" / "images" / "0-19.png").unlink()
+    link.symlink_to(tmp_path / "private.png")
     page, twin = report(tmp_path / "out", audit=finished / "audit", data=tmp_path / "data")
     assert not any("images/0-19.png" in alt for alt in page.values("alt"))
     assert sum("typical of group 1: images/0-" in alt for alt in page.values("alt")) == 1

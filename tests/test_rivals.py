@@ -26,11 +26,12 @@ def name(method):
     return type(method).__name__
 
 
-@pytest.fixture(params=["sd1", "sd2-v"])
+@pytest.fixture
 def world(request):
     prompts = dict(zip(CAPTIONS, WORDS, strict=True))
     parts = {"data": SimpleNamespace(fingerprint="birds"), "finetuning": FinetuneConfig(), "seed": 0}
-    return SimpleNamespace(biased=lambda: make_tiny(request.param), words=WORDS, prompts=prompts, **parts)
+    biased = partial(make_tiny, getattr(request, "param", "sd1"))
+    return SimpleNamespace(biased=biased, words=WORDS, prompts=prompts, **parts)
 
 
 def draw(fitted, seed=None, guidance_scale=3.0, prompts=CAPTIONS):

@@ -1,6 +1,7 @@
 """Benchmarks of methods: every suite names methods with settings that they take, and tables follow from kept cells."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import judges
@@ -10,6 +11,7 @@ import tables
 from PIL import Image
 from runner import Runner, Suite, worst_cell
 
+from invdiff import GenerateConfig
 from invdiff.errors import ConfigError
 from invdiff.evaluation.annotators.labels import GivenLabels
 from tiny import save_clip
@@ -85,7 +87,7 @@ def test_the_worst_cell_is_the_least_share_of_bird_and_place_times_the_places(tm
 
 
 SUITE = """
-world: {kind: bundled, num_images: 60}
+world: {kind: bundled, num_images: 40}
 attribute: background
 subject: subject
 words: {land: on land, water: on water}
@@ -127,6 +129,7 @@ def test_cells_share_what_is_fitted_and_change_worlds_prompts_and_strength(tiny_
     (tmp_path / "suites").mkdir()
     (tmp_path / "suites" / "small.yaml").write_text(SUITE)
     monkeypatch.setattr(runner, "HERE", tmp_path)
+    monkeypatch.setattr(runner, "GenerateConfig", partial(GenerateConfig, num_inference_steps=2))
     monkeypatch.setitem(judges.NUM_IMAGES, "background", (0, 40))
     clip = str(save_clip(tmp_path / "clip"))
     small = Runner("small", None, tiny_pipe_dir, tmp_path / "work", tmp_path / "results", clip=clip)
@@ -136,7 +139,7 @@ def test_cells_share_what_is_fitted_and_change_worlds_prompts_and_strength(tiny_
     given, stronger = kept["given-seed-0"], kept["stronger-seed-0"]
     assert given["seconds of fitting"] == stronger["seconds of fitting"] > 0
     assert not (tmp_path / "work" / "small" / "seed-0" / "stronger" / "fitted").exists()
-    assert kept["biased-seed-0"]["settings"]["world"] == {"kind": "bundled", "num_images": 60, "severity": 0.9}
+    assert kept["biased-seed-0"]["settings"]["world"] == {"kind": "bundled", "num_images": 40, "severity": 0.9}
     assert [*given["figures"]] == ["CFG 1", "CFG 2"]
     assert given["clip"] == "clip"
     small.clip = "another"

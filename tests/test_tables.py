@@ -53,18 +53,14 @@ def test_the_first_rows_can_be_had_alone(tmp_path):
     [
         ("csv", 'name,b\n1,2\n3,"two\nlines" x\n', "each quote that opens in the row of line 3 of"),
         ("csv", 'name,b\n"two\nlines","never\nclosed,\n5,6\n', "each quote that opens in the row of line 2 of"),
-        ("csv", 'name,b\n1,"' + "x,y\n" * 100_000, "each quote that opens in the row of line 2 of"),  # beyond 128 KB
-        ("csv", 'name,b\n1,"a dog\n2,"a cat"\n', "each quote that opens in the row of line 2 of"),
         ("csv", "name,b\n1,a dog, sitting\n", "Expected 2 cells in line 2 of .*, found 3"),
         ("csv", "name,b\n1,2\n\n3\n", "Expected 2 cells in line 4 of .*, found 1"),
         ("csv", "name,b,name\n1,2,3\n", "each column once in line 1 of .*, found name more than once"),
         ("csv", b"name,b\n1,\xff\xfe\n", "Expected UTF-8 in line 2 of"),
         ("csv", b"name,b\n1,2\n3,\0\0\n", "Expected text in line 3 of .*, found a NUL byte"),
-        ("csv", "name,b\n1,2\n".encode("utf-16-le"), "Expected text in line 1 of .*, found a NUL byte"),
         ("csv", "a,b\n1,2\n", "a column file_name or name in line 1 of .*, found a, b"),
         ("csv", "file_name\n", "found no rows"),
         ("csv", "", "found no rows"),
-        ("jsonl", "\n", "found no rows"),
         ("jsonl", '{"name": 1}\n{oops', "Expected JSON in line 2 of .*, found '{oops'"),
         ("jsonl", "[" * 100_000, "Expected JSON in line 1 of"),
         ("jsonl", '{"name": 1}\n\n[1]', r"a JSON object in line 3 of .*, found '\[1\]'"),
