@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import platform
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -177,7 +178,7 @@ class Suite(Config):
         if isinstance(method, Guided):
             shared["training"] = settled(method.training()).to_dict()
             del shared["training"]["seed"]
-        return shared | cells.to_dict() | {"settings": asdict(method), "world": self.world | cells.world}
+        return shared | cells.to_dict() | {"settings": plain(method), "world": self.world | cells.world}
 
     def check_kept(self, cells: Cells, path: Path) -> None:
         """Raise `ConfigError` that names each difference, unless figures were kept with these settings.
@@ -187,7 +188,7 @@ class Suite(Config):
         now, recorded = self.settings(cells), read_json(path)["settings"]
         if "training" in recorded:  # options that were new since are no difference
             recorded["training"] = now.get("training", {}) | recorded["training"]
-        recorded["settings"] = asdict(Cells(recorded["method"], recorded["settings"]).fitted_by())
+        recorded["settings"] = plain(Cells(recorded["method"], recorded["settings"]).fitted_by())
         then = now | Cells(cells.method).to_dict() | recorded | {"seeds": now["seeds"]}
         remedy = "Undo that, give the cell another name, or delete this file and what --work has of it to run it anew."
         check_same_settings(path, flat(then), flat(now), remedy)
@@ -250,9 +251,8 @@ class Runner:
         judge = self.judge[0]  # its encoder may not be installed: that is said before hours of work
         world = self.suite.opened(self.source, self.base, self.work, seed, cells.world)
         work, prompts = world.work / name, cells.prompts or world.prompts
-        begun = work / "settings.json"
-        if begun.is_file():
-            self.suite.check_kept(cells, begun)  # images that are there go on as they began
+        if (begun := work / "settings.json").is_file():  # images that are there go on as they began
+            self.suite.check_kept(cells, begun)
         write_json(begun, {"settings": self.suite.settings(cells)})
         world.biased()
         if isinstance(method, Guided | GroupBalanced):  # whose time is no time of fitting
@@ -375,6 +375,11 @@ def check_known(what: str, given: Iterable[Any], known: Collection[str]) -> None
     """Raise `ConfigError` that says what is `given` but not `known`."""
     if unknown := [each for each in given if each not in known]:
         raise ConfigError(f"Expected {what} of {', '.join(known) or 'none'}, got {', '.join(map(repr, unknown))}.")
+
+
+def plain(method: Method) -> dict[str, Any]:
+    """The fields of a method as JSON reads them back."""
+    return dict(json.loads(json.dumps(asdict(method))))
 
 
 def flat(values: Mapping[str, Any], within: str = "") -> dict[str, Any]:

@@ -82,10 +82,10 @@ def markdown(benchmark: str, results: Path) -> str:
     for kind in dict.fromkeys((row["draws"], row["images"]) for row in every):
         of_kind = [row for row in every if (row["draws"], row["images"]) == kind]
         scales = sorted({row["CFG"] for row in of_kind}, key=float)
-        shown = [name for name in COLUMNS if name not in ("Bias", "floor")]
+        corrected = [row["Bias corrected"] - row["Bias"] for row in of_kind if row["Bias corrected"] is not None]
+        hidden = {"Bias", "floor"} | (set() if any(abs(by) > DIFFERS for by in corrected) else {"Bias corrected"})
+        shown = [name for name in COLUMNS if name not in hidden]
         shown = [name for name in shown if any(row[name] is not None for row in of_kind)]
-        if not any(abs((row["Bias corrected"] or row["Bias"]) - row["Bias"]) > DIFFERS for row in of_kind):
-            shown.remove("Bias corrected")
         head = ["method", "given", "seeds", *(f"Bias, CFG {scale}" for scale in scales), *shown]
         lines = [line_of([*head, "parameters", "forwards", "a sample"]), "|---" * (len(head) + 3) + "|"]
         for method in dict.fromkeys(row["method"] for row in of_kind):

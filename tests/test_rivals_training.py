@@ -116,9 +116,11 @@ def test_the_released_code_parts_images_by_loss():
     assert (found.argmax(axis=1) == found[0].argmax()).tolist() == (hard < 0.5).tolist()
 
 
-@pytest.mark.parametrize("variant", ["paper", "released"])
-def test_invdiff_is_fitted_beside_the_biased_model_and_read_back(variant, world, tmp_path):
-    method = InvDiff(variant=variant, forwards=12 + 2 * 4 * 4, batch_size=4, num_groups=2, learning_rate=1e-3)
+@pytest.mark.parametrize(("variant", "given"), [("paper", False), ("paper", True), ("released", False)])
+def test_invdiff_is_fitted_beside_the_biased_model_and_read_back(variant, given, world, tmp_path):
+    settings = {"variant": variant, "forwards": 2 * 4 * 4 + (0 if given else 12), "true_groups": given}
+    method = InvDiff(**settings, batch_size=4, num_groups=2, learning_rate=1e-3)
+    assert method.supervision == ("labels" if given else "none")
     fitted = method.fit(world, tmp_path / "invdiff")
     assert fitted.about["steps"] == 2
     assert fitted.forwards == method.forwards

@@ -16,6 +16,9 @@ from invdiff.errors import ConfigError
 from invdiff.evaluation.annotators.labels import GivenLabels
 from tiny import save_clip
 
+DOCUMENT = {"base": "absent", "supervision": "none", "parameters": 8, "forwards": 9, "device": ""}
+DOCUMENT |= {"seconds of fitting": 1}
+
 
 @pytest.mark.parametrize("name", Suite.names())
 def test_every_cell_can_be_fitted(name):
@@ -33,9 +36,8 @@ def test_a_kept_cell_is_not_run_again_and_tables_give_mean_and_range_over_seeds(
     folder.mkdir(parents=True)
     for seed, bias in ((100, 0.1), (101, 0.3)):
         figures = {"bias": bias, "low": 0.0, "high": 1.0, "floor": 0.05, "worst cell": 0.5, "subject right": 1.0}
-        document = {"supervision": "none", "parameters": 8, "forwards": 9, "device": "", "seconds of fitting": 1}
         settings = suite.settings(suite.each()["steps-400"])
-        kept = document | {"settings": settings, "figures": {"CFG 3": figures, "stratified CFG 3": figures}}
+        kept = DOCUMENT | {"settings": settings, "figures": {"CFG 3": figures, "stratified CFG 3": figures}}
         (folder / f"steps-400-seed-{seed}.json").write_text(json.dumps(kept))
     runner = Runner("tuning", tmp_path / "absent", tmp_path / "absent", tmp_path / "work", tmp_path / "results")
     runner.run("steps-400", 100)
@@ -50,6 +52,17 @@ def test_a_kept_cell_is_not_run_again_and_tables_give_mean_and_range_over_seeds(
     for again in (lambda: runner.run("steps-400", 101), lambda: tables.markdown("tuning", tmp_path / "results")):
         with pytest.raises(ConfigError, match=r"steps-400-seed-101.json .* settings.config.steps was 500, now 400\."):
             again()
+
+
+def test_the_headline_compares_methods_with_several_seeds_and_equally_many_images(tmp_path):
+    (tmp_path / "waterbirds").mkdir()
+    figures = {"bias": 0.5, "low": 0.4, "high": 0.6, "floor": 0.05, "worst cell": 0.5, "subject right": 1.0}
+    for cell, seed in (("biased", 0), ("biased", 1), ("fair-diffusion-4", 0), ("fair-diffusion-4", 1), ("ours", 0)):
+        suite = Suite.named("waterbirds")
+        kept = DOCUMENT | {"settings": suite.settings(suite.each()[cell]), "figures": {"CFG 3": figures}}
+        (tmp_path / "waterbirds" / f"{cell}-seed-{seed}.json").write_text(json.dumps(kept))
+    rows = tables.headline("waterbirds", tmp_path).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| biased"]  # others have 256 images, or one seed
 
 
 def test_figures_kept_under_another_default_are_refused(tmp_path):
@@ -67,6 +80,12 @@ def test_figures_kept_under_another_default_are_refused(tmp_path):
     del settings["training"]  # as it was not recorded once
     path.write_text(json.dumps({"settings": settings}))
     suite.check_kept(cells, path)
+    suite = Suite.named("waterbirds")
+    settings = suite.settings(cells := suite.each()["fair-diffusion"])
+    settings["settings"]["warmup_steps"] = 9
+    path.write_text(json.dumps({"settings": settings}))
+    with pytest.raises(ConfigError, match=r"settings.warmup_steps was 9, now 2"):
+        suite.check_kept(cells, path)
 
 
 def test_the_worst_cell_is_the_least_share_of_bird_and_place_times_the_places(tmp_path):
@@ -151,3 +170,9 @@ def test_cells_share_what_is_fitted_and_change_worlds_prompts_and_strength(tiny_
     assert "| CLIP-T |" in tables.markdown("small", tmp_path / "results")
     assert [*stronger["figures"]] == ["CFG 1"]  # seed 0 is not its first
     assert [*stronger["figures"]["CFG 1"]["shares"]] == ["a nice landbird"]
+    (tmp_path / "results" / "small" / "biased-seed-0.json").unlink()
+    (tmp_path / "suites" / "small.yaml").write_text(
+        SUITE.replace("biased: {method: biased", "biased: {method: prompted")
+    )
+    with pytest.raises(ConfigError, match=r"biased/settings.json .* method was 'biased', now 'prompted'"):
+        Runner("small", None, tiny_pipe_dir, tmp_path / "work", tmp_path / "results").run("biased", 0)

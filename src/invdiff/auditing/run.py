@@ -93,7 +93,9 @@ def audit(
     images = data if isinstance(data, CaptionedImages) else None
     if images is not None:
         columns_asked(images, np.arange(len(images)), columns)
-        labels_asked(labels, images.names)
+    few = labels_asked(labels, data.names)
+    if twice := [name for name, times in Counter([*columns, *few, *wanted]).items() if times > 1]:
+        raise ConfigError(f"Expected each attribute to be asked for in one way, once, got {twice[0]!r} again.")
     encoded = as_encoded(pipe, data, cache_dir, resolution=config.resolution, progress=progress)
     if not encoded.conditions and config.solver == "exact":
         raise AuditError("Expected a model of captions for solver 'exact', got one of none. Use 'auto' or 'gradient'.")
@@ -111,8 +113,6 @@ def audit(
         from_main(lambda: ClipEncoder.load(config.words_model).name)  # an error in its name comes before the work
     given = columns_asked(images, rows, columns) if images is not None else []
     few = labels_asked(labels, encoded.names, encoded.unreadable)
-    if twice := [name for name, times in Counter([*columns, *few, *wanted]).items() if times > 1]:
-        raise ConfigError(f"Expected each attribute to be asked for in one way, once, got {twice[0]!r} again.")
     if images is not None and config.vision_encoder:
         folder = cache_dir / "vision"
         vision = from_main(lambda: encode_vision(config.vision_encoder, images, rows, folder, progress=progress))
