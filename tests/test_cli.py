@@ -286,33 +286,15 @@ def test_errors_name_what_is_wrong(tiny_pipe_dir, tiny_folder, tmp_path):
     finetune, judge = ("finetune", tiny_folder), ("--annotator", "a", "--attribute", "b")
     mixed = (*draw, "p", "--module", tmp_path / "module", "--environments")
     mapped = ("evaluate", tmp_path, "--annotator", "labels", "--attribute", "b")
+    train = ("train", tiny_pipe_dir, tiny_folder, tmp_path)
     for expected, *words in (
         ("found nothing there", "audit", tiny_pipe_dir, tmp_path / "absent"),
-        ("at least 0, got -1.0", "train", tiny_pipe_dir, tiny_folder, tmp_path, "--calibrate", -1),
-        (
-            "error: --mode: expected balanced beside",
-            "train",
-            tiny_pipe_dir,
-            tiny_folder,
-            tmp_path,
-            "--mode",
-            "invariant",
-            "--calibrate",
-            3,
-        ),
-        ("has no audit.json", "train", tiny_pipe_dir, tiny_folder, tmp_path),
-        (
-            "error: --rank: expected nothing with backend 'module'",
-            "train",
-            "m",
-            "d",
-            "--backend",
-            "module",
-            "--rank",
-            4,
-        ),
-        ("error: --preserve: expected at least 0 and below 1, got 1.0", "train", "m", "d", "--preserve", 1),
-        ("error: --null-adapter: exp", "train", "m", "d", "--backend", "tokens", "--null-adapter", "off"),
+        ("has no audit.json", *train),
+        ("at least 0, got -1.0", *train, "--calibrate", -1),
+        ("error: --mode: expected balanced beside", *train, "--mode", "invariant", "--calibrate", 3),
+        ("error: --rank: expected nothing with backend 'module'", *train, "--backend", "module", "--rank", 4),
+        ("error: --preserve: expected at least 0 and below 1, got 1.0", *train, "--preserve", 1),
+        ("error: --null-adapter: exp", *train, "--backend", "tokens", "--null-adapter", "off"),
         ("There is no absent/one in this folder", "audit", "absent/one", tiny_folder),
         ("absent.yaml", *finetune, "--config", tmp_path / "absent.yaml"),
         ("either a base or an", *finetune, "--base", "a", "--architecture", shape),

@@ -82,11 +82,18 @@ class Page:
             self.show(values)
 
 
-def test_clicks_are_kept_and_spread_to_an_audit_that_the_page_goes_on_with(tiny_pipe, tmp_path, monkeypatch):
+@pytest.fixture
+def data(tiny_pipe, tmp_path, monkeypatch):
+    """Images with labels, in a run that holds their audit."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "shown"))
-    run, options = tmp_path / "run", {"config": SMALL, "cache_dir": tmp_path / "cache", "progress": False}
-    data = load_captioned_images(write_labelled_folder(run / "data"))
-    audit(tiny_pipe, data, **options).save(run / "audit")
+    data = load_captioned_images(write_labelled_folder(tmp_path / "run" / "data"))
+    found = audit(tiny_pipe, data, config=SMALL, cache_dir=tmp_path / "cache", progress=False)
+    found.save(tmp_path / "run" / "audit")
+    return data
+
+
+def test_clicks_are_kept_and_spread_to_an_audit_that_the_page_goes_on_with(data, tiny_pipe, tmp_path):
+    run = tmp_path / "run"
     page = Page(run, tiny_pipe, tmp_path / "cache")
     assert "7 of these 10 left" in page.click(range(3))
     page = Page(run, tiny_pipe, tmp_path / "cache")  # the first was killed: none is asked about again
@@ -142,14 +149,9 @@ def test_labels_with_further_columns_are_not_written_anew(run):
         read_clicks(run / "labels-place.csv", "place")
 
 
-def test_clicks_go_on_with_the_model_of_the_audit_alone(tiny_pipe, tmp_path, monkeypatch):
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "shown"))
-    run, options = tmp_path / "run", {"config": SMALL, "cache_dir": tmp_path / "cache", "progress": False}
-    data = load_captioned_images(write_labelled_folder(run / "data"))
-    audit(tiny_pipe, data, **options).save(run / "audit")
-    write_clicks(
-        run / "labels-place.csv", "place", {name: of for name, of in zip(data.names, VALUES, strict=True) if of}
-    )
-    page = Page(run, make_tiny_pipeline(seed=1), tmp_path / "cache")
+def test_clicks_go_on_with_the_model_of_the_audit_alone(data, tmp_path):
+    labels = {name: value for name, value in zip(data.names, VALUES, strict=True) if value}
+    write_clicks(tmp_path / "run" / "labels-place.csv", "place", labels)
+    page = Page(tmp_path / "run", make_tiny_pipeline(seed=1), tmp_path / "cache")
     page.infer()
     assert "Expected the model of the audit of run, got other weights" in page.shown["ask-status"]

@@ -104,12 +104,11 @@ def test_two_processes_draw_the_same_images_of_the_same_groups(jobs):
         assert len(manifests[0].splitlines()) == 6
 
 
-def test_what_processes_cannot_share_is_refused(tiny_folder, tmp_path, monkeypatch):
-    pipe, data = make_tiny_pipeline(), invdiff.load_captioned_images(tiny_folder)
-    found = invdiff.audit(pipe, data, config=FINDING, cache_dir=tmp_path, progress=False)
+def test_what_processes_cannot_share_is_refused(jobs, data, tiny_pipe, tmp_path, monkeypatch):
+    found = Audit.load(jobs[0] / "audit")
     monkeypatch.setattr("invdiff.training.train.num_processes", lambda: 3)
     with pytest.raises(ConfigError, match="a batch_size that 3 processes can share, got 32"):
-        invdiff.train(pipe, data, found, tmp_path / "m", cache_dir=tmp_path, progress=False)
+        invdiff.train(tiny_pipe, data, found, tmp_path / "m", cache_dir=jobs[0] / "cache", progress=False)
     for name, value in PROCESSES.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="Expected one process for finetune, got 2"):
@@ -118,8 +117,8 @@ def test_what_processes_cannot_share_is_refused(tiny_folder, tmp_path, monkeypat
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_processes_that_do_not_come_are_waited_for_and_not_for_long(tiny_pipe_dir, tmp_path, monkeypatch, rank):
-    monkeypatch.setattr(invdiff.distributed, "NOTICE", invdiff.distributed.NOTICE / 20)
-    monkeypatch.setattr(invdiff.distributed, "JOINING", invdiff.distributed.JOINING / 150)
+    monkeypatch.setattr(invdiff.distributed, "NOTICE", invdiff.distributed.NOTICE / 40)
+    monkeypatch.setattr(invdiff.distributed, "JOINING", invdiff.distributed.JOINING / 400)
     monkeypatch.setattr(invdiff.distributed.PartialState, "_shared_state", {})  # no group was joined yet
     left = PROCESSES | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": free_port()}
     done = run("generate", tiny_pipe_dir, "a photo", "--output", tmp_path, "-q", env=left)
