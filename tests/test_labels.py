@@ -73,13 +73,13 @@ def test_a_column_must_be_there_and_be_asked_for_alone(tiny_pipe, folder, tmp_pa
         audit(tiny_pipe, data, attribute="gender", config=SMALL, **options)
     with pytest.raises(ConfigError, match="solver 'auto'"):
         audit(tiny_pipe, data, attribute="place", config=AuditConfig(solver="exact"), **options)
-    for twice in ({"attribute": ["place", "place"]}, {"attribute": "place", "ask": "place: land, water"}):
-        with pytest.raises(ConfigError, match="in one way, once, got 'place' again"):
-            audit(tiny_pipe, data, config=SMALL, **twice, **options)
 
 
 def test_what_is_asked_for_wrongly_is_told_before_the_work(tiny_pipe, folder, tmp_path):
     data, options = load_captioned_images(folder), {"cache_dir": tmp_path / "cache", "progress": False}
+    for twice in ({"attribute": ["place", "place"]}, {"attribute": "place", "ask": "place: land, water"}):
+        with pytest.raises(ConfigError, match="in one way, once, got 'place' again"):
+            audit(tiny_pipe, data, config=SMALL, **twice, **options)
     for asked in ({"attribute": "gender"}, {"labels": {"place": {data.names[0]: "land"}}}):
         with pytest.raises(DataError):
             audit(tiny_pipe, data, config=SMALL, **asked, **options)

@@ -1,5 +1,6 @@
 """Rivals that train: what their papers promise, in small worlds."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,6 +125,10 @@ def test_invdiff_is_fitted_beside_the_biased_model_and_read_back(variant, given,
     fitted = method.fit(world, tmp_path / "invdiff")
     assert fitted.about["steps"] == 2
     assert fitted.forwards == method.forwards
+    if given:  # as many as captions and classes together
+        cells = zip(world.data.captions, world.labelled.attributes["background"], strict=True)
+        shares = [count / len(world.data) for count in Counter(cells).values()]
+        assert sorted(fitted.about["shares of groups"]) == pytest.approx(sorted(shares), abs=1e-4)
     again = method.fit(world, tmp_path / "invdiff")
     assert sorted(path.name for path in (tmp_path / "invdiff").iterdir()) == ["fitted.json", "second.safetensors"]
 

@@ -150,8 +150,9 @@ class InvDiff:
         steps = self.steps or max(1, round((self.forwards - searched) / (4 * self.batch_size)))
         if figures is None:
             if self.true_groups:
-                classes = zip(world.data.captions, world.labelled.attributes[world.attribute], strict=True)
-                of_class = np.unique([" ".join(each) for each in classes], return_inverse=True)[1]
+                pairs = zip(world.data.captions, world.labelled.attributes[world.attribute], strict=True)
+                cells = np.array([" ".join(pair) for pair in pairs])[encoded.source_index]
+                of_class = np.unique(cells, return_inverse=True)[1]
                 weights = np.eye(of_class.max() + 1, dtype=np.float32)[of_class]
             else:
                 weights = self.groups(pipe, encoded, world.seed)
