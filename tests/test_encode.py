@@ -43,6 +43,10 @@ def test_latents_are_the_scaled_mode_of_each_image(tiny_pipe, data, tmp_path):
     torch.testing.assert_close(encoded.latents[[7]], mode * tiny_pipe.vae.config.scaling_factor)
     tiny_pipe.vae.register_to_config(shift_factor=0.5, scaling_factor=2.0)
     torch.testing.assert_close(run(tiny_pipe, data, tmp_path).latents[[7]], (mode - 0.5) * 2.0)
+    mean, std = torch.tensor([0.1, -0.2, 0.3, 0.0]), torch.tensor([1.0, 2.0, 4.0, 0.5])  # as decoding undoes them
+    tiny_pipe.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    expected = (mode - mean.view(-1, 1, 1)) / std.view(-1, 1, 1) * 2.0
+    torch.testing.assert_close(run(tiny_pipe, data, tmp_path).latents[[7]], expected)
 
 
 def test_each_caption_is_encoded_once_in_order_and_the_empty_one_beside(tiny_pipe, tmp_path):

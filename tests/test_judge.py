@@ -209,3 +209,6 @@ def test_calibration_keeps_the_better_null_row_and_draws_nothing_twice(better, a
     again = calibrate(pipe, load_guidance(places[1]), *places, guidance_scales=(3.0, 5.0), **options)
     assert drawn[3:] == [(better, 5.0)]
     assert (again.config["null_adapter"], set(again.config["mixes"])) == (better, {"1", "3", "5"})
+    guidance.register_to_config(record={"audit": "of other images"})
+    with pytest.raises(ModelError, match="the audit that the guidance was trained on"):
+        calibrate(pipe, guidance, *places, guidance_scales=(7.5,), **options)

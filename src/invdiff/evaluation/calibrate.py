@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
+from ..auditing.result import Audit
 from ..config import GenerateConfig
 from ..distributed import is_main, wait
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 from ..files import CURATION
 from ..progress import note
 from ..sampling import generate
@@ -55,10 +56,13 @@ def calibrate(
 
     Raises:
         ConfigError: The guidance is invariant and takes no mix.
-        ModelError: The audit has no judge of its groups, or is of another model.
+        ModelError: The audit has no judge of its groups, is of another model or not what the guidance was trained on.
     """
     if not module.sees_environment:
         raise ConfigError("Expected guidance in balanced mode, got an invariant one, which takes no mix of groups.")
+    record = module.config["record"] or {}
+    if "audit" in record and not Audit.load(audit_dir).has_trained(record):
+        raise ModelError(f"Expected the audit that the guidance was trained on, got another: {audit_dir}. Give it.")
     mixes, work = dict(module.config["mixes"] or {}), Path(output_dir) / ".calibration"
     wanted = [scale for scale in dict.fromkeys(guidance_scales) if f"{scale:g}" not in mixes]
     if not wanted:

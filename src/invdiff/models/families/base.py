@@ -144,8 +144,12 @@ class Family(ABC):
             if overflows:
                 vae.half()
         latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latents
-        shift = vae.config.get("shift_factor") or 0.0
-        return ((latents.float() - shift) * vae.config["scaling_factor"]).cpu()
+        # Numbers, or one for each channel (Playground's).
+        shift, std = (
+            torch.tensor(vae.config.get(name) or other, device=latents.device).reshape(1, -1, 1, 1)
+            for name, other in (("latents_mean", vae.config.get("shift_factor") or 0.0), ("latents_std", 1.0))
+        )
+        return ((latents.float() - shift) / std * vae.config["scaling_factor"]).cpu()
 
     def encoding_key(self, pipe: Any) -> list[str]:
         """What latents and conditions depend on beside the weights of autoencoder and text encoders."""
