@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +102,11 @@ def markdown(benchmark: str, results: Path) -> str:
     return "\n\n".join(parts)
 
 
-def headline(benchmark: str, results: Path) -> str:
-    """The methods with several seeds and most images: Bias at each scale, the rest at the one in the middle."""
+def headline(benchmark: str, results: Path, methods: Collection[str]) -> str:
+    """These methods, of most images: Bias at each scale, the rest at the one in the middle."""
     every = [row for row in rows(benchmark, results) if row["draws"] == "i.i.d."]
     every = [row for row in every if row["images"] == max(row["images"] for row in every)]
-    several = {row["method"] for row in every if row["seeds"] > 1}
-    every = [row for row in every if row["method"] in several]
+    every = [row for row in every if row["method"] in methods]
     scales = sorted({row["CFG"] for row in every}, key=float)
     middle, shown = scales[len(scales) // 2], ("subject right", "worst cell", "Frechet")
     head = ["", "given", *(f"Bias, CFG {scale}" for scale in scales), *(f"{name}, CFG {middle}" for name in shown)]

@@ -54,15 +54,15 @@ def test_a_kept_cell_is_not_run_again_and_tables_give_mean_and_range_over_seeds(
             again()
 
 
-def test_the_headline_compares_methods_with_several_seeds_and_equally_many_images(tmp_path):
+def test_the_headline_compares_equally_many_images(tmp_path):
     (tmp_path / "waterbirds").mkdir()
     figures = {"bias": 0.5, "low": 0.4, "high": 0.6, "floor": 0.05, "worst cell": 0.5, "subject right": 1.0}
-    for cell, seed in (("biased", 0), ("biased", 1), ("fair-diffusion-4", 0), ("fair-diffusion-4", 1), ("ours", 0)):
+    for cell, seed in (("biased", 0), ("biased", 1), ("fair-diffusion-4", 0), ("ours", 0)):
         suite = Suite.named("waterbirds")
         kept = DOCUMENT | {"settings": suite.settings(suite.each()[cell]), "figures": {"CFG 3": figures}}
         (tmp_path / "waterbirds" / f"{cell}-seed-{seed}.json").write_text(json.dumps(kept))
-    rows = tables.headline("waterbirds", tmp_path).splitlines()[2:]
-    assert [row.split(" | ")[0] for row in rows] == ["| biased"]  # others have 256 images, or one seed
+    rows = tables.headline("waterbirds", tmp_path, ["biased", "fair-diffusion-4"]).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| biased"]  # the other has 256 images
 
 
 def test_figures_kept_under_another_default_are_refused(tmp_path):
