@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from ..auditing.result import Audit
 from ..config import GenerateConfig
 from ..distributed import is_main, wait
 from ..errors import ConfigError, ModelError
@@ -60,9 +59,6 @@ def calibrate(
     """
     if not module.sees_environment:
         raise ConfigError("Expected guidance in balanced mode, got an invariant one, which takes no mix of groups.")
-    record = module.config["record"] or {}
-    if "audit" in record and not Audit.load(audit_dir).has_trained(record):
-        raise ModelError(f"Expected the audit that the guidance was trained on, got another: {audit_dir}. Give it.")
     mixes, work = dict(module.config["mixes"] or {}), Path(output_dir) / ".calibration"
     wanted = [scale for scale in dict.fromkeys(guidance_scales) if f"{scale:g}" not in mixes]
     if not wanted:
@@ -70,6 +66,8 @@ def calibrate(
     judge = AuditAnnotator(audit_dir, pipe)
     if (Path(audit_dir) / CURATION).is_file():
         note(f"The mix is solved for groups as they were inferred: its judge does not know the changes in {CURATION}.")
+    elif (module.config["record"] or {}).get("audit", judge.fingerprint) != judge.fingerprint:
+        raise ModelError(f"Expected the audit that the guidance was trained on, got another: {audit_dir}. Give it.")
     if unjudged := [name for name in module.factor_names if name not in judge.splits]:
         note(f"The audit has no judge of {', '.join(unjudged)}: the mix of its groups stays even.")
     confusions: Any = {name: judge.confusion(name) for name in judge.attributes}

@@ -44,7 +44,7 @@ class AuditAnnotator(Measurable):
         folder = Path(folder)
         try:
             document, self._judges = read_json(folder / "audit.json"), read_arrays(folder / JUDGES)
-            settings, classes = document["settings"], {}
+            settings, self.fingerprint, classes = document["settings"], document["fingerprint"], {}
             self.prompts = [each["prompt"] for each in document["prompts"] if each["found"]]
             self.resolution, self._levels = settings["resolution"], settings["feature_log_snr"]
             self._places = {f["name"]: m for m, f in enumerate(document["factors"]) if f"map.{m}" in self._judges}
