@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,9 +89,7 @@ def save_report(
         "chosen": chosen,
     }
     pictures = _save_pictures(output_dir, read, chosen)
-    markdown = _environment("invdiff.report", lambda value: _escaped(value, 1000))
-    markdown.filters.update(cell=lambda text: _escaped(text, MOST_CHARACTERS), code=_code, share=share_in_words)
-    page = markdown.get_template("report.md.j2").render(view=view, pictures=pictures)
+    page = _markdown_templates().get_template("report.md.j2").render(view=view, pictures=pictures)
     write_text(output_dir / MARKDOWN, re.sub(r"\n{3,}", "\n\n", page).strip() + "\n")
     light = {"ink": INK, "soft": SOFT, "rule": RULE, "paper": PAPER}
     theme = {"light": light, "dark": {name: DARK[colour] for name, colour in light.items()}}
@@ -99,11 +98,19 @@ def save_report(
     return output_dir / HTML
 
 
+@cache
 def html_templates(package: str) -> Environment:
     """The templates of a package, and those of reports; no text that others wrote is taken for markup."""
     html = _environment(package, _shown)
     html.filters.update(cut=lambda text: one_line(text, MOST_CHARACTERS), brief=lambda text: one_line(text, 60))
     return html
+
+
+@cache
+def _markdown_templates() -> Environment:
+    markdown = _environment("invdiff.report", lambda value: _escaped(value, 1000))
+    markdown.filters.update(cell=lambda text: _escaped(text, MOST_CHARACTERS), code=_code, share=share_in_words)
+    return markdown
 
 
 def _environment(package: str, finalize: Callable[[Any], Any]) -> Environment:
