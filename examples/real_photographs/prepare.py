@@ -13,7 +13,7 @@ import csv
 from collections import Counter
 from pathlib import Path
 
-from datasets import load_dataset
+from datasets import ClassLabel, load_dataset
 
 CAPTION = {
     "automobile": "a photo of a vehicle",
@@ -39,7 +39,9 @@ def main() -> None:
     taken: Counter[str] = Counter()
     rows = []
     data = load_dataset("parquet", data_files=str(arguments.parquet), split="train")
-    for index, label in enumerate(data["label"]):
+    names = data.features["label"]
+    labels = names.int2str(data["label"]) if isinstance(names, ClassLabel) else data["label"]
+    for index, label in enumerate(labels):
         if taken[label] >= wanted.get(label, 0):
             continue
         taken[label] += 1
