@@ -26,9 +26,11 @@ from invdiff.auditing.edits import apply
 from invdiff.auditing.evidence import Evidence
 from invdiff.auditing.probe import linear_judges
 from invdiff.auditing.result import PromptAudit
+from invdiff.data.encode import model_fingerprint
 from invdiff.errors import ConfigError, ModelError
 from invdiff.evaluation.annotators.load import load_annotator
 from invdiff.evaluation.calibrate import calibrate, nearest_mix, shares_of
+from invdiff.models.frozen import denoiser_fingerprint
 from invdiff.models.load import load_pipeline
 from runs import LAND, WATER, built_audit, inferred, made_up_data, sharded
 from test_cli import fail, succeed
@@ -131,6 +133,11 @@ def test_the_judge_needs_the_model_that_was_audited(audited, tmp_path):
     found = Audit.load(audited / "audit")
     judge = load_annotator(str(found.save(tmp_path / "again")), model=str(audited / "model"))
     assert dict(judge.attributes) == {"place": ("land", "water")}
+    half = load_pipeline(audited / "model", device="cpu", dtype=torch.bfloat16)
+    prints = {"denoiser_fingerprint": denoiser_fingerprint(half), "model_fingerprint": model_fingerprint(half)}
+    replace(found, settings=found.settings | prints | {"dtype": "bf16"}).save(tmp_path / "half")
+    judge = load_annotator(str(tmp_path / "half"), model=str(audited / "model"))
+    assert judge.network.dtype == torch.bfloat16  # as it was audited
     (tmp_path / "again" / "judges.safetensors").unlink()
     with pytest.raises(ModelError, match="there is no judge"):
         load_annotator(str(tmp_path / "again"), model=make_tiny_pipeline())

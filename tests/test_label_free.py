@@ -18,7 +18,10 @@ def audit_and_module(pipe, folder, table, output):
 def test_attributes_change_no_byte(tiny_pipe, tmp_path):
     folder = write_tiny_folder(tmp_path / "data")
     whole = [line.split(",") for line in (folder / "metadata.csv").read_text().splitlines()]
-    tables = {"whole": whole, "none": [row[:2] for row in whole]}
-    before, after = (audit_and_module(tiny_pipe, folder, of, tmp_path / name) for name, of in tables.items())
+    moved = [whole[1:][at][2:] for at in (5, 0, 7, 2, 11, 4, 1, 9, 6, 10, 3, 8)]
+    permuted = [whole[0], *([*row[:2], *of] for row, of in zip(whole[1:], moved, strict=True))]
+    tables = {"whole": whole, "permuted": permuted, "none": [row[:2] for row in whole]}
+    before, *others = (audit_and_module(tiny_pipe, folder, of, tmp_path / name) for name, of in tables.items())
+    assert permuted != whole
     assert {"audit/audit.json", "module/diffusion_pytorch_model.safetensors"} <= before.keys()
-    assert after == before
+    assert others == [before, before]

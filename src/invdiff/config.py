@@ -101,7 +101,7 @@ class TrainConfig(Config):
     behind the prompt embedding, a few thousand weights. `lora`: a low-rank adapter a group in the model's own layers.
     `auto`: what docs/backends.md shows to be best, `lora`."""
     mode: Literal["balanced", "invariant"] = "balanced"
-    """`balanced`: the module is given the group, which is drawn at random when sampling.
+    """`balanced`: the module is given the group; when sampling, groups are spread over the images.
     `invariant`: the paper's; the module never sees the group."""
     steps: Size = 0
     """Optimiser steps per round; 0 takes 800 for `lora`, 600 for the others."""
@@ -115,7 +115,8 @@ class TrainConfig(Config):
     """lambda, the weight of the invariance penalty: the variance over groups of what the caption contributes to their
     loss. The paper's is 1. Above 0 a step costs a second forward pass."""
     caption_dropout: Annotated[Decay, RARE] = 0.1
-    """Share of captions replaced by the null caption, so that guidance works under classifier-free guidance."""
+    """Share of captions replaced by the null caption, so that guidance works under classifier-free guidance; none
+    where the null row is not guided."""
     preserve: Annotated[Decay, RARE] = 0.1
     """Share of images that are given an unrelated caption and trained to the frozen model's own prediction, so that
     captions that nobody audited stay as they are."""
@@ -130,7 +131,7 @@ class TrainConfig(Config):
     """`lora`: rank of each group's adapter."""
     null_adapter: Literal["auto", "on", "off"] = "auto"
     """Whether the null row of classifier-free guidance, the one without a caption, runs under the group's guidance;
-    `auto` is `off` for `lora`, unless --calibrate finds `on` better, and `on` for others; `tokens` takes no `off`."""
+    `auto` is `off` for `lora` and `on` for others, unless --calibrate finds better; `tokens` takes no `off`."""
     distilled_guidance: Annotated[NotNegative, RARE] = 3.5
     """The guidance input of a guidance-distilled model (Flux.1 dev) in training: what images will be drawn at. Others
     do not read it; the audit is at 1."""
@@ -139,9 +140,9 @@ class TrainConfig(Config):
     loss_momentum: Annotated[Decay, RARE] = 0.95
     """Decay of the moving means of group losses that the penalty is taken on."""
     purity: Annotated[Share, RARE] = 0.99
-    """Images that are less likely to be in a prompt's rare group than this are not drawn for it; 0 draws every image
-    in proportion. Errors that remain are copied in the same proportion into the other prompts' groups, so that
-    guidance does not learn them."""
+    """Images that are less likely to be in a prompt's rare group than this are not drawn for it, but for the 20
+    surest; 0 leaves none out. Errors that remain are copied in the same proportion into the other prompts' groups, so
+    that guidance does not learn them."""
     max_gradient_norm: Annotated[Positive, RARE] = 1.0
     """Gradients are clipped to this norm."""
     checkpoint_every: Annotated[Count, RARE] = 100
@@ -193,7 +194,8 @@ class AuditConfig(Config):
     log signal-to-noise ratios (timesteps 50 and 150 of Stable Diffusion); at least two, since each is checked against
     the other. The features also show which groups of different prompts are alike."""
     vision_encoder: Annotated[str, Option(metavar="MODEL")] = ""
-    """`auto`: a transformers vision model (CLIP, DINOv2), by folder or hub id, whose features are weighed too."""
+    """With solver `auto`, a transformers vision model (CLIP, DINOv2), by folder or hub id: its features are weighed
+    too."""
     words_model: Annotated[str, Option(metavar="MODEL")] = ""
     """A CLIP model, by folder or hub id, that says in words what separates the groups once they are found."""
     words: Annotated[tuple[str, ...], Option(flag="--word")] = ()
@@ -205,16 +207,16 @@ class AuditConfig(Config):
     min_images: Count = 50
     """Prompts with fewer images are left undecided."""
     level: Annotated[float, Range(above=0, below=1), RARE] = 0.05
-    """`auto`: the false discovery rate of cuts that part two humps, over all that are considered."""
+    """With solver `auto`, the false discovery rate of cuts that part two humps, over all that are considered."""
     min_rand: Annotated[Share, RARE] = 0.5
-    """`auto`: a cut is worth it where the lower bound of its expected agreement with the truth (adjusted Rand index)
-    is at least this."""
+    """With solver `auto`, a cut is worth it where the lower bound of its expected agreement with the truth (adjusted
+    Rand index) is at least this."""
     max_factors: Annotated[Size, RARE] = 0
-    """`auto`: most hidden factors that are looked for; 0 means 4, but 1 where there is one prompt, of which every
-    uneven style would be another factor."""
+    """With solver `auto`, most hidden factors that are looked for; 0 means 4, but 1 where there is one prompt, of
+    which every uneven style would be another factor."""
     max_balance: Annotated[Share, RARE] = 0.35
-    """`auto`, one prompt: a split whose smaller side has a larger share is taken for style, not for a spurious
-    attribute. Under several prompts shares must differ between them."""
+    """With solver `auto` and one prompt, a split whose smaller side has a larger share is taken for style, not for a
+    spurious attribute. Under several prompts shares must differ between them."""
     resolution: Size = 0
     """Side of the square that images are cropped to, in pixels, for audit and training; 0 takes the model's own."""
     images_per_prompt: Count = 500
@@ -253,8 +255,8 @@ class GenerateConfig(Config):
     images_per_prompt: Count = 16
     """Images of each prompt."""
     guidance_scale: NotNegative = 3.0
-    """Strength of classifier-free guidance, or the guidance input of a guidance-distilled model; at 1 and below
-    there is none. An unconditional model takes 1 only."""
+    """Strength of classifier-free guidance, or the guidance input of a guidance-distilled model; at 1 and below there
+    is none. An unconditional model, and a Flux without that input, take 1 only."""
     scale: NotNegative = 1.0
     """Delta, the strength of the guidance module; without a module it has no meaning."""
     num_inference_steps: Annotated[Count, Option(flag="--steps")] = 20
@@ -287,7 +289,7 @@ class EvaluateConfig(Config):
     lpips: bool = False
     """Measure the diversity of each prompt's images by LPIPS (extra `metrics`)."""
     num_resamples: Annotated[int, Range(min=20), RARE] = 1000
-    """Resamples of each interval."""
+    """Most resamples of an interval; of many prompts, and of each alone, they are fewer."""
     batch_size: Annotated[Count, RARE] = 64
     """Images in memory at a time."""
     seed: Annotated[int, RARE] = 0

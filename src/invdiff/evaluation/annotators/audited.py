@@ -16,7 +16,7 @@ from ...files import CURATION, JUDGES, fingerprint, read_arrays, read_json
 from ...models.families import family_that_draws
 from ...models.features import add_noise, read_features
 from ...models.frozen import FrozenDenoiser, denoiser_fingerprint
-from ...models.load import denoiser_of
+from ...models.load import DTYPES, denoiser_of, load_pipeline
 from ...seeds import generator
 from ..results import AUDIT
 from .annotations import Annotations, class_names
@@ -27,6 +27,8 @@ BATCH_SIZE = 32
 
 class AuditAnnotator(Measurable):
     """The groups that an audit in `folder` found, of any images, as the pipeline that was audited sees them.
+
+    The pipeline, or its folder or hub id, which is loaded in the precision of the audit.
 
     An image is encoded, noised as in the audit and shown to the denoiser without caption; a linear map of its features
     decides. `confusion` is of training images that were left out, as the audit grouped them where it was sure. The
@@ -65,6 +67,8 @@ class AuditAnnotator(Measurable):
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, DataError) as error:
             remedy = "Run `invdiff audit` again; of a factor with few images in a group there is no judge."
             raise ModelError(found_else(f"an audit with judges in {folder}", error, remedy)) from error
+        if isinstance(pipe, str | Path):
+            pipe = load_pipeline(pipe, dtype=DTYPES.get(settings.get("dtype")))
         if model != (denoiser_fingerprint(pipe), model_fingerprint(pipe)):
             raise ModelError(
                 f"Expected the model that was audited in {folder}, its precision and LoRAs, got another. Give it."

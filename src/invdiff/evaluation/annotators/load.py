@@ -8,7 +8,6 @@ from huggingface_hub import hf_hub_download
 
 from ...errors import ConfigError, DataError, ModelError
 from ...files import read_json, write_json
-from ...models.load import load_pipeline
 from .annotations import Annotator
 from .audited import AuditAnnotator
 from .conv import ConvAnnotator
@@ -35,14 +34,14 @@ def load_annotator(
     `spec` is a folder, a hub id, or "labels" for `GivenLabels`. `attribute` is what a classifier's classes are classes
     of ("label" unless given, the first of several), or the columns of labels; `classes` is for a CLIP model only:
     attribute to class to prompts, or a YAML or JSON file of that. `model` is the pipeline, or its folder or hub id,
-    that was audited, where `spec` is the folder of an audit.
+    that was audited, where `spec` is the folder of an audit; it is loaded in the precision of the audit.
     """
     audited = (Path(spec) / "audit.json").is_file()
     if audited != (model is not None):
         given = f"{spec} and {'no model' if audited else 'a model'}"
         raise ConfigError(f"Expected the audited model (--annotator-model) beside an audit and no other, got {given}.")
     if audited:
-        return AuditAnnotator(spec, load_pipeline(model) if isinstance(model, str | Path) else model)
+        return AuditAnnotator(spec, model)
     attributes = [name for name in ([attribute] if isinstance(attribute, str) else attribute) if name]
     recipe = None if spec == LABELS else _recipe(Path(spec))
     config = {} if spec == LABELS or recipe else _config(spec)
