@@ -46,11 +46,12 @@ def rows(benchmark: str, results: Path) -> Iterator[dict[str, Any]]:
             suite.check_kept(cells, results / benchmark / f"{cell}-seed-{seed}.json")
         first: Mapping[str, Any] = next(iter(by_seed.values()), {})
         for key in (key for key, of in first.get("figures", {}).items() if "bias" in of):
-            each = [of["figures"][key] for of in by_seed.values() if key in of["figures"]]
+            seeds = [of for of in by_seed.values() if key in of["figures"]]
+            each = [of["figures"][key] for of in seeds]
+            alike = [of["figures"][key] for of in seeds if _features(of) == _features(first)]
             drawn, _, scale = key.rpartition("CFG ")
             row = {"method": cell, "supervision": first["supervision"], "draws": drawn.strip() or "i.i.d."}
             row |= {"CFG": scale, "seeds": len(each), "images": first["settings"]["images"]}
-            alike = [of["figures"][key] for of in by_seed.values() if _features(of) == _features(first)]
             for label, name in COLUMNS.items():
                 values = [of.get(name) for of in (alike if name in OF_FEATURES else each)]
                 values = [value for value in values if value is not None]
