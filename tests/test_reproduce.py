@@ -112,6 +112,8 @@ def test_evaluation_by_an_audit_names_its_folder_and_the_model():
     assert only(run) == (
         "invdiff evaluate base=base --annotator runs/audit --annotator-model MODEL --attribute background"
     )
+    title, _ = commands(replace(run, audit=audited(loras={"style": "0123"})))[-1]
+    assert title == "Evaluate; with its LoRAs the model can be given in Python only"
 
 
 @pytest.mark.parametrize("names", [["size x colour"], ["a x b", "c"]])
