@@ -49,6 +49,11 @@ class Edits:
         return bool(self.named or self.left_out or self.cuts)
 
     @property
+    def prompts_cut(self) -> set[int]:
+        """The prompts whose cuts people moved, of whatever factors."""
+        return {prompt for _, prompt in self.cuts}
+
+    @property
     def named(self) -> bool:
         """Whether any group has a name."""
         return any(name for names in self.names for name in names)

@@ -74,10 +74,7 @@ def training_record(
         "solver": audit.settings.get("solver"),
         "resolution": audit.settings.get("resolution", 0),
         "group_names": audit.group_names,
-        "changed_by_people": {
-            "left_out": int((~audit.kept).sum()),
-            "cuts_moved": len({prompt for _, prompt in audit.edits.cuts}),
-        },
+        "changed_by_people": {"left_out": int((~audit.kept).sum()), "cuts_moved": len(audit.edits.prompts_cut)},
         "num_prompts": len(sizes),
         "num_found": len(sizes) - len(unfound),
         "caveats": audit.caveats,

@@ -82,7 +82,7 @@ def summary(audit: Audit) -> str:
 
 def about_edits(edits: Edits) -> str:
     """What people changed about an audit, in a sentence or two; "" where they changed nothing."""
-    left_out, moved = len(edits.left_out), len({prompt for _, prompt in edits.cuts})
+    left_out, moved = len(edits.left_out), len(edits.prompts_cut)
     parts = [f"{counted(left_out, 'image')} {'is' if left_out == 1 else 'are'} left out"] if left_out else []
     parts += [f"cuts between groups were moved by hand under {counted(moved, 'prompt')}"] if moved else []
     parts += ["groups have names that people gave them"] if edits.named else []
