@@ -122,6 +122,7 @@ def test_the_card_says_what_people_changed(pipe):
     text = html.unescape(card_of(json.loads(json.dumps(record))))
     assert "Names of groups were given by people who looked at the images: group 0 is “on land”." in text
     assert "images left out: 1, prompts whose cuts between groups were moved by hand: 1." in text
+    assert len(Edits(cuts={(0, 1): (0.5,), (1, 1): (0.5,)}).prompts_cut) == 1  # cuts of two factors
     assert "numbers, not names" not in text
     text = card_of(make_record(pipe, make_prompt("a bird")))
     assert "Groups have numbers, not names" in text
