@@ -11,6 +11,7 @@ from conftest import make_guidance_lora, make_guidance_module, make_tiny_pipelin
 from invdiff import Audit, AuditConfig, GenerateConfig, GuidanceModule, TrainConfig, attach, audit, generate, train
 from invdiff.data.encode import model_fingerprint
 from invdiff.errors import AuditError, ModelError
+from invdiff.evaluation.annotators.load import load_annotator
 from invdiff.files import weights_digest
 from invdiff.models.frozen import FrozenDenoiser, denoiser_fingerprint
 from invdiff.models.load import load_pipeline
@@ -111,6 +112,9 @@ def test_from_a_single_file_with_a_lora_to_a_module_that_needs_it(single, lora, 
     found.save(tmp_path / "audit")
     found = Audit.load(tmp_path / "audit")
     assert found.settings["loras"].keys() == {"style.safetensors:0.8"}
+    load_annotator(str(tmp_path / "audit"), model=str(tiny_pipe_dir), loras=[f"{lora}:0.8"])
+    with pytest.raises(ModelError, match="Expected the model that was audited"):
+        load_annotator(str(tmp_path / "audit"), model=str(tiny_pipe_dir))
     train(pipe, data, found, tmp_path / "module", config=TRAIN, cache_dir=tmp_path / "cache", progress=False)
     module = GuidanceModule.from_pretrained(tmp_path / "module")
     attach(load_pipeline(tiny_pipe_dir, loras=[f"{lora}:0.8"]), module).detach()

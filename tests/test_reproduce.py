@@ -112,8 +112,8 @@ def test_evaluation_by_an_audit_names_its_folder_and_the_model():
     assert only(run) == (
         "invdiff evaluate base=base --annotator runs/audit --annotator-model MODEL --attribute background"
     )
-    title, _ = commands(replace(run, audit=audited(loras={"style": "0123"})))[-1]
-    assert title == "Evaluate; with its LoRAs the model can be given in Python only"
+    _, command = commands(replace(run, audit=audited(loras={"style:0.8": "0123"})))[-1]
+    assert "--annotator-model MODEL --annotator-lora style:0.8 --attribute" in command
 
 
 @pytest.mark.parametrize("names", [["size x colour"], ["a x b", "c"]])

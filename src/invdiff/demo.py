@@ -1,8 +1,5 @@
 """The whole story on the bundled model: a hidden bias is found, removed and measured."""
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,49 +34,36 @@ def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progre
     config = config or DemoConfig()
     output_dir = Path(output_dir)
     kept: dict[str, Any] = {"cache_dir": output_dir / "cache", "progress": progress}
-    seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        seconds[name] = round(time.perf_counter() - start, 1)
-
     world = BirdsWorld(config.num_images, severity=config.severity, seed=config.seed)
     data = load_captioned_images(world.write(output_dir / "data", progress=progress))
     pipe = load_pipeline(BIRDS_MODEL)
-    with timed("audit"):
-        found = audit(pipe, data, **kept)
-        found.save(output_dir / "audit")
-    with timed("train"):
-        training = TrainConfig(steps=config.steps, seed=config.seed)
-        module = train(pipe, data, found, output_dir / "module", config=training, **kept)
+    found = audit(pipe, data, **kept)
+    found.save(output_dir / "audit")
+    training = TrainConfig(steps=config.steps, seed=config.seed)
+    module = train(pipe, data, found, output_dir / "module", config=training, **kept)
     folders: dict[str, list[Path]] = {"base": [], "guided": []}
-    with timed("generate"):
-        for guidance_scale in config.guidance_scales:
-            settings = GenerateConfig(
-                images_per_prompt=config.images_per_prompt,
-                guidance_scale=guidance_scale,
-                num_inference_steps=config.num_inference_steps,
-                seed=config.seed,
-            )
-            for name, used in (("base", None), ("guided", module)):
-                folder = output_dir / "images" / f"{name}-cfg-{guidance_scale:g}"
-                generate(pipe, canonical_prompts(), folder, module=used, config=settings, progress=progress)
-                folders[name].append(folder)
-    with timed("evaluate"):
-        annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
-        seed = derived_seed("reference", config.seed) % 2**31
-        balanced = BirdsWorld(config.reference_images, severity=0.5, seed=seed)
-        options: Any = {"reference": balanced.captioned(), "config": EvaluateConfig(subject_attribute="subject")}
-        results = evaluate(folders, annotator, "background", **options, progress=progress)
-        truth = hidden_truth(found, data)
+    for guidance_scale in config.guidance_scales:
+        settings = GenerateConfig(
+            images_per_prompt=config.images_per_prompt,
+            guidance_scale=guidance_scale,
+            num_inference_steps=config.num_inference_steps,
+            seed=config.seed,
+        )
+        for name, used in (("base", None), ("guided", module)):
+            folder = output_dir / "images" / f"{name}-cfg-{guidance_scale:g}"
+            generate(pipe, canonical_prompts(), folder, module=used, config=settings, progress=progress)
+            folders[name].append(folder)
+    annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
+    seed = derived_seed("reference", config.seed) % 2**31
+    balanced = BirdsWorld(config.reference_images, severity=0.5, seed=seed)
+    options: Any = {"reference": balanced.captioned(), "config": EvaluateConfig(subject_attribute="subject")}
+    results = evaluate(folders, annotator, "background", **options, progress=progress)
+    truth = hidden_truth(found, data)
     parameters = module.num_parameters()
     share = parameters / sum(p.numel() for p in denoiser_of(pipe).parameters())
     facts = {
         "audit": truth | {"biased": found.biased, "forwards_per_image": found.forwards_per_image},
         "module": {"parameters": parameters, "share_of_denoiser": share},
-        "seconds": seconds | {"total": round(sum(seconds.values()), 1)},
         "settings": config.to_dict(),
     }
     save_audit_picture(output_dir / "audit", data)

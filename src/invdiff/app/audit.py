@@ -127,9 +127,10 @@ class AuditTab:
 
     def _build(self, groups: int) -> None:
         with gr.Row():
-            self._prompt = gr.Dropdown(self._list(), value=0, label="Prompt", scale=3, elem_id="audit-prompt")
-            label = "Images in a row of a group"
-            self._count = gr.Slider(4, MOST_PER_GROUP, PER_GROUP, step=4, label=label, elem_id="audit-count")
+            about: dict[str, Any] = {"label": "Prompt", "scale": 3, "min_width": 240, "elem_id": "audit-prompt"}
+            self._prompt = gr.Dropdown(self._list(), value=0, **about)
+            about = {"label": "Images in a row of a group", "min_width": 240, "elem_id": "audit-count"}
+            self._count = gr.Slider(4, MOST_PER_GROUP, PER_GROUP, step=4, **about)
         self._facts = gr.HTML(elem_id="audit-facts")
         with gr.Row(elem_classes="workbench"):
             with gr.Column(scale=2, min_width=300):

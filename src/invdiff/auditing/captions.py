@@ -122,9 +122,10 @@ def part_by_images(
     for prompt, head in enumerate(ids.tolist()):
         merged = [data.captions[c] for c in np.flatnonzero(prompts == prompt).tolist() if c != head and counts[c]]
         if merged:
-            shown = ", ".join(repr(one) for one in merged[:3]) + (", ..." if len(merged) > 3 else "")
-            alike = f"captions {by_words[head]}" if head in by_words else "captions are the same prompt to the model"
-            notes[prompt] = f"{len(merged)} further {alike}: {shown}"
+            shown = ", ".join(map(repr, merged[:3])) + (f" and {len(merged) - 3:,} more" if len(merged) > 3 else "")
+            plural, verb = ("s", "are") if len(merged) > 1 else ("", "is")
+            alike = by_words.get(head, f"{verb} the same prompt to the model")
+            notes[prompt] = f"{len(merged):,} further caption{plural} {alike}: {shown}"
     return prompts, notes
 
 

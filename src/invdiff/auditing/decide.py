@@ -296,6 +296,6 @@ def power(num_images: int, candidates: int, config: AuditConfig) -> str:
     # A share just above the least that a group may have is found below it as often as not.
     share = max(smallest_share(num_images, max(candidates, 1), config.level), 1.5 * config.min_share)
     if share >= 1:
-        return f"{num_images} images are too few to see a group of any size 4 standard deviations away"
-    seen = f"would probably have been seen in {num_images} images"
+        return f"{num_images:,} images are too few to see a group of any size 4 standard deviations away"
+    seen = f"would probably have been seen in {num_images:,} images"
     return f"a group of {share:.1%} or more, 4 standard deviations away, {seen}"

@@ -62,6 +62,9 @@ def evaluate(
         metavar="ANNOTATOR",
     ),
     annotator_model: str | None = option(None, "The audited model, for an audit as annotator.", metavar="MODEL"),
+    annotator_lora: list[str] | None = option(
+        None, "A LoRA that was fused into the audited model; repeat for more.", metavar="LORA[:WEIGHT]"
+    ),
     attribute: list[str] = option(
         ..., "Attribute to measure Bias on; repeat for more, and for how they intersect.", metavar="NAME"
     ),
@@ -86,8 +89,8 @@ def evaluate(
     from ..evaluation.annotators.load import load_annotator
     from ..evaluation.evaluate import evaluate as run_evaluate
 
-    asked: Any = {"attribute": [*attribute, settings.subject_attribute], "classes": classes, "model": annotator_model}
-    judge = load_annotator(annotator, **asked)
+    asked: Any = {"attribute": [*attribute, settings.subject_attribute], "classes": classes}
+    judge = load_annotator(annotator, **asked, model=annotator_model, loras=annotator_lora or ())
     images = labelled_folders(folders)
     results = run_evaluate(images, judge, attribute, reference=seen, config=settings, progress=not quiet)
     results.save(output)

@@ -192,8 +192,8 @@ class Results:
     notes: tuple[str, ...] = ()
     """What a reader should know before trusting the figures."""
     run: Mapping[str, Any] = field(default_factory=dict)
-    """Facts about the run that made the images, as plain JSON types, such as `invdiff demo` adds: its "settings",
-    its "seconds" and how well its "audit" recovered the hidden groups."""
+    """Facts about the run that made the images, as plain JSON types, such as `invdiff demo` adds: its "settings" and
+    how well its "audit" recovered the hidden groups."""
 
     def each(self) -> Iterator[tuple[str, str, Measures]]:
         """Model, guidance scale and measures of everything that was measured."""

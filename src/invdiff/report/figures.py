@@ -126,7 +126,7 @@ def at_scale(key: str) -> str:
 
 def sentences(texts: Iterable[str]) -> list[str]:
     """Each different text once, as a sentence."""
-    stripped = dict.fromkeys(text.strip().rstrip(".") for text in texts)
+    stripped = dict.fromkeys(text.strip().removesuffix(".") for text in texts)
     return [f"{text[0].upper()}{text[1:]}." for text in stripped if text]
 
 

@@ -71,11 +71,11 @@ def commands(run: Run) -> list[tuple[str, str]]:
         words += ["--output", folder, *command_options(GenerateConfig, values)]
         found.append((title, with_prompts(["generate", *adapted], prompts if listed else (), words)))
     if run.results:
-        judge, title = [run.results.annotator.name or "ANNOTATOR"], "Evaluate"
+        judge = [run.results.annotator.name or "ANNOTATOR"]
         if judge == [AUDIT]:
             judge = [audit, "--annotator-model", model]
-            title += "; with its LoRAs the model can be given in Python only" if audited.get("loras") else ""
-        found.append((title, _evaluate(run, run.results, judge)))
+            judge += [word for lora in audited.get("loras", ()) for word in ("--annotator-lora", lora)]
+        found.append(("Evaluate", _evaluate(run, run.results, judge)))
     return [(title, shlex.join(["invdiff", *words])) for title, words in found]
 
 

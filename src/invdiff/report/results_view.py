@@ -284,12 +284,15 @@ def _quality(chosen: Comparison, results: Results) -> Table:
 
 
 def _by_group(chosen: Comparison, results: Results) -> Table:
+    """Figures of the images of each class; one that is defined of none has no column, but a note."""
     groups = [(label(m), group, of) for m, each in chosen.measures.items() for group, of in each.by_group.items()]
-    names = list(dict.fromkeys(name for _, _, figures in groups for name in figures))
+    every = [(name, figure) for _, _, figures in groups for name, figure in figures.items()]
+    names = list(dict.fromkeys(name for name, figure in every if figure.value is not None))
     rows = [[model, group, *(quantity(name, figures.get(name)) for name in names)] for model, group, figures in groups]
-    notes = [figure.note for _, _, figures in groups for figure in figures.values() if figure.note]
+    first = {(name, of.value is None): f"{shown_name(name)}: {of.note}" for name, of in reversed(every) if of.note}
     caption = f"Is each class of {quoted(results.attribute)} drawn as well? {at_scale(chosen.key).capitalize()}"
-    return Table(("Model", "Class", *map(shown_name, names)), rows if names else [], caption, sentences(notes)[:4])
+    columns = ("Model", "Class", *map(shown_name, names))
+    return Table(columns, rows if names else [], caption, sentences(first.values())[:4])
 
 
 def headlines(

@@ -1,6 +1,6 @@
 """An audit as an annotator: the groups it found, read off the audited model's own features."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ BATCH_SIZE = 32
 class AuditAnnotator(Measurable):
     """The groups that an audit in `folder` found, of any images, as the pipeline that was audited sees them.
 
-    The pipeline, or its folder or hub id, which is loaded in the precision of the audit.
+    The pipeline, or its folder or hub id, which is loaded in the precision of the audit, with `loras` fused into it.
 
     An image is encoded, noised as in the audit and shown to the denoiser without caption; a linear map of its features
     decides. `confusion` is of training images that were left out, as the audit grouped them where it was sure. The
@@ -42,7 +42,7 @@ class AuditAnnotator(Measurable):
         "an independent annotator is the better proof"
     )
 
-    def __init__(self, folder: str | Path, pipe: Any) -> None:
+    def __init__(self, folder: str | Path, pipe: Any, *, loras: Sequence[str] = ()) -> None:
         folder = Path(folder)
         try:
             document, self._judges = read_json(folder / "audit.json"), read_arrays(folder / JUDGES)
@@ -68,7 +68,7 @@ class AuditAnnotator(Measurable):
             remedy = "Run `invdiff audit` again; of a factor with few images in a group there is no judge."
             raise ModelError(found_else(f"an audit with judges in {folder}", error, remedy)) from error
         if isinstance(pipe, str | Path):
-            pipe = load_pipeline(pipe, dtype=DTYPES.get(settings.get("dtype")))
+            pipe = load_pipeline(pipe, loras=loras, dtype=DTYPES.get(settings.get("dtype")))
         if model != (denoiser_fingerprint(pipe), model_fingerprint(pipe)):
             raise ModelError(
                 f"Expected the model that was audited in {folder}, its precision and LoRAs, got another. Give it."

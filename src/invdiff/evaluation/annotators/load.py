@@ -28,20 +28,22 @@ def load_annotator(
     attribute: str | Sequence[str] = "",
     classes: Mapping[str, Any] | Path | None = None,
     model: Any = None,
+    loras: Sequence[str] = (),
 ) -> Annotator | GivenLabels:
     """The annotator that `spec` names: a `ConvAnnotator`, a `CLIPModel` or any image classifier of `transformers`.
 
     `spec` is a folder, a hub id, or "labels" for `GivenLabels`. `attribute` is what a classifier's classes are classes
     of ("label" unless given, the first of several), or the columns of labels; `classes` is for a CLIP model only:
     attribute to class to prompts, or a YAML or JSON file of that. `model` is the pipeline, or its folder or hub id,
-    that was audited, where `spec` is the folder of an audit; it is loaded in the precision of the audit.
+    that was audited, where `spec` is the folder of an audit; it is loaded in the precision of the audit, and `loras`
+    are fused into it.
     """
     audited = (Path(spec) / "audit.json").is_file()
     if audited != (model is not None):
         given = f"{spec} and {'no model' if audited else 'a model'}"
         raise ConfigError(f"Expected the audited model (--annotator-model) beside an audit and no other, got {given}.")
     if audited:
-        return AuditAnnotator(spec, model)
+        return AuditAnnotator(spec, model, loras=loras)
     attributes = [name for name in ([attribute] if isinstance(attribute, str) else attribute) if name]
     recipe = None if spec == LABELS else _recipe(Path(spec))
     config = {} if spec == LABELS or recipe else _config(spec)
