@@ -305,11 +305,11 @@ class EvaluateConfig(Config):
 class DemoConfig(Config):
     """Every step on the bundled model: audit, train, generate, evaluate."""
 
-    num_images: Annotated[int, Range(min=200)] = 3000
+    num_images: Annotated[int, Range(min=200)] = 2000
     """Captioned images to audit and train on."""
     severity: Share = 0.95
     """Share of images whose background agrees with the bird."""
-    steps: Count = 400
+    steps: Count = 300
     """Training steps of guidance."""
     images_per_prompt: Annotated[int, Range(min=2)] = 48
     """Images of each prompt, for each model and guidance scale."""
