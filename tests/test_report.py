@@ -305,6 +305,19 @@ def test_with_a_target_the_verdict_is_by_the_distance_to_it(tmp_path, before, af
     assert "Bias (" not in glance
 
 
+def test_a_figure_that_no_class_has_is_a_sentence_and_no_column(finished, tmp_path):
+    document = json.loads((finished / "results.json").read_text())
+    for by_scale in document["models"].values():
+        for measures in by_scale.values():
+            distance = {"Frechet distance (net)": {"value": None, "note": "not defined at 4 against 9, ..."}}
+            measures["by_group"] = {name: {"images": {"value": 4.0}} | distance for name in ("land", "water")}
+    (tmp_path / "results.json").write_text(json.dumps(document))
+    page, twin = report(tmp_path / "out", results=tmp_path / "results.json")
+    assert "Model Class images Base model land 4" in page.words
+    assert page.words.count("Fréchet distance (net): not defined at 4 against 9, ...") == 1
+    assert "| Model | Class | images |\n" in twin
+
+
 def test_scales_of_one_module_make_a_curve(tmp_path):
     folders = {
         f"m-{scale:g}": make_images(tmp_path / f"{scale:g}", {LAND: 20 - int(8 * scale)}, scale=scale)
