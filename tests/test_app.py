@@ -156,7 +156,8 @@ def test_results_are_compared_and_reports_written_and_looks_load_nothing_from_el
     for figure in ("run: Bias of “background”", "second: Bias", ">0.80 (", ">0.10 (", ">3<", ">20<"):
         assert figure in html  # 18 and 11 of 20 on land
     (write,) = [fn for fn in page.fns.values() if fn.name == "write_reports"]
-    done, download = write.fn()
+    (waiting, _), (done, download) = write.fn()
+    assert "Writing" in waiting
     for folder, path in zip((run, tmp_path / "second"), download["value"], strict=True):
         assert str(folder / "report.html") in done
         assert Path(path).read_bytes() == (folder / "report.html").read_bytes()

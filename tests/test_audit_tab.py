@@ -45,11 +45,13 @@ class Tab:
 
     @property
     def shown(self):
-        return {part.elem_id or type(part).__name__: value for part, value in self.values.items()}
+        values = {part.elem_id or type(part).__name__: value for part, value in self.values.items()}
+        of_galleries = {name: of["value"] for name, of in values.items() if name in self.tab._galleries}
+        return values | of_galleries
 
     def pick(self, shelf, index):
         """What a click on an image of the first prompt chooses, and its details."""
-        return self.tab.pick(SimpleNamespace(index=index), 0, shelf, self.values[self.tab._positions])
+        return self.tab.pick(SimpleNamespace(index=index), 0, shelf, self.values[self.tab._positions])[:2]
 
 
 def rewrite(folder, change):
@@ -132,7 +134,7 @@ def test_an_image_is_chosen_left_out_and_put_back(tab, folder):
     assert "1 image<" in shown["group-1"]
     assert Audit.load(folder).edits.left_out == (picked[1],)
     shown = tab("count_image", 0, picked, True)
-    assert "counts again" in shown["audit-status"]
+    assert "counts in training" in shown["audit-status"]
     assert shown["left-out"] == []
     assert "Expected an image to be chosen first" in tab("count_image", 0, None, False)["audit-status"]
     assert not (folder / CURATION).exists()
@@ -260,6 +262,8 @@ def test_each_factor_is_browsed_and_cut_alone(tmp_path):
     tab = Tab(Parts(audit=tmp_path / "audit"))
     choices = [choice for choice, _ in tab.tab._prompt.choices]
     assert choices[1:3] == [f"2. factor 1 · {WATER}", f"3. factor 2 · {LAND}"]
-    assert "100%" in tab("keep", 2, -99.0)["group-1"]
+    kept = tab("keep", 2, -99.0)
+    assert "100%" in kept["group-1"]
+    assert "No image is left in “group 0”." in kept["audit-status"]
     assert "90%" in tab("open", 0)["group-0"]
     assert Audit.load(tmp_path / "audit").edits.cuts == {(1, 0): (-99.0,)}

@@ -104,7 +104,7 @@ def test_clicks_are_kept_and_spread_to_an_audit_that_the_page_goes_on_with(data,
     kept = read_clicks(run / "labels-place.csv", "place")
     assert kept == {name: VALUES[data.names.index(name)] for name in kept}
     page.infer()
-    assert "Of those drawn at random" in page.shown["ask-figures"]
+    assert "Of images drawn at random" in page.shown["ask-figures"]
     assert len(list((tmp_path / "cache" / "evidence").iterdir())) == 1  # measured once
     found = Audit.load(run / "audit-place")
     given = labels_asked(run / "labels-place.csv", data.names)
@@ -136,6 +136,9 @@ def test_a_report_shows_the_audit_that_its_module_was_trained_with(run):
         assert parts.audit == run / folder
         assert another(read_run(parts)) == ""
     assert "trained with another audit" in another(read_run(replace(parts, audit=run / "audit")))
+    made = Audit.load(run / "audit-place")
+    apply(made, made.edits.without_images([0])).save_edits(run / "audit-place")
+    assert "trained with this audit before people changed it" in another(read_run(parts))
     (run / "audit-old").mkdir()
     (run / "audit-old" / "audit.json").write_text("{}")
     assert find_parts(run).audit == run / "audit-place"  # whatever lies beside them

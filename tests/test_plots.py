@@ -104,7 +104,7 @@ def test_a_histogram_shows_cuts_and_names_each_group_s_reach(tmp_path):
     assert f"parted at {split.cuts[0]:.2f}." in found.alt
     assert found.caption.startswith("Images, on a log scale, by score.")
     axes = Figure().add_subplot()
-    plots.draw_histogram(axes, replace(split, cuts=[-99.0, 0.25, 99.0]))
+    plots.draw_histogram(axes, replace(split, cuts=[-99.0, 0.25, 99.0]), log_scale=True)
     assert [one.get_xdata()[0] for one in axes.lines] == [0.25]  # cuts outside are not drawn
     assert sum(patch.get_height() for patch in axes.patches) == 20
 

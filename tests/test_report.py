@@ -102,7 +102,8 @@ def test_people_s_edits_are_said_and_shares_are_of_the_images_kept(finished, tmp
     assert f"on water: {percent(above / 19)} ({percent(low)} to {percent(high)})" in markdown
     sentence = (
         "People changed this audit: 3 images are left out, cuts between groups were moved by hand under 1 prompt "
-        "and groups have names that people gave them. Separation and agreement are of the groups as inferred."
+        "and groups have names that people gave them. Separation, agreement, Rand index and e-value are of the groups "
+        "as inferred."
     )
     alts = " ".join(found.values("alt"))
     for text in (found.words, markdown):

@@ -1,5 +1,6 @@
 """Text from outside, such as captions, class names and file names, spelled in one way and made safe to show."""
 
+import math
 import re
 import unicodedata
 from typing import Any
@@ -29,6 +30,13 @@ def escape(text: str, limit: int = 120) -> str:
 def or_dash(value: float) -> str:
     """A figure with two decimals; a dash for exactly 0, which stands for what could not be measured."""
     return f"{value:.2f}" if value else "–"
+
+
+def e_value(log_e: float) -> str:
+    """An e-value, such as "38" and "10^12", from its natural logarithm."""
+    if abs(log_e) >= math.log(10_000):
+        return f"10^{log_e / math.log(10):.0f}"
+    return f"{math.exp(log_e):.2g}" if log_e < math.log(10) else f"{math.exp(log_e):,.0f}"
 
 
 def label_of(value: Any) -> str:

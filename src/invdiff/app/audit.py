@@ -19,7 +19,7 @@ from ..auditing.result import Audit
 from ..errors import AuditError, DataError, InvDiffError
 from ..report.audit_view import candidates_table, unfound_table
 from ..report.figures import LOOK, counted, quoted
-from ..report.plots import INK, RULE, colour_of, histogram, thumb
+from ..report.plots import INK, RULE, colour_of, histogram, is_rare, thumb
 from ..report.read import Parts, Split, read_run, splits_of
 from ..text import one_line, or_dash
 from .fragments import QUIET, fragment, gallery, image_file, notice, refusal
@@ -34,6 +34,7 @@ MOST_PER_GROUP = 60
 SIDE = 256  # pixels of an image in a gallery, at most
 MOST_KEPT = 1024  # such images in memory
 Values = dict[Any, Any]  # component to its new value
+_UNCHOSEN = gr.update(selected_index=-1)  # of a gallery, in which no image is framed as chosen; None would be dropped
 
 
 class AuditBook:
@@ -129,7 +130,7 @@ class AuditTab:
         with gr.Row():
             about: dict[str, Any] = {"label": "Prompt", "scale": 3, "min_width": 240, "elem_id": "audit-prompt"}
             self._prompt = gr.Dropdown(self._list(), value=0, **about)
-            about = {"label": "Images in a row of a group", "min_width": 240, "elem_id": "audit-count"}
+            about = {"label": "Images shown", "min_width": 240, "elem_id": "audit-count"}
             self._count = gr.Slider(4, MOST_PER_GROUP, PER_GROUP, step=4, **about)
         self._facts = gr.HTML(elem_id="audit-facts")
         with gr.Row(elem_classes="workbench"):
@@ -180,23 +181,25 @@ class AuditTab:
         each: dict[str, Any] = {**QUIET, "trigger_mode": "multiple"}  # none is lost while another is saved
         at = [self.at, self._count]
         cuts = [*at, *self._cuts]
-        self._prompt.change(self.open, [self._prompt, self._count], self.loads, **live)
+        shown = [self._prompt.change(self.open, [self._prompt, self._count], self.loads, **live)]
         # Not `change`, which values that are only shown would cause.
         gr.on([slider.input for slider in (self._count, *self._cuts)], self.show, cuts, self.loads, **live)
-        self._keep.click(self.keep, cuts, self.loads, **each)
-        self._reset.click(self.keep, at, self.loads, **each)
+        shown += [self._keep.click(self.keep, cuts, self.loads, **each)]
+        shown += [self._reset.click(self.keep, at, self.loads, **each)]
         for button, counts in ((self._leave, False), (self._back, True)):
-            button.click(self.count_image, [*at, self._picked, gr.State(counts)], self.loads, **each)
-        galleries = {"left-out": self._out}
+            shown += [button.click(self.count_image, [*at, self._picked, gr.State(counts)], self.loads, **each)]
+        galleries = self._galleries = {"left-out": self._out}
         for group, block in enumerate(self._blocks):
             here = [*at, gr.State(group), block.name]
             saved = gr.on([block.save.click, block.name.submit], self.rename, here, self.loads, **each)
             if drawn is not None:
                 saved.then(drawn.first, drawn.mix, drawn.loads, **QUIET)
             galleries |= {f"typical-{group}": block.typical, f"nearest-{group}": block.nearest}
+        for event in shown:  # other images may stand where one was chosen; not at once, or the gallery keeps its frame
+            event.then(lambda: [_UNCHOSEN] * len(galleries), None, list(galleries.values()), **QUIET)
         for name, shelf in galleries.items():
             inputs = [self.at, gr.State(name), self._positions]
-            shelf.select(self.pick, inputs, [self._picked, self._chosen], **QUIET)
+            shelf.select(self.pick, inputs, [self._picked, self._chosen, *galleries.values()], **QUIET)
 
     def turn_to(self, name: str = "") -> Values:
         """Show the first prompt of an audit, which may have joined meanwhile; without a name, of all."""
@@ -220,7 +223,7 @@ class AuditTab:
     def show(self, place: int, count: float, *cuts: float) -> Values:
         """A prompt with its images parted at other scores; those that change sides are marked, nothing is saved."""
         book, page = self._find(place)
-        words = ""
+        saved, words = page, ""
         moved: dict[int, int] = {}
         if page is not None and cuts and book.is_movable(page):
             try:
@@ -230,24 +233,24 @@ class AuditTab:
         out = book.audit.edits.left_out
         shelves: dict[str, list[int]] = {"left-out": list(out[:MOST_PER_GROUP])}
         rest = f", of which {MOST_PER_GROUP} are shown" if len(out) > MOST_PER_GROUP else ""
-        tables = [candidates_table(page.prompt.candidates)] if page is not None else []
+        tables = [candidates_table(page.prompt.candidates, page.figures)] if page is not None else []
         tables.append(unfound_table(book.inferred.prompts))
         values: Values = {
             self._facts: notice("No hidden group was found: see below why not."),
             self._plot: "",
             self._moved: words,
             self._out_note: notice(f"{counted(len(out), 'image')} left out{rest}."),
-            self._out: _images(book, shelves["left-out"], {}),
+            self._out: _images(book, shelves["left-out"], {}) | {"visible": bool(out)},
             self._tables: "".join(fragment("table", table) for table in tables),
             self._positions: shelves,
         }
-        if page is not None:
+        if page is not None and saved is not None:
             of = page.figures
             facts = [("images", f"{page.prompt.num_images:,}"), ("separation", or_dash(of.separation))]
             facts += [("agreement", or_dash(of.agreement)), ("evidence", of.evidence)]
-            facts += [("changed", "by hand")] if page.by_hand else []
+            facts += [("changed", "by hand")] if saved.by_hand else []
             values[self._facts] = fragment("facts", facts) + (notice(NO_DATA) if book.data is None else "")
-            values[self._plot] = fragment("plot", histogram(page))
+            values[self._plot] = fragment("plot", histogram(page, log_scale=is_rare(saved)))
         for k, block in enumerate(self._blocks):
             shown = page is not None and k < len(page.groups)
             values[block.column] = gr.update(visible=shown)
@@ -266,13 +269,23 @@ class AuditTab:
         if page is None or (cuts and not book.is_movable(page)):
             return {self._status: refusal(NO_CUTS)}
         factor, index, wanted = page.factor_index, page.index, cuts[: len(page.cuts)] or None
-        words = "Kept: the groups part there now." if wanted else "The groups part as they were inferred."
-        return self._edit(place, count, lambda edits: edits.with_cuts(factor, index, wanted), words)
+
+        def said() -> str:
+            empty = [quoted(group.name) for group in book.page(index, factor).groups if not group.size]
+            words = "Kept: the groups part there now." if wanted else "The groups part as they were inferred."
+            return words + (f" No image is left in {', '.join(empty)}." if empty else "")
+
+        return self._edit(place, count, lambda edits: edits.with_cuts(factor, index, wanted), said)
 
     def rename(self, place: int, count: float, group: int, name: str) -> Values:
         """Name a group."""
         factor = page.factor_index if (page := self._find(place)[1]) is not None else 0
-        return self._edit(place, count, lambda edits: edits.with_name(factor, group, name or ""), "Name saved.")
+
+        def said() -> str:
+            kept = self.book(place).audit.edits.names[factor][group]
+            return "Name saved." if kept else "The group has no name now, only its number."
+
+        return self._edit(place, count, lambda edits: edits.with_name(factor, group, name or ""), said)
 
     def count_image(self, place: int, count: float, picked: tuple[int, int] | None, counts: bool) -> Values:
         """Leave the chosen image out, or count it again."""
@@ -280,16 +293,18 @@ class AuditTab:
         if picked is None or self._find(picked[0])[0] is not book:
             return {self._status: refusal(NO_IMAGE)}
         change = Edits.with_images if counts else Edits.without_images
-        words = "It counts again." if counts else "It counts nowhere now: training, pictures and reports leave it out."
-        values = self._edit(place, count, lambda edits: change(edits, [picked[1]]), words)
+        words = "It counts nowhere now: training, pictures and reports leave it out."
+        words = "It counts in training, pictures and reports." if counts else words
+        values = self._edit(place, count, lambda edits: change(edits, [picked[1]]), lambda: words)
         return values | {self._chosen: _details(book, page, picked[1])}
 
     def pick(self, event: gr.SelectData, place: int, shelf: str, positions: dict[str, list[int]]) -> list[Any]:
-        """Show the image that was clicked on, and what is known of it."""
+        """Show the image that was clicked on, and what is known of it; those of other galleries are chosen no more."""
         shown = positions.get(shelf, [])
+        others = [gr.skip() if name == shelf else _UNCHOSEN for name in self._galleries]
         if not isinstance(event.index, int) or not 0 <= event.index < len(shown):
-            return [None, notice(CHOOSE)]
-        return [(place, shown[event.index]), _details(*self._find(place), shown[event.index])]
+            return [None, notice(CHOOSE), *others]
+        return [(place, shown[event.index]), _details(*self._find(place), shown[event.index]), *others]
 
     def _find(self, place: int) -> tuple[AuditBook, Split | None]:
         name, page = self._places[min(place, len(self._places) - 1)]
@@ -298,13 +313,16 @@ class AuditTab:
             found = None if page is None else book.page(*page)
         return book, found
 
-    def _edit(self, place: int, count: float, change: Callable[[Edits], Edits], words: str) -> Values:
-        """Save a change and show it, or why it cannot be made. Text fields stay: somebody may be typing a name."""
+    def _edit(self, place: int, count: float, change: Callable[[Edits], Edits], said: Callable[[], str]) -> Values:
+        """Save a change and show it, or why it cannot be made. Text fields stay: somebody may be typing a name.
+
+        `said` tells what was done, once it is.
+        """
         try:
             self.book(place).edit(change)
         except InvDiffError as error:
             return {self._status: refusal(error)}
-        return self._saved(place, count) | {self._status: notice(words), self.at: place}
+        return self._saved(place, count) | {self._status: notice(said()), self.at: place}
 
     def _saved(self, place: int, count: float) -> Values:
         """A prompt as saved, with the sliders of its cuts."""
@@ -317,8 +335,8 @@ class AuditTab:
         for k, (slider, cut) in enumerate(zip(self._cuts, page.cuts, strict=False), start=1):
             short = round(cut, 2)
             values[slider] = gr.update(
-                minimum=float(np.floor(low / step) * step),
-                maximum=float(np.ceil(high / step) * step),
+                minimum=round(float(np.floor(low / step) * step), 6),
+                maximum=round(float(np.ceil(high / step) * step), 6),
                 step=step,
                 value=short if np.array_equal(page.scores >= short, page.scores >= cut) else cut,
                 label="Score at which the groups part" + (f" ({k} of {len(page.cuts)})" if len(page.cuts) > 1 else ""),
@@ -327,8 +345,8 @@ class AuditTab:
         return values
 
 
-def _images(book: AuditBook, positions: Sequence[int], moved: Mapping[int, int]) -> list[Any]:
-    """Images with their names; those that moved are framed in the colour of the group that they leave."""
+def _images(book: AuditBook, positions: Sequence[int], moved: Mapping[int, int]) -> dict[str, Any]:
+    """A gallery's images with their names; those that moved are framed in the colour of the group that they leave."""
     shown = []
     for at in positions if book.data is not None else ():
         image, name = book.image(at), one_line(book.audit.names[at], 80)
@@ -336,7 +354,7 @@ def _images(book: AuditBook, positions: Sequence[int], moved: Mapping[int, int])
             name, width = f"moved: {name}", max(2, 12 * min(image.size) // 256)
             image = ImageOps.expand(ImageOps.crop(image.convert("RGB"), width), width, colour_of(moved[at]))
         shown.append((image_file(image), name))
-    return shown
+    return gr.update(value=shown)
 
 
 def _moved(before: Split, after: Split) -> tuple[Split, dict[int, int], str]:

@@ -21,7 +21,7 @@ from ..errors import ConfigError, DataError, InvDiffError
 from ..evaluation.results import CANNOT_TELL
 from ..models.frozen import denoiser_fingerprint
 from ..report.audit_view import unfound_table
-from ..report.figures import Table, quoted, share_in_words, share_of
+from ..report.figures import Table, percent, quoted, share_in_words, share_of
 from ..report.plots import thumb
 from ..report.read import Parts, audits_in, splits_of
 from .audit import AuditBook, AuditTab, Values
@@ -150,7 +150,7 @@ class ClicksPanel:
                 yield self._ten(ask, "These labels split no prompt yet: see below why. Here are the next.")
                 return
             words = "The tab above shows the audit with these labels. To balance its groups: invdiff train MODEL DATA "
-            words += f"{ask.folder}; reports of that module, and of none, show this audit."
+            words += f"{ask.folder}. Reports of a module trained with it, and reports without one, show this audit."
             yield self._ten(ask, words) | self._tab.turn_to(made)
         except InvDiffError as error:
             yield {self._status: refusal(error)}
@@ -186,7 +186,7 @@ def figures(found: Audit, name: str, drawn: Sequence[int]) -> str:
     if record is None:
         return ""
     split = [
-        [page.prompt.prompt, f"{page.prompt.num_images:,}", *map(share_in_words, page.shares)]
+        [page.prompt.prompt, f"{page.prompt.num_images:,}", *(percent(share.share) for share in page.shares)]
         for page in splits_of(found)
     ]
     values, words = found.factors[0].values if split else [], [found.asked]
@@ -194,7 +194,7 @@ def figures(found: Audit, name: str, drawn: Sequence[int]) -> str:
     if hits or misses:
         right = share_of("", len(hits), len(hits) + len(misses), colour="")
         told = f"{right.count} of {right.total}, {share_in_words(right)}"
-        words.append(f"Of those drawn at random, which alone stand for all images, were guessed right: {told}.")
+        words.insert(0, f"Of images drawn at random, which alone stand for all, these were guessed right: {told}.")
     table = Table(("Prompt", "Images", *values), split, f"Groups by {quoted(name)}")
     table = table if split else unfound_table(found.prompts)
     return "".join([fragment("table", table), *map(notice, words)])

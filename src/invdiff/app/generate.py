@@ -57,7 +57,7 @@ class GenerateTab:
                 begin = "Press Draw: the base model and guidance draw the same seeds side by side."
                 alone = "No module was given, so there is no guidance to compare with. Give one with --module."
                 status = gr.HTML(notice(begin if guided else alone), elem_id="status")
-                with gr.Row(equal_height=True):
+                with gr.Row():
                     with gr.Column(min_width=280, elem_classes="pane"):
                         gr.HTML('<h2 class="side">Base model</h2>')
                         base = gallery("base", 4, label="Images of the base model", buttons=["download", "fullscreen"])
@@ -66,7 +66,7 @@ class GenerateTab:
                         beside = gallery("guided", 4, label="Images with guidance", buttons=["download", "fullscreen"])
                 shares = gr.HTML(elem_id="shares")
                 with gr.Accordion("The same images from the command line", open=False):
-                    command = gr.Code(language="shell", label="Command", interactive=False, lines=2)
+                    command = gr.Code(language="shell", label="Command", interactive=False, lines=2, wrap_lines=True)
         outputs = [status, base, beside, shares, command]
         # All run at once: the studio lets one draw at a time, and the newest of a session ends the others.
         options: dict[str, Any] = {**QUIET, "concurrency_limit": None, "trigger_mode": "multiple"}
@@ -110,7 +110,7 @@ class GenerateTab:
             cfg = gr.Slider(1, 15, 3 if scaled else 1, step=0.5, label=label, interactive=scaled, elem_id="cfg")
         with gr.Accordion("Images, seed and steps", open=False, elem_id="more"):
             images = gr.Slider(1, 64, 12, step=1, label="Images", elem_id="images")
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1, elem_id="seed")
+            seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
             steps = gr.Slider(2, 100, 20, step=1, label="Sampling steps", elem_id="steps")
         live = gr.Checkbox(True, label="Draw again as I move strength, shares or CFG", container=False, elem_id="live")
         return [prompt, seed, images, cfg, steps, scale, *self.mix], chips, draw, stop, live

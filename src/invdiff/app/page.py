@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.resources import files
@@ -24,6 +24,7 @@ from ..guidance.attach import check_fit
 from ..guidance.backends import load_guidance
 from ..models.families import family_of
 from ..models.load import denoiser_of, load_pipeline
+from ..report.compare import label
 from ..report.plots import DARK, INK, PAPER, RULE, SOFT
 from ..report.read import Parts, audit_of, audits_in, find_parts
 from ..report.results_view import headlines
@@ -212,15 +213,17 @@ def _build_compare(runs: Mapping[str, Parts]) -> None:
     status = gr.HTML(elem_id="compare-status")
     reports = gr.Files(label="To open in a browser", visible=False, interactive=False, elem_id="compare-files")
 
-    def write_reports() -> list[Any]:
+    def write_reports() -> Iterator[list[Any]]:
+        yield [notice("Writing …"), gr.skip()]
         try:
             given = [replace(parts, audit=audit_of(Path(str(parts.run)), parts.module)) for parts in runs.values()]
             paths = [save_report(Path(str(parts.results)).parent, **vars(parts)) for parts in given]
         except InvDiffError as error:
-            return [refusal(error), gr.skip()]
+            yield [refusal(error), gr.skip()]
+            return
         served = [save_file_to_cache(path, os.environ["GRADIO_TEMP_DIR"]) for path in paths]
         words = f"Written: {', '.join(one_line(str(path)) for path in paths)}"
-        return [notice(words), gr.update(value=served, visible=True)]
+        yield [notice(words), gr.update(value=served, visible=True)]
 
     write.click(write_reports, None, [status, reports], **QUIET)
 
@@ -234,7 +237,8 @@ def compare(runs: Mapping[str, Parts]) -> str:
         run = f"{name}: " if len(runs) > 1 else ""
         of = f"{results.criterion.name} of “{one_line(results.attribute, 60)}”"
         caption, notes = f"{run}{of}, with {results.confidence:.0%} intervals", [f"{note}." for note in results.notes]
-        shown.append(fragment("table", headlines(results, results.each(), caption, notes)))
+        named = ((label(model), scale, measures) for model, scale, measures in results.each())
+        shown.append(fragment("table", headlines(results, named, caption, notes)))
     return "".join(shown)
 
 
@@ -252,8 +256,11 @@ def looks() -> dict[str, Any]:
         **names,
         **{f"{name}_dark": DARK[colour] for name, colour in names.items()},
         **dict.fromkeys(_ACCENTS, "#1f6fb5"),
-        button_primary_background_fill_hover="#195a93",
+        **dict.fromkeys(
+            ("button_primary_background_fill_hover", "button_primary_background_fill_hover_dark"), "#195a93"
+        ),
         button_primary_text_color="#ffffff",
+        link_text_color_dark="#82bdf0",
         slider_color_dark="#4a97d8",
     )
     return {"theme": theme, "css": files("invdiff.app").joinpath("page.css").read_text(encoding="utf-8")}

@@ -28,6 +28,7 @@ from ..models.frozen import Denoiser
 from ..models.load import public_name
 from ..progress import note
 from ..seeds import derived_seed, generator
+from ..text import e_value
 from .captions import stated_group
 from .cuts import NOT_TESTED, Cut, too_few, weigh
 from .decide import e_bh, share_intervals
@@ -220,7 +221,7 @@ def asked_factors(
                 best = replace(factor[prompt].candidate, refusal="" if uneven else "the groups are even")
             elif own:
                 best = max(own, key=lambda one: one.log_e)
-                refusal = best.refusal or f"one hump is not ruled out (log e {best.log_e:.1f})"
+                refusal = best.refusal or f"one hump is not ruled out (e-value {e_value(best.log_e)})"
                 look = np.bincount(reading.scores.mean(axis=0)[rows].argmax(axis=1)) / len(rows)
                 usual = f"nearly all look more like {values[look.argmax()]!r}"
                 best = replace(best, refusal=usual if look.max() > 1 - config.min_share else refusal)

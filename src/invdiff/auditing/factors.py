@@ -18,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 from ..config import AuditConfig
 from ..progress import progress_bar
 from ..seeds import derived_seed
+from ..text import e_value
 from .cuts import LEAST_DIFFERENCE, Cut, is_mixed, weigh
 from .decide import MOST_JUDGED, e_bh, power
 from .evidence import Evidence
@@ -87,8 +88,8 @@ def find_factors(
             if passes:
                 accepted[prompt].append(cut)
             elif not cut.candidate.refusal:
-                words = f"one hump is not ruled out (log e {cut.candidate.log_e:.1f}; about {needed:.1f} is needed)"
-                _refuse(cuts[prompt], cut, words)
+                found = f"e-value {e_value(cut.candidate.log_e)}; about {e_value(needed)} is needed"
+                _refuse(cuts[prompt], cut, f"one hump is not ruled out ({found})")
         shifts = Shifts(remaining, judged)
         for prompt, passing in accepted.items():
             rng = np.random.default_rng(derived_seed("parts", config.seed, number, prompt))

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..auditing.edits import Edits
-from ..auditing.result import Audit, AuditWords, Candidate, PromptAudit
+from ..auditing.result import Audit, AuditWords, Candidate, PromptAudit, PromptSplit
 from ..data.images import about_unreadable
-from ..text import or_dash
-from .figures import LOOK, Table, counted, e_value, percent, sentences
+from ..text import e_value, or_dash
+from .figures import LOOK, Table, counted, percent, sentences
 from .plots import Thumb, histogram, thumb
 from .read import MOST_PROMPTS, Run, Split, shown_path
 
@@ -53,8 +53,7 @@ def summary(audit: Audit) -> str:
     """What the audit found, in a sentence or two."""
     images = counted(len(audit.names) - len(audit.edits.left_out), "image")
     prompts = counted(len(audit.prompts), "prompt")
-    hiding = [prompt for prompt in audit.prompts if prompt.found]
-    if not hiding:
+    if not audit.biased:
         if audit.asked:
             return f"No prompt of {images} under {prompts} is split by what was asked for. {audit.asked}"
         return (
@@ -62,8 +61,9 @@ def summary(audit: Audit) -> str:
             "split into groups was clear enough to be believed."
         )
     splits = [split for factor in audit.factors for split in factor.splits]
-    filled = [[share for share in split.shares if share > 0] for split in splits]
-    smallest = sorted(min(shares) for shares in filled if len(shares) > 1)  # people may have left one group only
+    parted = [(split.prompt, [share for share in split.shares if share > 0]) for split in splits]
+    parted = [(prompt, shares) for prompt, shares in parted if len(shares) > 1]  # people may have left one group only
+    smallest = sorted(min(shares) for _, shares in parted)
     ends = " to ".join(dict.fromkeys(percent(share) for share in (*smallest[:1], *smallest[-1:])))
     rare = f"; the smallest group holds {ends} of a prompt's images" if ends else ""
     by = f", by {len(audit.factors)} hidden factors" if len(audit.factors) > 1 else ""
@@ -75,7 +75,7 @@ def summary(audit: Audit) -> str:
     asked = f" {audit.asked}" if audit.asked else ""
     whose = "the model's own" if "own_images_of" in audit.settings else "the training"
     return (
-        f"Under {len(hiding):,} of {prompts}, {whose} images fall into groups that the prompt does not name"
+        f"Under {len(dict(parted)):,} of {prompts}, {whose} images fall into groups that the prompt does not name"
         f"{by}{rare}.{forced if solver in ('exact', 'gradient') else ''}{asked}"
     )
 
@@ -87,15 +87,21 @@ def about_edits(edits: Edits) -> str:
     parts += [f"cuts between groups were moved by hand under {counted(moved, 'prompt')}"] if moved else []
     parts += ["groups have names that people gave them"] if edits.named else []
     listed = " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
-    before = " Separation and agreement are of the groups as inferred." if left_out or moved else ""
+    figures = "Separation, agreement, Rand index and e-value"
+    before = f" {figures} are of the groups as inferred." if left_out or moved else ""
     return f"People changed this audit: {listed}.{before}" if parts else ""
 
 
 def another(run: Run) -> str:
     """That guidance was trained with another audit than this; "" where it was not, or its record does not say it."""
-    record = run.module.get("record") or {}
-    same = run.audit is None or "audit" not in record or run.audit.has_trained(record)
-    return "" if same else "The guidance was trained with another audit, or with this one before it was changed."
+    trained = (run.module.get("record") or {}).get("audit")
+    if run.audit is None or trained in (None, run.audit.fingerprint):
+        return ""
+    before = trained == (run.audit.inferred or run.audit).fingerprint
+    which = (
+        "this audit before people changed it" if before else "another audit, or with this one before it was changed"
+    )
+    return f"The guidance was trained with {which}."
 
 
 def withheld(run: Run) -> str:
@@ -123,17 +129,18 @@ def remarks(prompt: PromptAudit) -> list[str]:
     return [words for words in (prompt.reason, prompt.power, *prompt.notes) if words]
 
 
-def candidates_table(candidates: Sequence[Candidate]) -> Table:
-    """The splits that were considered under a prompt, best first."""
+def candidates_table(candidates: Sequence[Candidate], taken: PromptSplit) -> Table:
+    """The splits that were considered under a prompt, best first; that which was `taken` says so."""
+    chosen = taken.evidence, len(taken.shares)
     rows = [
         [
             entry.evidence,
             " / ".join(map(percent, entry.shares)),
             or_dash(entry.separation),
             or_dash(entry.agreement),
-            f"{entry.rand_low:.2f}",
+            f"{min(entry.rand_low, 0.99):.2f}",
             e_value(entry.log_e),
-            entry.refusal or "–",
+            entry.refusal or ("taken" if (entry.evidence, entry.num_groups) == chosen else "–"),
         ]
         for entry in candidates
     ]
@@ -167,7 +174,7 @@ def _prompt(split: Split, run: Run, words: AuditWords | None) -> dict[str, Any]:
             "wordings": f"{len(prompt.captions):,}",
             "separation": or_dash(split.figures.separation),
             "agreement": or_dash(split.figures.agreement),
-            "Rand index with the truth": f"at least {split.figures.rand_low:.2f}",
+            "estimated Rand index with the truth": f"at least {min(split.figures.rand_low, 0.99):.2f}",
             "e-value against one hump": e_value(split.figures.log_e),
             "evidence": split.figures.evidence,
         },
@@ -175,7 +182,7 @@ def _prompt(split: Split, run: Run, words: AuditWords | None) -> dict[str, Any]:
         "groups": groups,
         "histogram": histogram(split),
         "remarks": sentences(remarks(prompt)),
-        "candidates": candidates_table(prompt.candidates),
+        "candidates": candidates_table(prompt.candidates, split.figures),
     }
 
 

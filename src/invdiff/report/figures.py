@@ -1,6 +1,5 @@
 """Figures in words and in tables, alike in every part of a report."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -55,13 +54,6 @@ def percent(share: float) -> str:
     return f"{share:.0%}"
 
 
-def e_value(log_e: float) -> str:
-    """An e-value, such as "38" and "10^12", from its natural logarithm."""
-    if log_e >= math.log(10_000):
-        return f"10^{log_e / math.log(10):.0f}"
-    return f"{math.exp(log_e):.2g}" if log_e < math.log(10) else f"{math.exp(log_e):,.0f}"
-
-
 def bias(value: float) -> str:
     """A fairness metric as everywhere: two decimals."""
     return f"{value:.2f}".replace("-", "−")
@@ -97,7 +89,7 @@ def quantity(name: str, figure: Quantity | None) -> str:
     """A figure of quality with its interval, in percent where it is a share of images, else with three digits."""
 
     def number(value: float) -> str:
-        text = f"{value:.3g}"
+        text = f"{value:#.3g}".rstrip(".")
         return (f"{value:,.0f}" if "e" in text and 1e-4 <= abs(value) < 1e6 else text).replace("-", "−")
 
     if figure is None or figure.value is None:

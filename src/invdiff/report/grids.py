@@ -107,7 +107,7 @@ def _of_split(split: Split, run: Run, words: AuditWords | None) -> list[Image.Im
     beside = _below(groups)
 
     def scores(axes: Axes) -> None:
-        draw_histogram(axes, split)
+        draw_histogram(axes, split, log_scale=is_rare(split))
         axes.set_xlabel("score, as inferred" if split.by_hand else "score, high for the rarer group")
         axes.set_title("images, log scale" if is_rare(split) else "images", pad=30)
 

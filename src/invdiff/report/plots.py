@@ -170,20 +170,21 @@ def _plot(draw: Callable[[Axes], object], alt: str, caption: str) -> Plot:
     return Plot(light, dark, alt, caption)
 
 
-def histogram(split: Split) -> Plot:
-    """The scores of one prompt's images, each group in its colour."""
+def histogram(split: Split, *, log_scale: bool | None = None) -> Plot:
+    """The scores of one prompt's images, each group in its colour; counts on a log scale where one `is_rare`."""
+    log_scale = is_rare(split) if log_scale is None else log_scale
     own = [(group.name, split.scores[split.labels == group.index]) for group in split.groups if group.size]
     reach = "; ".join(f"{name} from {scores.min():.2f} to {scores.max():.2f}" for name, scores in own)
     parted = f", parted at {' and '.join(f'{cut:.2f}' for cut in split.cuts)}" if split.cuts else ", overlapping"
-    meaning = "A score is high for the rarer group; 0 is the prompt's mean."
+    meaning = "A score is high for the rarer group; 0 is the prompt's median."
     if split.by_hand:
         meaning = "Scores are as they were inferred, before people's changes."
     alt = f"Histogram of the scores of {len(split.scores):,} images: {reach}{parted}."
-    caption = f"{'Images, on a log scale,' if is_rare(split) else 'Images'} by score. {meaning}"
-    return _plot(lambda axes: draw_histogram(axes, split), alt, caption)
+    caption = f"{'Images, on a log scale,' if log_scale else 'Images'} by score. {meaning}"
+    return _plot(lambda axes: draw_histogram(axes, split, log_scale=log_scale), alt, caption)
 
 
-def draw_histogram(axes: Axes, split: Split) -> None:
+def draw_histogram(axes: Axes, split: Split, *, log_scale: bool) -> None:
     """Draw each group's scores in its colour, and where they part."""
     low, high = float(split.scores.min()), float(split.scores.max())
     high = high if high > low else low + 1.0
@@ -192,7 +193,7 @@ def draw_histogram(axes: Axes, split: Split) -> None:
         weights, colour = split.weights[:, group.index], colour_of(group.index)  # the humps of a soft W overlap
         drawn = axes.hist(split.scores, 48, range=(low, high), weights=weights, rwidth=0.9, color=colour, alpha=0.8)
         tallest = max(tallest, float(np.max(drawn[0])))
-    if is_rare(split):
+    if log_scale:
         axes.set_yscale("log")
         axes.set_ylim(0.7, 1.4 * tallest)
         axes.yaxis.set_minor_locator(NullLocator())

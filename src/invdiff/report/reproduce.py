@@ -8,10 +8,10 @@ from dataclasses import fields
 from typing import Any
 
 from ..config import AuditConfig, DemoConfig, EvaluateConfig, GenerateConfig, TrainConfig
-from ..evaluation.results import AUDIT, Results
+from ..evaluation.results import AUDIT, UNSTATED, Results
 from ..options import command_options, mix_options, with_prompts
 from .compare import BASE
-from .figures import Table, quoted
+from .figures import Table, at_scale, quoted
 from .read import Run, without_paths
 
 MOST_WORDS = 24  # prompts that a command lists; more are in a file
@@ -59,6 +59,9 @@ def commands(run: Run) -> list[tuple[str, str]]:
         found.append(("Train", ["train", *adapted, *images[:1], audit, "--output", module, *images[1:], *options]))
     for name, folder, drawn in _drawn(run):
         title, prompts, listed, mix = f"Generate: {name}", *_said(run, drawn)
+        title += (
+            f" {at_scale(str(drawn.get('guidance_scale', UNSTATED)))}" if len(run.images[name].folders) > 1 else ""
+        )
         if not listed:
             title += f"; prompts.txt has the {len(prompts):,} prompts of its settings below, one a line"
         title += "; its groups, in the settings below, can be given in Python only" if mix is None else ""
@@ -176,7 +179,7 @@ def _facts(run: Run, version: str) -> list[Table]:
     once = list(dict.fromkeys((words, str(digest)) for words, digest in prints if digest))
     versions = [(f"{name}, when training", str(number)) for name, number in _record(run, "versions").items() if number]
     return [
-        Table(("What", "Fingerprint"), once, "Fingerprints: another one, another model, set or file"),
+        Table(("What", "Fingerprint"), once, "Fingerprints: where one differs, so does the model, data or file"),
         Table(("What", "Version"), [*versions, ("invdiff, of this report", version)], "Versions"),
         Table(("Step", "Seed"), [(step, ", ".join(of_step)) for step, of_step in seeds.items()], "Seeds"),
     ]

@@ -36,7 +36,7 @@ from .plots import BASE_COLOUR, SERIES_COLOURS, Thumb, plot_chart, thumb
 from .read import MOST_PROMPTS, Run
 
 PAIRS = 8
-MOST_FIGURES = 40
+MOST_FIGURES, MOST_NOTES = 40, 8
 TRAINING_DATA = "Training data"
 CORRECTED = "Corrected for the annotator"
 DATA_COLOUR = "#a9793f"  # of no group, class or model
@@ -54,9 +54,10 @@ def glance(run: Run, chosen: Comparison | None) -> dict[str, Any]:
     if results is None:
         return view
     by = results.criterion
-    columns = ("", f"{by.name} ({results.confidence:.0%} interval)", f"A {by.sampler} shows", CORRECTED)
     found = [(label(model), results.judged(chosen.measures[model])) for model in dict.fromkeys(both)]
-    rows = [[name, estimate(of), bias(of.floor), corrected(of) or ABSENT] for name, of in found]
+    last = [CORRECTED] if any(corrected(of) for _, of in found) else []
+    columns = ("", f"{by.name} ({results.confidence:.0%} interval)", f"A {by.sampler} shows", *last)
+    rows = [[name, estimate(of), bias(of.floor), corrected(of) or ABSENT][: len(columns)] for name, of in found]
     view["sentences"].append(_verdict(results, chosen))
     return view | {
         "headlines": [{"label": name, "figure": of, "corrected": corrected(of)} for name, of in found],
@@ -280,7 +281,9 @@ def _quality(chosen: Comparison, results: Results) -> Table:
     reference = f", against {results.reference_images:,} real images" if results.reference_images else ""
     caption = f"Quality {at_scale(chosen.key)}{reference}"
     more = [f"{len(rows) - MOST_FIGURES} more figures are in the results"] if len(rows) > MOST_FIGURES else []
-    return Table(("Figure", *figures), rows[:MOST_FIGURES], caption, sentences([*more, *notes])[:8])
+    told = sentences([*more, *notes])
+    told = told if len(told) <= MOST_NOTES else [*told[:MOST_NOTES], "More notes are in the results."]
+    return Table(("Figure", *figures), rows[:MOST_FIGURES], caption, told)
 
 
 def _by_group(chosen: Comparison, results: Results) -> Table:

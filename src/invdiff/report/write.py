@@ -28,13 +28,12 @@ from .results_view import changes, costs, glance
 if TYPE_CHECKING:
     from ..data.captioned import CaptionedImages
 
-TITLE = "Hidden bias, found and measured"
 HTML, MARKDOWN = "report.html", "report.md"
 PICTURES = {
     "before_after": ("report-before-after.png", "The same prompts and seeds before and after"),
     "groups": ("report-groups.png", "The images most typical of each hidden group"),
-    "bias": ("report-bias.png", "The mix at every guidance scale"),
-    "scale": ("report-module-scale.png", "The mix and quality at every scale of the module"),
+    "bias": ("report-bias.png", "How uneven images are at every guidance scale"),
+    "scale": ("report-module-scale.png", "How uneven and how good images are at every scale of the module"),
 }
 """File name and title of what lies beside the Markdown."""
 MOST_CHARACTERS = 300  # of a caption or a name; a longer one is cut and ends in an ellipsis
@@ -50,7 +49,7 @@ def save_report(
     module: str | Path | None = None,
     run: str | Path | None = None,
     data_words: Sequence[str] = (),
-    title: str = TITLE,
+    title: str = "",
 ) -> Path:
     """Write `report.html` and `report.md` to `output_dir` and return the former.
 
@@ -68,7 +67,7 @@ def save_report(
         module: A folder that `invdiff train` wrote, to say how it was made.
         run: The folder that these lie in: commands name them from there, else by the last part of a path.
         data_words: The data on the command line, and the options to read it with; empty for where it lies.
-        title: The heading.
+        title: The heading; "" says whether a hidden bias was found, and measured.
 
     Raises:
         InvDiffError: There is neither an audit nor results, a part is damaged, or the data is not what was audited.
@@ -78,7 +77,7 @@ def save_report(
     read = read_run(Parts(audit, data, results, images or {}, module, folder, data_words))
     chosen, own = compare(read), version("invdiff")
     view = {
-        "title": title,
+        "title": title or _title(read),
         "version": own,
         "glance": glance(read, chosen),
         "found": found(read, read.audit) if read.audit else None,
@@ -96,6 +95,11 @@ def save_report(
     page = html_templates("invdiff.report").get_template("report.html.j2").render(view=view, theme=theme)
     write_text(output_dir / HTML, page)
     return output_dir / HTML
+
+
+def _title(run: Run) -> str:
+    measured = "Bias, measured" if run.results else "No hidden bias was found"
+    return ("Hidden bias, found and measured" if run.results else "Hidden bias, found") if run.splits else measured
 
 
 @cache
