@@ -4,7 +4,6 @@ Whatever imports torch is imported inside the commands, so that `--help` answers
 """
 
 import io
-import os
 import sys
 
 from . import judging  # noqa: F401  # registers its commands
@@ -13,8 +12,6 @@ from .commands import app
 
 def main() -> None:
     """Run the command line."""
-    # Read when a library is first imported. Threads that spin while they wait slow a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe or a terminal may lack characters that are printed
             stream.reconfigure(errors="replace")
