@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import chi2_contingency
 from sklearn.metrics import roc_auc_score
+from threadpoolctl import threadpool_limits
 
 from ..config import AuditConfig
 from ..progress import progress_bar
@@ -44,6 +45,7 @@ class Search:
     words: dict[int, dict[str, int]] = field(default_factory=dict)  # of captions, that state a group of a factor
 
 
+@threadpool_limits.wrap(limits=1, user_api="blas")  # of small matrices, which several threads slow down
 def find_factors(
     evidence: Evidence,
     judged: Mapping[int, _Array],

@@ -4,6 +4,7 @@ Whatever imports torch is imported inside the commands, so that `--help` answers
 """
 
 import io
+import os
 import sys
 
 from . import judging  # noqa: F401  # registers its commands
@@ -12,6 +13,8 @@ from .commands import app
 
 def main() -> None:
     """Run the command line."""
+    # Read when a library is first imported. Threads that wait spin for a moment only: for long, they slow a busy machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe or a terminal may lack characters that are printed
             stream.reconfigure(errors="replace")
