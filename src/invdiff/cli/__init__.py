@@ -13,7 +13,7 @@ from .commands import app
 
 def main() -> None:
     """Run the command line."""
-    # Read when a library is first imported. Threads that wait spin for a moment only: long, and a busy machine is slow.
+    # Read when a library is first imported. Threads that wait spin for a moment only: more slows a busy machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe or a terminal may lack characters that are printed
