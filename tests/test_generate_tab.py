@@ -243,9 +243,9 @@ def test_sliders_draw_only_where_that_is_wanted_and_within_their_ranges(tab):
         for beyond in (most + 1, -1):
             with pytest.raises(gr.Error):  # whoever asks, by the page or not
                 parts[name].preprocess(beyond)
-    for seed in (-1, 2**31):
-        (refused,) = events(tab, *ASKED[:1], seed, *ASKED[2:])
-        assert "Expected a seed from 0 to 2147483647" in refused[0]
+    for seed in (-1, 2**31, 1.5):
+        (refused,) = events(tab, *ASKED[:1], parts["seed"].preprocess(seed), *ASKED[2:])
+        assert f"Expected a whole seed from 0 to 2147483647, got {seed}" in refused[0]
 
 
 def test_the_mix_is_shown_with_the_names_of_groups(tab):

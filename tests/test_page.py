@@ -130,11 +130,13 @@ def test_guided_images_stand_beside_base_images_and_sliders_draw_them_again(visi
 def test_groups_are_browsed_parted_and_named(visit, home):
     view = visit.view
     visit.tab("Audit", "#typical-0 img")
-    sizes = {of.prompt: of.num_images for of in Audit.load(BIRDS_DEMO / "audit").prompts}
+    shown, sizes = set(), {of.prompt: of.num_images for of in Audit.load(BIRDS_DEMO / "audit").prompts}
     for prompt in canonical_prompts()[::-1]:
         view.click("#audit-prompt input")
         view.get_by_role("option", name=prompt).click()
         view.wait_for_selector(f"#audit-facts:has-text('{sizes[prompt]:,}')")
+        shown.add(view.inner_text("#group-0"))
+    assert len(shown) == 2
     visit.key("audit-cut-0", "PageUp", "PageUp", "PageUp")
     visit.says("audit-moved", "Would move")
     # Names persist, here and in the mix sliders, and after the page is opened anew.

@@ -36,7 +36,8 @@ def e_value(log_e: float) -> str:
     """An e-value, such as "38" and "10^12", from its natural logarithm."""
     if abs(log_e) >= math.log(10_000):
         return f"10^{log_e / math.log(10):.0f}"
-    return f"{math.exp(log_e):.2g}" if log_e < math.log(10) else f"{math.exp(log_e):,.0f}"
+    text = f"{math.exp(log_e):.2g}"
+    return text if log_e < math.log(10) else f"{float(text):,.0f}"
 
 
 def label_of(value: Any) -> str:

@@ -183,7 +183,8 @@ class AuditTab:
         cuts = [*at, *self._cuts]
         shown = [self._prompt.change(self.open, [self._prompt, self._count], self.loads, **live)]
         # Not `change`, which values that are only shown would cause.
-        gr.on([slider.input for slider in (self._count, *self._cuts)], self.show, cuts, self.loads, **live)
+        moved = [slider.input for slider in (self._count, *self._cuts)]
+        shown += [gr.on(moved, self.show, cuts, self.loads, **live)]
         shown += [self._keep.click(self.keep, cuts, self.loads, **each)]
         shown += [self._reset.click(self.keep, at, self.loads, **each)]
         for button, counts in ((self._leave, False), (self._back, True)):
@@ -192,14 +193,20 @@ class AuditTab:
         for group, block in enumerate(self._blocks):
             here = [*at, gr.State(group), block.name]
             saved = gr.on([block.save.click, block.name.submit], self.rename, here, self.loads, **each)
+            shown.append(saved)
             if drawn is not None:
                 saved.then(drawn.first, drawn.mix, drawn.loads, **QUIET)
             galleries |= {f"typical-{group}": block.typical, f"nearest-{group}": block.nearest}
-        for event in shown:  # other images may stand where one was chosen; not at once, or the gallery keeps its frame
-            event.then(lambda: [_UNCHOSEN] * len(galleries), None, list(galleries.values()), **QUIET)
+        for event in shown:
+            self.unchoose_after(event)
         for name, shelf in galleries.items():
             inputs = [self.at, gr.State(name), self._positions]
             shelf.select(self.pick, inputs, [self._picked, self._chosen, *galleries.values()], **QUIET)
+
+    def unchoose_after(self, event: Any) -> None:
+        """Frame no image once an event has shown others in its place; at once, a gallery would keep its frame."""
+        shelves = list(self._galleries.values())
+        event.then(lambda: [_UNCHOSEN] * len(shelves), None, shelves, **QUIET)
 
     def turn_to(self, name: str = "") -> Values:
         """Show the first prompt of an audit, which may have joined meanwhile; without a name, of all."""
@@ -293,8 +300,8 @@ class AuditTab:
         if picked is None or self._find(picked[0])[0] is not book:
             return {self._status: refusal(NO_IMAGE)}
         change = Edits.with_images if counts else Edits.without_images
-        words = "It counts nowhere now: training, pictures and reports leave it out."
-        words = "It counts in training, pictures and reports." if counts else words
+        places = "training, pictures and reports"
+        words = f"It counts in {places}." if counts else f"It counts nowhere now: {places} leave it out."
         values = self._edit(place, count, lambda edits: change(edits, [picked[1]]), lambda: words)
         return values | {self._chosen: _details(book, page, picked[1])}
 

@@ -78,7 +78,7 @@ class ClicksPanel:
         self._ask = gr.State(None)
         own = [self._status, self._more, self._figures, self._ask, *(part for card in self._cards for part in card)]
         gr.on([begin.click, text.submit], self.begin, [tab.at, text], own, **QUIET)
-        self._more.click(self.infer, self._ask, [*own, *tab.loads], **QUIET)
+        tab.unchoose_after(self._more.click(self.infer, self._ask, [*own, *tab.loads], **QUIET))
         for slot, (*_, value) in enumerate(self._cards):
             inputs = [self._ask, gr.State(slot), value]
             value.input(self.answer, inputs, self._status, **QUIET, trigger_mode="multiple")

@@ -110,7 +110,7 @@ class GenerateTab:
             cfg = gr.Slider(1, 15, 3 if scaled else 1, step=0.5, label=label, interactive=scaled, elem_id="cfg")
         with gr.Accordion("Images, seed and steps", open=False, elem_id="more"):
             images = gr.Slider(1, 64, 12, step=1, label="Images", elem_id="images")
-            seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
+            seed = gr.Number(0, label="Seed", elem_id="seed")
             steps = gr.Slider(2, 100, 20, step=1, label="Sampling steps", elem_id="steps")
         live = gr.Checkbox(True, label="Draw again as I move strength, shares or CFG", container=False, elem_id="live")
         return [prompt, seed, images, cfg, steps, scale, *self.mix], chips, draw, stop, live

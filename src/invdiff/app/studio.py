@@ -178,8 +178,8 @@ def read_ask(values: Sequence[Any], studio: Studio, *, resolution: int = 0) -> A
             f"Expected a prompt of at most {LONGEST_PROMPT} characters and a number in every field. Fill them in."
         )
     seed, images, guidance_scale, steps, scale, *proportions = numbers
-    if not 0 <= seed < 2**31:
-        raise ConfigError(f"Expected a seed from 0 to {2**31 - 1}, got {seed:.0f}. Choose another.")
+    if not 0 <= seed < 2**31 or seed != int(seed):
+        raise ConfigError(f"Expected a whole seed from 0 to {2**31 - 1}, got {seed}. Choose another.")
     mix = by_factor(proportions, studio.num_groups)
     if any(sum(row) <= 0 for row in mix):
         raise ConfigError("Expected a share above 0 for at least one group, got none. Move one of the mix sliders.")

@@ -30,11 +30,11 @@ from ..progress import note
 from ..seeds import derived_seed, generator
 from ..text import e_value
 from .captions import stated_group
-from .cuts import NOT_TESTED, Cut, too_few, weigh
+from .cuts import Cut, too_few, weigh
 from .decide import e_bh, share_intervals
 from .evidence import cached_features, in_shards, paired_losses
 from .factors import Search
-from .result import WORD_LIMIT, Candidate
+from .result import NOT_TESTED, WORD_LIMIT, Candidate
 from .scores import not_learned
 from .words import embedded
 

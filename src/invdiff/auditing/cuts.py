@@ -11,11 +11,10 @@ from sklearn.metrics import adjusted_rand_score
 
 from ..config import AuditConfig
 from .decide import fit_humps, fit_mixture, halves, log_e_value, num_modes, rand_low, share_intervals
-from .result import Candidate
+from .result import NOT_TESTED, Candidate
 from .scores import LEAST_PARTED, Score, first_axis
 
 MOST_TESTED = 8  # cuts of a prompt that are tested, the likeliest; others are refused, and count in the control
-NOT_TESTED = -1e3  # the log e-value of a cut that was not tested, and the least that is told
 LEAST_DIFFERENCE = 0.2  # of shares between prompts, or within one: less is not worth correcting, whatever its p-value
 _Array = NDArray[Any]
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..data.encode import EncodedImages
 
 WORDS = "words.json"
+NOT_TESTED = -1e3  # the log e-value of a cut that was not tested, and the least that is told
 WORD_LIMIT = 60  # characters of a word, or of a few words that belong together
 
 

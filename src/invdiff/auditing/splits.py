@@ -19,11 +19,11 @@ from sklearn.metrics import adjusted_rand_score
 from ..config import AuditConfig
 from ..errors import AuditError
 from .asked import Asked
-from .cuts import NOT_TESTED, Cut, too_few
+from .cuts import Cut, too_few
 from .decide import fit_mixture
 from .evidence import Evidence
 from .factors import Search, Shifts
-from .result import Candidate
+from .result import NOT_TESTED, Candidate
 from .scores import Score, contrasts, not_learned
 
 LEAST_IMAGES = 4  # images of a prompt that a value must have to be a group there, where it is asked for

@@ -14,7 +14,8 @@ from .commands import app
 def main() -> None:
     """Run the command line."""
     # Read when a library is first imported. Threads that wait spin for a moment only: more slows a busy machine.
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe or a terminal may lack characters that are printed
             stream.reconfigure(errors="replace")

@@ -1,18 +1,19 @@
 """The section of a report about its audit: groups under each prompt, the evidence, and their most typical images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..auditing.edits import Edits
-from ..auditing.result import Audit, AuditWords, Candidate, PromptAudit, PromptSplit
+from ..auditing.result import NOT_TESTED, Audit, AuditWords, Candidate, PromptAudit, PromptSplit
 from ..data.images import about_unreadable
 from ..text import e_value, or_dash
-from .figures import LOOK, Table, counted, percent, sentences
+from .figures import ABSENT, LOOK, Table, counted, percent, sentences
 from .plots import Thumb, histogram, thumb
 from .read import MOST_PROMPTS, Run, Split, shown_path
 
 MOST_ROWS = 40
 MOST_CANDIDATES = 6
+SAME = ("evidence", "separation", "agreement", "rand_low", "log_e")  # by which a candidate is the split that was taken
 
 
 def found(run: Run, audit: Audit) -> dict[str, Any]:
@@ -60,10 +61,9 @@ def summary(audit: Audit) -> str:
             f"The audit found no hidden group in {images} under {prompts}. That is no proof that there is none: no "
             "split into groups was clear enough to be believed."
         )
-    splits = [split for factor in audit.factors for split in factor.splits]
-    parted = [(split.prompt, [share for share in split.shares if share > 0]) for split in splits]
-    parted = [(prompt, shares) for prompt, shares in parted if len(shares) > 1]  # people may have left one group only
-    smallest = sorted(min(shares) for _, shares in parted)
+    if not (split := parted(audit)):
+        return f"People put the images of every prompt in one group: {images} under {prompts}."
+    smallest = sorted(min(shares) for _, shares in split)
     ends = " to ".join(dict.fromkeys(percent(share) for share in (*smallest[:1], *smallest[-1:])))
     rare = f"; the smallest group holds {ends} of a prompt's images" if ends else ""
     by = f", by {len(audit.factors)} hidden factors" if len(audit.factors) > 1 else ""
@@ -75,9 +75,16 @@ def summary(audit: Audit) -> str:
     asked = f" {audit.asked}" if audit.asked else ""
     whose = "the model's own" if "own_images_of" in audit.settings else "the training"
     return (
-        f"Under {len(dict(parted)):,} of {prompts}, {whose} images fall into groups that the prompt does not name"
+        f"Under {len(dict(split)):,} of {prompts}, {whose} images fall into groups that the prompt does not name"
         f"{by}{rare}.{forced if solver in ('exact', 'gradient') else ''}{asked}"
     )
+
+
+def parted(audit: Audit) -> list[tuple[int, list[float]]]:
+    """Prompt, and shares of its groups that have images, of each split that people have not put in one group."""
+    splits = [split for factor in audit.factors for split in factor.splits]
+    filled = [(split.prompt, [share for share in split.shares if share > 0]) for split in splits]
+    return [(prompt, shares) for prompt, shares in filled if len(shares) > 1]
 
 
 def about_edits(edits: Edits) -> str:
@@ -94,7 +101,8 @@ def about_edits(edits: Edits) -> str:
 
 def another(run: Run) -> str:
     """That guidance was trained with another audit than this; "" where it was not, or its record does not say it."""
-    trained = (run.module.get("record") or {}).get("audit")
+    record = run.module.get("record")
+    trained = record.get("audit") if isinstance(record, Mapping) else None
     if run.audit is None or trained in (None, run.audit.fingerprint):
         return ""
     before = trained == (run.audit.inferred or run.audit).fingerprint
@@ -129,18 +137,23 @@ def remarks(prompt: PromptAudit) -> list[str]:
     return [words for words in (prompt.reason, prompt.power, *prompt.notes) if words]
 
 
+def proof(of: Candidate | PromptSplit) -> tuple[str, str]:
+    """The least Rand index and the e-value of a split; dashes where it was not tested, as one that was asked for."""
+    if of.log_e <= NOT_TESTED:
+        return ABSENT, ABSENT
+    return f"{min(of.rand_low, 0.99):.2f}", e_value(of.log_e)
+
+
 def candidates_table(candidates: Sequence[Candidate], taken: PromptSplit) -> Table:
     """The splits that were considered under a prompt, best first; that which was `taken` says so."""
-    chosen = taken.evidence, len(taken.shares)
     rows = [
         [
             entry.evidence,
             " / ".join(map(percent, entry.shares)),
             or_dash(entry.separation),
             or_dash(entry.agreement),
-            f"{min(entry.rand_low, 0.99):.2f}",
-            e_value(entry.log_e),
-            entry.refusal or ("taken" if (entry.evidence, entry.num_groups) == chosen else "–"),
+            *proof(entry),
+            entry.refusal or ("taken" if all(getattr(entry, name) == getattr(taken, name) for name in SAME) else "–"),
         ]
         for entry in candidates
     ]
@@ -156,7 +169,7 @@ def _prompt(split: Split, run: Run, words: AuditWords | None) -> dict[str, Any]:
         names = run.audit.names if run.audit else []
         return [thumb(image, f"{what}: {names[at]}") for at, image in zip(shown, run.images_at(shown), strict=True)]
 
-    prompt, groups = split.prompt, []
+    prompt, groups, (rand, by_chance) = split.prompt, [], proof(split.figures)
     for group, share in zip(split.groups, split.shares, strict=True):
         entry = words.of(split.index, group.index, split.factor_index) if words else None
         groups.append(
@@ -174,8 +187,8 @@ def _prompt(split: Split, run: Run, words: AuditWords | None) -> dict[str, Any]:
             "wordings": f"{len(prompt.captions):,}",
             "separation": or_dash(split.figures.separation),
             "agreement": or_dash(split.figures.agreement),
-            "estimated Rand index with the truth": f"at least {min(split.figures.rand_low, 0.99):.2f}",
-            "e-value against one hump": e_value(split.figures.log_e),
+            **({} if rand == ABSENT else {"estimated Rand index with the truth": f"at least {rand}"}),
+            **({} if rand == ABSENT else {"e-value against one hump": by_chance}),
             "evidence": split.figures.evidence,
         },
         "factor": split.factor,

@@ -33,7 +33,7 @@ RULE = "#d9dee5"  # hairlines
 PAPER = "#ffffff"
 DARK = {INK: "#e7ecf3", SOFT: "#a7b2c1", RULE: "#2e3846", PAPER: "#10151c"}  # in their place on dark paper
 PALETTE = ("#e69a1f", "#1f9b78", "#b8528c", "#5ab4e0", "#c8501e", "#8a8f3a", "#6a5aa8", "#1f6fb5")
-"""Groups and classes, in order: after Okabe and Ito, distinguishable with any colour vision. Blue is of guidance."""
+"""Groups and classes, in order: after Okabe and Ito, told apart by any colour vision. The last is guidance's."""
 BASE_COLOUR = "#6f7b8a"  # the model that others are compared with
 SERIES_COLOURS = tuple(PALETTE[place] for place in (7, 1, 2, 4, 0, 5, 6, 3))  # all other models, in order
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")  # one for each colour: series differ without colours too

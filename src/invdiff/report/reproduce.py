@@ -59,9 +59,8 @@ def commands(run: Run) -> list[tuple[str, str]]:
         found.append(("Train", ["train", *adapted, *images[:1], audit, "--output", module, *images[1:], *options]))
     for name, folder, drawn in _drawn(run):
         title, prompts, listed, mix = f"Generate: {name}", *_said(run, drawn)
-        title += (
-            f" {at_scale(str(drawn.get('guidance_scale', UNSTATED)))}" if len(run.images[name].folders) > 1 else ""
-        )
+        if len(run.images[name].folders) > 1:
+            title += f" {at_scale(str(drawn.get('guidance_scale', UNSTATED)))}"
         if not listed:
             title += f"; prompts.txt has the {len(prompts):,} prompts of its settings below, one a line"
         title += "; its groups, in the settings below, can be given in Python only" if mix is None else ""

@@ -292,7 +292,9 @@ def _by_group(chosen: Comparison, results: Results) -> Table:
     every = [(name, figure) for _, _, figures in groups for name, figure in figures.items()]
     names = list(dict.fromkeys(name for name, figure in every if figure.value is not None))
     rows = [[model, group, *(quantity(name, figures.get(name)) for name in names)] for model, group, figures in groups]
-    first = {(name, of.value is None): f"{shown_name(name)}: {of.note}" for name, of in reversed(every) if of.note}
+    first: dict[tuple[str, bool], str] = {}
+    for name, of in every:
+        first.setdefault((name, of.value is None), f"{shown_name(name)}: {of.note}" if of.note else "")
     caption = f"Is each class of {quoted(results.attribute)} drawn as well? {at_scale(chosen.key).capitalize()}"
     columns = ("Model", "Class", *map(shown_name, names))
     return Table(columns, rows if names else [], caption, sentences(first.values())[:4])

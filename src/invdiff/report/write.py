@@ -16,7 +16,7 @@ from markupsafe import Markup
 from ..evaluation.images import Folders
 from ..files import write_text
 from ..text import escape, one_line
-from .audit_view import found, withheld
+from .audit_view import found, parted, withheld
 from .compare import Comparison, compare, label, over_guidance, over_module
 from .figures import at_scale, bias, percent, quoted, sentences, share_in_words
 from .grids import save_before_after, save_charts, save_groups
@@ -98,8 +98,9 @@ def save_report(
 
 
 def _title(run: Run) -> str:
-    measured = "Bias, measured" if run.results else "No hidden bias was found"
-    return ("Hidden bias, found and measured" if run.results else "Hidden bias, found") if run.splits else measured
+    if run.audit and parted(run.audit):
+        return "Hidden bias, found and measured" if run.results else "Hidden bias, found"
+    return "Bias, measured" if run.results else "No hidden bias was found"
 
 
 @cache
