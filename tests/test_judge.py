@@ -128,6 +128,8 @@ def test_prompts_that_a_factor_does_not_split_have_no_figures_of_it(audited, tmp
 def test_the_judge_needs_the_model_that_was_audited(audited, tmp_path):
     with pytest.raises(ConfigError, match=r"the audited model \(--annotator-model\) beside"):
         load_annotator(str(audited / "audit"))
+    with pytest.raises(ConfigError, match=r"Expected LoRAs of an audited model.*got style"):
+        load_annotator("labels", attribute="place", loras=["style"])
     with pytest.raises(ModelError, match="Expected the model that was audited"):
         load_annotator(str(audited / "audit"), model=make_tiny_pipeline(seed=1))
     found = Audit.load(audited / "audit")

@@ -159,6 +159,8 @@ def test_the_command_and_the_report_say_what_was_asked_for(tiny_pipe_dir, folder
         assert "water" in words
         assert "--attribute place" in words
         assert "0.00" not in words  # nothing is measured of groups that are given
+        assert "Rand index with the truth at least" not in words
+        assert "10^" not in words
 
 
 def labelled(per_cell=10, strength=4.0, seed=0):

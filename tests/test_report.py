@@ -87,6 +87,19 @@ def test_it_says_how_to_reproduce_it_and_what_it_does_not_prove(page, twin):
         assert "eople changed" not in text
 
 
+def test_an_audit_whose_cuts_people_moved_away_hides_nothing(finished, tmp_path):
+    shutil.copytree(finished / "audit", tmp_path / "audit")
+    found = Audit.load(tmp_path / "audit")
+    edits = found.edits
+    for split in found.factors[0].splits:
+        edits = edits.with_cuts(0, split.prompt, [99.0])
+    apply(found, edits).save_edits(tmp_path / "audit")
+    for text in report(tmp_path / "out", audit=tmp_path / "audit"):
+        text = getattr(text, "words", text)
+        assert "No hidden bias was found" in text
+        assert "People put the images of every prompt in one group" in text
+
+
 def test_people_s_edits_are_said_and_shares_are_of_the_images_kept(finished, tmp_path):
     audit = tmp_path / "audit"
     shutil.copytree(finished / "audit", audit)
@@ -268,6 +281,7 @@ def test_nothing_found_and_one_model_alone_are_said_plainly(tmp_path):
         assert "The audit found no hidden group in 40 images under 2 prompts." in text
         assert f"one hump, not {LAND}" in text
         assert "No other model was measured beside it" in text
+        assert "Bias, measured" in text
         assert "nothing is compared" in text
 
 
