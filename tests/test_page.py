@@ -110,6 +110,7 @@ def test_guided_images_stand_beside_base_images_and_sliders_draw_them_again(visi
     visit.settle()
     assert visit.images("guided") == visit.images("base")
     visit.key("scale", *["ArrowRight"] * 20)  # 20 steps of 0.05
+    view.wait_for_function("document.querySelector('#guided img').src !== document.querySelector('#base img').src")
     visit.settle()
     assert visit.images("guided") == at_one
     visit.key("mix-0-0", "Home")
