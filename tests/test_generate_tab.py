@@ -193,11 +193,11 @@ def tab(studio, tmp_path, monkeypatch):
     return tab
 
 
-def events(tab, *values, live=True):
+def events(tab, *values, live=True, sent=0.0):
     async def all_of(shown):
         return [values async for values in shown]
 
-    return asyncio.run(all_of(tab.draw(ME, live, *values)))
+    return asyncio.run(all_of(tab.draw(ME, live, sent, *values)))
 
 
 def test_images_come_batch_by_batch_and_the_command_first(tab):
@@ -215,6 +215,14 @@ def test_images_come_batch_by_batch_and_the_command_first(tab):
         with Image.open(path) as image:
             assert (words[:5], image.size) == ("seed ", (32, 32))
     assert "No annotator was given" in rest[1][3]
+
+
+def test_a_request_that_comes_after_one_that_was_sent_later_draws_nothing(tab, studio):
+    newest = studio.next_turn(ME.session_hash, 2.0)
+    assert events(tab, *ASKED, sent=1.0) == [[gr.skip()] * 5]
+    assert not newest.over
+    assert len(events(tab, *ASKED, sent=3.0)) > 1
+    assert newest.over
 
 
 def test_stop_is_stated_but_not_that_another_request_follows(tab, studio):

@@ -16,6 +16,7 @@ from .fragments import QUIET, fragment, gallery, image_file, notice, refusal
 from .studio import LONGEST_PROMPT, Shown, Studio, Turn, by_factor, command_for, read_ask
 
 _NOTHING: list[Any] = [gr.skip()] * 5  # values that leave all outputs as they are
+_WITH_TIME = "(live, sent, ...values) => [live, performance.timeOrigin + performance.now(), ...values]"
 
 
 def shares_seen(shown: Shown, annotator: Annotator | None) -> str:
@@ -70,13 +71,14 @@ class GenerateTab:
         outputs = [status, base, beside, shares, command]
         # All run at once: the studio lets one draw at a time, and the newest of a session ends the others.
         options: dict[str, Any] = {**QUIET, "concurrency_limit": None, "trigger_mode": "multiple"}
-        always = [gr.State(True), *controls]
-        gr.on([draw.click, controls[0].submit], self.draw, always, outputs, **options)
+        sent = gr.Number(0, visible="hidden")
+        always, drawing = [gr.State(True), sent, *controls], {**options, "js": _WITH_TIME}
+        gr.on([draw.click, controls[0].submit], self.draw, always, outputs, **drawing)
         for text, chip in chips.items():
             chosen = chip.click(lambda text=text: text, None, controls[0], **options)
-            chosen.then(self.draw, always, outputs, **options)
+            chosen.then(self.draw, always, outputs, **drawing)
         moved = [slider.change for slider in (controls[3], *controls[5:])]
-        gr.on(moved, self.draw, [live, *controls], outputs, **options)
+        gr.on(moved, self.draw, [live, sent, *controls], outputs, **drawing)
         stop.click(self.stop, None, status, **options)
         for slider in self.mix:
             slider.change(self.target_bar, self.mix, self._target, **options)
@@ -120,13 +122,15 @@ class GenerateTab:
         labels = [gr.update(label=label) for label in self._mix_labels()]
         return [*labels, self.target_bar(*(values or [50] * len(self.mix)))]
 
-    async def draw(self, request: gr.Request, live: bool, *values: Any) -> AsyncIterator[list[Any]]:
-        """Draw what the controls state, and show each batch; nothing where moving a slider should not draw."""
-        if not live:
+    async def draw(self, request: gr.Request, live: bool, sent: float, *values: Any) -> AsyncIterator[list[Any]]:
+        """Draw what the controls state, and show each batch; nothing where moving a slider should not draw.
+
+        Requests come out of their order where they come fast: `sent` is the browser's time of each.
+        """
+        if not live or (turn := self._studio.next_turn(str(request.session_hash), sent)).over:
             yield _NOTHING  # gradio clears the outputs of an event that yields no values
             return
-        # Turns are taken on the event loop, in the order in which requests arrive; drawing has a thread of its own.
-        batches = self.batches(self._studio.next_turn(str(request.session_hash)), *values)
+        batches = self.batches(turn, *values)  # drawing has a thread of its own
         while (shown := await asyncio.to_thread(next, batches, None)) is not None:
             yield shown
 

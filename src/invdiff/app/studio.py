@@ -59,6 +59,7 @@ class Turn:
 
     over: bool = False
     stopped: bool = False  # over because the visitor pressed Stop, rather than asked for something else
+    sent: float = 0.0  # when the visitor's browser asked, by its own clock
 
 
 class _OverError(Exception):
@@ -96,11 +97,15 @@ class Studio:
         """Groups of each hidden factor that can be asked for; empty where the module takes none."""
         return self.module.num_groups if self.module is not None and self.module.sees_environment else ()
 
-    def next_turn(self, session: str = "") -> Turn:
-        """A session's next turn; its earlier one is over."""
-        if (before := self._turns.get(session)) is not None:
+    def next_turn(self, session: str = "", sent: float = 0.0) -> Turn:
+        """A session's next turn; its earlier one is over, or this one where it was `sent` before that."""
+        before, turn = self._turns.get(session), Turn(sent=sent)
+        if before is not None and before.sent > sent:
+            turn.over = True
+            return turn
+        if before is not None:
             before.over = True
-        turn = self._turns[session] = Turn()
+        self._turns[session] = turn
         return turn
 
     def stop(self, session: str = "") -> None:
