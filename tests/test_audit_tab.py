@@ -37,10 +37,11 @@ class Tab:
         self.books = [AuditBook(parts) for parts in runs]
         with gr.Blocks():
             self.tab = AuditTab({f"run {place}": book for place, book in enumerate(self.books)})
-        self.values = self.tab.open()
+        self.places = [place for _, place in self.tab._prompt.choices]
+        self.values = self.tab.turn_to()
 
     def __call__(self, event, place, *given):
-        self.values = getattr(self.tab, event)(place, 12, *given)
+        self.values = getattr(self.tab, event)(self.places[place], 12, *given)
         return self.shown
 
     @property
@@ -51,7 +52,7 @@ class Tab:
 
     def pick(self, shelf, index):
         """What a click on an image of the first prompt chooses, and its details."""
-        return self.tab.pick(SimpleNamespace(index=index), 0, shelf, self.values[self.tab._positions])[:2]
+        return self.tab.pick(SimpleNamespace(index=index), self.places[0], shelf, self.values[self.tab._positions])[:2]
 
 
 def rewrite(folder, change):
@@ -124,7 +125,7 @@ def test_thresholds_show_what_moves_and_are_kept_and_reset(tab, folder):
 def test_an_image_is_chosen_left_out_and_put_back(tab, folder):
     page = tab.books[0].page(0, 0)
     picked, details = tab.pick("typical-1", 1)
-    assert picked == (0, page.groups[1].typical[1])
+    assert picked == (tab.places[0], page.groups[1].typical[1])
     assert tab.books[0].audit.names[picked[1]] in details
     assert tab.pick("typical-1", 9)[0] is None
     shown = tab("count_image", 0, picked, False)
@@ -170,7 +171,7 @@ def test_several_audits_are_told_apart(run, tmp_path):
     shown = tab("open", 2)
     for part, text in (("group-1", "5 images"), ("audit-facts", "--data DATA"), ("audit-chosen", "Choose an image")):
         assert text in shown[part]
-    assert (shown["typical-0"], shown["audit-at"]) == ([], 2)
+    assert (shown["typical-0"], shown["audit-at"]) == ([], tab.places[2])
     assert "chosen first" in tab("count_image", 2, picked, False)["audit-status"]
     tab("rename", 2, 0, "theirs")
     assert [book.group_names for book in tab.books] == [[["group 0", "group 1"]], [["theirs", "group 1"]]]
@@ -183,8 +184,9 @@ def test_a_prompt_keeps_its_place_when_another_audit_is_made_anew(tmp_path):
     shutil.rmtree(tmp_path / "a")
     make_audit(tmp_path / "a" / "audit")
     tab.tab.books["run 0"] = AuditBook(Parts(audit=tmp_path / "a" / "audit"))
-    choices = tab.tab.turn_to("run 0")[tab.tab._prompt]["choices"]
-    assert dict(choices) == {f"run 0 · 1. {LAND}": 2, f"run 0 · 2. {WATER}": 3, "run 1 · 1. a fish": 1}
+    choices = dict(tab.tab.turn_to("run 0")[tab.tab._prompt]["choices"])
+    assert list(choices) == [f"run 0 · 1. {LAND}", f"run 0 · 2. {WATER}", "run 1 · 1. a fish"]
+    assert choices["run 1 · 1. a fish"] == tab.places[1]
     tab("rename", 1, 0, "of the fish")  # in a browser that still shows the old list
     assert [book.group_names[0][0] for book in tab.tab.books.values()] == ["group 0", "of the fish"]
 

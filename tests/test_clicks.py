@@ -65,7 +65,7 @@ class Page:
         with gr.Blocks():
             self.tab = AuditTab(self.books, None, 6)
             self.panel = ClicksPanel(self.tab, Studio(pipe), cache)
-        self.show(self.panel.begin(0, "place: land, water"))
+        self.show(self.panel.begin(self.tab.at.value, "place: land, water"))
 
     def show(self, values):
         self.shown = {part.elem_id: value for part, value in values.items() if part.elem_id}
@@ -117,7 +117,7 @@ def test_clicks_are_kept_and_spread_to_an_audit_that_the_page_goes_on_with(data,
     page.infer()
     assert Audit.load(run / "audit-place").edits.left_out == (3, 5)
     shutil.copytree(run / "audit", run / "audit-kind")
-    page.show(page.panel.begin(0, "kind: a, b"))
+    page.show(page.panel.begin(page.tab.at.value, "kind: a, b"))
     assert "found another audit there" in page.shown["ask-status"]
     shutil.rmtree(run / "audit-kind")
     reopened = {name: parts.audit for name, parts in open_workspace([run], model="x").audits.items()}

@@ -4,7 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageOps
 from ..auditing.asked import known_rows
 from ..auditing.edits import NAME_LIMIT, Edits, apply
 from ..auditing.result import Audit
-from ..errors import AuditError, DataError, InvDiffError
+from ..errors import AuditError, ConfigError, DataError, InvDiffError
 from ..report.audit_view import candidates_table, unfound_table
 from ..report.figures import LOOK, counted, quoted
 from ..report.plots import INK, RULE, colour_of, histogram, is_rare, thumb
@@ -35,6 +35,19 @@ SIDE = 256  # pixels of an image in a gallery, at most
 MOST_KEPT = 1024  # such images in memory
 Values = dict[Any, Any]  # component to its new value
 _UNCHOSEN = gr.update(selected_index=-1)  # of a gallery, in which no image is framed as chosen; None would be dropped
+
+
+def or_refusal(event: Callable[..., Values]) -> Callable[..., Values]:
+    """An event whose tab states an error of ours, in place of what the event would show."""
+
+    @wraps(event)
+    def answered(tab: Any, *given: Any) -> Values:
+        try:
+            return event(tab, *given)
+        except InvDiffError as error:
+            return {tab._status: refusal(error)}
+
+    return answered
 
 
 class AuditBook:
@@ -103,33 +116,28 @@ class AuditTab:
     """
 
     def __init__(self, books: dict[str, AuditBook], drawn: GenerateTab | None = None, most_groups: int = 0) -> None:
-        self.books = books
-        self._places = list[tuple[str, tuple[int, int] | None]]()  # browsers know them by number: none ever moves
+        self.books, self._galleries = books, dict[str, gr.Gallery]()
         self._build(max(most_groups, *(groups for book in books.values() for groups in book.audit.num_groups)))
-        blocks = [part for b in self._blocks for part in (b.column, b.head, b.name, b.typical, b.nearest)]
-        whole = [self._facts, self._plot, self._moved, self._chosen, self._status, self._out_note, self._out]
-        self.loads = [*whole, self._prompt, self._tables, self.at, self._positions, self._picked, *self._cuts, *blocks]
+        whole = [self._facts, self._plot, self._moved, self._chosen, self._status, self._out_note, *self._cuts]
+        whole += [*self._galleries.values(), *(part for b in self._blocks for part in (b.column, b.head, b.name))]
+        self.loads = [*whole, self._prompt, self._tables, self.at, self._positions, self._picked]
         self._connect(drawn)
 
-    def _list(self) -> list[tuple[str, int]]:
-        """What can be chosen, in words, and its place: a prompt and factor of an audit."""
+    def _list(self) -> list[tuple[str, str]]:
+        """What can be chosen, in words, and its place: indices of prompt and factor, and the name of the audit."""
         listed = []
         for name, book in self.books.items():
             run = f"{name} · " if len(self.books) > 1 else ""
-            found: list[tuple[str, tuple[int, int] | None]] = [
-                (f"{place}. {page.factor}{one_line(page.prompt.prompt, 100)}", (page.index, page.factor_index))
-                for place, page in enumerate(splits_of(book.inferred), start=1)
-            ]
-            for words, page in found or [("No hidden group was found", None)]:
-                if (name, page) not in self._places:
-                    self._places.append((name, page))
-                listed.append((run + words, self._places.index((name, page))))
+            listed += [
+                (f"{run}{k}. {of.factor}{one_line(of.prompt.prompt, 100)}", f"{of.index} {of.factor_index} {name}")
+                for k, of in enumerate(splits_of(book.inferred), start=1)
+            ] or [(f"{run}No hidden group was found", f"-1 -1 {name}")]
         return listed
 
     def _build(self, groups: int) -> None:
         with gr.Row():
             about: dict[str, Any] = {"label": "Prompt", "scale": 3, "min_width": 240, "elem_id": "audit-prompt"}
-            self._prompt = gr.Dropdown(self._list(), value=0, **about)
+            self._prompt = gr.Dropdown(self._list(), **about)
             about = {"label": "Images shown", "min_width": 240, "elem_id": "audit-count"}
             self._count = gr.Slider(4, MOST_PER_GROUP, PER_GROUP, step=4, **about)
         self._facts = gr.HTML(elem_id="audit-facts")
@@ -150,37 +158,30 @@ class AuditTab:
                 self._blocks = [self._block(group) for group in range(groups)]
         with gr.Accordion("Images left out", open=False):
             self._out_note = gr.HTML(elem_id="left-out-note")
-            self._out = gallery("left-out", 8, allow_preview=False, buttons=[])
+            self._galleries["left-out"] = gallery("left-out", 8, allow_preview=False, buttons=[])
         with gr.Accordion("Splits that were considered, and prompts that hide nothing", open=False):
             self._tables = gr.HTML(elem_id="audit-tables")
         # The prompt that the browser shows, which may be other than the one that was chosen a moment ago.
-        self.at = gr.Number(0, precision=0, visible="hidden", elem_id="audit-at")
+        self.at = gr.Textbox(self._prompt.value, visible="hidden", elem_id="audit-at")
         self._positions, self._picked = gr.State({}), gr.State(None)
 
     def _block(self, group: int) -> SimpleNamespace:
         with gr.Column(elem_classes="group-block") as column:
             with gr.Row(equal_height=True, elem_classes="group-head"):
                 head = gr.HTML(elem_id=f"group-{group}")
-                name = gr.Textbox(
-                    label=f"Name of group {group}",
-                    placeholder="such as “on water”",
-                    max_length=NAME_LIMIT,
-                    max_lines=1,
-                    min_width=120,
-                    elem_id=f"group-name-{group}",
-                )
+                about: dict[str, Any] = {"label": f"Name of group {group}", "elem_id": f"group-name-{group}"}
+                about |= {"placeholder": "such as “on water”", "max_length": NAME_LIMIT, "max_lines": 1}
+                name = gr.Textbox(min_width=120, **about)
                 save = gr.Button("Save name", size="sm", scale=0, min_width=90, elem_id=f"group-save-{group}")
-            gr.HTML('<p class="fine">Most typical</p>')
-            typical = gallery(f"typical-{group}", 6, allow_preview=False, buttons=[])
-            gr.HTML('<p class="fine">Nearest to another group</p>')
-            nearest = gallery(f"nearest-{group}", 6, allow_preview=False, buttons=[])
-        return SimpleNamespace(column=column, head=head, name=name, save=save, typical=typical, nearest=nearest)
+            for shelf, words in (("typical", "Most typical"), ("nearest", "Nearest to another group")):
+                gr.HTML(f'<p class="fine">{words}</p>')
+                self._galleries[f"{shelf}-{group}"] = gallery(f"{shelf}-{group}", 6, allow_preview=False, buttons=[])
+        return SimpleNamespace(column=column, head=head, name=name, save=save)
 
     def _connect(self, drawn: GenerateTab | None) -> None:
         live: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
         each: dict[str, Any] = {**QUIET, "trigger_mode": "multiple"}  # none is lost while another is saved
-        at = [self.at, self._count]
-        cuts = [*at, *self._cuts]
+        at, cuts = [self.at, self._count], [self.at, self._count, *self._cuts]
         shown = [self._prompt.change(self.open, [self._prompt, self._count], self.loads, **live)]
         # Not `change`, which values that are only shown would cause.
         moved = [slider.input for slider in (self._count, *self._cuts)]
@@ -189,19 +190,17 @@ class AuditTab:
         shown += [self._reset.click(self.keep, at, self.loads, **each)]
         for button, counts in ((self._leave, False), (self._back, True)):
             shown += [button.click(self.count_image, [*at, self._picked, gr.State(counts)], self.loads, **each)]
-        galleries = self._galleries = {"left-out": self._out}
         for group, block in enumerate(self._blocks):
             here = [*at, gr.State(group), block.name]
             saved = gr.on([block.save.click, block.name.submit], self.rename, here, self.loads, **each)
             shown.append(saved)
             if drawn is not None:
                 saved.then(drawn.first, drawn.mix, drawn.loads, **QUIET)
-            galleries |= {f"typical-{group}": block.typical, f"nearest-{group}": block.nearest}
         for event in shown:
             self.unchoose_after(event)
-        for name, shelf in galleries.items():
+        for name, shelf in self._galleries.items():
             inputs = [self.at, gr.State(name), self._positions]
-            shelf.select(self.pick, inputs, [self._picked, self._chosen, *galleries.values()], **QUIET)
+            shelf.select(self.pick, inputs, [self._picked, self._chosen, *self._galleries.values()], **QUIET)
 
     def unchoose_after(self, event: Any) -> None:
         """Frame no image once an event has shown others in its place; at once, a gallery would keep its frame."""
@@ -211,130 +210,112 @@ class AuditTab:
     def turn_to(self, name: str = "") -> Values:
         """Show the first prompt of an audit, which may have joined meanwhile; without a name, of all."""
         choices = self._list()
-        own = [place for _, place in choices if self._places[place][0] == name]
+        own = [place for _, place in choices if place.split(" ", 2)[2] == name]
         place = [*own, choices[0][1]][0]
         return self.open(place) | {self._prompt: gr.update(choices=choices, value=place)}
 
-    def book(self, place: int) -> AuditBook:
-        """The audit of a prompt."""
-        return self._find(place)[0]
-
-    def open(self, place: int = 0, count: float = PER_GROUP) -> Values:
+    def open(self, place: str, count: float = PER_GROUP) -> Values:
         """A prompt that was just chosen: names and sliders as saved, no image chosen."""
-        book, page = self._find(place)
+        book, page = self.find(place)
         names = book.audit.edits.names[page.factor_index if page else 0]
         values = {block.name: name for block, name in zip(self._blocks, names, strict=False)}
-        blank = {block.name: "" for block in self._blocks} | {self._status: "", self.at: place}
+        blank = {block.name: "" for block in self._blocks}
         return self._saved(place, count) | blank | values | {self._picked: None, self._chosen: notice(CHOOSE)}
 
-    def show(self, place: int, count: float, *cuts: float) -> Values:
+    def show(self, place: str, count: float, *cuts: float) -> Values:
         """A prompt with its images parted at other scores; those that change sides are marked, nothing is saved."""
-        book, page = self._find(place)
-        saved, words = page, ""
-        moved: dict[int, int] = {}
-        if page is not None and cuts and book.is_movable(page):
-            try:
-                page, moved, words = _moved(page, book.page(page.index, page.factor_index, cuts[: len(page.cuts)]))
-            except InvDiffError as error:
-                words = refusal(error)
+        book, page = self.find(place)
         out = book.audit.edits.left_out
-        shelves: dict[str, list[int]] = {"left-out": list(out[:MOST_PER_GROUP])}
         rest = f", of which {MOST_PER_GROUP} are shown" if len(out) > MOST_PER_GROUP else ""
-        tables = [candidates_table(page.prompt.candidates, page.figures)] if page is not None else []
-        tables.append(unfound_table(book.inferred.prompts))
-        values: Values = {
+        shelves: dict[str, list[int]] = {"left-out": list(out[:MOST_PER_GROUP])}
+        moved: dict[int, int] = {}
+        values: Values = {block.column: gr.update(visible=False) for block in self._blocks} | {
             self._facts: notice("No hidden group was found: see below why not."),
             self._plot: "",
-            self._moved: words,
+            self._moved: "",
             self._out_note: notice(f"{counted(len(out), 'image')} left out{rest}."),
-            self._out: _images(book, shelves["left-out"], {}) | {"visible": bool(out)},
-            self._tables: "".join(fragment("table", table) for table in tables),
+            self._tables: fragment("table", unfound_table(book.inferred.prompts)),
             self._positions: shelves,
         }
-        if page is not None and saved is not None:
-            of = page.figures
+        if page is not None:
+            saved, of = page, page.figures
+            if cuts and book.is_movable(page):
+                try:
+                    parted = book.page(page.index, page.factor_index, cuts[: len(page.cuts)])
+                    page, moved, values[self._moved] = _moved(page, parted)
+                except InvDiffError as error:
+                    values[self._moved] = refusal(error)
             facts = [("images", f"{page.prompt.num_images:,}"), ("separation", or_dash(of.separation))]
             facts += [("agreement", or_dash(of.agreement)), ("evidence", of.evidence)]
             facts += [("changed", "by hand")] if saved.by_hand else []
             values[self._facts] = fragment("facts", facts) + (notice(NO_DATA) if book.data is None else "")
             values[self._plot] = fragment("plot", histogram(page, log_scale=is_rare(saved)))
-        for k, block in enumerate(self._blocks):
-            shown = page is not None and k < len(page.groups)
-            values[block.column] = gr.update(visible=shown)
-            if page is not None and shown:
-                group, most = page.groups[k], int(count)
-                shelves |= {f"typical-{k}": group.typical[:most], f"nearest-{k}": group.uncertain[:most]}
+            values[self._tables] = (
+                fragment("table", candidates_table(page.prompt.candidates, of)) + values[self._tables]
+            )
+            for k, (group, share, block) in enumerate(zip(page.groups, page.shares, self._blocks, strict=False)):
                 said = book.audit.words.of(page.index, k, page.factor_index) if book.audit.words else None
-                values[block.head] = fragment("group", page.shares[k], [said.line] if said else [])
-                values[block.typical] = _images(book, shelves[f"typical-{k}"], moved)
-                values[block.nearest] = _images(book, shelves[f"nearest-{k}"], moved)
+                values[block.column] = gr.update(visible=True)
+                values[block.head] = fragment("group", share, said.line if said else "")
+                shelves |= {f"typical-{k}": group.typical[: int(count)], f"nearest-{k}": group.uncertain[: int(count)]}
+        values |= {self._galleries[name]: _images(book, images, moved) for name, images in shelves.items()}
+        values[self._galleries["left-out"]]["visible"] = bool(out)
         return values
 
-    def keep(self, place: int, count: float, *cuts: float) -> Values:
+    @or_refusal
+    def keep(self, place: str, count: float, *cuts: float) -> Values:
         """Part the groups where the sliders show it; without cuts as inferred."""
-        book, page = self._find(place)
+        book, page = self.find(place)
         if page is None or (cuts and not book.is_movable(page)):
-            return {self._status: refusal(NO_CUTS)}
-        factor, index, wanted = page.factor_index, page.index, cuts[: len(page.cuts)] or None
+            raise ConfigError(NO_CUTS)
+        wanted = cuts[: len(page.cuts)] or None
+        book.edit(lambda edits: edits.with_cuts(page.factor_index, page.index, wanted))
+        empty = [quoted(group.name) for group in book.page(page.index, page.factor_index).groups if not group.size]
+        words = "Kept: the groups part there now." if wanted else "The groups part as they were inferred."
+        return self._saved(place, count, words + (f" No image is left in {', '.join(empty)}." if empty else ""))
 
-        def said() -> str:
-            empty = [quoted(group.name) for group in book.page(index, factor).groups if not group.size]
-            words = "Kept: the groups part there now." if wanted else "The groups part as they were inferred."
-            return words + (f" No image is left in {', '.join(empty)}." if empty else "")
-
-        return self._edit(place, count, lambda edits: edits.with_cuts(factor, index, wanted), said)
-
-    def rename(self, place: int, count: float, group: int, name: str) -> Values:
+    @or_refusal
+    def rename(self, place: str, count: float, group: int, name: str) -> Values:
         """Name a group."""
-        factor = page.factor_index if (page := self._find(place)[1]) is not None else 0
+        book, page = self.find(place)
+        factor = page.factor_index if page is not None else 0
+        book.edit(lambda edits: edits.with_name(factor, group, name or ""))
+        kept = book.audit.edits.names[factor][group]
+        return self._saved(place, count, "Name saved." if kept else "The group has no name now, only its number.")
 
-        def said() -> str:
-            kept = self.book(place).audit.edits.names[factor][group]
-            return "Name saved." if kept else "The group has no name now, only its number."
-
-        return self._edit(place, count, lambda edits: edits.with_name(factor, group, name or ""), said)
-
-    def count_image(self, place: int, count: float, picked: tuple[int, int] | None, counts: bool) -> Values:
+    @or_refusal
+    def count_image(self, place: str, count: float, picked: tuple[str, int] | None, counts: bool) -> Values:
         """Leave the chosen image out, or count it again."""
-        book, page = self._find(place)
-        if picked is None or self._find(picked[0])[0] is not book:
-            return {self._status: refusal(NO_IMAGE)}
+        book, page = self.find(place)
+        if picked is None or self.find(picked[0])[0] is not book:
+            raise ConfigError(NO_IMAGE)
         change = Edits.with_images if counts else Edits.without_images
+        book.edit(lambda edits: change(edits, [picked[1]]))
         places = "training, pictures and reports"
         words = f"It counts in {places}." if counts else f"It counts nowhere now: {places} leave it out."
-        values = self._edit(place, count, lambda edits: change(edits, [picked[1]]), lambda: words)
-        return values | {self._chosen: _details(book, page, picked[1])}
+        return self._saved(place, count, words) | {self._chosen: _details(book, page, picked[1])}
 
-    def pick(self, event: gr.SelectData, place: int, shelf: str, positions: dict[str, list[int]]) -> list[Any]:
+    def pick(self, event: gr.SelectData, place: str, shelf: str, positions: dict[str, list[int]]) -> list[Any]:
         """Show the image that was clicked on, and what is known of it; those of other galleries are chosen no more."""
         shown = positions.get(shelf, [])
         others = [gr.skip() if name == shelf else _UNCHOSEN for name in self._galleries]
         if not isinstance(event.index, int) or not 0 <= event.index < len(shown):
             return [None, notice(CHOOSE), *others]
-        return [(place, shown[event.index]), _details(*self._find(place), shown[event.index]), *others]
+        return [(place, shown[event.index]), _details(*self.find(place), shown[event.index]), *others]
 
-    def _find(self, place: int) -> tuple[AuditBook, Split | None]:
-        name, page = self._places[min(place, len(self._places) - 1)]
-        book, found = self.books[name], None
+    def find(self, place: str) -> tuple[AuditBook, Split | None]:
+        """The audit of a place in the list of prompts, and its page; None where nothing was found."""
+        index, factor, name = place.split(" ", 2)
+        book = self.books[name]
         with suppress(StopIteration):  # an audit by clicks that was made anew may lack it
-            found = None if page is None else book.page(*page)
-        return book, found
+            return book, book.page(int(index), int(factor))
+        return book, None
 
-    def _edit(self, place: int, count: float, change: Callable[[Edits], Edits], said: Callable[[], str]) -> Values:
-        """Save a change and show it, or why it cannot be made. Text fields stay: somebody may be typing a name.
-
-        `said` tells what was done, once it is.
-        """
-        try:
-            self.book(place).edit(change)
-        except InvDiffError as error:
-            return {self._status: refusal(error)}
-        return self._saved(place, count) | {self._status: notice(said()), self.at: place}
-
-    def _saved(self, place: int, count: float) -> Values:
-        """A prompt as saved, with the sliders of its cuts."""
-        book, page = self._find(place)
+    def _saved(self, place: str, count: float, said: str = "") -> Values:
+        """A prompt as saved, with the sliders of its cuts. Text fields stay: somebody may be typing a name."""
+        book, page = self.find(place)
         values = self.show(place, count) | {slider: gr.update(visible=False) for slider in self._cuts}
+        values |= {self._status: notice(said) if said else "", self.at: place}
         if page is None or not book.is_movable(page):
             return values
         low, high = float(page.scores.min()), float(page.scores.max())

@@ -24,7 +24,7 @@ from ..report.audit_view import unfound_table
 from ..report.figures import Table, percent, quoted, share_in_words, share_of
 from ..report.plots import thumb
 from ..report.read import Parts, audits_in, splits_of
-from .audit import AuditBook, AuditTab, Values
+from .audit import AuditBook, AuditTab, Values, or_refusal
 from .fragments import QUIET, fragment, notice, refusal
 from .studio import Studio, Turn
 
@@ -83,22 +83,20 @@ class ClicksPanel:
             inputs = [self._ask, gr.State(slot), value]
             value.input(self.answer, inputs, self._status, **QUIET, trigger_mode="multiple")
 
-    def begin(self, place: int, text: str) -> Values:
+    @or_refusal
+    def begin(self, place: str, text: str) -> Values:
         """Ask about the first ten images; an attribute that was asked about before goes on from its file."""
-        try:
-            asked, parts = questions([text]), self._tab.book(place).parts
-            if len(asked) != 1 or any(len(values) > MOST_VALUES for values in asked.values()):
-                raise ConfigError(f"Expected one attribute of at most {MOST_VALUES} values, got {text!r}.")
-            ((name, values),) = asked.items()
-            run = next(name for name, book in self._tab.books.items() if book.parts.run == parts.run)
-            home, word = parts.run or Path(str(parts.audit)).parent, re.sub(r"\W+", "-", name)
-            folder = home / f"audit-{word}"
-            here = Audit.load(folder).settings if (folder / "audit.json").is_file() else {"asked": "labels"}
-            if "labels" not in here.get("asked", ""):
-                raise ConfigError(f"Expected {folder} for clicks on {name}, found another audit there. Rename it.")
-            return self._ten(Asking(run, name, values, folder, labels_of(folder)))
-        except InvDiffError as error:
-            return {self._status: refusal(error)}
+        asked, parts = questions([text]), self._tab.find(place)[0].parts
+        if len(asked) != 1 or any(len(values) > MOST_VALUES for values in asked.values()):
+            raise ConfigError(f"Expected one attribute of at most {MOST_VALUES} values, got {text!r}.")
+        ((name, values),) = asked.items()
+        run = next(name for name, book in self._tab.books.items() if book.parts.run == parts.run)
+        home, word = parts.run or Path(str(parts.audit)).parent, re.sub(r"\W+", "-", name)
+        folder = home / f"audit-{word}"
+        here = Audit.load(folder).settings if (folder / "audit.json").is_file() else {"asked": "labels"}
+        if "labels" not in here.get("asked", ""):
+            raise ConfigError(f"Expected {folder} for clicks on {name}, found another audit there. Rename it.")
+        return self._ten(Asking(run, name, values, folder, labels_of(folder)))
 
     def answer(self, ask: Asking, slot: int, value: str) -> str:
         """Save one label."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def image_file(image: Image.Image) -> str:
     if path.is_file():
         os.utime(path)
     else:
-        save_image(path, partial(image.save, format="PNG"))
+        save_image(path, image.save)
     return str(path)
 
 

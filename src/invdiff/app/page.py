@@ -39,10 +39,6 @@ from .studio import Studio
 TITLE = "invdiff"
 BUNDLED = "bundled demo"
 CACHE_SECONDS = (600, 3600)  # how often gradio looks for old files of images, and the age at which it deletes them
-_ACCENTS = (
-    *("button_primary_background_fill", "button_primary_background_fill_dark"),
-    *("link_text_color", "color_accent", "slider_color"),
-)
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,6 @@ class Workspace:
     module: Path | str | None  # folder or hub id of the guidance module
     annotator: str  # folder or hub id; "" for none
     runs: Mapping[str, Parts]  # name to the parts of a folder, as a report would read it; names differ
-    cache_dir: Path | None = None  # where measurements of audits are kept, None for the usual place
 
     @property
     def audits(self) -> dict[str, Parts]:
@@ -68,7 +63,6 @@ def open_workspace(
     module: str | None = None,
     annotator: str | None = None,
     data: CaptionedImages | str | Path | None = None,
-    cache_dir: Path | None = None,
 ) -> Workspace:
     """Find the parts that a page is to show: of runs such as `invdiff demo` writes, or the bundled demo.
 
@@ -101,7 +95,7 @@ def open_workspace(
         model = _model_of(chosen)
     if annotator is None and model == str(BIRDS_MODEL):
         annotator = str(BIRDS_ANNOTATOR)
-    return Workspace(model or "", chosen, annotator or "", found, cache_dir)
+    return Workspace(model or "", chosen, annotator or "", found)
 
 
 def _bundled_run() -> Parts:
@@ -157,8 +151,11 @@ def open_studio(
     return Studio(pipe, module, judge, names=(workspace.model, str(workspace.module or "")), options=options)
 
 
-def build_page(workspace: Workspace, studio: Studio | None) -> gr.Blocks:
-    """The page of a workspace; `looks()` goes to its `launch`. Without a `studio` it draws nothing."""
+def build_page(workspace: Workspace, studio: Studio | None, cache_dir: Path | None = None) -> gr.Blocks:
+    """The page of a workspace; `looks()` goes to its `launch`. Without a `studio` it draws nothing.
+
+    Measurements of audits are kept in `cache_dir`, None for the usual place.
+    """
     books = {name: AuditBook(parts) for name, parts in workspace.audits.items()}
     generate: GenerateTab | None = None
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=CACHE_SECONDS) as page:
@@ -174,7 +171,7 @@ def build_page(workspace: Workspace, studio: Studio | None) -> gr.Blocks:
                 audit = AuditTab(books, generate, MOST_VALUES)
                 page.load(audit.turn_to, None, audit.loads, **QUIET)
                 if studio is not None:
-                    ClicksPanel(audit, studio, workspace.cache_dir)
+                    ClicksPanel(audit, studio, cache_dir)
             else:
                 gr.HTML(notice("No audit was given. `invdiff ui RUN` opens the one in RUN/audit."))
         with gr.Tab("Compare", id="compare"):
@@ -193,22 +190,29 @@ def _build_generate(studio: Studio, books: Mapping[str, AuditBook]) -> GenerateT
     record = (studio.module.config["record"] if studio.module is not None else None) or {}
     as_many = [book for book in books.values() if book.audit.num_groups == studio.num_groups]
     fitting = [book for book in as_many if book.audit.has_trained(record)]
-    numbers = [[f"group {group}" for group in range(count)] for count in studio.num_groups]
-    recorded = [list(names) for names in record.get("group_names", ())]
-    numbers = recorded if list(map(len, recorded)) == list(studio.num_groups) else numbers
-    trained = fitting[0].audit.settings.get("resolution", 0) if fitting else record.get("resolution", 0)
+    recorded, trained = record.get("group_names", ()), record.get("resolution", 0)
+    recorded = recorded if tuple(map(len, recorded)) == studio.num_groups else [[""] * n for n in studio.num_groups]
+    recorded = [[name or f"group {group}" for group, name in enumerate(names)] for names in recorded]
     prompts = [prompt for book in books.values() for prompt in book.inferred.prompts if prompt.prompt.strip()]
     prompts = [prompt for prompt in prompts if prompt.found] or prompts
     prompts.sort(key=lambda prompt: -prompt.num_images)
     is_own = trained == family_of(studio.pipe).resolution(studio.pipe, denoiser_of(studio.pipe))
     suggestions = list(dict.fromkeys(prompt.prompt for prompt in prompts))
-    names: Any = (lambda: fitting[0].group_names) if fitting else (lambda: numbers)
+    names: Any = (lambda: fitting[0].group_names) if fitting else (lambda: recorded)
     return GenerateTab(studio, suggestions, names, resolution=0 if is_own else trained)
 
 
 def _build_compare(runs: Mapping[str, Parts]) -> None:
-    """Build tab Compare: one table of the figures of all runs, and their reports."""
-    gr.HTML(compare(runs), elem_id="compare")
+    """Build tab Compare: tables of the main figures of all runs, with their notes, and their reports."""
+    tables = []
+    for name, parts in runs.items():
+        results = Results.load(Path(str(parts.results)))
+        run = f"{name}: " if len(runs) > 1 else ""
+        of = f"{results.criterion.name} of “{one_line(results.attribute, 60)}”"
+        caption, notes = f"{run}{of}, with {results.confidence:.0%} intervals", [f"{note}." for note in results.notes]
+        named = ((label(model), scale, measures) for model, scale, measures in results.each())
+        tables.append(fragment("table", headlines(results, named, caption, notes)))
+    gr.HTML("".join(tables), elem_id="compare")
     write = gr.Button("Write the report", size="sm", elem_id="compare-report")
     status = gr.HTML(elem_id="compare-status")
     reports = gr.Files(label="To open in a browser", visible=False, interactive=False, elem_id="compare-files")
@@ -228,24 +232,12 @@ def _build_compare(runs: Mapping[str, Parts]) -> None:
     write.click(write_reports, None, [status, reports], **QUIET)
 
 
-def compare(runs: Mapping[str, Parts]) -> str:
-    """The main figures of all results as an HTML table, with their notes."""
-    shown: list[str] = []
-    for name, parts in runs.items():
-        assert parts.results is not None
-        results = Results.load(parts.results)
-        run = f"{name}: " if len(runs) > 1 else ""
-        of = f"{results.criterion.name} of “{one_line(results.attribute, 60)}”"
-        caption, notes = f"{run}{of}, with {results.confidence:.0%} intervals", [f"{note}." for note in results.notes]
-        named = ((label(model), scale, measures) for model, scale, measures in results.each())
-        shown.append(fragment("table", headlines(results, named, caption, notes)))
-    return "".join(shown)
-
-
 def looks() -> dict[str, Any]:
     """Arguments of `Blocks.launch` that make the page look like our reports."""
     names = {"body_background_fill": PAPER, "body_text_color": INK}
     names |= {"body_text_color_subdued": SOFT, "border_color_primary": RULE}
+    button = [f"button_primary_background_fill{kind}" for kind in ("", "_dark", "_hover", "_hover_dark")]
+    accents = dict.fromkeys([*button[:2], "link_text_color", "color_accent", "slider_color"], "#1f6fb5")
     theme = gr.themes.Base(
         primary_hue=gr.themes.colors.blue,
         neutral_hue=gr.themes.colors.slate,
@@ -255,10 +247,8 @@ def looks() -> dict[str, Any]:
     ).set(
         **names,
         **{f"{name}_dark": DARK[colour] for name, colour in names.items()},
-        **dict.fromkeys(_ACCENTS, "#1f6fb5"),
-        **dict.fromkeys(
-            ("button_primary_background_fill_hover", "button_primary_background_fill_hover_dark"), "#195a93"
-        ),
+        **accents,
+        **dict.fromkeys(button[2:], "#195a93"),
         button_primary_text_color="#ffffff",
         link_text_color_dark="#82bdf0",
         slider_color_dark="#4a97d8",

@@ -81,24 +81,21 @@ def ended_by_signals() -> Iterator[None]:
         yield
 
 
-class OwnSiteOnly:
+def own_site_only(app: Any) -> Any:
     """ASGI middleware: status 403 for requests of other web sites and for routes that take in or fetch files.
 
     Browsers send requests of any site to any address with the visitor's cookies, and say who asks in headers that no
     site can change: `Origin` and `Sec-Fetch-Site`. Links from elsewhere to the page work.
     """
+    refused = PlainTextResponse("This page does not answer that request.\n", 403)
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    async def guarded(scope: Any, receive: Any, send: Any) -> None:
+        asked = scope.get("path", "").partition("/gradio_api/")[2].lower()
+        is_request = scope["type"] in ("http", "websocket")
+        closed = is_request and (asked.startswith(CLOSED) or not _is_own_site(Headers(scope=scope)))
+        await (refused if closed else app)(scope, receive, send)
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Refuse one request or hand it on."""
-        app = self.app
-        if scope["type"] in ("http", "websocket"):
-            asked = scope["path"].partition("/gradio_api/")[2].lower()
-            if asked.startswith(CLOSED) or not _is_own_site(Headers(scope=scope)):
-                app = PlainTextResponse("This page does not answer that request.\n", 403)
-        await app(scope, receive, send)
+    return guarded
 
 
 def _is_own_site(headers: Headers) -> bool:
@@ -125,6 +122,8 @@ def launch(
     if unproxied.strip() != "*":  # gradio's requests to this page do not go to a proxy
         unproxied = ",".join(filter(None, [*unproxied.split(","), host, "localhost", LOOPBACK, "::1"]))
         os.environ["NO_PROXY"] = os.environ["no_proxy"] = unproxied
+    login = {} if password is None else {"auth": (USER, password), "auth_message": f"The user is “{USER}”."}
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=names), Middleware(own_site_only)]
     page.queue(default_concurrency_limit=4, api_open=False)
     try:
         _, address, _ = page.launch(
@@ -132,17 +131,14 @@ def launch(
             server_port=port,
             share=False,
             inbrowser=browser,
-            auth=(USER, password) if password is not None else None,
-            auth_message=f"The user is “{USER}”." if password is not None else None,
             prevent_thread_lock=True,
             quiet=True,
             footer_links=[],
             run_history=False,
-            app_kwargs={
-                "middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=names), Middleware(OwnSiteOnly)]
-            },
+            app_kwargs={"middleware": middleware},
             enable_monitoring=False,
             ssr_mode=False,
+            **login,
             **looks(),
         )
     except OSError as error:

@@ -99,13 +99,12 @@ class Studio:
 
     def next_turn(self, session: str = "", sent: float = 0.0) -> Turn:
         """A session's next turn; its earlier one is over, or this one where it was `sent` before that."""
-        before, turn = self._turns.get(session), Turn(sent=sent)
-        if before is not None and before.sent > sent:
+        before, turn = self._turns.get(session, Turn()), Turn(sent=sent)
+        if before.sent > sent:
             turn.over = True
-            return turn
-        if before is not None:
+        else:
             before.over = True
-        self._turns[session] = turn
+            self._turns[session] = turn
         return turn
 
     def stop(self, session: str = "") -> None:
@@ -208,14 +207,11 @@ def by_factor(values: Sequence[float], num_groups: Sequence[int]) -> list[list[f
 
 def command_for(ask: Ask, studio: Studio) -> str:
     """The command that draws these images, guided where there is a module."""
-    settings = vars(ask.config) | {"batch_size": None}
-    words: list[str] = []
+    settings, words = vars(ask.config) | {"batch_size": None}, list[str]()
     if studio.module is None:
         settings["scale"] = None
     else:
-        words += ["--module", studio.names[1]]
-        words += mix_options(ask.mix, studio.module.factor_names)
-    words += command_options(GenerateConfig, settings)
-    words += [*studio.options, "--output", "images"]
+        words += ["--module", studio.names[1], *mix_options(ask.mix, studio.module.factor_names)]
+    words += [*command_options(GenerateConfig, settings), *studio.options, "--output", "images"]
     prompts = [ask.prompt] if studio.needs_prompts else []
     return shlex.join(with_prompts(["invdiff", "generate", studio.names[0]], prompts, words))

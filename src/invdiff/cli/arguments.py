@@ -75,14 +75,12 @@ def _with_options(function: Command, writes_file: bool, shared: bool) -> Command
             parameters.append(own)
             continue
         kind: Any = own.annotation
-        kinds[name] = kind
+        kinds[name], docs = kind, field_docs(kind)
         if issubclass(kind, Config):
-            parameters.append(
-                inspect.Parameter("config", own.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, CONFIG])
-            )
+            parameters.append(own.replace(name="config", default=None, annotation=Annotated[Path | None, CONFIG]))
         for setting in settings_of(kind).values():
-            annotation = _annotation(setting, field_docs(kind)[setting.name], getattr(kind, "panel", SETTINGS))
-            parameter = inspect.Parameter(setting.name, own.KEYWORD_ONLY, default=None, annotation=annotation)
+            annotation = _annotation(setting, docs[setting.name], getattr(kind, "panel", SETTINGS))
+            parameter = own.replace(name=setting.name, default=None, annotation=annotation)
             (rare if setting.option.panel else parameters).append(parameter)
 
     @_flags_in_errors(kinds.values())
@@ -131,18 +129,8 @@ def _annotation(setting: Setting, doc: str, panel: str) -> Any:
         metavar, limits = f"{metavar} [{low}{f'<{of.below:g}' if math.isfinite(of.below) else ''}]", {}
     silent = setting.default is None or setting.default is False or setting.default in ("", (), {})
     default = setting.option.default or ("" if silent else as_text(setting.default))
-    return Annotated[
-        hint | None,
-        option(
-            ...,
-            doc + (shown_default(default) if default else ""),
-            setting.flag,
-            panel=setting.option.panel or panel,
-            metavar=metavar,
-            show_default=False,
-            **limits,
-        ),
-    ]
+    look: Any = {"panel": setting.option.panel or panel, "metavar": metavar, "show_default": False, **limits}
+    return Annotated[hint | None, option(..., doc + (shown_default(default) if default else ""), setting.flag, **look)]
 
 
 def field_docs(kind: Any) -> dict[str, str]:

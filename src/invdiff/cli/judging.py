@@ -184,12 +184,12 @@ def ui(
         from ..app.page import build_page, open_studio, open_workspace
 
         given: Any = {"model": model, "module": module, "annotator": annotator, "data": images}
-        workspace = open_workspace(runs or (), **given, cache_dir=weights.cache_dir)
+        workspace = open_workspace(runs or (), **given)
         if workspace.model:
             say("loading the model", quiet=False)
         loads: Any = {"load": weights.load, "options": dataclasses.replace(weights, cache_dir=None).words()}
         studio = open_studio(workspace, **loads, attribute=attribute or "", classes=classes)
-        page = build_page(workspace, studio)
+        page = build_page(workspace, studio, weights.cache_dir)
         address = launch(page, host=host, port=port, password=password, browser=browser, public=public)
         finish(f"The page is at {address} until you press Ctrl-C.")
         for name, parts in workspace.audits.items():
