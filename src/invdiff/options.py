@@ -191,13 +191,7 @@ class Setting:
 
     def to_words(self, value: Any) -> list[str]:
         """The option and its value: numbers of a list in one word, texts with an option each."""
-        texts = [as_text(value)]
-        if isinstance(value, Mapping):
-            texts = [f"{key}={as_text(part)}" for key, part in value.items()]
-        elif isinstance(value, tuple | list):
-            texts = [as_text(part) for part in value]
-        if self.item in (int, float):
-            texts = [",".join(texts)]
+        texts = value if self.item is str else [as_text(value)]
         return [self.flag] if value is True else [word for text in texts for word in (self.flag, text)]
 
     def from_words(self, given: Any) -> Any:
@@ -261,7 +255,9 @@ def with_prompts(command: Sequence[Any], prompts: Sequence[str], options: Sequen
 
 def as_text(value: Any) -> str:
     """A value as a command line takes it and its help shows it."""
-    if isinstance(value, tuple):
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={as_text(part)}" for key, part in value.items())
+    if isinstance(value, tuple | list):
         return ",".join(map(as_text, value))
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 

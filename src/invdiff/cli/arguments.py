@@ -138,10 +138,9 @@ def field_docs(kind: Any) -> dict[str, str]:
     docs: dict[str, str] = {}
     for base in reversed(kind.__mro__[:-1]):
         docs |= {
-            field.target.id: " ".join(doc.value.value.split())
+            ast.unparse(field.target): " ".join(ast.literal_eval(doc.value).split())
             for field, doc in itertools.pairwise(_classes(base.__module__)[base.__name__].body)
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-            if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant) and isinstance(doc.value.value, str)
+            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)
         }
     return docs
 
@@ -159,14 +158,11 @@ Model = Annotated[
         help="The pipeline: a folder of save_pretrained, a hub id or one .safetensors file.",
     ),
 ]
-Data = Annotated[
-    str,
-    typer.Argument(
-        metavar="DATA",
-        help="Captioned images: a folder with metadata.csv or .jsonl (file_name, text), a parquet file or a folder "
-        "of them, or a hub dataset id.",
-    ),
-]
+CAPTIONED = (
+    "Captioned images: a folder with metadata.csv or .jsonl (file_name, text), a parquet file or a folder of them, or "
+    "a hub dataset id."
+)
+Data = Annotated[str, typer.Argument(metavar="DATA", help=CAPTIONED)]
 LabelledData = Annotated[
     str,
     typer.Argument(

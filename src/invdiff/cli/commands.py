@@ -16,6 +16,7 @@ from ..files import CURATION, default_cache_dir
 from ..launched import is_first_process
 from ..options import command_options, with_prompts
 from .arguments import (
+    CAPTIONED,
     DATA,
     CacheOptions,
     CaptionOptions,
@@ -106,10 +107,7 @@ def audit(
     *,
     model: Model,
     data: str | None = typer.Argument(
-        None,
-        metavar="DATA",
-        help="Captioned images: a folder with metadata.csv or .jsonl (file_name, text), a parquet file or a folder of "
-        "them, or a hub dataset id. Without them, the model draws its own.",
+        None, metavar="DATA", help=f"{CAPTIONED} Without them, the model draws its own."
     ),
     output: Output,
     prompt: list[str] | None = option(
@@ -179,15 +177,13 @@ def audit(
     shared = [*source.words(), *weights.words()]
     if found.biased:
         finish(result, "train", model, *audited, output, "--output", output.parent / "module", *shared)
-        return
-    result = f"No hidden group was found. {result}"
-    if settings.solver != "auto" or settings.vision_encoder or any(asked.values()):
-        finish(result)
-        return
-    options = command_options(AuditConfig, vars(settings) | {"vision_encoder": "facebook/dinov2-small"})
-    drawn = [word for text in wanted for word in ("--prompt", text)]
-    words = ("audit", model, *audited, *drawn, "--output", output, *options, *shared)
-    finish(result, *words, hint=" (to look with further eyes)")
+    elif settings.solver != "auto" or settings.vision_encoder or any(asked.values()):
+        finish(f"No hidden group was found. {result}")
+    else:
+        options = command_options(AuditConfig, vars(settings) | {"vision_encoder": "facebook/dinov2-small"})
+        drawn = [word for text in wanted for word in ("--prompt", text)]
+        words = ("audit", model, *audited, *drawn, "--output", output, *options, *shared)
+        finish(f"No hidden group was found. {result}", *words, hint=" (to look with further eyes)")
 
 
 @command(app, "invdiff train out/model photos out/audit --output out/module", panel=WAY, shared=True)
