@@ -165,28 +165,27 @@ def test_results_are_compared_and_reports_written_and_looks_load_nothing_from_el
 
 
 def test_the_module_s_audit_names_its_groups(run, tiny_pipe, tmp_path):
-    make_audit(tmp_path / "other" / "audit")
+    make_audit(tmp_path / "other" / "audit", rare=5)
     workspace = open_workspace([tmp_path / "other", run], model="unused")
     for folder, name in ((tmp_path / "other", "theirs"), (run, "<b>ours")):
         book = AuditBook(find_parts(folder))
         book.edit(lambda edits, name=name: edits.with_name(0, 1, name))
-    guidance = make_guidance_module(tiny_pipe, num_groups=[2])
-    assert parts_of(build_page(workspace, Studio(tiny_pipe, guidance)))["mix-0-1"].label == "Share of “group 1”"
-    guidance.register_to_config(record={"audit": Audit.load(run / "audit").fingerprint})
-    page = build_page(open_workspace([run], model="unused"), Studio(tiny_pipe, guidance))
-    assert parts_of(page)["mix-0-1"].label == "Share of “<b>ours”"
-    found = Audit.load(tmp_path / "other" / "audit")
-    for names in ([["a", "theirs"]], [["a", "b"], ["c", "d"]]):  # as many as were audited, and more of a later round
-        guidance = make_guidance_module(tiny_pipe, num_groups=[2] * len(names))
-        guidance.register_to_config(record={"audit": found.fingerprint, "group_names": names})
-        page = build_page(workspace, Studio(tiny_pipe, guidance))
-        assert parts_of(page)["mix-0-1"].label.startswith("Share of “theirs”" if len(names) == 1 else "Share of “b”")
-    invariant = make_guidance_module(tiny_pipe, mode="invariant")
-    invariant.register_to_config(record={"audit": found.fingerprint, "group_names": [["a", "b"]]})
-    assert "mix-0-0" not in parts_of(build_page(workspace, Studio(tiny_pipe, invariant)))
-    three = Studio(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=[3, 2]))
-    labels = [part.label for name, part in parts_of(build_page(workspace, three)).items() if name.startswith("mix-")]
-    assert labels[2:4] == ["Share of “group 2” (factor 1)", "Share of “group 0” (factor 2)"]
+    ours, theirs = (Audit.load(folder / "audit").fingerprint for folder in (run, tmp_path / "other"))
+
+    def labels(record, **options):
+        guidance = make_guidance_module(tiny_pipe, **options)
+        guidance.register_to_config(record=record)
+        parts = parts_of(build_page(workspace, Studio(tiny_pipe, guidance)))
+        return [part.label.removeprefix("Share of ") for name, part in parts.items() if name.startswith("mix-")]
+
+    assert labels(None, num_groups=[2]) == ["“group 0”", "“group 1”"]
+    assert labels({"audit": ours}, num_groups=[2]) == ["“group 0”", "“<b>ours”"]
+    assert labels({"audit": theirs, "group_names": [["a", "b"]]}, num_groups=[2]) == ["“group 0”", "“theirs”"]
+    later = {"audit": theirs, "group_names": [["a", ""], ["c", "d"]]}  # more than were audited, of a later round
+    of_two = ["“a” (factor 1)", "“group 1” (factor 1)", "“c” (factor 2)", "“d” (factor 2)"]
+    assert labels(later, num_groups=[2, 2]) == of_two
+    assert labels(later, mode="invariant") == []
+    assert labels(None, num_groups=[3, 2])[2:4] == ["“group 2” (factor 1)", "“group 0” (factor 2)"]
 
 
 def test_prompts_that_hide_groups_are_suggested_first(run, tiny_pipe, tmp_path):

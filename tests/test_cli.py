@@ -87,9 +87,8 @@ def test_the_whole_way_each_command_naming_the_next(tmp_path, cache):
 
     loose = yaml_file(tmp_path / "loose.yaml", {"min_images": 4, "caption_threshold": 0.0, "resolution": 8})
     out = succeed(*words[1:], "--solver", "exact", "--config", loose, "--quiet")
-    assert (tmp_path / "audit" / "audit.json").is_file()
     assert list((tmp_path / "audit").glob("*.png"))
-    assert "a photo of a landbird" in " ".join(out.split()) or "landbird" in out
+    assert "landbird" in out
     words = next_command(out)
     assert words[:4] == ["invdiff", "train", f"{tmp_path / 'model'}", f"{data}"]
 
@@ -341,13 +340,10 @@ def test_other_errors_keep_their_traceback_and_stopping_says_how_to_go_on(tiny_f
 
 
 def test_folders_are_named_after_themselves_or_by_the_user(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert labelled_folders([str(one)]) == {"one": [one]}
-    assert labelled_folders([str(one), str(two)]) == {"one": [one], "two": [two]}
-    assert labelled_folders([f"a={one}", f"a={two}"]) == {"a": [one, two]}
-    assert labelled_folders([f"a={one}"]) == {"a": [one]}
-    (tmp_path / "x=y").mkdir()
-    assert labelled_folders([str(tmp_path / "x=y"), str(one)])["x=y"] == [tmp_path / "x=y"]
+    one, two, odd = (tmp_path / name for name in ("one", "two", "x=y"))
+    odd.mkdir()
+    assert labelled_folders([str(one), str(odd)]) == {"one": [one], "x=y": [odd]}
+    assert labelled_folders([f"a={one}", str(two), f"a={two}"]) == {"a": [one, two], "two": [two]}
     for twice in (["runs/1/base", "runs/2/base"], [str(one), f"one={two}"], [f"one={two}", str(one)]):
         with pytest.raises(ConfigError, match="NAME="):
             labelled_folders(twice)

@@ -1,13 +1,9 @@
-import json
-
 import pytest
-import yaml
 
 from invdiff import config
 from invdiff.errors import ConfigError
 from invdiff.options import Config
 
-ALL = [each for each in Config.__subclasses__() if each.__module__.startswith("invdiff.")]  # not of benchmarks
 NAN, INFINITE = float("nan"), float("inf")
 
 
@@ -25,16 +21,12 @@ NAN, INFINITE = float("nan"), float("inf")
         (config.EvaluateConfig, "target", {"a": "1"}, "a finite number in 'a'"),
         (config.EvaluateConfig, "target", "dog", "a mapping"),
         (config.ArchitectureConfig, "resolution", 20, "a multiple of 16"),
-        (config.ArchitectureConfig, "resolution", 0, "at least 1"),
         (config.ArchitectureConfig, "denoiser_channels", (64,), "at least two levels"),
         (config.ArchitectureConfig, "denoiser_channels", (64, 100), "multiples of 8"),
         (config.ArchitectureConfig, "autoencoder_blocks", (), "at least one level"),
         (config.ArchitectureConfig, "autoencoder_blocks", (1, -1), "at least 0 in item 2"),
         (config.ArchitectureConfig, "text_width", 40, "a multiple of 16"),
-        (config.ArchitectureConfig, "vocabulary_size", 100, "at least 514"),
         (config.FinetuneConfig, "steps", 0, "at least 1"),
-        (config.FinetuneConfig, "learning_rate", -1, "at least 0"),
-        (config.FinetuneConfig, "weight_decay", -1e-3, "at least 0"),
         (config.FinetuneConfig, "ema_decay", 1, "at least 0 and below 1"),
         (config.TrainConfig, "width", 12, "0 or a multiple of 8"),
         (config.TrainConfig, "width", 16, "nothing with backend 'auto', but with 'module' alone, which reads it"),
@@ -43,9 +35,6 @@ NAN, INFINITE = float("nan"), float("inf")
         (config.AuditConfig, "contrast_log_snr", (), "at least one level"),
         (config.AuditConfig, "feature_log_snr", (1.0,), "at least two levels"),
         (config.AuditConfig, "contrast_draws", 1, "at least 2 for solver auto"),
-        (config.AuditConfig, "caption_threshold", -0.1, "at least 0"),
-        (config.AuditConfig, "max_balance", 1.5, "at least 0 and at most 1"),
-        (config.GenerateConfig, "guidance_scale", -1, "at least 0"),
         (config.AuditConfig, "level", 1.0, "more than 0 and below 1"),
         (config.EvaluateConfig, "target", {"land": 0.5, "water": 0.6}, "shares that sum to 1"),
         (config.EvaluateConfig, "target", {"land": 0.0, "water": 1.0}, "more than 0 in 'land'"),
@@ -64,14 +53,6 @@ def test_a_whole_number_does_where_any_number_is_meant():
     assert repr(config.DemoConfig(guidance_scales=[1, 3])) == repr(config.DemoConfig(guidance_scales=(1.0, 3.0)))
 
 
-@pytest.mark.parametrize("config_class", ALL)
-@pytest.mark.parametrize("form", ["json", "yaml"])
-def test_a_file_is_read_as_it_was_written(tmp_path, config_class, form):
-    write = json.dumps if form == "json" else yaml.safe_dump
-    (tmp_path / f"c.{form}").write_text(write(config_class().to_dict()))
-    assert config_class.from_file(tmp_path / f"c.{form}") == config_class()
-
-
 def read(path, text, config_class: type[Config] = config.TrainConfig):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return config_class.from_file(path)
@@ -88,10 +69,9 @@ def test_yaml_numbers_may_have_an_exponent(tmp_path, text, rate):
 def test_quoted_numbers_are_text_no_is_a_word_and_a_byte_order_mark_does_not_matter(tmp_path):
     with pytest.raises(ConfigError, match="expected a finite number, got '1e-3'"):
         read(tmp_path / "c.yaml", "learning_rate: '1e-3'")
-    read_as = read(
-        tmp_path / "c.yaml", "\ufeffmixed_precision: no\nhalf_precision_weights: true", config.FinetuneConfig
-    )
-    assert (read_as.mixed_precision, read_as.half_precision_weights) == ("no", True)
+    text = "\ufeffmixed_precision: no\nhalf_precision_weights: true"
+    found = read(tmp_path / "c.yaml", text, config.FinetuneConfig)
+    assert (found.mixed_precision, found.half_precision_weights) == ("no", True)
 
 
 @pytest.mark.parametrize(
