@@ -1,7 +1,6 @@
 """Tab Generate: the same seeds with and without guidance, side by side, and the classes that an annotator counts."""
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -13,7 +12,7 @@ from ..report.figures import counted, share_of
 from ..report.plots import BASE_COLOUR, SERIES_COLOURS, colour_of
 from ..text import one_line
 from .fragments import QUIET, fragment, gallery, image_file, notice, refusal
-from .studio import LONGEST_PROMPT, Shown, Studio, Turn, by_factor, command_for, read_ask
+from .studio import LONGEST_PROMPT, Shown, Studio, by_factor, command_for, read_ask
 
 _NOTHING: list[Any] = [gr.skip()] * 5  # values that leave all outputs as they are
 _WITH_TIME = "(live, sent, ...values) => [live, performance.timeOrigin + performance.now(), ...values]"
@@ -122,26 +121,16 @@ class GenerateTab:
         labels = [gr.update(label=label) for label in self._mix_labels()]
         return [*labels, self.target_bar(*(values or [50] * len(self.mix)))]
 
-    async def draw(self, request: gr.Request, live: bool, sent: float, *values: Any) -> AsyncIterator[list[Any]]:
-        """Draw what the controls state, and show each batch; nothing where moving a slider should not draw.
+    def draw(self, request: gr.Request, live: bool, sent: float, *values: Any) -> Iterator[list[Any]]:
+        """Draw what the controls state: values of all outputs, the command first, then after each batch of images.
 
-        Requests come out of their order where they come fast: `sent` is the browser's time of each.
+        Nothing changes where moving a slider should not draw. Requests come out of their order where they come fast:
+        `sent` is the browser's time of each.
         """
-        if not live or (turn := self._studio.next_turn(str(request.session_hash), sent)).over:
+        studio = self._studio
+        if not live or (turn := studio.next_turn(str(request.session_hash), sent)).over:
             yield _NOTHING  # gradio clears the outputs of an event that yields no values
             return
-        batches = self.batches(turn, *values)  # drawing has a thread of its own
-        while (shown := await asyncio.to_thread(next, batches, None)) is not None:
-            yield shown
-
-    def stop(self, request: gr.Request) -> str:
-        """End the drawing of a session."""
-        self._studio.stop(str(request.session_hash))
-        return notice("Stopped.")
-
-    def batches(self, turn: Turn, *values: Any) -> Iterator[list[Any]]:
-        """Values of status, both galleries, counts and command: the command first, then after each batch."""
-        studio = self._studio
         try:
             ask = read_ask(values, studio, resolution=self._resolution)
             yield [notice("Waiting for the model …"), *_NOTHING[:3], command_for(ask, studio)]
@@ -161,6 +150,11 @@ class GenerateTab:
                 yield _NOTHING  # gradio repeats the last values at the end, when those of a newer request may be shown
         except InvDiffError as error:
             yield [refusal(error), *_NOTHING[:4]]
+
+    def stop(self, request: gr.Request) -> str:
+        """End the drawing of a session."""
+        self._studio.stop(str(request.session_hash))
+        return notice("Stopped.")
 
     def _mix_labels(self) -> list[str]:
         names, module = self._group_names(), self._studio.module

@@ -183,8 +183,7 @@ def ui(
         say_loading("the page", quiet=False)
         from ..app.page import build_page, open_studio, open_workspace
 
-        given: Any = {"model": model, "module": module, "annotator": annotator, "data": images}
-        workspace = open_workspace(runs or (), **given)
+        workspace = open_workspace(runs or (), model=model, module=module, annotator=annotator, data=images)
         if workspace.model:
             say("loading the model", quiet=False)
         loads: Any = {"load": weights.load, "options": dataclasses.replace(weights, cache_dir=None).words()}

@@ -64,9 +64,9 @@ def print_audit(audit: Audit) -> None:
                 f"{audit.group_name(group, place).removeprefix('group ')}: {share:.1%} ({low:.1%} to {high:.1%})"
                 for group, (share, (low, high)) in enumerate(zip(split.shares, split.intervals, strict=True))
             ]
-            figures = [or_dash(split.separation), or_dash(split.agreement)]
-            cells = [factor.name, one_line(audit.prompts[split.prompt].prompt, 80), "\n".join(groups), *figures]
-            rows.append(dict(zip(("factor", "prompt", "groups", "separation", "agreement"), cells, strict=True)))
+            prompt = one_line(audit.prompts[split.prompt].prompt, 80)
+            cells = {"factor": factor.name, "prompt": prompt, "groups": "\n".join(groups)}
+            rows.append(cells | {"separation": or_dash(split.separation), "agreement": or_dash(split.agreement)})
     if rows:
         rows = [{name: cell for name, cell in row.items() if any(of[name] != "–" for of in rows)} for row in rows]
         what = "Factors asked for" if audit.asked else "Hidden factors"
