@@ -66,9 +66,7 @@ def test_a_copy_that_was_broken_off_leaves_no_folder_and_another_process_s_stays
 
 
 def test_runs_are_told_apart_by_their_paths_where_names_are_alike(tmp_path):
-    folders = [tmp_path / folder for folder in ("a/run", "b/run", "c/other")]
-    for folder in folders:
-        make_audit(folder / "audit")
+    folders = [make_audit(tmp_path / folder / "audit").folder.parent for folder in ("a/run", "b/run", "c/other")]
     names = list(open_workspace(folders).runs)
     assert (names[0][:3], names[0][-5:], names[2]) == ("1: ", "a/run", "other")
     with pytest.raises(ConfigError, match="different folders"):

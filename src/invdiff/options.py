@@ -107,8 +107,7 @@ class Config:
         required = [field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING]
         if absent := [name for name in required if name not in values]:
             raise ConfigError(f"{cls.__name__}: expected a setting {', '.join(absent)}, found none.")
-        unknown = sorted(str(name) for name in set(values) - set(names))
-        if unknown:
+        if unknown := sorted(str(name) for name in set(values) - set(names)):
             raise ConfigError(f"{cls.__name__}: unknown setting {', '.join(unknown)}; known are {', '.join(names)}.")
         return cls(**values)
 

@@ -136,9 +136,8 @@ class AuditTab:
 
     def _build(self, groups: int) -> None:
         with gr.Row():
-            about: dict[str, Any] = {"label": "Prompt", "scale": 3, "min_width": 240, "elem_id": "audit-prompt"}
-            self._prompt = gr.Dropdown(self._list(), **about)
-            about = {"label": "Images shown", "min_width": 240, "elem_id": "audit-count"}
+            self._prompt = gr.Dropdown(self._list(), label="Prompt", scale=3, min_width=240, elem_id="audit-prompt")
+            about: dict[str, Any] = {"label": "Images shown", "min_width": 240, "elem_id": "audit-count"}
             self._count = gr.Slider(4, MOST_PER_GROUP, PER_GROUP, step=4, **about)
         self._facts = gr.HTML(elem_id="audit-facts")
         with gr.Row(elem_classes="workbench"):

@@ -158,11 +158,11 @@ Model = Annotated[
         help="The pipeline: a folder of save_pretrained, a hub id or one .safetensors file.",
     ),
 ]
-CAPTIONED = (
+IMAGES = (
     "Captioned images: a folder with metadata.csv or .jsonl (file_name, text), a parquet file or a folder of them, or "
     "a hub dataset id."
 )
-Data = Annotated[str, typer.Argument(metavar="DATA", help=CAPTIONED)]
+Data = Annotated[str, typer.Argument(metavar="DATA", help=IMAGES)]
 LabelledData = Annotated[
     str,
     typer.Argument(

@@ -16,8 +16,8 @@ from ..files import CURATION, default_cache_dir
 from ..launched import is_first_process
 from ..options import command_options, with_prompts
 from .arguments import (
-    CAPTIONED,
     DATA,
+    IMAGES,
     CacheOptions,
     CaptionOptions,
     Data,
@@ -106,9 +106,7 @@ def demo(*, output: Output = Path("out/demo"), settings: DemoConfig, quiet: Quie
 def audit(
     *,
     model: Model,
-    data: str | None = typer.Argument(
-        None, metavar="DATA", help=f"{CAPTIONED} Without them, the model draws its own."
-    ),
+    data: str | None = typer.Argument(None, metavar="DATA", help=f"{IMAGES} Without them, the model draws its own."),
     output: Output,
     prompt: list[str] | None = option(
         None, "Without DATA: a prompt for the model to draw images of; repeat for more.", panel=DATA, metavar="TEXT"

@@ -158,7 +158,7 @@ _FOLDED: dict[str, Any] = {"overflow": "fold"}
 
 
 def _print_table(
-    title: str, rows: Sequence[Mapping[str, str]], details: Mapping[str, dict[str, Any]], caption: str | None = None
+    title: str, rows: Sequence[Mapping[str, str]], details: Mapping[str, dict[str, Any]], caption: str
 ) -> None:
     """Print rows of cells by the names of their columns, which are of numbers unless `details` says otherwise."""
     table = Table(title=Text(title), caption=caption)
