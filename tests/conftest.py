@@ -34,14 +34,6 @@ PROCESSES = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "
 """What a launcher tells the second of two processes."""
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Let warnings of diffusers' own code be no errors."""
-    # Several of its schedulers pass tensors to numpy in a way that numpy 2 deprecates.
-    config.addinivalue_line("filterwarnings", "ignore:__array_:DeprecationWarning")
-    # Its ControlNet for Flux imports a class from where it no longer lives.
-    config.addinivalue_line("filterwarnings", "ignore:`FluxPosEmbed` is deprecated:FutureWarning")
-
-
 def pytest_collection_finish() -> None:
     """Search for garbage seldom, and not among what the libraries made while they were imported."""
     gc.freeze()

@@ -180,19 +180,25 @@ def test_generate_passes_module_mix_and_settings_on(tiny_pipe_dir, tmp_path, rec
 
 def test_finetune_passes_its_arguments_on_and_the_data_s_to_the_next_command(tiny_folder, tmp_path, recorded):
     recorded("invdiff.training.finetune", "finetune")
-    words = ("finetune", tiny_folder, "--output", tmp_path / "m", "--base", "org/model", "--learning-rate", 1e-4)
-    loud = run(*words)
-    assert loud.stderr == "loading images\n"
-    call = recorded.calls["finetune"]
-    assert (call.base, call.architecture, call.progress) == ("org/model", None, True)
-    assert call.config == FinetuneConfig(learning_rate=1e-4)
-
-    quiet = run(*words, "--caption-column", "background", "--limit", 5, "--quiet")
-    assert quiet.stderr == ""
-    call = recorded.calls["finetune"]
+    columns = ("--caption-column", "background", "--limit", "5")
+    words = (
+        "finetune",
+        tiny_folder,
+        "--output",
+        tmp_path / "m",
+        "--base",
+        "org/model",
+        "--learning-rate",
+        1e-4,
+        *columns,
+    )
+    loud, call = run(*words), recorded.calls["finetune"]
+    assert (loud.stderr, call.progress) == ("loading images\n", True)
+    assert (call.base, call.architecture, call.config) == ("org/model", None, FinetuneConfig(learning_rate=1e-4))
     assert call.arguments[0].captions == ["land", "water", "land", "water", "land"]
-    assert not call.progress
-    assert next_command(quiet.stdout)[-4:] == ["--caption-column", "background", "--limit", "5"]
+    assert next_command(loud.stdout)[-4:] == list(columns)
+    assert run(*words, "--quiet").stderr == ""
+    assert not recorded.calls["finetune"].progress
 
 
 def test_changes_by_people_are_printed_by_audit_and_train(tiny_pipe_dir, tiny_folder, tmp_path, cache, recorded):
