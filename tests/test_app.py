@@ -25,10 +25,7 @@ from invdiff.report.read import find_parts
 from runs import LAND, WATER, make_audit
 from test_serve import status
 
-pytestmark = [
-    pytest.mark.usefixtures("plain"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of gradio's own imports and servers
-]
+pytestmark = pytest.mark.usefixtures("plain")
 SERVE = ("ui", "--no-browser")
 
 

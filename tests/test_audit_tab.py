@@ -16,10 +16,7 @@ from invdiff.files import fingerprint
 from invdiff.report.read import Parts, find_parts
 from runs import LAND, NASTY, SCRIPT, WATER, make_audit
 
-pytestmark = [
-    pytest.mark.usefixtures("plain"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of gradio's own imports
-]
+pytestmark = pytest.mark.usefixtures("plain")
 
 FILE_NAMES = ('"><img src=x onerror=alert(1)>', "<b onmouseover=alert(1)>", "'{{7*7}}${alert(1)}", "\u202egnp")
 

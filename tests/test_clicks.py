@@ -22,10 +22,7 @@ from invdiff.report.audit_view import another
 from invdiff.report.read import find_parts, read_run
 from test_labels import SMALL, VALUES, write_labelled_folder
 
-pytestmark = [
-    pytest.mark.usefixtures("plain"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of gradio's own imports
-]
+pytestmark = pytest.mark.usefixtures("plain")
 
 
 def test_half_are_least_certain_from_each_cell_in_turn_and_half_the_next_in_random_order():

@@ -17,8 +17,6 @@ from invdiff.config import GenerateConfig
 from invdiff.evaluation.annotators.annotations import Annotations
 from test_cli import succeed
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of gradio's own imports
-
 
 def pixels(shots):
     return [shot.image.tobytes() for shot in shots]

@@ -11,7 +11,7 @@ from invdiff.assets import BIRDS_DEMO
 from invdiff.data.birds import canonical_prompts
 from test_serve import served
 
-pytestmark = [needs_browser, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")

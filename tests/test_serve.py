@@ -16,8 +16,6 @@ from invdiff.app.serve import check_address, launch
 from invdiff.errors import ConfigError
 from runs import make_audit
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of gradio's own imports and servers
-
 PASSWORD = "correct horse"
 
 
