@@ -26,6 +26,7 @@ NAN, INFINITE = float("nan"), float("inf")
         (config.ArchitectureConfig, "autoencoder_blocks", (), "at least one level"),
         (config.ArchitectureConfig, "autoencoder_blocks", (1, -1), "at least 0 in item 2"),
         (config.ArchitectureConfig, "text_width", 40, "a multiple of 16"),
+        (config.ArchitectureConfig, "vocabulary_size", 100, "at least 514"),
         (config.FinetuneConfig, "steps", 0, "at least 1"),
         (config.FinetuneConfig, "ema_decay", 1, "at least 0 and below 1"),
         (config.TrainConfig, "width", 12, "0 or a multiple of 8"),
