@@ -249,9 +249,8 @@ class AuditTab:
             facts += [("changed", "by hand")] if saved.by_hand else []
             values[self._facts] = fragment("facts", facts) + (notice(NO_DATA) if book.data is None else "")
             values[self._plot] = fragment("plot", histogram(page, log_scale=is_rare(saved)))
-            values[self._tables] = (
-                fragment("table", candidates_table(page.prompt.candidates, of)) + values[self._tables]
-            )
+            considered = candidates_table(page.prompt.candidates, of)
+            values[self._tables] = fragment("table", considered) + values[self._tables]
             for k, (group, share, block) in enumerate(zip(page.groups, page.shares, self._blocks, strict=False)):
                 said = book.audit.words.of(page.index, k, page.factor_index) if book.audit.words else None
                 values[block.column] = gr.update(visible=True)
