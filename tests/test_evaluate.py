@@ -308,7 +308,7 @@ def test_an_attribute_is_unchanged_among_pairs_with_classes_only(tmp_path):
 def test_groups_of_all_models_are_compared_at_one_number_of_images(tmp_path, monkeypatch):
     sizes = []
     distance = lambda features, reference: sizes.append((len(features), len(reference))) or 1.0  # noqa: E731
-    monkeypatch.setattr("invdiff.evaluation.quality.figures.frechet_distance", distance)
+    monkeypatch.setattr("invdiff.evaluation.quality.distances.frechet_distance", distance)
     write(tmp_path / "base", [(LAND, 1, "land", "landbird")] * 90 + [(LAND, 1, "water", "landbird")] * 55)
     write(tmp_path / "guided", [(LAND, 1, "land", "landbird")] * 70 + [(LAND, 1, "water", "landbird")] * 75)
     measured = measure(folders_in(tmp_path), reference=reference_of(400)).at("1.0")

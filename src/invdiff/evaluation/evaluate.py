@@ -1,6 +1,7 @@
 """Evaluate folders of generated images alike: fairness, quality, and what guidance left as it was."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -145,17 +146,14 @@ def evaluate(
             models[model][key] = measures
             bar.advance()
     scales = {model: {row.scale for row in rows} for model, rows in rows_by_model.items()}
+    accuracy = {name: None if of is None else _accuracy(of) for name, of in confusion.items()}
+    counts = {name: None if of is None else np.asarray(of).tolist() for name, of in confusion.items()}
     results = Results(
         models=models,
         attribute=attributes[0],
         classes={name: classes[name] for name in asked},
         subject_attribute=subject,
-        annotator=AnnotatorRecord(
-            annotator.name,
-            config.min_confidence,
-            {name: None if of is None else _accuracy(of) for name, of in confusion.items()},
-            {name: None if of is None else np.asarray(of).tolist() for name, of in confusion.items()},
-        ),
+        annotator=AnnotatorRecord(annotator.name, config.min_confidence, accuracy, counts),
         target=target,
         baseline=baseline,
         reference_images=0 if reference is None else len(reference),
@@ -206,18 +204,16 @@ def _notes(
                 f"figures of {name} leave out {len(left)} of {len(prompts)} prompts, of which nothing is told in some "
                 f"model's images, first {left[0]!r}"
             )
-        unsure = []
+        every, unsure = Counter[str](), []
         for model, key, measures in results.each():
-            rows = measures.attributes[name].counts.values()
-            if none := sum(row.get(CANNOT_TELL, 0) for row in rows):
-                total = sum(sum(row.values()) for row in rows)
-                unsure.append(f"{none:,} of {total:,} of {model} at guidance scale {key}")
+            counts = sum(map(Counter, measures.attributes[name].counts.values()), Counter[str]())
+            every += counts
+            if none := counts[CANNOT_TELL]:
+                unsure.append(f"{none:,} of {counts.total():,} of {model} at guidance scale {key}")
         if unsure:
             notes.append(f"images without a class of {name} are outside its figures: {'; '.join(unsure)}")
-        for group in question.classes[name]:
-            counts = [row.get(group, 0) for *_, m in results.each() for row in m.attributes[name].counts.values()]
-            if not sum(counts):
-                notes.append(f"no image of any model was annotated {group!r} ({name})")
+        absent = [group for group in question.classes[name] if not every[group]]
+        notes += [f"no image of any model was annotated {group!r} ({name})" for group in absent]
     if len(question.attributes) > 1:
         notes.append("figures of intersections are not corrected for the annotator's errors")
     unnamed = [prompt for prompt in prompts if prompt not in question.subject_of]

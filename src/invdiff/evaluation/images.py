@@ -132,15 +132,8 @@ def _row(values: Mapping[str, Any], folder: Path, where: str) -> Row:
         prompt = caption_of(next((text for text in prompts if text != ""), ""))
         prompt.encode("utf-8")  # text that cannot be written later is refused now
         name = image_name(values["file_name"], folder, where, EvaluationError, links=False)
-        return Row(
-            folder / name,
-            prompt,
-            number("guidance_scale"),
-            number("scale"),
-            label_of(values.get("seed")) or None,
-            values,
-            where,
-        )
+        seed = label_of(values.get("seed")) or None
+        return Row(folder / name, prompt, number("guidance_scale"), number("scale"), seed, values, where)
     except (AttributeError, TypeError, ValueError) as error:
         expected = f"Expected an image's file_name and prompt, and any guidance_scale and scale as numbers, in {where}"
         raise EvaluationError(f"{expected}, found something else ({first_line(error)}). Correct the row.") from error

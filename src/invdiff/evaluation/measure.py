@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..config import EvaluateConfig
 from ..models.encoders import ClipEncoder
 from ..seeds import derived_seed
 from .annotate import Described, Question
@@ -45,28 +46,20 @@ def measure(
         named = np.array([place[question.subject_of[p]] if p in question.subject_of else -1 for p in prompts])
         unclear = (named >= 0) & (seen.classes[subject] == len(place))
         right = np.where(unclear | (named < 0), -1, seen.classes[subject] == named)
-    kinds = [question.classes[name] for name in question.attributes]
-    attributes = {
-        name: _spread(
-            name,
-            names,
-            prompts,
-            seen.classes[name],
-            seen.probabilities[name],
-            right,
-            question,
-            question.apart[name],
-        )
-        for name, names in zip(question.attributes, kinds, strict=True)
-    }
-    if len(kinds) > 1:
+    attributes = {}
+    for name in question.attributes:
+        names, apart = question.classes[name], question.apart[name]
+        told = seen.classes[name], seen.probabilities[name]
+        attributes[name] = _spread(name, names, prompts, *told, right, question, apart)
+    if len(attributes) > 1:
         # The confusion matrix of an intersection would need held-out images of every combination: none is corrected.
-        columns, sizes = [seen.classes[name] for name in question.attributes], tuple(map(len, kinds))
+        kinds = [question.classes[name] for name in attributes]
+        columns, sizes = [seen.classes[name] for name in attributes], tuple(map(len, kinds))
         certain = np.all([of < size for of, size in zip(columns, sizes, strict=True)], axis=0)
         joint = np.where(certain, np.ravel_multi_index(tuple(columns), sizes, mode="clip"), np.prod(sizes))
-        name, names = " x ".join(question.attributes), tuple(map(" x ".join, product(*kinds)))
-        told = {prompt for prompt, each in zip(prompts, certain, strict=True) if each}
-        apart = set(prompts) - told.difference(*question.apart.values())
+        name, names = " x ".join(attributes), tuple(map(" x ".join, product(*kinds)))
+        known_of = {prompt for prompt, each in zip(prompts, certain, strict=True) if each}
+        apart = set(prompts) - known_of.difference(*question.apart.values())
         if apart < set(prompts):
             attributes[name] = _spread(name, names, prompts, joint, None, right, question, apart)
     known, accuracy = right[right >= 0], None
@@ -218,16 +211,13 @@ def _spread(
         overall=estimates(counts),
         subject_right=shown,
         by_prompt={prompt: estimates(counts[[number]], few) for prompt, number in place.items() if len(place) > 1},
-        softmax_discrepancy=_softmax(index, probabilities, target, question),
+        softmax_discrepancy=_softmax(index, probabilities, target, config),
         note=note,
     )
 
 
 def _softmax(
-    index: NDArray[np.int64],
-    probabilities: NDArray[np.float32] | None,
-    target: tuple[float, ...] | None,
-    question: Question,
+    index: NDArray[Any], probabilities: NDArray[Any] | None, target: ArrayLike | None, config: EvaluateConfig
 ) -> Quantity:
     """Fairness discrepancy of mean probabilities (N, K), of the images that have any, by prompt index (N,)."""
     if probabilities is None:
@@ -240,10 +230,9 @@ def _softmax(
     totals = sums.sum(axis=1)
     if not totals.all():
         return Quantity(None, note="not defined: a prompt has no image with a probability")
-    metric, config = "fairness_discrepancy", question.config
-    seed = derived_seed("softmax", config.seed) % 2**31
+    metric, seed = "fairness_discrepancy", derived_seed("softmax", config.seed) % 2**31
     ends = interval(metric, sums, target=target, num_resamples=config.num_resamples, seed=seed)
     floor = metric_floor(metric, np.rint(totals), sums.shape[1], target=target)
-    note = "of mean probabilities, which spread less than labels: "
-    note += f"interval and floor ({floor:.3g}) are those of labels"
+    labels = f"interval and floor ({floor:.3g}) are those of labels"
+    note = f"of mean probabilities, which spread less than labels: {labels}"
     return Quantity(float(per_prompt(metric, sums, target=target).mean()), *ends, note=note)
