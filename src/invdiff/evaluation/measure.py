@@ -137,23 +137,21 @@ def estimate(
             square = squared_discrepancy_unbiased(counts, target)
     if len(values) == 1:
         notes.append("sd_over_prompts: not defined for one prompt")
-    corrected = corrected_low = corrected_high = None
-    if confusion is not None:
-        annotated = np.column_stack([counts, unsure])
-        corrected = float(per_prompt(metric, correct_for_annotator(annotated, confusion), target=target).mean())
-        corrected_low, corrected_high = corrected_interval(metric, annotated, confusion, **settings)
-    return Estimate(
+    found = Estimate(
         value=float(values.mean()),
         low=low,
         high=high,
         floor=metric_floor(metric, totals, counts.shape[1], target=target),
         sd_over_prompts=float(values.std(ddof=1)) if len(values) > 1 else None,
         unbiased_square=square,
-        corrected=corrected,
-        corrected_low=corrected_low,
-        corrected_high=corrected_high,
         note="; ".join(notes),
     )
+    if confusion is None:
+        return found
+    annotated = np.column_stack([counts, unsure])
+    corrected = per_prompt(metric, correct_for_annotator(annotated, confusion), target=target)
+    low, high = corrected_interval(metric, annotated, confusion, **settings)
+    return replace(found, corrected=float(corrected.mean()), corrected_low=low, corrected_high=high)
 
 
 def _spread(

@@ -155,14 +155,7 @@ def find_parts(run: str | Path) -> Parts:
         if name := next((name for name in named if name in models), "") if models else named[1]:
             images.setdefault(name, []).append(manifest.parent)
     has_data = any((run / "data" / name).is_file() for name in METADATA)
-    return Parts(
-        audit=audit_of(run, module),
-        data=run / "data" if has_data else None,
-        results=results,
-        images=images,
-        module=module,
-        run=run,
-    )
+    return Parts(audit_of(run, module), run / "data" if has_data else None, results, images, module, run)
 
 
 def audits_in(run: Path) -> list[Path]:
