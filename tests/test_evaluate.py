@@ -354,8 +354,8 @@ def test_lpips_is_the_mean_over_prompts_of_their_first_twenty_images(tmp_path, m
         ({"subject_attribute": "age"}, "background, subject, got 'age'"),
         ({"target": {"land": 1.0}}, "share for each class of background .land, water., got land"),
         ({"baseline": "plain"}, "baseline among base, got 'plain'"),
-        *[({"attribute": names}, "Expected different attributes, one or more") for names in ([], ["background"] * 2)],
-        ({"subject_attribute": "background"}, "another subject_attribute"),
+        *[({"attribute": names}, "Expected attributes, one or more, and") for names in ([], ["background"] * 2)],
+        ({"subject_attribute": "background"}, "and subject_attribute each once"),
         ({"extractors": [Scores("twin", [1.0]), Scores("twin", [1.0])]}, "of different names, got twin, twin"),
         ({"reference": Described({}, {}, {"pixels": np.zeros((20, 7))})}, "features of one width, got 3 and 7"),
         (

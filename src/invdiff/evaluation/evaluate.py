@@ -65,9 +65,7 @@ def evaluate(
     attributes = (attribute,) if isinstance(attribute, str) else tuple(attribute)
     asked = [*attributes, *filter(None, [config.subject_attribute])]
     if not attributes or len(set(asked)) < len(asked):
-        raise EvaluationError(
-            f"Expected different attributes, one or more, and another subject_attribute, got {asked}."
-        )
+        raise EvaluationError(f"Expected attributes, one or more, and subject_attribute each once, got {asked}.")
     rows_by_model = {model: read_images(*folders) for model, folders in resolve_folders(images).items()}
     if isinstance(annotator, GivenLabels):
         all_rows = [row for rows in rows_by_model.values() for row in rows]
@@ -96,16 +94,6 @@ def evaluate(
             corrections[name] = None
             told = f"no figure of {name} is corrected for the errors of {annotator.name}: {error}"
             warnings.append(told.rstrip("."))
-    unsplit = annotator.unsplit if isinstance(annotator, AuditAnnotator) else {}
-    question = Question(
-        attributes=attributes,
-        classes=classes,
-        confusion=corrections,
-        subject_of=named_subjects(prompts, classes[subject]) if subject else {},
-        target=tuple(target[name] for name in of_first) if target else None,
-        apart={name: set(prompts) & unsplit.get(name, set()) for name in attributes},
-        config=config,
-    )
     network = lpips_network() if config.lpips else None
     specs = dict.fromkeys(spec for spec in config.features if spec != config.clip)
     extractors = [*extractors, *map(load_extractor, specs), *([ClipEncoder.load(config.clip)] if config.clip else [])]
@@ -120,6 +108,19 @@ def evaluate(
             raise EvaluationError(f"Expected features that images and reference share, got {told}. Name some.")
     if isinstance(reference, CaptionedImages):
         reference = describe_images(reference, annotator, **settings)
+    unsplit = annotator.unsplit if isinstance(annotator, AuditAnnotator) else {}
+    question = Question(
+        attributes=attributes,
+        classes=classes,
+        confusion=corrections,
+        subject_of=named_subjects(prompts, classes[subject]) if subject else {},
+        target=tuple(target[name] for name in of_first) if target else None,
+        reference=reference,
+        clip=clip,
+        lpips=network,
+        apart={name: set(prompts) & unsplit.get(name, set()) for name in attributes},
+        config=config,
+    )
     parts: dict[tuple[str, str], tuple[list[Row], Described]] = {}
     with progress_bar("annotating", sum(map(len, rows_by_model.values())), enabled=progress) as bar:
         for model, rows in rows_by_model.items():
@@ -136,11 +137,11 @@ def evaluate(
                 f"Expected a prompt whose images have classes of {name} in every model, found none: at a confidence "
                 f"of {config.min_confidence:g} the annotator names none, or the audit splits no such prompt by it."
             )
-    size = common_group_size([known for _, known in parts.values()], reference, question)
+    size = common_group_size([known for _, known in parts.values()], question)
     models: dict[str, dict[str, Measures]] = {model: {} for model in rows_by_model}
     with progress_bar("measuring", len(parts), enabled=progress) as bar:
         for (model, key), part in parts.items():
-            measures = measure(*part, question, reference=reference, group_size=size, clip=clip, lpips=network)
+            measures = measure(*part, question, size)
             if model != baseline and (baseline, key) in parts:
                 measures = replace(measures, preservation=preserve(*part, *parts[baseline, key], question))
             models[model][key] = measures
@@ -159,7 +160,7 @@ def evaluate(
         reference_images=0 if reference is None else len(reference),
         module_scales={model: scale for model, (scale, *others) in scales.items() if scale is not None and not others},
     )
-    return replace(results, notes=(*warnings, *_notes(results, annotator, question, prompts, reference)))
+    return replace(results, notes=(*warnings, *_notes(results, annotator, question, prompts)))
 
 
 def _accuracy(confusion: np.ndarray) -> float | None:
@@ -184,26 +185,20 @@ def named_subjects(prompts: Sequence[str], classes: Sequence[str]) -> dict[str, 
     return found
 
 
-def _notes(
-    results: Results, annotator: Judge, question: Question, prompts: Sequence[str], reference: Described | None
-) -> list[str]:
+def _notes(results: Results, annotator: Judge, question: Question, prompts: Sequence[str]) -> list[str]:
     """What a reader should know before trusting the figures."""
-    notes = [annotator.note] if isinstance(annotator, AuditAnnotator) else []
+    reference, notes = question.reference, [annotator.note] if isinstance(annotator, AuditAnnotator) else []
     for name in question.attributes:
         if (agreement := results.annotator.accuracy[name]) is not None and isinstance(annotator, AuditAnnotator):
             notes.append(f"judge and audit agree on {name} in {agreement:.1%} of the training images left out")
         if results.annotator.confusion[name] is None and not isinstance(annotator, GivenLabels):
-            notes.append(
-                f"how {annotator.name} errs on {name} is not known, so no figure is corrected for it: measure it on "
-                "labelled images"
-            )
+            unknown = f"how {annotator.name} errs on {name} is not known, so no figure is corrected for it"
+            notes.append(f"{unknown}: measure it on labelled images")
         if isinstance(annotator, GivenLabels):
             notes.append(f"classes of {name} are those that labels name: {', '.join(question.classes[name])}")
         if left := [prompt for prompt in prompts if prompt in question.apart[name]]:
-            notes.append(
-                f"figures of {name} leave out {len(left)} of {len(prompts)} prompts, of which nothing is told in some "
-                f"model's images, first {left[0]!r}"
-            )
+            why = f"of which nothing is told in some model's images, first {left[0]!r}"
+            notes.append(f"figures of {name} leave out {len(left)} of {len(prompts)} prompts, {why}")
         every, unsure = Counter[str](), []
         for model, key, measures in results.each():
             counts = sum(map(Counter, measures.attributes[name].counts.values()), Counter[str]())
@@ -218,10 +213,9 @@ def _notes(
         notes.append("figures of intersections are not corrected for the annotator's errors")
     unnamed = [prompt for prompt in prompts if prompt not in question.subject_of]
     if (subject := results.subject_attribute) and unnamed:
-        notes.append(
-            f"{len(unnamed)} of {len(prompts)} prompts name no class of {subject}, or several, "
-            f"({', '.join(question.classes[subject])}) and are left out of accuracy, first {unnamed[0]!r}"
-        )
+        several = f"class of {subject}, or several, ({', '.join(question.classes[subject])})"
+        named = f"{len(unnamed)} of {len(prompts)} prompts name no {several}"
+        notes.append(f"{named} and are left out of accuracy, first {unnamed[0]!r}")
     if reference is not None and question.attributes[0] not in reference.classes:
         notes.append(f"the reference's {question.attributes[0]} is not known, so groups are not compared with its own")
     if reference is not None and reference.unreadable:

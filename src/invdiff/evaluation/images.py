@@ -73,10 +73,9 @@ def common_prompts(rows_by_model: Mapping[str, Sequence[Row]]) -> list[str]:
             present = {row.prompt for row in rows if row.scale_key == key}
             absent = [prompt for prompt in prompts if prompt not in present]
             if absent:
-                raise EvaluationError(
-                    f"Expected images of the same prompts everywhere, found none of {absent[0]!r} in {model} at "
-                    f"guidance scale {key}. Generate them, or evaluate the folders apart."
-                )
+                found = f"found none of {absent[0]!r} in {model} at guidance scale {key}"
+                remedy = "Generate them, or evaluate the folders apart."
+                raise EvaluationError(f"Expected images of the same prompts everywhere, {found}. {remedy}")
     return prompts
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..config import EvaluateConfig
-from ..models.encoders import ClipEncoder
 from ..seeds import derived_seed
 from .annotate import Described, Question
 from .fairness.correction import correct_for_annotator, corrected_interval
@@ -18,26 +17,16 @@ from .fairness.intervals import interval, mean_interval
 from .fairness.metrics import METRICS, metric_floor, per_prompt, squared_discrepancy_unbiased
 from .images import Row, pairs_of
 from .quality.distances import mean_cosine_distance, paired_cosines
-from .quality.extractors import LPIPS
 from .quality.figures import group_figures, quality_figures, share, where_defined
 from .results import CANNOT_TELL, AttributeMeasures, Estimate, Measures, Quantity
 
 PROMPT_RESAMPLES = 200  # resamples of the intervals of single prompts, which are many
 
 
-def measure(
-    rows: Sequence[Row],
-    seen: Described,
-    question: Question,
-    *,
-    reference: Described | None,
-    group_size: int = 0,
-    clip: ClipEncoder | None = None,
-    lpips: LPIPS | None = None,
-) -> Measures:
+def measure(rows: Sequence[Row], seen: Described, question: Question, group_size: int) -> Measures:
     """Measures of one model's images, and their descriptions in the same order, at one guidance scale.
 
-    Distances by group are of `group_size` images each. The image features of `clip`, for CLIP-T, are among those seen.
+    Distances by group are of `group_size` images each.
     """
     prompts = [row.prompt for row in rows]
     right = np.full(len(rows), -1)  # 1 where an image shows its prompt's subject, 0 where not, -1 where not known
@@ -46,11 +35,7 @@ def measure(
         named = np.array([place[question.subject_of[p]] if p in question.subject_of else -1 for p in prompts])
         unclear = (named >= 0) & (seen.classes[subject] == len(place))
         right = np.where(unclear | (named < 0), -1, seen.classes[subject] == named)
-    attributes = {}
-    for name in question.attributes:
-        names, apart = question.classes[name], question.apart[name]
-        told = seen.classes[name], seen.probabilities[name]
-        attributes[name] = _spread(name, names, prompts, *told, right, question, apart)
+    attributes = {name: _spread(name, prompts, seen, right, question) for name in question.attributes}
     if len(attributes) > 1:
         # The confusion matrix of an intersection would need held-out images of every combination: none is corrected.
         kinds = [question.classes[name] for name in attributes]
@@ -58,10 +43,12 @@ def measure(
         certain = np.all([of < size for of, size in zip(columns, sizes, strict=True)], axis=0)
         joint = np.where(certain, np.ravel_multi_index(tuple(columns), sizes, mode="clip"), np.prod(sizes))
         name, names = " x ".join(attributes), tuple(map(" x ".join, product(*kinds)))
-        known_of = {prompt for prompt, each in zip(prompts, certain, strict=True) if each}
-        apart = set(prompts) - known_of.difference(*question.apart.values())
+        told = {prompt for prompt, each in zip(prompts, certain, strict=True) if each}
+        apart = set(prompts) - told.difference(*question.apart.values())
         if apart < set(prompts):
-            attributes[name] = _spread(name, names, prompts, joint, None, right, question, apart)
+            of = replace(question, classes={**question.classes, name: names}, apart={**question.apart, name: apart})
+            both = replace(seen, classes={**seen.classes, name: joint})
+            attributes[name] = _spread(name, prompts, both, right, of)
     known, accuracy = right[right >= 0], None
     if len(known):
         untold = f"accuracy leaves out {unclear.sum()} of {len(rows)} images, whose {subject} is not told"
@@ -70,8 +57,8 @@ def measure(
         images_per_prompt=min(Counter(prompts).values()),
         attributes=attributes,
         subject_accuracy=accuracy,
-        quality=quality_figures(rows, seen, reference, clip, lpips),
-        by_group=group_figures(seen, reference, right, question, group_size),
+        quality=quality_figures(rows, seen, question),
+        by_group=group_figures(seen, right, question, group_size),
     )
 
 
@@ -155,20 +142,14 @@ def estimate(
 
 
 def _spread(
-    name: str,
-    names: tuple[str, ...],
-    prompts: Sequence[str],
-    classes: NDArray[np.int64],
-    probabilities: NDArray[np.float32] | None,
-    right: NDArray[np.int64],
-    question: Question,
-    apart: set[str],
+    name: str, prompts: Sequence[str], seen: Described, right: NDArray[np.int64], question: Question
 ) -> AttributeMeasures:
-    """How one attribute's classes (N,), called `names`, are spread over the images of prompts that lie not `apart`."""
-    place = {prompt: number for number, prompt in enumerate(p for p in dict.fromkeys(prompts) if p not in apart)}
+    """How one attribute's classes are spread over the images, of prompts (N,), of those that do not lie apart."""
+    names, told = question.classes[name], (p for p in dict.fromkeys(prompts) if p not in question.apart[name])
+    place = {prompt: number for number, prompt in enumerate(told)}
     chosen = [k for k, prompt in enumerate(prompts) if prompt in place]
-    index, classes, right = np.array([place[prompts[k]] for k in chosen]), classes[chosen], right[chosen]
-    probabilities = None if probabilities is None else probabilities[chosen]
+    index, classes, right = np.array([place[prompts[k]] for k in chosen]), seen.classes[name][chosen], right[chosen]
+    probabilities = seen.probabilities[name][chosen] if name in seen.probabilities else None
     target, config = question.target if name == question.attributes[0] else None, question.config
 
     def count(chosen: NDArray[np.bool_]) -> NDArray[np.int64]:

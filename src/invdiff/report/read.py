@@ -192,9 +192,8 @@ def audit_of(run: Path, module: Path | None) -> Path | None:
 def read_run(parts: Parts) -> Run:
     """Read the parts of a report; `AuditError` where the data is not what was audited."""
     if parts.audit is None and parts.results is None:
-        raise ConfigError(
-            f"Expected audit/ or results.json in {parts.run or 'what is given'}, found neither. Run `invdiff audit`."
-        )
+        where = parts.run or "what is given"
+        raise ConfigError(f"Expected audit/ or results.json in {where}, found neither. Run `invdiff audit`.")
     audit = None if parts.audit is None else Audit.load(parts.audit)
     data = parts.data if audit else None
     if isinstance(data, str | Path):

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from ...data.images import read_image
 from ...errors import EvaluationError
-from ...models.encoders import ClipEncoder
 from ...seeds import derived_seed
 from ..annotate import Described, Question
 from ..fairness.intervals import mean_interval, share_interval
@@ -25,10 +24,9 @@ LPIPS_IMAGES = 20  # images of each prompt that LPIPS compares in pairs
 MIN_GROUP = 50  # images of a group below which distances to a reference are mostly error
 
 
-def quality_figures(
-    rows: Sequence[Row], seen: Described, reference: Described | None, clip: ClipEncoder | None, lpips: LPIPS | None
-) -> dict[str, Quantity]:
-    """Distances to the reference, diversity within prompts and, with `clip`, how well images show their prompts."""
+def quality_figures(rows: Sequence[Row], seen: Described, question: Question) -> dict[str, Quantity]:
+    """Distances to the reference, diversity within prompts and, by CLIP, how well images show their prompts."""
+    reference, clip = question.reference, question.clip
     by_prompt: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
         by_prompt.setdefault(row.prompt, []).append(place)
@@ -56,16 +54,16 @@ def quality_figures(
     if clip is not None:
         texts = clip.text_features([row.prompt for row in rows])
         figures[f"CLIP-T ({clip.name})"] = where_defined(agreement, seen.features[clip.name], texts)
-    if lpips is not None:
-        figures["LPIPS diversity (alexnet)"] = where_defined(spread, lpips)
+    if question.lpips is not None:
+        figures["LPIPS diversity (alexnet)"] = where_defined(spread, question.lpips)
     return figures
 
 
 def group_figures(
-    seen: Described, reference: Described | None, right: NDArray[np.int64], question: Question, even: int
+    seen: Described, right: NDArray[np.int64], question: Question, even: int
 ) -> dict[str, dict[str, Quantity]]:
     """Figures of `even` images of each class of the first attribute, against as many of the reference's."""
-    attribute = question.attributes[0]
+    attribute, reference = question.attributes[0], question.reference
     names = question.classes[attribute]
     rng = np.random.default_rng(derived_seed("groups", question.config.seed))
 
@@ -94,12 +92,12 @@ def group_figures(
     return groups
 
 
-def common_group_size(seen: Sequence[Described], reference: Described | None, question: Question) -> int:
+def common_group_size(seen: Sequence[Described], question: Question) -> int:
     """Images of each group that distances are of, for all models and scales alike: they depend on it.
 
     It is the fewest that any group has, of those with enough, in any model's images at any scale and the reference's.
     """
-    attribute = question.attributes[0]
+    attribute, reference = question.attributes[0], question.reference
     if reference is None or attribute not in reference.classes:
         return 0
     classes = range(len(question.classes[attribute]))
