@@ -66,26 +66,24 @@ class Scores:
         return np.array([[1.0, 0.0] if prompt == LAND else [0.0, 2.0] for prompt in prompts], dtype=np.float32)
 
 
-def write(folder, images, *, scale=1.0):
+def write(folder, images):
     """Write a folder from rows (prompt, guidance_scale, background, subject)."""
-    lines = []
+    (folder / "00000").mkdir(parents=True)
+    rows = []
     for index, (prompt, guidance_scale, background, subject) in enumerate(images):
         name = f"00000/{index:06d}.png"
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4, 4), (COLOURS[background], COLOURS[subject], 10 * index % 256)).save(path)
-        row = {"file_name": name, "prompt": prompt, "seed": index, "environment": None, "scale": scale}
-        lines.append(row | {"guidance_scale": guidance_scale, "num_inference_steps": 5})
-    (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+        Image.new("RGB", (4, 4), (COLOURS[background], COLOURS[subject], 10 * index % 256)).save(folder / name)
+        rows.append({"file_name": name, "prompt": prompt, "seed": index, "guidance_scale": guidance_scale})
+    (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 
 def change_rows(folder, changes):
-    """Update rows of a manifest: one mapping for each row, or row number to mapping."""
+    """Update the first rows of a manifest, one mapping for each."""
     rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-    for number, change in changes.items() if isinstance(changes, dict) else enumerate(changes):
-        rows[number] |= change
-    (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    for row, change in zip(rows, changes, strict=False):
+        row |= change
+    (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 
