@@ -66,24 +66,25 @@ class Scores:
         return np.array([[1.0, 0.0] if prompt == LAND else [0.0, 2.0] for prompt in prompts], dtype=np.float32)
 
 
-def write(folder, images):
+def write(folder, images, *, scale=1.0):
     """Write a folder from rows (prompt, guidance_scale, background, subject)."""
     (folder / "00000").mkdir(parents=True)
     rows = []
     for index, (prompt, guidance_scale, background, subject) in enumerate(images):
         name = f"00000/{index:06d}.png"
         Image.new("RGB", (4, 4), (COLOURS[background], COLOURS[subject], 10 * index % 256)).save(folder / name)
-        rows.append({"file_name": name, "prompt": prompt, "seed": index, "guidance_scale": guidance_scale})
-    (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        row = {"file_name": name, "prompt": prompt, "seed": index, "guidance_scale": guidance_scale}
+        rows.append(row | {"scale": scale})
+    (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     return folder
 
 
 def change_rows(folder, changes):
-    """Update the first rows of a manifest, one mapping for each."""
+    """Update rows of a manifest: one mapping for each row, or row number to mapping."""
     rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-    for row, change in zip(rows, changes, strict=False):
-        row |= change
-    (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for number, change in changes.items() if isinstance(changes, dict) else enumerate(changes):
+        rows[number] |= change
+    (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     return folder
 
 

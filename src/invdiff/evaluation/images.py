@@ -24,16 +24,11 @@ class Row:
 
     path: Path
     prompt: str
-    guidance_scale: float | None  # strength of classifier-free guidance; None where the manifest does not say
+    scale_key: str  # the guidance scale as results name it: `str(float)`, or "unstated"
     scale: float | None  # strength of the guidance module; None where the manifest does not say
     seed: str | None  # seed of its starting noise; None where the manifest does not say
     values: Mapping[str, Any]  # all columns of the manifest
     place: str  # the line and the file that it was read from, for messages
-
-    @property
-    def scale_key(self) -> str:
-        """The guidance scale as results name it: `str(float)`, or "unstated"."""
-        return UNSTATED if self.guidance_scale is None else str(self.guidance_scale)
 
 
 def resolve_folders(folders: Mapping[str, Folders] | str | Path) -> dict[str, list[Path]]:
@@ -128,8 +123,9 @@ def _row(values: Mapping[str, Any], folder: Path, where: str) -> Row:
         prompt = caption_of(next((text for text in prompts if text != ""), ""))
         prompt.encode("utf-8")  # text that cannot be written later is refused now
         name = image_name(values["file_name"], folder, where, EvaluationError, links=False)
-        seed = label_of(values.get("seed")) or None
-        return Row(folder / name, prompt, number("guidance_scale"), number("scale"), seed, values, where)
+        guidance_scale, seed = number("guidance_scale"), label_of(values.get("seed")) or None
+        key = UNSTATED if guidance_scale is None else str(guidance_scale)
+        return Row(folder / name, prompt, key, number("scale"), seed, values, where)
     except (AttributeError, TypeError, ValueError) as error:
         expected = f"Expected an image's file_name and prompt, and any guidance_scale and scale as numbers, in {where}"
         raise EvaluationError(f"{expected}, found something else ({first_line(error)}). Correct the row.") from error
