@@ -223,10 +223,9 @@ def _notes(results: Results, annotator: Judge, question: Question, prompts: Sequ
         notes.append("of the reference, " + about_unreadable(reference.unreadable, total).rstrip("."))
     numbers = sorted({sum(row.values()) for *_, of in results.each() for row in of.first.counts.values()})
     if len(numbers) > 1:
-        notes.append(
-            f"images of a prompt number {numbers[0]:,} to {numbers[-1]:,}: accuracy and CLIP-T weigh a prompt by its "
-            "images, and distances such as Fréchet's are larger of fewer images"
-        )
+        weighed = "accuracy and CLIP-T weigh a prompt by its images"
+        larger = "distances such as Fréchet's are larger of fewer images"
+        notes.append(f"images of a prompt number {numbers[0]:,} to {numbers[-1]:,}: {weighed}, and {larger}")
     for model, key, measures in results.each():
         where = f"{model} at guidance scale {key}"
         said = [of.note for of in measures.attributes.values()]

@@ -179,10 +179,8 @@ def _spread(
         shown = estimates(table[kept]) if kept.any() else {}
         left_out = [prompt for prompt, number in place.items() if not kept[number]]
         if left_out:
-            note = (
-                f"figures of images whose subject is right leave out {len(left_out)} of {len(place)} prompts that "
-                f"have none, first {left_out[0]!r}"
-            )
+            these = f"{len(left_out)} of {len(place)} prompts that have none, first {left_out[0]!r}"
+            note = f"figures of images whose subject is right leave out {these}"
     few = min(config.num_resamples, PROMPT_RESAMPLES)
     labels = (*names, CANNOT_TELL) if counts[:, -1].any() or config.min_confidence else names
     return AttributeMeasures(

@@ -52,10 +52,8 @@ def summary(audit: Audit) -> str:
     if not audit.biased:
         if audit.asked:
             return f"No prompt of {images} under {prompts} is split by what was asked for. {audit.asked}"
-        return (
-            f"The audit found no hidden group in {images} under {prompts}. That is no proof that there is none: no "
-            "split into groups was clear enough to be believed."
-        )
+        doubt = "That is no proof that there is none: no split into groups was clear enough to be believed."
+        return f"The audit found no hidden group in {images} under {prompts}. {doubt}"
     if not (split := parted(audit)):
         return f"People put the images of every prompt in one group: {images} under {prompts}."
     smallest = [min(shares) for _, shares in split]
@@ -106,11 +104,9 @@ def withheld(run: Run) -> str:
     chosen = {at for group in groups for positions in group.shown for at in positions}
     outside = sum(not run.may_show(at) for at in chosen)
     verb, whose = ("is", "its file lies") if outside == 1 else ("are", "their files lie")
-    words = (
-        f"{outside:,} of {counted(len(chosen), 'image')} {verb} not shown here: {whose} outside the data's folder, "
-        "which only has a name or a link, and a report is passed on. Copy such files into the folder to show them."
-    )
-    return words if outside else ""
+    why = f"{whose} outside the data's folder, which only has a name or a link, and a report is passed on"
+    words = f"{outside:,} of {counted(len(chosen), 'image')} {verb} not shown here: {why}."
+    return f"{words} Copy such files into the folder to show them." if outside else ""
 
 
 def unfound_table(prompts: Sequence[PromptAudit]) -> Table:

@@ -29,13 +29,12 @@ if TYPE_CHECKING:
     from ..data.captioned import CaptionedImages
 
 HTML, MARKDOWN = "report.html", "report.md"
-PICTURES = {
+PICTURES = {  # file name and title of what lies beside the Markdown
     "before_after": ("report-before-after.png", "The same prompts and seeds before and after"),
     "groups": ("report-groups.png", "The images most typical of each hidden group"),
     "bias": ("report-bias.png", "How uneven images are at every guidance scale"),
     "scale": ("report-module-scale.png", "How uneven and how good images are at every scale of the module"),
 }
-"""File name and title of what lies beside the Markdown."""
 MOST_CHARACTERS = 300  # of a caption or a name; a longer one is cut and ends in an ellipsis
 
 

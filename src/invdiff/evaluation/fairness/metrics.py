@@ -70,14 +70,10 @@ def worst_group_ratio(p: FloatArray, target: FloatArray) -> FloatArray:
 class Metric:
     """A fairness metric of one prompt's shares."""
 
-    formula: Callable[[FloatArray, FloatArray], FloatArray]
-    """From shares (..., groups) and a target (groups,) to values (...)."""
-    fair_value: int
-    """The value of shares that equal the target: 0 or 1."""
-    takes_target: bool
-    """Whether it measures against any target; the others measure evenness."""
-    label: str
-    """Its name for people, and which value is fair."""
+    formula: Callable[[FloatArray, FloatArray], FloatArray]  # of shares (..., groups) and a target (groups,): (...)
+    fair_value: int  # the value of shares that equal the target: 0 or 1
+    takes_target: bool  # whether it measures against any target; the others measure evenness
+    label: str  # its name for people, and which value is fair
 
     def limits(self, target: FloatArray) -> tuple[float, float]:
         """Least and greatest value: all metrics here are extreme at the target and the vertices."""
