@@ -10,22 +10,13 @@ import torch
 from PIL import Image
 
 from conftest import make_guidance_lora, make_tiny_pipeline
-from invdiff import (
-    Audit,
-    AuditConfig,
-    GenerateConfig,
-    Results,
-    audit,
-    evaluate,
-    generate,
-    load_captioned_images,
-    load_guidance,
-)
+from invdiff import Audit, AuditConfig, GenerateConfig, Results, audit, evaluate, generate, load_guidance
 from invdiff.auditing import probe
 from invdiff.auditing.edits import apply
 from invdiff.auditing.evidence import Evidence
 from invdiff.auditing.probe import linear_judges
 from invdiff.auditing.result import PromptAudit
+from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import model_fingerprint
 from invdiff.errors import ConfigError, ModelError
 from invdiff.evaluation.annotators.load import load_annotator
