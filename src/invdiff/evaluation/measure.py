@@ -204,12 +204,9 @@ def _softmax(
     shares /= shares.sum(axis=1, keepdims=True)
     sums = np.zeros((index.max() + 1, shares.shape[1]))
     np.add.at(sums, index[known], shares)
-    totals = sums.sum(axis=1)
-    if not totals.all():
-        return Quantity(None, note="not defined: a prompt has no image with a probability")
     metric, seed = "fairness_discrepancy", derived_seed("softmax", config.seed) % 2**31
     ends = interval(metric, sums, target=target, num_resamples=config.num_resamples, seed=seed)
-    floor = metric_floor(metric, np.rint(totals), sums.shape[1], target=target)
+    floor = metric_floor(metric, np.rint(sums.sum(axis=1)), sums.shape[1], target=target)
     labels = f"interval and floor ({floor:.3g}) are those of labels"
     note = f"of mean probabilities, which spread less than labels: {labels}"
     return Quantity(float(per_prompt(metric, sums, target=target).mean()), *ends, note=note)

@@ -62,7 +62,7 @@ class Plot(NamedTuple):
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart."""
+    """One line of a chart, of one figure or more."""
 
     name: str
     points: Sequence[tuple[float, float | None, float | None, float | None]]
@@ -131,8 +131,7 @@ def draw_chart(axes: Axes, chart: Chart) -> None:
         x = x + 0.016 * span * (place - (len(chart.lines) - 1) / 2)
         axes.vlines(x, low, high, color=colour, alpha=0.35, linewidth=7)
         axes.plot(x, y, color=colour, marker=marker, clip_on=False)
-        if np.isfinite(y).any():
-            ends.append((float(y[np.isfinite(y)][-1]), one_line(line.name, 24), colour, marker, "bold"))
+        ends.append((float(y[np.isfinite(y)][-1]), one_line(line.name, 24), colour, marker, "bold"))
     known = [value for line in chart.lines for _, *figures in line.points for value in figures if value is not None]
     known += [y for floor in chart.floors for _, y in floor]
     bottom, top = min(0.0, *known), max(chart.top or 0.0, *known) or 1.0
