@@ -7,6 +7,7 @@ import torch
 import transformers
 from PIL import Image, ImageDraw
 
+from conftest import contents
 from invdiff.assets import BIRDS_ANNOTATOR
 from invdiff.data.birds import BirdsWorld
 from invdiff.data.images import UnreadableImage
@@ -238,17 +239,14 @@ def net(annotator, tmp_path):
 @pytest.mark.parametrize("spec", ["net", "measured"])
 @pytest.mark.parametrize("output", ["net", "measured/../net", "link"])
 def test_a_measurement_is_never_written_into_the_annotator_s_own_folder(annotator, net, spec, output):
-    def all_bytes():
-        return {path: path.read_bytes() for path in net.parent.rglob("*") if path.is_file()}
-
     (net.parent / "link").symlink_to(net)
-    before = all_bytes()
+    before = contents(net.parent)
     with pytest.raises(ConfigError, match="another folder to write"):
         save_measured(net.parent / output, annotator, annotator.held_out, spec=str(net.parent / spec))
     words = ("annotator", "measure", net.parent / spec, "no/such/images", "--output", net.parent / output)
     with pytest.raises(ConfigError, match="another folder to write"):  # the command, before it measures
         run("--debug", *words, "--quiet")
-    assert all_bytes() == before
+    assert contents(net.parent) == before
 
 
 def test_measurements_that_name_one_another_are_refused(net):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy.special import softmax
+from sklearn.preprocessing import normalize
 from transformers import CLIPImageProcessor, CLIPModel
 
 from invdiff.errors import ConfigError, ModelError
@@ -30,10 +31,6 @@ def annotator(clip_dir):
     return ClipAnnotator(clip_dir, PROMPTS)
 
 
-def unit(vectors):
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
-
-
 @torch.no_grad()
 def test_probabilities_are_the_softmax_of_scaled_cosines_to_mean_prompts(annotator, clip_dir, monkeypatch):
     model, tokenizer = CLIPModel.from_pretrained(clip_dir).eval(), make_tokenizer()
@@ -46,8 +43,8 @@ def test_probabilities_are_the_softmax_of_scaled_cosines_to_mean_prompts(annotat
     for prompt in ("a photo on land", "land", "a photo of water"):
         tower = model.text_model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]]))
         said.append(model.text_projection(tower.pooler_output)[0].numpy())
-    shown, said = unit(np.array(shown)), unit(np.array(said))
-    classes = unit(np.stack([said[:2].mean(axis=0), said[2]]))
+    shown, said = normalize(shown), normalize(said)
+    classes = normalize([said[:2].mean(axis=0), said[2]])
     monkeypatch.setattr("invdiff.models.encoders.BATCH_SIZE", 2)
     seen = annotator.predict(iter(images))
     expected = softmax(float(model.logit_scale.exp()) * shown @ classes.T, axis=1)

@@ -105,7 +105,7 @@ def test_curves_are_of_the_distance_to_a_target_and_end_at_what_one_class_alone_
 
 def test_a_seed_that_a_tool_notes_twice_pairs_no_images():
     def rows(*seeds):
-        return [Row(Path(f"{k}.png"), "a bird", 3.0, None, seed, {}, "") for k, seed in enumerate(seeds)]
+        return [Row(Path(f"{k}.png"), "a bird", "3.0", None, seed, {}, "") for k, seed in enumerate(seeds)]
 
     assert pairs_of(rows("1", "1", "2", None), rows("2", "1", None, "2", "3")) == []
     assert pairs_of(rows("1", "2"), rows("2", "1")) == [(0, 1), (1, 0)]

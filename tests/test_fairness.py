@@ -92,7 +92,11 @@ def test_the_floor_of_many_images_is_that_of_a_normal_distribution():
 
 @pytest.mark.parametrize(
     ("name", "num_images", "target"),
-    [("bias", 60, None), *product(("fairness_discrepancy", "kl_to_target"), (20, 600), [TARGET])],
+    [
+        ("bias", 60, None),
+        *product(("fairness_discrepancy", "kl_to_target"), (20, 600), [TARGET]),
+        *product(("parity_gap", "worst_group_ratio"), [600], [None]),
+    ],
 )
 def test_floor_matches_monte_carlo(name, num_images, target):
     draws = np.random.default_rng(5).multinomial(num_images, EVEN if target is None else target, size=40_000)
@@ -101,9 +105,6 @@ def test_floor_matches_monte_carlo(name, num_images, target):
     assert metric_floor(name, num_images, 3, target=target) == pytest.approx(values.mean(), abs=error)
 
 
-@pytest.mark.parametrize("name", ["fairness_discrepancy", "parity_gap", "worst_group_ratio"])
-def test_drawn_floor_is_within_two_percent_whatever_the_seed(name):
-    floors = [metric_floor(name, 512, 5, seed=seed) for seed in range(5)]
-    assert np.ptp(floors) < 0.02 * np.mean(floors)
-    sizes = [metric_floor(name, size, 3) for size in (10, 40, 40)]
-    assert metric_floor(name, [10, 40, 40], 3) == pytest.approx(np.mean(sizes))  # over prompts
+def test_the_floor_over_prompts_is_the_mean_of_theirs():
+    sizes = [metric_floor("parity_gap", size, 3) for size in (10, 40, 40)]
+    assert metric_floor("parity_gap", [10, 40, 40], 3) == pytest.approx(np.mean(sizes))

@@ -58,13 +58,6 @@ def held_out():
     return heldout.HeldOut(CLASSES, {name: p.astype(np.float32) for name, p in probabilities.items()}, truth=truth)
 
 
-@pytest.mark.parametrize("confidence", [0.0, 0.6, 0.95])
-def test_confusion_has_a_class_for_images_that_cannot_be_told(held_out, confidence):
-    top, chosen = held_out.probabilities["side"].max(axis=1), held_out.probabilities["side"].argmax(axis=1)
-    expected = confusion_matrix(held_out.truth["side"], np.where(top < confidence, 3, chosen), labels=range(4))
-    assert np.array_equal(held_out.confusion("side", confidence), expected[:3])
-
-
 def test_figures_are_of_labelled_images_alone_and_the_worst_combination_is_that_of_brute_force(held_out):
     labelled = held_out.truth["tone"] != heldout.UNLABELLED
     probabilities, truth = held_out.probabilities["tone"][labelled], held_out.truth["tone"][labelled]

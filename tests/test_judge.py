@@ -10,26 +10,17 @@ import torch
 from PIL import Image
 
 from conftest import make_guidance_lora, make_tiny_pipeline
-from invdiff import (
-    Audit,
-    AuditConfig,
-    GenerateConfig,
-    Results,
-    audit,
-    evaluate,
-    generate,
-    load_captioned_images,
-    load_guidance,
-)
+from invdiff import Audit, AuditConfig, GenerateConfig, Results, audit, evaluate, generate, load_guidance
 from invdiff.auditing import probe
 from invdiff.auditing.edits import apply
 from invdiff.auditing.evidence import Evidence
 from invdiff.auditing.probe import linear_judges
 from invdiff.auditing.result import PromptAudit
+from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import model_fingerprint
 from invdiff.errors import ConfigError, ModelError
 from invdiff.evaluation.annotators.load import load_annotator
-from invdiff.evaluation.calibrate import calibrate, nearest_mix, shares_of
+from invdiff.evaluation.calibrate import calibrate, nearest_mix
 from invdiff.models.frozen import denoiser_fingerprint
 from invdiff.models.load import load_pipeline
 from runs import LAND, WATER, built_audit, inferred, made_up_data, sharded
@@ -145,23 +136,15 @@ def test_the_judge_needs_the_model_that_was_audited(audited, tmp_path):
         load_annotator(str(tmp_path / "again"), model=make_tiny_pipeline())
 
 
-@pytest.mark.parametrize("right", [1.0, 0.9])
-def test_the_nearest_mix_makes_images_even_or_says_how_near_they_come(right):
-    judge, half = np.array([[right, 1 - right], [1 - right, right]]), np.array([0.5, 0.5])
-
-    def nearest(shares, confusion, target):  # from what the judge makes of images with these shares
-        counts, held_out = (np.pad((300 * of).round(), ((0, 0), (0, 1))) for of in (shares @ confusion, confusion))
-        return nearest_mix(shares_of(counts, held_out), target)
-
-    mix, reached = nearest(np.array([[0.9, 0.1], [0.3, 0.7]]), judge, half)
+def test_the_nearest_mix_makes_images_even_or_says_how_near_they_come():
+    mix, reached = nearest_mix(np.array([[0.9, 0.1], [0.3, 0.7]]))
     assert mix == pytest.approx([1 / 3, 2 / 3], abs=1e-3)
-    assert reached == pytest.approx(half, abs=1e-3)
+    assert reached == pytest.approx([0.5, 0.5], abs=1e-3)
     # No group shows the second half the time.
-    mix, reached = nearest(np.array([[0.95, 0.05], [0.6, 0.4]]), judge, half)
+    mix, reached = nearest_mix(np.array([[0.95, 0.05], [0.6, 0.4]]))
     assert mix == pytest.approx([0, 1], abs=1e-3)
     assert reached == pytest.approx([0.6, 0.4], abs=1e-3)
-    thirds = np.full(3, 1 / 3)
-    assert nearest(np.full((3, 3), 1 / 3), np.eye(3), thirds)[0] == pytest.approx(thirds, abs=1e-3)
+    assert nearest_mix(np.full((3, 3), 1 / 3))[0] == pytest.approx(np.full(3, 1 / 3), abs=1e-3)
 
 
 def test_training_calibrates_the_mix_that_images_are_then_drawn_by(audited, tmp_path, monkeypatch):
@@ -198,11 +181,11 @@ def test_calibration_keeps_the_better_null_row_and_draws_nothing_twice(better, a
     def judged(*_, **__):  # images show the group that they were drawn for where the null row is the better one
         groups, of = [row["environment"][0] for row in manifest], [[better] * 2] if better in ("on", "off") else better
         right = [drawn[-1][0] in (of[0][group], better) for group in groups]
-        return SimpleNamespace(classes={"place": np.where(right, groups, np.subtract(1, groups))})
+        return SimpleNamespace(classes={"place": np.where(right, np.subtract(1, groups), groups)})  # and it errs
 
     monkeypatch.setattr("invdiff.evaluation.calibrate.generate", counted)
     monkeypatch.setattr("invdiff.evaluation.calibrate.describe_images", judged)
-    monkeypatch.setattr("invdiff.evaluation.calibrate.correct_for_annotator", lambda counts, _: counts[:, :-1])
+    monkeypatch.setattr("invdiff.evaluation.calibrate.correct_for_annotator", lambda counts, _: counts[:, 1::-1])
     pipe = load_pipeline(audited / "model", device="cpu")
     options = {"images": 4, "choose_null": True, "progress": False}
     pipe.set_progress_bar_config(disable=True)

@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from browser import LAYOUT, needs_browser, open_browser
-from invdiff import Audit, Results, save_report
+from invdiff import Audit, Results, load_captioned_images, save_report
 from invdiff.auditing.edits import apply
 from invdiff.errors import AuditError, ConfigError, DataError
 from invdiff.evaluation.fairness.intervals import share_interval
@@ -357,9 +357,12 @@ def test_parts_that_do_not_fit_are_errors_and_nothing_is_written(finished, tmp_p
     (images["guided"] / "0-0.png").write_text("no image")
     (tmp_path / "results.json").write_text("{")
     other = make_audit(tmp_path / "other", per_prompt=4)
+    lost = load_captioned_images(shutil.copytree(tmp_path / "other", tmp_path / "lost"))
+    (tmp_path / "lost" / "images" / "0-0.png").unlink()
     wrong = [
         ({}, ConfigError, "Expected audit/ or results.json in what is given"),
-        ({"audit": finished / "audit", "data": other}, AuditError, "Give the data of the audit"),
+        ({"audit": finished / "audit", "data": other}, AuditError, r"without 32 of 40, first images/0-4\.png\. Give"),
+        ({"audit": tmp_path / "other", "data": lost}, DataError, r"images/0-0\.png: the file does not exist"),
         ({"audit": finished / "audit", "images": images}, DataError, r"Could not read the image .*guided/0-0\.png"),
         ({"audit": finished / "audit", "module": tmp_path}, ConfigError, "Expected a module"),
         ({"results": tmp_path / "results.json"}, DataError, "Expected JSON"),
@@ -367,7 +370,7 @@ def test_parts_that_do_not_fit_are_errors_and_nothing_is_written(finished, tmp_p
     for parts, kind, words in wrong:
         with pytest.raises(kind, match=words):
             save_report(tmp_path / "out", **parts)
-    assert not list(tmp_path.glob("out/*.html"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("words", [["absent"], ["."], [".", "--caption-column", "text"]])

@@ -16,11 +16,12 @@ from ..config import EvaluateConfig
 from ..data.captioned import CaptionedImages, readable_images
 from ..data.images import read_image
 from ..errors import EvaluationError
+from ..models.encoders import ClipEncoder
 from ..progress import Bar
 from .annotators.annotations import Annotations, Annotator
 from .annotators.labels import GivenLabels
 from .images import Row
-from .quality.extractors import FeatureExtractor
+from .quality.extractors import LPIPS, FeatureExtractor
 
 Judge = Annotator | GivenLabels  # the source of classes: an annotator of images, or columns of the manifest
 
@@ -34,6 +35,9 @@ class Question:
     confusion: Mapping[str, NDArray[Any] | None]  # attribute to held-out counts, (K, K + 1); None where there are none
     subject_of: Mapping[str, str]  # prompt to its class of the subject attribute
     target: tuple[float, ...] | None  # shares of the first attribute's classes to measure against; None is uniform
+    reference: Described | None  # of real images, for distances
+    clip: ClipEncoder | None  # for CLIP-T; its features of images are among those described
+    lpips: LPIPS | None  # for diversity
     apart: Mapping[str, set[str]]  # attribute to prompts without figures: of some model's images nothing is told
     config: EvaluateConfig
 

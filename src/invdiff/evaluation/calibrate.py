@@ -74,7 +74,7 @@ def calibrate(
     sizes = {"images_per_prompt": images * max(module.num_groups), "seed": seed, "resolution": judge.resolution}
 
     def shares(null_adapter: Any, scale: float) -> dict[tuple[str, int], np.ndarray]:
-        """S of each prompt and each factor that splits it: see `nearest_mix`."""
+        """S of each prompt and each factor that splits it, as `nearest_mix` takes it, corrected for the judge."""
         name = null_adapter if isinstance(null_adapter, str) else "chosen"
         config, folder = GenerateConfig(**sizes, guidance_scale=scale), work / f"{scale:g}-{name}"
         before = module.config["null_adapter"]
@@ -92,7 +92,8 @@ def calibrate(
                 chosen, size = of_prompt == prompt, module.num_groups[factor]
                 counts = np.zeros((size, size + 1))
                 np.add.at(counts, (drawn[chosen, factor], seen.classes[name][chosen]), 1)
-                found[prompt, factor] = shares_of(counts, confusions[name])
+                corrected = correct_for_annotator(counts, confusions[name])
+                found[prompt, factor] = corrected / counts.sum(axis=1, keepdims=True)
         return found
 
     null: Any = module.config["null_adapter"]
@@ -117,10 +118,9 @@ def calibrate(
     for scale in wanted:
         of_scale = {prompt: [[1 / size] * size for size in module.num_groups] for prompt in judge.prompts}
         for (prompt, factor), found in (known.get(scale) or shares(null, scale)).items():
-            even = np.full(len(found), 1 / len(found))
-            mix, reached = nearest_mix(found, even)
+            mix, reached = nearest_mix(found)
             of_scale[prompt][factor] = mix.round(4).tolist()
-            if np.abs(reached - even).max() > NEAR:
+            if np.abs(reached - 1 / len(found)).max() > NEAR:
                 name, told = module.factor_names[factor], " / ".join(f"{share:.0%}" for share in reached)
                 note(f"At guidance scale {scale:g} no mix of {name} evens {prompt!r}: the nearest is {told}.")
         mixes[f"{scale:g}"] = of_scale
@@ -133,19 +133,14 @@ def calibrate(
     return module
 
 
-def shares_of(counts: np.ndarray, confusion: np.ndarray) -> np.ndarray:
-    """S (E, E): in row e the shares of the groups that images drawn for group e show.
+def nearest_mix(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mix pi (E,) whose images have shares pi S nearest to even ones, and those shares.
 
-    It is the judge's `counts` of them, (E, E + 1), corrected for its held-out `confusion`, (E, E + 1).
+    Row e of S, (E, E), has the shares of the groups that images drawn for group e show.
     """
-    return correct_for_annotator(counts, confusion) / counts.sum(axis=1, keepdims=True)
-
-
-def nearest_mix(shares: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mix pi (E,) whose images have shares pi S nearest to the target (E,), and those shares; S is `shares_of`."""
-    even = np.full(len(target), 1 / len(target))
-    # A little of the even mix, so that there is one answer where several reach the target; the last row is the sum.
-    system = np.vstack([shares.T, 1e-3 * np.eye(len(target)), np.full(len(target), 1e3)])
-    mix, _ = nnls(system, np.concatenate([target, 1e-3 * even, [1e3]]))
+    even = np.full(len(shares), 1 / len(shares))
+    # A little of the even mix, so that there is one answer where several are as near; the last row is the sum.
+    system = np.vstack([shares.T, 1e-3 * np.eye(len(even)), np.full(len(even), 1e3)])
+    mix, _ = nnls(system, np.concatenate([even, 1e-3 * even, [1e3]]))
     mix = mix / mix.sum()
     return mix, mix @ shares

@@ -1,6 +1,7 @@
 """Evaluate folders of generated images alike: fairness, quality, and what guidance left as it was."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,9 +65,7 @@ def evaluate(
     attributes = (attribute,) if isinstance(attribute, str) else tuple(attribute)
     asked = [*attributes, *filter(None, [config.subject_attribute])]
     if not attributes or len(set(asked)) < len(asked):
-        raise EvaluationError(
-            f"Expected different attributes, one or more, and another subject_attribute, got {asked}."
-        )
+        raise EvaluationError(f"Expected attributes, one or more, and subject_attribute each once, got {asked}.")
     rows_by_model = {model: read_images(*folders) for model, folders in resolve_folders(images).items()}
     if isinstance(annotator, GivenLabels):
         all_rows = [row for rows in rows_by_model.values() for row in rows]
@@ -95,16 +94,6 @@ def evaluate(
             corrections[name] = None
             told = f"no figure of {name} is corrected for the errors of {annotator.name}: {error}"
             warnings.append(told.rstrip("."))
-    unsplit = annotator.unsplit if isinstance(annotator, AuditAnnotator) else {}
-    question = Question(
-        attributes=attributes,
-        classes=classes,
-        confusion=corrections,
-        subject_of=named_subjects(prompts, classes[subject]) if subject else {},
-        target=tuple(target[name] for name in of_first) if target else None,
-        apart={name: set(prompts) & unsplit.get(name, set()) for name in attributes},
-        config=config,
-    )
     network = lpips_network() if config.lpips else None
     specs = dict.fromkeys(spec for spec in config.features if spec != config.clip)
     extractors = [*extractors, *map(load_extractor, specs), *([ClipEncoder.load(config.clip)] if config.clip else [])]
@@ -119,6 +108,19 @@ def evaluate(
             raise EvaluationError(f"Expected features that images and reference share, got {told}. Name some.")
     if isinstance(reference, CaptionedImages):
         reference = describe_images(reference, annotator, **settings)
+    unsplit = annotator.unsplit if isinstance(annotator, AuditAnnotator) else {}
+    question = Question(
+        attributes=attributes,
+        classes=classes,
+        confusion=corrections,
+        subject_of=named_subjects(prompts, classes[subject]) if subject else {},
+        target=tuple(target[name] for name in of_first) if target else None,
+        reference=reference,
+        clip=clip,
+        lpips=network,
+        apart={name: set(prompts) & unsplit.get(name, set()) for name in attributes},
+        config=config,
+    )
     parts: dict[tuple[str, str], tuple[list[Row], Described]] = {}
     with progress_bar("annotating", sum(map(len, rows_by_model.values())), enabled=progress) as bar:
         for model, rows in rows_by_model.items():
@@ -135,33 +137,30 @@ def evaluate(
                 f"Expected a prompt whose images have classes of {name} in every model, found none: at a confidence "
                 f"of {config.min_confidence:g} the annotator names none, or the audit splits no such prompt by it."
             )
-    size = common_group_size([known for _, known in parts.values()], reference, question)
+    size = common_group_size([known for _, known in parts.values()], question)
     models: dict[str, dict[str, Measures]] = {model: {} for model in rows_by_model}
     with progress_bar("measuring", len(parts), enabled=progress) as bar:
         for (model, key), part in parts.items():
-            measures = measure(*part, question, reference=reference, group_size=size, clip=clip, lpips=network)
+            measures = measure(*part, question, size)
             if model != baseline and (baseline, key) in parts:
                 measures = replace(measures, preservation=preserve(*part, *parts[baseline, key], question))
             models[model][key] = measures
             bar.advance()
     scales = {model: {row.scale for row in rows} for model, rows in rows_by_model.items()}
+    accuracy = {name: None if of is None else _accuracy(of) for name, of in confusion.items()}
+    counts = {name: None if of is None else np.asarray(of).tolist() for name, of in confusion.items()}
     results = Results(
         models=models,
         attribute=attributes[0],
         classes={name: classes[name] for name in asked},
         subject_attribute=subject,
-        annotator=AnnotatorRecord(
-            annotator.name,
-            config.min_confidence,
-            {name: None if of is None else _accuracy(of) for name, of in confusion.items()},
-            {name: None if of is None else np.asarray(of).tolist() for name, of in confusion.items()},
-        ),
+        annotator=AnnotatorRecord(annotator.name, config.min_confidence, accuracy, counts),
         target=target,
         baseline=baseline,
         reference_images=0 if reference is None else len(reference),
         module_scales={model: scale for model, (scale, *others) in scales.items() if scale is not None and not others},
     )
-    return replace(results, notes=(*warnings, *_notes(results, annotator, question, prompts, reference)))
+    return replace(results, notes=(*warnings, *_notes(results, annotator, question, prompts)))
 
 
 def _accuracy(confusion: np.ndarray) -> float | None:
@@ -186,46 +185,37 @@ def named_subjects(prompts: Sequence[str], classes: Sequence[str]) -> dict[str, 
     return found
 
 
-def _notes(
-    results: Results, annotator: Judge, question: Question, prompts: Sequence[str], reference: Described | None
-) -> list[str]:
+def _notes(results: Results, annotator: Judge, question: Question, prompts: Sequence[str]) -> list[str]:
     """What a reader should know before trusting the figures."""
-    notes = [annotator.note] if isinstance(annotator, AuditAnnotator) else []
+    reference, notes = question.reference, [annotator.note] if isinstance(annotator, AuditAnnotator) else []
     for name in question.attributes:
         if (agreement := results.annotator.accuracy[name]) is not None and isinstance(annotator, AuditAnnotator):
             notes.append(f"judge and audit agree on {name} in {agreement:.1%} of the training images left out")
         if results.annotator.confusion[name] is None and not isinstance(annotator, GivenLabels):
-            notes.append(
-                f"how {annotator.name} errs on {name} is not known, so no figure is corrected for it: measure it on "
-                "labelled images"
-            )
+            unknown = f"how {annotator.name} errs on {name} is not known, so no figure is corrected for it"
+            notes.append(f"{unknown}: measure it on labelled images")
         if isinstance(annotator, GivenLabels):
             notes.append(f"classes of {name} are those that labels name: {', '.join(question.classes[name])}")
         if left := [prompt for prompt in prompts if prompt in question.apart[name]]:
-            notes.append(
-                f"figures of {name} leave out {len(left)} of {len(prompts)} prompts, of which nothing is told in some "
-                f"model's images, first {left[0]!r}"
-            )
-        unsure = []
+            why = f"of which nothing is told in some model's images, first {left[0]!r}"
+            notes.append(f"figures of {name} leave out {len(left)} of {len(prompts)} prompts, {why}")
+        every, unsure = Counter[str](), []
         for model, key, measures in results.each():
-            rows = measures.attributes[name].counts.values()
-            if none := sum(row.get(CANNOT_TELL, 0) for row in rows):
-                total = sum(sum(row.values()) for row in rows)
-                unsure.append(f"{none:,} of {total:,} of {model} at guidance scale {key}")
+            counts = sum(map(Counter, measures.attributes[name].counts.values()), Counter[str]())
+            every += counts
+            if none := counts[CANNOT_TELL]:
+                unsure.append(f"{none:,} of {counts.total():,} of {model} at guidance scale {key}")
         if unsure:
             notes.append(f"images without a class of {name} are outside its figures: {'; '.join(unsure)}")
-        for group in question.classes[name]:
-            counts = [row.get(group, 0) for *_, m in results.each() for row in m.attributes[name].counts.values()]
-            if not sum(counts):
-                notes.append(f"no image of any model was annotated {group!r} ({name})")
+        absent = [group for group in question.classes[name] if not every[group]]
+        notes += [f"no image of any model was annotated {group!r} ({name})" for group in absent]
     if len(question.attributes) > 1:
         notes.append("figures of intersections are not corrected for the annotator's errors")
     unnamed = [prompt for prompt in prompts if prompt not in question.subject_of]
     if (subject := results.subject_attribute) and unnamed:
-        notes.append(
-            f"{len(unnamed)} of {len(prompts)} prompts name no class of {subject}, or several, "
-            f"({', '.join(question.classes[subject])}) and are left out of accuracy, first {unnamed[0]!r}"
-        )
+        several = f"class of {subject}, or several, ({', '.join(question.classes[subject])})"
+        named = f"{len(unnamed)} of {len(prompts)} prompts name no {several}"
+        notes.append(f"{named} and are left out of accuracy, first {unnamed[0]!r}")
     if reference is not None and question.attributes[0] not in reference.classes:
         notes.append(f"the reference's {question.attributes[0]} is not known, so groups are not compared with its own")
     if reference is not None and reference.unreadable:
@@ -233,10 +223,9 @@ def _notes(
         notes.append("of the reference, " + about_unreadable(reference.unreadable, total).rstrip("."))
     numbers = sorted({sum(row.values()) for *_, of in results.each() for row in of.first.counts.values()})
     if len(numbers) > 1:
-        notes.append(
-            f"images of a prompt number {numbers[0]:,} to {numbers[-1]:,}: accuracy and CLIP-T weigh a prompt by its "
-            "images, and distances such as Fréchet's are larger of fewer images"
-        )
+        weighed = "accuracy and CLIP-T weigh a prompt by its images"
+        larger = "distances such as Fréchet's are larger of fewer images"
+        notes.append(f"images of a prompt number {numbers[0]:,} to {numbers[-1]:,}: {weighed}, and {larger}")
     for model, key, measures in results.each():
         where = f"{model} at guidance scale {key}"
         said = [of.note for of in measures.attributes.values()]

@@ -24,29 +24,21 @@ class Row:
 
     path: Path
     prompt: str
-    guidance_scale: float | None  # strength of classifier-free guidance; None where the manifest does not say
+    scale_key: str  # the guidance scale as results name it: `str(float)`, or "unstated"
     scale: float | None  # strength of the guidance module; None where the manifest does not say
     seed: str | None  # seed of its starting noise; None where the manifest does not say
     values: Mapping[str, Any]  # all columns of the manifest
     place: str  # the line and the file that it was read from, for messages
-
-    @property
-    def scale_key(self) -> str:
-        """The guidance scale as results name it: `str(float)`, or "unstated"."""
-        return UNSTATED if self.guidance_scale is None else str(self.guidance_scale)
 
 
 def resolve_folders(folders: Mapping[str, Folders] | str | Path) -> dict[str, list[Path]]:
     """Model name to folders, from a mapping or from one folder of images, named after it."""
     if not isinstance(folders, Mapping):
         folders = {Path(folders).resolve().name: folders}
-    several = {
-        model: [Path(folder) for folder in ([given] if isinstance(given, str | Path) else given)]
-        for model, given in folders.items()
-    }
+    several = {model: [given] if isinstance(given, str | Path) else given for model, given in folders.items()}
     if not several or not all(several.values()):
         raise EvaluationError("Expected at least one folder of images of each model, got none. Name them.")
-    return several
+    return {model: list(map(Path, given)) for model, given in several.items()}
 
 
 def read_images(*folders: Path) -> list[Row]:
@@ -76,10 +68,9 @@ def common_prompts(rows_by_model: Mapping[str, Sequence[Row]]) -> list[str]:
             present = {row.prompt for row in rows if row.scale_key == key}
             absent = [prompt for prompt in prompts if prompt not in present]
             if absent:
-                raise EvaluationError(
-                    f"Expected images of the same prompts everywhere, found none of {absent[0]!r} in {model} at "
-                    f"guidance scale {key}. Generate them, or evaluate the folders apart."
-                )
+                found = f"found none of {absent[0]!r} in {model} at guidance scale {key}"
+                remedy = "Generate them, or evaluate the folders apart."
+                raise EvaluationError(f"Expected images of the same prompts everywhere, {found}. {remedy}")
     return prompts
 
 
@@ -132,15 +123,9 @@ def _row(values: Mapping[str, Any], folder: Path, where: str) -> Row:
         prompt = caption_of(next((text for text in prompts if text != ""), ""))
         prompt.encode("utf-8")  # text that cannot be written later is refused now
         name = image_name(values["file_name"], folder, where, EvaluationError, links=False)
-        return Row(
-            folder / name,
-            prompt,
-            number("guidance_scale"),
-            number("scale"),
-            label_of(values.get("seed")) or None,
-            values,
-            where,
-        )
+        guidance_scale, seed = number("guidance_scale"), label_of(values.get("seed")) or None
+        key = UNSTATED if guidance_scale is None else str(guidance_scale)
+        return Row(folder / name, prompt, key, number("scale"), seed, values, where)
     except (AttributeError, TypeError, ValueError) as error:
         expected = f"Expected an image's file_name and prompt, and any guidance_scale and scale as numbers, in {where}"
         raise EvaluationError(f"{expected}, found something else ({first_line(error)}). Correct the row.") from error

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..models.encoders import ClipEncoder
+from ..config import EvaluateConfig
 from ..seeds import derived_seed
 from .annotate import Described, Question
 from .fairness.correction import correct_for_annotator, corrected_interval
@@ -17,26 +17,16 @@ from .fairness.intervals import interval, mean_interval
 from .fairness.metrics import METRICS, metric_floor, per_prompt, squared_discrepancy_unbiased
 from .images import Row, pairs_of
 from .quality.distances import mean_cosine_distance, paired_cosines
-from .quality.extractors import LPIPS
 from .quality.figures import group_figures, quality_figures, share, where_defined
 from .results import CANNOT_TELL, AttributeMeasures, Estimate, Measures, Quantity
 
 PROMPT_RESAMPLES = 200  # resamples of the intervals of single prompts, which are many
 
 
-def measure(
-    rows: Sequence[Row],
-    seen: Described,
-    question: Question,
-    *,
-    reference: Described | None,
-    group_size: int = 0,
-    clip: ClipEncoder | None = None,
-    lpips: LPIPS | None = None,
-) -> Measures:
+def measure(rows: Sequence[Row], seen: Described, question: Question, group_size: int) -> Measures:
     """Measures of one model's images, and their descriptions in the same order, at one guidance scale.
 
-    Distances by group are of `group_size` images each. The image features of `clip`, for CLIP-T, are among those seen.
+    Distances by group are of `group_size` images each.
     """
     prompts = [row.prompt for row in rows]
     right = np.full(len(rows), -1)  # 1 where an image shows its prompt's subject, 0 where not, -1 where not known
@@ -45,30 +35,20 @@ def measure(
         named = np.array([place[question.subject_of[p]] if p in question.subject_of else -1 for p in prompts])
         unclear = (named >= 0) & (seen.classes[subject] == len(place))
         right = np.where(unclear | (named < 0), -1, seen.classes[subject] == named)
-    kinds = [question.classes[name] for name in question.attributes]
-    attributes = {
-        name: _spread(
-            name,
-            names,
-            prompts,
-            seen.classes[name],
-            seen.probabilities[name],
-            right,
-            question,
-            question.apart[name],
-        )
-        for name, names in zip(question.attributes, kinds, strict=True)
-    }
-    if len(kinds) > 1:
+    attributes = {name: _spread(name, prompts, seen, right, question) for name in question.attributes}
+    if len(attributes) > 1:
         # The confusion matrix of an intersection would need held-out images of every combination: none is corrected.
-        columns, sizes = [seen.classes[name] for name in question.attributes], tuple(map(len, kinds))
+        kinds = [question.classes[name] for name in attributes]
+        columns, sizes = [seen.classes[name] for name in attributes], tuple(map(len, kinds))
         certain = np.all([of < size for of, size in zip(columns, sizes, strict=True)], axis=0)
         joint = np.where(certain, np.ravel_multi_index(tuple(columns), sizes, mode="clip"), np.prod(sizes))
-        name, names = " x ".join(question.attributes), tuple(map(" x ".join, product(*kinds)))
+        name, names = " x ".join(attributes), tuple(map(" x ".join, product(*kinds)))
         told = {prompt for prompt, each in zip(prompts, certain, strict=True) if each}
         apart = set(prompts) - told.difference(*question.apart.values())
         if apart < set(prompts):
-            attributes[name] = _spread(name, names, prompts, joint, None, right, question, apart)
+            of = replace(question, classes={**question.classes, name: names}, apart={**question.apart, name: apart})
+            both = replace(seen, classes={**seen.classes, name: joint})
+            attributes[name] = _spread(name, prompts, both, right, of)
     known, accuracy = right[right >= 0], None
     if len(known):
         untold = f"accuracy leaves out {unclear.sum()} of {len(rows)} images, whose {subject} is not told"
@@ -77,8 +57,8 @@ def measure(
         images_per_prompt=min(Counter(prompts).values()),
         attributes=attributes,
         subject_accuracy=accuracy,
-        quality=quality_figures(rows, seen, reference, clip, lpips),
-        by_group=group_figures(seen, reference, right, question, group_size),
+        quality=quality_figures(rows, seen, question),
+        by_group=group_figures(seen, right, question, group_size),
     )
 
 
@@ -144,40 +124,32 @@ def estimate(
             square = squared_discrepancy_unbiased(counts, target)
     if len(values) == 1:
         notes.append("sd_over_prompts: not defined for one prompt")
-    corrected = corrected_low = corrected_high = None
-    if confusion is not None:
-        annotated = np.column_stack([counts, unsure])
-        corrected = float(per_prompt(metric, correct_for_annotator(annotated, confusion), target=target).mean())
-        corrected_low, corrected_high = corrected_interval(metric, annotated, confusion, **settings)
-    return Estimate(
+    found = Estimate(
         value=float(values.mean()),
         low=low,
         high=high,
         floor=metric_floor(metric, totals, counts.shape[1], target=target),
         sd_over_prompts=float(values.std(ddof=1)) if len(values) > 1 else None,
         unbiased_square=square,
-        corrected=corrected,
-        corrected_low=corrected_low,
-        corrected_high=corrected_high,
         note="; ".join(notes),
     )
+    if confusion is None:
+        return found
+    annotated = np.column_stack([counts, unsure])
+    corrected = per_prompt(metric, correct_for_annotator(annotated, confusion), target=target)
+    low, high = corrected_interval(metric, annotated, confusion, **settings)
+    return replace(found, corrected=float(corrected.mean()), corrected_low=low, corrected_high=high)
 
 
 def _spread(
-    name: str,
-    names: tuple[str, ...],
-    prompts: Sequence[str],
-    classes: NDArray[np.int64],
-    probabilities: NDArray[np.float32] | None,
-    right: NDArray[np.int64],
-    question: Question,
-    apart: set[str],
+    name: str, prompts: Sequence[str], seen: Described, right: NDArray[np.int64], question: Question
 ) -> AttributeMeasures:
-    """How one attribute's classes (N,), called `names`, are spread over the images of prompts that lie not `apart`."""
-    place = {prompt: number for number, prompt in enumerate(p for p in dict.fromkeys(prompts) if p not in apart)}
+    """How one attribute's classes are spread over the images, of prompts (N,), of those that do not lie apart."""
+    names, told = question.classes[name], (p for p in dict.fromkeys(prompts) if p not in question.apart[name])
+    place = {prompt: number for number, prompt in enumerate(told)}
     chosen = [k for k, prompt in enumerate(prompts) if prompt in place]
-    index, classes, right = np.array([place[prompts[k]] for k in chosen]), classes[chosen], right[chosen]
-    probabilities = None if probabilities is None else probabilities[chosen]
+    index, classes, right = np.array([place[prompts[k]] for k in chosen]), seen.classes[name][chosen], right[chosen]
+    probabilities = seen.probabilities[name][chosen] if name in seen.probabilities else None
     target, config = question.target if name == question.attributes[0] else None, question.config
 
     def count(chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -207,10 +179,8 @@ def _spread(
         shown = estimates(table[kept]) if kept.any() else {}
         left_out = [prompt for prompt, number in place.items() if not kept[number]]
         if left_out:
-            note = (
-                f"figures of images whose subject is right leave out {len(left_out)} of {len(place)} prompts that "
-                f"have none, first {left_out[0]!r}"
-            )
+            these = f"{len(left_out)} of {len(place)} prompts that have none, first {left_out[0]!r}"
+            note = f"figures of images whose subject is right leave out {these}"
     few = min(config.num_resamples, PROMPT_RESAMPLES)
     labels = (*names, CANNOT_TELL) if counts[:, -1].any() or config.min_confidence else names
     return AttributeMeasures(
@@ -218,16 +188,13 @@ def _spread(
         overall=estimates(counts),
         subject_right=shown,
         by_prompt={prompt: estimates(counts[[number]], few) for prompt, number in place.items() if len(place) > 1},
-        softmax_discrepancy=_softmax(index, probabilities, target, question),
+        softmax_discrepancy=_softmax(index, probabilities, target, config),
         note=note,
     )
 
 
 def _softmax(
-    index: NDArray[np.int64],
-    probabilities: NDArray[np.float32] | None,
-    target: tuple[float, ...] | None,
-    question: Question,
+    index: NDArray[Any], probabilities: NDArray[Any] | None, target: ArrayLike | None, config: EvaluateConfig
 ) -> Quantity:
     """Fairness discrepancy of mean probabilities (N, K), of the images that have any, by prompt index (N,)."""
     if probabilities is None:
@@ -237,13 +204,9 @@ def _softmax(
     shares /= shares.sum(axis=1, keepdims=True)
     sums = np.zeros((index.max() + 1, shares.shape[1]))
     np.add.at(sums, index[known], shares)
-    totals = sums.sum(axis=1)
-    if not totals.all():
-        return Quantity(None, note="not defined: a prompt has no image with a probability")
-    metric, config = "fairness_discrepancy", question.config
-    seed = derived_seed("softmax", config.seed) % 2**31
+    metric, seed = "fairness_discrepancy", derived_seed("softmax", config.seed) % 2**31
     ends = interval(metric, sums, target=target, num_resamples=config.num_resamples, seed=seed)
-    floor = metric_floor(metric, np.rint(totals), sums.shape[1], target=target)
-    note = "of mean probabilities, which spread less than labels: "
-    note += f"interval and floor ({floor:.3g}) are those of labels"
+    floor = metric_floor(metric, np.rint(sums.sum(axis=1)), sums.shape[1], target=target)
+    labels = f"interval and floor ({floor:.3g}) are those of labels"
+    note = f"of mean probabilities, which spread less than labels: {labels}"
     return Quantity(float(per_prompt(metric, sums, target=target).mean()), *ends, note=note)

@@ -21,16 +21,11 @@ def found(run: Run, audit: Audit) -> dict[str, Any]:
     shown, further = run.splits[:MOST_PROMPTS], run.splits[MOST_PROMPTS:]
     named, words = bool(audit.group_names), audit.words if shown else None
     rows = [[audit.group_name(e.group, e.factor), e.line] for e in (words.groups if words else ()) if e.prompt is None]
-    others = [
-        [
-            split.factor + split.prompt.prompt,
-            f"{split.prompt.num_images:,}",
-            " / ".join((f"{group.name} " if named else "") + percent(group.share) for group in split.groups),
-            or_dash(split.figures.separation),
-            or_dash(split.figures.agreement),
-        ]
-        for split in further
-    ]
+    others = []
+    for split in further:
+        groups = " / ".join((f"{group.name} " if named else "") + percent(group.share) for group in split.groups)
+        figures = or_dash(split.figures.separation), or_dash(split.figures.agreement)
+        others.append([split.factor + split.prompt.prompt, f"{split.prompt.num_images:,}", groups, *figures])
     columns = ("Prompt", "Images", "Groups", "Separation", "Agreement")
     lost = {shown_path(name): reason for name, reason in audit.unreadable.items()}
     unread = about_unreadable(lost, len(audit.names) + len(lost)) if lost else ""
@@ -40,7 +35,7 @@ def found(run: Run, audit: Audit) -> dict[str, Any]:
         "named": named,
         "words": words,
         "by_hand": any(split.by_hand for split in shown),
-        "prompts": [_prompt(split, run, words) for split in shown],
+        "prompts": [_prompt(split, run, audit, words) for split in shown],
         "look": LOOK,
         "tables": [
             Table(("Group", "Words"), rows, "Words that separate groups over all prompts"),
@@ -57,27 +52,20 @@ def summary(audit: Audit) -> str:
     if not audit.biased:
         if audit.asked:
             return f"No prompt of {images} under {prompts} is split by what was asked for. {audit.asked}"
-        return (
-            f"The audit found no hidden group in {images} under {prompts}. That is no proof that there is none: no "
-            "split into groups was clear enough to be believed."
-        )
+        doubt = "That is no proof that there is none: no split into groups was clear enough to be believed."
+        return f"The audit found no hidden group in {images} under {prompts}. {doubt}"
     if not (split := parted(audit)):
         return f"People put the images of every prompt in one group: {images} under {prompts}."
-    smallest = sorted(min(shares) for _, shares in split)
-    ends = " to ".join(dict.fromkeys(percent(share) for share in (*smallest[:1], *smallest[-1:])))
-    rare = f"; the smallest group holds {ends} of a prompt's images" if ends else ""
-    by = f", by {len(audit.factors)} hidden factors" if len(audit.factors) > 1 else ""
-    solver = audit.settings.get("solver")
-    forced = (
-        f" The solver “{solver}” splits any set of images, so the split alone proves nothing: look at separation and "
-        "agreement."
-    )
-    asked = f" {audit.asked}" if audit.asked else ""
+    smallest = [min(shares) for _, shares in split]
+    ends = " to ".join(dict.fromkeys([percent(min(smallest)), percent(max(smallest))]))
     whose = "the model's own" if "own_images_of" in audit.settings else "the training"
-    return (
-        f"Under {len(dict(split)):,} of {prompts}, {whose} images fall into groups that the prompt does not name"
-        f"{by}{rare}.{forced if solver in ('exact', 'gradient') else ''}{asked}"
-    )
+    words = f"Under {len(dict(split)):,} of {prompts}, {whose} images fall into groups that the prompt does not name"
+    words += f", by {len(audit.factors)} hidden factors" if len(audit.factors) > 1 else ""
+    words += f"; the smallest group holds {ends} of a prompt's images."
+    if (solver := audit.settings.get("solver")) in ("exact", "gradient"):
+        words += f" The solver “{solver}” splits any set of images, so the split alone proves nothing: look at "
+        words += "separation and agreement."
+    return f"{words} {audit.asked}".rstrip()
 
 
 def parted(audit: Audit) -> list[tuple[int, list[float]]]:
@@ -105,11 +93,9 @@ def another(run: Run) -> str:
     trained = record.get("audit") if isinstance(record, Mapping) else None
     if run.audit is None or trained in (None, run.audit.fingerprint):
         return ""
-    before = trained == (run.audit.inferred or run.audit).fingerprint
-    which = (
-        "this audit before people changed it" if before else "another audit, or with this one before it was changed"
-    )
-    return f"The guidance was trained with {which}."
+    if trained == (run.audit.inferred or run.audit).fingerprint:
+        return "The guidance was trained with this audit before people changed it."
+    return "The guidance was trained with another audit, or with this one before it was changed."
 
 
 def withheld(run: Run) -> str:
@@ -118,11 +104,9 @@ def withheld(run: Run) -> str:
     chosen = {at for group in groups for positions in group.shown for at in positions}
     outside = sum(not run.may_show(at) for at in chosen)
     verb, whose = ("is", "its file lies") if outside == 1 else ("are", "their files lie")
-    words = (
-        f"{outside:,} of {counted(len(chosen), 'image')} {verb} not shown here: {whose} outside the data's folder, "
-        "which only has a name or a link, and a report is passed on. Copy such files into the folder to show them."
-    )
-    return words if outside else ""
+    why = f"{whose} outside the data's folder, which only has a name or a link, and a report is passed on"
+    words = f"{outside:,} of {counted(len(chosen), 'image')} {verb} not shown here: {why}."
+    return f"{words} Copy such files into the folder to show them." if outside else ""
 
 
 def unfound_table(prompts: Sequence[PromptAudit]) -> Table:
@@ -146,51 +130,42 @@ def proof(of: Candidate | PromptSplit) -> tuple[str, str]:
 
 def candidates_table(candidates: Sequence[Candidate], taken: PromptSplit) -> Table:
     """The splits that were considered under a prompt, best first; that which was `taken` says so."""
-    rows = [
-        [
-            entry.evidence,
-            " / ".join(map(percent, entry.shares)),
-            or_dash(entry.separation),
-            or_dash(entry.agreement),
-            *proof(entry),
-            entry.refusal or ("taken" if all(getattr(entry, name) == getattr(taken, name) for name in SAME) else "–"),
-        ]
-        for entry in candidates
-    ]
+    rows = []
+    for entry in candidates:
+        is_taken = all(getattr(entry, name) == getattr(taken, name) for name in SAME)
+        figures = or_dash(entry.separation), or_dash(entry.agreement), *proof(entry)
+        why_not = entry.refusal or ("taken" if is_taken else ABSENT)
+        rows.append([entry.evidence, " / ".join(map(percent, entry.shares)), *figures, why_not])
     columns = ("Evidence", "Shares", "Separation", "Agreement", "Rand at least", "E-value", "Why not")
     return _cut(columns, rows, "Splits that were considered, best first", MOST_CANDIDATES)
 
 
-def _prompt(split: Split, run: Run, words: AuditWords | None) -> dict[str, Any]:
+def _prompt(split: Split, run: Run, audit: Audit, words: AuditWords | None) -> dict[str, Any]:
     """One prompt that hides groups, with the images of each."""
 
     def thumbs(positions: Sequence[int], what: str) -> list[Thumb]:
         shown = [at for at in positions if run.may_show(at)]
-        names = run.audit.names if run.audit else []
-        return [thumb(image, f"{what}: {names[at]}") for at, image in zip(shown, run.images_at(shown), strict=True)]
+        alts = [f"{what}: {audit.names[at]}" for at in shown]
+        return list(map(thumb, run.images_at(shown), alts))
 
     prompt, groups, (rand, by_chance) = split.prompt, [], proof(split.figures)
     for group, share in zip(split.groups, split.shares, strict=True):
         entry = words.of(split.index, group.index, split.factor_index) if words else None
-        groups.append(
-            {
-                "share": share,
-                "words": entry.line if entry else "",
-                "typical": thumbs(group.shown[0], f"typical of {group.name}"),
-                "uncertain": thumbs(group.shown[1], f"{group.name}, uncertain"),
-            }
-        )
+        typical = thumbs(group.shown[0], f"typical of {group.name}")
+        uncertain = thumbs(group.shown[1], f"{group.name}, uncertain")
+        said = entry.line if entry else ""
+        groups.append({"share": share, "words": said, "typical": typical, "uncertain": uncertain})
+    facts = {
+        "images": f"{prompt.num_images:,}",
+        "wordings": f"{len(prompt.captions):,}",
+        "separation": or_dash(split.figures.separation),
+        "agreement": or_dash(split.figures.agreement),
+    }
+    if rand != ABSENT:
+        facts |= {"estimated Rand index with the truth": f"at least {rand}", "e-value against one hump": by_chance}
     return {
         "prompt": prompt.prompt,
-        "facts": {
-            "images": f"{prompt.num_images:,}",
-            "wordings": f"{len(prompt.captions):,}",
-            "separation": or_dash(split.figures.separation),
-            "agreement": or_dash(split.figures.agreement),
-            **({} if rand == ABSENT else {"estimated Rand index with the truth": f"at least {rand}"}),
-            **({} if rand == ABSENT else {"e-value against one hump": by_chance}),
-            "evidence": split.figures.evidence,
-        },
+        "facts": facts | {"evidence": split.figures.evidence},
         "factor": split.factor,
         "groups": groups,
         "histogram": histogram(split),

@@ -23,8 +23,7 @@ class Comparison:
     key: str  # the guidance scale as results name it
     keys: list[str]  # all guidance scales that both have, ascending
     measures: Mapping[str, Measures] = field(default_factory=dict)  # of models at this scale, the two first
-    pairs: Mapping[str, list[tuple[Row, Row]]] = field(default_factory=dict)
-    """Prompt to what both models drew from the same seeds, in the order of the first one's manifest."""
+    pairs: Mapping[str, list[tuple[Row, Row]]] = field(default_factory=dict)  # by prompt, in the first one's order
 
 
 def label(model: str) -> str:

@@ -10,12 +10,11 @@ from ..text import one_line
 
 ABSENT = "–"
 LOOK = "A rare group can also be wrong captions: look at the pictures."
-BETTER = {
+BETTER = {  # how to read a figure of quality, by the start of its name
     "higher is better": ("subject accuracy", "precision", "recall", "density", "coverage", "CLIP-T"),
     "lower is better": ("Frechet", "FID", "KID", "CMMD"),
     "higher is more diverse": ("Vendi", "LPIPS"),
 }
-"""How to read a figure of quality, by the start of its name."""
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,6 @@ def _space(height: int) -> Image.Image:
 
 
 def _below(parts: Sequence[Image.Image]) -> Image.Image:
-    """Parts below each other."""
     whole, top = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), PAPER), 0
     for part in parts:
         whole.paste(part, (0, top))

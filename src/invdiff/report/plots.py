@@ -62,14 +62,12 @@ class Plot(NamedTuple):
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart."""
+    """One line of a chart, of one figure or more."""
 
     name: str
     points: Sequence[tuple[float, float | None, float | None, float | None]]
     """x, y, and the ends of its interval, from left to right; None where there is none: the line has a gap there."""
-    place: int | None = None
-    """Decides colour and marker, which repeat after eight; None is the grey of the model that others are compared
-    with."""
+    place: int | None = None  # of its colour and marker, which repeat after eight; None is the grey of `BASE_COLOUR`
 
 
 @dataclass(frozen=True)
@@ -129,12 +127,11 @@ def draw_chart(axes: Axes, chart: Chart) -> None:
         look = line.place or 0
         colour = BASE_COLOUR if line.place is None else SERIES_COLOURS[look % len(SERIES_COLOURS)]
         marker = MARKERS[look % len(MARKERS)]
-        x, y, low, high = np.array([[math.nan if v is None else v for v in point] for point in line.points]).T
+        x, y, low, high = np.array(line.points, dtype=float).T  # None is no number
         x = x + 0.016 * span * (place - (len(chart.lines) - 1) / 2)
         axes.vlines(x, low, high, color=colour, alpha=0.35, linewidth=7)
         axes.plot(x, y, color=colour, marker=marker, clip_on=False)
-        if np.isfinite(y).any():
-            ends.append((float(y[np.isfinite(y)][-1]), one_line(line.name, 24), colour, marker, "bold"))
+        ends.append((float(y[np.isfinite(y)][-1]), one_line(line.name, 24), colour, marker, "bold"))
     known = [value for line in chart.lines for _, *figures in line.points for value in figures if value is not None]
     known += [y for floor in chart.floors for _, y in floor]
     bottom, top = min(0.0, *known), max(chart.top or 0.0, *known) or 1.0

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ..auditing.asked import known_rows
 from ..auditing.clicks import labels_of
@@ -28,8 +29,6 @@ from .figures import Share
 from .plots import colour_of
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ..data.captioned import CaptionedImages
 
 GENERATED = MANIFESTS[0]
@@ -155,14 +154,7 @@ def find_parts(run: str | Path) -> Parts:
         if name := next((name for name in named if name in models), "") if models else named[1]:
             images.setdefault(name, []).append(manifest.parent)
     has_data = any((run / "data" / name).is_file() for name in METADATA)
-    return Parts(
-        audit=audit_of(run, module),
-        data=run / "data" if has_data else None,
-        results=results,
-        images=images,
-        module=module,
-        run=run,
-    )
+    return Parts(audit_of(run, module), run / "data" if has_data else None, results, images, module, run)
 
 
 def audits_in(run: Path) -> list[Path]:
@@ -199,9 +191,8 @@ def audit_of(run: Path, module: Path | None) -> Path | None:
 def read_run(parts: Parts) -> Run:
     """Read the parts of a report; `AuditError` where the data is not what was audited."""
     if parts.audit is None and parts.results is None:
-        raise ConfigError(
-            f"Expected audit/ or results.json in {parts.run or 'what is given'}, found neither. Run `invdiff audit`."
-        )
+        where = parts.run or "what is given"
+        raise ConfigError(f"Expected audit/ or results.json in {where}, found neither. Run `invdiff audit`.")
     audit = None if parts.audit is None else Audit.load(parts.audit)
     data = parts.data if audit else None
     if isinstance(data, str | Path):
@@ -247,9 +238,8 @@ def measured(results: Results, model: str, rows: Sequence[Row]) -> bool:
     """Whether images may be of a model's results: of the same prompts and no more, at each scale that both have."""
     for scale, measures in results.models.get(model, {}).items():
         counts = Counter(row.prompt for row in rows if row.scale_key == scale)
-        if counts and not measures.first.counts.keys() <= counts.keys():
-            return False
-        if counts and min(counts.values()) > measures.images_per_prompt:
+        absent = measures.first.counts.keys() - counts.keys()
+        if counts and (absent or min(counts.values()) > measures.images_per_prompt):
             return False
     return True
 

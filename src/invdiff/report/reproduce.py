@@ -157,7 +157,6 @@ def _settings(run: Run) -> dict[str, Mapping[str, Any]]:
 
 
 def _facts(run: Run, version: str) -> list[Table]:
-    """Fingerprints, versions and seeds."""
     audited = run.audit.settings if run.audit else {}
     prints = [
         ("model that was audited", audited.get("model_fingerprint")),

@@ -38,7 +38,6 @@ from .read import MOST_PROMPTS, Run
 PAIRS = 8
 MOST_FIGURES, MOST_NOTES = 40, 8
 TRAINING_DATA = "Training data"
-CORRECTED = "Corrected for the annotator"
 DATA_COLOUR = "#a9793f"  # of no group, class or model
 
 
@@ -55,7 +54,7 @@ def glance(run: Run, chosen: Comparison | None) -> dict[str, Any]:
         return view
     by = results.criterion
     found = [(label(model), results.judged(chosen.measures[model])) for model in dict.fromkeys(both)]
-    last = [CORRECTED] if any(corrected(of) for _, of in found) else []
+    last = ["Corrected for the annotator"] if any(corrected(of) for _, of in found) else []
     columns = ("", f"{by.name} ({results.confidence:.0%} interval)", f"A {by.sampler} shows", *last)
     rows = [[name, estimate(of), bias(of.floor), corrected(of) or ABSENT][: len(columns)] for name, of in found]
     view["sentences"].append(_verdict(results, chosen))
@@ -99,9 +98,8 @@ def _told(figure: Estimate) -> str:
 
 def _ends(figure: Estimate) -> tuple[float, float]:
     """The interval of a figure, which is corrected for the annotator's errors where they are known."""
-    if figure.corrected_low is None or figure.corrected_high is None:
-        return figure.low, figure.high
-    return figure.corrected_low, figure.corrected_high
+    low, high = figure.corrected_low, figure.corrected_high
+    return (figure.low, figure.high) if low is None or high is None else (low, high)
 
 
 def changes(run: Run, chosen: Comparison) -> dict[str, Any]:
@@ -138,9 +136,8 @@ def costs(chosen: Comparison, results: Results) -> dict[str, Any]:
     ]
     scales_say_it = len(every) <= 2 or (modules and len(chosen.keys) == 1)
     over_scale = [(name, f"{scale:g}", measures) for name, line in modules.items() for scale, measures in line.items()]
-    plain = any(0 in line for line in modules.values())
+    at, plain = at_scale(chosen.key), any(0 in line for line in modules.values())
     notes = ["Scale 0 is the base model: there the module does nothing."] if plain else []
-    at = at_scale(chosen.key)
     about = f"{at.capitalize()}; 0 is the base model, 1 is what the module was trained for."
     return {
         "over_guidance": [plot_chart(chart, "over guidance scale") for chart in over_guidance(results, chosen)],

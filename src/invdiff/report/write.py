@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,13 +29,12 @@ if TYPE_CHECKING:
     from ..data.captioned import CaptionedImages
 
 HTML, MARKDOWN = "report.html", "report.md"
-PICTURES = {
+PICTURES = {  # file name and title of what lies beside the Markdown
     "before_after": ("report-before-after.png", "The same prompts and seeds before and after"),
     "groups": ("report-groups.png", "The images most typical of each hidden group"),
     "bias": ("report-bias.png", "How uneven images are at every guidance scale"),
     "scale": ("report-module-scale.png", "How uneven and how good images are at every scale of the module"),
 }
-"""File name and title of what lies beside the Markdown."""
 MOST_CHARACTERS = 300  # of a caption or a name; a longer one is cut and ends in an ellipsis
 
 
@@ -147,19 +146,17 @@ def _code(text: str) -> Markup:
 
 def _save_pictures(folder: Path, run: Run, chosen: Comparison | None) -> dict[str, Any]:
     """Write the pictures that the parts suffice for and return their part of `PICTURES`; remove earlier ones."""
-    paths = {name: folder / file_name for name, (file_name, _) in PICTURES.items()}
-    written = set()
+    save: dict[str, Callable[[Path], None]] = {}
     if chosen and run.results:
         charts = {"bias": over_guidance(run.results, chosen)[:1], "scale": over_module(run.results, chosen)}
-        written = {name for name, of in charts.items() if of}
-        for name in written:
-            save_charts(paths[name], charts[name], title=PICTURES[name][1])
+        save = {name: partial(save_charts, charts=of, title=PICTURES[name][1]) for name, of in charts.items() if of}
     if chosen and chosen.pairs:
-        save_before_after(paths["before_after"], chosen)
-        written.add("before_after")
+        save["before_after"] = partial(save_before_after, chosen=chosen)
     if run.audit and run.data is not None and not withheld(run):
-        save_groups(paths["groups"], run)
-        written.add("groups")
-    for name in PICTURES.keys() - written:
-        paths[name].unlink(missing_ok=True)
-    return {name: picture for name, picture in PICTURES.items() if name in written}
+        save["groups"] = partial(save_groups, run=run)
+    for name, (file_name, _) in PICTURES.items():
+        if name in save:
+            save[name](folder / file_name)
+        else:
+            (folder / file_name).unlink(missing_ok=True)
+    return {name: picture for name, picture in PICTURES.items() if name in save}

@@ -50,19 +50,18 @@ class AuditAnnotator(Measurable):
             self.prompts = [each["prompt"] for each in document["prompts"] if each["found"]]
             self.resolution, self._levels = settings["resolution"], settings["feature_log_snr"]
             self._places = {f["name"]: m for m, f in enumerate(document["factors"]) if f"map.{m}" in self._judges}
-            for name, m in self._places.items():
-                groups = [f"group {group}" for group in range(len(self._judges[f"bias.{m}"]))]
-                classes[name] = document["factors"][m].get("values") or groups
-            self.attributes = class_names(classes)
             self.splits: dict[str, list[str]] = {}
             self.unsplit: dict[str, set[str]] = {}  # factor to wordings of audited prompts that it does not split
             for name, m in self._places.items():
+                groups = [f"group {group}" for group in range(len(self._judges[f"bias.{m}"]))]
+                classes[name] = document["factors"][m].get("values") or groups
                 split = [each["prompt"] for each in document["factors"][m]["splits"]]
                 self.splits[name] = [document["prompts"][place]["prompt"] for place in split]
                 others = [prompt for place, prompt in enumerate(document["prompts"]) if place not in split]
                 self.unsplit[name] = {words for each in others for words in (each["prompt"], *each["captions"])}
-            judged = {kind: self._of_factors(kind) for kind in ("probabilities", "truth")}
-            self.use_held_out(HeldOut(self.attributes, judged["probabilities"], truth=judged["truth"]))
+            self.attributes = class_names(classes)
+            probabilities, truth = self._of_factors("probabilities"), self._of_factors("truth")
+            self.use_held_out(HeldOut(self.attributes, probabilities, truth=truth))
             model = settings["denoiser_fingerprint"], settings["model_fingerprint"]
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, DataError) as error:
             remedy = "Run `invdiff audit` again; of a factor with few images in a group there is no judge."
@@ -70,14 +69,12 @@ class AuditAnnotator(Measurable):
         if isinstance(pipe, str | Path):
             pipe = load_pipeline(pipe, loras=loras, dtype=DTYPES.get(settings.get("dtype")))
         if model != (denoiser_fingerprint(pipe), model_fingerprint(pipe)):
-            raise ModelError(
-                f"Expected the model that was audited in {folder}, its precision and LoRAs, got another. Give it."
-            )
+            asked = f"the model that was audited in {folder}, its precision and LoRAs"
+            raise ModelError(f"Expected {asked}, got another. Give it.")
         for name, own in self.splits.items():
             if len(own) < len(self.prompts):
-                self.note += (
-                    f"; {name} splits {', '.join(map(repr, own))} alone: other audited prompts have no figures"
-                )
+                alone = ", ".join(map(repr, own))
+                self.note += f"; {name} splits {alone} alone: other audited prompts have no figures"
         if (folder / CURATION).is_file():
             self.note += f"; it counts groups as they were inferred, without the changes of people in {CURATION}"
         self._pipe, self.network = pipe, denoiser_of(pipe)

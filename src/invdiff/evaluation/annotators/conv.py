@@ -53,16 +53,11 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         self.name = self.feature_name = "annotator"
         # Sorted because diffusers sorts the keys of a saved config, and the heads must keep their order.
         self.attributes = dict(sorted(classes.items()))
-        self.trunk = torch.nn.Sequential(
-            *(
-                torch.nn.Sequential(
-                    torch.nn.Conv2d(channels, width, 3, stride=stride, padding=1),
-                    torch.nn.GroupNorm(8, width),
-                    torch.nn.ReLU(inplace=True),
-                )
-                for channels, width, stride in ((5, 24, 2), (24, 48, 2), (48, 64, 2), (64, NUM_FEATURES, 1))
-            )
-        )
+        layers = []
+        for channels, width, stride in ((5, 24, 2), (24, 48, 2), (48, 64, 2), (64, NUM_FEATURES, 1)):
+            convolution = torch.nn.Conv2d(channels, width, 3, stride=stride, padding=1)
+            layers.append(torch.nn.Sequential(convolution, torch.nn.GroupNorm(8, width), torch.nn.ReLU(inplace=True)))
+        self.trunk = torch.nn.Sequential(*layers)
         self.heads = torch.nn.Linear(NUM_FEATURES, sum(len(names) for names in self.attributes.values()))
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -82,9 +82,8 @@ class HeldOut(Annotations):
                 truth={name: arrays[f"truth.{name}"].astype(np.int64) for name in summary},
             )
         except (AttributeError, KeyError, TypeError, DataError, EvaluationError) as error:
-            raise ModelError(
-                f"Expected {TENSORS} and {SUMMARY} of an annotator in {folder}, which disagree: {error}. Measure anew."
-            ) from error
+            expected = f"Expected {TENSORS} and {SUMMARY} of an annotator in {folder}"
+            raise ModelError(f"{expected}, which disagree: {error}. Measure anew.") from error
 
 
 class Measurable:
@@ -108,10 +107,8 @@ class Measurable:
     def use_held_out(self, held_out: HeldOut) -> None:
         """Take `confusion` of its attributes from `held_out`, which must be of the same classes; others' stays."""
         if not held_out.attributes.items() <= self.attributes.items():
-            raise ModelError(
-                f"Expected held-out images of the annotator's classes {dict(self.attributes)}, got "
-                f"{dict(held_out.attributes)}. Measure this annotator again."
-            )
+            expected, found = dict(self.attributes), f"{dict(held_out.attributes)}. Measure this annotator again."
+            raise ModelError(f"Expected held-out images of the annotator's classes {expected}, got {found}")
         self.held_out = held_out
         self._measured = {**self._measured, **dict.fromkeys(held_out.attributes, held_out)}
 
@@ -126,10 +123,8 @@ def measure_annotator(
     common = [name for name in annotator.attributes if name in data.attributes]
     chosen = common if attributes is None else list(dict.fromkeys(attributes))
     if not chosen or not set(chosen) <= set(common):
-        raise DataError(
-            f"Expected attributes that both have, got {', '.join(chosen) or 'none'}: the annotator knows "
-            f"{', '.join(annotator.attributes)}, the data {known_columns(data)}."
-        )
+        told = f"the annotator knows {', '.join(annotator.attributes)}, the data {known_columns(data)}"
+        raise DataError(f"Expected attributes that both have, got {', '.join(chosen) or 'none'}: {told}.")
     classes = {name: annotator.attributes[name] for name in chosen}
     labels: dict[str, list[str]] = {}
     for name in chosen:

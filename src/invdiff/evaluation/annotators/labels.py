@@ -82,9 +82,8 @@ class GivenLabels:
             cells = ((row.get(name), place) for row, place in zip(rows, places, strict=True))
             labels_in(name, cells, EvaluationError, known)
             if len(self._classes(name)) > MAX_CLASSES:
-                raise EvaluationError(
-                    f"Expected at most {MAX_CLASSES} classes of {name!r}, found more. Choose a column of labels."
-                )
+                expected = f"Expected at most {MAX_CLASSES} classes of {name!r}"
+                raise EvaluationError(f"{expected}, found more. Choose a column of labels.")
         return self
 
     @property

@@ -34,18 +34,16 @@ def load_annotator(
 
     `spec` is a folder, a hub id, or "labels" for `GivenLabels`. `attribute` is what a classifier's classes are classes
     of ("label" unless given, the first of several), or the columns of labels; `classes` is for a CLIP model only:
-    attribute to class to prompts, or a YAML or JSON file of that. `model` is the pipeline, or its folder or hub id,
-    that was audited, where `spec` is the folder of an audit; it is loaded in the precision of the audit, and `loras`
-    are fused into it.
+    attribute to class to prompts, or a YAML or JSON file of that. `model` and `loras` are what `AuditAnnotator` takes,
+    where `spec` is the folder of an audit.
     """
     audited = (Path(spec) / "audit.json").is_file()
     if audited != (model is not None):
         given = f"{spec} and {'no model' if audited else 'a model'}"
         raise ConfigError(f"Expected the audited model (--annotator-model) beside an audit and no other, got {given}.")
     if loras and not isinstance(model, str | Path):
-        raise ConfigError(
-            f"Expected LoRAs of an audited model, by its folder or hub id, got {', '.join(loras)} alone."
-        )
+        named = ", ".join(loras)
+        raise ConfigError(f"Expected LoRAs of an audited model, by its folder or hub id, got {named} alone.")
     if audited:
         return AuditAnnotator(spec, model, loras=loras)
     attributes = [name for name in ([attribute] if isinstance(attribute, str) else attribute) if name]
@@ -75,10 +73,9 @@ def load_annotator(
 def check_measurable(spec: str, folder: Path) -> None:
     """Raise `ConfigError` where `spec` is a measurement itself, or its folder the one to write to."""
     if _recipe(Path(spec)) or folder.resolve() == Path(spec).resolve():
-        raise ConfigError(
-            f"Expected an annotator and another folder to write its measurement to, got {spec} and {folder}. Name the "
-            "annotator itself and a new folder, which will stand for the measured annotator."
-        )
+        remedy = "Name the annotator itself and a new folder, which will stand for the measured annotator."
+        expected = "Expected an annotator and another folder to write its measurement to"
+        raise ConfigError(f"{expected}, got {spec} and {folder}. {remedy}")
 
 
 def save_measured(

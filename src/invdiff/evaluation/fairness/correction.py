@@ -119,8 +119,7 @@ def _checked(counts: ArrayLike, confusion: ArrayLike) -> tuple[FloatArray, Float
     if sizes[-1] * MAX_CONDITION < sizes[0]:
         # The mixture of true classes that hardly changes what is annotated.
         first, second = np.sort(np.argsort(-np.abs(mixing[:, -1]))[:2])
-        raise EvaluationError(
-            f"Expected an annotator that tells the classes apart, got one that hardly tells class {first} from class "
-            f"{second} (condition number above {MAX_CONDITION:.0f}). Merge these classes or train a better annotator."
-        )
+        found = f"one that hardly tells class {first} from class {second} (condition number above {MAX_CONDITION:.0f})"
+        remedy = "Merge these classes or train a better annotator."
+        raise EvaluationError(f"Expected an annotator that tells the classes apart, got {found}. {remedy}")
     return table, held_out

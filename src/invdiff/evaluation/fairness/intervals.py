@@ -44,12 +44,7 @@ def share_interval(successes: int, total: int) -> tuple[float, float]:
 
 
 def interval(
-    metric: str,
-    counts: ArrayLike,
-    *,
-    target: ArrayLike | None = None,
-    num_resamples: int = 1000,
-    seed: int = 0,
+    metric: str, counts: ArrayLike, *, target: ArrayLike | None = None, num_resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """Bias-aware 95% interval, lower and upper end, for a metric's mean over prompts of counts, (prompts, groups).
 

@@ -70,19 +70,10 @@ def worst_group_ratio(p: FloatArray, target: FloatArray) -> FloatArray:
 class Metric:
     """A fairness metric of one prompt's shares."""
 
-    formula: Callable[[FloatArray, FloatArray], FloatArray]
-    """From shares (..., groups) and a target (groups,) to values (...)."""
-    fair_value: int
-    """The value of shares that equal the target: 0 or 1."""
-    takes_target: bool
-    """Whether it measures against any target; the others measure evenness."""
-    label: str
-    """Its name for people, and which value is fair."""
-
-    @property
-    def name(self) -> str:
-        """The name in `METRICS` and in results."""
-        return self.formula.__name__
+    formula: Callable[[FloatArray, FloatArray], FloatArray]  # of shares (..., groups) and a target (groups,): (...)
+    fair_value: int  # the value of shares that equal the target: 0 or 1
+    takes_target: bool  # whether it measures against any target; the others measure evenness
+    label: str  # its name for people, and which value is fair
 
     def limits(self, target: FloatArray) -> tuple[float, float]:
         """Least and greatest value: all metrics here are extreme at the target and the vertices."""
@@ -91,7 +82,7 @@ class Metric:
 
 
 METRICS: Mapping[str, Metric] = {
-    metric.name: metric
+    metric.formula.__name__: metric
     for metric in (
         Metric(bias, 0, False, "Bias: 0 is even, 2/K is always one of K classes"),
         Metric(fairness_discrepancy, 0, True, "distance of the shares to the target: 0 is on target"),
@@ -141,9 +132,7 @@ def checked_counts(counts: ArrayLike) -> FloatArray:
     return array
 
 
-def metric_floor(
-    metric: str, num_images: ArrayLike, num_groups: int, *, target: ArrayLike | None = None, seed: int = 0
-) -> float:
+def metric_floor(metric: str, num_images: ArrayLike, num_groups: int, *, target: ArrayLike | None = None) -> float:
     """Expected value of a metric for a sampler that draws the groups from the target, (groups,), even when None.
 
     Exact for bias, for two groups (a binomial sum) and where at most 20,000 tables of counts are possible. Else a
@@ -152,12 +141,12 @@ def metric_floor(
     """
     t = tuple(target_shares(target, num_groups).tolist())
     distinct, prompts = np.unique(np.asarray(num_images).astype(np.int64), return_counts=True)
-    floors = [_expected_value(metric, int(number), t, seed) for number in distinct]
+    floors = [_expected_value(metric, int(number), t) for number in distinct]
     return float(np.average(floors, weights=prompts))
 
 
 @lru_cache(maxsize=1024)
-def _expected_value(name: str, num_images: int, shares_drawn: tuple[float, ...], seed: int) -> float:
+def _expected_value(name: str, num_images: int, shares_drawn: tuple[float, ...]) -> float:
     """Expected value of the metric over multinomial draws from the target; an evaluation asks again and again."""
     metric, target, num_groups = METRICS[name], np.array(shares_drawn), len(shares_drawn)
     counts = np.arange(num_images + 1)
@@ -175,7 +164,7 @@ def _expected_value(name: str, num_images: int, shares_drawn: tuple[float, ...],
         bars = np.array(list(combinations(range(end), num_groups - 1)))
         tables = np.diff(np.pad(bars, ((0, 0), (1, 1)), constant_values=((0, 0), (-1, end))), axis=1) - 1
         return float(multinomial.pmf(tables, num_images, target) @ metric.formula(tables / num_images, target))
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     draws, total, squares = 0, 0.0, 0.0
     while True:
         values = metric.formula(generator.multinomial(num_images, target, size=BATCH) / num_images, target)

@@ -108,10 +108,8 @@ def _metrics(use: str, weights: str, part: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise EvaluationError(
-            f"Expected torchmetrics and {part} for {use}, found no {error.name or part}. Install them: "
-            "pip install 'invdiff[metrics]'."
-        ) from error
+        found = f"found no {error.name or part}. Install them: pip install 'invdiff[metrics]'."
+        raise EvaluationError(f"Expected torchmetrics and {part} for {use}, {found}") from error
     except OSError as error:
         remedy = "Connect to the network once: they are kept in torch.hub's folder."
         raise EvaluationError(f"Expected {weights}'s weights for {use}, found none ({error}). {remedy}") from error
