@@ -11,7 +11,7 @@ from invdiff.errors import AuditError
 from invdiff.models import features
 from invdiff.models.frozen import FrozenDenoiser
 from invdiff.models.schedule import NoiseSchedule
-from runs import made_up_data
+from runs import made_up_data, sharded
 from tiny import save_clip, save_dinov2
 
 
@@ -56,7 +56,7 @@ def test_features_are_whitened_alike_in_whatever_order_captions_come(monkeypatch
     monkeypatch.setattr(evidence, "FITTED", 100)
     caption = np.arange(200) % 2
     values = np.stack([4.0 * caption, np.random.default_rng(0).normal(size=200)], axis=1)
-    mixed = evidence.whitened(lambda rows: values[rows], 200, seed=0).values
+    mixed = evidence.whitened(sharded(values), ..., seed=0).values
     assert mixed.shape == (200, 2)  # of one caption alone the first would not vary
     assert np.allclose(mixed.std(axis=0), 1, atol=0.2)
 

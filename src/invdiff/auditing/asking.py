@@ -22,7 +22,7 @@ from ..config import AuditConfig
 from ..data.captioned import CaptionedImages
 from ..data.encode import EncodedImages, encode_captions
 from ..errors import ConfigError
-from ..files import fingerprint, read_arrays
+from ..files import read_arrays
 from ..models.encoders import ClipEncoder
 from ..models.frozen import Denoiser
 from ..models.load import public_name
@@ -128,19 +128,12 @@ def read_by_model(
         rng = generator("ask", config.seed, int(batch[0]))
         return {"losses": paired_losses(denoiser, data.latents[batch], conditions, LEVELS, DRAWS, rng)}
 
-    made_of = (
-        data.model_fingerprint,
-        data.data_fingerprint,
-        str(data.resolution),
-        denoiser.fingerprint,
-        *data.unreadable,
-    )
     readings, spent = list[Reading](), 0
     for name, values in asked.items():
         for rows in stages:
-            settings = repr((TEMPLATE, values, LEVELS, DRAWS, config.batch_size, config.seed))
-            folder, read = work_dir / fingerprint(*made_of, settings, rows.tobytes()), partial(measure, values)
-            paths = in_shards(folder, f"reading {name}", read, data, torch.from_numpy(rows), config, progress=progress)
+            settings = [repr((TEMPLATE, values, LEVELS, DRAWS, config.batch_size, config.seed)), rows.tobytes()]
+            work: Any = partial(measure, values), denoiser, data, torch.from_numpy(rows), config
+            paths = in_shards(work_dir, settings, f"reading {name}", *work, progress=progress)
             scores = _likelier(np.concatenate([read_arrays(path)["losses"] for path in paths]).astype(np.float64))
             spent += len(rows) * len(LEVELS) * DRAWS * len(values)
             if len(rows) < len(data):

@@ -12,6 +12,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from scipy.stats import false_discovery_control, hypergeom, mannwhitneyu, norm
 from sklearn.cluster import MiniBatchKMeans
+from sklearn.metrics.cluster import contingency_matrix
 
 from ..data.encode import EncodedImages
 from ..models.families import Condition
@@ -72,8 +73,8 @@ def part_by_images(
     prompt_of: NDArray[Any],
     data: EncodedImages,
     sources: Sequence[NDArray[Any]],
-    least: int = 20,
-    distinct: NDArray[np.bool_] | None = None,
+    least: int,
+    distinct: NDArray[np.bool_],
 ) -> tuple[NDArray[Any], dict[int, str]]:
     """Prompts of which captions stay together only where a probe cannot tell their images apart.
 
@@ -88,15 +89,10 @@ def part_by_images(
     `distinct` (N,), copies of others of their caption, tell nothing.
     """
     caption_ids, parted = data.caption_ids.numpy(), np.full(len(prompt_of), -1)
-    distinct = np.ones(len(caption_ids), dtype=bool) if distinct is None else distinct
     by_words, notes = dict[int, str](), dict[int, str]()
     counts = np.bincount(caption_ids, minlength=len(prompt_of))
-    having: dict[str, list[int]] = defaultdict(list)
-    for caption, text in enumerate(data.captions):
-        for word in set(words_in(text)):
-            having[word].append(caption)
-    often = max(LEAST_WORD, LEAST_WORD_SHARE * len(caption_ids))
-    words = {word: np.isin(caption_ids, of) for word, of in sorted(having.items()) if counts[of].sum() >= often}
+    often, having = max(LEAST_WORD, LEAST_WORD_SHARE * len(caption_ids)), captions_by_word(data.captions)
+    words = {word: np.isin(caption_ids, of) for word, of in having.items() if counts[of].sum() >= often}
     for prompt in np.unique(prompt_of):
         captions = np.flatnonzero(prompt_of == prompt)
         captions = captions[np.argsort(-counts[captions], kind="stable")]
@@ -209,28 +205,19 @@ def stating_words(
     and the others are rarer among them by `LIFT` than among images without the word: where a group is 95% of all, a
     word that only comes with it a little more often states nothing.
     """
-    groups = np.unique(labels)
-    counts = np.zeros((len(captions), len(groups)), dtype=np.int64)  # images of each caption in each group
-    np.add.at(counts, (caption_ids, np.searchsorted(groups, labels)), 1)
-    total = counts.sum(axis=0)
-    inside: dict[str, NDArray[Any]] = {}  # images with a word in their caption, in each group
-    for caption in np.flatnonzero(counts.sum(axis=1)):
-        for word in set(words_in(captions[caption])):
-            inside[word] = inside.get(word, 0) + counts[caption]
-    kept = []
-    for word, n in inside.items():
-        others, outside, elsewhere = n.sum() - n.max(), total - n, (total - n).sum()
-        rarer = LIFT * others * elsewhere <= n.sum() * (elsewhere - outside[n.argmax()])
-        if elsewhere and n.max() >= certainty * n.sum() and rarer:
-            kept.append(word)
-    if not kept:
+    if not len(labels):
         return {}
-    with_word = np.array([inside[word] for word in kept])
-    group = with_word.argmax(axis=1)
+    groups, counts = np.unique(labels), contingency_matrix(caption_ids, labels)  # images of each caption and group
+    having = captions_by_word([captions[caption] for caption in np.unique(caption_ids)])
+    inside = np.array([counts[of].sum(axis=0) for of in having.values()]).reshape(len(having), len(groups))
+    drawn, most, group = inside.sum(axis=1), inside.max(axis=1), inside.argmax(axis=1)
+    elsewhere, total = len(labels) - drawn, counts.sum(axis=0)[group]
+    rarer = LIFT * (drawn - most) * elsewhere <= drawn * (elsewhere - total + most)
+    states = (elsewhere > 0) & (most >= certainty * drawn) & rarer
     # The chance of so many of this group among the word's images, were they drawn from all (Fisher's test).
-    most, drawn = with_word.max(axis=1), with_word.sum(axis=1)
-    adjusted = false_discovery_control(hypergeom.sf(most - 1, total.sum(), total[group], drawn))
-    return {word: int(groups[g]) for word, g, p in zip(kept, group, adjusted, strict=True) if p < LEVEL}
+    chances = hypergeom.sf(most - 1, len(labels), total, drawn)
+    states[states] = false_discovery_control(chances[states]) < LEVEL
+    return {word: int(groups[g]) for word, g, stated in zip(having, group, states, strict=True) if stated}
 
 
 def stated_group(caption: str, words: dict[str, int]) -> int:
@@ -242,3 +229,12 @@ def stated_group(caption: str, words: dict[str, int]) -> int:
 def words_in(text: str) -> list[str]:
     """The words of a text, lower case."""
     return re.findall(r"\w+", text.lower())
+
+
+def captions_by_word(captions: Sequence[str]) -> dict[str, list[int]]:
+    """Which captions have each word, by index, words sorted."""
+    having: dict[str, list[int]] = defaultdict(list)
+    for caption, text in enumerate(captions):
+        for word in set(words_in(text)):
+            having[word].append(caption)
+    return dict(sorted(having.items()))

@@ -278,5 +278,5 @@ def component_scores(
     scores = components(evidence.features.numpy(rows), f"features at log-SNR {levels}", seed=config.seed, taken=taken)
     if evidence.vision is not None:
         source = f"features of {public_name(config.vision_encoder)}"
-        scores += components(evidence.vision[rows].astype(np.float64), source, seed=config.seed, taken=taken)
+        scores += components(evidence.vision.numpy(rows).astype(np.float64), source, seed=config.seed, taken=taken)
     return scores
