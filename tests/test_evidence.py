@@ -24,7 +24,7 @@ def test_images_are_seen_as_they_are_and_mirrored_once(encoder_dir, tiny_pipe, d
     features = encode_vision(str(encoder_dir), data, np.arange(12), tmp_path / "vision", progress=False)
     assert features.shape[:2] == (12, 2)
     assert not np.array_equal(features[:, 0], features[:, 1])
-    monkeypatch.setattr(evidence, "VisionEncoder", None)  # from now on features are read back
+    monkeypatch.setattr(evidence.VisionEncoder, "extract", None)  # from now on features are read back
     monkeypatch.setattr(scores, "NUM_COMPONENTS", (3,))
     monkeypatch.setattr(scores, "IMAGES_PER_DIMENSION", 2)
     config = AuditConfig(vision_encoder=str(encoder_dir), min_images=6, min_share=0.2, caption_threshold=100.0)

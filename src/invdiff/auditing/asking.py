@@ -88,7 +88,7 @@ def read_by_clip(
     progress: bool = True,
 ) -> list[Reading]:
     """A CLIP model's reading of images `rows` (N,) of `data`, from features that are kept in `cache_dir`."""
-    features = cached_features(cache_dir, encoder.features_digest(), data, rows, lambda: encoder.extract, progress)
+    features = cached_features(cache_dir, encoder.features_digest(), data, rows, encoder.extract, progress)
     cosines = [normalize(features.astype(np.float64)) @ embedded(encoder, values).T for values in asked.values()]
     scores = [(own - own.mean(axis=1, keepdims=True))[None] for own in cosines]
     return [Reading(*question, own) for question, own in zip(asked.items(), scores, strict=True)]
@@ -131,9 +131,10 @@ def read_by_model(
     readings, spent = list[Reading](), 0
     for name, values in asked.items():
         for rows in stages:
-            settings = [repr((TEMPLATE, values, LEVELS, DRAWS, config.batch_size, config.seed)), rows.tobytes()]
+            settings = repr((TEMPLATE, values, LEVELS, DRAWS, config.batch_size, config.seed))
+            made_of: list[str | bytes] = [settings, rows.tobytes()]
             work: Any = partial(measure, values), denoiser, data, torch.from_numpy(rows), config
-            paths = in_shards(work_dir, settings, f"reading {name}", *work, progress=progress)
+            paths = in_shards(work_dir, made_of, f"reading {name}", *work, progress=progress)
             scores = _likelier(np.concatenate([read_arrays(path)["losses"] for path in paths]).astype(np.float64))
             spent += len(rows) * len(LEVELS) * DRAWS * len(values)
             if len(rows) < len(data):

@@ -33,8 +33,6 @@ IMAGES_PER_WHITENED = 20  # images that each of them takes
 FITTED = 8000  # most images that a basis of features is fitted on, evenly chosen; all are projected on it
 SHARD_SIZE = 256  # images whose measurements share a file
 
-_Extract = Callable[[list[Image.Image]], NDArray[np.float32]]
-
 
 class Whitened(NamedTuple):
     """Leading principal components of features, each of unit variance: values = features @ basis + shift."""
@@ -205,23 +203,21 @@ def encode_vision(
 
     Each image is shown twice, as it is and mirrored: a property that changes with that is none to group by.
     """
+    encoder = VisionEncoder.load(name_or_folder)
 
-    def load() -> _Extract:
-        extract = VisionEncoder.load(name_or_folder).extract
-        return lambda images: np.stack([extract(images), extract(map(ImageOps.mirror, images))], axis=1)
+    def extract(images: list[Image.Image]) -> NDArray[np.float32]:
+        return np.stack([encoder.extract(images), encoder.extract(map(ImageOps.mirror, images))], axis=1)
 
-    files = sorted(Path(name_or_folder).expanduser().glob("*"))  # of a folder, which may come to hold another model
-    stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-    return cached_features(cache_dir, fingerprint(name_or_folder, *stamps), data, rows, load, progress)
+    return cached_features(cache_dir, encoder.features_digest(), data, rows, extract, progress)
 
 
 def cached_features(
-    folder: Path, encoder: str, data: CaptionedImages, rows: NDArray[Any], load: Callable[[], _Extract], progress: bool
+    folder: Path, digest: str, data: CaptionedImages, rows: NDArray[Any], extract: Callable[..., Any], progress: bool
 ) -> NDArray[np.float32]:
-    """Features of images `rows` of `data`, (len(rows), ...), by the `encoder` that `load` loads, kept in `folder`."""
-    path = folder / f"{fingerprint(encoder, data.fingerprint, rows.tobytes())}.safetensors"
+    """Features of images `rows` of `data`, (len(rows), ...), by an encoder of this digest, kept in `folder`."""
+    path = folder / f"{fingerprint(digest, data.fingerprint, rows.tobytes())}.safetensors"
     if not path.exists():
-        features, extract = [], load()
+        features = []
         with progress_bar("image features", len(rows), enabled=progress) as bar:
             for batch in np.split(rows, range(BATCH_SIZE, len(rows), BATCH_SIZE)):
                 features.append(extract([data.image(int(row)) for row in batch]))
