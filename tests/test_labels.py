@@ -24,7 +24,7 @@ from tiny import CAPTIONS
 
 pytestmark = pytest.mark.usefixtures("plain")
 
-SMALL = AuditConfig(min_images=4)
+SMALL, EXACT = AuditConfig(min_images=4), AuditConfig(solver="exact")
 VALUES = ["land", "water", "land", "water", "water", "land", "", "water", "land", "land"] * 2
 """Of 20 images, two of them not labelled."""
 
@@ -67,22 +67,18 @@ def test_a_column_that_is_asked_for_is_the_factor_and_trains_as_the_same_groups_
     assert "without labels" in (tmp_path / "found" / "README.md").read_text()
 
 
-def test_a_column_must_be_there_and_be_asked_for_alone(tiny_pipe, folder, tmp_path):
-    data, options = load_captioned_images(folder), {"cache_dir": tmp_path / "cache", "progress": False}
-    with pytest.raises(DataError, match="'gender' in the data, found place"):
-        audit(tiny_pipe, data, attribute="gender", config=SMALL, **options)
-    with pytest.raises(ConfigError, match="solver 'auto'"):
-        audit(tiny_pipe, data, attribute="place", config=AuditConfig(solver="exact"), **options)
-
-
 def test_what_is_asked_for_wrongly_is_told_before_the_work(tiny_pipe, folder, tmp_path):
-    data, options = load_captioned_images(folder), {"cache_dir": tmp_path / "cache", "progress": False}
-    for twice in ({"attribute": ["place", "place"]}, {"attribute": "place", "ask": "place: land, water"}):
-        with pytest.raises(ConfigError, match="in one way, once, got 'place' again"):
-            audit(tiny_pipe, data, config=SMALL, **twice, **options)
-    for asked in ({"attribute": "gender"}, {"labels": {"place": {data.names[0]: "land"}}}):
-        with pytest.raises(DataError):
-            audit(tiny_pipe, data, config=SMALL, **asked, **options)
+    data, words = load_captioned_images(folder), "place: land, water"
+    for asked, error, message in (
+        ({"attribute": "gender"}, DataError, "'gender' in the data, found place"),
+        ({"labels": {"place": {"00.png": "land"}}}, DataError, "4 more of land"),
+        ({"attribute": ["place", "place"]}, ConfigError, "in one way, once, got 'place' again"),
+        ({"attribute": "place", "ask": words}, ConfigError, "in one way, once, got 'place' again"),
+        ({"attribute": "place", "config": EXACT}, ConfigError, "solver 'auto'"),
+        ({"ask": words, "config": EXACT}, ConfigError, "solver 'auto'"),
+    ):
+        with pytest.raises(error, match=message):
+            audit(tiny_pipe, data, **{"config": SMALL, "cache_dir": tmp_path / "cache", **asked})
     assert not (tmp_path / "cache").exists()
 
 
@@ -100,16 +96,14 @@ def test_values_that_are_rare_under_a_prompt_are_no_group_there():
     assert weights[-4:].tolist() == [[0.5, 0.5]] * 4
 
 
-def partly_labelled(*sizes, captions=CAPTIONS, prompt_of=(0, 1)):
+def partly_labelled(*sizes, captions=CAPTIONS, prompt_of=(0, 1), **settings):
     """An audit of a column; each caption has images of these numbers on land, on water, and without a label."""
-    labels, ids = (
-        np.repeat([0, 1, 2] * len(sizes), np.concatenate(sizes)),
-        np.repeat(range(len(sizes)), np.sum(sizes, 1)),
-    )
+    labels, ids = np.repeat([0, 1, 2] * len(sizes), np.concatenate(sizes)), np.arange(len(sizes))
+    ids, config = np.repeat(ids, np.sum(sizes, axis=1)), AuditConfig(**settings)
     asked = Asked("place", ["land", "water"], np.eye(3)[labels, :2], "the column 'place'")
     evidence = Evidence(np.zeros((len(ids), 1, 2, 2)), sharded(np.zeros((len(ids), 2, 1))))
-    ways = {"asked": lambda judged: given_factors([asked], judged, AuditConfig()), "progress": False}
-    return infer(made_up_data(list(captions), ids), evidence, np.array(prompt_of), AuditConfig(), **ways)
+    ways = {"asked": lambda judged: given_factors([asked], judged, config), "progress": False}
+    return infer(made_up_data(list(captions), ids), evidence, np.array(prompt_of), config, **ways)
 
 
 def test_images_without_a_label_count_in_no_share_and_no_group():
@@ -135,6 +129,11 @@ def test_images_without_a_label_are_stated_by_no_caption():
     assert [found.prompts[split.prompt].prompt for split in found.factors[0].splits] == ["one duck"]
     silent = next(prompt for prompt in found.prompts if prompt.prompt == "a bird")
     assert silent.reason == "not split: nothing is known of its images"
+
+
+def test_a_prompt_is_not_split_away_by_its_own_name():
+    found = partly_labelled((1800, 200, 0), (1984, 16, 0), min_share=0.005)  # of 10% and .8%
+    assert [(prompt.prompt, prompt.found) for prompt in found.prompts] == [(caption, True) for caption in CAPTIONS]
 
 
 def test_what_every_caption_states_is_no_factor():
