@@ -42,11 +42,6 @@ def folder(tmp_path):
     return write_labelled_folder(tmp_path / "data")
 
 
-def shown_by_audit(model, data, folder, *words):
-    options = ("--output", folder / "audit", "--min-images", 4, "--cache-dir", folder / "cache", "-q")
-    return succeed("audit", model, data, *options, *words)
-
-
 def test_a_column_that_is_asked_for_is_the_factor_and_trains_as_the_same_groups_do(tiny_pipe, folder, tmp_path):
     data, options = load_captioned_images(folder), {"cache_dir": tmp_path / "cache", "progress": False}
     found = audit(tiny_pipe, data, attribute="place", config=SMALL, **options)
@@ -149,17 +144,25 @@ def test_what_every_caption_states_is_no_factor():
 
 
 def test_the_command_and_the_report_say_what_was_asked_for(tiny_pipe_dir, folder, tmp_path):
-    shown = shown_by_audit(tiny_pipe_dir, folder, tmp_path, "--attribute", "place")
-    assert "Factors asked for" in shown
-    assert "water: " in shown
+    rows = [f"{index:02d}.png,{VALUES[index]}" for index in range(14)]
+    (tmp_path / "few.CSV").write_text("\n".join(["file_name,scene", *rows]))
+    options = ("--output", tmp_path / "audit", "--min-images", 4, "--cache-dir", tmp_path / "cache", "-q")
+    asked = ("--labels", tmp_path / "few.CSV", "--attribute", "place")
+    shown = succeed("audit", tiny_pipe_dir, folder, *options, *asked)
+    for words in ("Factors asked for", "water: ", "“scene” was learned from labels of few images"):
+        assert words in shown
+    found = Audit.load(tmp_path / "audit")
+    assert found.settings["asked"]["labels"]["scene"]["images"] == {"land": 7, "water": 6}
+    assert [factor.name for factor in found.factors] == ["place"]
+    for prompt in found.prompts:  # pictures are noise
+        reason = "not split: by 13 labels, labels left out are guessed no better than by chance"
+        assert any(reason in note for note in prompt.notes)
     page, text = report(tmp_path / "report", audit=tmp_path / "audit", data=load_captioned_images(folder))
     for words in (page.words, text):
-        assert "they are the values of the column “place”" in words
-        assert "water" in words
-        assert "--attribute place" in words
-        assert "0.00" not in words  # nothing is measured of groups that are given
-        assert "Rand index with the truth at least" not in words
-        assert "10^" not in words
+        for said in ("they are the values of the column “place”", "--labels labels.csv", "--attribute place", "water"):
+            assert said in words
+        for measured in ("0.00", "Rand index with the truth at least", "10^"):  # nothing is, of groups that are given
+            assert measured not in words
 
 
 def labelled(per_cell=10, strength=4.0, seed=0):
@@ -232,22 +235,6 @@ def test_labels_must_be_of_the_images_and_enough(given, message):
         labels_asked({"age": given}, [f"{i}.png" for i in range(12)])
     with pytest.raises(DataError, match="attribute to image to value"):
         labels_asked({"0.png": "a", "1.png": "b"}, ["0.png", "1.png"])
-
-
-def test_a_file_of_labels_is_read_by_the_command_beside_a_column(tiny_pipe_dir, folder, tmp_path):
-    rows = [f"{index:02d}.png,{VALUES[index]}" for index in range(14)]
-    (tmp_path / "few.CSV").write_text("\n".join(["file_name,scene", *rows]))
-    words = ("--labels", tmp_path / "few.CSV", "--attribute", "place")
-    shown = shown_by_audit(tiny_pipe_dir, folder, tmp_path, *words)
-    assert "“scene” was learned from labels of few images" in shown
-    found = Audit.load(tmp_path / "audit")
-    assert found.settings["asked"]["labels"]["scene"]["images"] == {"land": 7, "water": 6}
-    assert [factor.name for factor in found.factors] == ["place"]
-    for prompt in found.prompts:  # pictures are noise
-        reason = "not split: by 13 labels, labels left out are guessed no better than by chance"
-        assert any(reason in note for note in prompt.notes)
-    _, text = report(tmp_path / "report", audit=tmp_path / "audit")
-    assert "--labels labels.csv" in text
 
 
 def test_labels_drawn_evenly_do_not_make_even_shares():
