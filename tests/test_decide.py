@@ -24,7 +24,7 @@ def two_humps(rng, count, share, distance, majority="normal"):
 
 def log_e(scores, rng, distinct=None):
     distinct = np.ones(len(scores), dtype=bool) if distinct is None else distinct
-    return decide.log_e_value(lambda known: [scores], scores, 2, decide.halves(len(scores), rng, distinct))
+    return decide.log_e_value(lambda known: [scores], scores, 2, decide.halves(distinct, rng))
 
 
 @pytest.mark.parametrize("centres", [(0.0, 5.0), (0.0, 4.0, 9.0)])
@@ -103,7 +103,7 @@ def test_a_far_second_hump_is_found_beside_any(shape):
 def test_scores_are_learned_from_one_half_and_judged_on_the_other_and_a_choice_is_paid_for():
     rng = np.random.default_rng(0)
     scores, asked = two_humps(rng, 400, 0.2, 8), []
-    rotations = decide.halves(400, rng, np.arange(400) >= 100)
+    rotations = decide.halves(np.arange(400) >= 100, rng)
     for known, held_out in rotations:
         assert not (known & held_out).any()
         assert (known | held_out).sum() == 300

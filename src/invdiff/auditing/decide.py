@@ -80,17 +80,14 @@ class Mixture:
 def fit_mixture(scores: NDArray[np.floating], num_groups: int, *, quick: bool = False) -> Mixture:
     """The maximum likelihood mixture of `num_groups` Gaussians of one variance, by EM from several starts."""
     centres, counts = _binned(scores)
-    total, starts = counts.sum(), []
-    ordered = np.sort(scores)
-    for tail in (0.05, 0.3) if quick else (0.03, 0.1, 0.25, 0.5):
-        rare_last = np.concatenate([[0.0], 1 - tail * np.linspace(1, 0, num_groups)])
-        for edges in (rare_last, 1 - rare_last[::-1]):  # the rare components at either end
-            middles = (edges[:-1] + edges[1:]) / 2
-            starts.append((ordered[(middles * (len(ordered) - 1)).astype(int)], np.diff(edges)))
-    means, shares = (np.array([start[k] for start in starts]) for k in (0, 1))
-    mean = (counts @ centres) / total
-    spread = np.sqrt(counts @ (centres - mean) ** 2 / total)
-    fitted = Mixture(np.sort(means, axis=-1), shares, np.full(len(starts), 0.5 * max(spread, 1e-9)))
+    tails = np.array((0.05, 0.3) if quick else (0.03, 0.1, 0.25, 0.5))
+    rare_last = np.insert(1 - np.outer(tails, np.linspace(1, 0, num_groups)), 0, 0.0, axis=1)
+    edges = np.concatenate([rare_last, 1 - rare_last[:, ::-1]])  # of shares, the rare components at either end
+    middles = (edges[:, :-1] + edges[:, 1:]) / 2
+    means = np.sort(scores)[(middles * (len(scores) - 1)).astype(int)]
+    mean = (counts @ centres) / counts.sum()
+    spread = np.sqrt(counts @ (centres - mean) ** 2 / counts.sum())
+    fitted = Mixture(np.sort(means, axis=-1), np.diff(edges), np.full(len(edges), 0.5 * max(spread, 1e-9)))
     for steps, kept in ((15, slice(2)), (25 if quick else 85, 0)):  # the likeliest two after a few steps go on
         fitted = _em(fitted, centres, np.broadcast_to(counts, (len(fitted.means), len(centres))), steps=steps)
         best = np.argsort(-(fitted.log_density(centres) @ counts), kind="stable")[kept]
@@ -220,18 +217,14 @@ def num_modes(mixture: Mixture) -> int:
     return int((rises[:-1] & ~rises[1:]).sum())
 
 
-def halves(count: int, rng: np.random.Generator, distinct: NDArray[np.bool_]) -> list[tuple[_Mask, _Mask]]:
-    """For each rotation, which of `count` images are learned from and which are the evidence.
+def halves(distinct: _Mask, rng: np.random.Generator) -> list[tuple[_Mask, _Mask]]:
+    """For each rotation, which images, (n,), are learned from and which are the evidence.
 
-    Of images that are nearly the same only one, those of `distinct` (count,), is in either; at most `MOST_JUDGED` are.
+    Of images that are nearly the same only one, those of `distinct` (n,), is in either; at most `MOST_JUDGED` are.
     """
-    rotations = []
-    for _ in range(ROTATIONS):
-        order = rng.permutation(np.flatnonzero(distinct))[:MOST_JUDGED]
-        known, held_out = np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
-        known[order[::2]] = held_out[order[1::2]] = True
-        rotations.append((known, held_out))
-    return rotations
+    orders = [rng.permutation(np.flatnonzero(distinct))[:MOST_JUDGED] for _ in range(ROTATIONS)]
+    every = np.arange(len(distinct))
+    return [(np.isin(every, order[::2]), np.isin(every, order[1::2])) for order in orders]
 
 
 def log_e_value(
