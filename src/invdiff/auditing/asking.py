@@ -148,11 +148,8 @@ def read_by_model(
 
 
 def _likelier(losses: _Array) -> _Array:
-    """Scores (draws, n, V) of losses (n, levels, draws, V).
-
-    Levels are one signal under different noise: each counts by its signal over the variance of its noise, as the
-    correlation of its draws tells them.
-    """
+    """Scores (draws, n, V) of losses (n, levels, draws, V)."""
+    # Each level counts by its signal over the variance of its noise, as the correlation of its draws tells them.
     less = losses.mean(axis=3, keepdims=True) - losses
     centred = less - less.mean(axis=(0, 2), keepdims=True)
     size = np.maximum(centred.std(axis=(0, 2, 3)), 1e-12)
@@ -171,10 +168,9 @@ def asked_factors(
 ) -> Search:
     """A search with a factor, after those it has, for each attribute of which a value is told apart under a prompt.
 
-    Of two values there is one score; of more, one for each against the mean of all. A score is cut between two humps
-    as other evidence is (see decide.py), at the false discovery rate `config.level` over all attributes. What no value
-    claims is `REST`. Images whose captions state a value are set apart, and groups that are even under every prompt
-    are refused. `distinct` (N,) is false for images that are nearly the same as another; `judged` has each prompt's.
+    Of two values there is one score; of more, one for each against the mean of all, cut as other evidence is (see
+    decide.py). Images whose captions state a value are set apart, and groups that are even under every prompt are
+    refused. `distinct` (N,) is false for images that are nearly the same as another; `judged` has each prompt's.
     """
     reader, two = public_name(config.words_model) or "the audited model", replace(config, num_groups=2)
     for reading in readings:
@@ -235,10 +231,7 @@ def asked_factors(
 
 
 def _joined(told: Mapping[int, Cut], columns: Sequence[int], least: float) -> _Array:
-    """W (n, columns and the rest) of one prompt: of the values that are told apart there, and of what none claims.
-
-    A rest of less than a share `least` is none.
-    """
+    """W (n, columns and the rest) of one prompt: what no value claims is the rest, if it is a share `least` at all."""
     weights = np.zeros((len(next(iter(told.values())).weights), len(columns) + 1))
     for value, cut in told.items():
         weights[:, columns.index(value)] += cut.weights[:, 1]

@@ -70,23 +70,17 @@ def group_captions(denoiser: Denoiser, data: EncodedImages, threshold: float, se
 
 
 def part_by_images(
-    prompt_of: NDArray[Any],
-    data: EncodedImages,
-    sources: Sequence[NDArray[Any]],
-    least: int,
-    distinct: NDArray[np.bool_],
+    prompt_of: NDArray[Any], data: EncodedImages, sources: Sequence[NDArray[Any]], least: int, distinct: NDArray[Any]
 ) -> tuple[NDArray[Any], dict[int, str]]:
     """Prompts of which captions stay together only where a probe cannot tell their images apart.
 
-    A weak model may predict alike for captions that mean different things. The probe compares the images of two
-    captions by their means in whitened features, `sources` (N, d) each, out of fold; where it ranks them better than
-    chance, they are of two prompts. Captions with few images, such as free text, are parted by a word whose images the
-    probe tells from the others', the clearest first; those with it and those without are parted likewise. What no word
-    parts stays with the most frequent caption of the prompt.
+    A weak model may predict alike for captions that mean different things: where `told_apart` by whitened features,
+    `sources` (N, d) each, they are of two prompts. Captions of fewer than `least` images, as free text, are parted by
+    a word whose images are told from the others', the clearest first; those with it and those without are parted
+    likewise. What no word parts stays with the most frequent caption of the prompt.
 
     From `prompt_of` (captions,), as `group_captions` finds it, to the prompt of each caption, from 0, and what was
-    merged in each, in words. With fewer than `least` images a caption is told from none. Images that are not
-    `distinct` (N,), copies of others of their caption, tell nothing.
+    merged in each, in words. Images that are not `distinct` (N,), copies of others of their caption, tell nothing.
     """
     caption_ids, parted = data.caption_ids.numpy(), np.full(len(prompt_of), -1)
     by_words, notes = dict[int, str](), dict[int, str]()
@@ -128,10 +122,7 @@ def part_by_images(
 def _parts_by_words(
     rows: NDArray[Any], words: Mapping[str, NDArray[np.bool_]], sources: Sequence[NDArray[Any]], said: str = ""
 ) -> list[tuple[NDArray[Any], str]]:
-    """Images `rows` in parts, each with the words that its captions have or lack, `said`; one where none parts them.
-
-    `words` (N,) says of every image whether its caption has the word.
-    """
+    """Images `rows` in parts by `words`, (N,) each, with those that the part's captions have or lack, `said`."""
     least = max(LEAST_WORD, LEAST_WORD_SHARE * len(sources[0])) if sources else np.inf
     inside = np.array([having[rows] for having in words.values()], dtype=np.float32).reshape(len(words), len(rows))
     counts = inside.sum(axis=1)

@@ -46,8 +46,7 @@ def spread_labels(
 
     A strongly regularised logistic regression finds the direction; scale and offsets by prompt, fitted to its logits
     of labels left out, make them probabilities. Cells of prompt and label weigh alike, so that the attribute is not
-    read off the prompt. As labels may be drawn otherwise than images, shares under each prompt are estimated again
-    (`with_own_shares`). `labels` are of two values or more, five images or more each; `sources` whitened features,
+    read off the prompt. `labels` are of two values or more, five images or more each; `sources` whitened features,
     (N, d) each; `margins` (N, pairs) as `Margins.of_pairs` has them; `prompt_of` (N,). Labelled images that are not
     `distinct` (N,), copies of other labelled ones, keep their labels and teach and prove nothing.
     """
@@ -78,7 +77,7 @@ def spread_labels(
     logits = logits_of(_fit(inputs[known], truth, cell, chosen), inputs)
     posterior = softmax(scale * logits + prompts @ offsets, axis=1)
     for prompt in np.unique(prompt_of):
-        posterior[prompt_of == prompt] = with_own_shares(posterior[prompt_of == prompt])
+        posterior[prompt_of == prompt] = with_own_shares(posterior[prompt_of == prompt])  # labels are drawn otherwise
     posterior[labelled] = np.eye(len(values))[group[labelled]]
 
     guessed = judged[chosen].argmax(axis=1)

@@ -1,10 +1,8 @@
 """The max phase of the game as the paper has it: from one score per image to W, by the dispersion of group losses.
 
-W (N, E) has its rows on the simplex. With the group losses L_e = sum_i W_ie s_i / sum_i W_ie, where s is a per-image
-loss, a contrast of losses, or any other evidence of one dimension, two solvers maximise the dispersion of {L_e}:
-`exact_groups`, by dynamic programming, and `gradient_groups`, as in InvDiff (Hou et al., KDD 2025).
-
-They split any images, whether anything is hidden or not; the solver `auto` is in factors.py.
+Of the group losses L_e = sum_i W_ie s_i / sum_i W_ie, with s a per-image loss, a contrast of losses, or any other
+evidence of one dimension (Hou et al., KDD 2025). Images are split whether anything is hidden or not; the solver `auto`
+is in factors.py.
 """
 
 import math
