@@ -126,8 +126,6 @@ def same(one, other):
     "damage",
     [
         lambda document, arrays: document.clear(),
-        lambda document, arrays: document.update(num_groups=[]),
-        lambda document, arrays: document.update(num_groups=[2, 2]),
         lambda document, arrays: document.update(names=document["names"][1:]),
         lambda document, arrays: document["prompts"].pop(),
         lambda document, arrays: document.pop("factors"),  # of a version before

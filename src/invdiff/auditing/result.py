@@ -344,18 +344,16 @@ class Audit:
             arrays = read_arrays(folder / "audit.safetensors")
             kinds: dict[str, Any] = get_type_hints(cls)
             fields = {name: typed(kinds[name], document[name]) for name in IN_JSON}
-            num_groups = typed(list[int], document["num_groups"])
-            weights = tuple(arrays[f"group_weights.{m}"] for m in range(len(num_groups)))
+            weights = tuple(arrays[f"group_weights.{m}"] for m in range(len(fields["factors"]) or 1))
             fields["judges"] = read_arrays(folder / JUDGES) if (folder / JUDGES).is_file() else {}
             found = cls(weights, arrays["scores"], arrays["prompt_ids"], **fields)
             prompts, count = np.arange(len(found.prompts)), len(found.names)
-            sized = list(zip(found.factors, num_groups, strict=False))
+            sized = list(zip(found.factors, found.num_groups, strict=False))
             splits = [(s, size) for factor, size in sized for s in factor.splits]
             known = all(s.prompt in prompts and len(s.shares) == len(s.intervals) == size for s, size in splits)
             typed(dict[str, dict[str, Any]], found.settings.get("asked", {}))
             known &= all(len(of.values) in (0, size) for of, size in sized)
-            paired = list(found.num_groups) == num_groups and len(found.factors or [None]) == len(num_groups)
-            if not (known and paired and np.isin(found.prompt_ids, prompts).all()):
+            if not (known and np.isin(found.prompt_ids, prompts).all()):
                 raise ValueError("images or splits of groups or prompts that the audit lacks")
             whole = all(len(array) == count for array in (*weights, found.prompt_ids, found.scores.T))
             finite = all(np.isfinite(array).all() for array in arrays.values())
