@@ -171,7 +171,7 @@ def words_that_state_groups(
     """
     caption_ids = data.caption_ids.numpy()
     stated: dict[str, set[int]] = defaultdict(set)
-    rare, used = [np.empty(0, dtype=int)], [np.empty(0, dtype=int)]
+    rare, used = list[NDArray[Any]](), list[NDArray[Any]]()
     for members, every in groups.values():
         told = known_rows(every)
         rows, weights = members[told], every[told]
@@ -196,8 +196,6 @@ def stating_words(
     and the others are rarer among them by `LIFT` than among images without the word: where a group is 95% of all, a
     word that only comes with it a little more often states nothing.
     """
-    if not len(labels):
-        return {}
     groups, counts = np.unique(labels), contingency_matrix(caption_ids, labels)  # images of each caption and group
     having = captions_by_word([captions[caption] for caption in np.unique(caption_ids)])
     inside = np.array([counts[of].sum(axis=0) for of in having.values()]).reshape(len(having), len(groups))

@@ -198,7 +198,7 @@ def paired_losses(
 
 def encode_vision(
     name_or_folder: str, data: CaptionedImages, rows: NDArray[Any], cache_dir: Path, *, progress: bool = True
-) -> NDArray[np.float32]:
+) -> ShardedTensor:
     """Pooled features of images `rows` by a vision encoder such as CLIP or DINOv2, (len(rows), 2, D), kept on disk.
 
     Each image is shown twice, as it is and mirrored: a property that changes with that is none to group by.
@@ -208,7 +208,8 @@ def encode_vision(
     def extract(images: list[Image.Image]) -> NDArray[np.float32]:
         return np.stack([encoder.extract(images), encoder.extract(map(ImageOps.mirror, images))], axis=1)
 
-    return cached_features(cache_dir, encoder.features_digest(), data, rows, extract, progress)
+    features = cached_features(cache_dir, encoder.features_digest(), data, rows, extract, progress)
+    return ShardedTensor([torch.from_numpy(features)])
 
 
 def cached_features(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..config import AuditConfig
 from ..data.captioned import CaptionedImages
-from ..data.encode import EncodedImages, ShardedTensor, as_encoded
+from ..data.encode import EncodedImages, as_encoded
 from ..distributed import from_main
 from ..errors import AuditError, ConfigError
 from ..files import default_cache_dir
@@ -115,8 +115,7 @@ def audit(
     few = labels_asked(labels, encoded.names, encoded.unreadable)
     if images is not None and config.vision_encoder:
         folder = cache_dir / "vision"
-        seen = from_main(lambda: encode_vision(config.vision_encoder, images, rows, folder, progress=progress))
-        vision = ShardedTensor([torch.from_numpy(seen)])
+        vision = from_main(lambda: encode_vision(config.vision_encoder, images, rows, folder, progress=progress))
     with FrozenDenoiser(pipe, upper=denoiser is None) as frozen:
         used, folder = denoiser or frozen, cache_dir / "evidence"
         evidence = collect_evidence(used, encoded, config, work_dir=folder, progress=progress)
