@@ -130,10 +130,8 @@ def same(one, other):
         lambda document, arrays: document["prompts"].pop(),
         lambda document, arrays: document.pop("factors"),  # of a version before
         lambda document, arrays: document["factors"].append(document["factors"][0]),
-        lambda document, arrays: document["factors"][0]["splits"][0].update(shares=["0.5", 0.5]),
         lambda document, arrays: document["factors"][0]["splits"][0].update(shares=[1.0]),
         lambda document, arrays: document["factors"][0]["splits"][0].update(prompt=2),
-        lambda document, arrays: document["prompts"][0].update(prompt=None),
         lambda document, arrays: document["prompts"][0]["candidates"][0].update(agreement=float("nan")),
         lambda document, arrays: arrays.pop("scores"),
         lambda document, arrays: arrays.update(scores=np.full((1, 600), np.nan, np.float32)),

@@ -101,13 +101,10 @@ def audit(
         raise AuditError("Expected a model of captions for solver 'exact', got one of none. Use 'auto' or 'gradient'.")
     if wanted and "prompt_embeds" not in encoded.conditions and not config.words_model:
         raise AuditError("Expected a model that reads captions, or words_model, a CLIP model, to read words by.")
-    for asked, what in (
-        (config.words_model, "a CLIP model to look at"),
-        (config.vision_encoder, "a vision encoder to look at"),
-        (columns, "their attributes"),
-    ):
-        if asked and images is None:
-            raise ConfigError(f"Expected CaptionedImages for {what}, got only their latents.")
+    needed = {"a CLIP model to look at": config.words_model, "a vision encoder to look at": config.vision_encoder}
+    needed_for = [what for what, asked in (needed | {"their attributes": columns}).items() if asked]
+    if needed_for and images is None:
+        raise ConfigError(f"Expected CaptionedImages for {needed_for[0]}, got only their latents.")
     rows, vision, readings = encoded.source_index.numpy(), None, list[Reading]()
     if config.words_model:
         from_main(lambda: ClipEncoder.load(config.words_model).name)  # an error in its name comes before the work
