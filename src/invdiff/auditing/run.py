@@ -26,7 +26,7 @@ from .asking import Reading, asked_factors, questions, read_by_clip, read_by_mod
 from .captions import group_captions, part_by_images, stated_group, words_in, words_that_state_groups
 from .cuts import too_few
 from .evidence import Evidence, collect_evidence, encode_vision
-from .factors import Search, find_factors, spread
+from .factors import Search, find_factors
 from .probe import linear_judges, spread_labels
 from .result import Audit, Factor, PromptAudit, PromptSplit
 from .scores import Margins
@@ -215,7 +215,8 @@ def infer(
             words[m][prompt] = of_usual | group_of
 
     prompt_ids, prompts = np.zeros(len(data), dtype=np.int64), list[PromptAudit]()
-    weights = [spread(cuts, members, len(data)) for cuts in search.factors] or [np.full((len(data), 2), 0.5)]
+    sizes = [next(iter(cuts.values())).candidate.num_groups for cuts in search.factors] or [2]
+    weights = [np.full((len(data), size), 1 / size) for size in sizes]
     scores = np.zeros((max(len(search.factors), 1), len(data)))
     splits: list[list[PromptSplit]] = [[] for _ in search.factors]
     for prompt, rows in members.items():
@@ -236,10 +237,7 @@ def infer(
                 score, labels = cut.score.mean, cut.weights[told[m]].argmax(axis=1)
                 rare = labels == rarest(np.bincount(labels, minlength=cut.weights.shape[1]))
                 sign = 1 if score[told[m]][rare].mean() >= score[told[m]].mean() else -1  # the rare group's are high
-                scores[m, own] = sign * score[here]
-            for m in range(len(key)):
-                if m not in splitting:
-                    weights[m][own] = 1 / weights[m].shape[1]
+                scores[m, own], weights[m][own] = sign * score[here], cut.weights[here]
             captions = _captions_of(data, own)
             candidates, why = search.candidates.get(prompt, []), dict[str, list[str]]()
             for one in candidates if asked else ():
