@@ -127,22 +127,15 @@ def find_factors(
             search.candidates[prompt] = [cut.candidate for cut in ordered]
         if factor is None:
             break
+        size = next(iter(factor.values())).candidate.num_groups
+        taken.append(np.full((len(distinct), size), 1 / size))
         for prompt, cut in factor.items():
+            taken[-1][judged[prompt]] = cut.weights
             told = search.candidates[prompt]
             known = any(not one.refusal and one.evidence == cut.candidate.evidence for one in told)
             told[:0] = [] if known else [cut.candidate]  # of a later round, or sought along another prompt's shift
         search.factors.append(factor)
-        taken.append(spread(factor, judged, len(distinct)))
     return search
-
-
-def spread(factor: Mapping[int, Cut], members: Mapping[int, _Array], count: int) -> _Array:
-    """W (count, E) of a factor: that of its cuts, uniform for images of prompts that it does not split."""
-    size = next(iter(factor.values())).candidate.num_groups
-    weights = np.full((count, size), 1 / size)
-    for prompt, cut in factor.items():
-        weights[members[prompt]] = cut.weights
-    return weights
 
 
 def _clarity(cut: Cut) -> tuple[float, float]:

@@ -217,7 +217,7 @@ def infer(
     prompt_ids, prompts = np.zeros(len(data), dtype=np.int64), list[PromptAudit]()
     sizes = [next(iter(cuts.values())).candidate.num_groups for cuts in search.factors] or [2]
     weights = [np.full((len(data), size), 1 / size) for size in sizes]
-    scores = np.zeros((max(len(search.factors), 1), len(data)))
+    scores = np.zeros((len(sizes), len(data)))
     splits: list[list[PromptSplit]] = [[] for _ in search.factors]
     for prompt, rows in members.items():
         told = {m: known_rows(cuts[prompt].weights) for m, cuts in enumerate(search.factors) if prompt in cuts}
