@@ -1,5 +1,4 @@
 import json
-import shutil
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -11,15 +10,13 @@ from safetensors.numpy import load_file, save_file
 from conftest import make_guidance_module
 from invdiff import Audit, AuditConfig, attach, load_captioned_images
 from invdiff.auditing import evidence as evidence_module
-from invdiff.auditing.asked import Asked
 from invdiff.auditing.edits import Edits, apply
 from invdiff.auditing.evidence import Evidence
-from invdiff.auditing.run import audit, distinct, infer
-from invdiff.auditing.splits import given_factors
+from invdiff.auditing.run import audit, distinct
 from invdiff.data.encode import as_encoded
 from invdiff.errors import AuditError, ConfigError, ModelError
 from invdiff.files import CURATION
-from runs import inferred, made_up_data, make_audit, sharded
+from runs import inferred, made_up_data, sharded
 
 CONFIG = AuditConfig(solver="exact", batch_size=4, min_images=4, min_share=0.1)
 
@@ -70,22 +67,15 @@ def test_where_nothing_is_hidden_or_can_be_judged_the_true_reason_is_given(count
     assert (found.group_weights[0] == 0.5).all()
 
 
-@pytest.mark.parametrize("noise", [0, 1e-3])
-def test_of_many_copies_one_is_distinct_under_each_prompt(noise):
+@pytest.mark.parametrize("noise", [0, 1e-2])
+@pytest.mark.parametrize("pictures", [3, 4000])
+def test_of_copies_among_many_images_one_is_distinct_under_each_prompt(pictures, noise):
     rng = np.random.default_rng(0)
-    picture, prompt = rng.integers(0, 3, 400), torch.arange(400) % 2
-    latents = torch.from_numpy(rng.normal(size=(3, 4, 8, 8))[picture] + noise * rng.normal(size=(400, 4, 8, 8)))
-    first = distinct(made_up_data(["a", "b"], prompt.numpy(), latents), prompt)
-    kinds = list(zip(prompt.tolist(), picture.tolist(), strict=True))
-    assert np.flatnonzero(first).tolist() == sorted(kinds.index(kind) for kind in set(kinds))
-
-
-def test_near_duplicates_are_found_among_many_images():
-    latents = np.random.default_rng(0).normal(size=(6000, 4, 8, 8))
-    latents[5000:] = latents[:1000] + 0.01 * np.random.default_rng(1).normal(size=(1000, 4, 8, 8))
-    first = distinct(made_up_data(["a"], np.zeros(6000, int), torch.from_numpy(latents)), torch.zeros(6000))
-    assert first[:5000].all()
-    assert not first[5000:].any()
+    picture, prompt = rng.integers(0, pictures, 6000), torch.arange(6000) % 2
+    every = rng.normal(size=(pictures, 4, 8, 8))[picture] + noise * rng.normal(size=(6000, 4, 8, 8))
+    first = distinct(made_up_data(["a", "b"], prompt.numpy(), torch.from_numpy(every)), prompt)
+    kinds = 2 * picture + prompt.numpy()
+    assert np.flatnonzero(first).tolist() == sorted(np.unique(kinds, return_index=True)[1])
 
 
 STATING = ["a landbird", "a landbird on land", "a waterbird", "a waterbird on water"]
@@ -126,29 +116,22 @@ def edited(audit):
 
 
 def same(one, other):
-    return (
-        (one.fingerprint, one.prompts, one.factors) == (other.fingerprint, other.prompts, other.factors)
-        and one.names == other.names
-        and (one.group_names, one.forwards_per_image) == (other.group_names, other.forwards_per_image)
-        and (one.edits == other.edits or not (one.edits.changed or other.edits.changed))
-        and np.array_equal(one.scores, other.scores)
-    )
+    parts = ("fingerprint", "prompts", "factors", "names", "group_names", "forwards_per_image")
+    edits = [audit.edits if audit.edits.changed else None for audit in (one, other)]
+    alike = all(getattr(one, part) == getattr(other, part) for part in parts)
+    return alike and edits[0] == edits[1] and np.array_equal(one.scores, other.scores)
 
 
 @pytest.mark.parametrize(
     "damage",
     [
         lambda document, arrays: document.clear(),
-        lambda document, arrays: document.update(num_groups=[]),
-        lambda document, arrays: document.update(num_groups=[2, 2]),
         lambda document, arrays: document.update(names=document["names"][1:]),
         lambda document, arrays: document["prompts"].pop(),
         lambda document, arrays: document.pop("factors"),  # of a version before
         lambda document, arrays: document["factors"].append(document["factors"][0]),
-        lambda document, arrays: document["factors"][0]["splits"][0].update(shares=["0.5", 0.5]),
         lambda document, arrays: document["factors"][0]["splits"][0].update(shares=[1.0]),
         lambda document, arrays: document["factors"][0]["splits"][0].update(prompt=2),
-        lambda document, arrays: document["prompts"][0].update(prompt=None),
         lambda document, arrays: document["prompts"][0]["candidates"][0].update(agreement=float("nan")),
         lambda document, arrays: arrays.pop("scores"),
         lambda document, arrays: arrays.update(scores=np.full((1, 600), np.nan, np.float32)),
@@ -177,6 +160,10 @@ def test_a_folder_that_is_no_audit_is_refused(found, tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(AuditError, match="Run `invdiff audit` again"):
             Audit.load(tmp_path)
+    other = replace(found, group_weights=(found.group_weights[0][::-1],))
+    file.write_bytes((other.save(tmp_path / "other") / file.name).read_bytes())
+    with pytest.raises(AuditError, match="of two audits"):
+        Audit.load(tmp_path)
 
 
 def test_a_file_is_replaced_whole_and_never_changed_in_place(found, tmp_path):
@@ -294,22 +281,3 @@ def test_another_model_is_measured_afresh_but_not_for_another_solver(tiny_pipe, 
     second = run(tiny_pipe, tiny_folder, tmp_path)
     assert first.settings["denoiser_fingerprint"] != second.settings["denoiser_fingerprint"]
     assert not np.array_equal(first.scores, second.scores)
-
-
-def test_files_of_two_audits_are_no_audit(tmp_path):
-    for name, rare in (("one", 2), ("two", 3)):
-        make_audit(tmp_path / name, rare=rare)
-    shutil.copy(tmp_path / "one" / "audit.safetensors", tmp_path / "two" / "audit.safetensors")
-    with pytest.raises(AuditError, match="of two audits"):
-        Audit.load(tmp_path / "two")
-
-
-def test_a_prompt_is_not_split_away_by_its_own_name():
-    truth = np.zeros(4000, int)
-    truth[:200] = truth[2000:2016] = 1  # of 10% and .8%
-    captions, ids = ["a photo of a landbird", "a photo of a waterbird"], np.repeat([0, 1], 2000)
-    asked, settings = Asked("place", ["a", "b"], np.eye(2)[truth], "a column", {}), AuditConfig(min_share=0.005)
-    measured = Evidence(np.zeros((4000, 1, 1, 2)), sharded(np.zeros((4000, 2, 4), np.float32)))
-    ways = {"asked": lambda judged: given_factors([asked], judged, settings), "progress": False}
-    found = infer(made_up_data(captions, ids), measured, np.array([0, 1]), settings, **ways)
-    assert [(prompt.prompt, prompt.found) for prompt in found.prompts] == [(caption, True) for caption in captions]

@@ -5,8 +5,6 @@ from invdiff.auditing.captions import part_by_images, stated_group, stating_word
 from runs import made_up_data
 
 BIRDS = {("a bird", 0): 900, ("a bird", 1): 50}
-
-
 LAND = {"on": 0, "land": 0}
 
 
@@ -36,14 +34,18 @@ def test_a_caption_states_a_group_by_whole_words_in_any_case_that_agree(caption,
     assert stated_group(caption, {"land": 0, "water": 1}) == group
 
 
+def parted(prompt_of, data, features, distinct=True):
+    return part_by_images(prompt_of, data, [features], 20, np.full(len(data), True) & distinct)
+
+
 def test_captions_predicted_alike_are_one_prompt_only_where_their_images_look_alike():
     captions, ids = ["a bird", "one bird", "a fish", "a seldom fish"], np.repeat(np.arange(4), [200, 150, 100, 5])
     features = np.random.default_rng(0).normal(size=(455, 20))
     features[ids >= 2, 0] += 2
-    prompts, notes = part_by_images(np.zeros(4, dtype=int), made_up_data(captions, ids), [features], 20)
+    prompts, notes = parted(np.zeros(4, dtype=int), made_up_data(captions, ids), features)
     assert prompts.tolist() == [0, 0, 1, 0]  # too few images to tell: with the most frequent
     assert notes == {0: "2 further captions are the same prompt to the model: 'one bird', 'a seldom fish'"}
-    apart, notes = part_by_images(np.arange(4), made_up_data(captions, ids), [features], 20)
+    apart, notes = parted(np.arange(4), made_up_data(captions, ids), features)
     assert (apart.tolist(), notes) == ([0, 1, 2, 3], {})
 
 
@@ -55,11 +57,11 @@ def test_free_captions_are_parted_by_words_whose_images_look_unlike():
     features[kind == 0, 0] += 3
     features[kind == 2, 1] += 1
     data = made_up_data(captions, np.arange(1200))
-    prompts, notes = part_by_images(np.zeros(1200, dtype=int), data, [features])
+    prompts, notes = parted(np.zeros(1200, dtype=int), data, features)
     assert len(set(zip(kind.tolist(), prompts.tolist(), strict=True))) == len(set(prompts)) == 3
     assert sum("with 'white'" in note for note in notes.values()) == 1
     assert sum("without 'white'" in note for note in notes.values()) == 1
-    prompts, _ = part_by_images(np.zeros(1200, dtype=int), data, [rng.normal(size=(1200, 20))])
+    prompts, _ = parted(np.zeros(1200, dtype=int), data, rng.normal(size=(1200, 20)))
     assert not prompts.any()
 
 
@@ -67,8 +69,8 @@ def test_copies_of_images_tell_no_captions_apart_and_a_caption_joins_the_nearest
     rng = np.random.default_rng(0)
     features, ids = np.repeat(rng.normal(size=(150, 20)), 2, axis=0), np.repeat([0, 1], 150)
     data, once = made_up_data(["a dog", "a hound"], ids), np.arange(300) % 2 == 0
-    assert part_by_images(np.zeros(2, dtype=int), data, [features], 20, once)[0].tolist() == [0, 0]
+    assert parted(np.zeros(2, dtype=int), data, features, once)[0].tolist() == [0, 0]
     kinds = np.repeat([0, 1, 1], [200, 150, 40])
     apart = rng.normal(size=(390, 20)) + 0.8 * kinds[:, None] * (np.arange(20) < 2)
     three = made_up_data(["a landbird", "a waterbird", "a waterbrid"], np.repeat([0, 1, 2], [200, 150, 40]))
-    assert part_by_images(np.zeros(3, dtype=int), three, [apart], 20)[0].tolist() == [0, 1, 1]
+    assert parted(np.zeros(3, dtype=int), three, apart)[0].tolist() == [0, 1, 1]

@@ -24,7 +24,7 @@ def two_humps(rng, count, share, distance, majority="normal"):
 
 def log_e(scores, rng, distinct=None):
     distinct = np.ones(len(scores), dtype=bool) if distinct is None else distinct
-    return decide.log_e_value(lambda known: [scores], scores, 2, decide.halves(len(scores), rng, distinct))
+    return decide.log_e_value(lambda known: [scores], scores, 2, decide.halves(distinct, rng))
 
 
 @pytest.mark.parametrize("centres", [(0.0, 5.0), (0.0, 4.0, 9.0)])
@@ -103,7 +103,7 @@ def test_a_far_second_hump_is_found_beside_any(shape):
 def test_scores_are_learned_from_one_half_and_judged_on_the_other_and_a_choice_is_paid_for():
     rng = np.random.default_rng(0)
     scores, asked = two_humps(rng, 400, 0.2, 8), []
-    rotations = decide.halves(400, rng, np.arange(400) >= 100)
+    rotations = decide.halves(np.arange(400) >= 100, rng)
     for known, held_out in rotations:
         assert not (known & held_out).any()
         assert (known | held_out).sum() == 300
@@ -139,13 +139,14 @@ def test_the_posterior_of_free_humps_rises_with_the_score_and_parts_them():
     assert decide.fit_humps(scores[:30], decide.fit_mixture(scores[:30], 2)) is None  # too few to tell
 
 
-def test_more_images_show_smaller_minorities():
-    shares = [decide.smallest_share(count, 50, 0.05) for count in (10, 500, 1000, 4000, 20_000)]
-    assert shares[0] == 1.0
+def test_more_images_show_smaller_minorities_but_never_at_the_least_share_itself():
+    def least(count, candidates=50, **settings):
+        told = decide.power(count, candidates, AuditConfig(**{"min_share": 0.0} | settings))
+        assert f"{count:,} images" in told
+        return 100.0 if "too few" in told else float(told.removeprefix("a group of ").partition("%")[0])
+
+    shares = [least(count) for count in (10, 500, 1000, 4000, 20_000)]
     assert (np.diff(shares) <= 0).all()
-    assert shares[-1] < shares[2] < shares[1] <= 0.5
-    assert decide.smallest_share(1000, 5000, 0.05) > decide.smallest_share(1000, 5, 0.05)
-
-
-def test_power_is_never_promised_at_the_least_share_itself():
-    assert decide.power(20_000, 5, AuditConfig(min_share=0.1)).startswith("a group of 15.0% or more")
+    assert shares[-1] < shares[2] < shares[1] <= 50 < shares[0]
+    assert least(1000, 5000) > least(1000, 5)
+    assert least(20_000, 5, min_share=0.1) == 15

@@ -39,10 +39,10 @@ def plain_edits(**options):
 def test_a_name_is_one_clean_line():
     named = plain_edits().with_name(0, 1, "  on\nwater\u202e \x00")
     assert named.names == (("", "on water", ""),)
-    assert [named.group_name(group) for group in (0, 1, 3)] == ["group 0", "on water", "group 3"]
+    assert [apply(made_up(), named).group_name(group) for group in (0, 1)] == ["group 0", "on water"]
     assert named.with_name(0, 1, " ") == named.with_name(0, 1, "Group 1") == plain_edits()
     for name in ("x" * NAME_LIMIT, "group 1 of birds"):
-        assert named.with_name(0, 0, name).group_name(0) == name
+        assert named.with_name(0, 0, name).names[0][0] == name
 
 
 def test_two_groups_have_no_names_that_look_alike():

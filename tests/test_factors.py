@@ -150,8 +150,6 @@ def test_a_prompt_alone_is_judged_by_how_uneven_it_is():
     assert len(audit.factors) == 1  # more are styles, unless they are asked for
     labels = audit.group_weights[0].argmax(axis=1)
     assert max(adjusted_rand_score(own, labels) for own in (tinted, other)) > 0.9
-    audit = inferred(made_up_data(["a bird"], 0 * PROMPT), evidence(views(tinted)), [0])
-    assert adjusted_rand_score(tinted, audit.group_weights[0].argmax(axis=1)) > 0.9
 
 
 @pytest.mark.parametrize("alike", [False, True])

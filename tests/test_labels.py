@@ -24,7 +24,7 @@ from tiny import CAPTIONS
 
 pytestmark = pytest.mark.usefixtures("plain")
 
-SMALL = AuditConfig(min_images=4)
+SMALL, EXACT = AuditConfig(min_images=4), AuditConfig(solver="exact")
 VALUES = ["land", "water", "land", "water", "water", "land", "", "water", "land", "land"] * 2
 """Of 20 images, two of them not labelled."""
 
@@ -40,11 +40,6 @@ def write_labelled_folder(folder):
 @pytest.fixture
 def folder(tmp_path):
     return write_labelled_folder(tmp_path / "data")
-
-
-def shown_by_audit(model, data, folder, *words):
-    options = ("--output", folder / "audit", "--min-images", 4, "--cache-dir", folder / "cache", "-q")
-    return succeed("audit", model, data, *options, *words)
 
 
 def test_a_column_that_is_asked_for_is_the_factor_and_trains_as_the_same_groups_do(tiny_pipe, folder, tmp_path):
@@ -67,22 +62,18 @@ def test_a_column_that_is_asked_for_is_the_factor_and_trains_as_the_same_groups_
     assert "without labels" in (tmp_path / "found" / "README.md").read_text()
 
 
-def test_a_column_must_be_there_and_be_asked_for_alone(tiny_pipe, folder, tmp_path):
-    data, options = load_captioned_images(folder), {"cache_dir": tmp_path / "cache", "progress": False}
-    with pytest.raises(DataError, match="'gender' in the data, found place"):
-        audit(tiny_pipe, data, attribute="gender", config=SMALL, **options)
-    with pytest.raises(ConfigError, match="solver 'auto'"):
-        audit(tiny_pipe, data, attribute="place", config=AuditConfig(solver="exact"), **options)
-
-
 def test_what_is_asked_for_wrongly_is_told_before_the_work(tiny_pipe, folder, tmp_path):
-    data, options = load_captioned_images(folder), {"cache_dir": tmp_path / "cache", "progress": False}
-    for twice in ({"attribute": ["place", "place"]}, {"attribute": "place", "ask": "place: land, water"}):
-        with pytest.raises(ConfigError, match="in one way, once, got 'place' again"):
-            audit(tiny_pipe, data, config=SMALL, **twice, **options)
-    for asked in ({"attribute": "gender"}, {"labels": {"place": {data.names[0]: "land"}}}):
-        with pytest.raises(DataError):
-            audit(tiny_pipe, data, config=SMALL, **asked, **options)
+    data, words = load_captioned_images(folder), "place: land, water"
+    for asked, error, message in (
+        ({"attribute": "gender"}, DataError, "'gender' in the data, found place"),
+        ({"labels": {"place": {"00.png": "land"}}}, DataError, "4 more of land"),
+        ({"attribute": ["place", "place"]}, ConfigError, "in one way, once, got 'place' again"),
+        ({"attribute": "place", "ask": words}, ConfigError, "in one way, once, got 'place' again"),
+        ({"attribute": "place", "config": EXACT}, ConfigError, "solver 'auto'"),
+        ({"ask": words, "config": EXACT}, ConfigError, "solver 'auto'"),
+    ):
+        with pytest.raises(error, match=message):
+            audit(tiny_pipe, data, **{"config": SMALL, "cache_dir": tmp_path / "cache", **asked})
     assert not (tmp_path / "cache").exists()
 
 
@@ -100,16 +91,14 @@ def test_values_that_are_rare_under_a_prompt_are_no_group_there():
     assert weights[-4:].tolist() == [[0.5, 0.5]] * 4
 
 
-def partly_labelled(*sizes, captions=CAPTIONS, prompt_of=(0, 1)):
+def partly_labelled(*sizes, captions=CAPTIONS, prompt_of=(0, 1), **settings):
     """An audit of a column; each caption has images of these numbers on land, on water, and without a label."""
-    labels, ids = (
-        np.repeat([0, 1, 2] * len(sizes), np.concatenate(sizes)),
-        np.repeat(range(len(sizes)), np.sum(sizes, 1)),
-    )
+    labels, ids = np.repeat([0, 1, 2] * len(sizes), np.concatenate(sizes)), np.arange(len(sizes))
+    ids, config = np.repeat(ids, np.sum(sizes, axis=1)), AuditConfig(**settings)
     asked = Asked("place", ["land", "water"], np.eye(3)[labels, :2], "the column 'place'")
     evidence = Evidence(np.zeros((len(ids), 1, 2, 2)), sharded(np.zeros((len(ids), 2, 1))))
-    ways = {"asked": lambda judged: given_factors([asked], judged, AuditConfig()), "progress": False}
-    return infer(made_up_data(list(captions), ids), evidence, np.array(prompt_of), AuditConfig(), **ways)
+    ways = {"asked": lambda judged: given_factors([asked], judged, config), "progress": False}
+    return infer(made_up_data(list(captions), ids), evidence, np.array(prompt_of), config, **ways)
 
 
 def test_images_without_a_label_count_in_no_share_and_no_group():
@@ -137,6 +126,11 @@ def test_images_without_a_label_are_stated_by_no_caption():
     assert silent.reason == "not split: nothing is known of its images"
 
 
+def test_a_prompt_is_not_split_away_by_its_own_name():
+    found = partly_labelled((1800, 200, 0), (1984, 16, 0), min_share=0.005)  # of 10% and .8%
+    assert [(prompt.prompt, prompt.found) for prompt in found.prompts] == [(caption, True) for caption in CAPTIONS]
+
+
 def test_what_every_caption_states_is_no_factor():
     found = partly_labelled((50, 0, 0), (0, 50, 0), captions=["a bird on land", "a bird on water"], prompt_of=(0, 0))
     assert [prompt.reason for prompt in found.prompts] == [
@@ -150,17 +144,25 @@ def test_what_every_caption_states_is_no_factor():
 
 
 def test_the_command_and_the_report_say_what_was_asked_for(tiny_pipe_dir, folder, tmp_path):
-    shown = shown_by_audit(tiny_pipe_dir, folder, tmp_path, "--attribute", "place")
-    assert "Factors asked for" in shown
-    assert "water: " in shown
+    rows = [f"{index:02d}.png,{VALUES[index]}" for index in range(14)]
+    (tmp_path / "few.CSV").write_text("\n".join(["file_name,scene", *rows]))
+    options = ("--output", tmp_path / "audit", "--min-images", 4, "--cache-dir", tmp_path / "cache", "-q")
+    asked = ("--labels", tmp_path / "few.CSV", "--attribute", "place")
+    shown = succeed("audit", tiny_pipe_dir, folder, *options, *asked)
+    for words in ("Factors asked for", "water: ", "“scene” was learned from labels of few images"):
+        assert words in shown
+    found = Audit.load(tmp_path / "audit")
+    assert found.settings["asked"]["labels"]["scene"]["images"] == {"land": 7, "water": 6}
+    assert [factor.name for factor in found.factors] == ["place"]
+    for prompt in found.prompts:  # pictures are noise
+        reason = "not split: by 13 labels, labels left out are guessed no better than by chance"
+        assert any(reason in note for note in prompt.notes)
     page, text = report(tmp_path / "report", audit=tmp_path / "audit", data=load_captioned_images(folder))
     for words in (page.words, text):
-        assert "they are the values of the column “place”" in words
-        assert "water" in words
-        assert "--attribute place" in words
-        assert "0.00" not in words  # nothing is measured of groups that are given
-        assert "Rand index with the truth at least" not in words
-        assert "10^" not in words
+        for said in ("they are the values of the column “place”", "--labels labels.csv", "--attribute place", "water"):
+            assert said in words
+        for measured in ("0.00", "Rand index with the truth at least", "10^"):  # nothing is, of groups that are given
+            assert measured not in words
 
 
 def labelled(per_cell=10, strength=4.0, seed=0):
@@ -233,22 +235,6 @@ def test_labels_must_be_of_the_images_and_enough(given, message):
         labels_asked({"age": given}, [f"{i}.png" for i in range(12)])
     with pytest.raises(DataError, match="attribute to image to value"):
         labels_asked({"0.png": "a", "1.png": "b"}, ["0.png", "1.png"])
-
-
-def test_a_file_of_labels_is_read_by_the_command_beside_a_column(tiny_pipe_dir, folder, tmp_path):
-    rows = [f"{index:02d}.png,{VALUES[index]}" for index in range(14)]
-    (tmp_path / "few.CSV").write_text("\n".join(["file_name,scene", *rows]))
-    words = ("--labels", tmp_path / "few.CSV", "--attribute", "place")
-    shown = shown_by_audit(tiny_pipe_dir, folder, tmp_path, *words)
-    assert "“scene” was learned from labels of few images" in shown
-    found = Audit.load(tmp_path / "audit")
-    assert found.settings["asked"]["labels"]["scene"]["images"] == {"land": 7, "water": 6}
-    assert [factor.name for factor in found.factors] == ["place"]
-    for prompt in found.prompts:  # pictures are noise
-        reason = "not split: by 13 labels, labels left out are guessed no better than by chance"
-        assert any(reason in note for note in prompt.notes)
-    _, text = report(tmp_path / "report", audit=tmp_path / "audit")
-    assert "--labels labels.csv" in text
 
 
 def test_labels_drawn_evenly_do_not_make_even_shares():

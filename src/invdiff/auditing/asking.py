@@ -22,7 +22,7 @@ from ..config import AuditConfig
 from ..data.captioned import CaptionedImages
 from ..data.encode import EncodedImages, encode_captions
 from ..errors import ConfigError
-from ..files import fingerprint, read_arrays
+from ..files import read_arrays
 from ..models.encoders import ClipEncoder
 from ..models.frozen import Denoiser
 from ..models.load import public_name
@@ -88,7 +88,7 @@ def read_by_clip(
     progress: bool = True,
 ) -> list[Reading]:
     """A CLIP model's reading of images `rows` (N,) of `data`, from features that are kept in `cache_dir`."""
-    features = cached_features(cache_dir, encoder.features_digest(), data, rows, lambda: encoder.extract, progress)
+    features = cached_features(cache_dir, encoder.features_digest(), data, rows, encoder.extract, progress)
     cosines = [normalize(features.astype(np.float64)) @ embedded(encoder, values).T for values in asked.values()]
     scores = [(own - own.mean(axis=1, keepdims=True))[None] for own in cosines]
     return [Reading(*question, own) for question, own in zip(asked.items(), scores, strict=True)]
@@ -128,19 +128,13 @@ def read_by_model(
         rng = generator("ask", config.seed, int(batch[0]))
         return {"losses": paired_losses(denoiser, data.latents[batch], conditions, LEVELS, DRAWS, rng)}
 
-    made_of = (
-        data.model_fingerprint,
-        data.data_fingerprint,
-        str(data.resolution),
-        denoiser.fingerprint,
-        *data.unreadable,
-    )
     readings, spent = list[Reading](), 0
     for name, values in asked.items():
         for rows in stages:
             settings = repr((TEMPLATE, values, LEVELS, DRAWS, config.batch_size, config.seed))
-            folder, read = work_dir / fingerprint(*made_of, settings, rows.tobytes()), partial(measure, values)
-            paths = in_shards(folder, f"reading {name}", read, data, torch.from_numpy(rows), config, progress=progress)
+            made_of: list[str | bytes] = [settings, rows.tobytes()]
+            work: Any = partial(measure, values), denoiser, data, torch.from_numpy(rows), config
+            paths = in_shards(work_dir, made_of, f"reading {name}", *work, progress=progress)
             scores = _likelier(np.concatenate([read_arrays(path)["losses"] for path in paths]).astype(np.float64))
             spent += len(rows) * len(LEVELS) * DRAWS * len(values)
             if len(rows) < len(data):
@@ -154,11 +148,8 @@ def read_by_model(
 
 
 def _likelier(losses: _Array) -> _Array:
-    """Scores (draws, n, V) of losses (n, levels, draws, V).
-
-    Levels are one signal under different noise: each counts by its signal over the variance of its noise, as the
-    correlation of its draws tells them.
-    """
+    """Scores (draws, n, V) of losses (n, levels, draws, V)."""
+    # Each level counts by its signal over the variance of its noise, as the correlation of its draws tells them.
     less = losses.mean(axis=3, keepdims=True) - losses
     centred = less - less.mean(axis=(0, 2), keepdims=True)
     size = np.maximum(centred.std(axis=(0, 2, 3)), 1e-12)
@@ -177,10 +168,9 @@ def asked_factors(
 ) -> Search:
     """A search with a factor, after those it has, for each attribute of which a value is told apart under a prompt.
 
-    Of two values there is one score; of more, one for each against the mean of all. A score is cut between two humps
-    as other evidence is (see decide.py), at the false discovery rate `config.level` over all attributes. What no value
-    claims is `REST`. Images whose captions state a value are set apart, and groups that are even under every prompt
-    are refused. `distinct` (N,) is false for images that are nearly the same as another; `judged` has each prompt's.
+    Of two values there is one score; of more, one for each against the mean of all, cut as other evidence is (see
+    decide.py). Images whose captions state a value are set apart, and groups that are even under every prompt are
+    refused. `distinct` (N,) is false for images that are nearly the same as another; `judged` has each prompt's.
     """
     reader, two = public_name(config.words_model) or "the audited model", replace(config, num_groups=2)
     for reading in readings:
@@ -241,10 +231,7 @@ def asked_factors(
 
 
 def _joined(told: Mapping[int, Cut], columns: Sequence[int], least: float) -> _Array:
-    """W (n, columns and the rest) of one prompt: of the values that are told apart there, and of what none claims.
-
-    A rest of less than a share `least` is none.
-    """
+    """W (n, columns and the rest) of one prompt: what no value claims is the rest, if it is a share `least` at all."""
     weights = np.zeros((len(next(iter(told.values())).weights), len(columns) + 1))
     for value, cut in told.items():
         weights[:, columns.index(value)] += cut.weights[:, 1]

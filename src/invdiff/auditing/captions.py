@@ -12,6 +12,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from scipy.stats import false_discovery_control, hypergeom, mannwhitneyu, norm
 from sklearn.cluster import MiniBatchKMeans
+from sklearn.metrics.cluster import contingency_matrix
 
 from ..data.encode import EncodedImages
 from ..models.families import Condition
@@ -69,34 +70,23 @@ def group_captions(denoiser: Denoiser, data: EncodedImages, threshold: float, se
 
 
 def part_by_images(
-    prompt_of: NDArray[Any],
-    data: EncodedImages,
-    sources: Sequence[NDArray[Any]],
-    least: int = 20,
-    distinct: NDArray[np.bool_] | None = None,
+    prompt_of: NDArray[Any], data: EncodedImages, sources: Sequence[NDArray[Any]], least: int, distinct: NDArray[Any]
 ) -> tuple[NDArray[Any], dict[int, str]]:
     """Prompts of which captions stay together only where a probe cannot tell their images apart.
 
-    A weak model may predict alike for captions that mean different things. The probe compares the images of two
-    captions by their means in whitened features, `sources` (N, d) each, out of fold; where it ranks them better than
-    chance, they are of two prompts. Captions with few images, such as free text, are parted by a word whose images the
-    probe tells from the others', the clearest first; those with it and those without are parted likewise. What no word
-    parts stays with the most frequent caption of the prompt.
+    A weak model may predict alike for captions that mean different things: where `told_apart` by whitened features,
+    `sources` (N, d) each, they are of two prompts. Captions of fewer than `least` images, as free text, are parted by
+    a word whose images are told from the others', the clearest first; those with it and those without are parted
+    likewise. What no word parts stays with the most frequent caption of the prompt.
 
     From `prompt_of` (captions,), as `group_captions` finds it, to the prompt of each caption, from 0, and what was
-    merged in each, in words. With fewer than `least` images a caption is told from none. Images that are not
-    `distinct` (N,), copies of others of their caption, tell nothing.
+    merged in each, in words. Images that are not `distinct` (N,), copies of others of their caption, tell nothing.
     """
     caption_ids, parted = data.caption_ids.numpy(), np.full(len(prompt_of), -1)
-    distinct = np.ones(len(caption_ids), dtype=bool) if distinct is None else distinct
     by_words, notes = dict[int, str](), dict[int, str]()
     counts = np.bincount(caption_ids, minlength=len(prompt_of))
-    having: dict[str, list[int]] = defaultdict(list)
-    for caption, text in enumerate(data.captions):
-        for word in set(words_in(text)):
-            having[word].append(caption)
-    often = max(LEAST_WORD, LEAST_WORD_SHARE * len(caption_ids))
-    words = {word: np.isin(caption_ids, of) for word, of in sorted(having.items()) if counts[of].sum() >= often}
+    often, having = max(LEAST_WORD, LEAST_WORD_SHARE * len(caption_ids)), captions_by_word(data.captions)
+    words = {word: np.isin(caption_ids, of) for word, of in having.items() if counts[of].sum() >= often}
     for prompt in np.unique(prompt_of):
         captions = np.flatnonzero(prompt_of == prompt)
         captions = captions[np.argsort(-counts[captions], kind="stable")]
@@ -132,10 +122,7 @@ def part_by_images(
 def _parts_by_words(
     rows: NDArray[Any], words: Mapping[str, NDArray[np.bool_]], sources: Sequence[NDArray[Any]], said: str = ""
 ) -> list[tuple[NDArray[Any], str]]:
-    """Images `rows` in parts, each with the words that its captions have or lack, `said`; one where none parts them.
-
-    `words` (N,) says of every image whether its caption has the word.
-    """
+    """Images `rows` in parts by `words`, (N,) each, with those that the part's captions have or lack, `said`."""
     least = max(LEAST_WORD, LEAST_WORD_SHARE * len(sources[0])) if sources else np.inf
     inside = np.array([having[rows] for having in words.values()], dtype=np.float32).reshape(len(words), len(rows))
     counts = inside.sum(axis=1)
@@ -184,7 +171,7 @@ def words_that_state_groups(
     """
     caption_ids = data.caption_ids.numpy()
     stated: dict[str, set[int]] = defaultdict(set)
-    rare, used = [np.empty(0, dtype=int)], [np.empty(0, dtype=int)]
+    rare, used = list[NDArray[Any]](), list[NDArray[Any]]()
     for members, every in groups.values():
         told = known_rows(every)
         rows, weights = members[told], every[told]
@@ -209,28 +196,17 @@ def stating_words(
     and the others are rarer among them by `LIFT` than among images without the word: where a group is 95% of all, a
     word that only comes with it a little more often states nothing.
     """
-    groups = np.unique(labels)
-    counts = np.zeros((len(captions), len(groups)), dtype=np.int64)  # images of each caption in each group
-    np.add.at(counts, (caption_ids, np.searchsorted(groups, labels)), 1)
-    total = counts.sum(axis=0)
-    inside: dict[str, NDArray[Any]] = {}  # images with a word in their caption, in each group
-    for caption in np.flatnonzero(counts.sum(axis=1)):
-        for word in set(words_in(captions[caption])):
-            inside[word] = inside.get(word, 0) + counts[caption]
-    kept = []
-    for word, n in inside.items():
-        others, outside, elsewhere = n.sum() - n.max(), total - n, (total - n).sum()
-        rarer = LIFT * others * elsewhere <= n.sum() * (elsewhere - outside[n.argmax()])
-        if elsewhere and n.max() >= certainty * n.sum() and rarer:
-            kept.append(word)
-    if not kept:
-        return {}
-    with_word = np.array([inside[word] for word in kept])
-    group = with_word.argmax(axis=1)
+    groups, counts = np.unique(labels), contingency_matrix(caption_ids, labels)  # images of each caption and group
+    having = captions_by_word([captions[caption] for caption in np.unique(caption_ids)])
+    inside = np.array([counts[of].sum(axis=0) for of in having.values()]).reshape(len(having), len(groups))
+    drawn, most, group = inside.sum(axis=1), inside.max(axis=1), inside.argmax(axis=1)
+    elsewhere, total = len(labels) - drawn, counts.sum(axis=0)[group]
+    rarer = LIFT * (drawn - most) * elsewhere <= drawn * (elsewhere - total + most)
+    states = (elsewhere > 0) & (most >= certainty * drawn) & rarer
     # The chance of so many of this group among the word's images, were they drawn from all (Fisher's test).
-    most, drawn = with_word.max(axis=1), with_word.sum(axis=1)
-    adjusted = false_discovery_control(hypergeom.sf(most - 1, total.sum(), total[group], drawn))
-    return {word: int(groups[g]) for word, g, p in zip(kept, group, adjusted, strict=True) if p < LEVEL}
+    chances = hypergeom.sf(most - 1, len(labels), total, drawn)
+    states[states] = false_discovery_control(chances[states]) < LEVEL
+    return {word: int(groups[g]) for word, g, stated in zip(having, group, states, strict=True) if stated}
 
 
 def stated_group(caption: str, words: dict[str, int]) -> int:
@@ -242,3 +218,12 @@ def stated_group(caption: str, words: dict[str, int]) -> int:
 def words_in(text: str) -> list[str]:
     """The words of a text, lower case."""
     return re.findall(r"\w+", text.lower())
+
+
+def captions_by_word(captions: Sequence[str]) -> dict[str, list[int]]:
+    """Which captions have each word, by index, words sorted."""
+    having: dict[str, list[int]] = defaultdict(list)
+    for caption, text in enumerate(captions):
+        for word in set(words_in(text)):
+            having[word].append(caption)
+    return dict(sorted(having.items()))

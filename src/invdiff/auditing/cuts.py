@@ -37,7 +37,7 @@ def is_mixed(cut: Cut, features: _Array, distinct: NDArray[np.bool_], needed: fl
     if (rare & distinct).sum() < 2 * LEAST_PARTED:
         return False
     own = features[rare]
-    rotations = halves(len(own), rng, distinct[rare])
+    rotations = halves(distinct[rare], rng)
     return log_e_value(lambda known: [own @ first_axis(own[known])], own @ first_axis(own), 2, rotations) >= needed
 
 
@@ -60,7 +60,7 @@ def weigh(scores: Sequence[Score], distinct: _Array, config: AuditConfig, rng: n
                 drafts.append((float(mixture.rand_index()), score, values, mixture))
             if not parted:
                 break
-    rotations, tested, cuts = halves(len(distinct), rng, distinct), 0, []
+    rotations, tested, cuts = halves(distinct, rng), 0, []
     for worth, score, values, mixture in sorted(drafts, key=lambda draft: -draft[0]):
         size, lowest, refusal, shares = len(mixture.means), worth, "", mixture.shares
         weights, intervals, agreement, log_e = np.empty((0, 0)), list[tuple[float, float]](), 0.0, NOT_TESTED

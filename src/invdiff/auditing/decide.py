@@ -31,6 +31,8 @@ CLEAR, LEAST_ROTATIONS = 30.0, 3
 STEPS = 6
 LEAST_MASS = 4.0  # images that a component must hold
 BEYOND = 0.02  # part of the large hump that is wide, so that images outside what was seen are possible
+AWAY, SHARES = 4, (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5)
+"""Standard deviations and shares of the minorities that the power to see them is computed of."""
 _Array = NDArray[np.float64]
 _Mask = NDArray[np.bool_]
 
@@ -78,17 +80,14 @@ class Mixture:
 def fit_mixture(scores: NDArray[np.floating], num_groups: int, *, quick: bool = False) -> Mixture:
     """The maximum likelihood mixture of `num_groups` Gaussians of one variance, by EM from several starts."""
     centres, counts = _binned(scores)
-    total, starts = counts.sum(), []
-    ordered = np.sort(scores)
-    for tail in (0.05, 0.3) if quick else (0.03, 0.1, 0.25, 0.5):
-        rare_last = np.concatenate([[0.0], 1 - tail * np.linspace(1, 0, num_groups)])
-        for edges in (rare_last, 1 - rare_last[::-1]):  # the rare components at either end
-            middles = (edges[:-1] + edges[1:]) / 2
-            starts.append((ordered[(middles * (len(ordered) - 1)).astype(int)], np.diff(edges)))
-    means, shares = (np.array([start[k] for start in starts]) for k in (0, 1))
-    mean = (counts @ centres) / total
-    spread = np.sqrt(counts @ (centres - mean) ** 2 / total)
-    fitted = Mixture(np.sort(means, axis=-1), shares, np.full(len(starts), 0.5 * max(spread, 1e-9)))
+    tails = np.array((0.05, 0.3) if quick else (0.03, 0.1, 0.25, 0.5))
+    rare_last = np.insert(1 - np.outer(tails, np.linspace(1, 0, num_groups)), 0, 0.0, axis=1)
+    edges = np.concatenate([rare_last, 1 - rare_last[:, ::-1]])  # of shares, the rare components at either end
+    middles = (edges[:, :-1] + edges[:, 1:]) / 2
+    means = np.sort(scores)[(middles * (len(scores) - 1)).astype(int)]
+    mean = (counts @ centres) / counts.sum()
+    spread = np.sqrt(counts @ (centres - mean) ** 2 / counts.sum())
+    fitted = Mixture(np.sort(means, axis=-1), np.diff(edges), np.full(len(edges), 0.5 * max(spread, 1e-9)))
     for steps, kept in ((15, slice(2)), (25 if quick else 85, 0)):  # the likeliest two after a few steps go on
         fitted = _em(fitted, centres, np.broadcast_to(counts, (len(fitted.means), len(centres))), steps=steps)
         best = np.argsort(-(fitted.log_density(centres) @ counts), kind="stable")[kept]
@@ -218,18 +217,14 @@ def num_modes(mixture: Mixture) -> int:
     return int((rises[:-1] & ~rises[1:]).sum())
 
 
-def halves(count: int, rng: np.random.Generator, distinct: NDArray[np.bool_]) -> list[tuple[_Mask, _Mask]]:
-    """For each rotation, which of `count` images are learned from and which are the evidence.
+def halves(distinct: _Mask, rng: np.random.Generator) -> list[tuple[_Mask, _Mask]]:
+    """For each rotation, which images, (n,), are learned from and which are the evidence.
 
-    Of images that are nearly the same only one, those of `distinct` (count,), is in either; at most `MOST_JUDGED` are.
+    Of images that are nearly the same only one, those of `distinct` (n,), is in either; at most `MOST_JUDGED` are.
     """
-    rotations = []
-    for _ in range(ROTATIONS):
-        order = rng.permutation(np.flatnonzero(distinct))[:MOST_JUDGED]
-        known, held_out = np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
-        known[order[::2]] = held_out[order[1::2]] = True
-        rotations.append((known, held_out))
-    return rotations
+    orders = [rng.permutation(np.flatnonzero(distinct))[:MOST_JUDGED] for _ in range(ROTATIONS)]
+    every = np.arange(len(distinct))
+    return [(np.isin(every, order[::2]), np.isin(every, order[1::2])) for order in orders]
 
 
 def log_e_value(
@@ -271,31 +266,21 @@ def e_bh(log_e: Sequence[float], level: float) -> NDArray[np.bool_]:
     return false_discovery_control(p_values) <= level
 
 
-def smallest_share(count: int, candidates: int, level: float, *, separation: float = 4.0) -> float:
-    """The smallest share of a minority `separation` standard deviations away that is expected to be found, or 1.
+def power(num_images: int, candidates: int, config: AuditConfig) -> str:
+    """What size of minority could have been seen among a prompt's images, in words; see docs/auditing.md.
 
-    Of `count` images and with as many `candidates`: the expected log e-value, with the scores at the quantiles of the
-    mixture, passes the first threshold of e-BH.
+    The smallest with which the expected log e-value, of scores at the quantiles of the mixture, passes the first
+    threshold of e-BH.
     """
-    n = count // 2
-    for share in (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5):
-        if n * share < 3:
-            continue
-        mixture = Mixture(np.array([0.0, separation]), np.array([1 - share, share]), np.array(1.0))
-        grid = np.linspace(-5, separation + 5, 4000)
-        shared = norm.cdf(grid) * (1 - share) + norm.cdf(grid - separation) * share
+    n, needed = num_images // 2, np.log(max(candidates, 1) / config.level)
+    for share in (share for share in SHARES if n * share >= 3):
+        mixture = Mixture(np.array([0.0, AWAY]), np.array([1 - share, share]), np.array(1.0))
+        grid = np.linspace(-5, AWAY + 5, 4000)
+        shared = norm.cdf(grid) * (1 - share) + norm.cdf(grid - AWAY) * share
         points = np.interp((np.arange(n) + 0.5) / n, shared, grid)
         fitted = mixture.log_density(points).sum() - 2  # what is lost by fitting it, half a parameter each
-        if fitted - max_log_likelihood(points) >= np.log(candidates / level) and mixture.rand_index() >= 0.5:
-            return share
-    return 1.0
-
-
-def power(num_images: int, candidates: int, config: AuditConfig) -> str:
-    """What size of minority could have been seen among a prompt's images, in words; see docs/auditing.md."""
-    # A share just above the least that a group may have is found below it as often as not.
-    share = max(smallest_share(num_images, max(candidates, 1), config.level), 1.5 * config.min_share)
-    if share >= 1:
-        return f"{num_images:,} images are too few to see a group of any size 4 standard deviations away"
-    seen = f"would probably have been seen in {num_images:,} images"
-    return f"a group of {share:.1%} or more, 4 standard deviations away, {seen}"
+        if fitted - max_log_likelihood(points) >= needed and mixture.rand_index() >= 0.5:
+            # A share just above the least that a group may have is found below it as often as not.
+            least = f"a group of {max(share, 1.5 * config.min_share):.1%} or more, {AWAY} standard deviations away,"
+            return f"{least} would probably have been seen in {num_images:,} images"
+    return f"{num_images:,} images are too few to see a group of any size {AWAY} standard deviations away"

@@ -58,11 +58,6 @@ class Edits:
         """Whether any group has a name."""
         return any(name for names in self.names for name in names)
 
-    def group_name(self, group: int, factor: int = 0) -> str:
-        """The name of a group, or its number in words, such as "group 0"."""
-        names = self.names[factor] if factor < len(self.names) else ()
-        return (names[group] if group < len(names) else "") or f"group {group}"
-
     def with_name(self, factor: int, group: int, name: str) -> Edits:
         """These edits with a group named, "" for no name; a `ConfigError` where it cannot have that name."""
         if not (0 <= factor < len(self.names) and 0 <= group < len(self.names[factor])):

@@ -5,7 +5,6 @@ A few denoiser forwards per image give paired losses and features of its blocks.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +33,6 @@ IMAGES_PER_WHITENED = 20  # images that each of them takes
 FITTED = 8000  # most images that a basis of features is fitted on, evenly chosen; all are projected on it
 SHARD_SIZE = 256  # images whose measurements share a file
 
-_Extract = Callable[[list[Image.Image]], NDArray[np.float32]]
-
 
 class Whitened(NamedTuple):
     """Leading principal components of features, each of unit variance: values = features @ basis + shift."""
@@ -56,7 +53,7 @@ class Evidence:
     """(N, levels, D): the middle block's mean and those of its left and right half, under the null caption."""
     upper: ShardedTensor | None = None
     """(N, levels, 2, G): the grids of the last two blocks in the same forwards; None where they were not read."""
-    vision: NDArray[Any] | None = None
+    vision: ShardedTensor | None = None
     """(N, views, D): features of `config.vision_encoder`, if there is one."""
     _whitened: dict[int, list[Whitened]] = field(default_factory=dict, init=False, repr=False)
     contrast_only: bool = False
@@ -72,25 +69,22 @@ class Evidence:
     def sources(self, seed: int) -> list[Whitened]:
         """The same, of all, with how they were made: the model's own first, as `read_features` gives them."""
         if seed not in self._whitened:
-            parts: list[tuple[ShardedTensor | NDArray[Any], Any]] = []
+            parts: list[tuple[ShardedTensor, Any]] = []
             for level in range(self.features.shape[1]):
                 parts.append((self.features, np.s_[:, level]))
                 if self.upper is not None:
                     parts += [(self.upper, np.s_[:, level, block]) for block in range(self.upper.shape[2])]
             if self.vision is not None:
                 parts += [(self.vision, np.s_[:, view]) for view in range(self.vision.shape[1])]
-            self._whitened[seed] = [whitened(partial(_part, *of), len(self.features), seed=seed) for of in parts]
+            self._whitened[seed] = [whitened(*part, seed=seed) for part in parts]
         return self._whitened[seed]
 
 
-def _part(values: ShardedTensor | NDArray[Any], part: Any, rows: NDArray[Any]) -> NDArray[Any]:
-    return (values.numpy(rows) if isinstance(values, ShardedTensor) else values[rows])[part]
-
-
-def whitened(read: Callable[[NDArray[Any]], NDArray[Any]], count: int, *, seed: int) -> Whitened:
-    """The features (n, D) that `read` reads of rows (n,), whitened."""
+def whitened(features: ShardedTensor, part: Any, *, seed: int) -> Whitened:
+    """A part (N, D) of features, chosen as numpy indexes it, whitened."""
+    count = len(features)
     fitted_rows = np.sort(np.random.default_rng(seed).permutation(count)[:FITTED])  # in whatever order prompts come
-    sample = read(fitted_rows).astype(np.float64)
+    sample = features.numpy(fitted_rows)[part].astype(np.float64)
     mean, scale = sample.mean(axis=0), sample.std(axis=0)
     varies = scale > 1e-6 * max(float(np.abs(sample).max()), 1e-12)
     if not varies.any():
@@ -102,10 +96,10 @@ def whitened(read: Callable[[NDArray[Any]], NDArray[Any]], count: int, *, seed: 
     size = min(WHITENED, max(count // IMAGES_PER_WHITENED, 2), int(varies.sum()), len(sample) - 1)
     pca = PCA(size, whiten=True, svd_solver="randomized", random_state=seed).fit(standard(sample))
     batches = np.array_split(np.arange(count), -(-count // FITTED))
-    values = np.concatenate([pca.transform(standard(read(rows))).astype(np.float32) for rows in batches])
+    values = np.concatenate([pca.transform(standard(features.numpy(rows)[part])) for rows in batches])
     basis, components = np.zeros((len(mean), size)), pca.components_.T / np.sqrt(pca.explained_variance_)
     basis[varies] = components / scale[varies, None]
-    return Whitened(values, basis, -mean @ basis - pca.mean_ @ components)
+    return Whitened(values.astype(np.float32), basis, -mean @ basis - pca.mean_ @ components)
 
 
 def collect_evidence(
@@ -117,16 +111,11 @@ def collect_evidence(
     progress: bool = True,
 ) -> Evidence:
     """Measure every image, in shards in `work_dir` that a stopped run keeps and several processes share."""
-    key = fingerprint(
-        data.model_fingerprint,
-        data.data_fingerprint,
-        *sorted(data.unreadable),
-        str(data.resolution),
-        denoiser.fingerprint,
+    settings = [
         repr((config.contrast_log_snr, config.contrast_draws, config.feature_log_snr)),
         repr((config.batch_size, config.seed)),
-        *(("no upper blocks",) if isinstance(denoiser, FrozenDenoiser) and not denoiser.upper else ()),
-    )
+        *(["no upper blocks"] if isinstance(denoiser, FrozenDenoiser) and not denoiser.upper else []),
+    ]
 
     def measure(rows: torch.Tensor) -> dict[str, torch.Tensor]:
         latents, rng = data.latents[rows], generator("audit", config.seed, int(rows[0]))
@@ -143,7 +132,7 @@ def collect_evidence(
         return measured | ({"upper": torch.stack(upper, dim=1)} if upper else {})
 
     rows = torch.arange(len(data))
-    paths = in_shards(work_dir / key, "measuring", measure, data, rows, config, progress=progress)
+    paths = in_shards(work_dir, settings, "measuring", measure, denoiser, data, rows, config, progress=progress)
     parts = [read_tensors(path) for path in paths]
     losses = torch.cat([part["losses"] for part in parts]).numpy()
     upper = ShardedTensor([part["upper"] for part in parts]) if "upper" in parts[0] else None
@@ -151,19 +140,24 @@ def collect_evidence(
 
 
 def in_shards(
-    folder: Path,
+    work_dir: Path,
+    settings: Sequence[str | bytes],
     label: str,
     measure: Callable[[torch.Tensor], dict[str, torch.Tensor]],
+    denoiser: Denoiser,
     data: EncodedImages,
     rows: torch.Tensor,
     config: AuditConfig,
     *,
-    progress: bool = True,
+    progress: bool,
 ) -> list[Path]:
-    """Files of what `measure` says of images `rows` (n,), a batch at a time; those that lie in `folder` are kept.
+    """Files of what `measure` says of images `rows` (n,), a batch at a time.
 
-    Several processes share the work. `AuditError` where a measurement is not finite.
+    Those that lie in `work_dir`, of the same data, denoiser and `settings`, are kept, and several processes share the
+    work. `AuditError` where a measurement is not finite.
     """
+    made_of = [data.model_fingerprint, data.data_fingerprint, *sorted(data.unreadable), str(data.resolution)]
+    folder = work_dir / fingerprint(*made_of, denoiser.fingerprint, *settings)
 
     def make(path: Path, rows: torch.Tensor) -> None:
         if path.exists():
@@ -204,28 +198,27 @@ def paired_losses(
 
 def encode_vision(
     name_or_folder: str, data: CaptionedImages, rows: NDArray[Any], cache_dir: Path, *, progress: bool = True
-) -> NDArray[np.float32]:
+) -> ShardedTensor:
     """Pooled features of images `rows` by a vision encoder such as CLIP or DINOv2, (len(rows), 2, D), kept on disk.
 
     Each image is shown twice, as it is and mirrored: a property that changes with that is none to group by.
     """
+    encoder = VisionEncoder.load(name_or_folder)
 
-    def load() -> _Extract:
-        extract = VisionEncoder.load(name_or_folder).extract
-        return lambda images: np.stack([extract(images), extract(map(ImageOps.mirror, images))], axis=1)
+    def extract(images: list[Image.Image]) -> NDArray[np.float32]:
+        return np.stack([encoder.extract(images), encoder.extract(map(ImageOps.mirror, images))], axis=1)
 
-    files = sorted(Path(name_or_folder).expanduser().glob("*"))  # of a folder, which may come to hold another model
-    stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-    return cached_features(cache_dir, fingerprint(name_or_folder, *stamps), data, rows, load, progress)
+    features = cached_features(cache_dir, encoder.features_digest(), data, rows, extract, progress)
+    return ShardedTensor([torch.from_numpy(features)])
 
 
 def cached_features(
-    folder: Path, encoder: str, data: CaptionedImages, rows: NDArray[Any], load: Callable[[], _Extract], progress: bool
+    folder: Path, digest: str, data: CaptionedImages, rows: NDArray[Any], extract: Callable[..., Any], progress: bool
 ) -> NDArray[np.float32]:
-    """Features of images `rows` of `data`, (len(rows), ...), by the `encoder` that `load` loads, kept in `folder`."""
-    path = folder / f"{fingerprint(encoder, data.fingerprint, rows.tobytes())}.safetensors"
+    """Features of images `rows` of `data`, (len(rows), ...), by an encoder of this digest, kept in `folder`."""
+    path = folder / f"{fingerprint(digest, data.fingerprint, rows.tobytes())}.safetensors"
     if not path.exists():
-        features, extract = [], load()
+        features = []
         with progress_bar("image features", len(rows), enabled=progress) as bar:
             for batch in np.split(rows, range(BATCH_SIZE, len(rows), BATCH_SIZE)):
                 features.append(extract([data.image(int(row)) for row in batch]))

@@ -95,7 +95,7 @@ def find_factors(
         shifts = Shifts(remaining, judged)
         for prompt, passing in accepted.items():
             rng = np.random.default_rng(derived_seed("parts", config.seed, number, prompt))
-            features, unlike = shifts.features(prompt), distinct[judged[prompt]]
+            features, unlike = shifts.features[prompt], distinct[judged[prompt]]
             for cut in [one for one in cuts[prompt] if one.score.is_margin and one.weights.size]:
                 if is_mixed(cut, features, unlike, enough, rng):
                     passing[:] = [one for one in passing if one is not cut]
@@ -127,22 +127,15 @@ def find_factors(
             search.candidates[prompt] = [cut.candidate for cut in ordered]
         if factor is None:
             break
+        size = next(iter(factor.values())).candidate.num_groups
+        taken.append(np.full((len(distinct), size), 1 / size))
         for prompt, cut in factor.items():
+            taken[-1][judged[prompt]] = cut.weights
             told = search.candidates[prompt]
             known = any(not one.refusal and one.evidence == cut.candidate.evidence for one in told)
             told[:0] = [] if known else [cut.candidate]  # of a later round, or sought along another prompt's shift
         search.factors.append(factor)
-        taken.append(spread(factor, judged, len(distinct)))
     return search
-
-
-def spread(factor: Mapping[int, Cut], members: Mapping[int, _Array], count: int) -> _Array:
-    """W (count, E) of a factor: that of its cuts, uniform for images of prompts that it does not split."""
-    size = next(iter(factor.values())).candidate.num_groups
-    weights = np.full((count, size), 1 / size)
-    for prompt, cut in factor.items():
-        weights[members[prompt]] = cut.weights
-    return weights
 
 
 def _clarity(cut: Cut) -> tuple[float, float]:
@@ -159,22 +152,18 @@ class Shifts:
     """How the features of groups differ within prompts, to see which cuts of several prompts are one factor."""
 
     def __init__(self, sources: Sequence[_Array], members: Mapping[int, _Array]) -> None:
-        self._members, self._sources = members, list[tuple[_Array, _Array]]()
-        self._features: dict[int, _Array] = {}
+        self._members, self._ends = members, np.cumsum([source.shape[1] for source in sources])[:-1]
+        parts = {prompt: [np.zeros((len(rows), 0), dtype=np.float32)] for prompt, rows in members.items()}
         for source in sources:
             within = np.concatenate([source[rows] - source[rows].mean(axis=0) for rows in members.values()])
             # Attributes that come with the prompt are correlated over all images, not within prompts.
             sizes, directions = np.linalg.eigh(np.cov(within, rowvar=False).reshape(within.shape[1], -1))
-            directions = directions / np.sqrt(sizes.clip(1e-3 * sizes.max()))
-            self._sources.append((source, directions.astype(np.float32)))
-
-    def features(self, prompt: int) -> _Array:
-        """Features of a prompt's images less their mean, white within prompts, (n, d)."""
-        if prompt not in self._features:
-            rows = self._members[prompt]
-            white = [source[rows] @ directions for source, directions in self._sources] or [np.zeros((len(rows), 1))]
-            self._features[prompt] = np.concatenate([values - values.mean(axis=0) for values in white], axis=1)
-        return self._features[prompt]
+            directions = (directions / np.sqrt(sizes.clip(1e-3 * sizes.max()))).astype(np.float32)
+            for prompt, rows in members.items():
+                white = source[rows] @ directions
+                parts[prompt].append(white - white.mean(axis=0))
+        self.features = {prompt: np.concatenate(of, axis=1) for prompt, of in parts.items()}
+        """Of each prompt, features (n, d) of its images less their mean, white within prompts."""
 
     def of(self, features: _Array, weights: _Array) -> _Array:
         """Unit directions from the mean of all to each group's, (..., E, d), of weights (..., n, E)."""
@@ -194,11 +183,11 @@ class Shifts:
         cut of half of the images that look left would else be one with the cut of those that look left. A prompt whose
         cuts do not pass is left out. The largest prompt comes first, its columns ordered by frequency.
         """
-        gathered, own = {prompt: cut}, self.features(prompt)
+        gathered, own = {prompt: cut}, self.features[prompt]
         reference, shifts = self.of(own, cut.weights), [self.of(own, one.weights) for one in rivals]
 
         def is_one(other: int, agreement: float, columns: _Array, match: Cut) -> bool:
-            features = self.features(other)
+            features = self.features[other]
             back = self.of(features, match.weights)
             most = max((_matched(one, back)[0] for one in shifts if len(one) == len(back)), default=0.0)
             if agreement < NEARLY * most or not self._tells(prompt, cut, other, match, columns):
@@ -213,7 +202,7 @@ class Shifts:
             alike = [one for one in cuts if one.candidate.num_groups == cut.candidate.num_groups]
             if other == prompt or not alike:
                 continue
-            matches = [(*_matched(reference, self.of(self.features(other), one.weights)), one) for one in alike]
+            matches = [(*_matched(reference, self.of(self.features[other], one.weights)), one) for one in alike]
             most = max(agreement for agreement, *_ in matches)
             near = [match for match in matches if match[0] >= NEARLY * most]
             clearest = sorted(near, key=lambda match: _clarity(match[2]), reverse=True)
@@ -227,9 +216,8 @@ class Shifts:
     def transferred(self, prompt: int, cut: Cut, other: int, names: Mapping[int, str]) -> Score:
         """The images of another prompt along the shift of a cut's rarest group: nothing of it is learned from them."""
         rare = int(cut.weights.sum(axis=0).argmin())
-        shift = self.of(self.features(prompt), cut.weights)[rare]
-        ends = np.cumsum([directions.shape[1] for _, directions in self._sources])[:-1]
-        parts = zip(np.split(self.features(other), ends, axis=1), np.split(shift, ends), strict=True)
+        shift = self.of(self.features[prompt], cut.weights)[rare]
+        parts = zip(np.split(self.features[other], self._ends, axis=1), np.split(shift, self._ends), strict=True)
         draws = np.stack([features @ part for features, part in parts])  # along each source's part of the shift
         values = draws.sum(axis=0)
         name = f"shift of {cut.score.evidence} of {names[prompt]!r}"
@@ -237,8 +225,8 @@ class Shifts:
 
     def _tells(self, prompt: int, cut: Cut, other: int, match: Cut, columns: _Array) -> bool:
         """Whether each group's shift under one prompt ranks the images of that group first under the other."""
-        one = self.features(prompt), cut.weights
-        two = self.features(other), match.weights[:, columns]
+        one = self.features[prompt], cut.weights
+        two = self.features[other], match.weights[:, columns]
         return all(
             roc_auc_score(weights.argmax(axis=1) == group, features @ shift) >= TELLS
             for (features, weights), shifts in ((one, self.of(*two)), (two, self.of(*one)))

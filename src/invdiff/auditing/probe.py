@@ -46,8 +46,7 @@ def spread_labels(
 
     A strongly regularised logistic regression finds the direction; scale and offsets by prompt, fitted to its logits
     of labels left out, make them probabilities. Cells of prompt and label weigh alike, so that the attribute is not
-    read off the prompt. As labels may be drawn otherwise than images, shares under each prompt are estimated again
-    (`with_own_shares`). `labels` are of two values or more, five images or more each; `sources` whitened features,
+    read off the prompt. `labels` are of two values or more, five images or more each; `sources` whitened features,
     (N, d) each; `margins` (N, pairs) as `Margins.of_pairs` has them; `prompt_of` (N,). Labelled images that are not
     `distinct` (N,), copies of other labelled ones, keep their labels and teach and prove nothing.
     """
@@ -78,7 +77,7 @@ def spread_labels(
     logits = logits_of(_fit(inputs[known], truth, cell, chosen), inputs)
     posterior = softmax(scale * logits + prompts @ offsets, axis=1)
     for prompt in np.unique(prompt_of):
-        posterior[prompt_of == prompt] = with_own_shares(posterior[prompt_of == prompt])
+        posterior[prompt_of == prompt] = with_own_shares(posterior[prompt_of == prompt])  # labels are drawn otherwise
     posterior[labelled] = np.eye(len(values))[group[labelled]]
 
     guessed = judged[chosen].argmax(axis=1)
@@ -92,17 +91,13 @@ def spread_labels(
     record: dict[str, Any] = {"images": dict(zip(values, np.bincount(truth).tolist(), strict=True)), "right": accuracy}
     at = np.flatnonzero(known)  # positions of those that are guessed right when left out, and of the others
     record |= {"hits": at[guessed == truth].tolist(), "misses": at[guessed != truth].tolist()}
-    fault = f"labels left out are guessed no better than by chance ({told} right)"
-    fault = fault if tested.any() else "no prompt has labels of two values, to tell the attribute from the prompt"
-    return Asked(
-        name,
-        values,
-        posterior,
-        f"{len(truth)} labels",
-        {"labels": {name: record}},
-        "" if norm.sf(above) < LEVEL else fault,
-        round(float(adjusted_rand_score(truth, guessed)), 4),
-    )
+    refusal = f"labels left out are guessed no better than by chance ({told} right)"
+    if norm.sf(above) < LEVEL:
+        refusal = ""
+    elif not tested.any():
+        refusal = "no prompt has labels of two values, to tell the attribute from the prompt"
+    agreement = round(float(adjusted_rand_score(truth, guessed)), 4)
+    return Asked(name, values, posterior, f"{len(truth)} labels", {"labels": {name: record}}, refusal, agreement)
 
 
 def linear_judges(found: Audit, sources: Sequence[Whitened]) -> dict[str, _Array]:
@@ -132,10 +127,10 @@ def linear_judges(found: Audit, sources: Sequence[Whitened]) -> dict[str, _Array
     return judges
 
 
-def with_own_shares(posterior: _Array, steps: int = 200) -> _Array:
+def with_own_shares(posterior: _Array) -> _Array:
     """Posteriors (n, E) for groups alike frequent, at the shares that these images have: Saerens et al. (2002)."""
     shares, weights = np.full(posterior.shape[1], 1 / posterior.shape[1]), posterior
-    for _ in range(steps):
+    for _ in range(200):
         weights = posterior * shares
         weights = weights / weights.sum(axis=1, keepdims=True)
         shares, before = weights.mean(axis=0), shares

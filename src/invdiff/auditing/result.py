@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from .edits import Edits, apply, put_aside, read_edits
 if TYPE_CHECKING:
     from ..data.encode import EncodedImages
 
-WORDS = "words.json"
+WORDS, IN_JSON = "words.json", ("forwards_per_image", "settings", "names", "unreadable", "factors", "prompts")
 NOT_TESTED = -1e3  # the log e-value of a cut that was not tested, and the least that is told
 WORD_LIMIT = 60  # characters of a word, or of a few words that belong together
 
@@ -183,16 +183,16 @@ class Audit:
     @property
     def group_names(self) -> tuple[tuple[str, ...], ...]:
         """Names that people gave to groups, or asked for, [factor][group], "" for none; empty where none has one."""
-        names = tuple(
-            tuple("" if (name := self.group_name(e, m)) == f"group {e}" else name for e in range(size))
-            for m, size in enumerate(self.num_groups)
-        )
-        return names if any(map(any, names)) else ()
+        names = list[tuple[str, ...]]()
+        for m, size in enumerate(self.num_groups):
+            given = self.edits.names[m] if m < len(self.edits.names) else ("",) * size
+            values = (self.factors[m].values if self.factors else []) or ("",) * size
+            names.append(tuple(name or one_line(value, WORD_LIMIT) for name, value in zip(given, values, strict=True)))
+        return tuple(names) if any(map(any, names)) else ()
 
     def group_name(self, group: int, factor: int = 0) -> str:
         """What people call a group, else the value that was asked for, else its number, such as "group 0"."""
-        values, name = self.factors[factor].values if self.factors else [], self.edits.group_name(group, factor)
-        return one_line(values[group], WORD_LIMIT) if values and name == f"group {group}" else name
+        return (self.group_names[factor][group] if self.group_names else "") or f"group {group}"
 
     @property
     def asked(self) -> str:
@@ -295,7 +295,7 @@ class Audit:
         write_arrays(folder / "audit.safetensors", arrays | {"scores": plain.scores, "prompt_ids": plain.prompt_ids})
         write_arrays(folder / JUDGES, plain.judges)
         document = {"fingerprint": plain.fingerprint, "biased": plain.biased, "num_groups": plain.num_groups}
-        document |= {name: getattr(plain, name) for name in ("forwards_per_image", "settings", "names", "unreadable")}
+        document |= {name: getattr(plain, name) for name in IN_JSON}
         document |= {name: list(map(asdict, getattr(plain, name))) for name in ("factors", "prompts")}
         write_json(folder / "audit.json", document)
         try:
@@ -339,32 +339,27 @@ class Audit:
         folder = Path(folder)
         if not (folder / "audit.json").is_file():
             raise AuditError(f"Expected an audit folder at {folder}, found no audit.json. Run `invdiff audit`.")
-        kinds: dict[str, Any] = {"prompts": list[PromptAudit], "factors": list[Factor], "names": list[str]}
-        kinds |= {"forwards_per_image": float, "settings": dict[str, Any], "num_groups": list[int]}
-        kinds["unreadable"] = dict[str, str]
         try:
             document = read_json(folder / "audit.json")
             arrays = read_arrays(folder / "audit.safetensors")
-            fields = {name: typed(kind, document[name]) for name, kind in kinds.items()}
-            num_groups = fields.pop("num_groups")
-            weights = tuple(arrays[f"group_weights.{m}"] for m in range(len(num_groups)))
+            kinds: dict[str, Any] = get_type_hints(cls)
+            fields = {name: typed(kinds[name], document[name]) for name in IN_JSON}
+            weights = tuple(arrays[f"group_weights.{m}"] for m in range(len(fields["factors"]) or 1))
             fields["judges"] = read_arrays(folder / JUDGES) if (folder / JUDGES).is_file() else {}
             found = cls(weights, arrays["scores"], arrays["prompt_ids"], **fields)
             prompts, count = np.arange(len(found.prompts)), len(found.names)
-            sized = list(zip(found.factors, num_groups, strict=False))
+            sized = list(zip(found.factors, found.num_groups, strict=False))
             splits = [(s, size) for factor, size in sized for s in factor.splits]
             known = all(s.prompt in prompts and len(s.shares) == len(s.intervals) == size for s, size in splits)
             typed(dict[str, dict[str, Any]], found.settings.get("asked", {}))
             known &= all(len(of.values) in (0, size) for of, size in sized)
-            paired = list(found.num_groups) == num_groups and len(found.factors or [None]) == len(num_groups)
-            if not (known and paired and np.isin(found.prompt_ids, prompts).all()):
+            if not (known and np.isin(found.prompt_ids, prompts).all()):
                 raise ValueError("images or splits of groups or prompts that the audit lacks")
             whole = all(len(array) == count for array in (*weights, found.prompt_ids, found.scores.T))
             finite = all(np.isfinite(array).all() for array in arrays.values())
             if found.scores.shape != (len(weights), count) or not (whole and finite):
                 raise ValueError(f"arrays that are not one finite row for each of {count} images")
-            # A run that was stopped between the two files; none was written before the fingerprint was.
-            if document.get("fingerprint", found.fingerprint) != found.fingerprint:
+            if document["fingerprint"] != found.fingerprint:  # a run was stopped between the two files
                 raise ValueError("audit.json and audit.safetensors of two audits")
         except (KeyError, IndexError, TypeError, ValueError, DataError) as error:
             raise AuditError(found_else(f"an audit in {folder}", error, "Run `invdiff audit` again.")) from error

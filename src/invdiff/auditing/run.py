@@ -26,7 +26,7 @@ from .asking import Reading, asked_factors, questions, read_by_clip, read_by_mod
 from .captions import group_captions, part_by_images, stated_group, words_in, words_that_state_groups
 from .cuts import too_few
 from .evidence import Evidence, collect_evidence, encode_vision
-from .factors import Search, find_factors, spread
+from .factors import Search, find_factors
 from .probe import linear_judges, spread_labels
 from .result import Audit, Factor, PromptAudit, PromptSplit
 from .scores import Margins
@@ -101,13 +101,10 @@ def audit(
         raise AuditError("Expected a model of captions for solver 'exact', got one of none. Use 'auto' or 'gradient'.")
     if wanted and "prompt_embeds" not in encoded.conditions and not config.words_model:
         raise AuditError("Expected a model that reads captions, or words_model, a CLIP model, to read words by.")
-    for asked, what in (
-        (config.words_model, "a CLIP model to look at"),
-        (config.vision_encoder, "a vision encoder to look at"),
-        (columns, "their attributes"),
-    ):
-        if asked and images is None:
-            raise ConfigError(f"Expected CaptionedImages for {what}, got only their latents.")
+    needed = {"a CLIP model to look at": config.words_model, "a vision encoder to look at": config.vision_encoder}
+    needed_for = [what for what, asked in (needed | {"their attributes": columns}).items() if asked]
+    if needed_for and images is None:
+        raise ConfigError(f"Expected CaptionedImages for {needed_for[0]}, got only their latents.")
     rows, vision, readings = encoded.source_index.numpy(), None, list[Reading]()
     if config.words_model:
         from_main(lambda: ClipEncoder.load(config.words_model).name)  # an error in its name comes before the work
@@ -218,8 +215,9 @@ def infer(
             words[m][prompt] = of_usual | group_of
 
     prompt_ids, prompts = np.zeros(len(data), dtype=np.int64), list[PromptAudit]()
-    weights = [spread(cuts, members, len(data)) for cuts in search.factors] or [np.full((len(data), 2), 0.5)]
-    scores = np.zeros((max(len(search.factors), 1), len(data)))
+    sizes = [next(iter(cuts.values())).candidate.num_groups for cuts in search.factors] or [2]
+    weights = [np.full((len(data), size), 1 / size) for size in sizes]
+    scores = np.zeros((len(sizes), len(data)))
     splits: list[list[PromptSplit]] = [[] for _ in search.factors]
     for prompt, rows in members.items():
         told = {m: known_rows(cuts[prompt].weights) for m, cuts in enumerate(search.factors) if prompt in cuts}
@@ -239,10 +237,7 @@ def infer(
                 score, labels = cut.score.mean, cut.weights[told[m]].argmax(axis=1)
                 rare = labels == rarest(np.bincount(labels, minlength=cut.weights.shape[1]))
                 sign = 1 if score[told[m]][rare].mean() >= score[told[m]].mean() else -1  # the rare group's are high
-                scores[m, own] = sign * score[here]
-            for m in range(len(key)):
-                if m not in splitting:
-                    weights[m][own] = 1 / weights[m].shape[1]
+                scores[m, own], weights[m][own] = sign * score[here], cut.weights[here]
             captions = _captions_of(data, own)
             candidates, why = search.candidates.get(prompt, []), dict[str, list[str]]()
             for one in candidates if asked else ():

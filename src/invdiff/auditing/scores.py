@@ -1,7 +1,7 @@
 """Scores of one dimension, made from evidence: where a hidden attribute shows as two humps, if it shows.
 
-- The which-prompt margin: features of the audited model are whitened, and each image is compared with the mean of its
-  own prompt and of another. An image that lacks what usually comes with its prompt looks like one of the other.
+- The which-prompt margin: in whitened features each image is compared with the mean of its own prompt and of another.
+  An image that lacks what usually comes with its prompt looks like one of the other.
 - Components: independent directions of a prompt's features (FastICA).
 - The contrast l(y) - l(null), both at the same noise, which estimates log p(z_t) - log p(z_t | y): it is large where
   an image lacks what its caption makes the model expect.
@@ -90,8 +90,7 @@ def without(values: _Array, taken: Sequence[_Array], prompt_of: _Array | None = 
 class Margins:
     """Which-prompt margins of images from several sources of features, such as blocks and noise levels.
 
-    The probe is the strongly regularised limit of logistic regression: in whitened features, and with prompts
-    weighted alike, its direction is the difference of the prompts' means. Weaker regularisation memorises.
+    The strongly regularised limit of logistic regression, with prompts weighted alike; weaker ones memorise.
     """
 
     def __init__(self, sources: Sequence[_Array], prompt_of: _Array) -> None:
@@ -157,9 +156,8 @@ def first_axis(features: _Array) -> _Array:
 def parts_of(score: Score, features: _Array) -> list[Score]:
     """The two attributes that a margin mixes, each as a score; none where its rare group cannot be parted in two.
 
-    Where two attributes come with the prompt, a margin is low where either is missing. The rare group is parted along
-    its first principal axis of the prompt's features (n, d), white; each image is then placed in the plane of the
-    shifts from the usual images to the two parts, out of fold.
+    The rare group lacks either. It is parted along its first principal axis of the prompt's features (n, d), white;
+    each image is then placed in the plane of the shifts from the usual images to the two parts, out of fold.
     """
     n, whole = len(features), _parts(features, score.mean, np.ones(len(features), dtype=bool))
     if not whole:
@@ -214,9 +212,9 @@ def not_learned(evidence: str, draws: _Array, *, of_prompt: bool = False) -> Sco
 def components(features: _Array, source: str, *, seed: int, taken: Sequence[_Array] = ()) -> list[Score]:
     """Independent components of features (n, draws, D) from a named source, as scores.
 
-    A hidden factor is close to one direction of the features, but seldom among the largest: FastICA finds it by its
-    shape, peaked or flat (logcosh) or skewed. With too few whitened dimensions it is absent, with too many it falls
-    apart, so several numbers are tried. Directions of factors already `taken`, W (n, E) each, are left out.
+    A hidden factor is close to one direction of the features, but seldom among the largest. With too few whitened
+    dimensions it is absent, with too many it falls apart, so several numbers are tried. Directions of factors already
+    `taken`, W (n, E) each, are left out.
     """
     n, draws, _ = features.shape
     sizes = [size for size in NUM_COMPONENTS if size * IMAGES_PER_DIMENSION <= n]
@@ -278,5 +276,5 @@ def component_scores(
     scores = components(evidence.features.numpy(rows), f"features at log-SNR {levels}", seed=config.seed, taken=taken)
     if evidence.vision is not None:
         source = f"features of {public_name(config.vision_encoder)}"
-        scores += components(evidence.vision[rows].astype(np.float64), source, seed=config.seed, taken=taken)
+        scores += components(evidence.vision.numpy(rows).astype(np.float64), source, seed=config.seed, taken=taken)
     return scores

@@ -1,10 +1,8 @@
 """The max phase of the game as the paper has it: from one score per image to W, by the dispersion of group losses.
 
-W (N, E) has its rows on the simplex. With the group losses L_e = sum_i W_ie s_i / sum_i W_ie, where s is a per-image
-loss, a contrast of losses, or any other evidence of one dimension, two solvers maximise the dispersion of {L_e}:
-`exact_groups`, by dynamic programming, and `gradient_groups`, as in InvDiff (Hou et al., KDD 2025).
-
-They split any images, whether anything is hidden or not; the solver `auto` is in factors.py.
+Of the group losses L_e = sum_i W_ie s_i / sum_i W_ie, with s a per-image loss, a contrast of losses, or any other
+evidence of one dimension (Hou et al., KDD 2025). Images are split whether anything is hidden or not; the solver `auto`
+is in factors.py.
 """
 
 import math
@@ -32,8 +30,8 @@ LEAST_IMAGES = 4  # images of a prompt that a value must have to be a group ther
 def exact_groups(scores: NDArray[Any], num_groups: int, *, min_share: float = 0.0) -> NDArray[Any]:
     """The partition of scores (N,) of largest dispersion, as labels (N,) that rise with the score.
 
-    Optimal groups are intervals of the sorted scores (Fisher 1958), found by dynamic programming with divide and
-    conquer over cut points, O(E N log N). No group has less than `min_share` of the images.
+    Optimal groups are intervals of the sorted scores (Fisher 1958), found by dynamic programming, O(E N^2). No group
+    has less than `min_share` of the images.
     """
     count = len(scores)
     least = max(1, math.ceil(min_share * count))
@@ -48,18 +46,10 @@ def exact_groups(scores: NDArray[Any], num_groups: int, *, min_share: float = 0.
     cuts = np.zeros((num_groups, count + 1), dtype=np.int64)
     for group, cut in enumerate(cuts):
         previous, best = best, np.full(count + 1, -np.inf)
-        # Each task: stops low..high - 1, whose best cut lies in first..last.
-        tasks = [((group + 1) * least, count + 1, group * least, count - least)]
-        while tasks:
-            low, high, first, last = tasks.pop()
-            if low >= high:
-                continue
-            stop = (low + high) // 2
-            starts = np.arange(first, min(last, stop - least) + 1)
+        for stop in range((group + 1) * least, count + 1):
+            starts = np.arange(group * least, stop - least + 1)
             totals = previous[starts] + (sums[stop] - sums[starts]) ** 2 / (stop - starts)
-            chosen = int(totals.argmax())
-            best[stop], cut[stop] = totals[chosen], starts[chosen]
-            tasks += [(low, stop, first, int(starts[chosen])), (stop + 1, high, int(starts[chosen]), last)]
+            best[stop], cut[stop] = totals.max(), starts[totals.argmax()]
     labels, stop = np.empty(count, dtype=np.int64), count
     for group in reversed(range(num_groups)):
         start = cuts[group, stop]
@@ -68,9 +58,7 @@ def exact_groups(scores: NDArray[Any], num_groups: int, *, min_share: float = 0.
     return labels
 
 
-def gradient_groups(
-    scores: NDArray[Any], num_groups: int, *, omega: float = 0.1, steps: int = 300, seed: int = 0
-) -> NDArray[Any]:
+def gradient_groups(scores: NDArray[Any], num_groups: int, *, omega: float = 0.1, seed: int = 0) -> NDArray[Any]:
     """W (N, E) of scores (N,) by gradient ascent on its logits, as in InvDiff; columns rise with L_e.
 
     Maximises Var_e(L_e) + omega * H(m) of standardised scores, with m the groups' shares and H their entropy.
@@ -79,7 +67,7 @@ def gradient_groups(
     start = torch.randn(len(scores), num_groups, generator=torch.Generator().manual_seed(seed))
     logits = (0.1 * start).requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.1)
-    for _ in range(steps):
+    for _ in range(300):
         weights = logits.softmax(dim=1)
         mass = weights.sum(dim=0)
         losses = weights.T @ standard / mass

@@ -62,11 +62,9 @@ def describe_groups(
     texts = embedded(encoder, words)
     texts = texts - texts.mean(axis=0)
     samples = list(_samples(found, config.seed))
-    if not samples:
-        return AuditWords(encoder.name, found.fingerprint, len(words), 0, LEVEL, ())
     shown = np.unique(np.concatenate([positions for *_, positions, _ in samples]))
     digest = encoder.features_digest()
-    features = cached_features(cache_dir, digest, data, rows[shown], lambda: encoder.extract, progress)
+    features = cached_features(cache_dir, digest, data, rows[shown], encoder.extract, progress)
     images, judged = normalize(features.astype(float)), []
     for prompt, factor, positions, labels in samples:
         scores = images[np.searchsorted(shown, positions)] @ texts.T
