@@ -81,12 +81,8 @@ def load_pipeline(
         source = str(path.resolve())  # so that a relative path is never taken for a hub id
     elif looks_local(source) or path.suffix == ".safetensors":
         raise ModelError(f"Expected a .safetensors file or pipeline folder at {source}, found nothing there.")
-    marks: set[str] = set()
     with loading("a whole diffusers pipeline" if path.exists() else "a diffusers pipeline", source):
         settings = str(config) or source
-        if single:
-            with safe_open(path, "pt") as file:
-                marks = {"v_pred", "ztsnr"} & set(file.keys())  # names without weight that say what it predicts
         if single and not config:  # as the pipeline on the hub, by the names and shapes of the weights
             weights = load_single_file_checkpoint(source)
             if any("lora" in name for name in weights):
@@ -109,8 +105,10 @@ def load_pipeline(
         if single:
             pipe = getattr(diffusers, index["_class_name"]).from_single_file(source, config=settings, **options)
             pipe.register_to_config(_name_or_path=source)
-            if "v_pred" in marks:
-                predicts = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in marks}
+            with safe_open(path, "pt") as file:
+                names = set(file.keys())  # two of which are without weight, and say what it predicts
+            if "v_pred" in names:
+                predicts = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in names}
                 pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **predicts)
         else:
             pipe = _from_pretrained(source, options)
@@ -247,9 +245,8 @@ def loading(kind: str, source: str, remedy: str = "") -> Iterator[None]:
         raise ModelError(f"Expected {kind} at {source}, could not load it: {reason.rstrip('.')}. {remedy}") from error
 
 
-def looks_local(name_or_folder: str) -> bool:
+def looks_local(name: str) -> bool:
     """Whether it can only be meant as a folder: a hub id has one slash at most, between two names."""
-    name = name_or_folder
     return name.startswith((".", "~", os.sep)) or name.endswith(os.sep) or name.count("/") > 1
 
 
