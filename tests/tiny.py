@@ -225,6 +225,19 @@ def draw(pipe: Any, *seeds: int, **options: Any) -> torch.Tensor:
         return torch.as_tensor(pipe(**{name: value for name, value in asked.items() if value is not None}).images)
 
 
+def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents and prompt embeddings of three rows for the UNet of a tiny Stable Diffusion."""
+    numbers = torch.Generator().manual_seed(seed)
+    return torch.randn(3, 4, 8, 8, generator=numbers), torch.randn(3, 16, WIDTH, generator=numbers)
+
+
+def denoise(pipe: Any, timestep: Any = 500, *, seed: int = 0, embeds: torch.Tensor | None = None) -> torch.Tensor:
+    """One call of the UNet on `inputs`, with other embeddings if given."""
+    latents, made_up = inputs(seed)
+    with torch.no_grad():
+        return pipe.unet(latents, timestep, made_up if embeds is None else embeds).sample
+
+
 ORIGINAL_UNET = (
     (r"^time_embedding\.linear_(\d)", lambda found: f"time_embed.{2 * int(found[1]) - 2}"),
     (r"^conv_in", "input_blocks.0.0"),
