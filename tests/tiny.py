@@ -1,5 +1,6 @@
 """Tiny pipelines of every family that invdiff supports, with random weights, built from configs."""
 
+import copy
 import re
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 WORDS = ("a", "photo", "of", "landbird", "waterbird", "on", "land", "water")
@@ -202,6 +204,19 @@ def make_tiny(family: str, seed: int = 0) -> Any:
                     parameter.normal_(0, 0.02)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def save_lora(pipe: Any, folder: Path, **targets: list[str]) -> Path:
+    """Write a LoRA of random weights for layers of a pipeline's parts, such as unet=["to_q"]; return the file."""
+    layers, numbers = {}, torch.Generator().manual_seed(0)
+    for part, names in targets.items():
+        network = copy.deepcopy(getattr(pipe, part))
+        network.add_adapter(LoraConfig(r=2, target_modules=names))
+        weights = get_peft_model_state_dict(network, adapter_name="default")
+        random = {name: 0.3 * torch.randn(value.shape, generator=numbers) for name, value in weights.items()}
+        layers[f"{part}_lora_layers"] = random
+    pipe.save_lora_weights(folder, weight_name="style.safetensors", **layers)
+    return folder / "style.safetensors"
 
 
 def draw(pipe: Any, *seeds: int, **options: Any) -> torch.Tensor:
