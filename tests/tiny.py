@@ -258,15 +258,13 @@ ORIGINAL_UNET = (
     (r"^conv_in", "input_blocks.0.0"),
     (r"^conv_norm_out", "out.0"),
     (r"^conv_out", "out.2"),
-    (r"^mid_block\.resnets\.0", "middle_block.0"),
-    (r"^mid_block\.attentions\.0", "middle_block.1"),
-    (r"^mid_block\.resnets\.1", "middle_block.2"),
-    (r"^down_blocks\.(\d)\.resnets\.0", lambda found: f"input_blocks.{2 * int(found[1]) + 1}.0"),
-    (r"^down_blocks\.(\d)\.attentions\.0", lambda found: f"input_blocks.{2 * int(found[1]) + 1}.1"),
+    (r"resnets\.(\d)", r"\1.0"),
+    (r"attentions\.(\d)", r"\1.1"),
+    (r"^mid_block\.(\d)\.(\d)", lambda found: f"middle_block.{2 * int(found[1]) + int(found[2])}"),
     (r"^down_blocks\.(\d)\.downsamplers\.0\.conv", lambda found: f"input_blocks.{2 * int(found[1]) + 2}.0.op"),
-    (r"^up_blocks\.(\d)\.resnets\.(\d)", lambda found: f"output_blocks.{2 * int(found[1]) + int(found[2])}.0"),
-    (r"^up_blocks\.(\d)\.attentions\.(\d)", lambda found: f"output_blocks.{2 * int(found[1]) + int(found[2])}.1"),
-    (r"^up_blocks\.(\d)\.upsamplers\.0", lambda found: f"output_blocks.{2 * int(found[1]) + 1}.1"),
+    (r"^up_blocks\.(\d)\.upsamplers\.0", r"up_blocks.\1.1.1"),
+    (r"^down_blocks\.(\d)\.0", lambda found: f"input_blocks.{2 * int(found[1]) + 1}"),
+    (r"^up_blocks\.(\d)\.(\d)", lambda found: f"output_blocks.{2 * int(found[1]) + int(found[2])}"),
     (r"norm1(?=\.\w+$)(?<!transformer_blocks\.0\.norm1)", "in_layers.0"),
     (r"conv1", "in_layers.2"),
     (r"norm2(?=\.\w+$)(?<!transformer_blocks\.0\.norm2)", "out_layers.0"),
@@ -301,8 +299,7 @@ def save_single_file(pipe: diffusers.StableDiffusionPipeline, path: Path) -> Pat
             original = name
             for pattern, other in names:
                 original = re.sub(pattern, other, original)
-            weights[prefix + original] = (
-                value[..., None, None] if ".attn_1." in original and value.ndim == 2 else value
-            )
+            linear = ".attn_1." in original and value.ndim == 2  # a convolution there
+            weights[prefix + original] = value[..., None, None] if linear else value
     save_file({name: value.contiguous() for name, value in weights.items()}, path)
     return path

@@ -83,10 +83,9 @@ class GuidanceLoRA(Guidance):
     def fitting(cls, family: Family, denoiser: Any, *, rank: int = 8) -> dict[str, Any]:  # type: ignore[override]
         """The layers of attention, and of a UNet the convolutions of its blocks."""
         layers: dict[str, list[int]] = {}
+        names = tuple(f".{name}" for name in family.adapted)
         for path, layer in denoiser.named_modules():
-            if not path.endswith(tuple(f".{name}" for name in family.adapted)):
-                continue
-            if any(added in f"{path}." for added in ADDED_WEIGHTS):  # of an IP-Adapter's own attention
+            if not path.endswith(names) or any(added in f"{path}." for added in ADDED_WEIGHTS):
                 continue
             layer = getattr(layer, "base_layer", layer)  # of a LoRA that a user has loaded
             if isinstance(layer, nn.Linear):
@@ -95,8 +94,8 @@ class GuidanceLoRA(Guidance):
                 sizes = (layer.kernel_size[0], layer.stride[0], int(layer.padding[0]))
                 layers[path] = [layer.in_channels, layer.out_channels, *sizes]
         if not layers:
-            names = ", ".join(family.adapted)
-            raise ModelError(f"Expected layers named {names} in {type(denoiser).__name__}, found none.")
+            wanted = ", ".join(family.adapted)
+            raise ModelError(f"Expected layers named {wanted} in {type(denoiser).__name__}, found none.")
         return {"rank": rank, "layers": dict(sorted(layers.items()))}  # as JSON keeps them
 
     @property

@@ -48,12 +48,11 @@ class FrozenDenoiser:
         self.module = cast(Any, denoiser_of(pipe))
         check_plain(pipe)
         check_fused(pipe)
-        shape = self.family.shape(self.module)
         self.schedule, self.device = NoiseSchedule(pipe.scheduler), torch.device(pipe._execution_device)
         self.dtype = self.module.dtype  # that it computes in, whatever its weights are stored in
         blocks = self.family.upper_blocks
         last = [f"{blocks}.{index}" for index in range(len(getattr(self.module, blocks)))][-2:] if upper else []
-        paths = (shape.feature_path, *last)
+        paths = (self.family.shape(self.module).feature_path, *last)
         self._features, *self._upper = (FeatureCapture(self.module, self.family, path) for path in paths)
         self._was_training = self.module.training
         self.module.eval()
