@@ -155,15 +155,25 @@ def _fuse(pipe: Any, lora: str) -> tuple[str, str]:
 
 
 def _from_pretrained(source: str, options: dict[str, Any]) -> Any:
-    """Load the plain weights, or where files are missing those of a variant."""
-    with complete_text_encoders(source):
-        try:
-            return DiffusionPipeline.from_pretrained(source, **options)
-        except (OSError, ValueError):
-            for variant in ("fp16", "bf16"):
-                with suppress(OSError, ValueError):
-                    return DiffusionPipeline.from_pretrained(source, **options, variant=variant)
-            raise
+    """Load the plain weights, or where files are missing those of a variant; all of a text encoder's, or none."""
+    original: Any = vars(PreTrainedModel)["from_pretrained"]  # the classmethod itself, not bound to this class
+
+    def complete(cls: Any, *arguments: Any, **options: Any) -> Any:
+        model, report = original.__func__(cls, *arguments, **options, output_loading_info=True)
+        check_complete(report["missing_keys"], f"the {cls.__name__}", source)
+        return model
+
+    # Meanwhile `transformers` itself fails: diffusers passes on no report.
+    PreTrainedModel.from_pretrained = classmethod(complete)  # type: ignore[assignment]
+    try:
+        return DiffusionPipeline.from_pretrained(source, **options)
+    except (OSError, ValueError):
+        for variant in ("fp16", "bf16"):
+            with suppress(OSError, ValueError):
+                return DiffusionPipeline.from_pretrained(source, **options, variant=variant)
+        raise
+    finally:
+        PreTrainedModel.from_pretrained = original  # type: ignore[method-assign]
 
 
 GUIDED: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
@@ -270,23 +280,6 @@ def check_tokenizer(tokenizer: Any, source: str) -> None:
     """Raise `ModelError` where a tokenizer knows no word: transformers 5 makes up for absent files with this."""
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ModelError(f"Expected a tokenizer at {source}, found one that knows no word: its files are absent.")
-
-
-@contextmanager
-def complete_text_encoders(source: str) -> Iterator[None]:
-    """Let `transformers` fail in the block where weights are missing; diffusers gives no way to ask for the report."""
-    original: Any = vars(PreTrainedModel)["from_pretrained"]  # the classmethod itself, not bound to this class
-
-    def from_pretrained(cls: Any, *arguments: Any, **options: Any) -> Any:
-        model, report = original.__func__(cls, *arguments, **options, output_loading_info=True)
-        check_complete(report["missing_keys"], f"the {cls.__name__}", source)
-        return model
-
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        PreTrainedModel.from_pretrained = original  # type: ignore[method-assign]
 
 
 def _damage(folder: Path) -> str | None:
