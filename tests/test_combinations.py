@@ -272,16 +272,6 @@ def test_images_of_a_batch_are_guided_as_when_drawn_alone_and_prompt_embeddings_
     assert torch.equal(draw(pipe, 0, 1, prompt=None, **condition), together)
 
 
-def test_both_passes_of_classic_guidance_draw_one_group():
-    pipe = make_tiny("flux")  # it sends the two conditions one after the other
-    attachment = attach(pipe, make_guidance_module(pipe, num_groups=97))
-    seen = []
-    pipe.transformer.register_forward_hook(lambda *_: seen.append(attachment.environments))
-    draw(pipe, 0, 1, negative_prompt=["land", "water"], true_cfg_scale=3.0)
-    assert len(seen) == 4
-    assert all(torch.equal(groups, seen[0]) for groups in seen)
-
-
 @pytest.mark.parametrize("strength", [1.0, 0.8])
 def test_a_pipeline_with_a_scheduler_of_its_own_draws_groups_from_its_own_noise(strength):
     pipe = make_tiny("sd1")
