@@ -51,8 +51,7 @@ class Family(ABC):
     upper_blocks: ClassVar[str] = "up_blocks"  # the denoiser's list of blocks that ends nearest to the image
     adapted: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
     """Last names of the layers that take low-rank adapters."""
-    distilled_guidance: float = 1.0
-    """The guidance that `predict` tells a guidance-distilled model; at 1 it predicts as if there were none."""
+    distilled_guidance: float = 1.0  # what `predict` tells a guidance-distilled model; at 1 as if there were none
     conditions: ClassVar[tuple[str, ...]] = ()
     """The conditions that the pipeline's `encode_prompt` returns first, in its order; "" where one is not read."""
 
