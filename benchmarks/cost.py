@@ -11,7 +11,6 @@ needs about 20 GB of free memory on a CPU, for the reference recipe.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -49,7 +48,6 @@ from invdiff.data.birds import canonical_prompts
 from invdiff.files import write_json
 from invdiff.guidance.backends import BACKENDS
 from invdiff.guidance.base import Guidance
-from invdiff.guidance.module import fitting_width
 from invdiff.models.families import Condition, family_of
 from invdiff.models.frozen import FeatureCapture
 from invdiff.models.load import load_pipeline
@@ -131,8 +129,7 @@ def holder(denoiser: nn.Module) -> SimpleNamespace:
 
 def fitting_module(denoiser: nn.Module) -> GuidanceModule:
     """Return what `GuidanceModule.for_pipeline` makes, which refuses weights that are not in memory."""
-    family = family_of(holder(denoiser))
-    return GuidanceModule(**dataclasses.asdict(family.shape(denoiser)), width=fitting_width(family, denoiser)).eval()
+    return GuidanceModule(**GuidanceModule.fitting(family_of(holder(denoiser)), denoiser)).eval()
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from numpy.polynomial.hermite_e import hermegauss
 from numpy.typing import NDArray
 from scipy.special import logsumexp, softmax
 
-from invdiff.training.purity import purified
+from invdiff.training.batches import purified
 
 Array = NDArray[np.float64]
 RHO = 0.95

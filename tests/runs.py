@@ -129,6 +129,14 @@ def built_audit(weights: Any, prompt_ids: Any, prompts: Any, names: Any = None, 
     return Audit(weights, scores, prompt_ids, prompts, factors, names, 0.0, {})
 
 
+def hard_audit(names: Any, labels: Any, prompt_ids: Any, *, found: tuple[bool, ...] = (True, True), **settings: Any):
+    """An audit of images by name, with settings, that found the groups of these labels, 0 or 1, under some prompts."""
+    prompts = [PromptAudit(f"prompt {k}", [], 0, each, "") for k, each in enumerate(found)]
+    split = np.array(found)[np.asarray(prompt_ids)][:, None]
+    weights = np.where(split, np.eye(2)[np.asarray(labels, int)], 0.5)
+    return replace(built_audit(weights, prompt_ids, prompts, names), settings=settings)
+
+
 def make_audit(folder, *, prompts=(LAND, WATER), found=True, rare=2, per_prompt=20, factors=1):
     """Write an audit whose last `rare` images of each prompt are group 1, and the images: group 0 is red."""
     (folder / "images").mkdir(parents=True)

@@ -12,23 +12,10 @@ from invdiff import GuidanceModule, attach
 from invdiff.errors import ConfigError, ModelError
 from invdiff.models.families import family_of
 from invdiff.models.frozen import FeatureCapture
-from tiny import draw, make_tiny
+from tiny import denoise, draw, inputs, make_tiny
 
 SOLVERS = "DPMSolverMultistep EulerDiscrete HeunDiscrete KDPM2AncestralDiscrete LMSDiscrete PNDM UniPCMultistep"
 SCHEDULERS = tuple(f"{name}Scheduler" for name in ("DDIM", "DDPM", *SOLVERS.split()))
-
-
-def inputs(seed=0):
-    """Latents and prompt embeddings of three rows."""
-    numbers = torch.Generator().manual_seed(seed)
-    return torch.randn(3, 4, 8, 8, generator=numbers), torch.randn(3, 16, 16, generator=numbers)
-
-
-def denoise(pipe, timestep=500, seed=0):
-    """One call of the denoiser on three rows."""
-    latents, embeds = inputs(seed)
-    with torch.no_grad():
-        return pipe.unet(latents, timestep, embeds)
 
 
 def record_environments(pipe, attachment):
@@ -41,22 +28,22 @@ def record_environments(pipe, attachment):
 def test_the_output_is_the_frozen_prediction_plus_scale_times_the_shift(tiny_pipe):
     module = make_guidance_module(tiny_pipe)
     capture = FeatureCapture(tiny_pipe.unet, family_of(tiny_pipe), "mid_block")
-    model_pred, features = denoise(tiny_pipe).sample, capture.take()
+    model_pred, features = denoise(tiny_pipe), capture.take()
     (latents, embeds), groups = inputs(), torch.tensor([[1], [0], [1]])
     with torch.no_grad():
         shift = module(latents, torch.full((3,), 500), {"prompt_embeds": embeds}, model_pred, features, groups)
     attach(tiny_pipe, module, scale=0.7, environments=[1, 0, 1])
-    assert torch.equal(denoise(tiny_pipe).sample, model_pred + 0.7 * shift)
+    assert torch.equal(denoise(tiny_pipe), model_pred + 0.7 * shift)
 
 
 @pytest.mark.parametrize("timestep", [500.0, torch.tensor(500), torch.tensor([500]), torch.tensor([500] * 3)])
 def test_timesteps_come_as_numbers_or_one_per_row(tiny_pipe, timestep):
     attach(tiny_pipe, make_guidance_module(tiny_pipe))
-    assert torch.equal(denoise(tiny_pipe, timestep).sample, denoise(tiny_pipe, 500).sample)
+    assert torch.equal(denoise(tiny_pipe, timestep), denoise(tiny_pipe, 500))
     if getattr(timestep, "ndim", 0) and len(timestep) == 3:
-        mixed = denoise(tiny_pipe, torch.tensor([500, 20, 900])).sample
+        mixed = denoise(tiny_pipe, torch.tensor([500, 20, 900]))
         for row, each in enumerate((500, 20, 900)):
-            torch.testing.assert_close(mixed[row], denoise(tiny_pipe, each).sample[row])
+            torch.testing.assert_close(mixed[row], denoise(tiny_pipe, each)[row])
 
 
 def test_a_half_precision_pipeline_stays_so_and_the_module_as_it_was(tiny_pipe):
@@ -135,7 +122,7 @@ def test_a_loop_that_sets_timesteps_once_draws_anew_for_each_batch(tiny_pipe):
     drawn = []
     for seed in (0, 1):
         for timestep in (900, 500, 100):
-            denoise(tiny_pipe, timestep, seed)
+            denoise(tiny_pipe, timestep, seed=seed)
         drawn.append(attachment.environments)
     assert not torch.equal(*drawn)
 
@@ -166,17 +153,17 @@ def test_detaching_restores_the_model_after_an_error_too(tiny_pipe):
 
 @pytest.mark.parametrize("first_off", [0, 1])
 def test_shifts_of_two_modules_add_and_come_off_in_any_order(tiny_pipe, first_off):
-    frozen = denoise(tiny_pipe).sample
+    frozen = denoise(tiny_pipe)
     modules, alone = [make_guidance_module(tiny_pipe, seed=seed, width=8 * (2 + seed)) for seed in (0, 1)], []
     for module in modules:
         with attach(tiny_pipe, module, environments=[0, 1, 0]):
-            alone.append(denoise(tiny_pipe).sample)
+            alone.append(denoise(tiny_pipe))
     attachments = [attach(tiny_pipe, module, environments=[0, 1, 0]) for module in modules]
-    torch.testing.assert_close(denoise(tiny_pipe).sample, alone[0] + alone[1] - frozen)
+    torch.testing.assert_close(denoise(tiny_pipe), alone[0] + alone[1] - frozen)
     attachments[first_off].detach()
-    assert torch.equal(denoise(tiny_pipe).sample, alone[1 - first_off])
+    assert torch.equal(denoise(tiny_pipe), alone[1 - first_off])
     attachments[1 - first_off].detach()
-    assert torch.equal(denoise(tiny_pipe).sample, frozen)
+    assert torch.equal(denoise(tiny_pipe), frozen)
 
 
 def test_an_attached_pipeline_can_be_thrown_away():
@@ -237,10 +224,10 @@ def test_a_copy_of_a_guided_pipeline_is_plain(tiny_pipe):
 
 
 def test_a_guided_denoiser_is_pickled_plain(tiny_pipe):
-    expected = denoise(tiny_pipe).sample
+    expected = denoise(tiny_pipe)
     attach(tiny_pipe, make_guidance_module(tiny_pipe))
     tiny_pipe.unet = pickle.loads(pickle.dumps(tiny_pipe.unet))
-    assert torch.equal(denoise(tiny_pipe).sample, expected)
+    assert torch.equal(denoise(tiny_pipe), expected)
     free = pickle.loads(pickle.dumps(tiny_pipe.maybe_free_model_hooks))
     assert free() is None  # nor does the method that looks whether guidance ran
 

@@ -52,11 +52,6 @@ def module(trained):
     return GuidanceModule.from_pretrained(trained)
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    return make_tiny_pipeline()
-
-
 def rendered(card):
     return MarkdownIt("commonmark").enable("table").render(ModelCard(card).text)
 
@@ -113,25 +108,25 @@ def test_training_writes_what_it_knows(trained):
     assert ModelCard(card).data.to_dict() == {"library_name": "diffusers", "tags": tags}
 
 
-def test_the_card_says_what_people_changed(pipe):
+def test_the_card_says_what_people_changed(loaded_pipe):
     """One image of four left out, the cuts of one prompt moved, one group named."""
     prompts = [make_prompt("a bird", num_images=2), make_prompt("a fish", num_images=2)]
     plain = built_audit(np.eye(2)[[0, 1, 0, 1]], [0, 0, 1, 1], prompts, scores=[0, 1, 0, 1])
     edited = apply(plain, Edits(names=(("on land", ""),), left_out=(0,), cuts={(0, 1): (0.5,)}))
-    record = make_record(pipe, *prompts, audit=edited)
+    record = make_record(loaded_pipe, *prompts, audit=edited)
     text = html.unescape(card_of(json.loads(json.dumps(record))))
     assert "Names of groups were given by people who looked at the images: group 0 is “on land”." in text
     assert "images left out: 1, prompts whose cuts between groups were moved by hand: 1." in text
     assert len(Edits(cuts={(0, 1): (0.5,), (1, 1): (0.5,)}).prompts_cut) == 1  # cuts of two factors
     assert "numbers, not names" not in text
-    text = card_of(make_record(pipe, make_prompt("a bird")))
+    text = card_of(make_record(loaded_pipe, make_prompt("a bird")))
     assert "Groups have numbers, not names" in text
     assert "People edited" not in text
 
 
 @pytest.mark.parametrize("name", ["org/name", "", "/home/me/models/birds", "../org/name", "org/name/unet", "C:\\m\\b"])
-def test_the_base_model_is_linked_where_it_is_on_the_hub(pipe, name):
-    card = card_of(make_record(pipe, make_prompt("a photo"), base_model=name), base_model=name)
+def test_the_base_model_is_linked_where_it_is_on_the_hub(loaded_pipe, name):
+    card = card_of(make_record(loaded_pipe, make_prompt("a photo"), base_model=name), base_model=name)
     assert ModelCard(card).data.get("base_model") == (name if name == "org/name" else None)
     assert ('from_pretrained("org/name")' in card) == (name == "org/name")
     assert "me/models" not in card
@@ -147,8 +142,8 @@ def test_the_base_model_is_linked_where_it_is_on_the_hub(pipe, name):
         "---\nlicense: mit\n---\u202egnp.exe\u2028tail \x00\x1b[31m \ud800",
     ],
 )
-def test_text_is_shown_as_it_is_and_stays_in_its_cell(pipe, text):
-    record = make_record(pipe, make_prompt(text), make_prompt("nothing: " + text, found=False))
+def test_text_is_shown_as_it_is_and_stays_in_its_cell(loaded_pipe, text):
+    record = make_record(loaded_pipe, make_prompt(text), make_prompt("nothing: " + text, found=False))
     figures = {"rows": [[text, text, text, 1.0, 0.0, 1.0]], "guided": [text], "annotator": text}
     record = {**record, "base": {**record["base"], "family": text}, "figures": {text: figures}}
     card = card_of({**record, "group_names": [[text]]}, prediction_type=text)
@@ -167,9 +162,9 @@ def test_text_is_shown_as_it_is_and_stays_in_its_cell(pipe, text):
     assert '"a photo of ..."' in card or text in card
 
 
-def test_of_many_prompts_and_long_texts_the_first_are_stated(pipe):
+def test_of_many_prompts_and_long_texts_the_first_are_stated(loaded_pipe):
     prompts = [make_prompt(f"p{i}" + "x" * 1000, found=i % 2 == 1, num_images=i) for i in range(300)]
-    record = make_record(pipe, *prompts) | {"group_names": [["x" * 10_000] * 1000]}
+    record = make_record(loaded_pipe, *prompts) | {"group_names": [["x" * 10_000] * 1000]}
     card = card_of(record)
     assert len(record["splits"]) == MOST_PROMPTS
     assert len(record["splits"][0]["prompt"]) == 300
@@ -177,14 +172,14 @@ def test_of_many_prompts_and_long_texts_the_first_are_stated(pipe):
     assert [row[0][:4] for row in tables(card)[1][1:3]] == ["p299", "p297"]
     assert "Inferred under 150 of 300 prompts" in card
     assert "265 further prompts are left out here." in card
-    card = card_of(make_record(pipe, make_prompt("a photo"), make_prompt("a drawing", found=False)))
+    card = card_of(make_record(loaded_pipe, make_prompt("a photo"), make_prompt("a drawing", found=False)))
     assert "not mean that nothing is there, under: a drawing (60 images)." in card
 
 
-def test_losses_are_those_of_the_last_round(pipe):
+def test_losses_are_those_of_the_last_round(loaded_pipe):
     groups = {"group_losses": [[[1, 2], [3, 4]]]}, {"group_losses": [[[5, 6], [math.nan, 8]]]}
     log = [{"round": 0, "step": 10, **groups[1]}, *({"round": 1, "step": 10 * n, **of} for n, of in enumerate(groups))]
-    record = make_record(pipe, make_prompt("a"), make_prompt("b"), log=log, rounds=2)
+    record = make_record(loaded_pipe, make_prompt("a"), make_prompt("b"), log=log, rounds=2)
     json.dumps(record, allow_nan=False)
     assert {p["prompt"]: p["losses"] for p in record["splits"]} == {"a": [[1, 2], [5, 6]], "b": [[3, 4], [None, 8]]}
     assert tables(card_of(record))[2][3][3:] == ["3.000", "not known"]
@@ -205,8 +200,8 @@ def test_the_example_is_python_that_fits(family, call):
         mix_for(module, ast.literal_eval(re.search(r"environments=(.*?)\)`", card)[1]))
 
 
-def test_an_invariant_module_without_a_record_has_a_card_that_says_so(pipe, tmp_path):
-    make_guidance_module(pipe, mode="invariant").save_pretrained(tmp_path)
+def test_an_invariant_module_without_a_record_has_a_card_that_says_so(loaded_pipe, tmp_path):
+    make_guidance_module(loaded_pipe, mode="invariant").save_pretrained(tmp_path)
     card = load_guidance(tmp_path).model_card()
     assert "target mix" not in card
     assert card.count("saved without a record of") == 2  # the groups, and its training
@@ -217,8 +212,8 @@ JUNK = (None, "text", {"x": []}, [1, "2", None, [], {"prompt": 3, "losses": "ab"
 
 
 @pytest.mark.parametrize("junk", JUNK, ids=lambda junk: type(junk).__name__)
-def test_a_malformed_record_is_not_known(pipe, junk):
-    whole, rows = make_record(pipe, make_prompt("a photo")), [["base", "3.0", "Bias", 0.5, None, None]]
+def test_a_malformed_record_is_not_known(loaded_pipe, junk):
+    whole, rows = make_record(loaded_pipe, make_prompt("a photo")), [["base", "3.0", "Bias", 0.5, None, None]]
     malformed = [junk, *(whole | {"figures": {"a": {"rows": rows, "guided": []}}, name: junk} for name in whole)]
     malformed += [whole | {"splits": [whole["splits"][0] | {name: junk}]} for name in whole["splits"][0]]
     for figures in (junk, {"rows": junk, "guided": []}, {"rows": [junk], "guided": junk}):

@@ -8,22 +8,15 @@ from invdiff.guidance.attach import GuidedDenoiser, attach
 from invdiff.models.families import family_of
 from invdiff.models.frozen import FeatureCapture, FrozenDenoiser, denoiser_fingerprint
 from invdiff.models.load import denoiser_of
-from tiny import FAMILIES, make_tiny
+from tiny import FAMILIES, denoise, inputs, make_tiny
+
+TIMESTEPS = torch.tensor([10, 500, 990])
 
 
-def inputs(batch=3):
-    numbers = torch.Generator().manual_seed(0)
-    return (
-        torch.randn(batch, 4, 8, 8, generator=numbers),
-        torch.tensor([10, 500, 990])[:batch],
-        {"prompt_embeds": torch.randn(batch, 16, 16, generator=numbers)},
-    )
-
-
-def unet_output(pipe):
-    latents, timesteps, condition = inputs()
-    with torch.no_grad():
-        return pipe.unet(latents, timesteps, condition["prompt_embeds"]).sample
+def arguments():
+    """Of a call of a frozen denoiser."""
+    latents, embeds = inputs()
+    return latents, TIMESTEPS, {"prompt_embeds": embeds}
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -31,7 +24,7 @@ def test_it_leaves_hooks_and_mode_as_they_were(tiny_pipe, training):
     tiny_pipe.to(torch.bfloat16).unet.train(training)
     with FrozenDenoiser(tiny_pipe) as frozen:
         assert not tiny_pipe.unet.training
-        assert frozen(*inputs())[0].dtype == torch.bfloat16  # inputs take the type of the weights
+        assert frozen(*arguments())[0].dtype == torch.bfloat16  # inputs take the type of the weights
     assert tiny_pipe.unet.training == training
     assert not tiny_pipe.unet.mid_block._forward_hooks
 
@@ -60,11 +53,11 @@ def test_the_last_two_blocks_are_read_over_the_image_and_change_nothing_else(fam
 def test_a_guided_denoiser_predicts_the_mean_over_groups_of_what_the_attached_pipeline_predicts(tiny_pipe):
     module = make_guidance_module(tiny_pipe)
     with FrozenDenoiser(tiny_pipe) as frozen:
-        guided = GuidedDenoiser(frozen, module, {})(*inputs())[0]
+        guided = GuidedDenoiser(frozen, module, {})(*arguments())[0]
     attached = []
     for group in (0, 1):
         with attach(tiny_pipe, module, environments=[group]):
-            attached.append(unet_output(tiny_pipe))
+            attached.append(denoise(tiny_pipe, TIMESTEPS))
     assert torch.allclose(guided, (attached[0] + attached[1]) / 2, atol=1e-6)
 
 
@@ -97,20 +90,20 @@ def test_adapters_count_with_their_strength_and_whether_they_are_on(tiny_pipe):
 @pytest.mark.parametrize(("path", "shape"), [("mid_block", (3, 32, 4, 4)), ("down_blocks.0", (3, 16, 4, 4))])
 def test_a_blocks_output_is_read_once_until_it_is_closed(tiny_pipe, path, shape):
     capture = FeatureCapture(tiny_pipe.unet, family_of(tiny_pipe), path)
-    unet_output(tiny_pipe)
+    denoise(tiny_pipe)
     assert capture.take().shape == shape
     with pytest.raises(ModelError, match=f"ran without its block '{path}'"):
         capture.take()
     capture.close()
-    unet_output(tiny_pipe)
+    denoise(tiny_pipe)
     with pytest.raises(ModelError, match="ran without"):
         capture.take()
 
 
 def test_what_later_blocks_overwrite_is_kept_as_it_was(tiny_pipe):
     capture = FeatureCapture(tiny_pipe.unet, family_of(tiny_pipe), "mid_block")
-    unet_output(tiny_pipe)
+    denoise(tiny_pipe)
     expected = capture.take()
     tiny_pipe.unet.mid_block.register_forward_hook(lambda block, inputs, output: [output.zero_(), None][1])
-    unet_output(tiny_pipe)
+    denoise(tiny_pipe)
     assert torch.equal(capture.take(), expected)

@@ -23,23 +23,18 @@ def coefficients(timesteps):
     return share.sqrt(), (1 - share).sqrt()
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_shares_the_forward_process(sampler):
-    latents, noise, timesteps = draw()
-    signal, noise_level = coefficients(timesteps)
-    scheduler = getattr(diffusers, f"{sampler}Scheduler")(**BETAS)
-    scheduler.set_timesteps(7)  # of sampling: they do not matter
-    noisy = NoiseSchedule(scheduler).add_noise(latents, noise, timesteps)
-    assert torch.allclose(noisy, signal * latents + noise_level * noise, atol=1e-5)
-
-
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_targets_have_their_closed_form(prediction_type):
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_noisy_latents_and_targets_have_their_closed_form_whatever_samples(sampler, prediction_type):
     latents, noise, timesteps = draw()
     signal, noise_level = coefficients(timesteps)
+    scheduler = getattr(diffusers, f"{sampler}Scheduler")(**BETAS, prediction_type=prediction_type)
+    scheduler.set_timesteps(7)  # of sampling: they do not matter
+    schedule = NoiseSchedule(scheduler)
     expected = {"epsilon": noise, "sample": latents, "v_prediction": signal * noise - noise_level * latents}
-    schedule = NoiseSchedule(diffusers.EulerDiscreteScheduler(**BETAS, prediction_type=prediction_type))
     assert schedule.prediction_type == prediction_type
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    assert torch.allclose(noisy, signal * latents + noise_level * noise, atol=1e-5)
     assert torch.allclose(schedule.target(latents, noise, timesteps), expected[prediction_type], atol=1e-5)
 
 

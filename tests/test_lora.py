@@ -17,20 +17,12 @@ from invdiff.models.families import DenoiserCall
 from invdiff.models.frozen import FrozenDenoiser
 from invdiff.models.load import denoiser_of
 from test_cli import fail, run
-from tiny import draw, make_tiny
-
-
-def denoise(pipe, embeds=None):
-    """One call of the denoiser on three rows."""
-    numbers = torch.Generator().manual_seed(0)
-    latents, made_up = (torch.randn(3, *shape, generator=numbers) for shape in ((4, 8, 8), (16, 16)))
-    with torch.no_grad():
-        return pipe.unet(latents, 500, made_up if embeds is None else embeds).sample
+from tiny import denoise, draw, make_tiny
 
 
 def guided(pipe, guidance, *arguments, embeds=None, **options):
     with attach(pipe, guidance, *arguments, **options):
-        return denoise(pipe, embeds)
+        return denoise(pipe, embeds=embeds)
 
 
 def same_rows(first, second):
@@ -66,7 +58,7 @@ def test_what_is_left_open_is_settled_by_the_backend():
 def test_the_null_row_runs_without_the_adapter_unless_it_is_on(tiny_pipe):
     embeds, negative = tiny_pipe.encode_prompt(CAPTIONS[0], "cpu", 1, True)
     rows = torch.cat([negative, embeds, embeds])
-    plain = denoise(tiny_pipe, rows)
+    plain = denoise(tiny_pipe, embeds=rows)
     for null_adapter, untouched in (("off", [True, False, False]), ("on", [False] * 3)):
         output = guided(tiny_pipe, make_guidance_lora(tiny_pipe, null_adapter=null_adapter), embeds=rows)
         assert same_rows(output, plain) == untouched

@@ -4,7 +4,6 @@ import accelerate
 import pytest
 import torch
 from diffusers.models import embeddings
-from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from conftest import make_guidance_lora, make_guidance_module, make_tiny_pipeline
@@ -16,7 +15,7 @@ from invdiff.files import weights_digest
 from invdiff.models.frozen import FrozenDenoiser, denoiser_fingerprint
 from invdiff.models.load import load_pipeline
 from test_cli import next_command, succeed
-from tiny import make_tiny, save_single_file
+from tiny import make_tiny, save_lora, save_single_file
 
 AUDIT = AuditConfig(solver="exact", min_images=4, caption_threshold=0.0)
 TRAIN = TrainConfig(backend="module", steps=2, batch_size=4, preserve=0, mixed_precision="no")
@@ -26,17 +25,8 @@ LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory):
     """A LoRA of random weights for the tiny pipeline's denoiser and text encoder."""
-    pipe, folder = make_tiny_pipeline(), tmp_path_factory.mktemp("lora")
-    numbers = torch.Generator().manual_seed(0)
-    layers = {}
-    for part, targets in (("unet", ["to_q", "to_v"]), ("text_encoder", ["q_proj", "v_proj"])):
-        network = getattr(pipe, part)
-        network.add_adapter(LoraConfig(r=2, target_modules=targets))
-        adapter = get_peft_model_state_dict(network, adapter_name="default")
-        random = {name: 0.3 * torch.randn(value.shape, generator=numbers) for name, value in adapter.items()}
-        layers[f"{part}_lora_layers"] = random
-    pipe.save_lora_weights(folder, weight_name="style.safetensors", **layers)
-    return folder / "style.safetensors"
+    targets = {"unet": ["to_q", "to_v"], "text_encoder": ["q_proj", "v_proj"]}
+    return save_lora(make_tiny_pipeline(), tmp_path_factory.mktemp("lora"), **targets)
 
 
 @pytest.fixture(scope="module")

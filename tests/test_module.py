@@ -65,7 +65,7 @@ def test_initial_weights_follow_from_the_seed_alone(tiny_pipe):
     "options", [{"num_groups": 1}, {"num_groups": ()}, {"mode": "balancd"}, {"width": 20}, {"width": -8}]
 )
 def test_settings_out_of_range_are_refused(tiny_pipe, options):
-    with pytest.raises(ConfigError, match=r"Expected .* got"):
+    with pytest.raises(ConfigError, match=r"xpected .* got"):
         GuidanceModule.for_pipeline(tiny_pipe, **options)
 
 

@@ -15,12 +15,6 @@ from invdiff.training.checkpoint import accelerator_for
 CPU = torch.device("cpu")
 
 
-def test_the_objective_is_the_mean_loss_plus_penalty_times_the_variance_of_excess_losses():
-    losses, excess = torch.tensor([[1.0, 5.0], [2.0, 2.0]]), torch.tensor([[0.0, 2.0], [1.0, 1.0]])
-    assert objective.invariant_objective(losses[0], excess[0], penalty=0.5).item() == pytest.approx(3.0 + 0.5 * 1.0)
-    assert objective.invariant_objective(losses, excess, penalty=0.5).item() == pytest.approx((3.5 + 2.0) / 2)
-
-
 @pytest.mark.parametrize("num_factors", [1, 2])
 def test_the_gradient_of_a_step_is_that_of_the_objective_at_the_means_before_it(tiny_pipe, encoded, num_factors):
     """Two groups of two prompts, or of two factors, equally often; one caption is null. The batch comes twice."""
@@ -56,7 +50,8 @@ def test_the_gradient_of_a_step_is_that_of_the_objective_at_the_means_before_it(
         torch.stack([of[(cells == c) & (groups == e)].mean() for c in (0, 1) for e in (0, 1)]).view(2, 2)
         for of in (own, excess * captioned)
     ]
-    expected = objective.invariant_objective(*of_groups, penalty)
+    group_losses, excess_losses = of_groups
+    expected = (group_losses.mean(dim=1) + penalty * excess_losses.var(dim=1, unbiased=False)).mean()  # J
     assert excess[0] == 0
     assert torch.allclose(losses, own)
     assert first.item() == pytest.approx(own.mean().item())  # no means yet, so no penalty
@@ -64,24 +59,6 @@ def test_the_gradient_of_a_step_is_that_of_the_objective_at_the_means_before_it(
     parameters = list(module.parameters())
     pairs = zip(*(torch.autograd.grad(of, parameters, materialize_grads=True) for of in (loss, expected)), strict=True)
     assert all(torch.allclose(found, gradient, rtol=1e-4, atol=1e-6) for found, gradient in pairs)
-
-
-def test_means_of_other_images_give_the_gradient_of_the_variance_without_bias():
-    """Losses x * theta of groups whose mean x is 0.9 and 1.1, at theta = 1: d/d theta (0.1 theta)^2 = 0.02.
-
-    Many cells at once, of two groups and four images each, and images that came before or are the batch itself.
-    """
-    numbers, count, penalty = torch.Generator().manual_seed(0), 20_000, 0.2
-    cells, groups = torch.arange(count).repeat_interleave(8), torch.arange(8 * count) % 2
-    before, now = torch.tensor([0.9, 1.1])[groups] + 0.3 * torch.randn(2, 8 * count, generator=numbers)
-    moving, errors = objective.MovingGroupLosses((count, 2), 0.0), []
-    for images in (before, now):
-        moving.update(cells, groups, images[:, None].expand(-1, 2))
-        weights = objective.objective_weights(moving.means()[..., 1], penalty)[cells, groups]
-        gradients = ((weights - 1) * now / penalty).view(count, 8).mean(dim=1)
-        errors.append((gradients.mean() - 0.02).item() / (gradients.std().item() / count**0.5))
-    assert abs(errors[0]) < 3  # standard errors
-    assert errors[1] > 10
 
 
 def test_weights_never_turn_negative():

@@ -10,7 +10,6 @@ import torch
 from conftest import DIAGNOSTIC_BATCHES, make_tiny_pipeline
 from invdiff import AuditConfig, TrainConfig, load_guidance
 from invdiff.auditing.edits import Edits, apply
-from invdiff.auditing.result import PromptAudit
 from invdiff.data.encode import encode_captions
 from invdiff.errors import AuditError, ConfigError
 from invdiff.guidance.base import Rows
@@ -19,28 +18,16 @@ from invdiff.models.frozen import FrozenDenoiser, denoiser_fingerprint
 from invdiff.training import preservation
 from invdiff.training import train as train_module
 from invdiff.training.train import train, with_new_factors
-from runs import built_audit
+from runs import hard_audit
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = TrainConfig(backend="module", steps=4, batch_size=4, preserve=0, checkpoint_every=2, mixed_precision="no")
 
 
-def hard(labels, num_groups=2):
-    return np.eye(num_groups, dtype=np.float32)[np.asarray(labels)]
-
-
-def make_audit(names, labels, prompt_ids, *, found=(True, True), **settings):
-    """An audit that found these groups under some prompts."""
-    prompt_ids, made_up = np.asarray(prompt_ids), {"captions": [], "num_images": 0, "reason": ""}
-    prompts = [PromptAudit(prompt=f"prompt {i}", found=each, **made_up) for i, each in enumerate(found)]
-    weights = np.where(np.array(found)[prompt_ids][:, None], hard(labels), np.float32(0.5))
-    return replace(built_audit(weights, prompt_ids, prompts, names), settings=settings)
-
-
 def audit_of(encoded, pipe, **changes):
     """Two prompts, the last image of each in the rare group."""
     made_of = {"data_fingerprint": encoded.data_fingerprint, "denoiser_fingerprint": denoiser_fingerprint(pipe)}
-    return make_audit(encoded.names, [0] * 10 + [1, 1], encoded.caption_ids, **made_of | changes)
+    return hard_audit(encoded.names, [0] * 10 + [1, 1], encoded.caption_ids, **made_of | changes)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +109,7 @@ def test_other_settings_give_other_weights(tiny_pipe, encoded, found, whole, tmp
 def test_a_killed_run_goes_on_to_the_same_result(
     tiny_pipe, encoded, found, whole, tmp_path, monkeypatch, kill, name, call, changes, left
 ):
-    another = make_audit(encoded.names, [0, 1] * 6, encoded.caption_ids)
+    another = hard_audit(encoded.names, [0, 1] * 6, encoded.caption_ids)
     monkeypatch.setattr(train_module, "infer_groups", Mock(return_value=another))
     if changes:
         module = run(tiny_pipe, encoded, found, whole := tmp_path / "whole", **changes)
@@ -208,13 +195,13 @@ def test_rounds_stop_when_nothing_is_left(tiny_pipe, encoded, found, whole, tmp_
 
 def test_a_round_adds_the_factors_that_are_new_and_leaves_the_others():
     prompts, one, other = [0] * 4 + [1] * 4, [0, 0, 1, 1] * 2, [0, 1, 0, 1] * 2
-    before = apply(make_audit("abcdefgh", one, prompts), Edits().without_images([1]))
+    before = apply(hard_audit("abcdefgh", one, prompts), Edits().without_images([1]))
     before = replace(before, edits=replace(before.edits, names=(("land", "water"),)))
-    assert with_new_factors(before, make_audit("abcdefgh", [1 - group for group in one], prompts)) is before
-    added = with_new_factors(before, make_audit("abcdefgh", other, prompts, found=(False, True)))
+    assert with_new_factors(before, hard_audit("abcdefgh", [1 - group for group in one], prompts)) is before
+    added = with_new_factors(before, hard_audit("abcdefgh", other, prompts, found=(False, True)))
     assert [factor.name for factor in added.factors] == ["factor 1", "factor 2"]
     assert np.array_equal(added.group_weights[0], before.group_weights[0])
-    assert np.array_equal(added.group_weights[1][4:], hard(other[4:]))
+    assert np.array_equal(added.group_weights[1][4:], np.eye(2)[other[4:]])
     assert added.kept.tolist() == [True, False] + [True] * 6
     assert added.group_names[0] == ("land", "water")
 

@@ -1,5 +1,6 @@
 """Tiny pipelines of every family that invdiff supports, with random weights, built from configs."""
 
+import copy
 import re
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 WORDS = ("a", "photo", "of", "landbird", "waterbird", "on", "land", "water")
@@ -204,6 +206,19 @@ def make_tiny(family: str, seed: int = 0) -> Any:
     return pipe
 
 
+def save_lora(pipe: Any, folder: Path, **targets: list[str]) -> Path:
+    """Write a LoRA of random weights for layers of a pipeline's parts, such as unet=["to_q"]; return the file."""
+    layers, numbers = {}, torch.Generator().manual_seed(0)
+    for part, names in targets.items():
+        network = copy.deepcopy(getattr(pipe, part))
+        network.add_adapter(LoraConfig(r=2, target_modules=names))
+        weights = get_peft_model_state_dict(network, adapter_name="default")
+        random = {name: 0.3 * torch.randn(value.shape, generator=numbers) for name, value in weights.items()}
+        layers[f"{part}_lora_layers"] = random
+    pipe.save_lora_weights(folder, weight_name="style.safetensors", **layers)
+    return folder / "style.safetensors"
+
+
 def draw(pipe: Any, *seeds: int, **options: Any) -> torch.Tensor:
     """Latents of one image per seed, or pixels of pipelines without; an option that is None is left out."""
     asked: dict[str, Any] = {
@@ -225,20 +240,31 @@ def draw(pipe: Any, *seeds: int, **options: Any) -> torch.Tensor:
         return torch.as_tensor(pipe(**{name: value for name, value in asked.items() if value is not None}).images)
 
 
+def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents and prompt embeddings of three rows for the UNet of a tiny Stable Diffusion."""
+    numbers = torch.Generator().manual_seed(seed)
+    return torch.randn(3, 4, 8, 8, generator=numbers), torch.randn(3, 16, WIDTH, generator=numbers)
+
+
+def denoise(pipe: Any, timestep: Any = 500, *, seed: int = 0, embeds: torch.Tensor | None = None) -> torch.Tensor:
+    """One call of the UNet on `inputs`, with other embeddings if given."""
+    latents, made_up = inputs(seed)
+    with torch.no_grad():
+        return pipe.unet(latents, timestep, made_up if embeds is None else embeds).sample
+
+
 ORIGINAL_UNET = (
     (r"^time_embedding\.linear_(\d)", lambda found: f"time_embed.{2 * int(found[1]) - 2}"),
     (r"^conv_in", "input_blocks.0.0"),
     (r"^conv_norm_out", "out.0"),
     (r"^conv_out", "out.2"),
-    (r"^mid_block\.resnets\.0", "middle_block.0"),
-    (r"^mid_block\.attentions\.0", "middle_block.1"),
-    (r"^mid_block\.resnets\.1", "middle_block.2"),
-    (r"^down_blocks\.(\d)\.resnets\.0", lambda found: f"input_blocks.{2 * int(found[1]) + 1}.0"),
-    (r"^down_blocks\.(\d)\.attentions\.0", lambda found: f"input_blocks.{2 * int(found[1]) + 1}.1"),
+    (r"resnets\.(\d)", r"\1.0"),
+    (r"attentions\.(\d)", r"\1.1"),
+    (r"^mid_block\.(\d)\.(\d)", lambda found: f"middle_block.{2 * int(found[1]) + int(found[2])}"),
     (r"^down_blocks\.(\d)\.downsamplers\.0\.conv", lambda found: f"input_blocks.{2 * int(found[1]) + 2}.0.op"),
-    (r"^up_blocks\.(\d)\.resnets\.(\d)", lambda found: f"output_blocks.{2 * int(found[1]) + int(found[2])}.0"),
-    (r"^up_blocks\.(\d)\.attentions\.(\d)", lambda found: f"output_blocks.{2 * int(found[1]) + int(found[2])}.1"),
-    (r"^up_blocks\.(\d)\.upsamplers\.0", lambda found: f"output_blocks.{2 * int(found[1]) + 1}.1"),
+    (r"^up_blocks\.(\d)\.upsamplers\.0", r"up_blocks.\1.1.1"),
+    (r"^down_blocks\.(\d)\.0", lambda found: f"input_blocks.{2 * int(found[1]) + 1}"),
+    (r"^up_blocks\.(\d)\.(\d)", lambda found: f"output_blocks.{2 * int(found[1]) + int(found[2])}"),
     (r"norm1(?=\.\w+$)(?<!transformer_blocks\.0\.norm1)", "in_layers.0"),
     (r"conv1", "in_layers.2"),
     (r"norm2(?=\.\w+$)(?<!transformer_blocks\.0\.norm2)", "out_layers.0"),
@@ -273,8 +299,7 @@ def save_single_file(pipe: diffusers.StableDiffusionPipeline, path: Path) -> Pat
             original = name
             for pattern, other in names:
                 original = re.sub(pattern, other, original)
-            weights[prefix + original] = (
-                value[..., None, None] if ".attn_1." in original and value.ndim == 2 else value
-            )
+            linear = ".attn_1." in original and value.ndim == 2  # a convolution there
+            weights[prefix + original] = value[..., None, None] if linear else value
     save_file({name: value.contiguous() for name, value in weights.items()}, path)
     return path

@@ -48,7 +48,8 @@ def _join(rank: int, count: int) -> None:
     notice.daemon = True
     notice.start()
     try:
-        _wait_for_first()
+        if rank > 0:
+            _wait_for_first()
         store = next(rendezvous("env://", timeout=JOINING))[0]
         store.set(f"here {rank}", "")
         store.wait([f"here {other}" for other in range(count)], JOINING)
@@ -66,8 +67,6 @@ def _join(rank: int, count: int) -> None:
 
 def _wait_for_first() -> None:
     """Wait until the address answers, where another process is to: torch would report each try with a stack of C++."""
-    if os.environ["RANK"] == "0":
-        return
     deadline = time.monotonic() + JOINING.total_seconds()
     while True:
         try:

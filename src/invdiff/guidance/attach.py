@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..errors import ConfigError, ModelError
-from ..files import fingerprint
+from ..files import fingerprint, weights_digest
 from ..models.families import Condition, DenoiserCall, Family, family_of
 from ..models.frozen import FrozenDenoiser, Hook, do_nothing
 from ..models.load import GUIDED, denoiser_of, loras_of
@@ -243,8 +243,6 @@ class Attachment:
     ) -> torch.Tensor:
         """The groups of each row, (rows, factors); where new images begin, they are drawn from their noise.
 
-        `pipe` and `doubled` are those of `_running_pipeline`.
-
         New images are noticed by the scheduler's new timesteps, or by a timestep that comes back to the highest or
         rises (KDPM2's rises within an image too, but by less than 1). In 16 bits the first few can be the same number;
         then the latents decide, which have hardly moved.
@@ -256,9 +254,8 @@ class Attachment:
         self._last = timestep
         if self.environments is None or timesteps is not self._timesteps or comes_back:
             self._timesteps, self._start, self._first = timesteps, timestep, noisy_latents.detach()
-            self._before = None
-            self.environments = self.mix.rows(noisy_latents, self._copies(pipe, doubled))
-        elif len(self.environments) % rows and rows % len(self.environments):
+            self._before = self.environments = None
+        if self.environments is None or (len(self.environments) % rows and rows % len(self.environments)):
             self.environments = self.mix.rows(noisy_latents, self._copies(pipe, doubled))
         else:  # the same images, in more or fewer rows where classifier-free guidance was switched on the way
             self.environments = self.environments.repeat(-(-rows // len(self.environments)), 1)[:rows]
@@ -330,9 +327,8 @@ class _GuidedCalls:
 
     @torch.compiler.disable
     def _end(self, denoiser: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        call, self._call = self._call, None
-        if call is None:
-            return None
+        call: Any = self._call
+        self._call = None
         model_pred = self._family.prediction(output[0], call, self._channels)
         shifts = [found for each in self.attachments if (found := each.guidance.after(call, model_pred)) is not None]
         if not shifts:
@@ -378,8 +374,7 @@ class GuidedDenoiser:
         # Of many factors, as of prompts with groups of their own, not every combination.
         spread = strata(min(math.prod(sizes), MOST_COMBINATIONS), "combinations", sizes) * sizes
         self._combinations = torch.from_numpy(spread).long().split(1)
-        weights = (value.cpu().contiguous().numpy().tobytes() for value in module.state_dict().values())
-        self.fingerprint = fingerprint(frozen.fingerprint, *weights)
+        self.fingerprint = fingerprint(frozen.fingerprint, weights_digest(self._module))
 
     @torch.no_grad()
     def __call__(

@@ -1,20 +1,22 @@
 """What every guidance is: a small model saved in diffusers' format beside the frozen one that it was trained with."""
 
+import inspect
 import json
 import math
 import os
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import ModelMixin
-from diffusers.configuration_utils import ConfigMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
 
+from ..config import TrainConfig
 from ..errors import ConfigError, ModelError
 from ..files import atomic_folder, fetched, write_text
 from ..models.families import Condition, DenoiserCall, Family, family_of
@@ -60,14 +62,33 @@ class Guidance(ModelMixin, ConfigMixin):
         record: Further statements of the model card; see `card.training_record`.
     """
 
-    backend: ClassVar[str]
-    """Its name in `TrainConfig`."""
-    options: ClassVar[tuple[str, ...]]
-    """Entries of `TrainConfig` that only it reads, and `fitting` takes."""
-    auto_null: ClassVar[str] = "on"
-    """The `null_adapter` that `"auto"` means for it."""
-    recipe: ClassVar[tuple[int, int]] = (600, 64)
-    """Steps and batch size where `TrainConfig` leaves them open."""
+    backend: ClassVar[str]  # its name in `TrainConfig`
+    options: ClassVar[tuple[str, ...]]  # entries of `TrainConfig` that only it reads, and `fitting` takes
+    auto_null: ClassVar[str] = "on"  # the `null_adapter` that `"auto"` means for it
+    recipe: ClassVar[tuple[int, int]] = (600, 64)  # steps and batch size where `TrainConfig` leaves them open
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        num_groups: Sequence[int] = (2,),
+        factor_names: Sequence[str] = (),
+        mode: str = "balanced",
+        null_adapter: str = "on",
+        denoiser_class: str = "UNet2DConditionModel",
+        prediction_type: str = "epsilon",
+        weight_signature: Sequence[float] = (),
+        base_model: str = "",
+        loras: Sequence[Sequence[str]] = (),
+        mixes: Mapping[str, Any] | None = None,
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+
+    @staticmethod
+    def _get_init_keys(input_class: Any) -> set[str]:  # diffusers reads the signature of the backend's class alone
+        classes = [each for each in input_class.__mro__ if issubclass(each, Guidance)]
+        return {name for each in classes for name in inspect.signature(each.__init__).parameters}
 
     # What a backend does.
 
@@ -140,13 +161,10 @@ class Guidance(ModelMixin, ConfigMixin):
             ConfigError: `num_groups`, `mode` or an option is out of range, or not for this backend.
         """
         groups = (num_groups,) if isinstance(num_groups, int) else tuple(num_groups)
-        for fits, expected, found in (
-            (groups and min(groups) >= 2, "num_groups of at least 2 for at least one factor", num_groups),
-            (mode in ("balanced", "invariant"), "mode 'balanced' or 'invariant'", mode),
-            (null_adapter in ("auto", "on", "off"), "null_adapter 'auto', 'on' or 'off'", null_adapter),
-        ):
-            if not fits:
-                raise ConfigError(f"Expected {expected}, got {found!r}.")
+        if not groups or min(groups) < 2:
+            raise ConfigError(f"Expected num_groups of at least 2 for at least one factor, got {num_groups!r}.")
+        settings = options | {"backend": cls.backend, "mode": mode, "null_adapter": null_adapter}
+        TrainConfig.from_dict(settings)  # which checks them
         denoiser, family = denoiser_of(pipe), family_of(pipe)
         if any(weight.is_meta for weight in denoiser.parameters()):
             raise ModelError("Expected the denoiser's weights in memory, found them offloaded. Offload later.")

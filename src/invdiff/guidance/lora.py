@@ -14,11 +14,10 @@ from typing import Any, ClassVar
 import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import register_to_config
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from torch import nn
 
-from ..errors import ConfigError, ModelError
+from ..errors import ModelError
 from ..files import write_tensors
 from ..models.families import DenoiserCall, Family
 from ..models.frozen import FrozenDenoiser, Hook
@@ -62,26 +61,17 @@ class GuidanceLoRA(Guidance):
     auto_null: ClassVar[str] = "off"
     recipe: ClassVar[tuple[int, int]] = (800, 32)
 
-    @register_to_config
     def __init__(
         self,
         *,
         rank: int = 8,
         layers: Mapping[str, Sequence[int]] | None = None,
-        num_groups: Sequence[int] = (2,),
-        factor_names: Sequence[str] = (),
-        mode: str = "balanced",
         null_adapter: str = "off",
-        denoiser_class: str = "UNet2DConditionModel",
-        prediction_type: str = "epsilon",
-        weight_signature: Sequence[float] = (),
-        base_model: str = "",
-        loras: Sequence[Sequence[str]] = (),
-        mixes: Mapping[str, Any] | None = None,
-        record: Mapping[str, Any] | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__()
-        number = sum(num_groups) if mode == "balanced" else 1
+        super().__init__(null_adapter=null_adapter, **common)
+        self.register_to_config(rank=rank, layers=layers)
+        number = sum(self.num_groups) if self.sees_environment else 1
         # A dot may not stand in the name of a module.
         self.adapters = nn.ModuleDict(
             {path.replace(".", "/"): LowRank(rank * number, shape) for path, shape in (layers or {}).items()}
@@ -91,14 +81,11 @@ class GuidanceLoRA(Guidance):
 
     @classmethod
     def fitting(cls, family: Family, denoiser: Any, *, rank: int = 8) -> dict[str, Any]:  # type: ignore[override]
-        """The layers of attention, and of a UNet the convolutions of its blocks; `rank` at least 1."""
-        if rank < 1:
-            raise ConfigError(f"Expected a rank of at least 1, got {rank}.")
+        """The layers of attention, and of a UNet the convolutions of its blocks."""
         layers: dict[str, list[int]] = {}
+        names = tuple(f".{name}" for name in family.adapted)
         for path, layer in denoiser.named_modules():
-            if not path.endswith(tuple(f".{name}" for name in family.adapted)):
-                continue
-            if any(added in f"{path}." for added in ADDED_WEIGHTS):  # of an IP-Adapter's own attention
+            if not path.endswith(names) or any(added in f"{path}." for added in ADDED_WEIGHTS):
                 continue
             layer = getattr(layer, "base_layer", layer)  # of a LoRA that a user has loaded
             if isinstance(layer, nn.Linear):
@@ -107,8 +94,8 @@ class GuidanceLoRA(Guidance):
                 sizes = (layer.kernel_size[0], layer.stride[0], int(layer.padding[0]))
                 layers[path] = [layer.in_channels, layer.out_channels, *sizes]
         if not layers:
-            names = ", ".join(family.adapted)
-            raise ModelError(f"Expected layers named {names} in {type(denoiser).__name__}, found none.")
+            wanted = ", ".join(family.adapted)
+            raise ModelError(f"Expected layers named {wanted} in {type(denoiser).__name__}, found none.")
         return {"rank": rank, "layers": dict(sorted(layers.items()))}  # as JSON keeps them
 
     @property

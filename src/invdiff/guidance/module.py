@@ -6,16 +6,15 @@ computed, its prediction and its middle features, instead of a second copy of th
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
-from ..errors import ConfigError, ModelError
+from ..errors import ModelError
 from ..models.families import Condition, DenoiserCall, Family
 from ..models.families.base import to
 from ..models.frozen import FeatureCapture, FrozenDenoiser
@@ -79,14 +78,13 @@ class GuidanceModule(Guidance):
     """Phi and G_psi, trained beside a frozen denoiser: what they add to its prediction is `scale` times the shift.
 
     The output layer starts at zero, so an untrained module has no effect. Beside what `Guidance` lists, the config has
-    the sizes of the denoiser's `DenoiserShape`, and `width`: channels at the full latent resolution, twice that at
-    half of it.
+    the sizes of the denoiser's `DenoiserShape`, with a `width` that may be chosen: channels at the full latent
+    resolution, twice that at half of it.
     """
 
     backend: ClassVar[str] = "module"
     options: ClassVar[tuple[str, ...]] = ("width",)
 
-    @register_to_config
     def __init__(
         self,
         *,
@@ -95,20 +93,13 @@ class GuidanceModule(Guidance):
         num_classes: int = 0,
         feature_channels: int = 1280,
         feature_path: str = "mid_block",
-        num_groups: Sequence[int] = (2,),
-        factor_names: Sequence[str] = (),
-        mode: str = "balanced",
-        null_adapter: str = "on",
         width: int = 32,
-        denoiser_class: str = "UNet2DConditionModel",
-        prediction_type: str = "epsilon",
-        weight_signature: Sequence[float] = (),
-        base_model: str = "",
-        loras: Sequence[Sequence[str]] = (),
-        mixes: Mapping[str, Any] | None = None,
-        record: Mapping[str, Any] | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**common)
+        sizes = {"latent_channels": latent_channels, "prompt_dim": prompt_dim, "num_classes": num_classes}
+        sizes |= {"feature_channels": feature_channels, "width": width}
+        self.register_to_config(feature_path=feature_path, **sizes)
         condition_dim = 4 * width
         self.encoder: nn.Module | None = None  # an unconditional model has nothing to encode
         if prompt_dim:
@@ -117,7 +108,7 @@ class GuidanceModule(Guidance):
             self.encoder = ClassEncoder(num_classes, condition_dim)
         layers = nn.Linear(2 * width, condition_dim), nn.SiLU(), nn.Linear(condition_dim, condition_dim)
         self.time = nn.Sequential(*layers)
-        seen = num_groups if mode == "balanced" else ()
+        seen = self.num_groups if self.sees_environment else ()
         self.environments = nn.ModuleList(nn.Embedding(groups, condition_dim) for groups in seen)
         self.condition = nn.Sequential(nn.SiLU(), nn.Linear(condition_dim, condition_dim), nn.SiLU())
 
@@ -134,10 +125,9 @@ class GuidanceModule(Guidance):
 
     @classmethod
     def fitting(cls, family: Family, denoiser: Any, *, width: int = 0) -> dict[str, Any]:  # type: ignore[override]
-        """Sizes that fit a denoiser; `width`, the estimator's channels, is a multiple of 8, or 0 to fit it too."""
-        if width < 0 or width % 8:
-            raise ConfigError(f"Expected width 0 or a multiple of 8, got {width}.")
-        return dataclasses.asdict(family.shape(denoiser)) | {"width": width or fitting_width(family, denoiser)}
+        """Sizes that fit a denoiser; `width`, the estimator's channels, is a multiple of 8 (GroupNorm's), or 0."""
+        shape = family.shape(denoiser)
+        return dataclasses.asdict(shape) | {"width": width or max(32, shape.width // 8 * 8)}
 
     @property
     def hooked(self) -> Sequence[str]:
@@ -240,11 +230,6 @@ class GuidanceModule(Guidance):
     def encode(self, condition: Condition) -> torch.Tensor | None:
         """Phi(y), (batch, 4 * width), the same at every step; None for an unconditional model."""
         return None if self.encoder is None else self.encoder(condition)
-
-
-def fitting_width(family: Family, denoiser: Any) -> int:
-    """Channels of a gradient estimator of fitting size: a multiple of 8, as GroupNorm needs."""
-    return max(32, family.base_width(denoiser) // 8 * 8)
 
 
 def _coordinates(like: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ def denoiser_fingerprint(pipe: Any) -> str:
 
 
 class FrozenDenoiser:
-    """A pipeline's denoiser with its middle features; use as a context manager or call `close()`."""
+    """A pipeline's denoiser with its middle features, inside a `with` block; afterwards it is as it was."""
 
     def __init__(self, pipe: Any, *, upper: bool = False, distilled_guidance: float = 1.0) -> None:
         """Read the middle features of each forward pass; with `upper`, the last two blocks' too: see `take_upper`."""
@@ -48,12 +48,11 @@ class FrozenDenoiser:
         self.module = cast(Any, denoiser_of(pipe))
         check_plain(pipe)
         check_fused(pipe)
-        shape = self.family.shape(self.module)
         self.schedule, self.device = NoiseSchedule(pipe.scheduler), torch.device(pipe._execution_device)
         self.dtype = self.module.dtype  # that it computes in, whatever its weights are stored in
         blocks = self.family.upper_blocks
         last = [f"{blocks}.{index}" for index in range(len(getattr(self.module, blocks)))][-2:] if upper else []
-        paths = (shape.feature_path, *last)
+        paths = (self.family.shape(self.module).feature_path, *last)
         self._features, *self._upper = (FeatureCapture(self.module, self.family, path) for path in paths)
         self._was_training = self.module.training
         self.module.eval()
@@ -93,19 +92,15 @@ class FrozenDenoiser:
         """What the last two blocks gave in the forward pass of these latents, (B, channels, height, width) each."""
         return [self.family.on_grid(block.take(), noisy_latents) for block in self._upper]
 
-    def close(self) -> None:
-        """Stop reading features."""
+    def __enter__(self) -> FrozenDenoiser:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         for capture in (self._features, *self._upper):
             capture.close()
         self.module.train(self._was_training)
         for weight in self._weights:
             weight.requires_grad_(True)
-
-    def __enter__(self) -> FrozenDenoiser:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 class Hook:

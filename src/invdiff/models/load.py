@@ -81,12 +81,8 @@ def load_pipeline(
         source = str(path.resolve())  # so that a relative path is never taken for a hub id
     elif looks_local(source) or path.suffix == ".safetensors":
         raise ModelError(f"Expected a .safetensors file or pipeline folder at {source}, found nothing there.")
-    marks: set[str] = set()
     with loading("a whole diffusers pipeline" if path.exists() else "a diffusers pipeline", source):
         settings = str(config) or source
-        if single:
-            with safe_open(path, "pt") as file:
-                marks = {"v_pred", "ztsnr"} & set(file.keys())  # names without weight that say what it predicts
         if single and not config:  # as the pipeline on the hub, by the names and shapes of the weights
             weights = load_single_file_checkpoint(source)
             if any("lora" in name for name in weights):
@@ -109,8 +105,10 @@ def load_pipeline(
         if single:
             pipe = getattr(diffusers, index["_class_name"]).from_single_file(source, config=settings, **options)
             pipe.register_to_config(_name_or_path=source)
-            if "v_pred" in marks:
-                predicts = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in marks}
+            with safe_open(path, "pt") as file:
+                names = set(file.keys())  # two of which are without weight, and say what it predicts
+            if "v_pred" in names:
+                predicts = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in names}
                 pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **predicts)
         else:
             pipe = _from_pretrained(source, options)
@@ -157,15 +155,25 @@ def _fuse(pipe: Any, lora: str) -> tuple[str, str]:
 
 
 def _from_pretrained(source: str, options: dict[str, Any]) -> Any:
-    """Load the plain weights, or where files are missing those of a variant."""
-    with complete_text_encoders(source):
-        try:
-            return DiffusionPipeline.from_pretrained(source, **options)
-        except (OSError, ValueError):
-            for variant in ("fp16", "bf16"):
-                with suppress(OSError, ValueError):
-                    return DiffusionPipeline.from_pretrained(source, **options, variant=variant)
-            raise
+    """Load the plain weights, or where files are missing those of a variant; all of a text encoder's, or none."""
+    original: Any = vars(PreTrainedModel)["from_pretrained"]  # the classmethod itself, not bound to this class
+
+    def complete(cls: Any, *arguments: Any, **options: Any) -> Any:
+        model, report = original.__func__(cls, *arguments, **options, output_loading_info=True)
+        check_complete(report["missing_keys"], f"the {cls.__name__}", source)
+        return model
+
+    # Meanwhile `transformers` itself fails: diffusers passes on no report.
+    PreTrainedModel.from_pretrained = classmethod(complete)  # type: ignore[assignment]
+    try:
+        return DiffusionPipeline.from_pretrained(source, **options)
+    except (OSError, ValueError):
+        for variant in ("fp16", "bf16"):
+            with suppress(OSError, ValueError):
+                return DiffusionPipeline.from_pretrained(source, **options, variant=variant)
+        raise
+    finally:
+        PreTrainedModel.from_pretrained = original  # type: ignore[method-assign]
 
 
 GUIDED: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
@@ -247,9 +255,8 @@ def loading(kind: str, source: str, remedy: str = "") -> Iterator[None]:
         raise ModelError(f"Expected {kind} at {source}, could not load it: {reason.rstrip('.')}. {remedy}") from error
 
 
-def looks_local(name_or_folder: str) -> bool:
+def looks_local(name: str) -> bool:
     """Whether it can only be meant as a folder: a hub id has one slash at most, between two names."""
-    name = name_or_folder
     return name.startswith((".", "~", os.sep)) or name.endswith(os.sep) or name.count("/") > 1
 
 
@@ -273,23 +280,6 @@ def check_tokenizer(tokenizer: Any, source: str) -> None:
     """Raise `ModelError` where a tokenizer knows no word: transformers 5 makes up for absent files with this."""
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ModelError(f"Expected a tokenizer at {source}, found one that knows no word: its files are absent.")
-
-
-@contextmanager
-def complete_text_encoders(source: str) -> Iterator[None]:
-    """Let `transformers` fail in the block where weights are missing; diffusers gives no way to ask for the report."""
-    original: Any = vars(PreTrainedModel)["from_pretrained"]  # the classmethod itself, not bound to this class
-
-    def from_pretrained(cls: Any, *arguments: Any, **options: Any) -> Any:
-        model, report = original.__func__(cls, *arguments, **options, output_loading_info=True)
-        check_complete(report["missing_keys"], f"the {cls.__name__}", source)
-        return model
-
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        PreTrainedModel.from_pretrained = original  # type: ignore[method-assign]
 
 
 def _damage(folder: Path) -> str | None:

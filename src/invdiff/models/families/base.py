@@ -24,6 +24,7 @@ class DenoiserShape:
     latent_channels: int  # channels of latents and prediction, unpacked
     feature_path: str  # dotted path of the block whose output is read
     feature_channels: int  # channels of that output
+    width: int  # channels of a gradient estimator of fitting size, before rounding
     prompt_dim: int = 0  # width of the prompt embeddings; 0 where the denoiser reads none
     num_classes: int = 0  # class labels, the null class included; 0 where the denoiser reads none
 
@@ -43,20 +44,14 @@ class Family(ABC):
     Shapes: latents and predictions (rows, channels, height, width), timesteps (rows,), one row of a condition each.
     """
 
-    title: ClassVar[str]
-    """For people, such as "Stable Diffusion XL"."""
-    needs_prompts: ClassVar[bool] = True
-    """Whether images are drawn from prompts (or class names)."""
-    doubles_rows: ClassVar[bool] = True
-    """Whether pipelines send the rows of classifier-free guidance in one call."""
-    packing: ClassVar[int] = 1
-    """Side of the square of latents that is one input of the denoiser."""
-    upper_blocks: ClassVar[str] = "up_blocks"
-    """The denoiser's list of blocks that ends nearest to the image."""
+    title: ClassVar[str]  # for people, such as "Stable Diffusion XL"
+    needs_prompts: ClassVar[bool] = True  # whether images are drawn from prompts (or class names)
+    doubles_rows: ClassVar[bool] = True  # whether pipelines send the rows of classifier-free guidance in one call
+    packing: ClassVar[int] = 1  # side of the square of latents that is one input of the denoiser
+    upper_blocks: ClassVar[str] = "up_blocks"  # the denoiser's list of blocks that ends nearest to the image
     adapted: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
     """Last names of the layers that take low-rank adapters."""
-    distilled_guidance: float = 1.0
-    """The guidance that `predict` tells a guidance-distilled model; at 1 it predicts as if there were none."""
+    distilled_guidance: float = 1.0  # what `predict` tells a guidance-distilled model; at 1 as if there were none
     conditions: ClassVar[tuple[str, ...]] = ()
     """The conditions that the pipeline's `encode_prompt` returns first, in its order; "" where one is not read."""
 
@@ -71,10 +66,6 @@ class Family(ABC):
     @abstractmethod
     def shape(self, denoiser: Any) -> DenoiserShape:
         """Sizes and feature block that a guidance module for `denoiser` must fit."""
-
-    @abstractmethod
-    def base_width(self, denoiser: Any) -> int:
-        """Channels of a gradient estimator of fitting size, before rounding."""
 
     @abstractmethod
     def predict(self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:

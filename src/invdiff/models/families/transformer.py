@@ -26,11 +26,9 @@ class TransformerFamily(Family):
             latent_channels=min(denoiser.config["in_channels"], denoiser.out_channels),
             feature_path=f"transformer_blocks.{len(denoiser.transformer_blocks) // 2}",
             feature_channels=denoiser.inner_dim,
+            width=min(256, denoiser.inner_dim // 8),
             prompt_dim=denoiser.config[self.prompt_width] if self.prompt_width else 0,
         )
-
-    def base_width(self, denoiser: Any) -> int:
-        return min(256, denoiser.inner_dim // 8)
 
     def hidden_states(self, block_output: Any) -> Tensor:
         # Text comes first where a block returns both.

@@ -22,14 +22,12 @@ class StableDiffusion(Family):
             latent_channels=config["out_channels"],
             feature_path="mid_block" if denoiser.mid_block else f"down_blocks.{len(denoiser.down_blocks) - 1}",
             feature_channels=config["block_out_channels"][-1],
+            width=config["block_out_channels"][0] // 2,
             prompt_dim=config.get("cross_attention_dim") or 0,
         )
 
     def hidden_states(self, block_output: Any) -> Tensor:
         return block_output[0] if isinstance(block_output, tuple) else block_output  # what a down block skips follows
-
-    def base_width(self, denoiser: Any) -> int:
-        return denoiser.config["block_out_channels"][0] // 2
 
     def predict(self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         options: dict[str, Any] = {}
