@@ -23,7 +23,6 @@ from invdiff import (
 )
 from invdiff.assets import BIRDS_ANNOTATOR, BIRDS_MODEL
 from invdiff.data.birds import BACKGROUNDS, SUBJECTS, BirdsWorld, canonical_prompts
-from invdiff.evaluation.annotate import describe_images
 from invdiff.evaluation.annotators.conv import ConvAnnotator
 from invdiff.models.load import load_pipeline
 
@@ -63,14 +62,12 @@ def judge(folders: dict) -> dict:
     """Return model to guidance scale to the headline figures, and the shares they are of."""
     annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
     world = BirdsWorld(2000, severity=0.5, seed=424242)
-    reference = describe_images((world.row(i)["image"] for i in range(len(world))), annotator)
-    results = evaluate(
-        folders, annotator, "background", reference=reference, config=EvaluateConfig(subject_attribute="subject")
-    ).to_dict()["models"]
+    config = EvaluateConfig(subject_attribute="subject")
+    results = evaluate(folders, annotator, "background", reference=world.captioned(), config=config)
     headline = ("bias", "bias_floor", "bias_ci", "accuracy", "frechet", "images_per_prompt", "shares")
     return {
         model: {scale: {name: measures[name] for name in headline} for scale, measures in by_scale.items()}
-        for model, by_scale in results.items()
+        for model, by_scale in results.to_dict()["models"].items()
     }
 
 

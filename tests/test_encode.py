@@ -12,7 +12,7 @@ from PIL import Image
 from conftest import CAPTIONS, contents, make_tiny_pipeline, write_tiny_folder
 from invdiff.data import encode as encode_module
 from invdiff.data.captioned import load_captioned_images
-from invdiff.data.encode import ShardedTensor, encode, model_fingerprint, pixel_values
+from invdiff.data.encode import ShardedTensor, as_encoded, model_fingerprint, pixel_values
 from invdiff.errors import ConfigError, DataError, ModelError
 from invdiff.models.load import denoiser_of
 from tiny import make_tiny
@@ -24,7 +24,7 @@ def small_shards(monkeypatch):
 
 
 def run(pipe, data, cache, **options):
-    return encode(pipe, data, cache, batch_size=2, progress=False, **options)
+    return as_encoded(pipe, data, cache, batch_size=2, progress=False, **options)
 
 
 def with_broken(tmp_path, *broken, num_images=12, **options):
@@ -211,4 +211,4 @@ def test_the_part_that_returns_no_number_is_named_and_nothing_kept(tiny_pipe, ti
         damage(tiny_pipe).fill_(torch.nan)
     for _ in range(2):
         with pytest.raises(ModelError, match=message):
-            encode(tiny_pipe, load_captioned_images(tiny_folder), tmp_path, progress=False)
+            as_encoded(tiny_pipe, load_captioned_images(tiny_folder), tmp_path, progress=False)

@@ -6,21 +6,21 @@ Everything else (colour, facing side, light, place, size) is independent of both
 from __future__ import annotations
 
 import io
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
-from ...errors import ConfigError
+from ...config import Count, Share, Size
+from ...options import Config, Range
 from ..imagefolder import image_file_name, write_imagefolder
 from .drawing import BACKGROUNDS, SUBJECTS, Scene, render
 
 if TYPE_CHECKING:
     from ..captioned import CaptionedImages
 
-WORLDS = ("two-prompts", "one-prompt")
 ATTRIBUTES = ("subject", "background", "colour", "side", "light")
 NATURAL_BACKGROUND = dict(zip(SUBJECTS, BACKGROUNDS, strict=True))
 
@@ -47,7 +47,7 @@ def canonical_prompts() -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class BirdsWorld:
+class BirdsWorld(Config):
     """A biased, captioned set of drawn birds; pictures are drawn when they are asked for.
 
     Row i is the same whatever `num_images`. The background agrees with the subject with probability `severity`. World
@@ -55,23 +55,11 @@ class BirdsWorld:
     captioned "a photo of a bird". `resolution` is in pixels. `ConfigError` where a setting is outside its range.
     """
 
-    num_images: int
-    _: KW_ONLY
-    severity: float = 0.95
-    seed: int = 0
-    resolution: int = 64
-    world: str = "two-prompts"
-
-    def __post_init__(self) -> None:
-        for wrong, expected in (
-            (self.num_images < 1, f"num_images of at least 1, got {self.num_images}"),
-            (not 0 <= self.severity <= 1, f"a severity in [0, 1], got {self.severity}"),
-            (self.seed < 0, f"a seed of at least 0, got {self.seed}"),
-            (self.resolution < 16, f"a resolution of at least 16, got {self.resolution}"),
-            (self.world not in WORLDS, f"a world of {WORLDS}, got {self.world!r}"),
-        ):
-            if wrong:
-                raise ConfigError(f"Expected {expected}.")
+    num_images: Count
+    severity: Share = 0.95
+    seed: Size = 0
+    resolution: Annotated[int, Range(min=16)] = 64
+    world: Literal["two-prompts", "one-prompt"] = "two-prompts"
 
     def __len__(self) -> int:
         return self.num_images
@@ -79,11 +67,6 @@ class BirdsWorld:
     def metadata(self, index: int) -> dict[str, Any]:
         """Text, attributes and states_background of row `index`, without drawing it."""
         return self._row(index)[0]
-
-    def row(self, index: int) -> dict[str, Any]:
-        """`metadata(index)`, with the picture under "image"."""
-        metadata, scene = self._row(index)
-        return {"image": render(scene, resolution=self.resolution), **metadata}
 
     def captioned(self) -> CaptionedImages:
         """The set as `load_captioned_images` reads it from what `write` writes; pictures are drawn when read."""
@@ -100,17 +83,10 @@ class BirdsWorld:
 
     def write(self, folder: str | Path, *, progress: bool = False) -> Path:
         """Write an imagefolder and return it, as `write_imagefolder` does; a killed run is taken up again."""
-        rows = (self._row(index) for index in range(len(self)))
-        return write_imagefolder(
-            folder,
-            ((metadata, partial(render, scene, resolution=self.resolution)) for metadata, scene in rows),
-            ATTRIBUTES,
-            {**vars(self), "format": "png"},
-            total=len(self),
-            record=".birds.json",
-            label="drawing birds",
-            progress=progress,
-        )
+        rows = [self._row(index) for index in range(len(self))]
+        drawn = [(metadata, partial(render, scene, resolution=self.resolution)) for metadata, scene in rows]
+        settings, names = {**vars(self), "format": "png"}, {"record": ".birds.json", "label": "drawing birds"}
+        return write_imagefolder(folder, drawn, ATTRIBUTES, settings, **names, progress=progress)
 
     def _row(self, index: int) -> tuple[dict[str, Any], Scene]:
         if not 0 <= index < self.num_images:
@@ -133,5 +109,5 @@ class BirdsWorld:
 
     def _png(self, index: int) -> bytes:
         stream = io.BytesIO()
-        self.row(index)["image"].save(stream, "PNG")
+        render(self._row(index)[1], resolution=self.resolution).save(stream, "PNG")
         return stream.getvalue()
