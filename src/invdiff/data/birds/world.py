@@ -15,7 +15,7 @@ import numpy as np
 
 from ...config import Count, Share, Size
 from ...options import Config, Range
-from ..imagefolder import image_file_name, write_imagefolder
+from ..imagefolder import Row, image_file_name, write_imagefolder
 from .drawing import BACKGROUNDS, SUBJECTS, Scene, render
 
 if TYPE_CHECKING:
@@ -61,21 +61,18 @@ class BirdsWorld(Config):
     resolution: Annotated[int, Range(min=16)] = 64
     world: Literal["two-prompts", "one-prompt"] = "two-prompts"
 
-    def __len__(self) -> int:
-        return self.num_images
-
-    def metadata(self, index: int) -> dict[str, Any]:
-        """Text, attributes and states_background of row `index`, without drawing it."""
-        return self._row(index)[0]
+    def metadata(self) -> list[dict[str, Any]]:
+        """Text, attributes and states_background of each row, without drawing it."""
+        return [self._row(index)[0] for index in range(self.num_images)]
 
     def captioned(self) -> CaptionedImages:
         """The set as `load_captioned_images` reads it from what `write` writes; pictures are drawn when read."""
         from ..captioned import CaptionedImages  # imports `datasets`, which drawing does without
 
-        rows = [self.metadata(index) for index in range(len(self))]
+        rows = self.metadata()
         return CaptionedImages(
             captions=[row["text"] for row in rows],
-            names=[image_file_name(index) for index in range(len(self))],
+            names=[image_file_name(index) for index in range(self.num_images)],
             attributes={name: [row[name] for row in rows] for name in ATTRIBUTES},
             max_unreadable=0.0,
             _cell=self._png,
@@ -83,14 +80,11 @@ class BirdsWorld(Config):
 
     def write(self, folder: str | Path, *, progress: bool = False) -> Path:
         """Write an imagefolder and return it, as `write_imagefolder` does; a killed run is taken up again."""
-        rows = [self._row(index) for index in range(len(self))]
-        drawn = [(metadata, partial(render, scene, resolution=self.resolution)) for metadata, scene in rows]
+        rows = [self._row(index) for index in range(self.num_images)]
         settings, names = {**vars(self), "format": "png"}, {"record": ".birds.json", "label": "drawing birds"}
-        return write_imagefolder(folder, drawn, ATTRIBUTES, settings, **names, progress=progress)
+        return write_imagefolder(folder, rows, ATTRIBUTES, settings, **names, progress=progress)
 
-    def _row(self, index: int) -> tuple[dict[str, Any], Scene]:
-        if not 0 <= index < self.num_images:
-            raise IndexError(f"Expected an index from 0 to {self.num_images - 1}, got {index}.")
+    def _row(self, index: int) -> Row:
         rng = np.random.default_rng([self.seed, index])
         subject_draw, agreement, kind, wording, which = rng.random(5)
         subject = SUBJECTS[int(self.world == "two-prompts" and subject_draw < 0.5)]
@@ -105,9 +99,10 @@ class BirdsWorld(Config):
             )
             chosen = TRAINING_TEMPLATES[int(which * len(TRAINING_TEMPLATES))] if paraphrased else CANONICAL_TEMPLATE
             text = chosen.format(subject) + (f" on {background}" if explicit else "")
-        return {"text": text, **scene.attributes, "states_background": explicit}, scene
+        metadata = {"text": text, **scene.attributes, "states_background": explicit}
+        return metadata, partial(render, scene, resolution=self.resolution)
 
     def _png(self, index: int) -> bytes:
         stream = io.BytesIO()
-        render(self._row(index)[1], resolution=self.resolution).save(stream, "PNG")
+        self._row(index)[1]().save(stream, "PNG")
         return stream.getvalue()
