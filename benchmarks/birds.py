@@ -9,7 +9,7 @@ Work is kept in out/benchmark (or --work), so a stopped run goes on.
 
 from pathlib import Path
 
-from kept import run_part
+from kept import headline, run_part
 
 from invdiff import (
     EvaluateConfig,
@@ -63,33 +63,24 @@ def judge(folders: dict) -> dict:
     annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
     world = BirdsWorld(2000, severity=0.5, seed=424242)
     config = EvaluateConfig(subject_attribute="subject")
-    results = evaluate(folders, annotator, "background", reference=world.captioned(), config=config)
-    headline = ("bias", "bias_floor", "bias_ci", "accuracy", "frechet", "images_per_prompt", "shares")
-    return {
-        model: {scale: {name: measures[name] for name in headline} for scale, measures in by_scale.items()}
-        for model, by_scale in results.to_dict()["models"].items()
-    }
+    return headline(evaluate(folders, annotator, "background", reference=world.captioned(), config=config))
 
 
-def draw(work: Path, name: str, pipe, prompts, count: int, *, guide=None):
-    """Generate `count` images of each prompt at each guidance scale and return the folders."""
-    folders = []
+def drawn(work: Path, name: str, prompts, count: int) -> dict:
+    """The figures of `count` images of each prompt at each guidance scale, base and balanced."""
+    pipe, guide = module(work)
+    folders = {"base": [], "balanced": []}
     for guidance_scale in GUIDANCE_SCALES:
         config = GenerateConfig(images_per_prompt=count, guidance_scale=guidance_scale, seed=1, batch_size=64)
-        folder = work / f"images-{name}-cfg-{guidance_scale:g}"
-        folders.append(generate(pipe, prompts, folder, module=guide, config=config, environments="iid"))
-    return folders
+        for model, guided in (("base", None), ("balanced", guide)):
+            folder = work / f"images-{name}-{model}-cfg-{guidance_scale:g}"
+            folders[model].append(generate(pipe, prompts, folder, module=guided, config=config, environments="iid"))
+    return judge(folders)
 
 
 def explicit(work: Path) -> dict:
     """How often each prompt's images show the background that it states, base and balanced."""
-    pipe, guide = module(work)
     prompts = explicit_prompts()
-    folders = {
-        "base": draw(work, "explicit-base", pipe, prompts, 128),
-        "balanced": draw(work, "explicit-balanced", pipe, prompts, 128, guide=guide),
-    }
-    judged = judge(folders)
     return {
         name: {
             cfg: {
@@ -98,26 +89,13 @@ def explicit(work: Path) -> dict:
             }
             for cfg, measures in by_cfg.items()
         }
-        for name, by_cfg in judged.items()
+        for name, by_cfg in drawn(work, "explicit", prompts, 128).items()
     }
 
 
 def paraphrases(work: Path) -> dict:
-    pipe, guide = module(work)
-    prompts = held_out_prompts()
-    return judge(
-        {
-            "base": draw(work, "paraphrases-base", pipe, prompts, 50),
-            "balanced": draw(work, "paraphrases-balanced", pipe, prompts, 50, guide=guide),
-        }
-    )
-
-
-PARTS = {
-    "explicit": explicit,
-    "paraphrases": paraphrases,
-}
+    return drawn(work, "paraphrases", held_out_prompts(), 50)
 
 
 if __name__ == "__main__":
-    run_part("birds", __doc__, PARTS, work="out/benchmark")
+    run_part("birds", __doc__, {"explicit": explicit, "paraphrases": paraphrases}, work="out/benchmark")

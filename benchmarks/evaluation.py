@@ -91,8 +91,5 @@ def coverage(work: Path) -> dict:
     return {"simulations": SIMULATIONS, "truths": figures}
 
 
-PARTS = {"speed": speed, "coverage": coverage}
-
-
 if __name__ == "__main__":
-    run_part("evaluation", __doc__, PARTS, work="out/evaluation")
+    run_part("evaluation", __doc__, {"speed": speed, "coverage": coverage}, work="out/evaluation")

@@ -31,7 +31,6 @@ from invdiff.evaluation.annotators.heldout import HeldOut, Measurable, combinati
 from invdiff.evaluation.annotators.labels import read_targets
 from invdiff.evaluation.quality.extractors import FeatureExtractor
 from invdiff.files import (
-    arrays_digest,
     fingerprint,
     read_arrays,
     read_json,
@@ -163,10 +162,6 @@ class Judge(Measurable):
         probabilities = {name: softmax(values, axis=1) for name, values in logits.items()}
         return Annotations(self.attributes, probabilities, features)
 
-    def weights_digest(self) -> str:
-        """16 hex digits that name its weights."""
-        return arrays_digest(self.weights)
-
     @classmethod
     def fit(
         cls, data: CaptionedImages, attributes: Sequence[str], *, held_out: CaptionedImages, encoder: FeatureExtractor
@@ -203,8 +198,7 @@ class Judge(Measurable):
 
     def save(self, folder: Path) -> None:
         """Write its weights, and what was measured on held-out images, into `folder`."""
-        if self.held_out is not None:
-            self.held_out.save(folder)
+        self.held_out.save(folder)
         write_arrays(folder / WEIGHTS, self.weights)
         write_json(folder / ABOUT, {"encoder": self.feature_name, "attributes": self.attributes})
 

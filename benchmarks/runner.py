@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import platform
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,7 +22,7 @@ import judges
 import numpy as np
 import torch
 import worlds
-from kept import rounded
+from kept import device, keep, rounded
 from methods import Fitted, Guided, Method, World, stopwatch
 from PIL import Image
 from rivals.groups import GroupBalanced, groups_of
@@ -279,10 +278,8 @@ class Runner:
                     figures[f"{prefix}CFG {scale:g}"]["bias by the audit"] = measures.bias
         for scale in scales if self.suite.unrelated else ():
             figures[f"unrelated prompts, CFG {scale:g}"] = self.moved(fitted, world, work, cells.drawing(scale, seed))
-        document = {
-            "command": f"python -m benchmarks run {self.name} --cells {name} --seeds {seed}",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU core",
+        about = {
+            "device": device(),
             "base": self.base_name,
             **({"clip": public_name(self.clip)} if self.clip else {}),
             "settings": self.suite.settings(cells),
@@ -292,10 +289,9 @@ class Runner:
             **{name: getattr(fitted, name) for name in ("parameters", "forwards", "sampling")},
             "seconds of fitting": took(),
             "about": rounded(dict(fitted.about)),
-            "figures": rounded(figures),
         }
-        write_json(path, document)
-        print(path, *(f"{key}: Bias {of['bias']:.2f}" for key, of in figures.items() if "bias" in of), flush=True)
+        keep(path, f"python -m benchmarks run {self.name} --cells {name} --seeds {seed}", figures, **about)
+        print(*(f"{key}: Bias {of['bias']:.2f}" for key, of in figures.items() if "bias" in of), flush=True)
 
     def moved(self, fitted: Fitted, world: World, work: Path, config: GenerateConfig) -> dict[str, float | None]:
         """How far images of unrelated prompts are from the biased model's of the same seeds: cosine distance."""
