@@ -38,12 +38,10 @@ from invdiff import (
     AuditConfig,
     EvaluateConfig,
     FinetuneConfig,
-    GenerateConfig,
     TrainConfig,
     audit,
     evaluate,
     finetune,
-    generate,
     load_captioned_images,
     train,
 )
@@ -288,16 +286,11 @@ def bias_of(
     pipe: Any, data: CaptionedImages, found: Audit, judge: Annotator, cell: Cell, work: Path
 ) -> dict[str, Any]:
     """Bias with and without guidance trained on an audit, 256 images of each prompt and guidance scale."""
-    each = cell.trained.items()
-    modules = {name: train(pipe, data, found, work / name, config=config, cache_dir=work) for name, config in each}
-    folders: dict[str, list[Path]] = {name: [] for name in ("base", *modules)}
-    prompts = [prompt.prompt for prompt in found.prompts]
-    for scale in cell.scales:
-        config = GenerateConfig(images_per_prompt=256, guidance_scale=scale)
-        for name, of in folders.items():
-            options = {"module": modules.get(name), "config": config, "environments": "iid"}
-            of.append(generate(pipe, prompts, work / f"{name}-{scale:g}", **options))
-    figures = {}
+    models: dict[str, Any] = {"base": None}
+    for name, config in cell.trained.items():
+        models[name] = train(pipe, data, found, work / name, config=config, cache_dir=work)
+    prompts, figures = [prompt.prompt for prompt in found.prompts], {}
+    folders = kept.drawn(work, pipe, prompts, models, cell.scales, images_per_prompt=256)
     for hidden in cell.hidden:
         results = evaluate(folders, judge, hidden, config=EvaluateConfig(subject_attribute=cell.subject))
         for name, scale, measures in results.each():

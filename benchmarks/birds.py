@@ -9,18 +9,9 @@ Work is kept in out/benchmark (or --work), so a stopped run goes on.
 
 from pathlib import Path
 
-from kept import headline, run_part
+from kept import drawn, headline, run_part
 
-from invdiff import (
-    EvaluateConfig,
-    GenerateConfig,
-    TrainConfig,
-    audit,
-    evaluate,
-    generate,
-    load_captioned_images,
-    train,
-)
+from invdiff import EvaluateConfig, TrainConfig, audit, evaluate, load_captioned_images, train
 from invdiff.assets import BIRDS_ANNOTATOR, BIRDS_MODEL
 from invdiff.data.birds import BACKGROUNDS, SUBJECTS, BirdsWorld, canonical_prompts
 from invdiff.evaluation.annotators.conv import ConvAnnotator
@@ -58,24 +49,15 @@ def module(work: Path):
     )
 
 
-def judge(folders: dict) -> dict:
-    """Return model to guidance scale to the headline figures, and the shares they are of."""
-    annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
-    world = BirdsWorld(2000, severity=0.5, seed=424242)
-    config = EvaluateConfig(subject_attribute="subject")
-    return headline(evaluate(folders, annotator, "background", reference=world.captioned(), config=config))
-
-
-def drawn(work: Path, name: str, prompts, count: int) -> dict:
+def judged(work: Path, name: str, prompts, count: int) -> dict:
     """The figures of `count` images of each prompt at each guidance scale, base and balanced."""
     pipe, guide = module(work)
-    folders = {"base": [], "balanced": []}
-    for guidance_scale in GUIDANCE_SCALES:
-        config = GenerateConfig(images_per_prompt=count, guidance_scale=guidance_scale, seed=1, batch_size=64)
-        for model, guided in (("base", None), ("balanced", guide)):
-            folder = work / f"images-{name}-{model}-cfg-{guidance_scale:g}"
-            folders[model].append(generate(pipe, prompts, folder, module=guided, config=config, environments="iid"))
-    return judge(folders)
+    models, settings = {"base": None, "balanced": guide}, {"images_per_prompt": count, "seed": 1, "batch_size": 64}
+    folders = drawn(work / f"images-{name}", pipe, prompts, models, GUIDANCE_SCALES, **settings)
+    annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
+    reference = BirdsWorld(2000, severity=0.5, seed=424242).captioned()
+    config = EvaluateConfig(subject_attribute="subject")
+    return headline(evaluate(folders, annotator, "background", reference=reference, config=config))
 
 
 def explicit(work: Path) -> dict:
@@ -89,12 +71,12 @@ def explicit(work: Path) -> dict:
             }
             for cfg, measures in by_cfg.items()
         }
-        for name, by_cfg in drawn(work, "explicit", prompts, 128).items()
+        for name, by_cfg in judged(work, "explicit", prompts, 128).items()
     }
 
 
 def paraphrases(work: Path) -> dict:
-    return drawn(work, "paraphrases", held_out_prompts(), 50)
+    return judged(work, "paraphrases", held_out_prompts(), 50)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
-from kept import headline, run_part
+from kept import drawn, headline, run_part
 from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
-from invdiff import (
-    EvaluateConfig,
-    GenerateConfig,
-    TrainConfig,
-    audit,
-    evaluate,
-    generate,
-    load_captioned_images,
-    train,
-)
+from invdiff import EvaluateConfig, TrainConfig, audit, evaluate, load_captioned_images, train
 from invdiff.assets import BIRDS_ANNOTATOR, BIRDS_MODEL
 from invdiff.data.birds import NATURAL_BACKGROUND, BirdsWorld
 from invdiff.data.encode import as_encoded
@@ -121,13 +112,8 @@ def dit_flow(work: Path) -> dict:
     module = train(pipe, data, found, work / "module", config=TrainConfig(backend="module", steps=600), **kept)
     figures["parameters"] = [module.num_parameters(), sum(p.numel() for p in denoiser_of(pipe).parameters())]
     figures["audit_and_train_seconds"] = round(time.perf_counter() - start, 1)
-    folders: dict[str, list[Path]] = {"base": [], "balanced": []}
-    for scale in (1.0, 3.0):
-        config = GenerateConfig(images_per_prompt=256, guidance_scale=scale, num_inference_steps=25, batch_size=64)
-        for name, guide in (("base", None), ("balanced", module)):
-            folder = work / f"{name}-cfg-{scale:g}"
-            options = {"module": guide, "config": config, "environments": "iid"}
-            folders[name].append(generate(pipe, list(CLASSES.values()), folder, **options))
+    models, settings = {"base": None, "balanced": module}, {"num_inference_steps": 25, "batch_size": 64}
+    folders = drawn(work, pipe, list(CLASSES.values()), models, (1.0, 3.0), images_per_prompt=256, **settings)
     annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
     judged = evaluate(folders, annotator, "background", config=EvaluateConfig(subject_attribute="subject"))
     return figures | {"by_model": headline(judged)}

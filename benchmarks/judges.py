@@ -103,12 +103,11 @@ class EfficientNetLite:
     @classmethod
     def tuned_to(cls, data: CaptionedImages, attributes: Sequence[str], path: Path, seed: int = 0) -> EfficientNetLite:
         """Train it and a linear head of each attribute, combinations of attributes drawn alike; kept in `path`."""
-        if path.is_file():
-            return cls(path)
-        with torch.random.fork_rng():  # dropout and new layers draw from the global generator
-            torch.manual_seed(seed)
-            encoder = cls._tuned(data, attributes, generator("tune", seed))
-        write_tensors(path, encoder.network.state_dict())
+        if not path.is_file():
+            with torch.random.fork_rng():  # dropout and new layers draw from the global generator
+                torch.manual_seed(seed)
+                encoder = cls._tuned(data, attributes, generator("tune", seed))
+            write_tensors(path, encoder.network.state_dict())
         return cls(path)
 
     @classmethod

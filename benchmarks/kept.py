@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from invdiff import Results
+from invdiff import GenerateConfig, Results, generate
 from invdiff.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,6 +34,19 @@ def keep(path: Path, command: str, figures: Any, **about: Any) -> None:
 def device() -> str:
     """What this runs on."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU core"
+
+
+def drawn(
+    work: Path, pipe: Any, prompts: Sequence[str], models: Mapping[str, Any], scales: Iterable[float], **settings: Any
+) -> dict[str, list[Path]]:
+    """Model to the folders of its images, groups drawn independently; `models` are guidance by name, None for none."""
+    folders: dict[str, list[Path]] = {name: [] for name in models}
+    for scale in scales:
+        config = GenerateConfig(guidance_scale=scale, **settings)
+        for name, of in folders.items():
+            options = {"module": models[name], "config": config, "environments": "iid"}
+            of.append(generate(pipe, prompts, work / f"{name}-cfg-{scale:g}", **options))
+    return folders
 
 
 def headline(results: Results) -> dict[str, Any]:
