@@ -60,7 +60,6 @@ def test_the_first_rows_can_be_had_alone(tmp_path):
         ("csv", b"name,b\n1,2\n3,\0\0\n", "Expected text in line 3 of .*, found a NUL byte"),
         ("csv", "a,b\n1,2\n", "a column file_name or name in line 1 of .*, found a, b"),
         ("csv", "file_name\n", "found no rows"),
-        ("csv", "", "found no rows"),
         ("jsonl", '{"name": 1}\n{oops', "Expected JSON in line 2 of .*, found '{oops'"),
         ("jsonl", "[" * 100_000, "Expected JSON in line 1 of"),
         ("jsonl", '{"name": 1}\n\n[1]', r"a JSON object in line 3 of .*, found '\[1\]'"),
