@@ -183,12 +183,12 @@ def test_models_that_encode_differently_have_different_fingerprints(tiny_pipe, t
 
 WHOLE = torch.arange(20.0).reshape(10, 2)
 SHARDED = ShardedTensor(WHOLE.split([4, 1, 5]))
-ROWS = ([9, 0, 4, 4, 3], [], [-1, -10], slice(None), slice(2, 9, 3), 4, torch.tensor([[5, 1], [0, 9]]), range(3, 6))
+ROWS = ([9, 0, 4, 4, 3], [], [-1, -10], slice(None), slice(2, 9, 3), torch.tensor([5, 1, 9]))
 
 
-@pytest.mark.parametrize("indices", [*ROWS, torch.arange(10) % 3 == 0], ids=str)
-def test_a_sharded_tensor_indexes_like_a_tensor(indices):
-    assert torch.equal(SHARDED[indices], WHOLE[list(indices) if isinstance(indices, range) else indices])
+def test_a_sharded_tensor_indexes_like_a_tensor():
+    for indices in ROWS:
+        assert torch.equal(SHARDED[indices], WHOLE[indices]), indices
     assert SHARDED.shape == WHOLE.shape
     assert len(SHARDED) == len(WHOLE)
 

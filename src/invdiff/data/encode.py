@@ -33,7 +33,7 @@ _DECODERS = min(8, os.cpu_count() or 1)
 class ShardedTensor:
     """The rows of one tensor in several parts, such as memory-mapped files: only rows asked for are read.
 
-    Index it as a tensor's first dimension: with a list or LongTensor of rows in any order, a slice, or one row number.
+    Index it as a tensor's first dimension, with a list or LongTensor of rows in any order, or a slice.
     """
 
     def __init__(self, shards: Sequence[torch.Tensor]) -> None:
@@ -48,15 +48,15 @@ class ShardedTensor:
         """The shape of the whole, for latents (N, channels, height, width)."""
         return torch.Size((len(self), *self._shards[0].shape[1:]))
 
-    def __getitem__(self, indices: int | slice | Sequence[int] | torch.Tensor) -> torch.Tensor:
-        rows = torch.arange(len(self))[indices.cpu() if isinstance(indices, torch.Tensor) else indices]
-        flat = rows.flatten().contiguous()
-        shard_of = torch.searchsorted(self._ends, flat, right=True)
-        result = torch.empty((len(flat), *self.shape[1:]), dtype=self._shards[0].dtype)
+    def __getitem__(self, indices: slice | Sequence[int] | torch.Tensor) -> torch.Tensor:
+        chosen = indices.cpu() if isinstance(indices, torch.Tensor) else indices
+        rows = torch.arange(len(self))[chosen].contiguous()
+        shard_of = torch.searchsorted(self._ends, rows, right=True)
+        result = torch.empty((len(rows), *self.shape[1:]), dtype=self._shards[0].dtype)
         for number in shard_of.unique().tolist():
             here = shard_of == number
-            result[here] = self._shards[number][flat[here] - self._ends[number]]  # counted from the shard's end
-        return result.reshape(*rows.shape, *result.shape[1:])
+            result[here] = self._shards[number][rows[here] - self._ends[number]]  # counted from the shard's end
+        return result
 
     def numpy(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows (n,), in any order, in 32 bits."""
