@@ -101,11 +101,6 @@ class Cell:
     scales: tuple[float, ...] = (1.0, 3.0, 7.5)
     """At which guidance scales."""
 
-    @property
-    def world_name(self) -> str:
-        """The same for cells of one world."""
-        return self.name.removesuffix("-tuned")
-
 
 def waterbirds(source: Path, base: Path, work: Path) -> Iterator[Cell]:
     for severity in (0.8, 0.9, 0.95, 0.98):
@@ -223,7 +218,7 @@ def run(part: str, cell: Cell, work: Path) -> None:
         raise SystemExit(
             f"Expected a pipeline for {part} {cell.name}, got {cell.base}. Give --data and --base; {script}."
         )
-    place, command = f"{part}-{cell.world_name}", f"python benchmarks/audits.py {part}"
+    place, command = f"{part}-{cell.name.removesuffix('-tuned')}", f"python benchmarks/audits.py {part}"
     data = load_captioned_images(cell.world(work / "worlds" / place))
     unlabelled = replace(data, attributes={})
     if cell.tuned:

@@ -12,7 +12,6 @@ all images are one. World, biased model and guidance are those of `python -m ben
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 import worlds
 from judges import EfficientNetLite
-from kept import RESULTS, device, keep, markdown_table
+from kept import RESULTS, device, keep, markdown_table, parser_of
 from methods import Biased
 from numpy.typing import NDArray
 from PIL import Image
@@ -290,7 +289,7 @@ def table(results: Path = RESULTS) -> str:
 
 def main() -> None:
     """Run the seeds that the command line names, unless their figures are kept, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="the folder of public images in parquet files")
     parser.add_argument("--base", type=Path, required=True, help="the pipeline that is fine-tuned on biased images")
     parser.add_argument("--work", type=Path, default=Path("out/benchmarks"), help="of the benchmark (%(default)s)")

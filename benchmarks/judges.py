@@ -7,7 +7,7 @@ and measured on material held out from it: other birds, other scenes, other peop
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -217,15 +217,8 @@ def _read(
 ) -> tuple[dict[str, tuple[str, ...]], NDArray[np.float32], NDArray[np.int64]]:
     """Classes by attribute; features and true classes of the readable images."""
     classes, targets = read_targets(data, attributes)
-    rows: list[int] = []
-
-    def images() -> Iterator[Image.Image]:
-        for row, image in readable_images(data, "judge", progress=False):
-            rows.append(row)
-            yield image
-
-    features = encoder.extract(images())
-    return classes, features, targets[rows]
+    rows, images = zip(*readable_images(data, "judge", progress=False), strict=True)
+    return classes, encoder.extract(images), targets[list(rows)]
 
 
 def judge_of(

@@ -15,19 +15,26 @@ from invdiff.files import write_json
 RESULTS = Path(__file__).parent / "results"
 
 
-def rounded(value: Any) -> Any:
-    """Return plain JSON types with four decimals."""
+def four_decimals(number: float) -> float:
+    """As most figures are kept."""
+    return round(number, 4)
+
+
+def rounded(value: Any, shorten: Callable[[float], float] = four_decimals) -> Any:
+    """Return plain JSON types, numbers shortened."""
     if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
+        return {key: rounded(item, shorten) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    return round(float(value), 4) if isinstance(value, float | np.floating) else value
+        return [rounded(item, shorten) for item in value]
+    return shorten(float(value)) if isinstance(value, float | np.floating) else value
 
 
-def keep(path: Path, command: str, figures: Any, **about: Any) -> None:
+def keep(
+    path: Path, command: str, figures: Any, *, shorten: Callable[[float], float] = four_decimals, **about: Any
+) -> None:
     """Write figures and what is to be said `about` them to `path`, and print where they are."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    write_json(path, {"command": command, "versions": versions, **about, "figures": rounded(figures)})
+    write_json(path, {"command": command, "versions": versions, **about, "figures": rounded(figures, shorten)})
     print(path)
 
 

@@ -15,6 +15,7 @@ import inspect
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,6 @@ from rivals.groups import GroupBalanced, groups_of
 
 from invdiff import EvaluateConfig, FinetuneConfig, GenerateConfig, evaluate, generate, load_captioned_images
 from invdiff.data.birds import BirdsWorld
-from invdiff.data.captioned import CaptionedImages
 from invdiff.errors import ConfigError
 from invdiff.evaluation.annotate import Described, describe_images
 from invdiff.evaluation.annotators.annotations import Annotator
@@ -222,24 +222,17 @@ class Runner:
             remedy = "Give that one, or --results for a table of its own."
             raise ConfigError(f"Expected the base of the figures in {self.folder}, {', '.join(others)}. {remedy}")
         self.work = work / (self.suite.shares or name)
-        self._judge: tuple[Annotator, CaptionedImages, Described] | None = None
 
-    def place(self, cell: str, seed: int) -> Path:
-        """The file of a cell's figures."""
-        return self.folder / f"{cell}-seed-{seed}.json"
-
-    @property
+    @cached_property
     def judge(self) -> tuple[Annotator, Described]:
         """Who names the classes, and real balanced images, described."""
-        if self._judge is None:
-            attributes = [self.suite.subject, self.suite.attribute]
-            annotator, real = judges.judge_of(self.suite.world, attributes, self.source, self.work.parent / "judges")
-            self._judge = annotator, real, describe_images(real, annotator, progress=False)
-        return self._judge[0], self._judge[2]
+        attributes = [self.suite.subject, self.suite.attribute]
+        annotator, real = judges.judge_of(self.suite.world, attributes, self.source, self.work.parent / "judges")
+        return annotator, describe_images(real, annotator, progress=False)
 
     def run(self, name: str, seed: int) -> None:
         """Fit, draw, judge, and keep the figures, unless they are there."""
-        path, cells = self.place(name, seed), self.suite.each()[name]
+        path, cells = self.folder / f"{name}-seed-{seed}.json", self.suite.each()[name]
         if path.is_file():
             self.suite.check_kept(cells, path)
             if (by := public_name(self.clip) if self.clip else "") and (of := read_json(path).get("clip")) != by:

@@ -37,14 +37,8 @@ def main() -> None:
         pipe.to(default_device())
         encoded = as_encoded(pipe, data, arguments.work / "cache")
         config = FinetuneConfig(steps=steps, learning_rate=SCRATCH_RATE, ema_decay=0.995, half_precision_weights=True)
-        train_denoiser(
-            pipe,
-            encoded,
-            config,
-            arguments.work / f"{name}-work",
-            config.to_dict() | {"data": encoded.data_fingerprint},
-            train_text_encoder=True,
-        )
+        work, settings = arguments.work / f"{name}-work", config.to_dict() | {"data": encoded.data_fingerprint}
+        train_denoiser(pipe, encoded, config, work, settings, train_text_encoder=True)
         save(pipe, output, half_precision=True)
 
 
