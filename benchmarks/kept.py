@@ -1,4 +1,4 @@
-"""How benchmarks keep their figures: rounded, with the command that prints them, the versions and the device used."""
+"""What benchmarks share: command lines, images of several models, tables, and how figures are kept in results/."""
 
 import argparse
 import platform
