@@ -232,25 +232,23 @@ def judge_of(
         source: The folder of public images.
         work: Where images and judge are kept; a second call reads them.
     """
-    make, settings = getattr(worlds, world["kind"]), {**world, **worlds.EVEN[world["kind"]], "seed": SEED}
-    del settings["kind"]
-    if world["kind"] == "bundled":
-        real = load_captioned_images(
-            make(source, work / "bundled", **settings | {"num_images": NUM_IMAGES[attributes[-1]][1]})
-        )
-        return ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR).to(default_device()), real
-    folder, (fitted, measured) = work / "-".join((world["kind"], *attributes)), NUM_IMAGES[attributes[-1]]
-    real = load_captioned_images(
-        make(source, folder / "held-out", **settings | {"num_images": measured, "held_out": True})
-    )
-    if world["kind"] == "fairface":
+    settings = {**world, **worlds.EVEN[world["kind"]], "seed": SEED}
+    kind, (fitted, measured) = settings.pop("kind"), NUM_IMAGES[attributes[-1]]
+
+    def opened(folder: Path, number: int, **others: Any) -> CaptionedImages:
+        make = getattr(worlds, kind)
+        return load_captioned_images(make(source, folder, **settings | {"num_images": number} | others))
+
+    if kind == "bundled":
+        judge = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR).to(default_device())
+        return judge, opened(work / "bundled", measured)
+    folder, encoder = work / "-".join((kind, *attributes)), EfficientNetLite()
+    real = opened(folder / "held-out", measured, held_out=True)
+    if kind == "fairface":
         people = load_captioned_images(worlds.people(source, work / "people"))
-        encoder = EfficientNetLite.tuned_to(
-            people, ("gender", "age", "race"), work / f"people-{fingerprint(repr(TUNING))}.safetensors"
-        )
-    else:
-        encoder = EfficientNetLite()
+        tuned = work / f"people-{fingerprint(repr(TUNING))}.safetensors"
+        encoder = EfficientNetLite.tuned_to(people, ("gender", "age", "race"), tuned)
     if not (folder / ABOUT).is_file():
-        data = load_captioned_images(make(source, folder / "fitted", **settings | {"num_images": fitted}))
+        data = opened(folder / "fitted", fitted)
         Judge.fit(data, attributes, held_out=real, encoder=encoder).save(folder)
     return Judge.load(folder, encoder), real

@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -232,19 +233,11 @@ def disk(work: Path, numbers: random.Random) -> tuple[str, str]:
     made = sum(-(-len(data) // 4096) for data in wanted.values()) * 4096
     size = int(used + numbers.uniform(0, 1.2) * (made + 65536))
     what = f"{step}, disk full at {size // 1024} KiB"
-    reader, writer = os.pipe()
-    process = os.fork()
-    if not process:
+    with multiprocessing.get_context("fork").Pool(1) as pool:
         try:
-            outcome = _on_small_disk(step, source, size, wanted)
-        except BaseException as error:  # noqa: BLE001  # as above
-            outcome = "WRONG", f"the campaign itself failed: {error!r}"
-        os.write(writer, json.dumps(outcome).encode()[:60000])
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        outcome, why = json.loads(pipe.read())
-    os.waitpid(process, 0)
+            outcome, why = pool.apply(_on_small_disk, (step, source, size, wanted))
+        except Exception as error:  # noqa: BLE001  # as above
+            return "WRONG", f"{what}: the campaign itself failed: {error!r}"
     return outcome, f"{what}{why}"
 
 
