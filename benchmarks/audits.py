@@ -49,7 +49,7 @@ from invdiff.assets import BIRDS_ANNOTATOR, BIRDS_MODEL
 from invdiff.auditing.asking import read_by_model
 from invdiff.auditing.evidence import collect_evidence
 from invdiff.auditing.scores import Margins
-from invdiff.data.birds import SUBJECTS, BirdsWorld
+from invdiff.data.birds import BirdsWorld, canonical_prompts
 from invdiff.data.captioned import CaptionedImages
 from invdiff.data.encode import as_encoded
 from invdiff.evaluation.annotate import describe_images
@@ -225,20 +225,15 @@ def run(part: str, cell: Cell, work: Path) -> None:
         pipe = finetune(unlabelled, work / "models" / place, base=cell.base, config=FINETUNE)
     else:
         pipe = load_pipeline(cell.base)
-    if part == "labels":
-        sources = audit_features(pipe, unlabelled, work / "cells" / f"{part}-{cell.name}")
-        figures = learned(sources, data, cell.hidden[0], cell.subject)
-        kept.keep(path, command, figures)
-        return
     cache = work / "cells" / f"{part}-{cell.name}"
-    fresh, start = not cache.exists(), time.perf_counter()
+    if part == "labels":
+        sources = audit_features(pipe, unlabelled, cache)
+        kept.keep(path, command, learned(sources, data, cell.hidden[0], cell.subject))
+        return
+    fresh, start, given = not cache.exists(), time.perf_counter(), {"data": unlabelled}
     if cell.own:
-        prompts = [f"a photo of a {subject}" for subject in SUBJECTS]
-        found = audit(
-            pipe, prompts=prompts, config=AuditConfig(images_per_prompt=cell.own), ask=cell.ask, cache_dir=cache
-        )
-    else:
-        found = audit(pipe, unlabelled, ask=cell.ask, cache_dir=cache)
+        given = {"prompts": canonical_prompts(), "config": AuditConfig(images_per_prompt=cell.own)}
+    found = audit(pipe, **given, ask=cell.ask, cache_dir=cache)
     seconds = time.perf_counter() - start if fresh else None
     figures = {}
     if cell.judge:

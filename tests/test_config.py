@@ -7,7 +7,7 @@ from invdiff import config
 from invdiff.errors import ConfigError
 from invdiff.options import Config
 
-ALL = [each for each in Config.__subclasses__() if each.__module__.startswith("invdiff.")]  # not of benchmarks
+ALL = [each for each in Config.__subclasses__() if each.__module__ == config.__name__]  # not of benchmarks
 NAN, INFINITE = float("nan"), float("inf")
 
 
