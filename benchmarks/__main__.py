@@ -37,29 +37,24 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     sets.add_prepare(commands)
-    of_suites = f"one of {', '.join(Suite.names())}"
-    run = commands.add_parser("run", help="run the cells of a benchmark that have no figures yet")
-    run.add_argument("benchmark", help=of_suites)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("benchmark", help=f"one of {', '.join(Suite.names())}")
+    common.add_argument("--results", type=Path, default=RESULTS, help="where figures are kept (benchmarks/results)")
+    run = commands.add_parser("run", parents=[common], help="run the cells of a benchmark that have no figures yet")
     images = "the folder of public images in parquet files that worlds.py names"
     run.add_argument("--data", type=Path, help=f"{images}; drawn birds need none")
     run.add_argument("--base", type=Path, help="the pipeline that is fine-tuned on biased images; as --data")
     run.add_argument("--work", type=Path, default=Path("out/benchmarks"), help="models, images, caches (%(default)s)")
-    run.add_argument("--results", type=Path, default=RESULTS, help="where figures are kept (benchmarks/results)")
     run.add_argument("--cells", default="*", help="a pattern of names in the YAML, such as 'ours*' (all)")
     run.add_argument("--clip", default="", help="a CLIP model, by folder or hub id, to measure CLIP-T with (none)")
     run.add_argument("--seeds", default="", help="only these of the YAML's, such as 0,1 (all)")
-    table = commands.add_parser("table", help="print the table of a benchmark")
-    table.add_argument("benchmark", help=of_suites)
-    table.add_argument("--results", type=Path, default=RESULTS, help="where figures are kept (benchmarks/results)")
-    picture = commands.add_parser("picture", help="draw a picture of what methods drew")
-    picture.add_argument("benchmark", help=of_suites)
-    picture.add_argument(
-        "methods", nargs="*", help="cells that were run, a row each; none draws figures over settings"
-    )
+    commands.add_parser("table", parents=[common], help="print the table of a benchmark")
+    picture = commands.add_parser("picture", parents=[common], help="draw a picture of what methods drew")
+    methods = "cells that were run, a row each; none draws figures over settings"
+    picture.add_argument("methods", nargs="*", help=methods)
     picture.add_argument("--work", type=Path, default=Path("out/benchmarks"), help="that of `run` (%(default)s)")
     picture.add_argument("--seed", type=int, default=0, help="one of the YAML's (%(default)s)")
     picture.add_argument("--scale", type=float, default=3.0, help="of classifier-free guidance (%(default)s)")
-    picture.add_argument("--results", type=Path, default=RESULTS, help="where figures are kept (benchmarks/results)")
     picture.add_argument("--output", type=Path, required=True, help="the picture to write")
     arguments = parser.parse_args()
     commands_by_name = {"prepare": sets.prepare, "run": run_cells, "table": print_table, "picture": draw_picture}

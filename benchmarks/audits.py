@@ -29,7 +29,6 @@ from typing import Any
 import judges
 import kept
 import numpy as np
-import torch
 import worlds
 from judging import SURE, judged, learned, minority, supervised_auroc
 from sklearn.metrics import roc_auc_score
@@ -39,12 +38,10 @@ from invdiff import (
     AuditConfig,
     EvaluateConfig,
     FinetuneConfig,
-    GenerateConfig,
     TrainConfig,
     audit,
     evaluate,
     finetune,
-    generate,
     load_captioned_images,
     train,
 )
@@ -52,7 +49,7 @@ from invdiff.assets import BIRDS_ANNOTATOR, BIRDS_MODEL
 from invdiff.auditing.asking import read_by_model
 from invdiff.auditing.evidence import collect_evidence
 from invdiff.auditing.scores import Margins
-from invdiff.data.birds import SUBJECTS, BirdsWorld
+from invdiff.data.birds import BirdsWorld, canonical_prompts
 from invdiff.data.captioned import CaptionedImages
 from invdiff.data.encode import as_encoded
 from invdiff.evaluation.annotate import describe_images
@@ -64,19 +61,9 @@ from invdiff.models.load import load_pipeline
 from invdiff.sampling import own_images
 
 COLUMNS = (
-    "world",
-    "attribute",
-    "worlds",
-    "something found",
-    "prompts split",
-    "AUROC",
-    "AP",
-    "supervised AUROC",
-    "margin's AUROC",
-    "words' AUROC",
-    "ARI",
+    *("world", "attribute", "worlds", "something found", "prompts split", "AUROC", "AP", "supervised AUROC"),
+    *("margin's AUROC", "words' AUROC", "ARI", "calibration error", f"right above {SURE}", "forwards", "seconds"),
 )
-COLUMNS += ("calibration error", f"right above {SURE}", "forwards", "seconds")
 FINETUNE = FinetuneConfig(steps=1000, batch_size=64, learning_rate=2e-4)
 LORA = TrainConfig(backend="lora", steps=400, batch_size=32, penalty=0.0)
 """Guidance for photographs."""
@@ -113,11 +100,6 @@ class Cell:
     """How guidance is trained on what was found, by name; then Bias is measured without and with each."""
     scales: tuple[float, ...] = (1.0, 3.0, 7.5)
     """At which guidance scales."""
-
-    @property
-    def world_name(self) -> str:
-        """The same for cells of one world."""
-        return self.name.removesuffix("-tuned")
 
 
 def waterbirds(source: Path, base: Path, work: Path) -> Iterator[Cell]:
@@ -236,27 +218,22 @@ def run(part: str, cell: Cell, work: Path) -> None:
         raise SystemExit(
             f"Expected a pipeline for {part} {cell.name}, got {cell.base}. Give --data and --base; {script}."
         )
-    place = f"{part}-{cell.world_name}"
+    place, command = f"{part}-{cell.name.removesuffix('-tuned')}", f"python benchmarks/audits.py {part}"
     data = load_captioned_images(cell.world(work / "worlds" / place))
     unlabelled = replace(data, attributes={})
     if cell.tuned:
         pipe = finetune(unlabelled, work / "models" / place, base=cell.base, config=FINETUNE)
     else:
         pipe = load_pipeline(cell.base)
-    if part == "labels":
-        sources = audit_features(pipe, unlabelled, work / "cells" / f"{part}-{cell.name}")
-        figures = learned(sources, data, cell.hidden[0], cell.subject)
-        kept.keep(f"audits/{part}", cell.name, figures, command=f"python benchmarks/audits.py {part}")
-        return
     cache = work / "cells" / f"{part}-{cell.name}"
-    fresh, start = not cache.exists(), time.perf_counter()
+    if part == "labels":
+        sources = audit_features(pipe, unlabelled, cache)
+        kept.keep(path, command, learned(sources, data, cell.hidden[0], cell.subject))
+        return
+    fresh, start, given = not cache.exists(), time.perf_counter(), {"data": unlabelled}
     if cell.own:
-        prompts = [f"a photo of a {subject}" for subject in SUBJECTS]
-        found = audit(
-            pipe, prompts=prompts, config=AuditConfig(images_per_prompt=cell.own), ask=cell.ask, cache_dir=cache
-        )
-    else:
-        found = audit(pipe, unlabelled, ask=cell.ask, cache_dir=cache)
+        given = {"prompts": canonical_prompts(), "config": AuditConfig(images_per_prompt=cell.own)}
+    found = audit(pipe, **given, ask=cell.ask, cache_dir=cache)
     seconds = time.perf_counter() - start if fresh else None
     figures = {}
     if cell.judge:
@@ -282,16 +259,8 @@ def run(part: str, cell: Cell, work: Path) -> None:
                     last = np.array(data.attributes[name])[mine] == cell.ask[name][-1]
                     row["reading"] = roc_auc_score(last, read[name][mine])
                 row["margin"] = roc_auc_score(rare[mine], against[0].mean) if against else None
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU core"
-    figures |= {"images": len(data), "seconds": seconds, "device": device}
-    command = f"python benchmarks/audits.py {part}"
-    kept.keep(
-        f"audits/{part}",
-        cell.name,
-        figures,
-        command=command,
-        tuned=FINETUNE.to_dict() if cell.tuned else None,
-    )
+    figures |= {"images": len(data), "seconds": seconds, "device": kept.device()}
+    kept.keep(path, command, figures, tuned=FINETUNE.to_dict() if cell.tuned else None)
     shutil.rmtree(cache)
 
 
@@ -307,16 +276,11 @@ def bias_of(
     pipe: Any, data: CaptionedImages, found: Audit, judge: Annotator, cell: Cell, work: Path
 ) -> dict[str, Any]:
     """Bias with and without guidance trained on an audit, 256 images of each prompt and guidance scale."""
-    each = cell.trained.items()
-    modules = {name: train(pipe, data, found, work / name, config=config, cache_dir=work) for name, config in each}
-    folders: dict[str, list[Path]] = {name: [] for name in ("base", *modules)}
-    prompts = [prompt.prompt for prompt in found.prompts]
-    for scale in cell.scales:
-        config = GenerateConfig(images_per_prompt=256, guidance_scale=scale)
-        for name, of in folders.items():
-            options = {"module": modules.get(name), "config": config, "environments": "iid"}
-            of.append(generate(pipe, prompts, work / f"{name}-{scale:g}", **options))
-    figures = {}
+    models: dict[str, Any] = {"base": None}
+    for name, config in cell.trained.items():
+        models[name] = train(pipe, data, found, work / name, config=config, cache_dir=work)
+    prompts, figures = [prompt.prompt for prompt in found.prompts], {}
+    folders = kept.drawn(work, pipe, prompts, models, cell.scales, images_per_prompt=256)
     for hidden in cell.hidden:
         results = evaluate(folders, judge, hidden, config=EvaluateConfig(subject_attribute=cell.subject))
         for name, scale, measures in results.each():
@@ -354,22 +318,19 @@ def table() -> str:
             kind = name.removesuffix("-tuned").partition("-seed-")[0]
             kinds.setdefault(kind + ", fine-tuned" * name.endswith("-tuned"), []).append(read_json(path)["figures"])
         if kinds:
-            sections.append("\n".join([f"### {part}", "", *section(kinds)]))
+            sections.append(f"### {part}\n\n{kept.markdown_table(COLUMNS, rows_of(kinds))}")
     return "\n\n".join(sections)
 
 
-def section(kinds: dict[str, list[dict]]) -> Iterator[str]:
-    """Rows of a Markdown table."""
-    yield f"| {' | '.join(COLUMNS)} |"
-    yield "|---" * len(COLUMNS) + "|"
+def rows_of(kinds: dict[str, list[dict]]) -> Iterator[list[str]]:
+    """A row of `COLUMNS` for each hidden attribute of each kind of world."""
     for kind, cells in kinds.items():
-        of_cells = [f"{sum(cell['found'] for cell in cells)}"]
         end = [over(cells, "forwards_per_image", 1), over(cells, "seconds", 0)]
         for attribute in cells[0].get("hidden", {"": None}):
             rows = [row for cell in cells for row in cell.get("hidden", {}).get(attribute, ())]
             splits = f"{sum(row['found'] for row in rows)} of {len(rows)}" if rows else ""
-            middle = [splits, *(over(rows, name) for name in FIGURES)]
-            yield "| " + " | ".join([kind, attribute, str(len(cells)), *of_cells, *middle, *end]) + " |"
+            begin = [kind, attribute, str(len(cells)), str(sum(cell["found"] for cell in cells)), splits]
+            yield [*begin, *(over(rows, name) for name in FIGURES), *end]
 
 
 def over(rows: list[dict], name: str, digits: int = 3) -> str:
@@ -382,7 +343,13 @@ def over(rows: list[dict], name: str, digits: int = 3) -> str:
 
 
 def main() -> None:
-    arguments = kept.cell_arguments(__doc__ or "", PARTS, work="out/audits")
+    parser = kept.parser_of(__doc__)
+    parser.add_argument("part", choices=(*PARTS, "table"))
+    parser.add_argument("--data", type=Path, help="the folder of public images in parquet files")
+    parser.add_argument("--base", type=Path, help="the pipeline to audit and fine-tune")
+    parser.add_argument("--work", type=Path, default=Path("out/audits"))
+    parser.add_argument("--cells", default="*", help="a pattern of names, such as '0.95-*-tuned'")
+    arguments = parser.parse_args()
     if arguments.base and not arguments.data:
         raise SystemExit("Expected --data beside --base, got none.")
     if arguments.part == "table":

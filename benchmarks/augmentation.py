@@ -12,8 +12,6 @@ all images are one. World, biased model and guidance are those of `python -m ben
 
 from __future__ import annotations
 
-import argparse
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,23 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import worlds
 from judges import EfficientNetLite
-from kept import RESULTS, rounded
+from kept import RESULTS, device, keep, markdown_table, parser_of
 from methods import Biased
 from numpy.typing import NDArray
 from PIL import Image
 from runner import BATCH_SIZE, Suite, kept
 from sklearn.linear_model import LogisticRegression
-from tables import line_of
 
 from invdiff import GenerateConfig, generate, load_captioned_images
 from invdiff.data.captioned import CaptionedImages
 from invdiff.data.images import read_image
 from invdiff.evaluation.annotators.audited import AuditAnnotator
 from invdiff.evaluation.images import read_images
-from invdiff.files import read_arrays, write_arrays, write_json
+from invdiff.files import read_arrays, write_arrays
 
 BENCHMARK, FOLDER = "waterbirds", "augmentation"
 SCALES = (1.0, 3.0)
@@ -287,15 +283,13 @@ def table(results: Path = RESULTS) -> str:
 
     columns = [("audit", "accuracy"), ("audit", "worst"), ("true", "worst"), ("average", "worst")]
     head = ["trained on", "given", "accuracy", "worst group", "worst, chosen by true groups", "by average"]
-    lines = [line_of(head), "|---" * len(head) + "|"]
-    for row, of in documents[0]["figures"].items():
-        lines.append(line_of([row, of["given"], *(spread(row, *column) for column in columns)]))
-    return "\n".join(lines)
+    rows = documents[0]["figures"].items()
+    return markdown_table(head, [[row, of["given"], *(spread(row, *each) for each in columns)] for row, of in rows])
 
 
 def main() -> None:
     """Run the seeds that the command line names, unless their figures are kept, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="the folder of public images in parquet files")
     parser.add_argument("--base", type=Path, required=True, help="the pipeline that is fine-tuned on biased images")
     parser.add_argument("--work", type=Path, default=Path("out/benchmarks"), help="of the benchmark (%(default)s)")
@@ -308,13 +302,8 @@ def main() -> None:
         if path.is_file():
             continue
         study = Study(arguments.data, arguments.base, arguments.work, seed, arguments.per_prompt)
-        document = {
-            "command": f"python benchmarks/augmentation.py --seeds {seed} --per-prompt {arguments.per_prompt}",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU core",
-        }
-        write_json(path, document | {"figures": rounded(study.figures())})
-        print(path)
+        command = f"python benchmarks/augmentation.py --seeds {seed} --per-prompt {arguments.per_prompt}"
+        keep(path, command, study.figures(), device=device())
     print(table(arguments.results))
 
 

@@ -8,31 +8,29 @@ of the captions is empty, weights are averaged, the rate falls on a cosine, a st
 there is one; one CPU core takes about a day.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 import worlds
+from kept import parser_of
 
 from invdiff import FinetuneConfig, finetune, load_captioned_images
 
 
 def main() -> None:
     """Write the images and train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="the folder of public images in parquet files")
     parser.add_argument("--base", type=Path, required=True, help="the pipeline whose shape and autoencoder are taken")
     parser.add_argument("--output", type=Path, required=True, help="the folder of the new pipeline")
     parser.add_argument("--birds", type=int, default=14_000, help="composed birds (%(default)s)")
     parser.add_argument("--steps", type=int, default=20_000, help="optimiser steps (%(default)s)")
-    parser.add_argument(
-        "--batch-size", type=int, default=512 if torch.cuda.is_available() else 64, help="(%(default)s)"
-    )
+    batch_size = 512 if torch.cuda.is_available() else 64
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     arguments = parser.parse_args()
-    folder = worlds.everything(
-        arguments.data, arguments.output.with_name(f"{arguments.output.name}-images"), num_birds=arguments.birds
-    )
+    folder = arguments.output.with_name(f"{arguments.output.name}-images")
+    worlds.everything(arguments.data, folder, num_birds=arguments.birds)
     config = FinetuneConfig(
         steps=arguments.steps,
         batch_size=arguments.batch_size,

@@ -9,21 +9,11 @@ Work is kept in out/benchmark (or --work), so a stopped run goes on.
 
 from pathlib import Path
 
-from kept import run_part
+from kept import drawn, headline, run_part
 
-from invdiff import (
-    EvaluateConfig,
-    GenerateConfig,
-    TrainConfig,
-    audit,
-    evaluate,
-    generate,
-    load_captioned_images,
-    train,
-)
+from invdiff import EvaluateConfig, TrainConfig, audit, evaluate, load_captioned_images, train
 from invdiff.assets import BIRDS_ANNOTATOR, BIRDS_MODEL
 from invdiff.data.birds import BACKGROUNDS, SUBJECTS, BirdsWorld, canonical_prompts
-from invdiff.evaluation.annotate import describe_images
 from invdiff.evaluation.annotators.conv import ConvAnnotator
 from invdiff.models.load import load_pipeline
 
@@ -59,40 +49,20 @@ def module(work: Path):
     )
 
 
-def judge(folders: dict) -> dict:
-    """Return model to guidance scale to the headline figures, and the shares they are of."""
+def judged(work: Path, name: str, prompts, count: int) -> dict:
+    """The figures of `count` images of each prompt at each guidance scale, base and balanced."""
+    pipe, guide = module(work)
+    models, settings = {"base": None, "balanced": guide}, {"images_per_prompt": count, "seed": 1, "batch_size": 64}
+    folders = drawn(work / f"images-{name}", pipe, prompts, models, GUIDANCE_SCALES, **settings)
     annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
-    world = BirdsWorld(2000, severity=0.5, seed=424242)
-    reference = describe_images((world.row(i)["image"] for i in range(len(world))), annotator)
-    results = evaluate(
-        folders, annotator, "background", reference=reference, config=EvaluateConfig(subject_attribute="subject")
-    ).to_dict()["models"]
-    headline = ("bias", "bias_floor", "bias_ci", "accuracy", "frechet", "images_per_prompt", "shares")
-    return {
-        model: {scale: {name: measures[name] for name in headline} for scale, measures in by_scale.items()}
-        for model, by_scale in results.items()
-    }
-
-
-def draw(work: Path, name: str, pipe, prompts, count: int, *, guide=None):
-    """Generate `count` images of each prompt at each guidance scale and return the folders."""
-    folders = []
-    for guidance_scale in GUIDANCE_SCALES:
-        config = GenerateConfig(images_per_prompt=count, guidance_scale=guidance_scale, seed=1, batch_size=64)
-        folder = work / f"images-{name}-cfg-{guidance_scale:g}"
-        folders.append(generate(pipe, prompts, folder, module=guide, config=config, environments="iid"))
-    return folders
+    reference = BirdsWorld(2000, severity=0.5, seed=424242).captioned()
+    config = EvaluateConfig(subject_attribute="subject")
+    return headline(evaluate(folders, annotator, "background", reference=reference, config=config))
 
 
 def explicit(work: Path) -> dict:
     """How often each prompt's images show the background that it states, base and balanced."""
-    pipe, guide = module(work)
     prompts = explicit_prompts()
-    folders = {
-        "base": draw(work, "explicit-base", pipe, prompts, 128),
-        "balanced": draw(work, "explicit-balanced", pipe, prompts, 128, guide=guide),
-    }
-    judged = judge(folders)
     return {
         name: {
             cfg: {
@@ -101,26 +71,13 @@ def explicit(work: Path) -> dict:
             }
             for cfg, measures in by_cfg.items()
         }
-        for name, by_cfg in judged.items()
+        for name, by_cfg in judged(work, "explicit", prompts, 128).items()
     }
 
 
 def paraphrases(work: Path) -> dict:
-    pipe, guide = module(work)
-    prompts = held_out_prompts()
-    return judge(
-        {
-            "base": draw(work, "paraphrases-base", pipe, prompts, 50),
-            "balanced": draw(work, "paraphrases-balanced", pipe, prompts, 50, guide=guide),
-        }
-    )
-
-
-PARTS = {
-    "explicit": explicit,
-    "paraphrases": paraphrases,
-}
+    return judged(work, "paraphrases", held_out_prompts(), 50)
 
 
 if __name__ == "__main__":
-    run_part("birds", __doc__, PARTS, work="out/benchmark")
+    run_part("birds", __doc__, {"explicit": explicit, "paraphrases": paraphrases}, work="out/benchmark")

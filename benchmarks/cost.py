@@ -38,6 +38,7 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
+from kept import RESULTS, keep, parser_of, rounded
 from recipes import RECIPES, SD15, sd15_pipeline, spread, synchronised_clock
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,14 +46,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from invdiff import GuidanceModule, attach
 from invdiff.assets import BIRDS_MODEL
 from invdiff.data.birds import canonical_prompts
-from invdiff.files import write_json
 from invdiff.guidance.backends import BACKENDS
 from invdiff.guidance.base import Guidance
 from invdiff.models.families import Condition, family_of
 from invdiff.models.frozen import FeatureCapture
 from invdiff.models.load import load_pipeline
 
-RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
 
 MAX_PARAMETERS, MAX_FLOPS = 0.02, 0.05
@@ -317,11 +316,8 @@ def at_most(limit: float, measured: float | None) -> dict[str, Any]:
     return {"at_most": limit, "measured": measured, "met": None if measured is None else measured <= limit}
 
 
-def rounded(value: Any) -> Any:
-    """Round every float to five significant digits."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+def five_digits(number: float) -> float:
+    return float(f"{number:.5g}")
 
 
 def machine() -> dict[str, Any]:
@@ -342,7 +338,7 @@ PARTS = {"count": count, "sampling": sampling, "training": training, "backends":
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--repeats", type=int, default=0, help="samplings of each (12 unless given) or steps (4)")
     parser.add_argument("--batch-size", type=int, default=1, help="of training")
@@ -353,22 +349,13 @@ def main() -> int:
     if arguments.part == "backends" and not arguments.base:
         parser.error("part backends needs --base")
     figures = PARTS[arguments.part](arguments)
-    document = {
-        "command": " ".join(["python", "benchmarks/cost.py", *(Path(word).name for word in sys.argv[1:])]),
-        "device": machine(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-        },
-        "figures": rounded(figures),
-    }
-    write_json(RESULTS / f"cost-{arguments.part}.json", document)
-    print(RESULTS / f"cost-{arguments.part}.json")
+    command = " ".join(["python", "benchmarks/cost.py", *(Path(word).name for word in sys.argv[1:])])
+    versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
+    about = {"device": machine(), "versions": {"python": platform.python_version()} | versions}
+    keep(RESULTS / f"cost-{arguments.part}.json", command, figures, shorten=five_digits, **about)
     missed = [name for name, row in figures["requirements"].items() if row["met"] is False]
     for name in missed:
-        print("missed:", name, rounded(figures["requirements"][name]))
+        print("missed:", name, rounded(figures["requirements"][name], five_digits))
     return int(bool(missed))
 
 

@@ -48,10 +48,9 @@ def speed(work: Path) -> dict:
     world.write(folder, progress=True)
     BirdsWorld(NUM_IMAGES, severity=0.5, seed=2).write(reference, progress=True)
     prompts = {prompt.split()[-1]: prompt for prompt in canonical_prompts()}
-    rows = [world.metadata(index) for index in range(len(world))]
     lines = [
         {"file_name": f"images/{index:05d}.png", "prompt": prompts[row["subject"]], "guidance_scale": 1, "seed": index}
-        for index, row in enumerate(rows)
+        for index, row in enumerate(world.metadata())
     ]
     write_text(folder / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
@@ -92,8 +91,5 @@ def coverage(work: Path) -> dict:
     return {"simulations": SIMULATIONS, "truths": figures}
 
 
-PARTS = {"speed": speed, "coverage": coverage}
-
-
 if __name__ == "__main__":
-    run_part("evaluation", __doc__, PARTS, work="out/evaluation")
+    run_part("evaluation", __doc__, {"speed": speed, "coverage": coverage}, work="out/evaluation")

@@ -8,31 +8,17 @@ out/benchmark-families (or --work); a finished base, module or image is not made
 """
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import (
-    DiTPipeline,
-    DiTTransformer2DModel,
-    DPMSolverMultistepScheduler,
-)
-from kept import run_part
+from diffusers import DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
+from kept import drawn, headline, run_part
 from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
-from invdiff import (
-    EvaluateConfig,
-    GenerateConfig,
-    TrainConfig,
-    audit,
-    evaluate,
-    generate,
-    load_captioned_images,
-    train,
-)
+from invdiff import EvaluateConfig, TrainConfig, audit, evaluate, load_captioned_images, train
 from invdiff.assets import BIRDS_ANNOTATOR, BIRDS_MODEL
-from invdiff.data.birds import BirdsWorld
+from invdiff.data.birds import NATURAL_BACKGROUND, BirdsWorld
 from invdiff.data.encode import as_encoded
 from invdiff.evaluation.annotators.conv import ConvAnnotator
 from invdiff.models.families import family_of
@@ -94,9 +80,10 @@ def fit(pipe, data, folder: Path, *, steps: int, batch_size: int = 64, learning_
     return load_pipeline(folder)
 
 
-def recovered(found, data, usual: list[str]) -> dict:
+def recovered(found, data) -> dict:
     """Compare the groups found with the hidden attribute, which only this comparison reads."""
-    rare = np.array([b != u for b, u in zip(data.attributes["background"], usual, strict=True)])
+    pairs = zip(data.captions, data.attributes["background"], strict=True)
+    rare = np.array([NATURAL_BACKGROUND[subject] != background for subject, background in pairs])
     groups = found.group_weights[0].argmax(axis=1)
     rows = {}
     for index, prompt in enumerate(found.prompts):
@@ -111,54 +98,26 @@ def recovered(found, data, usual: list[str]) -> dict:
     return rows
 
 
-def before_and_after(work: Path, pipe, data, prompts, *, scales, usual, steps: int) -> dict:
-    """Audit, train, draw, judge."""
-    start = time.perf_counter()
-    found = audit(pipe, data, cache_dir=work / "cache")
-    figures = {"audit": recovered(found, data, usual), "forwards_per_image": found.forwards_per_image}
+def dit_flow(work: Path) -> dict:
+    """Fit, audit, train, draw, judge."""
+    data = load_captioned_images(BirdsWorld(NUM_IMAGES, seed=0).write(work / "birds"), caption_column="subject")
+    pipe = make_dit()
+    pipe = fit(pipe, as_encoded(pipe, data, work / "cache"), work / "base-dit-flow", steps=2400, batch_size=48)
+    work, start = work / "dit-flow", time.perf_counter()
+    kept = {"cache_dir": work / "cache"}
+    found = audit(pipe, data, **kept)
+    figures = {"audit": recovered(found, data), "forwards_per_image": found.forwards_per_image}
     if not found.biased:
         return figures | {"note": "nothing found, so nothing was trained"}
-    module = train(
-        pipe, data, found, work / "module", config=TrainConfig(backend="module", steps=steps), cache_dir=work / "cache"
-    )
+    module = train(pipe, data, found, work / "module", config=TrainConfig(backend="module", steps=600), **kept)
     figures["parameters"] = [module.num_parameters(), sum(p.numel() for p in denoiser_of(pipe).parameters())]
     figures["audit_and_train_seconds"] = round(time.perf_counter() - start, 1)
-    folders: dict[str, list[Path]] = {"base": [], "balanced": []}
-    for scale in scales:
-        config = GenerateConfig(
-            images_per_prompt=256,
-            guidance_scale=scale,
-            num_inference_steps=25,
-            batch_size=64,
-        )
-        for name, guide in (("base", None), ("balanced", module)):
-            folder = work / f"{name}-cfg-{scale:g}"
-            folders[name].append(generate(pipe, prompts, folder, module=guide, config=config, environments="iid"))
+    models, settings = {"base": None, "balanced": module}, {"num_inference_steps": 25, "batch_size": 64}
+    folders = drawn(work, pipe, list(CLASSES.values()), models, (1.0, 3.0), images_per_prompt=256, **settings)
     annotator = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR)
     judged = evaluate(folders, annotator, "background", config=EvaluateConfig(subject_attribute="subject"))
-    headline = ("bias", "bias_floor", "bias_ci", "accuracy", "frechet", "images_per_prompt", "shares")
-    by_model = {
-        model: {scale: {name: measures[name] for name in headline} for scale, measures in by_scale.items()}
-        for model, by_scale in judged.to_dict()["models"].items()
-    }
-    return figures | {"by_model": by_model}
-
-
-def dit_flow(work: Path) -> dict:
-    world = BirdsWorld(NUM_IMAGES, seed=0).write(work / "birds")
-    data = load_captioned_images(world)
-    data = replace(data, captions=data.attributes["subject"])
-    pipe = make_dit()
-    encoded = as_encoded(pipe, data, work / "cache")
-    pipe = fit(pipe, encoded, work / "base-dit-flow", steps=2400, batch_size=48)
-    usual = ["water" if subject == "waterbird" else "land" for subject in data.captions]
-    return before_and_after(
-        work / "dit-flow", pipe, data, list(CLASSES.values()), scales=(1.0, 3.0), usual=usual, steps=600
-    )
-
-
-PARTS = {"dit-flow": dit_flow}
+    return figures | {"by_model": headline(judged)}
 
 
 if __name__ == "__main__":
-    run_part("families", __doc__, PARTS, work="out/benchmark-families")
+    run_part("families", __doc__, {"dit-flow": dit_flow}, work="out/benchmark-families")

@@ -7,7 +7,7 @@ and measured on material held out from it: other birds, other scenes, other peop
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from invdiff.evaluation.annotators.heldout import HeldOut, Measurable, combinati
 from invdiff.evaluation.annotators.labels import read_targets
 from invdiff.evaluation.quality.extractors import FeatureExtractor
 from invdiff.files import (
-    arrays_digest,
     fingerprint,
     read_arrays,
     read_json,
@@ -104,12 +103,11 @@ class EfficientNetLite:
     @classmethod
     def tuned_to(cls, data: CaptionedImages, attributes: Sequence[str], path: Path, seed: int = 0) -> EfficientNetLite:
         """Train it and a linear head of each attribute, combinations of attributes drawn alike; kept in `path`."""
-        if path.is_file():
-            return cls(path)
-        with torch.random.fork_rng():  # dropout and new layers draw from the global generator
-            torch.manual_seed(seed)
-            encoder = cls._tuned(data, attributes, generator("tune", seed))
-        write_tensors(path, encoder.network.state_dict())
+        if not path.is_file():
+            with torch.random.fork_rng():  # dropout and new layers draw from the global generator
+                torch.manual_seed(seed)
+                encoder = cls._tuned(data, attributes, generator("tune", seed))
+            write_tensors(path, encoder.network.state_dict())
         return cls(path)
 
     @classmethod
@@ -163,10 +161,6 @@ class Judge(Measurable):
         probabilities = {name: softmax(values, axis=1) for name, values in logits.items()}
         return Annotations(self.attributes, probabilities, features)
 
-    def weights_digest(self) -> str:
-        """16 hex digits that name its weights."""
-        return arrays_digest(self.weights)
-
     @classmethod
     def fit(
         cls, data: CaptionedImages, attributes: Sequence[str], *, held_out: CaptionedImages, encoder: FeatureExtractor
@@ -203,8 +197,7 @@ class Judge(Measurable):
 
     def save(self, folder: Path) -> None:
         """Write its weights, and what was measured on held-out images, into `folder`."""
-        if self.held_out is not None:
-            self.held_out.save(folder)
+        self.held_out.save(folder)
         write_arrays(folder / WEIGHTS, self.weights)
         write_json(folder / ABOUT, {"encoder": self.feature_name, "attributes": self.attributes})
 
@@ -224,15 +217,8 @@ def _read(
 ) -> tuple[dict[str, tuple[str, ...]], NDArray[np.float32], NDArray[np.int64]]:
     """Classes by attribute; features and true classes of the readable images."""
     classes, targets = read_targets(data, attributes)
-    rows: list[int] = []
-
-    def images() -> Iterator[Image.Image]:
-        for row, image in readable_images(data, "judge", progress=False):
-            rows.append(row)
-            yield image
-
-    features = encoder.extract(images())
-    return classes, features, targets[rows]
+    rows, images = zip(*readable_images(data, "judge", progress=False), strict=True)
+    return classes, encoder.extract(images), targets[list(rows)]
 
 
 def judge_of(
@@ -246,25 +232,23 @@ def judge_of(
         source: The folder of public images.
         work: Where images and judge are kept; a second call reads them.
     """
-    make, settings = getattr(worlds, world["kind"]), {**world, **worlds.EVEN[world["kind"]], "seed": SEED}
-    del settings["kind"]
-    if world["kind"] == "bundled":
-        real = load_captioned_images(
-            make(source, work / "bundled", **settings | {"num_images": NUM_IMAGES[attributes[-1]][1]})
-        )
-        return ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR).to(default_device()), real
-    folder, (fitted, measured) = work / "-".join((world["kind"], *attributes)), NUM_IMAGES[attributes[-1]]
-    real = load_captioned_images(
-        make(source, folder / "held-out", **settings | {"num_images": measured, "held_out": True})
-    )
-    if world["kind"] == "fairface":
+    settings = {**world, **worlds.EVEN[world["kind"]], "seed": SEED}
+    kind, (fitted, measured) = settings.pop("kind"), NUM_IMAGES[attributes[-1]]
+
+    def opened(folder: Path, number: int, **others: Any) -> CaptionedImages:
+        make = getattr(worlds, kind)
+        return load_captioned_images(make(source, folder, **settings | {"num_images": number} | others))
+
+    if kind == "bundled":
+        judge = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR).to(default_device())
+        return judge, opened(work / "bundled", measured)
+    folder, encoder = work / "-".join((kind, *attributes)), EfficientNetLite()
+    real = opened(folder / "held-out", measured, held_out=True)
+    if kind == "fairface":
         people = load_captioned_images(worlds.people(source, work / "people"))
-        encoder = EfficientNetLite.tuned_to(
-            people, ("gender", "age", "race"), work / f"people-{fingerprint(repr(TUNING))}.safetensors"
-        )
-    else:
-        encoder = EfficientNetLite()
+        tuned = work / f"people-{fingerprint(repr(TUNING))}.safetensors"
+        encoder = EfficientNetLite.tuned_to(people, ("gender", "age", "race"), tuned)
     if not (folder / ABOUT).is_file():
-        data = load_captioned_images(make(source, folder / "fitted", **settings | {"num_images": fitted}))
+        data = opened(folder / "fitted", fitted)
         Judge.fit(data, attributes, held_out=real, encoder=encoder).save(folder)
     return Judge.load(folder, encoder), real

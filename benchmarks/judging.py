@@ -125,13 +125,13 @@ def learned(sources: Sequence[np.ndarray], data: CaptionedImages, name: str, sub
     values, truth = np.unique(data.attributes[name], return_inverse=True)
     margins = Margins(sources, prompt).of_pairs()
     features = np.concatenate([source[:, :DIMENSIONS] for source in sources], axis=1)
-    cells = [np.flatnonzero((prompt == p) & (truth == e)) for p in (0, 1) for e in range(len(values))]
+    each = [(prompt == p, e) for p in (0, 1) for e in range(len(values))]
+    cells = [np.flatnonzero(rows & (truth == e)) for rows, e in each]
 
     def auroc(scores: np.ndarray, rest: np.ndarray) -> float:
-        of = [(rest & (prompt == p), e) for p in (0, 1) for e in range(len(values))]
-        return float(np.mean([roc_auc_score(truth[rows] == e, scores[rows, e]) for rows, e in of]))
+        found = [roc_auc_score(truth[rows & rest] == e, scores[rows & rest, e]) for rows, e in each]
+        return float(np.mean(found))
 
-    each = [(prompt == p, e) for p in (0, 1) for e in range(len(values))]
     alone = [roc_auc_score(truth[rows] == e, margins[rows, 0]) for rows, e in each]
     ceiling = [supervised_auroc([source[rows] for source in sources], truth[rows] == e) for rows, e in each]
     draws: dict[str, list[float]] = {"both": [], "labels alone": [], "refused": []}

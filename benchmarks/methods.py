@@ -136,10 +136,15 @@ class Balanced:
 
     def fit(self, world: World, folder: Path) -> Fitted:
         """Fine-tune as the biased model was."""
-        data, config = replace(world.balanced, attributes={}), tuning_of(world)
-        pipe = finetune(data, folder, base=world.base, config=config)
-        size = sum(weight.numel() for weight in pipe.unet.parameters())
-        return Fitted(pipe, parameters=size, forwards=3.0 * config.steps * config.batch_size)
+        return fine_tuned(world, replace(world.balanced, attributes={}), folder)
+
+
+def fine_tuned(world: World, data: CaptionedImages, folder: Path, found: Audit | None = None) -> Fitted:
+    """The base fine-tuned on images as the biased model was, groups that an audit found drawn equally often."""
+    config = tuning_of(world)
+    pipe: Any = finetune(data, folder, base=world.base, audit=found, config=config)
+    size = sum(weight.numel() for weight in pipe.unet.parameters())
+    return Fitted(pipe, parameters=size, forwards=3.0 * config.steps * config.batch_size)
 
 
 def tuning_of(world: World) -> FinetuneConfig:

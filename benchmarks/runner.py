@@ -13,9 +13,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import platform
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,14 +23,13 @@ import judges
 import numpy as np
 import torch
 import worlds
-from kept import rounded
+from kept import device, keep, rounded
 from methods import Fitted, Guided, Method, World, stopwatch
 from PIL import Image
 from rivals.groups import GroupBalanced, groups_of
 
 from invdiff import EvaluateConfig, FinetuneConfig, GenerateConfig, evaluate, generate, load_captioned_images
 from invdiff.data.birds import BirdsWorld
-from invdiff.data.captioned import CaptionedImages
 from invdiff.errors import ConfigError
 from invdiff.evaluation.annotate import Described, describe_images
 from invdiff.evaluation.annotators.annotations import Annotator
@@ -223,24 +222,17 @@ class Runner:
             remedy = "Give that one, or --results for a table of its own."
             raise ConfigError(f"Expected the base of the figures in {self.folder}, {', '.join(others)}. {remedy}")
         self.work = work / (self.suite.shares or name)
-        self._judge: tuple[Annotator, CaptionedImages, Described] | None = None
 
-    def place(self, cell: str, seed: int) -> Path:
-        """The file of a cell's figures."""
-        return self.folder / f"{cell}-seed-{seed}.json"
-
-    @property
+    @cached_property
     def judge(self) -> tuple[Annotator, Described]:
         """Who names the classes, and real balanced images, described."""
-        if self._judge is None:
-            attributes = [self.suite.subject, self.suite.attribute]
-            annotator, real = judges.judge_of(self.suite.world, attributes, self.source, self.work.parent / "judges")
-            self._judge = annotator, real, describe_images(real, annotator, progress=False)
-        return self._judge[0], self._judge[2]
+        attributes = [self.suite.subject, self.suite.attribute]
+        annotator, real = judges.judge_of(self.suite.world, attributes, self.source, self.work.parent / "judges")
+        return annotator, describe_images(real, annotator, progress=False)
 
     def run(self, name: str, seed: int) -> None:
         """Fit, draw, judge, and keep the figures, unless they are there."""
-        path, cells = self.place(name, seed), self.suite.each()[name]
+        path, cells = self.folder / f"{name}-seed-{seed}.json", self.suite.each()[name]
         if path.is_file():
             self.suite.check_kept(cells, path)
             if (by := public_name(self.clip) if self.clip else "") and (of := read_json(path).get("clip")) != by:
@@ -279,10 +271,8 @@ class Runner:
                     figures[f"{prefix}CFG {scale:g}"]["bias by the audit"] = measures.bias
         for scale in scales if self.suite.unrelated else ():
             figures[f"unrelated prompts, CFG {scale:g}"] = self.moved(fitted, world, work, cells.drawing(scale, seed))
-        document = {
-            "command": f"python -m benchmarks run {self.name} --cells {name} --seeds {seed}",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU core",
+        about = {
+            "device": device(),
             "base": self.base_name,
             **({"clip": public_name(self.clip)} if self.clip else {}),
             "settings": self.suite.settings(cells),
@@ -292,10 +282,9 @@ class Runner:
             **{name: getattr(fitted, name) for name in ("parameters", "forwards", "sampling")},
             "seconds of fitting": took(),
             "about": rounded(dict(fitted.about)),
-            "figures": rounded(figures),
         }
-        write_json(path, document)
-        print(path, *(f"{key}: Bias {of['bias']:.2f}" for key, of in figures.items() if "bias" in of), flush=True)
+        keep(path, f"python -m benchmarks run {self.name} --cells {name} --seeds {seed}", figures, **about)
+        print(*(f"{key}: Bias {of['bias']:.2f}" for key, of in figures.items() if "bias" in of), flush=True)
 
     def moved(self, fitted: Fitted, world: World, work: Path, config: GenerateConfig) -> dict[str, float | None]:
         """How far images of unrelated prompts are from the biased model's of the same seeds: cosine distance."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from kept import markdown_table
 from runner import Suite, kept
 
 from invdiff.errors import ConfigError
@@ -96,19 +97,17 @@ def markdown(benchmark: str, results: Path) -> str:
         hidden = {"Bias", "floor"} | (set() if any(abs(by) > DIFFERS for by in corrected) else {"Bias corrected"})
         shown = [name for name in COLUMNS if name not in hidden]
         shown = [name for name in shown if any(row[name] is not None for row in of_kind)]
-        head = ["method", "given", "seeds", *(f"Bias, CFG {scale}" for scale in scales), *shown]
-        lines = [line_of([*head, "parameters", "forwards", "a sample"]), "|---" * (len(head) + 3) + "|"]
-        for method in dict.fromkeys(row["method"] for row in of_kind):
-            own = {row["CFG"]: row for row in of_kind if row["method"] == method}
+        head, lines = ["method", "given", "seeds", *(f"Bias, CFG {scale}" for scale in scales), *shown], []
+        for method, own in by_method(of_kind).items():
             first = next(iter(own.values()))
             cells = [method, first["supervision"], str(max(row["seeds"] for row in own.values()))]
             cells += [spread(own.get(scale), "Bias", with_range=True) for scale in scales]
             cells += [" / ".join(spread(own[scale], name) for scale in scales if scale in own) for name in shown]
             cost = f"{first['sampling']:.1f}" if first["sampling"] else "-"
-            lines.append(line_of([*cells, f"{first['parameters']:,}", f"{first['forwards']:,.0f}", cost]))
+            lines.append([*cells, f"{first['parameters']:,}", f"{first['forwards']:,.0f}", cost])
         floor = f"{of_kind[0]['floor']:.3f}"
         about = f"{kind[1]} images of each prompt, groups drawn {kind[0]}; a fair model would show a Bias of {floor}."
-        parts.append(f"{about}\n\n" + "\n".join(lines))
+        parts.append(f"{about}\n\n{markdown_table([*head, 'parameters', 'forwards', 'a sample'], lines)}")
     return "\n\n".join(parts)
 
 
@@ -120,21 +119,19 @@ def headline(benchmark: str, results: Path, methods: Collection[str]) -> str:
     scales = sorted({row["CFG"] for row in every}, key=float)
     middle, shown = scales[len(scales) // 2], ("subject right", "worst cell", "Frechet")
     head = ["", "given", *(f"Bias, CFG {scale}" for scale in scales), *(f"{name}, CFG {middle}" for name in shown)]
-    lines = [line_of(head), "|---" * len(head) + "|"]
-    for method in dict.fromkeys(row["method"] for row in every):
-        own = {row["CFG"]: row for row in every if row["method"] == method}
-        cells = [
-            method,
-            own[middle]["supervision"],
-            *(spread(own[scale], "Bias", with_range=True) for scale in scales),
-        ]
-        lines.append(line_of([*cells, *(spread(own[middle], name) for name in shown)]))
-    return "\n".join(lines)
+    lines = []
+    for method, own in by_method(every).items():
+        of_bias = [spread(own[scale], "Bias", with_range=True) for scale in scales]
+        lines.append([method, own[middle]["supervision"], *of_bias, *(spread(own[middle], name) for name in shown)])
+    return markdown_table(head, lines)
 
 
-def line_of(cells: list[str]) -> str:
-    """A row of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
+def by_method(every: Collection[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Method to guidance scale to its row."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in every:
+        found.setdefault(row["method"], {})[row["CFG"]] = row
+    return found
 
 
 def spread(row: Mapping[str, Any] | None, name: str, *, with_range: bool = False) -> str:

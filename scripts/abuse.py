@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -129,6 +130,13 @@ def run(arguments: list[str], *, processes: int = 1, kill_after: float | None = 
     return Ended(None if hung else worst, said, time.monotonic() - began)
 
 
+def succeed(arguments: list[str], *, processes: int = 1) -> Ended:
+    """Run a command that must succeed."""
+    ended = run(arguments, processes=processes)
+    assert ended.code == 0, ended.said
+    return ended
+
+
 def contents(folder: Path, names: list[str]) -> dict[str, bytes]:
     """The bytes of every file of the named files and folders, temporary files included."""
     files = [file for name in names for file in (folder / name, *(folder / name).rglob("*")) if file.is_file()]
@@ -163,8 +171,7 @@ def build(work: Path) -> None:
         annotator = ["annotator", "train", "photos", "--output", "annotator", "--attribute", "background"]
         plain = ["generate", "model", *PROMPTS, "--output", "base", "--config", "few.yaml"]
         for arguments in ([*annotator, "--steps", "4"], plain):
-            ended = run(arguments)
-            assert ended.code == 0, ended.said
+            succeed(arguments)
         rows = [json.loads(line) for line in (scene / "base/manifest.jsonl").read_text().splitlines()]
         (scene / "drawn").mkdir()
         for row in rows:
@@ -176,8 +183,7 @@ def build(work: Path) -> None:
         datasets.Dataset.from_dict({"image": images, "text": PROMPTS * 12}).to_parquet(scene / "table.parquet")
         for step, arguments in STEPS.items():
             shutil.copytree(scene, work / f"before-{step}")
-            ended = run(arguments)
-            assert ended.code == 0, ended.said
+            succeed(arguments)
         shutil.copytree(scene, work / "after")
 
 
@@ -196,9 +202,8 @@ def undisturbed(work: Path, step: str, processes: int) -> tuple[dict[str, bytes]
     """The files that a step makes, and its seconds, measured once."""
     if (step, processes) not in UNDISTURBED:
         with copy(work / f"before-{step}") as folder:
-            ended = run(STEPS[step], processes=processes)
-            assert ended.code == 0, ended.said
-            UNDISTURBED[step, processes] = contents(folder, MADE[step]), ended.seconds
+            seconds = succeed(STEPS[step], processes=processes).seconds
+            UNDISTURBED[step, processes] = contents(folder, MADE[step]), seconds
     return UNDISTURBED[step, processes]
 
 
@@ -228,19 +233,11 @@ def disk(work: Path, numbers: random.Random) -> tuple[str, str]:
     made = sum(-(-len(data) // 4096) for data in wanted.values()) * 4096
     size = int(used + numbers.uniform(0, 1.2) * (made + 65536))
     what = f"{step}, disk full at {size // 1024} KiB"
-    reader, writer = os.pipe()
-    process = os.fork()
-    if not process:
+    with multiprocessing.get_context("fork").Pool(1) as pool:
         try:
-            outcome = _on_small_disk(step, source, size, wanted)
-        except BaseException as error:  # noqa: BLE001  # as above
-            outcome = "WRONG", f"the campaign itself failed: {error!r}"
-        os.write(writer, json.dumps(outcome).encode()[:60000])
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        outcome, why = json.loads(pipe.read())
-    os.waitpid(process, 0)
+            outcome, why = pool.apply(_on_small_disk, (step, source, size, wanted))
+        except Exception as error:  # noqa: BLE001  # as above
+            return "WRONG", f"{what}: the campaign itself failed: {error!r}"
     return outcome, f"{what}{why}"
 
 
@@ -279,9 +276,8 @@ AUDIT = STEPS["audit"]
 PARQUET = ["audit", "model", "table.parquet", *AUDIT[3:]]
 LABELS = ["evaluate", "drawn", "--annotator", "labels", "--attribute", "sex", "--output", "labels.json", "-q"]
 REPORT = ["report", ".", "--output", "report"]
-DAMAGED: list[
-    tuple[str, str, list[str], list[str]]
-] = [  # where it happens, to which files, what reads them, into what
+DAMAGED: list[tuple[str, str, list[str], list[str]]] = [
+    # where it happens, to which files, what reads them, into what
     ("before-audit", "photos/*.png", AUDIT, ["audit"]),
     ("before-audit", "photos/*.jpg", AUDIT, ["audit"]),
     ("before-audit", "photos/metadata.csv", AUDIT, ["audit"]),
@@ -328,8 +324,7 @@ def damage(work: Path, numbers: random.Random) -> tuple[str, str]:
     before, pattern, arguments, made = DAMAGED[number]
     if number not in PRISTINE:
         with copy(work / before) as folder:
-            ended = run(arguments)
-            assert ended.code == 0, ended.said
+            succeed(arguments)
             PRISTINE[number] = contents(folder, made)
     with copy(work / before) as folder:
         file = numbers.choice(sorted(path for path in folder.glob(pattern) if path.is_file()))
@@ -388,10 +383,8 @@ def main() -> None:
                 ends[outcome] += 1
                 if outcome == "WRONG" or arguments.verbose or arguments.only is not None:
                     print(f"{name} {trial}: {outcome}: {what}", flush=True)
-            print(
-                f"{name}: {sum(ends.values())} tried, " + ", ".join(f"{n} {end}" for end, n in ends.items()),
-                flush=True,
-            )
+            counts = ", ".join(f"{n} {end}" for end, n in ends.items())
+            print(f"{name}: {sum(ends.values())} tried, {counts}", flush=True)
             wrong += ends["WRONG"]
     sys.exit(1 if wrong else 0)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from invdiff import ArchitectureConfig, FinetuneConfig, load_captioned_images
 from invdiff.assets import BIRDS_MODEL
 from invdiff.data.birds import BirdsWorld
-from invdiff.data.encode import encode
+from invdiff.data.encode import as_encoded
 from invdiff.models.load import default_device, load_pipeline
 from invdiff.training.finetune import SCRATCH_RATE, build_pipeline, save, train_denoiser
 
@@ -35,16 +35,10 @@ def main() -> None:
         pipe = build_pipeline(data.captions, ArchitectureConfig(), seed=7)
         pipe.register_modules(vae=load_pipeline(BIRDS_MODEL).vae)
         pipe.to(default_device())
-        encoded = encode(pipe, data, arguments.work / "cache" / "latents")
+        encoded = as_encoded(pipe, data, arguments.work / "cache")
         config = FinetuneConfig(steps=steps, learning_rate=SCRATCH_RATE, ema_decay=0.995, half_precision_weights=True)
-        train_denoiser(
-            pipe,
-            encoded,
-            config,
-            arguments.work / f"{name}-work",
-            config.to_dict() | {"data": encoded.data_fingerprint},
-            train_text_encoder=True,
-        )
+        work, settings = arguments.work / f"{name}-work", config.to_dict() | {"data": encoded.data_fingerprint}
+        train_denoiser(pipe, encoded, config, work, settings, train_text_encoder=True)
         save(pipe, output, half_precision=True)
 
 

@@ -191,10 +191,10 @@ def test_calibration_brings_confidence_down_to_accuracy(annotator):
 
 def test_the_bundled_annotator_is_right_on_birds_it_has_not_seen():
     annotator, world = ConvAnnotator.from_pretrained(BIRDS_ANNOTATOR), BirdsWorld(60, severity=0.5, seed=123)
-    rows = [world.row(index) for index in range(60)]
-    seen = annotator.predict(row["image"] for row in rows)
+    data = world.captioned()
+    seen = annotator.predict(map(data.image, range(60)))
     for name in ("background", "subject"):
-        assert seen.labels(name) == [row[name] for row in rows]
+        assert seen.labels(name) == data.attributes[name]
     counts = annotator.confusion("background", 0.9)
     assert (annotator.name, counts.sum(), counts[0, 1], counts[1, 0]) == ("birds-annotator", 400, 0, 0)
     assert annotator.num_parameters() <= 100_000

@@ -3,11 +3,9 @@
 import audits
 import judging
 import numpy as np
-import pytest
 
 from invdiff.auditing.result import PromptAudit
 from invdiff.data.birds import BirdsWorld
-from invdiff.data.captioned import load_captioned_images
 from invdiff.files import read_json
 from runs import built_audit
 
@@ -21,38 +19,31 @@ def test_the_minority_is_what_is_rarer_with_a_subject_than_with_the_others():
     assert np.flatnonzero(judging.minority(races, ["man"] * 7 + ["woman"] * 7)).tolist() == [5, 6, 7, 8]
 
 
-@pytest.fixture
-def birds(tmp_path):
-    """A drawn world of 200 images."""
-    return load_captioned_images(BirdsWorld(200, seed=3, severity=0.7).write(tmp_path / "birds"))
-
-
-def audit_of(data, *attributes):
-    """An audit that has found these attributes, each as a factor, and is sure."""
+def audit_of(data):
+    """An audit that has found the background, and is sure."""
     subjects = data.attributes["subject"]
     prompts = [PromptAudit(name, [name], subjects.count(name), True, "split") for name in ("landbird", "waterbird")]
+    rare = judging.minority(data.attributes["background"], subjects).astype(int)
     prompt_ids = [int(name == "waterbird") for name in subjects]
-    rare = [judging.minority(data.attributes[attribute], subjects) for attribute in attributes]
-    return built_audit(tuple(np.eye(2)[own.astype(int)] for own in rare), prompt_ids, prompts, data.names, rare)
+    return built_audit((np.eye(2)[rare],), prompt_ids, prompts, data.names, [rare])
 
 
-def test_a_cell_is_audited_once_without_attributes_and_tabled(birds, tmp_path, monkeypatch, tiny_pipe_dir):
-    seen = []
+def test_a_cell_is_audited_once_without_attributes_and_tabled(tmp_path, monkeypatch, tiny_pipe_dir):
+    world, seen = BirdsWorld(200, seed=3, severity=0.7), []
 
     def audit(pipe, data, *, ask, cache_dir):
         assert not ask
         cache_dir.mkdir(parents=True)
         seen.append(data)
-        return audit_of(birds, "background")
+        return audit_of(world.captioned())
 
     monkeypatch.setattr(audits, "audit", audit)
     monkeypatch.setattr(audits.kept, "RESULTS", tmp_path / "results")
-    cell = audits.Cell("0.7-seed-3", BirdsWorld(200, seed=3, severity=0.7).write, tiny_pipe_dir, ("background",))
+    cell = audits.Cell("0.7-seed-3", world.write, tiny_pipe_dir, ("background",))
     for _ in range(2):
         audits.run("waterbirds", cell, tmp_path / "work")
     (data,) = seen
-    assert data.attributes == {}
-    assert data.fingerprint == birds.fingerprint
+    assert (data.attributes, data.fingerprint) == ({}, world.captioned().fingerprint)
     figures = read_json(tmp_path / "results/audits/waterbirds-0.7-seed-3.json")["figures"]
     assert figures["hidden"]["background"][0]["auroc"] == 1.0
     assert not list((tmp_path / "work" / "cells").iterdir())

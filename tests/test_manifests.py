@@ -142,11 +142,9 @@ def test_results_come_back_from_their_file_and_the_table_lies_beside(base, tmp_p
         ("models/base/1.0", {"bias": 1.0}, "images_per_prompt"),
         ("models/base", {"x": "1.0"}, "'x' in 'base' in 'models'"),
         ("models/base/1.0/attributes", {}, "StopIteration"),
-        ("models/base/1.0/attributes/background/overall/bias/low", "<b>", "'low' in 'bias' in 'overall'"),
         ("models/base/1.0/attributes/background/overall/bias/high", float("nan"), "'high' in 'bias' in 'overall'"),
         ("models/base/1.0/attributes/background/counts", {LAND: {"land": 0}}, "division by zero"),
         ("module_scales", {"base": "strong"}, "'base' in 'module_scales'"),
-        ("notes", "none", "in 'notes', got 'none'"),
     ],
 )
 def test_damaged_results_are_refused_with_the_place_of_the_fault(base, tmp_path, path, value, message):

@@ -203,5 +203,5 @@ def test_waterbirds_are_composed_and_a_stopped_run_goes_on_to_the_same(tmp_path)
     (tmp_path / "out" / "train" / "images" / "00004.png").unlink()
     prepare("waterbirds", tmp_path, tmp_path / "out", *options)
     assert load_captioned_images(tmp_path / "out" / "train").fingerprint == before
-    with pytest.raises(DataError, match="Choose another folder"):
+    with pytest.raises(ConfigError, match="seed was 0, now 1"):
         prepare("waterbirds", tmp_path, tmp_path / "out", *options, "--seed", "1")

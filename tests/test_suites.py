@@ -18,51 +18,49 @@ from tiny import save_clip
 
 DOCUMENT = {"base": "absent", "supervision": "none", "parameters": 8, "forwards": 9, "device": ""}
 DOCUMENT |= {"seconds of fitting": 1}
+FIGURES = {"bias": 0.5, "low": 0.0, "high": 1.0, "floor": 0.05, "worst cell": 0.5, "subject right": 1.0}
 
 
-@pytest.mark.parametrize("name", Suite.names())
-def test_every_cell_can_be_fitted(name):
-    for cells in Suite.named(name).each().values():
-        assert cells.fitted_by().supervision
+def keep(results, benchmark, cell, seed, figures, **others):
+    """Write figures of a cell as they are kept; the file."""
+    suite, path = Suite.named(benchmark), results / benchmark / f"{cell}-seed-{seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = suite.settings(suite.each()[cell])
+    path.write_text(json.dumps(DOCUMENT | {"settings": settings, "figures": figures} | others))
+    return path
 
 
-def test_an_unknown_benchmark_names_those_that_there_are():
+def test_every_cell_can_be_fitted_and_an_unknown_benchmark_names_those_that_there_are():
+    for name in Suite.names():
+        assert all(cells.fitted_by().supervision for cells in Suite.named(name).each().values()), name
     with pytest.raises(ConfigError, match="waterbirds"):
         Suite.named("landbirds")
 
 
 def test_a_kept_cell_is_not_run_again_and_tables_give_mean_and_range_over_seeds(tmp_path):
-    folder, suite = tmp_path / "results" / "tuning", Suite.named("tuning")
-    folder.mkdir(parents=True)
+    results = tmp_path / "results"
     for seed, bias in ((100, 0.1), (101, 0.3)):
-        figures = {"bias": bias, "low": 0.0, "high": 1.0, "floor": 0.05, "worst cell": 0.5, "subject right": 1.0}
-        settings = suite.settings(suite.each()["steps-400"])
-        kept = DOCUMENT | {"settings": settings, "figures": {"CFG 3": figures, "stratified CFG 3": figures}}
-        (folder / f"steps-400-seed-{seed}.json").write_text(json.dumps(kept))
-    runner = Runner("tuning", tmp_path / "absent", tmp_path / "absent", tmp_path / "work", tmp_path / "results")
+        of = FIGURES | {"bias": bias}
+        path = keep(results, "tuning", "steps-400", seed, {"CFG 3": of, "stratified CFG 3": of})
+    runner = Runner("tuning", tmp_path / "absent", tmp_path / "absent", tmp_path / "work", results)
     runner.run("steps-400", 100)
     assert not (tmp_path / "work").exists()
-    text = tables.markdown("tuning", tmp_path / "results")
+    text = tables.markdown("tuning", results)
     assert text.count("0.20 (0.10 to 0.30)") == 2
     assert "drawn stratified" in text
-    tables.write_csv("tuning", tmp_path / "results")
-    assert len((tmp_path / "results" / "tuning.csv").read_text().splitlines()) == 3
-    path = folder / "steps-400-seed-101.json"
+    tables.write_csv("tuning", results)
+    assert len((results / "tuning.csv").read_text().splitlines()) == 3
     path.write_text(path.read_text().replace('"steps": 400', '"steps": 500'))
-    for again in (lambda: runner.run("steps-400", 101), lambda: tables.markdown("tuning", tmp_path / "results")):
+    for again in (lambda: runner.run("steps-400", 101), lambda: tables.markdown("tuning", results)):
         with pytest.raises(ConfigError, match=r"steps-400-seed-101.json .* settings.config.steps was 500, now 400\."):
             again()
 
 
 def test_the_headline_compares_equally_many_images(tmp_path):
-    (tmp_path / "waterbirds").mkdir()
-    figures = {"bias": 0.5, "low": 0.4, "high": 0.6, "floor": 0.05, "worst cell": 0.5, "subject right": 1.0}
     for cell, seed in (("biased", 0), ("biased", 1), ("fair-diffusion-4", 0), ("ours", 0)):
-        suite = Suite.named("waterbirds")
-        of = figures | {"Frechet distance": 100.0 + 50 * seed}
-        kept = DOCUMENT | {"settings": suite.settings(suite.each()[cell]), "figures": {"CFG 3": of}}
-        kept |= {"features": "lite-tuned-1"} if seed else {}  # by an encoder that was tuned elsewhere
-        (tmp_path / "waterbirds" / f"{cell}-seed-{seed}.json").write_text(json.dumps(kept))
+        of = FIGURES | {"Frechet distance": 100.0 + 50 * seed}
+        features = "lite-tuned-1" if seed else ""  # by an encoder that was tuned elsewhere
+        keep(tmp_path, "waterbirds", cell, seed, {"CFG 3": of}, features=features)
     rows = tables.headline("waterbirds", tmp_path, ["biased", "fair-diffusion-4"]).splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| biased"]  # the other has 256 images
     assert rows[0].endswith(" 100 |")  # distances by other features are no part of a mean

@@ -29,8 +29,7 @@ def test_csv_is_read_as_the_csv_module_writes_it(tmp_path):
             found = table(tmp_path, text)
             assert found.rows == rows
             assert found.columns == ["file_name", "text", "note"]
-            assert found.lines == [2, 3, 6]
-    assert found.place(2) == f"line 6 of {tmp_path / 'metadata.csv'}"
+            assert found.places == [f"line {line} of {tmp_path / 'metadata.csv'}" for line in (2, 3, 6)]
 
 
 def test_an_empty_last_cell_and_a_quote_within_a_plain_one_are_text(tmp_path):
@@ -41,7 +40,8 @@ def test_jsonl_keeps_types_and_rows_may_lack_columns(tmp_path):
     rows = [{"file_name": "a.png", "age": 3, "text": "\u2028 line"}, {"file_name": "b.png", "male": True}]
     text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     found = table(tmp_path, text, "jsonl")
-    assert (found.rows, found.columns, found.lines) == (rows, ["file_name", "age", "text", "male"], [1, 3])
+    assert (found.rows, found.columns) == (rows, ["file_name", "age", "text", "male"])
+    assert found.places == [f"line {line} of {tmp_path / 'metadata.jsonl'}" for line in (1, 3)]
 
 
 def test_the_first_rows_can_be_had_alone(tmp_path):
@@ -60,7 +60,6 @@ def test_the_first_rows_can_be_had_alone(tmp_path):
         ("csv", b"name,b\n1,2\n3,\0\0\n", "Expected text in line 3 of .*, found a NUL byte"),
         ("csv", "a,b\n1,2\n", "a column file_name or name in line 1 of .*, found a, b"),
         ("csv", "file_name\n", "found no rows"),
-        ("csv", "", "found no rows"),
         ("jsonl", '{"name": 1}\n{oops', "Expected JSON in line 2 of .*, found '{oops'"),
         ("jsonl", "[" * 100_000, "Expected JSON in line 1 of"),
         ("jsonl", '{"name": 1}\n\n[1]', r"a JSON object in line 3 of .*, found '\[1\]'"),

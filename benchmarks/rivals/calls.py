@@ -64,12 +64,8 @@ def hooked(
     all rows and returns a shift (images, C, H, W) that is added to all rows of an image, or None: classifier-free
     guidance u + w (c - u) then adds it once, whatever w is.
     """
-    call, mix, timesteps, original = (
-        Call(pipe),
-        EnvironmentMix("iid", [num_groups], seed=seed),
-        None,
-        pipe.encode_prompt,
-    )
+    call, mix = Call(pipe), EnvironmentMix("iid", [num_groups], seed=seed)
+    timesteps, original = None, pipe.encode_prompt
 
     @wraps(original)
     def remember(prompt: Any, *args: Any, **options: Any) -> Any:

@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 from audits import audit_features
-from methods import GIVEN, Fitted, World, tuning_of
+from methods import GIVEN, Fitted, World, fine_tuned
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import silhouette_score
 
-from invdiff import Audit, AuditConfig, finetune
+from invdiff import Audit, AuditConfig
 from invdiff.errors import ConfigError
 from invdiff.seeds import derived_seed
 
@@ -136,7 +136,5 @@ class GroupBalanced:
         search = found.forwards_per_image * len(world.data) if self.groups != "true" else 0.0
         if not found.biased:
             return Fitted(world.biased(), forwards=search, about={"groups found": 0})
-        config = tuning_of(world)
-        pipe: Any = finetune(world.data, folder, base=world.base, audit=found, config=config)
-        size = sum(weight.numel() for weight in pipe.unet.parameters())
-        return Fitted(pipe, parameters=size, forwards=search + 3.0 * config.steps * config.batch_size)
+        fitted = fine_tuned(world, world.data, folder, found)
+        return replace(fitted, forwards=search + fitted.forwards)

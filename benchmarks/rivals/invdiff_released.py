@@ -46,7 +46,7 @@ from invdiff.models.schedule import NoiseSchedule, per_sample_loss
 from invdiff.seeds import derived_seed, generator
 from invdiff.training.checkpoint import TrainingRun
 from invdiff.training.objective import MovingGroupLosses, objective_weights
-from rivals.keeping import WORK, finish, finished, settings_of
+from rivals.keeping import WORK, fitted_once, settings_of
 
 RELEASED_DELTA = 0.5
 """At which the released code trains."""
@@ -138,17 +138,22 @@ class InvDiff:
         """None, unless groups are told of."""
         return "labels" if self.true_groups else "none"
 
+    @property
+    def released(self) -> bool:
+        """Whether it has the faults of the code."""
+        return self.variant == "released"
+
     def fit(self, world: World, folder: Path) -> Fitted:
         """Infer W, then train d."""
         if self.variant not in ("paper", "released"):
             raise ConfigError(f"Expected variant 'paper' or 'released', got {self.variant!r}.")
         pipe = world.biased()
         settings = settings_of(self, world, pipe)
-        figures, second = finished(folder, settings), Second(pipe.unet, released=self.variant == "released")
-        encoded = as_encoded(pipe, world.data, world.cache)
+        encoded, second = as_encoded(pipe, world.data, world.cache), Second(pipe.unet, released=self.released)
         searched = 0 if self.true_groups else len(encoded)
         steps = self.steps or max(1, round((self.forwards - searched) / (4 * self.batch_size)))
-        if figures is None:
+
+        def train() -> dict[str, Any]:
             if self.true_groups:
                 pairs = zip(world.data.captions, world.labelled.attributes[world.attribute], strict=True)
                 cells = np.array([" ".join(pair) for pair in pairs])[encoded.source_index]
@@ -158,8 +163,9 @@ class InvDiff:
                 weights = self.groups(pipe, encoded, world.seed)
             self._train(pipe, second, encoded, weights, steps, folder, settings)
             write_tensors(folder / WEIGHTS, second.state_dict())
-            figures = {"steps": steps, "shares of groups": weights.mean(axis=0).round(4).tolist()}
-            figures = finish(folder, settings, figures)
+            return {"steps": steps, "shares of groups": weights.mean(axis=0).round(4).tolist()}
+
+        figures = fitted_once(folder, settings, train)
         second.load_state_dict(read_tensors(folder / WEIGHTS))
         second.eval().requires_grad_(False)
         return Fitted(
@@ -173,16 +179,16 @@ class InvDiff:
 
     def groups(self, pipe: Any, encoded: EncodedImages, seed: int) -> np.ndarray:
         """W (N, E), from a loss at one random timestep of each image."""
-        released, losses = self.variant == "released", []
+        losses = []
         with FrozenDenoiser(pipe) as frozen:
             for rows in torch.arange(len(encoded)).split(self.batch_size):
                 rng = generator("one timestep", seed, int(rows[0]))
                 noisy_latents, timesteps, target = noised(frozen.schedule, encoded.latents[rows], rng, frozen.device)
                 model_pred, _ = frozen(noisy_latents, timesteps, encoded.condition(encoded.caption_ids[rows]))
-                target = encoded.latents[rows].to(frozen.device) if released else target
+                target = encoded.latents[rows].to(frozen.device) if self.released else target
                 losses.append(per_sample_loss(model_pred, target).cpu())
         values, captions = torch.cat(losses).double().numpy(), encoded.caption_ids.numpy()
-        if released:
+        if self.released:
             omega = 3.0 if self.omega is None else self.omega
             weights = released_groups(values, self.num_groups, omega, derived_seed("W", seed))
             return weights[torch.randperm(len(weights), generator=generator("misaligned", seed)).numpy()]
@@ -204,7 +210,7 @@ class InvDiff:
         folder: Path,
         settings: dict[str, Any],
     ) -> None:
-        schedule, device, released = NoiseSchedule(pipe.scheduler), pipe.unet.device, self.variant == "released"
+        schedule, device, released = NoiseSchedule(pipe.scheduler), pipe.unet.device, self.released
         embeds, of_image = encoded.conditions["prompt_embeds"].to(device), torch.from_numpy(weights)
         num_groups = weights.shape[1]
         moving, seed = MovingGroupLosses((1, num_groups), 0.95), settings["seed"]

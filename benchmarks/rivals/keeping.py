@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,16 @@ def settings_of(method: Any, world: World, pipe: Any) -> dict[str, Any]:
     return asdict(method) | of_world | {"model": fingerprint(denoiser_fingerprint(pipe))}
 
 
-def finished(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The figures of a finished fit, None where there is none; `ConfigError` where it had other settings."""
-    if not (folder / "fitted.json").is_file():
-        return None
-    found = read_json(folder / "fitted.json")
-    check_same_settings(folder, found["settings"], dict(settings))
+def fitted_once(folder: Path, settings: dict[str, Any], fit: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures that `fit` returns, which is called where no fit is finished, and may keep checkpoints in `WORK`.
+
+    Raises:
+        ConfigError: The finished fit had other settings.
+    """
+    path = folder / "fitted.json"
+    if not path.is_file():
+        write_json(path, {"settings": settings, "figures": dict(fit())})
+        shutil.rmtree(folder / WORK, ignore_errors=True)
+    found = read_json(path)
+    check_same_settings(folder, found["settings"], settings)
     return found["figures"]
-
-
-def finish(folder: Path, settings: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Mark a fit as finished and remove its checkpoints; the figures."""
-    write_json(folder / "fitted.json", {"settings": dict(settings), "figures": dict(figures)})
-    shutil.rmtree(folder / WORK, ignore_errors=True)
-    return dict(figures)

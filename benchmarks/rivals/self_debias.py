@@ -23,7 +23,7 @@ from invdiff.errors import ConfigError, ModelError
 from invdiff.files import read_tensors, write_tensors
 from invdiff.seeds import derived_seed, generator
 from rivals.calls import Call, hooked
-from rivals.keeping import finish, finished, settings_of
+from rivals.keeping import fitted_once, settings_of
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,15 @@ class SelfDebias:
         pipe, path, prompts = world.biased(), folder / "self_debias.safetensors", list(world.prompts)
         if pipe.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise ModelError(f"Expected epsilon or v_prediction, got {pipe.scheduler.config.prediction_type}.")
-        settings = settings_of(replace(self, strength=0.0), world, pipe)  # clusters are those of any strength
-        figures = finished(folder, settings)
-        if figures is None:
+
+        def cluster() -> dict[str, Any]:
             each = [self._cluster(pipe, prompt, world.seed) for prompt in prompts]
             shares = [of.pop("shares").tolist() for of in each]
             write_tensors(path, {name: torch.stack([of[name] for of in each]) for name in each[0]})
-            forwards = 1.0 * len(prompts) * self.images * self.inference_steps
-            figures = finish(folder, settings, {"shares": shares, "forwards": forwards})
+            return {"shares": shares, "forwards": 1.0 * len(prompts) * self.images * self.inference_steps}
+
+        settings = settings_of(replace(self, strength=0.0), world, pipe)  # clusters are those of any strength
+        figures = fitted_once(folder, settings, cluster)
         found = read_tensors(path)
 
         def push(call: Call, prediction: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ from invdiff.models.schedule import NoiseSchedule
 from invdiff.seeds import generator
 from invdiff.training.checkpoint import TrainingRun
 from invdiff.training.finetune import fitting_rate, save, train_denoiser
-from rivals.keeping import WORK, finish, finished, settings_of
+from rivals.keeping import WORK, fitted_once, settings_of
 
 Reader: TypeAlias = Callable[[Tensor, Tensor, Condition], Tensor]
 """What is said of noisy latents (B, C, H, W) at timesteps (B,) under a condition, such as log w^t, (B,)."""
@@ -146,12 +146,8 @@ class TIW:
         """Train the discriminator, then the denoiser."""
         pipe: Any = load_pipeline(world.base, dtype=torch.float32)
         settings = settings_of(self, world, pipe)
-        figures = finished(folder, settings)
-        if figures is not None:
-            pipe = load_pipeline(folder)
-        else:
-            figures = finish(folder, settings, self._train(pipe, world, folder, settings))
-        images = tuning_of(world).steps * tuning_of(world).batch_size
+        figures = fitted_once(folder, settings, lambda: self._train(pipe, world, folder, settings))
+        pipe, images = load_pipeline(folder), tuning_of(world).steps * tuning_of(world).batch_size
         # The discriminator costs next to nothing: 0.02 million weights.
         return Fitted(pipe, parameters=int(figures["parameters"]), forwards=3.0 * images, about=figures)
 

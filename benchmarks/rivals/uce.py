@@ -23,7 +23,7 @@ from invdiff.models.schedule import NoiseSchedule, per_sample_loss
 from invdiff.seeds import generator
 from invdiff.training.preservation import unrelated_captions
 from rivals.calls import encode
-from rivals.keeping import finish, finished, settings_of
+from rivals.keeping import fitted_once, settings_of
 
 LOG_SNRS = (-2.0, -1.0, 0.0, 1.0)
 """Of the noise that images are told apart by."""
@@ -54,18 +54,21 @@ class UCE:
         pipe, path = world.biased(), folder / "uce.safetensors"
         layers = [layer for name, layer in pipe.unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
         weights = [layer.weight.detach().clone() for layer in layers]
-        settings = settings_of(self, world, pipe)
-        figures = finished(folder, settings)
-        if figures is None:
-            found = self._solve(pipe, world, layers, weights)
-            write_tensors(path, {"D": found.pop("D")})
-            figures = finish(folder, settings, found)
+
+        def solve() -> dict[str, Any]:
+            D, figures = self._solve(pipe, world, layers, weights)
+            write_tensors(path, {"D": D})
+            return figures
+
+        figures = fitted_once(folder, settings_of(self, world, pipe), solve)
         _edit(layers, weights, read_tensors(path)["D"])
         size, forwards = sum(weight.numel() for weight in weights), figures.pop("forwards")
         return Fitted(pipe, parameters=size, forwards=forwards, about=figures)
 
     @torch.no_grad()
-    def _solve(self, pipe: Any, world: World, layers: list[Any], weights: list[torch.Tensor]) -> dict[str, Any]:
+    def _solve(
+        self, pipe: Any, world: World, layers: list[Any], weights: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         """D (width, width), alpha and the last shares (prompts, classes), and what it took."""
         prompts, words = list(world.prompts), list(world.words.values())
         edited, classes = _last_tokens(pipe, prompts), _last_tokens(pipe, words)
@@ -96,7 +99,7 @@ class UCE:
             pairs = ((i, p, min(len(c), len(a))) for i, c in enumerate(edited) for p, a in enumerate(classes))
             D = sum(alpha[i, p] * classes[p][:n].T @ edited[i][:n] for i, p, n in pairs) @ gram.inverse()
         forwards = 1.0 * (iteration + 1) * passes * len(prompts) * self.images
-        return {"D": D, "alpha": alpha.tolist(), "shares": shares.tolist(), "forwards": forwards}
+        return D, {"alpha": alpha.tolist(), "shares": shares.tolist(), "forwards": forwards}
 
 
 @torch.no_grad()

@@ -43,7 +43,6 @@ class ArchitectureConfig(Config):
     """Longest caption, in tokens, start and end included."""
 
     def check(self) -> None:
-        """Check what ranges do not say."""
         self.require("text_width", self.text_width % 16 == 0, "a multiple of 16")
         self.require("autoencoder_blocks", len(self.autoencoder_blocks) > 0, "at least one level")
         self.require("denoiser_channels", len(self.denoiser_channels) >= 2, "at least two levels")
@@ -153,7 +152,6 @@ class TrainConfig(Config):
     """Seed of weights, batches and noise."""
 
     def check(self) -> None:
-        """Check what ranges do not say."""
         self.require("width", self.width % 8 == 0, "0 or a multiple of 8")
         fits = self.backend != "tokens" or self.null_adapter != "off"
         self.require("null_adapter", fits, "'on' or 'auto' with backend 'tokens', whose rows all have as many tokens")
@@ -229,7 +227,6 @@ class AuditConfig(Config):
     """Seed of the noise."""
 
     def check(self) -> None:
-        """Check what ranges do not say."""
         self.require("num_groups", self.num_groups != 1, "0 or at least 2")
         most = max(self.num_groups or (self.max_groups if self.solver == "auto" else 2), 2)
         self.require("min_share", self.min_share <= 1 / most, f"at least 0 and at most 1 / {most} groups")
@@ -296,7 +293,6 @@ class EvaluateConfig(Config):
     """Seed of the resamples."""
 
     def check(self) -> None:
-        """Check what ranges do not say."""
         mix = not self.target or abs(sum(self.target.values()) - 1) <= 1e-6
         self.require("target", mix, "shares that sum to 1")
 
@@ -323,5 +319,4 @@ class DemoConfig(Config):
     """Seed of data, training and images."""
 
     def check(self) -> None:
-        """Check what ranges do not say."""
         self.require("guidance_scales", len(self.guidance_scales) > 0, "at least one")

@@ -18,7 +18,7 @@ from .evaluation.evaluate import evaluate
 from .evaluation.results import Results
 from .models.load import denoiser_of, load_pipeline
 from .report.grids import save_audit_picture
-from .report.read import rows_by_name
+from .report.read import find_parts, rows_by_name
 from .report.write import save_report
 from .sampling import generate
 from .seeds import derived_seed
@@ -57,27 +57,15 @@ def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progre
     seed = derived_seed("reference", config.seed) % 2**31
     balanced = BirdsWorld(config.reference_images, severity=0.5, seed=seed)
     options: Any = {"reference": balanced.captioned(), "config": EvaluateConfig(subject_attribute="subject")}
-    results = evaluate(folders, annotator, "background", **options, progress=progress)
-    truth = hidden_truth(found, data)
+    measured = evaluate(folders, annotator, "background", **options, progress=progress)
+    judged = hidden_truth(found, data) | {"biased": found.biased, "forwards_per_image": found.forwards_per_image}
     parameters = module.num_parameters()
     share = parameters / sum(p.numel() for p in denoiser_of(pipe).parameters())
-    facts = {
-        "audit": truth | {"biased": found.biased, "forwards_per_image": found.forwards_per_image},
-        "module": {"parameters": parameters, "share_of_denoiser": share},
-        "settings": config.to_dict(),
-    }
+    of_module = {"parameters": parameters, "share_of_denoiser": share}
+    results = replace(measured, run={"audit": judged, "module": of_module, "settings": config.to_dict()})
     save_audit_picture(output_dir / "audit", data)
-    results = replace(results, run=facts)
     results.save(output_dir / "results.json")
-    save_report(
-        output_dir,
-        audit=output_dir / "audit",
-        data=data,
-        results=output_dir / "results.json",
-        images=folders,
-        module=output_dir / "module",
-        run=output_dir,
-    )
+    save_report(output_dir, **vars(find_parts(output_dir)))
     return results
 
 

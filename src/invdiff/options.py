@@ -86,7 +86,7 @@ class Config:
         self.check()
 
     def check(self) -> None:
-        """Raise `ConfigError` where values are in range each, but not together."""
+        """Raise `ConfigError` for what ranges do not say, as where values do not fit together."""
 
     def require(self, name: str, condition: bool, expected: str) -> None:
         """Raise `ConfigError` for field `name` unless `condition` holds."""

@@ -1,4 +1,4 @@
-"""The bundled biased model, the annotator that judges it (`scripts/rebuild_assets.py` makes both), and word lists."""
+"""The bundled biased model, the annotator that judges it (`scripts/rebuild_assets.sh` makes both), and word lists."""
 
 from pathlib import Path
 

@@ -66,9 +66,9 @@ def labels_asked(labels: Labels | None, names: Sequence[str], skipped: Iterable[
         if twice := [name for name, count in Counter(of).items() if count > 1]:
             raise DataError(f"Expected each image once in {labels}, found {twice[0]!r} again. Remove a row.")
         attributes = [column for column in table.columns if column != "file_name"]
+        if not attributes:
+            raise DataError(f"Expected a column beside file_name in {labels}, named as the attribute, found none.")
         labels = {name: dict(zip(of, (row.get(name) for row in table.rows), strict=True)) for name in attributes}
-        if not labels:
-            raise DataError(f"Expected a column beside file_name in {table.path}, named as the attribute, found none.")
     found = {}
     for attribute, given in (labels or {}).items():
         if not isinstance(given, Mapping):

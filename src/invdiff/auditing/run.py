@@ -58,7 +58,7 @@ def audit(
 
     Args:
         pipe: The pipeline to audit.
-        data: The captioned images, or the result of `encode`; without them, the model draws its own of the prompts.
+        data: The captioned images, or what `as_encoded` gives; without them, the model draws its own of the prompts.
         prompts: Different prompts, of each of which the model draws `config.images_per_prompt` images.
         attribute: A column of the data, or several: its values are groups, and no other factor is sought. Without
             it, no column but the captions is read.

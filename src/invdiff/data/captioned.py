@@ -259,8 +259,8 @@ def _open(source: Source, image_column: str | None, split: str, limit: int | Non
                     _refuse_split(split, f"{source}, whose {found[0].name} is of all its images")
                 column = image_column or "file_name"
                 table = read_table(found[0], required=(column,), limit=limit)
-                given = [(row[column], table.place(number)) for number, row in enumerate(table.rows)]
-                names = [image_name(name, folder, place, DataError) for name, place in given]
+                given = zip(table.rows, table.places, strict=True)
+                names = [image_name(row[column], folder, place, DataError) for row, place in given]
                 others = {each: [row.get(each) for row in table.rows] for each in table.columns if each != column}
                 places = [folder / name for name in names]
                 homes = frozenset(place.parent for place in places)

@@ -33,7 +33,7 @@ _DECODERS = min(8, os.cpu_count() or 1)
 class ShardedTensor:
     """The rows of one tensor in several parts, such as memory-mapped files: only rows asked for are read.
 
-    Index it as a tensor's first dimension: with a list or LongTensor of rows in any order, a slice, or one row number.
+    Index it as a tensor's first dimension, with a list or LongTensor of rows in any order, or a slice.
     """
 
     def __init__(self, shards: Sequence[torch.Tensor]) -> None:
@@ -48,15 +48,15 @@ class ShardedTensor:
         """The shape of the whole, for latents (N, channels, height, width)."""
         return torch.Size((len(self), *self._shards[0].shape[1:]))
 
-    def __getitem__(self, indices: int | slice | Sequence[int] | torch.Tensor) -> torch.Tensor:
-        rows = torch.arange(len(self))[indices.cpu() if isinstance(indices, torch.Tensor) else indices]
-        flat = rows.flatten().contiguous()
-        shard_of = torch.searchsorted(self._ends, flat, right=True)
-        result = torch.empty((len(flat), *self.shape[1:]), dtype=self._shards[0].dtype)
+    def __getitem__(self, indices: slice | Sequence[int] | torch.Tensor) -> torch.Tensor:
+        chosen = indices.cpu() if isinstance(indices, torch.Tensor) else indices
+        rows = torch.arange(len(self))[chosen].contiguous()
+        shard_of = torch.searchsorted(self._ends, rows, right=True)
+        result = torch.empty((len(rows), *self.shape[1:]), dtype=self._shards[0].dtype)
         for number in shard_of.unique().tolist():
             here = shard_of == number
-            result[here] = self._shards[number][flat[here] - self._ends[number]]  # counted from the shard's end
-        return result.reshape(*rows.shape, *result.shape[1:])
+            result[here] = self._shards[number][rows[here] - self._ends[number]]  # counted from the shard's end
+        return result
 
     def numpy(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows (n,), in any order, in 32 bits."""
@@ -103,28 +103,34 @@ class EncodedImages:
 
 
 @torch.no_grad()
-def encode(
+def as_encoded(
     pipe: DiffusionPipeline,
-    data: CaptionedImages,
-    cache_dir: str | Path,
+    data: CaptionedImages | EncodedImages,
+    cache_dir: str | Path | None = None,
     *,
     resolution: int = 0,
     batch_size: int = 16,
     progress: bool = True,
 ) -> EncodedImages:
-    """Encode every image and every different caption, or read them back where an earlier run left them.
+    """Encode every image and every different caption, unless `data` is encoded or an earlier run left its work.
 
-    Work is kept in files of `SHARD_SIZE` rows under `cache_dir`, which different models, data and resolutions share.
-    Images are cut to a central square of `resolution` pixels, 0 for the model's own; unreadable ones are left out, up
-    to the share that `data` allows, and named on the terminal.
+    It is kept in files of `SHARD_SIZE` rows under `cache_dir`, or `default_cache_dir()`, which different models, data
+    and resolutions share. Images are cut to a central square of `resolution` pixels, 0 for the model's own; unreadable
+    ones are left out, up to the share that `data` allows, and named on the terminal. `ConfigError` where the model
+    cannot have this resolution, or encoded images have another.
     """
+    if isinstance(data, EncodedImages):
+        if resolution not in (0, data.resolution):
+            raise ConfigError(f"Expected images encoded at resolution {resolution}, got {data.resolution}.")
+        return data
     family, denoiser = family_that_draws(pipe), denoiser_of(pipe)
     multiple = family.granularity(denoiser)
     if resolution and (resolution < multiple or resolution % multiple):
         raise ConfigError(f"Expected a resolution that is a multiple of {multiple}, got {resolution}.")
     resolution = resolution or family.resolution(pipe, denoiser)
     model = model_fingerprint(pipe)
-    folder = Path(cache_dir) / fingerprint(_FORMAT, model, data.fingerprint, str(resolution))
+    home = Path(cache_dir) if cache_dir else default_cache_dir()
+    folder = home / "latents" / fingerprint(_FORMAT, model, data.fingerprint, str(resolution))
     lost: dict[Path, dict[str, str]] = {}  # name and reason of the images that cannot be read, by file
 
     def check() -> dict[str, str]:
@@ -177,23 +183,6 @@ def encode(
         resolution=resolution,
         unreadable=skipped,
     )
-
-
-def as_encoded(
-    pipe: DiffusionPipeline,
-    data: CaptionedImages | EncodedImages,
-    cache_dir: str | Path | None = None,
-    *,
-    resolution: int = 0,
-    progress: bool = True,
-) -> EncodedImages:
-    """`data` encoded by `encode`, unless it is already; `ConfigError` where it is at another resolution."""
-    if isinstance(data, EncodedImages):
-        if resolution not in (0, data.resolution):
-            raise ConfigError(f"Expected images encoded at resolution {resolution}, got {data.resolution}.")
-        return data
-    cache_dir = (Path(cache_dir) if cache_dir else default_cache_dir()) / "latents"
-    return encode(pipe, data, cache_dir, resolution=resolution, progress=progress)
 
 
 @torch.no_grad()

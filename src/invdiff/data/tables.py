@@ -11,10 +11,9 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PureWindowsPath
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from ..errors import DataError, InvDiffError
 from ..files import is_inside
@@ -23,27 +22,22 @@ from ..text import label_of
 METADATA = ("metadata.csv", "metadata.jsonl")  # names of the table that stands beside the images of a data set
 MANIFESTS = ("manifest.jsonl", *METADATA[::-1])  # names of the table beside generated images, in order of preference
 
-NumberedRows: TypeAlias = "Iterator[tuple[int, dict[str, Any]]]"
+Required: TypeAlias = Sequence[str | tuple[str, ...]]
+PlacedRows: TypeAlias = Iterator[tuple[str, dict[str, Any]]]
 
 
-@dataclass(frozen=True)
-class Table:
-    """The rows of a file, each with the line it begins at."""
+class Table(NamedTuple):
+    """What a file holds, row by row."""
 
-    path: Path
     columns: list[str]  # all columns, in order of first appearance
     rows: list[dict[str, Any]]  # column to value: text in CSV, any JSON value in JSONL, where rows may lack columns
-    lines: list[int]  # the line of each row, from 1
-
-    def place(self, row: int) -> str:
-        """The place of a row for messages, such as "line 3 of metadata.csv"."""
-        return f"line {self.lines[row]} of {self.path}"
+    places: list[str]  # where each row begins, for messages, such as "line 3 of metadata.csv"
 
 
 def read_table(
     path: Path,
     *,
-    required: Sequence[str | tuple[str, ...]] = (),
+    required: Required = (),
     limit: int | None = None,
     error: type[InvDiffError] = DataError,
 ) -> Table:
@@ -58,7 +52,7 @@ def read_table(
             line = text[: text.index("\0")].count("\n") + 1
             raise DataError(f"Expected text in line {line} of {path}, found a NUL byte. Save the file as UTF-8.")
         rows = (_csv_rows if path.suffix.lower() == ".csv" else _jsonl_rows)(text, path, required)
-        numbered = list(islice(rows, limit))
+        placed = list(islice(rows, limit))
     except OSError as fault:
         raise error(f"Could not read {path}: {fault.strerror}.") from fault
     except UnicodeDecodeError as fault:
@@ -66,10 +60,10 @@ def read_table(
         raise error(f"Expected UTF-8 in line {line} of {path}, found other bytes. Save the file as UTF-8.") from fault
     except DataError as fault:
         raise error(str(fault)) from fault
-    if not numbered:
+    if not placed:
         raise error(f"Expected at least one image in {path}, found no rows.")
-    columns = list(dict.fromkeys(name for _, row in numbered for name in row))
-    return Table(path, columns, [row for _, row in numbered], [line for line, _ in numbered])
+    columns = list(dict.fromkeys(name for _, row in placed for name in row))
+    return Table(columns, [row for _, row in placed], [place for place, _ in placed])
 
 
 def image_name(given: Any, folder: Path, place: str, error: type[InvDiffError], *, links: bool = True) -> str:
@@ -126,31 +120,31 @@ def labels_in(
     return labels
 
 
-def _csv_rows(text: str, path: Path, required: Sequence[str | tuple[str, ...]]) -> NumberedRows:
+def _csv_rows(text: str, path: Path, required: Required) -> PlacedRows:
     csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # else cells of more than 128 KB are refused
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    columns, line = list[str](), 1
+    columns, where = list[str](), f"line 1 of {path}"
     try:
         for cells in reader:
             if columns and cells:
                 if len(cells) != len(columns):
                     raise DataError(
-                        f"Expected {len(columns)} cells in line {line} of {path}, found {len(cells)}. "
+                        f"Expected {len(columns)} cells in {where}, found {len(cells)}. "
                         'Put text that holds a comma in double quotes: "a dog, sitting".'
                     )
-                yield line, dict(zip(columns, cells, strict=True))
+                yield where, dict(zip(columns, cells, strict=True))
             elif cells:
                 columns = cells
-                _check_columns(columns, f"line {line} of {path}", required)
-            line = reader.line_num + 1
+                _check_columns(columns, where, required)
+            where = f"line {reader.line_num + 1} of {path}"
     except csv.Error as fault:
         raise DataError(
-            f"Expected a closing double quote for each quote that opens in the row of line {line} of {path}, found "
-            f'none ({fault}). Close it, and write a quote inside the text twice: "a 5"" pipe".'
+            f"Expected a closing double quote for each quote that opens in the row of {where}, found none ({fault}). "
+            'Close it, and write a quote inside the text twice: "a 5"" pipe".'
         ) from fault
 
 
-def _jsonl_rows(text: str, path: Path, required: Sequence[str | tuple[str, ...]]) -> NumberedRows:
+def _jsonl_rows(text: str, path: Path, required: Required) -> PlacedRows:
     for line, written in enumerate(text.split("\n"), 1):  # text in JSON may hold other line breaks
         where = f"line {line} of {path}"
 
@@ -166,10 +160,10 @@ def _jsonl_rows(text: str, path: Path, required: Sequence[str | tuple[str, ...]]
             if not isinstance(row, dict):
                 raise DataError(f"Expected a JSON object in {where}, found {written[:60]!r}.")
             _check_columns(row, where, required)
-            yield line, row
+            yield where, row
 
 
-def _check_columns(columns: Iterable[str], where: str, required: Sequence[str | tuple[str, ...]] = ()) -> None:
+def _check_columns(columns: Iterable[str], where: str, required: Required = ()) -> None:
     found = list(columns)
     if twice := [name for name, count in Counter(found).items() if count > 1]:
         raise DataError(f"Expected each column once in {where}, found {', '.join(twice)} more than once. Rename one.")

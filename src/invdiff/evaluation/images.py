@@ -98,7 +98,7 @@ def _read_folder(folder: Path) -> list[Row]:
         remedy = "Of another tool's images, list file_name and prompt in a manifest.jsonl or metadata.csv."
         raise EvaluationError(f"Expected {MANIFESTS[0]} in {folder}, found none. {remedy}")
     table = read_table(manifest, required=("file_name", PROMPT_COLUMNS), error=EvaluationError)
-    rows = [_row(values, folder, table.place(number)) for number, values in enumerate(table.rows)]
+    rows = [_row(values, folder, place) for values, place in zip(table.rows, table.places, strict=True)]
     absent = [row.path for row in rows if not os.path.isfile(row.path)]  # unlike a Path's, of names too long too
     if absent:
         found = f"{len(absent)} absent, first {absent[0]}. Draw them by the same command, or remove their rows."

@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ..auditing.result import Audit
 from ..config import ArchitectureConfig, FinetuneConfig, TrainConfig
 from ..data.captioned import CaptionedImages, readable_images
-from ..data.encode import EncodedImages, encode, model_fingerprint, pixel_values
+from ..data.encode import EncodedImages, as_encoded, model_fingerprint, pixel_values
 from ..errors import ConfigError, ModelError
 from ..files import atomic_folder, check_same_settings, fingerprint, read_json, write_json
 from ..launched import one_process
@@ -115,7 +115,7 @@ def finetune(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed("fresh denoiser", config.seed))
             pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config).to(pipe.unet.device)
-    encoded = encode(pipe, data, work / "latents", progress=progress)
+    encoded = as_encoded(pipe, data, work, progress=progress)
     chances = None
     if audit is not None:
         audit.check_images(encoded.data_fingerprint, encoded.names)

@@ -58,7 +58,7 @@ def train(
 
     Args:
         pipe: The pipeline that was audited.
-        data: The images that were audited, or the result of `encode` on them; None for those of the model's own.
+        data: The images that were audited, or the result of `as_encoded` on them; None for those of the model's own.
         audit: Groups W of each hidden factor.
         output_dir: Where the module is written.
         config: Mode, steps, penalty and so on.

@@ -6,21 +6,21 @@ Everything else (colour, facing side, light, place, size) is independent of both
 from __future__ import annotations
 
 import io
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
-from ...errors import ConfigError
-from ..imagefolder import image_file_name, write_imagefolder
+from ...config import Count, Share, Size
+from ...options import Config, Range
+from ..imagefolder import Row, image_file_name, write_imagefolder
 from .drawing import BACKGROUNDS, SUBJECTS, Scene, render
 
 if TYPE_CHECKING:
     from ..captioned import CaptionedImages
 
-WORLDS = ("two-prompts", "one-prompt")
 ATTRIBUTES = ("subject", "background", "colour", "side", "light")
 NATURAL_BACKGROUND = dict(zip(SUBJECTS, BACKGROUNDS, strict=True))
 
@@ -47,7 +47,7 @@ def canonical_prompts() -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class BirdsWorld:
+class BirdsWorld(Config):
     """A biased, captioned set of drawn birds; pictures are drawn when they are asked for.
 
     Row i is the same whatever `num_images`. The background agrees with the subject with probability `severity`. World
@@ -55,44 +55,24 @@ class BirdsWorld:
     captioned "a photo of a bird". `resolution` is in pixels. `ConfigError` where a setting is outside its range.
     """
 
-    num_images: int
-    _: KW_ONLY
-    severity: float = 0.95
-    seed: int = 0
-    resolution: int = 64
-    world: str = "two-prompts"
+    num_images: Count
+    severity: Share = 0.95
+    seed: Size = 0
+    resolution: Annotated[int, Range(min=16)] = 64
+    world: Literal["two-prompts", "one-prompt"] = "two-prompts"
 
-    def __post_init__(self) -> None:
-        for wrong, expected in (
-            (self.num_images < 1, f"num_images of at least 1, got {self.num_images}"),
-            (not 0 <= self.severity <= 1, f"a severity in [0, 1], got {self.severity}"),
-            (self.seed < 0, f"a seed of at least 0, got {self.seed}"),
-            (self.resolution < 16, f"a resolution of at least 16, got {self.resolution}"),
-            (self.world not in WORLDS, f"a world of {WORLDS}, got {self.world!r}"),
-        ):
-            if wrong:
-                raise ConfigError(f"Expected {expected}.")
-
-    def __len__(self) -> int:
-        return self.num_images
-
-    def metadata(self, index: int) -> dict[str, Any]:
-        """Text, attributes and states_background of row `index`, without drawing it."""
-        return self._row(index)[0]
-
-    def row(self, index: int) -> dict[str, Any]:
-        """`metadata(index)`, with the picture under "image"."""
-        metadata, scene = self._row(index)
-        return {"image": render(scene, resolution=self.resolution), **metadata}
+    def metadata(self) -> list[dict[str, Any]]:
+        """Text, attributes and states_background of each row, without drawing it."""
+        return [self._row(index)[0] for index in range(self.num_images)]
 
     def captioned(self) -> CaptionedImages:
         """The set as `load_captioned_images` reads it from what `write` writes; pictures are drawn when read."""
         from ..captioned import CaptionedImages  # imports `datasets`, which drawing does without
 
-        rows = [self.metadata(index) for index in range(len(self))]
+        rows = self.metadata()
         return CaptionedImages(
             captions=[row["text"] for row in rows],
-            names=[image_file_name(index) for index in range(len(self))],
+            names=[image_file_name(index) for index in range(self.num_images)],
             attributes={name: [row[name] for row in rows] for name in ATTRIBUTES},
             max_unreadable=0.0,
             _cell=self._png,
@@ -100,21 +80,11 @@ class BirdsWorld:
 
     def write(self, folder: str | Path, *, progress: bool = False) -> Path:
         """Write an imagefolder and return it, as `write_imagefolder` does; a killed run is taken up again."""
-        rows = (self._row(index) for index in range(len(self)))
-        return write_imagefolder(
-            folder,
-            ((metadata, partial(render, scene, resolution=self.resolution)) for metadata, scene in rows),
-            ATTRIBUTES,
-            {**vars(self), "format": "png"},
-            total=len(self),
-            record=".birds.json",
-            label="drawing birds",
-            progress=progress,
-        )
+        rows = [self._row(index) for index in range(self.num_images)]
+        settings, names = {**vars(self), "format": "png"}, {"record": ".birds.json", "label": "drawing birds"}
+        return write_imagefolder(folder, rows, ATTRIBUTES, settings, **names, progress=progress)
 
-    def _row(self, index: int) -> tuple[dict[str, Any], Scene]:
-        if not 0 <= index < self.num_images:
-            raise IndexError(f"Expected an index from 0 to {self.num_images - 1}, got {index}.")
+    def _row(self, index: int) -> Row:
         rng = np.random.default_rng([self.seed, index])
         subject_draw, agreement, kind, wording, which = rng.random(5)
         subject = SUBJECTS[int(self.world == "two-prompts" and subject_draw < 0.5)]
@@ -129,9 +99,10 @@ class BirdsWorld:
             )
             chosen = TRAINING_TEMPLATES[int(which * len(TRAINING_TEMPLATES))] if paraphrased else CANONICAL_TEMPLATE
             text = chosen.format(subject) + (f" on {background}" if explicit else "")
-        return {"text": text, **scene.attributes, "states_background": explicit}, scene
+        metadata = {"text": text, **scene.attributes, "states_background": explicit}
+        return metadata, partial(render, scene, resolution=self.resolution)
 
     def _png(self, index: int) -> bytes:
         stream = io.BytesIO()
-        self.row(index)["image"].save(stream, "PNG")
+        self._row(index)[1]().save(stream, "PNG")
         return stream.getvalue()
