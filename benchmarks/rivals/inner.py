@@ -59,6 +59,10 @@ class InnerModule(GuidanceModule):
         self._condition: torch.Tensor | None = None
         self._strength: float | torch.Tensor = 1.0
 
+    @staticmethod
+    def _get_init_keys(input_class: Any) -> set[str]:  # diffusers reads a signature, which names `inner` alone
+        return set(GuidanceModule._get_init_keys(GuidanceModule)) | {"inner"}
+
     @classmethod
     def fitting(cls, family: Family, denoiser: Any, *, width: int = 0) -> dict[str, Any]:  # type: ignore[override]
         """Also the residual blocks of the middle and of the way up of a UNet."""

@@ -1,19 +1,18 @@
 """What every guidance is: a small model saved in diffusers' format beside the frozen one that it was trained with."""
 
-import inspect
 import json
 import math
 import os
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import ModelMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
 from ..config import TrainConfig
@@ -66,29 +65,6 @@ class Guidance(ModelMixin, ConfigMixin):
     options: ClassVar[tuple[str, ...]]  # entries of `TrainConfig` that only it reads, and `fitting` takes
     auto_null: ClassVar[str] = "on"  # the `null_adapter` that `"auto"` means for it
     recipe: ClassVar[tuple[int, int]] = (600, 64)  # steps and batch size where `TrainConfig` leaves them open
-
-    @register_to_config
-    def __init__(
-        self,
-        *,
-        num_groups: Sequence[int] = (2,),
-        factor_names: Sequence[str] = (),
-        mode: str = "balanced",
-        null_adapter: str = "on",
-        denoiser_class: str = "UNet2DConditionModel",
-        prediction_type: str = "epsilon",
-        weight_signature: Sequence[float] = (),
-        base_model: str = "",
-        loras: Sequence[Sequence[str]] = (),
-        mixes: Mapping[str, Any] | None = None,
-        record: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-
-    @staticmethod
-    def _get_init_keys(input_class: Any) -> set[str]:  # diffusers reads the signature of the backend's class alone
-        classes = [each for each in input_class.__mro__ if issubclass(each, Guidance)]
-        return {name for each in classes for name in inspect.signature(each.__init__).parameters}
 
     # What a backend does.
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import diffusers
 import torch
 import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from torch import nn
 
@@ -61,17 +62,26 @@ class GuidanceLoRA(Guidance):
     auto_null: ClassVar[str] = "off"
     recipe: ClassVar[tuple[int, int]] = (800, 32)
 
+    @register_to_config
     def __init__(
         self,
         *,
         rank: int = 8,
         layers: Mapping[str, Sequence[int]] | None = None,
+        num_groups: Sequence[int] = (2,),
+        factor_names: Sequence[str] = (),
+        mode: str = "balanced",
         null_adapter: str = "off",
-        **common: Any,
+        denoiser_class: str = "UNet2DConditionModel",
+        prediction_type: str = "epsilon",
+        weight_signature: Sequence[float] = (),
+        base_model: str = "",
+        loras: Sequence[Sequence[str]] = (),
+        mixes: Mapping[str, Any] | None = None,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(null_adapter=null_adapter, **common)
-        self.register_to_config(rank=rank, layers=layers)
-        number = sum(self.num_groups) if self.sees_environment else 1
+        super().__init__()
+        number = sum(num_groups) if mode == "balanced" else 1
         # A dot may not stand in the name of a module.
         self.adapters = nn.ModuleDict(
             {path.replace(".", "/"): LowRank(rank * number, shape) for path, shape in (layers or {}).items()}

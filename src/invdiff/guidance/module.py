@@ -6,11 +6,12 @@ computed, its prediction and its middle features, instead of a second copy of th
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
@@ -85,6 +86,7 @@ class GuidanceModule(Guidance):
     backend: ClassVar[str] = "module"
     options: ClassVar[tuple[str, ...]] = ("width",)
 
+    @register_to_config
     def __init__(
         self,
         *,
@@ -94,12 +96,19 @@ class GuidanceModule(Guidance):
         feature_channels: int = 1280,
         feature_path: str = "mid_block",
         width: int = 32,
-        **common: Any,
+        num_groups: Sequence[int] = (2,),
+        factor_names: Sequence[str] = (),
+        mode: str = "balanced",
+        null_adapter: str = "on",
+        denoiser_class: str = "UNet2DConditionModel",
+        prediction_type: str = "epsilon",
+        weight_signature: Sequence[float] = (),
+        base_model: str = "",
+        loras: Sequence[Sequence[str]] = (),
+        mixes: Mapping[str, Any] | None = None,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(**common)
-        sizes = {"latent_channels": latent_channels, "prompt_dim": prompt_dim, "num_classes": num_classes}
-        sizes |= {"feature_channels": feature_channels, "width": width}
-        self.register_to_config(feature_path=feature_path, **sizes)
+        super().__init__()
         condition_dim = 4 * width
         self.encoder: nn.Module | None = None  # an unconditional model has nothing to encode
         if prompt_dim:
@@ -108,7 +117,7 @@ class GuidanceModule(Guidance):
             self.encoder = ClassEncoder(num_classes, condition_dim)
         layers = nn.Linear(2 * width, condition_dim), nn.SiLU(), nn.Linear(condition_dim, condition_dim)
         self.time = nn.Sequential(*layers)
-        seen = self.num_groups if self.sees_environment else ()
+        seen = num_groups if mode == "balanced" else ()
         self.environments = nn.ModuleList(nn.Embedding(groups, condition_dim) for groups in seen)
         self.condition = nn.Sequential(nn.SiLU(), nn.Linear(condition_dim, condition_dim), nn.SiLU())
 

@@ -3,11 +3,13 @@
 Like textual inversion (Gal et al., ICLR 2023, arXiv 2208.01618), but of groups, and beside the prompt's own tokens.
 """
 
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from ..errors import ConfigError, ModelError
@@ -32,15 +34,32 @@ class GuidanceTokens(Guidance):
     options: ClassVar[tuple[str, ...]] = ("tokens",)
     start: torch.Tensor
 
-    def __init__(self, *, tokens: int = 4, prompt_dim: int = 768, unit: float = 1.0, **common: Any) -> None:
-        super().__init__(**common)
-        self.register_to_config(tokens=tokens, prompt_dim=prompt_dim, unit=unit)
-        if (null := self.config["null_adapter"]) != "on":
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        tokens: int = 4,
+        prompt_dim: int = 768,
+        unit: float = 1.0,
+        num_groups: Sequence[int] = (2,),
+        factor_names: Sequence[str] = (),
+        mode: str = "balanced",
+        null_adapter: str = "on",
+        denoiser_class: str = "UNet2DConditionModel",
+        prediction_type: str = "epsilon",
+        weight_signature: Sequence[float] = (),
+        base_model: str = "",
+        loras: Sequence[Sequence[str]] = (),
+        mixes: Mapping[str, Any] | None = None,
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if null_adapter != "on":
             raise ConfigError(
-                f"Expected null_adapter 'on' or 'auto' with tokens, got {null!r}: all rows of a call have as many "
-                "tokens, and not every model reads a mask. Take the lora backend to leave the null row alone."
+                f"Expected null_adapter 'on' or 'auto' with tokens, got {null_adapter!r}: all rows of a call have "
+                "as many tokens, and not every model reads a mask. Take the lora backend to leave the null row alone."
             )
-        sizes = self.num_groups if self.sees_environment else (1,)
+        sizes = num_groups if mode == "balanced" else (1,)
         self.vectors = nn.Parameter(torch.zeros(sum(sizes), tokens, prompt_dim))
         # Equal tokens would have equal gradients, and stay equal.
         self.register_buffer("start", torch.randn(len(sizes), tokens, prompt_dim))
