@@ -205,7 +205,8 @@ class AuditConfig(Config):
     min_images: Count = 50
     """Prompts with fewer images are left undecided."""
     level: Annotated[float, Range(above=0, below=1), RARE] = 0.05
-    """With solver `auto`, the false discovery rate of cuts that part two humps, over all that are considered."""
+    """With solver `auto`, the false discovery rate of cuts that part two humps, over all that are considered; and the
+    level of the test that a few labels tell the others better than chance."""
     min_rand: Annotated[Share, RARE] = 0.5
     """With solver `auto`, a cut is worth it where the lower bound of its expected agreement with the truth (adjusted
     Rand index) is at least this."""

@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import adjusted_rand_score
 from sklearn.utils.class_weight import compute_sample_weight
 
+from ..config import AuditConfig
 from .asked import Asked
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ SLOPE_PENALTY, OFFSET_PENALTY, LEAST_SCALE = 0.03, 0.004, 0.1
 """Ridge penalties of what makes probabilities of logits: their scale, never turned; and offsets of each prompt
 and class."""
 FOLDS = 5
-LEVEL = 0.05  # of the test that labels left out are guessed better than by chance
 SURE, MOST_JUDGED, JUDGE_STRENGTH = 0.9, 8000, 1e-2  # posterior that teaches a judge; most images; C of the judge
 _Array = NDArray[Any]
 
@@ -41,6 +41,7 @@ def spread_labels(
     margins: _Array,
     prompt_of: _Array,
     distinct: NDArray[np.bool_] | None = None,
+    level: float = AuditConfig.level,
 ) -> Asked:
     """An attribute of N images from the labels of a few, "" for the others.
 
@@ -49,6 +50,7 @@ def spread_labels(
     read off the prompt. `labels` are of two values or more, five images or more each; `sources` whitened features,
     (N, d) each; `margins` (N, pairs) as `Margins.of_pairs` has them; `prompt_of` (N,). Labelled images that are not
     `distinct` (N,), copies of other labelled ones, keep their labels and teach and prove nothing.
+    `level` is that of the test that labels left out are guessed better than by chance.
     """
     values, labelled = sorted(set(labels) - {""}), np.array([bool(label) for label in labels])
     known = labelled if distinct is None else labelled & distinct
@@ -92,7 +94,7 @@ def spread_labels(
     at = np.flatnonzero(known)  # positions of those that are guessed right when left out, and of the others
     record |= {"hits": at[guessed == truth].tolist(), "misses": at[guessed != truth].tolist()}
     refusal = f"labels left out are guessed no better than by chance ({told} right)"
-    if norm.sf(above) < LEVEL:
+    if norm.sf(above) < level:
         refusal = ""
     elif not tested.any():
         refusal = "no prompt has labels of two values, to tell the attribute from the prompt"

@@ -149,7 +149,8 @@ def audit(
             learned = []
             for name, of in few.items():
                 apart = torch.from_numpy(np.where([bool(label) for label in of], prompt_of, -1))
-                learned.append(spread_labels(name, of, sources, margins, prompt_of, distinct(encoded, apart)))
+                given_of: Any = (sources, margins, prompt_of, distinct(encoded, apart), config.level)
+                learned.append(spread_labels(name, of, *given_of))
             search = given_factors([*given, *learned], judged, config)
             return asked_factors(search, by_words, encoded, unlike, config, judged)
 
