@@ -1,13 +1,11 @@
 """The models that a report compares, and their lines over the guidance scale and over the module's."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from conftest import made_up_measures
 from invdiff.cli.print import print_results
-from invdiff.evaluation.images import Row, pairs_of
 from invdiff.evaluation.results import Results
 from invdiff.report.compare import Comparison, charts_of, compare, modules_by_scale, over_guidance
 from invdiff.report.read import Generated, Run
@@ -101,11 +99,3 @@ def test_curves_are_of_the_distance_to_a_target_and_end_at_what_one_class_alone_
     models = {"base": dict.fromkeys(("1.0", "3.0"), replace(figure, attributes={"kind": three}))}
     (chart,) = over_guidance(Results(models), alone)
     assert (chart.title, chart.top) == ("Bias: 0 is even, 0.67 is always the same class", pytest.approx(2 / 3))
-
-
-def test_a_seed_that_a_tool_notes_twice_pairs_no_images():
-    def rows(*seeds):
-        return [Row(Path(f"{k}.png"), "a bird", "3.0", None, seed, {}, "") for k, seed in enumerate(seeds)]
-
-    assert pairs_of(rows("1", "1", "2", None), rows("2", "1", None, "2", "3")) == []
-    assert pairs_of(rows("1", "2"), rows("2", "1")) == [(0, 1), (1, 0)]

@@ -274,10 +274,11 @@ def test_the_baseline_is_compared_with_seed_by_seed(base, tmp_path):
 def test_pairs_are_of_seeds_that_both_have_once_in_a_prompt_and_none_is_stated(base, tmp_path):
     other = write(tmp_path / "guided", ROWS)
     for folder in (base, other):
-        change_rows(folder, [{"seed": 0}] * 3)
+        change_rows(folder, [*[{"seed": 0}] * 3, {"seed": None}])
+    (other / "manifest.jsonl").write_text("\n".join(reversed((other / "manifest.jsonl").read_text().splitlines())))
     shift = measure(folders_in(tmp_path)).models["guided"]["1.0"].preservation["feature shift (pixels)"]
     assert shift.value == pytest.approx(0.0, abs=1e-6)
-    assert "5 pairs" in shift.note
+    assert "4 pairs" in shift.note
     change_rows(other, [{"seed": 1000 + number} for number in range(8)])
     none = measure(folders_in(tmp_path)).models["guided"]["1.0"].preservation["feature shift"]
     assert none.value is None

@@ -103,8 +103,3 @@ def test_floor_matches_monte_carlo(name, num_images, target):
     values = per_prompt(name, draws, target=target)
     error = 5 * values.std() / 200 + 0.01 * values.mean()
     assert metric_floor(name, num_images, 3, target=target) == pytest.approx(values.mean(), abs=error)
-
-
-def test_the_floor_over_prompts_is_the_mean_of_theirs():
-    sizes = [metric_floor("parity_gap", size, 3) for size in (10, 40, 40)]
-    assert metric_floor("parity_gap", [10, 40, 40], 3) == pytest.approx(np.mean(sizes))
