@@ -32,9 +32,8 @@ def test_the_guided_model_is_compared_at_the_middle_guidance_scale():
     assert compare(Run(images={"base": Generated([], ["base"], [{}])})) is None
 
 
-@pytest.mark.parametrize(
-    ("models", "expected"),
-    [
+def test_modules_at_two_strengths_are_lines():
+    for models, expected in (
         (
             {"base": (0.9, 0), "guided-1": (0.1, 1), "guided-0.5": (0.4, 0.5)},
             {"With guidance": {0.0: 0.9, 0.5: 0.4, 1.0: 0.1}},
@@ -50,15 +49,13 @@ def test_the_guided_model_is_compared_at_the_middle_guidance_scale():
         ({"m-0.50": (0.4, 0.5), "m-1.0": (0.1, 1)}, {"m": {0.5: 0.4, 1.0: 0.1}}),
         ({"run-1": (0.4, 0.5), "run-2": (0.1, 1)}, {}),  # numbers that are not the strengths
         ({"0.5": (0.4, 0.5), "1": (0.1, 1)}, {}),
-    ],
-)
-def test_modules_at_two_strengths_are_lines(models, expected):
-    scales = {name: scale for name, (_, scale) in models.items() if scale is not None}
-    found = Results({name: {"3.0": measures(bias)} for name, (bias, _) in models.items()}, module_scales=scales)
-    chosen = compare(Run(results=found))
-    assert chosen is not None
-    lines = modules_by_scale(found, chosen)
-    assert {name: {scale: entry.bias for scale, entry in line.items()} for name, line in lines.items()} == expected
+    ):
+        scales = {name: scale for name, (_, scale) in models.items() if scale is not None}
+        found = Results({name: {"3.0": measures(bias)} for name, (bias, _) in models.items()}, module_scales=scales)
+        chosen = compare(Run(results=found))
+        assert chosen is not None
+        lines = modules_by_scale(found, chosen)
+        assert {name: {scale: entry.bias for scale, entry in line.items()} for name, line in lines.items()} == expected
 
 
 def test_every_figure_has_its_chart_with_gaps_where_it_is_missing():

@@ -110,11 +110,6 @@ def reference_of(count, **settings):
     return describe_images(images, ReadsPixels(), **settings)
 
 
-@pytest.fixture
-def base(tmp_path):
-    return write(tmp_path / "base", ROWS)
-
-
 def test_figures_are_those_worked_out_by_hand_and_the_file_has_the_promised_keys(base):
     annotator = ReadsPixels()
     results = measure({"base": base}, annotator, batch_size=3)
@@ -348,9 +343,8 @@ def test_lpips_is_the_mean_over_prompts_of_their_first_twenty_images(tmp_path, m
     assert sum(asked) == 20 * 19 / 2 + 4 * 3 / 2
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_settings_that_do_not_fit_are_refused(base):
+    for settings, message in (
         ({"subject_attribute": "age"}, "background, subject, got 'age'"),
         ({"target": {"land": 1.0}}, "share for each class of background .land, water., got land"),
         ({"baseline": "plain"}, "baseline among base, got 'plain'"),
@@ -362,8 +356,6 @@ def test_lpips_is_the_mean_over_prompts_of_their_first_twenty_images(tmp_path, m
             {"reference": Described({}, {}, {"others": np.zeros((20, 3))})},
             "images and reference share, got pixels and others",
         ),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(base, settings, message):
-    with pytest.raises(EvaluationError, match=message):
-        measure({"base": base}, **settings)
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            measure({"base": base}, **settings)

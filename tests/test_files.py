@@ -1,8 +1,6 @@
 """Places to write to: checked before work, kept from other runs, in the modes that the umask gives."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -45,13 +43,6 @@ def test_a_second_run_in_an_output_folder_is_refused_until_the_first_has_ended(t
             pass  # a file in it is another place
     succeed(*arguments)
     assert {path.name for path in (tmp_path / "birds").iterdir()} == {".birds.json", "images", "metadata.csv"}
-
-
-def test_a_killed_run_leaves_no_lock(tmp_path):
-    code = "import sys, os, pathlib, invdiff.files as f\n"
-    code += "with f.owned(pathlib.Path(sys.argv[1])): print(flush=True); os.kill(os.getpid(), 9)"
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True).returncode == -9
-    succeed("birds", "--num-images", 1, "--resolution", 16, "--output", tmp_path)
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

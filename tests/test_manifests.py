@@ -19,11 +19,6 @@ from runs import LAND, WATER
 from test_evaluate import LAND_ROWS, ROWS, ReadsPixels, change_rows, measure, of_base, write
 
 
-@pytest.fixture
-def base(tmp_path):
-    return write(tmp_path / "base", ROWS)
-
-
 def test_one_label_and_one_prompt_in_several_spellings_are_one(tmp_path):
     for name, spelled in (("base", [0, 1]), ("guided", [0.0, 1.0]), ("text", ["0.0", "1"])):
         write(tmp_path / name, ROWS)
@@ -134,9 +129,8 @@ def test_results_come_back_from_their_file_and_the_table_lies_beside(base, tmp_p
         results.save(tmp_path / "mine.json")
 
 
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
+def test_damaged_results_are_refused_with_the_place_of_the_fault(base, tmp_path):
+    for path, value, message in (
         ("models", [], "expected a mapping in 'models', got []"),
         ("models", {}, "at least one model, found none"),
         ("models/base/1.0", {"bias": 1.0}, "images_per_prompt"),
@@ -145,16 +139,14 @@ def test_results_come_back_from_their_file_and_the_table_lies_beside(base, tmp_p
         ("models/base/1.0/attributes/background/overall/bias/high", float("nan"), "'high' in 'bias' in 'overall'"),
         ("models/base/1.0/attributes/background/counts", {LAND: {"land": 0}}, "division by zero"),
         ("module_scales", {"base": "strong"}, "'base' in 'module_scales'"),
-    ],
-)
-def test_damaged_results_are_refused_with_the_place_of_the_fault(base, tmp_path, path, value, message):
-    document = measure({"base": base}).to_dict()
-    *parents, last = path.split("/")
-    functools.reduce(operator.getitem, parents, document)[last] = value
-    (tmp_path / "results.json").write_text(json.dumps(document))
-    with pytest.raises(EvaluationError, match=r"results.json: Expected .*(?i:evaluate again)") as raised:
-        Results.load(tmp_path / "results.json")
-    assert message in str(raised.value)
+    ):
+        document = measure({"base": base}).to_dict()
+        *parents, last = path.split("/")
+        functools.reduce(operator.getitem, parents, document)[last] = value
+        (tmp_path / "results.json").write_text(json.dumps(document))
+        with pytest.raises(EvaluationError, match=r"results.json: Expected .*(?i:evaluate again)") as raised:
+            Results.load(tmp_path / "results.json")
+        assert message in str(raised.value)
 
 
 def test_a_reference_may_be_captioned_images_of_which_as_many_are_unreadable_as_it_allows(base, tmp_path):

@@ -7,6 +7,7 @@ from invdiff.auditing.scores import Score
 from invdiff.auditing.splits import exact_groups, forced_split, gradient_groups
 from invdiff.config import AuditConfig
 from invdiff.errors import AuditError
+from test_decide import two_humps
 
 
 def dispersion(parts):
@@ -34,7 +35,7 @@ def test_exact_groups_beat_every_other_cut_and_rise_with_the_score(count, num_gr
 
 
 def test_gradient_groups_find_a_far_minority_and_a_larger_omega_makes_them_more_equal():
-    scores = np.concatenate([mixture(180, 0, 0), 8 + mixture(20, 0, 0, seed=1)])
+    scores = two_humps(np.random.default_rng(0), 200, 0.1, 8)
     weights = gradient_groups(scores, 2, omega=0.1)
     assert ((weights[:, 1] > 0.5) == (np.arange(200) >= 180)).mean() > 0.97
     assert gradient_groups(scores, 2, omega=5.0).mean(axis=0).min() > 0.4
@@ -43,16 +44,10 @@ def test_gradient_groups_find_a_far_minority_and_a_larger_omega_makes_them_more_
     assert (np.diff(three.T @ scores / three.sum(axis=0)) > 0).all()
 
 
-def mixture(count, minority, distance, seed=0):
-    rng = np.random.default_rng(seed)
-    rare = int(count * minority)
-    return np.concatenate([rng.normal(size=count - rare), rng.normal(distance, 1, rare)])
-
-
 @pytest.mark.parametrize("solver", ["exact", "gradient"])
 def test_a_forced_split_says_how_well_independent_draws_agree(solver):
     rng = np.random.default_rng(0)
-    values = rng.permutation(mixture(400, 0.1, 8))
+    values = rng.permutation(two_humps(rng, 400, 0.1, 8))
     far = np.stack([values + rng.normal(0, 0.5, 400) for _ in range(2)])
     noise = np.stack([rng.permutation(values) for _ in range(2)])
     config = AuditConfig(solver=solver, contrast_log_snr=(0.0,), min_share=0.05)

@@ -117,9 +117,10 @@ cells:
 """
 
 
-@pytest.mark.parametrize(
-    ("written", "wrong", "message"),
-    [
+def test_wrong_names_in_a_suite_are_said_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "HERE", tmp_path)
+    (tmp_path / "suites").mkdir()
+    for written, wrong, message in (
         ("attribute: background", "", "small.yaml: Suite: expected a setting attribute"),
         ("attribute: background", "attribute: place?", r"an attribute of place, .*got 'place\?'"),
         ("kind: bundled", "kind: birds", "a world's kind of waterbirds, .*got 'birds'"),
@@ -129,14 +130,10 @@ cells:
         ("steps: 2", "step: 2", "TrainConfig: unknown setting step; known are backend, .*"),
         ("fitted: given", "fitted: biased", "fitted as stronger is as its `fitted`, got 'biased'"),
         ("cells:", "finetune: {step: 3}\ncells:", "FinetuneConfig: unknown setting step"),
-    ],
-)
-def test_wrong_names_in_a_suite_are_said_before_any_work(tmp_path, monkeypatch, written, wrong, message):
-    (tmp_path / "suites").mkdir()
-    (tmp_path / "suites" / "small.yaml").write_text(SUITE.replace(written, wrong))
-    monkeypatch.setattr(runner, "HERE", tmp_path)
-    with pytest.raises(ConfigError, match=message):
-        Suite.named("small")
+    ):
+        (tmp_path / "suites" / "small.yaml").write_text(SUITE.replace(written, wrong))
+        with pytest.raises(ConfigError, match=message):
+            Suite.named("small")
 
 
 def test_cells_share_what_is_fitted_and_change_worlds_prompts_and_strength(tiny_pipe_dir, tmp_path, monkeypatch):

@@ -12,11 +12,6 @@ from runs import LAND, WATER
 from test_evaluate import LAND_ROWS, ROWS, ReadsPixels, change_rows, measure, of_base, waver, write
 
 
-@pytest.fixture
-def base(tmp_path):
-    return write(tmp_path / "base", ROWS)
-
-
 def test_images_below_the_confidence_are_a_class_of_their_own(base):
     assert of_base(base, min_confidence=0.5).first.counts[LAND] == {"land": 3, "water": 1, "cannot tell": 0}
     wavering = of_base(base, ReadsPixels(change=waver), min_confidence=0.6).first
