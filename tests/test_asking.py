@@ -84,18 +84,15 @@ def test_a_value_that_no_image_shows_makes_no_group():
     assert (search.factors[0][0].weights[:100].argmax(axis=1) == 2).all()
 
 
-@pytest.mark.parametrize(
-    ("truth", "noise", "refusal"),
-    [
+def test_what_is_not_found_has_its_reason():
+    for truth, noise, refusal in (
         (shown((0.5, 0.5), (0.5, 0.5)), 0.5, "the groups are even"),
         (shown((0.9, 0.1), (0.1, 0.9)), 4.0, "the groups overlap too much to part them"),
         (shown((1.0, 0.0), (1.0, 0.0)), 0.5, "nearly all look more like 'land'"),
-    ],
-)
-def test_what_is_not_found_has_its_reason(truth, noise, refusal):
-    search = factors(("land", "water"), truth, noise)
-    assert search.factors == []
-    assert [candidate.refusal for of in search.candidates.values() for candidate in of] == [refusal] * 2
+    ):
+        search = factors(("land", "water"), truth, noise)
+        assert search.factors == []
+        assert [candidate.refusal for of in search.candidates.values() for candidate in of] == [refusal] * 2
 
 
 def test_images_whose_captions_state_a_value_have_that_group_and_are_not_judged():

@@ -34,23 +34,20 @@ def made_up_evidence(minority, *, contrast, features, seed=0):
     return Evidence(losses, sharded(views))
 
 
-@pytest.mark.parametrize(
-    ("count", "strength", "settings", "reason"),
-    [
+def test_where_nothing_is_hidden_or_can_be_judged_the_true_reason_is_given():
+    for count, strength, settings, reason in (
         (600, 0, {}, "no hidden group"),
         (20, 9, {}, "too few images to judge (20;"),
         (3, 0, {"min_images": 1}, "(3; at least 4 are needed)"),
         (200, 0, {"num_groups": 5}, "measured shows 5 humps"),
-    ],
-)
-def test_where_nothing_is_hidden_or_can_be_judged_the_true_reason_is_given(count, strength, settings, reason):
-    minority = np.arange(count) >= count - 5
-    evidence = made_up_evidence(minority, contrast=strength, features=strength)
-    found = inferred(made_up_data(["a bird"], np.zeros(count, dtype=int)), evidence, [0], **settings)
-    assert not found.biased
-    assert reason in found.prompts[0].reason
-    assert bool(found.prompts[0].candidates) == (count == 600)
-    assert (found.group_weights[0] == 0.5).all()
+    ):
+        minority = np.arange(count) >= count - 5
+        evidence = made_up_evidence(minority, contrast=strength, features=strength)
+        found = inferred(made_up_data(["a bird"], np.zeros(count, dtype=int)), evidence, [0], **settings)
+        assert not found.biased
+        assert reason in found.prompts[0].reason
+        assert bool(found.prompts[0].candidates) == (count == 600)
+        assert (found.group_weights[0] == 0.5).all()
 
 
 @pytest.mark.parametrize("noise", [0, 1e-2])

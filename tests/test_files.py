@@ -10,9 +10,10 @@ from invdiff.training.finetune import save as save_pipeline
 from test_cli import fail, succeed
 
 
-@pytest.mark.parametrize(
-    ("command", "place", "option"),
-    [
+def test_places_that_cannot_be_written_are_refused_before_work(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for command, place, option in (
         ("audit MODEL DATA --output {}", "file/out", "--output"),
         ("audit MODEL DATA --output {0}-out --cache-dir {0}", "file/cache", "--cache-dir or INVDIFF_CACHE"),
         ("train MODEL DATA AUDIT --output {}", "file", "--output"),
@@ -24,14 +25,10 @@ from test_cli import fail, succeed
         ("demo --output {}", "file", "--output"),
         ("annotator train DATA --output {}", "file", "--output"),
         ("annotator measure MODEL DATA --output {}", "file", "--output"),
-    ],
-)
-def test_places_that_cannot_be_written_are_refused_before_work(tmp_path, command, place, option):
-    (tmp_path / "file").touch()
-    (tmp_path / "folder").mkdir()
-    said = fail(*command.replace("{0}-out", f"{tmp_path}/out").format(tmp_path / place).split())
-    assert f"Choose another with {option}." in said
-    assert str(tmp_path / place.split("/")[0]) in said
+    ):
+        said = fail(*command.replace("{0}-out", f"{tmp_path}/out").format(tmp_path / place).split())
+        assert f"Choose another with {option}." in said
+        assert str(tmp_path / place.split("/")[0]) in said
 
 
 def test_a_second_run_in_an_output_folder_is_refused_until_the_first_has_ended(tmp_path):

@@ -58,7 +58,6 @@ def test_distance_of_a_set_to_itself_is_zero_even_with_fewer_rows_than_columns_o
         (np.ones((4, 3)), "one width, got 3 and 2"),
         (np.ones((1, 2)), r"N at least [23], got .*\(1, 2\)"),
         (np.ones(5), "got 1D array"),
-        ([["a", "b"], ["c", "d"]], "could not convert string"),
     ],
 )
 def test_unusable_features_are_refused(compare, features, message):
