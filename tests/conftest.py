@@ -207,6 +207,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A folder of eight generated images, whose colours say what they show."""
+    from test_evaluate import ROWS, write
+
+    return write(tmp_path / "base", ROWS)
+
+
+@pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
     """The same, of the test's own."""
     return shutil.copytree(finished, tmp_path / "run")

@@ -61,16 +61,6 @@ def shown(*shares, count=600):
     )
 
 
-def test_two_values_are_two_named_groups_under_each_prompt():
-    truth = shown((0.9, 0.1), (0.1, 0.9))
-    search = factors(("land", "water"), truth)
-    assert (search.names, search.values) == (["what"], [["land", "water"]])
-    for prompt, rows in ((0, slice(600)), (1, slice(600, None))):
-        found = search.factors[0][prompt].weights.argmax(axis=1)
-        assert (found == truth[rows]).mean() > 0.99
-        assert search.candidates[prompt][0].refusal == ""
-
-
 def test_of_more_values_those_that_are_told_apart_have_groups_and_the_rest_another():
     truth = shown((0.5, 0.1, 0.2, 0.2), (0.1, 0.6, 0.2, 0.1))
     search = factors(("forest", "sea", "city"), truth)
@@ -94,18 +84,15 @@ def test_a_value_that_no_image_shows_makes_no_group():
     assert (search.factors[0][0].weights[:100].argmax(axis=1) == 2).all()
 
 
-@pytest.mark.parametrize(
-    ("truth", "noise", "refusal"),
-    [
+def test_what_is_not_found_has_its_reason():
+    for truth, noise, refusal in (
         (shown((0.5, 0.5), (0.5, 0.5)), 0.5, "the groups are even"),
         (shown((0.9, 0.1), (0.1, 0.9)), 4.0, "the groups overlap too much to part them"),
         (shown((1.0, 0.0), (1.0, 0.0)), 0.5, "nearly all look more like 'land'"),
-    ],
-)
-def test_what_is_not_found_has_its_reason(truth, noise, refusal):
-    search = factors(("land", "water"), truth, noise)
-    assert search.factors == []
-    assert [candidate.refusal for of in search.candidates.values() for candidate in of] == [refusal] * 2
+    ):
+        search = factors(("land", "water"), truth, noise)
+        assert search.factors == []
+        assert [candidate.refusal for of in search.candidates.values() for candidate in of] == [refusal] * 2
 
 
 def test_images_whose_captions_state_a_value_have_that_group_and_are_not_judged():
@@ -113,6 +100,10 @@ def test_images_whose_captions_state_a_value_have_that_group_and_are_not_judged(
     ids = np.repeat([0, 1], 600)
     ids[:100], truth[:100] = 2, 1  # they look like water and say so
     search = factors(("land", "water"), truth, captions=("a dog", "a cat", "a dog on water"), caption_ids=ids)
+    assert (search.names, search.values) == (["what"], [["land", "water"]])
+    groups = np.concatenate([search.factors[0][prompt].weights.argmax(axis=1) for prompt in (0, 1)])
+    assert (groups == truth).mean() > 0.99
+    assert [search.candidates[prompt][0].refusal for prompt in (0, 1)] == ["", ""]
     assert search.words == {0: {"land": 0, "water": 1}}
     assert (search.factors[0][0].weights[:100] == [0, 1]).all()
     assert search.candidates[0][0].shares[1] == pytest.approx(60 / 500, abs=0.01)

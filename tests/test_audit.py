@@ -34,37 +34,20 @@ def made_up_evidence(minority, *, contrast, features, seed=0):
     return Evidence(losses, sharded(views))
 
 
-def birds(count=600):
-    return made_up_data(["a bird"], np.zeros(count, dtype=int))
-
-
-@pytest.mark.parametrize(("kind", "rare"), [("contrast", 30), ("features", 90)])
-def test_the_rare_group_is_found_by_the_evidence_that_shows_it(kind, rare):
-    minority = np.arange(600) >= 600 - rare
-    strengths = {"contrast": 0, "features": 0} | {kind: 8}
-    found = inferred(birds(), made_up_evidence(minority, **strengths), [0], max_factors=1)
-    assert found.biased
-    assert found.split(0, 0).evidence.startswith(kind)
-    assert np.array_equal(found.rare(), minority)
-    assert found.scores[0, minority].min() > found.scores[0, ~minority].max()
-
-
-@pytest.mark.parametrize(
-    ("count", "strength", "settings", "reason"),
-    [
+def test_where_nothing_is_hidden_or_can_be_judged_the_true_reason_is_given():
+    for count, strength, settings, reason in (
         (600, 0, {}, "no hidden group"),
         (20, 9, {}, "too few images to judge (20;"),
         (3, 0, {"min_images": 1}, "(3; at least 4 are needed)"),
         (200, 0, {"num_groups": 5}, "measured shows 5 humps"),
-    ],
-)
-def test_where_nothing_is_hidden_or_can_be_judged_the_true_reason_is_given(count, strength, settings, reason):
-    minority = np.arange(count) >= count - 5
-    found = inferred(birds(count), made_up_evidence(minority, contrast=strength, features=strength), [0], **settings)
-    assert not found.biased
-    assert reason in found.prompts[0].reason
-    assert bool(found.prompts[0].candidates) == (count == 600)
-    assert (found.group_weights[0] == 0.5).all()
+    ):
+        minority = np.arange(count) >= count - 5
+        evidence = made_up_evidence(minority, contrast=strength, features=strength)
+        found = inferred(made_up_data(["a bird"], np.zeros(count, dtype=int)), evidence, [0], **settings)
+        assert not found.biased
+        assert reason in found.prompts[0].reason
+        assert bool(found.prompts[0].candidates) == (count == 600)
+        assert (found.group_weights[0] == 0.5).all()
 
 
 @pytest.mark.parametrize("noise", [0, 1e-2])
@@ -174,8 +157,10 @@ def test_a_file_is_replaced_whole_and_never_changed_in_place(found, tmp_path):
         assert reader.read() == before != file.read_text()
 
 
-def test_an_image_left_out_is_in_no_rare_group(found):
-    assert np.array_equal(found.rare(), np.arange(600) % 300 >= 280)
+def test_the_rare_group_is_of_the_images_that_people_left_in_and_parted(found):
+    minority = np.arange(600) % 300 >= 280
+    assert np.array_equal(found.rare(), minority)
+    assert found.scores[0, minority].min() > found.scores[0, ~minority].max()
     splits = [replace(split, shares=split.shares[::-1]) for split in found.factors[0].splits]
     # Column 0 is the first maximum of a row of zeros.
     weights, factors = found.group_weights[0][:, ::-1], [replace(found.factors[0], splits=splits)]
@@ -184,9 +169,6 @@ def test_an_image_left_out_is_in_no_rare_group(found):
         less = apply(whole, Edits().without_images([285, 3])).rare()
         assert less.sum() == 39
         assert not less[[3, 285]].any()
-
-
-def test_images_of_a_prompt_in_one_group_are_not_rare(found):
     whole = apply(found, Edits(cuts={(0, 0): (99.0,)}))
     assert whole.split(0, 0).shares == [1.0, 0.0]
     assert np.array_equal(whole.rare(), np.arange(600) >= 580)
@@ -256,6 +238,7 @@ def test_images_of_another_resolution_are_measured_afresh(tiny_pipe, tiny_folder
     assert np.array_equal(large.scores, alone.scores)
     assert not np.array_equal(small.scores, large.scores)
     assert (small.settings["resolution"], alone.settings["resolution"]) == (16, 32)
+    assert "own_images_of" not in small.settings
     fingerprint = small.settings["denoiser_fingerprint"]
     large.check_matches(encoded, fingerprint)
     with pytest.raises(AuditError, match="Expected images of 16 pixels, as they were audited, got 32"):

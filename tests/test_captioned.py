@@ -305,9 +305,8 @@ def test_captions_of_another_type_are_called_so(tmp_path):
 OUTSIDE = ("../a.png", "sub/../../a.png", "/etc/a.png", "..\\a.png", "C:\\a.png")
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
+def test_rows_that_cannot_be_used(tmp_path):
+    for rows, message in (
         *((named("a.png", value), "file name in line 2 of") for value in ("", None)),
         (named("a.png", "b.png", "./a.png", "c.png", "b.png"), "2 more than once: a.png, b.png"),
         *((named(name), "file names inside") for name in OUTSIDE),
@@ -316,7 +315,5 @@ OUTSIDE = ("../a.png", "sub/../../a.png", "/etc/a.png", "..\\a.png", "C:\\a.png"
             for value in ("", "  ", None, float("nan"))
         ),
         (captioned("whole \ud83d\ude00", "half \ud83d"), "lone surrogate), in column 'text' for 1 of 2: 1.png"),
-    ],
-)
-def test_rows_that_cannot_be_used(tmp_path, rows, message):
-    assert message in refusal(write_folder(tmp_path, rows))
+    ):
+        assert message in refusal(write_folder(tmp_path, rows))

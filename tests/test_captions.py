@@ -8,9 +8,8 @@ BIRDS = {("a bird", 0): 900, ("a bird", 1): 50}
 LAND = {"on": 0, "land": 0}
 
 
-@pytest.mark.parametrize(
-    ("counts", "expected"),
-    [
+def test_words_that_state_the_group_are_found():
+    for counts, expected in (
         ({**BIRDS, ("a bird on water", 1): 20, ("one bird", 0): 95, ("one bird", 1): 5}, {"on": 1, "water": 1}),
         ({**BIRDS, ("a nice bird", 0): 90, ("a nice bird", 1): 10}, {}),  # it comes with either group
         ({("a bird", 0): 95, ("a bird", 1): 5, ("a nice bird", 0): 6}, {}),  # a few images are no evidence
@@ -18,13 +17,11 @@ LAND = {"on": 0, "land": 0}
         # Of a world that is 95% one way a word may come with 97.5% of it.
         ({("a bird", 0): 950, ("a bird", 1): 50, ("a shy bird", 0): 1950, ("a shy bird", 1): 50}, {}),
         ({("a bird", 0): 950, ("a bird", 1): 50, ("a bird on land", 0): 1990, ("a bird on land", 1): 10}, LAND),
-    ],
-)
-def test_words_that_state_the_group_are_found(counts, expected):
-    captions = list(dict.fromkeys(caption for caption, _ in counts))
-    ids = np.concatenate([np.full(n, captions.index(caption)) for (caption, _), n in counts.items()])
-    labels = np.concatenate([np.full(n, label) for (_, label), n in counts.items()])
-    assert stating_words(captions, ids, labels) == expected
+    ):
+        captions = list(dict.fromkeys(caption for caption, _ in counts))
+        ids = np.concatenate([np.full(n, captions.index(caption)) for (caption, _), n in counts.items()])
+        labels = np.concatenate([np.full(n, label) for (_, label), n in counts.items()])
+        assert stating_words(captions, ids, labels) == expected
 
 
 @pytest.mark.parametrize(

@@ -180,18 +180,11 @@ def test_generate_passes_module_mix_and_settings_on(tiny_pipe_dir, tmp_path, rec
 
 def test_finetune_passes_its_arguments_on_and_the_data_s_to_the_next_command(tiny_folder, tmp_path, recorded):
     recorded("invdiff.training.finetune", "finetune")
-    columns = ("--caption-column", "background", "--limit", "5")
-    words = (
-        "finetune",
-        tiny_folder,
-        "--output",
-        tmp_path / "m",
-        "--base",
-        "org/model",
-        "--learning-rate",
-        1e-4,
-        *columns,
+    columns, settings = (
+        ("--caption-column", "background", "--limit", "5"),
+        ("--base", "org/model", "--learning-rate", 1e-4),
     )
+    words = ("finetune", tiny_folder, "--output", tmp_path / "m", *settings, *columns)
     loud, call = run(*words), recorded.calls["finetune"]
     assert (loud.stderr, call.progress) == ("loading images\n", True)
     assert (call.base, call.architecture, call.config) == ("org/model", None, FinetuneConfig(learning_rate=1e-4))

@@ -1,13 +1,11 @@
 """The models that a report compares, and their lines over the guidance scale and over the module's."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from conftest import made_up_measures
 from invdiff.cli.print import print_results
-from invdiff.evaluation.images import Row, pairs_of
 from invdiff.evaluation.results import Results
 from invdiff.report.compare import Comparison, charts_of, compare, modules_by_scale, over_guidance
 from invdiff.report.read import Generated, Run
@@ -34,9 +32,8 @@ def test_the_guided_model_is_compared_at_the_middle_guidance_scale():
     assert compare(Run(images={"base": Generated([], ["base"], [{}])})) is None
 
 
-@pytest.mark.parametrize(
-    ("models", "expected"),
-    [
+def test_modules_at_two_strengths_are_lines():
+    for models, expected in (
         (
             {"base": (0.9, 0), "guided-1": (0.1, 1), "guided-0.5": (0.4, 0.5)},
             {"With guidance": {0.0: 0.9, 0.5: 0.4, 1.0: 0.1}},
@@ -52,15 +49,13 @@ def test_the_guided_model_is_compared_at_the_middle_guidance_scale():
         ({"m-0.50": (0.4, 0.5), "m-1.0": (0.1, 1)}, {"m": {0.5: 0.4, 1.0: 0.1}}),
         ({"run-1": (0.4, 0.5), "run-2": (0.1, 1)}, {}),  # numbers that are not the strengths
         ({"0.5": (0.4, 0.5), "1": (0.1, 1)}, {}),
-    ],
-)
-def test_modules_at_two_strengths_are_lines(models, expected):
-    scales = {name: scale for name, (_, scale) in models.items() if scale is not None}
-    found = Results({name: {"3.0": measures(bias)} for name, (bias, _) in models.items()}, module_scales=scales)
-    chosen = compare(Run(results=found))
-    assert chosen is not None
-    lines = modules_by_scale(found, chosen)
-    assert {name: {scale: entry.bias for scale, entry in line.items()} for name, line in lines.items()} == expected
+    ):
+        scales = {name: scale for name, (_, scale) in models.items() if scale is not None}
+        found = Results({name: {"3.0": measures(bias)} for name, (bias, _) in models.items()}, module_scales=scales)
+        chosen = compare(Run(results=found))
+        assert chosen is not None
+        lines = modules_by_scale(found, chosen)
+        assert {name: {scale: entry.bias for scale, entry in line.items()} for name, line in lines.items()} == expected
 
 
 def test_every_figure_has_its_chart_with_gaps_where_it_is_missing():
@@ -101,11 +96,3 @@ def test_curves_are_of_the_distance_to_a_target_and_end_at_what_one_class_alone_
     models = {"base": dict.fromkeys(("1.0", "3.0"), replace(figure, attributes={"kind": three}))}
     (chart,) = over_guidance(Results(models), alone)
     assert (chart.title, chart.top) == ("Bias: 0 is even, 0.67 is always the same class", pytest.approx(2 / 3))
-
-
-def test_a_seed_that_a_tool_notes_twice_pairs_no_images():
-    def rows(*seeds):
-        return [Row(Path(f"{k}.png"), "a bird", "3.0", None, seed, {}, "") for k, seed in enumerate(seeds)]
-
-    assert pairs_of(rows("1", "1", "2", None), rows("2", "1", None, "2", "3")) == []
-    assert pairs_of(rows("1", "2"), rows("2", "1")) == [(0, 1), (1, 0)]

@@ -7,9 +7,8 @@ from invdiff.options import Config
 NAN, INFINITE = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize(
-    ("config_class", "name", "value", "expected"),
-    [
+def test_a_wrong_value_is_refused_with_what_was_expected():
+    for config_class, name, value, expected in (
         (config.TrainConfig, "steps", 1.5, "a whole number"),
         (config.TrainConfig, "steps", True, "a whole number"),
         *((config.TrainConfig, "penalty", value, "a finite number") for value in ("1", False, NAN, INFINITE, 10**400)),
@@ -40,13 +39,11 @@ NAN, INFINITE = float("nan"), float("inf")
         (config.EvaluateConfig, "target", {"land": 0.5, "water": 0.6}, "shares that sum to 1"),
         (config.EvaluateConfig, "target", {"land": 0.0, "water": 1.0}, "more than 0 in 'land'"),
         (config.DemoConfig, "severity", 1.1, "at least 0 and at most 1"),
-    ],
-)
-def test_a_wrong_value_is_refused_with_what_was_expected(config_class, name, value, expected):
-    with pytest.raises(ConfigError) as error:
-        config_class(**{name: value})
-    assert str(error.value).startswith(f"{config_class.__name__}.{name}: expected {expected}, got ")
-    assert repr(value)[:200] in str(error.value) or " in " in expected
+    ):
+        with pytest.raises(ConfigError) as error:
+            config_class(**{name: value})
+        assert str(error.value).startswith(f"{config_class.__name__}.{name}: expected {expected}, got ")
+        assert repr(value)[:200] in str(error.value) or " in " in expected
 
 
 def test_a_whole_number_does_where_any_number_is_meant():
@@ -75,19 +72,16 @@ def test_quoted_numbers_are_text_no_is_a_word_and_a_byte_order_mark_does_not_mat
     assert (found.mixed_precision, found.half_precision_weights) == ("no", True)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_errors_in_a_file_name_it(tmp_path):
+    for text, message in (
         ("steps: -1", "TrainConfig.steps: expected at least 0, got -1"),
         ("stepz: 1\n3: 1", "TrainConfig: unknown setting 3, stepz; known are backend, mode,"),
         ("- steps", "expected a mapping of settings"),
         ("", "got NoneType"),
         ("a: [", "Expected JSON or YAML"),
         (b"\xff\xfe\x00", "Expected JSON or YAML"),
-    ],
-)
-def test_errors_in_a_file_name_it(tmp_path, text, message):
-    with pytest.raises(ConfigError) as error:
-        read(tmp_path / "mine.yaml", text)
-    assert str(tmp_path / "mine.yaml") in str(error.value)
-    assert message in str(error.value)
+    ):
+        with pytest.raises(ConfigError) as error:
+            read(tmp_path / "mine.yaml", text)
+        assert str(tmp_path / "mine.yaml") in str(error.value)
+        assert message in str(error.value)

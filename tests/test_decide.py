@@ -1,3 +1,7 @@
+"""How scores are cut: mixtures and e-values, and the solvers that split any scores."""
+
+from itertools import combinations
+
 import numpy as np
 import pytest
 from scipy.stats import skewnorm
@@ -6,6 +10,9 @@ from sklearn.mixture import GaussianMixture
 
 from invdiff import AuditConfig
 from invdiff.auditing import decide
+from invdiff.auditing.scores import Score
+from invdiff.auditing.splits import exact_groups, forced_split, gradient_groups
+from invdiff.errors import AuditError
 
 DOUBT = np.log(20)
 HUMPS = {
@@ -22,9 +29,9 @@ def two_humps(rng, count, share, distance, majority="normal"):
     return np.concatenate([HUMPS[majority](rng, count - rare), rng.normal(distance, 1, rare)])
 
 
-def log_e(scores, rng, distinct=None):
-    distinct = np.ones(len(scores), dtype=bool) if distinct is None else distinct
-    return decide.log_e_value(lambda known: [scores], scores, 2, decide.halves(distinct, rng))
+def log_e(scores, rng):
+    rotations = decide.halves(np.ones(len(scores), dtype=bool), rng)
+    return decide.log_e_value(lambda known: [scores], scores, 2, rotations)
 
 
 @pytest.mark.parametrize("centres", [(0.0, 5.0), (0.0, 4.0, 9.0)])
@@ -75,16 +82,11 @@ def test_intervals_of_humps_that_overlap_hold_the_truth_about_as_often_as_they_s
     assert np.mean(held) >= 0.85
 
 
-@pytest.mark.parametrize("level", [0.05, 0.3])
-def test_e_bh_rejects_as_a_brute_force_does(level):
-    rng = np.random.default_rng(0)
-    for count in (1, 2, 7, 30):
-        values = rng.normal(3, 3, count)
-        enough = [k for k in range(1, count + 1) if (values >= np.log(count / (level * k))).sum() >= k]
-        expected = values >= np.sort(values)[::-1][max(enough) - 1] if enough else np.zeros(count, dtype=bool)
-        assert np.array_equal(decide.e_bh(values, level), expected)
-    assert decide.e_bh([], level).tolist() == []
-    assert decide.e_bh([-np.inf, 50.0], level).tolist() == [False, True]
+def test_e_bh_rejects_the_k_largest_that_are_at_least_their_number_over_level_and_k():
+    for level, rejected in ((0.1, [True, False, True]), (0.08, [False, False, True]), (0.05, [False] * 3)):
+        assert decide.e_bh(np.log([16, 9, 40]), level).tolist() == rejected
+    assert decide.e_bh([], 0.05).tolist() == []
+    assert decide.e_bh([-np.inf, 50.0], 0.05).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("shape", HUMPS)
@@ -117,15 +119,8 @@ def test_scores_are_learned_from_one_half_and_judged_on_the_other_and_a_choice_i
     assert chosen == pytest.approx(alone - np.log(3))
     assert all(np.array_equal(one, known) for one, (known, _) in zip(asked, rotations, strict=False))
     assert decide.log_e_value(lambda known: [], scores, 2, rotations) == -np.inf
-
-
-def test_copies_are_judged_once():
-    """Few images, saved five times each, look like as many separate humps."""
-    rng = np.random.default_rng(1)
-    scores = np.repeat(rng.normal(size=60), 5) + rng.normal(0, 1e-3, 300)
-    assert log_e(scores, rng, np.arange(300) % 5 == 0) < DOUBT
     for few in range(3):
-        assert log_e(scores, rng, np.arange(300) < few) <= 0
+        assert decide.log_e_value(learn, scores, 2, decide.halves(np.arange(400) < few, rng)) <= 0
 
 
 def test_the_posterior_of_free_humps_rises_with_the_score_and_parts_them():
@@ -150,3 +145,50 @@ def test_more_images_show_smaller_minorities_but_never_at_the_least_share_itself
     assert shares[-1] < shares[2] < shares[1] <= 50 < shares[0]
     assert least(1000, 5000) > least(1000, 5)
     assert least(20_000, 5, min_share=0.1) == 15
+
+
+def dispersion(parts):
+    """The between-group variance of scores."""
+    scores = np.concatenate(parts)
+    return sum(len(part) * (part.mean() - scores.mean()) ** 2 for part in parts) / len(scores)
+
+
+@pytest.mark.parametrize(("count", "num_groups", "min_share"), [(9, 2, 0), (10, 3, 0), (11, 4, 0.15), (10, 3, 0.3)])
+def test_exact_groups_beat_every_other_cut_and_rise_with_the_score(count, num_groups, min_share):
+    rng = np.random.default_rng(count)
+    least = max(1, int(np.ceil(min_share * count)))
+    for _ in range(20):
+        scores = rng.normal(size=count)
+        labels = exact_groups(scores, num_groups, min_share=min_share)
+        found = [scores[labels == group] for group in range(num_groups)]
+        others = [np.split(np.sort(scores), cuts) for cuts in combinations(range(1, count), num_groups - 1)]
+        assert min(map(len, found)) >= least
+        assert (np.diff(labels[np.argsort(scores)]) >= 0).all()
+        best = max(dispersion(parts) for parts in others if min(map(len, parts)) >= least)
+        assert dispersion(found) == pytest.approx(best, abs=1e-12)
+
+    with pytest.raises(AuditError, match="Expected at least 6 images for 2 groups, got 5"):
+        exact_groups(np.arange(5.0), 2, min_share=0.5)
+
+
+def test_gradient_groups_find_a_far_minority_and_a_larger_omega_makes_them_more_equal():
+    scores = two_humps(np.random.default_rng(0), 200, 0.1, 8)
+    weights = gradient_groups(scores, 2, omega=0.1)
+    assert ((weights[:, 1] > 0.5) == (np.arange(200) >= 180)).mean() > 0.97
+    assert gradient_groups(scores, 2, omega=5.0).mean(axis=0).min() > 0.4
+    three = gradient_groups(scores, 3)
+    assert np.allclose(three.sum(axis=1), 1)
+    assert (np.diff(three.T @ scores / three.sum(axis=0)) > 0).all()
+
+
+@pytest.mark.parametrize("solver", ["exact", "gradient"])
+def test_a_forced_split_says_how_well_independent_draws_agree(solver):
+    rng = np.random.default_rng(0)
+    values = rng.permutation(two_humps(rng, 400, 0.1, 8))
+    far = np.stack([values + rng.normal(0, 0.5, 400) for _ in range(2)])
+    noise = np.stack([rng.permutation(values) for _ in range(2)])
+    config = AuditConfig(solver=solver, contrast_log_snr=(0.0,), min_share=0.05)
+    stable, unstable = (forced_split(Score("made up", draws, lambda known: []), config) for draws in (far, noise))
+    assert ((stable.weights.argmax(axis=1) == 1) == (values > 4)).mean() > 0.98
+    assert stable.candidate.agreement > 0.85
+    assert unstable.candidate.agreement < 0.2

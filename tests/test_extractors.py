@@ -34,11 +34,6 @@ def dinov2_dir(tmp_path_factory):
     return str(save_dinov2(tmp_path_factory.mktemp("tiny") / "dinov2-tiny"))  # not all processors convert colours
 
 
-@pytest.fixture(scope="module")
-def clip(clip_dir):
-    return ClipEncoder.load(clip_dir)
-
-
 def test_features_are_of_the_weights_and_of_how_images_are_made_ready(clip_dir):
     first, other = ClipEncoder.load(clip_dir), ClipEncoder.load(clip_dir)
     assert first.features_digest() == other.features_digest()
@@ -143,7 +138,8 @@ def test_without_the_extra_or_its_weights_one_is_told_what_to_do(monkeypatch, lo
         load()
 
 
-def test_features_of_texts_are_in_their_order_and_do_not_depend_on_those_beside(clip, monkeypatch):
+def test_features_of_texts_are_in_their_order_and_do_not_depend_on_those_beside(clip_dir, monkeypatch):
+    clip = ClipEncoder.load(clip_dir)
     texts = ["a photo of a landbird", "a", "a photo of a waterbird on water", "a", "water " * 100]  # the last is cut
     alone = [clip.text_features([text])[0] for text in texts]
     monkeypatch.setattr("invdiff.models.encoders.BATCH_SIZE", 3)

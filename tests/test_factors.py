@@ -206,27 +206,22 @@ def test_a_module_learns_every_factor_and_each_is_asked_for_by_name(made, tmp_pa
             attach(pipe, module, environments=wrong)
 
 
-def test_a_prompt_of_many_lines_and_codes_of_a_terminal_is_a_line_in_the_table(made, capsys):
-    audit = Audit.load(made[0] / "audit")
-    prompts = [replace(prompt, prompt="a bird\n\x1b[31m" + 30 * " by the sea") for prompt in audit.prompts]
-    print_audit(replace(audit, prompts=prompts))
-    shown = capsys.readouterr().out
-    assert "\x1b" not in shown
-    assert shown.count("sea") < 3 * 10 + 3 * 10  # of ninety
-
-
 def test_people_see_every_factor(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    print_audit(Audit.load(made[0] / "audit"))
+    audit = Audit.load(made[0] / "audit")
+    print_audit(audit)
     lines = capsys.readouterr().out.splitlines()
     table = [line for line in lines if line[:1] in "┏┃┡│└"]
     assert {len(line) for line in table} == {80}
     assert [sum(f"│ factor {m} │" in line for line in table) for m in (1, 2)] == [2, 1]
     assert any(line.startswith(OWN) for line in lines)
     assert "a third" not in " ".join(lines)  # the power, which is told where nothing was found
-    missed = [replace(prompt, found=False) for prompt in Audit.load(made[0] / "audit").prompts]
-    print_audit(replace(Audit.load(made[0] / "audit"), prompts=missed))
-    assert "a third" in capsys.readouterr().out
+    odd = "a bird\n\x1b[31m" + 30 * " by the sea"  # of many lines, with codes of a terminal
+    print_audit(replace(audit, prompts=[replace(prompt, found=False, prompt=odd) for prompt in audit.prompts]))
+    shown = capsys.readouterr().out
+    assert "a third" in shown
+    assert "\x1b" not in shown
+    assert shown.count("sea") < 3 * 10 + 3 * 10  # of ninety
     with undrawn():
         page, twin = report(tmp_path, audit=made[0] / "audit", data=made[1])
     for words in ("factor 2 · “a photo of a waterbird”", "by 2 hidden factors", OWN, "wrong captions"):

@@ -71,19 +71,16 @@ def test_labels_of_another_type_are_called_so():
         read_targets(data, ["male"])
 
 
-@pytest.mark.parametrize(
-    ("use", "message"),
-    [
+def test_columns_and_labels_that_do_not_fit_are_refused():
+    for use, message in (
         (lambda: given("age"), "'age' of labels, found gender, smiles"),
         (lambda: given("gender", rows=[]).attributes, "found none"),
         (lambda: given("gender", rows=ROWS[:1]).attributes, "found woman"),
         (lambda: given("gender", rows=ROWS[2:4]).attributes, "found none"),
         (lambda: given("id", rows=[{"id": str(index)} for index in range(60)]), "at most 50 classes"),
-    ],
-)
-def test_columns_and_labels_that_do_not_fit_are_refused(use, message):
-    with pytest.raises(EvaluationError, match=message):
-        use()
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            use()
 
 
 @pytest.mark.parametrize(("header", "caption_column"), [("text", None), ("title", "title"), ("", None)])

@@ -29,17 +29,13 @@ VALUES = ["land", "water", "land", "water", "water", "land", "", "water", "land"
 """Of 20 images, two of them not labelled."""
 
 
-def write_labelled_folder(folder):
-    """Write 20 images of noise of two captions with a column `place`."""
-    write_tiny_folder(folder, 20)
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of 20 images of noise of two captions with a column `place`."""
+    folder = write_tiny_folder(tmp_path / "data", 20)
     rows = [f"{index:02d}.png,{CAPTIONS[index % 2]},{value}" for index, value in enumerate(VALUES)]
     (folder / "metadata.csv").write_text("\n".join(["file_name,text,place", *rows]))
     return folder
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return write_labelled_folder(tmp_path / "data")
 
 
 def test_a_column_that_is_asked_for_is_the_factor_and_trains_as_the_same_groups_do(tiny_pipe, folder, tmp_path):
@@ -222,17 +218,14 @@ def test_copies_of_labelled_images_prove_nothing():
     assert (asked.weights[given].max(axis=1) == 1).all()
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
+def test_labels_must_be_of_the_images_and_enough():
+    for given, message in (
         ({"x.png": "a", **{f"{i}.png": "ab"[i % 2] for i in range(12)}}, r"found 1 of 13 names .* such as 'x.png'"),
         ({f"{i}.png": "a" for i in range(12)}, r"two values of 'age' or more, .* found a \(12\)"),
         ({f"{i}.png": "ab"[i > 7] for i in range(12)}, r"5 images each or more, found a \(8\), b \(4\)"),
-    ],
-)
-def test_labels_must_be_of_the_images_and_enough(given, message):
-    with pytest.raises(DataError, match=message):
-        labels_asked({"age": given}, [f"{i}.png" for i in range(12)])
+    ):
+        with pytest.raises(DataError, match=message):
+            labels_asked({"age": given}, [f"{i}.png" for i in range(12)])
     with pytest.raises(DataError, match="attribute to image to value"):
         labels_asked({"0.png": "a", "1.png": "b"}, ["0.png", "1.png"])
 

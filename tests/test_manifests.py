@@ -1,4 +1,4 @@
-"""Folders of images that are evaluated, and files of results: what is read, and what is refused."""
+"""Folders of images that are evaluated, and files of results: what is read, left out, corrected and refused."""
 
 import csv
 import functools
@@ -15,13 +15,11 @@ from invdiff import Results, load_captioned_images
 from invdiff.errors import DataError, EvaluationError, InvDiffError
 from invdiff.evaluation.annotate import describe_images
 from invdiff.evaluation.annotators.labels import GivenLabels
+from invdiff.evaluation.fairness.correction import correct_for_annotator
+from invdiff.evaluation.images import read_images
+from invdiff.report.read import measured
 from runs import LAND, WATER
-from test_evaluate import LAND_ROWS, ROWS, ReadsPixels, change_rows, measure, of_base, write
-
-
-@pytest.fixture
-def base(tmp_path):
-    return write(tmp_path / "base", ROWS)
+from test_evaluate import LAND_ROWS, ROWS, ReadsPixels, change_rows, measure, of_base, waver, write
 
 
 def test_one_label_and_one_prompt_in_several_spellings_are_one(tmp_path):
@@ -134,9 +132,8 @@ def test_results_come_back_from_their_file_and_the_table_lies_beside(base, tmp_p
         results.save(tmp_path / "mine.json")
 
 
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
+def test_damaged_results_are_refused_with_the_place_of_the_fault(base, tmp_path):
+    for path, value, message in (
         ("models", [], "expected a mapping in 'models', got []"),
         ("models", {}, "at least one model, found none"),
         ("models/base/1.0", {"bias": 1.0}, "images_per_prompt"),
@@ -145,16 +142,14 @@ def test_results_come_back_from_their_file_and_the_table_lies_beside(base, tmp_p
         ("models/base/1.0/attributes/background/overall/bias/high", float("nan"), "'high' in 'bias' in 'overall'"),
         ("models/base/1.0/attributes/background/counts", {LAND: {"land": 0}}, "division by zero"),
         ("module_scales", {"base": "strong"}, "'base' in 'module_scales'"),
-    ],
-)
-def test_damaged_results_are_refused_with_the_place_of_the_fault(base, tmp_path, path, value, message):
-    document = measure({"base": base}).to_dict()
-    *parents, last = path.split("/")
-    functools.reduce(operator.getitem, parents, document)[last] = value
-    (tmp_path / "results.json").write_text(json.dumps(document))
-    with pytest.raises(EvaluationError, match=r"results.json: Expected .*(?i:evaluate again)") as raised:
-        Results.load(tmp_path / "results.json")
-    assert message in str(raised.value)
+    ):
+        document = measure({"base": base}).to_dict()
+        *parents, last = path.split("/")
+        functools.reduce(operator.getitem, parents, document)[last] = value
+        (tmp_path / "results.json").write_text(json.dumps(document))
+        with pytest.raises(EvaluationError, match=r"results.json: Expected .*(?i:evaluate again)") as raised:
+            Results.load(tmp_path / "results.json")
+        assert message in str(raised.value)
 
 
 def test_a_reference_may_be_captioned_images_of_which_as_many_are_unreadable_as_it_allows(base, tmp_path):
@@ -177,3 +172,57 @@ def test_features_that_are_not_finite_are_refused_by_the_image(base):
     images = [Image.new("RGB", (4, 4), (0, 0, 20 * (i == 70))) for i in range(80)]
     with pytest.raises(EvaluationError, match="for image 70"):
         describe_images(images, ReadsPixels(change=spoil))
+
+
+def test_images_below_the_confidence_are_a_class_of_their_own(base):
+    assert of_base(base, min_confidence=0.5).first.counts[LAND] == {"land": 3, "water": 1, "cannot tell": 0}
+    wavering = of_base(base, ReadsPixels(change=waver), min_confidence=0.6).first
+    assert wavering.counts[LAND] == {"land": 2, "water": 1, "cannot tell": 1}
+    assert wavering.shares[LAND] == pytest.approx({"land": 2 / 3, "water": 1 / 3})
+    with pytest.raises(EvaluationError, match="have classes of background in every model, found none"):
+        of_base(base, ReadsPixels(certainty=0.9), min_confidence=0.95)
+
+
+def test_figures_are_corrected_where_the_annotators_errors_are_known(base, tmp_path):
+    confusion = np.array([[90, 10, 0], [10, 90, 0]])
+    results = measure({"base": base}, ReadsPixels(confusion))
+    estimate = results.models["base"]["1.0"].bias_estimate
+    corrected = correct_for_annotator([[3, 1], [2, 2]], confusion[:, :2])
+    assert estimate.corrected == pytest.approx(np.mean(np.abs(corrected[:, 0] - corrected[:, 1]) / 4))
+    assert estimate.corrected_low <= estimate.corrected <= estimate.corrected_high
+    assert results.annotator.accuracy == {"background": 0.9}
+    assert not any("errs" in note for note in results.notes)
+    confusion = np.array([[80, 10, 10], [5, 90, 5]])  # images without a class count too
+    folder = write(tmp_path / "unsure", LAND_ROWS)
+    results = measure({"base": folder}, ReadsPixels(confusion, change=waver), min_confidence=0.6)
+    corrected = correct_for_annotator([[2, 1, 1]], confusion)[0]
+    expected = abs(corrected[0] - corrected[1]) / corrected.sum()
+    assert results.models["base"]["1.0"].bias_estimate.corrected == pytest.approx(expected)
+    assert results.annotator.accuracy["background"] == pytest.approx(170 / 185)  # of the images that it names
+
+
+def test_images_without_a_class_are_counted_in_a_note_and_a_prompt_of_them_alone_is_left_out(tmp_path):
+    folder = write(tmp_path / "base", ROWS)
+    rows = [{"background": background} for _, _, background, _ in ROWS]
+    change_rows(folder, [{"background": ""} if number in (0, 4, 5, 6, 7) else row for number, row in enumerate(rows)])
+    results = measure({"base": folder}, GivenLabels(["background"]))
+    first = results.models["base"]["1.0"].first
+    assert list(first.counts) == [LAND]
+    assert first.overall["bias"].value == pytest.approx(1 / 3)
+    assert any("outside its figures: 1 of 4 of base at guidance scale 1.0" in note for note in results.notes)
+    told = "leave out 1 of 2 prompts, of which nothing is told in some model's images, first "
+    assert any(told + repr(WATER) in note for note in results.notes)
+    # Models are compared on the same prompts, and what was measured is known as such.
+    whole = change_rows(write(tmp_path / "guided", ROWS), rows)
+    both = measure({"base": folder, "guided": whole}, GivenLabels(["background"]))
+    assert [list(measures.first.counts) for *_, measures in both.each()] == [[LAND], [LAND]]
+    assert measured(both, "base", read_images(folder))
+
+
+def test_two_attributes_that_no_image_has_both_of_have_no_intersection_and_it_is_said(tmp_path):
+    one, other = {"background": "land", "kind": ""}, {"background": "", "kind": "a"}
+    rows = [one, one | {"background": "water"}, other, other | {"kind": "b"}] * 2
+    folder = change_rows(write(tmp_path / "base", ROWS), rows)
+    results = measure({"base": folder}, GivenLabels(["background", "kind"]), attribute=["background", "kind"])
+    assert list(results.models["base"]["1.0"].attributes) == ["background", "kind"]
+    assert any("figures of the intersection leave out 2 of 2 prompts" in note for note in results.notes)

@@ -34,19 +34,16 @@ def test_of_several_processes_only_the_first_prints(monkeypatch, capsys):
     assert "Expected one process" in fail("demo")
 
 
-@pytest.mark.parametrize(
-    ("left", "message"),
-    [
+def test_variables_left_over_by_a_cluster_are_named(tmp_path):
+    for left, message in (
         ({"WORLD_SIZE": "auto"}, "WORLD_SIZE='auto'"),
         ({"RANK": ""}, "RANK='', LOCAL_RANK"),
         ({"RANK": "2"}, "WORLD_SIZE='2', RANK='2'"),
         ({"MASTER_ADDR": ""}, "MASTER_ADDR=''"),
-    ],
-)
-def test_variables_left_over_by_a_cluster_are_named(tmp_path, left, message):
-    said = fail("birds", "--output", tmp_path, env=PROCESSES | left)
-    assert message in said
-    assert "To run alone: unset WORLD_SIZE RANK" in said
+    ):
+        said = fail("birds", "--output", tmp_path, env=PROCESSES | left)
+        assert message in said
+        assert "To run alone: unset WORLD_SIZE RANK" in said
 
 
 @pytest.mark.parametrize("alone", ["", "1", " "])

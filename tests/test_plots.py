@@ -1,4 +1,4 @@
-"""Charts: the figures that are drawn, gaps, names beside lines, light and dark paper, and hostile text."""
+"""Charts, and pictures of audits and of comparisons: what is drawn, names beside lines, and hostile text."""
 
 import base64
 import io
@@ -12,10 +12,11 @@ from PIL import Image
 
 from invdiff.auditing.result import Audit
 from invdiff.report import plots
-from invdiff.report.grids import save_charts
+from invdiff.report.compare import compare
+from invdiff.report.grids import save_audit_picture, save_before_after, save_charts
 from invdiff.report.plots import BASE_COLOUR, DARK, PAPER, SERIES_COLOURS, Chart, Line
-from invdiff.report.read import splits_of
-from runs import HOSTILE, make_audit
+from invdiff.report.read import find_parts, read_run, splits_of
+from runs import HOSTILE, LAND, WATER, make_audit
 
 
 def line(place, y, *, bar=np.nan, name=""):
@@ -23,7 +24,7 @@ def line(place, y, *, bar=np.nan, name=""):
     return Line(name or f"line {place}", points, place)
 
 
-def drawn(lines, **chart):
+def axes_of(lines, **chart):
     """The axes of a chart."""
     with matplotlib.rc_context(plots.style()):
         axes = Figure(layout="constrained").add_subplot()
@@ -41,7 +42,7 @@ def colour_at_corner(uri):
 
 
 def test_lines_go_through_their_figures_with_gaps_and_stand_side_by_side():
-    axes = drawn([line(None, [0.1, 0.2, None, 0.4]), line(0, [0.5, 0.6, 0.7, 0.8])])
+    axes = axes_of([line(None, [0.1, 0.2, None, 0.4]), line(0, [0.5, 0.6, 0.7, 0.8])])
     base, other = (
         next(one for one in axes.lines if one.get_color() == colour and len(one.get_xdata()) > 1)
         for colour in (BASE_COLOUR, SERIES_COLOURS[0])
@@ -53,7 +54,9 @@ def test_lines_go_through_their_figures_with_gaps_and_stand_side_by_side():
 
 
 def test_intervals_and_floors_are_within_the_axes_and_lines_differ_in_colour_and_in_marker():
-    axes = drawn([line(k, [-0.2, None, 1.3], bar=0.2) for k in range(8)], floors=[[(1.0, 1.9), (3.0, 1.9)]] * 2, top=1)
+    axes = axes_of(
+        [line(k, [-0.2, None, 1.3], bar=0.2) for k in range(8)], floors=[[(1.0, 1.9), (3.0, 1.9)]] * 2, top=1
+    )
     bars = [bar for bars in axes.collections for bar in bars.get_segments() if len(bar)]
     assert [bar[:, 1].tolist() for bar in bars[:2]] == [[-0.4, 0.0], pytest.approx([1.1, 1.5])]
     assert axes.get_ylim()[0] <= -0.4
@@ -67,7 +70,7 @@ def test_intervals_and_floors_are_within_the_axes_and_lines_differ_in_colour_and
 
 @pytest.mark.parametrize("values", [[0.0] * 8, [1.0] * 8, [0.0, 0.01, 0.5, 0.51, 0.52, 0.99, 1.0, 1.0]])
 def test_names_stand_apart_beside_the_axes(values):
-    axes = drawn([line(k, [0.5, value]) for k, value in enumerate(values)], top=1)
+    axes = axes_of([line(k, [0.5, value]) for k, value in enumerate(values)], top=1)
     heights = [text.get_position()[1] for text in axes.texts]
     assert np.diff(heights).min() > 0.08
     assert max(heights) <= axes.get_ylim()[1]
@@ -114,3 +117,47 @@ def test_small_images_are_kept_exactly_and_large_ones_are_made_small():
     assert colour_at_corner(small.uri) == "#c82828"
     assert large.uri.startswith("data:image/jpeg")
     assert image_of(large.uri).size == (192, 192)
+
+
+RED, BLUE = (200, 40, 40), (40, 40, 200)
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        assert (image.format, image.width) == ("PNG", 1600)
+        return np.asarray(image.convert("RGB"))
+
+
+def test_an_audit_is_drawn_with_its_images_by_name(tmp_path, drawn):
+    data = make_audit(tmp_path, per_prompt=40, rare=5)
+    path = save_audit_picture(tmp_path, data)
+    assert path == tmp_path / "groups.png"
+    assert all((pixels(path) == colour).all(axis=2).any() for colour in (RED, BLUE))
+    of_prompt = ["group 0 · 88% · 35 images", "most typical", 8, "least certain", 8]
+    of_prompt += ["group 1 · 12% · 5 images", "most typical", 5]
+    for prompt in (LAND, WATER):
+        start = drawn.index(f"“{prompt}”") - len(of_prompt)
+        assert drawn[start : start + len(of_prompt)] == of_prompt
+    first = path.read_bytes()
+    shuffled = data.select(np.random.default_rng(0).permutation(len(data)))
+    assert save_audit_picture(tmp_path, shuffled).read_bytes() == first
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_hostile_prompts_are_drawn_inside_the_margins(tmp_path, drawn, found):
+    prompts = tuple(text.replace("\ud800", "") for text in (*HOSTILE[:9], "W" * 500))
+    path = save_audit_picture(tmp_path, make_audit(tmp_path, prompts=prompts, per_prompt=3, rare=1, found=found))
+    assert (pixels(path)[:, -60:] == 255).all()
+    assert sum(str(part).startswith("group 1 · ") for part in drawn) == (8 if found else 0)  # and no more
+    assert ("No hidden group was found" in drawn) == (not found)
+    assert any(str(part).startswith("one hump, not WWW") for part in drawn) == (not found)
+
+
+def test_before_and_after_stand_above_each_other(finished, tmp_path, drawn):
+    chosen = compare(read_run(find_parts(finished)))
+    assert chosen is not None
+    save_before_after(tmp_path / "a.png", chosen)
+    land = [f"“{LAND}”", "Base model · land 90% · water 10%", 8, "With guidance · land 55% · water 45%", 8]
+    assert drawn[2:7] == land
+    assert f"“{WATER}”" in drawn
+    assert (pixels(tmp_path / "a.png") == (0, 0, 120)).all(axis=2).any()

@@ -172,16 +172,13 @@ def test_images_drawn_anew_since_they_were_measured_are_left_out_and_it_is_said(
     assert "Images of images/guided-cfg-3 are not shown: they are not those that were measured." in page.words
 
 
-@pytest.mark.parametrize(
-    ("weights", "scores", "typical", "uncertain"),
-    [
+def test_images_are_ranked_from_their_group_s_side():
+    for weights, scores, typical, uncertain in (
         (np.eye(2)[[0, 0, 0, 1, 1, 1]], [-3, -1, 0, 4, 5, 9], [[0, 1, 2], [5, 4, 3]], [[2, 1, 0], [3, 4, 5]]),
         (np.eye(2)[[0, 0, 1, 1]], [9, 5, -3, -1], [[0, 1], [2, 3]], [[1, 0], [3, 2]]),  # by scores, not numbers
         (np.eye(3)[[0, 1, 1, 1, 2]], [0, 10, 11, 13, 20], [[0], [2, 1, 3], [4]], [[0], [3, 2, 1], [4]]),
         (np.array([[0.9, 0.1], [0.6, 0.4], [0.1, 0.9]]), [1, -5, 7], [[0, 1], [2]], [[1, 0], [2]]),  # by weights first
-    ],
-)
-def test_images_are_ranked_from_their_group_s_side(weights, scores, typical, uncertain):
-    groups = rank_groups(weights, np.array(scores, float), np.arange(len(scores)) + 10, "abc"[: weights.shape[1]])
-    assert [[place - 10 for place in group.typical] for group in groups] == typical
-    assert [[place - 10 for place in group.uncertain] for group in groups] == uncertain
+    ):
+        groups = rank_groups(weights, np.array(scores, float), np.arange(len(scores)) + 10, "abc"[: weights.shape[1]])
+        assert [[place - 10 for place in group.typical] for group in groups] == typical
+        assert [[place - 10 for place in group.uncertain] for group in groups] == uncertain

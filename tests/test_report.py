@@ -6,7 +6,7 @@ import io
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import pytest
@@ -16,6 +16,7 @@ from PIL import Image
 from browser import LAYOUT, needs_browser, open_browser
 from invdiff import Audit, Results, load_captioned_images, save_report
 from invdiff.auditing.edits import apply
+from invdiff.auditing.result import WORDS, AuditWords, GroupWords, Word
 from invdiff.errors import AuditError, ConfigError, DataError
 from invdiff.evaluation.fairness.intervals import share_interval
 from invdiff.report.figures import percent
@@ -88,22 +89,16 @@ def test_it_says_how_to_reproduce_it_and_what_it_does_not_prove(page, twin):
 
 
 def test_an_audit_whose_cuts_people_moved_away_hides_nothing(finished, tmp_path):
-    shutil.copytree(finished / "audit", tmp_path / "audit")
-    found = Audit.load(tmp_path / "audit")
-    edits = found.edits
-    for split in found.factors[0].splits:
-        edits = edits.with_cuts(0, split.prompt, [99.0])
-    apply(found, edits).save_edits(tmp_path / "audit")
-    for text in report(tmp_path / "out", audit=tmp_path / "audit"):
-        text = getattr(text, "words", text)
+    found = Audit.load(audit := shutil.copytree(finished / "audit", tmp_path / "audit"))
+    apply(found, found.edits.with_cuts(0, 0, [99.0]).with_cuts(0, 1, [99.0])).save_edits(audit)
+    page, twin = report(tmp_path / "out", audit=audit)
+    for text in (page.words, twin):
         assert "No hidden bias was found" in text
         assert "People put the images of every prompt in one group" in text
 
 
 def test_people_s_edits_are_said_and_shares_are_of_the_images_kept(finished, tmp_path):
-    audit = tmp_path / "audit"
-    shutil.copytree(finished / "audit", audit)
-    inferred = Audit.load(audit)
+    inferred = Audit.load(audit := shutil.copytree(finished / "audit", tmp_path / "audit"))
     edits = inferred.edits.with_name(0, 0, "on land").with_name(0, 1, "on water")
     apply(inferred, edits.without_images([0, 18, 21]).with_cuts(0, 1, [0.0])).save_edits(audit)
     scores = inferred.scores[0]
@@ -113,14 +108,9 @@ def test_people_s_edits_are_said_and_shares_are_of_the_images_kept(finished, tmp
     low, high = share_interval(above, 19)
     assert f"on water {percent(above / 19)} {percent(low)} to {percent(high)}" in found.words
     assert f"on water: {percent(above / 19)} ({percent(low)} to {percent(high)})" in markdown
-    sentence = (
-        "People changed this audit: 3 images are left out, cuts between groups were moved by hand under 1 prompt "
-        "and groups have names that people gave them. Separation, agreement, Rand index and e-value are of the groups "
-        "as inferred."
-    )
     alts = " ".join(found.values("alt"))
     for text in (found.words, markdown):
-        assert sentence in text
+        assert "3 images are left out, cuts between groups were moved by hand under 1 prompt and groups have" in text
         assert "put its curation.json beside the one that these commands make" in text
         assert "Names of groups are people's words for what they saw" in text
         assert "numbers, not names" not in text
@@ -132,19 +122,23 @@ def test_people_s_edits_are_said_and_shares_are_of_the_images_kept(finished, tmp
 
 
 @pytest.mark.parametrize(
-    ("interval", "verdict"),
+    ("guided", "verdict"),
     [
-        ((0.02, 0.3), "cannot be distinguished from a fair sampler"),
-        ((0.2, 0.3), "It is less, but more than"),
-        ((0.2, 0.99), "do not prove a change"),
-        ((0.99, 1.0), "guidance did harm"),
+        ({"low": 0.02, "high": 0.3}, "cannot be distinguished from a fair sampler"),
+        ({"low": 0.2, "high": 0.3}, "It is less, but more than"),
+        ({"low": 0.2, "high": 0.99}, "do not prove a change"),
+        ({"low": 0.99, "high": 1.0}, "guidance did harm"),
+        (  # by the ends that are corrected for the annotator's errors
+            {"low": 0.02, "high": 0.3, "corrected": 0.8, "corrected_low": 0.5, "corrected_high": 1.0},
+            "0.80 (0.50 to 1.00) corrected for the annotator's errors. But the two intervals overlap",
+        ),
     ],
 )
-def test_the_verdict_claims_no_more_than_the_intervals(finished, tmp_path, interval, verdict):
+def test_the_verdict_claims_no_more_than_the_intervals(finished, tmp_path, guided, verdict):
     document = json.loads((finished / "results.json").read_text())
-    for model, ends in (("base", (0.7, 0.98)), ("guided", interval)):
+    for model, stated in (("base", {"low": 0.7, "high": 0.98}), ("guided", guided)):
         bias = document["models"][model]["1.0"]["attributes"]["background"]["overall"]["bias"]
-        bias |= {"low": ends[0], "high": ends[1], "floor": 0.1}
+        bias |= stated | {"floor": 0.1}
     (tmp_path / "results.json").write_text(json.dumps(document))
     page, twin = report(tmp_path / "out", results=tmp_path / "results.json")
     assert verdict in page.words
@@ -197,6 +191,11 @@ def hostile_folder(tmp_path_factory):
     audit["prompts"][0] |= {"found": False, "reason": SCRIPT}
     audit["settings"] = {"data_fingerprint": SCRIPT, "solver": NASTY[1], "vision_encoder": NASTY[6]}
     (folder / "audit" / "audit.json").write_text(json.dumps(audit))
+    said = GroupWords(None, 0, 0, tuple(Word(text, 2.0, 0.001) for text in NASTY), "")
+    words = AuditWords(
+        NASTY[1], Audit.load(folder / "audit").fingerprint, 512, 40, 0.01, (said, replace(said, prompt=1))
+    )
+    (folder / "audit" / WORDS).write_text(json.dumps(asdict(words)))
     named = Audit.load(folder / "audit").edits.with_name(0, 0, one_line(NASTY[1], 60)).with_name(0, 1, NASTY[5][:60])
     apply(Audit.load(folder / "audit"), named).save_edits(folder / "audit")
     shares = {text.encode("utf-8", "replace").decode(): 2 for text in prompts}
@@ -226,6 +225,7 @@ def test_hostile_text_is_shown_makes_no_element_and_is_cut_but_for_commands(page
     assert all(uri.startswith("data:image/") for uri in found.values("src"))
     for text in (*NASTY[:6], NASTY[1] + " 50%", NASTY[5][:59]):
         assert one_line(text) in found.words
+    assert f"Words: {SCRIPT}, {NASTY[1]}" in found.words
     for character in "\u202a\u202b\u202d\u202e\u2066\u2067\u2068\u200e\u200f":  # these turn the direction of text
         assert character not in found.text + markdown
     assert re.search("x{9000}.*</code>", source)
@@ -283,20 +283,6 @@ def test_nothing_found_and_one_model_alone_are_said_plainly(tmp_path):
         assert "No other model was measured beside it" in text
         assert "Bias, measured" in text
         assert "nothing is compared" in text
-
-
-def test_the_verdict_counts_the_errors_of_the_annotator(tmp_path):
-    folders = {name: make_images(tmp_path / name, {LAND: n}) for name, n in (("base", 18), ("guided", 10))}
-    results = measured(folders)
-    first = results.models["guided"]["3.0"].first
-    errs = replace(first.overall["bias"], corrected=0.8, corrected_low=0.5, corrected_high=1.0)
-    guided = replace(first, overall=first.overall | {"bias": errs})
-    measures = replace(results.models["guided"]["3.0"], attributes={"background": guided})
-    replace(results, models=results.models | {"guided": {"3.0": measures}}).save(tmp_path / "results.json")
-    _, twin = report(tmp_path / "out", results=tmp_path / "results.json")
-    assert "with guidance it is 0.00, or 0.80 (0.50 to 1.00) corrected for the annotator's errors." in twin
-    assert "these images do not prove a change" in twin
-    assert "cannot be distinguished" not in twin
 
 
 @pytest.mark.parametrize(

@@ -66,27 +66,24 @@ def test_images_are_drawn_with_what_they_were_drawn_with():
     assert commands(Run(images={"theirs": Generated([], ["theirs"], [{}])})) == []
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
+def test_what_a_command_cannot_say_is_said_beside_it():
+    for settings in (
         {"prompts": [f"bird {number}" for number in range(MOST_WORDS + 1)]},
         {"environments": [[0], [1]]},
         {"environments": "hostile"},
-    ],
-)
-def test_what_a_command_cannot_say_is_said_beside_it(settings):
-    found = reproduce(drawn(**settings), "1.0")
-    ((title, command),) = found["commands"]
-    assert "settings below" in title
-    assert "--environments" not in command
-    assert command.count("--output") == 1
-    assert [step for step, _ in found["settings"]] == ["Generate: guided, guided"]
+    ):
+        found = reproduce(drawn(**settings), "1.0")
+        ((title, command),) = found["commands"]
+        assert "settings below" in title
+        assert "--environments" not in command
+        assert command.count("--output") == 1
+        assert [step for step, _ in found["settings"]] == ["Generate: guided, guided"]
 
 
-def test_a_prompt_that_looks_like_an_option_is_none_and_weights_of_16_bits_are_said():
-    audit = audited(dtype="bf16")
-    command = commands(Run(audit=audit, images=drawn(prompts=["--output", "x"]).images))[-1][1]
-    assert shlex.split(command)[-3:] == ["--", "--output", "x"]
+def test_a_prompt_that_looks_like_an_option_or_a_command_is_none_and_weights_of_16_bits_are_said():
+    audit, prompts = audited(dtype="bf16"), ["--output", "'; $(touch x)\n"]
+    command = commands(Run(audit=audit, images=drawn(prompts=prompts).images))[-1][1]
+    assert shlex.split(command)[-3:] == ["--", *prompts]
     assert command.startswith("invdiff generate MODEL --dtype bf16 --module")
     assert only(Run(audit=audit)) == "invdiff audit MODEL --dtype bf16 DATA --output audit"
 
@@ -132,23 +129,13 @@ def test_the_demo_is_one_command():
     assert ("demo", "3") in next(table for table in reproduce(run, "1.0")["facts"] if table.caption == "Seeds").rows
 
 
-@pytest.mark.parametrize("value", ["$(touch x)", "'; touch x; '", "`touch x`", "a\nb"])
-def test_hostile_settings_are_one_word(value):
-    words = shlex.split(only(drawn(prompts=[value], seed=value)))
-    assert words[3] == value
-    assert words[-1] == value
-
-
-@pytest.mark.parametrize(
-    ("shown", "paths"),
-    [
+def test_no_path_of_the_machine_is_shown():
+    for shown, paths in (
         ("photos", ["photos", "/home/alice/photos", Path("/home/alice/photos"), "/home/alice/photos/", "~/photos"]),
         ("photos", ["~alice/photos", r"C:\Users\alice\photos", r"\\server\alice\photos"]),
         *((path, [path]) for path in ("out/demo/audit", "../photos", "org/birds")),
         (".", ["/"]),
-    ],
-)
-def test_no_path_of_the_machine_is_shown(shown, paths):
-    assert [shown_path(path) for path in paths] == [shown] * len(paths)
-    settings = {"vision_encoder": paths[-1], "prompts": ["/imagine a bird"], "seed": 3, "audit": None}
-    assert without_paths(settings) == settings | {"vision_encoder": shown}
+    ):
+        assert [shown_path(path) for path in paths] == [shown] * len(paths)
+        settings = {"vision_encoder": paths[-1], "prompts": ["/imagine a bird"], "seed": 3, "audit": None}
+        assert without_paths(settings) == settings | {"vision_encoder": shown}

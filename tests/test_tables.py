@@ -32,10 +32,6 @@ def test_csv_is_read_as_the_csv_module_writes_it(tmp_path):
             assert found.places == [f"line {line} of {tmp_path / 'metadata.csv'}" for line in (2, 3, 6)]
 
 
-def test_an_empty_last_cell_and_a_quote_within_a_plain_one_are_text(tmp_path):
-    assert table(tmp_path, 'a,b\n5" pipe,').rows == [{"a": '5" pipe', "b": ""}]
-
-
 def test_jsonl_keeps_types_and_rows_may_lack_columns(tmp_path):
     rows = [{"file_name": "a.png", "age": 3, "text": "\u2028 line"}, {"file_name": "b.png", "male": True}]
     text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
@@ -48,9 +44,8 @@ def test_the_first_rows_can_be_had_alone(tmp_path):
     assert table(tmp_path, 'a\n1\n2\n"open', limit=2).rows == [{"a": "1"}, {"a": "2"}]
 
 
-@pytest.mark.parametrize(
-    ("kind", "content", "message"),
-    [
+def test_faults_are_named_with_file_and_line(tmp_path):
+    for kind, content, message in (
         ("csv", 'name,b\n1,2\n3,"two\nlines" x\n', "each quote that opens in the row of line 3 of"),
         ("csv", 'name,b\n"two\nlines","never\nclosed,\n5,6\n', "each quote that opens in the row of line 2 of"),
         ("csv", "name,b\n1,a dog, sitting\n", "Expected 2 cells in line 2 of .*, found 3"),
@@ -65,13 +60,11 @@ def test_the_first_rows_can_be_had_alone(tmp_path):
         ("jsonl", '{"name": 1}\n\n[1]', r"a JSON object in line 3 of .*, found '\[1\]'"),
         ("jsonl", '{"name": 1, "name": 2}', "each column once in line 1 of .*, found name more than once"),
         ("jsonl", '{"file_name": 1}\n{"text": 2}', "a column file_name or name in line 2 of .*, found text"),
-    ],
-)
-def test_faults_are_named_with_file_and_line(tmp_path, kind, content, message):
-    for error in (DataError, EvaluationError):
-        with pytest.raises(error, match=message) as caught:
-            table(tmp_path, content, kind, required=[("file_name", "name")], error=error)
-        assert str(tmp_path / f"metadata.{kind}") in str(caught.value)
+    ):
+        for error in (DataError, EvaluationError):
+            with pytest.raises(error, match=message) as caught:
+                table(tmp_path, content, kind, required=[("file_name", "name")], error=error)
+            assert str(tmp_path / f"metadata.{kind}") in str(caught.value)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):

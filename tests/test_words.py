@@ -322,42 +322,24 @@ def with_words(folder, *, told=("water", "boat"), model="clip-tiny", factors=1):
     return data
 
 
-def test_a_report_shows_words_under_their_group_and_who_chose_them(tmp_path, plain):
-    page, twin = report(tmp_path / "report", audit=tmp_path, data=with_words(tmp_path))
+def test_a_report_shows_words_under_their_group_and_factor_and_who_chose_them_before_people_s_changes(tmp_path, plain):
+    data = with_words(tmp_path, factors=2)
+    page, twin = report(tmp_path / "report", audit=tmp_path, data=data)
     assert "Most typical of group 0 Words: no word tells it apart says “clip-tiny”, asked about 512" in page.words
     assert "Most typical of group 1 Words: water, boat says “clip-tiny”" in page.words
+    assert page.words.count("Words: water, boat") == page.words.count("Words: boat") == 1
     assert "group 1: 10% (3% to 30%), words: water, boat" in twin
-    for text in (page.words, twin):
+    audit = Audit.load(tmp_path)
+    apply(audit, audit.edits.without_images([0]).with_name(0, 1, "at sea")).save_edits(tmp_path)
+    changed, changed_twin = report(tmp_path / "report", audit=tmp_path, data=data)
+    assert "Most typical of at sea Words: water, boat" in changed.words
+    for text, by_people in ((page.words, False), (twin, False), (changed.words, True), (changed_twin, True)):
         assert "the opinion of a CLIP model, “clip-tiny”, and no proof" in text
         assert "Words that separate groups over all prompts" in text
-        assert "people's changes" not in text
+        assert ("before people's changes" in text) == by_people
     (tmp_path / WORDS).unlink()
     page, _ = report(tmp_path / "report", audit=tmp_path)
     assert not any(word in page.words for word in ("Words", "CLIP"))
-
-
-def test_words_stand_beside_the_factor_they_are_of_and_are_older_than_people_s_changes(tmp_path, plain):
-    data = with_words(tmp_path, factors=2)
-    audit = Audit.load(tmp_path)
-    apply(audit, audit.edits.without_images([0]).with_name(0, 1, "at sea")).save_edits(tmp_path)
-    page, twin = report(tmp_path / "report", audit=tmp_path, data=data)
-    assert "Most typical of at sea Words: water, boat" in page.words
-    assert page.words.count("Words: water, boat") == page.words.count("Words: boat") == 1
-    for text in (page.words, twin):
-        assert "before people's changes" in text
-
-
-def test_hostile_words_are_text_in_reports_and_in_pictures(tmp_path, plain):
-    tags = []
-    for name, words in (("plain", ["water"] * len(NASTY)), ("nasty", NASTY)):
-        data = with_words(tmp_path / name, told=words, model=words[0])
-        page, twin = report(tmp_path / name / "report", audit=tmp_path / name, data=data)
-        tags.append([tag for tag, _ in page.elements])
-        assert words[0] in page.text
-        assert words[0] in twin
-    assert tags[0] == tags[1]
-    assert "<script" not in (tmp_path / "nasty" / "report" / "report.md").read_text(encoding="utf-8")
-    save_audit_picture(tmp_path / "nasty", data)
 
 
 def test_pictures_show_as_many_words_as_there_is_room_for(tmp_path, drawn):
@@ -366,3 +348,4 @@ def test_pictures_show_as_many_words_as_there_is_room_for(tmp_path, drawn):
     assert drawn.count(", ".join(told)) == 1
     assert any("words by “clip-tiny”" in str(part) for part in drawn)
     assert not any("no word tells" in str(part) for part in drawn)
+    save_audit_picture(tmp_path / "nasty", with_words(tmp_path / "nasty", told=NASTY))
