@@ -1,18 +1,19 @@
 """Which hidden factors are found in made-up evidence, and an audit of two of them until people see it."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from sklearn.metrics import adjusted_rand_score, roc_auc_score
+from sklearn.metrics import adjusted_rand_score
 
 from conftest import make_tiny_pipeline
 from invdiff import attach, generate, load_captioned_images, load_guidance, train
-from invdiff.auditing.cuts import Cut, is_mixed, weigh
+from invdiff.auditing.cuts import Cut, weigh
 from invdiff.auditing.evidence import Evidence
 from invdiff.auditing.factors import Shifts, no_bias
 from invdiff.auditing.result import Audit, Candidate, PromptAudit
-from invdiff.auditing.scores import Score, not_learned, parts_of
+from invdiff.auditing.scores import Score, not_learned
 from invdiff.cli.print import print_audit
 from invdiff.config import AuditConfig, GenerateConfig, TrainConfig
 from invdiff.data.encode import as_encoded
@@ -92,23 +93,15 @@ def test_two_hidden_attributes_are_two_factors_unless_one_is_asked_for():
     assert again.group_weights[0].tobytes() == audit.group_weights[0].tobytes()
 
 
-@pytest.mark.parametrize("both", [True, False])
-def test_a_margin_that_mixes_two_attributes_is_parted_and_one_of_a_single_attribute_is_not(both):
-    rng = np.random.default_rng(0)
-    place, light = rng.random((2, 1500)) < 0.12
-    light = light & both
-    features = rng.normal(size=(1500, 12))
-    features[:, 0] += 6 * place
-    features[:, 1] += 6 * light
-    margin = features[:, :2].sum(axis=1)
-    score = Score("margin", margin[None], lambda known: [margin], of_prompt=True, is_margin=True)
-    distinct = np.ones(1500, dtype=bool)
-    (cut,) = weigh([score], distinct, AuditConfig(), rng)
-    assert is_mixed(cut, features, distinct, 3.0, rng) == both
-    if both:
-        parts = parts_of(score, features)
-        ranks = np.array([[roc_auc_score(own, part.mean) for part in parts] for own in (place, light)])
-        assert max(ranks[0, 0] + ranks[1, 1], ranks[0, 1] + ranks[1, 0]) > 1.98
+def test_a_margin_that_mixes_two_attributes_is_parted_into_two_factors(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PROMPT", np.arange(2000) % 2)
+    place, light = (attribute([0.1, 0.9], PROMPT, seed) for seed in (0, 5))
+    audit = found_in(evidence(views(), upper=views(place, light)))  # components are of the middle block alone
+    assert [len(factor.splits) for factor in audit.factors] == [2, 2]
+    assert sorted(min(agreements(audit, m, place)) > 0.9 for m in (0, 1)) == [False, True]
+    assert sorted(min(agreements(audit, m, light)) > 0.9 for m in (0, 1)) == [False, True]
+    told = [one.refusal for prompt in audit.prompts for one in prompt.candidates]
+    assert any("it mixes two attributes" in refusal for refusal in told)
 
 
 @pytest.mark.parametrize(
