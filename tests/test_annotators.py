@@ -346,20 +346,17 @@ def test_probabilities_are_the_softmax_of_the_classifier_s_logits(classifier_dir
     assert annotator.predict([]).probabilities["label"].shape == (0, 3)
 
 
-def test_classifiers_that_choose_no_class_are_refused(tmp_path):
-    for id2label, settings, message in (
-        ({0: "score"}, {}, "two classes or more"),
-        ({0: "land", 1: "land"}, {}, "named apart"),
-        ({0: "land", 1: "cannot tell"}, {}, "other than 'cannot tell'"),
-        (CLASS_NAMES, {"problem_type": "multi_label_classification"}, "one class for an image"),
-    ):
-        with pytest.raises(ModelError, match=message):
-            ClassifierAnnotator(save_classifier(tmp_path, id2label, **settings))
-
-
-def test_a_model_without_a_head_or_an_image_processor_is_refused(classifier_dir, tmp_path):
+def test_models_that_choose_no_class_or_lack_a_head_or_an_image_processor_are_refused(classifier_dir, tmp_path):
     transformers.Dinov2Model(transformers.Dinov2Config(mlp_ratio=2, **SMALL)).save_pretrained(tmp_path / "headless")
     transformers.ViTForImageClassification.from_pretrained(classifier_dir).save_pretrained(tmp_path / "blind")
-    for name, message in (("headless", "found none of classifier"), ("blind", "an image processor")):
+    several = {"problem_type": "multi_label_classification"}
+    for model, message in (
+        (tmp_path / "headless", "found none of classifier"),
+        (tmp_path / "blind", "an image processor"),
+        (save_classifier(tmp_path / "one", {0: "score"}), "two classes or more"),
+        (save_classifier(tmp_path / "twice", {0: "land", 1: "land"}), "named apart"),
+        (save_classifier(tmp_path / "unsure", {0: "land", 1: "cannot tell"}), "other than 'cannot tell'"),
+        (save_classifier(tmp_path / "several", **several), "one class for an image"),
+    ):
         with pytest.raises(ModelError, match=message):
-            ClassifierAnnotator(tmp_path / name)
+            ClassifierAnnotator(model)

@@ -8,11 +8,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from conftest import make_guidance_module
 from extras import gr
-from invdiff import Audit, cli
+from invdiff import Audit
 from invdiff.app.audit import AuditBook
 from invdiff.app.page import BUNDLED, build_page, looks, open_workspace
 from invdiff.app.serve import ended_by_signals
@@ -23,6 +22,8 @@ from invdiff.errors import ConfigError
 from invdiff.files import atomic_folder
 from invdiff.report.read import find_parts
 from runs import LAND, WATER, make_audit
+from test_cli import fail
+from test_cli import run as invoke
 from test_serve import status
 
 pytestmark = pytest.mark.usefixtures("plain")
@@ -105,13 +106,12 @@ def test_the_command_opens_a_page_says_where_and_an_empty_password_is_none(run, 
     monkeypatch.setattr(gr.Blocks, "block_thread", visit)
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     words, empty = [*SERVE, str(run), "--model", str(tiny_pipe_dir)], {"INVDIFF_UI_PASSWORD": "", "COLUMNS": "200"}
-    done = CliRunner().invoke(cli.app, words, env=empty, catch_exceptions=False)
+    done = invoke(*words, env=empty)
     assert (done.exit_code, answers) == (0, [200]), done.output
     assert "The page is at http://127.0.0.1:" in done.output
     assert str(run / "audit") in done.output
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
-    done = CliRunner().invoke(cli.app, [*words, "--public"], env=empty)
-    assert (done.exit_code, "Expected a password beside --public" in done.output) == (1, True)
+    assert "Expected a password beside --public" in fail(*words, "--public", env=empty)
 
 
 @pytest.mark.parametrize(
@@ -125,17 +125,14 @@ def test_the_command_opens_a_page_says_where_and_an_empty_password_is_none(run, 
 )
 def test_the_command_says_what_it_lacks(words, message, run, tiny_pipe, tiny_pipe_dir):
     make_guidance_module(tiny_pipe).save_pretrained(run / "module")
-    places = {"MODEL": str(tiny_pipe_dir), "RUN": str(run)}
-    done = CliRunner().invoke(cli.app, [*SERVE, *(places.get(word, word) for word in words)], env={"COLUMNS": "200"})
-    assert done.exit_code == 1
-    assert message in done.output
+    places = {"MODEL": tiny_pipe_dir, "RUN": run}
+    assert message in invoke(*SERVE, *(places.get(word, word) for word in words), env={"COLUMNS": "200"}).stderr
 
 
 def test_without_gradio_the_command_says_how_to_install_it(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "gradio" else found(name, *a))
-    done = CliRunner().invoke(cli.app, SERVE)
-    assert (done.exit_code, "pip install 'invdiff[ui]'" in done.output) == (1, True)
+    assert "pip install 'invdiff[ui]'" in fail(*SERVE)
 
 
 def parts_of(page):
@@ -204,7 +201,7 @@ def test_a_page_that_is_told_to_end_leaves_nothing_behind(folder, tmp_path, monk
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(gr.Blocks, "block_thread", told_to_end)
-    assert CliRunner().invoke(cli.app, [*SERVE, str(folder)]).exit_code in (0, INTERRUPTED)
+    assert invoke(*SERVE, folder).exit_code in (0, INTERRUPTED)
     assert served
     assert list(tmp_path.glob("temporary/*")) == []
 
