@@ -59,18 +59,6 @@ def test_precisions_follow_one_another_in_one_process_and_fp16_is_refused_on_a_c
         accelerator_for("fp16", torch.device("cpu"))
 
 
-def test_a_checkpoint_cut_short_leaves_the_one_before(tmp_path, monkeypatch):
-    def killed(tensors, path, **_):
-        path.write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    go_on(make_run(tmp_path), 5)
-    monkeypatch.setattr(safetensors_torch, "save_file", killed)
-    go_on(make_run(tmp_path), 7)
-    assert make_run(tmp_path).start == 4
-    assert len(list(tmp_path.iterdir())) == 1
-
-
 @pytest.mark.parametrize("content", [b"", b"{}", lambda whole: whole[:-9], lambda whole: safetensors_torch.save({})])
 def test_a_damaged_one_is_named_with_the_remedy(tmp_path, content):
     go_on(make_run(tmp_path), 3)
