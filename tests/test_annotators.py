@@ -139,10 +139,6 @@ def test_a_saved_annotator_comes_back_bit_for_bit_with_its_held_out_images(annot
     before, after = annotator.predict(fresh), loaded.predict(fresh)
     assert before.features.tobytes() == after.features.tobytes()
     assert all(np.array_equal(p, after.probabilities[name]) for name, p in before.probabilities.items())
-    for confidence in (0.0, 0.7, 0.99, 1.0):
-        counts = loaded.confusion("side", confidence)
-        assert counts.shape == (2, 3)
-        assert np.array_equal(counts, annotator.confusion("side", confidence))
     assert loaded.confusion("side", 1.0)[:, 2].sum() > loaded.confusion("side", 0.5)[:, 2].sum() == 0
     assert 44 <= loaded.confusion("side").sum() <= 52  # a fifth was held out, and half of that calibrated on
     (folder / "annotator.json").write_text("{}")  # of another annotator, as are the held-out images

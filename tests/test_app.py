@@ -30,12 +30,6 @@ pytestmark = pytest.mark.usefixtures("plain")
 SERVE = ("ui", "--no-browser")
 
 
-@pytest.fixture
-def folder(tmp_path):
-    make_audit(tmp_path / "run" / "audit")
-    return tmp_path / "run"
-
-
 def test_without_an_argument_the_bundled_demo_is_opened(tmp_path, monkeypatch):
     monkeypatch.setenv("INVDIFF_CACHE", str(tmp_path))
     workspace = open_workspace()
@@ -82,7 +76,7 @@ def test_what_cannot_be_opened_is_an_error(tmp_path):
             open_workspace(runs, **given)
 
 
-def test_a_module_says_which_model_it_needs(tiny_pipe, folder):
+def test_a_module_says_which_model_it_needs(tiny_pipe, run):
     module = make_guidance_module(tiny_pipe)
     for base, record, wanted in (
         ("my-birds", {"base": {"hub_id": "org/birds"}}, "org/birds"),
@@ -90,13 +84,13 @@ def test_a_module_says_which_model_it_needs(tiny_pipe, folder):
         ("my-birds", None, None),
     ):
         module.register_to_config(base_model=base, record=record)
-        module.save_pretrained(folder / "module")
+        module.save_pretrained(run / "module")
         if wanted:
-            assert open_workspace([folder]).model == wanted
+            assert open_workspace([run]).model == wanted
     with pytest.raises(ConfigError, match=r"was called 'my-birds', got none\. Name its folder with --model"):
-        open_workspace([folder])
-    assert open_workspace([folder], model="elsewhere").model == "elsewhere"
-    assert open_workspace([folder], module="org/other", model="m").module == "org/other"
+        open_workspace([run])
+    assert open_workspace([run], model="elsewhere").model == "elsewhere"
+    assert open_workspace([run], module="org/other", model="m").module == "org/other"
 
 
 def test_the_command_opens_a_page_says_where_and_an_empty_password_is_none(run, tiny_pipe, tiny_pipe_dir, monkeypatch):
@@ -190,7 +184,7 @@ def test_prompts_that_hide_groups_are_suggested_first(run, tiny_pipe, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without asking it")
-def test_a_page_that_is_told_to_end_leaves_nothing_behind(folder, tmp_path, monkeypatch):
+def test_a_page_that_is_told_to_end_leaves_nothing_behind(tmp_path, monkeypatch):
     served = []
 
     def told_to_end(page):
@@ -198,10 +192,11 @@ def test_a_page_that_is_told_to_end_leaves_nothing_behind(folder, tmp_path, monk
         served.extend(tmp_path.glob("temporary/invdiff-ui-*"))
         signal.raise_signal(signal.SIGTERM)
 
+    make_audit(tmp_path / "run" / "audit")
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(gr.Blocks, "block_thread", told_to_end)
-    assert invoke(*SERVE, folder).exit_code in (0, INTERRUPTED)
+    assert invoke(*SERVE, tmp_path / "run").exit_code in (0, INTERRUPTED)
     assert served
     assert list(tmp_path.glob("temporary/*")) == []
 
