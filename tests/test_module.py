@@ -69,10 +69,7 @@ def test_settings_out_of_range_are_refused(tiny_pipe, options):
         GuidanceModule.for_pipeline(tiny_pipe, **options)
 
 
-def test_a_denoiser_of_another_kind_or_whose_weights_are_offloaded_is_refused(tiny_pipe):
+def test_a_denoiser_whose_weights_are_offloaded_is_refused(tiny_pipe):
     accelerate.cpu_offload(tiny_pipe.unet, execution_device=torch.device("cpu"))
     with pytest.raises(ModelError, match="found them offloaded"):
-        GuidanceModule.for_pipeline(tiny_pipe)
-    tiny_pipe.unet = tiny_pipe.vae
-    with pytest.raises(ModelError, match="got a AutoencoderKL, whose inputs"):
         GuidanceModule.for_pipeline(tiny_pipe)

@@ -76,6 +76,5 @@ def test_what_tokens_cannot_do_is_refused(tiny_pipe, tmp_path):
     with pytest.raises(ConfigError, match=expected):
         generate(tiny_pipe, CAPTIONS, tmp_path / "out", **options)
     assert not any(tmp_path.iterdir())
-    for wrong in ({"null_adapter": "off"}, {"tokens": 0}):
-        with pytest.raises(ConfigError, match=r"(null_adapter: expected 'on' or 'auto'|tokens: expected at least 1)"):
-            GuidanceTokens.for_pipeline(tiny_pipe, **wrong)
+    with pytest.raises(ConfigError, match="tokens: expected at least 1"):
+        GuidanceTokens.for_pipeline(tiny_pipe, tokens=0)
