@@ -179,14 +179,17 @@ def test_an_unconditional_model_ignores_captions_and_has_no_contrast_and_one_rou
         trained(pipe, data, found, tmp_path, rounds=2)
 
 
-def test_what_an_unconditional_model_cannot_do_is_refused(tmp_path):
-    for prompts, resolution, message in (
-        (["a bird"], 0, "Expected no prompt for an unconditional model, got 'a bird'"),
-        ([], 64, "Expected resolution 16, the only one"),
+def test_what_a_model_cannot_draw_is_refused_before_anything_is_written(tmp_path):
+    for family, prompts, resolution, message in (
+        ("ddpm", ["a bird"], 0, "Expected no prompt for an unconditional model, got 'a bird'"),
+        ("ddpm", [], 64, "Expected resolution 16, the only one"),
+        ("dit", ["landbird", "a bird"], 0, "Expected the name of a class"),
+        ("flux", ["a bird"], 36, "Expected a resolution that is a multiple of"),
     ):
         config = GenerateConfig(resolution=resolution, guidance_scale=1.0)
-        with pytest.raises(ConfigError, match=message):
-            generate(tiny("ddpm"), prompts, tmp_path / message, config=config, progress=False)
+        with pytest.raises((ConfigError, DataError), match=message):
+            generate(tiny(family), prompts, tmp_path / "out", config=config, progress=False)
+        assert not (tmp_path / "out").exists()
 
 
 def test_groups_stay_where_the_first_timesteps_are_the_same_number_in_16_bits():

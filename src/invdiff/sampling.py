@@ -67,6 +67,7 @@ class Drawing:
             raise ConfigError("Expected at least one prompt, got none.")
         if twice := [prompt for index, prompt in enumerate(prompts) if prompt in prompts[:index]]:
             raise ConfigError(f"Expected different prompts, got {twice[0]!r} again. Raise images_per_prompt instead.")
+        self._family.check_drawn(pipe, self.prompts, self.config.resolution)
         calibrated = isinstance(environments, str) and environments == "calibrated"
         if module is not None:
             check_fit(pipe, module)

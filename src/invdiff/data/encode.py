@@ -124,9 +124,7 @@ def as_encoded(
             raise ConfigError(f"Expected images encoded at resolution {resolution}, got {data.resolution}.")
         return data
     family, denoiser = family_that_draws(pipe), denoiser_of(pipe)
-    multiple = family.granularity(denoiser)
-    if resolution and (resolution < multiple or resolution % multiple):
-        raise ConfigError(f"Expected a resolution that is a multiple of {multiple}, got {resolution}.")
+    family.check_resolution(denoiser, resolution)
     resolution = resolution or family.resolution(pipe, denoiser)
     model = model_fingerprint(pipe)
     home = Path(cache_dir) if cache_dir else default_cache_dir()

@@ -46,6 +46,7 @@ class Family(ABC):
 
     title: ClassVar[str]  # for people, such as "Stable Diffusion XL"
     needs_prompts: ClassVar[bool] = True  # whether images are drawn from prompts (or class names)
+    draws_sizes: ClassVar[bool] = True  # whether pipelines draw other sizes than the model's own
     doubles_rows: ClassVar[bool] = True  # whether pipelines send the rows of classifier-free guidance in one call
     packing: ClassVar[int] = 1  # side of the square of latents that is one input of the denoiser
     upper_blocks: ClassVar[str] = "up_blocks"  # the denoiser's list of blocks that ends nearest to the image
@@ -169,11 +170,18 @@ class Family(ABC):
         """Whether a guidance scale other than 1 changes what is drawn."""
         return self.needs_prompts
 
-    def check_own_resolution(self, pipe: Any, resolution: int) -> None:
-        """Raise `ConfigError` where a pipeline that draws one size only is asked for another."""
-        own = self.resolution(pipe, denoiser_of(pipe))
-        if resolution not in (0, own):
+    def check_resolution(self, denoiser: Any, resolution: int) -> None:
+        """Raise `ConfigError` where the denoiser cannot take squares of this side; 0 is the model's own."""
+        multiple = self.granularity(denoiser)
+        if resolution < 0 or resolution % multiple:
+            raise ConfigError(f"Expected a resolution that is a multiple of {multiple}, got {resolution}.")
+
+    def check_drawn(self, pipe: Any, prompts: Sequence[str], resolution: int) -> None:
+        """Raise `ConfigError` or `DataError` where `draw` cannot be asked for these prompts or this resolution."""
+        own = 0 if self.draws_sizes or not resolution else self.resolution(pipe, denoiser_of(pipe))
+        if own not in (0, resolution):
             raise ConfigError(f"Expected resolution {own}, the only one that a {self.title} draws, got {resolution}.")
+        self.check_resolution(denoiser_of(pipe), resolution)
 
 
 def joined(parts: Sequence[Condition]) -> Condition:

@@ -160,6 +160,7 @@ class DiT(TransformerFamily):
 
     title = "class-conditional DiT"
     prompt_width = ""
+    draws_sizes = False
 
     def shape(self, denoiser: Any) -> DenoiserShape:
         return replace(super().shape(denoiser), num_classes=denoiser.config["num_embeds_ada_norm"] + 1)
@@ -178,8 +179,11 @@ class DiT(TransformerFamily):
         labels = json.dumps(getattr(pipe, "labels", {}), sort_keys=True)
         return [labels, str(pipe.transformer.config["num_embeds_ada_norm"])]
 
+    def check_drawn(self, pipe: Any, prompts: Sequence[str], resolution: int) -> None:
+        super().check_drawn(pipe, prompts, resolution)
+        self.encode_captions(pipe, prompts)
+
     def draw(self, pipe: Any, prompts: list[str], *, guidance_scale: float, resolution: int, **options: Any) -> Any:
-        self.check_own_resolution(pipe, resolution)
         labels = [class_label(pipe, prompt) for prompt in prompts]
         return pipe(class_labels=labels, guidance_scale=guidance_scale, **options)
 

@@ -59,8 +59,7 @@ class Unconditional(StableDiffusion):
     """A `UNet2DModel` on pixels, coloured or grey, without class labels: all images are of one empty prompt."""
 
     title = "unconditional DDPM"
-    needs_prompts = False
-    doubles_rows = False
+    needs_prompts = draws_sizes = doubles_rows = False
 
     def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
         return {}
@@ -73,9 +72,10 @@ class Unconditional(StableDiffusion):
     def encoding_key(self, pipe: Any) -> list[str]:
         return [str(pipe.unet.config["out_channels"])]
 
-    def draw(self, pipe: Any, prompts: list[str], *, guidance_scale: float, resolution: int, **options: Any) -> Any:
-        prompt = next(filter(None, prompts), None)
-        if prompt is not None:
+    def check_drawn(self, pipe: Any, prompts: Sequence[str], resolution: int) -> None:
+        if (prompt := next(filter(None, prompts), None)) is not None:
             raise ConfigError(f"Expected no prompt for an unconditional model, got {prompt!r}. Leave it out.")
-        self.check_own_resolution(pipe, resolution)
+        super().check_drawn(pipe, prompts, resolution)
+
+    def draw(self, pipe: Any, prompts: list[str], *, guidance_scale: float, resolution: int, **options: Any) -> Any:
         return pipe(batch_size=len(prompts), **options)
