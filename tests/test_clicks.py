@@ -104,6 +104,8 @@ def test_clicks_are_kept_and_spread_to_an_audit_that_the_page_goes_on_with(data,
     assert "Of images drawn at random" in page.shown["ask-figures"]
     assert len(list((tmp_path / "cache" / "evidence").iterdir())) == 1  # measured once
     found = Audit.load(run / "audit-place")
+    looks = -(-len(kept) // 10)
+    assert found.settings["level"] == pytest.approx(0.05 / looks / (looks + 1))  # of all looks together, .05
     given = labels_asked(run / "labels-place.csv", data.names)
     assert found.settings["asked"]["labels"]["place"]["images"]["land"] == given["place"].count("land")
     # Images that were left out of either audit stay out, and an audit made otherwise stays.

@@ -1,5 +1,6 @@
 """Tab Generate: its images are those of `invdiff generate`, in turns and with stops, and what its events answer."""
 
+import asyncio
 import shlex
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -181,7 +182,10 @@ def tab(studio, tmp_path, monkeypatch):
 
 
 def events(tab, *values, live=True, sent=0.0):
-    return list(tab.draw(ME, live, sent, *values))
+    async def all_of(shown):
+        return [values async for values in shown]
+
+    return asyncio.run(all_of(tab.draw(ME, live, sent, *values)))
 
 
 def test_images_come_batch_by_batch_and_the_command_first(tab):
@@ -210,14 +214,14 @@ def test_a_request_that_comes_after_one_that_was_sent_later_draws_nothing(tab, s
 
 
 def test_stop_is_stated_but_not_that_another_request_follows(tab, studio):
-    running = tab.draw(ME, True, 1.0, *ASKED)
+    running = tab.batches(studio.next_turn(ME.session_hash), *ASKED)
     next(running), next(running)
     assert "Stopped" in tab.stop(ME)
     (last,) = running
     assert "Stopped at 4 of 6 images" in last[0]
-    running = tab.draw(ME, True, 2.0, CAPTIONS[0], 7, *ASKED[2:])
+    running = tab.batches(studio.next_turn(ME.session_hash), CAPTIONS[0], 7, *ASKED[2:])
     next(running), next(running)
-    studio.next_turn(ME.session_hash, 3.0)
+    studio.next_turn(ME.session_hash)
     assert list(running) == [[gr.skip()] * 5]
 
 

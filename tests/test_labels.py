@@ -29,13 +29,17 @@ VALUES = ["land", "water", "land", "water", "water", "land", "", "water", "land"
 """Of 20 images, two of them not labelled."""
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A folder of 20 images of noise of two captions with a column `place`."""
-    folder = write_tiny_folder(tmp_path / "data", 20)
+def write_labelled_folder(folder):
+    """Write 20 images of noise of two captions with a column `place`."""
+    write_tiny_folder(folder, 20)
     rows = [f"{index:02d}.png,{CAPTIONS[index % 2]},{value}" for index, value in enumerate(VALUES)]
     (folder / "metadata.csv").write_text("\n".join(["file_name,text,place", *rows]))
     return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_labelled_folder(tmp_path / "data")
 
 
 def test_a_column_that_is_asked_for_is_the_factor_and_trains_as_the_same_groups_do(tiny_pipe, folder, tmp_path):
@@ -151,7 +155,7 @@ def test_the_command_and_the_report_say_what_was_asked_for(tiny_pipe_dir, folder
     assert found.settings["asked"]["labels"]["scene"]["images"] == {"land": 7, "water": 6}
     assert [factor.name for factor in found.factors] == ["place"]
     for prompt in found.prompts:  # pictures are noise
-        reason = "not split: by 13 labels, labels left out are guessed no better than by chance"
+        reason = "not split: by 13 labels, labels left out are not guessed better than by chance, at a level of 0.05"
         assert any(reason in note for note in prompt.notes)
     page, text = report(tmp_path / "report", audit=tmp_path / "audit", data=load_captioned_images(folder))
     for words in (page.words, text):
@@ -197,7 +201,7 @@ def test_few_labels_spread_to_all_images_at_the_shares_that_images_have():
 def test_labels_of_what_features_do_not_show_are_not_spread():
     features, prompt, _, labels = labelled(strength=0.0)
     asked = spread_labels("wet", labels, [features], np.zeros((1600, 0)), prompt)
-    assert "no better than by chance" in asked.refusal
+    assert "not guessed better than by chance" in asked.refusal
     members = {number: np.flatnonzero(prompt == number) for number in (0, 1)}
     search = given_factors([asked], members, AuditConfig())
     assert not search.factors
@@ -213,7 +217,7 @@ def test_copies_of_labelled_images_prove_nothing():
     margins = np.zeros((800, 0))
     assert not spread_labels("wet", labels, [features], margins, prompt).refusal
     asked = spread_labels("wet", labels, [features], margins, prompt, np.arange(800) % 2 == 0)
-    assert "no better than by chance" in asked.refusal
+    assert "not guessed better than by chance" in asked.refusal
     given = np.array([bool(label) for label in labels])
     assert (asked.weights[given].max(axis=1) == 1).all()
 

@@ -38,7 +38,7 @@ _UNCHOSEN = gr.update(selected_index=-1)  # of a gallery, in which no image is f
 
 
 def or_refusal(event: Callable[..., Values]) -> Callable[..., Values]:
-    """An event whose tab states an error of ours, in place of what the event would show."""
+    """An event of a tab, or panel, with a `_status`: an error of ours is stated there, and nothing else changes."""
 
     @wraps(event)
     def answered(tab: Any, *given: Any) -> Values:
@@ -124,7 +124,7 @@ class AuditTab:
         self._connect(drawn)
 
     def _list(self) -> list[tuple[str, str]]:
-        """What can be chosen, in words, and its place: indices of prompt and factor, and the name of the audit."""
+        """What can be chosen, in words, and its place: indices of prompt and factor, -1 for none, and the audit."""
         listed = []
         for name, book in self.books.items():
             run = f"{name} · " if len(self.books) > 1 else ""

@@ -128,9 +128,9 @@ class ClicksPanel:
             terminal = "If they were not measured before, that takes a while: its progress is in the terminal."
             yield {self._status: notice(f"Inferring the groups of {len(names):,} images … {terminal}")}
             options: Any = {"prompts": own, "labels": labels, "cache_dir": self._cache_dir}
-            # Every ten labels are another look: levels of 5% / (k (k + 1)) sum to 5%, however many there are.
-            looks = math.ceil(len(labels[ask.name]) / AT_ONCE)
-            once = {"solver": "auto", "level": AuditConfig.level / (looks * (looks + 1))}
+            # Every ten labels are another look: the levels of all, however many, sum to that of one.
+            looks, level = math.ceil(len(labels[ask.name]) / AT_ONCE), config.get("level", AuditConfig.level)
+            once = {"solver": "auto", "level": level / (looks * (looks + 1))}
             options["config"] = AuditConfig.from_dict(config | once)
             with self._studio.alone(Turn()):
                 if settings["denoiser_fingerprint"] != denoiser_fingerprint(self._studio.pipe):

@@ -1,6 +1,7 @@
 """Tab Generate: the same seeds with and without guidance, side by side, and the classes that an annotator counts."""
 
-from collections.abc import Callable, Iterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -12,7 +13,7 @@ from ..report.figures import counted, share_of
 from ..report.plots import BASE_COLOUR, SERIES_COLOURS, colour_of
 from ..text import one_line
 from .fragments import QUIET, fragment, gallery, image_file, notice, refusal
-from .studio import LONGEST_PROMPT, Shown, Studio, by_factor, command_for, read_ask
+from .studio import LONGEST_PROMPT, Shown, Studio, Turn, by_factor, command_for, read_ask
 
 _NOTHING: list[Any] = [gr.skip()] * 5  # values that leave all outputs as they are
 _WITH_TIME = "(live, sent, ...values) => [live, performance.timeOrigin + performance.now(), ...values]"
@@ -121,16 +122,22 @@ class GenerateTab:
         labels = [gr.update(label=label) for label in self._mix_labels()]
         return [*labels, self.target_bar(*(values or [50] * len(self.mix)))]
 
-    def draw(self, request: gr.Request, live: bool, sent: float, *values: Any) -> Iterator[list[Any]]:
-        """Draw what the controls state: values of all outputs, the command first, then after each batch of images.
+    async def draw(self, request: gr.Request, live: bool, sent: float, *values: Any) -> AsyncIterator[list[Any]]:
+        """Draw what the controls state, and show each batch; nothing where moving a slider should not draw.
 
-        Nothing changes where moving a slider should not draw. Requests come out of their order where they come fast:
-        `sent` is the browser's time of each.
+        Requests come out of their order where they come fast: `sent` is the browser's time of each.
         """
-        studio = self._studio
-        if not live or (turn := studio.next_turn(str(request.session_hash), sent)).over:
+        if not live or (turn := self._studio.next_turn(str(request.session_hash), sent)).over:
             yield _NOTHING  # gradio clears the outputs of an event that yields no values
             return
+        # Drawing has a thread of asyncio's own, which a page that ends waits for; it would not for one of gradio's.
+        batches = self.batches(turn, *values)
+        while (shown := await asyncio.to_thread(next, batches, None)) is not None:
+            yield shown
+
+    def batches(self, turn: Turn, *values: Any) -> Iterator[list[Any]]:
+        """Values of status, both galleries, counts and command: the command first, then after each batch."""
+        studio = self._studio
         try:
             ask = read_ask(values, studio, resolution=self._resolution)
             yield [notice("Waiting for the model …"), *_NOTHING[:3], command_for(ask, studio)]

@@ -93,7 +93,7 @@ def spread_labels(
     record: dict[str, Any] = {"images": dict(zip(values, np.bincount(truth).tolist(), strict=True)), "right": accuracy}
     at = np.flatnonzero(known)  # positions of those that are guessed right when left out, and of the others
     record |= {"hits": at[guessed == truth].tolist(), "misses": at[guessed != truth].tolist()}
-    refusal = f"labels left out are guessed no better than by chance ({told} right)"
+    refusal = f"labels left out are not guessed better than by chance, at a level of {level:.1g} ({told} right)"
     if norm.sf(above) < level:
         refusal = ""
     elif not tested.any():

@@ -65,7 +65,7 @@ def evaluate(
     attributes = (attribute,) if isinstance(attribute, str) else tuple(attribute)
     asked = [*attributes, *filter(None, [config.subject_attribute])]
     if not attributes or len(set(asked)) < len(asked):
-        raise EvaluationError(f"Expected attributes, one or more, and subject_attribute each once, got {asked}.")
+        raise EvaluationError(f"Expected one attribute or more, all different, and another as subject, got {asked}.")
     rows_by_model = {model: read_images(*folders) for model, folders in resolve_folders(images).items()}
     if isinstance(annotator, GivenLabels):
         all_rows = [row for rows in rows_by_model.values() for row in rows]

@@ -35,10 +35,11 @@ def resolve_folders(folders: Mapping[str, Folders] | str | Path) -> dict[str, li
     """Model name to folders, from a mapping or from one folder of images, named after it."""
     if not isinstance(folders, Mapping):
         folders = {Path(folders).resolve().name: folders}
-    several = {model: [given] if isinstance(given, str | Path) else given for model, given in folders.items()}
+    listed = {model: [given] if isinstance(given, str | Path) else given for model, given in folders.items()}
+    several = {model: list(map(Path, given)) for model, given in listed.items()}
     if not several or not all(several.values()):
         raise EvaluationError("Expected at least one folder of images of each model, got none. Name them.")
-    return {model: list(map(Path, given)) for model, given in several.items()}
+    return several
 
 
 def read_images(*folders: Path) -> list[Row]:
