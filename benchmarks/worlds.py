@@ -81,7 +81,7 @@ def _open(data: bytes) -> Image.Image:
 def write(folder: Path, rows: list[Row], *, progress: bool = False, **settings) -> Path:
     columns = [name for name in rows[0][0] if name != "text"]
     names = {"record": ".world.json", "label": settings["world"]}
-    return write_imagefolder(folder, rows, columns, settings, **names, progress=progress)
+    return write_imagefolder(folder, rows, len(rows), columns, settings, **names, progress=progress)
 
 
 def mix(

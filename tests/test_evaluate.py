@@ -348,7 +348,7 @@ def test_settings_that_do_not_fit_are_refused(base):
         ({"subject_attribute": "age"}, "background, subject, got 'age'"),
         ({"target": {"land": 1.0}}, "share for each class of background .land, water., got land"),
         ({"baseline": "plain"}, "baseline among base, got 'plain'"),
-        *[({"attribute": names}, "Expected one attribute or more, all different") for names in ([], ["background"] * 2)],
+        *[({"attribute": names}, "one attribute or more, all different") for names in ([], ["background"] * 2)],
         ({"subject_attribute": "background"}, "all different, and another as subject"),
         ({"extractors": [Scores("twin", [1.0]), Scores("twin", [1.0])]}, "of different names, got twin, twin"),
         ({"reference": Described({}, {}, {"pixels": np.zeros((20, 7))})}, "features of one width, got 3 and 7"),

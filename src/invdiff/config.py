@@ -154,7 +154,8 @@ class TrainConfig(Config):
     def check(self) -> None:
         self.require("width", self.width % 8 == 0, "0 or a multiple of 8")
         fits = self.backend != "tokens" or self.null_adapter != "off"
-        self.require("null_adapter", fits, "'on' or 'auto' with backend 'tokens', whose rows all have as many tokens")
+        expected = "'on' or 'auto' with backend 'tokens', whose rows all have as many tokens (with 'lora', also 'off')"
+        self.require("null_adapter", fits, expected)
         for name, backend in (("width", "module"), ("tokens", "tokens"), ("rank", "lora")):
             default = type(self).__dataclass_fields__[name].default
             unread = f"nothing with backend {self.backend!r}, but with {backend!r} alone, which reads it"

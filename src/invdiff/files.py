@@ -164,11 +164,12 @@ def read_json(path: Path) -> Any:
 
 def check_same_settings(
     folder: Path,
-    found: dict[str, Any],
+    found: Any,
     settings: dict[str, Any],
     remedy: str = "Use the same, or another output folder, or delete this one to start afresh.",
 ) -> None:
     """Raise `ConfigError` that names each difference, unless work in `folder` was started with these settings."""
+    found = found if isinstance(found, dict) else {}  # of a file that holds something else
     changed = [
         f"{name} was {found.get(name)!r:.80}, now {settings.get(name)!r:.80}"
         for name in found | settings

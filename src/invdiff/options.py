@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import math
+import numbers
 import re
 import sys
 import types
@@ -158,8 +159,8 @@ def typed(hint: Any, value: Any, place: str = "") -> Any:
         hints: Any = {name: of for name, of in _hints(hint).items() if name in value}  # type: ignore[arg-type]
         return hint(**{name: typed(of, value[name], f" in {name!r}{place}") for name, of in hints.items()})  # type: ignore
     elif hint in (int, float):
-        numbers = int if hint is int else int | float
-        if isinstance(value, numbers) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+        kind: Any = numbers.Integral if hint is int else numbers.Real  # numpy's too
+        if isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
             return hint(value)
     elif not origin and isinstance(value, hint):
         return value

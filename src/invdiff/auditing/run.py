@@ -101,10 +101,10 @@ def audit(
         raise AuditError("Expected a model of captions for solver 'exact', got one of none. Use 'auto' or 'gradient'.")
     if wanted and "prompt_embeds" not in encoded.conditions and not config.words_model:
         raise AuditError("Expected a model that reads captions, or words_model, a CLIP model, to read words by.")
-    needed = {"a CLIP model to look at": config.words_model, "a vision encoder to look at": config.vision_encoder}
-    needed_for = [what for what, asked in (needed | {"their attributes": columns}).items() if asked]
-    if needed_for and images is None:
-        raise ConfigError(f"Expected CaptionedImages for {needed_for[0]}, got only their latents.")
+    uses = {"a CLIP model to look at": config.words_model, "a vision encoder to look at": config.vision_encoder}
+    asked_of_images = [use for use, asked in (uses | {"their attributes": columns}).items() if asked]
+    if asked_of_images and images is None:
+        raise ConfigError(f"Expected CaptionedImages for {asked_of_images[0]}, got only their latents.")
     rows, vision, readings = encoded.source_index.numpy(), None, list[Reading]()
     if config.words_model:
         from_main(lambda: ClipEncoder.load(config.words_model).name)  # an error in its name comes before the work
@@ -149,8 +149,8 @@ def audit(
             learned = []
             for name, of in few.items():
                 apart = torch.from_numpy(np.where([bool(label) for label in of], prompt_of, -1))
-                given_of: Any = (sources, margins, prompt_of, distinct(encoded, apart), config.level)
-                learned.append(spread_labels(name, of, *given_of))
+                once = distinct(encoded, apart)
+                learned.append(spread_labels(name, of, sources, margins, prompt_of, once, config.level))
             search = given_factors([*given, *learned], judged, config)
             return asked_factors(search, by_words, encoded, unlike, config, judged)
 

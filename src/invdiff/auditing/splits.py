@@ -30,8 +30,8 @@ LEAST_IMAGES = 4  # images of a prompt that a value must have to be a group ther
 def exact_groups(scores: NDArray[Any], num_groups: int, *, min_share: float = 0.0) -> NDArray[Any]:
     """The partition of scores (N,) of largest dispersion, as labels (N,) that rise with the score.
 
-    Optimal groups are intervals of the sorted scores (Fisher 1958), found by dynamic programming, O(E N^2). No group
-    has less than `min_share` of the images.
+    Optimal groups are intervals of the sorted scores (Fisher 1958), found by dynamic programming with divide and
+    conquer over cut points, O(E N log N). No group has less than `min_share` of the images.
     """
     count = len(scores)
     least = max(1, math.ceil(min_share * count))
@@ -46,10 +46,18 @@ def exact_groups(scores: NDArray[Any], num_groups: int, *, min_share: float = 0.
     cuts = np.zeros((num_groups, count + 1), dtype=np.int64)
     for group, cut in enumerate(cuts):
         previous, best = best, np.full(count + 1, -np.inf)
-        for stop in range((group + 1) * least, count + 1):
-            starts = np.arange(group * least, stop - least + 1)
+        # Each task: stops low..high - 1, whose best cut lies in first..last.
+        tasks = [((group + 1) * least, count + 1, group * least, count - least)]
+        while tasks:
+            low, high, first, last = tasks.pop()
+            if low >= high:
+                continue
+            stop = (low + high) // 2
+            starts = np.arange(first, min(last, stop - least) + 1)
             totals = previous[starts] + (sums[stop] - sums[starts]) ** 2 / (stop - starts)
-            best[stop], cut[stop] = totals.max(), starts[totals.argmax()]
+            chosen = int(totals.argmax())
+            best[stop], cut[stop] = totals[chosen], starts[chosen]
+            tasks += [(low, stop, first, int(starts[chosen])), (stop + 1, high, int(starts[chosen]), last)]
     labels, stop = np.empty(count, dtype=np.int64), count
     for group in reversed(range(num_groups)):
         start = cuts[group, stop]

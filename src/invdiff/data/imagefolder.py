@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ Row = tuple[dict[str, Any], Callable[[], Image.Image]]  # text and attributes of
 
 def write_imagefolder(
     folder: str | Path,
-    rows: Sequence[Row],
+    rows: Iterable[Row],
+    total: int,
     columns: Sequence[str],
     settings: dict[str, Any],
     *,
@@ -26,7 +27,7 @@ def write_imagefolder(
 ) -> Path:
     """Write `images/00000.png` and so on, then `metadata.csv` of file_name, text and `columns`; return the folder.
 
-    A killed run is taken up where it stopped. The rows follow from `settings`, kept in the hidden file `record`:
+    A killed run is taken up where it stopped. `total` rows follow from `settings`, kept in the hidden file `record`:
     another set in the folder is a `ConfigError`, other files are a `DataError`. `label` is the progress bar's.
     """
     from ..progress import progress_bar  # imports torch, which writing does without
@@ -42,7 +43,7 @@ def write_imagefolder(
     table = io.StringIO()
     writer = csv.DictWriter(table, ["file_name", "text", *columns], extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    with progress_bar(label, len(rows), enabled=progress) as bar:
+    with progress_bar(label, total, enabled=progress) as bar:
         for index, (metadata, make) in enumerate(rows):
             name = image_file_name(index)
             writer.writerow({"file_name": name, **metadata})

@@ -80,9 +80,9 @@ class BirdsWorld(Config):
 
     def write(self, folder: str | Path, *, progress: bool = False) -> Path:
         """Write an imagefolder and return it, as `write_imagefolder` does; a killed run is taken up again."""
-        rows = [self._row(index) for index in range(self.num_images)]
+        rows = (self._row(index) for index in range(self.num_images))
         settings, names = {**vars(self), "format": "png"}, {"record": ".birds.json", "label": "drawing birds"}
-        return write_imagefolder(folder, rows, ATTRIBUTES, settings, **names, progress=progress)
+        return write_imagefolder(folder, rows, self.num_images, ATTRIBUTES, settings, **names, progress=progress)
 
     def _row(self, index: int) -> Row:
         rng = np.random.default_rng([self.seed, index])
