@@ -132,9 +132,9 @@ def read_by_model(
     for name, values in asked.items():
         for rows in stages:
             settings = repr((TEMPLATE, values, LEVELS, DRAWS, config.batch_size, config.seed))
+            label, read, asked_rows = f"reading {name}", partial(measure, values), torch.from_numpy(rows)
             made_of: list[str | bytes] = [settings, rows.tobytes()]
-            work: Any = partial(measure, values), denoiser, data, torch.from_numpy(rows), config
-            paths = in_shards(work_dir, made_of, f"reading {name}", *work, progress=progress)
+            paths = in_shards(work_dir, made_of, label, read, denoiser, data, asked_rows, config, progress=progress)
             scores = _likelier(np.concatenate([read_arrays(path)["losses"] for path in paths]).astype(np.float64))
             spent += len(rows) * len(LEVELS) * DRAWS * len(values)
             if len(rows) < len(data):

@@ -28,9 +28,9 @@ class Annotations:
             values = np.asarray(self.probabilities[name])
             lengths.add(len(values))
             if values.shape[1:] != (len(classes),) or not np.all((values >= 0) & (values <= 1 + 1e-4)):
-                found = f"{values.shape} and values from {values.min(initial=1):g} to {values.max(initial=0):g}"
+                found = f"shape {values.shape}, values from {values.min(initial=1):g} to {values.max(initial=0):g}"
                 expected = f"probabilities in [0, 1] of {len(classes)} classes of {name!r} from the annotator"
-                raise EvaluationError(f"Expected {expected}, got shape {found}.")
+                raise EvaluationError(f"Expected {expected}, got {found}.")
         if len(lengths) > 1:
             raise EvaluationError(f"Expected as many rows of every attribute and of features, got {sorted(lengths)}.")
 

@@ -107,8 +107,10 @@ class Measurable:
     def use_held_out(self, held_out: HeldOut) -> None:
         """Take `confusion` of its attributes from `held_out`, which must be of the same classes; others' stays."""
         if not held_out.attributes.items() <= self.attributes.items():
-            expected, found = dict(self.attributes), f"{dict(held_out.attributes)}. Measure this annotator again."
-            raise ModelError(f"Expected held-out images of the annotator's classes {expected}, got {found}")
+            raise ModelError(
+                f"Expected held-out images of the annotator's classes {dict(self.attributes)}, got "
+                f"{dict(held_out.attributes)}. Measure this annotator again."
+            )
         self.held_out = held_out
         self._measured = {**self._measured, **dict.fromkeys(held_out.attributes, held_out)}
 

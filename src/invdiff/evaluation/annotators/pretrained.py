@@ -66,8 +66,8 @@ class ClassifierAnnotator(Measurable):
         if len(classes) < 2 or len(set(classes)) < len(classes):
             raise ModelError(f"Expected a classifier of two classes or more, each named apart, found {classes[:5]}.")
         if config.problem_type not in (None, "single_label_classification"):
-            found = f"{config.problem_type} at {source}. Choose another model."
-            raise ModelError(f"Expected a classifier of one class for an image, found {found}")
+            expected = "Expected a classifier of one class for an image"
+            raise ModelError(f"{expected}, found {config.problem_type} at {source}. Choose another model.")
         self.name = model_name(source)
         self.attributes = class_names({attribute: classes})
 
