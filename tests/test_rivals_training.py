@@ -118,6 +118,7 @@ def test_the_released_code_parts_images_by_loss():
 @pytest.mark.parametrize(("variant", "given"), [("paper", False), ("paper", True), ("released", False)])
 def test_invdiff_is_fitted_beside_the_biased_model_and_read_back(variant, given, world, tmp_path):
     settings = {"variant": variant, "forwards": 2 * 4 * 4 + (0 if given else 12), "true_groups": given}
+    settings |= {"mixed_precision": "bf16" if given else "no"}
     method = InvDiff(**settings, batch_size=4, num_groups=2, learning_rate=1e-3)
     assert method.supervision == ("labels" if given else "none")
     fitted = method.fit(world, tmp_path / "invdiff")

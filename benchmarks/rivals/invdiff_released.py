@@ -17,8 +17,8 @@ Variant "paper": the model's own target; W of each caption maximises dispersion 
 the text embeddings that starts as the identity, d a copy of f; training at the Delta of sampling, captions dropped,
 each group as often, and L_e moving means. The paper speaks of a light module; ours of it is the backend `module`.
 
-Both: learning rate 1e-4, batches of 64; no half precision, no mirroring. The released code mixes up W on Waterbirds
-only; its README sets omega to 0, here it is the code's default, 3.
+Both: learning rate 1e-4, batches of 64; no mirroring, and no half precision unless asked for. The released code mixes
+up W on Waterbirds only; its README sets omega to 0, here it is the code's default, 3.
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ class InvDiff:
     steps: int = 0
     """0 takes what `forwards` allow; the paper's are 10,000."""
     batch_size: int = 64
+    mixed_precision: Literal["no", "bf16"] = "no"
     learning_rate: float = 1e-4
     num_groups: int = 8
     """E."""
@@ -214,7 +215,8 @@ class InvDiff:
         embeds, of_image = encoded.conditions["prompt_embeds"].to(device), torch.from_numpy(weights)
         num_groups = weights.shape[1]
         moving, seed = MovingGroupLosses((1, num_groups), 0.95), settings["seed"]
-        config = FinetuneConfig(steps=steps, learning_rate=self.learning_rate, ema_decay=0.0, mixed_precision="no")
+        options = {"learning_rate": self.learning_rate, "mixed_precision": self.mixed_precision}
+        config = FinetuneConfig(steps=steps, ema_decay=0.0, **options)
         run = TrainingRun(second, config, folder / WORK, settings, running=moving)
         pipe.unet.requires_grad_(False).eval()
         second.train()
@@ -240,7 +242,7 @@ class InvDiff:
             moving.update(torch.zeros_like(groups), groups, torch.stack([found, found], dim=1))
             return (of_group * losses).mean()
 
-        with mixed(pipe.unet, second, RELEASED_DELTA if released else self.delta):
+        with mixed(pipe.unet, second, RELEASED_DELTA if released else self.delta), run.accelerator.autocast():
             run.minimise(loss_at, f"InvDiff, {self.variant}")
 
 
