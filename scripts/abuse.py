@@ -236,7 +236,7 @@ def disk(work: Path, numbers: random.Random) -> tuple[str, str]:
     with multiprocessing.get_context("fork").Pool(1) as pool:
         try:
             outcome, why = pool.apply(_on_small_disk, (step, source, size, wanted))
-        except Exception as error:  # noqa: BLE001  # as above
+        except Exception as error:  # noqa: BLE001  # whatever a child raised is a finding: the campaign goes on
             return "WRONG", f"{what}: the campaign itself failed: {error!r}"
     return outcome, f"{what}{why}"
 

@@ -52,6 +52,7 @@ def test_the_gradient_of_a_step_is_that_of_the_objective_at_the_means_before_it(
     ]
     group_losses, excess_losses = of_groups
     expected = (group_losses.mean(dim=1) + penalty * excess_losses.var(dim=1, unbiased=False)).mean()  # J
+    assert objective.invariant_objective(group_losses, excess_losses, penalty) == expected
     assert excess[0] == 0
     assert torch.allclose(losses, own)
     assert first.item() == pytest.approx(own.mean().item())  # no means yet, so no penalty

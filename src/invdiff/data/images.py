@@ -16,8 +16,15 @@ from ..text import one_line
 PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)  # 64 MB
 
 _DECODING_ERRORS = (
-    *(OSError, ValueError, TypeError, IndexError, EOFError, struct.error, zlib.error, Image.DecompressionBombError),
+    OSError,
     SyntaxError,  # Pillow's word for a broken PNG
+    ValueError,
+    TypeError,
+    IndexError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
 )
 
 

@@ -96,7 +96,7 @@ class GuidanceLoRA(Guidance):
         names = tuple(f".{name}" for name in family.adapted)
         for path, layer in denoiser.named_modules():
             if not path.endswith(names) or any(added in f"{path}." for added in ADDED_WEIGHTS):
-                continue
+                continue  # the latter of an IP-Adapter's own attention
             layer = getattr(layer, "base_layer", layer)  # of a LoRA that a user has loaded
             if isinstance(layer, nn.Linear):
                 layers[path] = [layer.in_features, layer.out_features]

@@ -158,8 +158,8 @@ def _from_pretrained(source: str, options: dict[str, Any]) -> Any:
     """Load the plain weights, or where files are missing those of a variant; all of a text encoder's, or none."""
     original: Any = vars(PreTrainedModel)["from_pretrained"]  # the classmethod itself, not bound to this class
 
-    def complete(cls: Any, *arguments: Any, **options: Any) -> Any:
-        model, report = original.__func__(cls, *arguments, **options, output_loading_info=True)
+    def complete(cls: Any, *arguments: Any, **keywords: Any) -> Any:
+        model, report = original.__func__(cls, *arguments, **keywords, output_loading_info=True)
         check_complete(report["missing_keys"], f"the {cls.__name__}", source)
         return model
 

@@ -43,9 +43,9 @@ def step_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of one step, a scalar, and l_i of every image of the whole batch, (batch,), without gradient.
 
-    `guidance` is called as a `Guided`. The gradient is that of J at the moving means before this batch, whose own
-    losses would bias it; they are updated afterwards. `typical` is `typical_losses`, (num_train_timesteps,), on the
-    device.
+    `guidance` is called as a `Guided`. The gradient is that of `invariant_objective` at the moving means before this
+    batch, whose own losses would bias it; they are updated afterwards. `typical` is `typical_losses`,
+    (num_train_timesteps,), on the device.
     """
     # Each image counts in L_e and R_e of the factor and group that it was drawn for, under its prompt.
     cells = batch.factors * (len(moving.totals) // batch.environments.shape[1]) + batch.prompts
@@ -71,6 +71,11 @@ def step_loss(
     counted = ~batch.preserved
     moving.update(cells[counted], groups[counted], found[counted])
     return (weights[batch.part].to(losses.device) * losses).mean(), found[:, 0]
+
+
+def invariant_objective(group_losses: torch.Tensor, excess_losses: torch.Tensor, penalty: float) -> torch.Tensor:
+    """J = mean_e L_e + lambda * Var_e(R_e), averaged over prompts; L and R are (E,) or (prompts, E)."""
+    return (group_losses.mean(dim=-1) + penalty * excess_losses.var(dim=-1, unbiased=False)).mean()
 
 
 def objective_weights(excess_losses: torch.Tensor, penalty: float) -> torch.Tensor:
