@@ -14,12 +14,13 @@ from rivals import groups
 from rivals.groups import GroupBalanced, caption_odds, eiil, groups_of, jtt, kmeans
 from rivals.inner import GuidedInside, InnerModule
 from rivals.invdiff_released import InvDiff, Second, mixed, released_groups
-from rivals.tiw import TIW, alpha_sigma, corrected, ratio_loss
+from rivals.tiw import TIW, Pairs, alpha_sigma, corrected, of_mixture, ratio_loss
 from sklearn.metrics import adjusted_rand_score
 from torch.nn.functional import cross_entropy
 
 from conftest import write_tiny_folder
 from invdiff import FinetuneConfig, GenerateConfig, generate, load_captioned_images
+from invdiff.data.encode import as_encoded
 from invdiff.errors import ConfigError, DataError
 from invdiff.files import read_json, weights_digest
 from invdiff.models.schedule import NoiseSchedule
@@ -68,6 +69,11 @@ def test_the_score_correction_turns_one_gaussian_s_posterior_mean_into_another_s
     target, log_weights = corrected(true_ratio(schedule), schedule, z, timesteps, best_target(*BIASED), {})
     torch.testing.assert_close(target, best_target(*BALANCED))
     assert torch.equal(log_weights, true_ratio(schedule)(z, timesteps, {}))
+    share = log_weights.sigmoid()[:, None, None, None]  # of balanced latents among those that are seen as z
+    of_both = share * best_target(*BALANCED) + (1 - share) * best_target(*BIASED)
+    target, log_weights = corrected(of_mixture(true_ratio(schedule)), schedule, z, timesteps, of_both, {})
+    torch.testing.assert_close(target, best_target(*BALANCED))
+    torch.testing.assert_close(log_weights.exp(), 2 * share.flatten())
 
 
 def test_the_loss_of_the_discriminator_is_least_at_the_true_ratio():
@@ -92,6 +98,20 @@ def test_tiw_is_fitted_on_a_pipeline_and_read_back(world, tmp_path):
         replace(method, reference=0.25).fit(world, tmp_path / "tiw")
     with pytest.raises(DataError, match="a balanced image of every caption"):
         replace(method, reference=0.01).fit(world, tmp_path / "other")
+    of_both = replace(method, mixture=True).fit(world, tmp_path / "mixture")
+    assert weights_digest(of_both.pipe.unet) != weights_digest(first.pipe.unet)
+
+
+def test_half_of_what_tiw_shows_is_balanced_if_it_shows_a_mixture(world, tiny_pipe):
+    biased, balanced = (as_encoded(tiny_pipe, images) for images in (world.data, world.balanced))
+    both, chances = Pairs(biased, balanced).mixture()
+    assert len(both) == len(biased) + len(balanced)
+    assert chances[: len(biased)].sum().item() == pytest.approx(chances[len(biased) :].sum().item())
+    for caption, share in enumerate(torch.bincount(biased.caption_ids) / len(biased)):
+        for part in (slice(len(biased)), slice(len(biased), None)):
+            of_caption = chances[part][both.caption_ids[part] == caption]
+            assert of_caption.sum().item() == pytest.approx(share.item())
+    assert torch.equal(both.latents[[len(biased)]], balanced.latents[[balanced.names.index(both.names[len(biased)])]])
 
 
 def test_the_second_network_starts_as_the_first_in_the_paper_and_at_nothing_in_the_released_code(tiny_pipe):

@@ -9,11 +9,11 @@ with a corrected score,
 whose minimiser is the score of the balanced distribution: weighting alone cannot move it, since w^t depends on z_t
 only. The released code subtracts the correction, takes the gradient of d in place of log w^t, and multiplies losses
 (B, C, H, W) by weights (B, 1, 1, 1, 1, 1, 1), so that every image is weighted by the batch's mean weight. Here all
-three follow the paper. Its code fits the denoiser to both sets, with weights 2 d, the ratio to their mixture; here the
-reference teaches the discriminator only, by pairs of one caption, so that w^t is conditional on it; as often as the
-denoiser, it sees none. The paper's discriminator is a head on frozen features of a pretrained classifier. On those of
-our base's middle block a head parts nothing within 150 steps, and its gradient, 1.7 times as large as the target, is
-noise; a small convolutional network on z_t is used in their place.
+three follow the paper. The discriminator is taught by pairs of one caption, so that w^t is conditional on it; as often
+as the denoiser, it sees none. With `mixture`, as in the released code, the denoiser is shown both sets, equally often,
+and the ratio is to their mixture, 2 d. The paper's discriminator is a head on frozen features of a pretrained
+classifier. On those of our base's middle block a head parts nothing within 150 steps, and its gradient, 1.7 times as
+large as the target, is noise; a small convolutional network on z_t is used in their place.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from invdiff import FinetuneConfig
 from invdiff.data.captioned import CaptionedImages
-from invdiff.data.encode import EncodedImages, as_encoded
+from invdiff.data.encode import EncodedImages, ShardedTensor, as_encoded
 from invdiff.errors import DataError
 from invdiff.models.families.base import Condition, to
 from invdiff.models.load import load_pipeline
@@ -65,6 +65,11 @@ def corrected(
     alpha, sigma = alpha_sigma(schedule, timesteps)
     shift = schedule.target(sigma**2 / alpha.clamp_min(1e-3) * gradient, -sigma * gradient, timesteps)
     return target + shift, log_weights.detach()
+
+
+def of_mixture(log_ratio: Reader) -> Reader:
+    """The log of the ratio of the balanced density to the even mixture of both: log 2 d, of d = sigmoid(log w^t)."""
+    return lambda *given: F.logsigmoid(log_ratio(*given)) + math.log(2)
 
 
 def alpha_sigma(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,6 +141,8 @@ class TIW:
     """The discriminator's: with less, or after more steps, it remembers 150 images, and w^t of others is 0."""
     largest_weight: float = 10.0
     """w^t is clipped to it, which changes no minimiser: any positive function of z_t has the same."""
+    mixture: bool = False
+    """Whether the denoiser is fitted to reference images as often as to biased ones, not to the latter alone."""
 
     @property
     def supervision(self) -> str:
@@ -168,6 +175,8 @@ class TIW:
         means: list[Tensor] = []
         sizes = pipe.unet.config.in_channels, pipe.unet.config.cross_attention_dim
         discriminator = Discriminator(*sizes, schedule).to(device)
+        log_ratio = of_mixture(discriminator) if self.mixture else discriminator
+        shown, chances = paired.mixture() if self.mixture else (biased, None)
 
         def condition_of(captions: Tensor) -> Condition:
             return {name: values[captions.to(device)] for name, values in conditions.items()}
@@ -181,7 +190,7 @@ class TIW:
 
         def aim(noisy_latents: Tensor, timesteps: Tensor, captions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             batch = noisy_latents, timesteps, target, condition_of(captions)
-            target, log_weights = corrected(discriminator, schedule, *batch)
+            target, log_weights = corrected(log_ratio, schedule, *batch)
             means.append(log_weights.exp().mean())
             return target, log_weights.exp().clamp_max(self.largest_weight)
 
@@ -191,10 +200,10 @@ class TIW:
         run.minimise(ratio_loss_at, "discriminator")
         discriminator.eval().requires_grad_(False)
         work = folder / WORK / "denoiser"
-        train_denoiser(pipe, biased, config, work, settings, train_text_encoder=False, aim=aim)
+        train_denoiser(pipe, shown, config, work, settings, train_text_encoder=False, chances=chances, aim=aim)
         save(pipe, folder, half_precision=False)
         trained = [*pipe.unet.parameters(), *discriminator.parameters()]
-        # Under the biased distribution the mean of a density ratio is 1.
+        # Under the distribution of what is shown the mean of a density ratio is 1.
         mean = torch.stack(means).mean().item() if means else None
         return {
             "parameters": sum(weight.numel() for weight in trained),
@@ -225,3 +234,17 @@ class Pairs:
         pairs = zip((self._rows[caption] for caption in captions.tolist()), uniforms.tolist(), strict=True)
         others = [of[int(uniform * len(of))] for of, uniform in pairs]
         return (self._biased.latents[rows], self._reference.latents[others]), captions
+
+    def mixture(self) -> tuple[EncodedImages, Tensor]:
+        """Both sets as one, and chances (N,) by which half of what is drawn is balanced, captions as in the other."""
+        biased, rows = self._biased, torch.tensor([row for of in self._rows for row in of])
+        captions = torch.arange(len(self._rows)).repeat_interleave(torch.tensor([len(of) for of in self._rows]))
+        share = torch.bincount(biased.caption_ids) / len(biased)
+        both = replace(
+            biased,
+            latents=ShardedTensor([biased.latents[:], self._reference.latents[rows]]),
+            caption_ids=torch.cat([biased.caption_ids, captions]),
+            names=[*biased.names, *(self._reference.names[row] for row in rows.tolist())],
+        )
+        even = torch.full((len(biased),), 1 / len(biased))
+        return both, torch.cat([even, (share / torch.bincount(captions))[captions]])
