@@ -41,19 +41,20 @@ def rows(benchmark: str, results: Path) -> Iterator[dict[str, Any]]:
     found, labels = kept(results / benchmark), results / f"{benchmark}-labels.json"
     correct(found, read_json(labels) if labels.is_file() else None)
     suite = Suite.named(benchmark)
+    usual = next((_features(of) for cell in suite.each() for of in found.get(cell, {}).values()), "")
     for cell, cells in suite.each().items():
         by_seed = found.get(cell, {})
         for seed in by_seed:
             suite.check_kept(cells, results / benchmark / f"{cell}-seed-{seed}.json")
         first: Mapping[str, Any] = next(iter(by_seed.values()), {})
         # A calibrated mix is spread over the images like even shares.
-        usual = "i.i.d." if first.get("settings", {}).get("environments") == "iid" else "stratified"
+        draws = "i.i.d." if first.get("settings", {}).get("environments") == "iid" else "stratified"
         for key in (key for key, of in first.get("figures", {}).items() if "bias" in of):
             seeds = [of for of in by_seed.values() if key in of["figures"]]
             each = [of["figures"][key] for of in seeds]
-            alike = [of["figures"][key] for of in seeds if _features(of) == _features(first)]
+            alike = [of["figures"][key] for of in seeds if _features(of) == usual]
             drawn, _, scale = key.rpartition("CFG ")
-            row = {"method": cell, "supervision": first["supervision"], "draws": drawn.strip() or usual}
+            row = {"method": cell, "supervision": first["supervision"], "draws": drawn.strip() or draws}
             row |= {"CFG": scale, "seeds": len(each), "images": first["settings"]["images"]}
             for label, name in COLUMNS.items():
                 values = [of.get(name) for of in (alike if name in OF_FEATURES else each)]
