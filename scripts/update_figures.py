@@ -218,7 +218,7 @@ SUITES = (
     *("studies", "birds", "birds-studies"),
 )
 HEADLINE = (
-    *("biased", "ceiling", "ours", "ours-true", "fair-diffusion", "tiw"),
+    *("biased", "ceiling", "ours", "ours-true", "fair-diffusion", "tiw", "tiw-mixture"),
     *("invdiff-released", "invdiff-paper-100848"),
 )
 BLOCKS = {
