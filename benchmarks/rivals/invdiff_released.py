@@ -232,8 +232,9 @@ class InvDiff:
             dropped = torch.rand(self.batch_size, generator=rng) < dropout
             captions = encoded.caption_ids[rows].where(~dropped, encoded.null_id)
             noisy_latents, timesteps, target = noised(schedule, encoded.latents[rows], rng, device)
-            model_pred = pipe.unet(noisy_latents, timesteps, embeds[captions.to(device)]).sample
-            losses = per_sample_loss(model_pred, target)
+            with run.accelerator.autocast():  # for one step: it keeps its copies of weights until it ends
+                model_pred = pipe.unet(noisy_latents, timesteps, embeds[captions.to(device)]).sample
+            losses = per_sample_loss(model_pred.float(), target)
             if released:
                 return batch_objective(losses, of_image[rows].to(device), self.penalty)
             # mean_i w_e(i) grad l_i is the gradient of mean_e L_e + lambda Var_e(L_e), with L_e moving means.
@@ -242,7 +243,7 @@ class InvDiff:
             moving.update(torch.zeros_like(groups), groups, torch.stack([found, found], dim=1))
             return (of_group * losses).mean()
 
-        with mixed(pipe.unet, second, RELEASED_DELTA if released else self.delta), run.accelerator.autocast():
+        with mixed(pipe.unet, second, RELEASED_DELTA if released else self.delta):
             run.minimise(loss_at, f"InvDiff, {self.variant}")
 
 
