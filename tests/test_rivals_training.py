@@ -99,7 +99,10 @@ def test_tiw_is_fitted_on_a_pipeline_and_read_back(world, tmp_path):
     with pytest.raises(DataError, match="a balanced image of every caption"):
         replace(method, reference=0.01).fit(world, tmp_path / "other")
     of_both = replace(method, mixture=True).fit(world, tmp_path / "mixture")
-    assert weights_digest(of_both.pipe.unet) != weights_digest(first.pipe.unet)
+    control = replace(method, mixture=True, weighted=False).fit(world, tmp_path / "control")
+    assert len({weights_digest(fitted.pipe.unet) for fitted in (first, of_both, control)}) == 3
+    assert control.about["mean ratio"] is None
+    assert control.parameters < of_both.parameters
 
 
 def test_half_of_what_tiw_shows_is_balanced_if_it_shows_a_mixture(world, tiny_pipe):

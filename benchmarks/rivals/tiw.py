@@ -143,6 +143,8 @@ class TIW:
     """w^t is clipped to it, which changes no minimiser: any positive function of z_t has the same."""
     mixture: bool = False
     """Whether the denoiser is fitted to reference images as often as to biased ones, not to the latter alone."""
+    weighted: bool = True
+    """Whether losses have the ratio's weights and correction; without, `mixture` is the control of what they do."""
 
     @property
     def supervision(self) -> str:
@@ -196,13 +198,14 @@ class TIW:
 
         options: dict[str, Any] = {"weight_decay": self.weight_decay, "ema_decay": 0.9, "mixed_precision": "no"}
         of_ratio = FinetuneConfig(steps=self.discriminator_steps, learning_rate=self.learning_rate, **options)
-        run = TrainingRun(discriminator, of_ratio, folder / WORK / "discriminator", settings)
-        run.minimise(ratio_loss_at, "discriminator")
+        if self.weighted:
+            run = TrainingRun(discriminator, of_ratio, folder / WORK / "discriminator", settings)
+            run.minimise(ratio_loss_at, "discriminator")
         discriminator.eval().requires_grad_(False)
-        work = folder / WORK / "denoiser"
-        train_denoiser(pipe, shown, config, work, settings, train_text_encoder=False, chances=chances, aim=aim)
+        work, options = folder / WORK / "denoiser", {"chances": chances, "aim": aim if self.weighted else None}
+        train_denoiser(pipe, shown, config, work, settings, train_text_encoder=False, **options)
         save(pipe, folder, half_precision=False)
-        trained = [*pipe.unet.parameters(), *discriminator.parameters()]
+        trained = [*pipe.unet.parameters(), *(discriminator.parameters() if self.weighted else [])]
         # Under the distribution of what is shown the mean of a density ratio is 1.
         mean = torch.stack(means).mean().item() if means else None
         return {
