@@ -28,6 +28,10 @@ from test_cli import fail, succeed
 from test_factors import PROMPT, attribute, evidence, views
 
 
+def every(rows):
+    return np.ones(len(rows), dtype=bool)
+
+
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory):
     """The folder of an audit of noise by a column, and of images that its model drew."""
@@ -48,7 +52,7 @@ def test_a_judge_reads_the_groups_off_plain_features():
     place = attribute([0.1, 0.9])
     measured = evidence(views(), upper=views(place))
     found = inferred(made_up_data(["a landbird", "a waterbird"], PROMPT), measured, [0, 1])
-    judges = linear_judges(found, measured.sources(0))
+    judges = linear_judges(found, measured.sources(0), every)
     rows = np.arange(len(PROMPT))
     middle, upper = measured.features.numpy(rows), measured.upper.numpy(rows)
     parts = [part for level in (0, 1) for part in (middle[:, level], upper[:, level, 0], upper[:, level, 1])]
@@ -68,11 +72,23 @@ def test_a_judge_of_many_images_is_fitted_on_every_prompt_in_whatever_order_they
     found = built_audit(
         np.eye(2)[groups], prompts, [PromptAudit(each, [each], 200, True, "") for each in (LAND, WATER)]
     )
-    judges = linear_judges(found, measured.sources(0))
+    judges = linear_judges(found, measured.sources(0), every)
     seen = (np.concatenate([features[:, 0], features[:, 1]], axis=1) @ judges["map.0"] + judges["bias.0"]).argmax(
         axis=1
     )
     assert all((seen == groups)[prompts == prompt].mean() > 0.9 for prompt in (0, 1))
+
+
+def test_a_copy_of_an_image_does_not_tell_its_group_when_left_out(audited, tmp_path):
+    from test_labels import CAPTIONS
+
+    data = load_captioned_images(audited / "data")
+    other = [CAPTIONS[caption == CAPTIONS[0]] for caption in data.captions]
+    names = [*data.names, *(f"again-{name}" for name in data.names)]
+    twice = replace(data.select([*range(len(data))] * 2), captions=[*data.captions, *other], names=names)
+    options = {"cache_dir": tmp_path, "progress": False, "config": AuditConfig(min_images=4)}
+    judges = [audit(load_pipeline(audited / "model"), of, attribute="place", **options).judges for of in (data, twice)]
+    assert len(judges[1]["truth.0"]) == len(judges[0]["truth.0"])
 
 
 def test_what_an_image_shows_does_not_hang_on_those_beside_it_and_people_s_changes_are_told(audited, tmp_path):
@@ -91,7 +107,7 @@ def test_groups_that_are_each_prompts_own_or_too_small_have_no_judge():
     features = np.random.default_rng(0).normal(size=(40, 2, 6))
     measured = Evidence(np.zeros((40, 1, 2, 1)), sharded(features))
     found = built_audit(np.eye(2)[np.arange(40) // 36], np.zeros(40, dtype=int), [])
-    assert linear_judges(found, measured.sources(0)) == {}
+    assert linear_judges(found, measured.sources(0), every) == {}
 
 
 def test_images_are_judged_by_the_command(audited, tmp_path):

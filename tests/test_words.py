@@ -93,10 +93,14 @@ def birds(on_water=("sea",), on_land=(), *, rare=30, labels=None, captions=None,
     return built_audit(np.eye(2)[labels], prompt_ids, entries, names), data, encoder
 
 
-def tell(found, data, encoder, tmp_path, rows=None, words=()):
+def tell(found, data, encoder, tmp_path, rows=None, words=(), distinct=None):
     rows = np.arange(len(found.names)) if rows is None else rows
-    config = AuditConfig(words_model="stand-in", words=tuple(words))
-    return words_module.describe_groups(found, data, rows, encoder, config, cache_dir=tmp_path, progress=False)
+    distinct = np.ones(len(found.names), dtype=bool) if distinct is None else distinct
+    config, options = (
+        AuditConfig(words_model="stand-in", words=tuple(words)),
+        {"cache_dir": tmp_path, "progress": False},
+    )
+    return words_module.describe_groups(found, data, rows, encoder, config, distinct, **options)
 
 
 def on_water(found):
@@ -130,6 +134,15 @@ def test_where_groups_look_alike_hardly_ever_is_a_word_named(tmp_path):
         wrong += any(entry.words for entry in told.groups)
         assert {entry.line for entry in told.groups if not entry.words} <= {words_module.NO_WORD}
     assert wrong <= 2  # 0.5 at most are expected
+
+
+def test_copies_of_images_prove_no_word(tmp_path):
+    """Copies of one image that shows the sea by chance are one image."""
+    labels = np.arange(120) < 30
+    found, data, encoder = birds(labels=labels.astype(int))
+    assert "sea" in words_of(tell(found, data, encoder, tmp_path), 0, ON_WATER)
+    told = tell(found, data, encoder, tmp_path, distinct=~labels | (np.arange(120) < 5))
+    assert told.of(0, ON_WATER).line == words_module.TOO_FEW
 
 
 def test_a_difference_that_nobody_could_see_is_not_named(tmp_path, monkeypatch):

@@ -33,6 +33,8 @@ class Asked:
     record: dict[str, Any] = field(default_factory=dict)  # the same as `Audit.settings["asked"]` keeps it
     refusal: str = ""  # why no image can be grouped by it, in words; "" where they can
     agreement: float = 1.0  # adjusted Rand index of given values and those that were inferred without them
+    intervals: Mapping[int, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    """Prompt to 95% intervals of the values' shares, where what is inferred errs."""
 
 
 def columns_asked(data: CaptionedImages, rows: NDArray[Any], names: Sequence[str]) -> list[Asked]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics import adjusted_rand_score, confusion_matrix
 from sklearn.utils.class_weight import compute_sample_weight
 
 from ..config import AuditConfig
@@ -30,6 +30,7 @@ SLOPE_PENALTY, OFFSET_PENALTY, LEAST_SCALE = 0.03, 0.004, 0.1
 """Ridge penalties of what makes probabilities of logits: their scale, never turned; and offsets of each prompt
 and class."""
 FOLDS = 5
+DRAWS = 1000  # of guesses and errors, for an interval of shares
 SURE, MOST_JUDGED, JUDGE_STRENGTH = 0.9, 8000, 1e-2  # posterior that teaches a judge; most images; C of the judge
 _Array = NDArray[Any]
 
@@ -47,9 +48,10 @@ def spread_labels(
 
     A strongly regularised logistic regression finds the direction; scale and offsets by prompt, fitted to its logits
     of labels left out, make them probabilities. Cells of prompt and label weigh alike, so that the attribute is not
-    read off the prompt. `labels` are of two values or more, five images or more each; `sources` whitened features,
-    (N, d) each; `margins` (N, pairs) as `Margins.of_pairs` has them; `prompt_of` (N,). Labelled images that are not
-    `distinct` (N,), copies of other labelled ones, keep their labels and teach and prove nothing.
+    read off the prompt; intervals of shares count how labels left out are mistaken under each. `labels` are of two
+    values or more, five images or more each; `sources` whitened features, (N, d) each; `margins` (N, pairs) as
+    `Margins.of_pairs` has them; `prompt_of` (N,). Labelled images that are not `distinct` (N,), copies of other
+    labelled ones, keep their labels and teach and prove nothing.
     `level` is that of the test that labels left out are guessed better than by chance.
     """
     values, labelled = sorted(set(labels) - {""}), np.array([bool(label) for label in labels])
@@ -78,11 +80,15 @@ def spread_labels(
     scale, offsets = _calibration(tried[chosen], truth, cell, prompts[known])
     logits = logits_of(_fit(inputs[known], truth, cell, chosen), inputs)
     posterior = softmax(scale * logits + prompts @ offsets, axis=1)
+    guessed, intervals = judged[chosen].argmax(axis=1), dict[int, list[tuple[float, float]]]()
     for prompt in np.unique(prompt_of):
-        posterior[prompt_of == prompt] = with_own_shares(posterior[prompt_of == prompt])  # labels are drawn otherwise
+        own, here = prompt_of == prompt, prompt_of[known] == prompt
+        guesses = np.bincount(posterior[own].argmax(axis=1), minlength=len(values))
+        posterior[own] = with_own_shares(posterior[own])  # labels are drawn otherwise
+        errors = confusion_matrix(truth[here], guessed[here], labels=range(len(values)))
+        intervals[int(prompt)] = _share_intervals(guesses, errors, posterior[own].mean(axis=0))
     posterior[labelled] = np.eye(len(values))[group[labelled]]
 
-    guessed = judged[chosen].argmax(axis=1)
     recall = np.bincount(cell, weights=guessed == truth) / counts
     several = np.bincount(cells[0])[cells[0]]  # values that a cell's prompt has labels of
     tested, chance = several > 1, 1 / several
@@ -99,15 +105,19 @@ def spread_labels(
     elif not tested.any():
         refusal = "no prompt has labels of two values, to tell the attribute from the prompt"
     agreement = round(float(adjusted_rand_score(truth, guessed)), 4)
-    return Asked(name, values, posterior, f"{len(truth)} labels", {"labels": {name: record}}, refusal, agreement)
+    evidence, record = f"{len(truth)} labels", {"labels": {name: record}}
+    return Asked(name, values, posterior, evidence, record, refusal, agreement, intervals)
 
 
-def linear_judges(found: Audit, sources: Sequence[Whitened]) -> dict[str, _Array]:
+def linear_judges(
+    found: Audit, sources: Sequence[Whitened], distinct: Callable[[_Array], NDArray[np.bool_]]
+) -> dict[str, _Array]:
     """For each factor m, a linear judge of its groups, and how it errs.
 
     A logistic regression of the groups of images whose posterior is at least `SURE`; cells of prompt and group weigh
-    alike. Folded with the basis of features: logits = features @ "map.m" + "bias.m", of the features of all `sources`
-    side by side. "probabilities.m" (n, E) are of images left out, "truth.m" (n,) their groups.
+    alike. Of copies of an image, as `distinct` tells of some (n,), there is one: another would know its group. Folded
+    with the basis of features: logits = features @ "map.m" + "bias.m", of the features of all `sources` side by side.
+    "probabilities.m" (n, E) are of images left out, "truth.m" (n,) their groups.
     """
     judges: dict[str, _Array] = {}
     values = np.concatenate([source.values for source in sources], axis=1)
@@ -115,6 +125,7 @@ def linear_judges(found: Audit, sources: Sequence[Whitened]) -> dict[str, _Array
         split = np.isin(found.prompt_ids, [one.prompt for one in factor.splits])
         rows = np.flatnonzero(split & (found.group_weights[m].max(axis=1) >= SURE))
         rows = np.sort(np.random.default_rng(0).permutation(rows)[:MOST_JUDGED])  # in whatever order prompts come
+        rows = rows[distinct(rows)]
         truth = found.group_weights[m][rows].argmax(axis=1)
         cell = np.unique([found.prompt_ids[rows], truth], axis=1, return_inverse=True)[1].reshape(-1)
         if np.bincount(truth, minlength=found.num_groups[m]).min() < FOLDS:
@@ -139,6 +150,20 @@ def with_own_shares(posterior: _Array) -> _Array:
         if np.abs(shares - before).max() < 1e-5:
             break
     return weights
+
+
+def _share_intervals(guesses: _Array, errors: _Array, found: _Array) -> list[tuple[float, float]]:
+    """95% intervals of shares (E,) that are `found`, where a probe guesses (E,) and errs as `errors` (E, E) counts.
+
+    Guesses and rows of errors are drawn anew by Jeffreys' posterior, and shares solved for ("matrix method").
+    """
+    rng = np.random.default_rng(0)
+    rates = np.stack([rng.dirichlet(row + 0.5, size=DRAWS) for row in errors], axis=1)
+    seen = rng.dirichlet(guesses + 0.5, size=DRAWS)
+    shares = np.clip((seen[:, None] @ np.linalg.pinv(rates))[:, 0], 0, None)
+    low, high = np.quantile(shares / shares.sum(axis=1, keepdims=True), [0.025, 0.975], axis=0)
+    ends = np.minimum(low, found), np.maximum(high, found)
+    return [(round(float(a), 4), round(float(b), 4)) for a, b in zip(*ends, strict=True)]
 
 
 def _fit(values: _Array, truth: _Array, cell: _Array, strength: float) -> LogisticRegression:

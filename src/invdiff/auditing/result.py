@@ -16,6 +16,7 @@ from ..files import CURATION, JUDGES, fingerprint, read_arrays, read_json, write
 from ..options import typed
 from ..text import one_line
 from .asked import about_asked, known_rows
+from .decide import share_intervals
 from .edits import Edits, apply, put_aside, read_edits
 
 if TYPE_CHECKING:
@@ -68,15 +69,25 @@ class PromptSplit:
     log_e: float  # as of a `Candidate`
 
     def with_shares_of(self, weights: NDArray[Any]) -> PromptSplit:
-        """The same split with the shares of W (n, E) of its images, and their intervals by Wilson's score.
+        """The same split with the shares of W (n, E) of its images, and their intervals.
 
+        Those are Wilson's where W is one-hot; else by `share_intervals`, and no nearer to the shares than before.
         Images of which nothing is known do not count, but where that is all of them.
         """
         known = known_rows(weights)
         weights = weights[known] if known.any() else weights
         count, shares = len(weights), weights.mean(axis=0, dtype=np.float64).tolist()
-        ends = [binomtest(round(share * count), count).proportion_ci(0.95, method="wilson") for share in shares]
-        intervals = [(round(float(low), 4), round(float(high), 4)) for low, high in ends]
+        if (weights.max(axis=1) == 1).all():
+            ends = [binomtest(round(share * count), count).proportion_ci(0.95, method="wilson") for share in shares]
+            intervals = [(round(float(low), 4), round(float(high), 4)) for low, high in ends]
+        else:
+            intervals = share_intervals(weights.astype(np.float64))
+            for group, (before, (low, high)) in enumerate(zip(self.shares, self.intervals, strict=False)):
+                ends = max(0.0, shares[group] + low - before), min(1.0, shares[group] + high - before)
+                intervals[group] = (
+                    min(intervals[group][0], round(ends[0], 4)),
+                    max(intervals[group][1], round(ends[1], 4)),
+                )
         return replace(self, shares=[round(share, 4) for share in shares], intervals=intervals)
 
 

@@ -142,6 +142,12 @@ def audit(
         if wanted and images is not None and config.words_model:
             by_words = read_by_clip(ClipEncoder.load(config.words_model), images, rows, wanted, **look)
 
+        def once_each(chosen: NDArray[Any]) -> NDArray[np.bool_]:
+            """Of images `chosen` (n,), whether each is none of a copy, whatever their prompts."""
+            together = torch.full((len(encoded),), -1)
+            together[chosen] = 0
+            return distinct(encoded, together)[chosen]
+
         def asked(judged: Mapping[int, NDArray[Any]]) -> Search:
             prompt_of = prompts[encoded.caption_ids.numpy()]
             sources = evidence.whitened(config.seed)
@@ -159,12 +165,12 @@ def audit(
         if not evidence.contrast_only:
             own = evidence.sources(config.seed)
             own = own[: len(own) - (0 if vision is None else vision.shape[1])]  # all but a vision encoder's
-            found = replace(found, judges=linear_judges(found, own))
+            found = replace(found, judges=linear_judges(found, own, once_each))
         found = replace(found, settings=settings | found.settings, unreadable=dict(encoded.unreadable))
         found = replace(found, forwards_per_image=round(float(measured + spent), 3))
         if images is None or not config.words_model or not found.biased:
             return found
-        words = describe_groups(found, images, rows, ClipEncoder.load(config.words_model), config, **look)
+        words = describe_groups(found, images, rows, ClipEncoder.load(config.words_model), config, unlike, **look)
         return replace(found, words=words)
 
     return from_main(conclude)
@@ -283,12 +289,15 @@ def _captions_of(data: EncodedImages, rows: NDArray[Any]) -> list[str]:
 
 
 def distinct(data: EncodedImages, prompt_of: torch.Tensor) -> NDArray[np.bool_]:
-    """Whether each image is the first of its prompt, `prompt_of` (N,), of those that are nearly the same, (N,)."""
+    """Whether each image is the first of its prompt, `prompt_of` (N,), of those that are nearly the same, (N,).
+
+    Images of prompt -1 are not compared, and count as such.
+    """
     count, size = len(data), data.latents.shape[1:].numel()
     basis = torch.randn(size, 64, generator=generator("near-duplicates")) / size**0.5
     sketch = torch.cat([data.latents[rows].float().flatten(1) @ basis for rows in torch.arange(count).split(AT_ONCE)])
     near, first = ALMOST * (sketch - sketch.mean(dim=0)).norm(dim=1).median(), torch.ones(count, dtype=torch.bool)
-    for prompt in prompt_of.unique():
+    for prompt in prompt_of[prompt_of >= 0].unique():
         own = torch.nonzero(prompt_of == prompt)[:, 0]
         for rows in torch.arange(len(own)).split(AT_ONCE):
             same = torch.cdist(sketch[own[rows]], sketch[own[: rows[-1]]]) < near

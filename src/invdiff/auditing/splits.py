@@ -150,7 +150,8 @@ def given_factors(asked: Sequence[Asked], judged: Mapping[int, NDArray[Any]], co
                 known = np.where(known.any(axis=1, keepdims=True), known, present)
                 weights = known / known.sum(axis=1, keepdims=True)
                 score = not_learned(one.evidence, (weights @ np.arange(weights.shape[1]))[None])
-                cuts[prompt] = Cut(candidate, score, weights)
+                intervals = [of for of, kept in zip(one.intervals.get(prompt, ()), used, strict=False) if kept]
+                cuts[prompt] = Cut(candidate, score, weights, intervals)
         if cuts:
             search.factors.append(cuts)
             search.names.append(one.name)

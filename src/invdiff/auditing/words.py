@@ -47,6 +47,7 @@ def describe_groups(
     rows: _Array,
     encoder: ClipEncoder,
     config: AuditConfig,
+    distinct: NDArray[np.bool_],
     *,
     cache_dir: Path,
     progress: bool = True,
@@ -56,12 +57,12 @@ def describe_groups(
     A score is the cosine of image and word, less the image's mean over all words. Words pass a one-sided Mann-Whitney
     U test at `LEVEL` (Bonferroni; Stouffer's method over prompts) with an effect (Cohen's d) of at least
     `LEAST_EFFECT` and near that of the best; near-synonyms and words of the prompt are left out. `rows` (N,) are
-    indices into `data`.
+    indices into `data`; images that are not `distinct` (N,), copies of others, are not shown.
     """
     words = vocabulary(data.captions, config.words)
     texts = embedded(encoder, words)
     texts = texts - texts.mean(axis=0)
-    samples = list(_samples(found, config.seed))
+    samples = list(_samples(found, distinct, config.seed))
     shown = np.unique(np.concatenate([positions for *_, positions, _ in samples]))
     digest = encoder.features_digest()
     features = cached_features(cache_dir, digest, data, rows[shown], encoder.extract, progress)
@@ -128,11 +129,11 @@ def _named(tests: _Array, num_groups: int, words: Sequence[str], alike: _Array) 
     return [Word(words[at], round(float(effect[at]), 3), round(float(corrected[at]), 4)) for at in named[:MOST_WORDS]]
 
 
-def _samples(found: Audit, seed: int) -> Iterator[tuple[int, int, _Array, _Array]]:
+def _samples(found: Audit, distinct: NDArray[np.bool_], seed: int) -> Iterator[tuple[int, int, _Array, _Array]]:
     """Prompt, factor, rising positions (n,) and groups (n,) of the images that CLIP is shown, by factor and prompt."""
     for factor, weights in zip(range(len(found.factors)), found.group_weights, strict=False):
         for prompt in sorted(split.prompt for split in found.factors[factor].splits):
-            rows = np.flatnonzero(found.kept & (found.prompt_ids == prompt) & known_rows(weights))
+            rows = np.flatnonzero(found.kept & distinct & (found.prompt_ids == prompt) & known_rows(weights))
             labels = weights[rows].argmax(axis=1)
             rng = np.random.default_rng(derived_seed("sample of words", seed, prompt, factor))
             of_groups = [rng.permutation(np.flatnonzero(labels == group)) for group in np.unique(labels)]
