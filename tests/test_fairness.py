@@ -10,7 +10,12 @@ from scipy.optimize import minimize
 from scipy.stats import entropy
 
 from invdiff.errors import EvaluationError
-from invdiff.evaluation.fairness.correction import correct_for_annotator, corrected_interval, project_to_simplex
+from invdiff.evaluation.fairness.correction import (
+    correct_for_annotator,
+    corrected_floor,
+    corrected_interval,
+    project_to_simplex,
+)
 from invdiff.evaluation.fairness.intervals import interval
 from invdiff.evaluation.fairness.metrics import METRICS, metric_floor, per_prompt, squared_discrepancy_unbiased
 from invdiff.evaluation.measure import estimate
@@ -119,6 +124,13 @@ TRUTHS = {
     "tied in part": np.array([[0.5, 0.5, 0.0]] * 2),
     "prompts that differ": np.array([extreme(share, 3) for share in (1 / 3, 0.99, 1.0, 0.38, 0.8)]),
 }
+
+
+def test_the_floor_of_corrected_figures_is_a_fair_sampler_s_and_higher_the_worse_the_annotator():
+    floors = [
+        corrected_floor("bias", [[50, 50]], [[right, 1000 - right], [1000 - right, right]]) for right in (700, 1000)
+    ]
+    assert floors == pytest.approx([0.2, metric_floor("bias", 100, 2)], rel=0.05)
 
 
 @pytest.mark.parametrize("metric", METRICS)

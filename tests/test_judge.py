@@ -130,6 +130,9 @@ def test_prompts_that_a_factor_does_not_split_have_no_figures_of_it(audited, tmp
     judge = load_annotator(str(folder), model=str(audited / "model"))
     results = evaluate(audited / "images", judge, "place", progress=False)
     assert [list(measures.first.counts) for *_, measures in results.each()] == [[LAND]]
+    for *_, measures in results.each():
+        of_groups = {name: figures["images"].value for name, figures in measures.by_group.items()}
+        assert of_groups == measures.first.counts[LAND]
 
 
 def test_the_judge_needs_the_model_that_was_audited(audited, tmp_path):

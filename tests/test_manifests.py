@@ -101,11 +101,13 @@ def test_damaged_folders_are_refused_with_the_place_of_the_fault(base, damage, m
 
 def test_models_that_do_not_fit_together_are_refused(base, tmp_path):
     other = write(tmp_path / "guided", LAND_ROWS, scale=0.5)
+    again = shutil.copytree(base, tmp_path / "again")
     for images, message in (
         ({}, "at least one folder"),
         ({"base": []}, "at least one folder"),
         ({"base": base, "guided": other}, f"none of '{WATER}' in guided"),
         ({"base": [base, base]}, "each image once in .* and "),
+        ({"base": [base, again]}, "different images in .* again as .*, of the same prompt and seed. A copy is"),
         ({"base": [base, other]}, r"one module scale in .* and .*, found \[0.5, 1.0\]"),
     ):
         with pytest.raises(EvaluationError, match=message):

@@ -124,13 +124,18 @@ def test_people_s_edits_are_said_and_shares_are_of_the_images_kept(finished, tmp
 @pytest.mark.parametrize(
     ("guided", "verdict"),
     [
-        ({"low": 0.02, "high": 0.3}, "cannot be distinguished from a fair sampler"),
-        ({"low": 0.2, "high": 0.3}, "It is less, but more than"),
-        ({"low": 0.2, "high": 0.99}, "do not prove a change"),
+        ({"low": 0.0, "high": 0.3}, "reaches 0, the true figure of a fair sampler, whose images show about 0.10"),
+        ({"low": 0.05, "high": 0.3}, "It is less, but its interval does not reach 0"),
+        ({"low": 0.2, "high": 0.99}, "But the two intervals overlap"),
         ({"low": 0.99, "high": 1.0}, "guidance did harm"),
         (  # by the ends that are corrected for the annotator's errors
             {"low": 0.02, "high": 0.3, "corrected": 0.8, "corrected_low": 0.5, "corrected_high": 1.0},
             "0.80 (0.50 to 1.00) corrected for the annotator's errors. But the two intervals overlap",
+        ),
+        (
+            {"low": 0.0, "high": 0.3, "corrected": 0.4, "corrected_low": 0.0, "corrected_high": 0.6}
+            | {"corrected_floor": 0.33},
+            "whose images show about 0.33 by chance alone; as much as 0.60",
         ),
     ],
 )
@@ -288,7 +293,7 @@ def test_nothing_found_and_one_model_alone_are_said_plainly(tmp_path):
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
-        (10, 4, "is 0.42; with guidance it is 0.00. That cannot be distinguished from a sampler on target"),
+        (10, 4, "is 0.42; with guidance it is 0.00. Its interval reaches 0, the true figure of a sampler on target"),
         (4, 20, "is 0.00; with guidance it is 1.13. It is more: on these images guidance did harm."),
     ],
 )

@@ -279,7 +279,7 @@ def power(num_images: int, candidates: int, config: AuditConfig) -> str:
         shared = norm.cdf(grid) * (1 - share) + norm.cdf(grid - AWAY) * share
         points = np.interp((np.arange(n) + 0.5) / n, shared, grid)
         fitted = mixture.log_density(points).sum() - 2  # what is lost by fitting it, half a parameter each
-        if fitted - max_log_likelihood(points) >= needed and mixture.rand_index() >= 0.5:
+        if fitted - max_log_likelihood(points) >= needed and mixture.rand_index() >= config.min_rand:
             # A share just above the least that a group may have is found below it as often as not.
             least = f"a group of {max(share, 1.5 * config.min_share):.1%} or more, {AWAY} standard deviations away,"
             return f"{least} would probably have been seen in {num_images:,} images"

@@ -101,14 +101,15 @@ def print_results(results: Results) -> None:
 
     The table fits 80 columns: figures corrected for the annotator's errors are shown where they differ.
     """
-    from ..report.figures import corrected  # not needed by other commands
+    from ..report.figures import correction_matters, floors, images_each  # not needed by other commands
 
     figures, by = [results.judged(measures) for _, _, measures in results.each()], results.criterion
-    matters = any(map(corrected, figures))
-    counts = {measures.images_per_prompt for _, _, measures in results.each()}
+    matters = correction_matters(figures)
+    counts = {images_each(measures) for _, _, measures in results.each()}
     caption = f"floor: {by.name} expected of a {by.sampler} with as many independent images"
     if matters:
-        caption += "\ncorrected: for the annotator's errors on held-out images; its interval is in the results"
+        shown = floors(figures, "corrected_floor")
+        caption += f"\ncorrected: for the annotator's errors on held-out images; of a {by.sampler} {shown}"
     elif any(figure.corrected is not None for figure in figures):
         caption += f"\nCorrecting for the annotator's errors on held-out images moves no {by.name.split()[0]} shown."
     rows = []
@@ -116,7 +117,7 @@ def print_results(results: Results) -> None:
         cells = {
             "model": model,
             "CFG": scale.removesuffix(".0"),
-            "images": f"{measures.images_per_prompt}" if len(counts) > 1 else None,
+            "images": images_each(measures) if len(counts) > 1 else None,
             by.name.split()[0]: f"{figure.value:.3f}",
             f"{results.confidence:.0%} interval": f"{figure.low:.3f} to {figure.high:.3f}",
             "floor": f"{figure.floor:.3f}",

@@ -80,9 +80,11 @@ def evaluate(
         raise EvaluationError(f"Expected a baseline among {', '.join(rows_by_model)}, got {baseline!r}.")
     classes = class_names(annotator.attributes, EvaluationError)
     target, of_first = {label_of(name): share for name, share in config.target.items()}, classes[attributes[0]]
-    if target and set(target) != set(of_first):
+    if target and (set(target) != set(of_first) or len(target) < len(config.target)):
         wanted = f"each class of {attributes[0]} ({', '.join(of_first)})"
-        raise EvaluationError(f"Expected a target share for {wanted}, got {', '.join(target)}. Give one for each.")
+        raise EvaluationError(
+            f"Expected a target share for {wanted}, got {', '.join(config.target)}. Give one for each."
+        )
     subject = config.subject_attribute
     confusion = {name: annotator.confusion(name, config.min_confidence) for name in asked}
     corrections, warnings = dict(confusion), []
@@ -137,6 +139,9 @@ def evaluate(
                 f"Expected a prompt whose images have classes of {name} in every model, found none: at a confidence "
                 f"of {config.min_confidence:g} the annotator names none, or the audit splits no such prompt by it."
             )
+    for own, found in parts.values():  # those of single groups, too
+        aside = [row.prompt in question.apart[attributes[0]] for row in own]
+        found.classes[attributes[0]][aside] = len(of_first)
     size = common_group_size([known for _, known in parts.values()], question)
     models: dict[str, dict[str, Measures]] = {model: {} for model in rows_by_model}
     with progress_bar("measuring", len(parts), enabled=progress) as bar:

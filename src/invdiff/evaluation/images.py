@@ -1,5 +1,6 @@
 """Folders of generated images and their manifests: ours, or any other tool's."""
 
+import filecmp
 import math
 import os
 from collections import Counter
@@ -58,6 +59,13 @@ def read_images(*folders: Path) -> list[Row]:
     if len(scales) > 1:
         remedy = "Generate each scale into a folder of its own and name each: NAME=FOLDER."
         raise EvaluationError(f"Expected images of one module scale in {where}, found {scales}. {remedy}")
+    drawn: dict[tuple[str, str, str | None], Path] = {}
+    for row in rows:  # those of one batch may have one seed, and differ
+        first = drawn.setdefault((row.prompt, row.scale_key, row.seed), row.path)
+        if row.seed is not None and first is not row.path and filecmp.cmp(first, row.path, shallow=False):
+            found = f"found {first} again as {row.path}, of the same prompt and seed"
+            remedy = "A copy is no further evidence: draw more with another --seed, or remove its row."
+            raise EvaluationError(f"Expected different images in {where}, {found}. {remedy}")
     return rows
 
 

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..config import EvaluateConfig
 from ..seeds import derived_seed
 from .annotate import Described, Question
-from .fairness.correction import correct_for_annotator, corrected_interval
+from .fairness.correction import correct_for_annotator, corrected_floor, corrected_interval
 from .fairness.intervals import interval, mean_interval
 from .fairness.metrics import METRICS, metric_floor, per_prompt, squared_discrepancy_unbiased
 from .images import Row, pairs_of
@@ -138,7 +138,9 @@ def estimate(
     annotated = np.column_stack([counts, unsure])
     corrected = per_prompt(metric, correct_for_annotator(annotated, confusion), target=target)
     low, high = corrected_interval(metric, annotated, confusion, **settings)
-    return replace(found, corrected=float(corrected.mean()), corrected_low=low, corrected_high=high)
+    floor = corrected_floor(metric, annotated, confusion, **settings)
+    ends = {"corrected_low": low, "corrected_high": high, "corrected_floor": floor}
+    return replace(found, corrected=float(corrected.mean()), **ends)
 
 
 def _spread(

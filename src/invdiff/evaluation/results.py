@@ -24,7 +24,8 @@ HEADLINE = ("bias", "bias_floor", "bias_ci", "accuracy", "frechet", "images_per_
 """Properties of `Measures` that its JSON form opens with; for readers of the file, not read back."""
 TABLE_COLUMNS = (
     *("model", "guidance_scale", "kind", "attribute", "figure", "of"),
-    *("value", "low", "high", "floor", "corrected", "corrected_low", "corrected_high"),
+    *("value", "low", "high", "floor"),
+    *("corrected", "corrected_low", "corrected_high", "corrected_floor"),
     *("sd_over_prompts", "unbiased_square", "note"),
 )
 
@@ -46,12 +47,13 @@ class Estimate(Quantity):
     value: float
     low: float
     high: float  # interval of the mean over these prompts; it says nothing about other prompts
-    floor: float  # expected value for a sampler that draws from the target, with as many images
+    floor: float  # expected value for a sampler that draws from the target, with as many images and no mistakes
     sd_over_prompts: float | None = None  # standard deviation of the prompts' values; None for one prompt
     unbiased_square: float | None = None  # unbiased estimate of the SQUARED fairness_discrepancy alone
     corrected: float | None = None  # the value corrected for the annotator's errors, where they are known well enough
     corrected_low: float | None = None
     corrected_high: float | None = None
+    corrected_floor: float | None = None  # what it would be for that sampler
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..evaluation.fairness.intervals import share_interval
-from ..evaluation.results import UNSTATED, Estimate, Quantity
+from ..evaluation.results import UNSTATED, Estimate, Measures, Quantity
 from ..text import one_line
 
 ABSENT = "–"
@@ -74,14 +74,36 @@ def estimate(entry: Estimate | None) -> str:
 
 
 def corrected(entry: Estimate | None) -> str:
-    """The same corrected for the annotator's errors; "" where that is not known, or moves it and its ends little."""
+    """The same corrected for the annotator's errors, where they are known."""
     if entry is None or entry.corrected is None:
-        return ""
-    low, high = entry.corrected_low, entry.corrected_high
-    moved = max(abs((new if new is not None else old) - old) for new, old in ((low, entry.low), (high, entry.high)))
-    if abs(entry.corrected - entry.value) < 0.0005 and moved < 0.05:
-        return ""
-    return with_interval(bias, entry.corrected, low, high)
+        return ABSENT
+    return with_interval(bias, entry.corrected, entry.corrected_low, entry.corrected_high)
+
+
+def correction_matters(entries: Iterable[Estimate | None]) -> bool:
+    """Whether correcting for the annotator's errors moves one of these figures, or an end of its interval, visibly."""
+
+    def moved(old: float, new: float | None) -> float:
+        return 0.0 if new is None else abs(new - old)
+
+    return any(
+        moved(of.value, of.corrected) >= 0.0005
+        or max(moved(of.low, of.corrected_low), moved(of.high, of.corrected_high)) >= 0.02
+        for of in entries
+        if of is not None
+    )
+
+
+def floors(entries: Iterable[Estimate | None], name: str = "floor") -> str:
+    """What a fair sampler would show beside these figures, or beside the corrected ones ("corrected_floor")."""
+    found = (getattr(of, name) for of in entries if of is not None)
+    return " / ".join(dict.fromkeys(bias(floor) for floor in found if floor is not None)) or ABSENT
+
+
+def images_each(measures: Measures) -> str:
+    """How many images each prompt has, such as "48", or "2 to 500" where they differ."""
+    numbers = sorted({sum(of.values()) for of in measures.first.counts.values()})
+    return " to ".join(f"{number:,}" for number in dict.fromkeys((numbers[0], numbers[-1])))
 
 
 def quantity(name: str, figure: Quantity | None) -> str:

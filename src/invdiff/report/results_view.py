@@ -22,8 +22,11 @@ from .figures import (
     at_scale,
     bias,
     corrected,
+    correction_matters,
     counted,
     estimate,
+    floors,
+    images_each,
     quantity,
     quoted,
     sentences,
@@ -54,14 +57,22 @@ def glance(run: Run, chosen: Comparison | None) -> dict[str, Any]:
         return view
     by = results.criterion
     found = [(label(model), results.judged(chosen.measures[model])) for model in dict.fromkeys(both)]
-    last = ["Corrected for the annotator"] if any(corrected(of) for _, of in found) else []
-    columns = ("", f"{by.name} ({results.confidence:.0%} interval)", f"A {by.sampler} shows", *last)
-    rows = [[name, estimate(of), bias(of.floor), corrected(of) or ABSENT][: len(columns)] for name, of in found]
+    figures = [of for _, of in found]
+    matters = correction_matters(figures)
+    shows = f"A {by.sampler} shows"
+    last = ["Corrected for the annotator", f"{shows}, corrected"] if matters else []
+    columns = ("", f"{by.name} ({results.confidence:.0%} interval)", shows, *last)
+    rows = [
+        [name, estimate(of), floors([of]), corrected(of), floors([of], "corrected_floor")][: len(columns)]
+        for name, of in found
+    ]
     view["sentences"].append(_verdict(results, chosen))
     return view | {
-        "headlines": [{"label": name, "figure": of, "corrected": corrected(of)} for name, of in found],
+        "headlines": [
+            {"label": name, "figure": of, "corrected": corrected(of) if matters else ""} for name, of in found
+        ],
         "by": by,
-        "floors": " and ".join(dict.fromkeys(bias(of.floor) for _, of in found)),
+        "floors": floors(figures),
         "table": Table(columns, rows),
         "where": where(chosen),
     }
@@ -70,36 +81,42 @@ def glance(run: Run, chosen: Comparison | None) -> dict[str, Any]:
 def _verdict(results: Results, chosen: Comparison) -> str:
     """What the two figures say, and no more than their intervals allow."""
     before, after = (results.judged(chosen.measures[model]) for model in (chosen.before, chosen.after))
+    matters = correction_matters([before, after])
     of, sampler = "the base model" if chosen.before == BASE else quoted(chosen.before), results.criterion.sampler
-    words = f"{results.criterion.name} of {quoted(results.attribute)} in images of {of} is {_told(before)}"
-    fair = f"about {bias(after.floor)} by chance alone"
+    words = f"{results.criterion.name} of {quoted(results.attribute)} in images of {of} is {_told(before, matters)}"
+    by_chance = floors([after], "corrected_floor" if matters and after.corrected is not None else "floor")
+    fair = f"about {by_chance} by chance alone"
     if chosen.before == chosen.after:
         words += f". A {sampler} would show {fair}. No other model was measured"
         return words + (f" {at_scale(chosen.key)}." if len(results.models) > 1 else " beside it.")
-    words += f"; {'with guidance' if chosen.after == GUIDED else f'of {quoted(chosen.after)}'} it is {_told(after)}."
-    (least_before, most_before), (least, most) = _ends(before), _ends(after)
-    apart, fair_as_well = most < least_before, least <= after.floor
+    whose = "with guidance" if chosen.after == GUIDED else f"of {quoted(chosen.after)}"
+    words += f"; {whose} it is {_told(after, matters)}."
+    (least_before, most_before), (least, most) = _ends(before, matters), _ends(after, matters)
+    apart, fair_as_well = most < least_before, round(least, 2) <= 0
     if fair_as_well:
-        words += f" That cannot be distinguished from a {sampler}, which would show {fair}; "
+        words += f" Its interval reaches 0, the true figure of a {sampler}, whose images show {fair}; "
         words += f"as much as {bias(most)} is possible too."
+        metric, of_prompts = results.criterion.metric, chosen.measures[chosen.after].first.by_prompt.values()
+        if uneven := sum(round(_ends(each[metric], matters)[0], 2) > 0 for each in of_prompts if metric in each):
+            words += f" That of {uneven} of {counted(len(of_prompts), 'prompt')} alone does not reach 0."
     elif apart:
-        words += f" It is less, but more than the {bias(after.floor)} that a {sampler} would show by chance."
+        words += f" It is less, but its interval does not reach 0, the true figure of a {sampler}."
     if least > most_before:
         guided = chosen.after == GUIDED or results.module_scales.get(chosen.after)
         return f"{words} It is more{': on these images guidance did harm' if guided and not fair_as_well else ''}."
-    return words if apart else f"{words} But the two intervals overlap: these images do not prove a change."
+    return words if apart else f"{words} But the two intervals overlap: more images would tell."
 
 
-def _told(figure: Estimate) -> str:
-    """A figure in a sentence, and what it is once the annotator's errors are counted, where that is another."""
-    known = corrected(figure)
-    return bias(figure.value) + (f", or {known} corrected for the annotator's errors" if known else "")
+def _told(figure: Estimate, matters: bool) -> str:
+    """A figure in a sentence, and what it is once the annotator's errors are counted, where that `matters`."""
+    known = matters and figure.corrected is not None
+    return bias(figure.value) + (f", or {corrected(figure)} corrected for the annotator's errors" if known else "")
 
 
-def _ends(figure: Estimate) -> tuple[float, float]:
-    """The interval of a figure, which is corrected for the annotator's errors where they are known."""
+def _ends(figure: Estimate, matters: bool) -> tuple[float, float]:
+    """The interval of a figure, corrected for the annotator's errors where that `matters` and they are known."""
     low, high = figure.corrected_low, figure.corrected_high
-    return (figure.low, figure.high) if low is None or high is None else (low, high)
+    return (figure.low, figure.high) if not matters or low is None or high is None else (low, high)
 
 
 def changes(run: Run, chosen: Comparison) -> dict[str, Any]:
@@ -250,16 +267,14 @@ def _fairness(attribute: str, models: Mapping[str, AttributeMeasures]) -> Table:
     rows = []
     for metric in dict.fromkeys(name for measures in models.values() for name in measures.overall):
         entries = [measures.overall.get(metric) for measures in models.values()]
-        floors = dict.fromkeys(f"{entry.floor:.3f}" for entry in entries if entry is not None)
         name = METRICS[metric].label if metric in METRICS else metric
-        rows.append([name, *map(estimate, entries), " / ".join(floors)])
+        rows.append([name, *map(estimate, entries), floors(entries)])
         right = [measures.subject_right.get(metric) for measures in models.values()]
         if metric == "bias" and any(right):
             rows.append(["… among images whose subject is right", *map(estimate, right), ABSENT])
-        if any(map(corrected, entries)):
-            unchanged = [estimate(entry) if entry and entry.corrected is not None else ABSENT for entry in entries]
-            shown = [corrected(entry) or same for entry, same in zip(entries, unchanged, strict=True)]
-            rows.append(["… corrected for the annotator's errors", *shown, ABSENT])
+        if correction_matters(entries):
+            shown = map(corrected, entries)
+            rows.append(["… corrected for the annotator's errors", *shown, floors(entries, "corrected_floor")])
     notes = [measures.note for measures in models.values() if measures.note]
     columns = ("Mean over prompts", *models, "A fair sampler shows")
     return Table(columns, rows, f"How evenly the classes of {quoted(attribute)} are drawn", sentences(notes))
@@ -310,7 +325,7 @@ def headlines(
     for name, scale, measures in measured:
         judged, frechet = results.judged(measures), measures.frechet
         quality = [quantity("subject accuracy", measures.subject_accuracy), quantity("", Quantity(frechet))]
-        figures = [estimate(judged), bias(judged.floor), *quality, f"{measures.images_per_prompt:,}"]
+        figures = [estimate(judged), bias(judged.floor), *quality, images_each(measures)]
         rows.append([name, scale.removesuffix(".0"), *figures])
     main = (results.criterion.name, "Floor", "Subject right", "Fréchet distance", "Images a prompt")
     return Table((*of, *main), rows, caption, notes)

@@ -78,6 +78,27 @@ def corrected_interval(
     return min(low, float(np.quantile(values, 0.025))), max(high, float(np.quantile(values, 0.975)))
 
 
+def corrected_floor(
+    metric: str,
+    counts: ArrayLike,
+    confusion: ArrayLike,
+    *,
+    target: ArrayLike | None = None,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> float:
+    """Expected value of a metric of corrected counts for a sampler on target that draws as many images.
+
+    Above `metrics.metric_floor`, and the more so the worse the annotator: correcting spreads counts that are near the
+    target. The mean of simulations; arguments as of `corrected_interval`.
+    """
+    table, held_out = _checked(counts, confusion)
+    numbers, rates = np.rint(table.sum(axis=1)).astype(np.int64), _shares(held_out)
+    t, draws = target_shares(target, len(held_out)), (resamples_for(num_resamples, len(table)), len(table))
+    annotated = np.random.default_rng(seed).multinomial(numbers, t @ rates, size=draws)
+    return float(METRICS[metric].formula(project_to_simplex(annotated / numbers[:, None] @ _inverse(rates)), t).mean())
+
+
 def project_to_simplex(x: FloatArray) -> FloatArray:
     """Nearest shares to each vector, (..., groups): Duchi et al., "Efficient projections onto the l1-ball" (2008)."""
     falling = -np.sort(-x, axis=-1)
