@@ -145,6 +145,7 @@ def test_more_images_show_smaller_minorities_but_never_at_the_least_share_itself
     assert shares[-1] < shares[2] < shares[1] <= 50 < shares[0]
     assert least(1000, 5000) > least(1000, 5)
     assert least(20_000, 5, min_share=0.1) == 15
+    assert least(20_000, 5, min_rand=0.97) == 100
 
 
 def dispersion(parts):
