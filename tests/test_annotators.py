@@ -277,7 +277,8 @@ def test_what_is_no_annotator_is_refused(tmp_path):
         (tmp_path / found).mkdir()
         (tmp_path / found / "config.json").write_text(json.dumps(config))
         kinds[tmp_path / found] = found
-    for spec, found in (kinds | dict.fromkeys(("absent/model", "no/such/place"), "found none")).items():
+    kinds |= {"absent/model": "unset HF_HUB_OFFLINE", "no/such/place": "there is no such folder"}
+    for spec, found in kinds.items():
         with pytest.raises(ModelError, match=found):
             load_annotator(str(spec))
 

@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 
-from conftest import make_guidance_module, make_tiny_pipeline
+from conftest import make_guidance_lora, make_guidance_module, make_tiny_pipeline
 from invdiff import GuidanceModule, attach
 from invdiff.errors import ConfigError, ModelError
 from invdiff.models.families import family_of
@@ -185,6 +185,15 @@ def test_a_module_of_another_shape_is_refused_and_every_difference_named(tiny_pi
         assert f"{name}: expected {value}, found {fitting[name]}" in str(caught.value)
     with pytest.raises(ModelError, match="denoiser_class: expected UNet3D, found UNet2DConditionModel"):
         attach(tiny_pipe, GuidanceModule(denoiser_class="UNet3D"), strict=False)
+    lora = make_guidance_lora(tiny_pipe)
+    layers = lora.config["layers"]
+    first, *_, last = layers
+    lora.register_to_config(layers=layers | {last: [16, 3]})
+    with pytest.raises(ModelError, match=rf": shape of {last}: expected \[16, 3\], found \[{layers[last][0]}, "):
+        attach(tiny_pipe, lora)
+    lora.register_to_config(layers={first: layers[first]})
+    with pytest.raises(ModelError, match=r": shape of \S+: expected none, found \["):
+        attach(tiny_pipe, lora)
 
 
 def test_the_prompt_is_encoded_once_for_all_steps_and_anew_where_it_is_changed_in_place(tiny_pipe, monkeypatch):

@@ -51,7 +51,23 @@ def test_reads_a_folder_with_csv_and_its_first_rows(tiny_folder):
     assert load_captioned_images(tiny_folder, limit=2).names == data.names[:2] == ["00.png", "01.png"]
     assert data.captions[:2] == ["a photo of a landbird", "a photo of a waterbird"]
     assert data.attributes == {"background": ["land", "water"] * 5 + ["land", "land"]}
+    assert repr(data) == "CaptionedImages(12 images, 2 captions; attributes: background)"
     assert np.array_equal(data.image(3), Image.open(tiny_folder / "03.png"))
+
+
+def test_reads_what_save_to_disk_wrote(tmp_path):
+    write_images(tmp_path, "a.png", "b.png")
+    table = {"image": [str(tmp_path / name) for name in ("a.png", "b.png")], "text": ["a", "b"], "age": [3, 4]}
+    saved = datasets.Dataset.from_dict(table).cast_column("image", datasets.Image())
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"test": saved.select([1])}).save_to_disk(tmp_path / "splits")
+    data, test = load_captioned_images(tmp_path / "one"), load_captioned_images(tmp_path / "splits", split="test")
+    assert (data.captions, test.captions, data.attributes) == (["a", "b"], ["b"], {"age": [3, 4]})
+    assert data.image(0).getpixel((0, 0)) == RED
+    assert data.folder == tmp_path / "one"
+    assert "found test" in refusal(tmp_path / "splits")
+    (tmp_path / "one" / "dataset_info.json").write_text("{")
+    assert "Expected a saved dataset in" in refusal(tmp_path / "one")
 
 
 def test_reads_jsonl_with_typed_attributes_in_the_sub_folder_of_the_split(tmp_path):

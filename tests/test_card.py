@@ -317,7 +317,7 @@ def test_a_pickle_is_never_loaded_and_an_absent_folder_is_no_question_of_the_net
     with pytest.raises(ModelError, match="safetensors"):
         load_guidance(tmp_path)
     for name in ("./absent", "a/b/c"):
-        with pytest.raises(ModelError, match=r"Give the folder that `invdiff train` wrote\.$"):
+        with pytest.raises(ModelError, match=r"no such folder\. Give the folder that `invdiff train` wrote\.$"):
             load_guidance(name)
     with pytest.raises(
         ModelError, match=r"at org/absent, could not load.*invdiff train.*no org/absent.* check the spelling"

@@ -175,7 +175,9 @@ def test_guidance_scales_are_measured_apart_in_order_and_a_class_never_drawn_is_
     rows = [(LAND, 10, "land", "landbird"), (LAND, 10.0, "land", "landbird"), *[(LAND, 3, "land", "landbird")] * 2]
     results = measure({"base": write(tmp_path / "base", rows)})
     assert [(scale, m.bias) for _, scale, m in results.each()] == [("3.0", 1.0), ("10.0", 1.0)]
-    assert list(results.at("3.0")) == ["base"]
+    assert list(results.at("3.0")) == list(results.at(3)) == ["base"]
+    with pytest.raises(EvaluationError, match=r"that was measured \(3\.0, 10\.0\), got 2\.5"):
+        results.at(2.5)
     assert "no image of any model was annotated 'water' (background)" in results.notes
 
 

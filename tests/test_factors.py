@@ -21,7 +21,7 @@ from invdiff.errors import ConfigError
 from invdiff.models.frozen import denoiser_fingerprint
 from runs import built_audit, inferred, made_up_data, report, sharded, undrawn
 
-OWN = "Groups of factor 2 match none of some prompts"
+OWN = "factor 2 was found under"
 
 BIRDS = ["a landbird", "a waterbird"]
 PROMPT = np.arange(600) % 2  # of images of two prompts
@@ -152,8 +152,10 @@ def test_prompts_that_hide_different_attributes_have_a_factor_each_and_its_group
     measured.losses[..., 0] += 20 * (hidden[0] | hidden[1])[:, None, None]  # the contrast shows both
     audit = found_in(measured, solver="exact")
     expected = [[0, 1]] if alike else [[0], [1]]
+    assert repr(audit).startswith("Audit(600 images; prompts: 'a landbird', 'a waterbird'; factors: factor 1 (2 gro")
     assert [[split.prompt for split in factor.splits] for factor in audit.factors] == expected
-    assert ("factor 1, factor 2 match none" in audit.caveats) is not alike
+    each = [f"factor {m} was found under {bird!r} alone" for m, bird in enumerate(BIRDS, start=1)]
+    assert audit.caveats == ("" if alike else f"{', '.join(each)}; under other prompts such groups have no meaning.")
     for m, factor in enumerate(audit.factors):
         for split in factor.splits:
             assert agreements(audit, m, hidden[split.prompt])[split.prompt] == 1

@@ -3,8 +3,10 @@
 import ast
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import resolve_name
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -80,6 +82,12 @@ def test_every_public_name_is_there_and_no_other():
         assert name in dir(invdiff)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = invdiff.nonsense
+
+
+def test_types_and_version_are_for_users_too():
+    assert (ROOT / "py.typed").is_file()
+    assert invdiff.__version__ == version("invdiff")
+    assert get_type_hints(invdiff.load_guidance)["return"].__name__ == "Guidance"
 
 
 def test_public_names_agree_with_those_for_type_checkers():

@@ -12,13 +12,13 @@ from PIL import Image
 from conftest import make_guidance_lora, make_tiny_pipeline
 from invdiff import Audit, AuditConfig, GenerateConfig, Results, audit, evaluate, generate, load_guidance
 from invdiff.auditing import probe
-from invdiff.auditing.edits import apply
+from invdiff.auditing.edits import Edits, apply
 from invdiff.auditing.evidence import Evidence
 from invdiff.auditing.probe import linear_judges
 from invdiff.auditing.result import PromptAudit
 from invdiff.data.captioned import load_captioned_images
 from invdiff.data.encode import model_fingerprint
-from invdiff.errors import ConfigError, ModelError
+from invdiff.errors import ConfigError, EvaluationError, ModelError
 from invdiff.evaluation.annotators.load import load_annotator
 from invdiff.evaluation.calibrate import calibrate, nearest_mix
 from invdiff.models.frozen import denoiser_fingerprint
@@ -133,6 +133,15 @@ def test_prompts_that_a_factor_does_not_split_have_no_figures_of_it(audited, tmp
     for *_, measures in results.each():
         of_groups = {name: figures["images"].value for name, figures in measures.by_group.items()}
         assert of_groups == measures.first.counts[LAND]
+
+
+def test_a_factor_without_a_judge_is_called_so(audited, tmp_path):
+    found = Audit.load(audited / "audit")
+    twice = {"group_weights": found.group_weights * 2, "scores": np.concatenate([found.scores] * 2), "edits": Edits()}
+    replace(found, **twice, factors=[*found.factors, replace(found.factors[0], name="rare")]).save(tmp_path)
+    judge = load_annotator(str(tmp_path), model=audited / "model")
+    with pytest.raises(EvaluationError, match="place, got 'rare', of which the audit has no judge"):
+        evaluate(audited / "images", judge, "rare", progress=False)
 
 
 def test_the_judge_needs_the_model_that_was_audited(audited, tmp_path):

@@ -154,8 +154,8 @@ def test_the_command_and_the_report_say_what_was_asked_for(tiny_pipe_dir, folder
     found = Audit.load(tmp_path / "audit")
     assert found.settings["asked"]["labels"]["scene"]["images"] == {"land": 7, "water": 6}
     assert [factor.name for factor in found.factors] == ["place"]
+    reason = "not split: by 13 labels, labels left out are not guessed better than by chance within a prompt"
     for prompt in found.prompts:  # pictures are noise
-        reason = "not split: by 13 labels, labels left out are not guessed better than by chance, at a level of 0.05"
         assert any(reason in note for note in prompt.notes)
     page, text = report(tmp_path / "report", audit=tmp_path / "audit", data=load_captioned_images(folder))
     for words in (page.words, text):
@@ -202,6 +202,9 @@ def test_labels_of_what_features_do_not_show_are_not_spread():
     features, prompt, _, labels = labelled(strength=0.0)
     asked = spread_labels("wet", labels, [features], np.zeros((1600, 0)), prompt)
     assert "not guessed better than by chance" in asked.refusal
+    stated = [["no", "yes"][int(prompt[row] ^ (row < 2))] if row < 22 else "" for row in range(1600)]
+    told = spread_labels("wet", stated, [features], np.zeros((1600, 0)), prompt).refusal
+    assert int(told.removesuffix("% right, 50% by chance)")[-2:]) < 60  # where the prompt alone gives 20 of the 22
     members = {number: np.flatnonzero(prompt == number) for number in (0, 1)}
     search = given_factors([asked], members, AuditConfig())
     assert not search.factors

@@ -79,7 +79,7 @@ def changed(lora, path, change):
         ("sd1", "absent.safetensors", "found nothing there"),
         ("sd1", "nobody/nothing", "a LoRA for a StableDiffusionPipeline at nobody/nothing"),
         ("sd1", "{folder}/layers.safetensors", "only 32 of its 40 matrices have a place"),
-        ("sd1", "{folder}/shapes.safetensors", "could not load it"),
+        ("sd1", "{folder}/shapes.safetensors", "Error.* for UNet2DConditionModel: size mismatch for .* of this kind"),
         ("sdxl", "{lora}", "a LoRA for a StableDiffusionXLPipeline .*of this kind"),
         ("flux", "{lora}", "only 8 of its 40 matrices have a place"),
         ("pixart", "{lora}", "a LoRA for a PixArtSigmaPipeline .*no attribute"),

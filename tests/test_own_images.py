@@ -40,7 +40,7 @@ def test_training_without_data_is_training_on_them_wherever_they_are(tiny_pipe, 
     assert ", drawn by the model itself" in (tmp_path / "given" / "README.md").read_text()
 
 
-def test_what_cannot_be_drawn_is_refused(tiny_pipe, data, found, tmp_path):
+def test_what_cannot_be_drawn_is_refused(tiny_pipe, data, found, tmp_path, capsys):
     for images, prompts, message in (
         (data, CAPTIONS, "either data or prompts"),
         (None, (), "at least one prompt"),
@@ -51,6 +51,7 @@ def test_what_cannot_be_drawn_is_refused(tiny_pipe, data, found, tmp_path):
     settings = {name: value for name, value in found[0].settings.items() if name != "own_images_of"}
     with pytest.raises(ConfigError, match="that were audited, which the model did not draw itself"):
         train(tiny_pipe, None, replace(found[0], settings=settings), tmp_path / "module", cache_dir=tmp_path)
+    assert "backend" not in capsys.readouterr().err  # what is wrong is told first
 
 
 def test_commands_go_all_the_way_without_data(tiny_pipe_dir, tmp_path, monkeypatch):

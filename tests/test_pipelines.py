@@ -7,7 +7,7 @@ import torch
 
 from invdiff.errors import ModelError
 from invdiff.files import weights_digest
-from invdiff.models.load import default_device, load_pipeline, public_name
+from invdiff.models.load import default_device, load_pipeline, loading, public_name
 
 
 def test_a_folder_is_loaded_quiet_in_the_type_asked_for(tiny_pipe_dir):
@@ -27,15 +27,18 @@ def test_a_safety_checker_that_the_folder_names_is_left_out(tiny_pipe_dir, tmp_p
     assert load_pipeline(tmp_path / "model").safety_checker is None
 
 
-def test_what_is_no_pipeline_is_refused(tiny_pipe_dir, tmp_path):
+def test_what_is_no_pipeline_is_refused(tiny_pipe_dir, tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").write_bytes(b"")
     for source, message in (
         (tiny_pipe_dir / "unet", r"found no model_index\.json there"),
         (tmp_path / "model.safetensors", "Expected a whole diffusers pipeline"),
-        ("nobody/nothing", "Expected a diffusers pipeline at nobody/nothing.* the network"),
+        ("nobody/nothing", "Expected a diffusers pipeline at nobody/nothing.* spelling, and unset HF_HUB_OFFLINE"),
     ):
         with pytest.raises(ModelError, match=message):
             load_pipeline(source)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(ModelError, match="spelling, and the network"), loading("a model", "nobody/nothing"):
+        raise OSError("not found")
 
 
 @pytest.mark.parametrize("name", ["./absent", "~/absent-model", "/absent/model", "out/absent/model", "absent/"])

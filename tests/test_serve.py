@@ -114,7 +114,7 @@ def test_what_cannot_be_listened_on_is_an_error(folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         page, options = build_page(open_workspace([folder]), None), {"password": None, "browser": False}
-        with own_files(), pytest.raises(ConfigError, match=f"127.0.0.1, .*{port}.* with --port"):
+        with own_files(), pytest.raises(ConfigError, match=f"free port on 127.0.0.1, found {port} taken"):
             launch(page, host="127.0.0.1", port=port, **options)
 
 

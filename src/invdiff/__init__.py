@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .auditing.result import Audit as Audit
     from .auditing.run import audit as audit
     from .data.captioned import load_captioned_images as load_captioned_images
+    from .evaluation.annotators.load import load_annotator as load_annotator
     from .evaluation.calibrate import calibrate as calibrate
     from .evaluation.evaluate import evaluate as evaluate
     from .evaluation.results import Results as Results
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .guidance.lora import GuidanceLoRA as GuidanceLoRA
     from .guidance.module import GuidanceModule as GuidanceModule
     from .guidance.tokens import GuidanceTokens as GuidanceTokens
+    from .models.load import load_pipeline as load_pipeline
     from .report.write import save_report as save_report
     from .sampling import generate as generate
     from .training.finetune import finetune as finetune
@@ -48,12 +50,15 @@ _HOME = {
     "evaluate": "evaluation.evaluate",
     "finetune": "training.finetune",
     "generate": "sampling",
-    "load_guidance": "guidance.backends",
+    "load_annotator": "evaluation.annotators.load",
     "load_captioned_images": "data.captioned",
+    "load_guidance": "guidance.backends",
+    "load_pipeline": "models.load",
     "save_report": "report.write",
     "train": "training.train",
 }
 
+__version__: str
 __all__ = [
     "ArchitectureConfig",
     "AuditConfig",
@@ -68,6 +73,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("invdiff")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -30,9 +30,10 @@ class EvaluationError(InvDiffError):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of another library's error, for our message; the rest is advice on its own use."""
+    """The first line of another library's error, or the two of which the second says what; the rest is its advice."""
     text = f"there is no {error}" if isinstance(error, KeyError) else str(error).strip()
-    return text.split("\n")[0] or type(error).__name__
+    first, *rest = text.split("\n")
+    return " ".join([first, *map(str.strip, rest[: first.endswith(":")])]) or type(error).__name__
 
 
 def found_else(expected: str, error: Exception, remedy: str) -> str:

@@ -3,6 +3,7 @@
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 _SPECIAL = {ord(character): f"&#{ord(character)};" for character in "&<>|`*_[]{}~#$@:\\^"}
@@ -25,6 +26,12 @@ def one_line(text: str, limit: int | None = None) -> str:
 def escape(text: str, limit: int = 120) -> str:
     """Text that Markdown and HTML show as it is, in one line and in a table, cut where it is too long."""
     return one_line(text, limit).translate(_SPECIAL)
+
+
+def listed(values: Sequence[str], most: int = 5) -> str:
+    """The first few values, joined for a message."""
+    more = f" and {len(values) - most:,} more" if len(values) > most else ""
+    return (", ".join(values[:most]) or "none") + more
 
 
 def or_dash(value: float) -> str:

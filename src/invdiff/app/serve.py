@@ -15,7 +15,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 
-from ..errors import ConfigError, first_line
+from ..errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
 SHORTEST_PASSWORD = 8
@@ -142,5 +142,6 @@ def launch(
             **looks(),
         )
     except OSError as error:
-        raise ConfigError(f"Could not listen on {host}, {first_line(error)} Choose a port with --port.") from error
+        found = f"found {port} taken" if port else "found none from 7860 on"
+        raise ConfigError(f"Expected a free port on {host}, {found}. Give another with --port.") from error
     return str(address).replace("[::]", "[::1]")  # no browser opens all addresses

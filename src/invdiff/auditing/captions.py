@@ -19,6 +19,7 @@ from ..models.families import Condition
 from ..models.features import add_noise
 from ..models.frozen import Denoiser
 from ..seeds import generator
+from ..text import listed
 from .asked import known_rows
 from .splits import rarest
 
@@ -112,10 +113,9 @@ def part_by_images(
     for prompt, head in enumerate(ids.tolist()):
         merged = [data.captions[c] for c in np.flatnonzero(prompts == prompt).tolist() if c != head and counts[c]]
         if merged:
-            shown = ", ".join(map(repr, merged[:3])) + (f" and {len(merged) - 3:,} more" if len(merged) > 3 else "")
             plural, verb = ("s", "are") if len(merged) > 1 else ("", "is")
             alike = by_words.get(head, f"{verb} the same prompt to the model")
-            notes[prompt] = f"{len(merged):,} further caption{plural} {alike}: {shown}"
+            notes[prompt] = f"{len(merged):,} further caption{plural} {alike}: {listed(list(map(repr, merged)), 3)}"
     return prompts, notes
 
 

@@ -95,15 +95,13 @@ def spread_labels(
     error = np.sqrt((chance * (1 - chance) / counts)[tested].sum())
     above = (recall - chance)[tested].sum() / error if tested.any() else -np.inf
     accuracy = {value: round(float((guessed == truth)[truth == e].mean()), 4) for e, value in enumerate(values)}
-    told = ", ".join(f"{value} {share:.0%}" for value, share in accuracy.items())
     record: dict[str, Any] = {"images": dict(zip(values, np.bincount(truth).tolist(), strict=True)), "right": accuracy}
     at = np.flatnonzero(known)  # positions of those that are guessed right when left out, and of the others
     record |= {"hits": at[guessed == truth].tolist(), "misses": at[guessed != truth].tolist()}
-    refusal = f"labels left out are not guessed better than by chance, at a level of {level:.1g} ({told} right)"
-    if norm.sf(above) < level:
-        refusal = ""
-    elif not tested.any():
-        refusal = "no prompt has labels of two values, to tell the attribute from the prompt"
+    refusal = "" if tested.any() else "no prompt has labels of two values, to tell the attribute from the prompt"
+    if not refusal and norm.sf(above) >= level:
+        refusal = "labels left out are not guessed better than by chance within a prompt, at a level of "
+        refusal += f"{level:.1g} ({recall[tested].mean():.0%} right, {chance[tested].mean():.0%} by chance)"
     agreement = round(float(adjusted_rand_score(truth, guessed)), 4)
     evidence, record = f"{len(truth)} labels", {"labels": {name: record}}
     return Asked(name, values, posterior, evidence, record, refusal, agreement, intervals)

@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from ..errors import AuditError, DataError, found_else
 from ..files import CURATION, JUDGES, fingerprint, read_arrays, read_json, write_arrays, write_json
 from ..options import typed
-from ..text import one_line
+from ..text import listed, one_line
 from .asked import about_asked, known_rows
 from .decide import share_intervals
 from .edits import Edits, apply, put_aside, read_edits
@@ -181,6 +181,11 @@ class Audit:
     unreadable: dict[str, str] = field(default_factory=dict)
     """Name to reason of the images that could not be read; they are not among `names`."""
 
+    def __repr__(self) -> str:
+        prompts = listed([repr(one_line(of.prompt, WORD_LIMIT)) for of in self.prompts])
+        factors = listed([f"{of.name} ({self.num_groups[m]} groups)" for m, of in enumerate(self.factors)])
+        return f"Audit({len(self.names):,} images; prompts: {prompts}; factors: {factors})"
+
     @property
     def biased(self) -> bool:
         """Whether any hidden factor was found."""
@@ -219,8 +224,11 @@ class Audit:
     def caveats(self) -> str:
         """Sentences on factors of some prompts alone, and on images that the model drew itself; "" without."""
         found = sum(prompt.found for prompt in self.prompts)
-        own = ", ".join(factor.name for factor in self.factors if len(factor.splits) < found)
-        of_groups = f"Groups of {own} match none of some prompts, under which they mean nothing." if own else ""
+        own = []
+        for factor in (factor for factor in self.factors if len(factor.splits) < found):
+            prompts = [repr(one_line(self.prompts[split.prompt].prompt, WORD_LIMIT)) for split in factor.splits]
+            own.append(f"{factor.name} was found under {listed(prompts, 2)} alone")
+        of_groups = f"{', '.join(own)}; under other prompts such groups have no meaning." if own else ""
         of_images = "The images are the model's own, drawn for the audit." if "own_images_of" in self.settings else ""
         return " ".join(filter(None, [of_groups, of_images]))
 

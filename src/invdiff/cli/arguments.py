@@ -11,6 +11,7 @@ import functools
 import inspect
 import itertools
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, InvDiffError
 from ..files import check_writable, default_cache_dir, owned
 from ..launched import is_first_process, one_process
 from ..options import Config, Option, Range, Setting, as_text, command_options, settings_of
@@ -83,21 +84,21 @@ def _with_options(function: Command, writes_file: bool, shared: bool) -> Command
             parameter = own.replace(name=setting.name, default=None, annotation=annotation)
             (rare if setting.option.panel else parameters).append(parameter)
 
-    @_flags_in_errors(kinds.values())
     def run(config: Path | None = None, **given: Any) -> None:
         if not shared:
             one_process(function.__name__.replace("_", " "))
-        for name, kind in kinds.items():
-            start = kind.from_file(config) if config and issubclass(kind, Config) else kind()
-            words = {field: given.pop(field) for field in settings_of(kind)}
-            chosen = {field: settings_of(kind)[field].from_words(w) for field, w in words.items() if w is not None}
-            given[name] = dataclasses.replace(start, **chosen)
         texts = [text for value in given.values() for text in (value if isinstance(value, list) else [value])]
         if wrong := next((text for text in texts if isinstance(text, str) and not is_unicode(text)), None):
             raise ConfigError(f"Expected UTF-8, found other bytes in {wrong!a}. Set LC_ALL=C.UTF-8, or use a file.")
-        output = given.get("output") if is_first_process() else None  # processes of one job are one run
-        with owned(output, is_file=writes_file) if output else contextlib.nullcontext():
-            function(**given)
+        starts = {name: kind.from_file(config) for name, kind in kinds.items() if config and issubclass(kind, Config)}
+        with _flags_in_errors(kinds.values()):
+            for name, kind in kinds.items():
+                words = {field: given.pop(field) for field in settings_of(kind)}
+                chosen = {field: settings_of(kind)[field].from_words(w) for field, w in words.items() if w is not None}
+                given[name] = dataclasses.replace(starts.get(name, kind()), **chosen)
+            output = given.get("output") if is_first_process() else None  # processes of one job are one run
+            with owned(output, is_file=writes_file) if output else contextlib.nullcontext():
+                function(**given)
 
     run.__name__, run.__doc__, run.__annotations__ = function.__name__, function.__doc__, {}
     run.__signature__ = inspect.Signature(parameters + rare)  # type: ignore[attr-defined]  # what typer reads
@@ -106,13 +107,16 @@ def _with_options(function: Command, writes_file: bool, shared: bool) -> Command
 
 @contextlib.contextmanager
 def _flags_in_errors(kinds: Iterable[Any]) -> Iterator[None]:
-    """Let an error in a field of one of `kinds` name the option, as people typed it."""
+    """Let an error that names a field of one of `kinds`, or an argument of this name, name the option instead."""
     try:
         yield
-    except ConfigError as error:
-        fields = {f"{kind.__name__}.{name}": of.flag for kind in kinds for name, of in settings_of(kind).items()}
-        place, colon, rest = str(error).partition(": ")
-        raise ConfigError(fields.get(place, place) + colon + rest) from error
+    except InvDiffError as error:
+        fields = [(kind.__name__, name, of.flag) for kind in kinds for name, of in settings_of(kind).items()]
+        flags = {f"{kind}.{name}": flag for kind, name, flag in fields}
+        flags |= {name: flag for _, name, flag in fields if "_" in name}  # others are words
+        names = rf"(?<![\w./'\"-])({'|'.join(map(re.escape, flags)) or '(?!)'})(?![\w/'\"-])(=\.\.\. ?)?"
+        error.args = (re.sub(names, lambda found: flags[found[1]], str(error)),)
+        raise
 
 
 def _annotation(setting: Setting, doc: str, panel: str) -> Any:

@@ -43,7 +43,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            typer.echo("stopped; run the same command again to go on", err=True)
+            typer.echo("stopped; what was finished, if anything, is kept: the same command goes on there", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except (InvDiffError, OSError) as error:
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):  # the reader of a pipe has had enough

@@ -167,6 +167,7 @@ def ui(
         False, f"Let others on the network in, who are asked for the password in ${PASSWORD}.", "--public", panel=RUN
     ),
     browser: bool = option(True, "Open a browser.", panel=RUN),
+    quiet: Quiet = False,
 ) -> None:
     """Open a page in the browser: draw with and without guidance, look through an audit, compare results.
 
@@ -180,19 +181,19 @@ def ui(
     check_address(host, public=public, password=password)
     images = source.load(data, flag="--data")
     with ended_by_signals(), own_files():
-        say_loading("the page", quiet=False)
+        say_loading("the page", quiet=quiet)
         from ..app.page import build_page, open_studio, open_workspace
 
         workspace = open_workspace(runs or (), model=model, module=module, annotator=annotator, data=images)
         if workspace.model:
-            say("loading the model", quiet=False)
+            say("loading the model", quiet=quiet)
         loads: Any = {"load": weights.load, "options": dataclasses.replace(weights, cache_dir=None).words()}
         studio = open_studio(workspace, **loads, attribute=attribute or "", classes=classes)
         page = build_page(workspace, studio, weights.cache_dir)
         address = launch(page, host=host, port=port, password=password, browser=browser, public=public)
         finish(f"The page is at {address} until you press Ctrl-C.")
         for name, parts in workspace.audits.items():
-            say(f"names and changes to the audit of “{name}” are kept in {parts.audit}", quiet=False)
+            say(f"names and changes to the audit of “{name}” are kept in {parts.audit}", quiet=quiet)
         page.block_thread()
 
 

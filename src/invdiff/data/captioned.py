@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..errors import ConfigError, DataError, first_line
 from ..files import is_inside, visible
-from ..text import is_unicode
+from ..text import is_unicode, listed
 from .images import UnreadableImage, about_unreadable, decode_image
 from .tables import METADATA, caption_of, image_name, read_table
 
@@ -61,6 +61,10 @@ class CaptionedImages:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def __repr__(self) -> str:
+        captions = len(set(self.captions))
+        return f"CaptionedImages({len(self):,} images, {captions:,} captions; attributes: {known_columns(self)})"
 
     def image(self, index: int) -> Image.Image:
         """Decode an image as upright RGB, transparency on white; `UnreadableImage` where it cannot be."""
@@ -174,8 +178,8 @@ def load_captioned_images(
 
     Args:
         source: A folder with metadata.csv or metadata.jsonl (columns `file_name` and `text`; paths are
-            relative to the folder), a parquet file or a folder of them, a hub dataset id, or a dataset in
-            memory.
+            relative to the folder), a parquet file or a folder of them, a folder that `save_to_disk` wrote, a hub
+            dataset id, or a dataset in memory.
         image_column: The column of images, or of file names for a folder with metadata. Unless given:
             `file_name` for such a folder, else `image`, `img` or the only column of images.
         caption_column: The column of captions; `text`, `caption` or `prompt` unless given. For a class-conditional
@@ -201,7 +205,7 @@ def load_captioned_images(
     attributes, names = dict(opened.attributes), opened.names
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise DataError(
-            f"Expected each image once in {where}, found {len(twice)} more than once: {_listed(twice)}. Remove rows."
+            f"Expected each image once in {where}, found {len(twice)} more than once: {listed(twice)}. Remove rows."
         )
     if not captions:
         return opened
@@ -218,22 +222,16 @@ def load_captioned_images(
     if wrong:
         raise DataError(
             f"Expected text, or the number of a class, as the caption of every image in {where}, found another type "
-            f"in column {column!r} for {len(wrong)} of {len(names)}: {_listed(wrong)}. Write one caption for each."
+            f"in column {column!r} for {len(wrong)} of {len(names)}: {listed(wrong)}. Write one caption for each."
         )
     # No file of UTF-8 and no tokenizer can hold half of a pair of surrogates.
     if wrong := [name for name, text in zip(names, texts, strict=True) if not (text.strip() and is_unicode(text))]:
         raise DataError(
             f"Expected a caption of whole characters for every image in {where}, found none, or half a character (a "
-            f"lone surrogate), in column {column!r} for {len(wrong)} of {len(names)}: {_listed(wrong)}. Write "
+            f"lone surrogate), in column {column!r} for {len(wrong)} of {len(names)}: {listed(wrong)}. Write "
             "captions for them or remove their rows."
         )
     return replace(opened, captions=texts, attributes=attributes)
-
-
-def _listed(values: Sequence[str], most: int = 5) -> str:
-    """The first few values, joined for a message."""
-    more = f" and {len(values) - most} more" if len(values) > most else ""
-    return (", ".join(map(str, values[:most])) or "nothing") + more
 
 
 def _open(source: Source, image_column: str | None, split: str, limit: int | None, captions: bool) -> CaptionedImages:
@@ -241,7 +239,7 @@ def _open(source: Source, image_column: str | None, split: str, limit: int | Non
     cache = Path(datasets.config.HF_CACHE_HOME)
     if isinstance(source, datasets.DatasetDict):
         if split not in source:
-            raise DataError(f"Expected a split named {split!r}, found {_listed(list(source))}. Pass split=... .")
+            raise DataError(f"Expected a split named {split!r}, found {listed(list(source))}. Pass split=... .")
         source = source[split]
     if isinstance(source, datasets.Dataset):
         return _open_dataset(source, image_column, limit, Path(), cache)
@@ -265,6 +263,14 @@ def _open(source: Source, image_column: str | None, split: str, limit: int | Non
                 places = [folder / name for name in names]
                 homes = frozenset(place.parent for place in places)
                 return CaptionedImages([""] * len(names), names, others, 0.0, places.__getitem__, path, homes)
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # as `save_to_disk` leaves them
+            try:
+                saved = datasets.load_from_disk(str(path))
+            except _LOADING_ERRORS as error:
+                told = first_line(error)
+                raise DataError(f"Expected a saved dataset in {path}: {told}. Write it again.") from error
+            opened = _open(saved, image_column, split, limit, captions)
+            return replace(opened, folder=path, homes=frozenset([path]), takes_all=True)
         if files := visible(path, "**/*.parquet"):
             opened = _open_dataset(_load_parquet(files, path, split), image_column, limit, path, path)
             return replace(opened, homes=frozenset([path]), takes_all=True)
@@ -319,7 +325,7 @@ def _load_parquet(files: list[Path], source: Path, split: str) -> datasets.Datas
         if by_split and (left := [file for file in files if file.resolve() not in used]):
             raise DataError(
                 f"Expected a split in the names of all parquet files of {source}, or of none, found some "
-                f"({', '.join(by_split)}), and none in {_listed([file.name for file in left])}. "
+                f"({', '.join(by_split)}), and none in {listed([file.name for file in left])}. "
                 "Rename these, or move them away."
             )
     try:
@@ -374,5 +380,5 @@ def _column(wanted: str | None, candidates: Sequence[str], found: list[str], arg
         return column
     raise DataError(
         f"Expected a column of {argument.removesuffix('_column')}s named {' or '.join(names)} in {where}, found "
-        f"{_listed(found)}. Rename it or pass {argument}=... ."
+        f"{listed(found)}. Rename it or pass {argument}=... ."
     )

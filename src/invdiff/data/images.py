@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from ..errors import DataError
-from ..text import one_line
+from ..text import listed, one_line
 
 # No pixel depends on a PNG's texts and colour profile, such as workflows and edits, which Pillow refuses beyond 1 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)  # 64 MB
@@ -38,10 +38,9 @@ class UnreadableImage(DataError):  # noqa: N818
 
 def about_unreadable(skipped: Mapping[str, str], total: int) -> str:
     """How many of `total` images were left out, given as name to reason, and the first of them, in a sentence."""
-    shown = [f"{one_line(name, 80)} ({one_line(reason, 80)})" for name, reason in list(skipped.items())[:5]]
-    more = f" and {len(skipped) - len(shown):,} more" if len(skipped) > len(shown) else ""
+    shown = listed([f"{one_line(name, 80)} ({one_line(reason, 80)})" for name, reason in skipped.items()])
     verb = "is" if len(skipped) == 1 else "are"
-    return f"{len(skipped):,} of {total:,} images could not be read and {verb} left out: {', '.join(shown)}{more}."
+    return f"{len(skipped):,} of {total:,} images could not be read and {verb} left out: {shown}."
 
 
 def read_image(path: Path) -> Image.Image:

@@ -1,9 +1,11 @@
 """The closed loop: the mix of groups at which the images themselves reach the target, for each guidance scale."""
 
+from __future__ import annotations
+
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.optimize import nnls
@@ -19,12 +21,15 @@ from .annotators.audited import AuditAnnotator
 from .fairness.correction import correct_for_annotator
 from .images import read_images
 
+if TYPE_CHECKING:
+    from ..guidance.base import Guidance
+
 NEAR = 0.05  # a share this far from the target counts as reached
 
 
 def calibrate(
     pipe: Any,
-    module: Any,
+    module: Guidance,
     audit_dir: str | Path,
     output_dir: str | Path,
     *,
@@ -33,7 +38,7 @@ def calibrate(
     choose_null: bool = False,
     seed: int = 1,
     progress: bool = True,
-) -> Any:
+) -> Guidance:
     """Solve for the mix of groups under which images show every group equally often, and save it with the guidance.
 
     At each guidance scale, `images` are drawn of each audited prompt and group, the audit itself judges them (never

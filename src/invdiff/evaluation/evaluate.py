@@ -72,8 +72,10 @@ def evaluate(
         annotator.discover([row.values for row in all_rows], [row.place for row in all_rows])
     for name in asked:
         if name not in annotator.attributes:
-            known = ", ".join(annotator.attributes)
-            raise EvaluationError(f"Expected one of the annotator's attributes {known}, got {name!r}. Choose one.")
+            known, why = ", ".join(annotator.attributes), ""
+            if isinstance(annotator, AuditAnnotator) and name in annotator.unjudged:
+                why = ", of which the audit has no judge, since too few images are surely in one of its groups"
+            raise EvaluationError(f"Expected an attribute of the annotator, {known}, got {name!r}{why}. Choose one.")
     prompts = common_prompts(rows_by_model)
     baseline = config.baseline or ("base" if "base" in rows_by_model else "")
     if baseline and baseline not in rows_by_model:

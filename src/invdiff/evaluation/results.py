@@ -217,9 +217,13 @@ class Results:
         """The figure of the criterion."""
         return measures.first.overall[self.criterion.metric]
 
-    def at(self, scale: str) -> dict[str, Measures]:
-        """Model to measures of those that were measured at one guidance scale."""
-        return {model: by_scale[scale] for model, by_scale in self.models.items() if scale in by_scale}
+    def at(self, scale: float | str) -> dict[str, Measures]:
+        """Model to measures of those that were measured at a guidance scale, such as 3; `EvaluationError` for none."""
+        key = scale if isinstance(scale, str) else str(float(scale))
+        if found := {model: by_scale[key] for model, by_scale in self.models.items() if key in by_scale}:
+            return found
+        known = ", ".join(sorted({key for _, key, _ in self.each()}, key=scale_order))
+        raise EvaluationError(f"Expected a guidance scale that was measured ({known}), got {scale}. Choose one.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: {"attribute": ..., "models": {"base": {"3.0": {"bias": ...}}}}."""

@@ -90,11 +90,7 @@ def check_fit(pipe: Any, module: Guidance, *, strict: bool = True) -> None:
     found: dict[str, Any] = {"denoiser_class": kind, "prediction_type": NoiseSchedule(pipe.scheduler).prediction_type}
     if wanted["denoiser_class"] == kind:
         found |= module.sizes(family_of(pipe), denoiser)
-    wrong = [
-        f"{name}: expected {_short(wanted[name])}, found {_short(value)}"
-        for name, value in found.items()
-        if wanted[name] != value
-    ]
+    wrong = [_difference(name, wanted[name], value) for name, value in found.items() if wanted[name] != value]
     remedy = "."
     if not wrong and strict:
         expected, actual = np.asarray(wanted["weight_signature"]), np.asarray(weight_signature(denoiser))
@@ -112,8 +108,13 @@ def check_fit(pipe: Any, module: Guidance, *, strict: bool = True) -> None:
         )
 
 
-def _short(value: Any) -> Any:
-    return f"{len(value)} of certain shapes" if isinstance(value, dict) else value
+def _difference(name: str, expected: Any, found: Any) -> str:
+    """What differs, in words; of the shapes of layers, the first."""
+    if isinstance(found, dict):
+        expected = expected or {}
+        layer = next(each for each in expected | found if expected.get(each) != found.get(each))
+        name, expected, found = f"shape of {layer}", expected.get(layer, "none"), found.get(layer, "none")
+    return f"{name}: expected {expected}, found {found}"
 
 
 def same_weights(expected: np.ndarray, actual: np.ndarray) -> bool:

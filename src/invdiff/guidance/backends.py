@@ -21,7 +21,7 @@ def settled(config: TrainConfig) -> TrainConfig:
     return replace(config, backend=backend, steps=config.steps or steps, batch_size=config.batch_size or batch_size)
 
 
-def load_guidance(name_or_folder: str | Path) -> Any:
+def load_guidance(name_or_folder: str | Path) -> Guidance:
     """Load a guidance of any backend from a folder or a hub id, ready to attach; `ModelError` where none is there."""
     source = str(name_or_folder)
     classes = {each.__name__: each for each in BACKENDS.values()}

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from diffusers import ModelMixin
@@ -23,6 +23,8 @@ from ..models.frozen import FrozenDenoiser, do_nothing
 from ..models.load import denoiser_of, loras_of, public_name
 from ..models.schedule import NoiseSchedule
 from .card import render_card, with_figures
+
+GuidanceType = TypeVar("GuidanceType", bound="Guidance")
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Guidance(ModelMixin, ConfigMixin):
 
     @classmethod
     def for_pipeline(
-        cls,
+        cls: type[GuidanceType],
         pipe: Any,
         *,
         num_groups: int | Sequence[int] = 2,
@@ -121,7 +123,7 @@ class Guidance(ModelMixin, ConfigMixin):
         null_adapter: str = "auto",
         seed: int = 0,
         **options: Any,
-    ) -> Any:
+    ) -> GuidanceType:
         """An untrained guidance that fits `pipe`'s denoiser and has no effect yet.
 
         Args:

@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import ConfigError, ModelError
 from ..models.families import DenoiserCall, Family, family_of
 from ..models.frozen import FrozenDenoiser
-from .base import Guidance, Rows
+from .base import Guidance, GuidanceType, Rows
 
 SPEED = 20.0  # how much faster a vector moves than what is learned, so that other backends' learning rate fits
 
@@ -75,7 +75,7 @@ class GuidanceTokens(Guidance):
         return {"tokens": tokens, "prompt_dim": width}
 
     @classmethod
-    def for_pipeline(cls, pipe: Any, **options: Any) -> Any:
+    def for_pipeline(cls: type[GuidanceType], pipe: Any, **options: Any) -> GuidanceType:
         """As `Guidance.for_pipeline`; the null prompt's embeddings tell `unit`."""
         guidance = super().for_pipeline(pipe, **options)
         with torch.no_grad():

@@ -18,6 +18,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+from huggingface_hub import constants
 from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
@@ -247,11 +248,14 @@ def loading(kind: str, source: str, remedy: str = "") -> Iterator[None]:
         elif isinstance(error, AttributeError):
             remedy = "Upgrade diffusers and transformers, which may know it by now, or choose another model."
         elif folder.exists() or looks_local(source):
-            reason, remedy = _damage(folder) or reason, remedy or "Save it again, or download it again."
+            reason = (_damage(folder) or reason) if folder.exists() else "there is no such folder"
+            remedy = remedy or "Save it again, or download it again."
         else:
+            checks = "the network and, if it is gated, your login (hf auth login)."
+            if constants.HF_HUB_OFFLINE:
+                checks = "unset HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE), with which nothing is downloaded."
             taken = f"There is no {source} in this folder, so it was taken for a hub id"
-            checks = "check the spelling, the network and, if it is gated, your login (hf auth login)."
-            remedy = f"{remedy} {taken}: {checks}".lstrip()
+            remedy = f"{remedy} {taken}: check the spelling, and {checks}".lstrip()
         raise ModelError(f"Expected {kind} at {source}, could not load it: {reason.rstrip('.')}. {remedy}") from error
 
 

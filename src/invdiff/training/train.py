@@ -70,8 +70,6 @@ def train(
         ConfigError: `output_dir` holds a run with other settings, data or model.
     """
     left_open, config = config is None or config.backend == "auto", settled(config or TrainConfig())
-    if left_open:
-        note(f"backend {config.backend}: {config.steps} steps of {config.batch_size} images")
     output_dir = Path(output_dir)
     finished, work = output_dir / "train.json", output_dir / ".work"
     if data is None:
@@ -107,6 +105,8 @@ def train(
             shutil.rmtree(work, ignore_errors=True)
         return load_guidance(output_dir)
 
+    if left_open:
+        note(f"backend {config.backend}: {config.steps} steps of {config.batch_size} images")
     backend, names = BACKENDS[config.backend], ("mode", "null_adapter", *BACKENDS[config.backend].options)
     options = {name: getattr(config, name) for name in names} | {"seed": derived_seed("module", config.seed)}
     module = backend.for_pipeline(pipe, num_groups=audit.num_groups, **options)

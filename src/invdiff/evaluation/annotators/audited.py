@@ -50,6 +50,7 @@ class AuditAnnotator(Measurable):
             self.prompts = [each["prompt"] for each in document["prompts"] if each["found"]]
             self.resolution, self._levels = settings["resolution"], settings["feature_log_snr"]
             self._places = {f["name"]: m for m, f in enumerate(document["factors"]) if f"map.{m}" in self._judges}
+            self.unjudged = [f["name"] for f in document["factors"] if f["name"] not in self._places]
             self.splits: dict[str, list[str]] = {}
             self.unsplit: dict[str, set[str]] = {}  # factor to wordings of audited prompts that it does not split
             for name, m in self._places.items():

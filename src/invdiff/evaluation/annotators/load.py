@@ -1,13 +1,15 @@
 """The one way to get an annotator, of any kind, and to keep what was measured of it."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from ...errors import ConfigError, DataError, ModelError
+from ...errors import ConfigError, ModelError
 from ...files import read_json, write_json
+from ...models.load import loading
 from .annotations import Annotator
 from .audited import AuditAnnotator
 from .conv import ConvAnnotator
@@ -122,8 +124,7 @@ def _recipe(folder: Path) -> dict[str, Any] | None:
 
 def _config(spec: str) -> dict[str, Any]:
     folder = Path(spec)
-    try:
-        config = read_json(folder / "config.json" if folder.is_dir() else Path(hf_hub_download(spec, "config.json")))
-    except (OSError, ValueError, DataError) as error:
-        raise ModelError(f"Expected an annotator in {spec}, found none. {KINDS}") from error
+    with loading("an annotator", spec, KINDS):
+        path = folder / "config.json" if folder.is_dir() else Path(hf_hub_download(spec, "config.json"))
+        config = json.loads(path.read_text("utf-8"))
     return config if isinstance(config, dict) else {}
