@@ -257,7 +257,7 @@ def test_an_output_folder_among_the_images_is_refused_before_work(output, tmp_pa
 
 def test_beside_a_metadata_file_only_the_folders_of_its_images_are_refused(tmp_path):
     photos = write_tiny_folder(tmp_path / "photos", 2)
-    assert "Expected a folder to write to outside the data" in fail("finetune", photos, "--output", photos, "-q")
+    assert "found data in" in fail("finetune", photos, "--output", photos, "-q")
     assert "absent/model" in fail("audit", "absent/model", photos, "--output", photos / "audit", "-q")
 
 

@@ -181,7 +181,10 @@ def test_where_something_else_lies_nothing_is_written(tiny_pipe, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "00000").mkdir()
     (tmp_path / "00000/000000.png").write_text("")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/metadata.csv").write_text("")
     places = {"": r"with 00000/000000\.png of unknown", "file": "Expected a folder", "file/in": "Expected a folder"}
+    places |= {"data": "or one of `invdiff generate`, found data in"}
     for place, message in places.items():
         with pytest.raises(ConfigError, match=message):
             run(tiny_pipe, tmp_path / place)

@@ -25,6 +25,27 @@ _DIGEST = "digest"  # of the contents, in the metadata of safetensors
 _LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
 JUDGES, CURATION = "judges.safetensors", "curation.json"
 """Beside audit.json: the linear judge of each hidden factor with how it errs, and what people changed."""
+OWN = {
+    "finetune": ("finetune.json", ".work"),
+    "train": ("train.json", ".work"),
+    "generate": ("generate.json",),
+    "audit": ("audit.json",),
+    "annotator measure": ("annotator.json",),
+    "annotator train": (),
+    "export": (),
+}
+"""By command, the files of which one marks its own output folder, which may be written to again."""
+_HELD = {
+    "model_index.json": "a pipeline",
+    "audit.json": "an audit",
+    "annotator.json": "an annotator",
+    "config.json": "a module, an annotator or another model",
+    "generate.json": "generated images",
+    "manifest.jsonl": "generated images",
+    "metadata.csv": "data",
+    "metadata.jsonl": "data",
+    "*.parquet": "data",
+}
 LOCK = ".lock"  # in an output folder while a run writes to it, empty; the kernel releases that of a killed run
 
 
@@ -107,6 +128,15 @@ def check_writable(folder: Path, option: str) -> None:
     except OSError as error:
         found = f"found none: {error.strerror or error}. Choose another with {option}."
         raise ConfigError(f"Expected a folder that can be written at {folder}, {found}") from error
+
+
+def check_own(folder: Path, command: str) -> None:
+    """Raise `ConfigError` where `folder` holds what another command or tool wrote; those not in `OWN` may join it."""
+    if command not in OWN or any((folder / name).exists() for name in OWN[command]):
+        return
+    if found := next((kind for name, kind in _HELD.items() if any(folder.glob(name))), ""):
+        wanted = f"Expected an empty folder to write to, or one of `invdiff {command}`"
+        raise ConfigError(f"{wanted}, found {found} in {folder}. Choose another with --output.")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,17 @@ from .config import GenerateConfig
 from .data.captioned import CaptionedImages, load_captioned_images
 from .distributed import is_main, mine, wait
 from .errors import ConfigError, ModelError
-from .files import check_same_settings, fingerprint, read_json, save_image, weights_digest, write_json, write_text
+from .files import (
+    check_own,
+    check_same_settings,
+    check_writable,
+    fingerprint,
+    read_json,
+    save_image,
+    weights_digest,
+    write_json,
+    write_text,
+)
 from .guidance.attach import Attachment, check_fit, mix_for
 from .guidance.base import Guidance
 from .guidance.environments import WORDS, EnvironmentMix, Environments
@@ -261,15 +271,11 @@ def _is_drawn(output_dir: Path, row: dict[str, Any]) -> bool:
 
 def _open_folder(output_dir: Path, drawing: Drawing) -> None:
     """Make the folder and record in it all that images depend on, or check that it agrees with what is recorded."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"Expected a folder to write images to, got {output_dir} ({error.strerror}). Choose another."
-        ) from error
+    check_own(output_dir, "generate")
+    check_writable(output_dir, "--output")
     path, settings = output_dir / SETTINGS, _settings(drawing)
     if not path.exists():
-        names = (*(row["file_name"] for row in drawing.rows), MANIFEST)
+        names = (row["file_name"] for row in drawing.rows)
         if unknown := next((name for name in names if (output_dir / name).exists()), None):
             raise ConfigError(
                 f"Expected a new folder or one with {SETTINGS}, got {output_dir} with {unknown} of unknown settings. "

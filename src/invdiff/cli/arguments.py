@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import typer
 
 from ..errors import ConfigError
-from ..files import check_writable, default_cache_dir, owned
+from ..files import check_own, check_writable, default_cache_dir, owned
 from ..launched import is_first_process, one_process
 from ..options import Config, Option, Range, Setting, as_text, command_options, settings_of
 from ..text import is_unicode
@@ -85,8 +85,9 @@ def _with_options(function: Command, writes_file: bool, shared: bool) -> Command
 
     @_flags_in_errors(kinds.values())
     def run(config: Path | None = None, **given: Any) -> None:
+        command = function.__name__.replace("_", " ")
         if not shared:
-            one_process(function.__name__.replace("_", " "))
+            one_process(command)
         for name, kind in kinds.items():
             start = kind.from_file(config) if config and issubclass(kind, Config) else kind()
             words = {field: given.pop(field) for field in settings_of(kind)}
@@ -96,6 +97,8 @@ def _with_options(function: Command, writes_file: bool, shared: bool) -> Command
         if wrong := next((text for text in texts if isinstance(text, str) and not is_unicode(text)), None):
             raise ConfigError(f"Expected UTF-8, found other bytes in {wrong!a}. Set LC_ALL=C.UTF-8, or use a file.")
         output = given.get("output") if is_first_process() else None  # processes of one job are one run
+        if output:
+            check_own(output, command)
         with owned(output, is_file=writes_file) if output else contextlib.nullcontext():
             function(**given)
 

@@ -20,7 +20,7 @@ from ..config import ArchitectureConfig, FinetuneConfig, TrainConfig
 from ..data.captioned import CaptionedImages, readable_images
 from ..data.encode import EncodedImages, as_encoded, model_fingerprint, pixel_values
 from ..errors import ConfigError, ModelError
-from ..files import atomic_folder, check_same_settings, fingerprint, read_json, write_json
+from ..files import atomic_folder, check_own, check_same_settings, fingerprint, read_json, write_json
 from ..launched import one_process
 from ..models.families import family_of
 from ..models.families.unet import StableDiffusion
@@ -61,7 +61,8 @@ def finetune(
         DataError: The images cannot be used.
         AuditError: `audit` is of other images, or found nothing to balance.
         ModelError: `base` is not a pipeline that can be trained.
-        ConfigError: `output_dir` holds a run with other settings, data or base; or settings contradict.
+        ConfigError: `output_dir` holds a run with other settings, data or base, or something else; or settings
+            contradict.
     """
     one_process("finetune")
     config = config or FinetuneConfig()
@@ -71,6 +72,7 @@ def finetune(
         raise ConfigError("Expected either a base or an architecture, got both: a base has its own shape.")
     if base is not None and Path(base).is_dir() and Path(base).resolve() == output_dir.resolve():
         raise ConfigError(f"Expected another folder than that of the base, which would be lost, got {output_dir}.")
+    check_own(output_dir, "finetune")
     if base is None and config.fresh_denoiser:
         raise ConfigError("Expected a base for fresh_denoiser=True, got none: without one, all weights are new.")
     settings: dict[str, Any] = {"data": data.fingerprint}
