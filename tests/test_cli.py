@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from conftest import CAPTIONS, made_up_measures, make_guidance_module, make_tiny_pipeline, write_tiny_folder
+from conftest import CAPTIONS, contents, made_up_measures, make_guidance_module, make_tiny_pipeline, write_tiny_folder
 from invdiff import Audit, FinetuneConfig, GenerateConfig, Results, cli
 from invdiff.auditing.edits import Edits, apply
 from invdiff.cli.arguments import labelled_folders
@@ -216,6 +216,17 @@ def test_changes_by_people_are_printed_by_audit_and_train(tiny_pipe_dir, tiny_fo
     result = run(*again, "--min-images", 13)  # nothing is found any more
     assert "put aside, in" in result.stderr
     assert (tmp_path / "a" / f"curation-{found.fingerprint}.json").is_file()
+
+    before = contents(tmp_path / "a")
+    (_, model, data, *rest), others = again, write_tiny_folder(tmp_path / "others", 10)
+    make_tiny_pipeline(1).save_pretrained(tmp_path / "model")
+    for words, was in (
+        ((model, others), "data_fingerprint was"),
+        ((tmp_path / "model", data), "denoiser_fingerprint was"),
+        ((model, "--prompt", "a"), "own_images_of was None, now ['a']"),
+    ):
+        assert was in fail("audit", *words, *rest, "--quiet")
+    assert contents(tmp_path / "a") == before
 
 
 def test_images_that_could_not_be_read_are_told_by_audit_its_files_and_the_report(
