@@ -141,7 +141,7 @@ class Drawing:
         """Draw one batch: the images of these places in `rows`."""
         rows = [self.rows[place] for place in places]
         if self._attachment is not None and self.mix is not None:
-            self._attachment.mix = EnvironmentMix([row["environment"] for row in rows], self.mix.num_groups)
+            self._attachment.mix = torch.tensor([row["environment"] for row in rows])
         generators = [torch.Generator().manual_seed(row["seed"]) for row in rows]
         names = [f"prompt {row['prompt']!r}, seed {row['seed']}" for row in rows]
         with watched(self.pipe, generators, names):
