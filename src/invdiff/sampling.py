@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from .config import GenerateConfig
 from .data.captioned import CaptionedImages, load_captioned_images
 from .distributed import is_main, mine, wait
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, ModelError, check_kinds
 from .files import (
     check_own,
     check_same_settings,
@@ -59,6 +59,7 @@ class Drawing:
         config: GenerateConfig | None = None,
         environments: Environments = "uniform",
     ) -> None:
+        check_kinds(config=(config, GenerateConfig | None))
         check_plain(pipe)
         self.pipe, self.module, self._family = pipe, module, family_that_draws(pipe)
         if needed := [name for name in ("image", "mask_image") if name in inspect.signature(pipe.__call__).parameters]:

@@ -15,7 +15,7 @@ from ..config import AuditConfig
 from ..data.captioned import CaptionedImages
 from ..data.encode import EncodedImages, as_encoded
 from ..distributed import from_main
-from ..errors import AuditError, ConfigError, DataError
+from ..errors import AuditError, ConfigError, DataError, check_kinds
 from ..files import check_same_settings, default_cache_dir, read_json
 from ..models.encoders import ClipEncoder
 from ..models.frozen import Denoiser, FrozenDenoiser
@@ -76,10 +76,14 @@ def audit(
 
     Raises:
         AuditError: Groups cannot be inferred, for example because losses are not finite.
-        ConfigError: A vision encoder, words or an attribute are asked for, but only latents are given.
+        ConfigError: A vision encoder, words or an attribute are asked for, but only latents are given; or an argument
+            is of another kind.
         DataError: There is no such attribute, or there are too few labels, or labels of other images.
         ModelError: There is no such vision encoder or CLIP model.
     """
+    check_kinds(data=(data, CaptionedImages | EncodedImages | None), config=(config, AuditConfig | None))
+    if isinstance(prompts, str):
+        raise ConfigError(f"Expected a list of prompts, got {prompts!r}.")
     config, wanted = config or AuditConfig(), questions(ask)
     columns = [attribute] if isinstance(attribute, str) else list(attribute)
     cache_dir = Path(cache_dir) if cache_dir else default_cache_dir()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, check_kinds
 from ..files import fingerprint, weights_digest
 from ..models.families import Condition, DenoiserCall, Family, family_of
 from ..models.frozen import FrozenDenoiser, Hook, do_nothing
@@ -76,6 +76,7 @@ def mix_for(module: Guidance, environments: Environments, *, seed: int = 0) -> E
 
 def check_fit(pipe: Any, module: Guidance, *, strict: bool = True) -> None:
     """Raise `ModelError` that names every difference, unless `module` fits `pipe`'s denoiser, not compiled yet."""
+    check_kinds(module=(module, Guidance))
     denoiser, wanted = denoiser_of(pipe), module.config
     kind = type(denoiser).__name__
     for path, part in denoiser.named_modules():

@@ -19,7 +19,7 @@ from ..auditing.result import Audit
 from ..config import ArchitectureConfig, FinetuneConfig, TrainConfig
 from ..data.captioned import CaptionedImages, readable_images
 from ..data.encode import EncodedImages, as_encoded, model_fingerprint, pixel_values
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, check_kinds
 from ..files import atomic_folder, check_own, check_same_settings, fingerprint, read_json, write_json
 from ..launched import one_process
 from ..models.families import family_of
@@ -65,7 +65,6 @@ def finetune(
             contradict.
     """
     one_process("finetune")
-    config = config or FinetuneConfig()
     output_dir = Path(output_dir)
     finished, work = output_dir / "finetune.json", output_dir / ".work"
     if base is not None and architecture is not None:
@@ -73,6 +72,9 @@ def finetune(
     if base is not None and Path(base).is_dir() and Path(base).resolve() == output_dir.resolve():
         raise ConfigError(f"Expected another folder than that of the base, which would be lost, got {output_dir}.")
     check_own(output_dir, "finetune")
+    check_kinds(data=(data, CaptionedImages), audit=(audit, Audit | None), config=(config, FinetuneConfig | None))
+    check_kinds(architecture=(architecture, ArchitectureConfig | None))
+    config = config or FinetuneConfig()
     if base is None and config.fresh_denoiser:
         raise ConfigError("Expected a base for fresh_denoiser=True, got none: without one, all weights are new.")
     settings: dict[str, Any] = {"data": data.fingerprint}
