@@ -234,10 +234,10 @@ def net(annotator, tmp_path):
 def test_a_measurement_is_never_written_into_the_annotator_s_own_folder(annotator, net, spec, output):
     (net.parent / "link").symlink_to(net)
     before = contents(net.parent)
-    with pytest.raises(ConfigError, match="folder to write"):
+    with pytest.raises(ConfigError, match="another folder to write"):
         save_measured(net.parent / output, annotator, annotator.held_out, spec=str(net.parent / spec))
     words = ("annotator", "measure", net.parent / spec, "no/such/images", "--output", net.parent / output)
-    with pytest.raises(ConfigError, match="folder to write"):  # the command, before it measures
+    with pytest.raises(ConfigError, match="another folder to write"):  # the command, before it measures
         run("--debug", *words, "--quiet")
     assert contents(net.parent) == before
 

@@ -1,7 +1,6 @@
 import re
 
 import pytest
-from datasets import Dataset
 
 from invdiff import attach, audit, config, evaluate, finetune, generate, save_report, train
 from invdiff.errors import ConfigError
@@ -95,15 +94,12 @@ def test_what_is_given_in_place_of_another_kind_is_refused_with_the_way_to_get_t
     to, found = tmp_path / "out", hard_audit(["a"], [0], [0])
     for call, message in (
         (lambda: audit(None, "photos"), "data as CaptionedImages or EncodedImages, got str. Open them with load_capt"),
-        (lambda: audit(None, Dataset.from_dict({})), "data as CaptionedImages or EncodedImages, got Dataset"),
         (lambda: audit(None, data, config={"seed": 1}), "config as AuditConfig, got dict. Write AuditConfig(...)."),
         (lambda: audit(None, prompts="a photo"), "a list of prompts, got 'a photo'"),
         (lambda: train(None, data, to, to), "audit as Audit, got PosixPath. Load it with Audit.load."),
-        (lambda: train(None, data, found, to, config={}), "config as TrainConfig, got dict"),
         (lambda: attach(None, "module"), "module as Guidance, got str. Load it with load_guidance."),
         (lambda: generate(None, [], to, config={}), "config as GenerateConfig, got dict"),
         (lambda: finetune("photos", to), "data as CaptionedImages, got str"),
-        (lambda: finetune(data, to, architecture={}), "architecture as ArchitectureConfig, got dict"),
         (lambda: evaluate("base", found, "sex"), "annotator as GivenLabels or Annotator, got Audit. Load one with"),
         (lambda: save_report(to, audit=found), "audit as str or Path, got Audit. Save it, and give its place."),
     ):

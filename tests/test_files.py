@@ -35,27 +35,19 @@ def test_places_that_cannot_be_written_are_refused_before_work(tmp_path):
 
 
 def test_what_another_command_wrote_is_never_mixed_with_or_replaced(tmp_path):
-    kinds = {
-        "a pipeline": "model_index.json",
-        "an audit": "audit.json",
-        "a module, an annotator or another model": "config.json",
-        "generated images": "manifest.jsonl",
-        "data": "0.parquet",
-    }
-    for kind, name in kinds.items():
+    commands = ["audit M", "finetune DATA", "train M DATA", "generate M", "export M", "annotator train DATA"]
+    kinds = {"model_index.json": "a pipeline", "audit.json": "an audit", "config.json": "a module or another model"}
+    kinds |= {"confusion.json": "an annotator", "manifest.jsonl": "generated images", "metadata.csv": "data"}
+    for name, kind in kinds.items():
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text("{}")
-        for command in (
-            "finetune DATA", "train MODEL DATA AUDIT", "generate MODEL PROMPT", "audit MODEL DATA",
-            "export MODULE", "annotator train DATA", "annotator measure MODEL DATA",
-        ):  # fmt: skip
-            if not kind.endswith(command.split()[0]):  # its own
-                said = fail(*command.split(), "--output", folder)
-                assert f"found {kind} in {folder}. Choose another with --output." in said
-        for work in (lambda: train(None, None, None, folder), lambda: finetune(None, folder)):  # noqa: B023
+        for command in commands[kind == "an audit" :]:  # which is its own
+            said = fail(*command.split(), "--output", folder)
+            assert f"found {kind} in {folder}. Choose another with --output." in said
+        for call, given in ((train, (None, None, None, folder)), (finetune, (None, folder))):
             with pytest.raises(ConfigError, match=f"found {kind} in"):
-                work()
+                call(*given)
         assert [path.name for path in folder.iterdir()] == [name]
 
 

@@ -17,17 +17,7 @@ from .config import GenerateConfig
 from .data.captioned import CaptionedImages, load_captioned_images
 from .distributed import is_main, mine, wait
 from .errors import ConfigError, ModelError, check_kinds
-from .files import (
-    check_own,
-    check_same_settings,
-    check_writable,
-    fingerprint,
-    read_json,
-    save_image,
-    weights_digest,
-    write_json,
-    write_text,
-)
+from .files import check_same_settings, fingerprint, recorded, save_image, weights_digest, write_json, write_text
 from .guidance.attach import Attachment, check_fit, mix_for
 from .guidance.base import Guidance
 from .guidance.environments import WORDS, EnvironmentMix, Environments
@@ -198,7 +188,7 @@ def generate(
         progress: Show a progress bar.
 
     Raises:
-        ConfigError: Prompts or environments cannot be used, or `output_dir` is no folder or holds images of other
+        ConfigError: Prompts or environments cannot be used, or `output_dir` holds something else, or images of other
             settings.
         ModelError: The module was trained for another model, a safety checker blackens images, images are not
             finite, or the scheduler draws noise that does not follow from the seeds.
@@ -272,18 +262,10 @@ def _is_drawn(output_dir: Path, row: dict[str, Any]) -> bool:
 
 def _open_folder(output_dir: Path, drawing: Drawing) -> None:
     """Make the folder and record in it all that images depend on, or check that it agrees with what is recorded."""
-    check_own(output_dir, "generate")
-    check_writable(output_dir, "--output")
     path, settings = output_dir / SETTINGS, _settings(drawing)
-    if not path.exists():
-        names = (row["file_name"] for row in drawing.rows)
-        if unknown := next((name for name in names if (output_dir / name).exists()), None):
-            raise ConfigError(
-                f"Expected a new folder or one with {SETTINGS}, got {output_dir} with {unknown} of unknown settings. "
-                "Choose another folder, or empty this one."
-            )
-        write_json(path, settings)
-    earlier, more = read_json(path), {"images_per_prompt": drawing.config.images_per_prompt}
+    if (earlier := recorded(output_dir, "generate")) is None:
+        write_json(path, earlier := settings)
+    more = {"images_per_prompt": drawing.config.images_per_prompt}
     if earlier | more == settings and earlier.get("images_per_prompt", 0) < drawing.config.images_per_prompt:
         (output_dir / MANIFEST).unlink(missing_ok=True)  # a group that is spread over more images may be another
         write_json(path, settings)

@@ -76,8 +76,7 @@ def audit(
 
     Raises:
         AuditError: Groups cannot be inferred, for example because losses are not finite.
-        ConfigError: A vision encoder, words or an attribute are asked for, but only latents are given; or an argument
-            is of another kind.
+        ConfigError: A vision encoder, words or an attribute are asked for, but only latents are given.
         DataError: There is no such attribute, or there are too few labels, or labels of other images.
         ModelError: There is no such vision encoder or CLIP model.
     """

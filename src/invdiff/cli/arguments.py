@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import typer
 
 from ..errors import ConfigError
-from ..files import check_own, check_writable, default_cache_dir, owned
+from ..files import check_writable, default_cache_dir, owned
 from ..launched import is_first_process, one_process
 from ..options import Config, Option, Range, Setting, as_text, command_options, settings_of
 from ..text import is_unicode
@@ -97,9 +97,7 @@ def _with_options(function: Command, writes_file: bool, shared: bool) -> Command
         if wrong := next((text for text in texts if isinstance(text, str) and not is_unicode(text)), None):
             raise ConfigError(f"Expected UTF-8, found other bytes in {wrong!a}. Set LC_ALL=C.UTF-8, or use a file.")
         output = given.get("output") if is_first_process() else None  # processes of one job are one run
-        if output:
-            check_own(output, command)
-        with owned(output, is_file=writes_file) if output else contextlib.nullcontext():
+        with owned(output, command, is_file=writes_file) if output else contextlib.nullcontext():
             function(**given)
 
     run.__name__, run.__doc__, run.__annotations__ = function.__name__, function.__doc__, {}

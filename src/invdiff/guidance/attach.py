@@ -138,7 +138,7 @@ class Attachment:
         calls: How often the denoiser has run since the module was attached.
     """
 
-    def __init__(self, pipe: Any, module: Guidance, scale: float, mix: EnvironmentMix) -> None:
+    def __init__(self, pipe: Any, module: Guidance, scale: float, mix: Any) -> None:
         self.guidance = copy.deepcopy(module).eval().requires_grad_(False)
         self.scale, self.mix, self.calls = scale, mix, 0
         self._groups: torch.Tensor | None = None

@@ -203,8 +203,8 @@ class Guidance(ModelMixin, ConfigMixin):
         with warnings.catch_warnings():  # diffusers passes huggingface_hub an argument it no longer has
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
             found = super().load_config(*arguments, **options)
-        config = found[0] if isinstance(found, tuple) else found
-        if cls is not Guidance and (kind := config.get("_class_name")) != cls.__name__:
+        kind = (found[0] if isinstance(found, tuple) else found).get("_class_name")
+        if cls is not Guidance and kind != cls.__name__:
             expected = f"Expected a {cls.__name__} at {arguments[0]}, found a {kind or 'config of something else'}"
             raise ModelError(f"{expected}. Load guidance of any backend by `load_guidance`.")
         return found

@@ -73,7 +73,6 @@ def save_report(
         InvDiffError: There is neither an audit nor results, a part is damaged, or the data is not what was audited.
     """
     check_kinds(audit=(audit, str | Path | None), results=(results, str | Path | None))
-    check_kinds(module=(module, str | Path | None), run=(run, str | Path | None))
     output_dir = Path(output_dir)
     audit, results, module, folder = (None if of is None else Path(of) for of in (audit, results, module, run))
     read = read_run(Parts(audit, data, results, images or {}, module, folder, data_words))

@@ -19,7 +19,7 @@ from ..data.captioned import CaptionedImages
 from ..data.encode import EncodedImages, as_encoded
 from ..distributed import is_main, num_processes, wait
 from ..errors import AuditError, ConfigError, check_kinds
-from ..files import check_own, check_same_settings, default_cache_dir, fingerprint, read_json, write_json, write_text
+from ..files import check_same_settings, default_cache_dir, fingerprint, recorded, write_json, write_text
 from ..guidance.attach import GuidedDenoiser
 from ..guidance.backends import BACKENDS, load_guidance, settled
 from ..guidance.base import Guidance, Guided
@@ -69,13 +69,13 @@ def train(
         AuditError: The audit is of other images or of another model, or found nothing to balance.
         ConfigError: `output_dir` holds a run with other settings, data or model, or something else.
     """
-    check_own(Path(output_dir), "train")
+    output_dir = Path(output_dir)
+    before = recorded(output_dir, "train")
     check_kinds(data=(data, CaptionedImages | EncodedImages | None), audit=(audit, Audit))
     check_kinds(config=(config, TrainConfig | None))
     left_open, config = config is None or config.backend == "auto", settled(config or TrainConfig())
     if left_open:
         note(f"backend {config.backend}: {config.steps} steps of {config.batch_size} images")
-    output_dir = Path(output_dir)
     finished, work = output_dir / "train.json", output_dir / ".work"
     if data is None:
         if "own_images_of" not in audit.settings:
@@ -103,8 +103,8 @@ def train(
         )
     settings = config.to_dict() | {"audit": audit.fingerprint, "data": data.data_fingerprint}
     settings["model"] = fingerprint(data.model_fingerprint, model)
-    if finished.is_file():
-        check_same_settings(output_dir, read_json(finished)["settings"], settings)
+    if before is not None:
+        check_same_settings(output_dir, before["settings"], settings)
         wait()
         if is_main():
             shutil.rmtree(work, ignore_errors=True)
