@@ -138,6 +138,18 @@ def test_an_invariant_module_is_guided_without_groups_and_a_scale_is_finite(tiny
         attach(tiny_pipe, module, float("nan"))
 
 
+def test_scale_and_mix_are_changed_at_any_time_under_the_checks_of_attach(tiny_pipe):
+    attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe))
+    wrong = ("scale", float("nan"), "got nan"), ("scale", "0.5", "got '0.5'"), ("mix", [0.5, 0.6], "sum to 1")
+    for name, value, message in (*wrong, ("environments", [1.0, 0.0], "Set mix")):
+        with pytest.raises(ConfigError, match=message):
+            setattr(attachment, name, value)
+    for mix, groups in (([0.0, 1.0], [[1]] * 6), (torch.tensor([1, 0, 1]), [[1], [0], [1]] * 2)):
+        attachment.mix = mix
+        draw(tiny_pipe, 0, 1, 2)
+        assert attachment.environments.tolist() == groups
+
+
 def test_detaching_restores_the_model_after_an_error_too(tiny_pipe):
     plain, attributes = draw(tiny_pipe, 0), set(vars(tiny_pipe))
     attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe))

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from conftest import CAPTIONS, made_up_measures, make_guidance_module, make_tiny_pipeline, write_tiny_folder
+from conftest import CAPTIONS, contents, made_up_measures, make_guidance_module, make_tiny_pipeline, write_tiny_folder
 from invdiff import Audit, FinetuneConfig, GenerateConfig, Results, cli
 from invdiff.auditing.edits import Edits, apply
 from invdiff.cli.arguments import labelled_folders
@@ -217,6 +217,14 @@ def test_changes_by_people_are_printed_by_audit_and_train(tiny_pipe_dir, tiny_fo
     assert "put aside, in" in result.stderr
     assert (tmp_path / "a" / f"curation-{found.fingerprint}.json").is_file()
 
+    before = contents(tmp_path / "a")
+    (_, model, data, *rest), others = again, write_tiny_folder(tmp_path / "others", 10)
+    make_tiny_pipeline(1).save_pretrained(tmp_path / "model")
+    assert "data_fingerprint was" in fail("audit", model, others, *rest, "-q")
+    assert "denoiser_fingerprint was" in fail("audit", tmp_path / "model", data, *rest, "-q")
+    assert "own_images_of was None, now ['a']" in fail("audit", model, "--prompt", "a", *rest, "-q")
+    assert contents(tmp_path / "a") == before
+
 
 def test_images_that_could_not_be_read_are_told_by_audit_its_files_and_the_report(
     tiny_pipe_dir, tmp_path, cache, plain
@@ -257,7 +265,7 @@ def test_an_output_folder_among_the_images_is_refused_before_work(output, tmp_pa
 
 def test_beside_a_metadata_file_only_the_folders_of_its_images_are_refused(tmp_path):
     photos = write_tiny_folder(tmp_path / "photos", 2)
-    assert "Expected a folder to write to outside the data" in fail("finetune", photos, "--output", photos, "-q")
+    assert "found data in" in fail("finetune", photos, "--output", photos, "-q")
     assert "absent/model" in fail("audit", "absent/model", photos, "--output", photos / "audit", "-q")
 
 

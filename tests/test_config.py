@@ -1,8 +1,11 @@
+import re
+
 import pytest
 
-from invdiff import config
+from invdiff import attach, audit, config, evaluate, finetune, generate, save_report, train
 from invdiff.errors import ConfigError
 from invdiff.options import Config
+from runs import hard_audit
 
 NAN, INFINITE = float("nan"), float("inf")
 
@@ -85,3 +88,21 @@ def test_errors_in_a_file_name_it(tmp_path):
             read(tmp_path / "mine.yaml", text)
         assert str(tmp_path / "mine.yaml") in str(error.value)
         assert message in str(error.value)
+
+
+def test_what_is_given_in_place_of_another_kind_is_refused_with_the_way_to_get_that(data, tmp_path):
+    to, found = tmp_path / "out", hard_audit(["a"], [0], [0])
+    for call, message in (
+        (lambda: audit(None, "photos"), "data as CaptionedImages or EncodedImages, got str. Open them with load_capt"),
+        (lambda: audit(None, data, config={"seed": 1}), "config as AuditConfig, got dict. Write AuditConfig(...)."),
+        (lambda: audit(None, prompts="a photo"), "a list of prompts, got 'a photo'"),
+        (lambda: train(None, data, to, to), "audit as Audit, got PosixPath. Load it with Audit.load."),
+        (lambda: attach(None, "module"), "module as Guidance, got str. Load it with load_guidance."),
+        (lambda: generate(None, [], to, config={}), "config as GenerateConfig, got dict"),
+        (lambda: finetune("photos", to), "data as CaptionedImages, got str"),
+        (lambda: evaluate("base", found, "sex"), "annotator as GivenLabels or Annotator, got Audit. Load one with"),
+        (lambda: save_report(to, audit=found), "audit as str or Path, got Audit. Save it, and give its place."),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            call()
+    assert not to.exists()

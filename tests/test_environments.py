@@ -60,7 +60,7 @@ def test_given_groups_are_those_of_each_image_repeated_for_further_rows_and_must
     with pytest.raises(ConfigError, match=r"batch of 3 image\(s\), got 4"):
         EnvironmentMix([0, 1, 1], (2,)).rows(noise(4))
     twice = noise(2).repeat(2, 1, 1, 1)  # two images, or four of which two and two have one noise
-    assert EnvironmentMix([0, 1], (2,)).rows(twice).tolist() == [[0], [1], [0], [1]]
+    assert EnvironmentMix(np.array([0, 1]), (2,)).rows(twice).tolist() == [[0], [1], [0], [1]]
     assert EnvironmentMix([0, 0, 1, 1], (2,)).rows(twice).tolist() == [[0], [0], [1], [1]]
     with pytest.raises(ConfigError, match=r"batch of 4 image\(s\), got 2"):
         EnvironmentMix([0, 0, 1, 1], (2,)).rows(twice, copies=2)
@@ -90,6 +90,8 @@ def test_images_of_one_noise_are_spread_and_those_of_a_picture_alike_in_part_are
         ([0.5, 0.6], (2,), "sum to 1"),
         ([1.5, -0.5], (2,), "at least 0"),
         ([float("nan"), 1.0], (2,), "sum to 1"),
+        ([1, 0], (2,), r"\[1, 0\], which may be both\. Write \[1\.0, 0\.0\] for .*, or torch\.tensor\(\[1, 0\]\)"),
+        ([[1, 0], [0, 1]], (2, 2), r"Write \[\[1\.0, 0\.0\], \[0\.0, 1\.0\]\] for the mix"),
         ([0, 2], (2,), r"groups from 0 to \[1\]"),
         ([0, -1], (2,), r"groups from 0 to \[1\]"),
         ([0, 1], (2, 2), r"2 factor\(s\)"),

@@ -5,8 +5,11 @@ import os
 import pytest
 
 from conftest import make_guidance_module
+from invdiff.errors import ConfigError
 from invdiff.files import owned
+from invdiff.training.finetune import finetune
 from invdiff.training.finetune import save as save_pipeline
+from invdiff.training.train import train
 from test_cli import fail, succeed
 
 
@@ -29,6 +32,23 @@ def test_places_that_cannot_be_written_are_refused_before_work(tmp_path):
         said = fail(*command.replace("{0}-out", f"{tmp_path}/out").format(tmp_path / place).split())
         assert f"Choose another with {option}." in said
         assert str(tmp_path / place.split("/")[0]) in said
+
+
+def test_what_another_command_wrote_is_never_mixed_with_or_replaced(tmp_path):
+    commands = ["audit M", "finetune DATA", "train M DATA", "generate M", "export M", "annotator train DATA"]
+    kinds = {"model_index.json": "a pipeline", "audit.json": "an audit", "config.json": "a module or another model"}
+    kinds |= {"confusion.json": "an annotator", "manifest.jsonl": "generated images", "metadata.csv": "data"}
+    for name, kind in kinds.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        for command in commands[kind == "an audit" :]:  # which is its own
+            said = fail(*command.split(), "--output", folder)
+            assert f"found {kind} in {folder}. Choose another with --output." in said
+        for call, given in ((train, (None, None, None, folder)), (finetune, (None, folder))):
+            with pytest.raises(ConfigError, match=f"found {kind} in"):
+                call(*given)
+        assert [path.name for path in folder.iterdir()] == [name]
 
 
 def test_a_second_run_in_an_output_folder_is_refused_until_the_first_has_ended(tmp_path):

@@ -8,7 +8,7 @@ from diffusers import AutoPipelineForImage2Image
 from safetensors import safe_open
 
 from conftest import CAPTIONS, make_guidance_lora, make_guidance_module, make_tiny_pipeline
-from invdiff import TrainConfig, attach
+from invdiff import GuidanceModule, TrainConfig, attach
 from invdiff.errors import ModelError
 from invdiff.guidance.backends import settled
 from invdiff.guidance.base import Rows
@@ -80,7 +80,7 @@ def test_a_negative_prompt_takes_the_place_of_the_null_caption(family):
 
 def test_another_pipeline_of_the_denoiser_without_guidance_has_no_null_row(tiny_pipe):
     guidance = make_guidance_lora(tiny_pipe, null_adapter="off")
-    with attach(tiny_pipe, guidance, environments=[0, 1]):
+    with attach(tiny_pipe, guidance, environments=torch.tensor([0, 1])):
         draw(tiny_pipe, 0, 1, num_inference_steps=1)
         latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         seen = tiny_pipe.unet(latents, 500, torch.ones(2, 16, 16)).sample
@@ -132,11 +132,14 @@ def test_layers_that_do_not_run_are_noticed_in_sampling_and_in_training(tiny_pip
             guidance.guided(frozen, call, rows)
 
 
-def test_guidance_of_another_backend_or_model_is_refused(tiny_pipe):
+def test_guidance_of_another_backend_or_model_is_refused(tiny_pipe, tmp_path):
     with attach(tiny_pipe, make_guidance_module(tiny_pipe)):
         with pytest.raises(ModelError, match="one backend on a model, found 'module'"):
             attach(tiny_pipe, make_guidance_lora(tiny_pipe))
         denoise(tiny_pipe)
+    make_guidance_lora(tiny_pipe).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"a GuidanceModule at .*, found a GuidanceLoRA\. Load .* by `load_guidance`"):
+        GuidanceModule.from_pretrained(tmp_path)
     for seed in range(5):  # however the same weights were rounded to 16 bits
         pipe = make_tiny_pipeline(seed)
         guidance = make_guidance_lora(pipe.to(dtype=torch.bfloat16))

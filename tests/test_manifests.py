@@ -134,6 +134,10 @@ def test_results_come_back_from_their_file_and_the_table_lies_beside(base, tmp_p
     (tmp_path / "mine.csv").write_text("my,table\n")
     with pytest.raises(EvaluationError, match=r"mine\.csv to be of earlier results, found another table"):
         results.save(tmp_path / "mine.json")
+    (tmp_path / "audit.json").write_text('{"settings": {}}\n')
+    with pytest.raises(EvaluationError, match=r"audit\.json to be earlier results, found another file"):
+        results.save(tmp_path / "audit.json")
+    results.save(tmp_path / "v1.5")  # again
 
 
 def test_damaged_results_are_refused_with_the_place_of_the_fault(base, tmp_path):

@@ -34,7 +34,7 @@ def predicted(pipe):
 def test_sampling_appends_what_training_appends_and_tokens_learn_apart(family):
     pipe = make_tiny(family)
     guidance, plain = make_guidance_tokens(pipe), predicted(pipe)
-    with attach(pipe, guidance, environments=[0, 1]):
+    with attach(pipe, guidance, environments=torch.tensor([0, 1])):
         sampled = predicted(pipe)
     with FrozenDenoiser(pipe) as frozen:
         trained, _ = guidance.guided(frozen, DenoiserCall(*call(pipe)), Rows(torch.tensor([[0], [1]])))
@@ -68,10 +68,10 @@ def test_what_tokens_cannot_do_is_refused(tiny_pipe, tmp_path):
     guidance, expected = make_guidance_tokens(tiny_pipe), r"scale 0 or 1 with tokens, got .*: a token is there or not"
     with pytest.raises(ConfigError, match=expected):
         attach(tiny_pipe, guidance, scale=0.5)
-    with attach(tiny_pipe, guidance) as attachment:
+    attachment = attach(tiny_pipe, guidance)
+    with pytest.raises(ConfigError, match=expected):
         attachment.scale = 0.5
-        with pytest.raises(ConfigError, match=expected):
-            predicted(tiny_pipe)
+    attachment.detach()
     options = {"module": guidance, "config": GenerateConfig(scale=2), "progress": False}
     with pytest.raises(ConfigError, match=expected):
         generate(tiny_pipe, CAPTIONS, tmp_path / "out", **options)

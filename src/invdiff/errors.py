@@ -1,5 +1,16 @@
 """The errors a user can meet. Each message says what was expected, what was found and what to do."""
 
+from types import NoneType
+from typing import Any, get_args
+
+_MADE_BY = {
+    "Audit": "Load it with Audit.load.",
+    "CaptionedImages": "Open them with load_captioned_images.",
+    "GivenLabels": "Load one with invdiff.evaluation.annotators.load.load_annotator.",
+    "Guidance": "Load it with load_guidance.",
+    "str": "Save it, and give its place.",
+}
+
 
 class InvDiffError(Exception):
     """Base of every error that invdiff raises on purpose."""
@@ -27,6 +38,15 @@ class ConfigError(InvDiffError):
 
 class EvaluationError(InvDiffError):
     """A metric is not defined on what was given, or generated images and manifest disagree."""
+
+
+def check_kinds(**given: tuple[Any, Any]) -> None:
+    """Raise `ConfigError` where a value is not of the kind beside it, such as a path in place of what lies there."""
+    for name, (value, kind) in given.items():
+        if not isinstance(value, kind):
+            kinds = [of.__name__ for of in get_args(kind) or (kind,) if of is not NoneType]
+            how = _MADE_BY.get(kinds[0], f"Write {kinds[0]}(...).")
+            raise ConfigError(f"Expected {name} as {' or '.join(kinds)}, got {type(value).__name__}. {how}")
 
 
 def first_line(error: Exception) -> str:

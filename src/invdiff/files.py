@@ -25,6 +25,17 @@ _DIGEST = "digest"  # of the contents, in the metadata of safetensors
 _LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
 JUDGES, CURATION = "judges.safetensors", "curation.json"
 """Beside audit.json: the linear judge of each hidden factor with how it errs, and what people changed."""
+_CHECKED = ("finetune", "train", "generate", "audit", "annotator train", "export")  # as `check_own` does
+_HELD = {
+    "model_index.json": "a pipeline",
+    "audit.json": "an audit",
+    "confusion.json": "an annotator",
+    "config.json": "a module or another model",
+    "manifest.jsonl": "generated images",
+    "00000/000000.png": "generated images",
+    "metadata.*": "data",
+    "*.parquet": "data",
+}
 LOCK = ".lock"  # in an output folder while a run writes to it, empty; the kernel releases that of a killed run
 
 
@@ -109,8 +120,24 @@ def check_writable(folder: Path, option: str) -> None:
         raise ConfigError(f"Expected a folder that can be written at {folder}, {found}") from error
 
 
+def check_own(folder: Path, command: str) -> None:
+    """Raise `ConfigError` where a folder that `command` would write to holds what another command or tool wrote."""
+    own = any((folder / name).exists() for name in (f"{command}.json", ".work"))
+    kinds = [kind for name, kind in _HELD.items() if any(folder.glob(name))]
+    if command in _CHECKED and kinds and not own:
+        wanted = f"Expected an empty folder to write to, or one of `invdiff {command}`"
+        raise ConfigError(f"{wanted}, found {kinds[0]} in {folder}. Choose another with --output.")
+
+
+def recorded(folder: Path, command: str) -> Any:
+    """What `command` recorded in a folder of its own, None in a new one; raises as `check_own` and `read_json` do."""
+    check_own(folder, command)
+    path = folder / f"{command}.json"
+    return read_json(path) if path.is_file() else None
+
+
 @contextlib.contextmanager
-def owned(output: Path, *, is_file: bool = False) -> Iterator[None]:
+def owned(output: Path, command: str = "", *, is_file: bool = False) -> Iterator[None]:
     """Keep other runs out of an output folder, or off an output file, while the block runs.
 
     `ConfigError` where another run is at work there, or the place cannot be written. A folder made here that is still
@@ -118,6 +145,7 @@ def owned(output: Path, *, is_file: bool = False) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout  # takes a fifth of a second
 
+    check_own(output, command)
     folder = output.parent if is_file else output
     made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     check_writable(folder, "--output")

@@ -16,8 +16,8 @@ from PIL.PngImagePlugin import PngInfo
 from .config import GenerateConfig
 from .data.captioned import CaptionedImages, load_captioned_images
 from .distributed import is_main, mine, wait
-from .errors import ConfigError, ModelError
-from .files import check_same_settings, fingerprint, read_json, save_image, weights_digest, write_json, write_text
+from .errors import ConfigError, ModelError, check_kinds
+from .files import check_same_settings, fingerprint, recorded, save_image, weights_digest, write_json, write_text
 from .guidance.attach import Attachment, check_fit, mix_for
 from .guidance.base import Guidance
 from .guidance.environments import WORDS, EnvironmentMix, Environments
@@ -49,6 +49,7 @@ class Drawing:
         config: GenerateConfig | None = None,
         environments: Environments = "uniform",
     ) -> None:
+        check_kinds(config=(config, GenerateConfig | None))
         check_plain(pipe)
         self.pipe, self.module, self._family = pipe, module, family_that_draws(pipe)
         if needed := [name for name in ("image", "mask_image") if name in inspect.signature(pipe.__call__).parameters]:
@@ -131,7 +132,7 @@ class Drawing:
         """Draw one batch: the images of these places in `rows`."""
         rows = [self.rows[place] for place in places]
         if self._attachment is not None and self.mix is not None:
-            self._attachment.mix = EnvironmentMix([row["environment"] for row in rows], self.mix.num_groups)
+            self._attachment.mix = torch.tensor([row["environment"] for row in rows])
         generators = [torch.Generator().manual_seed(row["seed"]) for row in rows]
         names = [f"prompt {row['prompt']!r}, seed {row['seed']}" for row in rows]
         with watched(self.pipe, generators, names):
@@ -187,7 +188,7 @@ def generate(
         progress: Show a progress bar.
 
     Raises:
-        ConfigError: Prompts or environments cannot be used, or `output_dir` is no folder or holds images of other
+        ConfigError: Prompts or environments cannot be used, or `output_dir` holds something else, or images of other
             settings.
         ModelError: The module was trained for another model, a safety checker blackens images, images are not
             finite, or the scheduler draws noise that does not follow from the seeds.
@@ -261,22 +262,10 @@ def _is_drawn(output_dir: Path, row: dict[str, Any]) -> bool:
 
 def _open_folder(output_dir: Path, drawing: Drawing) -> None:
     """Make the folder and record in it all that images depend on, or check that it agrees with what is recorded."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"Expected a folder to write images to, got {output_dir} ({error.strerror}). Choose another."
-        ) from error
     path, settings = output_dir / SETTINGS, _settings(drawing)
-    if not path.exists():
-        names = (*(row["file_name"] for row in drawing.rows), MANIFEST)
-        if unknown := next((name for name in names if (output_dir / name).exists()), None):
-            raise ConfigError(
-                f"Expected a new folder or one with {SETTINGS}, got {output_dir} with {unknown} of unknown settings. "
-                "Choose another folder, or empty this one."
-            )
-        write_json(path, settings)
-    earlier, more = read_json(path), {"images_per_prompt": drawing.config.images_per_prompt}
+    if (earlier := recorded(output_dir, "generate")) is None:
+        write_json(path, earlier := settings)
+    more = {"images_per_prompt": drawing.config.images_per_prompt}
     if earlier | more == settings and earlier.get("images_per_prompt", 0) < drawing.config.images_per_prompt:
         (output_dir / MANIFEST).unlink(missing_ok=True)  # a group that is spread over more images may be another
         write_json(path, settings)

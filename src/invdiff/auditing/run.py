@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from ..config import AuditConfig
 from ..data.captioned import CaptionedImages
 from ..data.encode import EncodedImages, as_encoded
 from ..distributed import from_main
-from ..errors import AuditError, ConfigError
-from ..files import default_cache_dir
+from ..errors import AuditError, ConfigError, DataError, check_kinds
+from ..files import check_same_settings, default_cache_dir, read_json
 from ..models.encoders import ClipEncoder
 from ..models.frozen import Denoiser, FrozenDenoiser
 from ..models.load import DTYPES, denoiser_of, loras_of
@@ -79,6 +80,9 @@ def audit(
         DataError: There is no such attribute, or there are too few labels, or labels of other images.
         ModelError: There is no such vision encoder or CLIP model.
     """
+    check_kinds(data=(data, CaptionedImages | EncodedImages | None), config=(config, AuditConfig | None))
+    if isinstance(prompts, str):
+        raise ConfigError(f"Expected a list of prompts, got {prompts!r}.")
     config, wanted = config or AuditConfig(), questions(ask)
     columns = [attribute] if isinstance(attribute, str) else list(attribute)
     cache_dir = Path(cache_dir) if cache_dir else default_cache_dir()
@@ -174,6 +178,14 @@ def audit(
         return replace(found, words=words)
 
     return from_main(conclude)
+
+
+def check_replaced(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise `ConfigError` where an audit in `folder` had others of these settings: its images, or its model."""
+    with suppress(DataError, KeyError, TypeError):  # there is none, or it is damaged and may be replaced
+        before = read_json(folder / "audit.json")["settings"]
+        remedy = "That audit would be lost: choose another --output, or delete this one."
+        check_same_settings(folder, {name: before[name] for name in settings if name in before}, settings, remedy)
 
 
 def infer(

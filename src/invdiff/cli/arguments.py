@@ -85,8 +85,9 @@ def _with_options(function: Command, writes_file: bool, shared: bool) -> Command
             (rare if setting.option.panel else parameters).append(parameter)
 
     def run(config: Path | None = None, **given: Any) -> None:
+        command = function.__name__.replace("_", " ")
         if not shared:
-            one_process(function.__name__.replace("_", " "))
+            one_process(command)
         texts = [text for value in given.values() for text in (value if isinstance(value, list) else [value])]
         if wrong := next((text for text in texts if isinstance(text, str) and not is_unicode(text)), None):
             raise ConfigError(f"Expected UTF-8, found other bytes in {wrong!a}. Set LC_ALL=C.UTF-8, or use a file.")
@@ -97,7 +98,7 @@ def _with_options(function: Command, writes_file: bool, shared: bool) -> Command
                 chosen = {field: settings_of(kind)[field].from_words(w) for field, w in words.items() if w is not None}
                 given[name] = dataclasses.replace(starts.get(name, kind()), **chosen)
             output = given.get("output") if is_first_process() else None  # processes of one job are one run
-            with owned(output, is_file=writes_file) if output else contextlib.nullcontext():
+            with owned(output, command, is_file=writes_file) if output else contextlib.nullcontext():
                 function(**given)
 
     run.__name__, run.__doc__, run.__annotations__ = function.__name__, function.__doc__, {}

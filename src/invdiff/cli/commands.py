@@ -153,10 +153,14 @@ def audit(
     settings = dataclasses.replace(settings, words=(*settings.words, *lines_in(words_file, "word")))
     say_loading("images and model", quiet=quiet)
     from ..auditing.run import audit as run_audit
+    from ..auditing.run import check_replaced
+    from ..models.frozen import denoiser_fingerprint
     from ..report.grids import save_audit_picture
     from ..sampling import own_images
 
     images, pipe = source.load(data, flag="DATA", output=output), weights.load(model)
+    of_data = {"data_fingerprint": images.fingerprint} if data else drawing | {"own_images_of": [*wanted]}
+    check_replaced(output, of_data | {"denoiser_fingerprint": denoiser_fingerprint(pipe)})
     asked: Any = {"attribute": attribute or (), "labels": labels, "ask": ask or ()}
     options: Any = {"config": settings, "cache_dir": weights.cache_dir, "progress": not quiet}
     found = run_audit(pipe, images, prompts=wanted, **asked, **options)

@@ -23,7 +23,7 @@ from .annotators.labels import GivenLabels
 from .images import Row
 from .quality.extractors import LPIPS, FeatureExtractor
 
-Judge = Annotator | GivenLabels  # the source of classes: an annotator of images, or columns of the manifest
+Judge = GivenLabels | Annotator  # the source of classes: columns of the manifest, or an annotator of images
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from ..config import EvaluateConfig
 from ..data.captioned import CaptionedImages
 from ..data.images import about_unreadable
-from ..errors import EvaluationError
+from ..errors import EvaluationError, check_kinds
 from ..models.encoders import ClipEncoder
 from ..progress import progress_bar
 from ..text import label_of
@@ -61,6 +61,8 @@ def evaluate(
         EvaluationError: Folders, manifests or images are absent, damaged or do not fit together, an attribute, class
             or model is unknown, or features are not finite or do not fit the reference's.
     """
+    check_kinds(annotator=(annotator, Judge), config=(config, EvaluateConfig | None))
+    check_kinds(reference=(reference, CaptionedImages | Described | None))
     config = config or EvaluateConfig()
     attributes = (attribute,) if isinstance(attribute, str) else tuple(attribute)
     asked = [*attributes, *filter(None, [config.subject_attribute])]

@@ -274,7 +274,8 @@ def scale_order(scale: str) -> float:
 def table_path(path: str | Path) -> Path:
     """Place of the table beside results at `path`: results.csv beside results.json.
 
-    `EvaluationError` where `path` is a .csv itself, or a manifest of images or another table would be replaced.
+    `EvaluationError` where `path` is a .csv itself, or another file than earlier results or their table would be
+    replaced.
     """
     path = Path(path)
     if path.suffix.lower() == ".csv":
@@ -284,6 +285,8 @@ def table_path(path: str | Path) -> Path:
         raise EvaluationError(f"Expected a name such as results.json, got {path}, that of a manifest of images.")
     if table.is_file() and table.read_bytes()[:21] not in (b"", b"model,guidance_scale,"):
         raise EvaluationError(f"Expected {table} to be of earlier results, found another table. Name other results.")
+    if path.is_file() and path.stat().st_size and b'"models": {' not in path.read_bytes():
+        raise EvaluationError(f"Expected {path} to be earlier results, found another file. Choose another (--output).")
     return table
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, check_kinds
 from ..files import fingerprint, weights_digest
 from ..models.families import Condition, DenoiserCall, Family, family_of
 from ..models.frozen import FrozenDenoiser, Hook, do_nothing
@@ -50,19 +50,17 @@ def attach(
         pipe: A diffusers pipeline of a supported family; its weights are not touched.
         module: A guidance made for this pipeline's model. A copy of it is attached, in the pipeline's precision.
         scale: Delta, the strength; 0 leaves the pipeline bit-identical.
-        environments: The target mix, spread over the images of a call: `"uniform"`, proportions, those of named
-            factors such as `{"factor 1": [0.7, 0.3]}`, `"iid"` (uniform, each image by its own noise), or the group of
-            each image. See `EnvironmentMix`. An invariant module never sees the group and takes the two words only.
+        environments: The target mix, spread over the images of a call: `"uniform"`, proportions as `[1.0, 0.0]`, those
+            of named factors as `{"factor 1": [0.7, 0.3]}`, `"iid"` (uniform, each image by its own noise), or each
+            image's group, `torch.tensor([1, 0])`. See `EnvironmentMix`. An invariant module takes the two words only.
         seed: Another seed draws other groups for the same starting noise.
         strict: Also refuse a model of the right shape with other weights.
 
     Raises:
-        ModelError: The module was trained for another model, one of another backend is attached, or the denoiser is
-            compiled already.
+        ModelError: It was trained for another model, another backend is attached, or the denoiser is compiled.
         ConfigError: `environments` do not fit the module's groups, or `scale` its backend.
     """
     check_fit(pipe, module, strict=strict)
-    module.check_scale(scale)
     return Attachment(pipe, module, scale, mix_for(module, environments, seed=seed))
 
 
@@ -78,6 +76,7 @@ def mix_for(module: Guidance, environments: Environments, *, seed: int = 0) -> E
 
 def check_fit(pipe: Any, module: Guidance, *, strict: bool = True) -> None:
     """Raise `ModelError` that names every difference, unless `module` fits `pipe`'s denoiser, not compiled yet."""
+    check_kinds(module=(module, Guidance))
     denoiser, wanted = denoiser_of(pipe), module.config
     kind = type(denoiser).__name__
     for path, part in denoiser.named_modules():
@@ -136,16 +135,15 @@ class Attachment:
 
     Attributes:
         scale: Delta, the strength of guidance; change it at any time, as the mix.
-        mix: The target mix that the groups of images are drawn from.
-        environments: Groups of the rows of the newest batch, (rows, factors), or None before the first.
+        mix: The target mix that groups of images are drawn from; set it to what `attach` takes as `environments`.
         calls: How often the denoiser has run since the module was attached.
     """
 
-    def __init__(self, pipe: Any, module: Guidance, scale: float, mix: EnvironmentMix) -> None:
-        self.scale, self.mix, self.calls = float(scale), mix, 0
-        self.environments: torch.Tensor | None = None
-        denoiser, family = denoiser_of(pipe), family_of(pipe)
+    def __init__(self, pipe: Any, module: Guidance, scale: float, mix: Any) -> None:
         self.guidance = copy.deepcopy(module).eval().requires_grad_(False)
+        self.scale, self.mix, self.calls = scale, mix, 0
+        self._groups: torch.Tensor | None = None
+        denoiser, family = denoiser_of(pipe), family_of(pipe)
         # Of the newest images: the scheduler's timesteps, first and last timestep, first latents.
         self._timesteps: torch.Tensor | None = None
         self._start, self._last, self._first = np.inf, np.inf, torch.empty(0)
@@ -174,6 +172,20 @@ class Attachment:
         if not isinstance(vars(pipe).get(END_OF_CALL), _CallWatch):
             setattr(pipe, END_OF_CALL, _CallWatch(pipe))
         vars(pipe)[END_OF_CALL].calls[self] = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scale":
+            self.guidance.check_scale(value)
+        elif name == "mix" and not isinstance(value, EnvironmentMix):
+            value = mix_for(self.guidance, value, seed=self.mix.seed)
+        elif name == "environments":
+            raise ConfigError("Expected mix to be set, got environments: the groups that were drawn from it. Set mix.")
+        super().__setattr__(name, float(value) if name == "scale" else value)
+
+    @property
+    def environments(self) -> torch.Tensor | None:
+        """Groups of the rows of the newest batch, (rows, factors), or None before the first."""
+        return self._groups
 
     def detach(self) -> None:
         """Restore the plain model. Calling it twice does no harm."""
@@ -253,14 +265,14 @@ class Attachment:
         lingers = timestep == self._start == self._last and _hardly_moved(self._first, noisy_latents)
         comes_back = (timestep >= self._start and not lingers) or timestep > self._last + 1
         self._last = timestep
-        if self.environments is None or timesteps is not self._timesteps or comes_back:
+        if self._groups is None or timesteps is not self._timesteps or comes_back:
             self._timesteps, self._start, self._first = timesteps, timestep, noisy_latents.detach()
-            self._before = self.environments = None
-        if self.environments is None or (len(self.environments) % rows and rows % len(self.environments)):
-            self.environments = self.mix.rows(noisy_latents, self._copies(pipe, doubled))
+            self._before = self._groups = None
+        if self._groups is None or (len(self._groups) % rows and rows % len(self._groups)):
+            self._groups = self.mix.rows(noisy_latents, self._copies(pipe, doubled))
         else:  # the same images, in more or fewer rows where classifier-free guidance was switched on the way
-            self.environments = self.environments.repeat(-(-rows // len(self.environments)), 1)[:rows]
-        return self.environments
+            self._groups = self._groups.repeat(-(-rows // len(self._groups)), 1)[:rows]
+        return self._groups
 
 
 def _running_pipeline() -> tuple[DiffusionPipeline | None, bool | None]:
@@ -278,13 +290,11 @@ def _running_pipeline() -> tuple[DiffusionPipeline | None, bool | None]:
 
 
 def rows_alike(condition: Condition, one: Condition) -> torch.Tensor:
-    """The rows of a condition that are those of `one`, of a single row: (rows,) of bool, on the CPU.
-
-    Embeddings may differ as far as 16 bits make them, labels of classes may not.
-    """
+    """The rows of a condition that are those of `one`, of a single row: (rows,) of bool, on the CPU."""
     alike = torch.zeros(len(next(iter(condition.values()))), dtype=torch.bool)
     for name in ("prompt_embeds", "class_labels"):
         if name in condition and name in one and condition[name].shape[1:] == one[name].shape[1:]:
+            # Embeddings may differ as far as 16 bits make them, labels of classes may not.
             rtol, atol = (0.02, 1e-3) if condition[name].is_floating_point() else (0.0, 0.0)
             same = torch.isclose(condition[name], one[name].to(condition[name]), rtol=rtol, atol=atol)
             alike = same.reshape(len(alike), -1).all(dim=1).cpu()

@@ -7,6 +7,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -95,8 +96,8 @@ class Guidance(ModelMixin, ConfigMixin):
 
     def check_scale(self, scale: float) -> None:
         """Raise `ConfigError` where the strength of guidance, Delta, cannot be this."""
-        if not math.isfinite(scale):
-            raise ConfigError(f"Expected a finite scale, such as 1, got {scale}.")
+        if not (isinstance(scale, Real) and math.isfinite(scale)):
+            raise ConfigError(f"Expected a finite scale, such as 1, got {scale!r}.")
 
     def before(self, arguments: dict[str, Any], rows: Rows | None) -> dict[str, Any]:
         """Changes to the arguments of a call of the denoiser that begins, guided by `rows` if at all."""
@@ -200,10 +201,15 @@ class Guidance(ModelMixin, ConfigMixin):
 
     @classmethod
     def load_config(cls, *arguments: Any, **options: Any) -> Any:
-        """Read the config in a folder or at a hub id."""
+        """Read the config in a folder or at a hub id; `ModelError` where it is of another backend than this class."""
         with warnings.catch_warnings():  # diffusers passes huggingface_hub an argument it no longer has
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
-            return super().load_config(*arguments, **options)
+            found = super().load_config(*arguments, **options)
+        kind = (found[0] if isinstance(found, tuple) else found).get("_class_name")
+        if cls is not Guidance and kind != cls.__name__:
+            expected = f"Expected a {cls.__name__} at {arguments[0]}, found a {kind or 'config of something else'}"
+            raise ModelError(f"{expected}. Load guidance of any backend by `load_guidance`.")
+        return found
 
     def to_json_string(self) -> str:
         """The config as JSON, without the place that this module was itself loaded from."""

@@ -26,8 +26,9 @@ class EnvironmentMix:
     `environments` are "uniform"; or proportions (E,), floats that sum to 1, of each factor; or those of some factors,
     by name or number from 0, such as {"factor 2": [0.7, 0.3]}, the others uniform; or "iid": uniform, and each image
     independent of all others, as floors and intervals of Bias assume; or groups, integers (images,) or
-    (images, factors), of the images of one call: [1.0, 0.0] is group 0 alone. Others are a `ConfigError`. Another
-    `seed` gives another draw for the same images. `factor_names` are "factor 1" and so on unless given.
+    (images, factors), of the images of one call: [1.0, 0.0] is group 0 alone. Others are a `ConfigError`, and so are
+    integers of no tensor or array that could be either, as [1, 0]. Another `seed` gives another draw for the same
+    images. `factor_names` are "factor 1" and so on unless given.
     """
 
     def __init__(
@@ -64,6 +65,13 @@ class EnvironmentMix:
                 raise ConfigError(f"Expected proportions of at least 0 that sum to 1, {got}")
             self.proportions = [row / row.sum() for row in rows]
             return
+        a_mix = self.num_groups == (*map(len, rows),) and all(row.min() >= 0 and row.sum() == 1 for row in rows)
+        if a_mix and not hasattr(environments, "dtype"):
+            mix = [row.astype(float).tolist() for row in rows]
+            raise ConfigError(
+                f"Expected either a mix or the group of each image, got environments {values!r}, which may be both. "
+                f"Write {mix[0] if flat else mix} for the mix, or torch.tensor({values!r}) for groups."
+            )
         if given.shape[1] != len(self.num_groups):
             raise ConfigError(f"Expected one group per image for {len(self.num_groups)} factor(s), {got}")
         if (given < 0).any() or (given >= self.num_groups).any():

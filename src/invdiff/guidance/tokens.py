@@ -97,7 +97,6 @@ class GuidanceTokens(Guidance):
         # The prompt embeddings with the tokens behind them, and what is of their length.
         if rows is None or not self.vectors.any():
             return {}
-        self.check_scale(rows.scale)
         changed = {"encoder_hidden_states": self._appended(arguments["encoder_hidden_states"], rows)}
         if arguments.get("encoder_attention_mask") is not None:
             changed["encoder_attention_mask"] = self._masked(arguments["encoder_attention_mask"])
@@ -108,7 +107,7 @@ class GuidanceTokens(Guidance):
     def check_scale(self, scale: float) -> None:
         if scale not in (0, 1):
             raise ConfigError(
-                f"Expected scale 0 or 1 with tokens, got {scale:g}: a token is there or not, and a shorter one has "
+                f"Expected scale 0 or 1 with tokens, got {scale!r}: a token is there or not, and a shorter one has "
                 "hardly less weight in attention. Take the lora or module backend for strengths between."
             )
 

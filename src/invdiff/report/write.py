@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..errors import check_kinds
 from ..evaluation.images import Folders
 from ..files import write_text
 from ..text import escape, one_line
@@ -71,6 +72,7 @@ def save_report(
     Raises:
         InvDiffError: There is neither an audit nor results, a part is damaged, or the data is not what was audited.
     """
+    check_kinds(audit=(audit, str | Path | None), results=(results, str | Path | None))
     output_dir = Path(output_dir)
     audit, results, module, folder = (None if of is None else Path(of) for of in (audit, results, module, run))
     read = read_run(Parts(audit, data, results, images or {}, module, folder, data_words))

@@ -19,8 +19,8 @@ from ..auditing.result import Audit
 from ..config import ArchitectureConfig, FinetuneConfig, TrainConfig
 from ..data.captioned import CaptionedImages, readable_images
 from ..data.encode import EncodedImages, as_encoded, model_fingerprint, pixel_values
-from ..errors import ConfigError, ModelError
-from ..files import atomic_folder, check_same_settings, fingerprint, read_json, write_json
+from ..errors import ConfigError, ModelError, check_kinds
+from ..files import atomic_folder, check_same_settings, fingerprint, recorded, write_json
 from ..launched import one_process
 from ..models.families import family_of
 from ..models.families.unet import StableDiffusion
@@ -61,16 +61,17 @@ def finetune(
         DataError: The images cannot be used.
         AuditError: `audit` is of other images, or found nothing to balance.
         ModelError: `base` is not a pipeline that can be trained.
-        ConfigError: `output_dir` holds a run with other settings, data or base; or settings contradict.
+        ConfigError: `output_dir` holds something else, or a run with other settings or data; or settings contradict.
     """
     one_process("finetune")
-    config = config or FinetuneConfig()
     output_dir = Path(output_dir)
     finished, work = output_dir / "finetune.json", output_dir / ".work"
     if base is not None and architecture is not None:
         raise ConfigError("Expected either a base or an architecture, got both: a base has its own shape.")
-    if base is not None and Path(base).is_dir() and Path(base).resolve() == output_dir.resolve():
-        raise ConfigError(f"Expected another folder than that of the base, which would be lost, got {output_dir}.")
+    before = recorded(output_dir, "finetune")
+    check_kinds(data=(data, CaptionedImages), audit=(audit, Audit | None), config=(config, FinetuneConfig | None))
+    check_kinds(architecture=(architecture, ArchitectureConfig | None))
+    config = config or FinetuneConfig()
     if base is None and config.fresh_denoiser:
         raise ConfigError("Expected a base for fresh_denoiser=True, got none: without one, all weights are new.")
     settings: dict[str, Any] = {"data": data.fingerprint}
@@ -101,8 +102,8 @@ def finetune(
     fitting = SCRATCH_RATE if base is None or config.fresh_denoiser else fitting_rate(pipe.unet.num_parameters())
     config = dataclasses.replace(config, learning_rate=config.learning_rate or fitting)
     settings |= config.to_dict()
-    if finished.is_file():
-        check_same_settings(output_dir, read_json(finished)["settings"], settings)
+    if before is not None:
+        check_same_settings(output_dir, before["settings"], settings)
         shutil.rmtree(work, ignore_errors=True)
         return load_pipeline(output_dir, device=pipe.device)
 

@@ -18,8 +18,8 @@ from ..config import AuditConfig, TrainConfig
 from ..data.captioned import CaptionedImages
 from ..data.encode import EncodedImages, as_encoded
 from ..distributed import is_main, num_processes, wait
-from ..errors import AuditError, ConfigError
-from ..files import check_same_settings, default_cache_dir, fingerprint, read_json, write_json, write_text
+from ..errors import AuditError, ConfigError, check_kinds
+from ..files import check_same_settings, default_cache_dir, fingerprint, recorded, write_json, write_text
 from ..guidance.attach import GuidedDenoiser
 from ..guidance.backends import BACKENDS, load_guidance, settled
 from ..guidance.base import Guidance, Guided
@@ -67,10 +67,13 @@ def train(
 
     Raises:
         AuditError: The audit is of other images or of another model, or found nothing to balance.
-        ConfigError: `output_dir` holds a run with other settings, data or model.
+        ConfigError: `output_dir` holds a run with other settings, data or model, or something else.
     """
-    left_open, config = config is None or config.backend == "auto", settled(config or TrainConfig())
     output_dir = Path(output_dir)
+    before = recorded(output_dir, "train")
+    check_kinds(data=(data, CaptionedImages | EncodedImages | None), audit=(audit, Audit))
+    check_kinds(config=(config, TrainConfig | None))
+    left_open, config = config is None or config.backend == "auto", settled(config or TrainConfig())
     finished, work = output_dir / "train.json", output_dir / ".work"
     if data is None:
         if "own_images_of" not in audit.settings:
@@ -98,8 +101,8 @@ def train(
         )
     settings = config.to_dict() | {"audit": audit.fingerprint, "data": data.data_fingerprint}
     settings["model"] = fingerprint(data.model_fingerprint, model)
-    if finished.is_file():
-        check_same_settings(output_dir, read_json(finished)["settings"], settings)
+    if before is not None:
+        check_same_settings(output_dir, before["settings"], settings)
         wait()
         if is_main():
             shutil.rmtree(work, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,7 @@ class Annotations:
         return names[self.classes(attribute, min_confidence)].tolist()
 
 
+@runtime_checkable
 class Annotator(Protocol):
     """Anything that names the classes in images: `evaluate` needs no more than this."""
 
