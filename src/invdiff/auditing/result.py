@@ -83,11 +83,9 @@ class PromptSplit:
         else:
             intervals = share_intervals(weights.astype(np.float64))
             for group, (before, (low, high)) in enumerate(zip(self.shares, self.intervals, strict=False)):
-                ends = max(0.0, shares[group] + low - before), min(1.0, shares[group] + high - before)
-                intervals[group] = (
-                    min(intervals[group][0], round(ends[0], 4)),
-                    max(intervals[group][1], round(ends[1], 4)),
-                )
+                least, most = max(0.0, shares[group] + low - before), min(1.0, shares[group] + high - before)
+                low, high = intervals[group]
+                intervals[group] = min(low, round(least, 4)), max(high, round(most, 4))
         return replace(self, shares=[round(share, 4) for share in shares], intervals=intervals)
 
 

@@ -139,8 +139,8 @@ def estimate(
     corrected = per_prompt(metric, correct_for_annotator(annotated, confusion), target=target)
     low, high = corrected_interval(metric, annotated, confusion, **settings)
     floor = corrected_floor(metric, annotated, confusion, **settings)
-    ends = {"corrected_low": low, "corrected_high": high, "corrected_floor": floor}
-    return replace(found, corrected=float(corrected.mean()), **ends)
+    found = replace(found, corrected=float(corrected.mean()), corrected_floor=floor)
+    return replace(found, corrected_low=low, corrected_high=high)
 
 
 def _spread(
