@@ -6,7 +6,7 @@ from typing import Any, get_args
 _MADE_BY = {
     "Audit": "Load it with Audit.load.",
     "CaptionedImages": "Open them with load_captioned_images.",
-    "GivenLabels": "Load one with invdiff.evaluation.annotators.load.load_annotator.",
+    "GivenLabels": "Load one with load_annotator.",
     "Guidance": "Load it with load_guidance.",
     "str": "Save it, and give its place.",
 }
