@@ -124,7 +124,7 @@ def headline(benchmark: str, results: Path, methods: Collection[str]) -> str:
     head = ["", "given", *(f"Bias, CFG {scale}" for scale in scales), *(f"{name}, CFG {middle}" for name in shown)]
     lines = []
     for method, own in by_method(every).items():
-        of_bias = [spread(own[scale], "Bias", with_range=True) for scale in scales]
+        of_bias = [spread(own.get(scale), "Bias", with_range=True) for scale in scales]
         lines.append([method, own[middle]["supervision"], *of_bias, *(spread(own[middle], name) for name in shown)])
     return markdown_table(head, lines)
 

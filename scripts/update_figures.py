@@ -219,7 +219,7 @@ SUITES = (
 )
 HEADLINE = (
     *("biased", "ceiling", "ours", "ours-true", "fair-diffusion", "tiw", "tiw-mixture"),
-    *("invdiff-released", "invdiff-paper-100848"),
+    *("invdiff-released", "invdiff-paper-100848", "invdiff-paper-full"),
 )
 BLOCKS = {
     **{name: partial(tables.markdown, name, RESULTS) for name in SUITES},
