@@ -248,7 +248,13 @@ def test_figures_are_stated_and_kept_and_are_no_part_of_the_weights(trained, mod
             *(("base", "3.0", "0.71", []), ("base", "10.0", "0.9", [])),
             ("guided", "3.0", "0.04", [frechet]),
         )
-        for row in (["Bias", bias, "0.61 to 0.82"], floor, accuracy, *quality, ["images a prompt", "512", "-"])
+        for row in (
+            ["Bias", bias, "0.61 to 0.82"],
+            floor,
+            accuracy,
+            *quality,
+            ["fewest images of a prompt", "512", "-"],
+        )
     ]
     assert "Attribute: background. Annotator: my | judge, held-out accuracy 87.5%." in html.unescape(card)
     assert "The annotator errs" in card

@@ -13,6 +13,7 @@ from invdiff.evaluation.annotators.annotations import Annotations
 from invdiff.evaluation.annotators.labels import GivenLabels
 from invdiff.evaluation.fairness.metrics import metric_floor, per_prompt
 from invdiff.evaluation.quality.distances import frechet_distance
+from invdiff.report.figures import images_each
 from runs import LAND, WATER
 
 COLOURS = {"land": 0, "water": 255, "landbird": 0, "waterbird": 255}
@@ -188,6 +189,7 @@ def test_prompts_may_differ_in_their_number_of_images_which_is_noted(base, tmp_p
     assert measures.images_per_prompt == 2
     assert measures.bias_floor == pytest.approx((metric_floor("bias", 4, 2) + metric_floor("bias", 2, 2)) / 2)
     assert any("images of a prompt number 2 to 4" in note for note in results.notes)
+    assert {images_each(measures) for *_, measures in results.each()} == {"2 to 4"}
 
 
 def test_several_attributes_are_measured_each_and_together(base):

@@ -12,6 +12,7 @@ from invdiff.auditing.asked import Asked, labels_asked
 from invdiff.auditing.edits import Edits, apply
 from invdiff.auditing.evidence import Evidence
 from invdiff.auditing.probe import spread_labels
+from invdiff.auditing.result import PromptSplit
 from invdiff.auditing.run import infer
 from invdiff.auditing.scores import Margins
 from invdiff.auditing.splits import given_factors
@@ -235,6 +236,18 @@ def test_intervals_of_shares_count_how_labels_left_out_are_mistaken():
             (low, high), share = cut.intervals[1], truth[prompt == of].mean()
             covered.append(low <= share <= high)
     assert np.mean(covered) >= 0.9  # 0.4 of them where the errors are not counted
+
+
+def test_shares_of_a_part_of_a_prompt_are_as_unsure_as_those_of_all():
+    known, unsure = (
+        np.repeat(rows, [80, 20], axis=0) for rows in ([[1.0, 0.0], [0.0, 1.0]], [[0.9, 0.1], [0.6, 0.4]])
+    )
+    split = PromptSplit(0, "40 labels", [0.84, 0.16], [(0.5, 1.0), (0.0, 0.5)], 0.0, 1.0, 1.0, 0.0)
+    assert split.with_shares_of(known).intervals[1] == pytest.approx(share_interval(20, 100), abs=1e-4)
+    assert np.allclose(split.with_shares_of(unsure).intervals, [(0.5, 1.0), (0.0, 0.5)], atol=1e-3)
+    low, high = replace(split, intervals=[]).with_shares_of(unsure).intervals[1]
+    assert low < share_interval(16, 100)[0]
+    assert high > share_interval(16, 100)[1]
 
 
 def test_labels_must_be_of_the_images_and_enough():

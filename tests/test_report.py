@@ -150,6 +150,16 @@ def test_the_verdict_claims_no_more_than_the_intervals(finished, tmp_path, guide
     assert verdict in twin
 
 
+def test_the_verdict_counts_prompts_that_are_uneven_by_themselves(finished, tmp_path):
+    document = json.loads((finished / "results.json").read_text())
+    guided = document["models"]["guided"]["1.0"]["attributes"]["background"]
+    guided["overall"]["bias"]["low"] = guided["by_prompt"][WATER]["bias"]["low"] = 0.0
+    guided["by_prompt"][LAND]["bias"]["low"] = 0.5
+    (tmp_path / "results.json").write_text(json.dumps(document))
+    page, _ = report(tmp_path / "out", results=tmp_path / "results.json")
+    assert "That of 1 of 2 prompts alone does not reach 0." in page.words
+
+
 def test_every_image_is_a_data_uri_and_nothing_is_fetched(written, page):
     uris = [*page.values("src"), *page.values("srcset")]
     assert len(uris) > 60

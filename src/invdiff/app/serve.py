@@ -142,6 +142,6 @@ def launch(
             **looks(),
         )
     except OSError as error:
-        found = f"found {port} taken" if port else "found none from 7860 on"
+        found = f"found {port} taken, or not allowed" if port else "found none from 7860 on"
         raise ConfigError(f"Expected a free port on {host}, {found}. Give another with --port.") from error
     return str(address).replace("[::]", "[::1]")  # no browser opens all addresses

@@ -138,7 +138,7 @@ def estimate(
     annotated = np.column_stack([counts, unsure])
     corrected = per_prompt(metric, correct_for_annotator(annotated, confusion), target=target)
     low, high = corrected_interval(metric, annotated, confusion, **settings)
-    floor = corrected_floor(metric, annotated, confusion, **settings)
+    floor = corrected_floor(metric, annotated, confusion, target)
     found = replace(found, corrected=float(corrected.mean()), corrected_floor=floor)
     return replace(found, corrected_low=low, corrected_high=high)
 

@@ -102,7 +102,7 @@ def with_figures(record: Any, results: Any) -> dict[str, Any]:
                 if each and each.value is not None
             ]
             of_model.insert(1, ["floor of Bias", bias.floor, None, None])
-            of_model.append(["images a prompt", measures.images_per_prompt, None, None])
+            of_model.append(["fewest images of a prompt", measures.images_per_prompt, None, None])
             rows += [[model, scale, *row] for row in of_model]
         figures = {
             "annotator": results.annotator.name,
@@ -161,7 +161,7 @@ def _render(config: Mapping[str, Any], record: Mapping[str, Any], num_parameters
         )
         for attribute, entry in figures.items()
         for model, scale, metric, value, _, _ in entry["rows"]
-        if model in entry["guided"] and metric != "images a prompt"
+        if model in entry["guided"] and metric != "fewest images of a prompt"
     ]
     data = ModelCardData(
         library_name="diffusers",

@@ -13,6 +13,7 @@ from .intervals import bias_aware, plausible_shares, resamples_for
 from .metrics import METRICS, FloatArray, checked_counts, target_shares
 
 MAX_CONDITION = 20.0  # condition number of the rates above which noise in counts is amplified too much to correct
+FLOOR_DRAWS = 1000  # simulated evaluations behind an expected figure
 PRIOR = 0.5  # held-out images added to each cell when rates are drawn (Jeffreys), so that an empty cell is not certain
 
 
@@ -78,24 +79,16 @@ def corrected_interval(
     return min(low, float(np.quantile(values, 0.025))), max(high, float(np.quantile(values, 0.975)))
 
 
-def corrected_floor(
-    metric: str,
-    counts: ArrayLike,
-    confusion: ArrayLike,
-    *,
-    target: ArrayLike | None = None,
-    num_resamples: int = 1000,
-    seed: int = 0,
-) -> float:
+def corrected_floor(metric: str, counts: ArrayLike, confusion: ArrayLike, target: ArrayLike | None = None) -> float:
     """Expected value of a metric of corrected counts for a sampler on target that draws as many images.
 
     Above `metrics.metric_floor`, and the more so the worse the annotator: correcting spreads counts that are near the
-    target. The mean of simulations; arguments as of `corrected_interval`.
+    target. The mean of simulations; arguments as of `correct_for_annotator`.
     """
     table, held_out = _checked(counts, confusion)
     numbers, rates = np.rint(table.sum(axis=1)).astype(np.int64), _shares(held_out)
-    t, draws = target_shares(target, len(held_out)), (resamples_for(num_resamples, len(table)), len(table))
-    annotated = np.random.default_rng(seed).multinomial(numbers, t @ rates, size=draws)
+    t, draws = target_shares(target, len(held_out)), (resamples_for(FLOOR_DRAWS, len(table)), len(table))
+    annotated = np.random.default_rng(0).multinomial(numbers, t @ rates, size=draws)
     return float(METRICS[metric].formula(project_to_simplex(annotated / numbers[:, None] @ _inverse(rates)), t).mean())
 
 
