@@ -22,7 +22,6 @@ from ..config import AuditConfig
 from ..data.captioned import CaptionedImages
 from ..data.encode import EncodedImages, encode_captions
 from ..errors import ConfigError
-from ..files import read_arrays
 from ..models.encoders import ClipEncoder
 from ..models.frozen import Denoiser
 from ..models.load import public_name
@@ -114,10 +113,9 @@ def read_by_model(
     prompts, every = prompt_of[data.caption_ids.numpy()], np.arange(len(data))
     some = np.sort(np.concatenate([np.flatnonzero(prompts == prompt)[:FIRST] for prompt in np.unique(prompts)]))
     stages = [some, every] if len(asked) > MOST_AT_ONCE and len(some) < len(every) else [every]
-    each, images = len(LEVELS) * DRAWS * sum(map(len, asked.values())), len(stages[0])
+    each, count = len(LEVELS) * DRAWS * sum(map(len, asked.values())), len(stages[0])
     more = f"; {len(every):,} images where they look uneven" if len(stages) > 1 else ""
-    forwards = f"{each * images:,} forwards, {each} for each of {images:,} images{more}"
-    note(f"Reading {len(asked)} in words takes {forwards}.")
+    note(f"Reading {len(asked)} in words takes {each * count:,} forwards, {each} for each of {count:,} images{more}.")
 
     def measure(values: Sequence[str], batch: torch.Tensor) -> dict[str, torch.Tensor]:
         captions = [data.captions[caption] for caption in data.caption_ids[batch].tolist()]
@@ -133,9 +131,9 @@ def read_by_model(
         for rows in stages:
             settings = repr((TEMPLATE, values, LEVELS, DRAWS, config.batch_size, config.seed))
             label, read, asked_rows = f"reading {name}", partial(measure, values), torch.from_numpy(rows)
-            made_of: list[str | bytes] = [settings, rows.tobytes()]
-            paths = in_shards(work_dir, made_of, label, read, denoiser, data, asked_rows, config, progress=progress)
-            scores = _likelier(np.concatenate([read_arrays(path)["losses"] for path in paths]).astype(np.float64))
+            made_of = (settings, rows.tobytes())
+            parts = in_shards(work_dir, made_of, label, read, denoiser, data, asked_rows, config, progress=progress)
+            scores = _likelier(torch.cat([part["losses"] for part in parts]).double().numpy())
             spent += len(rows) * len(LEVELS) * DRAWS * len(values)
             if len(rows) < len(data):
                 most = np.eye(len(values))[scores.mean(axis=0).argmax(axis=1)]

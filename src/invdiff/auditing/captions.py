@@ -140,11 +140,9 @@ def _parts_by_words(
     word, with_word = list(words)[tried[best]], inside[best] > 0
     if told_apart(sources, rows[with_word], rows[~with_word]) < norm.isf(LEVEL / len(tried)):
         return [(rows, said)]
-    return [
-        part
-        for own, how in ((rows[with_word], "with"), (rows[~with_word], "without"))
-        for part in _parts_by_words(own, words, sources, f"{said} and {how} {word!r}" if said else f"{how} {word!r}")
-    ]
+    before = f"{said} and " if said else ""
+    having = _parts_by_words(rows[with_word], words, sources, f"{before}with {word!r}")
+    return having + _parts_by_words(rows[~with_word], words, sources, f"{before}without {word!r}")
 
 
 def told_apart(sources: Sequence[NDArray[Any]], one: NDArray[Any], other: NDArray[Any]) -> float:
@@ -181,10 +179,8 @@ def words_that_state_groups(
         rare.append((labels == rarest(weights.sum(axis=0))).astype(int))
         used.append(caption_ids[rows])
     pooled = stating_words(data.captions, np.concatenate(used), np.concatenate(rare), certainty=0.99)
-    return (
-        {word: group for word, (group, *others) in stated.items() if not others},
-        {word for word, is_rare in pooled.items() if not is_rare},
-    )
+    of_one_group = {word: group for word, (group, *others) in stated.items() if not others}
+    return of_one_group, {word for word, is_rare in pooled.items() if not is_rare}
 
 
 def stating_words(

@@ -133,8 +133,7 @@ def collect_evidence(
         return measured | ({"upper": torch.stack(upper, dim=1)} if upper else {})
 
     rows = torch.arange(len(data))
-    paths = in_shards(work_dir, settings, "measuring", measure, denoiser, data, rows, config, progress=progress)
-    parts = [read_tensors(path) for path in paths]
+    parts = in_shards(work_dir, settings, "measuring", measure, denoiser, data, rows, config, progress=progress)
     losses = torch.cat([part["losses"] for part in parts]).numpy()
     upper = ShardedTensor([part["upper"] for part in parts]) if "upper" in parts[0] else None
     return Evidence(losses, ShardedTensor([part["features"] for part in parts]), upper)
@@ -151,10 +150,10 @@ def in_shards(
     config: AuditConfig,
     *,
     progress: bool,
-) -> list[Path]:
-    """Files of what `measure` says of images `rows` (n,), a batch at a time.
+) -> list[dict[str, torch.Tensor]]:
+    """What `measure` says of images `rows` (n,), a batch at a time, read from files of some of them each.
 
-    Those that lie in `work_dir`, of the same data, denoiser and `settings`, are kept, and several processes share the
+    Files that lie in `work_dir`, of the same data, denoiser and `settings`, are kept, and several processes share the
     work. `AuditError` where a measurement is not finite.
     """
     made_of = [data.model_fingerprint, data.data_fingerprint, *sorted(data.unreadable), str(data.resolution)]
@@ -173,7 +172,8 @@ def in_shards(
             )
         write_tensors(path, measured)
 
-    return in_files(folder / "evidence", rows, make, label, progress=progress, size=SHARD_SIZE)
+    paths = in_files(folder / "evidence", rows, make, label, progress=progress, size=SHARD_SIZE)
+    return [read_tensors(path) for path in paths]
 
 
 def paired_losses(

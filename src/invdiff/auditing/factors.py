@@ -73,10 +73,10 @@ def find_factors(
         cuts: dict[int, list[Cut]] = {}
         with progress_bar(f"weighing evidence of factor {number + 1}", len(judged), enabled=progress) as bar:
             for prompt, rows in judged.items():
-                own = [weights[rows] for weights in taken]
-                scores = margins.scores(prompt, names) if margins and not evidence.contrast_only else []
+                scores = list[Score]()
                 if not evidence.contrast_only:
-                    scores += component_scores(evidence, rows, config, own)
+                    scores += margins.scores(prompt, names) if margins else []
+                    scores += component_scores(evidence, rows, config, [weights[rows] for weights in taken])
                 if not any(prompt in factor for factor in search.factors):  # a factor cannot be taken out of them
                     scores += contrasts(evidence, rows, config)
                 rng = np.random.default_rng(derived_seed("cuts", config.seed, number, prompt))
@@ -205,10 +205,10 @@ class Shifts:
             matches = [(*_matched(reference, self.of(self.features[other], one.weights)), one) for one in alike]
             most = max(agreement for agreement, *_ in matches)
             near = [match for match in matches if match[0] >= NEARLY * most]
-            clearest = sorted(near, key=lambda match: _clarity(match[2]), reverse=True)
-            found = next((match for match in clearest if is_one(other, *match)), None)
-            if found is not None:
-                gathered[other] = _ordered(found[2], found[1])
+            for agreement, columns, match in sorted(near, key=lambda match: _clarity(match[2]), reverse=True):
+                if is_one(other, agreement, columns, match):
+                    gathered[other] = _ordered(match, columns)
+                    break
         ranked = sorted(gathered, key=lambda one: -len(self._members[one]))
         order = np.argsort(-gathered[ranked[0]].weights.sum(axis=0), kind="stable")
         return {one: _ordered(gathered[one], order) for one in ranked}

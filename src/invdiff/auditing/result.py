@@ -142,8 +142,7 @@ class AuditWords:
 
     def of(self, prompt: int | None, group: int, factor: int = 0) -> GroupWords | None:
         """The words of a group under a prompt, or over all prompts for None; None where it has no entry."""
-        wanted = (prompt, factor, group)
-        return next((entry for entry in self.groups if (entry.prompt, entry.factor, entry.group) == wanted), None)
+        return next((e for e in self.groups if (e.prompt, e.factor, e.group) == (prompt, factor, group)), None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -139,28 +139,26 @@ def audit(
         settings["dtype"] = half[0]
 
     def conclude() -> Audit:
-        once = distinct(encoded, encoded.caption_ids)
-        prompts, notes = part_by_images(prompt_of, encoded, evidence.whitened(config.seed), config.min_images, once)
+        sources, once = evidence.whitened(config.seed), distinct(encoded, encoded.caption_ids)
+        prompts, notes = part_by_images(prompt_of, encoded, sources, config.min_images, once)
+        of_image = prompts[encoded.caption_ids.numpy()]
+        by_words, unlike = readings, distinct(encoded, of_image)
         look: dict[str, Any] = {"cache_dir": cache_dir / "words", "progress": progress}
-        by_words, unlike = readings, distinct(encoded, torch.from_numpy(prompts)[encoded.caption_ids])
         if wanted and images is not None and config.words_model:
             by_words = read_by_clip(ClipEncoder.load(config.words_model), images, rows, wanted, **look)
 
         def once_each(chosen: NDArray[Any]) -> NDArray[np.bool_]:
             """Of images `chosen` (n,), whether each is none of a copy, whatever their prompts."""
-            together = torch.full((len(encoded),), -1)
+            together = np.full(len(encoded), -1)
             together[chosen] = 0
             return distinct(encoded, together)[chosen]
 
         def asked(judged: Mapping[int, NDArray[Any]]) -> Search:
-            prompt_of = prompts[encoded.caption_ids.numpy()]
-            sources = evidence.whitened(config.seed)
-            margins = Margins(sources, prompt_of).of_pairs() if few else np.zeros((len(prompt_of), 0))
+            margins = Margins(sources, of_image).of_pairs() if few else np.zeros((len(of_image), 0))
             learned = []
             for name, of in few.items():
-                apart = torch.from_numpy(np.where([bool(label) for label in of], prompt_of, -1))
-                once = distinct(encoded, apart)
-                learned.append(spread_labels(name, of, sources, margins, prompt_of, once, config.level))
+                once = distinct(encoded, np.where([bool(label) for label in of], of_image, -1))
+                learned.append(spread_labels(name, of, sources, margins, of_image, once, config.level))
             search = given_factors([*given, *learned], judged, config)
             return asked_factors(search, by_words, encoded, unlike, config, judged)
 
@@ -220,18 +218,17 @@ def infer(
 
     # What captions state is not hidden: of each factor, the group that an image's caption states, or -1.
     stated = np.full((len(data), len(search.factors)), -1)
-    words: list[dict[int, dict[str, int]]] = []
+    words: dict[tuple[int, int], dict[str, int]] = {}  # by factor and prompt
     for m, cuts in enumerate(search.factors):
         group_of, usual = words_that_state_groups(data, {p: (members[p], cut.weights) for p, cut in cuts.items()})
         group_of |= search.words.get(m, {})
-        words.append({})
         for prompt, cut in cuts.items():
             named = set.intersection(*(set(words_in(text)) for text in _captions_of(data, members[prompt])))
             of_usual = dict.fromkeys(usual - named, int(cut.weights.sum(axis=0).argmax()))  # not the prompt's own name
             by_caption = np.array([stated_group(caption, group_of) for caption in data.captions])
             by_usual = np.array([stated_group(caption, of_usual) for caption in data.captions])
             stated[members[prompt], m] = np.where(by_caption < 0, by_usual, by_caption)[caption_ids[members[prompt]]]
-            words[m][prompt] = of_usual | group_of
+            words[m, prompt] = of_usual | group_of
 
     prompt_ids, prompts = np.zeros(len(data), dtype=np.int64), list[PromptAudit]()
     sizes = [next(iter(cuts.values())).candidate.num_groups for cuts in search.factors] or [2]
@@ -266,22 +263,19 @@ def infer(
             if splitting:
                 reason = "split by " + " and ".join(search.factors[m][prompt].candidate.evidence for m in splitting)
             elif max(key, default=-1) >= 0:
-                stating = [(words[m][prompt], group) for m, group in enumerate(key) if group >= 0]
+                stating = [(words[m, prompt], group) for m, group in enumerate(key) if group >= 0]
                 here_said = set(words_in(" ".join(captions)))
                 saying = {word for of, group in stating for word, k in of.items() if k == group and word in here_said}
                 reason, candidates = f"its captions state the group (words: {', '.join(sorted(saying))})", []
-            elif why:
-                reason = unsplit
             else:
-                reason = why_not(len(rows), candidates, config)
-            power = search.power.get(prompt, "")
-            found = bool(splitting)
+                reason = unsplit if why else why_not(len(rows), candidates, config)
             said = [notes[prompt]] if notes and prompt in notes else []
-            said += [unsplit] * bool(found and refused)
+            said += [unsplit] if splitting and refused else []
             for m in known if asked else ():
                 if few := np.count_nonzero(~known[m]):
                     lacking = f"{few:,} of {len(own):,} images, which count in no share"
                     said.append(f"no group of {search.names[m]!r} is known of {lacking}")
+            found, power = bool(splitting), search.power.get(prompt, "")
             prompts.append(PromptAudit(captions[0], captions, len(own), found, reason, power, said, candidates))
     factors: list[Factor] = []
     used = [m for m, of in enumerate(splits) if of]  # what captions state under every prompt is not hidden
@@ -300,12 +294,12 @@ def _captions_of(data: EncodedImages, rows: NDArray[Any]) -> list[str]:
     return [data.captions[k] for k in ids[np.argsort(-counts, kind="stable")]]
 
 
-def distinct(data: EncodedImages, prompt_of: torch.Tensor) -> NDArray[np.bool_]:
+def distinct(data: EncodedImages, prompt_of: torch.Tensor | NDArray[Any]) -> NDArray[np.bool_]:
     """Whether each image is the first of its prompt, `prompt_of` (N,), of those that are nearly the same, (N,).
 
     Images of prompt -1 are not compared, and count as such.
     """
-    count, size = len(data), data.latents.shape[1:].numel()
+    count, size, prompt_of = len(data), data.latents.shape[1:].numel(), torch.as_tensor(prompt_of)
     basis = torch.randn(size, 64, generator=generator("near-duplicates")) / size**0.5
     sketch = torch.cat([data.latents[rows].float().flatten(1) @ basis for rows in torch.arange(count).split(AT_ONCE)])
     near, first = ALMOST * (sketch - sketch.mean(dim=0)).norm(dim=1).median(), torch.ones(count, dtype=torch.bool)

@@ -165,12 +165,10 @@ def why_not(num_images: int, candidates: Sequence[Candidate], config: AuditConfi
     """The reason, in words, why no hidden group is found under a prompt: what is wrong with its clearest cut."""
     if too_few(num_images, config):
         return f"too few images to judge ({num_images}; at least {max(config.min_images, 4)} are needed)"
-    if not candidates and config.num_groups > 2:
-        return f"no hidden group: nothing that was measured shows {config.num_groups} humps"
-    if not candidates:
-        return "no hidden group: nothing that was measured varies between the images"
-    best = candidates[0]
-    return f"no hidden group: by the clearest evidence, {best.evidence}, {best.refusal}"
+    if candidates:
+        return f"no hidden group: by the clearest evidence, {candidates[0].evidence}, {candidates[0].refusal}"
+    lacking = f"shows {config.num_groups} humps" if config.num_groups > 2 else "varies between the images"
+    return f"no hidden group: nothing that was measured {lacking}"
 
 
 def rarest(mass: NDArray[Any]) -> int:

@@ -64,8 +64,7 @@ def describe_groups(
     texts = texts - texts.mean(axis=0)
     samples = list(_samples(found, distinct, config.seed))
     shown = np.unique(np.concatenate([positions for *_, positions, _ in samples]))
-    digest = encoder.features_digest()
-    features = cached_features(cache_dir, digest, data, rows[shown], encoder.extract, progress)
+    features = cached_features(cache_dir, encoder.features_digest(), data, rows[shown], encoder.extract, progress)
     images, judged = normalize(features.astype(float)), []
     for prompt, factor, positions, labels in samples:
         scores = images[np.searchsorted(shown, positions)] @ texts.T
