@@ -129,9 +129,8 @@ def read_by_model(
     readings, spent = list[Reading](), 0
     for name, values in asked.items():
         for rows in stages:
-            settings = repr((TEMPLATE, values, LEVELS, DRAWS, config.batch_size, config.seed))
             label, read, asked_rows = f"reading {name}", partial(measure, values), torch.from_numpy(rows)
-            made_of = (settings, rows.tobytes())
+            made_of = (repr((TEMPLATE, values, LEVELS, DRAWS, config.batch_size, config.seed)), rows.tobytes())
             parts = in_shards(work_dir, made_of, label, read, denoiser, data, asked_rows, config, progress=progress)
             scores = _likelier(torch.cat([part["losses"] for part in parts]).double().numpy())
             spent += len(rows) * len(LEVELS) * DRAWS * len(values)

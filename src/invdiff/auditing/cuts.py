@@ -75,16 +75,14 @@ def weigh(scores: Sequence[Score], distinct: _Array, config: AuditConfig, rng: n
             humps = fit_humps(values[distinct], mixture)
             weights = (humps or mixture).posterior(values)
             shares, intervals = weights.mean(axis=0), share_intervals(weights)
-            nearly = np.ptp(shares) < LEAST_DIFFERENCE
-            if score.of_prompt and (nearly or min(high for _, high in intervals) >= 0.5):
+            if score.of_prompt and (np.ptp(shares) < LEAST_DIFFERENCE or min(high for _, high in intervals) >= 0.5):
                 refusal = "the groups are even: a style, not a spurious attribute"
             mixture = humps.gaussians if humps else mixture
             log_e = max(log_e_value(score.learn, values, size, rotations), NOT_TESTED)
             # Of the groups that the versions of a score give, each cut on its own.
             draws = score.draws[:, distinct]
             labels = [fit_mixture(draw, size, quick=True).posterior(draw).argmax(axis=1) for draw in draws]
-            pairs = [adjusted_rand_score(a, b) for a, b in combinations(labels, 2)]
-            agreement = float(np.mean(pairs or [0.0]))
+            agreement = float(np.mean([adjusted_rand_score(a, b) for a, b in combinations(labels, 2)] or [0.0]))
         figures = (round(agreement, 4), round(float(mixture.separation), 4), round(lowest, 4), round(log_e, 4))
         candidate = Candidate(score.evidence, size, [round(float(share), 4) for share in shares], *figures, refusal)
         cuts.append(Cut(candidate, score, weights, intervals))

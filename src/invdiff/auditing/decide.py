@@ -206,8 +206,7 @@ def share_intervals(posterior: _Array) -> list[tuple[float, float]]:
     """
     odds = logit(posterior.mean(axis=0).clip(1e-12, 1 - 1e-12))
     half = 1.96 / np.maximum(posterior.std(axis=0) * np.sqrt(len(posterior)), 1e-12)
-    ends = expit([odds - half, odds + half])
-    return [(round(float(low), 4), round(float(high), 4)) for low, high in ends.T]
+    return [(round(float(low), 4), round(float(high), 4)) for low, high in expit([odds - half, odds + half]).T]
 
 
 def num_modes(mixture: Mixture) -> int:
@@ -245,8 +244,7 @@ def log_e_value(
     for known, held_out in rotations if rotations[0][1].sum() > 1 else ():  # else all are nearly the same
         learned = [one for one in learn(known) if np.ptp(one[known]) > 0 and np.ptp(one[held_out]) > 0]
         if learned:
-            alike = [abs(np.corrcoef(one, scores)[0, 1]) for one in learned]
-            chosen = learned[int(np.argmax(alike))]
+            chosen = max(learned, key=lambda one: abs(np.corrcoef(one, scores)[0, 1]))
             own, evidence = chosen[known], chosen[held_out]
             mixture = fit_mixture(own, num_groups, quick=True)
             likelihoods = [mixture.log_density(evidence).sum()]

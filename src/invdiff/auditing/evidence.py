@@ -96,11 +96,10 @@ def whitened(features: ShardedTensor, part: Any, *, seed: int) -> Whitened:
     size = min(WHITENED, max(count // IMAGES_PER_WHITENED, 2), int(varies.sum()), len(sample) - 1)
     pca = PCA(size, whiten=True, svd_solver="randomized", random_state=seed).fit(standard(sample))
     batches = np.array_split(np.arange(count), -(-count // FITTED))
-    projected = (pca.transform(standard(features.numpy(rows)[part])) for rows in batches)
-    values = np.concatenate([batch.astype(np.float32) for batch in projected])
+    projected = [pca.transform(standard(features.numpy(rows)[part])).astype(np.float32) for rows in batches]
     basis, components = np.zeros((len(mean), size)), pca.components_.T / np.sqrt(pca.explained_variance_)
     basis[varies] = components / scale[varies, None]
-    return Whitened(values, basis, -mean @ basis - pca.mean_ @ components)
+    return Whitened(np.concatenate(projected), basis, -mean @ basis - pca.mean_ @ components)
 
 
 def collect_evidence(

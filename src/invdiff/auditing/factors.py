@@ -60,7 +60,6 @@ def find_factors(
     `judged` has the images of each prompt that has enough, indices (n,); `names` are the prompts' for people;
     `distinct` (N,) is false for images that are nearly the same as another.
     """
-    sources = evidence.whitened(config.seed)
     prompt_of = np.full(len(distinct), -1)
     for prompt, rows in judged.items():
         prompt_of[rows] = prompt
@@ -68,7 +67,7 @@ def find_factors(
     taken: list[_Array] = []
     most = config.max_factors or (4 if len(judged) > 1 else 1)
     for number in range(most if judged else 0):
-        remaining = [without(source, taken, prompt_of) for source in sources]
+        remaining = [without(source, taken, prompt_of) for source in evidence.whitened(config.seed)]
         margins = Margins(remaining, prompt_of) if len(judged) > 1 and remaining else None
         cuts: dict[int, list[Cut]] = {}
         with progress_bar(f"weighing evidence of factor {number + 1}", len(judged), enabled=progress) as bar:
@@ -144,7 +143,6 @@ def _clarity(cut: Cut) -> tuple[float, float]:
 
 
 def _refuse(cuts: list[Cut], cut: Cut, words: str) -> None:
-    """Mark one of a prompt's cuts as refused."""
     cuts[cuts.index(cut)] = replace(cut, candidate=replace(cut.candidate, refusal=words))
 
 
@@ -243,7 +241,6 @@ def _matched(reference: _Array, offsets: _Array) -> tuple[float, _Array]:
 
 
 def _ordered(cut: Cut, order: _Array) -> Cut:
-    """A cut with its columns in another order."""
     shares = [cut.candidate.shares[column] for column in order]
     intervals = [cut.intervals[column] for column in order] if cut.intervals else []
     return Cut(replace(cut.candidate, shares=shares), cut.score, cut.weights[:, order], intervals)

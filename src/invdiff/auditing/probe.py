@@ -178,8 +178,7 @@ def _calibration(logits: _Array, truth: _Array, cell: _Array, prompts: _Array) -
         found = log_softmax(x[0] * logits / unit + prompts @ offsets, axis=1)
         slope = weights * (np.exp(found) - targets)
         penalties = np.append(SLOPE_PENALTY, np.full(offsets.size, OFFSET_PENALTY))
-        of_offsets = prompts.T @ slope
-        gradient = np.append((slope * logits / unit).sum(), of_offsets) + penalties * x
+        gradient = np.append((slope * logits / unit).sum(), prompts.T @ slope) + penalties * x
         return float(-(weights * targets * found).sum() + (penalties * x**2).sum() / 2), gradient
 
     size = prompts.shape[1] * logits.shape[1]

@@ -233,11 +233,11 @@ def components(features: _Array, source: str, *, seed: int, taken: Sequence[_Arr
     scores = []
     for size in sorted({min(size, most) for size in sizes}):
         for shape in SHAPES:
-            fit = partial(_independent, fitted[:, :size], shape, seed)
-            if (ica := fit(np.isin(np.arange(n), used))) is None:
+            fit = cache(partial(_independent, fitted[:, :size], shape, seed))  # once for all components
+            if (ica := fit(np.isin(np.arange(n), used).tobytes())) is None:
                 continue
             projected = ica.transform(whitened[:, :size]).reshape(n, draws, -1)
-            learn = _remembered(fit, fitted[:, :size])
+            learn = partial(_learned, fit, fitted[:, :size])
             for component, values in enumerate(projected.transpose(2, 1, 0), start=1):
                 sign = 1.0 if skew(values.mean(axis=0)) >= 0 else -1.0  # the rarer group scores high
                 name = f"{source}, {shape} component {component} of {size}"
@@ -245,27 +245,21 @@ def components(features: _Array, source: str, *, seed: int, taken: Sequence[_Arr
     return scores
 
 
-def _independent(whitened: _Array, shape: str, seed: int, known: NDArray[np.bool_]) -> FastICA | None:
-    """FastICA of the rows `known` (n,) of whitened features (n, size); None where no such direction is left."""
+def _independent(whitened: _Array, shape: str, seed: int, known: bytes) -> FastICA | None:
+    """FastICA of rows of whitened features (n, size), by a mask's bytes; None where no such direction is left."""
     ica = FastICA(whiten="unit-variance", max_iter=100, tol=1e-3, random_state=seed, **SHAPES[shape])
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore", ConvergenceWarning)  # a component that does not settle refutes nothing
         warnings.simplefilter("ignore", RuntimeWarning)
         try:
-            return ica.fit(whitened[known])
+            return ica.fit(whitened[np.frombuffer(known, dtype=bool)])
         except ValueError:  # no direction of this shape is left: its update is 0 / 0
             return None
 
 
-def _remembered(fit: Callable[[NDArray[np.bool_]], FastICA | None], whitened: _Array) -> Learn:
-    """The components of whitened features, fitted once for each set of known images that several scores share."""
-
-    @cache
-    def learned(known: bytes) -> list[_Array]:
-        ica = fit(np.frombuffer(known, dtype=bool))
-        return [] if ica is None else list(ica.transform(whitened).T)
-
-    return lambda known: learned(known.tobytes())
+def _learned(fit: Callable[[bytes], FastICA | None], whitened: _Array, known: NDArray[np.bool_]) -> list[_Array]:
+    ica = fit(known.tobytes())
+    return [] if ica is None else list(ica.transform(whitened).T)
 
 
 def component_scores(
