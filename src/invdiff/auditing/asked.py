@@ -44,9 +44,8 @@ def columns_asked(data: CaptionedImages, rows: NDArray[Any], names: Sequence[str
     found = []
     for name in names:
         if name not in data.attributes:
-            raise DataError(
-                f"Expected a column {name!r} in the data, found {known_columns(data)}. Check the spelling, or add it."
-            )
+            remedy = "Check the spelling, or add it."
+            raise DataError(f"Expected a column {name!r} in the data, found {known_columns(data)}. {remedy}")
         every = labels_in(name, zip(data.attributes[name], data.names, strict=True), DataError)
         labels = np.array(every, dtype=object)[rows]
         values = sorted(set(labels) - {""})
@@ -88,10 +87,8 @@ def labels_asked(labels: Labels | None, names: Sequence[str], skipped: Iterable[
         needed += [f"{LEAST_LABELS} of another value"] * (2 - len(counts))
         if needed:
             said = ", ".join(f"{value} ({count})" for value, count in counts) or "none"
-            raise DataError(
-                f"Expected labels of two values of {attribute!r} or more, of {LEAST_LABELS} images each or more, "
-                f"found {said}: {', '.join(needed)} are needed."
-            )
+            wanted = f"labels of two values of {attribute!r} or more, of {LEAST_LABELS} images each or more"
+            raise DataError(f"Expected {wanted}, found {said}: {', '.join(needed)} are needed.")
     return found
 
 

@@ -174,13 +174,13 @@ def asked_factors(
         values, weighed = reading.values, dict[tuple[int, int], Cut]()  # by prompt and value
         search.record.setdefault("ask", {})[reading.name] = {"values": list(values), "reader": reader}
         both = " and ".join(map(repr, values))
-        evidence = [both] * 2 if len(values) == 2 else list(map(repr, values))
         words = {value.lower(): place for place, value in enumerate(values)}
         stated = np.array([stated_group(caption, words) for caption in data.captions])[data.caption_ids]
         for prompt, rows in judged.items() if len(reading.scores) else ():
             silent = rows[stated[rows] < 0]
-            for value in () if too_few(len(silent), config) else range(len(values) == 2, len(evidence)):
-                score = not_learned(evidence[value], reading.scores[:, silent, value])
+            for value in () if too_few(len(silent), config) else range(len(values) == 2, len(values)):
+                evidence = both if len(values) == 2 else repr(values[value])
+                score = not_learned(evidence, reading.scores[:, silent, value])
                 rng = np.random.default_rng(derived_seed("asked", config.seed, reading.name, value, prompt))
                 for cut in weigh([score], distinct[silent], two, rng):
                     weighed[prompt, value] = cut
@@ -188,12 +188,11 @@ def asked_factors(
         told: dict[int, dict[int, Cut]] = {}
         for (prompt, value), cut in compress(weighed.items(), e_bh(log_e, config.level / len(readings))):
             told.setdefault(prompt, {})[value] = cut
-        columns, names = [0, 1], list(values)
+        columns = sorted({value for of in told.values() for value in of}) if len(values) > 2 else [0, 1]
+        names = [values[column] for column in columns]
         factor = {prompt: next(iter(of.values())) for prompt, of in told.items()}
         if len(values) > 2:
-            columns = sorted({value for of in told.values() for value in of})
             weights = {prompt: _joined(of, columns, config.min_share) for prompt, of in told.items()}
-            names = [values[column] for column in columns]
             # Images are left over, or captions state a value that is told apart nowhere.
             if any(of[:, -1].any() for of in weights.values()) or not set(stated) <= {-1, *columns}:
                 names.append(REST if REST not in words else f"{REST} than these")

@@ -65,10 +65,9 @@ def read_clicks(path: Path, name: str) -> dict[str, str]:
         return {}
     table = read_table(path, required=("file_name", name))
     if others := [column for column in table.columns if column not in ("file_name", name)]:
-        raise DataError(
-            f"Expected columns file_name and {name} alone in {path}, which clicks write anew, found also "
-            f"{', '.join(others)}. Rename the file, and give it to `invdiff audit --labels`."
-        )
+        wanted = f"columns file_name and {name} alone in {path}, which clicks write anew"
+        remedy = "Rename the file, and give it to `invdiff audit --labels`."
+        raise DataError(f"Expected {wanted}, found also {', '.join(others)}. {remedy}")
     return {row["file_name"]: row[name] for row in table.rows}
 
 

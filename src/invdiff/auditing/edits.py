@@ -141,10 +141,8 @@ def apply(audit: Audit, edits: Edits) -> Audit:
             return split
         own = weights[m][prompt_ids == split.prompt]
         if not known_rows(own).any():
-            raise AuditError(
-                f"Expected an image of “{captions[split.prompt]}” of which {plain.factors[m].name} is known, got "
-                "none. Put one back."
-            )
+            wanted = f"an image of “{captions[split.prompt]}” of which {plain.factors[m].name} is known"
+            raise AuditError(f"Expected {wanted}, got none. Put one back.")
         return split.with_shares_of(own)
 
     found = [replace(of, splits=[edited(m, split) for split in of.splits]) for m, of in enumerate(plain.factors)]

@@ -103,12 +103,7 @@ def whitened(features: ShardedTensor, part: Any, *, seed: int) -> Whitened:
 
 
 def collect_evidence(
-    denoiser: Denoiser,
-    data: EncodedImages,
-    config: AuditConfig,
-    *,
-    work_dir: Path,
-    progress: bool = True,
+    denoiser: Denoiser, data: EncodedImages, config: AuditConfig, *, work_dir: Path, progress: bool = True
 ) -> Evidence:
     """Measure every image, in shards in `work_dir` that a stopped run keeps and several processes share."""
     settings = [
@@ -150,7 +145,7 @@ def in_shards(
     *,
     progress: bool,
 ) -> list[dict[str, torch.Tensor]]:
-    """What `measure` says of images `rows` (n,), a batch at a time, read from files of some of them each.
+    """What `measure` says of images `rows` (n,), a batch at a time; a part for each file of `SHARD_SIZE` images.
 
     Files that lie in `work_dir`, of the same data, denoiser and `settings`, are kept, and several processes share the
     work. `AuditError` where a measurement is not finite.

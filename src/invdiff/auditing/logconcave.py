@@ -46,10 +46,9 @@ def max_log_likelihood(x: _Array, *, tol: float = 1e-3) -> float:
     x = np.add.reduceat(x, starts) / (weights * count)
     bound, _, _ = _certified_maximum(x - weights @ x, weights, tol / count)
     if np.isnan(bound):
-        raise AuditError(
-            f"Expected the best log-concave density of {count} scores within {tol:g} nats, got none in {MOST_ROUNDS} "
-            "rounds. Ask for a larger tol, or leave out extreme scores."
-        )
+        wanted = f"the best log-concave density of {count} scores within {tol:g} nats"
+        remedy = "Ask for a larger tol, or leave out extreme scores."
+        raise AuditError(f"Expected {wanted}, got none in {MOST_ROUNDS} rounds. {remedy}")
     return float(count * (bound - np.log(extent) - np.log(spread)))
 
 

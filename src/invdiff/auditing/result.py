@@ -276,20 +276,16 @@ class Audit:
         images = self.settings["data_fingerprint"]
         if images != fingerprint or names not in (None, self.names):
             others = fingerprint if names is None else f"{len(names)}, fingerprint {fingerprint}"
-            raise AuditError(
-                f"Expected the images that were audited ({len(self.names)}, fingerprint {images}), got others "
-                f"({others}). Audit these first, or give those that were audited, with the same captions and options, "
-                "such as --split."
-            )
+            audited = f"the images that were audited ({len(self.names)}, fingerprint {images})"
+            remedy = "give those that were audited, with the same captions and options, such as --split."
+            raise AuditError(f"Expected {audited}, got others ({others}). Audit these first, or {remedy}")
 
     def check_found(self) -> None:
         """Raise `AuditError` where there is nothing to balance."""
         if not self.biased:
-            raise AuditError(
-                "Expected an audit that found a hidden group, got one that found none: there is nothing to "
-                "balance. See the reasons in its audit.json"
-                + ("." if self.asked else "; `audit --solver exact` would split the images regardless.")
-            )
+            wanted = "an audit that found a hidden group, got one that found none: there is nothing to balance"
+            more = "" if self.asked else "; `audit --solver exact` would split the images regardless"
+            raise AuditError(f"Expected {wanted}. See the reasons in its audit.json{more}.")
 
     def save(self, folder: str | Path) -> Path:
         """Write `audit.safetensors` and `audit.json` to `folder`, as inferred, and words and edits beside them.

@@ -233,7 +233,7 @@ def components(features: _Array, source: str, *, seed: int, taken: Sequence[_Arr
     scores = []
     for size in sorted({min(size, most) for size in sizes}):
         for shape in SHAPES:
-            fit = cache(partial(_independent, fitted[:, :size], shape, seed))  # once for all components
+            fit = cache(partial(_independent, fitted[:, :size], shape, seed))  # one fit serves all its components
             if (ica := fit(np.isin(np.arange(n), used).tobytes())) is None:
                 continue
             projected = ica.transform(whitened[:, :size]).reshape(n, draws, -1)
@@ -246,7 +246,7 @@ def components(features: _Array, source: str, *, seed: int, taken: Sequence[_Arr
 
 
 def _independent(whitened: _Array, shape: str, seed: int, known: bytes) -> FastICA | None:
-    """FastICA of rows of whitened features (n, size), by a mask's bytes; None where no such direction is left."""
+    """FastICA of whitened features (n, size) of rows `known`, a mask's bytes; None where no direction is left."""
     ica = FastICA(whiten="unit-variance", max_iter=100, tol=1e-3, random_state=seed, **SHAPES[shape])
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore", ConvergenceWarning)  # a component that does not settle refutes nothing
