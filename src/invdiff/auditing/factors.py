@@ -213,8 +213,7 @@ class Shifts:
 
     def transferred(self, prompt: int, cut: Cut, other: int, names: Mapping[int, str]) -> Score:
         """The images of another prompt along the shift of a cut's rarest group: nothing of it is learned from them."""
-        rare = int(cut.weights.sum(axis=0).argmin())
-        shift = self.of(self.features[prompt], cut.weights)[rare]
+        shift = self.of(self.features[prompt], cut.weights)[cut.weights.sum(axis=0).argmin()]
         parts = zip(np.split(self.features[other], self._ends, axis=1), np.split(shift, self._ends), strict=True)
         draws = np.stack([features @ part for features, part in parts])  # along each source's part of the shift
         values = draws.sum(axis=0)

@@ -162,8 +162,8 @@ def audit(
             search = given_factors([*given, *learned], judged, config)
             return asked_factors(search, by_words, encoded, unlike, config, judged)
 
-        ways: dict[str, Any] = {"asked": asked if given or few or by_words else None, "progress": progress}
-        found = infer(encoded, evidence, prompts, config, notes=notes, distinct=unlike, **ways)
+        how = asked if given or few or by_words else None
+        found = infer(encoded, evidence, prompts, config, notes=notes, distinct=unlike, asked=how, progress=progress)
         if not evidence.contrast_only:
             own = evidence.sources(config.seed)
             own = own[: len(own) - (0 if vision is None else vision.shape[1])]  # all but a vision encoder's

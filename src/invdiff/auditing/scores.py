@@ -209,7 +209,7 @@ def not_learned(evidence: str, draws: _Array, *, of_prompt: bool = False) -> Sco
     return Score(evidence, draws, lambda known: [mean], of_prompt)
 
 
-def components(features: _Array, source: str, *, seed: int, taken: Sequence[_Array] = ()) -> list[Score]:
+def components(features: _Array, source: str, *, seed: int, taken: Sequence[_Array]) -> list[Score]:
     """Independent components of features (n, draws, D) from a named source, as scores.
 
     A hidden factor is close to one direction of the features, but seldom among the largest. With too few whitened
@@ -262,9 +262,7 @@ def _learned(fit: Callable[[bytes], FastICA | None], whitened: _Array, known: ND
     return [] if ica is None else list(ica.transform(whitened).T)
 
 
-def component_scores(
-    evidence: Evidence, rows: _Array, config: AuditConfig, taken: Sequence[_Array] = ()
-) -> list[Score]:
+def component_scores(evidence: Evidence, rows: _Array, config: AuditConfig, taken: Sequence[_Array]) -> list[Score]:
     """The components of the middle features of images `rows`, and of a vision encoder's."""
     levels = " and ".join(f"{level:g}" for level in config.feature_log_snr)
     scores = components(evidence.features.numpy(rows), f"features at log-SNR {levels}", seed=config.seed, taken=taken)
