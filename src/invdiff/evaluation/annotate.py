@@ -83,7 +83,7 @@ def describe_images(
     if isinstance(images, CaptionedImages):
         images = (image for _, image in readable_images(images, "reference", progress=progress, unreadable=unreadable))
     stream, start = iter(images), 0
-    classes, probabilities, features = (defaultdict[str, list[NDArray[Any]]](list) for _ in range(3))
+    classes, probabilities, features = kinds = [defaultdict[str, list[NDArray[Any]]](list) for _ in range(3)]
     while batch := list(islice(stream, batch_size)):
         rows = [item for item in batch if isinstance(item, Row)]
         pixels: list[Any] = [] if rows else batch
@@ -109,6 +109,5 @@ def describe_images(
         start += len(batch)
         if bar is not None:
             bar.advance(len(batch))
-    kinds: Any = (classes, probabilities, features)
     joined: Any = [{name: np.concatenate(parts) for name, parts in kind.items()} for kind in kinds]
     return Described(joined[0], joined[1], joined[2], unreadable)

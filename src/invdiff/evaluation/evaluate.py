@@ -236,14 +236,13 @@ def _notes(results: Results, annotator: Judge, question: Question, prompts: Sequ
         larger = "distances such as Fréchet's are larger of fewer images"
         notes.append(f"images of a prompt number {numbers[0]:,} to {numbers[-1]:,}: {weighed}, and {larger}")
     for model, key, measures in results.each():
-        where = f"{model} at guidance scale {key}"
         said = [of.note for of in measures.attributes.values()]
         said += [measures.subject_accuracy.note] if measures.subject_accuracy else []
         if len(question.attributes) > 1:
             joint = measures.attributes.get(" x ".join(question.attributes))
             if missing := len(prompts) - len(joint.counts if joint else ()):
                 said.append(f"figures of the intersection leave out {missing} of {len(prompts)} prompts")
-        notes += [f"{where}: {note}" for note in dict.fromkeys(said) if note]
         if results.baseline and key not in results.models[results.baseline]:
-            notes.append(f"{where}: {results.baseline} has no images at this guidance scale to compare seed by seed")
+            said.append(f"{results.baseline} has no images at this guidance scale to compare seed by seed")
+        notes += [f"{model} at guidance scale {key}: {note}" for note in dict.fromkeys(said) if note]
     return notes
