@@ -146,9 +146,8 @@ class GuidanceModule(Guidance):
         # f~ = f + Delta g_psi(z_t, t, Phi(y), e)
         found = frozen(call.noisy_latents, call.timesteps, call.condition)
         model_pred, features = (values.float() for values in found)
-        latents, timesteps, groups = (
-            values.to(frozen.device) for values in (call.noisy_latents, call.timesteps, rows.environments)
-        )
+        read = (call.noisy_latents, call.timesteps, rows.environments)
+        latents, timesteps, groups = (values.to(frozen.device) for values in read)
         condition = to(call.condition, frozen.device, torch.float32)
         shift = self.forward(latents, timesteps, condition, model_pred, features, groups)
         return model_pred + rows.strength(shift) * shift, features

@@ -172,9 +172,9 @@ def draw_batch(
     part = slice(rank * share, (rank + 1) * share)
     latents, noise, timesteps = data.latents[rows[part]].to(device), noise[part].to(device), timesteps[part].to(device)
     noisy_latents, target = schedule.add_noise(latents, noise, timesteps), schedule.target(latents, noise, timesteps)
-    own, others = data.condition(captions[part]), {name: of[unrelated[part]] for name, of in data.unrelated.items()}
-    for name, values in others.items():
-        own[name][replaced[part]] = values[replaced[part]]
+    own = data.condition(captions[part])
+    for name, values in data.unrelated.items():
+        own[name][replaced[part]] = values[unrelated[part][replaced[part]]]
     condition, held = to(own, device, torch.float32), preserved[part].to(device)
     if held.any():
         some = {name: values[held] for name, values in condition.items()}
