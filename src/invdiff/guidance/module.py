@@ -36,8 +36,7 @@ class InvariantEncoder(nn.Module):
     def forward(self, condition: Condition) -> torch.Tensor:
         """From `prompt_embeds` (batch, tokens, prompt_dim) and a mask (batch, tokens) if any to (batch, code_dim)."""
         tokens = self.norm(condition["prompt_embeds"])
-        mask = condition.get("prompt_attention_mask")
-        if mask is not None:
+        if (mask := condition.get("prompt_attention_mask")) is not None:
             mask = mask.reshape(len(tokens), 1, -1) > 0
         queries = self.queries.expand(len(tokens), -1, -1)
         pooled = F.scaled_dot_product_attention(queries, self.key(tokens), self.value(tokens), attn_mask=mask)

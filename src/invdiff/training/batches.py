@@ -70,9 +70,8 @@ class GroupBalancedSampler:
             place = int(torch.searchsorted(cumulative[group], mass, right=True))
             rows[index] = self._rows[prompt][min(place, cumulative.shape[1] - 1)]
             chosen[index] = group
-        environments = torch.stack(
-            [torch.multinomial(weights[rows].float(), 1, generator=rng)[:, 0] for weights in self.group_weights], dim=1
-        )
+        drawn = [torch.multinomial(weights[rows].float(), 1, generator=rng) for weights in self.group_weights]
+        environments = torch.cat(drawn, dim=1)
         environments[torch.arange(size), factors] = chosen
         return rows, factors, environments
 

@@ -80,8 +80,7 @@ def train(
             raise ConfigError(
                 "Expected the images that were audited, which the model did not draw itself, got none. Give DATA."
             )
-        kept = Path(cache_dir) if cache_dir else default_cache_dir()
-        data = own_images(pipe, audit.settings, kept, progress=progress)
+        data = own_images(pipe, audit.settings, Path(cache_dir or default_cache_dir()), progress=progress)
     data = as_encoded(pipe, data, cache_dir, resolution=audit.settings.get("resolution", 0), progress=progress)
     model = denoiser_fingerprint(pipe)
     audit.check_matches(data, model)
