@@ -58,6 +58,8 @@ def family_of(pipe: Any) -> Family:
     if isinstance(network, UNet2DModel):  # of pixels only
         parts = {name: getattr(pipe, name, None) for name in ("vae", "vqvae")}
         further |= {name: type(part).__name__ for name, part in parts.items() if part is not None}
+        if not further:
+            return Unconditional(pipe)
     if isinstance(network, UNet2DConditionModel):
         added = {name: value for name, value in further.items() if value != "ip_image_proj"}
         if not added:
@@ -69,8 +71,6 @@ def family_of(pipe: Any) -> Family:
             if encoder is None or numbers == 6:  # the image's size, where it was cut, and the size wanted
                 return StableDiffusionXL(pipe)
             further["time_ids"] = f"{numbers:g} numbers, an aesthetic score among them (a refiner)"
-    if isinstance(network, UNet2DModel) and not further:
-        return Unconditional(pipe)
     inputs = "".join(f" with {name} {value!r}" for name, value in further.items())
     raise ModelError(
         "Expected a denoiser of Stable Diffusion 1.x, 2.x, XL or 3, Flux, PixArt, DiT or unconditional DDPM, got a "
