@@ -5,6 +5,7 @@ A field's type and `Range` are what the check accepts and the command line shows
 
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import numbers
@@ -103,13 +104,11 @@ class Config:
         """Settings from a mapping; `ConfigError` where a name is unknown or absent, or a value not of its type."""
         if not isinstance(values, dict):
             raise ConfigError(f"{cls.__name__}: expected a mapping of settings, got {type(values).__name__}.")
-        fields = dataclasses.fields(cls)
-        names = [field.name for field in fields]
-        required = [field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING]
-        if absent := [name for name in required if name not in values]:
+        known = inspect.signature(cls).parameters
+        if absent := [name for name, of in known.items() if of.default is of.empty and name not in values]:
             raise ConfigError(f"{cls.__name__}: expected a setting {', '.join(absent)}, found none.")
-        if unknown := sorted(str(name) for name in set(values) - set(names)):
-            raise ConfigError(f"{cls.__name__}: unknown setting {', '.join(unknown)}; known are {', '.join(names)}.")
+        if unknown := sorted(str(name) for name in set(values) - set(known)):
+            raise ConfigError(f"{cls.__name__}: unknown setting {', '.join(unknown)}; known are {', '.join(known)}.")
         return cls(**values)
 
     @classmethod

@@ -314,9 +314,8 @@ def _load_parquet(files: list[Path], source: Path, split: str) -> datasets.Datas
         try:
             pyarrow.parquet.read_metadata(file)
         except (OSError, ValueError) as error:
-            raise DataError(
-                f"Expected a parquet file at {file}, found another ({first_line(error)}). Write it again."
-            ) from error
+            told = first_line(error)
+            raise DataError(f"Expected a parquet file at {file}, found another ({told}). Write it again.") from error
     by_split: dict[str, list[str]] = {}
     if source.is_dir():  # splits by the names of files, as datasets reads them
         known = DataFilesDict.from_patterns(get_data_patterns(str(source)), base_path=str(source))
@@ -378,7 +377,5 @@ def _column(wanted: str | None, candidates: Sequence[str], found: list[str], arg
     names = candidates if wanted is None else (wanted,)
     if column := next((name for name in names if name in found), ""):
         return column
-    raise DataError(
-        f"Expected a column of {argument.removesuffix('_column')}s named {' or '.join(names)} in {where}, found "
-        f"{listed(found)}. Rename it or pass {argument}=... ."
-    )
+    expected = f"a column of {argument.removesuffix('_column')}s named {' or '.join(names)}"
+    raise DataError(f"Expected {expected} in {where}, found {listed(found)}. Rename it or pass {argument}=... .")
