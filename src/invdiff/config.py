@@ -157,7 +157,7 @@ class TrainConfig(Config):
         expected = "'on' or 'auto' with backend 'tokens', whose rows all have as many tokens (with 'lora', also 'off')"
         self.require("null_adapter", fits, expected)
         for name, backend in (("width", "module"), ("tokens", "tokens"), ("rank", "lora")):
-            default = type(self).__dataclass_fields__[name].default
+            default = getattr(TrainConfig, name)
             unread = f"nothing with backend {self.backend!r}, but with {backend!r} alone, which reads it"
             self.require(name, backend == self.chosen_backend or getattr(self, name) == default, unread)
 

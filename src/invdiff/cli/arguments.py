@@ -44,7 +44,6 @@ def shown_default(words: object) -> str:
 CONFIG = option(
     ...,
     "JSON or YAML with settings of this step, by their names in `invdiff.config`. Options override it.",
-    "--config",
     metavar="FILE",
 )
 
@@ -159,8 +158,7 @@ def _classes(module: str) -> dict[str, ast.ClassDef]:
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL",
-        help="The pipeline: a folder of save_pretrained, a hub id or one .safetensors file.",
+        metavar="MODEL", help="The pipeline: a folder of save_pretrained, a hub id or one .safetensors file."
     ),
 ]
 IMAGES = (

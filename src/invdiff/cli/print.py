@@ -73,14 +73,12 @@ def print_audit(audit: Audit) -> None:
         title = f"{what} ({audit.forwards_per_image:g} denoiser forwards per image)"
         caption = "Groups have 95% intervals. A rare one can also be wrong captions: look."
         _print_table(title, rows, caption, factor=_FOLDED, prompt=_FOLDED, groups={"no_wrap": True})
+    told = [("nothing found under", of, of.reason) for of in audit.prompts if not of.found]
+    told += [("power under", of, of.power) for of in audit.prompts if not of.found]
+    told += [("note on", of, note) for of in audit.prompts for note in of.notes]
     lines = [
-        f"{what} {one_line(prompt.prompt, 80)!r} ({prompt.num_images:,} image{'s' * (prompt.num_images > 1)}): {words}"
-        for what, prompts in (
-            ("nothing found under", [(prompt, "" if prompt.found else prompt.reason) for prompt in audit.prompts]),
-            ("power under", [(prompt, "" if prompt.found else prompt.power) for prompt in audit.prompts]),
-            ("note on", [(prompt, note) for prompt in audit.prompts for note in prompt.notes]),
-        )
-        for prompt, words in prompts
+        f"{what} {one_line(of.prompt, 80)!r} ({of.num_images:,} image{'s' * (of.num_images > 1)}): {words}"
+        for what, of, words in told
         if words
     ]
     lines += filter(None, [audit.caveats, audit.asked])

@@ -204,9 +204,8 @@ def load_captioned_images(
     opened = replace(_open(source, image_column, split, limit, captions), max_unreadable=max_unreadable)
     attributes, names = dict(opened.attributes), opened.names
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise DataError(
-            f"Expected each image once in {where}, found {len(twice)} more than once: {listed(twice)}. Remove rows."
-        )
+        found = f"{len(twice)} more than once: {listed(twice)}"
+        raise DataError(f"Expected each image once in {where}, found {found}. Remove rows.")
     if not captions:
         return opened
     column = _column(caption_column, CAPTION_COLUMNS, [*attributes, *opened.others], "caption_column", where)
@@ -321,18 +320,16 @@ def _load_parquet(files: list[Path], source: Path, split: str) -> datasets.Datas
         known = DataFilesDict.from_patterns(get_data_patterns(str(source)), base_path=str(source))
         by_split = {str(name): list(paths) for name, paths in known.filter(extensions=[".parquet"]).items() if paths}
         used = {Path(path).resolve() for paths in by_split.values() for path in paths}
-        if by_split and (left := [file for file in files if file.resolve() not in used]):
+        if by_split and (left := [file.name for file in files if file.resolve() not in used]):
             raise DataError(
                 f"Expected a split in the names of all parquet files of {source}, or of none, found some "
-                f"({', '.join(by_split)}), and none in {listed([file.name for file in left])}. "
-                "Rename these, or move them away."
+                f"({', '.join(by_split)}), and none in {listed(left)}. Rename these, or move them away."
             )
     try:
         return datasets.load_dataset("parquet", split=split, data_files=by_split or {"train": list(map(str, files))})
     except _LOADING_ERRORS as error:
-        raise DataError(
-            f"Expected parquet files of one kind with a split {split!r} in {source}: {first_line(error)}"
-        ) from error
+        told = first_line(error)
+        raise DataError(f"Expected parquet files of one kind with a split {split!r} in {source}: {told}") from error
 
 
 def _open_dataset(
@@ -340,8 +337,7 @@ def _open_dataset(
 ) -> CaptionedImages:
     """The rows of a dataset; paths in its image column are resolved against `root`."""
     dataset = dataset.with_format(None)
-    if limit is not None:
-        dataset = dataset.select(range(min(limit, len(dataset))))
+    dataset = dataset.select(range(len(dataset))[:limit])
     features = dataset.features
     of_images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     candidates = (*IMAGE_COLUMNS, *(of_images if len(of_images) == 1 else ()))
