@@ -236,8 +236,7 @@ class AuditConfig(Config):
         self.require("feature_log_snr", len(self.feature_log_snr) >= 2, "at least two levels")
         expected = "nothing without words_model, the CLIP model that chooses from them"
         self.require("words", bool(self.words_model or not self.words), expected)
-        unfit = [word for word in self.words if not word.strip() or len(word) > 60]
-        if unfit:
+        if unfit := [word for word in self.words if not word.strip() or len(word) > 60]:
             raise ConfigError(f"AuditConfig.words: expected words of 1 to 60 characters, got {unfit[0][:80]!r}.")
         if self.solver == "auto":
             self.require("contrast_draws", self.contrast_draws >= 2, "at least 2 for solver auto")

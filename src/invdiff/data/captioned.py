@@ -235,17 +235,16 @@ def load_captioned_images(
 
 def _open(source: Source, image_column: str | None, split: str, limit: int | None, captions: bool) -> CaptionedImages:
     """Any source, its captions still among the attributes; without `captions`, a folder of images will do."""
-    cache = Path(datasets.config.HF_CACHE_HOME)
     if isinstance(source, datasets.DatasetDict):
         if split not in source:
             raise DataError(f"Expected a split named {split!r}, found {listed(list(source))}. Pass split=... .")
         source = source[split]
     if isinstance(source, datasets.Dataset):
-        return _open_dataset(source, image_column, limit, Path(), cache)
+        return _open_dataset(source, image_column, limit)
     path, text = Path(source).expanduser(), str(source)
     if path.is_file():
         _refuse_split(split, f"one file, {source}")
-        return _open_dataset(_load_parquet([path], path, split), image_column, limit, path.parent, path.parent)
+        return _open_dataset(_load_parquet([path], path, split), image_column, limit, path.parent)
     if path.is_dir():
         for folder in (path, path / split) if split == "train" else (path / split, path):
             found = [folder / name for name in METADATA if (folder / name).is_file()]
@@ -271,7 +270,7 @@ def _open(source: Source, image_column: str | None, split: str, limit: int | Non
             opened = _open(saved, image_column, split, limit, captions)
             return replace(opened, folder=path, homes=frozenset([path]), takes_all=True)
         if files := visible(path, "**/*.parquet"):
-            opened = _open_dataset(_load_parquet(files, path, split), image_column, limit, path, path)
+            opened = _open_dataset(_load_parquet(files, path, split), image_column, limit, path)
             return replace(opened, homes=frozenset([path]), takes_all=True)
         if captions:
             raise DataError(
@@ -299,7 +298,7 @@ def _open(source: Source, image_column: str | None, split: str, limit: int | Non
             f"{source} is neither an existing local path nor a reachable hub dataset with a split {split!r}: "
             f"{first_line(error).rstrip('.')}. Check the spelling, the network and, if private, `hf auth login`."
         ) from error
-    return _open_dataset(dataset, image_column, limit, Path(), cache)
+    return _open_dataset(dataset, image_column, limit)
 
 
 def _refuse_split(split: str, what: str) -> None:
@@ -333,9 +332,9 @@ def _load_parquet(files: list[Path], source: Path, split: str) -> datasets.Datas
 
 
 def _open_dataset(
-    dataset: datasets.Dataset, image_column: str | None, limit: int | None, root: Path, folder: Path
+    dataset: datasets.Dataset, image_column: str | None, limit: int | None, folder: Path | None = None
 ) -> CaptionedImages:
-    """The rows of a dataset; paths in its image column are resolved against `root`."""
+    """The rows of a dataset whose files lie in `folder`, or else in the cache of the hub or wherever they say."""
     dataset = dataset.with_format(None)
     dataset = dataset.select(range(len(dataset))[:limit])
     features = dataset.features
@@ -357,8 +356,9 @@ def _open_dataset(
     if getattr(features[column], "dtype", None) in ("string", "large_string"):
         paths = (path and path.replace("\\", "/") for path in dataset[column])
         names = [path or name for name, path in zip(names, paths, strict=True)]
-    cell = partial(_dataset_cell, dataset.select_columns([column]), root)  # pickled, as a closure is not
-    return CaptionedImages([""] * len(names), names, attributes, 0.0, cell, folder, others=others)
+    cell = partial(_dataset_cell, dataset.select_columns([column]), folder or Path())  # pickled, as a closure is not
+    home = folder or Path(datasets.config.HF_CACHE_HOME)
+    return CaptionedImages([""] * len(names), names, attributes, 0.0, cell, home, others=others)
 
 
 def _dataset_cell(dataset: datasets.Dataset, root: Path, row: int) -> Any:
