@@ -158,7 +158,8 @@ def _classes(module: str) -> dict[str, ast.ClassDef]:
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="The pipeline: a folder of save_pretrained, a hub id or one .safetensors file."
+        metavar="MODEL",
+        help="The pipeline: a folder of save_pretrained, a hub id or one .safetensors file.",
     ),
 ]
 IMAGES = (

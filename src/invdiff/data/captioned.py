@@ -336,7 +336,8 @@ def _open_dataset(
 ) -> CaptionedImages:
     """The rows of a dataset whose files lie in `folder`, or else in the cache of the hub or wherever they say."""
     dataset = dataset.with_format(None)
-    dataset = dataset.select(range(len(dataset))[:limit])
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
     features = dataset.features
     of_images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     candidates = (*IMAGE_COLUMNS, *(of_images if len(of_images) == 1 else ()))
