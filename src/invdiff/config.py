@@ -157,7 +157,7 @@ class TrainConfig(Config):
         expected = "'on' or 'auto' with backend 'tokens', whose rows all have as many tokens (with 'lora', also 'off')"
         self.require("null_adapter", fits, expected)
         for name, backend in (("width", "module"), ("tokens", "tokens"), ("rank", "lora")):
-            default = type(self).__dataclass_fields__[name].default
+            default = getattr(TrainConfig, name)
             unread = f"nothing with backend {self.backend!r}, but with {backend!r} alone, which reads it"
             self.require(name, backend == self.chosen_backend or getattr(self, name) == default, unread)
 
@@ -236,8 +236,7 @@ class AuditConfig(Config):
         self.require("feature_log_snr", len(self.feature_log_snr) >= 2, "at least two levels")
         expected = "nothing without words_model, the CLIP model that chooses from them"
         self.require("words", bool(self.words_model or not self.words), expected)
-        unfit = [word for word in self.words if not word.strip() or len(word) > 60]
-        if unfit:
+        if unfit := [word for word in self.words if not word.strip() or len(word) > 60]:
             raise ConfigError(f"AuditConfig.words: expected words of 1 to 60 characters, got {unfit[0][:80]!r}.")
         if self.solver == "auto":
             self.require("contrast_draws", self.contrast_draws >= 2, "at least 2 for solver auto")

@@ -42,13 +42,9 @@ def run_demo(output_dir: str | Path, *, config: DemoConfig | None = None, progre
     training = TrainConfig(steps=config.steps, seed=config.seed)
     module = train(pipe, data, found, output_dir / "module", config=training, **kept)
     folders: dict[str, list[Path]] = {"base": [], "guided": []}
+    drawing: Any = {name: getattr(config, name) for name in ("images_per_prompt", "num_inference_steps", "seed")}
     for guidance_scale in config.guidance_scales:
-        settings = GenerateConfig(
-            images_per_prompt=config.images_per_prompt,
-            guidance_scale=guidance_scale,
-            num_inference_steps=config.num_inference_steps,
-            seed=config.seed,
-        )
+        settings = GenerateConfig(guidance_scale=guidance_scale, **drawing)
         for name, used in (("base", None), ("guided", module)):
             folder = output_dir / "images" / f"{name}-cfg-{guidance_scale:g}"
             generate(pipe, canonical_prompts(), folder, module=used, config=settings, progress=progress)

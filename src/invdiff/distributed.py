@@ -100,8 +100,6 @@ def wait() -> None:
 
 def from_main(make: Callable[[], T]) -> T:
     """Let the main process make something and hand it to the others."""
-    if num_processes() == 1:
-        return make()
     made: list[T | None] = [make() if is_main() else None]
     broadcast_object_list(made)
     return made[0]  # type: ignore[return-value]

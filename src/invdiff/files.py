@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, found_else
 
 if TYPE_CHECKING:
     import torch
@@ -103,10 +103,9 @@ def _writing(path: Path) -> Iterator[None]:
         hidden = isinstance(error, SafetensorError) or "(os error " in str(error)  # safetensors' and tokenizers' own
         if not (hidden or isinstance(error, OSError)) or hasattr(error, "response"):  # which errors of the hub have
             raise
-        raise DataError(
-            f"Could not write {path}: {getattr(error, 'strerror', None) or error}. Free some space or choose another "
-            "folder, then run the same command again: finished work is kept."
-        ) from error
+        told = getattr(error, "strerror", None) or error
+        remedy = "Free some space or choose another folder, then run the same command again: finished work is kept."
+        raise DataError(f"Could not write {path}: {told}. {remedy}") from error
 
 
 def check_writable(folder: Path, option: str) -> None:
@@ -238,9 +237,7 @@ def read_arrays(path: Path, framework: str = "np") -> dict[str, NDArray[Any]]:
     except FileNotFoundError as error:
         raise DataError(f"Expected a file at {path}, found none.") from error
     except SafetensorError as error:
-        raise DataError(
-            f"Expected safetensors in {path}, found something else ({error}). Delete it and run again."
-        ) from error
+        raise DataError(found_else(f"safetensors in {path}", error, "Delete it and run again.")) from error
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

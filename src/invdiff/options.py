@@ -5,6 +5,7 @@ A field's type and `Range` are what the check accepts and the command line shows
 
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import numbers
@@ -103,13 +104,11 @@ class Config:
         """Settings from a mapping; `ConfigError` where a name is unknown or absent, or a value not of its type."""
         if not isinstance(values, dict):
             raise ConfigError(f"{cls.__name__}: expected a mapping of settings, got {type(values).__name__}.")
-        fields = dataclasses.fields(cls)
-        names = [field.name for field in fields]
-        required = [field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING]
-        if absent := [name for name in required if name not in values]:
+        known = inspect.signature(cls).parameters
+        if absent := [name for name, of in known.items() if of.default is of.empty and name not in values]:
             raise ConfigError(f"{cls.__name__}: expected a setting {', '.join(absent)}, found none.")
-        if unknown := sorted(str(name) for name in set(values) - set(names)):
-            raise ConfigError(f"{cls.__name__}: unknown setting {', '.join(unknown)}; known are {', '.join(names)}.")
+        if unknown := sorted(str(name) for name in set(values) - set(known)):
+            raise ConfigError(f"{cls.__name__}: unknown setting {', '.join(unknown)}; known are {', '.join(known)}.")
         return cls(**values)
 
     @classmethod
@@ -187,7 +186,7 @@ class Setting:
     def item(self) -> Any:
         """The type of a list's items or of a mapping's values; None for other settings."""
         where = {tuple: 0, dict: 1}.get(get_origin(self.type))
-        return None if where is None else _plain(get_args(self.type)[where])
+        return None if where is None else get_args(self.type)[where]
 
     def to_words(self, value: Any) -> list[str]:
         """The option and its value: numbers of a list in one word, texts with an option each."""
@@ -215,11 +214,10 @@ class Setting:
 @functools.cache
 def settings_of(kind: Any) -> Mapping[str, Setting]:
     """What is declared of each field of a dataclass, by name."""
-    found = {}
+    found, plain = {}, get_type_hints(kind)
     for name, default in vars(kind()).items():
-        hint = _hints(kind)[name]
-        beside = {type(extra): extra for extra in getattr(hint, "__metadata__", ())}
-        found[name] = Setting(name, _plain(hint), default, beside.get(Range, Range()), beside.get(Option, Option()))
+        beside = {type(extra): extra for extra in getattr(_hints(kind)[name], "__metadata__", ())}
+        found[name] = Setting(name, plain[name], default, beside.get(Range, Range()), beside.get(Option, Option()))
     return found
 
 
@@ -265,7 +263,3 @@ def as_text(value: Any) -> str:
 @functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
-
-
-def _plain(hint: Any) -> Any:
-    return hint.__origin__ if get_origin(hint) is Annotated else hint

@@ -110,9 +110,7 @@ class Drawing:
             row["environment"] = group
 
     def __enter__(self) -> Drawing:
-        self._attachment: Attachment | None = None
-        if self.module is not None:
-            self._attachment = Attachment(self.pipe, self.module, self.config.scale, self._mix)
+        self._attachment = Attachment(self.pipe, self.module, self.config.scale, self._mix) if self.module else None
         self._progress = dict(getattr(self.pipe, "_progress_bar_config", {}))
         self.pipe.set_progress_bar_config(disable=True)
         return self

@@ -26,7 +26,7 @@ from ..launched import is_first_process, one_process
 from ..options import Config, Option, Range, Setting, as_text, command_options, settings_of
 from ..text import is_unicode
 
-SETTINGS, DATA, RUN = "Settings", "Data", "Run"  # panels of the help
+SETTINGS, DATA, ASK, RUN = "Settings", "Data", "What to group by", "Run"  # panels of the help
 Command = Callable[..., None]
 _METAVARS: dict[Any, str] = {int: "INT", float: "FLOAT", str: "TEXT"}
 
@@ -44,7 +44,6 @@ def shown_default(words: object) -> str:
 CONFIG = option(
     ...,
     "JSON or YAML with settings of this step, by their names in `invdiff.config`. Options override it.",
-    "--config",
     metavar="FILE",
 )
 
@@ -236,6 +235,21 @@ class CaptionOptions(DataOptions):
 
     no_captions: bool = False
     """Read no captions, for an unconditional model: DATA may be a folder of images alone."""
+
+
+@dataclass(frozen=True)
+class AskOptions(Options):
+    """Groups that are asked for, in the place of hidden ones."""
+
+    panel: ClassVar[str] = ASK
+    attribute: Annotated[tuple[str, ...], Option(metavar="COLUMN")] = ()
+    """A column of DATA whose values are the groups: no other is looked for. Repeat for more."""
+    labels: Annotated[Path | None, Option(metavar="FILE")] = None
+    """A CSV or JSONL file with file_name and the values of an attribute for some images of DATA, five or more of each:
+    the groups of the others are inferred."""
+    ask: Annotated[tuple[str, ...], Option(metavar="QUESTION")] = ()
+    """An attribute and its values in words, such as 'place: forest, sea': groups are what --words-model, or MODEL
+    itself, sees of them. Repeat for more; common asks for a bundled list."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ..options import command_options, with_prompts
 from .arguments import (
     DATA,
     IMAGES,
+    AskOptions,
     CacheOptions,
     CaptionOptions,
     Data,
@@ -32,7 +33,7 @@ from .arguments import (
 )
 from .print import INTERRUPTED, fail, finish, print_audit, print_results, say, say_loading
 
-WAY, PREPARE, ASK = "The way through", "To prepare", "What to group by"  # panels of the help
+WAY, PREPARE = "The way through", "To prepare"  # panels of the help
 
 
 class Commands(TyperGroup):
@@ -114,26 +115,7 @@ def audit(
     prompts: Path | None = option(
         None, "Without DATA: a text file with one prompt a line, or `professions`.", panel=DATA, metavar="FILE"
     ),
-    attribute: list[str] | None = option(
-        None,
-        "A column of DATA whose values are the groups: no other is looked for. Repeat for more.",
-        panel=ASK,
-        metavar="COLUMN",
-    ),
-    labels: Path | None = option(
-        None,
-        "A CSV or JSONL file with file_name and the values of an attribute for some images of DATA, five or more of "
-        "each: the groups of the others are inferred.",
-        panel=ASK,
-        metavar="FILE",
-    ),
-    ask: list[str] | None = option(
-        None,
-        "An attribute and its values in words, such as 'place: forest, sea': groups are what --words-model, or MODEL "
-        "itself, sees of them. Repeat for more; common asks for a bundled list.",
-        panel=ASK,
-        metavar="QUESTION",
-    ),
+    asked: AskOptions,
     settings: AuditConfig,
     words_file: Path | None = option(
         None, "A text file with further words for the words model, one a line.", "--words", metavar="FILE"
@@ -161,9 +143,8 @@ def audit(
     images, pipe = source.load(data, flag="DATA", output=output), weights.load(model)
     of_data = {"data_fingerprint": images.fingerprint} if data else drawing | {"own_images_of": [*wanted]}
     check_replaced(output, of_data | {"denoiser_fingerprint": denoiser_fingerprint(pipe)})
-    asked: Any = {"attribute": attribute or (), "labels": labels, "ask": ask or ()}
     options: Any = {"config": settings, "cache_dir": weights.cache_dir, "progress": not quiet}
-    found = run_audit(pipe, images, prompts=wanted, **asked, **options)
+    found = run_audit(pipe, images, prompts=wanted, **vars(asked), **options)
     images = images or own_images(pipe, found.settings, weights.cache_dir or default_cache_dir(), progress=False)
     if not is_first_process():
         return
@@ -179,7 +160,7 @@ def audit(
     shared = [*source.words(), *weights.words()]
     if found.biased:
         finish(result, "train", model, *audited, output, "--output", output.parent / "module", *shared)
-    elif settings.solver != "auto" or settings.vision_encoder or any(asked.values()):
+    elif settings.solver != "auto" or settings.vision_encoder or asked.words():
         finish(f"No hidden group was found. {result}")
     else:
         options = command_options(AuditConfig, vars(settings) | {"vision_encoder": "facebook/dinov2-small"})
@@ -219,12 +200,11 @@ def train(
     from ..training.train import train as run_train
 
     images = source.load(data if audit_dir else None, flag="DATA", output=output)
-    if not (Path(audit_dir or data) / "audit.json").is_file():
-        raise ConfigError(
-            f"Expected MODEL, DATA and what `invdiff audit` wrote, in this order; the last, {audit_dir or data}, has "
-            "no audit.json."
-        )
-    found = Audit.load(audit_dir or data)
+    audited = audit_dir or data
+    if not (Path(audited) / "audit.json").is_file():
+        order = "MODEL, DATA and what `invdiff audit` wrote, in this order"
+        raise ConfigError(f"Expected {order}; the last, {audited}, has no audit.json.")
+    found = Audit.load(audited)
     if found.edits.changed:
         from ..report.audit_view import about_edits
 
@@ -236,7 +216,7 @@ def train(
         from ..evaluation.calibrate import calibrate as solve
 
         options: Any = {"choose_null": settings.null_adapter == "auto", "progress": not quiet}
-        solve(pipe, module, audit_dir or data, output, guidance_scales=calibrate, **options)
+        solve(pipe, module, audited, output, guidance_scales=calibrate, **options)
     prompts = [entry.prompt for entry in found.prompts if entry.found and entry.prompt]
     words = ["--module", output, "--output", output.parent / "images" / "guided"]
     words += drawing_flags(pipe, found.settings.get("resolution", 0), 0 if calibrate else settings.distilled_guidance)
@@ -301,15 +281,9 @@ def generate(
     from ..guidance.backends import load_guidance
     from ..sampling import generate as run_generate
 
-    run_generate(
-        weights.load(model),
-        wanted,
-        output,
-        module=load_guidance(module) if module else None,
-        config=settings,
-        environments=mix,
-        progress=not quiet,
-    )
+    pipe = weights.load(model)
+    guidance = load_guidance(module) if module else None
+    run_generate(pipe, wanted, output, module=guidance, config=settings, environments=mix, progress=not quiet)
     result = f"{max(len(wanted), 1) * settings.images_per_prompt} images are in {output}."
     if module is None:
         finish(result, "evaluate", output, "--annotator", "ANNOTATOR", "--attribute", "ATTRIBUTE")

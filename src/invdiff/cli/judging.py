@@ -49,7 +49,6 @@ app.add_typer(
 def evaluate(
     *,
     folders: list[str] = typer.Argument(
-        ...,
         metavar="DIR",
         help="Folders that `invdiff generate` wrote, or any with a manifest (file_name, prompt), each named after its "
         "model, or NAME=DIR. Several NAME=DIR with one name are one model at several guidance scales.",
@@ -103,7 +102,6 @@ def evaluate(
 def report(
     *,
     run: Path = typer.Argument(
-        ...,
         metavar="RUN",
         help="A folder with audit/, module/, data/, results.json and folders of images named after their models, "
         "such as `invdiff demo` writes. Any part may be absent.",
@@ -232,7 +230,6 @@ def annotator_train(
 def annotator_measure(
     *,
     annotator: str = typer.Argument(
-        ...,
         metavar="ANNOTATOR",
         help="A folder that `invdiff annotator train` wrote, or a folder or hub id of a CLIP model (with "
         "--classes) or of an image classifier from transformers.",

@@ -71,16 +71,14 @@ def print_audit(audit: Audit) -> None:
         rows = [{name: cell for name, cell in row.items() if any(of[name] != "–" for of in rows)} for row in rows]
         what = "Factors asked for" if audit.asked else "Hidden factors"
         title = f"{what} ({audit.forwards_per_image:g} denoiser forwards per image)"
-        details: dict[str, dict[str, Any]] = {"factor": _FOLDED, "prompt": _FOLDED, "groups": {"no_wrap": True}}
-        _print_table(title, rows, details, "Groups have 95% intervals. A rare one can also be wrong captions: look.")
+        caption = "Groups have 95% intervals. A rare one can also be wrong captions: look."
+        _print_table(title, rows, caption, factor=_FOLDED, prompt=_FOLDED, groups={"no_wrap": True})
+    told = [("nothing found under", of, of.reason) for of in audit.prompts if not of.found]
+    told += [("power under", of, of.power) for of in audit.prompts if not of.found]
+    told += [("note on", of, note) for of in audit.prompts for note in of.notes]
     lines = [
-        f"{what} {one_line(prompt.prompt, 80)!r} ({prompt.num_images:,} image{'s' * (prompt.num_images > 1)}): {words}"
-        for what, prompts in (
-            ("nothing found under", [(prompt, "" if prompt.found else prompt.reason) for prompt in audit.prompts]),
-            ("power under", [(prompt, "" if prompt.found else prompt.power) for prompt in audit.prompts]),
-            ("note on", [(prompt, note) for prompt in audit.prompts for note in prompt.notes]),
-        )
-        for prompt, words in prompts
+        f"{what} {one_line(of.prompt, 80)!r} ({of.num_images:,} image{'s' * (of.num_images > 1)}): {words}"
+        for what, of, words in told
         if words
     ]
     lines += filter(None, [audit.caveats, audit.asked])
@@ -128,8 +126,7 @@ def print_results(results: Results) -> None:
         rows.append({name: cell for name, cell in cells.items() if cell is not None})
     details = dict.fromkeys(rows[0], _NUMBER | {"no_wrap": True}) | {"model": _FOLDED | {"min_width": 6}}
     each = f", {min(counts)} images of each prompt" if len(counts) == 1 else ""
-    title = f"{by.name} of {results.attribute}{each}"
-    _print_table(title, rows, details, caption)
+    _print_table(f"{by.name} of {results.attribute}{each}", rows, caption, **details)
     for note in results.notes:
         Console().print(Text(f"Note: {note}."), soft_wrap=True)
 
@@ -148,7 +145,7 @@ def finish_annotator(what: str, output: Path, summary: Mapping[str, Mapping[str,
         for attribute, figures in summary.items()
     ]
     caption = "calibration error: mean distance of stated confidence to accuracy (ECE, 15 bins)"
-    _print_table("Accuracy on held-out images", rows, {"attribute": _FOLDED, "classes": _FOLDED}, caption)
+    _print_table("Accuracy on held-out images", rows, caption, attribute=_FOLDED, classes=_FOLDED)
     drawn = (output.parent / "images" / name for name in ("base", "guided"))
     words = ("evaluate", *drawn, "--annotator", output, "--attribute", next(iter(summary)))
     finish(f"The {what} is in {output}.", *words)
@@ -158,9 +155,7 @@ _NUMBER: dict[str, Any] = {"justify": "right"}
 _FOLDED: dict[str, Any] = {"overflow": "fold"}
 
 
-def _print_table(
-    title: str, rows: Sequence[Mapping[str, str]], details: Mapping[str, dict[str, Any]], caption: str
-) -> None:
+def _print_table(title: str, rows: Sequence[Mapping[str, str]], caption: str, **details: dict[str, Any]) -> None:
     """Print rows of cells by the names of their columns, which are of numbers unless `details` says otherwise."""
     table = Table(title=Text(title), caption=caption)
     for name in rows[0]:

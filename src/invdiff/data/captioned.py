@@ -204,9 +204,8 @@ def load_captioned_images(
     opened = replace(_open(source, image_column, split, limit, captions), max_unreadable=max_unreadable)
     attributes, names = dict(opened.attributes), opened.names
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise DataError(
-            f"Expected each image once in {where}, found {len(twice)} more than once: {listed(twice)}. Remove rows."
-        )
+        found = f"{len(twice)} more than once: {listed(twice)}"
+        raise DataError(f"Expected each image once in {where}, found {found}. Remove rows.")
     if not captions:
         return opened
     column = _column(caption_column, CAPTION_COLUMNS, [*attributes, *opened.others], "caption_column", where)
@@ -236,17 +235,16 @@ def load_captioned_images(
 
 def _open(source: Source, image_column: str | None, split: str, limit: int | None, captions: bool) -> CaptionedImages:
     """Any source, its captions still among the attributes; without `captions`, a folder of images will do."""
-    cache = Path(datasets.config.HF_CACHE_HOME)
     if isinstance(source, datasets.DatasetDict):
         if split not in source:
             raise DataError(f"Expected a split named {split!r}, found {listed(list(source))}. Pass split=... .")
         source = source[split]
     if isinstance(source, datasets.Dataset):
-        return _open_dataset(source, image_column, limit, Path(), cache)
+        return _open_dataset(source, image_column, limit)
     path, text = Path(source).expanduser(), str(source)
     if path.is_file():
         _refuse_split(split, f"one file, {source}")
-        return _open_dataset(_load_parquet([path], path, split), image_column, limit, path.parent, path.parent)
+        return _open_dataset(_load_parquet([path], path, split), image_column, limit, path.parent)
     if path.is_dir():
         for folder in (path, path / split) if split == "train" else (path / split, path):
             found = [folder / name for name in METADATA if (folder / name).is_file()]
@@ -272,7 +270,7 @@ def _open(source: Source, image_column: str | None, split: str, limit: int | Non
             opened = _open(saved, image_column, split, limit, captions)
             return replace(opened, folder=path, homes=frozenset([path]), takes_all=True)
         if files := visible(path, "**/*.parquet"):
-            opened = _open_dataset(_load_parquet(files, path, split), image_column, limit, path, path)
+            opened = _open_dataset(_load_parquet(files, path, split), image_column, limit, path)
             return replace(opened, homes=frozenset([path]), takes_all=True)
         if captions:
             raise DataError(
@@ -300,7 +298,7 @@ def _open(source: Source, image_column: str | None, split: str, limit: int | Non
             f"{source} is neither an existing local path nor a reachable hub dataset with a split {split!r}: "
             f"{first_line(error).rstrip('.')}. Check the spelling, the network and, if private, `hf auth login`."
         ) from error
-    return _open_dataset(dataset, image_column, limit, Path(), cache)
+    return _open_dataset(dataset, image_column, limit)
 
 
 def _refuse_split(split: str, what: str) -> None:
@@ -314,32 +312,29 @@ def _load_parquet(files: list[Path], source: Path, split: str) -> datasets.Datas
         try:
             pyarrow.parquet.read_metadata(file)
         except (OSError, ValueError) as error:
-            raise DataError(
-                f"Expected a parquet file at {file}, found another ({first_line(error)}). Write it again."
-            ) from error
+            told = first_line(error)
+            raise DataError(f"Expected a parquet file at {file}, found another ({told}). Write it again.") from error
     by_split: dict[str, list[str]] = {}
     if source.is_dir():  # splits by the names of files, as datasets reads them
         known = DataFilesDict.from_patterns(get_data_patterns(str(source)), base_path=str(source))
         by_split = {str(name): list(paths) for name, paths in known.filter(extensions=[".parquet"]).items() if paths}
         used = {Path(path).resolve() for paths in by_split.values() for path in paths}
-        if by_split and (left := [file for file in files if file.resolve() not in used]):
+        if by_split and (left := [file.name for file in files if file.resolve() not in used]):
             raise DataError(
                 f"Expected a split in the names of all parquet files of {source}, or of none, found some "
-                f"({', '.join(by_split)}), and none in {listed([file.name for file in left])}. "
-                "Rename these, or move them away."
+                f"({', '.join(by_split)}), and none in {listed(left)}. Rename these, or move them away."
             )
     try:
         return datasets.load_dataset("parquet", split=split, data_files=by_split or {"train": list(map(str, files))})
     except _LOADING_ERRORS as error:
-        raise DataError(
-            f"Expected parquet files of one kind with a split {split!r} in {source}: {first_line(error)}"
-        ) from error
+        told = first_line(error)
+        raise DataError(f"Expected parquet files of one kind with a split {split!r} in {source}: {told}") from error
 
 
 def _open_dataset(
-    dataset: datasets.Dataset, image_column: str | None, limit: int | None, root: Path, folder: Path
+    dataset: datasets.Dataset, image_column: str | None, limit: int | None, folder: Path | None = None
 ) -> CaptionedImages:
-    """The rows of a dataset; paths in its image column are resolved against `root`."""
+    """The rows of a dataset whose files lie in `folder`, or else in the cache of the hub or wherever they say."""
     dataset = dataset.with_format(None)
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
@@ -362,8 +357,9 @@ def _open_dataset(
     if getattr(features[column], "dtype", None) in ("string", "large_string"):
         paths = (path and path.replace("\\", "/") for path in dataset[column])
         names = [path or name for name, path in zip(names, paths, strict=True)]
-    cell = partial(_dataset_cell, dataset.select_columns([column]), root)  # pickled, as a closure is not
-    return CaptionedImages([""] * len(names), names, attributes, 0.0, cell, folder, others=others)
+    cell = partial(_dataset_cell, dataset.select_columns([column]), folder or Path())  # pickled, as a closure is not
+    home = folder or Path(datasets.config.HF_CACHE_HOME)
+    return CaptionedImages([""] * len(names), names, attributes, 0.0, cell, home, others=others)
 
 
 def _dataset_cell(dataset: datasets.Dataset, root: Path, row: int) -> Any:
@@ -378,7 +374,5 @@ def _column(wanted: str | None, candidates: Sequence[str], found: list[str], arg
     names = candidates if wanted is None else (wanted,)
     if column := next((name for name in names if name in found), ""):
         return column
-    raise DataError(
-        f"Expected a column of {argument.removesuffix('_column')}s named {' or '.join(names)} in {where}, found "
-        f"{listed(found)}. Rename it or pass {argument}=... ."
-    )
+    expected = f"a column of {argument.removesuffix('_column')}s named {' or '.join(names)}"
+    raise DataError(f"Expected {expected} in {where}, found {listed(found)}. Rename it or pass {argument}=... .")

@@ -16,15 +16,8 @@ from ..text import listed, one_line
 PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)  # 64 MB
 
 _DECODING_ERRORS = (
-    OSError,
+    *(OSError, ValueError, TypeError, IndexError, EOFError, struct.error, zlib.error, Image.DecompressionBombError),
     SyntaxError,  # Pillow's word for a broken PNG
-    ValueError,
-    TypeError,
-    IndexError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
 )
 
 

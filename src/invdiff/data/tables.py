@@ -113,10 +113,9 @@ def labels_in(
         known.setdefault(labels[-1], place)
     truths, digits = ([name for name in names if name in known] for names in (("True", "False"), ("0", "1")))
     if truths and digits:
-        raise error(
-            f"Expected the classes of {attribute!r} in one spelling, found {truths[0]} in {known[truths[0]]} and "
-            f"{digits[0]} in {known[digits[0]]}. Write all as 0 and 1, or all as True and False."
-        )
+        found = " and ".join(f"{name} in {known[name]}" for name in (truths[0], digits[0]))
+        remedy = "Write all as 0 and 1, or all as True and False."
+        raise error(f"Expected the classes of {attribute!r} in one spelling, found {found}. {remedy}")
     return labels
 
 
@@ -128,10 +127,8 @@ def _csv_rows(text: str, path: Path, required: Required) -> PlacedRows:
         for cells in reader:
             if columns and cells:
                 if len(cells) != len(columns):
-                    raise DataError(
-                        f"Expected {len(columns)} cells in {where}, found {len(cells)}. "
-                        'Put text that holds a comma in double quotes: "a dog, sitting".'
-                    )
+                    remedy = 'Put text that holds a comma in double quotes: "a dog, sitting".'
+                    raise DataError(f"Expected {len(columns)} cells in {where}, found {len(cells)}. {remedy}")
                 yield where, dict(zip(columns, cells, strict=True))
             elif cells:
                 columns = cells
@@ -169,7 +166,5 @@ def _check_columns(columns: Iterable[str], where: str, required: Required = ()) 
         raise DataError(f"Expected each column once in {where}, found {', '.join(twice)} more than once. Rename one.")
     for names in ((entry,) if isinstance(entry, str) else entry for entry in required):
         if not set(names) & set(found):
-            raise DataError(
-                f"Expected a column {' or '.join(names)} in {where}, found {', '.join(found) or 'nothing'}. "
-                "Rename a column, or write what is missing."
-            )
+            told = f"found {', '.join(found) or 'nothing'}. Rename a column, or write what is missing."
+            raise DataError(f"Expected a column {' or '.join(names)} in {where}, {told}")

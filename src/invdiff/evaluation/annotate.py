@@ -33,7 +33,7 @@ class Question:
     attributes: tuple[str, ...]  # sensitive attributes; the first gives the headline figures
     classes: Mapping[str, tuple[str, ...]]  # attribute to class names
     confusion: Mapping[str, NDArray[Any] | None]  # attribute to held-out counts, (K, K + 1); None where there are none
-    subject_of: Mapping[str, str]  # prompt to its class of the subject attribute
+    subject_of: Mapping[str, int]  # prompt to the index of its class of the subject attribute
     target: tuple[float, ...] | None  # shares of the first attribute's classes to measure against; None is uniform
     reference: Described | None  # of real images, for distances
     clip: ClipEncoder | None  # for CLIP-T; its features of images are among those described
@@ -83,13 +83,13 @@ def describe_images(
     if isinstance(images, CaptionedImages):
         images = (image for _, image in readable_images(images, "reference", progress=progress, unreadable=unreadable))
     stream, start = iter(images), 0
-    classes, probabilities, features = (defaultdict[str, list[NDArray[Any]]](list) for _ in range(3))
+    classes, probabilities, features = kinds = [defaultdict[str, list[NDArray[Any]]](list) for _ in range(3)]
     while batch := list(islice(stream, batch_size)):
         rows = [item for item in batch if isinstance(item, Row)]
         pixels: list[Any] = [] if rows else batch
         if rows and (extractors or not isinstance(judge, GivenLabels)):  # else no image is opened
             pixels = [read_image(row.path) for row in rows]
-        found: list[tuple[str, Any]] = [(extractor.name, extractor.extract(pixels)) for extractor in extractors]
+        found: dict[str, Any] = {extractor.name: extractor.extract(pixels) for extractor in extractors}
         if isinstance(judge, GivenLabels):
             seen = judge.annotate([row.values for row in rows]) if rows else Annotations({}, {})
         else:
@@ -97,10 +97,9 @@ def describe_images(
         for attribute, values in seen.probabilities.items():
             probabilities[attribute].append(values)
             classes[attribute].append(seen.classes(attribute, min_confidence))
-        # Of one name, as of one CLIP model that annotates and scores, those of the extractor are kept.
-        if seen.features is not None and judge.feature_name not in given:
-            found.append((judge.feature_name, seen.features))
-        for name, values in found:
+        if seen.features is not None:  # of one CLIP model that annotates and scores, the extractor's are kept
+            found.setdefault(judge.feature_name, seen.features)
+        for name, values in found.items():
             array = np.asarray(values, dtype=np.float32)
             bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
             if len(bad):
@@ -110,6 +109,5 @@ def describe_images(
         start += len(batch)
         if bar is not None:
             bar.advance(len(batch))
-    kinds: Any = (classes, probabilities, features)
     joined: Any = [{name: np.concatenate(parts) for name, parts in kind.items()} for kind in kinds]
     return Described(joined[0], joined[1], joined[2], unreadable)

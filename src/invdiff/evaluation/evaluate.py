@@ -65,7 +65,8 @@ def evaluate(
     check_kinds(reference=(reference, CaptionedImages | Described | None))
     config = config or EvaluateConfig()
     attributes = (attribute,) if isinstance(attribute, str) else tuple(attribute)
-    asked = [*attributes, *filter(None, [config.subject_attribute])]
+    subject = config.subject_attribute
+    asked = [*attributes, subject] if subject else [*attributes]
     if not attributes or len(set(asked)) < len(asked):
         raise EvaluationError(f"Expected one attribute or more, all different, and another as subject, got {asked}.")
     rows_by_model = {model: read_images(*folders) for model, folders in resolve_folders(images).items()}
@@ -84,12 +85,9 @@ def evaluate(
         raise EvaluationError(f"Expected a baseline among {', '.join(rows_by_model)}, got {baseline!r}.")
     classes = class_names(annotator.attributes, EvaluationError)
     target, of_first = {label_of(name): share for name, share in config.target.items()}, classes[attributes[0]]
-    if target and (set(target) != set(of_first) or len(target) < len(config.target)):
-        wanted = f"each class of {attributes[0]} ({', '.join(of_first)})"
-        raise EvaluationError(
-            f"Expected a target share for {wanted}, got {', '.join(config.target)}. Give one for each."
-        )
-    subject = config.subject_attribute
+    if target and sorted(map(label_of, config.target)) != sorted(of_first):
+        wanted, given = f"each class of {attributes[0]} ({', '.join(of_first)})", ", ".join(config.target)
+        raise EvaluationError(f"Expected a target share for {wanted}, got {given}. Give one for each.")
     confusion = {name: annotator.confusion(name, config.min_confidence) for name in asked}
     corrections, warnings = dict(confusion), []
     for name, matrix in confusion.items():
@@ -114,7 +112,28 @@ def evaluate(
             raise EvaluationError(f"Expected features that images and reference share, got {told}. Name some.")
     if isinstance(reference, CaptionedImages):
         reference = describe_images(reference, annotator, **settings)
+    parts: dict[tuple[str, str], tuple[list[Row], Described]] = {}
+    with progress_bar("annotating", sum(map(len, rows_by_model.values())), enabled=progress) as bar:
+        for model, rows in rows_by_model.items():
+            seen = describe_images(rows, annotator, bar=bar, **settings)
+            for key in scale_keys(rows):
+                places = [place for place, row in enumerate(rows) if row.scale_key == key]
+                parts[model, key] = [rows[place] for place in places], seen.take(places)
     unsplit = annotator.unsplit if isinstance(annotator, AuditAnnotator) else {}
+    apart: dict[str, set[str]] = {}
+    for name in attributes:  # of models that are compared, figures are of the same prompts
+        apart[name] = set(prompts) & unsplit.get(name, set())
+        for own, found in parts.values():
+            named = {row.prompt for row, of in zip(own, found.classes[name], strict=True) if of < len(classes[name])}
+            apart[name] |= set(prompts) - named
+        if len(apart[name]) == len(prompts):
+            raise EvaluationError(
+                f"Expected a prompt whose images have classes of {name} in every model, found none: at a confidence "
+                f"of {config.min_confidence:g} the annotator names none, or the audit splits no such prompt by it."
+            )
+    for own, found in parts.values():  # those of single groups, too
+        aside = [row.prompt in apart[attributes[0]] for row in own]
+        found.classes[attributes[0]][aside] = len(of_first)
     question = Question(
         attributes=attributes,
         classes=classes,
@@ -124,28 +143,9 @@ def evaluate(
         reference=reference,
         clip=clip,
         lpips=network,
-        apart={name: set(prompts) & unsplit.get(name, set()) for name in attributes},
+        apart=apart,
         config=config,
     )
-    parts: dict[tuple[str, str], tuple[list[Row], Described]] = {}
-    with progress_bar("annotating", sum(map(len, rows_by_model.values())), enabled=progress) as bar:
-        for model, rows in rows_by_model.items():
-            seen = describe_images(rows, annotator, bar=bar, **settings)
-            for key in scale_keys(rows):
-                places = [place for place, row in enumerate(rows) if row.scale_key == key]
-                parts[model, key] = [rows[place] for place in places], seen.take(places)
-    for name in attributes:  # of models that are compared, figures are of the same prompts
-        for own, found in parts.values():
-            named = {row.prompt for row, of in zip(own, found.classes[name], strict=True) if of < len(classes[name])}
-            question.apart[name].update(set(prompts) - named)
-        if question.apart[name] >= set(prompts):
-            raise EvaluationError(
-                f"Expected a prompt whose images have classes of {name} in every model, found none: at a confidence "
-                f"of {config.min_confidence:g} the annotator names none, or the audit splits no such prompt by it."
-            )
-    for own, found in parts.values():  # those of single groups, too
-        aside = [row.prompt in question.apart[attributes[0]] for row in own]
-        found.classes[attributes[0]][aside] = len(of_first)
     size = common_group_size([known for _, known in parts.values()], question)
     models: dict[str, dict[str, Measures]] = {model: {} for model in rows_by_model}
     with progress_bar("measuring", len(parts), enabled=progress) as bar:
@@ -157,7 +157,7 @@ def evaluate(
             bar.advance()
     scales = {model: {row.scale for row in rows} for model, rows in rows_by_model.items()}
     accuracy = {name: None if of is None else _accuracy(of) for name, of in confusion.items()}
-    counts = {name: None if of is None else np.asarray(of).tolist() for name, of in confusion.items()}
+    counts = {name: None if of is None else of.tolist() for name, of in confusion.items()}
     results = Results(
         models=models,
         attribute=attributes[0],
@@ -178,19 +178,19 @@ def _accuracy(confusion: np.ndarray) -> float | None:
     return float(np.trace(known) / known.sum()) if known.any() else None
 
 
-def named_subjects(prompts: Sequence[str], classes: Sequence[str]) -> dict[str, str]:
-    """Prompt to the class of its subject: the longest class name in the prompt as a word.
+def named_subjects(prompts: Sequence[str], classes: Sequence[str]) -> dict[str, int]:
+    """Prompt to the index of its subject's class: the longest class name in the prompt as a word.
 
     An underscore of a class name stands for a space; prompts that name no class, or several, are left out. A class in
     the name of another ("bird" in "water bird") is not named beside it.
     """
     found = {}
-    patterns = {name: rf"(?<!\w){re.escape(name.replace('_', ' '))}(?!\w)" for name in classes}
+    patterns = {name: re.compile(rf"(?i)(?<!\w){re.escape(name.replace('_', ' '))}(?!\w)") for name in classes}
     for prompt in prompts:
-        named = [name for name in classes if re.search(patterns[name], prompt, flags=re.IGNORECASE)]
+        named = [name for name, pattern in patterns.items() if pattern.search(prompt)]
         longest = max(named, key=len, default="")
-        if named and all(re.search(patterns[name], longest.replace("_", " "), re.IGNORECASE) for name in named):
-            found[prompt] = longest
+        if named and all(patterns[name].search(longest.replace("_", " ")) for name in named):
+            found[prompt] = classes.index(longest)
     return found
 
 
@@ -200,11 +200,11 @@ def _notes(results: Results, annotator: Judge, question: Question, prompts: Sequ
     for name in question.attributes:
         if (agreement := results.annotator.accuracy[name]) is not None and isinstance(annotator, AuditAnnotator):
             notes.append(f"judge and audit agree on {name} in {agreement:.1%} of the training images left out")
-        if results.annotator.confusion[name] is None and not isinstance(annotator, GivenLabels):
-            unknown = f"how {annotator.name} errs on {name} is not known, so no figure is corrected for it"
-            notes.append(f"{unknown}: measure it on labelled images")
         if isinstance(annotator, GivenLabels):
             notes.append(f"classes of {name} are those that labels name: {', '.join(question.classes[name])}")
+        elif results.annotator.confusion[name] is None:
+            unknown = f"how {annotator.name} errs on {name} is not known, so no figure is corrected for it"
+            notes.append(f"{unknown}: measure it on labelled images")
         if left := [prompt for prompt in prompts if prompt in question.apart[name]]:
             why = f"of which nothing is told in some model's images, first {left[0]!r}"
             notes.append(f"figures of {name} leave out {len(left)} of {len(prompts)} prompts, {why}")
@@ -236,14 +236,13 @@ def _notes(results: Results, annotator: Judge, question: Question, prompts: Sequ
         larger = "distances such as Fréchet's are larger of fewer images"
         notes.append(f"images of a prompt number {numbers[0]:,} to {numbers[-1]:,}: {weighed}, and {larger}")
     for model, key, measures in results.each():
-        where = f"{model} at guidance scale {key}"
         said = [of.note for of in measures.attributes.values()]
         said += [measures.subject_accuracy.note] if measures.subject_accuracy else []
         if len(question.attributes) > 1:
             joint = measures.attributes.get(" x ".join(question.attributes))
             if missing := len(prompts) - len(joint.counts if joint else ()):
                 said.append(f"figures of the intersection leave out {missing} of {len(prompts)} prompts")
-        notes += [f"{where}: {note}" for note in dict.fromkeys(said) if note]
         if results.baseline and key not in results.models[results.baseline]:
-            notes.append(f"{where}: {results.baseline} has no images at this guidance scale to compare seed by seed")
+            said.append(f"{results.baseline} has no images at this guidance scale to compare seed by seed")
+        notes += [f"{model} at guidance scale {key}: {note}" for note in dict.fromkeys(said) if note]
     return notes

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.tables import MANIFESTS, caption_of, image_name, read_table
-from ..errors import EvaluationError, first_line
+from ..errors import EvaluationError, found_else
 from ..text import label_of
 from .results import UNSTATED, scale_order
 
@@ -75,8 +75,7 @@ def common_prompts(rows_by_model: Mapping[str, Sequence[Row]]) -> list[str]:
     for model, rows in rows_by_model.items():
         for key in scale_keys(rows):
             present = {row.prompt for row in rows if row.scale_key == key}
-            absent = [prompt for prompt in prompts if prompt not in present]
-            if absent:
+            if absent := [prompt for prompt in prompts if prompt not in present]:
                 found = f"found none of {absent[0]!r} in {model} at guidance scale {key}"
                 remedy = "Generate them, or evaluate the folders apart."
                 raise EvaluationError(f"Expected images of the same prompts everywhere, {found}. {remedy}")
@@ -108,8 +107,7 @@ def _read_folder(folder: Path) -> list[Row]:
         raise EvaluationError(f"Expected {MANIFESTS[0]} in {folder}, found none. {remedy}")
     table = read_table(manifest, required=("file_name", PROMPT_COLUMNS), error=EvaluationError)
     rows = [_row(values, folder, place) for values, place in zip(table.rows, table.places, strict=True)]
-    absent = [row.path for row in rows if not os.path.isfile(row.path)]  # unlike a Path's, of names too long too
-    if absent:
+    if absent := [row.path for row in rows if not os.path.isfile(row.path)]:  # unlike a Path's, of names too long too
         found = f"{len(absent)} absent, first {absent[0]}. Draw them by the same command, or remove their rows."
         raise EvaluationError(f"Expected the {len(rows)} images that {manifest} names, found {found}")
     for key in scale_keys(rows):
@@ -128,13 +126,12 @@ def _row(values: Mapping[str, Any], folder: Path, where: str) -> Row:
         return None if value in (None, "") else float(value)
 
     try:
-        prompts = [values[name] for name in PROMPT_COLUMNS if name in values]
-        prompt = caption_of(next((text for text in prompts if text != ""), ""))
+        prompt = caption_of(next((values[name] for name in PROMPT_COLUMNS if values.get(name, "") != ""), ""))
         prompt.encode("utf-8")  # text that cannot be written later is refused now
         name = image_name(values["file_name"], folder, where, EvaluationError, links=False)
         guidance_scale, seed = number("guidance_scale"), label_of(values.get("seed")) or None
         key = UNSTATED if guidance_scale is None else str(guidance_scale)
         return Row(folder / name, prompt, key, number("scale"), seed, values, where)
     except (AttributeError, TypeError, ValueError) as error:
-        expected = f"Expected an image's file_name and prompt, and any guidance_scale and scale as numbers, in {where}"
-        raise EvaluationError(f"{expected}, found something else ({first_line(error)}). Correct the row.") from error
+        expected = f"an image's file_name and prompt, and any guidance_scale and scale as numbers, in {where}"
+        raise EvaluationError(found_else(expected, error, "Correct the row.")) from error

@@ -14,7 +14,7 @@ from ..seeds import derived_seed
 from .annotate import Described, Question
 from .fairness.correction import correct_for_annotator, corrected_floor, corrected_interval
 from .fairness.intervals import interval, mean_interval
-from .fairness.metrics import METRICS, metric_floor, per_prompt, squared_discrepancy_unbiased
+from .fairness.metrics import METRICS, metric_floor, per_prompt, shares_of, squared_discrepancy_unbiased
 from .images import Row, pairs_of
 from .quality.distances import mean_cosine_distance, paired_cosines
 from .quality.figures import group_figures, quality_figures, share, where_defined
@@ -31,9 +31,8 @@ def measure(rows: Sequence[Row], seen: Described, question: Question, group_size
     prompts = [row.prompt for row in rows]
     right = np.full(len(rows), -1)  # 1 where an image shows its prompt's subject, 0 where not, -1 where not known
     if subject := question.config.subject_attribute:
-        place = {name: index for index, name in enumerate(question.classes[subject])}
-        named = np.array([place[question.subject_of[p]] if p in question.subject_of else -1 for p in prompts])
-        unclear = (named >= 0) & (seen.classes[subject] == len(place))
+        named = np.array([question.subject_of.get(prompt, -1) for prompt in prompts])
+        unclear = (named >= 0) & (seen.classes[subject] == len(question.classes[subject]))
         right = np.where(unclear | (named < 0), -1, seen.classes[subject] == named)
     attributes = {name: _spread(name, prompts, seen, right, question) for name in question.attributes}
     if len(attributes) > 1:
@@ -117,11 +116,10 @@ def estimate(
     settings: Any = {"target": target, "num_resamples": num_resamples, "seed": seed}
     low, high = interval(metric, counts, **settings)
     totals, square = counts.sum(axis=1), None
-    if metric == "fairness_discrepancy":
-        if totals.min() < 2:
-            notes.append("unbiased_square: not defined with one image of a prompt")
-        else:
-            square = squared_discrepancy_unbiased(counts, target)
+    if metric == "fairness_discrepancy" and totals.min() < 2:
+        notes.append("unbiased_square: not defined with one image of a prompt")
+    elif metric == "fairness_discrepancy":
+        square = squared_discrepancy_unbiased(counts, target)
     if len(values) == 1:
         notes.append("sd_over_prompts: not defined for one prompt")
     found = Estimate(
@@ -136,11 +134,10 @@ def estimate(
     if confusion is None:
         return found
     annotated = np.column_stack([counts, unsure])
-    corrected = per_prompt(metric, correct_for_annotator(annotated, confusion), target=target)
+    corrected = float(per_prompt(metric, correct_for_annotator(annotated, confusion), target=target).mean())
     low, high = corrected_interval(metric, annotated, confusion, **settings)
     floor = corrected_floor(metric, annotated, confusion, target)
-    found = replace(found, corrected=float(corrected.mean()), corrected_floor=floor)
-    return replace(found, corrected_low=low, corrected_high=high)
+    return replace(found, corrected=corrected, corrected_low=low, corrected_high=high, corrected_floor=floor)
 
 
 def _spread(
@@ -179,8 +176,7 @@ def _spread(
         table = count(right == 1)
         kept = table[:, :-1].sum(axis=1) > 0
         shown = estimates(table[kept]) if kept.any() else {}
-        left_out = [prompt for prompt, number in place.items() if not kept[number]]
-        if left_out:
+        if left_out := [prompt for prompt, number in place.items() if not kept[number]]:
             these = f"{len(left_out)} of {len(place)} prompts that have none, first {left_out[0]!r}"
             note = f"figures of images whose subject is right leave out {these}"
     few = min(config.num_resamples, PROMPT_RESAMPLES)
@@ -202,10 +198,8 @@ def _softmax(
     if probabilities is None:
         return Quantity(None, note="not defined for an intersection")
     known = probabilities.sum(axis=1) > 0
-    shares: NDArray[Any] = probabilities[known].astype(np.float64)
-    shares /= shares.sum(axis=1, keepdims=True)
-    sums = np.zeros((index.max() + 1, shares.shape[1]))
-    np.add.at(sums, index[known], shares)
+    sums = np.zeros((index.max() + 1, probabilities.shape[1]))
+    np.add.at(sums, index[known], shares_of(probabilities[known].astype(np.float64)))
     metric, seed = "fairness_discrepancy", derived_seed("softmax", config.seed) % 2**31
     ends = interval(metric, sums, target=target, num_resamples=config.num_resamples, seed=seed)
     floor = metric_floor(metric, np.rint(sums.sum(axis=1)), sums.shape[1], target=target)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.tables import MANIFESTS
-from ..errors import EvaluationError, first_line
+from ..errors import EvaluationError, found_else
 from ..files import read_json, write_json, write_text
 from ..options import typed
 from .fairness.metrics import METRICS, target_shares
@@ -251,8 +251,8 @@ class Results:
             for _, scale, measures in results.each():
                 _ = (measures.bias, results.judged(measures), measures.shares, scale_order(scale))
         except (KeyError, StopIteration, TypeError, ValueError, ZeroDivisionError) as error:
-            found = f"found something else ({first_line(error)}). Evaluate again."
-            raise EvaluationError(f"{path}: Expected the results of an evaluation, {found}") from error
+            told = found_else("the results of an evaluation", error, "Evaluate again.")
+            raise EvaluationError(f"{path}: {told}") from error
         if not any(results.models.values()):
             raise EvaluationError(f"{path}: Expected measures of at least one model, found none. Evaluate again.")
         return results
@@ -297,11 +297,9 @@ def _figures(measures: Measures) -> Iterator[tuple[str, str | None, str, Mapping
             images = {f"images of {group}": Quantity(float(count)) for group, count in counts.items()}
             yield "count", attribute, f"prompt: {prompt}", images
         yield "fairness", attribute, "all images", entry.overall
-        right = {
-            name: replace(estimate, note="; ".join(filter(None, (estimate.note, entry.note))))
-            for name, estimate in entry.subject_right.items()
-        }
-        yield "fairness", attribute, "subject right", right
+        for name, estimate in entry.subject_right.items():
+            note = "; ".join(filter(None, (estimate.note, entry.note)))
+            yield "fairness", attribute, "subject right", {name: replace(estimate, note=note)}
         for prompt, estimates in entry.by_prompt.items():
             yield "fairness", attribute, f"prompt: {prompt}", estimates
         yield "fairness", attribute, "all images", {"fairness_discrepancy (softmax)": entry.softmax_discrepancy}

@@ -88,7 +88,8 @@ def check_fit(pipe: Any, module: Guidance, *, strict: bool = True) -> None:
             )
     found: dict[str, Any] = {"denoiser_class": kind, "prediction_type": NoiseSchedule(pipe.scheduler).prediction_type}
     if wanted["denoiser_class"] == kind:
-        found |= module.sizes(family_of(pipe), denoiser)
+        fitting = module.fitting(family_of(pipe), denoiser)  # options were free to choose
+        found |= {name: value for name, value in fitting.items() if name not in module.options}
     wrong = [_difference(name, wanted[name], value) for name, value in found.items() if wanted[name] != value]
     remedy = "."
     if not wrong and strict:
@@ -154,11 +155,10 @@ class Attachment:
         if module.config["null_adapter"] != "on" and getattr(pipe, "text_encoder", self) is not None:
             self._null = family.null_condition(pipe)
         attached = GUIDED[denoiser].attachments if denoiser in GUIDED else []
-        others = {type(each.guidance).backend for each in attached} - {module.backend}
-        if others:
+        if attached and (other := attached[0].guidance.backend) != module.backend:
             raise ModelError(
-                f"Expected guidance of one backend on a model, found {others.pop()!r} attached and got "
-                f"{module.backend!r}. Detach the other first."
+                f"Expected guidance of one backend on a model, found {other!r} attached and got {module.backend!r}. "
+                "Detach the other first."
             )
         if any(each._module() is module for each in attached):
             warnings.warn(
@@ -324,7 +324,6 @@ class _GuidedCalls:
         )
 
     def close(self) -> None:
-        """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
 

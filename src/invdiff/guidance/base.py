@@ -81,11 +81,6 @@ class Guidance(ModelMixin, ConfigMixin):
         """Dotted paths of the blocks of a denoiser that `install` hooks."""
         return ()
 
-    def sizes(self, family: Family, denoiser: Any) -> dict[str, Any]:
-        """The entries of the config that must be as here for a denoiser: what fits it and is no option."""
-        fitting = self.fitting(family, denoiser)
-        return {name: value for name, value in fitting.items() if name not in self.options}
-
     @abstractmethod
     def guided(self, frozen: FrozenDenoiser, call: DenoiserCall, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """f~, (B, C, H, W), and middle features, (B, D, H', W'); gradients reach the weights of the guidance alone."""

@@ -96,11 +96,8 @@ def with_figures(record: Any, results: Any) -> dict[str, Any]:
             bias = measures.attributes[results.attribute].overall["bias"]
             stated = {"Bias": bias, "subject accuracy": measures.subject_accuracy}
             stated |= {**measures.quality, **measures.preservation}
-            of_model = [
-                [name, each.value, each.low, each.high]
-                for name, each in stated.items()
-                if each and each.value is not None
-            ]
+            known = {name: of for name, of in stated.items() if of and of.value is not None}
+            of_model = [[name, of.value, of.low, of.high] for name, of in known.items()]
             of_model.insert(1, ["floor of Bias", bias.floor, None, None])
             of_model.append(["fewest images of a prompt", measures.images_per_prompt, None, None])
             rows += [[model, scale, *row] for row in of_model]

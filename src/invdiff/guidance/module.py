@@ -36,8 +36,7 @@ class InvariantEncoder(nn.Module):
     def forward(self, condition: Condition) -> torch.Tensor:
         """From `prompt_embeds` (batch, tokens, prompt_dim) and a mask (batch, tokens) if any to (batch, code_dim)."""
         tokens = self.norm(condition["prompt_embeds"])
-        mask = condition.get("prompt_attention_mask")
-        if mask is not None:
+        if (mask := condition.get("prompt_attention_mask")) is not None:
             mask = mask.reshape(len(tokens), 1, -1) > 0
         queries = self.queries.expand(len(tokens), -1, -1)
         pooled = F.scaled_dot_product_attention(queries, self.key(tokens), self.value(tokens), attn_mask=mask)
@@ -146,9 +145,8 @@ class GuidanceModule(Guidance):
         # f~ = f + Delta g_psi(z_t, t, Phi(y), e)
         found = frozen(call.noisy_latents, call.timesteps, call.condition)
         model_pred, features = (values.float() for values in found)
-        latents, timesteps, groups = (
-            values.to(frozen.device) for values in (call.noisy_latents, call.timesteps, rows.environments)
-        )
+        read = (call.noisy_latents, call.timesteps, rows.environments)
+        latents, timesteps, groups = (values.to(frozen.device) for values in read)
         condition = to(call.condition, frozen.device, torch.float32)
         shift = self.forward(latents, timesteps, condition, model_pred, features, groups)
         return model_pred + rows.strength(shift) * shift, features

@@ -94,8 +94,7 @@ class ClipEncoder(VisionEncoder):
         for start in range(0, len(distinct), BATCH_SIZE):
             batch = distinct[start : start + BATCH_SIZE]
             tokens = self.tokenizer(batch, padding=True, return_tensors="pt", **cut).to(self.model.device)
-            found = tokens.input_ids.shape[1]
-            if found > longest:
+            if (found := tokens.input_ids.shape[1]) > longest:
                 raise ConfigError(f"Expected prompts of at most {longest} tokens, got {found} in {batch}. Shorten it.")
             output = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
             by_text.update(zip(batch, _pooled(output), strict=True))

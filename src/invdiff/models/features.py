@@ -29,8 +29,7 @@ def read_features(
     parts = (middle, middle[..., :half], middle[..., -half:])
     kept = [_kept(torch.cat([part.mean(dim=(2, 3)) for part in parts], dim=1), MOST_MIDDLE)]
     if isinstance(denoiser, FrozenDenoiser) and (blocks := denoiser.take_upper(noisy_latents)):
-        sides = [(min(GRID, block.shape[2]), min(GRID, block.shape[3])) for block in blocks]
-        pooled = [F.adaptive_avg_pool2d(block.float(), side) for block, side in zip(blocks, sides, strict=True)]
+        pooled = [F.adaptive_avg_pool2d(of.float(), (min(GRID, of.shape[2]), min(GRID, of.shape[3]))) for of in blocks]
         grids = [_kept(block.flatten(1), MOST_UPPER) for block in pooled]
         most = max(grid.shape[1] for grid in grids)
         kept += [F.pad(grid, (0, most - grid.shape[1])) for grid in grids]

@@ -70,9 +70,8 @@ class GroupBalancedSampler:
             place = int(torch.searchsorted(cumulative[group], mass, right=True))
             rows[index] = self._rows[prompt][min(place, cumulative.shape[1] - 1)]
             chosen[index] = group
-        environments = torch.stack(
-            [torch.multinomial(weights[rows].float(), 1, generator=rng)[:, 0] for weights in self.group_weights], dim=1
-        )
+        drawn = [torch.multinomial(weights[rows].float(), 1, generator=rng) for weights in self.group_weights]
+        environments = torch.cat(drawn, dim=1)
         environments[torch.arange(size), factors] = chosen
         return rows, factors, environments
 
@@ -172,9 +171,9 @@ def draw_batch(
     part = slice(rank * share, (rank + 1) * share)
     latents, noise, timesteps = data.latents[rows[part]].to(device), noise[part].to(device), timesteps[part].to(device)
     noisy_latents, target = schedule.add_noise(latents, noise, timesteps), schedule.target(latents, noise, timesteps)
-    own, others = data.condition(captions[part]), {name: of[unrelated[part]] for name, of in data.unrelated.items()}
-    for name, values in others.items():
-        own[name][replaced[part]] = values[replaced[part]]
+    own = data.condition(captions[part])
+    for name, values in data.unrelated.items():
+        own[name][replaced[part]] = values[unrelated[part][replaced[part]]]
     condition, held = to(own, device, torch.float32), preserved[part].to(device)
     if held.any():
         some = {name: values[held] for name, values in condition.items()}

@@ -55,9 +55,8 @@ class TrainingRun:
         if self.accelerator.num_processes > 1:
             devices = None if device.type == "cpu" else [self.accelerator.device]
             self.parallel = nn.parallel.DistributedDataParallel(self.parallel, device_ids=devices)
-        self.optimizer = self.accelerator.prepare_optimizer(
-            torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        )
+        adamw = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.optimizer = self.accelerator.prepare_optimizer(adamw)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.log: list[dict[str, Any]] = []  # rows that checkpoints keep
         self._kept = nn.ModuleDict({"model": model, "average": self.average, "running": running or nn.Module()})

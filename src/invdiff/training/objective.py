@@ -56,7 +56,7 @@ def step_loss(
             # f~(z_t, t, y, e); training is at full strength, Delta = 1.
             model_pred = guidance(batch.noisy_latents, batch.timesteps, condition, batch.rows)
         # l_i = mean of (target - f~)^2, relative to the typical loss at its timestep.
-        return per_sample_loss(model_pred.float(), batch.target) / typical[batch.timesteps]
+        return per_sample_loss(model_pred, batch.target) / typical[batch.timesteps]
 
     losses = losses_under(batch.condition)
     excess = torch.zeros_like(losses)
@@ -91,7 +91,6 @@ class MovingGroupLosses(nn.Module):
     """L_e and R_e as exponential moving means for each group of each cell, corrected for their short memory.
 
     A cell is a factor under a prompt. Columns that a factor of fewer groups lacks take the mean, and weigh nothing.
-
     Moving, since a small group has few images or none in one batch, and the variance over groups would be noise.
     """
 
@@ -106,9 +105,9 @@ class MovingGroupLosses(nn.Module):
 
     def update(self, cells: torch.Tensor, groups: torch.Tensor, losses: torch.Tensor) -> None:
         """Add a batch: cells and groups, integers (batch,), and l_i and R_i, (batch, 2), all on the CPU."""
+        seen = torch.zeros(self.counts.shape[:2], dtype=torch.bool).index_put_((cells, groups), torch.tensor(True))
         for kept, added in ((self.totals, losses.float()), (self.counts, torch.ones(len(losses), 1))):
             sums = torch.zeros_like(kept).index_put_((cells, groups), added, accumulate=True)
-            seen = torch.zeros(kept.shape[:2], dtype=torch.bool).index_put_((cells, groups), torch.tensor(True))
             kept[seen] = self.momentum * kept[seen] + sums[seen]
 
     def means(self) -> torch.Tensor:

@@ -80,8 +80,7 @@ def train(
             raise ConfigError(
                 "Expected the images that were audited, which the model did not draw itself, got none. Give DATA."
             )
-        kept = Path(cache_dir) if cache_dir else default_cache_dir()
-        data = own_images(pipe, audit.settings, kept, progress=progress)
+        data = own_images(pipe, audit.settings, Path(cache_dir or default_cache_dir()), progress=progress)
     data = as_encoded(pipe, data, cache_dir, resolution=audit.settings.get("resolution", 0), progress=progress)
     model = denoiser_fingerprint(pipe)
     audit.check_matches(data, model)
@@ -168,17 +167,16 @@ def run_round(
     progress: bool,
 ) -> list[dict[str, Any]]:
     """Minimise the objective with W fixed; the log of losses, every `LOG_EVERY` steps and at the end."""
-    device = frozen.device
     prompt_ids, kept = torch.from_numpy(audit.prompt_ids), torch.from_numpy(np.flatnonzero(audit.kept))
     sampler = GroupBalancedSampler(prompt_ids, list(map(torch.from_numpy, audit.group_weights)), config.purity)
     num_prompts, sizes = int(prompt_ids.max()) + 1, audit.num_groups
     shape = len(sizes) * num_prompts, max(sizes)
     moving = MovingGroupLosses(shape, config.loss_momentum)
-    typical = typical_losses(frozen, data, kept, batch_size=config.batch_size, seed=config.seed).to(device)
+    typical = typical_losses(frozen, data, kept, batch_size=config.batch_size, seed=config.seed).to(frozen.device)
     module.train()
     settings = settings | {"round": number, "audit": audit.fingerprint}
-    whole = Guided(frozen, module)
-    run = TrainingRun(module, config, work / f"round-{number}", settings, whole=whole, running=moving)
+    place = work / f"round-{number}"
+    run = TrainingRun(module, config, place, settings, whole=Guided(frozen, module), running=moving)
 
     def loss_at(step: int) -> torch.Tensor:
         rng = generator("train", config.seed, number, step)

@@ -58,7 +58,7 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
             convolution = torch.nn.Conv2d(channels, width, 3, stride=stride, padding=1)
             layers.append(torch.nn.Sequential(convolution, torch.nn.GroupNorm(8, width), torch.nn.ReLU(inplace=True)))
         self.trunk = torch.nn.Sequential(*layers)
-        self.heads = torch.nn.Linear(NUM_FEATURES, sum(len(names) for names in self.attributes.values()))
+        self.heads = torch.nn.Linear(NUM_FEATURES, sum(map(len, self.attributes.values())))
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Features, (batch, 64), and each attribute's uncalibrated logits, (batch, classes), of pixels in [-1, 1]."""
@@ -66,8 +66,7 @@ class ConvAnnotator(Measurable, ModelMixin, ConfigMixin):
         y, x = (torch.linspace(-1, 1, n, device=pixels.device, dtype=pixels.dtype) for n in (height, width))
         coordinates = torch.stack(torch.meshgrid(y, x, indexing="ij")).expand(batch, -1, -1, -1)
         features = self.trunk(torch.cat([pixels, coordinates], dim=1)).mean(dim=(2, 3))
-        logits = self.heads(features).split([len(names) for names in self.attributes.values()], dim=1)
-        return features, list(logits)
+        return features, list(self.heads(features).split(list(map(len, self.attributes.values())), dim=1))
 
     @torch.no_grad()
     def predict(self, images: Iterable[Image.Image], *, batch_size: int = 64) -> Annotations:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from sklearn.metrics import confusion_matrix
@@ -107,10 +106,8 @@ class Measurable:
     def use_held_out(self, held_out: HeldOut) -> None:
         """Take `confusion` of its attributes from `held_out`, which must be of the same classes; others' stays."""
         if not held_out.attributes.items() <= self.attributes.items():
-            raise ModelError(
-                f"Expected held-out images of the annotator's classes {dict(self.attributes)}, got "
-                f"{dict(held_out.attributes)}. Measure this annotator again."
-            )
+            ours, theirs = dict(self.attributes), dict(held_out.attributes)
+            raise ModelError(f"Expected held-out images of the annotator's {ours}, got {theirs}. Measure it again.")
         self.held_out = held_out
         self._measured = {**self._measured, **dict.fromkeys(held_out.attributes, held_out)}
 
@@ -128,27 +125,21 @@ def measure_annotator(
         told = f"the annotator knows {', '.join(annotator.attributes)}, the data {known_columns(data)}"
         raise DataError(f"Expected attributes that both have, got {', '.join(chosen) or 'none'}: {told}.")
     classes = {name: annotator.attributes[name] for name in chosen}
-    labels: dict[str, list[str]] = {}
+    truth = {}
     for name in chosen:
         known = dict.fromkeys(classes[name], "the annotator's classes")
-        values = labels[name] = labels_in(name, zip(data.attributes[name], data.names, strict=True), DataError, known)
+        values = labels_in(name, zip(data.attributes[name], data.names, strict=True), DataError, known)
         unknown = sorted(set(values) - {"", *classes[name]})
         if unknown or not any(values):
             found = ", ".join(unknown[:5]) or "none at all"
             raise DataError(f"Expected labels of {name!r} among {', '.join(classes[name])}, found {found}. Rename.")
-    rows: list[int] = []
-
-    def images() -> Iterable[Image.Image]:
-        for row, image in readable_images(data, "measuring", progress=progress):
-            rows.append(row)
-            yield image
-
-    seen = annotator.predict(images())
-    truth = {
-        name: np.array([classes[name].index(values[row]) if values[row] else UNLABELLED for row in rows])
-        for name, values in labels.items()
-    }
-    return HeldOut(classes, {name: seen.probabilities[name] for name in chosen}, truth=truth)
+        truth[name] = np.array([classes[name].index(value) if value else UNLABELLED for value in values])
+    unreadable: dict[str, str] = {}
+    images = readable_images(data, "measuring", progress=progress, unreadable=unreadable)
+    seen = annotator.predict(image for _, image in images)
+    rows = [row for row, name in enumerate(data.names) if name not in unreadable]
+    probabilities = {name: seen.probabilities[name] for name in chosen}
+    return HeldOut(classes, probabilities, truth={name: indices[rows] for name, indices in truth.items()})
 
 
 def combinations(classes: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -44,8 +44,7 @@ def load_annotator(
         given = f"{spec} and {'no model' if audited else 'a model'}"
         raise ConfigError(f"Expected the audited model (--annotator-model) beside an audit and no other, got {given}.")
     if loras and not isinstance(model, str | Path):
-        named = ", ".join(loras)
-        raise ConfigError(f"Expected LoRAs of an audited model, by its folder or hub id, got {named} alone.")
+        raise ConfigError(f"Expected LoRAs of an audited model by its folder or hub id, got {', '.join(loras)} alone.")
     if audited:
         return AuditAnnotator(spec, model, loras=loras)
     attributes = [name for name in ([attribute] if isinstance(attribute, str) else attribute) if name]

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from ...errors import EvaluationError
 from .intervals import bias_aware, plausible_shares, resamples_for
-from .metrics import METRICS, FloatArray, checked_counts, target_shares
+from .metrics import METRICS, FloatArray, checked_counts, shares_of, target_shares
 
 MAX_CONDITION = 20.0  # condition number of the rates above which noise in counts is amplified too much to correct
 FLOOR_DRAWS = 1000  # simulated evaluations behind an expected figure
@@ -25,7 +25,7 @@ def correct_for_annotator(counts: ArrayLike, confusion: ArrayLike) -> FloatArray
     """
     table, held_out = _checked(counts, confusion)
     totals = table.sum(axis=1, keepdims=True)
-    return totals * project_to_simplex(table / totals @ _inverse(_shares(held_out)))
+    return totals * project_to_simplex(table / totals @ _inverse(shares_of(held_out)))
 
 
 def corrected_interval(
@@ -47,12 +47,12 @@ def corrected_interval(
     t = target_shares(target, len(held_out))
     resamples = resamples_for(num_resamples, len(table))
     generator = np.random.default_rng(seed)
-    rates = _shares(held_out + PRIOR)
+    rates = shares_of(held_out + PRIOR)
     drawn = np.stack([generator.dirichlet(row + PRIOR, size=resamples) for row in held_out], axis=1)
     inverse, inverses = _inverse(rates), _inverse(drawn)
 
     def draw(p: FloatArray) -> FloatArray:
-        annotated = generator.multinomial(numbers, _shares(p @ rates), size=(resamples, len(p)))
+        annotated = generator.multinomial(numbers, shares_of(p @ rates), size=(resamples, len(p)))
         return project_to_simplex(annotated / numbers[:, None] @ inverses)
 
     def spread(distribution: FloatArray) -> FloatArray:
@@ -61,7 +61,7 @@ def corrected_interval(
 
     # The summed variance of corrected shares from the images and from the held-out images, at shares with one image
     # more of each class, so that none is zero.
-    p = _shares(correct_for_annotator(table, held_out))
+    p = shares_of(correct_for_annotator(table, held_out))
     steady = (numbers[:, None] * p + 1) / (numbers[:, None] + p.shape[1])
     sampling = spread(steady @ rates) / numbers
     from_held_out = steady**2 @ (spread(rates) / held_out.sum(axis=1))
@@ -75,7 +75,7 @@ def corrected_interval(
     degrees = int(min((numbers - 1).sum(), (held_out.sum(axis=1) - 1).sum()))
     low, high = bias_aware(METRICS[metric], p, plausible, draw, target=t, degrees=degrees)
     # Few held-out images make the correction skewed: what it makes of these images under any plausible rates counts.
-    values = METRICS[metric].formula(project_to_simplex(_shares(table) @ inverses), t).mean(axis=1)
+    values = METRICS[metric].formula(project_to_simplex(shares_of(table) @ inverses), t).mean(axis=1)
     return min(low, float(np.quantile(values, 0.025))), max(high, float(np.quantile(values, 0.975)))
 
 
@@ -86,7 +86,7 @@ def corrected_floor(metric: str, counts: ArrayLike, confusion: ArrayLike, target
     target. The mean of simulations; arguments as of `correct_for_annotator`.
     """
     table, held_out = _checked(counts, confusion)
-    numbers, rates = np.rint(table.sum(axis=1)).astype(np.int64), _shares(held_out)
+    numbers, rates = np.rint(table.sum(axis=1)).astype(np.int64), shares_of(held_out)
     t, draws = target_shares(target, len(held_out)), (resamples_for(FLOOR_DRAWS, len(table)), len(table))
     annotated = np.random.default_rng(0).multinomial(numbers, t @ rates, size=draws)
     return float(METRICS[metric].formula(project_to_simplex(annotated / numbers[:, None] @ _inverse(rates)), t).mean())
@@ -111,10 +111,6 @@ def _inverse(rates: FloatArray) -> FloatArray:
     return np.swapaxes(np.linalg.solve(system, right)[..., :-1, :], -1, -2)
 
 
-def _shares(x: FloatArray) -> FloatArray:
-    return x / x.sum(axis=-1, keepdims=True)
-
-
 def _checked(counts: ArrayLike, confusion: ArrayLike) -> tuple[FloatArray, FloatArray]:
     """Counts (prompts, J) and a usable confusion matrix (K, J)."""
     held_out = np.asarray(confusion, dtype=np.float64)
@@ -129,7 +125,7 @@ def _checked(counts: ArrayLike, confusion: ArrayLike) -> tuple[FloatArray, Float
     sums = held_out.sum(axis=1)
     if not sums.all():
         raise EvaluationError(f"Expected held-out images of every class, got none of class {sums.argmin()}. Add some.")
-    mixing, sizes, _ = np.linalg.svd(_shares(held_out))
+    mixing, sizes, _ = np.linalg.svd(shares_of(held_out))
     if sizes[-1] * MAX_CONDITION < sizes[0]:
         # The mixture of true classes that hardly changes what is annotated.
         first, second = np.sort(np.argsort(-np.abs(mixing[:, -1]))[:2])

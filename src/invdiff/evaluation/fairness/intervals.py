@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from scipy.special import chdtri, ndtri, stdtrit
 from scipy.stats import binomtest
 
-from .metrics import METRICS, FloatArray, Metric, checked_counts, target_shares
+from .metrics import METRICS, FloatArray, Metric, checked_counts, shares_of, target_shares
 
 CONFIDENCE = 0.95  # nominal coverage of every interval
 ENOUGH_RESAMPLES = 200
@@ -60,7 +60,7 @@ def interval(
     def draw(p: FloatArray) -> FloatArray:
         return generator.multinomial(numbers, p, size=(resamples, len(p))) / numbers[:, None]
 
-    p = table / table.sum(axis=1, keepdims=True)
+    p = shares_of(table)
     plausible = plausible_shares(p, target=t, rates=np.eye(len(t)), numbers=numbers, worth=numbers)
     return bias_aware(METRICS[metric], p, plausible, draw, target=t, degrees=int((numbers - 1).sum()))
 
@@ -98,8 +98,7 @@ def plausible_shares(
         return p + np.minimum(inside, 1.0) * (end - p)
 
     candidates = np.stack([last_accepted(target), last_accepted(largest), _tied(p, smooth, known, z), smooth])
-    candidates = np.maximum(candidates, 0.0)
-    return candidates / candidates.sum(axis=-1, keepdims=True)
+    return shares_of(np.maximum(candidates, 0.0))
 
 
 def bias_aware(

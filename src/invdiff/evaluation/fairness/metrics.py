@@ -96,14 +96,17 @@ METRICS: Mapping[str, Metric] = {
 
 def target_shares(target: ArrayLike | None, num_groups: int) -> FloatArray:
     """Target shares, (groups,), that sum to 1; even when None."""
-    shares = np.ones(num_groups) if target is None else np.asarray(target, dtype=np.float64)
-    return shares / shares.sum()
+    return shares_of(np.ones(num_groups) if target is None else np.asarray(target, dtype=np.float64))
+
+
+def shares_of(x: FloatArray) -> FloatArray:
+    """Shares along the last axis, (..., groups): counts or probabilities over their sum."""
+    return x / x.sum(axis=-1, keepdims=True)
 
 
 def per_prompt(metric: str, counts: ArrayLike, *, target: ArrayLike | None = None) -> FloatArray:
     """A metric's value for each prompt, (prompts,), of counts, (prompts, groups), and a target, (groups,), or even."""
-    table = checked_counts(counts)
-    p = table / table.sum(axis=1, keepdims=True)
+    p = shares_of(checked_counts(counts))
     return METRICS[metric].formula(p, target_shares(target, p.shape[1]))
 
 
@@ -158,11 +161,10 @@ def _expected_value(name: str, num_images: int, shares_drawn: tuple[float, ...])
         log_choose = gammaln(2 * half + 1) - 2 * gammaln(half + 1)
         distance = 2 * half * np.exp(log_choose - half * np.log(4.0))
         return float(binom.pmf(counts, num_images, 2 / num_groups) @ distance) / num_images
-    if comb(num_images + num_groups - 1, num_groups - 1) <= MAX_ENUMERATED or num_groups == 2:
-        # All tables of counts, (tables, groups), by stars and bars.
-        end = num_images + num_groups - 1
-        bars = np.array(list(combinations(range(end), num_groups - 1)))
-        tables = np.diff(np.pad(bars, ((0, 0), (1, 1)), constant_values=((0, 0), (-1, end))), axis=1) - 1
+    places = num_images + num_groups - 1
+    if comb(places, num_groups - 1) <= MAX_ENUMERATED or num_groups == 2:
+        bars = np.array(list(combinations(range(places), num_groups - 1)))  # all tables of counts, by stars and bars
+        tables = np.diff(bars, axis=1, prepend=-1, append=places) - 1
         return float(multinomial.pmf(tables, num_images, target) @ metric.formula(tables / num_images, target))
     generator = np.random.default_rng(0)
     draws, total, squares = 0, 0.0, 0.0

@@ -53,8 +53,7 @@ class InceptionFeatures:
 
         Images are scaled without antialiasing, as the original did, so that figures compare with published ones.
         """
-        use = "Inception features (or name a CLIP or DINOv2 model instead)"
-        with _metrics(use, "Inception", "torch-fidelity"):
+        with _metrics("Inception features (or name a CLIP or DINOv2 model instead)", "Inception", "torch-fidelity"):
             from torchmetrics.image.fid import NoTrainInceptionV3
 
             network = NoTrainInceptionV3("inception-v3-compat", features_list=["2048"], antialias=False)

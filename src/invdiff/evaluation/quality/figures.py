@@ -68,8 +68,7 @@ def group_figures(
     rng = np.random.default_rng(derived_seed("groups", question.config.seed))
 
     def members(described: Described) -> list[NDArray[Any]]:
-        each = (described.classes[attribute] == index for index in range(len(names)))
-        return [rng.permutation(np.flatnonzero(own)) for own in each]
+        return [rng.permutation(np.flatnonzero(described.classes[attribute] == k)) for k in range(len(names))]
 
     of_images = members(seen)
     of_reference = members(reference) if reference is not None and attribute in reference.classes else []
@@ -135,9 +134,8 @@ def _distances(pair: tuple[NDArray[Any], NDArray[Any]], name: str, *, kernels: b
     falling = f"{sizes}; falls as their number grows"
     figures = {frechet_name(name): Quantity(distances.frechet_distance(*pair), note=falling)}
     if kernels:
-        kid = _too_few(n, m, MIN_KERNEL)
-        if min(n, m) >= MIN_KERNEL:
-            kid = replace(distances.kernel_distance(*pair), note=sizes)
+        enough = min(n, m) >= MIN_KERNEL
+        kid = replace(distances.kernel_distance(*pair), note=sizes) if enough else _too_few(n, m, MIN_KERNEL)
         figures[f"KID ({name})"] = kid
         figures[f"CMMD ({name})"] = where_defined(lambda: Quantity(distances.cmmd(*pair), note=falling))
     # The images that each is a share of; density is no share and has no interval.

@@ -25,6 +25,8 @@ _TRANSFORMERS: dict[type, type[Family]] = {
     PixArtTransformer2DModel: PixArt,
     DiTTransformer2DModel: DiT,
 }
+_INPUTS = ("addition_embed_type", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
+"""Settings of a UNet that stand for further inputs."""
 
 
 def family_that_draws(pipe: Any) -> Family:
@@ -52,17 +54,12 @@ def family_of(pipe: Any) -> Family:
         if isinstance(network, network_class):
             return family(pipe)
     config = getattr(network, "config", {})
-    names = (
-        "addition_embed_type",
-        "encoder_hid_dim_type",
-        "class_embed_type",
-        "num_class_embeds",
-        "time_cond_proj_dim",
-    )
-    further = {name: config.get(name) for name in names if config.get(name) is not None}
+    further = {name: config[name] for name in _INPUTS if config.get(name) is not None}
     if isinstance(network, UNet2DModel):  # of pixels only
         parts = {name: getattr(pipe, name, None) for name in ("vae", "vqvae")}
         further |= {name: type(part).__name__ for name, part in parts.items() if part is not None}
+        if not further:
+            return Unconditional(pipe)
     if isinstance(network, UNet2DConditionModel):
         added = {name: value for name, value in further.items() if value != "ip_image_proj"}
         if not added:
@@ -74,8 +71,6 @@ def family_of(pipe: Any) -> Family:
             if encoder is None or numbers == 6:  # the image's size, where it was cut, and the size wanted
                 return StableDiffusionXL(pipe)
             further["time_ids"] = f"{numbers:g} numbers, an aesthetic score among them (a refiner)"
-    if isinstance(network, UNet2DModel) and not further:
-        return Unconditional(pipe)
     inputs = "".join(f" with {name} {value!r}" for name, value in further.items())
     raise ModelError(
         "Expected a denoiser of Stable Diffusion 1.x, 2.x, XL or 3, Flux, PixArt, DiT or unconditional DDPM, got a "

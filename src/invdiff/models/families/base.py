@@ -107,14 +107,8 @@ class Family(ABC):
 
     def encode_captions(self, pipe: Any, captions: Sequence[str]) -> Condition:
         """The condition of captions, one row each."""
-        options = {
-            "prompt_2": None,
-            "prompt_3": None,
-            "num_images_per_prompt": 1,
-            "do_classifier_free_guidance": False,
-        }
-        known = inspect.signature(pipe.encode_prompt).parameters
-        options = {name: value for name, value in options.items() if name in known}
+        every = {"prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        options = {name: every[name] for name in inspect.signature(pipe.encode_prompt).parameters if name in every}
         encoded = pipe.encode_prompt(prompt=list(captions), device=pipe._execution_device, **options)
         return {name: value for name, value in zip(self.conditions, encoded, strict=False) if name}
 
@@ -154,10 +148,6 @@ class Family(ABC):
             raise ConfigError(f"Expected a square model, got sample_size {sample_size!r}. Pass resolution=... .")
         return sample_size * self.latent_factor
 
-    def granularity(self, denoiser: Any) -> int:
-        """Pixels that a resolution must be a multiple of."""
-        return self.latent_factor * self.packing * int(denoiser.config.get("patch_size") or 1)
-
     def draw(self, pipe: Any, prompts: list[str], *, guidance_scale: float, resolution: int, **options: Any) -> Any:
         """Call the pipeline for one image of each prompt, with `options` such as generators and steps.
 
@@ -172,7 +162,7 @@ class Family(ABC):
 
     def check_resolution(self, denoiser: Any, resolution: int) -> None:
         """Raise `ConfigError` where the denoiser cannot take squares of this side; 0 is the model's own."""
-        multiple = self.granularity(denoiser)
+        multiple = self.latent_factor * self.packing * int(denoiser.config.get("patch_size") or 1)
         if resolution < 0 or resolution % multiple:
             raise ConfigError(f"Expected a resolution that is a multiple of {multiple}, got {resolution}.")
 

@@ -77,6 +77,8 @@ class Flux(TransformerFamily):
         rows, _, height, width = noisy_latents.shape
         embeds = condition["prompt_embeds"]
         guidance = torch.full((rows,), self.distilled_guidance, dtype=embeds.dtype, device=embeds.device)
+        # Of each token of the image: 0, row, column.
+        places = torch.cartesian_prod(torch.arange(1), torch.arange(height // 2), torch.arange(width // 2))
         output = denoiser(
             hidden_states=packed(noisy_latents),
             timestep=timesteps.to(embeds.dtype) / 1000,
@@ -84,7 +86,7 @@ class Flux(TransformerFamily):
             encoder_hidden_states=embeds,
             pooled_projections=condition["pooled_prompt_embeds"],
             txt_ids=torch.zeros(embeds.shape[1], 3, dtype=embeds.dtype, device=embeds.device),
-            img_ids=image_ids(height // 2, width // 2).to(embeds.device, embeds.dtype),
+            img_ids=places.to(embeds.device, embeds.dtype),
             return_dict=False,
         )
         return unpacked(output[0], height // 2, width // 2)
@@ -116,11 +118,6 @@ def packed(latents: Tensor) -> Tensor:
 def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
     """Undo `packed` for a grid of height x width tokens: (B, C, 2 height, 2 width)."""
     return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, width)), 2)
-
-
-def image_ids(height: int, width: int) -> Tensor:
-    """Places of height x width tokens, (tokens, 3): 0, row, column."""
-    return torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width))
 
 
 class PixArt(TransformerFamily):
