@@ -96,13 +96,11 @@ class AuditBook:
 
     def _image(self, position: int) -> Image.Image:
         """An image small enough for a gallery; a crossed-out tile where it is damaged or lies outside its data set."""
-        try:
+        with suppress(DataError):  # audit and training state what is wrong with it
             if self.run.may_show(position):
                 (image,) = self.run.images_at([position])
                 image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
                 return image
-        except DataError:
-            pass  # audit and training state what is wrong with it
         tile = Image.new("RGB", (SIDE // 4, SIDE // 4), RULE)
         for ends in ((0, 0, *tile.size), (0, tile.height, tile.width, 0)):
             ImageDraw.Draw(tile).line(ends, fill=INK)
@@ -209,8 +207,7 @@ class AuditTab:
     def turn_to(self, name: str = "") -> Values:
         """Show the first prompt of an audit, which may have joined meanwhile; without a name, of all."""
         choices = self._list()
-        own = [place for _, place in choices if place.split(" ", 2)[2] == name]
-        place = [*own, choices[0][1]][0]
+        place = next((place for _, place in choices if place.split(" ", 2)[2] == name), choices[0][1])
         return self.open(place) | {self._prompt: gr.update(choices=choices, value=place)}
 
     def open(self, place: str, count: float = PER_GROUP) -> Values:

@@ -24,7 +24,6 @@ from ..guidance.attach import check_fit
 from ..guidance.backends import load_guidance
 from ..models.families import family_of
 from ..models.load import denoiser_of, load_pipeline
-from ..report.compare import label
 from ..report.plots import DARK, INK, PAPER, RULE, SOFT
 from ..report.read import Parts, audit_of, audits_in, find_parts
 from ..report.results_view import headlines
@@ -210,8 +209,7 @@ def _build_compare(runs: Mapping[str, Parts]) -> None:
         run = f"{name}: " if len(runs) > 1 else ""
         of = f"{results.criterion.name} of “{one_line(results.attribute, 60)}”"
         caption, notes = f"{run}{of}, with {results.confidence:.0%} intervals", [f"{note}." for note in results.notes]
-        named = ((label(model), scale, measures) for model, scale, measures in results.each())
-        tables.append(fragment("table", headlines(results, named, caption, notes)))
+        tables.append(fragment("table", headlines(results, results.each(), caption, notes)))
     gr.HTML("".join(tables), elem_id="compare")
     write = gr.Button("Write the report", size="sm", elem_id="compare-report")
     status = gr.HTML(elem_id="compare-status")
@@ -237,7 +235,6 @@ def looks() -> dict[str, Any]:
     names = {"body_background_fill": PAPER, "body_text_color": INK}
     names |= {"body_text_color_subdued": SOFT, "border_color_primary": RULE}
     button = [f"button_primary_background_fill{kind}" for kind in ("", "_dark", "_hover", "_hover_dark")]
-    accents = dict.fromkeys([*button[:2], "link_text_color", "color_accent", "slider_color"], "#1f6fb5")
     theme = gr.themes.Base(
         primary_hue=gr.themes.colors.blue,
         neutral_hue=gr.themes.colors.slate,
@@ -247,7 +244,7 @@ def looks() -> dict[str, Any]:
     ).set(
         **names,
         **{f"{name}_dark": DARK[colour] for name, colour in names.items()},
-        **accents,
+        **dict.fromkeys([*button[:2], "link_text_color", "color_accent", "slider_color"], "#1f6fb5"),
         **dict.fromkeys(button[2:], "#195a93"),
         button_primary_text_color="#ffffff",
         link_text_color_dark="#82bdf0",

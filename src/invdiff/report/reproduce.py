@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
@@ -104,15 +105,13 @@ def _said(run: Run, drawn: Mapping[str, Any]) -> tuple[Sequence[str], bool, list
     if drawn.get("draws") == "iid":
         return prompts, listed, ["--environments", "iid"]
     names: Any = run.module.get("factor_names")
-    try:  # proportions of each factor, or whole numbers, the groups of each image
+    with suppress(TypeError):  # neither proportions of each factor nor whole numbers, the groups of each image
         factors = [list(factor) for factor in (drawn.get("module") and drawn.get("environments")) or ()]
         if all(isinstance(share, float) for factor in factors for share in factor):
             known = isinstance(names, list) and len(names) == len(factors)
             return prompts, listed, mix_options(factors, names if known else ())
         if all(isinstance(shares, list) for factor in factors for shares in factor):
             return prompts, listed, ["--environments", "calibrated"]
-    except TypeError:
-        pass  # of something else
     return prompts, listed, None
 
 
@@ -143,10 +142,9 @@ def _evaluate(run: Run, results: Results, judge: Sequence[str]) -> list[str]:
 def _settings(run: Run) -> dict[str, Mapping[str, Any]]:
     """The settings of every step, of images only where their command cannot say them."""
     known = {item.name for item in fields(AuditConfig)}
-    audited = run.audit.settings if run.audit else {}
     settings: dict[str, Mapping[str, Any]] = {
         "Demo": run.results.run.get("settings", {}) if run.results else {},
-        "Audit": {name: value for name, value in audited.items() if name in known},
+        "Audit": {name: value for name, value in (run.audit.settings if run.audit else {}).items() if name in known},
         "Train": _record(run, "training"),
     }
     for model, folder, drawn in _drawn(run):
