@@ -28,7 +28,6 @@ from .generate import GenerateTab
 CHOOSE = f"{LOOK} Choose an image to see it, or to leave it out."
 NO_DATA = "The audited images were not given, so none is shown: give them with `invdiff ui --data DATA`."
 NO_CUTS = "Expected a prompt whose groups are parted by their scores, got another. Choose another prompt."
-NO_IMAGE = "Expected an image to be chosen first, got none. Click on one."
 PER_GROUP = 12
 MOST_PER_GROUP = 60
 SIDE = 256  # pixels of an image in a gallery, at most
@@ -283,7 +282,7 @@ class AuditTab:
         """Leave the chosen image out, or count it again."""
         book, page = self.find(place)
         if picked is None or self.find(picked[0])[0] is not book:
-            raise ConfigError(NO_IMAGE)
+            raise ConfigError("Expected an image to be chosen first, got none. Click on one.")
         change = Edits.with_images if counts else Edits.without_images
         book.edit(lambda edits: change(edits, [picked[1]]))
         places = "training, pictures and reports"

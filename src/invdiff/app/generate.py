@@ -9,7 +9,7 @@ import gradio as gr
 from ..errors import InvDiffError
 from ..evaluation.annotators.annotations import CANNOT_TELL, Annotator
 from ..evaluation.fairness.intervals import CONFIDENCE
-from ..report.figures import counted, share_of
+from ..report.figures import counted, quoted, share_of
 from ..report.plots import BASE_COLOUR, SERIES_COLOURS, colour_of
 from ..text import one_line
 from .fragments import QUIET, fragment, gallery, image_file, notice, refusal
@@ -151,7 +151,7 @@ class GenerateTab:
                 ]
                 done, wanted = len(shown.guided or shown.base), ask.config.images_per_prompt
                 words = f"{'Stopped at ' * shown.stopped}{done} of {counted(wanted, 'image')} in {shown.seconds:.1f} s"
-                words += " …" * (done < wanted and not shown.stopped) + f" · “{one_line(ask.prompt, 80)}”"
+                words += " …" * (done < wanted and not shown.stopped) + f" · {quoted(ask.prompt)}"
                 yield [notice(words), *sides, shares_seen(shown, studio.annotator), gr.skip()]
             if turn.over and not turn.stopped:
                 yield _NOTHING  # gradio repeats the last values at the end, when those of a newer request may be shown

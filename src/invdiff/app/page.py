@@ -193,8 +193,7 @@ def _build_generate(studio: Studio, books: Mapping[str, AuditBook]) -> GenerateT
     recorded = recorded if tuple(map(len, recorded)) == studio.num_groups else [[""] * n for n in studio.num_groups]
     recorded = [[name or f"group {group}" for group, name in enumerate(names)] for names in recorded]
     prompts = [prompt for book in books.values() for prompt in book.inferred.prompts if prompt.prompt.strip()]
-    prompts = [prompt for prompt in prompts if prompt.found] or prompts
-    prompts.sort(key=lambda prompt: -prompt.num_images)
+    prompts = sorted([of for of in prompts if of.found] or prompts, key=lambda of: -of.num_images)
     is_own = trained == family_of(studio.pipe).resolution(studio.pipe, denoiser_of(studio.pipe))
     suggestions = list(dict.fromkeys(prompt.prompt for prompt in prompts))
     names: Any = (lambda: fitting[0].group_names) if fitting else (lambda: recorded)
