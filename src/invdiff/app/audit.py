@@ -28,7 +28,6 @@ from .generate import GenerateTab
 CHOOSE = f"{LOOK} Choose an image to see it, or to leave it out."
 NO_DATA = "The audited images were not given, so none is shown: give them with `invdiff ui --data DATA`."
 NO_CUTS = "Expected a prompt whose groups are parted by their scores, got another. Choose another prompt."
-NO_IMAGE = "Expected an image to be chosen first, got none. Click on one."
 PER_GROUP = 12
 MOST_PER_GROUP = 60
 SIDE = 256  # pixels of an image in a gallery, at most
@@ -96,13 +95,11 @@ class AuditBook:
 
     def _image(self, position: int) -> Image.Image:
         """An image small enough for a gallery; a crossed-out tile where it is damaged or lies outside its data set."""
-        try:
+        with suppress(DataError):  # audit and training state what is wrong with it
             if self.run.may_show(position):
                 (image,) = self.run.images_at([position])
                 image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
                 return image
-        except DataError:
-            pass  # audit and training state what is wrong with it
         tile = Image.new("RGB", (SIDE // 4, SIDE // 4), RULE)
         for ends in ((0, 0, *tile.size), (0, tile.height, tile.width, 0)):
             ImageDraw.Draw(tile).line(ends, fill=INK)
@@ -209,8 +206,7 @@ class AuditTab:
     def turn_to(self, name: str = "") -> Values:
         """Show the first prompt of an audit, which may have joined meanwhile; without a name, of all."""
         choices = self._list()
-        own = [place for _, place in choices if place.split(" ", 2)[2] == name]
-        place = [*own, choices[0][1]][0]
+        place = next((place for _, place in choices if place.split(" ", 2)[2] == name), choices[0][1])
         return self.open(place) | {self._prompt: gr.update(choices=choices, value=place)}
 
     def open(self, place: str, count: float = PER_GROUP) -> Values:
@@ -286,7 +282,7 @@ class AuditTab:
         """Leave the chosen image out, or count it again."""
         book, page = self.find(place)
         if picked is None or self.find(picked[0])[0] is not book:
-            raise ConfigError(NO_IMAGE)
+            raise ConfigError("Expected an image to be chosen first, got none. Click on one.")
         change = Edits.with_images if counts else Edits.without_images
         book.edit(lambda edits: change(edits, [picked[1]]))
         places = "training, pictures and reports"

@@ -166,10 +166,9 @@ class ClicksPanel:
         weights = (found if found.biased else first).group_weights[0]  # until labels part groups, those that there are
         # By the prompts of the first audit, as they may change with labels, and the random order must not.
         positions = next_to_label(weights, first.prompt_ids, asked, count=AT_ONCE).tolist()
-        drawn = random_sample(first.prompt_ids, asked).tolist()
         values: Values = {self._ask: ask._replace(positions=tuple(positions)), self._more: gr.update(visible=True)}
         values |= {self._status: notice(words or f"Labels are kept in {ask.labels}.")}
-        values |= {self._figures: figures(found, ask.name, drawn)}
+        values |= {self._figures: figures(found, ask.name, random_sample(first.prompt_ids, asked).tolist())}
         for slot, (card, image, value) in enumerate(self._cards):
             values[card] = gr.update(visible=slot < len(positions))
             if slot < len(positions):

@@ -9,11 +9,11 @@ import gradio as gr
 from ..errors import InvDiffError
 from ..evaluation.annotators.annotations import CANNOT_TELL, Annotator
 from ..evaluation.fairness.intervals import CONFIDENCE
-from ..report.figures import counted, share_of
+from ..report.figures import counted, quoted, share_of
 from ..report.plots import BASE_COLOUR, SERIES_COLOURS, colour_of
 from ..text import one_line
 from .fragments import QUIET, fragment, gallery, image_file, notice, refusal
-from .studio import LONGEST_PROMPT, Shown, Studio, Turn, by_factor, command_for, read_ask
+from .studio import LONGEST_PROMPT, Shot, Shown, Studio, Turn, by_factor, command_for, read_ask
 
 _NOTHING: list[Any] = [gr.skip()] * 5  # values that leave all outputs as they are
 _WITH_TIME = "(live, sent, ...values) => [live, performance.timeOrigin + performance.now(), ...values]"
@@ -39,6 +39,11 @@ def shares_seen(shown: Shown, annotator: Annotator | None) -> str:
     note = f"Classes by {one_line(annotator.name, 60)}, with {CONFIDENCE:.0%} intervals."
     note += f" It cannot tell those of {counted(unsure, 'image')}." if unsure else ""
     return fragment("shares", attributes, note)
+
+
+def _shelf(shots: Sequence[Shot]) -> list[tuple[str, str]]:
+    """Files of images for a gallery, with their classes and seeds in words."""
+    return [(image_file(image), one_line(" · ".join([*of.values(), f"seed {seed}"]), 80)) for image, seed, of in shots]
 
 
 class GenerateTab:
@@ -142,16 +147,10 @@ class GenerateTab:
             ask = read_ask(values, studio, resolution=self._resolution)
             yield [notice("Waiting for the model …"), *_NOTHING[:3], command_for(ask, studio)]
             for shown in studio.draw(ask, turn):
-                sides = [
-                    [
-                        (image_file(image), one_line(" · ".join([*seen.values(), f"seed {seed}"]), 80))
-                        for image, seed, seen in of
-                    ]
-                    for of in (shown.base, shown.guided)
-                ]
+                sides = map(_shelf, (shown.base, shown.guided))
                 done, wanted = len(shown.guided or shown.base), ask.config.images_per_prompt
                 words = f"{'Stopped at ' * shown.stopped}{done} of {counted(wanted, 'image')} in {shown.seconds:.1f} s"
-                words += " …" * (done < wanted and not shown.stopped) + f" · “{one_line(ask.prompt, 80)}”"
+                words += " …" * (done < wanted and not shown.stopped) + f" · {quoted(ask.prompt)}"
                 yield [notice(words), *sides, shares_seen(shown, studio.annotator), gr.skip()]
             if turn.over and not turn.stopped:
                 yield _NOTHING  # gradio repeats the last values at the end, when those of a newer request may be shown

@@ -24,7 +24,6 @@ from ..guidance.attach import check_fit
 from ..guidance.backends import load_guidance
 from ..models.families import family_of
 from ..models.load import denoiser_of, load_pipeline
-from ..report.compare import label
 from ..report.plots import DARK, INK, PAPER, RULE, SOFT
 from ..report.read import Parts, audit_of, audits_in, find_parts
 from ..report.results_view import headlines
@@ -194,8 +193,7 @@ def _build_generate(studio: Studio, books: Mapping[str, AuditBook]) -> GenerateT
     recorded = recorded if tuple(map(len, recorded)) == studio.num_groups else [[""] * n for n in studio.num_groups]
     recorded = [[name or f"group {group}" for group, name in enumerate(names)] for names in recorded]
     prompts = [prompt for book in books.values() for prompt in book.inferred.prompts if prompt.prompt.strip()]
-    prompts = [prompt for prompt in prompts if prompt.found] or prompts
-    prompts.sort(key=lambda prompt: -prompt.num_images)
+    prompts = sorted([of for of in prompts if of.found] or prompts, key=lambda of: -of.num_images)
     is_own = trained == family_of(studio.pipe).resolution(studio.pipe, denoiser_of(studio.pipe))
     suggestions = list(dict.fromkeys(prompt.prompt for prompt in prompts))
     names: Any = (lambda: fitting[0].group_names) if fitting else (lambda: recorded)
@@ -210,8 +208,7 @@ def _build_compare(runs: Mapping[str, Parts]) -> None:
         run = f"{name}: " if len(runs) > 1 else ""
         of = f"{results.criterion.name} of “{one_line(results.attribute, 60)}”"
         caption, notes = f"{run}{of}, with {results.confidence:.0%} intervals", [f"{note}." for note in results.notes]
-        named = ((label(model), scale, measures) for model, scale, measures in results.each())
-        tables.append(fragment("table", headlines(results, named, caption, notes)))
+        tables.append(fragment("table", headlines(results, results.each(), caption, notes)))
     gr.HTML("".join(tables), elem_id="compare")
     write = gr.Button("Write the report", size="sm", elem_id="compare-report")
     status = gr.HTML(elem_id="compare-status")
@@ -237,7 +234,6 @@ def looks() -> dict[str, Any]:
     names = {"body_background_fill": PAPER, "body_text_color": INK}
     names |= {"body_text_color_subdued": SOFT, "border_color_primary": RULE}
     button = [f"button_primary_background_fill{kind}" for kind in ("", "_dark", "_hover", "_hover_dark")]
-    accents = dict.fromkeys([*button[:2], "link_text_color", "color_accent", "slider_color"], "#1f6fb5")
     theme = gr.themes.Base(
         primary_hue=gr.themes.colors.blue,
         neutral_hue=gr.themes.colors.slate,
@@ -247,7 +243,7 @@ def looks() -> dict[str, Any]:
     ).set(
         **names,
         **{f"{name}_dark": DARK[colour] for name, colour in names.items()},
-        **accents,
+        **dict.fromkeys([*button[:2], "link_text_color", "color_accent", "slider_color"], "#1f6fb5"),
         **dict.fromkeys(button[2:], "#195a93"),
         button_primary_text_color="#ffffff",
         link_text_color_dark="#82bdf0",

@@ -145,8 +145,7 @@ def _prompt(split: Split, run: Run, audit: Audit, words: AuditWords | None) -> d
 
     def thumbs(positions: Sequence[int], what: str) -> list[Thumb]:
         shown = [at for at in positions if run.may_show(at)]
-        alts = [f"{what}: {audit.names[at]}" for at in shown]
-        return list(map(thumb, run.images_at(shown), alts))
+        return list(map(thumb, run.images_at(shown), [f"{what}: {audit.names[at]}" for at in shown]))
 
     prompt, groups, (rand, by_chance) = split.prompt, [], proof(split.figures)
     for group, share in zip(split.groups, split.shares, strict=True):

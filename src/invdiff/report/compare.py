@@ -45,8 +45,7 @@ def compare(run: Run) -> Comparison | None:
         return None
     before = (results.baseline if results else "") or (BASE if BASE in scales else next(iter(scales)))
     strengths = results.module_scales if results else {}
-    others = sorted((m for m in scales if m != before), key=lambda m: (m != GUIDED, strengths.get(m) != 1))
-    after = next(iter(others), before)
+    after = min((m for m in scales if m != before), key=lambda m: (m != GUIDED, strengths.get(m) != 1), default=before)
     keys = sorted(set(scales[before]) & set(scales[after]), key=scale_order)
     if not keys and results is not None:
         after, keys = before, sorted(scales[before], key=scale_order)

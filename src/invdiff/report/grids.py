@@ -149,8 +149,7 @@ def strip(images: Sequence[Image.Image], width: int = FULL) -> Image.Image:
 
 
 def _title(title: str, subtitle: str = "") -> list[Image.Image]:
-    below = [text(subtitle, 22, soft=True)] if subtitle else []
-    return [text(title, 40, bold=True), *below, _space(30)]
+    return [text(title, 40, bold=True), *([text(subtitle, 22, soft=True)] if subtitle else []), _space(30)]
 
 
 def _plotted(draw: Callable[[Axes], object], width: int, height: int) -> Image.Image:

@@ -89,12 +89,11 @@ def colour_of(index: int) -> str:
 def style(*, dark: bool = False) -> Any:
     """Settings for `matplotlib.rc_context` or `pyplot.style.use`: `house.mplstyle` in our colours."""
     ink, soft, rule, paper = (DARK[colour] if dark else colour for colour in (INK, SOFT, RULE, PAPER))
-    house = Path(__file__).with_name("house.mplstyle")
-    settings: Any = matplotlib.rc_params_from_file(house, use_default_template=False)
+    house: Any = matplotlib.rc_params_from_file(Path(__file__).with_name("house.mplstyle"), use_default_template=False)
     softer = ("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     colours = {"text.color": ink, **dict.fromkeys(softer, soft), "grid.color": rule}
     colours |= {"figure.facecolor": paper, "lines.markeredgecolor": paper}
-    return {**settings, **colours, "axes.prop_cycle": cycler(color=SERIES_COLOURS, marker=MARKERS)}
+    return {**house, **colours, "axes.prop_cycle": cycler(color=SERIES_COLOURS, marker=MARKERS)}
 
 
 def render(
@@ -213,7 +212,7 @@ def thumb(image: Image.Image, alt: str) -> Thumb:
     image, stream = image.convert("RGB"), io.BytesIO()
     kind = "png" if max(image.size) <= CRISP_SIDE else "jpeg"
     image.thumbnail((THUMB_SIDE, THUMB_SIDE), Image.Resampling.LANCZOS)
-    image.save(stream, kind, **({"optimize": True} if kind == "png" else {"quality": 86}))
+    image.save(stream, kind, optimize=kind == "png", quality=86)
     return Thumb(_uri(kind, stream.getvalue()), alt)
 
 

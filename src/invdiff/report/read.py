@@ -176,7 +176,7 @@ def audit_of(run: Path, module: Path | None) -> Path | None:
     record = record if module is None or isinstance(record, Mapping) else {}
     by_clicks = [folder for folder in reversed(folders) if labels_of(folder).is_file()]
     audits: dict[Path, Audit] = {}
-    for folder in (*by_clicks, *folders):
+    for folder in dict.fromkeys((*by_clicks, *folders)):
         with suppress(InvDiffError):  # a damaged folder beside the audit is no error of its report
             audits[folder] = Audit.load(folder)
     if exact := next((folder for folder, of in audits.items() if record and of.has_trained(record)), None):

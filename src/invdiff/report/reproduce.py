@@ -3,7 +3,8 @@
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
@@ -37,24 +38,22 @@ def commands(run: Run) -> list[tuple[str, str]]:
     names = {"audit": ["audit"], "module": ["module"], "data": ["DATA"], **run.names}
     (audit,), (module,), (data, *columns) = names["audit"], names["module"], names["data"]
     audited = run.audit.settings if run.audit else {}
-    own = [word for prompt in audited.get("own_images_of", ()) for word in ("--prompt", prompt)]
-    adapted = [model, *(word for lora in audited.get("loras", ()) for word in ("--lora", lora))]
+    own = _each("--prompt", audited.get("own_images_of", ()))
+    adapted = [model, *_each("--lora", audited.get("loras", ()))]
     adapted += ["--dtype", str(audited["dtype"])] if "dtype" in audited else []
     found = []
     if run.audit:
         options = command_options(AuditConfig, without_paths(audited))
         asked, title = audited.get("asked", {}), "Audit"
-        for name in asked.get("attribute", {}):
-            options += ["--attribute", name]
-        for name, of in asked.get("ask", {}).items():
-            options += ["--ask", f"{name}: {', '.join(of['values'])}"]
+        options += _each("--attribute", asked.get("attribute", {}))
+        options += _each("--ask", [f"{name}: {', '.join(of['values'])}" for name, of in asked.get("ask", {}).items()])
         if asked.get("labels"):
             options, title = [*options, "--labels", "labels.csv"], "Audit; labels.csv has the labels that were given"
         found.append((title, ["audit", *adapted, *(own or [data, *columns]), "--output", audit, *options]))
     if training := _record(run, "training"):
         options = command_options(TrainConfig, without_paths(training))
         mixes = run.module.get("mixes")
-        options += [word for cfg in (mixes if isinstance(mixes, dict) else ()) for word in ("--calibrate", str(cfg))]
+        options += _each("--calibrate", mixes if isinstance(mixes, dict) else ())
         images = [] if own else [data, *columns]
         found.append(("Train", ["train", *adapted, *images[:1], audit, "--output", module, *images[1:], *options]))
     for name, folder, drawn in _drawn(run):
@@ -75,10 +74,14 @@ def commands(run: Run) -> list[tuple[str, str]]:
     if run.results:
         judge = [run.results.annotator.name or "ANNOTATOR"]
         if judge == [AUDIT]:
-            judge = [audit, "--annotator-model", model]
-            judge += [word for lora in audited.get("loras", ()) for word in ("--annotator-lora", lora)]
+            judge = [audit, "--annotator-model", model, *_each("--annotator-lora", audited.get("loras", ()))]
         found.append(("Evaluate", _evaluate(run, run.results, judge)))
     return [(title, shlex.join(["invdiff", *words])) for title, words in found]
+
+
+def _each(option: str, values: Iterable[object]) -> list[str]:
+    """An option that is given once for each value."""
+    return [word for value in values for word in (option, str(value))]
 
 
 def _record(run: Run, part: str) -> Mapping[str, Any]:
@@ -104,26 +107,22 @@ def _said(run: Run, drawn: Mapping[str, Any]) -> tuple[Sequence[str], bool, list
     if drawn.get("draws") == "iid":
         return prompts, listed, ["--environments", "iid"]
     names: Any = run.module.get("factor_names")
-    try:  # proportions of each factor, or whole numbers, the groups of each image
+    with suppress(TypeError):  # neither proportions of each factor nor whole numbers, the groups of each image
         factors = [list(factor) for factor in (drawn.get("module") and drawn.get("environments")) or ()]
         if all(isinstance(share, float) for factor in factors for share in factor):
             known = isinstance(names, list) and len(names) == len(factors)
             return prompts, listed, mix_options(factors, names if known else ())
         if all(isinstance(shares, list) for factor in factors for shares in factor):
             return prompts, listed, ["--environments", "calibrated"]
-    except TypeError:
-        pass  # of something else
     return prompts, listed, None
 
 
 def _evaluate(run: Run, results: Results, judge: Sequence[str]) -> list[str]:
     folders = {model: run.images[model].folders if model in run.images else [model] for model in results.models}
     words = ["evaluate", *(f"{model}={folder}" for model, of_model in folders.items() for folder in of_model)]
-    words += ["--annotator", *judge]
     first = next(measures for _, _, measures in results.each())
-    measured = list(first.attributes)
-    for attribute in measured[:-1] or measured:  # of several, the last is how they intersect
-        words += ["--attribute", attribute]
+    measured = list(first.attributes)  # of several, the last is how they intersect
+    words += ["--annotator", *judge, *_each("--attribute", measured[:-1] or measured)]
     named = [name.removesuffix(")").partition(" (")[::2] for name in first.quality if name.endswith(")")]
     clip = next((of for figure, of in named if figure == "CLIP-T"), "")
     lpips = {of for figure, of in named if figure.startswith("LPIPS")}
@@ -143,10 +142,9 @@ def _evaluate(run: Run, results: Results, judge: Sequence[str]) -> list[str]:
 def _settings(run: Run) -> dict[str, Mapping[str, Any]]:
     """The settings of every step, of images only where their command cannot say them."""
     known = {item.name for item in fields(AuditConfig)}
-    audited = run.audit.settings if run.audit else {}
     settings: dict[str, Mapping[str, Any]] = {
         "Demo": run.results.run.get("settings", {}) if run.results else {},
-        "Audit": {name: value for name, value in audited.items() if name in known},
+        "Audit": {name: value for name, value in (run.audit.settings if run.audit else {}).items() if name in known},
         "Train": _record(run, "training"),
     }
     for model, folder, drawn in _drawn(run):

@@ -49,17 +49,14 @@ def glance(run: Run, chosen: Comparison | None) -> dict[str, Any]:
     view: dict[str, Any] = {"sentences": [summary(run.audit)] if run.audit else [], "headlines": [], "pairs": []}
     if chosen is None:
         return view
-    both = (chosen.before, chosen.after)
     turns = [pair for turn in zip_longest(*chosen.pairs.values()) for pair in turn if pair]
-    view |= {"names": [label(model) for model in both], "pairs": [pair_of(pair, chosen) for pair in turns[:PAIRS]]}
-    results = run.results
+    view["pairs"] = [pair_of(pair, chosen) for pair in turns[:PAIRS]]
+    results, models = run.results, dict.fromkeys([chosen.before, chosen.after])
     if results is None:
         return view
-    by = results.criterion
-    found = [(label(model), results.judged(chosen.measures[model])) for model in dict.fromkeys(both)]
+    by, found = results.criterion, [(label(model), results.judged(chosen.measures[model])) for model in models]
     figures = [of for _, of in found]
-    matters = correction_matters(figures)
-    shows = f"A {by.sampler} shows"
+    matters, shows = correction_matters(figures), f"A {by.sampler} shows"
     last = ["Corrected for the annotator", f"{shows}, corrected"] if matters else []
     columns = ("", f"{by.name} ({results.confidence:.0%} interval)", shows, *last)
     rows = [
@@ -67,15 +64,7 @@ def glance(run: Run, chosen: Comparison | None) -> dict[str, Any]:
         for name, of in found
     ]
     view["sentences"].append(_verdict(results, chosen))
-    return view | {
-        "headlines": [
-            {"label": name, "figure": of, "corrected": corrected(of) if matters else ""} for name, of in found
-        ],
-        "by": by,
-        "floors": floors(figures),
-        "table": Table(columns, rows),
-        "where": where(chosen),
-    }
+    return view | {"headlines": found, "corrected": matters, "floors": floors(figures), "table": Table(columns, rows)}
 
 
 def _verdict(results: Results, chosen: Comparison) -> str:
@@ -128,9 +117,7 @@ def changes(run: Run, chosen: Comparison) -> dict[str, Any]:
     notes = [f"{len(names) - MOST_PROMPTS} more prompts are in the results."] if len(names) > MOST_PROMPTS else []
     lost = ", ".join(run.unmeasured)
     notes += [f"Images of {lost} are not shown: they are not those that were measured."] if lost else []
-    attributes = dict.fromkeys(name for measures in models.values() for name in measures.attributes)
     return {
-        "where": where(chosen),
         "attribute": results.attribute if results else "",
         "prompts": prompts,
         "shares": _shares(prompts, list(map(label, models))),
@@ -138,7 +125,7 @@ def changes(run: Run, chosen: Comparison) -> dict[str, Any]:
         "labels_read": results is not None and any(prompt["note"] for prompt in prompts),
         "fairness": [
             _fairness(name, {label(model): m.attributes[name] for model, m in models.items() if name in m.attributes})
-            for name in attributes
+            for name in dict.fromkeys(name for measures in models.values() for name in measures.attributes)
         ],
     }
 
@@ -146,11 +133,7 @@ def changes(run: Run, chosen: Comparison) -> dict[str, Any]:
 def costs(chosen: Comparison, results: Results) -> dict[str, Any]:
     """Quality with intervals, group by group, at every guidance scale and scale of the module."""
     modules, by_group = modules_by_scale(results, chosen), _by_group(chosen, results)
-    every = [
-        (label(model), key, measures)
-        for model in dict.fromkeys([chosen.before, chosen.after, *results.models])
-        for key, measures in results.models[model].items()
-    ]
+    every = sorted(results.each(), key=lambda of: (of[0] != chosen.before, of[0] != chosen.after))
     scales_say_it = len(every) <= 2 or (modules and len(chosen.keys) == 1)
     over_scale = [(name, f"{scale:g}", measures) for name, line in modules.items() for scale, measures in line.items()]
     at, plain = at_scale(chosen.key), any(0 in line for line in modules.values())
@@ -228,8 +211,7 @@ def _prompt(prompt: str, run: Run, chosen: Comparison, labels: Counter[str] | No
         note += "."
         counted_by = {TRAINING_DATA: labels, **counted_by}
     else:
-        splits = [one for one in run.splits if prompt in (one.prompt.prompt, *one.prompt.captions)]
-        groups = [(one.factor, one.shares) for one in splits]
+        groups = [(of.factor, of.shares) for of in run.splits if prompt in (of.prompt.prompt, *of.prompt.captions)]
     guided = [label(model) for model in models if model != chosen.before]
     colours = {TRAINING_DATA: DATA_COLOUR, **dict(zip(guided, SERIES_COLOURS, strict=False))}
     first = next(iter(models.values())).shares.get(prompt, {}) if models else {}
@@ -291,11 +273,10 @@ def _quality(chosen: Comparison, results: Results) -> Table:
     rows = [[with_direction(name), *(quantity(name, entry.get(name)) for entry in figures.values())] for name in names]
     notes = [f"{shown_name(name)}: {q.note}" for entry in figures.values() for name, q in entry.items() if q.note]
     reference = f", against {results.reference_images:,} real images" if results.reference_images else ""
-    caption = f"Quality {at_scale(chosen.key)}{reference}"
     more = [f"{len(rows) - MOST_FIGURES} more figures are in the results"] if len(rows) > MOST_FIGURES else []
     told = sentences([*more, *notes])
     told = told if len(told) <= MOST_NOTES else [*told[:MOST_NOTES], "More notes are in the results."]
-    return Table(("Figure", *figures), rows[:MOST_FIGURES], caption, told)
+    return Table(("Figure", *figures), rows[:MOST_FIGURES], f"Quality {at_scale(chosen.key)}{reference}", told)
 
 
 def _by_group(chosen: Comparison, results: Results) -> Table:
@@ -323,9 +304,9 @@ def headlines(
     """The main figures of models at scales."""
     rows = []
     for name, scale, measures in measured:
-        judged, frechet = results.judged(measures), measures.frechet
-        quality = [quantity("subject accuracy", measures.subject_accuracy), quantity("", Quantity(frechet))]
+        judged = results.judged(measures)
+        quality = [quantity("subject accuracy", measures.subject_accuracy), quantity("", Quantity(measures.frechet))]
         figures = [estimate(judged), bias(judged.floor), *quality, images_each(measures)]
-        rows.append([name, scale.removesuffix(".0"), *figures])
+        rows.append([label(name), scale.removesuffix(".0"), *figures])
     main = (results.criterion.name, "Floor", "Subject right", "Fréchet distance", "Images a prompt")
     return Table((*of, *main), rows, caption, notes)

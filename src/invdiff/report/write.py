@@ -19,12 +19,12 @@ from ..files import write_text
 from ..text import escape, one_line
 from .audit_view import found, parted, withheld
 from .compare import Comparison, compare, label, over_guidance, over_module
-from .figures import at_scale, bias, percent, quoted, sentences, share_in_words
+from .figures import at_scale, bias, corrected, percent, quoted, sentences, share_in_words
 from .grids import save_before_after, save_charts, save_groups
 from .plots import DARK, INK, PAPER, RULE, SOFT
 from .read import Parts, Run, read_run
 from .reproduce import reproduce
-from .results_view import changes, costs, glance
+from .results_view import changes, costs, glance, where
 
 if TYPE_CHECKING:
     from ..data.captioned import CaptionedImages
@@ -107,23 +107,22 @@ def _title(run: Run) -> str:
 @cache
 def html_templates(package: str) -> Environment:
     """The templates of a package, and those of reports; no text that others wrote is taken for markup."""
-    html = _environment(package, _shown)
-    html.filters.update(cut=lambda text: one_line(text, MOST_CHARACTERS), brief=lambda text: one_line(text, 60))
-    return html
+    cut, brief = partial(one_line, limit=MOST_CHARACTERS), partial(one_line, limit=60)
+    return _environment(package, _shown, cut=cut, brief=brief)
 
 
 @cache
 def _markdown_templates() -> Environment:
-    markdown = _environment("invdiff.report", lambda value: _escaped(value, 1000))
-    markdown.filters.update(cell=lambda text: _escaped(text, MOST_CHARACTERS), code=_code, share=share_in_words)
-    return markdown
+    cell = partial(_escaped, limit=MOST_CHARACTERS)
+    return _environment("invdiff.report", partial(_escaped, limit=1000), cell=cell, code=_code, share=share_in_words)
 
 
-def _environment(package: str, finalize: Callable[[Any], Any]) -> Environment:
+def _environment(package: str, finalize: Callable[[Any], Any], **filters: Callable[..., Any]) -> Environment:
     loader = ChoiceLoader([PackageLoader(package), PackageLoader("invdiff.report")])
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, finalize=finalize)
     made.trim_blocks = made.lstrip_blocks = True
-    made.filters.update(percent=percent, bias=bias, quoted=quoted, sentences=sentences, at_scale=at_scale, label=label)
+    shared = {"percent": percent, "bias": bias, "quoted": quoted, "sentences": sentences, "at_scale": at_scale}
+    made.filters.update(shared, label=label, corrected=corrected, where=where, **filters)
     return made
 
 
