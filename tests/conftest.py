@@ -19,14 +19,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from invdiff import GuidanceLoRA, GuidanceModule
-from invdiff.data.captioned import CaptionedImages, load_captioned_images
+from invdiff import GuidanceLoRA, GuidanceModule, load_captioned_images, load_pipeline
+from invdiff.data.captioned import CaptionedImages
 from invdiff.data.encode import EncodedImages, as_encoded
 from invdiff.evaluation.results import AttributeMeasures, Estimate, Measures, Quantity
-from invdiff.models.load import load_pipeline
 from invdiff.training import objective
 from invdiff.training import train as train_module
-from tiny import CAPTIONS, make_stable_diffusion
+from tiny import CAPTIONS, make_stable_diffusion, save_clip
 
 torch.set_num_threads(1)
 DIAGNOSTIC_BATCHES = 2
@@ -133,6 +132,12 @@ def tiny_pipe(loaded_pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imagefolder of 12 small images with two captions and an attribute `background`; read only."""
     return write_tiny_folder(tmp_path_factory.mktemp("tiny-folder"))
+
+
+@pytest.fixture(scope="session")
+def clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole CLIP model with random weights; read only."""
+    return save_clip(tmp_path_factory.mktemp("models") / "tiny-clip")
 
 
 @pytest.fixture

@@ -168,8 +168,7 @@ def make_images(folder, shares, *, count=20, classes=("land", "water"), guidance
             Image.new("RGB", (12, 12), (12 * place, 90 * index, 120)).save(folder / name)
             row = {"file_name": name, "prompt": prompt, "seed": place, "background": classes[place >= first]}
             rows.append(row | {"guidance_scale": guidance_scale, "scale": scale})
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "manifest.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
 

@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from invdiff.evaluation.annotators.labels import load_labelled_images
 from invdiff.evaluation.annotators.load import load_annotator, save_measured
 from invdiff.evaluation.annotators.pretrained import ClassifierAnnotator
 from test_cli import run, succeed
-from tiny import SMALL, TOWER, clip_config, make_tokenizer, save_clip
+from tiny import TOWER, clip_config, make_tokenizer, save_dinov2
 
 
 class ToyImages(list):
@@ -68,11 +69,9 @@ def test_attributes_that_go_together_are_told_apart_by_the_softmax_of_logits_ove
         expected = (logits[name] / annotator.config["temperatures"][name]).softmax(dim=1)
         np.testing.assert_allclose(seen.probabilities[name], expected, rtol=1e-4, atol=1e-6)
     assert seen.features.shape == (80, 64)
-    alone = annotator.predict(fresh[:3], batch_size=1)
-    np.testing.assert_allclose(alone.features, seen.features[:3], atol=1e-5)
+    np.testing.assert_allclose(annotator.predict(fresh[:3], batch_size=1).features, seen.features[:3], atol=1e-5)
     nothing = annotator.predict([])
-    assert nothing.features.shape == (0, 64)
-    assert nothing.labels("side") == []
+    assert (nothing.features.shape, nothing.labels("side")) == ((0, 64), [])
 
 
 def test_fitting_repeats_with_its_seed_and_leaves_the_global_generator_alone():
@@ -150,18 +149,14 @@ def put(old, new):
     return lambda path: path.write_text(path.read_text().replace(old, new))
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:100])
-
-
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
         ("config.json", lambda path: path.unlink(), "no file named config.json"),
         ("config.json", put("ConvAnnotator", "UNet2DModel"), "found UNet2DModel"),
         ("config.json", put('"left"', '"left", "middle"'), "Expected an annotator"),
-        ("diffusion_pytorch_model.safetensors", truncate, "Expected an annotator"),
-        ("heldout.safetensors", truncate, "of an annotator"),
+        ("diffusion_pytorch_model.safetensors", lambda path: os.truncate(path, 100), "Expected an annotator"),
+        ("heldout.safetensors", lambda path: os.truncate(path, 100), "of an annotator"),
         ("confusion.json", put('"left"', '"top"'), "again"),
     ],
 )
@@ -283,19 +278,18 @@ def test_what_is_no_annotator_is_refused(tmp_path):
             load_annotator(str(spec))
 
 
-def test_the_commands_train_on_sub_folders_and_measure(tmp_path):
+def test_the_commands_train_on_sub_folders_and_measure(clip_dir, tmp_path):
     photos = tmp_path / "photos"
     for index, image in enumerate(ToyImages(40)):
         folder = photos / ("cat", "dog")[index % 2]
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{index}.png")
     trained, measured, clip = (str(tmp_path / name) for name in ("trained", "measured", "clip"))
-    save_clip(tmp_path / "tiny-clip")
     (tmp_path / "classes.yaml").write_text("label:\n  cat: a photo on land\n  dog: a photo of water\n")
     for output, *words in (
         (trained, "train", photos, "--steps", 1, "--batch-size", 4, "--resolution", 16),
         (measured, "measure", trained, photos),
-        (clip, "measure", tmp_path / "tiny-clip", photos, "--classes", tmp_path / "classes.yaml"),
+        (clip, "measure", clip_dir, photos, "--classes", tmp_path / "classes.yaml"),
     ):
         shown = succeed("annotator", *words, "--output", output, "--quiet")
         assert f"--annotator {output} --attribute label" in " ".join(shown.split())
@@ -341,16 +335,14 @@ def test_probabilities_are_the_softmax_of_the_classifier_s_logits(classifier_dir
 
 
 def test_models_that_choose_no_class_or_lack_a_head_or_an_image_processor_are_refused(classifier_dir, tmp_path):
-    transformers.Dinov2Model(transformers.Dinov2Config(mlp_ratio=2, **SMALL)).save_pretrained(tmp_path / "headless")
     transformers.ViTForImageClassification.from_pretrained(classifier_dir).save_pretrained(tmp_path / "blind")
-    several = {"problem_type": "multi_label_classification"}
     for model, message in (
-        (tmp_path / "headless", "found none of classifier"),
+        (save_dinov2(tmp_path / "headless"), "found none of classifier"),
         (tmp_path / "blind", "an image processor"),
         (save_classifier(tmp_path / "one", {0: "score"}), "two classes or more"),
         (save_classifier(tmp_path / "twice", {0: "land", 1: "land"}), "named apart"),
         (save_classifier(tmp_path / "unsure", {0: "land", 1: "cannot tell"}), "other than 'cannot tell'"),
-        (save_classifier(tmp_path / "several", **several), "one class for an image"),
+        (save_classifier(tmp_path / "several", problem_type="multi_label_classification"), "one class for an image"),
     ):
         with pytest.raises(ModelError, match=message):
             ClassifierAnnotator(model)

@@ -154,8 +154,7 @@ def test_the_module_s_audit_names_its_groups(run, tiny_pipe, tmp_path):
     make_audit(tmp_path / "other" / "audit", rare=5)
     workspace = open_workspace([tmp_path / "other", run], model="unused")
     for folder, name in ((tmp_path / "other", "theirs"), (run, "<b>ours")):
-        book = AuditBook(find_parts(folder))
-        book.edit(lambda edits, name=name: edits.with_name(0, 1, name))
+        AuditBook(find_parts(folder)).edit(lambda edits, name=name: edits.with_name(0, 1, name))
     ours, theirs = (Audit.load(folder / "audit").fingerprint for folder in (run, tmp_path / "other"))
 
     def labels(record, **options):

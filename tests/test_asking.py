@@ -13,7 +13,7 @@ from invdiff.auditing.factors import Search
 from invdiff.errors import AuditError, ConfigError
 from runs import made_up_data
 from test_words import birds, on_water
-from tiny import make_ddpm, save_clip
+from tiny import make_ddpm
 
 PLACE = {"place": ("land", "water")}
 CONFIG = AuditConfig(min_images=4, batch_size=4)
@@ -21,10 +21,8 @@ FORWARDS = len(LEVELS) * DRAWS
 
 
 def test_questions_are_lines_or_a_mapping_and_common_is_a_list_of_about_thirty():
-    assert questions(["place: forest, sea,city", "a b:x y, z"]) == {
-        "place": ("forest", "sea", "city"),
-        "a b": ("x y", "z"),
-    }
+    lines = ["place: forest, sea,city", "a b:x y, z"]
+    assert questions(lines) == {"place": ("forest", "sea", "city"), "a b": ("x y", "z")}
     assert questions(PLACE) == PLACE
     assert questions("place: land, water") == questions({"place": "land, water"}) == PLACE
     assert questions({"a: b": ("x, y", "z")}) == {"a: b": ("x, y", "z")}
@@ -56,9 +54,8 @@ def factors(values, shown, noise=0.5, captions=("a dog", "a cat"), caption_ids=N
 
 def shown(*shares, count=600):
     """The value of each image, of prompts with these shares of values."""
-    return np.concatenate(
-        [np.repeat(np.arange(len(own)), np.round(np.array(own) * count).astype(int)) for own in shares]
-    )
+    counts = [np.round(np.array(own) * count).astype(int) for own in shares]
+    return np.concatenate([np.repeat(np.arange(len(own)), own) for own in counts])
 
 
 def test_of_more_values_those_that_are_told_apart_have_groups_and_the_rest_another():
@@ -78,8 +75,7 @@ def test_a_value_that_no_image_shows_makes_no_group():
     # A value that captions state alone is of the rest, never of another value.
     truth, ids = shown((0.8, 0.2, 0), (0.2, 0.8, 0)), np.repeat([0, 1], 600)
     ids[:100] = 2
-    captions = {"captions": ("a person", "someone", "a person, child"), "caption_ids": ids}
-    search = factors(names, truth, **captions)
+    search = factors(names, truth, captions=("a person", "someone", "a person, child"), caption_ids=ids)
     assert search.values == [["man", "woman", REST]]
     assert (search.factors[0][0].weights[:100].argmax(axis=1) == 2).all()
 
@@ -112,10 +108,8 @@ def test_images_whose_captions_state_a_value_have_that_group_and_are_not_judged(
     assert "captions state" in stated.candidates[0][0].refusal
 
 
-def run(pipe, folder, cache, ask=PLACE, **options):
-    return audit(
-        pipe, load_captioned_images(folder), ask=ask, config=CONFIG, cache_dir=cache, progress=False, **options
-    )
+def run(pipe, folder, cache, ask=PLACE):
+    return audit(pipe, load_captioned_images(folder), ask=ask, config=CONFIG, cache_dir=cache, progress=False)
 
 
 def test_the_audited_model_reads_each_image_for_each_value_once_and_says_so(tiny_pipe, tiny_folder, tmp_path):
@@ -132,18 +126,16 @@ def test_the_audited_model_reads_each_image_for_each_value_once_and_says_so(tiny
     assert found.forwards_per_image == plain.forwards_per_image + 2 * FORWARDS
     assert again.fingerprint == found.fingerprint
     assert found.settings["asked"] == {"ask": {"place": {"values": ["land", "water"], "reader": "the audited model"}}}
-    assert found.asked == (
-        "Groups were asked for, not sought: the audited model read the images for place (land, water)."
-    )
+    told = "Groups were asked for, not sought: the audited model read the images for place (land, water)."
+    assert found.asked == told
     assert "asked" not in plain.settings
     assert json.loads((found.save(tmp_path / "audit") / "audit.json").read_text())["settings"]["asked"]
 
 
 def test_many_attributes_are_first_read_in_some_images(tiny_pipe, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(asking, "FIRST", 2)
-    monkeypatch.setattr(
-        asking, "_likelier", lambda losses: np.tile([[[0.0, 1.0], [1.0, 0.0]]], (1, len(losses) // 2, 1))
-    )
+    even = [[[0.0, 1.0], [1.0, 0.0]]]
+    monkeypatch.setattr(asking, "_likelier", lambda losses: np.tile(even, (1, len(losses) // 2, 1)))
     many = {f"attribute {number}": ("a", "b") for number in range(9)}
     plain = run(tiny_pipe, tiny_folder, tmp_path, ask=())
     found = run(tiny_pipe, tiny_folder, tmp_path, ask=many)
@@ -152,14 +144,14 @@ def test_many_attributes_are_first_read_in_some_images(tiny_pipe, tiny_folder, t
     assert "which look even in the first 2 images" in found.prompts[0].reason
 
 
-def test_a_clip_model_reads_by_cosine_with_no_forwards(tiny_pipe, data, tmp_path):
+def test_a_clip_model_reads_by_cosine_with_no_forwards(tiny_pipe, data, clip_dir, tmp_path):
     shown, pictures, encoder = birds(("sea",), ("forest",))
     rows = np.arange(len(pictures.names))
     (read,) = read_by_clip(encoder, pictures, rows, {"place": ("forest", "sea")}, cache_dir=tmp_path, progress=False)
     assert (read.scores[0].argmax(axis=1) == on_water(shown)).mean() > 0.95
-    config = replace(CONFIG, words_model=str(save_clip(tmp_path / "clip")))
+    config = replace(CONFIG, words_model=str(clip_dir))
     found = audit(tiny_pipe, data, ask=PLACE, config=config, cache_dir=tmp_path, progress=False)
-    assert found.settings["asked"]["ask"]["place"]["reader"] == "clip"
+    assert found.settings["asked"]["ask"]["place"]["reader"] == "tiny-clip"
     assert found.forwards_per_image < 2 * FORWARDS
 
 

@@ -91,8 +91,7 @@ def test_images_keep_their_groups_when_guidance_is_switched_off_on_the_way(tiny_
             values["prompt_embeds"] = values["prompt_embeds"].chunk(2)[1]
         return values
 
-    attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=97))
-    seen = record_environments(tiny_pipe, attachment)
+    seen = record_environments(tiny_pipe, attach(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=97)))
     callback = {"callback_on_step_end": switch_off, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
     draw(tiny_pipe, 0, 1, num_inference_steps=4, **callback)
     assert [len(groups) for groups in seen] == [4, 4, 2, 2]
@@ -103,8 +102,7 @@ def test_groups_given_are_counted_by_images_and_those_of_one_noise_are_spread(ti
     module = make_guidance_module(tiny_pipe, num_groups=3)
     with attach(tiny_pipe, module, environments=[0, 0, 1, 1]), pytest.raises(ConfigError, match="batch of 4 image"):
         draw(tiny_pipe, 0, 1)
-    attachment = attach(tiny_pipe, module)
-    seen = record_environments(tiny_pipe, attachment)
+    seen = record_environments(tiny_pipe, attach(tiny_pipe, module))
     draw(tiny_pipe, 0, 1, 2, latents=inputs()[0][:1].repeat(3, 1, 1, 1))
     assert sorted(seen[0][:3].flatten().tolist()) == [0, 1, 2]
     assert all(torch.equal(groups, seen[0][:3].repeat(2, 1)) for groups in seen)

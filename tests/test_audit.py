@@ -18,8 +18,6 @@ from invdiff.errors import AuditError, ConfigError, ModelError
 from invdiff.files import CURATION
 from runs import inferred, made_up_data, sharded
 
-CONFIG = AuditConfig(solver="exact", batch_size=4, min_images=4, min_share=0.1)
-
 
 def made_up_evidence(minority, *, contrast, features, seed=0):
     """Evidence in which the minority stands apart by so many standard deviations."""
@@ -41,8 +39,7 @@ def test_where_nothing_is_hidden_or_can_be_judged_the_true_reason_is_given():
         (3, 0, {"min_images": 1}, "(3; at least 4 are needed)"),
         (200, 0, {"num_groups": 5}, "measured shows 5 humps"),
     ):
-        minority = np.arange(count) >= count - 5
-        evidence = made_up_evidence(minority, contrast=strength, features=strength)
+        evidence = made_up_evidence(np.arange(count) >= count - 5, contrast=strength, features=strength)
         found = inferred(made_up_data(["a bird"], np.zeros(count, dtype=int)), evidence, [0], **settings)
         assert not found.biased
         assert reason in found.prompts[0].reason
@@ -164,8 +161,7 @@ def test_the_rare_group_is_of_the_images_that_people_left_in_and_parted(found):
     splits = [replace(split, shares=split.shares[::-1]) for split in found.factors[0].splits]
     # Column 0 is the first maximum of a row of zeros.
     weights, factors = found.group_weights[0][:, ::-1], [replace(found.factors[0], splits=splits)]
-    swapped = replace(found, group_weights=(weights,), factors=factors)
-    for whole in (found, swapped):
+    for whole in (found, replace(found, group_weights=(weights,), factors=factors)):
         less = apply(whole, Edits().without_images([285, 3])).rare()
         assert less.sum() == 39
         assert not less[[3, 285]].any()
@@ -202,16 +198,14 @@ def test_the_same_audit_leaves_people_s_changes_and_others_put_them_aside(found,
 
 
 def test_groups_replaced_after_people_s_changes_are_saved_as_they_are(found, tmp_path):
-    named = edited(found)
-    replaced = replace(named, group_weights=(found.group_weights[0][::-1],))
+    replaced = replace(edited(found), group_weights=(found.group_weights[0][::-1],))
     loaded = Audit.load(replaced.save(tmp_path))
     assert loaded.fingerprint == replaced.fingerprint
-    assert loaded.edits.left_out == ()
-    assert loaded.group_names == (("", "on land"),)
+    assert (loaded.edits.left_out, loaded.group_names) == ((), (("", "on land"),))
 
 
 def run(pipe, folder, cache, **changes):
-    config = replace(CONFIG, **changes)
+    config = AuditConfig(**{"solver": "exact", "batch_size": 4, "min_images": 4, "min_share": 0.1} | changes)
     return audit(pipe, load_captioned_images(folder), config=config, cache_dir=cache, progress=False)
 
 

@@ -43,8 +43,7 @@ class Tab:
     @property
     def shown(self):
         values = {part.elem_id or type(part).__name__: value for part, value in self.values.items()}
-        of_galleries = {name: of["value"] for name, of in values.items() if name in self.tab._galleries}
-        return values | of_galleries
+        return values | {name: of["value"] for name, of in values.items() if name in self.tab._galleries}
 
     def pick(self, shelf, index):
         """What a click on an image of the first prompt chooses, and its details."""
@@ -200,9 +199,8 @@ def test_groups_that_scores_do_not_part_have_no_threshold(tmp_path):
     assert [tab("open", 0)[f"audit-cut-{k}"]["visible"] for k in (0, 1)] == [False, False]  # one was emptied by hand
     assert "parted by their scores" in tab("keep", 0, 5.0, 15.0)["audit-status"]
     (tmp_path / "audit" / CURATION).unlink()
-    rewrite(
-        tmp_path / "audit", lambda t, _: t.update(scores=np.random.default_rng(0).permutation(t["scores"], axis=1))
-    )
+    shuffled = np.random.default_rng(0).permutation
+    rewrite(tmp_path / "audit", lambda tensors, _: tensors.update(scores=shuffled(tensors["scores"], axis=1)))
     assert not Tab(Parts(audit=tmp_path / "audit")).shown["audit-cut-0"]["visible"]
 
 

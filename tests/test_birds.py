@@ -5,7 +5,7 @@ import pytest
 from birds import explicit_prompts, held_out_prompts
 
 from conftest import contents
-from invdiff import Audit, DemoConfig, load_captioned_images, load_guidance
+from invdiff import Audit, DemoConfig, load_captioned_images, load_guidance, load_pipeline
 from invdiff.assets import BIRDS_DEMO, BIRDS_MODEL
 from invdiff.data.birds import BACKGROUNDS, NATURAL_BACKGROUND, SUBJECTS, BirdsWorld, canonical_prompts
 from invdiff.data.birds.drawing import Scene
@@ -13,7 +13,6 @@ from invdiff.data.birds.world import TRAINING_TEMPLATES
 from invdiff.errors import ConfigError, DataError
 from invdiff.files import read_json
 from invdiff.guidance.attach import check_fit
-from invdiff.models.load import load_pipeline
 
 ROWS = BirdsWorld(4000, seed=1).metadata()
 
@@ -40,9 +39,8 @@ def test_the_background_agrees_with_the_subject_as_often_as_asked(settings):
     found = np.mean([NATURAL_BACKGROUND[row["subject"]] == row["background"] for row in rows])
     assert abs(found - world.severity) <= four_sigma(world.severity, 2000)
     if world.world == "one-prompt":
-        assert {(row["text"], row["subject"], row["states_background"]) for row in rows} == {
-            ("a photo of a bird", "landbird", False)
-        }
+        found = {(row["text"], row["subject"], row["states_background"]) for row in rows}
+        assert found == {("a photo of a bird", "landbird", False)}
 
 
 def test_free_attributes_split_in_halves_independently_of_subject_and_background():

@@ -201,8 +201,7 @@ def test_names_written_on_windows_are_read(tmp_path):
 def test_select_keeps_everything_in_step_and_passes_between_processes(tiny_folder):
     data = load_captioned_images(tiny_folder)
     some = pickle.loads(pickle.dumps(data.select([11, 2]).select([1, 0])))
-    assert some.names == ["02.png", "11.png"]
-    assert some.captions == [data.captions[2], data.captions[11]]
+    assert (some.names, some.captions) == (["02.png", "11.png"], [data.captions[2], data.captions[11]])
     assert some.attributes == {"background": ["land", "land"]}
     assert np.array_equal(some.image(1), data.image(11))
 
@@ -310,26 +309,21 @@ def test_columns_that_are_not_there(tmp_path):
 
 
 def test_captions_of_another_type_are_called_so(tmp_path):
-    folder = write_folder(tmp_path / "a", captioned("a bird", ["a", "b"], {"en": "a bird"}, True, 3.5))
-    message = refusal(folder)
+    message = refusal(write_folder(tmp_path, captioned("a bird", ["a", "b"], {"en": "a bird"}, True, 3.5)))
     assert "found another type in column 'text' for 4 of 5: 1.png (list: ['a', 'b']), 2.png (dict: " in message
     assert "3.png (bool: True), 4.png (float: 3.5)" in message
     table = datasets.Dataset.from_dict({"image": ["0.png"], "text": [["a bird", "a duck"]]})
     assert "another type in column 'text' for 1 of 1: 0.png (List(" in refusal(table.add_column("age", [3]))
 
 
-OUTSIDE = ("../a.png", "sub/../../a.png", "/etc/a.png", "..\\a.png", "C:\\a.png")
-
-
 def test_rows_that_cannot_be_used(tmp_path):
+    half = "8 of 16: 1.png, 3.png, 5.png, 7.png, 9.png and 3 more"
+    outside = ("../a.png", "sub/../../a.png", "/etc/a.png", "..\\a.png", "C:\\a.png")
     for rows, message in (
         *((named("a.png", value), "file name in line 2 of") for value in ("", None)),
         (named("a.png", "b.png", "./a.png", "c.png", "b.png"), "2 more than once: a.png, b.png"),
-        *((named(name), "file names inside") for name in OUTSIDE),
-        *(
-            (captioned(*["a bird", value] * 8), "8 of 16: 1.png, 3.png, 5.png, 7.png, 9.png and 3 more")
-            for value in ("", "  ", None, float("nan"))
-        ),
+        *((named(name), "file names inside") for name in outside),
+        *((captioned(*["a bird", value] * 8), half) for value in ("", "  ", None, float("nan"))),
         (captioned("whole \ud83d\ude00", "half \ud83d"), "lone surrogate), in column 'text' for 1 of 2: 1.png"),
     ):
         assert message in refusal(write_folder(tmp_path, rows))

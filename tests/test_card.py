@@ -39,9 +39,8 @@ def trained(tmp_path_factory, tiny_folder):
     data, options = load_captioned_images(tiny_folder), {"cache_dir": folder / "cache", "progress": False}
     settings = {"min_images": 4, "min_share": 0.1, "contrast_log_snr": (-4.2,), "caption_threshold": 0.0}
     found = audit(pipe, data, config=AuditConfig(solver="exact", batch_size=12, **settings), **options)
-    config = TrainConfig(
-        backend="module", steps=12, batch_size=4, preserve=0, mixed_precision="no", penalty=2.5, seed=3
-    )
+    steps = {"backend": "module", "steps": 12, "batch_size": 4, "preserve": 0}
+    config = TrainConfig(**steps, mixed_precision="no", penalty=2.5, seed=3)
     train(pipe, data, found, folder / "module", config=config, **options)
     found.save(folder / "audit")
     return folder / "module"
@@ -230,9 +229,8 @@ def test_figures_are_stated_and_kept_and_are_no_part_of_the_weights(trained, mod
     base = {"3.0": made_up_measures(0.71, **made), "10.0": made_up_measures(0.9, **made)}
     models = {"guided": {"3.0": made_up_measures(0.04, frechet=39.0, **made)}, "base": base}
     annotator = AnnotatorRecord("my | judge", accuracy={"background": 0.875})
-    scales = {"guided": 1.0, "base": 0.0}
-    results = Results(models, attribute="background", annotator=annotator, module_scales=scales)
-    results.save(tmp_path / "results.json")
+    about = {"attribute": "background", "annotator": annotator, "module_scales": {"guided": 1.0, "base": 0.0}}
+    Results(models, **about).save(tmp_path / "results.json")
     module.add_figures(Results.load(tmp_path / "results.json"))
     module.save_pretrained(tmp_path / "m")
     module.save_pretrained(tmp_path / "other-process", is_main_process=False)
@@ -240,28 +238,20 @@ def test_figures_are_stated_and_kept_and_are_no_part_of_the_weights(trained, mod
     assert weights_digest(module) == digest
     assert (tmp_path / "m" / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
     card = (tmp_path / "m" / "README.md").read_text(encoding="utf-8")
-    floor, accuracy = ["floor of Bias", "0.0342", "-"], ["subject accuracy", "0.93", "-"]
-    frechet = ["Frechet distance (made up)", "39", "-"]
-    assert tables(card)[3][1:] == [
-        [*place, *row]
-        for *place, bias, quality in (
-            *(("base", "3.0", "0.71", []), ("base", "10.0", "0.9", [])),
-            ("guided", "3.0", "0.04", [frechet]),
-        )
-        for row in (
-            ["Bias", bias, "0.61 to 0.82"],
-            floor,
-            accuracy,
-            *quality,
-            ["fewest images of a prompt", "512", "-"],
-        )
-    ]
+
+    def stated(model, scale, bias, *quality):
+        rows = [["Bias", bias, "0.61 to 0.82"], ["floor of Bias", "0.0342", "-"], ["subject accuracy", "0.93", "-"]]
+        return [[model, scale, *row] for row in (*rows, *quality, ["fewest images of a prompt", "512", "-"])]
+
+    frechet, (_, *shown) = ["Frechet distance (made up)", "39", "-"], tables(card)[3]
+    base = [*stated("base", "3.0", "0.71"), *stated("base", "10.0", "0.9")]
+    assert shown == [*base, *stated("guided", "3.0", "0.04", frechet)]
     assert "Attribute: background. Annotator: my | judge, held-out accuracy 87.5%." in html.unescape(card)
     assert "The annotator errs" in card
     assert GuidanceModule.from_pretrained(tmp_path / "m").model_card() == card
-    stated = ModelCard(card).data.eval_results
-    assert {one.dataset_name for one in stated} == {"guided images at guidance scale 3.0, annotated for background"}
-    assert [figure.metric_value for figure in stated if figure.metric_type == "Bias"] == [0.04]
+    figures = ModelCard(card).data.eval_results
+    assert {one.dataset_name for one in figures} == {"guided images at guidance scale 3.0, annotated for background"}
+    assert [figure.metric_value for figure in figures if figure.metric_type == "Bias"] == [0.04]
 
 
 def test_figures_of_an_attribute_replace_only_its_own_and_other_things_are_refused(module):
@@ -325,7 +315,6 @@ def test_a_pickle_is_never_loaded_and_an_absent_folder_is_no_question_of_the_net
     for name in ("./absent", "a/b/c"):
         with pytest.raises(ModelError, match=r"no such folder\. Give the folder that `invdiff train` wrote\.$"):
             load_guidance(name)
-    with pytest.raises(
-        ModelError, match=r"at org/absent, could not load.*invdiff train.*no org/absent.* check the spelling"
-    ):
+    message = r"at org/absent, could not load.*invdiff train.*no org/absent.* check the spelling"
+    with pytest.raises(ModelError, match=message):
         load_guidance("org/absent")

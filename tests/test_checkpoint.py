@@ -9,11 +9,10 @@ from invdiff.config import TrainConfig
 from invdiff.errors import ConfigError, DataError, TrainingError
 from invdiff.training.checkpoint import TrainingRun, accelerator_for, learning_rate
 
-CONFIG = TrainConfig(steps=8, checkpoint_every=2, ema_decay=0.9, mixed_precision="no")
-
 
 def make_run(folder):
-    return TrainingRun(nn.Linear(3, 2), CONFIG, folder, {"steps": 8, "seed": 0})
+    config = TrainConfig(steps=8, checkpoint_every=2, ema_decay=0.9, mixed_precision="no")
+    return TrainingRun(nn.Linear(3, 2), config, folder, {"steps": 8, "seed": 0})
 
 
 def go_on(run, until, last=KeyboardInterrupt):

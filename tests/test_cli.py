@@ -1,9 +1,8 @@
 """The command line, in process, on tiny models: the whole way, errors, and that each flag has its effect."""
 
-import importlib
 import json
 import shlex
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -43,8 +42,7 @@ def fail(*words, env=None):
 
 def next_command(stdout):
     """The words of the command that the last line names."""
-    last = stdout.rstrip("\n").split("\n")[-1]
-    return shlex.split(last.partition("Next")[2].partition(": ")[2])
+    return shlex.split(stdout.rstrip("\n").split("\n")[-1].partition("Next")[2].partition(": ")[2])
 
 
 def yaml_file(path, values):
@@ -60,17 +58,12 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Replace what commands call by functions that note their arguments."""
-    calls = {}
+    """Replace what a command calls, such as "invdiff.demo.run_demo", by a mock that notes its arguments."""
 
-    def record(module, name, result=None):
-        def note(*arguments, **keywords):
-            calls[name] = SimpleNamespace(arguments=arguments, **keywords)
-            return result
+    def record(name, result=None):
+        monkeypatch.setattr(name, noted := Mock(return_value=result))
+        return noted
 
-        monkeypatch.setattr(importlib.import_module(module), name, note)
-
-    record.calls = calls
     return record
 
 
@@ -78,10 +71,8 @@ def test_the_whole_way_each_command_naming_the_next(tmp_path, cache):
     data = write_tiny_folder(tmp_path / "my photos", num_images=24)
     shape = yaml_file(tmp_path / "shape.yaml", SHAPE.to_dict())
     few = yaml_file(tmp_path / "few.yaml", {"batch_size": 4, "autoencoder_batch_size": 4, "ema_decay": 0.5})
-    out = succeed(
-        "finetune", data, "--output", tmp_path / "model", "--architecture", shape, "--config", few,
-        "--steps", 3, "--autoencoder-steps", 2, "--quiet",
-    )  # fmt: skip
+    steps = ("--steps", 3, "--autoencoder-steps", 2, "--config", few, "--quiet")
+    out = succeed("finetune", data, "--output", tmp_path / "model", "--architecture", shape, *steps)
     words = next_command(out)
     assert words == ["invdiff", "audit", f"{tmp_path / 'model'}", f"{data}", "--output", f"{tmp_path / 'audit'}"]
 
@@ -98,8 +89,7 @@ def test_the_whole_way_each_command_naming_the_next(tmp_path, cache):
     assert set(words[3:5]) == set(CAPTIONS)
     assert words[words.index("--resolution") + 1] == "8"
 
-    few_images = ("--images-per-prompt", 2, "--steps", 1, "--quiet")
-    out = succeed(*words[1:], *few_images)
+    out = succeed(*words[1:], "--images-per-prompt", 2, "--steps", 1, "--quiet")
     words = next_command(out)
     assert "--module" not in words
     assert words[-6:] == ["--images-per-prompt", "2", "--steps", "1", "--resolution", "8"]
@@ -107,11 +97,8 @@ def test_the_whole_way_each_command_naming_the_next(tmp_path, cache):
     images = tmp_path / "images"
     assert next_command(out)[:3] == ["invdiff", "evaluate", str(images / "base")]
 
-    out = succeed(
-        "annotator", "train", data, "--attribute", "background", "--steps", 1, "--batch-size", 4,
-        "--resolution", 16, "--output", tmp_path / "annotator", "--quiet",
-    )  # fmt: skip
-    words = next_command(out)
+    settings = ("--steps", 1, "--batch-size", 4, "--resolution", 16, "--output", tmp_path / "annotator", "--quiet")
+    words = next_command(succeed("annotator", "train", data, "--attribute", "background", *settings))
     assert words[:4] == ["invdiff", "evaluate", str(images / "base"), str(images / "guided")]
     out = succeed(*words[1:], "--reference", data, "--output", tmp_path / "results.json", "--quiet")
     where, table = tmp_path / "results.json", tmp_path / "results.csv"
@@ -132,8 +119,7 @@ def test_the_whole_way_without_captions(tmp_path, cache):
     settings = ("--no-captions", "--quiet")
     shown = succeed("audit", tmp_path / "model", photos, "--output", tmp_path / "audit", "--config", loose, *settings)
     assert "--no-captions" in next_command(shown)
-    steps = ("--steps", 2, "--batch-size", 4)
-    shown = succeed(*next_command(shown)[1:], *steps, "--quiet")
+    shown = succeed(*next_command(shown)[1:], "--steps", 2, "--batch-size", 4, "--quiet")
     drawing = ("--guidance-scale", 1, "--images-per-prompt", 2, "--steps", 1, "--quiet")
     succeed("generate", tmp_path / "model", "--module", tmp_path / "module", "--output", tmp_path / "images", *drawing)
     rows = [json.loads(line) for line in (tmp_path / "images" / "manifest.jsonl").read_text().splitlines()]
@@ -142,10 +128,10 @@ def test_the_whole_way_without_captions(tmp_path, cache):
 
 def test_demo_passes_its_settings_on(tmp_path, recorded):
     base, guided = made_up_measures(0.5, **FIGURES), made_up_measures(0.125, **FIGURES)
-    recorded("invdiff.demo", "run_demo", Results({"base": {"3.0": base}, "guided": {"3.0": guided}}))
+    run_demo = recorded("invdiff.demo.run_demo", Results({"base": {"3.0": base}, "guided": {"3.0": guided}}))
     out = succeed("demo", "--output", tmp_path, "--images-per-prompt", 5, "--severity", 0.9, "--quiet")
-    call = recorded.calls["run_demo"]
-    assert (call.config.images_per_prompt, call.config.severity, call.progress) == (5, 0.9, False)
+    config, progress = (run_demo.call_args.kwargs[name] for name in ("config", "progress"))
+    assert (config.images_per_prompt, config.severity, progress) == (5, 0.9, False)
     rows = [line.split("│") for line in out.splitlines() if "0.400 to 0.600" in line]
     assert [[cell.strip() for cell in row[1:5]] for row in rows] == [
         ["base", "3", "0.500", "0.400 to 0.600"],
@@ -155,43 +141,41 @@ def test_demo_passes_its_settings_on(tmp_path, recorded):
 
 
 def test_generate_passes_module_mix_and_settings_on(tiny_pipe_dir, tmp_path, recorded):
-    recorded("invdiff.sampling", "generate")
+    generate = recorded("invdiff.sampling.generate")
     make_guidance_module(make_tiny_pipeline()).save_pretrained(tmp_path / "module")
     file = yaml_file(tmp_path / "c.yaml", {"seed": 5, "num_inference_steps": 3})
     lines = tmp_path / "prompts.txt"
     lines.write_text("second\n\n third \n")
-    succeed(
-        "generate", tiny_pipe_dir, "first", "--prompts-file", lines, "--module", tmp_path / "module",
-        "--environments", "0.7,0.3", "--config", file, "--seed", 6, "--scale", 0.5, "--output", tmp_path / "o", "-q",
-    )  # fmt: skip
-    call = recorded.calls["generate"]
-    assert call.arguments[1:] == (["first", "second", "third"], tmp_path / "o")
-    assert call.config == GenerateConfig(seed=6, num_inference_steps=3, scale=0.5)
-    assert call.environments == [0.7, 0.3]
-    assert call.module.num_groups == (2,)
-    assert not call.progress
+    guided = ("--module", tmp_path / "module", "--environments", "0.7,0.3", "--scale", 0.5)
+    settings = ("--config", file, "--seed", 6, "--output", tmp_path / "o", "-q")
+    succeed("generate", tiny_pipe_dir, "first", "--prompts-file", lines, *guided, *settings)
+    (_, *given), options = generate.call_args
+    assert given == [["first", "second", "third"], tmp_path / "o"]
+    assert options["module"].num_groups == (2,)
+    config = GenerateConfig(seed=6, num_inference_steps=3, scale=0.5)
+    assert options.items() >= {"config": config, "environments": [0.7, 0.3], "progress": False}.items()
     words = ["generate", tiny_pipe_dir, "first", "--environments", "iid", "--output", tmp_path / "o", "-q"]
     assert "Expected --module beside --scale and --environments" in fail(*words)
     out = succeed(*words, "--module", tmp_path / "module", "--", "-odd prompt")
-    assert recorded.calls["generate"].environments == "iid"
+    assert generate.call_args.kwargs["environments"] == "iid"
     succeed(*next_command(out)[1:])
-    assert recorded.calls["generate"].arguments[1] == ["first", "-odd prompt"]
+    assert generate.call_args.args[1] == ["first", "-odd prompt"]
 
 
 def test_finetune_passes_its_arguments_on_and_the_data_s_to_the_next_command(tiny_folder, tmp_path, recorded):
-    recorded("invdiff.training.finetune", "finetune")
-    columns, settings = (
-        ("--caption-column", "background", "--limit", "5"),
-        ("--base", "org/model", "--learning-rate", 1e-4),
-    )
+    finetune = recorded("invdiff.training.finetune.finetune")
+    columns = ("--caption-column", "background", "--limit", "5")
+    settings = ("--base", "org/model", "--learning-rate", 1e-4)
     words = ("finetune", tiny_folder, "--output", tmp_path / "m", *settings, *columns)
-    loud, call = run(*words), recorded.calls["finetune"]
-    assert (loud.stderr, call.progress) == ("loading images\n", True)
-    assert (call.base, call.architecture, call.config) == ("org/model", None, FinetuneConfig(learning_rate=1e-4))
-    assert call.arguments[0].captions == ["land", "water", "land", "water", "land"]
+    loud = run(*words)
+    (data, *_), options = finetune.call_args
+    assert (loud.stderr, options["progress"]) == ("loading images\n", True)
+    expected = {"base": "org/model", "architecture": None, "config": FinetuneConfig(learning_rate=1e-4)}
+    assert options.items() >= expected.items()
+    assert data.captions == ["land", "water", "land", "water", "land"]
     assert next_command(loud.stdout)[-4:] == list(columns)
     assert run(*words, "--quiet").stderr == ""
-    assert not recorded.calls["finetune"].progress
+    assert not finetune.call_args.kwargs["progress"]
 
 
 def test_changes_by_people_are_printed_by_audit_and_train(tiny_pipe_dir, tiny_folder, tmp_path, cache, recorded):
@@ -206,15 +190,14 @@ def test_changes_by_people_are_printed_by_audit_and_train(tiny_pipe_dir, tiny_fo
     shown = " ".join(run(*again).stderr.split())
     assert "people's changes in" in shown
     assert "are kept" in shown
-    recorded("invdiff.training.train", "train")
+    train = recorded("invdiff.training.train.train")
     words = ("train", tiny_pipe_dir, tiny_folder, tmp_path / "a", "--output", tmp_path / "m")
     shown = run(*words).stderr
     assert "2 images are left out and cuts between groups were moved by hand under 1 prompt." in shown
     assert "People" not in run(*words, "--quiet").stderr
-    assert recorded.calls["train"].arguments[2].fingerprint == changed.fingerprint
+    assert train.call_args.args[2].fingerprint == changed.fingerprint
 
-    result = run(*again, "--min-images", 13)  # nothing is found any more
-    assert "put aside, in" in result.stderr
+    assert "put aside, in" in run(*again, "--min-images", 13).stderr  # nothing is found any more
     assert (tmp_path / "a" / f"curation-{found.fingerprint}.json").is_file()
 
     before = contents(tmp_path / "a")
@@ -226,9 +209,7 @@ def test_changes_by_people_are_printed_by_audit_and_train(tiny_pipe_dir, tiny_fo
     assert contents(tmp_path / "a") == before
 
 
-def test_images_that_could_not_be_read_are_told_by_audit_its_files_and_the_report(
-    tiny_pipe_dir, tmp_path, cache, plain
-):
+def test_images_that_could_not_be_read_are_told_by_audit_its_files_and_report(tiny_pipe_dir, tmp_path, cache, plain):
     photos, found, output = write_tiny_folder(tmp_path / "photos"), tmp_path / "audit", tmp_path / "report"
     (photos / "07.png").write_bytes((photos / "07.png").read_bytes()[:500])
     told = "1 of 12 images could not be read and is left out: 07.png (image file is truncated"
@@ -270,8 +251,7 @@ def test_beside_a_metadata_file_only_the_folders_of_its_images_are_refused(tmp_p
 
 
 def test_where_nothing_is_found_audit_says_why_and_train_stops(tiny_pipe_dir, tiny_folder, tmp_path, cache, recorded):
-    out = ("--output", tmp_path / "audit", "--min-images", 13, "-q")
-    shown = succeed("audit", tiny_pipe_dir, tiny_folder, *out)
+    shown = succeed("audit", tiny_pipe_dir, tiny_folder, "--output", tmp_path / "audit", "--min-images", 13, "-q")
     assert "nothing found" in shown
     assert "too few" in shown
     words = next_command(shown)
@@ -279,7 +259,7 @@ def test_where_nothing_is_found_audit_says_why_and_train_stops(tiny_pipe_dir, ti
     assert words[-4:] == ["--vision-encoder", "facebook/dinov2-small", "--min-images", "13"]
     message = fail("train", tiny_pipe_dir, tiny_folder, tmp_path / "audit", "--output", tmp_path / "module", "-q")
     assert "nothing to balance" in message
-    recorded("invdiff.auditing.run", "encode_vision")
+    recorded("invdiff.auditing.run.encode_vision")
     last = succeed(*words[1:], "-q")
     assert "No hidden group was found" in last
     assert "Next" not in last
@@ -293,6 +273,7 @@ def test_errors_name_what_is_wrong(tiny_pipe_dir, tiny_folder, tmp_path):
     finetune, judge = ("finetune", tiny_folder), ("--annotator", "a", "--attribute", "b")
     mixed = (*draw, "p", "--module", tmp_path / "module", "--environments")
     mapped = ("evaluate", tmp_path, "--annotator", "labels", "--attribute", "b")
+    wrong_targets = ("land", "land=a", "land=0.5,land=0.5", "=1", "land=0.5,,water=0.5")
     train = ("train", tiny_pipe_dir, tiny_folder, tmp_path)
     for expected, *words in (
         ("found nothing there", "audit", tiny_pipe_dir, tmp_path / "absent"),
@@ -317,10 +298,7 @@ def test_errors_name_what_is_wrong(tiny_pipe_dir, tiny_folder, tmp_path):
         ("one prompt per line", *draw, "--prompts-file", tmp_path / "absent"),
         ("found other bytes in 'a \\udce9'", *draw, "a \udce9"),
         ("NUMBER,...", "demo", "--guidance-scales", "1,x"),
-        *(
-            ("each once, for --target", *mapped, "--target", text)
-            for text in ("land", "land=a", "land=0.5,land=0.5", "=1", "land=0.5,,water=0.5")
-        ),
+        *(("each once, for --target", *mapped, "--target", text) for text in wrong_targets),
     ):
         assert expected in fail(*words, "--output", tmp_path / "out", "-q"), words
     assert not (tmp_path / "out").exists()
@@ -367,11 +345,9 @@ def test_images_of_other_tools_are_evaluated_by_their_labels(tmp_path):
         Image.new("RGB", (8, 8), (20 * index, 100, 9)).save(theirs / f"{index}.png")
         rows.append(f"{index}.png,a doctor in white,{index},{labels}")
     (theirs / "metadata.csv").write_text("\n".join(rows) + "\n")
-    out = succeed(
-        "evaluate", theirs, f"ours={theirs}", "--annotator", "labels",
-        "--attribute", "gender", "--attribute", "age", "--target", "man=0.75,woman=0.25",
-        "--subject-attribute", "coat", "--output", tmp_path / "r.json", "-q",
-    )  # fmt: skip
+    attributes = ("--attribute", "gender", "--attribute", "age", "--subject-attribute", "coat")
+    asked = ("--annotator", "labels", *attributes, "--target", "man=0.75,woman=0.25")
+    out = succeed("evaluate", theirs, f"ours={theirs}", *asked, "--output", tmp_path / "r.json", "-q")
     measured = json.loads((tmp_path / "r.json").read_text())["models"]["ours"]["unstated"]
     assert (measured["bias"], measured["accuracy"]) == (0.5, 0.75)
     assert measured["attributes"]["gender"]["overall"]["kl_to_target"]["value"] == pytest.approx(0.0)

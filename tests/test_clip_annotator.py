@@ -13,7 +13,7 @@ from invdiff.errors import ConfigError, ModelError
 from invdiff.evaluation.annotators.heldout import HeldOut, measure_annotator
 from invdiff.evaluation.annotators.load import load_annotator, save_measured
 from invdiff.evaluation.annotators.pretrained import ClipAnnotator, class_prompts
-from tiny import make_tokenizer, save_clip
+from tiny import make_tokenizer
 
 PROMPTS = {
     "background": {"land": ["a photo on land", "land"], "water": "a photo of water"},
@@ -21,18 +21,8 @@ PROMPTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def clip_dir(tmp_path_factory):
-    return save_clip(tmp_path_factory.mktemp("models") / "tiny-clip")
-
-
-@pytest.fixture(scope="module")
-def annotator(clip_dir):
-    return ClipAnnotator(clip_dir, PROMPTS)
-
-
 @torch.no_grad()
-def test_probabilities_are_the_softmax_of_scaled_cosines_to_mean_prompts(annotator, clip_dir, monkeypatch):
+def test_probabilities_are_the_softmax_of_scaled_cosines_to_mean_prompts(clip_dir, monkeypatch):
     model, tokenizer = CLIPModel.from_pretrained(clip_dir).eval(), make_tokenizer()
     processor, numbers = CLIPImageProcessor.from_pretrained(clip_dir), np.random.default_rng(0)
     images = [Image.fromarray(numbers.integers(0, 256, (36, 40, 3), dtype=np.uint8)) for _ in range(5)]
@@ -46,7 +36,7 @@ def test_probabilities_are_the_softmax_of_scaled_cosines_to_mean_prompts(annotat
     shown, said = normalize(shown), normalize(said)
     classes = normalize([said[:2].mean(axis=0), said[2]])
     monkeypatch.setattr("invdiff.models.encoders.BATCH_SIZE", 2)
-    seen = annotator.predict(iter(images))
+    seen = ClipAnnotator(clip_dir, PROMPTS).predict(iter(images))
     expected = softmax(float(model.logit_scale.exp()) * shown @ classes.T, axis=1)
     np.testing.assert_allclose(seen.probabilities["background"], expected, atol=1e-4)
     np.testing.assert_allclose(seen.features, shown, atol=1e-5)

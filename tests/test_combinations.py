@@ -98,10 +98,8 @@ def image_pipeline(family, name, folder):
 
 def inpainting_unet(folder):
     """Nine channels: latents, mask and masked latents."""
-    unet = random_(make_unet(in_channels=9), start="conv_in")
-    pipe = diffusers.StableDiffusionInpaintPipeline(
-        **make_tiny("sd1").components | {"unet": unet}, requires_safety_checker=False
-    )
+    parts = make_tiny("sd1").components | {"unet": random_(make_unet(in_channels=9), start="conv_in")}
+    pipe = diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
     return pipe, partial(draw, pipe, 0, **masked())
 
 

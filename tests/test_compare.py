@@ -17,7 +17,6 @@ def measures(bias, **more):
 
 def compared(measured):
     chosen = compare(Run(results=measured))
-    assert chosen is not None
     return chosen.before, chosen.after, chosen.key, chosen.keys, list(chosen.measures)
 
 
@@ -52,9 +51,7 @@ def test_modules_at_two_strengths_are_lines():
     ):
         scales = {name: scale for name, (_, scale) in models.items() if scale is not None}
         found = Results({name: {"3.0": measures(bias)} for name, (bias, _) in models.items()}, module_scales=scales)
-        chosen = compare(Run(results=found))
-        assert chosen is not None
-        lines = modules_by_scale(found, chosen)
+        lines = modules_by_scale(found, compare(Run(results=found)))
         assert {name: {scale: entry.bias for scale, entry in line.items()} for name, line in lines.items()} == expected
 
 
@@ -80,9 +77,8 @@ def test_a_guidance_scale_that_is_not_stated_has_no_place_on_a_line():
 
 def test_curves_are_of_the_distance_to_a_target_and_end_at_what_one_class_alone_has(capsys):
     figure = made_up_measures(0.4, interval=(0.3, 0.5), floor=0.05)
-    first = replace(
-        figure.first, overall=figure.first.overall | {"fairness_discrepancy": replace(figure.bias_estimate, value=0.0)}
-    )
+    distance = {"fairness_discrepancy": replace(figure.bias_estimate, value=0.0)}
+    first = replace(figure.first, overall=figure.first.overall | distance)
     figure = replace(figure, attributes={"background": first})
     models = {"base": {"1.0": figure, "3.0": figure}}
     alone = Comparison("base", "base", "1.0", ["1.0", "3.0"])

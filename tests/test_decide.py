@@ -126,8 +126,7 @@ def test_scores_are_learned_from_one_half_and_judged_on_the_other_and_a_choice_i
 def test_the_posterior_of_free_humps_rises_with_the_score_and_parts_them():
     rng = np.random.default_rng(0)
     scores = rng.permutation(two_humps(rng, 1000, 0.1, 8, "exponential"))
-    humps = decide.fit_humps(scores, decide.fit_mixture(scores, 2))
-    posterior = humps.posterior(scores)
+    posterior = decide.fit_humps(scores, decide.fit_mixture(scores, 2)).posterior(scores)
     assert (np.diff(posterior[np.argsort(scores), 1]) >= 0).all()
     assert np.allclose(posterior.sum(axis=1), 1)
     assert posterior[:, 1].mean() == pytest.approx(0.1, abs=0.02)

@@ -33,7 +33,6 @@ def test_the_last_two_blocks_are_read_over_the_image_and_nothing_is_changed(fami
     assert (hooked, training, denoiser.training) == (3, False, True)
     assert not any(block._forward_hooks for block in denoiser.modules())
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    assert len(upper) == 2
     assert not torch.equal(*upper)
     for block in upper:
         assert block.shape[0] == 1

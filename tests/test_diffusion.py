@@ -11,23 +11,17 @@ SAMPLERS = ("DDIM", "DPMSolverMultistep", "EulerDiscrete", "HeunDiscrete", "LMSD
 
 
 def draw():
-    numbers = torch.Generator().manual_seed(0)
-    latents, noise = torch.randn(2, 3, 4, 4, 4, generator=numbers)
+    latents, noise = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     return latents, noise, torch.tensor([0, 500, 999])
-
-
-def coefficients(timesteps):
-    """sqrt(alpha-bar) and sqrt(1 - alpha-bar) of the scaled-linear schedule."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    share = (1 - betas).cumprod(0)[timesteps, None, None, None]
-    return share.sqrt(), (1 - share).sqrt()
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_noisy_latents_and_targets_have_their_closed_form_whatever_samples(sampler, prediction_type):
     latents, noise, timesteps = draw()
-    signal, noise_level = coefficients(timesteps)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alpha_bar = (1 - betas).cumprod(0)[timesteps, None, None, None]
+    signal, noise_level = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     scheduler = getattr(diffusers, f"{sampler}Scheduler")(**BETAS, prediction_type=prediction_type)
     scheduler.set_timesteps(7)  # of sampling: they do not matter
     schedule = NoiseSchedule(scheduler)
@@ -104,5 +98,4 @@ def test_the_loss_is_a_mean_per_sample_in_32_bits():
     prediction, target = torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16), torch.ones(2, 3, 4, 4)
     target[1] = 3
     loss = per_sample_loss(prediction, target)
-    assert loss.dtype == torch.float32
-    assert loss.tolist() == [1.0, 9.0]
+    assert (loss.dtype, loss.tolist()) == (torch.float32, [1.0, 9.0])

@@ -113,15 +113,13 @@ def _put(*path, value):
     return lambda kept: functools.reduce(operator.getitem, path[:-1], kept).update({path[-1]: value}) or kept
 
 
-ALL_OF_ONE = [{"position": row, "image": f"{row}.png"} for row in range(6)]
-
-
 @pytest.mark.parametrize(
     "change",
     [
         *(lambda kept: "no JSON", lambda kept: [], lambda kept: {"audit": kept["audit"]}),
         *[_put("names", value=value) for value in ([["a"]], [["a", "b", 3]], [["a", "a", ""]], [["x" * 61, "", ""]])],
-        *[_put(name, value=value) for name, value in (("audit", 7), ("cuts", None), ("left_out", ALL_OF_ONE))],
+        *[_put(name, value=value) for name, value in (("audit", 7), ("cuts", None))],
+        _put("left_out", value=[{"position": row, "image": f"{row}.png"} for row in range(6)]),  # all of one prompt
         *[_put("left_out", 0, "position", value=value) for value in (True, -1, 11)],
         *[_put("cuts", 0, "prompt", value=value) for value in (3, -1, 2)],
         *[_put("cuts", 0, "factor", value=value) for value in (1, -1, "0")],
@@ -168,10 +166,7 @@ def test_edits_that_an_audit_cannot_take_are_refused():
     for edits, message in (
         (Edits(left_out=(6, 7, 8)), "at least one image of “prompt 1” to keep"),
         (Edits(left_out=(11,)), "some of 11 images, got number 11"),
-        *[
-            (Edits(cuts={place: (0.0,)}), f"got one of prompt {place[1]} by")
-            for place in ((0, 3), (0, 2), (0, -1), (1, 0))
-        ],
+        *[(Edits(cuts={(m, k): (0.0,)}), f"got one of prompt {k} by") for m, k in ((0, 3), (0, 2), (0, -1), (1, 0))],
         *[(Edits(cuts={(0, k): (0.0,) * (1 + k % 2)}), f"Expected {2 - k} cuts .* of “prompt {k}”") for k in range(2)],
         (Edits(names=(("a",),)), "Expected changes to this audit"),
     ):

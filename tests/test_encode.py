@@ -34,12 +34,9 @@ def with_broken(tmp_path, *broken, num_images=12, **options):
     return load_captioned_images(folder, **options)
 
 
-def test_latents_are_the_scaled_mode_of_each_image_and_other_data_and_models_do_not_meet_in_one_cache(
-    tiny_pipe, data, tmp_path
-):
+def test_latents_are_the_scaled_mode_of_each_image_and_other_data_and_models_do_not_meet(tiny_pipe, data, tmp_path):
     encoded = run(tiny_pipe, data, tmp_path)
-    assert len(encoded) == 12
-    assert encoded.latents.shape == (12, 4, 8, 8)
+    assert (len(encoded), encoded.latents.shape) == (12, (12, 4, 8, 8))
     with torch.no_grad():
         mode = tiny_pipe.vae.encode(pixel_values(data.image(7), 32)[None]).latent_dist.mode()
     torch.testing.assert_close(encoded.latents[[7]], mode * tiny_pipe.vae.config.scaling_factor)
@@ -58,8 +55,7 @@ def test_each_caption_is_encoded_once_in_order_and_the_empty_one_beside(tiny_pip
     rows = "".join(f"{row:02d}.png,{caption}\n" for row, caption in enumerate(captions))
     (folder / "metadata.csv").write_text("file_name,text\n" + rows)
     encoded = run(tiny_pipe, load_captioned_images(folder), tmp_path / "cache")
-    assert encoded.captions == captions[:11]
-    assert encoded.caption_ids.tolist() == [*range(11), 0]
+    assert (encoded.captions, encoded.caption_ids.tolist()) == (captions[:11], [*range(11), 0])
     prompts = tiny_pipe.encode_prompt([*encoded.captions, ""], "cpu", 1, False)[0].detach()
     torch.testing.assert_close(encoded.conditions["prompt_embeds"], prompts)
     assert torch.equal(encoded.condition(torch.tensor([encoded.null_id]))["prompt_embeds"][0], prompts[11])
@@ -67,8 +63,7 @@ def test_each_caption_is_encoded_once_in_order_and_the_empty_one_beside(tiny_pip
 
 @pytest.mark.parametrize("size", [(60, 20), (20, 60), (20, 20)])
 def test_the_shortest_side_is_resized_and_the_centre_cut(size):
-    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    image = Image.fromarray(noise)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     half = image.resize((size[0] // 2, size[1] // 2), Image.Resampling.LANCZOS)
     left, top = (half.width - 10) // 2, (half.height - 10) // 2
     expected = np.asarray(half.crop((left, top, left + 10, top + 10)), dtype=np.float32) / 127.5 - 1
@@ -146,11 +141,9 @@ def test_unreadable_images_are_skipped_and_listed(tiny_pipe, tmp_path):
     assert [encoded.captions[i] for i in encoded.caption_ids] == [data.captions[row] for row in rows]
     assert encoded.unreadable == dict.fromkeys([f"{row:02d}.png" for row in (0, 1, 2, 3, 4, 6)], "the file is empty")
     renamed = replace(data, names=[f"{name} copy" for name in data.names])
-    assert run(tiny_pipe, renamed, tmp_path / "cache").unreadable == {
-        f"{n} copy": of for n, of in encoded.unreadable.items()
-    }
-    good = run(tiny_pipe, data.select(rows), tmp_path / "good")
-    torch.testing.assert_close(encoded.latents[:], good.latents[:])
+    expected = {f"{name} copy": reason for name, reason in encoded.unreadable.items()}
+    assert run(tiny_pipe, renamed, tmp_path / "cache").unreadable == expected
+    torch.testing.assert_close(encoded.latents[:], run(tiny_pipe, data.select(rows), tmp_path / "good").latents[:])
 
 
 def test_models_that_encode_differently_have_different_fingerprints(tiny_pipe, tiny_pipe_dir, tmp_path):
@@ -181,16 +174,12 @@ def test_models_that_encode_differently_have_different_fingerprints(tiny_pipe, t
         model_fingerprint(copy)
 
 
-WHOLE = torch.arange(20.0).reshape(10, 2)
-SHARDED = ShardedTensor(WHOLE.split([4, 1, 5]))
-ROWS = ([9, 0, 4, 4, 3], [], [-1, -10], slice(None), slice(2, 9, 3), torch.tensor([5, 1, 9]))
-
-
 def test_a_sharded_tensor_indexes_like_a_tensor():
-    for indices in ROWS:
-        assert torch.equal(SHARDED[indices], WHOLE[indices]), indices
-    assert SHARDED.shape == WHOLE.shape
-    assert len(SHARDED) == len(WHOLE)
+    whole = torch.arange(20.0).reshape(10, 2)
+    sharded = ShardedTensor(whole.split([4, 1, 5]))
+    for rows in ([9, 0, 4, 4, 3], [], [-1, -10], slice(None), slice(2, 9, 3), torch.tensor([5, 1, 9])):
+        assert torch.equal(sharded[rows], whole[rows]), rows
+    assert (sharded.shape, len(sharded)) == (whole.shape, 10)
 
 
 @pytest.mark.parametrize(

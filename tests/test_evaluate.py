@@ -38,13 +38,10 @@ class ReadsPixels:
     def predict(self, images):
         pixels = np.array([image.getpixel((0, 0)) for image in images])
         self.batches.append(len(pixels))
-        background, subject = pixels[:, 0] > 127, 1 + (pixels[:, 1] > 127)
-        probabilities = {
-            "background": self.certainty * np.eye(2)[background.astype(int)],
-            "subject": np.eye(3)[subject],
-        }
+        background = self.certainty * np.eye(2)[(pixels[:, 0] > 127).astype(int)]
+        subject = np.eye(3)[1 + (pixels[:, 1] > 127)]
         features = np.stack([pixels[:, 2], pixels[:, 0], np.full(len(pixels), 9)], axis=1) / 255
-        seen = Annotations(self.attributes, probabilities, features)
+        seen = Annotations(self.attributes, {"background": background, "subject": subject}, features)
         if self.change:
             self.change(seen)
         return seen
@@ -193,8 +190,7 @@ def test_prompts_may_differ_in_their_number_of_images_which_is_noted(base, tmp_p
 
 
 def test_several_attributes_are_measured_each_and_together(base):
-    attributes = ["background", "subject"]
-    measures = of_base(base, ReadsPixels(change=waver), attribute=attributes, min_confidence=0.6)
+    measures = of_base(base, ReadsPixels(change=waver), attribute=["background", "subject"], min_confidence=0.6)
     assert list(measures.attributes) == ["background", "subject", "background x subject"]
     joint = measures.attributes["background x subject"].counts[LAND]
     known = {"land x landbird": 2, "water x waterbird": 1, "cannot tell": 1}
@@ -348,6 +344,7 @@ def test_lpips_is_the_mean_over_prompts_of_their_first_twenty_images(tmp_path, m
 
 
 def test_settings_that_do_not_fit_are_refused(base):
+    wider, other = (Described({}, {}, {name: np.zeros((20, n))}) for name, n in (("pixels", 7), ("others", 3)))
     for settings, message in (
         ({"subject_attribute": "age"}, "background, subject, got 'age'"),
         ({"target": {"land": 1.0}}, "share for each class of background .land, water., got land"),
@@ -355,11 +352,8 @@ def test_settings_that_do_not_fit_are_refused(base):
         *[({"attribute": names}, "one attribute or more, all different") for names in ([], ["background"] * 2)],
         ({"subject_attribute": "background"}, "all different, and another as subject"),
         ({"extractors": [Scores("twin", [1.0]), Scores("twin", [1.0])]}, "of different names, got twin, twin"),
-        ({"reference": Described({}, {}, {"pixels": np.zeros((20, 7))})}, "features of one width, got 3 and 7"),
-        (
-            {"reference": Described({}, {}, {"others": np.zeros((20, 3))})},
-            "images and reference share, got pixels and others",
-        ),
+        ({"reference": wider}, "features of one width, got 3 and 7"),
+        ({"reference": other}, "images and reference share, got pixels and others"),
     ):
         with pytest.raises(EvaluationError, match=message):
             measure({"base": base}, **settings)

@@ -15,12 +15,9 @@ from runs import made_up_data, sharded
 from tiny import save_clip, save_dinov2
 
 
-@pytest.fixture(scope="module", params=[save_dinov2, save_clip])
-def encoder_dir(request, tmp_path_factory):
-    return request.param(tmp_path_factory.mktemp("encoder"))
-
-
-def test_images_are_seen_as_they_are_and_mirrored_once(encoder_dir, tiny_pipe, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("save", [save_dinov2, save_clip])
+def test_images_are_seen_as_they_are_and_mirrored_once(save, tiny_pipe, data, tmp_path, monkeypatch):
+    encoder_dir = save(tmp_path / "encoder")
     features = encode_vision(str(encoder_dir), data, np.arange(12), tmp_path / "vision", progress=False)[:]
     assert features.shape[:2] == (12, 2)
     assert not np.array_equal(features[:, 0], features[:, 1])

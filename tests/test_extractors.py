@@ -10,7 +10,7 @@ from transformers import CLIPImageProcessor, CLIPModel, Dinov2Model, ViTConfig, 
 from invdiff.errors import DataError, EvaluationError, ModelError
 from invdiff.evaluation.quality.extractors import FeatureExtractor, InceptionFeatures, load_extractor, lpips_network
 from invdiff.models.encoders import ClipEncoder
-from tiny import CROP, TOWER, save_clip, save_dinov2
+from tiny import CROP, TOWER, save_dinov2
 
 
 def images(count, size=(40, 36)):
@@ -22,11 +22,6 @@ def save(model, folder):
     model.save_pretrained(folder)
     CLIPImageProcessor(**CROP).save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture(scope="module")
-def clip_dir(tmp_path_factory):
-    return str(save_clip(tmp_path_factory.mktemp("tiny") / "clip-vit-tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +52,8 @@ def inception(monkeypatch):
 
 
 def test_all_extractors_keep_to_the_protocol_under_their_names(clip_dir, dinov2_dir, inception):
-    extractors = [load_extractor(clip_dir), load_extractor(dinov2_dir), inception]
-    assert [extractor.name for extractor in extractors] == ["clip-vit-tiny", "dinov2-tiny", "inception"]
+    extractors = [load_extractor(str(clip_dir)), load_extractor(dinov2_dir), inception]
+    assert [extractor.name for extractor in extractors] == ["tiny-clip", "dinov2-tiny", "inception"]
     for extractor in extractors:
         assert isinstance(extractor, FeatureExtractor)
         features = extractor.extract(images(3))

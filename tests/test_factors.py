@@ -39,9 +39,8 @@ def attribute(share, prompt=PROMPT, seed=0):
 def views(*attributes, strength=8.0, width=30, seed=1):
     """Features (n, 2, width) of independent styles, the prompt and each attribute, in two noisy views."""
     rng = np.random.default_rng(seed)
-    content = rng.normal(size=(len(PROMPT), 6)) @ rng.normal(size=(6, width)) + np.outer(
-        PROMPT, 0.1 * rng.normal(size=width)
-    )
+    styles = rng.normal(size=(len(PROMPT), 6)) @ rng.normal(size=(6, width))
+    content = styles + np.outer(PROMPT, 0.1 * rng.normal(size=width))
     for own in attributes:
         content += strength * np.outer(own, rng.normal(size=width))
     return np.stack([content + rng.normal(0, 0.5, content.shape) for _ in range(2)], axis=1)
@@ -192,8 +191,7 @@ def test_a_module_learns_every_factor_and_each_is_asked_for_by_name(made, tmp_pa
     for number, mix in enumerate(mixes):
         draw = GenerateConfig(images_per_prompt=8, num_inference_steps=1)
         options = {"module": module, "config": draw, "environments": mix, "progress": False}
-        folder = generate(pipe, ["a"], tmp_path / f"{number}", **options)
-        drawn.append((folder / "manifest.jsonl").read_text())
+        drawn.append((generate(pipe, ["a"], tmp_path / f"{number}", **options) / "manifest.jsonl").read_text())
     assert [[text.count(f'"environment": [{e}, 2]') for e in (0, 1)] for text in drawn][1] == [8, 0]
     assert drawn[0].count('"environment": [0, 2]') == 4  # factor 1 is even
     for wrong in ({"factor 3": [1, 0]}, {2: [1, 0]}, {"factor 1": [1, 0], 0: [1, 0]}):

@@ -127,9 +127,8 @@ TRUTHS = {
 
 
 def test_the_floor_of_corrected_figures_is_a_fair_sampler_s_and_higher_the_worse_the_annotator():
-    floors = [
-        corrected_floor("bias", [[50, 50]], [[right, 1000 - right], [1000 - right, right]]) for right in (700, 1000)
-    ]
+    confusions = ([[right, 1000 - right], [1000 - right, right]] for right in (700, 1000))
+    floors = [corrected_floor("bias", [[50, 50]], confusion) for confusion in confusions]
     assert floors == pytest.approx([0.2, metric_floor("bias", 100, 2)], rel=0.05)
 
 
@@ -169,7 +168,7 @@ def test_interval_of_a_target_covers_zero_for_a_sampler_that_draws_from_it():
     assert np.mean(covered) >= 0.93
 
 
-def test_estimate_agrees_with_its_parts():
+def test_estimate_agrees_with_its_parts_and_says_what_is_not_defined():
     counts, target = np.array([[30, 50, 20], [10, 60, 30]]), [0.2, 0.5, 0.3]
     found = estimate("fairness_discrepancy", counts, np.zeros(2), target=target, seed=3)
     values = per_prompt("fairness_discrepancy", counts, target=target)
@@ -179,9 +178,6 @@ def test_estimate_agrees_with_its_parts():
     assert found.sd_over_prompts == pytest.approx(values.std(ddof=1))
     assert found.unbiased_square == squared_discrepancy_unbiased(counts, target)
     assert (found.corrected, found.corrected_low, found.corrected_high, found.note) == (None, None, None, "")
-
-
-def test_estimate_says_what_is_not_defined():
     for counts, note in (([[30, 50, 20]], "sd_over"), ([[0, 1, 0], [5, 5, 5]], "one image")):
         assert note in estimate("fairness_discrepancy", np.array(counts), np.zeros(len(counts))).note
 
@@ -190,10 +186,6 @@ SYMMETRIC = np.array([[0.9, 0.1], [0.1, 0.9]])
 ASYMMETRIC = np.array([[0.85, 0.15], [0.05, 0.95]])
 THREE = np.full((3, 3), 0.05) + 0.85 * np.eye(3)
 UNSURE = np.array([[0.7, 0.1, 0.2], [0.05, 0.9, 0.05]])
-
-
-def bias(counts):
-    return per_prompt("bias", counts).mean()
 
 
 @pytest.mark.parametrize("rates", [SYMMETRIC, ASYMMETRIC, THREE, UNSURE])
@@ -208,9 +200,8 @@ def test_expected_annotations_are_corrected_to_the_truth(rates):
 def test_more_columns_than_classes_are_least_squares():
     counts = np.array([50.0, 30.0, 20.0])
     found = correct_for_annotator([counts], UNSURE)[0] / 100
-    best = minimize(
-        lambda x: np.sum((np.array([x[0], 1 - x[0]]) @ UNSURE - counts / 100) ** 2), [0.5], bounds=[(0, 1)], tol=1e-12
-    )
+    options = {"bounds": [(0, 1)], "tol": 1e-12}
+    best = minimize(lambda x: np.sum((np.array([x[0], 1 - x[0]]) @ UNSURE - counts / 100) ** 2), [0.5], **options)
     assert found[0] == pytest.approx(best.x[0], abs=1e-5)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from conftest import make_guidance_module
-from invdiff import GuidanceModule, attach, audit, generate, load_captioned_images, train
+from invdiff import GuidanceModule, attach, audit, generate, load_captioned_images, load_pipeline, train
 from invdiff.config import AuditConfig, GenerateConfig, TrainConfig
 from invdiff.data.encode import as_encoded, model_fingerprint
 from invdiff.errors import AuditError, ConfigError, DataError, ModelError
@@ -19,7 +19,6 @@ from invdiff.files import weights_digest
 from invdiff.guidance.backends import BACKENDS, load_guidance
 from invdiff.models.families import family_of
 from invdiff.models.frozen import FrozenDenoiser
-from invdiff.models.load import load_pipeline
 from invdiff.sampling import drawing_flags
 from tiny import CAPTIONS, FAMILIES, RESOLUTION, draw, make_tiny, make_unet
 
@@ -28,10 +27,6 @@ from tiny import CAPTIONS, FAMILIES, RESOLUTION, draw, make_tiny, make_unet
 def tiny(family):
     """One pipeline of each family for all tests; none may change it."""
     return make_tiny(family)
-
-
-def prompts_of(family):
-    return {"ddpm": [], "dit": ["landbird", "waterbird"]}.get(family, list(CAPTIONS))
 
 
 def of_family(data, family):
@@ -80,9 +75,10 @@ def test_a_family_audits_trains_draws_and_is_read_back(family, backend, data, ti
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), module.parameters(), strict=True))
     sizes = {"images_per_prompt": 2, "num_inference_steps": 1, "resolution": RESOLUTION.get(family, 0)}
     images = GenerateConfig(**sizes, guidance_scale=1.0 if family == "ddpm" else 3.0)
-    drawn = generate(pipe, prompts_of(family), tmp_path / "out", module=loaded, config=images, progress=False)
+    prompts = {"ddpm": [], "dit": ["landbird", "waterbird"]}.get(family, list(CAPTIONS))
+    drawn = generate(pipe, prompts, tmp_path / "out", module=loaded, config=images, progress=False)
     rows = [json.loads(line) for line in (drawn / "manifest.jsonl").read_text().splitlines()]
-    assert [row["prompt"] for row in rows] == [p for p in prompts_of(family) or [""] for _ in range(2)]
+    assert [row["prompt"] for row in rows] == [p for p in prompts or [""] for _ in range(2)]
     assert all(len(row["environment"]) == len(found.factors) and {*row["environment"]} <= {0, 1} for row in rows)
 
     with attach(pipe, loaded) as attachment:
@@ -250,8 +246,7 @@ def make_refiner():
 
 
 def make_inpainting(channels):
-    pipe = make_tiny("sd1")
-    parts = pipe.components | {"unet": make_unet(in_channels=channels)}
+    parts = make_tiny("sd1").components | {"unet": make_unet(in_channels=channels)}
     return diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
 
 

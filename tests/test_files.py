@@ -5,11 +5,10 @@ import os
 import pytest
 
 from conftest import make_guidance_module
+from invdiff import finetune, train
 from invdiff.errors import ConfigError
 from invdiff.files import owned
-from invdiff.training.finetune import finetune
 from invdiff.training.finetune import save as save_pipeline
-from invdiff.training.train import train
 from test_cli import fail, succeed
 
 

@@ -8,34 +8,18 @@ import torch.nn.functional as F
 from datasets import Dataset
 from PIL import Image
 
-from invdiff.config import ArchitectureConfig, FinetuneConfig
-from invdiff.data.captioned import load_captioned_images
+from invdiff import ArchitectureConfig, FinetuneConfig, finetune, load_captioned_images, load_pipeline
 from invdiff.errors import AuditError, ConfigError, ModelError
-from invdiff.models.load import load_pipeline
 from invdiff.training import finetune as finetune_module
-from invdiff.training.finetune import finetune, fitting_rate, learn_vocabulary
+from invdiff.training.finetune import fitting_rate, learn_vocabulary
 from runs import hard_audit
 from tiny import make_tiny
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-SHAPE = ArchitectureConfig(
-    resolution=16,
-    autoencoder_width=8,
-    autoencoder_blocks=(1, 1),
-    denoiser_channels=(8, 16),
-    text_width=16,
-    text_layers=1,
-    vocabulary_size=514,
-)
-CONFIG = FinetuneConfig(
-    steps=4,
-    batch_size=4,
-    autoencoder_steps=4,
-    autoencoder_batch_size=4,
-    checkpoint_every=2,
-    ema_decay=0.5,
-    mixed_precision="no",
-)
+WIDTHS = {"autoencoder_width": 8, "autoencoder_blocks": (1, 1), "denoiser_channels": (8, 16), "text_width": 16}
+SHAPE = ArchitectureConfig(**WIDTHS, resolution=16, text_layers=1, vocabulary_size=514)
+STEPS = {"steps": 4, "batch_size": 4, "autoencoder_steps": 4, "autoencoder_batch_size": 4, "checkpoint_every": 2}
+CONFIG = FinetuneConfig(**STEPS, ema_decay=0.5, mixed_precision="no")
 
 
 @pytest.fixture(scope="module")

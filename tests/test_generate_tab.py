@@ -60,8 +60,7 @@ def test_the_command_draws_the_same_images(tiny_pipe, tiny_pipe_dir, tmp_path, p
 
 def test_the_command_states_all_that_differs_from_the_defaults(studio):
     ask = Ask("x", GenerateConfig(resolution=128, batch_size=4), ())
-    plain = Studio(studio.pipe)
-    assert command_for(ask, plain).split()[3:] == ["x", "--resolution", "128", "--output", "images"]
+    assert command_for(ask, Studio(studio.pipe)).split()[3:] == ["x", "--resolution", "128", "--output", "images"]
     two = Studio(studio.pipe, make_guidance_module(studio.pipe, num_groups=(2, 2)), names=studio.names)
     several = command_for(ask._replace(mix=((0.5, 0.5), (0.2, 0.8))), two)
     assert "--module MODULE --environments 'factor 2=0.2,0.8' --resolution" in several

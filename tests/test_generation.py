@@ -20,8 +20,7 @@ from tiny import RESOLUTION, make_tiny
 
 def run(pipe, folder, prompts=CAPTIONS, **options):
     """Generate five images per prompt in batches of four, unless told otherwise, and return the manifest."""
-    names = ("module", "environments")
-    beside = {name: options.pop(name) for name in names if name in options}
+    beside = {name: options.pop(name) for name in ("module", "environments") if name in options}
     values = {"images_per_prompt": 5, "num_inference_steps": 2, "batch_size": 4} | options
     assert generate(pipe, prompts, folder, config=GenerateConfig(**values), progress=False, **beside) == folder
     return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
@@ -218,13 +217,12 @@ def test_a_safety_checker_that_blackens_images_is_noticed(tiny_pipe, tmp_path, m
 
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
-STOCHASTIC = {"stochastic_sampling": True}
 COMPATIBLE = sorted({kind.__name__ for kind in diffusers.DDIMScheduler().compatibles} - {"DPMSolverSDEScheduler"})
 SCHEDULERS = [
     *(("sd1", name, {}) for name in COMPATIBLE),
     *(("sd1", name, {}) for name in ("LCMScheduler", "TCDScheduler", "SASolverScheduler")),
     *(("sd1", f"DPMSolver{kind}Scheduler", SDE) for kind in ("Multistep", "Singlestep")),
-    *((family, "FlowMatchEulerDiscreteScheduler", STOCHASTIC) for family in ("sd3", "flux")),
+    *((family, "FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}) for family in ("sd3", "flux")),
     *((family, "FlowMatchLCMScheduler", {}) for family in ("sd3", "flux")),
     ("sd3", "FlowMatchHeunDiscreteScheduler", {}),
     ("sd3", "DPMSolverMultistepScheduler", FLOW),
@@ -258,8 +256,7 @@ def check_noise_follows_from_seeds(pipe, family):
 @pytest.mark.parametrize(("family", "name", "options"), SCHEDULERS)
 def test_all_noise_follows_from_the_seeds_and_every_scheduler_is_guided(family, name, options, monkeypatch):
     pipe = tiny_of(family)
-    scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **options)
-    monkeypatch.setattr(pipe, "scheduler", scheduler)
+    monkeypatch.setattr(pipe, "scheduler", getattr(diffusers, name).from_config(pipe.scheduler.config, **options))
     check_noise_follows_from_seeds(pipe, family)
 
 
@@ -289,13 +286,11 @@ def overflow(weight):
     weight.mul_(1e38)
 
 
-def use_zero_snr(pipe):
-    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, **options)
+def use(scheduler, **options):
+    return lambda pipe: setattr(pipe, "scheduler", scheduler.from_config(pipe.scheduler.config, **options))
 
 
-def use_global_noise(pipe):
-    pipe.scheduler = GlobalNoise.from_config(pipe.scheduler.config)
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
 @pytest.mark.parametrize(
@@ -305,8 +300,8 @@ def use_global_noise(pipe):
         (lambda pipe: overflow(pipe.vae.decoder.conv_out.bias.add_(5)), "autoencoder, found"),  # infinity, no NaN
         (lambda pipe: overflow(pipe.unet.conv_out.weight.add_(1)), "denoiser, found .*fp32 or bf16"),
         (lambda pipe: overflow(pipe.text_encoder.get_input_embeddings().weight), "text encoder, found .*fp32 or bf16"),
-        (use_zero_snr, "scheduler DDIMScheduler, found .*v_prediction only"),
-        (use_global_noise, "images' own generators, got GlobalNoise.* Choose another scheduler"),
+        (use(diffusers.DDIMScheduler, **ZERO_SNR), "scheduler DDIMScheduler, found .*v_prediction only"),
+        (use(GlobalNoise), "images' own generators, got GlobalNoise.* Choose another scheduler"),
     ],
 )
 @torch.no_grad()

@@ -31,8 +31,7 @@ def test_labels_become_probabilities_of_one_and_images_without_have_no_class_at_
     assert (seen.features, labels.confusion("gender"), labels.name, labels.feature_name) == (None, None, "labels", "")
     assert labels.annotate([]).classes("gender").shape == (0,)
     for confidence in (0.0, 1.0):
-        smiles = given("smiles").annotate(ROWS).labels("smiles", confidence)
-        assert smiles == ["True", "False", *[CANNOT_TELL] * 3]
+        assert given("smiles").annotate(ROWS).labels("smiles", confidence) == ["True", "False", *[CANNOT_TELL] * 3]
 
 
 def test_truth_values_are_classes_of_one_spelling_and_other_text_stays_as_it_is():
@@ -54,8 +53,7 @@ def test_true_beside_one_is_refused_wherever_labels_are_read():
     labels = GivenLabels(["male"]).discover([{"male": True}], ["line 1 of a"])
     with pytest.raises(EvaluationError, match="in one spelling, found True in line 1 of a and 0 in line 2 of b"):
         labels.discover([{"male": 2}, {"male": "0.0"}], ["line 1 of b", "line 2 of b"])
-    table = {"image": ["a.png", "b.png"], "male": ["1", "false"]}
-    data = load_labelled_images(datasets.Dataset.from_dict(table))
+    data = load_labelled_images(datasets.Dataset.from_dict({"image": ["a.png", "b.png"], "male": ["1", "false"]}))
     with pytest.raises(DataError, match=r"found False in b\.png and 1 in a\.png"):
         read_targets(data)
     images = replace(data, attributes={"label": ["true", "false"]})

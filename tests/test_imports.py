@@ -57,17 +57,15 @@ def loaded_by(statement):
     return set(done.stdout.split())
 
 
-REPORT = ", ".join(f"invdiff.report.{path.stem}" for path in sorted((ROOT / "report").glob("[!_]*.py")))
-
-
 def test_the_command_line_imports_nothing_heavy():
     heavy = {"torch", "diffusers", "transformers", "datasets", "gradio", "numpy", "scipy", "matplotlib"}
     assert not loaded_by("from invdiff import cli") & heavy
 
 
 def test_writing_a_report_loads_neither_torch_nor_pyplot(finished, tmp_path):
+    modules = ", ".join(f"invdiff.report.{path.stem}" for path in sorted((ROOT / "report").glob("[!_]*.py")))
     statement = f"""
-import invdiff.report, {REPORT}
+import invdiff.report, {modules}
 from invdiff.report.read import find_parts
 from invdiff.report.write import save_report
 save_report({str(tmp_path / "report")!r}, **vars(find_parts({str(finished)!r})))
@@ -93,5 +91,4 @@ def test_types_and_version_are_for_users_too():
 def test_public_names_agree_with_those_for_type_checkers():
     tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    for_checkers = {alias.name: node.module for node in block.body for alias in node.names}
-    assert for_checkers == invdiff._HOME
+    assert {alias.name: node.module for node in block.body for alias in node.names} == invdiff._HOME

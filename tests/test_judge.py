@@ -26,6 +26,7 @@ from invdiff.models.load import load_pipeline
 from runs import LAND, WATER, built_audit, inferred, made_up_data, sharded
 from test_cli import fail, succeed
 from test_factors import PROMPT, attribute, evidence, views
+from test_labels import write_labelled_folder
 
 
 def every(rows):
@@ -35,8 +36,6 @@ def every(rows):
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory):
     """The folder of an audit of noise by a column, and of images that its model drew."""
-    from test_labels import write_labelled_folder
-
     folder, pipe = tmp_path_factory.mktemp("audited"), make_tiny_pipeline()
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder / "model")
@@ -49,8 +48,7 @@ def audited(tmp_path_factory):
 
 
 def test_a_judge_reads_the_groups_off_plain_features():
-    place = attribute([0.1, 0.9])
-    measured = evidence(views(), upper=views(place))
+    measured = evidence(views(), upper=views(attribute([0.1, 0.9])))
     found = inferred(made_up_data(["a landbird", "a waterbird"], PROMPT), measured, [0, 1])
     judges = linear_judges(found, measured.sources(0), every)
     rows = np.arange(len(PROMPT))
@@ -69,21 +67,16 @@ def test_a_judge_of_many_images_is_fitted_on_every_prompt_in_whatever_order_they
     features = np.random.default_rng(0).normal(size=(400, 2, 6))
     features[np.arange(400), :, prompts] += 6.0 * groups[:, None]  # on another axis under each prompt
     measured = Evidence(np.zeros((400, 1, 2, 1)), sharded(features))
-    found = built_audit(
-        np.eye(2)[groups], prompts, [PromptAudit(each, [each], 200, True, "") for each in (LAND, WATER)]
-    )
-    judges = linear_judges(found, measured.sources(0), every)
-    seen = (np.concatenate([features[:, 0], features[:, 1]], axis=1) @ judges["map.0"] + judges["bias.0"]).argmax(
-        axis=1
-    )
+    entries = [PromptAudit(each, [each], 200, True, "") for each in (LAND, WATER)]
+    judges = linear_judges(built_audit(np.eye(2)[groups], prompts, entries), measured.sources(0), every)
+    both_levels = np.concatenate([features[:, 0], features[:, 1]], axis=1)
+    seen = (both_levels @ judges["map.0"] + judges["bias.0"]).argmax(axis=1)
     assert all((seen == groups)[prompts == prompt].mean() > 0.9 for prompt in (0, 1))
 
 
 def test_a_copy_of_an_image_does_not_tell_its_group_when_left_out(audited, tmp_path):
-    from test_labels import CAPTIONS
-
     data = load_captioned_images(audited / "data")
-    other = [CAPTIONS[caption == CAPTIONS[0]] for caption in data.captions]
+    other = [WATER if caption == LAND else LAND for caption in data.captions]
     names = [*data.names, *(f"again-{name}" for name in data.names)]
     twice = replace(data.select([*range(len(data))] * 2), captions=[*data.captions, *other], names=names)
     options = {"cache_dir": tmp_path, "progress": False, "config": AuditConfig(min_images=4)}
@@ -104,8 +97,7 @@ def test_what_an_image_shows_does_not_hang_on_those_beside_it_and_people_s_chang
 
 
 def test_groups_that_are_each_prompts_own_or_too_small_have_no_judge():
-    features = np.random.default_rng(0).normal(size=(40, 2, 6))
-    measured = Evidence(np.zeros((40, 1, 2, 1)), sharded(features))
+    measured = Evidence(np.zeros((40, 1, 2, 1)), sharded(np.random.default_rng(0).normal(size=(40, 2, 6))))
     found = built_audit(np.eye(2)[np.arange(40) // 36], np.zeros(40, dtype=int), [])
     assert linear_judges(found, measured.sources(0), every) == {}
 

@@ -3,13 +3,11 @@
 from conftest import contents, write_tiny_folder
 from invdiff import AuditConfig, TrainConfig, audit, load_captioned_images, train
 
-AUDIT = AuditConfig(solver="exact", min_images=4, min_share=0.1)
-
 
 def audit_and_module(pipe, folder, table, output):
     (folder / "metadata.csv").write_text("\n".join(map(",".join, table)))
     data, options = load_captioned_images(folder), {"cache_dir": output / "cache", "progress": False}
-    found = audit(pipe, data, config=AUDIT, **options)
+    found = audit(pipe, data, config=AuditConfig(solver="exact", min_images=4, min_share=0.1), **options)
     found.save(output / "audit")
     train(pipe, data, found, output / "module", config=TrainConfig(steps=2, batch_size=4, preserve=0), **options)
     return {name: data for name, data in contents(output).items() if not name.startswith("cache")}

@@ -83,8 +83,7 @@ def test_values_that_are_rare_under_a_prompt_are_no_group_there():
     asked = Asked("age", ["a", "b", "c", "d"], np.eye(4)[labels], "the column 'age'")
     members = {0: np.arange(100), 1: np.arange(100, 200)}
     search = given_factors([asked], members, AuditConfig())
-    assert search.values == [["a", "b", "c"]]
-    assert list(search.factors[0]) == [0]
+    assert (search.values, list(search.factors[0])) == ([["a", "b", "c"]], [0])
     assert search.candidates[1][0].refusal == "fewer than two values have 2.0% of its images, and 4 of them"
     search = given_factors([asked], members, AuditConfig(min_share=0.1))
     weights = search.factors[0][0].weights
@@ -134,10 +133,8 @@ def test_a_prompt_is_not_split_away_by_its_own_name():
 
 def test_what_every_caption_states_is_no_factor():
     found = partly_labelled((50, 0, 0), (0, 50, 0), captions=["a bird on land", "a bird on water"], prompt_of=(0, 0))
-    assert [prompt.reason for prompt in found.prompts] == [
-        "its captions state the group (words: land)",
-        "its captions state the group (words: water)",
-    ]
+    reasons = [f"its captions state the group (words: {place})" for place in ("land", "water")]
+    assert [prompt.reason for prompt in found.prompts] == reasons
     assert (found.factors, found.biased) == ([], False)
     assert (found.group_weights[0] == 0.5).all()
     with pytest.raises(AuditError, match="found none"):
@@ -206,8 +203,7 @@ def test_labels_of_what_features_do_not_show_are_not_spread():
     stated = [["no", "yes"][int(prompt[row] ^ (row < 2))] if row < 22 else "" for row in range(1600)]
     told = spread_labels("wet", stated, [features], np.zeros((1600, 0)), prompt).refusal
     assert int(told.removesuffix("% right, 50% by chance)")[-2:]) < 60  # where the prompt alone gives 20 of the 22
-    members = {number: np.flatnonzero(prompt == number) for number in (0, 1)}
-    search = given_factors([asked], members, AuditConfig())
+    search = given_factors([asked], {of: np.flatnonzero(prompt == of) for of in (0, 1)}, AuditConfig())
     assert not search.factors
     assert search.candidates[0][0].refusal == asked.refusal
 
@@ -222,8 +218,7 @@ def test_copies_of_labelled_images_prove_nothing():
     assert not spread_labels("wet", labels, [features], margins, prompt).refusal
     asked = spread_labels("wet", labels, [features], margins, prompt, np.arange(800) % 2 == 0)
     assert "not guessed better than by chance" in asked.refusal
-    given = np.array([bool(label) for label in labels])
-    assert (asked.weights[given].max(axis=1) == 1).all()
+    assert (asked.weights[np.array([bool(label) for label in labels])].max(axis=1) == 1).all()
 
 
 def test_intervals_of_shares_count_how_labels_left_out_are_mistaken():
@@ -239,9 +234,8 @@ def test_intervals_of_shares_count_how_labels_left_out_are_mistaken():
 
 
 def test_shares_of_a_part_of_a_prompt_are_as_unsure_as_those_of_all():
-    known, unsure = (
-        np.repeat(rows, [80, 20], axis=0) for rows in ([[1.0, 0.0], [0.0, 1.0]], [[0.9, 0.1], [0.6, 0.4]])
-    )
+    known = np.repeat([[1.0, 0.0], [0.0, 1.0]], [80, 20], axis=0)
+    unsure = np.repeat([[0.9, 0.1], [0.6, 0.4]], [80, 20], axis=0)
     split = PromptSplit(0, "40 labels", [0.84, 0.16], [(0.5, 1.0), (0.0, 0.5)], 0.0, 1.0, 1.0, 0.0)
     assert split.with_shares_of(known).intervals[1] == pytest.approx(share_interval(20, 100), abs=1e-4)
     assert np.allclose(split.with_shares_of(unsure).intervals, [(0.5, 1.0), (0.0, 0.5)], atol=1e-3)
@@ -272,7 +266,6 @@ def test_labels_drawn_evenly_do_not_make_even_shares():
 
 def test_the_only_image_of_a_prompt_has_no_margin():
     prompt = np.array([0] * 20 + [1] * 20 + [2])
-    features = np.random.default_rng(0).normal(size=(41, 5)) + prompt[:, None]
-    margins = Margins([features], prompt).of_pairs()
+    margins = Margins([np.random.default_rng(0).normal(size=(41, 5)) + prompt[:, None]], prompt).of_pairs()
     assert np.isfinite(margins).all()
     assert not margins[-1].any()

@@ -79,8 +79,7 @@ def test_a_negative_prompt_takes_the_place_of_the_null_caption(family):
 
 
 def test_another_pipeline_of_the_denoiser_without_guidance_has_no_null_row(tiny_pipe):
-    guidance = make_guidance_lora(tiny_pipe, null_adapter="off")
-    with attach(tiny_pipe, guidance, environments=torch.tensor([0, 1])):
+    with attach(tiny_pipe, make_guidance_lora(tiny_pipe, null_adapter="off"), environments=torch.tensor([0, 1])):
         draw(tiny_pipe, 0, 1, num_inference_steps=1)
         latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         seen = tiny_pipe.unet(latents, 500, torch.ones(2, 16, 16)).sample

@@ -1,4 +1,8 @@
-"""Models as people have them: a single file, LoRAs, both; from loading to attaching."""
+"""Models as people have them: folders, a single file, LoRAs; what is damaged in them; from loading to attaching."""
+
+import json
+import os
+import shutil
 
 import accelerate
 import pytest
@@ -13,7 +17,7 @@ from invdiff.errors import AuditError, ModelError
 from invdiff.evaluation.annotators.load import load_annotator
 from invdiff.files import weights_digest
 from invdiff.models.frozen import FrozenDenoiser, denoiser_fingerprint
-from invdiff.models.load import load_pipeline
+from invdiff.models.load import default_device, load_pipeline, loading, public_name
 from test_cli import next_command, succeed
 from tiny import make_tiny, save_lora, save_single_file
 
@@ -34,32 +38,39 @@ def single(tmp_path_factory):
     return save_single_file(make_tiny_pipeline(), tmp_path_factory.mktemp("single") / "my-model.safetensors")
 
 
-def prints(pipe):
-    return denoiser_fingerprint(pipe), model_fingerprint(pipe)
+def test_a_single_file_is_the_model_itself(tiny_pipe, tiny_pipe_dir, single):
+    loaded = load_pipeline(single, config=tiny_pipe_dir)
+    assert denoiser_fingerprint(loaded) == denoiser_fingerprint(tiny_pipe)
+    assert model_fingerprint(loaded) == model_fingerprint(tiny_pipe)
 
 
-def test_a_single_file_is_the_model_itself(tiny_pipe, tiny_pipe_dir, single, lora, tmp_path):
-    assert prints(load_pipeline(single, config=tiny_pipe_dir)) == prints(tiny_pipe)
-    pickled = tmp_path / "model.ckpt"
-    pickled.write_bytes(b"")
+def test_what_is_no_whole_model_is_refused(tiny_pipe_dir, single, lora, tmp_path, monkeypatch):
+    pickled, empty = tmp_path / "model.ckpt", tmp_path / "model.safetensors"
+    for path in (pickled, empty):
+        path.write_bytes(b"")
     unet = tiny_pipe_dir / "unet" / "diffusion_pytorch_model.safetensors"
     for source, options, message in (
         (single, {}, "settings and tokenizer for .* at stable-diffusion-v1-5/.*--model-config"),
         (lora, {}, "found a LoRA. Give its model and --lora"),
         (unet, {"config": tiny_pipe_dir}, "Weights for this component appear to be missing"),
         (pickled, {}, "can run code"),
+        (empty, {}, "Expected a whole diffusers pipeline"),
+        (tiny_pipe_dir / "unet", {}, r"found no model_index\.json there"),
         ("absent.safetensors", {}, "found nothing there"),
         (tiny_pipe_dir, {"config": tiny_pipe_dir}, "leave it out"),
+        ("nobody/nothing", {}, "a diffusers pipeline at nobody/nothing.* spelling, and unset HF_HUB_OFFLINE"),
     ):
         with pytest.raises(ModelError, match=message):
             load_pipeline(source, **options)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(ModelError, match="spelling, and the network"), loading("a model", "nobody/nothing"):
+        raise OSError("not found")
 
 
 def test_loras_are_fused_by_their_weights_and_leave_nothing_beside_them(tiny_pipe, tiny_pipe_dir, lora):
     given = load_file(lora)
     pipe = load_pipeline(tiny_pipe_dir, loras=[f"{lora}:0.5", str(lora.parent)])
-    encoder = "encoder.layers.0.self_attn.q_proj"
-    for part, layer in (("unet", LAYER), ("text_encoder", encoder)):
+    for part, layer in (("unet", LAYER), ("text_encoder", "encoder.layers.0.self_attn.q_proj")):
         before, after = (getattr(each, part).get_submodule(layer).weight for each in (tiny_pipe, pipe))
         up, down = (given[f"{part}.{layer}.lora_{side}.weight"] for side in "BA")
         assert torch.allclose(after - before, 1.5 * up @ down, atol=1e-5)
@@ -204,3 +215,96 @@ def test_adapters_are_not_trained_under_gradient_checkpointing(tiny_pipe):
     tiny_pipe.unet.enable_gradient_checkpointing()
     with FrozenDenoiser(tiny_pipe) as frozen, pytest.raises(ModelError, match=r"disable_gradient_checkpointing\(\)"):
         make_guidance_lora(tiny_pipe).guided(frozen, None, None)
+
+
+def test_a_folder_is_loaded_quiet_in_the_type_asked_for(tiny_pipe_dir):
+    pipe = load_pipeline(tiny_pipe_dir, device="cpu", dtype=torch.bfloat16)
+    assert pipe._progress_bar_config["disable"] is True
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
+    pipe = load_pipeline(str(tiny_pipe_dir))
+    assert pipe.text_encoder.dtype == torch.float32
+    assert pipe.device.type == default_device().type
+
+
+def test_a_safety_checker_that_the_folder_names_is_left_out(tiny_pipe_dir, tmp_path):
+    index = json.loads((tiny_pipe_dir / "model_index.json").read_text())
+    shutil.copytree(tiny_pipe_dir, tmp_path / "model")
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]  # whose weights are not there
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    assert load_pipeline(tmp_path / "model").safety_checker is None
+
+
+@pytest.mark.parametrize("name", ["./absent", "~/absent-model", "/absent/model", "out/absent/model", "absent/"])
+def test_a_path_to_nothing_is_refused_without_asking_the_hub(name, monkeypatch):
+    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", lambda source: pytest.fail("asked the hub"))
+    with pytest.raises(ModelError, match=f"folder at {name}, found nothing there"):
+        load_pipeline(name)
+
+
+def test_of_a_local_folder_only_its_last_name_is_public(tiny_pipe_dir, monkeypatch):
+    assert public_name("org/model") == "org/model"
+    assert public_name("/home/somebody/secret/model") == "model"
+    monkeypatch.chdir(tiny_pipe_dir.parent.parent)
+    relative = f"{tiny_pipe_dir.parent.name}/{tiny_pipe_dir.name}"
+    assert public_name(relative) == tiny_pipe_dir.name
+    pipe = load_pipeline(relative)
+    monkeypatch.chdir("/")  # where the relative name could pass for one of the hub
+    assert public_name(pipe.name_or_path) == tiny_pipe_dir.name
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 492265168\n"
+
+
+def edit(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def rename_a_weight(path):
+    """Flip one bit of a name in the header, which stays whole."""
+    data = bytearray(path.read_bytes())
+    data[data.index(b'weight":')] ^= 1
+    path.write_bytes(data)
+
+
+def need_torchsde(folder):
+    edit(folder / "model_index.json", scheduler=["diffusers", "DPMSolverSDEScheduler"])
+    edit(folder / "scheduler/scheduler_config.json", _class_name="DPMSolverSDEScheduler")
+
+
+QUANTISED = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+WEIGHTS = ("text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        *((lambda folder, f=f: (folder / f).write_bytes(POINTER), f"{f} is a pointer of Git LFS") for f in WEIGHTS),
+        *((lambda folder, f=f: os.truncate(folder / f, 3000), f"{f} is damaged or cut short") for f in WEIGHTS),
+        *((lambda folder, f=f: os.truncate(folder / f, 0), f"{f} is damaged .*empty") for f in WEIGHTS),
+        *((lambda folder, f=f: rename_a_weight(folder / f), "Expected all weights of .*none of") for f in WEIGHTS),
+        (lambda folder: os.truncate(folder / "tokenizer/tokenizer.json", 99), "tokenizer.json is damaged or cut"),
+        (lambda folder: (folder / "tokenizer/tokenizer.json").unlink(), "a tokenizer .* knows no word"),
+        (lambda folder: os.truncate(folder / "unet/config.json", 9), "unet/config.json is damaged or cut short"),
+        (lambda folder: edit(folder / "model_index.json", _class_name="NewPipeline"), "NewPipeline. Upgrade"),
+        (need_torchsde, "requires the torchsde library .*Install"),
+        (lambda folder: edit(folder / "unet/config.json", **QUANTISED), "bitsandbytes. Install that package"),
+    ],
+)
+def test_one_line_says_which_file_or_package_is_missing_or_damaged(tiny_pipe_dir, tmp_path, damage, message):
+    folder = shutil.copytree(tiny_pipe_dir, tmp_path / "model")
+    damage(folder)
+    with pytest.raises(ModelError, match=message) as caught:
+        load_pipeline(folder)
+    assert "network" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("parts", [("unet", "vae", "text_encoder"), ("unet",)])
+def test_a_folder_of_a_variant_alone_loads(tiny_pipe_dir, tmp_path, parts):
+    folder = shutil.copytree(tiny_pipe_dir, tmp_path / "model")
+    for part in parts:
+        (file,) = (folder / part).glob("*.safetensors")
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    plain, pipe = load_pipeline(tiny_pipe_dir, device="cpu"), load_pipeline(folder, device="cpu")
+    assert weights_digest(pipe.unet) == weights_digest(plain.unet)
+    assert weights_digest(pipe.text_encoder) == weights_digest(plain.text_encoder)

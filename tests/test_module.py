@@ -21,8 +21,7 @@ def environments(*groups):
 
 @pytest.mark.parametrize("side", [(7, 5), (1, 1), (9, 16)])
 def test_the_shift_has_the_shape_of_any_latents(tiny_pipe, side):
-    shift = make_guidance_module(tiny_pipe)(*inputs(*side), environments(0, 1, 1))
-    assert shift.shape == (3, 4, *side)
+    assert make_guidance_module(tiny_pipe)(*inputs(*side), environments(0, 1, 1)).shape == (3, 4, *side)
 
 
 def test_each_factor_has_its_own_groups(tiny_pipe):

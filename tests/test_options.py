@@ -110,8 +110,7 @@ def test_settings_written_as_options_are_read_as_they_were(config, tmp_path):
     def probe(*, settings: type(config)):
         read.append(settings)
 
-    options = command_options(type(config), vars(config))
-    CliRunner().invoke(app, options, catch_exceptions=False)
+    CliRunner().invoke(app, command_options(type(config), vars(config)), catch_exceptions=False)
     file = yaml_file(tmp_path / "c.yaml", config.to_dict())
     CliRunner().invoke(app, ["--config", str(file), "--seed", "9"], catch_exceptions=False)
     assert read == [config, dataclasses.replace(config, seed=9)]

@@ -13,29 +13,27 @@ from tiny import CAPTIONS
 
 pytestmark = pytest.mark.usefixtures("plain")
 
-CONFIG = AuditConfig(solver="exact", min_images=4, caption_threshold=0.0, images_per_prompt=6)
-TRAIN = TrainConfig(steps=2, batch_size=4, preserve=0, mixed_precision="no")
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """An audit of the tiny pipeline's own images, and the cache they are in; read only."""
     cache = tmp_path_factory.mktemp("own") / "cache"
-    return audit(make_tiny_pipeline(), prompts=CAPTIONS, config=CONFIG, cache_dir=cache, progress=False), cache
+    config = AuditConfig(solver="exact", min_images=4, caption_threshold=0.0, images_per_prompt=6)
+    return audit(make_tiny_pipeline(), prompts=CAPTIONS, config=config, cache_dir=cache, progress=False), cache
 
 
 def test_training_without_data_is_training_on_them_wherever_they_are(tiny_pipe, found, tmp_path):
     result, cache = found
-    (folder,) = (cache / "own").iterdir()
+    (folder,), weights = (cache / "own").iterdir(), []
+    config = TrainConfig(steps=2, batch_size=4, preserve=0, mixed_precision="no")
     assert [(prompt.prompt, prompt.num_images) for prompt in result.prompts] == [(caption, 6) for caption in CAPTIONS]
     for name, data, used in (
         ("read back", None, shutil.copytree(cache, tmp_path / "copy")),
         ("drawn again", None, tmp_path / "empty"),
         ("given", load_captioned_images(folder), tmp_path / "empty"),
     ):
-        train(tiny_pipe, data, result, tmp_path / name, config=TRAIN, cache_dir=used, progress=False)
-    weights = [(tmp_path / name / WEIGHTS).read_bytes() for name in ("read back", "drawn again", "given")]
+        train(tiny_pipe, data, result, tmp_path / name, config=config, cache_dir=used, progress=False)
+        weights.append((tmp_path / name / "diffusion_pytorch_model.safetensors").read_bytes())
     assert weights[0] == weights[1] == weights[2]
     assert ", drawn by the model itself" in (tmp_path / "given" / "README.md").read_text()
 

@@ -43,10 +43,8 @@ def colour_at_corner(uri):
 
 def test_lines_go_through_their_figures_with_gaps_and_stand_side_by_side():
     axes = axes_of([line(None, [0.1, 0.2, None, 0.4]), line(0, [0.5, 0.6, 0.7, 0.8])])
-    base, other = (
-        next(one for one in axes.lines if one.get_color() == colour and len(one.get_xdata()) > 1)
-        for colour in (BASE_COLOUR, SERIES_COLOURS[0])
-    )
+    by_colour = {one.get_color(): one for one in axes.lines if len(one.get_xdata()) > 1}
+    base, other = by_colour[BASE_COLOUR], by_colour[SERIES_COLOURS[0]]
     np.testing.assert_array_equal(base.get_ydata(), [0.1, 0.2, np.nan, 0.4])
     np.testing.assert_allclose((base.get_xdata() + other.get_xdata()) / 2, [1, 2, 3, 4])
     assert 0 < other.get_xdata()[0] - base.get_xdata()[0] < 0.1
@@ -54,9 +52,8 @@ def test_lines_go_through_their_figures_with_gaps_and_stand_side_by_side():
 
 
 def test_intervals_and_floors_are_within_the_axes_and_lines_differ_in_colour_and_in_marker():
-    axes = axes_of(
-        [line(k, [-0.2, None, 1.3], bar=0.2) for k in range(8)], floors=[[(1.0, 1.9), (3.0, 1.9)]] * 2, top=1
-    )
+    lines, floors = [line(k, [-0.2, None, 1.3], bar=0.2) for k in range(8)], [[(1.0, 1.9), (3.0, 1.9)]] * 2
+    axes = axes_of(lines, floors=floors, top=1)
     bars = [bar for bars in axes.collections for bar in bars.get_segments() if len(bar)]
     assert [bar[:, 1].tolist() for bar in bars[:2]] == [[-0.4, 0.0], pytest.approx([1.1, 1.5])]
     assert axes.get_ylim()[0] <= -0.4
@@ -154,9 +151,7 @@ def test_hostile_prompts_are_drawn_inside_the_margins(tmp_path, drawn, found):
 
 
 def test_before_and_after_stand_above_each_other(finished, tmp_path, drawn):
-    chosen = compare(read_run(find_parts(finished)))
-    assert chosen is not None
-    save_before_after(tmp_path / "a.png", chosen)
+    save_before_after(tmp_path / "a.png", compare(read_run(find_parts(finished))))
     land = [f"“{LAND}”", "Base model · land 90% · water 10%", 8, "With guidance · land 55% · water 45%", 8]
     assert drawn[2:7] == land
     assert f"“{WATER}”" in drawn

@@ -16,13 +16,6 @@ from invdiff.evaluation.quality import distances
 from invdiff.evaluation.quality.distances import precision_recall_density_coverage as neighbourhoods
 from invdiff.evaluation.quality.extractors import lpips_diversity
 
-COMPARISONS = (
-    distances.frechet_distance,
-    distances.kernel_distance,
-    distances.cmmd,
-    functools.partial(neighbourhoods, k=1),
-)
-
 
 def normal(seed, shape, scale=1.0, shift=0.0):
     return np.random.default_rng(seed).normal(shift, scale, shape)
@@ -50,7 +43,10 @@ def test_distance_of_a_set_to_itself_is_zero_even_with_fewer_rows_than_columns_o
     assert 0 <= distances.frechet_distance(features, features.astype(np.float64)) < 1e-8
 
 
-@pytest.mark.parametrize("compare", COMPARISONS)
+@pytest.mark.parametrize(
+    "compare",
+    [distances.frechet_distance, distances.kernel_distance, distances.cmmd, functools.partial(neighbourhoods, k=1)],
+)
 @pytest.mark.parametrize(
     ("features", "message"),
     [
@@ -115,9 +111,8 @@ def test_neighbourhoods_agree_with_their_definitions_on_whole_tables(k, decimals
 
 def test_cosines_of_pairs_and_of_all_others():
     images, texts = normal(0, (12, 6)), normal(1, (12, 6))
-    np.testing.assert_allclose(
-        distances.paired_cosines(images, texts), 1 - np.diag(cdist(images, texts, "cosine")), rtol=1e-12
-    )
+    pairs = 1 - np.diag(cdist(images, texts, "cosine"))
+    np.testing.assert_allclose(distances.paired_cosines(images, texts), pairs, rtol=1e-12)
     others = cdist(images, images, "cosine")[~np.eye(12, dtype=bool)]
     assert distances.mean_cosine_distance(images) == pytest.approx(others.mean())
     assert distances.mean_cosine_distance([[1.0, 2.0], [3.0, 6.0]]) == pytest.approx(0, abs=1e-12)
@@ -125,17 +120,13 @@ def test_cosines_of_pairs_and_of_all_others():
 
 def test_features_without_a_cosine_are_refused():
     in_pairs = functools.partial(distances.paired_cosines, others=np.ones((3, 2)))
+    of_one_set = [distances.vendi_score, distances.mean_cosine_distance]
     for measures, features, message in (
         ([in_pairs], np.ones((4, 2)), r"of one shape, got \(4, 2\) and \(3, 2\)"),
         ([in_pairs], np.ones((0, 2)), "N at least 1"),
-        ([in_pairs, distances.vendi_score, distances.mean_cosine_distance], np.full((3, 2), np.nan), "finite"),
-        ([distances.vendi_score, distances.mean_cosine_distance], np.ones((1, 2)), "N at least 2"),
-        (
-            [in_pairs, distances.vendi_score, distances.mean_cosine_distance],
-            [[1, 1], [0, 0], [1, 0]],
-            "zeros in row 1",
-        ),
-        ([lambda rows: distances.cmmd(rows, rows)], [[1, 1], [0, 0], [1, 0]], "zeros in row 1"),
+        ([in_pairs, *of_one_set], np.full((3, 2), np.nan), "finite"),
+        (of_one_set, np.ones((1, 2)), "N at least 2"),
+        ([in_pairs, *of_one_set, lambda x: distances.cmmd(x, x)], [[1, 1], [0, 0], [1, 0]], "zeros in row 1"),
     ):
         for measure in measures:
             with pytest.raises(EvaluationError, match=message):

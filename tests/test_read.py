@@ -98,10 +98,9 @@ def test_other_images_or_captions_under_the_same_names_are_not_what_was_audited(
     made = replace(Audit.load(tmp_path), names=data.names[:40])
     replace(made, settings={"data_fingerprint": data.select(range(40)).fingerprint}).save(tmp_path)
     assert read_run(Parts(audit=tmp_path, data=data)).rows == list(range(40))
-    for others in (
-        replace(data, captions=[*data.captions[:39], LAND, LAND]),
-        replace(data.select([*range(39), 0, 40]), captions=data.captions, names=data.names),
-    ):
+    other_captions = replace(data, captions=[*data.captions[:39], LAND, LAND])
+    other_images = replace(data.select([*range(39), 0, 40]), captions=data.captions, names=data.names)
+    for others in (other_captions, other_images):
         with pytest.raises(AuditError, match="Expected the images that were audited"):
             read_run(Parts(audit=tmp_path, data=others))
     assert read_run(Parts(audit=tmp_path, data=data.select(reversed(range(41))))).rows == list(range(40, 0, -1))

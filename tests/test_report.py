@@ -207,12 +207,11 @@ def hostile_folder(tmp_path_factory):
     audit["settings"] = {"data_fingerprint": SCRIPT, "solver": NASTY[1], "vision_encoder": NASTY[6]}
     (folder / "audit" / "audit.json").write_text(json.dumps(audit))
     said = GroupWords(None, 0, 0, tuple(Word(text, 2.0, 0.001) for text in NASTY), "")
-    words = AuditWords(
-        NASTY[1], Audit.load(folder / "audit").fingerprint, 512, 40, 0.01, (said, replace(said, prompt=1))
-    )
+    found, groups = Audit.load(folder / "audit"), (said, replace(said, prompt=1))
+    words = AuditWords(NASTY[1], found.fingerprint, 512, 40, 0.01, groups)
     (folder / "audit" / WORDS).write_text(json.dumps(asdict(words)))
-    named = Audit.load(folder / "audit").edits.with_name(0, 0, one_line(NASTY[1], 60)).with_name(0, 1, NASTY[5][:60])
-    apply(Audit.load(folder / "audit"), named).save_edits(folder / "audit")
+    named = found.edits.with_name(0, 0, one_line(NASTY[1], 60)).with_name(0, 1, NASTY[5][:60])
+    apply(found, named).save_edits(folder / "audit")
     shares = {text.encode("utf-8", "replace").decode(): 2 for text in prompts}
     folders = {
         name: [make_images(folder / f"images-{k}", shares, count=3, classes=(NASTY[1], NASTY[5]))]
@@ -309,8 +308,7 @@ def test_nothing_found_and_one_model_alone_are_said_plainly(tmp_path):
 )
 def test_with_a_target_the_verdict_is_by_the_distance_to_it(tmp_path, before, after, words):
     folders = {name: make_images(tmp_path / name, {LAND: n}) for name, n in (("base", before), ("guided", after))}
-    results = measured(folders, target={"land": 0.2, "water": 0.8})
-    results.save(tmp_path / "results.json")
+    measured(folders, target={"land": 0.2, "water": 0.8}).save(tmp_path / "results.json")
     page, twin = report(tmp_path / "out", results=tmp_path / "results.json")
     lead = "Distance to the target of “background” in images of the base model "
     assert all(lead + words in " ".join(text.split()) for text in (page.words, twin))

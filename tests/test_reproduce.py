@@ -67,11 +67,8 @@ def test_images_are_drawn_with_what_they_were_drawn_with():
 
 
 def test_what_a_command_cannot_say_is_said_beside_it():
-    for settings in (
-        {"prompts": [f"bird {number}" for number in range(MOST_WORDS + 1)]},
-        {"environments": [[0], [1]]},
-        {"environments": "hostile"},
-    ):
+    many = [f"bird {number}" for number in range(MOST_WORDS + 1)]
+    for settings in ({"prompts": many}, {"environments": [[0], [1]]}, {"environments": "hostile"}):
         found = reproduce(drawn(**settings), "1.0")
         ((title, command),) = found["commands"]
         assert "settings below" in title
@@ -90,13 +87,9 @@ def test_a_prompt_that_looks_like_an_option_or_a_command_is_none_and_weights_of_
 
 def test_evaluation_names_the_models_that_figures_name():
     quality = ("Frechet distance (net)", "FID (inception)", "KID (inception)", "CLIP-T (clip)", "CMMD (clip)")
-    run = evaluated(
-        (*quality, "LPIPS diversity (alexnet)", "Vendi score (odd (name))"),
-        annotator=AnnotatorRecord("net", min_confidence=0.6),
-        baseline="theirs",
-        target={"land": 0.3, "water": 0.7},
-        reference_images=9,
-    )
+    quality = (*quality, "LPIPS diversity (alexnet)", "Vendi score (odd (name))")
+    stated = {"baseline": "theirs", "target": {"land": 0.3, "water": 0.7}, "reference_images": 9}
+    run = evaluated(quality, annotator=AnnotatorRecord("net", min_confidence=0.6), **stated)
     assert only(run) == (
         "invdiff evaluate base=base --annotator net --attribute background --target land=0.3,water=0.7 "
         "--baseline theirs --min-confidence 0.6 --features inception --features 'odd (name)' "
@@ -106,9 +99,8 @@ def test_evaluation_names_the_models_that_figures_name():
 
 def test_evaluation_by_an_audit_names_its_folder_and_the_model():
     run = replace(evaluated(annotator=AnnotatorRecord("the audit")), names={"audit": ["runs/audit"]})
-    assert only(run) == (
-        "invdiff evaluate base=base --annotator runs/audit --annotator-model MODEL --attribute background"
-    )
+    command = "invdiff evaluate base=base --annotator runs/audit --annotator-model MODEL --attribute background"
+    assert only(run) == command
     _, command = commands(replace(run, audit=audited(loras={"style:0.8": "0123"})))[-1]
     assert "--annotator-model MODEL --annotator-lora style:0.8 --attribute" in command
 

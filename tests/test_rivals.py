@@ -89,9 +89,8 @@ def test_concept_editing_solves_its_least_squares_once_and_reads_it_back(world, 
     """Weights minimise ridge |W' - W|^2 + |W' c - v|^2 over edited tokens and preserved ones."""
     method = replace(EDITED, preserve_scale=0.0)
     fitted, plain = method.fit(world, tmp_path), world.biased()
-    (new, old) = (
-        pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight for pipe in (fitted.pipe, plain)
-    )
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    new, old = (pipe.unet.get_submodule(layer).weight for pipe in (fitted.pipe, plain))
 
     def tokens(caption):
         return encode(plain, [caption])[0, len(plain.tokenizer(caption).input_ids) - 2 :]

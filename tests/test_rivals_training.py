@@ -112,8 +112,7 @@ def test_half_of_what_tiw_shows_is_balanced_if_it_shows_a_mixture(world, tiny_pi
     assert chances[: len(biased)].sum().item() == pytest.approx(chances[len(biased) :].sum().item())
     for caption, share in enumerate(torch.bincount(biased.caption_ids) / len(biased)):
         for part in (slice(len(biased)), slice(len(biased), None)):
-            of_caption = chances[part][both.caption_ids[part] == caption]
-            assert of_caption.sum().item() == pytest.approx(share.item())
+            assert chances[part][both.caption_ids[part] == caption].sum().item() == pytest.approx(share.item())
     assert torch.equal(both.latents[[len(biased)]], balanced.latents[[balanced.names.index(both.names[len(biased)])]])
 
 
@@ -124,8 +123,7 @@ def test_the_second_network_starts_as_the_first_in_the_paper_and_at_nothing_in_t
     with torch.no_grad():
         alone = unet(*batch).sample
         for released, share in ((False, 1.0), (True, 0.2)):
-            second = Second(unet, released=released)
-            with mixed(unet, second, 0.8):
+            with mixed(unet, Second(unet, released=released), 0.8):
                 torch.testing.assert_close(unet(*batch).sample, share * alone)
                 torch.testing.assert_close(unet(*batch, return_dict=False)[0][1:], share * alone[1:])
         assert torch.equal(unet(*batch).sample, alone)
@@ -145,8 +143,7 @@ def test_invdiff_is_fitted_beside_the_biased_model_and_read_back(variant, given,
     method = InvDiff(**settings, batch_size=4, num_groups=2, learning_rate=1e-3)
     assert method.supervision == ("labels" if given else "none")
     fitted = method.fit(world, tmp_path / "invdiff")
-    assert fitted.about["steps"] == 2
-    assert fitted.forwards == method.forwards
+    assert (fitted.about["steps"], fitted.forwards) == (2, method.forwards)
     if given:  # as many as captions and classes together
         cells = zip(world.data.captions, world.labelled.attributes["background"], strict=True)
         shares = [count / len(world.data) for count in Counter(cells).values()]
@@ -190,8 +187,7 @@ def hidden_groups():
 
 def test_classifiers_and_clusters_find_an_attribute_that_predicts_the_caption():
     features, captions, attribute = hidden_groups()
-    minority = attribute != captions
-    assert (jtt(features, captions) == minority).mean() > 0.95
+    assert (jtt(features, captions) == (attribute != captions)).mean() > 0.95
     assert np.array_equal(eiil(features, captions), jtt(features, captions))  # of two captions
     clusters = kmeans(features[:, :2], captions)
     for caption in (0, 1):

@@ -177,8 +177,7 @@ def test_another_site_gets_nothing(headers, shown, locked):
         assert status(f"{address}{path}", headers=headers) == 403
     # Nor by the cookie of a visitor, nor by logging in; behind a proxy the page has the name that visitors use.
     behind = {"Host": "pics.example", **headers}
-    cookie = log_in(locked)[1]
-    assert join(locked, behind, cookie) == 403
+    assert join(locked, behind, log_in(locked)[1]) == 403
     assert log_in(locked, headers=behind) == (403, "")
 
 

@@ -35,8 +35,7 @@ def source(tmp_path_factory):
         pd.DataFrame(rows).to_parquet(folder / f"{name}.parquet")
 
     write("scenes", "scene", {"forest": (0, 200, 0), "sea": (0, 0, 200)}, "RGB", (96, 96))
-    birds = {"landbird": (200, 0, 0), "waterbird": (200, 200, 200)}
-    write("waterbirds_cutouts", "subject", birds, "RGBA", (112, 60))
+    write("waterbirds_cutouts", "subject", {"landbird": (200, 0, 0), "waterbird": (200, 200, 200)}, "RGBA", (112, 60))
     ages, same = ("3-9", "20-29", "30-39", "60-69"), {"image": png("RGB", (64, 64), (9, 9, 9)), "split": "train"}
     people = product(ages, worlds.GENDERS, worlds.RACES, range(10))
     people = [same | {"age": age, "gender": gender, "race": race} for age, gender, race, _ in people]
@@ -46,6 +45,15 @@ def source(tmp_path_factory):
 
 def table(folder):
     return pd.read_csv(folder / "metadata.csv")
+
+
+def counts(table, *columns):
+    return table.groupby(list(columns)).size().to_dict()
+
+
+def counted(first, second, *numbers):
+    """What `counts` gives for two columns of these values."""
+    return dict(zip(product(first, second), numbers, strict=True))
 
 
 def test_a_waterbird_world_is_what_its_columns_say(source, tmp_path):
@@ -73,9 +81,7 @@ def test_a_waterbird_world_is_what_its_columns_say(source, tmp_path):
 
 def test_faces_hide_what_is_asked_in_the_shares_that_are_asked(source, tmp_path):
     rows = table(worlds.fairface(source, tmp_path / "age", num_images=40))
-    assert rows.groupby(["gender", "age"]).size().to_dict() == {
-        ("man", "old"): 18, ("man", "young"): 2, ("woman", "old"): 2, ("woman", "young"): 18
-    }  # fmt: skip
+    assert counts(rows, "gender", "age") == counted(("man", "woman"), ("old", "young"), 18, 2, 2, 18)
     assert (rows.text == "a photo of a " + rows.gender).all()
     rows = table(worlds.fairface(source, tmp_path / "race", hidden="race", num_images=28))
     shares = pd.crosstab(rows.gender, rows.race)[list(worlds.RACES)]
@@ -88,13 +94,10 @@ def test_faces_hide_what_is_asked_in_the_shares_that_are_asked(source, tmp_path)
 
 def test_a_base_learns_from_all_that_is_not_held_out_under_several_wordings(source, tmp_path):
     rows = table(worlds.everything(source, tmp_path / "all", num_birds=200))
-    faces = 3 * 2 * 4 * 10  # three ages of 20 and more
-    assert len(rows) == faces + 2 * 16 + 200
-    assert {"a photo of the sea", "a photo of a forest", "a photo of an old woman", "a photo of an Indian man"} <= {
-        *rows["text"]
-    }
-    places = rows["text"][rows["text"].str.contains("a landbird in a forest|a waterbird in a forest")]
-    assert places.nunique() == 2
+    assert len(rows) == 3 * 2 * 4 * 10 + 2 * 16 + 200  # faces of three ages of 20 and more, scenes and birds
+    wordings = {"a photo of the sea", "a photo of a forest", "a photo of an old woman", "a photo of an Indian man"}
+    assert wordings <= {*rows.text}
+    assert rows.text[rows.text.str.contains("a landbird in a forest|a waterbird in a forest")].nunique() == 2
 
 
 DARK, BRIGHT = (40, 0, 0), (240, 0, 0)
@@ -124,10 +127,6 @@ def prepare(name, source, out, *options):
     return tables
 
 
-def counts(table, *columns):
-    return table.groupby(list(columns)).size().to_dict()
-
-
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory):
     """FairFace's files: two training images and one other of each gender, race and age."""
@@ -154,13 +153,10 @@ def test_fairface_has_the_papers_ratio_of_races_and_an_even_held_out_part(faces,
 
 
 def test_fairface_by_other_captions_attributes_and_ratios(faces, tmp_path):
-    train, held_out = prepare(
-        "fairface", faces, tmp_path / "by-age", "--captions", "age", "--hidden", "gender", "--severity", ".75"
-    )
-    assert counts(train, "text", "gender") == {
-        ("a photo of a young person", "woman"): 10, ("a photo of a young person", "man"): 3,
-        ("a photo of an old person", "woman"): 3, ("a photo of an old person", "man"): 10,
-    }  # fmt: skip
+    by_age = ["--captions", "age", "--hidden", "gender", "--severity", ".75"]
+    train, _ = prepare("fairface", faces, tmp_path / "by-age", *by_age)
+    texts = ("a photo of a young person", "a photo of an old person")
+    assert counts(train, "text", "gender") == counted(texts, ("woman", "man"), 10, 3, 3, 10)
     one = ["--captions", "one", "--hidden", "gender x race", "--groups", "woman x White", "man x Black"]
     more = ["--ratio", "2:1", "--all-ages", "--images", "9"]
     train, held_out = prepare("fairface", faces, tmp_path / "one", *one, *more)
@@ -207,12 +203,9 @@ def test_celeba_is_read_from_lists_and_from_parquet(layout, tmp_path):
     source = tmp_path / "celeba"
     if layout == "parquet":
         for part in ("train", "valid", "test"):
-            rows = [
-                {"image": stored(part != "train"), "celeb_id": 7} | {name: value > 0 for name, value in row.items()}
-                for row in PEOPLE
-            ]
+            people = (pd.DataFrame(PEOPLE) > 0).assign(image=[stored(part != "train")] * len(PEOPLE), celeb_id=7)
             (source / "data").mkdir(parents=True, exist_ok=True)
-            pd.DataFrame(rows).to_parquet(source / "data" / f"{part}-00000-of-00001.parquet")
+            people.to_parquet(source / "data" / f"{part}-00000-of-00001.parquet")
     else:
         parts = np.repeat(range(3), len(PEOPLE))
         files = pd.Index([f"{number:06}.jpg" for number in range(len(parts))], name="image_id")
@@ -230,17 +223,13 @@ def test_celeba_is_read_from_lists_and_from_parquet(layout, tmp_path):
             (source / f"{name}.{layout}").write_text(text)
     train, held_out = prepare("celeba", source, tmp_path / "natural")
     blond, dark = (f"a photo of a person with {hair} hair" for hair in ("blond", "dark"))
-    assert counts(train, "text", "gender") == {
-        (blond, "female"): 4, (blond, "male"): 4, (dark, "female"): 8, (dark, "male"): 8
-    }  # fmt: skip
+    assert counts(train, "text", "gender") == counted((blond, dark), ("female", "male"), 4, 4, 8, 8)
     assert counts(held_out, "subject", "gender") == dict.fromkeys(product(("blond", "dark"), ("female", "male")), 8)
     texts = ["a [smiling] person=Smiling", "a [serious] person=not Smiling"]
     hidden = ["--hidden", "Blond_Hair", "--severity", ".75", "--images", "16"]
     train, _ = prepare("celeba", source, tmp_path / "smiling", "--captions", *texts, *hidden)
-    assert counts(train, "subject", "Blond_Hair") == {
-        ("smiling", "Blond_Hair"): 6, ("smiling", "not Blond_Hair"): 2,
-        ("serious", "Blond_Hair"): 2, ("serious", "not Blond_Hair"): 6,
-    }  # fmt: skip
+    classes = ("smiling", "serious"), ("Blond_Hair", "not Blond_Hair")
+    assert counts(train, "subject", "Blond_Hair") == counted(*classes, 6, 2, 2, 6)
 
 
 def test_waterbirds_as_released_and_with_another_severity(tmp_path):
@@ -252,9 +241,8 @@ def test_waterbirds_as_released_and_with_another_severity(tmp_path):
         lines.append(f"{len(lines)},{len(lines)}.jpg,{y},{split},{place},x.jpg")
     (source / "metadata.csv").write_text("\n".join(lines))
     train, held_out = prepare("waterbirds", tmp_path, tmp_path / "released")
-    assert counts(train, "subject", "place") == {
-        ("landbird", "land"): 3, ("landbird", "water"): 1, ("waterbird", "land"): 1, ("waterbird", "water"): 3
-    }  # fmt: skip
+    birds, places = ("landbird", "waterbird"), ("land", "water")
+    assert counts(train, "subject", "place") == counted(birds, places, 3, 1, 1, 3)
     assert set(train.text) == {"a photo of a landbird", "a photo of a waterbird"}
     assert set(counts(held_out, "subject", "place").values()) == {2}
     train, _ = prepare("waterbirds", source, tmp_path / "more", "--severity", ".6667", "--images", "6")
@@ -271,9 +259,8 @@ def test_waterbirds_are_composed_and_a_stopped_run_goes_on_to_the_same(tmp_path)
         pd.DataFrame(rows).to_parquet(tmp_path / f"{name}.parquet")
     options = ["--severity", ".9", "--images", "40", "--held-out", "12"]
     train, held_out = prepare("waterbirds", tmp_path, tmp_path / "out", *options)
-    assert counts(train, "subject", "place") == {
-        ("landbird", "forest"): 18, ("landbird", "sea"): 2, ("waterbird", "forest"): 2, ("waterbird", "sea"): 18
-    }  # fmt: skip
+    birds, places = ("landbird", "waterbird"), ("forest", "sea")
+    assert counts(train, "subject", "place") == counted(birds, places, 18, 2, 2, 18)
     assert set(counts(held_out, "subject", "place").values()) == {3}
     for part, colour in (("train", DARK), ("held-out", BRIGHT)):
         assert np.allclose(np.asarray(load_captioned_images(tmp_path / "out" / part).image(0))[0, 0], colour, atol=2)

@@ -14,7 +14,6 @@ from runner import Runner, Suite, worst_cell
 from invdiff import GenerateConfig
 from invdiff.errors import ConfigError
 from invdiff.evaluation.annotators.labels import GivenLabels
-from tiny import save_clip
 
 DOCUMENT = {"base": "absent", "supervision": "none", "parameters": 8, "forwards": 9, "device": ""}
 DOCUMENT |= {"seconds of fitting": 1}
@@ -139,14 +138,13 @@ def test_wrong_names_in_a_suite_are_said_before_any_work(tmp_path, monkeypatch):
             Suite.named("small")
 
 
-def test_cells_share_what_is_fitted_and_change_worlds_prompts_and_strength(tiny_pipe_dir, tmp_path, monkeypatch):
+def test_cells_share_a_fit_and_change_worlds_prompts_and_strength(tiny_pipe_dir, clip_dir, tmp_path, monkeypatch):
     (tmp_path / "suites").mkdir()
     (tmp_path / "suites" / "small.yaml").write_text(SUITE)
     monkeypatch.setattr(runner, "HERE", tmp_path)
     monkeypatch.setattr(runner, "GenerateConfig", partial(GenerateConfig, num_inference_steps=2))
     monkeypatch.setitem(judges.NUM_IMAGES, "background", (0, 40))
-    clip = str(save_clip(tmp_path / "clip"))
-    small = Runner("small", None, tiny_pipe_dir, tmp_path / "work", tmp_path / "results", clip=clip)
+    small = Runner("small", None, tiny_pipe_dir, tmp_path / "work", tmp_path / "results", clip=str(clip_dir))
     for cell in ("biased", "given", "stronger"):
         small.run(cell, 0)
     kept = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results" / "small").iterdir()}
@@ -155,9 +153,9 @@ def test_cells_share_what_is_fitted_and_change_worlds_prompts_and_strength(tiny_
     assert not (tmp_path / "work" / "small" / "seed-0" / "stronger" / "fitted").exists()
     assert kept["biased-seed-0"]["settings"]["world"] == {"kind": "bundled", "num_images": 40, "severity": 0.9}
     assert [*given["figures"]] == ["CFG 1", "CFG 2"]
-    assert given["clip"] == "clip"
+    assert given["clip"] == "tiny-clip"
     small.clip = "another"
-    with pytest.raises(ConfigError, match=r"by the CLIP another, found .*given-seed-0.json by clip"):
+    with pytest.raises(ConfigError, match=r"by the CLIP another, found .*given-seed-0.json by tiny-clip"):
         small.run("given", 0)
     with pytest.raises(ConfigError, match=f"Expected the base of the figures in .*small, {tiny_pipe_dir.name}. Give"):
         Runner("small", None, tmp_path / "another", tmp_path / "work", tmp_path / "results")
@@ -166,8 +164,7 @@ def test_cells_share_what_is_fitted_and_change_worlds_prompts_and_strength(tiny_
     assert [*stronger["figures"]] == ["CFG 1"]  # seed 0 is not its first
     assert [*stronger["figures"]["CFG 1"]["shares"]] == ["a nice landbird"]
     (tmp_path / "results" / "small" / "biased-seed-0.json").unlink()
-    (tmp_path / "suites" / "small.yaml").write_text(
-        SUITE.replace("biased: {method: biased", "biased: {method: prompted")
-    )
+    prompted = SUITE.replace("biased: {method: biased", "biased: {method: prompted")
+    (tmp_path / "suites" / "small.yaml").write_text(prompted)
     with pytest.raises(ConfigError, match=r"biased/settings.json .* method was 'biased', now 'prompted'"):
         Runner("small", None, tiny_pipe_dir, tmp_path / "work", tmp_path / "results").run("biased", 0)

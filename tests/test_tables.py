@@ -27,15 +27,13 @@ def test_csv_is_read_as_the_csv_module_writes_it(tmp_path):
         writer.writerows(rows)
         for text in (stream.getvalue(), stream.getvalue().rstrip(), "\ufeff" + stream.getvalue() + ending * 2):
             found = table(tmp_path, text)
-            assert found.rows == rows
-            assert found.columns == ["file_name", "text", "note"]
+            assert (found.rows, found.columns) == (rows, ["file_name", "text", "note"])
             assert found.places == [f"line {line} of {tmp_path / 'metadata.csv'}" for line in (2, 3, 6)]
 
 
 def test_jsonl_keeps_types_and_rows_may_lack_columns(tmp_path):
     rows = [{"file_name": "a.png", "age": 3, "text": "\u2028 line"}, {"file_name": "b.png", "male": True}]
-    text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    found = table(tmp_path, text, "jsonl")
+    found = table(tmp_path, "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "jsonl")
     assert (found.rows, found.columns) == (rows, ["file_name", "age", "text", "male"])
     assert found.places == [f"line {line} of {tmp_path / 'metadata.jsonl'}" for line in (1, 3)]
 

@@ -69,9 +69,8 @@ def test_the_loss_falls_and_is_logged_for_each_group_of_each_prompt(tiny_pipe, e
     assert rows[-1]["excess_losses"] == excess
     assert module.sees_environment == (mode == "balanced")
     assert not module.training
-    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == [
-        "README.md", "config.json", WEIGHTS, "log.jsonl", "train.json",
-    ]  # fmt: skip
+    files = ["README.md", "config.json", WEIGHTS, "log.jsonl", "train.json"]
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == files
 
 
 def test_the_pipeline_is_untouched_and_no_gradient_flows_through_it(tiny_pipe, encoded, found, tmp_path):
@@ -87,8 +86,7 @@ def test_the_pipeline_is_untouched_and_no_gradient_flows_through_it(tiny_pipe, e
 
 
 def test_other_settings_give_other_weights(tiny_pipe, encoded, found, whole, tmp_path):
-    changes = [{"seed": 1}, {"caption_dropout": 0.9}, {"penalty": 50.0}]
-    for number, change in enumerate(changes):
+    for number, change in enumerate([{"seed": 1}, {"caption_dropout": 0.9}, {"penalty": 50.0}]):
         run(tiny_pipe, encoded, found, tmp_path / str(number), **change)
     assert len({result(folder)[0] for folder in (whole, *tmp_path.glob("[0-9]"))}) == 4
 
@@ -122,9 +120,7 @@ def test_a_killed_run_goes_on_to_the_same_result(
     assert result(tmp_path / "cut") == result(whole)
 
 
-def test_a_finished_run_is_read_back_and_other_settings_are_refused_by_name(
-    tiny_pipe, encoded, found, whole, tmp_path
-):
+def test_a_finished_run_is_read_back_and_other_settings_are_refused(tiny_pipe, encoded, found, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "m")
     (folder / ".work").mkdir()  # as after a kill at the very end
     tiny_pipe.unet.register_forward_pre_hook(lambda module, args: pytest.fail("trained again"))
@@ -159,16 +155,13 @@ def test_an_audit_of_something_else_is_refused(tiny_pipe, encoded, found, tmp_pa
 def test_16_bits_train(tiny_pipe, encoded, tmp_path, dtype, mixed_precision):
     tiny_pipe.to(dtype)
     encoded = replace(encoded, conditions={name: values.to(dtype) for name, values in encoded.conditions.items()})
-    found = audit_of(encoded, tiny_pipe)
-    module = run(tiny_pipe, encoded, found, tmp_path / "m", mixed_precision=mixed_precision)
+    module = run(tiny_pipe, encoded, audit_of(encoded, tiny_pipe), tmp_path / "m", mixed_precision=mixed_precision)
     assert module.dtype == torch.float32
     assert module.conv_out.weight.abs().sum() > 0
     assert all(value.isfinite().all() for value in module.state_dict().values())
 
 
-def test_a_second_round_audits_the_guided_model_with_the_settings_of_the_first(
-    tiny_pipe, encoded, tmp_path, monkeypatch
-):
+def test_a_second_round_audits_the_guided_model_with_settings_of_the_first(tiny_pipe, encoded, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "infer_groups", infer_groups := Mock(wraps=train_module.infer_groups))
     loose = {"solver": "exact", "min_images": 4, "min_share": 0.1, "caption_threshold": 0.0}
     seen = {"vision_encoder": "clip", "words_model": "clip", "words": ["sea"]}
@@ -204,11 +197,9 @@ def test_a_round_adds_the_factors_that_are_new_and_leaves_the_others():
 
 def test_an_image_left_out_is_never_read(tiny_pipe, encoded, found, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "infer_groups", Mock(return_value=found))
-    asked = []
-    read = type(encoded.latents).__getitem__
-    monkeypatch.setattr(
-        type(encoded.latents), "__getitem__", lambda self, rows: asked.append(rows) or read(self, rows)
-    )
+    asked, kind = [], type(encoded.latents)
+    read = kind.__getitem__
+    monkeypatch.setattr(kind, "__getitem__", lambda self, rows: asked.append(rows) or read(self, rows))
     less = apply(found, Edits().without_images([0, 11]))
     run(tiny_pipe, encoded, less, tmp_path / "m", rounds=2, steps=10, batch_size=16)
     assert set(torch.cat(asked).tolist()) == set(range(12)) - {0, 11}

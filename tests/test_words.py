@@ -31,8 +31,7 @@ WIDTH = 256
 @functools.cache
 def direction(name):
     """A vector that depends on the name alone; different names are nearly orthogonal."""
-    digest = hashlib.sha256(name.encode()).digest()
-    vector = np.random.default_rng(list(digest)).normal(size=WIDTH)
+    vector = np.random.default_rng(list(hashlib.sha256(name.encode()).digest())).normal(size=WIDTH)
     return vector / np.linalg.norm(vector)
 
 
@@ -46,9 +45,8 @@ class StandIn:
         self.images, self.texts = [], []
         self.embed = functools.cache(self.embed)
         noise = np.random.default_rng(0).normal(size=(len(shown), WIDTH)) / np.sqrt(WIDTH)
-        self.features = (
-            noise + direction("an image") + [0.6 * sum(map(direction, names), np.zeros(WIDTH)) for names in shown]
-        )
+        meanings = [0.6 * sum(map(direction, names), np.zeros(WIDTH)) for names in shown]
+        self.features = noise + direction("an image") + meanings
 
     def features_digest(self):
         return "0" * 16
@@ -96,10 +94,8 @@ def birds(on_water=("sea",), on_land=(), *, rare=30, labels=None, captions=None,
 def tell(found, data, encoder, tmp_path, rows=None, words=(), distinct=None):
     rows = np.arange(len(found.names)) if rows is None else rows
     distinct = np.ones(len(found.names), dtype=bool) if distinct is None else distinct
-    config, options = (
-        AuditConfig(words_model="stand-in", words=tuple(words)),
-        {"cache_dir": tmp_path, "progress": False},
-    )
+    options = {"cache_dir": tmp_path, "progress": False}
+    config = AuditConfig(words_model="stand-in", words=tuple(words))
     return words_module.describe_groups(found, data, rows, encoder, config, distinct, **options)
 
 
@@ -236,8 +232,7 @@ def test_each_hidden_factor_has_words_of_its_own(tmp_path):
 @pytest.mark.parametrize("hostile", ["<img src=x onerror=alert(1)>", "x" * 10_000, "\u202e{0}{} %s \ud800"])
 def test_hostile_captions_are_harmless(hostile, tmp_path):
     found, data, encoder = birds(captions=[f"{hostile} sea"] * 240, prompts=(hostile, hostile))
-    told = tell(found, data, encoder, tmp_path, words=["{}", "<b>{0}</b>"])
-    assert words_of(told, 0, ON_WATER) == ["sea"]
+    assert words_of(tell(found, data, encoder, tmp_path, words=["{}", "<b>{0}</b>"]), 0, ON_WATER) == ["sea"]
     assert max(map(len, encoder.texts)) < 100
 
 

@@ -116,12 +116,8 @@ def make_stable_diffusion(prediction_type: str = "epsilon") -> diffusers.StableD
 
 
 def make_stable_diffusion_xl() -> diffusers.StableDiffusionXLPipeline:
-    unet = make_unet(
-        cross_attention_dim=2 * WIDTH,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=WIDTH + 6 * 8,
-    )
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    unet = make_unet(**added, projection_class_embeddings_input_dim=WIDTH + 6 * 8, cross_attention_dim=2 * WIDTH)
     scheduler = diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1)
     parts = text_encoders("clip", "projected")
     return diffusers.StableDiffusionXLPipeline(**parts, vae=make_vae(), unet=unet, scheduler=scheduler)
@@ -130,13 +126,12 @@ def make_stable_diffusion_xl() -> diffusers.StableDiffusionXLPipeline:
 def make_stable_diffusion_3() -> diffusers.StableDiffusion3Pipeline:
     widths = {"joint_attention_dim": 32, "caption_projection_dim": 32, "pooled_projection_dim": 2 * WIDTH}
     channels = {"in_channels": 4, "out_channels": 4, "pos_embed_max_size": 16}
+    parts = text_encoders("projected", "projected") | {"text_encoder_3": None, "tokenizer_3": None}
     return diffusers.StableDiffusion3Pipeline(
-        **text_encoders("projected", "projected"),
+        **parts,
         transformer=diffusers.SD3Transformer2DModel(**TRANSFORMER, **widths, **channels).eval(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=make_vae(shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder_3=None,
-        tokenizer_3=None,
     )
 
 
@@ -154,9 +149,8 @@ def make_flux() -> diffusers.FluxPipeline:
 
 def make_pixart() -> diffusers.PixArtSigmaPipeline:
     channels = {"caption_channels": 32, "cross_attention_dim": 32, "in_channels": 4, "out_channels": 8}
-    transformer = diffusers.PixArtTransformer2DModel(
-        **TRANSFORMER, **channels, norm_type="ada_norm_single", use_additional_conditions=False
-    )
+    others = {"norm_type": "ada_norm_single", "use_additional_conditions": False}
+    transformer = diffusers.PixArtTransformer2DModel(**TRANSFORMER, **channels, **others)
     scheduler = diffusers.DPMSolverMultistepScheduler(**LINEAR)
     parts = text_encoders("t5") | {"vae": make_vae(), "scheduler": scheduler}
     return diffusers.PixArtSigmaPipeline(**parts, transformer=transformer.eval())
