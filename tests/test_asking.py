@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from invdiff import AuditConfig, audit, load_captioned_images
 from invdiff.auditing import asking
@@ -39,11 +40,11 @@ def test_what_is_no_question_is_refused(line):
         questions(["a: b, c", "a: d, e"])
 
 
-def factors(values, shown, noise=0.5, captions=("a dog", "a cat"), caption_ids=None, **settings):
+def factors(values, shown, noise=0.5, captions=("a dog", "a cat"), caption_ids=None, look=None, **settings):
     """What is made of readings of images of which `shown` (N,) is the true value, half of them of each prompt."""
     rng = np.random.default_rng(0)
-    look = np.vstack([np.eye(len(values)), np.zeros(len(values))])  # the last shows none of them
-    scores = 3.0 * look[shown] + noise * rng.normal(size=(2, len(shown), len(values)))
+    look = np.vstack([np.eye(len(values)), np.zeros(len(values))]) if look is None else look  # last: none of them
+    scores = 3.0 * np.array(look)[shown] + noise * rng.normal(size=(2, len(shown), len(values)))
     scores -= scores.mean(axis=2, keepdims=True)
     half = len(shown) // 2
     ids = np.repeat([0, 1], half) if caption_ids is None else caption_ids
@@ -78,6 +79,25 @@ def test_a_value_that_no_image_shows_makes_no_group():
     search = factors(names, truth, captions=("a person", "someone", "a person, child"), caption_ids=ids)
     assert search.values == [["man", "woman", REST]]
     assert (search.factors[0][0].weights[:100].argmax(axis=1) == 2).all()
+
+
+def test_an_image_that_like_values_claim_is_of_the_one_that_it_looks_most_like():
+    look = [[1, 0, 0.1], [0, 1, 0.8]]
+    truth = shown((0.9, 0.1), (0.1, 0.9))
+    search = factors(("forest", "sea", "lake"), truth, noise=0.1, look=look)
+    assert search.values == [["forest", "sea"]]  # no image shows a lake
+    weights = np.concatenate([search.factors[0][prompt].weights for prompt in (0, 1)])
+    assert (weights[np.arange(1200), truth] > 0.95).all()
+
+
+def test_what_no_value_claims_under_a_prompt_is_of_the_value_that_it_shows_under_another():
+    look = [[1, 0, 0], [0, 1, 0], [0.9, 0, 1]]
+    truth = shown((0.9, 0.1, 0), (0.9, 0, 0.1))
+    search = factors(("forest", "sea", "city"), truth, noise=0.12, look=look)
+    assert search.values == [["forest", "sea", "city"]]
+    second = search.factors[0][1]
+    assert second.candidate.shares == pytest.approx([0.9, 0, 0.1], abs=0.01)
+    assert second.intervals[1] == (0.0, pytest.approx(1.96**2 / 604, abs=1e-4))  # Wilson's, of none in 600
 
 
 def test_what_is_not_found_has_its_reason():
@@ -130,6 +150,18 @@ def test_the_audited_model_reads_each_image_for_each_value_once_and_says_so(tiny
     assert found.asked == told
     assert "asked" not in plain.settings
     assert json.loads((found.save(tmp_path / "audit") / "audit.json").read_text())["settings"]["asked"]
+
+
+def test_the_model_reads_all_images_of_a_prompt_under_its_usual_caption_that_states_no_value(tiny_pipe, monkeypatch):
+    texts, captions = [], ["a bird on land", "a bird", "one bird", "a wet bird", "a cat"]
+    data = made_up_data(captions, np.repeat([0, 1, 2, 3, 4], [9, 3, 5, 5, 1]))
+    monkeypatch.setattr(asking, "in_shards", lambda _, made_of, label, measure, *rest, **options: [measure(rest[2])])
+    monkeypatch.setattr(asking, "encode_captions", lambda pipe, own: texts.append(own) or {})
+    monkeypatch.setattr(asking, "paired_losses", lambda denoiser, latents, *rest: torch.rand(len(latents), 5, 2, 2))
+    data = replace(data, latents=torch.zeros(23, 4, 8, 8))
+    options = {"work_dir": None, "progress": False}
+    asking.read_by_model(tiny_pipe, None, data, np.array([0, 0, 0, 0, 1]), PLACE, CONFIG, **options)
+    assert texts == [[f"one bird, {value}", f"a cat, {value}"] for value in ("land", "water")]
 
 
 def test_many_attributes_are_first_read_in_some_images(tiny_pipe, tiny_folder, tmp_path, monkeypatch):

@@ -115,6 +115,28 @@ def test_a_module_attached_twice_is_told(tiny_pipe):
         attach(tiny_pipe, module)
 
 
+def test_groups_of_two_modules_on_one_model_do_not_go_together(tiny_pipe):
+    modules = [make_guidance_module(tiny_pipe, seed=seed) for seed in (0, 1)]
+    attach(tiny_pipe, modules[0]).detach()
+    first, second = (attach(tiny_pipe, module) for module in modules)
+    cells = []
+    for seed in range(10):
+        draw(tiny_pipe, *range(4 * seed, 4 * seed + 4), num_inference_steps=1)
+        cells += torch.cat([first.environments[:4], second.environments[:4]], dim=1).tolist()
+    assert all(cells.count([one, other]) > 3 for one in (0, 1) for other in (0, 1))
+
+
+def test_an_image_keeps_its_group_while_it_is_inverted(tiny_pipe):
+    attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=97))
+    clean, noise = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    groups = []
+    for timestep in range(1, 1000, 100):
+        latents = (1 - timestep / 1000) * clean + timestep / 1000 * noise
+        tiny_pipe.unet(latents, timestep, torch.ones(2, 16, 16))
+        groups.append(attachment.environments)
+    assert all(torch.equal(groups[0], each) for each in groups)
+
+
 def test_a_loop_that_sets_timesteps_once_draws_anew_for_each_batch(tiny_pipe):
     attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=97))
     drawn = []

@@ -66,6 +66,7 @@ def test_reads_what_save_to_disk_wrote(tmp_path):
     assert data.image(0).getpixel((0, 0)) == RED
     assert data.folder == tmp_path / "one"
     assert "found test" in refusal(tmp_path / "splits")
+    assert "Expected no split of one dataset, got 'test'" in refusal(tmp_path / "one", split="test")
     (tmp_path / "one" / "dataset_info.json").write_text("{")
     assert "Expected a saved dataset in" in refusal(tmp_path / "one")
 

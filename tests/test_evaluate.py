@@ -266,6 +266,17 @@ def test_the_baseline_is_compared_with_seed_by_seed(base, tmp_path):
     assert results.baseline == "base"
 
 
+def test_an_empty_prompt_has_a_shift_of_its_own(tmp_path):
+    rows = [("" if prompt == WATER else prompt, *rest) for prompt, *rest in ROWS]
+    write(tmp_path / "base", rows)
+    write(tmp_path / "guided", [(prompt, cfg, "water" if prompt else place, of) for prompt, cfg, place, of in rows])
+    kept = measure(folders_in(tmp_path)).models["guided"]["1.0"].preservation
+    names = ("", ", ''", f", {LAND!r}")
+    every, empty, of_land = (kept[f"feature shift (pixels){name}"].value for name in names)
+    assert empty == pytest.approx(0, abs=1e-6)
+    assert every == pytest.approx(of_land / 2, rel=1e-4)
+
+
 def test_pairs_are_of_seeds_that_both_have_once_in_a_prompt_and_none_is_stated(base, tmp_path):
     other = write(tmp_path / "guided", ROWS)
     for folder in (base, other):

@@ -184,6 +184,8 @@ def test_training_calibrates_the_mix_that_images_are_then_drawn_by(audited, tmp_
     succeed("generate", audited / "model", LAND, *drawing, "--output", tmp_path / "images", "-q")
     rows = [json.loads(line) for line in (tmp_path / "images" / "manifest.jsonl").read_text().splitlines()]
     assert sum(row["environment"] == [1] for row in rows) / 32 == pytest.approx(mixes["3"][LAND][0][1], abs=1 / 32)
+    words[words.index("--output") + 1], words[words.index("--calibrate") + 1] = tmp_path / "n", 1
+    assert "--environments calibrated --guidance-scale 1" in succeed("train", *words)
     error = fail("generate", audited / "model", LAND, *drawing, "--guidance-scale", 5, "--output", tmp_path, "-q")
     assert "calibrated for 'a photo of a landbird' at guidance scale 5, found 3:" in error
 

@@ -73,7 +73,8 @@ def test_an_image_outside_its_folder_is_refused(base, name):
         measure({"base": base})
 
 
-BAD_PROMPTS = ("null", "[3]", '"\\ud800"', '"x", "scale": "strong"', '"x", "guidance_scale": NaN')
+BAD_NUMBERS = ('"x", "scale": "strong"', '"x", "guidance_scale": NaN', f'"x", "scale": 1{"0" * 400}')
+BAD_PROMPTS = ("null", "[3]", '"\\ud800"', *BAD_NUMBERS)
 
 
 def _append(line):
@@ -142,7 +143,8 @@ def test_results_come_back_from_their_file_and_the_table_lies_beside(base, tmp_p
 def test_damaged_results_are_refused_with_the_place_of_the_fault(base, tmp_path):
     for path, value, message in (
         ("models", [], "expected a mapping in 'models', got []"),
-        ("models", {}, "at least one model, found none"),
+        ("models", {}, "measures of base, found none"),
+        ("baseline", "absent", "measures of absent, found none"),
         ("models/base/1.0", {"bias": 1.0}, "images_per_prompt"),
         ("models/base", {"x": "1.0"}, "'x' in 'base' in 'models'"),
         ("models/base/1.0/attributes", {}, "StopIteration"),

@@ -108,7 +108,8 @@ def read_by_model(
 
     Of more than `MOST_AT_ONCE` attributes, the first `FIRST` images of each prompt are read first; the others only
     where under some prompt at most `config.max_balance` of these, for two values, look most like one of the values.
-    `prompt_of` (captions,) is the prompt of each caption.
+    `prompt_of` (captions,) is the prompt of each caption; a prompt's images are all read under one of its captions, as
+    their losses differ by wording too.
     """
     prompts, every = prompt_of[data.caption_ids.numpy()], np.arange(len(data))
     some = np.sort(np.concatenate([np.flatnonzero(prompts == prompt)[:FIRST] for prompt in np.unique(prompts)]))
@@ -117,20 +118,20 @@ def read_by_model(
     more = f"; {len(every):,} images where they look uneven" if len(stages) > 1 else ""
     note(f"Reading {len(asked)} in words takes {each * count:,} forwards, {each} for each of {count:,} images{more}.")
 
-    def measure(values: Sequence[str], batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        captions = [data.captions[caption] for caption in data.caption_ids[batch].tolist()]
-        different = list(dict.fromkeys(captions))
-        place = torch.tensor([different.index(caption) for caption in captions])
-        texts = ([TEMPLATE.format(caption, value) for caption in different] for value in values)
+    def measure(values: Sequence[str], captions: Mapping[int, str], batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        different, place = np.unique(prompts[batch], return_inverse=True)
+        texts = ([TEMPLATE.format(captions[prompt], value) for prompt in different.tolist()] for value in values)
         conditions = [{key: of[place] for key, of in encode_captions(pipe, own).items()} for own in texts]
         rng = generator("ask", config.seed, int(batch[0]))
         return {"losses": paired_losses(denoiser, data.latents[batch], conditions, LEVELS, DRAWS, rng)}
 
     readings, spent = list[Reading](), 0
     for name, values in asked.items():
+        captions = _usual_captions(data, prompt_of, values)
         for rows in stages:
-            label, read, asked_rows = f"reading {name}", partial(measure, values), torch.from_numpy(rows)
-            made_of = (repr((TEMPLATE, values, LEVELS, DRAWS, config.batch_size, config.seed)), rows.tobytes())
+            label, read, asked_rows = f"reading {name}", partial(measure, values, captions), torch.from_numpy(rows)
+            settings = repr((TEMPLATE, values, captions, LEVELS, DRAWS, config.batch_size, config.seed))
+            made_of = (settings, prompts.tobytes(), rows.tobytes())
             parts = in_shards(work_dir, made_of, label, read, denoiser, data, asked_rows, config, progress=progress)
             scores = _likelier(torch.cat([part["losses"] for part in parts]).double().numpy())
             spent += len(rows) * len(LEVELS) * DRAWS * len(values)
@@ -142,6 +143,18 @@ def read_by_model(
                     break
         readings.append(Reading(name, values, scores))
     return readings, spent / len(data)
+
+
+def _usual_captions(data: EncodedImages, prompt_of: _Array, values: Sequence[str]) -> dict[int, str]:
+    """Of each prompt, of those captions that state no value the most frequent, or the shortest of several."""
+    words = {value.lower(): place for place, value in enumerate(values)}
+    counts = np.bincount(data.caption_ids.numpy(), minlength=len(prompt_of))
+
+    def fitness(caption: int) -> tuple[bool, int, int]:
+        text = data.captions[caption]
+        return stated_group(text, words) < 0, int(counts[caption]), -len(text)
+
+    return {int(prompt_of[k]): data.captions[k] for k in sorted(range(len(prompt_of)), key=fitness)}  # fittest last
 
 
 def _likelier(losses: _Array) -> _Array:
@@ -176,8 +189,8 @@ def asked_factors(
         both = " and ".join(map(repr, values))
         words = {value.lower(): place for place, value in enumerate(values)}
         stated = np.array([stated_group(caption, words) for caption in data.captions])[data.caption_ids]
-        for prompt, rows in judged.items() if len(reading.scores) else ():
-            silent = rows[stated[rows] < 0]
+        silent_of = {prompt: rows[stated[rows] < 0] for prompt, rows in judged.items()}
+        for prompt, silent in silent_of.items() if len(reading.scores) else ():
             for value in () if too_few(len(silent), config) else range(len(values) == 2, len(values)):
                 evidence = both if len(values) == 2 else repr(values[value])
                 score = not_learned(evidence, reading.scores[:, silent, value])
@@ -188,11 +201,15 @@ def asked_factors(
         told: dict[int, dict[int, Cut]] = {}
         for (prompt, value), cut in compress(weighed.items(), e_bh(log_e, config.level / len(readings))):
             told.setdefault(prompt, {})[value] = cut
+        if len(values) > 2:
+            looks = {prompt: reading.scores.mean(axis=0)[silent_of[prompt]] for prompt in told}
+            kept = {prompt: _contested(of, looks[prompt], config.min_share) for prompt, of in told.items()}
+            told = {prompt: of for prompt, of in kept.items() if of}
         columns = sorted({value for of in told.values() for value in of}) if len(values) > 2 else [0, 1]
         names = [values[column] for column in columns]
         factor = {prompt: next(iter(of.values())) for prompt, of in told.items()}
         if len(values) > 2:
-            weights = {prompt: _joined(of, columns, config.min_share) for prompt, of in told.items()}
+            weights = {prompt: _joined(of, columns, looks[prompt], config.min_share) for prompt, of in told.items()}
             # Images are left over, or captions state a value that is told apart nowhere.
             if any(of[:, -1].any() for of in weights.values()) or not set(stated) <= {-1, *columns}:
                 names.append(REST if REST not in words else f"{REST} than these")
@@ -226,12 +243,31 @@ def asked_factors(
     return search
 
 
-def _joined(told: Mapping[int, Cut], columns: Sequence[int], least: float) -> _Array:
-    """W (n, columns and the rest) of one prompt: what no value claims is the rest, if it is a share `least` at all."""
-    weights = np.zeros((len(next(iter(told.values())).weights), len(columns) + 1))
-    for value, cut in told.items():
-        weights[:, columns.index(value)] += cut.weights[:, 1]
-    weights[:, -1] = (1 - weights.sum(axis=1)).clip(0)
+def _contested(told: Mapping[int, Cut], looks: _Array, least: float) -> dict[int, Cut]:
+    """The cuts by each value, where an image (n,) that several claim is of the one that it looks most like.
+
+    A value that has less than a share `least` left claims none: `looks` (n, V) is how much images look like each.
+    """
+    claims = np.stack([cut.weights[:, 1] for cut in told.values()], axis=1)
+    most = np.where(claims > 0.5, looks[:, list(told)], -np.inf).argmax(axis=1)
+    several = (claims > 0.5).sum(axis=1) > 1
+    claims[several] *= np.eye(len(told))[most[several]]
+    kept = {value: np.stack([1 - of, of], axis=1) for value, of in zip(told, claims.T, strict=True)}
+    return {value: replace(told[value], weights=of) for value, of in kept.items() if of[:, 1].mean() >= least}
+
+
+def _joined(told: Mapping[int, Cut], columns: Sequence[int], looks: _Array, least: float) -> _Array:
+    """W (n, columns and the rest) of one prompt, of how much its images look like each value, `looks` (n, V).
+
+    What no value claims is of the likeliest of the other values where that has a column, as under another prompt, else
+    of the rest, if that is a share `least` at all.
+    """
+    weights = np.zeros((len(looks), len(columns) + 1))
+    weights[:, [columns.index(value) for value in told]] = np.transpose([cut.weights[:, 1] for cut in told.values()])
+    column_of = np.array([columns.index(value) if value in columns else -1 for value in range(looks.shape[1])])
+    others = np.setdiff1d(np.arange(looks.shape[1]), list(told))
+    likeliest = column_of[others[looks[:, others].argmax(axis=1)]] if len(others) else np.full(len(looks), -1)
+    weights[np.arange(len(looks)), likeliest] += (1 - weights.sum(axis=1)).clip(0)
     if (weights / weights.sum(axis=1, keepdims=True))[:, -1].mean() < least:
         weights[:, -1] = 0
         weights[:, [columns.index(value) for value in told]] += 1e-9  # of an image that none claims, any

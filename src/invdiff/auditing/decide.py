@@ -202,11 +202,15 @@ def rand_low(scores: NDArray[np.floating], mixture: Mixture, rng: np.random.Gene
 def share_intervals(posterior: _Array) -> list[tuple[float, float]]:
     """95% interval of each component's share, from posteriors (n, E): the less sure they are, the wider.
 
-    It is normal on the scale of log odds, by the information about a share where the components are known.
+    It is normal on the scale of log odds, by the information about a share where the components are known; of a share
+    of none or all it is Wilson's.
     """
-    odds = logit(posterior.mean(axis=0).clip(1e-12, 1 - 1e-12))
-    half = 1.96 / np.maximum(posterior.std(axis=0) * np.sqrt(len(posterior)), 1e-12)
-    return [(round(float(low), 4), round(float(high), 4)) for low, high in expit([odds - half, odds + half]).T]
+    count, shares = len(posterior), posterior.mean(axis=0)
+    odds, wilson = logit(shares.clip(1e-12, 1 - 1e-12)), np.stack([count * shares, count * shares + 1.96**2])
+    half = 1.96 / np.maximum(posterior.std(axis=0) * np.sqrt(count), 1e-12)
+    sure = count * np.minimum(shares, 1 - shares) < 0.5  # of an image
+    ends = np.where(sure, wilson / (count + 1.96**2), expit([odds - half, odds + half]))
+    return [(round(float(low), 4), round(float(high), 4)) for low, high in ends.T]
 
 
 def num_modes(mixture: Mixture) -> int:

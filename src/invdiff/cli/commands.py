@@ -223,7 +223,8 @@ def train(
     if calibrate:
         words += ["--environments", "calibrated"]
         scale = GenerateConfig.guidance_scale if GenerateConfig.guidance_scale in calibrate else calibrate[0]
-        words += command_options(GenerateConfig, {"guidance_scale": scale}) if scale != 1 else []
+        known = "--guidance-scale" in words  # of a model that takes no guidance
+        words += [] if known else command_options(GenerateConfig, {"guidance_scale": scale})
     words += dataclasses.replace(weights, cache_dir=None).words()
     finish(f"The module is in {output}.", *with_prompts(["generate", model], prompts, words))
 

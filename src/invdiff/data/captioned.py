@@ -238,8 +238,10 @@ def _open(source: Source, image_column: str | None, split: str, limit: int | Non
     if isinstance(source, datasets.DatasetDict):
         if split not in source:
             raise DataError(f"Expected a split named {split!r}, found {listed(list(source))}. Pass split=... .")
-        source = source[split]
+        return _open_dataset(source[split], image_column, limit)
     if isinstance(source, datasets.Dataset):
+        if split != str(source.split):
+            _refuse_split(split, "one dataset")
         return _open_dataset(source, image_column, limit)
     path, text = Path(source).expanduser(), str(source)
     if path.is_file():

@@ -132,6 +132,6 @@ def _row(values: Mapping[str, Any], folder: Path, where: str) -> Row:
         guidance_scale, seed = number("guidance_scale"), label_of(values.get("seed")) or None
         key = UNSTATED if guidance_scale is None else str(guidance_scale)
         return Row(folder / name, prompt, key, number("scale"), seed, values, where)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
         expected = f"an image's file_name and prompt, and any guidance_scale and scale as numbers, in {where}"
         raise EvaluationError(found_else(expected, error, "Correct the row.")) from error

@@ -83,9 +83,9 @@ def preserve(
     figures: dict[str, Quantity] = {}
     prompts = np.array([rows[place].prompt for place in ours])
     several = [prompt for prompt, count in Counter(prompts.tolist()).items() if 1 < count < len(prompts)]
-    for name, prompt in product(seen.features, ("", *several)):
-        own = (prompts == prompt) if prompt else np.ones(len(pairs), dtype=bool)
-        figure = f"feature shift ({name})" + f", {prompt!r}" * bool(prompt)
+    for name, prompt in product(seen.features, (None, *several)):
+        own = np.ones(len(pairs), dtype=bool) if prompt is None else prompts == prompt
+        figure = f"feature shift ({name})" + (f", {prompt!r}" if prompt is not None else "")
         before, after = base.features[name][theirs[own]], seen.features[name][ours[own]]
         figures[figure] = where_defined(shift, before, after)
     for attribute in [name for name in seen.classes if name not in question.attributes]:

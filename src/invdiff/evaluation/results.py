@@ -253,8 +253,9 @@ class Results:
         except (KeyError, StopIteration, TypeError, ValueError, ZeroDivisionError) as error:
             told = found_else("the results of an evaluation", error, "Evaluate again.")
             raise EvaluationError(f"{path}: {told}") from error
-        if not any(results.models.values()):
-            raise EvaluationError(f"{path}: Expected measures of at least one model, found none. Evaluate again.")
+        if not (results.models.get(results.baseline) if results.baseline else any(results.models.values())):
+            wanted = results.baseline or "at least one model"
+            raise EvaluationError(f"{path}: Expected measures of {wanted}, found none. Evaluate again.")
         return results
 
     def table(self) -> Iterator[dict[str, Any]]:

@@ -53,7 +53,8 @@ def attach(
         environments: The target mix, spread over the images of a call: `"uniform"`, proportions as `[1.0, 0.0]`, those
             of named factors as `{"factor 1": [0.7, 0.3]}`, `"iid"` (uniform, each image by its own noise), or each
             image's group, `torch.tensor([1, 0])`. See `EnvironmentMix`. An invariant module takes the two words only.
-        seed: Another seed draws other groups for the same starting noise.
+        seed: Another seed draws other groups for the same starting noise. Beside others, the next that none of them
+            has, so that their groups are independent.
         strict: Also refuse a model of the right shape with other weights.
 
     Raises:
@@ -145,9 +146,9 @@ class Attachment:
         self.scale, self.mix, self.calls = scale, mix, 0
         self._groups: torch.Tensor | None = None
         denoiser, family = denoiser_of(pipe), family_of(pipe)
-        # Of the newest images: the scheduler's timesteps, first and last timestep, first latents.
+        # Of the newest images: the scheduler's timesteps, first and last timestep.
         self._timesteps: torch.Tensor | None = None
-        self._start, self._last, self._first = np.inf, np.inf, torch.empty(0)
+        self._start, self._last = np.inf, np.inf
         self._before: torch.Tensor | None = None  # the latents of the call before, of the same images
         self._pipe, self._denoiser = weakref.ref(pipe), weakref.ref(denoiser)
         self._null: Condition = {}
@@ -165,6 +166,8 @@ class Attachment:
                 "The same guidance is attached to this model already, and both effects add up. Detach the first.",
                 stacklevel=3,
             )
+        while self.mix.seed in [each.mix.seed for each in attached]:
+            self.mix.seed += 1  # else their groups would go together
         self._module = weakref.ref(module)
         self._uninstall = self.guidance.install(denoiser, family)
         self._output = GUIDED[denoiser] = GUIDED.get(denoiser) or _GuidedCalls(denoiser, family)
@@ -257,16 +260,16 @@ class Attachment:
         """The groups of each row, (rows, factors); where new images begin, they are drawn from their noise.
 
         New images are noticed by the scheduler's new timesteps, or by a timestep that comes back to the highest or
-        rises (KDPM2's rises within an image too, but by less than 1). In 16 bits the first few can be the same number;
-        then the latents decide, which have hardly moved.
+        rises (KDPM2's rises within an image too, but by less than 1), while the latents are others: they have hardly
+        moved where the first few timesteps are one number in 16 bits, or where an image is inverted.
         """
         scheduler, rows = getattr(pipe or self._pipe(), "scheduler", None), len(noisy_latents)
         timesteps = getattr(scheduler, "timesteps", None)
-        lingers = timestep == self._start == self._last and _hardly_moved(self._first, noisy_latents)
-        comes_back = (timestep >= self._start and not lingers) or timestep > self._last + 1
+        rises = timestep >= self._start or timestep > self._last + 1
+        others = rises and (self._before is None or not _hardly_moved(self._before, noisy_latents))
         self._last = timestep
-        if self._groups is None or timesteps is not self._timesteps or comes_back:
-            self._timesteps, self._start, self._first = timesteps, timestep, noisy_latents.detach()
+        if self._groups is None or timesteps is not self._timesteps or others:
+            self._timesteps, self._start = timesteps, timestep
             self._before = self._groups = None
         if self._groups is None or (len(self._groups) % rows and rows % len(self._groups)):
             self._groups = self.mix.rows(noisy_latents, self._copies(pipe, doubled))
@@ -356,17 +359,15 @@ class _CallWatch(Hook):
         self.calls: dict[Attachment, int] = {}
 
     def _end_call(self) -> None:
-        pipe = self._pipe()
-        if pipe is not None:  # else a shallow copy has outlived it
+        if (pipe := self._pipe()) is not None:  # else a shallow copy has outlived it
             getattr(type(pipe), END_OF_CALL)(pipe)
-        for attachment, before in self.calls.items():
-            self.calls[attachment] = attachment.calls
-            if attachment.calls == before:
-                raise ModelError(
-                    "Expected the guided denoiser to run during this call, but its hook did not fire: the images were "
-                    "drawn without guidance. The denoiser was replaced, compiled or wrapped after the module was "
-                    "attached. Detach, and attach to the denoiser in use (before compiling it)."
-                )
+        before, self.calls = self.calls, {attachment: attachment.calls for attachment in self.calls}
+        if any(before[attachment] == calls for attachment, calls in self.calls.items()):
+            raise ModelError(
+                "Expected the guided denoiser to run during this call, but its hook did not fire: the images were "
+                "drawn without guidance. The denoiser was replaced, compiled or wrapped after the module was "
+                "attached. Detach, and attach to the denoiser in use (before compiling it)."
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return getattr(memo.get(id(self._pipe())), END_OF_CALL, do_nothing)  # of a copied pipeline: its own
