@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 from dataclasses import asdict, replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -245,6 +246,17 @@ def test_the_vocabulary_holds_each_word_once_the_user_s_first():
     assert not {"pond", "photos", "the", "stork", "heron_2", "3", "by"} & set(words)
     assert len(words) > 400
     assert words_module.vocabulary([]) == words_module.vocabulary(["the photo"] * 5)
+
+
+def test_an_audit_shows_copies_of_an_image_once(tiny_pipe, tiny_folder, clip_dir, tmp_path, monkeypatch):
+    shown = Mock(return_value=None)
+    monkeypatch.setattr("invdiff.auditing.run.describe_groups", shown)
+    data = load_captioned_images(tiny_folder)
+    twice = replace(data.select([*range(12)] * 2), names=[*data.names, *(f"again-{name}" for name in data.names)])
+    config = AuditConfig(min_images=4, words_model=str(clip_dir))
+    audit(tiny_pipe, twice, attribute="background", config=config, cache_dir=tmp_path, progress=False)
+    distinct = shown.call_args.args[5]
+    assert (len(distinct), distinct.sum()) == (24, 12)
 
 
 def test_words_change_nothing_else_and_cost_no_new_measurement(tiny_pipe, tiny_pipe_dir, tmp_path, monkeypatch):
