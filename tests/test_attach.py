@@ -137,6 +137,17 @@ def test_an_image_keeps_its_group_while_it_is_inverted(tiny_pipe):
     assert all(torch.equal(groups[0], each) for each in groups)
 
 
+def test_like_pictures_one_after_another_draw_groups_of_their_own(tiny_pipe):
+    attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=2), environments="iid")
+    base, seen = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), set()
+    for seed in range(12):
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        for timestep in (200, 100):
+            tiny_pipe.unet(base + 0.2 * noise, timestep, torch.ones(1, 16, 16))
+        seen.add(attachment.environments.item())
+    assert seen == {0, 1}
+
+
 def test_a_loop_that_sets_timesteps_once_draws_anew_for_each_batch(tiny_pipe):
     attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=97))
     drawn = []

@@ -31,6 +31,14 @@ def test_a_caption_states_a_group_by_whole_words_in_any_case_that_agree(caption,
     assert stated_group(caption, {"land": 0, "water": 1}) == group
 
 
+@pytest.mark.parametrize(
+    ("caption", "group"),
+    [("glasses", 0), ("with no glasses", 1), ("without his glasses", -1), ("clean-shaven", 1), ("a clean man", -1)],
+)
+def test_phrases_state_a_group_and_what_is_negated_states_none(caption, group):
+    assert stated_group(caption, {"glasses": 0, "no glasses": 1, "clean-shaven": 1}) == group
+
+
 def parted(prompt_of, data, features, distinct=True):
     return part_by_images(prompt_of, data, [features], 20, np.full(len(data), True) & distinct)
 

@@ -250,13 +250,18 @@ def test_beside_a_metadata_file_only_the_folders_of_its_images_are_refused(tmp_p
     assert "absent/model" in fail("audit", "absent/model", photos, "--output", photos / "audit", "-q")
 
 
-def test_where_nothing_is_found_audit_says_why_and_train_stops(tiny_pipe_dir, tiny_folder, tmp_path, cache, recorded):
-    shown = succeed("audit", tiny_pipe_dir, tiny_folder, "--output", tmp_path / "audit", "--min-images", 13, "-q")
-    assert "nothing found" in shown
-    assert "too few" in shown
-    words = next_command(shown)
+def test_where_nothing_is_found_audit_says_why_and_train_stops(
+    tiny_pipe_dir, tiny_folder, tmp_path, cache, recorded, monkeypatch
+):
+    audit = ("audit", tiny_pipe_dir, tiny_folder, "--output", tmp_path / "audit", "-q", "--min-images")
+    few = succeed(*audit, 13)
+    assert "nothing found" in few
+    assert "of too few images: give more images, or label a few" in few
+    assert "Next" not in few
+    monkeypatch.setattr("invdiff.auditing.factors.power", lambda *_: "a group of 8% would have been seen")
+    words = next_command(succeed(*audit, 4))
     assert words[:2] == ["invdiff", "audit"]
-    assert words[-4:] == ["--vision-encoder", "facebook/dinov2-small", "--min-images", "13"]
+    assert words[-4:] == ["--vision-encoder", "facebook/dinov2-small", "--min-images", "4"]
     message = fail("train", tiny_pipe_dir, tiny_folder, tmp_path / "audit", "--output", tmp_path / "module", "-q")
     assert "nothing to balance" in message
     recorded("invdiff.auditing.run.encode_vision")

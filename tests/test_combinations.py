@@ -248,6 +248,7 @@ def test_a_denoiser_replaced_after_attaching_is_noticed():
     pipe = make_tiny("sd1")
     attach(pipe, make_guidance_module(pipe))
     draw(pipe, 0)
+    draw(shared(pipe, "StableDiffusionImg2ImgPipeline"), 0, image=picture())  # is guided still, unlike the next
     pipe.unet = make_tiny("sd1").unet
     with pytest.raises(ModelError, match="drawn without guidance"):
         draw(pipe, 0)

@@ -206,6 +206,15 @@ def test_a_target_mix_is_what_distances_are_measured_against(base):
     assert first.overall["bias"].value == pytest.approx(0.25)
 
 
+def test_an_intersection_is_measured_against_the_target_beside_an_even_mix_of_the_other(base):
+    target = {"water": 0.25, "land": 0.75}
+    joint = of_base(base, attribute=["background", "subject"], target=target).attributes["background x subject"]
+    counts = [[0, 3, 0, 0, 0, 1], [0, 0, 2, 0, 0, 2]]
+    for metric in ("fairness_discrepancy", "kl_to_target"):
+        expected = per_prompt(metric, counts, target=np.repeat([0.25, 1 / 12], 3)).mean()
+        assert joint.overall[metric].value == pytest.approx(expected)
+
+
 def test_a_prompt_without_a_right_image_is_left_out_and_named(tmp_path):
     rows = [(LAND, 1, "land", "waterbird")] * 2 + [(WATER, 1, "land", "waterbird")] * 2
     results = measure(write(tmp_path / "b", rows), subject_attribute="subject")

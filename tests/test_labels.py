@@ -208,6 +208,13 @@ def test_labels_of_what_features_do_not_show_are_not_spread():
     assert search.candidates[0][0].refusal == asked.refusal
 
 
+def test_a_prompt_of_which_nobody_labelled_an_image_has_wide_intervals():
+    features, prompt, _, labels = labelled()
+    asked = spread_labels("wet", labels, [features], np.zeros((1600, 0)), np.where(np.arange(1600) == 1599, 2, prompt))
+    assert not asked.refusal
+    assert asked.intervals[2][0] == pytest.approx((0, 1), abs=0.1)
+
+
 def test_copies_of_labelled_images_prove_nothing():
     rng = np.random.default_rng(0)
     features, prompt = np.repeat(rng.normal(size=(400, 60)), 2, axis=0), np.repeat([0, 1], 400)

@@ -122,10 +122,14 @@ def check_writable(folder: Path, option: str) -> None:
 def check_own(folder: Path, command: str) -> None:
     """Raise `ConfigError` where a folder that `command` would write to holds what another command or tool wrote."""
     own = any((folder / name).exists() for name in (f"{command}.json", ".work"))
-    kinds = [kind for name, kind in _HELD.items() if any(folder.glob(name))]
-    if command in _CHECKED and kinds and not own:
+    if command in _CHECKED and (kind := held(folder)) and not own:
         wanted = f"Expected an empty folder to write to, or one of `invdiff {command}`"
-        raise ConfigError(f"{wanted}, found {kinds[0]} in {folder}. Choose another with --output.")
+        raise ConfigError(f"{wanted}, found {kind} in {folder}. Choose another with --output.")
+
+
+def held(folder: Path) -> str:
+    """What kind of thing a folder holds, in words, such as "a pipeline"; "" where it is none that we know."""
+    return next((kind for name, kind in _HELD.items() if any(folder.glob(name))), "")
 
 
 def recorded(folder: Path, command: str) -> Any:

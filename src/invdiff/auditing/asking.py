@@ -116,7 +116,8 @@ def read_by_model(
     stages = [some, every] if len(asked) > MOST_AT_ONCE and len(some) < len(every) else [every]
     each, count = len(LEVELS) * DRAWS * sum(map(len, asked.values())), len(stages[0])
     more = f"; {len(every):,} images where they look uneven" if len(stages) > 1 else ""
-    note(f"Reading {len(asked)} in words takes {each * count:,} forwards, {each} for each of {count:,} images{more}.")
+    what = f"{len(asked)} attribute{'s' * (len(asked) > 1)} in words"
+    note(f"Reading {what} takes {each * count:,} forwards, {each} for each of {count:,} images{more}.")
 
     def measure(values: Sequence[str], captions: Mapping[int, str], batch: torch.Tensor) -> dict[str, torch.Tensor]:
         different, place = np.unique(prompts[batch], return_inverse=True)

@@ -1,5 +1,6 @@
 """Captions that are one prompt, and captions that state the attribute they would otherwise hide."""
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from .splits import rarest
 MOST_CAPTIONS = 256  # of more captions than this, as many stand for others with similar embeddings
 PROBES = 16  # noisy images that every caption is tried on
 LOG_SNR = -4.24  # their noise level: the image is not decided yet, so the caption decides
+NEGATIONS = "no|not|without|never|non"
 LIFT = 3  # by which a word that states a group makes the other groups rarer
 LEVEL = 0.001  # false discovery rate of words that state a group, and of captions whose images are told apart
 MOST_TOLD = 64  # captions of a prompt that are told from another by their images, at most
@@ -205,10 +207,26 @@ def stating_words(
     return {word: int(groups[g]) for word, g, stated in zip(having, group, states, strict=True) if stated}
 
 
-def stated_group(caption: str, words: dict[str, int]) -> int:
-    """The group that a caption's words state, -1 where they state none or contradict each other."""
-    stated = {words[word] for word in words_in(caption) if word in words}
+def stated_group(caption: str, words: Mapping[str, int]) -> int:
+    """The group that a caption's words state, -1 where they state none or contradict each other.
+
+    Of several words, as "no glasses", all in this order state it, and then none of them alone; a word that is negated,
+    as in "without glasses", states nothing.
+    """
+    said, stated = words_in(caption), set[int]()
+    phrases = {phrase: _phrase(phrase) for phrase in words}
+    text = " ".join(said)
+    for phrase in sorted((of for of, parts in phrases.items() if parts and set(parts) <= set(said)), key=len)[::-1]:
+        pattern = rf"\b((?:{NEGATIONS}) (?:\w+ )?)?{' '.join(phrases[phrase])}\b"
+        if not all(re.findall(pattern, text)):
+            stated.add(words[phrase])
+        text = re.sub(pattern, "", text)
     return stated.pop() if len(stated) == 1 else -1
+
+
+@functools.cache
+def _phrase(text: str) -> list[str]:
+    return words_in(text)
 
 
 def words_in(text: str) -> list[str]:

@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import adjusted_rand_score, confusion_matrix
+from sklearn.metrics import adjusted_rand_score
 from sklearn.utils.class_weight import compute_sample_weight
 
 from ..config import AuditConfig
@@ -85,7 +85,8 @@ def spread_labels(
         own, here = prompt_of == prompt, prompt_of[known] == prompt
         guesses = np.bincount(posterior[own].argmax(axis=1), minlength=len(values))
         posterior[own] = with_own_shares(posterior[own])  # labels are drawn otherwise
-        errors = confusion_matrix(truth[here], guessed[here], labels=range(len(values)))
+        errors = np.zeros((len(values), len(values)), dtype=np.int64)  # none where nobody has labelled
+        np.add.at(errors, (truth[here], guessed[here]), 1)
         intervals[int(prompt)] = _share_intervals(guesses, errors, posterior[own].mean(axis=0))
     posterior[labelled] = np.eye(len(values))[group[labelled]]
 

@@ -120,13 +120,19 @@ def audit(
     with FrozenDenoiser(pipe, upper=denoiser is None) as frozen:
         used, folder = denoiser or frozen, cache_dir / "evidence"
         evidence = collect_evidence(used, encoded, config, work_dir=folder, progress=progress)
+        evidence = replace(evidence, vision=vision, contrast_only=denoiser is not None)
         prompt_of, spent = from_main(lambda: group_captions(used, encoded, config.caption_threshold, config.seed))
+
+        def part() -> tuple[NDArray[Any], dict[int, str]]:
+            sources, once = evidence.whitened(config.seed), distinct(encoded, encoded.caption_ids)
+            return part_by_images(prompt_of, encoded, sources, config.min_images, once)
+
+        parts, notes = from_main(part)
         if wanted and not config.words_model:
             options: dict[str, Any] = {"work_dir": cache_dir / "asked", "progress": progress}
-            readings, read = read_by_model(pipe, used, encoded, prompt_of, wanted, config, **options)
+            readings, read = read_by_model(pipe, used, encoded, parts, wanted, config, **options)
             spent += read
     measured = np.prod(evidence.losses.shape[1:]) + evidence.features.shape[1]
-    evidence = replace(evidence, vision=vision, contrast_only=denoiser is not None)
     settings = basis | {
         "model_fingerprint": encoded.model_fingerprint,
         "denoiser_fingerprint": used.fingerprint,
@@ -139,9 +145,7 @@ def audit(
         settings["dtype"] = half[0]
 
     def conclude() -> Audit:
-        sources, once = evidence.whitened(config.seed), distinct(encoded, encoded.caption_ids)
-        prompts, notes = part_by_images(prompt_of, encoded, sources, config.min_images, once)
-        of_image = prompts[encoded.caption_ids.numpy()]
+        sources, of_image = evidence.whitened(config.seed), parts[encoded.caption_ids.numpy()]
         by_words, unlike = readings, distinct(encoded, of_image)
         look: dict[str, Any] = {"cache_dir": cache_dir / "words", "progress": progress}
         if wanted and images is not None and config.words_model:
@@ -163,7 +167,7 @@ def audit(
             return asked_factors(search, by_words, encoded, unlike, config, judged)
 
         how = asked if given or few or by_words else None
-        found = infer(encoded, evidence, prompts, config, notes=notes, distinct=unlike, asked=how, progress=progress)
+        found = infer(encoded, evidence, parts, config, notes=notes, distinct=unlike, asked=how, progress=progress)
         if not evidence.contrast_only:
             own = evidence.sources(config.seed)
             own = own[: len(own) - (0 if vision is None else vision.shape[1])]  # all but a vision encoder's

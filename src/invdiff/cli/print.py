@@ -124,6 +124,10 @@ def print_results(results: Results) -> None:
             "Fréchet": _or_dash(measures.frechet, ".3g"),
         }
         rows.append({name: cell for name, cell in cells.items() if cell is not None})
+    unmeasured = {"subject": "--subject-attribute", "Fréchet": "--reference"}
+    for name in [name for name in unmeasured if all(row[name] == "-" for row in rows)]:
+        caption += f"\nnot measured: {name} ({unmeasured[name]})"
+        rows = [{key: cell for key, cell in row.items() if key != name} for row in rows]
     details = dict.fromkeys(rows[0], _NUMBER | {"no_wrap": True}) | {"model": _FOLDED | {"min_width": 6}}
     each = f", {min(counts)} images of each prompt" if len(counts) == 1 else ""
     _print_table(f"{by.name} of {results.attribute}{each}", rows, caption, **details)

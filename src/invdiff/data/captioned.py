@@ -18,7 +18,7 @@ from datasets.exceptions import DatasetsError
 from PIL import Image
 
 from ..errors import ConfigError, DataError, first_line
-from ..files import is_inside, visible
+from ..files import held, is_inside, visible
 from ..text import is_unicode, listed
 from .images import UnreadableImage, about_unreadable, decode_image
 from .tables import METADATA, caption_of, image_name, read_table
@@ -275,10 +275,11 @@ def _open(source: Source, image_column: str | None, split: str, limit: int | Non
             opened = _open_dataset(_load_parquet(files, path, split), image_column, limit, path)
             return replace(opened, homes=frozenset([path]), takes_all=True)
         if captions:
-            raise DataError(
-                f"Expected metadata.csv or metadata.jsonl (or parquet files) in {path}, found neither. Write one, "
-                "for example a metadata.csv of\n  file_name,text\n  0001.png,a photo of a waterbird"
-            )
+            wanted = f"Expected metadata.csv or metadata.jsonl (or parquet files) in {path}"
+            if kind := held(path):
+                raise DataError(f"{wanted}, found {kind}. Check the order: a model comes before data, an audit after.")
+            example = "a metadata.csv of\n  file_name,text\n  0001.png,a photo of a waterbird"
+            raise DataError(f"{wanted}, found neither. Write one, for example {example}")
         known = set(Image.registered_extensions())
         files = [file for file in visible(path, "**/*") if file.suffix.lower() in known and file.is_file()]
         folders = {file.relative_to(path).parts[0] if file.parent != path else "" for file in files}

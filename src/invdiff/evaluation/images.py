@@ -104,7 +104,8 @@ def _read_folder(folder: Path) -> list[Row]:
     manifest = next((folder / name for name in MANIFESTS if (folder / name).is_file()), None)
     if manifest is None:
         remedy = "Of another tool's images, list file_name and prompt in a manifest.jsonl or metadata.csv."
-        raise EvaluationError(f"Expected {MANIFESTS[0]} in {folder}, found none. {remedy}")
+        found = "found none" if folder.is_dir() else "which is no folder. Check its name"
+        raise EvaluationError(f"Expected {MANIFESTS[0]} in {folder}, {found}. {remedy}")
     table = read_table(manifest, required=("file_name", PROMPT_COLUMNS), error=EvaluationError)
     rows = [_row(values, folder, place) for values, place in zip(table.rows, table.places, strict=True)]
     if absent := [row.path for row in rows if not os.path.isfile(row.path)]:  # unlike a Path's, of names too long too

@@ -149,7 +149,9 @@ def _spread(
     chosen = [k for k, prompt in enumerate(prompts) if prompt in place]
     index, classes, right = np.array([place[prompts[k]] for k in chosen]), seen.classes[name][chosen], right[chosen]
     probabilities = seen.probabilities[name][chosen] if name in seen.probabilities else None
-    target, config = question.target if name == question.attributes[0] else None, question.config
+    target, config = None, question.config
+    if question.target and name not in question.attributes[1:]:  # of an intersection, beside even mixes of the others
+        target = tuple(np.repeat(question.target, len(names) // len(question.target)))
 
     def count(chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Images per prompt and class, the last class for "cannot tell", (prompts, K + 1)."""

@@ -143,7 +143,7 @@ class Attachment:
 
     def __init__(self, pipe: Any, module: Guidance, scale: float, mix: Any) -> None:
         self.guidance = copy.deepcopy(module).eval().requires_grad_(False)
-        self.scale, self.mix, self.calls = scale, mix, 0
+        self.scale, self.mix, self.calls, self._own_calls = scale, mix, 0, 0
         self._groups: torch.Tensor | None = None
         denoiser, family = denoiser_of(pipe), family_of(pipe)
         # Of the newest images: the scheduler's timesteps, first and last timestep.
@@ -219,8 +219,9 @@ class Attachment:
 
     def begin(self, call: DenoiserCall) -> Rows | None:
         """What guides the rows of a call; None at scale 0."""
-        self.calls += 1
         (pipe, doubled), last = _running_pipeline(), self._last
+        self.calls += 1
+        self._own_calls += pipe in (None, self._pipe())
         environments = self._follow_images(call.noisy_latents, float(call.timesteps[0]), pipe, doubled)
         again = pipe is not None and self._last == last and self._before is not None
         null = self._null_rows(call, pipe, doubled, self._before if again else None)
@@ -259,16 +260,15 @@ class Attachment:
     ) -> torch.Tensor:
         """The groups of each row, (rows, factors); where new images begin, they are drawn from their noise.
 
-        New images are noticed by the scheduler's new timesteps, or by a timestep that comes back to the highest or
-        rises (KDPM2's rises within an image too, but by less than 1), while the latents are others: they have hardly
-        moved where the first few timesteps are one number in 16 bits, or where an image is inverted.
+        New images are noticed by the scheduler's new timesteps, by a timestep that comes back to the first, or by one
+        that rises (KDPM2's rises within an image too, but by less than 1) while the latents are others: they have
+        hardly moved where the first few timesteps are one number in 16 bits, or where an image is inverted.
         """
         scheduler, rows = getattr(pipe or self._pipe(), "scheduler", None), len(noisy_latents)
         timesteps = getattr(scheduler, "timesteps", None)
-        rises = timestep >= self._start or timestep > self._last + 1
-        others = rises and (self._before is None or not _hardly_moved(self._before, noisy_latents))
-        self._last = timestep
-        if self._groups is None or timesteps is not self._timesteps or others:
+        rises, last = timestep >= self._start or timestep > self._last + 1, self._last
+        moved, self._last = rises and not _hardly_moved(self._before, noisy_latents), timestep
+        if self._groups is None or timesteps is not self._timesteps or moved or timestep == self._start != last:
             self._timesteps, self._start = timesteps, timestep
             self._before = self._groups = None
         if self._groups is None or (len(self._groups) % rows and rows % len(self._groups)):
@@ -304,11 +304,11 @@ def rows_alike(condition: Condition, one: Condition) -> torch.Tensor:
     return alike
 
 
-def _hardly_moved(before: torch.Tensor, after: torch.Tensor) -> bool:
+def _hardly_moved(before: torch.Tensor | None, after: torch.Tensor) -> bool:
     """Whether latents have mostly the same signs; those of other noise agree in half of them."""
-    rows = min(len(before), len(after))
-    alike = before.shape[1:] == after.shape[1:]
-    return alike and ((before[:rows] > 0) == (after[:rows] > 0)).float().mean().item() > 0.75
+    if before is None or before.shape[1:] != after.shape[1:]:
+        return False
+    return ((before[: len(after)] > 0) == (after[: len(before)] > 0)).float().mean().item() > 0.75
 
 
 class _GuidedCalls:
@@ -361,7 +361,7 @@ class _CallWatch(Hook):
     def _end_call(self) -> None:
         if (pipe := self._pipe()) is not None:  # else a shallow copy has outlived it
             getattr(type(pipe), END_OF_CALL)(pipe)
-        before, self.calls = self.calls, {attachment: attachment.calls for attachment in self.calls}
+        before, self.calls = self.calls, {attachment: attachment._own_calls for attachment in self.calls}
         if any(before[attachment] == calls for attachment, calls in self.calls.items()):
             raise ModelError(
                 "Expected the guided denoiser to run during this call, but its hook did not fire: the images were "

@@ -105,7 +105,7 @@ def with_figures(record: Any, results: Any) -> dict[str, Any]:
             "annotator": results.annotator.name,
             "annotator_accuracy": results.annotator.accuracy.get(results.attribute),
             "guided": [model for model, scale in results.module_scales.items() if scale],
-            "rows": sorted(rows, key=lambda row: row[0] != "base"),
+            "rows": sorted(rows, key=lambda row: (row[2][-1] in "\"'", row[0] != "base")),  # of single prompts last
         }
     except (AttributeError, KeyError, TypeError) as error:
         raise ConfigError(

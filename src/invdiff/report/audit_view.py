@@ -117,8 +117,8 @@ def unfound_table(prompts: Sequence[PromptAudit]) -> Table:
 
 
 def remarks(prompt: PromptAudit) -> list[str]:
-    """Why a prompt is split or not, what could have been seen under it, and other notes, in words."""
-    return [words for words in (prompt.reason, prompt.power, *prompt.notes) if words]
+    """Why a prompt is split or not, else what could have been seen under it, and other notes, in words."""
+    return [words for words in (prompt.reason, "" if prompt.found else prompt.power, *prompt.notes) if words]
 
 
 def proof(of: Candidate | PromptSplit) -> tuple[str, str]:

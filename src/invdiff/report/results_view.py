@@ -93,7 +93,9 @@ def _verdict(results: Results, chosen: Comparison) -> str:
     if least > most_before:
         guided = chosen.after == GUIDED or results.module_scales.get(chosen.after)
         return f"{words} It is more{': on these images guidance did harm' if guided and not fair_as_well else ''}."
-    return words if apart else f"{words} But the two intervals overlap: more images would tell."
+    told_before, told = (of.value if of.corrected is None or not matters else of.corrected for of in (before, after))
+    doubt = "It is no less." if told >= told_before else "But the two intervals overlap: more images would tell."
+    return words if apart else f"{words} {doubt}"
 
 
 def _told(figure: Estimate, matters: bool) -> str:
