@@ -210,7 +210,8 @@ def test_labels_of_what_features_do_not_show_are_not_spread():
 
 def test_a_prompt_of_which_nobody_labelled_an_image_has_wide_intervals():
     features, prompt, _, labels = labelled()
-    asked = spread_labels("wet", labels, [features], np.zeros((1600, 0)), np.where(np.arange(1600) == 1599, 2, prompt))
+    prompt[labels.index("")] = 2
+    asked = spread_labels("wet", labels, [features], np.zeros((1600, 0)), prompt)
     assert not asked.refusal
     assert asked.intervals[2][0] == pytest.approx((0, 1), abs=0.1)
 
