@@ -162,14 +162,15 @@ def ui(
         metavar="PORT",
     ),
     public: bool = option(
-        False, f"Let others on the network in, who are asked for the password in ${PASSWORD}.", "--public", panel=RUN
+        False, "Let others on the network in, who are asked for the password above.", "--public", panel=RUN
     ),
     browser: bool = option(True, "Open a browser.", panel=RUN),
     quiet: Quiet = False,
 ) -> None:
     """Open a page in the browser: draw with and without guidance, look through an audit, compare results.
 
-    Nothing leaves this machine. Names given to groups and images left out are saved beside the audit.
+    Nothing leaves this machine. Names given to groups and images left out are saved beside the audit. With --public,
+    the variable INVDIFF_UI_PASSWORD holds the password.
     """
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("Expected gradio for the page, found none. Install it: pip install 'invdiff[ui]'.")
