@@ -75,7 +75,8 @@ class EnvironmentMix:
         if given.shape[1] != len(self.num_groups):
             raise ConfigError(f"Expected one group per image for {len(self.num_groups)} factor(s), {got}")
         if (given < 0).any() or (given >= self.num_groups).any():
-            raise ConfigError(f"Expected groups from 0 to {[groups - 1 for groups in self.num_groups]}, {got}")
+            most = " and ".join(str(groups - 1) for groups in self.num_groups)
+            raise ConfigError(f"Expected groups from 0 to {most}, {got}")
         self.given = torch.from_numpy(given.astype(np.int64))
 
     def rows(self, noisy_latents: torch.Tensor, copies: int | None = None) -> torch.Tensor:
