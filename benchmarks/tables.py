@@ -173,14 +173,18 @@ def studies_picture(benchmark: str, results: Path, output: Path) -> None:
         raise ConfigError(f"Expected figures of {benchmark} in cells named such as delta-0.5, found none. {remedy}")
     figure, axes = plt.subplots(2, -(-len(lines) // 2), figsize=(11, 6), layout="constrained", squeeze=False)
     for axis, (study, variants) in zip(axes.flat, lines.items(), strict=False):
+        every = sorted(
+            {value for points in variants.values() for value, _ in points}
+        )  # of all variants, evenly spaced
         for variant, points in variants.items():
             values, figures = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+            places = [every.index(value) for value in values]
             bias = [of["bias"] for of in figures]
             ends = np.abs([[of[end] for of in figures] for end in ("low", "high")] - np.array(bias))
-            axis.errorbar(range(len(values)), bias, ends, marker="o", capsize=2, label=f"Bias, {variant or 'ours'}")
+            axis.errorbar(places, bias, ends, marker="o", capsize=2, label=f"Bias, {variant or 'ours'}")
             worst = [of["worst cell"] for of in figures]
-            axis.plot(range(len(values)), worst, "s--", alpha=0.6, label=f"worst cell, {variant or 'ours'}")
-            axis.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+            axis.plot(places, worst, "s--", alpha=0.6, label=f"worst cell, {variant or 'ours'}")
+        axis.set_xticks(range(len(every)), [f"{value:g}" for value in every])
         axis.set(title=study, ylim=(-0.02, 1.02))
         axis.legend(fontsize=7)
     for axis in axes.flat[len(lines) :]:

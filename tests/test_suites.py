@@ -68,6 +68,17 @@ def test_the_headline_compares_equally_many_images_drawn_and_measured_alike(tmp_
     assert rows[1].endswith(" - |")
 
 
+def test_a_picture_of_studies_has_each_figure_over_its_own_setting(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.errorbar", lambda _, at, bias, *__, label, **___: drawn.update({label: at})
+    )
+    for cell in ("severity-biased-0.6", "severity-biased-0.8", "severity-biased-0.9", "severity-0.9"):
+        keep(tmp_path, "studies", cell, 0, {"CFG 3": FIGURES})
+    tables.studies_picture("studies", tmp_path, tmp_path / "studies.png")
+    assert drawn == {"Bias, biased": [0, 1, 2], "Bias, ours": [2]}
+
+
 def test_figures_kept_under_another_default_are_refused(tmp_path):
     suite, path = Suite.named("birds"), tmp_path / "ours-seed-0.json"
     cells = suite.each()["ours"]
