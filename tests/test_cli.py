@@ -293,6 +293,8 @@ def test_errors_name_what_is_wrong(tiny_pipe_dir, tiny_folder, tmp_path):
         ("Raise --images-per-prompt instead", *draw, "p", "p"),
         ("FinetuneConfig: unknown setting x; known are steps, batch_size", *finetune, "--config", unknown),
         ("absent.yaml", *finetune, "--config", tmp_path / "absent.yaml"),
+        ("found a pipeline. Check the order", "audit", tiny_folder, tiny_pipe_dir),
+        ("nowhere, which is no folder", "evaluate", tmp_path / "nowhere", "--annotator", "labels", "--attribute", "b"),
         ("either a base or an", *finetune, "--base", "a", "--architecture", shape),
         ("--autoencoder-steps", *finetune, "--base", "a", "--autoencoder-steps", 3),
         ("a base for --fresh-denoiser", *finetune, "--fresh-denoiser"),
