@@ -173,9 +173,8 @@ def studies_picture(benchmark: str, results: Path, output: Path) -> None:
         raise ConfigError(f"Expected figures of {benchmark} in cells named such as delta-0.5, found none. {remedy}")
     figure, axes = plt.subplots(2, -(-len(lines) // 2), figsize=(11, 6), layout="constrained", squeeze=False)
     for axis, (study, variants) in zip(axes.flat, lines.items(), strict=False):
-        every = sorted(
-            {value for points in variants.values() for value, _ in points}
-        )  # of all variants, evenly spaced
+        # The settings of all variants, evenly spaced.
+        every = sorted({value for points in variants.values() for value, _ in points})
         for variant, points in variants.items():
             values, figures = zip(*sorted(points, key=lambda point: point[0]), strict=True)
             places = [every.index(value) for value in values]

@@ -126,6 +126,14 @@ def test_groups_of_two_modules_on_one_model_do_not_go_together(tiny_pipe):
     assert all(cells.count([one, other]) > 3 for one in (0, 1) for other in (0, 1))
 
 
+def test_a_shallow_copy_of_a_guided_pipeline_is_guided(tiny_pipe):
+    plain = draw(tiny_pipe, 0)
+    attach(tiny_pipe, make_guidance_module(tiny_pipe))
+    guided = draw(copy.copy(tiny_pipe), 0)
+    assert not torch.equal(guided, plain)
+    assert torch.equal(draw(tiny_pipe, 0), guided)
+
+
 def test_an_image_keeps_its_group_while_it_is_inverted(tiny_pipe):
     attachment = attach(tiny_pipe, make_guidance_module(tiny_pipe, num_groups=97))
     clean, noise = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))

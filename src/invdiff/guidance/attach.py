@@ -221,7 +221,7 @@ class Attachment:
         """What guides the rows of a call; None at scale 0."""
         (pipe, doubled), last = _running_pipeline(), self._last
         self.calls += 1
-        self._own_calls += pipe in (None, self._pipe())
+        self._own_calls += pipe is None or self in getattr(vars(pipe).get(END_OF_CALL), "calls", ())
         environments = self._follow_images(call.noisy_latents, float(call.timesteps[0]), pipe, doubled)
         again = pipe is not None and self._last == last and self._before is not None
         null = self._null_rows(call, pipe, doubled, self._before if again else None)
