@@ -160,7 +160,7 @@ def audit(
     shared = [*source.words(), *weights.words()]
     if found.biased:
         finish(result, "train", model, *audited, output, "--output", output.parent / "module", *shared)
-    elif all("too few" in (of.power or of.reason) for of in found.prompts):
+    elif not asked.words() and all("too few" in (of.power or of.reason) for of in found.prompts):
         more = "--images-per-prompt" if wanted else "more images, or label a few (--labels)"
         finish(f"No hidden group was found, of too few images: give {more}. {result}")
     elif settings.solver != "auto" or settings.vision_encoder or asked.words():
